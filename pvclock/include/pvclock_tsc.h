@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Reading the time stamp counter, with the order that each use needs, and the counter as a parameter, so that the
+ * same code runs on a simulated one.
+ */
+#ifndef PVCLOCK_TSC_H
+#define PVCLOCK_TSC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef __x86_64__
+#error "pvclock is about the x86-64 time stamp counter"
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* As Linux's rdtsc_ordered(): not before any earlier load has its value.  Later loads may still overtake it. */
+static inline uint64_t pvclock_rdtsc_ordered(void)
+{
+	uint32_t low, high;
+
+	__asm__ volatile("lfence\n\trdtsc" : "=a"(low), "=d"(high) : : "memory");
+	return (uint64_t)high << 32 | low;
+}
+
+/* Not before every earlier store is visible to all CPUs.  Only mfence waits for the store buffer, and only lfence
+ * holds rdtsc back: rdtsc and rdtscp alone, and the locked instruction that a C11 fence compiles to, are overtaken.
+ */
+static inline uint64_t pvclock_rdtsc_after_stores(void)
+{
+	uint32_t low, high;
+
+	__asm__ volatile("mfence\n\tlfence\n\trdtsc" : "=a"(low), "=d"(high) : : "memory");
+	return (uint64_t)high << 32 | low;
+}
+
+/* By how many ticks a guest's last load of a read may overtake its rdtsc, generously: longer than any CPU's reorder
+ * window lasts with every load in it missing the cache.
+ */
+#define PVCLOCK_MARGIN_TICKS 1024
+
+/* Where host TSC comes from.  read == NULL is the CPU's own; a simulated counter stands still while it is read, so
+ * nothing overtakes anything and its margin is 0.
+ */
+struct pvclock_counter {
+	uint64_t (*read)(void *context);
+	void *context;
+	uint64_t margin_ticks;
+};
+
+static inline struct pvclock_counter pvclock_host_counter(void)
+{
+	struct pvclock_counter counter = { NULL, NULL, PVCLOCK_MARGIN_TICKS };
+
+	return counter;
+}
+
+static inline uint64_t pvclock_counter_read(const struct pvclock_counter *counter)
+{
+	return counter->read ? counter->read(counter->context) : pvclock_rdtsc_ordered();
+}
+
+static inline uint64_t pvclock_counter_read_after_stores(const struct pvclock_counter *counter)
+{
+	return counter->read ? counter->read(counter->context) : pvclock_rdtsc_after_stores();
+}
+
+/* Return once the counter has reached `tsc`, a moment at most a few thousand ticks away. */
+static inline void pvclock_counter_wait(const struct pvclock_counter *counter, uint64_t tsc)
+{
+	while ((int64_t)(pvclock_counter_read(counter) - tsc) < 0)
+		__builtin_ia32_pause();
+}
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
