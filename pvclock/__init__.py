@@ -1,0 +1,119 @@
+"""pvclock: the guest-time engine for virtual machine monitors.
+
+A `GuestClock` keeps one VM's time exactly and publishes it to the guest; `ClockScale` is the arithmetic, `GuestMemory`
+the guest's RAM, a `Backend` the host's time.  Virtual machines on /dev/kvm are in `pvclock.machine`.
+
+Names are loaded when they are first used: `import pvclock` alone costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+
+TYPE_CHECKING = False  # type checkers know the name; importing typing would be most of this module's cost
+if TYPE_CHECKING:
+    from pvclock._core import ClockScale, GuestMemory, read_tsc, time_scale, tsc_ratio
+    from pvclock.backend import Backend, HostBackend, SimulatedBackend
+    from pvclock.errors import (
+        ConfigError,
+        GuestAddressError,
+        GuestCrashed,
+        ImageError,
+        KvmError,
+        KvmUnavailable,
+        MissingCapability,
+        MsrFault,
+        PvclockError,
+        RangeError,
+        StateError,
+        TscOffsetNotHonoured,
+    )
+    from pvclock.guestclock import GuestClock
+    from pvclock.machine import Machine
+    from pvclock.providers.interface import CpuidLeaf
+    from pvclock.providers.kvm import KvmFeature
+    from pvclock.quantities import Gpa, GuestNs, GuestTsc, HostTsc, RefNs
+    from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
+    from pvclock.tsc import VcpuTsc
+
+__all__ = [
+    "GuestClock",
+    "GuestMemory",
+    "ClockScale",
+    "VcpuTsc",
+    "Backend",
+    "SimulatedBackend",
+    "HostBackend",
+    "Machine",
+    "KvmFeature",
+    "CpuidLeaf",
+    "TimeInfo",
+    "Reading",
+    "ClockLine",
+    "Churn",
+    "HostTsc",
+    "GuestTsc",
+    "GuestNs",
+    "RefNs",
+    "Gpa",
+    "PvclockError",
+    "RangeError",
+    "ConfigError",
+    "ImageError",
+    "GuestAddressError",
+    "GuestCrashed",
+    "StateError",
+    "MsrFault",
+    "TscOffsetNotHonoured",
+    "KvmError",
+    "KvmUnavailable",
+    "MissingCapability",
+    "read_tsc",
+    "time_scale",
+    "tsc_ratio",
+    "get_include",
+]
+
+_HOME = {
+    "pvclock._core": ("ClockScale", "GuestMemory", "read_tsc", "time_scale", "tsc_ratio"),
+    "pvclock.backend": ("Backend", "HostBackend", "SimulatedBackend"),
+    "pvclock.errors": (
+        "ConfigError",
+        "GuestAddressError",
+        "GuestCrashed",
+        "ImageError",
+        "KvmError",
+        "KvmUnavailable",
+        "MissingCapability",
+        "MsrFault",
+        "PvclockError",
+        "RangeError",
+        "StateError",
+        "TscOffsetNotHonoured",
+    ),
+    "pvclock.guestclock": ("GuestClock",),
+    "pvclock.machine": ("Machine",),
+    "pvclock.providers.interface": ("CpuidLeaf",),
+    "pvclock.providers.kvm": ("KvmFeature",),
+    "pvclock.quantities": ("Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs"),
+    "pvclock.readings": ("Churn", "ClockLine", "Reading", "TimeInfo"),
+    "pvclock.tsc": ("VcpuTsc",),
+}
+_HOME_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def get_include() -> str:
+    """The folder of pvclock's C headers, for a compiler's -I."""
+    return f"{__path__[0]}/include"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'pvclock' has no attribute {name!r}")
+    value = getattr(_import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

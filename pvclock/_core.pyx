@@ -1,0 +1,665 @@
+"""Guest memory, pvclock pages and the arithmetic between them: the compiled heart of pvclock.
+
+Raw pointers live in this module and in the C headers it wraps, nowhere else above them.  It holds no policy: what a
+clock shall show is handed in as a ClockLine, and where ticks come from as a Counter.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint8_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+from posix.time cimport clock_gettime, clockid_t, timespec
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+from pvclock._abi cimport PVCLOCK_GUEST_STOPPED, PVCLOCK_TSC_STABLE_BIT, pvclock_vcpu_time_info
+from pvclock._math cimport (
+    pvclock_guest_tsc,
+    pvclock_line,
+    pvclock_line_at,
+    pvclock_line_turn,
+    pvclock_scale,
+    pvclock_scale_delta,
+    pvclock_time_scale,
+    pvclock_time_scale_of_rate,
+    pvclock_tsc_ratio,
+    pvclock_unscale_delta,
+)
+from pvclock._publish cimport (
+    pvclock_anchor,
+    pvclock_anchor_read,
+    pvclock_counter,
+    pvclock_counter_read,
+    pvclock_host_counter,
+    pvclock_publish,
+    pvclock_publish_wall_clock,
+    pvclock_rate,
+    pvclock_rate_of,
+    pvclock_rdtsc_ordered,
+    pvclock_read,
+    pvclock_reading,
+    pvclock_target,
+)
+
+from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
+from pvclock.quantities import NS_PER_S as _NS_PER_S
+from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
+
+TSC_STABLE_BIT = PVCLOCK_TSC_STABLE_BIT
+GUEST_STOPPED = PVCLOCK_GUEST_STOPPED
+
+cdef uint64_t TIME_INFO_BYTES = sizeof(pvclock_vcpu_time_info)
+cdef uint64_t WALL_CLOCK_BYTES = 12
+
+# Longer than any update lasts, a writer that lost its CPU included; short enough not to hang on a spoilt page.
+cdef unsigned int READ_TRIES = 1 << 20
+
+
+cdef uint64_t as_u64(object value, str what) except? 0:
+    if not 0 <= value < 1 << 64:
+        raise RangeError(f"{what} is {value:#x}; it must fit in 64 bits, unsigned")
+    return value
+
+
+# Arithmetic
+
+
+def time_scale(scaled_hz: int, base_hz: int) -> tuple[int, int]:
+    """(mul, shift) that turns `base_hz` ticks into `scaled_hz` ticks, as Linux's kvm_get_time_scale() does.
+
+    Both in [1, 2^64), scaled_hz below 2^63; else RangeError (Linux would not end).
+    """
+    cdef pvclock_scale scale
+    if pvclock_time_scale(as_u64(scaled_hz, "scaled_hz"), as_u64(base_hz, "base_hz"), &scale) != 0:
+        raise RangeError(f"no (mul, shift) from {base_hz} Hz to {scaled_hz} Hz: both must be at least 1, "
+                         "the second below 2^63")
+    return scale.mul, scale.shift
+
+
+def tsc_ratio(guest_khz: int, host_khz: int, frac_bits: int = 48) -> int:
+    """Hardware TSC ratio floor(2^frac_bits * guest_khz / host_khz): 48 fraction bits on VMX, 32 on SVM.
+
+    RangeError if a frequency is not in [1, 2^32) kHz or the ratio does not fit the hardware's field.
+    """
+    cdef uint64_t ratio
+    if frac_bits not in (32, 48):
+        raise ConfigError(f"TSC ratio with {frac_bits} fraction bits; hardware has 48 (VMX) or 32 (SVM)")
+    if not (0 < guest_khz < 1 << 32 and 0 < host_khz < 1 << 32):
+        raise RangeError(f"TSC ratio {guest_khz}/{host_khz} kHz: each must be in [1, 2^32)")
+    if pvclock_tsc_ratio(guest_khz, host_khz, frac_bits, &ratio) != 0:
+        raise RangeError(f"TSC ratio {guest_khz}/{host_khz} does not fit the hardware's field")
+    return ratio
+
+
+def guest_tsc(host_tsc: int, offset: int = 0, ratio: int = 1 << 48, frac_bits: int = 48) -> int:
+    """What RDTSC returns in the guest, in ticks: ((host_tsc * ratio) >> frac_bits) + offset, modulo 2^64."""
+    return pvclock_guest_tsc(as_u64(host_tsc, "host_tsc"), as_u64(ratio, "ratio"), frac_bits, as_u64(offset, "offset"))
+
+
+@cython.final
+cdef class ClockScale:
+    """A pair (mul, shift) that turns TSC ticks into ns as a pvclock guest does: ((ticks << shift) * mul) >> 32.
+
+    mul: 1 to 2^32 - 1.  shift: -63 to 31, negative is a right shift.  hz: the frequency that it was made for, or the
+    one that it expresses, rounded.  Immutable, hashable, comparable by (mul, shift).
+    """
+
+    cdef pvclock_scale c
+    cdef readonly object hz
+
+    def __cinit__(self, mul: int, shift: int, hz: int | None = None) -> None:
+        if not (0 < mul < 1 << 32 and -64 < shift < 32):
+            raise RangeError(f"(mul, shift) = ({mul}, {shift}); mul must be in [1, 2^32), shift in [-63, 31]")
+        self.c.mul, self.c.shift = mul, shift
+        denominator = mul << (shift + 63)
+        self.hz = hz if hz is not None else ((_NS_PER_S << 95) + denominator // 2) // denominator
+
+    @staticmethod
+    def from_hz(hz: int, *, rounding: str = "floor") -> ClockScale:
+        """The scale of a TSC of `hz` (1 to 2^64 - 1), else RangeError.
+
+        rounding "floor" is Linux's kvm_get_time_scale() to the bit; "nearest" is the closest pair there is.
+        """
+        cdef pvclock_scale scale
+        cdef uint64_t frequency = as_u64(hz, "TSC frequency (Hz)")
+        if rounding == "floor":
+            failed = pvclock_time_scale(_NS_PER_S, frequency, &scale)
+        elif rounding == "nearest":
+            failed = pvclock_time_scale_of_rate(_NS_PER_S, frequency, True, &scale)
+        else:
+            raise ConfigError(f'rounding {rounding!r} is unknown; use "floor" (as Linux) or "nearest"')
+        if failed:
+            raise RangeError("TSC frequency is 0 Hz; give the frequency of the guest's TSC, at least 1 Hz")
+        return ClockScale(scale.mul, scale.shift, hz)
+
+    @staticmethod
+    def from_khz(khz: int, *, rounding: str = "floor") -> ClockScale:
+        """The scale of a TSC of `khz` kHz, the unit of KVM_GET_TSC_KHZ."""
+        return ClockScale.from_hz(khz * 1000, rounding=rounding)
+
+    @staticmethod
+    def from_rate(num: int, den: int) -> ClockScale:
+        """The pair for num/den ns a tick, each in [1, 2^64), rounded down: never fast, at most 0.466 ppb slow.
+
+        For every frequency of whole kHz below 16 GHz it is that of from_hz().  RangeError if there is none.
+        """
+        cdef pvclock_scale scale
+        if pvclock_time_scale_of_rate(as_u64(num, "num"), as_u64(den, "den"), False, &scale) != 0:
+            raise RangeError(f"no (mul, shift) shows {num}/{den} ns a tick")
+        return ClockScale(scale.mul, scale.shift)
+
+    @property
+    def mul(self) -> int:
+        """tsc_to_system_mul of the page."""
+        return self.c.mul
+
+    @property
+    def shift(self) -> int:
+        """tsc_shift of the page."""
+        return self.c.shift
+
+    @property
+    def rate_error_ppb(self) -> float:
+        """How much faster than true time the pair runs at `hz`, in parts per 10^9."""
+        exact = _NS_PER_S << 95
+        shown = self.hz * self.c.mul << (self.c.shift + 63)
+        return (shown - exact) * _NS_PER_S / exact
+
+    def to_ns(self, ticks: int) -> int:
+        """ns that a guest makes of `ticks`; both modulo 2^64, and a left shift loses high bits as it does there."""
+        return pvclock_scale_delta(as_u64(ticks, "ticks"), self.c)
+
+    def to_ticks(self, ns: int) -> int:
+        """The fewest ticks that show at least `ns`; RangeError if no number of ticks below 2^64 does."""
+        cdef uint64_t ticks
+        if pvclock_unscale_delta(as_u64(ns, "ns"), self.c, &ticks) != 0:
+            raise RangeError(f"{ns} ns are more ticks than {self!r} can carry")
+        return ticks
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ClockScale):
+            return NotImplemented
+        return (self.mul, self.shift) == (other.mul, other.shift)
+
+    def __hash__(self) -> int:
+        return hash((self.c.mul, self.c.shift))
+
+    def __repr__(self) -> str:
+        return f"ClockScale(mul={self.c.mul:#x}, shift={self.c.shift}, hz={self.hz})"
+
+
+# Guest memory
+
+
+@cython.final
+@cython.internal
+cdef class Slot:
+    """A buffer mapped at a guest-physical address; holds the buffer as long as it lives."""
+
+    cdef Py_buffer view
+    cdef uint64_t gpa
+    cdef uint64_t length
+
+    def __cinit__(self, uint64_t gpa, buffer: object) -> None:
+        try:
+            PyObject_GetBuffer(buffer, &self.view, PyBUF_CONTIG)
+        except (BufferError, TypeError) as error:
+            raise ConfigError(f"guest memory needs a writable, contiguous buffer: {error}") from None
+        self.gpa = gpa
+        self.length = self.view.len
+
+    def __dealloc__(self) -> None:
+        PyBuffer_Release(&self.view)  # does nothing if never acquired
+
+
+@cython.final
+cdef class GuestMemory:
+    """A VM's guest-physical memory: writable buffers mapped at addresses, with holes between them.
+
+    GuestMemory(buffer) maps one buffer at 0; GuestMemory() starts empty.  Every access lies within one slot, else
+    GuestAddressError.  `on_dirty(gpa, length)`, if set, hears of all that pvclock wrote: KVM's dirty log does not see
+    writes from user space.  `generation` counts changes of the slots.
+
+    Thread-safety: all methods may be called from any thread.
+    """
+
+    cdef list _slots
+    cdef int _pins  # publishes that use pointers with the GIL released
+    cdef readonly uint64_t generation
+    cdef public object on_dirty
+
+    def __init__(self, buffer: object = None) -> None:
+        self._slots = []
+        if buffer is not None:
+            self.add_slot(0, buffer)
+
+    def add_slot(self, gpa: int, buffer: object) -> None:
+        """Map a writable, contiguous buffer at `gpa`; ConfigError if it overlaps a slot or passes 2^64."""
+        cdef Slot new = Slot(as_u64(gpa, "gpa"), buffer)
+        cdef Slot slot
+        if new.length == 0 or gpa + new.length > 1 << 64:
+            raise ConfigError(f"slot {gpa:#x}+{new.length}: it must not be empty and must end by 2^64")
+        for slot in self._slots:
+            if gpa < slot.gpa + slot.length and slot.gpa < gpa + new.length:
+                raise ConfigError(f"slot {gpa:#x}+{new.length} overlaps the slot {slot.gpa:#x}+{slot.length}")
+        self._replace([*self._slots, new])
+
+    def remove_slot(self, gpa: int) -> None:
+        """Unmap the slot that begins at `gpa` and let go of its buffer; pages in it are no longer published."""
+        kept = [slot for slot in self._slots if (<Slot>slot).gpa != gpa]
+        if len(kept) == len(self._slots):
+            raise GuestAddressError(gpa, 0, "is not the beginning of a slot")
+        self._replace(kept)
+
+    def close(self) -> None:
+        """Unmap everything.  May be called twice."""
+        self._replace([])
+
+    cdef _replace(self, list slots):
+        while self._pins:
+            with nogil:
+                sched_yield()  # the publishing thread needs the GIL to unpin
+        self._slots = slots
+        self.generation += 1
+
+    def __enter__(self) -> GuestMemory:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def slots(self) -> list[tuple[int, int]]:
+        """(gpa, length) of each slot, by address."""
+        cdef Slot slot
+        extents = []
+        for slot in self._slots:
+            extents.append((slot.gpa, slot.length))
+        return sorted(extents)
+
+    cdef uint8_t *find(self, uint64_t gpa, uint64_t length) noexcept:
+        """The host address of guest memory, or NULL; valid until the slots change."""
+        cdef Slot slot
+        cdef uint64_t into
+        for item in self._slots:
+            slot = <Slot>item
+            # Subtract, never add: gpa is the guest's choice, and gpa + length can wrap.
+            into = gpa - slot.gpa
+            if into < slot.length and length <= slot.length - into:
+                return <uint8_t *>slot.view.buf + into
+        return NULL
+
+    cdef uint8_t *at(self, object gpa, uint64_t length) except NULL:
+        cdef uint8_t *found = NULL
+        if 0 <= gpa < 1 << 64:
+            found = self.find(gpa, length)
+        if found is NULL:
+            raise GuestAddressError(gpa, length)
+        return found
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """`length` bytes from `gpa`."""
+        cdef uint64_t count = as_u64(length, "length")
+        cdef uint8_t *source = self.at(gpa, count)
+        return source[:count]
+
+    def write(self, gpa: int, data: object) -> None:
+        """Write a bytes-like object at `gpa`, all of it or (GuestAddressError) nothing."""
+        cdef Py_buffer view
+        cdef uint8_t *target
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            target = self.at(gpa, view.len)
+            memcpy(target, view.buf, view.len)
+            self.mark_dirty(gpa, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef mark_dirty(self, uint64_t gpa, uint64_t length):
+        if self.on_dirty is not None:
+            self.on_dirty(gpa, length)
+
+
+def read_time_info(memory: GuestMemory, gpa: int) -> TimeInfo:
+    """The pvclock page at `gpa` as it lies there, whether or not an update is going on."""
+    cdef pvclock_vcpu_time_info info
+    memcpy(&info, memory.at(gpa, TIME_INFO_BYTES), TIME_INFO_BYTES)
+    return TimeInfo(
+        info.version, info.tsc_timestamp, info.system_time, info.tsc_to_system_mul, info.tsc_shift, info.flags
+    )
+
+
+def publish_wall_clock(memory: GuestMemory, gpa: int, epoch_ns: int) -> bool:
+    """Write the wall-clock record at `gpa`: the UTC instant `epoch_ns` (ns since 1970) at which system time was 0.
+
+    Returns False, with nothing written, where the record is not in guest memory, which Linux ignores as well.
+    Seconds are 32 bits in the ABI and wrap in 2106.
+    """
+    cdef uint8_t *record = memory.find(as_u64(gpa, "gpa"), WALL_CLOCK_BYTES)
+    if record is NULL:
+        return False
+    sec, nsec = divmod(epoch_ns, _NS_PER_S)
+    pvclock_publish_wall_clock(record, sec & 0xFFFFFFFF, nsec)
+    memory.mark_dirty(gpa, WALL_CLOCK_BYTES)
+    return True
+
+
+# Counters
+
+
+cdef class Counter:
+    """Where host TSC comes from."""
+
+    cdef pvclock_counter c
+
+    def read(self) -> int:
+        """Host TSC now, in ticks; not before any earlier load has its value."""
+        return pvclock_counter_read(&self.c)
+
+    @property
+    def margin_ticks(self) -> int:
+        """How far ahead of the present a publish puts its break point, in ticks."""
+        return self.c.margin_ticks
+
+
+@cython.final
+cdef class HostCounter(Counter):
+    """This CPU's own time stamp counter."""
+
+    def __cinit__(self) -> None:
+        self.c = pvclock_host_counter()
+
+
+cdef uint64_t simulated_counter_read(void *context) noexcept nogil:
+    return (<SimulatedCounter>context).ticks
+
+
+@cython.final
+cdef class SimulatedCounter(Counter):
+    """A counter that stands where it is put: `value`, in ticks modulo 2^64."""
+
+    cdef uint64_t ticks
+
+    def __cinit__(self, value: int = 0) -> None:
+        self.c.read = simulated_counter_read
+        self.c.context = <void *>self
+        self.ticks = as_u64(value, "TSC")
+
+    @property
+    def value(self) -> int:
+        """Ticks; settable."""
+        return self.ticks
+
+    @value.setter
+    def value(self, value: int) -> None:
+        self.ticks = as_u64(value, "TSC")
+
+
+def read_tsc() -> int:
+    """This CPU's TSC, ordered as Linux's rdtsc_ordered(): not before any earlier load has its value."""
+    return pvclock_rdtsc_ordered()
+
+
+def sample_clock(clock_id: int, tries: int = 8) -> tuple[int, int, int]:
+    """(host TSC, ns of the system clock `clock_id`, width in ticks) of one instant.
+
+    The clock is read between two readings of the TSC, `tries` times; the narrowest bracket is returned, with the
+    TSC at its middle: the true pair is at most width/2 ticks off.  OSError for a clock that does not exist.
+    """
+    cdef clockid_t clock = clock_id
+    cdef timespec now, best_now = timespec(0, 0)
+    cdef uint64_t before, width, best_before = 0, best_width = <uint64_t>-1
+    cdef int failed = 0
+    for _ in range(max(tries, 1)):
+        before = pvclock_rdtsc_ordered()
+        failed |= clock_gettime(clock, &now)
+        width = pvclock_rdtsc_ordered() - before
+        if width < best_width:
+            best_before, best_width, best_now = before, width, now
+    if failed:
+        raise OSError(f"clock_gettime: this system has no clock {clock_id}")
+    return best_before + best_width // 2, best_now.tv_sec * _NS_PER_S + best_now.tv_nsec, best_width
+
+
+# Pages
+
+
+@cython.final
+cdef class TimePages:
+    """The pvclock pages of one VM, one for each vCPU, and the line that they show.
+
+    A page that is registered but not in guest memory is left out of a publish, and comes in as soon as a slot covers
+    it (as in Linux).
+
+    Thread-safety: one thread at a time may call the methods that register or publish; `read` and `reading` may be
+    called from any thread at any time.
+    """
+
+    cdef readonly GuestMemory memory  # keeps the buffers behind the targets' pointers
+    cdef readonly Counter counter
+    cdef readonly int vcpus
+    cdef list _gpas  # by vCPU; None: not registered
+    cdef uint64_t *_offsets  # by vCPU
+    cdef pvclock_target *_targets  # compact: only pages that can be written
+    cdef int *_target_vcpu  # by target
+    cdef int *_vcpu_target  # by vCPU; -1: none
+    cdef int _count
+    cdef uint64_t _generation  # of the memory that the targets were looked up in
+    cdef pvclock_anchor _anchor
+    cdef pvclock_rate _rate
+    cdef ClockScale _rate_scale  # that _rate was made from
+
+    def __cinit__(self, memory: GuestMemory, vcpus: int, counter: Counter) -> None:
+        if vcpus < 1:
+            raise ConfigError(f"a VM with {vcpus} vCPUs; it needs at least 1")
+        self.memory, self.vcpus, self.counter = memory, vcpus, counter
+        self._gpas = [None] * vcpus
+        self._offsets = <uint64_t *>calloc(vcpus, sizeof(uint64_t))
+        self._targets = <pvclock_target *>calloc(vcpus, sizeof(pvclock_target))
+        self._target_vcpu = <int *>calloc(vcpus, sizeof(int))
+        self._vcpu_target = <int *>calloc(vcpus, sizeof(int))
+        if not (self._offsets and self._targets and self._target_vcpu and self._vcpu_target):
+            raise MemoryError
+        self._look_up()
+
+    def __dealloc__(self) -> None:
+        free(self._offsets)
+        free(self._targets)
+        free(self._target_vcpu)
+        free(self._vcpu_target)
+
+    cdef int _vcpu(self, int vcpu) except -1:
+        if not 0 <= vcpu < self.vcpus:
+            raise RangeError(f"vCPU {vcpu}; this VM has vCPUs 0 to {self.vcpus - 1}")
+        return vcpu
+
+    def register(self, vcpu: int, gpa: int | None) -> None:
+        """Put vCPU's page at `gpa`, or (None) take it away.  Nothing is written before the next publish."""
+        self._gpas[self._vcpu(vcpu)] = None if gpa is None else as_u64(gpa, "gpa")
+        self._look_up()
+
+    def registered(self, vcpu: int) -> int | None:
+        """The guest-physical address of vCPU's page, or None."""
+        return self._gpas[self._vcpu(vcpu)]
+
+    def set_tsc_offset(self, vcpu: int, offset: int) -> None:
+        """vCPU's guest TSC is the host's plus `offset` (ticks modulo 2^64), from the next publish on."""
+        self._offsets[self._vcpu(vcpu)] = as_u64(offset, "TSC offset")
+        self._look_up()
+
+    cdef _look_up(self):
+        cdef uint8_t *page
+        self._count = 0
+        for vcpu, gpa in enumerate(self._gpas):
+            page = NULL if gpa is None else self.memory.find(gpa, TIME_INFO_BYTES)
+            self._vcpu_target[vcpu] = -1
+            if page is not NULL:
+                self._targets[self._count] = pvclock_target(page, self._offsets[vcpu], 0, 1)
+                self._target_vcpu[self._count] = vcpu
+                self._vcpu_target[vcpu] = self._count
+                self._count += 1
+        self._generation = self.memory.generation
+
+    def publish(
+        self, line: ClockLine, scale: ClockScale, *, flags: int = 0, out_of_guest: object = (), step: bool = False
+    ) -> int:
+        """Publish `line` at `scale` into all registered pages at once; returns the break point (host TSC).
+
+        The clock goes on at the break by 0 or +1 ns, unless `step` says that it may jump to the line.  `flags` go to
+        the vCPUs in `out_of_guest` (a container of vCPU numbers) only: a running guest writes that byte itself.
+        """
+        cdef pvclock_line timeline = as_line(line)
+        cdef uint64_t break_tsc
+        self._prepare(scale, flags, out_of_guest)
+        if step:
+            self._anchor.scale.mul = 0
+        self.memory._pins += 1
+        with nogil:
+            break_tsc = pvclock_publish(
+                self._targets, self._count, &timeline, &self._rate, &self.counter.c, &self._anchor
+            )
+        self.memory._pins -= 1
+        self._mark_dirty()
+        return break_tsc
+
+    cdef _prepare(self, ClockScale scale, uint8_t flags, out_of_guest):
+        cdef int i
+        if self._generation != self.memory.generation:
+            self._look_up()
+        if scale is not self._rate_scale:
+            self._rate, self._rate_scale = pvclock_rate_of(scale.c), scale
+        for i in range(self._count):
+            self._targets[i].flags = flags
+            self._targets[i].in_guest = 1
+        for vcpu in out_of_guest:
+            if self._vcpu_target[self._vcpu(vcpu)] >= 0:
+                self._targets[self._vcpu_target[vcpu]].in_guest = 0
+
+    cdef _mark_dirty(self):
+        if self.memory.on_dirty is not None:
+            for i in range(self._count):
+                self.memory.mark_dirty(self._gpas[self._target_vcpu[i]], TIME_INFO_BYTES)
+
+    def churn(
+        self, line: ClockLine, rates: list[tuple[int, int, ClockScale]], publishes: int, max_ticks: int = 2**63 - 1
+    ) -> tuple[ClockLine, Churn]:
+        """Publish over and over in one call without the GIL, taking the rates in turn; the clock never steps.
+
+        rates: (num, den, scale) with num/den ns a tick.  Ends after `publishes`, or after `max_ticks` of the counter.
+        Returns the line at the last break point, at the last rate, and what was seen.
+        """
+        cdef pvclock_line timeline = as_line(line)
+        cdef Churner churner = Churner(rates)
+        cdef uint64_t limit = max_ticks
+        cdef uint64_t most = publishes
+        if not rates or publishes < 1:
+            raise ConfigError("churn: give at least one rate and one publish")
+        self._prepare(rates[0][2], 0, ())
+        self.memory._pins += 1
+        with nogil:
+            churner.run(self, &timeline, most, limit)
+        self.memory._pins -= 1
+        self._rate_scale = None
+        self._mark_dirty()
+        return ClockLine(timeline.tsc, timeline.ns, timeline.rem, timeline.num, timeline.den), churner.report()
+
+    cdef pvclock_target *_mapped(self, int vcpu) except NULL:
+        if self._generation != self.memory.generation:
+            self._look_up()
+        if self._vcpu_target[self._vcpu(vcpu)] < 0:
+            raise StateError("read", f"vCPU {vcpu} has no page in guest memory", "its guest registers one by MSR first")
+        return &self._targets[self._vcpu_target[vcpu]]
+
+    cdef int _read(self, int vcpu, pvclock_reading *ret) except -1:
+        cdef pvclock_target *target = self._mapped(vcpu)
+        if pvclock_read(target.page, target.tsc_offset, &self.counter.c, READ_TRIES, ret) != 0:
+            raise StateError("read", f"the page of vCPU {vcpu} is always odd or changing",
+                             "publish it anew, the guest has spoilt it")
+        return 0
+
+    def read(self, int vcpu) -> int:
+        """GuestNs: what vCPU's guest would compute at this instant; StateError before it registered a page."""
+        cdef pvclock_reading reading
+        self._read(vcpu, &reading)
+        return reading.ns
+
+    def reading(self, vcpu: int) -> Reading:
+        """As `read`, with the guest TSC, the version and the flags that belong to it."""
+        cdef pvclock_reading reading
+        self._read(vcpu, &reading)
+        return Reading(reading.tsc, reading.ns, reading.version, reading.flags)
+
+    def shown_at(self, host_tsc: int) -> int:
+        """ns that a guest computes from the line published last at `host_tsc`; StateError before the first publish."""
+        if self._anchor.scale.mul == 0:
+            raise StateError("shown_at", "nothing was published yet", "publish first")
+        return pvclock_anchor_read(&self._anchor, as_u64(host_tsc, "host_tsc"))
+
+
+cdef pvclock_line as_line(line) except *:
+    tsc, ns, rem, num, den = line
+    if not (0 <= rem < den < 1 << 64 and 0 <= num < 1 << 64):
+        raise RangeError(f"{line!r}: rem must be below den, num and den below 2^64")
+    return pvclock_line(tsc, ns, rem, num, den)
+
+
+@cython.final
+@cython.internal
+cdef class Churner:
+    """The loop behind TimePages.churn and its tally."""
+
+    cdef pvclock_rate *_rates
+    cdef uint64_t *_nums
+    cdef uint64_t *_dens
+    cdef size_t _count
+    cdef uint64_t _publishes
+    cdef int64_t _least_step, _most_step, _most_behind, _most_ahead
+
+    def __cinit__(self, rates: list) -> None:
+        self._count = len(rates)
+        self._rates = <pvclock_rate *>calloc(self._count, sizeof(pvclock_rate))
+        self._nums = <uint64_t *>calloc(self._count, sizeof(uint64_t))
+        self._dens = <uint64_t *>calloc(self._count, sizeof(uint64_t))
+        if not (self._rates and self._nums and self._dens):
+            raise MemoryError
+        for i, (num, den, scale) in enumerate(rates):
+            self._rates[i] = pvclock_rate_of((<ClockScale?>scale).c)
+            self._nums[i], self._dens[i] = as_u64(num, "num"), as_u64(den, "den")
+        self._least_step, self._most_step = INT64_MAX, INT64_MIN
+        self._most_behind, self._most_ahead = INT64_MIN, INT64_MIN
+
+    def __dealloc__(self) -> None:
+        free(self._rates)
+        free(self._nums)
+        free(self._dens)
+
+    cdef void run(self, TimePages pages, pvclock_line *timeline, uint64_t publishes, uint64_t max_ticks) noexcept nogil:
+        cdef uint64_t begin = pvclock_counter_read(&pages.counter.c)
+        cdef uint64_t break_tsc = begin
+        cdef pvclock_anchor old
+        cdef size_t turn = 0
+        while self._publishes < publishes and break_tsc - begin < max_ticks:
+            old = pages._anchor
+            break_tsc = pvclock_publish(
+                pages._targets, pages._count, timeline, &self._rates[turn], &pages.counter.c, &pages._anchor
+            )
+            timeline[0] = pvclock_line_at(timeline[0], break_tsc)
+            self._tally(&old, &pages._anchor, timeline)
+            timeline[0] = pvclock_line_turn(timeline[0], self._nums[turn], self._dens[turn])
+            turn = turn + 1 if turn + 1 < self._count else 0
+
+    cdef void _tally(self, pvclock_anchor *old, pvclock_anchor *new, pvclock_line *timeline) noexcept nogil:
+        cdef uint64_t shown = pvclock_anchor_read(new, timeline.tsc)
+        cdef int64_t behind = <int64_t>(timeline.ns - shown)
+        cdef int64_t step = <int64_t>(shown - pvclock_anchor_read(old, timeline.tsc))
+        self._publishes += 1
+        if old.scale.mul != 0:
+            self._least_step = min(self._least_step, step)
+            self._most_step = max(self._most_step, step)
+        self._most_behind = max(self._most_behind, behind)
+        self._most_ahead = max(self._most_ahead, -behind)
+
+    cdef report(self):
+        return Churn(self._publishes, self._least_step, self._most_step, self._most_behind, self._most_ahead)

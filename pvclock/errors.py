@@ -1,0 +1,124 @@
+"""Errors of pvclock: one tree, and each error keeps its numbers.
+
+PvclockError
+├── RangeError (ValueError)       a number that its type cannot hold, or no (mul, shift) can express
+├── ConfigError (ValueError)      an option that is unknown, mistyped or contradicts another
+├── ImageError (ValueError)       a boot image that cannot be loaded
+├── GuestAddressError (LookupError)  .gpa .length; guest-physical memory that is not there
+├── StateError                    .operation .state .allowed; not now
+├── MsrFault                      .index .value; the guest gets #GP
+├── TscOffsetNotHonoured          .offset; the host takes a TSC offset and the guest does not see it
+├── GuestCrashed                  .vcpu .reason; the guest cannot go on
+└── KvmError (OSError)            .errno .call; a failed KVM system call
+    ├── KvmUnavailable            /dev/kvm cannot be used; says what to do
+    └── MissingCapability         .capability; this host's KVM lacks it
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+__all__ = [
+    "ConfigError",
+    "GuestAddressError",
+    "GuestCrashed",
+    "ImageError",
+    "KvmError",
+    "KvmUnavailable",
+    "MissingCapability",
+    "MsrFault",
+    "PvclockError",
+    "RangeError",
+    "StateError",
+    "TscOffsetNotHonoured",
+]
+
+
+class PvclockError(Exception):
+    """Base of all errors that pvclock raises on purpose."""
+
+
+class RangeError(PvclockError, ValueError):
+    """A number outside what its type or its unit can hold."""
+
+
+class ConfigError(PvclockError, ValueError):
+    """An option that is unknown, of the wrong type, or contradicts another."""
+
+
+class ImageError(PvclockError, ValueError):
+    """A boot image that cannot be loaded; the message says which part of it is wrong."""
+
+
+class GuestAddressError(PvclockError, LookupError):
+    """`length` bytes at guest-physical address `gpa` are not, or not all, in guest memory."""
+
+    def __init__(self, gpa: int, length: int, why: str = "is not in guest memory") -> None:
+        super().__init__(f"guest-physical range {gpa:#x}+{length} {why}")
+        self.gpa = gpa
+        self.length = length
+
+
+class StateError(PvclockError):
+    """`operation` is not possible in `state`; `allowed` says what would make it so."""
+
+    def __init__(self, operation: str, state: str, allowed: str) -> None:
+        super().__init__(f"{operation}: {state}; {allowed}")
+        self.operation = operation
+        self.state = state
+        self.allowed = allowed
+
+
+class MsrFault(PvclockError):
+    """The guest may not touch MSR `index` (or not with `value`, None for a read): it gets #GP(0)."""
+
+    def __init__(self, index: int, value: int | None = None, why: str = "not served") -> None:
+        access = f"RDMSR {index:#x}" if value is None else f"WRMSR {index:#x} := {value:#x}"
+        super().__init__(f"{access}: {why}")
+        self.index = index
+        self.value = value
+
+
+class TscOffsetNotHonoured(PvclockError):
+    """The host accepted TSC offset `offset` (ticks, modulo 2^64), but the guest's RDTSC does not show it."""
+
+    def __init__(self, offset: int) -> None:
+        super().__init__(
+            f"TSC offset not honoured by this host: set to {offset:#x}, but the guest's TSC is the host's; "
+            "run guests that need an offset on a VMX or SVM host"
+        )
+        self.offset = offset
+
+
+class GuestCrashed(PvclockError):
+    """vCPU `vcpu` left the guest by the exit `reason` and cannot go on (a triple fault, an emulation failure)."""
+
+    def __init__(self, vcpu: int, reason: object) -> None:
+        super().__init__(f"the guest crashed on vCPU {vcpu}: {reason}")
+        self.vcpu = vcpu
+        self.reason = reason
+
+
+class KvmError(PvclockError, OSError):
+    """A KVM system call failed: `call` names it, `errno` is the kernel's reason."""
+
+    def __init__(self, call: str, errno: int, advice: str = "") -> None:
+        reason = f"{_errno.errorcode.get(errno, errno)} ({os.strerror(errno)})"
+        super().__init__(errno, f"{call}: {reason}" + (f"; {advice}" if advice else ""))
+        self.call = call
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class KvmUnavailable(KvmError):
+    """/dev/kvm cannot be used on this machine as it is; the message says what to do about it."""
+
+
+class MissingCapability(KvmError):
+    """This host's KVM lacks `capability`, which the operation needs."""
+
+    def __init__(self, capability: str, purpose: str) -> None:
+        super().__init__(capability, _errno.EOPNOTSUPP, f"this host's KVM lacks it; needed {purpose}")
+        self.capability = capability

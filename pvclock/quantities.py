@@ -1,0 +1,29 @@
+"""The quantities of guest time, one type each, so that a type checker catches what the eye does not.
+
+All are plain ints at run time.  Ticks and addresses are unsigned 64-bit and wrap; nanoseconds of the guest's clock
+are unsigned 64-bit and do not wrap within 584 years.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NewType
+
+__all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs"]
+
+HostTsc = NewType("HostTsc", int)
+"""Ticks of the host's time stamp counter."""
+
+GuestTsc = NewType("GuestTsc", int)
+"""Ticks as the guest's RDTSC returns them: host ticks, scaled, plus the vCPU's offset."""
+
+RefNs = NewType("RefNs", int)
+"""Nanoseconds of the host's reference clock."""
+
+GuestNs = NewType("GuestNs", int)
+"""Nanoseconds of the guest's monotonic clock."""
+
+Gpa = NewType("Gpa", int)
+"""A guest-physical address."""
+
+NS_PER_S: Final = 1_000_000_000
+U64_MASK: Final = (1 << 64) - 1

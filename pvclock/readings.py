@@ -1,0 +1,66 @@
+"""What is read from a clock's pages: the page as it stands, what a guest makes of it, and what a churn did.
+
+Field names are the ABI's where the ABI has one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pvclock.quantities import GuestNs, GuestTsc, HostTsc
+
+__all__ = ["Churn", "ClockLine", "Reading", "TimeInfo"]
+
+
+class TimeInfo(NamedTuple):
+    """One pvclock page (struct pvclock_vcpu_time_info) as it lies in guest memory."""
+
+    version: int
+    tsc_timestamp: GuestTsc
+    system_time: GuestNs
+    tsc_to_system_mul: int
+    tsc_shift: int
+    flags: int
+
+
+class Reading(NamedTuple):
+    """What a vCPU's guest computes at one instant: its TSC, its clock (ns), and the page's version and flags."""
+
+    tsc: GuestTsc
+    ns: GuestNs
+    version: int
+    flags: int
+
+
+class ClockLine(NamedTuple):
+    """A straight piece of guest time: ns + rem/den at host TSC `tsc`, and num/den ns more with each tick."""
+
+    tsc: HostTsc
+    ns: GuestNs
+    rem: int
+    num: int
+    den: int
+
+
+class Churn(NamedTuple):
+    """What a run of publishes did, seen at each break point.
+
+    Steps are new line minus old line (ns, 0 or 1 by contract); `behind` and `ahead` are how far the new line was from
+    the timeline (ns, whole).
+    """
+
+    publishes: int
+    least_step_ns: int
+    most_step_ns: int
+    most_behind_ns: int
+    most_ahead_ns: int
+
+    def plus(self, later: Churn) -> Churn:
+        """This run and a later one, as one."""
+        return Churn(
+            self.publishes + later.publishes,
+            min(self.least_step_ns, later.least_step_ns),
+            max(self.most_step_ns, later.most_step_ns),
+            max(self.most_behind_ns, later.most_behind_ns),
+            max(self.most_ahead_ns, later.most_ahead_ns),
+        )
