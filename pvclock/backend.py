@@ -1,0 +1,145 @@
+"""Where host time comes from and where TSC offsets go: what a clock needs of the machine under it.
+
+`Backend` is the interface; `SimulatedBackend` is host time by hand, for tests and simulators; `HostBackend` is this
+host without virtual machines.  The one for vCPUs on /dev/kvm is pvclock.kvm.backend.KvmBackend.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from pvclock._core import Counter, HostCounter, SimulatedCounter, sample_clock
+from pvclock.errors import RangeError, TscOffsetNotHonoured
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs
+
+__all__ = ["Backend", "HostBackend", "SimulatedBackend", "measure_tsc_hz"]
+
+
+class Backend(Protocol):
+    """Host time and TSC offsets, for one VM."""
+
+    @property
+    def counter(self) -> Counter:
+        """The host TSC."""
+
+    @property
+    def tsc_hz(self) -> int:
+        """The host TSC's nominal frequency in Hz."""
+
+    @property
+    def tsc_stable(self) -> bool:
+        """Do all host CPUs' TSCs run in step?"""
+
+    @property
+    def kernel_features(self) -> int:
+        """KVM feature bits (CPUID 0x40000001 EAX) that the host kernel serves beside the engine."""
+
+    def realtime(self) -> tuple[HostTsc, int]:
+        """One instant as host TSC and as ns of UTC since 1970."""
+
+    def set_tsc_offset(self, vcpu: int, offset: int) -> None:
+        """Make vCPU's guest TSC the host's plus `offset`; TscOffsetNotHonoured if its guest would not see that."""
+
+    def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
+        """Keep all vCPUs out of the guest meanwhile.  `vcpu` is the caller's own, which is out already."""
+
+
+class SimulatedBackend:
+    """Host time that moves when told to, exactly.
+
+    `tsc` (ticks), `ref_ns` (the reference clock) and `realtime_ns` (UTC since 1970) can be set one by one to play a
+    fault.  With honours_tsc_offset=False it plays a host that takes offsets and ignores them.
+    """
+
+    def __init__(
+        self,
+        tsc_hz: int,
+        tsc: int = 0,
+        ref_ns: int = 0,
+        realtime_ns: int = 0,
+        *,
+        tsc_stable: bool = True,
+        honours_tsc_offset: bool = True,
+        kernel_features: int = 0,
+    ) -> None:
+        if not 0 < tsc_hz < 1 << 64:
+            raise RangeError(f"tsc_hz is {tsc_hz}; it must be in [1, 2^64)")
+        self.counter = SimulatedCounter(tsc)
+        self.tsc_hz = tsc_hz
+        self.tsc_stable = tsc_stable
+        self.kernel_features = kernel_features
+        self.ref_ns = RefNs(ref_ns)
+        self.realtime_ns = realtime_ns
+        self.tsc_offsets: dict[int, int] = {}
+        self._honours_tsc_offset = honours_tsc_offset
+        self._tick_remainder = 0  # of NS_PER_S: the part of a tick that advance() still owes
+
+    @property
+    def tsc(self) -> HostTsc:
+        """Ticks modulo 2^64; settable."""
+        return HostTsc(self.counter.value)
+
+    @tsc.setter
+    def tsc(self, ticks: int) -> None:
+        self.counter.value = ticks
+
+    def advance(self, *, ns: int) -> None:
+        """Let `ns` of host time pass: on the reference, in UTC and, to the last fraction of a tick, on the TSC."""
+        if ns < 0:
+            raise RangeError(f"advance(ns={ns}): time passes forwards; set tsc or ref_ns to play a step back")
+        ticks, self._tick_remainder = divmod(ns * self.tsc_hz + self._tick_remainder, NS_PER_S)
+        self.counter.value = (self.counter.value + ticks) & U64_MASK
+        self.ref_ns = RefNs(self.ref_ns + ns)
+        self.realtime_ns += ns
+
+    def realtime(self) -> tuple[HostTsc, int]:
+        """See Backend."""
+        return self.tsc, self.realtime_ns
+
+    def set_tsc_offset(self, vcpu: int, offset: int) -> None:
+        """See Backend."""
+        if offset and not self._honours_tsc_offset:
+            raise TscOffsetNotHonoured(offset)
+        self.tsc_offsets[vcpu] = offset
+
+    def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
+        """See Backend: no vCPU runs here."""
+        return nullcontext()
+
+
+class HostBackend:
+    """This host's own TSC and clocks, and no vCPU: for readers in this process.  It honours no TSC offset."""
+
+    tsc_stable = True
+    kernel_features = 0
+
+    def __init__(self, tsc_hz: int | None = None) -> None:
+        self.counter = HostCounter()
+        self.tsc_hz = measure_tsc_hz() if tsc_hz is None else tsc_hz
+
+    def realtime(self) -> tuple[HostTsc, int]:
+        """See Backend; true to within half of the narrowest bracket of 8, some 20 ns."""
+        tsc, ns, _ = sample_clock(time.CLOCK_REALTIME)
+        return HostTsc(tsc), ns
+
+    def set_tsc_offset(self, vcpu: int, offset: int) -> None:
+        """See Backend."""
+        if offset:
+            raise TscOffsetNotHonoured(offset)
+
+    def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
+        """See Backend: no vCPU runs here."""
+        return nullcontext()
+
+
+def measure_tsc_hz(seconds: float = 0.1) -> int:
+    """This host's TSC frequency against CLOCK_MONOTONIC_RAW, to the kHz nearest, in Hz.
+
+    For hosts that do not say it (KVM does: Kvm.host_tsc_khz()).  Good to about 100 ns / seconds.
+    """
+    tsc0, ns0, _ = sample_clock(time.CLOCK_MONOTONIC_RAW)
+    time.sleep(seconds)
+    tsc1, ns1, _ = sample_clock(time.CLOCK_MONOTONIC_RAW)
+    return round((tsc1 - tsc0) * 10**6 / (ns1 - ns0)) * 1000
