@@ -1,0 +1,90 @@
+"""What a host's KVM must and may be able to do, and how to get at it.
+
+The tables are the one place that says which capability is needed for what; `open_kvm` checks them once.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Final, NamedTuple
+
+from pvclock.errors import KvmError, KvmUnavailable, MissingCapability
+from pvclock.kvm._ioctls import CAPABILITY_NUMBERS, Kvm
+
+__all__ = ["OPTIONAL", "REQUIRED", "Capability", "open_kvm", "value_of"]
+
+API_VERSION: Final = 12
+
+
+class Capability(NamedTuple):
+    """A KVM capability and what pvclock uses it for."""
+
+    name: str
+    purpose: str
+
+
+REQUIRED: Final = (
+    Capability("KVM_CAP_USER_MEMORY", "for guest memory"),
+    Capability("KVM_CAP_SET_TSS_ADDR", "to start guests in real mode"),
+    Capability("KVM_CAP_IRQCHIP", "to start a guest's other vCPUs"),
+    Capability("KVM_CAP_GET_TSC_KHZ", "for the TSC's frequency"),
+    Capability("KVM_CAP_IMMEDIATE_EXIT", "to pause vCPUs without a race (Linux 4.12)"),
+    Capability("KVM_CAP_X86_USER_SPACE_MSR", "to serve the clock's MSRs (Linux 5.10)"),
+    Capability("KVM_CAP_X86_MSR_FILTER", "to take the clock's MSRs from the kernel (Linux 5.10)"),
+    Capability("KVM_CAP_VCPU_ATTRIBUTES", "to set and know the guest's TSC offset (Linux 5.16)"),
+)
+
+OPTIONAL: Final = (
+    Capability("KVM_CAP_ADJUST_CLOCK", "to read the kernel's kvmclock and host TSC at one instant"),
+    Capability("KVM_CAP_ENFORCE_PV_FEATURE_CPUID", "to make the kernel's MSRs obey CPUID"),
+    Capability("KVM_CAP_KVMCLOCK_CTRL", "to tell a guest on the kernel's clock that it was stopped"),
+    Capability("KVM_CAP_STEAL_TIME", "to compare steal time"),
+    Capability("KVM_CAP_TSC_CONTROL", "to run a guest at another TSC frequency"),
+    Capability("KVM_CAP_VM_TSC_CONTROL", "to set that frequency for a whole VM"),
+    Capability("KVM_CAP_TSC_DEADLINE_TIMER", "for the guest's deadline timer"),
+    Capability("KVM_CAP_HYPERV_TIME", "to compare the Hyper-V clock"),
+)
+
+ADVICE: Final = {
+    errno.ENOENT: "load the kvm_intel or kvm_amd module and enable virtualisation in the firmware (or, in a VM, nested "
+    "virtualisation)",
+    errno.EACCES: "run as root or join the group that owns it: sudo usermod -aG kvm $USER, then log in again",
+    errno.EPERM: "run as root or allow the device in this container's device policy",
+    errno.EBUSY: "another hypervisor (VirtualBox, VMware) uses the CPU's virtualisation; stop its VMs first",
+    errno.ENODEV: "the CPU's virtualisation is off or in use; enable it in the firmware",
+}
+
+
+def open_kvm(path: str = "/dev/kvm") -> Kvm:
+    """An open /dev/kvm that can do all that is REQUIRED.
+
+    KvmUnavailable says what to do where it cannot be opened; MissingCapability names what this host's KVM lacks.
+    """
+    try:
+        kvm = Kvm(path)
+    except KvmError as error:
+        reason = int(error.errno or 0)
+        raise KvmUnavailable(f"open {path}", reason, ADVICE.get(reason, "")) from None
+    try:
+        _check(kvm, path)
+    except BaseException:
+        kvm.close()
+        raise
+    return kvm
+
+
+def value_of(kvm: Kvm, name: str) -> int:
+    """KVM_CHECK_EXTENSION of a capability by name: 0 if absent."""
+    return kvm.check_extension(CAPABILITY_NUMBERS[name])
+
+
+def _check(kvm: Kvm, path: str) -> None:
+    try:
+        version = kvm.get_api_version()
+    except KvmError as error:
+        raise KvmUnavailable(f"open {path}", int(error.errno or 0), "it is not KVM's device") from None
+    if version != API_VERSION:
+        raise KvmUnavailable(f"open {path}", errno.EPROTO, f"KVM API {version}; pvclock speaks {API_VERSION}")
+    for capability in REQUIRED:
+        if value_of(kvm, capability.name) == 0:
+            raise MissingCapability(capability.name, capability.purpose)

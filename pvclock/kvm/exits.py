@@ -1,0 +1,126 @@
+"""Why KVM_RUN returned, one type an exit, with what the VMM needs to act on it.
+
+An exit that pvclock does not know is an `UnknownExit` with its number, not an error.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+from typing import NamedTuple, TypeAlias
+
+__all__ = [
+    "Exit",
+    "FailEntry",
+    "Halt",
+    "InternalError",
+    "Interrupted",
+    "IoIn",
+    "IoOut",
+    "Mmio",
+    "MsrExitReason",
+    "RdmsrExit",
+    "Shutdown",
+    "SystemEvent",
+    "UnknownExit",
+    "WrmsrExit",
+]
+
+
+class MsrExitReason(IntFlag):
+    """Why an MSR access came to user space (KVM_MSR_EXIT_REASON_*)."""
+
+    INVAL = 1
+    UNKNOWN = 2
+    FILTER = 4
+
+
+class Interrupted(NamedTuple):
+    """A kick or a signal; the guest did not exit by itself."""
+
+
+class IoOut(NamedTuple):
+    """OUT: `data` holds all repetitions, `size` bytes each."""
+
+    port: int
+    size: int
+    data: bytes
+
+
+class IoIn(NamedTuple):
+    """IN of `repeats` items of `size` bytes; answer with Vcpu.complete_io()."""
+
+    port: int
+    size: int
+    repeats: int
+
+
+class Mmio(NamedTuple):
+    """An access to guest-physical memory without a slot; `data` of a write; a read is answered by complete_mmio()."""
+
+    gpa: int
+    length: int
+    data: bytes | None
+
+
+class RdmsrExit(NamedTuple):
+    """RDMSR; answer with Vcpu.complete_msr()."""
+
+    msr: int
+    reason: MsrExitReason
+
+
+class WrmsrExit(NamedTuple):
+    """WRMSR; answer with Vcpu.complete_msr()."""
+
+    msr: int
+    value: int
+    reason: MsrExitReason
+
+
+class Halt(NamedTuple):
+    """HLT, on a VM without an in-kernel irqchip."""
+
+
+class Shutdown(NamedTuple):
+    """A triple fault."""
+
+
+class SystemEvent(NamedTuple):
+    """KVM_EXIT_SYSTEM_EVENT."""
+
+    type: int
+
+
+class FailEntry(NamedTuple):
+    """The hardware refused the guest's state."""
+
+    reason: int
+
+
+class InternalError(NamedTuple):
+    """KVM gave up, mostly on an instruction that it cannot emulate."""
+
+    suberror: int
+    data: tuple[int, ...]
+
+
+class UnknownExit(NamedTuple):
+    """An exit without a type here."""
+
+    number: int
+
+
+Exit: TypeAlias = (
+    Interrupted
+    | IoOut
+    | IoIn
+    | Mmio
+    | RdmsrExit
+    | WrmsrExit
+    | Halt
+    | Shutdown
+    | SystemEvent
+    | FailEntry
+    | InternalError
+    | UnknownExit
+)
