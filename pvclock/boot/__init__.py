@@ -1,0 +1,16 @@
+"""Boot images: found out by their content, put into guest memory, entered as their protocol says."""
+
+from __future__ import annotations
+
+from pvclock._core import GuestMemory
+from pvclock.boot import flat, multiboot
+from pvclock.boot.entry import EntryState, enter
+
+__all__ = ["EntryState", "enter", "load"]
+
+
+def load(memory: GuestMemory, image: bytes, cmdline: str = "") -> EntryState:
+    """Load `image`: as multiboot if it has that header, else as a flat real-mode image; ImageError if it cannot be."""
+    if multiboot.find_header(image) is None:
+        return flat.load(memory, image)
+    return multiboot.load(memory, image, cmdline)

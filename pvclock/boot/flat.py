@@ -1,0 +1,25 @@
+"""Flat images: bytes that are put at an address and run from their first byte in real mode."""
+
+from __future__ import annotations
+
+from pvclock._core import GuestMemory
+from pvclock.boot.entry import EntryState
+from pvclock.boot.layout import FLAT_BASE
+from pvclock.errors import GuestAddressError, ImageError
+
+__all__ = ["load"]
+
+REAL_MODE_END = 0x10000
+
+
+def load(memory: GuestMemory, image: bytes, base: int = FLAT_BASE) -> EntryState:
+    """Put `image` at `base`; ImageError if it is empty, begins beyond 64 KiB or does not fit guest memory."""
+    if not image:
+        raise ImageError("the image is empty")
+    if not 0 <= base < REAL_MODE_END:
+        raise ImageError(f"a flat image at {base:#x}; real mode begins below {REAL_MODE_END:#x}")
+    try:
+        memory.write(base, image)
+    except GuestAddressError as error:
+        raise ImageError(f"the image does not fit guest memory: {error}") from None
+    return EntryState(protected_mode=False, rip=base, registers={})

@@ -1,0 +1,129 @@
+"""Multiboot-1 images: 32-bit ELF files with a multiboot header, entered in protected mode.
+
+Source: Multiboot Specification 0.6.96, sections 3.1 (header), 3.2 (machine state), 3.3 (information); ELF-32 of the
+System V ABI.  The address fields that replace ELF ("a.out kludge") are not taken, nor video modes.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, NamedTuple
+
+from pvclock._core import GuestMemory
+from pvclock.boot.entry import EntryState
+from pvclock.boot.layout import MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES, MULTIBOOT_INFO
+from pvclock.errors import GuestAddressError, ImageError
+
+__all__ = ["find_header", "load"]
+
+HEADER_MAGIC: Final = 0x1BADB002
+HEADER_SEARCH_BYTES: Final = 8192
+BOOTLOADER_MAGIC: Final = 0x2BADB002
+
+WANTS_PAGE_ALIGNED_MODULES: Final = 1 << 0
+WANTS_MEMORY_INFO: Final = 1 << 1
+REQUIREMENTS: Final = 0xFFFF
+"""Header flags that a loader must understand; the higher ones it may ignore, but for the a.out addresses."""
+HAS_AOUT_ADDRESSES: Final = 1 << 16
+
+INFO_MEMORY: Final = 1 << 0
+INFO_CMDLINE: Final = 1 << 2
+INFO_MEMORY_MAP: Final = 1 << 6
+INFO_BYTES: Final = 52
+MEMORY_MAP_ENTRY: Final = struct.Struct("<IQQI")
+RAM: Final = 1
+
+ELF_IDENT_32_LITTLE: Final = b"\x7fELF\x01\x01\x01"
+ELF_HEADER: Final = struct.Struct("<16sHHIIIIIHHHHHH")
+ELF_SEGMENT: Final = struct.Struct("<IIIIIIII")
+ET_EXEC: Final = 2
+EM_386: Final = 3
+PT_LOAD: Final = 1
+
+
+class Segment(NamedTuple):
+    """A part of the file (bytes) that goes to guest-physical `gpa`, followed by zeroes up to `memory_bytes`."""
+
+    gpa: int
+    content: bytes
+    memory_bytes: int
+
+
+def find_header(image: bytes) -> int | None:
+    """The flags of the multiboot header, or None if the image has none."""
+    for offset in range(0, min(len(image), HEADER_SEARCH_BYTES) - 11, 4):
+        magic, flags, checksum = struct.unpack_from("<III", image, offset)
+        if magic == HEADER_MAGIC and (magic + flags + checksum) % (1 << 32) == 0:
+            return int(flags)
+    return None
+
+
+def load(memory: GuestMemory, image: bytes, cmdline: str = "") -> EntryState:
+    """Load a multiboot ELF image and its boot information; ImageError, with memory untouched, if it cannot be."""
+    flags = find_header(image)
+    if flags is None:
+        raise ImageError(f"no multiboot header in the first {HEADER_SEARCH_BYTES} bytes")
+    unknown = flags & REQUIREMENTS & ~(WANTS_PAGE_ALIGNED_MODULES | WANTS_MEMORY_INFO)
+    if unknown or flags & HAS_AOUT_ADDRESSES:
+        raise ImageError(f"multiboot header flags {flags:#x}: only page alignment and memory information are offered")
+    entry, segments = _parse_elf(image)
+    info = _boot_information(memory, cmdline)
+    for segment in segments:
+        _check_fits(memory, segment.gpa, segment.memory_bytes)
+    for segment in segments:
+        memory.write(segment.gpa, segment.content + bytes(segment.memory_bytes - len(segment.content)))
+    memory.write(MULTIBOOT_INFO, info)
+    memory.write(MULTIBOOT_CMDLINE, cmdline.encode() + b"\0")
+    return EntryState(protected_mode=True, rip=entry, registers={"rax": BOOTLOADER_MAGIC, "rbx": MULTIBOOT_INFO})
+
+
+def _parse_elf(image: bytes) -> tuple[int, list[Segment]]:
+    if len(image) < ELF_HEADER.size or not image.startswith(ELF_IDENT_32_LITTLE):
+        raise ImageError("not a 32-bit little-endian ELF file")
+    _, kind, machine, _, entry, table, _, _, _, entry_bytes, count, *_ = ELF_HEADER.unpack_from(image)
+    if kind != ET_EXEC or machine != EM_386:
+        raise ImageError(f"ELF type {kind}, machine {machine}: only executables (2) for the 80386 (3) can be loaded")
+    if entry_bytes != ELF_SEGMENT.size or table + count * ELF_SEGMENT.size > len(image):
+        raise ImageError(f"ELF program header table at {table:#x} is damaged: {count} entries of {entry_bytes} bytes")
+    segments = [_parse_segment(image, table + i * ELF_SEGMENT.size) for i in range(count)]
+    loaded = [segment for segment in segments if segment is not None]
+    if not loaded:
+        raise ImageError("the ELF file has nothing to load")
+    return entry, loaded
+
+
+def _parse_segment(image: bytes, at: int) -> Segment | None:
+    kind, offset, _, gpa, file_bytes, memory_bytes, _, _ = ELF_SEGMENT.unpack_from(image, at)
+    if kind != PT_LOAD or memory_bytes == 0:
+        return None
+    if offset + file_bytes > len(image) or file_bytes > memory_bytes:
+        raise ImageError(
+            f"ELF segment at {gpa:#x}: {file_bytes} bytes from {offset:#x} of a file of {len(image)}, "
+            f"{memory_bytes} in memory"
+        )
+    return Segment(gpa, image[offset : offset + file_bytes], memory_bytes)
+
+
+def _check_fits(memory: GuestMemory, gpa: int, length: int) -> None:
+    if not any(base <= gpa and gpa + length <= base + size for base, size in memory.slots):
+        raise ImageError(f"ELF segment {gpa:#x}+{length:#x} is not in guest memory: {memory.slots}")
+
+
+def _boot_information(memory: GuestMemory, cmdline: str) -> bytes:
+    if len(cmdline.encode()) >= MULTIBOOT_CMDLINE_BYTES or "\0" in cmdline:
+        raise ImageError(
+            f"command line of {len(cmdline)} characters: at most {MULTIBOOT_CMDLINE_BYTES - 1}, and no NUL"
+        )
+    entries = b"".join(MEMORY_MAP_ENTRY.pack(MEMORY_MAP_ENTRY.size - 4, base, size, RAM) for base, size in memory.slots)
+    info = bytearray(INFO_BYTES)
+    upper_kib = max((base + size - (1 << 20)) // 1024 for base, size in memory.slots)
+    struct.pack_into("<III", info, 0, INFO_MEMORY | INFO_CMDLINE | INFO_MEMORY_MAP, 640, max(upper_kib, 0))
+    struct.pack_into("<I", info, 16, MULTIBOOT_CMDLINE)
+    struct.pack_into("<II", info, 44, len(entries), MULTIBOOT_INFO + INFO_BYTES)
+    if INFO_BYTES + len(entries) > MULTIBOOT_CMDLINE - MULTIBOOT_INFO:
+        raise ImageError(f"{len(memory.slots)} slots of guest memory are more than the boot information holds")
+    try:
+        memory.read(MULTIBOOT_INFO, MULTIBOOT_CMDLINE + MULTIBOOT_CMDLINE_BYTES - MULTIBOOT_INFO)
+    except GuestAddressError as error:
+        raise ImageError(f"no room for the boot information: {error}") from None
+    return bytes(info) + entries
