@@ -1,0 +1,167 @@
+"""What a guest sees of its clock: clockprobe run for a while, and what it and the host found.
+
+The same observation is made of the engine's clock and of the kernel's, so that the two can be laid side by side.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Final, Literal, NamedTuple
+
+from pvclock._core import read_time_info
+from pvclock.errors import StateError
+from pvclock.machine.machine import Machine
+from pvclock.payloads import clockprobe, probe
+from pvclock.quantities import NS_PER_S
+from pvclock.readings import Churn, TimeInfo
+
+__all__ = ["STORM_DILATIONS", "Observation", "Storm", "observe", "probe_machine", "storm"]
+
+BOOT_LIMIT_S: Final = 60.0
+EXIT_LIMIT_S: Final = 10.0
+
+STORM_DILATIONS: Final = [Fraction(n, d) for n, d in ((10, 1), (1, 10), (1, 1), (355, 113), (7, 3), (1, 3), (9, 8))]
+"""Rates from 1/10 to 10/1, taken in turn."""
+
+BURST: Final = 1000
+"""Publishes in one go; between bursts the readers have the CPUs to themselves."""
+REST_S: Final = 0.004
+
+
+class Observation(NamedTuple):
+    """One clock, as its guest saw it.
+
+    rate_ppb: guest nanoseconds against nominal TSC time, from a vCPU's first to its last reading, beside 1; true to
+    rate_bound_ppb, which is what 2 ns are over that span.  wall_clock_error_ns: the record plus the guest's time
+    against the host's time of day.
+    """
+
+    clock: str
+    pages: list[TimeInfo]
+    tsc_hz: int
+    rate_ppb: float
+    rate_bound_ppb: float
+    wall_clock_ns: int
+    wall_clock_error_ns: int
+    records: list[probe.ProbeRecord]
+
+
+class Storm(NamedTuple):
+    """A guest reading while its clock changes rate and anchor all the time."""
+
+    seconds: float
+    churn: Churn
+    records: list[probe.ProbeRecord]
+
+    @property
+    def publishes_per_second(self) -> float:
+        """Over the whole run, rests included."""
+        return self.churn.publishes / self.seconds
+
+    @property
+    def reads(self) -> int:
+        """Of all vCPUs."""
+        return sum(record.reads for record in self.records)
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Readings that no correct clock gives, by kind, over all vCPUs."""
+        return failures(self.records)
+
+
+def failures(records: list[probe.ProbeRecord]) -> dict[str, int]:
+    """Backward, wild and torn readings, summed over `records`."""
+    kinds = ("backward_own", "backward_cross", "wild", "torn")
+    return {kind: sum(getattr(record, kind) for record in records) for kind in kinds}
+
+
+def probe_machine(clock: Literal["engine", "kernel"], vcpus: int) -> Machine:
+    """A machine with clockprobe in it, not started yet."""
+    return Machine(clockprobe(), vcpus=vcpus, clock=clock, cmdline=f"cpus={vcpus}")
+
+
+def wait_until_reading(machine: Machine) -> None:
+    """Return once all vCPUs of a started clockprobe read their clock; StateError if they do not."""
+    deadline = time.monotonic() + BOOT_LIMIT_S
+    while (block := probe.read_block(machine.memory)) is None or block.phase < probe.Phase.READING:
+        if machine.runner.join(0.001):
+            machine.wait()  # says why it ended
+            break
+        if time.monotonic() > deadline:
+            raise StateError("observe", f"clockprobe has not begun after {BOOT_LIMIT_S} s", "see the console")
+    if block is None or block.cpus_arrived != len(machine.vcpus):
+        raise StateError("observe", f"not all {len(machine.vcpus)} vCPUs of clockprobe began: {block}", "try again")
+
+
+def finish(machine: Machine) -> list[probe.ProbeRecord]:
+    """Let clockprobe end, and return what its vCPUs found."""
+    probe.stop(machine.memory)
+    machine.wait(EXIT_LIMIT_S)
+    return [probe.read_record(machine.memory, vcpu) for vcpu in range(len(machine.vcpus))]
+
+
+def observe(clock: Literal["engine", "kernel"], seconds: float, vcpus: int = 2) -> Observation:
+    """Let clockprobe read `clock`, left alone, for `seconds`."""
+    with probe_machine(clock, vcpus) as machine:
+        tsc_hz = machine.vcpus[0].get_tsc_khz() * 1000
+        machine.start()
+        wait_until_reading(machine)
+        time.sleep(seconds)
+        epoch_ns = _host_epoch_ns(machine)
+        records = finish(machine)
+        pages = [read_time_info(machine.memory, probe.time_page_address(vcpu)) for vcpu in range(vcpus)]
+        wall_clock_ns = _wall_clock_ns(machine)
+    first = records[0]
+    nominal_ns = Fraction((first.last_tsc - first.first_tsc) * NS_PER_S, tsc_hz)
+    return Observation(
+        clock=clock,
+        pages=pages,
+        tsc_hz=tsc_hz,
+        rate_ppb=float(((first.last_ns - first.first_ns) / nominal_ns - 1) * NS_PER_S),
+        rate_bound_ppb=float(2 * NS_PER_S / nominal_ns),
+        wall_clock_ns=wall_clock_ns,
+        wall_clock_error_ns=wall_clock_ns - epoch_ns,
+        records=records,
+    )
+
+
+def storm(
+    seconds: float,
+    vcpus: int = 2,
+    dilations: list[Fraction] = STORM_DILATIONS,
+    progress: Callable[[Storm], None] = lambda _: None,
+) -> Storm:
+    """Let clockprobe read while its pages are republished as fast as possible at ever other rates.
+
+    `progress` hears of the state now and then.  The publishes come in bursts, with rests in which nothing changes.
+    """
+    with probe_machine("engine", vcpus) as machine:
+        clock = machine.clock
+        assert clock is not None  # noqa: S101  # the engine's machine has one
+        machine.start()
+        wait_until_reading(machine)
+        begin = time.monotonic()
+        so_far = Storm(0.0, clock.churn(BURST, dilations), [])
+        while so_far.seconds < seconds:
+            time.sleep(REST_S)
+            churn = so_far.churn.plus(clock.churn(BURST, dilations))
+            records = [probe.read_record(machine.memory, vcpu) for vcpu in range(vcpus)]
+            so_far = Storm(time.monotonic() - begin, churn, records)
+            progress(so_far)
+        return so_far._replace(records=finish(machine))
+
+
+def _host_epoch_ns(machine: Machine) -> int:
+    """UTC at guest time 0, in ns, by the host's clocks."""
+    if machine.clock is not None:
+        tsc, realtime_ns = machine.clock.backend.realtime()
+        return realtime_ns - machine.clock.at(tsc).__floor__()
+    now = machine.vm.get_clock()
+    return now["realtime"] - now["clock"]
+
+
+def _wall_clock_ns(machine: Machine) -> int:
+    _, sec, nsec = (int.from_bytes(machine.memory.read(probe.WALL_CLOCK + at, 4), "little") for at in (0, 4, 8))
+    return sec * NS_PER_S + nsec

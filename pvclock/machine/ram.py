@@ -1,0 +1,32 @@
+"""A VM's RAM: a memfd, shared with whoever shall see it and never with a forked child."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from pvclock.errors import ConfigError
+
+__all__ = ["Ram"]
+
+
+class Ram:
+    """`length` bytes of zeroed, page-aligned memory, as `buffer` here and as `fd` for another process."""
+
+    def __init__(self, length: int) -> None:
+        if length <= 0 or length % mmap.PAGESIZE:
+            raise ConfigError(f"RAM of {length} bytes; give a positive multiple of {mmap.PAGESIZE}")
+        self.fd = os.memfd_create("pvclock-ram", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, length)
+            self.buffer = mmap.mmap(self.fd, length, mmap.MAP_SHARED)
+        except (OSError, ValueError) as error:
+            os.close(self.fd)
+            raise ConfigError(f"RAM of {length} bytes: {error}") from None
+        # A fork would share the pages with a child and, for private ones, copy them away from under the guest.
+        self.buffer.madvise(mmap.MADV_DONTFORK)
+
+    def close(self) -> None:
+        """Give the memory back; whoever maps it must have let go before."""
+        self.buffer.close()
+        os.close(self.fd)
