@@ -1,0 +1,60 @@
+# Everything is set up on first use, in .venv; a second run installs and builds nothing without need.
+
+PYTHON ?= python3
+
+# Debian packages that tests want and the build does not. What the build needs, scripts/make-venv.sh knows.
+DEBIAN_PACKAGES :=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STEP := scripts/step.sh
+export PYTHON VENV
+
+SOURCES := $(shell find pvclock -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.s')
+CYTHON := $(filter %.pyx %.pxd,$(SOURCES))
+MODULES := $(subst /,.,$(basename $(filter %.pyx,$(SOURCES))))
+
+# Stamps: what was done, for which Python and which packages.
+INSTALLED := $(VENV)/stamps/installed-$(notdir $(PYTHON))
+BUILT := $(VENV)/stamps/built-$(notdir $(PYTHON))
+PACKAGES := $(VENV)/stamps/$(subst $() ,+,packages $(sort $(DEBIAN_PACKAGES)))
+
+.PHONY: build demo test bench lint clean help
+
+build: $(BUILT) ## build the extension modules in place (the default)
+	@:
+
+demo: build ## show a guest's clock at work
+	@$(BIN)/pvclock demo
+
+test: lint $(PACKAGES) ## build, lint, and run every test that this machine can run
+	@$(BIN)/python -m pytest
+
+bench: build ## run the benchmarks
+	@$(BIN)/python -m pytest bench --benchmark-only
+
+lint: build ## check style and types
+	@$(STEP) "ruff check" $(BIN)/ruff check --no-fix .
+	@$(STEP) "ruff format" $(BIN)/ruff format --diff .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(STEP) "cython-lint" $(BIN)/cython-lint $(CYTHON)
+	@$(STEP) "mypy" $(BIN)/mypy
+	@$(STEP) "stubtest" $(BIN)/stubtest $(MODULES)
+
+clean: ## remove what was built; .venv stays
+	@rm -rf build dist *.egg-info $(VENV)/stamps/built-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	@find pvclock \( -name '*.so' -o -name '*.c' \) -delete
+	@find pvclock qemu_glue tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+$(INSTALLED): pyproject.toml setup.py scripts/make-venv.sh
+	@scripts/make-venv.sh
+	@mkdir -p $(@D) && touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	@$(STEP) "build $(words $(MODULES)) extension modules" $(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(PACKAGES): $(INSTALLED)
+	@if scripts/debian-packages.sh $(DEBIAN_PACKAGES); then touch $@; else echo "  going on without them: tests that need them are skipped"; fi

@@ -1,0 +1,46 @@
+"""The extension modules and the directives they are compiled with; all else is in pyproject.toml."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+# -Werror: these modules write into guest memory, so a warning is read before it is shipped.
+FLAGS = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"]
+
+# A changed header, or changed flags here, rebuild what includes it.
+DEPENDS = [*Path("pvclock/include").glob("*.h"), Path("setup.py")]
+
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,  # indices are checked where a caller's value comes in
+    "wraparound": False,
+    "initializedcheck": False,
+    "cdivision": True,  # C's division: the Python faces refuse a divisor of zero
+    "auto_pickle": False,  # pages and file descriptors have no meaning in another process
+    "autotestdict": False,  # else every doctest runs twice
+    "embedsignature": False,  # the stubs carry the signatures
+}
+
+
+def module(name: str, *flags: str, depends: Iterable[Path] = ()) -> Extension:
+    """Return one extension module, its source found by its name."""
+    return Extension(
+        name,
+        [name.replace(".", "/") + ".pyx"],
+        include_dirs=["pvclock/include"],
+        extra_compile_args=[*FLAGS, *flags],
+        depends=[str(file) for file in (*DEPENDS, *depends)],
+    )
+
+
+setup(
+    ext_modules=[
+        module("pvclock._core"),
+        module("pvclock._bulk"),
+        module("pvclock.kvm._ioctls"),
+        # The payloads are assembled into this module by gas `.include`, which looks in the -I folders.
+        module("pvclock.payloads._images", "-Wa,-Ipvclock/payloads", depends=Path("pvclock/payloads").glob("*.s")),
+    ],
+    options={"build_ext": {"cython_directives": DIRECTIVES}},
+)
