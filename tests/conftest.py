@@ -1,0 +1,58 @@
+"""What holds for every test: it names the rows it proves, and it is skipped only with a reason that helps."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# No deadline: a slow moment of a shared machine is no failure.
+settings.register_profile("dev", deadline=None, print_blob=True)
+settings.register_profile("ci", deadline=None, print_blob=True, max_examples=1000, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+ROWS_TSV = Path(__file__).parents[1] / "docs" / "rows.tsv"
+
+
+@cache
+def row_ids() -> frozenset[str]:
+    """Return the ids of docs/rows.tsv, and "style" for tests of the tree itself."""
+    lines = ROWS_TSV.read_text(encoding="utf-8").splitlines()[1:]
+    return frozenset(line.partition("\t")[0] for line in lines) | {"style"}
+
+
+def row_complaint(item: pytest.Item) -> str | None:
+    """Return what is wrong with a test's rows, or None."""
+    rows = [row for mark in item.iter_markers("row") for row in mark.args]
+    if not rows:
+        return 'no @pytest.mark.row(...): name the rows it proves, or "style"'
+    unknown = sorted(set(rows) - row_ids())
+    return f"rows that docs/rows.tsv does not have: {', '.join(unknown)}" if unknown else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse the whole run when a test's rows are missing or unknown."""
+    complaints = {item.nodeid.partition("[")[0]: complaint for item in items if (complaint := row_complaint(item))}
+    if complaints:
+        raise pytest.UsageError("\n".join(f"{test}: {complaint}" for test, complaint in complaints.items()))
+
+
+@cache
+def kvm_obstacle() -> str | None:
+    """Return why /dev/kvm cannot be opened and what helps, or None when it can."""
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return "no /dev/kvm: load kvm_intel or kvm_amd (in a virtual machine: enable nesting), or use the lab"
+    except PermissionError:
+        return "no right to open /dev/kvm: run as root, or join its group: usermod -aG kvm USER, then log in again"
+    except OSError as error:
+        return f"/dev/kvm does not open: {error.strerror}; see the kernel log (dmesg)"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `kvm` where there is no usable KVM."""
+    if item.get_closest_marker("kvm") and (obstacle := kvm_obstacle()):
+        pytest.skip(obstacle)

@@ -1,0 +1,223 @@
+"""The reference for every formula of the guest clocks: unbounded integers, slow and obvious.
+
+Written from the description of Linux's behaviour alone, never from pvclock's own headers, so that the two can
+disagree. Where C wraps, the wrap is spelled out here as `% U64` or `% U32`. Names follow the kernel's.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from struct import Struct
+from typing import NamedTuple, Self
+
+U32 = 2**32
+U64 = 2**64
+NS_PER_S = 10**9
+
+TSC_STABLE, GUEST_STOPPED = 1, 2
+
+
+class Scale(NamedTuple):
+    """The fixed-point factor of the ABI: `x` becomes `((x << shift) * mul) >> 32`."""
+
+    mul: int
+    shift: int
+
+
+def time_scale(scaled_hz: int, base_hz: int) -> Scale:
+    """Return what Linux's kvm_get_time_scale() makes of these two frequencies, bit for bit.
+
+    Zero hertz, and 2**63 scaled hertz, whose double is 0 in 64 bits, leave Linux in an endless loop: ValueError.
+    """
+    if not (0 <= scaled_hz < U64 and 0 <= base_hz < U64):
+        raise ValueError(f"not a pair of unsigned 64-bit frequencies: {scaled_hz}, {base_hz}")
+    if base_hz == 0 or scaled_hz * 2 % U64 == 0:
+        raise ValueError(f"Linux never returns from time_scale({scaled_hz}, {base_hz})")
+
+    scaled, base, shift = scaled_hz, base_hz, 0
+    while base > scaled * 2 % U64 or base >= U32:
+        base >>= 1
+        shift -= 1
+    while base <= scaled or scaled >= U32:
+        if scaled >= U32 or base >= U32 // 2:
+            scaled >>= 1
+        else:
+            base <<= 1
+        shift += 1
+    return Scale((scaled << 32) // base, shift)
+
+
+def nearest_scale(scaled_hz: int, base_hz: int) -> Scale:
+    """Return the pair with `2**31 <= mul < 2**32` whose rate is nearest to scaled/base; a tie goes up."""
+    target = Fraction(scaled_hz, base_hz) * U32
+    shift = 0
+    while target >= U32:
+        target, shift = target / 2, shift + 1
+    while target < U32 // 2:
+        target, shift = target * 2, shift - 1
+    mul = int(target + Fraction(1, 2))
+    return Scale(U32 // 2, shift + 1) if mul == U32 else Scale(mul, shift)
+
+
+def scale_rate(mul: int, shift: int) -> Fraction:
+    """Return the exact factor that a pair stands for."""
+    return Fraction(mul, U32) * Fraction(2) ** shift
+
+
+def rate_error_ppb(scaled_hz: int, base_hz: int, mul: int, shift: int) -> Fraction:
+    """Return by how many parts per billion a pair runs faster than scaled/base."""
+    return (scale_rate(mul, shift) * base_hz / scaled_hz - 1) * 10**9
+
+
+def scale_delta(delta: int, mul: int, shift: int) -> int:
+    """Return pvclock_scale_delta() of an unsigned 64-bit delta.
+
+    A left shift drops high bits. A shift by 64 or more, undefined in C, leaves nothing.
+    """
+    if not 0 <= delta < U64:
+        raise ValueError(f"not an unsigned 64-bit delta: {delta}")
+    if abs(shift) >= 64:
+        return 0
+    shifted = (delta << shift) % U64 if shift >= 0 else delta >> -shift
+    return shifted * mul >> 32
+
+
+def ticks_to_reach(ns: int, mul: int, shift: int) -> int | None:
+    """Return the fewest ticks whose scale_delta() is at least `ns`.
+
+    None where that takes 2**64 ticks or more, or so many that the left shift would drop a bit.
+    """
+    if ns <= 0:
+        return 0
+    if mul == 0 or abs(shift) >= 64:
+        return None
+    shifted = -(-(ns << 32) // mul)  # the fewest that reach ns once they are shifted
+    ticks = -(-shifted // 2**shift) if shift >= 0 else shifted << -shift
+    is_lossless = ticks < U64 and (shift < 0 or ticks << shift < U64)
+    return ticks if is_lossless else None
+
+
+def pvclock_tsc_khz(mul: int, shift: int) -> int:
+    """Return the TSC frequency that a Linux guest derives from its page."""
+    khz = (10**6 << 32) // mul
+    return (khz << -shift) % U64 if shift < 0 else khz >> shift
+
+
+# Fraction bits of the hardware's TSC ratio: Intel VMX, AMD SVM; and the ratio that KVM refuses, with all above it.
+VMX_FRAC_BITS, SVM_FRAC_BITS = 48, 32
+TSC_RATIO_LIMIT = {VMX_FRAC_BITS: 2**64 - 1, SVM_FRAC_BITS: 2**40 - 1}
+
+
+def tsc_ratio(guest_khz: int, host_khz: int, frac_bits: int) -> int:
+    """Return the hardware ratio for a guest TSC frequency, or raise ValueError where KVM refuses it."""
+    ratio = (guest_khz << frac_bits) // host_khz
+    if not 0 < ratio < TSC_RATIO_LIMIT[frac_bits]:
+        raise ValueError(f"no {frac_bits}-bit ratio for {guest_khz} kHz on {host_khz} kHz")
+    return ratio
+
+
+def scale_tsc(host_tsc: int, ratio: int, frac_bits: int) -> int:
+    """Return the guest's count, before any offset, at a count of the host."""
+    return (host_tsc * ratio >> frac_bits) % U64
+
+
+@dataclass(frozen=True)
+class TimeInfo:
+    """One struct pvclock_vcpu_time_info, as its bytes in guest memory say."""
+
+    version: int
+    pad0: int
+    tsc_timestamp: int
+    system_time: int
+    tsc_to_system_mul: int
+    tsc_shift: int
+    flags: int
+    pad: int
+
+    LAYOUT = Struct("<IIQQIbBH")
+
+    @classmethod
+    def parse(cls, page: bytes) -> Self:
+        """Read the 32 bytes of a page."""
+        return cls(*cls.LAYOUT.unpack(page))
+
+    @property
+    def is_being_updated(self) -> bool:
+        """An odd version: a guest reads again."""
+        return self.version % 2 == 1
+
+    def read(self, tsc: int) -> int:
+        """Return the nanoseconds that a guest computes at its TSC; one before the timestamp wraps, unguarded."""
+        delta = (tsc - self.tsc_timestamp) % U64
+        return (self.system_time + scale_delta(delta, self.tsc_to_system_mul, self.tsc_shift)) % U64
+
+
+def version_odd(version: int) -> int:
+    """Return what KVM stores before it changes a time page."""
+    return (version + 1 | 1) % U32
+
+
+def version_even(odd: int) -> int:
+    """Return what KVM stores once a time page is whole again."""
+    return (odd + 1) % U32
+
+
+def wall_version_odd(version: int) -> int:
+    """Return what KVM stores before it changes the wall clock: an odd version is made even first."""
+    if version % 2 == 1:
+        version += 1
+    return (version + 1) % U32
+
+
+def wall_version_even(odd: int) -> int:
+    """Return what KVM stores once the wall clock is whole again."""
+    return (odd + 1) % U32
+
+
+class VcpuTscOracle:
+    """One vCPU's TSC: an offset to the scaled host TSC, and the guest's own IA32_TSC_ADJUST."""
+
+    def __init__(
+        self, *, offset: int = 0, ratio: int = 1 << 48, frac_bits: int = VMX_FRAC_BITS, offers_adjust: bool = True
+    ) -> None:
+        """Begin at the given offset; `offers_adjust` is CPUID.7.0:EBX[1]."""
+        self.offset = offset % U64
+        self.adjust = 0
+        self._ratio, self._frac_bits, self._offers_adjust = ratio, frac_bits, offers_adjust
+
+    def read(self, host_tsc: int) -> int:
+        """Return what rdtsc gives in the guest."""
+        return (scale_tsc(host_tsc, self._ratio, self._frac_bits) + self.offset) % U64
+
+    def guest_write_tsc(self, value: int, host_tsc: int) -> None:
+        """Guest WRMSR 0x10: offset and adjust move together."""
+        moved = value - self.read(host_tsc)
+        self.offset = (self.offset + moved) % U64
+        self.adjust = (self.adjust + moved) % U64
+
+    def guest_write_adjust(self, value: int) -> None:
+        """Guest WRMSR 0x3b: the TSC moves by the difference; ignored where CPUID does not offer it."""
+        if self._offers_adjust:
+            self.offset = (self.offset + value - self.adjust) % U64
+            self.adjust = value % U64
+
+    def host_write_tsc(self, value: int, host_tsc: int) -> None:
+        """Host write of 0x10 that joins no generation of synchronised vCPUs: adjust keeps its value."""
+        self.offset = (self.offset + value - self.read(host_tsc)) % U64
+
+    def host_write_adjust(self, value: int) -> None:
+        """Host write of 0x3b: the TSC stays; ignored where CPUID does not offer it."""
+        if self._offers_adjust:
+            self.adjust = value % U64
+
+
+@dataclass(frozen=True)
+class ExactLine:
+    """One affine piece of a timeline, without any rounding."""
+
+    tsc0: int
+    ns0: Fraction
+    rate: Fraction  # ns per tick
+
+    def at(self, tsc: int) -> Fraction:
+        """Return the exact nanoseconds at a TSC value, before or after `tsc0`."""
+        return self.ns0 + (tsc - self.tsc0) * self.rate

@@ -1,0 +1,133 @@
+"""Publishing under fire: readers race a writer that changes the clock's rate at every publish.
+
+The program is tests/native/publish_stress.c.  The product must pass it, and publishers with one defect each must not.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.stress
+
+ROOT = Path(__file__).parents[2]
+INCLUDE = ROOT / "pvclock" / "include"
+SOURCE = ROOT / "tests" / "native" / "publish_stress.c"
+COMPILE = ("cc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+
+# What no guest may see, and what would let it: readings on the wrong side of a break point.
+FAULTS = ("backward_own", "backward_cross", "wild", "torn", "late_old", "early_new")
+
+# A broken publisher is noticed within 0.5 s unless other programs keep the CPUs from running both threads at once.
+RUNS_MAX = 6
+
+Report = dict[str, Any]
+Stress = Callable[..., Report]
+
+
+class Defect(NamedTuple):
+    """A broken publisher, the counter that gives it away, and the reader and pages that it takes."""
+
+    publisher: str
+    fault: str
+    reader: str = "linux"
+    pages: int = 8
+    skew_ticks: int = 0
+
+
+DEFECTS = (
+    Defect("no_odd_phase", "torn"),
+    Defect("no_odd_phase", "backward_own"),
+    Defect("bare_rdtsc", "late_old"),
+    Defect("bare_rdtsc", "backward_own"),
+    Defect("no_margin", "late_old", reader="unfenced", pages=1),
+    Defect("no_margin", "backward_own", reader="unfenced", pages=1),
+    # An even version takes about 100 ticks to reach the other CPU here, so a TSC that is behind by less is hidden.
+    Defect("timestamp_now", "wild", pages=1, skew_ticks=512),
+    Defect("one_page_at_a_time", "backward_own"),
+)
+
+
+@pytest.fixture(scope="session")
+def stress(tmp_path_factory: pytest.TempPathFactory) -> Stress:
+    """Return a function that runs the program, with its options as keywords, and returns its report."""
+    program = tmp_path_factory.mktemp("publish_stress") / "publish_stress"
+    subprocess.run([*COMPILE, f"-I{INCLUDE}", str(SOURCE), "-o", str(program)], check=True)
+
+    def run(**options: str | float) -> Report:
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        done = subprocess.run([program, *arguments], check=True, capture_output=True, timeout=60)
+        report: Report = json.loads(done.stdout)
+        return report
+
+    return run
+
+
+def faults(report: Report) -> Report:
+    """Return the counters that are not 0, of a run in which there was something to count."""
+    assert report["reads"] > 1000
+    assert report["publishes"] > 1000
+    assert report["generations"] > 0
+    return {name: report[name] for name in FAULTS if report[name]}
+
+
+@pytest.mark.row("K-08", "E9")
+@pytest.mark.parametrize("pages", [1, 8, 64])
+@pytest.mark.parametrize("reader", ["linux", "unfenced"])
+def test_readings_are_whole_and_never_go_back(stress: Stress, reader: str, pages: int) -> None:
+    """No reading is torn, goes back on any vCPU, or is on the wrong side of a break point."""
+    assert not faults(stress(reader=reader, pages=pages))
+
+
+@pytest.mark.row("K-08", "E9")
+@pytest.mark.parametrize("readers", [1, 4])
+def test_pages_that_share_no_cache_line_or_page(stress: Stress, readers: int) -> None:
+    """It is the same with every clock in a memory page of its own, and with more threads than CPUs."""
+    assert not faults(stress(pages=64, stride=4096, readers=readers))
+
+
+@pytest.mark.row("E9")
+def test_one_tick_of_skew_is_not_seen(stress: Stress) -> None:
+    """A vCPU whose TSC is one tick behind reads no centuries and turns nobody's clock back."""
+    assert not faults(stress(skew_ticks=1))
+
+
+@pytest.mark.row("E9")
+@pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
+def test_skew_within_the_lead_never_underflows(stress: Stress, start_ns: int) -> None:
+    """Where TSCs are so far apart that order is lost, still no reading underflows, on a clock of any age."""
+    assert not stress(skew_ticks=512, pages=1, start_ns=start_ns)["wild"]
+
+
+@pytest.mark.row("E11", "E9")
+@pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
+def test_lines_meet_at_the_break_point(stress: Stress, start_ns: int) -> None:
+    """At every break point the new line shows what the old one does, or 1 ns more."""
+    report = stress(start_ns=start_ns, readers=1)
+    assert not faults(report)
+    assert (report["least_step_ns"], report["most_step_ns"]) == (0, 1)
+
+
+@pytest.mark.row("E11")
+@pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
+def test_pages_keep_to_the_exact_timeline(stress: Stress, start_ns: int) -> None:
+    """However many anchors: a page is within 2 ns, the ticks that its shift cuts and mul's quantum of the timeline."""
+    report = stress(start_ns=start_ns, readers=1)
+    assert not report["beyond_bound"], report
+
+
+@pytest.mark.row("K-08", "E9")
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="a race needs two CPUs: widen the affinity (taskset -c 0,1)"
+)
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: f"{defect.publisher}-{defect.fault}")
+def test_a_broken_publisher_is_noticed(stress: Stress, defect: Defect) -> None:
+    """The test has teeth: each rule of the protocol, left out alone, is noticed."""
+    options = defect._asdict()
+    fault = options.pop("fault")
+    reports = (stress(**options, readers=1, seconds=0.5) for _ in range(RUNS_MAX))
+    assert any(report[fault] for report in reports)

@@ -1,0 +1,189 @@
+"""Imports go down only: the layers of ARCHITECTURE.md, as a table, held against every import and cimport."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.row("style")
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pvclock"
+
+# From the bottom up. A name stands for the module or the whole subpackage; "pvclock" alone is the public face.
+LAYERS: tuple[set[str], ...] = (
+    {"errors", "quantities", "readings", "_abi", "_math", "_publish"},
+    {"_core", "_bulk"},
+    {
+        *("timeline", "catchup", "discipline", "sampling", "tsc", "timers", "events"),
+        *("backend", "kvm", "boot", "payloads"),
+    },
+    {"providers"},
+    {"guestclock", "clockstate", "ticker"},
+    {"machine"},
+    {"pvclock"},
+    {"convert", "commands", "meter", "__main__"},
+)
+POLICY = {"timeline", "catchup", "discipline", "sampling", "tsc", "timers", "events"}
+
+# What a layer's height alone does not forbid: who may not know whom, and why.
+STRANGERS = {
+    "kvm": POLICY | {"boot", "payloads"},  # runs vCPUs, calls the handler that it is given
+    "boot": POLICY | {"payloads"},  # loads images and sets a vCPU to their entry
+    "payloads": POLICY,  # are images
+    **{policy: {"kvm", "boot", "payloads"} for policy in POLICY},  # pure: no I/O, no machine
+}
+
+# Below guestclock.py these alone may read a clock; all else is handed what it needs.
+CLOCK_READERS = {"backend", "kvm"}
+
+# What qemu_glue may use beside the names in pvclock.__all__.
+PUBLIC_SUBPACKAGES = ("pvclock.commands", "pvclock.convert", "pvclock.kvm", "pvclock.machine", "pvclock.meter")
+
+# What `import pvclock` must not load.
+HEAVY = ("qemu", "rich", "importlib.metadata", "dataclasses", "logging")
+
+CYTHON_IMPORT = re.compile(
+    r"""^[ \t]* (?: from \s+ ([\w.]+) \s+ c?import \s+ (\([^)]*\) | .*)   # from module cimport (names)
+                 | c?import \s+ (.*) )                                     # cimport modules""",
+    re.MULTILINE | re.VERBOSE,
+)
+
+
+def modules() -> list[Path]:
+    """Return every Python and Cython source of the package."""
+    return sorted(file for kind in ("py", "pyx", "pxd") for file in PACKAGE.rglob(f"*.{kind}"))
+
+
+def dotted(file: Path) -> str:
+    """Return a source's module name."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Give each module that a source imports or cimports, `from x import y` as x.y, relative ones resolved."""
+    package = dotted(file) if file.stem == "__init__" else dotted(file).rpartition(".")[0]
+    pairs = python_imports(file) if file.suffix == ".py" else cython_imports(file)
+    for origin, name in pairs:
+        dots = len(origin) - len(origin.lstrip("."))
+        base = package.split(".")[: len(package.split(".")) - dots + 1] if dots else []
+        yield ".".join(filter(None, [*base, origin[dots:], name]))
+
+
+def python_imports(file: Path) -> Iterator[tuple[str, str]]:
+    """Give (module, name) of each import statement, also of those inside functions."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = "." * node.level + (node.module or "")
+            yield from ((origin, alias.name) for alias in node.names)
+
+
+def cython_imports(file: Path) -> Iterator[tuple[str, str]]:
+    """Give (module, name) of each import and cimport statement."""
+    text = re.sub(r"#.*", "", file.read_text(encoding="utf-8"))
+    for origin, names, plain in CYTHON_IMPORT.findall(text):
+        for name in filter(None, map(str.strip, (names or plain).strip("() \t\n").split(","))):
+            first = name.split()[0]  # without "as other"
+            yield (origin, first) if origin else (first, "")
+
+
+def subject(name: str) -> str | None:
+    """Return what LAYERS calls a module of pvclock: a direct child, or "pvclock" for a name of the public face."""
+    root, _, rest = name.partition(".")
+    if root != "pvclock":
+        return None
+    child = rest.partition(".")[0]
+    is_module = any(PACKAGE.glob(f"{child}.py*")) or any(PACKAGE.glob(f"{child}.pxd")) or (PACKAGE / child).is_dir()
+    return child if child and is_module else "pvclock"
+
+
+def height(name: str) -> int:
+    """Return a subject's layer, counted from the bottom."""
+    for level, names in enumerate(LAYERS):
+        if name in names:
+            return level
+    raise AssertionError(f"pvclock/{name} has no layer: give it one in tests/test_layering.py and ARCHITECTURE.md")
+
+
+def internal_imports() -> Iterator[tuple[Path, str, str]]:
+    """Give (source, its subject, imported module) for each import of one part of pvclock by another."""
+    for file in modules():
+        own = subject(dotted(file)) or ""
+        yield from ((file, own, name) for name in imported(file) if subject(name) not in {None, own})
+
+
+def test_imports_go_down_only() -> None:
+    """No module imports one of a higher layer, or a neighbour that it is not to know."""
+    wrong = []
+    for file, own, name in internal_imports():
+        other = subject(name) or ""
+        if height(other) > height(own) or other in STRANGERS.get(own, ()):
+            wrong.append(f"{file.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_pvclock_knows_no_face_and_no_test() -> None:
+    """Nothing in pvclock imports qemu_glue, tests or bench."""
+    outside = {"qemu_glue", "tests", "bench"}
+    assert not [(dotted(file), name) for file in modules() for name in imported(file) if name.split(".")[0] in outside]
+
+
+def test_providers_know_no_other_provider() -> None:
+    """A provider imports its interface; only the package itself knows them all."""
+    wrong = [
+        f"{file.stem} imports {name}"
+        for file in (PACKAGE / "providers").glob("*.py")
+        if file.stem != "__init__"
+        for name in imported(file)
+        if name.startswith("pvclock.providers") and not name.startswith("pvclock.providers.interface")
+    ]
+    assert not wrong
+
+
+def test_time_is_handed_in_below_the_guest_clock() -> None:
+    """Below guestclock.py nothing but the backend and the KVM runner imports a clock."""
+    limit = height("guestclock")
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in modules()
+        if (own := subject(dotted(file)) or "") not in CLOCK_READERS and height(own) < limit
+        for name in imported(file)
+        if name.split(".")[0] in {"time", "datetime"}
+    ]
+    assert not wrong
+
+
+def test_qemu_glue_uses_the_public_interface() -> None:
+    """The device face takes names of pvclock.__all__ and of the documented subpackages."""
+    public = {f"pvclock.{name}" for name in public_names()} | {"pvclock"}
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in (ROOT / "qemu_glue").rglob("*.py")
+        for name in imported(file)
+        if name.split(".")[0] == "pvclock" and name not in public and not name.startswith(PUBLIC_SUBPACKAGES)
+    ]
+    assert not wrong
+
+
+def public_names() -> list[str]:
+    """Return pvclock.__all__, read without importing it."""
+    for node in ast.parse((PACKAGE / "__init__.py").read_bytes()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in targets] == ["__all__"]:
+            return list(ast.literal_eval(node.value))
+    raise AssertionError("pvclock/__init__.py assigns no __all__")
+
+
+def test_import_is_light() -> None:
+    """`import pvclock` loads nothing that only some callers need."""
+    program = "import sys; before = set(sys.modules); import pvclock; print(*set(sys.modules) - before)"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    heavy = sorted(set(HEAVY) & set(loaded.stdout.split()))
+    assert not heavy
