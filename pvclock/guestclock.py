@@ -31,7 +31,8 @@ from pvclock.tsc import VcpuTsc
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
 
 MAX_AGE_S: Final = 2.0
-"""Pages older than this may be more than 1 ns off the timeline: mul is worth up to 0.47 ppb."""
+"""Refresh pages at least this often, in seconds of guest time.  mul is up to 0.47 ppb slow, so an older page has lost
+more than the 1 ns that a refresh can give back; the rest comes back at the next ones."""
 
 MSR_IA32_TSC: Final = 0x10
 MSR_IA32_TSC_ADJUST: Final = 0x3B

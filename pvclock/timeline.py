@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from pvclock._core import ClockScale
 from pvclock.errors import RangeError
-from pvclock.quantities import NS_PER_S, GuestNs, HostTsc
+from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc
 from pvclock.readings import ClockLine
 
 __all__ = ["Timeline"]
@@ -35,7 +35,10 @@ class Timeline:
 
     def at(self, tsc: HostTsc) -> Fraction:
         """Guest time in ns at host TSC `tsc`, exactly; before the segment's beginning it stands still."""
-        return self._ns + max(tsc - self._tsc, 0) * self._ns_per_tick(self._dilation)
+        ticks = (tsc - self._tsc) & U64_MASK
+        if ticks > U64_MASK // 2:
+            return self._ns
+        return self._ns + ticks * self._ns_per_tick(self._dilation)
 
     def turn(self, tsc: HostTsc, dilation: Fraction) -> None:
         """Begin a segment at `tsc`, where the old one ends, with another rate."""

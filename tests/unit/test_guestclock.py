@@ -1,0 +1,252 @@
+"""A clock on a simulated host: what pages show against the exact timeline, and that it never steps."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pvclock import (
+    ConfigError,
+    GuestClock,
+    GuestMemory,
+    GuestNs,
+    RangeError,
+    SimulatedBackend,
+    StateError,
+    TimeInfo,
+)
+from pvclock.guestclock import MAX_AGE_S
+from tests import oracle
+
+SYSTEM_TIME = 0x4B564D01
+PAGES = (0x2000, 0x2040)
+NS_PER_S = 10**9
+MAX_AGE_NS = int(MAX_AGE_S * NS_PER_S)
+
+
+def a_clock(tsc_hz: int, tsc: int = 0, vcpus: int = 1) -> tuple[GuestClock, SimulatedBackend, GuestMemory]:
+    """A clock whose vCPUs have registered their pages, its backend and its memory."""
+    backend = SimulatedBackend(tsc_hz, tsc)
+    memory = GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, vcpus, backend=backend)
+    for vcpu in range(vcpus):
+        clock.write_msr(vcpu, SYSTEM_TIME, PAGES[vcpu] | 1)
+    return clock, backend, memory
+
+
+def shown(memory: GuestMemory, vcpu: int, tsc: int) -> int:
+    """What a guest makes of its page at `tsc`, by the oracle's reader."""
+    return oracle.TimeInfo.parse(memory.read(PAGES[vcpu], 32)).read(tsc)
+
+
+def bound_ns(page: TimeInfo, rate: Fraction, age_ticks: int) -> Fraction:
+    """Design 2.3: 2 ns, the ticks that the right shift cuts, and 0.47 ppb of the page's age."""
+    cut_ticks = (1 << max(-page.tsc_shift, 0)) - 1
+    return 2 + cut_ticks * rate + Fraction(47, 10**11) * age_ticks * rate
+
+
+def page_of(clock: GuestClock, vcpu: int = 0) -> TimeInfo:
+    """vCPU's page, which must be there."""
+    page = clock.page(vcpu)
+    assert page is not None
+    return page
+
+
+@pytest.mark.row("K-10", "K-12", "E13")
+def test_a_guest_without_a_page_has_no_time() -> None:
+    """read() before a page is registered is a StateError that says what is missing; after it, it is ns."""
+    backend = SimulatedBackend(tsc_hz=2_596_132_000, tsc=0, ref_ns=0)
+    clock = GuestClock(GuestMemory(bytearray(1 << 20)), vcpus=2, provider="KVM", backend=backend)
+    with pytest.raises(StateError, match="vCPU 0 has no page") as caught:
+        clock.read(0)
+    assert caught.value.operation == "read"
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    backend.advance(ns=NS_PER_S)
+    assert abs(clock.read(0) - NS_PER_S) <= 1
+    with pytest.raises(StateError, match="vCPU 1"):
+        clock.read(1)
+    with pytest.raises(RangeError, match="vCPU 2"):
+        clock.read(2)
+
+
+@pytest.mark.row("K-13", "K-14")
+@given(tsc_hz=st.integers(1_000_000, 10**10), tsc=st.integers(0, 2**64 - 1), ns=st.integers(0, 10**15))
+def test_a_page_is_one_instant_and_never_now(tsc_hz: int, tsc: int, ns: int) -> None:
+    """The timestamp lies before the present on the page's own line, and the system time is not negative."""
+    backend, memory = SimulatedBackend(tsc_hz, tsc), GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, backend=backend)
+    backend.advance(ns=ns)
+    clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
+    page = page_of(clock)
+    lead_ticks = (backend.tsc - page.tsc_timestamp) % 2**64
+    assert page.system_time <= ns
+    assert lead_ticks >= min(2**14, ns * tsc_hz // NS_PER_S // 2 - 2 ** max(-page.tsc_shift, 0))
+    assert shown(memory, 0, backend.tsc) == clock.read(0)
+    assert abs(shown(memory, 0, backend.tsc) - clock.at(backend.tsc)) <= bound_ns(page, Fraction(NS_PER_S, tsc_hz), 0)
+
+
+@pytest.mark.row("E11", "E12", "E9")
+@given(
+    tsc_hz=st.integers(1_000_000, 10**10),
+    tsc=st.integers(0, 2**64 - 1),
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, MAX_AGE_NS),
+            st.none() | st.tuples(st.integers(1, 1000), st.integers(1, 1000)),
+        ),
+        max_size=30,
+    ),
+)
+@example(2_596_132_000, 0, [(1758, None)] * 300)  # 4565 ticks: 1.4 ns are lost in each, if they are
+@example(1_000_001_000, 0, [(10_000, None)] * 300)  # every short lead has a fraction of 0.98 ns
+@example(2_000_000_001, 0, [(NS_PER_S, None)] * 300)  # Linux's pair would be 0.5 ppb fast
+def test_pages_follow_the_timeline_and_never_step(
+    tsc_hz: int, tsc: int, steps: list[tuple[int, tuple[int, int] | None]]
+) -> None:
+    """At every refresh and change of rate the page goes on by 0 or +1 ns, within the bound of the exact timeline."""
+    clock, backend, memory = a_clock(tsc_hz, tsc)
+    line = oracle.ExactLine(backend.tsc, Fraction(0), Fraction(NS_PER_S, tsc_hz))
+    rate = line.rate
+    for advance_ns, dilation in steps:
+        tsc_before = backend.tsc
+        backend.advance(ns=min(advance_ns, int(MAX_AGE_NS * NS_PER_S / (rate * tsc_hz))))
+        before = shown(memory, 0, backend.tsc)
+        now = line.ns0 + (backend.tsc - tsc_before) % 2**64 * rate
+        line = oracle.ExactLine(backend.tsc, now, rate)
+        assert abs(before - now) <= bound_ns(page_of(clock), rate, (backend.tsc - tsc_before) % 2**64)
+        if dilation is None:
+            clock.refresh()
+        else:
+            clock.dilate(*dilation)
+            rate = Fraction(*dilation) * NS_PER_S / tsc_hz
+        after = shown(memory, 0, backend.tsc)
+        assert after - before in (0, 1)
+        assert abs(after - now) <= bound_ns(page_of(clock), rate, 0)
+        assert clock.at(backend.tsc) == now
+
+
+@pytest.mark.row("E11", "E9")
+@pytest.mark.parametrize(
+    ("tsc_hz", "ticks"),
+    [(2_596_132_000, 4565), (1_000_001_000, 10_000), (2_100_000_000, 5_001), (3_000_000_000, 2_999), (10**9, 1)],
+)
+def test_a_hundred_thousand_anchors_lose_nothing(tsc_hz: int, ticks: int) -> None:
+    """At spacings that lose most to rounding, 10^5 refreshes leave the page within 2 ns and the cut of the timeline."""
+    clock, backend, memory = a_clock(tsc_hz)
+    rate = Fraction(NS_PER_S, tsc_hz)
+    backend.advance(ns=10 * NS_PER_S)
+    for _ in range(100_000):
+        backend.tsc += ticks
+        clock.refresh()
+    error = shown(memory, 0, backend.tsc) - clock.at(backend.tsc)
+    assert abs(error) <= bound_ns(page_of(clock), rate, 0)
+
+
+@pytest.mark.row("E11")
+def test_what_is_missing_after_a_long_sleep_comes_back_without_a_step() -> None:
+    """A page left for an hour is behind by mul's quantum; each refresh gives back 1 ns, never more."""
+    clock, backend, memory = a_clock(3_000_000_000)
+    backend.advance(ns=3600 * NS_PER_S)
+    behind = clock.now() - shown(memory, 0, backend.tsc)
+    assert 800 < behind < 900  # 0.2328 ppb of an hour
+    for left in range(behind - 1, -1, -1):
+        clock.refresh()
+        assert clock.now() - shown(memory, 0, backend.tsc) == left
+
+
+@pytest.mark.row("E11", "E9")
+def test_a_tsc_that_steps_back_stops_the_clock() -> None:
+    """The host's TSC stepping back holds the clock where it was published; nothing underflows or crashes."""
+    clock, backend, memory = a_clock(10**9, tsc=10**12)
+    backend.advance(ns=NS_PER_S)
+    clock.refresh()
+    before = clock.read(0)
+    backend.tsc = 5
+    clock.refresh()
+    assert 0 <= before - clock.read(0) <= NS_PER_S
+    assert clock.now() == 0
+    assert shown(memory, 0, backend.tsc) == clock.read(0)
+
+
+@pytest.mark.row("K-12", "K-15", "K-16")
+@given(tsc_hz=st.integers(1_000_000, 10**10), ns=st.integers(0, 10**12))
+def test_all_vcpus_read_one_clock(tsc_hz: int, ns: int) -> None:
+    """Pages of all vCPUs, published together, show the same line, whichever vCPU registers or refreshes."""
+    clock, backend, memory = a_clock(tsc_hz, vcpus=2)
+    backend.advance(ns=ns)
+    clock.refresh()
+    first, second = page_of(clock, 0), page_of(clock, 1)
+    assert first._replace(version=0) == second._replace(version=0)
+    assert shown(memory, 0, backend.tsc) == shown(memory, 1, backend.tsc) == clock.read(1)
+
+
+@pytest.mark.row("E12", "P-06")
+@pytest.mark.parametrize(("numerator", "denominator"), [(0, 1), (1, 0), (-1, 2), (2**64, 1), (1, 2**63)])
+def test_rates_that_no_page_can_show_are_refused(numerator: int, denominator: int) -> None:
+    """A dilation of 0, a negative one or one with too long terms is an error, and the clock goes on as it was."""
+    clock, backend, _ = a_clock(2_596_132_000)
+    before = page_of(clock)
+    with pytest.raises(RangeError):
+        clock.dilate(numerator, denominator)
+    assert page_of(clock) == before
+    backend.advance(ns=NS_PER_S)
+    assert abs(clock.read(0) - NS_PER_S) <= 1
+
+
+@pytest.mark.row("E12", "P-08")
+@given(dilation=st.tuples(st.integers(1, 10**4), st.integers(1, 10**4)), ns=st.integers(0, 10**10))
+def test_dilated_time_is_exact(dilation: tuple[int, int], ns: int) -> None:
+    """Under dilation n/d guest time is exactly n/d of host time, whatever was before."""
+    clock, backend, _ = a_clock(10**9)
+    backend.advance(ns=12_345)
+    clock.dilate(*dilation)
+    backend.advance(ns=ns)
+    assert clock.at(backend.tsc) == 12_345 + ns * Fraction(*dilation)
+
+
+@pytest.mark.row("E9", "E12")
+def test_churn_is_many_publishes() -> None:
+    """churn() does what single publishes do, at C speed: versions, rate, no step, and the timeline goes on from it."""
+    clock, backend, _ = a_clock(2_596_132_000)
+    backend.advance(ns=20 * NS_PER_S)
+    churn = clock.churn(10, [Fraction(10), Fraction(1, 10)])
+    assert churn.publishes == 10
+    assert (churn.least_step_ns >= 0, churn.most_step_ns <= 1) == (True, True)
+    assert (churn.most_behind_ns <= 1, churn.most_ahead_ns <= 1) == (True, True)
+    assert page_of(clock).version == 2 + 2 * 10
+    before = clock.at(backend.tsc)
+    backend.advance(ns=NS_PER_S)
+    assert clock.at(backend.tsc) - before == NS_PER_S // 10
+    for publishes, dilations in ((0, [Fraction(1)]), (1, [])):
+        with pytest.raises(ConfigError, match="churn"):
+            clock.churn(publishes, dilations)
+
+
+@pytest.mark.row("E13")
+def test_simulated_time_moves_exactly() -> None:
+    """advance() moves TSC, reference and UTC by the same time, with no tick lost to rounding; each can be set alone."""
+    backend = SimulatedBackend(2_596_132_000)
+    for _ in range(1000):
+        backend.advance(ns=1_000_001)
+    assert (backend.tsc, backend.ref_ns) == (1_000_001_000 * 2_596_132_000 // NS_PER_S, 1_000_001_000)
+    backend.tsc = backend.tsc + 5
+    assert backend.realtime() == (backend.tsc, 1_000_001_000)
+    with pytest.raises(RangeError, match="forwards"):
+        backend.advance(ns=-1)
+    with pytest.raises(RangeError):
+        SimulatedBackend(0)
+
+
+@pytest.mark.row("K-08", "E9")
+def test_a_page_that_is_always_odd_is_an_error_in_bounded_time() -> None:
+    """A guest that spoils its own page's version makes read() fail, not hang; the next publish mends it."""
+    clock, _, memory = a_clock(10**9)
+    memory.write(PAGES[0], (77).to_bytes(4, "little"))
+    with pytest.raises(StateError, match="always odd"):
+        clock.read(0)
+    clock.refresh()
+    assert clock.read(0) == GuestNs(0)
+    assert page_of(clock).version == 80

@@ -1,0 +1,166 @@
+"""Guest memory: slots with holes, bounds that a guest cannot wrap, who hears of writes."""
+
+import mmap
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pvclock import ConfigError, GuestAddressError, GuestClock, GuestMemory, RangeError, SimulatedBackend
+
+SIZE = 0x10000
+
+
+@pytest.mark.row("K-03")
+@pytest.mark.parametrize("gpa", [2**64 - 8, 2**64 - 1, 2**64, -1, SIZE, SIZE - 7, 2**63])
+def test_what_is_not_there_is_an_error(gpa: int) -> None:
+    """An access that leaves guest memory, by wrapping round as well, raises GuestAddressError with its numbers."""
+    memory = GuestMemory(bytearray(SIZE))
+    for access in (lambda: memory.read(gpa, 8), lambda: memory.write(gpa, bytes(8))):
+        with pytest.raises(GuestAddressError) as caught:
+            access()
+        assert (caught.value.gpa, caught.value.length) == (gpa, 8)
+
+
+@pytest.mark.row("K-03")
+@given(gpa=st.integers(0, 2**64 - 1), length=st.integers(0, 2**64 - 1))
+def test_bounds_hold_for_every_address_and_length(gpa: int, length: int) -> None:
+    """Whatever the address and length, an access is inside one slot or an error."""
+    memory = GuestMemory()
+    memory.add_slot(0x1000, bytearray(0x2000))
+    memory.add_slot(2**64 - 0x1000, bytearray(0x1000))
+    slots = [(0x1000, 0x3000), (2**64 - 0x1000, 2**64)]
+    if any(low <= gpa < high and gpa + length <= high for low, high in slots):
+        assert memory.read(gpa, length) == bytes(length)
+    else:
+        with pytest.raises(GuestAddressError):
+            memory.read(gpa, length)
+
+
+@pytest.mark.row("K-03")
+def test_slots_have_holes_between_them() -> None:
+    """Each slot is its own buffer; what is between and across them is not memory."""
+    low, high = bytearray(0x1000), bytearray(0x1000)
+    memory = GuestMemory(low)
+    memory.add_slot(0x3000, high)
+    memory.write(0x3000, b"abc")
+    memory.write(0xFFD, b"xyz")
+    assert (bytes(high[:3]), bytes(low[-3:])) == (b"abc", b"xyz")
+    assert memory.slots == [(0, 0x1000), (0x3000, 0x1000)]
+    with pytest.raises(GuestAddressError):
+        memory.write(0xFFE, b"xyz")
+    assert bytes(low[-3:]) == b"xyz"
+
+
+@pytest.mark.row("K-03")
+@pytest.mark.parametrize("gpa", [0xFFF, 0, 0x1FFF])
+def test_slots_do_not_overlap(gpa: int) -> None:
+    """A slot on another one is refused, and nothing changes."""
+    memory = GuestMemory()
+    memory.add_slot(0x1000, bytearray(0x1000))
+    with pytest.raises(ConfigError, match="overlaps"):
+        memory.add_slot(gpa, bytearray(0x1001))
+    assert memory.slots == [(0x1000, 0x1000)]
+
+
+@pytest.mark.row("K-03")
+@pytest.mark.parametrize("buffer", [b"read-only", "text", 7, memoryview(bytearray(8))[::2], bytearray()])
+def test_only_writable_contiguous_buffers_are_memory(buffer: object) -> None:
+    """Anything else is refused with what is needed."""
+    with pytest.raises(ConfigError):
+        GuestMemory(buffer)
+
+
+@pytest.mark.row("K-03")
+def test_a_slot_ends_by_2_to_the_64() -> None:
+    """The last byte may be the last there is, and no further; an address beyond 64 bits is no address."""
+    memory = GuestMemory()
+    memory.add_slot(2**64 - 16, bytearray(16))
+    assert memory.read(2**64 - 16, 16) == bytes(16)
+    with pytest.raises(ConfigError, match=r"2\^64"):
+        memory.add_slot(2**64 - 64, bytearray(65))
+    with pytest.raises(RangeError):
+        memory.add_slot(2**64, bytearray(16))
+
+
+@pytest.mark.row("K-12")
+def test_writes_are_reported() -> None:
+    """on_dirty hears of each range that pvclock wrote, pages included, and of no read."""
+    memory = GuestMemory(bytearray(SIZE))
+    heard: list[tuple[int, int]] = []
+    memory.on_dirty = lambda gpa, length: heard.append((gpa, length))
+    memory.write(0x10, b"abc")
+    memory.read(0x10, 3)
+    clock = GuestClock(memory, backend=SimulatedBackend(10**9))
+    clock.write_msr(0, 0x4B564D01, 0x2000 | 1)
+    clock.write_msr(0, 0x4B564D00, 0x3000)
+    clock.read(0)
+    assert heard == [(0x10, 3), (0x2000, 32), (0x3000, 12)]
+
+
+@pytest.mark.row("K-12")
+def test_close_lets_go_of_the_buffers() -> None:
+    """After close() an mmap can be closed, nothing is memory any more, and a second close() does nothing."""
+    ram = mmap.mmap(-1, SIZE)
+    with GuestMemory(ram) as memory:
+        with pytest.raises(BufferError):
+            ram.close()
+        memory.write(0, b"x")
+    ram.close()
+    memory.close()
+    with pytest.raises(GuestAddressError):
+        memory.read(0, 1)
+
+
+@pytest.mark.row("K-03", "K-12")
+def test_a_page_comes_and_goes_with_its_slot() -> None:
+    """A page registered before its memory is there is published once it is, and left out when it is gone."""
+    memory = GuestMemory()
+    backend = SimulatedBackend(10**9)
+    clock = GuestClock(memory, backend=backend)
+    clock.write_msr(0, 0x4B564D01, 0x2000 | 1)
+    ram = bytearray(0x1000)
+    memory.add_slot(0x2000, ram)
+    assert not any(ram)
+    clock.refresh()
+    page = clock.page(0)
+    assert page is not None
+    assert page.version == 2
+    memory.remove_slot(0x2000)
+    before = bytes(ram)
+    clock.refresh()
+    assert bytes(ram) == before
+    with pytest.raises(GuestAddressError):
+        memory.remove_slot(0x2000)
+
+
+@pytest.mark.row("K-12", "E9")
+@pytest.mark.stress
+def test_slots_may_change_while_pages_are_published() -> None:
+    """Slots added and removed under a publishing thread neither crash nor write to memory that was taken away."""
+    memory = GuestMemory()
+    fixed, fleeting = bytearray(0x1000), bytearray(0x1000)
+    memory.add_slot(0x1000, fixed)
+    clock = GuestClock(memory, 2, backend=SimulatedBackend(10**9))
+    clock.write_msr(0, 0x4B564D01, 0x1000 | 1)
+    clock.write_msr(1, 0x4B564D01, 0x5000 | 1)
+    done = threading.Event()
+
+    def publish() -> None:
+        while not done.is_set():
+            clock.refresh()
+
+    publisher = threading.Thread(target=publish)
+    publisher.start()
+    for _ in range(2000):
+        memory.add_slot(0x5000, fleeting)
+        memory.remove_slot(0x5000)
+        taken_away = bytes(fleeting)
+        assert bytes(fleeting) == taken_away
+    done.set()
+    publisher.join()
+    clock.refresh()
+    page = clock.page(0)
+    assert page is not None
+    assert page.version % 2 == 0
