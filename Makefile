@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/stamps/installed-$(notdir $(PYTHON))
 BUILT := $(VENV)/stamps/built-$(notdir $(PYTHON))
 PACKAGES := $(VENV)/stamps/$(subst $() ,+,packages $(sort $(DEBIAN_PACKAGES)))
 
-.PHONY: build demo test bench lint clean help
+.PHONY: build demo test conformance bench lint clean help
 
 build: $(BUILT) ## build the extension modules in place (the default)
 	@:
@@ -29,6 +29,9 @@ demo: build ## show a guest's clock at work
 
 test: lint $(PACKAGES) ## build, lint, and run every test that this machine can run
 	@$(BIN)/python -m pytest
+
+conformance: build $(PACKAGES) ## run the tests and write docs/conformance.md
+	@$(BIN)/python -m pytest -q -p tests.conformance --conformance docs/conformance.md
 
 bench: build ## run the benchmarks
 	@$(BIN)/python -m pytest bench --benchmark-only

@@ -92,7 +92,7 @@ def a_clock(**options: object) -> tuple[GuestClock, SimulatedBackend]:
     return clock, backend
 
 
-@pytest.mark.row("J-03", "J-04", "P-17")
+@pytest.mark.row("J-03", "J-04")
 def test_the_clock_serves_both_msrs() -> None:
     """Guest writes of 0x10 and 0x3b move that vCPU's TSC, its offset on the host and the other MSR."""
     clock, backend = a_clock()
@@ -121,7 +121,7 @@ def test_a_guests_tsc_write_does_not_move_its_clock(value: int) -> None:
     assert page.tsc_timestamp == (value - (reading.tsc - page.tsc_timestamp)) % 2**64
 
 
-@pytest.mark.row("K-16", "J-09", "V-17")
+@pytest.mark.row("K-16", "J-09")
 def test_tscs_that_differ_are_not_stable() -> None:
     """STABLE goes from all pages when one vCPU's offset differs, and comes back when they agree again."""
     clock, _ = a_clock()

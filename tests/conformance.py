@@ -1,0 +1,94 @@
+"""A pytest plugin that writes docs/conformance.md: every row owed, and the tests that prove it.
+
+`make conformance` runs all tests with `-p tests.conformance --conformance docs/conformance.md`.  A row without a
+passing test is listed as open.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROWS_TSV = Path(__file__).parents[1] / "docs" / "rows.tsv"
+
+HEAD = """# Conformance
+
+Written by `make conformance`; do not edit. Each row of [rows.tsv](rows.tsv) with the tests that name it. **Where**:
+*library* is the engine on a simulated host or in this process, *real vCPU* is a guest on /dev/kvm. A row may be
+proven in part only: its tests say what they check. Rows without a passing test are *open*.
+
+VMCALL, #UD and RDTSC exits never reach user space on KVM; rows about them can be proven in the library alone.
+"""
+
+
+class Proof(NamedTuple):
+    """One test's outcome, for the rows that it names."""
+
+    test: str
+    where: str
+    passed: bool
+
+
+class Conformance:
+    """Collects outcomes by row."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.proofs: dict[str, set[Proof]] = defaultdict(set)
+        self.items: dict[str, pytest.Item] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Remember the items, whose marks a report no longer has."""
+        self.items = {item.nodeid: item for item in items}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """File a test's outcome under its rows."""
+        if report.when != "call":
+            return
+        item = self.items[report.nodeid]
+        where = "real vCPU" if item.get_closest_marker("kvm") else "library"
+        proof = Proof(report.nodeid.partition("[")[0], where, report.passed)
+        for mark in item.iter_markers("row"):
+            for row in mark.args:
+                self.proofs[row].add(proof)
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the document."""
+        self.target.write_text(self.document(), encoding="utf-8")
+
+    def document(self) -> str:
+        """The whole of it."""
+        rows = [line.split("\t") for line in ROWS_TSV.read_text(encoding="utf-8").splitlines()[1:]]
+        lines = [self.line(row, need, claim) for row, need, _, claim, *_ in rows]
+        proven = sum("| open |" not in line for line in lines)
+        head = f"{HEAD}\n{proven} of {len(rows)} rows have a passing test.\n\n"
+        return (
+            head
+            + "| row | need | claim | where | result | tests |\n|---|---|---|---|---|---|\n"
+            + "\n".join(lines)
+            + "\n"
+        )
+
+    def line(self, row: str, need: str, claim: str) -> str:
+        """One row of the table."""
+        proofs = self.proofs[row]
+        failed = {proof.test for proof in proofs if not proof.passed}
+        result = "open" if not proofs else f"FAILS: {len(failed)}" if failed else "passes"
+        where = ", ".join(sorted({proof.where for proof in proofs}))
+        tests = "<br>".join(sorted({proof.test.removeprefix("tests/") for proof in proofs}))
+        return f"| {row} | {need} | {claim.replace('|', '&#124;')} | {where} | {result} | {tests} |"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare --conformance."""
+    parser.addoption("--conformance", type=Path, metavar="FILE", help="write the table of rows to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect, if asked to."""
+    target = config.getoption("--conformance")
+    if target:
+        config.pluginmanager.register(Conformance(target))

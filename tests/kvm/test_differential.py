@@ -1,0 +1,124 @@
+"""The same MSR accesses on a real vCPU, served once by the kernel and once by the engine: nothing may differ.
+
+Compared are faults, read-backs, and of the page version, mul, shift and flags; times are not the same at two times.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pvclock import GuestNs, GuestTsc
+from tests.golden import TIME_VERSIONS
+from tests.kvm.msr_script import Access, Outcome, run_script
+
+pytestmark = pytest.mark.kvm
+
+WALL_CLOCK, SYSTEM_TIME, WALL_CLOCK_NEW, SYSTEM_TIME_NEW = 0x11, 0x12, 0x4B564D00, 0x4B564D01
+PAGE = 0x6000
+RECORD = 0x6800
+JUNK = [0, 1, 2, 17, 0x7FFFFFFE, 0xFFFFFFFE, 0xFFFFFFFF]
+
+
+def timeless(outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes without the two fields that are times."""
+    return [
+        each._replace(page=each.page._replace(tsc_timestamp=GuestTsc(0), system_time=GuestNs(0))) for each in outcomes
+    ]
+
+
+def assert_no_difference(accesses: list[Access]) -> list[Outcome]:
+    """Run the accesses both ways and compare them one by one; returns the engine's outcomes."""
+    engine = timeless(run_script(accesses, "engine"))
+    kernel = timeless(run_script(accesses, "kernel"))
+    for number, (access, ours, theirs) in enumerate(zip(accesses, engine, kernel, strict=True)):
+        assert ours == theirs, f"access {number}: {access}"
+    return engine
+
+
+@pytest.mark.row("K-08", "K-15", "K-16", "V-21")
+def test_versions_mul_shift_and_flags() -> None:
+    """Whatever version a page holds, both go on from it alike, and write the same mul, shift and flags."""
+    accesses = [
+        Access(SYSTEM_TIME_NEW, PAGE | 1, before=step.old.to_bytes(4, "little") + bytes(25) + bytes([flags, 7, 7]))
+        for step in TIME_VERSIONS
+        for flags in (0, 0x02, 0xFF)
+    ]
+    outcomes = assert_no_difference(accesses)
+    assert [each.page.version for each in outcomes[::3]] == [step.after for step in TIME_VERSIONS]
+    assert [each.page.flags for each in outcomes[:3]] == [1, 3, 3]
+
+
+@pytest.mark.row("K-03", "K-10", "V-14")
+def test_addresses() -> None:
+    """Unaligned, page-crossing, unmapped and wrapping addresses, disabled and enabled again: the same, no fault."""
+    values = [
+        PAGE | 1,
+        PAGE + 2 | 1,
+        PAGE + 4 | 1,
+        PAGE + 0xFE0 | 1,
+        PAGE + 0xFE2 | 1,
+        PAGE,
+        0,
+        1,
+        1 << 20 | 1,
+        (1 << 20) - 16 | 1,
+        2**64 - 1,
+        (2**64 - 8) | 1,
+        PAGE | 1,
+    ]
+    pages = (PAGE, PAGE + 2, PAGE + 4, PAGE + 0xFE0)
+    accesses = [Access(SYSTEM_TIME_NEW, value, page) for value in values for page in pages]
+    outcomes = assert_no_difference([each for access in accesses for each in (access, Access(access.msr))])
+    assert not any(outcome.faulted for outcome in outcomes)
+
+
+@pytest.mark.row("K-19", "K-16")
+def test_old_numbers() -> None:
+    """Old and new MSRs share their values, and the boot vCPU on the old one loses STABLE, on both."""
+    accesses = [
+        Access(index, value)
+        for index in (SYSTEM_TIME_NEW, SYSTEM_TIME, SYSTEM_TIME_NEW)
+        for value in (PAGE | 1, None, PAGE, None)
+    ]
+    outcomes = assert_no_difference([*accesses, Access(WALL_CLOCK, RECORD), Access(WALL_CLOCK_NEW)])
+    assert [outcome.page.flags for outcome in outcomes[:12:4]] == [1, 0, 1]
+    assert outcomes[-1].value == RECORD
+
+
+@pytest.mark.row("K-02", "K-03", "K-08")
+def test_wall_clock_versions_and_addresses() -> None:
+    """The wall-clock record's version rule, at odd addresses and across pages, is the same."""
+    accesses = [
+        Access(WALL_CLOCK_NEW, gpa, gpa, before=old.to_bytes(4, "little"))
+        for gpa in (RECORD, RECORD + 1, RECORD + 2, 0x6FFA)
+        for old in JUNK
+    ]
+    engine, kernel = run_script(accesses, "engine"), run_script(accesses, "kernel")
+    assert [each.page.version for each in engine] == [each.page.version for each in kernel]
+
+
+@pytest.mark.row("K-01", "K-09", "G-09")
+def test_msrs_that_are_not_there() -> None:
+    """Every MSR of KVM's block that CPUID does not offer faults, read and written, on both."""
+    indices = [*range(0x4B564D02, 0x4B564D0B), 0x4B564D20, 0x4B564DFF]
+    accesses = [Access(index, value) for index in indices for value in (None, 0, 1, PAGE | 1, 2**63)]
+    outcomes = assert_no_difference(accesses)
+    assert sum(outcome.faulted for outcome in outcomes) > 40
+
+
+@pytest.mark.row("K-01", "K-10", "G-09", "E9")
+@pytest.mark.parametrize("seed", range(4))
+def test_random_accesses(seed: int) -> None:
+    """A hundred random accesses, valid and not, leave the same trace."""
+    source = random.Random(seed)  # noqa: S311  # a sample, no secret
+    system_time = [PAGE | 1, PAGE, PAGE + 64 | 1, PAGE + 0x102 | 1, PAGE + 0xFE2 | 1, 1 << 24 | 1, 2**64 - 1, 0]
+    accesses = []
+    for _ in range(100):
+        index = source.choice([SYSTEM_TIME, SYSTEM_TIME_NEW, SYSTEM_TIME_NEW, 0x4B564D02, 0x4B564D07])
+        value = source.choice([None, *system_time])
+        page = source.choice([PAGE, PAGE + 64, PAGE + 0x102])
+        junk = source.choice(JUNK).to_bytes(4, "little") if source.random() < 0.3 else b""
+        accesses.append(Access(index, value, page, junk))
+    assert_no_difference(accesses)

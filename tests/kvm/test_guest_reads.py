@@ -1,0 +1,186 @@
+"""The guest's own eyes: clockprobe on real vCPUs reads its clock while it changes, and beside the kernel's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+
+from pvclock import GuestClock, HostTsc, Machine
+from pvclock.kvm import open_kvm
+from pvclock.kvm.tsc_offset import honours_tsc_offset
+from pvclock.machine.observation import (
+    Observation,
+    Storm,
+    failures,
+    finish,
+    observe,
+    probe_machine,
+    storm,
+    wait_until_reading,
+)
+from pvclock.payloads import probe
+from tests import oracle
+
+pytestmark = pytest.mark.kvm
+
+NS_PER_S = 10**9
+READS = 10**8
+PUBLISHES_PER_SECOND = 10**5
+MOST_STORMS = 8
+
+
+def engine_of(machine: Machine) -> GuestClock:
+    """The machine's clock, which must be the engine's."""
+    assert machine.clock is not None
+    return machine.clock
+
+
+@pytest.mark.stress
+@pytest.mark.row("K-08", "K-12", "K-14", "K-15", "E9", "E11")
+def test_a_hundred_million_reads_while_the_clock_changes() -> None:
+    """Two vCPUs read 10^8 times while rate and anchor change 10^5 times a second: nothing back, wild or torn."""
+    storms: list[Storm] = []
+    while sum(each.reads for each in storms) < READS and len(storms) < MOST_STORMS:
+        storms.append(storm(6.0))
+    assert sum(each.reads for each in storms) >= READS
+    assert sum(each.churn.publishes for each in storms) >= PUBLISHES_PER_SECOND * sum(each.seconds for each in storms)
+    for each in storms:
+        assert not any(each.failures.values()), each
+        assert all(record.reads > 0 and record.retries > 0 for record in each.records)
+        assert (each.churn.least_step_ns, each.churn.most_step_ns) == (0, 1)
+        assert each.churn.most_behind_ns <= 2
+        assert each.churn.most_ahead_ns <= 2
+
+
+def rewrite(machine: Machine, vcpu: int, at: int, change: int) -> None:
+    """Add to a 64-bit field of vCPU's page under its version, as no publisher may."""
+    gpa = probe.time_page_address(vcpu)
+    page = oracle.TimeInfo.parse(machine.memory.read(gpa, 32))
+    machine.memory.write(gpa, (page.version + 1).to_bytes(4, "little"))
+    field = int.from_bytes(machine.memory.read(gpa + at, 8), "little")
+    machine.memory.write(gpa + at, ((field + change) % 2**64).to_bytes(8, "little"))
+    machine.memory.write(gpa, (page.version + 2).to_bytes(4, "little"))
+
+
+def step_back(machine: Machine) -> None:
+    """Turn vCPU 0's clock back by 1 ms."""
+    rewrite(machine, 0, 16, -1_000_000)
+
+
+def put_timestamp_ahead(machine: Machine) -> None:
+    """Put vCPU 0's timestamp where no TSC is yet."""
+    rewrite(machine, 0, 8, 1 << 40)
+
+
+def change_without_version(machine: Machine) -> None:
+    """Change vCPU 0's system time and leave its version as it is."""
+    gpa = probe.time_page_address(0) + 16
+    field = int.from_bytes(machine.memory.read(gpa, 8), "little")
+    machine.memory.write(gpa, (field + 7).to_bytes(8, "little"))
+
+
+@pytest.mark.row("E9", "K-08")
+@pytest.mark.parametrize(
+    ("sabotage", "kind"),
+    [(step_back, "backward_own"), (put_timestamp_ahead, "wild"), (change_without_version, "torn")],
+)
+def test_clockprobe_sees_a_broken_clock(sabotage: Callable[[Machine], None], kind: str) -> None:
+    """The probe is no rubber stamp: each kind of broken page is counted by the guest."""
+    with probe_machine("engine", 1) as machine:
+        machine.start()
+        wait_until_reading(machine)
+        reads = probe.read_record(machine.memory, 0).reads
+        sabotage(machine)
+        while probe.read_record(machine.memory, 0).reads < reads + 200_000:
+            assert not machine.runner.join(0.001)
+        assert failures(finish(machine))[kind] > 0
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def observations(request: pytest.FixtureRequest) -> tuple[Observation, Observation]:
+    """The engine's and the kernel's clock, each left alone under its guest for a second."""
+    return observe("engine", 1.0, request.param), observe("kernel", 1.0, request.param)
+
+
+@pytest.mark.row("K-11", "K-13", "K-15", "K-16", "K-20", "K-38")
+def test_engine_and_kernel_publish_the_same(observations: tuple[Observation, Observation]) -> None:
+    """On one host both show the same mul, shift, flags and features, and even versions."""
+    engine, kernel = observations
+    for ours, theirs in zip(engine.pages, kernel.pages, strict=True):
+        assert ours[3:] == theirs[3:]
+        assert ours.version % 2 == theirs.version % 2 == 0
+    assert engine.tsc_hz == kernel.tsc_hz
+    expected = oracle.time_scale(NS_PER_S, engine.tsc_hz)
+    assert (engine.pages[0].tsc_to_system_mul, engine.pages[0].tsc_shift) == expected
+    same = ("signature_leaf", "features", "msr", "msr_value", "uses_rdtscp", "state")
+    for record, other in zip(engine.records, kernel.records, strict=True):
+        assert [getattr(record, name) for name in same] == [getattr(other, name) for name in same]
+
+
+@pytest.mark.row("K-13", "K-14", "K-15")
+def test_engine_and_kernel_go_at_the_same_rate(observations: tuple[Observation, Observation]) -> None:
+    """From its first to its last reading a guest's clock goes on by what its TSC says, under both."""
+    for each in observations:
+        quantum_ppb = 10**9 / 2**31
+        assert -quantum_ppb - each.rate_bound_ppb <= each.rate_ppb <= each.rate_bound_ppb
+        assert not any(failures(each.records).values())
+
+
+@pytest.mark.row("K-02", "K-07")
+def test_engine_and_kernel_write_the_same_wall_clock(observations: tuple[Observation, Observation]) -> None:
+    """The record plus the guest's time is the host's time of day: to 100 us, for NTP slews the host meanwhile."""
+    for each in observations:
+        assert abs(each.wall_clock_error_ns) < 100_000
+
+
+@pytest.mark.row("K-13", "K-14", "E11")
+def test_a_guests_readings_are_on_the_timeline() -> None:
+    """First and last reading of each vCPU are the timeline's value at their TSC, within design 2.3's bound."""
+    with probe_machine("engine", 2) as machine:
+        clock = engine_of(machine)
+        machine.start()
+        wait_until_reading(machine)
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            clock.refresh()
+        for vcpu, record in enumerate(finish(machine)):
+            offset = clock.tsc(vcpu).offset
+            for tsc, ns in ((record.first_tsc, record.first_ns), (record.last_tsc, record.last_ns)):
+                error = ns - clock.at(HostTsc((tsc - offset) % 2**64))
+                assert -Fraction(4) <= error <= 2
+        assert clock.line.num * clock.backend.tsc_hz == clock.line.den * NS_PER_S
+
+
+RDTSC_AND_WRITES = bytes.fromhex(
+    "0f31 66a30020 6689160420"  # rdtsc -> 0x2000
+    "66b93b000000 6631c0 66ba00010000 0f30"  # wrmsr 0x3b := 1 << 40
+    "0f31 66a30820 6689160c20"  # rdtsc -> 0x2008
+    "66b93b000000 0f32 66a31020 6689161420"  # rdmsr 0x3b -> 0x2010
+    "66b910000000 0f32 66a31820 6689161c20"  # rdmsr 0x10 -> 0x2018
+    "b000 e6f4"
+)
+ADJUST = 1 << 40
+
+
+@pytest.mark.row("J-01", "J-03", "J-05")
+def test_a_guests_adjust_is_seen_by_rdtsc_or_refused() -> None:
+    """WRMSR 0x3b moves RDTSC and reads back where the host honours offsets; else it does nothing, and is said so."""
+    with open_kvm() as kvm:
+        honoured = honours_tsc_offset(kvm)
+    with Machine(RDTSC_AND_WRITES) as machine:
+        clock = engine_of(machine)
+        machine.start()
+        machine.wait(10)
+        before, after, adjust, msr = (
+            int.from_bytes(machine.memory.read(0x2000 + 8 * i, 8), "little") for i in range(4)
+        )
+        assert (clock.refused_offset is None) == honoured
+        assert clock.tsc(0).adjust == adjust == (ADJUST if honoured else 0)
+        moved = after - before
+        assert 0 < moved - adjust < 10 * clock.backend.tsc_hz
+        assert after <= msr < after + 10 * clock.backend.tsc_hz
+        if not honoured:
+            assert "TSC offset not honoured by this host" in str(clock.refused_offset)
