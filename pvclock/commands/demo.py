@@ -70,10 +70,13 @@ def _why_no_kvm() -> str | None:
 
 
 def _show_host(console: Console) -> None:
-    table = Table("This host", "", show_header=True, title_justify="left")
-    for finding in examine():
-        if finding.needed or not finding.ok:
+    findings = list(examine())
+    table = Table("This host", "")
+    for finding in findings:
+        if not finding.name.startswith("KVM_CAP_"):
             table.add_row(finding.name, finding.found if finding.ok else f"[yellow]{finding.found}[/]")
+    lacking = [finding.name for finding in findings if finding.name.startswith("KVM_CAP_") and not finding.ok]
+    table.add_row("lacking, see pvclock doctor", ", ".join(lacking) or "nothing")
     console.print(table)
 
 
@@ -151,7 +154,7 @@ def _comparison(engine: Observation, kernel: Observation) -> list[Row]:
 
 def _show_storm(console: Console, result: Storm) -> None:
     churn = result.churn
-    table = Table("Republished under the readers", "", title_justify="left")
+    table = Table("Republished under the readers", "")
     table.add_row("publishes, rates from 1/10 to 10/1", f"{churn.publishes:,}")
     table.add_row("publishes a second", f"{result.publishes_per_second:,.0f}")
     table.add_row("reads by the guest", f"{result.reads:,}")
@@ -163,7 +166,7 @@ def _show_storm(console: Console, result: Storm) -> None:
 
 
 def _side_by_side(engine: Observation, kernel: Observation) -> Table:
-    table = Table("Left alone", "engine", "kernel", "agree", title_justify="left")
+    table = Table("Left alone", "engine", "kernel", "agree")
     for row in _comparison(engine, kernel):
         table.add_row(row.what, row.engine, row.kernel, "[green]yes[/]" if row.agree else "[red]NO[/]")
     return table

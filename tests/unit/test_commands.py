@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from pvclock import ConfigError, RangeError
 from pvclock.commands import main
 from pvclock.commands.scale import parse_hz
+from pvclock.kvm import open_kvm
 from pvclock.machine.inprocess import in_process_storm
 from qemu_glue import cpu_property
 
@@ -105,3 +107,22 @@ def test_qemus_cpu_argument() -> None:
         cpu_property(1 << 8)
     with pytest.raises(ConfigError, match="together"):
         cpu_property(1 << 3)
+
+
+@pytest.mark.row("E13", "E9")
+@pytest.mark.stress
+def test_demo_without_kvm_says_what_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where /dev/kvm cannot be opened, the demo runs in this process, says why, and what it leaves out."""
+    open_none = partial(open_kvm, "/nonexistent/kvm")
+    monkeypatch.setattr("pvclock.commands.demo.open_kvm", open_none)
+    assert main(["demo", "--seconds", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "ENOENT" in shown
+    assert "Left out" in shown
+    assert main(["demo", "--seconds", "0.5", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"]
+    assert report["comparison"] == []
+    assert report["storm"]["reads"] > 1000
