@@ -34,7 +34,7 @@ conformance: build $(PACKAGES) ## run the tests and write docs/conformance.md
 	@$(BIN)/python -m pytest -q -p tests.conformance --conformance docs/conformance.md
 
 bench: build ## run the benchmarks
-	@$(BIN)/python -m pytest bench --benchmark-only
+	@$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
 
 lint: build ## check style and types
 	@$(STEP) "ruff check" $(BIN)/ruff check --no-fix .

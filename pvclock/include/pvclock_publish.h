@@ -253,15 +253,21 @@ struct pvclock_target {
 	uint8_t in_guest;        /* the vCPU may be running: leave flags and pads alone, the guest writes there too */
 };
 
+#define PVCLOCK_PAGE_SHIFT 12
+
 #define PVCLOCK_FIELD(page, field) ((uint8_t *)(page) + offsetof(struct pvclock_vcpu_time_info, field))
 
-/* Bring the page in, writable.  A locked add of 0 cannot lose a store that the guest makes meanwhile. */
+/* Bring the page in, writable.  A locked add of 0 cannot lose a store that the guest makes meanwhile.  Guest memory
+ * need not be page-aligned here, so the structure may end on another host page than it begins on.
+ */
 static inline void pvclock_touch(void *page)
 {
 	uint8_t *first = (uint8_t *)page;
 	uint8_t *last = first + sizeof(struct pvclock_vcpu_time_info) - 1;
 
-	__asm__ volatile("lock addb $0, %0\n\tlock addb $0, %1" : "+m"(*first), "+m"(*last) : : "memory", "cc");
+	__asm__ volatile("lock addb $0, %0" : "+m"(*first) : : "memory", "cc");
+	if (((uintptr_t)first ^ (uintptr_t)last) >> PVCLOCK_PAGE_SHIFT)
+		__asm__ volatile("lock addb $0, %0" : "+m"(*last) : : "memory", "cc");
 }
 
 /* GUEST_STOPPED stays until the guest clears it; no other flag is taken from the guest's memory. */
