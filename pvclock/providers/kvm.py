@@ -91,8 +91,11 @@ class KvmProvider:
         self.features = KvmFeature(served if features is None else features)
         if self.features & ~served:
             raise ConfigError(f"features {self.features & ~served!r} cannot be served here; choose from {served!r}")
+        self._served_msrs = {
+            msr for msr, feature in FEATURE_OF_MSR.items() if not enforce_cpuid or feature in self.features
+        }
+        self._offers_stable = KvmFeature.CLOCKSOURCE_STABLE in self.features
         self.clock = clock
-        self.enforce_cpuid = enforce_cpuid
         self._system_time = [0] * vcpus
         self._wall_clock = 0
         self._boot_vcpu_runs_old_kvmclock = False
@@ -105,11 +108,11 @@ class KvmProvider:
     @property
     def allows_stable(self) -> bool:
         """Only if offered, and not to a boot vCPU with the old MSRs: those readers expect frequent timestamps."""
-        return bool(self.features & KvmFeature.CLOCKSOURCE_STABLE) and not self._boot_vcpu_runs_old_kvmclock
+        return self._offers_stable and not self._boot_vcpu_runs_old_kvmclock
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """The value last written, whatever became of it; old and new numbers share it."""
-        if not self._offers(index):
+        if index not in self._served_msrs:
             raise MsrFault(index)
         if index in (MSR_KVM_WALL_CLOCK, MSR_KVM_WALL_CLOCK_NEW):
             return self._wall_clock
@@ -117,16 +120,12 @@ class KvmProvider:
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """No value faults: an address that is no good is ignored."""
-        if not self._offers(index):
+        if index not in self._served_msrs:
             raise MsrFault(index, value)
         if index in (MSR_KVM_WALL_CLOCK, MSR_KVM_WALL_CLOCK_NEW):
             self._write_wall_clock(value)
         else:
             self._write_system_time(vcpu, value, old_msr=index == MSR_KVM_SYSTEM_TIME)
-
-    def _offers(self, index: int) -> bool:
-        feature = FEATURE_OF_MSR.get(index)
-        return feature is not None and (not self.enforce_cpuid or bool(self.features & feature))
 
     def _write_wall_clock(self, value: int) -> None:
         # No enable bit and no mask: the value is the address.
