@@ -78,7 +78,7 @@
         .equ REC_LARGEST_GAP,   112                     # ns between two successive reads
         .equ REC_FIRST_TSC,     120
         .equ REC_FIRST_NS,      128
-        .equ REC_LAST_TSC,      136                     # goes with the next once the state is STATE_DONE
+        .equ REC_LAST_TSC,      136                     # of the last reading that was validated
         .equ REC_LAST_NS,       144
         .equ REC_WORST_BACK,    152                     # ns, own or cross
         .equ REC_BACK_FROM,     160                     # ns, the first step back: from
@@ -88,6 +88,7 @@
         .equ REC_FAULT_RIP,     192
         .equ REC_FAULT_CR2,     200
         .equ REC_USES_RDTSCP,   208
+        .equ REC_ATTEMPT_TSC,   216                     # of the reading under way: no finding, not read by the host
 
         .equ STATE_ABSENT,      0
         .equ STATE_REGISTERED,  1
@@ -582,7 +583,7 @@ clockprobe_image:
         rdtsc                                           # follows, as nothing does in Linux
         shl     $32, %rdx
         or      %rdx, %rax
-        mov     %rax, REC_LAST_TSC(%rbx)
+        mov     %rax, REC_ATTEMPT_TSC(%rbx)
         mov     PVTI_TSC(%rbp), %r9
         sub     %r9, %rax                               # no guard against a TSC that is behind: nor has Linux
         mov     PVTI_MUL(%rbp), %r11d
@@ -645,7 +646,10 @@ clockprobe_image:
         jnz     1b
 
 .Lread_done:
+        mov     REC_ATTEMPT_TSC(%rbx), %rax
+        mov     %rax, REC_LAST_TSC(%rbx)
         mov     %rsi, REC_LAST_NS(%rbx)
+.Lread_counts:
         inc     %r14
         test    $FLUSH_MASK, %r14d
         jz      .Lflush
@@ -707,7 +711,7 @@ clockprobe_image:
 
 .Lfirst_read:
         mov     %rax, REC_FIRST_NS(%rbx)
-        mov     REC_LAST_TSC(%rbx), %rdx
+        mov     REC_ATTEMPT_TSC(%rbx), %rdx
         mov     %rdx, REC_FIRST_TSC(%rbx)
         jmp     .Lcheck_cross
 
@@ -729,10 +733,13 @@ clockprobe_image:
 .Lwild:
         mov     $ABSURD_NS, %rcx
         cmp     %rcx, %rdx
-        cmovb   %rax, %rsi
-.Labsurd:
+        jae     .Labsurd
+        mov     %rax, %rsi
         incq    REC_WILD(%rbx)
         jmp     .Lread_done
+.Labsurd:
+        incq    REC_WILD(%rbx)
+        jmp     .Lread_counts
 
 .Lbackward_cross:
         incq    REC_BACKWARD_CROSS(%rbx)

@@ -151,7 +151,7 @@ class ProbeRecord(NamedTuple):
     """Ticks."""
     first_ns: int
     last_tsc: int
-    """Ticks; belongs to ``last_ns`` once the state is DONE."""
+    """Ticks; belongs to ``last_ns`` once the vCPU is done."""
     last_ns: int
     worst_back_ns: int
     """The longest step back, own or cross."""

@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 
 from pvclock import GuestClock, HostTsc, Machine
+from pvclock.guestclock import GUEST_STOPPED, TSC_STABLE_BIT
 from pvclock.kvm import open_kvm
 from pvclock.kvm.tsc_offset import honours_tsc_offset
 from pvclock.machine.observation import (
@@ -55,6 +56,13 @@ def test_a_hundred_million_reads_while_the_clock_changes() -> None:
         assert each.churn.most_ahead_ns <= 2
 
 
+def wait_for_reads(machine: Machine, more: int) -> None:
+    """Return once vCPU 0 has read its clock `more` times."""
+    reads = probe.read_record(machine.memory, 0).reads
+    while probe.read_record(machine.memory, 0).reads < reads + more:
+        assert not machine.runner.join(0.001)
+
+
 def rewrite(machine: Machine, vcpu: int, at: int, change: int) -> None:
     """Add to a 64-bit field of vCPU's page under its version, as no publisher may."""
     gpa = probe.time_page_address(vcpu)
@@ -92,10 +100,8 @@ def test_clockprobe_sees_a_broken_clock(sabotage: Callable[[Machine], None], kin
     with probe_machine("engine", 1) as machine:
         machine.start()
         wait_until_reading(machine)
-        reads = probe.read_record(machine.memory, 0).reads
         sabotage(machine)
-        while probe.read_record(machine.memory, 0).reads < reads + 200_000:
-            assert not machine.runner.join(0.001)
+        wait_for_reads(machine, 200_000)
         assert failures(finish(machine))[kind] > 0
 
 
@@ -152,6 +158,44 @@ def test_a_guests_readings_are_on_the_timeline() -> None:
                 error = ns - clock.at(HostTsc((tsc - offset) % 2**64))
                 assert -Fraction(4) <= error <= 2
         assert clock.line.num * clock.backend.tsc_hz == clock.line.den * NS_PER_S
+
+
+@pytest.mark.row("K-16", "K-18", "K-19")
+def test_stable_taken_from_running_guests() -> None:
+    """When the boot vCPU goes to the old MSR, running vCPUs lose STABLE at once, and clamp what they read."""
+    with probe_machine("engine", 2) as machine:
+        clock = engine_of(machine)
+        machine.start()
+        wait_until_reading(machine)
+        wait_for_reads(machine, 100_000)
+        assert sum(probe.read_record(machine.memory, vcpu).clamped for vcpu in range(2)) == 0
+        with machine.runner.quiesce():  # as after vCPU 0's own exit
+            clock.write_msr(0, 0x12, probe.time_page_address(0) | 1)
+        wait_for_reads(machine, 1_000_000)
+        records = finish(machine)
+        assert [page.flags for vcpu in range(2) if (page := clock.page(vcpu))] == [0, 0]
+        assert sum(record.clamped for record in records) > 0
+        assert not any(failures(records).values())
+
+
+@pytest.mark.row("K-17")
+def test_guest_stopped_is_the_guests_to_clear() -> None:
+    """GUEST_STOPPED in a running vCPU's page is seen once and cleared by the guest; publishes leave it alone."""
+    with probe_machine("engine", 1) as machine:
+        clock = engine_of(machine)
+        machine.start()
+        wait_until_reading(machine)
+        with machine.runner.quiesce():
+            flags_at = probe.time_page_address(0) + 29
+            machine.memory.write(flags_at, bytes([TSC_STABLE_BIT | GUEST_STOPPED]))
+        for _ in range(1000):
+            clock.refresh()
+        wait_for_reads(machine, 100_000)
+        (record,) = finish(machine)
+        assert record.stopped == 1
+        page = clock.page(0)
+        assert page is not None
+        assert page.flags == TSC_STABLE_BIT
 
 
 RDTSC_AND_WRITES = bytes.fromhex(
