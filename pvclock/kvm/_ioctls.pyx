@@ -6,7 +6,7 @@ twice.  Source: Documentation/virt/kvm/api.rst.
 
 cimport cython
 from cpython.buffer cimport PyBUF_CONTIG, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EAGAIN, EINTR, EINVAL, errno
+from libc.errno cimport EAGAIN, EINTR, EINVAL, ENXIO, errno
 from libc.signal cimport SIG_DFL
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -43,6 +43,9 @@ CAPABILITY_NUMBERS = {
     "KVM_CAP_ENFORCE_PV_FEATURE_CPUID": KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
     "KVM_CAP_VM_TSC_CONTROL": KVM_CAP_VM_TSC_CONTROL,
 }
+
+# Made once: an IntFlag takes longer to make than the rest of the exit.
+cdef tuple MSR_EXIT_REASONS = tuple([exits.MsrExitReason(bits) for bits in range(8)])
 
 cdef int MAX_CPUID_ENTRIES = 256
 cdef enum:
@@ -148,25 +151,28 @@ cdef class Vm(Fd):
     """A virtual machine; made by Kvm.create_vm()."""
 
     cdef size_t run_bytes
-    cdef dict _mapped
+    cdef dict _mapped  # by slot; shared with the vCPUs, for each of them keeps the kernel's VM alive
 
     def __cinit__(self) -> None:
         self._mapped = {}
 
     def close(self) -> None:
-        """Close the VM and let go of its memory; close its vCPUs first."""
+        """Close the VM; its memory is let go of once its vCPUs are closed too."""
         Fd.close(self)
-        self._mapped.clear()
+        self._mapped = {}
 
     def set_user_memory_region(self, slot: int, gpa: int, buffer: object) -> None:
-        """KVM_SET_USER_MEMORY_REGION: map a page-aligned writable buffer at `gpa` and hold it."""
+        """KVM_SET_USER_MEMORY_REGION: map a page-aligned writable buffer at `gpa` and hold it; an empty one unmaps."""
         cdef MappedBuffer mapped = MappedBuffer(buffer)
         cdef kvm_userspace_memory_region region
         memset(&region, 0, sizeof(region))
         region.slot, region.guest_phys_addr = slot, gpa
         region.memory_size, region.userspace_addr = mapped.view.len, <uint64_t>mapped.view.buf
         checked(ioctl(self.fd, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION")
-        self._mapped[slot] = mapped
+        if region.memory_size:
+            self._mapped[slot] = mapped
+        else:
+            self._mapped.pop(slot, None)
 
     def set_tss_addr(self, gpa: int) -> None:
         """KVM_SET_TSS_ADDR: three pages that VMX needs for real mode."""
@@ -181,20 +187,23 @@ cdef class Vm(Fd):
         """KVM_CREATE_IRQCHIP: LAPICs, IOAPIC and PIC in the kernel."""
         checked(ioctl(self.fd, KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP")
 
-    def set_msr_filter(self, denied: list[tuple[int, int, bytes]]) -> None:
+    def set_msr_filter(self, denied: list[tuple[int, int, int, bytes]]) -> None:
         """KVM_X86_SET_MSR_FILTER, everything else allowed.
 
-        denied: up to 16 of (flags, base, bitmap): flags 1 reads, 2 writes; a 0 bit sends MSR base + n to user space.
+        denied: up to 16 of (flags, base, length, bitmap): flags 1 reads, 2 writes; a 0 bit sends MSR base + n to user
+        space.  The first range that holds an MSR decides, by a 1 as much as by a 0.
         """
         cdef kvm_msr_filter msr_filter
         memset(&msr_filter, 0, sizeof(msr_filter))
         if len(denied) > KVM_MSR_FILTER_MAX_RANGES:
             raise ConfigError(f"{len(denied)} MSR filter ranges; KVM takes {KVM_MSR_FILTER_MAX_RANGES}")
         msr_filter.flags = KVM_MSR_FILTER_DEFAULT_ALLOW
-        padded = [bitmap + bytes(7) for _, _, bitmap in denied]  # KVM reads whole words
-        for i, (flags, base, bitmap) in enumerate(denied):
+        padded = [bitmap + bytes(7) for _, _, _, bitmap in denied]  # KVM reads whole words
+        for i, (flags, base, length, bitmap) in enumerate(denied):
+            if length > 8 * len(bitmap):
+                raise ConfigError(f"MSR filter range {base:#x}+{length}: a bitmap of {8 * len(bitmap)} bits")
             msr_filter.ranges[i].flags, msr_filter.ranges[i].base = flags, base
-            msr_filter.ranges[i].nmsrs = 8 * len(bitmap)
+            msr_filter.ranges[i].nmsrs = length
             msr_filter.ranges[i].bitmap = <uint8_t *>(<bytes>padded[i])
         checked(ioctl(self.fd, KVM_X86_SET_MSR_FILTER, &msr_filter), "KVM_X86_SET_MSR_FILTER")
 
@@ -218,6 +227,7 @@ cdef class Vm(Fd):
         vcpu.vcpu_id = vcpu_id
         vcpu.fd = checked(ioctl(self.fd, KVM_CREATE_VCPU, <unsigned long>vcpu_id), "KVM_CREATE_VCPU")
         vcpu.run_bytes = self.run_bytes
+        vcpu._mapped = self._mapped
         run = mmap(NULL, self.run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu.fd, 0)
         if run == MAP_FAILED:
             raise KvmError("mmap of kvm_run", errno)
@@ -229,7 +239,8 @@ cdef class Vm(Fd):
 cdef class Vcpu(Fd):
     """A virtual CPU; made by Vm.create_vcpu().
 
-    Thread-safety: all methods are for the thread that runs the vCPU, but request_exit() and take_console().
+    Thread-safety: while one thread is in run(), others may call request_exit() and take_console(); the rest is a
+    StateError, for KVM would let it wait for the guest's next exit.
     console_port: one-byte writes to it are kept for take_console() without an exit to Python; -1 for none.
     """
 
@@ -237,7 +248,9 @@ cdef class Vcpu(Fd):
     cdef public int console_port
     cdef kvm_run *run_page
     cdef size_t run_bytes
-    cdef uint8_t console[CONSOLE_BYTES]
+    cdef dict _mapped  # the VM's
+    cdef bint running
+    cdef volatile uint8_t console[CONSOLE_BYTES]
     cdef volatile size_t console_written  # by the thread that runs the vCPU
     cdef volatile size_t console_taken
 
@@ -249,11 +262,26 @@ cdef class Vcpu(Fd):
             munmap(self.run_page, self.run_bytes)
 
     def close(self) -> None:
-        """Unmap kvm_run and close the vCPU; not while it runs."""
+        """Unmap kvm_run and close the vCPU; StateError while it runs."""
+        self._idle_fd()
         if self.run_page is not NULL:
             munmap(self.run_page, self.run_bytes)
         self.run_page = NULL
         Fd.close(self)
+        self._mapped = None
+
+    cdef int _idle_fd(self) except? -1:
+        """The descriptor, for what KVM does only while the vCPU is out of the guest."""
+        if self.running:
+            raise StateError("use", f"vCPU {self.vcpu_id} is running", "pause it first")
+        return self.fd
+
+    cdef kvm_run *_exited(self, str operation, uint32_t reason, uint32_t or_reason) except NULL:
+        """kvm_run, if it holds an exit of that kind: its union means something else at every other time."""
+        self._idle_fd()
+        if self.run_page is NULL or self.run_page.exit_reason not in (reason, or_reason):
+            raise StateError(operation, f"vCPU {self.vcpu_id} has no such exit to answer", "answer what run() returned")
+        return self.run_page
 
     # Running
 
@@ -262,8 +290,11 @@ cdef class Vcpu(Fd):
         cdef int failure
         if self.run_page is NULL:
             raise StateError("run", f"vCPU {self.vcpu_id} is closed", "make another one")
+        self._idle_fd()
+        self.running = True
         with nogil:
             failure = self._run()
+        self.running = False
         if failure == EINTR:
             self.run_page.immediate_exit = 0
             return exits.Interrupted()
@@ -313,9 +344,9 @@ cdef class Vcpu(Fd):
         if reason == KVM_EXIT_IO:
             return self._io_exit()
         if reason == KVM_EXIT_X86_RDMSR:
-            return exits.RdmsrExit(run.msr.index, exits.MsrExitReason(run.msr.reason))
+            return exits.RdmsrExit(run.msr.index, MSR_EXIT_REASONS[run.msr.reason & 7])
         if reason == KVM_EXIT_X86_WRMSR:
-            return exits.WrmsrExit(run.msr.index, run.msr.data, exits.MsrExitReason(run.msr.reason))
+            return exits.WrmsrExit(run.msr.index, run.msr.data, MSR_EXIT_REASONS[run.msr.reason & 7])
         if reason == KVM_EXIT_MMIO:
             data = run.mmio.data[:run.mmio.len] if run.mmio.is_write else None
             return exits.Mmio(run.mmio.phys_addr, run.mmio.len, data)
@@ -342,7 +373,7 @@ cdef class Vcpu(Fd):
 
     def complete_io(self, data: bytes) -> None:
         """Answer IoIn with size * count bytes, given to the guest at the next run()."""
-        cdef kvm_run *run = self.run_page
+        cdef kvm_run *run = self._exited("complete_io", KVM_EXIT_IO, KVM_EXIT_IO)
         cdef Py_ssize_t length = run.io.size * run.io.count
         if len(data) != length:
             raise ConfigError(f"answer of {len(data)} bytes to an IN of {length}")
@@ -350,38 +381,40 @@ cdef class Vcpu(Fd):
 
     def complete_mmio(self, data: bytes) -> None:
         """Answer an Mmio read with as many bytes as it asks for."""
-        if len(data) != self.run_page.mmio.len:
-            raise ConfigError(f"answer of {len(data)} bytes to a read of {self.run_page.mmio.len}")
-        memcpy(self.run_page.mmio.data, <uint8_t *>data, len(data))
+        cdef kvm_run *run = self._exited("complete_mmio", KVM_EXIT_MMIO, KVM_EXIT_MMIO)
+        if len(data) != run.mmio.len:
+            raise ConfigError(f"answer of {len(data)} bytes to a read of {run.mmio.len}")
+        memcpy(run.mmio.data, <uint8_t *>data, len(data))
 
     def complete_msr(self, value: int = 0, *, fault: bool = False) -> None:
         """Answer RdmsrExit or WrmsrExit: `value` for a read, or #GP(0) in the guest at the next run()."""
-        self.run_page.msr.data = value
-        self.run_page.msr.error = fault
+        cdef kvm_run *run = self._exited("complete_msr", KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR)
+        run.msr.data = value
+        run.msr.error = fault
 
     # Registers
 
     def get_regs(self) -> dict[str, int]:
         """KVM_GET_REGS: rax to r15, rip, rflags."""
         cdef kvm_regs regs
-        checked(ioctl(self.fd, KVM_GET_REGS, &regs), "KVM_GET_REGS")
+        checked(ioctl(self._idle_fd(), KVM_GET_REGS, &regs), "KVM_GET_REGS")
         return regs
 
     def set_regs(self, regs: dict[str, int]) -> None:
         """KVM_SET_REGS: all that get_regs() gives."""
         cdef kvm_regs c = regs
-        checked(ioctl(self.fd, KVM_SET_REGS, &c), "KVM_SET_REGS")
+        checked(ioctl(self._idle_fd(), KVM_SET_REGS, &c), "KVM_SET_REGS")
 
     def get_sregs(self) -> dict[str, object]:
         """KVM_GET_SREGS: segments (dicts), gdt, idt, cr0 to cr8, efer, apic_base, interrupt_bitmap."""
         cdef kvm_sregs sregs
-        checked(ioctl(self.fd, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS")
+        checked(ioctl(self._idle_fd(), KVM_GET_SREGS, &sregs), "KVM_GET_SREGS")
         return sregs
 
     def set_sregs(self, sregs: dict[str, object]) -> None:
         """KVM_SET_SREGS: all that get_sregs() gives."""
         cdef kvm_sregs c = sregs
-        checked(ioctl(self.fd, KVM_SET_SREGS, &c), "KVM_SET_SREGS")
+        checked(ioctl(self._idle_fd(), KVM_SET_SREGS, &c), "KVM_SET_SREGS")
 
     def set_cpuid(self, entries: list[dict[str, int]]) -> None:
         """KVM_SET_CPUID2: entries as of Kvm.get_supported_cpuid()."""
@@ -395,7 +428,7 @@ cdef class Vcpu(Fd):
                 cpuid.entries[i].flags = entry["flags"]
                 cpuid.entries[i].eax, cpuid.entries[i].ebx = entry["eax"], entry["ebx"]
                 cpuid.entries[i].ecx, cpuid.entries[i].edx = entry["ecx"], entry["edx"]
-            checked(ioctl(self.fd, KVM_SET_CPUID2, cpuid), "KVM_SET_CPUID2")
+            checked(ioctl(self._idle_fd(), KVM_SET_CPUID2, cpuid), "KVM_SET_CPUID2")
         finally:
             free(cpuid)
 
@@ -413,38 +446,41 @@ cdef class Vcpu(Fd):
         memset(space, 0, sizeof(space))
         msrs.nmsrs, msrs.entries[0].index, msrs.entries[0].data = 1, index, value
         # KVM does not fail here: it says how many of the MSRs it took.
-        if checked(ioctl(self.fd, request, msrs), call) != 1:
+        if checked(ioctl(self._idle_fd(), request, msrs), call) != 1:
             raise KvmError(f"{call} {index:#x}", EINVAL)
         return msrs.entries[0].data
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE: 0 runnable, 1 uninitialised, 3 halted."""
         cdef kvm_mp_state state
-        checked(ioctl(self.fd, KVM_GET_MP_STATE, &state), "KVM_GET_MP_STATE")
+        checked(ioctl(self._idle_fd(), KVM_GET_MP_STATE, &state), "KVM_GET_MP_STATE")
         return state.mp_state
 
     def set_mp_state(self, mp_state: int) -> None:
         """KVM_SET_MP_STATE."""
         cdef kvm_mp_state state = kvm_mp_state(mp_state)
-        checked(ioctl(self.fd, KVM_SET_MP_STATE, &state), "KVM_SET_MP_STATE")
+        checked(ioctl(self._idle_fd(), KVM_SET_MP_STATE, &state), "KVM_SET_MP_STATE")
 
     # Time
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
-        return checked(ioctl(self.fd, KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ")
+        return checked(ioctl(self._idle_fd(), KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ")
 
     def set_tsc_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ."""
-        checked(ioctl(self.fd, KVM_SET_TSC_KHZ, <unsigned long>khz), "KVM_SET_TSC_KHZ")
+        checked(ioctl(self._idle_fd(), KVM_SET_TSC_KHZ, <unsigned long>khz), "KVM_SET_TSC_KHZ")
 
     def kvmclock_ctrl(self) -> None:
         """KVM_KVMCLOCK_CTRL: the kernel's clock shows GUEST_STOPPED from the next run() on."""
-        checked(ioctl(self.fd, KVM_KVMCLOCK_CTRL, 0), "KVM_KVMCLOCK_CTRL")
+        checked(ioctl(self._idle_fd(), KVM_KVMCLOCK_CTRL, 0), "KVM_KVMCLOCK_CTRL")
 
     def has_tsc_offset(self) -> bool:
         """KVM_HAS_DEVICE_ATTR of the TSC offset.  A host that has it may still not honour it."""
-        return self._tsc_offset(KVM_HAS_DEVICE_ATTR, NULL) == 0
+        cdef int result = self._tsc_offset(KVM_HAS_DEVICE_ATTR, NULL)
+        if result < 0 and errno in (ENXIO, EINVAL):  # EINVAL before Linux 5.16
+            return False
+        return checked(result, "KVM_HAS_DEVICE_ATTR TSC_OFFSET") == 0
 
     def get_tsc_offset(self) -> int:
         """KVM_GET_DEVICE_ATTR of the TSC offset, in ticks."""
@@ -457,11 +493,11 @@ cdef class Vcpu(Fd):
         cdef uint64_t value = offset
         checked(self._tsc_offset(KVM_SET_DEVICE_ATTR, &value), "KVM_SET_DEVICE_ATTR TSC_OFFSET")
 
-    cdef int _tsc_offset(self, unsigned long request, uint64_t *offset) noexcept:
+    cdef int _tsc_offset(self, unsigned long request, uint64_t *offset) except? -1:
         cdef kvm_device_attr attr
         memset(&attr, 0, sizeof(attr))
         attr.group, attr.attr, attr.addr = KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, <uint64_t>offset
-        return ioctl(self.fd, request, &attr)
+        return ioctl(self._idle_fd(), request, &attr)
 
 
 cdef void do_nothing(int signum) noexcept nogil:

@@ -34,17 +34,11 @@ ENGINE_MSRS: Final = (
 )
 
 
-def filter_ranges(ranges: Iterable[FilterRange] = ENGINE_MSRS) -> list[tuple[int, int, bytes]]:
-    """The ranges as Vm.set_msr_filter() takes them: (flags, base, bitmap), bit n for MSR base + n, 0 to user space.
-
-    The bitmap is padded with ones to whole bytes: what is beyond a range stays with the kernel.
-    """
-    return [(each.flags, each.base, _bitmap(each)) for each in ranges]
+def filter_ranges(ranges: Iterable[FilterRange] = ENGINE_MSRS) -> list[tuple[int, int, int, bytes]]:
+    """The ranges as Vm.set_msr_filter() takes them: (flags, base, length, bitmap), bit n for MSR base + n."""
+    return [(each.flags, each.base, each.length, _bitmap(each)) for each in ranges]
 
 
 def _bitmap(each: FilterRange) -> bytes:
-    length_bytes = (each.length + 7) // 8
-    allowed = (1 << 8 * length_bytes) - (1 << each.length)
-    for index in each.kept:
-        allowed |= 1 << index - each.base
-    return allowed.to_bytes(length_bytes, "little")
+    allowed = sum(1 << index - each.base for index in each.kept)
+    return allowed.to_bytes((each.length + 7) // 8, "little")

@@ -38,6 +38,7 @@ class Runner:
         self._handler = handler
         self._kick_signal = kick_signal
         self._threads: list[threading.Thread] = []
+        self._idents: list[int | None] = [None] * len(vcpus)  # of threads that can be sent a signal; under the gate
         self._gate = threading.Condition()
         # A vCPU says that it goes in before it looks at holds and stopping; a holder sets those before it looks who is
         # in.  So one of the two always sees the other, and the way in takes no lock.
@@ -51,19 +52,22 @@ class Runner:
     # Life
 
     def start(self) -> None:
-        """Let all vCPUs run.  StateError if they were started before."""
-        if self._threads:
-            raise StateError("start", "the vCPUs were started before", "make another machine")
-        self._threads = [
-            threading.Thread(target=self._run, args=(vcpu,), name=f"vCPU {vcpu}", daemon=True)
-            for vcpu in range(len(self._vcpus))
-        ]
-        for thread in self._threads:
-            thread.start()
+        """Let all vCPUs run.  StateError if they were started or stopped before."""
+        with self._gate:
+            if self._threads or self._stopping:
+                raise StateError("start", "the vCPUs were started or stopped before", "make another machine")
+            self._threads = [
+                threading.Thread(target=self._run, args=(vcpu,), name=f"vCPU {vcpu}", daemon=True)
+                for vcpu in range(len(self._vcpus))
+            ]
+            for thread in self._threads:
+                thread.start()
 
     def join(self, timeout_s: float | None = None) -> bool:
-        """Wait until the run has ended; False if it has not within `timeout_s`."""
+        """Wait until the run has ended; False if it has not within `timeout_s`.  StateError if it never began."""
         with self._gate:
+            if not self._threads and not self._stopping:
+                raise StateError("join", "the vCPUs were never started", "start() them")
             return self._gate.wait_for(lambda: self._stopping, timeout_s)
 
     def stop(self) -> None:
@@ -71,7 +75,8 @@ class Runner:
         self._end()
         for vcpu, thread in enumerate(self._threads):
             while thread.is_alive():
-                self._kick(vcpu)
+                with self._gate:
+                    self._kick(vcpu)
                 thread.join(KICK_AGAIN_S)
 
     # Keeping vCPUs out of the guest
@@ -79,48 +84,50 @@ class Runner:
     def pause(self) -> None:
         """Return once no vCPU is in the guest, and let none in before resume()."""
         with self._gate:
-            if self._paused:
-                return
-            self._paused = True
-        self._hold(None)
+            if not self._paused:
+                self._paused = True
+                self._holds += 1
+            self._drive_out(None)
 
     def resume(self) -> None:
         """Let the vCPUs go on after pause()."""
         with self._gate:
-            if not self._paused:
-                return
-            self._paused = False
-        self._release()
+            if self._paused:
+                self._paused = False
+                self._release()
 
     @contextmanager
     def quiesce(self, vcpu: int | None = None) -> Iterator[None]:
         """Keep all vCPUs out of the guest meanwhile; `vcpu` is the caller's own, which is out already."""
-        self._hold(vcpu)
-        try:
-            yield
-        finally:
-            self._release()
-
-    def _hold(self, own: int | None) -> None:
         with self._gate:
             self._holds += 1
-            while not self._gate.wait_for(lambda: not self._others_in_guest(own), 0):
-                for vcpu in self._others_in_guest(own):
-                    self._kick(vcpu)
-                self._gate.wait(KICK_AGAIN_S)
+        try:
+            with self._gate:
+                self._drive_out(vcpu)
+            yield
+        finally:
+            with self._gate:
+                self._release()
+
+    # The rest of this part is called with the gate's lock held.
+
+    def _drive_out(self, own: int | None) -> None:
+        while self._holds and (inside := self._others_in_guest(own)):  # no hold: resume() came while pause() waits
+            for vcpu in inside:
+                self._kick(vcpu)
+            self._gate.wait(KICK_AGAIN_S)
 
     def _release(self) -> None:
-        with self._gate:
-            self._holds -= 1
-            self._gate.notify_all()
+        self._holds -= 1
+        self._gate.notify_all()
 
     def _others_in_guest(self, own: int | None) -> list[int]:
         return [vcpu for vcpu, in_guest in enumerate(self._in_guest) if in_guest and vcpu != own]
 
     def _kick(self, vcpu: int) -> None:
         self._vcpus[vcpu].request_exit()
-        ident = self._threads[vcpu].ident
-        if ident is not None and self._threads[vcpu].is_alive():
+        ident = self._idents[vcpu]
+        if ident is not None:
             signal.pthread_kill(ident, self._kick_signal)
 
     # A vCPU's thread
@@ -128,6 +135,9 @@ class Runner:
     def _run(self, vcpu: int) -> None:
         run, handler, in_guest = self._vcpus[vcpu].run, self._handler, self._in_guest
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [self._kick_signal])  # whoever called start() may block it
+            with self._gate:
+                self._idents[vcpu] = threading.get_ident()
             while self._enter(vcpu):
                 reason = run()
                 in_guest[vcpu] = False
@@ -139,6 +149,8 @@ class Runner:
             self.failure = self.failure or failure
         finally:
             in_guest[vcpu] = False
+            with self._gate:
+                self._idents[vcpu] = None
             self._end()
 
     def _enter(self, vcpu: int) -> bool:
@@ -161,4 +173,6 @@ class Runner:
     def _end(self) -> None:
         with self._gate:
             self._stopping = True
+            for vcpu in self._others_in_guest(None):
+                self._kick(vcpu)
             self._gate.notify_all()
