@@ -10,7 +10,7 @@ __all__ = ["EntryState", "enter", "load"]
 
 
 def load(memory: GuestMemory, image: bytes, cmdline: str = "") -> EntryState:
-    """Load `image`: as multiboot if it has that header, else as a flat real-mode image; ImageError if it cannot be."""
-    if multiboot.find_header(image) is None:
+    """Load `image`: as multiboot if it is ELF or has that header, else as flat real-mode code, or raise ImageError."""
+    if multiboot.find_header(image) is None and not image.startswith(multiboot.ELF_MAGIC):
         return flat.load(memory, image)
     return multiboot.load(memory, image, cmdline)

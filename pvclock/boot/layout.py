@@ -10,6 +10,7 @@ __all__ = [
     "MULTIBOOT_CMDLINE",
     "MULTIBOOT_CMDLINE_BYTES",
     "MULTIBOOT_INFO",
+    "RAM_END",
     "TSS",
 ]
 
@@ -24,6 +25,9 @@ MULTIBOOT_CMDLINE: Final = 0x9100
 
 MULTIBOOT_CMDLINE_BYTES: Final = 0x0F00
 """Up to the end of that page, the final NUL included."""
+
+RAM_END: Final = 0xC0000000
+"""RAM ends here at the latest: above are the IOAPIC, the LAPICs and the pages below."""
 
 IDENTITY_MAP: Final = 0xFFFBC000
 """One page that VMX needs for real mode: below the firmware area, where no RAM of ours is."""

@@ -14,7 +14,7 @@ from pvclock.boot.entry import EntryState
 from pvclock.boot.layout import MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES, MULTIBOOT_INFO
 from pvclock.errors import GuestAddressError, ImageError
 
-__all__ = ["find_header", "load"]
+__all__ = ["ELF_MAGIC", "find_header", "load"]
 
 HEADER_MAGIC: Final = 0x1BADB002
 HEADER_SEARCH_BYTES: Final = 8192
@@ -30,10 +30,14 @@ INFO_MEMORY: Final = 1 << 0
 INFO_CMDLINE: Final = 1 << 2
 INFO_MEMORY_MAP: Final = 1 << 6
 INFO_BYTES: Final = 52
+INFO_END: Final = MULTIBOOT_CMDLINE + MULTIBOOT_CMDLINE_BYTES
+LOWER_MEMORY_END: Final = 640 << 10
+UPPER_MEMORY: Final = 1 << 20
 MEMORY_MAP_ENTRY: Final = struct.Struct("<IQQI")
 RAM: Final = 1
 
-ELF_IDENT_32_LITTLE: Final = b"\x7fELF\x01\x01\x01"
+ELF_MAGIC: Final = b"\x7fELF"
+ELF_IDENT_32_LITTLE: Final = ELF_MAGIC + b"\x01\x01\x01"
 ELF_HEADER: Final = struct.Struct("<16sHHIIIIIHHHHHH")
 ELF_SEGMENT: Final = struct.Struct("<IIIIIIII")
 ET_EXEC: Final = 2
@@ -67,13 +71,14 @@ def load(memory: GuestMemory, image: bytes, cmdline: str = "") -> EntryState:
     if unknown or flags & HAS_AOUT_ADDRESSES:
         raise ImageError(f"multiboot header flags {flags:#x}: only page alignment and memory information are offered")
     entry, segments = _parse_elf(image)
-    info = _boot_information(memory, cmdline)
+    text = _command_line(cmdline)
+    info = _boot_information(memory)
     for segment in segments:
         _check_fits(memory, segment.gpa, segment.memory_bytes)
     for segment in segments:
         memory.write(segment.gpa, segment.content + bytes(segment.memory_bytes - len(segment.content)))
     memory.write(MULTIBOOT_INFO, info)
-    memory.write(MULTIBOOT_CMDLINE, cmdline.encode() + b"\0")
+    memory.write(MULTIBOOT_CMDLINE, text)
     return EntryState(protected_mode=True, rip=entry, registers={"rax": BOOTLOADER_MAGIC, "rbx": MULTIBOOT_INFO})
 
 
@@ -107,23 +112,38 @@ def _parse_segment(image: bytes, at: int) -> Segment | None:
 def _check_fits(memory: GuestMemory, gpa: int, length: int) -> None:
     if not any(base <= gpa and gpa + length <= base + size for base, size in memory.slots):
         raise ImageError(f"ELF segment {gpa:#x}+{length:#x} is not in guest memory: {memory.slots}")
+    if gpa < INFO_END and gpa + length > MULTIBOOT_INFO:
+        raise ImageError(f"ELF segment {gpa:#x}+{length:#x} overlaps the boot information at {MULTIBOOT_INFO:#x}")
 
 
-def _boot_information(memory: GuestMemory, cmdline: str) -> bytes:
-    if len(cmdline.encode()) >= MULTIBOOT_CMDLINE_BYTES or "\0" in cmdline:
-        raise ImageError(
-            f"command line of {len(cmdline)} characters: at most {MULTIBOOT_CMDLINE_BYTES - 1}, and no NUL"
-        )
+def _command_line(cmdline: str) -> bytes:
+    """`cmdline` with its final NUL; bytes that Python could not decode (surrogates) go through as they were."""
+    try:
+        text = cmdline.encode(errors="surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ImageError(f"command line: {error}") from None
+    if len(text) >= MULTIBOOT_CMDLINE_BYTES or b"\0" in text:
+        raise ImageError(f"command line of {len(text)} bytes: at most {MULTIBOOT_CMDLINE_BYTES - 1}, and no NUL")
+    return text + b"\0"
+
+
+def _boot_information(memory: GuestMemory) -> bytes:
     entries = b"".join(MEMORY_MAP_ENTRY.pack(MEMORY_MAP_ENTRY.size - 4, base, size, RAM) for base, size in memory.slots)
     info = bytearray(INFO_BYTES)
-    upper_kib = max((base + size - (1 << 20)) // 1024 for base, size in memory.slots)
-    struct.pack_into("<III", info, 0, INFO_MEMORY | INFO_CMDLINE | INFO_MEMORY_MAP, 640, max(upper_kib, 0))
+    lower_kib = min(_bytes_from(memory, 0), LOWER_MEMORY_END) // 1024
+    upper_kib = min(_bytes_from(memory, UPPER_MEMORY) // 1024, 0xFFFFFFFF)
+    struct.pack_into("<III", info, 0, INFO_MEMORY | INFO_CMDLINE | INFO_MEMORY_MAP, lower_kib, upper_kib)
     struct.pack_into("<I", info, 16, MULTIBOOT_CMDLINE)
     struct.pack_into("<II", info, 44, len(entries), MULTIBOOT_INFO + INFO_BYTES)
     if INFO_BYTES + len(entries) > MULTIBOOT_CMDLINE - MULTIBOOT_INFO:
         raise ImageError(f"{len(memory.slots)} slots of guest memory are more than the boot information holds")
     try:
-        memory.read(MULTIBOOT_INFO, MULTIBOOT_CMDLINE + MULTIBOOT_CMDLINE_BYTES - MULTIBOOT_INFO)
+        memory.read(MULTIBOOT_INFO, INFO_END - MULTIBOOT_INFO)
     except GuestAddressError as error:
         raise ImageError(f"no room for the boot information: {error}") from None
     return bytes(info) + entries
+
+
+def _bytes_from(memory: GuestMemory, gpa: int) -> int:
+    """How much memory there is from `gpa` to the next hole, or to the end of its slot."""
+    return next((base + size - gpa for base, size in memory.slots if base <= gpa < base + size), 0)

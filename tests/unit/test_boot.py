@@ -1,0 +1,257 @@
+"""Boot images, good and bad: what is loaded is where its headers say, and what is refused leaves memory as it was."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable
+
+import pytest
+
+from pvclock import boot
+from pvclock._core import GuestMemory
+from pvclock.boot import EntryState, flat, multiboot
+from pvclock.boot.layout import FLAT_BASE, MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES, MULTIBOOT_INFO
+from pvclock.errors import ImageError
+from pvclock.payloads import clockprobe
+
+pytestmark = pytest.mark.row("style")  # no row asks for a loader; other rows' guests come through it
+
+RAM_BYTES = 4 << 20
+GPA = 0x100000
+ENTRY = GPA + 4
+TEXT = b"the text of the guest"
+BSS_BYTES = 11
+MUTATIONS = 10_000
+
+HEADER_AT = 84
+TEXT_AT = 96
+
+
+def header(flags: int = 3, *, magic: int = multiboot.HEADER_MAGIC, checksum: int | None = None) -> bytes:
+    """A multiboot header."""
+    return struct.pack("<III", magic, flags, -(magic + flags) % (1 << 32) if checksum is None else checksum)
+
+
+def segment(
+    gpa: int = GPA,
+    *,
+    kind: int = 1,
+    offset: int = TEXT_AT,
+    file_bytes: int = len(TEXT),
+    memory_bytes: int = len(TEXT) + BSS_BYTES,
+) -> bytes:
+    """An ELF-32 program header, of the text unless told otherwise."""
+    return struct.pack("<IIIIIIII", kind, offset, gpa, gpa, file_bytes, memory_bytes, 7, 4)
+
+
+def elf(
+    mb_header: bytes = b"",
+    *,
+    ident: bytes = b"\x7fELF\x01\x01\x01",
+    kind: int = 2,
+    machine: int = 3,
+    table: int = 52,
+    entry_bytes: int = 32,
+    count: int = 1,
+    program_header: bytes = b"",
+) -> bytes:
+    """An ELF file of one segment, correct but for what is told."""
+    first = struct.pack(
+        "<16sHHIIIIIHHHHHH", ident, kind, machine, 1, ENTRY, table, 0, 0, 52, entry_bytes, count, 0, 0, 0
+    )
+    return first + (program_header or segment()) + (mb_header or header()) + TEXT
+
+
+@pytest.fixture
+def ram() -> bytearray:
+    """Guest RAM that holds a pattern."""
+    return bytearray(b"\xa5" * RAM_BYTES)
+
+
+@pytest.fixture
+def memory(ram: bytearray) -> GuestMemory:
+    """The guest memory over it."""
+    return GuestMemory(ram)
+
+
+def test_a_good_image_is_where_it_says(memory: GuestMemory) -> None:
+    """Text, zeroed rest, boot information and command line are in place, and the entry is the ELF file's."""
+    entry = boot.load(memory, elf(), "quiet µ")
+    assert entry == EntryState(True, ENTRY, {"rax": 0x2BADB002, "rbx": MULTIBOOT_INFO})
+    assert memory.read(GPA, len(TEXT) + BSS_BYTES + 1) == TEXT + bytes(BSS_BYTES) + b"\xa5"
+    flags, lower_kib, upper_kib = struct.unpack("<III", memory.read(MULTIBOOT_INFO, 12))
+    assert (flags, lower_kib, upper_kib) == (0b1000101, 640, RAM_BYTES // 1024 - 1024)
+    (cmdline,) = struct.unpack("<I", memory.read(MULTIBOOT_INFO + 16, 4))
+    assert memory.read(cmdline, 9) == "quiet µ\0".encode()
+    length, at = struct.unpack("<II", memory.read(MULTIBOOT_INFO + 44, 8))
+    assert struct.unpack("<IQQI", memory.read(at, length)) == (20, 0, RAM_BYTES, 1)
+
+
+BAD_IMAGES: dict[str, tuple[bytes, str]] = {
+    "no-header": (elf(bytes(12)), "no multiboot header"),
+    "bad-checksum": (elf(header(checksum=1)), "no multiboot header"),
+    "unaligned-header": (elf(b"\0\0" + header()), "no multiboot header"),
+    "video-modes-wanted": (elf(header(1 << 2)), "flags 0x4: only page alignment"),
+    "unknown-requirement": (elf(header(1 << 15)), "flags 0x8000"),
+    "aout-addresses": (elf(header(1 << 16)), "flags 0x10000"),
+    "not-elf": (b"\0" + elf()[1:], "not a 32-bit little-endian ELF"),
+    "elf-64": (elf(ident=b"\x7fELF\x02\x01\x01"), "not a 32-bit little-endian ELF"),
+    "big-endian": (elf(ident=b"\x7fELF\x01\x02\x01"), "not a 32-bit little-endian ELF"),
+    "x86-64": (elf(machine=62), "machine 62"),
+    "relocatable": (elf(kind=1), "type 1"),
+    "table-beyond-the-file": (elf(table=1 << 20), "table at 0x100000 is damaged"),
+    "table-at-the-top": (elf(table=0xFFFFFFFF), "table at 0xffffffff is damaged"),
+    "huge-count": (elf(count=0xFFFF), "65535 entries"),
+    "odd-entry-size": (elf(entry_bytes=33), "entries of 33 bytes"),
+    "no-entry-size": (elf(entry_bytes=0), "entries of 0 bytes"),
+    "nothing-to-load": (elf(count=0), "nothing to load"),
+    "only-notes": (elf(program_header=segment(kind=4)), "nothing to load"),
+    "more-file-than-memory": (elf(program_header=segment(memory_bytes=3)), "21 bytes from 0x60"),
+    "segment-beyond-the-file": (elf(program_header=segment(offset=TEXT_AT + 1)), "21 bytes from 0x61"),
+    "segment-beyond-memory": (elf(program_header=segment(RAM_BYTES - 1)), "is not in guest memory"),
+    "segment-at-the-top": (elf(program_header=segment(0xFFFFFFFF)), "is not in guest memory"),
+    "segment-of-4-gib": (elf(program_header=segment(memory_bytes=0xFFFFFFFF)), "is not in guest memory"),
+    "over-the-information": (elf(program_header=segment(MULTIBOOT_INFO - 1)), "overlaps the boot information"),
+    "over-the-command-line": (elf(program_header=segment(MULTIBOOT_CMDLINE + 0xEFF)), "overlaps the boot information"),
+    "around-the-information": (elf(program_header=segment(0, memory_bytes=1 << 20)), "overlaps the boot information"),
+}
+
+
+@pytest.mark.parametrize("image", BAD_IMAGES)
+def test_a_bad_image_is_refused_and_memory_untouched(image: str, memory: GuestMemory, ram: bytearray) -> None:
+    """Each defect has its own message, and not a byte is written."""
+    content, message = BAD_IMAGES[image]
+    with pytest.raises(ImageError, match=message):
+        multiboot.load(memory, content)
+    assert ram == b"\xa5" * RAM_BYTES
+
+
+def test_every_truncation_is_refused(memory: GuestMemory, ram: bytearray) -> None:
+    """An image that ends early, wherever, is an ImageError that leaves memory alone."""
+    image = elf()
+    for length in range(len(image)):
+        with pytest.raises(ImageError):
+            multiboot.load(memory, image[:length])
+    assert ram == b"\xa5" * RAM_BYTES
+
+
+@pytest.mark.parametrize("gpa", [MULTIBOOT_INFO - len(TEXT) - BSS_BYTES, MULTIBOOT_INFO + 0x1000])
+def test_a_segment_may_touch_the_boot_information(gpa: int, memory: GuestMemory) -> None:
+    """Up to its first byte, and from behind its last."""
+    multiboot.load(memory, elf(program_header=segment(gpa)))
+    assert memory.read(gpa, len(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "message"),
+    [
+        ("x" * MULTIBOOT_CMDLINE_BYTES, "at most 3839"),
+        ("µ" * (MULTIBOOT_CMDLINE_BYTES // 2), "3840 bytes"),
+        ("a\0b", "no NUL"),
+        ("\ud800", "surrogates not allowed"),
+    ],
+)
+def test_a_command_line_that_cannot_be_passed(cmdline: str, message: str, memory: GuestMemory, ram: bytearray) -> None:
+    """Too long in bytes, with a NUL or not encodable: an ImageError that leaves memory alone."""
+    with pytest.raises(ImageError, match=message):
+        multiboot.load(memory, elf(), cmdline)
+    assert ram == b"\xa5" * RAM_BYTES
+
+
+def test_the_longest_command_line(memory: GuestMemory) -> None:
+    """It and its NUL fill the page to the end, and undecodable bytes of a shell's argument go through."""
+    cmdline = "\udcff" + "x" * (MULTIBOOT_CMDLINE_BYTES - 2)
+    multiboot.load(memory, elf(), cmdline)
+    assert memory.read(MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES) == b"\xff" + cmdline[1:].encode() + b"\0"
+    assert memory.read(MULTIBOOT_INFO + 0x1000, 1) == b"\xa5"
+
+
+@pytest.mark.parametrize("ram_bytes", [0x1000, 0x9FFF])
+def test_no_room_for_the_boot_information(ram_bytes: int) -> None:
+    """Memory that ends before the boot information does is refused."""
+    image = elf(program_header=segment(0x200))
+    with pytest.raises(ImageError, match="no room for the boot information"):
+        multiboot.load(GuestMemory(bytearray(ram_bytes)), image)
+
+
+def test_no_memory_at_all() -> None:
+    """Guest memory without a slot is an ImageError for either kind of image."""
+    for image in (elf(), b"\xf4"):
+        with pytest.raises(ImageError):
+            boot.load(GuestMemory(), image)
+
+
+def test_memory_sizes_are_up_to_the_first_hole() -> None:
+    """Lower and upper memory are what is there without a gap; the map tells of the rest."""
+    memory = GuestMemory(bytearray(0x20000))
+    memory.add_slot(1 << 20, bytearray(2 << 20))
+    memory.add_slot(1 << 44, bytearray(0x1000))
+    multiboot.load(memory, elf())
+    assert struct.unpack("<II", memory.read(MULTIBOOT_INFO + 4, 8)) == (128, 2048)
+    assert struct.unpack("<I", memory.read(MULTIBOOT_INFO + 44, 4)) == (3 * 24,)
+
+
+def test_more_slots_than_the_information_holds() -> None:
+    """A memory map that would run into the command line is refused."""
+    memory = GuestMemory(bytearray(RAM_BYTES))
+    for number in range(8):
+        memory.add_slot((number + 1) << 32, bytearray(4096))
+    with pytest.raises(ImageError, match="9 slots of guest memory"):
+        multiboot.load(memory, elf())
+
+
+# Flat images, and which is which
+
+
+def test_a_flat_image_runs_from_where_it_is(memory: GuestMemory) -> None:
+    """It is copied to the boot sector's address and entered there in real mode."""
+    assert boot.load(memory, b"\xf4") == EntryState(False, FLAT_BASE, {})
+    assert memory.read(FLAT_BASE - 1, 3) == b"\xa5\xf4\xa5"
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda memory: flat.load(memory, b""),
+        lambda memory: flat.load(memory, b"\xf4", base=0x10000),
+        lambda memory: flat.load(memory, b"\xf4", base=-1),
+        lambda memory: flat.load(memory, bytes(RAM_BYTES)),
+    ],
+    ids=["empty", "too-high", "negative", "too-long"],
+)
+def test_a_flat_image_that_does_not_fit(
+    load: Callable[[GuestMemory], EntryState], memory: GuestMemory, ram: bytearray
+) -> None:
+    """It is refused, and memory untouched."""
+    with pytest.raises(ImageError):
+        load(memory)
+    assert ram == b"\xa5" * RAM_BYTES
+
+
+def test_elf_is_never_taken_for_flat_code(memory: GuestMemory) -> None:
+    """An ELF file without a multiboot header is refused instead of run from its first byte."""
+    with pytest.raises(ImageError, match="no multiboot header"):
+        boot.load(memory, elf(bytes(12)))
+
+
+def test_no_mutation_of_an_image_gets_past_the_loader() -> None:
+    """10,000 damaged clockprobes load within guest memory or are an ImageError, and nothing else ever happens."""
+    rng = random.Random(1)  # noqa: S311  # reproducible
+    image = clockprobe()
+    guard = 4096
+    space = bytearray(guard + RAM_BYTES + guard)
+    memory = GuestMemory(memoryview(space)[guard:-guard])
+    loaded = 0
+    for _ in range(MUTATIONS):
+        damaged = bytearray(image)
+        for _ in range(rng.randint(1, 3)):
+            # Most of what matters is in the headers; a good part of damage is a single odd field.
+            damaged[rng.randrange(min(256, len(image)))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+        try:
+            boot.load(memory, bytes(damaged[: rng.choice((len(image), rng.randrange(len(image)))) or 1]))
+        except ImageError:
+            continue
+        loaded += 1
+    assert 0 < loaded < MUTATIONS
+    assert not any(space[:guard] + space[-guard:])
