@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Final, Literal, Self
 
 from pvclock import boot
 from pvclock._core import GuestMemory
-from pvclock.boot.layout import IDENTITY_MAP, TSS
+from pvclock.boot.layout import IDENTITY_MAP, RAM_END, TSS
 from pvclock.errors import ConfigError, GuestCrashed, MissingCapability, MsrFault, StateError
 from pvclock.guestclock import GuestClock
 from pvclock.kvm import KvmBackend, Runner, Vcpu, Vm, open_kvm
@@ -29,6 +30,9 @@ EXIT_PORT: Final = 0xF4
 
 CONSOLE_PORT: Final = 0xE9
 """Bytes written here are the console; Bochs' and QEMU's debug console."""
+
+CONSOLE_KEPT_BYTES: Final = 1 << 20
+"""A guest may write for ever; the newest bytes are kept."""
 
 NOBODY_ANSWERS: Final = b"\xff"
 
@@ -60,6 +64,7 @@ class Machine:
         self.clock: GuestClock | None = None
         self.exit_code: int | None = None
         self._console = bytearray()
+        self._console_lock = threading.Lock()
         self._crash: GuestCrashed | None = None
         with ExitStack() as resources:
             self._kvm = kvm or resources.enter_context(open_kvm())
@@ -120,14 +125,16 @@ class Machine:
 
     @property
     def console(self) -> str:
-        """What the guest wrote to the console port up to now."""
+        """What the guest wrote to the console port up to now: all of it, or the last CONSOLE_KEPT_BYTES."""
         for vcpu in self.vcpus:
-            self._console += vcpu.take_console()
+            self._append_to_console(vcpu)
         return self._console.decode(errors="replace")
 
     # Making
 
     def _make_memory(self, resources: ExitStack, memory_bytes: int) -> None:
+        if memory_bytes > RAM_END:
+            raise ConfigError(f"RAM of {memory_bytes} bytes; a machine takes up to {RAM_END}")
         ram = Ram(memory_bytes)
         resources.callback(ram.close)
         self.memory = resources.enter_context(GuestMemory(ram.buffer))
@@ -187,7 +194,7 @@ class Machine:
             case RdmsrExit(msr, _):
                 self._read_msr(vcpu, msr)
             case IoOut(port, _, data):
-                return self._out(port, data)
+                return self._out(vcpu, port, data)
             case IoIn(_, size, repeats):
                 self.vcpus[vcpu].complete_io(NOBODY_ANSWERS * size * repeats)
             case Mmio(_, length, None):
@@ -195,16 +202,27 @@ class Machine:
             case Mmio():
                 pass
             case _:
-                self._crash = self._crash or GuestCrashed(vcpu, reason)
+                self._end_by(crash=GuestCrashed(vcpu, reason))
                 return False
         return True
 
-    def _out(self, port: int, data: bytes) -> bool:
+    def _out(self, vcpu: int, port: int, data: bytes) -> bool:
         if port == EXIT_PORT:
-            self.exit_code = data[0]
+            self._end_by(exit_code=data[0])
         elif port == CONSOLE_PORT:
-            self._console += data
+            self._append_to_console(self.vcpus[vcpu], data)
         return port != EXIT_PORT
+
+    def _end_by(self, *, exit_code: int | None = None, crash: GuestCrashed | None = None) -> None:
+        """Keep how the run ended: by what came first, for the other vCPUs go on until they are kicked."""
+        if self.exit_code is None and self._crash is None:
+            self.exit_code, self._crash = exit_code, crash
+
+    def _append_to_console(self, vcpu: Vcpu, data: bytes = b"") -> None:
+        """Append what `vcpu` has kept, and then `data`, which it wrote later."""
+        with self._console_lock:
+            self._console += vcpu.take_console() + data
+            del self._console[:-CONSOLE_KEPT_BYTES]
 
     def _write_msr(self, vcpu: int, index: int, value: int) -> None:
         try:

@@ -20,13 +20,18 @@ class Ram:
         try:
             os.ftruncate(self.fd, length)
             self.buffer = mmap.mmap(self.fd, length, mmap.MAP_SHARED)
-        except (OSError, ValueError) as error:
+        except (OSError, OverflowError, ValueError) as error:
             os.close(self.fd)
             raise ConfigError(f"RAM of {length} bytes: {error}") from None
         # A fork would share the pages with a child and, for private ones, copy them away from under the guest.
         self.buffer.madvise(mmap.MADV_DONTFORK)
 
     def close(self) -> None:
-        """Give the memory back; whoever maps it must have let go before."""
+        """Give the memory back; BufferError if somebody still has a view of it, and then it goes with the last view.
+
+        May be called twice.
+        """
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
         self.buffer.close()
-        os.close(self.fd)
