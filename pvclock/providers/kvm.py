@@ -87,10 +87,11 @@ class KvmProvider:
         features: int | None = None,
         enforce_cpuid: bool = True,
     ) -> None:
-        served = SERVED_HERE | clock.kernel_features
+        served = int(SERVED_HERE | clock.kernel_features)
         self.features = KvmFeature(served if features is None else features)
-        if self.features & ~served:
-            raise ConfigError(f"features {self.features & ~served!r} cannot be served here; choose from {served!r}")
+        if int(self.features) & ~served:  # ints: ~ of an IntFlag has only the bits that have names
+            refused = KvmFeature(int(self.features) & ~served)
+            raise ConfigError(f"features {refused!r} cannot be served here; choose from {KvmFeature(served)!r}")
         self._served_msrs = {
             msr for msr, feature in FEATURE_OF_MSR.items() if not enforce_cpuid or feature in self.features
         }

@@ -14,6 +14,7 @@ from pvclock.commands import main
 from pvclock.commands.scale import parse_hz
 from pvclock.kvm import open_kvm
 from pvclock.machine.inprocess import in_process_storm
+from pvclock.machine.observation import Storm
 from qemu_glue import cpu_property
 
 
@@ -77,7 +78,7 @@ def test_doctor_looks_at_this_host(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.stress
 def test_the_story_without_kvm() -> None:
     """In this process, too, readers of pages that change all the time see nothing go back."""
-    heard = []
+    heard: list[Storm] = []
     result = in_process_storm(1.0, progress=heard.append)
     assert result.reads > 10_000
     assert result.churn.publishes > 10_000
