@@ -1,0 +1,33 @@
+"""What this process holds: descriptors, threads and guest RAM, to be compared before and after."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+PROCESS = Path("/proc/self")
+
+
+class Held(NamedTuple):
+    """A process's possessions, as far as virtual machines add to them."""
+
+    descriptors: list[str]
+    threads: list[str]
+    ram_mappings: int
+
+
+def open_descriptors() -> list[str]:
+    """What every open descriptor but the one that looks refers to."""
+    links = (entry for entry in (PROCESS / "fd").iterdir() if entry.is_symlink())
+    return sorted(str(link.readlink()) for link in links)
+
+
+def held() -> Held:
+    """All of it, at this moment."""
+    return Held(open_descriptors(), sorted(thread.name for thread in threading.enumerate()), ram_mappings())
+
+
+def ram_mappings(process: Path = PROCESS) -> int:
+    """How many machines' RAM `process` has in its address space."""
+    return (process / "maps").read_text().count("pvclock-ram")

@@ -1,0 +1,231 @@
+"""Why KVM_RUN returns: real guests, one exit of every kind, and how the guest sees the answer."""
+
+import signal
+import threading
+
+import pytest
+
+from pvclock.boot import EntryState, enter
+from pvclock.errors import ConfigError, StateError
+from pvclock.kvm._ioctls import install_kick_signal
+from pvclock.kvm.exits import (
+    Halt,
+    InternalError,
+    Interrupted,
+    IoIn,
+    IoOut,
+    Mmio,
+    MsrExitReason,
+    RdmsrExit,
+    Shutdown,
+    WrmsrExit,
+)
+from pvclock.kvm.msr_filter import filter_ranges
+from tests.kvm import guests
+from tests.kvm.guests import CODE, COUNT, GP_VECTOR, HLT, RESULT, UNMAPPED, bare_vm
+
+pytestmark = pytest.mark.kvm
+
+SYSTEM_TIME = 0x4B564D01
+KICK = signal.SIGRTMIN + 2
+
+
+@pytest.mark.row("X-02")
+def test_out_and_halt() -> None:
+    """OUT comes with port, size and bytes; HLT ends it where no interrupt controller is in the kernel."""
+    with bare_vm(guests.out(0x10, 5) + HLT) as bare:
+        assert bare.vcpus[0].run() == IoOut(0x10, 1, b"\x05")
+        assert bare.vcpus[0].run() == Halt()
+
+
+@pytest.mark.row("E9")
+def test_repeated_out_comes_whole() -> None:
+    """REP OUTSL gives all its items, in order, in however many exits."""
+    items = bytes(range(256)) * 4
+    with bare_vm(guests.rep_outs(0x10, RESULT, len(items) // 4, 4) + HLT) as bare:
+        bare.ram[RESULT : RESULT + len(items)] = items
+        seen = b""
+        while isinstance(reason := bare.vcpus[0].run(), IoOut):
+            assert reason.size == 4
+            seen += reason.data
+        assert (reason, seen) == (Halt(), items)
+
+
+@pytest.mark.row("E9")
+def test_in_is_answered() -> None:
+    """IN gets the bytes of complete_io(), and an answer of another length is refused."""
+    with bare_vm(bytes.fromhex("e510 a30020") + HLT) as bare:  # in $0x10, %ax; mov %ax, RESULT
+        vcpu = bare.vcpus[0]
+        assert vcpu.run() == IoIn(0x10, 2, 1)
+        with pytest.raises(ConfigError, match="answer of 3 bytes to an IN of 2"):
+            vcpu.complete_io(b"abc")
+        vcpu.complete_io(b"\x34\x12")
+        assert vcpu.run() == Halt()
+        assert bare.result() == 0x1234
+
+
+@pytest.mark.row("E9")
+def test_memory_without_a_slot_is_mmio() -> None:
+    """A read of it gets the bytes of complete_mmio(), a write shows what was written."""
+    # mov $0x2000, %ax; mov %ax, %ds; mov 0, %eax; mov %eax, 4
+    with bare_vm(bytes.fromhex("b80020 8ed8 66a10000 66a30400") + HLT) as bare:
+        vcpu = bare.vcpus[0]
+        assert vcpu.run() == Mmio(UNMAPPED, 4, None)
+        with pytest.raises(ConfigError, match="answer of 1 bytes to a read of 4"):
+            vcpu.complete_mmio(b"a")
+        vcpu.complete_mmio(b"abcd")
+        assert vcpu.run() == Mmio(UNMAPPED + 4, 4, b"abcd")
+        assert vcpu.run() == Halt()
+
+
+@pytest.mark.row("E9")
+def test_only_the_present_exit_can_be_answered() -> None:
+    """An answer to an exit of another kind is refused: kvm_run holds something else then."""
+    with bare_vm(guests.out(0x10, 5) + HLT) as bare:
+        vcpu = bare.vcpus[0]
+        vcpu.run()
+        with pytest.raises(StateError, match="complete_mmio"):
+            vcpu.complete_mmio(b"a")
+        with pytest.raises(StateError, match="complete_msr"):
+            vcpu.complete_msr()
+        vcpu.run()
+        with pytest.raises(StateError, match="complete_io"):
+            vcpu.complete_io(b"a")
+
+
+@pytest.mark.row("E9")
+def test_a_triple_fault_is_a_shutdown() -> None:
+    """UD2 with an IDT of no entries leaves a guest in protected mode without a way on."""
+    with bare_vm(bytes.fromhex("0f0b")) as bare:
+        vcpu = bare.vcpus[0]
+        vcpu.set_sregs({**vcpu.get_sregs(), "idt": {"base": 0, "limit": 0}})
+        enter(vcpu, EntryState(protected_mode=True, rip=CODE, registers={}))
+        assert vcpu.run() == Shutdown()
+
+
+@pytest.mark.row("E9")
+def test_code_where_no_memory_is_is_an_internal_error() -> None:
+    """KVM cannot fetch instructions from where no memory is, and says so with its reasons."""
+    with bare_vm(HLT) as bare:
+        vcpu = bare.vcpus[0]
+        sregs = vcpu.get_sregs()
+        sregs["cs"].update(base=UNMAPPED, selector=UNMAPPED >> 4)
+        vcpu.set_sregs(sregs)
+        vcpu.set_regs({**vcpu.get_regs(), "rip": 0})
+        reason = vcpu.run()
+        assert isinstance(reason, InternalError)
+        assert len(reason.data) <= 16
+
+
+@pytest.mark.row("E9")
+def test_request_before_run_keeps_the_guest_out() -> None:
+    """A run() that was asked to exit before it began returns with no instruction done, and only that one."""
+    with bare_vm(guests.out(0x10, 5) + HLT) as bare:
+        vcpu = bare.vcpus[0]
+        vcpu.request_exit()
+        assert vcpu.run() == Interrupted()
+        assert vcpu.get_regs()["rip"] == CODE
+        assert isinstance(vcpu.run(), IoOut)
+
+
+@pytest.mark.row("E9")
+def test_a_kick_gets_a_spinning_guest_out() -> None:
+    """A signal from another thread ends run() of a guest that never exits; until then nobody else may use the vCPU."""
+    install_kick_signal(KICK)
+    with bare_vm(COUNT) as bare:
+        vcpu, runs_in = bare.vcpus[0], threading.get_ident()
+        refusals: list[BaseException] = []
+
+        def kick() -> None:
+            while not bare.count(0):
+                pass
+            for action in (vcpu.get_regs, vcpu.run, vcpu.close):
+                try:
+                    action()
+                except StateError as refusal:
+                    refusals.append(refusal)
+            vcpu.request_exit()
+            signal.pthread_kill(runs_in, KICK)
+
+        kicker = threading.Thread(target=kick)
+        kicker.start()
+        assert vcpu.run() == Interrupted()
+        kicker.join()
+        assert len(refusals) == 3
+        assert bare.count(0) > 0
+
+
+# MSRs
+
+
+@pytest.mark.row("K-01")
+def test_a_filtered_read_gets_the_answer() -> None:
+    """RDMSR of a filtered MSR comes here, and the guest gets all 64 bits of the answer."""
+    with bare_vm(guests.read_msr(SYSTEM_TIME), user_msr_exits=MsrExitReason.FILTER) as bare:
+        bare.vm.set_msr_filter(filter_ranges())
+        assert bare.vcpus[0].run() == RdmsrExit(SYSTEM_TIME, MsrExitReason.FILTER)
+        bare.vcpus[0].complete_msr(0x1122334455667788)
+        assert bare.vcpus[0].run() == Halt()
+        assert bare.result(8) == 0x1122334455667788
+
+
+@pytest.mark.row("K-01")
+def test_a_filtered_write_shows_the_value_and_passes() -> None:
+    """WRMSR of a filtered MSR comes here with its 64 bits, never reaches the kernel, and the guest goes on."""
+    code = guests.write_msr(SYSTEM_TIME, 0xABCDEF0123456789) + guests.out(0x10, 1)
+    with bare_vm(code, user_msr_exits=MsrExitReason.FILTER) as bare:
+        bare.vm.set_msr_filter(filter_ranges())
+        assert bare.vcpus[0].run() == WrmsrExit(SYSTEM_TIME, 0xABCDEF0123456789, MsrExitReason.FILTER)
+        bare.vcpus[0].complete_msr()
+        assert isinstance(bare.vcpus[0].run(), IoOut)
+        assert bare.vcpus[0].get_msr(SYSTEM_TIME) == 0
+
+
+@pytest.mark.row("K-01", "J-01")
+@pytest.mark.parametrize("msr", [SYSTEM_TIME, 0x3B, 0x11, 0x12])
+@pytest.mark.parametrize("access", ["read", "write"])
+def test_a_refused_access_is_gp_in_the_guest(msr: int, access: str) -> None:
+    """complete_msr(fault=True) is #GP: the guest's handler for vector 13 runs."""
+    code = guests.read_msr(msr) if access == "read" else guests.write_msr(msr, 1) + HLT
+    with bare_vm(code, user_msr_exits=MsrExitReason.FILTER) as bare:
+        bare.vm.set_msr_filter(filter_ranges())
+        assert isinstance(bare.vcpus[0].run(), RdmsrExit if access == "read" else WrmsrExit)
+        bare.vcpus[0].complete_msr(fault=True)
+        assert bare.vcpus[0].run() == Halt()
+        assert bare.result(1) == GP_VECTOR
+
+
+@pytest.mark.row("K-31", "K-35")
+@pytest.mark.parametrize("msr", [0x4B564D04, 0x4B564D05])
+def test_what_the_kernel_keeps_does_not_come_here(msr: int) -> None:
+    """PV EOI and poll control pass by the filter: the kernel answers or faults by itself."""
+    with bare_vm(guests.read_msr(msr), user_msr_exits=MsrExitReason.FILTER) as bare:
+        bare.vm.set_msr_filter(filter_ranges())
+        assert bare.vcpus[0].run() == Halt()
+
+
+# The console
+
+
+@pytest.mark.row("style")
+def test_console_bytes_are_kept_without_an_exit() -> None:
+    """Single bytes to the console port are kept until taken, in order, and everything else still exits."""
+    code = b"".join(guests.out(0xE9, byte) for byte in b"tick") + guests.out(0x10, 1) + HLT
+    with bare_vm(code) as bare:
+        vcpu = bare.vcpus[0]
+        vcpu.console_port = 0xE9
+        assert vcpu.run() == IoOut(0x10, 1, b"\x01")
+        assert (vcpu.take_console(), vcpu.take_console()) == (b"tick", b"")
+
+
+@pytest.mark.row("E9")
+def test_a_full_console_exits() -> None:
+    """Byte 4097 comes as an exit; nothing is lost or overwritten."""
+    # mov $0x1010, %cx; 1: mov %cl, %al; out %al, $0xe9; loop 1b
+    with bare_vm(bytes.fromhex("b91010 88c8 e6e9 e2fa") + HLT) as bare:
+        vcpu = bare.vcpus[0]
+        vcpu.console_port = 0xE9
+        assert vcpu.run() == IoOut(0xE9, 1, b"\x10")
+        assert vcpu.take_console() == bytes(n & 0xFF for n in range(0x1010, 0x10, -1))
+        assert vcpu.run() == Halt()
+        assert vcpu.take_console() == bytes(n & 0xFF for n in range(0xF, 0, -1))

@@ -1,0 +1,247 @@
+"""The ioctls that set up a VM and its vCPUs, each on the real device; those that run them are in test_exits.py."""
+
+import errno
+import mmap
+import signal
+
+import pytest
+
+from pvclock.errors import ConfigError, KvmError, StateError
+from pvclock.kvm import Kvm
+from pvclock.kvm._ioctls import CAPABILITY_NUMBERS, install_kick_signal
+from pvclock.kvm.exits import (
+    Halt,
+)
+from tests.kvm import guests
+from tests.kvm.guests import HLT, REGISTERS, RESULT, bare_vm
+from tests.kvm.kvm_calls import refused
+
+pytestmark = pytest.mark.kvm
+
+SYSTEM_TIME = 0x4B564D01
+KICK = signal.SIGRTMIN + 2
+
+
+# The device and the VM
+
+
+@pytest.mark.row("X-02")
+def test_kvm_describes_itself() -> None:
+    """API 12, CPUID entries with all their fields, and 0 for a capability that nobody has."""
+    with Kvm() as kvm:
+        assert kvm.get_api_version() == 12
+        entries = kvm.get_supported_cpuid()
+        assert {"function", "index", "flags", "eax", "ebx", "ecx", "edx"} == entries[0].keys()
+        assert {0, 1, 0x40000001} <= {entry["function"] for entry in entries}
+        assert kvm.check_extension(10**6) == 0
+        assert kvm.check_extension(CAPABILITY_NUMBERS["KVM_CAP_USER_MEMORY"]) == 1
+
+
+@pytest.mark.row("X-02")
+def test_kvm_refuses_what_it_should() -> None:
+    """KVM's own refusals come through with their errno."""
+    with bare_vm(HLT) as bare:
+        assert refused("KVM_CREATE_IRQCHIP", bare.vm.create_irqchip) == errno.EINVAL  # after a vCPU
+        assert refused("KVM_SET_TSS_ADDR", lambda: bare.vm.set_tss_addr(0xFFFFE000)) == errno.EINVAL
+        assert refused("KVM_SET_IDENTITY_MAP_ADDR", lambda: bare.vm.set_identity_map_addr(0)) == errno.EINVAL
+        assert refused("KVM_ENABLE_CAP", lambda: bare.vm.enable_cap(188, 1 << 20)) == errno.EINVAL
+        assert refused("KVM_CREATE_VCPU", lambda: bare.vm.create_vcpu(0)) == errno.EEXIST
+        misaligned = memoryview(bare.ram)[1:4097]
+        region = bare.vm.set_user_memory_region
+        assert refused("KVM_SET_USER_MEMORY_REGION", lambda: region(1, 1 << 20, misaligned)) == errno.EINVAL
+        misaligned.release()
+
+
+@pytest.mark.row("E9")
+def test_memory_is_held_while_a_guest_could_write_to_it() -> None:
+    """Neither the caller nor Vm.close() can take memory away under a vCPU; the last close lets it go."""
+    with Kvm() as kvm, mmap.mmap(-1, mmap.PAGESIZE) as ram:
+        vm = kvm.create_vm()
+        vm.set_user_memory_region(0, 0, ram)
+        vcpu = vm.create_vcpu(0)
+        vm.close()
+        with pytest.raises(BufferError):
+            ram.close()
+        vcpu.close()
+
+
+@pytest.mark.row("E9")
+def test_a_slot_lets_go_of_what_it_held() -> None:
+    """A buffer that replaces another, and one that KVM refuses, leave no buffer held that no guest sees."""
+    with Kvm() as kvm, kvm.create_vm() as vm, mmap.mmap(-1, mmap.PAGESIZE) as last:
+        first = mmap.mmap(-1, mmap.PAGESIZE)
+        vm.set_user_memory_region(0, 0, first)
+        refused("KVM_SET_USER_MEMORY_REGION", lambda: vm.set_user_memory_region(1, 1, last))
+        with pytest.raises((BufferError, TypeError)):
+            vm.set_user_memory_region(2, 1 << 20, b"read-only")
+        with pytest.raises(BufferError):
+            first.close()
+        vm.set_user_memory_region(0, 0, memoryview(last)[:0])
+        first.close()
+
+
+@pytest.mark.row("E9")
+def test_filter_ranges_have_limits() -> None:
+    """KVM takes 16 ranges; a 17th, or more MSRs than bits, is a ConfigError and no access past an end."""
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        vm.set_msr_filter([(3, 0x1000 + n, 1, b"\0") for n in range(16)])
+        with pytest.raises(ConfigError, match="17 MSR filter ranges"):
+            vm.set_msr_filter([(3, 0x1000 + n, 1, b"\0") for n in range(17)])
+        with pytest.raises(ConfigError, match=r"0x10\+9: a bitmap of 8 bits"):
+            vm.set_msr_filter([(3, 0x10, 9, b"\0")])
+
+
+@pytest.mark.row("K-13")
+def test_the_kernels_clock_can_be_read_and_set() -> None:
+    """GET_CLOCK gives host TSC and time of day where its flags say so, and SET_CLOCK is where it goes on."""
+    with bare_vm(HLT) as bare:
+        bare.vm.set_clock(10**12)
+        first, second = bare.vm.get_clock(), bare.vm.get_clock()
+        assert first.keys() == {"clock", "flags", "realtime", "host_tsc"}
+        assert 10**12 <= first["clock"] <= second["clock"] < 10**12 + 10**9
+        assert (first["realtime"] > 0) == bool(first["flags"] & 4)
+        assert (first["host_tsc"] > 0) == bool(first["flags"] & 8)
+        assert refused("KVM_SET_CLOCK", lambda: bare.vm.set_clock(0, flags=1 << 20)) == errno.EINVAL
+
+
+# Registers
+
+
+@pytest.mark.row("J-07")
+def test_msrs_of_the_host_side() -> None:
+    """The host reads back what it wrote; an MSR that KVM does not know is an error with its number."""
+    with bare_vm(HLT) as bare:
+        vcpu = bare.vcpus[0]
+        vcpu.set_msr(SYSTEM_TIME, RESULT | 1)
+        assert vcpu.get_msr(SYSTEM_TIME) == RESULT | 1
+        with pytest.raises(KvmError, match="KVM_GET_MSRS 0xdeadbeef"):
+            vcpu.get_msr(0xDEADBEEF)
+        with pytest.raises(KvmError, match="KVM_SET_MSRS 0xdeadbeef"):
+            vcpu.set_msr(0xDEADBEEF, 0)
+
+
+@pytest.mark.row("X-02")
+def test_registers_come_back_as_set() -> None:
+    """Every general register keeps its 64 bits, and special registers survive a round trip."""
+    with bare_vm(HLT) as bare:
+        vcpu = bare.vcpus[0]
+        wanted = {name: 0x8000000000000000 + number for number, name in enumerate(REGISTERS)} | {"rflags": 2}
+        vcpu.set_regs(wanted)
+        assert vcpu.get_regs() == wanted
+        sregs = vcpu.get_sregs()
+        sregs["gdt"] = {"base": 0x5000, "limit": 0x17}
+        sregs["fs"].update(base=0x1230, selector=0x123)
+        vcpu.set_sregs(sregs)
+        assert vcpu.get_sregs() == sregs
+
+
+@pytest.mark.row("X-02")
+def test_registers_are_all_or_nothing() -> None:
+    """A register that is missing or does not fit is a Python error before KVM hears of it."""
+    with bare_vm(HLT) as bare:
+        before = bare.vcpus[0].get_regs()
+        with pytest.raises(ValueError, match="rip"):
+            bare.vcpus[0].set_regs({name: 0 for name in REGISTERS if name != "rip"})
+        with pytest.raises(OverflowError):
+            bare.vcpus[0].set_regs({**before, "rax": 1 << 64})
+        assert bare.vcpus[0].get_regs() == before
+
+
+@pytest.mark.row("K-38")
+def test_cpuid_is_what_the_guest_sees() -> None:
+    """The guest's CPUID instruction answers with the entries that were set."""
+    # mov $0x40000000, %eax; cpuid; mov %ebx, RESULT
+    with bare_vm(bytes.fromhex("66b800000040 0fa2 66891e0020") + HLT) as bare:
+        entry = {"function": 0x40000000, "index": 0, "flags": 0, "eax": 0, "ebx": 0x4B4D564B, "ecx": 0, "edx": 0}
+        others = [e for e in bare.kvm.get_supported_cpuid() if e["function"] < 0x40000000]
+        bare.vcpus[0].set_cpuid([*others, entry])
+        assert bare.vcpus[0].run() == Halt()
+        assert bare.result() == 0x4B4D564B
+
+
+@pytest.mark.row("X-02")
+def test_only_the_boot_vcpu_begins_runnable() -> None:
+    """With interrupt controllers in the kernel the others wait for their SIPI; a state can be set."""
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        vm.create_irqchip()
+        with vm.create_vcpu(0) as boot, vm.create_vcpu(1) as other:
+            assert (boot.get_mp_state(), other.get_mp_state()) == (0, 1)
+            other.set_mp_state(3)
+            assert other.get_mp_state() == 3
+
+
+# Time
+
+
+@pytest.mark.row("K-15")
+def test_tsc_frequency() -> None:
+    """The host's own frequency is taken; half of it only by a host that can scale its guests' TSC."""
+    with bare_vm(HLT) as bare:
+        vcpu = bare.vcpus[0]
+        khz = vcpu.get_tsc_khz()
+        assert khz > 0
+        vcpu.set_tsc_khz(khz)
+        if bare.kvm.check_extension(CAPABILITY_NUMBERS["KVM_CAP_TSC_CONTROL"]):
+            vcpu.set_tsc_khz(khz // 2)
+            assert vcpu.get_tsc_khz() == khz // 2
+        else:
+            assert refused("KVM_SET_TSC_KHZ", lambda: vcpu.set_tsc_khz(khz // 2)) == errno.EINVAL
+
+
+@pytest.mark.row("K-15")
+def test_a_frequency_above_the_hosts_shows_in_the_page_only_where_tscs_are_scaled() -> None:
+    """Without TSC scaling KVM takes a higher frequency, and the guest's page goes on by the host's."""
+    with bare_vm(b"".join(guests.out(0x10, n) for n in range(3))) as bare:
+        vcpu, page = bare.vcpus[0], slice(RESULT + 24, RESULT + 29)  # mul and shift
+        vcpu.set_msr(SYSTEM_TIME, RESULT | 1)
+        vcpu.run()
+        before = bytes(bare.ram[page])
+        vcpu.set_tsc_khz(vcpu.get_tsc_khz() * 3 // 2)
+        vcpu.set_msr(SYSTEM_TIME, RESULT | 1)
+        vcpu.run()
+        scales = bool(bare.kvm.check_extension(CAPABILITY_NUMBERS["KVM_CAP_TSC_CONTROL"]))
+        assert (bytes(bare.ram[page]) != before) == scales
+
+
+@pytest.mark.row("J-05")
+def test_tsc_offset_attribute() -> None:
+    """The attribute is there and takes 64 bits; whether the guest's TSC follows is honours_tsc_offset()'s business."""
+    with bare_vm(HLT) as bare:
+        vcpu = bare.vcpus[0]
+        assert vcpu.has_tsc_offset()
+        for offset in (0, 1, (1 << 64) - 1):
+            vcpu.set_tsc_offset(offset)
+            assert vcpu.get_tsc_offset() in (offset, 0)
+
+
+@pytest.mark.row("K-16", "K-17")
+def test_kvmclock_ctrl_needs_a_registered_clock() -> None:
+    """KVM says no while the kernel's clock has no page, and shows GUEST_STOPPED in it from the next run on else."""
+    with bare_vm(guests.out(0x10, 1) + HLT) as bare:
+        vcpu = bare.vcpus[0]
+        assert refused("KVM_KVMCLOCK_CTRL", vcpu.kvmclock_ctrl) == errno.EINVAL
+        vcpu.set_msr(SYSTEM_TIME, RESULT | 1)
+        vcpu.run()
+        vcpu.kvmclock_ctrl()
+        vcpu.run()
+        assert bare.ram[RESULT + 29] & 2
+
+
+# The kick signal
+
+
+@pytest.mark.row("E9")
+def test_a_kick_signal_in_use_is_refused() -> None:
+    """A signal that has a handler, or is ignored, or does not exist, is not taken; ours may be taken again."""
+    signum = signal.SIGRTMIN + 5
+    for handler in (lambda *_: None, signal.SIG_IGN):
+        before = signal.signal(signum, handler)
+        try:
+            with pytest.raises(StateError, match="choose another kick signal"):
+                install_kick_signal(signum)
+        finally:
+            signal.signal(signum, before)
+    install_kick_signal(KICK)
+    install_kick_signal(KICK)
+    assert refused("sigaction", lambda: install_kick_signal(1000)) == errno.EINVAL
+    assert refused("sigaction", lambda: install_kick_signal(signal.SIGKILL)) == errno.EINVAL
