@@ -16,6 +16,7 @@ DIRECTIVES = {
     "boundscheck": False,  # indices are checked where a caller's value comes in
     "wraparound": False,
     "initializedcheck": False,
+    "annotation_typing": False,  # else `int` turns a float into one instead of refusing it
     "cdivision": True,  # C's division: the Python faces refuse a divisor of zero
     "auto_pickle": False,  # pages and file descriptors have no meaning in another process
     "autotestdict": False,  # else every doctest runs twice
@@ -38,6 +39,7 @@ setup(
     ext_modules=[
         module("pvclock._core"),
         module("pvclock._bulk"),
+        module("pvclock._sampling"),
         module("pvclock.kvm._ioctls"),
         # The payloads are assembled into this module by gas `.include`, which looks in the -I folders.
         module("pvclock.payloads._images", "-Wa,-Ipvclock/payloads", depends=Path("pvclock/payloads").glob("*.s")),

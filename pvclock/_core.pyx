@@ -6,41 +6,23 @@ clock shall show is handed in as a ClockLine, and where ticks come from as a Cou
 
 cimport cython
 from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
-from posix.time cimport clock_gettime, clockid_t, timespec
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 from pvclock._abi cimport PVCLOCK_GUEST_STOPPED, PVCLOCK_TSC_STABLE_BIT, pvclock_vcpu_time_info
 from pvclock._math cimport (
-    pvclock_guest_tsc,
-    pvclock_line,
-    pvclock_line_at,
-    pvclock_line_turn,
-    pvclock_scale,
-    pvclock_scale_delta,
-    pvclock_time_scale,
-    pvclock_time_scale_of_rate,
-    pvclock_tsc_ratio,
-    pvclock_unscale_delta,
+    pvclock_guest_tsc, pvclock_line, pvclock_line_at, pvclock_line_turn, pvclock_scale, pvclock_scale_delta,
+    pvclock_time_scale, pvclock_time_scale_of_rate, pvclock_tsc_ratio, pvclock_unscale_delta
 )
 from pvclock._publish cimport (
-    pvclock_anchor,
-    pvclock_anchor_read,
-    pvclock_counter,
-    pvclock_counter_read,
-    pvclock_host_counter,
-    pvclock_publish,
-    pvclock_publish_wall_clock,
-    pvclock_rate,
-    pvclock_rate_of,
-    pvclock_rdtsc_ordered,
-    pvclock_read,
-    pvclock_reading,
-    pvclock_target,
+    pvclock_anchor, pvclock_anchor_read, pvclock_counter, pvclock_counter_read, pvclock_host_counter,
+    pvclock_publish, pvclock_publish_wall_clock, pvclock_rate, pvclock_rate_of, pvclock_rdtsc_ordered, pvclock_read,
+    pvclock_reading, pvclock_target
 )
 
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
@@ -53,14 +35,17 @@ GUEST_STOPPED = PVCLOCK_GUEST_STOPPED
 cdef uint64_t TIME_INFO_BYTES = sizeof(pvclock_vcpu_time_info)
 cdef uint64_t WALL_CLOCK_BYTES = 12
 
-# Longer than any update lasts, a writer that lost its CPU included; short enough not to hang on a spoilt page.
-cdef unsigned int READ_TRIES = 1 << 20
+# How often a page is tried before other threads get the GIL, and how often that: longer than any update lasts, a writer
+# that lost its CPU included, and short enough not to hang on a page that its guest has spoilt.
+cdef unsigned int READ_TRIES = 256
+cdef int READ_ROUNDS = 4096
 
 
 cdef uint64_t as_u64(object value, str what) except? 0:
-    if not 0 <= value < 1 << 64:
-        raise RangeError(f"{what} is {value:#x}; it must fit in 64 bits, unsigned")
-    return value
+    number = PyNumber_Index(value)
+    if not 0 <= number < 1 << 64:
+        raise RangeError(f"{what} is {number:#x}; it must fit in 64 bits, unsigned")
+    return number
 
 
 # Arithmetic
@@ -110,10 +95,13 @@ cdef class ClockScale:
     cdef readonly object hz
 
     def __cinit__(self, mul: int, shift: int, hz: int | None = None) -> None:
+        mul, shift = PyNumber_Index(mul), PyNumber_Index(shift)
         if not (0 < mul < 1 << 32 and -64 < shift < 32):
             raise RangeError(f"(mul, shift) = ({mul}, {shift}); mul must be in [1, 2^32), shift in [-63, 31]")
         self.c.mul, self.c.shift = mul, shift
         denominator = mul << (shift + 63)
+        if hz is not None and hz < 1:
+            raise RangeError(f"TSC frequency is {hz} Hz; it must be at least 1 Hz")
         self.hz = hz if hz is not None else ((_NS_PER_S << 95) + denominator // 2) // denominator
 
     @staticmethod
@@ -222,6 +210,9 @@ cdef class GuestMemory:
     GuestAddressError.  `on_dirty(gpa, length)`, if set, hears of all that pvclock wrote: KVM's dirty log does not see
     writes from user space.  `generation` counts changes of the slots.
 
+    on_dirty is called when all is written; an error that it raises goes to the writer's caller.  It must not call the
+    clock whose pages these are.
+
     Thread-safety: all methods may be called from any thread.
     """
 
@@ -230,8 +221,11 @@ cdef class GuestMemory:
     cdef readonly uint64_t generation
     cdef public object on_dirty
 
-    def __init__(self, buffer: object = None) -> None:
+    def __cinit__(self) -> None:
         self._slots = []
+
+    def __init__(self, buffer: object = None) -> None:
+        self._replace([])
         if buffer is not None:
             self.add_slot(0, buffer)
 
@@ -293,6 +287,7 @@ cdef class GuestMemory:
 
     cdef uint8_t *at(self, object gpa, uint64_t length) except NULL:
         cdef uint8_t *found = NULL
+        gpa = PyNumber_Index(gpa)
         if 0 <= gpa < 1 << 64:
             found = self.find(gpa, length)
         if found is NULL:
@@ -322,7 +317,7 @@ cdef class GuestMemory:
             self.on_dirty(gpa, length)
 
 
-def read_time_info(memory: GuestMemory, gpa: int) -> TimeInfo:
+def read_time_info(GuestMemory memory not None, gpa: int) -> TimeInfo:
     """The pvclock page at `gpa` as it lies there, whether or not an update is going on."""
     cdef pvclock_vcpu_time_info info
     memcpy(&info, memory.at(gpa, TIME_INFO_BYTES), TIME_INFO_BYTES)
@@ -331,7 +326,7 @@ def read_time_info(memory: GuestMemory, gpa: int) -> TimeInfo:
     )
 
 
-def publish_wall_clock(memory: GuestMemory, gpa: int, epoch_ns: int) -> bool:
+def publish_wall_clock(GuestMemory memory not None, gpa: int, epoch_ns: int) -> bool:
     """Write the wall-clock record at `gpa`: the UTC instant `epoch_ns` (ns since 1970) at which system time was 0.
 
     Returns False, with nothing written, where the record is not in guest memory, which Linux ignores as well.
@@ -350,9 +345,13 @@ def publish_wall_clock(memory: GuestMemory, gpa: int, epoch_ns: int) -> bool:
 
 
 cdef class Counter:
-    """Where host TSC comes from."""
+    """Where host TSC comes from: a HostCounter or a SimulatedCounter; C code reads it, so Python cannot add others."""
 
     cdef pvclock_counter c
+
+    def __cinit__(self, *args: object) -> None:
+        if type(self) not in (HostCounter, SimulatedCounter):
+            raise TypeError(f"{type(self).__name__}: a counter is a HostCounter or a SimulatedCounter")
 
     def read(self) -> int:
         """Host TSC now, in ticks; not before any earlier load has its value."""
@@ -402,28 +401,16 @@ def read_tsc() -> int:
     return pvclock_rdtsc_ordered()
 
 
-def sample_clock(clock_id: int, tries: int = 8) -> tuple[int, int, int]:
-    """(host TSC, ns of the system clock `clock_id`, width in ticks) of one instant.
-
-    The clock is read between two readings of the TSC, `tries` times; the narrowest bracket is returned, with the
-    TSC at its middle: the true pair is at most width/2 ticks off.  OSError for a clock that does not exist.
-    """
-    cdef clockid_t clock = clock_id
-    cdef timespec now, best_now = timespec(0, 0)
-    cdef uint64_t before, width, best_before = 0, best_width = <uint64_t>-1
-    cdef int failed = 0
-    for _ in range(max(tries, 1)):
-        before = pvclock_rdtsc_ordered()
-        failed |= clock_gettime(clock, &now)
-        width = pvclock_rdtsc_ordered() - before
-        if width < best_width:
-            best_before, best_width, best_now = before, width, now
-    if failed:
-        raise OSError(f"clock_gettime: this system has no clock {clock_id}")
-    return best_before + best_width // 2, best_now.tv_sec * _NS_PER_S + best_now.tv_nsec, best_width
-
-
 # Pages
+
+
+cdef struct Shown:
+    # What readers may use of a vCPU's page: set when a publish that wrote it has ended.
+    void *page
+    uint64_t gpa
+    uint64_t tsc_offset
+    bint published
+    bint flagged  # flags and pads were written, too, since the page is where it is
 
 
 @cython.final
@@ -442,33 +429,34 @@ cdef class TimePages:
     cdef readonly int vcpus
     cdef list _gpas  # by vCPU; None: not registered
     cdef uint64_t *_offsets  # by vCPU
+    cdef Shown *_shown  # by vCPU
     cdef pvclock_target *_targets  # compact: only pages that can be written
     cdef int *_target_vcpu  # by target
-    cdef int *_vcpu_target  # by vCPU; -1: none
     cdef int _count
-    cdef uint64_t _generation  # of the memory that the targets were looked up in
+    cdef bint _changed  # a page or an offset, since the last publish
+    cdef uint64_t _generation  # of the memory that all pointers were looked up in
     cdef pvclock_anchor _anchor
     cdef pvclock_rate _rate
     cdef ClockScale _rate_scale  # that _rate was made from
 
-    def __cinit__(self, memory: GuestMemory, vcpus: int, counter: Counter) -> None:
-        if vcpus < 1:
-            raise ConfigError(f"a VM with {vcpus} vCPUs; it needs at least 1")
+    def __cinit__(self, GuestMemory memory not None, vcpus: int, Counter counter not None) -> None:
+        if not 1 <= vcpus <= 1 << 20:
+            raise ConfigError(f"a VM with {vcpus} vCPUs; it has at least 1")
         self.memory, self.vcpus, self.counter = memory, vcpus, counter
         self._gpas = [None] * vcpus
         self._offsets = <uint64_t *>calloc(vcpus, sizeof(uint64_t))
+        self._shown = <Shown *>calloc(vcpus, sizeof(Shown))
         self._targets = <pvclock_target *>calloc(vcpus, sizeof(pvclock_target))
         self._target_vcpu = <int *>calloc(vcpus, sizeof(int))
-        self._vcpu_target = <int *>calloc(vcpus, sizeof(int))
-        if not (self._offsets and self._targets and self._target_vcpu and self._vcpu_target):
+        if not (self._offsets and self._shown and self._targets and self._target_vcpu):
             raise MemoryError
         self._look_up()
 
     def __dealloc__(self) -> None:
         free(self._offsets)
+        free(self._shown)
         free(self._targets)
         free(self._target_vcpu)
-        free(self._vcpu_target)
 
     cdef int _vcpu(self, int vcpu) except -1:
         if not 0 <= vcpu < self.vcpus:
@@ -478,6 +466,9 @@ cdef class TimePages:
     def register(self, vcpu: int, gpa: int | None) -> None:
         """Put vCPU's page at `gpa`, or (None) take it away.  Nothing is written before the next publish."""
         self._gpas[self._vcpu(vcpu)] = None if gpa is None else as_u64(gpa, "gpa")
+        self._shown[vcpu].flagged = False
+        if gpa is None:
+            self._shown[vcpu].published = False
         self._look_up()
 
     def registered(self, vcpu: int) -> int | None:
@@ -490,41 +481,58 @@ cdef class TimePages:
         self._look_up()
 
     cdef _look_up(self):
+        """Find every page in guest memory, for the next publish and for readers."""
         cdef uint8_t *page
         self._count = 0
+        self._changed = True
         for vcpu, gpa in enumerate(self._gpas):
             page = NULL if gpa is None else self.memory.find(gpa, TIME_INFO_BYTES)
-            self._vcpu_target[vcpu] = -1
-            if page is not NULL:
+            if page is NULL:
+                self._shown[vcpu].flagged = False
+            else:
                 self._targets[self._count] = pvclock_target(page, self._offsets[vcpu], 0, 1)
                 self._target_vcpu[self._count] = vcpu
-                self._vcpu_target[vcpu] = self._count
                 self._count += 1
+            if self._shown[vcpu].published:
+                self._shown[vcpu].page = self.memory.find(self._shown[vcpu].gpa, TIME_INFO_BYTES)
         self._generation = self.memory.generation
 
-    def publish(
-        self, line: ClockLine, scale: ClockScale, *, flags: int = 0, out_of_guest: object = (), step: bool = False
-    ) -> int:
+    def lacks_flags(self, vcpu: int | None) -> bool:
+        """Is there a page in guest memory, but `vcpu`'s, whose flags were never written where it is?"""
+        cdef int i
+        if self._generation != self.memory.generation:
+            self._look_up()
+        for i in range(self._count):
+            if not self._shown[self._target_vcpu[i]].flagged and self._target_vcpu[i] != vcpu:
+                return True
+        return False
+
+    def publish(self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False) -> int:
         """Publish `line` at `scale` into all registered pages at once; returns the break point (host TSC).
 
         The clock goes on at the break by 0 or +1 ns, unless `step` says that it may jump to the line.  `flags` go to
-        the vCPUs in `out_of_guest` (a container of vCPU numbers) only: a running guest writes that byte itself.
+        the vCPUs in `out_of_guest` (vCPU numbers) only: a running guest writes that byte itself.  Tell the memory's
+        on_dirty afterwards, by mark_dirty().
         """
         cdef pvclock_line timeline = as_line(line)
         cdef uint64_t break_tsc
-        self._prepare(scale, flags, out_of_guest)
+        self._prepare(scale, flags, set(out_of_guest))
         if step:
             self._anchor.scale.mul = 0
-        self.memory._pins += 1
-        with nogil:
-            break_tsc = pvclock_publish(
-                self._targets, self._count, &timeline, &self._rate, &self.counter.c, &self._anchor
-            )
-        self.memory._pins -= 1
-        self._mark_dirty()
+        if self._changed:  # readers must not see a page with the offset of another: they need the GIL, so keep it
+            break_tsc = self._publish(&timeline)
+        else:
+            self.memory._pins += 1
+            with nogil:
+                break_tsc = self._publish(&timeline)
+            self.memory._pins -= 1
+        self._show()
         return break_tsc
 
-    cdef _prepare(self, ClockScale scale, uint8_t flags, out_of_guest):
+    cdef uint64_t _publish(self, pvclock_line *timeline) noexcept nogil:
+        return pvclock_publish(self._targets, self._count, timeline, &self._rate, &self.counter.c, &self._anchor)
+
+    cdef _prepare(self, ClockScale scale, uint8_t flags, set out_of_guest):
         cdef int i
         if self._generation != self.memory.generation:
             self._look_up()
@@ -532,52 +540,74 @@ cdef class TimePages:
             self._rate, self._rate_scale = pvclock_rate_of(scale.c), scale
         for i in range(self._count):
             self._targets[i].flags = flags
-            self._targets[i].in_guest = 1
-        for vcpu in out_of_guest:
-            if self._vcpu_target[self._vcpu(vcpu)] >= 0:
-                self._targets[self._vcpu_target[vcpu]].in_guest = 0
+            self._targets[i].in_guest = not out_of_guest or self._target_vcpu[i] not in out_of_guest
 
-    cdef _mark_dirty(self):
-        if self.memory.on_dirty is not None:
-            for i in range(self._count):
-                self.memory.mark_dirty(self._gpas[self._target_vcpu[i]], TIME_INFO_BYTES)
+    cdef void _show(self) noexcept:
+        """Let readers have what was published."""
+        cdef int i
+        cdef Shown *shown
+        for i in range(self._count):
+            shown = &self._shown[self._target_vcpu[i]]
+            shown.flagged = shown.flagged or not self._targets[i].in_guest
+            if self._changed:
+                shown.page = self._targets[i].page
+                shown.gpa = self._gpas[self._target_vcpu[i]]
+                shown.tsc_offset = self._targets[i].tsc_offset
+                shown.published = True
+        self._changed = False
 
-    def churn(
-        self, line: ClockLine, rates: list[tuple[int, int, ClockScale]], publishes: int, max_ticks: int = 2**63 - 1
-    ) -> tuple[ClockLine, Churn]:
+    def mark_dirty(self) -> None:
+        """Tell the memory's on_dirty of all pages; the first error that it raises comes out when all are told."""
+        error = None
+        if self.memory.on_dirty is None:
+            return
+        for gpa in [self._gpas[self._target_vcpu[i]] for i in range(self._count)]:
+            try:
+                self.memory.on_dirty(gpa, TIME_INFO_BYTES)
+            except Exception as raised:
+                error = error or raised
+        if error is not None:
+            raise error
+
+    def churn(self, line, rates, publishes: int, max_ticks: int = 2**63 - 1) -> tuple[ClockLine, Churn]:
         """Publish over and over in one call without the GIL, taking the rates in turn; the clock never steps.
 
-        rates: (num, den, scale) with num/den ns a tick.  Ends after `publishes`, or after `max_ticks` of the counter.
-        Returns the line at the last break point, at the last rate, and what was seen.
+        rates: (num, den, scale) with num/den ns a tick.  Ends after `publishes`, or after `max_ticks` of the counter,
+        but not before the first.  Returns the line at the last break point, at the last rate, and what was seen.
         """
         cdef pvclock_line timeline = as_line(line)
-        cdef Churner churner = Churner(rates)
+        cdef Churner churner
         cdef uint64_t limit = max_ticks
         cdef uint64_t most = publishes
         if not rates or publishes < 1:
             raise ConfigError("churn: give at least one rate and one publish")
-        self._prepare(rates[0][2], 0, ())
+        if self._changed or self._generation != self.memory.generation:
+            raise StateError("churn", "a page, an offset or the memory was changed", "publish first")
+        churner = Churner(rates)
+        self._prepare(rates[0][2], 0, set())
         self.memory._pins += 1
         with nogil:
             churner.run(self, &timeline, most, limit)
         self.memory._pins -= 1
         self._rate_scale = None
-        self._mark_dirty()
         return ClockLine(timeline.tsc, timeline.ns, timeline.rem, timeline.num, timeline.den), churner.report()
 
-    cdef pvclock_target *_mapped(self, int vcpu) except NULL:
-        if self._generation != self.memory.generation:
-            self._look_up()
-        if self._vcpu_target[self._vcpu(vcpu)] < 0:
-            raise StateError("read", f"vCPU {vcpu} has no page in guest memory", "its guest registers one by MSR first")
-        return &self._targets[self._vcpu_target[vcpu]]
-
     cdef int _read(self, int vcpu, pvclock_reading *ret) except -1:
-        cdef pvclock_target *target = self._mapped(vcpu)
-        if pvclock_read(target.page, target.tsc_offset, &self.counter.c, READ_TRIES, ret) != 0:
-            raise StateError("read", f"the page of vCPU {vcpu} is always odd or changing",
-                             "publish it anew, the guest has spoilt it")
-        return 0
+        cdef Shown *shown
+        self._vcpu(vcpu)
+        for _ in range(READ_ROUNDS):
+            if self._generation != self.memory.generation:
+                self._look_up()
+            shown = &self._shown[vcpu]
+            if not shown.published or shown.page is NULL:
+                raise StateError("read", f"vCPU {vcpu} has no page in guest memory",
+                                 "its guest registers one by MSR first")
+            if pvclock_read(shown.page, shown.tsc_offset, &self.counter.c, READ_TRIES, ret) == 0:
+                return 0
+            with nogil:
+                sched_yield()  # the writer may need this CPU, and other threads the GIL
+        raise StateError("read", f"the page of vCPU {vcpu} is always odd or changing",
+                         "publish it anew, the guest has spoilt it")
 
     def read(self, int vcpu) -> int:
         """GuestNs: what vCPU's guest would compute at this instant; StateError before it registered a page."""
@@ -627,6 +657,8 @@ cdef class Churner:
         for i, (num, den, scale) in enumerate(rates):
             self._rates[i] = pvclock_rate_of((<ClockScale?>scale).c)
             self._nums[i], self._dens[i] = as_u64(num, "num"), as_u64(den, "den")
+            if num < 1 or den < 1:
+                raise RangeError(f"a rate of {num}/{den} ns a tick; both must be at least 1")
         self._least_step, self._most_step = INT64_MAX, INT64_MIN
         self._most_behind, self._most_ahead = INT64_MIN, INT64_MIN
 
@@ -640,7 +672,7 @@ cdef class Churner:
         cdef uint64_t break_tsc = begin
         cdef pvclock_anchor old
         cdef size_t turn = 0
-        while self._publishes < publishes and break_tsc - begin < max_ticks:
+        while self._publishes == 0 or (self._publishes < publishes and break_tsc - begin < max_ticks):
             old = pages._anchor
             break_tsc = pvclock_publish(
                 pages._targets, pages._count, timeline, &self._rates[turn], &pages.counter.c, &pages._anchor

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from operator import index
+from pathlib import Path
 from typing import Protocol
 
-from pvclock._core import Counter, HostCounter, SimulatedCounter, sample_clock
+from pvclock._core import Counter, HostCounter, SimulatedCounter
+from pvclock._sampling import sample_clock
 from pvclock.errors import RangeError, TscOffsetNotHonoured
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs
 
-__all__ = ["Backend", "HostBackend", "SimulatedBackend", "measure_tsc_hz"]
+__all__ = ["Backend", "HostBackend", "SimulatedBackend", "host_clocksource", "measure_tsc_hz"]
+
+CURRENT_CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 
 
 class Backend(Protocol):
@@ -87,7 +92,7 @@ class SimulatedBackend:
 
     def advance(self, *, ns: int) -> None:
         """Let `ns` of host time pass: on the reference, in UTC and, to the last fraction of a tick, on the TSC."""
-        if ns < 0:
+        if index(ns) < 0:
             raise RangeError(f"advance(ns={ns}): time passes forwards; set tsc or ref_ns to play a step back")
         ticks, self._tick_remainder = divmod(ns * self.tsc_hz + self._tick_remainder, NS_PER_S)
         self.counter.value = (self.counter.value + ticks) & U64_MASK
@@ -112,12 +117,14 @@ class SimulatedBackend:
 class HostBackend:
     """This host's own TSC and clocks, and no vCPU: for readers in this process.  It honours no TSC offset."""
 
-    tsc_stable = True
     kernel_features = 0
 
     def __init__(self, tsc_hz: int | None = None) -> None:
         self.counter = HostCounter()
         self.tsc_hz = measure_tsc_hz() if tsc_hz is None else tsc_hz
+        self.tsc_stable = host_clocksource() == "tsc"
+        if not 0 < self.tsc_hz < 1 << 64:
+            raise RangeError(f"tsc_hz is {tsc_hz}; it must be in [1, 2^64)")
 
     def realtime(self) -> tuple[HostTsc, int]:
         """See Backend; true to within half of the narrowest bracket of 8, some 20 ns."""
@@ -132,6 +139,14 @@ class HostBackend:
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """See Backend: no vCPU runs here."""
         return nullcontext()
+
+
+def host_clocksource() -> str:
+    """The host kernel's clocksource: "tsc" means that it trusts its TSCs to be in step."""
+    try:
+        return CURRENT_CLOCKSOURCE.read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def measure_tsc_hz(seconds: float = 0.1) -> int:

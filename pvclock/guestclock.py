@@ -7,6 +7,7 @@ here, and calls refresh() at least every `MAX_AGE_S`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Final
 
@@ -21,7 +22,7 @@ from pvclock._core import (
     read_time_info,
 )
 from pvclock.backend import Backend
-from pvclock.errors import RangeError, TscOffsetNotHonoured
+from pvclock.errors import GuestAddressError, RangeError, TscOffsetNotHonoured
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.quantities import U64_MASK, Gpa, GuestNs, GuestTsc, HostTsc
 from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
@@ -143,7 +144,7 @@ class GuestClock:
         vcpu: a vCPU that is out of the guest, the caller's own, whose flags can be written too.
         """
         with self._lock:
-            self._publish(vcpu)
+            self._publish_and_tell(vcpu)
 
     def dilate(self, numerator: int, denominator: int = 1) -> None:
         """Let guest time run at numerator/denominator of host time from now on, without a step.
@@ -151,30 +152,34 @@ class GuestClock:
         RangeError if no page can show that rate.
         """
         if numerator < 1 or denominator < 1:
-            raise RangeError(f"dilation {numerator}/{denominator}; both must be at least 1")
+            raise RangeError(f"dilation {numerator}/{denominator}; two whole numbers from 1 on: dilate(1, 2) halves")
         dilation = Fraction(numerator, denominator)
         with self._lock:
-            self._scale = self._timeline.scale(dilation)
-            self._timeline.turn(self._publish(None), dilation)
-            self._line = self._timeline.line()
+            scale = self._timeline.scale(dilation)
+            self._timeline.turn(self._publish(None, scale), dilation)
+            self._line, self._scale = self._timeline.line(), scale
+            self._pages.mark_dirty()
 
     def churn(self, publishes: int, dilations: list[Fraction], *, seconds: float = float("inf")) -> Churn:
         """Publish `publishes` times, or for `seconds`, as fast as it goes, taking `dilations` in turn.
 
-        For stress, benchmarks and demonstration.  The last rate used stays.
+        For stress, benchmarks and demonstration.  At least once; the last rate used stays.  A simulated counter stands
+        still meanwhile, so `seconds` do not pass on it.
         """
         rates = [(*self._timeline.rate(dilation), self._timeline.scale(dilation)) for dilation in dilations]
         max_ticks = min(seconds * self.backend.tsc_hz, 2**63 - 1)
         with self._lock:
+            self._publish(None)
             line, churn = self._pages.churn(self._line, rates, publishes, int(max_ticks))
             last = (churn.publishes - 1) % len(rates)
             self._timeline.resume_from(line, dilations[last])
             self._line, self._scale = line, rates[last][2]
+            self._pages.mark_dirty()
         return churn
 
     def now(self) -> GuestNs:
         """Guest time at this instant by the timeline itself, page or no page."""
-        return GuestNs(self._timeline.at(HostTsc(self.backend.counter.read())).__floor__())
+        return GuestNs(self._timeline.at(HostTsc(self.backend.counter.read())).__floor__() & U64_MASK)
 
     def at(self, host_tsc: HostTsc) -> Fraction:
         """Guest time in ns at `host_tsc` by the present segment, exactly."""
@@ -186,12 +191,16 @@ class GuestClock:
 
     def shown_at(self, host_tsc: HostTsc) -> GuestNs:
         """What a guest computes at `host_tsc` from the pages as published last, in ns."""
-        return GuestNs(self._pages.shown_at(host_tsc))
+        with self._lock:
+            return GuestNs(self._pages.shown_at(host_tsc))
 
     def page(self, vcpu: int) -> TimeInfo | None:
         """vCPU's page as it lies in guest memory; None if it has none there."""
         gpa = self._pages.registered(vcpu)
-        return None if gpa is None else read_time_info(self.memory, gpa)
+        try:
+            return None if gpa is None else read_time_info(self.memory, gpa)
+        except GuestAddressError:
+            return None
 
     def tsc(self, vcpu: int) -> VcpuTsc:
         """A copy of vCPU's TSC state."""
@@ -221,7 +230,7 @@ class GuestClock:
     def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
         """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish."""
         self._pages.register(vcpu, gpa)
-        self._publish(vcpu)
+        self._publish_and_tell(vcpu)
 
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
@@ -251,20 +260,26 @@ class GuestClock:
         self._tsc[vcpu] = tsc
         self._offsets_agree = len({each.offset for each in self._tsc}) == 1
         self._pages.set_tsc_offset(vcpu, tsc.offset)
-        self._publish(vcpu)
+        self._publish_and_tell(vcpu)
 
-    def _publish(self, vcpu: int | None) -> HostTsc:
-        """Publish the present segment; returns the break point.  `vcpu`, if any, is known to be out of the guest."""
+    def _publish_and_tell(self, vcpu: int | None) -> None:
+        self._publish(vcpu)
+        self._pages.mark_dirty()
+
+    def _publish(self, vcpu: int | None, scale: ClockScale | None = None) -> HostTsc:
+        """Publish the present segment, going on at `scale`; returns the break point.
+
+        `vcpu`, if any, is known to be out of the guest.  Flags, and pages that newly came, take all vCPUs out of it.
+        """
         stable = self._offsets_agree and self._provider.allows_stable and self.backend.tsc_stable
         flags = TSC_STABLE_BIT if stable else 0
-        if flags == self._shown_flags:
-            out_of_guest = () if vcpu is None else (vcpu,)
-            return self._publish_to(out_of_guest, flags)
+        if flags == self._shown_flags and not self._pages.lacks_flags(vcpu):
+            return self._publish_to(() if vcpu is None else (vcpu,), flags, scale)
         with self.backend.quiesce(vcpu):
-            return self._publish_to(range(self.vcpus), flags)
+            return self._publish_to(range(self.vcpus), flags, scale)
 
-    def _publish_to(self, out_of_guest: range | tuple[int, ...], flags: int) -> HostTsc:
-        break_tsc = self._pages.publish(self._line, self._scale, flags=flags, out_of_guest=out_of_guest)
+    def _publish_to(self, out_of_guest: Iterable[int], flags: int, scale: ClockScale | None) -> HostTsc:
+        break_tsc = self._pages.publish(self._line, scale or self._scale, flags=flags, out_of_guest=out_of_guest)
         self._shown_flags = flags
         return HostTsc(break_tsc)
 

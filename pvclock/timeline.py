@@ -1,12 +1,13 @@
 """A VM's time: a piecewise-affine map from host ticks to guest nanoseconds, kept exactly.
 
-Each segment begins where the one before ended and has a rational rate, so nothing is ever rounded here; rounding
-happens in the page, where the guest's own integer arithmetic does it.  No clock is read and nothing is published.
+Each segment begins where the one before ended and has a rational rate, so nothing is rounded here; rounding happens in
+the page, where the guest's own integer arithmetic does it.  No clock is read and nothing is published.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Final
 
 from pvclock._core import ClockScale
 from pvclock.errors import RangeError
@@ -14,6 +15,9 @@ from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc
 from pvclock.readings import ClockLine
 
 __all__ = ["Timeline"]
+
+DENOMINATOR_BITS: Final = 1024
+"""Rates without a common term would make the denominator grow for ever; beyond this, 2^-1024 ns is lost at a turn."""
 
 
 class Timeline:
@@ -42,7 +46,10 @@ class Timeline:
 
     def turn(self, tsc: HostTsc, dilation: Fraction) -> None:
         """Begin a segment at `tsc`, where the old one ends, with another rate."""
-        self._ns, self._tsc, self._dilation = self.at(tsc), tsc, dilation
+        ns = self.at(tsc)
+        if ns.denominator.bit_length() > DENOMINATOR_BITS:
+            ns = Fraction((ns * 2**DENOMINATOR_BITS).__floor__(), 2**DENOMINATOR_BITS)
+        self._ns, self._tsc, self._dilation = ns, tsc, dilation
 
     def resume_from(self, line: ClockLine, dilation: Fraction) -> None:
         """Begin a segment at the anchor of `line`, to which C code has carried this timeline."""
@@ -53,7 +60,7 @@ class Timeline:
         num, den = self.rate(self._dilation)
         ns = self._ns.__floor__()
         rem = ((self._ns - ns) * den).__floor__()
-        return ClockLine(self._tsc, GuestNs(ns), rem, num, den)
+        return ClockLine(self._tsc, GuestNs(ns & U64_MASK), rem, num, den)
 
     def rate(self, dilation: Fraction) -> tuple[int, int]:
         """(num, den) of the ns in a tick under `dilation`, both widened to fill 64 bits; RangeError if they cannot."""

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "pvclock"
 # From the bottom up. A name stands for the module or the whole subpackage; "pvclock" alone is the public face.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "quantities", "readings", "_abi", "_math", "_publish"},
-    {"_core", "_bulk"},
+    {"_core", "_bulk", "_sampling"},
     {
         *("timeline", "catchup", "discipline", "sampling", "tsc", "timers", "events"),
         *("backend", "kvm", "boot", "payloads"),
@@ -25,7 +25,7 @@ LAYERS: tuple[set[str], ...] = (
     {"providers"},
     {"guestclock", "clockstate", "ticker"},
     {"machine"},
-    {"pvclock"},
+    {"pvclock", "lab"},
     {"convert", "commands", "meter", "__main__"},
 )
 POLICY = {"timeline", "catchup", "discipline", "sampling", "tsc", "timers", "events"}
@@ -42,7 +42,14 @@ STRANGERS = {
 CLOCK_READERS = {"backend", "kvm"}
 
 # What qemu_glue may use beside the names in pvclock.__all__.
-PUBLIC_SUBPACKAGES = ("pvclock.commands", "pvclock.convert", "pvclock.kvm", "pvclock.machine", "pvclock.meter")
+PUBLIC_SUBPACKAGES = (
+    "pvclock.commands",
+    "pvclock.convert",
+    "pvclock.kvm",
+    "pvclock.machine",
+    "pvclock.meter",
+    "pvclock.payloads",
+)
 
 # What `import pvclock` must not load.
 HEAVY = ("qemu", "rich", "importlib.metadata", "dataclasses", "logging")

@@ -35,7 +35,7 @@ LEFT_OUT = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--seconds", type=float, default=STORM_S, help="how long the pages are republished")
+    parser.add_argument("--seconds", type=_seconds, default=STORM_S, help="how long the pages are republished")
     parser.add_argument("--vcpus", type=int, default=2, help="how many vCPUs read (default 2)")
 
 
@@ -59,6 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(_side_by_side(*observations))
         console.print("[green]Everything as it should be.[/]" if ok else "[red]Something is wrong; see the tables.[/]")
     return 0 if ok else 1
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give seconds, more than 0")
+    return seconds
 
 
 def _why_no_kvm() -> str | None:

@@ -13,10 +13,9 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from pvclock.backend import measure_tsc_hz
+from pvclock.backend import host_clocksource, measure_tsc_hz
 from pvclock.errors import KvmError
 from pvclock.kvm._ioctls import Kvm
-from pvclock.kvm.backend import host_clocksource
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED, open_kvm, value_of
 from pvclock.kvm.tsc_offset import honours_tsc_offset
 

@@ -15,6 +15,7 @@ __all__ = ["add_arguments", "run"]
 
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 SECONDS_PER_DAY = 86_400
+DIGITS_MAX = 40  # 2^64 Hz has 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +59,7 @@ def parse_hz(text: str) -> int:
     unit = UNITS.get(number[-1:], 1)
     whole, _, decimals = number.removesuffix(number[-1:] if unit > 1 else "").strip().partition(".")
     digits = whole + decimals
-    if not digits.isascii() or not digits.isdigit():
+    if not digits.isascii() or not digits.isdigit() or len(digits) > DIGITS_MAX:
         raise RangeError(f"{text!r} is no frequency; write 2596132000, 2.4GHz or 100M")
     hz, rest = divmod(int(digits) * unit, int(10 ** len(decimals)))
     if rest:

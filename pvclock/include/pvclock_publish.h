@@ -63,6 +63,8 @@ struct pvclock_rate {
 };
 
 #define PVCLOCK_LEAST_LEAD_TICKS (UINT64_C(1) << 14)
+/* Far enough below 2^63 that a timestamp is never taken for one ahead: a step of a very slow clock has many ticks. */
+#define PVCLOCK_MOST_LEAD_TICKS (UINT64_C(1) << 61)
 #define PVCLOCK_EARLY_CANDIDATES 64
 #define PVCLOCK_GOLDEN_RATIO UINT64_C(0x9e3779b97f4a7c15)
 
@@ -131,8 +133,8 @@ static inline uint64_t pvclock_early_lead(struct pvclock_moment moment, const st
 	uint64_t past, best;
 	uint32_t best_distance = UINT32_MAX;
 
-	if (pvclock_unscale_delta(moment.ns, rate->scale, &past) != 0)
-		return 0;
+	if (pvclock_unscale_delta(moment.ns, rate->scale, &past) != 0 || past > PVCLOCK_MOST_LEAD_TICKS)
+		past = PVCLOCK_MOST_LEAD_TICKS;
 	past >>= rate->step_bits;
 	/* A spare ns below: the line may have to be that of the ns before. */
 	while (past != 0 && pvclock_lead_moment(past, rate).ns >= moment.ns)
@@ -159,7 +161,7 @@ static inline struct pvclock_anchor pvclock_anchor_through(struct pvclock_moment
 	struct pvclock_moment lead = pvclock_lead_moment(steps, rate);
 	struct pvclock_anchor anchor = { break_tsc, moment.ns, rate->scale };
 
-	if (lead.ns > moment.ns) {
+	if (lead.ns > moment.ns || steps > PVCLOCK_MOST_LEAD_TICKS >> rate->step_bits) {
 		steps = pvclock_early_lead(moment, rate, least_ns);
 		lead = pvclock_lead_moment(steps, rate);
 		if (lead.fraction > moment.fraction && moment.ns != least_ns)
@@ -168,6 +170,20 @@ static inline struct pvclock_anchor pvclock_anchor_through(struct pvclock_moment
 	anchor.tsc_timestamp -= steps << rate->step_bits;
 	anchor.system_time -= lead.ns;
 	return anchor;
+}
+
+/* How many ticks further back a timestamp may go without showing at the break point: a guest's right shift cuts them
+ * there.  As many as win back the time (ns and fraction) that the new line lacks, at most.
+ */
+static inline uint64_t pvclock_spare_ticks(struct pvclock_moment lacking, const struct pvclock_rate *rate)
+{
+	uint64_t most = (UINT64_C(1) << rate->step_bits) - 1;
+	pvclock_u128 ticks;
+
+	if (lacking.ns >> 30)
+		return most;
+	ticks = ((((pvclock_u128)lacking.ns << 32) | lacking.fraction) << rate->step_bits) / rate->scale.mul;
+	return ticks < most ? (uint64_t)ticks : most;
 }
 
 /* The line that takes over from `old` at `break_tsc` at the new rate.
@@ -182,6 +198,7 @@ static inline struct pvclock_anchor pvclock_reanchor(const struct pvclock_line *
 {
 	struct pvclock_line now = pvclock_line_at(*timeline, break_tsc);
 	struct pvclock_moment moment = { now.ns, (uint32_t)(((pvclock_u128)now.rem << 32) / now.den) };
+	struct pvclock_anchor anchor;
 	uint64_t least_ns;
 
 	if (old->scale.mul == 0)
@@ -192,8 +209,13 @@ static inline struct pvclock_anchor pvclock_reanchor(const struct pvclock_line *
 		moment.ns = least_ns;
 		moment.fraction = 0;
 	} else if (moment.ns - least_ns > 1) {
+		struct pvclock_moment lacking = { moment.ns - least_ns - 2, moment.fraction };
+
 		moment.ns = least_ns + 1;
 		moment.fraction = UINT32_MAX;
+		anchor = pvclock_anchor_through(moment, break_tsc, rate, least_ns);
+		anchor.tsc_timestamp -= pvclock_spare_ticks(lacking, rate);
+		return anchor;
 	}
 	return pvclock_anchor_through(moment, break_tsc, rate, least_ns);
 }

@@ -5,24 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
-from pvclock._core import HostCounter, sample_clock
+from pvclock._core import HostCounter
+from pvclock._sampling import sample_clock
+from pvclock.backend import host_clocksource
 from pvclock.errors import TscOffsetNotHonoured
 from pvclock.kvm._ioctls import Vcpu
 from pvclock.quantities import HostTsc
 
-__all__ = ["KvmBackend", "host_clocksource"]
-
-CURRENT_CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
-
-
-def host_clocksource() -> str:
-    """The host kernel's clocksource: "tsc" means that it trusts its TSCs to be in step."""
-    try:
-        return CURRENT_CLOCKSOURCE.read_text().strip()
-    except OSError:
-        return "unknown"
+__all__ = ["KvmBackend"]
 
 
 class KvmBackend:

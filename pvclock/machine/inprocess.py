@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from pvclock._core import GuestMemory
 from pvclock.backend import HostBackend
+from pvclock.errors import PvclockError
 from pvclock.guestclock import GuestClock
 from pvclock.machine.observation import STORM_DILATIONS, Storm
 from pvclock.payloads.probe import ProbeRecord
@@ -31,10 +32,17 @@ class Reader(threading.Thread):
         super().__init__(daemon=True)
         self.clock, self.vcpu, self.shared_last = clock, vcpu, shared_last
         self.ended = False
+        self.error: PvclockError | None = None
         self.reads = self.backward_own = self.backward_cross = self.wild = 0
 
     def run(self) -> None:
-        """Read until `ended`."""
+        """Read until `ended`; an error that ends it earlier is kept for record()."""
+        try:
+            self._read()
+        except PvclockError as error:
+            self.error = error
+
+    def _read(self) -> None:
         read, vcpu, shared = self.clock.read, self.vcpu, self.shared_last
         last = read(vcpu)
         while not self.ended:
@@ -47,7 +55,9 @@ class Reader(threading.Thread):
             last = shared[vcpu] = now
 
     def record(self) -> ProbeRecord:
-        """The findings in the form of clockprobe's; what only a guest can find is 0."""
+        """The findings in the form of clockprobe's; what only a guest can find is 0.  Raises what ended the reading."""
+        if self.error is not None:
+            raise self.error
         blank = ProbeRecord._make([0] * len(ProbeRecord._fields))
         return blank._replace(
             reads=self.reads, backward_own=self.backward_own, backward_cross=self.backward_cross, wild=self.wild

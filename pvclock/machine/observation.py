@@ -17,7 +17,17 @@ from pvclock.payloads import clockprobe, probe
 from pvclock.quantities import NS_PER_S
 from pvclock.readings import Churn, TimeInfo
 
-__all__ = ["STORM_DILATIONS", "Observation", "Storm", "observe", "probe_machine", "storm"]
+__all__ = [
+    "STORM_DILATIONS",
+    "Observation",
+    "Storm",
+    "failures",
+    "finish",
+    "observe",
+    "probe_machine",
+    "storm",
+    "wait_until_reading",
+]
 
 BOOT_LIMIT_S: Final = 60.0
 EXIT_LIMIT_S: Final = 10.0

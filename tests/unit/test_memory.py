@@ -2,12 +2,26 @@
 
 import mmap
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock import ConfigError, GuestAddressError, GuestClock, GuestMemory, RangeError, SimulatedBackend
+from pvclock import (
+    ClockLine,
+    ClockScale,
+    ConfigError,
+    GuestAddressError,
+    GuestClock,
+    GuestMemory,
+    GuestNs,
+    HostTsc,
+    RangeError,
+    SimulatedBackend,
+)
+from pvclock._core import Counter, SimulatedCounter, TimePages
 
 SIZE = 0x10000
 
@@ -111,6 +125,58 @@ def test_close_lets_go_of_the_buffers() -> None:
     memory.close()
     with pytest.raises(GuestAddressError):
         memory.read(0, 1)
+
+
+@pytest.mark.row("K-03", "E9")
+def test_a_second_init_lets_go_of_the_first_memory() -> None:
+    """Memory made anew is no longer written through pages of the old one."""
+    old = bytearray(0x4000)
+    memory = GuestMemory(old)
+    clock = GuestClock(memory, backend=SimulatedBackend(10**9))
+    clock.write_msr(0, 0x4B564D01, 0x2001)
+    before = bytes(old)
+    memory.__init__(bytearray(0x1000))
+    clock.refresh()
+    assert bytes(old) == before
+    assert clock.page(0) is None
+    assert GuestMemory.__new__(GuestMemory).slots == []
+
+
+@pytest.mark.row("E9")
+def test_addresses_and_numbers_are_whole() -> None:
+    """A float is no address, no length and no frequency, however near a whole number it is."""
+    memory: Any = GuestMemory(bytearray(SIZE))
+    scale: Any = ClockScale
+    for call, arguments in (
+        (memory.write, (1.0, b"x")),
+        (memory.read, (1.0, 1)),
+        (memory.add_slot, (2.0**20, bytearray(1))),
+        (scale.from_hz, (2.0,)),
+        (scale, (1.5, 0)),
+        (scale(1 << 31, 0).to_ns, (2.9,)),
+    ):
+        with pytest.raises(TypeError):
+            call(*arguments)
+
+
+@pytest.mark.row("E9")
+def test_what_would_crash_c_is_refused() -> None:
+    """An out_of_guest that closes the memory, a rate over 0 and a counter of one's own never reach C."""
+    memory = GuestMemory(bytearray(SIZE))
+    pages = TimePages(memory, 1, SimulatedCounter())
+    scale, line = ClockScale.from_hz(10**9), ClockLine(HostTsc(0), GuestNs(0), 0, 1, 1)
+    pages.register(0, 0x2000)
+
+    def closing() -> Iterator[int]:
+        memory.close()
+        yield 0
+
+    pages.publish(line, scale, out_of_guest=closing())
+    for num, den in ((1, 0), (0, 1)):
+        with pytest.raises(RangeError, match="rate"):
+            pages.churn(line, [(num, den, scale)], 1)
+    with pytest.raises(TypeError, match="HostCounter"):
+        type("Mine", (Counter,), {})()
 
 
 @pytest.mark.row("K-03", "K-12")
