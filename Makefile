@@ -3,7 +3,7 @@
 PYTHON ?= python3
 
 # Debian packages that tests want and the build does not. What the build needs, scripts/make-venv.sh knows.
-DEBIAN_PACKAGES :=
+DEBIAN_PACKAGES := qemu-system-x86
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -5,6 +5,7 @@ Source: QEMU target/i386/cpu.c, feature words FEAT_KVM and FEAT_8000_0007_EDX.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 from pvclock import ConfigError
@@ -19,7 +20,7 @@ FEATURE_BITS: Final = {
     "kvm-pv-eoi": 1 << 6,
     "kvm-pv-unhalt": 1 << 7,
     "kvm-pv-tlb-flush": 1 << 9,
-    "kvm-asyncpf-vmexit": 1 << 10,
+    "kvm-asyncpf-vmexit": 1 << 10,  # not in QEMU 7.2
     "kvm-pv-ipi": 1 << 11,
     "kvm-poll-control": 1 << 12,
     "kvm-pv-sched-yield": 1 << 13,
@@ -29,16 +30,21 @@ FEATURE_BITS: Final = {
 }
 
 
-def cpu_property(features: int, model: str = "host", *, invariant_tsc: bool = False) -> str:
+def cpu_property(
+    features: int, model: str = "host", *, invariant_tsc: bool = False, known: Collection[str] = FEATURE_BITS.keys()
+) -> str:
     """The value of -cpu that offers exactly `features` (CPUID 0x40000001 EAX).
 
-    ConfigError for a bit that QEMU has no name for, or for one of the two clock bits without the other.
+    known: the CPU flags that the QEMU at hand has names for; it offers none of the others.
+
+    ConfigError for a bit that it has no name for, or for one of the two clock bits without the other.
     """
-    unnamed = features & ~sum(FEATURE_BITS.values())
+    names = {name: bits for name, bits in FEATURE_BITS.items() if name in known}
+    unnamed = features & ~sum(names.values())
     if unnamed:
         raise ConfigError(f"feature bits {unnamed:#x} have no QEMU name")
     if features & FEATURE_BITS["kvmclock"] not in (0, FEATURE_BITS["kvmclock"]):
         raise ConfigError("QEMU offers the old and the new clock MSRs (bits 0 and 3) together or not at all")
-    flags = [f"{'+' if features & bits else '-'}{name}" for name, bits in FEATURE_BITS.items()]
+    flags = [f"{'+' if features & bits else '-'}{name}" for name, bits in names.items()]
     flags.append(f"{'+' if invariant_tsc else '-'}invtsc")
     return ",".join([model, *flags])

@@ -1,0 +1,78 @@
+"""Lay the engine's clock beside the kernel's and QEMU's: the same guest in each, left alone, stopped and continued.
+
+Takes about 10 s.  Exit status 1 if something disagrees, 2 if it could not be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from pvclock import ConfigError
+from pvclock.machine.observation import observe
+from pvclock.payloads import probe
+
+if TYPE_CHECKING:
+    from qemu_glue.comparison import Check
+
+__all__ = ["add_arguments", "crosscheck", "run"]
+
+OBSERVE_S = 2.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--vcpus", type=int, default=2, help="how many vCPUs each guest has (default 2)")
+    parser.add_argument("--seconds", type=float, default=OBSERVE_S, help="how long each is left alone (default 2)")
+    parser.add_argument("--why", action="store_true", help="print each row's rule and bound, too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the rows; 1 if one disagrees."""
+    console = Console(quiet=arguments.json)
+    checks = crosscheck(arguments.vcpus, arguments.seconds, console)
+    wrong = [check.name for check in checks if not check.ok]
+    if arguments.json:
+        Console().print_json(data={"ok": not wrong, "checks": [check._asdict() for check in checks]})
+    else:
+        console.print(_table(checks, explained=arguments.why))
+        for check in checks:
+            if not check.ok:
+                console.print(f"[red]{check.name}[/]: {check.why}")
+        console.print(f"[red]{len(wrong)} of {len(checks)} disagree.[/]" if wrong else "[green]All three agree.[/]")
+    return int(bool(wrong))
+
+
+def crosscheck(vcpus: int, seconds: float, console: Console) -> list[Check]:
+    """All rows, for guests with `vcpus` vCPUs that read for `seconds` (and 1 s more); progress goes to `console`.
+
+    QemuMissing, ConfigError and whatever starting machines and QEMUs raises; nothing is left running then.
+    """
+    # Imported here, for every command is loaded with each: qemu.qmp and asyncio are half of this one's weight.
+    from qemu_glue.comparison import compare
+    from qemu_glue.launch import find_program
+    from qemu_glue.observation import see_machine, see_qemu
+
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"{seconds} s of observation; choose more than 0")
+    if not 1 <= vcpus <= probe.MAX_CPUS:
+        raise ConfigError(f"{vcpus} vCPUs; clockprobe runs on 1 to {probe.MAX_CPUS}")
+    find_program()
+    with console.status("the engine's clock"):
+        engine = see_machine("engine", observe("engine", seconds, vcpus), vcpus)
+    with console.status("the kernel's clock"):
+        kernel = see_machine("kernel", observe("kernel", seconds, vcpus), vcpus)
+    with console.status("QEMU's clock"):
+        qemu = see_qemu(engine.alone.records[0].features, seconds, vcpus)
+    return compare(engine, kernel, qemu)
+
+
+def _table(checks: list[Check], *, explained: bool) -> Table:
+    table = Table("", "engine", "kernel", "QEMU", "agree", *["why"] * explained)
+    for check in checks:
+        agree = "[green]yes[/]" if check.ok else "[red]NO[/]"
+        table.add_row(check.name, check.engine, check.kernel, check.qemu, agree, *[check.why] * explained)
+    return table

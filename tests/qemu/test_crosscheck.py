@@ -1,0 +1,260 @@
+"""The cross-check: it agrees on this host, and each of its rows can disagree."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+
+import pytest
+
+import pvclock.commands
+from pvclock import ClockScale, GuestClock, StateError
+from pvclock.kvm import KvmBackend
+from pvclock.machine.observation import Observation, observe
+from pvclock.providers.kvm import KvmProvider
+from pvclock.timeline import Timeline
+from qemu_glue import QemuExited, observation
+from qemu_glue.comparison import Check, compare
+from qemu_glue.launch import Qemu
+from qemu_glue.observation import Interruption, Pause, Sight, probe_qemu, see_machine, see_qemu
+
+pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
+
+FEATURES = 0x0100_0009
+
+
+def crosscheck(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """`pvclock crosscheck` with `arguments`; its exit status."""
+    point = EntryPoint("crosscheck", "qemu_glue.crosscheck", pvclock.commands.GROUP)
+    monkeypatch.setattr(pvclock.commands, "entry_points", lambda **_: [point])
+    return pvclock.commands.main(["crosscheck", *arguments])
+
+
+def see_engine() -> Sight:
+    """The engine's clock on one vCPU, as it is at this moment."""
+    return see_machine("engine", observe("engine", 0.2, 1), 1)
+
+
+def wrong_rows(checks: list[Check]) -> list[str]:
+    """The names of those that disagree."""
+    return [check.name for check in checks if not check.ok]
+
+
+@pytest.fixture(scope="module")
+def trio() -> tuple[Sight, Sight, Sight]:
+    """Engine, kernel and QEMU, each with one vCPU, as they are."""
+    engine = see_engine()
+    kernel = see_machine("kernel", observe("kernel", 0.2, 1), 1)
+    return engine, kernel, see_qemu(engine.alone.records[0].features, 0.2, 1)
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+@pytest.mark.row("K-08", "K-11", "K-12", "K-15", "K-16", "K-20", "K-38", "E13")
+def test_all_three_agree(vcpus: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On this host engine, kernel and QEMU agree in every row."""
+    status = crosscheck(monkeypatch, "--json", "--vcpus", str(vcpus), "--seconds", "0.5")
+    report = json.loads(capsys.readouterr().out)
+    assert [check for check in report["checks"] if not check["ok"]] == []
+    assert (status, report["ok"]) == (0, True)
+    assert len(report["checks"]) == 21
+    assert all(set(check) == {"name", "engine", "kernel", "qemu", "ok", "why"} for check in report["checks"])
+
+
+@pytest.mark.row("K-15", "E9", "E13")
+def test_wrong_mul_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An engine whose mul is one too many: exit status 1, and the table says which row and why."""
+    right = Timeline.scale
+
+    def off_by_one(self: Timeline, *dilation: object) -> ClockScale:
+        scale = right(self, *dilation)  # type: ignore[arg-type]
+        return ClockScale(scale.mul + 1, scale.shift)
+
+    monkeypatch.setattr(Timeline, "scale", off_by_one)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert crosscheck(monkeypatch, "--vcpus", "1", "--seconds", "0.2") == 1
+    said = capsys.readouterr().out
+    assert "\ntsc_to_system_mul: one rate, one (mul, shift)" in said
+    assert "2 of 21 disagree." in said  # here, and in the pages after stop and cont
+
+
+@pytest.mark.row("K-16", "E9")
+def test_wrong_stable_bit_is_named(monkeypatch: pytest.MonkeyPatch, trio: tuple[Sight, Sight, Sight]) -> None:
+    """An engine that never says STABLE where the kernel does: the row of the flags."""
+    _, kernel, qemu = trio
+    monkeypatch.setattr(KvmProvider, "allows_stable", False)
+    assert wrong_rows(compare(see_engine(), kernel, qemu)) == ["flags", "stop, cont: pages"]
+
+
+@pytest.mark.row("K-07", "E9")
+def test_wrong_wall_clock_is_named(monkeypatch: pytest.MonkeyPatch, trio: tuple[Sight, Sight, Sight]) -> None:
+    """An engine whose record is 2 ms late, or whose backend mistakes the time of day: the row of the wall clock."""
+    _, kernel, qemu = trio
+    realtime = KvmBackend.realtime
+    for owner in (GuestClock, KvmBackend):
+        with monkeypatch.context() as patch:
+            if owner is KvmBackend:
+                patch.setattr(KvmBackend, "realtime", lambda self: (realtime(self)[0], realtime(self)[1] + 2_000_000))
+            else:
+                patch.setattr(GuestClock, "write_wall_clock", late_record)
+            assert wrong_rows(compare(see_engine(), kernel, qemu)) == ["wall clock"]
+
+
+def late_record(self: GuestClock, gpa: int) -> None:
+    """GuestClock.write_wall_clock, 2 ms late."""
+    tsc, realtime_ns = self.backend.realtime()
+    sec, nsec = divmod(realtime_ns - int(self.at(tsc)) - 2_000_000, 10**9)
+    self.memory.write(gpa, b"".join(word.to_bytes(4, "little") for word in (2, sec, nsec)))
+
+
+def alone(make: Callable[[Observation], Observation]) -> Callable[[Sight], Sight]:
+    """A change of what is seen of a clock left alone."""
+    return lambda it: it._replace(alone=make(it.alone))
+
+
+def page(**fields: int) -> Callable[[Sight], Sight]:
+    """A change of vCPU 0's page, left alone."""
+    return alone(lambda it: it._replace(pages=[it.pages[0]._replace(**fields)]))  # type: ignore[arg-type]
+
+
+def record(**fields: int) -> Callable[[Sight], Sight]:
+    """A change of vCPU 0's findings, left alone."""
+    return alone(lambda it: it._replace(records=[it.records[0]._replace(**fields)]))
+
+
+def interrupted(make: Callable[[Interruption], Interruption]) -> Callable[[Sight], Sight]:
+    """A change of what is seen of an interrupted clock."""
+    return lambda it: it._replace(interrupted=make(it.interrupted))
+
+
+def paused(make: Callable[[Pause], Pause]) -> Callable[[Sight], Sight]:
+    """A change of what is seen of the pause."""
+    return interrupted(lambda it: it._replace(pause=make(it.pause)))
+
+
+def then(**fields: int) -> Callable[[Sight], Sight]:
+    """A change of vCPU 0's findings, interrupted."""
+    return interrupted(lambda it: it._replace(records=[it.records[0]._replace(**fields)]))
+
+
+def after(**fields: int) -> Callable[[Sight], Sight]:
+    """Another page after stop and cont."""
+    return interrupted(lambda it: it._replace(after=[it.after[0]._replace(**fields)]))  # type: ignore[arg-type]
+
+
+ENGINE, QEMU = 0, 2
+ROWS: list[tuple[str, int, Callable[[Sight], Sight]]] = [
+    ("TSC frequency, Hz", QEMU, alone(lambda it: it._replace(tsc_hz=it.tsc_hz + 1000))),
+    ("tsc_to_system_mul", ENGINE, page(tsc_to_system_mul=0x8000_0000)),
+    ("tsc_shift", ENGINE, page(tsc_shift=1)),
+    ("flags", ENGINE, page(flags=3)),
+    ("versions", ENGINE, page(version=3)),
+    ("versions", QEMU, page(version=0)),
+    ("pages by QMP", QEMU, paused(lambda it: it._replace(by_monitor=[it.pages[0]._replace(flags=2)]))),
+    ("pages by QMP", QEMU, paused(lambda it: it._replace(by_monitor=[]))),
+    ("CPUID signature", ENGINE, record(signature_leaf=0x40000100)),
+    ("CPUID features", QEMU, record(features=FEATURES | 1 << 4)),
+    ("system time MSRs", ENGINE, record(msr=0x12)),
+    ("wall clock", ENGINE, alone(lambda it: it._replace(wall_clock_error_ns=-1_100_000))),
+    ("wall clock", QEMU, interrupted(lambda it: it._replace(wall_clock_error_ns=1_100_000))),
+    ("rate by the TSC", ENGINE, alone(lambda it: it._replace(rate_ppb=it.rate_ppb + 100))),
+    ("progress by the host's clock", ENGINE, interrupted(lambda it: it._replace(progress_ns=-100_000))),
+    ("guest's reads", QEMU, record(reads=0)),
+    ("backward, wild or torn", ENGINE, record(torn=1)),
+    ("backward, wild or torn", QEMU, record(backward_cross=1)),
+    ("stop, cont: time left out", QEMU, interrupted(lambda it: it._replace(left_out_ns=0))),
+    ("stop, cont: time left out", ENGINE, interrupted(lambda it: it._replace(left_out_ns=300_000_000))),
+    ("stop, cont: largest gap", ENGINE, then(largest_gap_ns=0)),
+    ("stop, cont: GUEST_STOPPED", QEMU, then(stopped=0)),
+    ("stop, cont: GUEST_STOPPED", ENGINE, then(stopped=1)),
+    ("stop, cont: steps back", ENGINE, then(backward_own=1, worst_back_ns=1)),
+    ("stop, cont: steps back", QEMU, then(backward_cross=1, worst_back_ns=1)),
+    ("stop, cont: wild or torn", QEMU, then(torn=1)),
+    ("stop, cont: versions", QEMU, interrupted(lambda it: it._replace(after=it.before))),
+    ("stop, cont: versions", ENGINE, after(version=0)),
+    ("stop, cont: pages", QEMU, after(flags=3)),
+]
+
+
+@pytest.mark.parametrize(("row", "whose", "change"), ROWS, ids=[f"{name}-{'EKQ'[whose]}" for name, whose, _ in ROWS])
+@pytest.mark.row("E9", "E13")
+def test_each_row_can_disagree(
+    row: str, whose: int, change: Callable[[Sight], Sight], trio: tuple[Sight, Sight, Sight]
+) -> None:
+    """One thing seen otherwise, and the row that is about it is the one that disagrees."""
+    sights = list(trio)
+    assert wrong_rows(compare(*sights)) == []
+    sights[whose] = change(sights[whose])
+    assert wrong_rows(compare(*sights)) == [row]
+
+
+@pytest.mark.row("E13")
+def test_qemu_killed_in_mid_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A QEMU that is killed while its guest is watched: exit status 2, and an error that says so."""
+
+    def pause_the_dead(qemu: Qemu) -> None:
+        os.kill(qemu.pid, signal.SIGKILL)
+        Qemu.execute(qemu, "stop")
+
+    monkeypatch.setattr(Qemu, "pause", pause_the_dead)
+    assert crosscheck(monkeypatch, "--vcpus", "1", "--seconds", "0.2") == 2
+    assert "QEMU ended with SIGKILL" in capsys.readouterr().err
+
+
+@pytest.mark.row("E13")
+def test_qemu_killed_while_its_guest_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the guest's silence shows it, the error is still that QEMU ended."""
+
+    def launch(features: int, vcpus: int) -> Qemu:
+        launched.append(probe_qemu(features, vcpus))
+        return launched[-1]
+
+    def kill_and_lose_patience(*_: object) -> None:
+        os.kill(launched[-1].pid, signal.SIGKILL)
+        launched[-1]._process.wait()
+        raise StateError("interrupt", "nobody reads", "-")
+
+    launched: list[Qemu] = []
+    monkeypatch.setattr(observation, "probe_qemu", launch)
+    monkeypatch.setattr(observation, "_wait_for_more_reads", kill_and_lose_patience)
+    with pytest.raises(QemuExited, match="SIGKILL"):
+        see_qemu(FEATURES, 0.1, 1)
+
+
+@pytest.mark.row("E9", "E13")
+def test_steps_back_at_cont_are_bounded(trio: tuple[Sight, Sight, Sight]) -> None:
+    """With two vCPUs KVM may step back at cont by the pause, for a page that is late, and by no more."""
+    engine, kernel, qemu = trio
+    seen = qemu.interrupted
+    for back_ns, wrong in ((seen.pause.least_ns, []), (seen.pause.most_ns + 10**6, ["stop, cont: steps back"])):
+        late = seen.records[0]._replace(backward_own=1, worst_back_ns=back_ns)
+        two = qemu._replace(interrupted=seen._replace(records=[seen.records[0], late]))
+        assert wrong_rows(compare(engine, kernel, two)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--seconds", "0"], "choose more than 0"),
+        (["--seconds", "nan"], "choose more than 0"),
+        (["--vcpus", "0"], "1 to 16"),
+        (["--vcpus", "17"], "1 to 16"),
+    ],
+)
+@pytest.mark.row("E13")
+def test_what_cannot_be_asked_for(
+    arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No time or no vCPUs: exit status 2, before anything is started."""
+    assert crosscheck(monkeypatch, *arguments) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.row("E13")
+def test_no_qemu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without QEMU on the PATH: exit status 2, and how to get it."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert crosscheck(monkeypatch) == 2
+    assert "apt-get install qemu-system-x86" in capsys.readouterr().err

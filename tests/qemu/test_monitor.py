@@ -1,0 +1,109 @@
+"""The monitor's other end may talk nonsense, refuse, keep silent or go away: each is one clear error."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from qemu_glue import QmpFailed
+from qemu_glue.monitor import Monitor
+
+GREETING = b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}\n'
+
+Answer = Callable[[dict[str, object]], bytes]
+
+
+def fine(asked: dict[str, object]) -> bytes:
+    """What QEMU says to a command that returns nothing."""
+    return json.dumps({"return": {}, "id": asked.get("id")}).encode() + b"\n"
+
+
+def serve(connection: socket.socket, greeting: bytes, answers: list[Answer]) -> None:
+    """Greet, then give the answers, one for each command that comes in; then hang up."""
+    with connection:
+        connection.sendall(greeting)
+        for answer in answers:
+            command = connection.recv(4096)  # a client waits for each answer, and its commands are short
+            if not command:
+                return
+            connection.sendall(answer(json.loads(command)))
+
+
+@contextmanager
+def server(greeting: bytes, *answers: Answer) -> Iterator[socket.socket]:
+    """A connection to something like a QEMU."""
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=serve, args=(theirs, greeting, list(answers)))
+    thread.start()
+    with ours:
+        yield ours
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("greeting", "complaint"),
+    [
+        (b"\xff\xfe\n", "not QMP: .*codec"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not QMP: Did not understand Greeting"),
+        (b"{}\n", "not QMP: Did not understand Greeting"),
+        (b"[1, 2]\n", "not QMP: Did not understand Greeting"),
+        (b"", "the other end hung up"),
+        (GREETING, "the other end hung up"),
+    ],
+)
+@pytest.mark.row("E13")
+def test_connecting_to_nonsense(greeting: bytes, complaint: str) -> None:
+    """Whatever is not QMP from the start is refused in words."""
+    with server(greeting) as connection, pytest.raises(QmpFailed, match=f"QMP connect: {complaint}") as caught:
+        Monitor(connection)
+    assert caught.value.operation == "connect"
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (lambda _: b"%&/()\n", r"not QMP: .*%&/\(\)"),
+        (lambda _: b"\xff\xfe\n", "not QMP: .*codec"),
+        (lambda _: b'["stop"]\n', "not QMP: "),
+        (lambda _: b"[" * 100_000 + b"\n", "not QMP: "),
+        (lambda _: b"", "the other end hung up"),
+    ],
+)
+@pytest.mark.row("E13")
+def test_nonsense_in_mid_session(answer: Answer, complaint: str) -> None:
+    """Nonsense later on ends the session with its own reason; so does every command after it."""
+    with server(GREETING, fine, answer) as connection, Monitor(connection) as monitor:
+        with pytest.raises(QmpFailed, match=f"QMP stop: {complaint}"):
+            monitor.execute("stop")
+        with pytest.raises(QmpFailed, match="QMP cont: "):
+            monitor.execute("cont")
+
+
+@pytest.mark.row("E13")
+def test_refusal_and_silence() -> None:
+    """A refused command says why, and one that is not answered says for how long; the session goes on."""
+
+    def refuse(asked: dict[str, object]) -> bytes:
+        error = {"class": "GenericError", "desc": "no such thing"}
+        return json.dumps({"error": error, "id": asked["id"]}).encode() + b"\n"
+
+    silent: Answer = lambda _: b""  # noqa: E731  # as the others
+    with server(GREETING, fine, refuse, silent, fine) as connection, Monitor(connection) as monitor:
+        with pytest.raises(QmpFailed, match="QMP eject: refused: no such thing"):
+            monitor.execute("eject", {"device": "none"})
+        with pytest.raises(QmpFailed, match=r"QMP stop: no answer within 0\.2 s"):
+            monitor.execute("stop", limit_s=0.2)
+        assert monitor.execute("cont") == {}
+
+
+@pytest.mark.row("E13")
+def test_silence_from_the_start() -> None:
+    """Something that never greets is given up."""
+    ours, theirs = socket.socketpair()
+    with theirs, pytest.raises(QmpFailed, match=r"QMP connect: no answer within 0\.2 s"):
+        Monitor(ours, limit_s=0.2)
