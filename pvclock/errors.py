@@ -36,7 +36,19 @@ __all__ = [
 
 
 class PvclockError(Exception):
-    """Base of all errors that pvclock raises on purpose."""
+    """Base of all errors that pvclock raises on purpose.  They go through pickle, numbers and all."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[PvclockError], arguments: tuple[object, ...], attributes: dict[str, object]) -> PvclockError:
+    """An error as it was: past its own __init__, which takes numbers and not the message made of them."""
+    error = kind.__new__(kind)
+    base = OSError if issubclass(kind, OSError) else Exception
+    base.__init__(error, *arguments)
+    error.__dict__.update(attributes)
+    return error
 
 
 class RangeError(PvclockError, ValueError):
