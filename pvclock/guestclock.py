@@ -179,11 +179,12 @@ class GuestClock:
 
     def now(self) -> GuestNs:
         """Guest time at this instant by the timeline itself, page or no page."""
-        return GuestNs(self._timeline.at(HostTsc(self.backend.counter.read())).__floor__() & U64_MASK)
+        return GuestNs(self.at(HostTsc(self.backend.counter.read())).__floor__() & U64_MASK)
 
     def at(self, host_tsc: HostTsc) -> Fraction:
         """Guest time in ns at `host_tsc` by the present segment, exactly."""
-        return self._timeline.at(host_tsc)
+        with self._lock:  # three numbers make a segment
+            return self._timeline.at(host_tsc)
 
     def reading(self, vcpu: int) -> Reading:
         """As `read`, with the guest TSC, the page's version and its flags."""

@@ -16,6 +16,11 @@ from pvclock.quantities import HostTsc
 __all__ = ["KvmBackend"]
 
 
+UNSTABLE = (
+    "its TSC is unstable: KVM moves a guest's offset whenever the vCPU is scheduled; use a host on clocksource tsc"
+)
+
+
 class KvmBackend:
     """See pvclock.backend.Backend.
 
@@ -53,4 +58,4 @@ class KvmBackend:
         self._vcpus[vcpu].set_tsc_offset(offset)
         if self._vcpus[vcpu].get_tsc_offset() != offset:
             self._vcpus[vcpu].set_tsc_offset(before)
-            raise TscOffsetNotHonoured(offset)
+            raise TscOffsetNotHonoured(offset, UNSTABLE if not self.tsc_stable else "it reads back differently")
