@@ -9,6 +9,7 @@ PvclockError
 ├── MsrFault                      .index .value; the guest gets #GP
 ├── TscOffsetNotHonoured          .offset; the host takes a TSC offset and the guest does not see it
 ├── GuestCrashed                  .vcpu .reason; the guest cannot go on
+├── LabError                      .console_tail; the lab lacks something, did not boot, or took too long
 └── KvmError (OSError)            .errno .call; a failed KVM system call
     ├── KvmUnavailable            /dev/kvm cannot be used; says what to do
     └── MissingCapability         .capability; this host's KVM lacks it
@@ -26,6 +27,7 @@ __all__ = [
     "ImageError",
     "KvmError",
     "KvmUnavailable",
+    "LabError",
     "MissingCapability",
     "MsrFault",
     "PvclockError",
@@ -95,11 +97,8 @@ class MsrFault(PvclockError):
 class TscOffsetNotHonoured(PvclockError):
     """The host accepted TSC offset `offset` (ticks, modulo 2^64), but the guest's RDTSC does not show it."""
 
-    def __init__(self, offset: int) -> None:
-        super().__init__(
-            f"TSC offset not honoured by this host: set to {offset:#x}, but the guest's TSC is the host's; "
-            "run guests that need an offset on a VMX or SVM host"
-        )
+    def __init__(self, offset: int, why: str = "the guest's TSC is the host's; offsets need a VMX or SVM host") -> None:
+        super().__init__(f"TSC offset not honoured by this host: set to {offset:#x}, but {why}")
         self.offset = offset
 
 
@@ -110,6 +109,14 @@ class GuestCrashed(PvclockError):
         super().__init__(f"the guest crashed on vCPU {vcpu}: {reason}")
         self.vcpu = vcpu
         self.reason = reason
+
+
+class LabError(PvclockError):
+    """The lab lacks something, did not boot, or took too long; `console_tail` is what its console said last."""
+
+    def __init__(self, why: str, console_tail: str = "") -> None:
+        super().__init__(why + (f"; its console's last lines:\n{console_tail}" if console_tail else ""))
+        self.console_tail = console_tail
 
 
 class KvmError(PvclockError, OSError):

@@ -1,0 +1,87 @@
+"""Which machine the lab is: QEMU's command line, composed by virtme-ng for a kernel and this root file system."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pvclock.errors import LabError
+from pvclock.lab.inside import PORTS
+from pvclock.lab.kernel import Kernel
+from pvclock.lab.tools import find_program
+
+__all__ = ["LabConfig", "qemu_command"]
+
+CPU = "EPYC,+svm,+npt"
+STEADY = ("nohz=off", "highres=off")
+"""Without these the emulated machine's timer interrupt is lost now and then, and it freezes."""
+
+
+TAKING_TURNS = ("-accel", "tcg,thread=single")
+"""Emulated in parallel, two CPUs that run guests deadlock within minutes: each waits for the other's interrupt."""
+
+
+class LabConfig(NamedTuple):
+    """The lab's shape.  Two CPUs: its kernel finds the TSC unstable, unless told that it is reliable."""
+
+    cpus: int = 1
+    memory: str = "3G"
+    kernel: str | None = None
+    tsc_reliable: bool = False
+    writable: tuple[Path, ...] = ()
+    timeout_s: float = 600.0
+
+    @property
+    def kernel_parameters(self) -> tuple[str, ...]:
+        """What the kernel is told at boot."""
+        return (*STEADY, *(("tsc=reliable",) if self.tsc_reliable else ()))
+
+
+def qemu_command(config: LabConfig, kernel: Kernel, scratch: Path, script: Path, ports: Sequence[int]) -> list[str]:
+    """Have virtme-ng write the initramfs into `scratch`, and return QEMU's command; `ports` are descriptors to write.
+
+    QEMU is started by us, not by virtme-ng, so that there is one process to watch and to end; and the script's output
+    goes through ports of our own, because virtme-ng's need udev.
+    """
+    virtme = [
+        *(sys.executable, "-m", "virtme.commands.run", "--dry-run", "--show-command"),
+        *("--save-initramfs", str(scratch / "initramfs")),
+        *("--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm", "--force-9p"),
+        *("--busybox", find_program("busybox") or "", "--qemu-bin", find_program("qemu-system-x86_64") or ""),
+        *("--cpus", str(config.cpus), "--memory", config.memory),
+        *(f"--kopt={parameter}" for parameter in config.kernel_parameters),
+        *(f"--overlay-rwdir={folder}" for folder in _overlaid()),
+        *(f"--rwdir={folder}" for folder in config.writable),
+        *("--show-boot-console", "--script-sh", f"exec sh {shlex.quote(str(script))}"),
+        *("--qemu-opts", "-cpu", CPU, *(TAKING_TURNS if config.cpus > 1 else ()), *_port_options(ports)),
+    ]
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    done = subprocess.run(
+        virtme, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode or not done.stdout.strip():
+        raise LabError(f"virtme-ng failed ({done.returncode}): {done.stderr.strip()}")
+    return shlex.split(done.stdout.splitlines()[-1])
+
+
+def _overlaid() -> list[Path]:
+    """Folders that can be written inside, and forget it: the working directory, /tmp, and /lib for /lib/modules."""
+    folders = [Path("/tmp"), Path("/lib")]  # noqa: S108 - the lab's, not ours
+    cwd = Path.cwd()
+    if cwd != Path("/") and not any(cwd.is_relative_to(folder) for folder in folders):
+        folders.append(cwd)
+    return folders
+
+
+def _port_options(ports: Sequence[int]) -> list[str]:
+    options = ["-device", "virtio-serial-pci,id=pvclock-ports"]
+    for number, (name, descriptor) in enumerate(zip(PORTS, ports, strict=True), start=1):
+        chardev = f"pvclock{number}"
+        options += ["-chardev", f"file,id={chardev},path=/proc/self/fd/{descriptor}"]
+        options += ["-device", f"virtserialport,bus=pvclock-ports.0,nr={number},name={name},chardev={chardev}"]
+    return options

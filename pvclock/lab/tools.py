@@ -1,0 +1,43 @@
+"""What must be installed for the lab, and the command that gets it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+
+from pvclock.errors import LabError
+
+__all__ = ["find_program", "require_tools"]
+
+SYSTEM_FOLDERS = ("/usr/sbin", "/sbin")
+"""modprobe and depmod are here, which a user's PATH may lack."""
+
+PROGRAMS = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "busybox": "busybox-static",
+    "modprobe": "kmod",
+    "depmod": "kmod",
+    "file": "file",  # virtme-ng asks it for the kernel's version
+}
+"""Program: the Debian package that has it."""
+
+
+def find_program(name: str) -> str | None:
+    """Where a program is, or None; PATH comes first."""
+    path = os.environ.get("PATH", os.defpath)
+    if not path:
+        return None
+    return shutil.which(name, path=os.pathsep.join((path, *SYSTEM_FOLDERS)))
+
+
+def require_tools() -> None:
+    """Raise LabError, with the commands that help, unless all is there."""
+    packages = sorted({package for program, package in PROGRAMS.items() if not find_program(program)})
+    advice = []
+    if packages:
+        advice.append(f"{', '.join(packages)} missing: as root, apt-get install -y {' '.join(packages)}")
+    if not find_spec("virtme"):
+        advice.append("virtme-ng missing: pip install 'pvclock[lab]'")
+    if advice:
+        raise LabError("; ".join(advice))
