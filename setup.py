@@ -38,6 +38,7 @@ def module(name: str, *flags: str, depends: Iterable[Path] = ()) -> Extension:
 setup(
     ext_modules=[
         module("pvclock._core"),
+        module("pvclock._counter"),
         module("pvclock._bulk"),
         module("pvclock._sampling"),
         module("pvclock.kvm._ioctls"),

@@ -1,8 +1,7 @@
 from collections.abc import Callable, Iterable
 from typing import Final, Self, final
 
-from typing_extensions import disjoint_base
-
+from pvclock._counter import Counter
 from pvclock.quantities import Gpa, GuestNs
 from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
 
@@ -14,7 +13,6 @@ def tsc_ratio(guest_khz: int, host_khz: int, frac_bits: int = 48) -> int: ...
 def guest_tsc(host_tsc: int, offset: int = 0, ratio: int = ..., frac_bits: int = 48) -> int: ...
 def read_time_info(memory: GuestMemory, gpa: int) -> TimeInfo: ...
 def publish_wall_clock(memory: GuestMemory, gpa: int, epoch_ns: int) -> bool: ...
-def read_tsc() -> int: ...
 
 @final
 class ClockScale:
@@ -53,21 +51,6 @@ class GuestMemory:
     def slots(self) -> list[tuple[int, int]]: ...
     def read(self, gpa: int, length: int) -> bytes: ...
     def write(self, gpa: int, data: object) -> None: ...
-
-@disjoint_base
-class Counter:
-    def read(self) -> int: ...
-    @property
-    def margin_ticks(self) -> int: ...
-
-@final
-class HostCounter(Counter):
-    def __new__(cls) -> Self: ...
-
-@final
-class SimulatedCounter(Counter):
-    value: int
-    def __new__(cls, value: int = 0) -> Self: ...
 
 @final
 class TimePages:

@@ -15,14 +15,14 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 from pvclock._abi cimport PVCLOCK_GUEST_STOPPED, PVCLOCK_TSC_STABLE_BIT, pvclock_vcpu_time_info
+from pvclock._counter cimport Counter
 from pvclock._math cimport (
     pvclock_guest_tsc, pvclock_line, pvclock_line_at, pvclock_line_turn, pvclock_scale, pvclock_scale_delta,
     pvclock_time_scale, pvclock_time_scale_of_rate, pvclock_tsc_ratio, pvclock_unscale_delta
 )
 from pvclock._publish cimport (
-    pvclock_anchor, pvclock_anchor_read, pvclock_counter, pvclock_counter_read, pvclock_host_counter,
-    pvclock_publish, pvclock_publish_wall_clock, pvclock_rate, pvclock_rate_of, pvclock_rdtsc_ordered, pvclock_read,
-    pvclock_reading, pvclock_target
+    pvclock_anchor, pvclock_anchor_read, pvclock_counter_read, pvclock_publish, pvclock_publish_wall_clock,
+    pvclock_rate, pvclock_rate_of, pvclock_read, pvclock_reading, pvclock_target
 )
 
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
@@ -339,66 +339,6 @@ def publish_wall_clock(GuestMemory memory not None, gpa: int, epoch_ns: int) -> 
     pvclock_publish_wall_clock(record, sec & 0xFFFFFFFF, nsec)
     memory.mark_dirty(gpa, WALL_CLOCK_BYTES)
     return True
-
-
-# Counters
-
-
-cdef class Counter:
-    """Where host TSC comes from: a HostCounter or a SimulatedCounter; C code reads it, so Python cannot add others."""
-
-    cdef pvclock_counter c
-
-    def __cinit__(self, *args: object) -> None:
-        if type(self) not in (HostCounter, SimulatedCounter):
-            raise TypeError(f"{type(self).__name__}: a counter is a HostCounter or a SimulatedCounter")
-
-    def read(self) -> int:
-        """Host TSC now, in ticks; not before any earlier load has its value."""
-        return pvclock_counter_read(&self.c)
-
-    @property
-    def margin_ticks(self) -> int:
-        """How far ahead of the present a publish puts its break point, in ticks."""
-        return self.c.margin_ticks
-
-
-@cython.final
-cdef class HostCounter(Counter):
-    """This CPU's own time stamp counter."""
-
-    def __cinit__(self) -> None:
-        self.c = pvclock_host_counter()
-
-
-cdef uint64_t simulated_counter_read(void *context) noexcept nogil:
-    return (<SimulatedCounter>context).ticks
-
-
-@cython.final
-cdef class SimulatedCounter(Counter):
-    """A counter that stands where it is put: `value`, in ticks modulo 2^64."""
-
-    cdef uint64_t ticks
-
-    def __cinit__(self, value: int = 0) -> None:
-        self.c.read = simulated_counter_read
-        self.c.context = <void *>self
-        self.ticks = as_u64(value, "TSC")
-
-    @property
-    def value(self) -> int:
-        """Ticks; settable."""
-        return self.ticks
-
-    @value.setter
-    def value(self, value: int) -> None:
-        self.ticks = as_u64(value, "TSC")
-
-
-def read_tsc() -> int:
-    """This CPU's TSC, ordered as Linux's rdtsc_ordered(): not before any earlier load has its value."""
-    return pvclock_rdtsc_ordered()
 
 
 # Pages

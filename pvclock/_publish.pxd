@@ -12,6 +12,7 @@ cdef extern from "pvclock_tsc.h" nogil:
         uint64_t margin_ticks
 
     uint64_t pvclock_rdtsc_ordered()
+    uint64_t pvclock_rdtsc_after_stores()
     pvclock_counter pvclock_host_counter()
     uint64_t pvclock_counter_read(const pvclock_counter *counter)
 

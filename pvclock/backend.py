@@ -12,7 +12,7 @@ from operator import index
 from pathlib import Path
 from typing import Protocol
 
-from pvclock._core import Counter, HostCounter, SimulatedCounter
+from pvclock._counter import Counter, HostCounter, SimulatedCounter
 from pvclock._sampling import sample_clock
 from pvclock.errors import RangeError, TscOffsetNotHonoured
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "pvclock"
 # From the bottom up. A name stands for the module or the whole subpackage; "pvclock" alone is the public face.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "quantities", "readings", "_abi", "_math", "_publish"},
-    {"_core", "_bulk", "_sampling"},
+    {"_core", "_counter", "_bulk", "_sampling"},
     {
         *("timeline", "catchup", "discipline", "sampling", "tsc", "timers", "events"),
         *("backend", "kvm", "boot", "payloads"),

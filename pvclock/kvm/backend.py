@@ -1,4 +1,4 @@
-"""Host time and TSC offsets for a GuestClock on real vCPUs."""
+"""Host time and TSC offsets for a GuestClock on real vCPUs, on hosts whose TSC can be trusted and on others."""
 
 from __future__ import annotations
 
@@ -6,34 +6,44 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from pvclock._core import HostCounter
+from pvclock._counter import HostCounter, KernelTimeCounter
 from pvclock._sampling import sample_clock
-from pvclock.backend import host_clocksource
+from pvclock.backend import Backend, host_clocksource
 from pvclock.errors import TscOffsetNotHonoured
-from pvclock.kvm._ioctls import Vcpu
-from pvclock.quantities import HostTsc
+from pvclock.kvm._ioctls import Kvm, Vcpu
+from pvclock.kvm.tsc_offset import honours_tsc_offset
+from pvclock.quantities import U64_MASK, HostTsc
 
-__all__ = ["KvmBackend"]
+__all__ = ["KvmBackend", "SteeredTscBackend", "kvm_backend"]
+
+SAMPLES = 8
+
+Quiesce = Callable[[int | None], AbstractContextManager[None]]
 
 
-UNSTABLE = (
-    "its TSC is unstable: KVM moves a guest's offset whenever the vCPU is scheduled; use a host on clocksource tsc"
-)
+def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], quiesce: Quiesce, kernel_features: int = 0) -> Backend:
+    """The backend that this host allows, for `vcpus` by number, not running yet.
+
+    `quiesce` is the runner's; `kernel_features` are KVM feature bits that the kernel serves beside the engine.
+    """
+    if _steers(vcpus[0]):
+        return SteeredTscBackend(vcpus, quiesce, kernel_features)
+    return KvmBackend(vcpus, quiesce, kernel_features, honours_tsc_offset=honours_tsc_offset(kvm))
+
+
+def _steers(vcpu: Vcpu) -> bool:
+    """Does KVM move this vCPU's offset whenever it loads it, as each of these calls makes it do?"""
+    return vcpu.get_tsc_offset() != vcpu.get_tsc_offset()
 
 
 class KvmBackend:
-    """See pvclock.backend.Backend.
+    """See pvclock.backend.Backend: a host whose KVM leaves TSC offsets as they are set.
 
-    vcpus: by number, not running yet.  honours_tsc_offset: as probed on this host.  quiesce: the runner's.
+    honours_tsc_offset: as probed on this host.
     """
 
     def __init__(
-        self,
-        vcpus: list[Vcpu],
-        *,
-        honours_tsc_offset: bool,
-        quiesce: Callable[[int | None], AbstractContextManager[None]],
-        kernel_features: int = 0,
+        self, vcpus: list[Vcpu], quiesce: Quiesce, kernel_features: int = 0, *, honours_tsc_offset: bool
     ) -> None:
         self.counter = HostCounter()
         self.tsc_hz = vcpus[0].get_tsc_khz() * 1000
@@ -45,7 +55,7 @@ class KvmBackend:
 
     def realtime(self) -> tuple[HostTsc, int]:
         """See Backend; true to within half of the narrowest bracket of 8, some 20 ns."""
-        tsc, ns, _ = sample_clock(time.CLOCK_REALTIME)
+        tsc, ns, _ = sample_clock(time.CLOCK_REALTIME, SAMPLES)
         return HostTsc(tsc), ns
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
@@ -58,4 +68,49 @@ class KvmBackend:
         self._vcpus[vcpu].set_tsc_offset(offset)
         if self._vcpus[vcpu].get_tsc_offset() != offset:
             self._vcpus[vcpu].set_tsc_offset(before)
-            raise TscOffsetNotHonoured(offset, UNSTABLE if not self.tsc_stable else "it reads back differently")
+            raise TscOffsetNotHonoured(offset, "it reads back differently")
+
+
+class SteeredTscBackend:
+    """See pvclock.backend.Backend: a host whose TSC its kernel does not trust.
+
+    There KVM steers each guest's TSC along kernel time: whenever it loads a vCPU, the TSC goes on from where it was and
+    is then brought forward, never back (kvm_arch_vcpu_load, kvm_guest_time_update).  So here the host's counter is
+    kernel time in ticks.  A guest's TSC is off it by some us, and another vCPU's by as much: STABLE is off, and guests
+    clamp what they read.
+    """
+
+    tsc_stable = False
+
+    def __init__(self, vcpus: list[Vcpu], quiesce: Quiesce, kernel_features: int = 0) -> None:
+        self.tsc_hz = vcpus[0].get_tsc_khz() * 1000
+        self.counter = KernelTimeCounter(self.tsc_hz)
+        self._host_counter = HostCounter()
+        self.kernel_features = kernel_features
+        self.quiesce = quiesce
+        self._vcpus = vcpus
+        self._offsets: dict[int, int] = {}
+
+    def realtime(self) -> tuple[HostTsc, int]:
+        """See Backend; true to within the narrowest bracket of 8."""
+        return min((self._bracket(time.time_ns) for _ in range(SAMPLES)), key=lambda it: it[2])[:2]
+
+    def set_tsc_offset(self, vcpu: int, offset: int) -> None:
+        """See Backend.  For a vCPU that is out of the guest; its TSC can be put forward, not back."""
+        before = self._offsets.get(vcpu)
+        if before is not None and (offset - before) & U64_MASK > U64_MASK // 2:
+            why = "its TSC is unstable: there KVM lets a guest's TSC go forward only; use a host on clocksource tsc"
+            raise TscOffsetNotHonoured(offset, why)
+        if offset != before:
+            kernel_time, host_tsc, _ = min(
+                (self._bracket(self._host_counter.read) for _ in range(SAMPLES)), key=lambda it: it[2]
+            )
+            self._vcpus[vcpu].set_tsc_offset((kernel_time + offset - host_tsc) & U64_MASK)
+            self._offsets[vcpu] = offset
+
+    def _bracket(self, read: Callable[[], int]) -> tuple[HostTsc, int, int]:
+        """The counter at the instant of `read()`, what that gave, and the bracket's width in ticks."""
+        begin = self.counter.read()
+        value = read()
+        width = self.counter.read() - begin
+        return HostTsc(begin + width // 2), value, width

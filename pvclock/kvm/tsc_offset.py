@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from typing import Final
 
-from pvclock._core import read_tsc
+from pvclock._counter import read_tsc
 from pvclock.kvm._ioctls import Kvm
 from pvclock.kvm.exits import Interrupted
 

@@ -12,12 +12,12 @@ from pvclock._core import GuestMemory
 from pvclock.boot.layout import IDENTITY_MAP, RAM_END, TSS
 from pvclock.errors import ConfigError, GuestCrashed, MissingCapability, MsrFault, StateError
 from pvclock.guestclock import GuestClock
-from pvclock.kvm import KvmBackend, Runner, Vcpu, Vm, open_kvm
+from pvclock.kvm import Runner, Vcpu, Vm, open_kvm
 from pvclock.kvm._ioctls import CAPABILITY_NUMBERS, Kvm
+from pvclock.kvm.backend import kvm_backend
 from pvclock.kvm.capabilities import value_of
 from pvclock.kvm.exits import Exit, IoIn, IoOut, Mmio, MsrExitReason, RdmsrExit, WrmsrExit
 from pvclock.kvm.msr_filter import filter_ranges
-from pvclock.kvm.tsc_offset import honours_tsc_offset
 from pvclock.machine.cpuid import vcpu_cpuid
 from pvclock.machine.ram import Ram
 from pvclock.providers.interface import CpuidLeaf
@@ -159,12 +159,7 @@ class Machine:
         """Route the clock's MSRs here.  User-space exits come before the filter: else a filtered access faults."""
         self.vm.enable_cap(CAPABILITY_NUMBERS["KVM_CAP_X86_USER_SPACE_MSR"], MsrExitReason.FILTER)
         self.vm.set_msr_filter(filter_ranges())
-        backend = KvmBackend(
-            self.vcpus,
-            honours_tsc_offset=honours_tsc_offset(kvm),
-            quiesce=self.runner.quiesce,
-            kernel_features=self._kernel_features(kvm),
-        )
+        backend = kvm_backend(kvm, self.vcpus, self.runner.quiesce, self._kernel_features(kvm))
         self.clock = GuestClock(self.memory, vcpus, backend=backend, **options)  # type: ignore[arg-type]
         self._set_cpuid(kvm, self.clock.cpuid_leaves, self.clock)
 

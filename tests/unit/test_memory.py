@@ -21,7 +21,8 @@ from pvclock import (
     RangeError,
     SimulatedBackend,
 )
-from pvclock._core import Counter, SimulatedCounter, TimePages
+from pvclock._core import TimePages
+from pvclock._counter import Counter, SimulatedCounter
 
 SIZE = 0x10000
 

@@ -1,0 +1,7 @@
+"""What C code sees of a Counter."""
+
+from pvclock._publish cimport pvclock_counter
+
+
+cdef class Counter:
+    cdef pvclock_counter c
