@@ -138,6 +138,21 @@ class GuestClock:
 
     # The VMM's side
 
+    def host_write_msr(self, vcpu: int, index: int, value: int) -> None:
+        """Restore IA32_TSC or IA32_TSC_ADJUST, each without touching the other, as KVM_SET_MSRS does.
+
+        TscOffsetNotHonoured if the host cannot; RangeError for any other MSR.
+        """
+        if index not in (MSR_IA32_TSC, MSR_IA32_TSC_ADJUST):
+            raise RangeError(f"host write of MSR {index:#x}; it can be 0x10 or 0x3b")
+        with self._lock, self.backend.quiesce(None):
+            tsc = self._tsc[self._vcpu(vcpu)].copy()
+            if index == MSR_IA32_TSC:
+                tsc.host_write_tsc(value, HostTsc(self.backend.counter.read()))
+            else:
+                tsc.host_write_adjust(value)
+            self._set_tsc(vcpu, tsc)
+
     def refresh(self, vcpu: int | None = None) -> None:
         """Re-anchor and publish all pages; the clock goes on by 0 or +1 ns at the break.
 
@@ -254,10 +269,12 @@ class GuestClock:
 
     def _apply_guest_tsc(self, vcpu: int, tsc: VcpuTsc) -> None:
         try:
-            self.backend.set_tsc_offset(vcpu, tsc.offset)
+            self._set_tsc(vcpu, tsc)
         except TscOffsetNotHonoured as refused:
             self.refused_offset = refused
-            return
+
+    def _set_tsc(self, vcpu: int, tsc: VcpuTsc) -> None:
+        self.backend.set_tsc_offset(vcpu, tsc.offset)
         self._tsc[vcpu] = tsc
         self._offsets_agree = len({each.offset for each in self._tsc}) == 1
         self._pages.set_tsc_offset(vcpu, tsc.offset)

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from pvclock import TimeInfo
 from pvclock.machine.observation import failures
-from qemu_glue.observation import LOOK_BOUND_NS, Interruption, Sight
+from qemu_glue.observation import Interruption, Sight
 
 __all__ = ["Check", "compare"]
 
@@ -126,8 +126,8 @@ def _time_rows(trio: Trio) -> Iterable[Check]:
     yield trio.row(
         "progress by the host's clock",
         lambda it: f"{it.interrupted.progress_ns:+,} ns in {it.interrupted.span_s:.2f} s",
-        f"against CLOCK_MONOTONIC_RAW, within {LOOK_BOUND_NS:,} ns, how old a reading may be when it is compared, and "
-        f"{RAW_LIMIT_PPM} ppm, for the kernel's own rounding of its rate",
+        f"against CLOCK_MONOTONIC_RAW, within {max(it.interrupted.look_bound_ns for it in trio):,} ns, how old a "
+        f"reading may be when it is compared, and {RAW_LIMIT_PPM} ppm, for the kernel's own rounding of its rate",
         ok=all(abs(it.interrupted.progress_ns) <= _progress_bound_ns(it.interrupted) for it in trio),
     )
 
@@ -210,7 +210,8 @@ def _stop_guest_rows(trio: Trio) -> Iterable[Check]:
 
 def _pause_bounds_ns(it: Sight) -> tuple[int, int]:
     """How much of time a clock can have left out over the pause, if it left out the pause: by two looks at it."""
-    return it.interrupted.pause.least_ns - LOOK_BOUND_NS, it.interrupted.pause.most_ns + LOOK_BOUND_NS
+    seen = it.interrupted
+    return seen.pause.least_ns - seen.look_bound_ns, seen.pause.most_ns + seen.look_bound_ns
 
 
 def _each(values: Iterable[object]) -> str:
@@ -226,11 +227,11 @@ def _wall_clock_error_ns(it: Sight) -> int:
 
 def _all_go_on(*sights: Sight) -> bool:
     """Did these clocks leave nothing out, as far as two looks at them can tell?"""
-    return all(abs(it.interrupted.left_out_ns) <= LOOK_BOUND_NS + RAW_LIMIT_PPM * 1e3 for it in sights)
+    return all(abs(it.interrupted.left_out_ns) <= it.interrupted.look_bound_ns + RAW_LIMIT_PPM * 1e3 for it in sights)
 
 
 def _progress_bound_ns(seen: Interruption) -> float:
-    return LOOK_BOUND_NS + seen.span_s * RAW_LIMIT_PPM * 1e3
+    return seen.look_bound_ns + seen.span_s * RAW_LIMIT_PPM * 1e3
 
 
 def _steps_back(it: Sight) -> int:

@@ -14,11 +14,12 @@ from rich.table import Table
 from pvclock import ConfigError
 from pvclock.machine.observation import observe
 from pvclock.payloads import probe
+from qemu_glue.errors import QemuMissing
 
 if TYPE_CHECKING:
     from qemu_glue.comparison import Check
 
-__all__ = ["add_arguments", "crosscheck", "run"]
+__all__ = ["add_arguments", "crosscheck", "obstacle", "run", "table"]
 
 OBSERVE_S = 2.0
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         Console().print_json(data={"ok": not wrong, "checks": [check._asdict() for check in checks]})
     else:
-        console.print(_table(checks, explained=arguments.why))
+        console.print(table(checks, explained=arguments.why))
         for check in checks:
             if not check.ok:
                 console.print(f"[red]{check.name}[/]: {check.why}")
@@ -70,9 +71,21 @@ def crosscheck(vcpus: int, seconds: float, console: Console) -> list[Check]:
     return compare(engine, kernel, qemu)
 
 
-def _table(checks: list[Check], *, explained: bool) -> Table:
-    table = Table("", "engine", "kernel", "QEMU", "agree", *["why"] * explained)
+def obstacle() -> str | None:
+    """Why there is no QEMU to check against, and what helps; None if there is one."""
+    from qemu_glue.launch import find_program
+
+    try:
+        find_program()
+    except QemuMissing as why:
+        return str(why)
+    return None
+
+
+def table(checks: list[Check], *, explained: bool = False) -> Table:
+    """The rows, with their rules if `explained`."""
+    rows = Table("", "engine", "kernel", "QEMU", "agree", *["why"] * explained)
     for check in checks:
         agree = "[green]yes[/]" if check.ok else "[red]NO[/]"
-        table.add_row(check.name, check.engine, check.kernel, check.qemu, agree, *[check.why] * explained)
-    return table
+        rows.add_row(check.name, check.engine, check.kernel, check.qemu, agree, *[check.why] * explained)
+    return rows

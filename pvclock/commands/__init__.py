@@ -13,9 +13,14 @@ from types import ModuleType
 
 from pvclock.errors import PvclockError
 
-__all__ = ["main"]
+__all__ = ["find_command", "main"]
 
 GROUP = "pvclock.commands"
+
+
+def find_command(name: str) -> ModuleType | None:
+    """The module of command `name`, if it is installed."""
+    return next((point.load() for point in entry_points(group=GROUP, name=name)), None)
 
 
 def main(argv: list[str] | None = None) -> int:

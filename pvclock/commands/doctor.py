@@ -17,7 +17,7 @@ from pvclock.backend import host_clocksource, measure_tsc_hz
 from pvclock.errors import KvmError
 from pvclock.kvm._ioctls import Kvm
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED, open_kvm, value_of
-from pvclock.kvm.tsc_offset import honours_tsc_offset
+from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 
 __all__ = ["Finding", "add_arguments", "examine", "run"]
 
@@ -78,11 +78,9 @@ def _kvm(kvm: Kvm) -> Iterator[Finding]:
         yield Finding(capability.name, value != 0, f"{value}, {capability.purpose}", False, advice)
     with closing(kvm.create_vm()) as vm, closing(vm.create_vcpu(0)) as vcpu:
         yield Finding("guest TSC frequency", True, f"{vcpu.get_tsc_khz() / 1e3:.3f} MHz")
-    honoured = honours_tsc_offset(kvm)
-    found = "a guest sees the offset that is set" if honoured else "TSC offset not honoured by this host"
-    yield Finding(
-        "guest TSC offset", honoured, found, False, "guest TSCs are the host's; VMX and SVM hosts have offsets"
-    )
+    offsets = probe_tsc_offsets(kvm)
+    advice = "VMX and SVM hosts on clocksource tsc have offsets of the VMM's own"
+    yield Finding("guest TSC offset", offsets is TscOffsets.HONOURED, str(offsets), False, advice)
 
 
 def _program(name: str, package: str, purpose: str) -> Finding:

@@ -11,7 +11,7 @@ from pvclock._sampling import sample_clock
 from pvclock.backend import Backend, host_clocksource
 from pvclock.errors import TscOffsetNotHonoured
 from pvclock.kvm._ioctls import Kvm, Vcpu
-from pvclock.kvm.tsc_offset import honours_tsc_offset
+from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.quantities import U64_MASK, HostTsc
 
 __all__ = ["KvmBackend", "SteeredTscBackend", "kvm_backend"]
@@ -26,14 +26,11 @@ def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], quiesce: Quiesce, kernel_features: 
 
     `quiesce` is the runner's; `kernel_features` are KVM feature bits that the kernel serves beside the engine.
     """
-    if _steers(vcpus[0]):
+    offsets = probe_tsc_offsets(kvm)
+    if offsets is TscOffsets.STEERED:
         return SteeredTscBackend(vcpus, quiesce, kernel_features)
-    return KvmBackend(vcpus, quiesce, kernel_features, honours_tsc_offset=honours_tsc_offset(kvm))
-
-
-def _steers(vcpu: Vcpu) -> bool:
-    """Does KVM move this vCPU's offset whenever it loads it, as each of these calls makes it do?"""
-    return vcpu.get_tsc_offset() != vcpu.get_tsc_offset()
+    honoured = offsets is TscOffsets.HONOURED
+    return KvmBackend(vcpus, quiesce, kernel_features, honours_tsc_offset=honoured)
 
 
 class KvmBackend:

@@ -171,7 +171,8 @@ def _host_epoch_ns(machine: Machine) -> int:
         tsc, realtime_ns = machine.clock.backend.realtime()
         return realtime_ns - machine.clock.at(tsc).__floor__()
     now = machine.vm.get_clock()
-    return now["realtime"] - now["clock"]
+    # Without a master clock KVM does not say what time of day it was at that instant.
+    return (now["realtime"] or time.time_ns()) - now["clock"]
 
 
 def _wall_clock_ns(machine: Machine) -> int:

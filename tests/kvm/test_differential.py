@@ -6,6 +6,8 @@ Compared are faults, read-backs, and of the page version, mul, shift and flags; 
 from __future__ import annotations
 
 import random
+import time
+from functools import cache
 
 import pytest
 
@@ -18,6 +20,9 @@ pytestmark = pytest.mark.kvm
 WALL_CLOCK, SYSTEM_TIME, WALL_CLOCK_NEW, SYSTEM_TIME_NEW = 0x11, 0x12, 0x4B564D00, 0x4B564D01
 PAGE = 0x6000
 RECORD = 0x6800
+PUBLISHED_AGAIN_S = 0.1
+"""KVM publishes a page once more so long after a registration; whether a script sees that depends on its pace."""
+TRIES = 5
 JUNK = [0, 1, 2, 17, 0x7FFFFFFE, 0xFFFFFFFE, 0xFFFFFFFF]
 
 
@@ -29,16 +34,53 @@ def timeless(outcomes: list[Outcome]) -> list[Outcome]:
 
 
 def assert_no_difference(accesses: list[Access]) -> list[Outcome]:
-    """Run the accesses both ways and compare them one by one; returns the engine's outcomes."""
+    """Run the accesses both ways and compare them one by one; returns the engine's outcomes.
+
+    Where the machine is so slow that KVM publishes again meanwhile, its versions may be ahead by that, and a page that
+    was put there for one access may be overwritten before it is seen: then once more.
+    """
     engine = timeless(run_script(accesses, "engine"))
-    kernel = timeless(run_script(accesses, "kernel"))
+    for last_try in (*[False] * (TRIES - 1), True):
+        begin = time.monotonic()
+        kernel = timeless(run_script(accesses, "kernel"))
+        again = int((time.monotonic() - begin) / PUBLISHED_AGAIN_S)
+        if last_try or not again:
+            break
+        if all(agree(*pair, again) for pair in zip(engine, kernel, strict=True)):
+            break
     for number, (access, ours, theirs) in enumerate(zip(accesses, engine, kernel, strict=True)):
-        assert ours == theirs, f"access {number}: {access}"
+        assert agree(ours, theirs, again), f"access {number}: {access}: {ours}, {theirs}"
     return engine
 
 
+def agree(ours: Outcome, theirs: Outcome, published_again: int) -> bool:
+    """Are the two the same, but for a version that is ahead by so many publishes at most?"""
+    ahead = (theirs.page.version - ours.page.version) % 2**32
+    if ahead > 2 * published_again or ahead % 2:
+        return False
+    return theirs._replace(page=theirs.page._replace(version=ours.page.version)) == ours
+
+
+@cache
+def kernel_revives_dead_pages() -> bool:
+    """Does this host's KVM use a disabled page again when another one cannot be had?  Linux 6.1 does."""
+    return revived(run_script(PAGE_CROSSING_AFTER_DISABLE, "kernel"))
+
+
+PAGE_CROSSING_AFTER_DISABLE = [
+    Access(SYSTEM_TIME_NEW, PAGE | 1),
+    Access(SYSTEM_TIME_NEW, PAGE),
+    Access(SYSTEM_TIME_NEW, PAGE + 0xFE2 | 1, before=b"\xff\xff\xff\xff"),
+]
+
+
+def revived(outcomes: list[Outcome]) -> bool:
+    """Was the old page written at the last access?"""
+    return outcomes[-1].page.version != 2**32 - 1
+
+
 @pytest.mark.row("K-08", "K-15", "K-16", "V-21")
-def test_versions_mul_shift_and_flags() -> None:
+def test_versions_mul_shift_and_flags(stable_bit: int) -> None:
     """Whatever version a page holds, both go on from it alike, and write the same mul, shift and flags."""
     accesses = [
         Access(SYSTEM_TIME_NEW, PAGE | 1, before=step.old.to_bytes(4, "little") + bytes(25) + bytes([flags, 7, 7]))
@@ -47,7 +89,7 @@ def test_versions_mul_shift_and_flags() -> None:
     ]
     outcomes = assert_no_difference(accesses)
     assert [each.page.version for each in outcomes[::3]] == [step.after for step in TIME_VERSIONS]
-    assert [each.page.flags for each in outcomes[:3]] == [1, 3, 3]
+    assert [each.page.flags for each in outcomes[:3]] == [stable_bit, stable_bit | 2, stable_bit | 2]
 
 
 @pytest.mark.row("K-03", "K-10", "V-14")
@@ -74,8 +116,17 @@ def test_addresses() -> None:
     assert not any(outcome.faulted for outcome in outcomes)
 
 
+@pytest.mark.row("K-10")
+def test_a_dead_page_stays_dead() -> None:
+    """A page that was disabled is not written when a page-crossing address is enabled after it, whatever the kernel."""
+    outcomes = run_script(PAGE_CROSSING_AFTER_DISABLE, "engine")
+    assert not revived(outcomes)
+    if not kernel_revives_dead_pages():
+        assert_no_difference(PAGE_CROSSING_AFTER_DISABLE)
+
+
 @pytest.mark.row("K-19", "K-16")
-def test_old_numbers() -> None:
+def test_old_numbers(stable_bit: int) -> None:
     """Old and new MSRs share their values, and the boot vCPU on the old one loses STABLE, on both."""
     accesses = [
         Access(index, value)
@@ -83,7 +134,7 @@ def test_old_numbers() -> None:
         for value in (PAGE | 1, None, PAGE, None)
     ]
     outcomes = assert_no_difference([*accesses, Access(WALL_CLOCK, RECORD), Access(WALL_CLOCK_NEW)])
-    assert [outcome.page.flags for outcome in outcomes[:12:4]] == [1, 0, 1]
+    assert [outcome.page.flags for outcome in outcomes[:12:4]] == [stable_bit, 0, stable_bit]
     assert outcomes[-1].value == RECORD
 
 
@@ -113,7 +164,9 @@ def test_msrs_that_are_not_there() -> None:
 def test_random_accesses(seed: int) -> None:
     """A hundred random accesses, valid and not, leave the same trace."""
     source = random.Random(seed)  # noqa: S311  # a sample, no secret
-    system_time = [PAGE | 1, PAGE, PAGE + 64 | 1, PAGE + 0x102 | 1, PAGE + 0xFE2 | 1, 1 << 24 | 1, 2**64 - 1, 0]
+    system_time = [PAGE | 1, PAGE, PAGE + 64 | 1, PAGE + 0x102 | 1, 1 << 24 | 1, 0]
+    if not kernel_revives_dead_pages():
+        system_time += [PAGE + 0xFE2 | 1, 2**64 - 1]
     accesses = []
     for _ in range(100):
         index = source.choice([SYSTEM_TIME, SYSTEM_TIME_NEW, SYSTEM_TIME_NEW, 0x4B564D02, 0x4B564D07])

@@ -9,7 +9,7 @@ import pytest
 from pvclock.lab.kernel import Kernel
 from tests.lab.laboratory import ROOT, run_lab
 
-pytestmark = [pytest.mark.lab, pytest.mark.row("style"), pytest.mark.usefixtures("kernel")]
+pytestmark = [pytest.mark.lab, pytest.mark.smoke, pytest.mark.row("style"), pytest.mark.usefixtures("kernel")]
 
 INSIDE = """
 import os, sys, pvclock

@@ -1,0 +1,21 @@
+"""What the host's KVM is like: tests expect of a host what it can do, and of another that it says so."""
+
+import pytest
+
+from pvclock.backend import host_clocksource
+from pvclock.guestclock import TSC_STABLE_BIT
+from pvclock.kvm import open_kvm
+from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
+
+
+@pytest.fixture(scope="session")
+def tsc_offsets() -> TscOffsets:
+    """Return what becomes of TSC offsets on this host."""
+    with open_kvm() as kvm:
+        return probe_tsc_offsets(kvm)
+
+
+@pytest.fixture(scope="session")
+def stable_bit() -> int:
+    """Return the flag that pages have on this host when all vCPUs' TSCs agree: TSC_STABLE, if it trusts its own."""
+    return TSC_STABLE_BIT if host_clocksource() == "tsc" else 0

@@ -1,0 +1,176 @@
+"""TSC offsets and IA32_TSC_ADJUST as a guest sees them by RDTSC, with the engine and with the kernel serving.
+
+Hosts differ: one honours offsets, one steers them along kernel time, one ignores them.  Each is held to what it can do.
+"""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+from typing import Literal
+
+import pytest
+
+from pvclock import GuestClock, HostTsc, TscOffsetNotHonoured
+from pvclock.kvm.tsc_offset import TscOffsets
+from pvclock.machine.observation import failures, finish, probe_machine, wait_until_reading
+from pvclock.payloads import probe
+from tests.kvm.tsc_guest import TSC, TSC_ADJUST, Step, TscGuest, tsc_guest
+
+pytestmark = pytest.mark.kvm
+
+Clock = Literal["engine", "kernel"]
+both = pytest.mark.parametrize("clock", ["engine", "kernel"])
+
+RDTSC, READ_TSC, READ_ADJUST = Step("rdtsc"), Step("rdmsr", TSC), Step("rdmsr", TSC_ADJUST)
+SOON = 1 << 36
+"""Ticks, some 25 s: a guest gets from one step to the next within it, and every move below is longer."""
+
+
+def guest_writes(adjust: int, tsc: int) -> list[Step]:
+    """Look, write ADJUST, look, write TSC, look."""
+    look = [RDTSC, READ_TSC, READ_ADJUST]
+    return [*look, Step("wrmsr", TSC_ADJUST, adjust), *look, Step("wrmsr", TSC, tsc), *look]
+
+
+def is_soon_after(later: int, earlier: int) -> bool:
+    """Is one TSC value a little later than another, modulo 2^64?"""
+    return 0 <= (later - earlier) % 2**64 < SOON
+
+
+def engine_of(guest: TscGuest) -> GuestClock:
+    """The guest's clock, which is the engine's."""
+    assert guest.machine.clock is not None
+    return guest.machine.clock
+
+
+@pytest.mark.row("J-02", "J-03", "J-04", "J-05")
+@both
+def test_guest_writes_on_two_vcpus(clock: Clock, tsc_offsets: TscOffsets) -> None:
+    """Each vCPU's own writes of 0x3b and 0x10 show at once in its RDTSC, RDMSR 0x10 and ADJUST, and in its offset."""
+    adjusts, tscs = (1 << 40, 3 << 40), (1 << 50, 5 << 50)
+    with tsc_guest(clock, *map(guest_writes, adjusts, tscs)) as guest:
+        guest.wait_until_all_reach(255)
+        guest.machine.pause()
+        for vcpu, (adjust, tsc) in enumerate(zip(adjusts, tscs, strict=True)):
+            t0, m0, a0, t1, m1, a1, t2, m2, a2 = guest.results(vcpu)
+            assert a0 == 0
+            assert all(is_soon_after(*pair) for pair in ((m0, t0), (m1, t1), (m2, t2)))
+            if tsc_offsets is TscOffsets.IGNORED:
+                assert is_soon_after(t1, m0)
+                assert is_soon_after(t2, m1)
+                assert clock == "kernel" or (a1, a2) == (0, 0)
+                continue
+            assert a1 == adjust
+            if (clock, tsc_offsets) == ("kernel", TscOffsets.STEERED):
+                continue  # KVM forgets the move if it reloads the vCPU before the next exit: docs/lab.md
+            assert is_soon_after(t1, m0 + adjust)
+            assert is_soon_after(t2, tsc)
+            assert is_soon_after(t2 - a2, m1 - a1)  # TSC moved ADJUST along
+            if clock == "engine":
+                assert engine_of(guest).tsc(vcpu).adjust == a2
+            if tsc_offsets is TscOffsets.HONOURED:
+                assert_offset_holds_adjust(guest, vcpu, a2)
+        if clock == "engine":
+            assert (engine_of(guest).refused_offset is not None) == (tsc_offsets is TscOffsets.IGNORED)
+
+
+def assert_offset_holds_adjust(guest: TscGuest, vcpu: int, adjust: int) -> None:
+    """What KVM adds to vCPU's TSC is what it added at first, and ADJUST."""
+    offset = guest.machine.vcpus[vcpu].get_tsc_offset()
+    if guest.machine.clock is not None:
+        assert guest.machine.clock.tsc(vcpu).offset == offset == adjust
+    else:  # KVM starts a guest's TSC at 0: before that the host's had counted for less than 2^60
+        assert 0 < (adjust - offset) % 2**64 < 1 << 60
+
+
+@pytest.mark.row("J-06", "J-07")
+@both
+def test_host_writes_leave_the_other_alone(clock: Clock, tsc_offsets: TscOffsets) -> None:
+    """The VMM restores TSC without touching ADJUST, and ADJUST without touching TSC; the guest reads both back."""
+    look = [RDTSC, READ_ADJUST]
+    first, second, ahead = 1 << 40, 7 << 40, 1 << 52
+    steps = [Step("wrmsr", TSC_ADJUST, first), *look, Step("wait", value=1), *look, Step("wait", value=2), *look]
+    with tsc_guest(clock, steps) as guest:
+        guest.wait_until_all_reach(1)
+        restored = host_write(guest, TSC, ahead)
+        guest.let_pass(1)
+        guest.wait_until_all_reach(2)
+        host_write(guest, TSC_ADJUST, second)
+        guest.let_pass(2)
+        guest.wait_until_all_reach(255)
+        t0, a0, t1, a1, t2, a2 = guest.results(0)
+        assert restored == (clock == "kernel" or tsc_offsets is not TscOffsets.IGNORED)
+        assert a0 == a1 == (0 if clock == "engine" and tsc_offsets is TscOffsets.IGNORED else first)
+        assert a2 == second
+        assert is_soon_after(t1, t0 if tsc_offsets is TscOffsets.IGNORED else ahead)
+        assert is_soon_after(t2, t1)
+
+
+def host_write(guest: TscGuest, msr: int, value: int) -> bool:
+    """Write vCPU 0's MSR as its VMM would; False if the engine says that this host cannot."""
+    guest.machine.pause()
+    try:
+        if guest.machine.clock is None:
+            guest.machine.vcpus[0].set_msr(msr, value)
+        else:
+            guest.machine.clock.host_write_msr(0, msr, value)
+    except TscOffsetNotHonoured:
+        return False
+    finally:
+        guest.machine.resume()
+    return True
+
+
+@pytest.mark.row("J-01")
+@both
+def test_adjust_that_is_not_offered(clock: Clock, tsc_offsets: TscOffsets) -> None:
+    """Without CPUID's bit a write of 0x3b is ignored as Linux does: no fault, nothing moves, 0 is read."""
+    steps = [RDTSC, Step("wrmsr", TSC_ADJUST, 1 << 40), RDTSC, READ_ADJUST]
+    with tsc_guest(clock, steps, offer_tsc_adjust=False) as guest:
+        guest.wait_until_all_reach(255)
+        before, after, adjust = guest.results(0)
+        # A host that ignores offsets may keep whatever is written, too.
+        assert adjust == 0 or (clock, tsc_offsets) == ("kernel", TscOffsets.IGNORED)
+        assert is_soon_after(after, before)
+
+
+@pytest.mark.row("J-05", "J-06", "E5")
+def test_a_clock_read_with_two_different_offsets(tsc_offsets: TscOffsets) -> None:
+    """One vCPU's TSC is put forward under its running guest: STABLE goes, both clocks stay on the timeline."""
+    with probe_machine("engine", 2) as machine:
+        clock = machine.clock
+        assert clock is not None
+        machine.start()
+        wait_until_reading(machine)
+        ahead = clock.guest_tsc(1, HostTsc(clock.backend.counter.read())) + (1 << 40)
+        if tsc_offsets is TscOffsets.IGNORED:
+            with pytest.raises(TscOffsetNotHonoured, match="not honoured by this host"):
+                clock.host_write_msr(1, TSC, ahead)
+            assert clock.tsc(1).offset == clock.tsc(0).offset
+            return
+        clock.host_write_msr(1, TSC, ahead)
+        time.sleep(0.5)
+        records = finish(machine)
+        assert [page.flags for vcpu in range(2) if (page := clock.page(vcpu))] == [0, 0]
+        assert not any(failures(records).values())
+        assert abs(records[1].last_tsc - records[0].last_tsc - (1 << 40)) < SOON
+        for vcpu, record in enumerate(records):
+            error = record.last_ns - clock.at(HostTsc((record.last_tsc - clock.tsc(vcpu).offset) % 2**64))
+            clamped_ns = 10**8 if record.clamped else 2  # to what the other vCPU read last
+            assert -Fraction(4) <= error <= clamped_ns
+
+
+@pytest.mark.row("K-16", "K-18", "E9")
+@both
+def test_the_host_decides_on_stable(clock: Clock, stable_bit: int) -> None:
+    """Pages say STABLE where the host trusts its TSCs; where not, guests clamp what they read, and go on monotone."""
+    with probe_machine(clock, 2) as machine:
+        machine.start()
+        wait_until_reading(machine)
+        time.sleep(1.0)
+        records = finish(machine)
+        flags = [machine.memory.read(probe.time_page_address(vcpu) + 29, 1)[0] for vcpu in range(2)]
+        assert flags == [stable_bit, stable_bit]
+        assert (sum(record.clamped for record in records) > 0) == (not stable_bit)
+        assert not any(failures(records).values())
