@@ -171,8 +171,18 @@ def _host_epoch_ns(machine: Machine) -> int:
         tsc, realtime_ns = machine.clock.backend.realtime()
         return realtime_ns - machine.clock.at(tsc).__floor__()
     now = machine.vm.get_clock()
+    if now["realtime"]:
+        return now["realtime"] - now["clock"]
     # Without a master clock KVM does not say what time of day it was at that instant.
-    return (now["realtime"] or time.time_ns()) - now["clock"]
+    return min((_bracketed_epoch_ns(machine) for _ in range(8)), key=lambda epoch: epoch[1])[0]
+
+
+def _bracketed_epoch_ns(machine: Machine) -> tuple[int, int]:
+    """UTC at guest time 0, and the width of the bracket, in ns."""
+    begin = time.time_ns()
+    clock = machine.vm.get_clock()["clock"]
+    width = time.time_ns() - begin
+    return begin + width // 2 - clock, width
 
 
 def _wall_clock_ns(machine: Machine) -> int:
