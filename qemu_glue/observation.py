@@ -27,7 +27,7 @@ LOOKS_LIMIT_S: Final = 0.3
 LOOK_PAUSE_S: Final = 0.0002
 LOOK_BOUND_NS: Final = 50_000
 """How old a guest's newest reading may be when it is compared with a host's clock."""
-STALE_LOOK_BOUND_NS: Final = 2_000_000
+STALE_LOOK_BOUND_NS: Final = 10_000_000
 """The same where nobody looks while a vCPU runs, for want of a second CPU: a change of threads, and a slow one."""
 SPAN_S: Final = 0.5
 PAUSE_S: Final = 0.3

@@ -172,7 +172,7 @@ ROWS: list[tuple[str, int, Callable[[Sight], Sight]]] = [
     ("wall clock", ENGINE, alone(lambda it: it._replace(wall_clock_error_ns=-1_100_000))),
     ("wall clock", QEMU, interrupted(lambda it: it._replace(wall_clock_error_ns=1_100_000))),
     ("rate by the TSC", ENGINE, alone(lambda it: it._replace(rate_ppb=it.rate_ppb + 100))),
-    ("progress by the host's clock", ENGINE, interrupted(lambda it: it._replace(progress_ns=-10_000_000))),
+    ("progress by the host's clock", ENGINE, interrupted(lambda it: it._replace(progress_ns=-30_000_000))),
     ("guest's reads", QEMU, record(reads=0)),
     ("backward, wild or torn", ENGINE, record(torn=1)),
     ("backward, wild or torn", QEMU, record(backward_cross=1)),
@@ -199,7 +199,8 @@ def test_each_row_can_disagree(
     sights = list(trio)
     assert wrong_rows(compare(*sights)) == []
     sights[whose] = change(sights[whose])
-    assert wrong_rows(compare(*sights)) == [row]
+    judged = row != "rate by the TSC" or host_clocksource() == "tsc"  # else KVM moves guests' TSCs
+    assert wrong_rows(compare(*sights)) == [row] * judged
 
 
 @pytest.mark.row("E13")
@@ -240,7 +241,7 @@ def test_steps_back_at_cont_are_bounded(trio: tuple[Sight, Sight, Sight]) -> Non
     """With two vCPUs KVM may step back at cont by the pause, for a page that is late, and by no more."""
     engine, kernel, qemu = trio
     seen = qemu.interrupted
-    for back_ns, wrong in ((seen.pause.least_ns, []), (seen.pause.most_ns + 10**7, ["stop, cont: steps back"])):
+    for back_ns, wrong in ((seen.pause.least_ns, []), (seen.pause.most_ns + 3 * 10**7, ["stop, cont: steps back"])):
         late = seen.records[0]._replace(backward_own=1, worst_back_ns=back_ns)
         two = qemu._replace(interrupted=seen._replace(records=[seen.records[0], late]))
         assert wrong_rows(compare(engine, kernel, two)) == wrong
