@@ -19,16 +19,16 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "quantities", "readings", "_abi", "_math", "_publish"},
     {"_core", "_counter", "_bulk", "_sampling"},
     {
-        *("timeline", "catchup", "discipline", "sampling", "tsc", "timers", "events"),
-        *("backend", "kvm", "boot", "payloads"),
+        *("timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "events"),
+        *("backend", "hostwatch", "kvm", "boot", "payloads"),
     },
     {"providers"},
-    {"guestclock", "clockstate", "ticker"},
+    {"published", "guestclock", "clockstate", "jsonkinds", "atomicfile", "ticker"},
     {"machine"},
     {"pvclock", "lab"},
     {"convert", "commands", "meter", "__main__"},
 )
-POLICY = {"timeline", "catchup", "discipline", "sampling", "tsc", "timers", "events"}
+POLICY = {"timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "events"}
 
 # What a layer's height alone does not forbid: who may not know whom, and why.
 STRANGERS = {
@@ -39,7 +39,7 @@ STRANGERS = {
 }
 
 # Below guestclock.py these alone may read a clock; all else is handed what it needs.
-CLOCK_READERS = {"backend", "kvm"}
+CLOCK_READERS = {"backend", "hostwatch", "kvm"}
 
 # What qemu_glue may use beside the names in pvclock.__all__.
 PUBLIC_SUBPACKAGES = (

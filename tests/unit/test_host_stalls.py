@@ -1,0 +1,197 @@
+"""A watch on this host: what the kernel says, and a real process that is stopped or frozen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from pvclock import hostwatch
+from pvclock.hostwatch import HostWatch, LinuxHost, StallCause, TroubleKind
+
+ROOT = Path(__file__).parents[2]
+MS = 10**6
+NS_PER_S = 10**9
+
+
+@pytest.mark.row("E9")
+def test_reading_this_host() -> None:
+    """Two readings of the real host go forwards, and say what the kernel's own files say."""
+    host = LinuxHost()
+    earlier, later = host.read(), host.read()
+    for name in ("raw_ns", "monotonic_ns", "process_cpu_ns"):
+        assert getattr(earlier, name) < getattr(later, name)
+    assert earlier.asleep_least_ns <= later.asleep_most_ns
+    assert later.clocksource in later.clocksources
+
+
+@pytest.mark.row("E9")
+@pytest.mark.skipif(not hostwatch.SCHEDSTAT.exists(), reason="no run delay: needs a kernel with CONFIG_SCHED_INFO")
+def test_run_delay_is_the_kernels() -> None:
+    """The second number of the thread's schedstat is what a reading says, between one look at it and another."""
+    before_ns, read_ns, after_ns = (
+        int(hostwatch.SCHEDSTAT.read_text().split()[1]),
+        LinuxHost().read().run_delay_ns,
+        int(hostwatch.SCHEDSTAT.read_text().split()[1]),
+    )
+    assert read_ns is not None
+    assert before_ns <= read_ns <= after_ns
+
+
+@pytest.mark.row("E9", "E13")
+def test_a_host_without_those_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where /sys and /proc do not say, readings say that it is unknown, and a watch works with the rest."""
+    for name in ("AVAILABLE_CLOCKSOURCES", "SCHEDSTAT", "OWN_CGROUPS"):
+        monkeypatch.setattr(hostwatch, name, tmp_path / "absent")
+    monkeypatch.setattr("pvclock.backend.CURRENT_CLOCKSOURCE", tmp_path / "absent")
+    reading = LinuxHost().read()
+    assert (reading.run_delay_ns, reading.frozen_ns) == (None, None)
+    assert (reading.clocksource, reading.clocksources) == ("unknown", frozenset())
+    watch = HostWatch(10**9, interval_ns=10 * NS_PER_S)
+    assert not {trouble.kind for trouble in watch.look()} & {TroubleKind.CLOCKSOURCE, TroubleKind.TSC_UNSTABLE}
+    assert not watch.tsc_stable
+
+
+CHILD_INTERVAL_NS, CHILD_STALL_NS, CHILD_SECONDS = 10 * MS, 200 * MS, 60
+CHILD = f"""
+import sys, time
+from pvclock.backend import measure_tsc_hz
+from pvclock.hostwatch import HostWatch, TroubleKind
+sys.stdin.readline()
+watch = HostWatch(measure_tsc_hz(), interval_ns={CHILD_INTERVAL_NS}, stall_ns={CHILD_STALL_NS})
+print("looking", flush=True)
+end = time.monotonic() + {CHILD_SECONDS}
+while time.monotonic() < end:
+    time.sleep({CHILD_INTERVAL_NS} / 1e9)
+    for trouble in watch.look():
+        if trouble.kind is TroubleKind.STALL:
+            print(trouble.amount_ns, trouble.cause, flush=True)
+"""
+
+
+@contextmanager
+def a_looking_child(cgroup: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A process that looks every 10 ms, from within `cgroup`, and prints its stalls of more than 200 ms."""
+    command = [sys.executable, "-c", CHILD]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            if cgroup:
+                (cgroup / "cgroup.procs").write_text(str(child.pid))
+            child.stdin.write("\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == "looking\n"
+            yield child
+        finally:
+            child.kill()
+
+
+def told_stall(child: subprocess.Popen[str], least_ns: int) -> str:
+    """The cause that the child tells of its first stall of `least_ns` or more; shorter ones are the machine's own."""
+    assert child.stdout is not None
+    for line in child.stdout:
+        amount_ns, cause = line.split()
+        if int(amount_ns) >= least_ns:
+            return cause
+    pytest.fail(f"the child told of no stall of {least_ns} ns within {CHILD_SECONDS} s")
+
+
+@pytest.mark.row("E9", "E15")
+def test_a_process_that_is_stopped_tells_its_stall() -> None:
+    """A process under SIGSTOP for half a second finds, when it goes on, that it did not run for at least that long."""
+    with a_looking_child() as child:
+        time.sleep(10 * CHILD_INTERVAL_NS / NS_PER_S)
+        child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        begin_ns = time.monotonic_ns()
+        time.sleep(0.5)
+        stopped_ns = time.monotonic_ns() - begin_ns
+        child.send_signal(signal.SIGCONT)
+        assert told_stall(child, stopped_ns) == StallCause.HALTED
+
+
+class Freezer:
+    """One of the kernel's two ways to freeze a cgroup: `folder`, the file that orders it, its words, and the proof."""
+
+    def __init__(self, folder: Path, order: str, words: tuple[str, str], proof: str, frozen: str) -> None:
+        self.folder = folder
+        self.proof = folder / proof
+        self.frozen = frozen
+        self._order = folder / order
+        self._freeze, self._thaw = words
+
+    def freeze(self) -> None:
+        """Freeze all processes in the cgroup, and wait until they are."""
+        self._order.write_text(self._freeze)
+        end = time.monotonic() + 10
+        while self.frozen not in self.proof.read_text():
+            assert time.monotonic() < end, f"{self.proof}: not frozen after 10 s"
+            time.sleep(0.001)
+
+    def thaw(self) -> None:
+        """Let them go on."""
+        self._order.write_text(self._thaw)
+
+
+def freezer_v1() -> Freezer | None:
+    """The freezer of cgroup v1 in a folder still to be made; None where it is not mounted or not writable."""
+    mount = Path("/sys/fs/cgroup/freezer")
+    if not (mount / "cgroup.procs").exists() or not os.access(mount, os.W_OK):
+        return None
+    folder = mount / f"pvclock-test-{os.getpid()}"
+    return Freezer(folder, "freezer.state", ("FROZEN", "THAWED"), "freezer.state", "FROZEN")
+
+
+def freezer_v2() -> Freezer | None:
+    """The freezer of cgroup v2, likewise."""
+    for mount in hostwatch.CGROUP2_MOUNTS:
+        if (mount / "cgroup.controllers").exists() and os.access(mount, os.W_OK):
+            folder = mount / f"pvclock-test-{os.getpid()}"
+            return Freezer(folder, "cgroup.freeze", ("1", "0"), "cgroup.events", "frozen 1")
+    return None
+
+
+@pytest.fixture(params=[freezer_v2, freezer_v1], ids=["v2", "v1"])
+def freezer(request: pytest.FixtureRequest) -> Iterator[Freezer]:
+    """A cgroup that can be frozen, and is gone afterwards."""
+    found = request.param()
+    if found is None:
+        pytest.skip("no writable cgroup hierarchy of this version under /sys/fs/cgroup: run as root, with it mounted")
+    try:
+        found.folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"cannot make a cgroup, {error}: run as root, outside of containers that mount it read-only")
+    try:
+        yield found
+    finally:
+        # A killed process leaves its cgroup when it is reaped, some ms later.
+        for _ in range(1000):
+            with suppress(OSError):
+                found.folder.rmdir()
+                break
+            time.sleep(0.01)
+
+
+@pytest.mark.row("E9", "E15")
+def test_a_process_in_a_frozen_cgroup_tells_its_stall(freezer: Freezer) -> None:
+    """After half a second in a frozen cgroup a process tells its stall, and why where the kernel keeps the record."""
+    stat = freezer.folder / "cgroup.stat.local"
+    is_recorded = stat.exists() and "frozen_usec" in stat.read_text()
+    with a_looking_child(freezer.folder) as child:
+        time.sleep(10 * CHILD_INTERVAL_NS / NS_PER_S)
+        freezer.freeze()
+        try:
+            begin_ns = time.monotonic_ns()
+            time.sleep(0.5)
+            frozen_ns = time.monotonic_ns() - begin_ns
+        finally:
+            freezer.thaw()
+        assert told_stall(child, frozen_ns) == (StallCause.FROZEN if is_recorded else StallCause.HALTED)
