@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PvclockError,
         RangeError,
         StateError,
+        StateFileError,
         TscOffsetNotHonoured,
     )
     from pvclock.guestclock import GuestClock
@@ -64,6 +65,7 @@ __all__ = [
     "GuestAddressError",
     "GuestCrashed",
     "StateError",
+    "StateFileError",
     "MsrFault",
     "TscOffsetNotHonoured",
     "KvmError",
@@ -91,6 +93,7 @@ _HOME = {
         "PvclockError",
         "RangeError",
         "StateError",
+        "StateFileError",
         "TscOffsetNotHonoured",
     ),
     "pvclock.guestclock": ("GuestClock",),

@@ -6,6 +6,7 @@ PvclockError
 ├── ImageError (ValueError)       a boot image that cannot be loaded
 ├── GuestAddressError (LookupError)  .gpa .length; guest-physical memory that is not there
 ├── StateError                    .operation .state .allowed; not now
+├── StateFileError (ValueError)   .field .found .supported .path; a saved state that cannot be read, written or used
 ├── MsrFault                      .index .value; the guest gets #GP
 ├── TscOffsetNotHonoured          .offset; the host takes a TSC offset and the guest does not see it
 ├── GuestCrashed                  .vcpu .reason; the guest cannot go on
@@ -33,6 +34,7 @@ __all__ = [
     "PvclockError",
     "RangeError",
     "StateError",
+    "StateFileError",
     "TscOffsetNotHonoured",
 ]
 
@@ -82,6 +84,21 @@ class StateError(PvclockError):
         self.operation = operation
         self.state = state
         self.allowed = allowed
+
+
+class StateFileError(PvclockError, ValueError):
+    """A saved state that cannot be read, written or used here, and nothing was changed.
+
+    field: a dotted path such as "vcpus[1].tsc_offset", or "file" for the file as a whole.  found, supported: what is
+    there, shortened, and what may be there, in words.  path: the file, if there is one.
+    """
+
+    def __init__(self, field: str, found: str, supported: str, path: str = "") -> None:
+        super().__init__((f"{path}: " if path else "") + f"{field}: found {found}; supported: {supported}")
+        self.field = field
+        self.found = found
+        self.supported = supported
+        self.path = path
 
 
 class MsrFault(PvclockError):

@@ -7,11 +7,14 @@ clock; it asks the clock, through `ClockServices`, for what its guest asked of i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from pvclock.quantities import Gpa
 
-__all__ = ["ClockServices", "CpuidLeaf", "Provider"]
+__all__ = ["ClockServices", "CpuidLeaf", "MsrValue", "Provider"]
+
+
+MsrValue: TypeAlias = int | bool | str | tuple[int, ...] | None
 
 
 class CpuidLeaf(NamedTuple):
@@ -44,7 +47,13 @@ class Provider(Protocol):
     """One guest-visible clock interface."""
 
     name: str
+    version: int
+    """Of what save() gives; a provider reads all that were ever written."""
     clock: ClockServices
+
+    @property
+    def config(self) -> Mapping[str, int | bool | str]:
+        """The options that make another one like it."""
 
     @property
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
@@ -59,3 +68,9 @@ class Provider(Protocol):
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """WRMSR by the guest; MsrFault is #GP."""
+
+    def save(self) -> Mapping[str, MsrValue]:
+        """What the guest wrote, by name."""
+
+    def load(self, msrs: Mapping[str, object]) -> None:
+        """Take what save() gave, without doing anything again; ConfigError, and nothing taken, if it is not that."""

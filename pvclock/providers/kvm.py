@@ -11,7 +11,7 @@ from enum import IntFlag
 from typing import Final
 
 from pvclock.errors import ConfigError, MsrFault
-from pvclock.providers.interface import ClockServices, CpuidLeaf
+from pvclock.providers.interface import ClockServices, CpuidLeaf, MsrValue
 from pvclock.quantities import Gpa
 
 __all__ = [
@@ -78,6 +78,7 @@ class KvmProvider:
     """
 
     name = "KVM"
+    version = 1
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class KvmProvider:
         self._served_msrs = {
             msr for msr, feature in FEATURE_OF_MSR.items() if not enforce_cpuid or feature in self.features
         }
+        self._enforce_cpuid = enforce_cpuid
         self._offers_stable = KvmFeature.CLOCKSOURCE_STABLE in self.features
         self.clock = clock
         self._system_time = [0] * vcpus
@@ -127,6 +129,29 @@ class KvmProvider:
             self._write_wall_clock(value)
         else:
             self._write_system_time(vcpu, value, old_msr=index == MSR_KVM_SYSTEM_TIME)
+
+    @property
+    def config(self) -> Mapping[str, int | bool | str]:
+        """The options that make another one like it."""
+        return {"features": int(self.features), "enforce_cpuid": self._enforce_cpuid}
+
+    def save(self) -> Mapping[str, MsrValue]:
+        """What the guest wrote last, and by which number its boot vCPU did."""
+        return {
+            "system_time": tuple(self._system_time),
+            "wall_clock": self._wall_clock,
+            "boot_vcpu_runs_old_kvmclock": self._boot_vcpu_runs_old_kvmclock,
+        }
+
+    def load(self, msrs: Mapping[str, object]) -> None:
+        """Take what save() gave; pages are the clock's to place again."""
+        match msrs:
+            case {"system_time": tuple(system_time), "wall_clock": int(wall), "boot_vcpu_runs_old_kvmclock": bool(old)}:
+                if len(system_time) == len(self._system_time) and len(msrs) == len(self.save()):
+                    self._system_time = list(system_time)
+                    self._wall_clock, self._boot_vcpu_runs_old_kvmclock = wall, old
+                    return
+        raise ConfigError(f"MSRs of provider 'KVM' for {len(self._system_time)} vCPUs were expected, not {dict(msrs)}")
 
     def _write_wall_clock(self, value: int) -> None:
         # No enable bit and no mask: the value is the address.

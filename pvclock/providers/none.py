@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pvclock.errors import MsrFault
-from pvclock.providers.interface import ClockServices, CpuidLeaf
+from pvclock.errors import ConfigError, MsrFault
+from pvclock.providers.interface import ClockServices, CpuidLeaf, MsrValue
 
 __all__ = ["NoneProvider"]
 
@@ -14,6 +14,8 @@ class NoneProvider:
     """Offers nothing; every MSR faults."""
 
     name = "None"
+    version = 1
+    config: Mapping[str, int | bool | str] = {}
     allows_stable = False
     cpuid_leaves: Mapping[int, CpuidLeaf] = {}
 
@@ -27,3 +29,12 @@ class NoneProvider:
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """Faults."""
         raise MsrFault(index, value)
+
+    def save(self) -> Mapping[str, MsrValue]:
+        """Nothing was written."""
+        return {}
+
+    def load(self, msrs: Mapping[str, object]) -> None:
+        """There is nothing to take."""
+        if msrs:
+            raise ConfigError(f"provider 'None' saves no MSRs, and these were found: {', '.join(msrs)}")

@@ -1,0 +1,326 @@
+"""The saved state of one VM's clock: what is in it, what is not and why, and the file that holds it.
+
+Plain data in exact numbers: whole ones, and fractions as [numerator, denominator].  A state is read as a whole or not
+at all: what is missing, mistyped, out of range, unknown or there twice is a StateFileError that names the field.  A
+version that was ever written stays readable for ever.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from pvclock import atomicfile
+from pvclock.errors import StateFileError
+from pvclock.jsonkinds import (
+    BOOLEAN,
+    BYTES_MAX,
+    TEXT,
+    Kind,
+    fraction,
+    list_of,
+    one_of,
+    optional,
+    parse,
+    plain,
+    record,
+    render,
+    table,
+    whole,
+)
+from pvclock.providers import PROVIDERS
+from pvclock.quantities import U64_MASK
+
+__all__ = [
+    "FIELDS",
+    "VCPUS_MAX",
+    "VERSION",
+    "ClockState",
+    "Field",
+    "HostState",
+    "Mark",
+    "OfferState",
+    "ProviderState",
+    "SlewState",
+    "TimelineState",
+    "VcpuState",
+    "check_provider",
+    "checked",
+    "from_json",
+    "from_mapping",
+    "load",
+    "rows",
+    "to_json",
+    "to_mapping",
+    "write",
+]
+
+VERSION: Final = 1
+VCPUS_MAX: Final = 4096
+
+ConfigValue: TypeAlias = int | bool | str
+MsrValue: TypeAlias = int | bool | str | tuple[int, ...] | None
+
+
+class ProviderState(NamedTuple):
+    """Which clock interface the guest has, how it was set up, and what the guest made of it."""
+
+    name: str
+    version: int
+    config: Mapping[str, ConfigValue]
+    msrs: Mapping[str, MsrValue]
+
+
+class TimelineState(NamedTuple):
+    """Where guest time is at the stamp, exactly, and how it goes on."""
+
+    guest_ns: Fraction
+    dilation: Fraction
+    paused: bool
+
+
+class SlewState(NamedTuple):
+    """What is still to be slewed in at the stamp, negative for a clock that is ahead, and by which policy."""
+
+    remaining_ns: Fraction
+    policy: str
+
+
+class HostState(NamedTuple):
+    """The host at the stamp: one instant on each of its clocks."""
+
+    tsc: int
+    tsc_hz: int
+    raw_ns: int | None
+    real_ns: int
+    boot_id: str | None
+
+
+class OfferState(NamedTuple):
+    """What CPUID offers beside the provider's leaves."""
+
+    tsc_adjust: bool
+    invariant_tsc: bool
+
+
+class VcpuState(NamedTuple):
+    """One vCPU's TSC at the stamp, and where its time page is."""
+
+    tsc_offset: int
+    tsc_adjust: int
+    tsc_aux: int
+    guest_tsc: int
+    time_page_gpa: int | None
+
+
+class ClockState(NamedTuple):
+    """A clock at one instant, the stamp.  `FIELDS` says what each field means."""
+
+    version: int
+    provider: ProviderState
+    policy: str
+    timeline: TimelineState
+    slew: SlewState | None
+    host: HostState
+    wall_clock_gpa: int | None
+    offers: OfferState
+    vcpus: tuple[VcpuState, ...]
+
+
+class Mark(StrEnum):
+    """What becomes of a part of a clock when the clock is saved."""
+
+    SAVED = "saved"
+    DERIVED = "derived"
+    NOT_SAVED = "not saved"
+
+
+class Field(NamedTuple):
+    """A part of a clock: dotted path, what becomes of it, what that means, and what it may hold if it is saved."""
+
+    path: str
+    mark: Mark
+    meaning: str
+    kind: Kind | None = None
+
+
+def _saved(path: str, kind: Kind, meaning: str) -> Field:
+    return Field(path, Mark.SAVED, meaning, kind)
+
+
+_U32 = whole(0, 2**32 - 1, "a whole number from 0 to 2^32-1")
+_U64 = whole(0, U64_MASK, "a whole number from 0 to 2^64-1")
+_S64 = whole(-(2**63), 2**63 - 1, "a whole number from -2^63 to 2^63-1")
+_HZ = whole(1, U64_MASK, "a whole number from 1 to 2^64-1")
+_VERSION = whole(1, 2**32 - 1, "a whole number from 1 to 2^32-1")
+_GUEST_NS = fraction(lambda ns: 0 <= ns < 2**64, "from 0 to below 2^64")
+_SKEW_NS = fraction(lambda ns: abs(ns) < 2**64, "between -2^64 and 2^64")
+_DILATION = fraction(lambda rate: 0 < rate < 2**64, "above 0 and below 2^64")
+_SETTING = one_of(f"true, false, text or {_U64.supported}", {bool: BOOLEAN, int: _U64, str: TEXT})
+_U64S = list_of(_U64, 0, BYTES_MAX, "a list of whole numbers from 0 to 2^64-1")
+_MSR = optional(
+    one_of(f"{_SETTING.supported}, or a list of such", {bool: BOOLEAN, int: _U64, str: TEXT, list: _U64S, tuple: _U64S})
+)
+
+FIELDS: Final[tuple[Field, ...]] = (
+    _saved("version", whole(VERSION, VERSION, f"{VERSION}"), "The version of this format."),
+    _saved("provider.name", TEXT, "The clock interface that the guest has; a VM keeps it for life."),
+    _saved("provider.version", _VERSION, "The version of the provider's config and msrs."),
+    _saved("provider.config", table(_SETTING), "The options that the provider was made with."),
+    _saved("provider.msrs", table(_MSR), "What the guest wrote last and reads back; a list has one value a vCPU."),
+    _saved("policy", TEXT, "What becomes of the time that passes until the state is restored."),
+    _saved("timeline.guest_ns", _GUEST_NS, "Guest time at the stamp, remainder and all."),
+    _saved("timeline.dilation", _DILATION, "Guest seconds in a host second, without any slew."),
+    _saved("timeline.paused", BOOLEAN, "Did guest time stand still at the stamp?"),
+    _saved("slew.remaining_ns", _SKEW_NS, "Guest time still to be slewed in; negative for a clock that is ahead."),
+    _saved("slew.policy", TEXT, "How fast it is slewed in."),
+    _saved("host.tsc", _U64, "The saving host's TSC; tells how long ago that was, within one boot."),
+    _saved("host.tsc_hz", _HZ, "Its frequency: the guest's TSC's, too."),
+    _saved("host.raw_ns", optional(_S64), "Its raw monotonic clock, if it has one; holds within one boot."),
+    _saved("host.real_ns", _S64, "UTC since 1970; tells how long ago that was, on any host and after any boot."),
+    _saved("host.boot_id", optional(TEXT), "Which boot of which host it was."),
+    _saved("wall_clock_gpa", optional(_U64), "Where the guest asked for its wall clock."),
+    _saved("offers.tsc_adjust", BOOLEAN, "Does CPUID offer IA32_TSC_ADJUST?"),
+    _saved("offers.invariant_tsc", BOOLEAN, "Does CPUID show an invariant TSC?"),
+    _saved("vcpus[].tsc_offset", _U64, "Ticks added to the host's TSC, ADJUST included; holds within one boot."),
+    _saved("vcpus[].tsc_adjust", _U64, "IA32_TSC_ADJUST as the guest reads it."),
+    _saved("vcpus[].tsc_aux", _U32, "IA32_TSC_AUX, which RDTSCP returns."),
+    _saved("vcpus[].guest_tsc", _U64, "What RDTSC returned at the stamp; gives the offset on any other host."),
+    _saved("vcpus[].time_page_gpa", optional(_U64), "Where the page is: not always where the MSR's last value points."),
+    Field("vcpus[].base_offset", Mark.DERIVED, "tsc_offset - tsc_adjust."),
+    Field("vcpus[].time_page", Mark.DERIVED, "Published anew from the timeline, with the version in guest memory."),
+    Field("shown.mul", Mark.DERIVED, "From the dilation and the restoring host's TSC frequency."),
+    Field("shown.shift", Mark.DERIVED, "As shown.mul."),
+    Field("shown.stable", Mark.DERIVED, "TSC_STABLE: if all offsets agree and the restoring host trusts its TSC."),
+    Field("slew.boost", Mark.DERIVED, "Planned anew from what remains."),
+    Field("cpuid", Mark.DERIVED, "From the provider's name and config."),
+    Field("guest_memory", Mark.NOT_SAVED, "The VMM saves it, and in it pages, wall clock and GUEST_STOPPED."),
+    Field("tsc_ratio", Mark.NOT_SAVED, "Always 1: the guest's TSC is as fast as its host's."),
+    Field("host.tsc_stable", Mark.NOT_SAVED, "Asked of the restoring host."),
+    Field("host.kernel_features", Mark.NOT_SAVED, "Asked of the restoring host; the provider refuses what it lacks."),
+    Field("host.kvm_fd", Mark.NOT_SAVED, "Descriptors, threads and the backend are the restoring process's."),
+    Field("events", Mark.NOT_SAVED, "The log of steps is the saving process's; restoring begins another."),
+    Field("refused_offset", Mark.NOT_SAVED, "Says something of the saving host only."),
+)
+"""Every part of a clock.  Those that are saved are the fields of `ClockState`, in its order."""
+
+_KINDS = {field.path: field.kind for field in FIELDS if field.kind}
+
+
+def _kinds(names: tuple[str, ...], prefix: str = "", **parts: Kind) -> dict[str, Kind]:
+    return {name: parts[name] if name in parts else _KINDS[prefix + name] for name in names}
+
+
+_VCPU = record(VcpuState, _kinds(VcpuState._fields, "vcpus[]."))
+_VERSION_1 = record(
+    ClockState,
+    _kinds(
+        ClockState._fields,
+        provider=record(ProviderState, _kinds(ProviderState._fields, "provider.")),
+        timeline=record(TimelineState, _kinds(TimelineState._fields, "timeline.")),
+        slew=optional(record(SlewState, _kinds(SlewState._fields, "slew."))),
+        host=record(HostState, _kinds(HostState._fields, "host.")),
+        offers=record(OfferState, _kinds(OfferState._fields, "offers.")),
+        vcpus=list_of(_VCPU, 1, VCPUS_MAX, f"a list of 1 to {VCPUS_MAX} vCPUs"),
+    ),
+)
+
+
+# To and from JSON
+
+
+def to_mapping(state: ClockState) -> dict[str, Any]:
+    """The state as what JSON has; StateFileError if from_mapping() would refuse it."""
+    mapping: Any = plain(_VERSION_1.read(plain(state), ""))
+    return dict(mapping)
+
+
+def checked(state: ClockState) -> ClockState:
+    """The state, if from_mapping() would read it; StateFileError else."""
+    sound: ClockState = _VERSION_1.read(plain(state), "")
+    return sound
+
+
+def from_mapping(mapping: object) -> ClockState:
+    """The state that to_mapping() made `mapping` of; StateFileError, and nothing half done, if it is none."""
+    if isinstance(mapping, Mapping) and "version" in mapping:
+        _KINDS["version"].read(mapping["version"], "version")  # first: another version has other fields
+    state: ClockState = _VERSION_1.read(mapping, "")
+    return state
+
+
+def to_json(state: ClockState) -> str:
+    """The state as a JSON document for people, always the same for equal states; StateFileError if it is unsound."""
+    document = render(to_mapping(state)) + "\n"
+    if len(document) > BYTES_MAX:
+        raise StateFileError("file", f"{len(document)} bytes", f"up to {BYTES_MAX} bytes")
+    return document
+
+
+def from_json(document: str | bytes) -> ClockState:
+    """The state in a JSON document (bytes: of UTF-8); StateFileError, and nothing half done, if it is none."""
+    return from_mapping(parse(document))
+
+
+def check_provider(state: ClockState) -> None:
+    """StateFileError if there is no provider of that name to restore the state with."""
+    if state.provider.name not in PROVIDERS:
+        raise StateFileError("provider.name", repr(state.provider.name), ", ".join(map(repr, PROVIDERS)))
+
+
+def rows(state: ClockState) -> Iterator[tuple[str, Field, object]]:
+    """(path, field, value) of what is in the state, the vCPUs' at the end; then, without values, what is not in it."""
+    saved = [field for field in FIELDS if field.kind]
+    of_vcpus = [field for field in saved if field.path.startswith("vcpus[].")]
+    yield from ((field.path, field, _value(state, field.path)) for field in saved if field not in of_vcpus)
+    for place, vcpu in enumerate(state.vcpus):
+        for field in of_vcpus:
+            name = field.path.removeprefix("vcpus[].")
+            yield f"vcpus[{place}].{name}", field, _value(vcpu, name)
+    yield from ((field.path, field, None) for field in FIELDS if not field.kind)
+
+
+def _value(state: object, path: str) -> object:
+    for name in path.split("."):
+        state = getattr(state, name, None)  # no slew has no fields
+    return state
+
+
+# Files
+
+
+def write(path: str | os.PathLike[str], state: ClockState) -> None:
+    """Put the state into file `path`, wholly or not at all; it is on the disk when this returns.
+
+    A file that is there keeps its mode, a new one is its owner's only.  StateFileError if the state is unsound or the
+    file cannot be written, with what was in it untouched.
+    """
+    content = to_json(state).encode("ascii")
+    try:
+        atomicfile.replace(path, content)
+    except (OSError, ValueError) as error:
+        raise _file_error(path, error, "an ordinary file in a folder that can be written") from error
+
+
+def load(path: str | os.PathLike[str]) -> ClockState:
+    """The state in file `path`; StateFileError, with the path, if the file cannot be read or is unsound."""
+    try:
+        with Path(path).open("rb") as file:
+            document = file.read(BYTES_MAX + 1)
+    except (OSError, ValueError) as error:
+        raise _file_error(path, error, "a file that can be read") from error
+    try:
+        return from_json(document)
+    except StateFileError as error:
+        raise StateFileError(error.field, error.found, error.supported, os.fspath(path)) from None
+
+
+def _file_error(path: str | os.PathLike[str], error: OSError | ValueError, supported: str) -> StateFileError:
+    found = getattr(error, "strerror", None) or str(error)
+    where = getattr(error, "filename", None)
+    beside = f": {where}" if where and where != os.fspath(path) else ""
+    return StateFileError("file", f"{found}{beside}", supported, os.fspath(path))

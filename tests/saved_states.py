@@ -1,0 +1,127 @@
+"""Saved states for the tests: one to change, the ones that are kept as files, and any that there can be."""
+
+from __future__ import annotations
+
+import string
+from fractions import Fraction
+from typing import Any, Final
+
+from hypothesis import strategies as st
+
+from pvclock.clockstate import (
+    ClockState,
+    HostState,
+    OfferState,
+    ProviderState,
+    SlewState,
+    TimelineState,
+    VcpuState,
+)
+
+U64_MAX: Final = 2**64 - 1
+PRINTABLE: Final = "".join(map(chr, range(0x20, 0x7F)))
+GREATEST_TERM: Final = 2**2048 - 1
+
+TYPICAL: Final = ClockState(
+    version=1,
+    provider=ProviderState(
+        name="KVM",
+        version=1,
+        config={"enforce_cpuid": True, "features": 0x100108B},
+        msrs={"boot_vcpu_runs_old_kvmclock": False, "system_time": (0x2001, 0x3001), "wall_clock": 0x1000},
+    ),
+    policy="advance:max_ns=3600000000000",
+    timeline=TimelineState(Fraction(86_400_000_000_001, 3), Fraction(1, 10), paused=True),
+    slew=SlewState(Fraction(-5_000_000_000, 7), "slew:max_ppm=500"),
+    host=HostState(
+        tsc=987_654_321_012_345,
+        tsc_hz=2_596_132_000,
+        raw_ns=380_433_000_000_123,
+        real_ns=1_790_000_000_123_456_789,
+        boot_id="0b5c9a6e-2f1d-4a7b-9e53-64c0a1f2d3e4",
+    ),
+    wall_clock_gpa=0x1000,
+    offers=OfferState(tsc_adjust=True, invariant_tsc=False),
+    vcpus=(
+        VcpuState(2**64 - 987_000_000_000_000, 5_000, 0, 654_321_012_345, 0x2000),
+        VcpuState(2**64 - 987_000_000_000_000, 0, 1, 654_321_012_345, None),
+    ),
+)
+"""Two vCPUs with the KVM clock, paused, dilated, and ahead of what they should show."""
+
+LEAST: Final = ClockState(
+    version=1,
+    provider=ProviderState("None", 1, {}, {}),
+    policy="freeze",
+    timeline=TimelineState(Fraction(0), Fraction(1), paused=False),
+    slew=None,
+    host=HostState(tsc=0, tsc_hz=1, raw_ns=None, real_ns=0, boot_id=None),
+    wall_clock_gpa=None,
+    offers=OfferState(tsc_adjust=False, invariant_tsc=False),
+    vcpus=(VcpuState(0, 0, 0, 0, None),),
+)
+"""One vCPU without a paravirtual clock, and nothing that could be missing."""
+
+EXTREME: Final = ClockState(
+    version=1,
+    provider=ProviderState(
+        "P" * 256, 2**32 - 1, {"n" * 64: U64_MAX, "text": PRINTABLE}, {"-": (), "0x40000021": None, "x": (0, U64_MAX)}
+    ),
+    policy="~" * 256,
+    timeline=TimelineState(Fraction(GREATEST_TERM, 2**1984), U64_MAX + Fraction(1, 2), paused=True),
+    slew=SlewState(Fraction(1 - 2**2048, GREATEST_TERM - 1), "virtualbox"),
+    host=HostState(U64_MAX, U64_MAX, 2**63 - 1, -(2**63), "b" * 256),
+    wall_clock_gpa=U64_MAX,
+    offers=OfferState(tsc_adjust=True, invariant_tsc=True),
+    vcpus=(VcpuState(U64_MAX, U64_MAX, 2**32 - 1, U64_MAX, U64_MAX),) * 3,
+)
+"""Numbers and text at their limits."""
+
+KEPT: Final = {
+    "v1-typical.json": TYPICAL,
+    "v1-least.json": LEAST,
+    "v1-extreme.json": EXTREME,
+    "v1-by-hand.json": TYPICAL,
+}
+"""What each file in tests/states holds.  Files are added there, and never changed."""
+
+# Any state that there can be
+
+U64: Final = st.one_of(st.integers(0, U64_MAX), st.sampled_from([0, 1, 2**53, 2**63, U64_MAX]))
+S64: Final = st.integers(-(2**63), 2**63 - 1)
+TEXT: Final = st.text(PRINTABLE, min_size=1, max_size=256)
+NAMES: Final = st.text(string.ascii_letters + string.digits + "_-", min_size=1, max_size=64)
+DENOMINATORS: Final = st.one_of(st.integers(1, 10**9), st.integers(1, 2**1900))
+SETTINGS: Final = st.one_of(st.booleans(), U64, TEXT)
+MSRS: Final = st.one_of(SETTINGS, st.none(), st.lists(U64, max_size=3).map(tuple))
+
+
+def fractions(least: int, most: int) -> st.SearchStrategy[Fraction]:
+    """Fractions from `least` to below `most`."""
+    return st.builds(
+        lambda whole, part, den: whole + Fraction(part % den, den),
+        *(st.integers(least, most - 1), st.integers(0, 2**1900), DENOMINATORS),
+    )
+
+
+def states() -> st.SearchStrategy[ClockState]:
+    """Any state that can be saved."""
+    parts: dict[str, st.SearchStrategy[Any]] = {
+        "provider": st.builds(
+            ProviderState,
+            TEXT,
+            st.integers(1, 2**32 - 1),
+            st.dictionaries(NAMES, SETTINGS),
+            st.dictionaries(NAMES, MSRS),
+        ),
+        "policy": TEXT,
+        "timeline": st.builds(TimelineState, fractions(0, 2**64), fractions(0, 2**64).filter(bool), st.booleans()),
+        "slew": st.none() | st.builds(SlewState, fractions(1 - 2**64, 2**64), TEXT),
+        "host": st.builds(HostState, U64, st.integers(1, U64_MAX), st.none() | S64, S64, st.none() | TEXT),
+        "wall_clock_gpa": st.none() | U64,
+        "offers": st.builds(OfferState, st.booleans(), st.booleans()),
+        "vcpus": st.lists(
+            st.builds(VcpuState, U64, U64, st.integers(0, 2**32 - 1), U64, st.none() | U64), min_size=1, max_size=4
+        ).map(tuple),
+    }
+    return st.builds(ClockState, version=st.just(1), **parts)
