@@ -496,6 +496,19 @@ cdef class TimePages:
                 shown.published = True
         self._changed = False
 
+    @property
+    def was_published(self) -> bool:
+        """Was any line published yet?"""
+        return self._anchor.scale.mul != 0
+
+    def move(self, ticks: int, ns: int) -> None:
+        """Put the line published last `ticks` later and `ns` ahead: what the next publish goes on from.
+
+        For a declared step: a pause that is left out moves the line by its length, a jump by its height.
+        """
+        self._anchor.tsc_timestamp += as_u64(ticks, "ticks")
+        self._anchor.system_time += as_u64(ns, "ns")
+
     def mark_dirty(self) -> None:
         """Tell the memory's on_dirty of all pages; the first error that it raises comes out when all are told."""
         error = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from operator import index
 from pathlib import Path
 from typing import Protocol
@@ -16,9 +17,19 @@ from pvclock._counter import Counter, HostCounter, SimulatedCounter
 from pvclock._sampling import sample_clock
 from pvclock.errors import RangeError, TscOffsetNotHonoured
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs
+from pvclock.readings import HostStamps
 
-__all__ = ["Backend", "HostBackend", "SimulatedBackend", "host_clocksource", "measure_tsc_hz"]
+__all__ = [
+    "Backend",
+    "HostBackend",
+    "SimulatedBackend",
+    "host_clocksource",
+    "host_stamps",
+    "measure_tsc_hz",
+    "wait_until",
+]
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CURRENT_CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 
 
@@ -44,6 +55,12 @@ class Backend(Protocol):
     def realtime(self) -> tuple[HostTsc, int]:
         """One instant as host TSC and as ns of UTC since 1970."""
 
+    def stamps(self) -> HostStamps:
+        """One instant on all host clocks."""
+
+    def run_until(self, tsc: HostTsc) -> None:
+        """Let the vCPUs into the guest, and keep them out again once the host TSC is `tsc` or more."""
+
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """Make vCPU's guest TSC the host's plus `offset`; TscOffsetNotHonoured if its guest would not see that."""
 
@@ -51,11 +68,15 @@ class Backend(Protocol):
         """Keep all vCPUs out of the guest meanwhile.  `vcpu` is the caller's own, which is out already."""
 
 
+_simulated = count(1)
+
+
 class SimulatedBackend:
     """Host time that moves when told to, exactly.
 
     `tsc` (ticks), `ref_ns` (the reference clock) and `realtime_ns` (UTC since 1970) can be set one by one to play a
-    fault.  With honours_tsc_offset=False it plays a host that takes offsets and ignores them.
+    fault.  Each is a host of its own, unless `boot_id` says otherwise.
+    With honours_tsc_offset=False it plays a host that takes offsets and ignores them.
     """
 
     def __init__(
@@ -65,6 +86,7 @@ class SimulatedBackend:
         ref_ns: int = 0,
         realtime_ns: int = 0,
         *,
+        boot_id: str | None = None,
         tsc_stable: bool = True,
         honours_tsc_offset: bool = True,
         kernel_features: int = 0,
@@ -77,6 +99,7 @@ class SimulatedBackend:
         self.kernel_features = kernel_features
         self.ref_ns = RefNs(ref_ns)
         self.realtime_ns = realtime_ns
+        self.boot_id = f"simulated {next(_simulated)}" if boot_id is None else boot_id
         self.tsc_offsets: dict[int, int] = {}
         self._honours_tsc_offset = honours_tsc_offset
         self._tick_remainder = 0  # of NS_PER_S: the part of a tick that advance() still owes
@@ -102,6 +125,20 @@ class SimulatedBackend:
     def realtime(self) -> tuple[HostTsc, int]:
         """See Backend."""
         return self.tsc, self.realtime_ns
+
+    def stamps(self) -> HostStamps:
+        """See Backend."""
+        return HostStamps(self.tsc, self.ref_ns, self.realtime_ns, self.boot_id)
+
+    def run_until(self, tsc: HostTsc) -> None:
+        """See Backend: host time passes, to the tick."""
+        ticks = (tsc - self.tsc) & U64_MASK
+        if 0 < ticks <= U64_MASK // 2:
+            ns = -((self._tick_remainder - ticks * NS_PER_S) // self.tsc_hz)  # rounded up: ticks can be owed, ns not
+            self._tick_remainder += ns * self.tsc_hz - ticks * NS_PER_S
+            self.counter.value = tsc
+            self.ref_ns = RefNs(self.ref_ns + ns)
+            self.realtime_ns += ns
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """See Backend."""
@@ -131,6 +168,14 @@ class HostBackend:
         tsc, ns, _ = sample_clock(time.CLOCK_REALTIME)
         return HostTsc(tsc), ns
 
+    def stamps(self) -> HostStamps:
+        """See Backend."""
+        return host_stamps(*self.realtime())
+
+    def run_until(self, tsc: HostTsc) -> None:
+        """See Backend: no vCPU runs here, so this waits."""
+        wait_until(self.counter, tsc, self.tsc_hz)
+
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """See Backend."""
         if offset:
@@ -147,6 +192,25 @@ def host_clocksource() -> str:
         return CURRENT_CLOCKSOURCE.read_text().strip()
     except OSError:
         return "unknown"
+
+
+def host_stamps(tsc: HostTsc, real_ns: int) -> HostStamps:
+    """The rest of an instant of which TSC and time of day are known; CLOCK_MONOTONIC_RAW is read a moment later."""
+    raw_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+    return HostStamps(tsc, RefNs(raw_ns), real_ns, _boot_id())
+
+
+def wait_until(counter: Counter, tsc: HostTsc, tsc_hz: int) -> None:
+    """Return once `counter` is at `tsc` or beyond: as soon after as this thread gets a CPU."""
+    while 0 < (left := (tsc - counter.read()) & U64_MASK) <= U64_MASK // 2:
+        time.sleep(left / tsc_hz)
+
+
+def _boot_id() -> str | None:
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return None
 
 
 def measure_tsc_hz(seconds: float = 0.1) -> int:

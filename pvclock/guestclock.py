@@ -1,4 +1,4 @@
-"""One VM's clock: its timeline, its vCPUs' TSCs, its pages and the provider that its guest talks to, wired together.
+"""One VM's clock: its published timeline, its vCPUs' TSCs and the provider that its guest talks to, wired together.
 
 This is what a VMM embeds.  It hands in guest memory and a backend, routes the guest's MSR accesses and CPUID leaves
 here, and calls refresh() at least every `MAX_AGE_S`.
@@ -6,40 +6,40 @@ here, and calls refresh() at least every `MAX_AGE_S`.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable
 from fractions import Fraction
-from typing import Final
+from typing import Final, Self
 
-from pvclock import providers
-from pvclock._core import (
-    GUEST_STOPPED,
-    TSC_STABLE_BIT,
-    ClockScale,
-    GuestMemory,
-    TimePages,
-    publish_wall_clock,
-    read_time_info,
-)
+from pvclock import catchup, clockstate, providers
+from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, GuestMemory, publish_wall_clock
 from pvclock.backend import Backend
-from pvclock.errors import GuestAddressError, RangeError, TscOffsetNotHonoured
+from pvclock.catchup import CatchUpTable, Policy, Slew
+from pvclock.clockstate import (
+    VERSION,
+    ClockState,
+    HostState,
+    OfferState,
+    ProviderState,
+    SlewState,
+    TimelineState,
+    VcpuState,
+)
+from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNotHonoured
+from pvclock.events import EventKind
+from pvclock.hostwatch import HostWatch, Trouble
 from pvclock.providers.interface import CpuidLeaf
-from pvclock.quantities import U64_MASK, Gpa, GuestNs, GuestTsc, HostTsc
-from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
+from pvclock.published import MAX_AGE_S, PublishedTimeline
+from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, GuestTsc, HostTsc, RefNs
+from pvclock.readings import HostStamps
 from pvclock.timeline import Timeline
 from pvclock.tsc import VcpuTsc
 
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
 
-MAX_AGE_S: Final = 2.0
-"""Refresh pages at least this often, in seconds of guest time.  mul is up to 0.47 ppb slow, so an older page has lost
-more than the 1 ns that a refresh can give back; the rest comes back at the next ones."""
-
 MSR_IA32_TSC: Final = 0x10
 MSR_IA32_TSC_ADJUST: Final = 0x3B
 
 
-class GuestClock:
+class GuestClock(PublishedTimeline):
     """The clock of one VM; guest time 0 is now.
 
     memory, vcpus: the VM's.  provider: "KVM" or "None", with its options as keywords (`features`, `enforce_cpuid`).
@@ -62,34 +62,20 @@ class GuestClock:
         offer_invariant_tsc: bool = False,
         **provider_options: object,
     ) -> None:
-        self.memory = memory
-        self.vcpus = vcpus
-        self.backend = backend
+        super().__init__(memory, vcpus, backend)
         self.offer_tsc_adjust = offer_tsc_adjust
         self.offer_invariant_tsc = offer_invariant_tsc
         self.refused_offset: TscOffsetNotHonoured | None = None
         """The last guest write of a TSC that this host could not honour, and that was therefore ignored."""
 
-        # Taken for every change; held while other vCPUs are kept out of the guest, never while waiting for a guest.
-        self._lock = threading.RLock()
-        self._pages = TimePages(memory, vcpus, backend.counter)
-        self._timeline = Timeline(HostTsc(backend.counter.read()), backend.tsc_hz)
-        self._line = self._timeline.line()
-        self._scale = self._timeline.scale(Fraction(1))
-        self._shown_flags = 0
         self._tsc = [VcpuTsc(tsc_offset) for _ in range(vcpus)]
-        self._offsets_agree = True
+        self._offsets_agree = self._host_trusted = True
+        self._wall_clock_gpa: Gpa | None = None
+        self._saved_vcpus: tuple[VcpuState, ...] | None = None  # of a restored clock, until it is resumed
         self._provider = providers.create(provider, self, vcpus, **provider_options)
         for vcpu in range(vcpus):
             backend.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
             self._pages.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
-
-        # The compiled method itself: a Python one around it would cost as much again.
-        self.read = self._pages.read
-        """read(vcpu) -> GuestNs: what vCPU's guest would compute at this instant.
-
-        StateError before it registered a page.
-        """
 
     # The guest's side
 
@@ -107,7 +93,7 @@ class GuestClock:
         self._vcpu(vcpu)
         if not 0 <= value <= U64_MASK:
             raise RangeError(f"WRMSR {index:#x} := {value:#x}; an MSR has 64 bits")
-        with self._lock:
+        with self._changing():
             if index == MSR_IA32_TSC:
                 tsc = self._tsc[vcpu].copy()
                 tsc.guest_write_tsc(value, HostTsc(self.backend.counter.read()))
@@ -153,70 +139,69 @@ class GuestClock:
                 tsc.host_write_adjust(value)
             self._set_tsc(vcpu, tsc)
 
-    def refresh(self, vcpu: int | None = None) -> None:
-        """Re-anchor and publish all pages; the clock goes on by 0 or +1 ns at the break.
+    def save(self) -> ClockState:
+        """The clock as it is now, or since it was paused: for restore(), on this host or another."""
+        with self._lock:
+            stamps = self._stopped_at or self.backend.stamps()
+            timeline = self._timeline
+            skew_ns, slew_policy = timeline.skew_at(stamps.tsc), timeline.slew_policy
+            return ClockState(
+                version=VERSION,
+                provider=ProviderState(
+                    self._provider.name, self._provider.version, self._provider.config, self._provider.save()
+                ),
+                policy=catchup.describe(self.policy),
+                timeline=TimelineState(timeline.at(stamps.tsc), timeline.dilation, self.is_paused),
+                slew=None if slew_policy is None else SlewState(skew_ns, catchup.describe(slew_policy)),
+                host=HostState(stamps.tsc, self.backend.tsc_hz, stamps.raw_ns, stamps.real_ns, stamps.boot_id),
+                wall_clock_gpa=self._wall_clock_gpa,
+                offers=OfferState(self.offer_tsc_adjust, self.offer_invariant_tsc),
+                vcpus=tuple(self._vcpu_state(vcpu, stamps.tsc) for vcpu in range(self.vcpus)),
+            )
 
-        vcpu: a vCPU that is out of the guest, the caller's own, whose flags can be written too.
+    @classmethod
+    def restore(
+        cls, state: ClockState, memory: GuestMemory, *, backend: Backend, policy: Policy | str | None = None
+    ) -> Self:
+        """The clock that was saved, paused: resume() settles by `policy`, or the state's own, what was missed since.
+
+        memory: the VM's, as it was saved, too.  Time missed is told by the raw clock within one boot of one host, and
+        by UTC beyond it.  StateFileError if the state is unsound, or asks for what there is not here.
         """
-        with self._lock:
-            self._publish_and_tell(vcpu)
-
-    def dilate(self, numerator: int, denominator: int = 1) -> None:
-        """Let guest time run at numerator/denominator of host time from now on, without a step.
-
-        RangeError if no page can show that rate.
-        """
-        if numerator < 1 or denominator < 1:
-            raise RangeError(f"dilation {numerator}/{denominator}; two whole numbers from 1 on: dilate(1, 2) halves")
-        dilation = Fraction(numerator, denominator)
-        with self._lock:
-            scale = self._timeline.scale(dilation)
-            self._timeline.turn(self._publish(None, scale), dilation)
-            self._line, self._scale = self._timeline.line(), scale
-            self._pages.mark_dirty()
-
-    def churn(self, publishes: int, dilations: list[Fraction], *, seconds: float = float("inf")) -> Churn:
-        """Publish `publishes` times, or for `seconds`, as fast as it goes, taking `dilations` in turn.
-
-        For stress, benchmarks and demonstration.  At least once; the last rate used stays.  A simulated counter stands
-        still meanwhile, so `seconds` do not pass on it.
-        """
-        rates = [(*self._timeline.rate(dilation), self._timeline.scale(dilation)) for dilation in dilations]
-        max_ticks = min(seconds * self.backend.tsc_hz, 2**63 - 1)
-        with self._lock:
-            self._publish(None)
-            line, churn = self._pages.churn(self._line, rates, publishes, int(max_ticks))
-            last = (churn.publishes - 1) % len(rates)
-            self._timeline.resume_from(line, dilations[last])
-            self._line, self._scale = line, rates[last][2]
-            self._pages.mark_dirty()
-        return churn
-
-    def now(self) -> GuestNs:
-        """Guest time at this instant by the timeline itself, page or no page."""
-        return GuestNs(self.at(HostTsc(self.backend.counter.read())).__floor__() & U64_MASK)
-
-    def at(self, host_tsc: HostTsc) -> Fraction:
-        """Guest time in ns at `host_tsc` by the present segment, exactly."""
-        with self._lock:  # three numbers make a segment
-            return self._timeline.at(host_tsc)
-
-    def reading(self, vcpu: int) -> Reading:
-        """As `read`, with the guest TSC, the page's version and its flags."""
-        return self._pages.reading(vcpu)
-
-    def shown_at(self, host_tsc: HostTsc) -> GuestNs:
-        """What a guest computes at `host_tsc` from the pages as published last, in ns."""
-        with self._lock:
-            return GuestNs(self._pages.shown_at(host_tsc))
-
-    def page(self, vcpu: int) -> TimeInfo | None:
-        """vCPU's page as it lies in guest memory; None if it has none there."""
-        gpa = self._pages.registered(vcpu)
+        sound = clockstate.checked(state)
+        clockstate.check_provider(sound)
+        chosen = _policy_named("policy", sound.policy) if policy is None else catchup.as_policy(policy)
+        slew = None if sound.slew is None else _policy_named("slew.policy", sound.slew.policy)
         try:
-            return None if gpa is None else read_time_info(self.memory, gpa)
-        except GuestAddressError:
-            return None
+            clock = cls(
+                memory,
+                len(sound.vcpus),
+                sound.provider.name,
+                backend=backend,
+                offer_tsc_adjust=sound.offers.tsc_adjust,
+                offer_invariant_tsc=sound.offers.invariant_tsc,
+                **sound.provider.config,  # type: ignore[arg-type]  # checked by the call itself
+            )
+            clock._provider.load(sound.provider.msrs)  # one of this class
+            clock._take(sound, chosen, slew)  # one of this class
+        except (ConfigError, RangeError) as error:
+            raise StateFileError("provider", str(error), "what this host and this version can serve") from None
+        return clock
+
+    def heed(self, watch: HostWatch, *, on_schedule: bool = True) -> list[Trouble]:
+        """Look at the host, as often as `watch` was told: each trouble is an event, and takes STABLE if it must.
+
+        on_schedule=False after a pause: the time since the last look is no stall then.
+        """
+        troubles = watch.look(on_schedule=on_schedule)
+        with self._changing():
+            for trouble in troubles:
+                tsc = HostTsc(self.backend.counter.read())
+                self._record(EventKind(trouble.kind), trouble.why, tsc, self._moment(tsc))
+            if self._host_trusted != watch.tsc_stable:
+                self._host_trusted = watch.tsc_stable
+                self._republish(None)
+        return troubles
 
     def tsc(self, vcpu: int) -> VcpuTsc:
         """A copy of vCPU's TSC state."""
@@ -226,16 +211,6 @@ class GuestClock:
         """What vCPU's RDTSC returns at `host_tsc`."""
         return self._tsc[self._vcpu(vcpu)].read(host_tsc)
 
-    @property
-    def line(self) -> ClockLine:
-        """The timeline's present segment."""
-        return self._line
-
-    @property
-    def scale(self) -> ClockScale:
-        """The (mul, shift) that pages show."""
-        return self._scale
-
     # What the provider asks for (ClockServices)
 
     @property
@@ -243,17 +218,48 @@ class GuestClock:
         """KVM feature bits that the host kernel serves beside this engine."""
         return self.backend.kernel_features
 
-    def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
-        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish."""
-        self._pages.register(vcpu, gpa)
-        self._publish_and_tell(vcpu)
-
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
+        self._wall_clock_gpa = gpa
         tsc, realtime_ns = self.backend.realtime()
         publish_wall_clock(self.memory, gpa, realtime_ns - self._timeline.at(tsc).__floor__())
 
     # Inside
+
+    def _vcpu_state(self, vcpu: int, host_tsc: HostTsc) -> VcpuState:
+        tsc, gpa = self._tsc[vcpu], self._pages.registered(vcpu)
+        if self._saved_vcpus is not None:
+            return self._saved_vcpus[vcpu]._replace(time_page_gpa=gpa)
+        return VcpuState(tsc.offset, tsc.adjust, tsc.aux, tsc.read(host_tsc), gpa)
+
+    def _take(self, state: ClockState, policy: Policy, slew: Policy | None) -> None:
+        """Become the paused clock of `state`, which is sound."""
+        host, tsc = state.host, HostTsc(self.backend.counter.read())
+        self._timeline = Timeline(tsc, self.backend.tsc_hz, state.timeline.guest_ns, state.timeline.dilation)
+        self._timeline.stop(tsc)
+        if state.slew is not None and isinstance(slew, Slew | CatchUpTable):
+            self._timeline.slew(tsc, state.slew.remaining_ns, slew)
+        self._take_segment()
+        boot_id = None if host.raw_ns is None else host.boot_id
+        self._stopped_at = HostStamps(HostTsc(host.tsc), RefNs(host.raw_ns or 0), host.real_ns, boot_id)
+        self._came_from_elsewhere = True
+        self._policy, self._saved_vcpus = policy, state.vcpus
+        self._wall_clock_gpa = None if state.wall_clock_gpa is None else Gpa(state.wall_clock_gpa)
+        for vcpu, saved in enumerate(state.vcpus):
+            self._pages.register(vcpu, saved.time_page_gpa)
+        self._record(EventKind.RESTORE, f"saved on boot {host.boot_id}", tsc, self._moment(tsc))
+
+    def _prepare_to_resume(self, tsc: HostTsc, gain_ns: Fraction) -> None:
+        """Let restored guests' TSCs go on from where they were, by as much as their clock gains."""
+        saved, self._saved_vcpus = self._saved_vcpus, None
+        gain_ticks = int(gain_ns / self._timeline.dilation * self.backend.tsc_hz / NS_PER_S)
+        for vcpu, state in enumerate(saved or ()):
+            core = VcpuTsc(adjust=state.tsc_adjust, aux=state.tsc_aux)
+            core.host_write_tsc((state.guest_tsc + gain_ticks) & U64_MASK, tsc)
+            try:
+                self._set_tsc(vcpu, core)
+            except TscOffsetNotHonoured as refused:
+                self._refuse(refused)
 
     def _vcpu(self, vcpu: int) -> int:
         if not 0 <= vcpu < self.vcpus:
@@ -271,35 +277,30 @@ class GuestClock:
         try:
             self._set_tsc(vcpu, tsc)
         except TscOffsetNotHonoured as refused:
-            self.refused_offset = refused
+            self._refuse(refused)
+
+    def _refuse(self, refused: TscOffsetNotHonoured) -> None:
+        self.refused_offset = refused
+        tsc = HostTsc(self.backend.counter.read())
+        self._record(EventKind.REFUSED, str(refused), tsc, self._moment(tsc))
 
     def _set_tsc(self, vcpu: int, tsc: VcpuTsc) -> None:
         self.backend.set_tsc_offset(vcpu, tsc.offset)
         self._tsc[vcpu] = tsc
         self._offsets_agree = len({each.offset for each in self._tsc}) == 1
         self._pages.set_tsc_offset(vcpu, tsc.offset)
-        self._publish_and_tell(vcpu)
+        self._republish(vcpu)
 
-    def _publish_and_tell(self, vcpu: int | None) -> None:
-        self._publish(vcpu)
-        self._pages.mark_dirty()
+    @property
+    def _offers_stable(self) -> bool:
+        return self._offsets_agree and self._host_trusted and self._provider.allows_stable
 
-    def _publish(self, vcpu: int | None, scale: ClockScale | None = None) -> HostTsc:
-        """Publish the present segment, going on at `scale`; returns the break point.
 
-        `vcpu`, if any, is known to be out of the guest.  Flags, and pages that newly came, take all vCPUs out of it.
-        """
-        stable = self._offsets_agree and self._provider.allows_stable and self.backend.tsc_stable
-        flags = TSC_STABLE_BIT if stable else 0
-        if flags == self._shown_flags and not self._pages.lacks_flags(vcpu):
-            return self._publish_to(() if vcpu is None else (vcpu,), flags, scale)
-        with self.backend.quiesce(vcpu):
-            return self._publish_to(range(self.vcpus), flags, scale)
-
-    def _publish_to(self, out_of_guest: Iterable[int], flags: int, scale: ClockScale | None) -> HostTsc:
-        break_tsc = self._pages.publish(self._line, scale or self._scale, flags=flags, out_of_guest=out_of_guest)
-        self._shown_flags = flags
-        return HostTsc(break_tsc)
+def _policy_named(field: str, name: str) -> Policy:
+    try:
+        return catchup.parse(name)
+    except (ConfigError, RangeError) as error:
+        raise StateFileError(field, repr(name), str(error)) from None
 
 
 def _with_bit(register: int, bit: int, is_set: bool) -> int:

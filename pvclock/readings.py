@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pvclock.quantities import GuestNs, GuestTsc, HostTsc
+from pvclock.quantities import GuestNs, GuestTsc, HostTsc, RefNs
 
-__all__ = ["Churn", "ClockLine", "Reading", "TimeInfo"]
+__all__ = ["Churn", "ClockLine", "HostStamps", "Reading", "TimeInfo"]
 
 
 class TimeInfo(NamedTuple):
@@ -30,6 +30,19 @@ class Reading(NamedTuple):
     ns: GuestNs
     version: int
     flags: int
+
+
+class HostStamps(NamedTuple):
+    """One instant on all of a host's clocks.
+
+    tsc: host ticks.  raw_ns: the reference clock.  real_ns: UTC since 1970.  boot_id: within one boot of one host the
+    first two can be compared, beyond it only real_ns can; None if unknown.
+    """
+
+    tsc: HostTsc
+    raw_ns: RefNs
+    real_ns: int
+    boot_id: str | None
 
 
 class ClockLine(NamedTuple):

@@ -4,56 +4,78 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
-from pvclock._counter import HostCounter, KernelTimeCounter
+from pvclock._counter import Counter, HostCounter, KernelTimeCounter
 from pvclock._sampling import sample_clock
-from pvclock.backend import Backend, host_clocksource
+from pvclock.backend import Backend, host_clocksource, host_stamps, wait_until
 from pvclock.errors import TscOffsetNotHonoured
 from pvclock.kvm._ioctls import Kvm, Vcpu
+from pvclock.kvm.runner import Runner
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.quantities import U64_MASK, HostTsc
+from pvclock.readings import HostStamps
 
 __all__ = ["KvmBackend", "SteeredTscBackend", "kvm_backend"]
 
 SAMPLES = 8
 
-Quiesce = Callable[[int | None], AbstractContextManager[None]]
 
+def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0) -> Backend:
+    """The backend that this host allows, for `vcpus` by number, which `runner` runs, but not yet.
 
-def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], quiesce: Quiesce, kernel_features: int = 0) -> Backend:
-    """The backend that this host allows, for `vcpus` by number, not running yet.
-
-    `quiesce` is the runner's; `kernel_features` are KVM feature bits that the kernel serves beside the engine.
+    `kernel_features` are KVM feature bits that the kernel serves beside the engine.
     """
     offsets = probe_tsc_offsets(kvm)
     if offsets is TscOffsets.STEERED:
-        return SteeredTscBackend(vcpus, quiesce, kernel_features)
+        return SteeredTscBackend(vcpus, runner, kernel_features)
     honoured = offsets is TscOffsets.HONOURED
-    return KvmBackend(vcpus, quiesce, kernel_features, honours_tsc_offset=honoured)
+    return KvmBackend(vcpus, runner, kernel_features, honours_tsc_offset=honoured)
 
 
-class KvmBackend:
+class _VcpusOfRunner:
+    """What both backends have in common: the vCPUs, and who keeps them in or out."""
+
+    counter: Counter
+    tsc_hz: int
+
+    def __init__(self, vcpus: list[Vcpu], runner: Runner, kernel_features: int) -> None:
+        self.tsc_hz = vcpus[0].get_tsc_khz() * 1000
+        self.kernel_features = kernel_features
+        self.quiesce = runner.quiesce
+        self._runner = runner
+        self._vcpus = vcpus
+
+    def run_until(self, tsc: HostTsc) -> None:
+        """See Backend."""
+        self._runner.resume()
+        try:
+            wait_until(self.counter, tsc, self.tsc_hz)
+        finally:
+            self._runner.pause()
+
+
+class KvmBackend(_VcpusOfRunner):
     """See pvclock.backend.Backend: a host whose KVM leaves TSC offsets as they are set.
 
     honours_tsc_offset: as probed on this host.
     """
 
     def __init__(
-        self, vcpus: list[Vcpu], quiesce: Quiesce, kernel_features: int = 0, *, honours_tsc_offset: bool
+        self, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0, *, honours_tsc_offset: bool
     ) -> None:
+        super().__init__(vcpus, runner, kernel_features)
         self.counter = HostCounter()
-        self.tsc_hz = vcpus[0].get_tsc_khz() * 1000
         self.tsc_stable = host_clocksource() == "tsc"
-        self.kernel_features = kernel_features
-        self.quiesce = quiesce
-        self._vcpus = vcpus
         self._honours_tsc_offset = honours_tsc_offset
 
     def realtime(self) -> tuple[HostTsc, int]:
         """See Backend; true to within half of the narrowest bracket of 8, some 20 ns."""
         tsc, ns, _ = sample_clock(time.CLOCK_REALTIME, SAMPLES)
         return HostTsc(tsc), ns
+
+    def stamps(self) -> HostStamps:
+        """See Backend."""
+        return host_stamps(*self.realtime())
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """See Backend.  For a vCPU that is out of the guest; a host without offsets has offset 0 and no other."""
@@ -68,7 +90,7 @@ class KvmBackend:
             raise TscOffsetNotHonoured(offset, "it reads back differently")
 
 
-class SteeredTscBackend:
+class SteeredTscBackend(_VcpusOfRunner):
     """See pvclock.backend.Backend: a host whose TSC its kernel does not trust.
 
     There KVM steers each guest's TSC along kernel time: whenever it loads a vCPU, the TSC goes on from where it was and
@@ -79,18 +101,19 @@ class SteeredTscBackend:
 
     tsc_stable = False
 
-    def __init__(self, vcpus: list[Vcpu], quiesce: Quiesce, kernel_features: int = 0) -> None:
-        self.tsc_hz = vcpus[0].get_tsc_khz() * 1000
+    def __init__(self, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0) -> None:
+        super().__init__(vcpus, runner, kernel_features)
         self.counter = KernelTimeCounter(self.tsc_hz)
         self._host_counter = HostCounter()
-        self.kernel_features = kernel_features
-        self.quiesce = quiesce
-        self._vcpus = vcpus
         self._offsets: dict[int, int] = {}
 
     def realtime(self) -> tuple[HostTsc, int]:
         """See Backend; true to within the narrowest bracket of 8."""
         return min((self._bracket(time.time_ns) for _ in range(SAMPLES)), key=lambda it: it[2])[:2]
+
+    def stamps(self) -> HostStamps:
+        """See Backend."""
+        return host_stamps(*self.realtime())
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """See Backend.  For a vCPU that is out of the guest; its TSC can be put forward, not back."""

@@ -10,6 +10,7 @@ from typing import Final, Literal, Self
 from pvclock import boot
 from pvclock._core import GuestMemory
 from pvclock.boot.layout import IDENTITY_MAP, RAM_END, TSS
+from pvclock.catchup import Policy
 from pvclock.errors import ConfigError, GuestCrashed, MissingCapability, MsrFault, StateError
 from pvclock.guestclock import GuestClock
 from pvclock.kvm import Runner, Vcpu, Vm, open_kvm
@@ -22,6 +23,7 @@ from pvclock.machine.cpuid import vcpu_cpuid
 from pvclock.machine.ram import Ram
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.providers.kvm import CPUID_FEATURES, SERVED_BY_KERNEL, SERVED_HERE, kvm_cpuid_leaves
+from pvclock.published import RunReport
 
 __all__ = ["CONSOLE_PORT", "EXIT_PORT", "Machine"]
 
@@ -100,12 +102,23 @@ class Machine:
         return self.exit_code
 
     def pause(self) -> None:
-        """Return once no vCPU is in the guest, and let none in before resume()."""
-        self.runner.pause()
+        """Return once no vCPU is in the guest, and let none in before resume(); the engine's clock stands still.
 
-    def resume(self) -> None:
-        """Let the vCPUs go on."""
+        The kernel's clock goes on.  Paused twice is paused.
+        """
+        self.runner.pause()
+        if self.clock is not None and not self.clock.is_paused:
+            self.clock.pause()
+
+    def resume(self, policy: Policy | str = "freeze") -> None:
+        """Let the vCPUs go on; `policy` says what becomes of the time that the engine's clock missed."""
+        if self.clock is not None and self.clock.is_paused:
+            self.clock.resume(policy)
         self.runner.resume()
+
+    def run_for(self, ns: int) -> RunReport:
+        """Let a paused machine with the engine's clock run for `ns` of guest time; it is paused again then."""
+        return self._served_by_engine().run_for(ns)
 
     def stop(self) -> None:
         """End the run; the machine's memory can still be read."""
@@ -159,7 +172,7 @@ class Machine:
         """Route the clock's MSRs here.  User-space exits come before the filter: else a filtered access faults."""
         self.vm.enable_cap(CAPABILITY_NUMBERS["KVM_CAP_X86_USER_SPACE_MSR"], MsrExitReason.FILTER)
         self.vm.set_msr_filter(filter_ranges())
-        backend = kvm_backend(kvm, self.vcpus, self.runner.quiesce, self._kernel_features(kvm))
+        backend = kvm_backend(kvm, self.vcpus, self.runner, self._kernel_features(kvm))
         self.clock = GuestClock(self.memory, vcpus, backend=backend, **options)  # type: ignore[arg-type]
         self._set_cpuid(kvm, self.clock.cpuid_leaves, self.clock)
 

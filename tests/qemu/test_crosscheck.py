@@ -156,7 +156,7 @@ def after(**fields: int) -> Callable[[Sight], Sight]:
     return interrupted(lambda it: it._replace(after=[it.after[0]._replace(**fields)]))  # type: ignore[arg-type]
 
 
-ENGINE, QEMU = 0, 2
+ENGINE, KERNEL, QEMU = 0, 1, 2
 ROWS: list[tuple[str, int, Callable[[Sight], Sight]]] = [
     ("TSC frequency, Hz", QEMU, alone(lambda it: it._replace(tsc_hz=it.tsc_hz + 1000))),
     ("tsc_to_system_mul", ENGINE, page(tsc_to_system_mul=0x8000_0000)),
@@ -177,10 +177,12 @@ ROWS: list[tuple[str, int, Callable[[Sight], Sight]]] = [
     ("backward, wild or torn", ENGINE, record(torn=1)),
     ("backward, wild or torn", QEMU, record(backward_cross=1)),
     ("stop, cont: time left out", QEMU, interrupted(lambda it: it._replace(left_out_ns=0))),
-    ("stop, cont: time left out", ENGINE, interrupted(lambda it: it._replace(left_out_ns=300_000_000))),
-    ("stop, cont: largest gap", ENGINE, then(largest_gap_ns=0)),
+    ("stop, cont: time left out", ENGINE, interrupted(lambda it: it._replace(left_out_ns=0))),
+    ("stop, cont: time left out", KERNEL, interrupted(lambda it: it._replace(left_out_ns=300_000_000))),
+    ("stop, cont: largest gap", KERNEL, then(largest_gap_ns=0)),
     ("stop, cont: GUEST_STOPPED", QEMU, then(stopped=0)),
-    ("stop, cont: GUEST_STOPPED", ENGINE, then(stopped=1)),
+    ("stop, cont: GUEST_STOPPED", ENGINE, then(stopped=0)),
+    ("stop, cont: GUEST_STOPPED", KERNEL, then(stopped=1)),
     ("stop, cont: steps back", ENGINE, then(backward_own=1, worst_back_ns=1)),
     ("stop, cont: steps back", QEMU, then(backward_cross=1, worst_back_ns=1)),
     ("stop, cont: wild or torn", QEMU, then(torn=1)),

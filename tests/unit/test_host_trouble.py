@@ -1,0 +1,63 @@
+"""Host trouble reaches the clock: an event for each, and STABLE goes and comes back with the host's TSC."""
+
+from __future__ import annotations
+
+import pytest
+
+from pvclock import GuestClock
+from pvclock.events import EventKind
+from pvclock.guestclock import TSC_STABLE_BIT
+from tests.unit.clocks import a_clock, page_of
+from tests.unit.test_hostwatch import INTERVAL_NS, a_watch
+
+
+def kinds(clock: GuestClock) -> list[str]:
+    """What happened, in order."""
+    return [str(event.kind) for event in clock.events.read().events]
+
+
+@pytest.mark.row("E15", "K-16", "E9")
+def test_stable_goes_with_the_hosts_clocksource() -> None:
+    """When the host leaves clocksource tsc every page loses STABLE; when it comes back, so does the bit."""
+    clock, _, _ = a_clock(2_596_132_000, vcpus=2)
+    watch, host = a_watch()
+    for clocksource, flags in (("hpet", 0), ("tsc", TSC_STABLE_BIT)):
+        host.run(INTERVAL_NS)
+        host.change_clocksource(clocksource)
+        assert len(clock.heed(watch)) == 1
+        assert [page_of(clock, vcpu).flags for vcpu in range(2)] == [flags, flags]
+    assert kinds(clock) == ["clocksource", "clocksource"]
+
+
+@pytest.mark.row("E15", "E9")
+def test_a_stall_is_an_event_and_no_more() -> None:
+    """A VMM that did not run for a while says so; its guests' clocks and their pages stay as they are."""
+    clock, _, memory = a_clock(2_596_132_000)
+    before = memory.read(0x2000, 32)
+    watch, host = a_watch()
+    host.run(100 * INTERVAL_NS)
+    (trouble,) = clock.heed(watch)
+    assert not trouble.unstable
+    (event,) = clock.events.read().events
+    assert event.kind is EventKind.STALL
+    assert event.jump_ns == 0
+    assert memory.read(0x2000, 32) == before
+
+
+@pytest.mark.row("E15", "E12")
+def test_every_operation_leaves_its_event() -> None:
+    """What was done, in order, each with what it did to guest time, and a subscriber hears it without the lock."""
+    clock, backend, _ = a_clock(10**9)
+    heard: list[int] = []
+    clock.events.subscribe(lambda event: heard.append(int(clock.now()) * 0 + event.sequence))
+    backend.advance(ns=1000)
+    clock.skip(5)
+    clock.dilate(1, 2)
+    clock.slew(10**6, 500)
+    clock.pause()
+    backend.advance(ns=1000)
+    clock.resume("advance:max_ns=100")
+    assert kinds(clock) == ["skip", "dilate", "slew", "pause", "resume"]
+    jumps = [event.jump_ns for event in clock.events.read().events]
+    assert jumps == [5, 0, 0, 0, 100]
+    assert heard == [1, 2, 3, 4, 5]

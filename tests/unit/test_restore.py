@@ -1,0 +1,140 @@
+"""Saved clocks come back: on the same host, on others, after a reboot, and as their policy says."""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+
+import pytest
+
+from pvclock import GuestClock, GuestMemory, GuestTsc, HostTsc, SimulatedBackend, StateFileError, catchup
+from pvclock.clockstate import ClockState, from_json, to_json
+from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
+
+MIGRATIONS = 10_000
+LOST_NS = Fraction(1, 2**900)
+
+
+def saved_somewhere(source: random.Random, downtime_ns: int) -> tuple[GuestClock, ClockState, int, int]:
+    """A clock on some host that was used for a while, its saved state, and UTC and raw time after the downtime."""
+    backend = SimulatedBackend(
+        source.randrange(10**6, 10**10),
+        tsc=source.getrandbits(64),
+        ref_ns=source.getrandbits(60),
+        realtime_ns=source.getrandbits(60),
+    )
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), 2, backend=backend)
+    for vcpu in range(2):
+        clock.write_msr(vcpu, SYSTEM_TIME, PAGES[vcpu] | 1)
+    backend.advance(ns=source.randrange(10**9))
+    clock.refresh()
+    clock.pause()
+    return clock, clock.save(), backend.realtime_ns + downtime_ns, backend.ref_ns + downtime_ns
+
+
+@pytest.mark.row("E1", "E9", "E11", "J-07", "P-25")
+@pytest.mark.parametrize("policy", ["freeze", "advance"])
+def test_migrations(policy: str) -> None:
+    """10^4 random pairs of hosts: what guests read goes on at the same ns, or by the elapsed time, on every vCPU."""
+    source = random.Random(policy)  # noqa: S311  # a sample, no secret
+    for _ in range(MIGRATIONS):
+        downtime_ns = source.choice([0, 1, source.randrange(10**6), source.randrange(10**13)])
+        clock, state, realtime_ns, _ = saved_somewhere(source, downtime_ns)
+        target = SimulatedBackend(source.randrange(10**6, 10**10), source.getrandbits(64), realtime_ns=realtime_ns)
+        memory = GuestMemory(bytearray(clock.memory.read(0, 1 << 16)))
+        moved = GuestClock.restore(state, memory, backend=target, policy=policy)
+        moved.resume()
+        expected = state.timeline.guest_ns + (downtime_ns if policy == "advance" else 0)
+        assert abs(moved.at(target.tsc) - expected) <= LOST_NS
+        rate = Fraction(NS_PER_S, target.tsc_hz)
+        for vcpu in range(2):
+            guest_tsc = moved.guest_tsc(vcpu, target.tsc)
+            assert abs(shown(memory, vcpu, guest_tsc) - expected) <= bound_ns(page_of(moved, vcpu), rate, 0)
+            ticks = int((expected - state.timeline.guest_ns) * target.tsc_hz / NS_PER_S)
+            assert guest_tsc == GuestTsc((state.vcpus[vcpu].guest_tsc + ticks) % 2**64)
+
+
+@pytest.mark.row("E9", "J-06", "J-07")
+@pytest.mark.parametrize("seed", range(50))
+def test_restore_of_save_is_equal(seed: int) -> None:
+    """A clock of any history, paused and saved, restored and saved again: the same state, through JSON as well."""
+    source = random.Random(seed)  # noqa: S311  # a sample, no secret
+    clock, backend, memory = a_clock(source.choice([10**6, 2_596_132_000]), source.getrandbits(64), vcpus=2)
+    clock.write_msr(source.randrange(2), 0x3B, source.getrandbits(64))
+    clock.write_msr(0, 0x4B564D00, 0x3000)
+    clock.policy = catchup.parse(source.choice(["virtualbox", "advance:max_ns=5", "slew:max_ppm=7", "freeze"]))
+    clock.dilate(355, 113)
+    backend.advance(ns=source.randrange(10**9))
+    clock.slew(source.randrange(-(10**6), 10**6), 100)
+    backend.advance(ns=source.randrange(10**6))
+    clock.refresh()
+    clock.pause()
+    state = clock.save()
+    again = GuestClock.restore(from_json(to_json(state)), memory, backend=backend)
+    assert again.save() == state
+    assert (again.policy, again.skew_ns) == (clock.policy, clock.skew_ns)
+
+
+@pytest.mark.row("E1", "E5")
+def test_restore_within_one_boot_goes_by_the_raw_clock() -> None:
+    """On the same boot a step of the time of day counts for nothing; after a reboot it is all there is."""
+    clock, backend, memory = a_clock(2_596_132_000)
+    backend.advance(ns=10**9)
+    state = clock.save()
+    backend.advance(ns=10**9)
+    backend.realtime_ns += 3600 * NS_PER_S
+    same = GuestClock.restore(state, memory, backend=backend)
+    same.resume("advance")
+    assert same.at(backend.tsc) == 2 * 10**9
+    rebooted = SimulatedBackend(2_596_132_000, realtime_ns=backend.realtime_ns)
+    after = GuestClock.restore(state, memory, backend=rebooted)
+    after.resume("advance")
+    assert after.at(rebooted.tsc) == 2 * 10**9 + 3600 * NS_PER_S
+
+
+@pytest.mark.row("E1")
+@pytest.mark.parametrize(
+    ("step_ns", "gain_ns", "why"),
+    [(-(10**12), 0, "went back by"), (10 * 366 * 86400 * NS_PER_S, 366 * 86400 * NS_PER_S, "were left out")],
+)
+def test_absurd_hosts_are_bounded_and_reported(step_ns: int, gain_ns: int, why: str) -> None:
+    """A time of day that went back, or ten years ahead, is not applied as it stands, and the event says so."""
+    clock, backend, memory = a_clock(10**9)
+    state = clock.save()
+    target = SimulatedBackend(10**9, realtime_ns=backend.realtime_ns + step_ns)
+    moved = GuestClock.restore(state, memory, backend=target)
+    moved.resume("advance")
+    assert moved.at(target.tsc) == gain_ns
+    assert why in moved.events.read().events[-1].why
+
+
+@pytest.mark.row("E1", "J-05")
+def test_a_host_without_offsets_still_gives_the_right_time() -> None:
+    """Where a guest's TSC cannot be put back, that is an event, and pages are right by the TSC that there is."""
+    clock, _, memory = a_clock(2_596_132_000, tsc=5 << 40)
+    state = clock.save()
+    target = SimulatedBackend(10**9, tsc=7, honours_tsc_offset=False)
+    moved = GuestClock.restore(state, memory, backend=target)
+    moved.resume("freeze")
+    assert "refused" in [event.kind for event in moved.events.read().events]
+    assert moved.guest_tsc(0, HostTsc(7)) == 7
+    assert shown(memory, 0, 7) == state.timeline.guest_ns
+
+
+@pytest.mark.row("E9", "P-25")
+def test_what_cannot_be_restored_is_named() -> None:
+    """Features that are not served here, another provider, another's MSRs: the field, and nothing is written."""
+    clock, backend, memory = a_clock(10**9)
+    state, before = clock.save(), bytes(memory.read(0, 1 << 16))
+    provider = state.provider
+    wrong = [
+        state._replace(provider=provider._replace(config={**provider.config, "features": 1 << 30})),
+        state._replace(provider=provider._replace(config={**provider.config, "colour": 1})),
+        state._replace(provider=provider._replace(name="Xen")),
+        state._replace(provider=provider._replace(msrs={})),
+        state._replace(policy="later"),
+    ]
+    for each in wrong:
+        with pytest.raises(StateFileError, match=r"provider|policy"):
+            GuestClock.restore(each, memory, backend=backend)
+    assert memory.read(0, 1 << 16) == before

@@ -1,0 +1,189 @@
+"""All that a VMM does to time, in any order: against an exact model, and as the guest's own reader sees it.
+
+The model treats a slew as a jump: what is still to be slewed is added to the timeline's value before they are compared.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pvclock import GuestClock, HostTsc, RangeError, StateError
+from pvclock.catchup import VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
+from tests.unit.clocks import NS_PER_S, a_clock, bound_ns, page_of, shown
+
+LOST_NS = Fraction(1, 2**900)
+"""A segment's begin keeps 1024 fraction bits; after hundreds of segments no more than this is lost."""
+
+HZ = st.sampled_from([10**6, 999_999_937, 10**9, 2_596_132_000, 2**32 + 1, 10**10])
+DILATIONS = st.sampled_from([(1, 1), (1, 10), (10, 1), (355, 113), (7, 3), (999_999, 10**6)])
+NS = st.one_of(st.integers(0, 2 * 10**9), st.sampled_from([0, 1, 2, 10**9, 2 * 10**9]))
+POLICIES: st.SearchStrategy[Policy] = st.one_of(
+    st.just(Freeze()),
+    st.builds(Advance, st.sampled_from([0, 1, 10**6, 10**12])),
+    st.builds(Slew, st.sampled_from([1, 500, 10**5]), st.sampled_from([0, 10**9, 10**15])),
+    st.just(VIRTUALBOX),
+)
+
+
+class TimeOperations(RuleBasedStateMachine):
+    """One clock with two vCPUs on a simulated host, refreshed as often as it must be."""
+
+    clock: GuestClock
+
+    @initialize(hz=HZ, tsc=st.integers(0, 2**64 - 1))
+    def begin(self, hz: int, tsc: int) -> None:
+        """Make the clock and the model of it."""
+        self.clock, self.backend, self.memory = a_clock(hz, tsc, vcpus=2)
+        self.model_ns = Fraction(0)  # guest time, with all that is still to be slewed in
+        self.model_tsc = self.backend.tsc
+        self.stopped_tsc: int | None = None
+        self.last_read = [0, 0]
+
+    def host_ns(self, since: int) -> Fraction:
+        """Host time from the TSC `since` to now, exactly."""
+        return Fraction(((self.backend.tsc - since) % 2**64) * NS_PER_S, self.backend.tsc_hz)
+
+    def catch_up(self) -> None:
+        """Bring the model to the present."""
+        if self.stopped_tsc is None:
+            self.model_ns += self.host_ns(self.model_tsc) * self.clock.dilation
+        self.model_tsc = self.backend.tsc
+
+    @rule(ns=NS)
+    def advance(self, ns: int) -> None:
+        """Host time passes, up to what a page may age."""
+        self.backend.advance(ns=int(ns / max(self.clock.dilation * 2, Fraction(1))))
+        self.catch_up()
+        self.end_of_a_slew(self.clock.refresh)
+
+    @rule()
+    def refresh(self) -> None:
+        """Nothing changes but the anchor."""
+        self.end_of_a_slew(self.clock.refresh)
+
+    def end_of_a_slew(self, operation: Any) -> None:  # noqa: ANN401
+        """Do it; where a slew ended by it, what was left undone is no longer owed."""
+        seen = self.clock.events.last
+        operation()
+        for event in self.clock.events.read(seen).events:
+            if event.kind == "slew_end":
+                left = self.model_ns - self.clock.at(self.backend.tsc)
+                assert abs(left) <= VIRTUALBOX.stop_ns
+                self.model_ns -= left
+
+    @rule(dilation=DILATIONS)
+    def dilate(self, dilation: tuple[int, int]) -> None:
+        """Another rate from here on."""
+        self.clock.dilate(*dilation)
+
+    @rule(ns=NS)
+    def skip(self, ns: int) -> None:
+        """A step that was asked for."""
+        self.clock.skip(ns)
+        self.model_ns += ns
+        self.allow_a_step(ns)
+
+    @rule(ns=NS)
+    def offset(self, ns: int) -> None:
+        """The same; and none backwards, for the guest has read the time."""
+        self.clock.offset(ns)
+        self.model_ns += ns
+        self.allow_a_step(ns)
+        with pytest.raises(RangeError, match="not taken back"):
+            self.clock.offset(-1)
+
+    def allow_a_step(self, ns: int) -> None:
+        """What a guest reads is allowed to be higher by this much, and has to be, while it can read."""
+        if self.stopped_tsc is None:
+            self.last_read = [last + max(ns - 3, 0) for last in self.last_read]
+
+    @rule(ns=st.integers(-(10**9), 10**9), ppm=st.sampled_from([1, 100, 10**5, 10**6]))
+    def slew(self, ns: int, ppm: int) -> None:
+        """An error to be worked off."""
+        self.model_ns += ns
+        self.end_of_a_slew(lambda: self.clock.slew(ns, ppm))
+
+    @precondition(lambda self: self.stopped_tsc is None)
+    @rule()
+    def pause(self) -> None:
+        """Time stands still; another pause is refused, with what to do."""
+        self.clock.pause()
+        self.stopped_tsc = self.backend.tsc
+        with pytest.raises(StateError, match="resume\\(\\) it first"):
+            self.clock.pause()
+
+    @precondition(lambda self: self.stopped_tsc is not None)
+    @rule(policy=POLICIES)
+    def resume(self, policy: Policy) -> None:
+        """Time goes on, as declared."""
+        assert self.stopped_tsc is not None
+        missed = self.host_ns(self.stopped_tsc) * self.clock.dilation
+        self.model_tsc, self.stopped_tsc = self.backend.tsc, None
+        self.model_ns += expected_gain(policy, missed)
+        self.end_of_a_slew(lambda: self.clock.resume(policy))
+
+    @precondition(lambda self: self.stopped_tsc is None)
+    @rule()
+    def resume_while_running(self) -> None:
+        """Illegal, and said so."""
+        for operation in (self.clock.resume, lambda: self.clock.run_for(1)):
+            with pytest.raises(StateError, match="pause\\(\\) it first"):
+                operation()
+
+    @precondition(lambda self: self.stopped_tsc is not None)
+    @rule(ns=st.integers(1, 10**9))
+    def run_for(self, ns: int) -> None:
+        """Exactly as long as asked for, to the tick above."""
+        begin = self.clock.at(self.backend.tsc)
+        self.model_tsc, self.stopped_tsc = self.backend.tsc, None
+        report = self.clock.run_for(ns)
+        self.catch_up()
+        self.stopped_tsc = self.backend.tsc
+        tick_ns = self.clock.pace * NS_PER_S / self.backend.tsc_hz
+        assert 0 <= report.overshoot_ns < tick_ns
+        assert report.ran_ns == self.clock.at(self.backend.tsc) - begin == ns + report.overshoot_ns
+
+    @invariant()
+    def timeline_is_the_models(self) -> None:
+        """Guest time, with what is still to be slewed, is the model's: exactly."""
+        tsc = self.backend.tsc
+        assert abs(self.clock.at(tsc) + self.clock.skew_ns - self.model_ns) <= LOST_NS
+
+    @invariant()
+    def guests_read_it_and_never_less(self) -> None:
+        """Each vCPU's own arithmetic on its page: within the bound of the timeline, and never less than before."""
+        if self.stopped_tsc is not None:
+            return
+        tsc = self.backend.tsc
+        rate = self.clock.pace * NS_PER_S / self.backend.tsc_hz
+        for vcpu in range(2):
+            ns = shown(self.memory, vcpu, tsc)
+            assert ns >= self.last_read[vcpu]
+            assert abs(ns - self.clock.at(HostTsc(tsc))) <= bound_ns(page_of(self.clock, vcpu), rate, 0) + 1
+            self.last_read[vcpu] = ns
+
+
+def expected_gain(policy: Policy, missed: Fraction) -> Fraction:
+    """What guest time shall have gained in the end, by each policy's own words."""
+    match policy:
+        case Advance(max_ns):
+            return min(missed, Fraction(max_ns))
+        case Slew(_, max_ns):
+            return min(missed, Fraction(max_ns))
+        case CatchUpTable():
+            return missed if missed <= policy.give_up_ns else Fraction(0)
+        case _:
+            return Fraction(0)
+
+
+@pytest.mark.row("E1", "E2", "E9", "E11", "E12", "P-01", "P-08", "P-09", "P-10", "P-14", "P-22")
+class TestTimeOperations(TimeOperations.TestCase):  # type: ignore[misc, valid-type]  # made at run time
+    """Any sequence of operations."""
+
+    settings = settings(stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
