@@ -1,15 +1,75 @@
-"""One vCPU's time stamp counter: offset, IA32_TSC_ADJUST and hardware ratio, all modulo 2^64.
+"""One vCPU's time stamp counter: its rate, offset, IA32_TSC_ADJUST and TSC_AUX; what its guest reads; its deadline.
 
-Source: Intel SDM vol. 3, 18.17.3 "Time-Stamp Counter Adjustment"; Linux kvm_set_msr_common(), MSR_IA32_TSC and
-MSR_IA32_TSC_ADJUST.  No counter is read here: host TSC is handed in.
+Offset and ADJUST are modulo 2^64.  Source: Intel SDM vol. 3, 18.17 "Time-Stamp Counter" and 18.17.3 "Time-Stamp Counter
+Adjustment"; Linux kvm_set_msr_common() and start_sw_tscdeadline(); Palacios' vmm_time.c.  No counter is read here: host
+TSC is handed in.
 """
 
 from __future__ import annotations
 
-from pvclock._core import guest_tsc
-from pvclock.quantities import U64_MASK, GuestTsc, HostTsc
+from fractions import Fraction
+from math import gcd
+from typing import Final, Literal, NamedTuple
 
-__all__ = ["VcpuTsc"]
+from pvclock._core import guest_tsc
+from pvclock.errors import ConfigError, MsrFault, RangeError
+from pvclock.quantities import NS_PER_S, U64_MASK, GuestTsc, HostTsc
+
+__all__ = ["MSR_IA32_TSC", "MSR_IA32_TSC_ADJUST", "MSR_TSC_AUX", "TscControls", "TscInstruction", "VcpuTsc", "tsc_rate"]
+
+MSR_IA32_TSC: Final = 0x10
+MSR_IA32_TSC_ADJUST: Final = 0x3B
+MSR_TSC_AUX: Final = 0xC0000103
+
+U32_MASK: Final = (1 << 32) - 1
+RDTSC_BYTES: Final = 2  # 0f 31; RDMSR, 0f 32, is as long
+RDTSCP_BYTES: Final = 3  # 0f 01 f9
+PALACIOS_LEAST_GCD: Final = 1024
+
+
+class TscInstruction(NamedTuple):
+    """What an emulated RDTSC, RDTSCP or RDMSR leaves in the guest's registers.
+
+    rax, rdx: 64 bits, the upper 32 of them 0, as every 32-bit result is in 64-bit mode.
+    """
+
+    rax: int
+    rdx: int
+    rcx: int | None
+    """None: as it was."""
+    rip_advance: int
+    """Bytes of the instruction; one that has prefixes is longer by those."""
+
+
+class TscControls(NamedTuple):
+    """What the hardware's control structure (VMCS or VMCB) is to hold for a vCPU."""
+
+    offset: int
+    """Ticks modulo 2^64."""
+    traps_rdtsc: bool
+    passthrough: bool
+    warning: str
+    """Why passthrough was asked for and is not given; else empty."""
+
+
+def tsc_rate(guest_hz: int, host_hz: int, *, profile: Literal["exact", "palacios"] = "exact") -> Fraction:
+    """Guest ticks in a host tick, for frequencies of at least 1 Hz.
+
+    "exact" is that.  "palacios" divides both, in whole kHz, by their greatest common divisor or by 1024, whichever is
+    greater, and drops what is left over: up to 1024 kHz of either frequency.  RangeError for a frequency that is too
+    low, ConfigError for another profile.  The hardware's rounded ratio is pvclock.tsc_ratio().
+    """
+    if guest_hz < 1 or host_hz < 1:
+        raise RangeError(f"TSC frequencies are {guest_hz} and {host_hz} Hz; each must be at least 1")
+    if profile == "exact":
+        return Fraction(guest_hz, host_hz)
+    if profile != "palacios":
+        raise ConfigError(f'TSC rate profile {profile!r} is unknown; use "exact" or "palacios"')
+    guest_khz, host_khz = guest_hz // 1000, host_hz // 1000
+    divisor = max(gcd(guest_khz, host_khz), PALACIOS_LEAST_GCD)
+    if min(guest_khz, host_khz) < divisor:
+        raise RangeError(f"TSC frequencies are {guest_khz} and {host_khz} kHz; Palacios needs {divisor} of each")
+    return Fraction(guest_khz // divisor, host_khz // divisor)
 
 
 class VcpuTsc:
@@ -17,23 +77,96 @@ class VcpuTsc:
 
     `offset` is what the hardware adds (ticks), IA32_TSC_ADJUST included; `adjust` is what the guest reads from MSR
     0x3b.  Guest writes move both, so that TSC - ADJUST is untouched by them; host writes move one alone, so that the
-    order in which saved values come back does not matter.
+    order in which saved values come back does not matter.  `aux` is TSC_AUX, 32 bits.
+
+    The frequency is the hardware's: host ticks times `ratio` / 2^frac_bits (48 on VMX, 32 on SVM).  Or it is `rate`
+    guest ticks in a host tick, exactly, for a VMM that traps RDTSC; then the hardware's must be left at 1.
     """
 
-    def __init__(self, offset: int = 0, adjust: int = 0, *, ratio: int = 1 << 48, frac_bits: int = 48) -> None:
+    def __init__(
+        self,
+        offset: int = 0,
+        adjust: int = 0,
+        *,
+        ratio: int | None = None,
+        frac_bits: int = 48,
+        rate: Fraction | None = None,
+        aux: int = 0,
+    ) -> None:
+        if frac_bits not in (32, 48):
+            raise ConfigError(f"TSC ratio with {frac_bits} fraction bits; hardware has 48 (VMX) or 32 (SVM)")
+        if rate is not None and ratio not in (None, 1 << frac_bits):
+            raise ConfigError(f"TSC rate {rate} and hardware ratio {ratio:#x}; give one of them")
+        if ratio is not None and not 0 < ratio <= U64_MASK:
+            raise RangeError(f"TSC ratio is {ratio:#x}; it must be in [1, 2^64)")
+        if rate is not None and rate <= 0:
+            raise RangeError(f"TSC rate is {rate} guest ticks in a host tick; it must be positive")
+        if not 0 <= aux <= U32_MASK:
+            raise RangeError(f"TSC_AUX is {aux:#x}; it has 32 bits")
         self.offset = offset & U64_MASK
         self.adjust = adjust & U64_MASK
-        self.ratio = ratio
+        self.ratio = 1 << frac_bits if ratio is None else ratio
         self.frac_bits = frac_bits
+        self.aux = aux
+        self._exact_rate = rate
 
     @property
     def base_offset(self) -> int:
         """The offset without the guest's adjust, in ticks modulo 2^64."""
         return (self.offset - self.adjust) & U64_MASK
 
+    @property
+    def rate(self) -> Fraction:
+        """Guest ticks in a host tick, exactly."""
+        return Fraction(self.ratio, 1 << self.frac_bits) if self._exact_rate is None else self._exact_rate
+
+    def guest_hz(self, host_hz: int) -> Fraction:
+        """The guest TSC's frequency in Hz, on a host TSC of `host_hz`, exactly."""
+        return host_hz * self.rate
+
+    # What the guest reads
+
+    def cycles(self, host_tsc: HostTsc) -> int:
+        """Guest cycles: ticks at the guest's rate, of no offset, that no write moves; they never decrease."""
+        return host_tsc * self.rate.numerator // self.rate.denominator
+
     def read(self, host_tsc: HostTsc) -> GuestTsc:
         """What RDTSC and RDMSR 0x10 return at `host_tsc`."""
-        return GuestTsc(guest_tsc(host_tsc, self.offset, self.ratio, self.frac_bits))
+        if self._exact_rate is None:
+            return GuestTsc(guest_tsc(host_tsc, self.offset, self.ratio, self.frac_bits))
+        return GuestTsc((self.cycles(host_tsc) + self.offset) & U64_MASK)
+
+    def rdtsc(self, host_tsc: HostTsc) -> TscInstruction:
+        """RDTSC at `host_tsc`, for a VMM that traps it: EDX:EAX."""
+        return _in_halves(self.read(host_tsc), RDTSC_BYTES)
+
+    def rdtscp(self, host_tsc: HostTsc) -> TscInstruction:
+        """RDTSCP at `host_tsc`: EDX:EAX, and TSC_AUX in ECX."""
+        return _in_halves(self.read(host_tsc), RDTSCP_BYTES)._replace(rcx=self.aux)
+
+    def rdmsr(self, index: int, host_tsc: HostTsc) -> TscInstruction:
+        """RDMSR of 0x10, 0x3b or 0xc0000103 at `host_tsc`: EDX:EAX; MsrFault for any other."""
+        if index == MSR_IA32_TSC:
+            return self.rdtsc(host_tsc)
+        if index not in (MSR_IA32_TSC_ADJUST, MSR_TSC_AUX):
+            raise MsrFault(index)
+        return _in_halves(self.adjust if index == MSR_IA32_TSC_ADJUST else self.aux, RDTSC_BYTES)
+
+    # What guest and host write
+
+    def wrmsr(self, index: int, value: int, host_tsc: HostTsc, *, amd: bool = False) -> None:
+        """WRMSR by the guest of 0x10, 0x3b or 0xc0000103, `value` of 64 bits; MsrFault for any other.
+
+        amd: see guest_write_aux().
+        """
+        if index == MSR_IA32_TSC:
+            self.guest_write_tsc(value, host_tsc)
+        elif index == MSR_IA32_TSC_ADJUST:
+            self.guest_write_adjust(value)
+        elif index == MSR_TSC_AUX:
+            self.guest_write_aux(value, amd=amd)
+        else:
+            raise MsrFault(index, value)
 
     def guest_write_tsc(self, value: int, host_tsc: HostTsc) -> None:
         """WRMSR 0x10 by the guest: its TSC becomes `value`, and ADJUST moves along."""
@@ -46,6 +179,15 @@ class VcpuTsc:
         self.offset = (self.offset + value - self.adjust) & U64_MASK
         self.adjust = value & U64_MASK
 
+    def guest_write_aux(self, value: int, *, amd: bool = False) -> None:
+        """WRMSR 0xc0000103: more than 32 bits fault (MsrFault), or are cut off where the guest's CPU is AMD's.
+
+        Source: Linux __kvm_set_msr(), which asks the guest's CPUID for the vendor.
+        """
+        if value > U32_MASK and not amd:
+            raise MsrFault(MSR_TSC_AUX, value, "TSC_AUX has 32 bits")
+        self.aux = value & U32_MASK
+
     def host_write_tsc(self, value: int, host_tsc: HostTsc) -> None:
         """Restore the TSC: it becomes `value` at `host_tsc`; ADJUST stays."""
         self.offset = (self.offset + value - self.read(host_tsc)) & U64_MASK
@@ -55,13 +197,66 @@ class VcpuTsc:
         self.adjust = value & U64_MASK
 
     def reset(self, host_tsc: HostTsc) -> None:
-        """RESET (not INIT, which keeps both): TSC and ADJUST become 0."""
+        """RESET (not INIT, which keeps them): TSC, ADJUST and AUX become 0."""
         self.host_write_tsc(0, host_tsc)
-        self.adjust = 0
+        self.adjust = self.aux = 0
+
+    # The TSC deadline timer
+
+    def ns_until(self, deadline: int, host_tsc: HostTsc, host_hz: int) -> Fraction | None:
+        """ns from `host_tsc` until the guest first reads `deadline` (ticks, 64 bits, unsigned) or more, exactly.
+
+        0 if it is reached; None for deadline 0, which disarms the timer.  host_hz: the host TSC's frequency.
+        """
+        if deadline == 0:
+            return None
+        missing = max(deadline - self.read(host_tsc), 0)
+        reached_at = -(-(self.cycles(host_tsc) + missing) // self.rate)  # the first host tick
+        return Fraction(max(reached_at - host_tsc, 0) * NS_PER_S, host_hz)
+
+    def kvm_ns_until(self, deadline: int, host_tsc: HostTsc, virtual_khz: int, *, advance_ns: int = 0) -> int | None:
+        """What Linux's KVM makes of that for its software timer; 0 is at once.
+
+        It multiplies in 64 bits, unsigned: a deadline more than 2^64 / 10^6 ticks away (2 hours at 2.5 GHz) is taken
+        modulo that, so its interrupt comes early, once.  virtual_khz: KVM_GET_TSC_KHZ.  advance_ns: the host's
+        lapic_timer_advance_ns.  Source: start_sw_tscdeadline().
+        """
+        if deadline == 0 or virtual_khz == 0:
+            return None
+        now = self.read(host_tsc)
+        if deadline <= now:
+            return 0
+        return max(((deadline - now) * 10**6 & U64_MASK) // virtual_khz - advance_ns, 0)
+
+    # What the hardware is to do
+
+    def controls(
+        self, host_tsc: HostTsc, *, passthrough: bool = False, dilation: Fraction = Fraction(1), scales: bool = False
+    ) -> TscControls:
+        """Offset and RDTSC trap at `host_tsc`; the trap is on where the hardware alone would give another rate.
+
+        passthrough: the guest is to have the host's TSC as it is, without its offset; cancelled, with a warning, if it
+        has a rate or a dilation of its own.  dilation: guest time in host time, which only a trap can give.
+        scales: the host multiplies by `ratio` in hardware.
+        """
+        warning = ""
+        if passthrough and (dilation != 1 or self.rate != 1):
+            warning = f"TSC passthrough cancelled: the guest's rate is {self.rate}, its dilation {dilation}"
+        passthrough = passthrough and not warning
+        scaled = scales and self._exact_rate is None and dilation == 1
+        traps = not scaled and (self.rate != 1 or dilation != 1)
+        offset = 0 if passthrough else self.offset if scaled else (self.read(host_tsc) - host_tsc) & U64_MASK
+        return TscControls(offset, traps, passthrough, warning)
 
     def copy(self) -> VcpuTsc:
         """Another one in the same state."""
-        return VcpuTsc(self.offset, self.adjust, ratio=self.ratio, frac_bits=self.frac_bits)
+        return VcpuTsc(
+            self.offset, self.adjust, ratio=self.ratio, frac_bits=self.frac_bits, rate=self._exact_rate, aux=self.aux
+        )
 
     def __repr__(self) -> str:
         return f"VcpuTsc(offset={self.offset:#x}, adjust={self.adjust:#x})"
+
+
+def _in_halves(value: int, rip_advance: int) -> TscInstruction:
+    return TscInstruction(value & U32_MASK, value >> 32, None, rip_advance)
