@@ -332,6 +332,8 @@ class PublishedTimeline:
     def _go_on_slewing(self, kind: EventKind | None = None, why: str = "") -> None:
         tsc = HostTsc(self.backend.counter.read())
         boost = self._timeline.plan(tsc)
+        if kind is None and boost != self._timeline.boost:
+            kind, why = EventKind.SLEW, f"{round(self._timeline.skew_at(tsc))} ns are left"
         self._turn(self._timeline.dilation, boost, kind, why)
         if boost == 0:
             left = self._timeline.end_slew()

@@ -99,6 +99,8 @@ class Timeline:
     def turn(self, tsc: HostTsc, dilation: Fraction, boost: Fraction = Fraction(0)) -> None:
         """Begin a segment at `tsc`, where the old one ends, with another rate."""
         self._ns, self._skew_ns = _bounded(self.at(tsc)), _bounded(self.skew_at(tsc))
+        if dilation != self._dilation:
+            self._stretch_end = None  # it was reckoned for the other rate
         self._tsc, self._dilation, self._boost = tsc, dilation, boost
 
     def stop(self, tsc: HostTsc) -> None:
@@ -135,15 +137,16 @@ class Timeline:
         skew = self.skew_at(tsc)
         if self._slew is None or self._slew.is_done(skew):
             return Fraction(0)
+        if self._stretch_end is not None and self.host_ns_between(tsc, self._stretch_end) > 0:
+            return self._boost
         most = Fraction(self._slew.ppm(skew), PPM)
         if skew < 0:
             most = min(most, SLOWEST)
-        host_ns = abs(skew) / (self._dilation * most)
-        if host_ns > STRETCH_S * NS_PER_S:
-            self._stretch_end = None
-            boost = most
-        else:
-            boost = min(most, most * host_ns / self._stretch_left_ns(tsc))
+        needed_s = abs(skew) / (self._dilation * most * NS_PER_S)
+        boost = most
+        if needed_s <= STRETCH_S:
+            self._stretch_end = HostTsc((tsc + STRETCH_S * self.tsc_hz) & U64_MASK)
+            boost = most * needed_s / STRETCH_S
         parts = (boost * NS_PER_S).__floor__()  # of 10^9: rates must fit the page's arithmetic
         return Fraction(parts if skew > 0 else -parts, NS_PER_S)
 
@@ -151,11 +154,6 @@ class Timeline:
         """Owe nothing any more, once the boost is 0; returns what is left undone, in ns."""
         left, self._skew_ns, self._slew, self._stretch_end = self._skew_ns, Fraction(0), None, None
         return left
-
-    def _stretch_left_ns(self, tsc: HostTsc) -> Fraction:
-        if self._stretch_end is None or self.host_ns_between(tsc, self._stretch_end) <= 0:
-            self._stretch_end = HostTsc((tsc + STRETCH_S * self.tsc_hz) & U64_MASK)
-        return self.host_ns_between(tsc, self._stretch_end)
 
     # For the page
 

@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pvclock import GuestClock, HostTsc, RangeError, StateError
+from pvclock import GuestClock, GuestMemory, HostBackend, HostTsc, RangeError, StateError
 from pvclock.catchup import VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
-from tests.unit.clocks import NS_PER_S, a_clock, bound_ns, page_of, shown
+from pvclock.machine.observation import STORM_DILATIONS
+from pvclock.timeline import STRETCH_S
+from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
 
 LOST_NS = Fraction(1, 2**900)
 """A segment's begin keeps 1024 fraction bits; after hundreds of segments no more than this is lost."""
@@ -187,3 +189,37 @@ class TestTimeOperations(TimeOperations.TestCase):  # type: ignore[misc, valid-t
     """Any sequence of operations."""
 
     settings = settings(stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.mark.row("E11", "E9", "K-14")
+@pytest.mark.stress
+def test_a_million_anchors() -> None:
+    """After 10^6 publishes at seven rates in turn, pages are as near to the timeline as after one."""
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), 1, backend=HostBackend())
+    clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
+    churn = clock.churn(10**6, STORM_DILATIONS)
+    assert churn.publishes == 10**6
+    assert (churn.least_step_ns, churn.most_step_ns) == (0, 1)
+    assert max(churn.most_behind_ns, churn.most_ahead_ns) <= 2
+    clock.dilate(1)
+    before = clock.at(HostTsc(clock.backend.counter.read()))
+    shown_ns = clock.read(0)
+    assert before - 4 <= shown_ns <= clock.at(HostTsc(clock.backend.counter.read())) + 4
+
+
+@pytest.mark.row("E2", "P-14")
+@pytest.mark.parametrize("interval_ns", [10**6, 10**8, 2 * 10**9])
+@pytest.mark.parametrize("target_ns", [10**9, 10**5, -(10**8)])
+def test_a_slew_takes_the_time_that_it_must(target_ns: int, interval_ns: int) -> None:
+    """However often it is refreshed: never faster than declared, done in due time, and in few segments."""
+    clock, backend, _ = a_clock(2_596_132_000)
+    clock.slew(target_ns, 50_000)
+    begin = backend.ref_ns
+    while clock.skew_ns:
+        assert abs(clock.pace - 1) <= Fraction(50_000, 10**6)
+        backend.advance(ns=interval_ns)
+        clock.refresh()
+    took_ns = backend.ref_ns - begin
+    assert abs(target_ns) * 20 <= took_ns <= abs(target_ns) * 20 + 4 * STRETCH_S * NS_PER_S
+    assert abs(clock.at(backend.tsc) - target_ns - took_ns) < 2
+    assert clock.events.last <= 8
