@@ -4,7 +4,7 @@ PYTHON ?= python3
 
 # Debian packages that tests and the demo want and the build does not: QEMU to check against, the rest for the lab.
 # What the build needs, scripts/make-venv.sh knows.
-DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file
+DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file spin
 
 VENV := .venv
 BIN := $(VENV)/bin
