@@ -142,8 +142,10 @@ def test_any_offsets(offsets: list[int]) -> None:
 
 
 @pytest.mark.row("E5")
-def test_three_that_stand_around_the_circle() -> None:
-    """A third of the circle apart, each is behind one and ahead of another: no plan, and the numbers of it."""
+def test_around_the_circle() -> None:
+    """Two opposite each other, or three a third apart: each is behind as much as ahead, so no plan, but the numbers."""
+    with pytest.raises(RangeError, match="spread over 0x8000000000000000 ticks"):
+        repair_plan([VcpuTsc(5), VcpuTsc(5 + 2**63)])
     tscs = [VcpuTsc(third * 2**64 // 3) for third in range(3)]
     assert agreement(tscs).spread_ticks == 2 * 2**64 // 3
     with pytest.raises(RangeError, match=r"spread over 0xa{16} ticks; from 2\^63 on none is ahead"):

@@ -216,6 +216,31 @@ def test_the_margin(value: int, error: int) -> None:
         assert true_write.is_matched == told_write.is_matched
 
 
+@pytest.mark.row("E5")
+@pytest.mark.parametrize(
+    ("first", "value", "margin"),
+    [
+        (1, SECOND // 2, SECOND),  # half a second on, KVM expects this very value
+        (1, SECOND * 3 // 4, SECOND * 5 // 4),
+        (2**64 - 2 * SECOND, 2**64 - SECOND * 6 // 5, SECOND // 2),  # KVM's sums are about to wrap
+        (1, 2**64 - 10 * SECOND, None),  # behind: not even an earlier instant would do
+    ],
+)
+def test_how_wide_the_margin_is(first: int, value: int, margin: int | None) -> None:
+    """It reaches to the nearest instant, not before the last write, for which KVM would do something else."""
+    vm, sooner, later = a_vm(), a_vm(), a_vm()
+    for each in (vm, sooner, later):
+        each.write_msr(0, first, at(10**10))
+    write = vm.write_msr(1, value, at(10**10 + 500 * MS))
+    if margin is None:
+        assert write.margin_ticks is None
+        return
+    assert abs((write.margin_ticks or 0) - margin) <= 2
+    error_ns = margin * MS // KHZ
+    assert sooner.write_msr(1, value, at(10**10 + 500 * MS + error_ns - 5)).is_matched
+    assert not later.write_msr(1, value, at(10**10 + 500 * MS + error_ns + 5)).is_matched
+
+
 # What a VMM wants to know
 
 
