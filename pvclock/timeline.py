@@ -42,6 +42,7 @@ class Timeline:
         self._slew: Slew | CatchUpTable | None = None
         self._skew_ns = Fraction(0)  # to be slewed in from _tsc on
         self._boost = Fraction(0)  # of the dilation
+        self._correction = Fraction(0)  # of the dilation, too: what a discipline found
         self._stretch_end: HostTsc | None = None
 
     # What time it is
@@ -57,9 +58,14 @@ class Timeline:
         return self._boost
 
     @property
+    def correction(self) -> Fraction:
+        """By which part of the dilation a discipline corrects the host's nominal rate."""
+        return self._correction
+
+    @property
     def pace(self) -> Fraction:
-        """Guest seconds in a host second, in effect while the clock runs."""
-        return self._dilation * (1 + self._boost)
+        """Guest seconds in a nominal host second, in effect while the clock runs."""
+        return self._dilation * (1 + self._correction + self._boost)
 
     @property
     def is_running(self) -> bool:
@@ -102,6 +108,11 @@ class Timeline:
         if dilation != self._dilation:
             self._stretch_end = None  # it was reckoned for the other rate
         self._tsc, self._dilation, self._boost = tsc, dilation, boost
+
+    def correct(self, tsc: HostTsc, correction: Fraction) -> None:
+        """Begin a segment at `tsc` at the same dilation and boost, of a host whose nominal rate is off by that much."""
+        self.turn(tsc, self._dilation, self._boost)
+        self._correction = correction
 
     def stop(self, tsc: HostTsc) -> None:
         """Let time stand still from `tsc` on."""
