@@ -7,7 +7,7 @@ here, and calls refresh() at least every `MAX_AGE_S`.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Final, Self
+from typing import Literal, Self
 
 from pvclock import catchup, clockstate, providers
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, GuestMemory, publish_wall_clock
@@ -31,12 +31,10 @@ from pvclock.published import MAX_AGE_S, PublishedTimeline
 from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, GuestTsc, HostTsc, RefNs
 from pvclock.readings import HostStamps
 from pvclock.timeline import Timeline
-from pvclock.tsc import VcpuTsc
+from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, VcpuTsc
+from pvclock.tsc_sync import OffsetWrite, repair_plan
 
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
-
-MSR_IA32_TSC: Final = 0x10
-MSR_IA32_TSC_ADJUST: Final = 0x3B
 
 
 class GuestClock(PublishedTimeline):
@@ -131,13 +129,25 @@ class GuestClock(PublishedTimeline):
         """
         if index not in (MSR_IA32_TSC, MSR_IA32_TSC_ADJUST):
             raise RangeError(f"host write of MSR {index:#x}; it can be 0x10 or 0x3b")
-        with self._lock, self.backend.quiesce(None):
+        with self._changing(), self.backend.quiesce(None):
             tsc = self._tsc[self._vcpu(vcpu)].copy()
             if index == MSR_IA32_TSC:
                 tsc.host_write_tsc(value, HostTsc(self.backend.counter.read()))
             else:
                 tsc.host_write_adjust(value)
             self._set_tsc(vcpu, tsc)
+
+    def repair_tsc(self, *, target: int | None = None, adjust: Literal["keep", "carry"] = "keep") -> list[OffsetWrite]:
+        """Put all vCPUs' TSCs on one offset, and give STABLE back; returns what was written.
+
+        target: that offset, the one furthest ahead by default, so that no guest's TSC goes back.  adjust: see
+        tsc_sync.repair_plan(), whose errors come out, as TscOffsetNotHonoured does.
+        """
+        with self._changing(), self.backend.quiesce(None):
+            plan = repair_plan(self._tsc, target=target, adjust=adjust)
+            for write in plan:
+                self._set_tsc(write.vcpu, write.applied(self._tsc[write.vcpu]))
+        return plan
 
     def save(self) -> ClockState:
         """The clock as it is now, or since it was paused: for restore(), on this host or another."""
@@ -286,10 +296,12 @@ class GuestClock(PublishedTimeline):
 
     def _set_tsc(self, vcpu: int, tsc: VcpuTsc) -> None:
         self.backend.set_tsc_offset(vcpu, tsc.offset)
-        self._tsc[vcpu] = tsc
+        before, self._tsc[vcpu] = self._tsc[vcpu].offset, tsc
         self._offsets_agree = len({each.offset for each in self._tsc}) == 1
         self._pages.set_tsc_offset(vcpu, tsc.offset)
         self._republish(vcpu)
+        now = HostTsc(self.backend.counter.read())
+        self._record(EventKind.TSC, f"vCPU {vcpu}: offset {before:#x} becomes {tsc.offset:#x}", now, self._moment(now))
 
     @property
     def _offers_stable(self) -> bool:

@@ -210,7 +210,7 @@ class VcpuTsc:
         """
         if deadline == 0:
             return None
-        missing = max(deadline - self.read(host_tsc), 0)
+        missing = deadline - self.read(host_tsc)
         reached_at = -(-(self.cycles(host_tsc) + missing) // self.rate)  # the first host tick
         return Fraction(max(reached_at - host_tsc, 0) * NS_PER_S, host_hz)
 

@@ -256,9 +256,10 @@ class KvmTscSync:
         """vCPU's virtual_tsc_khz, as KVM_GET_TSC_KHZ says."""
         return self._vcpu(vcpu).khz
 
-    def create_vcpu(self, at: HostInstant) -> KvmTscWrite:
-        """KVM_CREATE_VCPU: the first one's TSC begins with 0, others join."""
+    def create_vcpu(self, at: HostInstant, khz: int = 0) -> KvmTscWrite:
+        """KVM_CREATE_VCPU: the first one's TSC begins with 0, others join.  khz: KVM_SET_TSC_KHZ of the VM, before."""
         self._vcpus.append(_Vcpu(self.host_khz, self.frac_bits or 48))
+        self.set_tsc_khz(len(self._vcpus) - 1, khz)
         return self._write_value(self._vcpus[-1], 0, at, True, None)
 
     def write_msr(self, vcpu: int, value: int, at: HostInstant) -> KvmTscWrite:
@@ -286,6 +287,8 @@ class KvmTscSync:
         It remembers even a frequency that it refuses for being too low for a host without scaling.
         """
         it, frac_bits = self._vcpu(vcpu), self.frac_bits
+        if not 0 <= khz < 1 << 32:
+            raise RangeError(f"guest TSC of {khz} kHz; it has 32 bits, unsigned")
         if frac_bits and khz >= min(MAX_KHZ, self.host_khz * MAX_RATIO[frac_bits] >> frac_bits):
             return False
         it.khz = khz or self.host_khz

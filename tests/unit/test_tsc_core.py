@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, HostTsc, MsrFault, RangeError, VcpuTsc, tsc_ratio
@@ -71,6 +71,8 @@ def test_msrs_that_a_tsc_does_not_have() -> None:
 
 @pytest.mark.row("P-17")
 @given(value=U64, before=U32)
+@example(value=2**32, before=1)
+@example(value=2**32 - 1, before=1)
 def test_tsc_aux_has_32_bits(value: int, before: int) -> None:
     """More faults and changes nothing on Intel's processors, and is cut off on AMD's, as in Linux."""
     intel, amd = VcpuTsc(aux=before), VcpuTsc(aux=before)

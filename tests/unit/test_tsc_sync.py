@@ -223,6 +223,7 @@ def test_the_margin(value: int, error: int) -> None:
         (1, SECOND // 2, SECOND),  # half a second on, KVM expects this very value
         (1, SECOND * 3 // 4, SECOND * 5 // 4),
         (2**64 - 2 * SECOND, 2**64 - SECOND * 6 // 5, SECOND // 2),  # KVM's sums are about to wrap
+        (2**64 - SECOND * 3 // 5, SECOND // 20, SECOND // 10),  # they have: only once past 2^64 is a low value near
         (1, 2**64 - 10 * SECOND, None),  # behind: not even an earlier instant would do
     ],
 )
@@ -237,8 +238,8 @@ def test_how_wide_the_margin_is(first: int, value: int, margin: int | None) -> N
         return
     assert abs((write.margin_ticks or 0) - margin) <= 2
     error_ns = margin * MS // KHZ
-    assert sooner.write_msr(1, value, at(10**10 + 500 * MS + error_ns - 5)).is_matched
-    assert not later.write_msr(1, value, at(10**10 + 500 * MS + error_ns + 5)).is_matched
+    assert sooner.write_msr(1, value, at(10**10 + 500 * MS + error_ns - 5)).is_matched == write.is_matched
+    assert later.write_msr(1, value, at(10**10 + 500 * MS + error_ns + 5)).is_matched != write.is_matched
 
 
 # What a VMM wants to know
@@ -325,6 +326,9 @@ def test_frequencies(frac_bits: int | None, khz: int, taken: bool, kept_khz: int
     assert write.offset == (X - scale_tsc(at(10 * MS).tsc, ratio, frac)) % 2**64
     assert vm.set_tsc_khz(0, KHZ)
     assert vm.tsc(0).rate == 1
+    assert vm.create_vcpu(at(20 * MS), khz).is_matched  # its frequency is the last write's
+    assert vm.create_vcpu(at(21 * MS)).is_matched == (kept_khz == KHZ)
+    assert (vm.khz(2), vm.khz(3)) == (kept_khz, KHZ)
 
 
 @pytest.mark.row("E5")
@@ -336,6 +340,8 @@ def test_what_cannot_be() -> None:
         KvmTscSync(NEW, 0)
     with pytest.raises(ConfigError, match="33 fraction bits"):
         KvmTscSync(NEW, KHZ, frac_bits=33)
+    with pytest.raises(RangeError, match="guest TSC of -1 kHz"):
+        a_vm().set_tsc_khz(0, -1)
     with pytest.raises(RangeError, match="vCPU 2; this VM has 2"):
         a_vm().write_msr(2, 0, at(0))
     with pytest.raises(RangeError, match="64 bits"):
