@@ -19,8 +19,8 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "quantities", "readings", "_abi", "_math", "_publish"},
     {"_core", "_counter", "_bulk", "_sampling"},
     {
-        *("timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "events"),
-        *("backend", "hostwatch", "kvm", "boot", "payloads"),
+        *("timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "events", "palacios"),
+        *("backend", "unslaved", "hostwatch", "kvm", "boot", "payloads"),
     },
     {"providers"},
     {"published", "guestclock", "clockstate", "jsonkinds", "atomicfile", "ticker"},
@@ -28,7 +28,7 @@ LAYERS: tuple[set[str], ...] = (
     {"pvclock", "lab"},
     {"convert", "commands", "meter", "__main__"},
 )
-POLICY = {"timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "events"}
+POLICY = {"timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "events", "palacios"}
 
 # What a layer's height alone does not forbid: who may not know whom, and why.
 STRANGERS = {

@@ -1,0 +1,365 @@
+"""Palacios' virtual time of a VM and its cores, in exact numbers: as it was in 2012, and as it is decided here.
+
+Each core has guest cycles, which only go forward, and a TSC of its own, which is those plus an offset.  They follow the
+host (slaved) or what the guest executed (unslaved).  seed=True keeps five traps of the original, so that they can be
+checked: an unslaved advance that is not told its cycles adds none (T14); slaving is forced on, so offset_time() and
+skip_time() always refuse (T15); the frequency ratio is 1, and a core's kHz is only what the hypercall says (T16);
+dilation is kept and not applied (T17); a write of the TSC moves its offset alone (T18, which is right and stays).
+
+No clock is read here: host TSC is handed in, in ticks.  A VMM's own unslaved clock is pvclock.unslaved; this is for
+Palacios' guests and for comparison.  Source: Palacios vmm_time.c of March 2012; its <time> option of 2013.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from operator import index
+from typing import Final, Literal, NamedTuple
+
+from pvclock.errors import ConfigError, RangeError, StateError
+from pvclock.quantities import U64_MASK, GuestTsc, HostTsc
+from pvclock.tsc import TscControls, TscInstruction, VcpuTsc, tsc_rate
+
+__all__ = [
+    "CPUFREQ_HYPERCALL",
+    "HOST_TSC_HYPERCALL",
+    "Complaint",
+    "CoreRate",
+    "PalaciosTime",
+    "TimeOptions",
+    "time_options",
+]
+
+CPUFREQ_HYPERCALL: Final = 0xD000
+HOST_TSC_HYPERCALL: Final = 0xD001
+"""Came in May 2012: the seed does not know it."""
+
+RATIO_ONE: Final = Fraction(1)
+
+
+class Complaint(NamedTuple):
+    """What is wrong with an option: an "error" was ignored, a "warning" changed another option."""
+
+    severity: Literal["error", "warning"]
+    text: str
+
+
+class TimeOptions(NamedTuple):
+    """How a VM's time goes.  dilation: guest time in host time, of slaved VMs.  passthrough: of the host's TSC."""
+
+    slaved: bool = True
+    passthrough: bool = False
+    dilation: Fraction = RATIO_ONE
+    complaints: tuple[Complaint, ...] = ()
+
+
+class CoreRate(NamedTuple):
+    """A core's frequency in kHz, the guest cycles in a host tick, and why they are not what was asked for, or empty."""
+
+    khz: int
+    ratio: Fraction
+    why: str
+
+
+def time_options(
+    source: str | None = None, tsc: str | None = None, dilation: int | None = None, *, palacios: bool = False
+) -> TimeOptions:
+    """What <time source=host|none tsc=host|guest dilation=N> means; None is an option that was not given.
+
+    dilation=N lets the guest's time pass at 1/N of the host's.  As in Palacios nothing raises: a bad option is ignored
+    and complained about.  palacios: keep its bug, which compares `source` where it means `tsc`, so that tsc=guest is
+    unknown; passthrough and slaving are as without it.
+    """
+    wrong: list[Complaint] = []
+    slaved = _lower(source) != "none"
+    if _lower(source) not in {None, "host", "none"}:
+        wrong.append(Complaint("error", f'time source {source!r} is unknown; use "host" or "none"'))
+    rate = _dilation(dilation, slaved, wrong)
+    passthrough = _lower(tsc) == "host"
+    if passthrough and not slaved:
+        wrong.append(Complaint("error", "the host's TSC cannot be passed through: time is not slaved to the host's"))
+        passthrough = False
+    elif passthrough and rate != 1:
+        wrong.append(Complaint("warning", f"TSC passthrough cancelled: the guest's dilation is {rate}"))
+        passthrough = False
+    if _lower(tsc) not in {None, "host"} and _lower(source if palacios else tsc) != "guest":
+        wrong.append(Complaint("error", f'TSC mode {tsc!r} is unknown; use "host" or "guest"'))
+    return TimeOptions(slaved, passthrough, rate, tuple(wrong))
+
+
+class PalaciosTime:
+    """The time of a VM whose host runs at host_khz and whose cores are to run at `cores` (kHz, None for the host's).
+
+    ratio="palacios" is its later, inexact frequency ratio (pvclock.tsc.tsc_rate).  seed=True: see the module; it takes
+    no options and no ratio.  RangeError for a host_khz below 1, ConfigError for another ratio.
+
+    A core's calls go start(), then enter() and exit() in turn, with advance(), offset_time() and skip_time() between,
+    or pause() and restart(); StateError else.  Host TSC, 0 to 2^64 - 1, goes forward and does not wrap: RangeError, for
+    which the seed has no check.  Cycles are exact within, and rounded down where they are read.
+    """
+
+    def __init__(
+        self,
+        host_khz: int,
+        cores: Sequence[int | None],
+        *,
+        options: TimeOptions | None = None,
+        ratio: Literal["exact", "palacios"] = "exact",
+        seed: bool = False,
+    ) -> None:
+        chosen = TimeOptions() if options is None else options
+        if host_khz < 1:
+            raise RangeError(f"host frequency is {host_khz} kHz; it must be at least 1")
+        self.seed = seed
+        self.slaved = True
+        self.dilation = RATIO_ONE
+        self.passthrough = chosen.passthrough and not seed
+        self.rates = tuple(_core_rate(core, khz, host_khz, "seed" if seed else ratio) for core, khz in enumerate(cores))
+        self._cores = [_Core() for _ in cores]
+        self._hypercalls = {CPUFREQ_HYPERCALL} if seed else {CPUFREQ_HYPERCALL, HOST_TSC_HYPERCALL}
+        if not seed:
+            self.follow(slaved=chosen.slaved, dilation=chosen.dilation)
+
+    def follow(self, *, slaved: bool, dilation: Fraction = RATIO_ONE) -> None:
+        """Slave the cores to the host, at `dilation` guest seconds in its own, or let them go.
+
+        From each core's last advance() on, without a step.  Nothing in the seed does this: there it is a debugger's
+        hand, which shows what T15 hides, and the cycles do step.  ConfigError for a dilation that is not slaved, or of
+        a passed-through TSC; RangeError for one that is not positive.
+        """
+        if dilation <= 0:
+            raise RangeError(f"dilation is {dilation}; it must be positive")
+        if not self.seed and not slaved and dilation != 1:
+            raise ConfigError(
+                f"dilation {dilation} of time that is not slaved to the host's; it is legal for that only"
+            )
+        if self.passthrough and (not slaved or dilation != 1):
+            raise ConfigError(f"dilation {dilation}, slaved {slaved}: the guest has the host's TSC passed through")
+        self.slaved, self.dilation = slaved, dilation
+
+    # What the guest has
+
+    def cycles(self, core: int) -> int:
+        """The core's guest cycles as of its last advance(), enter(), exit() or offset_time()."""
+        return self._core(core).cycles.__floor__()
+
+    def guest_tsc(self, core: int) -> GuestTsc:
+        """What its RDTSC returns if trapped: cycles plus its TSC's offset."""
+        state = self._core(core)
+        return state.tsc.read(state.as_tsc())
+
+    def rdtsc(self, core: int) -> TscInstruction:
+        """A trapped RDTSC: EDX:EAX are its guest TSC."""
+        state = self._core(core)
+        return state.tsc.rdtsc(state.as_tsc())
+
+    def write_tsc(self, core: int, value: int) -> None:
+        """The guest writes MSR 0x10: the offset moves, its cycles do not."""
+        state = self._core(core)
+        if not 0 <= value <= U64_MASK:
+            raise RangeError(f"core {core}'s TSC := {value:#x}; an MSR has 64 bits")
+        state.tsc.guest_write_tsc(value, state.as_tsc())
+
+    def hypercall(self, core: int, number: int, host_tsc: HostTsc) -> int | None:
+        """What goes into RBX: the core's kHz for 0xd000, the host's TSC for 0xd001; None for one that is not ours."""
+        self._core(core)
+        if number not in self._hypercalls:
+            return None
+        return self.rates[core].khz if number == CPUFREQ_HYPERCALL else host_tsc
+
+    def controls(self, core: int, host_tsc: HostTsc) -> TscControls:
+        """Hardware offset and RDTSC trap for an entry at `host_tsc`; the cycles are to be advanced to then first."""
+        guest_tsc = self.guest_tsc(core)
+        at_rate = VcpuTsc(rate=self.rates[core].ratio)
+        at_rate.host_write_tsc(guest_tsc, host_tsc)
+        dilation = RATIO_ONE if self.seed else self.dilation
+        return at_rate.controls(host_tsc, passthrough=self.passthrough, dilation=dilation)
+
+    # What the VMM does
+
+    def start(self, core: int, host_tsc: HostTsc) -> None:
+        """The core's time begins, with 0 cycles.
+
+        The seed zeroes the stamp from which the next advance() counts; as decided it is now, else all of the host's
+        uptime would count.
+        """
+        tsc = self._core(core).tsc
+        state = self._cores[core] = _Core()
+        state.tsc, state.state = tsc, "out"
+        state.initial = host_tsc
+        state.stamp = HostTsc(0) if self.seed else host_tsc
+
+    def enter(self, core: int, host_tsc: HostTsc) -> None:
+        """The guest is about to execute.  Unslaved, what has passed since the last advance() is kept from it."""
+        state = self._in_state(core, "enter", "out")
+        self._check(state, host_tsc)
+        state.state, state.entered = "in", host_tsc
+        if self.seed:
+            return
+        if self.slaved:
+            self._advance(core, host_tsc, None)
+        else:
+            state.stamp = host_tsc
+
+    def exit(self, core: int, host_tsc: HostTsc, cycles: int | None = None) -> int:
+        """The guest has stopped executing; advances as advance() does, and returns its cycles.
+
+        cycles: host cycles that it executed, if they are known better than by the two stamps; at most those.
+        """
+        state = self._in_state(core, "exit", "in")
+        self._advance(core, host_tsc, cycles)
+        state.state = "out"
+        return self.cycles(core)
+
+    def advance(self, core: int, host_tsc: HostTsc, cycles: int | None = None) -> int:
+        """Bring the core's cycles up to host_tsc, and return them.
+
+        Slaved: (host_tsc - start) x dilation x ratio, for as long as none of them changes.  Unslaved: `cycles` host
+        cycles more or, if that is None, what has passed since the last advance() (T14: in the seed nothing), x ratio.
+        """
+        self._in_state(core, "advance", "out", "in")
+        self._advance(core, host_tsc, cycles)
+        return self.cycles(core)
+
+    def offset_time(self, core: int, cycles: int) -> None:
+        """Add guest cycles, or take some back before the core was ever in the guest, down to 0.
+
+        StateError while slaved; RangeError for cycles that the guest may have seen, where the seed goes back.
+        """
+        state = self._in_state(core, "offset_time", "out", "in")
+        self._refuse_if_slaved("offset_time")
+        after = state.cycles + index(cycles)
+        if self.seed:
+            after %= U64_MASK + 1
+        elif cycles < 0 and (after < 0 or state.entered is not None):
+            raise RangeError(
+                f"offset_time({cycles}) of core {core} at {self.cycles(core)} cycles: what the guest may have seen is "
+                f"not taken back, nor is there any below 0"
+            )
+        state.cycles = after
+
+    def skip_time(self, core: int, host_tsc: HostTsc) -> None:
+        """Drop what has passed since the last advance(): it will not count.  StateError while slaved."""
+        state = self._in_state(core, "skip_time", "out", "in")
+        self._refuse_if_slaved("skip_time")
+        self._check(state, host_tsc)
+        state.stamp = host_tsc
+
+    def pause(self, core: int, host_tsc: HostTsc) -> None:
+        """The core's time stands still from now on, slaved or not; it must be out of the guest."""
+        state = self._in_state(core, "pause", "out")
+        if self.slaved:
+            self._advance(core, host_tsc, None)
+        state.state, state.paused = "paused", host_tsc
+
+    def restart(self, core: int, host_tsc: HostTsc) -> None:
+        """It goes on from where it stands."""
+        state = self._in_state(core, "restart", "paused")
+        self._check(state, host_tsc)
+        state.initial = HostTsc(state.initial + host_tsc - state.paused)
+        state.state, state.stamp = "out", host_tsc
+
+    def ticks_to_yield(self, core: int, host_tsc: HostTsc) -> int:
+        """Host ticks that must pass until the host, since start(), is no less far than the guest; 0 if it is not.
+
+        Palacios' adjust_time, which let the host catch up with a guest that had run ahead.
+        """
+        state = self._in_state(core, "ticks_to_yield", "out", "in")
+        pace = self.rates[core].ratio * (RATIO_ONE if self.seed else self.dilation)
+        return max(state.initial - host_tsc - (-state.cycles // pace), 0)
+
+    def close(self) -> None:
+        """Remove both hypercalls; Palacios forgot the second."""
+        self._hypercalls.clear()
+
+    # Inside
+
+    def _advance(self, core: int, host_tsc: HostTsc, cycles: int | None) -> None:
+        state, ratio = self._core(core), self.rates[core].ratio
+        if self.seed:
+            state.advance_as_seed(host_tsc, cycles, is_slaved=self.slaved)
+            return
+        self._check(state, host_tsc)
+        passed = host_tsc - state.stamp
+        if self.slaved:
+            state.cycles += passed * self.dilation * ratio
+        else:
+            executed = passed if cycles is None else index(cycles)
+            if not 0 <= executed <= passed:
+                raise RangeError(f"core {core} executed {cycles} host cycles in {passed}; it can be 0 to {passed}")
+            state.cycles += executed * ratio
+        state.stamp = host_tsc
+
+    def _check(self, state: _Core, host_tsc: HostTsc) -> None:
+        if not self.seed and not state.stamp <= host_tsc <= U64_MASK:
+            raise RangeError(f"host TSC went backwards or wrapped: it was {state.stamp} and is {host_tsc}")
+
+    def _refuse_if_slaved(self, operation: str) -> None:
+        if self.slaved:
+            raise StateError(operation, "guest time is slaved to the host's", 'use source="none"')
+
+    def _in_state(self, core: int, operation: str, *allowed: str) -> _Core:
+        state = self._core(core)
+        if state.state not in allowed:
+            raise StateError(
+                f"{operation} of core {core}", f"it is {state.state}", f"it must be {' or '.join(allowed)}"
+            )
+        return state
+
+    def _core(self, core: int) -> _Core:
+        if not 0 <= core < len(self._cores):
+            raise RangeError(f"core {core}; this VM has cores 0 to {len(self._cores) - 1}")
+        return self._cores[core]
+
+
+class _Core:
+    """A core's time.  `initial`, `entered`, `stamp` and `paused` are host TSC; what passed until `stamp` is counted."""
+
+    __slots__ = ("cycles", "entered", "initial", "paused", "stamp", "state", "tsc")
+
+    def __init__(self) -> None:
+        self.state = "not started"
+        self.cycles = Fraction(0)
+        self.initial = self.stamp = self.paused = HostTsc(0)
+        self.entered: HostTsc | None = None
+        self.tsc = VcpuTsc()  # its "host TSC" are the cycles
+
+    def as_tsc(self) -> HostTsc:
+        return HostTsc(self.cycles.__floor__() & U64_MASK)
+
+    def advance_as_seed(self, host_tsc: HostTsc, cycles: int | None, *, is_slaved: bool) -> None:
+        """As of 2012: the stamp is overwritten before what has passed since then is computed, which is the trap T14."""
+        self.stamp = host_tsc
+        if is_slaved:
+            self.cycles = Fraction((host_tsc - self.initial) & U64_MASK)
+        else:
+            self.cycles = (self.cycles + (cycles or host_tsc - self.stamp)) % (U64_MASK + 1)
+
+
+def _lower(option: str | None) -> str | None:
+    return None if option is None else option.lower()
+
+
+def _dilation(dilation: int | None, slaved: bool, wrong: list[Complaint]) -> Fraction:
+    if dilation is None:
+        return RATIO_ONE
+    if slaved and dilation > 1:
+        return Fraction(1, dilation)
+    if not slaved:
+        wrong.append(Complaint("error", f"time dilation {dilation} is legal only when time is slaved to the host's"))
+    wrong.append(Complaint("error", f"time dilation {dilation} did not result in actual dilation"))
+    return RATIO_ONE
+
+
+def _core_rate(core: int, khz: int | None, host_khz: int, profile: Literal["seed", "exact", "palacios"]) -> CoreRate:
+    """A core's rate: of the host's frequency unless `khz` is 1 to host_khz."""
+    why = ""
+    if khz is None:
+        why = f"core {core}: no frequency given; it has the host's {host_khz} kHz"
+    elif not 0 < khz <= host_khz:
+        why = f"core {core}: {khz} kHz asked for, which can be 1 to {host_khz}; it has the host's {host_khz} kHz"
+    given = host_khz if khz is None or why else khz
+    if profile == "seed":
+        return CoreRate(given, RATIO_ONE, why)
+    return CoreRate(given, tsc_rate(given * 1000, host_khz * 1000, profile=profile), why)

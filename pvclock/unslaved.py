@@ -1,0 +1,187 @@
+"""Unslaved time: a host whose counter goes on only while the guest executes.
+
+A GuestClock on an UnslavedBackend keeps what the VMM does out of its guest's time, and needs to know nothing of it:
+all its operations are as exact as on the backend inside, in executed ticks.  Slaved is a GuestClock on that one itself.
+
+Source: Palacios vmm_time.c, whose unslaved cores are told how many host cycles each run took (P-08, P-11, P-12).
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+from operator import index
+from typing import Final, NamedTuple
+
+from pvclock._counter import Counter, SimulatedCounter
+from pvclock.backend import Backend
+from pvclock.errors import RangeError, StateError
+from pvclock.quantities import U64_MASK, HostTsc
+from pvclock.readings import HostStamps
+
+__all__ = ["UnslavedBackend"]
+
+TICKS_MAX: Final = U64_MASK // 2
+"""More at once could not be told from a counter that went back."""
+
+
+class _Run(NamedTuple):
+    """A run whose ticks are not counted yet; `ticks`, from entry to exit, is None while the guest executes."""
+
+    host_tsc: HostTsc
+    executed: HostTsc
+    ticks: int | None
+
+
+class UnslavedBackend:
+    """`inner`'s host, but that `counter` has only the ticks in which the guest executed; it begins at `executed`.
+
+    A run is the VM's, not a vCPU's: enter() before the first vCPU goes in, exit() when the last one is out, then
+    ran().  Operate on the clock between runs: no vCPU is in the guest then, so its time stands still.
+
+    native: the guest reads its TSC from the hardware, so enter() sets the hardware's offsets through `inner` to where
+    the guest left off, and a run lasts from enter() to exit(), what they cost included: the guest may have seen it
+    pass.  TscOffsetNotHonoured, from GuestClock() or from enter(), where the host has no such offsets.
+    native=False is for a VMM that traps RDTSC or is an emulator: `inner` gets no offsets, and any count of cycles that
+    fits between enter() and exit() is exact.  Its guest's TSC is GuestClock.guest_tsc(vcpu, counter.read()).
+
+    A guest that halts executes nothing, so give ran() the ticks that it is to have slept: else no timer ever wakes it.
+
+    Thread-safety: all methods may be called from any thread.
+    """
+
+    def __init__(self, inner: Backend, executed: int = 0, *, native: bool = True) -> None:
+        self.inner = inner
+        self.native = native
+        self._counter = SimulatedCounter(executed)
+        self._offsets: dict[int, int] = {}  # guest TSC - counter, by vCPU
+        self._run: _Run | None = None
+        self._lock = threading.Lock()
+
+    # Around the guest's execution
+
+    def enter(self) -> HostTsc:
+        """The guest is about to execute; returns the host's TSC from which on it counts.
+
+        StateError during a run, or after one that ran() was not told of.
+        """
+        with self._lock:
+            if self._run is not None:
+                raise StateError("enter", _described(self._run), "exit(), then ran(), first")
+            stamp = HostTsc(self.inner.counter.read())
+            if self.native:
+                for vcpu, offset in self._offsets.items():
+                    self.inner.set_tsc_offset(vcpu, (offset + self._counter.value - stamp) & U64_MASK)
+            self._run = _Run(stamp, HostTsc(self._counter.value), None)
+            return stamp
+
+    def exit(self) -> int:
+        """The guest has stopped executing; returns the host ticks since enter(); none pass if the host's TSC goes back.
+
+        They count when ran() says so.  StateError without enter().
+        """
+        with self._lock:
+            if self._run is None or self._run.ticks is not None:
+                raise StateError("exit", _described(self._run), "enter() first")
+            ticks = self._ticks_since(self._run)
+            self._run = self._run._replace(ticks=ticks)
+            return ticks
+
+    def ran(self, cycles: int) -> None:
+        """The guest executed for `cycles` host ticks: the counter goes on by exactly that.
+
+        After exit() they are what it returned or, unless native, any exact count from 0 to that.  Without enter() and
+        exit(), for VMMs that count by themselves, they are 0 to 2^63 - 1.  RangeError otherwise, with nothing changed;
+        StateError during a run.
+        """
+        cycles = index(cycles)
+        with self._lock:
+            run = self._run
+            if run is None:
+                executed, least, most = self._counter.value, 0, TICKS_MAX
+            elif run.ticks is None:
+                raise StateError("ran", _described(run), "exit() first")
+            else:
+                executed, least, most = run.executed, run.ticks if self.native else 0, run.ticks
+            if not least <= cycles <= most:
+                raise RangeError(f"ran({cycles}): host ticks of this run, which can be {least} to {most}")
+            self._counter.value = (executed + cycles) & U64_MASK
+            self._run = None
+
+    @property
+    def is_running(self) -> bool:
+        """Is the guest in a run, between enter() and exit()?"""
+        run = self._run
+        return run is not None and run.ticks is None
+
+    # Backend
+
+    @property
+    def counter(self) -> Counter:
+        """Executed host ticks.  During a run they stand still or, if native, are brought up to date by asking here."""
+        with self._lock:
+            run = self._run
+            if self.native and run is not None:
+                ticks = self._ticks_since(run) if run.ticks is None else run.ticks
+                self._counter.value = (run.executed + ticks) & U64_MASK
+        return self._counter
+
+    @property
+    def tsc_hz(self) -> int:
+        """See Backend: of executed ticks, which are the host's."""
+        return self.inner.tsc_hz
+
+    @property
+    def tsc_stable(self) -> bool:
+        """See Backend."""
+        return self.inner.tsc_stable
+
+    @property
+    def kernel_features(self) -> int:
+        """See Backend."""
+        return self.inner.kernel_features
+
+    def realtime(self) -> tuple[HostTsc, int]:
+        """See Backend: the time of day is the host's, and goes on while the guest does not execute."""
+        return HostTsc(self.counter.read()), self.inner.realtime()[1]
+
+    def stamps(self) -> HostStamps:
+        """See Backend: `tsc` is in executed ticks, all else is the host's."""
+        return self.inner.stamps()._replace(tsc=HostTsc(self.counter.read()))
+
+    def run_until(self, tsc: HostTsc) -> None:
+        """See Backend: one run, until `tsc` - counter ticks more are executed, or as many more as the host takes."""
+        missing = (tsc - self.counter.read()) & U64_MASK
+        if not 0 < missing <= TICKS_MAX:
+            return
+        begin = self.enter()
+        try:
+            self.inner.run_until(HostTsc((begin + missing) & U64_MASK))
+        finally:
+            self.ran(self.exit())
+
+    def set_tsc_offset(self, vcpu: int, offset: int) -> None:
+        """See Backend: vCPU's guest TSC is the counter plus `offset` from now on."""
+        with self._lock:
+            if self.native:
+                run = self._run
+                ahead = self._counter.value - self.inner.counter.read() if run is None else run.executed - run.host_tsc
+                self.inner.set_tsc_offset(vcpu, (offset + ahead) & U64_MASK)
+            self._offsets[vcpu] = offset
+
+    def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
+        """See Backend."""
+        return self.inner.quiesce(vcpu)
+
+    def _ticks_since(self, run: _Run) -> int:
+        """Host ticks of a run until now, and no fewer than the counter has shown of it."""
+        ticks = (self.inner.counter.read() - run.host_tsc) & U64_MASK
+        return max(ticks if ticks <= TICKS_MAX else 0, (self._counter.value - run.executed) & U64_MASK)
+
+
+def _described(run: _Run | None) -> str:
+    if run is None:
+        return "the guest is not in a run"
+    if run.ticks is None:
+        return f"the guest is in a run since host TSC {run.host_tsc}"
+    return f"a run of {run.ticks} host ticks is not counted yet"

@@ -1,0 +1,344 @@
+"""Palacios' virtual time: each trap of the seed beside what is decided here, and the exact model."""
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pvclock import ConfigError, HostTsc, RangeError, StateError
+from pvclock.palacios import PalaciosTime, TimeOptions, time_options
+
+HOST_KHZ = 2_596_132
+START = HostTsc(10**12)
+UNSLAVED = TimeOptions(slaved=False)
+KHZ = st.integers(1, HOST_KHZ)
+TICKS = st.integers(0, 2**40)
+
+
+def started(options: TimeOptions | None = None, *, khz: int | None = None, seed: bool = False) -> PalaciosTime:
+    """One core, started at START."""
+    time = PalaciosTime(HOST_KHZ, [khz], options=options, seed=seed)
+    time.start(0, START)
+    return time
+
+
+def after(ticks: int) -> HostTsc:
+    """The host TSC so many ticks after the start."""
+    return HostTsc(START + ticks)
+
+
+# The traps
+
+
+@pytest.mark.row("P-08")
+@given(first=TICKS, second=TICKS)
+def test_t14_an_unslaved_advance_without_cycles(first: int, second: int) -> None:
+    """The seed adds nothing, since it overwrites the stamp before it subtracts; as decided, what passed is added."""
+    seed, decided = started(seed=True), started(UNSLAVED)
+    seed.follow(slaved=False)
+    for ticks in (first, first + second):
+        assert seed.advance(0, after(ticks)) == 0
+        assert decided.advance(0, after(ticks)) == ticks
+    assert seed.advance(0, after(first + second), 17) == 17
+
+
+@pytest.mark.row("P-02", "P-09", "P-10")
+def test_t15_slaving_is_forced_on() -> None:
+    """In the seed offset and skip refuse whatever was configured; as decided they work where time is unslaved."""
+    seed, decided = started(UNSLAVED, seed=True), started(UNSLAVED)
+    assert (seed.slaved, decided.slaved) == (True, False)
+    for slaved in (seed, started()):
+        with pytest.raises(StateError, match=r"offset_time: guest time is slaved to the host's; use source=.none."):
+            slaved.offset_time(0, 5)
+        with pytest.raises(StateError, match="skip_time: guest time is slaved to the host's"):
+            slaved.skip_time(0, after(10))
+    decided.offset_time(0, 5)
+    decided.skip_time(0, after(100))
+    assert decided.advance(0, after(130)) == 5 + 30
+
+
+@pytest.mark.row("P-03", "P-20", "P-21")
+@given(khz=KHZ, ticks=TICKS)
+def test_t16_the_frequency_ratio(khz: int, ticks: int) -> None:
+    """The seed's cycles are the host's and the hypercall alone says `khz`; as decided they run at `khz`, exactly."""
+    seed, decided = started(khz=khz, seed=True), started(khz=khz)
+    assert seed.hypercall(0, 0xD000, START) == decided.hypercall(0, 0xD000, START) == khz
+    assert seed.advance(0, after(ticks)) == ticks
+    assert decided.advance(0, after(ticks)) == ticks * khz // HOST_KHZ
+    assert [time.rates[0].ratio for time in (seed, decided)] == [1, Fraction(khz, HOST_KHZ)]
+
+
+@pytest.mark.row("P-02", "P-08")
+@given(factor=st.integers(2, 1000), ticks=TICKS)
+def test_t17_dilation_of_the_slaved_path(factor: int, ticks: int) -> None:
+    """The seed does not apply its dilation, not even one that a debugger sets; as decided it is applied, exactly."""
+    options = time_options(dilation=factor)
+    seed, decided = started(options, seed=True), started(options)
+    assert [time.dilation for time in (seed, decided)] == [1, Fraction(1, factor)]
+    seed.follow(slaved=True, dilation=Fraction(1, factor))
+    assert seed.advance(0, after(ticks)) == ticks
+    assert decided.advance(0, after(ticks)) == ticks // factor
+
+
+@pytest.mark.row("P-01", "P-16")
+@pytest.mark.parametrize("is_seed", [True, False])
+@given(value=st.integers(0, 2**64 - 1), ticks=TICKS)
+def test_t18_a_tsc_write_moves_the_offset_only(is_seed: bool, value: int, ticks: int) -> None:
+    """In the seed and as decided: RDTSC goes on from what was written, and guest cycles know nothing of it."""
+    time = started(seed=is_seed)
+    assert time.advance(0, after(10)) == time.guest_tsc(0) == 10
+    time.write_tsc(0, value)
+    assert (time.guest_tsc(0), time.cycles(0)) == (value, 10)
+    assert time.advance(0, after(10 + ticks)) == 10 + ticks
+    rdtsc = time.rdtsc(0)
+    assert rdtsc.rdx << 32 | rdtsc.rax == time.guest_tsc(0) == (value + ticks) % 2**64
+
+
+# The model
+
+
+@pytest.mark.row("P-04")
+def test_frequencies_that_cannot_be() -> None:
+    """A core without a frequency, or with 0 or more than the host has, gets the host's, and its entry says why."""
+    rates = PalaciosTime(HOST_KHZ, [None, 0, -5, HOST_KHZ + 1, HOST_KHZ, 1]).rates
+    assert [rate.khz for rate in rates] == [HOST_KHZ] * 5 + [1]
+    assert [rate.why for rate in rates] == [
+        "core 0: no frequency given; it has the host's 2596132 kHz",
+        "core 1: 0 kHz asked for, which can be 1 to 2596132; it has the host's 2596132 kHz",
+        "core 2: -5 kHz asked for, which can be 1 to 2596132; it has the host's 2596132 kHz",
+        "core 3: 2596133 kHz asked for, which can be 1 to 2596132; it has the host's 2596132 kHz",
+        "",
+        "",
+    ]
+    with pytest.raises(RangeError, match="host frequency is 0 kHz"):
+        PalaciosTime(0, [1])
+
+
+@pytest.mark.row("P-03", "P-21")
+def test_each_core_has_its_own_frequency() -> None:
+    """Cores run side by side, each at its own exact rate; Palacios' later ratio is off by hundreds of ppm."""
+    cores_khz = (2_000_895, 1_298_066, 999_999)
+    exact, later = PalaciosTime(HOST_KHZ, cores_khz), PalaciosTime(HOST_KHZ, cores_khz, ratio="palacios")
+    for core, khz in enumerate(cores_khz):
+        exact.start(core, START)
+        assert exact.advance(core, after(HOST_KHZ * 1000)) == khz * 1000
+    off_ppm = [round((later.rates[core].ratio / exact.rates[core].ratio - 1) * 10**6) for core in range(3)]
+    assert off_ppm == [-399, 0, -463]
+
+
+def words(options: TimeOptions) -> list[str]:
+    """What was complained about."""
+    return [f"{severity}: {text}" for severity, text in options.complaints]
+
+
+@pytest.mark.row("P-05")
+def test_time_options() -> None:
+    """The legal options, in any case of letters, mean what they say and are not complained about."""
+    assert time_options() == time_options("HOST", "Guest") == TimeOptions()
+    assert time_options("none") == TimeOptions(slaved=False)
+    assert time_options("host", "host") == TimeOptions(passthrough=True)
+    assert time_options(dilation=10) == TimeOptions(dilation=Fraction(1, 10))
+
+
+@pytest.mark.row("P-06")
+def test_options_that_are_not_legal() -> None:
+    """Each is ignored, and named in an error that says what is legal."""
+    ignored = "error: time dilation {} did not result in actual dilation"
+    unslaved = time_options("none", dilation=7)
+    assert (unslaved.slaved, unslaved.dilation) == (False, Fraction(1))
+    assert words(unslaved) == [
+        "error: time dilation 7 is legal only when time is slaved to the host's",
+        ignored.format(7),
+    ]
+    for dilation in (1, 0, -3):
+        assert words(time_options(dilation=dilation)) == [ignored.format(dilation)]
+        assert time_options(dilation=dilation).dilation == 1
+    passed = time_options("none", "host")
+    assert (passed.slaved, passed.passthrough) == (False, False)
+    assert words(passed) == ["error: the host's TSC cannot be passed through: time is not slaved to the host's"]
+    assert words(time_options("ntp", "fast")) == [
+        'error: time source \'ntp\' is unknown; use "host" or "none"',
+        'error: TSC mode \'fast\' is unknown; use "host" or "guest"',
+    ]
+
+
+@pytest.mark.row("P-06")
+def test_palacios_looks_at_the_wrong_variable() -> None:
+    """Where it means the TSC mode it tests the source: a legal mode is unknown to it, and an unknown one passes."""
+    unknown = ['error: TSC mode \'guest\' is unknown; use "host" or "guest"']
+    assert words(time_options("host", "guest", palacios=True)) == unknown
+    assert words(time_options("host", "guest")) == []
+    assert not any("mode" in each for each in words(time_options("guest", "fast", palacios=True)))
+
+
+@pytest.mark.row("P-06")
+def test_dilation_is_legal_only_when_slaved() -> None:
+    """Later changes are refused, too, and leave everything as it was."""
+    time = started(UNSLAVED)
+    with pytest.raises(ConfigError, match="dilation 1/2 of time that is not slaved"):
+        time.follow(slaved=False, dilation=Fraction(1, 2))
+    with pytest.raises(RangeError, match="dilation is 0"):
+        time.follow(slaved=True, dilation=Fraction(0))
+    passed = started(time_options(tsc="host"))
+    with pytest.raises(ConfigError, match="passed through"):
+        passed.follow(slaved=False)
+    assert (time.slaved, time.dilation, passed.slaved) == (False, Fraction(1), True)
+
+
+@pytest.mark.row("P-19")
+def test_passthrough_and_dilation() -> None:
+    """Asked for together, passthrough is cancelled with a warning, by the option and by a core's frequency."""
+    options = time_options("host", "host", 2)
+    assert (options.passthrough, options.dilation) == (False, Fraction(1, 2))
+    assert words(options) == ["warning: TSC passthrough cancelled: the guest's dilation is 1/2"]
+    slow = started(time_options(tsc="host"), khz=HOST_KHZ // 2)
+    controls = slow.controls(0, after(4))
+    assert (controls.passthrough, controls.traps_rdtsc) == (False, True)
+    assert "TSC passthrough cancelled: the guest's rate is 1/2" in controls.warning
+
+
+@pytest.mark.row("P-18")
+@given(ticks=TICKS, value=st.integers(0, 2**64 - 1))
+def test_hardware_offset(ticks: int, value: int) -> None:
+    """It is guest TSC - host TSC, and 0 in passthrough; RDTSC is trapped if ratio or dilation is not 1, by no seed."""
+    time = started(UNSLAVED)
+    time.write_tsc(0, value)
+    time.advance(0, after(ticks), ticks // 2)
+    offset = (value + ticks // 2 - after(ticks)) % 2**64
+    assert time.controls(0, after(ticks))[:3] == (offset, False, False)
+    assert started(time_options(tsc="host")).controls(0, after(ticks))[:3] == (0, False, True)
+    for options, khz in ((time_options(dilation=3), None), (None, 1000)):
+        assert started(options, khz=khz).controls(0, START).traps_rdtsc
+        assert not started(options, khz=khz, seed=True).controls(0, START).traps_rdtsc
+
+
+@pytest.mark.row("P-07")
+@given(ticks=TICKS)
+def test_start(ticks: int) -> None:
+    """A core begins with 0 cycles at whatever host TSC; the host's uptime never counts, though the seed stamps 0."""
+    time = PalaciosTime(HOST_KHZ, [None, None], options=UNSLAVED)
+    with pytest.raises(StateError, match="enter of core 1: it is not started; it must be out"):
+        time.enter(1, START)
+    time.start(0, START)
+    assert time.cycles(0) == 0
+    assert time.advance(0, after(ticks)) == ticks
+    time.start(0, after(ticks))
+    assert time.advance(0, after(ticks)) == 0
+    assert started(seed=True).advance(0, START) == 0
+    with pytest.raises(RangeError, match="core 2; this VM has cores 0 to 1"):
+        time.start(2, START)
+
+
+@pytest.mark.row("P-09")
+def test_time_that_was_seen_is_not_taken_back() -> None:
+    """A negative offset is legal before the core was in the guest, down to 0; the seed, once unslaved, goes back."""
+    time = started(UNSLAVED)
+    time.offset_time(0, 100)
+    time.offset_time(0, -40)
+    assert time.cycles(0) == 60
+    with pytest.raises(RangeError, match=r"offset_time\(-61\) of core 0 at 60 cycles"):
+        time.offset_time(0, -61)
+    time.enter(0, START)
+    time.exit(0, after(5))
+    with pytest.raises(RangeError, match="not taken back"):
+        time.offset_time(0, -1)
+    seed = started(seed=True)
+    seed.follow(slaved=False)
+    seed.offset_time(0, -1)
+    assert seed.cycles(0) == 2**64 - 1
+
+
+@pytest.mark.row("P-13")
+@pytest.mark.parametrize(("options", "is_seed"), [(TimeOptions(), False), (UNSLAVED, False), (None, True)])
+@given(before=TICKS, paused=TICKS, later=TICKS)
+def test_pause_and_restart(options: TimeOptions | None, is_seed: bool, before: int, paused: int, later: int) -> None:
+    """What passes between them is not the guest's, slaved or not, nor the seed's; calls that cannot be then say so."""
+    time = started(options, seed=is_seed)
+    time.advance(0, after(before))
+    time.pause(0, after(before))
+    with pytest.raises(StateError, match="advance of core 0: it is paused; it must be out or in"):
+        time.advance(0, after(before))
+    time.restart(0, after(before + paused))
+    with pytest.raises(StateError, match="restart of core 0: it is out; it must be paused"):
+        time.restart(0, after(before + paused))
+    assert time.advance(0, after(before + paused + later)) == before + later
+
+
+@pytest.mark.row("P-13")
+def test_the_host_catches_up_by_yielding() -> None:
+    """A guest that ran ahead of its frequency's share is told how long the host must yield; then it is 0."""
+    time = started(UNSLAVED, khz=HOST_KHZ // 2)
+    time.offset_time(0, 51)
+    assert time.ticks_to_yield(0, START) == 102
+    assert [time.ticks_to_yield(0, after(ticks)) for ticks in (101, 102, 10**6)] == [1, 0, 0]
+
+
+@pytest.mark.row("P-20")
+def test_hypercalls() -> None:
+    """0xd000 gives the core's kHz and 0xd001 the host's TSC; the seed knows the first only, and close() leaves none."""
+    seed, decided = started(khz=7, seed=True), started(khz=7)
+    assert [decided.hypercall(0, number, START) for number in (0xD000, 0xD001, 0xD002)] == [7, START, None]
+    assert [seed.hypercall(0, number, START) for number in (0xD000, 0xD001)] == [7, None]
+    decided.close()
+    assert [decided.hypercall(0, number, START) for number in (0xD000, 0xD001)] == [None, None]
+
+
+@pytest.mark.row("P-11", "P-12")
+def test_runs_out_of_order() -> None:
+    """exit() without enter(), enter() twice, and more cycles than fit between them are refused, and change nothing."""
+    time = started(UNSLAVED)
+    with pytest.raises(StateError, match="exit of core 0: it is out; it must be in"):
+        time.exit(0, after(1))
+    time.enter(0, after(1))
+    with pytest.raises(StateError, match="enter of core 0: it is in; it must be out"):
+        time.enter(0, after(2))
+    for cycles in (-1, 10):
+        with pytest.raises(RangeError, match=f"core 0 executed {cycles} host cycles in 9; it can be 0 to 9"):
+            time.exit(0, after(10), cycles)
+    with pytest.raises(RangeError, match="host TSC went backwards or wrapped"):
+        time.exit(0, START)
+    assert time.exit(0, after(10), 9) == 9
+
+
+@pytest.mark.row("P-01", "P-08", "P-11", "P-12")
+@given(khz=KHZ, runs=st.lists(st.tuples(TICKS, TICKS, st.none() | st.fractions(0, 1)), max_size=20))
+def test_unslaved_cycles_are_what_was_executed(khz: int, runs: list[tuple[int, int, Fraction | None]]) -> None:
+    """After any VMM time and runs, told by the TSC or exactly, cycles are the executed ones x ratio."""
+    time, now, executed = started(UNSLAVED, khz=khz), 0, 0
+    for vmm, ticks, part in runs:
+        now += vmm
+        time.enter(0, after(now))
+        now += ticks
+        exact = None if part is None else int(ticks * part)
+        executed += ticks if exact is None else exact
+        assert time.exit(0, after(now), exact) == executed * khz // HOST_KHZ
+
+
+@pytest.mark.row("P-01", "P-02", "P-08")
+@given(
+    khz=KHZ,
+    steps=st.lists(st.tuples(TICKS, st.booleans(), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20),
+)
+def test_cycles_never_decrease(khz: int, steps: list[tuple[int, bool, int, int]]) -> None:
+    """Slaving and dilation change at any time without a step, and cycles are exact: each piece at its own rate."""
+    time, now, cycles, seen = started(khz=khz), 0, Fraction(0), [0]
+    for ticks, slaved, numerator, denominator in steps:
+        dilation = Fraction(numerator, denominator) if slaved else Fraction(1)
+        time.follow(slaved=slaved, dilation=dilation)
+        now += ticks
+        cycles += ticks * dilation * Fraction(khz, HOST_KHZ)
+        seen.append(time.advance(0, after(now)))
+        assert seen[-1] == cycles.__floor__()
+    assert all(earlier <= later for earlier, later in pairwise(seen))
+
+
+@pytest.mark.row("P-08")
+@given(khz=KHZ, factor=st.integers(2, 50), stops=st.lists(TICKS, min_size=1, max_size=20))
+def test_slaved_cycles_are_the_closed_formula(khz: int, factor: int, stops: list[int]) -> None:
+    """However often advanced, cycles are (now - start) x dilation x ratio, VMM time included, rounded down once."""
+    time = started(time_options(dilation=factor), khz=khz)
+    for stop in sorted(stops):
+        time.enter(0, after(stop))
+        assert time.exit(0, after(stop)) == stop * khz // (factor * HOST_KHZ)
