@@ -25,6 +25,9 @@ def open_descriptors() -> list[str]:
 
 def held() -> Held:
     """All of it, at this moment."""
+    for thread in threading.enumerate():
+        if type(thread).__module__ == "rich.live":
+            thread.join(1)  # a progress display tells its thread to end, and does not wait for it
     return Held(open_descriptors(), sorted(thread.name for thread in threading.enumerate()), ram_mappings())
 
 
