@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pvclock.providers.interface import CpuidLeaf
     from pvclock.providers.kvm import KvmFeature
     from pvclock.quantities import Gpa, GuestNs, GuestTsc, HostTsc, RefNs
-    from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
+    from pvclock.readings import Churn, ClockLine, Reading, Reference, Sample, TimeInfo
     from pvclock.tsc import VcpuTsc
 
 __all__ = [
@@ -46,6 +46,8 @@ __all__ = [
     "Backend",
     "SimulatedBackend",
     "HostBackend",
+    "Reference",
+    "Sample",
     "Machine",
     "KvmFeature",
     "CpuidLeaf",
@@ -101,7 +103,7 @@ _HOME = {
     "pvclock.providers.interface": ("CpuidLeaf",),
     "pvclock.providers.kvm": ("KvmFeature",),
     "pvclock.quantities": ("Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs"),
-    "pvclock.readings": ("Churn", "ClockLine", "Reading", "TimeInfo"),
+    "pvclock.readings": ("Churn", "ClockLine", "Reading", "Reference", "Sample", "TimeInfo"),
     "pvclock.tsc": ("VcpuTsc",),
 }
 _HOME_OF = {name: module for module, names in _HOME.items() for name in names}

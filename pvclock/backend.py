@@ -11,18 +11,21 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from operator import index
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from pvclock._counter import Counter, HostCounter, SimulatedCounter
 from pvclock._sampling import sample_clock
 from pvclock.errors import RangeError, TscOffsetNotHonoured
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs
-from pvclock.readings import HostStamps
+from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = [
     "Backend",
     "HostBackend",
+    "CLOCK_GRAIN_NS",
+    "CLOCK_IDS",
     "SimulatedBackend",
+    "bracketed",
     "host_clocksource",
     "host_stamps",
     "measure_tsc_hz",
@@ -31,6 +34,14 @@ __all__ = [
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CURRENT_CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+
+CLOCK_IDS: Final = {
+    Reference.RAW: time.CLOCK_MONOTONIC_RAW,
+    Reference.MONOTONIC: time.CLOCK_MONOTONIC,
+    Reference.REALTIME: time.CLOCK_REALTIME,
+}
+CLOCK_GRAIN_NS: Final = 1
+"""Linux's clocks are cut to whole ns."""
 
 
 class Backend(Protocol):
@@ -52,8 +63,8 @@ class Backend(Protocol):
     def kernel_features(self) -> int:
         """KVM feature bits (CPUID 0x40000001 EAX) that the host kernel serves beside the engine."""
 
-    def realtime(self) -> tuple[HostTsc, int]:
-        """One instant as host TSC and as ns of UTC since 1970."""
+    def sample(self, reference: Reference) -> Sample:
+        """One instant on the counter and on a clock of the host."""
 
     def stamps(self) -> HostStamps:
         """One instant on all host clocks."""
@@ -122,9 +133,10 @@ class SimulatedBackend:
         self.ref_ns = RefNs(self.ref_ns + ns)
         self.realtime_ns += ns
 
-    def realtime(self) -> tuple[HostTsc, int]:
-        """See Backend."""
-        return self.tsc, self.realtime_ns
+    def sample(self, reference: Reference) -> Sample:
+        """See Backend: within a tick."""
+        ns = self.realtime_ns if reference is Reference.REALTIME else self.ref_ns
+        return Sample(self.tsc, ns, NS_PER_S / self.tsc_hz)
 
     def stamps(self) -> HostStamps:
         """See Backend."""
@@ -163,14 +175,13 @@ class HostBackend:
         if not 0 < self.tsc_hz < 1 << 64:
             raise RangeError(f"tsc_hz is {tsc_hz}; it must be in [1, 2^64)")
 
-    def realtime(self) -> tuple[HostTsc, int]:
-        """See Backend; true to within half of the narrowest bracket of 8, some 20 ns."""
-        tsc, ns, _ = sample_clock(time.CLOCK_REALTIME)
-        return HostTsc(tsc), ns
+    def sample(self, reference: Reference) -> Sample:
+        """See Backend; some 20 ns are its bound."""
+        return bracketed(reference, self.tsc_hz)
 
     def stamps(self) -> HostStamps:
         """See Backend."""
-        return host_stamps(*self.realtime())
+        return host_stamps(self.sample(Reference.REALTIME))
 
     def run_until(self, tsc: HostTsc) -> None:
         """See Backend: no vCPU runs here, so this waits."""
@@ -194,10 +205,16 @@ def host_clocksource() -> str:
         return "unknown"
 
 
-def host_stamps(tsc: HostTsc, real_ns: int) -> HostStamps:
+def bracketed(reference: Reference, tsc_hz: int) -> Sample:
+    """One instant on this host's TSC and on a clock of it: the narrowest of 8 brackets."""
+    tsc, ns, width_ticks = sample_clock(CLOCK_IDS[reference])
+    return Sample(HostTsc(tsc), ns, width_ticks * NS_PER_S / (2 * tsc_hz) + CLOCK_GRAIN_NS)
+
+
+def host_stamps(real: Sample) -> HostStamps:
     """The rest of an instant of which TSC and time of day are known; CLOCK_MONOTONIC_RAW is read a moment later."""
     raw_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
-    return HostStamps(tsc, RefNs(raw_ns), real_ns, _boot_id())
+    return HostStamps(real.tsc, RefNs(raw_ns), real.ns, _boot_id())
 
 
 def wait_until(counter: Counter, tsc: HostTsc, tsc_hz: int) -> None:

@@ -29,8 +29,8 @@ from pvclock.hostwatch import HostWatch, Trouble
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.published import MAX_AGE_S, PublishedTimeline
 from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, GuestTsc, HostTsc, RefNs
-from pvclock.readings import HostStamps
-from pvclock.timeline import Timeline
+from pvclock.readings import HostStamps, Reference
+from pvclock.timeline import Tempo, Timeline
 from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, VcpuTsc
 from pvclock.tsc_sync import OffsetWrite, repair_plan
 
@@ -161,7 +161,7 @@ class GuestClock(PublishedTimeline):
                     self._provider.name, self._provider.version, self._provider.config, self._provider.save()
                 ),
                 policy=catchup.describe(self.policy),
-                timeline=TimelineState(timeline.at(stamps.tsc), timeline.dilation, self.is_paused),
+                timeline=TimelineState(timeline.at(stamps.tsc), timeline.tempo.dilation, self.is_paused),
                 slew=None if slew_policy is None else SlewState(skew_ns, catchup.describe(slew_policy)),
                 host=HostState(stamps.tsc, self.backend.tsc_hz, stamps.raw_ns, stamps.real_ns, stamps.boot_id),
                 wall_clock_gpa=self._wall_clock_gpa,
@@ -231,8 +231,8 @@ class GuestClock(PublishedTimeline):
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
         self._wall_clock_gpa = gpa
-        tsc, realtime_ns = self.backend.realtime()
-        publish_wall_clock(self.memory, gpa, realtime_ns - self._timeline.at(tsc).__floor__())
+        now = self.backend.sample(Reference.REALTIME)
+        publish_wall_clock(self.memory, gpa, now.ns - self._timeline.at(now.tsc).__floor__())
 
     # Inside
 
@@ -245,7 +245,8 @@ class GuestClock(PublishedTimeline):
     def _take(self, state: ClockState, policy: Policy, slew: Policy | None) -> None:
         """Become the paused clock of `state`, which is sound."""
         host, tsc = state.host, HostTsc(self.backend.counter.read())
-        self._timeline = Timeline(tsc, self.backend.tsc_hz, state.timeline.guest_ns, state.timeline.dilation)
+        tempo = Tempo(state.timeline.dilation)
+        self._timeline = Timeline(tsc, self.backend.tsc_hz, state.timeline.guest_ns, tempo)
         self._timeline.stop(tsc)
         if state.slew is not None and isinstance(slew, Slew | CatchUpTable):
             self._timeline.slew(tsc, state.slew.remaining_ns, slew)
@@ -262,7 +263,7 @@ class GuestClock(PublishedTimeline):
     def _prepare_to_resume(self, tsc: HostTsc, gain_ns: Fraction) -> None:
         """Let restored guests' TSCs go on from where they were, by as much as their clock gains."""
         saved, self._saved_vcpus = self._saved_vcpus, None
-        gain_ticks = int(gain_ns / self._timeline.dilation * self.backend.tsc_hz / NS_PER_S)
+        gain_ticks = int(gain_ns / self.dilation * self.backend.tsc_hz / NS_PER_S)
         for vcpu, state in enumerate(saved or ()):
             core = VcpuTsc(adjust=state.tsc_adjust, aux=state.tsc_aux)
             core.host_write_tsc((state.guest_tsc + gain_ticks) & U64_MASK, tsc)

@@ -20,7 +20,7 @@ from pvclock.errors import GuestAddressError, RangeError, StateError
 from pvclock.events import Event, EventKind, EventLog
 from pvclock.quantities import U64_MASK, Gpa, GuestNs, HostTsc
 from pvclock.readings import Churn, ClockLine, HostStamps, Reading, TimeInfo
-from pvclock.timeline import Timeline
+from pvclock.timeline import Tempo, Timeline
 
 __all__ = ["MAX_AGE_S", "PublishedTimeline", "RunReport"]
 
@@ -104,11 +104,11 @@ class PublishedTimeline:
     @property
     def dilation(self) -> Fraction:
         """Guest seconds in a host second, without any slew."""
-        return self._timeline.dilation
+        return self._timeline.tempo.dilation
 
     @property
     def pace(self) -> Fraction:
-        """The same with what a slew adds or takes now; in effect unless paused."""
+        """The same with what a slew and a discipline add or take now; in effect unless paused."""
         return self._timeline.pace
 
     @property
@@ -153,7 +153,8 @@ class PublishedTimeline:
             raise RangeError(f"dilation {numerator}/{denominator}; two whole numbers from 1 on: dilate(1, 2) halves")
         dilation = Fraction(numerator, denominator)
         with self._changing():
-            self._turn(dilation, self._timeline.boost, EventKind.DILATE, f"dilate({numerator}, {denominator})")
+            tempo = self._timeline.tempo._replace(dilation=dilation)
+            self._turn(tempo, EventKind.DILATE, f"dilate({numerator}, {denominator})")
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
         """Give guest time `target_ns` more than it would have (less, if negative), by running max_ppm off its pace.
@@ -254,7 +255,8 @@ class PublishedTimeline:
         For stress, benchmarks and demonstration.  At least once; the last rate used stays.  A simulated counter stands
         still meanwhile, so `seconds` do not pass on it.
         """
-        rates = [(*self._timeline.rate(dilation), self._timeline.scale(dilation)) for dilation in dilations]
+        tempos = [self._timeline.tempo._replace(dilation=dilation) for dilation in dilations]
+        rates = [(*self._timeline.rate(tempo.pace), self._timeline.scale(tempo.pace)) for tempo in tempos]
         max_ticks = min(seconds * self.backend.tsc_hz, 2**63 - 1)
         with self._lock:
             if self.is_paused or self._timeline.is_slewing:
@@ -262,7 +264,7 @@ class PublishedTimeline:
             self._publish(None)
             line, churn = self._pages.churn(self._line, rates, publishes, int(max_ticks))
             last = (churn.publishes - 1) % len(rates)
-            self._timeline.resume_from(line, dilations[last])
+            self._timeline.resume_from(line, tempos[last])
             self._line, self._scale = line, rates[last][2]
             self._pages.mark_dirty()
         return churn
@@ -306,14 +308,14 @@ class PublishedTimeline:
     def _missed_ns(self, tsc: HostTsc) -> Fraction:
         """Guest time that would have passed since the pause, by the best clock that ran through it."""
         assert self._stopped_at is not None  # noqa: S101  # the caller's condition
-        host_ns = self._timeline.host_ns_between(self._stopped_at.tsc, tsc)
+        host_ns = self._timeline.missed_at(tsc)
         if self._came_from_elsewhere:
             now = self.backend.stamps()
             if now.boot_id is not None and now.boot_id == self._stopped_at.boot_id:
                 host_ns = Fraction(now.raw_ns - self._stopped_at.raw_ns)
             else:
                 host_ns = Fraction(now.real_ns - self._stopped_at.real_ns)
-        return host_ns * self._timeline.dilation
+        return host_ns * self._timeline.tempo.dilation
 
     def _jump(self, ns: int, kind: EventKind, why: str) -> None:
         tsc = HostTsc(self.backend.counter.read())
@@ -332,21 +334,21 @@ class PublishedTimeline:
     def _go_on_slewing(self, kind: EventKind | None = None, why: str = "") -> None:
         tsc = HostTsc(self.backend.counter.read())
         boost = self._timeline.plan(tsc)
-        if kind is None and boost != self._timeline.boost:
+        if kind is None and boost != self._timeline.tempo.boost:
             kind, why = EventKind.SLEW, f"{round(self._timeline.skew_at(tsc))} ns are left"
-        self._turn(self._timeline.dilation, boost, kind, why)
+        self._turn(self._timeline.tempo._replace(boost=boost), kind, why)
         if boost == 0:
             left = self._timeline.end_slew()
             self._record(EventKind.SLEW_END, f"{float(left):.3f} ns of it are left undone", tsc, self._moment(tsc))
 
-    def _turn(self, dilation: Fraction, boost: Fraction, kind: EventKind | None, why: str) -> None:
-        """Go on at another rate; unchanged ones are only published."""
-        unchanged = (dilation, boost) == (self._timeline.dilation, self._timeline.boost)
-        scale = self._timeline.scale(dilation * (1 + boost))
+    def _turn(self, tempo: Tempo, kind: EventKind | None, why: str) -> None:
+        """Go on at another rate; an unchanged one is only published."""
+        unchanged = tempo == self._timeline.tempo
+        scale = self._timeline.scale(tempo.pace)
         tsc = HostTsc(self.backend.counter.read()) if self.is_paused else self._publish(None, scale)
         before = self._moment(tsc)
         if not unchanged:
-            self._timeline.turn(tsc, dilation, boost)
+            self._timeline.turn(tsc, tempo)
             self._take_segment()
         if not self.is_paused:
             self._pages.mark_dirty()

@@ -5,11 +5,31 @@ Field names are the ABI's where the ABI has one.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import NamedTuple
 
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc, RefNs
 
-__all__ = ["Churn", "ClockLine", "HostStamps", "Reading", "TimeInfo"]
+__all__ = ["Churn", "ClockLine", "HostStamps", "Reading", "Reference", "Sample", "TimeInfo"]
+
+
+class Reference(StrEnum):
+    """A clock of the host that guest time can follow."""
+
+    RAW = "raw"
+    """CLOCK_MONOTONIC_RAW: the host's oscillator, as its kernel counts it."""
+    MONOTONIC = "monotonic"
+    """CLOCK_MONOTONIC: the same, slewed by NTP or PTP."""
+    REALTIME = "realtime"
+    """CLOCK_REALTIME: UTC, slewed and stepped."""
+
+
+class Sample(NamedTuple):
+    """One instant on the host TSC and on a reference clock (ns): the clock is at most bound_ns from what is said."""
+
+    tsc: HostTsc
+    ns: int
+    bound_ns: float
 
 
 class TimeInfo(NamedTuple):

@@ -7,7 +7,7 @@ the page, where the guest's own integer arithmetic does it.  No clock is read an
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Final
+from typing import Final, NamedTuple
 
 from pvclock._core import ClockScale
 from pvclock.catchup import PPM, CatchUpTable, Slew
@@ -15,7 +15,7 @@ from pvclock.errors import RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc
 from pvclock.readings import ClockLine
 
-__all__ = ["STRETCH_S", "Timeline"]
+__all__ = ["STRETCH_S", "Tempo", "Timeline"]
 
 DENOMINATOR_BITS: Final = 1024
 """Rates without a common term would make the denominator grow for ever; beyond this, 2^-1024 ns is lost at a turn."""
@@ -27,50 +27,53 @@ SLOWEST: Final = Fraction(1, 2)
 """A clock that is ahead loses at most this part of its pace, whatever its policy would allow."""
 
 
-class Timeline:
-    """Guest time as a function of host TSC: from `tsc` on, at the host's nominal rate.
+class Tempo(NamedTuple):
+    """How fast guest time passes.
 
-    `dilation` is how many guest seconds pass in a host second; `pace` is the same with what a slew adds or takes.
+    dilation: guest seconds in a host second.  boost: by which part of that a slew makes the clock faster now, or slower
+    if negative.  correction: by which part the host's nominal rate is wrong, as a discipline found.
     """
 
-    def __init__(self, tsc: HostTsc, tsc_hz: int, ns: Fraction = Fraction(0), dilation: Fraction = Fraction(1)) -> None:
+    dilation: Fraction = Fraction(1)
+    boost: Fraction = Fraction(0)
+    correction: Fraction = Fraction(0)
+
+    @property
+    def pace(self) -> Fraction:
+        """Guest seconds in a nominal host second."""
+        return self.dilation * (1 + self.correction + self.boost)
+
+
+class Timeline:
+    """Guest time as a function of host TSC: from `tsc` on, at the host's nominal rate."""
+
+    def __init__(self, tsc: HostTsc, tsc_hz: int, ns: Fraction = Fraction(0), tempo: Tempo | None = None) -> None:
         self.tsc_hz = tsc_hz
         self._tsc = tsc
         self._ns = ns
-        self._dilation = dilation
-        self._running = True
+        self._host_ns = Fraction(0)  # at _tsc
+        self._stopped_host_ns: Fraction | None = None
+        self._tempo = Tempo() if tempo is None else tempo
         self._slew: Slew | CatchUpTable | None = None
         self._skew_ns = Fraction(0)  # to be slewed in from _tsc on
-        self._boost = Fraction(0)  # of the dilation
-        self._correction = Fraction(0)  # of the dilation, too: what a discipline found
         self._stretch_end: HostTsc | None = None
 
     # What time it is
 
     @property
-    def dilation(self) -> Fraction:
-        """Guest seconds in a host second, without any slew."""
-        return self._dilation
-
-    @property
-    def boost(self) -> Fraction:
-        """By which part of the dilation a slew makes the clock faster now, or slower if negative."""
-        return self._boost
-
-    @property
-    def correction(self) -> Fraction:
-        """By which part of the dilation a discipline corrects the host's nominal rate."""
-        return self._correction
+    def tempo(self) -> Tempo:
+        """How fast guest time passes while the clock runs."""
+        return self._tempo
 
     @property
     def pace(self) -> Fraction:
         """Guest seconds in a nominal host second, in effect while the clock runs."""
-        return self._dilation * (1 + self._correction + self._boost)
+        return self._tempo.pace
 
     @property
     def is_running(self) -> bool:
         """False between stop() and start()."""
-        return self._running
+        return self._stopped_host_ns is None
 
     @property
     def slew_policy(self) -> Slew | CatchUpTable | None:
@@ -84,11 +87,19 @@ class Timeline:
 
     def at(self, tsc: HostTsc) -> Fraction:
         """Guest time in ns at host TSC `tsc`, exactly; before the segment's beginning it stands still."""
-        return self._ns + self._host_ns(tsc) * self.pace
+        return self._ns + self._run_ns(tsc) * self.pace
+
+    def host_at(self, tsc: HostTsc) -> Fraction:
+        """Host time in ns since this timeline began, corrected as its rate was at the time; it never stops."""
+        return self._host_ns + self.host_ns_between(self._tsc, tsc) * (1 + self._tempo.correction)
+
+    def missed_at(self, tsc: HostTsc) -> Fraction:
+        """Host time in ns since stop(); negative if the TSC went back, 0 while the clock runs."""
+        return Fraction(0) if self._stopped_host_ns is None else self.host_at(tsc) - self._stopped_host_ns
 
     def skew_at(self, tsc: HostTsc) -> Fraction:
         """What is still to be slewed in at host TSC `tsc`, in ns of guest time; negative for a clock that is ahead."""
-        return self._skew_ns - self._host_ns(tsc) * self._dilation * self._boost
+        return self._skew_ns - self._run_ns(tsc) * self._tempo.dilation * self._tempo.boost
 
     def host_ns_between(self, begin: HostTsc, end: HostTsc) -> Fraction:
         """Nominal host time from one TSC to another in ns; negative if the TSC went back."""
@@ -102,40 +113,38 @@ class Timeline:
 
     # What changes it
 
-    def turn(self, tsc: HostTsc, dilation: Fraction, boost: Fraction = Fraction(0)) -> None:
-        """Begin a segment at `tsc`, where the old one ends, with another rate."""
+    def turn(self, tsc: HostTsc, tempo: Tempo) -> None:
+        """Begin a segment at `tsc`, where the old one ends, at another rate."""
         self._ns, self._skew_ns = _bounded(self.at(tsc)), _bounded(self.skew_at(tsc))
-        if dilation != self._dilation:
+        self._host_ns = _bounded(self.host_at(tsc))
+        if tempo.dilation != self._tempo.dilation:
             self._stretch_end = None  # it was reckoned for the other rate
-        self._tsc, self._dilation, self._boost = tsc, dilation, boost
-
-    def correct(self, tsc: HostTsc, correction: Fraction) -> None:
-        """Begin a segment at `tsc` at the same dilation and boost, of a host whose nominal rate is off by that much."""
-        self.turn(tsc, self._dilation, self._boost)
-        self._correction = correction
+        self._tsc, self._tempo = tsc, tempo
 
     def stop(self, tsc: HostTsc) -> None:
         """Let time stand still from `tsc` on."""
-        self.turn(tsc, self._dilation, self._boost)
-        self._running = False
+        self.turn(tsc, self._tempo)
+        self._stopped_host_ns = self._host_ns
 
     def start(self, tsc: HostTsc) -> None:
         """Let time go on from where it stands, from `tsc` on."""
-        self._tsc, self._running, self._stretch_end = tsc, True, None
+        self.turn(tsc, self._tempo)
+        self._stopped_host_ns = self._stretch_end = None
 
     def jump(self, ns: Fraction) -> None:
         """Put the clock forward by `ns`, now and for ever."""
         self._ns += ns
 
-    def resume_from(self, line: ClockLine, dilation: Fraction) -> None:
+    def resume_from(self, line: ClockLine, tempo: Tempo) -> None:
         """Begin a segment at the anchor of `line`, to which C code has carried this timeline."""
-        self._ns, self._tsc, self._dilation = line.ns + Fraction(line.rem, line.den), line.tsc, dilation
+        self._host_ns = _bounded(self.host_at(line.tsc))
+        self._ns, self._tsc, self._tempo = line.ns + Fraction(line.rem, line.den), line.tsc, tempo
 
     # Slewing
 
     def slew(self, tsc: HostTsc, ns: Fraction, policy: Slew | CatchUpTable) -> None:
         """Owe the guest `ns` more (less, if negative) than it has, from `tsc` on, worked off as `policy` says."""
-        self.turn(tsc, self._dilation, self._boost)
+        self.turn(tsc, self._tempo)
         self._skew_ns += ns
         self._slew, self._stretch_end = policy, None
 
@@ -149,16 +158,16 @@ class Timeline:
         if self._slew is None or self._slew.is_done(skew):
             return Fraction(0)
         if self._stretch_end is not None and self.host_ns_between(tsc, self._stretch_end) > 0:
-            return self._boost
+            return self._tempo.boost
         most = Fraction(self._slew.ppm(skew), PPM)
         if skew < 0:
             most = min(most, SLOWEST)
-        needed_s = abs(skew) / (self._dilation * most * NS_PER_S)
+        needed_s = abs(skew) / (self._tempo.dilation * most * NS_PER_S)
         boost = most
         if needed_s <= STRETCH_S:
             self._stretch_end = HostTsc((tsc + STRETCH_S * self.tsc_hz) & U64_MASK)
             boost = most * needed_s / STRETCH_S
-        parts = (boost * NS_PER_S).__floor__()  # of 10^9: rates must fit the page's arithmetic
+        parts = (boost * NS_PER_S).__floor__()  # of 10^9: short fractions stay short over many turns
         return Fraction(parts if skew > 0 else -parts, NS_PER_S)
 
     def end_slew(self) -> Fraction:
@@ -176,12 +185,20 @@ class Timeline:
         return ClockLine(self._tsc, GuestNs(ns & U64_MASK), rem, num, den)
 
     def rate(self, pace: Fraction) -> tuple[int, int]:
-        """(num, den) of the ns in a tick at `pace`, both widened to fill 64 bits; RangeError if they cannot."""
-        num, den = (pace * NS_PER_S / self.tsc_hz).as_integer_ratio()
+        """(num, den) of the ns in a tick at `pace`, with terms that fill 64 bits; RangeError for what no page can show.
+
+        Terms that need more bits are cut: the rate is then slower by 2^-63 ns a tick at most, or by 2^-63 of itself.
+        """
+        rate = pace * NS_PER_S / self.tsc_hz
+        num, den = rate.as_integer_ratio()
         spare_bits = 64 - max(num.bit_length(), den.bit_length())
-        if num <= 0 or spare_bits < 0:
-            raise RangeError(f"dilation {pace}: it must be positive, and its terms below 2^64 / {self.tsc_hz}")
-        return num << spare_bits, den << spare_bits
+        if spare_bits >= 0 < num:
+            return num << spare_bits, den << spare_bits
+        den_bits = 63 - max(rate.__floor__().bit_length() - 1, 0)
+        num = (rate * 2**den_bits).__floor__() if den_bits >= 0 else 0
+        if num <= 0:
+            raise RangeError(f"pace {float(pace):.3g}: no page can show {float(rate):.3g} ns a tick")
+        return num, 1 << den_bits
 
     def scale(self, pace: Fraction) -> ClockScale:
         """What the page shows: Linux's pair at the nominal rate, and never faster than the timeline.
@@ -190,9 +207,9 @@ class Timeline:
         """
         return ClockScale.from_rate(*self.rate(pace))
 
-    def _host_ns(self, tsc: HostTsc) -> Fraction:
-        """Host time in ns since the segment began, while it runs."""
-        return max(self.host_ns_between(self._tsc, tsc), Fraction(0)) if self._running else Fraction(0)
+    def _run_ns(self, tsc: HostTsc) -> Fraction:
+        """Nominal host time in ns since the segment began, while it runs."""
+        return max(self.host_ns_between(self._tsc, tsc), Fraction(0)) if self.is_running else Fraction(0)
 
 
 def _bounded(ns: Fraction) -> Fraction:

@@ -17,7 +17,7 @@ from pvclock._counter import Counter, SimulatedCounter
 from pvclock.backend import Backend
 from pvclock.errors import RangeError, StateError
 from pvclock.quantities import U64_MASK, HostTsc
-from pvclock.readings import HostStamps
+from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = ["UnslavedBackend"]
 
@@ -141,9 +141,9 @@ class UnslavedBackend:
         """See Backend."""
         return self.inner.kernel_features
 
-    def realtime(self) -> tuple[HostTsc, int]:
-        """See Backend: the time of day is the host's, and goes on while the guest does not execute."""
-        return HostTsc(self.counter.read()), self.inner.realtime()[1]
+    def sample(self, reference: Reference) -> Sample:
+        """See Backend: the clock is the host's, and goes on while the guest does not execute."""
+        return self.inner.sample(reference)._replace(tsc=HostTsc(self.counter.read()))
 
     def stamps(self) -> HostStamps:
         """See Backend: `tsc` is in executed ticks, all else is the host's."""

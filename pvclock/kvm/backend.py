@@ -6,14 +6,21 @@ import time
 from collections.abc import Callable
 
 from pvclock._counter import Counter, HostCounter, KernelTimeCounter
-from pvclock._sampling import sample_clock
-from pvclock.backend import Backend, host_clocksource, host_stamps, wait_until
+from pvclock.backend import (
+    CLOCK_GRAIN_NS,
+    CLOCK_IDS,
+    Backend,
+    bracketed,
+    host_clocksource,
+    host_stamps,
+    wait_until,
+)
 from pvclock.errors import TscOffsetNotHonoured
 from pvclock.kvm._ioctls import Kvm, Vcpu
 from pvclock.kvm.runner import Runner
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
-from pvclock.quantities import U64_MASK, HostTsc
-from pvclock.readings import HostStamps
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
+from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = ["KvmBackend", "SteeredTscBackend", "kvm_backend"]
 
@@ -68,14 +75,13 @@ class KvmBackend(_VcpusOfRunner):
         self.tsc_stable = host_clocksource() == "tsc"
         self._honours_tsc_offset = honours_tsc_offset
 
-    def realtime(self) -> tuple[HostTsc, int]:
-        """See Backend; true to within half of the narrowest bracket of 8, some 20 ns."""
-        tsc, ns, _ = sample_clock(time.CLOCK_REALTIME, SAMPLES)
-        return HostTsc(tsc), ns
+    def sample(self, reference: Reference) -> Sample:
+        """See Backend; some 20 ns are its bound."""
+        return bracketed(reference, self.tsc_hz)
 
     def stamps(self) -> HostStamps:
         """See Backend."""
-        return host_stamps(*self.realtime())
+        return host_stamps(self.sample(Reference.REALTIME))
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """See Backend.  For a vCPU that is out of the guest; a host without offsets has offset 0 and no other."""
@@ -107,13 +113,16 @@ class SteeredTscBackend(_VcpusOfRunner):
         self._host_counter = HostCounter()
         self._offsets: dict[int, int] = {}
 
-    def realtime(self) -> tuple[HostTsc, int]:
-        """See Backend; true to within the narrowest bracket of 8."""
-        return min((self._bracket(time.time_ns) for _ in range(SAMPLES)), key=lambda it: it[2])[:2]
+    def sample(self, reference: Reference) -> Sample:
+        """See Backend; within half of the narrowest bracket of 8, some 100 ns."""
+        clock_id = CLOCK_IDS[reference]
+        brackets = (self._bracket(lambda: time.clock_gettime_ns(clock_id)) for _ in range(SAMPLES))
+        tsc, ns, width_ticks = min(brackets, key=lambda it: it[2])
+        return Sample(tsc, ns, width_ticks * NS_PER_S / (2 * self.tsc_hz) + CLOCK_GRAIN_NS)
 
     def stamps(self) -> HostStamps:
         """See Backend."""
-        return host_stamps(*self.realtime())
+        return host_stamps(self.sample(Reference.REALTIME))
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """See Backend.  For a vCPU that is out of the guest; its TSC can be put forward, not back."""

@@ -15,7 +15,7 @@ from pvclock.errors import StateError
 from pvclock.machine.machine import Machine
 from pvclock.payloads import clockprobe, probe
 from pvclock.quantities import NS_PER_S
-from pvclock.readings import Churn, TimeInfo
+from pvclock.readings import Churn, Reference, TimeInfo
 
 __all__ = [
     "STORM_DILATIONS",
@@ -168,8 +168,8 @@ def storm(
 def _host_epoch_ns(machine: Machine) -> int:
     """UTC at guest time 0, in ns, by the host's clocks."""
     if machine.clock is not None:
-        tsc, realtime_ns = machine.clock.backend.realtime()
-        return realtime_ns - machine.clock.at(tsc).__floor__()
+        real = machine.clock.backend.sample(Reference.REALTIME)
+        return real.ns - machine.clock.at(real.tsc).__floor__()
     now = machine.vm.get_clock()
     if now["realtime"]:
         return now["realtime"] - now["clock"]

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import pvclock.commands
-from pvclock import ClockScale, GuestClock, HostTsc, StateError
+from pvclock import ClockScale, GuestClock, Reference, Sample, StateError
 from pvclock.backend import host_clocksource
 from pvclock.kvm.backend import KvmBackend, SteeredTscBackend
 from pvclock.machine.observation import Observation, observe
@@ -100,24 +100,24 @@ def test_wrong_wall_clock_is_named(monkeypatch: pytest.MonkeyPatch, trio: tuple[
         patch.setattr(GuestClock, "write_wall_clock", late_record)
         assert wrong_rows(compare(see_engine(), kernel, qemu)) == ["wall clock"]
     for backend in (KvmBackend, SteeredTscBackend):
-        monkeypatch.setattr(backend, "realtime", two_ms_late(backend.realtime))
+        monkeypatch.setattr(backend, "sample", two_ms_late(backend.sample))
     assert wrong_rows(compare(see_engine(), kernel, qemu)) == ["wall clock"]
 
 
-def two_ms_late(realtime: Callable[..., tuple[HostTsc, int]]) -> Callable[..., tuple[HostTsc, int]]:
-    """A backend's realtime() that takes it to be later than it is."""
+def two_ms_late(sample: Callable[..., Sample]) -> Callable[..., Sample]:
+    """A backend's sample() that takes it to be later than it is."""
 
-    def late(self: object) -> tuple[HostTsc, int]:
-        tsc, ns = realtime(self)
-        return tsc, ns + 2_000_000
+    def late(self: object, reference: Reference) -> Sample:
+        true = sample(self, reference)
+        return true._replace(ns=true.ns + 2_000_000)
 
     return late
 
 
 def late_record(self: GuestClock, gpa: int) -> None:
     """GuestClock.write_wall_clock, 2 ms late."""
-    tsc, realtime_ns = self.backend.realtime()
-    sec, nsec = divmod(realtime_ns - int(self.at(tsc)) - 2_000_000, 10**9)
+    real = self.backend.sample(Reference.REALTIME)
+    sec, nsec = divmod(real.ns - int(self.at(real.tsc)) - 2_000_000, 10**9)
     self.memory.write(gpa, b"".join(word.to_bytes(4, "little") for word in (2, sec, nsec)))
 
 

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pvclock import ConfigError, GuestClock, GuestMemory, HostBackend, RangeError, SimulatedBackend, StateError
+from pvclock import (
+    ConfigError,
+    GuestClock,
+    GuestMemory,
+    HostBackend,
+    RangeError,
+    Reference,
+    SimulatedBackend,
+    StateError,
+)
 from tests import oracle
 from tests.unit.clocks import MAX_AGE_NS, NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
 
@@ -212,7 +221,7 @@ def test_simulated_time_moves_exactly() -> None:
         backend.advance(ns=1_000_001)
     assert (backend.tsc, backend.ref_ns) == (1_000_001_000 * 2_596_132_000 // NS_PER_S, 1_000_001_000)
     backend.tsc = backend.tsc + 5
-    assert backend.realtime() == (backend.tsc, 1_000_001_000)
+    assert backend.sample(Reference.REALTIME)[:2] == (backend.tsc, 1_000_001_000)
     with pytest.raises(RangeError, match="forwards"):
         backend.advance(ns=-1)
     for tsc_hz in (0, -5):
