@@ -30,7 +30,7 @@ READS = 10**8
 PUBLISHES_PER_SECOND = 10**5
 PART_OF_ALONE = 0.1
 """Where the CPU is emulated, the publisher does what it can: at least this part of what it reaches alone."""
-MOST_STORMS = 8
+MOST_STORMS = 30
 
 
 def engine_of(machine: Machine) -> GuestClock:
