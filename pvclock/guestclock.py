@@ -23,13 +23,15 @@ from pvclock.clockstate import (
     TimelineState,
     VcpuState,
 )
+from pvclock.disciplined import OFF, DisciplinedTimeline
 from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNotHonoured
 from pvclock.events import EventKind
 from pvclock.hostwatch import HostWatch, Trouble
 from pvclock.providers.interface import CpuidLeaf
-from pvclock.published import MAX_AGE_S, PublishedTimeline
+from pvclock.published import MAX_AGE_S
 from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, GuestTsc, HostTsc, RefNs
 from pvclock.readings import HostStamps, Reference
+from pvclock.sampling import SampleSource
 from pvclock.timeline import Tempo, Timeline
 from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, VcpuTsc
 from pvclock.tsc_sync import OffsetWrite, repair_plan
@@ -37,12 +39,12 @@ from pvclock.tsc_sync import OffsetWrite, repair_plan
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
 
 
-class GuestClock(PublishedTimeline):
+class GuestClock(DisciplinedTimeline):
     """The clock of one VM; guest time 0 is now.
 
     memory, vcpus: the VM's.  provider: "KVM" or "None", with its options as keywords (`features`, `enforce_cpuid`).
-    tsc_offset: ticks added to the host's TSC on every vCPU.  offer_tsc_adjust, offer_invariant_tsc: what patch_cpuid()
-    shows; a guest with an invariant TSC prefers its TSC to this clock.
+    reference: see follow().  tsc_offset: ticks added to the host's TSC on every vCPU.  offer_tsc_adjust,
+    offer_invariant_tsc: what patch_cpuid() shows; a guest with an invariant TSC prefers its TSC to this clock.
 
     Thread-safety: all methods may be called from any thread, vCPU threads included; a vCPU's own `write_msr` must come
     while that vCPU is out of the guest, as it is after the exit.
@@ -55,6 +57,7 @@ class GuestClock(PublishedTimeline):
         provider: str = "KVM",
         *,
         backend: Backend,
+        reference: Reference | str | SampleSource = OFF,
         tsc_offset: int = 0,
         offer_tsc_adjust: bool = True,
         offer_invariant_tsc: bool = False,
@@ -74,6 +77,7 @@ class GuestClock(PublishedTimeline):
         for vcpu in range(vcpus):
             backend.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
             self._pages.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
+        self.follow(reference)
 
     # The guest's side
 
@@ -204,14 +208,18 @@ class GuestClock(PublishedTimeline):
         on_schedule=False after a pause: the time since the last look is no stall then.
         """
         troubles = watch.look(on_schedule=on_schedule)
+        self.note(troubles, host_trusted=watch.tsc_stable)
+        return troubles
+
+    def note(self, troubles: list[Trouble], *, host_trusted: bool) -> None:
+        """As heed(), of what a look that serves several clocks has found."""
         with self._changing():
             for trouble in troubles:
                 tsc = HostTsc(self.backend.counter.read())
                 self._record(EventKind(trouble.kind), trouble.why, tsc, self._moment(tsc))
-            if self._host_trusted != watch.tsc_stable:
-                self._host_trusted = watch.tsc_stable
+            if self._host_trusted != host_trusted:
+                self._host_trusted = host_trusted
                 self._republish(None)
-        return troubles
 
     def tsc(self, vcpu: int) -> VcpuTsc:
         """A copy of vCPU's TSC state."""

@@ -116,8 +116,8 @@ def _time_rows(trio: Trio) -> Iterable[Check]:
         "wall clock",
         lambda it: f"{_wall_clock_error_ns(it) / 1e3:+.1f} us",
         f"record + guest's time against CLOCK_REALTIME, within {WALL_CLOCK_LIMIT_NS / 1e6:g} ms: NTP may slew the host "
-        f"by 500 ppm meanwhile.  The kernel's own up to {EARLY_EPOCH_LIMIT_NS / 1e6:g} ms early: it may read two clocks "
-        "at two instants",
+        f"by 500 ppm meanwhile.  The kernel's own up to {EARLY_EPOCH_LIMIT_NS / 1e6:g} ms early: it may read two "
+        "clocks at two instants",
         ok=max(map(abs, (engine, *(max(error, 0) for error in kernels)))) <= WALL_CLOCK_LIMIT_NS
         and min(kernels) >= -EARLY_EPOCH_LIMIT_NS,
     )

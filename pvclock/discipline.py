@@ -1,0 +1,162 @@
+"""What rate lets a clock follow a reference: found from samples, corrected only on evidence, and never by a step.
+
+A reference is believed while its samples lie on a line.  A sample that does not is left out; some in a row that go
+together mean that the reference has changed its rate or was set: the clock then follows the new line, as fast as
+`max_ppm` lets it.  While samples make no sense the clock keeps the rate that it had.  Pure: samples are handed in.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from fractions import Fraction
+from typing import Final, NamedTuple
+
+from pvclock.errors import RangeError
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
+from pvclock.readings import Sample
+from pvclock.sampling import LEAST_BOUND_NS, Baseline, Point, Rate
+
+__all__ = ["MAX_PPM", "Discipline", "Steering", "SteeringState"]
+
+MAX_PPM: Final = 500
+"""What a kernel's NTP slews by at most (Linux MAXFREQ)."""
+
+PPM: Final = 10**6
+GRAIN: Final = 2**50
+"""Corrections are whole 2^-50ths: 10^-6 ppb."""
+
+HORIZON_S: Final = 2
+"""An error is to be gone after so long, or two intervals between samples: whoever ticks that often never overshoots."""
+
+RATE_SAMPLES: Final = 3
+STEP_SAMPLES: Final = 4
+"""So many samples in a row must go together to be believed, if the reference has changed its rate or has been set."""
+
+
+class SteeringState(StrEnum):
+    """How well a clock follows its reference."""
+
+    LEARNING = "learning"
+    """One sample: there is no rate yet."""
+    LOCKED = "locked"
+    """Within the samples' bound."""
+    SLEWING = "slewing"
+    """On its way there, at max_ppm or slower."""
+    HOLDOVER = "holdover"
+    """The reference makes no sense at present; the clock keeps its rate."""
+
+
+class Steering(NamedTuple):
+    """What a discipline made of a sample.
+
+    correction: by which part the clock is to be faster than the host's nominal rate.  rate: the reference's, against
+    nominal.  error_ns: how far the clock was behind the reference at the sample, in host time, and bound_ns how far
+    that can be from the truth.
+    """
+
+    state: SteeringState
+    correction: Fraction
+    rate: Rate
+    error_ns: float
+    bound_ns: float
+
+
+class Discipline:
+    """Makes host time follow a reference from the first sample on, as far as it is right at that one.
+
+    tsc_hz: the nominal rate.  max_ppm: the correction's bound; a reference further off than that is never believed.
+    correction: what is in effect now.
+    """
+
+    def __init__(self, tsc_hz: int, max_ppm: float = MAX_PPM, correction: Fraction = Fraction(0)) -> None:
+        if not 0 < max_ppm < PPM:
+            raise RangeError(f"max_ppm is {max_ppm}; above 0 and below {PPM}")
+        self.max_ppm = max_ppm
+        self._tsc_hz = tsc_hz
+        self._most = max_ppm / PPM
+        self._correction = correction
+        self._rate = float(correction)
+        self._baseline = self._no_points()
+        self._suspects = self._no_points()  # the last points, which the baseline does not allow
+        self._is_lost = False  # and which did not go together, either
+        self._state = SteeringState.LEARNING
+        self._begin: tuple[int, Fraction] | None = None  # reference and host time, in ns, taken as the same
+        self._tsc = HostTsc(0)  # of the last sample
+        self._ticks = 0  # to it from the beginning
+
+    def steer(self, sample: Sample, host_ns: Fraction) -> Steering:
+        """What correction is due, now that the reference is known at one more instant, where the clock is at host_ns.
+
+        host_ns: from any origin, and corrected since as this has said.
+        """
+        interval_ns = self._advance(sample, host_ns)
+        point, ahead_ns = self._against_nominal(sample, host_ns)
+        if interval_ns > 0 or not self._baseline.points:
+            self._take(point)
+        deviation_ns, bound_ns = self._baseline.deviation_at(point.nominal_ns, self._rate)
+        error_ns = deviation_ns - ahead_ns
+        self._state = self._judged(error_ns, point.bound_ns)
+        if self._state is not SteeringState.LEARNING:
+            target = self._rate
+            if self._state is SteeringState.SLEWING:
+                target += error_ns / max(2 * interval_ns, HORIZON_S * NS_PER_S)
+            self._correction = Fraction(int(min(max(target, -self._most), self._most) * GRAIN), GRAIN)
+        return Steering(self._state, self._correction, self._rate_found(), error_ns, bound_ns)
+
+    # Inside
+
+    def _advance(self, sample: Sample, host_ns: Fraction) -> float:
+        """Go on to the sample's instant; returns the ns since the last one.  A TSC that went back is a beginning."""
+        ticks = (sample.tsc - self._tsc) & U64_MASK
+        if self._begin is None or ticks > U64_MASK // 2:
+            self._baseline, self._suspects, self._is_lost = self._no_points(), self._no_points(), False
+            self._begin, self._ticks, ticks = (sample.ns, host_ns), 0, 0
+        self._tsc = sample.tsc
+        self._ticks += ticks
+        return ticks * NS_PER_S / self._tsc_hz
+
+    def _against_nominal(self, sample: Sample, host_ns: Fraction) -> tuple[Point, float]:
+        """The reference against nominal time from the beginning on, and by how much the clock is ahead of that."""
+        assert self._begin is not None  # noqa: S101  # as _advance() leaves it
+        begin_ns, begin_host_ns = self._begin
+        nominal_ns = Fraction(self._ticks * NS_PER_S, self._tsc_hz)
+        deviation_ns = float(sample.ns - begin_ns - nominal_ns)
+        point = Point(float(nominal_ns), deviation_ns, max(sample.bound_ns, LEAST_BOUND_NS))
+        return point, float(host_ns - begin_host_ns - nominal_ns)
+
+    def _take(self, point: Point) -> None:
+        """Learn from a point.  The rate that is held is kept until it is impossible: a guess is no reason to turn."""
+        if self._baseline.admit(point):
+            self._suspects, self._is_lost = self._no_points(), False
+        else:
+            if not self._suspects.admit(point):
+                self._suspects, self._is_lost = self._no_points(), True
+                self._suspects.admit(point)
+            if len(self._suspects.points) >= (RATE_SAMPLES if self._has_turned() else STEP_SAMPLES):
+                self._suspects.extend_back(self._baseline.points)
+                self._baseline, self._suspects, self._is_lost = self._suspects, self._no_points(), False
+        if len(self._baseline.points) > 1 and not self._baseline.allows(self._rate):
+            self._rate = self._baseline.rate.value
+
+    def _has_turned(self) -> bool:
+        """Can the reference have come to the first suspect by its rate alone, without having been set?"""
+        way = self._no_points()
+        way.admit(self._baseline.points[-1])
+        return way.admit(self._suspects.points[0])
+
+    def _no_points(self) -> Baseline:
+        return Baseline(self._most)
+
+    def _judged(self, error_ns: float, bound_ns: float) -> SteeringState:
+        """The state with that error.  A clock that slews goes well into the bound, to stay there for a while."""
+        if self._is_lost:
+            return SteeringState.HOLDOVER
+        if len(self._baseline.points) < 2:
+            return SteeringState.LEARNING
+        tolerated_ns = bound_ns / 4 if self._state is SteeringState.SLEWING else bound_ns
+        return SteeringState.SLEWING if abs(error_ns) > tolerated_ns else SteeringState.LOCKED
+
+    def _rate_found(self) -> Rate:
+        """The rate that is held, and how far the true one can be from it."""
+        middle = self._baseline.rate
+        return Rate(self._rate, middle.bound + abs(middle.value - self._rate))

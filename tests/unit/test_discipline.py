@@ -1,0 +1,197 @@
+"""A discipline in simulated time: how well it follows, and what it makes of every fault of its reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pvclock import RangeError
+from pvclock.discipline import Discipline, SteeringState
+from pvclock.quantities import HostTsc
+from pvclock.readings import Sample
+from tests.unit.simulated_reference import HZ, Reference, Tick, follow
+
+PPB = 1e-9
+PPM = 1e-6
+DAY_S = 86_400.0
+YEAR_S = 365.25 * DAY_S
+HOUR_NS = 3600 * 1e9
+
+
+def drift_ppb(ticks: list[Tick]) -> float:
+    """How much the clock's rate differed from its reference's, from the first of these ticks to the last."""
+    return (ticks[-1].lag_ns - ticks[0].lag_ns) / (ticks[-1].s - ticks[0].s)
+
+
+def corrections_within(ticks: list[Tick], max_ppm: float) -> bool:
+    """Was no correction ever more than that?"""
+    return all(abs(tick.steering.correction) <= Fraction(max_ppm) / 10**6 for tick in ticks)
+
+
+def settled_at(ticks: list[Tick], bound_ns: float) -> float:
+    """From when on (s) the clock is within bound_ns of its reference to the end."""
+    return next((tick.s for tick in reversed(ticks) if abs(tick.lag_ns) > bound_ns), 0.0)
+
+
+@pytest.mark.row("E11", "E3")
+@pytest.mark.parametrize("ppb", [66.8, -66.8, 31, -100_000, 0])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_steady_reference_is_followed_to_a_tenth_of_a_ppb(ppb: float, seed: int) -> None:
+    """In 10 minutes of one tick a second, readings 20 ns off: within 0.1 ppb, the bounds true, few turns."""
+    ticks = list(follow(Reference(lambda _: ppb * PPB, seed=seed), 600))
+    first_ns = 21  # the first reading was taken as right
+    late = [tick for tick in ticks if tick.s > 60]
+    assert abs(drift_ppb(late)) < 0.1
+    assert max(abs(tick.lag_ns) for tick in late) < 25
+    assert all(abs(tick.steering.rate.value - ppb * PPB) <= tick.steering.rate.bound for tick in ticks[1:])
+    assert all(abs(tick.steering.error_ns - tick.lag_ns) <= tick.steering.bound_ns + first_ns for tick in ticks[1:])
+    assert late[-1].steering.rate.bound < 0.1 * PPB
+    assert {tick.steering.state for tick in late} <= {SteeringState.LOCKED, SteeringState.SLEWING}
+    assert len({tick.steering.correction for tick in ticks}) < 60
+
+
+@pytest.mark.row("E11", "E9")
+def test_a_year_of_noise_temperature_and_outliers() -> None:
+    """A year, a tick every 2 minutes, the rate swinging by 50 ppb a day, 1 % of readings wrong: always within 10 us."""
+    reference = Reference(lambda s: 50 * PPB * math.sin(s / DAY_S * 2 * math.pi), noise_ns=200, outliers=0.01)
+    worst, states = 0.0, set()
+    for tick in follow(reference, YEAR_S, interval_s=120):
+        assert abs(tick.steering.correction) <= Fraction(500, 10**6)
+        states.add(tick.steering.state)
+        if tick.s > 1200:
+            worst = max(worst, abs(tick.lag_ns))
+    assert worst < 10_000
+    assert states == set(SteeringState)
+
+
+def stepped(at_s: float, step_ns: float) -> Callable[[float, float], float]:
+    """A reference that is set, once."""
+    return lambda s, ns: ns + step_ns * (s >= at_s)
+
+
+@pytest.mark.row("E2", "E11")
+@pytest.mark.parametrize("step_ns", [1e9, -1e9, 20e6, -20e6, 5000])
+def test_a_step_becomes_a_slew(step_ns: float) -> None:
+    """A reference set by up to 1 s: the clock gets there at 500 ppm, and is done within 40 s of the shortest time."""
+    shortest_s = abs(step_ns) / (500 * PPM * 1e9)
+    ticks = list(follow(Reference(lambda _: 66.8 * PPB, fault=stepped(100, step_ns)), 100 + shortest_s + 200))
+    assert corrections_within(ticks, 500)
+    assert settled_at(ticks, 25) < 100 + shortest_s + 40
+    assert max(abs(tick.lag_ns) for tick in ticks) < abs(step_ns) + 1000  # it overshoots by nothing
+
+
+@pytest.mark.row("E2", "E11")
+@pytest.mark.parametrize("step_ns", [HOUR_NS, -HOUR_NS])
+def test_a_step_of_an_hour_takes_its_time(step_ns: float) -> None:
+    """A reference set by an hour: 83 days at 500 ppm and a few ticks, and never a rate beyond that."""
+    reference = Reference(fault=stepped(1000, step_ns), noise_ns=100)
+    ticks = list(follow(reference, 90 * DAY_S, interval_s=128))
+    assert corrections_within(ticks, 500)
+    assert settled_at(ticks, 200) == pytest.approx(1000 + HOUR_NS / (500 * PPM * 1e9), rel=0.002)
+
+
+@pytest.mark.row("E11")
+@pytest.mark.parametrize("kind", ["stops", "runs backwards", "is frozen now and then", "says anything"])
+def test_a_reference_that_makes_no_sense_is_not_followed(kind: str) -> None:
+    """While it stops, runs backwards or says anything the clock keeps its rate; then it goes there by a slew."""
+    noise = iter(math.sin(n * n) * 1e9 for n in range(10**6))
+    faults: dict[str, Callable[[float, float], float]] = {
+        "stops": lambda s, ns: ns if s < 200 else 200e9 if s < 230 else ns - 30e9,
+        "runs backwards": lambda s, ns: ns if s < 200 else 400e9 - ns if s < 230 else ns - 60e9,
+        "is frozen now and then": lambda s, ns: ns - ns % 30e9 if 200 < s < 300 else ns,
+        "says anything": lambda s, ns: ns + next(noise) if 200 < s < 300 else ns,
+    }
+    ticks = list(follow(Reference(lambda _: 31 * PPB, fault=faults[kind]), 600))
+    lost = [tick for tick in ticks if tick.steering.state is SteeringState.HOLDOVER]
+    assert len(lost) > 20
+    assert all(abs(float(tick.steering.correction) - 31 * PPB) < 1 * PPB for tick in lost)
+    assert corrections_within(ticks, 500)
+    sane = [tick for tick in ticks if tick.s > 310]
+    assert {tick.steering.state for tick in sane} <= {SteeringState.SLEWING, SteeringState.LOCKED}
+    if kind in ("is frozen now and then", "says anything"):
+        assert settled_at(ticks, 25) < 330
+
+
+@pytest.mark.row("E11")
+@pytest.mark.parametrize("ppm", [300, -300, 1])
+def test_a_change_of_rate_is_found(ppm: float) -> None:
+    """A reference slewed as NTP does it: seen at the third tick, worked off in 30 more, by no more than max_ppm."""
+    reference = Reference(lambda s: ppm * PPM * (100 <= s < 200))
+    ticks = list(follow(reference, 300))
+    assert corrections_within(ticks, 500)
+    turned = [tick for tick in ticks if abs(tick.lag_ns) > 25]
+    assert turned
+    assert max(abs(tick.lag_ns) for tick in turned) < 4.5 * abs(ppm) * PPM * 1e9
+    assert not [tick for tick in turned if 130 < tick.s < 200 or tick.s > 230]
+
+
+@pytest.mark.row("E11")
+def test_a_lone_wrong_sample_changes_nothing() -> None:
+    """One reading that is 1 s wrong, or three that contradict each other: the correction stays as it was."""
+    wrong = {200: 1e9, 300: -5e8, 301: 5e8, 302: 7e8}
+    reference = Reference(lambda _: 66.8 * PPB, fault=lambda s, ns: ns + wrong.get(int(s), 0))
+    ticks = list(follow(reference, 400, interval_s=0.99))
+    late = [tick for tick in ticks if tick.s > 190]
+    assert max(abs(float(tick.steering.correction) - 66.8 * PPB) for tick in late) < 15 * PPB
+
+
+@pytest.mark.row("E9", "E11")
+@settings(max_examples=200, deadline=None)
+@given(
+    readings=st.lists(
+        st.tuples(
+            st.integers(0, 2**64 - 1) | st.integers(0, 10**10),
+            st.integers(-(2**63), 2**63) | st.integers(-(10**6), 10**6),
+            st.floats(0, 1e12) | st.sampled_from([0.0, 20.0]),
+        ),
+        max_size=40,
+    ),
+    max_ppm=st.sampled_from([1, 500, 100_000]),
+)
+def test_no_reading_takes_it_beyond_max_ppm(readings: list[tuple[int, int, float]], max_ppm: int) -> None:
+    """Whatever TSC, reference and bound say, there is an answer, and the correction stays within its bound."""
+    discipline = Discipline(HZ, max_ppm)
+    tsc = ns = 0
+    for ticks, extra_ns, bound_ns in readings:
+        tsc = (tsc + ticks) % 2**64
+        ns += ticks * 10**9 // HZ + extra_ns
+        steering = discipline.steer(Sample(HostTsc(tsc), ns, bound_ns), Fraction(ns))
+        assert abs(steering.correction) <= Fraction(max_ppm, 10**6)
+        assert not math.isnan(steering.error_ns)
+
+
+@pytest.mark.row("E11")
+def test_a_tsc_that_went_back_is_a_new_beginning() -> None:
+    """After it the clock is taken as right again, at the rate that was known; a TSC that wraps is no such thing."""
+    discipline = Discipline(HZ)
+    for second in range(100):
+        ns = second * (10**9 + 1000)
+        steering = discipline.steer(Sample(HostTsc((second - 50) * HZ % 2**64), ns, 1.0), Fraction(ns))
+    assert steering.state is SteeringState.LOCKED
+    assert float(steering.correction) == pytest.approx(1 * PPM, abs=1 * PPB)
+    steering = discipline.steer(Sample(HostTsc(0), 77, 1.0), Fraction(10**6))
+    assert (steering.state, steering.error_ns) == (SteeringState.LEARNING, 0)
+    assert float(steering.correction) == pytest.approx(1 * PPM, abs=1 * PPB)
+
+
+@pytest.mark.row("E11")
+def test_two_looks_at_one_instant_are_one() -> None:
+    """A tick that is repeated before any time has passed changes nothing."""
+    discipline = Discipline(HZ)
+    for second in range(10):
+        sample = Sample(HostTsc(second * HZ), second * 1_000_000_100, 5.0)
+        first = discipline.steer(sample, Fraction(second * 10**9))
+        assert discipline.steer(sample, Fraction(second * 10**9)).correction == first.correction
+
+
+@pytest.mark.row("E13")
+@pytest.mark.parametrize("max_ppm", [0, -1, 10**6, math.inf, math.nan])
+def test_max_ppm_is_checked(max_ppm: float) -> None:
+    """A bound that is none is an error that says what can be."""
+    with pytest.raises(RangeError, match="above 0 and below 1000000"):
+        Discipline(HZ, max_ppm)

@@ -1,0 +1,135 @@
+"""Samples of a reference: which are good, and what a run of them says of its rate."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pvclock import HostBackend, HostTsc, RangeError, Reference, Sample, SimulatedBackend
+from pvclock.sampling import POINTS_KEPT, Baseline, Point, Sampler
+
+HZ = 2_596_132_000
+
+
+def source_of(bounds: Sequence[float]) -> Sampler:
+    """A sampler whose source gives samples with these bounds, in turn; the sample's ns says which it was."""
+    samples = iter([Sample(HostTsc(0), place, bound) for place, bound in enumerate(bounds)])
+    return Sampler(lambda: next(samples))
+
+
+@pytest.mark.row("E3", "E11")
+def test_a_bad_sample_is_dropped() -> None:
+    """A sample far worse than is usual is left out and another taken; of four bad ones the best is given."""
+    sampler = source_of([20] * 10 + [500, 21] + [900, 800, 700, 750])
+    assert [sampler.sample().ns for _ in range(11)] == [*range(10), 11]
+    assert sampler.dropped == 1
+    assert sampler.sample().bound_ns == 700
+    assert sampler.dropped == 4
+
+
+@pytest.mark.row("E3")
+def test_a_source_that_becomes_worse_is_believed_in_time() -> None:
+    """What is usual follows the source: a host that becomes slower is not sampled four times for ever."""
+    sampler = source_of([20] * 16 + [400] * 100)
+    for _ in range(30):
+        sampler.sample()
+    dropped = sampler.dropped
+    for _ in range(20):
+        sampler.sample()
+    assert sampler.dropped == dropped
+
+
+@pytest.mark.row("E13")
+@pytest.mark.parametrize(("tries", "tolerance"), [(0, 3), (4, 0.5)])
+def test_a_sampler_is_checked(tries: int, tolerance: float) -> None:
+    """A sampler that never samples, or takes nothing, is an error."""
+    with pytest.raises(RangeError, match="1 or more"):
+        Sampler(lambda: Sample(HostTsc(0), 0, 0), tries=tries, tolerance=tolerance)
+
+
+@pytest.mark.row("E3", "E11")
+@pytest.mark.parametrize("reference", list(Reference))
+def test_samples_of_this_host(reference: Reference) -> None:
+    """A bracket is true: the host's own clock, read before and after it, agrees within its bound; 1 us is usual."""
+    clock_id = {"raw": time.CLOCK_MONOTONIC_RAW, "monotonic": time.CLOCK_MONOTONIC, "realtime": time.CLOCK_REALTIME}
+    sampler = Sampler(lambda: HostBackend(HZ).sample(reference))
+    for _ in range(50):
+        begin_ns = time.clock_gettime_ns(clock_id[reference])
+        sample = sampler.sample()
+        end_ns = time.clock_gettime_ns(clock_id[reference])
+        assert begin_ns - sample.bound_ns <= sample.ns <= end_ns + sample.bound_ns
+        assert 0 < sample.bound_ns < 10**6
+
+
+@pytest.mark.row("E3")
+def test_samples_of_a_simulated_host() -> None:
+    """They are what was set, within a tick."""
+    backend = SimulatedBackend(1000, tsc=5, ref_ns=7, realtime_ns=9)
+    assert backend.sample(Reference.RAW) == backend.sample(Reference.MONOTONIC) == (5, 7, 10**6)
+    assert backend.sample(Reference.REALTIME) == (5, 9, 10**6)
+
+
+points = st.lists(
+    st.tuples(st.floats(-1, 1), st.floats(0.5, 1000), st.integers(1, 10**10)), min_size=2, max_size=3 * POINTS_KEPT
+)
+
+
+@pytest.mark.row("E3", "E9")
+@given(rate=st.floats(-1e-3, 1e-3), errors=points)
+def test_a_baseline_tells_the_truth(rate: float, errors: list[tuple[float, float, int]]) -> None:
+    """Of points within their bounds of a line: all are admitted, and its rate and place are within what is said."""
+    baseline = Baseline(steepest=2e-3)
+    nominal_ns = 0.0
+    for error, bound_ns, step_ns in errors:
+        assert baseline.admit(Point(nominal_ns, rate * nominal_ns + error * bound_ns, bound_ns + 0.001))
+        found = baseline.rate
+        assert abs(found.value - rate) <= found.bound + 1e-15
+        value, place_bound_ns = baseline.deviation_at(nominal_ns, found.value)
+        assert abs(value - rate * nominal_ns) <= place_bound_ns + 0.01
+        nominal_ns += step_ns
+    assert len(baseline.points) <= POINTS_KEPT
+
+
+@pytest.mark.row("E3", "E11")
+def test_a_bound_shrinks_as_the_baseline_grows() -> None:
+    """It never grows, and over 1000 times the time it shrinks by 500 or more; what thinned-out points said is kept."""
+    baseline, bounds = Baseline(), []
+    source = random.Random(1)  # noqa: S311  # no secret
+    for second in range(1, 10_001):
+        before = baseline.rate.bound
+        baseline.admit(Point(second * 1e9, source.uniform(-20, 20), 20))
+        assert baseline.rate.bound <= before
+        if second in (10, 100, 1000, 10_000):
+            bounds.append(baseline.rate.bound)
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] < bounds[0] / 500
+
+
+@pytest.mark.row("E3", "E9")
+def test_what_no_line_allows_is_not_admitted() -> None:
+    """Points off the line, too steep, or not later than the last one: refused, and nothing changes."""
+    baseline = Baseline(steepest=500e-6)
+    for second in range(10):
+        assert baseline.admit(Point(second * 1e9, 0, 10))
+    rate, kept = baseline.rate, list(baseline.points)
+    for point in (Point(10e9, 50, 10), Point(10e9, 1e9, 10), Point(9e9, 0, 10), Point(5e9, 0, 10)):
+        assert not baseline.admit(point)
+    assert (baseline.rate, baseline.points) == (rate, kept)
+    assert baseline.admit(Point(10e9, 19, 10))
+
+
+@pytest.mark.row("E3")
+def test_a_new_run_takes_what_fits_of_the_old_one() -> None:
+    """The newest points of the old run that lie on a line with the new ones, and none before one that is off it."""
+    run = Baseline()
+    run.admit(Point(100e9, 100, 1))
+    run.admit(Point(101e9, 101, 1))
+    old = [Point(second * 1e9, max(second, 50), 1) for second in range(100)]
+    run.extend_back(old)
+    assert [point.nominal_ns / 1e9 for point in run.points] == [*range(48, 102)]
+    assert run.rate.value == pytest.approx(1e-9, rel=0.1)

@@ -1,0 +1,164 @@
+"""The thread that ticks clocks."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from pvclock import (
+    GuestClock,
+    GuestMemory,
+    HostBackend,
+    HostTsc,
+    RangeError,
+    Reference,
+    Sample,
+    SimulatedBackend,
+    StateError,
+)
+from pvclock.events import EventKind
+from pvclock.hostwatch import HostWatch, Trouble, TroubleKind
+from pvclock.ticker import Ticker
+
+SYSTEM_TIME = 0x4B564D01
+HZ = 2_596_132_000
+LIMIT_S = 30
+
+
+def a_clock() -> GuestClock:
+    """A clock with a page on a simulated host, which stands still."""
+    clock = GuestClock(GuestMemory(bytearray(1 << 14)), backend=SimulatedBackend(HZ))
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    return clock
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Return once it holds."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def version(clock: GuestClock) -> int:
+    """The version of vCPU 0's page: one publish is 2."""
+    page = clock.page(0)
+    assert page is not None
+    return page.version
+
+
+@pytest.mark.row("E11", "E13")
+def test_all_clocks_are_ticked() -> None:
+    """Each round publishes each clock's pages once; a clock may come and go, and after stop() nothing is ticked."""
+    first, second = a_clock(), a_clock()
+    with Ticker(first, interval_s=0.01, watch_host=False) as ticker:
+        wait_for(lambda: version(first) > 20)
+        assert version(second) == 2
+        ticker.add(second)
+        wait_for(lambda: version(second) > 20)
+        ticker.remove(first)
+        rounds = ticker.rounds
+        wait_for(lambda: ticker.rounds > rounds + 1)
+        stopped = version(first)
+        wait_for(lambda: ticker.rounds > rounds + 5)
+        assert version(first) == stopped
+    done = version(second)
+    assert not [thread for thread in threading.enumerate() if thread.name == "pvclock-ticker"]
+    time.sleep(0.05)
+    assert version(second) == done
+    assert ticker.failures == ()
+
+
+@pytest.mark.row("E11")
+def test_it_follows_this_hosts_clock() -> None:
+    """A clock that follows CLOCK_MONOTONIC_RAW locks on to it, with a bound below 1 us."""
+    backend = HostBackend()
+    clock = GuestClock(GuestMemory(bytearray(1 << 14)), backend=backend, reference="raw")
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    with Ticker(clock, interval_s=0.05):
+        wait_for(lambda: clock.steering is not None and clock.steering.state == "locked")
+        begin, guest_ns = backend.sample(Reference.RAW), clock.read(0)
+        time.sleep(1)
+        end, guest_end_ns = backend.sample(Reference.RAW), clock.read(0)
+    assert clock.steering is not None
+    assert abs(clock.steering.error_ns) < 10_000
+    # Readings are some us after their samples.
+    assert abs((guest_end_ns - guest_ns) - (end.ns - begin.ns)) < 200_000
+
+
+@pytest.mark.row("E11", "E13")
+def test_one_clocks_error_is_not_anothers() -> None:
+    """A clock whose source raises is kept among the failures, and the others are ticked."""
+
+    def broken() -> Sample:
+        raise OSError("the source is gone")
+
+    bad, good = a_clock(), a_clock()
+    bad.follow(broken)
+    with Ticker(bad, good, interval_s=0.005, watch_host=False) as ticker:
+        wait_for(lambda: version(good) > 60)
+    assert len(ticker.failures) == 16
+    assert {(failure.clock, str(failure.error)) for failure in ticker.failures} == {(bad, "the source is gone")}
+
+
+class TroubledWatch(HostWatch):
+    """A watch that finds the TSC unstable at its third look."""
+
+    looks = 0
+
+    def look(self, *, on_schedule: bool = True) -> list[Trouble]:
+        """See HostWatch."""
+        super().look(on_schedule=on_schedule)
+        self.looks += 1
+        self._marked_unstable = self.looks >= 3
+        found = Trouble(TroubleKind.TSC_UNSTABLE, "said the test", True, 0, self.last, self.last)
+        return [found] if self.looks == 3 else []
+
+
+@pytest.mark.row("E11", "K-16")
+def test_trouble_of_the_host_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ticker looks at the host once a round: its trouble is an event of each clock, and takes STABLE."""
+    monkeypatch.setattr("pvclock.ticker.HostWatch", TroubledWatch)
+    clocks = [a_clock(), a_clock()]
+    with Ticker(*clocks, interval_s=0.01):
+        wait_for(lambda: all(clock.events.read().events for clock in clocks))
+        wait_for(lambda: all(clock.reading(0).flags == 0 for clock in clocks))
+    for clock in clocks:
+        assert [event.kind for event in clock.events.read().events] == [EventKind.TSC_UNSTABLE]
+
+
+@pytest.mark.row("E13")
+def test_misuse() -> None:
+    """Intervals that let pages become too old, a second start, an unknown clock: errors that say what to do."""
+    for interval_s in (0, -1, 2.1, float("nan")):
+        with pytest.raises(RangeError, match="above 0 and up to 2"):
+            Ticker(interval_s=interval_s)
+    ticker = Ticker(interval_s=0.01)
+    with ticker, pytest.raises(StateError, match="stop"):
+        ticker.start()
+    ticker.stop()
+    with pytest.raises(StateError, match="add"):
+        ticker.remove(a_clock())
+
+
+@pytest.mark.row("E11")
+def test_a_late_round_is_not_made_up_for() -> None:
+    """After a clock that held the thread for many intervals the rounds go on at their pace, not in a burst."""
+    clock, stamps, slow = a_clock(), [], threading.Event()
+
+    def source() -> Sample:
+        stamps.append(time.monotonic())
+        if len(stamps) == 3:
+            slow.wait(0.3)
+        return Sample(HostTsc(len(stamps)), len(stamps), 1.0)
+
+    clock.follow(source)
+    with Ticker(clock, interval_s=0.02, watch_host=False):
+        wait_for(lambda: len(stamps) > 10)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(stamps)]
+    assert max(gaps) > 0.29
+    assert sum(gap < 0.005 for gap in gaps) <= 1
