@@ -160,7 +160,7 @@ def test_off_is_the_nominal_rate() -> None:
     vm.clock.follow("off")
     assert vm.clock.read(0) - before in (0, 1)
     assert vm.clock.tick() is None
-    assert (vm.clock.scale, vm.clock.pace) == (nominal, 1)
+    assert (vm.clock.scale, vm.clock.pace) == (nominal, Fraction(1))
 
 
 @pytest.mark.row("E11", "E13")
