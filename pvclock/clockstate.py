@@ -203,6 +203,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("host.tsc_stable", Mark.NOT_SAVED, "Asked of the restoring host."),
     Field("host.kernel_features", Mark.NOT_SAVED, "Asked of the restoring host; the provider refuses what it lacks."),
     Field("host.kvm_fd", Mark.NOT_SAVED, "Descriptors, threads and the backend are the restoring process's."),
+    Field("reference", Mark.NOT_SAVED, "What is followed, and the correction found: another host's TSC has another."),
     Field("events", Mark.NOT_SAVED, "The log of steps is the saving process's; restoring begins another."),
     Field("refused_offset", Mark.NOT_SAVED, "Says something of the saving host only."),
 )

@@ -21,6 +21,9 @@ __all__ = ["MAX_PPM", "Discipline", "Steering", "SteeringState"]
 MAX_PPM: Final = 500
 """What a kernel's NTP slews by at most (Linux MAXFREQ)."""
 
+MAX_PPM_LIMIT: Final = 100_000
+"""10 %: a host's nominal rate that is further off is a mistake."""
+
 PPM: Final = 10**6
 GRAIN: Final = 2**50
 """Corrections are whole 2^-50ths: 10^-6 ppb."""
@@ -69,8 +72,8 @@ class Discipline:
     """
 
     def __init__(self, tsc_hz: int, max_ppm: float = MAX_PPM, correction: Fraction = Fraction(0)) -> None:
-        if not 0 < max_ppm < PPM:
-            raise RangeError(f"max_ppm is {max_ppm}; above 0 and below {PPM}")
+        if not 0 < max_ppm <= MAX_PPM_LIMIT:
+            raise RangeError(f"max_ppm is {max_ppm}; above 0 and up to {MAX_PPM_LIMIT}")
         self.max_ppm = max_ppm
         self._tsc_hz = tsc_hz
         self._most = max_ppm / PPM

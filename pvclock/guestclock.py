@@ -186,6 +186,7 @@ class GuestClock(DisciplinedTimeline):
         clockstate.check_provider(sound)
         chosen = _policy_named("policy", sound.policy) if policy is None else catchup.as_policy(policy)
         slew = None if sound.slew is None else _policy_named("slew.policy", sound.slew.policy)
+        _check_dilation(sound.timeline.dilation, backend.tsc_hz)
         try:
             clock = cls(
                 memory,
@@ -315,6 +316,15 @@ class GuestClock(DisciplinedTimeline):
     @property
     def _offers_stable(self) -> bool:
         return self._offsets_agree and self._host_trusted and self._provider.allows_stable
+
+
+def _check_dilation(dilation: Fraction, tsc_hz: int) -> None:
+    try:
+        Timeline(HostTsc(0), tsc_hz).check(dilation)
+    except RangeError as error:
+        raise StateFileError(
+            "timeline.dilation", str(dilation), f"what a page can show at {tsc_hz} Hz: {error}"
+        ) from None
 
 
 def _policy_named(field: str, name: str) -> Policy:

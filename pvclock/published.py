@@ -10,7 +10,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Final, NamedTuple
+from operator import index
+from typing import Final
 
 from pvclock import catchup
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale, GuestMemory, TimePages, read_time_info
@@ -19,21 +20,14 @@ from pvclock.catchup import CatchUpTable, Policy, Slew
 from pvclock.errors import GuestAddressError, RangeError, StateError
 from pvclock.events import Event, EventKind, EventLog
 from pvclock.quantities import U64_MASK, Gpa, GuestNs, HostTsc
-from pvclock.readings import Churn, ClockLine, HostStamps, Reading, TimeInfo
+from pvclock.readings import Churn, ClockLine, HostStamps, Reading, RunReport, TimeInfo
 from pvclock.timeline import Tempo, Timeline
 
-__all__ = ["MAX_AGE_S", "PublishedTimeline", "RunReport"]
+__all__ = ["MAX_AGE_S", "PublishedTimeline"]
 
 MAX_AGE_S: Final = 2.0
 """Refresh pages at least this often, in seconds of guest time.  mul is up to 0.47 ppb slow, so an older page has lost
 more than the 1 ns that a refresh can give back; the rest comes back at the next ones."""
-
-
-class RunReport(NamedTuple):
-    """What run_for() did: guest time that passed, and how much of it was beyond what was asked for, in ns."""
-
-    ran_ns: Fraction
-    overshoot_ns: Fraction
 
 
 class PublishedTimeline:
@@ -147,11 +141,12 @@ class PublishedTimeline:
     def dilate(self, numerator: int, denominator: int = 1) -> None:
         """Let guest time run at numerator/denominator of host time from now on, without a step.
 
-        RangeError if no page can show that rate.
+        RangeError if no page can show that rate, or what a slew may make of it.
         """
         if numerator < 1 or denominator < 1:
             raise RangeError(f"dilation {numerator}/{denominator}; two whole numbers from 1 on: dilate(1, 2) halves")
         dilation = Fraction(numerator, denominator)
+        self._timeline.check(dilation)
         with self._changing():
             tempo = self._timeline.tempo._replace(dilation=dilation)
             self._turn(tempo, EventKind.DILATE, f"dilate({numerator}, {denominator})")
@@ -160,19 +155,23 @@ class PublishedTimeline:
         """Give guest time `target_ns` more than it would have (less, if negative), by running max_ppm off its pace.
 
         Adds to what is still being slewed; call refresh() at least every 2 s of host time until it is done.
+        RangeError if all of it is 2^64 ns or more.
         """
         policy = Slew(max_ppm)
         catchup.as_policy(policy)
         with self._changing():
+            if abs(self.skew_ns + target_ns) > U64_MASK:
+                raise RangeError(f"slew({target_ns}): with what is still to be slewed it is 2^64 ns or more")
             self._slew(Fraction(target_ns), policy, f"slew({target_ns}, {max_ppm})")
 
     # Steps, all forward
 
     def skip(self, ns: int) -> None:
         """Put guest time forward by `ns` at once."""
-        if ns < 0:
+        if index(ns) < 0:
             raise RangeError(f"skip({ns}): guest time goes forward only; slew({ns}) makes it later without a step back")
         with self._changing():
+            self._check_end(ns, f"skip({ns})")
             self._jump(ns, EventKind.SKIP, f"skip({ns})")
 
     def offset(self, ns: int) -> None:
@@ -181,7 +180,7 @@ class PublishedTimeline:
         RangeError if it would take back what a guest may have read, or make guest time negative.
         """
         with self._changing():
-            now = self._timeline.at(HostTsc(self.backend.counter.read()))
+            now = self._check_end(index(ns), f"offset({ns})")
             if ns < 0 and (self._pages.was_published or now + ns < 0):
                 raise RangeError(
                     f"offset({ns}) at guest time {round(now)} ns: time that was read is not taken back, nor is there "
@@ -316,6 +315,13 @@ class PublishedTimeline:
             else:
                 host_ns = Fraction(now.real_ns - self._stopped_at.real_ns)
         return host_ns * self._timeline.tempo.dilation
+
+    def _check_end(self, ns: int, operation: str) -> Fraction:
+        """Guest time now; RangeError if `ns` more is beyond what a page can show."""
+        now = self._timeline.at(HostTsc(self.backend.counter.read()))
+        if now + ns > U64_MASK:
+            raise RangeError(f"{operation} at guest time {round(now)} ns: a guest's clock ends at 2^64 ns")
+        return now
 
     def _jump(self, ns: int, kind: EventKind, why: str) -> None:
         tsc = HostTsc(self.backend.counter.read())

@@ -6,11 +6,12 @@ Field names are the ABI's where the ABI has one.
 from __future__ import annotations
 
 from enum import StrEnum
+from fractions import Fraction
 from typing import NamedTuple
 
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc, RefNs
 
-__all__ = ["Churn", "ClockLine", "HostStamps", "Reading", "Reference", "Sample", "TimeInfo"]
+__all__ = ["Churn", "ClockLine", "HostStamps", "Reading", "Reference", "RunReport", "Sample", "TimeInfo"]
 
 
 class Reference(StrEnum):
@@ -73,6 +74,13 @@ class ClockLine(NamedTuple):
     rem: int
     num: int
     den: int
+
+
+class RunReport(NamedTuple):
+    """What run_for() did: guest time that passed, and how much of it was beyond what was asked for, in ns."""
+
+    ran_ns: Fraction
+    overshoot_ns: Fraction
 
 
 class Churn(NamedTuple):

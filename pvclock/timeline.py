@@ -26,6 +26,9 @@ STRETCH_S: Final = 2
 SLOWEST: Final = Fraction(1, 2)
 """A clock that is ahead loses at most this part of its pace, whatever its policy would allow."""
 
+PACE_BOUNDS: Final = (Fraction(1, 4), Fraction(8))
+"""A pace is this part of the dilation: SLOWEST or VirtualBox's 500 %, and 10 % of correction either way, are within."""
+
 
 class Tempo(NamedTuple):
     """How fast guest time passes.
@@ -199,6 +202,11 @@ class Timeline:
         if num <= 0:
             raise RangeError(f"pace {float(pace):.3g}: no page can show {float(rate):.3g} ns a tick")
         return num, 1 << den_bits
+
+    def check(self, dilation: Fraction) -> None:
+        """RangeError unless pages can show that dilation, and all that slews and corrections make of it."""
+        for part in PACE_BOUNDS:
+            self.scale(dilation * part)
 
     def scale(self, pace: Fraction) -> ClockScale:
         """What the page shows: Linux's pair at the nominal rate, and never faster than the timeline.

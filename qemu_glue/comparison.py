@@ -130,6 +130,16 @@ def _time_rows(trio: Trio) -> Iterable[Check]:
         "cut to whole ns.  Not judged without STABLE: there KVM moves guests' TSCs, and readings may be another vCPU's",
         ok=not _is_stable(trio) or max(rates) - min(rates) <= bound_ppb,
     )
+    steered = trio.engine.steered
+    if steered is not None:
+        yield trio.row(
+            f"rate by {steered.reference}, nominal, steered",
+            lambda it: f"{it.steered.nominal_ppb:+.1f}, {it.steered.steered_ppb:+.1f} ppb" if it.steered else "-",
+            f"the engine's clock against the host's as above, and as it is when it follows that: 0 within "
+            f"{steered.bound_ppb:.1f} ppb.  The kernel's has no such thing, and is as the engine's is at the nominal "
+            "rate.  Not judged without STABLE, as above",
+            ok=not _is_stable(trio) or abs(steered.steered_ppb) <= steered.bound_ppb,
+        )
     yield trio.row(
         "progress by the host's clock",
         lambda it: f"{it.interrupted.progress_ns:+,} ns in {it.interrupted.span_s:.2f} s",

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Final, Literal, NamedTuple, Protocol
 
 from pvclock import GuestMemory, StateError, TimeInfo
-from pvclock.machine.observation import Observation, finish, probe_machine, wait_until_reading
+from pvclock.machine.observation import Observation, Steered, finish, probe_machine, wait_until_reading
 from pvclock.payloads import clockprobe, probe
 from qemu_glue.launch import Qemu
 
@@ -73,10 +73,11 @@ class Interruption(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """All that is seen of one clock: left alone, and interrupted."""
+    """All that is seen of one clock: left alone, interrupted and, if it can, following a clock of the host."""
 
     alone: Observation
     interrupted: Interruption
+    steered: Steered | None = None
 
 
 class Guest(Protocol):

@@ -23,7 +23,7 @@ from pvclock.machine.cpuid import vcpu_cpuid
 from pvclock.machine.ram import Ram
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.providers.kvm import CPUID_FEATURES, SERVED_BY_KERNEL, SERVED_HERE, kvm_cpuid_leaves
-from pvclock.published import RunReport
+from pvclock.readings import RunReport
 
 __all__ = ["CONSOLE_PORT", "EXIT_PORT", "Machine"]
 

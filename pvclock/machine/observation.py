@@ -10,21 +10,28 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Final, Literal, NamedTuple
 
-from pvclock._core import read_time_info
+from pvclock._core import ClockScale, read_time_info
+from pvclock.discipline import Steering
 from pvclock.errors import StateError
+from pvclock.guestclock import GuestClock
 from pvclock.machine.machine import Machine
 from pvclock.payloads import clockprobe, probe
-from pvclock.quantities import NS_PER_S
+from pvclock.quantities import NS_PER_S, U64_MASK
 from pvclock.readings import Churn, Reference, TimeInfo
+from pvclock.sampling import Sampler
 
 __all__ = [
     "STORM_DILATIONS",
     "Observation",
+    "Steered",
     "Storm",
     "failures",
     "finish",
+    "newest_reading",
     "observe",
+    "observe_steered",
     "probe_machine",
+    "shown_by",
     "storm",
     "wait_until_reading",
 ]
@@ -38,6 +45,11 @@ STORM_DILATIONS: Final = [Fraction(n, d) for n, d in ((10, 1), (1, 10), (1, 1), 
 PUBLISHES_PER_SECOND: Final = 150_000
 """What a storm keeps to, as long as the host is fast enough; in between the readers have the CPUs to themselves."""
 BURST: Final = 1000
+READING_TRIES: Final = 50
+READING_PAUSE_S: Final = 0.002
+STEER_S: Final = 3.0
+"""A rate from a second's baseline is 50 ppb wrong or less, and the error that this leaves is gone 2 s later."""
+TICK_S: Final = 0.1
 REST_S: Final = 0.001
 
 
@@ -57,6 +69,18 @@ class Observation(NamedTuple):
     wall_clock_ns: int
     wall_clock_error_ns: int
     records: list[probe.ProbeRecord]
+
+
+class Steered(NamedTuple):
+    """A guest's clock that followed a reference: its rate against that, in ppb, true to bound_ppb.
+
+    nominal_ppb: what it would have been at the TSC's nominal rate, as the discipline found.
+    """
+
+    reference: Reference
+    nominal_ppb: float
+    steered_ppb: float
+    bound_ppb: float
 
 
 class Storm(NamedTuple):
@@ -136,6 +160,70 @@ def observe(clock: Literal["engine", "kernel"], seconds: float, vcpus: int = 2) 
         wall_clock_error_ns=wall_clock_ns - epoch_ns,
         records=records,
     )
+
+
+def newest_reading(machine: Machine) -> tuple[int, int]:
+    """vCPU 0's newest reading, its TSC and ns, by the page that it has now; its vCPUs leave the guest for some us.
+
+    A reading that the stop has cut in two, or that is of an older page, is not taken.  StateError if there is no other.
+    """
+    for _ in range(READING_TRIES):
+        with machine.runner.quiesce(None):
+            record = probe.read_record(machine.memory, 0)
+            page = read_time_info(machine.memory, probe.time_page_address(0))
+        if shown_by(page, record.last_tsc) == record.last_ns:
+            return record.last_tsc, record.last_ns
+        time.sleep(READING_PAUSE_S)
+    raise StateError("observe", "vCPU 0 of clockprobe does not read", "give it a CPU, and its own memory")
+
+
+def shown_by(page: TimeInfo, tsc: int) -> int:
+    """What a guest makes of a page at its TSC, in ns."""
+    scale = ClockScale(page.tsc_to_system_mul, page.tsc_shift)
+    return (page.system_time + scale.to_ns((tsc - page.tsc_timestamp) & U64_MASK)) & U64_MASK
+
+
+def observe_steered(seconds: float, reference: Reference = Reference.RAW) -> Steered:
+    """Let the engine's clock follow `reference`, and compare the two over `seconds`, once it knows the rate."""
+    with probe_machine("engine", 1) as machine:
+        clock = machine.clock
+        assert clock is not None  # noqa: S101  # it is the engine's
+        machine.start()
+        wait_until_reading(machine)
+        clock.follow(reference)
+        sampler = Sampler(lambda: clock.backend.sample(reference))
+
+        def beside() -> tuple[int, int, float]:
+            """The guest's ns, the reference's at that TSC, and the bound of the latter."""
+            sample = sampler.sample()
+            tsc, ns = newest_reading(machine)
+            since_ns = (tsc - clock.tsc(0).offset - sample.tsc) * NS_PER_S // clock.backend.tsc_hz
+            return ns, sample.ns + since_ns, sample.bound_ns + 1
+
+        _tick_for(clock, STEER_S)
+        begin = beside()
+        found = _tick_for(clock, seconds)
+        end = beside()
+        finish(machine)
+    span_s = (end[1] - begin[1]) / NS_PER_S
+    tolerated_ns = begin[2] + end[2]  # the discipline leaves an error within a sample's bound alone
+    return Steered(
+        reference=reference,
+        nominal_ppb=-found.rate.value * NS_PER_S,
+        steered_ppb=((end[0] - begin[0]) - (end[1] - begin[1])) / span_s,
+        bound_ppb=(begin[2] + end[2] + tolerated_ns) / span_s,
+    )
+
+
+def _tick_for(clock: GuestClock, seconds: float) -> Steering:
+    """Tick a clock that follows a reference, ten times a second and once at least; what the last tick found."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = clock.tick()
+        assert found is not None  # noqa: S101  # it follows a reference
+        if time.monotonic() >= deadline:
+            return found
+        time.sleep(TICK_S)
 
 
 def storm(

@@ -14,7 +14,7 @@ import pvclock.commands
 from pvclock import ClockScale, GuestClock, Reference, Sample, StateError
 from pvclock.backend import host_clocksource
 from pvclock.kvm.backend import KvmBackend, SteeredTscBackend
-from pvclock.machine.observation import Observation, observe
+from pvclock.machine.observation import Observation, Steered, observe
 from pvclock.providers.kvm import KvmProvider
 from pvclock.timeline import Timeline
 from qemu_glue import QemuExited, observation
@@ -60,7 +60,7 @@ def test_all_three_agree(vcpus: int, monkeypatch: pytest.MonkeyPatch, capsys: py
     report = json.loads(capsys.readouterr().out)
     assert [check for check in report["checks"] if not check["ok"]] == []
     assert (status, report["ok"]) == (0, True)
-    assert len(report["checks"]) == 21
+    assert len(report["checks"]) == 22
     assert all(set(check) == {"name", "engine", "kernel", "qemu", "ok", "why"} for check in report["checks"])
 
 
@@ -78,7 +78,7 @@ def test_wrong_mul_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert crosscheck(monkeypatch, "--vcpus", "1", "--seconds", "0.2") == 1
     said = capsys.readouterr().out
     assert "\ntsc_to_system_mul: one rate, one (mul, shift)" in said
-    assert "2 of 21 disagree." in said  # here, and in the pages after stop and cont
+    assert "2 of 22 disagree." in said  # here, and in the pages after stop and cont
 
 
 @pytest.mark.row("K-16", "E9")
@@ -171,6 +171,12 @@ ROWS: list[tuple[str, int, Callable[[Sight], Sight]]] = [
     ("system time MSRs", ENGINE, record(msr=0x12)),
     ("wall clock", ENGINE, alone(lambda it: it._replace(wall_clock_error_ns=-1_100_000))),
     ("wall clock", QEMU, interrupted(lambda it: it._replace(wall_clock_error_ns=1_100_000))),
+    ("wall clock", KERNEL, alone(lambda it: it._replace(wall_clock_error_ns=-51_000_000))),
+    (
+        "rate by raw, nominal, steered",
+        ENGINE,
+        lambda it: it._replace(steered=Steered(Reference.RAW, nominal_ppb=-66.8, steered_ppb=40.0, bound_ppb=30.0)),
+    ),
     ("rate by the TSC", ENGINE, alone(lambda it: it._replace(rate_ppb=it.rate_ppb + 100))),
     ("progress by the host's clock", ENGINE, interrupted(lambda it: it._replace(progress_ns=-30_000_000))),
     ("guest's reads", QEMU, record(reads=0)),
@@ -201,7 +207,7 @@ def test_each_row_can_disagree(
     sights = list(trio)
     assert wrong_rows(compare(*sights)) == []
     sights[whose] = change(sights[whose])
-    judged = row != "rate by the TSC" or host_clocksource() == "tsc"  # else KVM moves guests' TSCs
+    judged = not row.startswith("rate by") or host_clocksource() == "tsc"  # else KVM moves guests' TSCs
     assert wrong_rows(compare(*sights)) == [row] * judged
 
 

@@ -1,0 +1,118 @@
+"""A clock that follows its host, by the eyes of a guest on real vCPUs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import drift
+from pvclock import Reference
+from pvclock.discipline import SteeringState
+from pvclock.events import EventKind
+from pvclock.machine.observation import (
+    failures,
+    finish,
+    newest_reading,
+    observe_steered,
+    probe_machine,
+    shown_by,
+    wait_until_reading,
+)
+from pvclock.payloads import probe
+from pvclock.ticker import Ticker
+from tests import oracle
+
+pytestmark = pytest.mark.kvm
+
+TICKS = 60
+TICK_S = 0.05
+
+
+@pytest.mark.stress
+@pytest.mark.row("E11", "K-08", "K-12")
+@pytest.mark.parametrize("reference", list(Reference))
+def test_guests_see_no_step(reference: Reference) -> None:
+    """Two vCPUs read while their clock is ticked 20 times a second: nothing back, wild or torn, steps of 0 or 1 ns."""
+    with probe_machine("engine", 2) as machine:
+        clock = machine.clock
+        assert clock is not None
+        machine.start()
+        wait_until_reading(machine)
+        clock.follow(reference)
+        for _ in range(TICKS):
+            before = oracle.TimeInfo.parse(machine.memory.read(probe.time_page_address(0), 32))
+            clock.tick()
+            tsc, ns = newest_reading(machine)
+            # The two pages' rates differ by a ppm at most, and the reading is some ms after the break.
+            assert -1 <= ns - before.read(tsc) <= 2 + 10
+            assert not machine.runner.join(TICK_S)
+        records = finish(machine)
+    assert not any(failures(records).values())
+    assert all(record.reads > 10_000 for record in records)
+    assert {event.kind for event in clock.events.read().events} <= {EventKind.RATE, EventKind.TSC}
+    assert clock.steering is not None
+    assert clock.steering.state in (SteeringState.LOCKED, SteeringState.SLEWING)
+
+
+@pytest.mark.row("E11", "E3")
+def test_a_guest_keeps_step_with_the_host(stable_bit: int) -> None:
+    """Over 4 s the guest's own readings keep step with CLOCK_MONOTONIC_RAW, within the bound of the samples."""
+    if not stable_bit:
+        return  # there KVM moves guests' TSCs by some us, and a reading's TSC is no instant of the host
+    seen = observe_steered(4.0)
+    assert abs(seen.steered_ppb) <= seen.bound_ppb
+
+
+@pytest.mark.row("E11", "E13")
+def test_the_ticker_serves_a_running_guest() -> None:
+    """The thread ticks a machine's clock while its guest reads: it locks, and no reading is wrong."""
+    with probe_machine("engine", 1) as machine:
+        clock = machine.clock
+        assert clock is not None
+        clock.follow("monotonic")
+        machine.start()
+        wait_until_reading(machine)
+        with Ticker(clock, interval_s=0.1) as ticker:
+            assert not machine.runner.join(3)
+        assert ticker.rounds > 5
+        assert ticker.failures == ()
+        assert clock.steering is not None
+        assert not any(failures(finish(machine)).values())
+
+
+@pytest.mark.row("E3", "E11")
+def test_the_drift_of_both_clocks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bench/drift.py: both guests' clocks against the host's, every re-anchor's step, and files with a plot."""
+    monkeypatch.setattr(drift, "SETTLE_S", 4)
+    monkeypatch.setattr(drift, "INTERVAL_S", 0.25)
+    assert drift.main(["--seconds", "4", "--output", str(tmp_path / "drift"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "drift.json").read_text())
+    kernel, engine = found["clocks"]
+    assert len(kernel["readings"]) == len(engine["readings"]) > 10
+    assert len(kernel["reanchors_ns"]) == 4
+    assert set(engine["reanchors_ns"].values()) <= {-1, 0, 1, 2}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
+    assert (tmp_path / "drift.svg").read_text().count("<svg") == 1
+
+
+@pytest.mark.row("E3")
+def test_a_step_is_seen() -> None:
+    """What measures steps sees one: a clock that is put forward by 5 us between two looks is found out."""
+    with probe_machine("engine", 1) as machine:
+        clock = machine.clock
+        assert clock is not None
+        machine.start()
+        wait_until_reading(machine)
+        tsc, ns = newest_reading(machine)
+        page = clock.page(0)
+        assert page is not None
+        assert shown_by(page, tsc) == ns
+        clock.skip(5000)
+        tsc, ns = newest_reading(machine)
+        assert 4990 <= ns - shown_by(page, tsc) <= 5010
+        finish(machine)

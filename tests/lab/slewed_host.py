@@ -1,0 +1,82 @@
+"""Slew this host's clock as NTP does, while a guest's clock follows it: for the lab, whose host is nobody else's.
+
+Prints a JSON list, an object for each tick.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+
+from bench.drift import Watched
+from pvclock import Reference
+from pvclock.machine.observation import finish, probe_machine, wait_until_reading
+from pvclock.sampling import Sampler
+
+PHASES_PPM = (0, 200, -300, 0)
+PHASE_S = 16.0
+INTERVAL_S = 0.25
+
+ADJ_FREQUENCY = 0x2
+FREQUENCY_UNIT = 1 << 16
+"""A ppm of struct timex's freq."""
+
+
+class Timex(ctypes.Structure):
+    """struct timex as far as it is used here; the kernel fills all of it."""
+
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("freq", ctypes.c_long),
+        ("rest", ctypes.c_byte * 512),
+    )
+
+
+def slew_host(ppm: int) -> None:
+    """Let this host's CLOCK_MONOTONIC and CLOCK_REALTIME run `ppm` fast."""
+    timex = Timex(modes=ADJ_FREQUENCY, freq=ppm * FREQUENCY_UNIT)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.adjtimex(ctypes.byref(timex)) < 0:
+        raise OSError(ctypes.get_errno(), "adjtimex")
+
+
+def main() -> None:
+    """Follow CLOCK_MONOTONIC through all phases."""
+    ticks: list[dict[str, object]] = []
+    with probe_machine("engine", 1) as machine:
+        clock = machine.clock
+        assert clock is not None
+        backend = clock.backend
+        machine.start()
+        wait_until_reading(machine)
+        watched = Watched("guest", machine, Sampler(lambda: backend.sample(Reference.MONOTONIC)), backend.tsc_hz)
+        clock.follow(Reference.MONOTONIC)
+        for ppm in PHASES_PPM:
+            slew_host(ppm)
+            begin = time.monotonic()
+            while time.monotonic() - begin < PHASE_S:
+                before = watched.page()
+                steering = clock.tick()
+                watched.look(before)
+                assert steering is not None
+                reading, bound_ns = watched.readings[-1], steering.bound_ns
+                ticks.append(
+                    {
+                        "ppm": ppm,
+                        "phase_s": time.monotonic() - begin,
+                        "ahead_ns": reading.ahead_ns,
+                        "step_ns": watched.steps_ns[-1],
+                        "bound_ns": reading.bound_ns + bound_ns,
+                        "correction_ppm": float(steering.correction) * 1e6,
+                        "state": str(steering.state),
+                    }
+                )
+                time.sleep(INTERVAL_S)
+        finish(machine)
+    print(json.dumps(ticks))  # noqa: T201  # what it is for
+
+
+if __name__ == "__main__":
+    main()

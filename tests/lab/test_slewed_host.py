@@ -1,0 +1,34 @@
+"""A guest's clock that follows CLOCK_MONOTONIC, while NTP's own call slews that on a real kernel."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab.laboratory import run_lab
+from tests.lab.slewed_host import PHASE_S, PHASES_PPM
+
+pytestmark = [pytest.mark.lab, pytest.mark.usefixtures("kernel")]
+
+SETTLED_S = 12.0
+"""Of each phase: by then a slew of 500 ppm more or less has been found and worked off, at four ticks a second."""
+
+
+@pytest.mark.row("E11", "E2")
+def test_a_guest_follows_a_slewed_host(scratch: Path) -> None:
+    """The host's clock is slewed by +200, -300 and 0 ppm: the guest steps by nothing and ends within the bound."""
+    program = [sys.executable, "-m", "tests.lab.slewed_host"]
+    done = run_lab("--timeout", "240", "--", *program, scratch=scratch)
+    assert done.status == 0, done.stderr
+    ticks = json.loads(done.stdout)
+    assert {tick["ppm"] for tick in ticks} == set(PHASES_PPM)
+    assert {tick["step_ns"] for tick in ticks} <= {-1, 0, 1, 2}
+    assert max(abs(tick["correction_ppm"]) for tick in ticks) <= 500
+    settled = [tick for tick in ticks if SETTLED_S < tick["phase_s"] < PHASE_S]
+    assert len(settled) > 20
+    first_bound_ns = ticks[0]["bound_ns"]
+    assert not [tick for tick in settled if abs(tick["ahead_ns"]) > tick["bound_ns"] + first_bound_ns]
+    for ppm in PHASES_PPM[1:]:
+        last = [tick["correction_ppm"] for tick in settled if tick["ppm"] == ppm][-1]
+        assert last == pytest.approx(ppm, abs=5)
