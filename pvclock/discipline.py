@@ -42,7 +42,7 @@ class SteeringState(StrEnum):
     LEARNING = "learning"
     """One sample: there is no rate yet."""
     LOCKED = "locked"
-    """Within the samples' bound."""
+    """Within the samples' bound of it."""
     SLEWING = "slewing"
     """On its way there, at max_ppm or slower."""
     HOLDOVER = "holdover"
@@ -78,11 +78,11 @@ class Discipline:
         self._tsc_hz = tsc_hz
         self._most = max_ppm / PPM
         self._correction = correction
-        self._rate = float(correction)
+        self._rate = Rate(float(correction), self._most)  # the one held, and how well it was known when it was taken
         self._baseline = self._no_points()
         self._suspects = self._no_points()  # the last points, which the baseline does not allow
         self._is_lost = False  # and which did not go together, either
-        self._state = SteeringState.LEARNING
+        self._is_slewing = False  # is an error being worked off?
         self._begin: tuple[int, Fraction] | None = None  # reference and host time, in ns, taken as the same
         self._tsc = HostTsc(0)  # of the last sample
         self._ticks = 0  # to it from the beginning
@@ -96,15 +96,15 @@ class Discipline:
         point, ahead_ns = self._against_nominal(sample, host_ns)
         if interval_ns > 0 or not self._baseline.points:
             self._take(point)
-        deviation_ns, bound_ns = self._baseline.deviation_at(point.nominal_ns, self._rate)
+        deviation_ns, bound_ns = self._baseline.deviation_at(point.nominal_ns, self._rate.value)
         error_ns = deviation_ns - ahead_ns
-        self._state = self._judged(error_ns, point.bound_ns)
-        if self._state is not SteeringState.LEARNING:
-            target = self._rate
-            if self._state is SteeringState.SLEWING:
+        state = self._judged(error_ns, point.bound_ns)
+        if state is not SteeringState.LEARNING:
+            target = self._rate.value
+            if self._is_slewing:
                 target += error_ns / max(2 * interval_ns, HORIZON_S * NS_PER_S)
             self._correction = Fraction(int(min(max(target, -self._most), self._most) * GRAIN), GRAIN)
-        return Steering(self._state, self._correction, self._rate_found(), error_ns, bound_ns)
+        return Steering(state, self._correction, self._rate_found(), error_ns, bound_ns)
 
     # Inside
 
@@ -128,7 +128,11 @@ class Discipline:
         return point, float(host_ns - begin_host_ns - nominal_ns)
 
     def _take(self, point: Point) -> None:
-        """Learn from a point.  The rate that is held is kept until it is impossible: a guess is no reason to turn."""
+        """Learn from a point.
+
+        The rate that is held is let go of if it is impossible, or if a better known one is not near: a guess is no
+        reason to turn.
+        """
         if self._baseline.admit(point):
             self._suspects, self._is_lost = self._no_points(), False
         else:
@@ -138,8 +142,11 @@ class Discipline:
             if len(self._suspects.points) >= (RATE_SAMPLES if self._has_turned() else STEP_SAMPLES):
                 self._suspects.extend_back(self._baseline.points)
                 self._baseline, self._suspects, self._is_lost = self._suspects, self._no_points(), False
-        if len(self._baseline.points) > 1 and not self._baseline.allows(self._rate):
-            self._rate = self._baseline.rate.value
+        found = self._baseline.rate
+        off = abs(found.value - self._rate.value)
+        is_better = found.bound < self._rate.bound and off > found.bound / 4
+        if len(self._baseline.points) > 1 and (is_better or off > found.bound):
+            self._rate = found
 
     def _has_turned(self) -> bool:
         """Can the reference have come to the first suspect by its rate alone, without having been set?"""
@@ -151,15 +158,17 @@ class Discipline:
         return Baseline(self._most)
 
     def _judged(self, error_ns: float, bound_ns: float) -> SteeringState:
-        """The state with that error.  A clock that slews goes well into the bound, to stay there for a while."""
+        """The state with that error, and whether to work it off: that begins late and ends early, to be seldom."""
+        was_slewing, self._is_slewing = self._is_slewing, False
         if self._is_lost:
             return SteeringState.HOLDOVER
         if len(self._baseline.points) < 2:
             return SteeringState.LEARNING
-        tolerated_ns = bound_ns / 4 if self._state is SteeringState.SLEWING else bound_ns
-        return SteeringState.SLEWING if abs(error_ns) > tolerated_ns else SteeringState.LOCKED
+        tolerated_ns = bound_ns / 16 if was_slewing else bound_ns / 4
+        self._is_slewing = abs(error_ns) > tolerated_ns
+        return SteeringState.SLEWING if abs(error_ns) > bound_ns else SteeringState.LOCKED
 
     def _rate_found(self) -> Rate:
         """The rate that is held, and how far the true one can be from it."""
         middle = self._baseline.rate
-        return Rate(self._rate, middle.bound + abs(middle.value - self._rate))
+        return Rate(self._rate.value, middle.bound + abs(middle.value - self._rate.value))

@@ -91,10 +91,6 @@ class Baseline:
         """The middle of the rates that are possible."""
         return Rate((self._most + self._least) / 2, (self._most - self._least) / 2)
 
-    def allows(self, rate: float) -> bool:
-        """Is `rate` possible?"""
-        return self._least <= rate <= self._most
-
     def admit(self, point: Point) -> bool:
         """Take `point`, which is later than all others, if a line allows it.  False, and nothing changed, if none."""
         if self.points and point.nominal_ns <= self.points[-1].nominal_ns:
