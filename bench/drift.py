@@ -218,7 +218,8 @@ def table(watched: list[Watched], reference: Reference) -> Table:
     shown_table.add_row("rate", *rates)
     days = (f"{each.rate_ppb[0] * 86_400 / 1e6:+.3f} ms" for each in watched)
     shown_table.add_row("in a day", *days)
-    shown_table.add_row("steps meanwhile, true to 1 ns", *(f"{min(each.steps_ns)} to {max(each.steps_ns)} ns" for each in watched))
+    steps = (f"{min(each.steps_ns)} to {max(each.steps_ns)} ns" for each in watched)
+    shown_table.add_row("steps meanwhile, true to 1 ns", *steps)
     for place, each in enumerate(watched):
         for name, step_ns in each.reanchors.items():
             shown_table.add_row(name, *("" if other != place else f"{step_ns:+d} ns" for other in range(len(watched))))

@@ -98,7 +98,7 @@ class Discipline:
             self._take(point)
         deviation_ns, bound_ns = self._baseline.deviation_at(point.nominal_ns, self._rate.value)
         error_ns = deviation_ns - ahead_ns
-        state = self._judged(error_ns, point.bound_ns)
+        state = self._judged(error_ns, (point.high_ns - point.low_ns) / 2)
         if state is not SteeringState.LEARNING:
             target = self._rate.value
             if self._is_slewing:
@@ -124,7 +124,8 @@ class Discipline:
         begin_ns, begin_host_ns = self._begin
         nominal_ns = Fraction(self._ticks * NS_PER_S, self._tsc_hz)
         deviation_ns = float(sample.ns - begin_ns - nominal_ns)
-        point = Point(float(nominal_ns), deviation_ns, max(sample.bound_ns, LEAST_BOUND_NS))
+        bound_ns = max(sample.bound_ns, LEAST_BOUND_NS)
+        point = Point(float(nominal_ns), deviation_ns - bound_ns, deviation_ns + bound_ns)
         return point, float(host_ns - begin_host_ns - nominal_ns)
 
     def _take(self, point: Point) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from math import inf
 from statistics import median
 from typing import Final, NamedTuple, TypeAlias
 
@@ -67,11 +66,11 @@ class Rate(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A sample against nominal time: at nominal_ns the reference was ahead of it by deviation_ns, within bound_ns."""
+    """A sample against nominal time: at nominal_ns the reference was ahead of it by low_ns to high_ns."""
 
     nominal_ns: float
-    deviation_ns: float
-    bound_ns: float
+    low_ns: float
+    high_ns: float
 
 
 class Baseline:
@@ -104,21 +103,6 @@ class Baseline:
             del self.points[1 : POINTS_KEPT // 2 : 2]
         return True
 
-    def deviation_at(self, nominal_ns: float, rate: float) -> tuple[float, float]:
-        """(value, bound) in ns where a line of that possible rate is: the middle of where it can be.
-
-        The bound is on the true line, whose rate may be any other possible one.
-        """
-        low = least = -inf
-        high = most = inf
-        for point in self.points:
-            span = nominal_ns - point.nominal_ns
-            under, over = point.deviation_ns - point.bound_ns, point.deviation_ns + point.bound_ns
-            low, high = max(low, under + rate * span), min(high, over + rate * span)
-            least, most = max(least, under + self._least * span), min(most, over + self._most * span)
-        value = (high + low) / 2
-        return value, max(most - value, value - least)
-
     def extend_back(self, earlier: list[Point]) -> None:
         """Take as many of `earlier`, which ends before this begins, as a line allows, from the newest on."""
         for point in reversed(earlier):
@@ -128,12 +112,29 @@ class Baseline:
             self._least, self._most = least, most
             self.points.insert(0, point)
 
+    def deviation_at(self, nominal_ns: float, rate: float) -> tuple[float, float]:
+        """(value, bound) in ns where a line of that possible rate is: the middle of where it can be.
+
+        The bound is on the true line, whose rate may be any other possible one.
+        """
+        spans = [nominal_ns - begin_ns for begin_ns, _, _ in self.points]
+        lows, highs = [point.low_ns for point in self.points], [point.high_ns for point in self.points]
+        value = (_highest(lows, rate, spans) + _lowest(highs, rate, spans)) / 2
+        return value, max(_lowest(highs, self._most, spans) - value, value - _highest(lows, self._least, spans))
+
     def _rates_with(self, point: Point) -> tuple[float, float]:
         """The least and the greatest rate of lines that allow `point`, too; crossed if there are none."""
-        least, most = self._least, self._most
-        for other in self.points:
-            span = point.nominal_ns - other.nominal_ns
-            rate = (point.deviation_ns - other.deviation_ns) / span
-            slack = (point.bound_ns + other.bound_ns) / abs(span)
-            least, most = max(least, rate - slack), min(most, rate + slack)
-        return least, most
+        at_ns, low_ns, high_ns = point
+        least = [(low_ns - high) / (at_ns - other_ns) for other_ns, _, high in self.points]
+        most = [(high_ns - low) / (at_ns - other_ns) for other_ns, low, _ in self.points]
+        if self.points and at_ns < self.points[0].nominal_ns:
+            least, most = most, least  # the line goes from `point` to the others
+        return max([self._least, *least]), min([self._most, *most])
+
+
+def _highest(ends: list[float], rate: float, spans: list[float]) -> float:
+    return max([end + rate * span for end, span in zip(ends, spans, strict=True)])
+
+
+def _lowest(ends: list[float], rate: float, spans: list[float]) -> float:
+    return min([end + rate * span for end, span in zip(ends, spans, strict=True)])

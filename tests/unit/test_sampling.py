@@ -16,6 +16,11 @@ from pvclock.sampling import POINTS_KEPT, Baseline, Point, Sampler
 HZ = 2_596_132_000
 
 
+def point(nominal_ns: float, deviation_ns: float, bound_ns: float) -> Point:
+    """A point by its middle."""
+    return Point(nominal_ns, deviation_ns - bound_ns, deviation_ns + bound_ns)
+
+
 def source_of(bounds: Sequence[float]) -> Sampler:
     """A sampler whose source gives samples with these bounds, in turn; the sample's ns says which it was."""
     samples = iter([Sample(HostTsc(0), place, bound) for place, bound in enumerate(bounds)])
@@ -86,7 +91,7 @@ def test_a_baseline_tells_the_truth(rate: float, errors: list[tuple[float, float
     baseline = Baseline(steepest=2e-3)
     nominal_ns = 0.0
     for error, bound_ns, step_ns in errors:
-        assert baseline.admit(Point(nominal_ns, rate * nominal_ns + error * bound_ns, bound_ns + 0.001))
+        assert baseline.admit(point(nominal_ns, rate * nominal_ns + error * bound_ns, bound_ns + 0.001))
         found = baseline.rate
         assert abs(found.value - rate) <= found.bound + 1e-15
         value, place_bound_ns = baseline.deviation_at(nominal_ns, found.value)
@@ -102,7 +107,7 @@ def test_a_bound_shrinks_as_the_baseline_grows() -> None:
     source = random.Random(1)  # noqa: S311  # no secret
     for second in range(1, 10_001):
         before = baseline.rate.bound
-        baseline.admit(Point(second * 1e9, source.uniform(-20, 20), 20))
+        baseline.admit(point(second * 1e9, source.uniform(-20, 20), 20))
         assert baseline.rate.bound <= before
         if second in (10, 100, 1000, 10_000):
             bounds.append(baseline.rate.bound)
@@ -115,21 +120,21 @@ def test_what_no_line_allows_is_not_admitted() -> None:
     """Points off the line, too steep, or not later than the last one: refused, and nothing changes."""
     baseline = Baseline(steepest=500e-6)
     for second in range(10):
-        assert baseline.admit(Point(second * 1e9, 0, 10))
+        assert baseline.admit(point(second * 1e9, 0, 10))
     rate, kept = baseline.rate, list(baseline.points)
-    for point in (Point(10e9, 50, 10), Point(10e9, 1e9, 10), Point(9e9, 0, 10), Point(5e9, 0, 10)):
-        assert not baseline.admit(point)
+    for wrong in (point(10e9, 50, 10), point(10e9, 1e9, 10), point(9e9, 0, 10), point(5e9, 0, 10)):
+        assert not baseline.admit(wrong)
     assert (baseline.rate, baseline.points) == (rate, kept)
-    assert baseline.admit(Point(10e9, 19, 10))
+    assert baseline.admit(point(10e9, 19, 10))
 
 
 @pytest.mark.row("E3")
 def test_a_new_run_takes_what_fits_of_the_old_one() -> None:
     """The newest points of the old run that lie on a line with the new ones, and none before one that is off it."""
     run = Baseline()
-    run.admit(Point(100e9, 100, 1))
-    run.admit(Point(101e9, 101, 1))
-    old = [Point(second * 1e9, max(second, 50), 1) for second in range(100)]
+    run.admit(point(100e9, 100, 1))
+    run.admit(point(101e9, 101, 1))
+    old = [point(second * 1e9, max(second, 50), 1) for second in range(100)]
     run.extend_back(old)
-    assert [point.nominal_ns / 1e9 for point in run.points] == [*range(48, 102)]
+    assert [it.nominal_ns / 1e9 for it in run.points] == [*range(48, 102)]
     assert run.rate.value == pytest.approx(1e-9, rel=0.1)
