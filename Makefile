@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/stamps/installed-$(notdir $(PYTHON))
 BUILT := $(VENV)/stamps/built-$(notdir $(PYTHON))
 PACKAGES := $(VENV)/stamps/$(subst $() ,+,packages $(sort $(DEBIAN_PACKAGES)))
 
-.PHONY: build demo test test-lab conformance bench lint clean help
+.PHONY: build demo test test-lab conformance bench drift lint clean help
 
 build: $(BUILT) ## build the extension modules in place (the default)
 	@:
@@ -40,6 +40,9 @@ conformance: build $(PACKAGES) ## run the tests and write docs/conformance.md
 
 bench: build ## run the benchmarks
 	@$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
+
+drift: build ## watch a guest on the kernel's clock and one on the engine's for 10 minutes, and draw docs/drift.png
+	@$(BIN)/python -m bench.drift --output docs/drift
 
 lint: build ## check style and types
 	@$(STEP) "ruff check" $(BIN)/ruff check --no-fix .

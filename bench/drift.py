@@ -32,7 +32,7 @@ from pvclock.payloads import probe
 from pvclock.quantities import NS_PER_S
 from pvclock.sampling import Sampler
 
-INTERVAL_S: Final = 1.0
+INTERVAL_S: Final = 1
 SETTLE_S: Final = 20
 """The engine's clock has found its reference's rate by then; that time is shown, and not counted."""
 ENDS: Final = 10
@@ -64,7 +64,7 @@ class Watched:
         """The step in ns of each way to re-anchor the clock."""
         self._sampler = sampler
         self._tsc_hz = tsc_hz
-        self._first: tuple[int, int] | None = None
+        self._first: tuple[int, int, float] | None = None
         self._tsc_offset = _tsc_offset(machine)
         self._page = self.page()
 
@@ -72,12 +72,10 @@ class Watched:
         """Take a reading; steps are against the page `before`, by default that of the look before."""
         sample = self._sampler.sample()
         tsc, ns = newest_reading(self.machine)
-        host_tsc = tsc - self._tsc_offset
-        reference_ns = sample.ns + (host_tsc - sample.tsc) * NS_PER_S / self._tsc_hz
-        # Integers first: a float has no ns of a time of day.
-        first_ns, first_reference_ns = self._first = self._first or (ns, round(reference_ns))
-        beside_ns = sample.ns - first_reference_ns + (host_tsc - sample.tsc) * NS_PER_S / self._tsc_hz
-        self.readings.append(Reading(beside_ns / NS_PER_S, ns - first_ns - beside_ns, sample.bound_ns + 1))
+        since_ns = (tsc - self._tsc_offset - sample.tsc) * NS_PER_S / self._tsc_hz
+        first_ns, first_sample_ns, first_since_ns = self._first = self._first or (ns, sample.ns, since_ns)
+        reference_ns = sample.ns - first_sample_ns + since_ns - first_since_ns
+        self.readings.append(Reading(reference_ns / NS_PER_S, ns - first_ns - reference_ns, sample.bound_ns + 1))
         self.steps_ns.append(ns - shown_by(before or self._page, tsc))
         self._page = self.page()
 
@@ -110,9 +108,10 @@ class Watched:
 def _tsc_offset(machine: Machine) -> int:
     """Guest TSC less host TSC; on a host that does not honour offsets there is none."""
     if machine.clock is not None:
-        return machine.clock.tsc(0).offset
-    with machine.runner.quiesce(None):
-        seen = machine.vcpus[0].get_tsc_offset()
+        seen = machine.clock.tsc(0).offset
+    else:
+        with machine.runner.quiesce(None):
+            seen = machine.vcpus[0].get_tsc_offset()
     return seen if seen < 1 << 63 else seen - (1 << 64)
 
 
@@ -266,6 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="write OUTPUT.json, .png and .svg; the latter two need matplotlib")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
+    if options.seconds < 2 * ENDS * INTERVAL_S:
+        parser.error(f"{options.seconds:g} s is too short for {ENDS} readings at either end; at least {2 * ENDS} s")
     errors = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     try:

@@ -63,6 +63,10 @@ class Backend(Protocol):
     def kernel_features(self) -> int:
         """KVM feature bits (CPUID 0x40000001 EAX) that the host kernel serves beside the engine."""
 
+    @property
+    def is_slaved(self) -> bool:
+        """Does the counter go on with host time, whatever the guest does?"""
+
     def sample(self, reference: Reference) -> Sample:
         """One instant on the counter and on a clock of the host."""
 
@@ -89,6 +93,8 @@ class SimulatedBackend:
     fault.  Each is a host of its own, unless `boot_id` says otherwise.
     With honours_tsc_offset=False it plays a host that takes offsets and ignores them.
     """
+
+    is_slaved = True
 
     def __init__(
         self,
@@ -167,6 +173,7 @@ class HostBackend:
     """This host's own TSC and clocks, and no vCPU: for readers in this process.  It honours no TSC offset."""
 
     kernel_features = 0
+    is_slaved = True
 
     def __init__(self, tsc_hz: int | None = None) -> None:
         self.counter = HostCounter()

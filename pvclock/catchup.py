@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from operator import index
 from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import ConfigError, RangeError
@@ -179,7 +180,7 @@ def describe(policy: Policy) -> str:
 def _checked(policy: Policy) -> Policy:
     bound = getattr(policy, "max_ns", 1)
     ppm = getattr(policy, "max_ppm", 1)
-    if bound < 0 or not 0 < ppm <= MOST_PPM:
+    if index(bound) < 0 or not 0 < index(ppm) <= MOST_PPM:
         raise RangeError(f"{policy}: max_ns is 0 or more, max_ppm between 1 and {MOST_PPM}")
     return policy
 

@@ -53,8 +53,8 @@ class Steering(NamedTuple):
     """What a discipline made of a sample.
 
     correction: by which part the clock is to be faster than the host's nominal rate.  rate: the reference's, against
-    nominal.  error_ns: how far the clock was behind the reference at the sample, in host time, and bound_ns how far
-    that can be from the truth.
+    nominal, true within its bound if it is constant.  error_ns: how far the clock was behind the reference at the
+    sample, in host time, and bound_ns how far that can be from the truth, on the same condition.
     """
 
     state: SteeringState
@@ -68,24 +68,30 @@ class Discipline:
     """Makes host time follow a reference from the first sample on, as far as it is right at that one.
 
     tsc_hz: the nominal rate.  max_ppm: the correction's bound; a reference further off than that is never believed.
-    correction: what is in effect now.
+    rate: what is known of it, as another discipline's `held`.
     """
 
-    def __init__(self, tsc_hz: int, max_ppm: float = MAX_PPM, correction: Fraction = Fraction(0)) -> None:
+    def __init__(self, tsc_hz: int, max_ppm: float = MAX_PPM, rate: Fraction = Fraction(0)) -> None:
         if not 0 < max_ppm <= MAX_PPM_LIMIT:
             raise RangeError(f"max_ppm is {max_ppm}; above 0 and up to {MAX_PPM_LIMIT}")
         self.max_ppm = max_ppm
         self._tsc_hz = tsc_hz
         self._most = max_ppm / PPM
-        self._correction = correction
-        self._rate = Rate(float(correction), self._most)  # the one held, and how well it was known when it was taken
+        self._rate = Rate(self._clipped(float(rate)), self._most)  # that is held, as well known as when it was found
         self._baseline = self._no_points()
         self._suspects = self._no_points()  # the last points, which the baseline does not allow
         self._is_lost = False  # and which did not go together, either
         self._is_slewing = False  # is an error being worked off?
         self._begin: tuple[int, Fraction] | None = None  # reference and host time, in ns, taken as the same
+        self._forgiven_ns = 0.0  # what the reference was wrong by at that instant
         self._tsc = HostTsc(0)  # of the last sample
         self._ticks = 0  # to it from the beginning
+        self._newest_ns = -1.0  # of the points
+
+    @property
+    def held(self) -> Fraction:
+        """The correction that keeps the rate as it is known, and works no error off: for a time without samples."""
+        return Fraction(int(self._rate.value * GRAIN), GRAIN)
 
     def steer(self, sample: Sample, host_ns: Fraction) -> Steering:
         """What correction is due, now that the reference is known at one more instant, where the clock is at host_ns.
@@ -94,17 +100,17 @@ class Discipline:
         """
         interval_ns = self._advance(sample, host_ns)
         point, ahead_ns = self._against_nominal(sample, host_ns)
-        if interval_ns > 0 or not self._baseline.points:
-            self._take(point)
+        if point.nominal_ns > self._newest_ns:
+            self._newest_ns = point.nominal_ns
+            self._take(point, ahead_ns)
         deviation_ns, bound_ns = self._baseline.deviation_at(point.nominal_ns, self._rate.value)
-        error_ns = deviation_ns - ahead_ns
+        error_ns = deviation_ns - ahead_ns - self._forgiven_ns
         state = self._judged(error_ns, (point.high_ns - point.low_ns) / 2)
-        if state is not SteeringState.LEARNING:
-            target = self._rate.value
-            if self._is_slewing:
-                target += error_ns / max(2 * interval_ns, HORIZON_S * NS_PER_S)
-            self._correction = Fraction(int(min(max(target, -self._most), self._most) * GRAIN), GRAIN)
-        return Steering(state, self._correction, self._rate_found(), error_ns, bound_ns)
+        correction = self.held
+        if self._is_slewing:
+            pull = error_ns / max(2 * interval_ns, HORIZON_S * NS_PER_S)
+            correction = Fraction(int(self._clipped(self._rate.value + pull) * GRAIN), GRAIN)
+        return Steering(state, correction, self._rate_found(), error_ns, bound_ns)
 
     # Inside
 
@@ -114,6 +120,7 @@ class Discipline:
         if self._begin is None or ticks > U64_MASK // 2:
             self._baseline, self._suspects, self._is_lost = self._no_points(), self._no_points(), False
             self._begin, self._ticks, ticks = (sample.ns, host_ns), 0, 0
+            self._newest_ns, self._forgiven_ns = -1.0, 0.0
         self._tsc = sample.tsc
         self._ticks += ticks
         return ticks * NS_PER_S / self._tsc_hz
@@ -128,8 +135,8 @@ class Discipline:
         point = Point(float(nominal_ns), deviation_ns - bound_ns, deviation_ns + bound_ns)
         return point, float(host_ns - begin_host_ns - nominal_ns)
 
-    def _take(self, point: Point) -> None:
-        """Learn from a point.
+    def _take(self, point: Point, ahead_ns: float) -> None:
+        """Learn from a point, where the clock is ahead of nominal time by ahead_ns.
 
         The rate that is held is let go of if it is impossible, or if a better known one is not near: a guess is no
         reason to turn.
@@ -141,6 +148,8 @@ class Discipline:
                 self._suspects, self._is_lost = self._no_points(), True
                 self._suspects.admit(point)
             if len(self._suspects.points) >= (RATE_SAMPLES if self._has_turned() else STEP_SAMPLES):
+                if len(self._baseline.points) == 1:  # then it was the first sample that was wrong
+                    self._forgiven_ns = (point.low_ns + point.high_ns) / 2 - ahead_ns
                 self._suspects.extend_back(self._baseline.points)
                 self._baseline, self._suspects, self._is_lost = self._suspects, self._no_points(), False
         found = self._baseline.rate
@@ -148,6 +157,9 @@ class Discipline:
         is_better = found.bound < self._rate.bound and off > found.bound / 4
         if len(self._baseline.points) > 1 and (is_better or off > found.bound):
             self._rate = found
+
+    def _clipped(self, rate: float) -> float:
+        return min(max(rate, -self._most), self._most)
 
     def _has_turned(self) -> bool:
         """Can the reference have come to the first suspect by its rate alone, without having been set?"""

@@ -26,7 +26,7 @@ from pvclock.clockstate import (
 from pvclock.disciplined import OFF, DisciplinedTimeline
 from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNotHonoured
 from pvclock.events import EventKind
-from pvclock.hostwatch import HostWatch, Trouble
+from pvclock.hostwatch import HostWatch, Trouble, TroubleKind
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.published import MAX_AGE_S
 from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, GuestTsc, HostTsc, RefNs
@@ -64,6 +64,7 @@ class GuestClock(DisciplinedTimeline):
         **provider_options: object,
     ) -> None:
         super().__init__(memory, vcpus, backend)
+        self.follow(reference)
         self.offer_tsc_adjust = offer_tsc_adjust
         self.offer_invariant_tsc = offer_invariant_tsc
         self.refused_offset: TscOffsetNotHonoured | None = None
@@ -71,13 +72,13 @@ class GuestClock(DisciplinedTimeline):
 
         self._tsc = [VcpuTsc(tsc_offset) for _ in range(vcpus)]
         self._offsets_agree = self._host_trusted = True
+        self._tsc_failed = False  # once, which no later look can make good
         self._wall_clock_gpa: Gpa | None = None
         self._saved_vcpus: tuple[VcpuState, ...] | None = None  # of a restored clock, until it is resumed
         self._provider = providers.create(provider, self, vcpus, **provider_options)
         for vcpu in range(vcpus):
             backend.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
             self._pages.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
-        self.follow(reference)
 
     # The guest's side
 
@@ -218,8 +219,10 @@ class GuestClock(DisciplinedTimeline):
             for trouble in troubles:
                 tsc = HostTsc(self.backend.counter.read())
                 self._record(EventKind(trouble.kind), trouble.why, tsc, self._moment(tsc))
-            if self._host_trusted != host_trusted:
-                self._host_trusted = host_trusted
+            self._tsc_failed |= any(each.unstable and each.kind is not TroubleKind.CLOCKSOURCE for each in troubles)
+            trusted = host_trusted and not self._tsc_failed
+            if self._host_trusted != trusted:
+                self._host_trusted = trusted
                 self._republish(None)
 
     def tsc(self, vcpu: int) -> VcpuTsc:

@@ -334,6 +334,6 @@ def _own_cgroup_stat() -> Path | None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="ascii")
+        return file.read_text(encoding="ascii", errors="replace")
     except OSError:
         return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from statistics import median
 from typing import Final, NamedTuple, TypeAlias
 
@@ -20,6 +21,7 @@ SampleSource: TypeAlias = Callable[[], Sample]
 
 BOUNDS_KEPT: Final = 16
 POINTS_KEPT: Final = 64
+NS_MAX: Final = 1 << 63
 
 LEAST_BOUND_NS: Final = 0.5
 """A source that claims to be exact gives whole ns all the same."""
@@ -27,6 +29,8 @@ LEAST_BOUND_NS: Final = 0.5
 
 class Sampler:
     """Samples from `source`, without those that are much worse than is usual for it.
+
+    Errors of the source come out, and RangeError for a sample without a bound.
 
     A sample is bad if its bound is more than `tolerance` times the median of the last ones; up to `tries` are taken
     until one is not.
@@ -54,6 +58,8 @@ class Sampler:
 
     def _taken(self) -> Sample:
         sample = self._source()
+        if not (0 <= sample.bound_ns < inf and abs(sample.ns) < NS_MAX):
+            raise RangeError(f"{sample}: its bound must be ns from 0 on, not infinite, and its ns within 2^63")
         self._bounds.append(sample.bound_ns)
         return sample
 

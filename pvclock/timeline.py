@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Final, NamedTuple
 
 from pvclock._core import ClockScale
-from pvclock.catchup import PPM, CatchUpTable, Slew
+from pvclock.catchup import MOST_PPM, PPM, CatchUpTable, Slew
 from pvclock.errors import RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc
 from pvclock.readings import ClockLine
@@ -26,8 +26,8 @@ STRETCH_S: Final = 2
 SLOWEST: Final = Fraction(1, 2)
 """A clock that is ahead loses at most this part of its pace, whatever its policy would allow."""
 
-PACE_BOUNDS: Final = (Fraction(1, 4), Fraction(8))
-"""A pace is this part of the dilation: SLOWEST or VirtualBox's 500 %, and 10 % of correction either way, are within."""
+PACE_BOUNDS: Final = (1 - SLOWEST - Fraction(1, 10), 1 + Fraction(MOST_PPM, PPM) + Fraction(1, 10))
+"""A pace is this part of the dilation: a slew's utmost, and a correction's 10 % either way."""
 
 
 class Tempo(NamedTuple):

@@ -50,6 +50,8 @@ class UnslavedBackend:
     Thread-safety: all methods may be called from any thread.
     """
 
+    is_slaved = False
+
     def __init__(self, inner: Backend, executed: int = 0, *, native: bool = True) -> None:
         self.inner = inner
         self.native = native
@@ -143,7 +145,12 @@ class UnslavedBackend:
 
     def sample(self, reference: Reference) -> Sample:
         """See Backend: the clock is the host's, and goes on while the guest does not execute."""
-        return self.inner.sample(reference)._replace(tsc=HostTsc(self.counter.read()))
+        seen = self.inner.sample(reference)
+        with self._lock:
+            run = self._run
+            if self.native and run is not None and run.ticks is None:
+                return seen._replace(tsc=HostTsc((run.executed + seen.tsc - run.host_tsc) & U64_MASK))
+            return seen._replace(tsc=HostTsc(self._counter.value))
 
     def stamps(self) -> HostStamps:
         """See Backend: `tsc` is in executed ticks, all else is the host's."""

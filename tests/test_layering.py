@@ -23,7 +23,7 @@ LAYERS: tuple[set[str], ...] = (
         *("backend", "unslaved", "hostwatch", "kvm", "boot", "payloads"),
     },
     {"providers"},
-    {"published", "disciplined", "guestclock", "clockstate", "jsonkinds", "atomicfile", "ticker"},
+    {"published", "controlled", "disciplined", "guestclock", "clockstate", "jsonkinds", "atomicfile", "ticker"},
     {"machine"},
     {"pvclock", "lab"},
     {"convert", "commands", "meter", "__main__"},

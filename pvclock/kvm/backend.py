@@ -44,6 +44,7 @@ class _VcpusOfRunner:
 
     counter: Counter
     tsc_hz: int
+    is_slaved = True
 
     def __init__(self, vcpus: list[Vcpu], runner: Runner, kernel_features: int) -> None:
         self.tsc_hz = vcpus[0].get_tsc_khz() * 1000

@@ -14,7 +14,7 @@ from pvclock.readings import Sample
 HZ = 2_596_132_000
 
 
-class Reference:
+class SimulatedReference:
     """A clock that runs `rate(s)` off nominal, read within `noise_ns`.
 
     fault: what becomes of a reading, given (s, ns).  outliers: the part of readings that are up to 10 ms wrong and do
@@ -71,7 +71,7 @@ class Tick(NamedTuple):
 
 
 def follow(
-    reference: Reference, seconds: float, *, interval_s: float = 1, max_ppm: float = 500, tsc: int = 0
+    reference: SimulatedReference, seconds: float, *, interval_s: float = 1, max_ppm: float = 500, tsc: int = 0
 ) -> Iterator[Tick]:
     """Tick a discipline for `seconds`, 10 % off the schedule either way; its clock does what it says, exactly."""
     schedule = random.Random(2)  # noqa: S311  # no secret

@@ -14,17 +14,17 @@ from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, page_of, sh
 
 
 @pytest.mark.row("E11", "E9")
-def test_a_tsc_that_steps_back_stops_the_clock() -> None:
-    """The host's TSC stepping back holds the clock where it was published; nothing underflows or crashes."""
+def test_a_tsc_that_steps_back_takes_nothing_back() -> None:
+    """After the host's TSC stepped back the clock goes on from where it was published; nothing underflows."""
     clock, backend, memory = a_clock(10**9, tsc=10**12)
     backend.advance(ns=NS_PER_S)
     clock.refresh()
     before = clock.read(0)
     backend.tsc = 5
     clock.refresh()
-    assert 0 <= before - clock.read(0) <= NS_PER_S
-    assert clock.now() == 0
-    assert shown(memory, 0, backend.tsc) == clock.read(0)
+    assert clock.now() == clock.read(0) == shown(memory, 0, backend.tsc) == before
+    backend.advance(ns=NS_PER_S)
+    assert clock.read(0) == before + NS_PER_S
 
 
 @pytest.mark.row("E13")
@@ -133,8 +133,8 @@ def test_reading_while_a_guest_moves_its_tsc_and_its_page() -> None:
 def test_guest_time_wraps_and_the_clock_goes_on() -> None:
     """Past 2^64 ns, which a dilation reaches in no time, guests, refreshes and MSR writes go on modulo 2^64."""
     clock, backend, _ = a_clock(10**9)
-    clock.dilate(10**9)
-    backend.advance(ns=20 * NS_PER_S)
+    clock.dilate(10**8)
+    backend.advance(ns=200 * NS_PER_S)
     clock.dilate(1)
     clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
     assert clock.now() == 20 * 10**18 % 2**64

@@ -14,7 +14,7 @@ from pvclock import RangeError
 from pvclock.discipline import Discipline, SteeringState
 from pvclock.quantities import HostTsc
 from pvclock.readings import Sample
-from tests.unit.simulated_reference import HZ, Reference, Tick, follow
+from tests.unit.simulated_reference import HZ, SimulatedReference, Tick, follow
 
 PPB = 1e-9
 PPM = 1e-6
@@ -43,7 +43,7 @@ def settled_at(ticks: list[Tick], bound_ns: float) -> float:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_steady_reference_is_followed_to_a_tenth_of_a_ppb(ppb: float, seed: int) -> None:
     """In 10 minutes of one tick a second, readings 20 ns off: within 0.1 ppb, the bounds true, few turns."""
-    ticks = list(follow(Reference(lambda _: ppb * PPB, seed=seed), 600))
+    ticks = list(follow(SimulatedReference(lambda _: ppb * PPB, seed=seed), 600))
     first_ns = 21  # the first reading was taken as right
     late = [tick for tick in ticks if tick.s > 60]
     assert abs(drift_ppb(late)) < 0.1
@@ -58,7 +58,7 @@ def test_a_steady_reference_is_followed_to_a_tenth_of_a_ppb(ppb: float, seed: in
 @pytest.mark.row("E11", "E9")
 def test_a_year_of_noise_temperature_and_outliers() -> None:
     """A year, a tick every 2 minutes, the rate swinging by 50 ppb a day, 1 % of readings wrong: always within 10 us."""
-    reference = Reference(lambda s: 50 * PPB * math.sin(s / DAY_S * 2 * math.pi), noise_ns=200, outliers=0.01)
+    reference = SimulatedReference(lambda s: 50 * PPB * math.sin(s / DAY_S * 2 * math.pi), noise_ns=200, outliers=0.01)
     worst, states = 0.0, set()
     for tick in follow(reference, YEAR_S, interval_s=120):
         assert abs(tick.steering.correction) <= Fraction(500, 10**6)
@@ -79,7 +79,7 @@ def stepped(at_s: float, step_ns: float) -> Callable[[float, float], float]:
 def test_a_step_becomes_a_slew(step_ns: float) -> None:
     """A reference set by up to 1 s: the clock gets there at 500 ppm, and is done within 40 s of the shortest time."""
     shortest_s = abs(step_ns) / (500 * PPM * 1e9)
-    ticks = list(follow(Reference(lambda _: 66.8 * PPB, fault=stepped(100, step_ns)), 100 + shortest_s + 200))
+    ticks = list(follow(SimulatedReference(lambda _: 66.8 * PPB, fault=stepped(100, step_ns)), 100 + shortest_s + 200))
     assert corrections_within(ticks, 500)
     assert settled_at(ticks, 25) < 100 + shortest_s + 40
     assert max(abs(tick.lag_ns) for tick in ticks) < abs(step_ns) + 1000  # it overshoots by nothing
@@ -89,7 +89,7 @@ def test_a_step_becomes_a_slew(step_ns: float) -> None:
 @pytest.mark.parametrize("step_ns", [HOUR_NS, -HOUR_NS])
 def test_a_step_of_an_hour_takes_its_time(step_ns: float) -> None:
     """A reference set by an hour: 83 days at 500 ppm and a few ticks, and never a rate beyond that."""
-    reference = Reference(fault=stepped(1000, step_ns), noise_ns=100)
+    reference = SimulatedReference(fault=stepped(1000, step_ns), noise_ns=100)
     ticks = list(follow(reference, 90 * DAY_S, interval_s=128))
     assert corrections_within(ticks, 500)
     assert settled_at(ticks, 200) == pytest.approx(1000 + HOUR_NS / (500 * PPM * 1e9), rel=0.002)
@@ -106,7 +106,7 @@ def test_a_reference_that_makes_no_sense_is_not_followed(kind: str) -> None:
         "is frozen now and then": lambda s, ns: ns - ns % 30e9 if 200 < s < 300 else ns,
         "says anything": lambda s, ns: ns + next(noise) if 200 < s < 300 else ns,
     }
-    ticks = list(follow(Reference(lambda _: 31 * PPB, fault=faults[kind]), 600))
+    ticks = list(follow(SimulatedReference(lambda _: 31 * PPB, fault=faults[kind]), 600))
     lost = [tick for tick in ticks if tick.steering.state is SteeringState.HOLDOVER]
     assert len(lost) > 20
     assert all(abs(float(tick.steering.correction) - 31 * PPB) < 1 * PPB for tick in lost)
@@ -121,7 +121,7 @@ def test_a_reference_that_makes_no_sense_is_not_followed(kind: str) -> None:
 @pytest.mark.parametrize("ppm", [300, -300, 1])
 def test_a_change_of_rate_is_found(ppm: float) -> None:
     """A reference slewed as NTP does it: seen at the third tick, worked off in 30 more, by no more than max_ppm."""
-    reference = Reference(lambda s: ppm * PPM * (100 <= s < 200))
+    reference = SimulatedReference(lambda s: ppm * PPM * (100 <= s < 200))
     ticks = list(follow(reference, 300))
     assert corrections_within(ticks, 500)
     turned = [tick for tick in ticks if abs(tick.lag_ns) > 25]
@@ -134,7 +134,7 @@ def test_a_change_of_rate_is_found(ppm: float) -> None:
 def test_a_lone_wrong_sample_changes_nothing() -> None:
     """One reading that is 1 s wrong, or three that contradict each other: the correction stays as it was."""
     wrong = {200: 1e9, 300: -5e8, 301: 5e8, 302: 7e8}
-    reference = Reference(lambda _: 66.8 * PPB, fault=lambda s, ns: ns + wrong.get(int(s), 0))
+    reference = SimulatedReference(lambda _: 66.8 * PPB, fault=lambda s, ns: ns + wrong.get(int(s), 0))
     ticks = list(follow(reference, 400, interval_s=0.99))
     late = [tick for tick in ticks if tick.s > 190]
     assert max(abs(float(tick.steering.correction) - 66.8 * PPB) for tick in late) < 15 * PPB
@@ -187,6 +187,32 @@ def test_two_looks_at_one_instant_are_one() -> None:
         sample = Sample(HostTsc(second * HZ), second * 1_000_000_100, 5.0)
         first = discipline.steer(sample, Fraction(second * 10**9))
         assert discipline.steer(sample, Fraction(second * 10**9)).correction == first.correction
+
+
+@pytest.mark.row("E11")
+@pytest.mark.parametrize("wrong", [1, 2, 3])
+@pytest.mark.parametrize("ns", [1e9, -1e9])
+def test_wrong_samples_at_the_beginning_are_forgiven(wrong: int, ns: float) -> None:
+    """The first samples are off, each otherwise: the clock takes the first good ones as its beginning, and no slew."""
+    reference = SimulatedReference(lambda _: 66.8 * PPB, fault=lambda s, now: now + ns * (s + 1) * (s < wrong - 0.5))
+    ticks = list(follow(reference, 60))
+    assert max(abs(float(tick.steering.correction)) for tick in ticks) < 1 * PPM
+    assert ticks[-1].steering.state is SteeringState.LOCKED
+
+
+@pytest.mark.row("E11", "E9")
+def test_samples_that_floats_cannot_tell_apart() -> None:
+    """After 36 years two samples a tick apart are one instant: no division by nothing, whatever follows."""
+    discipline, far_s = Discipline(HZ), 2**60 // 10**9
+
+    def steer(s: int, ticks: int, ns: int) -> None:
+        discipline.steer(Sample(HostTsc((s * HZ + ticks) % 2**64), ns, 20.0), Fraction(s * 10**9))
+
+    steer(0, 0, 0)
+    steer(far_s, 0, far_s * 10**9)
+    for second in range(10):
+        steer(far_s + second, 0, (far_s + second + 5 * (second > 2)) * 10**9)
+        steer(far_s + second, 1, (far_s + second + 5 * (second > 2)) * 10**9)
 
 
 @pytest.mark.row("E13")

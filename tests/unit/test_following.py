@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -10,6 +12,7 @@ import pytest
 from pvclock import ConfigError, GuestClock, GuestMemory, HostTsc, RangeError, Reference, Sample, SimulatedBackend
 from pvclock.discipline import SteeringState
 from pvclock.events import EventKind
+from pvclock.unslaved import UnslavedBackend
 from tests.unit.clocks import MAX_AGE_NS, NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, page_of, shown
 
 HZ = 2_596_132_000
@@ -165,7 +168,7 @@ def test_off_is_the_nominal_rate() -> None:
 
 @pytest.mark.row("E11", "E13")
 def test_an_injected_source() -> None:
-    """A source of the caller's is followed like any other; what it raises comes out, and the clock stays as it was."""
+    """A source of the caller's is followed like any other; what it raises comes out, and the clock goes on."""
     vm = Vm(0)
     vm.clock.follow(lambda: Sample(vm.backend.tsc, vm.backend.ref_ns + vm.backend.ref_ns // 10**6, 5.0))
     begin = vm.now
@@ -179,10 +182,10 @@ def test_an_injected_source() -> None:
         raise OSError("the source is gone")
 
     vm.clock.follow(broken)
-    before = vm.clock.line, page_of(vm.clock)
+    before = vm.clock.line, page_of(vm.clock).version
     with pytest.raises(OSError, match="gone"):
         vm.clock.tick()
-    assert (vm.clock.line, page_of(vm.clock)) == before
+    assert (vm.clock.line, page_of(vm.clock).version) == (before[0], before[1] + 2)  # published all the same
 
 
 @pytest.mark.row("E11", "E13")
@@ -221,16 +224,126 @@ def test_a_late_tick_loses_nothing() -> None:
 
 
 @pytest.mark.row("E11", "E9")
-def test_a_tsc_that_goes_back_harms_nobody() -> None:
-    """A host whose TSC was reset: guests' time stands still until the TSC is beyond, and no tick fails."""
-    vm = Vm(0)
+@pytest.mark.parametrize("back_s", [0.5, 60.0])
+def test_a_tsc_that_goes_back(back_s: float) -> None:
+    """A host whose TSC was reset: guests go on from the last publish, timeline and pages stay one, and it is told."""
+    vm = Vm(Fraction(668, 10))
+    vm.pass_time(600 * NS_PER_S)
     vm.clock.follow("raw")
     for _ in range(10):
         vm.tick()
         vm.pass_time()
+    vm.clock.tick()
     newest = vm.clock.read(0)
-    vm.backend.tsc = HostTsc(vm.backend.tsc - HZ // 2)
-    for _ in range(10):
+    vm.backend.tsc = HostTsc(vm.backend.tsc - int(back_s * HZ))
+    for _ in range(300):
         vm.clock.tick()
+        assert vm.clock.read(0) - newest in (0, 1, 2)
+        assert abs(vm.clock.read(0) - vm.clock.at(vm.backend.tsc)) <= 2
         vm.pass_time()
-    assert vm.clock.read(0) >= newest
+        newest = vm.clock.read(0)
+    assert EventKind.TSC_STEP in {event.kind for event in vm.clock.events.read().events}
+    vm.clock.pause()
+    moved = GuestClock.restore(vm.clock.save(), vm.memory, backend=vm.backend)
+    moved.resume("advance")
+    assert moved.read(0) - newest in (0, 1, 2)
+
+
+def slewing(vm: Vm, step_ns: int = NS_PER_S) -> None:
+    """Have the clock of `vm` work off a step of the host's UTC."""
+    for _ in range(10):
+        vm.tick()
+        vm.pass_time()
+    vm.backend.realtime_ns += step_ns
+    for _ in range(6):
+        vm.tick()
+        vm.pass_time()
+    assert vm.clock.steering is not None
+    assert vm.clock.steering.state is SteeringState.SLEWING
+
+
+@pytest.mark.row("E11", "E9")
+def test_without_samples_the_rate_is_kept() -> None:
+    """A source that fails in mid-slew: the clock goes on at the rate that it knows, and its slews and pages go on."""
+    vm = Vm(0)
+    fails = [False]
+
+    def source() -> Sample:
+        if fails[0]:
+            raise OSError("gone")
+        return Sample(vm.backend.tsc, vm.backend.realtime_ns, 20.0)
+
+    vm.clock.follow(source)
+    slewing(vm, NS_PER_S // 100)
+    fails[0] = True
+    begin, version = vm.clock.at(vm.backend.tsc), page_of(vm.clock).version
+    vm.clock.slew(1_000_000)
+    for _ in range(60):
+        with pytest.raises(OSError, match="gone"):
+            vm.clock.tick()
+        vm.pass_time()
+    assert page_of(vm.clock).version >= version + 120
+    assert abs(vm.clock.at(vm.backend.tsc) - begin - 60 * NS_PER_S - 1_000_000) < 10
+
+
+@pytest.mark.row("E1", "E11")
+def test_a_pause_is_counted_at_the_known_rate() -> None:
+    """A clock that is paused in mid-slew for a day, and told it all at resume: no part of the slew is in that."""
+    vm = Vm(0)
+    vm.clock.follow("realtime")
+    slewing(vm)
+    vm.clock.pause()
+    vm.pass_time(86_400 * NS_PER_S)
+    assert vm.clock.resume("advance").gain_ns == 86_400 * NS_PER_S
+
+
+@pytest.mark.row("E11")
+def test_another_reference_begins_at_the_known_rate() -> None:
+    """Following another clock in mid-slew, or within a lower max_ppm: the slew ends, and the bound is kept at once."""
+    vm = Vm(5000)
+    vm.clock.follow("realtime")
+    slewing(vm)
+    vm.clock.follow("monotonic")
+    assert abs(vm.clock.pace - 1 - 5000 * PPB) < 10 * PPB
+    vm.clock.follow("raw", max_ppm=1)
+    assert abs(vm.clock.pace - 1) <= Fraction(1, 10**6)
+
+
+@pytest.mark.row("E11", "P-08")
+def test_unslaved_time_follows_no_clock() -> None:
+    """Where time passes only while the guest executes, a reference is refused: it would show the VMM's time."""
+    clock = GuestClock(GuestMemory(bytearray(1 << 14)), backend=UnslavedBackend(SimulatedBackend(HZ)))
+    with pytest.raises(ConfigError, match="only while the guest executes"):
+        clock.follow("raw")
+    clock.follow("off")
+
+
+@pytest.mark.row("E11")
+def test_a_source_may_take_its_time() -> None:
+    """While a source waits, the clock can be read and changed by others; one that ends the following is no error."""
+    vm = Vm(0)
+
+    def ends_it() -> Sample:
+        other = threading.Thread(target=vm.clock.skip, args=(5,))
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
+        vm.clock.follow("off")
+        return Sample(vm.backend.tsc, vm.backend.ref_ns, 1.0)
+
+    vm.clock.follow(ends_it)
+    assert vm.clock.tick() is None
+    assert vm.clock.reference == "off"
+
+
+@pytest.mark.row("E11", "E13")
+@pytest.mark.parametrize(
+    ("ns", "bound_ns"), [(0, math.inf), (0, math.nan), (0, -1.0), (1 << 63, 1.0), (-(10**400), 1.0)]
+)
+def test_samples_that_are_none(ns: int, bound_ns: float) -> None:
+    """A sample without a bound, or beyond any clock, is an error that names it, and the clock goes on."""
+    vm = Vm(0)
+    vm.clock.follow(lambda: Sample(vm.backend.tsc, ns, bound_ns))
+    with pytest.raises(RangeError, match="its bound must be"):
+        vm.clock.tick()
+    assert vm.clock.pace == 1

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock import GuestClock, RangeError, StateError, StateFileError
-from tests.unit.clocks import NS_PER_S, a_clock, page_of
+from pvclock import GuestClock, GuestMemory, HostTsc, RangeError, SimulatedBackend, StateError, StateFileError
+from pvclock.catchup import Advance, Policy, Slew
+from pvclock.guestclock import GUEST_STOPPED
+from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, a_clock, page_of
 
 HZ = 2_596_132_000
 
@@ -73,7 +76,7 @@ def test_parts_of_a_ns_are_refused(operation: str) -> None:
     dilation=st.tuples(st.integers(1, 2**70), st.integers(1, 2**70)),
     hz=st.sampled_from([1000, 999_999_937, HZ, 2**40]),
     target_ns=st.integers(-(10**12), 10**12),
-    max_ppm=st.sampled_from([1, 500, 999_999]),
+    max_ppm=st.sampled_from([1, 500, 999_999, 10**7]),
 )
 def test_whatever_dilation_is_taken_can_be_slewed(
     dilation: tuple[int, int], hz: int, target_ns: int, max_ppm: int
@@ -104,3 +107,87 @@ def test_a_state_with_a_dilation_that_no_page_shows() -> None:
     broken = state._replace(timeline=state.timeline._replace(dilation=Fraction(1, 2**90)))
     with pytest.raises(StateFileError, match=r"timeline\.dilation"):
         GuestClock.restore(broken, memory, backend=backend)
+
+
+@pytest.mark.row("E2", "E13")
+@pytest.mark.parametrize("policy", [Slew(500.0), Slew(500, 1.5), Advance(1.5)])  # type: ignore[arg-type]  # on purpose
+def test_policies_take_whole_numbers(policy: Policy) -> None:
+    """A float in a policy is a TypeError at once, not at every refresh from then on."""
+    clock, backend, _ = a_clock(HZ)
+    with pytest.raises(TypeError):
+        clock.policy = policy
+    with pytest.raises(TypeError):
+        clock.slew(1000, 500.0)  # type: ignore[arg-type]  # on purpose
+    backend.advance(ns=NS_PER_S)
+    clock.refresh()
+    assert not clock.skew_ns
+
+
+class StuckBackend(SimulatedBackend):
+    """A host whose vCPUs sometimes cannot be kept out of the guest."""
+
+    stuck = False
+
+    def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
+        """See Backend."""
+        if self.stuck:
+            raise StateError("quiesce", "a vCPU does not leave the guest", "end it")
+        return super().quiesce(vcpu)
+
+
+def stuck_clock() -> tuple[GuestClock, StuckBackend]:
+    """A clock with a page on such a host."""
+    backend = StuckBackend(HZ)
+    clock = GuestClock(GuestMemory(bytearray(1 << 14)), backend=backend)
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    backend.advance(ns=NS_PER_S)
+    clock.refresh()
+    return clock, backend
+
+
+@pytest.mark.row("E1", "E9", "P-10")
+def test_a_resume_that_fails_can_be_tried_again() -> None:
+    """vCPUs that do not leave the guest: the clock stays paused, with no event, and the next resume works."""
+    clock, backend = stuck_clock()
+    clock.pause()
+    backend.advance(ns=NS_PER_S)
+    before = clock.line, clock.events.last
+    backend.stuck = True
+    with pytest.raises(StateError, match="does not leave"):
+        clock.resume("advance")
+    assert (clock.is_paused, clock.line, clock.events.last) == (True, *before)
+    backend.stuck = False
+    clock.resume("advance")
+    assert abs(clock.read(0) - 2 * NS_PER_S) <= 2
+    assert clock.reading(0).flags & GUEST_STOPPED
+
+
+@pytest.mark.row("E2", "E9", "P-14")
+def test_a_slew_that_fails_is_none() -> None:
+    """The same at slew(), where flags are to be changed, too: nothing is owed afterwards."""
+    clock, backend = stuck_clock()
+    backend.tsc_stable = False
+    backend.stuck = True
+    with pytest.raises(StateError, match="does not leave"):
+        clock.slew(1000)
+    assert not clock.skew_ns
+    assert clock.pace == 1
+    assert clock.events.last == 0
+
+
+@pytest.mark.row("P-22", "E9")
+def test_a_run_that_fails_ends_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """run_for() on vCPUs that do not run: the error comes out, and the clock is paused again."""
+    clock, _ = stuck_clock()
+    clock.pause()
+    monkeypatch.setattr(StuckBackend, "run_until", fails)
+    with pytest.raises(StateError, match="does not run"):
+        clock.run_for(NS_PER_S)
+    assert clock.is_paused
+    monkeypatch.undo()
+    assert clock.run_for(NS_PER_S).ran_ns >= NS_PER_S
+
+
+def fails(_self: StuckBackend, _tsc: HostTsc) -> None:
+    """Not run."""
+    raise StateError("run", "a vCPU does not run", "end it")

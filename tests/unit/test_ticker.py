@@ -36,6 +36,15 @@ def a_clock() -> GuestClock:
     return clock
 
 
+def a_host_clock() -> GuestClock:
+    """A clock with a page on this host's TSC, which it takes as stable."""
+    backend = HostBackend(HZ)
+    backend.tsc_stable = True
+    clock = GuestClock(GuestMemory(bytearray(1 << 14)), backend=backend)
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    return clock
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     """Return once it holds."""
     deadline = time.monotonic() + LIMIT_S
@@ -123,19 +132,96 @@ class TroubledWatch(HostWatch):
 def test_trouble_of_the_host_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ticker looks at the host once a round: its trouble is an event of each clock, and takes STABLE."""
     monkeypatch.setattr("pvclock.ticker.HostWatch", TroubledWatch)
-    clocks = [a_clock(), a_clock()]
-    with Ticker(*clocks, interval_s=0.01):
+    clocks = [a_host_clock(), a_host_clock()]
+    apart = a_clock()
+    with Ticker(apart, *clocks, interval_s=0.01) as ticker:
         wait_for(lambda: all(clock.events.read().events for clock in clocks))
         wait_for(lambda: all(clock.reading(0).flags == 0 for clock in clocks))
+    assert ticker.failures == ()
+    monkeypatch.undo()
+    with ticker:  # its next watch has seen nothing
+        wait_for(lambda: ticker.rounds > 10)
     for clock in clocks:
         assert [event.kind for event in clock.events.read().events] == [EventKind.TSC_UNSTABLE]
+        assert clock.reading(0).flags == 0
+    assert apart.events.read().events == ()  # its TSC is its own
+
+
+@pytest.mark.row("E11", "K-16")
+def test_trouble_is_told_though_a_tick_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock whose source raises hears of the host's trouble all the same."""
+
+    def broken() -> Sample:
+        raise SystemExit
+
+    monkeypatch.setattr("pvclock.ticker.HostWatch", TroubledWatch)
+    clock = a_host_clock()
+    clock.follow(broken)
+    with Ticker(clock, interval_s=0.01) as ticker:
+        wait_for(lambda: clock.reading(0).flags == 0)
+    assert {type(failure.error) for failure in ticker.failures} == {SystemExit}
+
+
+class BrokenWatch(HostWatch):
+    """A watch that cannot look."""
+
+    def look(self, *, on_schedule: bool = True) -> list[Trouble]:
+        """See HostWatch."""
+        raise ValueError("nothing to be seen")
+
+
+@pytest.mark.row("E11", "E13")
+def test_a_look_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looking at the host raises is kept, and clocks are ticked on."""
+    monkeypatch.setattr("pvclock.ticker.HostWatch", BrokenWatch)
+    clock = a_host_clock()
+    with Ticker(clock, interval_s=0.005) as ticker:
+        wait_for(lambda: version(clock) > 20)
+    assert (ticker.failures[-1].clock, str(ticker.failures[-1].error)) == (None, "nothing to be seen")
+
+
+@pytest.mark.row("E11", "E13")
+def test_stop_beside_start() -> None:
+    """A start while another thread waits in stop(): the old thread ends, one new one runs, and nobody hangs."""
+    entered, hold = threading.Event(), threading.Event()
+
+    def slow() -> Sample:
+        entered.set()
+        hold.wait(LIMIT_S)
+        return Sample(HostTsc(1), 1, 1.0)
+
+    clock = a_clock()
+    clock.follow(slow)
+    ticker = Ticker(clock, interval_s=0.01, watch_host=False)
+    ticker.start()
+    assert entered.wait(LIMIT_S)
+    stopping = threading.Thread(target=ticker.stop)
+    stopping.start()
+    time.sleep(0.05)
+    ticker.start()
+    hold.set()
+    stopping.join(LIMIT_S)
+    assert not stopping.is_alive()
+    assert len([thread for thread in threading.enumerate() if thread.name == "pvclock-ticker"]) == 1
+    ticker.stop()
+
+
+@pytest.mark.row("E11", "E12")
+def test_a_fast_clock_is_ticked_more_often() -> None:
+    """At ten times host time a clock's pages age ten times as fast, and so are its ticks."""
+    clock = a_clock()
+    clock.dilate(10)
+    with Ticker(clock, interval_s=0.1, watch_host=False) as ticker:
+        begin = time.monotonic()
+        wait_for(lambda: ticker.rounds >= 50)
+        assert time.monotonic() - begin < 4
 
 
 @pytest.mark.row("E13")
 def test_misuse() -> None:
     """Intervals that let pages become too old, a second start, an unknown clock: errors that say what to do."""
-    for interval_s in (0, -1, 2.1, float("nan")):
-        with pytest.raises(RangeError, match="above 0 and up to 2"):
+    for interval_s in (0, -1, 1e-10, 2.1, float("nan")):
+        with pytest.raises(RangeError, match=r"from 0\.001 to 2"):
             Ticker(interval_s=interval_s)
     ticker = Ticker(interval_s=0.01)
     with ticker, pytest.raises(StateError, match="stop"):
