@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pvclock import GuestClock, Machine, PvclockError, Reference, TimeInfo
+from pvclock import GuestClock, Machine, PvclockError, Reference, Sample, TimeInfo
 from pvclock._core import read_time_info
 from pvclock.backend import HostBackend
+from pvclock.kvm import open_kvm
+from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.machine.observation import finish, newest_reading, probe_machine, shown_by, wait_until_reading
 from pvclock.payloads import probe
 from pvclock.quantities import NS_PER_S
@@ -65,6 +67,7 @@ class Watched:
         self._sampler = sampler
         self._tsc_hz = tsc_hz
         self._first: tuple[int, int, float] | None = None
+        self._last: Sample | None = None
         self._tsc_offset = _tsc_offset(machine)
         self._page = self.page()
 
@@ -72,7 +75,10 @@ class Watched:
         """Take a reading; steps are against the page `before`, by default that of the look before."""
         sample = self._sampler.sample()
         tsc, ns = newest_reading(self.machine)
-        since_ns = (tsc - self._tsc_offset - sample.tsc) * NS_PER_S / self._tsc_hz
+        last, self._last = self._last, sample
+        # The reference's own rate, by the last second: far from nominal, a ms between sample and reading would show.
+        ns_per_tick = (sample.ns - last.ns) / (sample.tsc - last.tsc) if last else NS_PER_S / self._tsc_hz
+        since_ns = (tsc - self._tsc_offset - sample.tsc) * ns_per_tick
         first_ns, first_sample_ns, first_since_ns = self._first = self._first or (ns, sample.ns, since_ns)
         reference_ns = sample.ns - first_sample_ns + since_ns - first_since_ns
         self.readings.append(Reading(reference_ns / NS_PER_S, ns - first_ns - reference_ns, sample.bound_ns + 1))
@@ -110,6 +116,9 @@ def _tsc_offset(machine: Machine) -> int:
     if machine.clock is not None:
         seen = machine.clock.tsc(0).offset
     else:
+        with open_kvm() as kvm:
+            if probe_tsc_offsets(kvm) is not TscOffsets.HONOURED:
+                return 0
         with machine.runner.quiesce(None):
             seen = machine.vcpus[0].get_tsc_offset()
     return seen if seen < 1 << 63 else seen - (1 << 64)

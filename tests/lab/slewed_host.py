@@ -15,7 +15,7 @@ from pvclock.machine.observation import finish, probe_machine, wait_until_readin
 from pvclock.sampling import Sampler
 
 PHASES_PPM = (0, 200, -300, 0)
-PHASE_S = 16.0
+PHASE_S = 22.0
 INTERVAL_S = 0.25
 
 ADJ_FREQUENCY = 0x2
@@ -57,10 +57,11 @@ def main() -> None:
             slew_host(ppm)
             begin = time.monotonic()
             while time.monotonic() - begin < PHASE_S:
-                before = watched.page()
+                before, pace, tick_ns = watched.page(), clock.pace, time.monotonic_ns()
                 steering = clock.tick()
                 watched.look(before)
                 assert steering is not None
+                turned_ns = abs(clock.pace - pace) * (time.monotonic_ns() - tick_ns)
                 reading, bound_ns = watched.readings[-1], steering.bound_ns
                 ticks.append(
                     {
@@ -68,6 +69,7 @@ def main() -> None:
                         "phase_s": time.monotonic() - begin,
                         "ahead_ns": reading.ahead_ns,
                         "step_ns": watched.steps_ns[-1],
+                        "turned_ns": float(turned_ns),
                         "bound_ns": reading.bound_ns + bound_ns,
                         "correction_ppm": float(steering.correction) * 1e6,
                         "state": str(steering.state),
