@@ -1,17 +1,31 @@
-"""What a paravirtual clock interface is to the clock, and what the clock is to it.
+"""What a paravirtual interface is to the clock, and what the clock and the VMM are to it.
 
-A provider is one guest-visible surface: CPUID leaves and MSRs.  It knows no other provider, no memory and no host
-clock; it asks the clock, through `ClockServices`, for what its guest asked of it.
+A provider is one guest-visible surface: CPUID leaves, MSRs, hypercalls and what they put into guest memory.  It knows
+no other provider and no host clock; it asks the clock, through `ClockServices`, for what its guest asked of it, and
+the VMM, through `VmmServices`, for what only that can do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
 
-from pvclock.quantities import Gpa
+from pvclock._core import GuestMemory
+from pvclock.quantities import Gpa, GuestTsc
 
-__all__ = ["ClockServices", "CpuidLeaf", "MsrValue", "Provider"]
+__all__ = [
+    "ClockServices",
+    "CpuidLeaf",
+    "Engine",
+    "HypercallRegisters",
+    "HypercallResult",
+    "MsrValue",
+    "Pairing",
+    "Provider",
+    "Status",
+    "VmmServices",
+]
 
 
 MsrValue: TypeAlias = int | bool | str | tuple[int, ...] | None
@@ -26,12 +40,97 @@ class CpuidLeaf(NamedTuple):
     edx: int = 0
 
 
+class Engine(StrEnum):
+    """Who runs the guest, and so what can be served at all."""
+
+    LIBRARY = "library"
+    """A VMM that emulates CPUs, or traps all that it wants: every surface."""
+    KVM = "kvm"
+    """vCPUs on /dev/kvm: what the MSR filter routes here, beside what the kernel serves."""
+
+
+class Status(StrEnum):
+    """What became of a hypercall or another request: VirtualBox's vocabulary (VERR_GIM_*), one word each."""
+
+    SUCCESS = "success"
+    DEFERRED = "deferred"
+    """To be done by the VMM proper, not where it was asked for (VINF_GIM_R3_HYPERCALL)."""
+    CONTINUING = "continuing"
+    """Not done yet: the guest repeats the instruction (VINF_GIM_HYPERCALL_CONTINUING)."""
+    ACCESS_DENIED = "access denied"
+    NOT_ENABLED = "not enabled"
+    NOT_AVAILABLE = "not available"
+    MEMORY_READ_FAILED = "memory read failed"
+    MEMORY_WRITE_FAILED = "memory write failed"
+    INVALID_INSTRUCTION = "invalid hypercall instruction"
+    NOT_SUPPORTED = "not supported"
+    OPERATION_FAILED = "operation failed"
+    DEVICE_NOT_REGISTERED = "device not registered"
+    NO_DEBUG_CONNECTION = "no debug connection"
+
+
+class HypercallRegisters(NamedTuple):
+    """A vCPU's registers at a hypercall, 64 bits each; long_mode: is it in 64-bit code?"""
+
+    rax: int
+    rbx: int = 0
+    rcx: int = 0
+    rdx: int = 0
+    rsi: int = 0
+    rdi: int = 0
+    cpl: int = 0
+    long_mode: bool = True
+
+
+class HypercallResult(NamedTuple):
+    """What became of a hypercall, and the RAX that the guest gets; None leaves it as it is."""
+
+    status: Status
+    rax: int | None = None
+
+
+class Pairing(NamedTuple):
+    """One instant as UTC (ns since 1970) and as a vCPU's TSC."""
+
+    real_ns: int
+    guest_tsc: GuestTsc
+
+
+class VmmServices(Protocol):
+    """What hypercalls ask of the VMM; APIC ids are the guest's, whatever it says."""
+
+    def kick(self, apic_id: int) -> None:
+        """Wake a vCPU from its halt; an id that nobody has is ignored."""
+
+    def yield_to(self, apic_id: int) -> None:
+        """Let that vCPU run rather than the caller."""
+
+    def send_ipi(self, apic_ids: list[int], icr: int) -> int:
+        """Deliver what ICR's low half says to those vCPUs; how many took it."""
+
+
 class ClockServices(Protocol):
     """What a provider may ask of its clock.  Nothing here faults: bad addresses are ignored, as Linux does."""
 
     @property
+    def memory(self) -> GuestMemory:
+        """The guest's."""
+
+    @property
+    def engine(self) -> Engine:
+        """Who runs the guest."""
+
+    @property
+    def vmm(self) -> VmmServices | None:
+        """What the VMM does for hypercalls; None if it does nothing."""
+
+    @property
     def kernel_features(self) -> int:
         """KVM feature bits that the host kernel serves beside the engine."""
+
+    @property
+    def tsc_hz(self) -> int:
+        """The guest's TSC frequency."""
 
     def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
         """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish."""
@@ -42,11 +141,16 @@ class ClockServices(Protocol):
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once."""
 
+    def pairing(self, vcpu: int) -> Pairing | None:
+        """One host instant as UTC and as vCPU's TSC; None where the host's TSC is not to be trusted."""
+
 
 class Provider(Protocol):
-    """One guest-visible clock interface."""
+    """One guest-visible interface."""
 
     name: str
+    number: int
+    """Its id in VirtualBox's saved units: 0 None, 1 Minimal, 2 HyperV, 3 KVM."""
     version: int
     """Of what save() gives; a provider reads all that were ever written."""
     clock: ClockServices
@@ -68,6 +172,12 @@ class Provider(Protocol):
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """WRMSR by the guest; MsrFault is #GP."""
+
+    def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
+        """The guest's VMCALL or VMMCALL."""
+
+    def reset(self) -> None:
+        """The VM is reset: as nothing had been written, with every page taken back."""
 
     def save(self) -> Mapping[str, MsrValue]:
         """What the guest wrote, by name."""
