@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pvclock.errors import ConfigError, MsrFault
-from pvclock.providers.interface import ClockServices, CpuidLeaf, MsrValue
+from pvclock.providers.interface import (
+    ClockServices,
+    CpuidLeaf,
+    HypercallRegisters,
+    HypercallResult,
+    MsrValue,
+    Status,
+)
 
 __all__ = ["NoneProvider"]
 
@@ -14,6 +21,7 @@ class NoneProvider:
     """Offers nothing; every MSR faults."""
 
     name = "None"
+    number = 0
     version = 1
     config: Mapping[str, int | bool | str] = {}
     allows_stable = False
@@ -29,6 +37,13 @@ class NoneProvider:
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """Faults."""
         raise MsrFault(index, value)
+
+    def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
+        """There is nobody to call."""
+        return HypercallResult(Status.NOT_ENABLED)
+
+    def reset(self) -> None:
+        """Nothing was written."""
 
     def save(self) -> Mapping[str, MsrValue]:
         """Nothing was written."""

@@ -11,7 +11,14 @@ from enum import IntFlag
 from typing import Final
 
 from pvclock.errors import ConfigError, MsrFault
-from pvclock.providers.interface import ClockServices, CpuidLeaf, MsrValue
+from pvclock.providers.interface import (
+    ClockServices,
+    CpuidLeaf,
+    HypercallRegisters,
+    HypercallResult,
+    MsrValue,
+    Status,
+)
 from pvclock.quantities import Gpa
 
 __all__ = [
@@ -78,6 +85,7 @@ class KvmProvider:
     """
 
     name = "KVM"
+    number = 3
     version = 1
 
     def __init__(
@@ -87,6 +95,7 @@ class KvmProvider:
         *,
         features: int | None = None,
         enforce_cpuid: bool = True,
+        profile: str = "linux",
     ) -> None:
         served = int(SERVED_HERE | clock.kernel_features)
         self.features = KvmFeature(served if features is None else features)
@@ -129,6 +138,22 @@ class KvmProvider:
             self._write_wall_clock(value)
         else:
             self._write_system_time(vcpu, value, old_msr=index == MSR_KVM_SYSTEM_TIME)
+
+    def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
+        """VAPIC_POLL_IRQ does nothing; there are no others yet."""
+        mask = 2**64 - 1 if registers.long_mode else 2**32 - 1
+        if registers.cpl:
+            return HypercallResult(Status.ACCESS_DENIED, -1 & mask)
+        if registers.rax & mask == 1:
+            return HypercallResult(Status.SUCCESS, 0)
+        return HypercallResult(Status.NOT_SUPPORTED, -1000 & mask)
+
+    def reset(self) -> None:
+        """The VM is reset: no MSR was written, and no page is kept."""
+        self._wall_clock, self._boot_vcpu_runs_old_kvmclock = 0, False
+        for vcpu in range(len(self._system_time)):
+            self._system_time[vcpu] = 0
+            self.clock.place_time_page(vcpu, None)
 
     @property
     def config(self) -> Mapping[str, int | bool | str]:

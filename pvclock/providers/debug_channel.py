@@ -1,0 +1,103 @@
+"""A byte stream between the guest's debugger stub and the VMM's debugger: VirtualBox's GIM debug device.
+
+The guest's side is a provider that has a debug interface; the VMM's is a `DebugDevice`, which it registers.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple, Protocol
+
+from pvclock.errors import RangeError, StateError
+from pvclock.providers.interface import Status
+
+__all__ = ["DebugChannel", "DebugDevice", "DebugSetup", "DebugTraffic"]
+
+
+class DebugDevice(Protocol):
+    """The VMM's end of the stream; it does not block."""
+
+    def read(self, count_max: int) -> bytes:
+        """What has come for the guest, up to `count_max` bytes; nothing if nothing has."""
+
+    def write(self, data: bytes) -> int:
+        """Take the guest's bytes; returns how many of them were taken, from the first on."""
+
+
+class DebugSetup(NamedTuple):
+    """What a provider with a debug interface asks of the device: the most bytes that it moves at once."""
+
+    transfer_bytes_max: int
+
+
+class DebugTraffic(NamedTuple):
+    """Whole transfers and their bytes: transmitted by the guest, received by it."""
+
+    transmit: int = 0
+    transmit_bytes: int = 0
+    receive: int = 0
+    receive_bytes: int = 0
+
+
+class DebugChannel:
+    """The stream of one VM.  setup: the provider's; None if it has no debug interface.
+
+    Thread-safety: all methods may be called from any thread; the device is called by one at a time.
+    """
+
+    def __init__(self, setup: DebugSetup | None) -> None:
+        self._setup = setup
+        self._device: DebugDevice | None = None
+        self._lock = threading.Lock()
+        self.traffic = DebugTraffic()
+
+    def register(self, device: DebugDevice) -> None:
+        """Let `device` be the VMM's end; StateError if there is one."""
+        with self._lock:
+            if self._device is not None:
+                raise StateError("register", "there is a debug device", "unregister() it first")
+            self._device = device
+
+    def unregister(self) -> None:
+        """Forget the device, if there is one."""
+        with self._lock:
+            self._device = None
+
+    def setup(self) -> tuple[Status, DebugSetup | None]:
+        """What the provider asks of the device; NO_DEBUG_CONNECTION if it has no debug interface."""
+        return (Status.NO_DEBUG_CONNECTION if self._setup is None else Status.SUCCESS), self._setup
+
+    def read(self, count_max: int) -> tuple[Status, bytes]:
+        """Bytes for the guest, `count_max` at most; NOT_AVAILABLE if none are there."""
+        if count_max < 1:
+            raise RangeError(f"read({count_max}); 1 byte or more")
+        with self._lock:
+            if self._setup is None or self._device is None:
+                return self._no_stream(), b""
+            data = self._device.read(count_max)
+            if len(data) > count_max:
+                raise RangeError(f"the debug device gave {len(data)} bytes where {count_max} were asked for")
+            if not data:
+                return Status.NOT_AVAILABLE, b""
+            now = self.traffic
+            self.traffic = now._replace(receive=now.receive + 1, receive_bytes=now.receive_bytes + len(data))
+            return Status.SUCCESS, data
+
+    def write(self, data: bytes) -> tuple[Status, int]:
+        """The guest's bytes, and how many the device took; the rest is the caller's to offer again.
+
+        Counted are complete writes only.
+        """
+        with self._lock:
+            if self._setup is None or self._device is None:
+                return self._no_stream(), 0
+            taken = self._device.write(data)
+            if not 0 <= taken <= len(data):
+                raise RangeError(f"the debug device took {taken} of {len(data)} bytes")
+            if taken == len(data):
+                now = self.traffic
+                self.traffic = now._replace(transmit=now.transmit + 1, transmit_bytes=now.transmit_bytes + taken)
+            return Status.SUCCESS, taken
+
+    def _no_stream(self) -> Status:
+        return Status.NO_DEBUG_CONNECTION if self._setup is None else Status.DEVICE_NOT_REGISTERED

@@ -1,0 +1,75 @@
+"""The frequencies and nothing else: the leaf by which macOS and others find them, without calibrating.
+
+Source: VMware's timing-information leaf, as VirtualBox's "Minimal" provider shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from pvclock.errors import ConfigError, MsrFault
+from pvclock.providers.interface import (
+    ClockServices,
+    CpuidLeaf,
+    HypercallRegisters,
+    HypercallResult,
+    MsrValue,
+    Status,
+)
+
+__all__ = ["CPUID_TIMING", "MinimalProvider"]
+
+CPUID_BASE: Final = 0x40000000
+CPUID_TIMING: Final = 0x40000010
+KHZ_MAX: Final = 2**32 - 1
+
+
+class MinimalProvider:
+    """Leaf 0x40000010 says the frequencies of TSC and APIC bus (`apic_bus_hz`; QEMU's and KVM's is 1 GHz); no MSR."""
+
+    name = "Minimal"
+    number = 1
+    version = 1
+    allows_stable = False
+
+    def __init__(self, clock: ClockServices, vcpus: int, *, apic_bus_hz: int = 10**9) -> None:
+        self.clock = clock
+        self.config: Mapping[str, int | bool | str] = {"apic_bus_hz": apic_bus_hz}
+        timing = CpuidLeaf(eax=_khz("TSC", clock.tsc_hz), ebx=_khz("apic_bus_hz", apic_bus_hz))
+        self.cpuid_leaves: Mapping[int, CpuidLeaf] = {
+            CPUID_BASE: CpuidLeaf(eax=CPUID_TIMING),
+            **{leaf: CpuidLeaf() for leaf in range(CPUID_BASE + 1, CPUID_TIMING)},
+            CPUID_TIMING: timing,
+        }
+
+    def read_msr(self, vcpu: int, index: int) -> int:
+        """Faults."""
+        raise MsrFault(index)
+
+    def write_msr(self, vcpu: int, index: int, value: int) -> None:
+        """Faults."""
+        raise MsrFault(index, value)
+
+    def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
+        """There are none."""
+        return HypercallResult(Status.NOT_AVAILABLE)
+
+    def reset(self) -> None:
+        """Nothing was written."""
+
+    def save(self) -> Mapping[str, MsrValue]:
+        """Nothing was written."""
+        return {}
+
+    def load(self, msrs: Mapping[str, object]) -> None:
+        """There is nothing to take."""
+        if msrs:
+            raise ConfigError(f"provider 'Minimal' saves no MSRs, and these were found: {', '.join(msrs)}")
+
+
+def _khz(what: str, hz: int) -> int:
+    khz = (hz + 500) // 1000
+    if khz > KHZ_MAX:
+        raise ConfigError(f"{what} is {hz} Hz; leaf {CPUID_TIMING:#x} holds up to {KHZ_MAX} kHz")
+    return khz
