@@ -1,0 +1,140 @@
+"""Which interface a VM's guest gets and how it is set up: the keys, and what each may be.
+
+`provider`, `version` and `profile` are every VM's; the others are the provider's own options: the keyword-only
+parameters of its class, each of the type that its annotation says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin, get_type_hints
+
+from pvclock.errors import ConfigError
+from pvclock.providers.interface import Provider
+from pvclock.quantities import U64_MASK
+
+__all__ = ["NEWEST", "PROFILES", "Configuration", "checked", "combined", "effective_provider"]
+
+NEWEST: Final = 0
+
+PROFILES: Final = ("linux", "document", "virtualbox")
+"""Whose behaviour it is where they differ: Linux's, the KVM documents' or VirtualBox's."""
+
+CHOICES: Final = {"none": "None", "minimal": "Minimal", "hyperv": "HyperV", "kvm": "KVM"}
+
+# VirtualBox's ids of guest systems with a Linux kernel since 2.6, by their beginnings; it has others for 2.2 and 2.4.
+LINUX: Final = (
+    *("linux", "archlinux", "debian", "fedora", "gentoo", "mandriva", "opensuse", "oracle", "redhat", "suse"),
+    *("turbolinux", "ubuntu", "xandros"),
+)
+OLD_LINUX: Final = ("linux22", "linux24")
+
+
+class Configuration(NamedTuple):
+    """A checked configuration: `version` is never NEWEST, `options` are the provider's."""
+
+    provider: str
+    version: int
+    profile: str
+    options: Mapping[str, Any]
+
+
+def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]]) -> Configuration:
+    """The configuration in `config` for one of the providers in `kinds`, with defaults for what it lacks.
+
+    provider: None by default.  version: of the provider, the newest by default.  profile: see PROFILES.
+    ConfigError names the key, its value and what is legal.
+    """
+    provider = config.get("provider", "None")
+    if not isinstance(provider, str) or provider not in kinds:
+        raise ConfigError(f"unknown provider {provider!r}; choose from {_listed(kinds)}")
+    options = _option_types(kinds[provider])
+    for key in config:
+        if key not in {"provider", "version", "profile"} | options.keys():
+            legal = ("provider", "version", "profile", *(name for name in options if name != "profile"))
+            raise ConfigError(
+                f"unknown key {key!r} := {config[key]!r} for provider {provider!r}; keys are {_listed(legal)}"
+            )
+    newest = kinds[provider].version
+    version = config.get("version", NEWEST)
+    if not _is_whole(version) or not NEWEST <= version <= newest:
+        raise ConfigError(f"version {version!r}; provider {provider!r} has 1 to {newest}, and {NEWEST} is the newest")
+    profile = config.get("profile", PROFILES[0])
+    if profile not in PROFILES:
+        raise ConfigError(f"profile {profile!r}; choose from {_listed(PROFILES)}")
+    given = {**config, "profile": profile}
+    chosen = {name: _checked_option(name, given[name], options[name]) for name in options if name in given}
+    return Configuration(provider, version or newest, str(profile), chosen)
+
+
+def combined(provider: str | Mapping[str, object], options: Mapping[str, object]) -> dict[str, object]:
+    """One configuration of a provider's name, or a configuration, and further keys; ConfigError for a key in both."""
+    base: Mapping[str, object] = {"provider": provider} if isinstance(provider, str) else provider
+    if twice := sorted(base.keys() & options.keys()):
+        raise ConfigError(f"given twice: {', '.join(f'{key} as {base[key]!r} and {options[key]!r}' for key in twice)}")
+    return {**base, **options}
+
+
+def effective_provider(choice: str, guest_os: str = "") -> str:
+    """The provider that a user's `choice` means for a guest: "default", "legacy", or one of them by its name.
+
+    guest_os: "linux", "windows", "macos", or VirtualBox's id ("Ubuntu_64", "Windows11_64", "Linux24").  default: Linux
+    since 2.6 has KVM, Windows HyperV, macOS Minimal, others None.  legacy: what VMs had when there was no choice,
+    Minimal for macOS and None else.  As VirtualBox's --paravirtprovider; ConfigError for another choice.
+    """
+    system = guest_os.lower()
+    if choice in CHOICES or choice in CHOICES.values():
+        return CHOICES.get(choice, choice)
+    if choice not in ("default", "legacy"):
+        raise ConfigError(f"provider choice {choice!r}; choose from {_listed(('default', 'legacy', *CHOICES))}")
+    if system.startswith("macos"):
+        return "Minimal"
+    if choice == "legacy" or system.startswith(OLD_LINUX):
+        return "None"
+    if system.startswith("windows"):
+        return "HyperV"
+    return "KVM" if system.startswith(LINUX) else "None"
+
+
+@cache
+def _option_types(kind: type[Provider]) -> dict[str, Any]:
+    """A provider's options and their types."""
+    constructor: Any = kind.__init__
+    hints = get_type_hints(constructor)
+    return {name: hints[name] for name in constructor.__kwdefaults__ or ()}
+
+
+def _checked_option(key: str, value: object, expected: object) -> object:
+    if not _accepts(expected, value):
+        raise ConfigError(f"{key} is {value!r}; it can be {_words(expected)}")
+    return value
+
+
+def _accepts(expected: Any, value: object) -> bool:  # noqa: ANN401  # a type, or what typing makes of several
+    if get_origin(expected) in (Union, UnionType):
+        return any(_accepts(each, value) for each in get_args(expected))
+    if get_origin(expected) is Literal:
+        return any(value is each or (isinstance(value, str) and value == each) for each in get_args(expected))
+    if expected is int:
+        return _is_whole(value) and 0 <= value <= U64_MASK
+    return isinstance(value, expected)
+
+
+def _words(expected: Any) -> str:  # noqa: ANN401  # as _accepts()
+    if get_origin(expected) in (Union, UnionType):
+        return " or ".join(map(_words, get_args(expected)))
+    if get_origin(expected) is Literal:
+        return _listed(get_args(expected))
+    names = {int: "a whole number from 0 to 2^64-1", bool: "True or False", str: "text", NoneType: "None"}
+    return names.get(expected, str(expected))
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    # To Python, True is an int.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(names: Any) -> str:  # noqa: ANN401  # any iterable
+    return ", ".join(map(repr, names))
