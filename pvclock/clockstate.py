@@ -268,9 +268,12 @@ def from_json(document: str | bytes) -> ClockState:
 
 
 def check_provider(state: ClockState) -> None:
-    """StateFileError if there is no provider of that name to restore the state with."""
-    if state.provider.name not in PROVIDERS:
-        raise StateFileError("provider.name", repr(state.provider.name), ", ".join(map(repr, PROVIDERS)))
+    """StateFileError if there is no provider of that name, or no version of it, to restore the state with."""
+    name, version = state.provider.name, state.provider.version
+    if name not in PROVIDERS:
+        raise StateFileError("provider.name", repr(name), ", ".join(map(repr, PROVIDERS)))
+    if version > PROVIDERS[name].version:
+        raise StateFileError("provider.version", str(version), f"1 to {PROVIDERS[name].version}")
 
 
 def rows(state: ClockState) -> Iterator[tuple[str, Field, object]]:

@@ -31,6 +31,7 @@ class EventKind(StrEnum):
     """What an event is: its word in JSON."""
 
     START = "start"
+    """The guest's interface was chosen; or why its clock may be no good."""
     PAUSE = "pause"
     RESUME = "resume"
     SKIP = "skip"
@@ -41,6 +42,8 @@ class EventKind(StrEnum):
     RATE = "rate"
     """The discipline corrected the rate."""
     RESTORE = "restore"
+    RESET = "reset"
+    """The VM was reset: what its guest wrote is gone, its time goes on."""
     TSC = "tsc"
     """A write by guest or host moved a vCPU's TSC offset."""
     REFUSED = "refused"

@@ -6,10 +6,12 @@ here, and calls refresh() at least every `MAX_AGE_S`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Literal, Self
+from functools import partial
+from typing import Self
 
-from pvclock import catchup, clockstate, providers
+from pvclock import catchup, clockstate
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, GuestMemory, publish_wall_clock
 from pvclock.backend import Backend
 from pvclock.catchup import CatchUpTable, Policy, Slew
@@ -23,26 +25,36 @@ from pvclock.clockstate import (
     TimelineState,
     VcpuState,
 )
-from pvclock.disciplined import OFF, DisciplinedTimeline
-from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNotHonoured
+from pvclock.disciplined import OFF
+from pvclock.errors import ConfigError, RangeError, StateFileError
 from pvclock.events import EventKind
 from pvclock.hostwatch import HostWatch, Trouble, TroubleKind
-from pvclock.providers.interface import CpuidLeaf
+from pvclock.providers import GuestInterface, combined
+from pvclock.providers.interface import (
+    CpuidLeaf,
+    Engine,
+    HypercallRegisters,
+    HypercallResult,
+    Pairing,
+    VmmServices,
+)
 from pvclock.published import MAX_AGE_S
-from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, GuestTsc, HostTsc, RefNs
+from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, HostTsc, RefNs
 from pvclock.readings import HostStamps, Reference
 from pvclock.sampling import SampleSource
 from pvclock.timeline import Tempo, Timeline
 from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, VcpuTsc
-from pvclock.tsc_sync import OffsetWrite, repair_plan
+from pvclock.tsctimeline import TscTimeline
 
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
 
 
-class GuestClock(DisciplinedTimeline):
+class GuestClock(TscTimeline):
     """The clock of one VM; guest time 0 is now.
 
-    memory, vcpus: the VM's.  provider: "KVM" or "None", with its options as keywords (`features`, `enforce_cpuid`).
+    memory, vcpus: the VM's.  provider: "KVM", "Minimal" or "None", or a configuration of GuestInterface with more keys;
+    further ones as keywords (`profile`, `features`, ...).  engine: who runs the guest, "library" for a VMM that serves
+    all that it traps, "kvm" for /dev/kvm.  vmm: what that VMM does for hypercalls.
     reference: see follow().  tsc_offset: ticks added to the host's TSC on every vCPU.  offer_tsc_adjust,
     offer_invariant_tsc: what patch_cpuid() shows; a guest with an invariant TSC prefers its TSC to this clock.
 
@@ -50,35 +62,43 @@ class GuestClock(DisciplinedTimeline):
     while that vCPU is out of the guest, as it is after the exit.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # a VM has so many facts; all but three are by keyword, and have defaults
         self,
         memory: GuestMemory,
         vcpus: int = 1,
-        provider: str = "KVM",
+        provider: str | Mapping[str, object] = "KVM",
         *,
         backend: Backend,
+        engine: Engine | str = Engine.LIBRARY,
+        vmm: VmmServices | None = None,
         reference: Reference | str | SampleSource = OFF,
         tsc_offset: int = 0,
         offer_tsc_adjust: bool = True,
         offer_invariant_tsc: bool = False,
         **provider_options: object,
     ) -> None:
-        super().__init__(memory, vcpus, backend)
+        super().__init__(memory, vcpus, backend, tsc_offset)
         self.follow(reference)
+        self.engine = _engine_named(engine)
+        self.vmm = vmm
         self.offer_tsc_adjust = offer_tsc_adjust
         self.offer_invariant_tsc = offer_invariant_tsc
-        self.refused_offset: TscOffsetNotHonoured | None = None
-        """The last guest write of a TSC that this host could not honour, and that was therefore ignored."""
-
-        self._tsc = [VcpuTsc(tsc_offset) for _ in range(vcpus)]
-        self._offsets_agree = self._host_trusted = True
+        self._host_trusted = True
         self._tsc_failed = False  # once, which no later look can make good
         self._wall_clock_gpa: Gpa | None = None
         self._saved_vcpus: tuple[VcpuState, ...] | None = None  # of a restored clock, until it is resumed
-        self._provider = providers.create(provider, self, vcpus, **provider_options)
-        for vcpu in range(vcpus):
-            backend.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
-            self._pages.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
+        self._interface = GuestInterface(
+            combined(provider, provider_options),
+            self,
+            vcpus,
+            tsc_usable=backend.tsc_stable,
+            log=partial(self._tell, EventKind.START),
+        )
+
+    @property
+    def interface(self) -> GuestInterface:
+        """What the guest has to its clock: the provider, its statistics, the debug channel, VirtualBox's saved unit."""
+        return self._interface
 
     # The guest's side
 
@@ -86,10 +106,10 @@ class GuestClock(DisciplinedTimeline):
         """RDMSR by vCPU's guest: 64 bits, or MsrFault for #GP."""
         tsc = self._tsc[self._vcpu(vcpu)]
         if index == MSR_IA32_TSC:
-            return tsc.read(HostTsc(self.backend.counter.read()))
+            return tsc.read(self._host_tsc())
         if index == MSR_IA32_TSC_ADJUST:
             return tsc.adjust
-        return self._provider.read_msr(vcpu, index)
+        return self._interface.read_msr(vcpu, index)
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """WRMSR by vCPU's guest: `value` of 64 bits; MsrFault is #GP, with nothing changed."""
@@ -98,27 +118,34 @@ class GuestClock(DisciplinedTimeline):
             raise RangeError(f"WRMSR {index:#x} := {value:#x}; an MSR has 64 bits")
         with self._changing():
             if index == MSR_IA32_TSC:
-                tsc = self._tsc[vcpu].copy()
-                tsc.guest_write_tsc(value, HostTsc(self.backend.counter.read()))
-                self._apply_guest_tsc(vcpu, tsc)
+                self._guest_write_tsc(vcpu, value)
             elif index == MSR_IA32_TSC_ADJUST:
-                self._write_tsc_adjust(vcpu, value)
+                # Linux ignores the write where CPUID does not offer the MSR; hardware would fault.
+                if self.offer_tsc_adjust:
+                    self._guest_write_adjust(vcpu, value)
             else:
-                self._provider.write_msr(vcpu, index, value)
+                self._interface.write_msr(vcpu, index, value)
+
+    def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
+        """VMCALL or VMMCALL by vCPU's guest; see GuestInterface.hypercall(), and its execute() and handle_ud().
+
+        The VMM's services are called without the clock's lock.
+        """
+        return self._interface.hypercall(vcpu, registers)
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> CpuidLeaf | None:
         """The clock's own hypervisor leaf, or None where CPUID `leaf` is not the clock's to answer."""
-        return self._provider.cpuid_leaves.get(leaf)
+        return self._interface.cpuid_leaves.get(leaf)
 
     @property
     def cpuid_leaves(self) -> dict[int, CpuidLeaf]:
         """All hypervisor leaves of the clock, by number."""
-        return dict(self._provider.cpuid_leaves)
+        return dict(self._interface.cpuid_leaves)
 
     def patch_cpuid(self, leaf: int, subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
         """The VMM's answer to an ordinary CPUID leaf with the bits in it that are the clock's business."""
         if leaf == 1:
-            return registers._replace(ecx=_with_bit(registers.ecx, 31, bool(self._provider.cpuid_leaves)))
+            return registers._replace(ecx=_with_bit(registers.ecx, 31, bool(self._interface.cpuid_leaves)))
         if (leaf, subleaf) == (7, 0):
             return registers._replace(ebx=_with_bit(registers.ebx, 1, self.offer_tsc_adjust))
         if leaf == 0x80000007 and not self.offer_invariant_tsc:
@@ -126,33 +153,6 @@ class GuestClock(DisciplinedTimeline):
         return registers
 
     # The VMM's side
-
-    def host_write_msr(self, vcpu: int, index: int, value: int) -> None:
-        """Restore IA32_TSC or IA32_TSC_ADJUST, each without touching the other, as KVM_SET_MSRS does.
-
-        TscOffsetNotHonoured if the host cannot; RangeError for any other MSR.
-        """
-        if index not in (MSR_IA32_TSC, MSR_IA32_TSC_ADJUST):
-            raise RangeError(f"host write of MSR {index:#x}; it can be 0x10 or 0x3b")
-        with self._changing(), self.backend.quiesce(None):
-            tsc = self._tsc[self._vcpu(vcpu)].copy()
-            if index == MSR_IA32_TSC:
-                tsc.host_write_tsc(value, HostTsc(self.backend.counter.read()))
-            else:
-                tsc.host_write_adjust(value)
-            self._set_tsc(vcpu, tsc)
-
-    def repair_tsc(self, *, target: int | None = None, adjust: Literal["keep", "carry"] = "keep") -> list[OffsetWrite]:
-        """Put all vCPUs' TSCs on one offset, and give STABLE back; returns what was written.
-
-        target: that offset, the one furthest ahead by default, so that no guest's TSC goes back.  adjust: see
-        tsc_sync.repair_plan(), whose errors come out, as TscOffsetNotHonoured does.
-        """
-        with self._changing(), self.backend.quiesce(None):
-            plan = repair_plan(self._tsc, target=target, adjust=adjust)
-            for write in plan:
-                self._set_tsc(write.vcpu, write.applied(self._tsc[write.vcpu]))
-        return plan
 
     def save(self) -> ClockState:
         """The clock as it is now, or since it was paused: for restore(), on this host or another."""
@@ -162,9 +162,7 @@ class GuestClock(DisciplinedTimeline):
             skew_ns, slew_policy = timeline.skew_at(stamps.tsc), timeline.slew_policy
             return ClockState(
                 version=VERSION,
-                provider=ProviderState(
-                    self._provider.name, self._provider.version, self._provider.config, self._provider.save()
-                ),
+                provider=self._provider_state(),
                 policy=catchup.describe(self.policy),
                 timeline=TimelineState(timeline.at(stamps.tsc), timeline.tempo.dilation, self.is_paused),
                 slew=None if slew_policy is None else SlewState(skew_ns, catchup.describe(slew_policy)),
@@ -176,12 +174,20 @@ class GuestClock(DisciplinedTimeline):
 
     @classmethod
     def restore(
-        cls, state: ClockState, memory: GuestMemory, *, backend: Backend, policy: Policy | str | None = None
+        cls,
+        state: ClockState,
+        memory: GuestMemory,
+        *,
+        backend: Backend,
+        policy: Policy | str | None = None,
+        engine: Engine | str = Engine.LIBRARY,
+        vmm: VmmServices | None = None,
     ) -> Self:
         """The clock that was saved, paused: resume() settles by `policy`, or the state's own, what was missed since.
 
-        memory: the VM's, as it was saved, too.  Time missed is told by the raw clock within one boot of one host, and
-        by UTC beyond it.  StateFileError if the state is unsound, or asks for what there is not here.
+        memory: the VM's, as it was saved, too.  engine, vmm: GuestClock's; others than before, if need be.  Time
+        missed is told by the raw clock within one boot of one host, and by UTC beyond it.  StateFileError if the state
+        is unsound, or asks for what there is not here.
         """
         sound = clockstate.checked(state)
         clockstate.check_provider(sound)
@@ -192,17 +198,34 @@ class GuestClock(DisciplinedTimeline):
             clock = cls(
                 memory,
                 len(sound.vcpus),
-                sound.provider.name,
+                combined(sound.provider.name, sound.provider.config),
                 backend=backend,
+                engine=engine,
+                vmm=vmm,
                 offer_tsc_adjust=sound.offers.tsc_adjust,
                 offer_invariant_tsc=sound.offers.invariant_tsc,
-                **sound.provider.config,  # type: ignore[arg-type]  # checked by the call itself
             )
-            clock._provider.load(sound.provider.msrs)  # one of this class
+            clock._interface.provider.load(sound.provider.msrs)  # one of this class
             clock._take(sound, chosen, slew)  # one of this class
         except (ConfigError, RangeError) as error:
             raise StateFileError("provider", str(error), "what this host and this version can serve") from None
         return clock
+
+    def reset(self) -> None:
+        """The VM is reset: MSRs are as at its start, IA32_TSC_ADJUST and TSC_AUX too, and no page is kept.
+
+        Guest time and TSCs go on; host_write_msr() sets a TSC.  For vCPUs that are out of the guest, paused or not.
+        """
+        with self._changing(), self.backend.quiesce(None):
+            self._interface.reset()
+            for tsc in self._tsc:
+                tsc.host_write_adjust(0)
+                tsc.aux = 0
+            self._saved_vcpus = self._saved_vcpus and tuple(
+                vcpu._replace(tsc_adjust=0, tsc_aux=0) for vcpu in self._saved_vcpus
+            )
+            self._wall_clock_gpa = None
+            self._tell(EventKind.RESET, "reset()")
 
     def heed(self, watch: HostWatch, *, on_schedule: bool = True) -> list[Trouble]:
         """Look at the host, as often as `watch` was told: each trouble is an event, and takes STABLE if it must.
@@ -217,23 +240,26 @@ class GuestClock(DisciplinedTimeline):
         """As heed(), of what a look that serves several clocks has found."""
         with self._changing():
             for trouble in troubles:
-                tsc = HostTsc(self.backend.counter.read())
-                self._record(EventKind(trouble.kind), trouble.why, tsc, self._moment(tsc))
+                self._tell(EventKind(trouble.kind), trouble.why)
             self._tsc_failed |= any(each.unstable and each.kind is not TroubleKind.CLOCKSOURCE for each in troubles)
             trusted = host_trusted and not self._tsc_failed
             if self._host_trusted != trusted:
                 self._host_trusted = trusted
                 self._republish(None)
 
-    def tsc(self, vcpu: int) -> VcpuTsc:
-        """A copy of vCPU's TSC state."""
-        return self._tsc[self._vcpu(vcpu)].copy()
-
-    def guest_tsc(self, vcpu: int, host_tsc: HostTsc) -> GuestTsc:
-        """What vCPU's RDTSC returns at `host_tsc`."""
-        return self._tsc[self._vcpu(vcpu)].read(host_tsc)
-
     # What the provider asks for (ClockServices)
+
+    @property
+    def tsc_hz(self) -> int:
+        """The guest's TSC frequency: its host's."""
+        return self.backend.tsc_hz
+
+    def pairing(self, vcpu: int) -> Pairing | None:
+        """One host instant as UTC and as vCPU's TSC; None where the host's TSC is not to be trusted."""
+        if not (self._host_trusted and self.backend.tsc_stable):
+            return None
+        now = self.backend.sample(Reference.REALTIME)
+        return Pairing(now.ns, self.guest_tsc(vcpu, now.tsc))
 
     @property
     def kernel_features(self) -> int:
@@ -248,6 +274,10 @@ class GuestClock(DisciplinedTimeline):
 
     # Inside
 
+    def _provider_state(self) -> ProviderState:
+        provider = self._interface.provider
+        return ProviderState(provider.name, provider.version, self._interface.config, provider.save())
+
     def _vcpu_state(self, vcpu: int, host_tsc: HostTsc) -> VcpuState:
         tsc, gpa = self._tsc[vcpu], self._pages.registered(vcpu)
         if self._saved_vcpus is not None:
@@ -256,7 +286,7 @@ class GuestClock(DisciplinedTimeline):
 
     def _take(self, state: ClockState, policy: Policy, slew: Policy | None) -> None:
         """Become the paused clock of `state`, which is sound."""
-        host, tsc = state.host, HostTsc(self.backend.counter.read())
+        host, tsc = state.host, self._host_tsc()
         tempo = Tempo(state.timeline.dilation)
         self._timeline = Timeline(tsc, self.backend.tsc_hz, state.timeline.guest_ns, tempo)
         self._timeline.stop(tsc)
@@ -279,46 +309,11 @@ class GuestClock(DisciplinedTimeline):
         for vcpu, state in enumerate(saved or ()):
             core = VcpuTsc(adjust=state.tsc_adjust, aux=state.tsc_aux)
             core.host_write_tsc((state.guest_tsc + gain_ticks) & U64_MASK, tsc)
-            try:
-                self._set_tsc(vcpu, core)
-            except TscOffsetNotHonoured as refused:
-                self._refuse(refused)
-
-    def _vcpu(self, vcpu: int) -> int:
-        if not 0 <= vcpu < self.vcpus:
-            raise RangeError(f"vCPU {vcpu}; this VM has vCPUs 0 to {self.vcpus - 1}")
-        return vcpu
-
-    def _write_tsc_adjust(self, vcpu: int, value: int) -> None:
-        # Linux ignores the write where CPUID does not offer the MSR; hardware would fault.
-        if self.offer_tsc_adjust:
-            tsc = self._tsc[vcpu].copy()
-            tsc.guest_write_adjust(value)
-            self._apply_guest_tsc(vcpu, tsc)
-
-    def _apply_guest_tsc(self, vcpu: int, tsc: VcpuTsc) -> None:
-        try:
-            self._set_tsc(vcpu, tsc)
-        except TscOffsetNotHonoured as refused:
-            self._refuse(refused)
-
-    def _refuse(self, refused: TscOffsetNotHonoured) -> None:
-        self.refused_offset = refused
-        tsc = HostTsc(self.backend.counter.read())
-        self._record(EventKind.REFUSED, str(refused), tsc, self._moment(tsc))
-
-    def _set_tsc(self, vcpu: int, tsc: VcpuTsc) -> None:
-        self.backend.set_tsc_offset(vcpu, tsc.offset)
-        before, self._tsc[vcpu] = self._tsc[vcpu].offset, tsc
-        self._offsets_agree = len({each.offset for each in self._tsc}) == 1
-        self._pages.set_tsc_offset(vcpu, tsc.offset)
-        self._republish(vcpu)
-        now = HostTsc(self.backend.counter.read())
-        self._record(EventKind.TSC, f"vCPU {vcpu}: offset {before:#x} becomes {tsc.offset:#x}", now, self._moment(now))
+            self._apply_guest_tsc(vcpu, core)
 
     @property
     def _offers_stable(self) -> bool:
-        return self._offsets_agree and self._host_trusted and self._provider.allows_stable
+        return self._offsets_agree and self._host_trusted and self._interface.provider.allows_stable
 
 
 def _check_dilation(dilation: Fraction, tsc_hz: int) -> None:
@@ -328,6 +323,12 @@ def _check_dilation(dilation: Fraction, tsc_hz: int) -> None:
         raise StateFileError(
             "timeline.dilation", str(dilation), f"what a page can show at {tsc_hz} Hz: {error}"
         ) from None
+
+
+def _engine_named(engine: Engine | str) -> Engine:
+    if engine not in list(Engine):
+        raise ConfigError(f"engine {engine!r}; choose from {', '.join(map(repr, map(str, Engine)))}")
+    return Engine(engine)
 
 
 def _policy_named(field: str, name: str) -> Policy:

@@ -23,7 +23,10 @@ LAYERS: tuple[set[str], ...] = (
         *("backend", "unslaved", "hostwatch", "kvm", "boot", "payloads"),
     },
     {"providers"},
-    {"published", "controlled", "disciplined", "guestclock", "clockstate", "jsonkinds", "atomicfile", "ticker"},
+    {
+        *("published", "controlled", "disciplined", "tsctimeline", "guestclock", "clockstate", "jsonkinds"),
+        *("atomicfile", "ticker"),
+    },
     {"machine"},
     {"pvclock", "lab"},
     {"convert", "commands", "meter", "__main__"},

@@ -173,7 +173,7 @@ class Machine:
         self.vm.enable_cap(CAPABILITY_NUMBERS["KVM_CAP_X86_USER_SPACE_MSR"], MsrExitReason.FILTER)
         self.vm.set_msr_filter(filter_ranges())
         backend = kvm_backend(kvm, self.vcpus, self.runner, self._kernel_features(kvm))
-        self.clock = GuestClock(self.memory, vcpus, backend=backend, **options)  # type: ignore[arg-type]
+        self.clock = GuestClock(self.memory, vcpus, backend=backend, engine="kvm", **options)  # type: ignore[arg-type]
         self._set_cpuid(kvm, self.clock.cpuid_leaves, self.clock)
 
     def _leave_the_clock_to_the_kernel(self) -> None:

@@ -345,8 +345,10 @@ def test_a_provider_that_is_not_here_is_named() -> None:
     """A state of a provider that this pvclock lacks says which one it is, and which ones there are."""
     clockstate.check_provider(TYPICAL)
     clockstate.check_provider(LEAST)
-    with pytest.raises(StateFileError, match=r"provider\.name: found 'Xen'; supported: 'None', 'KVM'"):
+    with pytest.raises(StateFileError, match=r"provider\.name: found 'Xen'; supported: 'None', 'Minimal', 'KVM'"):
         clockstate.check_provider(TYPICAL._replace(provider=TYPICAL.provider._replace(name="Xen")))
+    with pytest.raises(StateFileError, match=r"provider\.version: found 4294967295; supported: 1 to"):
+        clockstate.check_provider(TYPICAL._replace(provider=TYPICAL.provider._replace(version=2**32 - 1)))
 
 
 def saved_paths(state: type[Any], above: str = "") -> Iterator[str]:

@@ -328,7 +328,7 @@ def test_a_value_beyond_64_bits_is_the_callers_mistake(value: int) -> None:
 def test_an_unknown_provider_or_option_is_named() -> None:
     """The names of providers are case-sensitive; a wrong one, or an unknown option, says what is legal."""
     for provider in ("kvm", "Xen", ""):
-        with pytest.raises(ConfigError, match="choose from 'None', 'KVM'"):
+        with pytest.raises(ConfigError, match="choose from 'None', 'Minimal', 'KVM'"):
             a_clock(provider=provider)
     with pytest.raises(ConfigError, match="colour"):
         a_clock(colour="red")

@@ -68,7 +68,7 @@ def test_parts_of_a_ns_are_refused(operation: str) -> None:
     clock, _, _ = a_clock(HZ)
     with pytest.raises(TypeError, match="float"):
         getattr(clock, operation)(1.5)
-    assert clock.events.last == 0
+    assert clock.events.last == 1  # its start
 
 
 @pytest.mark.row("E2", "E12", "P-14")

@@ -97,7 +97,7 @@ def test_check_knows_versions_and_providers(tmp_path: Path, capsys: pytest.Captu
     assert main(["state", "check", broken(tmp_path, '"version": 1', '"version": 2')]) == 1
     assert "NOT VALID: version: found 2; supported: 1" in capsys.readouterr().out
     assert main(["state", "check", broken(tmp_path, '"KVM"', '"Xen"')]) == 1
-    assert "NOT VALID: provider.name: found 'Xen'; supported: 'None', 'KVM'" in capsys.readouterr().out
+    assert "NOT VALID: provider.name: found 'Xen'; supported: 'None', 'Minimal', 'KVM'" in capsys.readouterr().out
     assert main(["state", "check", *(str(STATES / name) for name in KEPT if name != "v1-extreme.json")]) == 0
 
 
