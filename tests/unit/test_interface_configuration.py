@@ -1,0 +1,169 @@
+"""What a guest interface may be configured with, and what is chosen for which guest."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend
+from pvclock.providers import PROVIDER_NUMBERS, PROVIDERS, GuestInterface, effective_provider
+
+HZ = 2_596_132_000
+
+
+def interface_of(config: dict[str, object], *, log: list[str] | None = None, tsc_stable: bool = True) -> GuestInterface:
+    """A guest interface of that configuration, on a clock of its own."""
+    clock = GuestClock(GuestMemory(bytearray(1 << 14)), 2, "None", backend=SimulatedBackend(HZ))
+    lines: list[str] = [] if log is None else log
+    return GuestInterface(config, clock, 2, tsc_usable=tsc_stable, log=lines.append)
+
+
+@pytest.mark.row("G-01", "G-02", "G-03", "E13")
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"provider": "kvm"}, "unknown provider 'kvm'; choose from 'None', 'Minimal', 'KVM'"),
+        ({"provider": "Xen"}, "unknown provider 'Xen'"),
+        ({"provider": 3}, "unknown provider 3"),
+        ({"provider": "KVM", "Provider": "KVM"}, "unknown key 'Provider' := 'KVM'"),
+        ({"provider": "KVM", "colour": "red"}, "unknown key 'colour' := 'red' for provider 'KVM'; keys are 'provider'"),
+        ({"provider": "None", "features": 1}, "unknown key 'features' := 1"),
+        ({"provider": "Minimal", "features": 1}, "keys are 'provider', 'version', 'profile', 'apic_bus_hz'"),
+        ({"provider": "KVM", "version": -1}, "version -1; provider 'KVM' has 1 to"),
+        ({"provider": "KVM", "version": 2**32}, "version 4294967296"),
+        ({"provider": "KVM", "version": True}, "version True"),
+        ({"provider": "KVM", "version": "1"}, "version '1'"),
+        ({"profile": "Linux"}, "profile 'Linux'; choose from 'linux', 'document', 'virtualbox'"),
+        ({"provider": "KVM", "profile": 7}, "profile 7"),
+        (
+            {"provider": "KVM", "features": "all"},
+            "features is 'all'; it can be a whole number from 0 to 2.64-1 or None",
+        ),
+        ({"provider": "KVM", "features": -1}, "features is -1"),
+        ({"provider": "KVM", "features": True}, "features is True"),
+        ({"provider": "KVM", "enforce_cpuid": 1}, "enforce_cpuid is 1; it can be True or False"),
+        ({"provider": "Minimal", "apic_bus_hz": 1e9}, "apic_bus_hz is 1000000000.0"),
+        ({"provider": "Minimal", "apic_bus_hz": 2**63}, "apic_bus_hz is 9223372036854775808 Hz; leaf 0x40000010 holds"),
+    ],
+)
+def test_what_is_wrong_and_what_is_legal_is_said(config: dict[str, object], complaint: str) -> None:
+    """An unknown key, a value of the wrong type and an illegal one are ConfigErrors that name key, value and choice."""
+    with pytest.raises(ConfigError, match=complaint):
+        interface_of(config)
+
+
+@pytest.mark.row("G-02", "G-03")
+def test_defaults() -> None:
+    """Without a word a guest has provider None in its newest version, behaving as Linux; version 0 is the newest."""
+    interface = interface_of({})
+    assert (interface.name, interface.version, interface.profile) == ("None", PROVIDERS["None"].version, "linux")
+    assert interface_of({"provider": "KVM", "version": 0}).version == PROVIDERS["KVM"].version
+    assert interface_of({"provider": "KVM", "version": 1}).version == 1
+
+
+@pytest.mark.row("G-02", "E9")
+@given(
+    config=st.dictionaries(
+        st.sampled_from(["provider", "version", "profile", "features", "enforce_cpuid", "apic_bus_hz", "colour", ""]),
+        st.none() | st.booleans() | st.integers(-2, 2**33) | st.sampled_from([*PROVIDERS, "kvm", "virtualbox", b"KVM"]),
+    )
+)
+def test_any_configuration_is_taken_or_refused(config: dict[str, object]) -> None:
+    """A configuration makes an interface that says it back, or is a ConfigError; nothing else comes out."""
+    try:
+        interface = interface_of(config)
+    except ConfigError:
+        return
+    assert interface.name == config.get("provider", "None")
+    assert interface_of({"provider": interface.name, **interface.config}).config == interface.config
+
+
+@pytest.mark.row("G-05", "G-06")
+def test_a_provider_is_for_life() -> None:
+    """The provider has VirtualBox's number, and neither clock nor interface lets it be replaced."""
+    assert PROVIDER_NUMBERS == {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3}
+    assert {name: kind.number for name, kind in PROVIDERS.items()}.items() <= PROVIDER_NUMBERS.items()
+    clock = GuestClock(GuestMemory(), backend=SimulatedBackend(HZ))
+    with pytest.raises(AttributeError):
+        clock.interface = interface_of({})  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        clock.interface.provider = interface_of({}).provider  # type: ignore[misc]
+
+
+@pytest.mark.row("G-04")
+@pytest.mark.parametrize(
+    ("guest_os", "default", "legacy"),
+    [
+        *((system, "KVM", "None") for system in ("linux", "Linux26_64", "Ubuntu_64", "Debian12_64", "Oracle_64")),
+        *((system, "None", "None") for system in ("Linux24", "linux22", "FreeBSD_64", "OS2", "Other", "")),
+        *((system, "HyperV", "None") for system in ("windows", "Windows11_64")),
+        *((system, "Minimal", "Minimal") for system in ("macos", "MacOS1013_64")),
+    ],
+)
+def test_the_guests_system_decides_where_the_user_does_not(guest_os: str, default: str, legacy: str) -> None:
+    """Of "default" and "legacy" the guest's system makes a provider; a name is that provider for every guest."""
+    assert effective_provider("default", guest_os) == default
+    assert effective_provider("legacy", guest_os) == legacy
+    for choice, provider in (("none", "None"), ("minimal", "Minimal"), ("hyperv", "HyperV"), ("kvm", "KVM")):
+        assert effective_provider(choice, guest_os) == effective_provider(provider, guest_os) == provider
+
+
+@pytest.mark.row("G-04", "E13")
+def test_no_other_choice() -> None:
+    """A choice that is none names what there is."""
+    with pytest.raises(ConfigError, match="provider choice 'Default'; choose from 'default', 'legacy', 'none'"):
+        effective_provider("Default", "linux")
+
+
+@pytest.mark.row("G-03", "G-26")
+def test_what_was_chosen_is_told_once() -> None:
+    """One line at the start has provider, id, version, profile and engine; in a clock it is the first event."""
+    told: list[str] = []
+    interface_of({"provider": "KVM", "profile": "document"}, log=told)
+    version = PROVIDERS["KVM"].version
+    assert told == [f"provider KVM, id 3, version {version}, profile document, on library"]
+    clock = GuestClock(GuestMemory(), 1, "Minimal", backend=SimulatedBackend(HZ), engine="kvm")
+    assert [(event.kind, event.why) for event in clock.events.read().events] == [
+        ("start", "provider Minimal, id 1, version 1, profile linux, on kvm")
+    ]
+
+
+@pytest.mark.row("G-26")
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_an_unusable_tsc_is_told_for_every_provider(provider: str) -> None:
+    """VirtualBox's warning cannot be reached for providers that return early (T12); here each one has it."""
+    told: list[str] = []
+    interface_of({"provider": provider}, log=told, tsc_stable=False)
+    assert len(told) == 2
+    assert told[1].startswith("warning: the host's TSC is not usable")
+    clock = GuestClock(GuestMemory(), 1, provider, backend=SimulatedBackend(HZ, tsc_stable=False))
+    assert len(clock.events.read().events) == 2
+
+
+@pytest.mark.row("X-02", "G-01")
+@pytest.mark.parametrize(("engine", "feature"), [("kvm", 4), ("kvm", 9), ("kvm", 30), ("library", 30)])
+def test_what_is_offered_can_be_served(engine: str, feature: int) -> None:
+    """A feature that the engine cannot serve is refused: async page faults on KVM, unknown ones anywhere."""
+    with pytest.raises(ConfigError, match="cannot be served"):
+        GuestClock(GuestMemory(), backend=SimulatedBackend(HZ), engine=engine, features=1 << feature)
+
+
+@pytest.mark.row("X-02", "E13")
+def test_an_unknown_engine_is_refused() -> None:
+    """There are two engines, and the error names them."""
+    with pytest.raises(ConfigError, match="engine 'xen'; choose from 'library', 'kvm'"):
+        GuestClock(GuestMemory(), backend=SimulatedBackend(HZ), engine="xen")
+
+
+@pytest.mark.row("G-01", "E13")
+def test_a_clock_takes_a_name_or_a_configuration() -> None:
+    """A provider's options come with the configuration, or as keywords; both at once is an error."""
+    backend = SimulatedBackend(HZ)
+    by_name = GuestClock(GuestMemory(), 1, "KVM", backend=backend, features=9, profile="document")
+    config = {"provider": "KVM", "features": 9, "profile": "document"}
+    assert by_name.interface.config == GuestClock(GuestMemory(), 1, config, backend=backend).interface.config
+    with pytest.raises(ConfigError, match="given twice: features as 9 and 8"):
+        GuestClock(GuestMemory(), 1, config, backend=backend, features=8)
+    with pytest.raises(ConfigError, match="unknown key 'backends'"):
+        GuestClock(GuestMemory(), 1, backend=backend, backends=1)

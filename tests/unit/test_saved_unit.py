@@ -1,0 +1,172 @@
+"""VirtualBox's saved unit: its bytes, what comes back of it, and each mismatch."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend, StateFileError
+from pvclock.providers import PROVIDERS, unit
+
+HZ = 2_596_132_000
+SIZE = 1 << 16
+SYSTEM_TIME, WALL_CLOCK = 0x4B564D01, 0x4B564D00
+FEATURES = 1 << 0 | 1 << 3 | 1 << 24
+
+
+def a_clock(provider: str = "KVM", memory: GuestMemory | None = None, **options: object) -> GuestClock:
+    """A clock of two vCPUs on a simulated host; the KVM one with features that are fixed."""
+    given = {"features": FEATURES, **options} if provider == "KVM" else options
+    here = GuestMemory(bytearray(SIZE)) if memory is None else memory
+    return GuestClock(here, 2, provider, backend=SimulatedBackend(HZ, 10**6), **given)  # type: ignore[arg-type]
+
+
+def a_running_guest(**options: object) -> GuestClock:
+    """A clock whose guest has registered one page and the wall clock."""
+    clock = a_clock(**options)  # type: ignore[arg-type]
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    clock.write_msr(1, SYSTEM_TIME, 0x3000)  # bit 0 clear: off
+    clock.write_msr(0, WALL_CLOCK, 0x4000)
+    return clock
+
+
+@pytest.mark.row("G-18", "G-21", "V-36")
+def test_the_units_bytes() -> None:
+    """Id 3, the provider's version, then KVM's part field by field, little-endian, and nothing else of a vCPU."""
+    clock = a_running_guest()
+    page = clock.page(0)
+    assert page is not None
+    assert clock.interface.save_unit() == b"".join(
+        (
+            struct.pack("<II", 3, PROVIDERS["KVM"].version),
+            struct.pack("<I", 1),
+            struct.pack("<QQQQIB", 0x2001, page.tsc_timestamp, page.system_time, 0x2000, page.version, 1),
+            struct.pack("<QQQQIB", 0x3000, 0, 0, 0, 0, 0),
+            struct.pack("<QI", 0x4000, FEATURES),
+        )
+    )
+
+
+@pytest.mark.row("G-18", "M-03")
+@pytest.mark.parametrize("provider", ["None", "Minimal"])
+def test_units_of_providers_that_save_nothing(provider: str) -> None:
+    """Id and version are all; they load, and a byte more is refused."""
+    clock = a_clock(provider)
+    saved = clock.interface.save_unit()
+    assert saved == struct.pack("<II", PROVIDERS[provider].number, 1)
+    clock.interface.load_unit(saved)
+    with pytest.raises(StateFileError, match="1 bytes after the header"):
+        clock.interface.load_unit(saved + b"\0")
+
+
+@pytest.mark.row("G-18", "V-36", "V-38", "G-20")
+def test_a_unit_comes_back() -> None:
+    """The MSRs read as they did, pages are published where they were, and saving again gives the same bytes."""
+    clock = a_running_guest()
+    clock.pause()
+    saved = clock.interface.save_unit()
+    other = a_clock(memory=clock.memory)
+    other.pause()
+    other.write_msr(1, SYSTEM_TIME, 0x6001)  # what the unit knows nothing of is taken back
+    other.interface.load_unit(saved)
+    assert [other.read_msr(vcpu, SYSTEM_TIME) for vcpu in (0, 1)] == [0x2001, 0x3000]
+    assert other.read_msr(1, WALL_CLOCK) == 0x4000
+    assert other.interface.save_unit() == saved
+    version = clock.memory.read(0x2000, 4)
+    other.resume()
+    assert clock.memory.read(0x2000, 4) > version
+    assert clock.memory.read(0x6000, 32) == bytes(32)
+    assert other.read(0) == other.now()
+
+
+@pytest.mark.row("V-38")
+def test_a_unit_goes_on_at_the_destinations_frequency() -> None:
+    """A page is published by this host's TSC, whatever the saving host's was."""
+    saved = a_running_guest().interface.save_unit()
+    clock = GuestClock(GuestMemory(bytearray(SIZE)), 2, backend=SimulatedBackend(10**9), features=FEATURES)
+    clock.interface.load_unit(saved)
+    page = clock.page(0)
+    assert page is not None
+    assert (page.tsc_to_system_mul, page.tsc_shift) == (0x80000000, 1)
+
+
+@pytest.mark.row("G-18", "V-36")
+def test_addresses_that_have_no_page() -> None:
+    """A page that is not in memory is saved by its address; one across two pages, which nobody serves, by 0."""
+    clock = a_clock()
+    clock.write_msr(0, SYSTEM_TIME, SIZE + 0x1001)
+    clock.write_msr(1, SYSTEM_TIME, 0x2FF1)
+    saved = clock.interface.save_unit()
+    part = unit.decode_kvm(saved[8:], 2)
+    assert part.vcpus == (unit.VcpuPart(SIZE + 0x1001, gpa=SIZE + 0x1000), unit.VcpuPart(0x2FF1))
+    other = a_clock()
+    other.interface.load_unit(saved)
+    assert other.interface.save_unit() == saved
+    assert other.memory.read(0, SIZE) == bytes(SIZE)
+
+
+def changed(saved: bytes, at: int, form: str, value: int) -> bytes:
+    """The unit with another value at an offset."""
+    data = bytearray(saved)
+    struct.pack_into(form, data, at, value)
+    return bytes(data)
+
+
+@pytest.mark.row("G-19", "V-37", "G-18", "E13")
+def test_what_does_not_fit_is_refused() -> None:
+    """Each mismatch says what was found and what was expected, and the clock is as it was."""
+    clock = a_running_guest()
+    saved = clock.interface.save_unit()
+    version = PROVIDERS["KVM"].version
+    before = (clock.save().provider, clock.memory.read(0, SIZE))
+    cases: list[tuple[bytes, type[Exception], str]] = [
+        (changed(saved, 0, "<I", 2), ConfigError, r"of provider 2 \(HyperV\); this VM has provider 3 \(KVM\)"),
+        (changed(saved, 0, "<I", 99), ConfigError, r"of provider 99 \(unknown\); this VM has provider 3 \(KVM\)"),
+        (changed(saved, 4, "<I", 7), StateFileError, f"provider version: found 7; supported: {version}"),
+        (changed(saved, 8, "<I", 7), StateFileError, "unsupported KVM saved-state version 7; supported: 1"),
+        (
+            changed(saved, 12 + 24, "<Q", 0x5000),
+            StateFileError,
+            r"vcpus\[0\].gpa: found 0x5000; supported: 0 or 0x2000",
+        ),
+        (
+            changed(saved, len(saved) - 4, "<I", 1),
+            ConfigError,
+            "was offered KVM features 0x1; this VM offers 0x1000009",
+        ),
+        (saved[:-1], StateFileError, "unit.kvm: found 89 bytes; supported: 90 bytes, for 2 vCPUs"),
+        (saved + b"\0", StateFileError, "91 bytes"),
+        (saved[:11], StateFileError, "3 bytes"),
+        (saved[:7], StateFileError, "unit: found 7 bytes; supported: at least 8"),
+    ]
+    for data, error, message in cases:
+        with pytest.raises(error, match=message):
+            clock.interface.load_unit(data)
+    with pytest.raises(StateFileError, match="unit version: found 2; supported: 1"):
+        clock.interface.load_unit(saved, version=2)
+    assert (clock.save().provider, clock.memory.read(0, SIZE)) == before
+
+
+@pytest.mark.row("G-19")
+def test_another_provider_version_is_adopted_as_virtualbox_does() -> None:
+    """Refused by default; under profile "virtualbox" the version is taken over silently, and saved again (T13)."""
+    other = changed(a_running_guest(profile="virtualbox").interface.save_unit(), 4, "<I", 7)
+    with pytest.raises(StateFileError, match="provider version: found 7"):
+        a_clock().interface.load_unit(other)
+    quirky = a_clock(profile="virtualbox")
+    quirky.interface.load_unit(other)
+    assert quirky.interface.version == 7
+    assert quirky.interface.save_unit()[:8] == struct.pack("<II", 3, 7)
+
+
+@pytest.mark.row("P-25", "G-18")
+def test_a_restored_clock_has_its_interface() -> None:
+    """Provider, options and profile come back with a saved clock, on the engine and for the VMM that it is given."""
+    clock = a_running_guest(profile="document")
+    restored = GuestClock.restore(clock.save(), clock.memory, backend=SimulatedBackend(HZ), engine="kvm")
+    assert restored.interface.config == clock.interface.config
+    assert (restored.interface.profile, str(restored.engine)) == ("document", "kvm")
+    minimal = a_clock("Minimal", apic_bus_hz=100_000_000)
+    again = GuestClock.restore(minimal.save(), minimal.memory, backend=SimulatedBackend(HZ))
+    assert again.cpuid_leaves == minimal.cpuid_leaves
