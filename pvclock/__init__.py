@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     )
     from pvclock.guestclock import GuestClock
     from pvclock.machine import Machine
-    from pvclock.providers.interface import CpuidLeaf
+    from pvclock.providers import GuestInterface
+    from pvclock.providers.interface import CpuidLeaf, HypercallRegisters, HypercallResult, Status
     from pvclock.providers.kvm import KvmFeature
     from pvclock.quantities import Gpa, GuestNs, GuestTsc, HostTsc, RefNs
     from pvclock.readings import Churn, ClockLine, Reading, Reference, Sample, TimeInfo
@@ -50,7 +51,11 @@ __all__ = [
     "Sample",
     "Machine",
     "KvmFeature",
+    "GuestInterface",
     "CpuidLeaf",
+    "HypercallRegisters",
+    "HypercallResult",
+    "Status",
     "TimeInfo",
     "Reading",
     "ClockLine",
@@ -100,7 +105,8 @@ _HOME = {
     ),
     "pvclock.guestclock": ("GuestClock",),
     "pvclock.machine": ("Machine",),
-    "pvclock.providers.interface": ("CpuidLeaf",),
+    "pvclock.providers": ("GuestInterface",),
+    "pvclock.providers.interface": ("CpuidLeaf", "HypercallRegisters", "HypercallResult", "Status"),
     "pvclock.providers.kvm": ("KvmFeature",),
     "pvclock.quantities": ("Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs"),
     "pvclock.readings": ("Churn", "ClockLine", "Reading", "Reference", "Sample", "TimeInfo"),

@@ -153,8 +153,9 @@ class PublishedTimeline:
 
     def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
         """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish."""
-        self._pages.register(vcpu, gpa)
-        self._republish(vcpu)
+        with self._lock:  # no publish may be using the pages
+            self._pages.register(vcpu, gpa)
+            self._republish(vcpu)
 
     def _republish(self, vcpu: int | None) -> None:
         """Publish the present segment; while paused that is left to resume()."""

@@ -1,0 +1,198 @@
+"""Damaged saved units and configurations, 10^5 of each: refused by an error of ours with nothing changed, or taken."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Final
+
+import pytest
+
+from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend, StateFileError
+from pvclock.providers import PROVIDERS, GuestInterface, unit
+
+MUTATIONS: Final = 100_000
+HZ: Final = 2_596_132_000
+SIZE: Final = 1 << 14
+FEATURES: Final = 1 << 0 | 1 << 3
+EXTREMES: Final = (0, 1, 2, 3, 7, 0x2001, 0x2FF1, SIZE - 16 | 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
+Damage = Callable[[random.Random, bytes], bytes]
+
+
+def clocks() -> dict[str, GuestClock]:
+    """A used, paused clock of two vCPUs for each provider."""
+    made = {}
+    for name in PROVIDERS:
+        options: dict[str, object] = {"features": FEATURES} if name == "KVM" else {}
+        config = {"provider": name, **options}
+        clock = GuestClock(GuestMemory(bytearray(SIZE)), 2, config, backend=SimulatedBackend(HZ, 10**6))
+        made[name] = clock
+    made["KVM"].write_msr(0, 0x4B564D01, 0x1001)
+    made["KVM"].write_msr(1, 0x4B564D01, 0x1041)
+    for clock in made.values():
+        clock.pause()
+    return made
+
+
+def flip(source: random.Random, data: bytes) -> bytes:
+    """Another value for one to three bytes."""
+    damaged = bytearray(data)
+    for _ in range(source.randint(1, 3)):
+        damaged[source.randrange(len(damaged))] = source.getrandbits(8)
+    return bytes(damaged)
+
+
+def cut(source: random.Random, data: bytes) -> bytes:
+    """An end that is missing."""
+    return data[: source.randrange(len(data))]
+
+
+def grow(source: random.Random, data: bytes) -> bytes:
+    """Bytes too many, somewhere."""
+    at = source.randrange(len(data) + 1)
+    return data[:at] + source.randbytes(source.randint(1, 40)) + data[at:]
+
+
+def put_extreme(source: random.Random, data: bytes) -> bytes:
+    """Something extreme in the place of a word, aligned or not."""
+    damaged, form = bytearray(data), source.choice(["<I", "<Q"])
+    width = struct.calcsize(form)
+    value = source.choice(EXTREMES) & ((1 << 8 * width) - 1)
+    struct.pack_into(form, damaged, source.randrange(max(len(damaged) - width, 0) + 1), value)
+    return bytes(damaged)
+
+
+def put_msr(source: random.Random, data: bytes) -> bytes:
+    """Another system-time MSR, with the page where it says, or another one."""
+    if len(data) < 90:
+        return flip(source, data)
+    damaged, at = bytearray(data), 12 + 37 * source.randrange(2)
+    msr = source.choice([*EXTREMES, source.getrandbits(64), source.getrandbits(14) | 1])
+    struct.pack_into("<Q", damaged, at, msr)
+    struct.pack_into("<Q", damaged, at + 24, source.choice([0, msr & ~1, source.getrandbits(14)]))
+    return bytes(damaged)
+
+
+DAMAGES: Final[tuple[Damage, ...]] = (flip, cut, grow, put_extreme, put_msr)
+
+
+def damaged_units(units: Mapping[str, bytes]) -> Iterator[tuple[str, str, bytes]]:
+    """(provider to load it, kind of damage, unit) for ever, the same ones each time."""
+    source = random.Random(20_261_122)  # noqa: S311  # a sample, no secret
+    names = list(units)
+    while True:
+        damage = source.choice(DAMAGES)
+        saver = source.choice(names)
+        loader = saver if source.random() < 0.9 else source.choice(names)
+        yield loader, damage.__name__, damage(source, units[saver])
+
+
+def state_of(clock: GuestClock) -> tuple[object, ...]:
+    """All that a unit could change, but for guest memory."""
+    interface = clock.interface
+    return (
+        interface.version,
+        interface.provider.save(),
+        interface.config,
+        [each.time_page_gpa for each in clock.save().vcpus],
+    )
+
+
+def refusal(attempt: Callable[[], object]) -> ConfigError | StateFileError | None:
+    """Why it was refused, if it was; nothing else may be raised."""
+    try:
+        attempt()
+    except (ConfigError, StateFileError) as error:
+        return error
+    return None
+
+
+@pytest.mark.row("E9", "G-18", "G-19", "V-36", "V-37")
+def test_damaged_units() -> None:
+    """A damaged unit is refused by name, with the clock as it was; or it loads, and is saved as loaded."""
+    made = clocks()
+    units = {name: clock.interface.save_unit() for name, clock in made.items()}
+    before = {name: state_of(clock) for name, clock in made.items()}
+    outcomes: Counter[tuple[str, bool]] = Counter()
+    for loader, damage, data in islice(damaged_units(units), MUTATIONS):
+        clock = made[loader]
+        error = refusal(lambda: clock.interface.load_unit(data))  # noqa: B023  # called at once
+        outcomes[damage, error is None] += 1
+        if error is not None:
+            assert str(error)
+            assert state_of(clock) == before[loader]
+            continue
+        assert_loaded(clock, loader, data)
+        clock.interface.load_unit(units[loader])
+        assert state_of(clock) == before[loader]
+    assert sum(outcomes.values()) == MUTATIONS
+    assert all(outcomes[damage.__name__, False] > MUTATIONS // 50 for damage in DAMAGES)
+    assert outcomes["put_msr", True] > MUTATIONS // 50
+    assert bytes(made["None"].memory.read(0, SIZE)) == bytes(SIZE)
+
+
+def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
+    """What a unit says stands in the clock, and is saved again."""
+    saved = clock.interface.save_unit()
+    if provider != "KVM":
+        assert saved == data
+        return
+    found, expected = unit.decode_kvm(saved[8:], 2), unit.decode_kvm(data[8:], 2)
+    assert [vcpu.system_time_msr for vcpu in found.vcpus] == [vcpu.system_time_msr for vcpu in expected.vcpus]
+    assert (found.wall_clock_msr, found.features) == (expected.wall_clock_msr, expected.features)
+    assert [each.time_page_gpa for each in clock.save().vcpus] == [vcpu.page for vcpu in expected.vcpus]
+
+
+KEYS: Final = ("provider", "version", "profile", "features", "enforce_cpuid", "apic_bus_hz")
+NAMES: Final = (*PROVIDERS, "HyperV", "kvm", "linux", "document", "virtualbox", "", "None\0")
+OTHERS: Final[tuple[object, ...]] = (
+    None,
+    True,
+    False,
+    1.0,
+    float("nan"),
+    b"KVM",
+    (),
+    [],
+    {},
+    object(),
+    KEYS,
+    int,
+    "9" * 1000,
+)
+
+
+def damaged_configurations() -> Iterator[dict[Any, object]]:
+    """Configurations with anything in them, for ever, the same ones each time."""
+    source = random.Random(20_261_123)  # noqa: S311  # a sample, no secret
+    while True:
+        config: dict[Any, object] = {"provider": source.choice(list(PROVIDERS))} if source.random() < 0.9 else {}
+        for _ in range(source.randint(0, 3)):
+            key = (
+                source.choice(KEYS) if source.random() < 0.9 else source.choice(["", "Provider", "x" * 99, 7, None, ()])
+            )
+            number = source.choice([source.getrandbits(5), source.getrandbits(70), -source.getrandbits(65), *EXTREMES])
+            config[key] = source.choice([number, number, source.choice(NAMES), source.choice(OTHERS)])
+        yield config
+
+
+@pytest.mark.row("E9", "G-01", "G-02", "G-03", "E13")
+def test_damaged_configurations() -> None:
+    """A damaged configuration is a ConfigError that says something, or makes an interface that its own config makes."""
+    clock = clocks()["None"]
+    outcomes: Counter[tuple[str | None, bool]] = Counter()
+    for config in islice(damaged_configurations(), MUTATIONS):
+        error = refusal(lambda: GuestInterface(config, clock, 2))  # noqa: B023  # called at once
+        if error is not None:
+            assert str(error)
+            outcomes[None, False] += 1
+            continue
+        interface = GuestInterface(config, clock, 2)
+        outcomes[interface.name, True] += 1
+        assert interface.name == config.get("provider", "None")
+        assert GuestInterface({"provider": interface.name, **interface.config}, clock, 2).config == interface.config
+    assert outcomes[None, False] > MUTATIONS // 3
+    assert all(outcomes[name, True] > MUTATIONS // 50 for name in PROVIDERS)
