@@ -143,6 +143,22 @@ def test_no_count_is_lost_between_threads() -> None:
     assert interface.statistics.hypercalls == max(seen) == 4000
 
 
+@pytest.mark.row("G-08", "E13")
+def test_a_hypercall_may_wait_for_who_needs_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service of the VMM that waits for its other thread does not lock it out of the clock."""
+    clock = a_clock()
+
+    def serve(*_call: object) -> HypercallResult:
+        other = threading.Thread(target=clock.refresh, daemon=True)
+        other.start()
+        other.join(timeout=10)
+        return HypercallResult(Status.SUCCESS, int(other.is_alive()))
+
+    monkeypatch.setattr(clock.interface.provider, "hypercall", serve)
+    assert clock.hypercall(0, POLL_IRQ) == HypercallResult(Status.SUCCESS, 0)
+    assert clock.interface.handle_ud(0, POLL_IRQ, VMCALL, Gpa(0), AMD, fix=False).rax == 0
+
+
 @pytest.mark.row("G-10", "G-14", "G-08")
 @pytest.mark.parametrize(
     ("provider", "enabled", "update"),

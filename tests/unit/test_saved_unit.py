@@ -170,3 +170,17 @@ def test_a_restored_clock_has_its_interface() -> None:
     minimal = a_clock("Minimal", apic_bus_hz=100_000_000)
     again = GuestClock.restore(minimal.save(), minimal.memory, backend=SimulatedBackend(HZ))
     assert again.cpuid_leaves == minimal.cpuid_leaves
+
+
+@pytest.mark.row("P-25", "E9", "E13")
+@pytest.mark.parametrize("key", ["provider", "backend", "vcpus", "memory", "engine", "colour", "self"])
+def test_a_saved_configuration_has_the_providers_options_only(key: str) -> None:
+    """What would be another argument of the clock's, or a second provider, is no option: StateFileError."""
+    saved = a_clock().save()
+    config = {**saved.provider.config, key: 1}
+    with pytest.raises(StateFileError, match=key):
+        GuestClock.restore(
+            saved._replace(provider=saved.provider._replace(config=config)),
+            GuestMemory(bytearray(SIZE)),
+            backend=SimulatedBackend(HZ),
+        )
