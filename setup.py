@@ -39,6 +39,7 @@ setup(
     ext_modules=[
         module("pvclock._core"),
         module("pvclock._counter"),
+        module("pvclock._records"),
         module("pvclock._bulk"),
         module("pvclock._sampling"),
         module("pvclock.kvm._ioctls"),

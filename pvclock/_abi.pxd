@@ -1,6 +1,6 @@
 """C declarations of pvclock_abi.h."""
 
-from libc.stdint cimport int8_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint32_t, uint64_t
 
 
 cdef extern from "pvclock_abi.h" nogil:
@@ -18,5 +18,25 @@ cdef extern from "pvclock_abi.h" nogil:
         uint32_t sec
         uint32_t nsec
 
+    cdef struct pvclock_steal_time:
+        uint64_t steal
+        uint32_t version
+        uint32_t flags
+        uint8_t preempted
+
+    cdef struct pvclock_async_pf:
+        uint32_t flags
+        uint32_t token
+
+    cdef struct pvclock_clock_pairing:
+        int64_t sec
+        int64_t nsec
+        uint64_t tsc
+        uint32_t flags
+
     const uint8_t PVCLOCK_TSC_STABLE_BIT
     const uint8_t PVCLOCK_GUEST_STOPPED
+    const uint8_t PVCLOCK_VCPU_PREEMPTED
+    const uint8_t PVCLOCK_VCPU_FLUSH_TLB
+    const uint32_t PVCLOCK_PAGE_NOT_PRESENT
+    const uint32_t PVCLOCK_PAGE_READY

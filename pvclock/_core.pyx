@@ -216,11 +216,6 @@ cdef class GuestMemory:
     Thread-safety: all methods may be called from any thread.
     """
 
-    cdef list _slots
-    cdef int _pins  # publishes that use pointers with the GIL released
-    cdef readonly uint64_t generation
-    cdef public object on_dirty
-
     def __cinit__(self) -> None:
         self._slots = []
 
@@ -293,6 +288,11 @@ cdef class GuestMemory:
         if found is NULL:
             raise GuestAddressError(gpa, length)
         return found
+
+    def contains(self, gpa: int, length: int) -> bool:
+        """Can `length` bytes from `gpa` be read and written?"""
+        gpa = PyNumber_Index(gpa)
+        return 0 <= gpa < 1 << 64 and self.find(gpa, as_u64(length, "length")) is not NULL
 
     def read(self, gpa: int, length: int) -> bytes:
         """`length` bytes from `gpa`."""

@@ -50,6 +50,13 @@ cdef extern from "pvclock_publish.h" nogil:
         pvclock_anchor *anchor,
     )
     void pvclock_publish_wall_clock(void *record, uint32_t sec, uint32_t nsec)
+    void pvclock_set_preempted(void *record)
+    uint8_t pvclock_clear_preempted(void *record)
+    uint8_t pvclock_publish_steal_time(void *record, uint64_t ns)
+    void pvclock_eoi_offer(uint8_t *flag)
+    int pvclock_eoi_take(uint8_t *flag)
+    uint32_t pvclock_load32(const void *at)
+    void pvclock_store32(void *at, uint32_t value)
     int pvclock_read(
         const void *page,
         uint64_t tsc_offset,

@@ -173,6 +173,40 @@ def wall_version_even(odd: int) -> int:
     return (odd + 1) % U32
 
 
+@dataclass(frozen=True)
+class StealTime:
+    """One struct kvm_steal_time, as its bytes in guest memory say."""
+
+    steal: int
+    version: int
+    flags: int
+    preempted: int
+    rest: bytes
+
+    LAYOUT = Struct("<QIIB47s")
+    PREEMPTED, FLUSH_TLB = 1, 2
+
+    @classmethod
+    def parse(cls, record: bytes) -> Self:
+        """Read the 64 bytes of a record."""
+        return cls(*cls.LAYOUT.unpack(record))
+
+    def updated(self, ns: int) -> tuple["StealTime", bool]:
+        """Return what record_steal_time() makes of it after `ns` of run delay, and whether a TLB flush was wanted."""
+        version = self.version + 1 if self.version % 2 == 1 else self.version
+        updated = StealTime((self.steal + ns) % U64, (version + 2) % U32, self.flags, 0, self.rest)
+        return updated, bool(self.preempted & self.FLUSH_TLB)
+
+
+def ipi_targets(low: int, high: int, lowest: int, cluster: int) -> list[int]:
+    """Return the APIC ids that KVM_HC_SEND_IPI means; `cluster` bits are in each bitmap, and ids have 32 bits."""
+    targets: list[int] = []
+    for bitmap, base in ((low, lowest % U32), (high, (lowest + cluster) % U32)):
+        bits = [bit for bit in range(cluster) if bitmap // 2**bit % 2 == 1]
+        targets += [base + bit for bit in bits if base + bit < U32]
+    return targets
+
+
 class VcpuTscOracle:
     """One vCPU's TSC: an offset to the scaled host TSC, and the guest's own IA32_TSC_ADJUST."""
 

@@ -368,6 +368,58 @@ static inline void pvclock_publish_wall_clock(void *record, uint32_t sec, uint32
 	pvclock_store32(at, odd_version + 1u);
 }
 
+/* Say in a vCPU's steal time that it was scheduled out.  A guest that then wants its TLB flushed says so beside it. */
+static inline void pvclock_set_preempted(void *record)
+{
+	uint8_t *at = (uint8_t *)record + offsetof(struct pvclock_steal_time, preempted);
+
+	__atomic_fetch_or(at, PVCLOCK_VCPU_PREEMPTED, __ATOMIC_SEQ_CST);
+}
+
+/* Say that it runs again; returns what was said before.  In one go: a guest asks for a flush by compare-and-exchange,
+ * and so knows whether it was in time.
+ */
+static inline uint8_t pvclock_clear_preempted(void *record)
+{
+	uint8_t *at = (uint8_t *)record + offsetof(struct pvclock_steal_time, preempted);
+
+	return __atomic_exchange_n(at, 0, __ATOMIC_SEQ_CST);
+}
+
+/* Add `ns` to a vCPU's steal time on its way into the guest, as Linux does (record_steal_time()): what is there is the
+ * guest's to set, and the sum goes on from it.  The vCPU is no longer preempted.
+ * record: 64 writable bytes, of any alignment.  Returns the old `preempted` byte.
+ */
+static inline uint8_t pvclock_publish_steal_time(void *record, uint64_t ns)
+{
+	uint8_t *at = (uint8_t *)record;
+	uint8_t *version = at + offsetof(struct pvclock_steal_time, version);
+	uint8_t *steal = at + offsetof(struct pvclock_steal_time, steal);
+	uint8_t preempted = pvclock_clear_preempted(record);
+	uint32_t odd_version = pvclock_version_odd(pvclock_load32(version));
+
+	pvclock_store32(version, odd_version);
+	__atomic_thread_fence(__ATOMIC_RELEASE);
+	pvclock_store64(steal, pvclock_load64(steal) + ns);
+	__atomic_thread_fence(__ATOMIC_RELEASE);
+	pvclock_store32(version, odd_version + 1u);
+	return preempted;
+}
+
+/* Let the guest end its interrupt without an exit: it tests and clears the bit, and exits only if it was clear. */
+static inline void pvclock_eoi_offer(uint8_t *flag)
+{
+	__atomic_fetch_or(flag, PVCLOCK_EOI_ENABLED, __ATOMIC_SEQ_CST);
+}
+
+/* Take the offer back.  Returns 1 if the guest has used it: its interrupt has ended.  Either side takes the bit in one
+ * go, so just one of them gets it.
+ */
+static inline int pvclock_eoi_take(uint8_t *flag)
+{
+	return !(__atomic_fetch_and(flag, (uint8_t)~PVCLOCK_EOI_ENABLED, __ATOMIC_SEQ_CST) & PVCLOCK_EOI_ENABLED);
+}
+
 /* What a guest finds at one instant. */
 struct pvclock_reading {
 	uint64_t tsc; /* guest TSC */

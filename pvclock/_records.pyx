@@ -1,0 +1,106 @@
+"""The small records that host and guest share beside the time pages: steal time, EOI byte, page-fault words, pairing.
+
+Each function works on one record of a vCPU that may be running, and does nothing but say so where the record is not in
+guest memory, which Linux ignores as well.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from pvclock._abi cimport (
+    PVCLOCK_PAGE_NOT_PRESENT, PVCLOCK_PAGE_READY, PVCLOCK_VCPU_FLUSH_TLB, PVCLOCK_VCPU_PREEMPTED, pvclock_async_pf,
+    pvclock_clock_pairing, pvclock_steal_time
+)
+from pvclock._core cimport GuestMemory
+from pvclock._publish cimport (
+    pvclock_clear_preempted, pvclock_eoi_offer, pvclock_eoi_take, pvclock_load32, pvclock_publish_steal_time,
+    pvclock_set_preempted, pvclock_store32
+)
+
+STEAL_TIME_BYTES = sizeof(pvclock_steal_time)
+ASYNC_PF_BYTES = sizeof(pvclock_async_pf)
+CLOCK_PAIRING_BYTES = sizeof(pvclock_clock_pairing)
+VCPU_PREEMPTED = PVCLOCK_VCPU_PREEMPTED
+VCPU_FLUSH_TLB = PVCLOCK_VCPU_FLUSH_TLB
+PAGE_NOT_PRESENT = PVCLOCK_PAGE_NOT_PRESENT
+PAGE_READY = PVCLOCK_PAGE_READY
+
+cdef uint64_t NS_PER_S = 1_000_000_000
+
+
+def add_steal_time(GuestMemory memory not None, uint64_t gpa, uint64_t ns) -> int | None:
+    """Add `ns` to the steal time at `gpa`, whose vCPU runs again; the old `preempted` byte, or None if not there."""
+    cdef uint8_t *record = memory.find(gpa, sizeof(pvclock_steal_time))
+    if record is NULL:
+        return None
+    preempted = pvclock_publish_steal_time(record, ns)
+    memory.mark_dirty(gpa, sizeof(pvclock_steal_time))
+    return preempted
+
+
+def set_preempted(GuestMemory memory not None, uint64_t gpa) -> None:
+    """Say in the steal time at `gpa` that its vCPU was scheduled out."""
+    cdef uint8_t *record = memory.find(gpa, sizeof(pvclock_steal_time))
+    if record is not NULL:
+        pvclock_set_preempted(record)
+        memory.mark_dirty(gpa, sizeof(pvclock_steal_time))
+
+
+def clear_preempted(GuestMemory memory not None, uint64_t gpa) -> int | None:
+    """Say that the vCPU runs again; the old `preempted` byte, or None if the record is not there."""
+    cdef uint8_t *record = memory.find(gpa, sizeof(pvclock_steal_time))
+    if record is NULL:
+        return None
+    preempted = pvclock_clear_preempted(record)
+    memory.mark_dirty(gpa, sizeof(pvclock_steal_time))
+    return preempted
+
+
+def offer_eoi(GuestMemory memory not None, uint64_t gpa) -> bool:
+    """Set bit 0 of the EOI byte at `gpa`; False if it is not there."""
+    cdef uint8_t *flag = memory.find(gpa, 1)
+    if flag is NULL:
+        return False
+    pvclock_eoi_offer(flag)
+    memory.mark_dirty(gpa, 1)
+    return True
+
+
+def take_eoi(GuestMemory memory not None, uint64_t gpa) -> bool:
+    """Clear bit 0 of the EOI byte at `gpa`; True if the guest had, or if the byte is no longer there to tell."""
+    cdef uint8_t *flag = memory.find(gpa, 1)
+    if flag is NULL:
+        return True
+    used = pvclock_eoi_take(flag)
+    memory.mark_dirty(gpa, 1)
+    return used != 0
+
+
+def load_word(GuestMemory memory not None, uint64_t gpa) -> int | None:
+    """The 32-bit word at `gpa`, or None if it is not there."""
+    cdef uint8_t *word = memory.find(gpa, 4)
+    return None if word is NULL else pvclock_load32(word)
+
+
+def store_word(GuestMemory memory not None, uint64_t gpa, uint32_t value) -> bool:
+    """Put `value` into the 32-bit word at `gpa`; False if it is not there."""
+    cdef uint8_t *word = memory.find(gpa, 4)
+    if word is NULL:
+        return False
+    pvclock_store32(word, value)
+    memory.mark_dirty(gpa, 4)
+    return True
+
+
+def write_clock_pairing(GuestMemory memory not None, uint64_t gpa, real_ns: int, uint64_t guest_tsc) -> bool:
+    """Write UTC (ns since 1970) and the guest TSC of the same instant at `gpa`; False if it is not there."""
+    cdef pvclock_clock_pairing pairing
+    cdef uint8_t *record = memory.find(gpa, sizeof(pairing))
+    if record is NULL:
+        return False
+    memset(&pairing, 0, sizeof(pairing))
+    pairing.sec, pairing.nsec = divmod(real_ns, NS_PER_S)
+    pairing.tsc = guest_tsc
+    memcpy(record, &pairing, sizeof(pairing))
+    memory.mark_dirty(gpa, sizeof(pairing))
+    return True
