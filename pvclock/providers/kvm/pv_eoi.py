@@ -1,0 +1,56 @@
+"""Paravirtual end of interrupt: one bit that says whether the guest's EOI needs an exit.
+
+The VMM offers at injection, and takes back at the next exit; between them the guest may have tested and cleared the
+bit.  Source: kvm_lapic_set_pv_eoi(), apic_sync_pv_eoi_to_guest(), apic_sync_pv_eoi_from_guest().
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pvclock._core import GuestMemory
+from pvclock._records import offer_eoi, take_eoi
+from pvclock.errors import MsrFault
+from pvclock.providers.kvm.features import MSR_KVM_PV_EOI_EN
+from pvclock.providers.kvm.registers import Msr, Register
+
+__all__ = ["PvEoi"]
+
+ENABLED: Final = 1
+ALIGNMENT: Final = 4
+
+
+def _is_legal(value: int) -> bool:
+    return (value & ~ENABLED) % ALIGNMENT == 0
+
+
+class PvEoi:
+    """Where each vCPU's EOI byte is, and whether an offer is out."""
+
+    def __init__(self, memory: GuestMemory, vcpus: int) -> None:
+        self._memory = memory
+        self._where = Register("pv_eoi", vcpus, legal=_is_legal)
+        # An address of its own, for the guest may move the byte while an offer is out.
+        self._offered = Register("pv_eoi_offered", vcpus, legal=lambda value: value == 0 or bool(value & ENABLED))
+        self.msrs = {MSR_KVM_PV_EOI_EN: Msr(self._where, self._write)}
+        self.registers = (self._where, self._offered)
+
+    def offer(self, vcpu: int) -> bool:
+        """See KvmProvider.offer_eoi()."""
+        where = self._where[vcpu]
+        if not where & ENABLED or not offer_eoi(self._memory, where & ~ENABLED):
+            return False
+        self._offered[vcpu] = where
+        return True
+
+    def take(self, vcpu: int) -> bool:
+        """See KvmProvider.take_eoi()."""
+        offered, self._offered[vcpu] = self._offered[vcpu], 0
+        return bool(offered) and take_eoi(self._memory, offered & ~ENABLED)
+
+    def _write(self, vcpu: int, index: int, value: int) -> None:
+        if not _is_legal(value):
+            raise MsrFault(index, value, f"the address must be {ALIGNMENT}-byte aligned")
+        if value & ENABLED and not self._memory.contains(value & ~ENABLED, 1):
+            raise MsrFault(index, value, "there is no memory")
+        self._where[vcpu] = value

@@ -1,0 +1,114 @@
+"""A clock for providers to talk to: real guest memory and real pages on a simulated host, and a VMM with a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from pvclock import ClockLine, ClockScale, Gpa, GuestMemory, GuestNs, GuestTsc, HostTsc
+from pvclock._core import TSC_STABLE_BIT, TimePages, publish_wall_clock
+from pvclock._counter import SimulatedCounter
+from pvclock.providers.interface import Engine, Pairing, VmmServices
+from pvclock.providers.kvm import KvmProvider
+
+SIZE: Final = 1 << 20
+GUARD: Final = 0xA5
+TSC_HZ: Final = 2_596_132_000
+NOW: Final = Pairing(real_ns=1_700_000_007 * 10**9 + 5, guest_tsc=GuestTsc(7 * TSC_HZ))
+UPTIME_NS: Final = 7 * 10**9
+
+
+class NotedVmm:
+    """Does what hypercalls ask by writing it down; every IPI is taken by all that it was for."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[object, ...]] = []
+
+    def kick(self, apic_id: int) -> None:
+        """Note it."""
+        self.notes.append(("kick", apic_id))
+
+    def yield_to(self, apic_id: int) -> None:
+        """Note it."""
+        self.notes.append(("yield_to", apic_id))
+
+    def send_ipi(self, apic_ids: list[int], icr: int) -> int:
+        """Note it."""
+        self.notes.append(("send_ipi", apic_ids, icr))
+        return len(apic_ids)
+
+
+class StubClock:
+    """ClockServices at one instant: `paired`, UPTIME_NS after guest time 0."""
+
+    def __init__(
+        self,
+        vcpus: int = 2,
+        *,
+        engine: Engine = Engine.LIBRARY,
+        vmm: VmmServices | None = None,
+        kernel_features: int = 0,
+        paired: Pairing | None = NOW,
+    ) -> None:
+        self.memory = GuestMemory(bytearray([GUARD]) * SIZE)
+        self.engine, self.vmm, self.kernel_features = engine, vmm, kernel_features
+        self.tsc_hz = TSC_HZ
+        self.paired = paired
+        self.stable: Callable[[], bool] = lambda: False
+        self._pages = TimePages(self.memory, vcpus, SimulatedCounter(NOW.guest_tsc))
+        self._scale = ClockScale.from_hz(TSC_HZ)
+
+    def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
+        """Keep it there, and publish."""
+        self._pages.register(vcpu, gpa)
+        self.refresh(vcpu)
+
+    def page_at(self, vcpu: int) -> int | None:
+        """Where vCPU's page is."""
+        return self._pages.registered(vcpu)
+
+    def refresh(self, vcpu: int | None = None) -> None:
+        """Publish all pages."""
+        line = ClockLine(HostTsc(NOW.guest_tsc), GuestNs(UPTIME_NS), 0, 10**9, TSC_HZ)
+        flags = TSC_STABLE_BIT if self.stable() else 0
+        own = () if vcpu is None else (vcpu,)
+        self._pages.publish(line, self._scale, flags=flags, out_of_guest=own, step=True)
+        self._pages.mark_dirty()
+
+    def write_wall_clock(self, gpa: Gpa) -> None:
+        """Write the time of day of guest time 0."""
+        publish_wall_clock(self.memory, gpa, NOW.real_ns - UPTIME_NS)
+
+    def pairing(self, vcpu: int) -> Pairing | None:
+        """The instant that it always is."""
+        return self.paired
+
+
+def a_provider(
+    vcpus: int = 2,
+    *,
+    clock: StubClock | None = None,
+    **options: object,
+) -> tuple[KvmProvider, StubClock]:
+    """A KVM provider and its clock, which says STABLE where the provider allows it."""
+    clock = clock or StubClock(vcpus)
+    provider = KvmProvider(clock, vcpus, **options)  # type: ignore[arg-type]  # a test's own choice
+    clock.stable = lambda: provider.allows_stable
+    return provider, clock
+
+
+def written(memory: GuestMemory) -> list[int]:
+    """Where guard bytes are gone: the first address of each place, places 64 bytes or more apart."""
+    ram = memory.read(0, SIZE)
+    gone = [at for at in range(SIZE) if ram[at] != GUARD]
+    return [at for i, at in enumerate(gone) if i == 0 or at - gone[i - 1] >= 64]
+
+
+def u32(memory: GuestMemory, gpa: int) -> int:
+    """A little-endian word of guest memory."""
+    return int.from_bytes(memory.read(gpa, 4), "little")
+
+
+def u64(memory: GuestMemory, gpa: int) -> int:
+    """A little-endian double word of guest memory."""
+    return int.from_bytes(memory.read(gpa, 8), "little")

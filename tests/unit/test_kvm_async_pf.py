@@ -1,0 +1,197 @@
+"""Asynchronous page faults: what may be enabled, what is delivered when, and the two words of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pvclock import KvmFeature, MsrFault, RangeError
+from pvclock.providers.kvm import KvmProvider
+from tests.unit.stub_clock import GUARD, SIZE, StubClock, a_provider, u32
+
+ENABLE, INTERRUPT, ACK = 0x4B564D02, 0x4B564D06, 0x4B564D07
+WORDS = 0x6000
+ALL = int(KvmFeature.ASYNC_PF | KvmFeature.ASYNC_PF_VMEXIT | KvmFeature.ASYNC_PF_INT)
+ON, SEND_ALWAYS, AS_VMEXIT, AS_INT = 1, 2, 4, 8
+
+
+def enabled(bits: int = ON | AS_INT, *, profile: str = "linux") -> tuple[KvmProvider, StubClock]:
+    """A provider whose vCPU 0 has enabled events with `bits`, its words at WORDS being 0."""
+    provider, clock = a_provider(features=ALL, profile=profile)
+    clock.memory.write(WORDS, bytes(8))
+    provider.write_msr(0, ENABLE, WORDS | bits)
+    return provider, clock
+
+
+def words(clock: StubClock) -> tuple[int, int]:
+    """Reason and token."""
+    return u32(clock.memory, WORDS), u32(clock.memory, WORDS + 4)
+
+
+@pytest.mark.row("K-21")
+@pytest.mark.parametrize("bits", range(64))
+@pytest.mark.parametrize("vmexit", [False, True])
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_reserved_bits_grow_with_the_features(bits: int, vmexit: bool, interrupt: bool) -> None:
+    """Bits 4 and 5 always fault, bits 2 and 3 where CPUID does not offer what they ask for (T4)."""
+    features = KvmFeature.ASYNC_PF
+    features |= KvmFeature.ASYNC_PF_VMEXIT if vmexit else KvmFeature(0)
+    features |= KvmFeature.ASYNC_PF_INT if interrupt else KvmFeature(0)
+    provider, _ = a_provider(features=int(features))
+    legal = 0b0011 | vmexit << 2 | interrupt << 3
+    if bits & ~legal:
+        with pytest.raises(MsrFault, match="reserved"):
+            provider.write_msr(0, ENABLE, WORDS | bits)
+        assert provider.read_msr(0, ENABLE) == 0
+    else:
+        provider.write_msr(0, ENABLE, WORDS | bits)
+        assert provider.read_msr(0, ENABLE) == WORDS | bits
+
+
+@pytest.mark.row("K-21")
+@pytest.mark.parametrize(("profile", "bit_3_is_legal"), [("linux", True), ("document", False)])
+def test_the_first_documents_know_three_bits(profile: str, bit_3_is_legal: bool) -> None:
+    """As first documented, bit 3 is reserved like 4 and 5."""
+    provider, _ = a_provider(features=ALL, profile=profile)
+    if bit_3_is_legal:
+        provider.write_msr(0, ENABLE, WORDS | 0xF)
+        return
+    provider.write_msr(0, ENABLE, WORDS | 0x7)
+    with pytest.raises(MsrFault, match="reserved"):
+        provider.write_msr(0, ENABLE, WORDS | 0xF)
+
+
+@pytest.mark.row("K-21")
+def test_words_must_be_in_memory_once_both_bits_are_set() -> None:
+    """Linux looks for memory only if bits 0 and 3 are set, and stores the value before it does."""
+    provider, _ = a_provider(features=ALL)
+    provider.write_msr(0, ENABLE, SIZE | ON)
+    with pytest.raises(MsrFault, match="no 8 bytes"):
+        provider.write_msr(0, ENABLE, SIZE | ON | AS_INT)
+    assert provider.read_msr(0, ENABLE) == SIZE | ON | AS_INT
+    assert not provider.inject_not_present(0, 5, 3)
+    assert not provider.page_ready(0, 5)
+    strict, _ = a_provider(features=ALL, profile="document")
+    with pytest.raises(MsrFault, match="no 8 bytes"):
+        strict.write_msr(0, ENABLE, SIZE | ON)
+
+
+@pytest.mark.row("K-22")
+def test_a_page_that_is_not_present_and_then_is() -> None:
+    """Reason 1 for the fault; the token of the page that is there in the second word, by an interrupt."""
+    provider, clock = enabled()
+    provider.write_msr(0, INTERRUPT, 0xEC)
+    assert provider.inject_not_present(0, 0x1001, 3)
+    assert words(clock) == (1, 0)
+    clock.memory.write(WORDS, bytes(4))  # the guest has taken it
+    assert provider.page_ready(0, 0x1001)
+    assert words(clock) == (0, 0x1001)
+    assert (provider.async_pf_vector(0), provider.awaits_ack(0)) == (0xEC, True)
+    assert clock.memory.read(WORDS + 8, 56) == bytes([GUARD]) * 56
+
+
+@pytest.mark.row("K-22")
+def test_as_first_documented_a_page_ready_is_a_fault_with_reason_2() -> None:
+    """Both events came in the reason word then, with the token in CR2; bit 0 alone enables them."""
+    provider, clock = enabled(ON, profile="document")
+    assert provider.inject_not_present(0, 0x1001, 3)
+    assert words(clock) == (1, 0)
+    clock.memory.write(WORDS, bytes(4))
+    assert provider.page_ready(0, 0x1001)
+    assert words(clock) == (2, 0)
+    assert not provider.awaits_ack(0)
+
+
+@pytest.mark.row("K-23")
+def test_all_who_wait_are_woken_by_one_token() -> None:
+    """0xffffffff is nobody's token and everybody's."""
+    provider, clock = enabled()
+    assert provider.wake_all(0)
+    assert words(clock) == (0, 0xFFFFFFFF)
+    assert not provider.wake_all(1)
+
+
+@pytest.mark.row("K-24")
+def test_the_next_event_waits_for_the_guest() -> None:
+    """A page-ready is withheld until the guest has cleared the token; the ACK says when to try again."""
+    provider, clock = enabled()
+    assert provider.page_ready(0, 7)
+    assert not provider.page_ready(0, 8)
+    assert words(clock) == (0, 7)
+    clock.memory.write(WORDS + 4, bytes(4))
+    provider.write_msr(0, ACK, 0)  # bit 0 does it
+    assert provider.awaits_ack(0)
+    provider.write_msr(0, ACK, 0xFF)
+    assert not provider.awaits_ack(0)
+    assert provider.page_ready(0, 8)
+    assert words(clock) == (0, 8)
+
+
+@pytest.mark.row("K-24")
+@pytest.mark.parametrize(("profile", "bits", "again"), [("linux", ON | AS_INT, True), ("document", ON, False)])
+def test_a_reason_that_was_not_taken(profile: str, bits: int, again: bool) -> None:
+    """As documented, a reason that is still there withholds the next fault; Linux writes it again."""
+    provider, clock = enabled(bits, profile=profile)
+    assert provider.inject_not_present(0, 7, 3)
+    assert provider.inject_not_present(0, 8, 3) is again
+    assert words(clock) == (1, 0)
+
+
+@pytest.mark.row("K-21", "K-25")
+@pytest.mark.parametrize(
+    ("bits", "cpl", "in_l2", "delivered"),
+    [
+        (ON | AS_INT, 3, False, True),
+        (ON | AS_INT, 0, False, False),  # the kernel cannot be interrupted unless it said so
+        (ON | AS_INT | SEND_ALWAYS, 0, False, True),
+        (ON | AS_INT | SEND_ALWAYS, 3, True, False),
+        (ON | AS_INT | SEND_ALWAYS | AS_VMEXIT, 3, True, True),
+        (ON, 3, False, False),  # without the interrupt nothing is enabled
+        (AS_INT, 3, False, False),
+        (0, 3, False, False),
+    ],
+)
+def test_who_is_told_of_a_missing_page(bits: int, cpl: int, in_l2: bool, delivered: bool) -> None:
+    """The bits say at which privilege, and whether while a nested guest runs; else the vCPU waits for the page."""
+    provider, clock = enabled(bits)
+    assert provider.inject_not_present(0, 7, cpl, in_l2=in_l2) is delivered
+    assert words(clock) == (int(delivered), 0)
+
+
+@pytest.mark.row("K-25")
+def test_writing_0_ends_it() -> None:
+    """Disabled, nothing is written any more, and no ACK is waited for: the memory is the guest's again."""
+    provider, clock = enabled()
+    assert provider.page_ready(0, 7)
+    provider.write_msr(0, ENABLE, 0)
+    clock.memory.write(WORDS, bytes(8))
+    assert not provider.awaits_ack(0)
+    assert not provider.inject_not_present(0, 8, 3)
+    assert not provider.page_ready(0, 8)
+    assert not provider.wake_all(0)
+    assert words(clock) == (0, 0)
+
+
+@pytest.mark.row("K-35")
+def test_the_interrupts_vector_and_the_acknowledgement() -> None:
+    """A vector has 8 bits; the ACK reads 0, whatever was written."""
+    provider, _ = enabled()
+    for value in (0x100, 1 << 63):
+        with pytest.raises(MsrFault, match="8 bits"):
+            provider.write_msr(0, INTERRUPT, value)
+    provider.write_msr(1, INTERRUPT, 0xFF)
+    assert [provider.read_msr(vcpu, INTERRUPT) for vcpu in range(2)] == [0, 0xFF]
+    provider.write_msr(0, ACK, 2**64 - 1)
+    assert provider.read_msr(0, ACK) == 0
+
+
+@pytest.mark.row("K-22", "K-23")
+@pytest.mark.parametrize("token", [0, -1, 2**32 - 1, 2**32])
+def test_tokens_that_mean_something_else_are_refused(token: int) -> None:
+    """0 is 'taken', 0xffffffff is 'all': neither is a page's."""
+    provider, clock = enabled()
+    with pytest.raises(RangeError, match="token"):
+        provider.inject_not_present(0, token, 3)
+    if token != 2**32 - 1:
+        with pytest.raises(RangeError, match="token"):
+            provider.page_ready(0, token)
+    assert words(clock) == (0, 0)

@@ -1,0 +1,226 @@
+"""Where Linux, its documents and VirtualBox differ in the clock itself: each difference, shown on both sides."""
+
+from __future__ import annotations
+
+import pytest
+
+from pvclock import MsrFault
+from pvclock.providers.kvm import PROFILES
+from tests import golden, oracle
+from tests.unit.stub_clock import GUARD, NOW, SIZE, UPTIME_NS, NotedVmm, StubClock, a_provider, u32, written
+
+SYSTEM_TIME, SYSTEM_TIME_NEW = 0x12, 0x4B564D01
+WALL_CLOCK, WALL_CLOCK_NEW = 0x11, 0x4B564D00
+PAGE, OTHER = 0x2000, 0x2040
+NS_PER_S = 10**9
+NOT_VIRTUALBOX = [profile for profile in PROFILES if profile != "virtualbox"]
+
+
+def page_of(clock: StubClock, gpa: int = PAGE) -> oracle.TimeInfo:
+    """The time page at `gpa`."""
+    return oracle.TimeInfo.parse(clock.memory.read(gpa, 32))
+
+
+# Where a page may be
+
+
+@pytest.mark.row("K-10", "V-14")
+@pytest.mark.parametrize("index", [SYSTEM_TIME, SYSTEM_TIME_NEW])
+@pytest.mark.parametrize("offset", [2, 0xE])
+def test_a_misaligned_time_page(index: int, offset: int) -> None:
+    """As documented it faults and changes nothing; Linux and VirtualBox mask bit 0 and take it."""
+    for profile in ("linux", "virtualbox"):
+        provider, clock = a_provider(profile=profile)
+        clock.memory.write(PAGE, bytes(64))
+        provider.write_msr(0, index, PAGE + offset | 1)
+        assert page_of(clock, PAGE + offset).version == 2
+    provider, clock = a_provider(profile="document")
+    with pytest.raises(MsrFault, match="4-byte aligned"):
+        provider.write_msr(0, index, PAGE + offset | 1)
+    assert (provider.read_msr(0, index), clock.page_at(0), written(clock.memory)) == (0, None, [])
+    provider.write_msr(0, index, PAGE + offset)  # off: the address is of no account
+
+
+@pytest.mark.row("K-10", "V-13", "V-16")
+@pytest.mark.parametrize("gpa", [SIZE, 2**64 - 4096])
+def test_a_time_page_without_memory(gpa: int) -> None:
+    """As documented it faults; the others keep the value (T6), and Linux serves the page once memory comes."""
+    served = {}
+    for profile in ("linux", "virtualbox"):
+        provider, clock = a_provider(profile=profile)
+        provider.write_msr(0, SYSTEM_TIME_NEW, gpa | 1)
+        assert provider.read_msr(0, SYSTEM_TIME_NEW) == gpa | 1
+        clock.memory.add_slot(gpa, bytearray(4096))
+        clock.refresh()
+        served[profile] = page_of(clock, gpa).version
+    assert served == {"linux": 2, "virtualbox": 0}
+    provider, clock = a_provider(profile="document")
+    with pytest.raises(MsrFault, match="no 32 bytes"):
+        provider.write_msr(0, SYSTEM_TIME_NEW, gpa | 1)
+    assert provider.read_msr(0, SYSTEM_TIME_NEW) == 0
+
+
+@pytest.mark.row("K-10", "V-14")
+def test_a_page_across_two_pages() -> None:
+    """Linux refuses the address and goes on with the old one; the others know no such rule."""
+    places = {}
+    for profile in PROFILES:
+        provider, clock = a_provider(profile=profile)
+        provider.write_msr(0, SYSTEM_TIME_NEW, PAGE | 1)
+        provider.write_msr(0, SYSTEM_TIME_NEW, 0x3FF0 | 1)
+        places[profile] = clock.page_at(0)
+    assert places == {"linux": PAGE, "document": 0x3FF0, "virtualbox": 0x3FF0}
+
+
+# What a page says
+
+
+@pytest.mark.row("V-17", "K-16")
+@pytest.mark.parametrize(("features", "index"), [(1 << 3, SYSTEM_TIME_NEW), (1 << 0 | 1 << 24, SYSTEM_TIME)])
+def test_virtualbox_says_stable_unasked(features: int, index: int) -> None:
+    """VirtualBox sets the flag whether CPUID offers it or not (T7), and by the old number, too; the others do not."""
+    flags = {}
+    for profile in PROFILES:
+        provider, clock = a_provider(features=features, profile=profile)
+        provider.write_msr(0, index, PAGE | 1)
+        flags[profile] = page_of(clock).flags & 1
+    assert flags == {"linux": 0, "document": 0, "virtualbox": 1}
+
+
+@pytest.mark.row("V-20", "V-21", "K-08")
+@pytest.mark.parametrize("step", golden.TIME_VERSIONS)
+def test_whose_version_it_is(step: golden.VersionStep) -> None:
+    """Linux goes on from guest memory; VirtualBox from a count of its own, 2 a registration (T9)."""
+    for profile in PROFILES:
+        provider, clock = a_provider(profile=profile)
+        versions = []
+        for _ in range(3):
+            clock.memory.write(PAGE, step.old.to_bytes(4, "little"))
+            provider.write_msr(0, SYSTEM_TIME_NEW, PAGE | 1)
+            versions.append(page_of(clock).version)
+        assert versions == ([2, 4, 6] if profile == "virtualbox" else [step.after] * 3)
+
+
+@pytest.mark.row("V-21")
+def test_virtualboxs_version_wraps() -> None:
+    """It has 32 bits, and each vCPU has its own."""
+    provider, clock = a_provider(profile="virtualbox")
+    provider.load({**provider.save(), "time_page_version": (2**32 - 2, 6)})
+    for vcpu, versions in ((0, [0, 2]), (1, [8, 10])):
+        for version in versions:
+            provider.write_msr(vcpu, SYSTEM_TIME_NEW, PAGE + 64 * vcpu | 1)
+            assert page_of(clock, PAGE + 64 * vcpu).version == version
+
+
+@pytest.mark.row("V-12", "K-10", "K-12")
+def test_one_vcpu_that_stops_its_page() -> None:
+    """VirtualBox leaves all vCPUs' pages as they are then (T11); the others go on with the other vCPU's."""
+    versions = {}
+    for profile in PROFILES:
+        provider, clock = a_provider(profile=profile)
+        clock.memory.write(PAGE, bytes(128))
+        for vcpu, gpa in enumerate((PAGE, OTHER)):
+            provider.write_msr(vcpu, SYSTEM_TIME_NEW, gpa | 1)
+        provider.write_msr(0, SYSTEM_TIME_NEW, 0)
+        before = page_of(clock, OTHER).version
+        clock.refresh()
+        versions[profile] = page_of(clock, OTHER).version - before
+        assert provider.read_msr(1, SYSTEM_TIME_NEW) == OTHER | 1
+    assert versions == {"linux": 2, "document": 2, "virtualbox": 0}
+
+
+# The wall clock
+
+
+@pytest.mark.row("V-26", "K-07")
+def test_which_time_the_wall_clock_is() -> None:
+    """VirtualBox writes the time of day at the write: a guest that adds its uptime is ahead by it (T3)."""
+    shown = {}
+    for profile in PROFILES:
+        provider, clock = a_provider(profile=profile)
+        provider.write_msr(0, WALL_CLOCK_NEW, 0x3000)
+        shown[profile] = u32(clock.memory, 0x3004) * NS_PER_S + u32(clock.memory, 0x3008)
+    boot = NOW.real_ns - UPTIME_NS
+    assert shown == {"linux": boot, "document": boot, "virtualbox": NOW.real_ns}
+
+
+@pytest.mark.row("V-26")
+def test_virtualboxs_wall_clock_where_the_tsc_tells_no_time() -> None:
+    """UTC at this very moment is not known there, so it is the time of day of guest time 0 that is written."""
+    provider, clock = a_provider(clock=StubClock(paired=None), profile="virtualbox")
+    provider.write_msr(0, WALL_CLOCK_NEW, 0x3000)
+    assert u32(clock.memory, 0x3004) == (NOW.real_ns - UPTIME_NS) // NS_PER_S
+
+
+@pytest.mark.row("V-25", "K-08")
+@pytest.mark.parametrize(("old", "linux"), golden.WALL_VERSIONS)
+def test_wall_clock_versions(old: int, linux: int) -> None:
+    """VirtualBox makes (v | 1) + 1 of the version, in one write of 12 bytes; Linux makes an odd one even first."""
+    for profile in PROFILES:
+        provider, clock = a_provider(profile=profile)
+        clock.memory.write(0x3000, old.to_bytes(4, "little"))
+        heard: list[tuple[int, int]] = []
+        clock.memory.on_dirty = lambda *extent: heard.append(extent)  # noqa: B023  # called within this turn
+        provider.write_msr(0, WALL_CLOCK_NEW, 0x3000)
+        assert u32(clock.memory, 0x3000) == (((old | 1) + 1) % 2**32 if profile == "virtualbox" else linux)
+        assert heard == [(0x3000, 12)]
+
+
+@pytest.mark.row("V-15", "K-03")
+@pytest.mark.parametrize("gpa", [0x3001, 0x3002, SIZE, SIZE - 8, 2**64 - 4])
+def test_a_wall_clock_in_a_bad_place(gpa: int) -> None:
+    """Misaligned or without memory it faults as documented and in VirtualBox, old value kept; Linux ignores it."""
+    for profile in ("document", "virtualbox"):
+        provider, clock = a_provider(profile=profile)
+        provider.write_msr(0, WALL_CLOCK_NEW, 0x3000)
+        with pytest.raises(MsrFault, match=r"aligned|no 12 bytes"):
+            provider.write_msr(0, WALL_CLOCK, gpa)
+        assert provider.read_msr(0, WALL_CLOCK_NEW) == 0x3000
+        assert written(clock.memory) == [0x3000]
+    provider, clock = a_provider()
+    provider.write_msr(0, WALL_CLOCK_NEW, gpa)
+    assert provider.read_msr(0, WALL_CLOCK) == gpa
+
+
+@pytest.mark.row("K-03", "V-15")
+def test_a_wall_clock_at_0() -> None:
+    """To Linux 0 is no address; VirtualBox writes there."""
+    for profile, expected in (("linux", []), ("virtualbox", [0])):
+        provider, clock = a_provider(profile=profile)
+        clock.memory.write(0, bytes([GUARD]) * 12)
+        provider.write_msr(0, WALL_CLOCK_NEW, 0)
+        assert written(clock.memory) == expected
+
+
+# What is offered
+
+
+@pytest.mark.row("V-04", "V-05", "V-06", "V-09")
+def test_virtualbox_offers_four_features() -> None:
+    """The clock by both numbers, kicks and STABLE; its steal-time, page-fault and EOI MSRs fault."""
+    provider, _ = a_provider(clock=StubClock(vmm=NotedVmm()), profile="virtualbox")
+    leaf = provider.cpuid_leaves[0x40000001]
+    assert tuple(leaf) == (1 << 0 | 1 << 3 | 1 << 7 | 1 << 24, 0, 0, 0)
+    for index in range(0x4B564D02, 0x4B564D09):
+        loose, _ = a_provider(profile="virtualbox", enforce_cpuid=False)
+        for each in (provider, loose):
+            with pytest.raises(MsrFault):
+                each.read_msr(0, index)
+            with pytest.raises(MsrFault):
+                each.write_msr(0, index, 0)
+    for bit in (1, 2, 4, 5, 6):
+        with pytest.raises(ValueError, match="cannot be served"):
+            a_provider(profile="virtualbox", features=1 << bit)
+
+
+@pytest.mark.row("V-04", "X-02")
+def test_virtualbox_offers_kicks_only_where_they_are_served() -> None:
+    """Without a VMM that kicks, PV_UNHALT would be a promise that nobody keeps."""
+    assert a_provider(profile="virtualbox")[0].cpuid_leaves[0x40000001].eax == 1 << 0 | 1 << 3 | 1 << 24
+
+
+@pytest.mark.row("K-09")
+@pytest.mark.parametrize("profile", NOT_VIRTUALBOX)
+def test_the_others_offer_alike(profile: str) -> None:
+    """The documents describe what Linux offers."""
+    assert a_provider(profile=profile)[0].features == a_provider()[0].features
