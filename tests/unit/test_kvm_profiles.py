@@ -219,6 +219,16 @@ def test_virtualbox_offers_kicks_only_where_they_are_served() -> None:
     assert a_provider(profile="virtualbox")[0].cpuid_leaves[0x40000001].eax == 1 << 0 | 1 << 3 | 1 << 24
 
 
+@pytest.mark.row("V-04")
+def test_virtualbox_offers_stable_by_its_host() -> None:
+    """Bit 24 is left out where the host's TSC tells no time; the others offer it, and let the page's flag say no."""
+    offered = {}
+    for profile in PROFILES:
+        provider, _ = a_provider(clock=StubClock(paired=None), profile=profile)
+        offered[profile] = provider.cpuid_leaves[0x40000001].eax >> 24
+    assert offered == {"linux": 1, "document": 1, "virtualbox": 0}
+
+
 @pytest.mark.row("K-09")
 @pytest.mark.parametrize("profile", NOT_VIRTUALBOX)
 def test_the_others_offer_alike(profile: str) -> None:

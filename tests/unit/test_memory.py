@@ -46,7 +46,9 @@ def test_bounds_hold_for_every_address_and_length(gpa: int, length: int) -> None
     memory.add_slot(0x1000, bytearray(0x2000))
     memory.add_slot(2**64 - 0x1000, bytearray(0x1000))
     slots = [(0x1000, 0x3000), (2**64 - 0x1000, 2**64)]
-    if any(low <= gpa < high and gpa + length <= high for low, high in slots):
+    is_inside = any(low <= gpa < high and gpa + length <= high for low, high in slots)
+    assert memory.contains(gpa, length) is is_inside
+    if is_inside:
         assert memory.read(gpa, length) == bytes(length)
     else:
         with pytest.raises(GuestAddressError):

@@ -80,7 +80,7 @@ class AsyncPf:
             return False
         if not store_word(self._memory, (self._enable[vcpu] & ADDRESS) + at, word):
             return False
-        self._unacknowledged[vcpu] = not by_fault
+        self._unacknowledged[vcpu] = int(not by_fault)
         return True
 
     def is_enabled(self, vcpu: int) -> bool:

@@ -21,6 +21,8 @@ class Profile(NamedTuple):
     """All that may be offered."""
     offers_all: bool = False
     """Is all that can be served of it offered, unless the VMM says otherwise?"""
+    stable_by_host: bool = False
+    """Is CLOCKSOURCE_STABLE left out of CPUID where the host's TSC is not to be trusted?"""
 
     time_page_must_be_good: bool = False
     """Does an address that is not 4-byte aligned, or not in memory, fault?  Else it is ignored."""
@@ -68,6 +70,7 @@ PROFILES: Final = MappingProxyType(
             | KvmFeature.PV_UNHALT
             | KvmFeature.CLOCKSOURCE_STABLE,
             offers_all=True,
+            stable_by_host=True,
             wall_clock_must_be_good=True,
             bad_page_keeps_old=False,
             stops_all_pages=True,

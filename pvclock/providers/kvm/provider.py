@@ -93,7 +93,10 @@ class KvmProvider:
     @property
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
         """Signature "KVMKVMKVM", the feature word and the hints."""
-        return kvm_cpuid_leaves(self.features, self.hints)
+        features = int(self.features)
+        if self._profile.stable_by_host and self.clock.pairing(0) is None:
+            features &= ~KvmFeature.CLOCKSOURCE_STABLE
+        return kvm_cpuid_leaves(features, self.hints)
 
     @property
     def allows_stable(self) -> bool:
