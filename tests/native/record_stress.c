@@ -5,7 +5,7 @@
  *
  *   record_stress --record steal|flush|eoi [--broken] [--seconds S]
  *
- * --broken: a host with one defect.  steal: no odd version while it writes; flush, eoi: load and store where an atomic
+ * --broken: a host with one defect.  steal: no odd version while it writes, half by half; flush, eoi: load and store where an atomic
  * exchange is due.  The guest shares no code with the headers.
  */
 #define _GNU_SOURCE
@@ -43,9 +43,14 @@ static struct counts host, guest;
 
 static void broken_steal_time(void)
 {
+	volatile uint32_t *halves = (volatile uint32_t *)&record.steal;
 	uint32_t version = pvclock_load32(&record.version);
+	uint64_t steal = pvclock_load64(&record.steal) + STEP;
 
-	pvclock_store64(&record.steal, pvclock_load64(&record.steal) + STEP);
+	halves[0] = (uint32_t)steal;
+	for (int i = 0; i < 16; i++)
+		__builtin_ia32_pause();
+	halves[1] = (uint32_t)(steal >> 32);
 	pvclock_store32(&record.version, version + 2);
 }
 
