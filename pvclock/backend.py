@@ -73,6 +73,9 @@ class Backend(Protocol):
     def stamps(self) -> HostStamps:
         """One instant on all host clocks."""
 
+    def run_delay_ns(self, vcpu: int) -> int | None:
+        """How long vCPU could have run and did not, since it began; None where nobody says."""
+
     def run_until(self, tsc: HostTsc) -> None:
         """Let the vCPUs into the guest, and keep them out again once the host TSC is `tsc` or more."""
 
@@ -118,6 +121,7 @@ class SimulatedBackend:
         self.realtime_ns = realtime_ns
         self.boot_id = f"simulated {next(_simulated)}" if boot_id is None else boot_id
         self.tsc_offsets: dict[int, int] = {}
+        self.run_delays_ns: dict[int, int] = {}
         self._honours_tsc_offset = honours_tsc_offset
         self._tick_remainder = 0  # of NS_PER_S: the part of a tick that advance() still owes
 
@@ -147,6 +151,10 @@ class SimulatedBackend:
     def stamps(self) -> HostStamps:
         """See Backend."""
         return HostStamps(self.tsc, self.ref_ns, self.realtime_ns, self.boot_id)
+
+    def run_delay_ns(self, vcpu: int) -> int | None:
+        """See Backend: as set in `run_delays_ns`."""
+        return self.run_delays_ns.get(vcpu)
 
     def run_until(self, tsc: HostTsc) -> None:
         """See Backend: host time passes, to the tick."""
@@ -189,6 +197,10 @@ class HostBackend:
     def stamps(self) -> HostStamps:
         """See Backend."""
         return host_stamps(self.sample(Reference.REALTIME))
+
+    def run_delay_ns(self, vcpu: int) -> int | None:
+        """See Backend: no vCPU runs here."""
+        return None
 
     def run_until(self, tsc: HostTsc) -> None:
         """See Backend: no vCPU runs here, so this waits."""

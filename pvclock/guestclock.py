@@ -25,8 +25,9 @@ from pvclock.clockstate import (
     TimelineState,
     VcpuState,
 )
+from pvclock.discipline import Steering
 from pvclock.disciplined import OFF
-from pvclock.errors import ConfigError, RangeError, StateFileError
+from pvclock.errors import ConfigError, MsrFault, RangeError, StateFileError
 from pvclock.events import EventKind
 from pvclock.hostwatch import HostWatch, Trouble, TroubleKind
 from pvclock.providers import GuestInterface, combined
@@ -38,6 +39,7 @@ from pvclock.providers.interface import (
     Pairing,
     VmmServices,
 )
+from pvclock.providers.kvm import KvmFeature, KvmProvider
 from pvclock.published import MAX_AGE_S
 from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, HostTsc, RefNs
 from pvclock.readings import HostStamps, Reference
@@ -86,6 +88,7 @@ class GuestClock(TscTimeline):
         self._host_trusted = True
         self._tsc_failed = False  # once, which no later look can make good
         self._wall_clock_gpa: Gpa | None = None
+        self._run_delays_ns = [0] * vcpus  # of which the guest was told
         self._saved_vcpus: tuple[VcpuState, ...] | None = None  # of a restored clock, until it is resumed
         self._interface = GuestInterface(
             combined(provider, provider_options),
@@ -107,7 +110,7 @@ class GuestClock(TscTimeline):
         tsc = self._tsc[self._vcpu(vcpu)]
         if index == MSR_IA32_TSC:
             return tsc.read(self._host_tsc())
-        if index == MSR_IA32_TSC_ADJUST:
+        if index == MSR_IA32_TSC_ADJUST and self._has_adjust(index):
             return tsc.adjust
         return self._interface.read_msr(vcpu, index)
 
@@ -119,12 +122,25 @@ class GuestClock(TscTimeline):
         with self._changing():
             if index == MSR_IA32_TSC:
                 self._guest_write_tsc(vcpu, value)
-            elif index == MSR_IA32_TSC_ADJUST:
-                # Linux ignores the write where CPUID does not offer the MSR; hardware would fault.
-                if self.offer_tsc_adjust:
+            elif index == MSR_IA32_TSC_ADJUST and self._has_adjust(index, value):
+                if self.offer_tsc_adjust:  # Linux ignores the write else
                     self._guest_write_adjust(vcpu, value)
             else:
                 self._interface.write_msr(vcpu, index, value)
+
+    def tick(self) -> Steering | None:
+        """See DisciplinedTimeline; guests are told what was stolen from their vCPUs since the last tick, too."""
+        found = super().tick()
+        provider = self._interface.provider
+        if not isinstance(provider, KvmProvider) or KvmFeature.STEAL_TIME not in provider.features:
+            return found
+        with self._lock:
+            for vcpu in range(self.vcpus):
+                delay_ns = self.backend.run_delay_ns(vcpu)
+                if delay_ns is not None and delay_ns > self._run_delays_ns[vcpu]:
+                    provider.add_steal_time(vcpu, delay_ns - self._run_delays_ns[vcpu])
+                    self._run_delays_ns[vcpu] = delay_ns
+        return found
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """VMCALL or VMMCALL by vCPU's guest; see GuestInterface.hypercall(), and its execute() and handle_ud().
@@ -153,6 +169,15 @@ class GuestClock(TscTimeline):
         return registers
 
     # The VMM's side
+
+    def refresh(self, vcpu: int | None = None) -> None:
+        """See PublishedTimeline; by profile "virtualbox" pages stay as they are."""
+        if self._interface.provider.refreshes_pages:
+            super().refresh(vcpu)
+
+    def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> catchup.Settlement:
+        """See ControlledTimeline; by profile "virtualbox" guests are not told that they were stopped."""
+        return super().resume(policy, guest_stopped=guest_stopped and self._interface.provider.tells_of_pauses)
 
     def save(self) -> ClockState:
         """The clock as it is now, or since it was paused: for restore(), on this host or another."""
@@ -273,6 +298,12 @@ class GuestClock(TscTimeline):
         publish_wall_clock(self.memory, gpa, now.ns - self._timeline.at(now.tsc).__floor__())
 
     # Inside
+
+    def _has_adjust(self, index: int, value: int | None = None) -> bool:
+        """Is IA32_TSC_ADJUST there?  Hardware faults an access if CPUID says no, and so does profile "document"."""
+        if not self.offer_tsc_adjust and self._interface.profile == "document":
+            raise MsrFault(index, value)
+        return True
 
     def _provider_state(self) -> ProviderState:
         provider = self._interface.provider

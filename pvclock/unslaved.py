@@ -156,6 +156,10 @@ class UnslavedBackend:
         """See Backend: `tsc` is in executed ticks, all else is the host's."""
         return self.inner.stamps()._replace(tsc=HostTsc(self.counter.read()))
 
+    def run_delay_ns(self, vcpu: int) -> int | None:
+        """See Backend."""
+        return self.inner.run_delay_ns(vcpu)
+
     def run_until(self, tsc: HostTsc) -> None:
         """See Backend: one run, until `tsc` - counter ticks more are executed, or as many more as the host takes."""
         missing = (tsc - self.counter.read()) & U64_MASK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from pvclock._counter import Counter, HostCounter, KernelTimeCounter
 from pvclock.backend import (
@@ -52,6 +53,15 @@ class _VcpusOfRunner:
         self.quiesce = runner.quiesce
         self._runner = runner
         self._vcpus = vcpus
+
+    def run_delay_ns(self, vcpu: int) -> int | None:
+        """See Backend: by the kernel's account of vCPU's thread."""
+        thread = self._runner.thread_id(vcpu)
+        try:
+            with Path(f"/proc/self/task/{thread}/schedstat").open("rb") as account:
+                return int(account.read().split()[1])
+        except (OSError, IndexError, ValueError):  # it has ended, or the kernel keeps no such account
+            return None
 
     def run_until(self, tsc: HostTsc) -> None:
         """See Backend."""

@@ -79,6 +79,10 @@ class Runner:
                     self._kick(vcpu)
                 thread.join(KICK_AGAIN_S)
 
+    def thread_id(self, vcpu: int) -> int | None:
+        """The kernel's id of vCPU's thread; None before start()."""
+        return self._threads[vcpu].native_id if self._threads else None
+
     # Keeping vCPUs out of the guest
 
     def pause(self) -> None:

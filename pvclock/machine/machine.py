@@ -43,7 +43,8 @@ class Machine:
     """A VM with `image` in it, ready to start; a context manager that always cleans up.
 
     image: a multiboot-1 ELF or a flat real-mode image.  clock: who serves the guest's clock, "engine" (`self.clock`,
-    a GuestClock, with the rest of the keywords as its options) or "kernel" (in-kernel kvmclock; `self.clock` is None).
+    a GuestClock, with the rest of the keywords as its options) or "kernel" (in-kernel kvmclock, with `features` or as
+    the engine's; `self.clock` is None).
 
     KvmUnavailable, MissingCapability, ConfigError or ImageError if it cannot be made; nothing is left behind then.
     """
@@ -61,8 +62,8 @@ class Machine:
     ) -> None:
         if clock not in ("engine", "kernel"):
             raise ConfigError(f'clock {clock!r}; choose "engine" or "kernel"')
-        if clock == "kernel" and clock_options:
-            raise ConfigError(f"the kernel's clock takes no options: {', '.join(clock_options)}")
+        if clock == "kernel" and set(clock_options) - {"features"}:
+            raise ConfigError(f"the kernel's clock takes no options but features: {', '.join(clock_options)}")
         self.clock: GuestClock | None = None
         self.exit_code: int | None = None
         self._console = bytearray()
@@ -75,7 +76,7 @@ class Machine:
             if clock == "engine":
                 self._take_the_clock(self._kvm, vcpus, clock_options)
             else:
-                self._leave_the_clock_to_the_kernel()
+                self._leave_the_clock_to_the_kernel(**clock_options)  # type: ignore[arg-type]  # an int
             boot.enter(self.vcpus[0], boot.load(self.memory, image, cmdline))
             self._resources = resources.pop_all()
 
@@ -176,9 +177,10 @@ class Machine:
         self.clock = GuestClock(self.memory, vcpus, backend=backend, engine="kvm", **options)  # type: ignore[arg-type]
         self._set_cpuid(kvm, self.clock.cpuid_leaves, self.clock)
 
-    def _leave_the_clock_to_the_kernel(self) -> None:
+    def _leave_the_clock_to_the_kernel(self, features: int | None = None) -> None:
         kvm = self._kvm
-        self._set_cpuid(kvm, kvm_cpuid_leaves(SERVED_HERE | self._kernel_features(kvm)), None)
+        offered = SERVED_HERE | self._kernel_features(kvm) if features is None else features
+        self._set_cpuid(kvm, kvm_cpuid_leaves(offered), None)
 
     def _kernel_features(self, kvm: Kvm) -> int:
         supported = [entry["eax"] for entry in kvm.get_supported_cpuid() if entry["function"] == CPUID_FEATURES]

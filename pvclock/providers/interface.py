@@ -167,6 +167,14 @@ class Provider(Protocol):
     def allows_stable(self) -> bool:
         """May pages say TSC_STABLE if the TSCs are?"""
 
+    @property
+    def refreshes_pages(self) -> bool:
+        """Are pages brought up to date beside what the guest and the VMM do?"""
+
+    @property
+    def tells_of_pauses(self) -> bool:
+        """Do guests hear that they were stopped?"""
+
     def read_msr(self, vcpu: int, index: int) -> int:
         """RDMSR by the guest: the 64-bit value, or MsrFault."""
 

@@ -32,6 +32,7 @@ class MinimalProvider:
     number = 1
     version = 1
     allows_stable = False
+    refreshes_pages = tells_of_pauses = True
 
     def __init__(self, clock: ClockServices, vcpus: int, *, apic_bus_hz: int = 10**9) -> None:
         self.clock = clock

@@ -25,6 +25,7 @@ class NoneProvider:
     version = 1
     config: Mapping[str, int | bool | str] = {}
     allows_stable = False
+    refreshes_pages = tells_of_pauses = True
     cpuid_leaves: Mapping[int, CpuidLeaf] = {}
 
     def __init__(self, clock: ClockServices, vcpus: int) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 
-from pvclock import GuestNs, GuestTsc
+from pvclock import GuestNs, GuestTsc, KvmFeature
 from tests.golden import TIME_VERSIONS
 from tests.kvm.msr_script import Access, Outcome, run_script
 
@@ -23,6 +23,7 @@ RECORD = 0x6800
 PUBLISHED_AGAIN_S = 0.1
 """KVM publishes a page once more so long after a registration; whether a script sees that depends on its pace."""
 TRIES = 5
+JUNK_TAIL = b"\xff" * 4 + b"\1"
 JUNK = [0, 1, 2, 17, 0x7FFFFFFE, 0xFFFFFFFE, 0xFFFFFFFF]
 
 
@@ -157,6 +158,45 @@ def test_msrs_that_are_not_there() -> None:
     accesses = [Access(index, value) for index in indices for value in (None, 0, 1, PAGE | 1, 2**63)]
     outcomes = assert_no_difference(accesses)
     assert sum(outcome.faulted for outcome in outcomes) > 40
+
+
+STEAL_TIME = 0x4B564D03
+WITH_STEAL_TIME = (
+    KvmFeature.CLOCKSOURCE | KvmFeature.CLOCKSOURCE2 | KvmFeature.STEAL_TIME | KvmFeature.CLOCKSOURCE_STABLE
+)
+
+
+@pytest.mark.row("K-26", "K-09")
+def test_steal_time_values() -> None:
+    """Which values of the steal-time MSR fault, and what is read back after each, is the same."""
+    bad = [PAGE | 1 | 1 << bit for bit in range(1, 6)]
+    values = [PAGE | 1, *bad, 0, *bad, PAGE, PAGE + 0x40 | 1, 2**63 | 1, 1 << 24 | 1, 2**64 - 0x3F, 2**64 - 1, 1, 0]
+    accesses = [access for value in values for access in (Access(STEAL_TIME, value), Access(STEAL_TIME))]
+    engine, kernel = (run_script(accesses, clock, features=int(WITH_STEAL_TIME)) for clock in ("engine", "kernel"))
+    assert [outcome[:2] for outcome in engine] == [outcome[:2] for outcome in kernel]
+    assert sum(outcome.faulted for outcome in engine) == 2 * len(bad) + 1
+
+
+@pytest.mark.row("K-26", "K-27", "K-29")
+def test_steal_time_records() -> None:
+    """From any version the record's becomes even; of the rest `preempted` is cleared and flags are left, as in Linux.
+
+    The engine's alone: where KVM emulates real mode, it writes the record only when it leaves the emulator.
+    """
+    accesses = [
+        Access(
+            STEAL_TIME,
+            PAGE + 64 * place | 1,
+            PAGE + 64 * place,
+            before=bytes(8) + old.to_bytes(4, "little") + JUNK_TAIL,
+        )
+        for place, old in enumerate(JUNK)
+    ]
+    for old, outcome in zip(JUNK, run_script(accesses, "engine", features=int(WITH_STEAL_TIME)), strict=True):
+        # A record laid over a time page: version at 8, flags at 12, preempted at 16.
+        version, flags = outcome.page.tsc_timestamp & 0xFFFFFFFF, outcome.page.tsc_timestamp >> 32
+        assert (version, flags) == (((old + 1) & ~1) + 2 & 0xFFFFFFFF, 0xFFFFFFFF)
+        assert outcome.page.system_time & 0xFF == 0
 
 
 @pytest.mark.row("K-01", "K-10", "G-09", "E9")

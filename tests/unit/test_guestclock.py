@@ -14,6 +14,7 @@ from pvclock import (
     GuestClock,
     GuestMemory,
     HostBackend,
+    MsrFault,
     RangeError,
     Reference,
     SimulatedBackend,
@@ -232,3 +233,56 @@ def test_simulated_time_moves_exactly() -> None:
     with pytest.raises(TypeError):
         backend.advance(ns=1.5)  # type: ignore[arg-type]
     backend.advance(ns=1)
+
+
+@pytest.mark.row("K-27", "K-28")
+def test_a_tick_tells_of_stolen_time() -> None:
+    """What the backend says of vCPUs' threads comes into their guests' records at the next tick, once."""
+    backend = SimulatedBackend(10**9)
+    memory = GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, vcpus=2, backend=backend)
+    clock.write_msr(1, 0x4B564D03, 0x6000 | 1)
+    backend.run_delays_ns = {0: 5, 1: 700}
+    clock.tick()
+    clock.tick()
+    assert int.from_bytes(memory.read(0x6000, 8), "little") == 700
+    backend.run_delays_ns[1] = 1000
+    clock.tick()
+    assert int.from_bytes(memory.read(0x6000, 8), "little") == 1000
+    assert memory.read(0x6008, 4) == (6).to_bytes(4, "little")  # its registration was a first update
+
+
+@pytest.mark.row("V-23", "V-27", "K-17")
+@pytest.mark.parametrize(("profile", "versions", "flags"), [("linux", (2, 4, 6), 3), ("virtualbox", (2, 2, 2), 1)])
+def test_pages_by_profile(profile: str, versions: tuple[int, int, int], flags: int) -> None:
+    """Linux brings pages up to date and tells of pauses; VirtualBox writes them at registration, and never tells."""
+    backend = SimulatedBackend(10**9)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=backend, profile=profile)
+    clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
+    seen = [page_of(clock).version]
+    for operation in (clock.refresh, clock.tick):
+        backend.advance(ns=NS_PER_S)
+        operation()
+        seen.append(page_of(clock).version)
+    assert tuple(seen) == versions
+    clock.pause()
+    clock.resume()
+    assert page_of(clock).flags == flags
+
+
+@pytest.mark.row("J-01")
+@pytest.mark.parametrize("profile", ["linux", "document", "virtualbox"])
+def test_tsc_adjust_that_is_not_offered(profile: str) -> None:
+    """Without its CPUID bit IA32_TSC_ADJUST is ignored, as Linux does; by profile "document" it faults."""
+    clock = GuestClock(
+        GuestMemory(bytearray(1 << 16)), backend=SimulatedBackend(10**9), offer_tsc_adjust=False, profile=profile
+    )
+    if profile == "document":
+        with pytest.raises(MsrFault):
+            clock.write_msr(0, 0x3B, 5)
+        with pytest.raises(MsrFault):
+            clock.read_msr(0, 0x3B)
+    else:
+        clock.write_msr(0, 0x3B, 5)
+        assert clock.read_msr(0, 0x3B) == 0
+    assert clock.tsc(0).offset == 0

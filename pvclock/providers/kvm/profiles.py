@@ -42,6 +42,11 @@ class Profile(NamedTuple):
     wall_clock_is_now: bool = False
     """Is the wall clock the time of day at the write, not at guest time 0?  It is written in one go then."""
 
+    refreshes_pages: bool = True
+    """Are pages brought up to date by themselves?  Else they stand as they were registered, and drift."""
+    tells_of_pauses: bool = True
+    """Is GUEST_STOPPED set after a pause?"""
+
     page_ready_by_fault: bool = False
     """Is a page-ready event a second page fault with reason 2, as before page-ready interrupts?  Enabling needs
     bit 0 alone then, and bits 3 to 5 are reserved."""
@@ -77,6 +82,8 @@ PROFILES: Final = MappingProxyType(
             keeps_own_version=True,
             stable_unasked=True,
             wall_clock_is_now=True,
+            refreshes_pages=False,
+            tells_of_pauses=False,
             arguments=("rbx", "rcx", "rdi", "rsi"),
             hypercalls=frozenset({1, 5}),
             kick_needs_vcpu=True,

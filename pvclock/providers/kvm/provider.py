@@ -105,6 +105,16 @@ class KvmProvider:
             return True
         return KvmFeature.CLOCKSOURCE_STABLE in self.features and not self._kvmclock.boot_vcpu_runs_old_kvmclock
 
+    @property
+    def refreshes_pages(self) -> bool:
+        """See Provider; by profile."""
+        return self._profile.refreshes_pages
+
+    @property
+    def tells_of_pauses(self) -> bool:
+        """See Provider; by profile."""
+        return self._profile.tells_of_pauses
+
     def read_msr(self, vcpu: int, index: int) -> int:
         """The value last written, whatever became of it; old and new numbers share it."""
         msr = self._msrs.get(index)

@@ -1,0 +1,92 @@
+"""Steal time on real vCPUs: what the host's scheduler took from them, in the guest's own record."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from pvclock import KvmFeature, Machine
+from pvclock.machine.machine import EXIT_PORT
+
+pytestmark = pytest.mark.kvm
+
+RECORD = 0x6000
+MSR_KVM_STEAL_TIME = 0x4B564D03
+STOP = 0x5000
+# mov $MSR, %ecx; mov $RECORD | 1, %eax; xor %edx, %edx; wrmsr; 1: cmpb $0, STOP; je 1b; mov $0, %al; out %al, $EXIT
+GUEST = (
+    b"\x66\xb9"
+    + MSR_KVM_STEAL_TIME.to_bytes(4, "little")
+    + b"\x66\xb8"
+    + (RECORD | 1).to_bytes(4, "little")
+    + bytes.fromhex("6631d20f30 803e005000 74f9 b000e6")
+    + bytes([EXIT_PORT])
+)
+FEATURES = KvmFeature.CLOCKSOURCE2 | KvmFeature.STEAL_TIME
+LIMIT_S = 60
+
+
+def record(machine: Machine) -> tuple[int, int]:
+    """The guest's steal time in ns, and the version."""
+    steal, version = struct.unpack("<QI", machine.memory.read(RECORD, 12))
+    return steal, version
+
+
+@contextmanager
+def competitor(cpu: int) -> Iterator[None]:
+    """A process that wants all of `cpu`."""
+    program = f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.row("K-26", "K-27", "K-28", "K-29")
+def test_stolen_time_reaches_the_guest() -> None:
+    """A vCPU that shares its CPU with another process: its guest's record says how long it waited, by the kernel."""
+    with Machine(GUEST, memory_bytes=1 << 20, features=FEATURES) as machine:
+        clock = machine.clock
+        assert clock is not None
+        machine.start()
+        deadline = time.monotonic() + LIMIT_S
+        while record(machine)[1] == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        thread = machine.runner.thread_id(0)
+        assert thread is not None
+        cpu = min(os.sched_getaffinity(0))
+        os.sched_setaffinity(thread, {cpu})
+        clock.tick()
+        before, version = record(machine)
+        with competitor(cpu):
+            while (clock.backend.run_delay_ns(0) or 0) < before + 10**8:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        clock.tick()
+        delay_ns = clock.backend.run_delay_ns(0)
+        after, later = record(machine)
+        assert delay_ns is not None
+        assert before + 10**8 <= after <= delay_ns
+        assert (later - version) % 2 == 0 < later - version
+        machine.memory.write(STOP, b"\1")
+        assert machine.wait(LIMIT_S) == 0
+
+
+@pytest.mark.row("K-26", "K-09")
+def test_who_is_not_offered_steal_time_has_none() -> None:
+    """Without the feature the MSR faults, here as in Linux, and nothing is written."""
+    with Machine(GUEST, memory_bytes=1 << 20) as machine:
+        machine.memory.write(4 * 13, (0x700).to_bytes(4, "little"))
+        machine.memory.write(0x700, b"\xb0\x0d\xe6" + bytes([EXIT_PORT]))  # mov $13, %al; out %al, $EXIT_PORT
+        machine.start()
+        assert machine.wait(LIMIT_S) == 13
+        assert record(machine) == (0, 0)
