@@ -32,6 +32,8 @@ class EventKind(StrEnum):
 
     START = "start"
     """The guest's interface was chosen; or why its clock may be no good."""
+    PAGE = "page"
+    """A guest said where its clock is to be."""
     PAUSE = "pause"
     RESUME = "resume"
     SKIP = "skip"

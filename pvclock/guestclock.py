@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Self
+from typing import Final, Self
 
 from pvclock import catchup, clockstate
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, GuestMemory, publish_wall_clock
@@ -42,13 +42,17 @@ from pvclock.providers.interface import (
 from pvclock.providers.kvm import KvmFeature, KvmProvider
 from pvclock.published import MAX_AGE_S
 from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, HostTsc, RefNs
-from pvclock.readings import HostStamps, Reference
+from pvclock.readings import HostStamps, Reference, TimeInfo
 from pvclock.sampling import SampleSource
 from pvclock.timeline import Tempo, Timeline
 from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, VcpuTsc
 from pvclock.tsctimeline import TscTimeline
 
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
+
+
+PAGES_TOLD: Final = 20
+"""A guest may place its pages for ever; it shall not fill the log with that."""
 
 
 class GuestClock(TscTimeline):
@@ -88,6 +92,7 @@ class GuestClock(TscTimeline):
         self._host_trusted = True
         self._tsc_failed = False  # once, which no later look can make good
         self._wall_clock_gpa: Gpa | None = None
+        self._pages_to_tell = PAGES_TOLD
         self._run_delays_ns = [0] * vcpus  # of which the guest was told
         self._saved_vcpus: tuple[VcpuState, ...] | None = None  # of a restored clock, until it is resumed
         self._interface = GuestInterface(
@@ -291,6 +296,18 @@ class GuestClock(TscTimeline):
         """KVM feature bits that the host kernel serves beside this engine."""
         return self.backend.kernel_features
 
+    def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
+        """See ClockServices; the first PAGES_TOLD placements are events."""
+        super().place_time_page(vcpu, gpa)
+        if gpa is None or not self._pages_to_tell:
+            return
+        self._pages_to_tell -= 1
+        page = self.page(vcpu)
+        if page is None:
+            self._tell(EventKind.REFUSED, f"vCPU {vcpu}: there is no memory for its clock's page at {gpa:#x}")
+        elif page.tsc_to_system_mul:  # else it is published at resume()
+            self._tell(EventKind.PAGE, f"vCPU {vcpu}: page at {gpa:#x}, which shows a TSC of {_shown_khz(page)} kHz")
+
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
         self._wall_clock_gpa = gpa
@@ -360,6 +377,12 @@ def _engine_named(engine: Engine | str) -> Engine:
     if engine not in list(Engine):
         raise ConfigError(f"engine {engine!r}; choose from {', '.join(map(repr, map(str, Engine)))}")
     return Engine(engine)
+
+
+def _shown_khz(page: TimeInfo) -> int:
+    """What a guest takes its TSC's frequency to be.  Source: pvclock_tsc_khz()."""
+    khz = (10**6 << 32) // page.tsc_to_system_mul
+    return khz >> page.tsc_shift if page.tsc_shift >= 0 else khz << -page.tsc_shift
 
 
 def _policy_named(field: str, name: str) -> Policy:

@@ -115,7 +115,8 @@ def test_a_slew(target_ns: int) -> None:
         end = HostTsc(clock.backend.counter.read())
         gained = clock.at(end) - nominal - Fraction((end - begin) * 10**9, clock.backend.tsc_hz)
         assert abs(gained - target_ns) < BOUND_NS
-        _start, *slews, end_of_it = (str(event.kind) for event in clock.events.read().events)
+        kinds = [str(event.kind) for event in clock.events.read().events]
+        *slews, end_of_it = (kind for kind in kinds if kind not in ("start", "page"))
         assert set(slews) == {"slew"}  # again for what a late refresh has overshot by
         assert end_of_it == "slew_end"
 

@@ -286,3 +286,46 @@ def test_tsc_adjust_that_is_not_offered(profile: str) -> None:
         clock.write_msr(0, 0x3B, 5)
         assert clock.read_msr(0, 0x3B) == 0
     assert clock.tsc(0).offset == 0
+
+
+@pytest.mark.row("V-19", "V-22")
+@pytest.mark.parametrize(("hz", "khz"), [(2_596_132_000, 2_596_132), (1_000_000_000, 1_000_000), (19_200_000, 19_200)])
+def test_pages_are_told(hz: int, khz: int) -> None:
+    """Where a page is placed is an event with the kHz that a guest makes of it, or that it failed; 20 times at most."""
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=SimulatedBackend(hz))
+    clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
+    clock.write_msr(0, SYSTEM_TIME, 1 << 40 | 1)
+    placed, failed = clock.events.read(since=1).events
+    assert (str(placed.kind), str(failed.kind)) == ("page", "refused")
+    assert abs(int(placed.why.split()[-2]) - khz) <= 1
+    assert f"at {1 << 40:#x}" in failed.why
+    for _ in range(100):
+        clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
+    assert clock.events.last == 1 + 20
+
+
+@pytest.mark.row("V-07", "V-08", "V-13")
+@pytest.mark.parametrize("profile", ["linux", "virtualbox"])
+def test_what_was_written_is_read_back(profile: str) -> None:
+    """System time is each vCPU's own, wall clock the VM's; both read back raw, by old and new numbers."""
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), vcpus=2, backend=SimulatedBackend(10**9), profile=profile)
+    clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
+    clock.write_msr(1, 0x12, PAGES[1])
+    clock.write_msr(1, 0x4B564D00, 0x3000)
+    for number in (0x12, SYSTEM_TIME):
+        assert (clock.read_msr(0, number), clock.read_msr(1, number)) == (PAGES[0] | 1, PAGES[1])
+    for number in (0x11, 0x4B564D00):
+        assert clock.read_msr(0, number) == clock.read_msr(1, number) == 0x3000
+
+
+@pytest.mark.row("V-10", "V-11", "V-24")
+@pytest.mark.parametrize("profile", ["linux", "virtualbox"])
+def test_the_instant_of_a_registration(profile: str) -> None:
+    """A page shows TSC and ns of its registration exactly, beyond 2^32 Hz, too, on the TSC that the guest reads."""
+    hz = 5_000_000_000
+    backend = SimulatedBackend(hz, tsc=7)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=backend, tsc_offset=10**12, profile=profile)
+    backend.advance(ns=3 * NS_PER_S)
+    clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
+    assert backend.tsc_offsets == {0: 10**12}
+    assert clock.reading(0)[:2] == (7 + 3 * hz + 10**12, 3 * NS_PER_S)
