@@ -14,10 +14,14 @@ import pytest
 from bench.comparison import Comparison
 from bench.published_clock import LINUX_STRIDE, MSR_SYSTEM_TIME, published_clock
 from pvclock import ClockScale, GuestClock
+from pvclock.providers.interface import HypercallRegisters
+from pvclock.providers.kvm import KvmProvider
 
 CALLS = 5000
 EMPTY = "an extension's empty call"
 TIME_PAGE_ENABLED = 0x1000 | 1
+MSR_STEAL_TIME = 0x4B564D03
+STEAL_TIME_ENABLED = 0x8000 | 1
 
 
 @pytest.fixture
@@ -61,3 +65,28 @@ def test_write_msr(comparison: Comparison, clock: GuestClock, nothing: Callable[
     twin = (EMPTY, loop("nothing(0, msr, value)", nothing=nothing, **arguments))
     write_msr = loop("write_msr(0, msr, value)", write_msr=clock.write_msr, **arguments)
     comparison.measure("clock.write_msr(), registering", write_msr, twin, operations=CALLS)
+
+
+def test_dispatch(comparison: Comparison, clock: GuestClock, nothing: Callable[..., None]) -> None:
+    """A guest's RDMSR, from the VMM's exit handler to the provider's register and back."""
+    twin = (EMPTY, loop("nothing(0, msr)", nothing=nothing, msr=MSR_SYSTEM_TIME))
+    read_msr = loop("read_msr(0, msr)", read_msr=clock.read_msr, msr=MSR_SYSTEM_TIME)
+    comparison.measure("clock.read_msr()", read_msr, twin, operations=CALLS)
+
+
+def test_hypercall(comparison: Comparison, clock: GuestClock, nothing: Callable[..., None]) -> None:
+    """The least of the hypercalls: counted, dispatched and answered."""
+    registers = HypercallRegisters(rax=1)
+    twin = (EMPTY, loop("nothing(0, registers)", nothing=nothing, registers=registers))
+    hypercall = loop("hypercall(0, registers)", hypercall=clock.hypercall, registers=registers)
+    comparison.measure("clock.hypercall(), VAPIC_POLL_IRQ", hypercall, twin, operations=CALLS)
+
+
+def test_steal_time(comparison: Comparison, clock: GuestClock, nothing: Callable[..., None]) -> None:
+    """A steal-time update: the record in guest memory under its version."""
+    clock.write_msr(0, MSR_STEAL_TIME, STEAL_TIME_ENABLED)
+    provider = clock.interface.provider
+    assert isinstance(provider, KvmProvider)
+    twin = (EMPTY, loop("nothing(0, 5)", nothing=nothing))
+    add = loop("add_steal_time(0, 5)", add_steal_time=provider.add_steal_time)
+    comparison.measure("add_steal_time()", add, twin, operations=CALLS)
