@@ -42,6 +42,8 @@ ENDS: Final = 10
 REFRESHES: Final = 1000
 
 KVM_CLOCK_REALTIME: Final = 1 << 2
+KVM_PUBLISHES_S: Final = 0.3
+"""KVM may publish 100 ms late."""
 CLOCK_NAMES: Final = {Reference.RAW: "MONOTONIC_RAW", Reference.MONOTONIC: "MONOTONIC"}
 
 
@@ -85,11 +87,11 @@ class Watched:
         self.steps_ns.append(ns - shown_by(before or self._page, tsc))
         self._page = self.page()
 
-    def reanchor(self, name: str, do: Callable[[], object]) -> None:
-        """Do what re-anchors the clock, and keep the step that the guest saw."""
+    def reanchor(self, name: str, do: Callable[[], object], wait_s: float = 0.0) -> None:
+        """Do what re-anchors the clock, and keep the step that the guest sees after so long."""
         before = self.page()
         do()
-        time.sleep(0.3)  # KVM publishes up to 100 ms later
+        time.sleep(wait_s)
         tsc, ns = newest_reading(self.machine)
         self.reanchors[name] = ns - shown_by(before, tsc)
 
@@ -174,10 +176,12 @@ def reanchor_kernel(kernel: Watched, resources: ExitStack) -> None:
         with machine.runner.quiesce(None):
             vcpu.set_tsc_offset(vcpu.get_tsc_offset())
 
-    kernel.reanchor("master clock refreshed (TSC offset set to what it is)", refresh_master_clock)
-    kernel.reanchor("KVM_GET_CLOCK, KVM_SET_CLOCK with KVM_CLOCK_REALTIME", lambda: set_clock(with_realtime=True))
-    kernel.reanchor("KVM_GET_CLOCK, KVM_SET_CLOCK", lambda: set_clock(with_realtime=False))
-    kernel.reanchor("vCPU hot-plugged", lambda: resources.enter_context(vm.create_vcpu(1)))
+    kernel.reanchor("master clock refreshed (TSC offset set to what it is)", refresh_master_clock, KVM_PUBLISHES_S)
+    kernel.reanchor(
+        "KVM_GET_CLOCK, KVM_SET_CLOCK with KVM_CLOCK_REALTIME", lambda: set_clock(with_realtime=True), KVM_PUBLISHES_S
+    )
+    kernel.reanchor("KVM_GET_CLOCK, KVM_SET_CLOCK", lambda: set_clock(with_realtime=False), KVM_PUBLISHES_S)
+    kernel.reanchor("vCPU hot-plugged", lambda: resources.enter_context(vm.create_vcpu(1)), KVM_PUBLISHES_S)
 
 
 def reanchor_engine(engine: Watched, clock: GuestClock) -> None:

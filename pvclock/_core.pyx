@@ -247,11 +247,19 @@ cdef class GuestMemory:
         self._replace([])
 
     cdef _replace(self, list slots):
+        self._replacing += 1  # no new publish begins, or one that goes on for ever would never let us
         while self._pins:
             with nogil:
                 sched_yield()  # the publishing thread needs the GIL to unpin
+        self._replacing -= 1
         self._slots = slots
         self.generation += 1
+
+    cdef wait_for_slots(self):
+        """Let those go first who wait to change the slots; before pointers are looked up that a publish will use."""
+        while self._replacing:
+            with nogil:
+                sched_yield()
 
     def __enter__(self) -> GuestMemory:
         return self
@@ -474,6 +482,7 @@ cdef class TimePages:
 
     cdef _prepare(self, ClockScale scale, uint8_t flags, set out_of_guest):
         cdef int i
+        self.memory.wait_for_slots()
         if self._generation != self.memory.generation:
             self._look_up()
         if scale is not self._rate_scale:
@@ -532,6 +541,7 @@ cdef class TimePages:
         cdef Churner churner
         cdef uint64_t limit = max_ticks
         cdef uint64_t most = publishes
+        self.memory.wait_for_slots()
         if not rates or publishes < 1:
             raise ConfigError("churn: give at least one rate and one publish")
         if self._changed or self._generation != self.memory.generation:

@@ -99,7 +99,7 @@ def test_the_drift_of_both_clocks(
     kernel, engine = found["clocks"]
     assert len(kernel["readings"]) == len(engine["readings"]) > 10
     assert len(kernel["reanchors_ns"]) == 4
-    assert set(engine["reanchors_ns"].values()) <= {-1, 0, 1, 2}
+    assert max(abs(step_ns) for step_ns in engine["reanchors_ns"].values()) <= 5
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
     assert (tmp_path / "drift.svg").read_text().count("<svg") == 1
 
