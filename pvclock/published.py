@@ -184,7 +184,7 @@ class PublishedTimeline:
         if kind is None and boost != self._timeline.tempo.boost:
             kind, why = EventKind.SLEW, f"{round(self._timeline.skew_at(tsc))} ns are left"
         self._turn(self._timeline.tempo._replace(boost=boost), kind, why)
-        if boost == 0:
+        if boost == 0 and self._timeline.is_slewed:  # by the break, some us later, it may have overshot
             left = self._timeline.end_slew()
             self._record(EventKind.SLEW_END, f"{float(left):.3f} ns of it are left undone", tsc, self._moment(tsc))
 

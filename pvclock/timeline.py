@@ -88,6 +88,11 @@ class Timeline:
         """Is there a skew that is being worked off?"""
         return self._slew is not None
 
+    @property
+    def is_slewed(self) -> bool:
+        """Was the skew worked off when this segment began?"""
+        return self._slew is None or self._slew.is_done(self._skew_ns)
+
     def at(self, tsc: HostTsc) -> Fraction:
         """Guest time in ns at host TSC `tsc`, exactly; before the segment's beginning it stands still."""
         return self._ns + self._run_ns(tsc) * self.pace

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.kvm
 NS_PER_S = 10**9
 READS = 10**8
 PUBLISHES_PER_SECOND = 10**5
-PART_OF_ALONE = 0.1
+PART_OF_ALONE = 0.02
 """Where the CPU is emulated, the publisher does what it can: at least this part of what it reaches alone."""
 MOST_STORMS = 30
 
@@ -47,7 +47,8 @@ def test_a_hundred_million_reads_while_the_clock_changes() -> None:
     while sum(each.reads for each in storms) < READS and len(storms) < MOST_STORMS:
         storms.append(storm(6.0))
     assert sum(each.reads for each in storms) >= READS
-    least = min(PUBLISHES_PER_SECOND, PART_OF_ALONE * publishes_per_second_alone())
+    alone = publishes_per_second_alone()
+    least = PUBLISHES_PER_SECOND if alone > 5 * PUBLISHES_PER_SECOND else PART_OF_ALONE * alone
     assert sum(each.churn.publishes for each in storms) >= least * sum(each.seconds for each in storms)
     for each in storms:
         assert not any(each.failures.values()), each
