@@ -212,6 +212,8 @@ class EventLog:
         further: that subscriber stays, and misses nothing that follows.  KeyboardInterrupt and its like come out, and
         the rest is told at the next call.
         """
+        if not self._subscriptions:  # who subscribes now hears of what comes after
+            return
         with self._lock:
             if self._delivering:
                 return

@@ -102,6 +102,7 @@ class GuestClock(TscTimeline):
             tsc_usable=backend.tsc_stable,
             log=partial(self._tell, EventKind.START),
         )
+        self._provider = self._interface.provider
 
     @property
     def interface(self) -> GuestInterface:
@@ -136,7 +137,7 @@ class GuestClock(TscTimeline):
     def tick(self) -> Steering | None:
         """See DisciplinedTimeline; guests are told what was stolen from their vCPUs since the last tick, too."""
         found = super().tick()
-        provider = self._interface.provider
+        provider = self._provider
         if not isinstance(provider, KvmProvider) or KvmFeature.STEAL_TIME not in provider.features:
             return found
         with self._lock:
@@ -176,13 +177,13 @@ class GuestClock(TscTimeline):
     # The VMM's side
 
     def refresh(self, vcpu: int | None = None) -> None:
-        """See PublishedTimeline; by profile "virtualbox" pages stay as they are."""
-        if self._interface.provider.refreshes_pages:
+        """See PublishedTimeline; by profile "virtualbox" pages stay as they are, but for a slew that must end."""
+        if self._provider.refreshes_pages or self._timeline.is_slewing:
             super().refresh(vcpu)
 
     def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> catchup.Settlement:
         """See ControlledTimeline; by profile "virtualbox" guests are not told that they were stopped."""
-        return super().resume(policy, guest_stopped=guest_stopped and self._interface.provider.tells_of_pauses)
+        return super().resume(policy, guest_stopped=guest_stopped and self._provider.tells_of_pauses)
 
     def save(self) -> ClockState:
         """The clock as it is now, or since it was paused: for restore(), on this host or another."""
@@ -235,7 +236,7 @@ class GuestClock(TscTimeline):
                 offer_tsc_adjust=sound.offers.tsc_adjust,
                 offer_invariant_tsc=sound.offers.invariant_tsc,
             )
-            clock._interface.provider.load(sound.provider.msrs)  # one of this class
+            clock._provider.load(sound.provider.msrs)  # one of this class
             clock._take(sound, chosen, slew)  # one of this class
         except (ConfigError, RangeError) as error:
             raise StateFileError("provider", str(error), "what this host and this version can serve") from None
@@ -323,7 +324,7 @@ class GuestClock(TscTimeline):
         return True
 
     def _provider_state(self) -> ProviderState:
-        provider = self._interface.provider
+        provider = self._provider
         return ProviderState(provider.name, provider.version, self._interface.config, provider.save())
 
     def _vcpu_state(self, vcpu: int, host_tsc: HostTsc) -> VcpuState:
@@ -361,7 +362,7 @@ class GuestClock(TscTimeline):
 
     @property
     def _offers_stable(self) -> bool:
-        return self._offsets_agree and self._host_trusted and self._interface.provider.allows_stable
+        return self._offsets_agree and self._host_trusted and self._provider.allows_stable
 
 
 def _check_dilation(dilation: Fraction, tsc_hz: int) -> None:

@@ -240,9 +240,10 @@ class PublishedTimeline:
 
         What guests read since then they read again: nobody knows how much that was.
         """
-        tsc = HostTsc(self.backend.counter.read())
+        tsc = self.backend.counter.read()
         if (tsc - self._break_tsc) & U64_MASK <= U64_MASK // 2 or self.is_paused:
             return
+        tsc = HostTsc(tsc)
         before = self._moment(tsc)
         self._pages.move((tsc - self._break_tsc) & U64_MASK, 0)
         self._timeline.stop(self._break_tsc)

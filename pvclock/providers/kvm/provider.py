@@ -67,6 +67,9 @@ class KvmProvider:
         if int(self.features) & ~int(servable):  # ints: ~ of an IntFlag has only the bits that have names
             refused = KvmFeature(int(self.features) & ~int(servable))
             raise ConfigError(f"features {refused!r} cannot be served here; choose from {servable!r}")
+        # Asked at every publish, where a look into a flag enum costs as much as the publish itself.
+        self._offers_stable = KvmFeature.CLOCKSOURCE_STABLE in self.features
+        self.refreshes_pages, self.tells_of_pauses = self._profile.refreshes_pages, self._profile.tells_of_pauses
         self._make_surfaces(self.features if enforce_cpuid else servable)
 
     def _make_surfaces(self, features: KvmFeature) -> None:
@@ -103,17 +106,7 @@ class KvmProvider:
         """Only if offered (or by profile), and not to a boot vCPU with the old MSRs."""
         if self._profile.stable_unasked:
             return True
-        return KvmFeature.CLOCKSOURCE_STABLE in self.features and not self._kvmclock.boot_vcpu_runs_old_kvmclock
-
-    @property
-    def refreshes_pages(self) -> bool:
-        """See Provider; by profile."""
-        return self._profile.refreshes_pages
-
-    @property
-    def tells_of_pauses(self) -> bool:
-        """See Provider; by profile."""
-        return self._profile.tells_of_pauses
+        return self._offers_stable and not self._kvmclock.boot_vcpu_runs_old_kvmclock
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """The value last written, whatever became of it; old and new numbers share it."""
