@@ -375,6 +375,7 @@ cdef class TimePages:
     cdef readonly GuestMemory memory  # keeps the buffers behind the targets' pointers
     cdef readonly Counter counter
     cdef readonly int vcpus
+    cdef readonly bint counter_went_back  # during the last publish, or stood still: the pages are even all the same
     cdef list _gpas  # by vCPU; None: not registered
     cdef uint64_t *_offsets  # by vCPU
     cdef Shown *_shown  # by vCPU
@@ -468,17 +469,19 @@ cdef class TimePages:
         if step:
             self._anchor.scale.mul = 0
         if self._changed:  # readers must not see a page with the offset of another: they need the GIL, so keep it
-            break_tsc = self._publish(&timeline)
+            self.counter_went_back = self._publish(&timeline, &break_tsc)
         else:
             self.memory._pins += 1
             with nogil:
-                break_tsc = self._publish(&timeline)
+                self.counter_went_back = self._publish(&timeline, &break_tsc)
             self.memory._pins -= 1
         self._show()
         return break_tsc
 
-    cdef uint64_t _publish(self, pvclock_line *timeline) noexcept nogil:
-        return pvclock_publish(self._targets, self._count, timeline, &self._rate, &self.counter.c, &self._anchor)
+    cdef bint _publish(self, pvclock_line *timeline, uint64_t *break_tsc) noexcept nogil:
+        return pvclock_publish(
+            self._targets, self._count, timeline, &self._rate, &self.counter.c, &self._anchor, break_tsc
+        ) != 0
 
     cdef _prepare(self, ClockScale scale, uint8_t flags, set out_of_guest):
         cdef int i
@@ -550,7 +553,7 @@ cdef class TimePages:
         self._prepare(rates[0][2], 0, set())
         self.memory._pins += 1
         with nogil:
-            churner.run(self, &timeline, most, limit)
+            self.counter_went_back = churner.run(self, &timeline, most, limit)
         self.memory._pins -= 1
         self._rate_scale = None
         return ClockLine(timeline.tsc, timeline.ns, timeline.rem, timeline.num, timeline.den), churner.report()
@@ -630,20 +633,25 @@ cdef class Churner:
         free(self._nums)
         free(self._dens)
 
-    cdef void run(self, TimePages pages, pvclock_line *timeline, uint64_t publishes, uint64_t max_ticks) noexcept nogil:
+    cdef bint run(self, TimePages pages, pvclock_line *timeline, uint64_t publishes, uint64_t max_ticks) noexcept nogil:
+        """Returns whether the counter went back, which ends it."""
         cdef uint64_t begin = pvclock_counter_read(&pages.counter.c)
-        cdef uint64_t break_tsc = begin
+        cdef uint64_t last_tsc, break_tsc = begin
         cdef pvclock_anchor old
+        cdef bint went_back = False
         cdef size_t turn = 0
-        while self._publishes == 0 or (self._publishes < publishes and break_tsc - begin < max_ticks):
-            old = pages._anchor
-            break_tsc = pvclock_publish(
-                pages._targets, pages._count, timeline, &self._rates[turn], &pages.counter.c, &pages._anchor
-            )
+        while self._publishes == 0 or (
+            self._publishes < publishes and break_tsc - begin < max_ticks and not went_back
+        ):
+            old, last_tsc = pages._anchor, break_tsc
+            went_back = pvclock_publish(
+                pages._targets, pages._count, timeline, &self._rates[turn], &pages.counter.c, &pages._anchor, &break_tsc
+            ) != 0 or <int64_t>(break_tsc - last_tsc) < 0
             timeline[0] = pvclock_line_at(timeline[0], break_tsc)
             self._tally(&old, &pages._anchor, timeline)
             timeline[0] = pvclock_line_turn(timeline[0], self._nums[turn], self._dens[turn])
             turn = turn + 1 if turn + 1 < self._count else 0
+        return went_back
 
     cdef void _tally(self, pvclock_anchor *old, pvclock_anchor *new, pvclock_line *timeline) noexcept nogil:
         cdef uint64_t shown = pvclock_anchor_read(new, timeline.tsc)

@@ -41,13 +41,14 @@ cdef extern from "pvclock_publish.h" nogil:
     uint64_t pvclock_anchor_read(const pvclock_anchor *anchor, uint64_t tsc)
     pvclock_rate pvclock_rate_of(pvclock_scale scale)
     uint32_t pvclock_version_odd(uint32_t version)
-    uint64_t pvclock_publish(
+    int pvclock_publish(
         pvclock_target *targets,
         size_t count,
         const pvclock_line *timeline,
         const pvclock_rate *rate,
         const pvclock_counter *counter,
         pvclock_anchor *anchor,
+        uint64_t *break_tsc,
     )
     void pvclock_publish_wall_clock(void *record, uint32_t sec, uint32_t nsec)
     void pvclock_set_preempted(void *record)

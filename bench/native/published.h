@@ -53,10 +53,12 @@ static inline bool published_make(const struct layout *layout, const struct rate
 	return true;
 }
 
-static inline uint64_t published_publish(struct published *published)
+static inline void published_publish(struct published *published)
 {
-	return pvclock_publish(published->targets, published->pages, &published->line, &published->rate,
-			       &published->counter, &published->anchor);
+	uint64_t break_tsc;
+
+	pvclock_publish(published->targets, published->pages, &published->line, &published->rate, &published->counter,
+			&published->anchor, &break_tsc);
 }
 
 #endif

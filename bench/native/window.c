@@ -48,7 +48,7 @@ static uint64_t times_cpu_was_lost(void)
 static uint64_t stamped_publish(struct published *published)
 {
 	struct pvclock_target *targets = published->targets;
-	uint64_t begin, break_tsc;
+	uint64_t begin, odd_tsc, break_tsc;
 
 	for (size_t i = 0; i < published->pages; i++)
 		pvclock_touch(targets[i].page);
@@ -60,13 +60,14 @@ static uint64_t stamped_publish(struct published *published)
 	}
 
 	__atomic_thread_fence(__ATOMIC_RELEASE);
-	break_tsc = pvclock_counter_read_after_stores(&published->counter) + published->counter.margin_ticks;
+	odd_tsc = pvclock_counter_read_after_stores(&published->counter);
+	break_tsc = odd_tsc + published->counter.margin_ticks;
 	published->anchor = pvclock_reanchor(&published->line, &published->anchor, &published->rate, break_tsc);
 
 	for (size_t i = 0; i < published->pages; i++)
 		pvclock_write_payload(&targets[i], &published->anchor);
 
-	pvclock_counter_wait(&published->counter, break_tsc);
+	pvclock_counter_wait(&published->counter, odd_tsc);
 
 	__atomic_thread_fence(__ATOMIC_RELEASE);
 	for (size_t i = 0; i < published->pages; i++)

@@ -11,6 +11,9 @@
  *   4. write the new line, which meets the old one at B;
  *   5. wait for B, then make every version even.
  *
+ * Where the counter goes back or stands still during step 5, B may never come.  The wait has a bound, the update ends
+ * all the same, and the caller is told: readers must not spin for as long as the counter went back.
+ *
  * So every old reading is of a moment up to B and every new one of a moment from B on, and a reading that begins
  * after another has ended is never smaller, whichever vCPUs they are on.  That needs TSCs in step, and fewer than
  * 2^31 publishes during one reading.
@@ -318,14 +321,18 @@ static inline void pvclock_write_payload(const struct pvclock_target *target, co
 
 /* Publish `timeline` at `rate` into all pages at once; see the top of this file.
  *
- * *anchor is the line published last (mul 0 if the clock may step) and becomes the new one.  Returns the break point
- * in host TSC.  Takes a few microseconds, at least the counter's margin.  One caller at a time for a VM.
+ * *anchor is the line published last (mul 0 if the clock may step) and becomes the new one; *break_tsc becomes the
+ * break point in host TSC.  Takes a few microseconds, at least the counter's margin.  One caller at a time for a VM.
+ *
+ * Returns 0, or -1 if the counter went back or stood still before the break point: the pages are even and show the new
+ * line, but before the break point, where it need not meet the old one.
  */
-static inline uint64_t pvclock_publish(struct pvclock_target *targets, size_t count,
-				       const struct pvclock_line *timeline, const struct pvclock_rate *rate,
-				       const struct pvclock_counter *counter, struct pvclock_anchor *anchor)
+static inline int pvclock_publish(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
+				  const struct pvclock_rate *rate, const struct pvclock_counter *counter,
+				  struct pvclock_anchor *anchor, uint64_t *break_tsc)
 {
-	uint64_t break_tsc;
+	uint64_t odd_tsc;
+	int status;
 
 	for (size_t i = 0; i < count; i++)
 		pvclock_touch(targets[i].page);
@@ -337,19 +344,20 @@ static inline uint64_t pvclock_publish(struct pvclock_target *targets, size_t co
 
 	/* For the compiler, and for a counter that is no rdtsc: the payload comes after the odd versions. */
 	__atomic_thread_fence(__ATOMIC_RELEASE);
-	break_tsc = pvclock_counter_read_after_stores(counter) + counter->margin_ticks;
-	*anchor = pvclock_reanchor(timeline, anchor, rate, break_tsc);
+	odd_tsc = pvclock_counter_read_after_stores(counter);
+	*break_tsc = odd_tsc + counter->margin_ticks;
+	*anchor = pvclock_reanchor(timeline, anchor, rate, *break_tsc);
 
 	for (size_t i = 0; i < count; i++)
 		pvclock_write_payload(&targets[i], anchor);
 
-	pvclock_counter_wait(counter, break_tsc);
+	status = pvclock_counter_wait(counter, odd_tsc);
 
 	/* Release; pairs with the guest's second look at the version. */
 	__atomic_thread_fence(__ATOMIC_RELEASE);
 	for (size_t i = 0; i < count; i++)
 		pvclock_store32(targets[i].page, targets[i].odd_version + 1u);
-	return break_tsc;
+	return status;
 }
 
 /* Write the wall clock under its version, with Linux's rule for it (kvm_write_wall_clock()).

@@ -68,11 +68,28 @@ static inline uint64_t pvclock_counter_read_after_stores(const struct pvclock_co
 	return counter->read ? counter->read(counter->context) : pvclock_rdtsc_after_stores();
 }
 
-/* Return once the counter has reached `tsc`, a moment at most a few thousand ticks away. */
-static inline void pvclock_counter_wait(const struct pvclock_counter *counter, uint64_t tsc)
+/* How often a wait reads the counter at most.  The margin takes some 50 reads of the TSC; this many take tens of
+ * milliseconds, enough for a counter of far fewer ticks, and then the counter stands still.
+ */
+#define PVCLOCK_WAIT_POLLS_MAX (1u << 20)
+
+/* Wait until the counter, which was `from`, has reached `from` plus its margin.
+ *
+ * Returns 0, or -1 if that does not come: the counter went back, or stands still.  It may be behind `from` by as much as
+ * the margin: that is how a thread finds it that has moved to a CPU whose TSC is a little late.
+ */
+static inline int pvclock_counter_wait(const struct pvclock_counter *counter, uint64_t from)
 {
-	while ((int64_t)(pvclock_counter_read(counter) - tsc) < 0)
+	for (unsigned int polls = 0; polls < PVCLOCK_WAIT_POLLS_MAX; polls++) {
+		int64_t ticks = (int64_t)(pvclock_counter_read(counter) - from);
+
+		if (ticks >= (int64_t)counter->margin_ticks)
+			return 0;
+		if (ticks < -(int64_t)counter->margin_ticks)
+			return -1;
 		__builtin_ia32_pause();
+	}
+	return -1;
 }
 
 #ifdef __cplusplus

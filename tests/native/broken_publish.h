@@ -12,9 +12,9 @@
 #define MAX_PAGES 4096
 
 /* The signature of pvclock_publish(). */
-typedef uint64_t publish_fn(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
-			    const struct pvclock_rate *rate, const struct pvclock_counter *counter,
-			    struct pvclock_anchor *anchor);
+typedef int publish_fn(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
+		       const struct pvclock_rate *rate, const struct pvclock_counter *counter,
+		       struct pvclock_anchor *anchor, uint64_t *break_tsc);
 
 static inline void make_odd(struct pvclock_target *targets, size_t count)
 {
@@ -32,92 +32,103 @@ static inline void write_payloads(struct pvclock_target *targets, size_t count, 
 		pvclock_write_payload(&targets[i], anchor);
 }
 
-/* Begins where pvclock_publish() has the new line. */
-static inline void finish(struct pvclock_target *targets, size_t count, const struct pvclock_counter *counter,
-			  const struct pvclock_anchor *anchor, uint64_t break_tsc)
+/* Begins where pvclock_publish() has the new line; `odd_tsc` is what it read with the odd versions in place. */
+static inline int finish(struct pvclock_target *targets, size_t count, const struct pvclock_counter *counter,
+			 const struct pvclock_anchor *anchor, uint64_t odd_tsc)
 {
+	int status;
+
 	write_payloads(targets, count, anchor);
-	pvclock_counter_wait(counter, break_tsc);
+	status = pvclock_counter_wait(counter, odd_tsc);
 	__atomic_thread_fence(__ATOMIC_RELEASE);
 	for (size_t i = 0; i < count; i++)
 		pvclock_store32(targets[i].page, targets[i].odd_version + 1u);
+	return status;
+}
+
+static inline struct pvclock_counter without_margin(const struct pvclock_counter *counter)
+{
+	struct pvclock_counter no_margin = *counter;
+
+	no_margin.margin_ticks = 0;
+	return no_margin;
 }
 
 /* The versions stay even while the payloads change: a reader takes a mixture of two lines for good. */
-static uint64_t publish_no_odd_phase(struct pvclock_target *targets, size_t count,
-				     const struct pvclock_line *timeline, const struct pvclock_rate *rate,
-				     const struct pvclock_counter *counter, struct pvclock_anchor *anchor)
+static int publish_no_odd_phase(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
+				const struct pvclock_rate *rate, const struct pvclock_counter *counter,
+				struct pvclock_anchor *anchor, uint64_t *break_tsc)
 {
-	uint64_t break_tsc;
+	uint64_t odd_tsc;
+	int status;
 
 	for (size_t i = 0; i < count; i++)
 		pvclock_touch(targets[i].page);
-	break_tsc = pvclock_counter_read_after_stores(counter) + counter->margin_ticks;
-	*anchor = pvclock_reanchor(timeline, anchor, rate, break_tsc);
+	odd_tsc = pvclock_counter_read_after_stores(counter);
+	*break_tsc = odd_tsc + counter->margin_ticks;
+	*anchor = pvclock_reanchor(timeline, anchor, rate, *break_tsc);
 	write_payloads(targets, count, anchor);
-	pvclock_counter_wait(counter, break_tsc);
+	status = pvclock_counter_wait(counter, odd_tsc);
 	__atomic_thread_fence(__ATOMIC_RELEASE);
 	for (size_t i = 0; i < count; i++)
 		pvclock_store32(targets[i].page, pvclock_load32(targets[i].page) + 2u);
-	return break_tsc;
+	return status;
 }
 
 /* The TSC is read while the odd versions are still in the store buffer, where no other CPU sees them, and readers go
  * on trusting the old pages after A.  The margin is left out: it hides that nearly always (a few readings in a million
  * are later than it).  publish_no_margin(), which has the fences and no margin, is the control.
  */
-static uint64_t publish_bare_rdtsc(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
-				   const struct pvclock_rate *rate, const struct pvclock_counter *counter,
-				   struct pvclock_anchor *anchor)
+static int publish_bare_rdtsc(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
+			      const struct pvclock_rate *rate, const struct pvclock_counter *counter,
+			      struct pvclock_anchor *anchor, uint64_t *break_tsc)
 {
-	uint64_t break_tsc;
+	struct pvclock_counter no_margin = without_margin(counter);
 
 	make_odd(targets, count);
-	break_tsc = __builtin_ia32_rdtsc();
-	*anchor = pvclock_reanchor(timeline, anchor, rate, break_tsc);
-	finish(targets, count, counter, anchor, break_tsc);
-	return break_tsc;
+	*break_tsc = __builtin_ia32_rdtsc();
+	*anchor = pvclock_reanchor(timeline, anchor, rate, *break_tsc);
+	return finish(targets, count, &no_margin, anchor, *break_tsc);
 }
 
 /* The break point is A itself, no margin: a guest whose last load overtook its rdtsc has an old reading from later. */
-static uint64_t publish_no_margin(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
-				  const struct pvclock_rate *rate, const struct pvclock_counter *counter,
-				  struct pvclock_anchor *anchor)
+static int publish_no_margin(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
+			     const struct pvclock_rate *rate, const struct pvclock_counter *counter,
+			     struct pvclock_anchor *anchor, uint64_t *break_tsc)
 {
-	struct pvclock_counter no_margin = *counter;
+	struct pvclock_counter no_margin = without_margin(counter);
 
-	no_margin.margin_ticks = 0;
-	return pvclock_publish(targets, count, timeline, rate, &no_margin, anchor);
+	return pvclock_publish(targets, count, timeline, rate, &no_margin, anchor, break_tsc);
 }
 
 /* tsc_timestamp is the break point: a guest whose TSC is behind computes with a negative difference. */
-static uint64_t publish_timestamp_now(struct pvclock_target *targets, size_t count,
-				      const struct pvclock_line *timeline, const struct pvclock_rate *rate,
-				      const struct pvclock_counter *counter, struct pvclock_anchor *anchor)
+static int publish_timestamp_now(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
+				 const struct pvclock_rate *rate, const struct pvclock_counter *counter,
+				 struct pvclock_anchor *anchor, uint64_t *break_tsc)
 {
-	uint64_t break_tsc;
+	uint64_t odd_tsc;
 
 	make_odd(targets, count);
-	break_tsc = pvclock_counter_read_after_stores(counter) + counter->margin_ticks;
-	*anchor = pvclock_reanchor(timeline, anchor, rate, break_tsc);
-	anchor->system_time = pvclock_anchor_read(anchor, break_tsc);
-	anchor->tsc_timestamp = break_tsc;
-	finish(targets, count, counter, anchor, break_tsc);
-	return break_tsc;
+	odd_tsc = pvclock_counter_read_after_stores(counter);
+	*break_tsc = odd_tsc + counter->margin_ticks;
+	*anchor = pvclock_reanchor(timeline, anchor, rate, *break_tsc);
+	anchor->system_time = pvclock_anchor_read(anchor, *break_tsc);
+	anchor->tsc_timestamp = *break_tsc;
+	return finish(targets, count, counter, anchor, odd_tsc);
 }
 
 /* Every page has a break point of its own, and from one to the next the two rates run apart. */
-static uint64_t publish_one_page_at_a_time(struct pvclock_target *targets, size_t count,
-					   const struct pvclock_line *timeline, const struct pvclock_rate *rate,
-					   const struct pvclock_counter *counter, struct pvclock_anchor *anchor)
+static int publish_one_page_at_a_time(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
+				      const struct pvclock_rate *rate, const struct pvclock_counter *counter,
+				      struct pvclock_anchor *anchor, uint64_t *break_tsc)
 {
 	static struct pvclock_anchor page_anchors[MAX_PAGES];
-	uint64_t break_tsc = 0;
+	int status = 0;
 
 	for (size_t i = 0; i < count; i++)
-		break_tsc = pvclock_publish(&targets[i], 1, timeline, rate, counter, &page_anchors[i]);
+		status |= pvclock_publish(&targets[i], 1, timeline, rate, counter, &page_anchors[i], break_tsc);
 	*anchor = page_anchors[count - 1];
-	return break_tsc;
+	return status;
 }
 
 static const struct publisher {

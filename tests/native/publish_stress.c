@@ -496,9 +496,13 @@ static void account_window(struct writer *me, uint64_t break_tsc)
 static uint64_t publish_at(struct writer *me, const struct dilation *dilation)
 {
 	struct stress *stress = me->stress;
-	uint64_t break_tsc = stress->publish(me->targets, stress->options.pages, &me->timeline, &dilation->rate,
-					     &me->counter, &me->anchor);
+	uint64_t break_tsc;
 
+	if (stress->publish(me->targets, stress->options.pages, &me->timeline, &dilation->rate, &me->counter,
+			    &me->anchor, &break_tsc) != 0) {
+		fprintf(stderr, "the TSC went back or stood still during a publish\n");
+		exit(1);
+	}
 	account_window(me, break_tsc);
 	log_break(&stress->log, ++me->publishes, break_tsc);
 	return break_tsc;
