@@ -37,6 +37,7 @@ def module(name: str, *flags: str, depends: Iterable[Path] = ()) -> Extension:
 
 setup(
     ext_modules=[
+        module("pvclock._memory"),
         module("pvclock._core"),
         module("pvclock._counter"),
         module("pvclock._records"),

@@ -12,8 +12,9 @@ from importlib import import_module as _import_module
 
 TYPE_CHECKING = False  # type checkers know the name; importing typing would be most of this module's cost
 if TYPE_CHECKING:
-    from pvclock._core import ClockScale, GuestMemory, time_scale, tsc_ratio
+    from pvclock._core import ClockScale, time_scale, tsc_ratio
     from pvclock._counter import read_tsc
+    from pvclock._memory import GuestMemory
     from pvclock.backend import Backend, HostBackend, SimulatedBackend
     from pvclock.errors import (
         ConfigError,
@@ -85,7 +86,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "pvclock._core": ("ClockScale", "GuestMemory", "time_scale", "tsc_ratio"),
+    "pvclock._core": ("ClockScale", "time_scale", "tsc_ratio"),
+    "pvclock._memory": ("GuestMemory",),
     "pvclock._counter": ("read_tsc",),
     "pvclock.backend": ("Backend", "HostBackend", "SimulatedBackend"),
     "pvclock.errors": (

@@ -5,9 +5,8 @@ clock shall show is handed in as a ClockLine, and where ticks come from as a Cou
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBuffer_Release, PyObject_GetBuffer
-from cpython.number cimport PyNumber_Index
-from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint8_t, uint64_t
+from cpython.long cimport PyLong_AsLongAndOverflow
+from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
@@ -20,12 +19,13 @@ from pvclock._math cimport (
     pvclock_guest_tsc, pvclock_line, pvclock_line_at, pvclock_line_turn, pvclock_scale, pvclock_scale_delta,
     pvclock_time_scale, pvclock_time_scale_of_rate, pvclock_tsc_ratio, pvclock_unscale_delta
 )
+from pvclock._memory cimport GuestMemory, as_u64, as_whole, shortened
 from pvclock._publish cimport (
     pvclock_anchor, pvclock_anchor_read, pvclock_counter_read, pvclock_publish, pvclock_publish_wall_clock,
     pvclock_rate, pvclock_rate_of, pvclock_read, pvclock_reading, pvclock_target
 )
 
-from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
+from pvclock.errors import ConfigError, RangeError, StateError
 from pvclock.quantities import NS_PER_S as _NS_PER_S
 from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
 
@@ -39,13 +39,6 @@ cdef uint64_t WALL_CLOCK_BYTES = 12
 # that lost its CPU included, and short enough not to hang on a page that its guest has spoilt.
 cdef unsigned int READ_TRIES = 256
 cdef int READ_ROUNDS = 4096
-
-
-cdef uint64_t as_u64(object value, str what) except? 0:
-    number = PyNumber_Index(value)
-    if not 0 <= number < 1 << 64:
-        raise RangeError(f"{what} is {number:#x}; it must fit in 64 bits, unsigned")
-    return number
 
 
 # Arithmetic
@@ -71,8 +64,9 @@ def tsc_ratio(guest_khz: int, host_khz: int, frac_bits: int = 48) -> int:
     cdef uint64_t ratio
     if frac_bits not in (32, 48):
         raise ConfigError(f"TSC ratio with {frac_bits} fraction bits; hardware has 48 (VMX) or 32 (SVM)")
+    guest_khz, host_khz = as_whole(guest_khz, "guest_khz"), as_whole(host_khz, "host_khz")
     if not (0 < guest_khz < 1 << 32 and 0 < host_khz < 1 << 32):
-        raise RangeError(f"TSC ratio {guest_khz}/{host_khz} kHz: each must be in [1, 2^32)")
+        raise RangeError(f"TSC ratio {shortened(guest_khz)}/{shortened(host_khz)} kHz: each must be in [1, 2^32)")
     if pvclock_tsc_ratio(guest_khz, host_khz, frac_bits, &ratio) != 0:
         raise RangeError(f"TSC ratio {guest_khz}/{host_khz} does not fit the hardware's field")
     return ratio
@@ -80,6 +74,9 @@ def tsc_ratio(guest_khz: int, host_khz: int, frac_bits: int = 48) -> int:
 
 def guest_tsc(host_tsc: int, offset: int = 0, ratio: int = 1 << 48, frac_bits: int = 48) -> int:
     """What RDTSC returns in the guest, in ticks: ((host_tsc * ratio) >> frac_bits) + offset, modulo 2^64."""
+    frac_bits = as_whole(frac_bits, "frac_bits")
+    if not 0 <= frac_bits < 128:
+        raise RangeError(f"a TSC ratio with {shortened(frac_bits)} fraction bits; a 128-bit product has 0 to 127")
     return pvclock_guest_tsc(as_u64(host_tsc, "host_tsc"), as_u64(ratio, "ratio"), frac_bits, as_u64(offset, "offset"))
 
 
@@ -95,13 +92,14 @@ cdef class ClockScale:
     cdef readonly object hz
 
     def __cinit__(self, mul: int, shift: int, hz: int | None = None) -> None:
-        mul, shift = PyNumber_Index(mul), PyNumber_Index(shift)
+        mul, shift = as_whole(mul, "mul"), as_whole(shift, "shift")
         if not (0 < mul < 1 << 32 and -64 < shift < 32):
-            raise RangeError(f"(mul, shift) = ({mul}, {shift}); mul must be in [1, 2^32), shift in [-63, 31]")
+            raise RangeError(f"(mul, shift) = ({shortened(mul)}, {shortened(shift)}); mul must be in [1, 2^32), "
+                             "shift in [-63, 31]")
         self.c.mul, self.c.shift = mul, shift
         denominator = mul << (shift + 63)
-        if hz is not None and hz < 1:
-            raise RangeError(f"TSC frequency is {hz} Hz; it must be at least 1 Hz")
+        if hz is not None and as_whole(hz, "hz") < 1:
+            raise RangeError(f"TSC frequency is {shortened(hz)} Hz; it must be at least 1 Hz")
         self.hz = hz if hz is not None else ((_NS_PER_S << 95) + denominator // 2) // denominator
 
     @staticmethod
@@ -178,151 +176,7 @@ cdef class ClockScale:
         return f"ClockScale(mul={self.c.mul:#x}, shift={self.c.shift}, hz={self.hz})"
 
 
-# Guest memory
-
-
-@cython.final
-@cython.internal
-cdef class Slot:
-    """A buffer mapped at a guest-physical address; holds the buffer as long as it lives."""
-
-    cdef Py_buffer view
-    cdef uint64_t gpa
-    cdef uint64_t length
-
-    def __cinit__(self, uint64_t gpa, buffer: object) -> None:
-        try:
-            PyObject_GetBuffer(buffer, &self.view, PyBUF_CONTIG)
-        except (BufferError, TypeError) as error:
-            raise ConfigError(f"guest memory needs a writable, contiguous buffer: {error}") from None
-        self.gpa = gpa
-        self.length = self.view.len
-
-    def __dealloc__(self) -> None:
-        PyBuffer_Release(&self.view)  # does nothing if never acquired
-
-
-@cython.final
-cdef class GuestMemory:
-    """A VM's guest-physical memory: writable buffers mapped at addresses, with holes between them.
-
-    GuestMemory(buffer) maps one buffer at 0; GuestMemory() starts empty.  Every access lies within one slot, else
-    GuestAddressError.  `on_dirty(gpa, length)`, if set, hears of all that pvclock wrote: KVM's dirty log does not see
-    writes from user space.  `generation` counts changes of the slots.
-
-    on_dirty is called when all is written; an error that it raises goes to the writer's caller.  It must not call the
-    clock whose pages these are.
-
-    Thread-safety: all methods may be called from any thread.
-    """
-
-    def __cinit__(self) -> None:
-        self._slots = []
-
-    def __init__(self, buffer: object = None) -> None:
-        self._replace([])
-        if buffer is not None:
-            self.add_slot(0, buffer)
-
-    def add_slot(self, gpa: int, buffer: object) -> None:
-        """Map a writable, contiguous buffer at `gpa`; ConfigError if it overlaps a slot or passes 2^64."""
-        cdef Slot new = Slot(as_u64(gpa, "gpa"), buffer)
-        cdef Slot slot
-        if new.length == 0 or gpa + new.length > 1 << 64:
-            raise ConfigError(f"slot {gpa:#x}+{new.length}: it must not be empty and must end by 2^64")
-        for slot in self._slots:
-            if gpa < slot.gpa + slot.length and slot.gpa < gpa + new.length:
-                raise ConfigError(f"slot {gpa:#x}+{new.length} overlaps the slot {slot.gpa:#x}+{slot.length}")
-        self._replace([*self._slots, new])
-
-    def remove_slot(self, gpa: int) -> None:
-        """Unmap the slot that begins at `gpa` and let go of its buffer; pages in it are no longer published."""
-        kept = [slot for slot in self._slots if (<Slot>slot).gpa != gpa]
-        if len(kept) == len(self._slots):
-            raise GuestAddressError(gpa, 0, "is not the beginning of a slot")
-        self._replace(kept)
-
-    def close(self) -> None:
-        """Unmap everything.  May be called twice."""
-        self._replace([])
-
-    cdef _replace(self, list slots):
-        self._replacing += 1  # no new publish begins, or one that goes on for ever would never let us
-        while self._pins:
-            with nogil:
-                sched_yield()  # the publishing thread needs the GIL to unpin
-        self._replacing -= 1
-        self._slots = slots
-        self.generation += 1
-
-    cdef wait_for_slots(self):
-        """Let those go first who wait to change the slots; before pointers are looked up that a publish will use."""
-        while self._replacing:
-            with nogil:
-                sched_yield()
-
-    def __enter__(self) -> GuestMemory:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    @property
-    def slots(self) -> list[tuple[int, int]]:
-        """(gpa, length) of each slot, by address."""
-        cdef Slot slot
-        extents = []
-        for slot in self._slots:
-            extents.append((slot.gpa, slot.length))
-        return sorted(extents)
-
-    cdef uint8_t *find(self, uint64_t gpa, uint64_t length) noexcept:
-        """The host address of guest memory, or NULL; valid until the slots change."""
-        cdef Slot slot
-        cdef uint64_t into
-        for item in self._slots:
-            slot = <Slot>item
-            # Subtract, never add: gpa is the guest's choice, and gpa + length can wrap.
-            into = gpa - slot.gpa
-            if into < slot.length and length <= slot.length - into:
-                return <uint8_t *>slot.view.buf + into
-        return NULL
-
-    cdef uint8_t *at(self, object gpa, uint64_t length) except NULL:
-        cdef uint8_t *found = NULL
-        gpa = PyNumber_Index(gpa)
-        if 0 <= gpa < 1 << 64:
-            found = self.find(gpa, length)
-        if found is NULL:
-            raise GuestAddressError(gpa, length)
-        return found
-
-    def contains(self, gpa: int, length: int) -> bool:
-        """Can `length` bytes from `gpa` be read and written?"""
-        gpa = PyNumber_Index(gpa)
-        return 0 <= gpa < 1 << 64 and self.find(gpa, as_u64(length, "length")) is not NULL
-
-    def read(self, gpa: int, length: int) -> bytes:
-        """`length` bytes from `gpa`."""
-        cdef uint64_t count = as_u64(length, "length")
-        cdef uint8_t *source = self.at(gpa, count)
-        return source[:count]
-
-    def write(self, gpa: int, data: object) -> None:
-        """Write a bytes-like object at `gpa`, all of it or (GuestAddressError) nothing."""
-        cdef Py_buffer view
-        cdef uint8_t *target
-        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
-        try:
-            target = self.at(gpa, view.len)
-            memcpy(target, view.buf, view.len)
-            self.mark_dirty(gpa, view.len)
-        finally:
-            PyBuffer_Release(&view)
-
-    cdef mark_dirty(self, uint64_t gpa, uint64_t length):
-        if self.on_dirty is not None:
-            self.on_dirty(gpa, length)
+# Records in guest memory
 
 
 def read_time_info(GuestMemory memory not None, gpa: int) -> TimeInfo:
@@ -340,16 +194,27 @@ def publish_wall_clock(GuestMemory memory not None, gpa: int, epoch_ns: int) -> 
     Returns False, with nothing written, where the record is not in guest memory, which Linux ignores as well.
     Seconds are 32 bits in the ABI and wrap in 2106.
     """
-    cdef uint8_t *record = memory.find(as_u64(gpa, "gpa"), WALL_CLOCK_BYTES)
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    sec, nsec = divmod(as_whole(epoch_ns, "epoch_ns"), _NS_PER_S)
+    cdef uint32_t sec_bits = sec & 0xFFFFFFFF
+    cdef uint32_t nsec_bits = nsec
+    cdef uint8_t *record = memory.find(where, WALL_CLOCK_BYTES)
     if record is NULL:
         return False
-    sec, nsec = divmod(epoch_ns, _NS_PER_S)
-    pvclock_publish_wall_clock(record, sec & 0xFFFFFFFF, nsec)
-    memory.mark_dirty(gpa, WALL_CLOCK_BYTES)
+    pvclock_publish_wall_clock(record, sec_bits, nsec_bits)
+    memory.mark_dirty(where, WALL_CLOCK_BYTES)
     return True
 
 
 # Pages
+
+
+cdef struct Wanted:
+    # What a vCPU's guest and VMM have asked for.
+    uint64_t gpa
+    uint64_t tsc_offset
+    bint registered
+    bint out_of_guest  # in the publish at hand
 
 
 cdef struct Shown:
@@ -362,6 +227,7 @@ cdef struct Shown:
 
 
 @cython.final
+@cython.no_gc_clear  # its memory is what tells it that its pointers are stale
 cdef class TimePages:
     """The pvclock pages of one VM, one for each vCPU, and the line that they show.
 
@@ -376,8 +242,7 @@ cdef class TimePages:
     cdef readonly Counter counter
     cdef readonly int vcpus
     cdef readonly bint counter_went_back  # during the last publish, or stood still: the pages are even all the same
-    cdef list _gpas  # by vCPU; None: not registered
-    cdef uint64_t *_offsets  # by vCPU
+    cdef Wanted *_wanted  # by vCPU
     cdef Shown *_shown  # by vCPU
     cdef pvclock_target *_targets  # compact: only pages that can be written
     cdef int *_target_vcpu  # by target
@@ -389,57 +254,66 @@ cdef class TimePages:
     cdef ClockScale _rate_scale  # that _rate was made from
 
     def __cinit__(self, GuestMemory memory not None, vcpus: int, Counter counter not None) -> None:
-        if not 1 <= vcpus <= 1 << 20:
-            raise ConfigError(f"a VM with {vcpus} vCPUs; it has at least 1")
+        if not 1 <= as_whole(vcpus, "vcpus") <= 1 << 20:
+            raise ConfigError(f"a VM with {shortened(vcpus)} vCPUs; it has at least 1")
         self.memory, self.vcpus, self.counter = memory, vcpus, counter
-        self._gpas = [None] * vcpus
-        self._offsets = <uint64_t *>calloc(vcpus, sizeof(uint64_t))
+        self._wanted = <Wanted *>calloc(vcpus, sizeof(Wanted))
         self._shown = <Shown *>calloc(vcpus, sizeof(Shown))
         self._targets = <pvclock_target *>calloc(vcpus, sizeof(pvclock_target))
         self._target_vcpu = <int *>calloc(vcpus, sizeof(int))
-        if not (self._offsets and self._shown and self._targets and self._target_vcpu):
+        if not (self._wanted and self._shown and self._targets and self._target_vcpu):
             raise MemoryError
         self._look_up()
 
     def __dealloc__(self) -> None:
-        free(self._offsets)
+        free(self._wanted)
         free(self._shown)
         free(self._targets)
         free(self._target_vcpu)
 
-    cdef int _vcpu(self, int vcpu) except -1:
-        if not 0 <= vcpu < self.vcpus:
-            raise RangeError(f"vCPU {vcpu}; this VM has vCPUs 0 to {self.vcpus - 1}")
-        return vcpu
+    cdef int _vcpu(self, object vcpu) except -1:
+        cdef int overflow
+        cdef long number = PyLong_AsLongAndOverflow(as_whole(vcpu, "vCPU"), &overflow)
+        if overflow or not 0 <= number < self.vcpus:
+            raise RangeError(f"vCPU {shortened(vcpu)}; this VM has vCPUs 0 to {self.vcpus - 1}")
+        return <int>number
 
     def register(self, vcpu: int, gpa: int | None) -> None:
         """Put vCPU's page at `gpa`, or (None) take it away.  Nothing is written before the next publish."""
-        self._gpas[self._vcpu(vcpu)] = None if gpa is None else as_u64(gpa, "gpa")
-        self._shown[vcpu].flagged = False
+        cdef int index = self._vcpu(vcpu)
+        cdef uint64_t where = 0 if gpa is None else as_u64(gpa, "gpa")
+        self._wanted[index].gpa = where
+        self._wanted[index].registered = gpa is not None
+        self._shown[index].flagged = False
         if gpa is None:
-            self._shown[vcpu].published = False
+            self._shown[index].published = False
         self._look_up()
 
     def registered(self, vcpu: int) -> int | None:
         """The guest-physical address of vCPU's page, or None."""
-        return self._gpas[self._vcpu(vcpu)]
+        cdef Wanted *wanted = &self._wanted[self._vcpu(vcpu)]
+        return wanted.gpa if wanted.registered else None
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """vCPU's guest TSC is the host's plus `offset` (ticks modulo 2^64), from the next publish on."""
-        self._offsets[self._vcpu(vcpu)] = as_u64(offset, "TSC offset")
+        cdef int index = self._vcpu(vcpu)
+        self._wanted[index].tsc_offset = as_u64(offset, "TSC offset")
         self._look_up()
 
-    cdef _look_up(self):
-        """Find every page in guest memory, for the next publish and for readers."""
+    cdef void _look_up(self) noexcept:
+        """Find every page in guest memory, for the next publish and for readers.  Runs no Python code."""
         cdef uint8_t *page
+        cdef Wanted *wanted
+        cdef int vcpu
         self._count = 0
         self._changed = True
-        for vcpu, gpa in enumerate(self._gpas):
-            page = NULL if gpa is None else self.memory.find(gpa, TIME_INFO_BYTES)
+        for vcpu in range(self.vcpus):
+            wanted = &self._wanted[vcpu]
+            page = self.memory.find(wanted.gpa, TIME_INFO_BYTES) if wanted.registered else NULL
             if page is NULL:
                 self._shown[vcpu].flagged = False
             else:
-                self._targets[self._count] = pvclock_target(page, self._offsets[vcpu], 0, 1)
+                self._targets[self._count] = pvclock_target(page, wanted.tsc_offset, 0, 1)
                 self._target_vcpu[self._count] = vcpu
                 self._count += 1
             if self._shown[vcpu].published:
@@ -462,19 +336,23 @@ cdef class TimePages:
         The clock goes on at the break by 0 or +1 ns, unless `step` says that it may jump to the line.  `flags` go to
         the vCPUs in `out_of_guest` (vCPU numbers) only: a running guest writes that byte itself.  Tell the memory's
         on_dirty afterwards, by mark_dirty().
+
+        counter_went_back says of the last publish whether the counter went back, or stood still, before the break
+        point: the pages show the line all the same.
         """
         cdef pvclock_line timeline = as_line(line)
+        cdef bint may_step = step
         cdef uint64_t break_tsc
-        self._prepare(scale, flags, set(out_of_guest))
-        if step:
+        self._prepare(scale, as_flags(flags), out_of_guest)
+        if may_step:
             self._anchor.scale.mul = 0
         if self._changed:  # readers must not see a page with the offset of another: they need the GIL, so keep it
             self.counter_went_back = self._publish(&timeline, &break_tsc)
         else:
-            self.memory._pins += 1
+            self.memory.pin()
             with nogil:
                 self.counter_went_back = self._publish(&timeline, &break_tsc)
-            self.memory._pins -= 1
+            self.memory.unpin()
         self._show()
         return break_tsc
 
@@ -483,16 +361,22 @@ cdef class TimePages:
             self._targets, self._count, timeline, &self._rate, &self.counter.c, &self._anchor, break_tsc
         ) != 0
 
-    cdef _prepare(self, ClockScale scale, uint8_t flags, set out_of_guest):
+    cdef int _prepare(self, ClockScale scale, uint8_t flags, out_of_guest) except -1:
+        """Have all in C that a publish takes.  From wait_for_slots() to its end no Python code runs."""
         cdef int i
+        for i in range(self.vcpus):
+            self._wanted[i].out_of_guest = False
+        for vcpu in out_of_guest:
+            self._wanted[self._vcpu(vcpu)].out_of_guest = True
+        if scale is not self._rate_scale:
+            self._rate, self._rate_scale = pvclock_rate_of(scale.c), scale
         self.memory.wait_for_slots()
         if self._generation != self.memory.generation:
             self._look_up()
-        if scale is not self._rate_scale:
-            self._rate, self._rate_scale = pvclock_rate_of(scale.c), scale
         for i in range(self._count):
             self._targets[i].flags = flags
-            self._targets[i].in_guest = not out_of_guest or self._target_vcpu[i] not in out_of_guest
+            self._targets[i].in_guest = not self._wanted[self._target_vcpu[i]].out_of_guest
+        return 0
 
     cdef void _show(self) noexcept:
         """Let readers have what was published."""
@@ -503,7 +387,7 @@ cdef class TimePages:
             shown.flagged = shown.flagged or not self._targets[i].in_guest
             if self._changed:
                 shown.page = self._targets[i].page
-                shown.gpa = self._gpas[self._target_vcpu[i]]
+                shown.gpa = self._wanted[self._target_vcpu[i]].gpa
                 shown.tsc_offset = self._targets[i].tsc_offset
                 shown.published = True
         self._changed = False
@@ -523,48 +407,45 @@ cdef class TimePages:
 
     def mark_dirty(self) -> None:
         """Tell the memory's on_dirty of all pages; the first error that it raises comes out when all are told."""
-        error = None
+        cdef int i
         if self.memory.on_dirty is None:
             return
-        for gpa in [self._gpas[self._target_vcpu[i]] for i in range(self._count)]:
-            try:
-                self.memory.on_dirty(gpa, TIME_INFO_BYTES)
-            except Exception as raised:
-                error = error or raised
-        if error is not None:
-            raise error
+        self.memory.defer()
+        try:
+            for i in range(self._count):
+                self.memory.mark_dirty(self._wanted[self._target_vcpu[i]].gpa, TIME_INFO_BYTES)
+        finally:
+            self.memory.tell()
 
     def churn(self, line, rates, publishes: int, max_ticks: int = 2**63 - 1) -> tuple[ClockLine, Churn]:
         """Publish over and over in one call without the GIL, taking the rates in turn; the clock never steps.
 
         rates: (num, den, scale) with num/den ns a tick.  Ends after `publishes`, or after `max_ticks` of the counter,
-        but not before the first.  Returns the line at the last break point, at the last rate, and what was seen.
+        or when the counter goes back (counter_went_back), but not before the first.  Returns the line at the last break
+        point, at the last rate, and what was seen.
         """
         cdef pvclock_line timeline = as_line(line)
         cdef Churner churner
-        cdef uint64_t limit = max_ticks
-        cdef uint64_t most = publishes
-        self.memory.wait_for_slots()
-        if not rates or publishes < 1:
+        cdef uint64_t limit = as_u64(max_ticks, "max_ticks")
+        cdef uint64_t most = as_u64(publishes, "publishes")
+        if not rates or most < 1:
             raise ConfigError("churn: give at least one rate and one publish")
-        if self._changed or self._generation != self.memory.generation:
-            raise StateError("churn", "a page, an offset or the memory was changed", "publish first")
         churner = Churner(rates)
-        self._prepare(rates[0][2], 0, set())
-        self.memory._pins += 1
+        self._prepare(rates[0][2], 0, ())
+        if self._changed:
+            raise StateError("churn", "a page, an offset or the memory was changed", "publish first")
+        self.memory.pin()
         with nogil:
             self.counter_went_back = churner.run(self, &timeline, most, limit)
-        self.memory._pins -= 1
+        self.memory.unpin()
         self._rate_scale = None
         return ClockLine(timeline.tsc, timeline.ns, timeline.rem, timeline.num, timeline.den), churner.report()
 
-    cdef int _read(self, int vcpu, pvclock_reading *ret) except -1:
-        cdef Shown *shown
-        self._vcpu(vcpu)
+    cdef int _read(self, object vcpu, pvclock_reading *ret) except -1:
+        cdef Shown *shown = &self._shown[self._vcpu(vcpu)]
         for _ in range(READ_ROUNDS):
             if self._generation != self.memory.generation:
                 self._look_up()
-            shown = &self._shown[vcpu]
             if not shown.published or shown.page is NULL:
                 raise StateError("read", f"vCPU {vcpu} has no page in guest memory",
                                  "its guest registers one by MSR first")
@@ -575,7 +456,7 @@ cdef class TimePages:
         raise StateError("read", f"the page of vCPU {vcpu} is always odd or changing",
                          "publish it anew, the guest has spoilt it")
 
-    def read(self, int vcpu) -> int:
+    def read(self, vcpu: int) -> int:
         """GuestNs: what vCPU's guest would compute at this instant; StateError before it registered a page."""
         cdef pvclock_reading reading
         self._read(vcpu, &reading)
@@ -596,9 +477,18 @@ cdef class TimePages:
 
 cdef pvclock_line as_line(line) except *:
     tsc, ns, rem, num, den = line
-    if not (0 <= rem < den < 1 << 64 and 0 <= num < 1 << 64):
-        raise RangeError(f"{line!r}: rem must be below den, num and den below 2^64")
-    return pvclock_line(tsc, ns, rem, num, den)
+    cdef pvclock_line timeline = pvclock_line(
+        as_u64(tsc, "tsc"), as_u64(ns, "ns"), as_u64(rem, "rem"), as_u64(num, "num"), as_u64(den, "den")
+    )
+    if timeline.rem >= timeline.den:
+        raise RangeError(f"{line!r}: rem must be below den")
+    return timeline
+
+
+cdef uint8_t as_flags(flags) except? 0:
+    if not 0 <= as_whole(flags, "flags") < 256:
+        raise RangeError(f"flags are {shortened(flags)}; a page has 8 of them")
+    return flags
 
 
 @cython.final

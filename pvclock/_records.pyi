@@ -1,6 +1,6 @@
 from typing import Final
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 
 STEAL_TIME_BYTES: Final = 64
 ASYNC_PF_BYTES: Final = 8

@@ -1,7 +1,7 @@
 """The small records that host and guest share beside the time pages: steal time, EOI byte, page-fault words, pairing.
 
 Each function works on one record of a vCPU that may be running, and does nothing but say so where the record is not in
-guest memory, which Linux ignores as well.
+guest memory, which Linux ignores as well.  RangeError if an address or a value does not fit its type.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -11,11 +11,13 @@ from pvclock._abi cimport (
     PVCLOCK_PAGE_NOT_PRESENT, PVCLOCK_PAGE_READY, PVCLOCK_VCPU_FLUSH_TLB, PVCLOCK_VCPU_PREEMPTED, pvclock_async_pf,
     pvclock_clock_pairing, pvclock_steal_time
 )
-from pvclock._core cimport GuestMemory
+from pvclock._memory cimport GuestMemory, as_u64, as_whole
 from pvclock._publish cimport (
     pvclock_clear_preempted, pvclock_eoi_offer, pvclock_eoi_take, pvclock_load32, pvclock_publish_steal_time,
     pvclock_set_preempted, pvclock_store32
 )
+
+from pvclock.errors import RangeError
 
 STEAL_TIME_BYTES = sizeof(pvclock_steal_time)
 ASYNC_PF_BYTES = sizeof(pvclock_async_pf)
@@ -28,79 +30,93 @@ PAGE_READY = PVCLOCK_PAGE_READY
 cdef uint64_t NS_PER_S = 1_000_000_000
 
 
-def add_steal_time(GuestMemory memory not None, uint64_t gpa, uint64_t ns) -> int | None:
+def add_steal_time(GuestMemory memory not None, gpa: int, ns: int) -> int | None:
     """Add `ns` to the steal time at `gpa`, whose vCPU runs again; the old `preempted` byte, or None if not there."""
-    cdef uint8_t *record = memory.find(gpa, sizeof(pvclock_steal_time))
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint64_t stolen_ns = as_u64(ns, "steal time")
+    cdef uint8_t *record = memory.find(where, sizeof(pvclock_steal_time))
     if record is NULL:
         return None
-    preempted = pvclock_publish_steal_time(record, ns)
-    memory.mark_dirty(gpa, sizeof(pvclock_steal_time))
+    preempted = pvclock_publish_steal_time(record, stolen_ns)
+    memory.mark_dirty(where, sizeof(pvclock_steal_time))
     return preempted
 
 
-def set_preempted(GuestMemory memory not None, uint64_t gpa) -> None:
+def set_preempted(GuestMemory memory not None, gpa: int) -> None:
     """Say in the steal time at `gpa` that its vCPU was scheduled out."""
-    cdef uint8_t *record = memory.find(gpa, sizeof(pvclock_steal_time))
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint8_t *record = memory.find(where, sizeof(pvclock_steal_time))
     if record is not NULL:
         pvclock_set_preempted(record)
-        memory.mark_dirty(gpa, sizeof(pvclock_steal_time))
+        memory.mark_dirty(where, sizeof(pvclock_steal_time))
 
 
-def clear_preempted(GuestMemory memory not None, uint64_t gpa) -> int | None:
+def clear_preempted(GuestMemory memory not None, gpa: int) -> int | None:
     """Say that the vCPU runs again; the old `preempted` byte, or None if the record is not there."""
-    cdef uint8_t *record = memory.find(gpa, sizeof(pvclock_steal_time))
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint8_t *record = memory.find(where, sizeof(pvclock_steal_time))
     if record is NULL:
         return None
     preempted = pvclock_clear_preempted(record)
-    memory.mark_dirty(gpa, sizeof(pvclock_steal_time))
+    memory.mark_dirty(where, sizeof(pvclock_steal_time))
     return preempted
 
 
-def offer_eoi(GuestMemory memory not None, uint64_t gpa) -> bool:
+def offer_eoi(GuestMemory memory not None, gpa: int) -> bool:
     """Set bit 0 of the EOI byte at `gpa`; False if it is not there."""
-    cdef uint8_t *flag = memory.find(gpa, 1)
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint8_t *flag = memory.find(where, 1)
     if flag is NULL:
         return False
     pvclock_eoi_offer(flag)
-    memory.mark_dirty(gpa, 1)
+    memory.mark_dirty(where, 1)
     return True
 
 
-def take_eoi(GuestMemory memory not None, uint64_t gpa) -> bool:
+def take_eoi(GuestMemory memory not None, gpa: int) -> bool:
     """Clear bit 0 of the EOI byte at `gpa`; True if the guest had, or if the byte is no longer there to tell."""
-    cdef uint8_t *flag = memory.find(gpa, 1)
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint8_t *flag = memory.find(where, 1)
     if flag is NULL:
         return True
     used = pvclock_eoi_take(flag)
-    memory.mark_dirty(gpa, 1)
+    memory.mark_dirty(where, 1)
     return used != 0
 
 
-def load_word(GuestMemory memory not None, uint64_t gpa) -> int | None:
+def load_word(GuestMemory memory not None, gpa: int) -> int | None:
     """The 32-bit word at `gpa`, or None if it is not there."""
-    cdef uint8_t *word = memory.find(gpa, 4)
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint8_t *word = memory.find(where, 4)
     return None if word is NULL else pvclock_load32(word)
 
 
-def store_word(GuestMemory memory not None, uint64_t gpa, uint32_t value) -> bool:
+def store_word(GuestMemory memory not None, gpa: int, value: int) -> bool:
     """Put `value` into the 32-bit word at `gpa`; False if it is not there."""
-    cdef uint8_t *word = memory.find(gpa, 4)
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint64_t wide = as_u64(value, "value")
+    if wide >> 32:
+        raise RangeError(f"a word of {wide:#x}; it must fit in 32 bits, unsigned")
+    cdef uint8_t *word = memory.find(where, 4)
     if word is NULL:
         return False
-    pvclock_store32(word, value)
-    memory.mark_dirty(gpa, 4)
+    pvclock_store32(word, <uint32_t>wide)
+    memory.mark_dirty(where, 4)
     return True
 
 
-def write_clock_pairing(GuestMemory memory not None, uint64_t gpa, real_ns: int, uint64_t guest_tsc) -> bool:
+def write_clock_pairing(GuestMemory memory not None, gpa: int, real_ns: int, guest_tsc: int) -> bool:
     """Write UTC (ns since 1970) and the guest TSC of the same instant at `gpa`; False if it is not there."""
     cdef pvclock_clock_pairing pairing
-    cdef uint8_t *record = memory.find(gpa, sizeof(pairing))
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    memset(&pairing, 0, sizeof(pairing))
+    sec, nsec = divmod(as_whole(real_ns, "real_ns"), NS_PER_S)
+    if not -1 << 63 <= sec < 1 << 63:
+        raise RangeError("UTC does not fit 64 bits of seconds")
+    pairing.sec, pairing.nsec, pairing.tsc = sec, nsec, as_u64(guest_tsc, "guest_tsc")
+    cdef uint8_t *record = memory.find(where, sizeof(pairing))
     if record is NULL:
         return False
-    memset(&pairing, 0, sizeof(pairing))
-    pairing.sec, pairing.nsec = divmod(real_ns, NS_PER_S)
-    pairing.tsc = guest_tsc
     memcpy(record, &pairing, sizeof(pairing))
-    memory.mark_dirty(gpa, sizeof(pairing))
+    memory.mark_dirty(where, sizeof(pairing))
     return True

@@ -9,7 +9,8 @@ from fractions import Fraction
 from operator import index
 
 from pvclock import catchup
-from pvclock._core import GUEST_STOPPED, GuestMemory
+from pvclock._core import GUEST_STOPPED
+from pvclock._memory import GuestMemory
 from pvclock.backend import Backend
 from pvclock.catchup import CatchUpTable, Policy, Slew
 from pvclock.errors import RangeError, StateError

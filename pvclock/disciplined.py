@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Final, NamedTuple
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.backend import Backend
 from pvclock.controlled import ControlledTimeline
 from pvclock.discipline import MAX_PPM, Discipline, Steering

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Final, Self
 
 from pvclock import catchup, clockstate
-from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, GuestMemory, publish_wall_clock
+from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, publish_wall_clock
+from pvclock._memory import GuestMemory
 from pvclock.backend import Backend
 from pvclock.catchup import CatchUpTable, Policy, Slew
 from pvclock.clockstate import (

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Final
 
-from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale, GuestMemory, TimePages, read_time_info
+from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale, TimePages, read_time_info
+from pvclock._memory import GuestMemory
 from pvclock.backend import Backend
 from pvclock.errors import GuestAddressError, StateError
 from pvclock.events import Event, EventKind, EventLog

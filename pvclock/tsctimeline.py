@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.backend import Backend
 from pvclock.disciplined import DisciplinedTimeline
 from pvclock.errors import RangeError, TscOffsetNotHonoured

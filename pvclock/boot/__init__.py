@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.boot import flat, multiboot
 from pvclock.boot.entry import EntryState, enter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.boot.entry import EntryState
 from pvclock.boot.layout import FLAT_BASE
 from pvclock.errors import GuestAddressError, ImageError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Final, NamedTuple
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.boot.entry import EntryState
 from pvclock.boot.layout import MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES, MULTIBOOT_INFO
 from pvclock.errors import GuestAddressError, ImageError

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.backend import HostBackend
 from pvclock.errors import PvclockError
 from pvclock.guestclock import GuestClock

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Final, Literal, Self
 
 from pvclock import boot
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.boot.layout import IDENTITY_MAP, RAM_END, TSS
 from pvclock.catchup import Policy
 from pvclock.errors import ConfigError, GuestCrashed, MissingCapability, MsrFault, StateError

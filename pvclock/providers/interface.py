@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.quantities import Gpa, GuestTsc
 
 __all__ = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.errors import ConfigError, GuestAddressError, RangeError
 from pvclock.quantities import Gpa
 

@@ -12,7 +12,8 @@ import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from pvclock._core import GuestMemory, read_time_info
+from pvclock._core import read_time_info
+from pvclock._memory import GuestMemory
 from pvclock.errors import GuestAddressError, StateFileError
 from pvclock.quantities import Gpa
 

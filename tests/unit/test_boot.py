@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from pvclock import boot
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock.boot import EntryState, flat, multiboot
 from pvclock.boot.layout import FLAT_BASE, MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES, MULTIBOOT_INFO
 from pvclock.errors import ImageError

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock._records import ASYNC_PF_BYTES, PAGE_NOT_PRESENT, PAGE_READY, load_word, store_word
 from pvclock.errors import MsrFault, RangeError
 from pvclock.providers.kvm.features import (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock._records import offer_eoi, take_eoi
 from pvclock.errors import MsrFault
 from pvclock.providers.kvm.features import MSR_KVM_PV_EOI_EN

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from pvclock._core import GuestMemory
+from pvclock._memory import GuestMemory
 from pvclock._records import STEAL_TIME_BYTES, VCPU_FLUSH_TLB, add_steal_time, clear_preempted, set_preempted
 from pvclock.errors import MsrFault, RangeError
 from pvclock.providers.kvm.features import MSR_KVM_STEAL_TIME

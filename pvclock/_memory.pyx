@@ -1,0 +1,378 @@
+"""A VM's memory: buffers at guest-physical addresses, and who is told of what pvclock writes there.
+
+The GIL is the lock of this module, and addresses are what it guards: an address that find() gave is good until Python
+code can run, which allocating an object with references, dropping one, or calling one may do.  So arguments are
+converted first and results are made last; between find() and the last use of its address there is plain C.  Who must
+release the GIL over an address pins the slots.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBuffer_Release, PyObject_GetBuffer
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.long cimport PyLong_CheckExact
+from cpython.number cimport PyNumber_Index
+from cpython.pythread cimport PyThread_get_thread_ident
+from libc.stdint cimport UINT64_MAX, uint8_t, uint64_t
+from libc.string cimport memcpy, memmove, strchr
+
+from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef void (*fork_handler)() noexcept nogil
+    int pthread_atfork(fork_handler prepare, fork_handler parent, fork_handler child)
+
+# What may fill memory, as the struct module spells it: bytes and plain numbers, no pointers, objects or structures.
+cdef const char *PLAIN_FORMATS = b"cbB?hHiIlLqQnNefd"
+
+# How often on_dirty may be told of what it wrote itself when it was told, before that is taken for endless.
+cdef int TELL_ROUNDS = 64
+
+cdef uint64_t forks = 0  # between the process that loaded this module and this one
+
+
+cdef void count_fork() noexcept nogil:
+    global forks
+    forks += 1
+
+
+if pthread_atfork(NULL, NULL, count_fork) != 0:
+    raise MemoryError
+
+
+# Arguments
+
+
+cdef object as_whole(object value, str what):
+    """`value` as an int; TypeError if it is no whole number."""
+    if PyLong_CheckExact(value):
+        return value
+    try:
+        return PyNumber_Index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be a whole number, not {type(value).__name__}") from None
+
+
+cdef uint64_t as_u64(object value, str what) except? 0:
+    number = as_whole(value, what)
+    try:
+        return <uint64_t>number
+    except OverflowError:
+        raise RangeError(f"{what} is {number:#x}; it must fit in 64 bits, unsigned") from None
+
+
+cdef str shortened(object number):
+    """A whole number for a message: Python makes no decimal text of very long ones."""
+    return str(number) if -1 << 64 < number < 1 << 64 else hex(number)
+
+
+# Errors
+
+
+cdef object graver(object error, object later):
+    """Which of two errors is to come out: the first, but an interrupt before any other.  It has the other as a note."""
+    if error is None or later is None or error is later:
+        return later if error is None else error
+    if not isinstance(later, Exception) and isinstance(error, Exception):
+        error, later = later, error
+    try:
+        error.add_note(f"and there was {later!r}")
+    except Exception:  # both are the caller's own: their repr may do anything
+        pass
+    return error
+
+
+# Memory
+
+
+@cython.final
+@cython.internal
+@cython.no_gc_clear  # who has a pointer into the buffer has a reference to this, and must find the buffer
+cdef class Slot:
+    """A buffer mapped at a guest-physical address; holds the buffer as long as it lives."""
+
+    cdef Py_buffer view
+    cdef uint64_t gpa
+    cdef uint64_t length
+
+    def __cinit__(self, uint64_t gpa, buffer: object) -> None:
+        try:
+            PyObject_GetBuffer(buffer, &self.view, PyBUF_CONTIG | PyBUF_FORMAT)
+        except (BufferError, TypeError, ValueError) as error:  # NumPy and a closed mmap say ValueError
+            raise ConfigError(f"guest memory needs a writable, contiguous buffer: {error}") from None
+        if not is_plain(self.view.format):
+            raise ConfigError(f"guest memory needs a buffer of bytes or plain numbers, not of format "
+                              f"{self.view.format.decode('ascii', 'replace')!r}")
+        self.gpa = gpa
+        self.length = self.view.len
+        if self.length == 0 or self.length - 1 > UINT64_MAX - gpa:
+            raise ConfigError(f"slot {gpa:#x}+{self.length}: it must not be empty and must end by 2^64")
+
+    def __dealloc__(self) -> None:
+        PyBuffer_Release(&self.view)  # does nothing if never acquired
+
+    cdef bint overlaps(self, Slot other):
+        return other.gpa - self.gpa < self.length or self.gpa - other.gpa < other.length
+
+
+cdef bint is_plain(const char *format) noexcept:
+    """Is a buffer's format, NULL for bytes, one plain type with or without a byte order?"""
+    if format is NULL:
+        return True
+    if format[0] != 0 and strchr(b"@=<>!", format[0]) is not NULL:
+        format += 1
+    return format[0] != 0 and format[1] == 0 and strchr(PLAIN_FORMATS, format[0]) is not NULL
+
+
+@cython.final
+cdef class Deferral:
+    """What one thread has written and on_dirty was not told yet."""
+
+    def __cinit__(self) -> None:
+        self.ranges = {}
+
+
+@cython.final
+@cython.no_gc_clear  # pointers into it are found stale by its generation, so nothing may take its slots from it
+cdef class GuestMemory:
+    """A VM's guest-physical memory: writable buffers mapped at addresses, with holes between them.
+
+    GuestMemory(buffer) maps one buffer at 0; GuestMemory() starts empty.  Every access lies within one slot, else
+    GuestAddressError.  `on_dirty(gpa, length)`, if set, is told of all that pvclock wrote: KVM's dirty log does not see
+    writes from user space.  `generation` counts changes of the slots.
+
+    on_dirty is called in the thread that wrote, when all is written; what it raises goes to the writer's caller once
+    all is told.  It may call back: it is told of what it writes itself, too, when it has returned.
+
+    Thread-safety: all methods may be called from any thread.  In a child of fork() only the thread that called it is
+    left, and with it no publish that was under way: the child may close() at once.
+    """
+
+    def __cinit__(self) -> None:
+        self._slots = ()
+        self._deferrals = {}
+        self._forks = forks
+
+    def __init__(self, buffer: object = None) -> None:
+        self.close()
+        if buffer is not None:
+            self.add_slot(0, buffer)
+
+    def add_slot(self, gpa: int, buffer: object) -> None:
+        """Map a writable, contiguous buffer of bytes or plain numbers at `gpa`.
+
+        ConfigError if it is none, overlaps a slot or passes 2^64.
+        """
+        cdef Slot new = Slot(as_u64(gpa, "gpa"), buffer)
+        cdef Slot slot
+        cdef tuple old
+        while True:
+            old = self._slots
+            for slot in old:
+                if new.overlaps(slot):
+                    raise ConfigError(
+                        f"slot {new.gpa:#x}+{new.length} overlaps the slot {slot.gpa:#x}+{slot.length}")
+            if self._swap(old, (*old, new)):
+                return
+
+    def remove_slot(self, gpa: int) -> None:
+        """Unmap the slot that begins at `gpa` and let go of its buffer; pages in it are no longer published."""
+        cdef tuple old
+        gpa = as_whole(gpa, "gpa")
+        while True:
+            old = self._slots
+            kept = tuple([slot for slot in old if (<Slot>slot).gpa != gpa])
+            if len(kept) == len(old):
+                raise GuestAddressError(gpa, 0, "is not the beginning of a slot")
+            if self._swap(old, kept):
+                return
+
+    def close(self) -> None:
+        """Unmap everything.  May be called twice."""
+        cdef tuple old
+        while True:
+            old = self._slots
+            if self._swap(old, ()):
+                return
+
+    cdef bint _swap(self, tuple old, tuple new) except -1:
+        """Put `new` in the place of `old` once no publish uses an address; False if the slots are `old` no longer.
+
+        From the last look at the pins on there is plain C: the change is one step to all threads.  The caller holds
+        `old`, so what it lets go of goes after the change: releasing a buffer may run any code, and release the GIL.
+        """
+        self._forget_other_threads()
+        while self._pins:
+            self._replacing += 1  # no new publish begins, or one that goes on for ever would never let us
+            with nogil:
+                sched_yield()  # the publishing thread needs the GIL to unpin
+            self._replacing -= 1
+            PyErr_CheckSignals()  # an interrupt leaves all as it was; a handler may publish, so we do not wait in it
+            self._forget_other_threads()
+        if self._slots is not old:
+            return False
+        self.generation += 1
+        self._slots = new
+        return True
+
+    cdef void _forget_other_threads(self) noexcept:
+        """In a child of fork(), drop the counts of threads that are not here."""
+        if self._forks != forks:
+            self._forks = forks
+            self._pins = self._replacing = 0
+
+    cdef int wait_for_slots(self) except -1:
+        """Let those go first who wait to change the slots; before pointers are looked up that a publish will use."""
+        self._forget_other_threads()
+        while self._replacing:
+            with nogil:
+                sched_yield()
+            PyErr_CheckSignals()
+            self._forget_other_threads()
+        return 0
+
+    cdef void pin(self) noexcept:
+        """Keep the slots as they are until unpin(); addresses are good meanwhile, without the GIL, too."""
+        self._forget_other_threads()
+        self._pins += 1
+
+    cdef void unpin(self) noexcept:
+        self._pins -= 1
+
+    def __enter__(self) -> GuestMemory:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def slots(self) -> list[tuple[int, int]]:
+        """(gpa, length) of each slot, by address."""
+        cdef Slot slot
+        extents = []
+        for slot in self._slots:
+            extents.append((slot.gpa, slot.length))
+        return sorted(extents)
+
+    cdef uint8_t *find(self, uint64_t gpa, uint64_t length) noexcept:
+        """The host address of guest memory, or NULL; good until Python code can run."""
+        cdef uint64_t into
+        for slot in self._slots:
+            # Subtract, never add: gpa is the guest's choice, and gpa + length can wrap.
+            into = gpa - (<Slot>slot).gpa
+            if into < (<Slot>slot).length and length <= (<Slot>slot).length - into:
+                return <uint8_t *>(<Slot>slot).view.buf + into
+        return NULL
+
+    cdef uint8_t *at(self, object gpa, uint64_t length) except NULL:
+        """As find(), of an address that may be anything; GuestAddressError where there is no memory."""
+        cdef uint8_t *found = NULL
+        gpa = as_whole(gpa, "gpa")
+        if 0 <= gpa < 1 << 64:
+            found = self.find(gpa, length)
+        if found is NULL:
+            raise GuestAddressError(gpa, length)
+        return found
+
+    def contains(self, gpa: int, length: int) -> bool:
+        """Can `length` bytes from `gpa` be read and written?"""
+        cdef uint64_t count = as_u64(length, "length")
+        gpa = as_whole(gpa, "gpa")
+        return 0 <= gpa < 1 << 64 and self.find(gpa, count) is not NULL
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """`length` bytes from `gpa`."""
+        cdef uint64_t count = as_u64(length, "length")
+        gpa = as_whole(gpa, "gpa")
+        self.at(gpa, count)  # before any bytes are made: the length may be a guest's
+        data = PyBytes_FromStringAndSize(NULL, count)
+        memcpy(PyBytes_AS_STRING(data), self.at(gpa, count), count)
+        return data
+
+    def write(self, gpa: int, data: object) -> None:
+        """Write a bytes-like object at `gpa`, all of it or (GuestAddressError) nothing."""
+        cdef Py_buffer view
+        gpa = as_whole(gpa, "gpa")
+        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            memmove(self.at(gpa, view.len), view.buf, view.len)
+            self.mark_dirty(gpa, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    # Who is told
+
+    def defer_dirty(self) -> None:
+        """Keep what this thread writes from now on, each range once, until tell_dirty(); both may be nested."""
+        self.defer()
+
+    def tell_dirty(self) -> None:
+        """End the last defer_dirty() of this thread; at the outermost, tell on_dirty of what was kept, in order.
+
+        The first error that on_dirty raises comes out when it was told of all; further ones are notes in it, but an
+        interrupt comes out before an error.
+        """
+        self.tell()
+
+    cdef Deferral defer(self):
+        cdef Deferral mine
+        thread = PyThread_get_thread_ident()
+        mine = self._deferrals.get(thread)
+        if mine is None:
+            mine = Deferral()
+            self._deferrals[thread] = mine
+        mine.depth += 1
+        return mine
+
+    cdef int mark_dirty(self, uint64_t gpa, uint64_t length) except -1:
+        """Tell on_dirty, now or at tell(), that this thread has written there."""
+        if self.on_dirty is None:
+            return 0
+        cdef Deferral mine = self.defer()
+        try:
+            mine.ranges[gpa, length] = None
+        finally:
+            self.tell()
+        return 0
+
+    cdef int tell(self) except -1:
+        cdef Deferral mine
+        thread = PyThread_get_thread_ident()
+        mine = self._deferrals.get(thread)
+        if mine is None or mine.depth == 0:
+            raise StateError("tell_dirty", "this thread keeps nothing back", "call defer_dirty() first")
+        mine.depth -= 1
+        if mine.depth or mine.telling:
+            return 0  # the outermost call, or the one that is telling, will tell
+        error = None
+        if mine.ranges:
+            mine.telling = True
+            error = self._tell(mine)
+            mine.telling = False
+        if mine.depth == 0:
+            self._deferrals.pop(thread, None)
+        if error is not None:
+            raise error
+        return 0
+
+    cdef object _tell(self, Deferral mine):
+        """Tell on_dirty of all that is kept, and of what it writes meanwhile; returns the error that is to come out."""
+        error = None
+        on_dirty = self.on_dirty  # another thread may switch it off at any time
+        for _ in range(TELL_ROUNDS):
+            ranges, mine.ranges = mine.ranges, {}
+            if not ranges or on_dirty is None:
+                return error
+            for gpa, length in ranges:
+                try:
+                    on_dirty(gpa, length)
+                except BaseException as raised:
+                    error = graver(error, raised)
+        mine.ranges = {}
+        return graver(error, StateError(
+            "on_dirty", "it writes to guest memory whenever it is told of a write", "let it write only now and then"))
