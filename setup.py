@@ -41,6 +41,7 @@ setup(
         module("pvclock._core"),
         module("pvclock._counter"),
         module("pvclock._records"),
+        module("pvclock._transaction"),
         module("pvclock._bulk"),
         module("pvclock._sampling"),
         module("pvclock.kvm._ioctls"),
