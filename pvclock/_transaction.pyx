@@ -63,18 +63,17 @@ cdef class Transaction:
             self._depth -= 1
             self._release()
             return False
-        error = graver(raised, self._end())
+        error = self._end(raised)
         if error is not raised:
             raise error
         return False
 
-    cdef object _end(self):
-        """Tell, give the lock back, and tell who waits for that; returns the error that is to come out of them."""
-        error = None
+    cdef object _end(self, error):
+        """Tell, give the lock back, and tell who waits for that; returns the error that is to come out, if any."""
         try:
             self._memory.tell()
         except BaseException as told:
-            error = told
+            error = graver(error, told)
         self._depth = 0
         self._release()
         try:
