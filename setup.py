@@ -44,6 +44,7 @@ setup(
         module("pvclock._transaction"),
         module("pvclock._bulk"),
         module("pvclock._sampling"),
+        module("pvclock.kvm._gate"),
         module("pvclock.kvm._ioctls"),
         # The payloads are assembled into this module by gas `.include`, which looks in the -I folders.
         module("pvclock.payloads._images", "-Wa,-Ipvclock/payloads", depends=Path("pvclock/payloads").glob("*.s")),

@@ -85,6 +85,12 @@ class Backend(Protocol):
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """Keep all vCPUs out of the guest meanwhile.  `vcpu` is the caller's own, which is out already."""
 
+    def vcpus_held(self) -> bool | None:
+        """Are all vCPUs out of the guest until they are resumed or started?  None where the VMM answers for it.
+
+        What quiesce() does is not counted.  Ask inside it: the answer holds for as long as that is kept.
+        """
+
 
 _simulated = count(1)
 
@@ -176,6 +182,10 @@ class SimulatedBackend:
         """See Backend: no vCPU runs here."""
         return nullcontext()
 
+    def vcpus_held(self) -> bool | None:
+        """See Backend: the VMM answers for it."""
+        return None
+
 
 class HostBackend:
     """This host's own TSC and clocks, and no vCPU: for readers in this process.  It honours no TSC offset."""
@@ -214,6 +224,10 @@ class HostBackend:
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """See Backend: no vCPU runs here."""
         return nullcontext()
+
+    def vcpus_held(self) -> bool | None:
+        """See Backend: the VMM answers for it."""
+        return None
 
 
 def host_clocksource() -> str:

@@ -184,6 +184,10 @@ class UnslavedBackend:
         """See Backend."""
         return self.inner.quiesce(vcpu)
 
+    def vcpus_held(self) -> bool | None:
+        """See Backend."""
+        return self.inner.vcpus_held()
+
     def _ticks_since(self, run: _Run) -> int:
         """Host ticks of a run until now, and no fewer than the counter has shown of it."""
         ticks = (self.inner.counter.read() - run.host_tsc) & U64_MASK

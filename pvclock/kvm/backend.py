@@ -71,6 +71,10 @@ class _VcpusOfRunner:
         finally:
             self._runner.pause()
 
+    def vcpus_held(self) -> bool | None:
+        """See Backend."""
+        return self._runner.gate.is_held
+
 
 class KvmBackend(_VcpusOfRunner):
     """See pvclock.backend.Backend: a host whose KVM leaves TSC offsets as they are set.

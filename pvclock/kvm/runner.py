@@ -1,18 +1,21 @@
-"""Threads that run a VM's vCPUs: start, kick, pause, resume, stop.
+"""Threads that run a VM's vCPUs: start, pause, resume, stop.
 
-Each vCPU has a thread that runs it and hands every exit to the one handler.  A vCPU enters the guest through a gate:
-whoever holds the gate knows that no vCPU is in the guest.  Nothing here knows what the exits mean.
+Each vCPU has a thread that runs it and hands every exit to the one handler.  A vCPU enters the guest through a gate,
+which also counts the threads.  Nothing here knows what the exits mean.
+
+KeyboardInterrupt may come between any two lines here.  So what changes more than one thing is one call of the gate's,
+and what is left after an interrupted call is a state in which every other call works.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeAlias
 
 from pvclock.errors import StateError
+from pvclock.kvm._gate import Gate, Hold
 from pvclock.kvm._ioctls import Vcpu, install_kick_signal
 from pvclock.kvm.exits import Exit, Interrupted
 
@@ -21,162 +24,105 @@ __all__ = ["ExitHandler", "Runner"]
 ExitHandler: TypeAlias = Callable[[int, Exit], bool]
 """handler(vcpu, exit), on that vCPU's thread; False ends the VM's run.  It answers the exit on the Vcpu."""
 
-KICK_AGAIN_S = 0.01
-
 
 class Runner:
     """Runs `vcpus`, each on its own thread.
 
     kick_signal: a signal that the process does not use otherwise; its handler does nothing but end a system call.
 
-    Thread-safety: all methods may be called from any thread; stop() and join() not from a vCPU's own.
+    Thread-safety: all methods may be called from any thread; join() not from a vCPU's own.
     """
 
     def __init__(self, vcpus: list[Vcpu], handler: ExitHandler, *, kick_signal: int = signal.SIGRTMIN + 2) -> None:
         install_kick_signal(kick_signal)
+        self.gate = Gate(vcpus, kick_signal)
         self._vcpus = vcpus
         self._handler = handler
         self._kick_signal = kick_signal
         self._threads: list[threading.Thread] = []
-        self._idents: list[int | None] = [None] * len(vcpus)  # of threads that can be sent a signal; under the gate
-        self._gate = threading.Condition()
-        # A vCPU says that it goes in before it looks at holds and stopping; a holder sets those before it looks who is
-        # in.  So one of the two always sees the other, and the way in takes no lock.
-        self._in_guest = [False] * len(vcpus)
-        self._holds = 0
-        self._stopping = False
-        self._paused = False
+        self._start_failure: StateError | None = None
         self.failure: BaseException | None = None
-        """What ended the run, if an error did: raised by the handler or by KVM."""
+        """What ended the run, if an error did: raised by the handler or by KVM, or no thread to be had."""
 
     # Life
 
     def start(self) -> None:
-        """Let all vCPUs run.  StateError if they were started or stopped before."""
-        with self._gate:
-            if self._threads or self._stopping:
-                raise StateError("start", "the vCPUs were started or stopped before", "make another machine")
-            self._threads = [
-                threading.Thread(target=self._run, args=(vcpu,), name=f"vCPU {vcpu}", daemon=True)
-                for vcpu in range(len(self._vcpus))
-            ]
-            for thread in self._threads:
-                thread.start()
+        """Let all vCPUs run.  StateError if they were started or stopped before, or if there is no thread for one."""
+        try:
+            self.gate.begin(self._start_threads)
+        except RuntimeError as error:
+            raise _no_thread(error) from None
+        self.gate.wait_until_started()
+        if self._start_failure is not None:
+            raise self._start_failure
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait until the run has ended; False if it has not within `timeout_s`.  StateError if it never began."""
-        with self._gate:
-            if not self._threads and not self._stopping:
-                raise StateError("join", "the vCPUs were never started", "start() them")
-            return self._gate.wait_for(lambda: self._stopping, timeout_s)
+        if not self.gate.has_begun and not self.gate.has_ended:
+            raise StateError("join", "the vCPUs were never started", "start() them")
+        return self.gate.wait_until_ended(timeout_s)
 
     def stop(self) -> None:
-        """End the run and all threads.  May be called at any time, and twice."""
-        self._end()
-        for vcpu, thread in enumerate(self._threads):
-            while thread.is_alive():
-                with self._gate:
-                    self._kick(vcpu)
-                thread.join(KICK_AGAIN_S)
+        """End the run and all threads; by a vCPU's own thread, without waiting for them.
+
+        May be called at any time, and again, also after an interrupt.
+        """
+        self.gate.end()
+        if any(thread.ident == threading.get_ident() for thread in self._threads):
+            return
+        self.gate.wait_until_departed()
+        for thread in self._threads:
+            thread.join()  # its last lines; an interrupt of a longer join() would make is_alive() false for good
 
     def thread_id(self, vcpu: int) -> int | None:
-        """The kernel's id of vCPU's thread; None before start()."""
-        return self._threads[vcpu].native_id if self._threads else None
+        """The kernel's id of vCPU's thread; None while it has none."""
+        return self.gate.thread_id(vcpu)
 
     # Keeping vCPUs out of the guest
 
     def pause(self) -> None:
-        """Return once no vCPU is in the guest, and let none in before resume()."""
-        with self._gate:
-            if not self._paused:
-                self._paused = True
-                self._holds += 1
-            self._drive_out(None)
+        """Return once no vCPU is in the guest, and let none in before resume(); not paused if interrupted before."""
+        self.gate.pause()
 
     def resume(self) -> None:
         """Let the vCPUs go on after pause()."""
-        with self._gate:
-            if self._paused:
-                self._paused = False
-                self._release()
+        self.gate.resume()
 
-    @contextmanager
-    def quiesce(self, vcpu: int | None = None) -> Iterator[None]:
-        """Keep all vCPUs out of the guest meanwhile; `vcpu` is the caller's own, which is out already."""
-        with self._gate:
-            self._holds += 1
-        try:
-            with self._gate:
-                self._drive_out(vcpu)
-            yield
-        finally:
-            with self._gate:
-                self._release()
+    def quiesce(self, vcpu: int | None = None) -> Hold:
+        """Keep all vCPUs out of the guest meanwhile; `vcpu`, the caller's own, is out already, as the gate knows."""
+        return self.gate.hold()
 
-    # The rest of this part is called with the gate's lock held.
+    # On other threads
 
-    def _drive_out(self, own: int | None) -> None:
-        while self._holds and (inside := self._others_in_guest(own)):  # no hold: resume() came while pause() waits
-            for vcpu in inside:
-                self._kick(vcpu)
-            self._gate.wait(KICK_AGAIN_S)
-
-    def _release(self) -> None:
-        self._holds -= 1
-        self._gate.notify_all()
-
-    def _others_in_guest(self, own: int | None) -> list[int]:
-        return [vcpu for vcpu, in_guest in enumerate(self._in_guest) if in_guest and vcpu != own]
-
-    def _kick(self, vcpu: int) -> None:
-        self._vcpus[vcpu].request_exit()
-        ident = self._idents[vcpu]
-        if ident is not None:
-            signal.pthread_kill(ident, self._kick_signal)
-
-    # A vCPU's thread
+    def _start_threads(self) -> None:
+        """Start each vCPU's thread: on one where no signal handler of Python's runs, for Thread.start() bears none."""
+        with self.gate.hold():  # none goes in before all have their threads
+            for vcpu in range(len(self._vcpus)):
+                thread = threading.Thread(target=self._run, args=(vcpu,), name=f"vCPU {vcpu}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    self.failure = self._start_failure = _no_thread(error)
+                    self.gate.depart(vcpu)
+                else:
+                    self._threads.append(thread)
+        self.gate.threads_started()
 
     def _run(self, vcpu: int) -> None:
-        run, handler, in_guest = self._vcpus[vcpu].run, self._handler, self._in_guest
+        gate, run, handler = self.gate, self._vcpus[vcpu].run, self._handler
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [self._kick_signal])  # whoever called start() may block it
-            with self._gate:
-                self._idents[vcpu] = threading.get_ident()
-            while self._enter(vcpu):
+            gate.arrive(vcpu)
+            while gate.enter(vcpu):
                 reason = run()
-                in_guest[vcpu] = False
-                if self._holds:
-                    self._tell()
+                gate.leave(vcpu)
                 if not isinstance(reason, Interrupted) and not handler(vcpu, reason):
                     break
         except BaseException as failure:  # noqa: BLE001  # whoever waits for the run gets it
             self.failure = self.failure or failure
         finally:
-            in_guest[vcpu] = False
-            with self._gate:
-                self._idents[vcpu] = None
-            self._end()
+            gate.depart(vcpu)
 
-    def _enter(self, vcpu: int) -> bool:
-        """Pass the gate; False when the run has ended."""
-        while True:
-            self._in_guest[vcpu] = True
-            if not self._holds and not self._stopping:
-                return True
-            self._in_guest[vcpu] = False
-            with self._gate:
-                self._gate.notify_all()
-                self._gate.wait_for(lambda: not self._holds or self._stopping)
-            if self._stopping:
-                return False
 
-    def _tell(self) -> None:
-        with self._gate:
-            self._gate.notify_all()
-
-    def _end(self) -> None:
-        with self._gate:
-            self._stopping = True
-            for vcpu in self._others_in_guest(None):
-                self._kick(vcpu)
-            self._gate.notify_all()
+def _no_thread(error: RuntimeError) -> StateError:
+    return StateError("start", f"a vCPU has no thread: {error}", "end other threads, or raise the limit (ulimit -u)")

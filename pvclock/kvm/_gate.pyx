@@ -1,0 +1,376 @@
+"""The gate between a VM's vCPU threads and its guest: who is in, who keeps them out, how the run begins and ends.
+
+Two words decide.  A vCPU stores its `in_guest` and then loads `shut`; a holder changes `shut` and then loads every
+`in_guest`.  Both orders are sequentially consistent (C11), so one of the two always sees the other, and the way in
+takes no lock.  None of this relies on the GIL but the calls of `vcpus`, which are Python objects.
+
+Each method is one step for a signal: Python's handlers run between bytecodes, and there are none here.  They run while
+a method waits, and if one raises there, the method has changed nothing.  A `Hold` that is dropped gives itself back,
+so no exception can leave one behind.
+
+Waiting is by futex on `changes`, which every step that may end a wait counts up.
+"""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport uint32_t
+from libc.stdlib cimport calloc, free
+from posix.time cimport timespec
+from posix.unistd cimport getpid
+
+from _thread import start_new_thread
+from time import monotonic
+
+from pvclock.errors import RangeError, StateError
+
+cdef extern from * nogil:
+    """
+    #include <limits.h>
+    #include <linux/futex.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    static void futex_wait(uint32_t *word, uint32_t seen, const struct timespec *timeout)
+    {
+        syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, timeout, NULL, 0);
+    }
+
+    static void futex_wake_all(uint32_t *word)
+    {
+        syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+    }
+
+    static uint32_t this_thread(void)
+    {
+        return (uint32_t)syscall(SYS_gettid);
+    }
+
+    /* For a thread that has ended it does nothing; pthread_kill() may crash. */
+    static void kick_thread(uint32_t thread, int signum)
+    {
+        syscall(SYS_tgkill, getpid(), thread, signum);
+    }
+    """
+    void futex_wait(uint32_t *word, uint32_t seen, const timespec *timeout)
+    void futex_wake_all(uint32_t *word)
+    uint32_t this_thread()
+    void kick_thread(uint32_t thread, int signum)
+
+    const int SEQ_CST "__ATOMIC_SEQ_CST"
+    uint32_t load "__atomic_load_n"(uint32_t *word, int order)
+    void store "__atomic_store_n"(uint32_t *word, uint32_t value, int order)
+    uint32_t exchange "__atomic_exchange_n"(uint32_t *word, uint32_t value, int order)
+    uint32_t add "__atomic_add_fetch"(uint32_t *word, uint32_t value, int order)
+    uint32_t set_bits "__atomic_or_fetch"(uint32_t *word, uint32_t bits, int order)
+    uint32_t clear_bits "__atomic_and_fetch"(uint32_t *word, uint32_t kept, int order)
+
+# In `shut`: no vCPU goes in unless it is 0.
+cdef enum:
+    PAUSED = 1
+    ENDED = 2
+    ONE_HOLD = 4  # counted in the bits from here on
+
+# What is waited for.
+cdef enum:
+    UNTIL_STARTED
+    UNTIL_ENDED
+    UNTIL_DEPARTED
+
+cdef long LOOK_AGAIN_NS = 10_000_000  # kicks, signals and deadlines are looked at again this often
+cdef long NS_PER_S = 1_000_000_000
+
+
+cdef struct Place:
+    # A vCPU's own words, on a cache line of their own.
+    uint32_t in_guest
+    uint32_t thread  # the kernel's id while it can be kicked, else 0
+    uint32_t unused[14]
+
+
+@cython.final
+cdef class Gate:
+    """The gate of `vcpus`, which can be told to request_exit(); `kick_signal` gets their threads out of KVM_RUN.
+
+    Thread-safety: all methods may be called from any thread, but a vCPU's own calls from that vCPU's thread.
+    A forked child has none of the threads: there every vCPU is out, and the run is over.
+    """
+
+    cdef list _vcpus
+    cdef int _kick_signal
+    cdef int _pid
+    cdef Place *_places
+    cdef uint32_t _shut
+    cdef uint32_t _changes
+    cdef uint32_t _began  # 1 from begin() on
+    cdef uint32_t _starting  # 1 from begin() until threads_started()
+    cdef uint32_t _threads  # vCPU threads that have not departed
+
+    def __cinit__(self, vcpus: list[object], kick_signal: int) -> None:
+        self._vcpus = list(vcpus)
+        self._kick_signal = kick_signal
+        self._pid = getpid()
+        self._places = <Place *>calloc(max(len(self._vcpus), 1), sizeof(Place))
+        if self._places is NULL:
+            raise MemoryError
+
+    def __dealloc__(self) -> None:
+        free(self._places)
+
+    # Who keeps the vCPUs out
+
+    def hold(self) -> Hold:
+        """A context manager that keeps all vCPUs out of the guest: entered once the last one is out."""
+        return Hold(self)
+
+    def pause(self) -> None:
+        """Return once no vCPU is in the guest, and let none in before resume(); paused twice is paused.
+
+        If a signal's handler raises meanwhile, the vCPUs run on as before.
+        """
+        cdef Hold hold = Hold(self)
+        hold.take()
+        set_bits(&self._shut, PAUSED, SEQ_CST)
+        hold.give_back()
+
+    def resume(self) -> None:
+        """End pause(): the vCPUs go on once the last hold is given back."""
+        clear_bits(&self._shut, ~<uint32_t>PAUSED, SEQ_CST)
+        self._tell()
+
+    @property
+    def is_held(self) -> bool:
+        """Are the vCPUs out of the guest until somebody resumes or begins the run: by pause(), or for want of a run?
+
+        A Hold does not count, for it is given back.  Ask within one: then the answer holds for as long as that is kept,
+        because a resume() that comes meanwhile lets no vCPU in before.
+        """
+        cdef uint32_t shut = load(&self._shut, SEQ_CST)
+        if shut & PAUSED or self.threads == 0:
+            return True
+        return bool(shut & ENDED) and not self._inside()
+
+    # The run
+
+    def begin(self, start_threads: Callable[[], None]) -> None:
+        """Begin the run: `start_threads`, on a thread of its own, starts one for each vCPU and says threads_started().
+
+        In one step, which no signal can take apart, as it can Thread.start().  StateError if the run began or ended
+        before; RuntimeError if there can be no more threads, and then it has not begun.
+        """
+        cdef uint32_t count = len(self._vcpus)
+        if load(&self._shut, SEQ_CST) & ENDED or exchange(&self._began, 1, SEQ_CST):
+            raise StateError("start", "the vCPUs were started or stopped before", "make another machine")
+        store(&self._threads, count, SEQ_CST)
+        store(&self._starting, 1, SEQ_CST)
+        try:
+            start_new_thread(start_threads, ())
+        except BaseException:
+            store(&self._starting, 0, SEQ_CST)
+            store(&self._threads, 0, SEQ_CST)
+            store(&self._began, 0, SEQ_CST)
+            raise
+
+    def threads_started(self) -> None:
+        """Say that each vCPU has its thread, or that depart() was called for it."""
+        store(&self._starting, 0, SEQ_CST)
+        self._tell()
+
+    def end(self) -> None:
+        """End the run: no vCPU goes in any more, and those that are in are kicked.  It does not wait for them."""
+        set_bits(&self._shut, ENDED, SEQ_CST)
+        self._tell()
+        self._kick_inside()
+
+    def wait_until_started(self) -> None:
+        """Wait for threads_started()."""
+        self._wait_for(UNTIL_STARTED, None)
+
+    def wait_until_ended(self, timeout_s: float | None = None) -> bool:
+        """Wait for end(); False if it has not come within `timeout_s`."""
+        return self._wait_for(UNTIL_ENDED, timeout_s)
+
+    def wait_until_departed(self) -> None:
+        """Wait until no thread of the run is left.  For after end(), and not for a vCPU's own thread."""
+        self._wait_for(UNTIL_DEPARTED, None)
+
+    @property
+    def has_begun(self) -> bool:
+        """Was begin() called?"""
+        return load(&self._began, SEQ_CST) != 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Was end() called?"""
+        return (load(&self._shut, SEQ_CST) & ENDED) != 0
+
+    @property
+    def threads(self) -> int:
+        """How many vCPUs of a run that has begun have not departed."""
+        return load(&self._threads, SEQ_CST) if self._is_ours() else 0
+
+    def thread_id(self, vcpu: int) -> int | None:
+        """The kernel's id of vCPU's thread while it runs, else None."""
+        return load(&self._place(vcpu).thread, SEQ_CST) or None
+
+    # A vCPU's thread
+
+    def arrive(self, vcpu: int) -> None:
+        """This thread is vCPU's from now on, and can be kicked."""
+        store(&self._place(vcpu).thread, this_thread(), SEQ_CST)
+
+    def enter(self, vcpu: int) -> bool:
+        """Go in, as soon as the gate is open; False when the run has ended."""
+        cdef Place *place = self._place(vcpu)
+        cdef uint32_t seen, shut
+        while True:
+            store(&place.in_guest, 1, SEQ_CST)
+            if load(&self._shut, SEQ_CST) == 0:
+                return True
+            store(&place.in_guest, 0, SEQ_CST)
+            self._tell()
+            while True:
+                seen = load(&self._changes, SEQ_CST)
+                shut = load(&self._shut, SEQ_CST)
+                if shut & ENDED:
+                    return False
+                if shut == 0:
+                    break
+                with nogil:
+                    futex_wait(&self._changes, seen, NULL)
+
+    def leave(self, vcpu: int) -> None:
+        """Say that vCPU is out of the guest."""
+        store(&self._place(vcpu).in_guest, 0, SEQ_CST)
+        if load(&self._shut, SEQ_CST):
+            self._tell()
+
+    def depart(self, vcpu: int) -> None:
+        """End the run on behalf of vCPU, whose thread is never seen again, or could not be started."""
+        cdef Place *place = self._place(vcpu)
+        store(&place.in_guest, 0, SEQ_CST)
+        store(&place.thread, 0, SEQ_CST)
+        self.end()
+        add(&self._threads, <uint32_t>-1, SEQ_CST)
+        self._tell()
+
+    # Inside
+
+    cdef Place *_place(self, vcpu) except NULL:
+        if not 0 <= vcpu < len(self._vcpus):
+            raise RangeError(f"vCPU {vcpu}; this gate has vCPUs 0 to {len(self._vcpus) - 1}")
+        return &self._places[<Py_ssize_t>vcpu]
+
+    cdef bint _is_ours(self) noexcept:
+        return getpid() == self._pid
+
+    cdef void _tell(self) noexcept:
+        add(&self._changes, 1, SEQ_CST)
+        futex_wake_all(&self._changes)
+
+    cdef bint _inside(self) noexcept:
+        cdef Py_ssize_t vcpu
+        if self._is_ours():
+            for vcpu in range(len(self._vcpus)):
+                if load(&self._places[vcpu].in_guest, SEQ_CST):
+                    return True
+        return False
+
+    cdef int _kick_inside(self) except -1:
+        """Kick every vCPU that is in; how many there are."""
+        cdef Py_ssize_t vcpu
+        cdef int inside = 0
+        cdef uint32_t thread
+        if not self._is_ours():
+            return 0
+        for vcpu in range(len(self._vcpus)):
+            if load(&self._places[vcpu].in_guest, SEQ_CST):
+                inside += 1
+                self._vcpus[vcpu].request_exit()
+                thread = load(&self._places[vcpu].thread, SEQ_CST)
+                if thread:
+                    kick_thread(thread, self._kick_signal)
+        return inside
+
+    cdef int _drive_out(self) except -1:
+        cdef uint32_t seen = load(&self._changes, SEQ_CST)
+        while self._kick_inside():
+            self._wait_a_little(seen, LOOK_AGAIN_NS)
+            seen = load(&self._changes, SEQ_CST)
+        return 0
+
+    cdef int _wait_a_little(self, uint32_t seen, long ns) except -1:
+        """Wait until something has changed since `seen`, up to `ns`; raise what a signal's handler does."""
+        cdef timespec timeout
+        timeout.tv_sec, timeout.tv_nsec = ns / NS_PER_S, ns % NS_PER_S
+        with nogil:
+            futex_wait(&self._changes, seen, &timeout)
+        return PyErr_CheckSignals()
+
+    cdef bint _is_over(self, int what) noexcept:
+        """Need nobody wait for `what`, one of UNTIL_..., any more?"""
+        if not self._is_ours():
+            return True
+        if what == UNTIL_ENDED:
+            return (load(&self._shut, SEQ_CST) & ENDED) != 0
+        if load(&self._starting, SEQ_CST):
+            return False
+        return what == UNTIL_STARTED or load(&self._threads, SEQ_CST) == 0
+
+    cdef bint _wait_for(self, int what, timeout_s) except -1:
+        """Wait for `what`; False if `timeout_s` passed first."""
+        cdef uint32_t seen = load(&self._changes, SEQ_CST)
+        cdef long ns = LOOK_AGAIN_NS
+        deadline = None if timeout_s is None else monotonic() + timeout_s
+        while not self._is_over(what):
+            if deadline is not None:
+                left_s = deadline - monotonic()
+                if left_s <= 0:
+                    return False
+                ns = max(1, min(LOOK_AGAIN_NS, <long>(min(1.0, left_s) * NS_PER_S)))
+            if what == UNTIL_DEPARTED:
+                self._kick_inside()
+            self._wait_a_little(seen, ns)
+            seen = load(&self._changes, SEQ_CST)
+        return True
+
+
+@cython.final
+@cython.no_gc_clear  # else a hold in a garbage cycle has lost its gate when it is given back
+cdef class Hold:
+    """Keeps all vCPUs of a gate out of the guest, from `with` to its end, or until it is dropped.
+
+    Keep one for as long as no vCPU may run: resume() meanwhile takes effect when the last hold is given back.
+    """
+
+    cdef Gate _gate
+    cdef bint _taken
+
+    def __cinit__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __dealloc__(self) -> None:
+        self.give_back()
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.give_back()
+
+    cdef int take(self) except -1:
+        if self._taken:
+            raise StateError("hold", "the vCPUs are kept out by this hold already", "ask for another one")
+        self._taken = True
+        add(&self._gate._shut, ONE_HOLD, SEQ_CST)
+        try:
+            self._gate._drive_out()
+        except BaseException:
+            self.give_back()
+            raise
+        return 0
+
+    cdef void give_back(self) noexcept:
+        if self._taken:
+            self._taken = False
+            add(&self._gate._shut, <uint32_t>-ONE_HOLD, SEQ_CST)
+            self._gate._tell()
