@@ -17,6 +17,7 @@ from pvclock.backend import host_clocksource, measure_tsc_hz
 from pvclock.errors import KvmError
 from pvclock.kvm._ioctls import Kvm
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED, open_kvm, value_of
+from pvclock.kvm.cpuid_probe import probe_cpuid
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 
 __all__ = ["Finding", "add_arguments", "examine", "run"]
@@ -81,6 +82,11 @@ def _kvm(kvm: Kvm) -> Iterator[Finding]:
     offsets = probe_tsc_offsets(kvm)
     advice = "VMX and SVM hosts on clocksource tsc have offsets of the VMM's own"
     yield Finding("guest TSC offset", offsets is TscOffsets.HONOURED, str(offsets), False, advice)
+    cpuid = probe_cpuid(kvm)
+    advice = (
+        "no feature in those leaves can be hidden from a guest here, IA32_TSC_ADJUST for one; VMX and SVM hosts can"
+    )
+    yield Finding("guest CPUID", cpuid.is_honoured, str(cpuid), False, advice)
 
 
 def _program(name: str, package: str, purpose: str) -> Finding:

@@ -10,7 +10,6 @@ from pvclock._counter import Counter, HostCounter, KernelTimeCounter
 from pvclock.backend import (
     CLOCK_GRAIN_NS,
     CLOCK_IDS,
-    Backend,
     bracketed,
     host_clocksource,
     host_stamps,
@@ -28,7 +27,9 @@ __all__ = ["KvmBackend", "SteeredTscBackend", "kvm_backend"]
 SAMPLES = 8
 
 
-def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0) -> Backend:
+def kvm_backend(
+    kvm: Kvm, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0
+) -> KvmBackend | SteeredTscBackend:
     """The backend that this host allows, for `vcpus` by number, which `runner` runs, but not yet.
 
     `kernel_features` are KVM feature bits that the kernel serves beside the engine.
@@ -88,6 +89,9 @@ class KvmBackend(_VcpusOfRunner):
         super().__init__(vcpus, runner, kernel_features)
         self.counter = HostCounter()
         self.tsc_stable = host_clocksource() == "tsc"
+        self.initial_tsc_offset = vcpus[0].get_tsc_offset() if honours_tsc_offset else 0
+        """KVM's own: a guest's TSC is 0 when its first vCPU is made.  0 where offsets are not honoured."""
+
         self._honours_tsc_offset = honours_tsc_offset
 
     def sample(self, reference: Reference) -> Sample:
@@ -121,6 +125,8 @@ class SteeredTscBackend(_VcpusOfRunner):
     """
 
     tsc_stable = False
+    initial_tsc_offset = 0
+    """See KvmBackend: nobody knows where KVM will have moved a guest's TSC by then."""
 
     def __init__(self, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0) -> None:
         super().__init__(vcpus, runner, kernel_features)

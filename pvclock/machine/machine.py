@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from _thread import start_new_thread
+from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Literal, Self
+from weakref import finalize
 
 from pvclock import boot
 from pvclock._memory import GuestMemory
 from pvclock.boot.layout import IDENTITY_MAP, RAM_END, TSS
 from pvclock.catchup import Policy
-from pvclock.errors import ConfigError, GuestCrashed, MissingCapability, MsrFault, StateError
+from pvclock.errors import ConfigError, StateError
 from pvclock.guestclock import GuestClock
 from pvclock.kvm import Runner, Vcpu, Vm, open_kvm
 from pvclock.kvm._ioctls import CAPABILITY_NUMBERS, Kvm
 from pvclock.kvm.backend import kvm_backend
 from pvclock.kvm.capabilities import value_of
-from pvclock.kvm.exits import Exit, IoIn, IoOut, Mmio, MsrExitReason, RdmsrExit, WrmsrExit
+from pvclock.kvm.exits import MsrExitReason
 from pvclock.kvm.msr_filter import filter_ranges
-from pvclock.machine.cpuid import vcpu_cpuid
+from pvclock.machine.cpuid import supported_cpuid, vcpu_cpuid
+from pvclock.machine.exits import CONSOLE_PORT, GuestExits
 from pvclock.machine.ram import Ram
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.providers.kvm import CPUID_FEATURES, SERVED_BY_KERNEL, SERVED_HERE, kvm_cpuid_leaves
 from pvclock.readings import RunReport
 
-__all__ = ["CONSOLE_PORT", "EXIT_PORT", "Machine"]
-
-EXIT_PORT: Final = 0xF4
-"""A write ends the run; the byte is the exit code.  QEMU's isa-debug-exit is mostly put there."""
-
-CONSOLE_PORT: Final = 0xE9
-"""Bytes written here are the console; Bochs' and QEMU's debug console."""
-
-CONSOLE_KEPT_BYTES: Final = 1 << 20
-"""A guest may write for ever; the newest bytes are kept."""
-
-NOBODY_ANSWERS: Final = b"\xff"
+__all__ = ["Machine"]
 
 
 class Machine:
@@ -45,6 +37,11 @@ class Machine:
     image: a multiboot-1 ELF or a flat real-mode image.  clock: who serves the guest's clock, "engine" (`self.clock`,
     a GuestClock, with the rest of the keywords as its options) or "kernel" (in-kernel kvmclock, with `features` or as
     the engine's; `self.clock` is None).
+
+    The guest's TSC begins at 0 when its first vCPU is made, and all vCPUs have that one offset, as KVM does it, or
+    `tsc_offset`.  On a host that honours no offsets it is the host's: see `pvclock doctor`.
+
+    A machine that is dropped without close() stops and gives everything back, by and by.
 
     KvmUnavailable, MissingCapability, ConfigError or ImageError if it cannot be made; nothing is left behind then.
     """
@@ -65,10 +62,7 @@ class Machine:
         if clock == "kernel" and set(clock_options) - {"features"}:
             raise ConfigError(f"the kernel's clock takes no options but features: {', '.join(clock_options)}")
         self.clock: GuestClock | None = None
-        self.exit_code: int | None = None
-        self._console = bytearray()
-        self._console_lock = threading.Lock()
-        self._crash: GuestCrashed | None = None
+        self._pausing = threading.RLock()  # around pause() and resume(), which change vCPUs and clock
         with ExitStack() as resources:
             self._kvm = kvm or resources.enter_context(open_kvm())
             self._make_memory(resources, memory_bytes)
@@ -79,6 +73,8 @@ class Machine:
                 self._leave_the_clock_to_the_kernel(**clock_options)  # type: ignore[arg-type]  # an int
             boot.enter(self.vcpus[0], boot.load(self.memory, image, cmdline))
             self._resources = resources.pop_all()
+        self._if_dropped = finalize(self, _reclaim, self.runner, self._resources)
+        self._if_dropped.atexit = False  # a process that ends takes everything with it
 
     # Life
 
@@ -96,8 +92,8 @@ class Machine:
         self.stop()
         if self.runner.failure is not None:
             raise self.runner.failure
-        if self._crash is not None:
-            raise self._crash
+        if self._exits.crash is not None:
+            raise self._exits.crash
         if self.exit_code is None:
             raise StateError("wait", "the machine was stopped", "there is no exit code")
         return self.exit_code
@@ -107,26 +103,37 @@ class Machine:
 
         The kernel's clock goes on.  Paused twice is paused.
         """
-        self.runner.pause()
-        if self.clock is not None and not self.clock.is_paused:
-            self.clock.pause()
+        with self._pausing:
+            self.runner.pause()
+            if self.clock is not None and not self.clock.is_paused:
+                self.clock.pause()
 
-    def resume(self, policy: Policy | str = "freeze") -> None:
-        """Let the vCPUs go on; `policy` says what becomes of the time that the engine's clock missed."""
-        if self.clock is not None and self.clock.is_paused:
-            self.clock.resume(policy)
-        self.runner.resume()
+    def resume(self, policy: Policy | str | None = None) -> None:
+        """Let the vCPUs go on; `policy` says what becomes of the time that the engine's clock missed.
+
+        policy: the clock's own if not given; see GuestClock.policy.
+        """
+        with self._pausing:
+            if self.clock is not None and self.clock.is_paused:
+                self.clock.resume(policy)
+            self.runner.resume()
 
     def run_for(self, ns: int) -> RunReport:
         """Let a paused machine with the engine's clock run for `ns` of guest time; it is paused again then."""
-        return self._served_by_engine().run_for(ns)
+        return self._exits.engine_clock().run_for(ns)
 
     def stop(self) -> None:
         """End the run; the machine's memory can still be read."""
         self.runner.stop()
 
     def close(self) -> None:
-        """Stop the run and give everything back.  May be called twice."""
+        """Stop the run and give everything back.  May be called twice, and again after an interrupt.
+
+        StateError on a vCPU's own thread, which cannot wait for its end; the run ends all the same.
+        """
+        self.runner.stop()
+        if self.runner.gate.threads:
+            raise StateError("close", "this is the thread of a vCPU", "close() the machine on another one")
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -138,11 +145,14 @@ class Machine:
         self.close()
 
     @property
+    def exit_code(self) -> int | None:
+        """What the guest wrote to the exit port; None if it has not."""
+        return self._exits.exit_code
+
+    @property
     def console(self) -> str:
-        """What the guest wrote to the console port up to now: all of it, or the last CONSOLE_KEPT_BYTES."""
-        for vcpu in self.vcpus:
-            self._append_to_console(vcpu)
-        return self._console.decode(errors="replace")
+        """What the guest wrote to the console port up to now: all of it, or the last MiB."""
+        return self._exits.console()
 
     # Making
 
@@ -166,15 +176,17 @@ class Machine:
         self.vcpus: list[Vcpu] = [resources.enter_context(self.vm.create_vcpu(i)) for i in range(count)]
         for vcpu in self.vcpus:
             vcpu.console_port = CONSOLE_PORT
-        self.runner = Runner(self.vcpus, self._handle)
-        resources.callback(self.runner.stop)
+        self._exits = GuestExits(self.vcpus)
+        self.runner = Runner(self.vcpus, self._exits.handle)
 
     def _take_the_clock(self, kvm: Kvm, vcpus: int, options: dict[str, object]) -> None:
         """Route the clock's MSRs here.  User-space exits come before the filter: else a filtered access faults."""
         self.vm.enable_cap(CAPABILITY_NUMBERS["KVM_CAP_X86_USER_SPACE_MSR"], MsrExitReason.FILTER)
         self.vm.set_msr_filter(filter_ranges())
         backend = kvm_backend(kvm, self.vcpus, self.runner, self._kernel_features(kvm))
+        options.setdefault("tsc_offset", backend.initial_tsc_offset)
         self.clock = GuestClock(self.memory, vcpus, backend=backend, engine="kvm", **options)  # type: ignore[arg-type]
+        self._exits.clock = self.clock
         self._set_cpuid(kvm, self.clock.cpuid_leaves, self.clock)
 
     def _leave_the_clock_to_the_kernel(self, features: int | None = None) -> None:
@@ -188,70 +200,30 @@ class Machine:
 
     def _set_cpuid(self, kvm: Kvm, leaves: dict[int, CpuidLeaf], clock: GuestClock | None) -> None:
         patch = clock.patch_cpuid if clock is not None else _hypervisor_is_present
-        supported = kvm.get_supported_cpuid()
+        supported = supported_cpuid(kvm)
         enforce = CAPABILITY_NUMBERS["KVM_CAP_ENFORCE_PV_FEATURE_CPUID"]
         for vcpu in self.vcpus:
             vcpu.set_cpuid(vcpu_cpuid(supported, vcpu.vcpu_id, leaves, patch))
             if kvm.check_extension(enforce):
                 vcpu.enable_cap(enforce, 1)
 
-    # Exits, on the vCPU's own thread
 
-    def _handle(self, vcpu: int, reason: Exit) -> bool:
-        match reason:
-            case WrmsrExit(msr, value, _):
-                self._write_msr(vcpu, msr, value)
-            case RdmsrExit(msr, _):
-                self._read_msr(vcpu, msr)
-            case IoOut(port, _, data):
-                return self._out(vcpu, port, data)
-            case IoIn(_, size, repeats):
-                self.vcpus[vcpu].complete_io(NOBODY_ANSWERS * size * repeats)
-            case Mmio(_, length, None):
-                self.vcpus[vcpu].complete_mmio(NOBODY_ANSWERS * length)
-            case Mmio():
-                pass
-            case _:
-                self._end_by(crash=GuestCrashed(vcpu, reason))
-                return False
-        return True
+def _reclaim(runner: Runner, resources: ExitStack) -> None:
+    """Give back what a machine held that was dropped without close().
 
-    def _out(self, vcpu: int, port: int, data: bytes) -> bool:
-        if port == EXIT_PORT:
-            self._end_by(exit_code=data[0])
-        elif port == CONSOLE_PORT:
-            self._append_to_console(self.vcpus[vcpu], data)
-        return port != EXIT_PORT
+    If it runs, that is left to another thread: the one that dropped it may be a vCPU's, or hold what a vCPU waits for.
+    """
+    if runner.gate.threads:
+        runner.gate.end()
+        start_new_thread(_close, (runner, resources))
+    else:
+        _close(runner, resources)
 
-    def _end_by(self, *, exit_code: int | None = None, crash: GuestCrashed | None = None) -> None:
-        """Keep how the run ended: by what came first, for the other vCPUs go on until they are kicked."""
-        if self.exit_code is None and self._crash is None:
-            self.exit_code, self._crash = exit_code, crash
 
-    def _append_to_console(self, vcpu: Vcpu, data: bytes = b"") -> None:
-        """Append what `vcpu` has kept, and then `data`, which it wrote later."""
-        with self._console_lock:
-            self._console += vcpu.take_console() + data
-            del self._console[:-CONSOLE_KEPT_BYTES]
-
-    def _write_msr(self, vcpu: int, index: int, value: int) -> None:
-        try:
-            self._served_by_engine().write_msr(vcpu, index, value)
-        except MsrFault:
-            self.vcpus[vcpu].complete_msr(fault=True)
-        else:
-            self.vcpus[vcpu].complete_msr()
-
-    def _read_msr(self, vcpu: int, index: int) -> None:
-        try:
-            self.vcpus[vcpu].complete_msr(self._served_by_engine().read_msr(vcpu, index))
-        except MsrFault:
-            self.vcpus[vcpu].complete_msr(fault=True)
-
-    def _served_by_engine(self) -> GuestClock:
-        if self.clock is None:
-            raise MissingCapability("KVM_CAP_X86_MSR_FILTER", "by nobody: the kernel serves this guest's clock")
-        return self.clock
+def _close(runner: Runner, resources: ExitStack) -> None:
+    runner.stop()
+    with suppress(BufferError):  # somebody looks at the memory: it goes with the last view
+        resources.close()
 
 
 def _hypervisor_is_present(leaf: int, _subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from io import FileIO
 
 from pvclock.errors import ConfigError
 
@@ -16,22 +17,25 @@ class Ram:
     def __init__(self, length: int) -> None:
         if length <= 0 or length % mmap.PAGESIZE:
             raise ConfigError(f"RAM of {length} bytes; give a positive multiple of {mmap.PAGESIZE}")
-        self.fd = os.memfd_create("pvclock-ram", os.MFD_CLOEXEC)
+        self._file = FileIO(os.memfd_create("pvclock-ram", os.MFD_CLOEXEC), "r+")
         try:
-            os.ftruncate(self.fd, length)
+            self._file.truncate(length)
             self.buffer = mmap.mmap(self.fd, length, mmap.MAP_SHARED)
         except (OSError, OverflowError, ValueError) as error:
-            os.close(self.fd)
+            self._file.close()
             raise ConfigError(f"RAM of {length} bytes: {error}") from None
         # A fork would share the pages with a child and, for private ones, copy them away from under the guest.
         self.buffer.madvise(mmap.MADV_DONTFORK)
+
+    @property
+    def fd(self) -> int:
+        """The memfd, until close()."""
+        return self._file.fileno()
 
     def close(self) -> None:
         """Give the memory back; BufferError if somebody still has a view of it, and then it goes with the last view.
 
         May be called twice.
         """
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
         self.buffer.close()

@@ -14,7 +14,7 @@ import pytest
 from pvclock.errors import ConfigError, GuestCrashed, ImageError, KvmUnavailable, PvclockError, StateError
 from pvclock.kvm.exits import InternalError
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine
-from pvclock.machine.machine import CONSOLE_KEPT_BYTES
+from pvclock.machine.exits import CONSOLE_KEPT_BYTES
 from pvclock.machine.observation import finish, probe_machine, wait_until_reading
 from pvclock.machine.ram import Ram
 from pvclock.payloads.probe import State
@@ -153,7 +153,7 @@ def test_a_guest_that_never_stops_writing() -> None:
     """The host keeps the end of an endless console, and no more."""
     with Machine(HLT) as machine:
         for byte in (b"a", b"b"):
-            machine._append_to_console(machine.vcpus[0], byte * (CONSOLE_KEPT_BYTES * 3 // 4))
+            machine._exits.append_to_console(machine.vcpus[0], byte * (CONSOLE_KEPT_BYTES * 3 // 4))
         assert len(machine.console) == CONSOLE_KEPT_BYTES
         assert machine.console.count("b") == CONSOLE_KEPT_BYTES * 3 // 4
 

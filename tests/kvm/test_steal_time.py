@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from pvclock import KvmFeature, Machine
-from pvclock.machine.machine import EXIT_PORT
+from pvclock.machine import EXIT_PORT
 
 pytestmark = pytest.mark.kvm
 

@@ -1,0 +1,105 @@
+"""Which bits of CPUID does a guest see on this host's KVM although they were cleared?
+
+On VMX and SVM hosts CPUID exits to KVM, which answers as it was told.  Some hosts run guests without that exit and
+serve leaves of their own: there a feature cannot be hidden, and a guest may use what its VMM does not serve.  So a
+guest is asked: a throw-away VM whose CPUID has no feature executes CPUID and stores what it gets.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Final, NamedTuple
+
+from pvclock.kvm._ioctls import Kvm, Vcpu
+from pvclock.kvm.exits import Interrupted
+
+__all__ = ["CpuidProbe", "probe_cpuid"]
+
+CODE_GPA: Final = 0x1000
+RESULT_GPA: Final = 0x2000
+RESULT_BYTES: Final = 16
+REGISTERS: Final = ("eax", "ebx", "ecx", "edx")
+HLT: Final = b"\xf4"
+
+# The features of each leaf, subleaf 0, by register; not those that the CPU's state sets (OSXSAVE, OSPKE, APIC).
+FEATURES: Final = {
+    (1, "ecx"): 0xFFFFFFFF & ~(1 << 27),
+    (1, "edx"): 0xFFFFFFFF & ~(1 << 9),
+    (7, "ebx"): 0xFFFFFFFF,
+    (7, "ecx"): 0xFFFFFFFF & ~(1 << 4),
+    (7, "edx"): 0xFFFFFFFF,
+    (0x80000007, "edx"): 0xFFFFFFFF,
+}
+LEAVES: Final = sorted({leaf for leaf, _ in FEATURES})
+
+TSC_ADJUST: Final = 1 << 1
+"""CPUID.7.0:EBX: IA32_TSC_ADJUST is there."""
+
+
+class CpuidProbe(NamedTuple):
+    """What a guest sees of features that are not in its CPUID.
+
+    ignored: the bits that are there all the same, by leaf (subleaf 0) and register; only where there are any.
+    """
+
+    ignored: dict[tuple[int, str], int]
+
+    @property
+    def is_honoured(self) -> bool:
+        """Does a guest see the CPUID that is set?"""
+        return not self.ignored
+
+    @property
+    def hides_tsc_adjust(self) -> bool:
+        """Is IA32_TSC_ADJUST hidden from a guest whose CPUID lacks it?"""
+        return not self.ignored.get((7, "ebx"), 0) & TSC_ADJUST
+
+    def __str__(self) -> str:
+        if self.is_honoured:
+            return "a guest sees the CPUID that is set"
+        bits = (f"{leaf:#x}:{register.upper()} {ignored:#x}" for (leaf, register), ignored in self.ignored.items())
+        return f"CPUID not honoured by this host: not to be hidden are {', '.join(bits)}"
+
+
+def probe_cpuid(kvm: Kvm) -> CpuidProbe:
+    """Try it; takes a few ms."""
+    with mmap.mmap(-1, 4 * mmap.PAGESIZE) as ram, kvm.create_vm() as vm:
+        vm.set_tss_addr(0xFFFBD000)
+        vm.set_identity_map_addr(0xFFFBC000)
+        vm.set_user_memory_region(0, 0, ram)
+        with vm.create_vcpu(0) as vcpu:
+            vcpu.set_cpuid([_without_features(entry) for entry in kvm.get_supported_cpuid()])
+            _run(vcpu, ram)
+        seen = {key: _result(ram, *key) & features for key, features in FEATURES.items()}
+    return CpuidProbe({key: bits for key, bits in seen.items() if bits})
+
+
+def _without_features(entry: dict[str, int]) -> dict[str, int]:
+    if entry["index"]:
+        return entry
+    hidden = {register: 0 for leaf, register in FEATURES if leaf == entry["function"]}
+    return {**entry, **hidden}
+
+
+def _run(vcpu: Vcpu, ram: mmap.mmap) -> None:
+    code = b"".join(_cpuid(leaf, RESULT_GPA + RESULT_BYTES * i) for i, leaf in enumerate(LEAVES)) + HLT
+    ram[CODE_GPA : CODE_GPA + len(code)] = code
+    sregs = vcpu.get_sregs()
+    sregs["cs"].update(base=0, selector=0)
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs({**vcpu.get_regs(), "rip": CODE_GPA, "rflags": 2})
+    while isinstance(vcpu.run(), Interrupted):
+        pass
+
+
+def _cpuid(leaf: int, result: int) -> bytes:
+    """Real-mode code: CPUID of `leaf`, subleaf 0, with its four registers stored at `result`."""
+    code = b"\x66\xb8" + leaf.to_bytes(4, "little") + bytes.fromhex("6631c9 0fa2")  # mov $leaf, %eax; xor %ecx, %ecx
+    for n, store in enumerate(("66a3", "66891e", "66890e", "668916")):  # mov %eax, result; %ebx; %ecx; %edx
+        code += bytes.fromhex(store) + (result + 4 * n).to_bytes(2, "little")
+    return code
+
+
+def _result(ram: mmap.mmap, leaf: int, register: str) -> int:
+    at = RESULT_GPA + RESULT_BYTES * LEAVES.index(leaf) + 4 * REGISTERS.index(register)
+    return int.from_bytes(ram[at : at + 4], "little")
