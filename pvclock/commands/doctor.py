@@ -83,9 +83,7 @@ def _kvm(kvm: Kvm) -> Iterator[Finding]:
     advice = "VMX and SVM hosts on clocksource tsc have offsets of the VMM's own"
     yield Finding("guest TSC offset", offsets is TscOffsets.HONOURED, str(offsets), False, advice)
     cpuid = probe_cpuid(kvm)
-    advice = (
-        "no feature in those leaves can be hidden from a guest here, IA32_TSC_ADJUST for one; VMX and SVM hosts can"
-    )
+    advice = "these features cannot be hidden from a guest here; VMX and SVM hosts can hide them"
     yield Finding("guest CPUID", cpuid.is_honoured, str(cpuid), False, advice)
 
 

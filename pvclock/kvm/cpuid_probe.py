@@ -7,16 +7,14 @@ guest is asked: a throw-away VM whose CPUID has no feature executes CPUID and st
 
 from __future__ import annotations
 
-import mmap
+from contextlib import closing
 from typing import Final, NamedTuple
 
-from pvclock.kvm._ioctls import Kvm, Vcpu
-from pvclock.kvm.exits import Interrupted
+from pvclock.kvm._ioctls import Kvm
+from pvclock.kvm.probe_vm import RESULT_GPA, ProbeVm
 
 __all__ = ["CpuidProbe", "probe_cpuid"]
 
-CODE_GPA: Final = 0x1000
-RESULT_GPA: Final = 0x2000
 RESULT_BYTES: Final = 16
 REGISTERS: Final = ("eax", "ebx", "ecx", "edx")
 HLT: Final = b"\xf4"
@@ -63,14 +61,11 @@ class CpuidProbe(NamedTuple):
 
 def probe_cpuid(kvm: Kvm) -> CpuidProbe:
     """Try it; takes a few ms."""
-    with mmap.mmap(-1, 4 * mmap.PAGESIZE) as ram, kvm.create_vm() as vm:
-        vm.set_tss_addr(0xFFFBD000)
-        vm.set_identity_map_addr(0xFFFBC000)
-        vm.set_user_memory_region(0, 0, ram)
-        with vm.create_vcpu(0) as vcpu:
-            vcpu.set_cpuid([_without_features(entry) for entry in kvm.get_supported_cpuid()])
-            _run(vcpu, ram)
-        seen = {key: _result(ram, *key) & features for key, features in FEATURES.items()}
+    code = b"".join(_cpuid(leaf, RESULT_BYTES * i) for i, leaf in enumerate(LEAVES)) + HLT
+    with closing(ProbeVm(kvm)) as vm:
+        vm.vcpu.set_cpuid([_without_features(entry) for entry in kvm.get_supported_cpuid()])
+        vm.run(code)
+        seen = {key: _result(vm, *key) & features for key, features in FEATURES.items()}
     return CpuidProbe({key: bits for key, bits in seen.items() if bits})
 
 
@@ -81,25 +76,13 @@ def _without_features(entry: dict[str, int]) -> dict[str, int]:
     return {**entry, **hidden}
 
 
-def _run(vcpu: Vcpu, ram: mmap.mmap) -> None:
-    code = b"".join(_cpuid(leaf, RESULT_GPA + RESULT_BYTES * i) for i, leaf in enumerate(LEAVES)) + HLT
-    ram[CODE_GPA : CODE_GPA + len(code)] = code
-    sregs = vcpu.get_sregs()
-    sregs["cs"].update(base=0, selector=0)
-    vcpu.set_sregs(sregs)
-    vcpu.set_regs({**vcpu.get_regs(), "rip": CODE_GPA, "rflags": 2})
-    while isinstance(vcpu.run(), Interrupted):
-        pass
-
-
-def _cpuid(leaf: int, result: int) -> bytes:
-    """Real-mode code: CPUID of `leaf`, subleaf 0, with its four registers stored at `result`."""
+def _cpuid(leaf: int, offset: int) -> bytes:
+    """Real-mode code: CPUID of `leaf`, subleaf 0, with its four registers stored at RESULT_GPA + offset."""
     code = b"\x66\xb8" + leaf.to_bytes(4, "little") + bytes.fromhex("6631c9 0fa2")  # mov $leaf, %eax; xor %ecx, %ecx
-    for n, store in enumerate(("66a3", "66891e", "66890e", "668916")):  # mov %eax, result; %ebx; %ecx; %edx
-        code += bytes.fromhex(store) + (result + 4 * n).to_bytes(2, "little")
+    for n, store in enumerate(("66a3", "66891e", "66890e", "668916")):  # mov %eax, ...; %ebx; %ecx; %edx
+        code += bytes.fromhex(store) + (RESULT_GPA + offset + 4 * n).to_bytes(2, "little")
     return code
 
 
-def _result(ram: mmap.mmap, leaf: int, register: str) -> int:
-    at = RESULT_GPA + RESULT_BYTES * LEAVES.index(leaf) + 4 * REGISTERS.index(register)
-    return int.from_bytes(ram[at : at + 4], "little")
+def _result(vm: ProbeVm, leaf: int, register: str) -> int:
+    return vm.result(RESULT_BYTES * LEAVES.index(leaf) + 4 * REGISTERS.index(register), 4)

@@ -7,22 +7,20 @@ that does not trust its own TSC moves the offset by itself.
 
 from __future__ import annotations
 
-import mmap
+from contextlib import closing
 from enum import StrEnum
 from typing import Final
 
 from pvclock._counter import read_tsc
-from pvclock.kvm._ioctls import Kvm, Vcpu
-from pvclock.kvm.exits import Interrupted
+from pvclock.kvm._ioctls import Kvm
+from pvclock.kvm.probe_vm import ProbeVm
 
 __all__ = ["TscOffsets", "probe_tsc_offsets"]
 
-CODE_GPA: Final = 0x1000
-RESULT_GPA: Final = 0x2000
 RDTSC_TO_RESULT: Final = bytes.fromhex(
     "0f31"  # rdtsc
-    "66a30020"  # mov %eax, 0x2000
-    "6689160420"  # mov %edx, 0x2004
+    "66a30020"  # mov %eax, RESULT_GPA
+    "6689160420"  # mov %edx, RESULT_GPA + 4
     "f4"  # hlt
 )
 PROBE_OFFSET: Final = 1 << 62
@@ -38,26 +36,15 @@ class TscOffsets(StrEnum):
 
 def probe_tsc_offsets(kvm: Kvm) -> TscOffsets:
     """Try it; takes a few ms."""
-    with mmap.mmap(-1, 4 * mmap.PAGESIZE) as ram, kvm.create_vm() as vm:
-        vm.set_tss_addr(0xFFFBD000)
-        vm.set_identity_map_addr(0xFFFBC000)
-        vm.set_user_memory_region(0, 0, ram)
-        with vm.create_vcpu(0) as vcpu:
-            if vcpu.get_tsc_offset() != vcpu.get_tsc_offset():  # moved whenever KVM loads the vCPU, as for each call
-                return TscOffsets.STEERED
-            return TscOffsets.HONOURED if _guest_sees_offset(vcpu, ram) else TscOffsets.IGNORED
+    with closing(ProbeVm(kvm)) as vm:
+        if vm.vcpu.get_tsc_offset() != vm.vcpu.get_tsc_offset():  # moved whenever KVM loads the vCPU, as for each call
+            return TscOffsets.STEERED
+        return TscOffsets.HONOURED if _guest_sees_offset(vm) else TscOffsets.IGNORED
 
 
-def _guest_sees_offset(vcpu: Vcpu, ram: mmap.mmap) -> bool:
-    ram[CODE_GPA : CODE_GPA + len(RDTSC_TO_RESULT)] = RDTSC_TO_RESULT
-    sregs = vcpu.get_sregs()
-    sregs["cs"].update(base=0, selector=0)
-    vcpu.set_sregs(sregs)
-    vcpu.set_regs({**vcpu.get_regs(), "rip": CODE_GPA, "rflags": 2})
-    vcpu.set_tsc_offset(PROBE_OFFSET)
+def _guest_sees_offset(vm: ProbeVm) -> bool:
+    vm.vcpu.set_tsc_offset(PROBE_OFFSET)
     before = read_tsc()
-    while isinstance(vcpu.run(), Interrupted):
-        pass
+    vm.run(RDTSC_TO_RESULT)
     after = read_tsc()
-    guest_tsc = int.from_bytes(ram[RESULT_GPA : RESULT_GPA + 8], "little")
-    return before <= guest_tsc - PROBE_OFFSET <= after
+    return before <= vm.result(0, 8) - PROBE_OFFSET <= after

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from _thread import start_new_thread
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Protocol, Self, TypeVar
 from weakref import finalize
 
 from pvclock import boot
@@ -29,6 +29,16 @@ from pvclock.providers.kvm import CPUID_FEATURES, SERVED_BY_KERNEL, SERVED_HERE,
 from pvclock.readings import RunReport
 
 __all__ = ["Machine"]
+
+
+class Resource(Protocol):
+    """What can be closed, and then again without harm."""
+
+    def close(self) -> None:
+        """Give it back."""
+
+
+ResourceT = TypeVar("ResourceT", bound=Resource)
 
 
 class Machine:
@@ -63,16 +73,20 @@ class Machine:
             raise ConfigError(f"the kernel's clock takes no options but features: {', '.join(clock_options)}")
         self.clock: GuestClock | None = None
         self._pausing = threading.RLock()  # around pause() and resume(), which change vCPUs and clock
-        with ExitStack() as resources:
-            self._kvm = kvm or resources.enter_context(open_kvm())
-            self._make_memory(resources, memory_bytes)
-            self._make_vcpus(resources, vcpus, self._kvm)
+        self._resources: list[Resource] = []  # in the order of their making
+        try:
+            self._kvm = kvm or self._owned(open_kvm())
+            self._make_memory(memory_bytes)
+            self._make_vcpus(vcpus, self._kvm)
             if clock == "engine":
                 self._take_the_clock(self._kvm, vcpus, clock_options)
             else:
                 self._leave_the_clock_to_the_kernel(**clock_options)  # type: ignore[arg-type]  # an int
             boot.enter(self.vcpus[0], boot.load(self.memory, image, cmdline))
-            self._resources = resources.pop_all()
+        except BaseException:
+            with suppress(BufferError):  # of an interrupt, whose traceback has the memory until it goes
+                _give_back(self._resources)
+            raise
         self._if_dropped = finalize(self, _reclaim, self.runner, self._resources)
         self._if_dropped.atexit = False  # a process that ends takes everything with it
 
@@ -134,7 +148,7 @@ class Machine:
         self.runner.stop()
         if self.runner.gate.threads:
             raise StateError("close", "this is the thread of a vCPU", "close() the machine on another one")
-        self._resources.close()
+        _give_back(self._resources)
 
     def __enter__(self) -> Self:
         return self
@@ -156,24 +170,27 @@ class Machine:
 
     # Making
 
-    def _make_memory(self, resources: ExitStack, memory_bytes: int) -> None:
+    def _owned(self, resource: ResourceT) -> ResourceT:
+        """Keep what close() is to give back."""
+        self._resources.append(resource)
+        return resource
+
+    def _make_memory(self, memory_bytes: int) -> None:
         if memory_bytes > RAM_END:
             raise ConfigError(f"RAM of {memory_bytes} bytes; a machine takes up to {RAM_END}")
-        ram = Ram(memory_bytes)
-        resources.callback(ram.close)
-        self.memory = resources.enter_context(GuestMemory(ram.buffer))
-        self._ram = ram
+        self._ram = self._owned(Ram(memory_bytes))
+        self.memory = self._owned(GuestMemory(self._ram.buffer))
 
-    def _make_vcpus(self, resources: ExitStack, count: int, kvm: Kvm) -> None:
+    def _make_vcpus(self, count: int, kvm: Kvm) -> None:
         most = max(value_of(kvm, "KVM_CAP_NR_VCPUS"), 1)
         if not 1 <= count <= max(most, 64):
             raise ConfigError(f"{count} vCPUs; choose 1 to {max(most, 64)}")
-        self.vm: Vm = resources.enter_context(kvm.create_vm())
+        self.vm: Vm = self._owned(kvm.create_vm())
         self.vm.set_tss_addr(TSS)
         self.vm.set_identity_map_addr(IDENTITY_MAP)
         self.vm.set_user_memory_region(0, 0, self._ram.buffer)
         self.vm.create_irqchip()
-        self.vcpus: list[Vcpu] = [resources.enter_context(self.vm.create_vcpu(i)) for i in range(count)]
+        self.vcpus: list[Vcpu] = [self._owned(self.vm.create_vcpu(i)) for i in range(count)]
         for vcpu in self.vcpus:
             vcpu.console_port = CONSOLE_PORT
         self._exits = GuestExits(self.vcpus)
@@ -208,22 +225,28 @@ class Machine:
                 vcpu.enable_cap(enforce, 1)
 
 
-def _reclaim(runner: Runner, resources: ExitStack) -> None:
+def _give_back(resources: list[Resource]) -> None:
+    """Close them all, the last one made first.  Each can be closed again, so after an interrupt begin anew."""
+    for resource in reversed(resources):
+        resource.close()
+
+
+def _reclaim(runner: Runner, resources: list[Resource]) -> None:
     """Give back what a machine held that was dropped without close().
 
     If it runs, that is left to another thread: the one that dropped it may be a vCPU's, or hold what a vCPU waits for.
     """
     if runner.gate.threads:
         runner.gate.end()
-        start_new_thread(_close, (runner, resources))
+        start_new_thread(_stop_and_give_back, (runner, resources))
     else:
-        _close(runner, resources)
+        _stop_and_give_back(runner, resources)
 
 
-def _close(runner: Runner, resources: ExitStack) -> None:
+def _stop_and_give_back(runner: Runner, resources: list[Resource]) -> None:
     runner.stop()
     with suppress(BufferError):  # somebody looks at the memory: it goes with the last view
-        resources.close()
+        _give_back(resources)
 
 
 def _hypervisor_is_present(leaf: int, _subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:

@@ -1,0 +1,197 @@
+"""KeyboardInterrupt anywhere in a machine's life: at each line of ours in turn, by a fault point, and without a clock.
+
+A fault point is a trace function that raises at the n-th line that the thread comes to.  It can raise where no signal
+can, as between a block and its __exit__, so it finds at least what Ctrl-C would.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import pytest
+
+import pvclock
+from pvclock import Machine
+from pvclock.errors import StateError
+from tests.kvm.leaks import held
+
+pytestmark = [pytest.mark.kvm, pytest.mark.row("E9")]
+
+SPIN: Final = bytes.fromhex("66ff060050 ebf9")  # 1: incl DATA; jmp 1b
+DATA: Final = 0x5000
+LIMIT_S: Final = 60
+MS: Final = 10**6
+
+PACKAGE: Final = str(Path(pvclock.__file__).parent)
+VCPUS_AND_MACHINE: Final = (f"{PACKAGE}/kvm/", f"{PACKAGE}/machine/", __file__)
+EVERYTHING: Final = (PACKAGE, __file__)
+
+
+def nothing(_machine: Machine) -> None:
+    """Leave a machine as it was made."""
+
+
+def start_and_pause(machine: Machine) -> None:
+    """Have a machine that was running and is paused."""
+    machine.start()
+    machine.pause()
+
+
+def quiesce(machine: Machine) -> None:
+    """Keep the vCPUs out for a moment."""
+    with machine.runner.quiesce():
+        machine.runner.thread_id(0)
+
+
+CALLS: Final[dict[str, tuple[Callable[[Machine], object], Callable[[Machine], object]]]] = {
+    "start": (nothing, Machine.start),
+    "pause": (Machine.start, Machine.pause),
+    "resume": (start_and_pause, Machine.resume),
+    "quiesce": (Machine.start, quiesce),
+    "run_for": (start_and_pause, lambda machine: machine.run_for(MS)),
+    "stop": (Machine.start, Machine.stop),
+    "stop while paused": (start_and_pause, Machine.stop),
+    "close": (Machine.start, Machine.close),
+}
+
+
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[None]:
+    """Turn a wait for ever into a failure: all waits here can be interrupted."""
+
+    def fail(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(LIMIT_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def interrupted(line: int, files: tuple[str, ...], call: Callable[[], object]) -> bool:
+    """Make the call, with a KeyboardInterrupt at the `line`-th line of `files`; False if it ends before."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:  # noqa: ANN401  # a trace function, or None
+        nonlocal left
+        if not frame.f_code.co_filename.startswith(files):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    assert left > 0, "the interrupt was swallowed"
+    return False
+
+
+def counts_on(machine: Machine) -> None:
+    """Return once the guest has gone on."""
+    before = machine.memory.read(DATA, 4)
+    while machine.memory.read(DATA, 4) == before:
+        assert not machine.runner.join(0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_interrupted_call_leaves_a_machine_that_works(name: str) -> None:
+    """After an interrupt at any line, pause(), resume() and close() do what they say, and nothing is left."""
+    prepare, call = CALLS[name]
+    before = held()
+    for line in count(1):
+        with Machine(SPIN, vcpus=2) as machine:
+            prepare(machine)
+            if not (was_interrupted := interrupted(line, VCPUS_AND_MACHINE, lambda: call(machine))):
+                break
+            if name != "close":
+                works(machine)
+        assert held() == before
+    assert not was_interrupted
+    assert line > 2, "no line was interrupted"
+    assert held() == before
+
+
+def works(machine: Machine) -> None:
+    """Pause and resume a machine, which runs afterwards if it was started and not stopped."""
+    machine.pause()
+    assert machine.runner.gate.is_held
+    count_before = machine.memory.read(DATA, 4)
+    assert machine.memory.read(DATA, 4) == count_before
+    machine.resume()
+    if machine.runner.gate.has_begun and not machine.runner.gate.has_ended:
+        counts_on(machine)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_close_ends_whatever_was_interrupted(name: str) -> None:
+    """After an interrupt at any line of the clock, too, close() ends and no thread or descriptor is left."""
+    prepare, call = CALLS[name]
+    before = held()
+    for line in count(1):
+        with Machine(SPIN, vcpus=2) as machine:
+            prepare(machine)
+            was_interrupted = interrupted(line, EVERYTHING, lambda: call(machine))
+        assert held() == before
+        if not was_interrupted:
+            break
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Python says so of memory that was just made
+def test_an_interrupt_while_a_machine_is_made() -> None:
+    """At any line of the constructor: nothing is left."""
+    files = (f"{PACKAGE}/machine/machine.py", f"{PACKAGE}/machine/ram.py")
+    before = held()
+    for line in count(1):
+        made: list[Machine] = []
+        was_interrupted = interrupted(line, files, lambda: made.append(Machine(SPIN)))  # noqa: B023
+        for machine in made:
+            machine.close()
+        if not was_interrupted:
+            break
+    gc.collect()
+    assert held() == before
+    assert line > 50
+
+
+# Threads that cannot be had
+
+
+@pytest.mark.parametrize("nth", [0, 1, 2])
+def test_a_run_for_which_there_are_no_threads(nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """start() says so where the nth vCPU gets no thread; no guest has run, and close() ends."""
+    before = held()
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start_some(thread: threading.Thread) -> None:
+        if len(started) == nth:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with Machine(SPIN, vcpus=3) as machine:
+        monkeypatch.setattr(threading.Thread, "start", start_some)
+        with pytest.raises(StateError, match=r"a vCPU has no thread: can't start new thread; .*ulimit -u"):
+            machine.start()
+        monkeypatch.undo()
+        assert machine.memory.read(DATA, 4) == bytes(4)
+        assert machine.runner.join(0)
+        with pytest.raises(StateError, match="a vCPU has no thread"):
+            machine.wait()
+    assert held() == before
