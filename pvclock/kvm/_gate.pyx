@@ -137,7 +137,6 @@ cdef class Gate:
         clear_bits(&self._shut, ~<uint32_t>PAUSED, SEQ_CST)
         self._tell()
 
-    @property
     def is_held(self) -> bool:
         """Are the vCPUs out of the guest until somebody resumes or begins the run: by pause(), or for want of a run?
 
@@ -145,7 +144,7 @@ cdef class Gate:
         because a resume() that comes meanwhile lets no vCPU in before.
         """
         cdef uint32_t shut = load(&self._shut, SEQ_CST)
-        if shut & PAUSED or self.threads == 0:
+        if shut & PAUSED or self.threads() == 0:
             return True
         return bool(shut & ENDED) and not self._inside()
 
@@ -193,17 +192,14 @@ cdef class Gate:
         """Wait until no thread of the run is left.  For after end(), and not for a vCPU's own thread."""
         self._wait_for(UNTIL_DEPARTED, None)
 
-    @property
     def has_begun(self) -> bool:
         """Was begin() called?"""
         return load(&self._began, SEQ_CST) != 0
 
-    @property
     def has_ended(self) -> bool:
         """Was end() called?"""
         return (load(&self._shut, SEQ_CST) & ENDED) != 0
 
-    @property
     def threads(self) -> int:
         """How many vCPUs of a run that has begun have not departed."""
         return load(&self._threads, SEQ_CST) if self._is_ours() else 0

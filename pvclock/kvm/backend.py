@@ -74,7 +74,7 @@ class _VcpusOfRunner:
 
     def vcpus_held(self) -> bool | None:
         """See Backend."""
-        return self._runner.gate.is_held
+        return self._runner.gate.is_held()
 
 
 class KvmBackend(_VcpusOfRunner):

@@ -58,7 +58,7 @@ class Runner:
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait until the run has ended; False if it has not within `timeout_s`.  StateError if it never began."""
-        if not self.gate.has_begun and not self.gate.has_ended:
+        if not self.gate.has_begun() and not self.gate.has_ended():
             raise StateError("join", "the vCPUs were never started", "start() them")
         return self.gate.wait_until_ended(timeout_s)
 

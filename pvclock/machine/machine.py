@@ -146,7 +146,7 @@ class Machine:
         StateError on a vCPU's own thread, which cannot wait for its end; the run ends all the same.
         """
         self.runner.stop()
-        if self.runner.gate.threads:
+        if self.runner.gate.threads():
             raise StateError("close", "this is the thread of a vCPU", "close() the machine on another one")
         _give_back(self._resources)
 
@@ -236,7 +236,7 @@ def _reclaim(runner: Runner, resources: list[Resource]) -> None:
 
     If it runs, that is left to another thread: the one that dropped it may be a vCPU's, or hold what a vCPU waits for.
     """
-    if runner.gate.threads:
+    if runner.gate.threads():
         runner.gate.end()
         start_new_thread(_stop_and_give_back, (runner, resources))
     else:

@@ -130,11 +130,11 @@ def test_an_interrupted_call_leaves_a_machine_that_works(name: str) -> None:
 def works(machine: Machine) -> None:
     """Pause and resume a machine, which runs afterwards if it was started and not stopped."""
     machine.pause()
-    assert machine.runner.gate.is_held
+    assert machine.runner.gate.is_held()
     count_before = machine.memory.read(DATA, 4)
     assert machine.memory.read(DATA, 4) == count_before
     machine.resume()
-    if machine.runner.gate.has_begun and not machine.runner.gate.has_ended:
+    if machine.runner.gate.has_begun() and not machine.runner.gate.has_ended():
         counts_on(machine)
 
 
