@@ -15,7 +15,8 @@ from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale, TimePages, 
 from pvclock._memory import GuestMemory
 from pvclock.backend import Backend
 from pvclock.errors import GuestAddressError, StateError
-from pvclock.events import Event, EventKind, EventLog
+from pvclock.event_log import EventLog
+from pvclock.events import Event, EventKind
 from pvclock.quantities import U64_MASK, Gpa, GuestNs, HostTsc
 from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
 from pvclock.timeline import Tempo, Timeline

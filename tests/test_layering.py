@@ -16,10 +16,11 @@ PACKAGE = ROOT / "pvclock"
 
 # From the bottom up. A name stands for the module or the whole subpackage; "pvclock" alone is the public face.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "quantities", "readings", "_abi", "_math", "_publish"},
+    {"errors", "quantities", "readings", "threads", "_abi", "_math", "_publish"},
     {"_memory", "_core", "_counter", "_records", "_transaction", "_bulk", "_sampling"},
     {
-        *("timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "events", "palacios"),
+        *("timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "palacios"),
+        *("events", "event_log", "event_delivery"),
         *("backend", "unslaved", "hostwatch", "kvm", "boot", "payloads"),
     },
     {"providers"},
@@ -31,7 +32,10 @@ LAYERS: tuple[set[str], ...] = (
     {"pvclock", "lab"},
     {"convert", "commands", "meter", "__main__"},
 )
-POLICY = {"timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "events", "palacios"}
+POLICY = {
+    *("timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "palacios"),
+    *("events", "event_log", "event_delivery"),
+}
 
 # What a layer's height alone does not forbid: who may not know whom, and why.
 STRANGERS = {

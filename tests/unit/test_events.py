@@ -16,7 +16,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pvclock.errors import ConfigError, RangeError
-from pvclock.events import FAILURES_KEPT, Event, EventKind, EventLog
+from pvclock.event_delivery import FAILURES_KEPT
+from pvclock.event_log import EventLog
+from pvclock.events import Event, EventKind
 from pvclock.quantities import HostTsc
 
 NS_PER_MINUTE = 60 * 10**9
