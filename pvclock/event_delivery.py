@@ -39,9 +39,9 @@ class SubscriberFailure(NamedTuple):
 class _Subscription:
     """A callback, and the number of the last event that it was given."""
 
-    def __init__(self, callback: Callable[[Event], object], seen: int) -> None:
+    def __init__(self, callback: Callable[[Event], object]) -> None:
         self.callback = callback
-        self.seen = seen
+        self.seen = 0
 
 
 class _Flush(NamedTuple):
@@ -69,7 +69,7 @@ class Delivery:
         self._flushes: list[_Flush] = []
         self._failures: deque[SubscriberFailure] = deque(maxlen=FAILURES_KEPT)
         self._wake_up: WakeUp | None = None  # of the thread that delivers; one that has another is to end
-        self._here = threading.local()  # .delivering: is this a thread that delivers?
+        self._here = threading.local()  # .telling: does this thread run a subscriber?
         renew_in_children(self)
 
     @property
@@ -80,10 +80,7 @@ class Delivery:
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """See EventLog."""
-        with self._lock:
-            self._thread_wake_up("subscribe")
-            subscription = _Subscription(callback, self._events.last)
-            self._subscriptions.append(subscription)
+        subscription = _Subscription(callback)
 
         def unsubscribe() -> None:
             with self._lock:
@@ -92,7 +89,15 @@ class Delivery:
                 if not self._subscriptions:
                     self._dismiss()
 
-        return unsubscribe
+        try:
+            with self._lock:
+                self._thread_wake_up("subscribe")
+                subscription.seen = self._events.last
+                self._subscriptions.append(subscription)
+            return unsubscribe  # noqa: TRY300  # an interrupt here, too, leaves nothing that nobody can end
+        except BaseException:
+            unsubscribe()
+            raise
 
     def deliver(self) -> None:
         """See EventLog."""
@@ -108,7 +113,7 @@ class Delivery:
         """See EventLog."""
         if timeout_s is not None:
             check_timeout(timeout_s)
-        if getattr(self._here, "delivering", False):
+        if getattr(self._here, "telling", False):
             return True
         flush = _Flush(self._events.last, WakeUp())
         try:
@@ -156,7 +161,6 @@ class Delivery:
 
     def tell_all(self, wake_up: WakeUp) -> bool:
         """Tell what is available, for the thread with that wake-up call; returns if the thread is to go on."""
-        self._here.delivering = True
         while due := self._next_due(wake_up):
             self._tell(*due)
         with self._lock:
@@ -184,11 +188,14 @@ class Delivery:
             return None
 
     def _tell(self, subscription: _Subscription, event: Event) -> None:
+        self._here.telling = True
         try:
             subscription.callback(event)
         except BaseException as error:  # noqa: BLE001  # a subscriber's error is its own; the thread goes on
             with self._lock:
                 self._failures.append(SubscriberFailure(event.sequence, subscription.callback, error))
+        finally:
+            self._here.telling = False
 
     # In a child of fork()
 

@@ -43,8 +43,10 @@ def begin(thread: threading.Thread, operation: str) -> None:
     try:
         thread.start()
     except RuntimeError as error:
+        if "new thread" not in str(error):  # an interrupt made threading stumble over its own lock
+            raise
         raise StateError(
-            operation, f"no thread begins ({error})", "end some, or raise the limit, and try again"
+            operation, f"no thread begins: {error}", "end some or raise the limit, and try again"
         ) from None
 
 

@@ -1,27 +1,19 @@
-"""The event log: numbers, bound, readers, subscribers and JSON lines."""
+"""The event log: numbers, bound, readers and JSON lines; what a guest may cause."""
 
 from __future__ import annotations
 
 import json
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
 from fractions import Fraction
-from itertools import chain
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pvclock.errors import ConfigError, RangeError
-from pvclock.event_delivery import FAILURES_KEPT
-from pvclock.event_log import EventLog
-from pvclock.events import Event, EventKind
-from pvclock.quantities import HostTsc
+from pvclock.event_log import GUEST_BURST, GUEST_EVENTS_PER_S, EventLog
+from pvclock.events import Event, EventCause, EventKind
+from pvclock.quantities import NS_PER_S, HostTsc
 
-NS_PER_MINUTE = 60 * 10**9
 DILATIONS = st.fractions(0, 2**64, max_denominator=2**64)
 EVENTS = st.builds(
     Event,
@@ -34,6 +26,7 @@ EVENTS = st.builds(
     guest_ns_after=st.fractions(0, 2**64),
     dilation_before=DILATIONS,
     dilation_after=DILATIONS,
+    cause=st.sampled_from(EventCause),
     sequence=st.integers(0, 2**64),
 )
 PLAIN_EVENTS = st.tuples(st.sampled_from(EventKind), st.integers(0, 9)).map(lambda it: Event(it[0], "", sequence=it[1]))
@@ -128,6 +121,7 @@ def test_the_json_form() -> None:
     assert json.loads(event.to_json()) == {
         "sequence": 4,
         "kind": "dilate",
+        "cause": "vmm",
         "why": "asked for",
         "host_tsc": 7,
         "raw_ns": None,
@@ -156,6 +150,8 @@ def test_json_lines_are_the_log() -> None:
     [
         ({"kind": "picnic"}, "kind is 'picnic'"),
         ({"kind": ["pause"]}, "kind is"),
+        ({"cause": "weather"}, "cause is 'weather'; it can be guest, vmm"),
+        ({"cause": None}, "cause is None"),
         ({"why": None}, "why is None"),
         ({"sequence": True}, "sequence is True"),
         ({"sequence": None}, "sequence is None"),
@@ -189,157 +185,87 @@ def test_any_other_text_is_no_event(line: str) -> None:
         Event.from_json(line)
 
 
-# Subscribers
+# What a guest may cause
 
 
-@pytest.mark.row("E15", "TM-16")
-def test_a_subscriber_hears_of_jumps(tmp_path: Path) -> None:
-    """A file is touched when guest time steps by more than half an hour, either way, and is not for less."""
-    touched = tmp_path / "jumped"
-    log = EventLog()
-    log.subscribe(lambda event: touched.touch() if abs(event.jump_ns) > 30 * NS_PER_MINUTE else None)
-    for minutes, jumped in ((0, False), (30, False), (31, True), (-31, True)):
-        log.append(Event(EventKind.OFFSET, "asked for", guest_ns_after=Fraction(minutes * NS_PER_MINUTE)))
-        assert touched.exists() == jumped
-        touched.unlink(missing_ok=True)
+def a_guests(raw_ns: int | None = 0) -> Event:
+    """An event of a guest that moves its TSC."""
+    return Event(EventKind.TSC, "its", raw_ns=raw_ns, cause=EventCause.GUEST)
+
+
+@pytest.mark.row("E15", "E9")
+def test_a_guests_flood_pushes_out_nothing_of_the_vmms() -> None:
+    """100,000 events of a guest beside 100 of the VMM: all of the VMM's are there, the rest is counted to the last."""
+    log = EventLog(100)
+    vmms = []
+    for number in range(100_000):
+        raw_ns = number * 10**5  # 10 s in all
+        if number % 1000 == 0:
+            vmms.append(log.append(Event(EventKind.DILATE, str(number), raw_ns=raw_ns)))
+        log.append(a_guests(raw_ns))
+    batch = log.read()
+    assert [event for event in batch.events if event.cause is EventCause.VMM] == vmms
+    guests = GUEST_BURST + 9 * GUEST_EVENTS_PER_S
+    assert log.suppressed == 100_000 - guests
+    told = 9  # once a second
+    assert log.last == 100 + guests + told
+    assert len(batch.events) == len(log) == 200
+    assert batch.lost == log.last - 200
+    assert [event.sequence for event in batch.events] == sorted({event.sequence for event in batch.events})
 
 
 @pytest.mark.row("E15")
-def test_a_subscription_begins_and_ends() -> None:
-    """A subscriber is told what comes between subscribing and unsubscribing, which may be repeated."""
-    log, heard = filled(2), list[Event]()
-    unsubscribe = log.subscribe(heard.append)
-    log.append(Event(EventKind.PAUSE, "3"))
-    unsubscribe()
-    unsubscribe()
-    log.append(Event(EventKind.RESUME, "4"))
-    assert numbers(tuple(heard)) == [3]
-
-
-@pytest.mark.row("E15", "E9")
-def test_a_subscriber_that_raises_harms_nobody() -> None:
-    """Its error is kept and goes no further, the others are told, and it is told what follows; old errors make room."""
+def test_what_was_suppressed_is_told_once_there_is_room() -> None:
+    """One event says how many were left out, stamped as what comes next, whoever caused that; and says it once."""
     log = EventLog()
-    heard: dict[str, list[int]] = {"before": [], "raising": [], "after": []}
-
-    def listener(name: str) -> Callable[[Event], None]:
-        def hear(event: Event) -> None:
-            heard[name].append(event.sequence)
-            if name == "raising":
-                raise ValueError(f"no {event.sequence}")
-
-        return hear
-
-    raising = listener("raising")
-    for callback in (listener("before"), raising, listener("after")):
-        log.subscribe(callback)
-    for number in range(1, FAILURES_KEPT + 5):
-        assert log.append(Event(EventKind.TSC, str(number))).sequence == number
-    everything = list(range(1, FAILURES_KEPT + 5))
-    assert heard == {"before": everything, "raising": everything, "after": everything}
-    assert [failure.sequence for failure in log.failures] == everything[-FAILURES_KEPT:]
-    assert str(log.failures[-1].error) == f"no {everything[-1]}"
-    assert log.failures[-1].callback is raising
+    for _ in range(GUEST_BURST + 5):
+        last = log.append(a_guests())
+    assert (last.sequence, log.last, log.suppressed) == (0, GUEST_BURST, 5)
+    log.append(Event(EventKind.SKIP, "no room yet", raw_ns=NS_PER_S - 1))
+    later = Event(EventKind.SKIP, "room", HostTsc(1), NS_PER_S, 3, Fraction(4), Fraction(5), Fraction(6), Fraction(7))
+    log.append(later)
+    log.append(a_guests(NS_PER_S))
+    tail = log.read(GUEST_BURST).events
+    assert [event.kind.value for event in tail] == ["skip", "suppressed", "skip", "tsc"]
+    assert [event.sequence - GUEST_BURST for event in tail] == [1, 2, 3, 4]
+    told = tail[1]
+    assert told.why == "5 more guest-caused events were not recorded"
+    assert (told.host_tsc, told.raw_ns, told.real_ns, told.cause) == (1, NS_PER_S, 3, EventCause.GUEST)
+    assert {told.guest_ns_before, told.guest_ns_after} == {Fraction(4)}
+    assert {told.dilation_before, told.dilation_after} == {Fraction(6)}
 
 
 @pytest.mark.row("E15", "E9")
-def test_an_interrupt_comes_out_and_the_rest_is_told_later() -> None:
-    """KeyboardInterrupt in a subscriber reaches the caller; the event is kept, and whoever missed it gets it next."""
-    log, heard = EventLog(), list[Event]()
-
-    def interrupt(event: Event) -> None:
-        if event.sequence == 1:
-            raise KeyboardInterrupt
-
-    log.subscribe(interrupt)
-    log.subscribe(heard.append)
-    with pytest.raises(KeyboardInterrupt):
-        log.append(Event(EventKind.TSC, "1"))
-    assert (len(log), heard, log.failures) == (1, [], ())
-    log.append(Event(EventKind.TSC, "2"))
-    assert numbers(tuple(heard)) == [1, 2]
-
-
-@pytest.mark.row("E15", "E9")
-def test_recorded_events_wait_for_delivery() -> None:
-    """record() tells nobody, as a caller with vCPUs held needs it; deliver() tells all, in order, and once."""
-    log, heard = EventLog(), list[Event]()
-    log.subscribe(heard.append)
-    for number in range(1, 4):
-        log.record(Event(EventKind.TSC, str(number)))
-    assert heard == []
-    log.deliver()
-    log.deliver()
-    assert numbers(tuple(heard)) == [1, 2, 3]
+@given(stamps=st.lists(st.none() | st.integers(-(2**70), 2**70) | st.integers(0, 10**10), max_size=300))
+def test_no_stamps_give_a_guest_more_than_its_budget(stamps: list[int | None]) -> None:
+    """A raw clock that stands, goes back or is not known fills nothing; one that goes on fills up to the burst."""
+    log = EventLog()
+    budget, filled_ns, taken = GUEST_BURST, None, 0
+    for raw_ns in stamps:
+        if raw_ns is not None:
+            filled_ns = raw_ns if filled_ns is None or raw_ns < filled_ns else filled_ns
+            while budget < GUEST_BURST and filled_ns + NS_PER_S <= raw_ns:
+                budget, filled_ns = min(budget + GUEST_EVENTS_PER_S, GUEST_BURST), filled_ns + NS_PER_S
+            filled_ns += (raw_ns - filled_ns) // NS_PER_S * NS_PER_S
+        taken += budget > 0
+        assert bool(log.record(a_guests(raw_ns)).sequence) == (budget > 0)
+        budget = max(budget - 1, 0)
+    assert log.suppressed == len(stamps) - taken
 
 
 @pytest.mark.row("E15", "E9")
-def test_a_subscriber_may_append_read_and_unsubscribe() -> None:
-    """Calls from within a subscriber neither deadlock nor disorder: all hear both events, in the order of numbers."""
-    log, heard = EventLog(), list[tuple[str, int]]()
-
-    def answer(event: Event) -> None:
-        heard.append(("answering", event.sequence))
-        assert log.read().last == event.sequence
-        if event.sequence == 1:
-            log.append(Event(EventKind.REFUSED, "2"))
-        else:
-            unsubscribe()
-
-    unsubscribe = log.subscribe(answer)
-    log.subscribe(lambda event: heard.append(("other", event.sequence)))
-    log.append(Event(EventKind.TSC, "1"))
-    log.append(Event(EventKind.TSC, "3"))
-    assert heard == [("answering", 1), ("other", 1), ("answering", 2), ("other", 2), ("other", 3)]
-
-
-@pytest.mark.row("E15")
-def test_a_subscriber_that_the_bound_overtakes_sees_the_gap() -> None:
-    """What was lost before it could be told shows as missing numbers, and the rest comes in order."""
-    log, heard = EventLog(3), list[Event]()
-    log.subscribe(heard.append)
-    for number in range(1, 9):
-        log.record(Event(EventKind.TSC, str(number)))
-    log.deliver()
-    assert numbers(tuple(heard)) == [6, 7, 8]
-
-
-@pytest.fixture
-def hasty_threads() -> Iterator[None]:
-    """Let threads take turns as often as the interpreter can."""
-    usual_seconds = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(usual_seconds)
-
-
-@pytest.mark.stress
-@pytest.mark.row("E15", "E9")
-@pytest.mark.usefixtures("hasty_threads")
-def test_threads_append_and_each_event_is_told_once() -> None:
-    """With four threads appending at once, numbers stay gapless and a subscriber hears every one, in order."""
-    log, heard = EventLog(10_000), list[int]()
-
-    def hear(event: Event) -> None:
-        time.sleep(event.sequence % 3 * 1e-4)  # so that a second deliverer, if there were one, would overtake the first
-        heard.append(event.sequence)
-
-    log.subscribe(hear)
-    begin = threading.Barrier(4)
-    given_numbers: list[list[int]] = [[] for _ in range(4)]
-
-    def append(mine: list[int]) -> None:
-        begin.wait()
-        for _ in range(300):
-            mine.append(log.append(Event(EventKind.TSC, "")).sequence)
-            time.sleep(1e-3)  # else one thread delivers all the time, and the change of hands goes untested
-
-    threads = [threading.Thread(target=append, args=(mine,)) for mine in given_numbers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    everything = list(range(1, 1201))
-    assert sorted(chain.from_iterable(given_numbers)) == everything
-    assert [event.sequence for event in log.read().events] == everything
-    assert heard == everything
+@given(
+    causes=st.lists(st.sampled_from(EventCause), max_size=GUEST_BURST),
+    capacity=st.integers(1, 8),
+    since=st.integers(0, 70),
+)
+def test_both_causes_are_read_in_order(causes: list[EventCause], capacity: int, since: int) -> None:
+    """The newest of each cause, merged by their numbers, and what is gone of both is counted."""
+    log = EventLog(capacity)
+    events = [log.append(Event(EventKind.TSC, "", cause=cause)) for cause in causes]
+    kept = [event for cause in EventCause for event in [each for each in events if each.cause is cause][-capacity:]]
+    wanted = sorted((event for event in kept if event.sequence > since), key=lambda event: event.sequence)
+    batch = log.read(since)
+    assert list(batch.events) == wanted
+    assert batch.lost == max(len(causes) - since, 0) - len(wanted)
+    assert batch.last == max(since, len(causes))

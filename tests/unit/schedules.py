@@ -1,0 +1,104 @@
+"""Schedules that are the same each time: what happens at the n-th line that a thread runs in given files."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, ModuleType
+from typing import Any
+
+LIMIT_S = 60
+"""For what must happen; no test waits that long unless it fails."""
+
+
+class Lines:
+    """Counts the lines that traced threads run in `modules`, and calls `action` before the line `at` (from 0 on)."""
+
+    def __init__(self, *modules: ModuleType, at: int = -1, action: Callable[[], object] = lambda: None) -> None:
+        self._files = {module.__file__ for module in modules}
+        self._at = at
+        self._action = action
+        self._within: list[tuple[FrameType, int]] = []
+        self.count = 0
+
+    def trace(self, frame: FrameType, event: str, _argument: Any) -> Lines.Trace | None:  # noqa: ANN401  # typeshed's
+        """See sys.settrace()."""
+        if frame.f_code.co_filename not in self._files:
+            return None
+        if event == "line" and not self._leaves_with(frame):
+            self.count += 1
+            if self.count == self._at + 1:
+                self._action()
+        return self.trace
+
+    def _leaves_with(self, frame: FrameType) -> bool:
+        """Is this the end of a `with` block?
+
+        Python traces its first line again there, but handles no signal between the block's end and the release of its
+        lock: an exception would be one that no interrupt can raise.
+        """
+        if not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            return False
+        place = frame, frame.f_lineno
+        if place in self._within:
+            self._within.remove(place)
+            return True
+        self._within.append(place)
+        return False
+
+    Trace = Callable[[FrameType, str, Any], Any]
+
+    @contextmanager
+    def traced(self) -> Iterator[Lines]:
+        """Trace this thread."""
+        before = sys.gettrace()
+        sys.settrace(self.trace)
+        try:
+            yield self
+        finally:
+            sys.settrace(before)
+
+    @contextmanager
+    def traced_in_new_threads(self) -> Iterator[Lines]:
+        """Trace the threads that begin meanwhile."""
+        before = threading.gettrace()
+        threading.settrace(self.trace)
+        try:
+            yield self
+        finally:
+            threading.settrace(before)
+
+
+class Beside:
+    """A thread that runs `operation` while another stands still: to its end, or until it wants a lock of `locks`."""
+
+    def __init__(self, operation: Callable[[], object], *locks: Callable[[], threading.Lock]) -> None:
+        self._thread = threading.Thread(target=operation)
+        self._locks = locks
+
+    def run(self) -> None:
+        """Begin; return at the end, or at once if a lock is taken that it may want."""
+        self._thread.start()
+        if not any(lock().locked() for lock in self._locks):
+            self.end()
+
+    def end(self) -> None:
+        """Wait for the end, if it was begun."""
+        if self._thread.ident is not None:
+            self._thread.join(LIMIT_S)
+        assert not self._thread.is_alive()
+
+
+def threads_named(name: str) -> set[threading.Thread]:
+    """The threads of that name that run."""
+    return {thread for thread in threading.enumerate() if thread.name == name}
+
+
+def end_of(threads: set[threading.Thread]) -> None:
+    """Wait until they have ended."""
+    for thread in threads:
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
