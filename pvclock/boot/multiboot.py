@@ -7,6 +7,7 @@ System V ABI.  The address fields that replace ELF ("a.out kludge") are not take
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from pvclock._memory import GuestMemory
@@ -44,13 +45,23 @@ ET_EXEC: Final = 2
 EM_386: Final = 3
 PT_LOAD: Final = 1
 
+ZEROES: Final = memoryview(bytes(1 << 16))
+
 
 class Segment(NamedTuple):
-    """A part of the file (bytes) that goes to guest-physical `gpa`, followed by zeroes up to `memory_bytes`."""
+    """A part of the file that goes to guest-physical `gpa`, followed by zeroes up to `memory_bytes`.
+
+    content: a view of the file, for many segments may name the same part of it.
+    """
 
     gpa: int
-    content: bytes
+    content: memoryview
     memory_bytes: int
+
+    @property
+    def end(self) -> int:
+        """The first address behind it."""
+        return self.gpa + self.memory_bytes
 
 
 def find_header(image: bytes) -> int | None:
@@ -73,10 +84,9 @@ def load(memory: GuestMemory, image: bytes, cmdline: str = "") -> EntryState:
     entry, segments = _parse_elf(image)
     text = _command_line(cmdline)
     info = _boot_information(memory)
+    _check_fit(memory.slots, segments)
     for segment in segments:
-        _check_fits(memory, segment.gpa, segment.memory_bytes)
-    for segment in segments:
-        memory.write(segment.gpa, segment.content + bytes(segment.memory_bytes - len(segment.content)))
+        _write(memory, segment)
     memory.write(MULTIBOOT_INFO, info)
     memory.write(MULTIBOOT_CMDLINE, text)
     return EntryState(protected_mode=True, rip=entry, registers={"rax": BOOTLOADER_MAGIC, "rbx": MULTIBOOT_INFO})
@@ -106,14 +116,33 @@ def _parse_segment(image: bytes, at: int) -> Segment | None:
             f"ELF segment at {gpa:#x}: {file_bytes} bytes from {offset:#x} of a file of {len(image)}, "
             f"{memory_bytes} in memory"
         )
-    return Segment(gpa, image[offset : offset + file_bytes], memory_bytes)
+    return Segment(gpa, memoryview(image)[offset : offset + file_bytes], memory_bytes)
 
 
-def _check_fits(memory: GuestMemory, gpa: int, length: int) -> None:
-    if not any(base <= gpa and gpa + length <= base + size for base, size in memory.slots):
-        raise ImageError(f"ELF segment {gpa:#x}+{length:#x} is not in guest memory: {memory.slots}")
-    if gpa < INFO_END and gpa + length > MULTIBOOT_INFO:
-        raise ImageError(f"ELF segment {gpa:#x}+{length:#x} overlaps the boot information at {MULTIBOOT_INFO:#x}")
+def _check_fit(slots: list[tuple[int, int]], segments: list[Segment]) -> None:
+    """ImageError unless all segments lie in memory, each in a place of its own: then they are no more than memory is.
+
+    ELF orders its segments by address; one that begins before another ends is damage, or an attempt to load for ever.
+    """
+    for segment in segments:
+        if not any(base <= segment.gpa and segment.end <= base + size for base, size in slots):
+            raise ImageError(f"ELF segment {_range(segment)} is not in guest memory: {slots}")
+        if segment.gpa < INFO_END and segment.end > MULTIBOOT_INFO:
+            raise ImageError(f"ELF segment {_range(segment)} overlaps the boot information at {MULTIBOOT_INFO:#x}")
+    for lower, upper in pairwise(sorted(segments, key=lambda segment: segment.gpa)):
+        if upper.gpa < lower.end:
+            raise ImageError(f"ELF segments {_range(lower)} and {_range(upper)} overlap")
+
+
+def _range(segment: Segment) -> str:
+    return f"{segment.gpa:#x}+{segment.memory_bytes:#x}"
+
+
+def _write(memory: GuestMemory, segment: Segment) -> None:
+    """Write the segment's content and, by pieces, its zeroes: nothing is allocated by what the file says."""
+    memory.write(segment.gpa, segment.content)
+    for at in range(segment.gpa + len(segment.content), segment.end, len(ZEROES)):
+        memory.write(at, ZEROES[: segment.end - at])
 
 
 def _command_line(cmdline: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -141,6 +142,62 @@ def test_a_segment_may_touch_the_boot_information(gpa: int, memory: GuestMemory)
     """Up to its first byte, and from behind its last."""
     multiboot.load(memory, elf(program_header=segment(gpa)))
     assert memory.read(gpa, len(TEXT)) == TEXT
+
+
+# Segments, and what they make the loader allocate
+
+PART_BYTES = 2 << 20
+
+
+def many(*gpas: int, file_bytes: int, memory_bytes: int) -> bytes:
+    """An ELF file whose segments all take the same `file_bytes` of it."""
+    offset = TEXT_AT + 32 * (len(gpas) - 1)
+    table = b"".join(segment(gpa, offset=offset, file_bytes=file_bytes, memory_bytes=memory_bytes) for gpa in gpas)
+    return elf(count=len(gpas), program_header=table) + bytes(file_bytes)
+
+
+def peak_bytes(load: Callable[[], object]) -> int:
+    """How much `load()` has allocated at once, at most."""
+    tracemalloc.start()
+    try:
+        load()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["by-address", "backwards"])
+def test_segments_may_touch_but_not_overlap(order: int, memory: GuestMemory, ram: bytearray) -> None:
+    """A segment begins where another ends, or behind that: one byte before is refused, and memory untouched."""
+    length = len(TEXT) + BSS_BYTES
+    at = [GPA, GPA + length, GPA + 2 * length][::order]
+    overlapping = [GPA, GPA + length, GPA + 2 * length - 1][::order]
+    with pytest.raises(ImageError, match=r"segments 0x100020\+0x20 and 0x10003f\+0x20 overlap"):
+        multiboot.load(memory, many(*overlapping, file_bytes=len(TEXT), memory_bytes=length))
+    assert ram == b"\xa5" * RAM_BYTES
+    multiboot.load(memory, many(*at, file_bytes=len(TEXT), memory_bytes=length))
+    assert memory.read(GPA, 3 * length + 1) == (TEXT + bytes(BSS_BYTES)) * 3 + b"\xa5"
+
+
+def test_segments_that_overlap_allocate_nothing(memory: GuestMemory, ram: bytearray) -> None:
+    """Of 200 segments that are the same 2 MiB of the file, not one is copied before they are refused."""
+    image = many(*[GPA] * 200, file_bytes=PART_BYTES, memory_bytes=PART_BYTES)
+
+    def load() -> None:
+        with pytest.raises(ImageError, match=r"0x100000\+0x200000 and 0x100000\+0x200000 overlap"):
+            boot.load(memory, image)
+
+    assert peak_bytes(load) < 2 * PART_BYTES
+    assert ram == b"\xa5" * RAM_BYTES
+
+
+@pytest.mark.parametrize("file_bytes", [0, 1, PART_BYTES])
+def test_a_segment_is_written_piece_by_piece(file_bytes: int, memory: GuestMemory, ram: bytearray) -> None:
+    """Loading a segment of 3 MiB, whatever part of it is zeroes, allocates no more than a few pages."""
+    image = many(GPA, file_bytes=file_bytes, memory_bytes=RAM_BYTES - GPA - 1)
+    assert peak_bytes(lambda: boot.load(memory, image)) < 1 << 17
+    expected = (TEXT + bytes(PART_BYTES))[:file_bytes].ljust(RAM_BYTES - GPA - 1, b"\0")
+    assert ram[GPA:] == expected + b"\xa5"
 
 
 @pytest.mark.parametrize(
