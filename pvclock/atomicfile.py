@@ -3,35 +3,75 @@
 The new content is written beside it, as `.NAME.new`, and takes its place by rename once it is on the disk.  Who writes
 holds a lock on `.NAME.new`, so that writers take turns.  A killed writer leaves that one file behind, without its lock;
 the next one takes it over, so they never pile up, and nobody ever reads it.
+
+Who may use the file stays as it was, as far as the kernel lets the writer say so: else fewer may, never more.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-__all__ = ["replace"]
+__all__ = ["read", "replace"]
 
 NEW_FILE_MODE: Final = 0o600
 """A VM's state is its owner's business; a file that is there keeps its mode."""
+
+ACL: Final = "system.posix_acl_access"
+NO_ACL: Final = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
+MAY_NOT: Final = frozenset({errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP})
+"""An owner cannot be set by this user, has no id in this user namespace, or is not known to this file system."""
+
+KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+CHUNK_BYTES: Final = 1 << 20
+
+
+def read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
+    """What regular file `path` holds, up to `bytes_max` of it; a symbolic link is followed.
+
+    OSError if it cannot be read or is something else.  Never waits: for no writer of a FIFO, nor for a device.
+    """
+    _refuse_special(Path(path).stat())  # first: to open a device may set it going
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _refuse_special(os.fstat(file))  # another may have taken its place
+        content = bytearray()
+        while chunk := os.read(file, min(CHUNK_BYTES, bytes_max - len(content))):
+            content += chunk
+        return bytes(content)
+    finally:
+        os.close(file)
 
 
 def replace(path: str | os.PathLike[str], content: bytes) -> None:
     """Let `content` be what file `path` holds, on the disk when this returns; a symbolic link is followed.
 
+    A new file has mode 0600.  One that is there keeps its mode, owner, group and POSIX ACL.  Where this process may not
+    set that owner or group, the writer's take their place, the ACL goes, and the mode grants nobody what it did not
+    (0640 becomes 0600 in another group).  Not kept: other extended attributes (security labels), set-ID and sticky
+    bits, and further names: hard links have the old content.
+
     OSError if that cannot be: the file is as it was, unless the very last step failed, to put the new name on the disk.
     """
     target = Path(os.path.realpath(path))
-    mode = _mode(target)
+    access = _access(target)
     temporary = target.with_name(f".{target.name}.new")
-    file = _lock(temporary)
+    file = _lock(temporary, access)
     try:
+        os.fchmod(file, NEW_FILE_MODE)
         os.ftruncate(file, 0)
-        os.fchmod(file, mode)
         _write(file, content)
+        _permit(file, access)
         os.fsync(file)
         temporary.rename(target)
     finally:
@@ -39,17 +79,93 @@ def replace(path: str | os.PathLike[str], content: bytes) -> None:
     _sync_folder(target.parent)
 
 
-def _mode(target: Path) -> int:
+# Who may use the file
+
+
+class _Access(NamedTuple):
+    """Who may read and write a file: by mode, owner, group, and what ACL (as the kernel stores it) there is."""
+
+    mode: int
+    uid: int
+    gid: int
+    acl: bytes | None
+
+
+def _access(target: Path) -> _Access | None:
+    """The file's as it is; None if there is none."""
     try:
-        mode = target.stat().st_mode
+        found = target.stat()
     except FileNotFoundError:
-        return NEW_FILE_MODE
-    if not stat.S_ISREG(mode):
-        raise OSError(f"{target} is no ordinary file")
-    return mode & 0o777
+        return None
+    _refuse_special(found)
+    try:
+        acl = os.getxattr(target, ACL)
+    except OSError as error:
+        if error.errno not in NO_ACL:
+            raise
+        acl = None
+    return _Access(found.st_mode & 0o777, found.st_uid, found.st_gid, acl)
 
 
-def _lock(temporary: Path) -> int:
+def _refuse_special(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(KINDS.get(stat.S_IFMT(found.st_mode), "no regular file"))
+
+
+def _permit(file: int, old: _Access | None) -> None:
+    """Give the new file, so far its writer's only, to those who could use the old one."""
+    if old is None:
+        return
+    _give(file, old.uid, old.gid)
+    new = os.fstat(file)
+    kept = (new.st_uid, new.st_gid) == (old.uid, old.gid)
+    _set_acl(file, old.acl if kept else None)
+    os.fchmod(file, old.mode if kept else _mode_elsewhere(old, new))
+
+
+def _give(file: int, uid: int, gid: int) -> None:
+    """Set owner and group, or the group alone, or neither: as much as this process may."""
+    for owner in (uid, -1):
+        try:
+            os.fchown(file, owner, gid)
+        except OSError as error:
+            if error.errno not in MAY_NOT:
+                raise
+        else:
+            return
+
+
+def _mode_elsewhere(old: _Access, new: os.stat_result) -> int:
+    """The old file's mode in so far as it grants nobody more, now that owner or group are others.
+
+    Whoever was the owner is one of the group or of the others now, and members of either group may have changed sides.
+    """
+    if old.acl is not None:
+        return NEW_FILE_MODE  # the group's bits are a mask of entries that are gone
+    user, group, other = old.mode >> 6, old.mode >> 3 & 7, old.mode & 7
+    if new.st_uid != old.uid:
+        group, other = group & user, other & user
+    if new.st_gid != old.gid:
+        group = other = group & other
+    return user << 6 | group << 3 | other
+
+
+def _set_acl(file: int, acl: bytes | None) -> None:
+    """Let this be the file's ACL; one that it has by the folder's default goes."""
+    try:
+        if acl is None:
+            os.removexattr(file, ACL)
+        else:
+            os.setxattr(file, ACL, acl)
+    except OSError as error:
+        if acl is not None or error.errno not in NO_ACL:
+            raise
+
+
+# The file beside it
+
+
+def _lock(temporary: Path, access: _Access | None) -> int:
     """Open the file, new or left behind, as its only writer."""
     while True:
         # Read-write: a FIFO that somebody put there does not block.
@@ -57,7 +173,7 @@ def _lock(temporary: Path) -> int:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(file, temporary):
-                _refuse_foreign(file, temporary)
+                _refuse_foreign(file, temporary, access)
                 return file
         except BaseException:
             os.close(file)
@@ -73,10 +189,14 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _refuse_foreign(file: int, temporary: Path) -> None:
-    """In a folder that others can write, the name may have been taken on purpose."""
+def _refuse_foreign(file: int, temporary: Path, access: _Access | None) -> None:
+    """In a folder that others can write, the name may have been taken on purpose.
+
+    The target's owner may have it: a writer that was killed had just given it to them, and they will have the file.
+    """
     found = os.fstat(file)
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1:
+    owners = {os.geteuid()} if access is None else {os.geteuid(), access.uid}
+    if not stat.S_ISREG(found.st_mode) or found.st_uid not in owners or found.st_nlink != 1:
         raise OSError(f"{temporary} is in the way and not ours; remove it")
 
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from pvclock import atomicfile
@@ -300,23 +299,23 @@ def _value(state: object, path: str) -> object:
 def write(path: str | os.PathLike[str], state: ClockState) -> None:
     """Put the state into file `path`, wholly or not at all; it is on the disk when this returns.
 
-    A file that is there keeps its mode, a new one is its owner's only.  StateFileError if the state is unsound or the
-    file cannot be written, with what was in it untouched.
+    A file that is there keeps its mode, owner, group and ACL, as far as this process may set them, and never grants
+    more than it did (see atomicfile.replace()); a new one is its owner's only.  StateFileError if the state is unsound
+    or the file cannot be written, with what was in it untouched.
     """
     content = to_json(state).encode("ascii")
     try:
         atomicfile.replace(path, content)
     except (OSError, ValueError) as error:
-        raise _file_error(path, error, "an ordinary file in a folder that can be written") from error
+        raise _file_error(path, error, "a regular file in a folder that can be written") from error
 
 
 def load(path: str | os.PathLike[str]) -> ClockState:
-    """The state in file `path`; StateFileError, with the path, if the file cannot be read or is unsound."""
+    """The state in regular file `path`; StateFileError, with the path, if it cannot be read or is unsound."""
     try:
-        with Path(path).open("rb") as file:
-            document = file.read(BYTES_MAX + 1)
+        document = atomicfile.read(path, BYTES_MAX + 1)
     except (OSError, ValueError) as error:
-        raise _file_error(path, error, "a file that can be read") from error
+        raise _file_error(path, error, "a regular file that can be read") from error
     try:
         return from_json(document)
     except StateFileError as error:

@@ -79,7 +79,8 @@ def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     assert wrong.endswith("NOT VALID: vcpus[1].tsc_aux: found -1; supported: a whole number from 0 to 2^32-1")
     assert (
-        missing == f"{files[2]}: NOT VALID: file: found No such file or directory; supported: a file that can be read"
+        missing
+        == f"{files[2]}: NOT VALID: file: found No such file or directory; supported: a regular file that can be read"
     )
     assert main(["state", "check", "--json", *files]) == 1
     reports = json.loads(capsys.readouterr().out)
