@@ -2,18 +2,23 @@
 
 A policy settles `missed` nanoseconds of guest time: part of it is gained at once, as one declared step forward, part is
 slewed in afterwards, and the rest never happened for the guest.  Pure: the timeline is told the outcome.
+
+A policy is checked where it is given, by as_policy() or parse(): what they return can run, and has a name to be saved
+by.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
+from itertools import pairwise
 from operator import index
-from typing import Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from pvclock.errors import ConfigError, RangeError
-from pvclock.quantities import NS_PER_S
+from pvclock.quantities import NS_PER_S, U64_MASK, shown
 
 __all__ = [
     "ABSURD_NS",
@@ -24,8 +29,10 @@ __all__ = [
     "Policy",
     "Settlement",
     "Slew",
+    "as_policy",
     "describe",
     "parse",
+    "settle",
 ]
 
 ABSURD_NS: Final = 366 * 86400 * NS_PER_S
@@ -33,6 +40,10 @@ ABSURD_NS: Final = 366 * 86400 * NS_PER_S
 
 PPM: Final = 1_000_000
 MOST_PPM: Final = 10 * PPM
+PPM_PER_PERCENT: Final = PPM // 100
+
+NAME_MAX: Final = 256
+"""So many characters a policy's name has in a saved state, at most."""
 
 
 class Settlement(NamedTuple):
@@ -57,7 +68,7 @@ class Freeze(NamedTuple):
 
 
 class Advance(NamedTuple):
-    """The guest is told at once, up to max_ns."""
+    """The guest is told at once, up to max_ns (0 to 2^64 - 1)."""
 
     max_ns: int = ABSURD_NS
 
@@ -68,7 +79,7 @@ class Advance(NamedTuple):
 
 
 class Slew(NamedTuple):
-    """The guest's clock runs fast by max_ppm until it has caught up, or max_ns of it."""
+    """The guest's clock runs fast by max_ppm (1 to 10^7) until it has caught up, or max_ns of it (0 to 2^64 - 1)."""
 
     max_ppm: int = 500
     max_ns: int = ABSURD_NS
@@ -88,9 +99,11 @@ class Slew(NamedTuple):
 
 
 class CatchUpTable(NamedTuple):
-    """The further behind, the faster: (lag in ns, percent) from the least lag on.
+    """The further behind, the faster: `periods` of (lag in ns from which on it counts, percent).
 
-    Beyond give_up_ns nothing is caught up, and at stop_ns the rest is dropped.
+    periods: one at least, by rising lag, the percents from 1 to 1000; the first counts for smaller lags, too.  Beyond
+    give_up_ns nothing is caught up, and at stop_ns, which is no more than that, the rest is dropped.  All ns are 0 to
+    2^64 - 1.
     """
 
     periods: tuple[tuple[int, int], ...]
@@ -107,7 +120,7 @@ class CatchUpTable(NamedTuple):
     def ppm(self, lag_ns: Fraction) -> int:
         """How much faster than nominal a clock runs that lags by lag_ns; a clock that is ahead goes as much slower."""
         percents = [percent for from_ns, percent in self.periods if abs(lag_ns) >= from_ns] or [self.periods[0][1]]
-        return percents[-1] * (PPM // 100)
+        return percents[-1] * PPM_PER_PERCENT
 
     def is_done(self, lag_ns: Fraction) -> bool:
         """Is the lag no more than what is tolerated?"""
@@ -144,45 +157,65 @@ def _left_out(ns: Fraction, bound_ns: int) -> str:
 
 
 def parse(text: str) -> Policy:
-    """A policy by its name: "freeze", "advance", "advance:max_ns=N", "slew:max_ppm=N", "virtualbox".
+    """A policy by its name.
 
-    ConfigError for anything else, RangeError for a bound that makes no sense.
+    "freeze", "advance", "advance:max_ns=N", "slew:max_ppm=N", "slew:max_ppm=N,max_ns=N", "virtualbox", or a table of
+    one's own, "table:LAG_NS=PERCENT,LAG_NS=PERCENT,stop_ns=N,give_up_ns=N".  ConfigError for anything else, RangeError
+    for a number that makes no sense.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"a policy's name is text; found a {type(text).__name__}")
+    if len(text) > NAME_MAX:
+        raise ConfigError(f"policy {text[:20]!r}... of {len(text)} characters; its name has {NAME_MAX} at most")
     name, _, rest = text.partition(":")
-    options = dict(re.findall(r"(\w+)=(\d+)", rest))
+    options = dict(re.findall(r"([a-z_]+|[0-9]+)=([0-9]+)", rest))
     if rest != ",".join(f"{key}={value}" for key, value in options.items()):
         raise ConfigError(f"policy {text!r}: options are written as NAME=NUMBER, with commas between")
     if name not in _MAKERS:
         raise ConfigError(f"policy {text!r}; choose from {', '.join(_MAKERS)}")
     try:
-        return _checked(_MAKERS[name](**{key: int(value) for key, value in options.items()}))
+        policy = _MAKERS[name](**{key: int(value) for key, value in options.items()})
     except TypeError:
         raise ConfigError(f"policy {text!r}: {name} takes {', '.join(_OPTIONS[name]) or 'no options'}") from None
+    return as_policy(policy)
 
 
 def as_policy(policy: Policy | str) -> Policy:
-    """The policy, given as such or by its name."""
-    return parse(policy) if isinstance(policy, str) else _checked(policy)
+    """The policy, given as such or by its name, in plain ints.
+
+    ConfigError for what is none, or is of wrong types; RangeError for a number outside of what its class says.
+    """
+    if isinstance(policy, str):
+        return parse(policy)
+    if type(policy) not in _CHECKS:
+        raise ConfigError(
+            f"a policy is a Freeze, Advance, Slew or CatchUpTable, or a name ({', '.join(_MAKERS)}); "
+            f"found {type(policy).__name__}"
+        )
+    return _CHECKS[type(policy)](policy)
 
 
 def describe(policy: Policy) -> str:
-    """The name that parse() takes."""
+    """The name that parse() takes; the errors of as_policy() for what is no policy."""
+    return _name(as_policy(policy))
+
+
+def _name(policy: Policy) -> str:
     if policy == VIRTUALBOX:
         return "virtualbox"
     if isinstance(policy, CatchUpTable):
-        raise ConfigError("a catch-up table of one's own has no name, so it cannot be stored")
-    options = ",".join(
+        options = [*policy.periods, ("stop_ns", policy.stop_ns), ("give_up_ns", policy.give_up_ns)]
+        return "table:" + ",".join(f"{key}={value}" for key, value in options)
+    changed = ",".join(
         f"{key}={value}" for key, value in policy._asdict().items() if value != policy._field_defaults[key]
     )
-    return type(policy).__name__.lower() + (f":{options}" if options else "")
+    return type(policy).__name__.lower() + (f":{changed}" if changed else "")
 
 
-def _checked(policy: Policy) -> Policy:
-    bound = getattr(policy, "max_ns", 1)
-    ppm = getattr(policy, "max_ppm", 1)
-    if index(bound) < 0 or not 0 < index(ppm) <= MOST_PPM:
-        raise RangeError(f"{policy}: max_ns is 0 or more, max_ppm between 1 and {MOST_PPM}")
-    return policy
+def _table(stop_ns: int, give_up_ns: int, **periods: int) -> CatchUpTable:
+    if not all(lag_ns.isdigit() for lag_ns in periods):
+        raise TypeError
+    return CatchUpTable(tuple((int(lag_ns), percent) for lag_ns, percent in periods.items()), stop_ns, give_up_ns)
 
 
 _MAKERS: Final[dict[str, Callable[..., Policy]]] = {
@@ -190,5 +223,78 @@ _MAKERS: Final[dict[str, Callable[..., Policy]]] = {
     "advance": Advance,
     "slew": Slew,
     "virtualbox": lambda: VIRTUALBOX,
+    "table": _table,
 }
-_OPTIONS: Final = {"freeze": (), "advance": Advance._fields, "slew": Slew._fields, "virtualbox": ()}
+_OPTIONS: Final = {
+    "freeze": (),
+    "advance": Advance._fields,
+    "slew": Slew._fields,
+    "virtualbox": (),
+    "table": ("LAG_NS", "stop_ns", "give_up_ns"),
+}
+
+
+# Checks, which return the policy in plain ints
+
+
+def _checked_freeze(_policy: Freeze) -> Freeze:
+    return Freeze()
+
+
+def _checked_advance(policy: Advance) -> Advance:
+    return Advance(_ns("Advance.max_ns", policy.max_ns))
+
+
+def _checked_slew(policy: Slew) -> Slew:
+    return Slew(_whole("Slew.max_ppm", policy.max_ppm, 1, MOST_PPM), _ns("Slew.max_ns", policy.max_ns))
+
+
+def _checked_table(policy: CatchUpTable) -> CatchUpTable:
+    given: object = policy.periods
+    if not isinstance(given, tuple | list) or not given:
+        raise ConfigError("CatchUpTable.periods: a tuple of one period (lag in ns, percent) at least")
+    periods = tuple(_checked_period(f"CatchUpTable.periods[{place}]", each) for place, each in enumerate(given))
+    for (lower_ns, _), (upper_ns, _) in pairwise(periods):
+        if lower_ns >= upper_ns:
+            raise ConfigError(
+                f"CatchUpTable.periods: a lag of {upper_ns} ns after one of {lower_ns} ns; they must rise"
+            )
+    stop_ns = _ns("CatchUpTable.stop_ns", policy.stop_ns)
+    table = CatchUpTable(periods, stop_ns, _ns("CatchUpTable.give_up_ns", policy.give_up_ns, stop_ns))
+    if len(_name(table)) > NAME_MAX:
+        raise ConfigError(
+            f"CatchUpTable.periods: {len(periods)} of them make a name of {len(_name(table))} characters; "
+            f"a saved state holds {NAME_MAX}"
+        )
+    return table
+
+
+def _checked_period(what: str, period: object) -> tuple[int, int]:
+    if not isinstance(period, tuple | list) or len(period) != 2:
+        raise ConfigError(f"{what}: a pair (lag in ns, percent)")
+    from_ns, percent = period
+    return _ns(f"{what}, its lag,", from_ns), _whole(f"{what}, its percent,", percent, 1, MOST_PPM // PPM_PER_PERCENT)
+
+
+def _ns(what: str, value: Any, least: int = 0) -> int:  # noqa: ANN401  # a caller's
+    return _whole(what, value, least, U64_MASK)
+
+
+def _whole(what: str, value: Any, least: int, most: int) -> int:  # noqa: ANN401  # a caller's
+    """`value` as an int, ConfigError if it is no whole number, RangeError if it is not from `least` to `most`."""
+    number: int | None = None
+    with suppress(TypeError):
+        number = index(value)
+    if number is None or isinstance(value, bool):
+        raise ConfigError(f"{what} is a {type(value).__name__}; it is a whole number from {least} to {most}")
+    if not least <= number <= most:
+        raise RangeError(f"{what} is {shown(number)}; it can be {least} to {most}")
+    return number
+
+
+_CHECKS: Final[dict[type, Callable[[Any], Policy]]] = {
+    Freeze: _checked_freeze,
+    Advance: _checked_advance,
+    Slew: _checked_slew,
+    CatchUpTable: _checked_table,
+}

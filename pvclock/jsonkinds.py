@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any, Final, NamedTuple
 
 from pvclock.errors import StateFileError
+from pvclock.quantities import shown
 
 __all__ = [
     "BOOLEAN",
@@ -254,9 +255,9 @@ def _shown(value: object) -> str:
             return f"an object of {len(value)}"
         case list() | tuple():
             return f"a list of {len(value)}"
-        case int() if value.bit_length() > 128:
-            return f"a number of {value.bit_length()} bits"
-        case None | int() | float() | str():
+        case int() if not isinstance(value, bool):
+            return shown(value)
+        case None | bool() | float() | str():
             text = json.dumps(value[:SHOWN_MAX] if isinstance(value, str) else value)
             return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."
         case _:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NewType
 
-__all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs"]
+__all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs", "shown"]
 
 HostTsc = NewType("HostTsc", int)
 """Ticks of the host's time stamp counter."""
@@ -27,3 +27,11 @@ Gpa = NewType("Gpa", int)
 
 NS_PER_S: Final = 1_000_000_000
 U64_MASK: Final = (1 << 64) - 1
+
+SHOWN_BITS_MAX: Final = 128
+
+
+def shown(number: int) -> str:
+    """The number for a message: in words if it is long, for Python does not print some thousands of digits at all."""
+    bits = number.bit_length()
+    return str(number) if bits <= SHOWN_BITS_MAX else f"a number of {bits} bits"

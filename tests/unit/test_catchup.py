@@ -1,0 +1,251 @@
+"""Catch-up policies: what is none is refused where it is given, and what is accepted can run, be named and be saved."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pvclock import ConfigError, GuestClock, RangeError, catchup
+from pvclock.catchup import MOST_PPM, NAME_MAX, VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
+from pvclock.jsonkinds import TEXT
+from tests.unit.clocks import NS_PER_S, a_clock, page_of, shown
+
+U64_MAX = 2**64 - 1
+HZ = 2_000_000_000
+DIGITS = "9" * 5000
+"""More than Python makes an int of."""
+
+NS = st.one_of(st.integers(0, U64_MAX), st.integers(0, 10**12), st.sampled_from([0, 1, U64_MAX]))
+PERIODS = st.dictionaries(NS, st.integers(1, 1000), min_size=1, max_size=6).map(
+    lambda lags: tuple(sorted(lags.items()))
+)
+TABLES = st.builds(
+    lambda periods, bounds: CatchUpTable(periods, *sorted(bounds)), PERIODS, st.lists(NS, min_size=2, max_size=2)
+)
+POLICIES: st.SearchStrategy[Any] = st.one_of(
+    st.just(Freeze()),
+    st.builds(Advance, NS),
+    st.builds(Slew, st.integers(1, MOST_PPM), NS),
+    st.just(VIRTUALBOX),
+    TABLES,
+)
+
+NO_LAG, LAG = (0, 5), (10**9, 50)
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "no percent": (CatchUpTable(((0, 0),), 0, 10**12), RangeError, r"periods\[0\], its percent, is 0; it can be 1 to"),
+    "no periods": (CatchUpTable((), 0, 10**12), ConfigError, "one period .lag in ns, percent. at least"),
+    "a huge percent": (CatchUpTable(((0, 10**12),), 0, 10**12), RangeError, "is 1000000000000; it can be 1 to 1000$"),
+    "a negative percent": (CatchUpTable(((0, -5),), 0, 10**12), RangeError, "its percent, is -5"),
+    "half a percent": (CatchUpTable(((0, 1.5),), 0, 10**12), ConfigError, "its percent, is a float"),  # type: ignore[arg-type]
+    "a bool of a percent": (CatchUpTable(((0, True),), 0, 10**12), ConfigError, "its percent, is a bool"),
+    "a negative lag": (CatchUpTable((NO_LAG, (-1, 5)), 0, 1), RangeError, r"periods\[1\], its lag, is -1"),
+    "a lag beyond 64 bits": (CatchUpTable(((2**64, 5),), 0, 1), RangeError, "its lag, is 18446744073709551616; it can"),
+    "a lag of text": (CatchUpTable((("x", 5),), 0, 1), ConfigError, "its lag, is a str"),  # type: ignore[arg-type]
+    "equal lags": (
+        CatchUpTable((NO_LAG, NO_LAG), 0, 1),
+        ConfigError,
+        "a lag of 0 ns after one of 0 ns; they must rise",
+    ),
+    "lags that fall": (CatchUpTable((LAG, NO_LAG), 0, 1), ConfigError, "a lag of 0 ns after one of 1000000000 ns"),
+    "no pair": (CatchUpTable(((0, 1, 2),), 0, 1), ConfigError, r"periods\[0\]: a pair"),  # type: ignore[arg-type]
+    "a number as periods": (CatchUpTable(5, 0, 1), ConfigError, "periods: a tuple"),  # type: ignore[arg-type]
+    "text as periods": (CatchUpTable("ab", 0, 1), ConfigError, "periods: a tuple"),  # type: ignore[arg-type]
+    "a negative stop": (CatchUpTable((NO_LAG,), -1, 1), RangeError, "stop_ns is -1"),
+    "no stop": (CatchUpTable((NO_LAG,), None, 1), ConfigError, "stop_ns is a NoneType"),  # type: ignore[arg-type]
+    "give up before the stop": (CatchUpTable((NO_LAG,), 2, 1), RangeError, "give_up_ns is 1; it can be 2 to"),
+    "give up beyond 64 bits": (CatchUpTable((NO_LAG,), 2, 2**64), RangeError, "give_up_ns is 18446744073709551616"),
+    "more than can be saved": (
+        CatchUpTable(tuple((lag, 5) for lag in range(10**18, 10**18 + 20)), 0, 1),
+        ConfigError,
+        "20 of them make a name of 468 characters; a saved state holds 256",
+    ),
+    "slew at no rate": (Slew(0), RangeError, "Slew.max_ppm is 0; it can be 1 to 10000000"),
+    "slew too fast": (Slew(MOST_PPM + 1), RangeError, "Slew.max_ppm is 10000001"),
+    "slew by text": (Slew("x"), ConfigError, "Slew.max_ppm is a str; it is a whole number from 1"),  # type: ignore[arg-type]
+    "slew by a bool": (Slew(True), ConfigError, "Slew.max_ppm is a bool"),
+    "slew by a type": (Slew(int), ConfigError, "Slew.max_ppm is a type"),  # type: ignore[arg-type]
+    "slew without end": (Slew(1, 2**64), RangeError, "Slew.max_ns is 18446744073709551616"),
+    "a number that cannot be printed": (
+        Slew(10**5000),
+        RangeError,
+        "Slew.max_ppm is a number of 16610 bits; it can be",
+    ),
+    "advance back": (Advance(-1), RangeError, "Advance.max_ns is -1"),
+    "advance without end": (Advance(2**64), RangeError, "Advance.max_ns is 18446744073709551616"),
+    "advance by nothing": (Advance(None), ConfigError, "Advance.max_ns is a NoneType"),  # type: ignore[arg-type]
+    "a number": (5, ConfigError, r"a policy is a Freeze, Advance, Slew or CatchUpTable, or a name .*; found int"),
+    "a class": (Slew, ConfigError, "or a name .*; found type"),
+    "a tuple": ((500, 0), ConfigError, "or a name .*; found tuple"),
+    "bytes": (b"freeze", ConfigError, "or a name .*; found bytes"),
+    "no name": ("", ConfigError, "choose from freeze, advance, slew, virtualbox, table"),
+    "5,000 digits": (f"slew:max_ppm={DIGITS}", ConfigError, r"policy 'slew:max_ppm=9999999'... of 5013 characters"),
+    "240 digits": (f"slew:max_ppm={DIGITS[:240]}", RangeError, "Slew.max_ppm is a number of 798 bits"),
+    "digits of another script": ("slew:max_ppm=\u0665", ConfigError, "NAME=NUMBER"),
+    "an option twice": ("slew:max_ppm=5,max_ppm=6", ConfigError, "NAME=NUMBER"),
+    "an unknown option": ("slew:ppm=5", ConfigError, "slew takes max_ppm, max_ns"),
+    "a table of nothing": ("table", ConfigError, "table takes LAG_NS, stop_ns, give_up_ns"),
+    "a table without periods": ("table:stop_ns=1,give_up_ns=2", ConfigError, "one period"),
+    "a table of other names": ("table:lag=5,stop_ns=1,give_up_ns=2", ConfigError, "table takes LAG_NS"),
+    "a table with one lag twice": ("table:5=1,05=1,stop_ns=1,give_up_ns=2", ConfigError, "they must rise"),
+}
+
+
+@pytest.mark.row("E2", "E13", "TM-15")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_no_policy_is_refused_where_it_is_given(wrong: str) -> None:
+    """As the clock's policy, for a resume and for describe(): an error of ours with what is wrong, and no change."""
+    policy, error, message = WRONG[wrong]
+    clock, backend, _ = a_clock(HZ)
+    clock.pause()
+    backend.advance(ns=NS_PER_S)
+    before = clock.now(), clock.policy, page_of(clock), clock.events.last
+    with pytest.raises(error, match=message):
+        clock.policy = policy
+    with pytest.raises(error, match=message):
+        clock.resume(policy)
+    if not isinstance(policy, str):
+        with pytest.raises(error, match=message):
+            catchup.describe(policy)
+    assert (clock.now(), clock.policy, page_of(clock), clock.events.last) == before
+    clock.resume("advance")
+    assert clock.now() == before[0] + NS_PER_S
+
+
+@pytest.mark.row("E13")
+def test_a_clock_has_some_policy() -> None:
+    """None is no policy, though for a resume it stands for the clock's own; nor is it a name."""
+    clock, _, _ = a_clock(HZ)
+    with pytest.raises(ConfigError, match=r"or a name .*; found NoneType"):
+        clock.policy = None  # type: ignore[assignment]  # on purpose
+    with pytest.raises(ConfigError, match="a policy's name is text; found a NoneType"):
+        catchup.parse(None)  # type: ignore[arg-type]  # on purpose
+
+
+@pytest.mark.row("E1", "E2", "TM-15")
+@given(policy=POLICIES)
+@example(policy=Slew(MOST_PPM, U64_MAX))
+@example(policy=CatchUpTable(((0, 1), (U64_MAX, 1000)), 0, U64_MAX))
+def test_every_policy_has_a_name_that_a_state_holds(policy: Policy) -> None:
+    """What is accepted, accepted again is the same; by its name it comes back, and a saved state takes that name."""
+    assert catchup.as_policy(policy) == policy
+    name = catchup.describe(policy)
+    again = catchup.parse(name)
+    assert (again, type(again)) == (policy, type(policy))
+    assert TEXT.read(name, "policy") == name
+    assert len(name) <= NAME_MAX
+
+
+@pytest.mark.row("E1")
+def test_the_longest_name_is_what_a_state_takes() -> None:
+    """Text of NAME_MAX characters is the longest that a saved state holds."""
+    assert f"1 to {NAME_MAX} " in TEXT.supported
+
+
+class Whole:
+    """A whole number of somebody else's type, such as NumPy's."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.row("E2", "E13")
+def test_policies_become_plain_ints() -> None:
+    """Whole numbers of any type and lists are taken over as ints and tuples, which nobody can change afterwards."""
+    periods = [[Whole(0), Whole(5)]]
+    table: Any = CatchUpTable(periods, Whole(1), Whole(2))  # type: ignore[arg-type]
+    accepted = catchup.as_policy(table)
+    periods.clear()
+    assert accepted == CatchUpTable(((0, 5),), 1, 2)
+    assert hash(accepted)
+    assert catchup.as_policy(Slew(Whole(7), Whole(8))) == Slew(7, 8)  # type: ignore[arg-type]
+
+
+JUNK = st.recursive(
+    st.one_of(NS, st.integers(), st.booleans(), st.none(), st.floats(), st.text(max_size=3), st.just(Slew)),
+    lambda inner: st.tuples(inner, inner) | st.lists(inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.row("E13", "E9")
+@given(policy=st.one_of(st.builds(CatchUpTable, JUNK, JUNK, JUNK), st.builds(Slew, JUNK, JUNK), JUNK))
+def test_anything_is_a_policy_or_refused(policy: Any) -> None:  # noqa: ANN401  # anything
+    """Whatever is in a policy, or in place of one: it is accepted for good or refused by an error of ours."""
+    try:
+        accepted = catchup.as_policy(policy)
+    except (ConfigError, RangeError):
+        return
+    assert catchup.parse(catchup.describe(accepted)) == accepted
+
+
+@pytest.mark.row("E13", "E9")
+@given(
+    text=st.one_of(
+        st.text(max_size=300),
+        st.from_regex(r"(freeze|advance|slew|virtualbox|table):?([a-z_0-9]+=[0-9]+,?)*", fullmatch=True),
+    )
+)
+def test_any_text_is_a_name_or_refused(text: str) -> None:
+    """Whatever text is given by name: it is a policy or an error of ours."""
+    try:
+        policy = catchup.parse(text)
+    except (ConfigError, RangeError):
+        return
+    assert catchup.parse(catchup.describe(policy)) == policy
+
+
+# What is accepted can run
+
+
+@pytest.mark.row("E2", "TM-15")
+@given(policy=POLICIES, missed_ns=st.integers(-(2**63), 2**70), parts=st.integers(1, 1000))
+def test_all_missed_time_is_settled(policy: Policy, missed_ns: int, parts: int) -> None:
+    """Any missed time is gained, owed or lost, to the fraction; a host clock that went back has missed none."""
+    missed = Fraction(missed_ns, parts)
+    settled = catchup.settle(policy, missed)
+    assert settled.gain_ns + settled.slew_ns + settled.lost_ns == max(missed, 0)
+    assert min(settled.gain_ns, settled.slew_ns, settled.lost_ns) >= 0
+    assert bool(settled.why) == (missed < 0 or (settled.lost_ns > 0 and policy != Freeze()))
+    assert settled.slew_ns == 0 or settled.slew == policy
+
+
+@pytest.mark.row("E2", "TM-15")
+@given(policy=st.one_of(st.builds(Slew, st.integers(1, MOST_PPM), NS), TABLES), lag_ns=st.integers(-(2**70), 2**70))
+def test_a_slew_has_some_rate(policy: Slew | CatchUpTable, lag_ns: int) -> None:
+    """At any lag, of either sign, a slew runs off its rate by 1 ppm to 1000 %."""
+    assert 1 <= policy.ppm(Fraction(lag_ns)) <= MOST_PPM
+
+
+@pytest.mark.row("E1", "E2", "TM-15")
+@settings(max_examples=100)
+@given(
+    policy=POLICIES,
+    missed_ns=st.one_of(st.integers(0, 2**61), st.integers(0, 10**11)),
+    waits_ns=st.lists(st.integers(0, 10**10), max_size=5),
+)
+def test_accepted_policies_run_and_are_saved(policy: Policy, missed_ns: int, waits_ns: list[int]) -> None:
+    """A clock with that policy resumes, refreshes, never steps back, and comes back from a save as it was."""
+    clock, backend, memory = a_clock(HZ)
+    clock.policy = policy
+    clock.pause()
+    backend.advance(ns=missed_ns)
+    clock.resume()
+    last = shown(memory, 0, backend.tsc)
+    for wait_ns in waits_ns:
+        backend.advance(ns=wait_ns)
+        clock.refresh()
+        assert shown(memory, 0, backend.tsc) >= last
+        last = shown(memory, 0, backend.tsc)
+    state = clock.save()
+    again = GuestClock.restore(state, memory, backend=backend)
+    assert again.policy == policy
+    assert again.skew_ns == clock.skew_ns
+    again.resume()
