@@ -7,6 +7,9 @@ After a jump a periodic timer has missed periods.  What becomes of them is decla
 `Replay`.  Under each of them one advance() makes at most one call a timer, so that no jump, however far and however
 short the period that a guest chose, lets loose a storm.
 
+Guest time ends at 2^64 - 1 ns.  A periodic timer whose next call would come after that has had its last one: it ends,
+and what it still owed counts as dropped.
+
 Source: Palacios vmm_time.c (v3_add_timer, v3_update_timers) and vmm_timeout.c; the policies are pvclock's own.
 """
 
@@ -17,8 +20,8 @@ from heapq import heapify, heappop, heappush
 from operator import index
 from typing import Final, NamedTuple, TypeAlias
 
-from pvclock.errors import RangeError, StateError
-from pvclock.quantities import U64_MASK, GuestNs
+from pvclock.errors import ConfigError, RangeError, StateError
+from pvclock.quantities import U64_MASK, GuestNs, shown
 
 __all__ = ["Firing", "Merge", "Missed", "Once", "Replay", "Share", "Timer", "Timers", "VcpuTimeouts"]
 
@@ -97,8 +100,9 @@ UpdateCallback: TypeAlias = Callable[[int, int], object]
 class Timer:
     """One deadline, made by Timers.add() and to be read only.
 
-    deadline_ns: the end of the oldest period not yet delivered.  due_ns: when its call may come, which is later than
-    the deadline while periods are replayed.  period_ns: None for one-shot.  callback: None once there will be no
+    deadline_ns: the end of the oldest period not yet delivered, or the last one of a timer that has ended.  due_ns:
+    when its call may come, which is later than the deadline while periods are replayed.  Neither exceeds 2^64 - 1.
+    period_ns: None for one-shot.  callback: None once there will be no
     further call, so that a timer kept does not keep what its callback holds.
     """
 
@@ -128,6 +132,8 @@ class Timers:
 
     cycles, cycles_hz: for update callbacks, the guest's cycle count now and its frequency in Hz.  The count is
     Palacios' monotonic one: 64 bits that never wrap and do not move with the guest's writes of its TSC.
+    newest_update_first: the order in which update callbacks run.  Palacios puts a new one at the front of its list, so
+    that its updates run so; the default is the order in which they were added.
 
     Callbacks may add and remove timers and updates, themselves included; what they add is called from the next
     advance() on, even if it is due already.
@@ -135,11 +141,19 @@ class Timers:
     Thread-safety: none; the owner of the clock calls under its own lock.
     """
 
-    def __init__(self, now: GuestNs = START, *, cycles: int = 0, cycles_hz: int | None = None) -> None:
+    def __init__(
+        self,
+        now: GuestNs = START,
+        *,
+        cycles: int = 0,
+        cycles_hz: int | None = None,
+        newest_update_first: bool = False,
+    ) -> None:
         self._now = GuestNs(_whole("guest time", now, 0))
         self._cycles = _whole("cycles", cycles, 0)
         self._cycles_hz = None if cycles_hz is None else _whole("cycles_hz", cycles_hz, 1)
-        self._updates: list[UpdateCallback] = []
+        self._newest_update_first = newest_update_first
+        self._updates: list[UpdateCallback] = []  # in the order of their calls
         self._timers: dict[int, Timer] = {}
         self._serial = 0
         self._advancing = False
@@ -154,7 +168,10 @@ class Timers:
 
     @property
     def next_due_ns(self) -> GuestNs | None:
-        """The guest time in ns at which advance() will have a timer to fire, past or not; None without timers."""
+        """The guest time in ns at which advance() will have a timer to fire, past or not; None without timers.
+
+        Never more than 2^64 - 1: a timer that would be due later has ended.
+        """
         heads = [queue[0][0] for queue in (self._firing, self._queue) if self._clean_head(queue)]
         return GuestNs(min(heads)) if heads else None
 
@@ -172,15 +189,19 @@ class Timers:
         """Call `callback` when guest time is deadline_ns, and with period_ns at each multiple of it from there on.
 
         deadline_ns: 0 to 2^64 - 1; one that is past fires at the next advance().  period_ns: 1 to 2^64 - 1.  RangeError
-        beyond these, and for a Replay that could not catch up; TypeError for what is no whole number.
+        beyond these, and for a Replay that could not catch up; TypeError for what is no whole number; ConfigError for a
+        `missed` that is none of `Missed`.
         """
         deadline_ns = GuestNs(_whole("deadline_ns", deadline_ns, 0))
+        if not isinstance(missed, Merge | Once | Replay):
+            raise ConfigError(f"missed is a Merge, Once or Replay; found {type(missed).__name__}")
         if period_ns is not None:
             period_ns = _whole("period_ns", period_ns, 1)
         if isinstance(missed, Replay):
             if period_ns is None:
                 raise RangeError(f"{missed} for a one-shot timer; it has no period to replay")
-            _whole(f"spacing_ns, replaying a period of {period_ns} ns,", missed.spacing_ns, 1, period_ns - 1)
+            what = f"spacing_ns, replaying a period of {period_ns} ns,"
+            missed = Replay(_whole(what, missed.spacing_ns, 1, period_ns - 1))
         timer = self._timers[self._serial] = Timer(self._serial, deadline_ns, callback, period_ns, missed)
         self._serial += 1
         heappush(self._queue, (timer.due_ns, timer.serial))
@@ -205,7 +226,7 @@ class Timers:
         """
         if self._cycles_hz is None:
             raise StateError("add_update", "the frequency of the cycles is not known", "give Timers its cycles_hz")
-        self._updates.append(callback)
+        self._updates.insert(0 if self._newest_update_first else len(self._updates), callback)
 
     def remove_update(self, callback: UpdateCallback) -> bool:
         """Take back one add_update() of `callback`; False if there is none."""
@@ -288,11 +309,12 @@ class Timers:
 
     def _fire(self, timer: Timer, errors: list[Exception]) -> None:
         """Call a timer that is due.  It is re-armed or removed first, so that its callback finds it as it will be."""
-        callback, firing = timer.callback, _expire(timer, self._now)
-        if timer.period_ns is None:
-            self.remove(timer)
-        else:
+        callback = timer.callback
+        firing, goes_on = _expire(timer, self._now)
+        if goes_on:
             heappush(self._queue, (timer.due_ns, timer.serial))
+        else:
+            self.remove(timer)
         _call(errors, callback, firing)
 
     def _clean_head(self, queue: list[tuple[int, int]]) -> bool:
@@ -314,7 +336,11 @@ class VcpuTimeouts:
         self._of_vcpu: dict[int, Timer] = {}
 
     def add(self, vcpu: int, deadline_ns: GuestNs, callback: TimerCallback) -> Timer:
-        """Call `callback` once when guest time is deadline_ns; it may set the next.  StateError while one is active."""
+        """Call `callback` once when guest time is deadline_ns; it may set the next.
+
+        StateError while one is active; deadline_ns is as for Timers.add().
+        """
+        deadline_ns = GuestNs(_whole("deadline_ns", deadline_ns, 0))
         present = self._of_vcpu.get(vcpu)
         if present is not None and present.active:
             raise StateError(
@@ -331,17 +357,23 @@ class VcpuTimeouts:
         return timer is not None and self._timers.remove(timer)
 
 
-def _expire(timer: Timer, now: GuestNs) -> Firing:
-    """Account for the periods of `timer` that have ended by `now`, and move it on by those that are settled."""
+def _expire(timer: Timer, now: GuestNs) -> tuple[Firing, bool]:
+    """Account for the periods of `timer` that have ended by `now`, and move it on by those that are settled.
+
+    Returns what to tell, and whether there will be another call: none for a one-shot timer or beyond guest time's end.
+    """
     deadline_ns, late_ns = timer.deadline_ns, now - timer.deadline_ns
     if timer.period_ns is None:
-        return Firing(timer, deadline_ns, late_ns, 1, 0, 0)
+        return Firing(timer, deadline_ns, late_ns, 1, 0, 0), False
     ended = late_ns // timer.period_ns + 1
     periods, dropped, pause_ns = timer.missed.share(ended)
     # A whole number of periods on: lateness never shifts the grid.
-    timer.deadline_ns = GuestNs(deadline_ns + (periods + dropped) * timer.period_ns)
-    timer.due_ns = GuestNs(max(timer.deadline_ns, now + pause_ns))
-    return Firing(timer, deadline_ns, late_ns, periods, ended - periods - dropped, dropped)
+    next_deadline_ns = deadline_ns + (periods + dropped) * timer.period_ns
+    next_due_ns = max(next_deadline_ns, now + pause_ns)
+    if next_due_ns > U64_MASK:
+        return Firing(timer, deadline_ns, late_ns, periods, 0, ended - periods), False
+    timer.deadline_ns, timer.due_ns = GuestNs(next_deadline_ns), GuestNs(next_due_ns)
+    return Firing(timer, deadline_ns, late_ns, periods, ended - periods - dropped, dropped), True
 
 
 def _call(errors: list[Exception], callback: Callable[..., object] | None, *arguments: object) -> None:
@@ -357,5 +389,5 @@ def _whole(name: str, value: int, least: int, most: int = U64_MASK) -> int:
     """`value` as an int within its range; floats are refused, for time is never rounded here."""
     number = index(value)
     if not least <= number <= most:
-        raise RangeError(f"{name} is {number}; it can be {least} to {most}")
+        raise RangeError(f"{name} is {shown(number)}; it can be {least} to {most}")
     return number
