@@ -16,6 +16,7 @@ from pvclock import ConfigError, StateError
 from pvclock.payloads import clockprobe, probe
 from qemu_glue import QemuExited, QemuMissing, QmpFailed, cpu_property
 from qemu_glue.launch import Qemu
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
 
@@ -52,7 +53,7 @@ def test_ram_is_shared_both_ways() -> None:
 def test_guest_ends_by_itself() -> None:
     """A guest's exit code and console come back."""
     with launch("cpus=1 reads=1000") as qemu:
-        assert qemu.wait(10) == probe.EXIT_FINE
+        assert qemu.wait(HANG_S) == probe.EXIT_FINE
         assert probe.read_record(qemu.memory, 0).reads == 1000
         assert "clockprobe: cpus=1" in qemu.console
 
@@ -84,7 +85,7 @@ def test_told_to_quit() -> None:
     with launch() as qemu:
         qemu.execute("quit")
         with pytest.raises(QemuExited, match="exit code 0"):
-            qemu.wait(5)
+            qemu.wait(HANG_S)
 
 
 @pytest.mark.row("E13")
@@ -186,7 +187,7 @@ def test_dies_with_us() -> None:
         qemu = Path("/proc") / us.stdout.readline().strip()
         assert "microvm" in (qemu / "cmdline").read_text()
         us.kill()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + HANG_S
     while is_running(qemu):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -22,8 +22,10 @@ COMPILE = ("cc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 # What no guest may see, and what would let it: readings on the wrong side of a break point.
 FAULTS = ("backward_own", "backward_cross", "wild", "torn", "late_old", "early_new")
 
-# A broken publisher is noticed within 0.5 s unless other programs keep the CPUs from running both threads at once.
-RUNS_MAX = 6
+# One run is enough unless other programs keep the CPUs from running both threads at once; so many end a hopeless test.
+RUNS_MAX = 60
+
+RACED_LEAST = {"reads": 1000, "publishes": 1000, "generations": 1}
 
 Report = dict[str, Any]
 Stress = Callable[..., Report]
@@ -67,12 +69,18 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Stress:
     return run
 
 
-def faults(report: Report) -> Report:
-    """Return the counters that are not 0, of a run in which there was something to count."""
-    assert report["reads"] > 1000
-    assert report["publishes"] > 1000
-    assert report["generations"] > 0
-    return {name: report[name] for name in FAULTS if report[name]}
+def race(stress: Stress, **options: str | float) -> list[Report]:
+    """Run the program until there was something to count, on however slow a machine."""
+    reports: list[Report] = []
+    while any(sum(report[name] for report in reports) < least for name, least in RACED_LEAST.items()):
+        assert len(reports) < RUNS_MAX, f"nothing was raced: {reports[-1]}"
+        reports.append(stress(**options))
+    return reports
+
+
+def faults(reports: list[Report]) -> Report:
+    """Return the counters that are not 0."""
+    return {name: report[name] for report in reports for name in FAULTS if report[name]}
 
 
 @pytest.mark.row("K-08", "E9")
@@ -80,44 +88,45 @@ def faults(report: Report) -> Report:
 @pytest.mark.parametrize("reader", ["linux", "unfenced"])
 def test_readings_are_whole_and_never_go_back(stress: Stress, reader: str, pages: int) -> None:
     """No reading is torn, goes back on any vCPU, or is on the wrong side of a break point."""
-    assert not faults(stress(reader=reader, pages=pages))
+    assert not faults(race(stress, reader=reader, pages=pages))
 
 
 @pytest.mark.row("K-08", "E9")
 @pytest.mark.parametrize("readers", [1, 4])
 def test_pages_that_share_no_cache_line_or_page(stress: Stress, readers: int) -> None:
     """It is the same with every clock in a memory page of its own, and with more threads than CPUs."""
-    assert not faults(stress(pages=64, stride=4096, readers=readers))
+    assert not faults(race(stress, pages=64, stride=4096, readers=readers))
 
 
 @pytest.mark.row("E9")
 def test_one_tick_of_skew_is_not_seen(stress: Stress) -> None:
     """A vCPU whose TSC is one tick behind reads no centuries and turns nobody's clock back."""
-    assert not faults(stress(skew_ticks=1))
+    assert not faults(race(stress, skew_ticks=1))
 
 
 @pytest.mark.row("E9")
 @pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
 def test_skew_within_the_lead_never_underflows(stress: Stress, start_ns: int) -> None:
     """Where TSCs are so far apart that order is lost, still no reading underflows, on a clock of any age."""
-    assert not stress(skew_ticks=512, pages=1, start_ns=start_ns)["wild"]
+    assert not any(report["wild"] for report in race(stress, skew_ticks=512, pages=1, start_ns=start_ns))
 
 
 @pytest.mark.row("E11", "E9")
 @pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
 def test_lines_meet_at_the_break_point(stress: Stress, start_ns: int) -> None:
     """At every break point the new line shows what the old one does, or 1 ns more."""
-    report = stress(start_ns=start_ns, readers=1)
-    assert not faults(report)
-    assert (report["least_step_ns"], report["most_step_ns"]) == (0, 1)
+    reports = race(stress, start_ns=start_ns, readers=1)
+    assert not faults(reports)
+    assert min(report["least_step_ns"] for report in reports) == 0
+    assert max(report["most_step_ns"] for report in reports) == 1
 
 
 @pytest.mark.row("E11")
 @pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
 def test_pages_keep_to_the_exact_timeline(stress: Stress, start_ns: int) -> None:
     """However many anchors: a page is within 2 ns, the ticks that its shift cuts and mul's quantum of the timeline."""
-    report = stress(start_ns=start_ns, readers=1)
-    assert not report["beyond_bound"], report
+    for report in race(stress, start_ns=start_ns, readers=1):
+        assert not report["beyond_bound"], report
 
 
 @pytest.mark.row("K-08", "E9")

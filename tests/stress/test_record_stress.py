@@ -15,8 +15,8 @@ pytestmark = pytest.mark.stress
 ROOT = Path(__file__).parents[2]
 COMPILE = ("cc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'pvclock' / 'include'}")
 
-# A defect is noticed within 0.5 s unless other programs keep the CPUs from running both threads at once.
-RUNS_MAX = 6
+# One run is enough unless other programs keep the CPUs from running both threads at once; so many end a hopeless test.
+RUNS_MAX = 60
 
 Report = dict[str, int]
 Stress = Callable[..., Report]
@@ -31,7 +31,6 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Stress:
     def run(record: str, *options: str) -> Report:
         done = subprocess.run([program, "--record", record, *options], check=True, capture_output=True, timeout=60)
         report: Report = json.loads(done.stdout)
-        assert report["turns"] > 1000
         return report
 
     return run
@@ -40,9 +39,14 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Stress:
 @pytest.mark.row("K-29", "K-28")
 def test_no_steal_time_is_torn(stress: Stress) -> None:
     """A reading that its version calls consistent is a sum that the host wrote, and never less than the one before."""
-    report = stress("steal")
-    assert report["reads"] > 1000
-    assert (report["torn"], report["backward"]) == (0, 0)
+    reads = turns = 0
+    for _ in range(RUNS_MAX):
+        report = stress("steal")
+        assert (report["torn"], report["backward"]) == (0, 0)
+        reads, turns = reads + report["reads"], turns + report["turns"]
+        if min(reads, turns) > 1000:
+            return
+    pytest.fail(f"only {reads} readings of {turns} sums: nothing was raced")
 
 
 @pytest.mark.row("K-30", "K-32")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from contextlib import AbstractContextManager
 
 import pytest
@@ -108,25 +107,29 @@ def test_reading_while_a_guest_moves_its_tsc_and_its_page() -> None:
     clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
     ended = threading.Event()
 
+    served = 0
+
     def serve() -> None:
+        nonlocal served
         source = random.Random(3)  # noqa: S311  # a sample, no secret
         while not ended.is_set():
             clock.write_msr(0, 0x10, source.getrandbits(64))
             clock.write_msr(0, SYSTEM_TIME, PAGES[source.randrange(2)] | 1)
+            served += 1
 
-    server = threading.Thread(target=serve)
+    server = threading.Thread(target=serve, daemon=True)
     server.start()
-    last, steps_back, most = clock.read(0), 0, 0
-    deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline:
+    last, reads, steps_back, wild = clock.read(0), 0, 0, 0
+    while reads < 20_000 or served < 2_000:
         now = clock.read(0)
         steps_back += now < last
-        most = max(most, now - last)
+        wild += now > clock.now() + 2  # what a page may be ahead of the timeline, which has gone on since
         last = now
+        reads += 1
+        assert server.is_alive()
     ended.set()
     server.join()
-    assert steps_back == 0
-    assert most < 100 * NS_PER_S
+    assert (steps_back, wild) == (0, 0)
 
 
 @pytest.mark.row("E12", "E9")

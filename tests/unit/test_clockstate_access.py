@@ -20,10 +20,10 @@ import pytest
 
 from pvclock import StateFileError, atomicfile, clockstate
 from tests.saved_states import LEAST, TYPICAL
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]
 NOBODY, OWNER, GROUP, STRANGER = 65534, 1234, 2345, 4321
-HANG_S = 60
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other users: run as root")
 

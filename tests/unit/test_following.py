@@ -14,6 +14,7 @@ from pvclock.discipline import SteeringState
 from pvclock.events import EventKind
 from pvclock.unslaved import UnslavedBackend
 from tests.unit.clocks import MAX_AGE_NS, NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, page_of, shown
+from tests.waiting import HANG_S
 
 HZ = 2_596_132_000
 PPB = Fraction(1, 10**9)
@@ -326,7 +327,7 @@ def test_a_source_may_take_its_time() -> None:
     def ends_it() -> Sample:
         other = threading.Thread(target=vm.clock.skip, args=(5,))
         other.start()
-        other.join(10)
+        other.join(HANG_S)
         assert not other.is_alive()
         vm.clock.follow("off")
         return Sample(vm.backend.tsc, vm.backend.ref_ns, 1.0)

@@ -15,6 +15,7 @@ import pytest
 
 from pvclock import hostwatch
 from pvclock.hostwatch import HostWatch, LinuxHost, StallCause, TroubleKind
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]
 MS = 10**6
@@ -131,9 +132,9 @@ class Freezer:
     def freeze(self) -> None:
         """Freeze all processes in the cgroup, and wait until they are."""
         self._order.write_text(self._freeze)
-        end = time.monotonic() + 10
+        end = time.monotonic() + HANG_S
         while self.frozen not in self.proof.read_text():
-            assert time.monotonic() < end, f"{self.proof}: not frozen after 10 s"
+            assert time.monotonic() < end, f"{self.proof}: not frozen after {HANG_S} s"
             time.sleep(0.001)
 
     def thaw(self) -> None:

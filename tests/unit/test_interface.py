@@ -13,6 +13,7 @@ from pvclock.providers.interface import Engine, HypercallRegisters, HypercallRes
 from pvclock.providers.opcodes import VMCALL, VMMCALL
 from pvclock.quantities import Gpa
 from tests.unit.test_debug_channel import Wire
+from tests.waiting import HANG_S
 
 HZ = 2_596_132_000
 SIZE = 1 << 16
@@ -151,7 +152,7 @@ def test_a_hypercall_may_wait_for_who_needs_the_clock(monkeypatch: pytest.Monkey
     def serve(*_call: object) -> HypercallResult:
         other = threading.Thread(target=clock.refresh, daemon=True)
         other.start()
-        other.join(timeout=10)
+        other.join(timeout=HANG_S)
         return HypercallResult(Status.SUCCESS, int(other.is_alive()))
 
     monkeypatch.setattr(clock.interface.provider, "hypercall", serve)

@@ -60,7 +60,7 @@ def test_a_sampler_is_checked(tries: int, tolerance: float) -> None:
 @pytest.mark.row("E3", "E11")
 @pytest.mark.parametrize("reference", list(Reference))
 def test_samples_of_this_host(reference: Reference) -> None:
-    """A bracket is true: the host's own clock, read before and after it, agrees within its bound; 1 us is usual."""
+    """A bracket is true and narrow: the host's clock, read before and after it, agrees, by less than lies between."""
     clock_id = {"raw": time.CLOCK_MONOTONIC_RAW, "monotonic": time.CLOCK_MONOTONIC, "realtime": time.CLOCK_REALTIME}
     sampler = Sampler(lambda: HostBackend(HZ).sample(reference))
     for _ in range(50):
@@ -68,7 +68,7 @@ def test_samples_of_this_host(reference: Reference) -> None:
         sample = sampler.sample()
         end_ns = time.clock_gettime_ns(clock_id[reference])
         assert begin_ns - sample.bound_ns <= sample.ns <= end_ns + sample.bound_ns
-        assert 0 < sample.bound_ns < 10**6
+        assert 0 < sample.bound_ns < end_ns - begin_ns
 
 
 @pytest.mark.row("E3")
