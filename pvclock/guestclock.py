@@ -43,7 +43,7 @@ from pvclock.providers.interface import (
 from pvclock.providers.kvm import KvmFeature, KvmProvider
 from pvclock.published import MAX_AGE_S
 from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, HostTsc, RefNs
-from pvclock.readings import HostStamps, Reference, TimeInfo
+from pvclock.readings import HostStamps, Reference
 from pvclock.sampling import SampleSource
 from pvclock.timeline import Tempo, Timeline
 from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, VcpuTsc
@@ -88,6 +88,7 @@ class GuestClock(TscTimeline):
         self.follow(reference)
         self.engine = _engine_named(engine)
         self.vmm = vmm
+        self.quiesce = backend.quiesce
         self.offer_tsc_adjust = offer_tsc_adjust
         self.offer_invariant_tsc = offer_invariant_tsc
         self._host_trusted = True
@@ -293,6 +294,14 @@ class GuestClock(TscTimeline):
         now = self.backend.sample(Reference.REALTIME)
         return Pairing(now.ns, self.guest_tsc(vcpu, now.tsc))
 
+    def utc_ns(self) -> int:
+        """UTC at this instant, in ns since 1970."""
+        return self.backend.sample(Reference.REALTIME).ns
+
+    def tell(self, kind: EventKind, why: str) -> None:
+        """Record an event that leaves guest time alone, as of now."""
+        self._tell(kind, why)
+
     @property
     def kernel_features(self) -> int:
         """KVM feature bits that the host kernel serves beside this engine."""
@@ -308,7 +317,7 @@ class GuestClock(TscTimeline):
         if page is None:
             self._tell(EventKind.REFUSED, f"vCPU {vcpu}: there is no memory for its clock's page at {gpa:#x}")
         elif page.tsc_to_system_mul:  # else it is published at resume()
-            self._tell(EventKind.PAGE, f"vCPU {vcpu}: page at {gpa:#x}, which shows a TSC of {_shown_khz(page)} kHz")
+            self._tell(EventKind.PAGE, f"vCPU {vcpu}: page at {gpa:#x}, {page.described()}")
 
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
@@ -379,12 +388,6 @@ def _engine_named(engine: Engine | str) -> Engine:
     if engine not in list(Engine):
         raise ConfigError(f"engine {engine!r}; choose from {', '.join(map(repr, map(str, Engine)))}")
     return Engine(engine)
-
-
-def _shown_khz(page: TimeInfo) -> int:
-    """What a guest takes its TSC's frequency to be.  Source: pvclock_tsc_khz()."""
-    khz = (10**6 << 32) // page.tsc_to_system_mul
-    return khz >> page.tsc_shift if page.tsc_shift >= 0 else khz << -page.tsc_shift
 
 
 def _policy_named(field: str, name: str) -> Policy:

@@ -26,6 +26,7 @@ __all__ = [
     "HOST_TSC_HYPERCALL",
     "Complaint",
     "CoreRate",
+    "CoreStamps",
     "PalaciosTime",
     "TimeOptions",
     "time_options",
@@ -86,6 +87,17 @@ def time_options(
     if _lower(tsc) not in {None, "host"} and _lower(source if palacios else tsc) != "guest":
         wrong.append(Complaint("error", f'TSC mode {tsc!r} is unknown; use "host" or "guest"'))
     return TimeOptions(slaved, passthrough, rate, tuple(wrong))
+
+
+class CoreStamps(NamedTuple):
+    """Host TSC when a core's time began, when its guest was entered last (0: never), and until when it was counted.
+
+    Palacios calls them initial_host_time, enter_time and pause_time.
+    """
+
+    initial: HostTsc
+    enter: HostTsc
+    pause: HostTsc
 
 
 class PalaciosTime:
@@ -149,6 +161,11 @@ class PalaciosTime:
         state = self._core(core)
         return state.tsc.read(state.as_tsc())
 
+    def stamps(self, core: int) -> CoreStamps:
+        """Host TSC at the core's last turns, for a debugger's eye."""
+        state = self._core(core)
+        return CoreStamps(state.initial, HostTsc(0) if state.entered is None else state.entered, state.stamp)
+
     def rdtsc(self, core: int) -> TscInstruction:
         """A trapped RDTSC: EDX:EAX are its guest TSC."""
         state = self._core(core)
@@ -179,16 +196,11 @@ class PalaciosTime:
     # What the VMM does
 
     def start(self, core: int, host_tsc: HostTsc) -> None:
-        """The core's time begins, with 0 cycles.
-
-        The seed zeroes the stamp from which the next advance() counts; as decided it is now, else all of the host's
-        uptime would count.
-        """
+        """The core's time begins, with 0 cycles: the host's uptime does not count."""
         tsc = self._core(core).tsc
         state = self._cores[core] = _Core()
         state.tsc, state.state = tsc, "out"
-        state.initial = host_tsc
-        state.stamp = HostTsc(0) if self.seed else host_tsc
+        state.initial = state.stamp = host_tsc
 
     def enter(self, core: int, host_tsc: HostTsc) -> None:
         """The guest is about to execute.  Unslaved, what has passed since the last advance() is kept from it."""

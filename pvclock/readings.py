@@ -43,6 +43,20 @@ class TimeInfo(NamedTuple):
     tsc_shift: int
     flags: int
 
+    @property
+    def shown_khz(self) -> int:
+        """What a guest takes its TSC's frequency to be.  Source: pvclock_tsc_khz()."""
+        khz = (10**6 << 32) // self.tsc_to_system_mul
+        return khz >> self.tsc_shift if self.tsc_shift >= 0 else khz << -self.tsc_shift
+
+    def described(self) -> str:
+        """One line of it, for a log."""
+        return (
+            f"version {self.version}, TSC {self.tsc_timestamp}, {self.system_time} ns, "
+            f"mul {self.tsc_to_system_mul:#x}, shift {self.tsc_shift}, flags {self.flags:#x}, "
+            f"which shows a TSC of {self.shown_khz} kHz"
+        )
+
 
 class Reading(NamedTuple):
     """What a vCPU's guest computes at one instant: its TSC, its clock (ns), and the page's version and flags."""

@@ -6,7 +6,7 @@ VirtualBox calls this the guest interface manager, GIM.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from pvclock.errors import ConfigError, RangeError, StateFileError
@@ -18,6 +18,7 @@ from pvclock.providers.interface import (
     CpuidLeaf,
     HypercallRegisters,
     HypercallResult,
+    MsrValue,
     Provider,
     Status,
 )
@@ -86,9 +87,10 @@ class GuestInterface:
     """The interface that one VM's guest has to its clock, the same one for life.
 
     config: `provider` ("None", "Minimal", "KVM"; "None" if left out), `version` (0 is the newest), `profile` ("linux",
-    "document", "virtualbox") and the provider's options; ConfigError names key, value and what is legal, or what this
-    engine cannot serve.  tsc_usable: does the host's TSC run evenly and alike on all CPUs?  log: is told in a line what
-    was chosen, and in another if the TSC is not usable.
+    "document", "virtualbox") and the provider's options; VirtualBox's spelling will do, see configuration.checked().
+    ConfigError names key, value and what is legal, or what this engine cannot serve.
+    tsc_usable: does the host's TSC run evenly and alike on all CPUs?  log: is told in a line what was chosen, and in
+    another if the TSC is not usable.
 
     Thread-safety: hypercalls, the debug channel and statistics may be used from any thread; all else is for who holds
     the clock, as GuestClock does for the MSRs.
@@ -108,9 +110,10 @@ class GuestInterface:
         self._vcpus = vcpus
         self._counts_lock = threading.Lock()
         self._hypercalls = self._hypercalls_by_ud = 0
+        self._adopted_features: int | None = None
         self.profile = chosen.profile
         self.version = chosen.version
-        """Of the provider; another after a unit of another version was adopted."""
+        """Of the interface, as configured (0 is the newest; None's is 0), or as in a unit that was loaded."""
         self.debug = DebugChannel(getattr(self._provider, "debug_setup", None))
         """The byte stream between the guest's debugger stub and the VMM's debugger."""
 
@@ -121,7 +124,8 @@ class GuestInterface:
         """write_msr(vcpu, index, value); MsrFault is #GP."""
 
         log(
-            f"provider {self.name}, id {self.number}, version {self.version}, profile {self.profile}, on {clock.engine}"
+            f"provider {self.name}, id {self.number}, version {chosen.implementation}, profile {self.profile}, "
+            f"on {clock.engine}"
         )
         if not tsc_usable:
             log(f"warning: the host's TSC is not usable; guests of provider {self.name} may see time run unevenly")
@@ -160,9 +164,10 @@ class GuestInterface:
 
     @property
     def config(self) -> Mapping[str, int | bool | str]:
-        """The options that make another one like it; a profile that nobody chose is left out."""
+        """The options that make another one like it; a profile and a version that nobody chose are left out."""
+        version = {"version": self.version} if self.version else {}
         profile = {} if self.profile == PROFILES[0] else {"profile": self.profile}
-        return {**profile, **self._provider.config}
+        return {**version, **profile, **self._provider.config}
 
     @property
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
@@ -244,20 +249,25 @@ class GuestInterface:
         header = unit.encode_header(self.number, self.version)
         return header + (unit.encode_kvm(self._kvm_part()) if self.name == "KVM" else b"")
 
-    def load_unit(self, data: bytes, *, version: int = unit.UNIT_VERSION) -> None:
+    def load_unit(self, data: bytes, *, version: int = unit.UNIT_VERSION, is_final_pass: bool = True) -> None:
         """Take what save_unit() gave, or VirtualBox, and publish the pages in it; nothing changes if it is refused.
 
-        version: the unit's, which its container says.  StateFileError if the unit is unsound or of another version;
-        ConfigError if its provider, or that one's features, are not this VM's.  A provider of another version is
-        refused, too; under profile "virtualbox" its version is adopted.
+        version: the unit's, which its container says.  is_final_pass: a live migration sends a unit more than once, and
+        the last one counts; the others are not looked at.  The interface's version is adopted.  StateFileError if the
+        unit is unsound or of another version, or of an interface newer than is known here (any will do under profile
+        "virtualbox"); ConfigError if its provider, or that one's features, are not this VM's (other
+        features are kept for the next save under profile "virtualbox", and CPUID stays).
         """
+        if not is_final_pass:
+            return
         if version != unit.UNIT_VERSION:
             raise StateFileError("unit version", str(version), str(unit.UNIT_VERSION))
         number, provider_version, rest = unit.decode_header(data)
         if number != self.number:
             raise ConfigError(f"the unit is of provider {_titled(number)}; this VM has provider {_titled(self.number)}")
-        if provider_version != self.version and self.profile != "virtualbox":
-            raise StateFileError("provider version", str(provider_version), str(self.version))
+        newest = self._provider.version
+        if provider_version > newest and self.profile != "virtualbox":
+            raise StateFileError("provider version", str(provider_version), f"0 to {newest}")
         if self.name == "KVM":
             self._take_kvm(unit.decode_kvm(rest, self._vcpus))
         elif rest:
@@ -276,27 +286,45 @@ class GuestInterface:
             raise RangeError(f"cpl is {registers.cpl}; rings are 0 to 3")
 
     def _kvm_part(self) -> unit.KvmPart:
-        saved, memory = self._provider.save(), self._provider.clock.memory
-        match saved, self._provider.config:
-            case {"system_time": tuple(system_time), "wall_clock": int(wall_clock)}, {"features": int(features)}:
-                return unit.KvmPart(tuple(unit.vcpu_part(memory, each) for each in system_time), wall_clock, features)
-        raise AssertionError(f"provider 'KVM' saved {saved!r}")
+        memory = self._provider.clock.memory
+        match self._provider.save(), self._provider.config:
+            case {"system_time": tuple(system_time), "wall_clock": int(wall_clock)} as saved, {
+                "features": int(features)
+            }:
+                parts = [unit.vcpu_part(memory, each) for each in system_time]
+                adopted = features if self._adopted_features is None else self._adopted_features
+                return unit.KvmPart(_with_own(parts, saved), wall_clock, adopted)
+        raise AssertionError("provider 'KVM' saved neither system time nor wall clock")
 
     def _take_kvm(self, part: unit.KvmPart) -> None:
-        if part.features != self._provider.config["features"]:
-            here = int(self._provider.config["features"])
+        here = int(self._provider.config["features"])
+        if part.features != here and self.profile != "virtualbox":
             raise ConfigError(f"the unit's guest was offered KVM features {part.features:#x}; this VM offers {here:#x}")
         self._provider.reset()
-        system_time = tuple(vcpu.system_time_msr for vcpu in part.vcpus)
-        written = {"system_time": system_time, "wall_clock": part.wall_clock_msr}
-        self._provider.load({**self._provider.save(), **written})
-        for vcpu, each in enumerate(part.vcpus):
-            if each.page is not None:
-                self._provider.clock.place_time_page(vcpu, each.page)
+        kept = self._provider.save()
+        written: dict[str, MsrValue] = {
+            "system_time": tuple(vcpu.system_time_msr for vcpu in part.vcpus),
+            "wall_clock": part.wall_clock_msr,
+            "time_page_version": tuple(vcpu.version for vcpu in part.vcpus),
+            "time_page_flags": tuple(vcpu.flags for vcpu in part.vcpus),
+        }
+        self._provider.load({name: written.get(name, value) for name, value in kept.items()})
+        self._adopted_features = part.features  # not CPUID's: the guest was told of those
+        if isinstance(self._provider, KvmProvider):
+            self._provider.place_pages_again()
 
 
 def _advanced(result: HypercallResult, length: int) -> Executed:
     return Executed(result.status, result.rax, 0 if result.status in STAYS else length)
+
+
+def _with_own(parts: Sequence[unit.VcpuPart], saved: Mapping[str, MsrValue]) -> tuple[unit.VcpuPart, ...]:
+    """The vCPUs' parts with the versions and flags that the provider counts by itself, where it does."""
+    match saved:
+        case {"time_page_version": tuple(versions), "time_page_flags": tuple(flags)}:
+            own = zip(parts, versions, flags, strict=True)
+            return tuple(part._replace(version=version, flags=each) for part, version, each in own)
+    return tuple(parts)
 
 
 def _titled(number: int) -> str:

@@ -18,9 +18,16 @@ from pvclock.quantities import U64_MASK
 __all__ = ["NEWEST", "PROFILES", "Configuration", "checked", "combined", "effective_provider"]
 
 NEWEST: Final = 0
+U32_MASK: Final = (1 << 32) - 1
 
 PROFILES: Final = ("linux", "document", "virtualbox")
 """Whose behaviour it is where they differ: Linux's, the KVM documents' or VirtualBox's."""
+
+SPELLINGS: Final = {"Provider": "provider", "Version": "version"}
+"""VirtualBox's spelling of the keys that are in its configuration, too."""
+
+HYPERV_KEYS: Final = ("VendorID", "VSInterface", "HypercallDebugInterface")
+"""What the child node `HyperV` may have; it is legal for every provider, and says nothing to the others."""
 
 CHOICES: Final = {"none": "None", "minimal": "Minimal", "hyperv": "HyperV", "kvm": "KVM"}
 
@@ -33,10 +40,15 @@ OLD_LINUX: Final = ("linux22", "linux24")
 
 
 class Configuration(NamedTuple):
-    """A checked configuration: `version` is never NEWEST, `options` are the provider's."""
+    """A checked configuration.
+
+    version: of the interface, as configured, so that it may be NEWEST; None's always is.  implementation: which one
+    that is.  options: the provider's.
+    """
 
     provider: str
     version: int
+    implementation: int
     profile: str
     options: Mapping[str, Any]
 
@@ -44,29 +56,34 @@ class Configuration(NamedTuple):
 def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]]) -> Configuration:
     """The configuration in `config` for one of the providers in `kinds`, with defaults for what it lacks.
 
-    provider: None by default.  version: of the provider, the newest by default.  profile: see PROFILES.
+    provider: None by default.  version: of the provider, the newest by default; under profile "virtualbox" any of 32
+    bits.  profile: see PROFILES.  VirtualBox's `Provider`, `Version` and child node `HyperV` are legal, too.
     ConfigError names the key, its value and what is legal.
     """
-    provider = config.get("provider", "None")
+    given = _respelled(config)
+    provider = given.get("provider", "None")
     if not isinstance(provider, str) or provider not in kinds:
         raise ConfigError(f"unknown provider {provider!r}; choose from {_listed(kinds)}")
     options = _option_types(kinds[provider])
-    for key in config:
+    for key in given:
         if key not in {"provider", "version", "profile"} | options.keys():
-            legal = ("provider", "version", "profile", *(name for name in options if name != "profile"))
-            raise ConfigError(
-                f"unknown key {key!r} := {config[key]!r} for provider {provider!r}; keys are {_listed(legal)}"
+            legal = (
+                "provider",
+                "version",
+                "profile",
+                *(name for name in options if name not in ("profile", "version")),
             )
-    newest = kinds[provider].version
-    version = config.get("version", NEWEST)
-    if not _is_whole(version) or not NEWEST <= version <= newest:
-        raise ConfigError(f"version {version!r}; provider {provider!r} has 1 to {newest}, and {NEWEST} is the newest")
-    profile = config.get("profile", PROFILES[0])
+            raise ConfigError(
+                f"unknown key {key!r} := {given[key]!r} for provider {provider!r}; keys are {_listed(legal)}"
+            )
+    profile = given.setdefault("profile", PROFILES[0])
     if profile not in PROFILES:
         raise ConfigError(f"profile {profile!r}; choose from {_listed(PROFILES)}")
-    given = {**config, "profile": profile}
+    newest = kinds[provider].version
+    version = given["version"] = _checked_version(provider, given.get("version", NEWEST), newest, str(profile))
     chosen = {name: _checked_option(name, given[name], options[name]) for name in options if name in given}
-    return Configuration(provider, version or newest, str(profile), chosen)
+    kept = NEWEST if provider == "None" else version
+    return Configuration(provider, kept, version or newest, str(profile), chosen)
 
 
 def combined(provider: str | Mapping[str, object], options: Mapping[str, object]) -> dict[str, object]:
@@ -96,6 +113,36 @@ def effective_provider(choice: str, guest_os: str = "") -> str:
     if system.startswith("windows"):
         return "HyperV"
     return "KVM" if system.startswith(LINUX) else "None"
+
+
+def _respelled(config: Mapping[str, object]) -> dict[str, object]:
+    """The configuration without VirtualBox's spelling and its node of another provider; ConfigError if that is bad."""
+    given: dict[str, object] = {}
+    for key, value in config.items():
+        name = SPELLINGS.get(key, key)
+        if name in given:
+            raise ConfigError(f"given twice: {name} as {given[name]!r} and {value!r}")
+        if name == "HyperV":
+            _check_hyperv_node(value)
+        else:
+            given[name] = value
+    return given
+
+
+def _check_hyperv_node(node: object) -> None:
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"HyperV is {node!r}; it is a node with the keys {_listed(HYPERV_KEYS)}")
+    for key in node:
+        if key not in HYPERV_KEYS:
+            raise ConfigError(f"unknown key {key!r} := {node[key]!r} in node HyperV; keys are {_listed(HYPERV_KEYS)}")
+
+
+def _checked_version(provider: str, version: object, newest: int, profile: str) -> int:
+    # VirtualBox takes any number: all but NEWEST mean an interface without features.
+    limit = U32_MASK if profile == "virtualbox" else newest
+    if not _is_whole(version) or not NEWEST <= version <= limit:
+        raise ConfigError(f"version {version!r}; provider {provider!r} has 1 to {limit}, and {NEWEST} is the newest")
+    return version
 
 
 @cache

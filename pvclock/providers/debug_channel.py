@@ -20,8 +20,8 @@ class DebugDevice(Protocol):
     def read(self, count_max: int) -> bytes:
         """What has come for the guest, up to `count_max` bytes; nothing if nothing has."""
 
-    def write(self, data: bytes) -> int:
-        """Take the guest's bytes; returns how many of them were taken, from the first on."""
+    def write(self, data: bytes) -> int | None:
+        """Take the guest's bytes; returns how many of them were taken, from the first on; None without a stream."""
 
 
 class DebugSetup(NamedTuple):
@@ -68,17 +68,20 @@ class DebugChannel:
         return (Status.NO_DEBUG_CONNECTION if self._setup is None else Status.SUCCESS), self._setup
 
     def read(self, count_max: int) -> tuple[Status, bytes]:
-        """Bytes for the guest, `count_max` at most; NOT_AVAILABLE if none are there."""
+        """Bytes for the guest, `count_max` at most; NO_DATA if none are there.
+
+        They are counted before they are handed out, and the device may use its buffer again once this returns.
+        """
         if count_max < 1:
             raise RangeError(f"read({count_max}); 1 byte or more")
         with self._lock:
             if self._setup is None or self._device is None:
-                return self._no_stream(), b""
+                return Status.NO_DEBUG_CONNECTION, b""
             data = self._device.read(count_max)
             if len(data) > count_max:
                 raise RangeError(f"the debug device gave {len(data)} bytes where {count_max} were asked for")
             if not data:
-                return Status.NOT_AVAILABLE, b""
+                return Status.NO_DATA, b""
             now = self.traffic
             self.traffic = now._replace(receive=now.receive + 1, receive_bytes=now.receive_bytes + len(data))
             return Status.SUCCESS, data
@@ -90,14 +93,13 @@ class DebugChannel:
         """
         with self._lock:
             if self._setup is None or self._device is None:
-                return self._no_stream(), 0
+                return Status.NO_DEBUG_CONNECTION, 0
             taken = self._device.write(data)
+            if taken is None:
+                return Status.NO_DEBUG_CONNECTION, 0
             if not 0 <= taken <= len(data):
                 raise RangeError(f"the debug device took {taken} of {len(data)} bytes")
             if taken == len(data):
                 now = self.traffic
                 self.traffic = now._replace(transmit=now.transmit + 1, transmit_bytes=now.transmit_bytes + taken)
             return Status.SUCCESS, taken
-
-    def _no_stream(self) -> Status:
-        return Status.NO_DEBUG_CONNECTION if self._setup is None else Status.DEVICE_NOT_REGISTERED

@@ -8,10 +8,12 @@ the VMM, through `VmmServices`, for what only that can do.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
 
 from pvclock._memory import GuestMemory
+from pvclock.events import EventKind
 from pvclock.quantities import Gpa, GuestTsc
 
 __all__ = [
@@ -67,6 +69,8 @@ class Status(StrEnum):
     OPERATION_FAILED = "operation failed"
     DEVICE_NOT_REGISTERED = "device not registered"
     NO_DEBUG_CONNECTION = "no debug connection"
+    NO_DATA = "no data"
+    """Of the debug channel (VERR_NO_DATA)."""
 
 
 class HypercallRegisters(NamedTuple):
@@ -140,6 +144,15 @@ class ClockServices(Protocol):
 
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once."""
+
+    def utc_ns(self) -> int:
+        """UTC at this instant, in ns since 1970."""
+
+    def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
+        """Keep all vCPUs out of the guest meanwhile; `vcpu`, the caller's own, is out already."""
+
+    def tell(self, kind: EventKind, why: str) -> None:
+        """Let the VMM know, as an event that leaves guest time alone; who calls bounds what a guest can cause."""
 
     def pairing(self, vcpu: int) -> Pairing | None:
         """One host instant as UTC and as vCPU's TSC; None where the host's TSC is not to be trusted."""

@@ -6,7 +6,6 @@ Source: VMware's timing-information leaf, as VirtualBox's "Minimal" provider sho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
 from pvclock.errors import ConfigError, MsrFault
 from pvclock.providers.interface import (
@@ -17,12 +16,9 @@ from pvclock.providers.interface import (
     MsrValue,
     Status,
 )
+from pvclock.providers.timing import APIC_BUS_HZ, timing_leaf, with_timing_leaf
 
-__all__ = ["CPUID_TIMING", "MinimalProvider"]
-
-CPUID_BASE: Final = 0x40000000
-CPUID_TIMING: Final = 0x40000010
-KHZ_MAX: Final = 2**32 - 1
+__all__ = ["MinimalProvider"]
 
 
 class MinimalProvider:
@@ -34,15 +30,10 @@ class MinimalProvider:
     allows_stable = False
     refreshes_pages = tells_of_pauses = True
 
-    def __init__(self, clock: ClockServices, vcpus: int, *, apic_bus_hz: int = 10**9) -> None:
+    def __init__(self, clock: ClockServices, vcpus: int, *, apic_bus_hz: int = APIC_BUS_HZ) -> None:
         self.clock = clock
         self.config: Mapping[str, int | bool | str] = {"apic_bus_hz": apic_bus_hz}
-        timing = CpuidLeaf(eax=_khz("TSC", clock.tsc_hz), ebx=_khz("apic_bus_hz", apic_bus_hz))
-        self.cpuid_leaves: Mapping[int, CpuidLeaf] = {
-            CPUID_BASE: CpuidLeaf(eax=CPUID_TIMING),
-            **{leaf: CpuidLeaf() for leaf in range(CPUID_BASE + 1, CPUID_TIMING)},
-            CPUID_TIMING: timing,
-        }
+        self.cpuid_leaves: Mapping[int, CpuidLeaf] = with_timing_leaf({}, timing_leaf(clock.tsc_hz, apic_bus_hz))
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """Faults."""
@@ -67,10 +58,3 @@ class MinimalProvider:
         """There is nothing to take."""
         if msrs:
             raise ConfigError(f"provider 'Minimal' saves no MSRs, and these were found: {', '.join(msrs)}")
-
-
-def _khz(what: str, hz: int) -> int:
-    khz = (hz + 500) // 1000
-    if khz > KHZ_MAX:
-        raise ConfigError(f"{what} is {hz} Hz; leaf {CPUID_TIMING:#x} holds up to {KHZ_MAX} kHz")
-    return khz

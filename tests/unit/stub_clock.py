@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 from pvclock import ClockLine, ClockScale, Gpa, GuestMemory, GuestNs, GuestTsc, HostTsc
 from pvclock._core import TSC_STABLE_BIT, TimePages, publish_wall_clock
 from pvclock._counter import SimulatedCounter
+from pvclock.events import EventKind
 from pvclock.providers.interface import Engine, Pairing, VmmServices
 from pvclock.providers.kvm import KvmProvider
 
@@ -54,6 +56,9 @@ class StubClock:
         self.engine, self.vmm, self.kernel_features = engine, vmm, kernel_features
         self.tsc_hz = TSC_HZ
         self.paired = paired
+        self.quiesced: list[int | None] = []
+        self.inside: list[int | None] = []
+        self.told: list[tuple[EventKind, str]] = []
         self.stable: Callable[[], bool] = lambda: False
         self._pages = TimePages(self.memory, vcpus, SimulatedCounter(NOW.guest_tsc))
         self._scale = ClockScale.from_hz(TSC_HZ)
@@ -78,6 +83,25 @@ class StubClock:
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0."""
         publish_wall_clock(self.memory, gpa, NOW.real_ns - UPTIME_NS)
+
+    def utc_ns(self) -> int:
+        """UTC of the instant that it always is."""
+        return NOW.real_ns
+
+    def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
+        """There is no vCPU; notes that it was asked, and `inside` who is within."""
+        self.quiesced.append(vcpu)
+        return self._noted(vcpu)
+
+    @contextmanager
+    def _noted(self, vcpu: int | None) -> Iterator[None]:
+        self.inside.append(vcpu)
+        yield
+        self.inside.remove(vcpu)
+
+    def tell(self, kind: EventKind, why: str) -> None:
+        """Note it."""
+        self.told.append((kind, why))
 
     def pairing(self, vcpu: int) -> Pairing | None:
         """The instant that it always is."""

@@ -46,11 +46,11 @@ def test_without_a_debug_interface_there_is_no_connection(provider: str) -> None
 
 @pytest.mark.row("G-23", "G-15", "E13")
 def test_a_device_is_registered_once() -> None:
-    """Without a device nothing can be moved; a second one is refused while the first is there."""
+    """Without a device there is no connection; a second one is refused while the first is there."""
     channel = DebugChannel(DebugSetup(4096))
     assert channel.setup() == (Status.SUCCESS, DebugSetup(4096))
-    assert channel.read(1) == (Status.DEVICE_NOT_REGISTERED, b"")
-    assert channel.write(b"a") == (Status.DEVICE_NOT_REGISTERED, 0)
+    assert channel.read(1) == (Status.NO_DEBUG_CONNECTION, b"")
+    assert channel.write(b"a") == (Status.NO_DEBUG_CONNECTION, 0)
     channel.register(Wire())
     with pytest.raises(StateError, match="there is a debug device"):
         channel.register(Wire())
@@ -66,7 +66,7 @@ def test_what_is_read_and_when_nothing_is_there() -> None:
     assert [channel.read(3) for _ in range(3)] == [
         (Status.SUCCESS, b"abc"),
         (Status.SUCCESS, b"de"),
-        (Status.NOT_AVAILABLE, b""),
+        (Status.NO_DATA, b""),
     ]
     assert channel.traffic == DebugTraffic(receive=2, receive_bytes=5)
 
@@ -82,6 +82,32 @@ def test_only_whole_writes_are_counted() -> None:
     assert channel.write(b"d") == (Status.SUCCESS, 1)
     assert channel.traffic == DebugTraffic(transmit=1, transmit_bytes=1)
     assert wire.outgoing == b"abcd"
+
+
+class Mute:
+    """A debug device without a stream, and with a read that fails."""
+
+    def read(self, count_max: int) -> bytes:
+        """It fails."""
+        raise OSError("the wire is cut")
+
+    def write(self, data: bytes) -> None:
+        """There is no stream."""
+
+
+@pytest.mark.row("G-23", "G-16", "G-29")
+def test_a_device_without_a_stream_and_one_that_fails() -> None:
+    """The first is no connection; what a device raises comes out; neither is counted, and the channel goes on."""
+    channel = DebugChannel(DebugSetup(4096))
+    channel.register(Mute())
+    assert channel.write(b"ab") == (Status.NO_DEBUG_CONNECTION, 0)
+    with pytest.raises(OSError, match="the wire is cut"):
+        channel.read(5)
+    assert channel.traffic == DebugTraffic()
+    channel.unregister()
+    channel.register(Wire(b"abc"))
+    assert channel.read(5) == (Status.SUCCESS, b"abc")
+    assert channel.traffic == DebugTraffic(receive=1, receive_bytes=3)
 
 
 class Liar:

@@ -196,6 +196,47 @@ def test_minimal_says_the_frequencies(hz: int, khz: int) -> None:
     assert clock.save().provider.msrs == {}
 
 
+@pytest.mark.row("M-03")
+def test_minimal_has_leaves_and_nothing_else() -> None:
+    """Each MSR faults, read and written, no hypercall is served, and there is nothing to save or to load."""
+    clock = a_clock("Minimal")
+    for index in (0x11, 0x12, *range(0x4B564D00, 0x4B564D09), *range(0x40000000, 0x40000020)):
+        with pytest.raises(MsrFault):
+            clock.read_msr(1, index)
+        with pytest.raises(MsrFault):
+            clock.write_msr(1, index, 0)
+    for number in range(16):
+        assert clock.hypercall(1, HypercallRegisters(rax=number)) == HypercallResult(Status.NOT_AVAILABLE)
+    provider = clock.interface.provider
+    assert provider.save() == {}
+    provider.load({})
+    with pytest.raises(ConfigError, match="saves no MSRs"):
+        provider.load({"system_time": (0, 0)})
+    assert clock.interface.save_unit()[8:] == b""
+
+
+@pytest.mark.row("G-15")
+def test_the_words_of_the_vocabulary() -> None:
+    """Each outcome of VirtualBox's has one word of its own; words are what VMMs store and compare."""
+    assert list(Status) == [
+        *("success", "deferred", "continuing", "access denied", "not enabled", "not available"),
+        *("memory read failed", "memory write failed", "invalid hypercall instruction", "not supported"),
+        *("operation failed", "device not registered", "no debug connection", "no data"),
+    ]
+
+
+@pytest.mark.row("G-15", "G-13")
+@pytest.mark.parametrize("status", Status)
+def test_where_rip_goes_on_after_each_outcome(status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RIP stays on an instruction that was none here, and on one to be repeated; after all others it goes on."""
+    interface = a_clock().interface
+    monkeypatch.setattr(interface.provider, "hypercall", lambda *_: HypercallResult(status, 5))
+    stays = status in (Status.NOT_ENABLED, Status.NOT_AVAILABLE, Status.CONTINUING)
+    expected = Executed(status, 5, 0 if stays else 3)
+    assert interface.execute(0, POLL_IRQ, VMCALL) == expected
+    assert interface.handle_ud(0, POLL_IRQ, VMCALL, Gpa(0), AMD, fix=False) == expected
+
+
 @pytest.mark.row("M-02", "E13")
 def test_minimal_refuses_what_its_leaf_cannot_hold() -> None:
     """A frequency of more than 2^32-1 kHz is refused when the clock is made."""

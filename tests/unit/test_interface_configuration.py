@@ -26,7 +26,7 @@ def interface_of(config: dict[str, object], *, log: list[str] | None = None, tsc
         ({"provider": "kvm"}, "unknown provider 'kvm'; choose from 'None', 'Minimal', 'KVM'"),
         ({"provider": "Xen"}, "unknown provider 'Xen'"),
         ({"provider": 3}, "unknown provider 3"),
-        ({"provider": "KVM", "Provider": "KVM"}, "unknown key 'Provider' := 'KVM'"),
+        ({"provider": "KVM", "Provider": "KVM"}, "given twice: provider as 'KVM' and 'KVM'"),
         ({"provider": "KVM", "colour": "red"}, "unknown key 'colour' := 'red' for provider 'KVM'; keys are 'provider'"),
         ({"provider": "None", "features": 1}, "unknown key 'features' := 1"),
         ({"provider": "Minimal", "features": 1}, "keys are 'provider', 'version', 'profile', 'apic_bus_hz'"),
@@ -55,11 +55,58 @@ def test_what_is_wrong_and_what_is_legal_is_said(config: dict[str, object], comp
 
 @pytest.mark.row("G-02", "G-03")
 def test_defaults() -> None:
-    """Without a word a guest has provider None in its newest version, behaving as Linux; version 0 is the newest."""
+    """Without a word a guest has provider None in version 0, the newest, behaving as Linux; None has no other."""
     interface = interface_of({})
-    assert (interface.name, interface.version, interface.profile) == ("None", PROVIDERS["None"].version, "linux")
-    assert interface_of({"provider": "KVM", "version": 0}).version == PROVIDERS["KVM"].version
+    assert (interface.name, interface.version, interface.profile) == ("None", 0, "linux")
+    assert interface_of({"version": 1}).version == 0
+    assert interface_of({"provider": "KVM"}).version == 0
     assert interface_of({"provider": "KVM", "version": 1}).version == 1
+
+
+@pytest.mark.row("G-01", "G-02", "G-27")
+def test_virtualboxs_spelling() -> None:
+    """`Provider`, `Version` and a child node `HyperV` are legal for every provider; the node says nothing to others."""
+    node = {"VendorID": "Microsoft Hv", "VSInterface": True, "HypercallDebugInterface": False}
+    for name in PROVIDERS:
+        spelled = interface_of({"Provider": name, "Version": 1, "HyperV": node})
+        plain = interface_of({"provider": name, "version": 1})
+        assert (spelled.name, spelled.version, spelled.config) == (plain.name, plain.version, plain.config)
+
+
+@pytest.mark.row("G-01", "G-27", "H-04")
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"Provider": "kvm"}, "unknown provider 'kvm'"),
+        ({"Version": -1}, "version -1"),
+        ({"version": 0, "Version": 0}, "given twice: version as 0 and 0"),
+        ({"PROVIDER": "KVM"}, "unknown key 'PROVIDER' := 'KVM'"),
+        ({"HyperV": 1}, "HyperV is 1; it is a node with the keys 'VendorID'"),
+        ({"Provider": "KVM", "HyperV": {"Vendor": "x"}}, "unknown key 'Vendor' := 'x' in node HyperV; keys are"),
+        ({"Minimal": {}}, "unknown key 'Minimal' := {}"),
+    ],
+)
+def test_spellings_that_are_not_legal(config: dict[str, object], complaint: str) -> None:
+    """A key given in both spellings, and any other key or node, are ConfigErrors that name it."""
+    with pytest.raises(ConfigError, match=complaint):
+        interface_of(config)
+
+
+@pytest.mark.row("V-43", "V-04")
+def test_virtualbox_offers_features_in_its_newest_version_only() -> None:
+    """With version 0 the basic bits are there; with any other none, but for bit 24, which the host decides."""
+    offered = {}
+    for version in (0, 1, 2, 7, 2**32 - 1):
+        config = {"provider": "KVM", "profile": "virtualbox", "version": version}
+        interface = interface_of(config)
+        offered[version] = interface.cpuid_leaves[0x40000001].eax
+        assert interface.version == version
+        assert interface_of({"provider": "KVM", **interface.config}).config == interface.config
+    assert offered == {0: 1 << 0 | 1 << 3 | 1 << 24, **dict.fromkeys((1, 2, 7, 2**32 - 1), 1 << 24)}
+    linux = [interface_of({"provider": "KVM", "version": version}).cpuid_leaves for version in (0, 1, 2)]
+    assert linux[0] == linux[1] == linux[2]
+    asked = interface_of({"provider": "KVM", "profile": "virtualbox", "version": 1, "features": 1 << 3})
+    assert asked.cpuid_leaves[0x40000001].eax == 1 << 3
 
 
 @pytest.mark.row("G-02", "E9")

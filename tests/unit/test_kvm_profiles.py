@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pvclock import MsrFault
+from pvclock.events import EventKind
 from pvclock.providers.kvm import PROFILES
 from tests import golden, oracle
 from tests.unit.stub_clock import GUARD, NOW, SIZE, UPTIME_NS, NotedVmm, StubClock, a_provider, u32, written
@@ -87,6 +88,22 @@ def test_virtualbox_says_stable_unasked(features: int, index: int) -> None:
     assert flags == {"linux": 0, "document": 0, "virtualbox": 1}
 
 
+@pytest.mark.row("V-17", "K-17")
+def test_whose_flags_it_has() -> None:
+    """Of what is in guest memory VirtualBox takes nothing, whose flags are its own and STABLE; Linux GUEST_STOPPED."""
+    flags = {}
+    for profile in PROFILES:
+        provider, clock = a_provider(profile=profile)
+        clock.memory.write(PAGE, bytes(29) + b"\xff" * 3)
+        provider.write_msr(0, SYSTEM_TIME_NEW, PAGE | 1)
+        flags[profile] = clock.memory.read(PAGE + 29, 3)
+    assert flags == {"linux": b"\3\0\0", "document": b"\3\0\0", "virtualbox": b"\1\0\0"}
+    provider, clock = a_provider(profile="virtualbox")
+    provider.load({**provider.save(), "time_page_flags": (0, 2)})
+    provider.write_msr(1, SYSTEM_TIME_NEW, PAGE | 1)
+    assert page_of(clock).flags == 3
+
+
 @pytest.mark.row("V-20", "V-21", "K-08")
 @pytest.mark.parametrize("step", golden.TIME_VERSIONS)
 def test_whose_version_it_is(step: golden.VersionStep) -> None:
@@ -146,10 +163,68 @@ def test_which_time_the_wall_clock_is() -> None:
 
 @pytest.mark.row("V-26")
 def test_virtualboxs_wall_clock_where_the_tsc_tells_no_time() -> None:
-    """UTC at this very moment is not known there, so it is the time of day of guest time 0 that is written."""
+    """It needs UTC alone, so it is the time of the write there, too."""
     provider, clock = a_provider(clock=StubClock(paired=None), profile="virtualbox")
     provider.write_msr(0, WALL_CLOCK_NEW, 0x3000)
-    assert u32(clock.memory, 0x3004) == (NOW.real_ns - UPTIME_NS) // NS_PER_S
+    assert u32(clock.memory, 0x3004) == NOW.real_ns // NS_PER_S
+
+
+@pytest.mark.row("V-25")
+def test_virtualbox_writes_the_wall_clock_with_all_vcpus_out() -> None:
+    """Version, UTC and the 12 bytes are read and written in one rendezvous; Linux needs none."""
+    asked = {}
+    for profile in PROFILES:
+        provider, clock = a_provider(profile=profile)
+        at_write: list[list[int | None]] = []
+        clock.memory.on_dirty = lambda *_: at_write.append(list(clock.inside))  # noqa: B023  # called within this turn
+        provider.write_msr(1, WALL_CLOCK_NEW, 0x3000)
+        asked[profile] = (clock.quiesced, at_write, clock.inside)
+    assert asked == {"linux": ([], [[]], []), "document": ([], [[]], []), "virtualbox": ([1], [[1]], [])}
+
+
+@pytest.mark.row("V-44", "V-25")
+def test_virtualbox_tells_of_each_wall_clock() -> None:
+    """One line says seconds, ns and version, another what is wrong with an address; 20 of each at most."""
+    provider, clock = a_provider(profile="virtualbox")
+    clock.memory.write(0x3000, bytes(4))
+    provider.write_msr(0, WALL_CLOCK_NEW, 0x3000)
+    assert clock.told == [(EventKind.PAGE, "wall clock at 0x3000: sec 1700000007, nsec 5, version 2")]
+    clock.told.clear()
+    with pytest.raises(MsrFault):
+        provider.write_msr(0, WALL_CLOCK, SIZE)
+    ((kind, why),) = clock.told
+    assert (kind, why.startswith("wall clock not written: WRMSR 0x11"), "no 12 bytes" in why) == ("refused", True, True)
+    for _ in range(30):
+        provider.write_msr(0, WALL_CLOCK_NEW, 0x3000)
+    assert len(clock.told) == 1 + 19
+    for profile in NOT_VIRTUALBOX:
+        quiet, silent = a_provider(profile=profile)
+        quiet.write_msr(0, WALL_CLOCK_NEW, 0x3000)
+        assert silent.told == []
+
+
+@pytest.mark.row("V-09")
+def test_virtualbox_tells_of_the_first_20_faults() -> None:
+    """Accesses of the ranges' other MSRs are told with number and value, the first 20 of them; others never are."""
+    provider, clock = a_provider(profile="virtualbox")
+    for index in (0x4B564D02, 0x4B564D03, 0x4B564D04):
+        with pytest.raises(MsrFault):
+            provider.read_msr(0, index)
+        with pytest.raises(MsrFault):
+            provider.write_msr(1, index, 0x5001)
+    assert [kind for kind, _ in clock.told] == ["refused"] * 6
+    assert all(f"{index:#x}" in why for index, (_, why) in zip((0x4B564D02,) * 2, clock.told, strict=False))
+    assert "0x5001" in clock.told[1][1]
+    for _ in range(40):
+        with pytest.raises(MsrFault):
+            provider.read_msr(0, 0x4B564D03)
+    assert len(clock.told) == 20
+    quiet, silent = a_provider(features=0)
+    with pytest.raises(MsrFault):
+        quiet.read_msr(0, 0x4B564D03)
+    with pytest.raises(MsrFault):
+        provider.read_msr(0, 0x4B564DFF)
+    assert (silent.told, len(clock.told)) == ([], 20)
 
 
 @pytest.mark.row("V-25", "K-08")
@@ -195,7 +270,7 @@ def test_a_wall_clock_at_0() -> None:
 # What is offered
 
 
-@pytest.mark.row("V-04", "V-05", "V-06", "V-09")
+@pytest.mark.row("V-04", "V-05")
 def test_virtualbox_offers_four_features() -> None:
     """The clock by both numbers, kicks and STABLE; its steal-time, page-fault and EOI MSRs fault."""
     provider, _ = a_provider(clock=StubClock(vmm=NotedVmm()), profile="virtualbox")
@@ -211,6 +286,21 @@ def test_virtualbox_offers_four_features() -> None:
     for bit in (1, 2, 4, 5, 6):
         with pytest.raises(ValueError, match="cannot be served"):
             a_provider(profile="virtualbox", features=1 << bit)
+
+
+@pytest.mark.row("V-06", "K-01")
+def test_virtualboxs_msr_ranges() -> None:
+    """Of 0x11 to 0x12 and 0x4b564d00 to 04 the clock's four numbers are served; everything beside them faults."""
+    provider, _ = a_provider(profile="virtualbox")
+    for index in (WALL_CLOCK, SYSTEM_TIME, WALL_CLOCK_NEW, SYSTEM_TIME_NEW):
+        provider.write_msr(1, index, 0x3000)
+        assert provider.read_msr(1, index) == 0x3000
+        provider.reset()
+    for index in (0x10, 0x13, *range(0x4B564D02, 0x4B564E00), 0x4B564CFF):
+        with pytest.raises(MsrFault):
+            provider.read_msr(0, index)
+        with pytest.raises(MsrFault):
+            provider.write_msr(0, index, 0)
 
 
 @pytest.mark.row("V-04", "X-02")

@@ -59,6 +59,20 @@ def test_enabling_outside_of_memory_faults(gpa: int) -> None:
 
 
 @pytest.mark.row("K-31")
+def test_the_last_word_of_memory_will_do() -> None:
+    """The host needs one byte: the MSR takes the last aligned address that has one, and offers are made there."""
+    provider, clock = enabled()
+    last = SIZE - 4
+    clock.memory.write(last, bytes(4))
+    provider.write_msr(0, PV_EOI_EN, last | 1)
+    assert provider.offer_eoi(0)
+    assert clock.memory.read(last, 4) == b"\1\0\0\0"
+    clock.memory.add_slot(1 << 30, bytearray(1))
+    provider.write_msr(1, PV_EOI_EN, 1 << 30 | 1)
+    assert provider.offer_eoi(1)
+
+
+@pytest.mark.row("K-31")
 def test_only_bit_0_is_the_hosts() -> None:
     """Enabling writes nothing; offers change one bit of one byte, and leave the rest of the page to the guest."""
     provider, clock = enabled(flag=0xA4)

@@ -1,5 +1,6 @@
 """Palacios' virtual time: each trap of the seed beside what is decided here, and the exact model."""
 
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 
@@ -142,6 +143,20 @@ def test_time_options() -> None:
     assert time_options(dilation=10) == TimeOptions(dilation=Fraction(1, 10))
 
 
+@pytest.mark.row("P-05")
+@pytest.mark.parametrize("written", [str.lower, str.upper, str.title, str.swapcase])
+@pytest.mark.parametrize("source", [None, "host", "none"])
+@pytest.mark.parametrize("tsc", [None, "host", "guest"])
+def test_letters_are_of_any_case(source: str | None, tsc: str | None, written: Callable[[str], str]) -> None:
+    """Each option means and complains of the same in lower case and in any other, the bug of Palacios included."""
+    in_case = (None if source is None else written(source), None if tsc is None else written(tsc))
+    for palacios in (False, True):
+        plain = time_options(source, tsc, palacios=palacios)
+        other = time_options(in_case[0], in_case[1], palacios=palacios)
+        assert other[:3] == plain[:3]
+        assert len(other.complaints) == len(plain.complaints)
+
+
 @pytest.mark.row("P-06")
 def test_options_that_are_not_legal() -> None:
     """Each is ignored, and named in an error that says what is legal."""
@@ -217,7 +232,7 @@ def test_hardware_offset(ticks: int, value: int) -> None:
 @pytest.mark.row("P-07")
 @given(ticks=TICKS)
 def test_start(ticks: int) -> None:
-    """A core begins with 0 cycles at whatever host TSC; the host's uptime never counts, though the seed stamps 0."""
+    """A core begins with 0 cycles at whatever host TSC, and the host's uptime never counts, nor in the seed."""
     time = PalaciosTime(HOST_KHZ, [None, None], options=UNSLAVED)
     with pytest.raises(StateError, match="enter of core 1: it is not started; it must be out"):
         time.enter(1, START)
@@ -229,6 +244,21 @@ def test_start(ticks: int) -> None:
     assert started(seed=True).advance(0, START) == 0
     with pytest.raises(RangeError, match="core 2; this VM has cores 0 to 1"):
         time.start(2, START)
+
+
+@pytest.mark.row("P-07", "P-11")
+@pytest.mark.parametrize("is_seed", [False, True])
+def test_stamps_of_a_core(is_seed: bool) -> None:
+    """Initial and pause stamp are now at the start, the enter stamp 0, of that core alone, and again at a new start."""
+    time = PalaciosTime(HOST_KHZ, [None, None], seed=is_seed)
+    time.start(1, START)
+    assert time.stamps(0) == (0, 0, 0)
+    assert time.stamps(1) == (START, 0, START)
+    time.enter(1, after(5))
+    time.exit(1, after(9))
+    assert time.stamps(1) == (START, after(5), after(9))
+    time.start(1, after(20))
+    assert time.stamps(1) == (after(20), 0, after(20))
 
 
 @pytest.mark.row("P-09")

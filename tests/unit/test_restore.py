@@ -75,6 +75,42 @@ def test_restore_of_save_is_equal(seed: int) -> None:
     assert (again.policy, again.skew_ns) == (clock.policy, clock.skew_ns)
 
 
+@pytest.mark.row("J-07", "J-06", "P-25")
+def test_adjust_and_aux_are_the_guests_again() -> None:
+    """After a restore on another host, resumed, each vCPU reads the ADJUST and the TSC_AUX that it had."""
+    clock, _, memory = a_clock(2_596_132_000, tsc=1 << 40, vcpus=2)
+    for vcpu, adjust in enumerate((10**11, 2**64 - 5)):
+        clock.write_msr(vcpu, 0x3B, adjust)
+    clock.pause()
+    state = clock.save()
+    state = state._replace(vcpus=tuple(vcpu._replace(tsc_aux=7 + at) for at, vcpu in enumerate(state.vcpus)))
+    moved = GuestClock.restore(state, memory, backend=SimulatedBackend(2_596_132_000, tsc=99))
+    moved.resume("freeze")
+    assert [moved.read_msr(vcpu, 0x3B) for vcpu in range(2)] == [10**11, 2**64 - 5]
+    assert [moved.tsc(vcpu).adjust for vcpu in range(2)] == [10**11, 2**64 - 5]
+    assert [moved.tsc(vcpu).aux for vcpu in range(2)] == [7, 8]
+    assert [moved.guest_tsc(vcpu, HostTsc(99)) for vcpu in range(2)] == [vcpu.guest_tsc for vcpu in state.vcpus]
+
+
+@pytest.mark.row("J-02")
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_reset_clears_adjust_and_aux(is_paused: bool) -> None:
+    """A reset leaves 0 in ADJUST and TSC_AUX of each vCPU, of a clock that runs or was just restored, and saved too."""
+    clock, backend, memory = a_clock(2_596_132_000, vcpus=2)
+    clock.write_msr(1, 0x3B, 500)
+    state = clock.save()
+    state = state._replace(vcpus=tuple(vcpu._replace(tsc_aux=7) for vcpu in state.vcpus))
+    moved = GuestClock.restore(state, memory, backend=backend)
+    if not is_paused:
+        moved.resume("freeze")
+        assert [moved.tsc(vcpu).aux for vcpu in range(2)] == [7, 7]
+    moved.reset()
+    assert [(vcpu.tsc_adjust, vcpu.tsc_aux) for vcpu in moved.save().vcpus] == [(0, 0)] * 2
+    if is_paused:
+        moved.resume("freeze")
+    assert [(moved.tsc(vcpu).adjust, moved.tsc(vcpu).aux) for vcpu in range(2)] == [(0, 0)] * 2
+
+
 @pytest.mark.row("E1", "E5")
 def test_restore_within_one_boot_goes_by_the_raw_clock() -> None:
     """On the same boot a step of the time of day counts for nothing; after a reboot it is all there is."""

@@ -39,7 +39,7 @@ def test_the_units_bytes() -> None:
     assert page is not None
     assert clock.interface.save_unit() == b"".join(
         (
-            struct.pack("<II", 3, PROVIDERS["KVM"].version),
+            struct.pack("<II", 3, 0),  # as configured: 0 is the newest
             struct.pack("<I", 1),
             struct.pack("<QQQQIB", 0x2001, page.tsc_timestamp, page.system_time, 0x2000, page.version, 1),
             struct.pack("<QQQQIB", 0x3000, 0, 0, 0, 0, 0),
@@ -54,7 +54,7 @@ def test_units_of_providers_that_save_nothing(provider: str) -> None:
     """Id and version are all; they load, and a byte more is refused."""
     clock = a_clock(provider)
     saved = clock.interface.save_unit()
-    assert saved == struct.pack("<II", PROVIDERS[provider].number, 1)
+    assert saved == struct.pack("<II", PROVIDERS[provider].number, 0)
     clock.interface.load_unit(saved)
     with pytest.raises(StateFileError, match="1 bytes after the header"):
         clock.interface.load_unit(saved + b"\0")
@@ -106,6 +106,13 @@ def test_addresses_that_have_no_page() -> None:
     assert other.memory.read(0, SIZE) == bytes(SIZE)
 
 
+def a_virtualbox_unit() -> bytes:
+    """A unit as VirtualBox saves it: two pages of versions 8 and 20, the first one's guest told of a pause."""
+    vcpus = ((0x2001, 5 * 10**6, 7 * 10**9, 0x2000, 8, 2), (0x3001, 6 * 10**6, 8 * 10**9, 0x3000, 20, 0))
+    parts = b"".join(struct.pack("<QQQQIB", *vcpu) for vcpu in vcpus)
+    return struct.pack("<III", 3, 0, 1) + parts + struct.pack("<QI", 0x4000, FEATURES)
+
+
 def changed(saved: bytes, at: int, form: str, value: int) -> bytes:
     """The unit with another value at an offset."""
     data = bytearray(saved)
@@ -123,7 +130,7 @@ def test_what_does_not_fit_is_refused() -> None:
     cases: list[tuple[bytes, type[Exception], str]] = [
         (changed(saved, 0, "<I", 2), ConfigError, r"of provider 2 \(HyperV\); this VM has provider 3 \(KVM\)"),
         (changed(saved, 0, "<I", 99), ConfigError, r"of provider 99 \(unknown\); this VM has provider 3 \(KVM\)"),
-        (changed(saved, 4, "<I", 7), StateFileError, f"provider version: found 7; supported: {version}"),
+        (changed(saved, 4, "<I", 7), StateFileError, f"provider version: found 7; supported: 0 to {version}"),
         (changed(saved, 8, "<I", 7), StateFileError, "unsupported KVM saved-state version 7; supported: 1"),
         (
             changed(saved, 12 + 24, "<Q", 0x5000),
@@ -148,16 +155,119 @@ def test_what_does_not_fit_is_refused() -> None:
     assert (clock.save().provider, clock.memory.read(0, SIZE)) == before
 
 
+@pytest.mark.row("G-19", "G-28")
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("configured", [0, 1])
+def test_the_version_is_as_configured_and_as_loaded(provider: str, configured: int) -> None:
+    """A unit has the configured version, 0 by default and always for None; load adopts it, and it is saved again."""
+    options = {"features": FEATURES} if provider == "KVM" else {}
+    memory, backend = GuestMemory(bytearray(SIZE)), SimulatedBackend(HZ)
+    clock = GuestClock(memory, 2, {"provider": provider, "version": configured, **options}, backend=backend)
+    saved = clock.interface.save_unit()
+    assert saved[4:8] == struct.pack("<I", 0 if provider == "None" else configured)
+    other = a_clock(provider)
+    other.interface.load_unit(saved)
+    assert other.interface.save_unit() == saved
+    restored = GuestClock.restore(other.save(), memory, backend=backend)
+    assert restored.interface.save_unit()[:8] == saved[:8]
+
+
 @pytest.mark.row("G-19")
-def test_another_provider_version_is_adopted_as_virtualbox_does() -> None:
+def test_a_newer_interface_is_adopted_as_virtualbox_does() -> None:
     """Refused by default; under profile "virtualbox" the version is taken over silently, and saved again (T13)."""
     other = changed(a_running_guest(profile="virtualbox").interface.save_unit(), 4, "<I", 7)
-    with pytest.raises(StateFileError, match="provider version: found 7"):
+    with pytest.raises(StateFileError, match="provider version: found 7; supported: 0 to"):
         a_clock().interface.load_unit(other)
     quirky = a_clock(profile="virtualbox")
     quirky.interface.load_unit(other)
     assert quirky.interface.version == 7
     assert quirky.interface.save_unit()[:8] == struct.pack("<II", 3, 7)
+
+
+@pytest.mark.row("V-46", "V-36")
+def test_virtualbox_adopts_other_features_without_telling_the_guest() -> None:
+    """Another feature word is kept for the next save, and CPUID stays as it was; other profiles refuse it."""
+    saved = a_running_guest(profile="virtualbox").interface.save_unit()
+    other = changed(saved, len(saved) - 4, "<I", 1 << 3)
+    clock = a_clock(profile="virtualbox")
+    clock.interface.load_unit(other)
+    assert clock.interface.save_unit()[-4:] == struct.pack("<I", 1 << 3)
+    leaf = clock.cpuid(0x40000001)
+    assert leaf is not None
+    assert leaf.eax == FEATURES
+    assert clock.read_msr(1, WALL_CLOCK) == 0x4000
+    with pytest.raises(ConfigError, match="was offered KVM features 0x8"):
+        a_clock().interface.load_unit(other)
+
+
+@pytest.mark.row("G-18", "G-28")
+def test_only_the_final_pass_counts() -> None:
+    """In any other pass of a live migration a unit, be it unsound, is not looked at, and nothing changes."""
+    clock = a_running_guest()
+    before = clock.interface.save_unit()
+    for data in (b"", before[:-1], changed(before, 12, "<Q", 0x6001)):
+        clock.interface.load_unit(data, version=9, is_final_pass=False)
+    assert clock.interface.save_unit() == before
+
+
+@pytest.mark.row("G-20")
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_nothing_is_left_to_do_after_a_load(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These providers have no hook for the time after a load: it places the pages, and asks for nothing more."""
+    saved = (a_running_guest() if provider == "KVM" else a_clock(provider)).interface.save_unit()
+    clock = a_clock(provider)
+    called: list[str] = []
+
+    def note(owner: object, name: str) -> None:
+        method = getattr(owner, name)
+
+        def noting(*args: object) -> object:
+            called.append(name)
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    for name in ("place_time_page", "refresh", "write_wall_clock", "tell", "utc_ns"):
+        note(clock, name)
+    for name in dir(clock.interface.provider):
+        if not name.startswith("_") and callable(getattr(clock.interface.provider, name)):
+            note(clock.interface.provider, name)
+    clock.interface.load_unit(saved)
+    taken_back = ["reset", "place_time_page", "place_time_page"]
+    loaded = [*taken_back, "save", "load", "place_pages_again", "place_time_page"]
+    assert sorted(called) == (sorted([*loaded]) if provider == "KVM" else [])
+    assert not any("done" in name for name in dir(clock.interface.provider))
+
+
+@pytest.mark.row("V-36", "V-21", "V-17")
+def test_virtualboxs_unit_has_its_own_count() -> None:
+    """A guest that scribbles over version and flags of its page does not change what is saved, nor the next version."""
+    clock = a_running_guest(profile="virtualbox")
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    clock.memory.write(0x2000, struct.pack("<I", 0xABCDEF))
+    clock.memory.write(0x2000 + 29, b"\xff")
+    first, _ = unit.decode_kvm(clock.interface.save_unit()[8:], 2).vcpus
+    assert (first.version, first.flags) == (4, 0)
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    page = clock.page(0)
+    assert page is not None
+    assert (page.version, page.flags) == (6, 1)
+
+
+@pytest.mark.row("V-38", "V-17", "V-21")
+def test_version_and_flags_of_virtualboxs_unit_come_back() -> None:
+    """The page has the saved version, 8, and the saved flags beside STABLE; the next registration makes 10 of it."""
+    clock = a_clock(profile="virtualbox")
+    clock.pause()
+    clock.interface.load_unit(a_virtualbox_unit())
+    clock.resume()
+    pages = [clock.page(vcpu) for vcpu in range(2)]
+    assert [(page.version, page.flags) for page in pages if page is not None] == [(8, 3), (20, 1)]
+    assert clock.interface.save_unit()[8:][4 + 32 : 4 + 37] == struct.pack("<IB", 8, 2)
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    page = clock.page(0)
+    assert page is not None
+    assert (page.version, page.flags) == (10, 3)
 
 
 @pytest.mark.row("P-25", "G-18")

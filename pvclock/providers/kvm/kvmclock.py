@@ -9,6 +9,7 @@ from struct import Struct
 from typing import Final
 
 from pvclock.errors import MsrFault
+from pvclock.events import EventKind
 from pvclock.providers.interface import ClockServices
 from pvclock.providers.kvm.features import (
     MSR_KVM_SYSTEM_TIME,
@@ -16,6 +17,7 @@ from pvclock.providers.kvm.features import (
     MSR_KVM_WALL_CLOCK,
     MSR_KVM_WALL_CLOCK_NEW,
 )
+from pvclock.providers.kvm.guest_log import GuestLog
 from pvclock.providers.kvm.profiles import Profile
 from pvclock.providers.kvm.registers import Msr, Register
 from pvclock.quantities import NS_PER_S, Gpa
@@ -27,18 +29,20 @@ PAGE_BYTES: Final = 4096
 TIME_INFO_BYTES: Final = 32
 WALL_CLOCK: Final = Struct("<III")  # version, sec, nsec
 VERSION: Final = Struct("<I")
+FLAGS_AT: Final = 29
 ALIGNMENT: Final = 4
 
 
 class KvmClock:
-    """Where the guest wants its clock, and how that is handed to `clock`."""
+    """Where the guest wants its clock, and how that is handed to `clock`.  log: is told of wall clocks by profile."""
 
-    def __init__(self, clock: ClockServices, vcpus: int, profile: Profile) -> None:
-        self._clock, self._vcpus, self._profile = clock, vcpus, profile
+    def __init__(self, clock: ClockServices, vcpus: int, profile: Profile, log: GuestLog) -> None:
+        self._clock, self._vcpus, self._profile, self._log = clock, vcpus, profile, log
         self._system_time = Register("system_time", vcpus)
         self._wall_clock = Register("wall_clock", None)
         self._boot_vcpu_runs_old_kvmclock = Register("boot_vcpu_runs_old_kvmclock", None, flag=True)
         self._version = Register("time_page_version", vcpus, legal=lambda version: version < 1 << 32)
+        self._flags = Register("time_page_flags", vcpus, legal=lambda flags: flags < 1 << 8)
         system_time = Msr(self._system_time, self._write_system_time)
         wall_clock = Msr(self._wall_clock, self._write_wall_clock)
         self.msrs = {
@@ -48,7 +52,7 @@ class KvmClock:
             MSR_KVM_WALL_CLOCK_NEW: wall_clock,
         }
         registers = (self._system_time, self._wall_clock, self._boot_vcpu_runs_old_kvmclock)
-        self.registers = (*registers, self._version) if profile.keeps_own_version else registers
+        self.registers = (*registers, self._version, self._flags) if profile.keeps_own_version else registers
 
     @property
     def boot_vcpu_runs_old_kvmclock(self) -> bool:
@@ -59,6 +63,16 @@ class KvmClock:
         """Leave every page as it is from now on."""
         for vcpu in range(self._vcpus):
             self._clock.place_time_page(vcpu, None)
+
+    def place_pages_again(self) -> None:
+        """Publish the pages of registers that were loaded, which is no registration by the guest."""
+        for vcpu in range(self._vcpus):
+            gpa = Gpa(self._system_time[vcpu] & ~ENABLED)
+            if not self._system_time[vcpu] & ENABLED or self._is_refused(gpa):
+                continue
+            if self._profile.keeps_own_version and self._clock.memory.contains(gpa, TIME_INFO_BYTES):
+                self._put_own(vcpu, gpa, self._version[vcpu] - 2)
+            self._clock.place_time_page(vcpu, gpa)
 
     # System time
 
@@ -73,11 +87,14 @@ class KvmClock:
             self._disable(vcpu)
         elif not self._profile.bad_page_keeps_old:
             self._place_where_there_is_memory(vcpu, Gpa(gpa))
-        elif gpa % PAGE_BYTES + TIME_INFO_BYTES <= PAGE_BYTES:
-            self._clock.place_time_page(vcpu, Gpa(gpa))
-        else:
+        elif self._is_refused(gpa):
             # Linux refuses a page-crossing address before it looks at the old one, which stays in use.
             self._clock.refresh(vcpu)
+        else:
+            self._clock.place_time_page(vcpu, Gpa(gpa))
+
+    def _is_refused(self, gpa: int) -> bool:
+        return self._profile.bad_page_keeps_old and gpa % PAGE_BYTES + TIME_INFO_BYTES > PAGE_BYTES
 
     def _place_where_there_is_memory(self, vcpu: int, gpa: Gpa) -> None:
         """Unlike Linux, do not wait for memory to come: enabling fails, though the MSR reads back (trap T6)."""
@@ -85,10 +102,14 @@ class KvmClock:
             self._clock.place_time_page(vcpu, None)
             return
         if self._profile.keeps_own_version:
-            # A publish adds 2 to what is there.
-            self._clock.memory.write(gpa, VERSION.pack(self._version[vcpu]))
+            self._put_own(vcpu, gpa, self._version[vcpu])
             self._version[vcpu] = (self._version[vcpu] + 2) % (1 << 32)
         self._clock.place_time_page(vcpu, gpa)
+
+    def _put_own(self, vcpu: int, gpa: Gpa, version: int) -> None:
+        """Have a publish go on from the host's own: it adds 2 to the version that is there, and keeps GUEST_STOPPED."""
+        self._clock.memory.write(gpa, VERSION.pack(version % (1 << 32)))
+        self._clock.memory.write(gpa + FLAGS_AT, bytes([self._flags[vcpu]]))
 
     def _disable(self, vcpu: int) -> None:
         if self._profile.stops_all_pages:
@@ -101,23 +122,30 @@ class KvmClock:
     def _write_wall_clock(self, vcpu: int, index: int, value: int) -> None:
         # No enable bit and no mask: the value is the address.
         if self._profile.wall_clock_must_be_good:
-            self._check(index, value, value, WALL_CLOCK.size)
+            self._check_wall_clock(index, value)
         self._wall_clock[vcpu] = value
         if self._profile.wall_clock_is_now:
             self._write_time_of_day(vcpu, Gpa(value))
         elif value:
             self._clock.write_wall_clock(Gpa(value))
 
+    def _check_wall_clock(self, index: int, value: int) -> None:
+        try:
+            self._check(index, value, value, WALL_CLOCK.size)
+        except MsrFault as fault:
+            if self._profile.logs:
+                self._log(EventKind.REFUSED, f"wall clock not written: {fault}")
+            raise
+
     def _write_time_of_day(self, vcpu: int, gpa: Gpa) -> None:
-        """Write UTC at this moment: a guest that adds its own time is ahead by its uptime (trap T3)."""
-        now = self._clock.pairing(vcpu)
-        if now is None:
-            self._clock.write_wall_clock(gpa)  # UTC at an instant of the TSC is only known where the TSC can be trusted
-            return
+        """Write UTC at this moment, with all vCPUs out: a guest that adds its own time is ahead by its uptime (T3)."""
         memory = self._clock.memory
-        (version,) = VERSION.unpack(memory.read(gpa, VERSION.size))
-        sec, nsec = divmod(now.real_ns, NS_PER_S)
-        memory.write(gpa, WALL_CLOCK.pack(((version | 1) + 1) % (1 << 32), sec % (1 << 32), nsec))
+        with self._clock.quiesce(vcpu):
+            (version,) = VERSION.unpack(memory.read(gpa, VERSION.size))
+            sec, nsec = divmod(self._clock.utc_ns(), NS_PER_S)
+            even = ((version | 1) + 1) % (1 << 32)
+            memory.write(gpa, WALL_CLOCK.pack(even, sec % (1 << 32), nsec))
+        self._log(EventKind.PAGE, f"wall clock at {gpa:#x}: sec {sec}, nsec {nsec}, version {even}")
 
     def _check(self, index: int, value: int, gpa: int, length: int) -> None:
         if gpa % ALIGNMENT:

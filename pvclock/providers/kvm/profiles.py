@@ -42,6 +42,11 @@ class Profile(NamedTuple):
     wall_clock_is_now: bool = False
     """Is the wall clock the time of day at the write, not at guest time 0?  It is written in one go then."""
 
+    logs: bool = False
+    """Is the VMM told of faults on MSRs that are not served, and of wall clocks written and not written?"""
+    features_of_newest_only: bool = False
+    """Has a guest features unasked only where the newest interface version is configured?  Else STABLE alone."""
+
     refreshes_pages: bool = True
     """Are pages brought up to date by themselves?  Else they stand as they were registered, and drift."""
     tells_of_pauses: bool = True
@@ -82,6 +87,8 @@ PROFILES: Final = MappingProxyType(
             keeps_own_version=True,
             stable_unasked=True,
             wall_clock_is_now=True,
+            logs=True,
+            features_of_newest_only=True,
             refreshes_pages=False,
             tells_of_pauses=False,
             arguments=("rbx", "rcx", "rdi", "rsi"),

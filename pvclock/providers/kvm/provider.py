@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from pvclock.errors import ConfigError, MsrFault, RangeError
+from pvclock.events import EventKind
+from pvclock.providers import timing
 from pvclock.providers.interface import ClockServices, CpuidLeaf, HypercallRegisters, HypercallResult, MsrValue
 from pvclock.providers.kvm.async_pf import WAKE_ALL, AsyncPf
 from pvclock.providers.kvm.controls import Controls
@@ -17,6 +19,7 @@ from pvclock.providers.kvm.features import (
     kvm_cpuid_leaves,
     servable_features,
 )
+from pvclock.providers.kvm.guest_log import GuestLog
 from pvclock.providers.kvm.hypercalls import Hypercalls
 from pvclock.providers.kvm.kvmclock import KvmClock
 from pvclock.providers.kvm.profiles import PROFILES
@@ -27,6 +30,7 @@ from pvclock.providers.kvm.steal_time import StealTime
 __all__ = ["KvmProvider"]
 
 SAVED_BY_VERSION_1: Final = frozenset({"system_time", "wall_clock", "boot_vcpu_runs_old_kvmclock"})
+ADDED_TO_VERSION_2: Final = frozenset({"time_page_flags"})
 
 
 class KvmProvider:
@@ -36,7 +40,10 @@ class KvmProvider:
     what the host kernel serves beside the engine.  hints: CPUID's, see KvmHint.
     enforce_cpuid: an MSR or hypercall whose feature is not offered is refused; False is Linux without
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, where all that can be served is.
-    profile: "linux", "document" or "virtualbox", see pvclock.providers.kvm.profiles.
+    profile: "linux", "document" or "virtualbox", see pvclock.providers.kvm.profiles.  version: of the interface, as
+    configured; profile "virtualbox" alone looks at it.
+    timing_leaf: is there leaf 0x40000010, too, with the frequencies of TSC and APIC bus (`apic_bus_hz`, 1 GHz by
+    default)?  A guest that goes by it takes its TSC, and leaves every clock policy.
 
     ConfigError for what cannot be served here, naming what can.
     """
@@ -45,7 +52,7 @@ class KvmProvider:
     number = 3
     version = 2
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # one for each key of the configuration, all by keyword
         self,
         clock: ClockServices,
         vcpus: int,
@@ -54,6 +61,9 @@ class KvmProvider:
         hints: int = 0,
         enforce_cpuid: bool = True,
         profile: str = "linux",
+        version: int = 0,
+        timing_leaf: bool = False,
+        apic_bus_hz: int | None = None,
     ) -> None:
         if profile not in PROFILES:
             raise ConfigError(f"profile {profile!r} is unknown; choose from {', '.join(map(repr, PROFILES))}")
@@ -62,19 +72,27 @@ class KvmProvider:
         self.clock, self.hints, self.profile = clock, KvmHint(hints), profile
         self._vcpus, self._enforce_cpuid, self._profile = vcpus, enforce_cpuid, PROFILES[profile]
         servable = servable_features(clock) & self._profile.features
-        default = servable if self._profile.offers_all else servable & default_features(clock)
-        self.features = default if features is None else KvmFeature(features)
+        self.features = self._default(servable, version) if features is None else KvmFeature(features)
         if int(self.features) & ~int(servable):  # ints: ~ of an IntFlag has only the bits that have names
             refused = KvmFeature(int(self.features) & ~int(servable))
             raise ConfigError(f"features {refused!r} cannot be served here; choose from {servable!r}")
         # Asked at every publish, where a look into a flag enum costs as much as the publish itself.
         self._offers_stable = KvmFeature.CLOCKSOURCE_STABLE in self.features
         self.refreshes_pages, self.tells_of_pauses = self._profile.refreshes_pages, self._profile.tells_of_pauses
+        self._apic_bus_hz = _checked_bus(apic_bus_hz, offered=timing_leaf)
+        self._timing = timing.timing_leaf(clock.tsc_hz, self._apic_bus_hz) if timing_leaf else None
+        self._log = GuestLog(clock)
         self._make_surfaces(self.features if enforce_cpuid else servable)
+
+    def _default(self, servable: KvmFeature, version: int) -> KvmFeature:
+        """What is offered unasked."""
+        if self._profile.features_of_newest_only and version:
+            return servable & KvmFeature.CLOCKSOURCE_STABLE
+        return servable if self._profile.offers_all else servable & default_features(self.clock)
 
     def _make_surfaces(self, features: KvmFeature) -> None:
         clock, vcpus, profile = self.clock, self._vcpus, self._profile
-        self._kvmclock = KvmClock(clock, vcpus, profile)
+        self._kvmclock = KvmClock(clock, vcpus, profile, self._log)
         serves_flush = KvmFeature.PV_TLB_FLUSH in features
         self._steal_time = StealTime(clock.memory, vcpus, profile, serves_flush=serves_flush)
         self._pv_eoi = PvEoi(clock.memory, vcpus)
@@ -95,11 +113,12 @@ class KvmProvider:
 
     @property
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
-        """Signature "KVMKVMKVM", the feature word and the hints."""
+        """Signature "KVMKVMKVM", the feature word and the hints; the timing leaf on request."""
         features = int(self.features)
         if self._profile.stable_by_host and self.clock.pairing(0) is None:
             features &= ~KvmFeature.CLOCKSOURCE_STABLE
-        return kvm_cpuid_leaves(features, self.hints)
+        leaves = kvm_cpuid_leaves(features, self.hints)
+        return leaves if self._timing is None else timing.with_timing_leaf(leaves, self._timing)
 
     @property
     def allows_stable(self) -> bool:
@@ -112,14 +131,14 @@ class KvmProvider:
         """The value last written, whatever became of it; old and new numbers share it."""
         msr = self._msrs.get(index)
         if msr is None:
-            raise MsrFault(index)
+            raise self._not_served(index)
         return 0 if msr.register is None else msr.register[vcpu]
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """MsrFault where Linux refuses the value; an address of the clock that is no good is ignored."""
         msr = self._msrs.get(index)
         if msr is None:
-            raise MsrFault(index, value)
+            raise self._not_served(index, value)
         msr.write(vcpu, index, value)
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
@@ -198,7 +217,12 @@ class KvmProvider:
             "hints": int(self.hints),
             "enforce_cpuid": self._enforce_cpuid,
             "profile": self.profile,
+            **({} if self._timing is None else {"timing_leaf": True, "apic_bus_hz": self._apic_bus_hz}),
         }
+
+    def place_pages_again(self) -> None:
+        """Publish the pages that load() has taken, as a saved unit's are."""
+        self._kvmclock.place_pages_again()
 
     def reset(self) -> None:
         """As nothing had been written, with every page taken back."""
@@ -212,9 +236,24 @@ class KvmProvider:
 
     def load(self, msrs: Mapping[str, object]) -> None:
         """Take what save() gave, of version 1 as well; pages are the clock's to place again."""
-        load_all(self._registers, msrs, older=SAVED_BY_VERSION_1)
+        names = frozenset(register.name for register in self._registers)
+        load_all(self._registers, msrs, older=(SAVED_BY_VERSION_1, names - ADDED_TO_VERSION_2))
+
+    def _not_served(self, index: int, value: int | None = None) -> MsrFault:
+        fault = MsrFault(index, value)
+        if self._profile.logs and index in FEATURE_OF_MSR:
+            self._log(EventKind.REFUSED, str(fault))
+        return fault
 
     def _vcpu(self, vcpu: int) -> int:
         if not 0 <= vcpu < self._vcpus:
             raise RangeError(f"vCPU {vcpu}; this VM has vCPUs 0 to {self._vcpus - 1}")
         return vcpu
+
+
+def _checked_bus(apic_bus_hz: int | None, *, offered: bool) -> int:
+    if apic_bus_hz is None:
+        return timing.APIC_BUS_HZ
+    if not offered:
+        raise ConfigError(f"apic_bus_hz is {apic_bus_hz}; only leaf 0x40000010 says it, which timing_leaf=True offers")
+    return apic_bus_hz

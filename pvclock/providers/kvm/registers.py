@@ -92,13 +92,13 @@ def save_all(registers: Iterable[Register]) -> dict[str, MsrValue]:
     return {register.name: register.save() for register in registers}
 
 
-def load_all(registers: Iterable[Register], saved: Mapping[str, object], *, older: frozenset[str]) -> None:
+def load_all(registers: Iterable[Register], saved: Mapping[str, object], *, older: Iterable[frozenset[str]]) -> None:
     """Take what save_all() gave; ConfigError, and nothing taken, if it is not that.
 
-    older: the names that the first version saved.  With these alone, the other registers are as at reset.
+    older: the names that were saved once.  With these alone, the other registers are as at reset.
     """
     by_name = {register.name: register for register in registers}
-    if saved.keys() not in (by_name.keys(), older):
+    if saved.keys() not in (by_name.keys(), *older):
         raise ConfigError(
             f"provider 'KVM' has saved {', '.join(map(repr, by_name))}; "
             f"found were {', '.join(f'{name!r:.100}' for name in list(saved)[:32]) or 'none'}"

@@ -1,0 +1,40 @@
+"""VMware's timing-information leaf: TSC and APIC bus in kHz, by which guests need not calibrate.
+
+Source: https://lwn.net/Articles/301888/; QEMU's `vmware-cpuid-freq`; VirtualBox's provider "Minimal".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from pvclock.errors import ConfigError
+from pvclock.providers.interface import CpuidLeaf
+
+__all__ = ["APIC_BUS_HZ", "CPUID_TIMING", "timing_leaf", "with_timing_leaf"]
+
+CPUID_BASE: Final = 0x40000000
+CPUID_TIMING: Final = 0x40000010
+KHZ_MAX: Final = 2**32 - 1
+
+APIC_BUS_HZ: Final = 10**9
+"""QEMU's and KVM's: a tick of the APIC timer is 1 ns."""
+
+
+def timing_leaf(tsc_hz: int, apic_bus_hz: int = APIC_BUS_HZ) -> CpuidLeaf:
+    """EAX and EBX in kHz, rounded; ConfigError for a frequency that 32 bits do not hold."""
+    return CpuidLeaf(eax=_khz("TSC", tsc_hz), ebx=_khz("apic_bus_hz", apic_bus_hz))
+
+
+def with_timing_leaf(leaves: Mapping[int, CpuidLeaf], timing: CpuidLeaf) -> dict[int, CpuidLeaf]:
+    """The hypervisor `leaves` and, up to leaf 0x40000010, zero ones; leaf 0x40000000's EAX says that it is there."""
+    base = leaves.get(CPUID_BASE, CpuidLeaf())._replace(eax=CPUID_TIMING)
+    zeros = {leaf: CpuidLeaf() for leaf in range(CPUID_BASE, CPUID_TIMING)}
+    return {**zeros, **leaves, CPUID_BASE: base, CPUID_TIMING: timing}
+
+
+def _khz(what: str, hz: int) -> int:
+    khz = (hz + 500) // 1000
+    if khz > KHZ_MAX:
+        raise ConfigError(f"{what} is {hz} Hz; leaf {CPUID_TIMING:#x} holds up to {KHZ_MAX} kHz")
+    return khz
