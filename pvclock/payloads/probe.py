@@ -15,6 +15,7 @@ __all__ = [
     "ABI_VERSION",
     "EXIT_FAILED",
     "EXIT_FINE",
+    "LAST_VALUE",
     "LOAD_BASE",
     "MAX_CPUS",
     "PORT_CONSOLE",
@@ -39,6 +40,8 @@ LOAD_BASE = 0x100000
 PROBE_BASE = 0x200000
 TIME_PAGES = 0x201000
 RECORDS = 0x202000
+LAST_VALUE = PROBE_BASE + 128
+"""`last_value` of the block: 8 bytes; what is written there is the least that is returned while not STABLE."""
 WALL_CLOCK = PROBE_BASE + 192
 """The wall clock record the boot processor registers."""
 

@@ -182,6 +182,26 @@ def test_stable_taken_from_running_guests(stable_bit: int) -> None:
         assert not any(failures(records).values())
 
 
+@pytest.mark.row("K-18")
+def test_what_is_clamped_is_what_is_returned() -> None:
+    """Without STABLE a guest returns the greatest value that any vCPU had, here an hour ahead, and not its own."""
+    with probe_machine("engine", 2) as machine:
+        clock = engine_of(machine)
+        machine.start()
+        wait_until_reading(machine)
+        with machine.runner.quiesce():
+            clock.write_msr(0, 0x12, probe.time_page_address(0) | 1)
+            ahead_ns = clock.now() + 3600 * NS_PER_S
+            machine.memory.write(probe.LAST_VALUE, ahead_ns.to_bytes(8, "little"))
+            clamped = [probe.read_record(machine.memory, vcpu).clamped for vcpu in range(2)]
+        wait_for_reads(machine, 100_000)
+        records = finish(machine)
+        assert clock.now() < ahead_ns
+        assert [record.last_ns for record in records] == [ahead_ns] * 2
+        assert all(record.clamped > before for record, before in zip(records, clamped, strict=True))
+        assert probe.read_block(machine.memory).last_value == ahead_ns
+
+
 @pytest.mark.row("K-17")
 def test_guest_stopped_is_the_guests_to_clear(stable_bit: int) -> None:
     """GUEST_STOPPED in a running vCPU's page is seen once and cleared by the guest; publishes leave it alone."""

@@ -76,11 +76,11 @@ def test_the_offset_contains_adjust(base: int, adjust: int) -> None:
 
 
 @pytest.mark.row("J-02")
-def test_reset_clears_tsc_and_adjust() -> None:
-    """After RESET the TSC counts from 0 and ADJUST is 0."""
-    tsc = VcpuTsc(123, 456)
+def test_reset_clears_tsc_adjust_and_aux() -> None:
+    """After RESET the TSC counts from 0, and ADJUST and TSC_AUX are 0."""
+    tsc = VcpuTsc(123, 456, aux=7)
     tsc.reset(HostTsc(1000))
-    assert (tsc.read(HostTsc(1000)), tsc.read(HostTsc(1005)), tsc.adjust) == (0, 5, 0)
+    assert (tsc.read(HostTsc(1000)), tsc.read(HostTsc(1005)), tsc.adjust, tsc.aux) == (0, 5, 0, 0)
 
 
 def a_clock(**options: object) -> tuple[GuestClock, SimulatedBackend]:
