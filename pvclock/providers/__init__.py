@@ -90,7 +90,7 @@ class GuestInterface:
     "document", "virtualbox") and the provider's options; VirtualBox's spelling will do, see configuration.checked().
     ConfigError names key, value and what is legal, or what this engine cannot serve.
     tsc_usable: does the host's TSC run evenly and alike on all CPUs?  log: is told in a line what was chosen, and in
-    another if the TSC is not usable.
+    others if the TSC is not usable, or is what the guest will go by.
 
     Thread-safety: hypercalls, the debug channel and statistics may be used from any thread; all else is for who holds
     the clock, as GuestClock does for the MSRs.
@@ -127,6 +127,8 @@ class GuestInterface:
             f"provider {self.name}, id {self.number}, version {chosen.implementation}, profile {self.profile}, "
             f"on {clock.engine}"
         )
+        if chosen.options.get("timing_leaf"):
+            log("warning: leaf 0x40000010 is offered; a guest that goes by its TSC leaves every policy of this clock")
         if not tsc_usable:
             log(f"warning: the host's TSC is not usable; guests of provider {self.name} may see time run unevenly")
 

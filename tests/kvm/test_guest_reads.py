@@ -199,7 +199,9 @@ def test_what_is_clamped_is_what_is_returned() -> None:
         assert clock.now() < ahead_ns
         assert [record.last_ns for record in records] == [ahead_ns] * 2
         assert all(record.clamped > before for record, before in zip(records, clamped, strict=True))
-        assert probe.read_block(machine.memory).last_value == ahead_ns
+        block = probe.read_block(machine.memory)
+        assert block is not None
+        assert block.last_value == ahead_ns
 
 
 @pytest.mark.row("K-17")

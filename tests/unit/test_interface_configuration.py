@@ -176,13 +176,14 @@ def test_what_was_chosen_is_told_once() -> None:
     ]
 
 
-@pytest.mark.row("G-26")
+@pytest.mark.row("G-26", "G-30", "G-07")
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_an_unusable_tsc_is_told_for_every_provider(provider: str) -> None:
     """VirtualBox's warning cannot be reached for providers that return early (T12); here each one has it."""
     told: list[str] = []
     interface_of({"provider": provider}, log=told, tsc_stable=False)
     assert len(told) == 2
+    assert told[0].startswith(f"provider {provider}, ")
     assert told[1].startswith("warning: the host's TSC is not usable")
     clock = GuestClock(GuestMemory(), 1, provider, backend=SimulatedBackend(HZ, tsc_stable=False))
     assert len(clock.events.read().events) == 2

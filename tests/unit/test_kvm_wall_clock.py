@@ -1,0 +1,46 @@
+"""The wall clock as guests use it: the same from every vCPU, and of one instant with the guest's own time."""
+
+from __future__ import annotations
+
+from itertools import product
+from struct import unpack
+
+import pytest
+
+from pvclock import GuestClock, GuestMemory, SimulatedBackend
+from pvclock.providers.interface import HypercallRegisters
+from tests.unit.restless_host import restless
+from tests.unit.stub_clock import u32
+
+SYSTEM_TIME, WALL_CLOCK = 0x4B564D01, 0x4B564D00
+WALL_CLOCKS = (0x11, WALL_CLOCK)
+NS_PER_S = 10**9
+
+
+@pytest.mark.row("K-06", "V-08")
+@pytest.mark.parametrize("profile", ["linux", "document", "virtualbox"])
+def test_every_vcpu_writes_the_same_wall_clock(profile: str) -> None:
+    """The record is the same whichever vCPU's write asked for it, by the old number and the new one."""
+    backend = SimulatedBackend(2_596_132_000, realtime_ns=10**18 + 7)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), 2, backend=backend, profile=profile)
+    for gpa, (vcpu, index) in zip((0x3000, 0x4000, 0x5000, 0x6000), product((0, 1), WALL_CLOCKS), strict=True):
+        clock.memory.write(gpa, bytes(12))
+        clock.write_msr(vcpu, index, gpa)
+        assert (u32(clock.memory, gpa), u32(clock.memory, gpa + 4), u32(clock.memory, gpa + 8)) == (2, 10**9, 7)
+
+
+@pytest.mark.row("K-07", "K-37")
+def test_time_of_day_and_guest_time_are_of_one_instant() -> None:
+    """On a host where time passes between any two readings, the record and the pairing are exact to the ns."""
+    inner = SimulatedBackend(10**9, tsc=12345, realtime_ns=10**18)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), 2, backend=restless(inner), features=1 << 3)
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    clock.write_msr(1, WALL_CLOCK, 0x3000)
+    record_ns = u32(clock.memory, 0x3004) * NS_PER_S + u32(clock.memory, 0x3008)
+    assert record_ns == inner.realtime_ns - clock.at(inner.tsc)
+    pairing = clock.pairing(0)
+    assert pairing is not None
+    assert pairing.real_ns - pairing.guest_tsc == inner.realtime_ns - inner.tsc
+    assert clock.hypercall(0, HypercallRegisters(9, rbx=0x5000)).rax == 0
+    sec, nsec, tsc = unpack("<qqQ", clock.memory.read(0x5000, 24))
+    assert sec * NS_PER_S + nsec - tsc == inner.realtime_ns - inner.tsc
