@@ -242,6 +242,9 @@ cdef class TimePages:
     cdef readonly Counter counter
     cdef readonly int vcpus
     cdef readonly bint counter_went_back  # during the last publish, or stood still: the pages are even all the same
+    cdef readonly uint64_t break_tsc  # of the last publish, moved as its line was; at first, when this was made
+    cdef bint _stands  # does time stand still, at _standing_ns since _standing_tsc?
+    cdef uint64_t _standing_tsc, _standing_ns
     cdef Wanted *_wanted  # by vCPU
     cdef Shown *_shown  # by vCPU
     cdef pvclock_target *_targets  # compact: only pages that can be written
@@ -263,6 +266,7 @@ cdef class TimePages:
         self._target_vcpu = <int *>calloc(vcpus, sizeof(int))
         if not (self._wanted and self._shown and self._targets and self._target_vcpu):
             raise MemoryError
+        self.break_tsc = pvclock_counter_read(&counter.c)
         self._look_up()
 
     def __dealloc__(self) -> None:
@@ -287,7 +291,7 @@ cdef class TimePages:
         self._shown[index].flagged = False
         if gpa is None:
             self._shown[index].published = False
-        self._look_up()
+        self._look_up_later()
 
     def registered(self, vcpu: int) -> int | None:
         """The guest-physical address of vCPU's page, or None."""
@@ -298,7 +302,11 @@ cdef class TimePages:
         """vCPU's guest TSC is the host's plus `offset` (ticks modulo 2^64), from the next publish on."""
         cdef int index = self._vcpu(vcpu)
         self._wanted[index].tsc_offset = as_u64(offset, "TSC offset")
-        self._look_up()
+        self._look_up_later()
+
+    cdef void _look_up_later(self) noexcept:
+        self._changed = True
+        self._generation = self.memory.generation - 1
 
     cdef void _look_up(self) noexcept:
         """Find every page in guest memory, for the next publish and for readers.  Runs no Python code."""
@@ -330,12 +338,14 @@ cdef class TimePages:
                 return True
         return False
 
-    def publish(self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False) -> int:
+    def publish(
+        self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False, moved=(0, 0)
+    ) -> int:
         """Publish `line` at `scale` into all registered pages at once; returns the break point (host TSC).
 
-        The clock goes on at the break by 0 or +1 ns, unless `step` says that it may jump to the line.  `flags` go to
-        the vCPUs in `out_of_guest` (vCPU numbers) only: a running guest writes that byte itself.  Tell the memory's
-        on_dirty afterwards, by mark_dirty().
+        The clock goes on at the break by 0 or +1 ns, unless `step` says that it may jump to the line.  moved: see
+        move(), which comes first.  `flags` go to the vCPUs in `out_of_guest` (vCPU numbers) only: a running guest
+        writes that byte itself.  The memory's on_dirty is told of all pages.
 
         counter_went_back says of the last publish whether the counter went back, or stood still, before the break
         point: the pages show the line all the same.
@@ -343,7 +353,11 @@ cdef class TimePages:
         cdef pvclock_line timeline = as_line(line)
         cdef bint may_step = step
         cdef uint64_t break_tsc
+        ticks, ns = moved
+        cdef uint64_t moved_ticks = as_u64(ticks, "ticks")
+        cdef uint64_t moved_ns = as_u64(ns, "ns")
         self._prepare(scale, as_flags(flags), out_of_guest)
+        self._move(moved_ticks, moved_ns)
         if may_step:
             self._anchor.scale.mul = 0
         if self._changed:  # readers must not see a page with the offset of another: they need the GIL, so keep it
@@ -353,7 +367,9 @@ cdef class TimePages:
             with nogil:
                 self.counter_went_back = self._publish(&timeline, &break_tsc)
             self.memory.unpin()
+        self.break_tsc, self._stands = break_tsc, False
         self._show()
+        self.mark_dirty()
         return break_tsc
 
     cdef bint _publish(self, pvclock_line *timeline, uint64_t *break_tsc) noexcept nogil:
@@ -380,8 +396,11 @@ cdef class TimePages:
 
     cdef void _show(self) noexcept:
         """Let readers have what was published."""
-        cdef int i
+        cdef int i, vcpu
         cdef Shown *shown
+        if self._changed:
+            for vcpu in range(self.vcpus):
+                self._shown[vcpu].published = False
         for i in range(self._count):
             shown = &self._shown[self._target_vcpu[i]]
             shown.flagged = shown.flagged or not self._targets[i].in_guest
@@ -402,8 +421,21 @@ cdef class TimePages:
 
         For a declared step: a pause that is left out moves the line by its length, a jump by its height.
         """
-        self._anchor.tsc_timestamp += as_u64(ticks, "ticks")
-        self._anchor.system_time += as_u64(ns, "ns")
+        cdef uint64_t moved_ticks = as_u64(ticks, "ticks")
+        cdef uint64_t moved_ns = as_u64(ns, "ns")
+        self._move(moved_ticks, moved_ns)
+
+    cdef void _move(self, uint64_t ticks, uint64_t ns) noexcept:
+        self._anchor.tsc_timestamp += ticks
+        self._anchor.system_time += ns
+        self.break_tsc += ticks
+        self._standing_ns += ns
+
+    def stand_still(self, host_tsc: int, ns: int) -> None:
+        """Have readers in this process find `ns`, and the TSC of `host_tsc`, until the next publish."""
+        cdef uint64_t standing_tsc = as_u64(host_tsc, "host_tsc")
+        cdef uint64_t standing_ns = as_u64(ns, "ns")
+        self._standing_tsc, self._standing_ns, self._stands = standing_tsc, standing_ns, True
 
     def mark_dirty(self) -> None:
         """Tell the memory's on_dirty of all pages; the first error that it raises comes out when all are told."""
@@ -442,19 +474,32 @@ cdef class TimePages:
         return ClockLine(timeline.tsc, timeline.ns, timeline.rem, timeline.num, timeline.den), churner.report()
 
     cdef int _read(self, object vcpu, pvclock_reading *ret) except -1:
-        cdef Shown *shown = &self._shown[self._vcpu(vcpu)]
+        cdef int index = self._vcpu(vcpu)
+        cdef Shown *shown = &self._shown[index]
+        if self._stands:
+            self._read_standing(&self._wanted[index], ret)
+            if ret.version & 1:
+                raise no_page(vcpu)
+            return 0
         for _ in range(READ_ROUNDS):
             if self._generation != self.memory.generation:
                 self._look_up()
             if not shown.published or shown.page is NULL:
-                raise StateError("read", f"vCPU {vcpu} has no page in guest memory",
-                                 "its guest registers one by MSR first")
+                raise no_page(vcpu)
             if pvclock_read(shown.page, shown.tsc_offset, &self.counter.c, READ_TRIES, ret) == 0:
                 return 0
             with nogil:
                 sched_yield()  # the writer may need this CPU, and other threads the GIL
         raise StateError("read", f"the page of vCPU {vcpu} is always odd or changing",
                          "publish it anew, the guest has spoilt it")
+
+    cdef void _read_standing(self, Wanted *wanted, pvclock_reading *ret) noexcept:
+        """What vCPU's guest had when time was stopped; an odd version if it has no page."""
+        cdef uint8_t *page = self.memory.find(wanted.gpa, TIME_INFO_BYTES) if wanted.registered else NULL
+        ret.tsc, ret.ns, ret.version, ret.flags = self._standing_tsc + wanted.tsc_offset, self._standing_ns, 1, 0
+        if page is not NULL:
+            ret.version = (<pvclock_vcpu_time_info *>page).version & <uint32_t>0xFFFFFFFE
+            ret.flags = (<pvclock_vcpu_time_info *>page).flags
 
     def read(self, vcpu: int) -> int:
         """GuestNs: what vCPU's guest would compute at this instant; StateError before it registered a page."""
@@ -473,6 +518,10 @@ cdef class TimePages:
         if self._anchor.scale.mul == 0:
             raise StateError("shown_at", "nothing was published yet", "publish first")
         return pvclock_anchor_read(&self._anchor, as_u64(host_tsc, "host_tsc"))
+
+
+cdef no_page(vcpu):
+    return StateError("read", f"vCPU {vcpu} has no page in guest memory", "its guest registers one by MSR first")
 
 
 cdef pvclock_line as_line(line) except *:

@@ -23,6 +23,8 @@ cdef class GuestMemory:
     cdef dict _deferrals  # by thread
     cdef readonly uint64_t generation
     cdef public object on_dirty
+    cdef readonly object clock_lock  # of the clocks in this memory, of which one at a time is live
+    cdef public object live_clock  # that one's token
 
     cdef bint _swap(self, tuple old, tuple new) except -1
     cdef void _forget_other_threads(self) noexcept

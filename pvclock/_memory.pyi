@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from threading import RLock
 from typing import Self, final
 
 __pyx_capi__: dict[str, object]  # C functions that other modules of ours import
@@ -6,6 +7,9 @@ __pyx_capi__: dict[str, object]  # C functions that other modules of ours import
 @final
 class GuestMemory:
     on_dirty: Callable[[int, int], object] | None
+    live_clock: object
+    @property
+    def clock_lock(self) -> RLock: ...
     @property
     def generation(self) -> int: ...
     def __init__(self, buffer: object = None) -> None: ...

@@ -18,6 +18,8 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport UINT64_MAX, uint8_t, uint64_t
 from libc.string cimport memcpy, memmove, strchr
 
+from threading import RLock
+
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
 
 cdef extern from "<sched.h>" nogil:
@@ -149,6 +151,8 @@ cdef class GuestMemory:
     on_dirty is called in the thread that wrote, when all is written; what it raises goes to the writer's caller once
     all is told.  It may call back: it is told of what it writes itself, too, when it has returned.
 
+    clock_lock, live_clock: which clock publishes here, and the lock under which that changes (see Transaction).
+
     Thread-safety: all methods may be called from any thread.  In a child of fork() only the thread that called it is
     left, and with it no publish that was under way: the child may close() at once.
     """
@@ -157,6 +161,7 @@ cdef class GuestMemory:
         self._slots = ()
         self._deferrals = {}
         self._forks = forks
+        self.clock_lock = RLock()
 
     def __init__(self, buffer: object = None) -> None:
         self.close()

@@ -9,9 +9,9 @@ from cpython.pythread cimport PyThread_get_thread_ident
 
 from pvclock._memory cimport GuestMemory, graver
 
-from threading import RLock
-
 from pvclock.errors import StateError
+
+cdef int INTERRUPTS_MAX = 1000  # of one call; beyond that it is no signal that raises them
 
 
 @cython.final
@@ -26,6 +26,9 @@ cdef class Transaction:
 
     on_dirty may call back into the clock, whose state is whole by then; what it writes is told, too.
 
+    A memory has one live clock: once a transaction has been taken over from by another one's take_over(), entering it
+    is a StateError.  They have one lock, so neither begins while the other is under way.
+
     lock: the lock itself, for those who only read; nobody is told when it is given back.
 
     Thread-safety: one object is for all threads.
@@ -35,16 +38,20 @@ cdef class Transaction:
     cdef GuestMemory _memory
     cdef object _after
     cdef object _acquire, _release
+    cdef object _token  # in the memory while this is its live clock's; None before take_over()
     cdef int _depth
     cdef unsigned long _owner  # the thread, while _depth is not 0
 
     def __cinit__(self, GuestMemory memory not None, after: object) -> None:
         self._memory, self._after = memory, after
-        self.lock = RLock()
+        self.lock = memory.clock_lock
         self._acquire, self._release = self.lock.acquire, self.lock.release
 
     def __enter__(self) -> Transaction:
         self._acquire()
+        if self._token is not None and self._memory.live_clock is not self._token:
+            self._release()
+            raise StateError("an operation", "another clock has taken over this one's memory", "use that clock")
         self._depth += 1
         if self._depth == 1:
             self._owner = PyThread_get_thread_ident()
@@ -68,6 +75,12 @@ cdef class Transaction:
             raise error
         return False
 
+    def take_over(self) -> None:
+        """From now on this is the transaction of the memory's live clock."""
+        token = object()
+        with self.lock:
+            self._token = self._memory.live_clock = token
+
     cdef object _end(self, error):
         """Tell, give the lock back, and tell who waits for that; returns the error that is to come out, if any."""
         try:
@@ -81,3 +94,41 @@ cdef class Transaction:
         except BaseException as told:
             error = graver(error, told)
         return error
+
+
+def commit(publish: object, change: object, take: object, events: object) -> None:
+    """Publish, have what changes by that, and record it, as one step that no interrupt takes apart.
+
+    `publish()` returns the host TSC from which on the change holds, and raises before anything has changed, or not at
+    all.  `change(tsc)` then returns the new state and the events, `take(state)` makes that the present one, and
+    `events.record(event)` is called for each.  An interrupt that comes meanwhile comes out when all is done: what it
+    broke off is called again, so `change` is pure and `take` does nothing the second time.
+    """
+    cdef list interrupts = []
+    tsc = publish()
+    state, recorded = to_the_end(change, tsc, interrupts)
+    to_the_end(take, state, interrupts)
+    for event in recorded:
+        last = events.last
+        try:
+            events.record(event)
+        except Exception:
+            raise
+        except BaseException as interrupt:
+            interrupts.append(interrupt)
+            if events.last == last:
+                to_the_end(events.record, event, interrupts)
+    if interrupts:
+        raise interrupts[0]
+
+
+cdef object to_the_end(function, argument, list interrupts):
+    """Call the function until it returns: again after each interrupt, which is kept; an Exception comes out."""
+    for _ in range(INTERRUPTS_MAX):
+        try:
+            return function(argument)
+        except Exception:
+            raise
+        except BaseException as interrupt:
+            interrupts.append(interrupt)
+    raise interrupts[0]

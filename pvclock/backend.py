@@ -6,17 +6,20 @@ host without virtual machines.  The one for vCPUs on /dev/kvm is pvclock.kvm.bac
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import count
 from operator import index
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from pvclock._counter import Counter, HostCounter, SimulatedCounter
 from pvclock._sampling import sample_clock
 from pvclock.errors import RangeError, TscOffsetNotHonoured
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, signed64
 from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = [
@@ -25,10 +28,12 @@ __all__ = [
     "CLOCK_GRAIN_NS",
     "CLOCK_IDS",
     "SimulatedBackend",
+    "asleep_bounds_ns",
     "bracketed",
     "host_clocksource",
     "host_stamps",
     "measure_tsc_hz",
+    "tsc_of_each_cpu",
     "wait_until",
 ]
 
@@ -42,6 +47,8 @@ CLOCK_IDS: Final = {
 }
 CLOCK_GRAIN_NS: Final = 1
 """Linux's clocks are cut to whole ns."""
+
+ASLEEP_TRIES: Final = 4
 
 
 class Backend(Protocol):
@@ -73,6 +80,9 @@ class Backend(Protocol):
     def stamps(self) -> HostStamps:
         """One instant on all host clocks."""
 
+    def tsc_readings(self) -> tuple[HostTsc, ...]:
+        """The counter as each CPU of this process reads it now, one after the other; this CPU's own is the first."""
+
     def run_delay_ns(self, vcpu: int) -> int | None:
         """How long vCPU could have run and did not, since it began; None where nobody says."""
 
@@ -81,6 +91,9 @@ class Backend(Protocol):
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """Make vCPU's guest TSC the host's plus `offset`; TscOffsetNotHonoured if its guest would not see that."""
+
+    def tsc_offset(self, vcpu: int) -> int | None:
+        """vCPU's offset as it is now, which KVM itself changes after a host sleep; None: as it was set."""
 
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """Keep all vCPUs out of the guest meanwhile.  `vcpu` is the caller's own, which is out already."""
@@ -98,8 +111,9 @@ _simulated = count(1)
 class SimulatedBackend:
     """Host time that moves when told to, exactly.
 
-    `tsc` (ticks), `ref_ns` (the reference clock) and `realtime_ns` (UTC since 1970) can be set one by one to play a
-    fault.  Each is a host of its own, unless `boot_id` says otherwise.
+    `tsc` (ticks), `ref_ns` (the reference clock), `realtime_ns` (UTC since 1970) and `asleep_ns` can be set one by one
+    to play a fault.  `cpu_lag_ticks` is how far the CPU that we run on is behind the others: `tsc` is what it reads.
+    Each is a host of its own, unless `boot_id` says otherwise.
     With honours_tsc_offset=False it plays a host that takes offsets and ignores them.
     """
 
@@ -126,6 +140,8 @@ class SimulatedBackend:
         self.ref_ns = RefNs(ref_ns)
         self.realtime_ns = realtime_ns
         self.boot_id = f"simulated {next(_simulated)}" if boot_id is None else boot_id
+        self.asleep_ns = 0
+        self.cpu_lag_ticks = 0
         self.tsc_offsets: dict[int, int] = {}
         self.run_delays_ns: dict[int, int] = {}
         self._honours_tsc_offset = honours_tsc_offset
@@ -149,6 +165,25 @@ class SimulatedBackend:
         self.ref_ns = RefNs(self.ref_ns + ns)
         self.realtime_ns += ns
 
+    def sleep(self, *, ns: int, tsc: Literal["stops", "restarts", "counts on", "restarts, continued"]) -> None:
+        """Let the host sleep for `ns`: UTC goes on, the reference clock does not, and the TSC does what is said.
+
+        A TSC that restarts is 0 when the host wakes.  "restarts, continued" is a KVM that has added the difference to
+        every vCPU's offset, so that the guests' TSCs go on where they were (kvm_arch_enable_virtualization_cpu).
+        """
+        if index(ns) < 0:
+            raise RangeError(f"sleep(ns={ns}): time passes forwards")
+        before = self.tsc
+        if tsc == "counts on":
+            self.advance(ns=ns)
+            self.ref_ns = RefNs(self.ref_ns - ns)
+        else:
+            self.realtime_ns += ns
+            self.tsc = before if tsc == "stops" else 0
+        if tsc == "restarts, continued":
+            self.tsc_offsets = {vcpu: (offset + before) & U64_MASK for vcpu, offset in self.tsc_offsets.items()}
+        self.asleep_ns += ns
+
     def sample(self, reference: Reference) -> Sample:
         """See Backend: within a tick."""
         ns = self.realtime_ns if reference is Reference.REALTIME else self.ref_ns
@@ -156,7 +191,11 @@ class SimulatedBackend:
 
     def stamps(self) -> HostStamps:
         """See Backend."""
-        return HostStamps(self.tsc, self.ref_ns, self.realtime_ns, self.boot_id)
+        return HostStamps(self.tsc, self.ref_ns, self.realtime_ns, self.boot_id, self.asleep_ns)
+
+    def tsc_readings(self) -> tuple[HostTsc, ...]:
+        """See Backend: two CPUs."""
+        return self.tsc, HostTsc((self.tsc + self.cpu_lag_ticks) & U64_MASK)
 
     def run_delay_ns(self, vcpu: int) -> int | None:
         """See Backend: as set in `run_delays_ns`."""
@@ -177,6 +216,10 @@ class SimulatedBackend:
         if offset and not self._honours_tsc_offset:
             raise TscOffsetNotHonoured(offset)
         self.tsc_offsets[vcpu] = offset
+
+    def tsc_offset(self, vcpu: int) -> int | None:
+        """See Backend."""
+        return self.tsc_offsets.get(vcpu, 0)
 
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """See Backend: no vCPU runs here."""
@@ -206,7 +249,11 @@ class HostBackend:
 
     def stamps(self) -> HostStamps:
         """See Backend."""
-        return host_stamps(self.sample(Reference.REALTIME))
+        return host_stamps(self.sample, self.tsc_hz)
+
+    def tsc_readings(self) -> tuple[HostTsc, ...]:
+        """See Backend."""
+        return tsc_of_each_cpu(self.counter)
 
     def run_delay_ns(self, vcpu: int) -> int | None:
         """See Backend: no vCPU runs here."""
@@ -220,6 +267,10 @@ class HostBackend:
         """See Backend."""
         if offset:
             raise TscOffsetNotHonoured(offset)
+
+    def tsc_offset(self, vcpu: int) -> int | None:
+        """See Backend."""
+        return None
 
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """See Backend: no vCPU runs here."""
@@ -244,10 +295,14 @@ def bracketed(reference: Reference, tsc_hz: int) -> Sample:
     return Sample(HostTsc(tsc), ns, width_ticks * NS_PER_S / (2 * tsc_hz) + CLOCK_GRAIN_NS)
 
 
-def host_stamps(real: Sample) -> HostStamps:
-    """The rest of an instant of which TSC and time of day are known; CLOCK_MONOTONIC_RAW is read a moment later."""
-    raw_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
-    return HostStamps(real.tsc, RefNs(raw_ns), real.ns, _boot_id())
+def host_stamps(sample: Callable[[Reference], Sample], tsc_hz: int) -> HostStamps:
+    """One instant on this host's clocks, by a backend's sample(): that on CLOCK_MONOTONIC_RAW.
+
+    UTC is that of the sample before it, some us ago, plus the ticks since.
+    """
+    real, raw = sample(Reference.REALTIME), sample(Reference.RAW)
+    passed_ns = signed64(raw.tsc - real.tsc) * NS_PER_S // tsc_hz
+    return HostStamps(raw.tsc, RefNs(raw.ns), real.ns + passed_ns, boot_id(), asleep_bounds_ns()[0])
 
 
 def wait_until(counter: Counter, tsc: HostTsc, tsc_hz: int) -> None:
@@ -256,7 +311,42 @@ def wait_until(counter: Counter, tsc: HostTsc, tsc_hz: int) -> None:
         time.sleep(left / tsc_hz)
 
 
-def _boot_id() -> str | None:
+def asleep_bounds_ns() -> tuple[int, int]:
+    """For how long this host has slept since it booted, in ns: at least, and at most.
+
+    CLOCK_BOOTTIME - CLOCK_MONOTONIC, between two readings of the latter: the narrowest bracket of a few.
+    """
+    bounds = []
+    for _ in range(ASLEEP_TRIES):
+        earlier_ns = time.monotonic_ns()
+        boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        later_ns = time.monotonic_ns()
+        # Either clock cuts off a fraction of a ns.
+        bounds.append((boottime_ns - later_ns - 1, boottime_ns - earlier_ns + 1))
+    return min(bounds, key=lambda each: each[1] - each[0])
+
+
+def tsc_of_each_cpu(counter: Counter) -> tuple[HostTsc, ...]:
+    """`counter` as each CPU reads it that this thread may run on; the thread visits them, and comes back.
+
+    The CPU that it runs on is the first.  Where the kernel refuses the visits it is the only one.
+    """
+    readings = [HostTsc(counter.read())]
+    allowed = os.sched_getaffinity(0)
+    try:
+        for cpu in sorted(allowed):
+            os.sched_setaffinity(0, {cpu})
+            readings.append(HostTsc(counter.read()))
+    except OSError:  # a cpuset took that CPU away meanwhile
+        pass
+    finally:
+        os.sched_setaffinity(0, allowed)
+    return tuple(readings)
+
+
+@cache
+def boot_id() -> str | None:
+    """Which boot of which host this is; read once in a process."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:

@@ -2,7 +2,8 @@
 
 Plain data in exact numbers: whole ones, and fractions as [numerator, denominator].  A state is read as a whole or not
 at all: what is missing, mistyped, out of range, unknown or there twice is a StateFileError that names the field.  A
-version that was ever written stays readable for ever.
+version that was ever written stays readable for ever: a state keeps the version that it was read with, and what that
+version does not hold is as if it had never been asked for, or None where it cannot be known.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ __all__ = [
     "Mark",
     "OfferState",
     "ProviderState",
+    "ReferenceState",
     "SlewState",
     "TimelineState",
     "VcpuState",
+    "WallClockState",
     "check_provider",
     "checked",
     "from_json",
@@ -58,7 +61,7 @@ __all__ = [
     "write",
 ]
 
-VERSION: Final = 1
+VERSION: Final = 2
 VCPUS_MAX: Final = 4096
 
 ConfigValue: TypeAlias = int | bool | str
@@ -97,6 +100,22 @@ class HostState(NamedTuple):
     raw_ns: int | None
     real_ns: int
     boot_id: str | None
+    asleep_ns: int | None = None
+
+
+class ReferenceState(NamedTuple):
+    """The clock that guest time followed, and within what bounds."""
+
+    name: str
+    max_ppm: Fraction
+    panic_ns: int | None
+
+
+class WallClockState(NamedTuple):
+    """What the guest's time of day is made of."""
+
+    offset_ns: int = 0
+    fixed_ns: int | None = None
 
 
 class OfferState(NamedTuple):
@@ -128,6 +147,10 @@ class ClockState(NamedTuple):
     wall_clock_gpa: int | None
     offers: OfferState
     vcpus: tuple[VcpuState, ...]
+    sleep_policy: str = "freeze"
+    guest_tsc_hz: int | None = None
+    reference: ReferenceState | None = None
+    wall_clock: WallClockState = WallClockState()
 
 
 class Mark(StrEnum):
@@ -139,16 +162,20 @@ class Mark(StrEnum):
 
 
 class Field(NamedTuple):
-    """A part of a clock: dotted path, what becomes of it, what that means, and what it may hold if it is saved."""
+    """A part of a clock: dotted path, what becomes of it, what that means, and what it may hold if it is saved.
+
+    since: the first version that holds it.
+    """
 
     path: str
     mark: Mark
     meaning: str
     kind: Kind | None = None
+    since: int = 1
 
 
-def _saved(path: str, kind: Kind, meaning: str) -> Field:
-    return Field(path, Mark.SAVED, meaning, kind)
+def _saved(path: str, kind: Kind, meaning: str, since: int = 1) -> Field:
+    return Field(path, Mark.SAVED, meaning, kind, since)
 
 
 _U32 = whole(0, 2**32 - 1, "a whole number from 0 to 2^32-1")
@@ -158,6 +185,7 @@ _HZ = whole(1, U64_MASK, "a whole number from 1 to 2^64-1")
 _VERSION = whole(1, 2**32 - 1, "a whole number from 1 to 2^32-1")
 _GUEST_NS = fraction(lambda ns: 0 <= ns < 2**64, "from 0 to below 2^64")
 _SKEW_NS = fraction(lambda ns: abs(ns) < 2**64, "between -2^64 and 2^64")
+_PPM = fraction(lambda ppm: 0 < ppm <= 100_000, "above 0 and up to 100000")
 _DILATION = fraction(lambda rate: 0 < rate < 2**64, "above 0 and below 2^64")
 _SETTING = one_of(f"true, false, text or {_U64.supported}", {bool: BOOLEAN, int: _U64, str: TEXT})
 _U64S = list_of(_U64, 0, BYTES_MAX, "a list of whole numbers from 0 to 2^64-1")
@@ -166,7 +194,7 @@ _MSR = optional(
 )
 
 FIELDS: Final[tuple[Field, ...]] = (
-    _saved("version", whole(VERSION, VERSION, f"{VERSION}"), "The version of this format."),
+    _saved("version", whole(1, VERSION, f"1 to {VERSION}"), "The version of this format."),
     _saved("provider.name", TEXT, "The clock interface that the guest has; a VM keeps it for life."),
     _saved("provider.version", _VERSION, "The version of the provider's config and msrs."),
     _saved("provider.config", table(_SETTING), "The options that the provider was made with."),
@@ -178,13 +206,21 @@ FIELDS: Final[tuple[Field, ...]] = (
     _saved("slew.remaining_ns", _SKEW_NS, "Guest time still to be slewed in; negative for a clock that is ahead."),
     _saved("slew.policy", TEXT, "How fast it is slewed in."),
     _saved("host.tsc", _U64, "The saving host's TSC; tells how long ago that was, within one boot."),
-    _saved("host.tsc_hz", _HZ, "Its frequency: the guest's TSC's, too."),
+    _saved("host.tsc_hz", _HZ, "Its frequency."),
     _saved("host.raw_ns", optional(_S64), "Its raw monotonic clock, if it has one; holds within one boot."),
     _saved("host.real_ns", _S64, "UTC since 1970; tells how long ago that was, on any host and after any boot."),
     _saved("host.boot_id", optional(TEXT), "Which boot of which host it was."),
+    _saved("host.asleep_ns", optional(_S64), "How long it had slept since it booted; null if nobody knows.", since=2),
     _saved("wall_clock_gpa", optional(_U64), "Where the guest asked for its wall clock."),
     _saved("offers.tsc_adjust", BOOLEAN, "Does CPUID offer IA32_TSC_ADJUST?"),
     _saved("offers.invariant_tsc", BOOLEAN, "Does CPUID show an invariant TSC?"),
+    _saved("sleep_policy", TEXT, "What becomes of a host's sleep that the VM runs through.", since=2),
+    _saved("guest_tsc_hz", optional(_HZ), "The TSC frequency that the guest was told; null for host.tsc_hz.", since=2),
+    _saved("reference.name", TEXT, "The clock that guest time follows; the correction found is not saved.", since=2),
+    _saved("reference.max_ppm", _PPM, "By how much the rate may be corrected.", since=2),
+    _saved("reference.panic_ns", optional(_U64), "An error beyond this is not worked off; null: any is.", since=2),
+    _saved("wall_clock.offset_ns", _S64, "Added to UTC for the guest's time of day.", since=2),
+    _saved("wall_clock.fixed_ns", optional(_S64), "The time of day at guest time 0; null for the host's UTC.", since=2),
     _saved("vcpus[].tsc_offset", _U64, "Ticks added to the host's TSC, ADJUST included; holds within one boot."),
     _saved("vcpus[].tsc_adjust", _U64, "IA32_TSC_ADJUST as the guest reads it."),
     _saved("vcpus[].tsc_aux", _U32, "IA32_TSC_AUX, which RDTSCP returns."),
@@ -202,32 +238,66 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("host.tsc_stable", Mark.NOT_SAVED, "Asked of the restoring host."),
     Field("host.kernel_features", Mark.NOT_SAVED, "Asked of the restoring host; the provider refuses what it lacks."),
     Field("host.kvm_fd", Mark.NOT_SAVED, "Descriptors, threads and the backend are the restoring process's."),
-    Field("reference", Mark.NOT_SAVED, "What is followed, and the correction found: another host's TSC has another."),
+    Field("correction", Mark.NOT_SAVED, "The rate found for the reference: another host's TSC has another."),
     Field("events", Mark.NOT_SAVED, "The log of steps is the saving process's; restoring begins another."),
     Field("refused_offset", Mark.NOT_SAVED, "Says something of the saving host only."),
 )
 """Every part of a clock.  Those that are saved are the fields of `ClockState`, in its order."""
 
-_KINDS = {field.path: field.kind for field in FIELDS if field.kind}
+_SAVED = {field.path: field for field in FIELDS if field.kind}
+_KINDS = {path: field.kind for path, field in _SAVED.items() if field.kind}
+_PARTS: Final[dict[str, tuple[type, bool]]] = {
+    "provider": (ProviderState, False),
+    "timeline": (TimelineState, False),
+    "slew": (SlewState, True),
+    "host": (HostState, False),
+    "offers": (OfferState, False),
+    "reference": (ReferenceState, True),
+    "wall_clock": (WallClockState, False),
+}
+"""The objects within a state, and whether each may be null."""
 
 
-def _kinds(names: tuple[str, ...], prefix: str = "", **parts: Kind) -> dict[str, Kind]:
-    return {name: parts[name] if name in parts else _KINDS[prefix + name] for name in names}
+def _kinds(names: tuple[str, ...], prefix: str, version: int) -> dict[str, Kind]:
+    """What a state of that version holds of `names`."""
+    found = {name: _SAVED[prefix + name] for name in names if prefix + name in _SAVED}
+    return {name: field.kind for name, field in found.items() if field.kind and field.since <= version}
 
 
-_VCPU = record(VcpuState, _kinds(VcpuState._fields, "vcpus[]."))
-_VERSION_1 = record(
-    ClockState,
-    _kinds(
-        ClockState._fields,
-        provider=record(ProviderState, _kinds(ProviderState._fields, "provider.")),
-        timeline=record(TimelineState, _kinds(TimelineState._fields, "timeline.")),
-        slew=optional(record(SlewState, _kinds(SlewState._fields, "slew."))),
-        host=record(HostState, _kinds(HostState._fields, "host.")),
-        offers=record(OfferState, _kinds(OfferState._fields, "offers.")),
-        vcpus=list_of(_VCPU, 1, VCPUS_MAX, f"a list of 1 to {VCPUS_MAX} vCPUs"),
-    ),
-)
+def _schema(version: int) -> Kind:
+    kinds = _kinds(ClockState._fields, "", version)
+    for name, (part, may_be_null) in _PARTS.items():
+        if members := _kinds(part._fields, f"{name}.", version):  # type: ignore[attr-defined]  # NamedTuples all
+            kinds[name] = optional(record(part, members)) if may_be_null else record(part, members)
+    vcpu = record(VcpuState, _kinds(VcpuState._fields, "vcpus[].", version))
+    kinds["vcpus"] = list_of(vcpu, 1, VCPUS_MAX, f"a list of 1 to {VCPUS_MAX} vCPUs")
+    return record(ClockState, {name: kinds[name] for name in ClockState._fields if name in kinds})
+
+
+_SCHEMAS: Final = {version: _schema(version) for version in range(1, VERSION + 1)}
+
+
+def _read(mapping: object) -> ClockState:
+    """The state in a mapping, by the version that it names."""
+    version = mapping.get("version", VERSION) if isinstance(mapping, Mapping) else VERSION
+    if isinstance(mapping, Mapping) and "version" in mapping:
+        version = _KINDS["version"].read(version, "version")  # first: another version has other fields
+    state: ClockState = _SCHEMAS[version].read(mapping, "")
+    return state
+
+
+def _plain(state: ClockState) -> object:
+    """The state as what JSON has, with the fields of its version."""
+    mapping = plain(state)
+    if state.version == 1 and isinstance(mapping, dict):
+        for path, field in _SAVED.items():
+            if field.since > 1:
+                name, _, member = path.partition(".")
+                if name == "host":
+                    mapping["host"].pop(member, None)
+                else:
+                    mapping.pop(name, None)
+    return mapping
 
 
 # To and from JSON
@@ -235,22 +305,18 @@ _VERSION_1 = record(
 
 def to_mapping(state: ClockState) -> dict[str, Any]:
     """The state as what JSON has; StateFileError if from_mapping() would refuse it."""
-    mapping: Any = plain(_VERSION_1.read(plain(state), ""))
+    mapping: Any = _plain(checked(state))
     return dict(mapping)
 
 
 def checked(state: ClockState) -> ClockState:
     """The state, if from_mapping() would read it; StateFileError else."""
-    sound: ClockState = _VERSION_1.read(plain(state), "")
-    return sound
+    return _read(_plain(state))
 
 
 def from_mapping(mapping: object) -> ClockState:
     """The state that to_mapping() made `mapping` of; StateFileError, and nothing half done, if it is none."""
-    if isinstance(mapping, Mapping) and "version" in mapping:
-        _KINDS["version"].read(mapping["version"], "version")  # first: another version has other fields
-    state: ClockState = _VERSION_1.read(mapping, "")
-    return state
+    return _read(mapping)
 
 
 def to_json(state: ClockState) -> str:

@@ -47,6 +47,8 @@ class SteeringState(StrEnum):
     """On its way there, at max_ppm or slower."""
     HOLDOVER = "holdover"
     """The reference makes no sense at present; the clock keeps its rate."""
+    PANIC = "panic"
+    """It is further off than the panic threshold: the clock keeps its rate until it is near again."""
 
 
 class Steering(NamedTuple):
@@ -68,12 +70,18 @@ class Discipline:
     """Makes host time follow a reference from the first sample on, as far as it is right at that one.
 
     tsc_hz: the nominal rate.  max_ppm: the correction's bound; a reference further off than that is never believed.
-    rate: what is known of it, as another discipline's `held`.
+    rate: what is known of it, as another discipline's `held`.  panic_ns: an error beyond this is not worked off, as
+    ntpd's panic threshold has it; None: any is.
     """
 
-    def __init__(self, tsc_hz: int, max_ppm: float = MAX_PPM, rate: Fraction = Fraction(0)) -> None:
+    def __init__(
+        self, tsc_hz: int, max_ppm: float = MAX_PPM, rate: Fraction = Fraction(0), panic_ns: int | None = None
+    ) -> None:
         if not 0 < max_ppm <= MAX_PPM_LIMIT:
             raise RangeError(f"max_ppm is {max_ppm}; above 0 and up to {MAX_PPM_LIMIT}")
+        if panic_ns is not None and panic_ns < 1:
+            raise RangeError(f"panic_ns is {panic_ns}; a threshold of 1 ns or more, or None")
+        self.panic_ns = panic_ns
         self.max_ppm = max_ppm
         self._tsc_hz = tsc_hz
         self._most = max_ppm / PPM
@@ -111,6 +119,10 @@ class Discipline:
             pull = error_ns / max(2 * interval_ns, HORIZON_S * NS_PER_S)
             correction = Fraction(int(self._clipped(self._rate.value + pull) * GRAIN), GRAIN)
         return Steering(state, correction, self._rate_found(), error_ns, bound_ns)
+
+    def renumber(self, before: HostTsc, after: HostTsc) -> None:
+        """The host's TSC stepped: what would have been `before` is `after`; what was found goes on to hold."""
+        self._tsc = HostTsc((self._tsc + after - before) & U64_MASK)
 
     # Inside
 
@@ -175,6 +187,8 @@ class Discipline:
         was_slewing, self._is_slewing = self._is_slewing, False
         if self._is_lost:
             return SteeringState.HOLDOVER
+        if self.panic_ns is not None and abs(error_ns) > self.panic_ns:
+            return SteeringState.PANIC
         if len(self._baseline.points) < 2:
             return SteeringState.LEARNING
         tolerated_ns = bound_ns / 16 if was_slewing else bound_ns / 4

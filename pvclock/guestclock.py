@@ -1,7 +1,7 @@
-"""One VM's clock: its published timeline, its vCPUs' TSCs and the provider that its guest talks to, wired together.
+"""One VM's clock: its timeline and pages, its vCPUs' TSCs and the provider that its guest talks to, wired together.
 
 This is what a VMM embeds.  It hands in guest memory and a backend, routes the guest's MSR accesses and CPUID leaves
-here, and calls refresh() at least every `MAX_AGE_S`.
+here, and calls tick() every second or so.  Each part owns its state and is in `pvclock.clock`; this is their face.
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Final, Self
+from typing import Final, Literal, Self
 
-from pvclock import catchup, clockstate
-from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, publish_wall_clock
+from pvclock import clockstate
+from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale
 from pvclock._memory import GuestMemory
 from pvclock.backend import Backend
-from pvclock.catchup import CatchUpTable, Policy, Slew
-from pvclock.clockstate import (
-    VERSION,
-    ClockState,
-    HostState,
-    OfferState,
-    ProviderState,
-    SlewState,
-    TimelineState,
-    VcpuState,
-)
-from pvclock.discipline import Steering
-from pvclock.disciplined import OFF
-from pvclock.errors import ConfigError, MsrFault, RangeError, StateFileError
-from pvclock.events import EventKind
+from pvclock.catchup import Policy, Settlement, as_policy
+from pvclock.clock import capture
+from pvclock.clock.follower import OFF, Follower
+from pvclock.clock.host_trust import HostTrust
+from pvclock.clock.operations import Operations
+from pvclock.clock.run_delays import RunDelays
+from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper
+from pvclock.clock.vcpu_tscs import VcpuTscs
+from pvclock.clock.wall_clock import WallClock, WallClockBase
+from pvclock.clockstate import ClockState, OfferState, ProviderState
+from pvclock.discipline import MAX_PPM, Steering
+from pvclock.errors import ConfigError, MsrFault, RangeError, StateFileError, TscOffsetNotHonoured
+from pvclock.event_log import EventLog
+from pvclock.events import EventCause, EventKind
 from pvclock.hostwatch import HostWatch, Trouble, TroubleKind
 from pvclock.providers import GuestInterface, combined
 from pvclock.providers.interface import (
@@ -41,32 +40,34 @@ from pvclock.providers.interface import (
     VmmServices,
 )
 from pvclock.providers.kvm import KvmFeature, KvmProvider
-from pvclock.published import MAX_AGE_S
-from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, HostTsc, RefNs
-from pvclock.readings import HostStamps, Reference
+from pvclock.quantities import U64_MASK, Gpa, GuestNs, GuestTsc, HostTsc
+from pvclock.readings import Churn, ClockLine, HostStamps, Reading, Reference, RunReport, TimeInfo
 from pvclock.sampling import SampleSource
-from pvclock.timeline import Tempo, Timeline
-from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, VcpuTsc
-from pvclock.tsctimeline import TscTimeline
+from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, VcpuTsc
+from pvclock.tsc_sync import OffsetWrite
 
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
 
 
 PAGES_TOLD: Final = 20
-"""A guest may place its pages for ever; it shall not fill the log with that."""
+"""A guest may place its pages for ever; it is not to fill the log with that."""
 
 
-class GuestClock(TscTimeline):
+class GuestClock:
     """The clock of one VM; guest time 0 is now.
 
-    memory, vcpus: the VM's.  provider: "KVM", "Minimal" or "None", or a configuration of GuestInterface with more keys;
-    further ones as keywords (`profile`, `features`, ...).  engine: who runs the guest, "library" for a VMM that serves
-    all that it traps, "kvm" for /dev/kvm.  vmm: what that VMM does for hypercalls.
+    memory, vcpus: the VM's; at most 4096.  provider: "KVM", "Minimal" or "None", or a configuration of GuestInterface
+    with more keys; further ones as keywords (`profile`, `features`, ...).  engine: who runs the guest, "library" for a
+    VMM that serves all that it traps, "kvm" for /dev/kvm.  vmm: what that VMM does for hypercalls.
     reference: see follow().  tsc_offset: ticks added to the host's TSC on every vCPU.  offer_tsc_adjust,
     offer_invariant_tsc: what patch_cpuid() shows; a guest with an invariant TSC prefers its TSC to this clock.
+    tsc_hz: the TSC frequency that the guest is told, if it is told any; the host's by default.
+
+    A memory has one live clock: a new one takes over, and the operations of the one before are StateErrors from then on.
 
     Thread-safety: all methods may be called from any thread, vCPU threads included; a vCPU's own `write_msr` must come
-    while that vCPU is out of the guest, as it is after the exit.
+    while that vCPU is out of the guest, as it is after the exit.  Callbacks (the memory's on_dirty, subscribers) are
+    called when an operation is whole and recorded; what on_dirty raises comes out of it then.
     """
 
     def __init__(  # noqa: PLR0913  # a VM has so many facts; all but three are by keyword, and have defaults
@@ -82,73 +83,314 @@ class GuestClock(TscTimeline):
         tsc_offset: int = 0,
         offer_tsc_adjust: bool = True,
         offer_invariant_tsc: bool = False,
+        tsc_hz: int | None = None,
         **provider_options: object,
     ) -> None:
-        super().__init__(memory, vcpus, backend, tsc_offset)
-        self.follow(reference)
+        self.memory = memory
+        self.vcpus = vcpus
+        self.backend = backend
         self.engine = _engine_named(engine)
         self.vmm = vmm
         self.quiesce = backend.quiesce
         self.offer_tsc_adjust = offer_tsc_adjust
         self.offer_invariant_tsc = offer_invariant_tsc
-        self._host_trusted = True
-        self._tsc_failed = False  # once, which no later look can make good
-        self._wall_clock_gpa: Gpa | None = None
+        self.tsc_hz = backend.tsc_hz if tsc_hz is None else tsc_hz
+        """The TSC frequency that the guest was told: that of the host on which it began."""
+
+        self._keeper = Timekeeper(memory, vcpus, backend, self._is_stable)
+        self._tscs = VcpuTscs(self._keeper, tsc_offset)
+        self._follower = Follower(self._keeper)
+        self._host = HostTrust(self._keeper, self._tscs, self._follower)
+        self._operations = Operations(self._keeper, self._host, self._tscs, self._follower)
+        self._wall_clock = WallClock(self._keeper)
+        self._run_delays = RunDelays(backend, vcpus)
+        self._clocksource_trusted = True
         self._pages_to_tell = PAGES_TOLD
-        self._run_delays_ns = [0] * vcpus  # of which the guest was told
-        self._saved_vcpus: tuple[VcpuState, ...] | None = None  # of a restored clock, until it is resumed
+        self._follower.follow(reference)
+
+        # The compiled method itself: a Python one around it would cost as much again.
+        self.read = self._keeper.pages.read
+        """read(vcpu) -> GuestNs: what vCPU's guest would compute at this instant, or at that of the pause.
+
+        StateError before it registered a page.
+        """
         self._interface = GuestInterface(
             combined(provider, provider_options),
             self,
             vcpus,
             tsc_usable=backend.tsc_stable,
-            log=partial(self._tell, EventKind.START),
+            log=partial(self._keeper.tell, EventKind.START),
         )
         self._provider = self._interface.provider
+        self._keeper.changing.take_over()
+
+    # What time it is
+
+    def now(self) -> GuestNs:
+        """Guest time at this instant by the timeline itself, page or no page."""
+        return self._keeper.now()
+
+    def at(self, host_tsc: HostTsc) -> Fraction:
+        """Guest time in ns at `host_tsc`, exactly: by the present segment, or the one of that time.
+
+        RangeError before the oldest of the last 256 segments.
+        """
+        return self._keeper.at(host_tsc)
+
+    def reading(self, vcpu: int) -> Reading:
+        """As `read`, with the guest TSC, the page's version and its flags."""
+        return self._keeper.pages.reading(vcpu)
+
+    def shown_at(self, host_tsc: HostTsc) -> GuestNs:
+        """What a guest computes at `host_tsc` from the pages as published last, in ns."""
+        return self._keeper.shown_at(host_tsc)
+
+    def page(self, vcpu: int) -> TimeInfo | None:
+        """vCPU's page as it lies in guest memory; None if it has none there."""
+        return self._keeper.page(vcpu)
 
     @property
-    def interface(self) -> GuestInterface:
-        """What the guest has to its clock: the provider, its statistics, the debug channel, VirtualBox's saved unit."""
-        return self._interface
+    def events(self) -> EventLog:
+        """What happened to this VM's time."""
+        return self._keeper.events
+
+    @property
+    def line(self) -> ClockLine:
+        """The timeline's present segment."""
+        return self._keeper.state.line
+
+    @property
+    def scale(self) -> ClockScale:
+        """The (mul, shift) that pages show."""
+        return self._keeper.state.scale
+
+    @property
+    def dilation(self) -> Fraction:
+        """Guest seconds in a host second, without any slew."""
+        return self._keeper.timeline.tempo.dilation
+
+    @property
+    def pace(self) -> Fraction:
+        """The same with what a slew and a discipline add or take now; in effect unless paused."""
+        return self._keeper.timeline.pace
+
+    @property
+    def is_paused(self) -> bool:
+        """Does guest time stand still?"""
+        return self._keeper.is_paused
+
+    @property
+    def skew_ns(self) -> Fraction:
+        """What a slew still has to add to guest time, in ns; negative for a clock that is ahead."""
+        return self._keeper.timeline.skew_at(self._keeper.host_tsc())
+
+    # What a VMM does to time
+
+    def tick(self) -> Steering | None:
+        """Look at the host and the reference, correct the rate if there is reason to, and republish; call it every second.
+
+        At least every MAX_AGE_S of guest time, as refresh(), which it includes.  Guests are told what was stolen from
+        their vCPUs since the last tick.  Returns what was found, None without a reference.  What an injected source
+        raises comes out; the clock has kept its rate then, and is republished.
+        """
+        try:
+            return self._follower.tick(self._host.examine, self.refresh)
+        finally:
+            self._tell_stolen_time()
+
+    def refresh(self, vcpu: int | None = None) -> None:
+        """Re-anchor and publish all pages; the clock goes on by 0 or +1 ns at the break, and a slew by its plan.
+
+        vcpu: a vCPU that is out of the guest, the caller's own, whose flags can be written too.  Nothing while paused,
+        or from a CPU whose TSC is behind the others'.  By profile "virtualbox" pages stay as they are, but for a slew.
+        """
+        if self._provider.refreshes_pages or self._keeper.timeline.is_slewing:
+            self._operations.refresh(vcpu)
+
+    def follow(
+        self, reference: Reference | str | SampleSource, *, max_ppm: float = MAX_PPM, panic_ns: int | None = None
+    ) -> None:
+        """From now on let guest time keep step with a reference, as far as tick() is called; "off" ends that.
+
+        A guest second is then a second of the reference, times the dilation.  Guest time is taken as right at the first
+        tick, and is never stepped: a reference that is set is slewed after, its own rate included within max_ppm of
+        nominal.  panic_ns: unless it is further off than this; then the rate is kept, and it is an event.  A callable
+        gives samples of the caller's, whose TSCs rise.  ConfigError for any other reference, or where time passes only
+        while the guest executes; RangeError for max_ppm and panic_ns.
+        """
+        self._follower.follow(reference, max_ppm=max_ppm, panic_ns=panic_ns)
+
+    @property
+    def reference(self) -> str:
+        """What is followed: "off", a Reference or "injected"."""
+        return self._follower.reference
+
+    @property
+    def steering(self) -> Steering | None:
+        """What the last tick found and did; None before the first, and while nothing is followed."""
+        return self._follower.steering
+
+    @property
+    def policy(self) -> Policy:
+        """What becomes of missed time where resume() is not told; settable, by name too.  Saved with the clock."""
+        return self._operations.policy
+
+    @policy.setter
+    def policy(self, policy: Policy | str) -> None:
+        self._operations.policy = policy
+
+    @property
+    def sleep_policy(self) -> Policy:
+        """What becomes of a host's sleep that the VM runs through; freeze at first; settable, by name too.
+
+        Where the TSC counts on in a sleep guests have that time, whatever this says.
+        """
+        return self._host.sleep_policy
+
+    @sleep_policy.setter
+    def sleep_policy(self, policy: Policy | str) -> None:
+        self._host.sleep_policy = as_policy(policy)
+
+    @property
+    def wall_clock(self) -> WallClockBase:
+        """What the guest's time of day is made of; settable, from the guest's next question on."""
+        return self._wall_clock.base
+
+    @wall_clock.setter
+    def wall_clock(self, base: WallClockBase) -> None:
+        self._wall_clock.base = base
+
+    def dilate(self, numerator: int, denominator: int = 1) -> None:
+        """Let guest time run at numerator/denominator of host time from now on, without a step.
+
+        RangeError if no page can show that rate, or what a slew may make of it, or for terms beyond 64 bits.
+        """
+        self._operations.dilate(numerator, denominator)
+
+    def slew(self, target_ns: int, max_ppm: int = 500) -> None:
+        """Give guest time `target_ns` more than it would have (less, if negative), by running max_ppm off its pace.
+
+        Adds to what is still being slewed; call refresh() at least every 2 s of host time until it is done.
+        RangeError if all of it is 2^64 ns or more.
+        """
+        self._operations.slew(target_ns, max_ppm)
+
+    def skip(self, ns: int) -> None:
+        """Put guest time forward by `ns` at once."""
+        self._operations.skip(ns)
+
+    def offset(self, ns: int) -> None:
+        """Add `ns` to guest time at once; a negative one only while no page was published, so that nobody saw it.
+
+        RangeError if it would take back what a guest may have read, or make guest time negative.
+        """
+        self._operations.offset(ns)
+
+    def pause(self) -> None:
+        """Stop guest time at this instant.  For a VM whose vCPUs have left the guest and stay out until resume().
+
+        StateError if it is paused, or if the backend's vCPUs run.
+        """
+        self._operations.pause()
+
+    def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> Settlement:
+        """Let guest time go on; `policy` says what becomes of the time missed, the clock's own if it is not given.
+
+        Pages are published before this returns, so let vCPUs in afterwards.  guest_stopped: tell guests that they were
+        stopped, which keeps their watchdogs quiet, but not by profile "virtualbox".  StateError if it is not paused.
+        """
+        return self._operations.resume(policy, guest_stopped=guest_stopped and self._provider.tells_of_pauses)
+
+    def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
+        """Let a paused VM run for `ns` of guest time, and pause it: at that time or later.
+
+        policy: as for resume(), of the time missed before; what it gains at once is not part of `ns`.  The overshoot
+        stays in guest time and is reported; on a simulated backend it is below a tick.  RangeError beyond 2^62 ticks of
+        the host; meanwhile pause(), resume() and another run_for() are StateErrors.
+        """
+        return self._operations.run_for(ns, policy)
+
+    def reset(self) -> None:
+        """The VM is reset: MSRs are as at its start, IA32_TSC_ADJUST and TSC_AUX too, and no page is kept.
+
+        Guest time and TSCs go on; host_write_msr() sets a TSC.  For vCPUs that are out of the guest, paused or not:
+        StateError if the backend's run.
+        """
+        with self._keeper.changing:
+            self._keeper.while_held(None, self._reset)
+
+    def churn(self, publishes: int, dilations: list[Fraction], *, seconds: float = float("inf")) -> Churn:
+        """Publish `publishes` times, or for `seconds`, as fast as it goes, taking `dilations` in turn.
+
+        For stress, benchmarks and demonstration.  At least once; the last rate used stays.  A simulated counter stands
+        still meanwhile, so `seconds` do not pass on it.
+        """
+        return self._operations.churn(publishes, dilations, seconds)
+
+    # The vCPUs' TSCs
+
+    def tsc(self, vcpu: int) -> VcpuTsc:
+        """A copy of vCPU's TSC state; of a restored clock, until it is resumed, what reads as it was saved now."""
+        return self._tscs.at(vcpu, self._keeper.host_tsc())
+
+    def guest_tsc(self, vcpu: int, host_tsc: HostTsc) -> GuestTsc:
+        """What vCPU's RDTSC returns at `host_tsc`; that of a restored clock stands until it is resumed."""
+        return self._tscs.read(vcpu, host_tsc)
+
+    @property
+    def refused_offset(self) -> TscOffsetNotHonoured | None:
+        """The last TSC offset that this host could not give."""
+        return self._tscs.refused_offset
+
+    def host_write_msr(self, vcpu: int, index: int, value: int) -> None:
+        """Restore IA32_TSC, IA32_TSC_ADJUST or TSC_AUX, each without touching another, as KVM_SET_MSRS does.
+
+        A restored clock that is not resumed yet takes the TSC as the one to go on from.  TscOffsetNotHonoured if the
+        host cannot; RangeError for any other MSR.
+        """
+        with self._keeper.changing:
+            self._tscs.write(vcpu, index, value, EventCause.VMM)
+
+    def repair_tsc(self, *, target: int | None = None, adjust: Literal["keep", "carry"] = "keep") -> list[OffsetWrite]:
+        """Put all vCPUs' TSCs on one offset, and give STABLE back; returns what was written.
+
+        target: that offset, the one furthest ahead by default, so that no guest's TSC goes back.  adjust: see
+        tsc_sync.repair_plan(), whose errors come out, as TscOffsetNotHonoured does; nothing has changed then.
+        """
+        with self._keeper.changing:
+            return self._tscs.repair(target=target, adjust=adjust)
 
     # The guest's side
 
+    @property
+    def interface(self) -> GuestInterface:
+        """The clock interface that this guest sees: provider, statistics, debug channel, VirtualBox's saved unit."""
+        return self._interface
+
     def read_msr(self, vcpu: int, index: int) -> int:
         """RDMSR by vCPU's guest: 64 bits, or MsrFault for #GP."""
-        tsc = self._tsc[self._vcpu(vcpu)]
+        self._keeper.check_vcpu(vcpu)
         if index == MSR_IA32_TSC:
-            return tsc.read(self._host_tsc())
+            return self._tscs.read(vcpu, self._keeper.host_tsc())
         if index == MSR_IA32_TSC_ADJUST and self._has_adjust(index):
-            return tsc.adjust
+            return self._tscs.adjust(vcpu)
+        if index == MSR_TSC_AUX:
+            return self._tscs.aux(vcpu)
         return self._interface.read_msr(vcpu, index)
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """WRMSR by vCPU's guest: `value` of 64 bits; MsrFault is #GP, with nothing changed."""
-        self._vcpu(vcpu)
+        self._keeper.check_vcpu(vcpu)
         if not 0 <= value <= U64_MASK:
             raise RangeError(f"WRMSR {index:#x} := {value:#x}; an MSR has 64 bits")
-        with self._changing():
-            if index == MSR_IA32_TSC:
-                self._guest_write_tsc(vcpu, value)
+        with self._keeper.changing:
+            if index in (MSR_IA32_TSC, MSR_TSC_AUX):
+                self._tscs.write(vcpu, index, value, EventCause.GUEST)
             elif index == MSR_IA32_TSC_ADJUST and self._has_adjust(index, value):
                 if self.offer_tsc_adjust:  # Linux ignores the write else
-                    self._guest_write_adjust(vcpu, value)
+                    self._tscs.write(vcpu, index, value, EventCause.GUEST)
             else:
                 self._interface.write_msr(vcpu, index, value)
-
-    def tick(self) -> Steering | None:
-        """See DisciplinedTimeline; guests are told what was stolen from their vCPUs since the last tick, too."""
-        found = super().tick()
-        provider = self._provider
-        if not isinstance(provider, KvmProvider) or KvmFeature.STEAL_TIME not in provider.features:
-            return found
-        with self._lock:
-            for vcpu in range(self.vcpus):
-                delay_ns = self.backend.run_delay_ns(vcpu)
-                if delay_ns is not None and delay_ns > self._run_delays_ns[vcpu]:
-                    provider.add_steal_time(vcpu, delay_ns - self._run_delays_ns[vcpu])
-                    self._run_delays_ns[vcpu] = delay_ns
-        return found
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """VMCALL or VMMCALL by vCPU's guest; see GuestInterface.hypercall(), and its execute() and handle_ud().
@@ -176,34 +418,15 @@ class GuestClock(TscTimeline):
             return registers._replace(edx=_with_bit(registers.edx, 8, False))
         return registers
 
-    # The VMM's side
-
-    def refresh(self, vcpu: int | None = None) -> None:
-        """See PublishedTimeline; by profile "virtualbox" pages stay as they are, but for a slew that must end."""
-        if self._provider.refreshes_pages or self._timeline.is_slewing:
-            super().refresh(vcpu)
-
-    def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> catchup.Settlement:
-        """See ControlledTimeline; by profile "virtualbox" guests are not told that they were stopped."""
-        return super().resume(policy, guest_stopped=guest_stopped and self._provider.tells_of_pauses)
+    # Saved and restored
 
     def save(self) -> ClockState:
         """The clock as it is now, or since it was paused: for restore(), on this host or another."""
-        with self._lock:
-            stamps = self._stopped_at or self.backend.stamps()
-            timeline = self._timeline
-            skew_ns, slew_policy = timeline.skew_at(stamps.tsc), timeline.slew_policy
-            return ClockState(
-                version=VERSION,
-                provider=self._provider_state(),
-                policy=catchup.describe(self.policy),
-                timeline=TimelineState(timeline.at(stamps.tsc), timeline.tempo.dilation, self.is_paused),
-                slew=None if slew_policy is None else SlewState(skew_ns, catchup.describe(slew_policy)),
-                host=HostState(stamps.tsc, self.backend.tsc_hz, stamps.raw_ns, stamps.real_ns, stamps.boot_id),
-                wall_clock_gpa=self._wall_clock_gpa,
-                offers=OfferState(self.offer_tsc_adjust, self.offer_invariant_tsc),
-                vcpus=tuple(self._vcpu_state(vcpu, stamps.tsc) for vcpu in range(self.vcpus)),
-            )
+        with self._keeper.changing:
+            provider = self._provider
+            saved = ProviderState(provider.name, provider.version, self._interface.config, provider.save())
+            offers = OfferState(self.offer_tsc_adjust, self.offer_invariant_tsc)
+            return capture.capture(self._parts, saved, offers, self.tsc_hz)
 
     @classmethod
     def restore(
@@ -215,18 +438,23 @@ class GuestClock(TscTimeline):
         policy: Policy | str | None = None,
         engine: Engine | str = Engine.LIBRARY,
         vmm: VmmServices | None = None,
+        reference: Reference | str | SampleSource | None = None,
+        any_tsc_hz: bool = False,
     ) -> Self:
         """The clock that was saved, paused: resume() settles by `policy`, or the state's own, what was missed since.
 
-        memory: the VM's, as it was saved, too.  engine, vmm: GuestClock's; others than before, if need be.  Time
-        missed is told by the raw clock within one boot of one host, and by UTC beyond it.  StateFileError if the state
-        is unsound, or asks for what there is not here.
+        memory: the VM's, as it was saved, too; a clock that it has is taken over from.  engine, vmm: GuestClock's;
+        others than before, if need be.  reference: what to follow; what was followed by default, and where that cannot
+        be it is an event.  any_tsc_hz: take a host whose TSC is more than 250 ppm off the frequency that a guest was
+        told that lives by it.  Time missed is told by the raw clock and the time asleep within one boot of one host,
+        and by UTC beyond it.  StateFileError if the state is unsound, or asks for what there is not here.
         """
         sound = clockstate.checked(state)
         clockstate.check_provider(sound)
-        chosen = _policy_named("policy", sound.policy) if policy is None else catchup.as_policy(policy)
-        slew = None if sound.slew is None else _policy_named("slew.policy", sound.slew.policy)
-        _check_dilation(sound.timeline.dilation, backend.tsc_hz)
+        chosen = capture.policy_named("policy", sound.policy) if policy is None else as_policy(policy)
+        slew = None if sound.slew is None else capture.policy_named("slew.policy", sound.slew.policy)
+        capture.check_dilation(sound, backend.tsc_hz)
+        live = memory.live_clock
         try:
             clock = cls(
                 memory,
@@ -237,28 +465,18 @@ class GuestClock(TscTimeline):
                 vmm=vmm,
                 offer_tsc_adjust=sound.offers.tsc_adjust,
                 offer_invariant_tsc=sound.offers.invariant_tsc,
+                tsc_hz=sound.guest_tsc_hz or sound.host.tsc_hz,
             )
-            clock._provider.load(sound.provider.msrs)  # one of this class
-            clock._take(sound, chosen, slew)  # one of this class
-        except (ConfigError, RangeError) as error:
-            raise StateFileError("provider", str(error), "what this host and this version can serve") from None
+            clock._become(sound, chosen, slew, reference, any_tsc_hz=any_tsc_hz)  # one of this class
+        except BaseException as error:
+            memory.live_clock = live
+            if isinstance(error, ConfigError | RangeError):
+                supported = "what this host and this version can serve"
+                raise StateFileError("provider", str(error), supported) from None
+            raise
         return clock
 
-    def reset(self) -> None:
-        """The VM is reset: MSRs are as at its start, IA32_TSC_ADJUST and TSC_AUX too, and no page is kept.
-
-        Guest time and TSCs go on; host_write_msr() sets a TSC.  For vCPUs that are out of the guest, paused or not.
-        """
-        with self._changing(), self.backend.quiesce(None):
-            self._interface.reset()
-            for tsc in self._tsc:
-                tsc.host_write_adjust(0)
-                tsc.aux = 0
-            self._saved_vcpus = self._saved_vcpus and tuple(
-                vcpu._replace(tsc_adjust=0, tsc_aux=0) for vcpu in self._saved_vcpus
-            )
-            self._wall_clock_gpa = None
-            self._tell(EventKind.RESET, "reset()")
+    # Host trouble
 
     def heed(self, watch: HostWatch, *, on_schedule: bool = True) -> list[Trouble]:
         """Look at the host, as often as `watch` was told: each trouble is an event, and takes STABLE if it must.
@@ -270,37 +488,35 @@ class GuestClock(TscTimeline):
         return troubles
 
     def note(self, troubles: list[Trouble], *, host_trusted: bool) -> None:
-        """As heed(), of what a look that serves several clocks has found."""
-        with self._changing():
+        """Apply what a look at the host has found that serves several clocks; see heed()."""
+        with self._keeper.changing:
+            self._host.examine()
+            slept = self._host.take_slept_ns()
             for trouble in troubles:
-                self._tell(EventKind(trouble.kind), trouble.why)
-            self._tsc_failed |= any(each.unstable and each.kind is not TroubleKind.CLOCKSOURCE for each in troubles)
-            trusted = host_trusted and not self._tsc_failed
-            if self._host_trusted != trusted:
-                self._host_trusted = trusted
-                self._republish(None)
+                if trouble.kind is not TroubleKind.SUSPEND or not slept:  # else it was recorded, and settled
+                    self._keeper.tell(EventKind(trouble.kind), trouble.why)
+            self._host.tsc_failed |= any(it.unstable and it.kind is not TroubleKind.CLOCKSOURCE for it in troubles)
+            trusted = self._is_host_trusted
+            self._clocksource_trusted = host_trusted
+            if self._is_host_trusted != trusted:
+                self._keeper.republish()
 
     # What the provider asks for (ClockServices)
 
-    @property
-    def tsc_hz(self) -> int:
-        """The guest's TSC frequency: its host's."""
-        return self.backend.tsc_hz
-
     def pairing(self, vcpu: int) -> Pairing | None:
-        """One host instant as UTC and as vCPU's TSC; None where the host's TSC is not to be trusted."""
-        if not (self._host_trusted and self.backend.tsc_stable):
+        """One instant as the guest's time of day and as vCPU's TSC; None where the host's TSC is not to be trusted."""
+        if not (self._is_host_trusted and self.backend.tsc_stable):
             return None
-        now = self.backend.sample(Reference.REALTIME)
-        return Pairing(now.ns, self.guest_tsc(vcpu, now.tsc))
+        sample = self.backend.sample(Reference.REALTIME)
+        return Pairing(self._wall_clock.time_of_day_ns(sample), self.guest_tsc(vcpu, sample.tsc))
 
     def utc_ns(self) -> int:
-        """UTC at this instant, in ns since 1970."""
-        return self.backend.sample(Reference.REALTIME).ns
+        """The guest's time of day at this instant, in ns since 1970."""
+        return self._wall_clock.time_of_day_ns(self.backend.sample(Reference.REALTIME))
 
     def tell(self, kind: EventKind, why: str) -> None:
-        """Record an event that leaves guest time alone, as of now."""
-        self._tell(kind, why)
+        """Record an event that the guest caused, and that leaves guest time alone, as of now."""
+        self._keeper.tell(kind, why, EventCause.GUEST)
 
     @property
     def kernel_features(self) -> int:
@@ -308,24 +524,34 @@ class GuestClock(TscTimeline):
         return self.backend.kernel_features
 
     def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
-        """See ClockServices; the first PAGES_TOLD placements are events."""
-        super().place_time_page(vcpu, gpa)
-        if gpa is None or not self._pages_to_tell:
-            return
-        self._pages_to_tell -= 1
-        page = self.page(vcpu)
-        if page is None:
-            self._tell(EventKind.REFUSED, f"vCPU {vcpu}: there is no memory for its clock's page at {gpa:#x}")
-        elif page.tsc_to_system_mul:  # else it is published at resume()
-            self._tell(EventKind.PAGE, f"vCPU {vcpu}: page at {gpa:#x}, {page.described()}")
+        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish; the first ones are events."""
+        with self._keeper.changing:
+            told = gpa is not None and self._pages_to_tell > 0
+            stamps = self.backend.stamps() if told else None
+            try:
+                self._keeper.place_time_page(vcpu, gpa)
+            finally:
+                if gpa is not None and stamps is not None:
+                    self._tell_page(vcpu, gpa, stamps)
 
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
-        self._wall_clock_gpa = gpa
-        now = self.backend.sample(Reference.REALTIME)
-        publish_wall_clock(self.memory, gpa, now.ns - self._timeline.at(now.tsc).__floor__())
+        self._wall_clock.write(gpa)
 
     # Inside
+
+    @property
+    def _parts(self) -> capture.ClockParts:
+        return capture.ClockParts(
+            self._keeper, self._tscs, self._host, self._operations, self._follower, self._wall_clock
+        )
+
+    @property
+    def _is_host_trusted(self) -> bool:
+        return self._clocksource_trusted and not self._host.tsc_failed
+
+    def _is_stable(self) -> bool:
+        return self._tscs.agree and self._is_host_trusted and self._provider.allows_stable
 
     def _has_adjust(self, index: int, value: int | None = None) -> bool:
         """Is IA32_TSC_ADJUST there?  Hardware faults an access if CPUID says no, and so does profile "document"."""
@@ -333,68 +559,60 @@ class GuestClock(TscTimeline):
             raise MsrFault(index, value)
         return True
 
-    def _provider_state(self) -> ProviderState:
+    def _reset(self) -> None:
+        self._keeper.check_held("reset")
+        event = self._keeper.event(EventKind.RESET, "reset()", self.backend.stamps())
+        self._interface.reset()
+        self._tscs.reset()
+        self._wall_clock.gpa = None
+        self.events.record(event)
+
+    def _tell_page(self, vcpu: int, gpa: Gpa, stamps: HostStamps) -> None:
+        self._pages_to_tell -= 1
+        page = self.page(vcpu)
+        kind, why = EventKind.REFUSED, f"there is no memory for its clock's page at {gpa:#x}"
+        if page is not None:
+            if not page.tsc_to_system_mul:  # it is published at resume()
+                return
+            kind, why = EventKind.PAGE, f"page at {gpa:#x}, {page.described()}"
+        self.events.record(self._keeper.event(kind, f"vCPU {vcpu}: {why}", stamps, cause=EventCause.GUEST))
+
+    def _tell_stolen_time(self) -> None:
         provider = self._provider
-        return ProviderState(provider.name, provider.version, self._interface.config, provider.save())
+        if not isinstance(provider, KvmProvider) or KvmFeature.STEAL_TIME not in provider.features:
+            return
+        with self._keeper.changing:
+            for vcpu in range(0 if self.is_paused else self.vcpus):
+                if stolen_ns := self._run_delays.take_ns(vcpu):
+                    provider.add_steal_time(vcpu, stolen_ns)
 
-    def _vcpu_state(self, vcpu: int, host_tsc: HostTsc) -> VcpuState:
-        tsc, gpa = self._tsc[vcpu], self._pages.registered(vcpu)
-        if self._saved_vcpus is not None:
-            return self._saved_vcpus[vcpu]._replace(time_page_gpa=gpa)
-        return VcpuState(tsc.offset, tsc.adjust, tsc.aux, tsc.read(host_tsc), gpa)
-
-    def _take(self, state: ClockState, policy: Policy, slew: Policy | None) -> None:
-        """Become the paused clock of `state`, which is sound."""
-        host, tsc = state.host, self._host_tsc()
-        tempo = Tempo(state.timeline.dilation)
-        self._timeline = Timeline(tsc, self.backend.tsc_hz, state.timeline.guest_ns, tempo)
-        self._timeline.stop(tsc)
-        if state.slew is not None and isinstance(slew, Slew | CatchUpTable):
-            self._timeline.slew(tsc, state.slew.remaining_ns, slew)
-        self._take_segment()
-        boot_id = None if host.raw_ns is None else host.boot_id
-        self._stopped_at = HostStamps(HostTsc(host.tsc), RefNs(host.raw_ns or 0), host.real_ns, boot_id)
-        self._came_from_elsewhere = True
-        self._policy, self._saved_vcpus = policy, state.vcpus
-        self._wall_clock_gpa = None if state.wall_clock_gpa is None else Gpa(state.wall_clock_gpa)
-        for vcpu, saved in enumerate(state.vcpus):
-            self._pages.register(vcpu, saved.time_page_gpa)
-        self._record(EventKind.RESTORE, f"saved on boot {host.boot_id}", tsc, self._moment(tsc))
-
-    def _prepare_to_resume(self, tsc: HostTsc, gain_ns: Fraction) -> None:
-        """Let restored guests' TSCs go on from where they were, by as much as their clock gains."""
-        saved, self._saved_vcpus = self._saved_vcpus, None
-        gain_ticks = int(gain_ns / self.dilation * self.backend.tsc_hz / NS_PER_S)
-        for vcpu, state in enumerate(saved or ()):
-            core = VcpuTsc(adjust=state.tsc_adjust, aux=state.tsc_aux)
-            core.host_write_tsc((state.guest_tsc + gain_ticks) & U64_MASK, tsc)
-            self._apply_guest_tsc(vcpu, core)
-
-    @property
-    def _offers_stable(self) -> bool:
-        return self._offsets_agree and self._host_trusted and self._provider.allows_stable
-
-
-def _check_dilation(dilation: Fraction, tsc_hz: int) -> None:
-    try:
-        Timeline(HostTsc(0), tsc_hz).check(dilation)
-    except RangeError as error:
-        raise StateFileError(
-            "timeline.dilation", str(dilation), f"what a page can show at {tsc_hz} Hz: {error}"
-        ) from None
+    def _become(
+        self,
+        state: ClockState,
+        policy: Policy,
+        slew: Policy | None,
+        reference: Reference | str | SampleSource | None,
+        *,
+        any_tsc_hz: bool,
+    ) -> None:
+        """Be the paused clock that was saved as `state`, which is sound."""
+        with self._keeper.changing:
+            lives_by_tsc = state.offers.invariant_tsc or self._interface.guest_lives_by_tsc
+            told = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz) if lives_by_tsc else ""
+            self._provider.load(state.provider.msrs)
+            capture.take(self._parts, state, policy, slew)
+            if told:
+                self._keeper.tell(EventKind.TSC_RATE, told)
+            if reference is not None:
+                self.follow(reference)
+            else:
+                capture.follow_again(self._parts, state)
 
 
 def _engine_named(engine: Engine | str) -> Engine:
     if engine not in list(Engine):
         raise ConfigError(f"engine {engine!r}; choose from {', '.join(map(repr, map(str, Engine)))}")
     return Engine(engine)
-
-
-def _policy_named(field: str, name: str) -> Policy:
-    try:
-        return catchup.parse(name)
-    except (ConfigError, RangeError) as error:
-        raise StateFileError(field, repr(name), str(error)) from None
 
 
 def _with_bit(register: int, bit: int, is_set: bool) -> int:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from pvclock._sampling import sample_clock
-from pvclock.backend import CURRENT_CLOCKSOURCE, host_clocksource
+from pvclock.backend import CURRENT_CLOCKSOURCE, asleep_bounds_ns, host_clocksource
 from pvclock.errors import RangeError
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
+from pvclock.quantities import NS_PER_S, HostTsc, signed64
 
 __all__ = ["HostReading", "HostSource", "HostWatch", "LinuxHost", "StallCause", "Trouble", "TroubleKind"]
 
@@ -31,8 +31,6 @@ RATE_BOUND_PPM: Final = 1000
 
 RAW_GRAIN_NS: Final = 1000
 """CLOCK_MONOTONIC_RAW moves in steps of the clocksource: up to 280 ns on acpi_pm, the coarsest that hosts use."""
-
-TRIES: Final = 4
 
 
 class HostReading(NamedTuple):
@@ -206,7 +204,7 @@ class HostWatch:
         count on in a suspend, in which RAW stands still, and how long that was is known to the second only: then more
         ticks than expected are no fault.
         """
-        ticks = _signed64(after.host_tsc - before.host_tsc)
+        ticks = signed64(after.host_tsc - before.host_tsc)
         raw_ns = after.raw_ns - before.raw_ns
         # In ticks * NS_PER_S, to stay in whole numbers.
         error = ticks * NS_PER_S - raw_ns * self.tsc_hz
@@ -273,12 +271,6 @@ def _grown(before: int | None, after: int | None) -> int:
     return 0 if before is None or after is None else after - before
 
 
-def _signed64(difference: int) -> int:
-    """A difference of two 64-bit counters as the smaller way round."""
-    difference &= U64_MASK
-    return difference - (U64_MASK + 1) if difference > U64_MASK // 2 else difference
-
-
 class LinuxHost:
     """This host.  A reading takes some 0.1 ms, most of it for four small files of /sys and /proc."""
 
@@ -288,7 +280,7 @@ class LinuxHost:
     def read(self) -> HostReading:
         """See HostSource.  What the kernel does not offer reads as unknown; nothing is raised."""
         tsc, raw_ns, width_ticks = sample_clock(time.CLOCK_MONOTONIC_RAW)
-        asleep_least_ns, asleep_most_ns = _asleep_bounds_ns()
+        asleep_least_ns, asleep_most_ns = asleep_bounds_ns()
         schedstat = _text(SCHEDSTAT).split()
         return HostReading(
             HostTsc(tsc),
@@ -308,18 +300,6 @@ class LinuxHost:
     def _frozen_ns(self) -> int | None:
         lines = _text(self._cgroup_stat).splitlines() if self._cgroup_stat else []
         return next((int(line.split()[1]) * 1000 for line in lines if line.startswith("frozen_usec ")), None)
-
-
-def _asleep_bounds_ns() -> tuple[int, int]:
-    """CLOCK_BOOTTIME - CLOCK_MONOTONIC, between two readings of the latter: the narrowest bracket of a few."""
-    bounds = []
-    for _ in range(TRIES):
-        earlier_ns = time.monotonic_ns()
-        boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        later_ns = time.monotonic_ns()
-        # Either clock cuts off a fraction of a ns.
-        bounds.append((boottime_ns - later_ns - 1, boottime_ns - earlier_ns + 1))
-    return min(bounds, key=lambda each: each[1] - each[0])
 
 
 def _own_cgroup_stat() -> Path | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NewType
 
-__all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs", "shown"]
+__all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs", "shown", "signed64"]
 
 HostTsc = NewType("HostTsc", int)
 """Ticks of the host's time stamp counter."""
@@ -35,3 +35,9 @@ def shown(number: int) -> str:
     """The number for a message: in words if it is long, for Python does not print some thousands of digits at all."""
     bits = number.bit_length()
     return str(number) if bits <= SHOWN_BITS_MAX else f"a number of {bits} bits"
+
+
+def signed64(difference: int) -> int:
+    """A difference of two 64-bit counters, taken as the shorter way round: negative if the first is behind."""
+    difference &= U64_MASK
+    return difference - (U64_MASK + 1) if difference > U64_MASK // 2 else difference

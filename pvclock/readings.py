@@ -70,14 +70,16 @@ class Reading(NamedTuple):
 class HostStamps(NamedTuple):
     """One instant on all of a host's clocks.
 
-    tsc: host ticks.  raw_ns: the reference clock.  real_ns: UTC since 1970.  boot_id: within one boot of one host the
-    first two can be compared, beyond it only real_ns can; None if unknown.
+    tsc: host ticks.  raw_ns: CLOCK_MONOTONIC_RAW, which stands still while the host sleeps.  real_ns: UTC since 1970.
+    boot_id: within one boot of one host all but real_ns can be compared, beyond it only that can; None if unknown.
+    asleep_ns: how long the host has slept since it booted (CLOCK_BOOTTIME - CLOCK_MONOTONIC).
     """
 
     tsc: HostTsc
     raw_ns: RefNs
     real_ns: int
     boot_id: str | None
+    asleep_ns: int = 0
 
 
 class ClockLine(NamedTuple):

@@ -6,13 +6,14 @@ the page, where the guest's own integer arithmetic does it.  No clock is read an
 
 from __future__ import annotations
 
+from copy import copy
 from fractions import Fraction
 from typing import Final, NamedTuple
 
 from pvclock._core import ClockScale
 from pvclock.catchup import MOST_PPM, PPM, CatchUpTable, Slew
 from pvclock.errors import RangeError
-from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc
+from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, signed64
 from pvclock.readings import ClockLine
 
 __all__ = ["STRETCH_S", "Tempo", "Timeline"]
@@ -111,15 +112,35 @@ class Timeline:
 
     def host_ns_between(self, begin: HostTsc, end: HostTsc) -> Fraction:
         """Nominal host time from one TSC to another in ns; negative if the TSC went back."""
-        ticks = (end - begin) & U64_MASK
-        return Fraction((ticks if ticks <= U64_MASK // 2 else ticks - U64_MASK - 1) * NS_PER_S, self.tsc_hz)
+        return Fraction(signed64(end - begin) * NS_PER_S, self.tsc_hz)
 
     def tsc_at(self, ns: Fraction) -> HostTsc:
-        """The first host TSC at which guest time is `ns` or more, if the present segment goes on."""
+        """The first host TSC at which guest time is `ns` or more, if the present segment goes on.
+
+        RangeError if that is 2^63 ticks or more after the segment began: no counter can tell it from the past.
+        """
         ticks = -((self._ns - ns) * self.tsc_hz / (NS_PER_S * self.pace)).__floor__()
+        if ticks > U64_MASK // 2:
+            raise RangeError(f"guest time {round(ns)} ns is {ticks} ticks away; up to 2^63 - 1 can be waited for")
         return HostTsc((self._tsc + max(ticks, 0)) & U64_MASK)
 
+    @property
+    def begin_tsc(self) -> HostTsc:
+        """Where the present segment begins."""
+        return self._tsc
+
     # What changes it
+
+    def copy(self) -> Timeline:
+        """Another one in the same state."""
+        return copy(self)
+
+    def rebase(self, before: HostTsc, after: HostTsc) -> None:
+        """The host's TSC stepped: what would have been `before` is `after`.  Guest and host time go on from there."""
+        self.turn(before, self._tempo)
+        if self._stretch_end is not None:
+            self._stretch_end = HostTsc((self._stretch_end + after - before) & U64_MASK)
+        self._tsc = after
 
     def turn(self, tsc: HostTsc, tempo: Tempo) -> None:
         """Begin a segment at `tsc`, where the old one ends, at another rate."""

@@ -156,6 +156,10 @@ class UnslavedBackend:
         """See Backend: `tsc` is in executed ticks, all else is the host's."""
         return self.inner.stamps()._replace(tsc=HostTsc(self.counter.read()))
 
+    def tsc_readings(self) -> tuple[HostTsc, ...]:
+        """See Backend: executed ticks are counted in one place, whatever CPU asks."""
+        return (HostTsc(self.counter.read()),)
+
     def run_delay_ns(self, vcpu: int) -> int | None:
         """See Backend."""
         return self.inner.run_delay_ns(vcpu)
@@ -179,6 +183,10 @@ class UnslavedBackend:
                 ahead = self._counter.value - self.inner.counter.read() if run is None else run.executed - run.host_tsc
                 self.inner.set_tsc_offset(vcpu, (offset + ahead) & U64_MASK)
             self._offsets[vcpu] = offset
+
+    def tsc_offset(self, vcpu: int) -> int | None:
+        """See Backend."""
+        return None
 
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """See Backend."""

@@ -13,6 +13,7 @@ from pvclock.backend import (
     bracketed,
     host_clocksource,
     host_stamps,
+    tsc_of_each_cpu,
     wait_until,
 )
 from pvclock.errors import TscOffsetNotHonoured
@@ -76,6 +77,10 @@ class _VcpusOfRunner:
         """See Backend."""
         return self._runner.gate.is_held()
 
+    def tsc_readings(self) -> tuple[HostTsc, ...]:
+        """See Backend."""
+        return tsc_of_each_cpu(self.counter)
+
 
 class KvmBackend(_VcpusOfRunner):
     """See pvclock.backend.Backend: a host whose KVM leaves TSC offsets as they are set.
@@ -100,7 +105,7 @@ class KvmBackend(_VcpusOfRunner):
 
     def stamps(self) -> HostStamps:
         """See Backend."""
-        return host_stamps(self.sample(Reference.REALTIME))
+        return host_stamps(self.sample, self.tsc_hz)
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """See Backend.  For a vCPU that is out of the guest; a host without offsets has offset 0 and no other."""
@@ -113,6 +118,10 @@ class KvmBackend(_VcpusOfRunner):
         if self._vcpus[vcpu].get_tsc_offset() != offset:
             self._vcpus[vcpu].set_tsc_offset(before)
             raise TscOffsetNotHonoured(offset, "it reads back differently")
+
+    def tsc_offset(self, vcpu: int) -> int | None:
+        """See Backend: KVM's own, for a vCPU that is out of the guest."""
+        return self._vcpus[vcpu].get_tsc_offset() if self._honours_tsc_offset else None
 
 
 class SteeredTscBackend(_VcpusOfRunner):
@@ -143,7 +152,7 @@ class SteeredTscBackend(_VcpusOfRunner):
 
     def stamps(self) -> HostStamps:
         """See Backend."""
-        return host_stamps(self.sample(Reference.REALTIME))
+        return host_stamps(self.sample, self.tsc_hz)
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """See Backend.  For a vCPU that is out of the guest; its TSC can be put forward, not back."""
@@ -157,6 +166,10 @@ class SteeredTscBackend(_VcpusOfRunner):
             )
             self._vcpus[vcpu].set_tsc_offset((kernel_time + offset - host_tsc) & U64_MASK)
             self._offsets[vcpu] = offset
+
+    def tsc_offset(self, vcpu: int) -> int | None:
+        """See Backend: KVM moves the host's own all the time, and those to kernel time stay."""
+        return None
 
     def _bracket(self, read: Callable[[], int]) -> tuple[HostTsc, int, int]:
         """The counter at the instant of `read()`, what that gave, and the bracket's width in ticks."""

@@ -25,6 +25,7 @@ from pvclock.providers.interface import (
 from pvclock.providers.kvm import KvmProvider
 from pvclock.providers.minimal import MinimalProvider
 from pvclock.providers.none import NoneProvider
+from pvclock.providers.timing import CPUID_TIMING
 from pvclock.quantities import U64_MASK, Gpa
 
 __all__ = [
@@ -163,6 +164,11 @@ class GuestInterface:
     def is_paravirt_tsc_enabled(self) -> bool:
         """Does the guest read a TSC page of Hyper-V's?  Pages of KVM's are none: False, as VirtualBox says."""
         return False
+
+    @property
+    def guest_lives_by_tsc(self) -> bool:
+        """Is the guest told its TSC's frequency, or has it no other clock?"""
+        return CPUID_TIMING in self.cpuid_leaves or not self._provider.publishes_time
 
     @property
     def config(self) -> Mapping[str, int | bool | str]:

@@ -181,6 +181,10 @@ class Provider(Protocol):
         """May pages say TSC_STABLE if the TSCs are?"""
 
     @property
+    def publishes_time(self) -> bool:
+        """Has the guest a clock by this interface, or nothing but its TSC?"""
+
+    @property
     def refreshes_pages(self) -> bool:
         """Are pages brought up to date beside what the guest and the VMM do?"""
 

@@ -27,7 +27,7 @@ class MinimalProvider:
     name = "Minimal"
     number = 1
     version = 1
-    allows_stable = False
+    allows_stable = publishes_time = False
     refreshes_pages = tells_of_pauses = True
 
     def __init__(self, clock: ClockServices, vcpus: int, *, apic_bus_hz: int = APIC_BUS_HZ) -> None:

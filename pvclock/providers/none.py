@@ -24,7 +24,7 @@ class NoneProvider:
     number = 0
     version = 1
     config: Mapping[str, int | bool | str] = {}
-    allows_stable = False
+    allows_stable = publishes_time = False
     refreshes_pages = tells_of_pauses = True
     cpuid_leaves: Mapping[int, CpuidLeaf] = {}
 

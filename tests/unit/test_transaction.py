@@ -237,7 +237,7 @@ def interrupts(count: int) -> Iterator[Callable[[], bool]]:
 
     def interrupt() -> None:
         nonlocal left
-        while left:
+        while left > 0:
             ready.wait()
             ready.clear()
             left -= 1
@@ -264,14 +264,15 @@ def interrupted(body: Callable[[], None], check: Callable[[], None]) -> int:
     """Call `body` over and over, interrupted at any instruction, and `check` after each; how often it was."""
     came = 0
     with interrupts(INTERRUPTS) as again:
-        while again():
+        while True:
             try:
+                if not again():  # the interrupt may come before this returns
+                    return came
                 while True:
                     body()
             except KeyboardInterrupt:
                 came += 1
             check()
-    return came
 
 
 @pytest.mark.row("E9")

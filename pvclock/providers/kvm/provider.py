@@ -51,6 +51,7 @@ class KvmProvider:
     name = "KVM"
     number = 3
     version = 2
+    publishes_time = True
 
     def __init__(  # noqa: PLR0913  # one for each key of the configuration, all by keyword
         self,

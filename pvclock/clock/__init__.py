@@ -1,0 +1,1 @@
+"""One VM's clock, put together from parts that each own their state; `GuestClock` is their face."""

@@ -1,0 +1,172 @@
+"""What is saved of a clock, and how a clock is made of that again.
+
+The state of a paused clock is that of the pause; of a restored one that was not resumed, what it was restored from.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Final, NamedTuple
+
+from pvclock import catchup
+from pvclock.catchup import CatchUpTable, Policy, Slew
+from pvclock.clock.follower import OFF, Follower
+from pvclock.clock.host_trust import HostTrust
+from pvclock.clock.operations import Operations
+from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
+from pvclock.clock.vcpu_tscs import VcpuTscs
+from pvclock.clock.wall_clock import WallClock, WallClockBase
+from pvclock.clockstate import (
+    VERSION,
+    ClockState,
+    HostState,
+    OfferState,
+    ProviderState,
+    ReferenceState,
+    SlewState,
+    TimelineState,
+    VcpuState,
+    WallClockState,
+)
+from pvclock.errors import ConfigError, RangeError, StateFileError
+from pvclock.events import EventKind
+from pvclock.quantities import U64_MASK, Gpa, HostTsc, RefNs
+from pvclock.readings import HostStamps, Reference
+from pvclock.timeline import Tempo, Timeline
+
+__all__ = ["ClockParts", "capture", "check_dilation", "check_tsc_hz", "follow_again", "policy_named", "take"]
+
+TSC_TOLERANCE_PPM: Final = 250
+"""By how much a guest's TSC may be off the frequency that the guest was told: KVM's tsc_tolerance_ppm."""
+
+
+class ClockParts(NamedTuple):
+    """What a clock is made of, as far as it is saved."""
+
+    keeper: Timekeeper
+    tscs: VcpuTscs
+    host: HostTrust
+    operations: Operations
+    follower: Follower
+    wall_clock: WallClock
+
+
+def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, guest_tsc_hz: int) -> ClockState:
+    """The clock as it is now, or since it was paused; within `with changing`."""
+    keeper, follower = parts.keeper, parts.follower
+    timeline, paused_at = keeper.timeline, keeper.state.paused_at
+    at = paused_at or PausePoint(keeper.backend.stamps(), keeper.backend.tsc_hz)
+    tsc = at.stamps.tsc
+    slew = timeline.slew_policy
+    reference = None
+    if follower.reference != OFF:
+        reference = ReferenceState(str(follower.reference), Fraction(follower.max_ppm), follower.panic_ns)
+    return ClockState(
+        version=VERSION,
+        provider=provider,
+        policy=catchup.describe(parts.operations.policy),
+        timeline=TimelineState(timeline.at(tsc) % (U64_MASK + 1), timeline.tempo.dilation, keeper.is_paused),
+        slew=None if slew is None else SlewState(timeline.skew_at(tsc), catchup.describe(slew)),
+        host=_host_state(at),
+        wall_clock_gpa=parts.wall_clock.gpa,
+        offers=offers,
+        vcpus=tuple(_vcpu_state(parts, vcpu, tsc) for vcpu in range(keeper.vcpus)),
+        sleep_policy=catchup.describe(parts.host.sleep_policy),
+        guest_tsc_hz=guest_tsc_hz,
+        reference=reference,
+        wall_clock=WallClockState(*parts.wall_clock.base),
+    )
+
+
+def take(parts: ClockParts, state: ClockState, policy: Policy, slew: Policy | None) -> None:
+    """Let the parts, which are new, be those of the paused clock that was saved as `state`, which is sound."""
+    keeper, host = parts.keeper, state.host
+    now = keeper.backend.stamps()
+    timeline = Timeline(now.tsc, keeper.backend.tsc_hz, state.timeline.guest_ns, Tempo(state.timeline.dilation))
+    timeline.stop(now.tsc)
+    if state.slew is not None and isinstance(slew, Slew | CatchUpTable):
+        timeline.slew(now.tsc, state.slew.remaining_ns, slew)
+    boot_id = None if host.raw_ns is None else host.boot_id
+    same_boot = boot_id is not None and boot_id == now.boot_id
+    asleep_ns = now.asleep_ns if host.asleep_ns is None else host.asleep_ns
+    then = HostStamps(HostTsc(host.tsc), RefNs(host.raw_ns or 0), host.real_ns, boot_id, asleep_ns)
+    restored = TimeState.of(timeline, PausePoint(then, host.tsc_hz, elsewhere=True))
+    keeper.stand_still(restored, (keeper.event(EventKind.RESTORE, _told(state, same_boot=same_boot), now, before=restored),))
+    keeper.forget_past()
+    parts.operations.policy = policy
+    parts.host.sleep_policy = policy_named("sleep_policy", state.sleep_policy)
+    parts.wall_clock.gpa = None if state.wall_clock_gpa is None else Gpa(state.wall_clock_gpa)
+    parts.wall_clock.base = WallClockBase(*state.wall_clock)
+    parts.tscs.stand([(vcpu.guest_tsc, vcpu.tsc_adjust, vcpu.tsc_aux) for vcpu in state.vcpus])
+    for number, vcpu in enumerate(state.vcpus):
+        keeper.pages.register(number, vcpu.time_page_gpa)
+
+
+def follow_again(parts: ClockParts, state: ClockState) -> None:
+    """Follow what the saved clock followed, or tell that it is not known here."""
+    if state.reference is None:
+        return
+    if state.reference.name in list(Reference) and parts.keeper.backend.is_slaved:
+        panic_ns = state.reference.panic_ns
+        parts.follower.follow(state.reference.name, max_ppm=float(state.reference.max_ppm), panic_ns=panic_ns)
+    else:
+        why = f"the saved clock followed {state.reference.name}, which is not to be had here; follow() another"
+        parts.keeper.tell(EventKind.REFUSED, why)
+
+
+def check_tsc_hz(state: ClockState, tsc_hz: int, *, any_tsc_hz: bool) -> str:
+    """For a guest that lives by its TSC: what is to be told of another frequency than it was told, within 250 ppm.
+
+    StateFileError beyond that, unless any_tsc_hz.
+    """
+    told_hz = state.guest_tsc_hz or state.host.tsc_hz
+    if told_hz == tsc_hz:
+        return ""
+    off_ppm = Fraction(abs(tsc_hz - told_hz) * 10**6, told_hz)
+    if off_ppm > TSC_TOLERANCE_PPM and not any_tsc_hz:
+        raise StateFileError(
+            "guest_tsc_hz",
+            f"{told_hz} Hz, which the guest lives by",
+            f"within {TSC_TOLERANCE_PPM} ppm of this host's {tsc_hz} Hz, or restore(any_tsc_hz=True)",
+        )
+    return f"the guest was told a TSC of {told_hz} Hz, and it is {tsc_hz} Hz here, {float(off_ppm):.3g} ppm off"
+
+
+def check_dilation(state: ClockState, tsc_hz: int) -> None:
+    """StateFileError if no page can show the state's dilation on a TSC of that frequency."""
+    dilation = state.timeline.dilation
+    try:
+        Timeline(HostTsc(0), tsc_hz).check(dilation)
+    except RangeError as error:
+        supported = f"what a page can show at {tsc_hz} Hz: {error}"
+        raise StateFileError("timeline.dilation", str(dilation), supported) from None
+
+
+def policy_named(field: str, name: str) -> Policy:
+    """The policy of that name in a state's field; StateFileError if there is none."""
+    try:
+        return catchup.parse(name)
+    except (ConfigError, RangeError) as error:
+        raise StateFileError(field, repr(name), str(error)) from None
+
+
+def _told(state: ClockState, *, same_boot: bool) -> str:
+    unknown = []
+    if state.host.asleep_ns is None and same_boot:
+        unknown.append("whether the host slept since")
+    if state.version == 1:
+        unknown.append("what the clock followed")
+    told = f"; a state of version {state.version} does not say {' nor '.join(unknown)}" if unknown else ""
+    return f"saved on boot {state.host.boot_id}{told}"
+
+
+def _host_state(at: PausePoint) -> HostState:
+    stamps = at.stamps
+    return HostState(stamps.tsc, at.tsc_hz, stamps.raw_ns, stamps.real_ns, stamps.boot_id, stamps.asleep_ns)
+
+
+def _vcpu_state(parts: ClockParts, vcpu: int, tsc: HostTsc) -> VcpuState:
+    found = parts.tscs.at(vcpu, tsc)
+    gpa = parts.keeper.pages.registered(vcpu)
+    return VcpuState(found.offset, found.adjust, found.aux, found.read(tsc), gpa)
+

@@ -1,0 +1,207 @@
+"""May a clock go by its host's TSC?  What is done when the TSC steps, when one CPU is behind, and when the host slept.
+
+The TSC is compared with where it was at the last publish, always, and with CLOCK_MONOTONIC_RAW in ticks and once it
+has stepped.  A step is confirmed on the other CPUs first.  What all CPUs show is taken as a renumbering of the host's
+instants: timeline, pages, the vCPUs' offsets and what is known of a reference are moved along, so that guest time and
+the guests' TSCs go on by as much as the raw clock says has passed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+from pvclock import catchup
+from pvclock.catchup import Policy
+from pvclock.clock.follower import Follower
+from pvclock.clock.timekeeper import Timekeeper, TimeState
+from pvclock.clock.vcpu_tscs import VcpuTscs
+from pvclock.errors import StateError
+from pvclock.events import EventKind
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, signed64
+from pvclock.readings import HostStamps
+
+__all__ = ["HostTrust", "slept_ns"]
+
+SLEPT_LEAST_NS: Final = 1_000_000
+"""CLOCK_BOOTTIME - CLOCK_MONOTONIC is read by brackets, so it differs by some 100 ns where nobody slept."""
+
+RETURN_TOLERANCE: Final = 100
+"""A TSC that comes back does so by as much as it went, to 1 part in this."""
+
+
+class HostTrust:
+    """What is known of the host's TSC, and what follows from it for one clock."""
+
+    def __init__(self, keeper: Timekeeper, tscs: VcpuTscs, follower: Follower) -> None:
+        self.sleep_policy: Policy = catchup.Freeze()
+        """What becomes of a host's sleep that a running VM went through."""
+        self.tsc_failed = False
+        """Did the TSC step, or one CPU's fall behind?  Then STABLE stays off: no later look makes that good."""
+        self._keeper = keeper
+        self._tscs = tscs
+        self._follower = follower
+        self._mark = keeper.backend.stamps()  # the last instant at which all was well
+        self._went_back_ticks: int | None = None  # by the last step, which may be taken back
+        self._is_behind = False  # this CPU, and it was told
+        self._slept_ns = 0  # told since the last take_slept_ns()
+
+    def check(self, vcpu: int | None = None) -> bool:
+        """Before a publish: is the TSC good here and now?  False if it is this CPU that is behind.
+
+        Costs one reading of the TSC, unless it has stepped before.
+        """
+        least = HostTsc(self._keeper.pages.break_tsc)
+        if self._went_back_ticks is None and signed64(self._keeper.host_tsc() - least) >= 0:
+            self._is_behind = False
+            return True
+        return self.examine(vcpu) is not None
+
+    def require(self, operation: str) -> HostStamps:
+        """The host's clocks now, for an operation that needs a good TSC; StateError if this CPU's is behind."""
+        stamps = self.examine()
+        if stamps is None:
+            raise StateError(
+                operation, "this CPU's TSC is behind the others'", "try again, where the thread runs on another CPU"
+            )
+        return stamps
+
+    def examine(self, vcpu: int | None = None) -> HostStamps | None:
+        """Compare all host clocks with what they were, and do what follows; None if this CPU's TSC is behind.
+
+        vcpu: the caller's own, which is out of the guest.
+        """
+        keeper = self._keeper
+        stamps = keeper.backend.stamps()
+        if not keeper.backend.is_slaved:  # a counter of executed ticks has nothing to do with these clocks
+            return stamps
+        least = HostTsc(keeper.pages.break_tsc)
+        if signed64(stamps.tsc - least) < 0:
+            readings = keeper.backend.tsc_readings()
+            if any(signed64(reading - least) >= 0 for reading in readings):
+                return self._one_cpu_is_behind(least, stamps, readings)
+            stamps = self._stepped_back(least, stamps, vcpu)
+        elif self._has_returned(stamps):
+            stamps = self._came_back(stamps, vcpu)
+        self._is_behind = False
+        before, self._mark = self._mark, stamps
+        if slept_ns(before, stamps):
+            self._take_sleep(before, stamps, vcpu)
+        return stamps
+
+    def take_slept_ns(self) -> int:
+        """How much sleep was recorded here since this was last asked."""
+        slept, self._slept_ns = self._slept_ns, 0
+        return slept
+
+    # Steps of the TSC
+
+    def _one_cpu_is_behind(
+        self, least: HostTsc, stamps: HostStamps, readings: tuple[HostTsc, ...]
+    ) -> HostStamps | None:
+        """Pages do not move: vCPUs on the other CPUs would see that.  STABLE goes with the next publish."""
+        keeper, behind = self._keeper, signed64(least - stamps.tsc)
+        self.tsc_failed = True
+        read_low_once = signed64(readings[0] - least) >= 0
+        if not self._is_behind:
+            what = "read low once" if read_low_once else "is behind other CPUs'"
+            why = f"this CPU's TSC {what}, by {behind} ticks or more; pages stay as they are, without STABLE"
+            after = stamps._replace(tsc=least)
+            keeper.events.record(keeper.event(EventKind.TSC_STEP, why, after))
+        self._is_behind = not read_low_once
+        return keeper.backend.stamps() if read_low_once else None
+
+    def _stepped_back(self, least: HostTsc, stamps: HostStamps, vcpu: int | None) -> HostStamps:
+        """All CPUs' TSC went back: guest time goes on by what passed on the raw clock since the last good instant."""
+        passed_ns = stamps.raw_ns - self._mark.raw_ns
+        would_be = HostTsc((self._mark.tsc + max(passed_ns, 0) * self._keeper.backend.tsc_hz // NS_PER_S) & U64_MASK)
+        before = would_be if signed64(would_be - least) > 0 else least
+        back = signed64(before - stamps.tsc)
+        told = (
+            f"{max(passed_ns, 0)} ns passed by CLOCK_MONOTONIC_RAW"
+            if passed_ns > 0
+            else "CLOCK_MONOTONIC_RAW did not go on either, so nobody can tell how much time passed"
+        )
+        why = f"the host's TSC went back by {back} ticks on all CPUs; {told}; guests may read some time again"
+        self._went_back_ticks = back
+        return self._renumbered(before, stamps, why, vcpu)
+
+    def _has_returned(self, stamps: HostStamps) -> bool:
+        """Did a TSC that had stepped back jump ahead by as much?"""
+        if self._went_back_ticks is None:
+            return False
+        ahead = self._ticks_ahead(stamps)
+        return abs(ahead - self._went_back_ticks) <= max(self._went_back_ticks, 0) // RETURN_TOLERANCE
+
+    def _ticks_ahead(self, stamps: HostStamps) -> int:
+        """How far the TSC went beyond the raw clock since the last good instant."""
+        passed_ns = stamps.raw_ns - self._mark.raw_ns
+        return signed64(stamps.tsc - self._mark.tsc) - passed_ns * self._keeper.backend.tsc_hz // NS_PER_S
+
+    def _came_back(self, stamps: HostStamps, vcpu: int | None) -> HostStamps:
+        """The one time that guest time may go back: what guests read since the TSC came back was never so."""
+        ahead, self._went_back_ticks = self._ticks_ahead(stamps), None
+        before = HostTsc((stamps.tsc - ahead) & U64_MASK)
+        why = (
+            f"the host's TSC came back: {ahead} ticks ahead of CLOCK_MONOTONIC_RAW, which decides; "
+            "guests that read the time meanwhile read it again"
+        )
+        return self._renumbered(before, stamps, why, vcpu)
+
+    def _renumbered(self, before: HostTsc, stamps: HostStamps, why: str, vcpu: int | None) -> HostStamps:
+        """Take host TSC `before` as what the stamps now say, everywhere."""
+        self.tsc_failed = True
+        self._keeper.while_held(vcpu, partial(self._renumber_all, before, stamps, why))
+        return stamps
+
+    def _renumber_all(self, before: HostTsc, stamps: HostStamps, why: str) -> None:
+        keeper, after = self._keeper, stamps.tsc
+        self._tscs.renumber(before, after)
+        timeline = keeper.timeline.copy()
+        timeline.rebase(before, after)
+        paused_at = keeper.state.paused_at
+        if paused_at is not None and not paused_at.elsewhere:
+            tsc = HostTsc((paused_at.stamps.tsc + after - before) & U64_MASK)
+            paused_at = paused_at._replace(stamps=paused_at.stamps._replace(tsc=tsc))
+        state = TimeState.of(timeline, paused_at)
+        event = keeper.event(EventKind.TSC_STEP, why, stamps, before=state)
+        keeper.replace(lambda _: (state, (event,)), ((after - before) & U64_MASK, 0))
+        keeper.forget_past()
+        self._follower.renumber(before, after)
+
+    # Sleep
+
+    def _take_sleep(self, before: HostStamps, stamps: HostStamps, vcpu: int | None) -> None:
+        """The host slept since the last look.  A paused clock settles that at resume(), a running one by sleep_policy."""
+        keeper, slept = self._keeper, slept_ns(before, stamps)
+        self._slept_ns += slept
+        self._tscs.read_back(vcpu)
+        ahead_ns = signed64(stamps.tsc - before.tsc) * NS_PER_S // keeper.backend.tsc_hz - stamps.raw_ns + before.raw_ns
+        if keeper.is_paused:
+            self._tell_sleep(slept, "guest time stood still", stamps)
+        elif 2 * ahead_ns > slept:
+            self._tell_sleep(slept, "its TSC counted on, so guests had that time, and nothing is taken back", stamps)
+        else:
+            self._settle(slept, stamps)
+
+    def _settle(self, slept: int, stamps: HostStamps) -> None:
+        keeper, policy = self._keeper, self.sleep_policy
+        settled = catchup.settle(policy, slept * keeper.timeline.tempo.dilation)
+        timeline = keeper.timeline.copy()
+        timeline.jump(settled.gain_ns)
+        if settled.slew is not None:
+            timeline.slew(stamps.tsc, settled.slew_ns, settled.slew)
+        state = TimeState.of(timeline)
+        why = f"the host slept for {slept} ns while vCPUs ran; {catchup.describe(policy)}"
+        event = keeper.event(EventKind.SUSPEND, why, stamps, after=state)
+        keeper.step(state, (event,), (0, int(settled.gain_ns)))
+
+    def _tell_sleep(self, slept: int, why: str, stamps: HostStamps) -> None:
+        keeper = self._keeper
+        keeper.events.record(keeper.event(EventKind.SUSPEND, f"the host slept for {slept} ns; {why}", stamps))
+
+
+def slept_ns(before: HostStamps, after: HostStamps) -> int:
+    """How long the host slept between two instants of one boot."""
+    slept = after.asleep_ns - before.asleep_ns
+    return slept if slept >= SLEPT_LEAST_NS else 0

@@ -1,0 +1,315 @@
+"""What a VMM does to time: dilate, slew, put forward, pause, resume, run for a while.
+
+Each operation is done as a whole or not at all, and leaves an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from operator import index
+
+from pvclock import catchup
+from pvclock.catchup import CatchUpTable, Policy, Slew
+from pvclock.clock.follower import Follower
+from pvclock.clock.host_trust import HostTrust, slept_ns
+from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
+from pvclock.clock.vcpu_tscs import VcpuTscs
+from pvclock.errors import RangeError, StateError
+from pvclock.events import Event, EventKind
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
+from pvclock.readings import Churn, HostStamps, RunReport
+from pvclock.timeline import Tempo, Timeline
+
+__all__ = ["Operations"]
+
+
+class Operations:
+    """A VMM's operations on one VM's time."""
+
+    def __init__(self, keeper: Timekeeper, host: HostTrust, tscs: VcpuTscs, follower: Follower) -> None:
+        self._keeper, self._host, self._tscs, self._follower = keeper, host, tscs, follower
+        self._policy: Policy = catchup.Freeze()
+        self._runs_for = False  # a run_for() is under way
+
+    @property
+    def policy(self) -> Policy:
+        """What becomes of missed time where resume() is not told; settable, by name too.  Saved with the clock."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy | str) -> None:
+        self._policy = catchup.as_policy(policy)
+
+    # Rates, which never step
+
+    def refresh(self, vcpu: int | None = None) -> None:
+        """See GuestClock.refresh()."""
+        with self._keeper.changing:
+            if not self._host.check(vcpu):
+                return
+            if self._keeper.timeline.is_slewing and not self._keeper.is_paused:
+                self._go_on_slewing()
+            else:
+                self._keeper.republish(vcpu)
+
+    def dilate(self, numerator: int, denominator: int = 1) -> None:
+        """See GuestClock.dilate()."""
+        numerator, denominator = index(numerator), index(denominator)
+        if numerator < 1 or denominator < 1:
+            raise RangeError(f"dilation {numerator}/{denominator}; two whole numbers from 1 on: dilate(1, 2) halves")
+        dilation = Fraction(numerator, denominator)
+        if max(dilation.as_integer_ratio()) > U64_MASK:
+            raise RangeError(f"dilation {float(dilation):.3g} in terms of more than 64 bits; use a nearby fraction")
+        with self._keeper.changing:
+            self._keeper.timeline.check(dilation)
+            stamps = self._host.require("dilate")
+            tempo = self._keeper.timeline.tempo._replace(dilation=dilation)
+            self._keeper.change_rate(tempo, stamps, EventKind.DILATE, f"dilate({numerator}, {denominator})")
+
+    def slew(self, target_ns: int, max_ppm: int = 500) -> None:
+        """See GuestClock.slew()."""
+        policy = catchup.as_policy(Slew(max_ppm))
+        assert isinstance(policy, Slew)  # noqa: S101  # for type checkers
+        keeper = self._keeper
+        with keeper.changing:
+            tsc = keeper.host_tsc()
+            if abs(keeper.timeline.skew_at(tsc) + index(target_ns)) > U64_MASK:
+                raise RangeError(f"slew({target_ns}): with what is still to be slewed it is 2^64 ns or more")
+            stamps = self._host.require("slew")
+            slewed = keeper.timeline.copy()
+            slewed.slew(stamps.tsc, Fraction(target_ns), policy)
+            self._go_on_slewing(slewed, stamps, f"slew({target_ns}, {max_ppm})")
+
+    def churn(self, publishes: int, dilations: list[Fraction], seconds: float) -> Churn:
+        """See GuestClock.churn()."""
+        keeper = self._keeper
+        max_ticks = int(min(seconds * keeper.backend.tsc_hz, 2**63 - 1))
+        with keeper.changing:
+            timeline = keeper.timeline
+            tempos = [timeline.tempo._replace(dilation=dilation) for dilation in dilations]
+            rates = [(*timeline.rate(tempo.pace), timeline.scale(tempo.pace)) for tempo in tempos]
+            if keeper.is_paused or timeline.is_slewing:
+                raise StateError("churn", "guest time stands still or is being slewed", "let it run at its pace first")
+            keeper.republish()
+            line, churn = keeper.pages.churn(keeper.state.line, rates, publishes, max_ticks)
+            last = (churn.publishes - 1) % len(rates)
+            carried = timeline.copy()
+            carried.resume_from(line, tempos[last])
+            keeper.take(TimeState(carried, line, rates[last][2]))
+        return churn
+
+    # Steps, all forward
+
+    def skip(self, ns: int) -> None:
+        """See GuestClock.skip()."""
+        if index(ns) < 0:
+            raise RangeError(f"skip({ns}): guest time goes forward only; slew({ns}) makes it later without a step back")
+        with self._keeper.changing:
+            self._keeper.check_end(ns, f"skip({ns})")
+            self._jump(ns, EventKind.SKIP, "skip")
+
+    def offset(self, ns: int) -> None:
+        """See GuestClock.offset()."""
+        with self._keeper.changing:
+            now = self._keeper.check_end(index(ns), f"offset({ns})")
+            if ns < 0 and (self._keeper.pages.was_published or now + ns < 0):
+                raise RangeError(
+                    f"offset({ns}) at guest time {round(now)} ns: time that was read is not taken back, nor is there "
+                    f"any before 0; slew({ns}) makes it later without a step back"
+                )
+            self._jump(ns, EventKind.OFFSET, "offset")
+
+    # Standing still
+
+    def pause(self) -> None:
+        """See GuestClock.pause()."""
+        with self._keeper.changing:
+            self._check_idle("pause")
+            self._keeper.while_held(None, self._pause)
+
+    def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> catchup.Settlement:
+        """See GuestClock.resume()."""
+        chosen = self._policy if policy is None else catchup.as_policy(policy)
+        with self._keeper.changing:
+            self._check_idle("resume")
+            self._paused_at("resume")
+            resume = partial(self._resume, chosen, guest_stopped=guest_stopped)
+            return self._keeper.while_held(None, resume)
+
+    def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
+        """See GuestClock.run_for()."""
+        if index(ns) <= 0:
+            raise RangeError(f"run_for({ns}); ns of guest time, more than 0")
+        chosen = self._policy if policy is None else catchup.as_policy(policy)
+        keeper = self._keeper
+        with keeper.changing:
+            self._check_idle("run_for")
+            self._paused_at("run_for")
+            self._check_reach(ns)
+            try:
+                self._runs_for = True
+                keeper.while_held(None, partial(self._resume, chosen, guest_stopped=False))
+                begin = keeper.timeline.at(keeper.timeline.begin_tsc)
+            finally:
+                self._runs_for = not keeper.is_paused
+        try:
+            self._run_until(begin + ns)
+        finally:
+            with keeper.changing:
+                self._runs_for = False
+                keeper.while_held(None, self._pause)
+                ran = keeper.timeline.at(keeper.timeline.begin_tsc) - begin
+        return RunReport(ran, ran - ns)
+
+    # Inside
+
+    def _check_idle(self, operation: str) -> None:
+        if self._runs_for:
+            raise StateError(operation, "a run_for() is under way", "wait until it returns")
+
+    def _paused_at(self, operation: str) -> PausePoint:
+        paused_at = self._keeper.state.paused_at
+        if paused_at is None:
+            raise StateError(operation, "guest time is running", "pause() it first")
+        return paused_at
+
+    def _pause(self) -> None:
+        keeper = self._keeper
+        if keeper.is_paused:
+            raise StateError("pause", "guest time stands still already", "resume() it first")
+        keeper.check_held("pause")
+        self._host.require("pause")
+        self._follower.hold()
+        stamps = self._host.require("pause")
+        old = keeper.state
+        tsc = keeper.host_tsc()
+        stopped = old.timeline.copy()
+        stopped.stop(tsc)
+        new = TimeState.of(stopped, PausePoint(stamps._replace(tsc=tsc), keeper.backend.tsc_hz))
+        event = keeper.event(EventKind.PAUSE, "pause()", stamps, tsc=tsc, before=old, after=new)
+        keeper.stand_still(new, (event,))
+
+    def _resume(self, policy: Policy, *, guest_stopped: bool) -> catchup.Settlement:
+        """Settle what was missed, and publish; for while_held()."""
+        keeper = self._keeper
+        stamps = self._host.require("resume")
+        old, paused_at = keeper.state, self._paused_at("resume")
+        tsc = keeper.host_tsc()
+        settled = catchup.settle(policy, self._missed_ns(paused_at, stamps, tsc))
+        new = TimeState.of(_started(old.timeline, tsc, settled))
+        why = f"{catchup.describe(policy)}; {settled.why}".removesuffix("; ")
+        events = [keeper.event(EventKind.RESUME, why, stamps, tsc=tsc, before=old, after=new)]
+        if settled.slew is not None:
+            owed = f"{round(settled.slew_ns)} ns were missed"
+            events.append(keeper.event(EventKind.SLEW, owed, stamps, tsc=tsc, before=new))
+        gain_ticks = int(settled.gain_ns / old.timeline.tempo.dilation * keeper.backend.tsc_hz / NS_PER_S)
+        go_on, refused = self._tscs.prepare_to_go_on(tsc, gain_ticks)
+        if refused is not None:
+            events.append(keeper.event(EventKind.REFUSED, str(refused), stamps, tsc=tsc, before=new))
+
+        def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+            go_on()
+            return new, tuple(events)
+
+        moved = (tsc - paused_at.stamps.tsc) & U64_MASK, int(settled.gain_ns)
+        keeper.resume(change, new, moved, guest_stopped=guest_stopped)
+        return settled
+
+    def _missed_ns(self, paused_at: PausePoint, stamps: HostStamps, tsc: HostTsc) -> Fraction:
+        """Guest time that would have passed since the pause, by the best clock that ran through it.
+
+        The TSC, at the rate that is known; the raw clock and the time asleep where the host slept or the clock was
+        restored within one boot; UTC beyond a boot.
+        """
+        timeline, then = self._keeper.timeline, paused_at.stamps
+        same_boot = stamps.boot_id is not None and stamps.boot_id == then.boot_id
+        if paused_at.elsewhere and not same_boot:
+            host_ns = Fraction(stamps.real_ns - then.real_ns)
+        elif paused_at.elsewhere or slept_ns(then, stamps):
+            host_ns = Fraction(stamps.raw_ns - then.raw_ns + slept_ns(then, stamps))
+        else:
+            host_ns = timeline.missed_at(tsc)
+        return host_ns * timeline.tempo.dilation
+
+    def _jump(self, ns: int, kind: EventKind, name: str) -> None:
+        keeper, old = self._keeper, self._keeper.state
+        stamps = self._host.require(name)
+        old = keeper.state
+        jumped = old.timeline.copy()
+        jumped.turn(stamps.tsc, old.timeline.tempo)
+        jumped.jump(Fraction(ns))
+        new = TimeState.of(jumped, old.paused_at)
+        event = keeper.event(kind, f"{name}({ns})", stamps, before=old, after=new)
+        keeper.step(new, (event,), (0, ns & U64_MASK))
+
+    def _go_on_slewing(
+        self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = ""
+    ) -> None:
+        """Go on by the slew's plan; slewed: the timeline with a skew that was added just now, at `stamps`."""
+        keeper, old = self._keeper, self._keeper.state
+        stamps = stamps or keeper.backend.stamps()
+        planned = slewed or old.timeline.copy()
+        boost = planned.plan(stamps.tsc)
+        told = slewed is not None or boost != old.timeline.tempo.boost
+        why = why or f"{round(planned.skew_at(stamps.tsc))} ns are left"
+
+        def events(tsc: HostTsc, new: TimeState) -> tuple[Event, ...]:
+            found = [keeper.event(EventKind.SLEW, why, stamps, tsc=tsc, before=old, after=new)] if told else []
+            if new.timeline.is_slewing or boost:
+                return tuple(found)
+            left = planned.skew_at(tsc)
+            ended = f"{float(left):.3f} ns of it are left undone"
+            return *found, keeper.event(EventKind.SLEW_END, ended, stamps, tsc=tsc, before=new)
+
+        self._turn(planned, planned.tempo._replace(boost=boost), events)
+
+    def _turn(
+        self, timeline: Timeline, tempo: Tempo, events: Callable[[HostTsc, TimeState], tuple[Event, ...]]
+    ) -> None:
+        """End the segment of `timeline` at the next break point, and go on at `tempo`; an unchanged one goes on."""
+        keeper, old = self._keeper, self._keeper.state
+        same_scale = tempo.pace == old.timeline.pace
+        scale = old.scale if same_scale else timeline.scale(tempo.pace)
+
+        def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+            turned = timeline.copy()
+            if tempo != timeline.tempo:
+                turned.turn(tsc, tempo)
+            if tempo.boost == 0 and turned.is_slewed:  # by the break, some us later, it may have overshot
+                turned.end_slew()
+            line = turned.line()
+            new = TimeState(turned, line, scale, old.paused_at)
+            return new, events(tsc, new)
+
+        keeper.turn(change, scale)
+
+    def _check_reach(self, ns: int) -> None:
+        """RangeError if no counter reaches that guest time; before anything changes."""
+        timeline = self._keeper.timeline
+        ticks = ns * self._keeper.backend.tsc_hz / (NS_PER_S * timeline.pace)
+        if ticks > U64_MASK // 4:
+            raise RangeError(f"run_for({ns}): {int(ticks)} ticks of the host's TSC; up to 2^62 can be waited for")
+
+    def _run_until(self, end_ns: Fraction) -> None:
+        """Let the vCPUs run until guest time is end_ns or later: its rate may change meanwhile."""
+        keeper = self._keeper
+        before: HostTsc | None = None
+        while keeper.timeline.at(now := keeper.host_tsc()) < end_ns:
+            if now == before:
+                raise StateError("run_for", "the backend returned early, and its TSC stands still", "mend run_until()")
+            before = now
+            keeper.backend.run_until(keeper.timeline.tsc_at(end_ns))
+
+
+def _started(stopped: Timeline, tsc: HostTsc, settled: catchup.Settlement) -> Timeline:
+    """The timeline that goes on at `tsc`, with what was settled."""
+    going = stopped.copy()
+    going.start(tsc)
+    going.jump(settled.gain_ns)
+    if isinstance(settled.slew, Slew | CatchUpTable):
+        going.slew(tsc, settled.slew_ns, settled.slew)
+    if going.is_slewing:
+        going.turn(tsc, going.tempo._replace(boost=going.plan(tsc)))
+    return going

@@ -1,0 +1,311 @@
+"""One VM's timeline, its pages and its log of events, and the one way in which they change together.
+
+An operation computes what guest time becomes as a new `TimeState`; the pages are published, the state is replaced and
+the event is recorded as one step, which no error of a callback and no interrupt can leave half done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fractions import Fraction
+from functools import partial
+from typing import Final, NamedTuple, TypeAlias, TypeVar
+
+from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale, TimePages, read_time_info
+from pvclock._memory import GuestMemory
+from pvclock._transaction import Transaction, commit
+from pvclock.backend import Backend
+from pvclock.clock.history import History
+from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
+from pvclock.event_log import EventLog
+from pvclock.events import Event, EventCause, EventKind
+from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, signed64
+from pvclock.readings import ClockLine, HostStamps, TimeInfo
+from pvclock.timeline import Tempo, Timeline
+
+__all__ = ["MAX_AGE_S", "VCPUS_MAX", "TimeState", "Timekeeper"]
+
+MAX_AGE_S: Final = 2.0
+"""Refresh pages at least this often, in seconds of guest time.  mul is up to 0.47 ppb slow, so an older page has lost
+more than the 1 ns that a refresh can give back; the rest comes back at the next ones."""
+
+VCPUS_MAX: Final = 4096
+"""As many as KVM takes on x86 (KVM_MAX_VCPUS), and as many as can be saved."""
+
+
+T = TypeVar("T")
+
+
+class PausePoint(NamedTuple):
+    """Where guest time stands still since.
+
+    stamps: the host then.  tsc_hz: that host's.  elsewhere: it was another host, or this one before a restore.
+    """
+
+    stamps: HostStamps
+    tsc_hz: int
+    elsewhere: bool = False
+
+
+class TimeState(NamedTuple):
+    """What guest time is and how it goes on; nothing in it changes, it is replaced as a whole.
+
+    line, scale: the timeline's segment in C's form, and what pages show of its rate.
+    """
+
+    timeline: Timeline
+    line: ClockLine
+    scale: ClockScale
+    paused_at: PausePoint | None = None
+
+    @staticmethod
+    def of(timeline: Timeline, paused_at: PausePoint | None = None) -> TimeState:
+        """The state with that timeline, which must not change any more."""
+        return TimeState(timeline, timeline.line(), timeline.scale(timeline.pace), paused_at)
+
+    @property
+    def pace(self) -> Fraction:
+        """Guest seconds in a nominal host second; 0 while paused."""
+        return self.timeline.pace if self.timeline.is_running else Fraction(0)
+
+
+Change: TypeAlias = Callable[[HostTsc], tuple[TimeState, tuple[Event, ...]]]
+"""What guest time becomes, and what is recorded of it, if the change is at that host TSC.  Pure: it may be asked twice."""
+
+
+class Timekeeper:
+    """The time of one VM with `vcpus` in `memory`; guest time 0 is now.
+
+    stable: may pages say that all vCPUs' TSCs are in step?  Asked at every publish.
+
+    All that changes is changed within `with changing`: one thread at a time, and callbacks are called when it ends.
+    """
+
+    def __init__(self, memory: GuestMemory, vcpus: int, backend: Backend, stable: Callable[[], bool]) -> None:
+        if not 1 <= vcpus <= VCPUS_MAX:
+            raise ConfigError(f"a VM with {vcpus} vCPUs; choose 1 to {VCPUS_MAX}")
+        self.memory = memory
+        self.vcpus = vcpus
+        self.backend = backend
+        self.events = EventLog()
+        self.changing = Transaction(memory, self.events.deliver)
+        self.pages = TimePages(memory, vcpus, backend.counter)
+        begin = self.host_tsc()
+        timeline = Timeline(begin, backend.tsc_hz)
+        timeline.check(Fraction(1))
+        self.state = TimeState.of(timeline)
+        self._stable = stable
+        self._history = History()
+        self._shown_flags = 0
+        self._all_held = False  # are all vCPUs out of the guest?
+
+    # What time it is
+
+    @property
+    def timeline(self) -> Timeline:
+        """The present segment; not to be changed in place."""
+        return self.state.timeline
+
+    @property
+    def is_paused(self) -> bool:
+        """Does guest time stand still?"""
+        return self.state.paused_at is not None
+
+    def host_tsc(self) -> HostTsc:
+        """The host's TSC now."""
+        return HostTsc(self.backend.counter.read())
+
+    def now(self) -> GuestNs:
+        """Guest time at this instant by the timeline itself, page or no page."""
+        return GuestNs(self.timeline.at(self.host_tsc()).__floor__() & U64_MASK)
+
+    def at(self, host_tsc: HostTsc) -> Fraction:
+        """Guest time in ns at `host_tsc`, exactly: by the present segment, or the one of that time.
+
+        RangeError before the oldest of the segments that are kept (history.SEGMENTS_KEPT).
+        """
+        with self.changing.lock:  # the segment and those before it are read together
+            return self._history.at(host_tsc, self.timeline)
+
+    def shown_at(self, host_tsc: HostTsc) -> GuestNs:
+        """What a guest computes at `host_tsc` from the pages as published last, in ns."""
+        with self.changing.lock:
+            return GuestNs(self.pages.shown_at(host_tsc))
+
+    def page(self, vcpu: int) -> TimeInfo | None:
+        """vCPU's page as it lies in guest memory; None if it has none there."""
+        gpa = self.pages.registered(vcpu)
+        try:
+            return None if gpa is None else read_time_info(self.memory, gpa)
+        except GuestAddressError:
+            return None
+
+    def check_end(self, ns: int, operation: str) -> Fraction:
+        """Guest time now; RangeError if `ns` more is beyond what a page can show."""
+        now = self.timeline.at(self.host_tsc())
+        if now + ns > U64_MASK:
+            raise RangeError(f"{operation} at guest time {round(now)} ns: a guest's clock ends at 2^64 ns")
+        return now
+
+    def check_vcpu(self, vcpu: int) -> int:
+        """The vCPU's number; RangeError if this VM has none of it."""
+        if not 0 <= vcpu < self.vcpus:
+            raise RangeError(f"vCPU {vcpu}; this VM has vCPUs 0 to {self.vcpus - 1}")
+        return vcpu
+
+    def check_held(self, operation: str) -> None:
+        """StateError where the vCPUs would go on in the guest; for while_held()."""
+        if self.backend.vcpus_held() is False:
+            raise StateError(operation, "the vCPUs run", "hold them first: Machine.pause(), Runner.pause()")
+
+    # What changes it; within `with changing`
+
+    def republish(self, vcpu: int | None = None) -> None:
+        """Publish the present segment anew; while paused that is left to resume().
+
+        vcpu: one that is out of the guest, the caller's own, whose flags can be written too.
+        """
+        if not self.is_paused:
+            self._publish(_unchanged, self.state, vcpu=vcpu)
+
+    def while_held(self, vcpu: int | None, operation: Callable[[], T]) -> T:
+        """Call `operation` with all vCPUs out of the guest; what it publishes writes all vCPUs' flags.
+
+        vcpu: the caller's own, which is out already.
+        """
+        if self._all_held:
+            return operation()
+        with self.backend.quiesce(vcpu):
+            try:
+                self._all_held = True
+                return operation()
+            finally:
+                self._all_held = False
+
+    def turn(self, change: Change, scale: ClockScale) -> None:
+        """End the present segment at the break point of a publish: `change` says how time goes on there, at `scale`."""
+        if self.is_paused:
+            self.replace(change)
+        else:
+            self._publish(change, self.state._replace(scale=scale))
+
+    def change_rate(self, tempo: Tempo, stamps: HostStamps, kind: EventKind, why: str) -> None:
+        """Go on at another rate from the next break point on, with an event."""
+        old = self.state
+        scale = old.scale if tempo.pace == old.timeline.pace else old.timeline.scale(tempo.pace)
+
+        def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+            turned = old.timeline.copy()
+            turned.turn(tsc, tempo)
+            new = TimeState(turned, turned.line(), scale, old.paused_at)
+            return new, (self.event(kind, why, stamps, tsc=tsc, before=old, after=new),)
+
+        self.turn(change, scale)
+
+    def step(self, state: TimeState, events: tuple[Event, ...], moved: tuple[int, int]) -> None:
+        """Change time by a declared step, and publish; `moved`: see TimePages.move()."""
+        if self.is_paused:
+            self.replace(lambda _: (state, events), moved)
+        else:
+            self._publish(lambda _: (state, events), state, moved=moved)
+
+    def resume(self, change: Change, shown: TimeState, moved: tuple[int, int], *, guest_stopped: bool) -> None:
+        """Let time go on as `shown` says, and publish; for while_held()."""
+        flags = self._flags | (GUEST_STOPPED if guest_stopped else 0)
+        self._publish_to(range(self.vcpus), flags, change, shown, moved)
+
+    def replace(self, change: Change, moved: tuple[int, int] = (0, 0)) -> None:
+        """Change what no page is to show yet, as of now."""
+        now = self.host_tsc()
+        commit(partial(self.pages.move, *moved), lambda _: change(now), self.take, self.events)
+
+    def stand_still(self, state: TimeState, events: tuple[Event, ...]) -> None:
+        """Stop time, as `state` says; readers in this process see it stand, too."""
+        tsc = state.timeline.begin_tsc
+        shown = self.pages.shown_at(tsc) if self.pages.was_published else state.timeline.at(tsc).__floor__() & U64_MASK
+        commit(partial(self.pages.stand_still, tsc, shown), lambda _: (state, events), self.take, self.events)
+
+    def take(self, state: TimeState) -> None:
+        """Let `state` be the present one.  Asked twice, it does nothing the second time."""
+        if state.timeline.begin_tsc != self.state.timeline.begin_tsc:
+            self._history.add(self.state.timeline)
+        self.state = state
+
+    def place_time_page(self, vcpu: int, gpa: int | None) -> None:
+        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish."""
+        self.pages.register(vcpu, gpa)
+        self.republish(vcpu)
+
+    def forget_past(self) -> None:
+        """The host's TSC stepped: it does not name the instants before that any more."""
+        self._history.clear()
+
+    # Events
+
+    def event(  # noqa: PLR0913  # an event has so many sides
+        self,
+        kind: EventKind,
+        why: str,
+        stamps: HostStamps,
+        *,
+        tsc: HostTsc | None = None,
+        before: TimeState | None = None,
+        after: TimeState | None = None,
+        cause: EventCause = EventCause.VMM,
+    ) -> Event:
+        """What happened at `tsc`, shortly after `stamps`, and what it did to guest time: nothing, if not said."""
+        before = before or self.state
+        after = after or before
+        tsc = stamps.tsc if tsc is None else tsc
+        later_ns = signed64(tsc - stamps.tsc) * NS_PER_S // self.backend.tsc_hz
+        return Event(
+            kind,
+            why,
+            tsc,
+            stamps.raw_ns + later_ns,
+            stamps.real_ns + later_ns,
+            before.timeline.at(tsc),
+            after.timeline.at(tsc),
+            before.pace,
+            after.pace,
+            cause=cause,
+        )
+
+    def tell(self, kind: EventKind, why: str, cause: EventCause = EventCause.VMM) -> None:
+        """Record what leaves guest time alone, as of now."""
+        self.events.record(self.event(kind, why, self.backend.stamps(), cause=cause))
+
+    # Inside
+
+    @property
+    def _flags(self) -> int:
+        return TSC_STABLE_BIT if self.backend.tsc_stable and self._stable() else 0
+
+    def _publish(
+        self, change: Change, shown: TimeState, *, moved: tuple[int, int] = (0, 0), vcpu: int | None = None
+    ) -> None:
+        """Flags, and pages that newly came, take all vCPUs out of the guest; all else is published beside them."""
+        flags = self._flags
+        if not self._all_held and flags == self._shown_flags and not self.pages.lacks_flags(vcpu):
+            self._publish_to(() if vcpu is None else (vcpu,), flags, change, shown, moved)
+        else:
+            every = range(self.vcpus)
+            self.while_held(vcpu, partial(self._publish_to, every, flags, change, shown, moved))
+
+    def _publish_to(
+        self, out_of_guest: Iterable[int], flags: int, change: Change, shown: TimeState, moved: tuple[int, int]
+    ) -> None:
+        """Publish the line and the scale of `shown` in one step with what changes by that."""
+        publish = partial(
+            self.pages.publish, shown.line, shown.scale, flags=flags, out_of_guest=out_of_guest, moved=moved
+        )
+        if change is _unchanged:
+            publish()
+        else:
+            commit(publish, change, self.take, self.events)
+        self._shown_flags = flags & ~GUEST_STOPPED
+
+
+def _unchanged(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+    """For a publish that changes nothing."""
+    raise NotImplementedError

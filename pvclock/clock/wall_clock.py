@@ -1,0 +1,60 @@
+"""The time of day that a guest is told, and the record that it is told by."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pvclock._core import publish_wall_clock
+from pvclock.clock.timekeeper import Timekeeper
+from pvclock.errors import RangeError
+from pvclock.quantities import Gpa
+from pvclock.readings import Reference, Sample
+
+__all__ = ["WallClock", "WallClockBase"]
+
+NS_MAX = 1 << 63
+
+
+class WallClockBase(NamedTuple):
+    """Where a guest's time of day comes from: the host's UTC plus offset_ns (local time, an adjustment).
+
+    fixed_ns: not the host's UTC, but this instant (ns since 1970) at guest time 0, and the guest's own time from there.
+    """
+
+    offset_ns: int = 0
+    fixed_ns: int | None = None
+
+
+class WallClock:
+    """Tells one VM's guest the time of day."""
+
+    def __init__(self, keeper: Timekeeper) -> None:
+        self.gpa: Gpa | None = None
+        """Where the guest asked for its record last."""
+        self._keeper = keeper
+        self._base = WallClockBase()
+
+    @property
+    def base(self) -> WallClockBase:
+        """What the time of day is made of; settable, from the guest's next question on.  Saved with the clock."""
+        return self._base
+
+    @base.setter
+    def base(self, base: WallClockBase) -> None:
+        for name, ns in zip(base._fields, base, strict=True):
+            if ns is not None and not -NS_MAX <= ns < NS_MAX:
+                raise RangeError(f"wall clock: {name} is {ns}; it must be within 2^63 ns")
+        self._base = base
+
+    def write(self, gpa: Gpa) -> None:
+        """Write the time of day of guest time 0 into the record at `gpa`, once; ignored if not in memory."""
+        sample = self._keeper.backend.sample(Reference.REALTIME)
+        self.gpa = gpa
+        guest_ns = self._keeper.timeline.at(sample.tsc).__floor__()
+        publish_wall_clock(self._keeper.memory, gpa, self.time_of_day_ns(sample) - guest_ns)
+
+    def time_of_day_ns(self, sample: Sample) -> int:
+        """The guest's time of day, in ns since 1970, at the instant of a sample of CLOCK_REALTIME."""
+        if self._base.fixed_ns is None:
+            return sample.ns + self._base.offset_ns
+        return self._base.fixed_ns + self._base.offset_ns + self._keeper.timeline.at(sample.tsc).__floor__()
