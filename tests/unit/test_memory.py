@@ -1,8 +1,10 @@
 """Guest memory: slots with holes, bounds that a guest cannot wrap, who hears of writes."""
 
+import ctypes
 import mmap
 import threading
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +23,8 @@ from pvclock import (
     RangeError,
     SimulatedBackend,
 )
-from pvclock._core import TimePages
+from pvclock import _records as records
+from pvclock._core import TimePages, guest_tsc, publish_wall_clock
 from pvclock._counter import Counter, SimulatedCounter
 
 SIZE = 0x10000
@@ -81,12 +84,50 @@ def test_slots_do_not_overlap(gpa: int) -> None:
     assert memory.slots == [(0x1000, 0x1000)]
 
 
+def closed_map() -> mmap.mmap:
+    """A memory map that was closed."""
+    ram = mmap.mmap(-1, SIZE)
+    ram.close()
+    return ram
+
+
+class Pointer(ctypes.Structure):
+    """A structure, and with something in it that a guest must not write."""
+
+    _fields_ = (("number", ctypes.c_int), ("at", ctypes.c_void_p))
+
+
+NO_MEMORY: dict[str, object] = {
+    "read-only": b"read-only",
+    "text": "text",
+    "number": 7,
+    "strided": memoryview(bytearray(8))[::2],
+    "empty": bytearray(),
+    "closed": closed_map(),
+    "objects": (ctypes.py_object * 4)(),
+    "pointers": (ctypes.c_char_p * 4)(),
+    "structures": (Pointer * 4)(),
+}
+
+
 @pytest.mark.row("K-03")
-@pytest.mark.parametrize("buffer", [b"read-only", "text", 7, memoryview(bytearray(8))[::2], bytearray()])
-def test_only_writable_contiguous_buffers_are_memory(buffer: object) -> None:
-    """Anything else is refused with what is needed."""
+@pytest.mark.parametrize("name", NO_MEMORY)
+def test_only_writable_contiguous_buffers_are_memory(name: str) -> None:
+    """Anything else is refused with what is needed: a guest that writes to it must not make Python crash."""
     with pytest.raises(ConfigError):
-        GuestMemory(buffer)
+        GuestMemory(NO_MEMORY[name])
+
+
+@pytest.mark.row("K-03")
+@pytest.mark.parametrize(
+    "buffer", [array("d", [0.0] * 4), (ctypes.c_uint32 * 8)(), memoryview(bytearray(32)).cast("q")]
+)
+def test_buffers_of_plain_numbers_are_memory(buffer: object) -> None:
+    """Numbers of any size are as good as bytes."""
+    memory = GuestMemory(buffer)
+    assert memory.slots == [(0, 32)]
+    memory.write(24, bytes(range(8)))
+    assert memory.read(24, 8) == bytes(range(8))
 
 
 @pytest.mark.row("K-03")
@@ -160,6 +201,69 @@ def test_addresses_and_numbers_are_whole() -> None:
     ):
         with pytest.raises(TypeError):
             call(*arguments)
+
+
+@pytest.mark.row("K-03")
+def test_memory_may_be_copied_within_itself() -> None:
+    """write() of a part of the memory over another that overlaps it copies what was there before."""
+    ram = bytearray(range(16))
+    memory = GuestMemory(ram)
+    memory.write(4, memoryview(ram)[:12])
+    assert bytes(ram) == bytes([0, 1, 2, 3, *range(12)])
+
+
+@pytest.mark.row("E9")
+@pytest.mark.parametrize("vcpu", [-1, 1, 2**31, 2**63, -(2**63) - 1, 10**5000], ids=lambda number: f"{number:#x}"[:20])
+def test_a_vcpu_that_is_not_there_is_a_range_error(vcpu: int) -> None:
+    """Every function that takes a vCPU refuses a number of any size that is none of this VM's."""
+    pages = TimePages(GuestMemory(bytearray(SIZE)), 1, SimulatedCounter())
+    line, scale = ClockLine(HostTsc(0), GuestNs(0), 0, 1, 1), ClockScale.from_hz(10**9)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: pages.read(vcpu),
+        lambda: pages.reading(vcpu),
+        lambda: pages.register(vcpu, 0),
+        lambda: pages.registered(vcpu),
+        lambda: pages.set_tsc_offset(vcpu, 0),
+        lambda: pages.publish(line, scale, out_of_guest=[vcpu]),
+    )
+    for call in calls:
+        with pytest.raises(RangeError, match="vCPU"):
+            call()
+
+
+@pytest.mark.row("E9")
+@pytest.mark.parametrize("number", [-1, 2**64, 10**5000], ids=lambda number: f"{number:#x}"[:20])
+def test_numbers_that_do_not_fit_are_range_errors(number: int) -> None:
+    """A number that its C type cannot hold is refused by what it was meant to be, before anything is written."""
+    memory = GuestMemory(bytearray(SIZE))
+    pages = TimePages(memory, 1, SimulatedCounter())
+    line, scale = ClockLine(HostTsc(0), GuestNs(0), 0, 1, 1), ClockScale.from_hz(10**9)
+    pages.register(0, 0x2000)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: memory.add_slot(number, bytearray(8)),
+        lambda: memory.read(0, number),
+        lambda: pages.register(0, number),
+        lambda: pages.set_tsc_offset(0, number),
+        lambda: pages.publish(line._replace(tsc=HostTsc(number)), scale),
+        lambda: pages.publish(line._replace(ns=GuestNs(number)), scale),
+        lambda: pages.publish(line._replace(rem=number), scale),
+        lambda: pages.publish(line, scale, flags=number),
+        lambda: pages.move(number, 0),
+        lambda: pages.churn(line, [(1, 1, scale)], number),
+        lambda: publish_wall_clock(memory, number, 0),
+        lambda: records.add_steal_time(memory, 0x2000, number),
+        lambda: records.set_preempted(memory, number),
+        lambda: records.store_word(memory, 0x2000, number),
+        lambda: records.write_clock_pairing(memory, 0x2000, 0, number),
+        lambda: ClockScale(number, 0),
+        lambda: guest_tsc(0, frac_bits=number),
+    )
+    for call in calls:
+        with pytest.raises(RangeError):
+            call()
+    assert memory.read(0, SIZE) == bytes(SIZE)
+    with pytest.raises(RangeError, match="8 of them"):
+        pages.publish(line, scale, flags=256)
 
 
 @pytest.mark.row("E9")

@@ -240,8 +240,9 @@ def interrupts(count: int) -> Iterator[Callable[[], bool]]:
         while left > 0:
             ready.wait()
             ready.clear()
-            left -= 1
-            _thread.interrupt_main()
+            if left > 0:
+                left -= 1
+                _thread.interrupt_main()
 
     def again() -> bool:
         is_left = left > 0
@@ -266,7 +267,7 @@ def interrupted(body: Callable[[], None], check: Callable[[], None]) -> int:
     with interrupts(INTERRUPTS) as again:
         while True:
             try:
-                if not again():  # the interrupt may come before this returns
+                if not again():
                     return came
                 while True:
                     body()
