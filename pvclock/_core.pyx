@@ -258,7 +258,7 @@ cdef class TimePages:
 
     def __cinit__(self, GuestMemory memory not None, vcpus: int, Counter counter not None) -> None:
         if not 1 <= as_whole(vcpus, "vcpus") <= 1 << 20:
-            raise ConfigError(f"a VM with {shortened(vcpus)} vCPUs; it has at least 1")
+            raise ConfigError(f"a VM with {shortened(vcpus)} vCPUs; it has 1 to 2^20")
         self.memory, self.vcpus, self.counter = memory, vcpus, counter
         self._wanted = <Wanted *>calloc(vcpus, sizeof(Wanted))
         self._shown = <Shown *>calloc(vcpus, sizeof(Shown))
@@ -460,10 +460,11 @@ cdef class TimePages:
         cdef Churner churner
         cdef uint64_t limit = as_u64(max_ticks, "max_ticks")
         cdef uint64_t most = as_u64(publishes, "publishes")
-        if not rates or most < 1:
+        turns = tuple(rates)
+        if not turns or most < 1:
             raise ConfigError("churn: give at least one rate and one publish")
-        churner = Churner(rates)
-        self._prepare(rates[0][2], 0, ())
+        churner = Churner(turns)
+        self._prepare(<ClockScale?>turns[0][2], 0, ())
         if self._changed:
             raise StateError("churn", "a page, an offset or the memory was changed", "publish first")
         self.memory.pin()
@@ -552,7 +553,7 @@ cdef class Churner:
     cdef uint64_t _publishes
     cdef int64_t _least_step, _most_step, _most_behind, _most_ahead
 
-    def __cinit__(self, rates: list) -> None:
+    def __cinit__(self, rates: tuple) -> None:
         self._count = len(rates)
         self._rates = <pvclock_rate *>calloc(self._count, sizeof(pvclock_rate))
         self._nums = <uint64_t *>calloc(self._count, sizeof(uint64_t))

@@ -303,7 +303,10 @@ cdef class GuestMemory:
         """Write a bytes-like object at `gpa`, all of it or (GuestAddressError) nothing."""
         cdef Py_buffer view
         gpa = as_whole(gpa, "gpa")
-        PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
+        except (BufferError, TypeError, ValueError) as error:
+            raise ConfigError(f"write() needs a contiguous bytes-like object: {error}") from None
         try:
             memmove(self.at(gpa, view.len), view.buf, view.len)
             self.mark_dirty(gpa, view.len)

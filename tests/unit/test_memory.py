@@ -203,6 +203,19 @@ def test_addresses_and_numbers_are_whole() -> None:
             call(*arguments)
 
 
+@pytest.mark.row("K-03", "K-12")
+@pytest.mark.parametrize("name", ["text", "number", "strided", "closed"])
+def test_only_contiguous_bytes_can_be_written(name: str) -> None:
+    """write() of anything else is a ConfigError, and nothing is written or told."""
+    memory = GuestMemory(bytearray(SIZE))
+    heard: list[int] = []
+    memory.on_dirty = lambda gpa, _length: heard.append(gpa)
+    with pytest.raises(ConfigError, match="bytes-like"):
+        memory.write(0, NO_MEMORY[name])
+    assert memory.read(0, SIZE) == bytes(SIZE)
+    assert not heard
+
+
 @pytest.mark.row("K-03")
 def test_memory_may_be_copied_within_itself() -> None:
     """write() of a part of the memory over another that overlaps it copies what was there before."""
