@@ -192,10 +192,10 @@ def _is_at(file: int, path: Path) -> bool:
 def _refuse_foreign(file: int, temporary: Path, access: _Access | None) -> None:
     """In a folder that others can write, the name may have been taken on purpose.
 
-    The target's owner may have it: a writer that was killed had just given it to them, and they will have the file.
+    Root may find it the target's owner's: another root that was killed had just given it to them, as this one will.
     """
-    found = os.fstat(file)
-    owners = {os.geteuid()} if access is None else {os.geteuid(), access.uid}
+    found, user = os.fstat(file), os.geteuid()
+    owners = {user} if user or access is None else {user, access.uid}
     if not stat.S_ISREG(found.st_mode) or found.st_uid not in owners or found.st_nlink != 1:
         raise OSError(f"{temporary} is in the way and not ours; remove it")
 

@@ -302,7 +302,7 @@ def test_a_folders_default_acl_is_not_for_a_file_that_is_there(saved: Path) -> N
 @needs_root
 @pytest.mark.row("P-25")
 def test_what_a_killed_root_had_given_away_is_taken_over(saved: Path) -> None:
-    """A leftover that is the file's owner's already is not in the way, and one of a third user's is."""
+    """A leftover that is the file's owner's already is not in root's way; what is another's is."""
     access = Access(OWNER, GROUP, 0o640)
     give(saved, access)
     leftover = saved.with_name(".clock.json.new")
@@ -310,8 +310,14 @@ def test_what_a_killed_root_had_given_away_is_taken_over(saved: Path) -> None:
     give(leftover, access)
     clockstate.write(saved, LEAST)
     assert (access_of(saved), clockstate.load(saved)) == (access, LEAST)
+
+    def refused() -> None:
+        with pytest.raises(StateFileError, match="in the way and not ours"):
+            clockstate.write(saved, TYPICAL)
+
     leftover.write_text("not ours")
     give(leftover, Access(STRANGER, GROUP, 0o666))
-    with pytest.raises(StateFileError, match="in the way and not ours"):
-        clockstate.write(saved, TYPICAL)
+    refused()
+    give(leftover, Access(OWNER, GROUP, 0o666))
+    as_user(NOBODY, [], refused)
     assert (access_of(saved), clockstate.load(saved), leftover.read_text()) == (access, LEAST, "not ours")
