@@ -48,7 +48,6 @@ from pvclock.tsc_sync import OffsetWrite
 
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
 
-
 PAGES_TOLD: Final = 20
 """A guest may place its pages for ever; it is not to fill the log with that."""
 
@@ -516,7 +515,8 @@ class GuestClock:
 
     def tell(self, kind: EventKind, why: str) -> None:
         """Record an event that the guest caused, and that leaves guest time alone, as of now."""
-        self._keeper.tell(kind, why, EventCause.GUEST)
+        with self._keeper.changing:
+            self._keeper.tell(kind, why, EventCause.GUEST)
 
     @property
     def kernel_features(self) -> int:

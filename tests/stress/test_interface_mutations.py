@@ -192,7 +192,7 @@ def test_damaged_configurations() -> None:
             continue
         interface = GuestInterface(config, clock, 2)
         outcomes[interface.name, True] += 1
-        assert interface.name == config.get("provider", "None")
+        assert interface.name == config.get("provider", config.get("Provider", "None"))
         assert GuestInterface({"provider": interface.name, **interface.config}, clock, 2).config == interface.config
     assert outcomes[None, False] > MUTATIONS // 3
     assert all(outcomes[name, True] > MUTATIONS // 50 for name in PROVIDERS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 
 from pvclock import MsrFault
@@ -201,6 +203,25 @@ def test_virtualbox_tells_of_each_wall_clock() -> None:
         quiet, silent = a_provider(profile=profile)
         quiet.write_msr(0, WALL_CLOCK_NEW, 0x3000)
         assert silent.told == []
+
+
+@pytest.mark.row("V-44", "V-15")
+def test_virtualboxs_wall_clock_whose_memory_goes_meanwhile() -> None:
+    """Memory that the VMM takes away before the version is read: #GP to the guest, a line, and the old value stays."""
+    provider, clock = a_provider(profile="virtualbox")
+    provider.write_msr(0, WALL_CLOCK_NEW, 0x3000)
+    clock.told.clear()
+    quiesce = clock.quiesce
+
+    def quiesce_without_memory(vcpu: int | None) -> AbstractContextManager[None]:
+        clock.memory.remove_slot(0)
+        return quiesce(vcpu)
+
+    clock.quiesce = quiesce_without_memory  # type: ignore[method-assign]  # the moment of the race
+    with pytest.raises(MsrFault, match="is not in guest memory"):
+        provider.write_msr(0, WALL_CLOCK_NEW, 0x4000)
+    assert provider.read_msr(0, WALL_CLOCK_NEW) == 0x3000
+    assert [kind for kind, _ in clock.told] == ["refused"]
 
 
 @pytest.mark.row("V-09")

@@ -70,7 +70,7 @@ def test_it_is_saved_with_the_clock() -> None:
 def test_what_the_leaf_cannot_say(hz: int, options: dict[str, object], complaint: str) -> None:
     """A bus without the leaf, another type, and frequencies beyond 32 bits of kHz are ConfigErrors."""
     with pytest.raises(ConfigError, match=complaint):
-        a_clock(hz=hz, **options)
+        a_clock("KVM", hz, **options)
 
 
 @pytest.mark.row("E22")

@@ -5,10 +5,11 @@ Source: kvm_write_system_time(), kvm_write_wall_clock(); Documentation/virt/kvm/
 
 from __future__ import annotations
 
+from contextlib import suppress
 from struct import Struct
 from typing import Final
 
-from pvclock.errors import MsrFault
+from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.events import EventKind
 from pvclock.providers.interface import ClockServices
 from pvclock.providers.kvm.features import (
@@ -108,8 +109,9 @@ class KvmClock:
 
     def _put_own(self, vcpu: int, gpa: Gpa, version: int) -> None:
         """Have a publish go on from the host's own: it adds 2 to the version that is there, and keeps GUEST_STOPPED."""
-        self._clock.memory.write(gpa, VERSION.pack(version % (1 << 32)))
-        self._clock.memory.write(gpa + FLAGS_AT, bytes([self._flags[vcpu]]))
+        with suppress(GuestAddressError):  # where there is no memory any more, there is no page
+            self._clock.memory.write(gpa, VERSION.pack(version % (1 << 32)))
+            self._clock.memory.write(gpa + FLAGS_AT, bytes([self._flags[vcpu]]))
 
     def _disable(self, vcpu: int) -> None:
         if self._profile.stops_all_pages:
@@ -121,31 +123,31 @@ class KvmClock:
 
     def _write_wall_clock(self, vcpu: int, index: int, value: int) -> None:
         # No enable bit and no mask: the value is the address.
-        if self._profile.wall_clock_must_be_good:
-            self._check_wall_clock(index, value)
-        self._wall_clock[vcpu] = value
         if self._profile.wall_clock_is_now:
-            self._write_time_of_day(vcpu, Gpa(value))
-        elif value:
+            self._write_time_of_day(vcpu, index, value)
+            return
+        if self._profile.wall_clock_must_be_good:
+            self._check(index, value, value, WALL_CLOCK.size)
+        self._wall_clock[vcpu] = value
+        if value:
             self._clock.write_wall_clock(Gpa(value))
 
-    def _check_wall_clock(self, index: int, value: int) -> None:
+    def _write_time_of_day(self, vcpu: int, index: int, value: int) -> None:
+        """Write UTC at this moment, with all vCPUs out: a guest that adds its own time is ahead by its uptime (T3)."""
+        before, memory = self._wall_clock[vcpu], self._clock.memory
         try:
             self._check(index, value, value, WALL_CLOCK.size)
-        except MsrFault as fault:
-            if self._profile.logs:
-                self._log(EventKind.REFUSED, f"wall clock not written: {fault}")
-            raise
-
-    def _write_time_of_day(self, vcpu: int, gpa: Gpa) -> None:
-        """Write UTC at this moment, with all vCPUs out: a guest that adds its own time is ahead by its uptime (T3)."""
-        memory = self._clock.memory
-        with self._clock.quiesce(vcpu):
-            (version,) = VERSION.unpack(memory.read(gpa, VERSION.size))
-            sec, nsec = divmod(self._clock.utc_ns(), NS_PER_S)
-            even = ((version | 1) + 1) % (1 << 32)
-            memory.write(gpa, WALL_CLOCK.pack(even, sec % (1 << 32), nsec))
-        self._log(EventKind.PAGE, f"wall clock at {gpa:#x}: sec {sec}, nsec {nsec}, version {even}")
+            with self._clock.quiesce(vcpu):
+                (version,) = VERSION.unpack(memory.read(value, VERSION.size))
+                sec, nsec = divmod(self._clock.utc_ns(), NS_PER_S)
+                even = ((version | 1) + 1) % (1 << 32)
+                self._wall_clock[vcpu] = value
+                memory.write(value, WALL_CLOCK.pack(even, sec % (1 << 32), nsec))
+        except (MsrFault, GuestAddressError) as error:  # its memory may go at any time
+            self._wall_clock[vcpu] = before
+            self._log(EventKind.REFUSED, f"wall clock not written: {error}")
+            raise error if isinstance(error, MsrFault) else MsrFault(index, value, str(error)) from None
+        self._log(EventKind.PAGE, f"wall clock at {value:#x}: sec {sec}, nsec {nsec}, version {even}")
 
     def _check(self, index: int, value: int, gpa: int, length: int) -> None:
         if gpa % ALIGNMENT:

@@ -40,10 +40,11 @@ class Profile(NamedTuple):
     stable_unasked: bool = False
     """May pages say TSC_STABLE though CPUID does not offer it?"""
     wall_clock_is_now: bool = False
-    """Is the wall clock the time of day at the write, not at guest time 0?  It is written in one go then."""
+    """Is the wall clock the time of day at the write, not at guest time 0?  It is written in one go then, with all
+    vCPUs out, and the VMM is told of each."""
 
-    logs: bool = False
-    """Is the VMM told of faults on MSRs that are not served, and of wall clocks written and not written?"""
+    tells_of_faults: bool = False
+    """Is the VMM told of accesses of MSRs that are not served?"""
     features_of_newest_only: bool = False
     """Has a guest features unasked only where the newest interface version is configured?  Else STABLE alone."""
 
@@ -87,7 +88,7 @@ PROFILES: Final = MappingProxyType(
             keeps_own_version=True,
             stable_unasked=True,
             wall_clock_is_now=True,
-            logs=True,
+            tells_of_faults=True,
             features_of_newest_only=True,
             refreshes_pages=False,
             tells_of_pauses=False,

@@ -242,7 +242,7 @@ class KvmProvider:
 
     def _not_served(self, index: int, value: int | None = None) -> MsrFault:
         fault = MsrFault(index, value)
-        if self._profile.logs and index in FEATURE_OF_MSR:
+        if self._profile.tells_of_faults and index in FEATURE_OF_MSR:
             self._log(EventKind.REFUSED, str(fault))
         return fault
 
