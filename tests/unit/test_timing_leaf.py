@@ -53,11 +53,24 @@ def test_it_is_saved_with_the_clock() -> None:
         assert restored.interface.config == clock.interface.config
 
 
+@pytest.mark.row("E22", "M-02")
+@pytest.mark.parametrize(("provider", "options"), [("KVM", {"timing_leaf": True}), ("Minimal", {})])
+def test_a_guest_is_not_told_another_frequency_later(provider: str, options: dict[str, object]) -> None:
+    """Restored where the TSC is nominally 100 ppm faster, the leaf says what the guest has read."""
+    clock = a_clock(provider, HZ, **options)
+    faster = SimulatedBackend(HZ + HZ // 10_000)
+    restored = GuestClock.restore(clock.save(), clock.memory, backend=faster)
+    assert restored.cpuid(TIMING) == clock.cpuid(TIMING) == CpuidLeaf(eax=2_596_132, ebx=1_000_000)
+    assert restored.interface.config == clock.interface.config
+
+
 @pytest.mark.row("E22", "E13")
 @pytest.mark.parametrize(
     ("hz", "options", "complaint"),
     [
         (HZ, {"apic_bus_hz": 10**9}, "apic_bus_hz is 1000000000; only leaf 0x40000010 says it"),
+        (HZ, {"tsc_khz": 5}, "tsc_khz is 5; only leaf 0x40000010 says it"),
+        (HZ, {"timing_leaf": True, "tsc_khz": 2**32}, "tsc_khz is 4294967296; leaf 0x40000010 holds up to"),
         (HZ, {"timing_leaf": 1}, "timing_leaf is 1; it can be True or False"),
         (
             HZ,
