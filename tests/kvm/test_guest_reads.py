@@ -20,7 +20,7 @@ from pvclock.machine.observation import (
     storm,
     wait_until_reading,
 )
-from pvclock.payloads import probe
+from pvclock.payloads import clockprobe, probe
 from tests import oracle
 
 pytestmark = pytest.mark.kvm
@@ -202,6 +202,23 @@ def test_what_is_clamped_is_what_is_returned() -> None:
         block = probe.read_block(machine.memory)
         assert block is not None
         assert block.last_value == ahead_ns
+
+
+@pytest.mark.row("V-25", "V-26", "V-04")
+def test_virtualboxs_clock_under_running_guests() -> None:
+    """Under profile "virtualbox" the boot vCPU's wall clock is written with the others out, and all go on and read."""
+    with Machine(clockprobe(), vcpus=2, cmdline="cpus=2", profile="virtualbox") as machine:
+        clock = engine_of(machine)
+        machine.start()
+        wait_until_reading(machine)
+        wait_for_reads(machine, 100_000)
+        for gpa in (0x5000, 0x6000):
+            with machine.runner.quiesce():  # as after vCPU 1's own exit
+                clock.write_msr(1, 0x4B564D00, gpa)
+        records = finish(machine)
+        assert not any(failures(records).values())
+        told = [event.why for event in clock.events.read().events if event.why.startswith("wall clock at")]
+        assert [why.partition(":")[0].split()[-1] for why in told] == [hex(probe.WALL_CLOCK), "0x5000", "0x6000"]
 
 
 @pytest.mark.row("K-17")

@@ -42,7 +42,7 @@ def test_a_load_writes_each_page_once() -> None:
     ]
 
 
-@pytest.mark.row("V-20", "V-23")
+@pytest.mark.row("V-20")
 @pytest.mark.xfail(strict=True, reason=ONE_ANCHOR)
 def test_a_registration_writes_its_own_page_alone() -> None:
     """While the VM runs, a registration writes that vCPU's page and no other's."""
