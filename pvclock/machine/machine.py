@@ -236,15 +236,15 @@ def _reclaim(runner: Runner, resources: list[Resource]) -> None:
 
     If it runs, that is left to another thread: the one that dropped it may be a vCPU's, or hold what a vCPU waits for.
     """
+    runner.gate.end()
     if runner.gate.threads():
-        runner.gate.end()
-        start_new_thread(_stop_and_give_back, (runner, resources))
+        start_new_thread(_give_back_after, (runner, resources))
     else:
-        _stop_and_give_back(runner, resources)
+        _give_back_after(runner, resources)
 
 
-def _stop_and_give_back(runner: Runner, resources: list[Resource]) -> None:
-    runner.stop()
+def _give_back_after(runner: Runner, resources: list[Resource]) -> None:
+    runner.gate.wait_until_departed()
     with suppress(BufferError):  # somebody looks at the memory: it goes with the last view
         _give_back(resources)
 

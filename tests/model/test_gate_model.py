@@ -20,6 +20,7 @@ pytestmark = [
 MODEL = Path(__file__).with_name("gate.pml")
 
 COMPILE = ("cc", "-O2", "-w", "-DSAFETY", "-DMEMLIM=2000", "pan.c", "-o", "pan")
+SEARCH = ("./pan", "-c0", "-m100000")
 
 # What each rule is there to prevent.
 IN_THE_GUEST, FOR_EVER = "assertion violated", "invalid end state"
@@ -37,7 +38,9 @@ def search(folder: Path, *options: str) -> tuple[str, int]:
     """Return the report of a search of all states, and how many states there were."""
     subprocess.run(["spin", "-a", *(f"-D{option}" for option in options), MODEL], cwd=folder, check=True)
     subprocess.run(COMPILE, cwd=folder, check=True)
-    done = subprocess.run(("./pan", "-c0", "-m100000"), cwd=folder, check=True, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        ("./pan", "-c0", "-m100000"), cwd=folder, check=True, capture_output=True, text=True, timeout=300
+    )
     states = STATES.search(done.stdout)
     assert states, done.stdout
     return done.stdout, int(states[1])
