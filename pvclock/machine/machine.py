@@ -73,7 +73,7 @@ class Machine:
             raise ConfigError(f"the kernel's clock takes no options but features: {', '.join(clock_options)}")
         self.clock: GuestClock | None = None
         self._pausing = threading.RLock()  # around pause() and resume(), which change vCPUs and clock
-        self._resources: list[Resource] = []  # in the order of their making
+        self._resources: list[Resource] = []  # to be given back, the last one first
         try:
             self._kvm = kvm or self._owned(open_kvm())
             self._make_memory(memory_bytes)
@@ -178,7 +178,8 @@ class Machine:
     def _make_memory(self, memory_bytes: int) -> None:
         if memory_bytes > RAM_END:
             raise ConfigError(f"RAM of {memory_bytes} bytes; a machine takes up to {RAM_END}")
-        self._ram = self._owned(Ram(memory_bytes))
+        self._ram = Ram(memory_bytes)
+        self._resources.insert(0, self._ram)  # given back last, for somebody else may still look at it
         self.memory = self._owned(GuestMemory(self._ram.buffer))
 
     def _make_vcpus(self, count: int, kvm: Kvm) -> None:
@@ -226,7 +227,7 @@ class Machine:
 
 
 def _give_back(resources: list[Resource]) -> None:
-    """Close them all, the last one made first.  Each can be closed again, so after an interrupt begin anew."""
+    """Close them all, the last one first.  Each can be closed again, so after an interrupt begin anew."""
     for resource in reversed(resources):
         resource.close()
 

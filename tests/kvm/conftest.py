@@ -5,6 +5,7 @@ import pytest
 from pvclock.backend import host_clocksource
 from pvclock.guestclock import TSC_STABLE_BIT
 from pvclock.kvm import open_kvm
+from pvclock.kvm.cpuid_probe import CpuidProbe, probe_cpuid
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 
 
@@ -13,6 +14,13 @@ def tsc_offsets() -> TscOffsets:
     """Return what becomes of TSC offsets on this host."""
     with open_kvm() as kvm:
         return probe_tsc_offsets(kvm)
+
+
+@pytest.fixture(scope="session")
+def cpuid() -> CpuidProbe:
+    """Return which CPUID bits this host shows to guests whatever is set."""
+    with open_kvm() as kvm:
+        return probe_cpuid(kvm)
 
 
 @pytest.fixture(scope="session")

@@ -24,11 +24,13 @@ from pvclock.machine.observation import (
 from pvclock.payloads import probe
 from pvclock.ticker import Ticker
 from tests import oracle
+from tests.kvm.reading import wait_until_all_read_on
 
 pytestmark = pytest.mark.kvm
 
 TICKS = 60
 TICK_S = 0.05
+ROUNDS = 30
 
 
 @pytest.mark.stress
@@ -51,9 +53,9 @@ def test_guests_see_no_step(reference: Reference) -> None:
             turned_ns = abs(clock.pace - pace) * (time.monotonic_ns() - tick_ns)
             assert abs(ns - before.read(tsc)) <= 2 + turned_ns
             assert not machine.runner.join(TICK_S)
+        wait_until_all_read_on(machine)
         records = finish(machine)
     assert not any(failures(records).values())
-    assert all(record.reads > 10_000 for record in records)
     kinds = {event.kind for event in clock.events.read().events}
     assert kinds <= {EventKind.START, EventKind.PAGE, EventKind.RATE, EventKind.TSC}
     assert clock.steering is not None
@@ -79,8 +81,8 @@ def test_the_ticker_serves_a_running_guest() -> None:
         machine.start()
         wait_until_reading(machine)
         with Ticker(clock, interval_s=0.1) as ticker:
-            assert not machine.runner.join(3)
-        assert ticker.rounds > 5
+            while ticker.rounds <= ROUNDS:
+                assert not machine.runner.join(0.1)
         assert ticker.failures == ()
         assert clock.steering is not None
         assert not any(failures(finish(machine)).values())
@@ -97,7 +99,7 @@ def test_the_drift_of_both_clocks(
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "drift.json").read_text())
     kernel, engine = found["clocks"]
-    assert len(kernel["readings"]) == len(engine["readings"]) > 10
+    assert len(kernel["readings"]) == len(engine["readings"]) > 1
     assert len(kernel["reanchors_ns"]) == 4
     assert max(abs(step_ns) for step_ns in engine["reanchors_ns"].values()) <= 5
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}

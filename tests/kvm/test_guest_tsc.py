@@ -5,16 +5,17 @@ Hosts differ: one honours offsets, one steers them along kernel time, one ignore
 
 from __future__ import annotations
 
-import time
 from fractions import Fraction
 from typing import Literal
 
 import pytest
 
-from pvclock import GuestClock, HostTsc, TscOffsetNotHonoured
+from pvclock import GuestClock, HostTsc, Machine, TscOffsetNotHonoured
+from pvclock._counter import read_tsc
 from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine.observation import failures, finish, probe_machine, wait_until_reading
 from pvclock.payloads import probe
+from tests.kvm.reading import wait_until_all_read_on
 from tests.kvm.tsc_guest import TSC, TSC_ADJUST, Step, TscGuest, tsc_guest
 
 pytestmark = pytest.mark.kvm
@@ -78,10 +79,9 @@ def test_guest_writes_on_two_vcpus(clock: Clock, tsc_offsets: TscOffsets) -> Non
 def assert_offset_holds_adjust(guest: TscGuest, vcpu: int, adjust: int) -> None:
     """What KVM adds to vCPU's TSC is what it added at first, and ADJUST."""
     offset = guest.machine.vcpus[vcpu].get_tsc_offset()
+    assert 0 < (adjust - offset) % 2**64 < 1 << 60  # what the host's had counted when the guest's began at 0
     if guest.machine.clock is not None:
-        assert guest.machine.clock.tsc(vcpu).offset == offset == adjust
-    else:  # KVM starts a guest's TSC at 0: before that the host's had counted for less than 2^60
-        assert 0 < (adjust - offset) % 2**64 < 1 << 60
+        assert guest.machine.clock.tsc(vcpu).offset == offset
 
 
 @pytest.mark.row("J-06", "J-07")
@@ -122,6 +122,40 @@ def host_write(guest: TscGuest, msr: int, value: int) -> bool:
     return True
 
 
+@pytest.mark.row("J-01", "J-05")
+@both
+def test_where_a_guests_tsc_begins(clock: Clock, tsc_offsets: TscOffsets) -> None:
+    """At 0 with the first vCPU, and all have that one offset; where offsets are not honoured it is the host's."""
+    host_tsc = read_tsc()
+    with tsc_guest(clock, [RDTSC], [RDTSC]) as guest:
+        guest.wait_until_all_reach(255)
+        tscs = [guest.results(vcpu)[0] for vcpu in range(2)]
+        guest.machine.pause()
+        offsets = {vcpu.get_tsc_offset() for vcpu in guest.machine.vcpus}
+        if tsc_offsets is TscOffsets.HONOURED:
+            assert all(0 < tsc < SOON for tsc in tscs)
+            assert len(offsets) == 1
+        if tsc_offsets is TscOffsets.IGNORED:
+            assert all(is_soon_after(tsc, host_tsc) for tsc in tscs)
+        if clock == "engine":
+            assert engine_of(guest).tsc(0).offset == engine_of(guest).tsc(1).offset
+
+
+@pytest.mark.row("J-05")
+@pytest.mark.parametrize("honoured", [True, False])
+def test_the_engine_takes_the_first_vcpus_offset(honoured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine's clock has the offset that KVM gave its first vCPU, if the host honours any."""
+    outcome = TscOffsets.HONOURED if honoured else TscOffsets.IGNORED
+    monkeypatch.setattr("pvclock.kvm.backend.probe_tsc_offsets", lambda _kvm: outcome)
+    with Machine(b"\xf4", vcpus=2) as machine:
+        assert machine.clock is not None
+        offset = machine.vcpus[0].get_tsc_offset() if honoured else 0
+        assert [machine.clock.tsc(vcpu).offset for vcpu in range(2)] == [offset, offset]
+    if not honoured:
+        with pytest.raises(TscOffsetNotHonoured):
+            Machine(b"\xf4", tsc_offset=7)
+
+
 @pytest.mark.row("J-01")
 @both
 def test_adjust_that_is_not_offered(clock: Clock, tsc_offsets: TscOffsets) -> None:
@@ -150,7 +184,7 @@ def test_a_clock_read_with_two_different_offsets(tsc_offsets: TscOffsets) -> Non
             assert clock.tsc(1).offset == clock.tsc(0).offset
             return
         clock.host_write_msr(1, TSC, ahead)
-        time.sleep(0.5)
+        wait_until_all_read_on(machine)
         records = finish(machine)
         assert [page.flags for vcpu in range(2) if (page := clock.page(vcpu))] == [0, 0]
         assert not any(failures(records).values())
@@ -168,7 +202,7 @@ def test_the_host_decides_on_stable(clock: Clock, stable_bit: int) -> None:
     with probe_machine(clock, 2) as machine:
         machine.start()
         wait_until_reading(machine)
-        time.sleep(1.0)
+        wait_until_all_read_on(machine, 1_000_000)
         records = finish(machine)
         flags = [machine.memory.read(probe.time_page_address(vcpu) + 29, 1)[0] for vcpu in range(2)]
         assert flags == [stable_bit, stable_bit]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
+from pvclock.backend import HostBackend, SimulatedBackend
 from pvclock.errors import ConfigError, GuestCrashed, ImageError, KvmUnavailable, PvclockError, StateError
 from pvclock.kvm.exits import InternalError
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine
@@ -18,6 +19,7 @@ from pvclock.machine.exits import CONSOLE_KEPT_BYTES
 from pvclock.machine.observation import finish, probe_machine, wait_until_reading
 from pvclock.machine.ram import Ram
 from pvclock.payloads.probe import State
+from pvclock.unslaved import UnslavedBackend
 from tests.kvm.guests import HLT, out, read_msr, rep_ins, rep_outs, write_msr
 from tests.kvm.leaks import held, ram_mappings
 
@@ -306,3 +308,48 @@ def test_a_forked_child_does_not_map_the_ram() -> None:
     finally:
         ram.close()
         ram.close()
+
+
+# Held or not
+
+
+@pytest.mark.row("E9")
+@pytest.mark.parametrize("unslaved", [False, True])
+def test_a_backend_says_whether_its_vcpus_are_held(unslaved: bool) -> None:
+    """They are before a run, while paused and after the end, not by quiesce() alone; an UnslavedBackend asks inside."""
+    with Machine(SPIN, vcpus=2) as machine:
+        assert machine.clock is not None
+        backend = machine.clock.backend
+        held_by = UnslavedBackend(backend, native=False).vcpus_held if unslaved else backend.vcpus_held
+        seen = [held_by()]
+        for step in (machine.start, machine.pause, machine.resume, machine.stop):
+            step()
+            with machine.runner.quiesce():
+                seen.append(held_by())
+        assert seen == [True, False, True, False, True]
+
+
+@pytest.mark.row("E9")
+@pytest.mark.parametrize("backend", [SimulatedBackend(10**9), HostBackend(10**9)])
+def test_where_the_vmm_answers_for_its_vcpus(backend: SimulatedBackend | HostBackend) -> None:
+    """A backend without vCPUs does not know."""
+    assert backend.vcpus_held() is None
+
+
+@pytest.mark.row("E1")
+@pytest.mark.parametrize("policy", ["freeze", "advance"])
+def test_resume_leaves_the_policy_to_the_clock(policy: str) -> None:
+    """resume() settles by the clock's own policy, and by another one only if it is named."""
+    with Machine(SPIN) as machine:
+        clock = machine.clock
+        assert clock is not None
+        clock.policy = policy
+        machine.pause()
+        machine.resume()
+        machine.pause()
+        machine.resume("slew")
+        resumed = [event.why for event in clock.events.read().events if event.kind == "resume"]
+        assert [why.lower().startswith(named) for why, named in zip(resumed, (policy, "slew"), strict=True)] == [
+            True,
+            True,
+        ]

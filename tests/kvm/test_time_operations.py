@@ -16,6 +16,7 @@ import pytest
 from pvclock import GuestClock, HostTsc, Machine
 from pvclock.machine.observation import failures, finish, probe_machine, wait_until_reading
 from pvclock.payloads import probe
+from tests.kvm.reading import wait_until_all_read_on
 
 pytestmark = pytest.mark.kvm
 
@@ -59,15 +60,6 @@ def wait_until_it_reads(machine: Machine, clock: GuestClock) -> None:
         assert time.monotonic() < deadline, f"the guest read {newest} ns, and {float(due)} ns was due"
         assert not machine.runner.join(0.0005)
     assert newest <= clock.at(HostTsc(clock.backend.counter.read())) + BOUND_NS
-
-
-def wait_until_all_read_on(machine: Machine) -> None:
-    """Return once every vCPU has read its clock many times more: a busy host lets some wait."""
-    goals = [probe.read_record(machine.memory, vcpu).reads + 50_000 for vcpu in range(2)]
-    deadline = time.monotonic() + LIMIT_S
-    while any(probe.read_record(machine.memory, vcpu).reads < goal for vcpu, goal in enumerate(goals)):
-        assert time.monotonic() < deadline, "a vCPU reads no more"
-        assert not machine.runner.join(0.001)
 
 
 @pytest.mark.row("E12", "E11", "P-08")
@@ -187,14 +179,15 @@ def test_a_clock_saved_under_its_guest(policy: str) -> None:
         state = machine.clock.save()
         finished = newest_ns(machine)
         again = GuestClock.restore(state, machine.memory, backend=machine.clock.backend, policy=policy)
+        begin = again.backend.stamps()
         again.resume()
-        now = again.backend.stamps()
-        missed = now.raw_ns - raw_ns_of(state.host.raw_ns) if policy == "advance" else 0
-        shown = again.read(0)
-        assert shown >= finished
-        slack_ns = 100 * MS  # between resume() and the look
-        assert state.timeline.guest_ns - 2 <= shown - (missed if policy == "advance" else 0) + slack_ns
-        assert shown <= state.timeline.guest_ns + (missed or 0) + slack_ns
+        end = again.backend.stamps()
+        resumed = next(event for event in again.events.read().events if event.kind == "resume")
+        assert resumed.guest_ns_before == state.timeline.guest_ns
+        saved = raw_ns_of(state.host.raw_ns)
+        least, most = (begin.raw_ns - saved, end.raw_ns - saved) if policy == "advance" else (0, 0)
+        assert least <= resumed.jump_ns <= most
+        assert again.read(0) >= finished
 
 
 def raw_ns_of(raw_ns: int | None) -> int:

@@ -26,6 +26,7 @@ from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine.observation import failures, finish, probe_machine, wait_until_reading
 from pvclock.quantities import U64_MASK
 from pvclock.tsc_sync import HostInstant, KvmTscSync, KvmTscWrite, agreement, repair_plan
+from tests.kvm.reading import wait_until_all_read_on
 
 pytestmark = pytest.mark.kvm
 
@@ -244,7 +245,7 @@ def test_a_repair_under_a_running_guest(tsc_offsets: TscOffsets, stable_bit: int
             assert repair_plan([clock.tsc(vcpu) for vcpu in range(2)]) == []
             return
         clock.host_write_msr(1, TSC, ahead)
-        time.sleep(0.3)
+        wait_until_all_read_on(machine)
         report = agreement([clock.tsc(vcpu) for vcpu in range(2)])
         assert (report.stable_allowed, report.adjusts_agree, flags_of(machine)) == (False, True, [0, 0])
         plan = repair_plan([clock.tsc(vcpu) for vcpu in range(2)])
@@ -252,7 +253,7 @@ def test_a_repair_under_a_running_guest(tsc_offsets: TscOffsets, stable_bit: int
         assert clock.repair_tsc() == plan
         assert agreement([clock.tsc(vcpu) for vcpu in range(2)]).stable_allowed
         assert repair_plan([clock.tsc(vcpu) for vcpu in range(2)]) == []
-        time.sleep(0.3)
+        wait_until_all_read_on(machine)
         records = finish(machine)
         assert flags_of(machine) == [stable_bit, stable_bit]
         assert not any(failures(records).values())
