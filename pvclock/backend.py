@@ -101,7 +101,8 @@ class Backend(Protocol):
     def vcpus_held(self) -> bool | None:
         """Are all vCPUs out of the guest until they are resumed or started?  None where the VMM answers for it.
 
-        What quiesce() does is not counted.  Ask inside it: the answer holds for as long as that is kept.
+        What quiesce() does is not counted.  Ask inside it, and stay there for as long as no vCPU may run: a resume or a
+        start that comes meanwhile lets none in before.
         """
 
 

@@ -1,12 +1,13 @@
 """The gate between a VM's vCPU threads and its guest: who is in, who keeps them out, how the run begins and ends.
 
 Two words decide.  A vCPU stores its `in_guest` and then loads `shut`; a holder changes `shut` and then loads every
-`in_guest`.  Both orders are sequentially consistent (C11), so one of the two always sees the other, and the way in
-takes no lock.  None of this relies on the GIL but the calls of `vcpus`, which are Python objects.
+`in_guest`.  All of these are sequentially consistent (C11), so one of the two always sees the other, and the way in
+takes no lock.  Only the calls of request_exit() need the GIL; nothing else here relies on it.  tests/model/gate.pml is
+the model.
 
-Each method is one step for a signal: Python's handlers run between bytecodes, and there are none here.  They run while
-a method waits, and if one raises there, the method has changed nothing.  A `Hold` that is dropped gives itself back,
-so no exception can leave one behind.
+For a signal each method is one step: Python runs signal handlers between bytecodes, and there are none here.  A method
+that waits runs them, too, and has changed nothing if one raises.  A `Hold` that is dropped is given back, so no
+exception can leave one behind.
 
 Waiting is by futex on `changes`, which every step that may end a wait counts up.
 """
@@ -81,7 +82,7 @@ cdef long NS_PER_S = 1_000_000_000
 
 
 cdef struct Place:
-    # A vCPU's own words, on a cache line of their own.
+    # A vCPU's own words; 64 bytes, so that no two vCPUs share a cache line of them.
     uint32_t in_guest
     uint32_t thread  # the kernel's id while it can be kicked, else 0
     uint32_t unused[14]
@@ -138,10 +139,10 @@ cdef class Gate:
         self._tell()
 
     def is_held(self) -> bool:
-        """Are the vCPUs out of the guest until somebody resumes or begins the run: by pause(), or for want of a run?
+        """Are all vCPUs out of the guest until resume() or begin(): paused, or without a run?
 
-        A Hold does not count, for it is given back.  Ask within one: then the answer holds for as long as that is kept,
-        because a resume() that comes meanwhile lets no vCPU in before.
+        A Hold does not count, because it is given back.  Ask within one, and keep it for as long as no vCPU may run: a
+        resume() that comes meanwhile lets none in before.
         """
         cdef uint32_t shut = load(&self._shut, SEQ_CST)
         if shut & PAUSED or self.threads() == 0:
