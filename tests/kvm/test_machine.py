@@ -353,3 +353,30 @@ def test_resume_leaves_the_policy_to_the_clock(policy: str) -> None:
             True,
             True,
         ]
+
+
+@pytest.mark.row("E9", "E1")
+@pytest.mark.parametrize(("call", "meddler"), [("pause", "resume"), ("resume", "pause")])
+def test_pause_and_resume_do_not_mix(call: str, meddler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """resume() that comes within pause(), or the reverse, comes after it, and clock and vCPUs agree."""
+    with Machine(SPIN) as machine:
+        assert machine.clock is not None
+        machine.start()
+        if call == "resume":
+            machine.pause()
+        of_the_clock = getattr(machine.clock, call)
+        thread = threading.Thread(target=getattr(machine, meddler))
+
+        def meddled(*arguments: object) -> None:
+            monkeypatch.undo()
+            if call == "resume":
+                of_the_clock(*arguments)
+            thread.start()
+            thread.join(0.5)  # whether it gets through or has to wait
+            if call == "pause":
+                of_the_clock(*arguments)
+
+        monkeypatch.setattr(machine.clock, call, meddled)
+        getattr(machine, call)()
+        thread.join(LIMIT_S)
+        assert machine.clock.is_paused == machine.runner.gate.is_held() == (meddler == "pause")
