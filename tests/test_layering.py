@@ -26,7 +26,7 @@ LAYERS: tuple[set[str], ...] = (
     {"providers"},
     {
         *("published", "controlled", "disciplined", "tsctimeline", "guestclock", "clockstate", "jsonkinds"),
-        *("atomicfile", "ticker"),
+        *("atomicfile", "tick_workers", "ticker"),
     },
     {"machine"},
     {"pvclock", "lab"},

@@ -38,7 +38,7 @@ def a_clock() -> GuestClock:
 
 def a_host_clock() -> GuestClock:
     """A clock with a page on this host's TSC, which it takes as stable."""
-    backend = HostBackend(HZ)
+    backend = HostBackend()
     backend.tsc_stable = True
     clock = GuestClock(GuestMemory(bytearray(1 << 14)), backend=backend)
     clock.write_msr(0, SYSTEM_TIME, 0x2001)
