@@ -115,10 +115,12 @@ class Workers(Generic[Item]):
         worker = Worker(self._go_on)
         try:
             begin(worker.thread, "start")
-            self._worker = worker
+            before, self._worker = self._worker, worker
         except BaseException:
             worker.wake_up.call()  # if it began nevertheless, it finds that it is to end
             raise
+        if before is not None:
+            before.wake_up.call()  # where a stop() was interrupted it may wait for a round
         return worker
 
     def _go_on(self, worker: Worker) -> None:

@@ -169,7 +169,7 @@ class Ticker:
             interval_s = max(self.interval_s / max([1.0, *(float(clock.pace) for clock in clocks)]), SHORTEST_S)
             due_s += interval_s
             if (late_s := time.monotonic() - due_s) > 0:
-                due_s += late_s // interval_s * interval_s
+                due_s += (late_s // interval_s + 1) * interval_s
             keeper.wake_up.wait(max(due_s - time.monotonic(), 0))
 
     def _clocks_of(self, keeper: _Keeper) -> tuple[GuestClock, ...] | None:
