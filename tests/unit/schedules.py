@@ -28,20 +28,21 @@ class Lines:
         """See sys.settrace()."""
         if frame.f_code.co_filename not in self._files:
             return None
-        if event == "line" and not self._leaves_with(frame):
+        if event == "line" and not self._is_no_call(frame):
             self.count += 1
             if self.count == self._at + 1:
                 self._action()
         return self.trace
 
-    def _leaves_with(self, frame: FrameType) -> bool:
-        """Is this the end of a `with` block?
+    def _is_no_call(self, frame: FrameType) -> bool:
+        """Is this a `try`, or the end of a `with` block, whose first line Python traces again?
 
-        Python traces its first line again there, but handles no signal between the block's end and the release of its
-        lock: an exception would be one that no interrupt can raise.
+        Python handles signals where it calls or loops.  An exception at these lines would leave a lock taken that no
+        interrupt can leave taken.
         """
-        if not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
-            return False
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+        if not line.startswith("with "):
+            return line.startswith("try:")
         place = frame, frame.f_lineno
         if place in self._within:
             self._within.remove(place)

@@ -62,4 +62,5 @@ def test_every_operation_leaves_its_event() -> None:
     assert kinds(clock) == ["skip", "dilate", "slew", "pause", "resume"]
     jumps = [event.jump_ns for event in clock.events.read(since=AT_START).events]
     assert jumps == [5, 0, 0, 0, 100]
+    assert clock.events.flush()
     assert heard == [AT_START + number for number in (1, 2, 3, 4, 5)]

@@ -64,7 +64,7 @@ class Counted:
         self.clock.follow(self.source)
         backend.run_delay_ns = self._run_delay_ns  # type: ignore[method-assign]
 
-    def _run_delay_ns(self, _vcpu: int) -> int | None:
+    def _run_delay_ns(self, vcpu: int) -> int | None:
         self._pass("backend")
         return None
 
@@ -116,7 +116,8 @@ def test_a_clock_that_blocks_holds_up_no_other(where: str) -> None:
         blocked.let_go()
         blocked.wait_for_ticks(5)
         other.wait_for_ticks(5)
-    assert ticker.stuck == ticker.failures == ()
+    assert not ticker.stuck
+    assert not ticker.failures
 
 
 @pytest.mark.row("E11", "E13")
@@ -141,7 +142,7 @@ def test_threads_are_bounded_by_the_clocks_that_are_stuck() -> None:
 
 @pytest.mark.row("E11", "E13")
 def test_stop_names_the_clock_that_is_stuck() -> None:
-    """It does not wait for ever: a StateError names the clock, nothing else is ticked; and a new start does as before."""
+    """It does not wait for ever: a StateError names the clock, nothing else is ticked; a new start does as before."""
     blocked, other = Counted(), Counted()
     ticker = Ticker(blocked.clock, other.clock, interval_s=INTERVAL_S, watch_host=False)
     ticker.start()
@@ -326,17 +327,17 @@ def test_an_interrupt_at_each_line(interrupted: str) -> None:
             ticker.start()
             clock.wait_for_ticks(1)
         another = Counted().clock
-        operation: Callable[[], None] = {
+        operations: dict[str, Callable[[], None]] = {
             "start": ticker.start,
             "stop": ticker.stop,
             "add": partial(ticker.add, another),
             "remove": partial(ticker.remove, clock.clock),
-        }[interrupted]
+        }
         lines = Lines(ticker_module, tick_workers, threads_module, at=line, action=interrupt)
         whole = False
         try:
             with lines.traced():
-                operation()
+                operations[interrupted]()
             whole = True
         except KeyboardInterrupt:
             pass
@@ -347,7 +348,7 @@ def test_an_interrupt_at_each_line(interrupted: str) -> None:
         end_of(ticker_threads())
         if whole:
             break
-    assert line >= 3
+    assert line >= 2
 
 
 @pytest.mark.row("E11", "E9")
