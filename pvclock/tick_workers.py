@@ -82,14 +82,13 @@ class Workers(Generic[Item]):
                 if not worker.is_slow:
                     return
                 worker = self._begin_worker()
-            elif self._pending:
-                return
             self._pending = deque(items)
             worker.wake_up.call()
 
     def dismiss(self) -> set[Worker]:
         """Begin to work at nothing more; returns the threads that have not ended yet, for wait()."""
         with self._lock:
+            self._pending.clear()
             left = set(self._at.values())
             if self._worker is not None:
                 self._worker.wake_up.call()
