@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -376,29 +374,3 @@ def test_a_forked_childs_ticker_is_stopped() -> None:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         clock.wait_for_ticks(5)
-
-
-@pytest.mark.row("E11", "E9")
-def test_a_round_that_was_cut_short_is_not_in_the_way_of_the_next() -> None:
-    """What a dismissed thread had not come to is not worked at later, and the next round is begun at once."""
-    entered, hold, done = threading.Event(), threading.Event(), queue.SimpleQueue[int]()
-
-    def work(item: int) -> None:
-        if item == 1:
-            entered.set()
-            assert hold.wait(LIMIT_S)
-        done.put(item)
-
-    workers = tick_workers.Workers(work)
-    workers.begin()
-    workers.hand_out([1, 2])
-    assert entered.wait(LIMIT_S)
-    left = workers.dismiss()
-    workers.begin()
-    workers.hand_out([1, 3])
-    assert done.get(timeout=LIMIT_S) == 3
-    left |= workers.dismiss()
-    hold.set()
-    assert workers.wait(left, time.monotonic() + LIMIT_S) == ()
-    assert done.get(timeout=LIMIT_S) == 1
-    assert done.empty()
