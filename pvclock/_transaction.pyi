@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterable
 from threading import RLock
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, final
+from typing import Any, Literal, Protocol, Self, TypeVar, final
 
 from pvclock._memory import GuestMemory
 from pvclock.quantities import HostTsc
@@ -17,7 +17,7 @@ class Transaction:
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None
-    ) -> bool: ...
+    ) -> Literal[False]: ...
 
 class _Log(Protocol):
     @property

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from fractions import Fraction
+from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from pvclock import atomicfile
@@ -100,7 +101,7 @@ class HostState(NamedTuple):
     raw_ns: int | None
     real_ns: int
     boot_id: str | None
-    asleep_ns: int | None = None
+    asleep_ns: int | None
 
 
 class ReferenceState(NamedTuple):
@@ -114,8 +115,8 @@ class ReferenceState(NamedTuple):
 class WallClockState(NamedTuple):
     """What the guest's time of day is made of."""
 
-    offset_ns: int = 0
-    fixed_ns: int | None = None
+    offset_ns: int
+    fixed_ns: int | None
 
 
 class OfferState(NamedTuple):
@@ -141,16 +142,16 @@ class ClockState(NamedTuple):
     version: int
     provider: ProviderState
     policy: str
+    sleep_policy: str
     timeline: TimelineState
     slew: SlewState | None
+    reference: ReferenceState | None
     host: HostState
+    guest_tsc_hz: int | None
     wall_clock_gpa: int | None
+    wall_clock: WallClockState
     offers: OfferState
     vcpus: tuple[VcpuState, ...]
-    sleep_policy: str = "freeze"
-    guest_tsc_hz: int | None = None
-    reference: ReferenceState | None = None
-    wall_clock: WallClockState = WallClockState()
 
 
 class Mark(StrEnum):
@@ -200,27 +201,27 @@ FIELDS: Final[tuple[Field, ...]] = (
     _saved("provider.config", table(_SETTING), "The options that the provider was made with."),
     _saved("provider.msrs", table(_MSR), "What the guest wrote last and reads back; a list has one value a vCPU."),
     _saved("policy", TEXT, "What becomes of the time that passes until the state is restored."),
+    _saved("sleep_policy", TEXT, "What becomes of a host's sleep that the VM runs through.", since=2),
     _saved("timeline.guest_ns", _GUEST_NS, "Guest time at the stamp, remainder and all."),
     _saved("timeline.dilation", _DILATION, "Guest seconds in a host second, without any slew."),
     _saved("timeline.paused", BOOLEAN, "Did guest time stand still at the stamp?"),
     _saved("slew.remaining_ns", _SKEW_NS, "Guest time still to be slewed in; negative for a clock that is ahead."),
     _saved("slew.policy", TEXT, "How fast it is slewed in."),
+    _saved("reference.name", TEXT, "The clock that guest time follows; the correction found is not saved.", since=2),
+    _saved("reference.max_ppm", _PPM, "By how much the rate may be corrected.", since=2),
+    _saved("reference.panic_ns", optional(_U64), "An error beyond this is not worked off; null: any is.", since=2),
     _saved("host.tsc", _U64, "The saving host's TSC; tells how long ago that was, within one boot."),
     _saved("host.tsc_hz", _HZ, "Its frequency."),
     _saved("host.raw_ns", optional(_S64), "Its raw monotonic clock, if it has one; holds within one boot."),
     _saved("host.real_ns", _S64, "UTC since 1970; tells how long ago that was, on any host and after any boot."),
     _saved("host.boot_id", optional(TEXT), "Which boot of which host it was."),
     _saved("host.asleep_ns", optional(_S64), "How long it had slept since it booted; null if nobody knows.", since=2),
-    _saved("wall_clock_gpa", optional(_U64), "Where the guest asked for its wall clock."),
-    _saved("offers.tsc_adjust", BOOLEAN, "Does CPUID offer IA32_TSC_ADJUST?"),
-    _saved("offers.invariant_tsc", BOOLEAN, "Does CPUID show an invariant TSC?"),
-    _saved("sleep_policy", TEXT, "What becomes of a host's sleep that the VM runs through.", since=2),
     _saved("guest_tsc_hz", optional(_HZ), "The TSC frequency that the guest was told; null for host.tsc_hz.", since=2),
-    _saved("reference.name", TEXT, "The clock that guest time follows; the correction found is not saved.", since=2),
-    _saved("reference.max_ppm", _PPM, "By how much the rate may be corrected.", since=2),
-    _saved("reference.panic_ns", optional(_U64), "An error beyond this is not worked off; null: any is.", since=2),
+    _saved("wall_clock_gpa", optional(_U64), "Where the guest asked for its wall clock."),
     _saved("wall_clock.offset_ns", _S64, "Added to UTC for the guest's time of day.", since=2),
     _saved("wall_clock.fixed_ns", optional(_S64), "The time of day at guest time 0; null for the host's UTC.", since=2),
+    _saved("offers.tsc_adjust", BOOLEAN, "Does CPUID offer IA32_TSC_ADJUST?"),
+    _saved("offers.invariant_tsc", BOOLEAN, "Does CPUID show an invariant TSC?"),
     _saved("vcpus[].tsc_offset", _U64, "Ticks added to the host's TSC, ADJUST included; holds within one boot."),
     _saved("vcpus[].tsc_adjust", _U64, "IA32_TSC_ADJUST as the guest reads it."),
     _saved("vcpus[].tsc_aux", _U32, "IA32_TSC_AUX, which RDTSCP returns."),
@@ -264,14 +265,31 @@ def _kinds(names: tuple[str, ...], prefix: str, version: int) -> dict[str, Kind]
     return {name: field.kind for name, field in found.items() if field.kind and field.since <= version}
 
 
+_NOT_IN_VERSION_1: Final[dict[str, Any]] = {
+    "sleep_policy": "freeze",
+    "reference": None,
+    "guest_tsc_hz": None,
+    "wall_clock": WallClockState(0, None),
+}
+"""What a state of version 1 is read with."""
+
+
+def _of_version_1(**members: Any) -> ClockState:  # noqa: ANN401  # checked by their kinds
+    return ClockState(**members, **_NOT_IN_VERSION_1)
+
+
 def _schema(version: int) -> Kind:
     kinds = _kinds(ClockState._fields, "", version)
     for name, (part, may_be_null) in _PARTS.items():
         if members := _kinds(part._fields, f"{name}.", version):  # type: ignore[attr-defined]  # NamedTuples all
-            kinds[name] = optional(record(part, members)) if may_be_null else record(part, members)
+            make = partial(HostState, asleep_ns=None) if part is HostState and version == 1 else part
+            kinds[name] = optional(record(make, members)) if may_be_null else record(make, members)
     vcpu = record(VcpuState, _kinds(VcpuState._fields, "vcpus[].", version))
     kinds["vcpus"] = list_of(vcpu, 1, VCPUS_MAX, f"a list of 1 to {VCPUS_MAX} vCPUs")
-    return record(ClockState, {name: kinds[name] for name in ClockState._fields if name in kinds})
+    return record(
+        ClockState if version > 1 else _of_version_1,
+        {name: kinds[name] for name in ClockState._fields if name in kinds},
+    )
 
 
 _SCHEMAS: Final = {version: _schema(version) for version in range(1, VERSION + 1)}
@@ -279,25 +297,19 @@ _SCHEMAS: Final = {version: _schema(version) for version in range(1, VERSION + 1
 
 def _read(mapping: object) -> ClockState:
     """The state in a mapping, by the version that it names."""
-    version = mapping.get("version", VERSION) if isinstance(mapping, Mapping) else VERSION
+    version = VERSION
     if isinstance(mapping, Mapping) and "version" in mapping:
-        version = _KINDS["version"].read(version, "version")  # first: another version has other fields
+        version = _KINDS["version"].read(mapping["version"], "version")  # first: another version has other fields
     state: ClockState = _SCHEMAS[version].read(mapping, "")
     return state
 
 
 def _plain(state: ClockState) -> object:
     """The state as what JSON has, with the fields of its version."""
-    mapping = plain(state)
-    if state.version == 1 and isinstance(mapping, dict):
-        for path, field in _SAVED.items():
-            if field.since > 1:
-                name, _, member = path.partition(".")
-                if name == "host":
-                    mapping["host"].pop(member, None)
-                else:
-                    mapping.pop(name, None)
-    return mapping
+    if state.version != 1:
+        return plain(state)
+    members = {name: value for name, value in state._asdict().items() if name not in _NOT_IN_VERSION_1}
+    return plain({**members, "host": dict(zip(HostState._fields[:-1], state.host[:-1], strict=True))})
 
 
 # To and from JSON

@@ -62,7 +62,7 @@ class GuestClock:
     offer_invariant_tsc: what patch_cpuid() shows; a guest with an invariant TSC prefers its TSC to this clock.
     tsc_hz: the TSC frequency that the guest is told, if it is told any; the host's by default.
 
-    A memory has one live clock: a new one takes over, and the operations of the one before are StateErrors from then on.
+    A memory has one live clock: a new one takes over, and each operation of the one before is a StateError then.
 
     Thread-safety: all methods may be called from any thread, vCPU threads included; a vCPU's own `write_msr` must come
     while that vCPU is out of the guest, as it is after the exit.  Callbacks (the memory's on_dirty, subscribers) are
@@ -186,11 +186,11 @@ class GuestClock:
     # What a VMM does to time
 
     def tick(self) -> Steering | None:
-        """Look at the host and the reference, correct the rate if there is reason to, and republish; call it every second.
+        """Look at the host and the reference, correct the rate if there is reason to, and republish.
 
-        At least every MAX_AGE_S of guest time, as refresh(), which it includes.  Guests are told what was stolen from
-        their vCPUs since the last tick.  Returns what was found, None without a reference.  What an injected source
-        raises comes out; the clock has kept its rate then, and is republished.
+        Call it every second or so, at least every MAX_AGE_S of guest time, as refresh(), which it includes.  Guests are
+        told what was stolen from their vCPUs since the last tick.  Returns what was found, None without a reference.
+        What an injected source raises comes out; the clock has kept its rate then, and is republished.
         """
         try:
             return self._follower.tick(self._host.examine, self.refresh)
@@ -494,8 +494,8 @@ class GuestClock:
             for trouble in troubles:
                 if trouble.kind is not TroubleKind.SUSPEND or not slept:  # else it was recorded, and settled
                     self._keeper.tell(EventKind(trouble.kind), trouble.why)
-            self._host.tsc_failed |= any(it.unstable and it.kind is not TroubleKind.CLOCKSOURCE for it in troubles)
             trusted = self._is_host_trusted
+            self._host.tsc_failed |= any(it.unstable and it.kind is not TroubleKind.CLOCKSOURCE for it in troubles)
             self._clocksource_trusted = host_trusted
             if self._is_host_trusted != trusted:
                 self._keeper.republish()

@@ -13,9 +13,11 @@ from pvclock.clockstate import (
     HostState,
     OfferState,
     ProviderState,
+    ReferenceState,
     SlewState,
     TimelineState,
     VcpuState,
+    WallClockState,
 )
 
 U64_MAX: Final = 2**64 - 1
@@ -23,7 +25,7 @@ PRINTABLE: Final = "".join(map(chr, range(0x20, 0x7F)))
 GREATEST_TERM: Final = 2**2048 - 1
 
 TYPICAL: Final = ClockState(
-    version=1,
+    version=2,
     provider=ProviderState(
         name="KVM",
         version=1,
@@ -31,6 +33,7 @@ TYPICAL: Final = ClockState(
         msrs={"boot_vcpu_runs_old_kvmclock": False, "system_time": (0x2001, 0x3001), "wall_clock": 0x1000},
     ),
     policy="advance:max_ns=3600000000000",
+    sleep_policy="slew:max_ppm=200",
     timeline=TimelineState(Fraction(86_400_000_000_001, 3), Fraction(1, 10), paused=True),
     slew=SlewState(Fraction(-5_000_000_000, 7), "slew:max_ppm=500"),
     host=HostState(
@@ -39,7 +42,11 @@ TYPICAL: Final = ClockState(
         raw_ns=380_433_000_000_123,
         real_ns=1_790_000_000_123_456_789,
         boot_id="0b5c9a6e-2f1d-4a7b-9e53-64c0a1f2d3e4",
+        asleep_ns=28_800_000_000_001,
     ),
+    guest_tsc_hz=2_596_000_000,
+    reference=ReferenceState("monotonic", Fraction(1001, 2), 1_000_000_000_000),
+    wall_clock=WallClockState(7_200_000_000_000, None),
     wall_clock_gpa=0x1000,
     offers=OfferState(tsc_adjust=True, invariant_tsc=False),
     vcpus=(
@@ -50,12 +57,16 @@ TYPICAL: Final = ClockState(
 """Two vCPUs with the KVM clock, paused, dilated, and ahead of what they should show."""
 
 LEAST: Final = ClockState(
-    version=1,
+    version=2,
     provider=ProviderState("None", 1, {}, {}),
     policy="freeze",
+    sleep_policy="freeze",
     timeline=TimelineState(Fraction(0), Fraction(1), paused=False),
     slew=None,
-    host=HostState(tsc=0, tsc_hz=1, raw_ns=None, real_ns=0, boot_id=None),
+    host=HostState(tsc=0, tsc_hz=1, raw_ns=None, real_ns=0, boot_id=None, asleep_ns=None),
+    guest_tsc_hz=None,
+    reference=None,
+    wall_clock=WallClockState(0, None),
     wall_clock_gpa=None,
     offers=OfferState(tsc_adjust=False, invariant_tsc=False),
     vcpus=(VcpuState(0, 0, 0, 0, None),),
@@ -63,25 +74,45 @@ LEAST: Final = ClockState(
 """One vCPU without a paravirtual clock, and nothing that could be missing."""
 
 EXTREME: Final = ClockState(
-    version=1,
+    version=2,
     provider=ProviderState(
         "P" * 256, 2**32 - 1, {"n" * 64: U64_MAX, "text": PRINTABLE}, {"-": (), "0x40000021": None, "x": (0, U64_MAX)}
     ),
     policy="~" * 256,
+    sleep_policy=" " * 256,
     timeline=TimelineState(Fraction(GREATEST_TERM, 2**1984), U64_MAX + Fraction(1, 2), paused=True),
     slew=SlewState(Fraction(1 - 2**2048, GREATEST_TERM - 1), "virtualbox"),
-    host=HostState(U64_MAX, U64_MAX, 2**63 - 1, -(2**63), "b" * 256),
+    host=HostState(U64_MAX, U64_MAX, 2**63 - 1, -(2**63), "b" * 256, 2**63 - 1),
+    guest_tsc_hz=U64_MAX,
+    reference=ReferenceState("r" * 256, Fraction(GREATEST_TERM, 2**2032), U64_MAX),
+    wall_clock=WallClockState(-(2**63), 2**63 - 1),
     wall_clock_gpa=U64_MAX,
     offers=OfferState(tsc_adjust=True, invariant_tsc=True),
     vcpus=(VcpuState(U64_MAX, U64_MAX, 2**32 - 1, U64_MAX, U64_MAX),) * 3,
 )
 """Numbers and text at their limits."""
 
+
+def of_version_1(state: ClockState) -> ClockState:
+    """What is left of a state in version 1, as it is read back."""
+    return state._replace(
+        version=1,
+        sleep_policy="freeze",
+        reference=None,
+        host=state.host._replace(asleep_ns=None),
+        guest_tsc_hz=None,
+        wall_clock=WallClockState(0, None),
+    )
+
+
 KEPT: Final = {
-    "v1-typical.json": TYPICAL,
-    "v1-least.json": LEAST,
-    "v1-extreme.json": EXTREME,
-    "v1-by-hand.json": TYPICAL,
+    "v1-typical.json": of_version_1(TYPICAL),
+    "v1-least.json": of_version_1(LEAST),
+    "v1-extreme.json": of_version_1(EXTREME),
+    "v1-by-hand.json": of_version_1(TYPICAL),
+    "v2-typical.json": TYPICAL,
+    "v2-least.json": LEAST,
+    "v2-extreme.json": EXTREME,
 }
 """What each file in tests/states holds.  Files are added there, and never changed."""
 
@@ -115,13 +146,21 @@ def states() -> st.SearchStrategy[ClockState]:
             st.dictionaries(NAMES, MSRS),
         ),
         "policy": TEXT,
+        "sleep_policy": TEXT,
         "timeline": st.builds(TimelineState, fractions(0, 2**64), fractions(0, 2**64).filter(bool), st.booleans()),
         "slew": st.none() | st.builds(SlewState, fractions(1 - 2**64, 2**64), TEXT),
-        "host": st.builds(HostState, U64, st.integers(1, U64_MAX), st.none() | S64, S64, st.none() | TEXT),
+        "reference": st.none()
+        | st.builds(ReferenceState, TEXT, st.integers(1, 10**8).map(lambda ppb: Fraction(ppb, 1000)), st.none() | U64),
+        "host": st.builds(
+            HostState, U64, st.integers(1, U64_MAX), st.none() | S64, S64, st.none() | TEXT, st.none() | S64
+        ),
+        "guest_tsc_hz": st.none() | st.integers(1, U64_MAX),
+        "wall_clock": st.builds(WallClockState, S64, st.none() | S64),
         "wall_clock_gpa": st.none() | U64,
         "offers": st.builds(OfferState, st.booleans(), st.booleans()),
         "vcpus": st.lists(
             st.builds(VcpuState, U64, U64, st.integers(0, 2**32 - 1), U64, st.none() | U64), min_size=1, max_size=4
         ).map(tuple),
     }
-    return st.builds(ClockState, version=st.just(1), **parts)
+    of_version_2 = st.builds(ClockState, version=st.just(2), **parts)
+    return of_version_2 | of_version_2.map(of_version_1)

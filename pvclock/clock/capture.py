@@ -91,7 +91,9 @@ def take(parts: ClockParts, state: ClockState, policy: Policy, slew: Policy | No
     asleep_ns = now.asleep_ns if host.asleep_ns is None else host.asleep_ns
     then = HostStamps(HostTsc(host.tsc), RefNs(host.raw_ns or 0), host.real_ns, boot_id, asleep_ns)
     restored = TimeState.of(timeline, PausePoint(then, host.tsc_hz, elsewhere=True))
-    keeper.stand_still(restored, (keeper.event(EventKind.RESTORE, _told(state, same_boot=same_boot), now, before=restored),))
+    keeper.stand_still(
+        restored, (keeper.event(EventKind.RESTORE, _told(state, same_boot=same_boot), now, before=restored),)
+    )
     keeper.forget_past()
     parts.operations.policy = policy
     parts.host.sleep_policy = policy_named("sleep_policy", state.sleep_policy)
@@ -169,4 +171,3 @@ def _vcpu_state(parts: ClockParts, vcpu: int, tsc: HostTsc) -> VcpuState:
     found = parts.tscs.at(vcpu, tsc)
     gpa = parts.keeper.pages.registered(vcpu)
     return VcpuState(found.offset, found.adjust, found.aux, found.read(tsc), gpa)
-

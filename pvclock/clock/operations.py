@@ -6,6 +6,7 @@ Each operation is done as a whole or not at all, and leaves an event.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from fractions import Fraction
 from functools import partial
 from operator import index
@@ -182,14 +183,18 @@ class Operations:
         keeper.check_held("pause")
         self._host.require("pause")
         self._follower.hold()
-        stamps = self._host.require("pause")
-        old = keeper.state
-        tsc = keeper.host_tsc()
-        stopped = old.timeline.copy()
-        stopped.stop(tsc)
-        new = TimeState.of(stopped, PausePoint(stamps._replace(tsc=tsc), keeper.backend.tsc_hz))
-        event = keeper.event(EventKind.PAUSE, "pause()", stamps, tsc=tsc, before=old, after=new)
-        keeper.stand_still(new, (event,))
+        with ExitStack() as holds:
+            hold = keeper.hold()
+            holds.enter_context(hold)
+            stamps = self._host.require("pause")
+            old = keeper.state
+            tsc = keeper.host_tsc()
+            stopped = old.timeline.copy()
+            stopped.stop(tsc)
+            new = TimeState.of(stopped, PausePoint(stamps._replace(tsc=tsc), keeper.backend.tsc_hz, hold=hold))
+            event = keeper.event(EventKind.PAUSE, "pause()", stamps, tsc=tsc, before=old, after=new)
+            keeper.stand_still(new, (event,))
+            holds.pop_all()  # it is given back when time goes on
 
     def _resume(self, policy: Policy, *, guest_stopped: bool) -> catchup.Settlement:
         """Settle what was missed, and publish; for while_held()."""
@@ -215,6 +220,7 @@ class Operations:
 
         moved = (tsc - paused_at.stamps.tsc) & U64_MASK, int(settled.gain_ns)
         keeper.resume(change, new, moved, guest_stopped=guest_stopped)
+        paused_at.hold.__exit__(None, None, None)
         return settled
 
     def _missed_ns(self, paused_at: PausePoint, stamps: HostStamps, tsc: HostTsc) -> Fraction:
@@ -244,9 +250,7 @@ class Operations:
         event = keeper.event(kind, f"{name}({ns})", stamps, before=old, after=new)
         keeper.step(new, (event,), (0, ns & U64_MASK))
 
-    def _go_on_slewing(
-        self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = ""
-    ) -> None:
+    def _go_on_slewing(self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = "") -> None:
         """Go on by the slew's plan; slewed: the timeline with a skew that was added just now, at `stamps`."""
         keeper, old = self._keeper, self._keeper.state
         stamps = stamps or keeper.backend.stamps()

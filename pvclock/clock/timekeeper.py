@@ -7,6 +7,7 @@ the event is recorded as one step, which no error of a callback and no interrupt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from functools import partial
 from typing import Final, NamedTuple, TypeAlias, TypeVar
@@ -40,11 +41,13 @@ class PausePoint(NamedTuple):
     """Where guest time stands still since.
 
     stamps: the host then.  tsc_hz: that host's.  elsewhere: it was another host, or this one before a restore.
+    hold: keeps the backend's own vCPUs out of the guest until time goes on, whatever resumes them before.
     """
 
     stamps: HostStamps
     tsc_hz: int
     elsewhere: bool = False
+    hold: AbstractContextManager[object] = nullcontext()
 
 
 class TimeState(NamedTuple):
@@ -154,9 +157,13 @@ class Timekeeper:
         return vcpu
 
     def check_held(self, operation: str) -> None:
-        """StateError where the vCPUs would go on in the guest; for while_held()."""
+        """StateError where the backend's vCPUs would go on in the guest; for while_held()."""
         if self.backend.vcpus_held() is False:
             raise StateError(operation, "the vCPUs run", "hold them first: Machine.pause(), Runner.pause()")
+
+    def hold(self) -> AbstractContextManager[object]:
+        """A hold of the backend's vCPUs, to be entered; an empty one where the VMM answers for its vCPUs."""
+        return nullcontext() if self.backend.vcpus_held() is None else self.backend.quiesce(None)
 
     # What changes it; within `with changing`
 
@@ -242,7 +249,7 @@ class Timekeeper:
 
     # Events
 
-    def event(  # noqa: PLR0913  # an event has so many sides
+    def event(  # an event has so many sides
         self,
         kind: EventKind,
         why: str,

@@ -184,11 +184,12 @@ class VcpuTscs:
         keeper, before = self._keeper, self._tscs
         stamps = keeper.backend.stamps()
         tscs = [wanted.get(vcpu, tsc) for vcpu, tsc in enumerate(before)]
-        told = {vcpu: f"vCPU {vcpu}: offset {before[vcpu].offset:#x} becomes {tsc.offset:#x}" for vcpu, tsc in wanted.items()}
-        events = tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in told.values())
+        offsets = {vcpu: tsc.offset for vcpu, tsc in wanted.items()}
+        whys = [f"vCPU {vcpu}: offset {before[vcpu].offset:#x} becomes {new:#x}" for vcpu, new in offsets.items()]
+        events = tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
 
         def set_all() -> None:
-            self._set_offsets({vcpu: tsc.offset for vcpu, tsc in wanted.items()})
+            self._set_offsets(offsets)
             self._take(tscs, events)
 
         keeper.while_held(out_of_guest, set_all)

@@ -272,8 +272,8 @@ def test_reset_while_paused_holds_after_resume() -> None:
     clock.write_msr(0, SYSTEM_TIME, 0x2001)
     clock.write_msr(0, 0x3B, 500)
     clock.pause()
-    restored = GuestClock.restore(clock.save(), clock.memory, backend=SimulatedBackend(HZ, 5))
-    for each in (clock, restored):
+    state = clock.save()
+    for each in (clock, GuestClock.restore(state, GuestMemory(bytearray(1 << 16)), backend=SimulatedBackend(HZ, 5))):
         each.reset()
         each.resume()
         assert (each.read_msr(0, 0x3B), each.page(0), each.read_msr(0, SYSTEM_TIME)) == (0, None, 0)

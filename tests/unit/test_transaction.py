@@ -154,7 +154,7 @@ def test_an_error_of_after_comes_out() -> None:
     transaction = Transaction(clock.memory, failing(RuntimeError("after")))
     with pytest.raises(RuntimeError, match="after"), transaction:
         clock.memory.write(0x100, b"a")
-    assert clock.heard == [("0x100", False)]  # the lock asked is the other one
+    assert clock.heard == [("0x100", True)]
     assert transaction.lock.acquire(blocking=False)
     transaction.lock.release()
 
@@ -204,7 +204,7 @@ def test_after_may_use_the_clock() -> None:
     transaction = Transaction(clock.memory, after)
     with transaction:
         pass
-    assert clock.heard == ["after", ("0x100", False), "after"]
+    assert clock.heard == ["after", ("0x100", True), "after"]
 
 
 @pytest.mark.row("E9")

@@ -288,7 +288,7 @@ def test_the_rest_is_the_hosts() -> None:
     backend = UnslavedBackend(host, executed=3)
     host.advance(ns=1000)
     assert backend.sample(Reference.REALTIME)[:2] == (3, 1007)
-    assert backend.stamps() == (3, 1005, 1007, "a boot")
+    assert backend.stamps() == (3, 1005, 1007, "a boot", 0)
     assert (backend.tsc_hz, backend.tsc_stable, backend.kernel_features) == (HZ, False, 0x80)
     with backend.quiesce(None):
         backend.run_until(HostTsc(3))
