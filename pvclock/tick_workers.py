@@ -88,7 +88,6 @@ class Workers(Generic[Item]):
     def dismiss(self) -> set[Worker]:
         """Begin to work at nothing more; returns the threads that have not ended yet, for wait()."""
         with self._lock:
-            self._pending.clear()
             left = set(self._at.values())
             if self._worker is not None:
                 self._worker.wake_up.call()

@@ -127,7 +127,6 @@ class Ticker:
                 self._keeper = keeper
             except BaseException:
                 self._workers.dismiss()
-                keeper.wake_up.call()
                 raise
 
     def stop(self, timeout_s: float = STOP_S) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from pvclock.errors import RangeError, StateError
 from pvclock.event_delivery import FAILURES_KEPT
 from pvclock.event_log import EventLog
 from pvclock.events import Event, EventKind
-from tests.unit.schedules import LIMIT_S, end_of, threads_named
+from tests.unit.schedules import LIMIT_S
 
 NS_PER_MINUTE = 60 * 10**9
 NAME = "pvclock-events"
@@ -203,19 +198,10 @@ def test_threads_append_and_each_event_is_told_once() -> None:
     assert heard == everything
 
 
-# The thread
-
-
-@pytest.fixture
-def others() -> set[threading.Thread]:
-    """The threads of other logs, which may not have been collected yet."""
-    return threads_named(NAME)
-
-
 @pytest.mark.row("E15", "E9")
-def test_operations_do_not_wait_for_a_subscriber() -> None:
-    """While one does not return, events are appended, read and subscribed to; a flush gives up; all is told later."""
-    log, heard = EventLog(), list[int]()
+def test_what_the_bound_took_is_not_replaced_by_what_is_not_to_be_told_yet() -> None:
+    """Where all events up to the last deliver() are gone, those recorded since wait for the next one all the same."""
+    log, heard = EventLog(1), list[int]()
     entered, hold = threading.Event(), threading.Event()
 
     def block(event: Event) -> None:
@@ -223,122 +209,14 @@ def test_operations_do_not_wait_for_a_subscriber() -> None:
         assert hold.wait(LIMIT_S)
         heard.append(event.sequence)
 
-    unsubscribe = log.subscribe(block)
+    log.subscribe(block)
     log.append(Event(EventKind.TSC, "1"))
     assert entered.wait(LIMIT_S)
-    for number in range(2, 1001):
-        log.append(Event(EventKind.TSC, str(number)))
-    assert log.read().last == 1000
-    assert not log.flush(timeout_s=0)
-    log.subscribe(lambda event: heard.append(-event.sequence))
-    log.append(Event(EventKind.TSC, "1001"))
+    log.append(Event(EventKind.TSC, "2"))
+    log.record(Event(EventKind.TSC, "3"))
+    wake_up = log._delivery._wake_up
+    assert wake_up is not None
+    assert log._delivery._next_due(wake_up) is None
     hold.set()
     assert log.flush()
-    assert heard == [*range(1, 1002), -1001]
-    unsubscribe()
-
-
-@pytest.mark.row("E15")
-def test_the_thread_is_there_as_long_as_subscribers(others: set[threading.Thread]) -> None:
-    """The first subscriber begins it, further ones share it, the last one ends it, and a new one begins another."""
-    log = EventLog()
-    assert log.flush()
-    assert threads_named(NAME) <= others
-    ends = [log.subscribe(list[Event]().append) for _ in range(3)]
-    (thread,) = threads_named(NAME) - others
-    assert thread.daemon
-    for end in ends:
-        assert thread.is_alive()
-        end()
-    end_of({thread})
-    heard = list[Event]()
-    end = log.subscribe(heard.append)
-    log.append(Event(EventKind.TSC, "1"))
-    assert log.flush()
-    assert numbers(heard) == [1]
-    end()
-    end_of(threads_named(NAME) - others)
-
-
-@pytest.mark.row("E15", "E9")
-def test_a_thread_keeps_no_log(others: set[threading.Thread]) -> None:
-    """A log that is dropped with its subscribers, one of which refers to it, goes; and its thread ends."""
-    log = EventLog()
-    log.subscribe(partial(_read, log))
-    log.append(Event(EventKind.TSC, "1"))
-    assert log.flush()
-    gone = weakref.ref(log)
-    (thread,) = threads_named(NAME) - others
-    del log
-    gc.collect()
-    end_of({thread})
-    gc.collect()
-    assert gone() is None
-
-
-def _read(log: EventLog, event: Event) -> None:
-    assert log.read().last == event.sequence
-
-
-def no_thread(_thread: threading.Thread) -> None:
-    """What a thread's start() does at the system's limit."""
-    raise RuntimeError("can't start new thread")
-
-
-@pytest.mark.row("E15", "E9", "E13")
-def test_without_a_thread_there_is_no_subscription(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the system's limit subscribe() is a StateError and nothing is done; it can be tried again."""
-    log, heard = EventLog(), list[Event]()
-    with monkeypatch.context() as limited:
-        limited.setattr(threading.Thread, "start", no_thread)
-        with pytest.raises(StateError, match="subscribe: no thread begins: can't start new thread; end some"):
-            log.subscribe(heard.append)
-    log.append(Event(EventKind.TSC, "1"))
-    assert log.flush()
-    end = log.subscribe(heard.append)
-    log.append(Event(EventKind.TSC, "2"))
-    assert log.flush()
-    assert numbers(heard) == [2]
-    end()
-
-
-@pytest.mark.row("E15", "E13")
-@pytest.mark.parametrize("timeout_s", [-1, float("nan"), float("inf"), threading.TIMEOUT_MAX * 2])
-def test_a_timeout_that_is_none(timeout_s: float) -> None:
-    """What no lock can wait for is a RangeError that says the value."""
-    with pytest.raises(RangeError, match=f"timeout_s is {timeout_s}"):
-        EventLog().flush(timeout_s)
-
-
-@pytest.mark.row("E15", "E9")
-@pytest.mark.parametrize("limited", [False, True])
-def test_a_forked_child_tells_its_own_events(limited: bool) -> None:
-    """In a child subscribers hear what happens there, whatever locks were taken; with no thread, operations go on."""
-    log, heard = EventLog(), list[int]()
-    log.subscribe(lambda event: heard.append(event.sequence))
-    log.append(Event(EventKind.TSC, "1"))
-    assert log.flush()
-    with log._delivery._lock, log._store._lock:
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = 0 if told_in_child(log, heard, limited=limited) else 2
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    log.append(Event(EventKind.TSC, "2"))
-    assert log.flush()
-    assert heard == [1, 2]
-
-
-def told_in_child(log: EventLog, heard: list[int], *, limited: bool) -> bool:
-    """Is it as the test above says?"""
-    if limited:
-        pytest.MonkeyPatch().setattr(threading.Thread, "start", no_thread)
-        log.append(Event(EventKind.TSC, "2"))
-        with pytest.raises(StateError, match="flush: no thread begins"):
-            log.flush(LIMIT_S)
-        return heard == [1] and log.last == 2
-    log.append(Event(EventKind.TSC, "2"))
-    return log.flush(LIMIT_S) and heard == [1, 2]
+    assert heard == [1, 3]

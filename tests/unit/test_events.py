@@ -235,8 +235,19 @@ def test_what_was_suppressed_is_told_once_there_is_room() -> None:
     assert {told.dilation_before, told.dilation_after} == {Fraction(6)}
 
 
+@pytest.mark.row("E15")
+def test_a_raw_clock_that_went_back_counts_from_there() -> None:
+    """A budget that is used up is not filled by a step back, nor emptied: 8 more come a second after it."""
+    log = EventLog()
+    for _ in range(GUEST_BURST):
+        assert log.record(a_guests(10 * NS_PER_S)).sequence
+    for raw_ns in (0, NS_PER_S - 1, 10 * NS_PER_S // 11):
+        assert not log.record(a_guests(raw_ns)).sequence
+    assert [bool(log.record(a_guests(NS_PER_S)).sequence) for _ in range(9)] == [True] * 8 + [False]
+
+
 @pytest.mark.row("E15", "E9")
-@given(stamps=st.lists(st.none() | st.integers(-(2**70), 2**70) | st.integers(0, 10**10), max_size=300))
+@given(stamps=st.lists(st.none() | st.integers(-(2**70), 2**70) | st.integers(0, 10**10), min_size=60, max_size=300))
 def test_no_stamps_give_a_guest_more_than_its_budget(stamps: list[int | None]) -> None:
     """A raw clock that stands, goes back or is not known fills nothing; one that goes on fills up to the burst."""
     log = EventLog()
