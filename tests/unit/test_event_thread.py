@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 import weakref
@@ -202,6 +203,7 @@ def test_a_forked_child_tells_its_own_events(limited: bool) -> None:
         lock.acquire()
     child = os.fork()
     if child == 0:
+        signal.alarm(LIMIT_S)  # a lock that is never let go ends the child, not the test
         status = 1
         try:
             status = 0 if told_in_child(log, heard, limited=limited) else 2
