@@ -6,7 +6,7 @@ Each operation is done as a whole or not at all, and leaves an event.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from functools import partial
 from operator import index
@@ -151,20 +151,29 @@ class Operations:
             self._check_reach(ns)
             try:
                 self._runs_for = True
-                keeper.while_held(None, partial(self._resume, chosen, guest_stopped=False))
-                begin = keeper.timeline.at(keeper.timeline.begin_tsc)
+                stood = keeper.timeline.at(keeper.timeline.begin_tsc)
+                settled = keeper.while_held(None, partial(self._resume, chosen, guest_stopped=False))
+                begin = stood + settled.gain_ns
             finally:
                 self._runs_for = not keeper.is_paused
         try:
             self._run_until(begin + ns)
-        finally:
-            with keeper.changing:
-                self._runs_for = False
-                keeper.while_held(None, self._pause)
-                ran = keeper.timeline.at(keeper.timeline.begin_tsc) - begin
+        except BaseException:
+            with suppress(StateError):  # then the vCPUs run on, and so does their time
+                self._end_run()
+            raise
+        ran = self._end_run() - begin
         return RunReport(ran, ran - ns)
 
     # Inside
+
+    def _end_run(self) -> Fraction:
+        """Pause what run_for() let run; guest time then."""
+        keeper = self._keeper
+        with keeper.changing:
+            self._runs_for = False
+            keeper.while_held(None, self._pause)
+            return keeper.timeline.at(keeper.timeline.begin_tsc)
 
     def _check_idle(self, operation: str) -> None:
         if self._runs_for:
@@ -203,23 +212,29 @@ class Operations:
         old, paused_at = keeper.state, self._paused_at("resume")
         tsc = keeper.host_tsc()
         settled = catchup.settle(policy, self._missed_ns(paused_at, stamps, tsc))
-        new = TimeState.of(_started(old.timeline, tsc, settled))
-        why = f"{catchup.describe(policy)}; {settled.why}".removesuffix("; ")
-        events = [keeper.event(EventKind.RESUME, why, stamps, tsc=tsc, before=old, after=new)]
-        if settled.slew is not None:
-            owed = f"{round(settled.slew_ns)} ns were missed"
-            events.append(keeper.event(EventKind.SLEW, owed, stamps, tsc=tsc, before=new))
-        gain_ticks = int(settled.gain_ns / old.timeline.tempo.dilation * keeper.backend.tsc_hz / NS_PER_S)
+        started = _started(old.timeline, tsc, settled)
+        shown = TimeState.of(started)
+        tempo = started.tempo._replace(boost=started.plan(stamps.tsc))
+        scale = started.scale(tempo.pace)
+        gain_ticks = int(settled.gain_ns / started.tempo.dilation * keeper.backend.tsc_hz / NS_PER_S)
         go_on, refused = self._tscs.prepare_to_go_on(tsc, gain_ticks)
-        if refused is not None:
-            events.append(keeper.event(EventKind.REFUSED, str(refused), stamps, tsc=tsc, before=new))
+        why = f"{catchup.describe(policy)}; {settled.why}".removesuffix("; ")
 
-        def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+        def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
             go_on()
+            going = started.copy()
+            going.turn(break_tsc, tempo)
+            new = TimeState(going, going.line(), scale)
+            events = [keeper.event(EventKind.RESUME, why, stamps, tsc=tsc, before=old, after=shown)]
+            if settled.slew is not None:
+                owed = f"{round(settled.slew_ns)} ns were missed"
+                events.append(keeper.event(EventKind.SLEW, owed, stamps, tsc=break_tsc, before=shown, after=new))
+            if refused is not None:
+                events.append(keeper.event(EventKind.REFUSED, str(refused), stamps, tsc=break_tsc, before=new))
             return new, tuple(events)
 
         moved = (tsc - paused_at.stamps.tsc) & U64_MASK, int(settled.gain_ns)
-        keeper.resume(change, new, moved, guest_stopped=guest_stopped)
+        keeper.resume(change, shown._replace(scale=scale), moved, guest_stopped=guest_stopped)
         paused_at.hold.__exit__(None, None, None)
         return settled
 
@@ -314,6 +329,4 @@ def _started(stopped: Timeline, tsc: HostTsc, settled: catchup.Settlement) -> Ti
     going.jump(settled.gain_ns)
     if isinstance(settled.slew, Slew | CatchUpTable):
         going.slew(tsc, settled.slew_ns, settled.slew)
-    if going.is_slewing:
-        going.turn(tsc, going.tempo._replace(boost=going.plan(tsc)))
     return going

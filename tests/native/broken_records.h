@@ -88,17 +88,19 @@ static void page(uint8_t *record)
 	struct pvclock_line line = { .tsc = 900000, .ns = 5000000, .num = PVCLOCK_NS_PER_SEC, .den = 2596132000 };
 	struct pvclock_target target = { .page = record };
 	struct pvclock_anchor anchor = { 0 };
+	uint64_t break_tsc;
 	struct pvclock_scale scale;
 	struct pvclock_rate rate;
 
 	pvclock_time_scale(PVCLOCK_NS_PER_SEC, line.den, &scale);
 	rate = pvclock_rate_of(scale);
-	pvclock_publish(&target, 1, &line, &rate, &counter, &anchor);
+	pvclock_publish(&target, 1, &line, &rate, &counter, &anchor, &break_tsc);
 }
 
 static void page_never_odd(uint8_t *record)
 {
 	struct pvclock_anchor anchor = { .tsc_timestamp = 77, .system_time = 88 };
+	uint64_t break_tsc;
 	struct pvclock_target target = { .page = record };
 
 	pvclock_write_payload(&target, &anchor);
