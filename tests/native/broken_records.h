@@ -100,7 +100,6 @@ static void page(uint8_t *record)
 static void page_never_odd(uint8_t *record)
 {
 	struct pvclock_anchor anchor = { .tsc_timestamp = 77, .system_time = 88 };
-	uint64_t break_tsc;
 	struct pvclock_target target = { .page = record };
 
 	pvclock_write_payload(&target, &anchor);
