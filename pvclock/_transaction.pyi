@@ -1,12 +1,14 @@
 from collections.abc import Callable, Iterable
 from threading import RLock
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeVar, final
+from typing import Literal, Protocol, Self, TypeVar, final
 
 from pvclock._memory import GuestMemory
 from pvclock.quantities import HostTsc
 
 _State = TypeVar("_State")
+_Event = TypeVar("_Event")
+_EventT_contra = TypeVar("_EventT_contra", contravariant=True)
 
 @final
 class Transaction:
@@ -17,16 +19,16 @@ class Transaction:
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None
-    ) -> Literal[False]: ...
+    ) -> Literal[False]: ...  # swallows nothing
 
-class _Log(Protocol):
+class _Log(Protocol[_EventT_contra]):
     @property
     def last(self) -> int: ...
-    def record(self, event: Any, /) -> object: ...
+    def record(self, event: _EventT_contra, /) -> object: ...
 
 def commit(
     publish: Callable[[], int | None],
-    change: Callable[[HostTsc], tuple[_State, Iterable[object]]],
+    change: Callable[[HostTsc], tuple[_State, Iterable[_Event]]],
     take: Callable[[_State], object],
-    events: _Log,
+    events: _Log[_Event],
 ) -> None: ...

@@ -62,7 +62,7 @@ class GuestClock:
     offer_invariant_tsc: what patch_cpuid() shows; a guest with an invariant TSC prefers its TSC to this clock.
     tsc_hz: the TSC frequency that the guest is told, if it is told any; the host's by default.
 
-    A memory has one live clock: a new one takes over, and each operation of the one before is a StateError then.
+    A memory has one live clock: a new one takes over, and operations of the one before are StateErrors from then on.
 
     Thread-safety: all methods may be called from any thread, vCPU threads included; a vCPU's own `write_msr` must come
     while that vCPU is out of the guest, as it is after the exit.  Callbacks (the memory's on_dirty, subscribers) are
@@ -186,7 +186,7 @@ class GuestClock:
     # What a VMM does to time
 
     def tick(self) -> Steering | None:
-        """Look at the host and the reference, correct the rate if there is reason to, and republish.
+        """Look at the host and the reference, correct the rate if need be, and republish; call it every second.
 
         Call it every second or so, at least every MAX_AGE_S of guest time, as refresh(), which it includes.  Guests are
         told what was stolen from their vCPUs since the last tick.  Returns what was found, None without a reference.

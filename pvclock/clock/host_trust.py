@@ -172,7 +172,7 @@ class HostTrust:
     # Sleep
 
     def _take_sleep(self, before: HostStamps, stamps: HostStamps, vcpu: int | None) -> None:
-        """The host slept since the last look.  A paused clock settles that at resume(), a running one by sleep_policy."""
+        """The host slept since the last look.  A paused clock settles it at resume(), a running one by sleep_policy."""
         keeper, slept = self._keeper, slept_ns(before, stamps)
         self._slept_ns += slept
         self._tscs.read_back(vcpu)

@@ -73,7 +73,7 @@ class TimeState(NamedTuple):
 
 
 Change: TypeAlias = Callable[[HostTsc], tuple[TimeState, tuple[Event, ...]]]
-"""What guest time becomes, and what is recorded of it, if the change is at that host TSC.  Pure: it may be asked twice."""
+"""What guest time becomes at that host TSC, and what is recorded of it.  Pure: it may be called twice."""
 
 
 class Timekeeper:
