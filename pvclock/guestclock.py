@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from functools import partial
-from typing import Final, Literal, Self
+from typing import Literal, Self
 
 from pvclock import clockstate
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale
@@ -17,19 +16,20 @@ from pvclock._memory import GuestMemory
 from pvclock.backend import Backend
 from pvclock.catchup import Policy, Settlement, as_policy
 from pvclock.clock import capture
+from pvclock.clock.capture import ClockParts
 from pvclock.clock.follower import OFF, Follower
+from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.operations import Operations
-from pvclock.clock.run_delays import RunDelays
 from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
-from pvclock.clockstate import ClockState, OfferState, ProviderState
+from pvclock.clockstate import ClockState, OfferState
 from pvclock.discipline import MAX_PPM, Steering
-from pvclock.errors import ConfigError, MsrFault, RangeError, StateFileError, TscOffsetNotHonoured
+from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNotHonoured
 from pvclock.event_log import EventLog
 from pvclock.events import EventCause, EventKind
-from pvclock.hostwatch import HostWatch, Trouble, TroubleKind
+from pvclock.hostwatch import HostWatch, Trouble
 from pvclock.providers import GuestInterface, combined
 from pvclock.providers.interface import (
     CpuidLeaf,
@@ -39,17 +39,13 @@ from pvclock.providers.interface import (
     Pairing,
     VmmServices,
 )
-from pvclock.providers.kvm import KvmFeature, KvmProvider
-from pvclock.quantities import U64_MASK, Gpa, GuestNs, GuestTsc, HostTsc
-from pvclock.readings import Churn, ClockLine, HostStamps, Reading, Reference, RunReport, TimeInfo
+from pvclock.quantities import GuestNs, GuestTsc, HostTsc
+from pvclock.readings import Churn, ClockLine, Reading, Reference, RunReport, TimeInfo
 from pvclock.sampling import SampleSource
-from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, VcpuTsc
+from pvclock.tsc import VcpuTsc
 from pvclock.tsc_sync import OffsetWrite
 
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
-
-PAGES_TOLD: Final = 20
-"""A guest may place its pages for ever; it is not to fill the log with that."""
 
 
 class GuestClock:
@@ -90,9 +86,6 @@ class GuestClock:
         self.backend = backend
         self.engine = _engine_named(engine)
         self.vmm = vmm
-        self.quiesce = backend.quiesce
-        self.offer_tsc_adjust = offer_tsc_adjust
-        self.offer_invariant_tsc = offer_invariant_tsc
         self.tsc_hz = backend.tsc_hz if tsc_hz is None else tsc_hz
         """The TSC frequency that the guest was told: that of the host on which it began."""
 
@@ -102,9 +95,9 @@ class GuestClock:
         self._host = HostTrust(self._keeper, self._tscs, self._follower)
         self._operations = Operations(self._keeper, self._host, self._tscs, self._follower)
         self._wall_clock = WallClock(self._keeper)
-        self._run_delays = RunDelays(backend, vcpus)
-        self._clocksource_trusted = True
-        self._pages_to_tell = PAGES_TOLD
+        self._parts = ClockParts(
+            self._keeper, self._tscs, self._host, self._operations, self._follower, self._wall_clock
+        )
         self._follower.follow(reference)
 
         # The compiled method itself: a Python one around it would cost as much again.
@@ -113,14 +106,14 @@ class GuestClock:
 
         StateError before it registered a page.
         """
-        self._interface = GuestInterface(
+        self._guest = GuestSide(
+            self._parts,
             combined(provider, provider_options),
-            self,
-            vcpus,
-            tsc_usable=backend.tsc_stable,
-            log=partial(self._keeper.tell, EventKind.START),
+            engine=self.engine,
+            vmm=vmm,
+            tsc_hz=self.tsc_hz,
+            offers=OfferState(offer_tsc_adjust, offer_invariant_tsc),
         )
-        self._provider = self._interface.provider
         self._keeper.changing.take_over()
 
     # What time it is
@@ -195,7 +188,7 @@ class GuestClock:
         try:
             return self._follower.tick(self._host.examine, self.refresh)
         finally:
-            self._tell_stolen_time()
+            self._guest.tell_stolen_time()
 
     def refresh(self, vcpu: int | None = None) -> None:
         """Re-anchor and publish all pages; the clock goes on by 0 or +1 ns at the break, and a slew by its plan.
@@ -203,8 +196,7 @@ class GuestClock:
         vcpu: a vCPU that is out of the guest, the caller's own, whose flags can be written too.  Nothing while paused,
         or from a CPU whose TSC is behind the others'.  By profile "virtualbox" pages stay as they are, but for a slew.
         """
-        if self._provider.refreshes_pages or self._keeper.timeline.is_slewing:
-            self._operations.refresh(vcpu)
+        self._guest.refresh(vcpu)
 
     def follow(
         self, reference: Reference | str | SampleSource, *, max_ppm: float = MAX_PPM, panic_ns: int | None = None
@@ -298,7 +290,7 @@ class GuestClock:
         Pages are published before this returns, so let vCPUs in afterwards.  guest_stopped: tell guests that they were
         stopped, which keeps their watchdogs quiet, but not by profile "virtualbox".  StateError if it is not paused.
         """
-        return self._operations.resume(policy, guest_stopped=guest_stopped and self._provider.tells_of_pauses)
+        return self._operations.resume(policy, guest_stopped=guest_stopped and self._guest.tells_of_pauses)
 
     def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
         """Let a paused VM run for `ns` of guest time, and pause it: at that time or later.
@@ -316,7 +308,7 @@ class GuestClock:
         StateError if the backend's run.
         """
         with self._keeper.changing:
-            self._keeper.while_held(None, self._reset)
+            self._keeper.while_held(None, self._guest.reset)
 
     def churn(self, publishes: int, dilations: list[Fraction], *, seconds: float = float("inf")) -> Churn:
         """Publish `publishes` times, or for `seconds`, as fast as it goes, taking `dilations` in turn.
@@ -364,68 +356,42 @@ class GuestClock:
     @property
     def interface(self) -> GuestInterface:
         """The clock interface that this guest sees: provider, statistics, debug channel, VirtualBox's saved unit."""
-        return self._interface
+        return self._guest.interface
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """RDMSR by vCPU's guest: 64 bits, or MsrFault for #GP."""
-        self._keeper.check_vcpu(vcpu)
-        if index == MSR_IA32_TSC:
-            return self._tscs.read(vcpu, self._keeper.host_tsc())
-        if index == MSR_IA32_TSC_ADJUST and self._has_adjust(index):
-            return self._tscs.adjust(vcpu)
-        if index == MSR_TSC_AUX:
-            return self._tscs.aux(vcpu)
-        return self._interface.read_msr(vcpu, index)
+        return self._guest.read_msr(vcpu, index)
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """WRMSR by vCPU's guest: `value` of 64 bits; MsrFault is #GP, with nothing changed."""
-        self._keeper.check_vcpu(vcpu)
-        if not 0 <= value <= U64_MASK:
-            raise RangeError(f"WRMSR {index:#x} := {value:#x}; an MSR has 64 bits")
-        with self._keeper.changing:
-            if index in (MSR_IA32_TSC, MSR_TSC_AUX):
-                self._tscs.write(vcpu, index, value, EventCause.GUEST)
-            elif index == MSR_IA32_TSC_ADJUST and self._has_adjust(index, value):
-                if self.offer_tsc_adjust:  # Linux ignores the write else
-                    self._tscs.write(vcpu, index, value, EventCause.GUEST)
-            else:
-                self._interface.write_msr(vcpu, index, value)
+        self._guest.write_msr(vcpu, index, value)
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """VMCALL or VMMCALL by vCPU's guest; see GuestInterface.hypercall(), and its execute() and handle_ud().
 
         The VMM's services are called without the clock's lock.
         """
-        return self._interface.hypercall(vcpu, registers)
+        return self.interface.hypercall(vcpu, registers)
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> CpuidLeaf | None:
         """The clock's own hypervisor leaf, or None where CPUID `leaf` is not the clock's to answer."""
-        return self._interface.cpuid_leaves.get(leaf)
+        return self.interface.cpuid_leaves.get(leaf)
 
     @property
     def cpuid_leaves(self) -> dict[int, CpuidLeaf]:
         """All hypervisor leaves of the clock, by number."""
-        return dict(self._interface.cpuid_leaves)
+        return dict(self.interface.cpuid_leaves)
 
     def patch_cpuid(self, leaf: int, subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
         """The VMM's answer to an ordinary CPUID leaf with the bits in it that are the clock's business."""
-        if leaf == 1:
-            return registers._replace(ecx=_with_bit(registers.ecx, 31, bool(self._interface.cpuid_leaves)))
-        if (leaf, subleaf) == (7, 0):
-            return registers._replace(ebx=_with_bit(registers.ebx, 1, self.offer_tsc_adjust))
-        if leaf == 0x80000007 and not self.offer_invariant_tsc:
-            return registers._replace(edx=_with_bit(registers.edx, 8, False))
-        return registers
+        return self._guest.patched_cpuid(leaf, subleaf, registers)
 
     # Saved and restored
 
     def save(self) -> ClockState:
         """The clock as it is now, or since it was paused: for restore(), on this host or another."""
         with self._keeper.changing:
-            provider = self._provider
-            saved = ProviderState(provider.name, provider.version, self._interface.config, provider.save())
-            offers = OfferState(self.offer_tsc_adjust, self.offer_invariant_tsc)
-            return capture.capture(self._parts, saved, offers, self.tsc_hz)
+            return capture.capture(self._parts, self._guest.saved(), self._guest.offers, self.tsc_hz)
 
     @classmethod
     def restore(
@@ -489,102 +455,16 @@ class GuestClock:
     def note(self, troubles: list[Trouble], *, host_trusted: bool) -> None:
         """Apply what a look at the host has found that serves several clocks; see heed()."""
         with self._keeper.changing:
-            self._host.examine()
-            slept = self._host.take_slept_ns()
-            for trouble in troubles:
-                if trouble.kind is not TroubleKind.SUSPEND or not slept:  # else it was recorded, and settled
-                    self._keeper.tell(EventKind(trouble.kind), trouble.why)
-            trusted = self._is_host_trusted
-            self._host.tsc_failed |= any(it.unstable and it.kind is not TroubleKind.CLOCKSOURCE for it in troubles)
-            self._clocksource_trusted = host_trusted
-            if self._is_host_trusted != trusted:
-                self._keeper.republish()
-
-    # What the provider asks for (ClockServices)
+            self._host.note(troubles, clocksource_trusted=host_trusted)
 
     def pairing(self, vcpu: int) -> Pairing | None:
         """One instant as the guest's time of day and as vCPU's TSC; None where the host's TSC is not to be trusted."""
-        if not (self._is_host_trusted and self.backend.tsc_stable):
-            return None
-        sample = self.backend.sample(Reference.REALTIME)
-        return Pairing(self._wall_clock.time_of_day_ns(sample), self.guest_tsc(vcpu, sample.tsc))
-
-    def utc_ns(self) -> int:
-        """The guest's time of day at this instant, in ns since 1970."""
-        return self._wall_clock.time_of_day_ns(self.backend.sample(Reference.REALTIME))
-
-    def tell(self, kind: EventKind, why: str) -> None:
-        """Record an event that the guest caused, and that leaves guest time alone, as of now."""
-        with self._keeper.changing:
-            self._keeper.tell(kind, why, EventCause.GUEST)
-
-    @property
-    def kernel_features(self) -> int:
-        """KVM feature bits that the host kernel serves beside this engine."""
-        return self.backend.kernel_features
-
-    def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
-        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish; the first ones are events."""
-        with self._keeper.changing:
-            told = gpa is not None and self._pages_to_tell > 0
-            stamps = self.backend.stamps() if told else None
-            try:
-                self._keeper.place_time_page(vcpu, gpa)
-            finally:
-                if gpa is not None and stamps is not None:
-                    self._tell_page(vcpu, gpa, stamps)
-
-    def write_wall_clock(self, gpa: Gpa) -> None:
-        """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
-        self._wall_clock.write(gpa)
+        return self._guest.pairing(vcpu)
 
     # Inside
 
-    @property
-    def _parts(self) -> capture.ClockParts:
-        return capture.ClockParts(
-            self._keeper, self._tscs, self._host, self._operations, self._follower, self._wall_clock
-        )
-
-    @property
-    def _is_host_trusted(self) -> bool:
-        return self._clocksource_trusted and not self._host.tsc_failed
-
     def _is_stable(self) -> bool:
-        return self._tscs.agree and self._is_host_trusted and self._provider.allows_stable
-
-    def _has_adjust(self, index: int, value: int | None = None) -> bool:
-        """Is IA32_TSC_ADJUST there?  Hardware faults an access if CPUID says no, and so does profile "document"."""
-        if not self.offer_tsc_adjust and self._interface.profile == "document":
-            raise MsrFault(index, value)
-        return True
-
-    def _reset(self) -> None:
-        self._keeper.check_held("reset")
-        event = self._keeper.event(EventKind.RESET, "reset()", self.backend.stamps())
-        self._interface.reset()
-        self._tscs.reset()
-        self._wall_clock.gpa = None
-        self.events.record(event)
-
-    def _tell_page(self, vcpu: int, gpa: Gpa, stamps: HostStamps) -> None:
-        self._pages_to_tell -= 1
-        page = self.page(vcpu)
-        kind, why = EventKind.REFUSED, f"there is no memory for its clock's page at {gpa:#x}"
-        if page is not None:
-            if not page.tsc_to_system_mul:  # it is published at resume()
-                return
-            kind, why = EventKind.PAGE, f"page at {gpa:#x}, {page.described()}"
-        self.events.record(self._keeper.event(kind, f"vCPU {vcpu}: {why}", stamps, cause=EventCause.GUEST))
-
-    def _tell_stolen_time(self) -> None:
-        provider = self._provider
-        if not isinstance(provider, KvmProvider) or KvmFeature.STEAL_TIME not in provider.features:
-            return
-        with self._keeper.changing:
-            for vcpu in range(0 if self.is_paused else self.vcpus):
-                if stolen_ns := self._run_delays.take_ns(vcpu):
-                    provider.add_steal_time(vcpu, stolen_ns)
+        return self._tscs.agree and self._host.is_trusted and self._guest.allows_stable
 
     def _become(
         self,
@@ -597,9 +477,10 @@ class GuestClock:
     ) -> None:
         """Be the paused clock that was saved as `state`, which is sound."""
         with self._keeper.changing:
-            lives_by_tsc = state.offers.invariant_tsc or self._interface.guest_lives_by_tsc
-            told = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz) if lives_by_tsc else ""
-            self._provider.load(state.provider.msrs)
+            told = ""
+            if self._guest.lives_by_tsc:
+                told = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
+            self._guest.load(state.provider)
             capture.take(self._parts, state, policy, slew)
             if told:
                 self._keeper.tell(EventKind.TSC_RATE, told)
@@ -613,7 +494,3 @@ def _engine_named(engine: Engine | str) -> Engine:
     if engine not in list(Engine):
         raise ConfigError(f"engine {engine!r}; choose from {', '.join(map(repr, map(str, Engine)))}")
     return Engine(engine)
-
-
-def _with_bit(register: int, bit: int, is_set: bool) -> int:
-    return register | 1 << bit if is_set else register & ~(1 << bit)

@@ -18,6 +18,7 @@ from pvclock.clock.timekeeper import Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import StateError
 from pvclock.events import EventKind
+from pvclock.hostwatch import Trouble, TroubleKind
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, signed64
 from pvclock.readings import HostStamps
 
@@ -36,15 +37,15 @@ class HostTrust:
     def __init__(self, keeper: Timekeeper, tscs: VcpuTscs, follower: Follower) -> None:
         self.sleep_policy: Policy = catchup.Freeze()
         """What becomes of a host's sleep that a running VM went through."""
-        self.tsc_failed = False
-        """Did the TSC step, or one CPU's fall behind?  Then STABLE stays off: no later look makes that good."""
         self._keeper = keeper
         self._tscs = tscs
         self._follower = follower
+        self._clocksource_trusted = True  # by the last look that was noted
+        self._tsc_failed = False  # did it step, or one CPU's fall behind?  No later look makes that good
         self._mark = keeper.backend.stamps()  # the last instant at which all was well
         self._went_back_ticks: int | None = None  # by the last step, which may be taken back
         self._is_behind = False  # this CPU, and it was told
-        self._slept_ns = 0  # told since the last take_slept_ns()
+        self._slept_ns = 0  # told since the last note()
 
     def check(self, vcpu: int | None = None) -> bool:
         """Before a publish: is the TSC good here and now?  False if it is this CPU that is behind.
@@ -89,10 +90,26 @@ class HostTrust:
             self._take_sleep(before, stamps, vcpu)
         return stamps
 
-    def take_slept_ns(self) -> int:
-        """How much sleep was recorded here since this was last asked."""
-        slept, self._slept_ns = self._slept_ns, 0
-        return slept
+    @property
+    def is_trusted(self) -> bool:
+        """May pages promise that all vCPUs' TSCs are in step, as far as the host goes?"""
+        return self._clocksource_trusted and not self._tsc_failed
+
+    def note(self, troubles: list[Trouble], *, clocksource_trusted: bool) -> None:
+        """Apply what a look at the host has found: each trouble is an event, and takes STABLE if it must.
+
+        For `with changing`.  A sleep that is found here is recorded, and settled, once.
+        """
+        self.examine()
+        slept_ns, self._slept_ns = self._slept_ns, 0
+        for trouble in troubles:
+            if trouble.kind is not TroubleKind.SUSPEND or not slept_ns:
+                self._keeper.tell(EventKind(trouble.kind), trouble.why)
+        self._tsc_failed |= any(it.unstable and it.kind is not TroubleKind.CLOCKSOURCE for it in troubles)
+        trusted = self.is_trusted
+        self._clocksource_trusted = clocksource_trusted
+        if self.is_trusted != trusted:
+            self._keeper.republish()
 
     # Steps of the TSC
 
@@ -101,7 +118,7 @@ class HostTrust:
     ) -> HostStamps | None:
         """Pages do not move: vCPUs on the other CPUs would see that.  STABLE goes with the next publish."""
         keeper, behind = self._keeper, signed64(least - stamps.tsc)
-        self.tsc_failed = True
+        self._tsc_failed = True
         read_low_once = signed64(readings[0] - least) >= 0
         if not self._is_behind:
             what = "read low once" if read_low_once else "is behind other CPUs'"
@@ -150,7 +167,7 @@ class HostTrust:
 
     def _renumbered(self, before: HostTsc, stamps: HostStamps, why: str, vcpu: int | None) -> HostStamps:
         """Take host TSC `before` as what the stamps now say, everywhere."""
-        self.tsc_failed = True
+        self._tsc_failed = True
         self._keeper.while_held(vcpu, partial(self._renumber_all, before, stamps, why))
         return stamps
 

@@ -182,7 +182,7 @@ def damaged_configurations() -> Iterator[dict[Any, object]]:
 @pytest.mark.row("E9", "G-01", "G-02", "G-03", "E13")
 def test_damaged_configurations() -> None:
     """A damaged configuration is a ConfigError that says something, or makes an interface that its own config makes."""
-    clock = clocks()["None"]
+    clock = clocks()["None"].interface.provider.clock
     outcomes: Counter[tuple[str | None, bool]] = Counter()
     for config in islice(damaged_configurations(), MUTATIONS):
         error = refusal(lambda: GuestInterface(config, clock, 2))  # noqa: B023  # called at once

@@ -16,7 +16,7 @@ def interface_of(config: dict[str, object], *, log: list[str] | None = None, tsc
     """A guest interface of that configuration, on a clock of its own."""
     clock = GuestClock(GuestMemory(bytearray(1 << 14)), 2, "None", backend=SimulatedBackend(HZ))
     lines: list[str] = [] if log is None else log
-    return GuestInterface(config, clock, 2, tsc_usable=tsc_stable, log=lines.append)
+    return GuestInterface(config, clock.interface.provider.clock, 2, tsc_usable=tsc_stable, log=lines.append)
 
 
 @pytest.mark.row("G-01", "G-02", "G-03", "E13")

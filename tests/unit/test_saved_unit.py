@@ -228,7 +228,7 @@ def test_nothing_is_left_to_do_after_a_load(provider: str, monkeypatch: pytest.M
         monkeypatch.setattr(owner, name, noting)
 
     for name in ("place_time_page", "refresh", "write_wall_clock", "tell", "utc_ns"):
-        note(clock, name)
+        note(clock.interface.provider.clock, name)
     for name in dir(clock.interface.provider):
         if not name.startswith("_") and callable(getattr(clock.interface.provider, name)):
             note(clock.interface.provider, name)

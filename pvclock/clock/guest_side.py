@@ -1,0 +1,212 @@
+"""The guest's side of one VM's clock: its MSRs, its CPUID, and what its provider may ask of the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Final
+
+from pvclock.clock.capture import ClockParts
+from pvclock.clock.run_delays import RunDelays
+from pvclock.clockstate import OfferState, ProviderState
+from pvclock.errors import MsrFault, RangeError
+from pvclock.events import EventCause, EventKind
+from pvclock.providers import GuestInterface
+from pvclock.providers.interface import CpuidLeaf, Engine, Pairing, VmmServices
+from pvclock.providers.kvm import KvmFeature, KvmProvider
+from pvclock.quantities import U64_MASK, Gpa
+from pvclock.readings import HostStamps, Reference
+from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
+
+__all__ = ["GuestSide"]
+
+PAGES_TOLD: Final = 20
+"""A guest may place its pages for ever; it is not to fill the log with that."""
+
+
+class GuestSide:
+    """What one VM's guest has to its clock, which is made of `parts`; its provider's ClockServices.
+
+    config: GuestInterface's.  engine, vmm, tsc_hz: GuestClock's.  offers: what CPUID shows of the TSC.
+    """
+
+    def __init__(
+        self,
+        parts: ClockParts,
+        config: Mapping[str, object],
+        *,
+        engine: Engine,
+        vmm: VmmServices | None,
+        tsc_hz: int,
+        offers: OfferState,
+    ) -> None:
+        self.engine = engine
+        self.vmm = vmm
+        self.tsc_hz = tsc_hz
+        self.offers = offers
+        self._keeper, self._tscs, self._host = parts.keeper, parts.tscs, parts.host
+        self._operations, self._wall_clock = parts.operations, parts.wall_clock
+        self.memory = self._keeper.memory
+        self._backend = self._keeper.backend
+        self._run_delays = RunDelays(self._backend, self._keeper.vcpus)
+        self._pages_to_tell = PAGES_TOLD
+        self.interface = GuestInterface(
+            config,
+            self,
+            self._keeper.vcpus,
+            tsc_usable=self._backend.tsc_stable,
+            log=partial(self._keeper.tell, EventKind.START),
+        )
+        self._provider = self.interface.provider
+
+    # What the guest does
+
+    def read_msr(self, vcpu: int, index: int) -> int:
+        """See GuestClock.read_msr()."""
+        self._keeper.check_vcpu(vcpu)
+        if index == MSR_IA32_TSC:
+            return self._tscs.read(vcpu, self._keeper.host_tsc())
+        if index == MSR_IA32_TSC_ADJUST and self._has_adjust(index):
+            return self._tscs.adjust(vcpu)
+        if index == MSR_TSC_AUX:
+            return self._tscs.aux(vcpu)
+        return self.interface.read_msr(vcpu, index)
+
+    def write_msr(self, vcpu: int, index: int, value: int) -> None:
+        """See GuestClock.write_msr()."""
+        self._keeper.check_vcpu(vcpu)
+        if not 0 <= value <= U64_MASK:
+            raise RangeError(f"WRMSR {index:#x} := {value:#x}; an MSR has 64 bits")
+        with self._keeper.changing:
+            if index in (MSR_IA32_TSC, MSR_TSC_AUX):
+                self._tscs.write(vcpu, index, value, EventCause.GUEST)
+            elif index == MSR_IA32_TSC_ADJUST and self._has_adjust(index, value):
+                if self.offers.tsc_adjust:  # Linux ignores the write else
+                    self._tscs.write(vcpu, index, value, EventCause.GUEST)
+            else:
+                self.interface.write_msr(vcpu, index, value)
+
+    def patched_cpuid(self, leaf: int, subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
+        """See GuestClock.patch_cpuid()."""
+        if leaf == 1:
+            return registers._replace(ecx=_with_bit(registers.ecx, 31, bool(self.interface.cpuid_leaves)))
+        if (leaf, subleaf) == (7, 0):
+            return registers._replace(ebx=_with_bit(registers.ebx, 1, self.offers.tsc_adjust))
+        if leaf == 0x80000007 and not self.offers.invariant_tsc:
+            return registers._replace(edx=_with_bit(registers.edx, 8, False))
+        return registers
+
+    # What the clock does to it
+
+    @property
+    def allows_stable(self) -> bool:
+        """May pages say TSC_STABLE if the TSCs are?"""
+        return self._provider.allows_stable
+
+    @property
+    def tells_of_pauses(self) -> bool:
+        """Are guests told that they were stopped?"""
+        return self._provider.tells_of_pauses
+
+    @property
+    def lives_by_tsc(self) -> bool:
+        """Does the guest go by its TSC rather than by pages, or may it?"""
+        return self.offers.invariant_tsc or self.interface.guest_lives_by_tsc
+
+    def tell_stolen_time(self) -> None:
+        """Tell the guest what was stolen from its vCPUs since it was told last; not while time stands still."""
+        provider = self._provider
+        if not isinstance(provider, KvmProvider) or KvmFeature.STEAL_TIME not in provider.features:
+            return
+        with self._keeper.changing:
+            for vcpu in range(0 if self._keeper.is_paused else self._keeper.vcpus):
+                if stolen_ns := self._run_delays.take_ns(vcpu):
+                    provider.add_steal_time(vcpu, stolen_ns)
+
+    def reset(self) -> None:
+        """See GuestClock.reset(); for while_held()."""
+        self._keeper.check_held("reset")
+        event = self._keeper.event(EventKind.RESET, "reset()", self._backend.stamps())
+        self.interface.reset()
+        self._tscs.reset()
+        self._wall_clock.gpa = None
+        self._keeper.events.record(event)
+
+    def saved(self) -> ProviderState:
+        """The provider as it is saved."""
+        return ProviderState(self._provider.name, self._provider.version, self.interface.config, self._provider.save())
+
+    def load(self, state: ProviderState) -> None:
+        """Take what the guest had written when it was saved."""
+        self._provider.load(state.msrs)
+
+    # ClockServices
+
+    @property
+    def kernel_features(self) -> int:
+        """KVM feature bits that the host kernel serves beside this engine."""
+        return self._backend.kernel_features
+
+    def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
+        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish; the first ones are events."""
+        with self._keeper.changing:
+            told = gpa is not None and self._pages_to_tell > 0
+            stamps = self._backend.stamps() if told else None
+            try:
+                self._keeper.place_time_page(vcpu, gpa)
+            finally:
+                if gpa is not None and stamps is not None:
+                    self._tell_page(vcpu, gpa, stamps)
+
+    def refresh(self, vcpu: int | None = None) -> None:
+        """See GuestClock.refresh()."""
+        if self._provider.refreshes_pages or self._keeper.timeline.is_slewing:
+            self._operations.refresh(vcpu)
+
+    def write_wall_clock(self, gpa: Gpa) -> None:
+        """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
+        self._wall_clock.write(gpa)
+
+    def utc_ns(self) -> int:
+        """The guest's time of day at this instant, in ns since 1970."""
+        return self._wall_clock.time_of_day_ns(self._backend.sample(Reference.REALTIME))
+
+    def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
+        """Keep all vCPUs out of the guest meanwhile; `vcpu`, the caller's own, is out already."""
+        return self._backend.quiesce(vcpu)
+
+    def tell(self, kind: EventKind, why: str) -> None:
+        """Record an event that the guest caused, and that leaves guest time alone, as of now."""
+        with self._keeper.changing:
+            self._keeper.tell(kind, why, EventCause.GUEST)
+
+    def pairing(self, vcpu: int) -> Pairing | None:
+        """One instant as the guest's time of day and as vCPU's TSC; None where the host's TSC is not to be trusted."""
+        if not (self._host.is_trusted and self._backend.tsc_stable):
+            return None
+        sample = self._backend.sample(Reference.REALTIME)
+        return Pairing(self._wall_clock.time_of_day_ns(sample), self._tscs.read(vcpu, sample.tsc))
+
+    # Inside
+
+    def _has_adjust(self, index: int, value: int | None = None) -> bool:
+        """Is IA32_TSC_ADJUST there?  Hardware faults an access if CPUID says no, and so does profile "document"."""
+        if not self.offers.tsc_adjust and self.interface.profile == "document":
+            raise MsrFault(index, value)
+        return True
+
+    def _tell_page(self, vcpu: int, gpa: Gpa, stamps: HostStamps) -> None:
+        self._pages_to_tell -= 1
+        page = self._keeper.page(vcpu)
+        kind, why = EventKind.REFUSED, f"there is no memory for its clock's page at {gpa:#x}"
+        if page is not None:
+            if not page.tsc_to_system_mul:  # it is published at resume()
+                return
+            kind, why = EventKind.PAGE, f"page at {gpa:#x}, {page.described()}"
+        event = self._keeper.event(kind, f"vCPU {vcpu}: {why}", stamps, cause=EventCause.GUEST)
+        self._keeper.events.record(event)
+
+
+def _with_bit(register: int, bit: int, is_set: bool) -> int:
+    return register | 1 << bit if is_set else register & ~(1 << bit)
