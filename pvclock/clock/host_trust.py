@@ -100,15 +100,15 @@ class HostTrust:
 
         For `with changing`.  A sleep that is found here is recorded, and settled, once.
         """
-        self.examine()
+        good_here = self.examine() is not None
+        trusted = self.is_trusted
         slept_ns, self._slept_ns = self._slept_ns, 0
         for trouble in troubles:
             if trouble.kind is not TroubleKind.SUSPEND or not slept_ns:
                 self._keeper.tell(EventKind(trouble.kind), trouble.why)
         self._tsc_failed |= any(it.unstable and it.kind is not TroubleKind.CLOCKSOURCE for it in troubles)
-        trusted = self.is_trusted
         self._clocksource_trusted = clocksource_trusted
-        if self.is_trusted != trusted:
+        if good_here and self.is_trusted != trusted:  # else STABLE goes with the next publish
             self._keeper.republish()
 
     # Steps of the TSC

@@ -31,6 +31,21 @@ def test_stable_goes_with_the_hosts_clocksource() -> None:
     assert kinds(clock) == ["clocksource", "clocksource"]
 
 
+@pytest.mark.row("E15", "K-16", "E9")
+@pytest.mark.parametrize("ticks", [-(10**6), 10**9])
+def test_stable_goes_at_once_with_a_tsc_that_steps(ticks: int) -> None:
+    """A look that finds a TSC step takes STABLE from every page by itself, and no later look gives it back."""
+    clock, _, _ = a_clock(2_596_132_000, vcpus=2)
+    watch, host = a_watch()
+    host.run(INTERVAL_NS)
+    host.step_tsc(ticks - INTERVAL_NS * 2_596_132_000 // 10**9 if ticks < 0 else ticks)
+    (trouble,) = clock.heed(watch)
+    assert trouble.unstable
+    assert [page_of(clock, vcpu).flags for vcpu in range(2)] == [0, 0]
+    clock.note([], host_trusted=True)
+    assert [page_of(clock, vcpu).flags for vcpu in range(2)] == [0, 0]
+
+
 @pytest.mark.row("E15", "E9")
 def test_a_stall_is_an_event_and_no_more() -> None:
     """A VMM that did not run for a while says so; its guests' clocks and their pages stay as they are."""
