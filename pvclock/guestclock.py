@@ -6,6 +6,7 @@ here, and calls tick() every second or so.  Each part owns its state and is in `
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal, Self
@@ -86,7 +87,7 @@ class GuestClock:
         self.backend = backend
         self.engine = _engine_named(engine)
         self.vmm = vmm
-        self.tsc_hz = backend.tsc_hz if tsc_hz is None else tsc_hz
+        self.tsc_hz = backend.tsc_hz if tsc_hz is None else _checked_tsc_hz(tsc_hz)
         """The TSC frequency that the guest was told: that of the host on which it began."""
 
         self._keeper = Timekeeper(memory, vcpus, backend, self._is_stable)
@@ -494,3 +495,9 @@ def _engine_named(engine: Engine | str) -> Engine:
     if engine not in list(Engine):
         raise ConfigError(f"engine {engine!r}; choose from {', '.join(map(repr, map(str, Engine)))}")
     return Engine(engine)
+
+
+def _checked_tsc_hz(tsc_hz: int) -> int:
+    if not 0 < operator.index(tsc_hz) <= U64_MASK:
+        raise RangeError(f"tsc_hz is {tsc_hz}; the guest's TSC has a frequency of 1 Hz to 2^64-1")
+    return tsc_hz

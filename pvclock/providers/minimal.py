@@ -22,10 +22,7 @@ __all__ = ["MinimalProvider"]
 
 
 class MinimalProvider:
-    """Leaf 0x40000010 says the frequencies of TSC and APIC bus (`apic_bus_hz`; QEMU's and KVM's is 1 GHz); no MSR.
-
-    tsc_khz: what the guest was told when it began on another host, None for this one's.
-    """
+    """Leaf 0x40000010 says the frequencies of TSC and APIC bus (`apic_bus_hz`; QEMU's and KVM's is 1 GHz); no MSR."""
 
     name = "Minimal"
     number = 1
@@ -33,13 +30,10 @@ class MinimalProvider:
     allows_stable = publishes_time = False
     refreshes_pages = tells_of_pauses = True
 
-    def __init__(
-        self, clock: ClockServices, vcpus: int, *, apic_bus_hz: int = APIC_BUS_HZ, tsc_khz: int | None = None
-    ) -> None:
+    def __init__(self, clock: ClockServices, vcpus: int, *, apic_bus_hz: int = APIC_BUS_HZ) -> None:
         self.clock = clock
-        timing = timing_leaf(clock.tsc_hz, apic_bus_hz, tsc_khz)
-        self.config: Mapping[str, int | bool | str] = {"apic_bus_hz": apic_bus_hz, "tsc_khz": timing.eax}
-        self.cpuid_leaves: Mapping[int, CpuidLeaf] = with_timing_leaf({}, timing)
+        self.config: Mapping[str, int | bool | str] = {"apic_bus_hz": apic_bus_hz}
+        self.cpuid_leaves: Mapping[int, CpuidLeaf] = with_timing_leaf({}, timing_leaf(clock.tsc_hz, apic_bus_hz))
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """Faults."""

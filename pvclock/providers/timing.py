@@ -21,15 +21,9 @@ APIC_BUS_HZ: Final = 10**9
 """QEMU's and KVM's: a tick of the APIC timer is 1 ns."""
 
 
-def timing_leaf(tsc_hz: int, apic_bus_hz: int | None = None, tsc_khz: int | None = None) -> CpuidLeaf:
-    """EAX and EBX in kHz, rounded; ConfigError for a frequency that 32 bits do not hold.
-
-    apic_bus_hz: APIC_BUS_HZ by default.  tsc_khz: what a guest was told before it came to this host, if it was.
-    """
-    khz = _khz("TSC", tsc_hz) if tsc_khz is None else tsc_khz
-    if khz > KHZ_MAX:
-        raise ConfigError(f"tsc_khz is {khz}; leaf {CPUID_TIMING:#x} holds up to {KHZ_MAX}")
-    return CpuidLeaf(eax=khz, ebx=_khz("apic_bus_hz", APIC_BUS_HZ if apic_bus_hz is None else apic_bus_hz))
+def timing_leaf(tsc_hz: int, apic_bus_hz: int) -> CpuidLeaf:
+    """EAX and EBX in kHz, rounded; ConfigError for a frequency that 32 bits do not hold."""
+    return CpuidLeaf(eax=_khz("TSC", tsc_hz), ebx=_khz("apic_bus_hz", apic_bus_hz))
 
 
 def with_timing_leaf(leaves: Mapping[int, CpuidLeaf], timing: CpuidLeaf) -> dict[int, CpuidLeaf]:

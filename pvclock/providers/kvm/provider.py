@@ -43,8 +43,7 @@ class KvmProvider:
     profile: "linux", "document" or "virtualbox", see pvclock.providers.kvm.profiles.  version: of the interface, as
     configured; profile "virtualbox" alone looks at it.
     timing_leaf: is there leaf 0x40000010, too, with the frequencies of TSC and APIC bus (`apic_bus_hz`, 1 GHz by
-    default)?  A guest that goes by it takes its TSC, and leaves every clock policy.  tsc_khz: what it was told when it
-    began on another host, None for this one's.
+    default)?  A guest that goes by it takes its TSC, and leaves every clock policy.
 
     ConfigError for what cannot be served here, naming what can.
     """
@@ -66,7 +65,6 @@ class KvmProvider:
         version: int = 0,
         timing_leaf: bool = False,
         apic_bus_hz: int | None = None,
-        tsc_khz: int | None = None,
     ) -> None:
         if profile not in PROFILES:
             raise ConfigError(f"profile {profile!r} is unknown; choose from {', '.join(map(repr, PROFILES))}")
@@ -82,11 +80,12 @@ class KvmProvider:
         # Asked at every publish, where a look into a flag enum costs as much as the publish itself.
         self._offers_stable = KvmFeature.CLOCKSOURCE_STABLE in self.features
         self.refreshes_pages, self.tells_of_pauses = self._profile.refreshes_pages, self._profile.tells_of_pauses
-        for name, value in (("apic_bus_hz", apic_bus_hz), ("tsc_khz", tsc_khz)):
-            if value is not None and not timing_leaf:
-                raise ConfigError(f"{name} is {value}; only leaf 0x40000010 says it, which timing_leaf=True offers")
+        if apic_bus_hz is not None and not timing_leaf:
+            raise ConfigError(
+                f"apic_bus_hz is {apic_bus_hz}; only leaf 0x40000010 says it, which timing_leaf=True offers"
+            )
         self._apic_bus_hz = timing.APIC_BUS_HZ if apic_bus_hz is None else apic_bus_hz
-        self._timing = timing.timing_leaf(clock.tsc_hz, apic_bus_hz, tsc_khz) if timing_leaf else None
+        self._timing = timing.timing_leaf(clock.tsc_hz, self._apic_bus_hz) if timing_leaf else None
         self._log = GuestLog(clock)
         self._make_surfaces(self.features if enforce_cpuid else servable)
 
@@ -230,7 +229,7 @@ class KvmProvider:
     def _timing_config(self) -> Mapping[str, int | bool]:
         if self._timing is None:
             return {}
-        return {"timing_leaf": True, "apic_bus_hz": self._apic_bus_hz, "tsc_khz": self._timing.eax}
+        return {"timing_leaf": True, "apic_bus_hz": self._apic_bus_hz}
 
     def place_pages_again(self) -> None:
         """Publish the pages that load() has taken, as a saved unit's are."""
