@@ -68,6 +68,7 @@ class TimePages:
         out_of_guest: Iterable[int] = (),
         step: bool = False,
         moved: tuple[int, int] = (0, 0),
+        again: bool = False,
     ) -> int: ...
     def churn(
         self, line: ClockLine, rates: list[tuple[int, int, ClockScale]], publishes: int, max_ticks: int = ...

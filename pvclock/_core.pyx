@@ -21,8 +21,8 @@ from pvclock._math cimport (
 )
 from pvclock._memory cimport GuestMemory, as_u64, as_whole, shortened
 from pvclock._publish cimport (
-    pvclock_anchor, pvclock_anchor_read, pvclock_counter_read, pvclock_publish, pvclock_publish_wall_clock,
-    pvclock_rate, pvclock_rate_of, pvclock_read, pvclock_reading, pvclock_target
+    pvclock_anchor, pvclock_anchor_read, pvclock_counter_read, pvclock_publish, pvclock_publish_at,
+    pvclock_publish_wall_clock, pvclock_rate, pvclock_rate_of, pvclock_read, pvclock_reading, pvclock_target
 )
 
 from pvclock.errors import ConfigError, RangeError, StateError
@@ -339,7 +339,7 @@ cdef class TimePages:
         return False
 
     def publish(
-        self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False, moved=(0, 0)
+        self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False, moved=(0, 0), again=False
     ) -> int:
         """Publish `line` at `scale` into all registered pages at once; returns the break point (host TSC).
 
@@ -347,11 +347,14 @@ cdef class TimePages:
         move(), which comes first.  `flags` go to the vCPUs in `out_of_guest` (vCPU numbers) only: a running guest
         writes that byte itself.  The memory's on_dirty is told of all pages.
 
+        again: on a CPU whose counter is behind the last break point, which stays; for the line published last.
+
         counter_went_back says of the last publish whether the counter went back, or stood still, before the break
         point: the pages show the line all the same.
         """
         cdef pvclock_line timeline = as_line(line)
         cdef bint may_step = step
+        cdef bint at_last_break = again
         cdef uint64_t break_tsc
         ticks, ns = moved
         cdef uint64_t moved_ticks = as_u64(ticks, "ticks")
@@ -360,21 +363,22 @@ cdef class TimePages:
         self._move(moved_ticks, moved_ns)
         if may_step:
             self._anchor.scale.mul = 0
+        break_tsc = self.break_tsc
         if self._changed:  # readers must not see a page with the offset of another: they need the GIL, so keep it
-            self.counter_went_back = self._publish(&timeline, &break_tsc)
+            self.counter_went_back = self._publish(&timeline, &break_tsc, at_last_break)
         else:
             self.memory.pin()
             with nogil:
-                self.counter_went_back = self._publish(&timeline, &break_tsc)
+                self.counter_went_back = self._publish(&timeline, &break_tsc, at_last_break)
             self.memory.unpin()
         self.break_tsc, self._stands = break_tsc, False
         self._show()
         self.mark_dirty()
         return break_tsc
 
-    cdef bint _publish(self, pvclock_line *timeline, uint64_t *break_tsc) noexcept nogil:
-        return pvclock_publish(
-            self._targets, self._count, timeline, &self._rate, &self.counter.c, &self._anchor, break_tsc
+    cdef bint _publish(self, pvclock_line *timeline, uint64_t *break_tsc, bint again) noexcept nogil:
+        return pvclock_publish_at(
+            self._targets, self._count, timeline, &self._rate, &self.counter.c, &self._anchor, break_tsc, again
         ) != 0
 
     cdef int _prepare(self, ClockScale scale, uint8_t flags, out_of_guest) except -1:

@@ -50,6 +50,16 @@ cdef extern from "pvclock_publish.h" nogil:
         pvclock_anchor *anchor,
         uint64_t *break_tsc,
     )
+    int pvclock_publish_at(
+        pvclock_target *targets,
+        size_t count,
+        const pvclock_line *timeline,
+        const pvclock_rate *rate,
+        const pvclock_counter *counter,
+        pvclock_anchor *anchor,
+        uint64_t *break_tsc,
+        int again,
+    )
     void pvclock_publish_wall_clock(void *record, uint32_t sec, uint32_t nsec)
     void pvclock_set_preempted(void *record)
     uint8_t pvclock_clear_preempted(void *record)

@@ -324,12 +324,15 @@ static inline void pvclock_write_payload(const struct pvclock_target *target, co
  * *anchor is the line published last (mul 0 if the clock may step) and becomes the new one; *break_tsc becomes the
  * break point in host TSC.  Takes a few microseconds, at least the counter's margin.  One caller at a time for a VM.
  *
+ * again: *break_tsc is that of the last publish and stays, for a CPU whose counter is behind that: the line, which must
+ * be the one published last, stays where it is on all other CPUs.
+ *
  * Returns 0, or -1 if the counter went back or stood still before the break point: the pages are even and show the new
  * line, but before the break point, where it need not meet the old one.
  */
-static inline int pvclock_publish(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
-				  const struct pvclock_rate *rate, const struct pvclock_counter *counter,
-				  struct pvclock_anchor *anchor, uint64_t *break_tsc)
+static inline int pvclock_publish_at(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
+				     const struct pvclock_rate *rate, const struct pvclock_counter *counter,
+				     struct pvclock_anchor *anchor, uint64_t *break_tsc, int again)
 {
 	uint64_t odd_tsc;
 	int status;
@@ -345,7 +348,8 @@ static inline int pvclock_publish(struct pvclock_target *targets, size_t count, 
 	/* For the compiler, and for a counter that is no rdtsc: the payload comes after the odd versions. */
 	__atomic_thread_fence(__ATOMIC_RELEASE);
 	odd_tsc = pvclock_counter_read_after_stores(counter);
-	*break_tsc = odd_tsc + counter->margin_ticks;
+	if (!again)
+		*break_tsc = odd_tsc + counter->margin_ticks;
 	*anchor = pvclock_reanchor(timeline, anchor, rate, *break_tsc);
 
 	for (size_t i = 0; i < count; i++)
@@ -358,6 +362,14 @@ static inline int pvclock_publish(struct pvclock_target *targets, size_t count, 
 	for (size_t i = 0; i < count; i++)
 		pvclock_store32(targets[i].page, targets[i].odd_version + 1u);
 	return status;
+}
+
+/* pvclock_publish_at() a break point of its own. */
+static inline int pvclock_publish(struct pvclock_target *targets, size_t count, const struct pvclock_line *timeline,
+				  const struct pvclock_rate *rate, const struct pvclock_counter *counter,
+				  struct pvclock_anchor *anchor, uint64_t *break_tsc)
+{
+	return pvclock_publish_at(targets, count, timeline, rate, counter, anchor, break_tsc, 0);
 }
 
 /* Write the wall clock under its version, with Linux's rule for it (kvm_write_wall_clock()).
