@@ -55,7 +55,8 @@ class GuestClock:
     memory, vcpus: the VM's; at most 4096.  provider: "KVM", "Minimal" or "None", or a configuration of GuestInterface
     with more keys; further ones as keywords (`profile`, `features`, ...).  engine: who runs the guest, "library" for a
     VMM that serves all that it traps, "kvm" for /dev/kvm.  vmm: what that VMM does for hypercalls.
-    reference: see follow().  tsc_offset: ticks added to the host's TSC on every vCPU.  offer_tsc_adjust,
+    reference: see follow().  tsc_offset: ticks added to the host's TSC on every vCPU; None leaves the offsets that they
+    have.  offer_tsc_adjust,
     offer_invariant_tsc: what patch_cpuid() shows; a guest with an invariant TSC prefers its TSC to this clock.
     tsc_hz: the TSC frequency that the guest is told, if it is told any; the host's by default.
 
@@ -76,7 +77,7 @@ class GuestClock:
         engine: Engine | str = Engine.LIBRARY,
         vmm: VmmServices | None = None,
         reference: Reference | str | SampleSource = OFF,
-        tsc_offset: int = 0,
+        tsc_offset: int | None = 0,
         offer_tsc_adjust: bool = True,
         offer_invariant_tsc: bool = False,
         tsc_hz: int | None = None,
@@ -90,7 +91,7 @@ class GuestClock:
         self.tsc_hz = backend.tsc_hz if tsc_hz is None else _checked_tsc_hz(tsc_hz)
         """The TSC frequency that the guest was told: that of the host on which it began."""
 
-        self._keeper = Timekeeper(memory, vcpus, backend, self._is_stable)
+        self._keeper = Timekeeper(memory, vcpus, backend, self._is_stable, self._look)
         self._tscs = VcpuTscs(self._keeper, tsc_offset)
         self._follower = Follower(self._keeper)
         self._host = HostTrust(self._keeper, self._tscs, self._follower)
@@ -210,7 +211,9 @@ class GuestClock:
         gives samples of the caller's, whose TSCs rise.  ConfigError for any other reference, or where time passes only
         while the guest executes; RangeError for max_ppm and panic_ns.
         """
-        self._follower.follow(reference, max_ppm=max_ppm, panic_ns=panic_ns)
+        with self._keeper.changing:
+            self._host.require("follow")
+            self._follower.follow(reference, max_ppm=max_ppm, panic_ns=panic_ns)
 
     @property
     def reference(self) -> str:
@@ -341,6 +344,7 @@ class GuestClock:
         host cannot; RangeError for any other MSR.
         """
         with self._keeper.changing:
+            self._host.require("host_write_msr")
             self._tscs.write(vcpu, index, value, EventCause.VMM)
 
     def repair_tsc(self, *, target: int | None = None, adjust: Literal["keep", "carry"] = "keep") -> list[OffsetWrite]:
@@ -350,6 +354,7 @@ class GuestClock:
         tsc_sync.repair_plan(), whose errors come out, as TscOffsetNotHonoured does; nothing has changed then.
         """
         with self._keeper.changing:
+            self._host.require("repair_tsc")
             return self._tscs.repair(target=target, adjust=adjust)
 
     # The guest's side
@@ -392,6 +397,8 @@ class GuestClock:
     def save(self) -> ClockState:
         """The clock as it is now, or since it was paused: for restore(), on this host or another."""
         with self._keeper.changing:
+            if not self.is_paused:
+                self._host.require("save")
             return capture.capture(self._parts, self._guest.saved(), self._guest.offers, self.tsc_hz)
 
     @classmethod
@@ -429,6 +436,7 @@ class GuestClock:
                 backend=backend,
                 engine=engine,
                 vmm=vmm,
+                tsc_offset=None,  # resume() sets them; until then another clock's may be in use
                 offer_tsc_adjust=sound.offers.tsc_adjust,
                 offer_invariant_tsc=sound.offers.invariant_tsc,
                 tsc_hz=sound.guest_tsc_hz or sound.host.tsc_hz,

@@ -91,9 +91,8 @@ def take(parts: ClockParts, state: ClockState, policy: Policy, slew: Policy | No
     asleep_ns = now.asleep_ns if host.asleep_ns is None else host.asleep_ns
     then = HostStamps(HostTsc(host.tsc), RefNs(host.raw_ns or 0), host.real_ns, boot_id, asleep_ns)
     restored = TimeState.of(timeline, PausePoint(then, host.tsc_hz, elsewhere=True))
-    keeper.stand_still(
-        restored, (keeper.event(EventKind.RESTORE, _told(state, same_boot=same_boot), now, before=restored),)
-    )
+    told = keeper.event(EventKind.RESTORE, _told(state, same_boot=same_boot), now, before=restored)
+    keeper.stand_still(restored, (told,))
     keeper.forget_past()
     parts.operations.policy = policy
     parts.host.sleep_policy = policy_named("sleep_policy", state.sleep_policy)

@@ -16,7 +16,7 @@ from pvclock.providers import GuestInterface
 from pvclock.providers.interface import CpuidLeaf, Engine, Pairing, VmmServices
 from pvclock.providers.kvm import KvmFeature, KvmProvider
 from pvclock.quantities import U64_MASK, Gpa
-from pvclock.readings import HostStamps, Reference
+from pvclock.readings import HostStamps
 from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
 
 __all__ = ["GuestSide"]
@@ -79,6 +79,8 @@ class GuestSide:
         if not 0 <= value <= U64_MASK:
             raise RangeError(f"WRMSR {index:#x} := {value:#x}; an MSR has 64 bits")
         with self._keeper.changing:
+            if index in (MSR_IA32_TSC, MSR_IA32_TSC_ADJUST):
+                self._host.check(vcpu)  # offsets and the TSC that they are added to belong together
             if index in (MSR_IA32_TSC, MSR_TSC_AUX):
                 self._tscs.write(vcpu, index, value, EventCause.GUEST)
             elif index == MSR_IA32_TSC_ADJUST and self._has_adjust(index, value):
@@ -166,11 +168,13 @@ class GuestSide:
 
     def write_wall_clock(self, gpa: Gpa) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
-        self._wall_clock.write(gpa)
+        with self._keeper.changing:
+            self._wall_clock.write(gpa, self._host.utc_sample())
 
     def utc_ns(self) -> int:
         """The guest's time of day at this instant, in ns since 1970."""
-        return self._wall_clock.time_of_day_ns(self._backend.sample(Reference.REALTIME))
+        with self._keeper.changing:
+            return self._wall_clock.time_of_day_ns(self._host.utc_sample())
 
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """Keep all vCPUs out of the guest meanwhile; `vcpu`, the caller's own, is out already."""
@@ -183,10 +187,11 @@ class GuestSide:
 
     def pairing(self, vcpu: int) -> Pairing | None:
         """One instant as the guest's time of day and as vCPU's TSC; None where the host's TSC is not to be trusted."""
-        if not (self._host.is_trusted and self._backend.tsc_stable):
-            return None
-        sample = self._backend.sample(Reference.REALTIME)
-        return Pairing(self._wall_clock.time_of_day_ns(sample), self._tscs.read(vcpu, sample.tsc))
+        with self._keeper.changing:
+            sample = self._host.utc_sample(vcpu)
+            if not (self._host.is_trusted and self._backend.tsc_stable):
+                return None
+            return Pairing(self._wall_clock.time_of_day_ns(sample), self._tscs.read(vcpu, sample.tsc))
 
     # Inside
 

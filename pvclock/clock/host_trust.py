@@ -20,7 +20,7 @@ from pvclock.errors import StateError
 from pvclock.events import EventKind
 from pvclock.hostwatch import Trouble, TroubleKind
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, signed64
-from pvclock.readings import HostStamps
+from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = ["HostTrust", "slept_ns"]
 
@@ -29,6 +29,10 @@ SLEPT_LEAST_NS: Final = 1_000_000
 
 RETURN_TOLERANCE: Final = 100
 """A TSC that comes back does so by as much as it went, to 1 part in this."""
+
+RATE_BOUND_PPM: Final = 1000
+RAW_GRAIN_NS: Final = 1000
+"""What TSC and raw clock may differ by where none has stepped; see hostwatch, which has the same bounds."""
 
 
 class HostTrust:
@@ -84,6 +88,8 @@ class HostTrust:
             stamps = self._stepped_back(least, stamps, vcpu)
         elif self._has_returned(stamps):
             stamps = self._came_back(stamps, vcpu)
+        elif self._restarted_in_sleep(stamps):
+            stamps = self._stepped_back(least, stamps, vcpu)
         self._is_behind = False
         before, self._mark = self._mark, stamps
         if slept_ns(before, stamps):
@@ -111,6 +117,13 @@ class HostTrust:
         if good_here and self.is_trusted != trusted:  # else STABLE goes with the next publish
             self._keeper.republish()
 
+    def utc_sample(self, vcpu: int | None = None) -> Sample:
+        """One instant in UTC and on the TSC; on a CPU that is behind, on the others' TSC, as the raw clock has it."""
+        if self.check(vcpu):
+            return self._keeper.backend.sample(Reference.REALTIME)
+        stamps = self._keeper.backend.stamps()
+        return Sample(self._would_be(stamps), stamps.real_ns, SLEPT_LEAST_NS)
+
     # Steps of the TSC
 
     def _one_cpu_is_behind(
@@ -131,7 +144,7 @@ class HostTrust:
     def _stepped_back(self, least: HostTsc, stamps: HostStamps, vcpu: int | None) -> HostStamps:
         """All CPUs' TSC went back: guest time goes on by what passed on the raw clock since the last good instant."""
         passed_ns = stamps.raw_ns - self._mark.raw_ns
-        would_be = HostTsc((self._mark.tsc + max(passed_ns, 0) * self._keeper.backend.tsc_hz // NS_PER_S) & U64_MASK)
+        would_be = self._would_be(stamps)
         before = would_be if signed64(would_be - least) > 0 else least
         back = signed64(before - stamps.tsc)
         told = (
@@ -147,8 +160,22 @@ class HostTrust:
         """Did a TSC that had stepped back jump ahead by as much?"""
         if self._went_back_ticks is None:
             return False
-        ahead = self._ticks_ahead(stamps)
-        return abs(ahead - self._went_back_ticks) <= max(self._went_back_ticks, 0) // RETURN_TOLERANCE
+        ahead, tolerated = self._ticks_ahead(stamps), self._tolerated_ticks(stamps)
+        off = abs(ahead - self._went_back_ticks)
+        return ahead > tolerated and off <= self._went_back_ticks // RETURN_TOLERANCE + tolerated
+
+    def _restarted_in_sleep(self, stamps: HostStamps) -> bool:
+        """Did the TSC begin anew while the host slept, and get beyond the last publish before anybody looked?"""
+        return bool(slept_ns(self._mark, stamps)) and self._ticks_ahead(stamps) < -self._tolerated_ticks(stamps)
+
+    def _would_be(self, stamps: HostStamps) -> HostTsc:
+        """What the TSC would be by the raw clock, had it gone on since the last good instant."""
+        passed_ns = max(stamps.raw_ns - self._mark.raw_ns, 0)
+        return HostTsc((self._mark.tsc + passed_ns * self._keeper.backend.tsc_hz // NS_PER_S) & U64_MASK)
+
+    def _tolerated_ticks(self, stamps: HostStamps) -> int:
+        passed_ns = max(stamps.raw_ns - self._mark.raw_ns, 0)
+        return (passed_ns * RATE_BOUND_PPM // 10**6 + RAW_GRAIN_NS) * self._keeper.backend.tsc_hz // NS_PER_S
 
     def _ticks_ahead(self, stamps: HostStamps) -> int:
         """How far the TSC went beyond the raw clock since the last good instant."""

@@ -93,6 +93,7 @@ class Operations:
             rates = [(*timeline.rate(tempo.pace), timeline.scale(tempo.pace)) for tempo in tempos]
             if keeper.is_paused or timeline.is_slewing:
                 raise StateError("churn", "guest time stands still or is being slewed", "let it run at its pace first")
+            self._host.require("churn")
             keeper.republish()
             line, churn = keeper.pages.churn(keeper.state.line, rates, publishes, max_ticks)
             last = (churn.publishes - 1) % len(rates)

@@ -80,11 +80,20 @@ class Timekeeper:
     """The time of one VM with `vcpus` in `memory`; guest time 0 is now.
 
     stable: may pages say that all vCPUs' TSCs are in step?  Asked at every publish.
+    look: is the host's TSC good, here and now?  Asked before a publish that no operation has looked for; its argument
+    is the vCPU of republish().
 
     All that changes is changed within `with changing`: one thread at a time, and callbacks are called when it ends.
     """
 
-    def __init__(self, memory: GuestMemory, vcpus: int, backend: Backend, stable: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        vcpus: int,
+        backend: Backend,
+        stable: Callable[[], bool],
+        look: Callable[[int | None], bool],
+    ) -> None:
         if not 1 <= vcpus <= VCPUS_MAX:
             raise ConfigError(f"a VM with {vcpus} vCPUs; choose 1 to {VCPUS_MAX}")
         self.memory = memory
@@ -98,6 +107,7 @@ class Timekeeper:
         timeline.check(Fraction(1))
         self.state = TimeState.of(timeline)
         self._stable = stable
+        self._look = look
         self._history = History()
         self._shown_flags = 0
         self._all_held = False  # are all vCPUs out of the guest?
@@ -170,10 +180,12 @@ class Timekeeper:
     def republish(self, vcpu: int | None = None) -> None:
         """Publish the present segment anew; while paused that is left to resume().
 
+        On a CPU whose TSC is behind, at the last break point, so that guests on other CPUs see no difference.
         vcpu: one that is out of the guest, the caller's own, whose flags can be written too.
         """
         if not self.is_paused:
-            self._publish(_unchanged, self.state, vcpu=vcpu)
+            again = not self._look(vcpu)
+            self._publish(_unchanged, self.state, vcpu=vcpu, again=again)
 
     def while_held(self, vcpu: int | None, operation: Callable[[], T]) -> T:
         """Call `operation` with all vCPUs out of the guest; what it publishes writes all vCPUs' flags.
@@ -249,7 +261,7 @@ class Timekeeper:
 
     # Events
 
-    def event(  # an event has so many sides
+    def event(
         self,
         kind: EventKind,
         why: str,
@@ -289,22 +301,41 @@ class Timekeeper:
         return TSC_STABLE_BIT if self.backend.tsc_stable and self._stable() else 0
 
     def _publish(
-        self, change: Change, shown: TimeState, *, moved: tuple[int, int] = (0, 0), vcpu: int | None = None
+        self,
+        change: Change,
+        shown: TimeState,
+        *,
+        moved: tuple[int, int] = (0, 0),
+        vcpu: int | None = None,
+        again: bool = False,
     ) -> None:
         """Flags, and pages that newly came, take all vCPUs out of the guest; all else is published beside them."""
         flags = self._flags
         if not self._all_held and flags == self._shown_flags and not self.pages.lacks_flags(vcpu):
-            self._publish_to(() if vcpu is None else (vcpu,), flags, change, shown, moved)
+            self._publish_to(() if vcpu is None else (vcpu,), flags, change, shown, moved, again=again)
         else:
             every = range(self.vcpus)
-            self.while_held(vcpu, partial(self._publish_to, every, flags, change, shown, moved))
+            self.while_held(vcpu, partial(self._publish_to, every, flags, change, shown, moved, again=again))
 
     def _publish_to(
-        self, out_of_guest: Iterable[int], flags: int, change: Change, shown: TimeState, moved: tuple[int, int]
+        self,
+        out_of_guest: Iterable[int],
+        flags: int,
+        change: Change,
+        shown: TimeState,
+        moved: tuple[int, int],
+        *,
+        again: bool = False,
     ) -> None:
         """Publish the line and the scale of `shown` in one step with what changes by that."""
         publish = partial(
-            self.pages.publish, shown.line, shown.scale, flags=flags, out_of_guest=out_of_guest, moved=moved
+            self.pages.publish,
+            shown.line,
+            shown.scale,
+            flags=flags,
+            out_of_guest=out_of_guest,
+            moved=moved,
+            again=again,
         )
         if change is _unchanged:
             publish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal
 
 from pvclock.clock.timekeeper import Timekeeper
@@ -17,22 +16,26 @@ __all__ = ["VcpuTscs"]
 
 
 class VcpuTscs:
-    """The vCPUs' TSCs, each at first the host's plus `tsc_offset`.
+    """The vCPUs' TSCs, each at first the host's plus `tsc_offset`, or (None) plus the offset that it has.
 
     Those of a restored clock stand at what they were saved as, until resume() lets them go on.
     """
 
-    def __init__(self, keeper: Timekeeper, tsc_offset: int) -> None:
+    def __init__(self, keeper: Timekeeper, tsc_offset: int | None) -> None:
         self.refused_offset: TscOffsetNotHonoured | None = None
         """The last TSC offset that this host could not give."""
         self.agree = True
         """Have all vCPUs one offset?"""
         self._keeper = keeper
-        self._tscs = [VcpuTsc(tsc_offset) for _ in range(keeper.vcpus)]
+        self._tscs = [VcpuTsc(tsc_offset or 0) for _ in range(keeper.vcpus)]
+        self._stands_since = HostTsc(0)
         self._standing: list[int] | None = None  # what RDTSC returns, by vCPU, until a restored clock is resumed
-        for vcpu in range(keeper.vcpus):
-            keeper.backend.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
-            keeper.pages.set_tsc_offset(vcpu, tsc_offset & U64_MASK)
+        for vcpu, tsc in enumerate(self._tscs):
+            if tsc_offset is None:
+                tsc.offset = self._offset_that_is(vcpu)
+            else:
+                keeper.backend.set_tsc_offset(vcpu, tsc.offset)
+        self._show(self._tscs)
 
     def __len__(self) -> int:
         return len(self._tscs)
@@ -99,9 +102,10 @@ class VcpuTscs:
 
     def stand(self, saved: Sequence[tuple[int, int, int]]) -> None:
         """Each vCPU's (TSC, ADJUST, AUX) as they were saved; its TSC stands until go_on()."""
-        self._standing = [tsc for tsc, _, _ in saved]
+        self._standing, self._stands_since = [tsc for tsc, _, _ in saved], self._keeper.timeline.begin_tsc
         for tsc, (_, adjust, aux) in zip(self._tscs, saved, strict=True):
             tsc.adjust, tsc.aux = adjust, aux
+        self._show_standing(self._standing)
 
     def prepare_to_go_on(self, now: HostTsc, gain_ticks: int) -> tuple[Callable[[], None], TscOffsetNotHonoured | None]:
         """Give the host the offsets by which TSCs that stand go on from `now`, `gain_ticks` ahead.
@@ -153,17 +157,18 @@ class VcpuTscs:
 
     def read_back(self, vcpu: int | None) -> None:
         """Take the vCPUs' offsets as the host has them now, after something that may have changed them."""
-        found = [self._offset_that_is(each) for each in range(len(self))]
-        if self._standing is not None or found == [tsc.offset for tsc in self._tscs]:
-            return
-        there = [tsc.copy() for tsc in self._tscs]
-        for tsc, offset in zip(there, found, strict=True):
-            tsc.offset = offset
-        why = "the host's KVM has changed the vCPUs' TSC offsets; pages follow"
-        event = self._keeper.event(EventKind.TSC, why, self._keeper.backend.stamps())
-        self._keeper.while_held(vcpu, partial(self._take, there, (event,)))
+        if self._standing is None:
+            self._keeper.while_held(vcpu, self._take_offsets_that_are)
 
     # Inside
+
+    def _take_offsets_that_are(self) -> None:
+        there = [tsc.copy() for tsc in self._tscs]
+        for vcpu, tsc in enumerate(there):
+            tsc.offset = self._offset_that_is(vcpu)
+        if [tsc.offset for tsc in there] != [tsc.offset for tsc in self._tscs]:
+            why = "the host's KVM has changed the vCPUs' TSC offsets; pages follow"
+            self._take(there, (self._keeper.event(EventKind.TSC, why, self._keeper.backend.stamps()),))
 
     def _offset_that_is(self, vcpu: int) -> int:
         offset = self._keeper.backend.tsc_offset(vcpu)
@@ -175,11 +180,17 @@ class VcpuTscs:
         for vcpu, tsc in enumerate(tscs):
             self._keeper.pages.set_tsc_offset(vcpu, tsc.offset)
 
+    def _show_standing(self, standing: list[int]) -> None:
+        """Have readers in this process find these TSCs while time stands still."""
+        for vcpu, tsc in enumerate(standing):
+            self._keeper.pages.set_tsc_offset(vcpu, (tsc - self._stands_since) & U64_MASK)
+
     def _set(self, wanted: dict[int, VcpuTsc], now: HostTsc, cause: EventCause, out_of_guest: int | None) -> None:
         """Let the vCPUs have those TSCs, all or (TscOffsetNotHonoured) none, and publish."""
         if self._standing is not None:
             for vcpu, tsc in wanted.items():
-                self._standing[vcpu], self._tscs[vcpu] = tsc.read(now), tsc
+                self._standing[vcpu], self._tscs[vcpu].adjust = tsc.read(now), tsc.adjust
+            self._show_standing(self._standing)
             return
         keeper, before = self._keeper, self._tscs
         stamps = keeper.backend.stamps()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import NamedTuple
 
 from pvclock._core import publish_wall_clock
 from pvclock.clock.timekeeper import Timekeeper
 from pvclock.errors import RangeError
 from pvclock.quantities import Gpa
-from pvclock.readings import Reference, Sample
+from pvclock.readings import Sample
 
 __all__ = ["WallClock", "WallClockBase"]
 
@@ -42,13 +43,15 @@ class WallClock:
     @base.setter
     def base(self, base: WallClockBase) -> None:
         for name, ns in zip(base._fields, base, strict=True):
-            if ns is not None and not -NS_MAX <= ns < NS_MAX:
+            if ns is not None and not -NS_MAX <= index(ns) < NS_MAX:
                 raise RangeError(f"wall clock: {name} is {ns}; it must be within 2^63 ns")
         self._base = base
 
-    def write(self, gpa: Gpa) -> None:
-        """Write the time of day of guest time 0 into the record at `gpa`, once; ignored if not in memory."""
-        sample = self._keeper.backend.sample(Reference.REALTIME)
+    def write(self, gpa: Gpa, sample: Sample) -> None:
+        """Write the time of day of guest time 0 into the record at `gpa`, once; ignored if not in memory.
+
+        sample: of CLOCK_REALTIME, now.
+        """
         self.gpa = gpa
         guest_ns = self._keeper.timeline.at(sample.tsc).__floor__()
         publish_wall_clock(self._keeper.memory, gpa, self.time_of_day_ns(sample) - guest_ns)
