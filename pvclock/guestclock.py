@@ -91,7 +91,7 @@ class GuestClock:
         self.tsc_hz = backend.tsc_hz if tsc_hz is None else _checked_tsc_hz(tsc_hz)
         """The TSC frequency that the guest was told: that of the host on which it began."""
 
-        self._keeper = Timekeeper(memory, vcpus, backend, self._is_stable, self._look)
+        self._keeper = Timekeeper(memory, vcpus, backend, self._is_stable, lambda vcpu: self._host.check(vcpu))
         self._tscs = VcpuTscs(self._keeper, tsc_offset)
         self._follower = Follower(self._keeper)
         self._host = HostTrust(self._keeper, self._tscs, self._follower)

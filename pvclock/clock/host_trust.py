@@ -49,7 +49,7 @@ class HostTrust:
         self._mark = keeper.backend.stamps()  # the last instant at which all was well
         self._went_back_ticks: int | None = None  # by the last step, which may be taken back
         self._is_behind = False  # this CPU, and it was told
-        self._slept_ns = 0  # told since the last note()
+        self._told: set[EventKind] = set()  # of trouble, since the last note()
 
     def check(self, vcpu: int | None = None) -> bool:
         """Before a publish: is the TSC good here and now?  False if it is this CPU that is behind.
@@ -106,11 +106,11 @@ class HostTrust:
 
         For `with changing`.  A sleep that is found here is recorded, and settled, once.
         """
-        good_here = self.examine() is not None
         trusted = self.is_trusted
-        slept_ns, self._slept_ns = self._slept_ns, 0
+        good_here = self.examine() is not None
+        told, self._told = self._told, set()
         for trouble in troubles:
-            if trouble.kind is not TroubleKind.SUSPEND or not slept_ns:
+            if EventKind(trouble.kind) not in told:  # else it was found here, too, and settled
                 self._keeper.tell(EventKind(trouble.kind), trouble.why)
         self._tsc_failed |= any(it.unstable and it.kind is not TroubleKind.CLOCKSOURCE for it in troubles)
         self._clocksource_trusted = clocksource_trusted
@@ -132,6 +132,7 @@ class HostTrust:
         """Pages do not move: vCPUs on the other CPUs would see that.  STABLE goes with the next publish."""
         keeper, behind = self._keeper, signed64(least - stamps.tsc)
         self._tsc_failed = True
+        self._told.add(EventKind.TSC_STEP)
         read_low_once = signed64(readings[0] - least) >= 0
         if not self._is_behind:
             what = "read low once" if read_low_once else "is behind other CPUs'"
@@ -195,6 +196,7 @@ class HostTrust:
     def _renumbered(self, before: HostTsc, stamps: HostStamps, why: str, vcpu: int | None) -> HostStamps:
         """Take host TSC `before` as what the stamps now say, everywhere."""
         self._tsc_failed = True
+        self._told.add(EventKind.TSC_STEP)
         self._keeper.while_held(vcpu, partial(self._renumber_all, before, stamps, why))
         return stamps
 
@@ -218,7 +220,7 @@ class HostTrust:
     def _take_sleep(self, before: HostStamps, stamps: HostStamps, vcpu: int | None) -> None:
         """The host slept since the last look.  A paused clock settles it at resume(), a running one by sleep_policy."""
         keeper, slept = self._keeper, slept_ns(before, stamps)
-        self._slept_ns += slept
+        self._told.add(EventKind.SUSPEND)
         self._tscs.read_back(vcpu)
         ahead_ns = signed64(stamps.tsc - before.tsc) * NS_PER_S // keeper.backend.tsc_hz - stamps.raw_ns + before.raw_ns
         if keeper.is_paused:

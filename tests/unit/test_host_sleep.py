@@ -1,0 +1,341 @@
+"""A host that sleeps: the time missed counts the same whatever its TSC does, and is settled as declared."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import pytest
+
+from pvclock import GuestClock, GuestMemory, SimulatedBackend
+from pvclock.clockstate import ClockState, from_json, to_json
+from pvclock.events import Event, EventKind
+from pvclock.guestclock import TSC_STABLE_BIT
+from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, page_of, shown
+from tests.unit.test_hostwatch import INTERVAL_NS, a_watch
+
+HZ: Final = 2_500_000_000
+EIGHT_HOURS_NS: Final = 8 * 3600 * NS_PER_S
+AWAKE_NS: Final = NS_PER_S
+TscInSleep = Literal["stops", "restarts", "counts on", "restarts, continued"]
+REGIMES: Final[tuple[TscInSleep, ...]] = ("stops", "restarts", "counts on", "restarts, continued")
+STOOD: Final[tuple[TscInSleep, ...]] = ("stops", "restarts", "restarts, continued")
+RESTARTED: Final[tuple[TscInSleep, ...]] = ("restarts", "restarts, continued")
+
+every_regime = pytest.mark.parametrize("regime", REGIMES)
+where_the_tsc_stood = pytest.mark.parametrize("regime", STOOD)
+
+
+def a_vm(*, tsc: int = 10**13, honours_tsc_offset: bool = True) -> tuple[GuestClock, SimulatedBackend, GuestMemory]:
+    """A VM of two vCPUs that has run for 1 s on the host of the field's report."""
+    backend = SimulatedBackend(
+        HZ,
+        tsc=tsc,
+        ref_ns=4 * 10**12,
+        realtime_ns=1_800_000_000 * NS_PER_S,
+        boot_id="one",
+        honours_tsc_offset=honours_tsc_offset,
+    )
+    memory = GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, 2, backend=backend)
+    for vcpu, gpa in enumerate((0x2000, 0x2040)):
+        clock.write_msr(vcpu, SYSTEM_TIME, gpa | 1)
+    backend.advance(ns=NS_PER_S)
+    clock.tick()
+    return clock, backend, memory
+
+
+def sleep(backend: SimulatedBackend, regime: TscInSleep) -> None:
+    """The host sleeps for 8 h, and then runs for 1 s."""
+    backend.sleep(ns=EIGHT_HOURS_NS, tsc=regime)
+    backend.advance(ns=AWAKE_NS)
+
+
+def told(clock: GuestClock, kind: EventKind) -> list[Event]:
+    """The clock's events of that kind."""
+    return [event for event in clock.events.read().events if event.kind is kind]
+
+
+def as_v1(state: ClockState) -> ClockState:
+    """What version 1 has of the state."""
+    mapping = to_json(state._replace(version=1, host=state.host._replace(asleep_ns=None)))
+    return from_json(mapping)
+
+
+# Paused
+
+
+@pytest.mark.row("E23", "E1")
+@every_regime
+def test_a_pause_around_a_sleep_gains_all_of_it(regime: TscInSleep) -> None:
+    """pause(), 8 h of host sleep and 1 s: resume("advance") gains 28,801 s, and pages show it."""
+    clock, backend, memory = a_vm()
+    clock.pause()
+    sleep(backend, regime)
+    settled = clock.resume("advance")
+    assert settled.gain_ns == 28_801 * NS_PER_S
+    assert clock.now() == (1 + 28_801) * NS_PER_S
+    assert abs(shown(memory, 0, clock.guest_tsc(0, backend.tsc)) - clock.now()) <= 1
+
+
+@pytest.mark.row("E23", "E1")
+@every_regime
+def test_a_pause_around_a_sleep_keeps_guest_time_under_freeze(regime: TscInSleep) -> None:
+    """pause(), 8 h of host sleep and 1 s: resume("freeze") goes on at the instant of the pause."""
+    clock, backend, _ = a_vm()
+    clock.pause()
+    paused_at = clock.now()
+    sleep(backend, regime)
+    assert clock.resume("freeze").gain_ns == 0
+    assert clock.now() == paused_at
+
+
+@pytest.mark.row("E23", "E1")
+@every_regime
+def test_a_restore_within_one_boot_gains_the_sleep(regime: TscInSleep) -> None:
+    """Saved, 8 h of host sleep and 1 s, restored in the same boot: 28,801 s are gained."""
+    clock, backend, memory = a_vm()
+    clock.pause()
+    state = clock.save()
+    sleep(backend, regime)
+    restored = GuestClock.restore(state, memory, backend=backend)
+    assert restored.resume("advance").gain_ns == 28_801 * NS_PER_S
+
+
+@pytest.mark.row("E23", "E1")
+@pytest.mark.parametrize("restores", [False, True])
+def test_an_ntp_step_counts_for_nothing(restores: bool) -> None:
+    """UTC that is set by 8 h while the clock is paused or saved is no sleep: 1 s passed, 1 s is gained."""
+    clock, backend, memory = a_vm()
+    clock.pause()
+    state = clock.save()
+    backend.realtime_ns += EIGHT_HOURS_NS
+    backend.advance(ns=NS_PER_S)
+    paused = GuestClock.restore(state, memory, backend=backend) if restores else clock
+    assert paused.resume("advance").gain_ns == 1 * NS_PER_S
+    assert not told(paused, EventKind.SUSPEND)
+
+
+@pytest.mark.row("E23", "E1")
+def test_a_sleep_is_dilated_guest_time() -> None:
+    """A clock at half speed gains half of the sleep."""
+    clock, backend, _ = a_vm()
+    clock.dilate(1, 2)
+    clock.pause()
+    sleep(backend, "stops")
+    assert clock.resume("advance").gain_ns * 2 == 28_801 * NS_PER_S
+
+
+@pytest.mark.row("E23", "E1")
+@every_regime
+def test_a_sleep_in_a_pause_is_told_once(regime: TscInSleep) -> None:
+    """The event names the 8 h and says that guest time stood still."""
+    clock, backend, _ = a_vm()
+    clock.pause()
+    clock.tick()
+    sleep(backend, regime)
+    clock.tick()
+    clock.resume("freeze")
+    (event,) = told(clock, EventKind.SUSPEND)
+    assert event.why == f"the host slept for {EIGHT_HOURS_NS} ns; guest time stood still"
+    assert event.jump_ns == 0
+
+
+@pytest.mark.row("E23", "E1")
+def test_two_sleeps_in_one_pause_add_up() -> None:
+    """One with a TSC that stops and one with a TSC that restarts, each found or not: 57,602 s."""
+    for looks in (False, True):
+        clock, backend, _ = a_vm()
+        clock.pause()
+        for regime in ("stops", "restarts"):
+            sleep(backend, regime)
+            if looks:
+                clock.tick()
+        assert clock.resume("advance").gain_ns == 57_602 * NS_PER_S
+
+
+# Running
+
+
+@pytest.mark.row("E23", "E1")
+@where_the_tsc_stood
+@pytest.mark.parametrize(
+    ("policy", "gain_s"), [(None, 0), ("freeze", 0), ("advance", 28_800), ("advance:max_ns=5000000000", 5)]
+)
+def test_a_sleep_that_a_vm_ran_through_is_settled_by_policy(
+    regime: TscInSleep, policy: str | None, gain_s: int
+) -> None:
+    """Where the TSC counted on nothing guests gain what sleep_policy says, freeze if nothing was said; it is told."""
+    clock, backend, memory = a_vm()
+    if policy is not None:
+        clock.sleep_policy = policy
+    before = clock.now()
+    sleep(backend, regime)
+    clock.tick()
+    assert clock.now() - before == (1 + gain_s) * NS_PER_S
+    assert abs(shown(memory, 0, clock.guest_tsc(0, backend.tsc)) - clock.now()) <= 1
+    (event,) = told(clock, EventKind.SUSPEND)
+    assert event.jump_ns == gain_s * NS_PER_S
+    assert event.why == f"the host slept for {EIGHT_HOURS_NS} ns while vCPUs ran; {policy or 'freeze'}"
+
+
+@pytest.mark.row("E23", "E1")
+@where_the_tsc_stood
+def test_a_sleep_that_a_vm_ran_through_can_be_slewed(regime: TscInSleep) -> None:
+    """Under a slew nothing is gained at once, and all of the sleep is owed."""
+    clock, backend, _ = a_vm()
+    clock.sleep_policy = "slew:max_ppm=500"
+    before = clock.now()
+    sleep(backend, regime)
+    clock.tick()
+    assert clock.now() - before == 1 * NS_PER_S
+    assert clock.skew_ns == EIGHT_HOURS_NS
+    backend.advance(ns=2 * NS_PER_S)
+    clock.tick()
+    assert EIGHT_HOURS_NS - clock.skew_ns == 2 * NS_PER_S * 500 // 10**6
+
+
+@pytest.mark.row("E23", "E1")
+@pytest.mark.parametrize("policy", ["freeze", "advance", "slew"])
+def test_nothing_is_taken_back_where_the_tsc_counted_on(policy: str) -> None:
+    """Guests have read that time: whatever the policy, it stays, and nothing is added to it; the event says so."""
+    clock, backend, _ = a_vm()
+    clock.sleep_policy = policy
+    before = clock.now()
+    sleep(backend, "counts on")
+    clock.tick()
+    assert clock.now() - before == 28_801 * NS_PER_S
+    assert clock.skew_ns == 0
+    (event,) = told(clock, EventKind.SUSPEND)
+    assert "guests had that time, and nothing is taken back" in event.why
+    assert event.jump_ns == 0
+
+
+@pytest.mark.row("E23", "E9")
+def test_a_sleep_of_a_young_host_whose_tsc_restarts() -> None:
+    """A TSC that began anew and has passed the last publish by the time of the first look: 120 s went by, not 59."""
+    clock, backend, _ = a_vm(tsc=60 * HZ)
+    before, tsc = clock.now(), clock.read_msr(0, 0x10)
+    backend.sleep(ns=EIGHT_HOURS_NS, tsc="restarts")
+    backend.advance(ns=120 * NS_PER_S)
+    clock.tick()
+    assert clock.now() - before == 120 * NS_PER_S
+    assert clock.read_msr(0, 0x10) - tsc == 120 * HZ
+    assert len(told(clock, EventKind.TSC_STEP)) == 1
+
+
+@pytest.mark.row("E23", "E15")
+@pytest.mark.parametrize("first", ["heed", "tick"])
+def test_the_watchs_trouble_and_the_clocks_finding_are_one_event(first: str) -> None:
+    """A sleep with a TSC that restarts, found by the clock and by a HostWatch: one SUSPEND and one TSC_STEP."""
+    clock, backend, _ = a_vm()
+    watch, host = a_watch()
+    host.suspend(EIGHT_HOURS_NS, tsc_runs=False)
+    host.step_tsc(-(10**11))
+    host.run(INTERVAL_NS)
+    sleep(backend, "restarts")
+    if first == "tick":
+        clock.tick()
+    assert {"suspend", "tsc_step"} <= {str(trouble.kind) for trouble in clock.heed(watch)}
+    clock.tick()
+    assert [len(told(clock, kind)) for kind in (EventKind.SUSPEND, EventKind.TSC_STEP)] == [1, 1]
+
+
+@pytest.mark.row("E23", "E15")
+def test_a_sleep_that_only_the_watch_can_see_is_told() -> None:
+    """A backend that does not know of sleep leaves the watch's event."""
+    clock, _, _ = a_vm()
+    watch, host = a_watch()
+    host.suspend(EIGHT_HOURS_NS)
+    clock.heed(watch)
+    assert len(told(clock, EventKind.SUSPEND)) == 1
+
+
+# The vCPUs' TSCs after a sleep
+
+
+@pytest.mark.row("E23", "E5")
+@pytest.mark.parametrize("regime", RESTARTED)
+@pytest.mark.parametrize("paused", [False, True])
+def test_guests_tscs_go_on_and_are_never_added_to_twice(regime: TscInSleep, paused: bool) -> None:
+    """After a TSC that began anew the guest's own goes on from where it was, whether KVM saw to it or not."""
+    clock, backend, _ = a_vm()
+    before = [clock.read_msr(vcpu, 0x10) for vcpu in range(2)]
+    if paused:
+        clock.pause()
+    sleep(backend, regime)
+    clock.tick()
+    clock.tick()
+    if paused:
+        clock.resume("freeze")
+    assert [clock.read_msr(vcpu, 0x10) - tsc for vcpu, tsc in enumerate(before)] == [AWAKE_NS * HZ // NS_PER_S] * 2
+    assert [backend.tsc_offsets[vcpu] for vcpu in range(2)] == [clock.tsc(vcpu).offset for vcpu in range(2)]
+    assert not page_of(clock).flags & TSC_STABLE_BIT
+    (event,) = told(clock, EventKind.TSC_STEP)
+    assert event.why.startswith("the host's TSC went back by ")
+
+
+@pytest.mark.row("E23", "E5")
+def test_offsets_that_kvm_gave_to_one_vcpu_are_read_back() -> None:
+    """KVM that changed an offset in a sleep that left the TSC alone: the page follows, and STABLE goes with it."""
+    clock, backend, memory = a_vm()
+    backend.sleep(ns=EIGHT_HOURS_NS, tsc="stops")
+    backend.tsc_offsets[1] = 10**12
+    backend.advance(ns=AWAKE_NS)
+    clock.tick()
+    assert clock.read_msr(1, 0x10) == backend.tsc + 10**12
+    assert not page_of(clock).flags & TSC_STABLE_BIT
+    for vcpu, gpa in enumerate((0x2000, 0x2040)):
+        page = page_of(clock, vcpu)
+        assert memory.contains(gpa, 32)
+        assert abs(page.tsc_timestamp - clock.tsc(vcpu).offset - backend.tsc) < HZ * 5
+    assert abs(clock.read(0) - clock.read(1)) <= 1
+
+
+@pytest.mark.row("E23", "E5", "J-05")
+def test_a_host_without_offsets_loses_stable_and_says_so() -> None:
+    """Where the guests' TSCs cannot be put on, they begin anew with the host: STABLE off, told, pages right."""
+    clock, backend, memory = a_vm(honours_tsc_offset=False)
+    before = clock.now()
+    sleep(backend, "restarts")
+    clock.tick()
+    assert clock.read_msr(0, 0x10) == backend.tsc == HZ
+    assert clock.now() - before == 1 * NS_PER_S
+    assert abs(shown(memory, 0, backend.tsc) - clock.now()) <= 1
+    assert not page_of(clock).flags & TSC_STABLE_BIT
+    assert clock.refused_offset is not None
+    assert len(told(clock, EventKind.REFUSED)) == 1
+
+
+# What is saved of it
+
+
+@pytest.mark.row("E23", "P-25")
+def test_a_state_of_version_1_loads_and_says_what_it_could_not_know() -> None:
+    """It gains 1 s within the boot, as before, and the event says that nobody knows of a sleep."""
+    clock, backend, memory = a_vm()
+    clock.pause()
+    state = as_v1(clock.save())
+    sleep(backend, "stops")
+    restored = GuestClock.restore(state, memory, backend=backend)
+    assert restored.resume("advance").gain_ns == 1 * NS_PER_S
+    (event,) = told(restored, EventKind.RESTORE)
+    assert event.why == (
+        "saved on boot one; a state of version 1 does not say whether the host slept since nor what the clock followed"
+    )
+
+
+@pytest.mark.row("E23", "P-25")
+def test_version_2_has_what_sleep_needs() -> None:
+    """asleep_ns and sleep_policy are in the state, and come back with it."""
+    clock, backend, memory = a_vm()
+    backend.sleep(ns=EIGHT_HOURS_NS, tsc="stops")
+    clock.sleep_policy = "advance"
+    clock.pause()
+    state = from_json(to_json(clock.save()))
+    assert (state.version, state.host.asleep_ns, state.sleep_policy) == (2, EIGHT_HOURS_NS, "advance")
+    restored = GuestClock.restore(state, memory, backend=backend)
+    restored.resume("freeze")
+    before = restored.now()
+    sleep(backend, "stops")
+    restored.tick()
+    assert restored.now() - before == 28_801 * NS_PER_S
