@@ -40,7 +40,7 @@ from pvclock.providers.interface import (
     Pairing,
     VmmServices,
 )
-from pvclock.quantities import GuestNs, GuestTsc, HostTsc
+from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc
 from pvclock.readings import Churn, ClockLine, Reading, Reference, RunReport, TimeInfo
 from pvclock.sampling import SampleSource
 from pvclock.tsc import VcpuTsc
@@ -91,7 +91,7 @@ class GuestClock:
         self.tsc_hz = backend.tsc_hz if tsc_hz is None else _checked_tsc_hz(tsc_hz)
         """The TSC frequency that the guest was told: that of the host on which it began."""
 
-        self._keeper = Timekeeper(memory, vcpus, backend, self._is_stable, lambda vcpu: self._host.check(vcpu))
+        self._keeper = Timekeeper(memory, vcpus, backend, self._is_stable, self._look)
         self._tscs = VcpuTscs(self._keeper, tsc_offset)
         self._follower = Follower(self._keeper)
         self._host = HostTrust(self._keeper, self._tscs, self._follower)
@@ -474,6 +474,9 @@ class GuestClock:
 
     def _is_stable(self) -> bool:
         return self._tscs.agree and self._host.is_trusted and self._guest.allows_stable
+
+    def _look(self, vcpu: int | None) -> bool:
+        return self._host.check(vcpu)
 
     def _become(
         self,
