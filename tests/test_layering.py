@@ -25,8 +25,8 @@ LAYERS: tuple[set[str], ...] = (
     },
     {"providers"},
     {
-        *("published", "controlled", "disciplined", "tsctimeline", "guestclock", "clockstate", "jsonkinds"),
-        *("atomicfile", "tick_workers", "ticker"),
+        *("clock", "guestclock", "clockstate", "jsonkinds", "atomicfile"),
+        *("tick_workers", "ticker"),
     },
     {"machine"},
     {"pvclock", "lab"},
