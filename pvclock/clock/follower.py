@@ -88,6 +88,17 @@ class Follower:
         if self._following:
             self._following.discipline.renumber(before, after)
 
+    def begin_anew(self) -> None:
+        """Take guest time as right at the next sample, at the rate that is known.
+
+        For a sleep of the host: a policy has settled it, and what some of the host's clocks count of it, others not, is
+        no error of guest time.
+        """
+        if self._following:
+            sampler, known = self._following
+            discipline = Discipline(self._keeper.backend.tsc_hz, self.max_ppm, known.held, self.panic_ns)
+            self._following = Following(sampler, discipline)
+
     def _take_tick(
         self,
         examine: Callable[[], object | None],

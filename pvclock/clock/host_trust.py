@@ -223,6 +223,7 @@ class HostTrust:
         self._told.add(EventKind.SUSPEND)
         self._tscs.read_back(vcpu)
         ahead_ns = signed64(stamps.tsc - before.tsc) * NS_PER_S // keeper.backend.tsc_hz - stamps.raw_ns + before.raw_ns
+        self._follower.begin_anew()
         if keeper.is_paused:
             self._tell_sleep(slept, "guest time stood still", stamps)
         elif 2 * ahead_ns > slept:

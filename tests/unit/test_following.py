@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Literal
 
 import pytest
 
@@ -296,6 +297,36 @@ def test_a_pause_is_counted_at_the_known_rate() -> None:
     vm.clock.pause()
     vm.pass_time(86_400 * NS_PER_S)
     assert vm.clock.resume("advance").gain_ns == 86_400 * NS_PER_S
+
+
+@pytest.mark.row("E23", "E11")
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("policy", ["freeze", "advance"])
+@pytest.mark.parametrize("tsc", ["stops", "restarts", "counts on"])
+@pytest.mark.parametrize("reference", ["raw", "realtime"])
+def test_a_sleep_is_counted_once(
+    reference: str, tsc: Literal["stops", "restarts", "counts on"], policy: str, *, paused: bool
+) -> None:
+    """What a host slept is a guest's as the policy says, or its TSC, and not once more or less by what is followed."""
+    vm, slept_ns = Vm(0), 100 * NS_PER_S
+    vm.clock.follow(reference)
+    vm.clock.sleep_policy = policy
+    for _ in range(10):
+        vm.pass_time()
+        vm.clock.tick()
+    begin, _ = vm.now
+    if paused:
+        vm.clock.pause()
+    vm.backend.sleep(ns=slept_ns, tsc=tsc)
+    if paused:
+        vm.clock.resume(policy)
+    for _ in range(30):
+        vm.pass_time()
+        vm.clock.tick()
+    has_it = policy == "advance" or (tsc == "counts on" and not paused)
+    assert abs(vm.now[0] - begin - 30 * NS_PER_S - (slept_ns if has_it else 0)) < 10
+    assert vm.clock.steering is not None
+    assert vm.clock.steering.state is SteeringState.LOCKED
 
 
 @pytest.mark.row("E11")
