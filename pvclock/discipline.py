@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from fractions import Fraction
+from operator import index
 from typing import Final, NamedTuple
 
 from pvclock.errors import RangeError
@@ -79,8 +80,8 @@ class Discipline:
     ) -> None:
         if not 0 < max_ppm <= MAX_PPM_LIMIT:
             raise RangeError(f"max_ppm is {max_ppm}; above 0 and up to {MAX_PPM_LIMIT}")
-        if panic_ns is not None and panic_ns < 1:
-            raise RangeError(f"panic_ns is {panic_ns}; a threshold of 1 ns or more, or None")
+        if panic_ns is not None and not 1 <= index(panic_ns) <= U64_MASK:
+            raise RangeError(f"panic_ns is {panic_ns}; a threshold of 1 to 2^64-1 ns, or None")
         self.panic_ns = panic_ns
         self.max_ppm = max_ppm
         self._tsc_hz = tsc_hz
