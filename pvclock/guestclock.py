@@ -116,6 +116,8 @@ class GuestClock:
             tsc_hz=self.tsc_hz,
             offers=OfferState(offer_tsc_adjust, offer_invariant_tsc),
         )
+        if tsc_offset is not None:
+            self._tscs.begin()
         self._keeper.changing.take_over()
 
     # What time it is

@@ -30,15 +30,17 @@ class VcpuTscs:
         self._tscs = [VcpuTsc(tsc_offset or 0) for _ in range(keeper.vcpus)]
         self._stands_since = HostTsc(0)
         self._standing: list[int] | None = None  # what RDTSC returns, by vCPU, until a restored clock is resumed
-        for vcpu, tsc in enumerate(self._tscs):
-            if tsc_offset is None:
+        if tsc_offset is None:
+            for vcpu, tsc in enumerate(self._tscs):
                 tsc.offset = self._offset_that_is(vcpu)
-            else:
-                keeper.backend.set_tsc_offset(vcpu, tsc.offset)
         self._show(self._tscs)
 
     def __len__(self) -> int:
         return len(self._tscs)
+
+    def begin(self) -> None:
+        """Give the host the offsets that these TSCs begin with, all or (TscOffsetNotHonoured) none."""
+        self._set_offsets({vcpu: tsc.offset for vcpu, tsc in enumerate(self._tscs)})
 
     def at(self, vcpu: int, host_tsc: HostTsc) -> VcpuTsc:
         """A copy of vCPU's TSC, which reads right at `host_tsc`, and from there on if it does not stand."""
@@ -128,6 +130,7 @@ class VcpuTscs:
 
         def go_on() -> None:
             self._tscs, self._standing = going, None
+            self.refused_offset = refused or self.refused_offset
 
         return go_on, refused
 
@@ -215,14 +218,15 @@ class VcpuTscs:
 
     def _set_offsets(self, offsets: dict[int, int]) -> None:
         """Give the host these offsets, or take back what it took and raise."""
-        backend, done = self._keeper.backend, list[int]()
+        backend, done = self._keeper.backend, list[tuple[int, int]]()
         try:
             for vcpu, offset in offsets.items():
+                before = self._offset_that_is(vcpu)
                 backend.set_tsc_offset(vcpu, offset)
-                done.append(vcpu)
+                done.append((vcpu, before))
         except BaseException:
-            for vcpu in done:
-                backend.set_tsc_offset(vcpu, self._tscs[vcpu].offset)
+            for vcpu, before in done:
+                backend.set_tsc_offset(vcpu, before)
             raise
 
     def _refuse(self, refused: TscOffsetNotHonoured, cause: EventCause) -> None:
