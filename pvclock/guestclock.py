@@ -18,7 +18,7 @@ from pvclock.backend import Backend
 from pvclock.catchup import Policy, Settlement, as_policy
 from pvclock.clock import capture
 from pvclock.clock.capture import ClockParts
-from pvclock.clock.follower import OFF, Follower
+from pvclock.clock.follower import OFF, Follower, source_of
 from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.operations import Operations
@@ -424,6 +424,9 @@ class GuestClock:
         told that lives by it.  Time missed is told by the raw clock and the time asleep within one boot of one host,
         and by UTC beyond it.  StateFileError if the state is unsound, or asks for what there is not here.
         """
+        _engine_named(engine)  # what the caller says wrong is no fault of the state
+        if reference is not None:
+            source_of(reference, backend)
         sound = clockstate.checked(state)
         clockstate.check_provider(sound)
         chosen = capture.policy_named("policy", sound.policy) if policy is None else as_policy(policy)

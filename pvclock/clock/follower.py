@@ -17,7 +17,7 @@ from pvclock.quantities import HostTsc
 from pvclock.readings import Reference, Sample
 from pvclock.sampling import Sampler, SampleSource
 
-__all__ = ["INJECTED", "OFF", "Follower"]
+__all__ = ["INJECTED", "OFF", "Follower", "source_of"]
 
 OFF: Final = "off"
 """No reference: the TSC at its nominal rate, bit-equal to Linux."""
@@ -52,7 +52,7 @@ class Follower:
         self, reference: Reference | str | SampleSource, *, max_ppm: float = MAX_PPM, panic_ns: int | None = None
     ) -> None:
         """See GuestClock.follow()."""
-        name, source = _source(reference, self._keeper.backend)
+        name, source = source_of(reference, self._keeper.backend)
         with self._keeper.changing:
             known = self._following.discipline.held if self._following else Fraction(0)
             following = None
@@ -144,8 +144,8 @@ class Follower:
         return True
 
 
-def _source(reference: Reference | str | SampleSource, backend: Backend) -> tuple[str, SampleSource | None]:
-    """The reference's name and its samples; none for OFF."""
+def source_of(reference: Reference | str | SampleSource, backend: Backend) -> tuple[str, SampleSource | None]:
+    """The reference's name and its samples, none for OFF; ConfigError for what cannot be followed."""
     if reference == OFF:
         return OFF, None
     if not backend.is_slaved:
