@@ -45,7 +45,8 @@ class Follower:
         self.panic_ns: int | None = None
         self._keeper = keeper
         self._following: Following | None = None
-        self._tsc_steps = 0
+        self._breaks = 0  # of the host's time, by a step of its TSC or a sleep
+        self._asleep_ns = 0  # what the reference has that the host's TSC has not, since it is followed
         self._ticking = threading.RLock()  # taken before the clock's own: samples come in order, and may take a while
 
     def follow(
@@ -60,7 +61,7 @@ class Follower:
                 discipline = Discipline(self._keeper.backend.tsc_hz, max_ppm, known, panic_ns)
                 following = Following(Sampler(source), discipline)
             self._correct(following.discipline.held if following else Fraction(0), f"follow({name})")
-            self._following, self.reference, self.steering = following, name, None
+            self._following, self.reference, self.steering, self._asleep_ns = following, name, None, 0
             self.max_ppm, self.panic_ns = max_ppm, panic_ns
 
     def tick(self, examine: Callable[[], object | None], refresh: Callable[[], object]) -> Steering | None:
@@ -84,20 +85,18 @@ class Follower:
 
     def renumber(self, before: HostTsc, after: HostTsc) -> None:
         """The host's TSC stepped: what would have been `before` is `after`."""
-        self._tsc_steps += 1
+        self._breaks += 1
         if self._following:
             self._following.discipline.renumber(before, after)
 
-    def begin_anew(self) -> None:
-        """Take guest time as right at the next sample, at the rate that is known.
+    def leave_out_sleep(self, ns: int, *, tsc_counted_on: bool) -> None:
+        """The host slept: that is for a policy to settle, and no error of guest time.
 
-        For a sleep of the host: a policy has settled it, and what some of the host's clocks count of it, others not, is
-        no error of guest time.
+        UTC counts a sleep and the other clocks do not; a source of the caller's is left to the caller.
         """
-        if self._following:
-            sampler, known = self._following
-            discipline = Discipline(self._keeper.backend.tsc_hz, self.max_ppm, known.held, self.panic_ns)
-            self._following = Following(sampler, discipline)
+        self._breaks += 1
+        if self.reference != INJECTED:
+            self._asleep_ns += ns * ((self.reference == Reference.REALTIME) - tsc_counted_on)
 
     def _take_tick(
         self,
@@ -109,15 +108,16 @@ class Follower:
         """Publish, corrected by what the sample says; without one, at the rate that is known."""
         keeper = self._keeper
         with keeper.changing:
-            steps = self._tsc_steps
+            breaks = self._breaks
             if examine() is None:
                 return self.steering
-            if self._tsc_steps != steps:
-                sample = None  # nobody knows on which side of the step its TSC was read
+            if self._breaks != breaks:
+                sample = None  # nobody knows on which side of it the sample was taken
             published = False
             if following is not None and following is self._following:
                 correction, why = following.discipline.held, f"no sample of {self.reference}"
                 if sample is not None:
+                    sample = sample._replace(ns=sample.ns - self._asleep_ns)
                     before = self.steering
                     self.steering = following.discipline.steer(sample, keeper.timeline.host_at(sample.tsc))
                     correction, why = self.steering.correction, _described(self.reference, self.steering)

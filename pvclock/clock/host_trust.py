@@ -223,10 +223,11 @@ class HostTrust:
         self._told.add(EventKind.SUSPEND)
         self._tscs.read_back(vcpu)
         ahead_ns = signed64(stamps.tsc - before.tsc) * NS_PER_S // keeper.backend.tsc_hz - stamps.raw_ns + before.raw_ns
-        self._follower.begin_anew()
+        tsc_counted_on = 2 * ahead_ns > slept
+        self._follower.leave_out_sleep(slept, tsc_counted_on=tsc_counted_on)
         if keeper.is_paused:
             self._tell_sleep(slept, "guest time stood still", stamps)
-        elif 2 * ahead_ns > slept:
+        elif tsc_counted_on:
             self._tell_sleep(slept, "its TSC counted on, so guests had that time, and nothing is taken back", stamps)
         else:
             self._settle(slept, stamps)

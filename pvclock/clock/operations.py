@@ -62,7 +62,7 @@ class Operations:
             raise RangeError(f"dilation {numerator}/{denominator}; two whole numbers from 1 on: dilate(1, 2) halves")
         dilation = Fraction(numerator, denominator)
         if max(dilation.as_integer_ratio()) > U64_MASK:
-            raise RangeError(f"dilation {float(dilation):.3g} in terms of more than 64 bits; use a nearby fraction")
+            raise RangeError("a dilation in terms of more than 64 bits; use a nearby fraction")
         with self._keeper.changing:
             self._keeper.timeline.check(dilation)
             stamps = self._host.require("dilate")

@@ -250,6 +250,42 @@ def test_a_sleep_that_only_the_watch_can_see_is_told() -> None:
     assert len(told(clock, EventKind.SUSPEND)) == 1
 
 
+# While a reference is followed
+
+
+@pytest.mark.row("E23", "E11")
+@every_regime
+@pytest.mark.parametrize("reference", ["raw", "monotonic", "realtime"])
+@pytest.mark.parametrize("policy", ["freeze", "advance"])
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_sleep_is_the_policys_business_and_no_error(
+    regime: TscInSleep, reference: str, policy: str, *, paused: bool
+) -> None:
+    """Whether the reference or the TSC counted the sleep or not: nothing of it is slewed in or taken back later."""
+    clock, backend, _ = a_vm()
+    clock.sleep_policy = policy
+    clock.follow(reference)
+    for _ in range(20):
+        backend.advance(ns=NS_PER_S)
+        clock.tick()
+    before = clock.now()
+    if paused:
+        clock.pause()
+    sleep(backend, regime)
+    clock.tick()
+    if paused:
+        clock.resume(policy)
+    gains = policy == "advance" or (regime == "counts on" and not paused)
+    woken = clock.now()
+    assert woken - before == (28_800 * NS_PER_S if gains else 0) + (0 if paused and not gains else AWAKE_NS)
+    for _ in range(60):
+        backend.advance(ns=NS_PER_S)
+        clock.tick()
+        assert clock.steering is not None
+        assert abs(clock.steering.error_ns) <= 2
+    assert abs(clock.now() - woken - 60 * NS_PER_S) <= 2
+
+
 # The vCPUs' TSCs after a sleep
 
 
