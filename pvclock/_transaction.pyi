@@ -1,14 +1,13 @@
 from collections.abc import Callable, Iterable
 from threading import RLock
 from types import TracebackType
-from typing import Literal, Protocol, Self, TypeVar, final
+from typing import Any, Literal, Protocol, Self, TypeVar, final
 
 from pvclock._memory import GuestMemory
-from pvclock.quantities import HostTsc
 
 _State = TypeVar("_State")
-_Event = TypeVar("_Event")
-_EventT_contra = TypeVar("_EventT_contra", contravariant=True)
+_Result = TypeVar("_Result")
+_Returned = TypeVar("_Returned")
 
 @final
 class Transaction:
@@ -19,16 +18,21 @@ class Transaction:
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None
-    ) -> Literal[False]: ...  # swallows nothing
+    ) -> Literal[False]: ...
 
-class _Log(Protocol[_EventT_contra]):
+class _Log(Protocol):
     @property
     def last(self) -> int: ...
-    def record(self, event: _EventT_contra, /) -> object: ...
+    def record(self, event: Any, /) -> object: ...  # noqa: ANN401  # a log's own event
+    def read(self, since: int, /) -> Any: ...  # noqa: ANN401  # a log's own batch
 
 def commit(
-    publish: Callable[[], int | None],
-    change: Callable[[HostTsc], tuple[_State, Iterable[_Event]]],
+    publish: Callable[[], _Returned],
+    change: Callable[[_Returned], tuple[_State, Iterable[object]]],
     take: Callable[[_State], object],
-    events: _Log[_Event],
+    events: _Log,
 ) -> None: ...
+def attempt(
+    begin: Callable[[], object], undo: Callable[[], object], operation: Callable[[Callable[[], None]], _Result]
+) -> _Result: ...
+def finish(operation: Callable[[], _Result], end: Callable[[], object]) -> _Result: ...

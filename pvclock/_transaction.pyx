@@ -9,8 +9,11 @@ from cpython.pythread cimport PyThread_get_thread_ident
 
 from pvclock._memory cimport GuestMemory, graver
 
+from operator import attrgetter
+
 from pvclock.errors import StateError
 
+cdef object newest = attrgetter("last")
 cdef int INTERRUPTS_MAX = 1000  # of one call; beyond that it is no signal that raises them
 
 
@@ -109,17 +112,68 @@ def commit(publish: object, change: object, take: object, events: object) -> Non
     state, recorded = to_the_end(change, tsc, interrupts)
     to_the_end(take, state, interrupts)
     for event in recorded:
-        last = events.last
+        record_once(events, event, interrupts)
+    if interrupts:
+        raise interrupts[0]
+
+
+def attempt(begin: object, undo: object, operation: object) -> object:
+    """Call `begin()`, then `operation(reached)`, and return what that returns; where it was not reached, `undo()`.
+
+    `begin` is what must be changed before the operation, and `undo` what takes that back, as far as it was done.
+    `reached()` is called by the operation, once or more, when it cannot fail any more: what it raises afterwards, an
+    interrupt included, comes out with everything changed.  No interrupt takes `undo` apart, so it is asked again.
+    """
+    cdef list was_reached = [], interrupts = []
+    reached = was_reached.append
+    try:
+        begin()
+        return operation(lambda: reached(True))
+    except BaseException as error:
+        if not was_reached:
+            to_the_end(lambda _: undo(), None, interrupts)
+        for interrupt in interrupts:
+            error = graver(error, interrupt)
+        raise error
+
+
+def finish(operation: object, end: object) -> object:
+    """Return what `operation()` does, once `end()` was called, whatever happened.
+
+    An interrupt that comes in `end` comes out when that is done: it is called again, until it returns.
+    """
+    cdef list interrupts = []
+    result = error = None
+    try:
+        result = operation()
+    except BaseException as raised:
+        error = raised
+    try:
+        to_the_end(lambda _: end(), None, interrupts)
+    except BaseException as raised:
+        error = graver(error, raised)
+    for interrupt in interrupts:
+        error = graver(error, interrupt)
+    if error is not None:
+        raise error
+    return result
+
+
+cdef int record_once(events, event, list interrupts) except -1:
+    """Record the event; what an interrupt broke off is done again, unless the event is there."""
+    last = to_the_end(newest, events, interrupts)
+    for _ in range(INTERRUPTS_MAX):
         try:
             events.record(event)
+            return 0
         except Exception:
             raise
         except BaseException as interrupt:
             interrupts.append(interrupt)
-            if events.last == last:
-                to_the_end(events.record, event, interrupts)
-    if interrupts:
-        raise interrupts[0]
+        for found in to_the_end(events.read, last, interrupts).events:
+            if found._replace(sequence=event.sequence) == event:
+                return 0
+    raise interrupts[0]
 
 
 cdef object to_the_end(function, argument, list interrupts):
