@@ -3,7 +3,7 @@ from typing import Final, Self, final
 
 from pvclock._counter import Counter
 from pvclock._memory import GuestMemory
-from pvclock.quantities import Gpa, GuestNs
+from pvclock.quantities import Gpa, GuestNs, HostTsc
 from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
 
 TSC_STABLE_BIT: Final = 1
@@ -69,7 +69,7 @@ class TimePages:
         step: bool = False,
         moved: tuple[int, int] = (0, 0),
         again: bool = False,
-    ) -> int: ...
+    ) -> HostTsc: ...
     def churn(
         self, line: ClockLine, rates: list[tuple[int, int, ClockScale]], publishes: int, max_ticks: int = ...
     ) -> tuple[ClockLine, Churn]: ...

@@ -283,14 +283,12 @@ cdef class TimePages:
         return <int>number
 
     def register(self, vcpu: int, gpa: int | None) -> None:
-        """Put vCPU's page at `gpa`, or (None) take it away.  Nothing is written before the next publish."""
+        """Put vCPU's page at `gpa`, or (None) take it away; guests and readers find it from the next publish on."""
         cdef int index = self._vcpu(vcpu)
         cdef uint64_t where = 0 if gpa is None else as_u64(gpa, "gpa")
         self._wanted[index].gpa = where
         self._wanted[index].registered = gpa is not None
         self._shown[index].flagged = False
-        if gpa is None:
-            self._shown[index].published = False
         self._look_up_later()
 
     def registered(self, vcpu: int) -> int | None:

@@ -7,6 +7,7 @@ together mean that the reference has changed its rate or was set: the clock then
 
 from __future__ import annotations
 
+from copy import copy
 from enum import StrEnum
 from fractions import Fraction
 from operator import index
@@ -96,6 +97,12 @@ class Discipline:
         self._tsc = HostTsc(0)  # of the last sample
         self._ticks = 0  # to it from the beginning
         self._newest_ns = -1.0  # of the points
+
+    def copy(self) -> Discipline:
+        """Another one in the same state."""
+        copied = copy(self)
+        vars(copied).update(_baseline=self._baseline.copy(), _suspects=self._suspects.copy())
+        return copied
 
     @property
     def held(self) -> Fraction:

@@ -447,13 +447,13 @@ class GuestClock:
                 tsc_hz=sound.guest_tsc_hz or sound.host.tsc_hz,
             )
             clock._become(sound, chosen, slew, reference, any_tsc_hz=any_tsc_hz)  # one of this class
+            return clock  # noqa: TRY300  # an interrupt here, too, leaves the clock that was
         except BaseException as error:
             memory.live_clock = live
             if isinstance(error, ConfigError | RangeError):
                 supported = "what this host and this version can serve"
                 raise StateFileError("provider", str(error), supported) from None
             raise
-        return clock
 
     # Host trouble
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from math import inf
 from statistics import median
 from typing import Final, NamedTuple, TypeAlias
@@ -90,6 +91,12 @@ class Baseline:
     def __init__(self, steepest: float = 1.0) -> None:
         self.points: list[Point] = []
         self._least, self._most = -steepest, steepest
+
+    def copy(self) -> Baseline:
+        """Another one in the same state."""
+        copied = copy(self)
+        copied.points = self.points.copy()
+        return copied
 
     @property
     def rate(self) -> Rate:

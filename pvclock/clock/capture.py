@@ -98,7 +98,7 @@ def take(parts: ClockParts, state: ClockState, policy: Policy, slew: Policy | No
     parts.host.sleep_policy = policy_named("sleep_policy", state.sleep_policy)
     parts.wall_clock.gpa = None if state.wall_clock_gpa is None else Gpa(state.wall_clock_gpa)
     parts.wall_clock.base = WallClockBase(*state.wall_clock)
-    parts.tscs.stand([(vcpu.guest_tsc, vcpu.tsc_adjust, vcpu.tsc_aux) for vcpu in state.vcpus])
+    parts.tscs.stand([(vcpu.guest_tsc, vcpu.tsc_adjust, vcpu.tsc_aux) for vcpu in state.vcpus], now.tsc)
     for number, vcpu in enumerate(state.vcpus):
         keeper.pages.register(number, vcpu.time_page_gpa)
 

@@ -9,13 +9,14 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from pvclock.backend import Backend
-from pvclock.clock.timekeeper import Timekeeper
+from pvclock.clock.timekeeper import Timekeeper, nothing
 from pvclock.discipline import MAX_PPM, Discipline, Steering, SteeringState
 from pvclock.errors import ConfigError
-from pvclock.events import EventKind
+from pvclock.events import Event, EventKind
 from pvclock.quantities import HostTsc
 from pvclock.readings import Reference, Sample
 from pvclock.sampling import Sampler, SampleSource
+from pvclock.timeline import Tempo
 
 __all__ = ["INJECTED", "OFF", "Follower", "source_of"]
 
@@ -27,10 +28,11 @@ INJECTED: Final = "injected"
 
 
 class Following(NamedTuple):
-    """What is followed, and how."""
+    """What is followed, and how; replaced as a whole.  breaks: how often the host's TSC stepped, or it slept."""
 
     sampler: Sampler
     discipline: Discipline
+    breaks: int = 0
 
 
 class Follower:
@@ -45,7 +47,6 @@ class Follower:
         self.panic_ns: int | None = None
         self._keeper = keeper
         self._following: Following | None = None
-        self._breaks = 0  # of the host's time, by a step of its TSC or a sleep
         self._asleep_ns = 0  # what the reference has that the host's TSC has not, since it is followed
         self._ticking = threading.RLock()  # taken before the clock's own: samples come in order, and may take a while
 
@@ -60,9 +61,13 @@ class Follower:
             if source:
                 discipline = Discipline(self._keeper.backend.tsc_hz, max_ppm, known, panic_ns)
                 following = Following(Sampler(source), discipline)
-            self._correct(following.discipline.held if following else Fraction(0), f"follow({name})")
-            self._following, self.reference, self.steering, self._asleep_ns = following, name, None, 0
-            self.max_ppm, self.panic_ns = max_ppm, panic_ns
+
+            def take() -> None:
+                self._following, self.reference, self.steering, self._asleep_ns = following, name, None, 0
+                self.max_ppm, self.panic_ns = max_ppm, panic_ns
+
+            correction = following.discipline.held if following else Fraction(0)
+            self._correct(correction, f"follow({name})", (), take)
 
     def tick(self, examine: Callable[[], object | None], refresh: Callable[[], object]) -> Steering | None:
         """See GuestClock.tick().
@@ -78,69 +83,91 @@ class Follower:
                 raise
             return self._take_tick(examine, refresh, following, sample)
 
-    def hold(self) -> None:
-        """Keep to the rate that is known: an error that is being worked off waits, else a pause counts at that rate."""
-        if self._following and not self._keeper.is_paused:
-            self._correct(self._following.discipline.held, "pause()")
+    def held(self, tempo: Tempo) -> Tempo:
+        """`tempo` at the rate that is known: a pause does not count at one that works an error off."""
+        return tempo._replace(correction=self._following.discipline.held) if self._following else tempo
 
-    def renumber(self, before: HostTsc, after: HostTsc) -> None:
-        """The host's TSC stepped: what would have been `before` is `after`."""
-        self._breaks += 1
-        if self._following:
-            self._following.discipline.renumber(before, after)
+    def renumbered(self, before: HostTsc, after: HostTsc) -> Following | None:
+        """What is followed once the host's TSC has stepped: what would have been `before` is `after`."""
+        if self._following is None:
+            return None
+        discipline = self._following.discipline.copy()
+        discipline.renumber(before, after)
+        return self._following._replace(discipline=discipline, breaks=self._following.breaks + 1)
 
-    def leave_out_sleep(self, ns: int, *, tsc_counted_on: bool) -> None:
-        """The host slept: that is for a policy to settle, and no error of guest time.
+    def take(self, following: Following | None) -> None:
+        """Follow in that state from now on."""
+        self._following = following
 
-        UTC counts a sleep and the other clocks do not; a source of the caller's is left to the caller.
+    def leave_out_sleep(self, ns: int, *, tsc_counted_on: bool) -> Callable[[], None]:
+        """What leaves a sleep of the host out of what is followed: a policy settles it, it is no error of guest time.
+
+        UTC counts a sleep and the other clocks do not; a source of the caller's is left to the caller.  What is
+        returned may be called twice.
         """
-        self._breaks += 1
-        if self.reference != INJECTED:
-            self._asleep_ns += ns * ((self.reference == Reference.REALTIME) - tsc_counted_on)
+        if self._following is None:
+            return nothing
+        following = self._following._replace(breaks=self._following.breaks + 1)
+        counted = (self.reference == Reference.REALTIME) - tsc_counted_on if self.reference != INJECTED else 0
+        asleep_ns = self._asleep_ns + ns * counted
+
+        def take() -> None:
+            self._following, self._asleep_ns = following, asleep_ns
+
+        return take
+
+    # Inside
 
     def _take_tick(
         self,
         examine: Callable[[], object | None],
         refresh: Callable[[], object],
-        following: Following | None,
+        sampled: Following | None,
         sample: Sample | None,
     ) -> Steering | None:
         """Publish, corrected by what the sample says; without one, at the rate that is known."""
         keeper = self._keeper
         with keeper.changing:
-            breaks = self._breaks
+            breaks = self._following.breaks if self._following else 0
             if examine() is None:
                 return self.steering
-            if self._breaks != breaks:
-                sample = None  # nobody knows on which side of it the sample was taken
-            published = False
-            if following is not None and following is self._following:
-                correction, why = following.discipline.held, f"no sample of {self.reference}"
-                if sample is not None:
-                    sample = sample._replace(ns=sample.ns - self._asleep_ns)
-                    before = self.steering
-                    self.steering = following.discipline.steer(sample, keeper.timeline.host_at(sample.tsc))
-                    correction, why = self.steering.correction, _described(self.reference, self.steering)
-                    self._tell_panic(before, why)
-                published = self._correct(correction, why)
+            published, following = False, self._following
+            if following is not None and sampled is not None and following.sampler is sampled.sampler:
+                if sample is None or following.breaks != breaks:  # nobody knows on which side of it the sample is
+                    why = f"no sample of {self.reference}"
+                    published = self._correct(following.discipline.held, why, (), nothing)
+                else:
+                    published = self._steer(following, sample._replace(ns=sample.ns - self._asleep_ns))
             if keeper.timeline.is_slewing or not published:
                 refresh()
             return self.steering
 
-    def _tell_panic(self, before: Steering | None, why: str) -> None:
-        """A reference beyond the panic threshold is an event, once."""
-        if self.steering is None or self.steering.state is not SteeringState.PANIC:
-            return
-        if before is None or before.state is not SteeringState.PANIC:
-            self._keeper.tell(EventKind.REFUSED, f"{why}: beyond the panic threshold of {self.panic_ns} ns")
+    def _steer(self, following: Following, sample: Sample) -> bool:
+        """Have the correction that is due by a sample; returns if pages were published."""
+        discipline = following.discipline.copy()
+        found = discipline.steer(sample, self._keeper.timeline.host_at(sample.tsc))
+        why = _described(self.reference, found)
 
-    def _correct(self, correction: Fraction, why: str) -> bool:
+        def take() -> None:
+            self._following, self.steering = following._replace(discipline=discipline), found
+
+        return self._correct(found.correction, why, self._panic(found, why), take)
+
+    def _panic(self, found: Steering, why: str) -> tuple[Event, ...]:
+        """A reference beyond the panic threshold is an event, once."""
+        if found.state is not SteeringState.PANIC or (self.steering and self.steering.state is SteeringState.PANIC):
+            return ()
+        told = f"{why}: beyond the panic threshold of {self.panic_ns} ns"
+        return (self._keeper.event(EventKind.REFUSED, told, self._keeper.backend.stamps()),)
+
+    def _correct(self, correction: Fraction, why: str, events: tuple[Event, ...], taking: Callable[[], object]) -> bool:
         """Have that correction from now on; returns if it is another one, so that pages were published."""
         keeper = self._keeper
         tempo = keeper.timeline.tempo._replace(correction=correction)
         if tempo == keeper.timeline.tempo:
+            keeper.record(events, taking)
             return False
-        keeper.change_rate(tempo, keeper.backend.stamps(), EventKind.RATE, why)
+        keeper.change_rate(tempo, keeper.backend.stamps(), EventKind.RATE, why, events=events, taking=taking)
         return True
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Final
 
 from pvclock.clock.capture import ClockParts
+from pvclock.clock.placement import Placement
 from pvclock.clock.run_delays import RunDelays
+from pvclock.clock.timekeeper import nothing
 from pvclock.clockstate import OfferState, ProviderState
 from pvclock.errors import MsrFault, RangeError
 from pvclock.events import EventCause, EventKind
@@ -16,13 +17,9 @@ from pvclock.providers import GuestInterface
 from pvclock.providers.interface import CpuidLeaf, Engine, Pairing, VmmServices
 from pvclock.providers.kvm import KvmFeature, KvmProvider
 from pvclock.quantities import U64_MASK, Gpa
-from pvclock.readings import HostStamps
 from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
 
 __all__ = ["GuestSide"]
-
-PAGES_TOLD: Final = 20
-"""A guest may place its pages for ever; it is not to fill the log with that."""
 
 
 class GuestSide:
@@ -49,8 +46,8 @@ class GuestSide:
         self._operations, self._wall_clock = parts.operations, parts.wall_clock
         self.memory = self._keeper.memory
         self._backend = self._keeper.backend
-        self._run_delays = RunDelays(self._backend, self._keeper.vcpus)
-        self._pages_to_tell = PAGES_TOLD
+        self._run_delays = RunDelays(self._keeper)
+        self._placement = Placement(self._keeper)
         self.interface = GuestInterface(
             config,
             self,
@@ -119,21 +116,16 @@ class GuestSide:
     def tell_stolen_time(self) -> None:
         """Tell the guest what was stolen from its vCPUs since it was told last; not while time stands still."""
         provider = self._provider
-        if not isinstance(provider, KvmProvider) or KvmFeature.STEAL_TIME not in provider.features:
-            return
-        with self._keeper.changing:
-            for vcpu in range(0 if self._keeper.is_paused else self._keeper.vcpus):
-                if stolen_ns := self._run_delays.take_ns(vcpu):
-                    provider.add_steal_time(vcpu, stolen_ns)
+        if isinstance(provider, KvmProvider) and KvmFeature.STEAL_TIME in provider.features:
+            with self._keeper.changing:
+                if not self._keeper.is_paused:
+                    self._run_delays.tell(provider.steal_time)
 
     def reset(self) -> None:
         """See GuestClock.reset(); for while_held()."""
         self._keeper.check_held("reset")
         event = self._keeper.event(EventKind.RESET, "reset()", self._backend.stamps())
-        self.interface.reset()
-        self._tscs.reset()
-        self._wall_clock.gpa = None
-        self._keeper.events.record(event)
+        self._keeper.record((event,), self._forget_all)
 
     def saved(self) -> ProviderState:
         """The provider as it is saved."""
@@ -150,26 +142,32 @@ class GuestSide:
         """KVM feature bits that the host kernel serves beside this engine."""
         return self._backend.kernel_features
 
-    def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
-        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish; the first ones are events."""
+    def place_time_page(
+        self,
+        vcpu: int,
+        gpa: Gpa | None,
+        begin: Callable[[], object] = nothing,
+        undo: Callable[[], object] = nothing,
+    ) -> None:
+        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish; the first ones are events.
+
+        begin: what changes with it, before the publish; undo: takes that back where it could not be.
+        """
         with self._keeper.changing:
-            told = gpa is not None and self._pages_to_tell > 0
-            stamps = self._backend.stamps() if told else None
-            try:
-                self._keeper.place_time_page(vcpu, gpa)
-            finally:
-                if gpa is not None and stamps is not None:
-                    self._tell_page(vcpu, gpa, stamps)
+            self._placement.place(vcpu, gpa, begin, undo)
 
     def refresh(self, vcpu: int | None = None) -> None:
         """See GuestClock.refresh()."""
         if self._provider.refreshes_pages or self._keeper.timeline.is_slewing:
             self._operations.refresh(vcpu)
 
-    def write_wall_clock(self, gpa: Gpa) -> None:
-        """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory."""
+    def write_wall_clock(self, gpa: Gpa, taking: Callable[[], object] = nothing) -> None:
+        """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory.
+
+        taking: sets what changes with it, when nothing can fail any more.
+        """
         with self._keeper.changing:
-            self._wall_clock.write(gpa, self._host.utc_sample())
+            self._wall_clock.write(gpa, self._host.utc_sample(), taking)
 
     def utc_ns(self) -> int:
         """The guest's time of day at this instant, in ns since 1970."""
@@ -201,16 +199,10 @@ class GuestSide:
             raise MsrFault(index, value)
         return True
 
-    def _tell_page(self, vcpu: int, gpa: Gpa, stamps: HostStamps) -> None:
-        self._pages_to_tell -= 1
-        page = self._keeper.page(vcpu)
-        kind, why = EventKind.REFUSED, f"there is no memory for its clock's page at {gpa:#x}"
-        if page is not None:
-            if not page.tsc_to_system_mul:  # it is published at resume()
-                return
-            kind, why = EventKind.PAGE, f"page at {gpa:#x}, {page.described()}"
-        event = self._keeper.event(kind, f"vCPU {vcpu}: {why}", stamps, cause=EventCause.GUEST)
-        self._keeper.events.record(event)
+    def _forget_all(self) -> None:
+        self.interface.reset()
+        self._tscs.reset()
+        self._wall_clock.gpa = None
 
 
 def _with_bit(register: int, bit: int, is_set: bool) -> int:

@@ -8,16 +8,18 @@ the guests' TSCs go on by as much as the raw clock says has passed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 from pvclock import catchup
+from pvclock._transaction import attempt
 from pvclock.catchup import Policy
 from pvclock.clock.follower import Follower
 from pvclock.clock.timekeeper import Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import StateError
-from pvclock.events import EventKind
+from pvclock.events import Event, EventKind
 from pvclock.hostwatch import Trouble, TroubleKind
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, signed64
 from pvclock.readings import HostStamps, Reference, Sample
@@ -49,6 +51,7 @@ class HostTrust:
         self._mark = keeper.backend.stamps()  # the last instant at which all was well
         self._went_back_ticks: int | None = None  # by the last step, which may be taken back
         self._is_behind = False  # this CPU, and it was told
+        self._is_examining = False
         self._told: set[EventKind] = set()  # of trouble, since the last note()
 
     def check(self, vcpu: int | None = None) -> bool:
@@ -56,6 +59,8 @@ class HostTrust:
 
         Costs one reading of the TSC, unless it has stepped before.
         """
+        if self._is_examining:  # and publishes what follows from that
+            return True
         least = HostTsc(self._keeper.pages.break_tsc)
         if self._went_back_ticks is None and signed64(self._keeper.host_tsc() - least) >= 0:
             self._is_behind = False
@@ -76,10 +81,17 @@ class HostTrust:
 
         vcpu: the caller's own, which is out of the guest.
         """
-        keeper = self._keeper
-        stamps = keeper.backend.stamps()
-        if not keeper.backend.is_slaved:  # a counter of executed ticks has nothing to do with these clocks
+        stamps = self._keeper.backend.stamps()
+        if not self._keeper.backend.is_slaved:  # a counter of executed ticks has nothing to do with these clocks
             return stamps
+        try:
+            self._is_examining = True
+            return self._examine(stamps, vcpu)
+        finally:
+            self._is_examining = False
+
+    def _examine(self, stamps: HostStamps, vcpu: int | None) -> HostStamps | None:
+        keeper = self._keeper
         least = HostTsc(keeper.pages.break_tsc)
         if signed64(stamps.tsc - least) < 0:
             readings = keeper.backend.tsc_readings()
@@ -90,10 +102,9 @@ class HostTrust:
             stamps = self._came_back(stamps, vcpu)
         elif self._restarted_in_sleep(stamps):
             stamps = self._stepped_back(least, stamps, vcpu)
-        self._is_behind = False
-        before, self._mark = self._mark, stamps
-        if slept_ns(before, stamps):
-            self._take_sleep(before, stamps, vcpu)
+        if slept_ns(self._mark, stamps):
+            self._take_sleep(self._mark, stamps, vcpu)
+        self._is_behind, self._mark = False, stamps
         return stamps
 
     @property
@@ -104,18 +115,28 @@ class HostTrust:
     def note(self, troubles: list[Trouble], *, clocksource_trusted: bool) -> None:
         """Apply what a look at the host has found: each trouble is an event, and takes STABLE if it must.
 
-        For `with changing`.  A sleep that is found here is recorded, and settled, once.
+        For `with changing`.  What is found here, too, was recorded, and settled: it is not told again.
         """
-        trusted = self.is_trusted
+        keeper, was_trusted = self._keeper, self.is_trusted
         good_here = self.examine() is not None
-        told, self._told = self._told, set()
-        for trouble in troubles:
-            if EventKind(trouble.kind) not in told:  # else it was found here, too, and settled
-                self._keeper.tell(EventKind(trouble.kind), trouble.why)
-        self._tsc_failed |= any(it.unstable and it.kind is not TroubleKind.CLOCKSOURCE for it in troubles)
-        self._clocksource_trusted = clocksource_trusted
-        if good_here and self.is_trusted != trusted:  # else STABLE goes with the next publish
-            self._keeper.republish()
+        stamps = keeper.backend.stamps()
+        new = [trouble for trouble in troubles if EventKind(trouble.kind) not in self._told]
+        events = tuple(keeper.event(EventKind(trouble.kind), trouble.why, stamps) for trouble in new)
+        failed = any(trouble.unstable and trouble.kind is not TroubleKind.CLOCKSOURCE for trouble in troubles)
+        before, after = (self._clocksource_trusted, self._tsc_failed), (clocksource_trusted, self._tsc_failed or failed)
+
+        def told() -> tuple[Event, ...]:
+            self._take_trust(after)
+            self._told = set()
+            return events
+
+        if good_here and (after[0] and not after[1]) != was_trusted:  # else STABLE goes with the next publish
+            keeper.adopt(partial(self._take_trust, after), partial(self._take_trust, before), told)
+        else:
+            keeper.record(events, told)
+
+    def _take_trust(self, trust: tuple[bool, bool]) -> None:
+        self._clocksource_trusted, self._tsc_failed = trust
 
     def utc_sample(self, vcpu: int | None = None) -> Sample:
         """One instant in UTC and on the TSC; on a CPU that is behind, on the others' TSC, as the raw clock has it."""
@@ -131,16 +152,19 @@ class HostTrust:
     ) -> HostStamps | None:
         """Pages do not move: vCPUs on the other CPUs would see that.  STABLE goes with the next publish."""
         keeper, behind = self._keeper, signed64(least - stamps.tsc)
-        self._tsc_failed = True
-        self._told.add(EventKind.TSC_STEP)
         read_low_once = signed64(readings[0] - least) >= 0
+        good = keeper.backend.stamps() if read_low_once else None
+
+        def take() -> None:
+            self._tsc_failed, self._is_behind = True, not read_low_once
+            self._told.add(EventKind.TSC_STEP)
+
         if not self._is_behind:
             what = "read low once" if read_low_once else "is behind other CPUs'"
             why = f"this CPU's TSC {what}, by {behind} ticks or more; pages stay as they are, without STABLE"
-            after = stamps._replace(tsc=least)
-            keeper.events.record(keeper.event(EventKind.TSC_STEP, why, after))
-        self._is_behind = not read_low_once
-        return keeper.backend.stamps() if read_low_once else None
+            keeper.record((keeper.event(EventKind.TSC_STEP, why, stamps._replace(tsc=least)),), take)
+        take()
+        return good
 
     def _stepped_back(self, least: HostTsc, stamps: HostStamps, vcpu: int | None) -> HostStamps:
         """All CPUs' TSC went back: guest time goes on by what passed on the raw clock since the last good instant."""
@@ -154,8 +178,7 @@ class HostTrust:
             else "CLOCK_MONOTONIC_RAW did not go on either, so nobody can tell how much time passed"
         )
         why = f"the host's TSC went back by {back} ticks on all CPUs; {told}; guests may read some time again"
-        self._went_back_ticks = back
-        return self._renumbered(before, stamps, why, vcpu)
+        return self._renumbered(before, stamps, why, vcpu, back)
 
     def _has_returned(self, stamps: HostStamps) -> bool:
         """Did a TSC that had stepped back jump ahead by as much?"""
@@ -185,24 +208,24 @@ class HostTrust:
 
     def _came_back(self, stamps: HostStamps, vcpu: int | None) -> HostStamps:
         """The one time that guest time may go back: what guests read since the TSC came back was never so."""
-        ahead, self._went_back_ticks = self._ticks_ahead(stamps), None
+        ahead = self._ticks_ahead(stamps)
         before = HostTsc((stamps.tsc - ahead) & U64_MASK)
         why = (
             f"the host's TSC came back: {ahead} ticks ahead of CLOCK_MONOTONIC_RAW, which decides; "
             "guests that read the time meanwhile read it again"
         )
-        return self._renumbered(before, stamps, why, vcpu)
+        return self._renumbered(before, stamps, why, vcpu, None)
 
-    def _renumbered(self, before: HostTsc, stamps: HostStamps, why: str, vcpu: int | None) -> HostStamps:
+    def _renumbered(
+        self, before: HostTsc, stamps: HostStamps, why: str, vcpu: int | None, went_back: int | None
+    ) -> HostStamps:
         """Take host TSC `before` as what the stamps now say, everywhere."""
-        self._tsc_failed = True
-        self._told.add(EventKind.TSC_STEP)
-        self._keeper.while_held(vcpu, partial(self._renumber_all, before, stamps, why))
+        self._keeper.while_held(vcpu, partial(self._renumber_all, before, stamps, why, went_back))
         return stamps
 
-    def _renumber_all(self, before: HostTsc, stamps: HostStamps, why: str) -> None:
+    def _renumber_all(self, before: HostTsc, stamps: HostStamps, why: str, went_back: int | None) -> None:
         keeper, after = self._keeper, stamps.tsc
-        self._tscs.renumber(before, after)
+        tscs, following = self._tscs.renumbering(before, after), self._follower.renumbered(before, after)
         timeline = keeper.timeline.copy()
         timeline.rebase(before, after)
         paused_at = keeper.state.paused_at
@@ -210,29 +233,44 @@ class HostTrust:
             tsc = HostTsc((paused_at.stamps.tsc + after - before) & U64_MASK)
             paused_at = paused_at._replace(stamps=paused_at.stamps._replace(tsc=tsc))
         state = TimeState.of(timeline, paused_at)
-        event = keeper.event(EventKind.TSC_STEP, why, stamps, before=state)
-        keeper.replace(lambda _: (state, (event,)), ((after - before) & U64_MASK, 0))
-        keeper.forget_past()
-        self._follower.renumber(before, after)
+        step = keeper.event(EventKind.TSC_STEP, why, stamps, before=state)
+        mark = stamps._replace(asleep_ns=self._mark.asleep_ns)  # a sleep is still to be settled
+
+        def renumber(reached: Callable[[], None]) -> None:
+            def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+                reached()
+                self._tsc_failed, self._went_back_ticks, self._mark = True, went_back, mark
+                self._told.add(EventKind.TSC_STEP)
+                self._follower.take(following)
+                return state, (step, *tscs.refusal(stamps))
+
+            keeper.replace(change, ((after - before) & U64_MASK, 0), of_one_numbering=False)
+
+        attempt(tscs.give_what_it_takes, tscs.give_back, renumber)
 
     # Sleep
 
     def _take_sleep(self, before: HostStamps, stamps: HostStamps, vcpu: int | None) -> None:
-        """The host slept since the last look.  A paused clock settles it at resume(), a running one by sleep_policy."""
+        """The host slept since the last look: settled by sleep_policy, or at resume() if the clock is paused."""
         keeper, slept = self._keeper, slept_ns(before, stamps)
-        self._told.add(EventKind.SUSPEND)
         self._tscs.read_back(vcpu)
         ahead_ns = signed64(stamps.tsc - before.tsc) * NS_PER_S // keeper.backend.tsc_hz - stamps.raw_ns + before.raw_ns
         tsc_counted_on = 2 * ahead_ns > slept
-        self._follower.leave_out_sleep(slept, tsc_counted_on=tsc_counted_on)
-        if keeper.is_paused:
-            self._tell_sleep(slept, "guest time stood still", stamps)
-        elif tsc_counted_on:
-            self._tell_sleep(slept, "its TSC counted on, so guests had that time, and nothing is taken back", stamps)
-        else:
-            self._settle(slept, stamps)
+        leave_out = self._follower.leave_out_sleep(slept, tsc_counted_on=tsc_counted_on)
 
-    def _settle(self, slept: int, stamps: HostStamps) -> None:
+        def take() -> None:
+            leave_out()
+            self._mark = stamps
+            self._told.add(EventKind.SUSPEND)
+
+        if keeper.is_paused or tsc_counted_on:
+            settled = "its TSC counted on, so guests had that time, and nothing is taken back"
+            why = f"the host slept for {slept} ns; {'guest time stood still' if keeper.is_paused else settled}"
+            keeper.record((keeper.event(EventKind.SUSPEND, why, stamps),), take)
+        else:
+            self._settle(slept, stamps, take)
+
+    def _settle(self, slept: int, stamps: HostStamps, taking: Callable[[], object]) -> None:
         keeper, policy = self._keeper, self.sleep_policy
         settled = catchup.settle(policy, slept * keeper.timeline.tempo.dilation)
         timeline = keeper.timeline.copy()
@@ -242,11 +280,12 @@ class HostTrust:
         state = TimeState.of(timeline)
         why = f"the host slept for {slept} ns while vCPUs ran; {catchup.describe(policy)}"
         event = keeper.event(EventKind.SUSPEND, why, stamps, after=state)
-        keeper.step(state, (event,), (0, int(settled.gain_ns)))
 
-    def _tell_sleep(self, slept: int, why: str, stamps: HostStamps) -> None:
-        keeper = self._keeper
-        keeper.events.record(keeper.event(EventKind.SUSPEND, f"the host slept for {slept} ns; {why}", stamps))
+        def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+            taking()
+            return state, (event,)
+
+        keeper.step(change, state, (0, int(settled.gain_ns)))
 
 
 def slept_ns(before: HostStamps, after: HostStamps) -> int:

@@ -6,12 +6,13 @@ Each operation is done as a whole or not at all, and leaves an event.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from fractions import Fraction
 from functools import partial
 from operator import index
 
 from pvclock import catchup
+from pvclock._transaction import attempt, commit, finish
 from pvclock.catchup import CatchUpTable, Policy, Slew
 from pvclock.clock.follower import Follower
 from pvclock.clock.host_trust import HostTrust, slept_ns
@@ -20,10 +21,17 @@ from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import RangeError, StateError
 from pvclock.events import Event, EventKind
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
-from pvclock.readings import Churn, HostStamps, RunReport
+from pvclock.readings import Churn, ClockLine, HostStamps, RunReport
 from pvclock.timeline import Tempo, Timeline
 
 __all__ = ["Operations"]
+
+
+class Run:
+    """A run_for(): guest time at its beginning, and how much passed."""
+
+    def __init__(self) -> None:
+        self.begin_ns = self.ran_ns = Fraction(0)
 
 
 class Operations:
@@ -32,7 +40,7 @@ class Operations:
     def __init__(self, keeper: Timekeeper, host: HostTrust, tscs: VcpuTscs, follower: Follower) -> None:
         self._keeper, self._host, self._tscs, self._follower = keeper, host, tscs, follower
         self._policy: Policy = catchup.Freeze()
-        self._runs_for = False  # a run_for() is under way
+        self._run: Run | None = None  # that is under way
 
     @property
     def policy(self) -> Policy:
@@ -95,12 +103,19 @@ class Operations:
                 raise StateError("churn", "guest time stands still or is being slewed", "let it run at its pace first")
             self._host.require("churn")
             keeper.republish()
-            line, churn = keeper.pages.churn(keeper.state.line, rates, publishes, max_ticks)
-            last = (churn.publishes - 1) % len(rates)
-            carried = timeline.copy()
-            carried.resume_from(line, tempos[last])
-            keeper.take(TimeState(carried, line, rates[last][2]))
-        return churn
+            done: list[Churn] = []
+
+            def change(churned: tuple[ClockLine, Churn]) -> tuple[TimeState, tuple[Event, ...]]:
+                line, churn = churned
+                last = (churn.publishes - 1) % len(rates)
+                carried = timeline.copy()
+                carried.resume_from(line, tempos[last])
+                done.append(churn)
+                return TimeState(carried, line, rates[last][2]), ()
+
+            publish = partial(keeper.pages.churn, keeper.state.line, rates, publishes, max_ticks)
+            commit(publish, change, keeper.take, keeper.events)
+        return done[-1]
 
     # Steps, all forward
 
@@ -145,39 +160,41 @@ class Operations:
         if index(ns) <= 0:
             raise RangeError(f"run_for({ns}); ns of guest time, more than 0")
         chosen = self._policy if policy is None else catchup.as_policy(policy)
+        run = Run()
+        finish(partial(self._run_for, run, ns, chosen), partial(self._end, run))
+        return RunReport(run.ran_ns, run.ran_ns - ns)
+
+    def _run_for(self, run: Run, ns: int, policy: Policy) -> None:
         keeper = self._keeper
         with keeper.changing:
             self._check_idle("run_for")
             self._paused_at("run_for")
             self._check_reach(ns)
+            self._run = run
+            stood = keeper.timeline.at(keeper.timeline.begin_tsc)
+            settled = keeper.while_held(None, partial(self._resume, policy, guest_stopped=False))
+            run.begin_ns = stood + settled.gain_ns
+        self._run_until(run.begin_ns + ns)
+
+    def _end(self, run: Run) -> None:
+        """Pause, if it was `run` that let time go on; where that cannot be, time goes on, and pause() is the VMM's."""
+        keeper = self._keeper
+        with keeper.changing:
+            if self._run is not run:
+                return
             try:
-                self._runs_for = True
-                stood = keeper.timeline.at(keeper.timeline.begin_tsc)
-                settled = keeper.while_held(None, partial(self._resume, chosen, guest_stopped=False))
-                begin = stood + settled.gain_ns
-            finally:
-                self._runs_for = not keeper.is_paused
-        try:
-            self._run_until(begin + ns)
-        except BaseException:
-            with suppress(StateError):  # then the vCPUs run on, and so does their time
-                self._end_run()
-            raise
-        ran = self._end_run() - begin
-        return RunReport(ran, ran - ns)
+                if not keeper.is_paused:
+                    keeper.while_held(None, self._pause)
+            except Exception:
+                self._run = None
+                raise
+            run.ran_ns = keeper.timeline.at(keeper.timeline.begin_tsc) - run.begin_ns
+            self._run = None
 
     # Inside
 
-    def _end_run(self) -> Fraction:
-        """Pause what run_for() let run; guest time then."""
-        keeper = self._keeper
-        with keeper.changing:
-            self._runs_for = False
-            keeper.while_held(None, self._pause)
-            return keeper.timeline.at(keeper.timeline.begin_tsc)
-
     def _check_idle(self, operation: str) -> None:
-        if self._runs_for:
+        if self._run is not None:
             raise StateError(operation, "a run_for() is under way", "wait until it returns")
 
     def _paused_at(self, operation: str) -> PausePoint:
@@ -191,19 +208,22 @@ class Operations:
         if keeper.is_paused:
             raise StateError("pause", "guest time stands still already", "resume() it first")
         keeper.check_held("pause")
-        self._host.require("pause")
-        self._follower.hold()
+        stamps = self._host.require("pause")
         with ExitStack() as holds:
             hold = keeper.hold()
             holds.enter_context(hold)
-            stamps = self._host.require("pause")
             old = keeper.state
-            tsc = keeper.host_tsc()
+            tsc, tempo = keeper.host_tsc(), self._follower.held(old.timeline.tempo)
             stopped = old.timeline.copy()
+            stopped.turn(tsc, tempo)
+            held = TimeState.of(stopped.copy())
             stopped.stop(tsc)
             new = TimeState.of(stopped, PausePoint(stamps._replace(tsc=tsc), keeper.backend.tsc_hz, hold=hold))
-            event = keeper.event(EventKind.PAUSE, "pause()", stamps, tsc=tsc, before=old, after=new)
-            keeper.stand_still(new, (event,))
+            event = partial(keeper.event, stamps=stamps, tsc=tsc)
+            events = [event(EventKind.PAUSE, "pause()", before=held, after=new)]
+            if tempo != old.timeline.tempo:
+                events.insert(0, event(EventKind.RATE, "pause()", before=old, after=held))
+            keeper.stand_still(new, tuple(events))
             holds.pop_all()  # it is given back when time goes on
 
     def _resume(self, policy: Policy, *, guest_stopped: bool) -> catchup.Settlement:
@@ -218,26 +238,31 @@ class Operations:
         tempo = started.tempo._replace(boost=started.plan(stamps.tsc))
         scale = started.scale(tempo.pace)
         gain_ticks = int(settled.gain_ns / started.tempo.dilation * keeper.backend.tsc_hz / NS_PER_S)
-        go_on, refused = self._tscs.prepare_to_go_on(tsc, gain_ticks)
+        tscs = self._tscs.going_on(tsc, gain_ticks)
         why = f"{catchup.describe(policy)}; {settled.why}".removesuffix("; ")
 
-        def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
-            go_on()
-            going = started.copy()
-            going.turn(break_tsc, tempo)
-            new = TimeState(going, going.line(), scale)
-            events = [keeper.event(EventKind.RESUME, why, stamps, tsc=tsc, before=old, after=shown)]
-            if settled.slew is not None:
-                owed = f"{round(settled.slew_ns)} ns were missed"
-                events.append(keeper.event(EventKind.SLEW, owed, stamps, tsc=break_tsc, before=shown, after=new))
-            if refused is not None:
-                events.append(keeper.event(EventKind.REFUSED, str(refused), stamps, tsc=break_tsc, before=new))
-            return new, tuple(events)
+        def publish(reached: Callable[[], None]) -> catchup.Settlement:
+            def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+                reached()
+                self._tscs.stand_no_more()
+                going = started.copy()
+                going.turn(break_tsc, tempo)
+                new = TimeState(going, going.line(), scale)
+                events = [keeper.event(EventKind.RESUME, why, stamps, tsc=tsc, before=old, after=shown)]
+                if settled.slew is not None:
+                    owed = f"{round(settled.slew_ns)} ns were missed"
+                    events.append(keeper.event(EventKind.SLEW, owed, stamps, tsc=break_tsc, before=shown, after=new))
+                return new, (*events, *tscs.refusal(stamps))
 
-        moved = (tsc - paused_at.stamps.tsc) & U64_MASK, int(settled.gain_ns)
-        keeper.resume(change, shown._replace(scale=scale), moved, guest_stopped=guest_stopped)
-        paused_at.hold.__exit__(None, None, None)
-        return settled
+            moved = (tsc - paused_at.stamps.tsc) & U64_MASK, int(settled.gain_ns)
+            keeper.resume(change, shown._replace(scale=scale), moved, guest_stopped=guest_stopped)
+            return settled
+
+        try:
+            return attempt(tscs.give_what_it_takes, tscs.give_back, publish)
+        finally:
+            if keeper.state.paused_at is not paused_at:
+                paused_at.hold.__exit__(None, None, None)
 
     def _missed_ns(self, paused_at: PausePoint, stamps: HostStamps, tsc: HostTsc) -> Fraction:
         """Guest time that would have passed since the pause, by the best clock that ran through it.
@@ -264,7 +289,7 @@ class Operations:
         jumped.jump(Fraction(ns))
         new = TimeState.of(jumped, old.paused_at)
         event = keeper.event(kind, f"{name}({ns})", stamps, before=old, after=new)
-        keeper.step(new, (event,), (0, ns & U64_MASK))
+        keeper.step(lambda _: (new, (event,)), new, (0, ns & U64_MASK))
 
     def _go_on_slewing(self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = "") -> None:
         """Go on by the slew's plan; slewed: the timeline with a skew that was added just now, at `stamps`."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from pvclock.backend import Backend
+from collections.abc import Callable
+from functools import partial
+
+from pvclock._transaction import commit
+from pvclock.clock.timekeeper import Timekeeper
 
 __all__ = ["RunDelays"]
 
@@ -10,14 +14,26 @@ __all__ = ["RunDelays"]
 class RunDelays:
     """What has come up since this was made; a vCPU's thread that is made anew begins at 0."""
 
-    def __init__(self, backend: Backend, vcpus: int) -> None:
-        self._backend = backend
-        self._told_ns = [backend.run_delay_ns(vcpu) or 0 for vcpu in range(vcpus)]
+    def __init__(self, keeper: Timekeeper) -> None:
+        self._keeper = keeper
+        self._told_ns = [keeper.backend.run_delay_ns(vcpu) or 0 for vcpu in range(keeper.vcpus)]
 
-    def take_ns(self, vcpu: int) -> int:
-        """What was not taken before; 0 where nobody says."""
-        delay_ns = self._backend.run_delay_ns(vcpu)
-        if delay_ns is None:
-            return 0
-        told_ns, self._told_ns[vcpu] = self._told_ns[vcpu], delay_ns
-        return delay_ns - told_ns if delay_ns >= told_ns else delay_ns
+    def tell(self, addition: Callable[[int, int], Callable[[], object]]) -> None:
+        """Tell guests what was not told, each vCPU's in one step; within `with changing`.
+
+        addition: (vcpu, ns) -> what adds that to its steal time, in compiled code that no interrupt takes apart.
+        """
+        delays = [self._keeper.backend.run_delay_ns(vcpu) for vcpu in range(self._keeper.vcpus)]
+        for vcpu, delay_ns in enumerate(delays):
+            told_ns = self._told_ns[vcpu]
+            if delay_ns is not None and delay_ns != told_ns:
+                add = addition(vcpu, delay_ns - told_ns if delay_ns > told_ns else delay_ns)
+                commit(add, partial(_with, delay_ns), partial(self._take, vcpu), self._keeper.events)
+
+    def _take(self, vcpu: int, delay_ns: int) -> None:
+        self._told_ns[vcpu] = delay_ns
+
+
+def _with(delay_ns: int, _: object) -> tuple[int, tuple[()]]:
+    """What is known now, and no event."""
+    return delay_ns, ()

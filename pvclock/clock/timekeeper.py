@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale, TimePages, read_time_info
 from pvclock._memory import GuestMemory
-from pvclock._transaction import Transaction, commit
+from pvclock._transaction import Transaction, attempt, commit
 from pvclock.backend import Backend
 from pvclock.clock.history import History
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
@@ -73,7 +73,14 @@ class TimeState(NamedTuple):
 
 
 Change: TypeAlias = Callable[[HostTsc], tuple[TimeState, tuple[Event, ...]]]
-"""What guest time becomes at that host TSC, and what is recorded of it.  Pure: it may be called twice."""
+"""What guest time becomes, and what is recorded of it, if the change is at that host TSC.
+
+It is asked when nothing can fail any more, and sets what changes beside time.  Asked twice, it sets the same again.
+"""
+
+
+def nothing() -> None:
+    """For what needs no more done."""
 
 
 class Timekeeper:
@@ -109,7 +116,7 @@ class Timekeeper:
         self._stable = stable
         self._look = look
         self._history = History()
-        self._shown_flags = 0
+        self._shown_flags: int | None = 0  # None: a publish was broken off that may have shown others
         self._all_held = False  # are all vCPUs out of the guest?
 
     # What time it is
@@ -187,6 +194,31 @@ class Timekeeper:
             again = not self._look(vcpu)
             self._publish(_unchanged, self.state, vcpu=vcpu, again=again)
 
+    def adopt(
+        self,
+        begin: Callable[[], object],
+        undo: Callable[[], object],
+        told: Callable[[], tuple[Event, ...]],
+        vcpu: int | None = None,
+    ) -> None:
+        """Publish what begin() changes beside time, and record what told() says then; by undo() none of it, if not.
+
+        told: asked when nothing can fail any more, as a Change is.  vcpu, and while paused: as republish().
+        """
+        again = not self.is_paused and not self._look(vcpu)
+
+        def publish(reached: Callable[[], None]) -> None:
+            def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+                reached()
+                return self.state, told()
+
+            if self.is_paused:
+                commit(self.host_tsc, change, self.take, self.events)
+            else:
+                self._publish(change, self.state, vcpu=vcpu, again=again)
+
+        attempt(begin, undo, publish)
+
     def while_held(self, vcpu: int | None, operation: Callable[[], T]) -> T:
         """Call `operation` with all vCPUs out of the guest; what it publishes writes all vCPUs' flags.
 
@@ -208,8 +240,20 @@ class Timekeeper:
         else:
             self._publish(change, self.state._replace(scale=scale))
 
-    def change_rate(self, tempo: Tempo, stamps: HostStamps, kind: EventKind, why: str) -> None:
-        """Go on at another rate from the next break point on, with an event."""
+    def change_rate(
+        self,
+        tempo: Tempo,
+        stamps: HostStamps,
+        kind: EventKind,
+        why: str,
+        *,
+        events: tuple[Event, ...] = (),
+        taking: Callable[[], object] = nothing,
+    ) -> None:
+        """Go on at another rate from the next break point on, with an event after `events`.
+
+        taking: sets what changes with it, as a Change does.
+        """
         old = self.state
         scale = old.scale if tempo.pace == old.timeline.pace else old.timeline.scale(tempo.pace)
 
@@ -217,26 +261,28 @@ class Timekeeper:
             turned = old.timeline.copy()
             turned.turn(tsc, tempo)
             new = TimeState(turned, turned.line(), scale, old.paused_at)
-            return new, (self.event(kind, why, stamps, tsc=tsc, before=old, after=new),)
+            taking()
+            return new, (*events, self.event(kind, why, stamps, tsc=tsc, before=old, after=new))
 
         self.turn(change, scale)
 
-    def step(self, state: TimeState, events: tuple[Event, ...], moved: tuple[int, int]) -> None:
-        """Change time by a declared step, and publish; `moved`: see TimePages.move()."""
+    def step(self, change: Change, shown: TimeState, moved: tuple[int, int]) -> None:
+        """Change time by a declared step to `shown`, and publish; `moved`: see TimePages.move()."""
         if self.is_paused:
-            self.replace(lambda _: (state, events), moved)
+            self.replace(change, moved)
         else:
-            self._publish(lambda _: (state, events), state, moved=moved)
+            self._publish(change, shown, moved=moved)
 
     def resume(self, change: Change, shown: TimeState, moved: tuple[int, int], *, guest_stopped: bool) -> None:
         """Let time go on as `shown` says, and publish; for while_held()."""
         flags = self._flags | (GUEST_STOPPED if guest_stopped else 0)
         self._publish_to(range(self.vcpus), flags, change, shown, moved)
 
-    def replace(self, change: Change, moved: tuple[int, int] = (0, 0)) -> None:
-        """Change what no page is to show yet, as of now."""
+    def replace(self, change: Change, moved: tuple[int, int] = (0, 0), *, of_one_numbering: bool = True) -> None:
+        """Change what no page is to show yet, as of now; of_one_numbering: do TSCs name the same instants as before?"""
         now = self.host_tsc()
-        commit(partial(self.pages.move, *moved), lambda _: change(now), self.take, self.events)
+        take = self.take if of_one_numbering else self._take_anew
+        commit(partial(self.pages.move, *moved), lambda _: change(now), take, self.events)
 
     def stand_still(self, state: TimeState, events: tuple[Event, ...]) -> None:
         """Stop time, as `state` says; readers in this process see it stand, too."""
@@ -250,14 +296,13 @@ class Timekeeper:
             self._history.add(self.state.timeline)
         self.state = state
 
-    def place_time_page(self, vcpu: int, gpa: int | None) -> None:
-        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish."""
-        self.pages.register(vcpu, gpa)
-        self.republish(vcpu)
-
     def forget_past(self) -> None:
         """The host's TSC stepped: it does not name the instants before that any more."""
         self._history.clear()
+
+    def _take_anew(self, state: TimeState) -> None:
+        self.forget_past()
+        self.state = state
 
     # Events
 
@@ -294,6 +339,10 @@ class Timekeeper:
         """Record what leaves guest time alone, as of now."""
         self.events.record(self.event(kind, why, self.backend.stamps(), cause=cause))
 
+    def record(self, events: tuple[Event, ...], taking: Callable[[], object]) -> None:
+        """Record what leaves guest time alone in one step with what changes by it; taking: sets that, as a Change."""
+        commit(self.host_tsc, lambda _: (None, events), lambda _: taking(), self.events)
+
     # Inside
 
     @property
@@ -328,6 +377,7 @@ class Timekeeper:
         again: bool = False,
     ) -> None:
         """Publish the line and the scale of `shown` in one step with what changes by that."""
+        self._shown_flags = None
         publish = partial(
             self.pages.publish,
             shown.line,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Literal
 
+from pvclock._transaction import attempt
 from pvclock.clock.timekeeper import Timekeeper
 from pvclock.errors import RangeError, TscOffsetNotHonoured
 from pvclock.events import Event, EventCause, EventKind
 from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, signed64
+from pvclock.readings import HostStamps
 from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, VcpuTsc
 from pvclock.tsc_sync import OffsetWrite, repair_plan
 
@@ -28,19 +32,20 @@ class VcpuTscs:
         """Have all vCPUs one offset?"""
         self._keeper = keeper
         self._tscs = [VcpuTsc(tsc_offset or 0) for _ in range(keeper.vcpus)]
-        self._stands_since = HostTsc(0)
         self._standing: list[int] | None = None  # what RDTSC returns, by vCPU, until a restored clock is resumed
+        self._standing_since = HostTsc(0)
         if tsc_offset is None:
             for vcpu, tsc in enumerate(self._tscs):
                 tsc.offset = self._offset_that_is(vcpu)
-        self._show(self._tscs)
+        self.take(self._tscs)
 
     def __len__(self) -> int:
         return len(self._tscs)
 
     def begin(self) -> None:
         """Give the host the offsets that these TSCs begin with, all or (TscOffsetNotHonoured) none."""
-        self._set_offsets({vcpu: tsc.offset for vcpu, tsc in enumerate(self._tscs)})
+        change = OffsetChange(self._keeper, self, self._tscs, dict(enumerate(self._tscs)), self.host_offsets)
+        attempt(change.give_all, change.give_back, lambda reached: reached())
 
     def at(self, vcpu: int, host_tsc: HostTsc) -> VcpuTsc:
         """A copy of vCPU's TSC, which reads right at `host_tsc`, and from there on if it does not stand."""
@@ -83,8 +88,8 @@ class VcpuTscs:
         except TscOffsetNotHonoured as refused:
             if cause is not EventCause.GUEST:
                 raise
-            self._tscs[vcpu].adjust = tsc.adjust  # as KVM has it on such a host: the MSR moves, the TSC does not
-            self._refuse(refused, cause)
+            # As KVM has it on such a host: the MSR moves, the TSC does not.
+            self._refuse(refused, cause, partial(setattr, self._tscs[vcpu], "adjust", tsc.adjust))
 
     def repair(self, *, target: int | None, adjust: Literal["keep", "carry"]) -> list[OffsetWrite]:
         """Put all vCPUs' TSCs on one offset; see GuestClock.repair_tsc()."""
@@ -100,135 +105,156 @@ class VcpuTscs:
             tsc.host_write_adjust(0)
             tsc.aux = 0
 
+    @property
+    def host_offsets(self) -> list[int]:
+        """The vCPUs' offsets as the host has them now."""
+        return [self._offset_that_is(vcpu) for vcpu in range(len(self))]
+
     # Restored, and after a host's TSC stepped
 
-    def stand(self, saved: Sequence[tuple[int, int, int]]) -> None:
-        """Each vCPU's (TSC, ADJUST, AUX) as they were saved; its TSC stands until go_on()."""
-        self._standing, self._stands_since = [tsc for tsc, _, _ in saved], self._keeper.timeline.begin_tsc
+    def stand(self, saved: Sequence[tuple[int, int, int]], host_tsc: HostTsc) -> None:
+        """Each vCPU's (TSC, ADJUST, AUX) as they were saved; its TSC stands, from host_tsc on, until it may go on."""
         for tsc, (_, adjust, aux) in zip(self._tscs, saved, strict=True):
             tsc.adjust, tsc.aux = adjust, aux
-        self._show_standing(self._standing)
+        self._standing, self._standing_since = [tsc for tsc, _, _ in saved], host_tsc
+        self.show_standing()
 
-    def prepare_to_go_on(self, now: HostTsc, gain_ticks: int) -> tuple[Callable[[], None], TscOffsetNotHonoured | None]:
-        """Give the host the offsets by which TSCs that stand go on from `now`, `gain_ticks` ahead.
+    def going_on(self, now: HostTsc, gain_ticks: int) -> OffsetChange:
+        """What is to change so that TSCs that stand go on from `now`, `gain_ticks` ahead; nothing where none stands."""
+        wanted = {}
+        for vcpu, standing in enumerate(self._standing or ()):
+            wanted[vcpu] = self._tscs[vcpu].copy()
+            wanted[vcpu].host_write_tsc((standing + gain_ticks) & U64_MASK, now)
+        return OffsetChange(self._keeper, self, self._tscs, wanted, self.host_offsets if wanted else None)
 
-        What this raises leaves them as they stood.  Returns what makes it so when time goes on, and may be called
-        twice; and the offset that the host could not give, if any.
-        """
-        if self._standing is None:
-            return (lambda: None), None
-        going, refused = [], None
-        for vcpu, standing in enumerate(self._standing):
-            tsc = self._tscs[vcpu].copy()
-            tsc.host_write_tsc((standing + gain_ticks) & U64_MASK, now)
-            try:
-                self._keeper.backend.set_tsc_offset(vcpu, tsc.offset)
-            except TscOffsetNotHonoured as error:
-                refused, tsc.offset = error, self._offset_that_is(vcpu)
-            going.append(tsc)
-        self._show(going)
+    def stand_no_more(self) -> None:
+        """What stood goes on, by the offsets that it was given."""
+        self._standing = None
 
-        def go_on() -> None:
-            self._tscs, self._standing = going, None
-            self.refused_offset = refused or self.refused_offset
-
-        return go_on, refused
-
-    def renumber(self, before: HostTsc, after: HostTsc) -> None:
-        """The host's TSC stepped from `before` to `after`: the guests' go on where they were, as far as may be.
+    def renumbering(self, before: HostTsc, after: HostTsc) -> OffsetChange:
+        """What is to change when the host's TSC steps from `before` to `after`, so that the guests' go on, if possible.
 
         KVM may have seen to that already, when the host woke; then its offsets are taken as they are.
         """
-        if self._standing is not None:
-            return
-        going, refused = [tsc.copy() for tsc in self._tscs], None
-        for vcpu, tsc in enumerate(going):
-            wanted = (tsc.offset + before - after) & U64_MASK
+        wanted = {}
+        for vcpu, tsc in enumerate(self._tscs if self._standing is None else ()):
+            wanted[vcpu] = tsc.copy()
+            wanted[vcpu].offset = (tsc.offset + before - after) & U64_MASK
             there = self._offset_that_is(vcpu)
-            if abs(signed64(there - wanted)) < abs(signed64(there - tsc.offset)):
-                tsc.offset = there
-                continue
-            try:
-                self._keeper.backend.set_tsc_offset(vcpu, wanted)
-                tsc.offset = wanted
-            except TscOffsetNotHonoured as error:
-                refused = error
-        self._tscs = going
-        self._show(going)
-        if refused is not None:
-            self._refuse(refused, EventCause.VMM)
+            if abs(signed64(there - wanted[vcpu].offset)) < abs(signed64(there - tsc.offset)):
+                wanted[vcpu].offset = there
+        return OffsetChange(self._keeper, self, self._tscs, wanted, self.host_offsets if wanted else None)
 
     def read_back(self, vcpu: int | None) -> None:
         """Take the vCPUs' offsets as the host has them now, after something that may have changed them."""
         if self._standing is None:
             self._keeper.while_held(vcpu, self._take_offsets_that_are)
 
+    def take(self, tscs: list[VcpuTsc]) -> None:
+        """Have these, which the host has already, in the pages from the next publish on."""
+        self._tscs, self.agree = tscs, len({tsc.offset for tsc in tscs}) == 1
+        for vcpu, tsc in enumerate(tscs):
+            self._keeper.pages.set_tsc_offset(vcpu, tsc.offset)
+
+    def show_standing(self) -> None:
+        """Readers in this process find the TSCs that stand."""
+        for vcpu, standing in enumerate(self._standing or ()):
+            self._keeper.pages.set_tsc_offset(vcpu, (standing - self._standing_since) & U64_MASK)
+
     # Inside
 
     def _take_offsets_that_are(self) -> None:
-        there = [tsc.copy() for tsc in self._tscs]
+        before, there = self._tscs, [tsc.copy() for tsc in self._tscs]
         for vcpu, tsc in enumerate(there):
             tsc.offset = self._offset_that_is(vcpu)
-        if [tsc.offset for tsc in there] != [tsc.offset for tsc in self._tscs]:
+        if [tsc.offset for tsc in there] != [tsc.offset for tsc in before]:
             why = "the host's KVM has changed the vCPUs' TSC offsets; pages follow"
-            self._take(there, (self._keeper.event(EventKind.TSC, why, self._keeper.backend.stamps()),))
+            event = self._keeper.event(EventKind.TSC, why, self._keeper.backend.stamps())
+            self._keeper.adopt(partial(self.take, there), partial(self.take, before), lambda: (event,))
 
     def _offset_that_is(self, vcpu: int) -> int:
         offset = self._keeper.backend.tsc_offset(vcpu)
         return self._tscs[vcpu].offset if offset is None else offset
 
-    def _show(self, tscs: list[VcpuTsc]) -> None:
-        """Have these offsets in the pages from the next publish on."""
-        self.agree = len({tsc.offset for tsc in tscs}) == 1
-        for vcpu, tsc in enumerate(tscs):
-            self._keeper.pages.set_tsc_offset(vcpu, tsc.offset)
-
-    def _show_standing(self, standing: list[int]) -> None:
-        """Have readers in this process find these TSCs while time stands still."""
-        for vcpu, tsc in enumerate(standing):
-            self._keeper.pages.set_tsc_offset(vcpu, (tsc - self._stands_since) & U64_MASK)
-
     def _set(self, wanted: dict[int, VcpuTsc], now: HostTsc, cause: EventCause, out_of_guest: int | None) -> None:
         """Let the vCPUs have those TSCs, all or (TscOffsetNotHonoured) none, and publish."""
-        if self._standing is not None:
-            for vcpu, tsc in wanted.items():
-                self._standing[vcpu], self._tscs[vcpu].adjust = tsc.read(now), tsc.adjust
-            self._show_standing(self._standing)
-            return
         keeper, before = self._keeper, self._tscs
+        if self._standing is not None:
+            standing, tscs = list(self._standing), [tsc.copy() for tsc in before]
+            for vcpu, tsc in wanted.items():
+                standing[vcpu], tscs[vcpu].adjust = tsc.read(now), tsc.adjust
+            self._standing, self._tscs = standing, tscs
+            self.show_standing()
+            return
         stamps = keeper.backend.stamps()
-        tscs = [wanted.get(vcpu, tsc) for vcpu, tsc in enumerate(before)]
         offsets = {vcpu: tsc.offset for vcpu, tsc in wanted.items()}
         whys = [f"vCPU {vcpu}: offset {before[vcpu].offset:#x} becomes {new:#x}" for vcpu, new in offsets.items()]
         events = tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
+        change = OffsetChange(keeper, self, before, wanted)
+        keeper.while_held(out_of_guest, partial(keeper.adopt, change.give_all, change.give_back, lambda: events))
 
-        def set_all() -> None:
-            self._set_offsets(offsets)
-            self._take(tscs, events)
+    def _refuse(self, refused: TscOffsetNotHonoured, cause: EventCause, taking: Callable[[], object]) -> None:
+        """Record that the host cannot give an offset, in one step with what changes all the same."""
+        event = self._keeper.event(EventKind.REFUSED, str(refused), self._keeper.backend.stamps(), cause=cause)
 
-        keeper.while_held(out_of_guest, set_all)
+        def take() -> None:
+            taking()
+            self.refused_offset = refused
 
-    def _take(self, tscs: list[VcpuTsc], events: tuple[Event, ...]) -> None:
-        """Have these, which the host has already; vCPUs are out of the guest."""
-        self._tscs = tscs
-        self._show(tscs)
-        self._keeper.republish()
-        for event in events:
-            self._keeper.events.record(event)
+        self._keeper.record((event,), take)
 
-    def _set_offsets(self, offsets: dict[int, int]) -> None:
-        """Give the host these offsets, or take back what it took and raise."""
-        backend, done = self._keeper.backend, list[tuple[int, int]]()
-        try:
-            for vcpu, offset in offsets.items():
-                before = self._offset_that_is(vcpu)
-                backend.set_tsc_offset(vcpu, offset)
-                done.append((vcpu, before))
-        except BaseException:
-            for vcpu, before in done:
-                backend.set_tsc_offset(vcpu, before)
-            raise
 
-    def _refuse(self, refused: TscOffsetNotHonoured, cause: EventCause) -> None:
-        self.refused_offset = refused
-        self._keeper.tell(EventKind.REFUSED, str(refused), cause)
+class OffsetChange:
+    """Other TSCs for some vCPUs: given to the host and shown in pages from the next publish on, or given back.
+
+    host_offsets: what the host has before, if not the offsets of `before`.
+    """
+
+    def __init__(
+        self,
+        keeper: Timekeeper,
+        tscs: VcpuTscs,
+        before: list[VcpuTsc],
+        wanted: dict[int, VcpuTsc],
+        host_offsets: list[int] | None = None,
+    ) -> None:
+        self.refused: TscOffsetNotHonoured | None = None
+        """The last offset that this host could not give."""
+        self._keeper, self._tscs, self._before, self._wanted = keeper, tscs, before, wanted
+        self._host_offsets = [tsc.offset for tsc in before] if host_offsets is None else host_offsets
+
+    def give_all(self) -> None:
+        """Give the host all; TscOffsetNotHonoured where it cannot."""
+        for vcpu, tsc in self._wanted.items():
+            self._keeper.backend.set_tsc_offset(vcpu, tsc.offset)
+        self._take()
+
+    def give_what_it_takes(self) -> None:
+        """Give the host what it honours; vCPUs whose offset it does not stay at the one that it has."""
+        for vcpu, tsc in self._wanted.items():
+            try:
+                if tsc.offset != self._host_offsets[vcpu]:
+                    self._keeper.backend.set_tsc_offset(vcpu, tsc.offset)
+            except TscOffsetNotHonoured as refused:
+                self.refused, tsc.offset = refused, self._host_offsets[vcpu]
+        self._take()
+
+    def give_back(self) -> None:
+        """All as before: the host's offsets, as far as it takes them, and the pages'."""
+        for vcpu in self._wanted:
+            with suppress(Exception):  # what made us give back comes out
+                self._keeper.backend.set_tsc_offset(vcpu, self._host_offsets[vcpu])
+        if self._wanted:
+            self._tscs.take(self._before)
+            self._tscs.show_standing()
+
+    def refusal(self, stamps: HostStamps) -> tuple[Event, ...]:
+        """What is to be recorded of an offset that this host could not give, and is known from now on."""
+        if self.refused is None:
+            return ()
+        self._tscs.refused_offset = self.refused
+        return (self._keeper.event(EventKind.REFUSED, str(self.refused), stamps),)
+
+    def _take(self) -> None:
+        if self._wanted:
+            self._tscs.take([self._wanted.get(vcpu, tsc) for vcpu, tsc in enumerate(self._before)])

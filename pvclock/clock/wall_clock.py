@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from operator import index
 from typing import NamedTuple
 
 from pvclock._core import publish_wall_clock
-from pvclock.clock.timekeeper import Timekeeper
+from pvclock._transaction import commit
+from pvclock.clock.timekeeper import Timekeeper, nothing
 from pvclock.errors import RangeError
 from pvclock.quantities import Gpa
 from pvclock.readings import Sample
@@ -47,14 +50,20 @@ class WallClock:
                 raise RangeError(f"wall clock: {name} is {ns}; it must be within 2^63 ns")
         self._base = base
 
-    def write(self, gpa: Gpa, sample: Sample) -> None:
+    def write(self, gpa: Gpa, sample: Sample, taking: Callable[[], object] = nothing) -> None:
         """Write the time of day of guest time 0 into the record at `gpa`, once; ignored if not in memory.
 
-        sample: of CLOCK_REALTIME, now.
+        sample: of CLOCK_REALTIME, now.  taking: sets what changes with it; called, once or more, when nothing can fail
+        any more.
         """
-        self.gpa = gpa
-        guest_ns = self._keeper.timeline.at(sample.tsc).__floor__()
-        publish_wall_clock(self._keeper.memory, gpa, self.time_of_day_ns(sample) - guest_ns)
+        keeper = self._keeper
+        epoch_ns = self.time_of_day_ns(sample) - keeper.timeline.at(sample.tsc).__floor__()
+
+        def take(_: object) -> None:
+            self.gpa = gpa
+            taking()
+
+        commit(partial(publish_wall_clock, keeper.memory, gpa, epoch_ns), lambda _: (None, ()), take, keeper.events)
 
     def time_of_day_ns(self, sample: Sample) -> int:
         """The guest's time of day, in ns since 1970, at the instant of a sample of CLOCK_REALTIME."""

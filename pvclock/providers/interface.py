@@ -7,7 +7,7 @@ the VMM, through `VmmServices`, for what only that can do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
@@ -136,14 +136,22 @@ class ClockServices(Protocol):
     def tsc_hz(self) -> int:
         """The guest's TSC frequency."""
 
-    def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
-        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish."""
+    def place_time_page(
+        self, vcpu: int, gpa: Gpa | None, begin: Callable[[], object] = ..., undo: Callable[[], object] = ...
+    ) -> None:
+        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish.
+
+        begin: what changes with it, before the publish; undo: takes that back where it could not be.
+        """
 
     def refresh(self, vcpu: int | None = None) -> None:
         """Publish all pages; `vcpu`'s own, which is out of the guest, with its flags."""
 
-    def write_wall_clock(self, gpa: Gpa) -> None:
-        """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once."""
+    def write_wall_clock(self, gpa: Gpa, taking: Callable[[], object] = ...) -> None:
+        """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once.
+
+        taking: sets what changes with it, when nothing can fail any more.
+        """
 
     def utc_ns(self) -> int:
         """UTC at this instant, in ns since 1970."""

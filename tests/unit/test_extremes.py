@@ -56,7 +56,8 @@ def test_a_frequency_is_refused_or_serves_for_everything(hz: int) -> None:
 
 @pytest.mark.row("E9", "E13")
 @pytest.mark.parametrize(
-    ("numerator", "denominator"), [(3**900, 2**1427), (5**400, 2**929), (3**1400, 2**2219), (1, 2**64), (2**64, 3), (10**400, 1)]
+    ("numerator", "denominator"),
+    [(3**900, 2**1427), (5**400, 2**929), (3**1400, 2**2219), (1, 2**64), (2**64, 3), (10**400, 1)],
 )
 def test_a_dilation_in_terms_of_more_than_64_bits_is_refused(numerator: int, denominator: int) -> None:
     """At once, with the clock as it was; a state that holds such a one is as good as any that can be read."""

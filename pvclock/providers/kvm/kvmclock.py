@@ -6,6 +6,7 @@ Source: kvm_write_system_time(), kvm_write_wall_clock(); Documentation/virt/kvm/
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from struct import Struct
 from typing import Final
 
@@ -81,18 +82,28 @@ class KvmClock:
         gpa = value & ~ENABLED if value & ENABLED else None
         if gpa is not None and self._profile.time_page_must_be_good:
             self._check(index, value, gpa, TIME_INFO_BYTES)
-        if vcpu == 0:
-            self._boot_vcpu_runs_old_kvmclock[0] = index == MSR_KVM_SYSTEM_TIME
-        self._system_time[vcpu] = value
+        runs_old = index == MSR_KVM_SYSTEM_TIME if vcpu == 0 else self.boot_vcpu_runs_old_kvmclock
+        write = partial(self._set_system_time, vcpu, value, runs_old)
+        undo = partial(self._set_system_time, vcpu, self._system_time[vcpu], self.boot_vcpu_runs_old_kvmclock)
+        if gpa is not None and self._profile.bad_page_keeps_old and not self._is_refused(gpa):
+            self._clock.place_time_page(vcpu, Gpa(gpa), write, undo)
+        elif gpa is None and not self._profile.stops_all_pages:
+            self._clock.place_time_page(vcpu, None, write, undo)
+        else:
+            write()
+            self._place_by_profile(vcpu, gpa)
+
+    def _set_system_time(self, vcpu: int, value: int, runs_old: bool) -> None:
+        self._system_time[vcpu], self._boot_vcpu_runs_old_kvmclock[0] = value, runs_old
+
+    def _place_by_profile(self, vcpu: int, gpa: int | None) -> None:
         if gpa is None:
-            self._disable(vcpu)
-        elif not self._profile.bad_page_keeps_old:
-            self._place_where_there_is_memory(vcpu, Gpa(gpa))
+            self.take_pages_back()
         elif self._is_refused(gpa):
             # Linux refuses a page-crossing address before it looks at the old one, which stays in use.
             self._clock.refresh(vcpu)
         else:
-            self._clock.place_time_page(vcpu, Gpa(gpa))
+            self._place_where_there_is_memory(vcpu, Gpa(gpa))
 
     def _is_refused(self, gpa: int) -> bool:
         return self._profile.bad_page_keeps_old and gpa % PAGE_BYTES + TIME_INFO_BYTES > PAGE_BYTES
@@ -113,12 +124,6 @@ class KvmClock:
             self._clock.memory.write(gpa, VERSION.pack(version % (1 << 32)))
             self._clock.memory.write(gpa + FLAGS_AT, bytes([self._flags[vcpu]]))
 
-    def _disable(self, vcpu: int) -> None:
-        if self._profile.stops_all_pages:
-            self.take_pages_back()
-        else:
-            self._clock.place_time_page(vcpu, None)
-
     # Wall clock
 
     def _write_wall_clock(self, vcpu: int, index: int, value: int) -> None:
@@ -128,9 +133,11 @@ class KvmClock:
             return
         if self._profile.wall_clock_must_be_good:
             self._check(index, value, value, WALL_CLOCK.size)
-        self._wall_clock[vcpu] = value
+        write = partial(self._wall_clock.__setitem__, vcpu, value)
         if value:
-            self._clock.write_wall_clock(Gpa(value))
+            self._clock.write_wall_clock(Gpa(value), write)
+        else:
+            write()
 
     def _write_time_of_day(self, vcpu: int, index: int, value: int) -> None:
         """Write UTC at this moment, with all vCPUs out: a guest that adds its own time is ahead by its uptime (T3)."""

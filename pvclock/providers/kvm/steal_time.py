@@ -5,6 +5,8 @@ Source: record_steal_time(), kvm_steal_time_set_preempted(); Documentation/virt/
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from pvclock._memory import GuestMemory
@@ -38,6 +40,13 @@ class StealTime:
         where = self._where[vcpu]
         return bool(where & ENABLED) and self._asks_for_flush(add_steal_time(self._memory, where & ADDRESS, ns))
 
+    def addition(self, vcpu: int, ns: int) -> Callable[[], int | None]:
+        """See KvmProvider.steal_time()."""
+        where = self._where[vcpu]
+        if not where & ENABLED or not ns:
+            return nothing_to_add
+        return partial(add_steal_time, self._memory, where & ADDRESS, ns)
+
     def set_preempted(self, vcpu: int, preempted: bool) -> bool:
         """See KvmProvider.set_preempted()."""
         where = self._where[vcpu]
@@ -57,5 +66,10 @@ class StealTime:
         is_in_memory = self._memory.contains(value & ADDRESS, STEAL_TIME_BYTES)
         if self._profile.steal_time_must_be_good and value & ENABLED and not is_in_memory:
             raise MsrFault(index, value, f"there are no {STEAL_TIME_BYTES} bytes of memory")
+        if value & ENABLED and is_in_memory:
+            add_steal_time(self._memory, value & ADDRESS, 0)  # a valid record before the guest's next instruction
         self._where[vcpu] = value
-        self.add(vcpu, 0)  # the record is a valid one before the guest's next instruction
+
+
+def nothing_to_add() -> None:
+    """There is no record, or nothing was stolen."""
