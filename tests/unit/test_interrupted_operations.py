@@ -1,0 +1,127 @@
+"""A KeyboardInterrupt at each line of each operation of a clock."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
+
+import pytest
+
+from tests.unit.clock_twins import OPERATIONS, Twin, Undisturbed, paused, restored, runs_on, twin_before
+from tests.unit.clocks import NS_PER_S
+from tests.unit.schedules import LIMIT_S, Lines
+
+
+def modules() -> list[ModuleType]:
+    """All of pvclock that is written in Python."""
+    found = [module for name, module in sys.modules.items() if name.split(".")[0] == "pvclock"]
+    return [module for module in found if (module.__file__ or "").endswith(".py")]
+
+
+def interrupted(operate: Callable[[], object], at: int) -> bool:
+    """Interrupt `operate` before the line `at` that it runs; False if it has ended before."""
+    has_come = False
+
+    def interrupt() -> None:
+        nonlocal has_come
+        has_come = True
+        raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt), Lines(*modules(), at=at, action=interrupt).traced():
+        operate()
+    return has_come
+
+
+def check_not_locked(twin: Twin) -> None:
+    """Another thread can use the clock."""
+    seen: list[object] = []
+    thread = threading.Thread(target=lambda: seen.append(twin.seen()), daemon=True)
+    thread.start()
+    thread.join(LIMIT_S)
+    assert seen, "a lock was left taken"
+
+
+@pytest.mark.row("E9", "E1")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.stress) if name == "restore" else name  # it runs 2000 lines
+        for name in OPERATIONS
+        if name != "restore and resume"  # each is there by itself
+    ],
+)
+def test_an_interrupt_at_each_line(name: str) -> None:
+    """The operation is whole and recorded, or not begun and done by the next try; no lock is left taken."""
+    undisturbed, at = Undisturbed(name), 0
+    while True:
+        twin = twin_before(name)
+        operate = undisturbed.operation.operate
+        if not interrupted(lambda: operate(twin), at):  # noqa: B023  # called at once
+            break
+        check_not_locked(twin)
+        undisturbed.check(twin)
+        at += 1
+    assert at > 10
+    assert twin.seen() == undisturbed.after
+
+
+@pytest.mark.row("P-22", "E9")
+def test_an_interrupt_at_each_line_of_run_for() -> None:
+    """It was not begun, or the clock has run and is paused again, and runs on when it is told to."""
+    at, kinds = 0, set()
+    while True:
+        twin = Twin()
+        paused(twin)
+        before = twin.seen()
+        if not interrupted(lambda: twin.clock.run_for(NS_PER_S, "advance"), at):  # noqa: B023  # called at once
+            break
+        check_not_locked(twin)
+        found = twin.seen()
+        if found != before:
+            kinds.add(tuple(event.kind for event in found.events[len(before.events) :]))
+        runs_on(twin)
+        at += 1
+    assert kinds == {("resume", "pause")}
+    assert twin.clock.is_paused
+
+
+@pytest.mark.row("P-10", "E9")
+def test_an_interrupted_resume_moves_the_line_once() -> None:
+    """Tried again as often as it takes, resume() leaves out the pause once: guests read on from where they stood."""
+    at, moved = 0, set()
+    while True:
+        twin = Twin()
+        paused(twin)
+        stood_ns = twin.clock.read(0)
+        was_interrupted = interrupted(lambda: twin.clock.resume("freeze"), at)  # noqa: B023  # called at once
+        if twin.clock.is_paused:
+            twin.clock.resume("freeze")
+        moved |= {twin.clock.read(0) - stood_ns, twin.clock.shown_at(twin.backend.tsc) - stood_ns}
+        if not was_interrupted:
+            break
+        at += 1
+    assert moved <= {0, 1}
+
+
+@pytest.mark.row("P-17", "E9")
+def test_an_interrupted_resume_gives_every_vcpu_its_saved_tsc() -> None:
+    """Tried again at once after a restore, resume() gives each vCPU its saved TSC, on the host and in pages."""
+    at = 0
+    while True:
+        twin = Twin()
+        restored(twin)
+        assert twin.saved is not None
+        saved = [vcpu.guest_tsc for vcpu in twin.saved.vcpus]
+        was_interrupted = interrupted(lambda: twin.clock.resume("freeze"), at)  # noqa: B023  # called at once
+        if twin.clock.is_paused:
+            assert [twin.clock.reading(vcpu).tsc for vcpu in range(2)] == saved
+            twin.clock.resume("freeze")
+        by_host = [(twin.backend.tsc + twin.backend.tsc_offsets[vcpu]) % 2**64 for vcpu in range(2)]
+        assert by_host == [twin.clock.guest_tsc(vcpu, twin.backend.tsc) for vcpu in range(2)] == saved
+        assert [twin.clock.reading(vcpu).tsc for vcpu in range(2)] == saved
+        if not was_interrupted:
+            break
+        at += 1
