@@ -302,7 +302,7 @@ OPERATIONS: dict[str, Operation] = {
     "restore and resume": Operation(restore_and_resume, saved, in_steps=True),
     "resume, restored": Operation(lambda twin: twin.clock.resume("advance"), restored),
     "note": Operation(note, troubled),
-    "place_time_page": Operation(lambda twin: twin.clock.place_time_page(0, Gpa(OTHER_PAGE))),
+    "place_time_page": Operation(lambda twin: twin.clock.interface.provider.clock.place_time_page(0, Gpa(OTHER_PAGE))),
     "churn": Operation(lambda twin: twin.clock.churn(3, [Fraction(1), Fraction(1, 3)])),
 }
 """Each operation of GuestClock that changes something, or takes something, where it has something to do."""

@@ -9,6 +9,7 @@ from typing import Final
 from pvclock import ClockLine, ClockScale, Gpa, GuestMemory, GuestNs, GuestTsc, HostTsc
 from pvclock._core import TSC_STABLE_BIT, TimePages, publish_wall_clock
 from pvclock._counter import SimulatedCounter
+from pvclock.clock.timekeeper import nothing
 from pvclock.events import EventKind
 from pvclock.providers.interface import Engine, Pairing, VmmServices
 from pvclock.providers.kvm import KvmProvider
@@ -63,8 +64,15 @@ class StubClock:
         self._pages = TimePages(self.memory, vcpus, SimulatedCounter(NOW.guest_tsc))
         self._scale = ClockScale.from_hz(TSC_HZ)
 
-    def place_time_page(self, vcpu: int, gpa: Gpa | None) -> None:
+    def place_time_page(
+        self,
+        vcpu: int,
+        gpa: Gpa | None,
+        begin: Callable[[], object] = nothing,
+        undo: Callable[[], object] = nothing,
+    ) -> None:
         """Keep it there, and publish."""
+        begin()
         self._pages.register(vcpu, gpa)
         self.refresh(vcpu)
 
@@ -80,8 +88,9 @@ class StubClock:
         self._pages.publish(line, self._scale, flags=flags, out_of_guest=own, step=True)
         self._pages.mark_dirty()
 
-    def write_wall_clock(self, gpa: Gpa) -> None:
+    def write_wall_clock(self, gpa: Gpa, taking: Callable[[], object] = nothing) -> None:
         """Write the time of day of guest time 0."""
+        taking()
         publish_wall_clock(self.memory, gpa, NOW.real_ns - UPTIME_NS)
 
     def utc_ns(self) -> int:
