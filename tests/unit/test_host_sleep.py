@@ -286,6 +286,32 @@ def test_a_sleep_is_the_policys_business_and_no_error(
     assert abs(clock.now() - woken - 60 * NS_PER_S) <= 2
 
 
+@pytest.mark.row("E23", "E11")
+@every_regime
+def test_an_error_from_before_a_sleep_is_not_forgotten(regime: TscInSleep) -> None:
+    """UTC was set 10 s ahead, and the host sleeps while that is worked off: it goes on, and the error said is true."""
+    clock, backend, _ = a_vm()
+    clock.sleep_policy = "advance"
+    clock.follow("realtime")
+    for _ in range(20):
+        backend.advance(ns=NS_PER_S)
+        clock.tick()
+    utc_ns, begin_ns = backend.realtime_ns, clock.now()
+    backend.realtime_ns += 10 * NS_PER_S
+    for _ in range(20):
+        backend.advance(ns=NS_PER_S)
+        clock.tick()
+    sleep(backend, regime)
+    for _ in range(20):
+        clock.tick()
+        behind_ns = backend.realtime_ns - utc_ns - (clock.now() - begin_ns)
+        backend.advance(ns=NS_PER_S)
+    counted_ns = EIGHT_HOURS_NS if regime == "counts on" else 0  # at the 500 ppm that guests had
+    assert abs(behind_ns + counted_ns * 500 // 10**6 - 10 * NS_PER_S) < NS_PER_S
+    assert clock.steering is not None
+    assert abs(clock.steering.error_ns - behind_ns) <= 10
+
+
 # The vCPUs' TSCs after a sleep
 
 
