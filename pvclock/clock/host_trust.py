@@ -57,12 +57,14 @@ class HostTrust:
     def check(self, vcpu: int | None = None) -> bool:
         """Before a publish: is the TSC good here and now?  False if it is this CPU that is behind.
 
-        Costs one reading of the TSC, unless it has stepped before.
+        Costs one reading of the TSC, unless there is a suspicion: it is below the last break point, or so far beyond it
+        that it may have come back.
         """
         if self._is_examining:  # and publishes what follows from that
             return True
-        least = HostTsc(self._keeper.pages.break_tsc)
-        if self._went_back_ticks is None and signed64(self._keeper.host_tsc() - least) >= 0:
+        ahead = signed64(self._keeper.host_tsc() - HostTsc(self._keeper.pages.break_tsc))
+        may_have_returned = self._went_back_ticks is not None and ahead >= self._went_back_ticks // 2
+        if ahead >= 0 and not may_have_returned:
             self._is_behind = False
             return True
         return self.examine(vcpu) is not None
@@ -253,6 +255,7 @@ class HostTrust:
     def _take_sleep(self, before: HostStamps, stamps: HostStamps, vcpu: int | None) -> None:
         """The host slept since the last look: settled by sleep_policy, or at resume() if the clock is paused."""
         keeper, slept = self._keeper, slept_ns(before, stamps)
+        self._went_back_ticks = None  # a TSC that began anew in a sleep does not come back
         self._tscs.read_back(vcpu)
         ahead_ns = signed64(stamps.tsc - before.tsc) * NS_PER_S // keeper.backend.tsc_hz - stamps.raw_ns + before.raw_ns
         tsc_counted_on = 2 * ahead_ns > slept

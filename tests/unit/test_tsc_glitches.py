@@ -10,7 +10,7 @@ import pytest
 from pvclock import GuestClock, GuestMemory, HostTsc, SimulatedBackend, StateError
 from pvclock.events import EventKind
 from pvclock.guestclock import TSC_STABLE_BIT
-from pvclock.readings import Sample
+from pvclock.readings import HostStamps, Sample
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, page_of, shown
 
 HZ: Final = 2_500_000_000
@@ -326,6 +326,41 @@ def test_what_a_guest_is_told_after_a_step_that_nobody_saw() -> None:
     clock.write_msr(0, WALL_CLOCK, 0x3000)
     assert int.from_bytes(memory.read(0x3004, 8), "little") == UTC_S
     assert clock.pairing(0) is None
+
+
+# What it costs
+
+
+class CountedLooks(SimulatedBackend):
+    """A host that counts how often all its clocks are looked at."""
+
+    looks = 0
+
+    def stamps(self) -> HostStamps:
+        """See Backend."""
+        self.looks += 1
+        return super().stamps()
+
+
+@pytest.mark.row("E9", "E15")
+@pytest.mark.parametrize("fault", ["none", "step", "sleep"])
+def test_a_publish_looks_at_the_raw_clock_on_suspicion_only(fault: str) -> None:
+    """After a step or a sleep, too, a refresh costs one reading of the TSC; a tick looks once."""
+    backend = CountedLooks(HZ, tsc=10**17)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=backend)
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    if fault == "step":
+        backend.tsc = HostTsc(10**15)
+    elif fault == "sleep":
+        backend.sleep(ns=NS_PER_S, tsc="restarts")
+    clock.tick()
+    backend.looks = 0
+    for _ in range(100):
+        backend.advance(ns=NS_PER_S)
+        clock.refresh()
+    assert backend.looks == 0
+    clock.tick()
+    assert backend.looks == 1
 
 
 # While a reference is followed
