@@ -104,7 +104,7 @@ class Twin:
             self.backend.run_delays_ns[vcpu] = 1000 + vcpu
 
     def seen(self) -> Seen:
-        """What there is to see; nothing changes by that."""
+        """What there is to see; nothing changes by that, but what the clock finds of its host."""
         clock, tsc = self.clock, self.backend.tsc
         self.faults.disarm()
         later = [HostTsc(tsc + ticks) for ticks in LATER_TICKS]
@@ -312,9 +312,9 @@ class Undisturbed:
     """What an operation is when nothing disturbs it: what was seen before, after, and in further use."""
 
     def __init__(self, name: str) -> None:
-        twin = twin_before(name)
         self.operation = OPERATIONS[name]
-        self.before = twin.seen()
+        self.before = twin_before(name).seen()  # another one's: save() itself acts on a host that is not well
+        twin = twin_before(name)
         twin.faults.calls.clear()
         self.operation.operate(twin)
         self.calls = dict(twin.faults.calls)
