@@ -62,7 +62,7 @@ class HostTrust:
         """
         if self._is_examining:  # and publishes what follows from that
             return True
-        ahead = signed64(self._keeper.host_tsc() - HostTsc(self._keeper.pages.break_tsc))
+        ahead = signed64(self._keeper.host_tsc() - self._least)
         may_have_returned = self._went_back_ticks is not None and ahead >= self._went_back_ticks // 2
         if ahead >= 0 and not may_have_returned:
             self._is_behind = False
@@ -93,8 +93,7 @@ class HostTrust:
             self._is_examining = False
 
     def _examine(self, stamps: HostStamps, vcpu: int | None) -> HostStamps | None:
-        keeper = self._keeper
-        least = HostTsc(keeper.pages.break_tsc)
+        keeper, least = self._keeper, self._least
         if signed64(stamps.tsc - least) < 0:
             readings = keeper.backend.tsc_readings()
             if any(signed64(reading - least) >= 0 for reading in readings):
@@ -102,7 +101,7 @@ class HostTrust:
             stamps = self._stepped_back(least, stamps, vcpu)
         elif self._has_returned(stamps):
             stamps = self._came_back(stamps, vcpu)
-        elif self._restarted_in_sleep(stamps):
+        elif self._fell_behind(stamps):
             stamps = self._stepped_back(least, stamps, vcpu)
         if slept_ns(self._mark, stamps):
             self._take_sleep(self._mark, stamps, vcpu)
@@ -190,9 +189,16 @@ class HostTrust:
         off = abs(ahead - self._went_back_ticks)
         return ahead > tolerated and off <= self._went_back_ticks // RETURN_TOLERANCE + tolerated
 
-    def _restarted_in_sleep(self, stamps: HostStamps) -> bool:
-        """Did the TSC begin anew while the host slept, and get beyond the last publish before anybody looked?"""
-        return bool(slept_ns(self._mark, stamps)) and self._ticks_ahead(stamps) < -self._tolerated_ticks(stamps)
+    def _fell_behind(self, stamps: HostStamps) -> bool:
+        """Did the TSC step back, and get beyond the last good instant before anybody looked: in a sleep or a pause?"""
+        may_have = self._keeper.is_paused or bool(slept_ns(self._mark, stamps))
+        return may_have and self._ticks_ahead(stamps) < -self._tolerated_ticks(stamps)
+
+    @property
+    def _least(self) -> HostTsc:
+        """What the TSC is at least, if it has not stepped: the last break point, or the last good instant."""
+        break_tsc = HostTsc(self._keeper.pages.break_tsc)
+        return self._mark.tsc if signed64(self._mark.tsc - break_tsc) > 0 else break_tsc
 
     def _would_be(self, stamps: HostStamps) -> HostTsc:
         """What the TSC would be by the raw clock, had it gone on since the last good instant."""

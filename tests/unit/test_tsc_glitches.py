@@ -328,6 +328,31 @@ def test_what_a_guest_is_told_after_a_step_that_nobody_saw() -> None:
     assert clock.pairing(0) is None
 
 
+@pytest.mark.row("E9", "E11", "E1")
+@pytest.mark.parametrize("ticks", [False, True])
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_step_in_a_pause_that_stays_above_the_last_publish(*, ticks: bool, returns: bool) -> None:
+    """2 h into a pause the TSC goes back by 1 h: 2 h are gained, and when it comes back nothing is."""
+    clock, backend, _ = a_vm()
+    before = clock.now()
+    clock.pause()
+    for _ in range(2):
+        backend.advance(ns=HOUR_S * NS_PER_S)
+        if ticks:
+            clock.tick()
+    backend.tsc = HostTsc(backend.tsc - HOUR_S * HZ)
+    assert clock.resume("advance").gain_ns == 2 * HOUR_S * NS_PER_S
+    guest_tsc = clock.read_msr(0, 0x10)
+    assert guest_tsc == 10**17 + HZ + 2 * HOUR_S * HZ
+    if returns:
+        backend.tsc = HostTsc(backend.tsc + HOUR_S * HZ)
+    backend.advance(ns=NS_PER_S)
+    clock.refresh()
+    assert clock.now() - before == (2 * HOUR_S + 1) * NS_PER_S
+    assert clock.read_msr(0, 0x10) - guest_tsc == HZ
+    assert len(steps(clock)) == 1 + returns
+
+
 # What it costs
 
 
