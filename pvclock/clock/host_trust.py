@@ -186,7 +186,10 @@ class HostTrust:
         if self._went_back_ticks is None:
             return False
         ahead, tolerated = self._ticks_ahead(stamps), self._tolerated_ticks(stamps)
+        slept_ticks = slept_ns(self._mark, stamps) * self._keeper.backend.tsc_hz // NS_PER_S
         off = abs(ahead - self._went_back_ticks)
+        if slept_ticks and abs(ahead - slept_ticks) < off:  # it counted on in a sleep that was about as long
+            return False
         return ahead > tolerated and off <= self._went_back_ticks // RETURN_TOLERANCE + tolerated
 
     def _fell_behind(self, stamps: HostStamps) -> bool:

@@ -353,6 +353,19 @@ def test_a_step_in_a_pause_that_stays_above_the_last_publish(*, ticks: bool, ret
     assert len(steps(clock)) == 1 + returns
 
 
+@pytest.mark.row("E9", "E11", "E23")
+def test_a_sleep_as_long_as_the_step_is_not_a_return() -> None:
+    """The TSC went back by 1 h, and counted on in a sleep of 59 min 50 s: guests had that time, and keep it."""
+    clock, backend, _ = a_vm()
+    backend.tsc = HostTsc(backend.tsc - HOUR_S * HZ)
+    clock.tick()
+    before = clock.now()
+    backend.sleep(ns=(HOUR_S - 10) * NS_PER_S, tsc="counts on")
+    clock.tick()
+    assert clock.now() - before == (HOUR_S - 10) * NS_PER_S
+    assert len(steps(clock)) == 1
+
+
 # What it costs
 
 
