@@ -125,10 +125,12 @@ class Twin:
         )
 
     def goes_on(self) -> list[Seen]:
-        """What is seen when the clock is used further: resumed if it stands, refreshed, paused, resumed."""
+        """What is seen when the clock is used further: resumed if it stands, trusted, refreshed, paused, resumed."""
         found = []
         if self.clock.is_paused:
             self.clock.resume()
+        self.clock.note([], host_trusted=True)
+        found.append(self.seen())
         for operate in (self.clock.tick, self.clock.pause, lambda: self.clock.resume("advance"), self.clock.refresh):
             self.go_on()
             operate()

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from pvclock import HostTsc
 from tests.unit.clock_twins import OPERATIONS, Twin, Undisturbed, paused, restored, runs_on, twin_before
 from tests.unit.clocks import NS_PER_S
 from tests.unit.schedules import LIMIT_S, Lines
@@ -122,6 +123,8 @@ def test_an_interrupted_resume_gives_every_vcpu_its_saved_tsc() -> None:
         by_host = [(twin.backend.tsc + twin.backend.tsc_offsets[vcpu]) % 2**64 for vcpu in range(2)]
         assert by_host == [twin.clock.guest_tsc(vcpu, twin.backend.tsc) for vcpu in range(2)] == saved
         assert [twin.clock.reading(vcpu).tsc for vcpu in range(2)] == saved
+        later = HostTsc(twin.backend.tsc + 100)
+        assert [twin.clock.guest_tsc(vcpu, later) for vcpu in range(2)] == [tsc + 100 for tsc in saved]
         if not was_interrupted:
             break
         at += 1
