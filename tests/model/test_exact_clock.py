@@ -1,0 +1,137 @@
+"""A clock beside an exact model of it: random operations and faults, and the sequences that once showed a fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+
+from pvclock.catchup import Advance, Settlement
+from pvclock.clock.host_trust import HostTrust
+from pvclock.clock.vcpu_tscs import VcpuTscs
+from pvclock.readings import HostStamps
+from pvclock.timeline import Timeline
+from pvclock.tsc import VcpuTsc
+from tests.model.exact_clock import Life, failure, live, random_life, shrunk
+
+LIVES = 160
+"""A few seconds."""
+
+PAGE, PAGES = ("place_page", 0, 0, 0), (("place_page", 0, 0, 0), ("place_page", 1, 0, 0))
+
+FOUND = {
+    "on_dirty raises in run_for(), which then never ended": Life(
+        1_000_003, 15557766499, 1, 0, (PAGE, ("pause",), ("raise_dirty",), ("run_for", 114355, 8, 1), ("resume", 0, 0))
+    ),
+    "the TSC comes back and an offset fails: the coming back was forgotten": Life(
+        *(10**9, 5437018612725, 2, 0),
+        (("sleep", 1460565016, 1), ("pause",), ("come_back",), ("refuse_offset", 0, 1), ("tick",), ("tick",)),
+    ),
+    "the second offset fails after a step: the first was kept": Life(
+        *(2_596_132_000, 601020157219, 2, 0),
+        (
+            *(("advance", 1163), ("sleep", 1701169552, 1), ("tick",), ("refuse_offset", 1, 1), ("come_back",)),
+            *(("tick",), ("advance", 991), ("tick",)),
+        ),
+    ),
+    "the host slept and guest time gains that: at() said so of the past, too": Life(
+        *(2_600_000_000, 172984185233989, 3, 0),
+        (("set_policy", 4, 2), ("advance", 311), ("sleep", 23032468942, 0), ("tick",)),
+    ),
+    "the vCPUs do not leave the guest when a sleep is settled: it was forgotten": Life(
+        *(2_596_132_000, 321988311525059, 1, 0), (("hold_none",), ("sleep", 1000004313, 0), ("save",), ("tick",))
+    ),
+    "a sleep is slewed in: the slew before it went on at its own rate": Life(
+        *(3_333_333_333, 168786409129597, 1, 0),
+        (("set_policy", 6, 3), ("slew", 4687430, 16), ("slew", -2065, 28189), ("sleep", 1000000081, 3), ("skip", 9)),
+    ),
+    "the TSC reads low once as the VMM sets a guest's": Life(
+        10**9, 10**12, 2, 0, (("advance", 19550334), ("refresh", 0), ("read_low", 1462), ("write_tsc", 0, 0, 1))
+    ),
+    "the TSC reads low once as a guest writes its own": Life(
+        10**9, 10**12, 2, 0, (*PAGES, ("advance", 19550334), ("read_low", 1462), ("write_tsc", 0, 5, 0), ("refresh", 0))
+    ),
+    "a guest writes its TSC on a CPU that is behind: all pages went forward by that": Life(
+        *(10**9, 10**12, 2, 0),
+        (*PAGES, ("cpu_behind", 200 * 10**9), ("write_tsc", 0, 5, 0), ("cpu_good",), ("refresh", 0)),
+    ),
+    "a guest moves its page on a CPU that is behind": Life(
+        *(10**9, 10**12, 2, 0), (*PAGES, ("cpu_behind", 200 * 10**9), ("place_page", 0, 1, 0), ("cpu_good",), ("tick",))
+    ),
+    "a clock is saved on a CPU that is behind: guest time went back": Life(
+        10**9, 10**12, 1, 0, (("advance", 10**9), ("skip", 5), ("cpu_behind", 200 * 10**9), ("save",))
+    ),
+    "a clock is saved after the TSC stepped back: guest time went back": Life(
+        10**9, 10**12, 1, 0, (("advance", 10**9), ("step_back", 200 * 10**9), ("save",))
+    ),
+    "the vCPUs do not leave the guest as a page moves: half of that was done": Life(
+        2_596_132_000, 87233370204592, 2, 0, (PAGE, ("hold_none",), ("place_page", 0, 3, 1), ("tick",))
+    ),
+}
+
+
+@pytest.mark.row("E9", "E11", "E12", "E23")
+def test_random_lives_are_as_the_model_says() -> None:
+    """Guest time, pages, TSCs, events and saved states are the model's after each of 6,000 operations and faults."""
+    findings = [
+        f"{shrunk(random_life(seed))}\n{failed}" for seed in range(LIVES) if (failed := failure(random_life(seed)))
+    ]
+    assert not findings, "\n".join(findings)
+
+
+@pytest.mark.row("E9", "E11", "E23")
+@pytest.mark.parametrize("life", FOUND.values(), ids=FOUND)
+def test_what_was_found(life: Life) -> None:
+    """Each sequence that once showed a fault goes as the model says."""
+    live(life)
+
+
+def jump_short(timeline: Timeline, ns: Fraction) -> None:
+    """A jump that is 1 ns short."""
+    timeline._ns += ns - (ns > 0)
+
+
+def write_tsc_off(tsc: VcpuTsc, value: int, host_tsc: int) -> None:
+    """A write of a TSC that is a tick off."""
+    tsc.offset = (value + 1 - host_tsc) % 2**64
+
+
+def gain_all(_policy: Advance, missed_ns: Fraction) -> Settlement:
+    """A policy without its bound."""
+    return Settlement(missed_ns, Fraction(0), Fraction(0))
+
+
+def see_no_step(_host: HostTrust, _least: int, stamps: HostStamps, _vcpu: int | None) -> HostStamps:
+    """No step of the TSC matters."""
+    return stamps
+
+
+def renumber_none(_tscs: VcpuTscs, _before: int, _after: int) -> None:
+    """Offsets stay where the TSC steps."""
+
+
+def miss_nothing(_timeline: Timeline, _tsc: int) -> Fraction:
+    """A pause takes 1 ns."""
+    return Fraction(1)
+
+
+DEFECTS = (
+    (Timeline, "jump", jump_short),
+    (VcpuTsc, "host_write_tsc", write_tsc_off),
+    (Advance, "settle", gain_all),
+    (HostTrust, "_stepped_back", see_no_step),
+    (VcpuTscs, "renumber", renumber_none),
+    (Timeline, "missed_at", miss_nothing),
+)
+
+
+@pytest.mark.row("E9")
+@pytest.mark.parametrize(("target", "name", "broken"), DEFECTS)
+def test_a_broken_clock_is_found(
+    target: type, name: str, broken: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a defect in the clock some life fails, and cut down it still does."""
+    monkeypatch.setattr(target, name, broken)
+    life = next(life for life in map(random_life, range(LIVES)) if failure(life) is not None)
+    assert failure(shrunk(life)) is not None
