@@ -252,6 +252,7 @@ cdef class TimePages:
     cdef int _count
     cdef bint _changed  # a page or an offset, since the last publish
     cdef uint64_t _generation  # of the memory that all pointers were looked up in
+    cdef uint64_t _flagged_generation  # of the memory whose pages may be flagged
     cdef pvclock_anchor _anchor
     cdef pvclock_rate _rate
     cdef ClockScale _rate_scale  # that _rate was made from
@@ -311,20 +312,22 @@ cdef class TimePages:
         cdef uint8_t *page
         cdef Wanted *wanted
         cdef int vcpu
+        # Other memory may be where a page was, with nothing of ours in it.
+        cdef bint is_other_memory = self._flagged_generation != self.memory.generation
         self._count = 0
         self._changed = True
         for vcpu in range(self.vcpus):
             wanted = &self._wanted[vcpu]
             page = self.memory.find(wanted.gpa, TIME_INFO_BYTES) if wanted.registered else NULL
-            if page is NULL:
+            if page is NULL or is_other_memory:
                 self._shown[vcpu].flagged = False
-            else:
+            if page is not NULL:
                 self._targets[self._count] = pvclock_target(page, wanted.tsc_offset, 0, 1)
                 self._target_vcpu[self._count] = vcpu
                 self._count += 1
             if self._shown[vcpu].published:
                 self._shown[vcpu].page = self.memory.find(self._shown[vcpu].gpa, TIME_INFO_BYTES)
-        self._generation = self.memory.generation
+        self._generation = self._flagged_generation = self.memory.generation
 
     def lacks_flags(self, vcpu: int | None) -> bool:
         """Is there a page in guest memory, but `vcpu`'s, whose flags were never written where it is?"""
