@@ -258,6 +258,7 @@ class HostTrust:
             keeper.replace(change, ((after - before) & U64_MASK, 0), of_one_numbering=False)
 
         attempt(tscs.give_what_it_takes, tscs.give_back, renumber)
+        keeper.republish()
 
     # Sleep
 
@@ -286,9 +287,11 @@ class HostTrust:
         keeper, policy = self._keeper, self.sleep_policy
         settled = catchup.settle(policy, slept * keeper.timeline.tempo.dilation)
         timeline = keeper.timeline.copy()
+        timeline.turn(stamps.tsc, timeline.tempo)  # what was before stays as it was
         timeline.jump(settled.gain_ns)
         if settled.slew is not None:
             timeline.slew(stamps.tsc, settled.slew_ns, settled.slew)
+            timeline.turn(stamps.tsc, timeline.tempo._replace(boost=timeline.plan(stamps.tsc)))
         state = TimeState.of(timeline)
         why = f"the host slept for {slept} ns while vCPUs ran; {catchup.describe(policy)}"
         event = keeper.event(EventKind.SUSPEND, why, stamps, after=state)

@@ -83,10 +83,9 @@ class Operations:
         assert isinstance(policy, Slew)  # noqa: S101  # for type checkers
         keeper = self._keeper
         with keeper.changing:
-            tsc = keeper.host_tsc()
-            if abs(keeper.timeline.skew_at(tsc) + index(target_ns)) > U64_MASK:
-                raise RangeError(f"slew({target_ns}): with what is still to be slewed it is 2^64 ns or more")
             stamps = self._host.require("slew")
+            if abs(keeper.timeline.skew_at(stamps.tsc) + index(target_ns)) > U64_MASK:
+                raise RangeError(f"slew({target_ns}): with what is still to be slewed it is 2^64 ns or more")
             slewed = keeper.timeline.copy()
             slewed.slew(stamps.tsc, Fraction(target_ns), policy)
             self._go_on_slewing(slewed, stamps, f"slew({target_ns}, {max_ppm})")
@@ -124,19 +123,21 @@ class Operations:
         if index(ns) < 0:
             raise RangeError(f"skip({ns}): guest time goes forward only; slew({ns}) makes it later without a step back")
         with self._keeper.changing:
+            stamps = self._host.require("skip")
             self._keeper.check_end(ns, f"skip({ns})")
-            self._jump(ns, EventKind.SKIP, "skip")
+            self._jump(ns, EventKind.SKIP, "skip", stamps)
 
     def offset(self, ns: int) -> None:
         """See GuestClock.offset()."""
         with self._keeper.changing:
+            stamps = self._host.require("offset")
             now = self._keeper.check_end(index(ns), f"offset({ns})")
             if ns < 0 and (self._keeper.pages.was_published or now + ns < 0):
                 raise RangeError(
                     f"offset({ns}) at guest time {round(now)} ns: time that was read is not taken back, nor is there "
                     f"any before 0; slew({ns}) makes it later without a step back"
                 )
-            self._jump(ns, EventKind.OFFSET, "offset")
+            self._jump(ns, EventKind.OFFSET, "offset", stamps)
 
     # Standing still
 
@@ -280,10 +281,8 @@ class Operations:
             host_ns = timeline.missed_at(tsc)
         return host_ns * timeline.tempo.dilation
 
-    def _jump(self, ns: int, kind: EventKind, name: str) -> None:
+    def _jump(self, ns: int, kind: EventKind, name: str, stamps: HostStamps) -> None:
         keeper, old = self._keeper, self._keeper.state
-        stamps = self._host.require(name)
-        old = keeper.state
         jumped = old.timeline.copy()
         jumped.turn(stamps.tsc, old.timeline.tempo)
         jumped.jump(Fraction(ns))

@@ -65,6 +65,13 @@ FOUND = {
     "a clock is saved after the TSC stepped back: guest time went back": Life(
         10**9, 10**12, 1, 0, (("advance", 10**9), ("step_back", 200 * 10**9), ("save",))
     ),
+    "a slot goes and another comes there before the next publish: its page had no flags": Life(
+        *(10**9, 4020, 1, 0),
+        (("add_memory",), ("place_page", 0, 3, 0), ("remove_memory",), ("add_memory",), ("tick",)),
+    ),
+    "a restore fails: the offsets of the clock that goes on were gone": Life(
+        10**9, 10**12, 2, 0, (("write_tsc", 0, 77, 0), ("save",), ("refuse_offset", 1, 1), ("restore", 0, 0, 0))
+    ),
     "the vCPUs do not leave the guest as a page moves: half of that was done": Life(
         2_596_132_000, 87233370204592, 2, 0, (PAGE, ("hold_none",), ("place_page", 0, 3, 1), ("tick",))
     ),
