@@ -19,7 +19,7 @@ from typing import Final, Literal, Protocol
 from pvclock._counter import Counter, HostCounter, SimulatedCounter
 from pvclock._sampling import sample_clock
 from pvclock.errors import RangeError, TscOffsetNotHonoured
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, signed64
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, shown, signed64
 from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = [
@@ -133,7 +133,7 @@ class SimulatedBackend:
         kernel_features: int = 0,
     ) -> None:
         if not 0 < tsc_hz < 1 << 64:
-            raise RangeError(f"tsc_hz is {tsc_hz}; it must be in [1, 2^64)")
+            raise RangeError(f"tsc_hz is {shown(tsc_hz)}; it must be in [1, 2^64)")
         self.counter = SimulatedCounter(tsc)
         self.tsc_hz = tsc_hz
         self.tsc_stable = tsc_stable
@@ -160,7 +160,7 @@ class SimulatedBackend:
     def advance(self, *, ns: int) -> None:
         """Let `ns` of host time pass: on the reference, in UTC and, to the last fraction of a tick, on the TSC."""
         if index(ns) < 0:
-            raise RangeError(f"advance(ns={ns}): time passes forwards; set tsc or ref_ns to play a step back")
+            raise RangeError(f"advance(ns={shown(ns)}): time passes forwards; set tsc or ref_ns to play a step back")
         ticks, self._tick_remainder = divmod(ns * self.tsc_hz + self._tick_remainder, NS_PER_S)
         self.counter.value = (self.counter.value + ticks) & U64_MASK
         self.ref_ns = RefNs(self.ref_ns + ns)
@@ -173,7 +173,7 @@ class SimulatedBackend:
         every vCPU's offset, so that the guests' TSCs go on where they were (kvm_arch_enable_virtualization_cpu).
         """
         if index(ns) < 0:
-            raise RangeError(f"sleep(ns={ns}): time passes forwards")
+            raise RangeError(f"sleep(ns={shown(ns)}): time passes forwards")
         before = self.tsc
         if tsc == "counts on":
             self.advance(ns=ns)
@@ -242,7 +242,7 @@ class HostBackend:
         self.tsc_hz = measure_tsc_hz() if tsc_hz is None else tsc_hz
         self.tsc_stable = host_clocksource() == "tsc"
         if not 0 < self.tsc_hz < 1 << 64:
-            raise RangeError(f"tsc_hz is {tsc_hz}; it must be in [1, 2^64)")
+            raise RangeError(f"tsc_hz is {shown(tsc_hz)}; it must be in [1, 2^64)")
 
     def sample(self, reference: Reference) -> Sample:
         """See Backend; some 20 ns are its bound."""

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 from pvclock.errors import RangeError
 from pvclock.event_delivery import Delivery, SubscriberFailure
 from pvclock.events import Event, EventCause, EventKind
-from pvclock.quantities import NS_PER_S
+from pvclock.quantities import NS_PER_S, shown
 from pvclock.threads import renew_in_children
 
 __all__ = ["DEFAULT_CAPACITY", "EventBatch", "EventLog", "SubscriberFailure"]
@@ -166,7 +166,7 @@ class EventLog:
 
     def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
         if capacity < 1:
-            raise RangeError(f"capacity is {capacity}; a log holds 1 event or more")
+            raise RangeError(f"capacity is {shown(capacity)}; a log holds 1 event or more")
         self.capacity = capacity
         self._store = EventStore(capacity)
         self._delivery = Delivery(self._store)
@@ -224,7 +224,7 @@ class EventLog:
         Go on with read(batch.last).  A number that is still to come finds nothing and is kept.
         """
         if since < 0:
-            raise RangeError(f"read(since={since}); numbers begin with 1, and 0 reads all")
+            raise RangeError(f"read(since={shown(since)}); numbers begin with 1, and 0 reads all")
         events, lost = self._store.above(since)
         return EventBatch(events, lost, events[-1].sequence if events else since)
 

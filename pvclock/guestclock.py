@@ -40,7 +40,7 @@ from pvclock.providers.interface import (
     Pairing,
     VmmServices,
 )
-from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc
+from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, shown
 from pvclock.readings import Churn, ClockLine, Reading, Reference, RunReport, TimeInfo
 from pvclock.sampling import SampleSource
 from pvclock.tsc import VcpuTsc
@@ -515,5 +515,5 @@ def _engine_named(engine: Engine | str) -> Engine:
 
 def _checked_tsc_hz(tsc_hz: int) -> int:
     if not 0 < operator.index(tsc_hz) <= U64_MASK:
-        raise RangeError(f"tsc_hz is {tsc_hz}; the guest's TSC has a frequency of 1 Hz to 2^64-1")
+        raise RangeError(f"tsc_hz is {shown(tsc_hz)}; the guest's TSC has a frequency of 1 Hz to 2^64-1")
     return tsc_hz

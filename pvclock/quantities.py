@@ -6,6 +6,7 @@ are unsigned 64-bit and do not wrap within 584 years.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Final, NewType
 
 __all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs", "shown", "signed64"]
@@ -31,10 +32,17 @@ U64_MASK: Final = (1 << 64) - 1
 SHOWN_BITS_MAX: Final = 128
 
 
-def shown(number: int) -> str:
-    """The number for a message: in words if it is long, for Python does not print some thousands of digits at all."""
-    bits = number.bit_length()
-    return str(number) if bits <= SHOWN_BITS_MAX else f"a number of {bits} bits"
+def shown(number: float | Fraction) -> str:
+    """The number for a message: in words if it is long, for Python does not print some thousands of digits at all.
+
+    A fraction as 3 digits and an exponent, which is all that a reader needs and not beyond what a float can hold.
+    """
+    if isinstance(number, float):
+        return str(number)
+    bits = number.__floor__().bit_length()
+    if bits > SHOWN_BITS_MAX:
+        return f"a number of {bits} bits"
+    return str(number) if isinstance(number, int) else f"{float(number):.3g}"
 
 
 def signed64(difference: int) -> int:

@@ -11,6 +11,7 @@ import weakref
 from typing import Final, Protocol
 
 from pvclock.errors import RangeError, StateError
+from pvclock.quantities import shown
 
 __all__ = ["HasLock", "WakeUp", "begin", "check_timeout", "renew_in_children"]
 
@@ -53,7 +54,7 @@ def begin(thread: threading.Thread, operation: str) -> None:
 def check_timeout(timeout_s: float) -> None:
     """RangeError for what no lock can wait for."""
     if not 0 <= timeout_s <= threading.TIMEOUT_MAX:
-        raise RangeError(f"timeout_s is {timeout_s}; it must be from 0 to {threading.TIMEOUT_MAX:g}")
+        raise RangeError(f"timeout_s is {shown(timeout_s)}; it must be from 0 to {threading.TIMEOUT_MAX:g}")
 
 
 class HasLock(Protocol):

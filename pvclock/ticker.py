@@ -14,7 +14,7 @@ from pvclock._counter import SimulatedCounter
 from pvclock.errors import RangeError, StateError
 from pvclock.guestclock import MAX_AGE_S, GuestClock
 from pvclock.hostwatch import HostWatch, Trouble
-from pvclock.quantities import NS_PER_S
+from pvclock.quantities import NS_PER_S, shown
 from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children
 from pvclock.tick_workers import Workers
 
@@ -73,7 +73,7 @@ class Ticker:
     def __init__(self, *clocks: GuestClock, interval_s: float = 1.0, watch_host: bool = True) -> None:
         if not SHORTEST_S <= interval_s <= MAX_AGE_S:
             raise RangeError(
-                f"interval_s is {interval_s}; from {SHORTEST_S:g} to {MAX_AGE_S:g}, else pages get too old"
+                f"interval_s is {shown(interval_s)}; from {SHORTEST_S:g} to {MAX_AGE_S:g}, else pages get too old"
             )
         self.interval_s = interval_s
         self._watch_host = watch_host

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from pvclock._core import ClockScale
 from pvclock.catchup import MOST_PPM, PPM, CatchUpTable, Slew
 from pvclock.errors import RangeError
-from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, signed64
+from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, signed64
 from pvclock.readings import ClockLine
 
 __all__ = ["STRETCH_S", "Tempo", "Timeline"]
@@ -226,7 +226,7 @@ class Timeline:
         den_bits = 63 - max(rate.__floor__().bit_length() - 1, 0)
         num = (rate * 2**den_bits).__floor__() if den_bits >= 0 else 0
         if num <= 0:
-            raise RangeError(f"pace {float(pace):.3g}: no page can show {float(rate):.3g} ns a tick")
+            raise RangeError(f"pace {shown(pace)}: no page can show {shown(rate)} ns a tick")
         return num, 1 << den_bits
 
     def check(self, dilation: Fraction) -> None:

@@ -20,7 +20,7 @@ from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import RangeError, StateError
 from pvclock.events import Event, EventKind
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
 from pvclock.readings import Churn, ClockLine, HostStamps, RunReport
 from pvclock.timeline import Tempo, Timeline
 
@@ -67,15 +67,19 @@ class Operations:
         """See GuestClock.dilate()."""
         numerator, denominator = index(numerator), index(denominator)
         if numerator < 1 or denominator < 1:
-            raise RangeError(f"dilation {numerator}/{denominator}; two whole numbers from 1 on: dilate(1, 2) halves")
+            raise RangeError(
+                f"dilation {shown(numerator)}/{shown(denominator)}; two whole numbers from 1 on: dilate(1, 2) halves"
+            )
         dilation = Fraction(numerator, denominator)
         if max(dilation.as_integer_ratio()) > U64_MASK:
-            raise RangeError("a dilation in terms of more than 64 bits; use a nearby fraction")
+            raise RangeError(f"dilation {shown(dilation)} in terms of more than 64 bits; use a nearby fraction")
         with self._keeper.changing:
             self._keeper.timeline.check(dilation)
             stamps = self._host.require("dilate")
             tempo = self._keeper.timeline.tempo._replace(dilation=dilation)
-            self._keeper.change_rate(tempo, stamps, EventKind.DILATE, f"dilate({numerator}, {denominator})")
+            self._keeper.change_rate(
+                tempo, stamps, EventKind.DILATE, f"dilate({shown(numerator)}, {shown(denominator)})"
+            )
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
         """See GuestClock.slew()."""
@@ -85,7 +89,7 @@ class Operations:
         with keeper.changing:
             stamps = self._host.require("slew")
             if abs(keeper.timeline.skew_at(stamps.tsc) + index(target_ns)) > U64_MASK:
-                raise RangeError(f"slew({target_ns}): with what is still to be slewed it is 2^64 ns or more")
+                raise RangeError(f"slew({shown(target_ns)}): with what is still to be slewed it is 2^64 ns or more")
             slewed = keeper.timeline.copy()
             slewed.slew(stamps.tsc, Fraction(target_ns), policy)
             self._go_on_slewing(slewed, stamps, f"slew({target_ns}, {max_ppm})")
@@ -121,21 +125,23 @@ class Operations:
     def skip(self, ns: int) -> None:
         """See GuestClock.skip()."""
         if index(ns) < 0:
-            raise RangeError(f"skip({ns}): guest time goes forward only; slew({ns}) makes it later without a step back")
+            raise RangeError(
+                f"skip({shown(ns)}): guest time goes forward only; slew({shown(ns)}) makes it later without a step back"
+            )
         with self._keeper.changing:
             stamps = self._host.require("skip")
-            self._keeper.check_end(ns, f"skip({ns})")
+            self._keeper.check_end(ns, f"skip({shown(ns)})")
             self._jump(ns, EventKind.SKIP, "skip", stamps)
 
     def offset(self, ns: int) -> None:
         """See GuestClock.offset()."""
         with self._keeper.changing:
             stamps = self._host.require("offset")
-            now = self._keeper.check_end(index(ns), f"offset({ns})")
+            now = self._keeper.check_end(index(ns), f"offset({shown(ns)})")
             if ns < 0 and (self._keeper.pages.was_published or now + ns < 0):
                 raise RangeError(
-                    f"offset({ns}) at guest time {round(now)} ns: time that was read is not taken back, nor is there "
-                    f"any before 0; slew({ns}) makes it later without a step back"
+                    f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, nor is there "
+                    f"any before 0; slew({shown(ns)}) makes it later without a step back"
                 )
             self._jump(ns, EventKind.OFFSET, "offset", stamps)
 
@@ -159,7 +165,7 @@ class Operations:
     def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
         """See GuestClock.run_for()."""
         if index(ns) <= 0:
-            raise RangeError(f"run_for({ns}); ns of guest time, more than 0")
+            raise RangeError(f"run_for({shown(ns)}); ns of guest time, more than 0")
         chosen = self._policy if policy is None else catchup.as_policy(policy)
         run = Run()
         finish(partial(self._run_for, run, ns, chosen), partial(self._end, run))
@@ -334,7 +340,9 @@ class Operations:
         timeline = self._keeper.timeline
         ticks = ns * self._keeper.backend.tsc_hz / (NS_PER_S * timeline.pace)
         if ticks > U64_MASK // 4:
-            raise RangeError(f"run_for({ns}): {int(ticks)} ticks of the host's TSC; up to 2^62 can be waited for")
+            raise RangeError(
+                f"run_for({shown(ns)}): {shown(int(ticks))} ticks of the host's TSC; up to 2^62 can be waited for"
+            )
 
     def _run_until(self, end_ns: Fraction) -> None:
         """Let the vCPUs run until guest time is end_ns or later: its rate may change meanwhile."""

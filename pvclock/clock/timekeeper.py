@@ -20,7 +20,7 @@ from pvclock.clock.history import History
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
 from pvclock.event_log import EventLog
 from pvclock.events import Event, EventCause, EventKind
-from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, signed64
+from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, signed64
 from pvclock.readings import ClockLine, HostStamps, TimeInfo
 from pvclock.timeline import Tempo, Timeline
 
@@ -102,7 +102,7 @@ class Timekeeper:
         look: Callable[[int | None], bool],
     ) -> None:
         if not 1 <= vcpus <= VCPUS_MAX:
-            raise ConfigError(f"a VM with {vcpus} vCPUs; choose 1 to {VCPUS_MAX}")
+            raise ConfigError(f"a VM with {shown(vcpus)} vCPUs; choose 1 to {VCPUS_MAX}")
         self.memory = memory
         self.vcpus = vcpus
         self.backend = backend
@@ -170,7 +170,7 @@ class Timekeeper:
     def check_vcpu(self, vcpu: int) -> int:
         """The vCPU's number; RangeError if this VM has none of it."""
         if not 0 <= vcpu < self.vcpus:
-            raise RangeError(f"vCPU {vcpu}; this VM has vCPUs 0 to {self.vcpus - 1}")
+            raise RangeError(f"vCPU {shown(vcpu)}; this VM has vCPUs 0 to {self.vcpus - 1}")
         return vcpu
 
     def check_held(self, operation: str) -> None:

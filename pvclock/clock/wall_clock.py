@@ -11,7 +11,7 @@ from pvclock._core import publish_wall_clock
 from pvclock._transaction import commit
 from pvclock.clock.timekeeper import Timekeeper, nothing
 from pvclock.errors import RangeError
-from pvclock.quantities import Gpa
+from pvclock.quantities import Gpa, shown
 from pvclock.readings import Sample
 
 __all__ = ["WallClock", "WallClockBase"]
@@ -47,7 +47,7 @@ class WallClock:
     def base(self, base: WallClockBase) -> None:
         for name, ns in zip(base._fields, base, strict=True):
             if ns is not None and not -NS_MAX <= index(ns) < NS_MAX:
-                raise RangeError(f"wall clock: {name} is {ns}; it must be within 2^63 ns")
+                raise RangeError(f"wall clock: {name} is {shown(ns)}; it must be within 2^63 ns")
         self._base = base
 
     def write(self, gpa: Gpa, sample: Sample, taking: Callable[[], object] = nothing) -> None:

@@ -26,7 +26,7 @@ from pvclock.providers.kvm import KvmProvider
 from pvclock.providers.minimal import MinimalProvider
 from pvclock.providers.none import NoneProvider
 from pvclock.providers.timing import CPUID_TIMING
-from pvclock.quantities import U64_MASK, Gpa
+from pvclock.quantities import U64_MASK, Gpa, shown
 
 __all__ = [
     "PROFILES",
@@ -286,12 +286,12 @@ class GuestInterface:
 
     def _check(self, vcpu: int, registers: HypercallRegisters) -> None:
         if not 0 <= vcpu < self._vcpus:
-            raise RangeError(f"vCPU {vcpu}; this VM has vCPUs 0 to {self._vcpus - 1}")
+            raise RangeError(f"vCPU {shown(vcpu)}; this VM has vCPUs 0 to {self._vcpus - 1}")
         for name, value in zip(registers._fields[:6], registers[:6], strict=True):
             if not 0 <= value <= U64_MASK:
                 raise RangeError(f"{name} is {value:#x}; a register has 64 bits")
         if not 0 <= registers.cpl <= 3:
-            raise RangeError(f"cpl is {registers.cpl}; rings are 0 to 3")
+            raise RangeError(f"cpl is {shown(registers.cpl)}; rings are 0 to 3")
 
     def _kvm_part(self) -> unit.KvmPart:
         memory = self._provider.clock.memory
