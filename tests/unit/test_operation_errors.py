@@ -197,6 +197,26 @@ def test_a_run_that_fails_ends_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.run_for(NS_PER_S).ran_ns >= NS_PER_S
 
 
+@pytest.mark.row("P-22", "E9")
+def test_a_run_whose_on_dirty_raises_ends_paused() -> None:
+    """What on_dirty raises as the run begins comes out, the clock is paused again, and nothing is refused later."""
+    clock, _, memory = a_clock(HZ)
+    clock.pause()
+    memory.on_dirty = raises
+    with pytest.raises(ZeroDivisionError):
+        clock.run_for(NS_PER_S)
+    memory.on_dirty = None
+    assert clock.is_paused
+    assert clock.run_for(NS_PER_S).ran_ns >= NS_PER_S
+    clock.resume()
+    clock.pause()
+
+
+def raises(_gpa: int, _length: int) -> None:
+    """An on_dirty with a mistake."""
+    raise ZeroDivisionError
+
+
 def fails(_self: StuckBackend, _tsc: HostTsc) -> None:
     """Not run."""
     raise StateError("run", "a vCPU does not run", "end it")
