@@ -242,7 +242,7 @@ class HostBackend:
         self.tsc_hz = measure_tsc_hz() if tsc_hz is None else tsc_hz
         self.tsc_stable = host_clocksource() == "tsc"
         if not 0 < self.tsc_hz < 1 << 64:
-            raise RangeError(f"tsc_hz is {shown(tsc_hz)}; it must be in [1, 2^64)")
+            raise RangeError(f"tsc_hz is {shown(self.tsc_hz)}; it must be in [1, 2^64)")
 
     def sample(self, reference: Reference) -> Sample:
         """See Backend; some 20 ns are its bound."""

@@ -7,6 +7,7 @@ are unsigned 64-bit and do not wrap within 584 years.
 from __future__ import annotations
 
 from fractions import Fraction
+from math import floor
 from typing import Final, NewType
 
 __all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs", "shown", "signed64"]
@@ -37,12 +38,9 @@ def shown(number: float | Fraction) -> str:
 
     A fraction as 3 digits and an exponent, which is all that a reader needs and not beyond what a float can hold.
     """
-    if isinstance(number, float):
-        return str(number)
-    bits = number.__floor__().bit_length()
-    if bits > SHOWN_BITS_MAX:
-        return f"a number of {bits} bits"
-    return str(number) if isinstance(number, int) else f"{float(number):.3g}"
+    if not isinstance(number, float) and abs(number) >= 1 << SHOWN_BITS_MAX:
+        return f"a number of {floor(number).bit_length()} bits"
+    return f"{float(number):.3g}" if isinstance(number, Fraction) else str(number)
 
 
 def signed64(difference: int) -> int:

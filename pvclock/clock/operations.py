@@ -140,8 +140,8 @@ class Operations:
             now = self._keeper.check_end(index(ns), f"offset({shown(ns)})")
             if ns < 0 and (self._keeper.pages.was_published or now + ns < 0):
                 raise RangeError(
-                    f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, nor is there "
-                    f"any before 0; slew({shown(ns)}) makes it later without a step back"
+                    f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, nor is "
+                    f"there any before 0; slew({shown(ns)}) makes it later without a step back"
                 )
             self._jump(ns, EventKind.OFFSET, "offset", stamps)
 
