@@ -9,6 +9,7 @@ from cpython.long cimport PyLong_AsLongAndOverflow
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
+from posix.unistd cimport usleep
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -36,9 +37,12 @@ cdef uint64_t TIME_INFO_BYTES = sizeof(pvclock_vcpu_time_info)
 cdef uint64_t WALL_CLOCK_BYTES = 12
 
 # How often a page is tried before other threads get the GIL, and how often that: longer than any update lasts, a writer
-# that lost its CPU included, and short enough not to hang on a page that its guest has spoilt.
+# that lost its CPU included, and short enough not to hang on a page that its guest has spoilt.  To get the GIL back may
+# take sys.getswitchinterval(), 5 ms, for each thread that wants it: so there are few rounds, and most of them sleep.
 cdef unsigned int READ_TRIES = 256
-cdef int READ_ROUNDS = 4096
+cdef int READ_ROUNDS = 80
+cdef int READ_ROUNDS_AWAKE = 16
+cdef unsigned int READ_SLEEP_US = 1000
 
 
 # Arithmetic
@@ -482,20 +486,24 @@ cdef class TimePages:
     cdef int _read(self, object vcpu, pvclock_reading *ret) except -1:
         cdef int index = self._vcpu(vcpu)
         cdef Shown *shown = &self._shown[index]
+        cdef int rounds
         if self._stands:
             self._read_standing(&self._wanted[index], ret)
             if ret.version & 1:
                 raise no_page(vcpu)
             return 0
-        for _ in range(READ_ROUNDS):
+        for rounds in range(READ_ROUNDS):
             if self._generation != self.memory.generation:
                 self._look_up()
             if not shown.published or shown.page is NULL:
                 raise no_page(vcpu)
             if pvclock_read(shown.page, shown.tsc_offset, &self.counter.c, READ_TRIES, ret) == 0:
                 return 0
-            with nogil:
-                sched_yield()  # the writer may need this CPU, and other threads the GIL
+            with nogil:  # the writer may need this CPU, and other threads the GIL
+                if rounds < READ_ROUNDS_AWAKE:
+                    sched_yield()
+                else:
+                    usleep(READ_SLEEP_US)
         raise StateError("read", f"the page of vCPU {vcpu} is always odd or changing",
                          "publish it anew, the guest has spoilt it")
 
