@@ -1,0 +1,138 @@
+"""The hostile-guest run for a few hundred steps of each, and with faults that it must find."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from pvclock import GuestClock, GuestMemory, HostBackend, StateError
+from tests.stress.hostile_guest import Outcome, Soak
+from tests.stress.hostile_vm import QUIET_PAGE, RAM_BYTES, SYSTEM_TIME, Arena
+from tests.waiting import HANG_S
+
+pytestmark = pytest.mark.stress
+
+STEPS_LEAST = 300
+TICKS_LEAST = 10
+
+
+def everybody_acted(soak: Soak) -> bool:
+    """Did each take enough steps, and was the VM in peace ticked?"""
+    return soak.peaceful.ticks >= TICKS_LEAST and all(actor.count >= STEPS_LEAST for actor in soak.actors)
+
+
+@pytest.mark.row("E9", "K-08", "P-22")
+def test_nothing_breaks() -> None:
+    """Hostile vCPUs, VMM threads and a Ticker, some hundred steps of each: no finding, and each did what it does."""
+    outcome = Soak(1, machine=False).run(everybody_acted)
+    assert outcome.findings == []
+    for profile in ("linux", "document"):
+        guest, vmm = outcome.steps[f"{profile} vCPU 0"], outcome.steps[f"{profile} VMM"]
+        assert {"wrmsr", "wrmsr: #GP", "rdmsr", "hypercall", "spoil"} <= set(guest)
+        assert {"dilate", "skip", "save", "reset"} <= set(vmm)
+        assert outcome.steps[f"{profile} quiet"].total() >= STEPS_LEAST
+
+
+@pytest.mark.kvm
+@pytest.mark.row("E9", "K-12")
+def test_nothing_breaks_on_kvm() -> None:
+    """The same beside a real vCPU that goes through tables of MSR accesses."""
+    outcome = Soak(2, machine=True).run(everybody_acted)
+    assert outcome.findings == []
+    assert outcome.steps["machine"].total() >= STEPS_LEAST
+
+
+def foreign_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation that lets an error of Python's through."""
+    monkeypatch.setattr(GuestClock, "skip", lambda _clock, _ns: 1 // 0)
+
+
+def no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operation that is not recorded."""
+    monkeypatch.setattr(GuestClock, "skip", lambda _clock, _ns: None)
+
+
+def page_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publish that takes a page back."""
+
+    def refresh(clock: GuestClock) -> None:
+        if not clock.is_paused:
+            clock.memory.write(QUIET_PAGE + 16, bytes(8))
+
+    monkeypatch.setattr(GuestClock, "refresh", refresh)
+
+
+def guard_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write behind the end of RAM."""
+    plug = Arena.plug
+
+    def plug_and_write(arena: Arena, gpa: int) -> None:
+        plug(arena, gpa)
+        arena._view[0x1000 + RAM_BYTES] = 0
+
+    monkeypatch.setattr(Arena, "plug", plug_and_write)
+
+
+def guest_sees_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A WRMSR that ends in anything but #GP."""
+
+    def write_msr(clock: GuestClock, vcpu: int, index: int, value: int) -> None:
+        if index == 0x10:
+            raise StateError("wrmsr", "broken", "mend it")
+        written(clock, vcpu, index, value)
+
+    written = GuestClock.write_msr
+    monkeypatch.setattr(GuestClock, "write_msr", write_msr)
+
+
+FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "foreign error": (foreign_error, "ZeroDivisionError"),
+    "no event": (no_event, "left no event"),
+    "page back": (page_back, "a page went back"),
+    "guard written": (guard_written, "a guard of guest memory was written to"),
+    "guest sees an error": (guest_sees_error, "wrmsr: broken"),
+}
+
+
+@pytest.mark.row("E9")
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these faults in the product, or in what stands for it, is a finding."""
+    break_it, text = FAULTS[name]
+    break_it(monkeypatch)
+    outcome: Outcome = Soak(3, machine=False).run(lambda soak: any(text in each for each in soak.findings))
+    assert any(text in each for each in outcome.findings)
+
+
+@pytest.mark.row("K-08", "E9")
+def test_a_spoilt_page_is_given_up_beside_busy_threads() -> None:
+    """read() of a page that its guest keeps odd ends, though each turn without the GIL costs a switch interval."""
+    clock = GuestClock(GuestMemory(bytearray(0x2000)), backend=HostBackend())
+    clock.write_msr(0, SYSTEM_TIME, 0x1001)
+    clock.memory.write(0x1000, b"\x01")
+    ended, errors = threading.Event(), list[StateError]()
+
+    def be_busy() -> None:
+        while not ended.is_set():
+            pass
+
+    def read() -> None:
+        try:
+            clock.read(0)
+        except StateError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (be_busy, read)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.05)  # some thousand turns would take minutes
+    try:
+        for thread in threads:
+            thread.start()
+        threads[1].join(HANG_S)
+    finally:
+        ended.set()
+        sys.setswitchinterval(before)
+    assert [error.operation for error in errors] == ["read"]
