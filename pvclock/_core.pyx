@@ -9,7 +9,6 @@ from cpython.long cimport PyLong_AsLongAndOverflow
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
-from posix.unistd cimport usleep
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -36,13 +35,13 @@ GUEST_STOPPED = PVCLOCK_GUEST_STOPPED
 cdef uint64_t TIME_INFO_BYTES = sizeof(pvclock_vcpu_time_info)
 cdef uint64_t WALL_CLOCK_BYTES = 12
 
-# How often a page is tried before other threads get the GIL, and how often that: longer than any update lasts, a writer
-# that lost its CPU included, and short enough not to hang on a page that its guest has spoilt.  To get the GIL back may
-# take sys.getswitchinterval(), 5 ms, for each thread that wants it: so there are few rounds, and most of them sleep.
+# How often a page is tried before other threads get the GIL, doubled with each round up to a limit, and how many rounds
+# there are: longer than any update lasts, a writer that lost its CPU included, enough for a page that is published all
+# the time, and short enough not to hang on one that its guest has spoilt.  To get the GIL back may take 5 ms
+# (sys.getswitchinterval()) for each thread that wants it: so rounds are few.
 cdef unsigned int READ_TRIES = 256
-cdef int READ_ROUNDS = 80
-cdef int READ_ROUNDS_AWAKE = 16
-cdef unsigned int READ_SLEEP_US = 1000
+cdef int READ_DOUBLINGS = 6
+cdef int READ_ROUNDS = 70
 
 
 # Arithmetic
@@ -487,23 +486,22 @@ cdef class TimePages:
         cdef int index = self._vcpu(vcpu)
         cdef Shown *shown = &self._shown[index]
         cdef int rounds
-        if self._stands:
-            self._read_standing(&self._wanted[index], ret)
-            if ret.version & 1:
-                raise no_page(vcpu)
-            return 0
+        cdef unsigned int tries
         for rounds in range(READ_ROUNDS):
+            if self._stands:  # asked in each round: time may have been stopped while the GIL was away
+                self._read_standing(&self._wanted[index], ret)
+                if ret.version & 1:
+                    raise no_page(vcpu)
+                return 0
             if self._generation != self.memory.generation:
                 self._look_up()
             if not shown.published or shown.page is NULL:
                 raise no_page(vcpu)
-            if pvclock_read(shown.page, shown.tsc_offset, &self.counter.c, READ_TRIES, ret) == 0:
+            tries = READ_TRIES << min(rounds, READ_DOUBLINGS)
+            if pvclock_read(shown.page, shown.tsc_offset, &self.counter.c, tries, ret) == 0:
                 return 0
-            with nogil:  # the writer may need this CPU, and other threads the GIL
-                if rounds < READ_ROUNDS_AWAKE:
-                    sched_yield()
-                else:
-                    usleep(READ_SLEEP_US)
+            with nogil:
+                sched_yield()  # the writer may need this CPU, and other threads the GIL
         raise StateError("read", f"the page of vCPU {vcpu} is always odd or changing",
                          "publish it anew, the guest has spoilt it")
 

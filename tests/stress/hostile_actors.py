@@ -215,7 +215,7 @@ class Vmm:
         rng = self._rng
         return (
             ("dilate", lambda clock: clock.dilate(rng.randrange(1, 2000), rng.randrange(500, 1000))),
-            ("dilate badly", lambda clock: clock.dilate(self._any_int(), self._any_int())),
+            ("dilate badly", self._dilate_badly),
             ("slew", lambda clock: clock.slew(rng.randrange(-(10**6), 10**6), rng.randrange(1, 1000))),
             ("slew badly", lambda clock: clock.slew(self._any_int() << 64, self._any_int())),
             ("skip", lambda clock: clock.skip(rng.randrange(10**6))),
@@ -290,6 +290,13 @@ class Vmm:
             inside = (self._read_everything, self._save, self._follow, self._set_wall_clock)
             for operate in self._rng.sample(inside, 2):
                 operate(clock)
+
+    def _dilate_badly(self, clock: GuestClock) -> None:
+        """Where it is a rate after all, not for long: run_for() would last for years."""
+        try:
+            clock.dilate(self._any_int(), self._any_int())
+        finally:
+            self._whole(lambda: clock.dilate(1))
 
     def _run_for(self, clock: GuestClock) -> None:
         with self._paused(clock):
