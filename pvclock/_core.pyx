@@ -445,6 +445,17 @@ cdef class TimePages:
         cdef uint64_t standing_ns = as_u64(ns, "ns")
         self._standing_tsc, self._standing_ns, self._stands = standing_tsc, standing_ns, True
 
+    def stop(self) -> int:
+        """Have readers in this process find what they would find now, until the next publish; returns the host TSC now.
+
+        Before the first publish there is nothing to find: stand_still() says what a page shows that comes meanwhile.
+        """
+        cdef uint64_t tsc = pvclock_counter_read(&self.counter.c)
+        if self._anchor.scale.mul:
+            self._standing_ns = pvclock_anchor_read(&self._anchor, tsc)
+        self._standing_tsc, self._stands = tsc, True
+        return tsc
+
     def mark_dirty(self) -> None:
         """Tell the memory's on_dirty of all pages; the first error that it raises comes out when all are told."""
         cdef int i

@@ -220,17 +220,21 @@ class Operations:
             hold = keeper.hold()
             holds.enter_context(hold)
             old = keeper.state
-            tsc, tempo = keeper.host_tsc(), self._follower.held(old.timeline.tempo)
-            stopped = old.timeline.copy()
-            stopped.turn(tsc, tempo)
-            held = TimeState.of(stopped.copy())
-            stopped.stop(tsc)
-            new = TimeState.of(stopped, PausePoint(stamps._replace(tsc=tsc), keeper.backend.tsc_hz, hold=hold))
-            event = partial(keeper.event, stamps=stamps, tsc=tsc)
-            events = [event(EventKind.PAUSE, "pause()", before=held, after=new)]
-            if tempo != old.timeline.tempo:
-                events.insert(0, event(EventKind.RATE, "pause()", before=old, after=held))
-            keeper.stand_still(new, tuple(events))
+            tempo = self._follower.held(old.timeline.tempo)
+
+            def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+                stopped = old.timeline.copy()
+                stopped.turn(tsc, tempo)
+                held = TimeState.of(stopped.copy())
+                stopped.stop(tsc)
+                new = TimeState.of(stopped, PausePoint(stamps._replace(tsc=tsc), keeper.backend.tsc_hz, hold=hold))
+                event = partial(keeper.event, stamps=stamps, tsc=tsc)
+                events = [event(EventKind.PAUSE, "pause()", before=held, after=new)]
+                if tempo != old.timeline.tempo:
+                    events.insert(0, event(EventKind.RATE, "pause()", before=old, after=held))
+                return new, tuple(events)
+
+            keeper.stop(change)
             holds.pop_all()  # it is given back when time goes on
 
     def _resume(self, policy: Policy, *, guest_stopped: bool) -> catchup.Settlement:

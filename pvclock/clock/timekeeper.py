@@ -284,6 +284,10 @@ class Timekeeper:
         take = self.take if of_one_numbering else self._take_anew
         commit(partial(self.pages.move, *moved), lambda _: change(now), take, self.events)
 
+    def stop(self, change: Change) -> None:
+        """Stop time at the instant from which on readers in this process see it stand, so that they see no step."""
+        commit(self.pages.stop, change, self._take_stopped, self.events)
+
     def stand_still(self, state: TimeState, events: tuple[Event, ...]) -> None:
         """Stop time, as `state` says; readers in this process see it stand, too."""
         tsc = state.timeline.begin_tsc
@@ -344,6 +348,12 @@ class Timekeeper:
         commit(self.host_tsc, lambda _: (None, events), lambda _: taking(), self.events)
 
     # Inside
+
+    def _take_stopped(self, state: TimeState) -> None:
+        if not self.pages.was_published:
+            tsc = state.timeline.begin_tsc
+            self.pages.stand_still(tsc, state.timeline.at(tsc).__floor__() & U64_MASK)
+        self.take(state)
 
     @property
     def _flags(self) -> int:

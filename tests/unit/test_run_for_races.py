@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from pvclock import GuestClock, StateError, backend
+from pvclock import GuestClock, SimulatedBackend, StateError, backend
 from pvclock.clock import operations, timekeeper
 from tests.unit.clocks import a_clock
 from tests.unit.schedules import LIMIT_S, Lines
@@ -80,3 +80,25 @@ def test_another_operation_at_each_line_of_a_run(second: str) -> None:
             break
         race.check(second)
     assert line >= 20
+
+
+@pytest.mark.row("P-22", "E9")
+def test_a_reader_beside_a_pause_sees_no_step_back() -> None:
+    """While pause() stands at any of its lines time goes on, and what read() gives then and afterwards never falls."""
+    for line in count():
+        clock, host, _ = a_clock(HZ)
+        seen: list[int] = []
+
+        def look(clock: GuestClock = clock, host: SimulatedBackend = host, seen: list[int] = seen) -> None:
+            host.advance(ns=1000)
+            seen.append(clock.read(0))
+
+        lines = Lines(operations, timekeeper, at=line, action=look)
+        with lines.traced():
+            clock.pause()
+        seen.append(clock.read(0))
+        if lines.count <= line:
+            break
+        assert seen == sorted(seen)
+        assert clock.read(0) == clock.now()
+    assert line >= 10
