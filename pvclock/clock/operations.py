@@ -260,8 +260,9 @@ class Operations:
                 going.turn(break_tsc, tempo)
                 new = TimeState(going, going.line(), scale)
                 events = [keeper.event(EventKind.RESUME, why, stamps, tsc=tsc, before=old, after=shown)]
-                if settled.slew is not None:
-                    owed = f"{round(settled.slew_ns)} ns were missed"
+                if settled.slew is not None or tempo != started.tempo:
+                    left = f"{round(started.skew_at(tsc))} ns are left"
+                    owed = left if settled.slew is None else f"{round(settled.slew_ns)} ns were missed"
                     events.append(keeper.event(EventKind.SLEW, owed, stamps, tsc=break_tsc, before=shown, after=new))
                 return new, (*events, *tscs.refusal(stamps))
 

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pvclock import GuestClock, GuestMemory, HostBackend, HostTsc, RangeError, StateError
 from pvclock.catchup import VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
+from pvclock.events import EventKind
 from pvclock.machine.observation import STORM_DILATIONS
 from pvclock.timeline import STRETCH_S
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
@@ -223,3 +224,16 @@ def test_a_slew_takes_the_time_that_it_must(target_ns: int, interval_ns: int) ->
     assert abs(target_ns) * 20 <= took_ns <= abs(target_ns) * 20 + 4 * STRETCH_S * NS_PER_S
     assert abs(clock.at(backend.tsc) - target_ns - took_ns) < 2
     assert clock.events.last <= 8
+
+
+@pytest.mark.row("E9")
+def test_a_slew_that_goes_on_after_a_pause_at_another_rate_is_an_event() -> None:
+    """The last event's rate is the clock's own, though the policy of the resume slews nothing."""
+    clock, backend, _ = a_clock(2_600_000_000)
+    clock.slew(8533, 7844)
+    backend.advance(ns=78_243_403)
+    clock.pause()
+    clock.resume("freeze")
+    resumed, slewed = clock.events.read().events[-2:]
+    assert (resumed.kind, slewed.kind) == (EventKind.RESUME, EventKind.SLEW)
+    assert resumed.dilation_after == slewed.dilation_before != slewed.dilation_after == clock.pace
