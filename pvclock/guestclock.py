@@ -343,7 +343,7 @@ class GuestClock:
         """Restore IA32_TSC, IA32_TSC_ADJUST or TSC_AUX, each without touching another, as KVM_SET_MSRS does.
 
         A restored clock that is not resumed yet takes the TSC as the one to go on from.  TscOffsetNotHonoured if the
-        host cannot; RangeError for any other MSR.
+        host cannot; RangeError for any other MSR; StateError on a CPU whose TSC is behind the others'.
         """
         with self._keeper.changing:
             self._host.require("host_write_msr")

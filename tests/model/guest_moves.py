@@ -74,12 +74,11 @@ class GuestMoves:
         write = self._twins.clock.write_msr if is_guest else self._twins.clock.host_write_msr
         if not refusing:
             then()
-        needs_tsc = index == TSC and not is_guest
         refused = twins.call(
             lambda: write(vcpu, index, value),
             refusals=() if is_guest else (TscOffsetNotHonoured,),
             publishes=not refusing,
-            needs_tsc=needs_tsc,
+            needs_tsc=not is_guest,
         )
         if refused:
             target.__dict__.update(saved.__dict__)
@@ -94,7 +93,8 @@ class GuestMoves:
         number = vcpu % len(self._twins.model.vcpus)
         write = self._twins.clock.write_msr if by == 0 else self._twins.clock.host_write_msr
         operation = lambda: write(number, AUX, value)  # noqa: E731  # said once
-        if not self._twins.call(operation, refusals=(MsrFault,) if value >> 32 else (), publishes=False):
+        refusals = (MsrFault,) if value >> 32 else ()
+        if not self._twins.call(operation, refusals=refusals, publishes=False, needs_tsc=by != 0):
             assert not value >> 32
             self._twins.model.vcpus[number].aux = value
 

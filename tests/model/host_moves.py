@@ -38,9 +38,6 @@ class HostMoves:
         if twins.is_undecided or twins.lag or twins.published_tsc < 200 * host.tsc_hz:
             return
         before, mode = host.tsc, SLEEPS[regime]
-        slept_ticks = ns * host.tsc_hz // NS_PER_S
-        if mode == "counts on" and twins.went_back and abs(slept_ticks - twins.went_back) * 50 < twins.went_back:
-            return  # it would look as a TSC that comes back
         host.sleep(ns=ns, tsc=mode)  # type: ignore[arg-type]  # one of them
         if mode.startswith("restarts"):
             twins.step, twins.model.tsc = before, 0

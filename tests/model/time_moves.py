@@ -148,7 +148,7 @@ class TimeMoves:
                 vcpu.offset = (vcpu.standing + gain_ticks - model.tsc) % U64
                 vcpu.standing = None
                 if refusing is not None and refusing[0] == number:
-                    vcpu.offset = self._twins.host.tsc_offsets[number]
+                    vcpu.offset = self._twins.host.tsc_offsets.get(number, 0)
             vcpu.is_spoilt = False
         model.stopped, self._gained_ns = None, gain_ns
         all_steps = {EventKind.RESUME: gain_ns, **(steps or {})}

@@ -188,7 +188,7 @@ class Twins:
         """What guest time gains by the host's sleep."""
         model = self.model
         assert self.sleep is not None, "the host did not sleep"
-        (slept_ns, counted_on), self.sleep = self.sleep, None
+        (slept_ns, counted_on), self.sleep, self.went_back = self.sleep, None, None
         if model.is_paused or counted_on:
             return Fraction(0)
         gain_ns, owed_ns, policy = settled(model.sleep_policy, slept_ns * model.dilation)
@@ -231,7 +231,7 @@ class Twins:
             vcpu.last_ns = 0
             if vcpu.standing is not None or number == self.host.refused_vcpu:
                 continue
-            vcpu.offset = self.host.tsc_offsets[number] if self.has_continued else (vcpu.offset + ticks) % oracle.U64
+            vcpu.offset = self.host.tsc_offsets.get(number, 0) if self.has_continued else (vcpu.offset + ticks) % oracle.U64
         self.has_continued = False
 
     # Comparisons
@@ -284,7 +284,7 @@ class Twins:
         assert clock.read_msr(number, 0x3B) == vcpu.adjust
         assert clock.read_msr(number, 0xC0000103) == vcpu.aux
         if vcpu.standing is None:
-            assert self.host.tsc_offsets[number] == vcpu.offset, f"vCPU {number}: its offset on the host"
+            assert self.host.tsc_offsets.get(number, 0) == vcpu.offset, f"vCPU {number}: its offset on the host"
 
     def _info(self, vcpu: ModelVcpu) -> oracle.TimeInfo:
         assert vcpu.page is not None
