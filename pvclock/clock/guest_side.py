@@ -156,6 +156,11 @@ class GuestSide:
         with self._keeper.changing:
             self._placement.place(vcpu, gpa, begin, undo)
 
+    def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Publish with vCPU's page where it is; begin, undo: as place_time_page()."""
+        with self._keeper.changing:
+            self._keeper.adopt(begin, undo, tuple, vcpu)
+
     def refresh(self, vcpu: int | None = None) -> None:
         """See GuestClock.refresh()."""
         if self._provider.refreshes_pages or self._keeper.timeline.is_slewing:

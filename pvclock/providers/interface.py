@@ -144,8 +144,8 @@ class ClockServices(Protocol):
         begin: what changes with it, before the publish; undo: takes that back where it could not be.
         """
 
-    def refresh(self, vcpu: int | None = None) -> None:
-        """Publish all pages; `vcpu`'s own, which is out of the guest, with its flags."""
+    def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+        """As place_time_page(), with vCPU's page where it is."""
 
     def write_wall_clock(self, gpa: Gpa, taking: Callable[[], object] = ...) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once.

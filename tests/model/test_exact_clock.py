@@ -82,6 +82,9 @@ FOUND = {
     "the vCPUs do not leave the guest as a page moves: half of that was done": Life(
         2_596_132_000, 87233370204592, 2, 0, (PAGE, ("hold_none",), ("place_page", 0, 3, 1), ("tick",))
     ),
+    "the vCPUs do not leave the guest as a page is asked for that cannot be: half of that was done": Life(
+        2_600_000_000, 21, 1, 0, (PAGE, ("hold_none",), ("place_page", 0, 5, 1), ("tick",))
+    ),
 }
 
 

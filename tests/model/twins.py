@@ -231,7 +231,9 @@ class Twins:
             vcpu.last_ns = 0
             if vcpu.standing is not None or number == self.host.refused_vcpu:
                 continue
-            vcpu.offset = self.host.tsc_offsets.get(number, 0) if self.has_continued else (vcpu.offset + ticks) % oracle.U64
+            vcpu.offset = (
+                self.host.tsc_offsets.get(number, 0) if self.has_continued else (vcpu.offset + ticks) % oracle.U64
+            )
         self.has_continued = False
 
     # Comparisons

@@ -243,6 +243,17 @@ def troubled(twin: Twin) -> None:
     assert {each.kind for each in twin.troubles} >= {TroubleKind.CLOCKSOURCE}
 
 
+def by_profile(profile: str) -> Callable[[Twin], None]:
+    """A new clock of that profile over the memory, its pages where they were, and vCPU 0's by the old MSR."""
+
+    def prepare(twin: Twin) -> None:
+        twin.clock = GuestClock(twin.memory, 2, backend=twin.host, tsc_offset=5, profile=profile)
+        twin.clock.write_msr(1, SYSTEM_TIME, PAGES[1] | 1)
+        twin.clock.write_msr(0, OLD_SYSTEM_TIME, PAGES[0] | 1)
+
+    return prepare
+
+
 def note(twin: Twin) -> None:
     """Tell the clock of trouble."""
     twin.clock.note(twin.troubles, host_trusted=False)
@@ -295,6 +306,16 @@ OPERATIONS: dict[str, Operation] = {
     "guest writes AUX": Operation(guest_writes(0xC0000103, 7)),
     "guest moves its page": Operation(guest_writes(SYSTEM_TIME, OTHER_PAGE | 1)),
     "guest writes its page by the old MSR": Operation(guest_writes(OLD_SYSTEM_TIME, OTHER_PAGE | 1)),
+    "guest writes a page across two pages by the old MSR": Operation(guest_writes(OLD_SYSTEM_TIME, 0x2FF0 | 1)),
+    "guest moves its page by profile document": Operation(
+        guest_writes(SYSTEM_TIME, OTHER_PAGE | 1), by_profile("document")
+    ),
+    "guest moves its page by profile virtualbox": Operation(
+        guest_writes(SYSTEM_TIME, OTHER_PAGE | 1), by_profile("virtualbox")
+    ),
+    "guest disables all pages by profile virtualbox": Operation(
+        guest_writes(SYSTEM_TIME, 0), by_profile("virtualbox"), in_steps=True
+    ),
     "guest disables its page": Operation(guest_writes(SYSTEM_TIME, 0)),
     "guest writes wall clock": Operation(guest_writes(WALL_CLOCK_MSR, WALL_CLOCK)),
     "guest writes steal time": Operation(guest_writes(STEAL_TIME_MSR, STEAL_TIMES[0] | 1)),

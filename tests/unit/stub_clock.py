@@ -76,6 +76,11 @@ class StubClock:
         self._pages.register(vcpu, gpa)
         self.refresh(vcpu)
 
+    def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Publish with vCPU's page where it is."""
+        begin()
+        self.refresh(vcpu)
+
     def page_at(self, vcpu: int) -> int | None:
         """Where vCPU's page is."""
         return self._pages.registered(vcpu)

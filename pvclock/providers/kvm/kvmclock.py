@@ -5,6 +5,7 @@ Source: kvm_write_system_time(), kvm_write_wall_clock(); Documentation/virt/kvm/
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from struct import Struct
@@ -85,38 +86,48 @@ class KvmClock:
         runs_old = index == MSR_KVM_SYSTEM_TIME if vcpu == 0 else self.boot_vcpu_runs_old_kvmclock
         write = partial(self._set_system_time, vcpu, value, runs_old)
         undo = partial(self._set_system_time, vcpu, self._system_time[vcpu], self.boot_vcpu_runs_old_kvmclock)
-        if gpa is not None and self._profile.bad_page_keeps_old and not self._is_refused(gpa):
-            self._clock.place_time_page(vcpu, Gpa(gpa), write, undo)
-        elif gpa is None and not self._profile.stops_all_pages:
+        if gpa is None:
             self._clock.place_time_page(vcpu, None, write, undo)
+            if self._profile.stops_all_pages:
+                self.take_pages_back()
+        elif self._is_refused(gpa):
+            # Linux refuses a page-crossing address before it looks at the old one, which stays in use.
+            self._clock.keep_time_page(vcpu, write, undo)
+        elif self._profile.bad_page_keeps_old:
+            self._clock.place_time_page(vcpu, Gpa(gpa), write, undo)
         else:
-            write()
-            self._place_by_profile(vcpu, gpa)
+            self._place_where_there_is_memory(vcpu, Gpa(gpa), write, undo)
 
     def _set_system_time(self, vcpu: int, value: int, runs_old: bool) -> None:
         self._system_time[vcpu], self._boot_vcpu_runs_old_kvmclock[0] = value, runs_old
 
-    def _place_by_profile(self, vcpu: int, gpa: int | None) -> None:
-        if gpa is None:
-            self.take_pages_back()
-        elif self._is_refused(gpa):
-            # Linux refuses a page-crossing address before it looks at the old one, which stays in use.
-            self._clock.refresh(vcpu)
-        else:
-            self._place_where_there_is_memory(vcpu, Gpa(gpa))
-
     def _is_refused(self, gpa: int) -> bool:
         return self._profile.bad_page_keeps_old and gpa % PAGE_BYTES + TIME_INFO_BYTES > PAGE_BYTES
 
-    def _place_where_there_is_memory(self, vcpu: int, gpa: Gpa) -> None:
+    def _place_where_there_is_memory(
+        self, vcpu: int, gpa: Gpa, write: Callable[[], object], undo: Callable[[], object]
+    ) -> None:
         """Unlike Linux, do not wait for memory to come: enabling fails, though the MSR reads back (trap T6)."""
         if not self._clock.memory.contains(gpa, TIME_INFO_BYTES):
-            self._clock.place_time_page(vcpu, None)
-            return
-        if self._profile.keeps_own_version:
-            self._put_own(vcpu, gpa, self._version[vcpu])
-            self._version[vcpu] = (self._version[vcpu] + 2) % (1 << 32)
-        self._clock.place_time_page(vcpu, gpa)
+            self._clock.place_time_page(vcpu, None, write, undo)
+        elif self._profile.keeps_own_version:
+            self._place_with_own(vcpu, gpa, write, undo)
+        else:
+            self._clock.place_time_page(vcpu, gpa, write, undo)
+
+    def _place_with_own(self, vcpu: int, gpa: Gpa, write: Callable[[], object], undo: Callable[[], object]) -> None:
+        version = self._version[vcpu]
+
+        def count() -> None:
+            write()
+            self._version[vcpu] = (version + 2) % (1 << 32)
+
+        def count_back() -> None:
+            undo()
+            self._version[vcpu] = version
+
+        self._put_own(vcpu, gpa, version)
+        self._clock.place_time_page(vcpu, gpa, count, count_back)
 
     def _put_own(self, vcpu: int, gpa: Gpa, version: int) -> None:
         """Have a publish go on from the host's own: it adds 2 to the version that is there, and keeps GUEST_STOPPED."""
