@@ -98,11 +98,11 @@ class HostTrust:
             readings = keeper.backend.tsc_readings()
             if any(signed64(reading - least) >= 0 for reading in readings):
                 return self._one_cpu_is_behind(least, stamps, readings)
-            stamps = self._stepped_back(least, stamps, vcpu)
+            stamps = self._stepped_back(stamps, vcpu)
         elif self._has_returned(stamps):
             stamps = self._came_back(stamps, vcpu)
         elif self._fell_behind(stamps):
-            stamps = self._stepped_back(least, stamps, vcpu)
+            stamps = self._stepped_back(stamps, vcpu)
         if slept_ns(self._mark, stamps):
             self._take_sleep(self._mark, stamps, vcpu)
         self._is_behind, self._mark = False, stamps
@@ -167,11 +167,10 @@ class HostTrust:
         take()
         return good
 
-    def _stepped_back(self, least: HostTsc, stamps: HostStamps, vcpu: int | None) -> HostStamps:
+    def _stepped_back(self, stamps: HostStamps, vcpu: int | None) -> HostStamps:
         """All CPUs' TSC went back: guest time goes on by what passed on the raw clock since the last good instant."""
         passed_ns = stamps.raw_ns - self._mark.raw_ns
-        would_be = self._would_be(stamps)
-        before = would_be if signed64(would_be - least) > 0 else least
+        before = self._would_have_been(stamps)
         back = signed64(before - stamps.tsc)
         told = (
             f"{max(passed_ns, 0)} ns passed by CLOCK_MONOTONIC_RAW"
@@ -208,6 +207,11 @@ class HostTrust:
         passed_ns = max(stamps.raw_ns - self._mark.raw_ns, 0)
         return HostTsc((self._mark.tsc + passed_ns * self._keeper.backend.tsc_hz // NS_PER_S) & U64_MASK)
 
+    def _would_have_been(self, stamps: HostStamps) -> HostTsc:
+        """The same, but no less than it was already: a segment of time does not end before it began."""
+        would_be, least = self._would_be(stamps), self._least
+        return would_be if signed64(would_be - least) > 0 else least
+
     def _tolerated_ticks(self, stamps: HostStamps) -> int:
         passed_ns = max(stamps.raw_ns - self._mark.raw_ns, 0)
         return (passed_ns * RATE_BOUND_PPM // 10**6 + RAW_GRAIN_NS) * self._keeper.backend.tsc_hz // NS_PER_S
@@ -219,8 +223,8 @@ class HostTrust:
 
     def _came_back(self, stamps: HostStamps, vcpu: int | None) -> HostStamps:
         """The one time that guest time may go back: what guests read since the TSC came back was never so."""
-        ahead = self._ticks_ahead(stamps)
-        before = HostTsc((stamps.tsc - ahead) & U64_MASK)
+        before = self._would_have_been(stamps)
+        ahead = signed64(stamps.tsc - before)
         why = (
             f"the host's TSC came back: {ahead} ticks ahead of CLOCK_MONOTONIC_RAW, which decides; "
             "guests that read the time meanwhile read it again"
