@@ -9,6 +9,7 @@ from cpython.long cimport PyLong_AsLongAndOverflow
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -35,13 +36,12 @@ GUEST_STOPPED = PVCLOCK_GUEST_STOPPED
 cdef uint64_t TIME_INFO_BYTES = sizeof(pvclock_vcpu_time_info)
 cdef uint64_t WALL_CLOCK_BYTES = 12
 
-# How often a page is tried before other threads get the GIL, doubled with each round up to a limit, and how many rounds
-# there are: longer than any update lasts, a writer that lost its CPU included, enough for a page that is published all
-# the time, and short enough not to hang on one that its guest has spoilt.  To get the GIL back may take 5 ms
-# (sys.getswitchinterval()) for each thread that wants it: so rounds are few.
+# How often a page is tried before other threads get the GIL, doubled with each round up to a limit, for a page that is
+# published all the time; and how long: more than any update takes, of a writer that waits for its CPU included, and short
+# enough not to hang on a page that its guest has spoilt.
 cdef unsigned int READ_TRIES = 256
 cdef int READ_DOUBLINGS = 6
-cdef int READ_ROUNDS = 70
+cdef uint64_t READ_LIMIT_NS = 500_000_000
 
 
 # Arithmetic
@@ -496,9 +496,10 @@ cdef class TimePages:
     cdef int _read(self, object vcpu, pvclock_reading *ret) except -1:
         cdef int index = self._vcpu(vcpu)
         cdef Shown *shown = &self._shown[index]
-        cdef int rounds
+        cdef int doublings = 0
         cdef unsigned int tries
-        for rounds in range(READ_ROUNDS):
+        cdef uint64_t began_ns = 0
+        while began_ns == 0 or monotonic_ns() - began_ns < READ_LIMIT_NS or doublings < READ_DOUBLINGS:
             if self._stands:  # asked in each round: time may have been stopped while the GIL was away
                 self._read_standing(&self._wanted[index], ret)
                 if ret.version & 1:
@@ -508,9 +509,11 @@ cdef class TimePages:
                 self._look_up()
             if not shown.published or shown.page is NULL:
                 raise no_page(vcpu)
-            tries = READ_TRIES << min(rounds, READ_DOUBLINGS)
+            tries = READ_TRIES << doublings
             if pvclock_read(shown.page, shown.tsc_offset, &self.counter.c, tries, ret) == 0:
                 return 0
+            began_ns = began_ns or monotonic_ns()
+            doublings = min(doublings + 1, READ_DOUBLINGS)
             with nogil:
                 sched_yield()  # the writer may need this CPU, and other threads the GIL
         raise StateError("read", f"the page of vCPU {vcpu} is always odd or changing",
@@ -541,6 +544,12 @@ cdef class TimePages:
         if self._anchor.scale.mul == 0:
             raise StateError("shown_at", "nothing was published yet", "publish first")
         return pvclock_anchor_read(&self._anchor, as_u64(host_tsc, "host_tsc"))
+
+
+cdef uint64_t monotonic_ns() noexcept:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1_000_000_000 + <uint64_t>now.tv_nsec
 
 
 cdef no_page(vcpu):
