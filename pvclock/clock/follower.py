@@ -57,10 +57,8 @@ class Follower:
         name, source = source_of(reference, self._keeper.backend)
         with self._keeper.changing:
             known = self._following.discipline.held if self._following else Fraction(0)
-            following = None
-            if source:
-                discipline = Discipline(self._keeper.backend.tsc_hz, max_ppm, known, panic_ns)
-                following = Following(Sampler(source), discipline)
+            discipline = Discipline(self._keeper.backend.tsc_hz, max_ppm, known, panic_ns)
+            following = Following(Sampler(source), discipline) if source else None
 
             def take() -> None:
                 self._following, self.reference, self.steering, self._asleep_ns = following, name, None, 0

@@ -200,6 +200,8 @@ def test_what_cannot_be_followed() -> None:
             vm.clock.follow(wrong)
     with pytest.raises(RangeError, match="max_ppm"):
         vm.clock.follow("monotonic", max_ppm=0)
+    with pytest.raises(RangeError, match="max_ppm"):
+        vm.clock.follow("off", max_ppm=0)
     assert vm.clock.reference == "raw"
     with pytest.raises(ConfigError):
         GuestClock(vm.memory, backend=vm.backend, reference="tai")
