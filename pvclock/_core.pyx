@@ -37,7 +37,7 @@ cdef uint64_t TIME_INFO_BYTES = sizeof(pvclock_vcpu_time_info)
 cdef uint64_t WALL_CLOCK_BYTES = 12
 
 # How often a page is tried before other threads get the GIL, doubled with each round up to a limit, for a page that is
-# published all the time; and how long: more than any update takes, of a writer that waits for its CPU included, and short
+# published all the time; and how long: more than an update of a writer that has to wait for its CPU takes, and short
 # enough not to hang on a page that its guest has spoilt.
 cdef unsigned int READ_TRIES = 256
 cdef int READ_DOUBLINGS = 6
