@@ -153,8 +153,8 @@ class HostTrust:
     ) -> HostStamps | None:
         """Pages do not move: vCPUs on the other CPUs would see that.  STABLE goes with the next publish."""
         keeper, behind = self._keeper, signed64(least - stamps.tsc)
-        read_low_once = signed64(readings[0] - least) >= 0
-        good = keeper.backend.stamps() if read_low_once else None
+        again = keeper.backend.stamps()
+        read_low_once = all(signed64(tsc - least) >= 0 for tsc in (readings[0], again.tsc))
 
         def take() -> None:
             self._tsc_failed, self._is_behind = True, not read_low_once
@@ -165,7 +165,7 @@ class HostTrust:
             why = f"this CPU's TSC {what}, by {behind} ticks or more; pages stay as they are, without STABLE"
             keeper.record((keeper.event(EventKind.TSC_STEP, why, stamps._replace(tsc=least)),), take)
         take()
-        return good
+        return again if read_low_once else None
 
     def _stepped_back(self, stamps: HostStamps, vcpu: int | None) -> HostStamps:
         """All CPUs' TSC went back: guest time goes on by what passed on the raw clock since the last good instant."""

@@ -87,6 +87,20 @@ def test_a_reading_that_is_right_at_the_second_look(look: Callable[[GuestClock],
     assert why.startswith("this CPU's TSC read low once, by ")
 
 
+@pytest.mark.row("E9", "E11")
+def test_a_reading_that_is_right_at_the_second_look_only() -> None:
+    """A thread that is back on the CPU that is behind does nothing there: it is no glitch that is over."""
+    clock, backend, memory = a_vm()
+    right = HostTsc(backend.tsc + HZ)
+    backend.advance(ns=NS_PER_S)
+    pages = memory.read(0x2000, 0x60)
+    with OtherCpu(backend):
+        backend.tsc_readings = lambda: (right, right)  # type: ignore[method-assign]  # read while it was elsewhere
+        with pytest.raises(StateError, match="behind"):
+            clock.dilate(2)
+        assert memory.read(0x2000, 0x60) == pages
+
+
 # On one CPU
 
 
