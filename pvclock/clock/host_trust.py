@@ -178,7 +178,8 @@ class HostTrust:
             else "CLOCK_MONOTONIC_RAW did not go on either, so nobody can tell how much time passed"
         )
         why = f"the host's TSC went back by {back} ticks on all CPUs; {told}; guests may read some time again"
-        return self._renumbered(before, stamps, why, vcpu, back)
+        began_anew = bool(slept_ns(self._mark, stamps))  # then it does not come back
+        return self._renumbered(before, stamps, why, vcpu, None if began_anew else back)
 
     def _has_returned(self, stamps: HostStamps) -> bool:
         """Did a TSC that had stepped back jump ahead by as much?"""
@@ -269,7 +270,6 @@ class HostTrust:
     def _take_sleep(self, before: HostStamps, stamps: HostStamps, vcpu: int | None) -> None:
         """The host slept since the last look: settled by sleep_policy, or at resume() if the clock is paused."""
         keeper, slept = self._keeper, slept_ns(before, stamps)
-        self._went_back_ticks = None  # a TSC that began anew in a sleep does not come back
         self._tscs.read_back(vcpu)
         ahead_ns = signed64(stamps.tsc - before.tsc) * NS_PER_S // keeper.backend.tsc_hz - stamps.raw_ns + before.raw_ns
         tsc_counted_on = 2 * ahead_ns > slept

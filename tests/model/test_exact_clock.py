@@ -82,6 +82,10 @@ FOUND = {
     "the vCPUs do not leave the guest as a page moves: half of that was done": Life(
         2_596_132_000, 87233370204592, 2, 0, (PAGE, ("hold_none",), ("place_page", 0, 3, 1), ("tick",))
     ),
+    "the host sleeps after the TSC stepped back: that it came back was not found": Life(
+        *(10**9, 10**12, 1, 0),
+        (PAGE, ("step_back", 220 * 10**9), ("tick",), ("sleep", 10**10, 0), ("tick",), ("come_back",), ("tick",)),
+    ),
     "the TSC comes back at once after a resume: time ended a tick before it had begun": Life(
         *(2_600_000_000, 37683108451787, 3, 0),
         (

@@ -188,7 +188,7 @@ class Twins:
         """What guest time gains by the host's sleep."""
         model = self.model
         assert self.sleep is not None, "the host did not sleep"
-        (slept_ns, counted_on), self.sleep, self.went_back = self.sleep, None, None
+        (slept_ns, counted_on), self.sleep = self.sleep, None
         if model.is_paused or counted_on:
             return Fraction(0)
         gain_ns, owed_ns, policy = settled(model.sleep_policy, slept_ns * model.dilation)
@@ -216,7 +216,8 @@ class Twins:
             self._settle_missed(2 * tolerance_ns)
         model.ever_published |= not model.is_paused
         self._renumber_vcpus(ticks)
-        self.went_back, self.step, self.past = max(ticks, 0) or None, None, {}
+        self.went_back = ticks if ticks > 0 and self.sleep is None else None  # what began anew does not come back
+        self.step, self.past = None, {}
         self.rebuilt = event.host_tsc, event.guest_ns_after, event.dilation_after
         self.published_tsc -= ticks
 

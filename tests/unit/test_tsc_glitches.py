@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Literal
 
 import pytest
 
@@ -378,6 +378,23 @@ def test_a_sleep_as_long_as_the_step_is_not_a_return() -> None:
     clock.tick()
     assert clock.now() - before == (HOUR_S - 10) * NS_PER_S
     assert len(steps(clock)) == 1
+
+
+@pytest.mark.row("E9", "E11", "E23")
+@pytest.mark.parametrize("regime", ["stops", "counts on"])
+def test_a_tsc_that_comes_back_after_a_sleep(regime: Literal["stops", "counts on"]) -> None:
+    """The TSC went back by 1 h, the host slept, and the TSC is right again: the raw clock decides all the same."""
+    clock, backend, _ = a_vm()
+    backend.tsc = HostTsc(backend.tsc - HOUR_S * HZ)
+    clock.tick()
+    backend.sleep(ns=10 * NS_PER_S, tsc=regime)
+    clock.tick()
+    before = clock.now()
+    backend.tsc = HostTsc(backend.tsc + HOUR_S * HZ)
+    backend.advance(ns=NS_PER_S)
+    clock.tick()
+    assert clock.now() - before == NS_PER_S
+    assert len(steps(clock)) == 2
 
 
 # What it costs
