@@ -77,7 +77,11 @@ def limit() -> Iterator[None]:
 
 
 def interrupted(line: int, files: tuple[str, ...], call: Callable[[], object]) -> bool:
-    """Make the call, with a KeyboardInterrupt at the `line`-th line of `files`; False if it ends before."""
+    """Make the call, with a KeyboardInterrupt at the `line`-th line of `files`; False if it ends before.
+
+    What follows may take `LIMIT_S` again, however many lines there were before.
+    """
+    signal.alarm(LIMIT_S)
     has_come = False
 
     def interrupt() -> None:
