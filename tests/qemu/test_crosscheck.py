@@ -11,8 +11,9 @@ from importlib.metadata import EntryPoint
 import pytest
 
 import pvclock.commands
-from pvclock import ClockScale, GuestClock, Reference, Sample, StateError
+from pvclock import ClockScale, Reference, Sample, StateError
 from pvclock.backend import host_clocksource
+from pvclock.clock.wall_clock import WallClock
 from pvclock.kvm.backend import KvmBackend, SteeredTscBackend
 from pvclock.machine.observation import Observation, Steered, observe
 from pvclock.providers.kvm import KvmProvider
@@ -97,7 +98,7 @@ def test_wrong_wall_clock_is_named(monkeypatch: pytest.MonkeyPatch, trio: tuple[
     """An engine whose record is 2 ms late, or whose backend mistakes the time of day: the row of the wall clock."""
     _, kernel, qemu = trio
     with monkeypatch.context() as patch:
-        patch.setattr(GuestClock, "write_wall_clock", late_record)
+        patch.setattr(WallClock, "write", late_record(WallClock.write))
         assert wrong_rows(compare(see_engine(), kernel, qemu)) == ["wall clock"]
     for backend in (KvmBackend, SteeredTscBackend):
         monkeypatch.setattr(backend, "sample", two_ms_late(backend.sample))
@@ -114,11 +115,13 @@ def two_ms_late(sample: Callable[..., Sample]) -> Callable[..., Sample]:
     return late
 
 
-def late_record(self: GuestClock, gpa: int) -> None:
-    """GuestClock.write_wall_clock, 2 ms late."""
-    real = self.backend.sample(Reference.REALTIME)
-    sec, nsec = divmod(real.ns - int(self.at(real.tsc)) - 2_000_000, 10**9)
-    self.memory.write(gpa, b"".join(word.to_bytes(4, "little") for word in (2, sec, nsec)))
+def late_record(write: Callable[..., None]) -> Callable[..., None]:
+    """A wall clock whose record shows an instant 2 ms before the true one."""
+
+    def late(self: object, gpa: int, sample: Sample, taking: Callable[[], object]) -> None:
+        write(self, gpa, sample._replace(ns=sample.ns - 2_000_000), taking)
+
+    return late
 
 
 def alone(make: Callable[[Observation], Observation]) -> Callable[[Sight], Sight]:
