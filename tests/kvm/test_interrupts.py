@@ -61,6 +61,8 @@ CALLS: Final[dict[str, tuple[Callable[[Machine], object], Callable[[Machine], ob
     "close": (Machine.start, Machine.close),
 }
 
+OF_MANY_LINES: Final = ("pause", "resume", "run_for")
+
 
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
@@ -141,7 +143,9 @@ def works(machine: Machine) -> None:
         counts_on(machine)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.each_line) if name in OF_MANY_LINES else name for name in CALLS]
+)
 def test_close_ends_whatever_was_interrupted(name: str) -> None:
     """After an interrupt at any line of the clock, too, close() ends and no thread or descriptor is left."""
     prepare, call = CALLS[name]
