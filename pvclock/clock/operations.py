@@ -243,7 +243,7 @@ class Operations:
         stamps = self._host.require("resume")
         old, paused_at = keeper.state, self._paused_at("resume")
         tsc = keeper.host_tsc()
-        settled = catchup.settle(policy, self._missed_ns(paused_at, stamps, tsc))
+        settled = catchup.settle(policy, _missed_ns(old.timeline, paused_at, stamps, tsc))
         started = _started(old.timeline, tsc, settled)
         shown = TimeState.of(started)
         tempo = started.tempo._replace(boost=started.plan(stamps.tsc))
@@ -275,22 +275,6 @@ class Operations:
         finally:
             if keeper.state.paused_at is not paused_at:
                 paused_at.hold.__exit__(None, None, None)
-
-    def _missed_ns(self, paused_at: PausePoint, stamps: HostStamps, tsc: HostTsc) -> Fraction:
-        """Guest time that would have passed since the pause, by the best clock that ran through it.
-
-        The TSC, at the rate that is known; the raw clock and the time asleep where the host slept or the clock was
-        restored within one boot; UTC beyond a boot.
-        """
-        timeline, then = self._keeper.timeline, paused_at.stamps
-        same_boot = stamps.boot_id is not None and stamps.boot_id == then.boot_id
-        if paused_at.elsewhere and not same_boot:
-            host_ns = Fraction(stamps.real_ns - then.real_ns)
-        elif paused_at.elsewhere or slept_ns(then, stamps):
-            host_ns = Fraction(stamps.raw_ns - then.raw_ns + slept_ns(then, stamps))
-        else:
-            host_ns = timeline.missed_at(tsc)
-        return host_ns * timeline.tempo.dilation
 
     def _jump(self, ns: int, kind: EventKind, name: str, stamps: HostStamps) -> None:
         keeper, old = self._keeper, self._keeper.state
@@ -358,6 +342,23 @@ class Operations:
                 raise StateError("run_for", "the backend returned early, and its TSC stands still", "mend run_until()")
             before = now
             keeper.backend.run_until(keeper.timeline.tsc_at(end_ns))
+
+
+def _missed_ns(timeline: Timeline, paused_at: PausePoint, stamps: HostStamps, tsc: HostTsc) -> Fraction:
+    """Guest time that would have passed since the pause, by the best clock that ran through it.
+
+    The TSC, at the rate that is known; the raw clock and the time asleep where the host slept or the clock was
+    restored within one boot; UTC beyond a boot.
+    """
+    then = paused_at.stamps
+    same_boot = stamps.boot_id is not None and stamps.boot_id == then.boot_id
+    if paused_at.elsewhere and not same_boot:
+        host_ns = Fraction(stamps.real_ns - then.real_ns)
+    elif paused_at.elsewhere or slept_ns(then, stamps):
+        host_ns = Fraction(stamps.raw_ns - then.raw_ns + slept_ns(then, stamps))
+    else:
+        host_ns = timeline.missed_at(tsc)
+    return host_ns * timeline.tempo.dilation
 
 
 def _started(stopped: Timeline, tsc: HostTsc, settled: catchup.Settlement) -> Timeline:
