@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import pytest
 
@@ -233,20 +234,19 @@ def test_an_end_without_a_beginning_is_an_error() -> None:
 @contextmanager
 def interrupts(count: int) -> Iterator[Callable[[], bool]]:
     """Interrupt the main thread `count` times, each time when it has called the function since; false when all came."""
-    ready, left, interval = threading.Event(), count, sys.getswitchinterval()
+    asked, left, interval = SimpleQueue[None](), count, sys.getswitchinterval()  # an Event would leak its lock
 
     def interrupt() -> None:
         nonlocal left
         while left > 0:
-            ready.wait()
-            ready.clear()
+            asked.get()
             if left > 0:
                 left -= 1
                 _thread.interrupt_main()
 
     def again() -> bool:
         is_left = left > 0
-        ready.set()
+        asked.put(None)
         return is_left
 
     thread = threading.Thread(target=interrupt)
@@ -256,7 +256,7 @@ def interrupts(count: int) -> Iterator[Callable[[], bool]]:
         yield again
     finally:
         left = 0
-        ready.set()
+        asked.put(None)
         thread.join()
         sys.setswitchinterval(interval)
 
@@ -280,8 +280,8 @@ def interrupted(body: Callable[[], None], check: Callable[[], None]) -> int:
 def test_no_interrupt_leaks_the_lock() -> None:
     """Interrupted at any instruction, again and again, a transaction is over when the interrupt comes out."""
     memory = GuestMemory(bytearray(0x1000))
-    written: list[int] = []
-    memory.on_dirty = lambda gpa, _length: written.append(gpa)
+    written: set[int] = set()
+    memory.on_dirty = lambda gpa, _length: written.add(gpa)
     transaction = Transaction(memory, lambda: None)
 
     def body() -> None:
