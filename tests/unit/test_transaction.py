@@ -1,6 +1,7 @@
 """One change of a clock at a time: what is told when, what comes out, and that no interrupt leaks the lock."""
 
 import _thread
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -250,6 +251,7 @@ def interrupts(count: int) -> Iterator[Callable[[], bool]]:
         return is_left
 
     thread = threading.Thread(target=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     sys.setswitchinterval(1e-6)
     thread.start()
     try:
@@ -259,6 +261,7 @@ def interrupts(count: int) -> Iterator[Callable[[], bool]]:
         asked.put(None)
         thread.join()
         sys.setswitchinterval(interval)
+        signal.signal(signal.SIGINT, before)
 
 
 def interrupted(body: Callable[[], None], check: Callable[[], None]) -> int:
