@@ -17,6 +17,7 @@ import pytest
 
 from pvclock.errors import RangeError, StateError
 from pvclock.kvm._gate import Gate, Hold
+from tests.waiting import alarm_after
 
 pytestmark = pytest.mark.row("E9")
 
@@ -46,15 +47,8 @@ def interrupt() -> None:
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
     """Turn a wait for ever into a failure."""
-
-    def fail(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(LIMIT_S)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with alarm_after(LIMIT_S):
+        yield
 
 
 class Visitor:

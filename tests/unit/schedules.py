@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import linecache
+import math
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -15,10 +18,21 @@ LIMIT_S = 60
 
 
 class Lines:
-    """Counts the lines that traced threads run in `modules`, and calls `action` before the line `at` (from 0 on)."""
+    """Counts the lines that traced threads run in `modules`, and calls `action` before the line `at` (from 0 on).
 
-    def __init__(self, *modules: ModuleType, at: int = -1, action: Callable[[], object] = lambda: None) -> None:
+    A line is counted the first `visits` times that it is run.
+    """
+
+    def __init__(
+        self,
+        *modules: ModuleType,
+        at: int = -1,
+        action: Callable[[], object] = lambda: None,
+        visits: float = math.inf,
+    ) -> None:
         self._files = {module.__file__ for module in modules}
+        self._visits_counted = visits
+        self._visits: Counter[tuple[str, int]] = Counter()
         self._at = at
         self._action = action
         self._within: list[tuple[FrameType, int]] = []
@@ -28,11 +42,16 @@ class Lines:
         """See sys.settrace()."""
         if frame.f_code.co_filename not in self._files:
             return None
-        if event == "line" and not self._is_no_call(frame):
+        if event == "line" and not self._is_no_call(frame) and self._is_counted(frame):
             self.count += 1
             if self.count == self._at + 1:
                 self._action()
         return self.trace
+
+    def _is_counted(self, frame: FrameType) -> bool:
+        line = frame.f_code.co_filename, frame.f_lineno
+        self._visits[line] += 1
+        return self._visits[line] <= self._visits_counted
 
     def _is_no_call(self, frame: FrameType) -> bool:
         """Is this a `try`, or the end of a `with` block, whose first line Python traces again?
@@ -40,9 +59,9 @@ class Lines:
         Python handles signals where it calls or loops.  An exception at these lines would leave a lock taken that no
         interrupt can leave taken.
         """
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-        if not line.startswith("with "):
-            return line.startswith("try:")
+        statement = _statement(frame.f_code.co_filename, frame.f_lineno)
+        if statement != "with":
+            return statement == "try:"
         place = frame, frame.f_lineno
         if place in self._within:
             self._within.remove(place)
@@ -71,6 +90,12 @@ class Lines:
             yield self
         finally:
             threading.settrace(before)
+
+
+@cache
+def _statement(file: str, line: int) -> str:
+    """The word that a line begins with."""
+    return (linecache.getline(file, line).split(maxsplit=1) or [""])[0]
 
 
 class Beside:
