@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 
-# Debian packages that tests and the demo want and the build does not: QEMU to check against, the rest for the lab.
+# Debian packages that tests and the demo want and the build does not: QEMU to check against, clang for the headers,
+# spin for the models, the rest for the lab.
 # What the build needs, scripts/make-venv.sh knows.
-DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file spin
+DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file spin clang
 
 VENV := .venv
 BIN := $(VENV)/bin
