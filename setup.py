@@ -1,12 +1,25 @@
-"""The extension modules and the directives they are compiled with; all else is in pyproject.toml."""
+"""The extension modules and the directives they are compiled with, and the README as the package index shows it.
 
+All else is in pyproject.toml.
+"""
+
+import platform
+import re
+import sys
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
 
+if (platform.system(), platform.machine()) != ("Linux", "x86_64") or sys.maxsize < 2**32:
+    sys.exit(f"pvclock is for 64-bit x86 Linux; this Python is for {platform.system()} on {platform.machine()}")
+
 # -Werror: these modules write into guest memory, so a warning is read before it is shipped.
 FLAGS = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"]
+
+# No symbols: with those of Cython's wrappers a module is six times as large.
+LINK_FLAGS = ["-Wl,--strip-all"]
 
 # A changed header, or changed flags here, rebuild what includes it.
 DEPENDS = [*Path("pvclock/include").glob("*.h"), Path("setup.py")]
@@ -31,11 +44,23 @@ def module(name: str, *flags: str, depends: Iterable[Path] = ()) -> Extension:
         [name.replace(".", "/") + ".pyx"],
         include_dirs=["pvclock/include"],
         extra_compile_args=[*FLAGS, *flags],
+        extra_link_args=LINK_FLAGS,
         depends=[str(file) for file in (*DEPENDS, *depends)],
     )
 
 
+def readme() -> str:
+    """README.md with links that lead from anywhere to this version's files: a picture's to its bytes."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    files = f"{project['urls']['Source']}/{{}}/v{project['version']}/"
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{files.format('raw')}", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{files.format('blob')}", text)
+
+
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=[
         module("pvclock._memory"),
         module("pvclock._core"),

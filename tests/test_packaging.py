@@ -1,9 +1,14 @@
 """What is shipped works elsewhere: the source archive builds, the wheel imports, the headers compile."""
 
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from email import message_from_bytes
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import ZipFile
 
 import pytest
 
@@ -25,21 +30,109 @@ def run(*command: str | Path, cwd: Path, given: str = "") -> str:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the Python of an environment that has pvclock from a wheel, made from a source archive, made from here."""
-    scratch = tmp_path_factory.mktemp("packaging")
-    tree = scratch / "tree"  # a copy, so that no build meets the products or the metadata of this one
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "*.so", "*.c", "build", "*.egg-info"))
+def scratch() -> Iterator[Path]:
+    """A folder that everybody may look into; pytest's own are closed to other users."""
+    with TemporaryDirectory(prefix="pvclock-packaging-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def tree(scratch: Path) -> Path:
+    """A copy of this tree as it is kept, so that no build meets the products or the metadata of this one."""
+    copy = scratch / "tree"
+    made = (".git", ".venv", ".*_cache", ".hypothesis", ".benchmarks", "__pycache__", "*.so", "build", "*.egg-info")
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*made))
+    for generated in copy.glob("pvclock/**/*.c"):
+        generated.unlink()
+    return copy
+
+
+@pytest.fixture(scope="module")
+def unpacked(scratch: Path, tree: Path) -> Path:
+    """The folder that a source archive made of the tree unpacks to."""
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(scratch)!r})"
     run(sys.executable, "-c", build, cwd=tree)
     (archive,) = scratch.glob("pvclock-*.tar.gz")
+    shutil.unpack_archive(archive, scratch / "unpacked", filter="data")
+    (folder,) = (scratch / "unpacked").iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(scratch: Path, unpacked: Path) -> Path:
+    """A wheel made from the source archive."""
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", scratch, archive, cwd=scratch)
-    (wheel,) = scratch.glob("pvclock-*.whl")
+    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", scratch, unpacked, cwd=scratch)
+    (made,) = scratch.glob("pvclock-*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(scratch: Path, wheel: Path) -> Path:
+    """Return the Python of an environment that has the wheel, and what it depends on from here."""
     run(sys.executable, "-m", "venv", "--without-pip", scratch / "venv", cwd=scratch)
     python = scratch / "venv" / "bin" / "python"
-    run(*pip, "--python", python, "install", "--no-deps", wheel, cwd=scratch)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    run(*pip, "install", "--no-deps", wheel, cwd=scratch)
     return python
+
+
+def test_source_archive_is_the_tree(tree: Path, unpacked: Path) -> None:
+    """Nothing that is kept in the tree is missing from the source archive, and nothing but metadata is added."""
+
+    def files(folder: Path) -> set[str]:
+        return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+    added = {name for name in files(unpacked) - files(tree) if ".egg-info/" not in name}
+    assert added == {"PKG-INFO", "setup.cfg"}
+    assert files(tree) - files(unpacked) == set()
+
+
+def test_tests_of_the_source_archive_run(unpacked: Path, wheel: Path) -> None:
+    """All of its tests are found, and those of the arithmetic pass there."""
+    with ZipFile(wheel) as archive:
+        archive.extractall(unpacked, [name for name in archive.namelist() if name.endswith(".so")])
+    pytest_here = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    run(*pytest_here, "--collect-only", cwd=unpacked)
+    assert "passed" in run(*pytest_here, "tests/unit/test_scale.py", "tests/test_tidy.py", cwd=unpacked)
+
+
+def test_extension_modules_carry_no_symbols(wheel: Path, tmp_path: Path) -> None:
+    """Neither symbol tables nor what debuggers read: five times the code."""
+    with ZipFile(wheel) as archive:
+        modules = [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path, modules)
+    assert len(modules) > 5
+    for module in modules:
+        sections = run("readelf", "--wide", "--sections", module, cwd=tmp_path)
+        assert ".text" in sections
+        assert ".symtab" not in sections
+        assert ".debug" not in sections
+
+
+def test_metadata_for_the_package_index(wheel: Path) -> None:
+    """Either licence, where the project lives, and a description whose links lead somewhere from anywhere."""
+    with ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    assert metadata["License-Expression"] == "Apache-2.0 OR MIT"
+    assert set(metadata.get_all("License-File", [])) == {"LICENSE-APACHE", "LICENSE-MIT"}
+    assert {url.partition(",")[0] for url in metadata.get_all("Project-URL", [])} >= {"Source", "Issues", "Changelog"}
+    assert "Hyper-V" not in metadata["Summary"]
+    targets = re.findall(r"\]\(([^)]+)\)", str(metadata.get_payload()))
+    assert len(targets) > 5
+    assert not [target for target in targets if not target.startswith("https://")]
+    assert [target for target in targets if target.endswith("drift.png") and "/raw/" in target]
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "riscv64", "i686"])
+def test_other_architectures_are_refused_in_a_sentence(machine: str) -> None:
+    """The build ends with what pvclock is for and what was found, not with a compiler's errors."""
+    pretend = f"import platform, runpy; platform.machine = lambda: {machine!r}; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", pretend], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"pvclock is for 64-bit x86 Linux; this Python is for Linux on {machine}\n"
 
 
 def test_wheel_from_the_source_archive_works(installed: Path, tmp_path: Path) -> None:
