@@ -33,11 +33,15 @@ if TYPE_CHECKING:
     )
     from pvclock.guestclock import GuestClock
     from pvclock.machine import Machine
+    from pvclock.machine.cpuid import guest_cpuid, set_guest_cpuid
+    from pvclock.msr_ranges import MsrRange
     from pvclock.providers import GuestInterface
     from pvclock.providers.interface import CpuidLeaf, HypercallRegisters, HypercallResult, Status
     from pvclock.providers.kvm import KvmFeature
     from pvclock.quantities import Gpa, GuestNs, GuestTsc, HostTsc, RefNs
     from pvclock.readings import Churn, ClockLine, Reading, Reference, Sample, TimeInfo
+    from pvclock.ticker import Ticker
+    from pvclock.timers import Timers
     from pvclock.tsc import VcpuTsc
 
 __all__ = [
@@ -50,6 +54,8 @@ __all__ = [
     "HostBackend",
     "Reference",
     "Sample",
+    "Ticker",
+    "Timers",
     "Machine",
     "KvmFeature",
     "GuestInterface",
@@ -57,6 +63,7 @@ __all__ = [
     "HypercallRegisters",
     "HypercallResult",
     "Status",
+    "MsrRange",
     "TimeInfo",
     "Reading",
     "ClockLine",
@@ -82,6 +89,8 @@ __all__ = [
     "read_tsc",
     "time_scale",
     "tsc_ratio",
+    "guest_cpuid",
+    "set_guest_cpuid",
     "get_include",
 ]
 
@@ -107,11 +116,15 @@ _HOME = {
     ),
     "pvclock.guestclock": ("GuestClock",),
     "pvclock.machine": ("Machine",),
+    "pvclock.machine.cpuid": ("guest_cpuid", "set_guest_cpuid"),
+    "pvclock.msr_ranges": ("MsrRange",),
     "pvclock.providers": ("GuestInterface",),
     "pvclock.providers.interface": ("CpuidLeaf", "HypercallRegisters", "HypercallResult", "Status"),
     "pvclock.providers.kvm": ("KvmFeature",),
     "pvclock.quantities": ("Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs"),
     "pvclock.readings": ("Churn", "ClockLine", "Reading", "Reference", "Sample", "TimeInfo"),
+    "pvclock.ticker": ("Ticker",),
+    "pvclock.timers": ("Timers",),
     "pvclock.tsc": ("VcpuTsc",),
 }
 _HOME_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -68,7 +68,7 @@ class Backend(Protocol):
 
     @property
     def kernel_features(self) -> int:
-        """KVM feature bits (CPUID 0x40000001 EAX) that the host kernel serves beside the engine."""
+        """KVM feature bits (CPUID 0x40000001 EAX) that the host's kernel can offer vCPUs by itself; 0 without."""
 
     @property
     def is_slaved(self) -> bool:

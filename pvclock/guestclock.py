@@ -31,6 +31,7 @@ from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNot
 from pvclock.event_log import EventLog
 from pvclock.events import EventCause, EventKind
 from pvclock.hostwatch import HostWatch, Trouble
+from pvclock.msr_ranges import MsrRange
 from pvclock.providers import GuestInterface, combined
 from pvclock.providers.interface import (
     CpuidLeaf,
@@ -380,6 +381,14 @@ class GuestClock:
         The VMM's services are called without the clock's lock.
         """
         return self.interface.hypercall(vcpu, registers)
+
+    @property
+    def msr_ranges(self) -> tuple[MsrRange, ...]:
+        """The MSR accesses to route to read_msr() and write_msr() where vCPUs run on /dev/kvm: see kvm.exit_on_msrs().
+
+        Those of interfaces that this guest has not, too: the kernel would serve them.
+        """
+        return self._guest.msr_ranges
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> CpuidLeaf | None:
         """The clock's own hypervisor leaf, or None where CPUID `leaf` is not the clock's to answer."""

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pvclock"
 
 # From the bottom up. A name stands for the module or the whole subpackage; "pvclock" alone is the public face.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "quantities", "readings", "threads", "_abi", "_math", "_publish"},
+    {"errors", "quantities", "readings", "msr_ranges", "threads", "_abi", "_math", "_publish"},
     {"_memory", "_core", "_counter", "_records", "_transaction", "_bulk", "_sampling"},
     {
         *("timeline", "catchup", "discipline", "sampling", "tsc", "tsc_sync", "timers", "palacios"),

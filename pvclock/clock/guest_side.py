@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Final
 
 from pvclock.clock.capture import ClockParts
 from pvclock.clock.placement import Placement
@@ -13,6 +14,7 @@ from pvclock.clock.timekeeper import nothing
 from pvclock.clockstate import OfferState, ProviderState
 from pvclock.errors import MsrFault, RangeError
 from pvclock.events import EventCause, EventKind
+from pvclock.msr_ranges import MsrRange
 from pvclock.providers import GuestInterface
 from pvclock.providers.interface import CpuidLeaf, Engine, Pairing, VmmServices
 from pvclock.providers.kvm import KvmFeature, KvmProvider
@@ -20,6 +22,12 @@ from pvclock.quantities import U64_MASK, Gpa
 from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
 
 __all__ = ["GuestSide"]
+
+TSC_MSR_RANGES: Final = (
+    MsrRange(MSR_IA32_TSC, 1, reads=False, why="IA32_TSC: the engine knows the offset, or says that the host has none"),
+    MsrRange(MSR_IA32_TSC_ADJUST, 1, why="IA32_TSC_ADJUST: part of that offset, and the kernel sees no write of it"),
+)
+"""The kernel keeps reads of the TSC, TSC_AUX, and the TSC deadline, whose fast path passes by the filter."""
 
 
 class GuestSide:
@@ -86,6 +94,11 @@ class GuestSide:
             else:
                 self.interface.write_msr(vcpu, index, value)
 
+    @property
+    def msr_ranges(self) -> tuple[MsrRange, ...]:
+        """See GuestClock.msr_ranges."""
+        return TSC_MSR_RANGES + self.interface.msr_ranges
+
     def patched_cpuid(self, leaf: int, subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
         """See GuestClock.patch_cpuid()."""
         if leaf == 1:
@@ -139,7 +152,7 @@ class GuestSide:
 
     @property
     def kernel_features(self) -> int:
-        """KVM feature bits that the host kernel serves beside this engine."""
+        """KVM feature bits that the host's kernel can offer by itself."""
         return self._backend.kernel_features
 
     def place_time_page(

@@ -52,6 +52,15 @@ cdef enum:
     CONSOLE_BYTES = 4096
 
 
+cdef unsigned long capability_number(object capability) except? 0:
+    """A capability given by its name or by its number."""
+    if not isinstance(capability, str):
+        return capability
+    if capability not in CAPABILITY_NUMBERS:
+        raise ConfigError(f"capability {capability!r} is not known by name; give its number in <linux/kvm.h>")
+    return CAPABILITY_NUMBERS[capability]
+
+
 cdef long checked(long result, str call) except -1:
     if result < 0:
         raise KvmError(call, errno)
@@ -86,15 +95,19 @@ cdef class Fd:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def check_extension(self, capability: int) -> int:
-        """KVM_CHECK_EXTENSION: 0 if `capability` is absent, else what api.rst says of it."""
-        return checked(ioctl(self.fd, KVM_CHECK_EXTENSION, <unsigned long>capability), "KVM_CHECK_EXTENSION")
+    def check_extension(self, capability: int | str) -> int:
+        """KVM_CHECK_EXTENSION by number or name ("KVM_CAP_..."): 0 if it is absent, else what api.rst says of it.
 
-    def enable_cap(self, capability: int, argument: int) -> None:
-        """KVM_ENABLE_CAP with args[0]."""
+        ConfigError for a name that pvclock does not know.
+        """
+        cdef unsigned long number = capability_number(capability)
+        return checked(ioctl(self.fd, KVM_CHECK_EXTENSION, number), "KVM_CHECK_EXTENSION")
+
+    def enable_cap(self, capability: int | str, argument: int) -> None:
+        """KVM_ENABLE_CAP by number or name, with args[0]; ConfigError for a name that pvclock does not know."""
         cdef kvm_enable_cap cap
         memset(&cap, 0, sizeof(cap))
-        cap.cap, cap.args[0] = capability, argument
+        cap.cap, cap.args[0] = capability_number(capability), argument
         checked(ioctl(self.fd, KVM_ENABLE_CAP, &cap), "KVM_ENABLE_CAP")
 
 

@@ -18,6 +18,7 @@ from pvclock.backend import (
 )
 from pvclock.errors import TscOffsetNotHonoured
 from pvclock.kvm._ioctls import Kvm, Vcpu
+from pvclock.kvm.capabilities import kernel_features
 from pvclock.kvm.runner import Runner
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
@@ -28,18 +29,16 @@ __all__ = ["KvmBackend", "SteeredTscBackend", "kvm_backend"]
 SAMPLES = 8
 
 
-def kvm_backend(
-    kvm: Kvm, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0
-) -> KvmBackend | SteeredTscBackend:
+def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], runner: Runner) -> KvmBackend | SteeredTscBackend:
     """The backend that this host allows, for `vcpus` by number, which `runner` runs, but not yet.
 
-    `kernel_features` are KVM feature bits that the kernel serves beside the engine.
+    It asks a throw-away VM what becomes of TSC offsets here (see probe_tsc_offsets), which takes a few ms.
     """
+    features = kernel_features(kvm)
     offsets = probe_tsc_offsets(kvm)
     if offsets is TscOffsets.STEERED:
-        return SteeredTscBackend(vcpus, runner, kernel_features)
-    honoured = offsets is TscOffsets.HONOURED
-    return KvmBackend(vcpus, runner, kernel_features, honours_tsc_offset=honoured)
+        return SteeredTscBackend(vcpus, runner, features)
+    return KvmBackend(vcpus, runner, features, honours_tsc_offset=offsets is TscOffsets.HONOURED)
 
 
 class _VcpusOfRunner:

@@ -9,11 +9,12 @@ import errno
 from typing import Final, NamedTuple
 
 from pvclock.errors import KvmError, KvmUnavailable, MissingCapability
-from pvclock.kvm._ioctls import CAPABILITY_NUMBERS, Kvm
+from pvclock.kvm._ioctls import Kvm
 
-__all__ = ["OPTIONAL", "REQUIRED", "Capability", "open_kvm", "value_of"]
+__all__ = ["OPTIONAL", "REQUIRED", "Capability", "kernel_features", "open_kvm", "value_of"]
 
 API_VERSION: Final = 12
+CPUID_KVM_FEATURES: Final = 0x40000001
 
 
 class Capability(NamedTuple):
@@ -75,7 +76,12 @@ def open_kvm(path: str = "/dev/kvm") -> Kvm:
 
 def value_of(kvm: Kvm, name: str) -> int:
     """KVM_CHECK_EXTENSION of a capability by name: 0 if absent."""
-    return kvm.check_extension(CAPABILITY_NUMBERS[name])
+    return kvm.check_extension(name)
+
+
+def kernel_features(kvm: Kvm) -> int:
+    """The KVM features that this host's kernel can offer a guest by itself: EAX of CPUID leaf 0x40000001."""
+    return next((entry["eax"] for entry in kvm.get_supported_cpuid() if entry["function"] == CPUID_KVM_FEATURES), 0)
 
 
 def _check(kvm: Kvm, path: str) -> None:

@@ -1,44 +1,33 @@
-"""Which of the guest's MSR accesses come to the engine, and which the kernel keeps.
-
-The kernel keeps PV EOI (only its LAPIC can serve it), poll control, the TSC deadline (its fast path passes by the
-filter) and reads of the TSC.  Reads of TSC_ADJUST come to the engine: it holds the value, the kernel never sees a
-write.
-"""
+"""How a guest's MSR accesses come to user space: asked for first, and filtered second."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
-__all__ = ["ENGINE_MSRS", "FilterRange", "filter_ranges"]
+from pvclock.kvm._ioctls import Vm
+from pvclock.kvm.exits import MsrExitReason
+from pvclock.msr_ranges import MsrRange
+
+__all__ = ["exit_on_msrs"]
 
 READ: Final = 1  # KVM_MSR_FILTER_READ
 WRITE: Final = 2  # KVM_MSR_FILTER_WRITE
 
 
-class FilterRange(NamedTuple):
-    """MSRs [base, base + length) whose accesses of the kinds in `flags` come to user space, but for `kept`."""
+def exit_on_msrs(vm: Vm, ranges: Iterable[MsrRange]) -> None:
+    """Let the guest's accesses in `ranges` come as RdmsrExit and WrmsrExit; the kernel has all others.
 
-    flags: int
-    base: int
-    length: int
-    kept: tuple[int, ...]
-    why: str
-
-
-ENGINE_MSRS: Final = (
-    FilterRange(WRITE, 0x10, 1, (), "IA32_TSC: the engine knows the offset, or says that the host has none"),
-    FilterRange(READ | WRITE, 0x3B, 1, (), "IA32_TSC_ADJUST: part of that offset"),
-    FilterRange(READ | WRITE, 0x11, 2, (), "the old wall-clock and system-time MSRs"),
-    FilterRange(READ | WRITE, 0x4B564D00, 0x100, (0x4B564D04, 0x4B564D05), "KVM's own MSRs"),
-)
+    A second call replaces the ranges of the first.  KVM takes 16 at most (ConfigError), and the first one that has an
+    MSR decides.  For before the guest runs: until then the kernel answers by itself.
+    """
+    # In this order: without user-space exits a filtered access is #GP in the guest, and nobody is asked.
+    vm.enable_cap("KVM_CAP_X86_USER_SPACE_MSR", MsrExitReason.FILTER)
+    vm.set_msr_filter([_filter_range(each) for each in ranges])
 
 
-def filter_ranges(ranges: Iterable[FilterRange] = ENGINE_MSRS) -> list[tuple[int, int, int, bytes]]:
-    """The ranges as Vm.set_msr_filter() takes them: (flags, base, length, bitmap), bit n for MSR base + n."""
-    return [(each.flags, each.base, each.length, _bitmap(each)) for each in ranges]
-
-
-def _bitmap(each: FilterRange) -> bytes:
-    allowed = sum(1 << index - each.base for index in each.kept)
-    return allowed.to_bytes((each.length + 7) // 8, "little")
+def _filter_range(each: MsrRange) -> tuple[int, int, int, bytes]:
+    """The range as Vm.set_msr_filter() takes it: (flags, base, length, bitmap), bit n set if MSR base + n is kept."""
+    flags = (READ if each.reads else 0) | (WRITE if each.writes else 0)
+    kept = sum(1 << index - each.base for index in each.kept)
+    return flags, each.base, each.length, kept.to_bytes((each.length + 7) // 8, "little")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from typing import TypeAlias
+from types import TracebackType
+from typing import Self, TypeAlias
 
 from pvclock.errors import StateError
 from pvclock.kvm._gate import Gate, Hold
@@ -26,7 +27,7 @@ ExitHandler: TypeAlias = Callable[[int, Exit], bool]
 
 
 class Runner:
-    """Runs `vcpus`, each on its own thread.
+    """Runs `vcpus`, each on its own thread; a context manager that starts and stops them, and raises what failed.
 
     kick_signal: a signal that the process does not use otherwise; its handler does nothing but end a system call.
 
@@ -73,6 +74,17 @@ class Runner:
         self.gate.wait_until_departed()
         for thread in self._threads:
             thread.join()  # its last lines; an interrupt of a longer join() would make is_alive() false for good
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+        if kind is None and self.failure is not None:
+            raise self.failure
 
     def thread_id(self, vcpu: int) -> int | None:
         """The kernel's id of vCPU's thread; None while it has none."""

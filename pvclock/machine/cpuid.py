@@ -1,23 +1,86 @@
-"""The CPUID of a guest's vCPU: what the host's KVM supports, with this VM's own facts in it."""
+"""The CPUID of a guest's vCPUs: what the host's KVM supports, with this VM's own facts in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol, TypeAlias
 
-from pvclock.kvm import Kvm
-from pvclock.kvm.capabilities import value_of
+from pvclock.kvm import Kvm, Vcpu
 from pvclock.providers.interface import CpuidLeaf
+from pvclock.providers.kvm import kvm_cpuid_leaves
 
-__all__ = ["CpuidPatch", "supported_cpuid", "vcpu_cpuid"]
+__all__ = ["CpuidEntry", "CpuidSource", "KernelClock", "guest_cpuid", "set_guest_cpuid", "supported_cpuid"]
 
-CpuidPatch: TypeAlias = Callable[[int, int, CpuidLeaf], CpuidLeaf]
 CpuidEntry: TypeAlias = dict[str, int]
+"""An entry of KVM_SET_CPUID2: function, index, flags, eax, ebx, ecx, edx."""
 
 HYPERVISOR_LEAVES = range(0x40000000, 0x50000000)
 TOPOLOGY_LEAVES = (0xB, 0x1F)
 TSC_DEADLINE = 1 << 24
 """CPUID.1:ECX: the LAPIC timer has a TSC-deadline mode."""
+HYPERVISOR = 1 << 31
+"""CPUID.1:ECX: there is one."""
+INVARIANT_TSC = 1 << 8
+"""CPUID.80000007:EDX."""
+
+
+class CpuidSource(Protocol):
+    """Who knows what a guest's CPUID says of its clock: a GuestClock, or a KernelClock."""
+
+    @property
+    def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
+        """The hypervisor leaves, all there are."""
+
+    def patch_cpuid(self, leaf: int, subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
+        """The last word on every other leaf."""
+
+
+class KernelClock(NamedTuple):
+    """The CPUID of a guest whose clock is the kernel's: KVM's leaves with those features, and no invariant TSC."""
+
+    features: int
+
+    @property
+    def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
+        """See CpuidSource."""
+        return kvm_cpuid_leaves(self.features)
+
+    def patch_cpuid(self, leaf: int, _subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
+        """See CpuidSource: the bits that GuestClock.patch_cpuid() sets by default, TSC_ADJUST apart."""
+        if leaf == 1:
+            return registers._replace(ecx=registers.ecx | HYPERVISOR)
+        if leaf == 0x80000007:
+            return registers._replace(edx=registers.edx & ~INVARIANT_TSC)
+        return registers
+
+
+def set_guest_cpuid(kvm: Kvm, vcpus: Iterable[Vcpu], clock: CpuidSource) -> None:
+    """Give each vCPU its guest_cpuid(), and let what the kernel serves beside the clock go by it (Linux 5.10).
+
+    For before the vCPUs run: KVM takes no other CPUID after that.
+    """
+    enforce = "KVM_CAP_ENFORCE_PV_FEATURE_CPUID"
+    can_enforce = kvm.check_extension(enforce)
+    for vcpu in vcpus:
+        vcpu.set_cpuid(guest_cpuid(kvm, vcpu.vcpu_id, clock))
+        if can_enforce:
+            vcpu.enable_cap(enforce, 1)
+
+
+def guest_cpuid(kvm: Kvm, apic_id: int, clock: CpuidSource) -> list[CpuidEntry]:
+    """The entries for Vcpu.set_cpuid(), for a VMM that changes some of them first.
+
+    What KVM supports for a VM whose LAPICs are in the kernel, this vCPU's APIC id, the clock's hypervisor leaves in
+    place of KVM's, and the clock's bits in the others.
+    """
+    entries = [
+        {**entry, **clock.patch_cpuid(entry["function"], entry["index"], _own_apic_id(entry, apic_id))._asdict()}
+        for entry in supported_cpuid(kvm)
+        if entry["function"] not in HYPERVISOR_LEAVES
+    ]
+    for leaf, registers in clock.cpuid_leaves.items():
+        entries.append({"function": leaf, "index": 0, "flags": 0, **registers._asdict()})
+    return entries
 
 
 def supported_cpuid(kvm: Kvm) -> list[CpuidEntry]:
@@ -26,27 +89,9 @@ def supported_cpuid(kvm: Kvm) -> list[CpuidEntry]:
     Older kernels (Linux 6.1) leave TSC_DEADLINE out there, because it depends on that, and have a capability for it.
     """
     entries = kvm.get_supported_cpuid()
-    if not value_of(kvm, "KVM_CAP_TSC_DEADLINE_TIMER"):
+    if not kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"):
         return entries
     return [{**entry, "ecx": entry["ecx"] | TSC_DEADLINE} if entry["function"] == 1 else entry for entry in entries]
-
-
-def vcpu_cpuid(
-    supported: list[CpuidEntry], apic_id: int, hypervisor: Mapping[int, CpuidLeaf], patch: CpuidPatch
-) -> list[CpuidEntry]:
-    """Entries for KVM_SET_CPUID2.
-
-    supported: of supported_cpuid(); its hypervisor leaves are replaced by `hypervisor`.  patch(leaf, subleaf,
-    registers) has the last word on every other leaf.
-    """
-    entries = [
-        _with_registers(entry, patch(entry["function"], entry["index"], _own_apic_id(entry, apic_id)))
-        for entry in supported
-        if entry["function"] not in HYPERVISOR_LEAVES
-    ]
-    for leaf, registers in hypervisor.items():
-        entries.append({"function": leaf, "index": 0, "flags": 0, **registers._asdict()})
-    return entries
 
 
 def _own_apic_id(entry: CpuidEntry, apic_id: int) -> CpuidLeaf:
@@ -56,7 +101,3 @@ def _own_apic_id(entry: CpuidEntry, apic_id: int) -> CpuidLeaf:
     if entry["function"] in TOPOLOGY_LEAVES:
         return registers._replace(edx=apic_id)
     return registers
-
-
-def _with_registers(entry: CpuidEntry, registers: CpuidLeaf) -> CpuidEntry:
-    return {**entry, **registers._asdict()}

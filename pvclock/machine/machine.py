@@ -15,17 +15,12 @@ from pvclock.boot.layout import IDENTITY_MAP, RAM_END, TSS
 from pvclock.catchup import Policy
 from pvclock.errors import ConfigError, StateError
 from pvclock.guestclock import GuestClock
-from pvclock.kvm import Runner, Vcpu, Vm, open_kvm
-from pvclock.kvm._ioctls import CAPABILITY_NUMBERS, Kvm
-from pvclock.kvm.backend import kvm_backend
-from pvclock.kvm.capabilities import value_of
-from pvclock.kvm.exits import MsrExitReason
-from pvclock.kvm.msr_filter import filter_ranges
-from pvclock.machine.cpuid import supported_cpuid, vcpu_cpuid
+from pvclock.kvm import Kvm, Runner, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
+from pvclock.kvm.capabilities import kernel_features, value_of
+from pvclock.machine.cpuid import KernelClock, set_guest_cpuid
 from pvclock.machine.exits import CONSOLE_PORT, GuestExits
 from pvclock.machine.ram import Ram
-from pvclock.providers.interface import CpuidLeaf
-from pvclock.providers.kvm import CPUID_FEATURES, SERVED_BY_KERNEL, SERVED_HERE, kvm_cpuid_leaves
+from pvclock.providers.kvm import SERVED_BY_KERNEL, SERVED_HERE
 from pvclock.readings import RunReport
 
 __all__ = ["Machine"]
@@ -198,32 +193,16 @@ class Machine:
         self.runner = Runner(self.vcpus, self._exits.handle)
 
     def _take_the_clock(self, kvm: Kvm, vcpus: int, options: dict[str, object]) -> None:
-        """Route the clock's MSRs here.  User-space exits come before the filter: else a filtered access faults."""
-        self.vm.enable_cap(CAPABILITY_NUMBERS["KVM_CAP_X86_USER_SPACE_MSR"], MsrExitReason.FILTER)
-        self.vm.set_msr_filter(filter_ranges())
-        backend = kvm_backend(kvm, self.vcpus, self.runner, self._kernel_features(kvm))
+        backend = kvm_backend(kvm, self.vcpus, self.runner)
         options.setdefault("tsc_offset", backend.initial_tsc_offset)
         self.clock = GuestClock(self.memory, vcpus, backend=backend, engine="kvm", **options)  # type: ignore[arg-type]
         self._exits.clock = self.clock
-        self._set_cpuid(kvm, self.clock.cpuid_leaves, self.clock)
+        exit_on_msrs(self.vm, self.clock.msr_ranges)
+        set_guest_cpuid(kvm, self.vcpus, self.clock)
 
     def _leave_the_clock_to_the_kernel(self, features: int | None = None) -> None:
-        kvm = self._kvm
-        offered = SERVED_HERE | self._kernel_features(kvm) if features is None else features
-        self._set_cpuid(kvm, kvm_cpuid_leaves(offered), None)
-
-    def _kernel_features(self, kvm: Kvm) -> int:
-        supported = [entry["eax"] for entry in kvm.get_supported_cpuid() if entry["function"] == CPUID_FEATURES]
-        return int(SERVED_BY_KERNEL & supported[0]) if supported else 0
-
-    def _set_cpuid(self, kvm: Kvm, leaves: dict[int, CpuidLeaf], clock: GuestClock | None) -> None:
-        patch = clock.patch_cpuid if clock is not None else _hypervisor_is_present
-        supported = supported_cpuid(kvm)
-        enforce = CAPABILITY_NUMBERS["KVM_CAP_ENFORCE_PV_FEATURE_CPUID"]
-        for vcpu in self.vcpus:
-            vcpu.set_cpuid(vcpu_cpuid(supported, vcpu.vcpu_id, leaves, patch))
-            if kvm.check_extension(enforce):
-                vcpu.enable_cap(enforce, 1)
+        offered = SERVED_HERE | SERVED_BY_KERNEL & kernel_features(self._kvm) if features is None else features
+        set_guest_cpuid(self._kvm, self.vcpus, KernelClock(offered))
 
 
 def _give_back(resources: list[Resource]) -> None:
@@ -248,12 +227,3 @@ def _give_back_after(runner: Runner, resources: list[Resource]) -> None:
     runner.gate.wait_until_departed()
     with suppress(BufferError):  # somebody looks at the memory: it goes with the last view
         _give_back(resources)
-
-
-def _hypervisor_is_present(leaf: int, _subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
-    """The bits that GuestClock.patch_cpuid() would set, for a guest whose clock is the kernel's."""
-    if leaf == 1:
-        return registers._replace(ecx=registers.ecx | 1 << 31)
-    if leaf == 0x80000007:
-        return registers._replace(edx=registers.edx & ~(1 << 8))
-    return registers

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from pvclock.errors import ConfigError, RangeError, StateFileError
+from pvclock.msr_ranges import MsrRange
 from pvclock.providers import configuration, opcodes, unit
 from pvclock.providers.configuration import PROFILES, combined, effective_provider
 from pvclock.providers.debug_channel import DebugChannel
@@ -181,6 +182,11 @@ class GuestInterface:
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
         """The hypervisor CPUID leaves that it offers."""
         return self._provider.cpuid_leaves
+
+    @property
+    def msr_ranges(self) -> tuple[MsrRange, ...]:
+        """What must come to the clock where vCPUs run on /dev/kvm: every provider's, for the kernel serves some."""
+        return tuple(each for provider in PROVIDERS.values() for each in provider.msr_ranges)
 
     @property
     def statistics(self) -> Statistics:

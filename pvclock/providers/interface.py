@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from pvclock._memory import GuestMemory
 from pvclock.events import EventKind
+from pvclock.msr_ranges import MsrRange
 from pvclock.quantities import Gpa, GuestTsc
 
 __all__ = [
@@ -130,7 +131,7 @@ class ClockServices(Protocol):
 
     @property
     def kernel_features(self) -> int:
-        """KVM feature bits that the host kernel serves beside the engine."""
+        """KVM feature bits that the host's kernel can offer by itself."""
 
     @property
     def tsc_hz(self) -> int:
@@ -174,6 +175,8 @@ class Provider(Protocol):
     """Its id in VirtualBox's saved units: 0 None, 1 Minimal, 2 HyperV, 3 KVM."""
     version: int
     """Of what save() gives; a provider reads all that were ever written."""
+    msr_ranges: tuple[MsrRange, ...]
+    """What must come to it where vCPUs run on /dev/kvm, offered or not, and what of that the kernel keeps."""
     clock: ClockServices
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pvclock.errors import ConfigError, MsrFault
+from pvclock.msr_ranges import MsrRange
 from pvclock.providers.interface import (
     ClockServices,
     CpuidLeaf,
@@ -27,6 +28,7 @@ class MinimalProvider:
     name = "Minimal"
     number = 1
     version = 1
+    msr_ranges: tuple[MsrRange, ...] = ()
     allows_stable = publishes_time = False
     refreshes_pages = tells_of_pauses = True
 

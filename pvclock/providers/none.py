@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pvclock.errors import ConfigError, MsrFault
+from pvclock.msr_ranges import MsrRange
 from pvclock.providers.interface import (
     ClockServices,
     CpuidLeaf,
@@ -23,6 +24,7 @@ class NoneProvider:
     name = "None"
     number = 0
     version = 1
+    msr_ranges: tuple[MsrRange, ...] = ()
     config: Mapping[str, int | bool | str] = {}
     allows_stable = publishes_time = False
     refreshes_pages = tells_of_pauses = True

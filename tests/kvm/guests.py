@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
 from pvclock.kvm import Kvm, Vcpu, Vm
-from pvclock.kvm._ioctls import CAPABILITY_NUMBERS
 
 RAM_BYTES: Final = 0x10000
 CODE: Final = 0x7C00
@@ -48,7 +47,7 @@ class Bare(NamedTuple):
 
 
 @contextmanager
-def bare_vm(code: bytes, *, vcpus: int = 1, user_msr_exits: int | None = None) -> Iterator[Bare]:
+def bare_vm(code: bytes, *, vcpus: int = 1) -> Iterator[Bare]:
     """A VM whose vCPUs all stand at the beginning of `code`, each with the address of its own count in BX."""
     with ExitStack() as resources:
         ram = resources.enter_context(mmap.mmap(-1, RAM_BYTES))
@@ -57,8 +56,6 @@ def bare_vm(code: bytes, *, vcpus: int = 1, user_msr_exits: int | None = None) -
         vm.set_tss_addr(0xFFFBD000)
         vm.set_identity_map_addr(0xFFFBC000)
         vm.set_user_memory_region(0, 0, ram)
-        if user_msr_exits is not None:
-            vm.enable_cap(CAPABILITY_NUMBERS["KVM_CAP_X86_USER_SPACE_MSR"], user_msr_exits)
         cpus = [resources.enter_context(vm.create_vcpu(number)) for number in range(vcpus)]
         for vcpu in cpus:
             reset(vcpu)

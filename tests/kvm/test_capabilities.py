@@ -23,14 +23,14 @@ class Lacking:
 
     def __init__(self, kvm: Kvm, *, capability: str = "", api_version: int = 12) -> None:
         self.kvm = kvm
-        self.lacking = CAPABILITY_NUMBERS.get(capability)
+        self.lacking = capability
         self.api_version = api_version
 
     def get_api_version(self) -> int:
         """As told."""
         return self.api_version
 
-    def check_extension(self, capability: int) -> int:
+    def check_extension(self, capability: str) -> int:
         """The host's answer, or 0 for what is lacking."""
         return 0 if capability == self.lacking else self.kvm.check_extension(capability)
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import pytest
 
 from pvclock import Machine
 from pvclock.commands import doctor
 from pvclock.kvm import Kvm
-from pvclock.kvm.capabilities import value_of
 from pvclock.kvm.cpuid_probe import TSC_ADJUST, CpuidProbe
-from pvclock.machine import machine as machine_module
-from pvclock.machine.cpuid import TSC_DEADLINE, supported_cpuid, vcpu_cpuid
+from pvclock.machine import cpuid as machine_cpuid
+from pvclock.machine.cpuid import TSC_DEADLINE, CpuidSource, guest_cpuid, supported_cpuid
 from tests.kvm.guests import out
 
 pytestmark = pytest.mark.kvm
@@ -74,7 +71,7 @@ class Playing:
         leaf_1["ecx"] &= ~TSC_DEADLINE
         return entries
 
-    def check_extension(self, _capability: int) -> int:
+    def check_extension(self, _capability: str) -> int:
         """As told."""
         return self.capability
 
@@ -91,18 +88,32 @@ def test_the_tsc_deadline_timer_goes_by_its_capability(capability: int) -> None:
         assert after == {**before, "ecx": before["ecx"] | added}
 
 
-@pytest.mark.row("E8")
-@pytest.mark.parametrize("clock", ["engine", "kernel"])
-def test_every_guest_has_that_timer(clock: Literal["engine", "kernel"], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever serves its clock, a machine's vCPUs are told of the TSC-deadline timer if the host has it."""
+@pytest.fixture(params=["engine", "kernel"])
+def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, int]]:
+    """Return the CPUID entries of a machine's vCPU, whoever serves its clock, by leaf."""
     entries: list[dict[str, int]] = []
 
-    def kept(*arguments: Any) -> list[dict[str, int]]:  # noqa: ANN401  # vcpu_cpuid()'s own
-        entries.extend(vcpu_cpuid(*arguments))
+    def kept(kvm: Kvm, apic_id: int, clock: CpuidSource) -> list[dict[str, int]]:
+        entries.extend(guest_cpuid(kvm, apic_id, clock))
         return entries
 
-    monkeypatch.setattr(machine_module, "vcpu_cpuid", kept)
-    with Kvm() as kvm, Machine(EXIT, clock=clock):
-        has_timer = value_of(kvm, "KVM_CAP_TSC_DEADLINE_TIMER") != 0
-    (leaf_1,) = [entry for entry in entries if entry["function"] == 1]
-    assert bool(leaf_1["ecx"] & TSC_DEADLINE) == has_timer
+    monkeypatch.setattr(machine_cpuid, "guest_cpuid", kept)
+    with Machine(EXIT, clock=request.param):
+        return {entry["function"]: entry for entry in entries}
+
+
+@pytest.mark.row("E8")
+def test_every_guest_has_that_timer(told: dict[int, dict[str, int]]) -> None:
+    """A machine's vCPUs are told of the TSC-deadline timer if the host has it."""
+    with Kvm() as kvm:
+        has_timer = kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER") != 0
+    assert bool(told[1]["ecx"] & TSC_DEADLINE) == has_timer
+
+
+@pytest.mark.row("K-34", "X-02")
+def test_a_guest_is_offered_what_the_hosts_kernel_serves(told: dict[int, dict[str, int]]) -> None:
+    """The clock's features are in the feature leaf, and unhalt and poll control where KVM supports them."""
+    with Kvm() as kvm:
+        (supported,) = [entry for entry in kvm.get_supported_cpuid() if entry["function"] == 0x40000001]
+    clocks = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 24
+    assert told[0x40000001]["eax"] == clocks | supported["eax"] & (1 << 7 | 1 << 12)

@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
+from pvclock import GuestClock, GuestMemory, SimulatedBackend
 from pvclock.boot import EntryState, enter
 from pvclock.errors import ConfigError, StateError
-from pvclock.kvm._ioctls import install_kick_signal
-from pvclock.kvm.exits import (
+from pvclock.kvm import (
     Halt,
     InternalError,
     Interrupted,
@@ -19,8 +19,9 @@ from pvclock.kvm.exits import (
     RdmsrExit,
     Shutdown,
     WrmsrExit,
+    exit_on_msrs,
 )
-from pvclock.kvm.msr_filter import filter_ranges
+from pvclock.kvm._ioctls import install_kick_signal
 from tests.kvm import guests
 from tests.kvm.guests import CODE, COUNT, GP_VECTOR, HLT, RESULT, UNMAPPED, bare_vm
 
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.kvm
 
 SYSTEM_TIME = 0x4B564D01
 KICK = signal.SIGRTMIN + 2
+MSR_RANGES = GuestClock(GuestMemory(), backend=SimulatedBackend(10**9)).msr_ranges
 
 
 @pytest.mark.row("X-02")
@@ -161,8 +163,8 @@ def test_a_kick_gets_a_spinning_guest_out() -> None:
 @pytest.mark.row("K-01")
 def test_a_filtered_read_gets_the_answer() -> None:
     """RDMSR of a filtered MSR comes here, and the guest gets all 64 bits of the answer."""
-    with bare_vm(guests.read_msr(SYSTEM_TIME), user_msr_exits=MsrExitReason.FILTER) as bare:
-        bare.vm.set_msr_filter(filter_ranges())
+    with bare_vm(guests.read_msr(SYSTEM_TIME)) as bare:
+        exit_on_msrs(bare.vm, MSR_RANGES)
         assert bare.vcpus[0].run() == RdmsrExit(SYSTEM_TIME, MsrExitReason.FILTER)
         bare.vcpus[0].complete_msr(0x1122334455667788)
         assert bare.vcpus[0].run() == Halt()
@@ -173,8 +175,8 @@ def test_a_filtered_read_gets_the_answer() -> None:
 def test_a_filtered_write_shows_the_value_and_passes() -> None:
     """WRMSR of a filtered MSR comes here with its 64 bits, never reaches the kernel, and the guest goes on."""
     code = guests.write_msr(SYSTEM_TIME, 0xABCDEF0123456789) + guests.out(0x10, 1)
-    with bare_vm(code, user_msr_exits=MsrExitReason.FILTER) as bare:
-        bare.vm.set_msr_filter(filter_ranges())
+    with bare_vm(code) as bare:
+        exit_on_msrs(bare.vm, MSR_RANGES)
         assert bare.vcpus[0].run() == WrmsrExit(SYSTEM_TIME, 0xABCDEF0123456789, MsrExitReason.FILTER)
         bare.vcpus[0].complete_msr()
         assert isinstance(bare.vcpus[0].run(), IoOut)
@@ -187,20 +189,48 @@ def test_a_filtered_write_shows_the_value_and_passes() -> None:
 def test_a_refused_access_is_gp_in_the_guest(msr: int, access: str) -> None:
     """complete_msr(fault=True) is #GP: the guest's handler for vector 13 runs."""
     code = guests.read_msr(msr) if access == "read" else guests.write_msr(msr, 1) + HLT
-    with bare_vm(code, user_msr_exits=MsrExitReason.FILTER) as bare:
-        bare.vm.set_msr_filter(filter_ranges())
+    with bare_vm(code) as bare:
+        exit_on_msrs(bare.vm, MSR_RANGES)
         assert isinstance(bare.vcpus[0].run(), RdmsrExit if access == "read" else WrmsrExit)
         bare.vcpus[0].complete_msr(fault=True)
         assert bare.vcpus[0].run() == Halt()
         assert bare.result(1) == GP_VECTOR
 
 
+@pytest.mark.row("X-02")
+def test_a_filter_alone_is_gp_in_the_guest() -> None:
+    """Without user-space exits nobody is asked for a filtered access: why exit_on_msrs() has its order."""
+    with bare_vm(guests.read_msr(SYSTEM_TIME)) as bare:
+        bare.vm.set_msr_filter([(1, SYSTEM_TIME, 1, b"\0")])
+        assert bare.vcpus[0].run() == Halt()
+        assert bare.result(1) == GP_VECTOR
+
+
+@pytest.mark.row("X-02")
+def test_the_ranges_are_those_of_the_last_call() -> None:
+    """What was filtered before, and is not any more, is the kernel's again."""
+    with bare_vm(guests.read_msr(SYSTEM_TIME)) as bare:
+        exit_on_msrs(bare.vm, MSR_RANGES)
+        exit_on_msrs(bare.vm, [each for each in MSR_RANGES if not each.base <= SYSTEM_TIME < each.base + each.length])
+        assert bare.vcpus[0].run() == Halt()
+
+
+@pytest.mark.row("X-02", "J-01")
+@pytest.mark.parametrize("access", ["read", "write"])
+def test_only_the_accesses_that_are_named_come_here(access: str) -> None:
+    """Reads of IA32_TSC stay the kernel's, writes do not; so it is with any range of one kind."""
+    code = guests.read_msr(0x10) if access == "read" else guests.write_msr(0x10, 1) + HLT
+    with bare_vm(code) as bare:
+        exit_on_msrs(bare.vm, MSR_RANGES)
+        assert isinstance(bare.vcpus[0].run(), Halt if access == "read" else WrmsrExit)
+
+
 @pytest.mark.row("K-31", "K-35")
 @pytest.mark.parametrize("msr", [0x4B564D04, 0x4B564D05])
 def test_what_the_kernel_keeps_does_not_come_here(msr: int) -> None:
     """PV EOI and poll control pass by the filter: the kernel answers or faults by itself."""
-    with bare_vm(guests.read_msr(msr), user_msr_exits=MsrExitReason.FILTER) as bare:
-        bare.vm.set_msr_filter(filter_ranges())
+    with bare_vm(guests.read_msr(msr)) as bare:
+        exit_on_msrs(bare.vm, MSR_RANGES)
         assert bare.vcpus[0].run() == Halt()
 
 

@@ -39,6 +39,17 @@ def test_kvm_describes_itself() -> None:
 
 
 @pytest.mark.row("X-02")
+def test_a_capability_has_a_name_and_a_number() -> None:
+    """Both ask for the same; a name that is not known is an error that says what to give instead."""
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        for name, number in CAPABILITY_NUMBERS.items():
+            assert kvm.check_extension(name) == kvm.check_extension(number)
+        for action in (lambda: kvm.check_extension("KVM_CAP_MADE_UP"), lambda: vm.enable_cap("KVM_CAP_MADE_UP", 1)):
+            with pytest.raises(ConfigError, match="'KVM_CAP_MADE_UP' is not known by name; give its number"):
+                action()
+
+
+@pytest.mark.row("X-02")
 def test_kvm_refuses_what_it_should() -> None:
     """KVM's own refusals come through with their errno."""
     with bare_vm(HLT) as bare:
@@ -182,7 +193,7 @@ def test_tsc_frequency() -> None:
         khz = vcpu.get_tsc_khz()
         assert khz > 0
         vcpu.set_tsc_khz(khz)
-        if bare.kvm.check_extension(CAPABILITY_NUMBERS["KVM_CAP_TSC_CONTROL"]):
+        if bare.kvm.check_extension("KVM_CAP_TSC_CONTROL"):
             vcpu.set_tsc_khz(khz // 2)
             assert vcpu.get_tsc_khz() == khz // 2
         else:
@@ -200,7 +211,7 @@ def test_a_frequency_above_the_hosts_shows_in_the_page_only_where_tscs_are_scale
         vcpu.set_tsc_khz(vcpu.get_tsc_khz() * 3 // 2)
         vcpu.set_msr(SYSTEM_TIME, RESULT | 1)
         vcpu.run()
-        scales = bool(bare.kvm.check_extension(CAPABILITY_NUMBERS["KVM_CAP_TSC_CONTROL"]))
+        scales = bool(bare.kvm.check_extension("KVM_CAP_TSC_CONTROL"))
         assert (bytes(bare.ram[page]) != before) == scales
 
 

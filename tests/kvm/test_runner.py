@@ -61,6 +61,40 @@ def running(
 
 
 @pytest.mark.parametrize("vcpus", CREWS)
+def test_a_runner_is_a_context(vcpus: int) -> None:
+    """Inside it the guests run; after it none does, and no thread stays."""
+    before = held()
+    with bare_vm(COUNT, vcpus=vcpus) as bare:
+        with Runner(bare.vcpus, go_on) as runner:
+            moves_on(bare)
+        assert runner.join(0)
+        assert held().threads == before.threads
+
+
+def fail(_vcpu: int, _reason: Exit) -> bool:
+    """Handle an exit by an error."""
+    raise ZeroDivisionError
+
+
+def test_the_end_of_a_context_raises_what_ended_the_run() -> None:
+    """An error of a vCPU's thread comes out, and the vCPUs have stopped."""
+    with bare_vm(COUNT_AND_EXIT) as bare:
+        runner = Runner(bare.vcpus, fail)
+        with pytest.raises(ZeroDivisionError), runner:
+            runner.join(LIMIT_S)
+        assert runner.thread_id(0) is None
+
+
+def test_an_error_inside_a_context_comes_first() -> None:
+    """What is raised inside comes out, whatever had ended the run."""
+    with bare_vm(COUNT_AND_EXIT) as bare:
+        runner = Runner(bare.vcpus, fail)
+        with pytest.raises(StateError, match="on purpose"), runner:
+            raise StateError("join" if runner.join(LIMIT_S) else "hang", "on purpose", "")
+        assert isinstance(runner.failure, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("vcpus", CREWS)
 def test_all_vcpus_run_until_stopped(vcpus: int) -> None:
     """All guests count after start(), none after stop(), and no thread stays."""
     before = held()

@@ -21,7 +21,6 @@ from pvclock import HostTsc, KvmError, Machine, RefNs, TscOffsetNotHonoured
 from pvclock._sampling import sample_clock
 from pvclock.backend import host_clocksource
 from pvclock.kvm import Kvm, Vcpu, Vm
-from pvclock.kvm._ioctls import CAPABILITY_NUMBERS
 from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine.observation import failures, finish, probe_machine, wait_until_reading
 from pvclock.quantities import U64_MASK
@@ -128,7 +127,7 @@ def linux_version() -> tuple[int, int]:
 def a_pair(offsets: TscOffsets, vcpus: int = 2) -> Iterator[Pair]:
     """A new VM, real and modelled."""
     with Kvm() as kvm, kvm.create_vm() as vm, kvm.create_vm() as other, other.create_vcpu(0) as vcpu:
-        scales = kvm.check_extension(CAPABILITY_NUMBERS["KVM_CAP_TSC_CONTROL"])
+        scales = kvm.check_extension("KVM_CAP_TSC_CONTROL")
         model = KvmTscSync(
             linux_version(),
             vcpu.get_tsc_khz(),

@@ -45,6 +45,15 @@ def test_what_is_offered_by_default() -> None:
 
 
 @pytest.mark.row("X-02", "K-34")
+def test_what_goes_on_being_the_kernels() -> None:
+    """Of all that a host's kernel can offer, unhalt and poll control are what it goes on serving beside an engine."""
+    everything = 0xFFFFFFFF
+    for engine, own in ((Engine.LIBRARY, CLOCK | STEAL_TIME), (Engine.KVM, CLOCK)):
+        provider, _ = a_provider(clock=StubClock(engine=engine, kernel_features=everything))
+        assert provider.cpuid_leaves[0x40000001].eax == own | 1 << 7 | 1 << 12
+
+
+@pytest.mark.row("X-02", "K-34")
 @pytest.mark.parametrize(
     ("engine", "has_vmm", "served"),
     [

@@ -174,6 +174,28 @@ def test_an_msr_that_is_not_its_own_faults(provider: str, index: int) -> None:
 
 
 @EVERY_PROVIDER
+@pytest.mark.row("G-09", "X-02")
+def test_what_it_serves_is_what_comes_to_it_on_kvm(provider: str) -> None:
+    """Beside /dev/kvm each MSR that the clock serves is in msr_ranges, and none that the kernel keeps is served."""
+    clock = a_clock(provider, engine="kvm")
+    routed = {index for each in clock.msr_ranges for index in range(each.base, each.base + each.length)}
+    kept = {index for each in clock.msr_ranges for index in each.kept}
+    for index in (*CLOCK_MSRS, *FOREIGN_MSRS):
+        with suppress(MsrFault):
+            clock.write_msr(0, index, 0)
+            assert index in routed - kept
+
+
+@pytest.mark.row("G-09", "X-02")
+def test_the_kernel_serves_no_interface_beside_the_clock() -> None:
+    """Without KVM's interface its MSRs come to the clock, too, and fault: a guest gets no clock of the kernel's."""
+    assert a_clock("None").msr_ranges == a_clock("KVM").msr_ranges
+    assert {0x11, 0x12, 0x4B564D01} <= {
+        index for each in a_clock("None").msr_ranges for index in range(each.base, each.base + each.length)
+    }
+
+
+@EVERY_PROVIDER
 @pytest.mark.row("V-39", "G-07")
 def test_reset_leaves_nothing(provider: str) -> None:
     """After a reset MSRs read and save as on a new clock, no page is published, and statistics go on."""

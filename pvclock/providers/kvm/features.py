@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from enum import IntFlag
 from typing import Final
 
+from pvclock.msr_ranges import MsrRange
 from pvclock.providers.interface import ClockServices, CpuidLeaf, Engine
 
 __all__ = [
     "CPUID_FEATURES",
     "CPUID_SIGNATURE",
     "FEATURE_OF_MSR",
+    "MSR_RANGES",
     "SERVED_BY_KERNEL",
     "SERVED_HERE",
     "KvmFeature",
@@ -104,13 +106,23 @@ FEATURE_OF_MSR: Final[Mapping[int, KvmFeature]] = {
     MSR_KVM_MIGRATION_CONTROL: KvmFeature.MIGRATION_CONTROL,
 }
 
+MSR_RANGES: Final[tuple[MsrRange, ...]] = (
+    MsrRange(MSR_KVM_WALL_CLOCK, 2, why="the old wall-clock and system-time MSRs"),
+    MsrRange(
+        MSR_KVM_WALL_CLOCK_NEW,
+        0x100,
+        kept=(MSR_KVM_PV_EOI_EN, MSR_KVM_POLL_CONTROL),
+        why="KVM's own MSRs, but for PV EOI, which only the kernel's LAPIC can serve, and poll control",
+    ),
+)
+
 
 def servable_features(clock: ClockServices) -> KvmFeature:
     """All that can be served to a guest of `clock`: by its engine, its VMM and the kernel beside them."""
     served = SERVED_BESIDE_KVM if clock.engine is Engine.KVM else SERVED_IN_LIBRARY
     if clock.engine is not Engine.KVM and clock.vmm is not None:
         served |= SERVED_BY_VMM
-    return served | KvmFeature(clock.kernel_features)
+    return served | _served_by_kernel(clock)
 
 
 def default_features(clock: ClockServices) -> KvmFeature:
@@ -118,7 +130,7 @@ def default_features(clock: ClockServices) -> KvmFeature:
 
     On KVM steal time waits to be asked for: who offers it must feed it.
     """
-    served = SERVED_HERE | KvmFeature(clock.kernel_features)
+    served = SERVED_HERE | _served_by_kernel(clock)
     return served if clock.engine is Engine.KVM else served | KvmFeature.STEAL_TIME
 
 
@@ -128,3 +140,8 @@ def kvm_cpuid_leaves(features: int, hints: int = 0) -> dict[int, CpuidLeaf]:
         CPUID_SIGNATURE: CpuidLeaf(CPUID_FEATURES, 0x4B4D564B, 0x564B4D56, 0x4D),
         CPUID_FEATURES: CpuidLeaf(eax=int(features), edx=int(hints)),
     }
+
+
+def _served_by_kernel(clock: ClockServices) -> KvmFeature:
+    """Of what the host's kernel could offer by itself, what it goes on serving beside the engine."""
+    return KvmFeature(clock.kernel_features & SERVED_BY_KERNEL)

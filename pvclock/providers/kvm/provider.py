@@ -13,6 +13,7 @@ from pvclock.providers.kvm.async_pf import WAKE_ALL, AsyncPf
 from pvclock.providers.kvm.controls import Controls
 from pvclock.providers.kvm.features import (
     FEATURE_OF_MSR,
+    MSR_RANGES,
     KvmFeature,
     KvmHint,
     default_features,
@@ -51,6 +52,7 @@ class KvmProvider:
     name = "KVM"
     number = 3
     version = 2
+    msr_ranges = MSR_RANGES
     publishes_time = True
 
     def __init__(  # noqa: PLR0913  # one for each key of the configuration, all by keyword
