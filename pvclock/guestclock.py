@@ -103,12 +103,8 @@ class GuestClock:
         )
         self._follower.follow(reference)
 
-        # The compiled method itself: a Python one around it would cost as much again.
-        self.read = self._keeper.pages.read
-        """read(vcpu) -> GuestNs: what vCPU's guest would compute at this instant, or at that of the pause.
-
-        StateError before it registered a page.
-        """
+        # The compiled method itself, in place of the Python one around it, which would cost as much again.
+        self.read = self._keeper.pages.read  # type: ignore[method-assign]  # it is the same call
         self._guest = GuestSide(
             self._parts,
             combined(provider, provider_options),
@@ -133,6 +129,13 @@ class GuestClock:
         RangeError before the oldest of the last 256 segments.
         """
         return self._keeper.at(host_tsc)
+
+    def read(self, vcpu: int) -> GuestNs:
+        """What vCPU's guest would compute at this instant, or at that of the pause, in ns; it takes no lock.
+
+        StateError before the guest registered a page; RangeError for a vCPU that is not there.
+        """
+        return self._keeper.pages.read(vcpu)
 
     def reading(self, vcpu: int) -> Reading:
         """As `read`, with the guest TSC, the page's version and its flags."""

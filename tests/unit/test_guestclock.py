@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pydoc
 import random
 from fractions import Fraction
+from functools import partial
+from pydoc import plain
 
 import pytest
 from hypothesis import example, given
@@ -39,6 +42,20 @@ def test_a_guest_without_a_page_has_no_time() -> None:
         clock.read(1)
     with pytest.raises(RangeError, match="vCPU 2"):
         clock.read(2)
+
+
+@pytest.mark.row("K-10")
+def test_help_shows_read_as_a_method_though_each_clock_has_the_compiled_one() -> None:
+    """help() has its signature and docstring; a clock's own is the pages' method, and both answer alike."""
+    assert "read(self, vcpu: 'int') -> 'GuestNs'\n" in plain(pydoc.render_doc(GuestClock))
+    assert str(GuestClock.read.__doc__).splitlines()[0] in plain(pydoc.render_doc(GuestClock.read))
+    clock, backend, _ = a_clock(10**9)
+    backend.advance(ns=NS_PER_S)
+    assert vars(clock)["read"] == clock._keeper.pages.read
+    assert GuestClock.read(clock, 0) == clock.read(0)
+    for read in (clock.read, partial(GuestClock.read, clock)):
+        with pytest.raises(RangeError, match="vCPU 9"):
+            read(9)
 
 
 @pytest.mark.row("K-13", "K-14")
