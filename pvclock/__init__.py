@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pvclock.ticker import Ticker
     from pvclock.timers import Timers
     from pvclock.tsc import VcpuTsc
+    from pvclock.unslaved import UnslavedBackend
 
 __all__ = [
     "GuestClock",
@@ -52,6 +53,7 @@ __all__ = [
     "Backend",
     "SimulatedBackend",
     "HostBackend",
+    "UnslavedBackend",
     "Reference",
     "Sample",
     "Ticker",
@@ -126,6 +128,7 @@ _HOME = {
     "pvclock.ticker": ("Ticker",),
     "pvclock.timers": ("Timers",),
     "pvclock.tsc": ("VcpuTsc",),
+    "pvclock.unslaved": ("UnslavedBackend",),
 }
 _HOME_OF = {name: module for module, names in _HOME.items() for name in names}
 

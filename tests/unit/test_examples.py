@@ -1,0 +1,117 @@
+"""The examples: what they print, how long they are, and that a VMM author needs no private name for any of it."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import HANG_S
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+VMM, EMULATOR = ROOT / "examples" / "vmm.py", ROOT / "examples" / "emulator.py"
+GUIDE = ROOT / "docs" / "embedding.md"
+LINES_MAX = {VMM: 79, EMULATOR: 59}
+PUBLIC = {"pvclock", "pvclock.kvm"}
+BOUND_NS = 4.0
+"""A reading against the timeline: 2 ns, the tick that a shift of -1 cuts, and 0.47 ppb of 2 s."""
+
+QUOTED = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EVERY_EXAMPLE = pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.name)
+
+
+def run(example: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run an example as a program."""
+    return subprocess.run(
+        [sys.executable, example, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
+    )
+
+
+@pytest.mark.row("E13")
+def test_the_emulators_guest_gets_what_is_the_clocks() -> None:
+    """CPUID, MSRs, TSC, timer, hypercall and #GP each have their line, and the guest reads its clock's time."""
+    done = run(EMULATOR)
+    assert (done.returncode, done.stderr) == (0, "")
+    for expected in (
+        r"^cpuid 0x1 0x0: CpuidLeaf\(eax=0, ebx=0, ecx=2147483648, edx=0\)$",
+        r"^cpuid 0x40000001 0x0: CpuidLeaf\(eax=\d+, ",
+        r"^rdtsc 0x0 0x0: \d+$",
+        r"^interrupt, \d+ ns late$",
+        r"^vmcall 0x9 0x3000: HypercallResult\(status=<Status.SUCCESS: 'success'>, rax=",
+        r"^#GP: RDMSR 0x4b564d08: not served$",
+    ):
+        assert re.search(expected, done.stdout, re.MULTILINE), (expected, done.stdout)
+    readings = re.findall(r"guest (\d+) ns, ([+-][\d.]+) ns from", done.stdout)
+    assert all(abs(float(apart)) <= BOUND_NS for _, apart in readings)
+    first, second = (int(ns) for ns, _ in readings)
+    assert second - first >= 50_000_000  # what the timer between them takes
+
+
+@pytest.mark.row("X-02")
+@pytest.mark.parametrize("device", ["/nonexistent/kvm", os.devnull, str(ROOT)])
+def test_a_vmm_without_kvm_says_so_in_one_line(device: str) -> None:
+    """The line says what cannot be opened; the exit status is 2, and there is no traceback."""
+    done = run(VMM, device)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"open {device}: \w+ .*\n", done.stderr)
+
+
+@EVERY_EXAMPLE
+@pytest.mark.row("style")
+def test_examples_take_public_names_from_public_places(example: Path) -> None:
+    """What they import of ours is in the __all__ of pvclock or pvclock.kvm, and no name begins with an underscore."""
+    for node in ast.walk(ast.parse(example.read_bytes())):
+        if isinstance(node, ast.Import):
+            assert not [each.name for each in node.names if each.name.startswith("pvclock.")]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pvclock"):
+            assert node.module in PUBLIC
+            assert {each.name for each in node.names} <= set(ast_all(str(node.module)))
+        if isinstance(node, ast.Attribute):
+            assert not node.attr.startswith("_")
+            if isinstance(node.value, ast.Name) and node.value.id == "pvclock":
+                assert node.attr in ast_all("pvclock")
+
+
+def ast_all(module: str) -> list[str]:
+    """Return the public names of a package of ours."""
+    for node in ast.parse((ROOT / module.replace(".", "/") / "__init__.py").read_bytes()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    raise AssertionError(f"{module} has no __all__")
+
+
+@EVERY_EXAMPLE
+@pytest.mark.row("style")
+def test_examples_are_short(example: Path) -> None:
+    """A whole run loop fits on a page or two, docstring included."""
+    assert len(example.read_bytes().splitlines()) <= LINES_MAX[example]
+
+
+@pytest.mark.row("style")
+def test_the_guide_quotes_the_examples() -> None:
+    """Each block that is an example's stands in it, line for line; and no line of the VMM's main() is left out."""
+    sources = [unindented(example.read_text(encoding="utf-8")) for example in EXAMPLES]
+    blocks = list(map(unindented, QUOTED.findall(GUIDE.read_text(encoding="utf-8"))))
+    assert blocks
+    assert not [block for block in blocks if not any(block in source for source in sources)]
+    (main,) = [node for node in ast.parse(VMM.read_bytes()).body if isinstance(node, ast.FunctionDef)]
+    wanted = unindented(VMM.read_text(encoding="utf-8")).splitlines()[main.lineno - 1 : main.end_lineno]
+    quoted = {line for block in blocks for line in block.splitlines()}
+    assert not [line for line in wanted if line and line not in quoted]
+
+
+def unindented(source: str) -> str:
+    """Return source code without its indentation, which a quotation of a part may leave out."""
+    return re.sub(r"^ +", "", source, flags=re.MULTILINE)
