@@ -52,7 +52,9 @@ def module(name: str, *flags: str, depends: Iterable[Path] = ()) -> Extension:
 def readme() -> str:
     """README.md with links that lead from anywhere to this version's files: a picture's to its bytes."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-    files = f"{project['urls']['Source']}/{{}}/v{project['version']}/"
+    package = Path("pvclock/__init__.py").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^__version__ = "(.+)"$', package, re.MULTILINE)
+    files = f"{project['urls']['Source']}/{{}}/v{version}/"
     text = Path("README.md").read_text(encoding="utf-8")
     text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{files.format('raw')}", text)
     return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{files.format('blob')}", text)

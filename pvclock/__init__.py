@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from importlib import import_module as _import_module
 
+__version__ = "0.1.0"
+"""Of this package; pyproject.toml takes it from here."""
+
 TYPE_CHECKING = False  # type checkers know the name; importing typing would be most of this module's cost
 if TYPE_CHECKING:
     from pvclock._core import ClockScale, time_scale, tsc_ratio
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
         StateError,
         StateFileError,
         TscOffsetNotHonoured,
+        WrongType,
     )
     from pvclock.guestclock import GuestClock
     from pvclock.machine import Machine
@@ -76,6 +80,7 @@ __all__ = [
     "RefNs",
     "Gpa",
     "PvclockError",
+    "WrongType",
     "RangeError",
     "ConfigError",
     "ImageError",
@@ -115,6 +120,7 @@ _HOME = {
         "StateError",
         "StateFileError",
         "TscOffsetNotHonoured",
+        "WrongType",
     ),
     "pvclock.guestclock": ("GuestClock",),
     "pvclock.machine": ("Machine",),

@@ -26,7 +26,7 @@ from pvclock._publish cimport (
     pvclock_publish_wall_clock, pvclock_rate, pvclock_rate_of, pvclock_read, pvclock_reading, pvclock_target
 )
 
-from pvclock.errors import ConfigError, RangeError, StateError
+from pvclock.errors import ConfigError, RangeError, StateError, WrongType
 from pvclock.quantities import NS_PER_S as _NS_PER_S
 from pvclock.readings import Churn, ClockLine, Reading, TimeInfo
 
@@ -65,8 +65,9 @@ def tsc_ratio(guest_khz: int, host_khz: int, frac_bits: int = 48) -> int:
     RangeError if a frequency is not in [1, 2^32) kHz or the ratio does not fit the hardware's field.
     """
     cdef uint64_t ratio
+    frac_bits = as_whole(frac_bits, "frac_bits")
     if frac_bits not in (32, 48):
-        raise ConfigError(f"TSC ratio with {frac_bits} fraction bits; hardware has 48 (VMX) or 32 (SVM)")
+        raise ConfigError(f"TSC ratio with {shortened(frac_bits)} fraction bits; hardware has 48 (VMX) or 32 (SVM)")
     guest_khz, host_khz = as_whole(guest_khz, "guest_khz"), as_whole(host_khz, "host_khz")
     if not (0 < guest_khz < 1 << 32 and 0 < host_khz < 1 << 32):
         raise RangeError(f"TSC ratio {shortened(guest_khz)}/{shortened(host_khz)} kHz: each must be in [1, 2^32)")
@@ -112,11 +113,13 @@ cdef class ClockScale:
         rounding "floor" is Linux's kvm_get_time_scale() to the bit; "nearest" is the closest pair there is.
         """
         cdef pvclock_scale scale
-        cdef uint64_t frequency = as_u64(hz, "TSC frequency (Hz)")
+        cdef uint64_t frequency = as_u64(hz, "hz")
         if rounding == "floor":
             failed = pvclock_time_scale(_NS_PER_S, frequency, &scale)
         elif rounding == "nearest":
             failed = pvclock_time_scale_of_rate(_NS_PER_S, frequency, True, &scale)
+        elif not isinstance(rounding, str):
+            raise WrongType("rounding", rounding, '"floor" or "nearest"')
         else:
             raise ConfigError(f'rounding {rounding!r} is unknown; use "floor" (as Linux) or "nearest"')
         if failed:
@@ -126,7 +129,7 @@ cdef class ClockScale:
     @staticmethod
     def from_khz(khz: int, *, rounding: str = "floor") -> ClockScale:
         """The scale of a TSC of `khz` kHz, the unit of KVM_GET_TSC_KHZ."""
-        return ClockScale.from_hz(khz * 1000, rounding=rounding)
+        return ClockScale.from_hz(as_whole(khz, "khz") * 1000, rounding=rounding)
 
     @staticmethod
     def from_rate(num: int, den: int) -> ClockScale:
@@ -164,7 +167,7 @@ cdef class ClockScale:
         """The fewest ticks that show at least `ns`; RangeError if no number of ticks below 2^64 does."""
         cdef uint64_t ticks
         if pvclock_unscale_delta(as_u64(ns, "ns"), self.c, &ticks) != 0:
-            raise RangeError(f"{ns} ns are more ticks than {self!r} can carry")
+            raise RangeError(f"{ns} ns are more ticks than mul {self.c.mul:#x}, shift {self.c.shift} can carry")
         return ticks
 
     def __eq__(self, other: object) -> bool:
@@ -281,7 +284,7 @@ cdef class TimePages:
 
     cdef int _vcpu(self, object vcpu) except -1:
         cdef int overflow
-        cdef long number = PyLong_AsLongAndOverflow(as_whole(vcpu, "vCPU"), &overflow)
+        cdef long number = PyLong_AsLongAndOverflow(as_whole(vcpu, "vcpu"), &overflow)
         if overflow or not 0 <= number < self.vcpus:
             raise RangeError(f"vCPU {shortened(vcpu)}; this VM has vCPUs 0 to {self.vcpus - 1}")
         return <int>number
@@ -303,7 +306,7 @@ cdef class TimePages:
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """vCPU's guest TSC is the host's plus `offset` (ticks modulo 2^64), from the next publish on."""
         cdef int index = self._vcpu(vcpu)
-        self._wanted[index].tsc_offset = as_u64(offset, "TSC offset")
+        self._wanted[index].tsc_offset = as_u64(offset, "offset")
         self._look_up_later()
 
     cdef void _look_up_later(self) noexcept:
@@ -459,7 +462,7 @@ cdef class TimePages:
     def mark_dirty(self) -> None:
         """Tell the memory's on_dirty of all pages; the first error that it raises comes out when all are told."""
         cdef int i
-        if self.memory.on_dirty is None:
+        if self.memory._on_dirty is None:
             return
         self.memory.defer()
         try:
@@ -562,7 +565,7 @@ cdef pvclock_line as_line(line) except *:
         as_u64(tsc, "tsc"), as_u64(ns, "ns"), as_u64(rem, "rem"), as_u64(num, "num"), as_u64(den, "den")
     )
     if timeline.rem >= timeline.den:
-        raise RangeError(f"{line!r}: rem must be below den")
+        raise RangeError(f"a line with the remainder {rem}/{den} ns; it must be below 1")
     return timeline
 
 

@@ -1,15 +1,15 @@
 """Where ticks come from: the CPU's TSC, kernel time on hosts whose TSC cannot be trusted, or a simulation's hand."""
 
 cimport cython
-from cpython.number cimport PyNumber_Index
 from libc.stdint cimport uint64_t
 from posix.time cimport CLOCK_MONOTONIC_RAW, clock_gettime, timespec
 
+from pvclock._memory cimport as_whole
 from pvclock._publish cimport (
     pvclock_counter_read, pvclock_host_counter, pvclock_rdtsc_after_stores, pvclock_rdtsc_ordered
 )
 
-from pvclock.errors import RangeError
+from pvclock.errors import RangeError, WrongType
 
 cdef extern from *:
     ctypedef unsigned long long u128 "unsigned __int128"
@@ -27,7 +27,7 @@ cdef class Counter:
 
     def __cinit__(self, *args: object) -> None:
         if type(self) not in (HostCounter, KernelTimeCounter, SimulatedCounter):
-            raise TypeError(f"{type(self).__name__}: a counter is a HostCounter, KernelTimeCounter or SimulatedCounter")
+            raise WrongType("counter", self, "a HostCounter, KernelTimeCounter or SimulatedCounter")
 
     def read(self) -> int:
         """Host TSC now, in ticks; not before any earlier load has its value."""
@@ -94,7 +94,7 @@ cdef class SimulatedCounter(Counter):
 
 
 cdef uint64_t as_ticks(object value) except? 0:
-    number = PyNumber_Index(value)
+    number = as_whole(value, "value")
     if not 0 <= number < 1 << 64:
         raise RangeError(f"TSC is {number:#x}; it must fit in 64 bits, unsigned")
     return number

@@ -22,7 +22,7 @@ cdef class GuestMemory:
     cdef uint64_t _forks  # of this process, when the two were counted
     cdef dict _deferrals  # by thread
     cdef readonly uint64_t generation
-    cdef public object on_dirty
+    cdef object _on_dirty
     cdef readonly object clock_lock  # of the clocks in this memory, of which one at a time is live
     cdef public object live_clock  # that one's token
 

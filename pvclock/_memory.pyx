@@ -12,6 +12,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.bool cimport PyBool_Check
 from cpython.long cimport PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
 from cpython.pythread cimport PyThread_get_thread_ident
@@ -20,7 +21,7 @@ from libc.string cimport memcpy, memmove, strchr
 
 from threading import RLock
 
-from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
+from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError, WrongType
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -51,13 +52,15 @@ if pthread_atfork(NULL, NULL, count_fork) != 0:
 
 
 cdef object as_whole(object value, str what):
-    """`value` as an int; TypeError if it is no whole number."""
+    """`value` as an int; WrongType if it is no whole number, as a bool is none."""
     if PyLong_CheckExact(value):
         return value
     try:
-        return PyNumber_Index(value)
+        if not PyBool_Check(value):
+            return PyNumber_Index(value)
     except TypeError:
-        raise TypeError(f"{what} must be a whole number, not {type(value).__name__}") from None
+        pass
+    raise WrongType(what, value, "a whole number") from None
 
 
 cdef uint64_t as_u64(object value, str what) except? 0:
@@ -105,7 +108,9 @@ cdef class Slot:
     def __cinit__(self, uint64_t gpa, buffer: object) -> None:
         try:
             PyObject_GetBuffer(buffer, &self.view, PyBUF_CONTIG | PyBUF_FORMAT)
-        except (BufferError, TypeError, ValueError) as error:  # NumPy and a closed mmap say ValueError
+        except TypeError:
+            raise WrongType("buffer", buffer, "a writable, contiguous buffer: a bytearray, an mmap") from None
+        except (BufferError, ValueError) as error:  # NumPy and a closed mmap say ValueError
             raise ConfigError(f"guest memory needs a writable, contiguous buffer: {error}") from None
         if not is_plain(self.view.format):
             raise ConfigError(f"guest memory needs a buffer of bytes or plain numbers, not of format "
@@ -256,6 +261,17 @@ cdef class GuestMemory:
         self.close()
 
     @property
+    def on_dirty(self) -> object:
+        """Who is told of what pvclock wrote, or None; settable."""
+        return self._on_dirty
+
+    @on_dirty.setter
+    def on_dirty(self, on_dirty: object) -> None:
+        if on_dirty is not None and not callable(on_dirty):
+            raise WrongType("on_dirty", on_dirty, "a function of (gpa, length), or None")
+        self._on_dirty = on_dirty
+
+    @property
     def slots(self) -> list[tuple[int, int]]:
         """(gpa, length) of each slot, by address."""
         cdef Slot slot
@@ -305,7 +321,9 @@ cdef class GuestMemory:
         gpa = as_whole(gpa, "gpa")
         try:
             PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
-        except (BufferError, TypeError, ValueError) as error:
+        except TypeError:
+            raise WrongType("data", data, "bytes, or what is like them") from None
+        except (BufferError, ValueError) as error:
             raise ConfigError(f"write() needs a contiguous bytes-like object: {error}") from None
         try:
             memmove(self.at(gpa, view.len), view.buf, view.len)
@@ -339,7 +357,7 @@ cdef class GuestMemory:
 
     cdef int mark_dirty(self, uint64_t gpa, uint64_t length) except -1:
         """Tell on_dirty, now or at tell(), that this thread has written there."""
-        if self.on_dirty is None:
+        if self._on_dirty is None:
             return 0
         cdef Deferral mine = self.defer()
         try:
@@ -371,7 +389,7 @@ cdef class GuestMemory:
     cdef object _tell(self, Deferral mine):
         """Tell on_dirty of all that is kept, and of what it writes meanwhile; returns the error that is to come out."""
         error = None
-        on_dirty = self.on_dirty  # another thread may switch it off at any time
+        on_dirty = self._on_dirty  # another thread may switch it off at any time
         for _ in range(TELL_ROUNDS):
             ranges, mine.ranges = mine.ranges, {}
             if not ranges or on_dirty is None:

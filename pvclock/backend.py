@@ -12,13 +12,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import count
-from operator import index
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, TypeAlias, get_args
 
 from pvclock._counter import Counter, HostCounter, SimulatedCounter
 from pvclock._sampling import sample_clock
-from pvclock.errors import RangeError, TscOffsetNotHonoured
+from pvclock.arguments import flag, text, whole
+from pvclock.errors import ConfigError, RangeError, TscOffsetNotHonoured
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, shown, signed64
 from pvclock.readings import HostStamps, Reference, Sample
 
@@ -49,6 +49,7 @@ CLOCK_GRAIN_NS: Final = 1
 """Linux's clocks are cut to whole ns."""
 
 ASLEEP_TRIES: Final = 4
+U32_MASK: Final = (1 << 32) - 1
 
 
 class Backend(Protocol):
@@ -109,6 +110,9 @@ class Backend(Protocol):
 _simulated = count(1)
 
 
+TscInSleep: TypeAlias = Literal["stops", "restarts", "counts on", "restarts, continued"]
+
+
 class SimulatedBackend:
     """Host time that moves when told to, exactly.
 
@@ -132,20 +136,18 @@ class SimulatedBackend:
         honours_tsc_offset: bool = True,
         kernel_features: int = 0,
     ) -> None:
-        if not 0 < tsc_hz < 1 << 64:
-            raise RangeError(f"tsc_hz is {shown(tsc_hz)}; it must be in [1, 2^64)")
-        self.counter = SimulatedCounter(tsc)
-        self.tsc_hz = tsc_hz
-        self.tsc_stable = tsc_stable
-        self.kernel_features = kernel_features
-        self.ref_ns = RefNs(ref_ns)
-        self.realtime_ns = realtime_ns
-        self.boot_id = f"simulated {next(_simulated)}" if boot_id is None else boot_id
+        self.counter = SimulatedCounter(whole("tsc", tsc))
+        self.tsc_hz = whole("tsc_hz", tsc_hz, 1, U64_MASK)
+        self.tsc_stable = flag("tsc_stable", tsc_stable)
+        self.kernel_features = whole("kernel_features", kernel_features, 0, U32_MASK)
+        self.ref_ns = RefNs(whole("ref_ns", ref_ns))
+        self.realtime_ns = whole("realtime_ns", realtime_ns)
+        self.boot_id = f"simulated {next(_simulated)}" if boot_id is None else text("boot_id", boot_id)
         self.asleep_ns = 0
         self.cpu_lag_ticks = 0
         self.tsc_offsets: dict[int, int] = {}
         self.run_delays_ns: dict[int, int] = {}
-        self._honours_tsc_offset = honours_tsc_offset
+        self._honours_tsc_offset = flag("honours_tsc_offset", honours_tsc_offset)
         self._tick_remainder = 0  # of NS_PER_S: the part of a tick that advance() still owes
 
     @property
@@ -155,25 +157,27 @@ class SimulatedBackend:
 
     @tsc.setter
     def tsc(self, ticks: int) -> None:
-        self.counter.value = ticks
+        self.counter.value = whole("tsc", ticks)
 
     def advance(self, *, ns: int) -> None:
         """Let `ns` of host time pass: on the reference, in UTC and, to the last fraction of a tick, on the TSC."""
-        if index(ns) < 0:
+        if whole("ns", ns) < 0:
             raise RangeError(f"advance(ns={shown(ns)}): time passes forwards; set tsc or ref_ns to play a step back")
         ticks, self._tick_remainder = divmod(ns * self.tsc_hz + self._tick_remainder, NS_PER_S)
         self.counter.value = (self.counter.value + ticks) & U64_MASK
         self.ref_ns = RefNs(self.ref_ns + ns)
         self.realtime_ns += ns
 
-    def sleep(self, *, ns: int, tsc: Literal["stops", "restarts", "counts on", "restarts, continued"]) -> None:
+    def sleep(self, *, ns: int, tsc: TscInSleep) -> None:
         """Let the host sleep for `ns`: UTC goes on, the reference clock does not, and the TSC does what is said.
 
         A TSC that restarts is 0 when the host wakes.  "restarts, continued" is a KVM that has added the difference to
         every vCPU's offset, so that the guests' TSCs go on where they were (kvm_arch_enable_virtualization_cpu).
         """
-        if index(ns) < 0:
+        if whole("ns", ns) < 0:
             raise RangeError(f"sleep(ns={shown(ns)}): time passes forwards")
+        if text("tsc", tsc) not in get_args(TscInSleep):
+            raise ConfigError(f"tsc is {tsc!r}; it can be {', '.join(get_args(TscInSleep))}")
         before = self.tsc
         if tsc == "counts on":
             self.advance(ns=ns)
@@ -239,10 +243,8 @@ class HostBackend:
 
     def __init__(self, tsc_hz: int | None = None) -> None:
         self.counter = HostCounter()
-        self.tsc_hz = measure_tsc_hz() if tsc_hz is None else tsc_hz
+        self.tsc_hz = measure_tsc_hz() if tsc_hz is None else whole("tsc_hz", tsc_hz, 1, U64_MASK)
         self.tsc_stable = host_clocksource() == "tsc"
-        if not 0 < self.tsc_hz < 1 << 64:
-            raise RangeError(f"tsc_hz is {shown(self.tsc_hz)}; it must be in [1, 2^64)")
 
     def sample(self, reference: Reference) -> Sample:
         """See Backend; some 20 ns are its bound."""

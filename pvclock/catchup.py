@@ -4,21 +4,21 @@ A policy settles `missed` nanoseconds of guest time: part of it is gained at onc
 slewed in afterwards, and the rest never happened for the guest.  Pure: the timeline is told the outcome.
 
 A policy is checked where it is given, by as_policy() or parse(): what they return can run, and has a name to be saved
-by.
+by: str(policy) is what parse() takes.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from fractions import Fraction
 from itertools import pairwise
-from operator import index
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from pvclock.errors import ConfigError, RangeError
-from pvclock.quantities import NS_PER_S, U64_MASK, shown
+from pvclock import arguments
+from pvclock.arguments import fraction, whole
+from pvclock.errors import ConfigError, WrongType
+from pvclock.quantities import NS_PER_S, U64_MASK
 
 __all__ = [
     "ABSURD_NS",
@@ -30,7 +30,6 @@ __all__ = [
     "Settlement",
     "Slew",
     "as_policy",
-    "describe",
     "parse",
     "settle",
 ]
@@ -62,6 +61,9 @@ class Settlement(NamedTuple):
 class Freeze(NamedTuple):
     """The guest goes on where it was: the time it missed never happened."""
 
+    def __str__(self) -> str:
+        return "freeze"
+
     def settle(self, missed_ns: Fraction) -> Settlement:
         """All is lost."""
         return Settlement(Fraction(0), Fraction(0), missed_ns)
@@ -71,6 +73,9 @@ class Advance(NamedTuple):
     """The guest is told at once, up to max_ns (0 to 2^64 - 1)."""
 
     max_ns: int = ABSURD_NS
+
+    def __str__(self) -> str:
+        return _named("advance", self)
 
     def settle(self, missed_ns: Fraction) -> Settlement:
         """Gain what was missed, up to the bound."""
@@ -83,6 +88,9 @@ class Slew(NamedTuple):
 
     max_ppm: int = 500
     max_ns: int = ABSURD_NS
+
+    def __str__(self) -> str:
+        return _named("slew", self)
 
     def settle(self, missed_ns: Fraction) -> Settlement:
         """Owe what was missed, up to the bound."""
@@ -109,6 +117,12 @@ class CatchUpTable(NamedTuple):
     periods: tuple[tuple[int, int], ...]
     stop_ns: int
     give_up_ns: int
+
+    def __str__(self) -> str:
+        if self == VIRTUALBOX:
+            return "virtualbox"
+        options = [*self.periods, ("stop_ns", self.stop_ns), ("give_up_ns", self.give_up_ns)]
+        return "table:" + ",".join(f"{key}={value}" for key, value in options)
 
     def settle(self, missed_ns: Fraction) -> Settlement:
         """Owe all, or give all up."""
@@ -143,28 +157,28 @@ VIRTUALBOX: Final = CatchUpTable(
 """VirtualBox's virtual-sync clock (rows TM-14, TM-15)."""
 
 
-def settle(policy: Policy, missed_ns: Fraction) -> Settlement:
+def settle(policy: Policy | str, missed_ns: Fraction) -> Settlement:
     """What `policy` makes of missed_ns; a host clock that went back has missed nothing, and `why` says so."""
-    if missed_ns < 0:
+    chosen = as_policy(policy)
+    if fraction("missed_ns", missed_ns) < 0:
         nothing = Fraction(0)
         why = f"the host's clock went back by {round(-missed_ns)} ns; the guest's does not"
         return Settlement(nothing, nothing, nothing, None, why)
-    return policy.settle(missed_ns)
+    return chosen.settle(missed_ns)
 
 
 def _left_out(ns: Fraction, bound_ns: int) -> str:
     return f"{round(ns)} ns beyond the bound of {bound_ns} ns were left out" if ns else ""
 
 
-def parse(text: str) -> Policy:
+def parse(policy: str) -> Policy:
     """A policy by its name.
 
     "freeze", "advance", "advance:max_ns=N", "slew:max_ppm=N", "slew:max_ppm=N,max_ns=N", "virtualbox", or a table of
     one's own, "table:LAG_NS=PERCENT,LAG_NS=PERCENT,stop_ns=N,give_up_ns=N".  ConfigError for anything else, RangeError
     for a number that makes no sense.
     """
-    if not isinstance(text, str):
-        raise ConfigError(f"a policy's name is text; found a {type(text).__name__}")
+    text = arguments.text("policy", policy)
     if len(text) > NAME_MAX:
         raise ConfigError(f"policy {text[:20]!r}... of {len(text)} characters; its name has {NAME_MAX} at most")
     name, _, rest = text.partition(":")
@@ -174,42 +188,30 @@ def parse(text: str) -> Policy:
     if name not in _MAKERS:
         raise ConfigError(f"policy {text!r}; choose from {', '.join(_MAKERS)}")
     try:
-        policy = _MAKERS[name](**{key: int(value) for key, value in options.items()})
+        made = _MAKERS[name](**{key: int(value) for key, value in options.items()})
     except TypeError:
         raise ConfigError(f"policy {text!r}: {name} takes {', '.join(_OPTIONS[name]) or 'no options'}") from None
-    return as_policy(policy)
+    return as_policy(made)
 
 
 def as_policy(policy: Policy | str) -> Policy:
     """The policy, given as such or by its name, in plain ints.
 
-    ConfigError for what is none, or is of wrong types; RangeError for a number outside of what its class says.
+    WrongType for what is none, or has such parts; ConfigError for a name that there is not; RangeError for a number
+    outside of what its class says.
     """
     if isinstance(policy, str):
         return parse(policy)
     if type(policy) not in _CHECKS:
-        raise ConfigError(
-            f"a policy is a Freeze, Advance, Slew or CatchUpTable, or a name ({', '.join(_MAKERS)}); "
-            f"found {type(policy).__name__}"
-        )
+        wanted = f"a Freeze, Advance, Slew or CatchUpTable, or a name ({', '.join(_MAKERS)})"
+        raise WrongType("policy", policy, wanted)
     return _CHECKS[type(policy)](policy)
 
 
-def describe(policy: Policy) -> str:
-    """The name that parse() takes; the errors of as_policy() for what is no policy."""
-    return _name(as_policy(policy))
-
-
-def _name(policy: Policy) -> str:
-    if policy == VIRTUALBOX:
-        return "virtualbox"
-    if isinstance(policy, CatchUpTable):
-        options = [*policy.periods, ("stop_ns", policy.stop_ns), ("give_up_ns", policy.give_up_ns)]
-        return "table:" + ",".join(f"{key}={value}" for key, value in options)
-    changed = ",".join(
-        f"{key}={value}" for key, value in policy._asdict().items() if value != policy._field_defaults[key]
-    )
-    return type(policy).__name__.lower() + (f":{changed}" if changed else "")
+def _named(name: str, policy: Advance | Slew) -> str:
+    """The name with those options that are not as they are by default."""
+    changed = [f"{key}={value}" for key, value in policy._asdict().items() if value != policy._field_defaults[key]]
+    return f"{name}:{','.join(changed)}" if changed else name
 
 
 def _table(stop_ns: int, give_up_ns: int, **periods: int) -> CatchUpTable:
@@ -246,13 +248,15 @@ def _checked_advance(policy: Advance) -> Advance:
 
 
 def _checked_slew(policy: Slew) -> Slew:
-    return Slew(_whole("Slew.max_ppm", policy.max_ppm, 1, MOST_PPM), _ns("Slew.max_ns", policy.max_ns))
+    return Slew(whole("Slew.max_ppm", policy.max_ppm, 1, MOST_PPM), _ns("Slew.max_ns", policy.max_ns))
 
 
 def _checked_table(policy: CatchUpTable) -> CatchUpTable:
     given: object = policy.periods
-    if not isinstance(given, tuple | list) or not given:
-        raise ConfigError("CatchUpTable.periods: a tuple of one period (lag in ns, percent) at least")
+    if not isinstance(given, tuple | list):
+        raise WrongType("CatchUpTable.periods", given, "a tuple of periods (lag in ns, percent)")
+    if not given:
+        raise ConfigError("CatchUpTable.periods is empty; it has one period (lag in ns, percent) at least")
     periods = tuple(_checked_period(f"CatchUpTable.periods[{place}]", each) for place, each in enumerate(given))
     for (lower_ns, _), (upper_ns, _) in pairwise(periods):
         if lower_ns >= upper_ns:
@@ -261,9 +265,9 @@ def _checked_table(policy: CatchUpTable) -> CatchUpTable:
             )
     stop_ns = _ns("CatchUpTable.stop_ns", policy.stop_ns)
     table = CatchUpTable(periods, stop_ns, _ns("CatchUpTable.give_up_ns", policy.give_up_ns, stop_ns))
-    if len(_name(table)) > NAME_MAX:
+    if len(str(table)) > NAME_MAX:
         raise ConfigError(
-            f"CatchUpTable.periods: {len(periods)} of them make a name of {len(_name(table))} characters; "
+            f"CatchUpTable.periods: {len(periods)} of them make a name of {len(str(table))} characters; "
             f"a saved state holds {NAME_MAX}"
         )
     return table
@@ -271,25 +275,13 @@ def _checked_table(policy: CatchUpTable) -> CatchUpTable:
 
 def _checked_period(what: str, period: object) -> tuple[int, int]:
     if not isinstance(period, tuple | list) or len(period) != 2:
-        raise ConfigError(f"{what}: a pair (lag in ns, percent)")
+        raise WrongType(what, period, "a pair (lag in ns, percent)")
     from_ns, percent = period
-    return _ns(f"{what}, its lag,", from_ns), _whole(f"{what}, its percent,", percent, 1, MOST_PPM // PPM_PER_PERCENT)
+    return _ns(f"{what}, its lag,", from_ns), whole(f"{what}, its percent,", percent, 1, MOST_PPM // PPM_PER_PERCENT)
 
 
-def _ns(what: str, value: Any, least: int = 0) -> int:  # noqa: ANN401  # a caller's
-    return _whole(what, value, least, U64_MASK)
-
-
-def _whole(what: str, value: Any, least: int, most: int) -> int:  # noqa: ANN401  # a caller's
-    """`value` as an int, ConfigError if it is no whole number, RangeError if it is not from `least` to `most`."""
-    number: int | None = None
-    with suppress(TypeError):
-        number = index(value)
-    if number is None or isinstance(value, bool):
-        raise ConfigError(f"{what} is a {type(value).__name__}; it is a whole number from {least} to {most}")
-    if not least <= number <= most:
-        raise RangeError(f"{what} is {shown(number)}; it can be {least} to {most}")
-    return number
+def _ns(what: str, value: object, least: int = 0) -> int:
+    return whole(what, value, least, U64_MASK)
 
 
 _CHECKS: Final[dict[type, Callable[[Any], Policy]]] = {

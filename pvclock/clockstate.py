@@ -15,8 +15,8 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from pvclock import atomicfile
-from pvclock.errors import StateFileError
+from pvclock import arguments, atomicfile
+from pvclock.errors import StateFileError, WrongType
 from pvclock.jsonkinds import (
     BOOLEAN,
     BYTES_MAX,
@@ -55,7 +55,7 @@ __all__ = [
     "checked",
     "from_json",
     "from_mapping",
-    "load",
+    "read",
     "rows",
     "to_json",
     "to_mapping",
@@ -323,7 +323,7 @@ def to_mapping(state: ClockState) -> dict[str, Any]:
 
 def checked(state: ClockState) -> ClockState:
     """The state, if from_mapping() would read it; StateFileError else."""
-    return _read(_plain(state))
+    return _read(_plain(arguments.instance("state", state, ClockState)))
 
 
 def from_mapping(mapping: object) -> ClockState:
@@ -341,11 +341,14 @@ def to_json(state: ClockState) -> str:
 
 def from_json(document: str | bytes) -> ClockState:
     """The state in a JSON document (bytes: of UTF-8); StateFileError, and nothing half done, if it is none."""
+    if not isinstance(document, str | bytes):
+        raise WrongType("document", document, "a JSON document, as text or bytes")
     return from_mapping(parse(document))
 
 
 def check_provider(state: ClockState) -> None:
     """StateFileError if there is no provider of that name, or no version of it, to restore the state with."""
+    arguments.instance("state", state, ClockState)
     name, version = state.provider.name, state.provider.version
     if name not in PROVIDERS:
         raise StateFileError("provider.name", repr(name), ", ".join(map(repr, PROVIDERS)))
@@ -355,6 +358,10 @@ def check_provider(state: ClockState) -> None:
 
 def rows(state: ClockState) -> Iterator[tuple[str, Field, object]]:
     """(path, field, value) of what is in the state, the vCPUs' at the end; then, without values, what is not in it."""
+    return _rows(arguments.instance("state", state, ClockState))
+
+
+def _rows(state: ClockState) -> Iterator[tuple[str, Field, object]]:
     saved = [field for field in FIELDS if field.kind]
     of_vcpus = [field for field in saved if field.path.startswith("vcpus[].")]
     yield from ((field.path, field, _value(state, field.path)) for field in saved if field not in of_vcpus)
@@ -381,6 +388,7 @@ def write(path: str | os.PathLike[str], state: ClockState) -> None:
     more than it did (see atomicfile.replace()); a new one is its owner's only.  StateFileError if the state is unsound
     or the file cannot be written, with what was in it untouched.
     """
+    path = arguments.path("path", path)
     content = to_json(state).encode("ascii")
     try:
         atomicfile.replace(path, content)
@@ -388,8 +396,9 @@ def write(path: str | os.PathLike[str], state: ClockState) -> None:
         raise _file_error(path, error, "a regular file in a folder that can be written") from error
 
 
-def load(path: str | os.PathLike[str]) -> ClockState:
+def read(path: str | os.PathLike[str]) -> ClockState:
     """The state in regular file `path`; StateFileError, with the path, if it cannot be read or is unsound."""
+    path = arguments.path("path", path)
     try:
         document = atomicfile.read(path, BYTES_MAX + 1)
     except (OSError, ValueError) as error:
@@ -397,11 +406,11 @@ def load(path: str | os.PathLike[str]) -> ClockState:
     try:
         return from_json(document)
     except StateFileError as error:
-        raise StateFileError(error.field, error.found, error.supported, os.fspath(path)) from None
+        raise StateFileError(error.field, error.found, error.supported, path) from None
 
 
-def _file_error(path: str | os.PathLike[str], error: OSError | ValueError, supported: str) -> StateFileError:
+def _file_error(path: str, error: OSError | ValueError, supported: str) -> StateFileError:
     found = getattr(error, "strerror", None) or str(error)
     where = getattr(error, "filename", None)
-    beside = f": {where}" if where and where != os.fspath(path) else ""
-    return StateFileError("file", f"{found}{beside}", supported, os.fspath(path))
+    beside = f": {where}" if where and where != path else ""
+    return StateFileError("file", f"{found}{beside}", supported, path)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from copy import copy
 from enum import StrEnum
 from fractions import Fraction
-from operator import index
 from typing import Final, NamedTuple
 
+from pvclock.arguments import number, whole
 from pvclock.errors import RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
 from pvclock.readings import Sample
@@ -79,9 +79,9 @@ class Discipline:
     def __init__(
         self, tsc_hz: int, max_ppm: float = MAX_PPM, rate: Fraction = Fraction(0), panic_ns: int | None = None
     ) -> None:
-        if not 0 < max_ppm <= MAX_PPM_LIMIT:
+        if not 0 < number("max_ppm", max_ppm) <= MAX_PPM_LIMIT:
             raise RangeError(f"max_ppm is {shown(max_ppm)}; above 0 and up to {MAX_PPM_LIMIT}")
-        if panic_ns is not None and not 1 <= index(panic_ns) <= U64_MASK:
+        if panic_ns is not None and not 1 <= whole("panic_ns", panic_ns) <= U64_MASK:
             raise RangeError(f"panic_ns is {shown(panic_ns)}; a threshold of 1 to 2^64-1 ns, or None")
         self.panic_ns = panic_ns
         self.max_ppm = max_ppm

@@ -1,8 +1,9 @@
 """Errors of pvclock: one tree, and each error keeps its numbers.
 
 PvclockError
+├── WrongType (TypeError)         .parameter .given .wanted; an argument of a type that is none of its parameter's
 ├── RangeError (ValueError)       a number that its type cannot hold, or no (mul, shift) can express
-├── ConfigError (ValueError)      an option that is unknown, mistyped or contradicts another
+├── ConfigError (ValueError)      a word or an option that is unknown, or contradicts another
 ├── ImageError (ValueError)       a boot image that cannot be loaded
 ├── GuestAddressError (LookupError)  .gpa .length; guest-physical memory that is not there
 ├── StateError                    .operation .state .allowed; not now
@@ -36,7 +37,11 @@ __all__ = [
     "StateError",
     "StateFileError",
     "TscOffsetNotHonoured",
+    "WrongType",
 ]
+
+GIVEN_MAX, GIVEN_BITS_MAX = 40, 64
+"""So many characters are shown of a value, and numbers of so many bits."""
 
 
 class PvclockError(Exception):
@@ -55,12 +60,38 @@ def _rebuild(kind: type[PvclockError], arguments: tuple[object, ...], attributes
     return error
 
 
+class WrongType(PvclockError, TypeError):
+    """An argument that is not of a type that its parameter takes; nothing was done.
+
+    parameter: its name.  given, wanted: what it was and what it can be, in words.
+    """
+
+    def __init__(self, parameter: str, value: object, wanted: str) -> None:
+        given = _described(value)
+        super().__init__(f"{parameter} is {given}; it can be {wanted}")
+        self.parameter = parameter
+        self.given = given
+        self.wanted = wanted
+
+
+def _described(value: object) -> str:
+    """A value for a message: plain ones with their type, others by that alone, for a repr may be long, or may raise."""
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    article = "an" if kind[0] in "aeiouAEIOU" else "a"
+    if not (type(value) in (float, str, bytes, bool) or (type(value) is int and abs(value) < 1 << GIVEN_BITS_MAX)):
+        return f"{article} {kind}"
+    shown = repr(value)
+    return f"{shown if len(shown) <= GIVEN_MAX else shown[:GIVEN_MAX] + '...'}, {article} {kind}"
+
+
 class RangeError(PvclockError, ValueError):
     """A number outside what its type or its unit can hold."""
 
 
 class ConfigError(PvclockError, ValueError):
-    """An option that is unknown, of the wrong type, or contradicts another."""
+    """A word or an option that is unknown, or contradicts another; or a configuration with a value of a wrong type."""
 
 
 class ImageError(PvclockError, ValueError):

@@ -15,6 +15,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import Final, NamedTuple
 
+from pvclock.arguments import function, instance, whole
 from pvclock.errors import RangeError
 from pvclock.event_delivery import Delivery, SubscriberFailure
 from pvclock.events import Event, EventCause, EventKind
@@ -141,8 +142,9 @@ class EventStore:
             kind=EventKind.SUPPRESSED,
             why=f"{untold} more guest-caused events were not recorded",
             guest_ns_after=event.guest_ns_before,
-            dilation_after=event.dilation_before,
+            rate_after=event.rate_before,
             cause=EventCause.GUEST,
+            policy=None,
         )
         self._append(told)
         self._suppressed_told += untold
@@ -165,7 +167,7 @@ class EventLog:
     """
 
     def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
-        if capacity < 1:
+        if whole("capacity", capacity) < 1:
             raise RangeError(f"capacity is {shown(capacity)}; a log holds 1 event or more")
         self.capacity = capacity
         self._store = EventStore(capacity)
@@ -200,7 +202,7 @@ class EventLog:
 
         Nobody is told before deliver(): for a caller that holds a lock, or vCPUs out of the guest.
         """
-        return self._store.add(event)
+        return self._store.add(instance("event", event, Event))
 
     def deliver(self) -> None:
         """Let the log's thread tell the subscribers what was recorded up to now; returns at once, and raises nothing.
@@ -223,7 +225,7 @@ class EventLog:
 
         Go on with read(batch.last).  A number that is still to come finds nothing and is kept.
         """
-        if since < 0:
+        if whole("since", since) < 0:
             raise RangeError(f"read(since={shown(since)}); numbers begin with 1, and 0 reads all")
         events, lost = self._store.above(since)
         return EventBatch(events, lost, events[-1].sequence if events else since)
@@ -245,4 +247,4 @@ class EventLog:
         its time, and call any of the clock's methods: only this log's other subscribers wait for it.  One so slow that
         the bounds overtake it sees a gap in the numbers.
         """
-        return self._delivery.subscribe(callback)
+        return self._delivery.subscribe(function("callback", callback))

@@ -11,6 +11,7 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Final, NamedTuple, TypeVar
 
+from pvclock.arguments import text
 from pvclock.errors import ConfigError
 from pvclock.quantities import U64_MASK, HostTsc
 
@@ -70,9 +71,13 @@ class Event(NamedTuple):
 
     host_tsc (ticks), raw_ns (CLOCK_MONOTONIC_RAW) and real_ns (UTC since 1970): when, None where that is not known.
     guest_ns_before, guest_ns_after: guest time at that instant by the segment that ends and by the one that begins, in
-    ns, exactly.  dilation_before, dilation_after: guest seconds in a host second, 0 while paused.  What leaves the
-    timeline alone has the same values before and after.  cause: who did it.  sequence: its place in the log, from 1 on;
-    0 outside of one.
+    ns, exactly.  rate_before, rate_after: guest seconds in a second of tsc_hz host ticks, slew and correction included,
+    exactly; 0 while paused.  What leaves the timeline alone has the same values before and after.  cause: who did it.
+    sequence: its place in the log, from 1 on; 0 outside of one.  tsc_hz: the host TSC's nominal frequency, None where
+    it is not known.  provider: the guest's clock interface, empty where there is none.  policy: what settled missed
+    time, in the words that resume() was given; None for all but that.
+
+    So events alone say what guest time was at any host TSC: see event_timeline.
     """
 
     kind: EventKind
@@ -82,10 +87,13 @@ class Event(NamedTuple):
     real_ns: int | None = None
     guest_ns_before: Fraction = Fraction(0)
     guest_ns_after: Fraction = Fraction(0)
-    dilation_before: Fraction = Fraction(1)
-    dilation_after: Fraction = Fraction(1)
+    rate_before: Fraction = Fraction(1)
+    rate_after: Fraction = Fraction(1)
     cause: EventCause = EventCause.VMM
     sequence: int = 0
+    tsc_hz: int | None = None
+    provider: str = ""
+    policy: str | None = None
 
     @property
     def jump_ns(self) -> Fraction:
@@ -99,6 +107,9 @@ class Event(NamedTuple):
             "kind": self.kind.value,
             "cause": self.cause.value,
             "why": self.why,
+            "policy": self.policy,
+            "provider": self.provider,
+            "tsc_hz": self.tsc_hz,
         }
         for name in STAMPS:
             record[name] = getattr(self, name)
@@ -110,25 +121,28 @@ class Event(NamedTuple):
     def from_json(cls, line: str) -> Event:
         """The event that to_json() wrote.  ConfigError if `line` is anything else."""
         try:
-            record = json.loads(line)
+            record = json.loads(text("line", line))
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"event: no JSON: {error}") from None
         if not isinstance(record, dict) or set(record) != FIELDS | {"jump_ns"}:
             raise ConfigError(f"event: a JSON object with {', '.join(sorted(FIELDS))} and jump_ns was expected")
         host_tsc, raw_ns, real_ns = (_stamp(name, record[name]) for name in STAMPS)
-        before, after, dilation_before, dilation_after = (_fraction(name, record[name]) for name in FRACTIONS)
+        before, after, rate_before, rate_after = (_fraction(name, record[name]) for name in FRACTIONS)
         event = cls(
             _word(EventKind, "kind", record["kind"]),
-            _text(record["why"]),
+            _text("why", record["why"]),
             None if host_tsc is None else HostTsc(host_tsc),
             raw_ns,
             real_ns,
             before,
             after,
-            dilation_before,
-            dilation_after,
-            _word(EventCause, "cause", record["cause"]),
-            _whole("sequence", record["sequence"]),
+            rate_before,
+            rate_after,
+            cause=_word(EventCause, "cause", record["cause"]),
+            sequence=_whole("sequence", record["sequence"]),
+            tsc_hz=_frequency(record["tsc_hz"]),
+            provider=_text("provider", record["provider"]),
+            policy=None if record["policy"] is None else _text("policy", record["policy"]),
         )
         if _fraction("jump_ns", record["jump_ns"]) != event.jump_ns:
             raise ConfigError(f"event {event.sequence}: jump_ns contradicts guest_ns_before and guest_ns_after")
@@ -149,9 +163,9 @@ def _word(words: type[Word], name: str, value: object) -> Word:
     return words(str(value))
 
 
-def _text(value: object) -> str:
+def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"event: why is {value!r}; a string was expected")
+        raise ConfigError(f"event: {name} is {value!r}; a string was expected")
     return value
 
 
@@ -160,6 +174,12 @@ def _whole(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"event: {name} is {value!r}; a whole number was expected")
     return value
+
+
+def _frequency(value: object) -> int | None:
+    if value is not None and not 1 <= _whole("tsc_hz", value) <= U64_MASK:
+        raise ConfigError(f"event: tsc_hz is {value!r}; a frequency is 1 to 2^64 - 1")
+    return None if value is None else _whole("tsc_hz", value)
 
 
 def _stamp(name: str, value: object) -> int | None:

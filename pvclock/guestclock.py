@@ -6,7 +6,6 @@ here, and calls tick() every second or so.  Each part owns its state and is in `
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Literal, Self
@@ -14,6 +13,7 @@ from typing import Literal, Self
 from pvclock import clockstate
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale
 from pvclock._memory import GuestMemory
+from pvclock.arguments import flag, instance, instances, serving, whole
 from pvclock.backend import Backend
 from pvclock.catchup import Policy, Settlement, as_policy
 from pvclock.clock import capture
@@ -22,17 +22,17 @@ from pvclock.clock.follower import OFF, Follower, source_of
 from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.operations import Operations
-from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper
+from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
 from pvclock.clockstate import ClockState, OfferState
 from pvclock.discipline import MAX_PPM, Steering
-from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNotHonoured
+from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNotHonoured, WrongType
 from pvclock.event_log import EventLog
 from pvclock.events import EventCause, EventKind
 from pvclock.hostwatch import HostWatch, Trouble
 from pvclock.msr_ranges import MsrRange
-from pvclock.providers import GuestInterface, combined
+from pvclock.providers import GuestInterface, combined, provider_named_in
 from pvclock.providers.interface import (
     CpuidLeaf,
     Engine,
@@ -41,7 +41,7 @@ from pvclock.providers.interface import (
     Pairing,
     VmmServices,
 )
-from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, shown
+from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc
 from pvclock.readings import Churn, ClockLine, Reading, Reference, RunReport, TimeInfo
 from pvclock.sampling import SampleSource
 from pvclock.tsc import VcpuTsc
@@ -84,15 +84,19 @@ class GuestClock:
         tsc_hz: int | None = None,
         **provider_options: object,
     ) -> None:
-        self.memory = memory
-        self.vcpus = vcpus
-        self.backend = backend
+        self.memory = instance("memory", memory, GuestMemory)
+        self.vcpus = checked_vcpus(vcpus)
+        self.backend = _checked_backend(backend)
         self.engine = _engine_named(engine)
-        self.vmm = vmm
-        self.tsc_hz = backend.tsc_hz if tsc_hz is None else _checked_tsc_hz(tsc_hz)
+        self.vmm = None if vmm is None else _checked_vmm(vmm)
+        self.tsc_hz = backend.tsc_hz if tsc_hz is None else whole("tsc_hz", tsc_hz, 1, U64_MASK)
         """The TSC frequency that the guest was told: that of the host on which it began."""
 
-        self._keeper = Timekeeper(memory, vcpus, backend, self._is_stable, self._look)
+        config = combined(provider, provider_options)
+        offers = _checked_offers(offer_tsc_adjust, offer_invariant_tsc)
+        self._keeper = Timekeeper(
+            memory, self.vcpus, backend, provider_named_in(config), stable=self._is_stable, look=self._look
+        )
         self._tscs = VcpuTscs(self._keeper, tsc_offset)
         self._follower = Follower(self._keeper)
         self._host = HostTrust(self._keeper, self._tscs, self._follower)
@@ -105,14 +109,7 @@ class GuestClock:
 
         # The compiled method itself, in place of the Python one around it, which would cost as much again.
         self.read = self._keeper.pages.read  # type: ignore[method-assign]  # it is the same call
-        self._guest = GuestSide(
-            self._parts,
-            combined(provider, provider_options),
-            engine=self.engine,
-            vmm=vmm,
-            tsc_hz=self.tsc_hz,
-            offers=OfferState(offer_tsc_adjust, offer_invariant_tsc),
-        )
+        self._guest = GuestSide(self._parts, config, engine=self.engine, vmm=vmm, tsc_hz=self.tsc_hz, offers=offers)
         if tsc_offset is not None:
             self._tscs.begin()
         self._keeper.changing.take_over()
@@ -128,7 +125,7 @@ class GuestClock:
 
         RangeError before the oldest of the last 256 segments.
         """
-        return self._keeper.at(host_tsc)
+        return self._keeper.at(HostTsc(whole("host_tsc", host_tsc)))
 
     def read(self, vcpu: int) -> GuestNs:
         """What vCPU's guest would compute at this instant, or at that of the pause, in ns; it takes no lock.
@@ -300,7 +297,8 @@ class GuestClock:
         Pages are published before this returns, so let vCPUs in afterwards.  guest_stopped: tell guests that they were
         stopped, which keeps their watchdogs quiet, but not by profile "virtualbox".  StateError if it is not paused.
         """
-        return self._operations.resume(policy, guest_stopped=guest_stopped and self._guest.tells_of_pauses)
+        told = flag("guest_stopped", guest_stopped) and self._guest.tells_of_pauses
+        return self._operations.resume(policy, guest_stopped=told)
 
     def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
         """Let a paused VM run for `ns` of guest time, and pause it: at that time or later.
@@ -336,7 +334,7 @@ class GuestClock:
 
     def guest_tsc(self, vcpu: int, host_tsc: HostTsc) -> GuestTsc:
         """What vCPU's RDTSC returns at `host_tsc`; that of a restored clock stands until it is resumed."""
-        return self._tscs.read(vcpu, host_tsc)
+        return self._tscs.read(vcpu, HostTsc(whole("host_tsc", host_tsc)))
 
     @property
     def refused_offset(self) -> TscOffsetNotHonoured | None:
@@ -395,7 +393,7 @@ class GuestClock:
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> CpuidLeaf | None:
         """The clock's own hypervisor leaf, or None where CPUID `leaf` is not the clock's to answer."""
-        return self.interface.cpuid_leaves.get(leaf)
+        return self._guest.cpuid(leaf, subleaf)
 
     @property
     def cpuid_leaves(self) -> dict[int, CpuidLeaf]:
@@ -436,9 +434,7 @@ class GuestClock:
         told that lives by it.  Time missed is told by the raw clock and the time asleep within one boot of one host,
         and by UTC beyond it.  StateFileError if the state is unsound, or asks for what there is not here.
         """
-        _engine_named(engine)  # what the caller says wrong is no fault of the state
-        if reference is not None:
-            source_of(reference, backend)
+        _check_restore(memory, backend, engine, reference, any_tsc_hz=any_tsc_hz)
         sound = clockstate.checked(state)
         clockstate.check_provider(sound)
         chosen = capture.policy_named("policy", sound.policy) if policy is None else as_policy(policy)
@@ -474,14 +470,16 @@ class GuestClock:
 
         on_schedule=False after a pause: the time since the last look is no stall then.
         """
+        instance("watch", watch, HostWatch)
         troubles = watch.look(on_schedule=on_schedule)
         self.note(troubles, host_trusted=watch.tsc_stable)
         return troubles
 
     def note(self, troubles: list[Trouble], *, host_trusted: bool) -> None:
         """Apply what a look at the host has found that serves several clocks; see heed()."""
+        instances("troubles", troubles, Trouble)
         with self._keeper.changing:
-            self._host.note(troubles, clocksource_trusted=host_trusted)
+            self._host.note(troubles, clocksource_trusted=flag("host_trusted", host_trusted))
 
     def pairing(self, vcpu: int) -> Pairing | None:
         """One instant as the guest's time of day and as vCPU's TSC; None where the host's TSC is not to be trusted."""
@@ -520,12 +518,41 @@ class GuestClock:
 
 
 def _engine_named(engine: Engine | str) -> Engine:
+    words = ", ".join(map(repr, map(str, Engine)))
+    if not isinstance(engine, str):
+        raise WrongType("engine", engine, words)
     if engine not in list(Engine):
-        raise ConfigError(f"engine {engine!r}; choose from {', '.join(map(repr, map(str, Engine)))}")
+        raise ConfigError(f"engine {engine!r}; choose from {words}")
     return Engine(engine)
 
 
-def _checked_tsc_hz(tsc_hz: int) -> int:
-    if not 0 < operator.index(tsc_hz) <= U64_MASK:
-        raise RangeError(f"tsc_hz is {shown(tsc_hz)}; the guest's TSC has a frequency of 1 Hz to 2^64-1")
-    return tsc_hz
+def _checked_offers(tsc_adjust: bool, invariant_tsc: bool) -> OfferState:  # as they are checked
+    return OfferState(flag("offer_tsc_adjust", tsc_adjust), flag("offer_invariant_tsc", invariant_tsc))
+
+
+def _check_restore(
+    memory: GuestMemory,
+    backend: Backend,
+    engine: Engine | str,
+    reference: Reference | str | SampleSource | None,
+    *,
+    any_tsc_hz: bool,
+) -> None:
+    """What the caller says wrong is no fault of the state."""
+    instance("memory", memory, GuestMemory)
+    _checked_backend(backend)
+    _engine_named(engine)
+    flag("any_tsc_hz", any_tsc_hz)
+    if reference is not None:
+        source_of(reference, backend)
+
+
+def _checked_backend(backend: Backend) -> Backend:
+    wanted = "a Backend: SimulatedBackend(), HostBackend(), KvmBackend() or one of the VMM's"
+    return serving("backend", backend, "sample", "stamps", "set_tsc_offset", "quiesce", wanted=wanted)
+
+
+def _checked_vmm(vmm: VmmServices) -> VmmServices:
+    return serving(
+        "vmm", vmm, "kick", "yield_to", "send_ipi", wanted="an object with kick(), yield_to() and send_ipi()"
+    )

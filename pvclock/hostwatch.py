@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from pvclock._sampling import sample_clock
+from pvclock.arguments import flag, serving, whole
 from pvclock.backend import CURRENT_CLOCKSOURCE, asleep_bounds_ns, host_clocksource
 from pvclock.errors import RangeError
-from pvclock.quantities import NS_PER_S, HostTsc, signed64
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, signed64
 
 __all__ = ["HostReading", "HostSource", "HostWatch", "LinuxHost", "StallCause", "Trouble", "TroubleKind"]
 
@@ -138,19 +139,15 @@ class HostWatch:
         rate_bound_ppm: int = RATE_BOUND_PPM,
         source: HostSource | None = None,
     ) -> None:
-        self.tsc_hz = tsc_hz
-        self.interval_ns = interval_ns
-        self.stall_ns = STALL_INTERVALS * interval_ns if stall_ns is None else stall_ns
-        self.rate_bound_ppm = rate_bound_ppm
-        if not 0 < tsc_hz < 1 << 64:
-            raise RangeError(f"tsc_hz is {tsc_hz}; it must be in [1, 2^64)")
+        self.tsc_hz = whole("tsc_hz", tsc_hz, 1, U64_MASK)
+        self.interval_ns = whole("interval_ns", interval_ns)
+        self.stall_ns = STALL_INTERVALS * interval_ns if stall_ns is None else whole("stall_ns", stall_ns)
+        self.rate_bound_ppm = whole("rate_bound_ppm", rate_bound_ppm, 0, 10**6)
         if not 0 < interval_ns < self.stall_ns:
             raise RangeError(
                 f"interval_ns is {interval_ns}; it must be positive, and less than stall_ns, {self.stall_ns}"
             )
-        if not 0 <= rate_bound_ppm <= 10**6:
-            raise RangeError(f"rate_bound_ppm is {rate_bound_ppm}; it must be in [0, 10^6]")
-        self._source = LinuxHost() if source is None else source
+        self._source = LinuxHost() if source is None else serving("source", source, "read", wanted="a HostSource")
         self._last = self._source.read()
         # The least upper bound since the last suspend: a wide bracket after one cannot hide it for long.
         self._asleep_most_ns = self._last.asleep_most_ns
@@ -177,6 +174,7 @@ class HostWatch:
         on_schedule=False: no look was due meanwhile (the VM was paused), so that a long gap is no stall.  A TSC whose
         rate stays wrong is said once, when it leaves the bound.
         """
+        flag("on_schedule", on_schedule)
         before, after = self._last, self._source.read()
         self._last = after
         suspend = self._suspend(before, after)

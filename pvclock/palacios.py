@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from operator import index
 from typing import Final, Literal, NamedTuple
 
+from pvclock import arguments
+from pvclock.arguments import flag, fraction, instance, whole
 from pvclock.errors import ConfigError, RangeError, StateError
-from pvclock.quantities import U64_MASK, GuestTsc, HostTsc
+from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, shown
 from pvclock.tsc import TscControls, TscInstruction, VcpuTsc, tsc_rate
 
 __all__ = [
@@ -72,6 +73,10 @@ def time_options(
     and complained about.  palacios: keep its bug, which compares `source` where it means `tsc`, so that tsc=guest is
     unknown; passthrough and slaving are as without it.
     """
+    flag("palacios", palacios)
+    for name, option in (("source", source), ("tsc", tsc)):
+        if option is not None:
+            arguments.text(name, option)
     wrong: list[Complaint] = []
     slaved = _lower(source) != "none"
     if _lower(source) not in {None, "host", "none"}:
@@ -120,10 +125,12 @@ class PalaciosTime:
         ratio: Literal["exact", "palacios"] = "exact",
         seed: bool = False,
     ) -> None:
-        chosen = TimeOptions() if options is None else options
-        if host_khz < 1:
-            raise RangeError(f"host frequency is {host_khz} kHz; it must be at least 1")
-        self.seed = seed
+        chosen = TimeOptions() if options is None else instance("options", options, TimeOptions)
+        if whole("host_khz", host_khz) < 1:
+            raise RangeError(f"host frequency is {shown(host_khz)} kHz; it must be at least 1")
+        arguments.sequence("cores", cores, "a sequence of frequencies in kHz")
+        self.seed = flag("seed", seed)
+        arguments.text("ratio", ratio)
         self.slaved = True
         self.dilation = RATIO_ONE
         self.passthrough = chosen.passthrough and not seed
@@ -140,7 +147,8 @@ class PalaciosTime:
         hand, which shows what T15 hides, and the cycles do step.  ConfigError for a dilation that is not slaved, or of
         a passed-through TSC; RangeError for one that is not positive.
         """
-        if dilation <= 0:
+        flag("slaved", slaved)
+        if fraction("dilation", dilation) <= 0:
             raise RangeError(f"dilation is {dilation}; it must be positive")
         if not self.seed and not slaved and dilation != 1:
             raise ConfigError(
@@ -148,7 +156,7 @@ class PalaciosTime:
             )
         if self.passthrough and (not slaved or dilation != 1):
             raise ConfigError(f"dilation {dilation}, slaved {slaved}: the guest has the host's TSC passed through")
-        self.slaved, self.dilation = slaved, dilation
+        self.slaved, self.dilation = slaved, Fraction(dilation)
 
     # What the guest has
 
@@ -174,14 +182,15 @@ class PalaciosTime:
     def write_tsc(self, core: int, value: int) -> None:
         """The guest writes MSR 0x10: the offset moves, its cycles do not."""
         state = self._core(core)
-        if not 0 <= value <= U64_MASK:
+        if not 0 <= whole("value", value) <= U64_MASK:
             raise RangeError(f"core {core}'s TSC := {value:#x}; an MSR has 64 bits")
         state.tsc.guest_write_tsc(value, state.as_tsc())
 
     def hypercall(self, core: int, number: int, host_tsc: HostTsc) -> int | None:
         """What goes into RBX: the core's kHz for 0xd000, the host's TSC for 0xd001; None for one that is not ours."""
         self._core(core)
-        if number not in self._hypercalls:
+        whole("host_tsc", host_tsc)
+        if whole("number", number) not in self._hypercalls:
             return None
         return self.rates[core].khz if number == CPUFREQ_HYPERCALL else host_tsc
 
@@ -197,7 +206,7 @@ class PalaciosTime:
 
     def start(self, core: int, host_tsc: HostTsc) -> None:
         """The core's time begins, with 0 cycles: the host's uptime does not count."""
-        tsc = self._core(core).tsc
+        tsc, host_tsc = self._core(core).tsc, HostTsc(whole("host_tsc", host_tsc))
         state = self._cores[core] = _Core()
         state.tsc, state.state = tsc, "out"
         state.initial = state.stamp = host_tsc
@@ -241,7 +250,7 @@ class PalaciosTime:
         """
         state = self._in_state(core, "offset_time", "out", "in")
         self._refuse_if_slaved("offset_time")
-        after = state.cycles + index(cycles)
+        after = state.cycles + whole("cycles", cycles)
         if self.seed:
             after %= U64_MASK + 1
         elif cycles < 0 and (after < 0 or state.entered is not None):
@@ -260,6 +269,7 @@ class PalaciosTime:
 
     def pause(self, core: int, host_tsc: HostTsc) -> None:
         """The core's time stands still from now on, slaved or not; it must be out of the guest."""
+        whole("host_tsc", host_tsc)
         state = self._in_state(core, "pause", "out")
         if self.slaved:
             self._advance(core, host_tsc, None)
@@ -279,7 +289,7 @@ class PalaciosTime:
         """
         state = self._in_state(core, "ticks_to_yield", "out", "in")
         pace = self.rates[core].ratio * (RATIO_ONE if self.seed else self.dilation)
-        return max(state.initial - host_tsc - (-state.cycles // pace), 0)
+        return max(state.initial - whole("host_tsc", host_tsc) - (-state.cycles // pace), 0)
 
     def close(self) -> None:
         """Remove both hypercalls; Palacios forgot the second."""
@@ -289,6 +299,9 @@ class PalaciosTime:
 
     def _advance(self, core: int, host_tsc: HostTsc, cycles: int | None) -> None:
         state, ratio = self._core(core), self.rates[core].ratio
+        whole("host_tsc", host_tsc)
+        if cycles is not None:
+            whole("cycles", cycles)
         if self.seed:
             state.advance_as_seed(host_tsc, cycles, is_slaved=self.slaved)
             return
@@ -297,13 +310,14 @@ class PalaciosTime:
         if self.slaved:
             state.cycles += passed * self.dilation * ratio
         else:
-            executed = passed if cycles is None else index(cycles)
+            executed = passed if cycles is None else cycles
             if not 0 <= executed <= passed:
                 raise RangeError(f"core {core} executed {cycles} host cycles in {passed}; it can be 0 to {passed}")
             state.cycles += executed * ratio
         state.stamp = host_tsc
 
     def _check(self, state: _Core, host_tsc: HostTsc) -> None:
+        whole("host_tsc", host_tsc)
         if not self.seed and not state.stamp <= host_tsc <= U64_MASK:
             raise RangeError(f"host TSC went backwards or wrapped: it was {state.stamp} and is {host_tsc}")
 
@@ -320,8 +334,8 @@ class PalaciosTime:
         return state
 
     def _core(self, core: int) -> _Core:
-        if not 0 <= core < len(self._cores):
-            raise RangeError(f"core {core}; this VM has cores 0 to {len(self._cores) - 1}")
+        if not 0 <= whole("core", core) < len(self._cores):
+            raise RangeError(f"core {shown(core)}; this VM has cores 0 to {len(self._cores) - 1}")
         return self._cores[core]
 
 
@@ -356,6 +370,7 @@ def _lower(option: str | None) -> str | None:
 def _dilation(dilation: int | None, slaved: bool, wrong: list[Complaint]) -> Fraction:
     if dilation is None:
         return RATIO_ONE
+    whole("dilation", dilation)
     if slaved and dilation > 1:
         return Fraction(1, dilation)
     if not slaved:
@@ -367,6 +382,8 @@ def _dilation(dilation: int | None, slaved: bool, wrong: list[Complaint]) -> Fra
 def _core_rate(core: int, khz: int | None, host_khz: int, profile: Literal["seed", "exact", "palacios"]) -> CoreRate:
     """A core's rate: of the host's frequency unless `khz` is 1 to host_khz."""
     why = ""
+    if khz is not None:
+        whole(f"cores[{core}]", khz)
     if khz is None:
         why = f"core {core}: no frequency given; it has the host's {host_khz} kHz"
     elif not 0 < khz <= host_khz:

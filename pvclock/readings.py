@@ -9,6 +9,7 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import NamedTuple
 
+from pvclock.arguments import instance
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc, RefNs
 
 __all__ = ["Churn", "ClockLine", "HostStamps", "Reading", "Reference", "RunReport", "Sample", "TimeInfo"]
@@ -114,6 +115,7 @@ class Churn(NamedTuple):
 
     def plus(self, later: Churn) -> Churn:
         """This run and a later one, as one."""
+        instance("later", later, Churn)
         return Churn(
             self.publishes + later.publishes,
             min(self.least_step_ns, later.least_step_ns),

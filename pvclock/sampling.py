@@ -13,7 +13,8 @@ from math import inf
 from statistics import median
 from typing import Final, NamedTuple, TypeAlias
 
-from pvclock.errors import RangeError
+from pvclock.errors import RangeError, WrongType
+from pvclock.quantities import shown
 from pvclock.readings import Sample
 
 __all__ = ["Baseline", "Point", "Rate", "Sampler", "SampleSource"]
@@ -59,8 +60,13 @@ class Sampler:
 
     def _taken(self) -> Sample:
         sample = self._source()
+        if not isinstance(sample, Sample):
+            raise WrongType("a source's sample", sample, "a Sample(tsc, ns, bound_ns)")
         if not (0 <= sample.bound_ns < inf and abs(sample.ns) < NS_MAX):
-            raise RangeError(f"{sample}: its bound must be ns from 0 on, not infinite, and its ns within 2^63")
+            raise RangeError(
+                f"a sample of {shown(sample.ns)} ns, within {shown(sample.bound_ns)}: its bound must be ns from 0 on, "
+                f"not infinite, and its ns within 2^63"
+            )
         self._bounds.append(sample.bound_ns)
         return sample
 

@@ -10,6 +10,7 @@ import threading
 import weakref
 from typing import Final, Protocol
 
+from pvclock.arguments import number
 from pvclock.errors import RangeError, StateError
 from pvclock.quantities import shown
 
@@ -52,8 +53,8 @@ def begin(thread: threading.Thread, operation: str) -> None:
 
 
 def check_timeout(timeout_s: float) -> None:
-    """RangeError for what no lock can wait for."""
-    if not 0 <= timeout_s <= threading.TIMEOUT_MAX:
+    """RangeError for what no lock can wait for; WrongType for what is no number."""
+    if not 0 <= number("timeout_s", timeout_s) <= threading.TIMEOUT_MAX:
         raise RangeError(f"timeout_s is {shown(timeout_s)}; it must be from 0 to {threading.TIMEOUT_MAX:g}")
 
 

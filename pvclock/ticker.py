@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from pvclock._counter import SimulatedCounter
+from pvclock.arguments import flag, instance, number
 from pvclock.errors import RangeError, StateError
 from pvclock.guestclock import MAX_AGE_S, GuestClock
 from pvclock.hostwatch import HostWatch, Trouble
@@ -71,16 +72,16 @@ class Ticker:
     """
 
     def __init__(self, *clocks: GuestClock, interval_s: float = 1.0, watch_host: bool = True) -> None:
-        if not SHORTEST_S <= interval_s <= MAX_AGE_S:
+        if not SHORTEST_S <= number("interval_s", interval_s) <= MAX_AGE_S:
             raise RangeError(
                 f"interval_s is {shown(interval_s)}; from {SHORTEST_S:g} to {MAX_AGE_S:g}, else pages get too old"
             )
         self.interval_s = interval_s
-        self._watch_host = watch_host
+        self._watch_host = flag("watch_host", watch_host)
         self._failures: deque[TickFailure] = deque(maxlen=FAILURES_KEPT)
         self._workers = Workers(self._tick)
         self._lock = threading.Lock()  # of what follows; never held while a clock ticks
-        self._clocks = {clock: _HostNews() for clock in clocks}
+        self._clocks = {instance("clocks", clock, GuestClock): _HostNews() for clock in clocks}
         self._keeper: _Keeper | None = None  # any other ends
         renew_in_children(self)
 
@@ -96,11 +97,13 @@ class Ticker:
 
     def add(self, clock: GuestClock) -> None:
         """Tick `clock`, too, from the next round on; once a round, however often it is added."""
+        instance("clock", clock, GuestClock)
         with self._lock:
             self._clocks.setdefault(clock, _HostNews())
 
     def remove(self, clock: GuestClock) -> None:
         """Tick `clock` no more; a tick that is under way goes on.  StateError if it is not ticked here."""
+        instance("clock", clock, GuestClock)
         with self._lock:
             if self._clocks.pop(clock, None) is None:
                 raise StateError("remove", "this clock is not ticked here", "add() it first")

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from operator import index
 from typing import Final, NamedTuple, TypeAlias
 
-from pvclock.errors import ConfigError, RangeError, StateError
-from pvclock.quantities import U64_MASK, GuestNs, shown
+from pvclock.arguments import flag, function, instance, whole
+from pvclock.errors import RangeError, StateError, WrongType
+from pvclock.quantities import U64_MASK, GuestNs
 
 __all__ = ["Firing", "Merge", "Missed", "Once", "Replay", "Share", "Timer", "Timers", "VcpuTimeouts"]
 
@@ -149,10 +149,10 @@ class Timers:
         cycles_hz: int | None = None,
         newest_update_first: bool = False,
     ) -> None:
-        self._now = GuestNs(_whole("guest time", now, 0))
-        self._cycles = _whole("cycles", cycles, 0)
-        self._cycles_hz = None if cycles_hz is None else _whole("cycles_hz", cycles_hz, 1)
-        self._newest_update_first = newest_update_first
+        self._now = GuestNs(whole("now", now, 0, U64_MASK))
+        self._cycles = whole("cycles", cycles, 0, U64_MASK)
+        self._cycles_hz = None if cycles_hz is None else whole("cycles_hz", cycles_hz, 1, U64_MASK)
+        self._newest_update_first = flag("newest_update_first", newest_update_first)
         self._updates: list[UpdateCallback] = []  # in the order of their calls
         self._timers: dict[int, Timer] = {}
         self._serial = 0
@@ -189,19 +189,19 @@ class Timers:
         """Call `callback` when guest time is deadline_ns, and with period_ns at each multiple of it from there on.
 
         deadline_ns: 0 to 2^64 - 1; one that is past fires at the next advance().  period_ns: 1 to 2^64 - 1.  RangeError
-        beyond these, and for a Replay that could not catch up; TypeError for what is no whole number; ConfigError for a
-        `missed` that is none of `Missed`.
+        beyond these, and for a Replay that could not catch up.
         """
-        deadline_ns = GuestNs(_whole("deadline_ns", deadline_ns, 0))
+        deadline_ns = GuestNs(whole("deadline_ns", deadline_ns, 0, U64_MASK))
+        function("callback", callback)
         if not isinstance(missed, Merge | Once | Replay):
-            raise ConfigError(f"missed is a Merge, Once or Replay; found {type(missed).__name__}")
+            raise WrongType("missed", missed, "a Merge, Once or Replay")
         if period_ns is not None:
-            period_ns = _whole("period_ns", period_ns, 1)
+            period_ns = whole("period_ns", period_ns, 1, U64_MASK)
         if isinstance(missed, Replay):
             if period_ns is None:
-                raise RangeError(f"{missed} for a one-shot timer; it has no period to replay")
+                raise RangeError("missed is a Replay, for a one-shot timer: it has no period to replay")
             what = f"spacing_ns, replaying a period of {period_ns} ns,"
-            missed = Replay(_whole(what, missed.spacing_ns, 1, period_ns - 1))
+            missed = Replay(whole(what, missed.spacing_ns, 1, period_ns - 1))
         timer = self._timers[self._serial] = Timer(self._serial, deadline_ns, callback, period_ns, missed)
         self._serial += 1
         heappush(self._queue, (timer.due_ns, timer.serial))
@@ -209,7 +209,7 @@ class Timers:
 
     def remove(self, timer: Timer) -> bool:
         """Take `timer` away, and what it is owed; False if it has expired, was removed or is another's."""
-        if self._timers.get(timer.serial) is not timer:
+        if self._timers.get(instance("timer", timer, Timer).serial) is not timer:
             return False
         del self._timers[timer.serial]
         timer.callback = None
@@ -224,13 +224,14 @@ class Timers:
 
         Cycles elapse since the advance before, also for a new callback.  StateError without a `cycles_hz`.
         """
+        function("callback", callback)
         if self._cycles_hz is None:
             raise StateError("add_update", "the frequency of the cycles is not known", "give Timers its cycles_hz")
         self._updates.insert(0 if self._newest_update_first else len(self._updates), callback)
 
     def remove_update(self, callback: UpdateCallback) -> bool:
         """Take back one add_update() of `callback`; False if there is none."""
-        if callback not in self._updates:
+        if function("callback", callback) not in self._updates:
             return False
         self._updates.remove(callback)
         return True
@@ -285,8 +286,8 @@ class Timers:
             raise StateError(
                 "advance", f"{len(self._updates)} update callbacks and no cycles", "hand in the cycle count"
             )
-        now = GuestNs(_whole("guest time", now, 0))
-        cycles = self._cycles if cycles is None else _whole("cycles", cycles, 0)
+        now = GuestNs(whole("now", now, 0, U64_MASK))
+        cycles = self._cycles if cycles is None else whole("cycles", cycles, 0, U64_MASK)
         if now < self._now:
             raise RangeError(f"guest time went backwards: it was {self._now} ns and is {now} ns")
         if cycles < self._cycles:
@@ -332,7 +333,7 @@ class VcpuTimeouts:
     """
 
     def __init__(self, timers: Timers) -> None:
-        self._timers = timers
+        self._timers = instance("timers", timers, Timers)
         self._of_vcpu: dict[int, Timer] = {}
 
     def add(self, vcpu: int, deadline_ns: GuestNs, callback: TimerCallback) -> Timer:
@@ -340,7 +341,8 @@ class VcpuTimeouts:
 
         StateError while one is active; deadline_ns is as for Timers.add().
         """
-        deadline_ns = GuestNs(_whole("deadline_ns", deadline_ns, 0))
+        vcpu = whole("vcpu", vcpu)
+        deadline_ns = GuestNs(whole("deadline_ns", deadline_ns, 0, U64_MASK))
         present = self._of_vcpu.get(vcpu)
         if present is not None and present.active:
             raise StateError(
@@ -353,7 +355,7 @@ class VcpuTimeouts:
 
     def remove(self, vcpu: int) -> bool:
         """Take vCPU's timeout away; False if none was active."""
-        timer = self._of_vcpu.pop(vcpu, None)
+        timer = self._of_vcpu.pop(whole("vcpu", vcpu), None)
         return timer is not None and self._timers.remove(timer)
 
 
@@ -383,11 +385,3 @@ def _call(errors: list[Exception], callback: Callable[..., object] | None, *argu
         callback(*arguments)
     except Exception as error:  # noqa: BLE001 - advance() raises it when all have been called
         errors.append(error)
-
-
-def _whole(name: str, value: int, least: int, most: int = U64_MASK) -> int:
-    """`value` as an int within its range; floats are refused, for time is never rounded here."""
-    number = index(value)
-    if not least <= number <= most:
-        raise RangeError(f"{name} is {shown(number)}; it can be {least} to {most}")
-    return number

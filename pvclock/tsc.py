@@ -11,9 +11,11 @@ from fractions import Fraction
 from math import gcd
 from typing import Final, Literal, NamedTuple
 
+from pvclock import arguments
 from pvclock._core import guest_tsc
+from pvclock.arguments import flag, fraction, whole
 from pvclock.errors import ConfigError, MsrFault, RangeError
-from pvclock.quantities import NS_PER_S, U64_MASK, GuestTsc, HostTsc
+from pvclock.quantities import NS_PER_S, U64_MASK, GuestTsc, HostTsc, shown
 
 __all__ = ["MSR_IA32_TSC", "MSR_IA32_TSC_ADJUST", "MSR_TSC_AUX", "TscControls", "TscInstruction", "VcpuTsc", "tsc_rate"]
 
@@ -59,9 +61,9 @@ def tsc_rate(guest_hz: int, host_hz: int, *, profile: Literal["exact", "palacios
     greater, and drops what is left over: up to 1024 kHz of either frequency.  RangeError for a frequency that is too
     low, ConfigError for another profile.  The hardware's rounded ratio is pvclock.tsc_ratio().
     """
-    if guest_hz < 1 or host_hz < 1:
+    if whole("guest_hz", guest_hz) < 1 or whole("host_hz", host_hz) < 1:
         raise RangeError(f"TSC frequencies are {guest_hz} and {host_hz} Hz; each must be at least 1")
-    if profile == "exact":
+    if arguments.text("profile", profile) == "exact":
         return Fraction(guest_hz, host_hz)
     if profile != "palacios":
         raise ConfigError(f'TSC rate profile {profile!r} is unknown; use "exact" or "palacios"')
@@ -93,22 +95,24 @@ class VcpuTsc:
         rate: Fraction | None = None,
         aux: int = 0,
     ) -> None:
-        if frac_bits not in (32, 48):
-            raise ConfigError(f"TSC ratio with {frac_bits} fraction bits; hardware has 48 (VMX) or 32 (SVM)")
+        if whole("frac_bits", frac_bits) not in (32, 48):
+            raise ConfigError(f"TSC ratio with {shown(frac_bits)} fraction bits; hardware has 48 (VMX) or 32 (SVM)")
+        if ratio is not None:
+            whole("ratio", ratio)
         if rate is not None and ratio not in (None, 1 << frac_bits):
             raise ConfigError(f"TSC rate {rate} and hardware ratio {ratio:#x}; give one of them")
         if ratio is not None and not 0 < ratio <= U64_MASK:
             raise RangeError(f"TSC ratio is {ratio:#x}; it must be in [1, 2^64)")
-        if rate is not None and rate <= 0:
+        if rate is not None and fraction("rate", rate) <= 0:
             raise RangeError(f"TSC rate is {rate} guest ticks in a host tick; it must be positive")
-        if not 0 <= aux <= U32_MASK:
+        if not 0 <= whole("aux", aux) <= U32_MASK:
             raise RangeError(f"TSC_AUX is {aux:#x}; it has 32 bits")
-        self.offset = offset & U64_MASK
-        self.adjust = adjust & U64_MASK
+        self.offset = whole("offset", offset) & U64_MASK
+        self.adjust = whole("adjust", adjust) & U64_MASK
         self.ratio = 1 << frac_bits if ratio is None else ratio
         self.frac_bits = frac_bits
         self.aux = aux
-        self._exact_rate = rate
+        self._exact_rate = None if rate is None else Fraction(rate)
 
     @property
     def base_offset(self) -> int:
@@ -122,13 +126,13 @@ class VcpuTsc:
 
     def guest_hz(self, host_hz: int) -> Fraction:
         """The guest TSC's frequency in Hz, on a host TSC of `host_hz`, exactly."""
-        return host_hz * self.rate
+        return whole("host_hz", host_hz) * self.rate
 
     # What the guest reads
 
     def cycles(self, host_tsc: HostTsc) -> int:
         """Guest cycles: ticks at the guest's rate, of no offset, that no write moves; they never decrease."""
-        return host_tsc * self.rate.numerator // self.rate.denominator
+        return whole("host_tsc", host_tsc) * self.rate.numerator // self.rate.denominator
 
     def read(self, host_tsc: HostTsc) -> GuestTsc:
         """What RDTSC and RDMSR 0x10 return at `host_tsc`."""
@@ -146,7 +150,7 @@ class VcpuTsc:
 
     def rdmsr(self, index: int, host_tsc: HostTsc) -> TscInstruction:
         """RDMSR of 0x10, 0x3b or 0xc0000103 at `host_tsc`: EDX:EAX; MsrFault for any other."""
-        if index == MSR_IA32_TSC:
+        if whole("index", index) == MSR_IA32_TSC:
             return self.rdtsc(host_tsc)
         if index not in (MSR_IA32_TSC_ADJUST, MSR_TSC_AUX):
             raise MsrFault(index)
@@ -159,7 +163,9 @@ class VcpuTsc:
 
         amd: see guest_write_aux().
         """
-        if index == MSR_IA32_TSC:
+        if amd is not False:  # the usual case costs nothing
+            flag("amd", amd)
+        if whole("index", index) == MSR_IA32_TSC:
             self.guest_write_tsc(value, host_tsc)
         elif index == MSR_IA32_TSC_ADJUST:
             self.guest_write_adjust(value)
@@ -170,13 +176,13 @@ class VcpuTsc:
 
     def guest_write_tsc(self, value: int, host_tsc: HostTsc) -> None:
         """WRMSR 0x10 by the guest: its TSC becomes `value`, and ADJUST moves along."""
-        moved = value - self.read(host_tsc)
+        moved = whole("value", value) - self.read(host_tsc)
         self.offset = (self.offset + moved) & U64_MASK
         self.adjust = (self.adjust + moved) & U64_MASK
 
     def guest_write_adjust(self, value: int) -> None:
         """WRMSR 0x3b by the guest: ADJUST becomes `value`, and its TSC moves along."""
-        self.offset = (self.offset + value - self.adjust) & U64_MASK
+        self.offset = (self.offset + whole("value", value) - self.adjust) & U64_MASK
         self.adjust = value & U64_MASK
 
     def guest_write_aux(self, value: int, *, amd: bool = False) -> None:
@@ -184,17 +190,18 @@ class VcpuTsc:
 
         Source: Linux __kvm_set_msr(), which asks the guest's CPUID for the vendor.
         """
-        if value > U32_MASK and not amd:
+        is_cut = flag("amd", amd)
+        if whole("value", value) > U32_MASK and not is_cut:
             raise MsrFault(MSR_TSC_AUX, value, "TSC_AUX has 32 bits")
         self.aux = value & U32_MASK
 
     def host_write_tsc(self, value: int, host_tsc: HostTsc) -> None:
         """Restore the TSC: it becomes `value` at `host_tsc`; ADJUST stays."""
-        self.offset = (self.offset + value - self.read(host_tsc)) & U64_MASK
+        self.offset = (self.offset + whole("value", value) - self.read(host_tsc)) & U64_MASK
 
     def host_write_adjust(self, value: int) -> None:
         """Restore ADJUST: it becomes `value`; the TSC stays."""
-        self.adjust = value & U64_MASK
+        self.adjust = whole("value", value) & U64_MASK
 
     def reset(self, host_tsc: HostTsc) -> None:
         """RESET (not INIT, which keeps them): TSC, ADJUST and AUX become 0."""
@@ -208,7 +215,9 @@ class VcpuTsc:
 
         0 if it is reached; None for deadline 0, which disarms the timer.  host_hz: the host TSC's frequency.
         """
-        if deadline == 0:
+        whole("host_hz", host_hz, 1)
+        whole("host_tsc", host_tsc)
+        if whole("deadline", deadline) == 0:
             return None
         missing = deadline - self.read(host_tsc)
         reached_at = -(-(self.cycles(host_tsc) + missing) // self.rate)  # the first host tick
@@ -221,6 +230,9 @@ class VcpuTsc:
         modulo that, so its interrupt comes early, once.  virtual_khz: KVM_GET_TSC_KHZ.  advance_ns: the host's
         lapic_timer_advance_ns.  Source: start_sw_tscdeadline().
         """
+        for name, given in (("deadline", deadline), ("host_tsc", host_tsc), ("virtual_khz", virtual_khz)):
+            whole(name, given)
+        whole("advance_ns", advance_ns)
         if deadline == 0 or virtual_khz == 0:
             return None
         now = self.read(host_tsc)
@@ -239,7 +251,9 @@ class VcpuTsc:
         has a rate or a dilation of its own.  dilation: guest time in host time, which only a trap can give.
         scales: the host multiplies by `ratio` in hardware.
         """
+        passthrough, scales = flag("passthrough", passthrough), flag("scales", scales)
         warning = ""
+        dilation = fraction("dilation", dilation)
         if passthrough and (dilation != 1 or self.rate != 1):
             warning = f"TSC passthrough cancelled: the guest's rate is {self.rate}, its dilation {dilation}"
         passthrough = passthrough and not warning
@@ -250,9 +264,9 @@ class VcpuTsc:
 
     def copy(self) -> VcpuTsc:
         """Another one in the same state."""
-        return VcpuTsc(
-            self.offset, self.adjust, ratio=self.ratio, frac_bits=self.frac_bits, rate=self._exact_rate, aux=self.aux
-        )
+        copied = VcpuTsc.__new__(VcpuTsc)  # past the checks: each RDMSR makes a copy
+        vars(copied).update(vars(self))
+        return copied
 
     def __repr__(self) -> str:
         return f"VcpuTsc(offset={self.offset:#x}, adjust={self.adjust:#x})"

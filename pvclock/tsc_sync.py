@@ -15,8 +15,9 @@ from itertools import pairwise
 from typing import Final, Literal, NamedTuple
 
 from pvclock._core import ClockScale, time_scale, tsc_ratio
+from pvclock.arguments import flag, instance, instances, sequence, text, whole
 from pvclock.errors import ConfigError, RangeError, StateError
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, shown
 from pvclock.tsc import VcpuTsc
 
 __all__ = [
@@ -90,7 +91,7 @@ class OffsetWrite(NamedTuple):
 
     def applied(self, tsc: VcpuTsc) -> VcpuTsc:
         """A copy of `tsc` after the write; StateError if its offset is another one than the plan was made for."""
-        if tsc.offset != self.offset_before:
+        if instance("tsc", tsc, VcpuTsc).offset != self.offset_before:
             state = f"vCPU {self.vcpu}'s TSC offset is {tsc.offset:#x}, not {self.offset_before:#x}"
             raise StateError("repair", state, "it was written meanwhile: make another plan")
         repaired = tsc.copy()
@@ -100,7 +101,7 @@ class OffsetWrite(NamedTuple):
 
 def agreement(tscs: Sequence[VcpuTsc]) -> Agreement:
     """Compare the TSCs of a VM's vCPUs, given by number; RangeError for none."""
-    if not tscs:
+    if not instances("tscs", tscs, VcpuTsc):
         raise RangeError("agreement of 0 vCPUs; give at least one")
     first = tscs[0]
     compared = (
@@ -129,7 +130,8 @@ def repair_plan(
     RangeError if a TSC would have to go back, or if the vCPUs are so far apart (2^63 ticks) that none is ahead.
     StateError if their rates differ: then no offset brings them together for longer than an instant.
     """
-    if adjust not in ("keep", "carry"):
+    flag("every_vcpu", every_vcpu)
+    if text("adjust", adjust) not in ("keep", "carry"):
         raise ConfigError(f'adjust {adjust!r} is unknown; use "keep" or "carry"')
     if not agreement(tscs).rates_agree:
         raise StateError("repair_plan", "the vCPUs' TSCs have different rates", "give them one frequency first")
@@ -137,7 +139,7 @@ def repair_plan(
         target, spread_ticks = _furthest_ahead([tsc.offset for tsc in tscs])
         if spread_ticks >= CIRCLE // 2:
             raise RangeError(f"TSC offsets are spread over {spread_ticks:#x} ticks; from 2^63 on none is ahead")
-    plan = [_write_onto(target & U64_MASK, vcpu, tsc, adjust) for vcpu, tsc in enumerate(tscs)]
+    plan = [_write_onto(whole("target", target) & U64_MASK, vcpu, tsc, adjust) for vcpu, tsc in enumerate(tscs)]
     return [write for write in plan if every_vcpu or write.moves_tsc_by]
 
 
@@ -221,17 +223,20 @@ class KvmTscSync:
         tsc_stable: bool = True,
         clocksource_is_tsc: bool = True,
     ) -> None:
+        if len(sequence("linux", linux, "a kernel's version, as (6, 7)")) != 2:
+            raise ConfigError("linux has two numbers, as (6, 7)")
+        linux = whole("linux[0]", linux[0]), whole("linux[1]", linux[1])
         if linux < OLDEST_LINUX:
             raise RangeError(f"Linux {linux[0]}.{linux[1]}; the model begins with 5.16")
-        if not 0 < host_khz <= MAX_KHZ:
-            raise RangeError(f"host TSC of {host_khz} kHz; it must be in [1, 2^31)")
-        if frac_bits not in (None, 32, 48):
+        if not 0 < whole("host_khz", host_khz) <= MAX_KHZ:
+            raise RangeError(f"host TSC of {shown(host_khz)} kHz; it must be in [1, 2^31)")
+        if frac_bits is not None and whole("frac_bits", frac_bits) not in (32, 48):
             raise ConfigError(f"TSC ratio with {frac_bits} fraction bits; hardware has 48 (VMX), 32 (SVM) or none")
         self.linux = linux
         self.host_khz = host_khz
         self.frac_bits = frac_bits
-        self.tsc_stable = tsc_stable
-        self.clocksource_is_tsc = clocksource_is_tsc
+        self.tsc_stable = flag("tsc_stable", tsc_stable)
+        self.clocksource_is_tsc = flag("clocksource_is_tsc", clocksource_is_tsc)
         self.generation = 0
         self._vcpus: list[_Vcpu] = []
         self._matched = 0
@@ -258,6 +263,8 @@ class KvmTscSync:
 
     def create_vcpu(self, at: HostInstant, khz: int = 0) -> KvmTscWrite:
         """KVM_CREATE_VCPU: the first one's TSC begins with 0, others join.  khz: KVM_SET_TSC_KHZ of the VM, before."""
+        whole("khz", khz)
+        instance("at", at, HostInstant)
         self._vcpus.append(_Vcpu(self.host_khz, self.frac_bits or 48))
         self.set_tsc_khz(len(self._vcpus) - 1, khz)
         return self._write_value(self._vcpus[-1], 0, at, True, None)
@@ -265,7 +272,8 @@ class KvmTscSync:
     def write_msr(self, vcpu: int, value: int, at: HostInstant) -> KvmTscWrite:
         """KVM_SET_MSRS of IA32_TSC.  0 asks to join; so does a value within 1 s of the one that KVM expects."""
         it = self._vcpu(vcpu)
-        _check_u64("IA32_TSC", value)
+        instance("at", at, HostInstant)
+        _check_u64("value", value)
         synchronizing, margin_ticks = value == 0, None
         if value and (self._user_set or self.linux < FIRST_VALUE_IS_KEPT):
             synchronizing, margin_ticks = self._is_near(it, value, at)
@@ -275,7 +283,8 @@ class KvmTscSync:
     def write_offset(self, vcpu: int, offset: int, at: HostInstant) -> KvmTscWrite:
         """KVM_SET_DEVICE_ATTR of KVM_VCPU_TSC_OFFSET: it is kept as it is, and joins if the last write set the same."""
         it = self._vcpu(vcpu)
-        _check_u64("TSC offset", offset)
+        instance("at", at, HostInstant)
+        _check_u64("offset", offset)
         is_matched = it.khz == self._last.khz and offset == self._last.offset
         self._user_set |= self.linux >= OFFSET_COUNTS_AS_VALUE
         it.tsc.offset = offset
@@ -287,8 +296,8 @@ class KvmTscSync:
         It remembers even a frequency that it refuses for being too low for a host without scaling.
         """
         it, frac_bits = self._vcpu(vcpu), self.frac_bits
-        if not 0 <= khz < 1 << 32:
-            raise RangeError(f"guest TSC of {khz} kHz; it has 32 bits, unsigned")
+        if not 0 <= whole("khz", khz) < 1 << 32:
+            raise RangeError(f"guest TSC of {shown(khz)} kHz; it has 32 bits, unsigned")
         if frac_bits and khz >= min(MAX_KHZ, self.host_khz * MAX_RATIO[frac_bits] >> frac_bits):
             return False
         it.khz = khz or self.host_khz
@@ -302,8 +311,8 @@ class KvmTscSync:
         return True
 
     def _vcpu(self, vcpu: int) -> _Vcpu:
-        if not 0 <= vcpu < len(self._vcpus):
-            raise RangeError(f"vCPU {vcpu}; this VM has {len(self._vcpus)}")
+        if not 0 <= whole("vcpu", vcpu) < len(self._vcpus):
+            raise RangeError(f"vCPU {shown(vcpu)}; this VM has {len(self._vcpus)}")
         return self._vcpus[vcpu]
 
     def _is_near(self, it: _Vcpu, value: int, at: HostInstant) -> tuple[bool, int | None]:
@@ -367,5 +376,5 @@ class _LastWrite(NamedTuple):
 
 
 def _check_u64(what: str, value: int) -> None:
-    if not 0 <= value <= U64_MASK:
+    if not 0 <= whole(what, value) <= U64_MASK:
         raise RangeError(f"{what} := {value:#x}; it has 64 bits, unsigned")

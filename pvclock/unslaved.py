@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import threading
 from contextlib import AbstractContextManager
-from operator import index
 from typing import Final, NamedTuple
 
 from pvclock._counter import Counter, SimulatedCounter
+from pvclock.arguments import flag, serving, whole
 from pvclock.backend import Backend
 from pvclock.errors import RangeError, StateError
 from pvclock.quantities import U64_MASK, HostTsc
@@ -53,9 +53,9 @@ class UnslavedBackend:
     is_slaved = False
 
     def __init__(self, inner: Backend, executed: int = 0, *, native: bool = True) -> None:
-        self.inner = inner
-        self.native = native
-        self._counter = SimulatedCounter(executed)
+        self.inner = serving("inner", inner, "sample", "stamps", "set_tsc_offset", "quiesce", wanted="a Backend")
+        self.native = flag("native", native)
+        self._counter = SimulatedCounter(whole("executed", executed))
         self._offsets: dict[int, int] = {}  # guest TSC - counter, by vCPU
         self._run: _Run | None = None
         self._lock = threading.Lock()
@@ -96,7 +96,7 @@ class UnslavedBackend:
         exit(), for VMMs that count by themselves, they are 0 to 2^63 - 1.  RangeError otherwise, with nothing changed;
         StateError during a run.
         """
-        cycles = index(cycles)
+        cycles = whole("cycles", cycles)
         with self._lock:
             run = self._run
             if run is None:

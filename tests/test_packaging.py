@@ -12,6 +12,8 @@ from zipfile import ZipFile
 
 import pytest
 
+import pvclock
+
 pytestmark = pytest.mark.row("style")
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +141,13 @@ def test_wheel_from_the_source_archive_works(installed: Path, tmp_path: Path) ->
     """Without any dependency, the installed package computes the pair that Linux publishes."""
     program = "from pvclock import ClockScale; s = ClockScale.from_khz(2_596_132); print(s.mul, s.shift)"
     assert run(installed, "-c", program, cwd=tmp_path) == f"{0xC5376ADD} -1"
+
+
+def test_the_wheel_has_the_version_of_the_source(installed: Path, tmp_path: Path) -> None:
+    """Its metadata say what pvclock.__version__ does: the one place where the version stands."""
+    program = "import pvclock; from importlib.metadata import version; print(pvclock.__version__, version('pvclock'))"
+    said, installed_version = run(installed, "-c", program, cwd=tmp_path).split()
+    assert said == installed_version == pvclock.__version__
 
 
 def test_wheel_carries_what_others_compile_against(installed: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from pvclock.backend import Backend
 from pvclock.clock.timekeeper import Timekeeper, nothing
 from pvclock.discipline import MAX_PPM, Discipline, Steering, SteeringState
-from pvclock.errors import ConfigError
+from pvclock.errors import ConfigError, WrongType
 from pvclock.events import Event, EventKind
 from pvclock.quantities import HostTsc
 from pvclock.readings import Reference, Sample
@@ -173,13 +173,21 @@ def source_of(reference: Reference | str | SampleSource, backend: Backend) -> tu
     """The reference's name and its samples, none for OFF; ConfigError for what cannot be followed."""
     if reference == OFF:
         return OFF, None
+    if not isinstance(reference, str) and not callable(reference):
+        raise WrongType("reference", reference, f"{OFF}, {', '.join(Reference)}, or a source of samples")
     if not backend.is_slaved:
-        raise ConfigError(f"reference {reference!r}: time that passes only while the guest executes follows no clock")
+        raise ConfigError(
+            f"reference {_named(reference)}: time that passes only while the guest executes follows no clock"
+        )
     if callable(reference) and not isinstance(reference, str):
         return INJECTED, reference
     if reference not in list(Reference):
         raise ConfigError(f"reference {reference!r}; it can be {OFF}, {', '.join(Reference)}, or a source of samples")
     return reference, partial(backend.sample, Reference(reference))
+
+
+def _named(reference: str | SampleSource) -> str:
+    return reference if isinstance(reference, str) else INJECTED
 
 
 def _described(reference: str, found: Steering) -> str:

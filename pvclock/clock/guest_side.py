@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Final
 
+from pvclock.arguments import instance, whole
 from pvclock.clock.capture import ClockParts
 from pvclock.clock.placement import Placement
 from pvclock.clock.run_delays import RunDelays
@@ -53,6 +54,7 @@ class GuestSide:
         self._keeper, self._tscs, self._host = parts.keeper, parts.tscs, parts.host
         self._operations, self._wall_clock = parts.operations, parts.wall_clock
         self.memory = self._keeper.memory
+        self._vcpus = self._keeper.vcpus
         self._backend = self._keeper.backend
         self._run_delays = RunDelays(self._keeper)
         self._placement = Placement(self._keeper)
@@ -69,7 +71,8 @@ class GuestSide:
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """See GuestClock.read_msr()."""
-        self._keeper.check_vcpu(vcpu)
+        if not (type(vcpu) is type(index) is int and 0 <= vcpu < self._vcpus):
+            vcpu, index = self._keeper.check_vcpu(vcpu), whole("index", index)
         if index == MSR_IA32_TSC:
             return self._tscs.read(vcpu, self._keeper.host_tsc())
         if index == MSR_IA32_TSC_ADJUST and self._has_adjust(index):
@@ -80,7 +83,8 @@ class GuestSide:
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """See GuestClock.write_msr()."""
-        self._keeper.check_vcpu(vcpu)
+        if not (type(vcpu) is type(index) is type(value) is int and 0 <= vcpu < self._vcpus):
+            vcpu, index, value = self._keeper.check_vcpu(vcpu), whole("index", index), whole("value", value)
         if not 0 <= value <= U64_MASK:
             raise RangeError(f"WRMSR {index:#x} := {value:#x}; an MSR has 64 bits")
         with self._keeper.changing:
@@ -99,8 +103,15 @@ class GuestSide:
         """See GuestClock.msr_ranges."""
         return TSC_MSR_RANGES + self.interface.msr_ranges
 
+    def cpuid(self, leaf: int, subleaf: int) -> CpuidLeaf | None:
+        """See GuestClock.cpuid()."""
+        whole("subleaf", subleaf)
+        return self.interface.cpuid_leaves.get(whole("leaf", leaf))
+
     def patched_cpuid(self, leaf: int, subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
         """See GuestClock.patch_cpuid()."""
+        leaf, subleaf = whole("leaf", leaf), whole("subleaf", subleaf)
+        instance("registers", registers, CpuidLeaf)
         if leaf == 1:
             return registers._replace(ecx=_with_bit(registers.ecx, 31, bool(self.interface.cpuid_leaves)))
         if (leaf, subleaf) == (7, 0):
@@ -176,6 +187,8 @@ class GuestSide:
 
     def refresh(self, vcpu: int | None = None) -> None:
         """See GuestClock.refresh()."""
+        if vcpu is not None:
+            self._keeper.check_vcpu(vcpu)
         if self._provider.refreshes_pages or self._keeper.timeline.is_slewing:
             self._operations.refresh(vcpu)
 
@@ -203,6 +216,7 @@ class GuestSide:
 
     def pairing(self, vcpu: int) -> Pairing | None:
         """One instant as the guest's time of day and as vCPU's TSC; None where the host's TSC is not to be trusted."""
+        self._keeper.check_vcpu(vcpu)
         with self._keeper.changing:
             sample = self._host.utc_sample(vcpu)
             if not (self._host.is_trusted and self._backend.tsc_stable):

@@ -258,7 +258,7 @@ class HostTrust:
                 self._tsc_failed, self._went_back_ticks, self._mark = True, went_back, mark
                 self._told.add(EventKind.TSC_STEP)
                 self._follower.take(following)
-                return state, (step, *tscs.refusal(stamps))
+                return state, (step, *tscs.refusal(stamps, state))
 
             keeper.replace(change, ((after - before) & U64_MASK, 0), of_one_numbering=False)
 
@@ -297,8 +297,8 @@ class HostTrust:
             timeline.slew(stamps.tsc, settled.slew_ns, settled.slew)
             timeline.turn(stamps.tsc, timeline.tempo._replace(boost=timeline.plan(stamps.tsc)))
         state = TimeState.of(timeline)
-        why = f"the host slept for {slept} ns while vCPUs ran; {catchup.describe(policy)}"
-        event = keeper.event(EventKind.SUSPEND, why, stamps, after=state)
+        why = f"the host slept for {slept} ns while vCPUs ran; {policy}"
+        event = keeper.event(EventKind.SUSPEND, why, stamps, after=state, policy=str(policy))
 
         def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
             taking()

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from fractions import Fraction
 from functools import partial
-from operator import index
+from typing import NamedTuple
 
 from pvclock import catchup
 from pvclock._transaction import attempt, commit, finish
+from pvclock.arguments import fraction, number, sequence, whole
 from pvclock.catchup import CatchUpTable, Policy, Slew
 from pvclock.clock.follower import Follower
 from pvclock.clock.host_trust import HostTrust, slept_ns
@@ -32,6 +33,13 @@ class Run:
 
     def __init__(self) -> None:
         self.begin_ns = self.ran_ns = Fraction(0)
+
+
+class Chosen(NamedTuple):
+    """A policy, and in what words it was chosen."""
+
+    policy: Policy
+    words: str
 
 
 class Operations:
@@ -65,7 +73,7 @@ class Operations:
 
     def dilate(self, numerator: int, denominator: int = 1) -> None:
         """See GuestClock.dilate()."""
-        numerator, denominator = index(numerator), index(denominator)
+        numerator, denominator = whole("numerator", numerator), whole("denominator", denominator)
         if numerator < 1 or denominator < 1:
             raise RangeError(
                 f"dilation {shown(numerator)}/{shown(denominator)}; two whole numbers from 1 on: dilate(1, 2) halves"
@@ -83,12 +91,13 @@ class Operations:
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
         """See GuestClock.slew()."""
-        policy = catchup.as_policy(Slew(max_ppm))
+        target_ns = whole("target_ns", target_ns)
+        policy = catchup.as_policy(Slew(whole("max_ppm", max_ppm)))
         assert isinstance(policy, Slew)  # noqa: S101  # for type checkers
         keeper = self._keeper
         with keeper.changing:
             stamps = self._host.require("slew")
-            if abs(keeper.timeline.skew_at(stamps.tsc) + index(target_ns)) > U64_MASK:
+            if abs(keeper.timeline.skew_at(stamps.tsc) + target_ns) > U64_MASK:
                 raise RangeError(f"slew({shown(target_ns)}): with what is still to be slewed it is 2^64 ns or more")
             slewed = keeper.timeline.copy()
             slewed.slew(stamps.tsc, Fraction(target_ns), policy)
@@ -97,7 +106,8 @@ class Operations:
     def churn(self, publishes: int, dilations: list[Fraction], seconds: float) -> Churn:
         """See GuestClock.churn()."""
         keeper = self._keeper
-        max_ticks = int(min(seconds * keeper.backend.tsc_hz, 2**63 - 1))
+        publishes, dilations = whole("publishes", publishes), _checked_dilations(dilations)
+        max_ticks = int(min(number("seconds", seconds) * keeper.backend.tsc_hz, 2**63 - 1))
         with keeper.changing:
             timeline = keeper.timeline
             tempos = [timeline.tempo._replace(dilation=dilation) for dilation in dilations]
@@ -124,7 +134,8 @@ class Operations:
 
     def skip(self, ns: int) -> None:
         """See GuestClock.skip()."""
-        if index(ns) < 0:
+        ns = whole("ns", ns)
+        if ns < 0:
             raise RangeError(
                 f"skip({shown(ns)}): guest time goes forward only; slew({shown(ns)}) makes it later without a step back"
             )
@@ -135,9 +146,10 @@ class Operations:
 
     def offset(self, ns: int) -> None:
         """See GuestClock.offset()."""
+        ns = whole("ns", ns)
         with self._keeper.changing:
             stamps = self._host.require("offset")
-            now = self._keeper.check_end(index(ns), f"offset({shown(ns)})")
+            now = self._keeper.check_end(ns, f"offset({shown(ns)})")
             if ns < 0 and (self._keeper.pages.was_published or now + ns < 0):
                 raise RangeError(
                     f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, nor is "
@@ -155,7 +167,7 @@ class Operations:
 
     def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> catchup.Settlement:
         """See GuestClock.resume()."""
-        chosen = self._policy if policy is None else catchup.as_policy(policy)
+        chosen = _chosen(policy, self._policy)
         with self._keeper.changing:
             self._check_idle("resume")
             self._paused_at("resume")
@@ -164,19 +176,20 @@ class Operations:
 
     def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
         """See GuestClock.run_for()."""
-        if index(ns) <= 0:
+        ns = whole("ns", ns)
+        if ns <= 0:
             raise RangeError(f"run_for({shown(ns)}); ns of guest time, more than 0")
-        chosen = self._policy if policy is None else catchup.as_policy(policy)
+        chosen = _chosen(policy, self._policy)
         run = Run()
         finish(partial(self._run_for, run, ns, chosen), partial(self._end, run))
         return RunReport(run.ran_ns, run.ran_ns - ns)
 
-    def _run_for(self, run: Run, ns: int, policy: Policy) -> None:
+    def _run_for(self, run: Run, ns: int, policy: Chosen) -> None:
         keeper = self._keeper
         with keeper.changing:
             self._check_idle("run_for")
             self._paused_at("run_for")
-            self._check_reach(ns)
+            _check_reach(keeper, ns)
             self._run = run
             stood = keeper.timeline.at(keeper.timeline.begin_tsc)
             settled = keeper.while_held(None, partial(self._resume, policy, guest_stopped=False))
@@ -237,20 +250,21 @@ class Operations:
             keeper.stop(change)
             holds.pop_all()  # it is given back when time goes on
 
-    def _resume(self, policy: Policy, *, guest_stopped: bool) -> catchup.Settlement:
+    def _resume(self, policy: Chosen, *, guest_stopped: bool) -> catchup.Settlement:
         """Settle what was missed, and publish; for while_held()."""
         keeper = self._keeper
         stamps = self._host.require("resume")
         old, paused_at = keeper.state, self._paused_at("resume")
         tsc = keeper.host_tsc()
-        settled = catchup.settle(policy, _missed_ns(old.timeline, paused_at, stamps, tsc))
+        settled = catchup.settle(policy.policy, _missed_ns(old.timeline, paused_at, stamps, tsc))
         started = _started(old.timeline, tsc, settled)
         shown = TimeState.of(started)
         tempo = started.tempo._replace(boost=started.plan(stamps.tsc))
         scale = started.scale(tempo.pace)
         gain_ticks = int(settled.gain_ns / started.tempo.dilation * keeper.backend.tsc_hz / NS_PER_S)
         tscs = self._tscs.going_on(tsc, gain_ticks)
-        why = f"{catchup.describe(policy)}; {settled.why}".removesuffix("; ")
+        why = f"{policy.words}; {settled.why}".removesuffix("; ")
+        refused = partial(tscs.refusal, stamps, old)
 
         def publish(reached: Callable[[], None]) -> catchup.Settlement:
             def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
@@ -259,12 +273,14 @@ class Operations:
                 going = started.copy()
                 going.turn(break_tsc, tempo)
                 new = TimeState(going, going.line(), scale)
-                events = [keeper.event(EventKind.RESUME, why, stamps, tsc=tsc, before=old, after=shown)]
+                event = partial(keeper.event, stamps=stamps)
+                going_on = event(EventKind.RESUME, why, tsc=tsc, before=old, after=shown, policy=policy.words)
+                events = [*refused(), going_on]
                 if settled.slew is not None or tempo != started.tempo:
                     left = f"{round(started.skew_at(tsc))} ns are left"
                     owed = left if settled.slew is None else f"{round(settled.slew_ns)} ns were missed"
-                    events.append(keeper.event(EventKind.SLEW, owed, stamps, tsc=break_tsc, before=shown, after=new))
-                return new, (*events, *tscs.refusal(stamps))
+                    events.append(event(EventKind.SLEW, owed, tsc=break_tsc, before=shown, after=new))
+                return new, tuple(events)
 
             moved = (tsc - paused_at.stamps.tsc) & U64_MASK, int(settled.gain_ns)
             keeper.resume(change, shown._replace(scale=scale), moved, guest_stopped=guest_stopped)
@@ -324,15 +340,6 @@ class Operations:
 
         keeper.turn(change, scale)
 
-    def _check_reach(self, ns: int) -> None:
-        """RangeError if no counter reaches that guest time; before anything changes."""
-        timeline = self._keeper.timeline
-        ticks = ns * self._keeper.backend.tsc_hz / (NS_PER_S * timeline.pace)
-        if ticks > U64_MASK // 4:
-            raise RangeError(
-                f"run_for({shown(ns)}): {shown(int(ticks))} ticks of the host's TSC; up to 2^62 can be waited for"
-            )
-
     def _run_until(self, end_ns: Fraction) -> None:
         """Let the vCPUs run until guest time is end_ns or later: its rate may change meanwhile."""
         keeper = self._keeper
@@ -342,6 +349,26 @@ class Operations:
                 raise StateError("run_for", "the backend returned early, and its TSC stands still", "mend run_until()")
             before = now
             keeper.backend.run_until(keeper.timeline.tsc_at(end_ns))
+
+
+def _chosen(policy: Policy | str | None, own: Policy) -> Chosen:
+    """The policy, the clock's own if None is given, with its words: the caller's, if it is given by name."""
+    found = own if policy is None else catchup.as_policy(policy)
+    return Chosen(found, policy if isinstance(policy, str) else str(found))
+
+
+def _check_reach(keeper: Timekeeper, ns: int) -> None:
+    """RangeError if no counter reaches that guest time; before anything changes."""
+    ticks = ns * keeper.backend.tsc_hz / (NS_PER_S * keeper.timeline.pace)
+    if ticks > U64_MASK // 4:
+        raise RangeError(
+            f"run_for({shown(ns)}): {shown(int(ticks))} ticks of the host's TSC; up to 2^62 can be waited for"
+        )
+
+
+def _checked_dilations(dilations: list[Fraction]) -> list[Fraction]:
+    found = sequence("dilations", dilations, "a list of fractions")
+    return [fraction(f"dilations[{place}]", dilation) for place, dilation in enumerate(found)]
 
 
 def _missed_ns(timeline: Timeline, paused_at: PausePoint, stamps: HostStamps, tsc: HostTsc) -> Fraction:

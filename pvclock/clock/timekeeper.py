@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, TypeAlias, TypeVar
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale, TimePages, read_time_info
 from pvclock._memory import GuestMemory
 from pvclock._transaction import Transaction, attempt, commit
+from pvclock.arguments import whole
 from pvclock.backend import Backend
 from pvclock.clock.history import History
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
@@ -24,7 +25,7 @@ from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, sign
 from pvclock.readings import ClockLine, HostStamps, TimeInfo
 from pvclock.timeline import Tempo, Timeline
 
-__all__ = ["MAX_AGE_S", "VCPUS_MAX", "TimeState", "Timekeeper"]
+__all__ = ["MAX_AGE_S", "VCPUS_MAX", "TimeState", "Timekeeper", "checked_vcpus"]
 
 MAX_AGE_S: Final = 2.0
 """Refresh pages at least this often, in seconds of guest time.  mul is up to 0.47 ppb slow, so an older page has lost
@@ -86,6 +87,7 @@ def nothing() -> None:
 class Timekeeper:
     """The time of one VM with `vcpus` in `memory`; guest time 0 is now.
 
+    provider: the name of the guest's clock interface, which events say.
     stable: may pages say that all vCPUs' TSCs are in step?  Asked at every publish.
     look: is the host's TSC good, here and now?  Asked before a publish that no operation has looked for; its argument
     is the vCPU of republish().
@@ -98,14 +100,15 @@ class Timekeeper:
         memory: GuestMemory,
         vcpus: int,
         backend: Backend,
+        provider: str,
+        *,
         stable: Callable[[], bool],
         look: Callable[[int | None], bool],
     ) -> None:
-        if not 1 <= vcpus <= VCPUS_MAX:
-            raise ConfigError(f"a VM with {shown(vcpus)} vCPUs; choose 1 to {VCPUS_MAX}")
         self.memory = memory
         self.vcpus = vcpus
         self.backend = backend
+        self.provider = provider
         self.events = EventLog()
         self.changing = Transaction(memory, self.events.deliver)
         self.pages = TimePages(memory, vcpus, backend.counter)
@@ -169,6 +172,8 @@ class Timekeeper:
 
     def check_vcpu(self, vcpu: int) -> int:
         """The vCPU's number; RangeError if this VM has none of it."""
+        if type(vcpu) is not int:
+            vcpu = whole("vcpu", vcpu)
         if not 0 <= vcpu < self.vcpus:
             raise RangeError(f"vCPU {shown(vcpu)}; this VM has vCPUs 0 to {self.vcpus - 1}")
         return vcpu
@@ -320,11 +325,17 @@ class Timekeeper:
         before: TimeState | None = None,
         after: TimeState | None = None,
         cause: EventCause = EventCause.VMM,
+        policy: str | None = None,
     ) -> Event:
-        """What happened at `tsc`, shortly after `stamps`, and what it did to guest time: nothing, if not said."""
+        """What happened at `tsc`, shortly after `stamps`, and what it did to guest time: nothing, if not said.
+
+        policy: what settled missed time by it.
+        """
         before = before or self.state
         after = after or before
         tsc = stamps.tsc if tsc is None else tsc
+        if signed64(tsc - after.timeline.begin_tsc) < 0:  # the stamps are older than what the clock has just found
+            tsc = after.timeline.begin_tsc
         later_ns = signed64(tsc - stamps.tsc) * NS_PER_S // self.backend.tsc_hz
         return Event(
             kind,
@@ -337,6 +348,9 @@ class Timekeeper:
             before.pace,
             after.pace,
             cause=cause,
+            tsc_hz=self.backend.tsc_hz,
+            provider=self.provider,
+            policy=policy,
         )
 
     def tell(self, kind: EventKind, why: str, cause: EventCause = EventCause.VMM) -> None:
@@ -402,6 +416,14 @@ class Timekeeper:
         else:
             commit(publish, change, self.take, self.events)
         self._shown_flags = flags & ~GUEST_STOPPED
+
+
+def checked_vcpus(vcpus: int) -> int:
+    """How many vCPUs a VM has; ConfigError if no VM has that many."""
+    count = whole("vcpus", vcpus)
+    if not 1 <= count <= VCPUS_MAX:
+        raise ConfigError(f"a VM with {shown(count)} vCPUs; choose 1 to {VCPUS_MAX}")
+    return count
 
 
 def _unchanged(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:

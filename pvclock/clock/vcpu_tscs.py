@@ -8,7 +8,8 @@ from functools import partial
 from typing import Literal
 
 from pvclock._transaction import attempt
-from pvclock.clock.timekeeper import Timekeeper
+from pvclock.arguments import whole
+from pvclock.clock.timekeeper import Timekeeper, TimeState
 from pvclock.errors import RangeError, TscOffsetNotHonoured
 from pvclock.events import Event, EventCause, EventKind
 from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, signed64
@@ -31,7 +32,8 @@ class VcpuTscs:
         self.agree = True
         """Have all vCPUs one offset?"""
         self._keeper = keeper
-        self._tscs = [VcpuTsc(tsc_offset or 0) for _ in range(keeper.vcpus)]
+        offset = 0 if tsc_offset is None else whole("tsc_offset", tsc_offset)
+        self._tscs = [VcpuTsc(offset) for _ in range(keeper.vcpus)]
         self._standing: list[int] | None = None  # what RDTSC returns, by vCPU, until a restored clock is resumed
         self._standing_since = HostTsc(0)
         if tsc_offset is None:
@@ -68,6 +70,8 @@ class VcpuTscs:
 
     def write(self, vcpu: int, index: int, value: int, cause: EventCause) -> None:
         """WRMSR by the guest (TSC and ADJUST move together, AUX is alone) or by the VMM (each alone)."""
+        if cause is EventCause.VMM:  # the guest's are checked
+            index, value = whole("index", index), whole("value", value)
         now = self._keeper.host_tsc()
         tsc = self.at(vcpu, now)
         if cause is EventCause.GUEST:
@@ -248,12 +252,15 @@ class OffsetChange:
             self._tscs.take(self._before)
             self._tscs.show_standing()
 
-    def refusal(self, stamps: HostStamps) -> tuple[Event, ...]:
-        """What is to be recorded of an offset that this host could not give, and is known from now on."""
+    def refusal(self, stamps: HostStamps, state: TimeState) -> tuple[Event, ...]:
+        """What is to be recorded, at an instant of `state`, of an offset that this host could not give.
+
+        It is known from now on.
+        """
         if self.refused is None:
             return ()
         self._tscs.refused_offset = self.refused
-        return (self._keeper.event(EventKind.REFUSED, str(self.refused), stamps),)
+        return (self._keeper.event(EventKind.REFUSED, str(self.refused), stamps, before=state),)
 
     def _take(self) -> None:
         if self._wanted:

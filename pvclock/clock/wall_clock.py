@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from operator import index
 from typing import NamedTuple
 
 from pvclock._core import publish_wall_clock
 from pvclock._transaction import commit
+from pvclock.arguments import instance, whole
 from pvclock.clock.timekeeper import Timekeeper, nothing
 from pvclock.errors import RangeError
 from pvclock.quantities import Gpa, shown
@@ -45,8 +45,10 @@ class WallClock:
 
     @base.setter
     def base(self, base: WallClockBase) -> None:
+        instance("wall_clock", base, WallClockBase)
+        whole("WallClockBase.offset_ns", base.offset_ns)
         for name, ns in zip(base._fields, base, strict=True):
-            if ns is not None and not -NS_MAX <= index(ns) < NS_MAX:
+            if ns is not None and not -NS_MAX <= whole(f"WallClockBase.{name}", ns) < NS_MAX:
                 raise RangeError(f"wall clock: {name} is {shown(ns)}; it must be within 2^63 ns")
         self._base = base
 

@@ -54,7 +54,7 @@ def _check(files: list[str], as_json: bool) -> int:
 
 def _report(file: str) -> dict[str, Any]:
     try:
-        state = clockstate.load(file)
+        state = clockstate.read(file)
         clockstate.check_provider(state)
     except StateFileError as error:
         wrong = {"field": error.field, "found": error.found, "supported": error.supported}
@@ -71,7 +71,7 @@ def _summary(state: ClockState) -> str:
 
 
 def _show(files: list[str], as_json: bool) -> int:
-    states = [(file, clockstate.load(file)) for file in files]
+    states = [(file, clockstate.read(file)) for file in files]
     if as_json:
         print(json.dumps([_as_json(file, state) for file, state in states], indent=2))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol, TypeAlias
 
+from pvclock.arguments import serving, whole
 from pvclock.kvm import Kvm, Vcpu
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.providers.kvm import kvm_cpuid_leaves
@@ -60,7 +61,7 @@ def set_guest_cpuid(kvm: Kvm, vcpus: Iterable[Vcpu], clock: CpuidSource) -> None
     For before the vCPUs run: KVM takes no other CPUID after that.
     """
     enforce = "KVM_CAP_ENFORCE_PV_FEATURE_CPUID"
-    can_enforce = kvm.check_extension(enforce)
+    can_enforce = _opened(kvm).check_extension(enforce)
     for vcpu in vcpus:
         vcpu.set_cpuid(guest_cpuid(kvm, vcpu.vcpu_id, clock))
         if can_enforce:
@@ -73,6 +74,8 @@ def guest_cpuid(kvm: Kvm, apic_id: int, clock: CpuidSource) -> list[CpuidEntry]:
     What KVM supports for a VM whose LAPICs are in the kernel, this vCPU's APIC id, the clock's hypervisor leaves in
     place of KVM's, and the clock's bits in the others.
     """
+    whole("apic_id", apic_id)
+    serving("clock", clock, "patch_cpuid", wanted="a GuestClock or a KernelClock")
     entries = [
         {**entry, **clock.patch_cpuid(entry["function"], entry["index"], _own_apic_id(entry, apic_id))._asdict()}
         for entry in supported_cpuid(kvm)
@@ -88,10 +91,14 @@ def supported_cpuid(kvm: Kvm) -> list[CpuidEntry]:
 
     Older kernels (Linux 6.1) leave TSC_DEADLINE out there, because it depends on that, and have a capability for it.
     """
-    entries = kvm.get_supported_cpuid()
+    entries = _opened(kvm).get_supported_cpuid()
     if not kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"):
         return entries
     return [{**entry, "ecx": entry["ecx"] | TSC_DEADLINE} if entry["function"] == 1 else entry for entry in entries]
+
+
+def _opened(kvm: Kvm) -> Kvm:
+    return serving("kvm", kvm, "get_supported_cpuid", "check_extension", wanted="what open_kvm() returns")
 
 
 def _own_apic_id(entry: CpuidEntry, apic_id: int) -> CpuidLeaf:

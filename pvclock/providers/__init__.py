@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
+from pvclock import arguments
+from pvclock.arguments import flag, function, instance, serving, text, whole
 from pvclock.errors import ConfigError, RangeError, StateFileError
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import configuration, opcodes, unit
@@ -38,6 +40,7 @@ __all__ = [
     "Statistics",
     "combined",
     "effective_provider",
+    "provider_named_in",
 ]
 
 PROVIDERS: Final[Mapping[str, type[Provider]]] = {
@@ -108,8 +111,10 @@ class GuestInterface:
         log: Callable[[str], object] = lambda _: None,
     ) -> None:
         chosen = configuration.checked(config, PROVIDERS)
+        serving("clock", clock, "place_time_page", "write_wall_clock", "tell", wanted="a ClockServices")
+        function("log", log)
+        self._vcpus = whole("vcpus", vcpus, 1)
         self._provider: Provider = PROVIDERS[chosen.provider](clock, vcpus, **chosen.options)  # type: ignore[call-arg]
-        self._vcpus = vcpus
         self._counts_lock = threading.Lock()
         self._hypercalls = self._hypercalls_by_ud = 0
         self._adopted_features: int | None = None
@@ -131,7 +136,7 @@ class GuestInterface:
         )
         if chosen.options.get("timing_leaf"):
             log("warning: leaf 0x40000010 is offered; a guest that goes by its TSC leaves every policy of this clock")
-        if not tsc_usable:
+        if not flag("tsc_usable", tsc_usable):
             log(f"warning: the host's TSC is not usable; guests of provider {self.name} may see time run unevenly")
 
     # What it is
@@ -210,14 +215,15 @@ class GuestInterface:
 
     def execute(self, vcpu: int, registers: HypercallRegisters, code: bytes) -> Executed:
         """The same by `code`, the bytes at RIP (3, or up to 15); INVALID_INSTRUCTION if they begin with another one."""
-        length = opcodes.recognized_length(code, long_mode=registers.long_mode)
+        self._check(vcpu, registers)
+        length = opcodes.recognized_length(arguments.data("code", code), long_mode=registers.long_mode)
         if length is None:
             return Executed(Status.INVALID_INSTRUCTION)
         return _advanced(self.hypercall(vcpu, registers), length)
 
     def should_trap_ud(self, vendor: str) -> bool:
         """Must #UD exit to the VMM on a CPU by `vendor`, so that handle_ud() can serve the guest?"""
-        return opcodes.should_trap_ud(vendor, self.name)
+        return opcodes.should_trap_ud(text("vendor", vendor), self.name)
 
     def handle_ud(
         self, vcpu: int, registers: HypercallRegisters, code: bytes, gpa: Gpa, vendor: str, *, fix: bool = True
@@ -228,9 +234,10 @@ class GuestInterface:
         (ConfigError for one that has no hypercall).  fix: False leaves the guest's code alone, and each call costs a
         #UD.  Code outside of ring 0 is always left alone.  See opcodes.patch() for what other vCPUs may see.
         """
-        opcodes.native_opcode(vendor)
+        opcodes.native_opcode(text("vendor", vendor))
         self._check(vcpu, registers)
-        length = opcodes.recognized_length(code, long_mode=registers.long_mode)
+        gpa, fix = Gpa(whole("gpa", gpa)), flag("fix", fix)
+        length = opcodes.recognized_length(arguments.data("code", code), long_mode=registers.long_mode)
         if length is None:
             return Executed(Status.INVALID_INSTRUCTION)
         if self.profile != "virtualbox":
@@ -272,11 +279,11 @@ class GuestInterface:
         "virtualbox"); ConfigError if its provider, or that one's features, are not this VM's (other
         features are kept for the next save under profile "virtualbox", and CPUID stays).
         """
-        if not is_final_pass:
+        if not flag("is_final_pass", is_final_pass):
             return
-        if version != unit.UNIT_VERSION:
+        if whole("version", version) != unit.UNIT_VERSION:
             raise StateFileError("unit version", str(version), str(unit.UNIT_VERSION))
-        number, provider_version, rest = unit.decode_header(data)
+        number, provider_version, rest = unit.decode_header(arguments.data("data", data))
         if number != self.number:
             raise ConfigError(f"the unit is of provider {_titled(number)}; this VM has provider {_titled(self.number)}")
         newest = self._provider.version
@@ -291,12 +298,13 @@ class GuestInterface:
     # Inside
 
     def _check(self, vcpu: int, registers: HypercallRegisters) -> None:
-        if not 0 <= vcpu < self._vcpus:
+        if not 0 <= whole("vcpu", vcpu) < self._vcpus:
             raise RangeError(f"vCPU {shown(vcpu)}; this VM has vCPUs 0 to {self._vcpus - 1}")
+        instance("registers", registers, HypercallRegisters)
         for name, value in zip(registers._fields[:6], registers[:6], strict=True):
-            if not 0 <= value <= U64_MASK:
+            if not 0 <= whole(name, value) <= U64_MASK:
                 raise RangeError(f"{name} is {value:#x}; a register has 64 bits")
-        if not 0 <= registers.cpl <= 3:
+        if not 0 <= whole("cpl", registers.cpl) <= 3:
             raise RangeError(f"cpl is {shown(registers.cpl)}; rings are 0 to 3")
 
     def _kvm_part(self) -> unit.KvmPart:
@@ -326,6 +334,11 @@ class GuestInterface:
         self._adopted_features = part.features  # not CPUID's: the guest was told of those
         if isinstance(self._provider, KvmProvider):
             self._provider.place_pages_again()
+
+
+def provider_named_in(config: Mapping[str, object]) -> str:
+    """The name of the provider that a configuration asks for; ConfigError if that is not sound."""
+    return configuration.checked(config, PROVIDERS).provider
 
 
 def _advanced(result: HypercallResult, length: int) -> Executed:

@@ -11,7 +11,8 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from pvclock.errors import ConfigError
+from pvclock.arguments import text
+from pvclock.errors import ConfigError, WrongType
 from pvclock.providers.interface import Provider
 from pvclock.quantities import U64_MASK
 
@@ -60,6 +61,8 @@ def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]]) -
     bits.  profile: see PROFILES.  VirtualBox's `Provider`, `Version` and child node `HyperV` are legal, too.
     ConfigError names the key, its value and what is legal.
     """
+    if not isinstance(config, Mapping):
+        raise WrongType("config", config, "a mapping of keys to values")
     given = _respelled(config)
     provider = given.get("provider", "None")
     if not isinstance(provider, str) or provider not in kinds:
@@ -88,6 +91,10 @@ def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]]) -
 
 def combined(provider: str | Mapping[str, object], options: Mapping[str, object]) -> dict[str, object]:
     """One configuration of a provider's name, or a configuration, and further keys; ConfigError for a key in both."""
+    if not isinstance(provider, str | Mapping):
+        raise WrongType("provider", provider, "a provider's name or a configuration")
+    if not isinstance(options, Mapping):
+        raise WrongType("options", options, "a mapping of keys to values")
     base: Mapping[str, object] = {"provider": provider} if isinstance(provider, str) else provider
     if twice := sorted(base.keys() & options.keys()):
         raise ConfigError(f"given twice: {', '.join(f'{key} as {base[key]!r} and {options[key]!r}' for key in twice)}")
@@ -101,7 +108,8 @@ def effective_provider(choice: str, guest_os: str = "") -> str:
     since 2.6 has KVM, Windows HyperV, macOS Minimal, others None.  legacy: what VMs had when there was no choice,
     Minimal for macOS and None else.  As VirtualBox's --paravirtprovider; ConfigError for another choice.
     """
-    system = guest_os.lower()
+    text("choice", choice)
+    system = text("guest_os", guest_os).lower()
     if choice in CHOICES or choice in CHOICES.values():
         return CHOICES.get(choice, choice)
     if choice not in ("default", "legacy"):

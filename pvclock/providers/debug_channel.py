@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple, Protocol
 
+from pvclock import arguments
+from pvclock.arguments import serving, whole
 from pvclock.errors import RangeError, StateError
 from pvclock.providers.interface import Status
 
@@ -53,6 +55,7 @@ class DebugChannel:
 
     def register(self, device: DebugDevice) -> None:
         """Let `device` be the VMM's end; StateError if there is one."""
+        serving("device", device, "read", "write", wanted="a DebugDevice: an object with read() and write()")
         with self._lock:
             if self._device is not None:
                 raise StateError("register", "there is a debug device", "unregister() it first")
@@ -72,7 +75,7 @@ class DebugChannel:
 
         They are counted before they are handed out, and the device may use its buffer again once this returns.
         """
-        if count_max < 1:
+        if whole("count_max", count_max) < 1:
             raise RangeError(f"read({count_max}); 1 byte or more")
         with self._lock:
             if self._setup is None or self._device is None:
@@ -91,6 +94,7 @@ class DebugChannel:
 
         Counted are complete writes only.
         """
+        data = arguments.data("data", data)
         with self._lock:
             if self._setup is None or self._device is None:
                 return Status.NO_DEBUG_CONNECTION, 0

@@ -6,10 +6,11 @@ import pytest
 
 from pvclock import Machine
 from pvclock.commands import doctor
-from pvclock.kvm import Kvm
+from pvclock.errors import WrongType
+from pvclock.kvm import Kvm, open_kvm
 from pvclock.kvm.cpuid_probe import TSC_ADJUST, CpuidProbe
 from pvclock.machine import cpuid as machine_cpuid
-from pvclock.machine.cpuid import TSC_DEADLINE, CpuidSource, guest_cpuid, supported_cpuid
+from pvclock.machine.cpuid import TSC_DEADLINE, CpuidSource, KernelClock, guest_cpuid, supported_cpuid
 from tests.kvm.guests import out
 
 pytestmark = pytest.mark.kvm
@@ -117,3 +118,15 @@ def test_a_guest_is_offered_what_the_hosts_kernel_serves(told: dict[int, dict[st
         (supported,) = [entry for entry in kvm.get_supported_cpuid() if entry["function"] == 0x40000001]
     clocks = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 24
     assert told[0x40000001]["eax"] == clocks | supported["eax"] & (1 << 7 | 1 << 12)
+
+
+@pytest.mark.row("E13")
+def test_wrong_types_are_refused_by_name() -> None:
+    """A CPUID of anything but an open /dev/kvm, a number and a clock is a WrongType that says which it was."""
+    with open_kvm() as kvm:
+        with pytest.raises(WrongType, match=r"^kvm .*what open_kvm\(\) returns"):
+            guest_cpuid(None, 0, KernelClock(0))  # type: ignore[arg-type]  # that is the test
+        with pytest.raises(WrongType, match=r"^apic_id "):
+            guest_cpuid(kvm, 1.5, KernelClock(0))  # type: ignore[arg-type]  # that is the test
+        with pytest.raises(WrongType, match=r"^clock .*a GuestClock or a KernelClock"):
+            guest_cpuid(kvm, 0, object())  # type: ignore[arg-type]  # that is the test

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, TypeAlias
 
 from tests.model.guest_moves import PLACES, STEAL_PLACES, WALL_PLACES, GuestMoves
@@ -20,7 +20,7 @@ from tests.model.life_moves import LifeMoves
 from tests.model.time_moves import POLICIES, REFERENCES, TimeMoves
 from tests.model.twins import Twins
 
-__all__ = ["Life", "Move", "failure", "live", "random_life", "shrunk"]
+__all__ = ["Life", "Move", "failure", "live", "random_life", "shrunk", "stepped"]
 
 Move: TypeAlias = tuple[str | int, ...]
 
@@ -133,12 +133,19 @@ def random_life(seed: int) -> Life:
 
 def live(life: Life) -> None:
     """Do all moves, and compare after each; AssertionError or whatever the clock raises."""
+    for _ in stepped(life):
+        pass
+
+
+def stepped(life: Life) -> Iterator[Twins]:
+    """As live(), and give the twins after each move."""
     twins = Twins(*life[:-1])
     kinds = (HostMoves(twins), TimeMoves(twins), GuestMoves(twins), LifeMoves(twins))
     known = {name: getattr(kind, name) for kind in kinds for name in DRAWS if hasattr(kind, name)}
     for name, *arguments in life.moves:
         known[str(name)](*arguments)
         twins.check()
+        yield twins
 
 
 def failure(life: Life) -> str | None:

@@ -174,14 +174,14 @@ class Twins:
         if event.kind is EventKind.RESUME:
             self.published_tsc = event.host_tsc
         self._same("before", event.guest_ns_before, model.guest_ns)
-        assert event.dilation_before == model.pace, f"{event}: before it was {model.pace}"
+        assert event.rate_before == model.pace, f"{event}: before it was {model.pace}"
         self._same("jump", event.jump_ns, jump_ns)
-        model.guest_ns, model.pace = event.guest_ns_after, event.dilation_after
+        model.guest_ns, model.pace = event.guest_ns_after, event.rate_after
         if event.kind is EventKind.SLEW_END:
             done_ns = model.slewing.stop_ns if isinstance(model.slewing, CatchUpTable) else 2
             assert abs(model.skew_ns) <= done_ns, f"a slew ended {model.skew_ns} ns before its end"
             model.skew_ns, model.slewing = Fraction(0), None
-        self.rebuilt = event.host_tsc, event.guest_ns_after, event.dilation_after
+        self.rebuilt = event.host_tsc, event.guest_ns_after, event.rate_after
         self.past[event.host_tsc] = event.guest_ns_after
 
     def _slept(self) -> Fraction:
@@ -218,7 +218,7 @@ class Twins:
         self._renumber_vcpus(ticks)
         self.went_back = ticks if ticks > 0 and self.sleep is None else None  # what began anew does not come back
         self.step, self.past = None, {}
-        self.rebuilt = event.host_tsc, event.guest_ns_after, event.dilation_after
+        self.rebuilt = event.host_tsc, event.guest_ns_after, event.rate_after
         self.published_tsc -= ticks
 
     def _settle_missed(self, tolerance_ns: Fraction) -> None:

@@ -181,7 +181,7 @@ def test_damaged_states(tmp_path: Path) -> None:
             else:
                 file.seek(0)
                 file.truncate(file.write(damaged))
-                found = outcome(clockstate.load, path)
+                found = outcome(clockstate.read, path)
             outcomes[kind, isinstance(found, ClockState)] += 1
             if isinstance(found, ClockState):
                 assert clockstate.from_json(clockstate.to_json(found)) == found

@@ -100,8 +100,8 @@ def kill_saves(folder: Path, kills: int, seed: int, write: Writer) -> Report:
         done += 1
         last = kill_a_save(write, path, number, source.uniform(0, LONGEST_S))
         try:
-            number = int(clockstate.load(path).timeline.guest_ns)
-            matches = clockstate.load(path) == state(number)
+            number = int(clockstate.read(path).timeline.guest_ns)
+            matches = clockstate.read(path) == state(number)
         except StateFileError:
             number, matches = last, False
         old += matches and number == last

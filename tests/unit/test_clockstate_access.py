@@ -91,7 +91,7 @@ def test_what_takes_the_files_place(found: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "open", exchanged)
     monkeypatch.setattr(os, "read", unread)
     with pytest.raises(StateFileError) as caught:
-        clockstate.load(path)
+        clockstate.read(path)
     assert caught.value.found == ("No such device or address" if found == "a socket" else found)
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_would_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     read = os.read
     monkeypatch.setattr(os, "read", lambda _, length: read(reader, length))
     with pytest.raises(StateFileError, match="found Resource temporarily unavailable"):
-        clockstate.load(path)
+        clockstate.read(path)
     os.close(reader)
     os.close(writer)
 
@@ -116,7 +116,7 @@ def test_a_read_that_takes_a_byte_at_a_time(tmp_path: Path, monkeypatch: pytest.
     clockstate.write(path, TYPICAL)
     read = os.read
     monkeypatch.setattr(os, "read", lambda file, length: read(file, min(length, 1)))
-    assert clockstate.load(path) == TYPICAL
+    assert clockstate.read(path) == TYPICAL
 
 
 # Owner, group and mode
@@ -216,7 +216,7 @@ def test_root_takes_nobodys_access_away(access: Access, saved: Path) -> None:
     link.symlink_to(saved.name)
     clockstate.write(link, LEAST)
     assert access_of(saved) == access
-    assert clockstate.load(saved) == LEAST
+    assert clockstate.read(saved) == LEAST
 
 
 @needs_root
@@ -241,7 +241,7 @@ def test_others_grant_nobody_more(mode: int, in_group: int, in_no_group: int, sa
     give(saved, Access(OWNER, GROUP, mode))
     as_user(NOBODY, [], lambda: clockstate.write(saved, TYPICAL))
     assert access_of(saved) == (NOBODY, NOBODY, in_no_group, None)
-    assert clockstate.load(saved) == TYPICAL
+    assert clockstate.read(saved) == TYPICAL
 
 
 @needs_root
@@ -309,7 +309,7 @@ def test_what_a_killed_root_had_given_away_is_taken_over(saved: Path) -> None:
     leftover.write_text("half a state, and longer than the new one" * 1000)
     give(leftover, access)
     clockstate.write(saved, LEAST)
-    assert (access_of(saved), clockstate.load(saved)) == (access, LEAST)
+    assert (access_of(saved), clockstate.read(saved)) == (access, LEAST)
 
     def refused() -> None:
         with pytest.raises(StateFileError, match="in the way and not ours"):
@@ -320,4 +320,4 @@ def test_what_a_killed_root_had_given_away_is_taken_over(saved: Path) -> None:
     refused()
     give(leftover, Access(OWNER, GROUP, 0o666))
     as_user(NOBODY, [], refused)
-    assert (access_of(saved), clockstate.load(saved), leftover.read_text()) == (access, LEAST, "not ours")
+    assert (access_of(saved), clockstate.read(saved), leftover.read_text()) == (access, LEAST, "not ours")

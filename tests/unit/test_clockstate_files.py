@@ -38,7 +38,7 @@ def saved(tmp_path: Path) -> Path:
 
 def assert_untouched(path: Path) -> None:
     """The old state is there, and nothing beside it."""
-    assert clockstate.load(path) == TYPICAL
+    assert clockstate.read(path) == TYPICAL
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -46,10 +46,10 @@ def assert_untouched(path: Path) -> None:
 @pytest.mark.parametrize("name", KEPT)
 def test_kept_files_load_for_ever(name: str, tmp_path: Path) -> None:
     """Each file that was ever released holds the state that it held then, and it survives being saved anew."""
-    state = clockstate.load(STATES / name)
+    state = clockstate.read(STATES / name)
     assert state == KEPT[name]
     clockstate.write(tmp_path / name, state)
-    assert clockstate.load(tmp_path / name) == state
+    assert clockstate.read(tmp_path / name) == state
 
 
 @pytest.mark.row("P-25")
@@ -114,7 +114,7 @@ def test_savers_take_turns(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        assert clockstate.load(path) in states
+        assert clockstate.read(path) in states
     assert not failures
     assert [file.name for file in tmp_path.iterdir()] == ["clock.json"]
 
@@ -131,7 +131,7 @@ def test_what_is_on_the_disk_when(saved: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def logged_rename(path: Path, target: Path) -> Path:
         steps.append(f"rename to {target.name}")
-        assert clockstate.load(path) == LEAST
+        assert clockstate.read(path) == LEAST
         return rename(path, target)
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
@@ -172,7 +172,7 @@ def test_failing_half_way(call: str, error: BaseException, saved: Path, monkeypa
     assert "No space left on device" in str(caught.value) or error is caught.value
     assert_untouched(saved)
     clockstate.write(saved, LEAST)
-    assert clockstate.load(saved) == LEAST
+    assert clockstate.read(saved) == LEAST
 
 
 @pytest.mark.row("P-25")
@@ -181,7 +181,7 @@ def test_a_write_that_takes_a_byte_at_a_time(saved: Path, monkeypatch: pytest.Mo
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, bytes(data[:1])))
     clockstate.write(saved, LEAST)
-    assert clockstate.load(saved) == LEAST
+    assert clockstate.read(saved) == LEAST
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def test_what_is_no_leftover_of_ours(put: Callable[[Path], None], saved: Path) -
     put(saved.with_name(".clock.json.new"))
     with pytest.raises(StateFileError, match=r"\.clock\.json\.new"):
         clockstate.write(saved, LEAST)
-    assert clockstate.load(saved) == TYPICAL
+    assert clockstate.read(saved) == TYPICAL
     assert other.read_text() == "not to be touched"
 
 
@@ -262,7 +262,7 @@ def test_modes_and_links(saved: Path) -> None:
     link.symlink_to(saved.name)
     clockstate.write(link, LEAST)
     assert link.is_symlink()
-    assert clockstate.load(saved) == LEAST
+    assert clockstate.read(saved) == LEAST
     assert stat.S_IMODE(saved.stat().st_mode) == 0o640
 
 
@@ -290,6 +290,6 @@ def test_files_that_cannot_be_loaded(tmp_path: Path) -> None:
         (wrong, "vcpus[1].tsc_aux", "-1"),
     ):
         with pytest.raises(StateFileError) as caught:
-            clockstate.load(path)
+            clockstate.read(path)
         assert (caught.value.field, caught.value.found, caught.value.path) == (field, found, str(path))
         assert str(caught.value).startswith(f"{path}: {field}: found {found}; supported: ")

@@ -11,6 +11,7 @@ from pvclock import errors
 
 EXAMPLES = [
     errors.RangeError("too much"),
+    errors.WrongType("vcpu", 1.5, "a whole number"),
     errors.GuestAddressError(0x1000, 8),
     errors.StateError("read", "no page", "register one"),
     errors.MsrFault(0x4B564D01, 5),
@@ -37,5 +38,5 @@ def test_errors_go_through_pickle(error: errors.PvclockError) -> None:
 def test_kvm_errors_are_os_errors() -> None:
     """A failed system call can be caught as OSError, with errno, and names the call."""
     with pytest.raises(OSError, match="KVM_RUN: EINVAL") as caught:
-        raise EXAMPLES[6]
+        raise EXAMPLES[7]
     assert caught.value.errno == errno.EINVAL

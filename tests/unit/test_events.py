@@ -24,13 +24,21 @@ EVENTS = st.builds(
     real_ns=st.none() | st.integers(-(2**63), 2**63),
     guest_ns_before=st.fractions(),
     guest_ns_after=st.fractions(0, 2**64),
-    dilation_before=DILATIONS,
-    dilation_after=DILATIONS,
+    rate_before=DILATIONS,
+    rate_after=DILATIONS,
     cause=st.sampled_from(EventCause),
     sequence=st.integers(0, 2**64),
+    tsc_hz=st.none() | st.integers(1, 2**64 - 1),
+    provider=st.sampled_from(["", "None", "Minimal", "KVM"]),
+    policy=st.none() | st.sampled_from(["freeze", "slew:max_ppm=500", "advance:max_ns=5"]),
 )
 PLAIN_EVENTS = st.tuples(st.sampled_from(EventKind), st.integers(0, 9)).map(lambda it: Event(it[0], "", sequence=it[1]))
-AN_EVENT = Event(EventKind.DILATE, "asked for", HostTsc(7), 8, 9, Fraction(10, 3), Fraction(10, 3), sequence=4)
+AN_EVENT = Event(
+    *(EventKind.DILATE, "asked for", HostTsc(7), 8, 9, Fraction(10, 3), Fraction(10, 3)),
+    sequence=4,
+    tsc_hz=2_596_132_000,
+    provider="KVM",
+)
 
 
 def filled(events: int, capacity: int = 100) -> EventLog:
@@ -117,20 +125,23 @@ def test_json_brings_an_event_back_exactly(event: Event) -> None:
 @pytest.mark.row("E15")
 def test_the_json_form() -> None:
     """Whole numbers are numbers, fractions are pairs, what is not known is null, and the jump stands with them."""
-    event = AN_EVENT._replace(raw_ns=None, guest_ns_after=Fraction(40, 3), dilation_after=Fraction(1, 2))
+    event = AN_EVENT._replace(raw_ns=None, guest_ns_after=Fraction(40, 3), rate_after=Fraction(1, 2))
     assert json.loads(event.to_json()) == {
         "sequence": 4,
         "kind": "dilate",
         "cause": "vmm",
         "why": "asked for",
+        "policy": None,
+        "provider": "KVM",
+        "tsc_hz": 2_596_132_000,
         "host_tsc": 7,
         "raw_ns": None,
         "real_ns": 9,
         "jump_ns": [10, 1],
         "guest_ns_before": [10, 3],
         "guest_ns_after": [40, 3],
-        "dilation_before": [1, 1],
-        "dilation_after": [1, 2],
+        "rate_before": [1, 1],
+        "rate_after": [1, 2],
     }
 
 
@@ -153,6 +164,10 @@ def test_json_lines_are_the_log() -> None:
         ({"cause": "weather"}, "cause is 'weather'; it can be guest, vmm"),
         ({"cause": None}, "cause is None"),
         ({"why": None}, "why is None"),
+        ({"policy": 5}, "policy is 5"),
+        ({"provider": None}, "provider is None"),
+        ({"tsc_hz": 0}, "tsc_hz is 0; a frequency is 1 to"),
+        ({"tsc_hz": 2.6e9}, "tsc_hz is 2600000000.0; a whole number"),
         ({"sequence": True}, "sequence is True"),
         ({"sequence": None}, "sequence is None"),
         ({"host_tsc": -1}, "64 bits"),
@@ -161,9 +176,9 @@ def test_json_lines_are_the_log() -> None:
         ({"real_ns": "1"}, "real_ns is '1'"),
         ({"guest_ns_before": 5}, "numerator, denominator"),
         ({"guest_ns_after": [1, 2, 3]}, "numerator, denominator"),
-        ({"dilation_before": [1, 0]}, "1/0"),
-        ({"dilation_after": [1, -1]}, "1/-1"),
-        ({"dilation_after": [1, float("nan")]}, "nan"),
+        ({"rate_before": [1, 0]}, "1/0"),
+        ({"rate_after": [1, -1]}, "1/-1"),
+        ({"rate_after": [1, float("nan")]}, "nan"),
         ({"jump_ns": [1, 1]}, "contradicts"),
         ({"colour": "blue"}, "expected"),
     ],
@@ -232,7 +247,7 @@ def test_what_was_suppressed_is_told_once_there_is_room() -> None:
     assert told.why == "5 more guest-caused events were not recorded"
     assert (told.host_tsc, told.raw_ns, told.real_ns, told.cause) == (1, NS_PER_S, 3, EventCause.GUEST)
     assert {told.guest_ns_before, told.guest_ns_after} == {Fraction(4)}
-    assert {told.dilation_before, told.dilation_after} == {Fraction(6)}
+    assert {told.rate_before, told.rate_after} == {Fraction(6)}
 
 
 @pytest.mark.row("E15")

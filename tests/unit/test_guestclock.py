@@ -22,6 +22,7 @@ from pvclock import (
     Reference,
     SimulatedBackend,
     StateError,
+    WrongType,
 )
 from tests import oracle
 from tests.unit.clocks import MAX_AGE_NS, NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
@@ -247,7 +248,7 @@ def test_simulated_time_moves_exactly() -> None:
             SimulatedBackend(tsc_hz)
         with pytest.raises(RangeError):
             HostBackend(tsc_hz)
-    with pytest.raises(TypeError):
+    with pytest.raises(WrongType, match=r"ns is 1.5, a float"):
         backend.advance(ns=1.5)  # type: ignore[arg-type]
     backend.advance(ns=1)
 

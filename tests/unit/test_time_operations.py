@@ -236,4 +236,4 @@ def test_a_slew_that_goes_on_after_a_pause_at_another_rate_is_an_event() -> None
     clock.resume("freeze")
     resumed, slewed = clock.events.read().events[-2:]
     assert (resumed.kind, slewed.kind) == (EventKind.RESUME, EventKind.SLEW)
-    assert resumed.dilation_after == slewed.dilation_before != slewed.dilation_after == clock.pace
+    assert resumed.rate_after == slewed.rate_before != slewed.rate_after == clock.pace

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pvclock import Backend, GuestClock, GuestMemory, HostTsc, RangeError, Reference, SimulatedBackend, StateError
-from pvclock.errors import TscOffsetNotHonoured
+from pvclock.errors import TscOffsetNotHonoured, WrongType
 from pvclock.unslaved import UnslavedBackend
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, page_of, shown
 
@@ -224,7 +224,7 @@ def test_cycles_that_cannot_be() -> None:
                 backend.ran(cycles)
         backend.ran(12)
     assert backend.counter.read() == 5 + 12 + 12
-    with pytest.raises(TypeError):
+    with pytest.raises(WrongType, match=r"cycles is 1.5, a float"):
         backend.ran(1.5)  # type: ignore[arg-type]
 
 

@@ -71,14 +71,14 @@ class KvmProvider:
         if profile not in PROFILES:
             raise ConfigError(f"profile {profile!r} is unknown; choose from {', '.join(map(repr, PROFILES))}")
         if hints & ~sum(KvmHint):
-            raise ConfigError(f"hints {hints:#x} are unknown; choose from {KvmHint(sum(KvmHint))!r}")
+            raise ConfigError(f"hints {hints:#x} are unknown; choose from {KvmHint(sum(KvmHint)).name}")
         self.clock, self.hints, self.profile = clock, KvmHint(hints), profile
         self._vcpus, self._enforce_cpuid, self._profile = vcpus, enforce_cpuid, PROFILES[profile]
         servable = servable_features(clock) & self._profile.features
         self.features = self._default(servable, version) if features is None else KvmFeature(features)
         if int(self.features) & ~int(servable):  # ints: ~ of an IntFlag has only the bits that have names
             refused = KvmFeature(int(self.features) & ~int(servable))
-            raise ConfigError(f"features {refused!r} cannot be served here; choose from {servable!r}")
+            raise ConfigError(f"features {refused.name} cannot be served here; choose from {servable.name}")
         # Asked at every publish, where a look into a flag enum costs as much as the publish itself.
         self._offers_stable = KvmFeature.CLOCKSOURCE_STABLE in self.features
         self.refreshes_pages, self.tells_of_pauses = self._profile.refreshes_pages, self._profile.tells_of_pauses

@@ -1,0 +1,273 @@
+"""Whatever a public callable is given: a value of a wrong type is an error of ours that says which parameter it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import pvclock
+from pvclock import (
+    ClockScale,
+    CpuidLeaf,
+    GuestClock,
+    GuestInterface,
+    GuestMemory,
+    HostBackend,
+    HypercallRegisters,
+    PvclockError,
+    SimulatedBackend,
+    VcpuTsc,
+    WrongType,
+)
+from pvclock import clockstate as states
+from pvclock.backend import Backend
+from pvclock.clock.wall_clock import WallClockBase
+from pvclock.event_log import EventLog
+from pvclock.event_timeline import EventTimeline
+from pvclock.events import Event, EventKind
+from pvclock.hostwatch import HostWatch
+from pvclock.palacios import PalaciosTime
+from pvclock.quantities import HostTsc, RefNs
+from pvclock.readings import Churn
+from pvclock.ticker import Ticker
+from pvclock.timers import Timers, VcpuTimeouts
+from pvclock.tsc_sync import HostInstant, KvmTscSync, OffsetWrite
+from pvclock.unslaved import UnslavedBackend
+from tests.saved_states import TYPICAL
+from tests.unit.clocks import a_clock
+from tests.unit.public_callables import Parameter, PublicCallable, fits, public_callables
+
+pytestmark = pytest.mark.row("E13")
+
+HZ: Final = 10**9
+VALUES: Final = (1.5, "x", None, b"x", object())
+
+EXEMPT: Final = {
+    "Machine": "made on /dev/kvm, with checks of its own",
+    "pvclock.guest_cpuid pvclock.set_guest_cpuid": "of an open /dev/kvm: kvm/test_cpuid.py",
+    "Freeze.settle Advance.settle Slew.settle CatchUpTable.settle": "asked by catchup.settle(), which checks",
+    "Slew.ppm Slew.is_done CatchUpTable.ppm CatchUpTable.is_done": "asked by a timeline, with its own ns",
+    "Merge.share Once.share Replay.share": "asked by Timers, with its own count",
+    "Timer": "made by Timers.add(), which checks",
+    "DebugChannel": "made by GuestInterface, with what its provider asks for",
+}
+"""What no VMM calls with values of its own: classes and methods, and why."""
+
+ASKED_BY_CLOCKS: Final = frozenset(name for name in vars(Backend) if not name.startswith("_"))
+"""A backend's own methods are called by clocks, often, with what those have checked."""
+
+NONE_KNOWN: Final = object()
+
+
+def nothing(*_: object) -> None:
+    """A callback."""
+
+
+class Vmm:
+    """A VMM's services, and a debug device."""
+
+    kick = yield_to = send_ipi = write = staticmethod(nothing)
+
+    @staticmethod
+    def read(_count_max: int) -> bytes:
+        """Nothing has come."""
+        return b""
+
+
+def paused() -> GuestClock:
+    """A clock that stands still."""
+    clock = a_clock(HZ)[0]
+    clock.pause()
+    return clock
+
+
+def core_time(*calls: str, slaved: bool = False) -> PalaciosTime:
+    """Palacios' time of one core after those calls."""
+    time = PalaciosTime(10**6, [None])
+    time.follow(slaved=slaved)
+    for call in calls:
+        getattr(time, call)(0, HostTsc(5))
+    return time
+
+
+def sync() -> KvmTscSync:
+    """A model of KVM's with one vCPU."""
+    made = KvmTscSync((6, 7), 10**6)
+    made.create_vcpu(HostInstant(HostTsc(0), RefNs(0)))
+    return made
+
+
+def a_watch() -> HostWatch:
+    """A watch of this host."""
+    return HostWatch(HZ, interval_ns=10**9)
+
+
+def interface() -> GuestInterface:
+    """A guest's interface."""
+    return a_clock(HZ)[0].interface
+
+
+MAKERS: dict[str, Callable[[], object]] = {
+    "GuestClock": lambda: a_clock(HZ)[0],
+    "GuestClock.resume": paused,
+    "GuestClock.run_for": paused,
+    "GuestMemory": lambda: GuestMemory(bytearray(64)),
+    "ClockScale": lambda: ClockScale.from_hz(HZ),
+    "VcpuTsc": VcpuTsc,
+    "SimulatedBackend": lambda: SimulatedBackend(HZ),
+    "HostBackend": lambda: HostBackend(HZ),
+    "GuestInterface": interface,
+    "Churn": lambda: Churn(1, 0, 0, 0, 0),
+    "EventLog": EventLog,
+    "Event": lambda: Event,
+    "EventTimeline": lambda: EventTimeline([an_event()]),
+    "HostWatch": a_watch,
+    "PalaciosTime": lambda: core_time("start"),
+    "PalaciosTime.start": core_time,
+    "PalaciosTime.exit": lambda: core_time("start", "enter"),
+    "PalaciosTime.restart": lambda: core_time("start", "pause"),
+    "DebugChannel": lambda: interface().debug,
+    "Ticker": Ticker,
+    "Timers": lambda: Timers(cycles_hz=HZ),
+    "VcpuTimeouts": lambda: VcpuTimeouts(Timers()),
+    "KvmTscSync": sync,
+    "OffsetWrite": lambda: OffsetWrite(0, 0, 1, 0, 1),
+    "UnslavedBackend": lambda: UnslavedBackend(SimulatedBackend(HZ)),
+}
+"""An object of each class, or what a method of it needs."""
+
+
+def an_event() -> Event:
+    """What a clock records."""
+    return Event(EventKind.START, "", HostTsc(0), sequence=1, tsc_hz=HZ)
+
+
+VALID: dict[str, Callable[[], Any]] = {
+    **dict.fromkeys(("vcpu", "gpa", "core", "leaf", "subleaf", "shift", "value", "offset"), lambda: 0),
+    **dict.fromkeys(
+        ("ticks", "ns", "target_ns", "missed_ns", "numerator", "publishes", "length", "num", "den"), lambda: 1
+    ),
+    **dict.fromkeys(("host_tsc", "deadline", "deadline_ns", "now", "vcpus", "count_max", "mul"), lambda: 7),
+    **dict.fromkeys(("hz", "tsc_hz", "guest_hz", "host_hz", "scaled_hz", "base_hz", "interval_ns"), lambda: HZ),
+    **dict.fromkeys(("khz", "guest_khz", "host_khz", "virtual_khz"), lambda: 10**6),
+    **dict.fromkeys(("index", "number"), lambda: 0x10),
+    **dict.fromkeys(("policy", "sleep_policy", "text"), lambda: "freeze"),
+    **dict.fromkeys(("slaved", "host_trusted"), lambda: False),
+    **dict.fromkeys(("data", "code"), lambda: b"\x0f\x01\xc1"),
+    **dict.fromkeys(("callback", "log", "on_dirty"), lambda: nothing),
+    **dict.fromkeys(("backend", "inner"), lambda: SimulatedBackend(HZ)),
+    **dict.fromkeys(("state",), lambda: TYPICAL),
+    **dict.fromkeys(("config", "pvclock.providers.combined.options"), dict),
+    "memory": lambda: GuestMemory(bytearray(1 << 16)),
+    "buffer": lambda: bytearray(8),
+    "wall_clock": WallClockBase,
+    "reference": lambda: "off",
+    "dilations": lambda: [Fraction(1)],
+    "registers": lambda: HypercallRegisters(0),
+    "GuestClock.patch_cpuid.registers": CpuidLeaf,
+    "watch": a_watch,
+    "troubles": list,
+    "SimulatedBackend.sleep.tsc": lambda: "stops",
+    "path": lambda: Path("/nowhere/a.json"),
+    "OffsetWrite.applied.tsc": VcpuTsc,
+    "tscs": lambda: [VcpuTsc()],
+    "vendor": lambda: "GenuineIntel",
+    "GuestInterface.clock": lambda: interface().provider.clock,
+    "GuestInterface.load_unit.data": lambda: interface().save_unit(),
+    "clock": lambda: a_clock(HZ)[0],
+    "later": lambda: Churn(1, 0, 0, 0, 0),
+    "document": lambda: states.to_json(TYPICAL),
+    "mapping": lambda: states.to_mapping(TYPICAL),
+    "event": an_event,
+    "events": lambda: [an_event()],
+    "line": lambda: an_event().to_json(),
+    "lines": lambda: [an_event().to_json()],
+    "cores": lambda: [None],
+    "provider": lambda: "KVM",
+    "choice": lambda: "kvm",
+    "device": Vmm,
+    "timer": lambda: Timers().add(pvclock.GuestNs(1), nothing),
+    "timers": Timers,
+    "PalaciosTime.offset_time.cycles": lambda: 1,
+    "linux": lambda: (6, 7),
+    "at": lambda: HostInstant(HostTsc(1), RefNs(1)),
+}
+"""What is right for a parameter: by its callable's name and its own, or by that alone."""
+
+
+@cache
+def checked_callables() -> dict[str, PublicCallable]:
+    """All that a VMM calls, by name."""
+    exempt, found = set(" ".join(EXEMPT).split()), {}
+    for each in public_callables():
+        backends = each.owner in (SimulatedBackend, HostBackend, UnslavedBackend) and each.member in ASKED_BY_CLOCKS
+        is_exempt = {each.name, each.name.partition(".")[0]} & exempt
+        if each.parameters and not is_exempt and (not backends or each.member == "tsc"):
+            found[each.name] = each
+    return found
+
+
+def right_value(name: str, parameter: str) -> object:
+    """A value of the parameter's type that the callable can be called with."""
+    make = VALID.get(f"{name}.{parameter}") or VALID.get(parameter)
+    return NONE_KNOWN if make is None else make()
+
+
+def arguments_for(
+    callee: PublicCallable, parameter: Parameter, value: object
+) -> tuple[list[object], dict[str, object]]:
+    """What the callable is called with: right values, but for one parameter."""
+    given = {each.name: right_value(callee.name, each.name) for each in callee.parameters if each.required}
+    unknown = [each for each in given if given[each] is NONE_KNOWN and each != parameter.name]
+    assert not unknown, f"{callee.name}: what is right for {unknown}?  Put it into VALID"
+    if parameter.is_variadic or callee.is_setter:
+        return [value], {}
+    return [], {**given, parameter.name: value}
+
+
+def call(callee: PublicCallable, parameter: Parameter, value: object) -> None:
+    """Call it with that value for the parameter, and all others right."""
+    instance = None
+    if callee.owner is not None and callee.member != "__init__":
+        maker = MAKERS.get(callee.name) or MAKERS.get(callee.owner.__name__)
+        assert maker, f"{callee.name}: how is a {callee.owner.__name__} made?  Put it into MAKERS"
+        instance = maker()
+    positional, by_name = arguments_for(callee, parameter, value)
+    callee.bound(instance)(*positional, **by_name)
+
+
+@pytest.mark.parametrize("name", checked_callables())
+def test_wrong_types_are_refused_by_name(name: str) -> None:
+    """WrongType, which is a TypeError, too: it names the parameter, what was given, and what it can be."""
+    callee = checked_callables()[name]
+    for parameter in callee.parameters:
+        for value in VALUES:
+            if fits(parameter.hint, value):
+                continue
+            with pytest.raises(WrongType) as caught:
+                call(callee, parameter, value)
+            error = caught.value
+            assert parameter.name.endswith(error.parameter.partition("[")[0]), error
+            assert error.given in str(error)
+            assert error.wanted in str(error)
+
+
+@pytest.mark.parametrize("name", checked_callables())
+def test_right_types_are_no_wrong_ones(name: str) -> None:
+    """The same calls with a right value for each parameter that has one: whatever comes of it, no type was wrong."""
+    callee = checked_callables()[name]
+    for parameter in callee.parameters:
+        value = right_value(name, parameter.name)
+        if value is NONE_KNOWN:
+            continue
+        try:
+            call(callee, parameter, value)
+        except WrongType:
+            raise
+        except PvclockError:  # there is no such file, the clock runs, ...
+            continue
