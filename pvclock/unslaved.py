@@ -9,8 +9,11 @@ Source: Palacios vmm_time.c, whose unslaved cores are told how many host cycles 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Final, NamedTuple
+from weakref import WeakSet
 
 from pvclock._counter import Counter, SimulatedCounter
 from pvclock.arguments import flag, serving, whole
@@ -26,7 +29,10 @@ TICKS_MAX: Final = U64_MASK // 2
 
 
 class _Run(NamedTuple):
-    """A run whose ticks are not counted yet; `ticks`, from entry to exit, is None while the guest executes."""
+    """A run whose ticks are not counted yet; `ticks`, from entry to exit, is None while the guest executes.
+
+    host_tsc: the host's when the run began, plus the holds since then, which are no part of it.
+    """
 
     host_tsc: HostTsc
     executed: HostTsc
@@ -37,11 +43,12 @@ class UnslavedBackend:
     """`inner`'s host, but that `counter` has only the ticks in which the guest executed; it begins at `executed`.
 
     A run is the VM's, not a vCPU's: enter() before the first vCPU goes in, exit() when the last one is out, then
-    ran().  Operate on the clock between runs: no vCPU is in the guest then, so its time stands still.
+    ran(); leave() is both.  An operation on the clock in a run keeps the vCPUs out by quiesce().
 
     native: the guest reads its TSC from the hardware, so enter() sets the hardware's offsets through `inner` to where
     the guest left off, and a run lasts from enter() to exit(), what they cost included: the guest may have seen it
-    pass.  TscOffsetNotHonoured, from GuestClock() or from enter(), where the host has no such offsets.
+    pass; what quiesce() kept the vCPUs out for is no part of the run.  TscOffsetNotHonoured, from GuestClock() or from
+    enter(), where the host has no such offsets.
     native=False is for a VMM that traps RDTSC or is an emulator: `inner` gets no offsets, and any count of cycles that
     fits between enter() and exit() is exact.  Its guest's TSC is GuestClock.guest_tsc(vcpu, counter.read()).
 
@@ -58,6 +65,8 @@ class UnslavedBackend:
         self._counter = SimulatedCounter(whole("executed", executed))
         self._offsets: dict[int, int] = {}  # guest TSC - counter, by vCPU
         self._run: _Run | None = None
+        self._holds: WeakSet[_Hold] = WeakSet()  # one that is dropped keeps nobody out
+        self._held_since = HostTsc(0)  # while there are any
         self._lock = threading.Lock()
 
     # Around the guest's execution
@@ -71,10 +80,10 @@ class UnslavedBackend:
             if self._run is not None:
                 raise StateError("enter", _described(self._run), "exit(), then ran(), first")
             stamp = HostTsc(self.inner.counter.read())
+            run = _Run(stamp, HostTsc(self._counter.value), None)
             if self.native:
-                for vcpu, offset in self._offsets.items():
-                    self.inner.set_tsc_offset(vcpu, (offset + self._counter.value - stamp) & U64_MASK)
-            self._run = _Run(stamp, HostTsc(self._counter.value), None)
+                self._give_offsets(run)
+            self._run, self._held_since = run, stamp
             return stamp
 
     def exit(self) -> int:
@@ -110,6 +119,13 @@ class UnslavedBackend:
             self._counter.value = (executed + cycles) & U64_MASK
             self._run = None
 
+    def leave(self) -> None:
+        """End the run, if there is one, and count all its ticks: exit() and ran() in one."""
+        with self._lock:
+            if self._run is not None:
+                self._count(self._run)
+                self._run = None
+
     @property
     def is_running(self) -> bool:
         """Is the guest in a run, between enter() and exit()?"""
@@ -122,10 +138,8 @@ class UnslavedBackend:
     def counter(self) -> Counter:
         """Executed host ticks.  During a run they stand still or, if native, are brought up to date by asking here."""
         with self._lock:
-            run = self._run
-            if self.native and run is not None:
-                ticks = self._ticks_since(run) if run.ticks is None else run.ticks
-                self._counter.value = (run.executed + ticks) & U64_MASK
+            if self.native and self._run is not None:
+                self._count(self._run)
         return self._counter
 
     @property
@@ -148,7 +162,7 @@ class UnslavedBackend:
         seen = self.inner.sample(reference)
         with self._lock:
             run = self._run
-            if self.native and run is not None and run.ticks is None:
+            if self.native and run is not None and run.ticks is None and not self._holds:
                 return seen._replace(tsc=HostTsc((run.executed + seen.tsc - run.host_tsc) & U64_MASK))
             return seen._replace(tsc=HostTsc(self._counter.value))
 
@@ -173,7 +187,7 @@ class UnslavedBackend:
         try:
             self.inner.run_until(HostTsc((begin + missing) & U64_MASK))
         finally:
-            self.ran(self.exit())
+            self.leave()
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """See Backend: vCPU's guest TSC is the counter plus `offset` from now on."""
@@ -189,17 +203,92 @@ class UnslavedBackend:
         return None
 
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
-        """See Backend."""
-        return self.inner.quiesce(vcpu)
+        """See Backend: if native, nothing is executed meanwhile, and the guest's TSCs go on from where they were."""
+        inner = self.inner.quiesce(vcpu)
+        return _Hold(inner, self._begin_hold, self._end_hold) if self.native else inner
 
     def vcpus_held(self) -> bool | None:
         """See Backend."""
         return self.inner.vcpus_held()
 
+    # Inside
+
+    def _begin_hold(self, hold: _Hold) -> None:
+        """The vCPUs are out by `hold`: what has been executed stands from the first such hold on."""
+        with self._lock:
+            if not self._holds:
+                self._held_since = HostTsc(self.inner.counter.read())
+            self._holds.add(hold)
+            if self._run is not None:
+                self._count(self._run)
+
+    def _end_hold(self, hold: _Hold) -> None:
+        """The vCPUs may go in by `hold`; after the last one a run goes on from where it was.  Twice is once."""
+        with self._lock:
+            try:
+                run = self._run
+                if run is not None and run.ticks is None and list(self._holds) == [hold]:
+                    self._go_on(run)
+            finally:
+                self._holds.discard(hold)
+
+    def _go_on(self, before: _Run) -> None:
+        """Leave the time since the first hold out of the run."""
+        now = HostTsc(self.inner.counter.read())
+        run = before._replace(host_tsc=HostTsc((before.host_tsc + now - self._held_since) & U64_MASK))
+        try:
+            self._give_offsets(run)
+            self._run, self._held_since = run, now  # in one step: done again it does nothing
+        except BaseException:
+            self._give_offsets(before)  # else its vCPUs' TSCs differ; the hold is part of the run then
+            raise
+
+    def _give_offsets(self, run: _Run) -> None:
+        """Let the hardware's TSCs be in `run` what the guest's are."""
+        for vcpu, offset in self._offsets.items():
+            self.inner.set_tsc_offset(vcpu, (offset + run.executed - run.host_tsc) & U64_MASK)
+
+    def _count(self, run: _Run) -> None:
+        """Let the counter show what was executed of `run` so far."""
+        ticks = self._ticks_since(run) if run.ticks is None else run.ticks
+        self._counter.value = (run.executed + ticks) & U64_MASK
+
     def _ticks_since(self, run: _Run) -> int:
         """Host ticks of a run until now, and no fewer than the counter has shown of it."""
-        ticks = (self.inner.counter.read() - run.host_tsc) & U64_MASK
+        now = self._held_since if self._holds else self.inner.counter.read()
+        ticks = (now - run.host_tsc) & U64_MASK
         return max(ticks if ticks <= TICKS_MAX else 0, (self._counter.value - run.executed) & U64_MASK)
+
+
+class _Hold:
+    """Keeps the vCPUs out of the guest by `inner`, and that out of the run by `begin` and `end`, which may be twice."""
+
+    def __init__(
+        self,
+        inner: AbstractContextManager[None],
+        begin: Callable[[_Hold], None],
+        end: Callable[[_Hold], None],
+    ) -> None:
+        self._inner, self._begin, self._end = inner, begin, end
+
+    def __enter__(self) -> None:
+        self._inner.__enter__()
+        try:
+            self._begin(self)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._end(self)
+        except BaseException:
+            self._end(self)  # an interrupt may have come before it began
+            raise
+        finally:
+            self._inner.__exit__(kind, value, traceback)
 
 
 def _described(run: _Run | None) -> str:

@@ -127,7 +127,7 @@ class Operations:
                 return TimeState(carried, line, rates[last][2]), ()
 
             publish = partial(keeper.pages.churn, keeper.state.line, rates, publishes, max_ticks)
-            commit(publish, change, keeper.take, keeper.events)
+            keeper.beside_guests(None, partial(commit, publish, change, keeper.take, keeper.events))
         return done[-1]
 
     # Steps, all forward

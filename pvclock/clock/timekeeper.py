@@ -238,6 +238,14 @@ class Timekeeper:
             finally:
                 self._all_held = False
 
+    def beside_guests(self, vcpu: int | None, publish: Callable[[], T]) -> T:
+        """Call `publish`, which leaves flags alone, while vCPUs may be in the guest.
+
+        Those of an unslaved VM are kept out: its counter is told what they have executed once they are out, and a break
+        point before that would be in their past.
+        """
+        return publish() if self.backend.is_slaved else self.while_held(vcpu, publish)
+
     def turn(self, change: Change, scale: ClockScale) -> None:
         """End the present segment at the break point of a publish: `change` says how time goes on there, at `scale`."""
         if self.is_paused:
@@ -385,7 +393,8 @@ class Timekeeper:
         """Flags, and pages that newly came, take all vCPUs out of the guest; all else is published beside them."""
         flags = self._flags
         if not self._all_held and flags == self._shown_flags and not self.pages.lacks_flags(vcpu):
-            self._publish_to(() if vcpu is None else (vcpu,), flags, change, shown, moved, again=again)
+            one = () if vcpu is None else (vcpu,)
+            self.beside_guests(vcpu, partial(self._publish_to, one, flags, change, shown, moved, again=again))
         else:
             every = range(self.vcpus)
             self.while_held(vcpu, partial(self._publish_to, every, flags, change, shown, moved, again=again))
