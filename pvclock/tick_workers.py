@@ -49,6 +49,7 @@ class Workers(Generic[Item]):
         self._pending: deque[Item] = deque()
         self._at: dict[Item, Worker] = {}
         self._worker: Worker | None = None  # goes on with the round; any other ends after its item
+        self._begun: set[Worker] = set()  # all whose thread may not have ended
         renew_in_children(self)
 
     def begin_anew(self) -> None:
@@ -57,6 +58,12 @@ class Workers(Generic[Item]):
         self._pending.clear()
         self._at.clear()
         self._worker = None
+        self._begun = set()
+
+    @property
+    def has_threads(self) -> bool:
+        """Is there a thread that has not ended?"""
+        return any(worker.thread.is_alive() for worker in tuple(self._begun))
 
     @property
     def stuck(self) -> tuple[Item, ...]:
@@ -88,12 +95,11 @@ class Workers(Generic[Item]):
     def dismiss(self) -> set[Worker]:
         """Begin to work at nothing more; returns the threads that have not ended yet, for wait()."""
         with self._lock:
-            left = set(self._at.values())
-            if self._worker is not None:
-                self._worker.wake_up.call()
-                left.add(self._worker)
-                self._worker = None
-            return left
+            self._worker = None
+            self._begun = {worker for worker in self._begun if worker.thread.is_alive()}
+            for worker in self._begun:
+                worker.wake_up.call()
+            return set(self._begun)
 
     def wait(self, left: set[Worker], until_s: float) -> tuple[Item, ...]:
         """Wait for these threads, but for the present one, until time.monotonic() is until_s.
@@ -111,6 +117,7 @@ class Workers(Generic[Item]):
     def _begin_worker(self) -> Worker:
         """A thread that takes the present one's place."""
         worker = Worker(self._go_on)
+        self._begun = {other for other in self._begun if other.thread.is_alive()} | {worker}
         try:
             begin(worker.thread, "start")
             before, self._worker = self._worker, worker

@@ -19,7 +19,7 @@ from pvclock.quantities import NS_PER_S, shown
 from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children
 from pvclock.tick_workers import Workers
 
-__all__ = ["TickFailure", "Ticker"]
+__all__ = ["SHORTEST_S", "TickFailure", "Ticker"]
 
 FAILURES_KEPT: Final = 16
 SHORTEST_S: Final = 0.001
@@ -83,12 +83,19 @@ class Ticker:
         self._lock = threading.Lock()  # of what follows; never held while a clock ticks
         self._clocks = {instance("clocks", clock, GuestClock): _HostNews() for clock in clocks}
         self._keeper: _Keeper | None = None  # any other ends
+        self._begun: set[_Keeper] = set()  # all whose thread may not have ended
         renew_in_children(self)
 
     def begin_anew(self) -> None:
         """See HasLock: in a child of fork() a ticker is stopped."""
         self._lock = threading.Lock()
         self._keeper = None
+        self._begun = set()
+
+    @property
+    def has_threads(self) -> bool:
+        """Are there threads of this ticker?  After stop() none, but for one in a tick that does not return."""
+        return any(keeper.thread.is_alive() for keeper in tuple(self._begun)) or self._workers.has_threads
 
     @property
     def rounds(self) -> int:
@@ -124,6 +131,7 @@ class Ticker:
             if self._keeper is not None:
                 raise StateError("start", "the ticker is running", "stop() it first")
             keeper = _Keeper(self._keep_schedule)
+            self._begun.add(keeper)
             try:
                 self._workers.begin()
                 begin(keeper.thread, "start")
@@ -136,16 +144,19 @@ class Ticker:
         """Return once no clock is ticked any more, but for one in whose tick this is called.  May be called twice.
 
         StateError, which names the clock, if a tick has not ended after timeout_s; nothing else is ticked then, and
-        start() is possible.  RangeError for timeout_s.
+        start() is possible.  RangeError for timeout_s.  After an interrupt, call it again.
         """
         check_timeout(timeout_s)
         until_s = time.monotonic() + timeout_s
         with self._lock:
-            keeper, self._keeper = self._keeper, None
-            left = self._workers.dismiss()
-        if keeper is not None:
+            self._keeper = None
+            keepers, left = tuple(self._begun), self._workers.dismiss()
+        for keeper in keepers:
             keeper.wake_up.call()
-            keeper.thread.join(timeout_s)
+            if keeper.thread.is_alive():
+                keeper.thread.join(timeout_s)
+        with self._lock:
+            self._begun = {keeper for keeper in self._begun if keeper.thread.is_alive() or keeper is self._keeper}
         if stuck := self._workers.wait(left, until_s):
             state = f"the tick of {', '.join(map(str, stuck))} has not ended after {timeout_s:g} s"
             raise StateError("stop", state, "its source, backend or on_dirty must return; nothing else is ticked")
