@@ -81,7 +81,10 @@ def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]]) -
             )
     profile = given.setdefault("profile", PROFILES[0])
     if profile not in PROFILES:
-        raise ConfigError(f"profile {profile!r}; choose from {_listed(PROFILES)}")
+        raise ConfigError(
+            f"profile {profile!r}; choose from {_listed(PROFILES)}. Palacios' time is no profile of an interface: "
+            "pvclock.palacios has it, and pvclock.unslaved.UnslavedBackend its unslaved time for any provider"
+        )
     newest = kinds[provider].version
     version = given["version"] = _checked_version(provider, given.get("version", NEWEST), newest, str(profile))
     chosen = {name: _checked_option(name, given[name], options[name]) for name in options if name in given}
