@@ -86,6 +86,6 @@ def test_round_trip(comparison: Comparison, kvm: Kvm, minimal: MinimalVm, kind: 
         ("KVM_RUN in C", minimal.run),
         operations=EXITS,
         rounds=ROUNDS,
-        prepare=lambda: (Machine(payload(kind), kvm=kvm),),
+        prepare=lambda: (Machine(payload(kind), kvm=kvm, tick_interval_s=None),),
         finish=Machine.close,
     )

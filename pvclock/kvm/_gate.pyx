@@ -138,6 +138,10 @@ cdef class Gate:
         clear_bits(&self._shut, ~<uint32_t>PAUSED, SEQ_CST)
         self._tell()
 
+    def is_paused(self) -> bool:
+        """Was pause() called, and resume() not since?"""
+        return (load(&self._shut, SEQ_CST) & PAUSED) != 0
+
     def is_held(self) -> bool:
         """Are all vCPUs out of the guest until resume() or begin(): paused, or without a run?
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import threading
 from _thread import start_new_thread
 from contextlib import suppress
+from threading import Thread
 from types import TracebackType
-from typing import Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 from weakref import finalize
 
 from pvclock import boot
 from pvclock._memory import GuestMemory
-from pvclock.boot.layout import IDENTITY_MAP, RAM_END, TSS
+from pvclock.boot.layout import IDENTITY_MAP, TSS
 from pvclock.catchup import Policy
-from pvclock.errors import ConfigError, StateError
+from pvclock.clockstate import ClockState
+from pvclock.errors import StateError
 from pvclock.guestclock import GuestClock
 from pvclock.kvm import Kvm, Runner, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
-from pvclock.kvm.capabilities import kernel_features, value_of
+from pvclock.kvm.capabilities import kernel_features
+from pvclock.machine.arguments import check_arguments, check_vcpus
+from pvclock.machine.clock_service import BackendWrapper, ClockService, make_clock
 from pvclock.machine.cpuid import KernelClock, set_guest_cpuid
 from pvclock.machine.exits import CONSOLE_PORT, GuestExits
 from pvclock.machine.ram import Ram
 from pvclock.providers.kvm import SERVED_BY_KERNEL, SERVED_HERE
 from pvclock.readings import RunReport
+from pvclock.ticker import Ticker
 
 __all__ = ["Machine"]
 
@@ -43,15 +47,23 @@ class Machine:
     a GuestClock, with the rest of the keywords as its options) or "kernel" (in-kernel kvmclock, with `features` or as
     the engine's; `self.clock` is None).
 
+    For the engine's clock:  tick_interval_s: from start() to stop() it is ticked every so many seconds, so that its
+    pages do not age; None leaves that to the caller.  backend: called with the backend of the vCPUs, it returns the one
+    that the clock has: with UnslavedBackend nothing passes for the guest while the machine is paused.  restore: a saved
+    clock, which goes on at start() by `policy`, or the state's own; further options are those of GuestClock.restore()
+    then.  The RAM is the caller's to put into `memory` before that; the vCPUs begin anew, at the image's entry.
+
     The guest's TSC begins at 0 when its first vCPU is made, and all vCPUs have that one offset, as KVM does it, or
     `tsc_offset`.  On a host that honours no offsets it is the host's: see `pvclock doctor`.
 
     A machine that is dropped without close() stops and gives everything back, by and by.
 
-    KvmUnavailable, MissingCapability, ConfigError or ImageError if it cannot be made; nothing is left behind then.
+    ConfigError for a wrong argument, before anything is made.  KvmUnavailable, MissingCapability, ImageError,
+    RangeError, StateFileError or, for UnslavedBackend where offsets are not honoured, TscOffsetNotHonoured if it cannot
+    be made; nothing is left behind then.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # a machine has so many facts; all but the image are by keyword, with defaults
         self,
         image: bytes,
         *,
@@ -60,36 +72,42 @@ class Machine:
         clock: Literal["engine", "kernel"] = "engine",
         cmdline: str = "",
         kvm: Kvm | None = None,
+        tick_interval_s: float | None = 1.0,
+        backend: BackendWrapper | None = None,
+        restore: ClockState | None = None,
         **clock_options: object,
     ) -> None:
-        if clock not in ("engine", "kernel"):
-            raise ConfigError(f'clock {clock!r}; choose "engine" or "kernel"')
-        if clock == "kernel" and set(clock_options) - {"features"}:
-            raise ConfigError(f"the kernel's clock takes no options but features: {', '.join(clock_options)}")
+        given = {"image": image, "vcpus": vcpus, "memory_bytes": memory_bytes, "clock": clock, "cmdline": cmdline}
+        given |= {"kvm": kvm, "tick_interval_s": tick_interval_s, "backend": backend, "restore": restore}
+        check_arguments(given, clock_options)
         self.clock: GuestClock | None = None
-        self._pausing = threading.RLock()  # around pause() and resume(), which change vCPUs and clock
         self._resources: list[Resource] = []  # to be given back, the last one first
         try:
             self._kvm = kvm or self._owned(open_kvm())
+            check_vcpus(vcpus, self._kvm)
             self._make_memory(memory_bytes)
             self._make_vcpus(vcpus, self._kvm)
             if clock == "engine":
-                self._take_the_clock(self._kvm, vcpus, clock_options)
+                self._take_the_clock(self._kvm, vcpus, wrap=backend, restore=restore, options=clock_options)
             else:
                 self._leave_the_clock_to_the_kernel(**clock_options)  # type: ignore[arg-type]  # an int
             boot.enter(self.vcpus[0], boot.load(self.memory, image, cmdline))
+            self._clock_service = self._owned(ClockService(self.runner, self.clock, tick_interval_s))
         except BaseException:
             with suppress(BufferError):  # of an interrupt, whose traceback has the memory until it goes
                 _give_back(self._resources)
             raise
-        self._if_dropped = finalize(self, _reclaim, self.runner, self._resources)
+        self._if_dropped = finalize(self, _reclaim, self.runner, self._clock_service, self._resources)
         self._if_dropped.atexit = False  # a process that ends takes everything with it
 
     # Life
 
     def start(self) -> None:
-        """Let the vCPUs run."""
-        self.runner.start()
+        """Let the vCPUs run, the ticker tick and a restored clock go on.
+
+        StateError if they were started or stopped before, or if there is no thread for one; no guest has run then.
+        """
+        self._clock_service.start()
 
     def wait(self, timeout_s: float | None = None) -> int:
         """The guest's exit code, once it has written one; the vCPUs have stopped then.
@@ -98,7 +116,8 @@ class Machine:
         """
         if not self.runner.join(timeout_s):
             raise StateError("wait", f"the guest has not ended after {timeout_s} s", "wait longer or stop() it")
-        self.stop()
+        with suppress(StateError):  # a tick that does not return: the run has ended all the same
+            self.stop()
         if self.runner.failure is not None:
             raise self.runner.failure
         if self._exits.crash is not None:
@@ -112,36 +131,42 @@ class Machine:
 
         The kernel's clock goes on.  Paused twice is paused.
         """
-        with self._pausing:
-            self.runner.pause()
-            if self.clock is not None and not self.clock.is_paused:
-                self.clock.pause()
+        self._clock_service.pause()
 
     def resume(self, policy: Policy | str | None = None) -> None:
         """Let the vCPUs go on; `policy` says what becomes of the time that the engine's clock missed.
 
         policy: the clock's own if not given; see GuestClock.policy.
         """
-        with self._pausing:
-            if self.clock is not None and self.clock.is_paused:
-                self.clock.resume(policy)
-            self.runner.resume()
+        self._clock_service.resume(policy)
 
     def run_for(self, ns: int) -> RunReport:
         """Let a paused machine with the engine's clock run for `ns` of guest time; it is paused again then."""
-        return self._exits.engine_clock().run_for(ns)
+        return self._clock_service.engine_clock("run_for").run_for(ns)
+
+    def save(self) -> ClockState:
+        """The engine's clock of a paused machine, for Machine(restore=...); to be kept with a copy of its RAM.
+
+        RAM and the vCPUs' registers are no part of it.  StateError unless the machine is paused: else the RAM that goes
+        with it would be that of another instant.
+        """
+        return self._clock_service.save()
 
     def stop(self) -> None:
-        """End the run; the machine's memory can still be read."""
-        self.runner.stop()
+        """End the run and the ticker; the machine's memory can still be read.
+
+        StateError, when all else is done, for a tick that does not return (see Ticker.stop).
+        """
+        self._clock_service.stop()
 
     def close(self) -> None:
         """Stop the run and give everything back.  May be called twice, and again after an interrupt.
 
-        StateError on a vCPU's own thread, which cannot wait for its end; the run ends all the same.
+        StateError on a vCPU's own thread, which cannot wait for its end; the run ends all the same.  And as stop().
         """
         self.runner.stop()
         if self.runner.gate.threads():
+            self._clock_service.stop()
             raise StateError("close", "this is the thread of a vCPU", "close() the machine on another one")
         _give_back(self._resources)
 
@@ -163,6 +188,11 @@ class Machine:
         """What the guest wrote to the console port up to now: all of it, or the last MiB."""
         return self._exits.console()
 
+    @property
+    def ticker(self) -> Ticker | None:
+        """What ticks the engine's clock, its `failures` and the clocks that are `stuck` among it; None without one."""
+        return self._clock_service.ticker
+
     # Making
 
     def _owned(self, resource: ResourceT) -> ResourceT:
@@ -171,16 +201,11 @@ class Machine:
         return resource
 
     def _make_memory(self, memory_bytes: int) -> None:
-        if memory_bytes > RAM_END:
-            raise ConfigError(f"RAM of {memory_bytes} bytes; a machine takes up to {RAM_END}")
         self._ram = Ram(memory_bytes)
         self._resources.insert(0, self._ram)  # given back last, for somebody else may still look at it
         self.memory = self._owned(GuestMemory(self._ram.buffer))
 
     def _make_vcpus(self, count: int, kvm: Kvm) -> None:
-        most = max(value_of(kvm, "KVM_CAP_NR_VCPUS"), 1)
-        if not 1 <= count <= max(most, 64):
-            raise ConfigError(f"{count} vCPUs; choose 1 to {max(most, 64)}")
         self.vm: Vm = self._owned(kvm.create_vm())
         self.vm.set_tss_addr(TSS)
         self.vm.set_identity_map_addr(IDENTITY_MAP)
@@ -192,10 +217,8 @@ class Machine:
         self._exits = GuestExits(self.vcpus)
         self.runner = Runner(self.vcpus, self._exits.handle)
 
-    def _take_the_clock(self, kvm: Kvm, vcpus: int, options: dict[str, object]) -> None:
-        backend = kvm_backend(kvm, self.vcpus, self.runner)
-        options.setdefault("tsc_offset", backend.initial_tsc_offset)
-        self.clock = GuestClock(self.memory, vcpus, backend=backend, engine="kvm", **options)  # type: ignore[arg-type]
+    def _take_the_clock(self, kvm: Kvm, vcpus: int, **how: Any) -> None:  # noqa: ANN401  # make_clock()'s keywords
+        self.clock = make_clock(self.memory, vcpus, kvm_backend(kvm, self.vcpus, self.runner), **how)
         self._exits.clock = self.clock
         exit_on_msrs(self.vm, self.clock.msr_ranges)
         set_guest_cpuid(kvm, self.vcpus, self.clock)
@@ -207,23 +230,29 @@ class Machine:
 
 def _give_back(resources: list[Resource]) -> None:
     """Close them all, the last one first.  Each can be closed again, so after an interrupt begin anew."""
-    for resource in reversed(resources):
-        resource.close()
+    for place in reversed(range(len(resources))):
+        try:
+            resources[place].close()
+        except StateError:  # a tick that does not return
+            _give_back(resources[:place])
+            raise
 
 
-def _reclaim(runner: Runner, resources: list[Resource]) -> None:
+def _reclaim(runner: Runner, service: ClockService, resources: list[Resource]) -> None:
     """Give back what a machine held that was dropped without close().
 
-    If it runs, that is left to another thread: the one that dropped it may be a vCPU's, or hold what a vCPU waits for.
+    If it runs, that is left to another thread: the one that dropped it may be one of the machine's own, or hold what
+    one of these waits for.
     """
     runner.gate.end()
-    if runner.gate.threads():
-        start_new_thread(_give_back_after, (runner, resources))
+    if service.has_threads:
+        thread = Thread(target=_give_back_after, args=(runner, resources), name="pvclock-reclaim", daemon=True)
+        start_new_thread(thread.start, ())  # start() waits, and the one that dropped the machine may not
     else:
         _give_back_after(runner, resources)
 
 
 def _give_back_after(runner: Runner, resources: list[Resource]) -> None:
     runner.gate.wait_until_departed()
-    with suppress(BufferError):  # somebody looks at the memory: it goes with the last view
+    with suppress(BufferError, StateError):  # somebody looks at the memory: it goes with the last view; a tick is stuck
         _give_back(resources)

@@ -113,8 +113,8 @@ def failures(records: list[probe.ProbeRecord]) -> dict[str, int]:
 
 
 def probe_machine(clock: Literal["engine", "kernel"], vcpus: int) -> Machine:
-    """A machine with clockprobe in it, not started yet."""
-    return Machine(clockprobe(), vcpus=vcpus, clock=clock, cmdline=f"cpus={vcpus}")
+    """A machine with clockprobe in it, not started yet; its clock is left alone."""
+    return Machine(clockprobe(), vcpus=vcpus, clock=clock, cmdline=f"cpus={vcpus}", tick_interval_s=None)
 
 
 def wait_until_reading(machine: Machine) -> None:

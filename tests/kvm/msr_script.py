@@ -49,7 +49,8 @@ def run_script(accesses: Sequence[Access], clock: Literal["engine", "kernel"], *
     """Make the accesses on a real vCPU whose clock is `clock`'s."""
     code = b"".join(_step(access, LOG + RECORD.size * i) for i, access in enumerate(accesses)) + b"\xb0\x00\xe6\xf4"
     assert LOG + RECORD.size * len(accesses) <= LOG_END, "too long a script"
-    with Machine(b"\xbc\x00\x05" + code, memory_bytes=MEMORY_BYTES, clock=clock, **options) as machine:  # type: ignore[arg-type]
+    options = {"memory_bytes": MEMORY_BYTES, "clock": clock, "tick_interval_s": None, **options}  # pages are compared
+    with Machine(b"\xbc\x00\x05" + code, **options) as machine:  # type: ignore[arg-type]
         machine.memory.write(4 * GP_VECTOR, HANDLER.to_bytes(4, "little"))
         machine.memory.write(HANDLER, COUNT_AND_SKIP)
         machine.start()

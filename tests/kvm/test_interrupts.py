@@ -29,6 +29,8 @@ SPIN: Final = bytes.fromhex("66ff060050 ebf9")  # 1: incl DATA; jmp 1b
 DATA: Final = 0x5000
 LIMIT_S: Final = 60
 MS: Final = 10**6
+TICKER_THREADS: Final = 2
+"""One keeps the schedule, one ticks."""
 
 PACKAGE: Final = str(Path(pvclock.__file__).parent)
 VCPUS_AND_MACHINE: Final = (f"{PACKAGE}/kvm/", f"{PACKAGE}/machine/", __file__)
@@ -182,26 +184,49 @@ def test_an_interrupt_while_a_machine_is_made() -> None:
 # Threads that cannot be had
 
 
-@pytest.mark.parametrize("nth", [0, 1, 2])
-def test_a_run_for_which_there_are_no_threads(nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """start() says so where the nth vCPU gets no thread; no guest has run, and close() ends."""
-    before = held()
+def start_threads(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let only so many more threads begin."""
     start = threading.Thread.start
     started: list[threading.Thread] = []
 
     def start_some(thread: threading.Thread) -> None:
-        if len(started) == nth:
+        if len(started) == limit:
             raise RuntimeError("can't start new thread")
         started.append(thread)
         start(thread)
 
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+
+
+@pytest.mark.parametrize("nth", [0, 1, 2])
+def test_a_run_for_which_there_are_no_threads(nth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """start() says so where the nth vCPU gets no thread; no guest has run, nothing ticks, and close() ends."""
+    before = held()
     with Machine(SPIN, vcpus=3) as machine:
-        monkeypatch.setattr(threading.Thread, "start", start_some)
+        start_threads(TICKER_THREADS + nth, monkeypatch)
         with pytest.raises(StateError, match=r"a vCPU has no thread: can't start new thread; .*ulimit -u"):
             machine.start()
         monkeypatch.undo()
         assert machine.memory.read(DATA, 4) == bytes(4)
         assert machine.runner.join(0)
+        assert machine.ticker is not None
+        assert not machine.ticker.has_threads
         with pytest.raises(StateError, match="a vCPU has no thread"):
             machine.wait()
+    assert held() == before
+
+
+@pytest.mark.parametrize("limit", range(TICKER_THREADS))
+def test_a_ticker_for_which_there_are_no_threads(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """start() says so, and has done nothing: it can be called again."""
+    before = held()
+    with Machine(SPIN, vcpus=2) as machine:
+        start_threads(limit, monkeypatch)
+        with pytest.raises(StateError, match="no thread begins: can't start new thread"):
+            machine.start()
+        monkeypatch.undo()
+        assert machine.memory.read(DATA, 4) == bytes(4)
+        assert not machine.runner.gate.has_begun()
+        machine.start()
+        counts_on(machine)
     assert held() == before

@@ -83,7 +83,7 @@ class MachineVmm:
         self._end()
 
     def _begin(self) -> None:
-        self._machine = machine = Machine(GUEST, memory_bytes=MEMORY_BYTES)
+        self._machine = machine = Machine(GUEST, memory_bytes=MEMORY_BYTES, tick_interval_s=None)
         assert machine.clock is not None
         self._clock = machine.clock
         machine.memory.write(4 * GP_VECTOR, HANDLER.to_bytes(4, "little"))

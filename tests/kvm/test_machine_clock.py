@@ -1,0 +1,286 @@
+"""A machine's clock, by its guest's own eyes: ticked while it is left alone, saved, and restored in another machine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from pvclock import GuestClock, HostTsc, Machine, Sample, StateError, clockstate
+from pvclock.clockstate import ClockState
+from pvclock.errors import StateFileError
+from pvclock.machine.observation import failures, finish, wait_until_reading
+from pvclock.payloads import clockprobe
+from pvclock.ticker import Ticker
+from tests.kvm.leaks import held
+from tests.kvm.page_log import MEMORY_BYTES, PAGE_LOG, entries, readings, wait_until_it_reads_on
+from tests.kvm.reading import wait_until_all_read_on
+from tests.waiting import HANG_S
+
+pytestmark = pytest.mark.kvm
+
+NS_PER_S = 10**9
+LEFT_ALONE_NS = 2_200_000_000
+BOUND_NS = 4
+"""Design 2.3, as in test_time_operations."""
+SPIN = bytes.fromhex("ebfe")
+
+
+def engine_of(machine: Machine) -> GuestClock:
+    """The machine's clock, which is the engine's."""
+    assert machine.clock is not None
+    return machine.clock
+
+
+def version(clock: GuestClock) -> int:
+    """The version of vCPU 0's page: one publish is 2."""
+    page = clock.page(0)
+    assert page is not None
+    return page.version
+
+
+def stands_at(clock: GuestClock) -> Fraction:
+    """Guest time now, of a paused clock."""
+    return clock.at(HostTsc(clock.backend.counter.read()))
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Return once it holds; a failure if something hangs."""
+    deadline = time.monotonic() + HANG_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)
+
+
+# A ticker of its own
+
+
+@pytest.mark.row("E11", "E13", "K-12")
+@pytest.mark.parametrize("tick_interval_s", [1.0, None])
+def test_a_machine_left_alone(tick_interval_s: float | None) -> None:
+    """After 2 s of guest time its pages were published anew, or not without a ticker; the guest reads on, and right."""
+    with Machine(clockprobe(), vcpus=2, cmdline="cpus=2", tick_interval_s=tick_interval_s) as machine:
+        clock = engine_of(machine)
+        machine.start()
+        wait_until_reading(machine)
+        before, begin_ns = version(clock), clock.now()
+        eventually(lambda: clock.now() > begin_ns + LEFT_ALONE_NS)
+        if tick_interval_s is None:
+            assert machine.ticker is None
+            assert version(clock) == before
+        else:
+            assert machine.ticker is not None
+            eventually(lambda: version(clock) >= before + 4)
+            assert machine.ticker.failures == ()
+        wait_until_all_read_on(machine)
+        records = finish(machine)
+        done = version(clock)
+        time.sleep(0.01)
+        assert version(clock) == done  # wait() has stopped the ticker
+    assert not any(failures(records).values())
+
+
+@pytest.mark.row("E11")
+def test_no_ticker_of_the_engines_on_the_kernels_clock() -> None:
+    """There is nothing to tick."""
+    with Machine(SPIN, clock="kernel") as machine:
+        assert machine.ticker is None
+
+
+@pytest.mark.row("E11", "E12")
+def test_a_ticker_leaves_a_paused_machine_alone() -> None:
+    """While it is paused no page changes; in run_for() and after resume() it is ticked again."""
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, tick_interval_s=0.002) as machine:
+        clock, ticker = engine_of(machine), machine.ticker
+        assert ticker is not None
+        machine.start()
+        wait_until_it_reads_on(machine)
+        machine.pause()
+        page, stood_ns, rounds = clock.page(0), stands_at(clock), ticker.rounds
+        eventually(lambda: ticker.rounds > rounds + 5)
+        assert (clock.page(0), stands_at(clock)) == (page, stood_ns)
+        report = machine.run_for(50_000_000)
+        assert stands_at(clock) == stood_ns + report.ran_ns
+        before = version(clock)
+        machine.resume()
+        eventually(lambda: version(clock) >= before + 10)
+        wait_until_it_reads_on(machine)
+        machine.pause()
+        seen = [ns for _, ns in readings(machine)]
+        assert seen == sorted(seen)
+        assert ticker.failures == ()
+
+
+@pytest.mark.row("E11", "E13")
+def test_a_tickers_failures_are_the_machines_to_show() -> None:
+    """What a source raises in a tick is kept, with its clock; the machine runs on."""
+
+    def broken() -> Sample:
+        raise OSError("the source is gone")
+
+    with Machine(SPIN, reference=broken, tick_interval_s=0.002) as machine:
+        ticker = machine.ticker
+        assert ticker is not None
+        machine.start()
+        eventually(lambda: ticker.failures)
+        assert {(found.clock, str(found.error)) for found in ticker.failures} == {(machine.clock, "the source is gone")}
+        assert not machine.runner.join(0)
+    assert ticker.failures
+
+
+@pytest.mark.row("E9", "E11")
+def test_a_tick_that_does_not_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """close() says so, having given everything else back; what wait() returns is not lost by it."""
+    monkeypatch.setattr(Ticker.stop, "__defaults__", (0.2,))
+    before = held()
+    asked, go_on = threading.Event(), threading.Event()
+
+    def blocks() -> Sample:
+        asked.set()
+        go_on.wait(HANG_S)
+        raise OSError("too late")
+
+    machine = Machine(bytes.fromhex("b007e6f4"), reference=blocks, tick_interval_s=0.002)
+    machine.start()
+    assert asked.wait(HANG_S)
+    assert machine.wait(HANG_S) == 7
+    with pytest.raises(StateError, match=r"stop: the tick of .* has not ended"):
+        machine.close()
+    assert held()._replace(threads=before.threads) == before
+    go_on.set()
+    eventually(lambda: held() == before)
+    machine.close()
+
+
+@pytest.mark.row("E9", "E11")
+@pytest.mark.parametrize("call", ["stop", "close"])
+def test_a_machine_that_its_own_tick_ends(call: str) -> None:
+    """stop() and close() on the thread that ticks return, and nothing is left."""
+    before = held()
+    ended = threading.Event()
+
+    def end() -> Sample:
+        getattr(machines.pop(), call)()
+        ended.set()
+        raise OSError("ended")
+
+    machines: list[Machine] = []
+    machine = Machine(SPIN, vcpus=2, reference=end, tick_interval_s=0.002)
+    machines.append(machine)
+    machine.start()
+    assert ended.wait(HANG_S)
+    machine.close()
+    assert held() == before
+
+
+@pytest.mark.row("E9", "E11")
+def test_when_there_is_a_tickers_thread() -> None:
+    """From start() to stop()."""
+    with Machine(SPIN) as machine:
+        ticker = machine.ticker
+        assert ticker is not None
+        seen = [ticker.has_threads]
+        for step in (machine.start, machine.pause, machine.stop):
+            step()
+            seen.append(ticker.has_threads)
+        assert seen == [False, True, True, False]
+
+
+# Saved and restored
+
+
+def saved(text: list[str]) -> tuple[bytes, list[tuple[int, int]], int]:
+    """A paused machine's RAM, what its guest read last and how often it had; its clock's state, as JSON, to `text`."""
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES) as machine:
+        machine.start()
+        wait_until_it_reads_on(machine)
+        machine.pause()
+        text.append(clockstate.to_json(machine.save()))
+        return machine.memory.read(0, MEMORY_BYTES), readings(machine), entries(machine)
+
+
+@pytest.mark.row("E1", "J-07", "P-25")
+@pytest.mark.parametrize("policy", ["freeze", "advance"])
+def test_a_machines_clock_goes_on_in_another_machine(policy: str) -> None:
+    """On the saved RAM a guest reads the page of its first life: on from there, by what the policy gives it."""
+    text: list[str] = []
+    ram, earlier, count = saved(text)
+    state = clockstate.from_json(text[0])
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, restore=state, policy=policy) as machine:
+        clock = engine_of(machine)
+        machine.memory.write(0, ram)
+        assert clock.now() == int(state.timeline.guest_ns)
+        begin = clock.backend.stamps()
+        machine.start()
+        end = clock.backend.stamps()
+        while entries(machine) < count + 1000:
+            wait_until_it_reads_on(machine)
+        machine.pause()
+        later = readings(machine)
+        resumed = next(event for event in clock.events.read().events if event.kind == "resume")
+    raw_ns = state.host.raw_ns
+    assert raw_ns is not None
+    least, most = (begin.raw_ns - raw_ns, end.raw_ns - raw_ns) if policy == "advance" else (0, 0)
+    assert least <= resumed.jump_ns <= most
+    seen = [ns for _, ns in (*earlier, *later)]
+    assert seen == sorted(seen)
+    tscs = [tsc for tsc, _ in (*earlier, *later)]
+    assert tscs == sorted(tscs)
+    for tsc, ns in later:
+        expected = clock.at(HostTsc((tsc - clock.tsc(0).offset) % 2**64))
+        assert abs(ns - expected) <= Fraction(BOUND_NS)
+
+
+@pytest.mark.row("E1", "J-07")
+def test_a_restored_machine_that_is_paused_before_it_starts() -> None:
+    """It stays so after start(), its clock, too; resume() lets both go on, by a policy of its own if need be."""
+    text: list[str] = []
+    ram, _, count = saved(text)
+    state = clockstate.from_json(text[0])
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, restore=state, policy="advance") as machine:
+        clock = engine_of(machine)
+        machine.memory.write(0, ram)
+        assert machine.save() == state._replace(policy="advance")
+        machine.pause()
+        machine.start()
+        assert machine.runner.gate.is_held()
+        assert clock.is_paused
+        assert entries(machine) == count
+        machine.resume("freeze")
+        wait_until_it_reads_on(machine)
+        assert next(event.jump_ns for event in clock.events.read().events if event.kind == "resume") == 0
+
+
+@pytest.mark.row("E1", "E9")
+def test_when_a_machine_can_be_saved() -> None:
+    """While it is paused, and where the engine serves its clock."""
+    with Machine(SPIN) as machine:
+        machine.start()
+        with pytest.raises(StateError, match=r"save: the machine is not paused; pause\(\) it, and copy its RAM"):
+            machine.save()
+        machine.pause()
+        assert machine.save() == engine_of(machine).save()
+        machine.stop()
+        assert isinstance(machine.save(), ClockState)
+    with Machine(SPIN, clock="kernel") as machine:
+        machine.pause()
+        for call in (machine.save, lambda: machine.run_for(1)):
+            with pytest.raises(StateError, match="the kernel serves this guest's clock; make a machine with clock="):
+                call()
+
+
+@pytest.mark.row("E1", "E9")
+def test_a_state_that_cannot_be_used_leaves_nothing() -> None:
+    """The field is named, and no descriptor, thread or memory stays."""
+    with Machine(SPIN) as machine:
+        machine.pause()
+        state = machine.save()
+    before = held()
+    wrong: Any = state._replace(provider=state.provider._replace(name="sundial"))
+    with pytest.raises(StateFileError, match=r"provider\.name: found 'sundial'"):
+        Machine(SPIN, restore=wrong)
+    assert held() == before

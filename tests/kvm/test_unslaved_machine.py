@@ -1,0 +1,237 @@
+"""Unslaved time on a machine: while its vCPUs are kept out nothing passes for its guest, its own TSC included.
+
+It takes a host that honours TSC offsets: another one says so, and the machine is not made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+
+import pytest
+
+from pvclock import GuestClock, HostTsc, Machine, TscOffsetNotHonoured, read_tsc
+from pvclock.clockstate import from_json, to_json
+from pvclock.errors import ConfigError
+from pvclock.kvm.tsc_offset import TscOffsets
+from pvclock.machine.observation import failures, finish, wait_until_reading
+from pvclock.payloads import clockprobe
+from pvclock.unslaved import UnslavedBackend
+from tests.kvm.leaks import held
+from tests.kvm.page_log import MEMORY_BYTES, PAGE_LOG, entries, readings, wait_until_it_reads_on
+from tests.kvm.reading import wait_until_all_read_on
+
+pytestmark = pytest.mark.kvm
+
+NS_PER_S = 10**9
+OUT_S = 0.5
+"""How long the vCPUs are kept out at least."""
+BOUND_NS = 4
+"""Design 2.3, as in test_time_operations."""
+CLAMPED_NS = 200_000_000
+"""Without STABLE a reading may be another vCPU's, which ran later."""
+SPIN = bytes.fromhex("ebfe")
+
+
+def cannot_be(tsc_offsets: TscOffsets) -> bool:
+    """Does this host honour no offsets?  It must say so then, and leave nothing behind."""
+    if tsc_offsets is TscOffsets.HONOURED:
+        return False
+    before = held()
+    with pytest.raises(TscOffsetNotHonoured, match="TSC offset not honoured by this host"):
+        Machine(SPIN, vcpus=2, backend=UnslavedBackend)
+    assert held() == before
+    return True
+
+
+def engine_of(machine: Machine) -> GuestClock:
+    """The machine's clock, which is the engine's."""
+    assert machine.clock is not None
+    return machine.clock
+
+
+def executed(machine: Machine) -> int:
+    """How many ticks the guest has executed."""
+    return engine_of(machine).backend.counter.read()
+
+
+@contextmanager
+def reading_guest() -> Iterator[Machine]:
+    """A machine with unslaved time, ticked often, whose two vCPUs read it: in the end right, and never back."""
+    image = clockprobe()
+    with Machine(image, vcpus=2, cmdline="cpus=2", backend=UnslavedBackend, tick_interval_s=0.05) as machine:
+        clock = engine_of(machine)
+        machine.start()
+        wait_until_reading(machine)
+        wait_until_all_read_on(machine)
+        yield machine
+        wait_until_all_read_on(machine)
+        records = finish(machine)
+        assert machine.ticker is not None
+        assert machine.ticker.failures == ()
+    assert not any(failures(records).values())
+    for vcpu, record in enumerate(records):  # its newest TSC is within what it executed, so nothing else is in it
+        tsc = (record.last_tsc - clock.tsc(vcpu).offset) % 2**64
+        assert tsc <= executed(machine)
+        error_ns = record.last_ns - clock.at(HostTsc(tsc))
+        assert -Fraction(BOUND_NS) <= error_ns <= (CLAMPED_NS if record.clamped else BOUND_NS)
+
+
+@pytest.mark.row("P-08", "P-11", "P-18")
+def test_a_pause_is_hidden_from_the_guest(tsc_offsets: TscOffsets) -> None:
+    """Of a pause no policy gives it anything, and its reads and its TSC go on as if there had been none."""
+    if cannot_be(tsc_offsets):
+        return
+    with reading_guest() as machine:
+        clock, host_begin, begin = engine_of(machine), read_tsc(), executed(machine)
+        for policy in ("freeze", "advance"):
+            machine.pause()
+            stood = clock.now(), executed(machine)
+            time.sleep(OUT_S)
+            assert (clock.now(), executed(machine)) == stood
+            machine.resume(policy)
+            wait_until_all_read_on(machine)
+        ran, passed = executed(machine) - begin, read_tsc() - host_begin
+        assert passed - ran >= 2 * OUT_S * clock.backend.tsc_hz
+        jumps = [event.jump_ns for event in clock.events.read().events if event.kind == "resume"]
+        assert jumps == [0, 0]
+
+
+@pytest.mark.row("P-08", "P-11", "E12")
+def test_before_the_start_and_after_the_end_nothing_passes(tsc_offsets: TscOffsets) -> None:
+    """Guest time and counter begin with start(), and stand from stop() on."""
+    if cannot_be(tsc_offsets):
+        return
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=UnslavedBackend) as machine:
+        clock = engine_of(machine)
+        time.sleep(0.1)
+        assert (clock.now(), executed(machine)) == (0, 0)
+        machine.pause()
+        machine.start()
+        time.sleep(0.1)
+        assert (clock.now(), executed(machine)) == (0, 0)
+        machine.resume()
+        wait_until_it_reads_on(machine)
+        machine.stop()
+        stood = clock.now(), executed(machine)
+        time.sleep(0.1)
+        assert (clock.now(), executed(machine)) == stood
+        seen = readings(machine)
+        assert 0 < seen[-1][0] <= stood[1]
+        assert 0 < seen[-1][1] <= stood[0] + BOUND_NS
+
+
+@pytest.mark.row("P-11", "P-22", "E12")
+def test_run_for_lets_it_execute_so_much(tsc_offsets: TscOffsets) -> None:
+    """Guest time goes on by what was asked for and a reported overshoot, by executed ticks; between runs by nothing."""
+    if cannot_be(tsc_offsets):
+        return
+    with reading_guest() as machine:
+        clock = engine_of(machine)
+        machine.pause()
+        for _ in range(3):
+            before, begin = clock.at(HostTsc(executed(machine))), executed(machine)
+            time.sleep(0.1)
+            report = machine.run_for(50_000_000)
+            assert report.overshoot_ns >= 0
+            assert clock.at(HostTsc(executed(machine))) == before + report.ran_ns
+            assert report.ran_ns == Fraction((executed(machine) - begin) * NS_PER_S, clock.backend.tsc_hz)
+        machine.resume()
+
+
+@pytest.mark.row("P-11", "P-18", "E9")
+def test_what_keeps_the_vcpus_out_in_a_run_is_hidden(tsc_offsets: TscOffsets) -> None:
+    """quiesce() by the clock's backend: the counter stands in it, and afterwards the guest's TSC is what it says."""
+    if cannot_be(tsc_offsets):
+        return
+    with reading_guest() as machine:
+        clock, host_begin, begin = engine_of(machine), read_tsc(), executed(machine)
+        with clock.backend.quiesce(None):
+            stood = clock.now(), executed(machine)
+            time.sleep(OUT_S)
+            assert (clock.now(), executed(machine)) == stood
+        wait_until_all_read_on(machine)
+        ran, passed = executed(machine) - begin, read_tsc() - host_begin
+        assert passed - ran >= OUT_S * clock.backend.tsc_hz
+
+
+@pytest.mark.row("P-08", "E11", "E12")
+@pytest.mark.parametrize(
+    "operate",
+    [
+        lambda clock: clock.dilate(1, 10),
+        lambda clock: clock.dilate(10, 1),
+        lambda clock: clock.slew(-1_000_000, 100_000),
+        lambda clock: clock.skip(1000),
+        lambda clock: clock.refresh(),
+        lambda clock: clock.host_write_msr(0, 0x10, 1 << 50),
+    ],
+    ids=["slower", "faster", "slew", "skip", "refresh", "tsc"],
+)
+def test_operations_beside_a_guest_that_executes(
+    operate: Callable[[GuestClock], object], tsc_offsets: TscOffsets
+) -> None:
+    """Whatever is done to its clock while it runs: no reading goes back, and the last ones are on the timeline."""
+    if cannot_be(tsc_offsets):
+        return
+    with reading_guest() as machine:
+        for _ in range(20):
+            operate(engine_of(machine))
+            wait_until_all_read_on(machine, 1000)
+        engine_of(machine).dilate(1, 1)
+
+
+@pytest.mark.row("E1", "P-25", "P-08")
+def test_unslaved_time_goes_on_in_another_machine(tsc_offsets: TscOffsets) -> None:
+    """Saved, and restored on an unslaved backend: the guest's TSC and time go on, and before start() nothing does."""
+    if cannot_be(tsc_offsets):
+        return
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=UnslavedBackend) as machine:
+        machine.start()
+        wait_until_it_reads_on(machine)
+        machine.pause()
+        state = from_json(to_json(machine.save()))
+        ram, earlier, count = machine.memory.read(0, MEMORY_BYTES), readings(machine), entries(machine)
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, restore=state, backend=UnslavedBackend) as machine:
+        machine.memory.write(0, ram)
+        machine.start()
+        while entries(machine) < count + 1000:
+            wait_until_it_reads_on(machine)
+        machine.pause()
+        seen = [*earlier, *readings(machine)]
+        assert seen == sorted(seen)
+        assert [ns for _, ns in seen] == sorted(ns for _, ns in seen)
+        assert seen[-1][0] <= engine_of(machine).guest_tsc(0, HostTsc(executed(machine)))
+
+
+@pytest.mark.row("E9", "P-18")
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        (lambda inner: UnslavedBackend(inner, native=False), "native=False; a guest on /dev/kvm reads the hardware's"),
+        (lambda _inner: None, "made None of the vCPUs' backend; it must return a Backend"),
+    ],
+)
+def test_a_backend_that_no_machine_can_have(backend: Callable[..., UnslavedBackend], said: str) -> None:
+    """It is refused on every host, and nothing is left behind."""
+    before = held()
+    with pytest.raises(ConfigError, match=said):
+        Machine(SPIN, backend=backend)
+    assert held() == before
+
+
+@pytest.mark.row("E9")
+def test_a_backend_of_the_callers_around_the_vcpus() -> None:
+    """What `backend` returns is what the clock has; it may be the vCPUs' own."""
+    seen: list[object] = []
+
+    def same(inner: object) -> object:
+        seen.append(inner)
+        return inner
+
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=same) as machine:  # type: ignore[arg-type]
+        assert [engine_of(machine).backend] == seen
+        machine.start()
+        wait_until_it_reads_on(machine)

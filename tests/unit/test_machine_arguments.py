@@ -1,0 +1,70 @@
+"""What a Machine says of arguments that are wrong, before it makes anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pvclock import ConfigError, GuestClock, GuestMemory, Machine, SimulatedBackend
+from pvclock.clockstate import ClockState
+from pvclock.unslaved import UnslavedBackend
+
+IMAGE = b"\xf4"
+
+
+def a_state(vcpus: int) -> ClockState:
+    """The saved clock of a VM with so many vCPUs."""
+    return GuestClock(GuestMemory(bytearray(1 << 14)), vcpus, backend=SimulatedBackend(10**9)).save()
+
+
+@pytest.mark.row("E9")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"image": "path"}, r"image is of type str; it must be the bytes of a multiboot-1 ELF or of a flat"),
+        ({"image": None}, r"image is of type NoneType; it must be the bytes"),
+        ({"vcpus": 1.5}, r"vcpus is 1\.5 \(float\); it must be a whole number from 1 on"),
+        ({"vcpus": True}, r"vcpus is True \(bool\); it must be a whole number"),
+        ({"vcpus": "2"}, r"vcpus is of type str; it must be a whole number"),
+        ({"memory_bytes": "16M"}, r"memory_bytes is of type str; it must be a positive multiple of 4096, up to"),
+        ({"memory_bytes": 16.0}, r"memory_bytes is 16\.0 \(float\); it must be"),
+        ({"memory_bytes": 4097}, r"RAM of 4097 bytes; give a positive multiple of 4096, up to 3221225472"),
+        ({"memory_bytes": 10**5000}, r"RAM of .* bytes; give"),
+        ({"cmdline": b"cpus=2"}, r"cmdline is of type bytes; it must be text"),
+        ({"kvm": "/dev/kvm"}, r"kvm is of type str; it must be a Kvm, as open_kvm\(\) gives it"),
+        ({"clock": "sundial"}, r"clock 'sundial'; choose \"engine\" or \"kernel\""),
+        ({"clock": ["engine"]}, r"clock \['engine'\]; choose"),
+        ({"clock": "kernel", "tsc_offset": 1}, r"takes no options but features: tsc_offset"),
+        ({"clock": "kernel", "backend": UnslavedBackend}, r"takes no options but features: backend"),
+        ({"clock": "kernel", "restore": a_state(1), "features": 0}, r"takes no options but features: restore"),
+        ({"tick_interval_s": "1"}, r"tick_interval_s is of type str; it must be from 0\.001 to 2 seconds, or None"),
+        ({"tick_interval_s": 2.5}, r"tick_interval_s is 2\.5; it must be from 0\.001 to 2 seconds"),
+        ({"tick_interval_s": float("nan")}, r"tick_interval_s is nan; it must be"),
+        ({"backend": SimulatedBackend(10**9)}, r"backend is of type SimulatedBackend; it must be a function from"),
+        (
+            {"restore": "clock.json"},
+            r"restore is of type str; it must be a ClockState, as save\(\) or clockstate\.load",
+        ),
+        ({"restore": a_state(2)}, r"the saved clock has 2 vCPUs and the machine 1; give vcpus=2"),
+        ({"restore": a_state(1), "provider": "KVM"}, r"takes none but policy, reference, any_tsc_hz, vmm: provider"),
+    ],
+    ids=lambda value: str(sorted(value))[:40] if isinstance(value, dict) else None,
+)
+def test_a_wrong_argument_is_named_with_what_is_wanted(
+    arguments: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a ConfigError, wherever this runs: not even /dev/kvm is opened."""
+    monkeypatch.setattr("pvclock.machine.machine.open_kvm", lambda: pytest.fail("something was made"))
+    with pytest.raises(ConfigError, match=said):
+        Machine(**({"image": IMAGE} | arguments))
+
+
+@pytest.mark.row("P-08")
+@pytest.mark.parametrize("profile", ["palacios", "sundial"])
+def test_where_palacios_time_is(profile: str) -> None:
+    """An unknown profile's error says which there are, and where Palacios' time is instead."""
+    with pytest.raises(
+        ConfigError, match=rf"profile '{profile}'; choose from 'linux', .* pvclock\.palacios .*Unslaved"
+    ):
+        GuestClock(GuestMemory(bytearray(1 << 14)), backend=SimulatedBackend(10**9), profile=profile)
