@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from pvclock.errors import KvmError, KvmUnavailable, MissingCapability
 from pvclock.kvm._ioctls import Kvm
+from pvclock.kvm.access import advice
 
 __all__ = ["OPTIONAL", "REQUIRED", "Capability", "kernel_features", "open_kvm", "value_of"]
 
@@ -46,15 +47,6 @@ OPTIONAL: Final = (
     Capability("KVM_CAP_HYPERV_TIME", "to compare the Hyper-V clock"),
 )
 
-ADVICE: Final = {
-    errno.ENOENT: "load the kvm_intel or kvm_amd module and enable virtualisation in the firmware (or, in a VM, nested "
-    "virtualisation)",
-    errno.EACCES: "run as root or join the group that owns it: sudo usermod -aG kvm $USER, then log in again",
-    errno.EPERM: "run as root or allow the device in this container's device policy",
-    errno.EBUSY: "another hypervisor (VirtualBox, VMware) uses the CPU's virtualisation; stop its VMs first",
-    errno.ENODEV: "the CPU's virtualisation is off or in use; enable it in the firmware",
-}
-
 
 def open_kvm(path: str = "/dev/kvm") -> Kvm:
     """An open /dev/kvm that can do all that is REQUIRED.
@@ -65,7 +57,7 @@ def open_kvm(path: str = "/dev/kvm") -> Kvm:
         kvm = Kvm(path)
     except KvmError as error:
         reason = int(error.errno or 0)
-        raise KvmUnavailable(f"open {path}", reason, ADVICE.get(reason, "")) from None
+        raise KvmUnavailable(f"open {path}", reason, advice(path, reason)) from None
     try:
         _check(kvm, path)
     except BaseException:
