@@ -24,7 +24,7 @@ DRIVERS = ("block", "char", "crypto", "firmware", "input", "vhost", "virt", "vir
 
 
 def download_kernel(release: str | None, kernels: Path, tell: Callable[[str], None]) -> Path:
-    """Put the kernel of `release` (None: the newest) into its folder in `kernels`; returns the image."""
+    """Put the kernel of `release` (None: the newest) into its own folder in the folder `kernels`; returns the image."""
     for program in ("apt-get", "apt-cache", "dpkg-deb", "tar"):
         if not find_program(program):
             raise LabError(f"no {program} to download a kernel with; name one with its modules: --kernel PATH")
@@ -35,7 +35,9 @@ def download_kernel(release: str | None, kernels: Path, tell: Callable[[str], No
         tell(f"unpacking {package.name}")
         tree = folder / "tree"
         _unpack(package, tree)
-        (image,) = (tree / "boot").glob("vmlinuz-*")
+        image = next((tree / "boot").glob("vmlinuz-*"), None)
+        if image is None:
+            raise LabError(f"{package.name} has no kernel in it; name one with its modules: --kernel PATH")
         found = image.name.removeprefix("vmlinuz-")
         _run("depmod", "-b", str(tree), found)
         home = kernels / found
@@ -84,7 +86,9 @@ def _unpack(package: Path, tree: Path) -> None:
     tree.mkdir()
     archive = package.with_suffix(".tar")
     with archive.open("wb") as file:
-        subprocess.run(["dpkg-deb", "--fsys-tarfile", package], stdout=file, check=True)
+        unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], stdout=file, check=False)
+    if unpacked.returncode:
+        raise LabError(f"dpkg-deb failed ({unpacked.returncode}) on {package}; is there room for 500 MB?")
     _run("tar", "-xf", str(archive), "-C", str(tree), "--no-same-owner", "--wildcards", *members)
     archive.unlink()
     if not (tree / "lib").exists():

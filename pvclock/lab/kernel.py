@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pvclock.errors import LabError
 from pvclock.lab.download import download_kernel
 
-__all__ = ["Kernel", "cache_folder", "find_kernel", "identify"]
+__all__ = ["Kernel", "cache_folder", "find_kernel", "identify", "require_kernel"]
 
 MAGIC_AT, MAGIC = 0x202, b"HdrS"
 """Linux's x86 boot protocol, Documentation/arch/x86/boot.rst: the header's magic number."""
@@ -26,6 +26,10 @@ NEEDED_MODULES = (
     "fs/overlayfs/overlay.ko",
 )
 
+ELSEWHERE: Final = (
+    "set XDG_CACHE_HOME to a folder that can be written (105 MB), or name a kernel that has its modules: --kernel PATH"
+)
+
 
 class Kernel(NamedTuple):
     """A bootable image, its release ("6.1.0-50-amd64", as uname -r says) and its whole version string."""
@@ -36,8 +40,11 @@ class Kernel(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/pvclock, or ~/.cache/pvclock."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pvclock"
+    """Where downloads are kept: $XDG_CACHE_HOME/pvclock, or ~/.cache/pvclock; LabError where there is no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pvclock"
+    except RuntimeError:
+        raise LabError(f"no home folder to keep a kernel in; {ELSEWHERE}") from None
 
 
 def find_kernel(wanted: str | None, tell: Callable[[str], None]) -> Kernel:
@@ -45,10 +52,32 @@ def find_kernel(wanted: str | None, tell: Callable[[str], None]) -> Kernel:
     if wanted and ("/" in wanted or Path(wanted).is_file()):
         return _with_modules(identify(Path(wanted)))
     kernels = cache_folder() / "kernels"
-    for places in (kernels.glob("*/boot"), [Path("/boot")]):
+    if known := _known(wanted, kernels):
+        return known
+    _check_writable(kernels)
+    return _with_modules(identify(download_kernel(wanted, kernels, tell)))
+
+
+def require_kernel() -> None:
+    """LabError if there is no kernel here that serves, nor a folder to keep a downloaded one in."""
+    kernels = cache_folder() / "kernels"
+    if _known(None, kernels) is None:
+        _check_writable(kernels)
+
+
+def _known(wanted: str | None, kernels: Path) -> Kernel | None:
+    cached = kernels.glob("*/boot") if os.access(kernels, os.R_OK | os.X_OK) else ()
+    for places in (cached, [Path("/boot")]):
         if known := _newest(image for boot in places for image in boot.glob(f"vmlinuz-{wanted or '*'}")):
             return known
-    return _with_modules(identify(download_kernel(wanted, kernels, tell)))
+    return None
+
+
+def _check_writable(folder: Path) -> None:
+    """LabError unless `folder` can be written, or made."""
+    there = next(above for above in (folder, *folder.parents) if os.access(above, os.F_OK))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise LabError(f"cannot keep a kernel in {folder}: {there} cannot be written; {ELSEWHERE}")
 
 
 def identify(image: Path) -> Kernel:

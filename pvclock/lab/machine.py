@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from pvclock.errors import LabError
+from pvclock.errors import ConfigError, LabError
 from pvclock.lab.inside import PORTS
 from pvclock.lab.kernel import Kernel
 from pvclock.lab.tools import find_program
 
-__all__ = ["LabConfig", "qemu_command"]
+__all__ = ["CPUS_MAX", "LabConfig", "memory_mib", "qemu_command"]
 
 CPU = "EPYC,+svm,+npt"
 STEADY = ("nohz=off", "highres=off")
 """Without these the emulated machine's timer interrupt is lost now and then, and it freezes."""
 
+CPUS_MAX: Final = 255
+"""QEMU's limit without an emulated IOMMU."""
+MEMORY_LEAST_MIB: Final = 256
+"""In less, the initramfs is not unpacked."""
+MEMORY_SIZE: Final = re.compile(r"([0-9]{1,9})([MG]?)B?", re.ASCII | re.IGNORECASE)
 
 TAKING_TURNS = ("-accel", "tcg,thread=single")
 """Emulated in parallel, two CPUs that run guests deadlock within minutes: each waits for the other's interrupt."""
@@ -42,18 +48,29 @@ class LabConfig(NamedTuple):
         return (*STEADY, *(("tsc=reliable",) if self.tsc_reliable else ()))
 
 
+def memory_mib(size: str) -> int:
+    """A memory size such as "512M" or "3G", in MiB, also where no unit is given; ConfigError if it is none."""
+    found = MEMORY_SIZE.fullmatch(size)
+    mib = int(found[1]) * (1024 if found[2].upper() == "G" else 1) if found else 0
+    if mib < MEMORY_LEAST_MIB:
+        raise ConfigError(f"{size!r} is no memory for a lab; give it {MEMORY_LEAST_MIB}M or more, such as 3G")
+    return mib
+
+
 def qemu_command(config: LabConfig, kernel: Kernel, scratch: Path, script: Path, ports: Sequence[int]) -> list[str]:
     """Have virtme-ng write the initramfs into `scratch`, and return QEMU's command; `ports` are descriptors to write.
 
     QEMU is started by us, not by virtme-ng, so that there is one process to watch and to end; and the script's output
     goes through ports of our own, because virtme-ng's need udev.
     """
+    if not 1 <= config.cpus <= CPUS_MAX:
+        raise ConfigError(f"a lab with {config.cpus} CPUs; give it 1 to {CPUS_MAX}")
     virtme = [
         *(sys.executable, "-m", "virtme.commands.run", "--dry-run", "--show-command"),
         *("--save-initramfs", str(scratch / "initramfs")),
         *("--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm", "--force-9p"),
         *("--busybox", find_program("busybox") or "", "--qemu-bin", find_program("qemu-system-x86_64") or ""),
-        *("--cpus", str(config.cpus), "--memory", config.memory),
+        *("--cpus", str(config.cpus), "--memory", f"{memory_mib(config.memory)}M"),
         *(f"--kopt={parameter}" for parameter in config.kernel_parameters),
         *(f"--overlay-rwdir={folder}" for folder in _overlaid()),
         *(f"--rwdir={folder}" for folder in config.writable),
@@ -65,7 +82,8 @@ def qemu_command(config: LabConfig, kernel: Kernel, scratch: Path, script: Path,
         virtme, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if done.returncode or not done.stdout.strip():
-        raise LabError(f"virtme-ng failed ({done.returncode}): {done.stderr.strip()}")
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise LabError(f"virtme-ng failed ({done.returncode}): {said[-1]}")
     return shlex.split(done.stdout.splitlines()[-1])
 
 

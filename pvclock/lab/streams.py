@@ -35,8 +35,11 @@ class Output:
         beginnings = (length for length in range(len(self._end) - 1, 0, -1) if text.endswith(self._end[:length]))
         held = 0 if mark else next(beginnings, 0)
         self._held = text[len(text) - held :]
-        self._sink.write(text[: len(text) - held])
-        self._sink.flush()
+        try:
+            self._sink.write(text[: len(text) - held])
+            self._sink.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "the command's output") from None
 
 
 class Streams:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from pvclock.errors import LabError
 
-__all__ = ["find_program", "require_tools"]
+__all__ = ["find_program", "install_commands", "require_tools"]
 
 SYSTEM_FOLDERS = ("/usr/sbin", "/sbin")
 """modprobe and depmod are here, which a user's PATH may lack."""
@@ -31,13 +31,14 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join((path, *SYSTEM_FOLDERS)))
 
 
+def install_commands() -> list[str]:
+    """The commands that get what is missing: Debian's packages as root, and virtme-ng."""
+    packages = sorted({package for program, package in PROGRAMS.items() if not find_program(program)})
+    commands = [f"apt-get install -y {' '.join(packages)}"] if packages else []
+    return commands if find_spec("virtme") else [*commands, "pip install virtme-ng"]
+
+
 def require_tools() -> None:
     """Raise LabError, with the commands that help, unless all is there."""
-    packages = sorted({package for program, package in PROGRAMS.items() if not find_program(program)})
-    advice = []
-    if packages:
-        advice.append(f"{', '.join(packages)} missing: as root, apt-get install -y {' '.join(packages)}")
-    if not find_spec("virtme"):
-        advice.append("virtme-ng missing: pip install 'pvclock[lab]'")
-    if advice:
-        raise LabError("; ".join(advice))
+    if commands := install_commands():
+        raise LabError(f"not all of the lab's programs are here; as root (Debian, Ubuntu): {' && '.join(commands)}")
