@@ -6,12 +6,15 @@ Takes about 15 s.  Exit status 1 if something disagrees, 2 if it could not be ru
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from pvclock import ConfigError
+from pvclock.commands.arguments import duration_s, whole_number
+from pvclock.commands.report import Report
+from pvclock.commands.screen import Screen
+from pvclock.commands.tables import Table, verdict
 from pvclock.machine.observation import observe, observe_steered
 from pvclock.payloads import probe
 from qemu_glue.errors import QemuMissing
@@ -19,36 +22,39 @@ from qemu_glue.errors import QemuMissing
 if TYPE_CHECKING:
     from qemu_glue.comparison import Check
 
-__all__ = ["add_arguments", "crosscheck", "obstacle", "run", "table"]
+__all__ = ["EXAMPLES", "add_arguments", "crosscheck", "obstacle", "run", "table"]
+
+EXAMPLES: Final = """\
+  pvclock crosscheck                15 s, two vCPUs
+  pvclock crosscheck --why          each row with its rule and bound"""
 
 OBSERVE_S = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--vcpus", type=int, default=2, help="how many vCPUs each guest has (default 2)")
-    parser.add_argument("--seconds", type=float, default=OBSERVE_S, help="how long each is left alone (default 2)")
+    vcpus = whole_number(1, probe.MAX_CPUS)
+    parser.add_argument("--vcpus", type=vcpus, default=2, help="how many vCPUs each guest has (default 2)")
+    parser.add_argument("--seconds", type=duration_s, default=OBSERVE_S, help="how long each is left alone (default 2)")
     parser.add_argument("--why", action="store_true", help="print each row's rule and bound, too")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the rows; 1 if one disagrees."""
-    console = Console(quiet=arguments.json)
-    checks = crosscheck(arguments.vcpus, arguments.seconds, console)
-    wrong = [check.name for check in checks if not check.ok]
-    if arguments.json:
-        Console().print_json(data={"ok": not wrong, "checks": [check._asdict() for check in checks]})
+def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+    """Show the rows; a finding if one disagrees."""
+    checks = crosscheck(arguments.vcpus, arguments.seconds, screen)
+    wrong = [check for check in checks if not check.ok]
+    screen.show(table(checks, explained=arguments.why))
+    for check in wrong:
+        screen.show(Text.assemble((check.name, "red"), f": {check.why}"))
+    if wrong:
+        screen.show(Text(f"{len(wrong)} of {len(checks)} disagree.", style="red"))
     else:
-        console.print(table(checks, explained=arguments.why))
-        for check in checks:
-            if not check.ok:
-                console.print(f"[red]{check.name}[/]: {check.why}")
-        console.print(f"[red]{len(wrong)} of {len(checks)} disagree.[/]" if wrong else "[green]All three agree.[/]")
-    return int(bool(wrong))
+        screen.show(Text("All three agree.", style="green"))
+    return Report(not wrong, {"vcpus": arguments.vcpus, "checks": [check._asdict() for check in checks]})
 
 
-def crosscheck(vcpus: int, seconds: float, console: Console) -> list[Check]:
-    """All rows, for guests with `vcpus` vCPUs that read for `seconds` (and 1 s more); progress goes to `console`.
+def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
+    """All rows, for guests with `vcpus` vCPUs that read for `seconds` (and 1 s more); progress goes to `screen`.
 
     QemuMissing, ConfigError and whatever starting machines and QEMUs raises; nothing is left running then.
     """
@@ -62,13 +68,13 @@ def crosscheck(vcpus: int, seconds: float, console: Console) -> list[Check]:
     if not 1 <= vcpus <= probe.MAX_CPUS:
         raise ConfigError(f"{vcpus} vCPUs; clockprobe runs on 1 to {probe.MAX_CPUS}")
     find_program()
-    with console.status("the engine's clock"):
+    with screen.waiting("the engine's clock"):
         nominal = see_machine("engine", observe("engine", seconds, vcpus), vcpus)
-    with console.status("the engine's clock, following the host's"):
+    with screen.waiting("the engine's clock, following the host's"):
         engine = nominal._replace(steered=observe_steered(seconds))
-    with console.status("the kernel's clock"):
+    with screen.waiting("the kernel's clock"):
         kernel = see_machine("kernel", observe("kernel", seconds, vcpus), vcpus)
-    with console.status("QEMU's clock"):
+    with screen.waiting("QEMU's clock"):
         qemu = see_qemu(engine.alone.records[0].features, seconds, vcpus)
     return compare(engine, kernel, qemu)
 
@@ -88,6 +94,6 @@ def table(checks: list[Check], *, explained: bool = False) -> Table:
     """The rows, with their rules if `explained`."""
     rows = Table("", "engine", "kernel", "QEMU", "agree", *["why"] * explained)
     for check in checks:
-        agree = "[green]yes[/]" if check.ok else "[red]NO[/]"
-        rows.add_row(check.name, check.engine, check.kernel, check.qemu, agree, *[check.why] * explained)
+        cells = (check.engine.text, check.kernel.text, check.qemu.text)
+        rows.add_row(check.name, *cells, verdict(check.ok), *[check.why] * explained)
     return rows

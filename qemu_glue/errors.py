@@ -25,7 +25,7 @@ class QemuMissing(QemuError):
     """`program` is not on the PATH; Debian's `package` has it."""
 
     def __init__(self, program: str, package: str) -> None:
-        super().__init__(f"{program} is not on the PATH; to get it: apt-get install {package}")
+        super().__init__(f"{program} is not on the PATH; to get it: apt-get install {package} (Debian, Ubuntu)")
         self.program = program
         self.package = package
 

@@ -1,21 +1,36 @@
 """The command line: `pvclock COMMAND`, one module a command, found by the entry-point group `pvclock.commands`.
 
-A command is a module with `add_arguments(parser)` and `run(arguments) -> exit status`; its docstring is its help.
-Exit status: 0 done, 1 a finding, 2 it could not be done.
+A command is a module: its docstring is its help, EXAMPLES the lines that say what to type, `add_arguments(parser)`
+declares its arguments, and `run(arguments, screen)` does its work, shows it on the `Screen` and returns a `Report`.
+What every command has in common is done here: --json, errors in one line, standard streams that are closed or full,
+and the exit status: 0 done, 1 a finding, 2 it could not be done, 130 interrupted, 141 nobody reads on.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib.metadata import entry_points, version
+from pathlib import Path
 from types import ModuleType
+from typing import Final
 
-from pvclock.errors import PvclockError
+from pvclock.errors import ConfigError, PvclockError
 
 __all__ = ["find_command", "main"]
 
-GROUP = "pvclock.commands"
+GROUP: Final = "pvclock.commands"
+CANNOT: Final = 2
+INTERRUPTED: Final = 130
+NOBODY_READS: Final = 141
+"""What a shell makes of a program that SIGPIPE ends; Python ignores that signal."""
+
+DESCRIPTION: Final = """Time inside virtual machines: what a guest's clock shows, and who serves it.
+
+Type first:
+  pvclock doctor     what works on this host, and what to type next
+  pvclock demo       a guest's clock at work, in half a minute"""
 
 
 def find_command(name: str) -> ModuleType | None:
@@ -25,22 +40,123 @@ def find_command(name: str) -> ModuleType | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command in `argv` (the process's arguments by default); returns the exit status."""
-    commands = {point.name: point for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
-    parser = argparse.ArgumentParser(prog="pvclock", description="Time inside virtual machines.")
-    parser.add_argument("--version", action="version", version=f"pvclock {version('pvclock')}")
-    choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, point in commands.items():
+    _open_closed_streams()
+    if sys.stdout is None:
+        return _complain("pvclock", OSError("standard output is closed; give it a terminal, a file or /dev/null"))
+    try:
+        status = _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:
+        status = NOBODY_READS
+    except OSError as error:
+        status = _complain("pvclock", error)
+    _drop_unwritten()
+    return status
+
+
+def _main(argv: list[str]) -> int:
+    from pvclock.commands.screen import write
+
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as end:  # of --help
+        return int(end.code or 0)
+    except ConfigError as error:
+        return _fail(argv[0], error, as_json="--json" in argv[1:] and argv[0] in _names())
+    if arguments.command:
+        return _run(arguments)
+    write(f"pvclock {version('pvclock')}\n" if arguments.version else parser.format_help())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pvclock.commands.arguments import Parser, filled
+
+    parser = Parser(
+        prog="pvclock",
+        description=DESCRIPTION,
+        epilog="pvclock COMMAND --help says more about each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    choices = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         module: ModuleType = point.load()
-        help_text = (module.__doc__ or name).strip()
-        choice = choices.add_parser(name, help=help_text.splitlines()[0], description=help_text)
-        choice.add_argument("--json", action="store_true", help="print JSON")
+        help_text = (module.__doc__ or point.name).strip()
+        choice = choices.add_parser(
+            point.name,
+            help=help_text.splitlines()[0],
+            description=f"{filled(help_text)}\n\nType first:\n{module.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        choice.add_argument("--json", action="store_true", help="print one JSON object")
         module.add_arguments(choice)
         choice.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def _names() -> set[str]:
+    return {point.name for point in entry_points(group=GROUP)}
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pvclock.commands.report import report_json
+    from pvclock.commands.screen import Screen, write
+
     try:
-        return int(arguments.run(arguments))
-    except PvclockError as error:
-        print(f"pvclock {arguments.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        report = arguments.run(arguments, Screen(quiet=arguments.json))
+    except BrokenPipeError:
+        raise
+    except (PvclockError, OSError) as error:
+        return _fail(arguments.command, error, as_json=arguments.json)
+    if arguments.json:
+        write(report_json(arguments.command, report) + "\n")
+    return int(report.exit_status)
+
+
+def _fail(command: str, error: Exception, *, as_json: bool) -> int:
+    """Tell what kept a command from its work."""
+    from pvclock.commands.report import error_json
+    from pvclock.commands.screen import write
+
+    if as_json:
+        write(error_json(command, error) + "\n")
+        return CANNOT
+    return _complain(f"pvclock {command}" if command in _names() else "pvclock", error)
+
+
+def _complain(who: str, error: Exception) -> int:
+    """One line on standard error, if that takes it; the exit status."""
+    from pvclock.commands.report import message_of
+
+    try:
+        print(f"{who}: {message_of(error)}", file=sys.stderr, flush=True)
+    except OSError:
+        _lead_nowhere(sys.stderr.fileno())
+    return CANNOT
+
+
+def _open_closed_streams() -> None:
+    """Put /dev/null where standard input or error is closed, so that no file opened later takes their number."""
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115  # as long as the process
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # as stdin
+
+
+def _drop_unwritten() -> None:
+    """Forget what standard output did not take; else Python tries again when it ends, and complains in its own way."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _lead_nowhere(sys.stdout.fileno())
+
+
+def _lead_nowhere(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)

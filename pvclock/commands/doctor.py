@@ -1,26 +1,45 @@
-"""Say what this host can do for guest clocks, and what to install or enable for the rest."""
+"""Say what works on this host, what to type next, and what to install or enable for the rest.
+
+Exit status 1 if something is missing that is needed to run guests.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from pvclock.backend import host_clocksource, measure_tsc_hz
-from pvclock.errors import KvmError
+from pvclock.commands import find_command
+from pvclock.commands.report import Report, Shown
+from pvclock.commands.screen import Screen
+from pvclock.commands.tables import Table, verdict
+from pvclock.errors import KvmError, LabError
 from pvclock.kvm._ioctls import Kvm
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED, open_kvm, value_of
 from pvclock.kvm.cpuid_probe import probe_cpuid
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
+from pvclock.lab.kernel import require_kernel
+from pvclock.lab.tools import install_commands, require_tools
 
-__all__ = ["Finding", "add_arguments", "examine", "run"]
+__all__ = ["EXAMPLES", "Finding", "add_arguments", "examine", "next_command", "run", "works"]
+
+EXAMPLES: Final = """\
+  pvclock doctor                    what works, what to type next, and a table
+  pvclock doctor | grep KVM_CAP     a row is one line in a pipe"""
+
+NAMES: Final = {
+    "engine_clock": "engine clock",
+    "kvm_guests": "KVM guests",
+    "crosscheck": "QEMU cross-check",
+    "lab": "lab",
+}
 
 
 class Finding(NamedTuple):
@@ -28,7 +47,7 @@ class Finding(NamedTuple):
 
     name: str
     ok: bool
-    found: str
+    found: Shown
     needed: bool = False
     advice: str = ""
 
@@ -37,64 +56,116 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments: none of its own."""
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print the findings; 1 if something is missing that is needed to run guests."""
+def run(arguments: argparse.Namespace, screen: Screen) -> Report:  # noqa: ARG001  # as all commands'
+    """Show what works, the next command and the findings."""
     findings = list(examine())
-    if arguments.json:
-        print(json.dumps([finding._asdict() for finding in findings], indent=2))
-    else:
-        Console().print(_table(findings))
-    return int(any(finding.needed and not finding.ok for finding in findings))
+    working = works(findings)
+    command, why = next_command(working)
+    screen.show(_summary(working), f"Type next:  {command}  ({why})", _table(findings))
+    return Report(
+        not any(finding.needed and not finding.ok for finding in findings),
+        {"works": working, "next": {"command": command, "why": why}, "findings": findings},
+    )
+
+
+def works(findings: list[Finding]) -> dict[str, bool]:
+    """Which of pvclock's surfaces can run here."""
+    ok = {finding.name: finding.ok for finding in findings}
+    return {
+        "engine_clock": ok["processor"],
+        "kvm_guests": ok["processor"] and ok["/dev/kvm"],
+        "crosscheck": ok["processor"] and ok["/dev/kvm"] and ok["QEMU"],
+        "lab": ok["processor"] and ok["lab"],
+    }
+
+
+def next_command(working: Mapping[str, bool]) -> tuple[str, str]:
+    """The command that is of most use on such a host, and what it does."""
+    if working["kvm_guests"]:
+        return "pvclock demo", "a guest's clock at work, half a minute"
+    if working["lab"]:
+        return "pvclock lab -- pvclock demo", "the same in a KVM under emulation, a minute"
+    commands = install_commands()
+    if commands and shutil.which("apt-get") and working["engine_clock"]:
+        sudo = "sudo " if os.geteuid() and commands[0].startswith("apt-get") else ""
+        return sudo + " && ".join(commands), "for the lab, which has a KVM of its own"
+    return "pvclock demo", "the engine's clock in this process, without a guest"
+
+
+def _summary(working: Mapping[str, bool]) -> str:
+    here = ", ".join(NAMES[name] for name, ok in working.items() if ok) or "nothing"
+    not_here = ", ".join(NAMES[name] for name, ok in working.items() if not ok)
+    return f"Works here: {here}." + (f"  Not: {not_here}." if not_here else "")
 
 
 def examine() -> Iterator[Finding]:
     """Look at this host, row by row."""
-    yield Finding("processor", platform.machine() == "x86_64", platform.machine(), True, "pvclock is for x86-64")
-    yield Finding("kernel", True, platform.release())
+    machine = platform.machine()
+    yield Finding("processor", machine == "x86_64", Shown(machine), True, "pvclock is for x86-64")
+    yield Finding("kernel", True, Shown(platform.release()))
     yield _clocksource()
-    yield Finding("TSC frequency", True, f"{measure_tsc_hz() / 1e6:.3f} MHz, measured")
+    tsc_hz = measure_tsc_hz()
+    yield Finding("TSC frequency", True, Shown(f"{tsc_hz / 1e6:.3f} MHz, measured", {"tsc_hz": tsc_hz}))
     try:
         kvm = open_kvm()
     except KvmError as error:
-        yield Finding("/dev/kvm", False, str(error.strerror), True, "see there; without it, only in-process clocks run")
+        advice = "without it, only in-process clocks run; pvclock lab has a KVM of its own"
+        yield Finding("/dev/kvm", False, Shown(str(error.strerror), {"errno": error.errno}), True, advice)
     else:
         with closing(kvm):
             yield from _kvm(kvm)
-    yield _program("qemu-system-x86_64", "qemu-system-x86", "to check against QEMU")
+    yield _qemu()
+    yield _lab()
 
 
 def _clocksource() -> Finding:
     found = host_clocksource()
     advice = "the host does not trust its TSCs: pages go without TSC_STABLE, and guests clamp their readings"
-    return Finding("host clocksource", found == "tsc", found, False, advice)
+    return Finding("host clocksource", found == "tsc", Shown(found), False, advice)
 
 
 def _kvm(kvm: Kvm) -> Iterator[Finding]:
-    yield Finding("/dev/kvm", True, f"API {kvm.get_api_version()}", True)
-    for capability in REQUIRED:
-        yield Finding(capability.name, True, f"{value_of(kvm, capability.name)}, {capability.purpose}", True)
-    for capability in OPTIONAL:
+    version = kvm.get_api_version()
+    yield Finding("/dev/kvm", True, Shown(f"API {version}", {"api_version": version}), True)
+    for capability in (*REQUIRED, *OPTIONAL):
         value = value_of(kvm, capability.name)
-        advice = f"wanted {capability.purpose}; a newer kernel or other hardware may have it"
-        yield Finding(capability.name, value != 0, f"{value}, {capability.purpose}", False, advice)
+        needed = capability in REQUIRED
+        advice = "a newer kernel or other hardware may have it"
+        found = Shown(f"{value}, {capability.purpose}", {"value": value})
+        yield Finding(capability.name, value != 0, found, needed, advice)
     with closing(kvm.create_vm()) as vm, closing(vm.create_vcpu(0)) as vcpu:
-        yield Finding("guest TSC frequency", True, f"{vcpu.get_tsc_khz() / 1e3:.3f} MHz")
+        khz = vcpu.get_tsc_khz()
+    yield Finding("guest TSC frequency", True, Shown(f"{khz / 1e3:.3f} MHz", {"tsc_hz": khz * 1000}))
     offsets = probe_tsc_offsets(kvm)
-    advice = "VMX and SVM hosts on clocksource tsc have offsets of the VMM's own"
-    yield Finding("guest TSC offset", offsets is TscOffsets.HONOURED, str(offsets), False, advice)
+    advice = "VMX and SVM hosts on clocksource tsc have offsets of the VMM's own; so has pvclock lab"
+    yield Finding("guest TSC offset", offsets is TscOffsets.HONOURED, Shown(str(offsets)), False, advice)
     cpuid = probe_cpuid(kvm)
-    advice = "these features cannot be hidden from a guest here; VMX and SVM hosts can hide them"
-    yield Finding("guest CPUID", cpuid.is_honoured, str(cpuid), False, advice)
+    advice = "these features cannot be hidden from a guest here; VMX and SVM hosts can hide them; so can pvclock lab"
+    bits = {f"{leaf:#x}_{register}": ignored for (leaf, register), ignored in cpuid.ignored.items()}
+    yield Finding("guest CPUID", cpuid.is_honoured, Shown(str(cpuid), {"ignored": bits}), False, advice)
 
 
-def _program(name: str, package: str, purpose: str) -> Finding:
-    path = shutil.which(name)
-    return Finding(name, path is not None, path or "not found", False, f"{purpose}: apt-get install {package}")
+def _qemu() -> Finding:
+    glue = find_command("crosscheck")
+    lacking = "qemu_glue is not installed" if glue is None else glue.obstacle()
+    found = shutil.which("qemu-system-x86_64") or "not found"
+    return Finding("QEMU", lacking is None, Shown(found), False, f"to check against QEMU: {lacking}")
+
+
+def _lab() -> Finding:
+    try:
+        require_tools()
+        require_kernel()
+    except LabError as lacking:
+        return Finding("lab", False, Shown("cannot run"), False, str(lacking))
+    return Finding("lab", True, Shown("can run"))
 
 
 def _table(findings: list[Finding]) -> Table:
-    table = Table("", "what", "found", "what to do")
+    table = Table("", "what", "found, and what to do")
     for finding in findings:
-        mark = "[green]yes[/]" if finding.ok else "[red]NO[/]" if finding.needed else "[yellow]no[/]"
-        table.add_row(mark, finding.name, finding.found, "" if finding.ok else finding.advice)
+        told = Text(finding.found.text)
+        if not finding.ok:
+            told.append(f"\n{finding.advice}", "yellow")
+        table.add_row(verdict(finding.ok, warning=not finding.needed), finding.name, told)
     return table

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-
-from rich.console import Console
-from rich.table import Table
+from typing import Final
 
 from pvclock._core import ClockScale
+from pvclock.commands.report import Report
+from pvclock.commands.screen import Screen
+from pvclock.commands.tables import Table
 from pvclock.errors import RangeError
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES: Final = """\
+  pvclock scale 2.4GHz              the pair for 2.4 GHz
+  pvclock scale 2596132000 100M     two frequencies, one of them in Hz"""
 
 UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 SECONDS_PER_DAY = 86_400
@@ -24,33 +28,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounding", choices=("floor", "nearest"), default="floor", help='"floor" is what Linux does')
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print a row for each frequency."""
+def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+    """Show a row for each frequency."""
     scales = [ClockScale.from_hz(parse_hz(text), rounding=arguments.rounding) for text in arguments.hz]
-    rows = [
-        {
-            "hz": scale.hz,
-            "mul": scale.mul,
-            "shift": scale.shift,
-            "rate_error_ppb": scale.rate_error_ppb,
-            "error_ns_per_day": scale.rate_error_ppb * SECONDS_PER_DAY,
-        }
-        for scale in scales
-    ]
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return 0
     table = Table("TSC (Hz)", "mul", "shift", "rate error (ppb)", "ns a day")
-    for row in rows:
+    for scale in scales:
         table.add_row(
-            f"{row['hz']}",
-            f"{row['mul']:#010x}",
-            f"{row['shift']}",
-            f"{row['rate_error_ppb']:+.6f}",
-            f"{row['error_ns_per_day']:+.0f}",
+            f"{scale.hz}",
+            f"{scale.mul:#010x}",
+            f"{scale.shift}",
+            f"{scale.rate_error_ppb:+.6f}",
+            f"{_error_ns_per_day(scale):+.0f}",
         )
-    Console().print(table)
-    return 0
+    screen.show(table)
+    return Report(True, {"rounding": arguments.rounding, "scales": [_values(scale) for scale in scales]})
+
+
+def _values(scale: ClockScale) -> dict[str, int | float | None]:
+    return {
+        "tsc_hz": scale.hz,
+        "mul": scale.mul,
+        "shift": scale.shift,
+        "rate_error_ppb": scale.rate_error_ppb,
+        "error_ns_per_day": _error_ns_per_day(scale),
+    }
+
+
+def _error_ns_per_day(scale: ClockScale) -> float:
+    return scale.rate_error_ppb * SECONDS_PER_DAY
 
 
 def parse_hz(text: str) -> int:

@@ -13,22 +13,24 @@ from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from typing import Any, Final
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pvclock import clockstate
 from pvclock.clockstate import ClockState, Field
+from pvclock.commands.report import Report
+from pvclock.commands.screen import Screen
+from pvclock.commands.tables import Table
 from pvclock.errors import StateFileError
 from pvclock.jsonkinds import plain
 from pvclock.quantities import NS_PER_S
 
-__all__ = ["add_arguments", "in_units", "run"]
+__all__ = ["EXAMPLES", "add_arguments", "in_units", "run"]
+
+EXAMPLES: Final = """\
+  pvclock state show clock.json     what is in it, in units, and what it means
+  pvclock state check *.json        can this pvclock restore them?"""
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-SHOWN_MAX: Final = 80
-"""What is longer is cut in the table; --json has all of it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,19 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="a saved state")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Show or check the files; 1 if `check` finds one that is not valid."""
-    return (_check if arguments.action == "check" else _show)(arguments.files, arguments.json)
+def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+    """Show or check the files; a finding if `check` finds one that is not valid."""
+    return (_check if arguments.action == "check" else _show)(arguments.files, screen)
 
 
-def _check(files: list[str], as_json: bool) -> int:
+def _check(files: list[str], screen: Screen) -> Report:
     reports = [_report(file) for file in files]
-    if as_json:
-        print(json.dumps(reports, indent=2))
-    else:
-        for report in reports:
-            print(f"{_name(report['file'])}: {report['summary']}")
-    return int(not all(report["ok"] for report in reports))
+    for report in reports:
+        screen.show(f"{_name(report['file'])}: {report['summary']}")
+    return Report(all(report["ok"] for report in reports), {"files": reports})
 
 
 def _report(file: str) -> dict[str, Any]:
@@ -70,14 +69,11 @@ def _summary(state: ClockState) -> str:
     return f"version {state.version}, {state.provider.name}, {vcpus}, guest time {guest_time}, saved {saved}"
 
 
-def _show(files: list[str], as_json: bool) -> int:
+def _show(files: list[str], screen: Screen) -> Report:
     states = [(file, clockstate.read(file)) for file in files]
-    if as_json:
-        print(json.dumps([_as_json(file, state) for file, state in states], indent=2))
-    else:
-        for file, state in states:
-            Console().print(_table(file, state))
-    return 0
+    for file, state in states:
+        screen.show(_name(file), _table(state))
+    return Report(True, {"files": [_as_json(file, state) for file, state in states]})
 
 
 def _as_json(file: str, state: ClockState) -> dict[str, Any]:
@@ -94,18 +90,17 @@ def _as_json(file: str, state: ClockState) -> dict[str, Any]:
     return {"file": file, "fields": fields, "state": clockstate.to_mapping(state)}
 
 
-def _table(file: str, state: ClockState) -> Table:
-    """A section for each mark; what a field means stands beside it where it comes first."""
-    table = Table("field", "value, and what that is", "meaning", title=Text(_name(file)))
-    table.columns[0].no_wrap = True
-    table.columns[1].overflow = "fold"
+def _table(state: ClockState) -> Table:
+    """A section for each mark; what a field means stands below its value where it comes first."""
+    table = Table("field", "value, what that is, and what it means")
     explained: set[str] = set()
     for path, field, value in clockstate.rows(state):
         if field.mark not in explained:
-            table.add_section()
+            table.end_section()
             table.add_row(Text(field.mark.upper(), style="bold"))
         meaning = "" if field.path in explained else field.meaning
-        table.add_row(*map(Text, (path, _shown(field, value, state), meaning)))  # Text: what a file holds is no markup
+        shown = _shown(field, value, state)
+        table.add_row(path, Text.assemble(shown, "\n" if shown and meaning else "", (meaning, "dim")))
         explained |= {field.mark, field.path}
     return table
 
@@ -116,11 +111,7 @@ def _name(file: str) -> str:
 
 def _shown(field: Field, value: object, state: ClockState) -> str:
     raw = str(value) if isinstance(value, Fraction) else json.dumps(plain(value)) if field.kind else ""
-    return "\n".join(_cut(text) for text in (raw, in_units(field.path, value, state)) if text)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."
+    return "\n".join(text for text in (raw, in_units(field.path, value, state)) if text)
 
 
 def in_units(path: str, value: object, state: ClockState) -> str:

@@ -19,10 +19,11 @@ def test_demo_shows_engine_and_kernel_agreeing(capsys: pytest.CaptureFixture[str
     assert main(["demo", "--seconds", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"]
-    assert report["kvm"] == "used"
-    assert report["storm"]["publishes"] > 0
-    assert len(report["comparison"]) == (22 if crosscheck.obstacle() is None else 9)
-    assert all(row["ok"] for row in report["comparison"])
+    result = report["result"]
+    assert result["kvm_guests"]
+    assert result["storm"]["publishes"] > 0
+    assert len(result["comparison"]) == (22 if crosscheck.obstacle() is None else 9)
+    assert all(row["ok"] for row in result["comparison"])
 
 
 @pytest.mark.row("E13", "K-14")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pvclock.lab.kernel import MAGIC, MAGIC_AT, Kernel
+from pvclock.lab.machine import MEMORY_LEAST_MIB
 from tests.lab.laboratory import assert_nothing_left, lab_command, processes_naming, run_lab
 from tests.waiting import HANG_S
 
@@ -78,10 +79,11 @@ def test_a_command_that_never_ends(scratch: Path) -> None:
 
 
 def test_memory_that_is_too_small(scratch: Path) -> None:
-    """A lab that cannot boot in its memory is an error, not a wait."""
-    done = run_lab("--memory", "16M", "--timeout", "30", "--", "true", scratch=scratch)
-    assert done.status == 2
-    assert "pvclock lab:" in done.stderr
+    """Memory that no lab boots in is refused before anything starts; the least that is taken is enough."""
+    done = run_lab("--memory", f"{MEMORY_LEAST_MIB - 1}M", "--", "true", scratch=scratch)
+    assert (done.status, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert f"give it {MEMORY_LEAST_MIB}M or more" in done.stderr
+    assert run_lab("--memory", f"{MEMORY_LEAST_MIB}M", "--timeout", "120", "true", scratch=scratch).status == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)

@@ -28,7 +28,7 @@ BULK = "".join(map(chr, range(32, 127))) * 4096
 
 def test_a_commands_output_and_status_come_back(kernel: Kernel, scratch: Path) -> None:
     """Python, pvclock, /dev/kvm and the working directory are there; stdout, stderr and status 130 come back apart."""
-    done = run_lab("--json", "--timeout", "120", "--", "python", "-c", INSIDE, scratch=scratch)
+    done = run_lab("--timeout", "120", "--", "python", "-c", INSIDE, scratch=scratch)
     assert done.status == 130, done.stderr
     first, clocksource, bulk = done.stdout.split("\n", 2)
     expected = [kernel.release, str(ROOT), sys.prefix, str(ROOT / "pvclock" / "__init__.py")]
@@ -36,19 +36,22 @@ def test_a_commands_output_and_status_come_back(kernel: Kernel, scratch: Path) -
     assert clocksource == "tsc"
     assert bulk == BULK
     assert not (ROOT / "stray").exists()
-    told, said, report = done.stderr.splitlines()
+    told, said = done.stderr.splitlines()
     assert f"Linux {kernel.version}" in told
     assert said == "opened again"
-    assert json.loads(report)["kernel"] == kernel.release
-    assert json.loads(report)["status"] == 130
 
 
-def test_a_writable_folder_keeps_what_is_written(scratch: Path, tmp_path: Path) -> None:
-    """What a command writes in --writable stays; a command that is not there is 127, as in a shell."""
+def test_a_writable_folder_keeps_what_is_written(kernel: Kernel, scratch: Path, tmp_path: Path) -> None:
+    """What is written in --writable stays, 127 is no such command, and --json has its object alone on stdout."""
     kept = tmp_path / "kept"
     kept.mkdir()
-    write = f"echo done > {kept}/result; exec no-such-command"
-    done = run_lab("--writable", kept, "--timeout", "120", "--", "sh", "-c", write, scratch=scratch)
+    write = f"echo done > {kept}/result; echo $*; exec no-such-command"
+    lab = ("--json", "--writable", kept, "--timeout", "120")
+    done = run_lab(*lab, "sh", "-c", write, "sh", "--json", scratch=scratch)
     assert done.status == 127
     assert "no-such-command" in done.stderr
+    assert "\n--json\n" in done.stderr
+    document = json.loads(done.stdout)
+    assert (document["schema"], document["ok"]) == ("pvclock.lab/1", False)
+    assert (document["result"]["kernel"], document["result"]["status"]) == (kernel.release, 127)
     assert (kept / "result").read_text() == "done\n"

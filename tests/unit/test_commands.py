@@ -26,8 +26,8 @@ def test_scale_prints_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0xc5376add" in table
     assert "0xd5555555" in table
     assert main(["scale", "--json", "2596132000"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert (row["hz"], row["mul"], row["shift"]) == (2_596_132_000, 0xC5376ADD, -1)
+    (row,) = json.loads(capsys.readouterr().out)["result"]["scales"]
+    assert (row["tsc_hz"], row["mul"], row["shift"]) == (2_596_132_000, 0xC5376ADD, -1)
     assert row["rate_error_ppb"] == pytest.approx(-0.003336, abs=1e-6)
 
 
@@ -68,8 +68,9 @@ def test_a_scale_of_zero_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
 def test_doctor_looks_at_this_host(capsys: pytest.CaptureFixture[str]) -> None:
     """`pvclock doctor` has a row for processor, clocksource and /dev/kvm; what is missing comes with what to do."""
     status = main(["doctor", "--json"])
-    findings = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert {"processor", "host clocksource", "TSC frequency", "/dev/kvm"} <= set(findings)
+    findings = {row["name"]: row for row in json.loads(capsys.readouterr().out)["result"]["findings"]}
+    assert {"processor", "host clocksource", "TSC frequency", "/dev/kvm", "QEMU", "lab"} <= set(findings)
+    assert findings["TSC frequency"]["found"]["values"]["tsc_hz"] > 10**6
     assert status == int(any(row["needed"] and not row["ok"] for row in findings.values()))
     assert all(row["ok"] or row["advice"] for row in findings.values())
 
@@ -125,5 +126,6 @@ def test_demo_without_kvm_says_what_is_left_out(
     assert main(["demo", "--seconds", "0.5", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"]
-    assert report["comparison"] == []
-    assert report["storm"]["reads"] > 1000
+    assert report["result"]["comparison"] == []
+    assert not report["result"]["kvm_guests"]
+    assert report["result"]["storm"]["reads"] > 1000

@@ -42,9 +42,9 @@ def test_show_has_values_units_and_meanings(capsys: pytest.CaptureFixture[str]) 
 def test_show_as_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With --json, wherever it stands, each part of FIELDS comes with its mark, and the state as it is in files."""
     assert main(["state", "--json", "show", str(STATES / name)]) == 0
-    (shown,) = json.loads(capsys.readouterr().out)
+    (shown,) = json.loads(capsys.readouterr().out)["result"]["files"]
     assert main(["state", "show", str(STATES / name), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [shown]
+    assert json.loads(capsys.readouterr().out)["result"]["files"] == [shown]
     assert shown["state"] == clockstate.to_mapping(KEPT[name])
     marks = {row["field"].replace("[0]", "[]"): row["mark"] for row in shown["fields"]}
     assert marks.items() >= {field.path: str(field.mark) for field in FIELDS}.items()
@@ -52,8 +52,11 @@ def test_show_as_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.row("P-25")
 @pytest.mark.parametrize("name", KEPT)
-def test_show_takes_every_kept_file(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever is in a valid file can be shown, within a table."""
+def test_show_takes_every_kept_file(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is in a valid file can be shown, within a table that a terminal of 80 columns takes."""
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["state", "show", str(STATES / name)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 40
@@ -83,7 +86,9 @@ def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
         == f"{files[2]}: NOT VALID: file: found No such file or directory; supported: a regular file that can be read"
     )
     assert main(["state", "check", "--json", *files]) == 1
-    reports = json.loads(capsys.readouterr().out)
+    document = json.loads(capsys.readouterr().out)
+    reports = document["result"]["files"]
+    assert not document["ok"]
     assert [(report["file"], report["ok"], report.get("field")) for report in reports] == [
         (files[0], True, None),
         (files[1], False, "vcpus[1].tsc_aux"),

@@ -1,0 +1,68 @@
+"""What a command line may say: argparse's parser with one-line errors, and the kinds of values that commands take."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NoReturn
+
+from pvclock.commands.screen import write
+from pvclock.errors import ConfigError
+
+__all__ = ["Parser", "duration_s", "filled", "folder", "whole_number"]
+
+HELP_COLUMNS: Final = 78
+"""What argparse itself takes of a terminal of 80."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a wrong command line is a ConfigError, and help that cannot be printed an OSError, for main()."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def print_help(self, file: object = None) -> None:  # argparse's signature
+        """Print the help on standard output; argparse would hide that it takes no more."""
+        write(self.format_help())
+
+
+def filled(text: str) -> str:
+    """A docstring as help: each paragraph filled anew, in lines that a terminal of 80 columns takes."""
+    return "\n\n".join(textwrap.fill(paragraph, HELP_COLUMNS) for paragraph in text.strip().split("\n\n"))
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """An argument that is a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+        return number
+
+    return parse
+
+
+def duration_s(text: str) -> float:
+    """An argument that is a time in seconds, more than 0 and finite."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time to wait; give seconds, more than 0")
+    return seconds
+
+
+def folder(text: str) -> Path:
+    """An argument that is a folder; its absolute path."""
+    path = Path(text).resolve()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return path

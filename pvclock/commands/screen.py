@@ -1,0 +1,97 @@
+"""Where commands show things: findings on standard output, what goes on meanwhile on standard error.
+
+rich makes the text, and it is written here: so what fails is an OSError that names standard output, and no half of it
+is left to be written when Python ends.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from pvclock.commands.tables import Table
+
+__all__ = ["Screen", "write"]
+
+UNBOUNDED: Final = 1 << 20
+"""rich's own limit, in columns, is out of the way: it would cut what is longer."""
+
+
+class Screen:
+    """What a person sees of a command.  `quiet`: nothing on standard output, for JSON goes there."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._columns = _columns()
+        self._aside = Console(stderr=True, quiet=not sys.stderr.isatty())
+
+    def show(self, *parts: Table | Text | str) -> None:
+        """Print tables, and texts that wrap between words.  OSError if standard output takes no more."""
+        if self._quiet:
+            return
+        for part in parts:
+            write(_drawn(part, self._columns))
+
+    def tell(self, text: str) -> None:
+        """Print a line on standard error, also where standard output has JSON."""
+        print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show, in a terminal, what is waited for."""
+        with self._aside.status(what):
+            yield
+
+    @contextmanager
+    def progress(self, total: float, text: str) -> Iterator[Callable[[float, str], None]]:
+        """Show, in a terminal, how much of `total` is done; yields what to call with that and a text."""
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._aside) as bar:
+            task = bar.add_task(text, total=total)
+            yield lambda done, now: bar.update(task, completed=done, description=now)
+
+
+def _drawn(part: Table | Text | str, columns: int | None) -> str:
+    """What rich makes of `part` for standard output: in colour for a terminal, escapes for what it cannot say."""
+    encoding = sys.stdout.encoding or "utf-8"
+    paper = io.BytesIO()
+    with io.TextIOWrapper(paper, encoding, errors="backslashreplace", write_through=True) as file:
+        console = Console(
+            file=file,
+            force_terminal=sys.stdout.isatty() or None,
+            width=UNBOUNDED,
+            markup=False,
+            highlight=False,
+            emoji=False,
+        )
+        if isinstance(part, Table):
+            console.print(part.fitted(columns))
+        else:
+            console.print(part, width=columns, soft_wrap=columns is None)
+        lines = paper.getvalue().decode(encoding).split("\n")
+    return "\n".join(map(str.rstrip, lines))
+
+
+def write(text: str) -> None:
+    """Write `text` to standard output, now; OSError, which names standard output, if it takes no more."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _columns() -> int | None:
+    """How wide lines may be; None in a pipe or a file, where whoever reads them wants whole ones."""
+    if "COLUMNS" in os.environ or sys.stdout.isatty():
+        return shutil.get_terminal_size().columns
+    return None

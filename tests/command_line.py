@@ -1,0 +1,55 @@
+"""Running `pvclock` in a process of its own, as a shell does: with streams closed, full or unread, as nobody."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.waiting import HANG_S
+
+ROOT = Path(__file__).parents[1]
+NOBODY = 65534
+AS_NOBODY = f"""
+import contextlib, io, os, sys
+from pvclock.commands import main
+with contextlib.redirect_stdout(io.StringIO()):
+    for arguments in (["doctor"], ["doctor", "--json"]):
+        main(arguments)  # imports what {NOBODY} might not be allowed to read
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid({NOBODY})
+    os.setuid({NOBODY})
+sys.exit(main())
+"""
+
+
+class Result(NamedTuple):
+    """What a run of `pvclock` printed, and its exit status as a shell has it."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: str, nobody: bool = False) -> list[str]:
+    """The command line of `pvclock`; `nobody`: as a user without rights, where this one has them."""
+    return [sys.executable, *(("-c", AS_NOBODY) if nobody else ("-m", "pvclock")), *arguments]
+
+
+def run_pvclock(*arguments: str, redirect: str = "", nobody: bool = False, **variables: str | None) -> Result:
+    """Run `pvclock`; `redirect` is a shell's (">&-", "2>/dev/full"), a variable that is None is unset."""
+    changed = {**os.environ, "COLUMNS": None, **variables}
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirect}', "sh", *command(*arguments, nobody=nobody)],
+        cwd=ROOT,
+        env={name: value for name, value in changed.items() if value is not None},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_S,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)

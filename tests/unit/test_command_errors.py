@@ -1,0 +1,199 @@
+"""What goes wrong on the command line is one line on stderr, or one JSON object, and status 2; never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pvclock.commands import _parser
+from pvclock.commands.lab import _command
+from pvclock.errors import ConfigError, LabError
+from pvclock.lab.tools import require_tools
+from tests.command_line import command, run_pvclock
+from tests.waiting import HANG_S
+
+pytestmark = pytest.mark.row("E13")
+
+STATE = str(Path(__file__).parents[1] / "states" / "v2-typical.json")
+
+WRONG = [
+    (["lab", "--cpus", "0", "true"], "'0' is no whole number from 1 to 255"),
+    (["lab", "--cpus", "two", "true"], "'two' is no whole number"),
+    (["lab", "--memory", "10", "true"], "'10' is no memory for a lab; give it 256M or more"),
+    (["lab", "--memory", "3 GB", "true"], "'3 GB' is no memory for a lab"),
+    (["lab", "--timeout", "0", "true"], "'0' is no time to wait"),
+    (["lab", "--timeout", "nan", "true"], "'nan' is no time to wait"),
+    (["lab", "--timeout", "soon", "true"], "'soon' is no time to wait"),
+    (["lab", "--writable", "/nonexistent", "true"], "'/nonexistent' is no folder"),
+    (["lab", "--"], "no COMMAND to run; try pvclock lab -- pvclock doctor"),
+    *((["demo", "--vcpus", text], f"'{text}' is no whole number from 1 to 16") for text in ("0", "99", "-1", "abc")),
+    *(
+        (["crosscheck", "--vcpus", text], f"'{text}' is no whole number from 1 to 16")
+        for text in ("0", "17", "-1", "1.5")
+    ),
+    (["demo", "--seconds", "0"], "'0' is no time to wait"),
+    (["crosscheck", "--seconds", "inf"], "'inf' is no time to wait"),
+    (["scale"], "the following arguments are required: HZ"),
+    (["scale", "fast"], "'fast' is no frequency; write 2596132000, 2.4GHz or 100M"),
+    (["state", "show", "/nonexistent"], "/nonexistent: file: found No such file or directory"),
+    (["doctor", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), WRONG, ids=lambda value: "-".join(value)[:40])
+def test_a_wrong_argument_is_one_line(arguments: list[str], complaint: str) -> None:
+    """It names the argument and what it may be, before anything is printed; with --json the same is an object."""
+    done = run_pvclock(*arguments)
+    assert (done.status, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"pvclock {arguments[0]}: ")
+    assert complaint in line
+    asked = run_pvclock(arguments[0], "--json", *arguments[1:])
+    assert (asked.status, asked.stderr) == (2, "")
+    document = json.loads(asked.stdout)
+    assert document["schema"] == f"pvclock.{arguments[0]}/1"
+    assert not document["ok"]
+    assert complaint in document["error"]["message"]
+
+
+def test_an_unknown_command_is_one_line() -> None:
+    """It is refused with the commands that there are, also with --json, for there is no schema of its name."""
+    done = run_pvclock("frobnicate", "--json")
+    assert (done.status, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pvclock: ")
+    assert "'doctor'" in line
+
+
+PRINTING = [
+    ["--help"],
+    ["--version"],
+    ["scale", "--help"],
+    ["scale", "2.4GHz"],
+    ["scale", "2.4GHz", "--json"],
+    ["state", "show", STATE],
+    ["state", "check", STATE],
+    ["scale", "fast", "--json"],
+]
+
+
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_a_full_stdout(arguments: list[str]) -> None:
+    """`> /dev/full` is one line that names standard output, and status 2."""
+    done = run_pvclock(*arguments, redirect=">/dev/full")
+    assert done.status == 2
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("standard output: No space left on device")
+
+
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_a_closed_stdout(arguments: list[str]) -> None:
+    """`>&-` is one line, and status 2."""
+    done = run_pvclock(*arguments, redirect=">&-")
+    assert done.status == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pvclock: standard output is closed")
+
+
+@pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
+def test_a_reader_that_is_gone(arguments: list[str]) -> None:
+    """`| head` that has seen enough ends it without a word, with the status of a program that SIGPIPE ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command(*arguments), stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=HANG_S
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "2>&- <&-"])
+def test_a_stderr_that_takes_nothing(redirect: str) -> None:
+    """The status says that it failed; a complaint goes nowhere else, and what is well is printed as ever."""
+    failed = run_pvclock("scale", "fast", redirect=redirect)
+    assert failed == (2, "", "")
+    assert run_pvclock("scale", "1", redirect=redirect) == run_pvclock("scale", "1")
+
+
+def test_all_streams_closed() -> None:
+    """Nobody can be told, but by the status."""
+    assert run_pvclock("doctor", redirect="<&- >&- 2>&-") == (2, "", "")
+
+
+def test_a_stdout_in_ascii(tmp_path: Path) -> None:
+    """What the output's encoding lacks is written as an escape."""
+    done = run_pvclock("state", "check", str(tmp_path / "Zürich"), PYTHONIOENCODING="ascii")
+    assert done.status == 1
+    assert "Z\\xfcrich: NOT VALID: file: found No such file" in done.stdout
+    assert run_pvclock("scale", "1", PYTHONIOENCODING="ascii", COLUMNS="80").stdout.startswith("+---")
+
+
+@pytest.mark.parametrize(
+    ("home", "nobody"),
+    [(None, True), ("/nonexistent", True), ("locked", True), ("/dev/null", True), ("/dev/null", False)],
+)
+def test_a_cache_that_cannot_be_written(home: str | None, nobody: bool, tmp_path: Path) -> None:
+    """Where the lab can keep no kernel, one line says which folder, and what helps."""
+    try:
+        require_tools()
+    except LabError as error:
+        pytest.skip(str(error))
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o700)
+    done = run_pvclock(
+        *("lab", "--kernel", "0.0.0-none", "true"),
+        nobody=nobody,
+        HOME=str(locked) if home == "locked" else home,
+        XDG_CACHE_HOME=None,
+    )
+    assert (done.status, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pvclock lab: cannot keep a kernel in ")
+    assert "set XDG_CACHE_HOME to a folder that can be written" in line
+
+
+@pytest.mark.row("X-02")
+@pytest.mark.kvm
+def test_nobody_and_the_device() -> None:
+    """A user without the right to /dev/kvm is told what helps with this device, in every command that wants it."""
+    document = json.loads(run_pvclock("doctor", "--json", nobody=True).stdout)
+    (device,) = [row for row in document["result"]["findings"] if row["name"] == "/dev/kvm"]
+    found = Path("/dev/kvm").stat()
+    if found.st_mode & 0o006 == 0o006:
+        assert device["ok"]
+        return
+    told = device["found"]["text"]
+    assert "EACCES" in told
+    assert f"mode {found.st_mode & 0o7777:04o}" in told
+    assert ("sudo chgrp kvm /dev/kvm" in told) == (found.st_gid == 0 or found.st_mode & 0o060 != 0o060)
+    assert not document["result"]["works"]["kvm_guests"]
+    refused = run_pvclock("crosscheck", "--json", nobody=True)
+    error = json.loads(refused.stdout)["error"]
+    assert (refused.status, error["kind"], error["errno"]) == (2, "KvmUnavailable", 13)
+    assert error["message"] == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "as_json", "expected"),
+    [
+        (["--", "python", "-m", "x", "--json"], False, ["python", "-m", "x", "--json"]),
+        (["python", "-m", "x", "--json", "--cpus", "9"], False, ["python", "-m", "x", "--json", "--cpus", "9"]),
+        (["--json", "--cpus", "2", "--", "x", "--json"], True, ["x", "--json"]),
+        (["--cpus", "2", "--json", "x", "--", "--help"], True, ["x", "--", "--help"]),
+    ],
+)
+def test_what_follows_the_labs_command_is_its_own(arguments: list[str], as_json: bool, expected: list[str]) -> None:
+    """Options after COMMAND are COMMAND's, with and without -- before it."""
+    parsed = _parser().parse_args(["lab", *arguments])
+    assert parsed.json == as_json
+    assert _command(parsed.argv) == expected
+
+
+def test_a_lab_without_a_command() -> None:
+    """It is refused with what to type."""
+    with pytest.raises(ConfigError, match="try pvclock lab -- pvclock doctor"):
+        _command(["--"])

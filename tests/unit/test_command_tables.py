@@ -1,0 +1,111 @@
+"""Tables: nothing in them is ever cut, in a terminal of any width and in a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pvclock.commands.screen import _drawn
+from pvclock.commands.tables import WORD_MAX, Table
+from pvclock.kvm.capabilities import OPTIONAL, REQUIRED
+from tests.command_line import command, run_pvclock
+
+pytestmark = pytest.mark.row("E13")
+
+WORDS = st.text("abcXYZ_0189.", min_size=1, max_size=WORD_MAX)
+CELLS = st.lists(WORDS, max_size=6).map(" ".join)
+ROWS = st.integers(1, 5).flatmap(lambda n: st.lists(st.lists(CELLS, min_size=n, max_size=n), min_size=1, max_size=5))
+
+
+@given(rows=ROWS, columns=st.integers(1, 200))
+def test_no_word_is_cut(rows: list[list[str]], columns: int) -> None:
+    """However narrow the terminal, each word of each cell stands whole in a line."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row)
+    shown = _drawn(table, columns).replace("┃", " ").replace("│", " ").split()
+    for row in [rows[0], *rows]:
+        for word in " ".join(row).split():
+            assert word in shown
+
+
+@given(rows=ROWS)
+def test_a_row_is_a_line_in_a_pipe(rows: list[list[str]]) -> None:
+    """Where no terminal is, a row is one line, whose cells stand as they are."""
+    table = Table(*(f"h{number}" for number in range(len(rows[0]))))
+    for row in rows:
+        table.add_row(*row)
+    lines = _drawn(table, None).splitlines()[1:]
+    assert len(lines) == len(rows)
+    for row, line in zip(rows, lines, strict=True):
+        assert all(cell in line for cell in row)
+
+
+def test_a_table_fits_where_its_words_do() -> None:
+    """Prose wraps, the widest column first, until the table is within the terminal; no more than that."""
+    table = Table("a", "b")
+    table.add_row("word " * 30, "KVM_CAP_IMMEDIATE_EXIT")
+    lines = _drawn(table, 60).splitlines()
+    assert {len(line) for line in lines} == {60}
+    table = Table("a", "b")
+    table.add_row("x" * 40, "y" * 40)
+    assert {len(line) for line in _drawn(table, 60).splitlines()} == {2 * 43 + 1}
+
+
+def test_a_number_of_hundreds_of_digits_is_folded() -> None:
+    """What no terminal takes goes on in the next line, and none of it is lost."""
+    number = "".join(str(digit % 10) for digit in range(600))
+    table = Table("n")
+    table.add_row(number)
+    lines = _drawn(table, 80).splitlines()
+    assert "".join(line.strip("│ ") for line in lines[3:-1]) == number
+
+
+def test_a_newline_in_a_cell() -> None:
+    """It ends a line in a terminal, and is a semicolon in a pipe."""
+    table = Table("n")
+    table.add_row("found\nadvice")
+    assert "found  │\n│ advice │" in _drawn(table, 80)
+    assert _drawn(table, None) == "n\nfound; advice\n"
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("columns", [None, "80", "20"])
+def test_doctors_identifiers_are_found(columns: str | None) -> None:
+    """`pvclock doctor | grep KVM_CAP_...` finds each capability."""
+    lines = run_pvclock("doctor", COLUMNS=columns).stdout.splitlines()
+    for capability in (*REQUIRED, *OPTIONAL):
+        assert any(capability.name in line.split() for line in lines)
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["scale", "2.4GHz"]], ids=" ".join)
+def test_in_a_terminal_of_80_columns(arguments: list[str]) -> None:
+    """In a terminal, tables are drawn and within its width."""
+    ours, theirs = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    with subprocess.Popen(
+        ["sh", "-c", 'stty cols 80 rows 24; exec "$@"', "sh", *command(*arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        env={**environment, "TERM": "dumb", "NO_COLOR": "1"},
+    ):
+        os.close(theirs)
+        lines = read_to_end(ours).splitlines()
+    os.close(ours)
+    assert any(line.startswith("┏━") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def read_to_end(terminal: int) -> str:
+    """All that comes out of a terminal until nobody has it open any more, which Linux tells by EIO."""
+    text = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(terminal, 1 << 16):
+            text += data
+    return text.decode()
