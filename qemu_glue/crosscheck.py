@@ -60,14 +60,14 @@ def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
     """
     # Imported here, for every command is loaded with each: qemu.qmp and asyncio are half of this one's weight.
     from qemu_glue.comparison import compare
-    from qemu_glue.launch import find_program
+    from qemu_glue.launch import require_programs
     from qemu_glue.observation import see_machine, see_qemu
 
     if not 0 < seconds < float("inf"):
         raise ConfigError(f"{seconds} s of observation; choose more than 0")
     if not 1 <= vcpus <= probe.MAX_CPUS:
         raise ConfigError(f"{vcpus} vCPUs; clockprobe runs on 1 to {probe.MAX_CPUS}")
-    find_program()
+    require_programs()
     with screen.waiting("the engine's clock"):
         nominal = see_machine("engine", observe("engine", seconds, vcpus), vcpus)
     with screen.waiting("the engine's clock, following the host's"):
@@ -81,10 +81,10 @@ def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
 
 def obstacle() -> str | None:
     """Why there is no QEMU to check against, and what helps; None if there is one."""
-    from qemu_glue.launch import find_program
+    from qemu_glue.launch import require_programs
 
     try:
-        find_program()
+        require_programs()
     except QemuMissing as why:
         return str(why)
     return None

@@ -22,10 +22,12 @@ from qemu_glue.cpu_model import cpu_property
 from qemu_glue.errors import QemuExited, QemuMissing, QmpFailed
 from qemu_glue.monitor import Monitor
 
-__all__ = ["PROGRAM", "Qemu", "find_program"]
+__all__ = ["PROGRAM", "Qemu", "find_program", "require_programs"]
 
 PROGRAM: Final = "qemu-system-x86_64"
 PACKAGE: Final = "qemu-system-x86"
+LAUNCHER: Final = ("setpriv", "util-linux")
+"""It has the kernel end QEMU with us; and the Debian package that has it."""
 
 CPU_MODEL: Final = "host,-arch-capabilities"
 """KVM may offer IA32_ARCH_CAPABILITIES and then refuse QEMU's write of it, which ends QEMU; no clock needs it."""
@@ -41,6 +43,12 @@ def find_program(program: str = PROGRAM, package: str = PACKAGE) -> str:
     if path is None:
         raise QemuMissing(program, package)
     return path
+
+
+def require_programs() -> None:
+    """QemuMissing unless QEMU, and what launches it, are on the PATH."""
+    find_program()
+    find_program(*LAUNCHER)
 
 
 class Qemu:
@@ -64,7 +72,7 @@ class Qemu:
         program: str = PROGRAM,
         arguments: tuple[str, ...] = (),
     ) -> None:
-        launcher = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", "--"]
+        launcher = [find_program(*LAUNCHER), "--pdeathsig", "KILL", "--"]
         path = find_program(program)
         cpu = cpu_property(features, CPU_MODEL, known=_cpu_flags(path))
         self.vcpus = vcpus

@@ -211,7 +211,8 @@ def _wait_until_reading(qemu: Qemu) -> None:
     while (block := probe.read_block(qemu.memory)) is None or block.phase < probe.Phase.READING:
         qemu.check_running()
         if time.monotonic() > deadline:
-            raise StateError("observe", f"clockprobe has not begun after {BOOT_LIMIT_S:g} s in QEMU", "see its console")
+            what = f"clockprobe has not begun after {BOOT_LIMIT_S:g} s in QEMU, and said {_said(qemu)}"
+            raise StateError("observe", what, "try again")
         time.sleep(0.001)
     if block.cpus_arrived != qemu.vcpus:
         raise StateError("observe", f"not all {qemu.vcpus} vCPUs of clockprobe began in QEMU: {block}", "try again")
@@ -222,8 +223,13 @@ def _finish(qemu: Qemu) -> list[probe.ProbeRecord]:
     code = qemu.wait(EXIT_LIMIT_S)
     records = [probe.read_record(qemu.memory, vcpu) for vcpu in range(qemu.vcpus)]
     if code != probe.EXIT_FINE or any(record.state != probe.State.DONE for record in records):
-        raise StateError("observe", f"clockprobe ended with {code} in QEMU; its vCPUs: {records}", "see its console")
+        what = f"clockprobe ended with {code} in QEMU, and said {_said(qemu)}; its vCPUs: {records}"
+        raise StateError("observe", what, "try again")
     return records
+
+
+def _said(qemu: Qemu) -> str:
+    return qemu.console.strip() or "nothing"
 
 
 class Look(NamedTuple):

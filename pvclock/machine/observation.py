@@ -125,7 +125,10 @@ def wait_until_reading(machine: Machine) -> None:
             machine.wait()  # says why it ended
             break
         if time.monotonic() > deadline:
-            raise StateError("observe", f"clockprobe has not begun after {BOOT_LIMIT_S} s", "see the console")
+            said = machine.console.strip() or "nothing"
+            raise StateError(
+                "observe", f"clockprobe has not begun after {BOOT_LIMIT_S:g} s, and said {said}", "try again"
+            )
     if block is None or block.cpus_arrived != len(machine.vcpus):
         raise StateError("observe", f"not all {len(machine.vcpus)} vCPUs of clockprobe began: {block}", "try again")
 

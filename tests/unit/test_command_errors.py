@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,12 @@ from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.row("E13")
 
+INTERRUPTIBLE = """
+import signal, sys
+from pvclock.commands import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would we
+sys.exit(main())
+"""
 STATE = str(Path(__file__).parents[1] / "states" / "v2-typical.json")
 
 WRONG = [
@@ -109,6 +117,27 @@ def test_a_reader_that_is_gone(arguments: list[str]) -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("interrupted", [True, False], ids=["interrupted", "unread"])
+def test_a_demonstration_that_is_ended(interrupted: bool) -> None:
+    """Ctrl-C, or a reader that has seen enough, ends it in the middle without a word, by the usual status."""
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, "demo", "--seconds", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        if interrupted:
+            process.send_signal(signal.SIGINT)
+        else:
+            process.stdout.close()
+        assert process.wait(HANG_S) == (130 if interrupted else 141)
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full", "2>&- <&-"])
