@@ -14,6 +14,7 @@ import pytest
 from pvclock import GuestClock, GuestMemory, HostTsc, Machine, MsrFault, clockstate, guest_cpuid, set_guest_cpuid
 from pvclock.kvm import (
     Exit,
+    Interrupted,
     IoOut,
     Kvm,
     RdmsrExit,
@@ -150,6 +151,8 @@ def test_a_clock_moves_to_another_vm(tsc_offsets: TscOffsets) -> None:
         exit_on_msrs(there.vm, restored.msr_ranges)
         set_guest_cpuid(kvm, there.vcpus, restored)
         for old, new in zip(here.vcpus, there.vcpus, strict=True):
+            old.request_exit()
+            assert old.run() == Interrupted()  # its last exit is completed, and no instruction executed
             new.set_sregs(old.get_sregs())
             new.set_regs(old.get_regs())
             new.set_mp_state(RUNNABLE)
