@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
@@ -271,3 +272,48 @@ def test_right_types_are_no_wrong_ones(name: str) -> None:
             raise
         except PvclockError:  # there is no such file, the clock runs, ...
             continue
+
+
+MESSAGES: dict[str, Callable[[], object]] = {
+    "value is 1.0, a float; it can be a whole number": lambda: a_clock(HZ)[0].write_msr(0, 0x10, 1.0),  # type: ignore[arg-type]
+    "vcpus is 1.5, a float; it can be a whole number": lambda: new_clock(vcpus=1.5),
+    "vcpus is '2', a str; it can be a whole number": lambda: new_clock(vcpus="2"),
+    "engine is None; it can be 'library', 'kvm'": lambda: new_clock(engine=None),
+    "provider is 5, an int; it can be a provider's name or a configuration": lambda: new_clock(provider=5),
+    "reference is 3, an int; it can be off, raw, monotonic, realtime, or a source of samples": (
+        lambda: new_clock(reference=3)
+    ),
+    "tsc_hz is 1.5, a float; it can be a whole number, 1 to 2^64 - 1": lambda: SimulatedBackend(1.5),  # type: ignore[arg-type]
+    "hz is 2400000000.0, a float; it can be a whole number": lambda: ClockScale.from_hz(2.4e9),  # type: ignore[arg-type]
+    "buffer is 5, an int; it can be a writable, contiguous buffer: a bytearray, an mmap": lambda: GuestMemory(5),
+    "since is an object; it can be a whole number": lambda: EventLog().read(object()),  # type: ignore[arg-type]
+}
+
+
+def new_clock(**options: Any) -> GuestClock:  # noqa: ANN401  # wrong ones
+    """A clock with those options."""
+    return GuestClock(GuestMemory(bytearray(64)), backend=SimulatedBackend(HZ), **options)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_what_is_said(message: str) -> None:
+    """One line: the parameter, what was given and what it can be."""
+    with pytest.raises(WrongType, match=f"^{re.escape(message)}$"):
+        MESSAGES[message]()
+
+
+def test_a_clock_that_is_refused_leaves_what_there_was() -> None:
+    """Arguments are checked before anything is built: the memory's clock goes on, and no TSC offset was given."""
+    clock, backend, memory = a_clock(HZ)
+    live = memory.live_clock
+    wrong: dict[tuple[str, str], object] = {
+        ("vcpus", "a VM with 99999 vCPUs; choose 1 to 4096"): 99_999,
+        ("provider", "hints is 0.5"): {"provider": "KVM", "hints": 0.5},
+        ("tsc_offset", "tsc_offset is 'x'"): "x",
+    }
+    for (name, message), value in wrong.items():
+        with pytest.raises((WrongType, pvclock.ConfigError), match=message):
+            GuestClock(memory, backend=backend, **{"tsc_offset": 7, name: value})  # type: ignore[arg-type]
+    assert memory.live_clock is live
+    assert backend.tsc_offsets == {0: 0}
+    clock.refresh()
