@@ -79,10 +79,10 @@ def test_what_takes_the_files_place(found: str, tmp_path: Path, monkeypatch: pyt
     clockstate.write(path, TYPICAL)
     open_ = os.open
 
-    def exchanged(name: Path, flags: int) -> int:
+    def exchanged(name: str, flags: int) -> int:
         assert flags & os.O_NONBLOCK  # else a FIFO makes this test wait for ever
-        name.unlink()
-        SPECIAL[found](name)
+        Path(name).unlink()
+        SPECIAL[found](Path(name))
         return open_(name, flags)
 
     def unread(*_: object) -> bytes:
