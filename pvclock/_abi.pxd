@@ -1,4 +1,5 @@
-"""C declarations of pvclock_abi.h."""
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+"""C declarations of pvclock_abi.h; who cimports them says include_dirs=[pvclock.get_include()] to its compiler."""
 
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint32_t, uint64_t
 

@@ -22,7 +22,7 @@ from pvclock._math cimport (
 )
 from pvclock._memory cimport GuestMemory, as_u64, as_whole, shortened
 from pvclock._publish cimport (
-    pvclock_anchor, pvclock_anchor_read, pvclock_counter_read, pvclock_publish, pvclock_publish_at,
+    pvclock_anchor, pvclock_anchor_move, pvclock_anchor_read, pvclock_counter_read, pvclock_publish, pvclock_publish_at,
     pvclock_publish_wall_clock, pvclock_rate, pvclock_rate_of, pvclock_read, pvclock_reading, pvclock_target
 )
 
@@ -437,8 +437,7 @@ cdef class TimePages:
         self._move(moved_ticks, moved_ns)
 
     cdef void _move(self, uint64_t ticks, uint64_t ns) noexcept:
-        self._anchor.tsc_timestamp += ticks
-        self._anchor.system_time += ns
+        pvclock_anchor_move(&self._anchor, ticks, ns)
         self.break_tsc += ticks
         self._standing_ns += ns
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0 OR MIT
 """What C code sees of a Counter."""
 
 from pvclock._publish cimport pvclock_counter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0 OR MIT
 """What other compiled modules see of guest memory."""
 
 from libc.stdint cimport uint8_t, uint64_t

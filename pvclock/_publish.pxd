@@ -1,4 +1,8 @@
-"""C declarations of pvclock_tsc.h and pvclock_publish.h."""
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+"""C declarations of pvclock_tsc.h and pvclock_publish.h.
+
+Who cimports them says include_dirs=[pvclock.get_include()] to its compiler: docs/c.md has a complete setup.py.
+"""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -38,6 +42,7 @@ cdef extern from "pvclock_publish.h" nogil:
         uint32_t version
         uint8_t flags
 
+    void pvclock_anchor_move(pvclock_anchor *anchor, uint64_t ticks, uint64_t ns)
     uint64_t pvclock_anchor_read(const pvclock_anchor *anchor, uint64_t tsc)
     pvclock_rate pvclock_rate_of(pvclock_scale scale)
     uint32_t pvclock_version_odd(uint32_t version)

@@ -1,6 +1,6 @@
-/* SPDX-License-Identifier: Apache-2.0
- *
- * What the guest sees: the structures of the pvclock ABI, with Linux's names for them and for their fields.
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
+
+/* What the guest sees: the structures of the pvclock ABI, with Linux's names for them and for their fields.
  * Source: Linux arch/x86/include/asm/pvclock-abi.h, arch/x86/include/uapi/asm/kvm_para.h,
  * Documentation/virt/kvm/x86/{msr,hypercalls}.rst.
  */

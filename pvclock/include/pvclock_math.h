@@ -1,6 +1,6 @@
-/* SPDX-License-Identifier: Apache-2.0
- *
- * The arithmetic of guest clocks: pure functions of integers, no state, no clock.
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
+
+/* The arithmetic of guest clocks: pure functions of integers, no state, no clock.
  *
  * Everything that turns ticks into nanoseconds or moves a TSC stands here once; Cython, C and C++ users share it.
  * All sums are modulo 2^64 unless a comment says otherwise.  C11 and C++17.
@@ -200,11 +200,17 @@ static inline struct pvclock_line pvclock_line_at(struct pvclock_line line, uint
 	return line;
 }
 
-/* The line that goes on from `line`'s anchor at num/den ns a tick.  The remainder is carried over to the new
- * denominator, rounded down: less than 1/den ns is lost, so widen num and den to fill their words.
+/* The line that goes on from `line`'s anchor at num/den ns a tick, both at least 1.
+ *
+ * The remainder is carried over to the new denominator, rounded down: less than 1/den ns is lost, so both terms are
+ * widened first until one fills its word.
  */
 static inline struct pvclock_line pvclock_line_turn(struct pvclock_line line, uint64_t num, uint64_t den)
 {
+	int spare_bits = __builtin_clzll(num | den);
+
+	num <<= spare_bits;
+	den <<= spare_bits;
 	line.rem = (uint64_t)((pvclock_u128)line.rem * den / line.den);
 	line.num = num;
 	line.den = den;

@@ -1,6 +1,6 @@
-/* SPDX-License-Identifier: Apache-2.0
- *
- * Publishing a VM's clock into its pvclock pages, and reading it back as a guest does.
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
+
+/* Publishing a VM's clock into its pvclock pages, and reading it back as a guest does.
  *
  * One function publishes: pvclock_publish().  All pages of a VM change together, while its vCPUs read them:
  *
@@ -19,6 +19,17 @@
  * 2^31 publishes during one reading.
  *
  * Linux is the reference for versions (kvm_setup_guest_pvclock()); the common break point is ours.
+ *
+ * A VMM keeps, for each VM and under one lock: the exact timeline (struct pvclock_line), the rate that pages show of it
+ * (struct pvclock_rate), the line published last (struct pvclock_anchor), a counter, and a target for each page.
+ *
+ *   begin    line = { host TSC now, ns to begin with, 0, ns, ticks }; its rate is the pvclock_rate_of() what
+ *            pvclock_time_scale_of_rate() says, rounded down; anchor = { 0 }; counter = pvclock_host_counter()
+ *   refresh  pvclock_publish(), at least every 2 s of guest time: mul is up to 0.47 ppb slow
+ *   rate     pvclock_publish() the old line at the new rate; then line = pvclock_line_turn(pvclock_line_at(line,
+ *            break_tsc), ns, ticks).  Not the other way round: up to the break point, which nobody knows before, guests
+ *            read the old line
+ *   step     move line and anchor by the same, pvclock_anchor_move(), then pvclock_publish()
  */
 #ifndef PVCLOCK_PUBLISH_H
 #define PVCLOCK_PUBLISH_H
@@ -50,6 +61,15 @@ static inline uint64_t pvclock_anchor_read(const struct pvclock_anchor *anchor, 
 	return anchor->system_time + pvclock_scale_delta(delta, anchor->scale);
 }
 
+/* Put the line published last `ticks` later and `ns` ahead, for a declared step: the next publish goes on from there.
+ * A pause that is left out moves it by the ticks that it took, a jump by its ns.
+ */
+static inline void pvclock_anchor_move(struct pvclock_anchor *anchor, uint64_t ticks, uint64_t ns)
+{
+	anchor->tsc_timestamp += ticks;
+	anchor->system_time += ns;
+}
+
 /* A scale, and how to find a timestamp before the break point from which its line passes through a given fraction of
  * a nanosecond there; made once per rate.
  *
@@ -71,7 +91,10 @@ struct pvclock_rate {
 #define PVCLOCK_EARLY_CANDIDATES 64
 #define PVCLOCK_GOLDEN_RATIO UINT64_C(0x9e3779b97f4a7c15)
 
-/* Precondition: mul > 0, -64 < shift < 32. */
+/* The rate of a scale, for pvclock_publish().  It may not be faster than the timeline, for a page that is ahead cannot
+ * be put back: pvclock_time_scale_of_rate(), rounded down, gives such a scale.
+ * Precondition: mul > 0, -64 < shift < 32.
+ */
 static inline struct pvclock_rate pvclock_rate_of(struct pvclock_scale scale)
 {
 	struct pvclock_rate rate = { scale, scale.shift < 0 ? (unsigned int)-scale.shift : 0, 32, 0, 1 };
@@ -271,7 +294,7 @@ static inline uint32_t pvclock_version_odd(uint32_t version)
 
 /* One vCPU's page, and what is the vCPU's own in it.  All vCPUs' TSCs have the host's rate. */
 struct pvclock_target {
-	void *page;              /* 32 writable bytes */
+	void *page;              /* 32 writable bytes, which the caller has checked to lie in guest memory */
 	uint64_t tsc_offset;     /* guest TSC = host TSC + tsc_offset */
 	uint32_t odd_version;    /* pvclock_publish()'s own */
 	uint8_t flags;           /* for a vCPU out of the guest: STABLE and GUEST_STOPPED as they shall be */
@@ -322,7 +345,8 @@ static inline void pvclock_write_payload(const struct pvclock_target *target, co
 /* Publish `timeline` at `rate` into all pages at once; see the top of this file.
  *
  * *anchor is the line published last (mul 0 if the clock may step) and becomes the new one; *break_tsc becomes the
- * break point in host TSC.  Takes a few microseconds, at least the counter's margin.  One caller at a time for a VM.
+ * break point in host TSC, where the old line ends: a timeline that changes its rate turns there, after the publish.
+ * Takes a few microseconds, at least the counter's margin.  One caller at a time for a VM.
  *
  * again: *break_tsc is that of the last publish and stays, for a CPU whose counter is behind that: the line, which must
  * be the one published last, stays where it is on all other CPUs.
@@ -372,7 +396,8 @@ static inline int pvclock_publish(struct pvclock_target *targets, size_t count, 
 	return pvclock_publish_at(targets, count, timeline, rate, counter, anchor, break_tsc, 0);
 }
 
-/* Write the wall clock under its version, with Linux's rule for it (kvm_write_wall_clock()).
+/* Write the wall clock under its version, with Linux's rule for it (kvm_write_wall_clock()): the time of day, UTC, at
+ * which guest time was 0.  Once, when the guest asks for it.
  * record: 12 writable bytes, of any alignment.
  */
 static inline void pvclock_publish_wall_clock(void *record, uint32_t sec, uint32_t nsec)

@@ -1,6 +1,6 @@
-/* SPDX-License-Identifier: Apache-2.0
- *
- * Reading the time stamp counter, with the order that each use needs, and the counter as a parameter, so that the
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
+
+/* Reading the time stamp counter, with the order that each use needs, and the counter as a parameter, so that the
  * same code runs on a simulated one.
  */
 #ifndef PVCLOCK_TSC_H
