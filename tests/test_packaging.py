@@ -1,5 +1,6 @@
 """What is shipped works elsewhere: the source archive builds, the wheel imports, the headers compile."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -175,3 +176,31 @@ def test_headers_compile_for_other_vmms(installed: Path, tmp_path: Path, compile
         given = f"#include <{header}>\n"
         flags = (f"-std={standard}", "-x", STANDARDS[standard], *WARNINGS, "-fsyntax-only", f"-I{include}")
         run(compiler, *flags, "-", cwd=tmp_path, given=given)
+
+
+@pytest.mark.row("E13")
+def test_the_guides_cython_module_is_built_and_runs(installed: Path, tmp_path: Path) -> None:
+    """docs/c.md's setup.py finds declarations and headers in an installed pvclock, and its clock keeps to its line."""
+    guide = (ROOT / "docs" / "c.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"^```(?:python|cython|toml) (\S+)\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL))
+    assert sorted(files) == ["pyproject.toml", "setup.py", "vmm_clock.pyx"]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    package = run(installed, "-c", "import pvclock; print(pvclock.__path__[0])", cwd=tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(Path(package).parent)}  # before what this Python has of ours
+    build = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    done = subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done
+    program = """
+import pvclock, vmm_clock
+memory = bytearray(4096)
+clock = vmm_clock.Clock(memory, 2_596_132_000)
+before = clock.read()
+for turn in range(1000):
+    clock.change_rate(1 + turn % 3, 1 + turn % 2)
+    after = clock.read()
+    assert after[0] > before[0] and after[1] >= before[1] and abs(after[1] - after[2]) <= 3
+    before = after
+print(memory[0], pvclock.__path__[0])
+"""
+    assert run(installed, "-c", program, cwd=tmp_path) == f"{2002 % 256} {package}"

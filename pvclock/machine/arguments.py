@@ -75,7 +75,7 @@ def _check_clock(arguments: Mapping[str, object], options: Mapping[str, object])
             "of its clock, such as UnslavedBackend"
         )
     if restore is not None:
-        _check_type(arguments, "restore", ClockState, "a ClockState, as save() or clockstate.load() gives it")
+        _check_type(arguments, "restore", ClockState, "a ClockState, as save() or clockstate.read() gives it")
         assert isinstance(restore, ClockState)  # noqa: S101  # for type checkers
         if len(restore.vcpus) != arguments["vcpus"]:
             raise ConfigError(
