@@ -16,6 +16,10 @@ ARCHITECTURE_LINES_MAX = 200
 PATH = re.compile(r"(?<![\w/.<*:-])([\w*-][\w./*-]*(?:/(?=[\s`),;:]|$)|\.(?:py|pyx|pxd|pyi|h|s|c|sh|md|tsv|toml)\b))")
 PYTHON_BLOCK = re.compile(r"^```(?:python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+README_LINES_MAX = 100
+"""Two screens."""
+
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
@@ -30,6 +34,22 @@ def test_architecture_names_what_exists() -> None:
     text = ARCHITECTURE.read_text(encoding="utf-8")
     assert not sorted({path for path in PATH.findall(text) if not exists(path)})
     assert len(text.splitlines()) <= ARCHITECTURE_LINES_MAX
+
+
+@pytest.mark.parametrize(
+    "document", sorted({*DOCUMENTS, *ROOT.glob("*.md")}), ids=lambda file: str(file.relative_to(ROOT))
+)
+def test_links_lead_somewhere(document: Path) -> None:
+    """Every relative link of a document is to a file or folder of the tree."""
+    text = document.read_text(encoding="utf-8")
+    assert [link for link in LINK.findall(text) if not (document.parent / link).exists()] == []
+
+
+def test_readme_is_short_and_the_index_whole() -> None:
+    """README fits two screens; docs/index.md names every document."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_LINES_MAX
+    linked = {link.rpartition("/")[2] for link in LINK.findall((ROOT / "docs/index.md").read_text(encoding="utf-8"))}
+    assert {file.name for file in ROOT.glob("docs/*.md")} - linked == {"index.md"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
