@@ -15,7 +15,8 @@ settings.register_profile("dev", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, max_examples=1000, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-ROWS_TSV = Path(__file__).parents[1] / "docs" / "rows.tsv"
+ROOT = Path(__file__).parents[1]
+ROWS_TSV = ROOT / "docs" / "rows.tsv"
 
 
 @cache
@@ -34,11 +35,19 @@ def row_complaint(item: pytest.Item) -> str | None:
     return f"rows that docs/rows.tsv does not have: {', '.join(unknown)}" if unknown else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse the whole run when a test's rows are missing or unknown."""
+def xdist_group(item: pytest.Item) -> str:
+    """Return which tests run one after the other: those of a file, and all that want the machine for themselves."""
+    folder = item.path.relative_to(ROOT).parts[1]
+    return str(item.path) if folder in {"model", "unit"} else "real machines"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse the whole run when a test's rows are missing or unknown; say what may run side by side."""
     complaints = {item.nodeid.partition("[")[0]: complaint for item in items if (complaint := row_complaint(item))}
     if complaints:
         raise pytest.UsageError("\n".join(f"{test}: {complaint}" for test, complaint in complaints.items()))
+    for item in items if config.pluginmanager.hasplugin("xdist") else []:
+        item.add_marker(pytest.mark.xdist_group(xdist_group(item)))
 
 
 @cache
