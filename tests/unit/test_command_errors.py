@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pvclock.commands import _parser
+from pvclock.commands import _parser, main
 from pvclock.commands.lab import _command
 from pvclock.errors import ConfigError, LabError
 from pvclock.lab.tools import require_tools
@@ -52,17 +52,19 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "complaint"), WRONG, ids=lambda value: "-".join(value)[:40])
-def test_a_wrong_argument_is_one_line(arguments: list[str], complaint: str) -> None:
+@pytest.mark.parametrize(("arguments", "complaint"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_a_wrong_argument_is_one_line(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It names the argument and what it may be, before anything is printed; with --json the same is an object."""
-    done = run_pvclock(*arguments)
-    assert (done.status, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
     assert line.startswith(f"pvclock {arguments[0]}: ")
     assert complaint in line
-    asked = run_pvclock(arguments[0], "--json", *arguments[1:])
-    assert (asked.status, asked.stderr) == (2, "")
-    document = json.loads(asked.stdout)
+    assert main([arguments[0], "--json", *arguments[1:]]) == 2
+    output = capsys.readouterr()
+    assert output.err == ""
+    document = json.loads(output.out)
     assert document["schema"] == f"pvclock.{arguments[0]}/1"
     assert not document["ok"]
     assert complaint in document["error"]["message"]
