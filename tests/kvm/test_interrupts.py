@@ -148,6 +148,25 @@ def works(machine: Machine) -> None:
         counts_on(machine)
 
 
+def test_an_interrupted_start_of_a_restored_machine() -> None:
+    """At any line: no vCPU runs on a clock that stands still, and resume() is all it takes."""
+    with Machine(SPIN, vcpus=2) as machine:
+        machine.pause()
+        state = machine.save()
+    before = held()
+    for line in count(1):
+        with Machine(SPIN, vcpus=2, restore=state) as machine:
+            assert machine.clock is not None
+            was_interrupted = interrupted(line, VCPUS_AND_MACHINE, machine.start)
+            assert machine.runner.gate.is_paused() or not machine.clock.is_paused
+            works(machine)
+            assert not machine.clock.is_paused
+        assert held() == before
+        if not was_interrupted:
+            break
+    assert line > 10
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.each_line) if name in OF_MANY_LINES else name for name in CALLS]
 )

@@ -5,10 +5,12 @@ It takes a host that honours TSC offsets: another one says so, and the machine i
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
+from itertools import count
 
 import pytest
 
@@ -16,12 +18,14 @@ from pvclock import GuestClock, HostTsc, Machine, TscOffsetNotHonoured, read_tsc
 from pvclock.clockstate import from_json, to_json
 from pvclock.errors import ConfigError
 from pvclock.kvm.tsc_offset import TscOffsets
+from pvclock.machine import clock_service
 from pvclock.machine.observation import failures, finish, wait_until_reading
 from pvclock.payloads import clockprobe
 from pvclock.unslaved import UnslavedBackend
 from tests.kvm.leaks import held
 from tests.kvm.page_log import MEMORY_BYTES, PAGE_LOG, entries, readings, wait_until_it_reads_on
 from tests.kvm.reading import wait_until_all_read_on
+from tests.unit.schedules import Lines
 
 pytestmark = pytest.mark.kvm
 
@@ -193,17 +197,61 @@ def test_unslaved_time_goes_on_in_another_machine(tsc_offsets: TscOffsets) -> No
         wait_until_it_reads_on(machine)
         machine.pause()
         state = from_json(to_json(machine.save()))
-        ram, earlier, count = machine.memory.read(0, MEMORY_BYTES), readings(machine), entries(machine)
+        ram, earlier, already = machine.memory.read(0, MEMORY_BYTES), readings(machine), entries(machine)
     with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, restore=state, backend=UnslavedBackend) as machine:
         machine.memory.write(0, ram)
         machine.start()
-        while entries(machine) < count + 1000:
+        while entries(machine) < already + 1000:
             wait_until_it_reads_on(machine)
         machine.pause()
         seen = [*earlier, *readings(machine)]
         assert seen == sorted(seen)
         assert [ns for _, ns in seen] == sorted(ns for _, ns in seen)
         assert seen[-1][0] <= engine_of(machine).guest_tsc(0, HostTsc(executed(machine)))
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Keep the collector out: an interrupt in a finalizer of what it finds is swallowed, as Python says it is."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.row("E9", "P-11")
+@pytest.mark.parametrize("call", [Machine.start, Machine.pause, Machine.resume], ids=["start", "pause", "resume"])
+def test_an_interrupt_at_each_line(call: Callable[[Machine], object], tsc_offsets: TscOffsets) -> None:
+    """Whatever line it comes at: a pause afterwards hides time, the guest goes on after it, and nothing is left."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    if cannot_be(tsc_offsets):
+        return
+    before = held()
+    for line in count():
+        with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=UnslavedBackend) as machine:
+            if call is not Machine.start:
+                machine.start()
+            if call is Machine.resume:
+                machine.pause()
+            lines = Lines(clock_service, at=line, action=interrupt)
+            with suppress(KeyboardInterrupt), lines.traced():
+                call(machine)
+            machine.pause()
+            stood = engine_of(machine).now(), executed(machine)
+            time.sleep(0.001)
+            assert (engine_of(machine).now(), executed(machine)) == stood
+            machine.resume()
+            if machine.runner.gate.has_begun():
+                wait_until_it_reads_on(machine)
+        assert held() == before
+        if lines.count <= line:
+            break
+        del lines  # which has frames, and these the machine
+    assert line > 3
 
 
 @pytest.mark.row("E9", "P-18")
