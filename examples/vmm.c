@@ -20,7 +20,7 @@
 #ifndef VCPUS
 #define VCPUS 1
 #endif
-#define CHANGES 2000 /* of the rate */
+#define CHANGES 1000 /* of the rate */
 #define KVM_FEATURES 0x0100000b /* CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, CLOCKSOURCE_STABLE */
 
 enum { MSR_WALL_CLOCK = 0x11, MSR_SYSTEM_TIME, MSR_WALL_CLOCK_NEW = 0x4b564d00, MSR_SYSTEM_TIME_NEW };
@@ -54,7 +54,7 @@ static size_t last_line;
  */
 static uint64_t publish(const struct vcpu *out)
 {
-	struct pvclock_target targets[VCPUS];
+	struct pvclock_target targets[VCPUS] = { { 0 } };
 	size_t count = 0;
 	uint64_t break_tsc;
 

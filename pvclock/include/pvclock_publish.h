@@ -23,8 +23,8 @@
  * A VMM keeps, for each VM and under one lock: the exact timeline (struct pvclock_line), the rate that pages show of it
  * (struct pvclock_rate), the line published last (struct pvclock_anchor), a counter, and a target for each page.
  *
- *   begin    line = { host TSC now, ns to begin with, 0, ns, ticks }; its rate is the pvclock_rate_of() what
- *            pvclock_time_scale_of_rate() says, rounded down; anchor = { 0 }; counter = pvclock_host_counter()
+ *   begin    line = { host TSC now, ns to begin with, 0, ns, ticks }; rate = pvclock_rate_of() the scale that
+ *            pvclock_time_scale_of_rate() gives, rounded down; anchor = { 0 }; counter = pvclock_host_counter()
  *   refresh  pvclock_publish(), at least every 2 s of guest time: mul is up to 0.47 ppb slow
  *   rate     pvclock_publish() the old line at the new rate; then line = pvclock_line_turn(pvclock_line_at(line,
  *            break_tsc), ns, ticks).  Not the other way round: up to the break point, which nobody knows before, guests

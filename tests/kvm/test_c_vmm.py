@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kvm
 
 ROOT = Path(__file__).parents[2]
 COMPILE = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'pvclock' / 'include'}")
-CHANGES = 2000
+CHANGES = 1000
 REPORT = re.compile(
     r"vCPU (\d+): (\d+) rate changes, (\d+) readings on (\d+) lines, (\d+) backward, (\d+) beyond the bound, "
     r"([-+][\d.]+) to ([-+][\d.]+) ns off"
@@ -60,7 +60,7 @@ def run_vmm(scratch: Path, *flags: str, compiler: str = "gcc") -> tuple[int, lis
 @pytest.mark.parametrize("vcpus", [1, 2])
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_a_vmm_in_c_changes_the_rate_under_its_guest(tmp_path: Path, compiler: str, vcpus: int) -> None:
-    """Over 2000 changes no reading of the guest goes back, and each is within the bound of the exact timeline."""
+    """Over 1000 changes no reading of the guest goes back, and each is within the bound of the exact timeline."""
     status, reports = run_vmm(tmp_path, f"-DVCPUS={vcpus}", compiler=compiler)
     if status == 2:
         return

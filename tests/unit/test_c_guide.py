@@ -83,6 +83,17 @@ def build(scratch: Path, source: Path) -> Path:
 
 
 @pytest.mark.row("style")
+def test_the_guide_names_what_the_headers_have() -> None:
+    """Each function, structure and constant of ours that the guide names is in a header, and in the declarations."""
+    names = set(re.findall(r"\bpvclock_\w+\b(?!\.)", GUIDE.read_text(encoding="utf-8")))
+    for folder, kind in (("include", "*.h"), (".", "*.pxd")):
+        files = sorted((ROOT / "pvclock" / folder).glob(kind))
+        known = set(re.findall(r"\bpvclock_\w+", "".join(file.read_text(encoding="utf-8") for file in files)))
+        assert len(names & known) > 20
+        assert not names - known, folder
+
+
+@pytest.mark.row("style")
 def test_the_guides_code_is_the_examples() -> None:
     """The guide goes through the example by its own lines, and adds pause and resume alone."""
     assert len(BLOCKS) >= 8
