@@ -346,13 +346,25 @@ cdef class TimePages:
         return False
 
     def publish(
-        self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False, moved=(0, 0), again=False
+        self,
+        line,
+        ClockScale scale not None,
+        *,
+        flags=0,
+        out_of_guest=(),
+        step=False,
+        moved=(0, 0),
+        going_on=None,
+        again=False,
     ) -> int:
         """Publish `line` at `scale` into all registered pages at once; returns the break point (host TSC).
 
         The clock goes on at the break by 0 or +1 ns, unless `step` says that it may jump to the line.  moved: see
         move(), which comes first.  `flags` go to the vCPUs in `out_of_guest` (vCPU numbers) only: a running guest
         writes that byte itself.  The memory's on_dirty is told of all pages.
+
+        going_on: (host TSC, ns, scale) at which time that stood still goes on: from there to the break the line published
+        last is the reading that stood, `ns` ahead, at `scale`.  Its own rate may be another than that of the pause.
 
         again: on a CPU whose counter is behind the last break point, which stays; for the line published last.
 
@@ -366,8 +378,16 @@ cdef class TimePages:
         ticks, ns = moved
         cdef uint64_t moved_ticks = as_u64(ticks, "ticks")
         cdef uint64_t moved_ns = as_u64(ns, "ns")
+        cdef pvclock_anchor standing
+        if going_on is not None:
+            ticks, ns, standing_scale = going_on
+            standing.tsc_timestamp = as_u64(ticks, "going_on")
+            standing.system_time = self._standing_ns + as_u64(ns, "going_on")
+            standing.scale = (<ClockScale?>standing_scale).c
         self._prepare(scale, as_flags(flags), out_of_guest)
         self._move(moved_ticks, moved_ns)
+        if going_on is not None and self._stands and self._anchor.scale.mul:
+            self._anchor = standing
         if may_step:
             self._anchor.scale.mul = 0
         break_tsc = self.break_tsc

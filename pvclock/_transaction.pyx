@@ -78,11 +78,12 @@ cdef class Transaction:
             raise error
         return False
 
-    def take_over(self) -> None:
-        """From now on this is the transaction of the memory's live clock."""
-        token = object()
+    def take_over(self, token: object) -> object:
+        """From now on this is the transaction of the memory's live clock, `token`; returns that of the one before."""
         with self.lock:
+            before = self._memory.live_clock
             self._token = self._memory.live_clock = token
+        return before
 
     cdef object _end(self, error):
         """Tell, give the lock back, and tell who waits for that; returns the error that is to come out, if any."""

@@ -62,7 +62,7 @@ __all__ = [
     "write",
 ]
 
-VERSION: Final = 2
+VERSION: Final = 3
 VCPUS_MAX: Final = 4096
 
 ConfigValue: TypeAlias = int | bool | str
@@ -84,6 +84,7 @@ class TimelineState(NamedTuple):
     guest_ns: Fraction
     dilation: Fraction
     paused: bool
+    paused_dilation: Fraction | None
 
 
 class SlewState(NamedTuple):
@@ -205,6 +206,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     _saved("timeline.guest_ns", _GUEST_NS, "Guest time at the stamp, remainder and all."),
     _saved("timeline.dilation", _DILATION, "Guest seconds in a host second, without any slew."),
     _saved("timeline.paused", BOOLEAN, "Did guest time stand still at the stamp?"),
+    _saved("timeline.paused_dilation", optional(_DILATION), "That of the time missed; null: the same.", since=3),
     _saved("slew.remaining_ns", _SKEW_NS, "Guest time still to be slewed in; negative for a clock that is ahead."),
     _saved("slew.policy", TEXT, "How fast it is slewed in."),
     _saved("reference.name", TEXT, "The clock that guest time follows; the correction found is not saved.", since=2),
@@ -265,29 +267,38 @@ def _kinds(names: tuple[str, ...], prefix: str, version: int) -> dict[str, Kind]
     return {name: field.kind for name, field in found.items() if field.kind and field.since <= version}
 
 
-_NOT_IN_VERSION_1: Final[dict[str, Any]] = {
+_LACKING: Final[dict[str, Any]] = {
     "sleep_policy": "freeze",
     "reference": None,
     "guest_tsc_hz": None,
     "wall_clock": WallClockState(0, None),
+    "host.asleep_ns": None,
+    "timeline.paused_dilation": None,
 }
-"""What a state of version 1 is read with."""
+"""What members are that came with a later version than the state's."""
 
 
-def _of_version_1(**members: Any) -> ClockState:  # noqa: ANN401  # checked by their kinds
-    return ClockState(**members, **_NOT_IN_VERSION_1)
+def _lacking(prefix: str, version: int) -> dict[str, Any]:
+    """What a state of that version lacks in the part of that prefix."""
+    found = {path.removeprefix(prefix): value for path, value in _LACKING.items() if path.startswith(prefix)}
+    return {name: value for name, value in found.items() if "." not in name and _since(prefix + name) > version}
+
+
+def _since(path: str) -> int:
+    """The first version that holds the member, or something of it."""
+    return min(field.since for name, field in _SAVED.items() if name == path or name.startswith(f"{path}."))
 
 
 def _schema(version: int) -> Kind:
     kinds = _kinds(ClockState._fields, "", version)
     for name, (part, may_be_null) in _PARTS.items():
         if members := _kinds(part._fields, f"{name}.", version):  # type: ignore[attr-defined]  # NamedTuples all
-            make = partial(HostState, asleep_ns=None) if part is HostState and version == 1 else part
-            kinds[name] = optional(record(make, members)) if may_be_null else record(make, members)
+            kind = record(partial(part, **_lacking(f"{name}.", version)), members)
+            kinds[name] = optional(kind) if may_be_null else kind
     vcpu = record(VcpuState, _kinds(VcpuState._fields, "vcpus[].", version))
     kinds["vcpus"] = list_of(vcpu, 1, VCPUS_MAX, f"a list of 1 to {VCPUS_MAX} vCPUs")
     return record(
-        ClockState if version > 1 else _of_version_1,
+        partial(ClockState, **_lacking("", version)),
         {name: kinds[name] for name in ClockState._fields if name in kinds},
     )
 
@@ -306,10 +317,13 @@ def _read(mapping: object) -> ClockState:
 
 def _plain(state: ClockState) -> object:
     """The state as what JSON has, with the fields of its version."""
-    if state.version != 1:
-        return plain(state)
-    members = {name: value for name, value in state._asdict().items() if name not in _NOT_IN_VERSION_1}
-    return plain({**members, "host": dict(zip(HostState._fields[:-1], state.host[:-1], strict=True))})
+    mapping: Any = plain(state)
+    for name in _lacking("", state.version):
+        del mapping[name]
+    for part in _PARTS:
+        for name in _lacking(f"{part}.", state.version):
+            del mapping[part][name]
+    return mapping
 
 
 # To and from JSON

@@ -7,6 +7,7 @@ here, and calls tick() every second or so.  Each part owns its state and is in `
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from fractions import Fraction
 from typing import Literal, Self
 
@@ -22,7 +23,7 @@ from pvclock.clock.follower import OFF, Follower, source_of
 from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.operations import Operations
-from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
+from pvclock.clock.timekeeper import MAX_AGE_S, LiveClock, Timekeeper, checked_vcpus, hold_of
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
 from pvclock.clockstate import ClockState, OfferState
@@ -112,7 +113,7 @@ class GuestClock:
         self._guest = GuestSide(self._parts, config, engine=self.engine, vmm=vmm, tsc_hz=self.tsc_hz, offers=offers)
         if tsc_offset is not None:
             self._tscs.begin()
-        self._keeper.changing.take_over()
+        self._keeper.take_over()
 
     # What time it is
 
@@ -278,7 +279,7 @@ class GuestClock:
         self._operations.skip(ns)
 
     def offset(self, ns: int) -> None:
-        """Add `ns` to guest time at once; a negative one only while no page was published, so that nobody saw it.
+        """Add `ns` to guest time at once; a negative one only while nobody saw it: before any page, not once restored.
 
         RangeError if it would take back what a guest may have read, or make guest time negative.
         """
@@ -441,7 +442,9 @@ class GuestClock:
         slew = None if sound.slew is None else capture.policy_named("slew.policy", sound.slew.policy)
         capture.check_dilation(sound, backend.tsc_hz)
         live = memory.live_clock
+        hold = ExitStack()  # of the one clock that is paused in the end
         try:
+            hold.enter_context(hold_of(backend))
             clock = cls(
                 memory,
                 len(sound.vcpus),
@@ -455,9 +458,14 @@ class GuestClock:
                 tsc_hz=sound.guest_tsc_hz or sound.host.tsc_hz,
             )
             clock._become(sound, chosen, slew, reference, any_tsc_hz=any_tsc_hz)  # one of this class
+            clock._keeper.live.pause(hold)
             return clock  # noqa: TRY300  # an interrupt here, too, leaves the clock that was
         except BaseException as error:
             memory.live_clock = live
+            if isinstance(live, LiveClock) and live.is_paused:
+                live.pause(hold)
+            else:
+                hold.close()
             if isinstance(error, ConfigError | RangeError):
                 supported = "what this host and this version can serve"
                 raise StateFileError("provider", str(error), supported) from None

@@ -25,7 +25,7 @@ PRINTABLE: Final = "".join(map(chr, range(0x20, 0x7F)))
 GREATEST_TERM: Final = 2**2048 - 1
 
 TYPICAL: Final = ClockState(
-    version=2,
+    version=3,
     provider=ProviderState(
         name="KVM",
         version=1,
@@ -34,7 +34,9 @@ TYPICAL: Final = ClockState(
     ),
     policy="advance:max_ns=3600000000000",
     sleep_policy="slew:max_ppm=200",
-    timeline=TimelineState(Fraction(86_400_000_000_001, 3), Fraction(1, 10), paused=True),
+    timeline=TimelineState(
+        Fraction(86_400_000_000_001, 3), Fraction(1, 10), paused=True, paused_dilation=Fraction(1, 3)
+    ),
     slew=SlewState(Fraction(-5_000_000_000, 7), "slew:max_ppm=500"),
     host=HostState(
         tsc=987_654_321_012_345,
@@ -57,11 +59,11 @@ TYPICAL: Final = ClockState(
 """Two vCPUs with the KVM clock, paused, dilated, and ahead of what they should show."""
 
 LEAST: Final = ClockState(
-    version=2,
+    version=3,
     provider=ProviderState("None", 1, {}, {}),
     policy="freeze",
     sleep_policy="freeze",
-    timeline=TimelineState(Fraction(0), Fraction(1), paused=False),
+    timeline=TimelineState(Fraction(0), Fraction(1), paused=False, paused_dilation=None),
     slew=None,
     host=HostState(tsc=0, tsc_hz=1, raw_ns=None, real_ns=0, boot_id=None, asleep_ns=None),
     guest_tsc_hz=None,
@@ -74,13 +76,18 @@ LEAST: Final = ClockState(
 """One vCPU without a paravirtual clock, and nothing that could be missing."""
 
 EXTREME: Final = ClockState(
-    version=2,
+    version=3,
     provider=ProviderState(
         "P" * 256, 2**32 - 1, {"n" * 64: U64_MAX, "text": PRINTABLE}, {"-": (), "0x40000021": None, "x": (0, U64_MAX)}
     ),
     policy="~" * 256,
     sleep_policy=" " * 256,
-    timeline=TimelineState(Fraction(GREATEST_TERM, 2**1984), U64_MAX + Fraction(1, 2), paused=True),
+    timeline=TimelineState(
+        Fraction(GREATEST_TERM, 2**1984),
+        U64_MAX + Fraction(1, 2),
+        paused=True,
+        paused_dilation=U64_MAX + Fraction(1, 3),
+    ),
     slew=SlewState(Fraction(1 - 2**2048, GREATEST_TERM - 1), "virtualbox"),
     host=HostState(U64_MAX, U64_MAX, 2**63 - 1, -(2**63), "b" * 256, 2**63 - 1),
     guest_tsc_hz=U64_MAX,
@@ -93,9 +100,14 @@ EXTREME: Final = ClockState(
 """Numbers and text at their limits."""
 
 
+def of_version_2(state: ClockState) -> ClockState:
+    """What is left of a state in version 2, as it is read back."""
+    return state._replace(version=2, timeline=state.timeline._replace(paused_dilation=None))
+
+
 def of_version_1(state: ClockState) -> ClockState:
     """What is left of a state in version 1, as it is read back."""
-    return state._replace(
+    return of_version_2(state)._replace(
         version=1,
         sleep_policy="freeze",
         reference=None,
@@ -110,9 +122,12 @@ KEPT: Final = {
     "v1-least.json": of_version_1(LEAST),
     "v1-extreme.json": of_version_1(EXTREME),
     "v1-by-hand.json": of_version_1(TYPICAL),
-    "v2-typical.json": TYPICAL,
-    "v2-least.json": LEAST,
-    "v2-extreme.json": EXTREME,
+    "v2-typical.json": of_version_2(TYPICAL),
+    "v2-least.json": of_version_2(LEAST),
+    "v2-extreme.json": of_version_2(EXTREME),
+    "v3-typical.json": TYPICAL,
+    "v3-least.json": LEAST,
+    "v3-extreme.json": EXTREME,
 }
 """What each file in tests/states holds.  Files are added there, and never changed."""
 
@@ -135,6 +150,9 @@ def fractions(least: int, most: int) -> st.SearchStrategy[Fraction]:
     )
 
 
+DILATIONS: Final = fractions(0, 2**64).filter(bool)
+
+
 def states() -> st.SearchStrategy[ClockState]:
     """Any state that can be saved."""
     parts: dict[str, st.SearchStrategy[Any]] = {
@@ -147,7 +165,7 @@ def states() -> st.SearchStrategy[ClockState]:
         ),
         "policy": TEXT,
         "sleep_policy": TEXT,
-        "timeline": st.builds(TimelineState, fractions(0, 2**64), fractions(0, 2**64).filter(bool), st.booleans()),
+        "timeline": st.builds(TimelineState, fractions(0, 2**64), DILATIONS, st.booleans(), st.none() | DILATIONS),
         "slew": st.none() | st.builds(SlewState, fractions(1 - 2**64, 2**64), TEXT),
         "reference": st.none()
         | st.builds(ReferenceState, TEXT, st.integers(1, 10**8).map(lambda ppb: Fraction(ppb, 1000)), st.none() | U64),
@@ -162,5 +180,5 @@ def states() -> st.SearchStrategy[ClockState]:
             st.builds(VcpuState, U64, U64, st.integers(0, 2**32 - 1), U64, st.none() | U64), min_size=1, max_size=4
         ).map(tuple),
     }
-    of_version_2 = st.builds(ClockState, version=st.just(2), **parts)
-    return of_version_2 | of_version_2.map(of_version_1)
+    of_version_3 = st.builds(ClockState, version=st.just(3), **parts)
+    return of_version_3 | of_version_3.map(of_version_2) | of_version_3.map(of_version_1)

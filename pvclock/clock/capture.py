@@ -55,7 +55,8 @@ def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, gues
     """The clock as it is now, or since it was paused; within `with changing`."""
     keeper, follower = parts.keeper, parts.follower
     timeline, paused_at = keeper.timeline, keeper.state.paused_at
-    at = paused_at or PausePoint(keeper.backend.stamps(), keeper.backend.tsc_hz)
+    dilation = timeline.tempo.dilation
+    at = paused_at or PausePoint(keeper.backend.stamps(), keeper.backend.tsc_hz, dilation)
     tsc = at.stamps.tsc
     slew = timeline.slew_policy
     reference = None
@@ -65,7 +66,12 @@ def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, gues
         version=VERSION,
         provider=provider,
         policy=str(parts.operations.policy),
-        timeline=TimelineState(timeline.at(tsc) % (U64_MASK + 1), timeline.tempo.dilation, keeper.is_paused),
+        timeline=TimelineState(
+            timeline.at(tsc) % (U64_MASK + 1),
+            dilation,
+            keeper.is_paused,
+            None if at.dilation == dilation else at.dilation,
+        ),
         slew=None if slew is None else SlewState(timeline.skew_at(tsc), str(slew)),
         host=_host_state(at),
         wall_clock_gpa=parts.wall_clock.gpa,
@@ -90,10 +96,10 @@ def take(parts: ClockParts, state: ClockState, policy: Policy, slew: Policy | No
     same_boot = boot_id is not None and boot_id == now.boot_id
     asleep_ns = now.asleep_ns if host.asleep_ns is None else host.asleep_ns
     then = HostStamps(HostTsc(host.tsc), RefNs(host.raw_ns or 0), host.real_ns, boot_id, asleep_ns)
-    restored = TimeState.of(timeline, PausePoint(then, host.tsc_hz, elsewhere=True))
+    missed_at = state.timeline.paused_dilation or state.timeline.dilation
+    restored = TimeState.of(timeline, PausePoint(then, host.tsc_hz, missed_at, elsewhere=True))
     told = keeper.event(EventKind.RESTORE, _told(state, same_boot=same_boot), now, before=restored)
-    keeper.stand_still(restored, (told,))
-    keeper.forget_past()
+    keeper.be_restored(restored, (told,))
     parts.operations.policy = policy
     parts.host.sleep_policy = policy_named("sleep_policy", state.sleep_policy)
     parts.wall_clock.gpa = None if state.wall_clock_gpa is None else Gpa(state.wall_clock_gpa)

@@ -293,18 +293,27 @@ class HostTrust:
         timeline = keeper.timeline.copy()
         timeline.turn(stamps.tsc, timeline.tempo)  # what was before stays as it was
         timeline.jump(settled.gain_ns)
+        tempo = timeline.tempo
         if settled.slew is not None:
             timeline.slew(stamps.tsc, settled.slew_ns, settled.slew)
-            timeline.turn(stamps.tsc, timeline.tempo._replace(boost=timeline.plan(stamps.tsc)))
-        state = TimeState.of(timeline)
+            tempo = tempo._replace(boost=timeline.plan(stamps.tsc))
+        jumped = TimeState.of(timeline)
+        scale = jumped.scale if tempo == timeline.tempo else timeline.scale(tempo.pace)
         why = f"the host slept for {slept} ns while vCPUs ran; {policy}"
-        event = keeper.event(EventKind.SUSPEND, why, stamps, after=state, policy=str(policy))
+        slept_event = keeper.event(EventKind.SUSPEND, why, stamps, after=jumped, policy=str(policy))
 
-        def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+        def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
             taking()
-            return state, (event,)
+            if tempo == timeline.tempo:
+                return jumped, (slept_event,)
+            slewing = timeline.copy()
+            slewing.turn(break_tsc, tempo)  # up to there guests read the old rate
+            new = TimeState(slewing, slewing.line(), scale)
+            owed = f"{round(settled.slew_ns)} ns were slept"
+            event = keeper.event(EventKind.SLEW, owed, stamps, tsc=break_tsc, before=jumped, after=new)
+            return new, (slept_event, event)
 
-        keeper.step(change, state, (0, int(settled.gain_ns)))
+        keeper.step(change, jumped._replace(scale=scale), (0, int(settled.gain_ns)))
 
 
 def slept_ns(before: HostStamps, after: HostStamps) -> int:

@@ -150,7 +150,7 @@ class Operations:
         with self._keeper.changing:
             stamps = self._host.require("offset")
             now = self._keeper.check_end(ns, f"offset({shown(ns)})")
-            if ns < 0 and (self._keeper.pages.was_published or now + ns < 0):
+            if ns < 0 and (self._keeper.was_shown or now + ns < 0):
                 raise RangeError(
                     f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, nor is "
                     f"there any before 0; slew({shown(ns)}) makes it later without a step back"
@@ -229,18 +229,21 @@ class Operations:
             raise StateError("pause", "guest time stands still already", "resume() it first")
         keeper.check_held("pause")
         stamps = self._host.require("pause")
-        with ExitStack() as holds:
-            hold = keeper.hold()
-            holds.enter_context(hold)
+        hold = ExitStack()
+
+        def stop(reached: Callable[[], None]) -> None:
             old = keeper.state
             tempo = self._follower.held(old.timeline.tempo)
 
             def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+                reached()
+                keeper.live.pause(hold)
                 stopped = old.timeline.copy()
                 stopped.turn(tsc, tempo)
                 held = TimeState.of(stopped.copy())
                 stopped.stop(tsc)
-                new = TimeState.of(stopped, PausePoint(stamps._replace(tsc=tsc), keeper.backend.tsc_hz, hold=hold))
+                paused_at = PausePoint(stamps._replace(tsc=tsc), keeper.backend.tsc_hz, tempo.dilation)
+                new = TimeState.of(stopped, paused_at)
                 event = partial(keeper.event, stamps=stamps, tsc=tsc)
                 events = [event(EventKind.PAUSE, "pause()", before=held, after=new)]
                 if tempo != old.timeline.tempo:
@@ -248,7 +251,8 @@ class Operations:
                 return new, tuple(events)
 
             keeper.stop(change)
-            holds.pop_all()  # it is given back when time goes on
+
+        attempt(lambda: hold.enter_context(keeper.hold()), hold.close, stop)
 
     def _resume(self, policy: Chosen, *, guest_stopped: bool) -> catchup.Settlement:
         """Settle what was missed, and publish; for while_held()."""
@@ -256,7 +260,8 @@ class Operations:
         stamps = self._host.require("resume")
         old, paused_at = keeper.state, self._paused_at("resume")
         tsc = keeper.host_tsc()
-        settled = catchup.settle(policy.policy, _missed_ns(old.timeline, paused_at, stamps, tsc))
+        missed_ns = _missed_ns(old.timeline, paused_at, stamps, tsc) if keeper.backend.is_slaved else Fraction(0)
+        settled = catchup.settle(policy.policy, missed_ns)
         started = _started(old.timeline, tsc, settled)
         shown = TimeState.of(started)
         tempo = started.tempo._replace(boost=started.plan(stamps.tsc))
@@ -282,15 +287,14 @@ class Operations:
                     events.append(event(EventKind.SLEW, owed, tsc=break_tsc, before=shown, after=new))
                 return new, tuple(events)
 
-            moved = (tsc - paused_at.stamps.tsc) & U64_MASK, int(settled.gain_ns)
-            keeper.resume(change, shown._replace(scale=scale), moved, guest_stopped=guest_stopped)
+            keeper.resume(change, shown, scale, gain_ns=int(settled.gain_ns), guest_stopped=guest_stopped)
             return settled
 
-        try:
-            return attempt(tscs.give_what_it_takes, tscs.give_back, publish)
-        finally:
+        def let_vcpus_go() -> None:
             if keeper.state.paused_at is not paused_at:
-                paused_at.hold.__exit__(None, None, None)
+                keeper.live.go_on()
+
+        return finish(partial(attempt, tscs.give_what_it_takes, tscs.give_back, publish), let_vcpus_go)
 
     def _jump(self, ns: int, kind: EventKind, name: str, stamps: HostStamps) -> None:
         keeper, old = self._keeper, self._keeper.state
@@ -385,7 +389,7 @@ def _missed_ns(timeline: Timeline, paused_at: PausePoint, stamps: HostStamps, ts
         host_ns = Fraction(stamps.raw_ns - then.raw_ns + slept_ns(then, stamps))
     else:
         host_ns = timeline.missed_at(tsc)
-    return host_ns * timeline.tempo.dilation
+    return host_ns * paused_at.dilation
 
 
 def _started(stopped: Timeline, tsc: HostTsc, settled: catchup.Settlement) -> Timeline:

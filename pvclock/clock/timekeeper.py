@@ -7,7 +7,7 @@ the event is recorded as one step, which no error of a callback and no interrupt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from fractions import Fraction
 from functools import partial
 from typing import Final, NamedTuple, TypeAlias, TypeVar
@@ -25,7 +25,7 @@ from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, sign
 from pvclock.readings import ClockLine, HostStamps, TimeInfo
 from pvclock.timeline import Tempo, Timeline
 
-__all__ = ["MAX_AGE_S", "VCPUS_MAX", "TimeState", "Timekeeper", "checked_vcpus"]
+__all__ = ["MAX_AGE_S", "VCPUS_MAX", "LiveClock", "TimeState", "Timekeeper", "checked_vcpus"]
 
 MAX_AGE_S: Final = 2.0
 """Refresh pages at least this often, in seconds of guest time.  mul is up to 0.47 ppb slow, so an older page has lost
@@ -41,14 +41,14 @@ T = TypeVar("T")
 class PausePoint(NamedTuple):
     """Where guest time stands still since.
 
-    stamps: the host then.  tsc_hz: that host's.  elsewhere: it was another host, or this one before a restore.
-    hold: keeps the backend's own vCPUs out of the guest until time goes on, whatever resumes them before.
+    stamps: the host then.  tsc_hz: that host's.  dilation: that of the time missed, whatever dilate() says meanwhile.
+    elsewhere: it was another host, or this one before a restore.
     """
 
     stamps: HostStamps
     tsc_hz: int
+    dilation: Fraction
     elsewhere: bool = False
-    hold: AbstractContextManager[object] = nullcontext()
 
 
 class TimeState(NamedTuple):
@@ -71,6 +71,30 @@ class TimeState(NamedTuple):
     def pace(self) -> Fraction:
         """Guest seconds in a nominal host second; 0 while paused."""
         return self.timeline.pace if self.timeline.is_running else Fraction(0)
+
+
+class LiveClock:
+    """A memory's live clock, as far as the next one must know it.
+
+    While it is paused, a hold keeps the backend's own vCPUs out of the guest, whatever resumes them before.
+    """
+
+    def __init__(self) -> None:
+        self.is_paused = False
+        self._hold = ExitStack()
+
+    def pause(self, hold: ExitStack) -> None:
+        """Time stands still; `hold` is closed when it goes on, or is another clock's."""
+        self.is_paused, self._hold = True, hold
+
+    def go_on(self) -> None:
+        """Time goes on."""
+        self.is_paused = False
+        self._hold.close()
+
+    def give_way(self) -> None:
+        """Time is another clock's from now on; this one is paused if it was, should it be the live one again."""
+        self._hold.close()
 
 
 Change: TypeAlias = Callable[[HostTsc], tuple[TimeState, tuple[Event, ...]]]
@@ -111,6 +135,7 @@ class Timekeeper:
         self.provider = provider
         self.events = EventLog()
         self.changing = Transaction(memory, self.events.deliver)
+        self.live = LiveClock()
         self.pages = TimePages(memory, vcpus, backend.counter)
         begin = self.host_tsc()
         timeline = Timeline(begin, backend.tsc_hz)
@@ -121,6 +146,13 @@ class Timekeeper:
         self._history = History()
         self._shown_flags: int | None = 0  # None: a publish was broken off that may have shown others
         self._all_held = False  # are all vCPUs out of the guest?
+        self._was_shown_before = False  # by the clock that this one was saved of
+
+    def take_over(self) -> None:
+        """Be the clock of the memory; the one before changes nothing any more, and keeps no vCPU out."""
+        before = self.changing.take_over(self.live)
+        if isinstance(before, LiveClock):
+            before.give_way()
 
     # What time it is
 
@@ -133,6 +165,11 @@ class Timekeeper:
     def is_paused(self) -> bool:
         """Does guest time stand still?"""
         return self.state.paused_at is not None
+
+    @property
+    def was_shown(self) -> bool:
+        """May a guest have read the time: from a page of this clock, or of the one that it was saved of?"""
+        return self._was_shown_before or self.pages.was_published
 
     def host_tsc(self) -> HostTsc:
         """The host's TSC now."""
@@ -185,7 +222,7 @@ class Timekeeper:
 
     def hold(self) -> AbstractContextManager[object]:
         """A hold of the backend's vCPUs, to be entered; an empty one where the VMM answers for its vCPUs."""
-        return nullcontext() if self.backend.vcpus_held() is None else self.backend.quiesce(None)
+        return hold_of(self.backend)
 
     # What changes it; within `with changing`
 
@@ -286,10 +323,14 @@ class Timekeeper:
         else:
             self._publish(change, shown, moved=moved)
 
-    def resume(self, change: Change, shown: TimeState, moved: tuple[int, int], *, guest_stopped: bool) -> None:
-        """Let time go on as `shown` says, and publish; for while_held()."""
+    def resume(self, change: Change, shown: TimeState, scale: ClockScale, *, gain_ns: int, guest_stopped: bool) -> None:
+        """Let time go on where `shown` begins, `gain_ns` ahead: at its rate until the break, at `scale` after it.
+
+        For while_held(): no vCPU is in the guest until all pages are published.
+        """
         flags = self._flags | (GUEST_STOPPED if guest_stopped else 0)
-        self._publish_to(range(self.vcpus), flags, change, shown, moved)
+        going_on = shown.timeline.begin_tsc, gain_ns, shown.scale
+        self._publish_to(range(self.vcpus), flags, change, shown._replace(scale=scale), going_on=going_on)
 
     def replace(self, change: Change, moved: tuple[int, int] = (0, 0), *, of_one_numbering: bool = True) -> None:
         """Change what no page is to show yet, as of now; of_one_numbering: do TSCs name the same instants as before?"""
@@ -301,11 +342,13 @@ class Timekeeper:
         """Stop time at the instant from which on readers in this process see it stand, so that they see no step."""
         commit(self.pages.stop, change, self._take_stopped, self.events)
 
-    def stand_still(self, state: TimeState, events: tuple[Event, ...]) -> None:
-        """Stop time, as `state` says; readers in this process see it stand, too."""
+    def be_restored(self, state: TimeState, events: tuple[Event, ...]) -> None:
+        """Stand still as another clock was saved, whose guest may have read the time up to then."""
         tsc = state.timeline.begin_tsc
-        shown = self.pages.shown_at(tsc) if self.pages.was_published else state.timeline.at(tsc).__floor__() & U64_MASK
-        commit(partial(self.pages.stand_still, tsc, shown), lambda _: (state, events), self.take, self.events)
+        stood_ns = state.timeline.at(tsc).__floor__() & U64_MASK
+        self._was_shown_before = True
+        commit(partial(self.pages.stand_still, tsc, stood_ns), lambda _: (state, events), self.take, self.events)
+        self.forget_past()
 
     def take(self, state: TimeState) -> None:
         """Let `state` be the present one.  Asked twice, it does nothing the second time."""
@@ -394,10 +437,10 @@ class Timekeeper:
         flags = self._flags
         if not self._all_held and flags == self._shown_flags and not self.pages.lacks_flags(vcpu):
             one = () if vcpu is None else (vcpu,)
-            self.beside_guests(vcpu, partial(self._publish_to, one, flags, change, shown, moved, again=again))
+            self.beside_guests(vcpu, partial(self._publish_to, one, flags, change, shown, moved=moved, again=again))
         else:
             every = range(self.vcpus)
-            self.while_held(vcpu, partial(self._publish_to, every, flags, change, shown, moved, again=again))
+            self.while_held(vcpu, partial(self._publish_to, every, flags, change, shown, moved=moved, again=again))
 
     def _publish_to(
         self,
@@ -405,8 +448,9 @@ class Timekeeper:
         flags: int,
         change: Change,
         shown: TimeState,
-        moved: tuple[int, int],
         *,
+        moved: tuple[int, int] = (0, 0),
+        going_on: tuple[int, int, ClockScale] | None = None,
         again: bool = False,
     ) -> None:
         """Publish the line and the scale of `shown` in one step with what changes by that."""
@@ -418,6 +462,7 @@ class Timekeeper:
             flags=flags,
             out_of_guest=out_of_guest,
             moved=moved,
+            going_on=going_on,
             again=again,
         )
         if change is _unchanged:
@@ -425,6 +470,11 @@ class Timekeeper:
         else:
             commit(publish, change, self.take, self.events)
         self._shown_flags = flags & ~GUEST_STOPPED
+
+
+def hold_of(backend: Backend) -> AbstractContextManager[object]:
+    """A hold of the backend's vCPUs, to be entered; an empty one where the VMM answers for its vCPUs."""
+    return nullcontext() if backend.vcpus_held() is None else backend.quiesce(None)
 
 
 def checked_vcpus(vcpus: int) -> int:

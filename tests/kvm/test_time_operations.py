@@ -188,6 +188,8 @@ def test_a_clock_saved_under_its_guest(policy: str) -> None:
         least, most = (begin.raw_ns - saved, end.raw_ns - saved) if policy == "advance" else (0, 0)
         assert least <= resumed.jump_ns <= most
         assert again.read(0) >= finished
+        machine.runner.resume()
+        wait_until_it_reads(machine, again)
 
 
 def raw_ns_of(raw_ns: int | None) -> int:

@@ -73,7 +73,10 @@ class LifeMoves:
             return
         state, model = states[0], self._twins.model
         if not self._twins.is_undecided:
-            assert state.timeline == (model.guest_ns % U64, model.dilation, model.is_paused)
+            missed_at = model.paused_dilation if model.is_paused else model.dilation
+            assert (state.timeline.guest_ns, state.timeline.dilation) == (model.guest_ns % U64, model.dilation)
+            assert state.timeline.paused == model.is_paused
+            assert (state.timeline.paused_dilation or state.timeline.dilation) == missed_at
             assert (state.policy, state.sleep_policy) == tuple(map(str, (model.policy, model.sleep_policy)))
             assert state.wall_clock == model.wall_clock
         assert clockstate.from_json(clockstate.to_json(state)) == state
@@ -110,8 +113,9 @@ class LifeMoves:
             vcpu.told_ns = host.run_delays_ns.get(number, 0)
         if not model.is_paused:
             model.stopped = clock._keeper.state.paused_at.stamps if clock._keeper.state.paused_at else None
+            model.paused_dilation = model.dilation
         model.hz, model.tsc, model.pace, model.correction = host.tsc_hz, host.tsc, Fraction(0), Fraction(0)
-        model.elsewhere, model.tsc_trusted, model.ever_published, model.debt_ns = True, True, False, Fraction(0)
+        model.elsewhere, model.tsc_trusted, model.ever_published, model.debt_ns = True, True, True, Fraction(0)
         model.reference = model.reference if model.reference in REFERENCES[1:4] else "off"
         twins.clock, twins.host, twins.model, twins.published_tsc = clock, host, model, host.tsc
         (told,) = [event for event in clock.events.read().events if event.kind is EventKind.RESTORE]

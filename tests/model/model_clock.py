@@ -64,6 +64,7 @@ class ModelClock:
     stopped: HostStamps | None = None  # the host when guest time stopped
     elsewhere: bool = False  # before a restore, was that
     missed_ns: Fraction = Fraction(0)  # of host time, since
+    paused_dilation: Fraction = Fraction(1)  # what that was worth in guest time
     tsc_trusted: bool = True
     boot_vcpu_is_old: bool = False
     reference: str = "off"
@@ -118,7 +119,7 @@ class ModelClock:
             host_ns = Fraction(now.real_ns - then.real_ns)
         elif self.elsewhere or slept_ns > 0:
             host_ns = Fraction(now.raw_ns - then.raw_ns + slept_ns)
-        return host_ns * self.dilation
+        return host_ns * self.paused_dilation
 
     def owe(self, ns: Fraction, policy: Slew | CatchUpTable | None) -> None:
         """Have so much more to slew, if there is a policy for it."""

@@ -101,11 +101,9 @@ class TimeMoves:
 
     def _stopped(self) -> None:
         self._has_looked()
-        self._twins.model.stopped, self._twins.model.elsewhere, self._twins.model.missed_ns = (
-            self._twins.host.stamps(),
-            False,
-            Fraction(0),
-        )
+        model = self._twins.model
+        model.stopped, model.elsewhere = self._twins.host.stamps(), False
+        model.missed_ns, model.paused_dilation = Fraction(0), model.dilation
 
     def resume(self, policy: int, own: int) -> None:
         """Guest time goes on."""

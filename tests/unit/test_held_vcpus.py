@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from pvclock import GuestClock, GuestMemory, SimulatedBackend, StateError
+from pvclock import GuestClock, GuestMemory, SimulatedBackend, StateError, StateFileError
+from pvclock.events import Event
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME
 
 
@@ -101,3 +102,67 @@ def test_a_guests_tsc_write_needs_no_other_vcpu_to_be_held() -> None:
     clock, _ = a_vm()
     clock.write_msr(0, 0x10, 5)
     assert clock.read_msr(0, 0x10) == 5
+
+
+def a_paused_vm() -> tuple[GuestClock, OwnVcpus]:
+    """The same, paused: its clock keeps the vCPUs out, whoever else lets them in."""
+    clock, backend = a_vm()
+    backend.held = True
+    clock.pause()
+    assert backend.quiesced == 1
+    return clock, backend
+
+
+@pytest.mark.row("E9", "E1")
+def test_an_interrupted_pause_keeps_the_vcpus_out_if_time_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt that comes while the pause is recorded comes out of a clock that is paused, and holds its vCPUs."""
+    clock, backend = a_vm()
+    backend.held = True
+    record, interrupts = clock.events.record, iter([KeyboardInterrupt])
+
+    def interrupted(event: Event) -> Event:
+        for interrupt in interrupts:
+            raise interrupt
+        return record(event)
+
+    monkeypatch.setattr(clock.events, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        clock.pause()
+    assert clock.is_paused
+    assert backend.quiesced == 1
+    clock.resume()
+    assert backend.quiesced == 0
+
+
+@pytest.mark.row("E9", "J-07")
+def test_a_rolled_back_guest_runs_on() -> None:
+    """A clock restored over a paused one of the same VM holds the vCPUs in its place, and lets them go at resume()."""
+    old, backend = a_paused_vm()
+    new = GuestClock.restore(old.save(), old.memory, backend=backend)
+    assert backend.quiesced == 1
+    new.resume()
+    assert backend.quiesced == 0
+    with pytest.raises(StateError, match="another clock has taken over"):
+        old.resume()
+
+
+@pytest.mark.row("E9", "J-07")
+def test_a_restore_that_fails_leaves_the_vcpus_out() -> None:
+    """The clock that was there is paused as before, and lets its vCPUs go when it is resumed."""
+    old, backend = a_paused_vm()
+    state = old.save()
+    unknown = state._replace(provider=state.provider._replace(config={"profile": "none of ours"}))
+    with pytest.raises(StateFileError):
+        GuestClock.restore(unknown, old.memory, backend=backend)
+    assert old.is_paused
+    assert backend.quiesced == 1
+    old.resume()
+    assert backend.quiesced == 0
+
+
+@pytest.mark.row("E9")
+def test_a_new_clock_in_the_place_of_a_paused_one_lets_the_vcpus_go() -> None:
+    """Its time goes on at once, so nothing keeps them out."""
+    old, backend = a_paused_vm()
+    GuestClock(old.memory, 1, backend=backend)
+    assert backend.quiesced == 0

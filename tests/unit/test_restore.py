@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from pvclock import GuestClock, GuestMemory, GuestTsc, HostTsc, SimulatedBackend, StateFileError, catchup
+from pvclock import GuestClock, GuestMemory, GuestTsc, HostTsc, RangeError, SimulatedBackend, StateFileError, catchup
 from pvclock.clockstate import ClockState, from_json, to_json
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
 
@@ -174,3 +174,35 @@ def test_what_cannot_be_restored_is_named() -> None:
         with pytest.raises(StateFileError, match=r"provider|policy"):
             GuestClock.restore(each, memory, backend=backend)
     assert memory.read(0, 1 << 16) == before
+
+
+@pytest.mark.row("E1", "E9")
+def test_what_the_saved_clocks_guest_read_is_not_taken_back() -> None:
+    """offset() back is refused by a restored clock, as by the one that was saved, before and after its resume."""
+    clock, backend, memory = a_clock(10**9)
+    backend.advance(ns=100 * NS_PER_S)
+    clock.pause()
+    restored = GuestClock.restore(clock.save(), memory, backend=backend)
+    for _ in range(2):
+        with pytest.raises(RangeError, match="time that was read is not taken back"):
+            restored.offset(-1)
+        if restored.is_paused:
+            restored.resume("freeze")
+    assert restored.read(0) >= 100 * NS_PER_S
+
+
+@pytest.mark.row("E1", "E12", "P-25")
+@pytest.mark.parametrize("saved", [False, True])
+def test_missed_time_has_the_dilation_of_the_pause(saved: bool) -> None:
+    """dilate() during a pause takes effect at resume: 10 s missed at dilation 1 are 10 s, saved and restored or not."""
+    clock, backend, memory = a_clock(10**9)
+    clock.pause()
+    backend.advance(ns=4 * NS_PER_S)
+    clock.dilate(1000)
+    backend.advance(ns=5 * NS_PER_S)
+    if saved:
+        clock = GuestClock.restore(from_json(to_json(clock.save())), memory, backend=backend)
+    backend.advance(ns=NS_PER_S)
+    assert clock.resume("advance").gain_ns == 10 * NS_PER_S
+    backend.advance(ns=NS_PER_S)
+    assert clock.at(backend.tsc) == 1010 * NS_PER_S

@@ -100,8 +100,8 @@ def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.row("P-25", "V-37")
 def test_check_knows_versions_and_providers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A version or a provider that this pvclock lacks is found before a restore is tried."""
-    assert main(["state", "check", broken(tmp_path, '"version": 2', '"version": 3')]) == 1
-    assert "NOT VALID: version: found 3; supported: 1 to 2" in capsys.readouterr().out
+    assert main(["state", "check", broken(tmp_path, '"version": 3', '"version": 4')]) == 1
+    assert "NOT VALID: version: found 4; supported: 1 to 3" in capsys.readouterr().out
     assert main(["state", "check", broken(tmp_path, '"KVM"', '"Xen"')]) == 1
     assert "NOT VALID: provider.name: found 'Xen'; supported: 'None', 'Minimal', 'KVM'" in capsys.readouterr().out
     assert main(["state", "check", *(str(STATES / name) for name in KEPT if "extreme" not in name)]) == 0

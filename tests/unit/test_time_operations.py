@@ -46,6 +46,7 @@ class TimeOperations(RuleBasedStateMachine):
         self.model_ns = Fraction(0)  # guest time, with all that is still to be slewed in
         self.model_tsc = self.backend.tsc
         self.stopped_tsc: int | None = None
+        self.stopped_dilation = Fraction(1)
         self.last_read = [0, 0]
 
     def host_ns(self, since: int) -> Fraction:
@@ -117,7 +118,7 @@ class TimeOperations(RuleBasedStateMachine):
     def pause(self) -> None:
         """Time stands still; another pause is refused, with what to do."""
         self.clock.pause()
-        self.stopped_tsc = self.backend.tsc
+        self.stopped_tsc, self.stopped_dilation = self.backend.tsc, self.clock.dilation
         with pytest.raises(StateError, match="resume\\(\\) it first"):
             self.clock.pause()
 
@@ -126,7 +127,7 @@ class TimeOperations(RuleBasedStateMachine):
     def resume(self, policy: Policy) -> None:
         """Time goes on, as declared."""
         assert self.stopped_tsc is not None
-        missed = self.host_ns(self.stopped_tsc) * self.clock.dilation
+        missed = self.host_ns(self.stopped_tsc) * self.stopped_dilation
         self.model_tsc, self.stopped_tsc = self.backend.tsc, None
         self.model_ns += expected_gain(policy, missed)
         self.end_of_a_slew(lambda: self.clock.resume(policy))
@@ -147,7 +148,7 @@ class TimeOperations(RuleBasedStateMachine):
         self.model_tsc, self.stopped_tsc = self.backend.tsc, None
         report = self.clock.run_for(ns)
         self.catch_up()
-        self.stopped_tsc = self.backend.tsc
+        self.stopped_tsc, self.stopped_dilation = self.backend.tsc, self.clock.dilation
         tick_ns = self.clock.pace * NS_PER_S / self.backend.tsc_hz
         assert 0 <= report.overshoot_ns < tick_ns
         assert report.ran_ns == self.clock.at(self.backend.tsc) - begin == ns + report.overshoot_ns

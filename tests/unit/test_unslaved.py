@@ -295,3 +295,23 @@ def test_the_rest_is_the_hosts() -> None:
     assert backend.counter.read() == 3
     backend.run_until(HostTsc(50))
     assert backend.counter.read() == 50
+
+
+@pytest.mark.row("P-10", "E21")
+@pytest.mark.parametrize("slept", [False, True])
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_pause_misses_nothing(slept: bool, restored: bool) -> None:
+    """The guest did not execute in it, so resume("advance") gives it nothing, whether or not the host slept."""
+    backend, host = unslaved()
+    clock, memory = a_clock(backend)
+    run(backend, host, NS_PER_S)
+    clock.pause()
+    stood_ns = clock.at(HostTsc(backend.counter.read()))
+    host.advance(ns=10 * NS_PER_S)
+    if slept:
+        host.sleep(ns=NS_PER_S, tsc="restarts")
+    if restored:
+        clock = GuestClock.restore(clock.save(), memory, backend=backend)
+        host.advance(ns=NS_PER_S)
+    assert clock.resume("advance").gain_ns == 0
+    assert clock.at(HostTsc(backend.counter.read())) == stood_ns
