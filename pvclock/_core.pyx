@@ -363,8 +363,8 @@ cdef class TimePages:
         move(), which comes first.  `flags` go to the vCPUs in `out_of_guest` (vCPU numbers) only: a running guest
         writes that byte itself.  The memory's on_dirty is told of all pages.
 
-        going_on: (host TSC, ns, scale) at which time that stood still goes on: from there to the break the line published
-        last is the reading that stood, `ns` ahead, at `scale`.  Its own rate may be another than that of the pause.
+        going_on: (host TSC, ns, scale) at which time that stood still goes on: from there to the break the line
+        published last is the reading that stood, `ns` ahead, at `scale`; its own rate may be another.
 
         again: on a CPU whose counter is behind the last break point, which stays; for the line published last.
 

@@ -6,14 +6,14 @@ here, and calls tick() every second or so.  Each part owns its state and is in `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Literal, Self
 
 from pvclock import clockstate
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale
 from pvclock._memory import GuestMemory
+from pvclock._transaction import attempt
 from pvclock.arguments import flag, instance, instances, serving, whole
 from pvclock.backend import Backend
 from pvclock.catchup import Policy, Settlement, as_policy
@@ -22,8 +22,9 @@ from pvclock.clock.capture import ClockParts
 from pvclock.clock.follower import OFF, Follower, source_of
 from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
+from pvclock.clock.live_clock import Succession
 from pvclock.clock.operations import Operations
-from pvclock.clock.timekeeper import MAX_AGE_S, LiveClock, Timekeeper, checked_vcpus, hold_of
+from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
 from pvclock.clockstate import ClockState, OfferState
@@ -441,11 +442,10 @@ class GuestClock:
         chosen = capture.policy_named("policy", sound.policy) if policy is None else as_policy(policy)
         slew = None if sound.slew is None else capture.policy_named("slew.policy", sound.slew.policy)
         capture.check_dilation(sound, backend.tsc_hz)
-        live = memory.live_clock
-        hold = ExitStack()  # of the one clock that is paused in the end
-        try:
-            hold.enter_context(hold_of(backend))
-            clock = cls(
+        succession = Succession(memory, backend)
+
+        def make(_: Callable[[], None], kind: type[Self] = cls) -> Self:
+            clock = kind(
                 memory,
                 len(sound.vcpus),
                 combined(sound.provider.name, sound.provider.config),
@@ -458,18 +458,13 @@ class GuestClock:
                 tsc_hz=sound.guest_tsc_hz or sound.host.tsc_hz,
             )
             clock._become(sound, chosen, slew, reference, any_tsc_hz=any_tsc_hz)  # one of this class
-            clock._keeper.live.pause(hold)
-            return clock  # noqa: TRY300  # an interrupt here, too, leaves the clock that was
-        except BaseException as error:
-            memory.live_clock = live
-            if isinstance(live, LiveClock) and live.is_paused:
-                live.pause(hold)
-            else:
-                hold.close()
-            if isinstance(error, ConfigError | RangeError):
-                supported = "what this host and this version can serve"
-                raise StateFileError("provider", str(error), supported) from None
-            raise
+            succession.accept(clock._keeper.live)
+            return clock
+
+        try:
+            return attempt(succession.begin, succession.undo, make)
+        except (ConfigError, RangeError) as error:
+            raise StateFileError("provider", str(error), "what this host and this version can serve") from None
 
     # Host trouble
 

@@ -260,8 +260,8 @@ class Operations:
         stamps = self._host.require("resume")
         old, paused_at = keeper.state, self._paused_at("resume")
         tsc = keeper.host_tsc()
-        missed_ns = _missed_ns(old.timeline, paused_at, stamps, tsc) if keeper.backend.is_slaved else Fraction(0)
-        settled = catchup.settle(policy.policy, missed_ns)
+        missed_ns = _missed_ns(old.timeline, paused_at, stamps, tsc)
+        settled = catchup.settle(policy.policy, missed_ns if keeper.backend.is_slaved else Fraction(0))
         started = _started(old.timeline, tsc, settled)
         shown = TimeState.of(started)
         tempo = started.tempo._replace(boost=started.plan(stamps.tsc))
@@ -290,11 +290,8 @@ class Operations:
             keeper.resume(change, shown, scale, gain_ns=int(settled.gain_ns), guest_stopped=guest_stopped)
             return settled
 
-        def let_vcpus_go() -> None:
-            if keeper.state.paused_at is not paused_at:
-                keeper.live.go_on()
-
-        return finish(partial(attempt, tscs.give_what_it_takes, tscs.give_back, publish), let_vcpus_go)
+        going_on = partial(attempt, tscs.give_what_it_takes, tscs.give_back, publish)
+        return finish(going_on, keeper.let_vcpus_go)
 
     def _jump(self, ns: int, kind: EventKind, name: str, stamps: HostStamps) -> None:
         keeper, old = self._keeper, self._keeper.state

@@ -7,7 +7,7 @@ the event is recorded as one step, which no error of a callback and no interrupt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from functools import partial
 from typing import Final, NamedTuple, TypeAlias, TypeVar
@@ -18,6 +18,7 @@ from pvclock._transaction import Transaction, attempt, commit
 from pvclock.arguments import whole
 from pvclock.backend import Backend
 from pvclock.clock.history import History
+from pvclock.clock.live_clock import LiveClock, hold_of
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
 from pvclock.event_log import EventLog
 from pvclock.events import Event, EventCause, EventKind
@@ -25,7 +26,7 @@ from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, sign
 from pvclock.readings import ClockLine, HostStamps, TimeInfo
 from pvclock.timeline import Tempo, Timeline
 
-__all__ = ["MAX_AGE_S", "VCPUS_MAX", "LiveClock", "TimeState", "Timekeeper", "checked_vcpus"]
+__all__ = ["MAX_AGE_S", "VCPUS_MAX", "TimeState", "Timekeeper", "checked_vcpus"]
 
 MAX_AGE_S: Final = 2.0
 """Refresh pages at least this often, in seconds of guest time.  mul is up to 0.47 ppb slow, so an older page has lost
@@ -71,30 +72,6 @@ class TimeState(NamedTuple):
     def pace(self) -> Fraction:
         """Guest seconds in a nominal host second; 0 while paused."""
         return self.timeline.pace if self.timeline.is_running else Fraction(0)
-
-
-class LiveClock:
-    """A memory's live clock, as far as the next one must know it.
-
-    While it is paused, a hold keeps the backend's own vCPUs out of the guest, whatever resumes them before.
-    """
-
-    def __init__(self) -> None:
-        self.is_paused = False
-        self._hold = ExitStack()
-
-    def pause(self, hold: ExitStack) -> None:
-        """Time stands still; `hold` is closed when it goes on, or is another clock's."""
-        self.is_paused, self._hold = True, hold
-
-    def go_on(self) -> None:
-        """Time goes on."""
-        self.is_paused = False
-        self._hold.close()
-
-    def give_way(self) -> None:
-        """Time is another clock's from now on; this one is paused if it was, should it be the live one again."""
-        self._hold.close()
 
 
 Change: TypeAlias = Callable[[HostTsc], tuple[TimeState, tuple[Event, ...]]]
@@ -260,6 +237,11 @@ class Timekeeper:
                 self._publish(change, self.state, vcpu=vcpu, again=again)
 
         attempt(begin, undo, publish)
+
+    def let_vcpus_go(self) -> None:
+        """Time goes on, if it does: give back what kept the vCPUs out while it stood still."""
+        if not self.is_paused:
+            self.live.go_on()
 
     def while_held(self, vcpu: int | None, operation: Callable[[], T]) -> T:
         """Call `operation` with all vCPUs out of the guest; what it publishes writes all vCPUs' flags.
@@ -470,11 +452,6 @@ class Timekeeper:
         else:
             commit(publish, change, self.take, self.events)
         self._shown_flags = flags & ~GUEST_STOPPED
-
-
-def hold_of(backend: Backend) -> AbstractContextManager[object]:
-    """A hold of the backend's vCPUs, to be entered; an empty one where the VMM answers for its vCPUs."""
-    return nullcontext() if backend.vcpus_held() is None else backend.quiesce(None)
 
 
 def checked_vcpus(vcpus: int) -> int:
