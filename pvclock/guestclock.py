@@ -444,8 +444,10 @@ class GuestClock:
         capture.check_dilation(sound, backend.tsc_hz)
         succession = Succession(memory, backend)
 
-        def make(_: Callable[[], None], kind: type[Self] = cls) -> Self:
-            clock = kind(
+        made: list[Self] = []
+
+        def make(_: Callable[[], None]) -> None:
+            clock = cls(
                 memory,
                 len(sound.vcpus),
                 combined(sound.provider.name, sound.provider.config),
@@ -459,10 +461,11 @@ class GuestClock:
             )
             clock._become(sound, chosen, slew, reference, any_tsc_hz=any_tsc_hz)  # one of this class
             succession.accept(clock._keeper.live)
-            return clock
+            made.append(clock)
 
         try:
-            return attempt(succession.begin, succession.undo, make)
+            attempt(succession.begin, succession.undo, make)
+            return made[0]
         except (ConfigError, RangeError) as error:
             raise StateFileError("provider", str(error), "what this host and this version can serve") from None
 

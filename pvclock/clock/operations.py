@@ -17,6 +17,7 @@ from pvclock.arguments import fraction, number, sequence, whole
 from pvclock.catchup import CatchUpTable, Policy, Slew
 from pvclock.clock.follower import Follower
 from pvclock.clock.host_trust import HostTrust, slept_ns
+from pvclock.clock.live_clock import hold_of
 from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import RangeError, StateError
@@ -252,7 +253,7 @@ class Operations:
 
             keeper.stop(change)
 
-        attempt(lambda: hold.enter_context(keeper.hold()), hold.close, stop)
+        attempt(lambda: hold.enter_context(hold_of(keeper.backend)), hold.close, stop)
 
     def _resume(self, policy: Chosen, *, guest_stopped: bool) -> catchup.Settlement:
         """Settle what was missed, and publish; for while_held()."""

@@ -7,7 +7,6 @@ the event is recorded as one step, which no error of a callback and no interrupt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from fractions import Fraction
 from functools import partial
 from typing import Final, NamedTuple, TypeAlias, TypeVar
@@ -18,7 +17,7 @@ from pvclock._transaction import Transaction, attempt, commit
 from pvclock.arguments import whole
 from pvclock.backend import Backend
 from pvclock.clock.history import History
-from pvclock.clock.live_clock import LiveClock, hold_of
+from pvclock.clock.live_clock import LiveClock
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
 from pvclock.event_log import EventLog
 from pvclock.events import Event, EventCause, EventKind
@@ -196,10 +195,6 @@ class Timekeeper:
         """StateError where the backend's vCPUs would go on in the guest; for while_held()."""
         if self.backend.vcpus_held() is False:
             raise StateError(operation, "the vCPUs run", "hold them first: Machine.pause(), Runner.pause()")
-
-    def hold(self) -> AbstractContextManager[object]:
-        """A hold of the backend's vCPUs, to be entered; an empty one where the VMM answers for its vCPUs."""
-        return hold_of(self.backend)
 
     # What changes it; within `with changing`
 
