@@ -68,6 +68,7 @@ cdef extern from "pvclock_publish.h" nogil:
     void pvclock_publish_wall_clock(void *record, uint32_t sec, uint32_t nsec)
     void pvclock_set_preempted(void *record)
     uint8_t pvclock_clear_preempted(void *record)
+    void pvclock_add_steal_time(void *record, uint64_t ns)
     uint8_t pvclock_publish_steal_time(void *record, uint64_t ns)
     void pvclock_eoi_offer(uint8_t *flag)
     int pvclock_eoi_take(uint8_t *flag)

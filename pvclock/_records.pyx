@@ -4,6 +4,7 @@ Each function works on one record of a vCPU that may be running, and does nothin
 guest memory, which Linux ignores as well.  RangeError if an address or a value does not fit its type.
 """
 
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -13,8 +14,8 @@ from pvclock._abi cimport (
 )
 from pvclock._memory cimport GuestMemory, as_u64, as_whole
 from pvclock._publish cimport (
-    pvclock_clear_preempted, pvclock_eoi_offer, pvclock_eoi_take, pvclock_load32, pvclock_publish_steal_time,
-    pvclock_set_preempted, pvclock_store32
+    pvclock_add_steal_time, pvclock_clear_preempted, pvclock_eoi_offer, pvclock_eoi_take, pvclock_load32,
+    pvclock_publish_steal_time, pvclock_set_preempted, pvclock_store32
 )
 
 from pvclock.errors import RangeError
@@ -30,16 +31,33 @@ PAGE_READY = PVCLOCK_PAGE_READY
 cdef uint64_t NS_PER_S = 1_000_000_000
 
 
-def add_steal_time(GuestMemory memory not None, gpa: int, ns: int) -> int | None:
-    """Add `ns` to the steal time at `gpa`, whose vCPU runs again; the old `preempted` byte, or None if not there."""
+cdef uint8_t *byte_of(bytearray by_vcpu, object vcpu) except NULL:
+    """vCPU's byte, good until Python code can run."""
+    cdef Py_ssize_t index = as_whole(vcpu, "vCPU")
+    if not 0 <= index < PyByteArray_GET_SIZE(by_vcpu):
+        raise RangeError(f"vCPU {index}; there are {len(by_vcpu)}")
+    return <uint8_t *>PyByteArray_AS_STRING(by_vcpu) + index
+
+
+def add_steal_time(GuestMemory memory not None, gpa: int, ns: int) -> None:
+    """Add `ns` to the steal time at `gpa`, whether its vCPU runs or not: the `preempted` byte stays."""
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef uint64_t stolen_ns = as_u64(ns, "steal time")
     cdef uint8_t *record = memory.find(where, sizeof(pvclock_steal_time))
-    if record is NULL:
-        return None
-    preempted = pvclock_publish_steal_time(record, stolen_ns)
-    memory.mark_dirty(where, sizeof(pvclock_steal_time))
-    return preempted
+    if record is not NULL:
+        pvclock_add_steal_time(record, stolen_ns)
+        memory.mark_dirty(where, sizeof(pvclock_steal_time))
+
+
+def record_steal_time(GuestMemory memory not None, gpa: int, ns: int, bytearray said not None, vcpu: int) -> None:
+    """Add `ns` to the steal time at `gpa`, whose vCPU runs again; said[vcpu] gets what its `preempted` byte said."""
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint64_t stolen_ns = as_u64(ns, "steal time")
+    cdef uint8_t *preempted = byte_of(said, vcpu)
+    cdef uint8_t *record = memory.find(where, sizeof(pvclock_steal_time))
+    if record is not NULL:
+        preempted[0] |= pvclock_publish_steal_time(record, stolen_ns)
+        memory.mark_dirty(where, sizeof(pvclock_steal_time))
 
 
 def set_preempted(GuestMemory memory not None, gpa: int) -> None:
@@ -51,15 +69,14 @@ def set_preempted(GuestMemory memory not None, gpa: int) -> None:
         memory.mark_dirty(where, sizeof(pvclock_steal_time))
 
 
-def clear_preempted(GuestMemory memory not None, gpa: int) -> int | None:
-    """Say that the vCPU runs again; the old `preempted` byte, or None if the record is not there."""
+def clear_preempted(GuestMemory memory not None, gpa: int, bytearray said not None, vcpu: int) -> None:
+    """Say that the vCPU runs again; said[vcpu] gets what the `preempted` byte said."""
     cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint8_t *preempted = byte_of(said, vcpu)
     cdef uint8_t *record = memory.find(where, sizeof(pvclock_steal_time))
-    if record is NULL:
-        return None
-    preempted = pvclock_clear_preempted(record)
-    memory.mark_dirty(where, sizeof(pvclock_steal_time))
-    return preempted
+    if record is not NULL:
+        preempted[0] |= pvclock_clear_preempted(record)
+        memory.mark_dirty(where, sizeof(pvclock_steal_time))
 
 
 def offer_eoi(GuestMemory memory not None, gpa: int) -> bool:
@@ -73,15 +90,15 @@ def offer_eoi(GuestMemory memory not None, gpa: int) -> bool:
     return True
 
 
-def take_eoi(GuestMemory memory not None, gpa: int) -> bool:
-    """Clear bit 0 of the EOI byte at `gpa`; True if the guest had, or if the byte is no longer there to tell."""
+def take_eoi(GuestMemory memory not None, gpa: int, bytearray ended not None, vcpu: int) -> None:
+    """Clear bit 0 of the EOI byte at `gpa`; ended[vcpu] becomes 1 if the guest had, or if there is no byte to tell."""
     cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef uint8_t *answer = byte_of(ended, vcpu)
     cdef uint8_t *flag = memory.find(where, 1)
-    if flag is NULL:
-        return True
-    used = pvclock_eoi_take(flag)
-    memory.mark_dirty(where, 1)
-    return used != 0
+    answer[0] = 1
+    if flag is not NULL:
+        answer[0] = pvclock_eoi_take(flag) != 0
+        memory.mark_dirty(where, 1)
 
 
 def load_word(GuestMemory memory not None, gpa: int) -> int | None:

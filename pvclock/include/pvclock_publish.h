@@ -431,16 +431,15 @@ static inline uint8_t pvclock_clear_preempted(void *record)
 	return __atomic_exchange_n(at, 0, __ATOMIC_SEQ_CST);
 }
 
-/* Add `ns` to a vCPU's steal time on its way into the guest, as Linux does (record_steal_time()): what is there is the
- * guest's to set, and the sum goes on from it.  The vCPU is no longer preempted.
- * record: 64 writable bytes, of any alignment.  Returns the old `preempted` byte.
+/* Add `ns` to a vCPU's steal time: what is there is the guest's to set, and the sum goes on from it.  `preempted` stays,
+ * so this may come while the vCPU is scheduled out, and loses no flush that its guest asks for.
+ * record: 64 writable bytes, of any alignment.
  */
-static inline uint8_t pvclock_publish_steal_time(void *record, uint64_t ns)
+static inline void pvclock_add_steal_time(void *record, uint64_t ns)
 {
 	uint8_t *at = (uint8_t *)record;
 	uint8_t *version = at + offsetof(struct pvclock_steal_time, version);
 	uint8_t *steal = at + offsetof(struct pvclock_steal_time, steal);
-	uint8_t preempted = pvclock_clear_preempted(record);
 	uint32_t odd_version = pvclock_version_odd(pvclock_load32(version));
 
 	pvclock_store32(version, odd_version);
@@ -448,6 +447,16 @@ static inline uint8_t pvclock_publish_steal_time(void *record, uint64_t ns)
 	pvclock_store64(steal, pvclock_load64(steal) + ns);
 	__atomic_thread_fence(__ATOMIC_RELEASE);
 	pvclock_store32(version, odd_version + 1u);
+}
+
+/* The same on the vCPU's way into the guest, as Linux does (record_steal_time()): it is no longer preempted.
+ * Returns the old `preempted` byte.
+ */
+static inline uint8_t pvclock_publish_steal_time(void *record, uint64_t ns)
+{
+	uint8_t preempted = pvclock_clear_preempted(record);
+
+	pvclock_add_steal_time(record, ns);
 	return preempted;
 }
 

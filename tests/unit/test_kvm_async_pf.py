@@ -195,3 +195,17 @@ def test_tokens_that_mean_something_else_are_refused(token: int) -> None:
         with pytest.raises(RangeError, match="token"):
             provider.page_ready(0, token)
     assert words(clock) == (0, 0)
+
+
+@pytest.mark.row("E9")
+def test_an_error_of_on_dirty_leaves_an_event_to_be_acknowledged() -> None:
+    """The guest has the token all the same, so the VMM waits for its ACK."""
+    provider, clock = enabled()
+
+    def full(gpa: int, length: int) -> None:
+        raise OSError(f"{gpa:#x}+{length}: the dirty log is full")
+
+    clock.memory.on_dirty = full
+    with pytest.raises(OSError, match="full"):
+        provider.page_ready(0, 5)
+    assert (words(clock)[1], provider.awaits_ack(0)) == (5, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
@@ -163,3 +164,29 @@ def test_there_are_no_others() -> None:
             provider.offer_eoi(vcpu)
         with pytest.raises(RangeError):
             provider.take_eoi(vcpu)
+
+
+def full(gpa: int, length: int) -> None:
+    """Fail, as on_dirty may."""
+    raise OSError(f"{gpa:#x}+{length}: the dirty log is full")
+
+
+@pytest.mark.row("K-32", "E9")
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("failing", ["offer", "take"])
+def test_an_error_of_on_dirty_loses_no_end_of_interrupt(ends: bool, failing: str) -> None:
+    """The guest has the offer all the same, and its answer is told by the next call, once."""
+    provider, clock = enabled()
+    clock.memory.on_dirty = full if failing == "offer" else None
+    with pytest.raises(OSError, match="full") if failing == "offer" else nullcontext():
+        provider.offer_eoi(0)
+    clock.memory.on_dirty = None
+    if ends:
+        assert guest_ends_interrupt(clock)
+    clock.memory.on_dirty = full if failing == "take" else None
+    if failing == "take":
+        with pytest.raises(OSError, match="full"):
+            provider.take_eoi(0)
+    assert byte_at(clock) == (0 if ends or failing == "take" else 1)
+    clock.memory.on_dirty = None
+    assert [provider.take_eoi(0), provider.take_eoi(0)] == [ends, False]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 import pytest
 
-from pvclock import GuestClock, GuestMemory, SimulatedBackend
+from pvclock import GuestClock, GuestMemory, KvmFeature, SimulatedBackend
+from pvclock.providers.kvm import KvmProvider
 from tests.unit.clocks import NS_PER_S
 
 STEAL_TIME: Final = 0x4B564D03
 RECORD: Final = 0x4000
+PREEMPTED: Final = 16
+FLUSH: Final = KvmFeature.STEAL_TIME | KvmFeature.PV_TLB_FLUSH
 
 
-def a_vm(vcpus: int = 1) -> tuple[GuestClock, SimulatedBackend, GuestMemory]:
+def a_vm(vcpus: int = 1, **options: object) -> tuple[GuestClock, SimulatedBackend, GuestMemory]:
     """A VM whose guest has enabled steal time on each vCPU."""
     backend = SimulatedBackend(2_500_000_000, tsc=10**13, boot_id="one")
     memory = GuestMemory(bytearray(1 << 16))
-    clock = GuestClock(memory, vcpus, backend=backend)
+    clock = GuestClock(memory, vcpus, backend=backend, **options)  # type: ignore[arg-type]  # a test's own choice
     for vcpu in range(vcpus):
         clock.write_msr(vcpu, STEAL_TIME, RECORD + 64 * vcpu | 1)
     return clock, backend, memory
@@ -91,3 +95,60 @@ def test_guest_memory_is_not_written_while_the_clock_is_paused(restored: bool) -
     clock.resume()
     clock.tick()
     assert stolen_ns(memory) == 5
+
+
+def a_preempted_vcpu(features: KvmFeature) -> tuple[GuestClock, SimulatedBackend, KvmProvider]:
+    """A VM whose vCPU 0 was scheduled out, and was then asked by another one to flush its TLB, without an interrupt."""
+    clock, backend, memory = a_vm(features=int(features))
+    provider = clock.interface.provider
+    assert isinstance(provider, KvmProvider)
+    provider.set_preempted(0, True)
+    assert memory.read(RECORD + PREEMPTED, 1) == b"\x01"
+    memory.write(RECORD + PREEMPTED, b"\x03")  # cmpxchg by that one: preempted, flush
+    return clock, backend, provider
+
+
+@pytest.mark.row("K-30", "K-28")
+@pytest.mark.parametrize(("features", "flushes"), [(FLUSH, True), (KvmFeature.STEAL_TIME, False)])
+def test_a_tick_leaves_a_preempted_vcpu_preempted(features: KvmFeature, flushes: bool) -> None:
+    """What a tick adds leaves `preempted` alone, so the flush that the guest asked for is told when the vCPU runs."""
+    clock, backend, provider = a_preempted_vcpu(features)
+    backend.run_delays_ns[0] = 5_000_000
+    clock.tick()
+    assert stolen_ns(clock.memory) == 5_000_000
+    assert clock.memory.read(RECORD + PREEMPTED, 1) == b"\x03"
+    assert provider.set_preempted(0, False) is flushes
+    assert clock.memory.read(RECORD + PREEMPTED, 1) == b"\x00"
+    assert provider.set_preempted(0, False) is False
+
+
+@pytest.mark.row("K-30", "E9")
+@pytest.mark.parametrize("way_in", ["add_steal_time", "set_preempted"])
+def test_a_flush_outlives_an_error_of_on_dirty(way_in: str) -> None:
+    """Where on_dirty raises on the vCPU's way in, the next call tells the flush that was asked for, once."""
+    clock, _, provider = a_preempted_vcpu(FLUSH)
+    go_in = (
+        partial(provider.add_steal_time, 0, 0)
+        if way_in == "add_steal_time"
+        else partial(provider.set_preempted, 0, False)
+    )
+
+    def full(gpa: int, length: int) -> None:
+        raise OSError(f"{gpa:#x}+{length}: the dirty log is full")
+
+    clock.memory.on_dirty = full
+    with pytest.raises(OSError, match="full"):
+        go_in()
+    clock.memory.on_dirty = None
+    assert go_in() is True
+    assert go_in() is False
+
+
+@pytest.mark.row("K-30", "K-26")
+def test_a_flush_outlives_a_write_of_the_msr() -> None:
+    """A record that is enabled anew begins without `preempted`, and a flush that was asked for in it is told."""
+    clock, _, provider = a_preempted_vcpu(FLUSH)
+    clock.write_msr(0, STEAL_TIME, RECORD | 1)
+    assert clock.memory.read(RECORD + PREEMPTED, 1) == b"\x00"
+    assert provider.set_preempted(0, False) is True
+    assert provider.set_preempted(0, False) is False

@@ -78,9 +78,10 @@ class AsyncPf:
         at, word = (0, PAGE_READY) if by_fault else (TOKEN, token)
         if not self.is_enabled(vcpu) or self._word(vcpu, at) != 0:
             return False
+        before, self._unacknowledged[vcpu] = self._unacknowledged[vcpu], int(not by_fault)  # though on_dirty raise
         if not store_word(self._memory, (self._enable[vcpu] & ADDRESS) + at, word):
+            self._unacknowledged[vcpu] = before
             return False
-        self._unacknowledged[vcpu] = int(not by_fault)
         return True
 
     def is_enabled(self, vcpu: int) -> bool:

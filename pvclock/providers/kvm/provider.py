@@ -162,8 +162,11 @@ class KvmProvider:
         """
         return self._steal_time.add(self._vcpu(vcpu), ns)
 
-    def steal_time(self, vcpu: int, ns: int) -> Callable[[], int | None]:
-        """What adds `ns` to vCPU's steal time, in one step that no interrupt takes apart, if its guest has a record."""
+    def steal_time(self, vcpu: int, ns: int) -> Callable[[], None]:
+        """What adds `ns` to vCPU's steal time, in one step that no interrupt takes apart, if its guest has a record.
+
+        vCPU may be out of the guest, and stays so: only add_steal_time() and set_preempted() say that it runs.
+        """
         return self._steal_time.addition(self._vcpu(vcpu), ns)
 
     def set_preempted(self, vcpu: int, preempted: bool) -> bool:

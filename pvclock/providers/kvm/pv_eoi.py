@@ -32,21 +32,28 @@ class PvEoi:
         self._where = Register("pv_eoi", vcpus, legal=_is_legal)
         # An address of its own, for the guest may move the byte while an offer is out.
         self._offered = Register("pv_eoi_offered", vcpus, legal=lambda value: value == 0 or bool(value & ENABLED))
+        self._ended = bytearray(vcpus)  # answers that the VMM was not given, as on_dirty raised
         self.msrs = {MSR_KVM_PV_EOI_EN: Msr(self._where, self._write)}
         self.registers = (self._where, self._offered)
 
     def offer(self, vcpu: int) -> bool:
         """See KvmProvider.offer_eoi()."""
-        where = self._where[vcpu]
-        if not where & ENABLED or not offer_eoi(self._memory, where & ~ENABLED):
+        where, before = self._where[vcpu], self._offered[vcpu]
+        if not where & ENABLED:
             return False
-        self._offered[vcpu] = where
+        self._offered[vcpu] = where  # first: the guest has the offer, though on_dirty raise
+        if not offer_eoi(self._memory, where & ~ENABLED):
+            self._offered[vcpu] = before
+            return False
         return True
 
     def take(self, vcpu: int) -> bool:
         """See KvmProvider.take_eoi()."""
         offered, self._offered[vcpu] = self._offered[vcpu], 0
-        return bool(offered) and take_eoi(self._memory, offered & ~ENABLED)
+        if offered:
+            take_eoi(self._memory, offered & ~ENABLED, self._ended, vcpu)
+        ended, self._ended[vcpu] = self._ended[vcpu], 0
+        return bool(ended)
 
     def _write(self, vcpu: int, index: int, value: int) -> None:
         if not _is_legal(value):

@@ -10,7 +10,14 @@ from functools import partial
 from typing import Final
 
 from pvclock._memory import GuestMemory
-from pvclock._records import STEAL_TIME_BYTES, VCPU_FLUSH_TLB, add_steal_time, clear_preempted, set_preempted
+from pvclock._records import (
+    STEAL_TIME_BYTES,
+    VCPU_FLUSH_TLB,
+    add_steal_time,
+    clear_preempted,
+    record_steal_time,
+    set_preempted,
+)
 from pvclock.errors import MsrFault, RangeError
 from pvclock.providers.kvm.features import MSR_KVM_STEAL_TIME
 from pvclock.providers.kvm.profiles import Profile
@@ -30,6 +37,7 @@ class StealTime:
     def __init__(self, memory: GuestMemory, vcpus: int, profile: Profile, *, serves_flush: bool) -> None:
         self._memory, self._profile, self._serves_flush = memory, profile, serves_flush
         self._where = Register("steal_time", vcpus, legal=lambda value: not value & RESERVED)
+        self._said = bytearray(vcpus)  # by the `preempted` bytes that were cleared, until the VMM is told
         self.msrs = {MSR_KVM_STEAL_TIME: Msr(self._where, self._write)}
         self.registers = (self._where,)
 
@@ -38,9 +46,11 @@ class StealTime:
         if not 0 <= ns <= U64_MASK:
             raise RangeError(f"steal time of {ns} ns; it must be in [0, 2^64)")
         where = self._where[vcpu]
-        return bool(where & ENABLED) and self._asks_for_flush(add_steal_time(self._memory, where & ADDRESS, ns))
+        if where & ENABLED:
+            record_steal_time(self._memory, where & ADDRESS, ns, self._said, vcpu)
+        return self._take_flush(vcpu)
 
-    def addition(self, vcpu: int, ns: int) -> Callable[[], int | None]:
+    def addition(self, vcpu: int, ns: int) -> Callable[[], None]:
         """See KvmProvider.steal_time()."""
         where = self._where[vcpu]
         if not where & ENABLED or not ns:
@@ -50,15 +60,18 @@ class StealTime:
     def set_preempted(self, vcpu: int, preempted: bool) -> bool:
         """See KvmProvider.set_preempted()."""
         where = self._where[vcpu]
-        if not where & ENABLED:
-            return False
         if preempted:
-            set_preempted(self._memory, where & ADDRESS)
+            if where & ENABLED:
+                set_preempted(self._memory, where & ADDRESS)
             return False
-        return self._asks_for_flush(clear_preempted(self._memory, where & ADDRESS))
+        if where & ENABLED:
+            clear_preempted(self._memory, where & ADDRESS, self._said, vcpu)
+        return self._take_flush(vcpu)
 
-    def _asks_for_flush(self, was_preempted: int | None) -> bool:
-        return self._serves_flush and bool((was_preempted or 0) & VCPU_FLUSH_TLB)
+    def _take_flush(self, vcpu: int) -> bool:
+        """Was a flush asked for that the VMM was not told of: here, or when the MSR was written or on_dirty raised?"""
+        said, self._said[vcpu] = self._said[vcpu], 0
+        return self._serves_flush and bool(said & VCPU_FLUSH_TLB)
 
     def _write(self, vcpu: int, index: int, value: int) -> None:
         if value & RESERVED:
@@ -67,7 +80,8 @@ class StealTime:
         if self._profile.steal_time_must_be_good and value & ENABLED and not is_in_memory:
             raise MsrFault(index, value, f"there are no {STEAL_TIME_BYTES} bytes of memory")
         if value & ENABLED and is_in_memory:
-            add_steal_time(self._memory, value & ADDRESS, 0)  # a valid record before the guest's next instruction
+            # A valid record before the guest's next instruction.
+            record_steal_time(self._memory, value & ADDRESS, 0, self._said, vcpu)
         self._where[vcpu] = value
 
 
