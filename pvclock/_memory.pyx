@@ -80,7 +80,10 @@ cdef str shortened(object number):
 
 
 cdef object graver(object error, object later):
-    """Which of two errors is to come out: the first, but an interrupt before any other.  It has the other as a note."""
+    """Which of two errors is to come out: the first, but an interrupt before any other.  It has the other as a note.
+
+    Whoever asks may hold a lock, so this raises nothing: an interrupt that comes meanwhile is one of the errors.
+    """
     if error is None or later is None or error is later:
         return later if error is None else error
     if not isinstance(later, Exception) and isinstance(error, Exception):
@@ -89,6 +92,8 @@ cdef object graver(object error, object later):
         error.add_note(f"and there was {later!r}")
     except Exception:  # both are the caller's own: their repr may do anything
         pass
+    except BaseException as interrupt:
+        return interrupt if isinstance(error, Exception) else error
     return error
 
 
@@ -378,8 +383,11 @@ cdef class GuestMemory:
         error = None
         if mine.ranges:
             mine.telling = True
-            error = self._tell(mine)
-            mine.telling = False
+            try:
+                error = self._tell(mine)
+            finally:  # else nobody would be told of what this thread writes
+                mine.telling = False
+                mine.ranges = {}
         if mine.depth == 0:
             self._deferrals.pop(thread, None)
         if error is not None:

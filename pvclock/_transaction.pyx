@@ -87,12 +87,14 @@ cdef class Transaction:
 
     cdef object _end(self, error):
         """Tell, give the lock back, and tell who waits for that; returns the error that is to come out, if any."""
+        dirty = None
         try:
             self._memory.tell()
         except BaseException as told:
-            error = graver(error, told)
+            dirty = told
         self._depth = 0
-        self._release()
+        self._memory.clock_lock.release()
+        error = graver(error, dirty)
         try:
             self._after()
         except BaseException as told:

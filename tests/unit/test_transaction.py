@@ -299,3 +299,45 @@ def test_no_interrupt_leaks_the_lock() -> None:
 
     assert interrupted(body, check) == INTERRUPTS
     assert written
+
+
+class Interrupting:
+    """What interrupts whoever prints it, as Ctrl-C does while the Python code of a repr runs."""
+
+    def __repr__(self) -> str:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.row("E9")
+@pytest.mark.parametrize("body", [LookupError("body"), LookupError(Interrupting())])
+def test_an_interrupt_while_errors_become_notes_leaks_nothing(body: LookupError) -> None:
+    """It comes out when the lock was given back and after() was called; the next write is told as ever."""
+    clock = Clock()
+    hear = clock.memory.on_dirty
+    clock.memory.on_dirty = failing(OSError(Interrupting()))
+    with pytest.raises(KeyboardInterrupt):
+        write_and_raise(clock, clock.transaction, body)
+    assert clock.heard == [("after", False)]
+    clock.memory.on_dirty = hear
+    clock.memory.write(0x200, b"a")
+    assert clock.heard[1:] == [("0x200", False)]
+
+
+@pytest.mark.row("E9", "K-12")
+def test_an_interrupt_while_two_errors_of_on_dirty_become_one_leaks_nothing() -> None:
+    """Memory that is written without a transaction: it comes out when all were told, and the next write is told."""
+    memory, heard = GuestMemory(bytearray(0x1000)), list[int]()
+
+    def fail(gpa: int, _length: int) -> None:
+        heard.append(gpa)
+        raise OSError(Interrupting())
+
+    memory.on_dirty = fail
+    memory.defer_dirty()
+    for gpa in (1, 2, 3):
+        memory.write(gpa, b"a")
+    with pytest.raises(KeyboardInterrupt):
+        memory.tell_dirty()
+    memory.on_dirty = lambda gpa, _length: heard.append(gpa)
+    memory.write(4, b"a")
+    assert heard == [1, 2, 3, 4]
