@@ -8,6 +8,8 @@ cdef object as_whole(object value, str what)
 cdef uint64_t as_u64(object value, str what) except? 0
 cdef str shortened(object number)
 cdef object graver(object error, object later)
+cdef uint64_t fork_count() noexcept
+cdef uint64_t this_thread() noexcept
 
 
 cdef class Deferral:
@@ -21,7 +23,8 @@ cdef class GuestMemory:
     cdef int _pins  # publishes that use pointers with the GIL released
     cdef int _replacing  # callers that wait to change the slots
     cdef uint64_t _forks  # of this process, when the two were counted
-    cdef dict _deferrals  # by thread
+    cdef dict _deferrals  # by this_thread()
+    cdef object __weakref__
     cdef readonly uint64_t generation
     cdef object _on_dirty
     cdef readonly object clock_lock  # of the clocks in this memory, of which one at a time is live

@@ -15,7 +15,6 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.bool cimport PyBool_Check
 from cpython.long cimport PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
-from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport UINT64_MAX, uint8_t, uint64_t
 from libc.string cimport memcpy, memmove, strchr
 
@@ -25,6 +24,11 @@ from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateErro
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
+
+cdef extern from "Python.h":
+    ctypedef struct PyThreadState
+    PyThreadState *PyThreadState_Get() noexcept
+    uint64_t PyThreadState_GetID(PyThreadState *state) noexcept
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef void (*fork_handler)() noexcept nogil
@@ -46,6 +50,16 @@ cdef void count_fork() noexcept nogil:
 
 if pthread_atfork(NULL, NULL, count_fork) != 0:
     raise MemoryError
+
+
+cdef uint64_t fork_count() noexcept:
+    """How many fork()s there were between the process that loaded this module and this one."""
+    return forks
+
+
+cdef uint64_t this_thread() noexcept:
+    """A number that no other thread has, or ever will: an ident is that of the next thread once this one has ended."""
+    return PyThreadState_GetID(PyThreadState_Get())
 
 
 # Arguments
@@ -352,7 +366,7 @@ cdef class GuestMemory:
 
     cdef Deferral defer(self):
         cdef Deferral mine
-        thread = PyThread_get_thread_ident()
+        cdef uint64_t thread = this_thread()
         mine = self._deferrals.get(thread)
         if mine is None:
             mine = Deferral()
@@ -373,7 +387,7 @@ cdef class GuestMemory:
 
     cdef int tell(self) except -1:
         cdef Deferral mine
-        thread = PyThread_get_thread_ident()
+        cdef uint64_t thread = this_thread()
         mine = self._deferrals.get(thread)
         if mine is None or mine.depth == 0:
             raise StateError("tell_dirty", "this thread keeps nothing back", "call defer_dirty() first")

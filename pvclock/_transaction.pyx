@@ -5,9 +5,9 @@ giving the lock back: signals are handled where Python code runs, and here that 
 """
 
 cimport cython
-from cpython.pythread cimport PyThread_get_thread_ident
+from libc.stdint cimport uint64_t
 
-from pvclock._memory cimport GuestMemory, graver
+from pvclock._memory cimport GuestMemory, fork_count, graver, this_thread
 
 from operator import attrgetter
 
@@ -43,7 +43,7 @@ cdef class Transaction:
     cdef object _acquire, _release
     cdef object _token  # in the memory while this is its live clock's; None before take_over()
     cdef int _depth
-    cdef unsigned long _owner  # the thread, while _depth is not 0
+    cdef uint64_t _owner  # the thread, while _depth is not 0
 
     def __cinit__(self, GuestMemory memory not None, after: object) -> None:
         self._memory, self._after = memory, after
@@ -57,7 +57,7 @@ cdef class Transaction:
             raise StateError("an operation", "another clock has taken over this one's memory", "use that clock")
         self._depth += 1
         if self._depth == 1:
-            self._owner = PyThread_get_thread_ident()
+            self._owner = this_thread()
             try:
                 self._memory.defer()
             except BaseException:
@@ -67,7 +67,7 @@ cdef class Transaction:
         return self
 
     def __exit__(self, kind: object, raised: object, traceback: object) -> bool:
-        if self._depth == 0 or self._owner != PyThread_get_thread_ident():
+        if self._depth == 0 or self._owner != this_thread():
             raise StateError("Transaction.__exit__", "this thread is in none", "use a with statement")
         if self._depth > 1:
             self._depth -= 1

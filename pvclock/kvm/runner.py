@@ -69,7 +69,7 @@ class Runner:
         May be called at any time, and again, also after an interrupt.
         """
         self.gate.end()
-        if any(thread.ident == threading.get_ident() for thread in self._threads):
+        if threading.current_thread() in self._threads:  # idents do not tell: the next thread has that of an ended one
             return
         self.gate.wait_until_departed()
         for thread in self._threads:

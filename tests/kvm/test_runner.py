@@ -350,6 +350,41 @@ def test_an_error_while_quiescing_opens_the_gate_again() -> None:
         moves_on(bare)
 
 
+def test_a_thread_with_an_ended_vcpus_ident_waits_like_any_other() -> None:
+    """stop() returns without waiting to a vCPU's own thread, not to one that has come by the ident of such a thread."""
+    busy, go_on_now, stopped = threading.Event(), threading.Event(), list[int]()
+
+    def handler(vcpu: int, _reason: Exit) -> bool:
+        if vcpu == 1:
+            busy.set()
+            return go_on_now.wait(LIMIT_S)
+        busy.wait(LIMIT_S)
+        return False
+
+    with running(COUNT_AND_EXIT, 2, handler) as (_, runner):
+        assert runner.join(LIMIT_S)
+        ended = runner._threads[0]
+        ended.join(LIMIT_S)
+
+        def stop() -> None:
+            if threading.get_ident() == ended.ident:
+                is_its.set()
+                runner.stop()
+                stopped.append(runner.gate.threads())
+
+        is_its = threading.Event()
+        deadline = time.monotonic() + LIMIT_S
+        while not is_its.is_set():
+            assert time.monotonic() < deadline, "no thread came by that ident"
+            thread = threading.Thread(target=stop)
+            thread.start()
+            thread.join(0.1)
+        assert not stopped  # for vCPU 1 is in its handler
+        go_on_now.set()
+        thread.join(LIMIT_S)
+    assert stopped == [0]
+
+
 # Signals
 
 

@@ -341,3 +341,28 @@ def test_an_interrupt_while_two_errors_of_on_dirty_become_one_leaks_nothing() ->
     memory.on_dirty = lambda gpa, _length: heard.append(gpa)
     memory.write(4, b"a")
     assert heard == [1, 2, 3, 4]
+
+
+@pytest.mark.row("E9", "K-12")
+def test_a_thread_inherits_nothing_from_one_that_has_ended() -> None:
+    """A thread may have the ident of one that ended, but not what that kept back and never told."""
+    clock, idents = Clock(), set[int]()
+
+    def keep_back() -> None:
+        idents.add(threading.get_ident())
+        clock.memory.defer_dirty()
+        clock.memory.write(0x100, b"a")
+
+    def write() -> None:
+        was_anothers.append(threading.get_ident() in idents)
+        clock.memory.write(0x200, b"a")
+        with clock.transaction:
+            clock.memory.write(0x300, b"a")
+
+    was_anothers = list[bool]()
+    for target in [keep_back] * 20 + [write] * 20:
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    assert any(was_anothers)  # else it shows nothing
+    assert clock.heard == [("0x200", False), ("0x300", True), ("after", False)] * 20
