@@ -21,6 +21,7 @@ from libc.string cimport memcpy, memmove, strchr
 from threading import RLock
 
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError, WrongType
+from pvclock.threads import renew_in_children
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -178,7 +179,7 @@ cdef class GuestMemory:
     clock_lock, live_clock: which clock publishes here, and the lock under which that changes (see Transaction).
 
     Thread-safety: all methods may be called from any thread.  In a child of fork() only the thread that called it is
-    left, and with it no publish that was under way: the child may close() at once.
+    left: no publish of another one is under way there, none holds clock_lock, and the child may close() at once.
     """
 
     def __cinit__(self) -> None:
@@ -186,6 +187,7 @@ cdef class GuestMemory:
         self._deferrals = {}
         self._forks = forks
         self.clock_lock = RLock()
+        renew_in_children(self)
 
     def __init__(self, buffer: object = None) -> None:
         self.close()
@@ -248,6 +250,15 @@ cdef class GuestMemory:
         self.generation += 1
         self._slots = new
         return True
+
+    def begin_anew(self) -> None:
+        """See HasLock: what another thread holds, or has kept back, is its parent's."""
+        if self.clock_lock.acquire(blocking=False):  # free, or this thread's own
+            self.clock_lock.release()
+        else:
+            self.clock_lock = RLock()
+        mine = this_thread()
+        self._deferrals = {thread: kept for thread, kept in self._deferrals.items() if thread == mine}
 
     cdef void _forget_other_threads(self) noexcept:
         """In a child of fork(), drop the counts of threads that are not here."""

@@ -37,24 +37,26 @@ cdef class Transaction:
     Thread-safety: one object is for all threads.
     """
 
-    cdef readonly object lock
     cdef GuestMemory _memory
     cdef object _after
-    cdef object _acquire, _release
     cdef object _token  # in the memory while this is its live clock's; None before take_over()
     cdef int _depth
     cdef uint64_t _owner  # the thread, while _depth is not 0
 
     def __cinit__(self, GuestMemory memory not None, after: object) -> None:
         self._memory, self._after = memory, after
-        self.lock = memory.clock_lock
-        self._acquire, self._release = self.lock.acquire, self.lock.release
+
+    @property
+    def lock(self) -> object:
+        return self._memory.clock_lock
 
     def __enter__(self) -> Transaction:
-        self._acquire()
+        self._memory.clock_lock.acquire()
         if self._token is not None and self._memory.live_clock is not self._token:
-            self._release()
+            self._memory.clock_lock.release()
             raise StateError("an operation", "another clock has taken over this one's memory", "use that clock")
+        if self._owner != this_thread():  # and who left it in the middle did so in the parent of a fork()
+            self._depth = 0
         self._depth += 1
         if self._depth == 1:
             self._owner = this_thread()
@@ -62,7 +64,7 @@ cdef class Transaction:
                 self._memory.defer()
             except BaseException:
                 self._depth = 0
-                self._release()
+                self._memory.clock_lock.release()
                 raise
         return self
 
@@ -71,7 +73,7 @@ cdef class Transaction:
             raise StateError("Transaction.__exit__", "this thread is in none", "use a with statement")
         if self._depth > 1:
             self._depth -= 1
-            self._release()
+            self._memory.clock_lock.release()
             return False
         error = self._end(raised)
         if error is not raised:

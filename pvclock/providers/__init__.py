@@ -30,6 +30,7 @@ from pvclock.providers.minimal import MinimalProvider
 from pvclock.providers.none import NoneProvider
 from pvclock.providers.timing import CPUID_TIMING
 from pvclock.quantities import U64_MASK, Gpa, shown
+from pvclock.threads import renew_in_children
 
 __all__ = [
     "PROFILES",
@@ -138,6 +139,11 @@ class GuestInterface:
             log("warning: leaf 0x40000010 is offered; a guest that goes by its TSC leaves every policy of this clock")
         if not flag("tsc_usable", tsc_usable):
             log(f"warning: the host's TSC is not usable; guests of provider {self.name} may see time run unevenly")
+        renew_in_children(self)
+
+    def begin_anew(self) -> None:
+        """See HasLock."""
+        self._counts_lock = threading.Lock()
 
     # What it is
 

@@ -12,6 +12,7 @@ from pvclock import arguments
 from pvclock.arguments import serving, whole
 from pvclock.errors import RangeError, StateError
 from pvclock.providers.interface import Status
+from pvclock.threads import renew_in_children
 
 __all__ = ["DebugChannel", "DebugDevice", "DebugSetup", "DebugTraffic"]
 
@@ -52,6 +53,11 @@ class DebugChannel:
         self._device: DebugDevice | None = None
         self._lock = threading.Lock()
         self.traffic = DebugTraffic()
+        renew_in_children(self)
+
+    def begin_anew(self) -> None:
+        """See HasLock."""
+        self._lock = threading.Lock()
 
     def register(self, device: DebugDevice) -> None:
         """Let `device` be the VMM's end; StateError if there is one."""

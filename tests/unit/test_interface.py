@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import pytest
@@ -317,3 +319,25 @@ def test_pairing_is_one_instant_or_none() -> None:
     clock.note([], host_trusted=True)
     backend.tsc_stable = False
     assert clock.pairing(0) is None
+
+
+@pytest.mark.row("G-23", "E9")
+def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
+    """Forked while others count a hypercall and are in the debug device, a child does both."""
+    interface = a_clock().interface
+    locks = interface._counts_lock, interface.debug._lock
+    for lock in locks:
+        lock.acquire()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(int(HANG_S))  # a wait for ever ends the child, not the test
+            interface.hypercall(0, HypercallRegisters(1))
+            interface.term()
+            status = 0 if interface.statistics.hypercalls == 1 else 2
+        finally:
+            os._exit(status)
+    for lock in locks:
+        lock.release()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

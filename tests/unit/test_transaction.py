@@ -1,9 +1,11 @@
 """One change of a clock at a time: what is told when, what comes out, and that no interrupt leaks the lock."""
 
 import _thread
+import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -12,6 +14,7 @@ import pytest
 
 from pvclock import GuestMemory, StateError
 from pvclock._transaction import Transaction
+from tests.waiting import HANG_S
 
 INTERRUPTS = 1000
 
@@ -366,3 +369,58 @@ def test_a_thread_inherits_nothing_from_one_that_has_ended() -> None:
         thread.join()
     assert any(was_anothers)  # else it shows nothing
     assert clock.heard == [("0x200", False), ("0x300", True), ("after", False)] * 20
+
+
+@pytest.mark.row("E9")
+def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
+    """Forked while another thread's on_dirty keeps it at its end: in the child the next one begins, and ends."""
+    clock = Clock()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def on_dirty(_gpa: int, _length: int) -> None:
+        inside.set()
+        go_on.wait()
+
+    clock.memory.on_dirty = on_dirty
+
+    def change() -> None:
+        with clock.transaction:
+            clock.memory.write(0x100, b"a")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        assert inside.wait(HANG_S)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork with threads
+            child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.alarm(int(HANG_S))  # a wait for ever ends the child, not the test
+                clock.memory.on_dirty = lambda gpa, _length: clock.heard.append(gpa)
+                change()
+                with clock.transaction.lock:
+                    status = 0 if clock.heard == [0x100, ("after", False)] else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        go_on.set()
+        thread.join()
+
+
+@pytest.mark.row("E9")
+def test_a_child_that_is_forked_within_a_transaction_ends_it() -> None:
+    """The thread that forks goes on in the child, with the lock that it holds and what it has kept back."""
+    clock = Clock()
+    child = 0
+    with clock.transaction:
+        clock.memory.write(0x100, b"a")
+        child = os.fork()
+        if child == 0:
+            signal.alarm(int(HANG_S))
+    if child == 0:
+        os._exit(0 if clock.heard == [("0x100", True), ("after", False)] else 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert clock.heard == [("0x100", True), ("after", False)]
