@@ -20,6 +20,16 @@ class Transaction:
         self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None
     ) -> Literal[False]: ...
 
+@final
+class Turns:
+    def take(self) -> Turn: ...
+
+@final
+class Turn:
+    def __new__(cls, turns: Turns) -> Self: ...
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *exc_info: object) -> None: ...
+
 class _Log(Protocol):
     @property
     def last(self) -> int: ...
@@ -30,7 +40,7 @@ def commit(
     publish: Callable[[], _Returned],
     change: Callable[[_Returned], tuple[_State, Iterable[object]]],
     take: Callable[[_State], object],
-    events: _Log,
+    events: _Log | None = None,
 ) -> None: ...
 def attempt(
     begin: Callable[[], object], undo: Callable[[], object], operation: Callable[[Callable[[], None]], _Result]

@@ -104,13 +104,50 @@ cdef class Transaction:
         return error
 
 
-def commit(publish: object, change: object, take: object, events: object) -> None:
+@cython.final
+cdef class Turns:
+    """Whose turn is it to do what one at a time may?  `with turns.take() as is_mine`: who is first; others go without.
+
+    Nobody waits, so it may be taken before a lock or within it.  In a child of fork() it is nobody's.
+    """
+
+    cdef bint _taken
+    cdef uint64_t _forks  # when it was taken
+
+    def take(self) -> Turn:
+        """A context manager; False where it is another's turn, or this thread's already."""
+        return Turn(self)
+
+
+@cython.final
+cdef class Turn:
+    """See Turns.take()."""
+
+    cdef Turns _turns
+    cdef bint _is_mine
+
+    def __cinit__(self, Turns turns not None) -> None:
+        self._turns = turns
+
+    def __enter__(self) -> bool:
+        if not self._is_mine and not (self._turns._taken and self._turns._forks == fork_count()):
+            self._is_mine = self._turns._taken = True
+            self._turns._forks = fork_count()
+            return True
+        return False
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._is_mine:
+            self._is_mine = self._turns._taken = False
+
+
+def commit(publish: object, change: object, take: object, events: object = None) -> None:
     """Publish, have what changes by that, and record it, as one step that no interrupt takes apart.
 
     `publish()` returns the host TSC from which on the change holds, and raises before anything has changed, or not at
     all.  `change(tsc)` then returns the new state and the events, `take(state)` makes that the present one, and
-    `events.record(event)` is called for each.  An interrupt that comes meanwhile comes out when all is done: what it
-    broke off is called again, so `change` is pure and `take` does nothing the second time.
+    `events.record(event)` is called for each, if any.  An interrupt that comes meanwhile comes out when all is done:
+    what it broke off is called again, so `change` is pure and `take` does nothing the second time.
     """
     cdef list interrupts = []
     tsc = publish()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from typing import Final, NamedTuple
 
+from pvclock._transaction import Turns
 from pvclock.backend import Backend
 from pvclock.clock.timekeeper import Timekeeper, nothing
 from pvclock.discipline import MAX_PPM, Discipline, Steering, SteeringState
@@ -28,10 +28,15 @@ INJECTED: Final = "injected"
 
 
 class Following(NamedTuple):
-    """What is followed, and how; replaced as a whole.  breaks: how often the host's TSC stepped, or it slept."""
+    """What is followed, and how; replaced as a whole.
+
+    turns: who may sample: samples come in order, and may take a while.  breaks: how often the host's TSC stepped, or it
+    slept.
+    """
 
     sampler: Sampler
     discipline: Discipline
+    turns: Turns
     breaks: int = 0
 
 
@@ -48,7 +53,6 @@ class Follower:
         self._keeper = keeper
         self._following: Following | None = None
         self._asleep_ns = 0  # what the reference has that the host's TSC has not, since it is followed
-        self._ticking = threading.RLock()  # taken before the clock's own: samples come in order, and may take a while
 
     def follow(
         self, reference: Reference | str | SampleSource, *, max_ppm: float = MAX_PPM, panic_ns: int | None = None
@@ -58,7 +62,7 @@ class Follower:
         with self._keeper.changing:
             known = self._following.discipline.held if self._following else Fraction(0)
             discipline = Discipline(self._keeper.backend.tsc_hz, max_ppm, known, panic_ns)
-            following = Following(Sampler(source), discipline) if source else None
+            following = Following(Sampler(source), discipline, Turns()) if source else None
 
             def take() -> None:
                 self._following, self.reference, self.steering, self._asleep_ns = following, name, None, 0
@@ -72,10 +76,14 @@ class Follower:
 
         examine: looks at the host first; None if this CPU's TSC is no good.  refresh: republishes where the rate stays.
         """
-        with self._ticking:
-            following = self._following
+        following = self._following
+        if following is None:
+            return self._take_tick(examine, refresh, None, None)
+        with following.turns.take() as is_mine:
+            if not is_mine:  # another tick is at its sample, maybe for long, and will bring it
+                return self._take_tick(examine, refresh, None, None)
             try:
-                sample = following.sampler.sample() if following else None
+                sample = following.sampler.sample()
             except Exception:
                 self._take_tick(examine, refresh, following, None)
                 raise

@@ -381,3 +381,80 @@ def test_samples_that_are_none(ns: int, bound_ns: float) -> None:
     with pytest.raises(RangeError, match="its bound must be"):
         vm.clock.tick()
     assert vm.clock.pace == 1
+
+
+def in_time(*threads: threading.Thread) -> bool:
+    """Do they all end?"""
+    for thread in threads:
+        thread.join(HANG_S)
+    return not any(thread.is_alive() for thread in threads)
+
+
+class HeldSource:
+    """A source whose first sample, by another thread than this one, waits to be let go."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        self.sampling, self.go_on = threading.Event(), threading.Event()
+        self.calls = 0
+
+    def __call__(self) -> Sample:
+        """Sample."""
+        self.calls += 1
+        if self.calls == 1:
+            self.sampling.set()
+            assert self.go_on.wait(HANG_S)
+        return Sample(self.vm.backend.tsc, self.vm.backend.ref_ns, 10.0)
+
+
+@pytest.mark.row("K-15", "E9")
+@pytest.mark.parametrize("call", ["tick", "follow", "tick and follow"])
+def test_an_on_dirty_that_ticks_meets_a_tick_at_its_sample(call: str) -> None:
+    """One holds the clock's lock and wants to tick or follow, the other samples and wants the lock: both end."""
+    vm = Vm(0)
+    source, told = HeldSource(vm), list[int]()
+    vm.clock.follow(source)
+    sampling = threading.Thread(target=vm.clock.tick, daemon=True)
+    sampling.start()
+    assert source.sampling.wait(HANG_S)
+
+    def on_dirty(gpa: int, _length: int) -> None:
+        if threading.current_thread() is not skipping or told:
+            return
+        told.append(gpa)
+        source.go_on.set()
+        sampling.join(0.1)  # it gets as far as the clock's lock
+        if "tick" in call:
+            vm.clock.tick()
+        if "follow" in call:
+            vm.clock.follow("raw")
+
+    vm.memory.on_dirty = on_dirty
+    skipping = threading.Thread(target=vm.clock.skip, args=(1,), daemon=True)
+    skipping.start()
+    assert in_time(skipping, sampling)
+    assert told
+    vm.clock.tick()
+    assert vm.clock.steering is not None
+
+
+@pytest.mark.row("K-15", "E9")
+def test_a_source_that_is_held_up_holds_up_no_other_tick() -> None:
+    """Meanwhile others publish without a sample, and another reference can be followed; the late sample is dropped."""
+    vm = Vm(0)
+    source = HeldSource(vm)
+    vm.clock.follow(source)
+    sampling = threading.Thread(target=vm.clock.tick, daemon=True)
+    sampling.start()
+    assert source.sampling.wait(HANG_S)
+    version = page_of(vm.clock).version
+    vm.pass_time()
+    assert vm.clock.tick() is None
+    assert page_of(vm.clock).version > version
+    assert source.calls == 1
+    vm.clock.follow("raw")
+    steering = vm.clock.tick()
+    assert steering is not None
+    source.go_on.set()
+    assert in_time(sampling)
+    assert vm.clock.steering is steering

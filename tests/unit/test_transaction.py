@@ -13,7 +13,7 @@ from queue import SimpleQueue
 import pytest
 
 from pvclock import GuestMemory, StateError
-from pvclock._transaction import Transaction
+from pvclock._transaction import Transaction, Turns
 from tests.waiting import HANG_S
 
 INTERRUPTS = 1000
@@ -424,3 +424,39 @@ def test_a_child_that_is_forked_within_a_transaction_ends_it() -> None:
         os._exit(0 if clock.heard == [("0x100", True), ("after", False)] else 2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert clock.heard == [("0x100", True), ("after", False)]
+
+
+@pytest.mark.row("E9")
+def test_who_comes_in_anothers_turn_goes_without() -> None:
+    """A turn is the first one's until its `with` ends, however it ends; nobody waits, in whatever thread."""
+    turns, taken = Turns(), list[bool]()
+
+    def take() -> None:
+        with turns.take() as is_mine:
+            taken.append(is_mine)
+
+    def take_and_raise() -> None:
+        with turns.take() as is_mine:
+            taken.append(is_mine)
+            take()
+            thread = threading.Thread(target=take)
+            thread.start()
+            thread.join()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        take_and_raise()
+    take()
+    assert taken == [True, False, False, True]
+
+
+@pytest.mark.row("E9")
+def test_a_turn_ends_with_the_process_that_took_it() -> None:
+    """In a child of fork() it is nobody's, whoever had it in the parent."""
+    turns = Turns()
+    with turns.take():
+        child = os.fork()
+        if child == 0:
+            with turns.take() as is_mine:
+                os._exit(0 if is_mine else 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
