@@ -177,8 +177,18 @@ class GuestSide:
 
         begin: what changes with it, before the publish; undo: takes that back where it could not be.
         """
+        self.place_time_pages({vcpu: gpa}, begin, undo, vcpu)
+
+    def place_time_pages(
+        self,
+        pages: Mapping[int, Gpa | None],
+        begin: Callable[[], object],
+        undo: Callable[[], object],
+        vcpu: int | None = None,
+    ) -> None:
+        """As place_time_page(), of several vCPUs in one step; vcpu: one that is out of the guest, the caller's own."""
         with self._keeper.changing:
-            self._placement.place(vcpu, gpa, begin, undo)
+            self._placement.place(pages, begin, undo, vcpu)
 
     def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
         """Publish with vCPU's page where it is; begin, undo: as place_time_page()."""

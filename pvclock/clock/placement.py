@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from pvclock.clock.timekeeper import Timekeeper, nothing
+from pvclock.clock.timekeeper import Timekeeper
 from pvclock.events import Event, EventCause, EventKind
 from pvclock.quantities import Gpa
 from pvclock.readings import HostStamps
@@ -25,38 +25,42 @@ class Placement:
 
     def place(
         self,
-        vcpu: int,
-        gpa: Gpa | None,
-        begin: Callable[[], object] = nothing,
-        undo: Callable[[], object] = nothing,
+        places: Mapping[int, Gpa | None],
+        begin: Callable[[], object],
+        undo: Callable[[], object],
+        out_of_guest: int | None,
     ) -> None:
-        """See GuestClock.place_time_page()."""
+        """See GuestSide.place_time_pages()."""
         keeper, pages = self._keeper, self._keeper.pages
-        stamps = keeper.backend.stamps() if gpa is not None and self._left_to_tell > 0 else None
-        before, left = pages.registered(vcpu), self._left_to_tell - 1
+        placed = {vcpu: gpa for vcpu, gpa in places.items() if gpa is not None}
+        stamps = keeper.backend.stamps() if placed and self._left_to_tell > 0 else None
+        before, left = {vcpu: pages.registered(vcpu) for vcpu in places}, self._left_to_tell
 
         def move() -> None:
             begin()
-            pages.register(vcpu, gpa)
+            for vcpu, gpa in places.items():
+                pages.register(vcpu, gpa)
 
         def move_back() -> None:
             undo()
-            pages.register(vcpu, before)
+            for vcpu, gpa in before.items():
+                pages.register(vcpu, gpa)
 
         def told() -> tuple[Event, ...]:
-            if gpa is None or stamps is None:
+            if stamps is None:
                 return ()
-            self._left_to_tell = left
-            return self._told(vcpu, gpa, stamps)
+            self._left_to_tell = left - len(placed)
+            events = [self._told(vcpu, gpa, stamps) for vcpu, gpa in list(placed.items())[:left]]
+            return tuple(event for event in events if event is not None)
 
-        keeper.adopt(move, move_back, told, vcpu)
+        keeper.adopt(move, move_back, told, out_of_guest)
 
-    def _told(self, vcpu: int, gpa: Gpa, stamps: HostStamps) -> tuple[Event, ...]:
+    def _told(self, vcpu: int, gpa: Gpa, stamps: HostStamps) -> Event | None:
         """What is recorded of a page that was placed; nothing while paused, for it is published at resume()."""
         page = self._keeper.page(vcpu)
         kind, why = EventKind.REFUSED, f"there is no memory for its clock's page at {gpa:#x}"
         if page is not None:
             if not page.tsc_to_system_mul:
-                return ()
+                return None
             kind, why = EventKind.PAGE, f"page at {gpa:#x}, {page.described()}"
-        return (self._keeper.event(kind, f"vCPU {vcpu}: {why}", stamps, cause=EventCause.GUEST),)
+        return self._keeper.event(kind, f"vCPU {vcpu}: {why}", stamps, cause=EventCause.GUEST)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 from pvclock import arguments
@@ -295,11 +296,12 @@ class GuestInterface:
         newest = self._provider.version
         if provider_version > newest and self.profile != "virtualbox":
             raise StateFileError("provider version", str(provider_version), f"0 to {newest}")
-        if self.name == "KVM":
-            self._take_kvm(unit.decode_kvm(rest, self._vcpus))
+        if isinstance(self._provider, KvmProvider):
+            self._take_kvm(self._provider, unit.decode_kvm(rest, self._vcpus), provider_version)
         elif rest:
             raise StateFileError("unit", f"{len(rest)} bytes after the header", f"none of provider {self.name!r}")
-        self.version = provider_version
+        else:
+            self.version = provider_version
 
     # Inside
 
@@ -324,22 +326,22 @@ class GuestInterface:
                 return unit.KvmPart(_with_own(parts, saved), wall_clock, adopted)
         raise AssertionError("provider 'KVM' saved neither system time nor wall clock")
 
-    def _take_kvm(self, part: unit.KvmPart) -> None:
-        here = int(self._provider.config["features"])
+    def _take_kvm(self, provider: KvmProvider, part: unit.KvmPart, version: int) -> None:
+        here = int(provider.config["features"])
         if part.features != here and self.profile != "virtualbox":
             raise ConfigError(f"the unit's guest was offered KVM features {part.features:#x}; this VM offers {here:#x}")
-        self._provider.reset()
-        kept = self._provider.save()
         written: dict[str, MsrValue] = {
             "system_time": tuple(vcpu.system_time_msr for vcpu in part.vcpus),
             "wall_clock": part.wall_clock_msr,
             "time_page_version": tuple(vcpu.version for vcpu in part.vcpus),
             "time_page_flags": tuple(vcpu.flags for vcpu in part.vcpus),
         }
-        self._provider.load({name: written.get(name, value) for name, value in kept.items()})
-        self._adopted_features = part.features  # not CPUID's: the guest was told of those
-        if isinstance(self._provider, KvmProvider):
-            self._provider.place_pages_again()
+        # The features are not CPUID's: the guest was told of those.
+        adopt = partial(self._adopt, version, part.features)
+        provider.replace(written, adopt, partial(self._adopt, self.version, self._adopted_features))
+
+    def _adopt(self, version: int, features: int | None) -> None:
+        self.version, self._adopted_features = version, features
 
 
 def provider_named_in(config: Mapping[str, object]) -> str:

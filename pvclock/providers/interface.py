@@ -145,6 +145,18 @@ class ClockServices(Protocol):
         begin: what changes with it, before the publish; undo: takes that back where it could not be.
         """
 
+    def place_time_pages(
+        self,
+        pages: Mapping[int, Gpa | None],
+        begin: Callable[[], object],
+        undo: Callable[[], object],
+        vcpu: int | None = None,
+    ) -> None:
+        """As place_time_page(), of several vCPUs in one step, which is whole before anybody is told.
+
+        vcpu: one that is out of the guest, the caller's own.
+        """
+
     def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
         """As place_time_page(), with vCPU's page where it is."""
 

@@ -269,6 +269,20 @@ def vmm_writes(index: int, value: int) -> Callable[[Twin], object]:
     return lambda twin: twin.clock.host_write_msr(1, index, value)
 
 
+def a_unit(profile: str) -> bytes:
+    """VirtualBox's unit of a VM whose guest has its pages elsewhere."""
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), 2, backend=SimulatedBackend(HZ), profile=profile)
+    for vcpu in range(2):
+        clock.write_msr(vcpu, SYSTEM_TIME, OTHER_PAGE + 64 * vcpu | 1)
+    return clock.interface.save_unit()
+
+
+def load_unit(profile: str = "linux") -> Callable[[Twin], object]:
+    """Take a unit."""
+    unit = a_unit(profile)
+    return lambda twin: twin.clock.interface.load_unit(unit)
+
+
 OPERATIONS: dict[str, Operation] = {
     "refresh": Operation(lambda twin: twin.clock.refresh()),
     "refresh of a vCPU": Operation(lambda twin: twin.clock.refresh(0)),
@@ -313,9 +327,7 @@ OPERATIONS: dict[str, Operation] = {
     "guest moves its page by profile virtualbox": Operation(
         guest_writes(SYSTEM_TIME, OTHER_PAGE | 1), by_profile("virtualbox")
     ),
-    "guest disables all pages by profile virtualbox": Operation(
-        guest_writes(SYSTEM_TIME, 0), by_profile("virtualbox"), in_steps=True
-    ),
+    "guest disables all pages by profile virtualbox": Operation(guest_writes(SYSTEM_TIME, 0), by_profile("virtualbox")),
     "guest disables its page": Operation(guest_writes(SYSTEM_TIME, 0)),
     "guest writes wall clock": Operation(guest_writes(WALL_CLOCK_MSR, WALL_CLOCK)),
     "guest writes steal time": Operation(guest_writes(STEAL_TIME_MSR, STEAL_TIMES[0] | 1)),
@@ -324,6 +336,10 @@ OPERATIONS: dict[str, Operation] = {
     "restore": Operation(restore, saved),
     "restore and resume": Operation(restore_and_resume, saved, in_steps=True),
     "resume, restored": Operation(lambda twin: twin.clock.resume("advance"), restored),
+    "load a unit": Operation(load_unit()),
+    "load a unit, paused": Operation(load_unit(), paused),
+    "load a unit by profile virtualbox": Operation(load_unit("virtualbox"), by_profile("virtualbox")),
+    "term": Operation(lambda twin: twin.clock.interface.term()),
     "note": Operation(note, troubled),
     "place_time_page": Operation(lambda twin: twin.clock.interface.provider.clock.place_time_page(0, Gpa(OTHER_PAGE))),
     "churn": Operation(lambda twin: twin.clock.churn(3, [Fraction(1), Fraction(1, 3)])),

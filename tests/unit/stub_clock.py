@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
@@ -74,6 +74,19 @@ class StubClock:
         """Keep it there, and publish."""
         begin()
         self._pages.register(vcpu, gpa)
+        self.refresh(vcpu)
+
+    def place_time_pages(
+        self,
+        pages: Mapping[int, Gpa | None],
+        begin: Callable[[], object],
+        undo: Callable[[], object],
+        vcpu: int | None = None,
+    ) -> None:
+        """Keep them there, and publish."""
+        begin()
+        for each, gpa in pages.items():
+            self._pages.register(each, gpa)
         self.refresh(vcpu)
 
     def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:

@@ -5,7 +5,7 @@ Source: kvm_write_system_time(), kvm_write_wall_clock(); Documentation/virt/kvm/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from struct import Struct
@@ -62,20 +62,30 @@ class KvmClock:
         """Did vCPU 0 write the old system-time MSR last?  Readers of that time expect frequent timestamps."""
         return bool(self._boot_vcpu_runs_old_kvmclock[0])
 
-    def take_pages_back(self) -> None:
-        """Leave every page as it is from now on."""
-        for vcpu in range(self._vcpus):
-            self._clock.place_time_page(vcpu, None)
+    def take_pages_back(self, begin: Callable[[], object], undo: Callable[[], object], vcpu: int | None = None) -> None:
+        """Leave every page as it is from now on; begin, undo, vcpu: see ClockServices.place_time_pages()."""
+        self._clock.place_time_pages(dict.fromkeys(range(self._vcpus)), begin, undo, vcpu)
 
-    def place_pages_again(self) -> None:
-        """Publish the pages of registers that were loaded, which is no registration by the guest."""
-        for vcpu in range(self._vcpus):
-            gpa = Gpa(self._system_time[vcpu] & ~ENABLED)
-            if not self._system_time[vcpu] & ENABLED or self._is_refused(gpa):
-                continue
-            if self._profile.keeps_own_version and self._clock.memory.contains(gpa, TIME_INFO_BYTES):
-                self._put_own(vcpu, gpa, self._version[vcpu] - 2)
-            self._clock.place_time_page(vcpu, gpa)
+    def replace_pages(
+        self, system_time: Sequence[int], begin: Callable[[], object], undo: Callable[[], object]
+    ) -> None:
+        """Publish the pages of those system-time MSRs and no others, which is no registration by the guest."""
+        pages = {vcpu: self._page_of(value) for vcpu, value in enumerate(system_time)}
+
+        def begin_all() -> None:
+            begin()
+            for vcpu, gpa in pages.items():
+                if gpa is not None and self._keeps_own(gpa):
+                    self._put_own(vcpu, gpa, self._version[vcpu] - 2)
+
+        self._clock.place_time_pages(pages, begin_all, undo)
+
+    def _keeps_own(self, gpa: int) -> bool:
+        return self._profile.keeps_own_version and self._clock.memory.contains(gpa, TIME_INFO_BYTES)
+
+    def _page_of(self, value: int) -> Gpa | None:
+        gpa = Gpa(value & ~ENABLED)
+        return gpa if value & ENABLED and not self._is_refused(gpa) else None
 
     # System time
 
@@ -86,10 +96,10 @@ class KvmClock:
         runs_old = index == MSR_KVM_SYSTEM_TIME if vcpu == 0 else self.boot_vcpu_runs_old_kvmclock
         write = partial(self._set_system_time, vcpu, value, runs_old)
         undo = partial(self._set_system_time, vcpu, self._system_time[vcpu], self.boot_vcpu_runs_old_kvmclock)
-        if gpa is None:
+        if gpa is None and self._profile.stops_all_pages:
+            self.take_pages_back(write, undo, vcpu)
+        elif gpa is None:
             self._clock.place_time_page(vcpu, None, write, undo)
-            if self._profile.stops_all_pages:
-                self.take_pages_back()
         elif self._is_refused(gpa):
             # Linux refuses a page-crossing address before it looks at the old one, which stays in use.
             self._clock.keep_time_page(vcpu, write, undo)

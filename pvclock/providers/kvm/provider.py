@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 from pvclock.errors import ConfigError, MsrFault, RangeError
@@ -240,15 +241,37 @@ class KvmProvider:
             return {}
         return {"timing_leaf": True, "apic_bus_hz": self._apic_bus_hz}
 
-    def place_pages_again(self) -> None:
-        """Publish the pages that load() has taken, as a saved unit's are."""
-        self._kvmclock.place_pages_again()
+    def replace(self, written: Mapping[str, MsrValue], begin: Callable[[], object], undo: Callable[[], object]) -> None:
+        """As nothing had been written but this, with those pages and no others, in one step.
+
+        written: values of save(), by name; those that this profile does not have are left out.  ConfigError, and
+        nothing changed, for what a guest could not have written.  begin: what changes with it; undo: takes that back
+        where it could not be.
+        """
+        before = self.save()
+
+        def take() -> None:
+            self._forget()
+            self.load({**self.save(), **{name: value for name, value in written.items() if name in before}})
+            begin()
+
+        def take_back() -> None:
+            undo()
+            self.load(before)
+
+        match written.get("system_time"):
+            case tuple(system_time):
+                self._kvmclock.replace_pages(system_time, take, take_back)
+            case _:
+                self._kvmclock.take_pages_back(take, take_back)
 
     def reset(self) -> None:
         """As nothing had been written, with every page taken back."""
+        self._kvmclock.take_pages_back(self._forget, partial(self.load, self.save()))
+
+    def _forget(self) -> None:
         for register in self._registers:
             register.reset()
-        self._kvmclock.take_pages_back()
 
     def save(self) -> Mapping[str, MsrValue]:
         """What the guest wrote last, and what it has not answered."""
