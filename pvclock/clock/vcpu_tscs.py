@@ -9,7 +9,7 @@ from typing import Literal
 
 from pvclock._transaction import attempt
 from pvclock.arguments import whole
-from pvclock.clock.timekeeper import Timekeeper, TimeState
+from pvclock.clock.timekeeper import Timekeeper, TimeState, nothing
 from pvclock.errors import RangeError, TscOffsetNotHonoured
 from pvclock.events import Event, EventCause, EventKind
 from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, signed64
@@ -47,7 +47,7 @@ class VcpuTscs:
     def begin(self) -> None:
         """Give the host the offsets that these TSCs begin with, all or (TscOffsetNotHonoured) none."""
         change = OffsetChange(self._keeper, self, self._tscs, dict(enumerate(self._tscs)), self.host_offsets)
-        attempt(change.give_all, change.give_back, lambda reached: reached())
+        attempt(change.give_all, change.hand_back, lambda reached: reached())
 
     def at(self, vcpu: int, host_tsc: HostTsc) -> VcpuTsc:
         """A copy of vCPU's TSC, which reads right at `host_tsc`, and from there on if it does not stand."""
@@ -224,12 +224,16 @@ class OffsetChange:
     ) -> None:
         self.refused: TscOffsetNotHonoured | None = None
         """The last offset that this host could not give."""
+        self._is_told = False  # that it did not take some back
         self._keeper, self._tscs, self._before, self._wanted = keeper, tscs, before, wanted
         self._host_offsets = [tsc.offset for tsc in before] if host_offsets is None else host_offsets
 
     def give_all(self) -> None:
-        """Give the host all; TscOffsetNotHonoured where it cannot."""
-        for vcpu, tsc in self._wanted.items():
+        """Give the host all, or (TscOffsetNotHonoured) none.
+
+        TSCs that go back come first: a host that puts them forward only refuses those before it has taken any other.
+        """
+        for vcpu, tsc in sorted(self._wanted.items(), key=self._ahead_ticks):
             self._keeper.backend.set_tsc_offset(vcpu, tsc.offset)
         self._take()
 
@@ -244,13 +248,43 @@ class OffsetChange:
         self._take()
 
     def give_back(self) -> None:
-        """All as before: the host's offsets, as far as it takes them, and the pages'."""
-        for vcpu in self._wanted:
-            with suppress(Exception):  # what made us give back comes out
-                self._keeper.backend.set_tsc_offset(vcpu, self._host_offsets[vcpu])
+        """All as before, on the host and in pages; what the host does not take back stays in both, and is told."""
+        stays, tscs = self.hand_back(), list(self._before)
+        for vcpu, offset in stays.items():
+            wanted = self._wanted[vcpu]
+            tscs[vcpu] = wanted.copy() if offset == wanted.offset else self._before[vcpu].copy()
+            tscs[vcpu].offset = offset
         if self._wanted:
-            self._tscs.take(self._before)
+            self._tscs.take(tscs)
             self._tscs.show_standing()
+        if stays and not self._is_told:
+            self._keeper.adopt(nothing, nothing, partial(self._tell, stays, self._keeper.backend.stamps()))
+
+    def hand_back(self) -> dict[int, int]:
+        """Have the host take back what it was given; by vCPU, the offsets that it has and does not take back."""
+        stays = {}
+        for vcpu in self._wanted:
+            before, backend = self._host_offsets[vcpu], self._keeper.backend
+            try:
+                backend.set_tsc_offset(vcpu, before)
+            except Exception:  # noqa: BLE001  # what made us give back comes out
+                with suppress(Exception):
+                    there = backend.tsc_offset(vcpu)
+                    if there not in (None, before):
+                        stays[vcpu] = there
+        return stays
+
+    def _tell(self, stays: dict[int, int], stamps: HostStamps) -> tuple[Event, ...]:
+        self._is_told = True
+        whys = [
+            f"vCPU {vcpu}: offset {offset:#x} stays, for the host does not take it back"
+            for vcpu, offset in stays.items()
+        ]
+        return tuple(self._keeper.event(EventKind.TSC, why, stamps) for why in whys)
+
+    def _ahead_ticks(self, wanted: tuple[int, VcpuTsc]) -> int:
+        vcpu, tsc = wanted
+        return signed64(tsc.offset - self._host_offsets[vcpu])
 
     def refusal(self, stamps: HostStamps, state: TimeState) -> tuple[Event, ...]:
         """What is to be recorded, at an instant of `state`, of an offset that this host could not give.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pvclock._counter import Counter, HostCounter, KernelTimeCounter
+from pvclock._transaction import commit
 from pvclock.backend import (
     CLOCK_GRAIN_NS,
     CLOCK_IDS,
@@ -163,12 +165,12 @@ class SteeredTscBackend(_VcpusOfRunner):
             kernel_time, host_tsc, _ = min(
                 (self._bracket(self._host_counter.read) for _ in range(SAMPLES)), key=lambda it: it[2]
             )
-            self._vcpus[vcpu].set_tsc_offset((kernel_time + offset - host_tsc) & U64_MASK)
-            self._offsets[vcpu] = offset
+            give = partial(self._vcpus[vcpu].set_tsc_offset, (kernel_time + offset - host_tsc) & U64_MASK)
+            commit(give, lambda _: (offset, ()), partial(self._offsets.__setitem__, vcpu))
 
     def tsc_offset(self, vcpu: int) -> int | None:
-        """See Backend: KVM moves the host's own all the time, and those to kernel time stay."""
-        return None
+        """See Backend: KVM moves the host's own all the time, and those to kernel time stay as they were set."""
+        return self._offsets.get(vcpu)
 
     def _bracket(self, read: Callable[[], int]) -> tuple[HostTsc, int, int]:
         """The counter at the instant of `read()`, what that gave, and the bracket's width in ticks."""

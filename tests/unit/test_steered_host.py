@@ -1,0 +1,131 @@
+"""A host whose KVM puts TSCs forward only: an offset is with KVM and in pages, or with neither, come what may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Final, cast
+
+import pytest
+
+from pvclock import GuestClock, GuestMemory, HostTsc, TscOffsetNotHonoured, read_tsc
+from pvclock.events import EventKind
+from pvclock.kvm import Runner, Vcpu
+from pvclock.kvm.backend import SteeredTscBackend
+from tests import oracle
+from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME
+from tests.unit.test_interrupted_operations import interrupted
+
+HZ: Final = 2_596_132_000
+HOUR: Final = 3600 * HZ
+
+
+class KeepingVcpu:
+    """Takes TSC offsets as KVM does."""
+
+    offset = 0
+
+    def get_tsc_khz(self) -> int:
+        """The nominal rate."""
+        return HZ // 1000
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Keep it."""
+        self.offset = offset
+
+
+class Vm:
+    """Two vCPUs and a clock on such a host; its guest has registered both pages."""
+
+    def __init__(self) -> None:
+        self.vcpus = [KeepingVcpu(), KeepingVcpu()]
+        vcpus = cast("list[Vcpu]", self.vcpus)
+        self.backend = SteeredTscBackend(vcpus, Runner(vcpus, lambda *_: True))
+        self.memory = GuestMemory(bytearray(1 << 16))
+        self.clock = GuestClock(self.memory, 2, backend=self.backend)
+        for vcpu in range(2):
+            self.clock.write_msr(vcpu, SYSTEM_TIME, PAGES[vcpu] | 1)
+
+    def put_forward(self, vcpu: int = 0) -> None:
+        """Put a vCPU's TSC forward by an hour."""
+        self.clock.host_write_msr(vcpu, 0x10, (self.clock.guest_tsc(vcpu, self.now) + HOUR) % 2**64)
+
+    @property
+    def now(self) -> HostTsc:
+        """The host's TSC, which is kernel time."""
+        return HostTsc(self.backend.counter.read())
+
+    def offsets(self) -> list[int]:
+        """The vCPUs' offsets as the clock has them, which KVM has, too; each guest reads the clock's time."""
+        offsets = [self.clock.tsc(vcpu).offset for vcpu in range(2)]
+        assert offsets == [self.backend.tsc_offset(vcpu) for vcpu in range(2)]
+        for page, vcpu in zip(PAGES, self.vcpus, strict=True):
+            reads = oracle.TimeInfo.parse(self.memory.read(page, 32)).read((read_tsc() + vcpu.offset) % 2**64)
+            assert abs(reads - self.clock.now()) < NS_PER_S
+        return offsets
+
+
+def put_forward(vm: Vm) -> None:
+    """By the VMM."""
+    vm.put_forward()
+
+
+def guest_puts_forward(vm: Vm) -> None:
+    """By the guest, whose IA32_TSC_ADJUST moves along."""
+    vm.clock.write_msr(0, 0x3B, (vm.clock.read_msr(0, 0x3B) + HOUR) % 2**64)
+
+
+def repair(vm: Vm) -> None:
+    """vCPU 0 follows vCPU 1, which is ahead."""
+    vm.clock.repair_tsc()
+
+
+@pytest.mark.row("J-05", "E9", "E5")
+@pytest.mark.parametrize("operate", [put_forward, guest_puts_forward, repair])
+def test_an_interrupted_write_is_with_kvm_and_in_pages_or_with_neither(operate: Callable[[Vm], None]) -> None:
+    """At whatever line an interrupt comes: what KVM does not take back stays in pages, with its ADJUST, and is told."""
+    stayed = 0
+    for at in count():
+        vm = Vm()
+        vm.put_forward(1)
+        before, events = vm.offsets(), vm.clock.events.last
+        was_interrupted = interrupted(lambda: operate(vm), at)  # noqa: B023  # called at once
+        after = vm.offsets()
+        told = [event for event in vm.clock.events.read(events).events if event.kind == EventKind.TSC]
+        assert len(told) == (after != before)
+        adjust = vm.clock.read_msr(0, 0x3B)
+        assert adjust == (HOUR if after != before and operate is guest_puts_forward else 0)
+        stayed += any("stays" in event.why for event in told)
+        if not was_interrupted:
+            break
+    assert after != before
+    assert stayed
+
+
+@pytest.mark.row("J-05", "E9", "E5")
+def test_an_interrupted_resume_leaves_no_other_offset_than_kvms() -> None:
+    """Resumed at last, a restored clock's guests read its time by the offsets that KVM has."""
+    for at in count():
+        vm = Vm()
+        vm.put_forward(1)
+        vm.clock.pause()
+        vm.clock = GuestClock.restore(vm.clock.save(), vm.memory, backend=vm.backend)
+        was_interrupted = interrupted(lambda: vm.clock.resume("advance"), at, 1)  # noqa: B023  # called at once
+        if vm.clock.is_paused:
+            vm.clock.resume("advance")
+        vm.offsets()
+        if not was_interrupted:
+            break
+
+
+@pytest.mark.row("J-05", "E9", "E5")
+def test_a_write_that_one_vcpu_refuses_is_given_to_none() -> None:
+    """A new clock whose offset puts vCPU 1 back is none, and the old one's vCPU 0 stays where it was."""
+    vm = Vm()
+    vm.put_forward(1)
+    before, by_kvm = vm.offsets(), [vcpu.offset for vcpu in vm.vcpus]
+    with pytest.raises(TscOffsetNotHonoured, match="forward only"):
+        GuestClock(vm.memory, 2, backend=vm.backend, tsc_offset=HOUR // 2)
+    vm.clock.refresh()
+    assert vm.offsets() == before
+    assert [vcpu.offset for vcpu in vm.vcpus] == by_kvm
