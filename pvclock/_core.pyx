@@ -450,7 +450,8 @@ cdef class TimePages:
     def move(self, ticks: int, ns: int) -> None:
         """Put the line published last `ticks` later and `ns` ahead: what the next publish goes on from.
 
-        For a declared step: a pause that is left out moves the line by its length, a jump by its height.
+        For a declared step: a pause that is left out moves the line by its length, a jump by its height; a host TSC
+        that counts anew moves all instants, that at which time stands still, too.
         """
         cdef uint64_t moved_ticks = as_u64(ticks, "ticks")
         cdef uint64_t moved_ns = as_u64(ns, "ns")
@@ -459,6 +460,7 @@ cdef class TimePages:
     cdef void _move(self, uint64_t ticks, uint64_t ns) noexcept:
         pvclock_anchor_move(&self._anchor, ticks, ns)
         self.break_tsc += ticks
+        self._standing_tsc += ticks
         self._standing_ns += ns
 
     def stand_still(self, host_tsc: int, ns: int) -> None:

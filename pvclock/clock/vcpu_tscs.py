@@ -140,14 +140,17 @@ class VcpuTscs:
 
         KVM may have seen to that already, when the host woke; then its offsets are taken as they are.
         """
+        if self._standing is not None:
+            since = HostTsc((self._standing_since + after - before) & U64_MASK)
+            return OffsetChange(self._keeper, self, self._tscs, {}, standing_since=(self._standing_since, since))
         wanted = {}
-        for vcpu, tsc in enumerate(self._tscs if self._standing is None else ()):
+        for vcpu, tsc in enumerate(self._tscs):
             wanted[vcpu] = tsc.copy()
             wanted[vcpu].offset = (tsc.offset + before - after) & U64_MASK
             there = self._offset_that_is(vcpu)
             if abs(signed64(there - wanted[vcpu].offset)) < abs(signed64(there - tsc.offset)):
                 wanted[vcpu].offset = there
-        return OffsetChange(self._keeper, self, self._tscs, wanted, self.host_offsets if wanted else None)
+        return OffsetChange(self._keeper, self, self._tscs, wanted, self.host_offsets)
 
     def read_back(self, vcpu: int | None) -> None:
         """Take the vCPUs' offsets as the host has them now, after something that may have changed them."""
@@ -160,8 +163,9 @@ class VcpuTscs:
         for vcpu, tsc in enumerate(tscs):
             self._keeper.pages.set_tsc_offset(vcpu, tsc.offset)
 
-    def show_standing(self) -> None:
-        """Readers in this process find the TSCs that stand."""
+    def show_standing(self, since: HostTsc | None = None) -> None:
+        """Readers in this process find the TSCs that stand; since: which host TSC is it now since when they do?"""
+        self._standing_since = self._standing_since if since is None else since
         for vcpu, standing in enumerate(self._standing or ()):
             self._keeper.pages.set_tsc_offset(vcpu, (standing - self._standing_since) & U64_MASK)
 
@@ -211,7 +215,8 @@ class VcpuTscs:
 class OffsetChange:
     """Other TSCs for some vCPUs: given to the host and shown in pages from the next publish on, or given back.
 
-    host_offsets: what the host has before, if not the offsets of `before`.
+    host_offsets: what the host has before, if not the offsets of `before`.  standing_since: as of which host TSC those
+    stand that stand, before and after.
     """
 
     def __init__(
@@ -221,9 +226,11 @@ class OffsetChange:
         before: list[VcpuTsc],
         wanted: dict[int, VcpuTsc],
         host_offsets: list[int] | None = None,
+        standing_since: tuple[HostTsc, HostTsc] | None = None,
     ) -> None:
         self.refused: TscOffsetNotHonoured | None = None
         """The last offset that this host could not give."""
+        self._since = standing_since
         self._is_told = False  # that it did not take some back
         self._keeper, self._tscs, self._before, self._wanted = keeper, tscs, before, wanted
         self._host_offsets = [tsc.offset for tsc in before] if host_offsets is None else host_offsets
@@ -257,6 +264,8 @@ class OffsetChange:
         if self._wanted:
             self._tscs.take(tscs)
             self._tscs.show_standing()
+        if self._since is not None:
+            self._tscs.show_standing(self._since[0])
         if stays and not self._is_told:
             self._keeper.adopt(nothing, nothing, partial(self._tell, stays, self._keeper.backend.stamps()))
 
@@ -297,5 +306,7 @@ class OffsetChange:
         return (self._keeper.event(EventKind.REFUSED, str(self.refused), stamps, before=state),)
 
     def _take(self) -> None:
+        if self._since is not None:
+            self._tscs.show_standing(self._since[1])
         if self._wanted:
             self._tscs.take([self._wanted.get(vcpu, tsc) for vcpu, tsc in enumerate(self._before)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Final
+from typing import Final, Literal
 
 import pytest
 
@@ -184,3 +184,29 @@ def test_a_clock_that_was_paused_before_it_had_a_page() -> None:
     assert clock.read(0) == clock.now() == NS_PER_S
     clock.resume("freeze")
     assert clock.read(0) == clock.now() == NS_PER_S
+
+
+@pytest.mark.row("K-13", "E9", "P-17")
+@pytest.mark.parametrize("tsc", ["stops", "restarts", "restarts, continued"])
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_a_tsc_that_restarts_leaves_the_reading_of_a_pause(
+    tsc: Literal["stops", "restarts", "restarts, continued"], is_restored: bool
+) -> None:
+    """The host sleeps while the clock is paused, or restored and not resumed: guest time and TSC stand as before."""
+    clock, backend, memory = a_clock(HZ, 10**13)
+    backend.advance(ns=NS_PER_S)
+    clock.tick()
+    clock.pause()
+    if is_restored:
+        backend = SimulatedBackend(HZ, 10**15)
+        clock = GuestClock.restore(clock.save(), memory, backend=backend)
+    before = clock.reading(0)
+    backend.sleep(ns=NS_PER_S, tsc=tsc)
+    clock.tick()
+    assert clock.reading(0) == before
+    backend.advance(ns=NS_PER_S)
+    clock.tick()
+    assert clock.reading(0) == before
+    clock.resume("freeze")
+    assert abs(clock.reading(0).ns - before.ns) <= 1
+    assert clock.reading(0).tsc == clock.guest_tsc(0, backend.tsc)
