@@ -646,6 +646,7 @@ cdef class Churner:
             self._tally(&old, &pages._anchor, timeline)
             timeline[0] = pvclock_line_turn(timeline[0], self._nums[turn], self._dens[turn])
             turn = turn + 1 if turn + 1 < self._count else 0
+        pages.break_tsc = break_tsc
         return went_back
 
     cdef void _tally(self, pvclock_anchor *old, pvclock_anchor *new, pvclock_line *timeline) noexcept nogil:

@@ -201,6 +201,7 @@ def test_a_million_anchors() -> None:
     clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
     churn = clock.churn(10**6, STORM_DILATIONS)
     assert churn.publishes == 10**6
+    assert clock._keeper.pages.break_tsc == clock.line.tsc  # which the host's TSC is compared with
     assert (churn.least_step_ns, churn.most_step_ns) == (0, 1)
     assert max(churn.most_behind_ns, churn.most_ahead_ns) <= 2
     clock.dilate(1)
