@@ -92,7 +92,7 @@ class Timeline:
     @property
     def is_slewed(self) -> bool:
         """Was the skew worked off when this segment began?"""
-        return self._slew is None or self._slew.is_done(self._skew_ns)
+        return self._is_done(self._skew_ns)
 
     def at(self, tsc: HostTsc) -> Fraction:
         """Guest time in ns at host TSC `tsc`, exactly; before the segment's beginning it stands still."""
@@ -184,7 +184,7 @@ class Timeline:
         asked at least as often, and what it overshoots by else is worked off in the other direction.
         """
         skew = self.skew_at(tsc)
-        if self._slew is None or self._slew.is_done(skew):
+        if self._slew is None or self._is_done(skew):
             return Fraction(0)
         if self._stretch_end is not None and self.host_ns_between(tsc, self._stretch_end) > 0:
             return self._tempo.boost
@@ -196,13 +196,23 @@ class Timeline:
         if needed_s <= STRETCH_S:
             self._stretch_end = HostTsc((tsc + STRETCH_S * self.tsc_hz) & U64_MASK)
             boost = most * needed_s / STRETCH_S
-        parts = (boost * NS_PER_S).__floor__()  # of 10^9: short fractions stay short over many turns
-        return Fraction(parts if skew > 0 else -parts, NS_PER_S)
+        parts = (boost * self._boost_parts).__floor__()  # short fractions stay short over many turns
+        return Fraction(parts if skew > 0 else -parts, self._boost_parts)
 
     def end_slew(self) -> Fraction:
         """Owe nothing any more, once the boost is 0; returns what is left undone, in ns."""
         left, self._skew_ns, self._slew, self._stretch_end = self._skew_ns, Fraction(0), None, None
         return left
+
+    @property
+    def _boost_parts(self) -> int:
+        """A boost is so many parts of this: the least one works 1 ns or less of guest time off in a host second."""
+        return NS_PER_S * max(self._tempo.dilation.__ceil__(), 1)
+
+    def _is_done(self, skew_ns: Fraction) -> bool:
+        """Is it within what the policy tolerates, or less than the least boost works off in a last stretch?"""
+        least_ns = self._tempo.dilation * STRETCH_S * NS_PER_S / self._boost_parts
+        return self._slew is None or self._slew.is_done(skew_ns) or abs(skew_ns) < least_ns
 
     # For the page
 

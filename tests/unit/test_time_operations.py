@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pvclock import GuestClock, GuestMemory, HostBackend, HostTsc, RangeError, StateError
+from pvclock import GuestClock, GuestMemory, HostBackend, HostTsc, RangeError, SimulatedBackend, StateError
 from pvclock.catchup import VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
 from pvclock.events import EventKind
 from pvclock.machine.observation import STORM_DILATIONS
@@ -239,3 +239,41 @@ def test_a_slew_that_goes_on_after_a_pause_at_another_rate_is_an_event() -> None
     resumed, slewed = clock.events.read().events[-2:]
     assert (resumed.kind, slewed.kind) == (EventKind.RESUME, EventKind.SLEW)
     assert resumed.rate_after == slewed.rate_before != slewed.rate_after == clock.pace
+
+
+@pytest.mark.row("E2", "P-14", "E12")
+@pytest.mark.parametrize("dilation", [Fraction(1, 1000), 1, Fraction(3, 2), 100, 10_000, 2**20])
+@pytest.mark.parametrize("part", [Fraction(1, 100), Fraction(1, 2), 1, Fraction(199, 100), 3, 10_000])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_slew_of_any_size_ends_at_any_dilation(dilation: Fraction, part: Fraction, sign: int) -> None:
+    """Down to a part of what a host's ns is worth in the guest: it ends, says so, and leaves less than 2 ns undone."""
+    backend = SimulatedBackend(10**9, tsc=10**12)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), 1, backend=backend)
+    clock.dilate(*Fraction(dilation).as_integer_ratio())
+    backend.advance(ns=NS_PER_S)
+    slewed_ns = sign * max(int(dilation * part), 2)
+    begin, at_begin = backend.tsc, clock.at(backend.tsc)
+    clock.slew(slewed_ns)
+    for _ in range(60):
+        backend.advance(ns=NS_PER_S)
+        clock.refresh()
+    kinds = [event.kind for event in clock.events.read().events]
+    assert kinds[-1] == EventKind.SLEW_END
+    assert clock.pace == dilation
+    gained = clock.at(backend.tsc) - at_begin - (backend.tsc - begin) * Fraction(dilation)
+    assert abs(gained - slewed_ns) <= 2
+
+
+@pytest.mark.row("E2", "P-14")
+def test_a_catch_up_table_without_tolerance_ends() -> None:
+    """stop_ns is 0: what is less than the least boost works off in a last stretch is left undone, and told."""
+    backend = SimulatedBackend(10**9, tsc=10**12)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), 1, backend=backend)
+    clock.pause()
+    backend.advance(ns=1001)
+    clock.resume(CatchUpTable(((0, 5),), 0, 10**12))
+    for _ in range(60):
+        backend.advance(ns=NS_PER_S)
+        clock.refresh()
+    assert clock.events.read().events[-1].kind == EventKind.SLEW_END
+    assert abs(clock.at(backend.tsc) - (backend.tsc - 10**12)) < 2
