@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from email import message_from_bytes
 from pathlib import Path
@@ -14,6 +15,7 @@ from zipfile import ZipFile
 import pytest
 
 import pvclock
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.row("style")
 
@@ -79,6 +81,35 @@ def installed(scratch: Path, wheel: Path) -> Path:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
     run(*pip, "install", "--no-deps", wheel, cwd=scratch)
     return python
+
+
+@pytest.fixture(scope="module")
+def bin_folder(installed: Path) -> Path:
+    """The programs of that environment, once it has what pvclock depends on: taken from here."""
+    packages = run(installed, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=ROOT)
+    Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # after the wheel's own folder
+    return installed.parent
+
+
+def as_a_stranger(*command: str | Path, bin_folder: Path, cwd: Path, redirect: str = "") -> tuple[int, str, str]:
+    """Run a command as nobody, without HOME, a compiler or QEMU; returns its exit status and what it printed.
+
+    Where this user may do anything, nobody keeps the right to read: this Python may lie in a home folder.
+    """
+    setpriv = (shutil.which("setpriv") or "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    to_read = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    nobody = (*setpriv, *to_read) if os.geteuid() == 0 else ()
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {redirect}', "sh", *nobody, *command],
+        cwd=cwd,
+        env={"PATH": str(bin_folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_S,
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_source_archive_is_the_tree(tree: Path, unpacked: Path) -> None:
@@ -204,3 +235,54 @@ for turn in range(1000):
 print(memory[0], pvclock.__path__[0])
 """
     assert run(installed, "-c", program, cwd=tmp_path) == f"{2002 % 256} {package}"
+
+
+@pytest.mark.row("X-02")
+@pytest.mark.parametrize(
+    ("arguments", "status", "shown"),
+    [
+        (("--version",), 0, pvclock.__version__),
+        (("--help",), 0, "doctor"),
+        (("scale", "2.4GHz"), 0, "0xd5555555"),
+        (("doctor",), 1, "/dev/kvm"),
+        (("demo", "--seconds", "0.5"), 0, "Everything as it should be"),
+        (("state", "show", "tests/states/v3-typical.json"), 0, "timeline.guest_ns"),
+        (("state", "check", "tests/states/v1-least.json"), 0, "valid"),
+        (("lab", "true"), 2, ""),
+        (("crosscheck",), 2, ""),
+    ],
+)
+def test_what_a_stranger_types_first(
+    bin_folder: Path, unpacked: Path, arguments: tuple[str, ...], status: int, shown: str
+) -> None:
+    """README's commands from a wheel, as nobody, without HOME, compiler and QEMU: an answer, or why not in one line."""
+    found, stdout, stderr = as_a_stranger(bin_folder / "pvclock", *arguments, bin_folder=bin_folder, cwd=unpacked)
+    assert found in ({0, 1} if arguments[0] == "doctor" else {status}), stderr  # 0: everybody may use /dev/kvm
+    assert "Traceback" not in stderr
+    assert shown in stdout
+    assert status != 2 or len(stderr.splitlines()) == 1
+
+
+@pytest.mark.row("X-02")
+@pytest.mark.parametrize(("redirect", "why"), [(">&-", "standard output is closed"), (">/dev/full", "No space left")])
+@pytest.mark.parametrize("arguments", [("scale", "2.4GHz"), ("doctor", "--json"), ("demo", "--seconds", "0.5")])
+def test_an_output_that_takes_nothing(
+    bin_folder: Path, unpacked: Path, arguments: tuple[str, ...], redirect: str, why: str
+) -> None:
+    """A closed or a full standard output is one line and exit status 2."""
+    program = bin_folder / "pvclock"
+    status, _, stderr = as_a_stranger(program, *arguments, bin_folder=bin_folder, cwd=unpacked, redirect=redirect)
+    assert status == 2
+    (line,) = stderr.splitlines()
+    assert why in line
+
+
+@pytest.mark.row("E13")
+def test_the_examples_from_a_wheel(bin_folder: Path, unpacked: Path) -> None:
+    """The emulator's VMM runs as nobody; the one on /dev/kvm runs, or says in one line what it lacks."""
+    python = bin_folder / "python"
+    status, stdout, stderr = as_a_stranger(python, "examples/emulator.py", bin_folder=bin_folder, cwd=unpacked)
+    assert (status, stderr) == (0, "")
+    assert "from the timeline" in stdout
+    status, stdout, stderr = as_a_stranger(python, "examples/vmm.py", bin_folder=bin_folder, cwd=unpacked)
+    assert (status, bool(stdout), len(stderr.splitlines())) in {(0, True, 0), (2, False, 1)}
