@@ -76,23 +76,24 @@ class ClockService:
         self._runner = runner
         backend = None if clock is None else clock.backend
         self._unslaved = backend if isinstance(backend, UnslavedBackend) else None
-        self._changing = threading.RLock()  # around what changes vCPUs and clock
+        # Around what changes vCPUs and clock: the clock's own lock, which who calls from an on_dirty has already.
+        self._changing = threading.RLock() if clock is None else clock.memory.clock_lock
         self._resumes_at_start = clock is not None and clock.is_paused
         if self._resumes_at_start:
             runner.pause()
 
     def start(self) -> None:
         """Tick the clock, let the vCPUs run, and a restored clock go on."""
-        with self._changing:
-            try:
+        try:
+            with self._changing:
                 self._begin()
                 self._runner.start()
-            except BaseException:
-                if not self._is_running:
-                    self._end()
-                raise
-            if self._resumes_at_start:
-                self.resume()
+                if self._resumes_at_start:
+                    self.resume()
+        except BaseException:
+            if not self._is_running:
+                self._end()  # without the lock, for which a tick may wait
+            raise
 
     def pause(self) -> None:
         """Keep the vCPUs out, and stop the clock."""

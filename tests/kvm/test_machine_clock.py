@@ -56,6 +56,36 @@ def eventually(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.row("E9", "E12")
+@pytest.mark.parametrize("call", ["pause", "resume", "save"])
+def test_an_on_dirty_that_pauses_meets_a_pause(call: str) -> None:
+    """One holds the clock's lock and wants the machine's, the other is about to pause the clock: both end."""
+    with Machine(SPIN, tick_interval_s=None) as machine:
+        clock, told = engine_of(machine), list[int]()
+        clock.write_msr(0, 0x4B564D01, 0x6001)
+        machine.start()
+        pausing = threading.Thread(target=machine.pause, daemon=True)
+
+        def on_dirty(gpa: int, _length: int) -> None:
+            if threading.current_thread() is not skipping or told:
+                return
+            told.append(gpa)
+            pausing.start()
+            pausing.join(0.1)  # it gets as far as the first lock that is taken
+            machine.pause()
+            getattr(machine, call)()
+
+        machine.memory.on_dirty = on_dirty
+        skipping = threading.Thread(target=clock.skip, args=(1,), daemon=True)
+        skipping.start()
+        for thread in (skipping, pausing):
+            thread.join(HANG_S)
+            assert not thread.is_alive()
+        machine.memory.on_dirty = None
+        assert told
+        assert clock.is_paused
+
+
 # A ticker of its own
 
 
