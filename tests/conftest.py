@@ -41,6 +41,7 @@ def xdist_group(item: pytest.Item) -> str:
     return str(item.path) if folder in {"model", "unit"} else "real machines"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Refuse the whole run when a test's rows are missing or unknown; say what may run side by side."""
     complaints = {item.nodeid.partition("[")[0]: complaint for item in items if (complaint := row_complaint(item))}
