@@ -35,20 +35,27 @@ def row_complaint(item: pytest.Item) -> str | None:
     return f"rows that docs/rows.tsv does not have: {', '.join(unknown)}" if unknown else None
 
 
-def xdist_group(item: pytest.Item) -> str:
-    """Return which tests run one after the other: those of a file, and all that want the machine for themselves."""
-    folder = item.path.relative_to(ROOT).parts[1]
-    return str(item.path) if folder in {"model", "unit"} else "real machines"
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse the whole run when a test's rows are missing or unknown; say what may run side by side."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse the whole run when a test's rows are missing or unknown."""
     complaints = {item.nodeid.partition("[")[0]: complaint for item in items if (complaint := row_complaint(item))}
     if complaints:
         raise pytest.UsageError("\n".join(f"{test}: {complaint}" for test, complaint in complaints.items()))
-    for item in items if config.pluginmanager.hasplugin("xdist") else []:
-        item.add_marker(pytest.mark.xdist_group(xdist_group(item)))
+
+
+def scope_of(nodeid: str) -> str:
+    """Return what runs one after the other: a file's tests, and all that want the machine for themselves."""
+    file = nodeid.partition("::")[0]
+    return file if file.startswith(("tests/unit/", "tests/model/")) else "real machines"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Let pytest -n distribute tests by scope_of()."""
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it has no types
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = scope_of
+    return scheduler
 
 
 @cache
