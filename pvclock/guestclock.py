@@ -444,9 +444,7 @@ class GuestClock:
         capture.check_dilation(sound, backend.tsc_hz)
         succession = Succession(memory, backend)
 
-        made: list[Self] = []
-
-        def make(_: Callable[[], None]) -> None:
+        def make(_: Callable[[], None]) -> Self:  # type: ignore[type-var]  # that of the method around it
             clock = cls(
                 memory,
                 len(sound.vcpus),
@@ -461,11 +459,10 @@ class GuestClock:
             )
             clock._become(sound, chosen, slew, reference, any_tsc_hz=any_tsc_hz)  # one of this class
             succession.accept(clock._keeper.live)
-            made.append(clock)
+            return clock
 
         try:
-            attempt(succession.begin, succession.undo, make)
-            return made[0]
+            return attempt(succession.begin, succession.undo, make)
         except (ConfigError, RangeError) as error:
             raise StateFileError("provider", str(error), "what this host and this version can serve") from None
 
