@@ -190,7 +190,8 @@ class GuestClock:
 
         Call it every second or so, at least every MAX_AGE_S of guest time, as refresh(), which it includes.  Guests are
         told what was stolen from their vCPUs since the last tick.  Returns what was found, None without a reference.
-        What an injected source raises comes out; the clock has kept its rate then, and is republished.
+        What an injected source raises comes out; the clock has kept its rate then, and is republished.  While another
+        thread's tick takes its sample, this one publishes without one.
         """
         try:
             return self._follower.tick(self._host.examine, self.refresh)
