@@ -37,7 +37,7 @@ test-lab: build $(PACKAGES) ## test the lab, and in it all that has to do with K
 	@scripts/test-in-lab.sh
 
 conformance: build $(PACKAGES) ## run the tests and write docs/conformance.md
-	@$(BIN)/python -m pytest -q -m 'not lab or smoke' -p tests.conformance --conformance docs/conformance.md
+	@$(BIN)/python -m pytest -n auto -q -m 'not lab or smoke' -p tests.conformance --conformance docs/conformance.md
 
 bench: build ## run the benchmarks
 	@$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds

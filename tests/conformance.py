@@ -7,12 +7,15 @@ passing test is listed as open, one with a test that is expected to fail as devi
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pytest
 
 ROWS_TSV = Path(__file__).parents[1] / "docs" / "rows.tsv"
+
+ROWS, WHERE = "conformance rows", "conformance where"  # of a report's user_properties
 
 HEAD = """# Conformance
 
@@ -46,22 +49,15 @@ class Conformance:
     def __init__(self, target: Path) -> None:
         self.target = target
         self.proofs: dict[str, set[Proof]] = defaultdict(set)
-        self.items: dict[str, pytest.Item] = {}
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Remember the items, whose marks a report no longer has."""
-        self.items = {item.nodeid: item for item in items}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """File a test's outcome under its rows."""
         if report.when != "call":
             return
-        item = self.items[report.nodeid]
-        where = "real vCPU" if item.get_closest_marker("kvm") else "library"
-        proof = Proof(report.nodeid.partition("[")[0], where, outcome_of(report))
-        for mark in item.iter_markers("row"):
-            for row in mark.args:
-                self.proofs[row].add(proof)
+        proven = dict(report.user_properties)
+        proof = Proof(report.nodeid.partition("[")[0], str(proven[WHERE]), outcome_of(report))
+        for row in str(proven[ROWS]).split():
+            self.proofs[row].add(proof)
 
     def pytest_sessionfinish(self) -> None:
         """Write the document."""
@@ -93,6 +89,16 @@ class Conformance:
         return f"| {row} | {need} | {claim.replace('|', '&#124;')} | {where} | {result} | {tests} |"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Give a report what the item's marks say of it, for it may go to another process."""
+    report = yield
+    rows = " ".join(row for mark in item.iter_markers("row") for row in mark.args)
+    where = "real vCPU" if item.get_closest_marker("kvm") else "library"
+    report.user_properties += [(ROWS, rows), (WHERE, where)]
+    return report
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare --conformance."""
     parser.addoption("--conformance", type=Path, metavar="FILE", help="write the table of rows to FILE")
@@ -101,5 +107,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Collect, if asked to."""
     target = config.getoption("--conformance")
-    if target:
+    if target and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Conformance(target))
