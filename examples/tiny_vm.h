@@ -73,7 +73,7 @@ static inline void *map(int fd, size_t bytes)
 {
 	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (fd < 0 ? MAP_ANONYMOUS : 0), fd, 0);
 
-	if (memory == MAP_FAILED)
+	if (memory == MAP_FAILED || madvise(memory, bytes, MADV_DONTFORK) != 0)
 		lack("mmap", strerror(errno));
 	return memory;
 }

@@ -2,7 +2,7 @@
 
 /* A VMM that serves its guest's clock itself, with pvclock's headers and libc alone; docs/c.md goes through it.
  *
- *   cc -std=c11 -O2 -pthread -I"$(python3 -c 'import pvclock; print(pvclock.get_include())')" vmm.c -o vmm && ./vmm
+ *   cd examples; cc -std=c11 -O2 -pthread -I"$(python3 -c 'import pvclock; print(pvclock.get_include())')" vmm.c -o vmm && ./vmm
  *
  * The guest reads its clock while the VMM changes the rate of guest time, and each reading is held against the exact
  * timeline.  Exit status: 0; 1 if a reading was wrong; 2 if this host lacks what it takes.  With -DNAIVE the rate is
@@ -18,8 +18,9 @@
 #include "tiny_vm.h"
 
 #ifndef VCPUS
-#define VCPUS 1
+#define VCPUS 1 /* up to 16: their logs share RAM's upper half */
 #endif
+_Static_assert(VCPUS >= 1 && LOGS + VCPUS * LOG_READINGS * sizeof(struct reading) <= RAM_BYTES, "VCPUS: 1 to 16");
 #define CHANGES 1000 /* of the rate */
 #define KVM_FEATURES 0x0100000b /* CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, CLOCKSOURCE_STABLE */
 
@@ -258,5 +259,7 @@ int main(void)
 		       vcpu->backward, vcpu->beyond_bound, vcpu->least_ns, vcpu->most_ns);
 		failed |= vcpu->backward || vcpu->beyond_bound;
 	}
+	if (fflush(stdout) != 0)
+		lack("standard output", strerror(errno));
 	return failed;
 }
