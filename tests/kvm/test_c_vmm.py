@@ -66,9 +66,10 @@ def test_a_vmm_in_c_changes_the_rate_under_its_guest(tmp_path: Path, compiler: s
         return
     assert status == 0, reports
     assert [report.vcpu for report in reports] == list(range(vcpus))
+    assert max(report.lines_read for report in reports) > 1  # one of them may wait for a CPU all the while
     for report in reports:
         assert report.changes == CHANGES
-        assert report.readings > report.lines_read > 1
+        assert report.readings > report.lines_read > 0
         assert (report.backward, report.beyond_bound) == (0, 0)
         assert report.least_ns <= 0 <= report.most_ns <= 3  # a page is never fast, however old
 

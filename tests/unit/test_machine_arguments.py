@@ -44,7 +44,7 @@ def a_state(vcpus: int) -> ClockState:
         ({"backend": SimulatedBackend(10**9)}, r"backend is of type SimulatedBackend; it must be a function from"),
         (
             {"restore": "clock.json"},
-            r"restore is of type str; it must be a ClockState, as save\(\) or clockstate\.load",
+            r"restore is of type str; it must be a ClockState, as save\(\) or clockstate\.read",
         ),
         ({"restore": a_state(2)}, r"the saved clock has 2 vCPUs and the machine 1; give vcpus=2"),
         ({"restore": a_state(1), "provider": "KVM"}, r"takes none but policy, reference, any_tsc_hz, vmm: provider"),
