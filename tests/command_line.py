@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +55,29 @@ def run_pvclock(*arguments: str, redirect: str = "", nobody: bool = False, **var
         timeout=HANG_S,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def in_terminal(*arguments: str, columns: int = 80, **variables: str) -> str:
+    """What `pvclock` shows in a terminal of so many columns."""
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        ["sh", "-c", f'stty cols {columns} rows 24; exec "$@"', "sh", *command(*arguments)],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        env={**environment, "TERM": "dumb", "NO_COLOR": "1", **variables},
+    ):
+        os.close(theirs)
+        text = _read_to_end(ours).decode()
+    os.close(ours)
+    return text
+
+
+def _read_to_end(terminal: int) -> bytes:
+    """All that comes out of a terminal until nobody has it open any more, which Linux tells by EIO."""
+    text = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(terminal, 1 << 16):
+            text += data
+    return text

@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+from pvclock import __version__
 from pvclock.errors import ConfigError, PvclockError
 
 __all__ = ["find_command", "main"]
@@ -67,7 +68,7 @@ def _main(argv: list[str]) -> int:
         return _fail(argv[0], error, as_json="--json" in argv[1:] and argv[0] in _names())
     if arguments.command:
         return _run(arguments)
-    write(f"pvclock {version('pvclock')}\n" if arguments.version else parser.format_help())
+    write(f"pvclock {__version__}\n" if arguments.version else parser.format_help())
     return 0
 
 

@@ -13,6 +13,9 @@ from pvclock.errors import ConfigError
 
 __all__ = ["Parser", "duration_s", "filled", "folder", "whole_number"]
 
+DURATION_MAX_S: Final = 86_400
+"""A day: what is longer was not meant."""
+
 HELP_COLUMNS: Final = 78
 """What argparse itself takes of a terminal of 80."""
 
@@ -50,13 +53,15 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
 
 
 def duration_s(text: str) -> float:
-    """An argument that is a time in seconds, more than 0 and finite."""
+    """An argument that is a time in seconds: more than 0, and a day at most."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time to wait; give seconds, more than 0")
+    if not 0 < seconds <= DURATION_MAX_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time to wait; give seconds, more than 0 and up to {DURATION_MAX_S} (a day)"
+        )
     return seconds
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Final, NamedTuple
 
+from pvclock import __version__
 from pvclock.jsonkinds import plain
 
 __all__ = ["Report", "Shown", "error_json", "report_json"]
@@ -60,7 +60,7 @@ def message_of(error: Exception) -> str:
 
 
 def _document(command: str, ok: bool, **content: object) -> str:
-    document = {"schema": f"pvclock.{command}/{SHAPE}", "version": version("pvclock"), "ok": ok, **content}
+    document = {"schema": f"pvclock.{command}/{SHAPE}", "version": __version__, "ok": ok, **content}
     return json.dumps(document, indent=2, allow_nan=False)
 
 

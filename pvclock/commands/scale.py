@@ -10,6 +10,7 @@ from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 from pvclock.errors import RangeError
+from pvclock.quantities import U64_MASK
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -69,4 +70,6 @@ def parse_hz(text: str) -> int:
     hz, rest = divmod(int(digits) * unit, int(10 ** len(decimals)))
     if rest:
         raise RangeError(f"{text!r} is not a whole number of Hz")
+    if not 1 <= hz <= U64_MASK:
+        raise RangeError(f"{text!r} is no frequency of a TSC; it can be 1 Hz to {U64_MASK} Hz (2^64 - 1)")
     return hz

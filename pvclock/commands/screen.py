@@ -7,7 +7,6 @@ is left to be written when Python ends.
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -91,7 +90,8 @@ def write(text: str) -> None:
 
 
 def _columns() -> int | None:
-    """How wide lines may be; None in a pipe or a file, where whoever reads them wants whole ones."""
-    if "COLUMNS" in os.environ or sys.stdout.isatty():
-        return shutil.get_terminal_size().columns
-    return None
+    """How wide lines may be: a terminal's COLUMNS, if that is a width, or its own; None in a pipe or a file.
+
+    There COLUMNS does not count, which a shell may export: whoever reads them wants whole lines.
+    """
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -87,7 +87,6 @@ def test_wrong_mul_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return ClockScale(scale.mul + 1, scale.shift)
 
     monkeypatch.setattr(Timeline, "scale", off_by_one)
-    monkeypatch.setenv("COLUMNS", "160")
     assert crosscheck(monkeypatch, "--vcpus", "1", "--seconds", "0.2") == 1
     said = capsys.readouterr().out
     assert "\ntsc_to_system_mul: one rate, one (mul, shift)" in said

@@ -15,7 +15,7 @@ from pvclock.commands import _parser, main
 from pvclock.commands.lab import _command
 from pvclock.errors import ConfigError, LabError
 from pvclock.lab.tools import require_tools
-from tests.command_line import command, run_pvclock
+from tests.command_line import command, in_terminal, run_pvclock
 from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.row("E13")
@@ -44,8 +44,12 @@ WRONG = [
         for text in ("0", "17", "-1", "1.5")
     ),
     (["demo", "--seconds", "0"], "'0' is no time to wait"),
+    (["demo", "--seconds", "1e12"], "'1e12' is no time to wait; give seconds, more than 0 and up to 86400 (a day)"),
+    (["lab", "--timeout", "86401", "true"], "'86401' is no time to wait"),
     (["crosscheck", "--seconds", "inf"], "'inf' is no time to wait"),
     (["scale"], "the following arguments are required: HZ"),
+    (["scale", "9" * 23], f"'{'9' * 23}' is no frequency of a TSC; it can be 1 Hz to 18446744073709551615 Hz"),
+    (["scale", "0"], "'0' is no frequency of a TSC"),
     (["scale", "fast"], "'fast' is no frequency; write 2596132000, 2.4GHz or 100M"),
     (["state", "show", "/nonexistent"], "/nonexistent: file: found No such file or directory"),
     (["doctor", "--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -160,7 +164,8 @@ def test_a_stdout_in_ascii(tmp_path: Path) -> None:
     done = run_pvclock("state", "check", str(tmp_path / "Zürich"), PYTHONIOENCODING="ascii")
     assert done.status == 1
     assert "Z\\xfcrich: NOT VALID: file: found No such file" in done.stdout
-    assert run_pvclock("scale", "1", PYTHONIOENCODING="ascii", COLUMNS="80").stdout.startswith("+---")
+    table = in_terminal("scale", "1", PYTHONIOENCODING="ascii")
+    assert table.startswith("+---")
 
 
 @pytest.mark.parametrize(

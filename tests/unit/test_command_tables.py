@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pty
-import subprocess
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +9,11 @@ from hypothesis import strategies as st
 from pvclock.commands.screen import _drawn
 from pvclock.commands.tables import WORD_MAX, Table
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED
-from tests.command_line import command, run_pvclock
+from tests.command_line import ROOT, in_terminal, run_pvclock
 
 pytestmark = pytest.mark.row("E13")
+
+STATE = ROOT / "tests" / "states" / "v3-typical.json"
 
 WORDS = st.text("abcXYZ_0189.", min_size=1, max_size=WORD_MAX)
 CELLS = st.lists(WORDS, max_size=6).map(" ".join)
@@ -76,7 +73,7 @@ def test_a_newline_in_a_cell() -> None:
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("columns", [None, "80", "20"])
+@pytest.mark.parametrize("columns", [None, "20"])
 def test_doctors_identifiers_are_found(columns: str | None) -> None:
     """`pvclock doctor | grep KVM_CAP_...` finds each capability."""
     lines = run_pvclock("doctor", COLUMNS=columns).stdout.splitlines()
@@ -84,28 +81,24 @@ def test_doctors_identifiers_are_found(columns: str | None) -> None:
         assert any(capability.name in line.split() for line in lines)
 
 
+@pytest.mark.parametrize("columns", ["80", "20", "abc", "0", "-3"])
+def test_a_row_is_a_line_in_a_pipe_whatever_columns_says(columns: str) -> None:
+    """COLUMNS, which a shell may export, is a terminal's: in a pipe all is as without it."""
+    scale = run_pvclock("scale", "2596132000", "2.4GHz", COLUMNS=columns)
+    assert len(scale.stdout.splitlines()) == 3
+    assert scale == run_pvclock("scale", "2596132000", "2.4GHz")
+
+
 @pytest.mark.parametrize("arguments", [["doctor"], ["scale", "2.4GHz"]], ids=" ".join)
 def test_in_a_terminal_of_80_columns(arguments: list[str]) -> None:
     """In a terminal, tables are drawn and within its width."""
-    ours, theirs = pty.openpty()
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    with subprocess.Popen(
-        ["sh", "-c", 'stty cols 80 rows 24; exec "$@"', "sh", *command(*arguments)],
-        stdin=theirs,
-        stdout=theirs,
-        env={**environment, "TERM": "dumb", "NO_COLOR": "1"},
-    ):
-        os.close(theirs)
-        lines = read_to_end(ours).splitlines()
-    os.close(ours)
+    lines = in_terminal(*arguments).splitlines()
     assert any(line.startswith("┏━") for line in lines)
     assert max(map(len, lines)) <= 80
 
 
-def read_to_end(terminal: int) -> str:
-    """All that comes out of a terminal until nobody has it open any more, which Linux tells by EIO."""
-    text = b""
-    with contextlib.suppress(OSError):
-        while data := os.read(terminal, 1 << 16):
-            text += data
-    return text.decode()
+@pytest.mark.parametrize(("columns", "width"), [("72", 72), ("abc", 80), ("0", 80), ("-3", 80)])
+def test_columns_of_a_terminal(columns: str, width: int) -> None:
+    """COLUMNS is a terminal's width, if it is one; else that is the terminal's own."""
+    lines = in_terminal("state", "show", str(STATE), COLUMNS=columns).splitlines()
+    assert max(len(line) for line in lines if line.startswith("│")) == width

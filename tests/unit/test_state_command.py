@@ -11,6 +11,7 @@ from pvclock import clockstate
 from pvclock.clockstate import FIELDS
 from pvclock.commands import main
 from pvclock.commands.state import in_units
+from tests.command_line import in_terminal
 from tests.saved_states import KEPT, LEAST, TYPICAL
 
 STATES = Path(__file__).parents[1] / "states"
@@ -52,13 +53,9 @@ def test_show_as_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.row("P-25")
 @pytest.mark.parametrize("name", KEPT)
-def test_show_takes_every_kept_file(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_takes_every_kept_file(name: str) -> None:
     """Whatever is in a valid file can be shown, within a table that a terminal of 80 columns takes."""
-    monkeypatch.setenv("COLUMNS", "80")
-    assert main(["state", "show", str(STATES / name)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = in_terminal("state", "show", str(STATES / name)).splitlines()
     assert len(lines) > 40
     assert max(map(len, lines)) <= 80
 
