@@ -92,10 +92,10 @@ def function(parameter: str, value: Callable[..., T]) -> Callable[..., T]:
     return value
 
 
-def instance(parameter: str, value: object, kind: type[T]) -> T:
-    """An object of that class."""
+def instance(parameter: str, value: object, kind: type[T], wanted: str = "") -> T:
+    """An object of that class; `wanted` says in words what it is, where the class's name does not."""
     if not isinstance(value, kind):
-        raise WrongType(parameter, value, f"a {kind.__name__}")
+        raise WrongType(parameter, value, wanted or f"a {kind.__name__}")
     return value
 
 
@@ -113,8 +113,8 @@ def instances(parameter: str, values: object, kind: type[T]) -> Sequence[T]:
 
 
 def serving(parameter: str, value: T, *names: str, wanted: str) -> T:
-    """An object of any class that has those methods; `wanted` says in words what it is."""
-    if not all(callable(getattr(value, name, None)) for name in names):
+    """An object of any class that has those methods, and not that class itself; `wanted` says in words what it is."""
+    if isinstance(value, type) or not all(callable(getattr(value, name, None)) for name in names):
         raise WrongType(parameter, value, wanted)
     return value
 

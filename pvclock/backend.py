@@ -53,7 +53,11 @@ U32_MASK: Final = (1 << 32) - 1
 
 
 class Backend(Protocol):
-    """Host time and TSC offsets, for one VM."""
+    """Host time and TSC offsets, for one VM.
+
+    One may have two attributes more, which GuestClock's arguments must agree with then: `vcpu_count`, and
+    `guest_engine`, who runs its guest ("kvm").
+    """
 
     @property
     def counter(self) -> Counter:

@@ -78,6 +78,8 @@ def _described(value: object) -> str:
     """A value for a message: plain ones with their type, others by that alone, for a repr may be long, or may raise."""
     if value is None:
         return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     kind = type(value).__name__
     article = "an" if kind[0] in "aeiouAEIOU" else "a"
     if not (type(value) in (float, str, bytes, bool) or (type(value) is int and abs(value) < 1 << GIVEN_BITS_MAX)):

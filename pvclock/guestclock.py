@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import cache
 from typing import Literal, Self
 
 from pvclock import clockstate
@@ -94,10 +95,12 @@ class GuestClock:
         self.tsc_hz = backend.tsc_hz if tsc_hz is None else whole("tsc_hz", tsc_hz, 1, U64_MASK)
         """The TSC frequency that the guest was told: that of the host on which it began."""
 
+        _check_agreement(backend, self.vcpus, self.engine)
         config = combined(provider, provider_options)
+        beside = _own_keywords() if provider_options else ""
         offers = _checked_offers(offer_tsc_adjust, offer_invariant_tsc)
         self._keeper = Timekeeper(
-            memory, self.vcpus, backend, provider_named_in(config), stable=self._is_stable, look=self._look
+            memory, self.vcpus, backend, provider_named_in(config, beside), stable=self._is_stable, look=self._look
         )
         self._tscs = VcpuTscs(self._keeper, tsc_offset)
         self._follower = Follower(self._keeper)
@@ -440,6 +443,7 @@ class GuestClock:
         _check_restore(memory, backend, engine, reference, any_tsc_hz=any_tsc_hz)
         sound = clockstate.checked(state)
         clockstate.check_provider(sound)
+        _check_agreement(backend, len(sound.vcpus), _engine_named(engine))
         chosen = capture.policy_named("policy", sound.policy) if policy is None else as_policy(policy)
         slew = None if sound.slew is None else capture.policy_named("slew.policy", sound.slew.policy)
         capture.check_dilation(sound, backend.tsc_hz)
@@ -549,6 +553,24 @@ def _check_restore(
     flag("any_tsc_hz", any_tsc_hz)
     if reference is not None:
         source_of(reference, backend)
+
+
+def _check_agreement(backend: Backend, vcpus: int, engine: Engine) -> None:
+    """ConfigError where a backend that knows its vCPUs, and who runs them, has others than the clock."""
+    has = getattr(backend, "vcpu_count", None)
+    if has is not None and has != vcpus:
+        raise ConfigError(f"a clock of {vcpus} vCPUs on a backend of {has}, which its Runner runs; both are the VM's")
+    runs = getattr(backend, "guest_engine", None)
+    if runs is not None and runs != engine:
+        raise ConfigError(f"engine {str(engine)!r} on a backend whose vCPUs run on {runs!r}; give engine={runs!r}")
+
+
+@cache
+def _own_keywords() -> str:
+    """What GuestClock takes that is no provider's, for who mistyped it."""
+    own = [name for name in GuestClock.__init__.__annotations__ if name not in ("provider_options", "return")]
+    restores = [name for name in GuestClock.restore.__annotations__ if name not in (*own, "state", "return")]
+    return f"; GuestClock itself takes {', '.join(own)}, and a saved clock's restore() {' and '.join(restores)}"
 
 
 def _checked_backend(backend: Backend) -> Backend:

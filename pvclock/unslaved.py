@@ -69,6 +69,16 @@ class UnslavedBackend:
         self._held_since = HostTsc(0)  # while there are any
         self._lock = threading.Lock()
 
+    @property
+    def vcpu_count(self) -> int | None:
+        """See Backend: that of the one inside, if it knows."""
+        return getattr(self.inner, "vcpu_count", None)
+
+    @property
+    def guest_engine(self) -> str | None:
+        """See Backend: that of the one inside, if it knows."""
+        return getattr(self.inner, "guest_engine", None)
+
     # Around the guest's execution
 
     def enter(self) -> HostTsc:

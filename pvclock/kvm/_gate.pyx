@@ -163,7 +163,7 @@ cdef class Gate:
         """
         cdef uint32_t count = len(self._vcpus)
         if load(&self._shut, SEQ_CST) & ENDED or exchange(&self._began, 1, SEQ_CST):
-            raise StateError("start", "the vCPUs were started or stopped before", "make another machine")
+            raise StateError("start", "the vCPUs were started or stopped before", "make another Runner, or Machine")
         store(&self._threads, count, SEQ_CST)
         store(&self._starting, 1, SEQ_CST)
         try:
@@ -258,7 +258,7 @@ cdef class Gate:
 
     cdef Place *_place(self, vcpu) except NULL:
         if not 0 <= vcpu < len(self._vcpus):
-            raise RangeError(f"vCPU {vcpu}; this gate has vCPUs 0 to {len(self._vcpus) - 1}")
+            raise RangeError(f"vCPU {vcpu}; the Runner has vCPUs 0 to {len(self._vcpus) - 1}")
         return &self._places[<Py_ssize_t>vcpu]
 
     cdef bint _is_ours(self) noexcept:

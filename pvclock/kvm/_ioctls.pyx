@@ -18,8 +18,13 @@ from posix.unistd cimport close
 
 from pvclock.kvm._kvm_abi cimport *
 
-from pvclock.errors import ConfigError, KvmError, StateError
+from pvclock.arguments import data as checked_data
+from pvclock.arguments import flag, sequence, whole
+from pvclock.arguments import path as checked_path
+from pvclock.errors import ConfigError, KvmError, RangeError, StateError, WrongType
 from pvclock.kvm import exits
+from pvclock.kvm.arguments import members
+from pvclock.quantities import U64_MASK
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, ...)
@@ -47,6 +52,17 @@ CAPABILITY_NUMBERS = {
 # Made once: an IntFlag takes longer to make than the rest of the exit.
 cdef tuple MSR_EXIT_REASONS = tuple([exits.MsrExitReason(bits) for bits in range(8)])
 
+# What the dicts that stand for these structs have in them.
+cdef kvm_regs NO_REGS
+cdef kvm_sregs NO_SREGS
+cdef kvm_cpuid_entry2 NO_CPUID_ENTRY
+cdef dict REGS = NO_REGS
+cdef dict SREGS = NO_SREGS
+cdef dict CPUID_ENTRY = NO_CPUID_ENTRY
+
+cdef str NO_MEMORY = "the VM has no memory: give it some by Vm.set_user_memory_region()"
+cdef int SIGNALS = 64
+cdef object U32_MASK = (1 << 32) - 1
 cdef int MAX_CPUID_ENTRIES = 256
 cdef enum:
     CONSOLE_BYTES = 4096
@@ -55,7 +71,7 @@ cdef enum:
 cdef unsigned long capability_number(object capability) except? 0:
     """A capability given by its name or by its number."""
     if not isinstance(capability, str):
-        return capability
+        return whole("capability", capability, 0, U32_MASK)
     if capability not in CAPABILITY_NUMBERS:
         raise ConfigError(f"capability {capability!r} is not known by name; give its number in <linux/kvm.h>")
     return CAPABILITY_NUMBERS[capability]
@@ -65,6 +81,18 @@ cdef long checked(long result, str call) except -1:
     if result < 0:
         raise KvmError(call, errno)
     return result
+
+
+cdef tuple checked_filter_range(Py_ssize_t place, object given):
+    """One of set_msr_filter()'s."""
+    parts = sequence(f"denied[{place}]", given, "(flags, base, length, bitmap)")
+    if len(parts) != 4:
+        raise WrongType(f"denied[{place}]", given, "(flags, base, length, bitmap)")
+    flags, base, length, bitmap = parts
+    return (
+        *[whole(f"denied[{place}]", each, 0, U32_MASK) for each in (flags, base, length)],
+        checked_data(f"denied[{place}]", bitmap),
+    )
 
 
 cdef class Fd:
@@ -107,7 +135,7 @@ cdef class Fd:
         """KVM_ENABLE_CAP by number or name, with args[0]; ConfigError for a name that pvclock does not know."""
         cdef kvm_enable_cap cap
         memset(&cap, 0, sizeof(cap))
-        cap.cap, cap.args[0] = capability_number(capability), argument
+        cap.cap, cap.args[0] = capability_number(capability), whole("argument", argument, 0, U64_MASK)
         checked(ioctl(self.fd, KVM_ENABLE_CAP, &cap), "KVM_ENABLE_CAP")
 
 
@@ -116,6 +144,7 @@ cdef class Kvm(Fd):
     """/dev/kvm."""
 
     def __init__(self, path: str = "/dev/kvm") -> None:
+        path = checked_path("path", path)
         self.fd = open(path.encode(), O_RDWR | O_CLOEXEC)
         checked(self.fd, f"open {path}")
 
@@ -176,10 +205,14 @@ cdef class Vm(Fd):
 
     def set_user_memory_region(self, slot: int, gpa: int, buffer: object) -> None:
         """KVM_SET_USER_MEMORY_REGION: map a page-aligned writable buffer at `gpa` and hold it; an empty one unmaps."""
-        cdef MappedBuffer mapped = MappedBuffer(buffer)
+        cdef MappedBuffer mapped
         cdef kvm_userspace_memory_region region
         memset(&region, 0, sizeof(region))
-        region.slot, region.guest_phys_addr = slot, gpa
+        region.slot, region.guest_phys_addr = whole("slot", slot, 0, U32_MASK), whole("gpa", gpa, 0, U64_MASK)
+        try:
+            mapped = MappedBuffer(buffer)
+        except (BufferError, TypeError):
+            raise WrongType("buffer", buffer, "a writable, contiguous buffer: a bytearray, an mmap") from None
         region.memory_size, region.userspace_addr = mapped.view.len, <uint64_t>mapped.view.buf
         checked(ioctl(self.fd, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION")
         if region.memory_size:
@@ -189,11 +222,11 @@ cdef class Vm(Fd):
 
     def set_tss_addr(self, gpa: int) -> None:
         """KVM_SET_TSS_ADDR: three pages that VMX needs for real mode."""
-        checked(ioctl(self.fd, KVM_SET_TSS_ADDR, <unsigned long>gpa), "KVM_SET_TSS_ADDR")
+        checked(ioctl(self.fd, KVM_SET_TSS_ADDR, <unsigned long>whole("gpa", gpa, 0, U64_MASK)), "KVM_SET_TSS_ADDR")
 
     def set_identity_map_addr(self, gpa: int) -> None:
         """KVM_SET_IDENTITY_MAP_ADDR: one page that VMX needs for real mode."""
-        cdef uint64_t address = gpa
+        cdef uint64_t address = whole("gpa", gpa, 0, U64_MASK)
         checked(ioctl(self.fd, KVM_SET_IDENTITY_MAP_ADDR, &address), "KVM_SET_IDENTITY_MAP_ADDR")
 
     def create_irqchip(self) -> None:
@@ -208,6 +241,8 @@ cdef class Vm(Fd):
         """
         cdef kvm_msr_filter msr_filter
         memset(&msr_filter, 0, sizeof(msr_filter))
+        given = sequence("denied", denied, "a list of (flags, base, length, bitmap)")
+        denied = [checked_filter_range(place, each) for place, each in enumerate(given)]
         if len(denied) > KVM_MSR_FILTER_MAX_RANGES:
             raise ConfigError(f"{len(denied)} MSR filter ranges; KVM takes {KVM_MSR_FILTER_MAX_RANGES}")
         msr_filter.flags = KVM_MSR_FILTER_DEFAULT_ALLOW
@@ -231,14 +266,15 @@ cdef class Vm(Fd):
         """KVM_SET_CLOCK to `clock` ns."""
         cdef kvm_clock_data data
         memset(&data, 0, sizeof(data))
-        data.clock, data.flags, data.realtime = clock, flags, realtime
+        data.clock, data.flags = whole("clock", clock, 0, U64_MASK), whole("flags", flags, 0, U32_MASK)
+        data.realtime = whole("realtime", realtime, 0, U64_MASK)
         checked(ioctl(self.fd, KVM_SET_CLOCK, &data), "KVM_SET_CLOCK")
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """KVM_CREATE_VCPU; vcpu_id is the APIC id."""
         cdef Vcpu vcpu = Vcpu.__new__(Vcpu)
-        vcpu.vcpu_id = vcpu_id
-        vcpu.fd = checked(ioctl(self.fd, KVM_CREATE_VCPU, <unsigned long>vcpu_id), "KVM_CREATE_VCPU")
+        vcpu.vcpu_id = whole("vcpu_id", vcpu_id, 0, U32_MASK >> 1)
+        vcpu.fd = checked(ioctl(self.fd, KVM_CREATE_VCPU, <unsigned long>vcpu.vcpu_id), "KVM_CREATE_VCPU")
         vcpu.run_bytes = self.run_bytes
         vcpu._mapped = self._mapped
         run = mmap(NULL, self.run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu.fd, 0)
@@ -276,22 +312,22 @@ cdef class Vcpu(Fd):
 
     def close(self) -> None:
         """Unmap kvm_run and close the vCPU; StateError while it runs."""
-        self._idle_fd()
+        self._idle_fd("close")
         if self.run_page is not NULL:
             munmap(self.run_page, self.run_bytes)
         self.run_page = NULL
         Fd.close(self)
         self._mapped = None
 
-    cdef int _idle_fd(self) except? -1:
+    cdef int _idle_fd(self, str operation) except? -1:
         """The descriptor, for what KVM does only while the vCPU is out of the guest."""
         if self.running:
-            raise StateError("use", f"vCPU {self.vcpu_id} is running", "pause it first")
+            raise StateError(operation, f"vCPU {self.vcpu_id} is running", "pause it first")
         return self.fd
 
     cdef kvm_run *_exited(self, str operation, uint32_t reason, uint32_t or_reason) except NULL:
         """kvm_run, if it holds an exit of that kind: its union means something else at every other time."""
-        self._idle_fd()
+        self._idle_fd(operation)
         if self.run_page is NULL or self.run_page.exit_reason not in (reason, or_reason):
             raise StateError(operation, f"vCPU {self.vcpu_id} has no such exit to answer", "answer what run() returned")
         return self.run_page
@@ -303,7 +339,7 @@ cdef class Vcpu(Fd):
         cdef int failure
         if self.run_page is NULL:
             raise StateError("run", f"vCPU {self.vcpu_id} is closed", "make another one")
-        self._idle_fd()
+        self._idle_fd("run")
         self.running = True
         with nogil:
             failure = self._run()
@@ -312,7 +348,7 @@ cdef class Vcpu(Fd):
             self.run_page.immediate_exit = 0
             return exits.Interrupted()
         if failure:
-            raise KvmError("KVM_RUN", failure)
+            raise KvmError("KVM_RUN", failure, "" if self._mapped else NO_MEMORY)
         return self._exit()
 
     cdef int _run(self) noexcept nogil:
@@ -386,6 +422,7 @@ cdef class Vcpu(Fd):
 
     def complete_io(self, data: bytes) -> None:
         """Answer IoIn with size * count bytes, given to the guest at the next run()."""
+        data = checked_data("data", data)
         cdef kvm_run *run = self._exited("complete_io", KVM_EXIT_IO, KVM_EXIT_IO)
         cdef Py_ssize_t length = run.io.size * run.io.count
         if len(data) != length:
@@ -394,6 +431,7 @@ cdef class Vcpu(Fd):
 
     def complete_mmio(self, data: bytes) -> None:
         """Answer an Mmio read with as many bytes as it asks for."""
+        data = checked_data("data", data)
         cdef kvm_run *run = self._exited("complete_mmio", KVM_EXIT_MMIO, KVM_EXIT_MMIO)
         if len(data) != run.mmio.len:
             raise ConfigError(f"answer of {len(data)} bytes to a read of {run.mmio.len}")
@@ -401,36 +439,53 @@ cdef class Vcpu(Fd):
 
     def complete_msr(self, value: int = 0, *, fault: bool = False) -> None:
         """Answer RdmsrExit or WrmsrExit: `value` for a read, or #GP(0) in the guest at the next run()."""
+        cdef uint64_t answer
+        cdef bint fails = fault is True
+        if not fails and fault is not False:
+            flag("fault", fault)
+        if type(value) is not int:
+            value = whole("value", value)
+        try:
+            answer = value
+        except OverflowError:  # which costs nothing for what is right
+            answer = whole("value", value, 0, U64_MASK)
         cdef kvm_run *run = self._exited("complete_msr", KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR)
-        run.msr.data = value
-        run.msr.error = fault
+        run.msr.data = answer
+        run.msr.error = fails
 
     # Registers
 
     def get_regs(self) -> dict[str, int]:
         """KVM_GET_REGS: rax to r15, rip, rflags."""
         cdef kvm_regs regs
-        checked(ioctl(self._idle_fd(), KVM_GET_REGS, &regs), "KVM_GET_REGS")
+        checked(ioctl(self._idle_fd("get_regs"), KVM_GET_REGS, &regs), "KVM_GET_REGS")
         return regs
 
     def set_regs(self, regs: dict[str, int]) -> None:
         """KVM_SET_REGS: all that get_regs() gives."""
-        cdef kvm_regs c = regs
-        checked(ioctl(self._idle_fd(), KVM_SET_REGS, &c), "KVM_SET_REGS")
+        cdef kvm_regs c = members("regs", regs, REGS)
+        checked(ioctl(self._idle_fd("set_regs"), KVM_SET_REGS, &c), "KVM_SET_REGS")
 
     def get_sregs(self) -> dict[str, object]:
         """KVM_GET_SREGS: segments (dicts), gdt, idt, cr0 to cr8, efer, apic_base, interrupt_bitmap."""
         cdef kvm_sregs sregs
-        checked(ioctl(self._idle_fd(), KVM_GET_SREGS, &sregs), "KVM_GET_SREGS")
+        checked(ioctl(self._idle_fd("get_sregs"), KVM_GET_SREGS, &sregs), "KVM_GET_SREGS")
         return sregs
 
     def set_sregs(self, sregs: dict[str, object]) -> None:
         """KVM_SET_SREGS: all that get_sregs() gives."""
-        cdef kvm_sregs c = sregs
-        checked(ioctl(self._idle_fd(), KVM_SET_SREGS, &c), "KVM_SET_SREGS")
+        cdef kvm_sregs c
+        try:
+            c = members("sregs", sregs, SREGS)
+        except OverflowError as error:
+            raise RangeError(f"sregs: {error}; a segment's selector has 16 bits and its limit 32") from None
+        checked(ioctl(self._idle_fd("set_sregs"), KVM_SET_SREGS, &c), "KVM_SET_SREGS")
 
     def set_cpuid(self, entries: list[dict[str, int]]) -> None:
         """KVM_SET_CPUID2: entries as of Kvm.get_supported_cpuid()."""
+        sequence("entries", entries, "a list of entries, as Kvm.get_supported_cpuid() gives them")
+        for place, entry in enumerate(entries):
+            members(f"entries[{place}]", entry, CPUID_ENTRY)
         cdef kvm_cpuid2 *cpuid = <kvm_cpuid2 *>calloc(1, sizeof(kvm_cpuid2) + len(entries) * sizeof(kvm_cpuid_entry2))
         if cpuid is NULL:
             raise MemoryError
@@ -441,56 +496,60 @@ cdef class Vcpu(Fd):
                 cpuid.entries[i].flags = entry["flags"]
                 cpuid.entries[i].eax, cpuid.entries[i].ebx = entry["eax"], entry["ebx"]
                 cpuid.entries[i].ecx, cpuid.entries[i].edx = entry["ecx"], entry["edx"]
-            checked(ioctl(self._idle_fd(), KVM_SET_CPUID2, cpuid), "KVM_SET_CPUID2")
+            checked(ioctl(self._idle_fd("set_cpuid"), KVM_SET_CPUID2, cpuid), "KVM_SET_CPUID2")
         finally:
             free(cpuid)
 
     def get_msr(self, index: int) -> int:
         """KVM_GET_MSRS of one MSR, past every filter."""
-        return self._msr(KVM_GET_MSRS, "KVM_GET_MSRS", index, 0)
+        return self._msr("get_msr", KVM_GET_MSRS, "KVM_GET_MSRS", whole("index", index, 0, U32_MASK), 0)
 
     def set_msr(self, index: int, value: int) -> None:
         """KVM_SET_MSRS of one MSR, past every filter: a host-initiated write."""
-        self._msr(KVM_SET_MSRS, "KVM_SET_MSRS", index, value)
+        index, value = whole("index", index, 0, U32_MASK), whole("value", value, 0, U64_MASK)
+        self._msr("set_msr", KVM_SET_MSRS, "KVM_SET_MSRS", index, value)
 
-    cdef uint64_t _msr(self, unsigned long request, str call, uint32_t index, uint64_t value) except? 0:
+    cdef uint64_t _msr(
+        self, str operation, unsigned long request, str call, uint32_t index, uint64_t value
+    ) except? 0:
         cdef uint64_t space[ONE_MSR_WORDS]
         cdef kvm_msrs *msrs = <kvm_msrs *>space
         memset(space, 0, sizeof(space))
         msrs.nmsrs, msrs.entries[0].index, msrs.entries[0].data = 1, index, value
         # KVM does not fail here: it says how many of the MSRs it took.
-        if checked(ioctl(self._idle_fd(), request, msrs), call) != 1:
+        if checked(ioctl(self._idle_fd(operation), request, msrs), call) != 1:
             raise KvmError(f"{call} {index:#x}", EINVAL)
         return msrs.entries[0].data
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE: 0 runnable, 1 uninitialised, 3 halted."""
         cdef kvm_mp_state state
-        checked(ioctl(self._idle_fd(), KVM_GET_MP_STATE, &state), "KVM_GET_MP_STATE")
+        checked(ioctl(self._idle_fd("get_mp_state"), KVM_GET_MP_STATE, &state), "KVM_GET_MP_STATE")
         return state.mp_state
 
     def set_mp_state(self, mp_state: int) -> None:
         """KVM_SET_MP_STATE."""
-        cdef kvm_mp_state state = kvm_mp_state(mp_state)
-        checked(ioctl(self._idle_fd(), KVM_SET_MP_STATE, &state), "KVM_SET_MP_STATE")
+        cdef kvm_mp_state state = kvm_mp_state(whole("mp_state", mp_state, 0, U32_MASK))
+        checked(ioctl(self._idle_fd("set_mp_state"), KVM_SET_MP_STATE, &state), "KVM_SET_MP_STATE")
 
     # Time
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
-        return checked(ioctl(self._idle_fd(), KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ")
+        return checked(ioctl(self._idle_fd("get_tsc_khz"), KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ")
 
     def set_tsc_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ."""
-        checked(ioctl(self._idle_fd(), KVM_SET_TSC_KHZ, <unsigned long>khz), "KVM_SET_TSC_KHZ")
+        cdef unsigned long rate_khz = whole("khz", khz, 0, U32_MASK)
+        checked(ioctl(self._idle_fd("set_tsc_khz"), KVM_SET_TSC_KHZ, rate_khz), "KVM_SET_TSC_KHZ")
 
     def kvmclock_ctrl(self) -> None:
         """KVM_KVMCLOCK_CTRL: the kernel's clock shows GUEST_STOPPED from the next run() on."""
-        checked(ioctl(self._idle_fd(), KVM_KVMCLOCK_CTRL, 0), "KVM_KVMCLOCK_CTRL")
+        checked(ioctl(self._idle_fd("kvmclock_ctrl"), KVM_KVMCLOCK_CTRL, 0), "KVM_KVMCLOCK_CTRL")
 
     def has_tsc_offset(self) -> bool:
         """KVM_HAS_DEVICE_ATTR of the TSC offset.  A host that has it may still not honour it."""
-        cdef int result = self._tsc_offset(KVM_HAS_DEVICE_ATTR, NULL)
+        cdef int result = self._tsc_offset("has_tsc_offset", KVM_HAS_DEVICE_ATTR, NULL)
         if result < 0 and errno in (ENXIO, EINVAL):  # EINVAL before Linux 5.16
             return False
         return checked(result, "KVM_HAS_DEVICE_ATTR TSC_OFFSET") == 0
@@ -498,19 +557,19 @@ cdef class Vcpu(Fd):
     def get_tsc_offset(self) -> int:
         """KVM_GET_DEVICE_ATTR of the TSC offset, in ticks."""
         cdef uint64_t offset = 0
-        checked(self._tsc_offset(KVM_GET_DEVICE_ATTR, &offset), "KVM_GET_DEVICE_ATTR TSC_OFFSET")
+        checked(self._tsc_offset("get_tsc_offset", KVM_GET_DEVICE_ATTR, &offset), "KVM_GET_DEVICE_ATTR TSC_OFFSET")
         return offset
 
     def set_tsc_offset(self, offset: int) -> None:
         """KVM_SET_DEVICE_ATTR of the TSC offset, in ticks modulo 2^64."""
-        cdef uint64_t value = offset
-        checked(self._tsc_offset(KVM_SET_DEVICE_ATTR, &value), "KVM_SET_DEVICE_ATTR TSC_OFFSET")
+        cdef uint64_t value = whole("offset", offset, 0, U64_MASK)
+        checked(self._tsc_offset("set_tsc_offset", KVM_SET_DEVICE_ATTR, &value), "KVM_SET_DEVICE_ATTR TSC_OFFSET")
 
-    cdef int _tsc_offset(self, unsigned long request, uint64_t *offset) except? -1:
+    cdef int _tsc_offset(self, str operation, unsigned long request, uint64_t *offset) except? -1:
         cdef kvm_device_attr attr
         memset(&attr, 0, sizeof(attr))
         attr.group, attr.attr, attr.addr = KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, <uint64_t>offset
-        return ioctl(self._idle_fd(), request, &attr)
+        return ioctl(self._idle_fd(operation), request, &attr)
 
 
 cdef void do_nothing(int signum) noexcept nogil:
@@ -526,6 +585,7 @@ def install_kick_signal(signum: int) -> None:
     memset(&ours, 0, sizeof(ours))
     ours.sa_handler = do_nothing
     sigemptyset(&ours.sa_mask)
+    signum = whole("kick_signal", signum, 1, SIGNALS)
     checked(sigaction(signum, NULL, &old), "sigaction")
     if old.sa_handler != SIG_DFL and old.sa_handler != do_nothing:
         raise StateError("install_kick_signal", f"signal {signum} has a handler already", "choose another kick signal")

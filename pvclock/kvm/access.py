@@ -16,6 +16,8 @@ from typing import Final
 
 __all__ = ["ADVICE", "advice"]
 
+DEVICE: Final = "/dev/kvm"
+
 ADVICE: Final = {
     errno.ENOENT: "load the kvm_intel or kvm_amd module and enable virtualisation in the firmware (in a VM: nested "
     "virtualisation; in a container: start it with --device /dev/kvm)",
@@ -31,6 +33,8 @@ OTHERS_MAY: Final = stat.S_IROTH | stat.S_IWOTH
 
 def advice(path: str, reason: int) -> str:
     """What to do about the errno `reason` of opening the device at `path`; empty where nothing is known to help."""
+    if path != DEVICE and reason != errno.EACCES:
+        return f"KVM's device is {DEVICE}"
     if reason == errno.EACCES:
         with suppress(OSError):  # a folder above it is locked
             return _how_to_get_the_right(path, os.stat(path))  # noqa: PTH116  # follows links, as open does

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pvclock._counter import Counter, HostCounter, KernelTimeCounter
 from pvclock._transaction import commit
+from pvclock.arguments import flag, instance, whole
 from pvclock.backend import (
     CLOCK_GRAIN_NS,
     CLOCK_IDS,
@@ -20,6 +21,7 @@ from pvclock.backend import (
 )
 from pvclock.errors import TscOffsetNotHonoured
 from pvclock.kvm._ioctls import Kvm, Vcpu
+from pvclock.kvm.arguments import vcpus_of
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.kvm.runner import Runner
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
@@ -29,6 +31,7 @@ from pvclock.readings import HostStamps, Reference, Sample
 __all__ = ["KvmBackend", "SteeredTscBackend", "kvm_backend"]
 
 SAMPLES = 8
+U32_MASK = (1 << 32) - 1
 
 
 def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], runner: Runner) -> KvmBackend | SteeredTscBackend:
@@ -36,6 +39,9 @@ def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], runner: Runner) -> KvmBackend | Ste
 
     It asks a throw-away VM what becomes of TSC offsets here (see probe_tsc_offsets), which takes a few ms.
     """
+    instance("kvm", kvm, Kvm, "a Kvm, as open_kvm() returns it")
+    vcpus_of(vcpus)
+    instance("runner", runner, Runner)
     features = kernel_features(kvm)
     offsets = probe_tsc_offsets(kvm)
     if offsets is TscOffsets.STEERED:
@@ -49,13 +55,16 @@ class _VcpusOfRunner:
     counter: Counter
     tsc_hz: int
     is_slaved = True
+    guest_engine = "kvm"
+    """See Backend."""
 
     def __init__(self, vcpus: list[Vcpu], runner: Runner, kernel_features: int) -> None:
-        self.tsc_hz = vcpus[0].get_tsc_khz() * 1000
-        self.kernel_features = kernel_features
+        self._vcpus = vcpus_of(vcpus)
+        self._runner = instance("runner", runner, Runner)
+        self.vcpu_count = len(self._vcpus)
+        self.kernel_features = whole("kernel_features", kernel_features, 0, U32_MASK)
+        self.tsc_hz = self._vcpus[0].get_tsc_khz() * 1000
         self.quiesce = runner.quiesce
-        self._runner = runner
-        self._vcpus = vcpus
 
     def run_delay_ns(self, vcpu: int) -> int | None:
         """See Backend: by the kernel's account of vCPU's thread."""
@@ -92,10 +101,11 @@ class KvmBackend(_VcpusOfRunner):
     def __init__(
         self, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0, *, honours_tsc_offset: bool
     ) -> None:
+        flag("honours_tsc_offset", honours_tsc_offset)
         super().__init__(vcpus, runner, kernel_features)
         self.counter = HostCounter()
         self.tsc_stable = host_clocksource() == "tsc"
-        self.initial_tsc_offset = vcpus[0].get_tsc_offset() if honours_tsc_offset else 0
+        self.initial_tsc_offset = self._vcpus[0].get_tsc_offset() if honours_tsc_offset else 0
         """KVM's own: a guest's TSC is 0 when its first vCPU is made.  0 where offsets are not honoured."""
 
         self._honours_tsc_offset = honours_tsc_offset

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from typing import Final, NamedTuple
 
+from pvclock import arguments
 from pvclock.errors import KvmError, KvmUnavailable, MissingCapability
 from pvclock.kvm._ioctls import Kvm
 from pvclock.kvm.access import advice
@@ -53,6 +54,7 @@ def open_kvm(path: str = "/dev/kvm") -> Kvm:
 
     KvmUnavailable says what to do where it cannot be opened; MissingCapability names what this host's KVM lacks.
     """
+    path = arguments.path("path", path)
     try:
         kvm = Kvm(path)
     except KvmError as error:

@@ -80,9 +80,15 @@ class WrmsrExit(NamedTuple):
 class Halt(NamedTuple):
     """HLT, on a VM without an in-kernel irqchip."""
 
+    def __str__(self) -> str:
+        return "HLT, and there is no interrupt controller to wake it"
+
 
 class Shutdown(NamedTuple):
     """A triple fault."""
+
+    def __str__(self) -> str:
+        return "a triple fault (KVM_EXIT_SHUTDOWN)"
 
 
 class SystemEvent(NamedTuple):
@@ -90,11 +96,17 @@ class SystemEvent(NamedTuple):
 
     type: int
 
+    def __str__(self) -> str:
+        return f"system event {self.type} (KVM_EXIT_SYSTEM_EVENT)"
+
 
 class FailEntry(NamedTuple):
     """The hardware refused the guest's state."""
 
     reason: int
+
+    def __str__(self) -> str:
+        return f"the CPU refused the guest's state, reason {self.reason:#x} (KVM_EXIT_FAIL_ENTRY)"
 
 
 class InternalError(NamedTuple):
@@ -103,11 +115,18 @@ class InternalError(NamedTuple):
     suberror: int
     data: tuple[int, ...]
 
+    def __str__(self) -> str:
+        data = ", ".join(map(hex, self.data))
+        return f"KVM gave up, suberror {self.suberror}, data {data or 'none'} (KVM_EXIT_INTERNAL_ERROR)"
+
 
 class UnknownExit(NamedTuple):
     """An exit without a type here."""
 
     number: int
+
+    def __str__(self) -> str:
+        return f"exit {self.number}, which pvclock does not know"
 
 
 Exit: TypeAlias = (

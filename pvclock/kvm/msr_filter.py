@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from pvclock.arguments import instance, instances
+from pvclock.errors import WrongType
 from pvclock.kvm._ioctls import Vm
 from pvclock.kvm.exits import MsrExitReason
 from pvclock.msr_ranges import MsrRange
@@ -21,9 +23,13 @@ def exit_on_msrs(vm: Vm, ranges: Iterable[MsrRange]) -> None:
     A second call replaces the ranges of the first.  KVM takes 16 at most (ConfigError), and the first one that has an
     MSR decides.  For before the guest runs: until then the kernel answers by itself.
     """
+    instance("vm", vm, Vm, "a Vm, as Kvm.create_vm() makes it")
+    if not isinstance(ranges, Iterable):
+        raise WrongType("ranges", ranges, "a sequence of MsrRange: a GuestClock's msr_ranges")
+    checked = instances("ranges", tuple(ranges), MsrRange)
     # In this order: without user-space exits a filtered access is #GP in the guest, and nobody is asked.
     vm.enable_cap("KVM_CAP_X86_USER_SPACE_MSR", MsrExitReason.FILTER)
-    vm.set_msr_filter([_filter_range(each) for each in ranges])
+    vm.set_msr_filter([_filter_range(each) for each in checked])
 
 
 def _filter_range(each: MsrRange) -> tuple[int, int, int, bytes]:

@@ -15,35 +15,44 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from pvclock.errors import StateError
+from pvclock.arguments import function, number, whole
+from pvclock.errors import StateError, WrongType
 from pvclock.kvm._gate import Gate, Hold
 from pvclock.kvm._ioctls import Vcpu, install_kick_signal
+from pvclock.kvm.arguments import vcpus_of
 from pvclock.kvm.exits import Exit, Interrupted
 
 __all__ = ["ExitHandler", "Runner"]
 
 ExitHandler: TypeAlias = Callable[[int, Exit], bool]
-"""handler(vcpu, exit), on that vCPU's thread; False ends the VM's run.  It answers the exit on the Vcpu."""
+"""handler(vcpu, exit), on that vCPU's thread: it answers the exit on the Vcpu.
+
+True lets the vCPU go on, and False ends the VM's run; so does any other result, as an error.
+"""
 
 
 class Runner:
     """Runs `vcpus`, each on its own thread; a context manager that starts and stops them, and raises what failed.
 
     kick_signal: a signal that the process does not use otherwise; its handler does nothing but end a system call.
+    WrongType for an argument that is none; ConfigError for a VM without vCPUs.
 
     Thread-safety: all methods may be called from any thread; join() not from a vCPU's own.
     """
 
     def __init__(self, vcpus: list[Vcpu], handler: ExitHandler, *, kick_signal: int = signal.SIGRTMIN + 2) -> None:
+        self._vcpus = vcpus_of(vcpus)
+        self._handler = function("handler", handler)
         install_kick_signal(kick_signal)
-        self.gate = Gate(vcpus, kick_signal)
-        self._vcpus = vcpus
-        self._handler = handler
+        self.gate = Gate(self._vcpus, kick_signal)
         self._kick_signal = kick_signal
         self._threads: list[threading.Thread] = []
         self._start_failure: StateError | None = None
         self.failure: BaseException | None = None
-        """What ended the run, if an error did: raised by the handler or by KVM, or no thread to be had."""
+        """What ended the run, if an error did: raised by the handler or by KVM, or no thread to be had.
+
+        WrongType for a handler that returned neither True nor False.
+        """
 
     # Life
 
@@ -59,6 +68,8 @@ class Runner:
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait until the run has ended; False if it has not within `timeout_s`.  StateError if it never began."""
+        if timeout_s is not None:
+            number("timeout_s", timeout_s)
         if not self.gate.has_begun() and not self.gate.has_ended():
             raise StateError("join", "the vCPUs were never started", "start() them")
         return self.gate.wait_until_ended(timeout_s)
@@ -88,7 +99,7 @@ class Runner:
 
     def thread_id(self, vcpu: int) -> int | None:
         """The kernel's id of vCPU's thread; None while it has none."""
-        return self.gate.thread_id(vcpu)
+        return self.gate.thread_id(whole("vcpu", vcpu))
 
     # Keeping vCPUs out of the guest
 
@@ -128,12 +139,19 @@ class Runner:
             while gate.enter(vcpu):
                 reason = run()
                 gate.leave(vcpu)
-                if not isinstance(reason, Interrupted) and not handler(vcpu, reason):
+                if not isinstance(reason, Interrupted) and not _goes_on(handler(vcpu, reason)):
                     break
         except BaseException as failure:  # noqa: BLE001  # whoever waits for the run gets it
             self.failure = self.failure or failure
         finally:
             gate.depart(vcpu)
+
+
+def _goes_on(result: object) -> bool:
+    """What an exit handler returned; WrongType for what is no bool, so that a forgotten `return True` is not silent."""
+    if result is True or result is False:
+        return result
+    raise WrongType("the exit handler's result", result, "True to go on, False to end the run")
 
 
 def _no_thread(error: RuntimeError) -> StateError:

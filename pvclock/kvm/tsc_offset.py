@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Final
 
 from pvclock._counter import read_tsc
+from pvclock.arguments import instance
 from pvclock.kvm._ioctls import Kvm
 from pvclock.kvm.probe_vm import ProbeVm
 
@@ -36,6 +37,7 @@ class TscOffsets(StrEnum):
 
 def probe_tsc_offsets(kvm: Kvm) -> TscOffsets:
     """Try it; takes a few ms."""
+    instance("kvm", kvm, Kvm, "a Kvm, as open_kvm() returns it")
     with closing(ProbeVm(kvm)) as vm:
         if vm.vcpu.get_tsc_offset() != vm.vcpu.get_tsc_offset():  # moved whenever KVM loads the vCPU, as for each call
             return TscOffsets.STEERED

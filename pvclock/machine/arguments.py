@@ -6,9 +6,10 @@ import mmap
 from collections.abc import Mapping
 from typing import Final
 
+from pvclock.arguments import instance, number, text, whole
 from pvclock.boot.layout import RAM_END
 from pvclock.clockstate import ClockState
-from pvclock.errors import ConfigError
+from pvclock.errors import ConfigError, WrongType
 from pvclock.guestclock import MAX_AGE_S
 from pvclock.kvm import Kvm
 from pvclock.kvm.capabilities import value_of
@@ -25,16 +26,18 @@ RESTORE_OPTIONS: Final = ("policy", "reference", "any_tsc_hz", "vmm")
 
 
 def check_arguments(arguments: Mapping[str, object], clock_options: Mapping[str, object]) -> None:
-    """ConfigError if no machine can be made of these on any host; it names what is wanted.
+    """WrongType or ConfigError if no machine can be made of these on any host; it names what is wanted.
 
     arguments: Machine's, but for the options of its clock.
     """
-    _check_type(arguments, "image", bytes, "the bytes of a multiboot-1 ELF or of a flat real-mode image")
-    _check_type(arguments, "vcpus", int, "a whole number from 1 on")
-    _check_memory(arguments)
-    _check_type(arguments, "cmdline", str, "text")
-    _check_type(arguments, "kvm", Kvm | None, "a Kvm, as open_kvm() gives it, or None for one of the machine's own")
-    _check_interval(arguments)
+    image = "the bytes of a multiboot-1 ELF or of a flat real-mode image"
+    instance("image", arguments["image"], bytes, image)
+    whole("vcpus", arguments["vcpus"])
+    _check_memory(arguments["memory_bytes"])
+    text("cmdline", arguments["cmdline"])
+    if arguments["kvm"] is not None:
+        instance("kvm", arguments["kvm"], Kvm, "a Kvm, as open_kvm() gives it, or None for one of the machine's own")
+    _check_interval(arguments["tick_interval_s"])
     _check_clock(arguments, clock_options)
 
 
@@ -45,57 +48,49 @@ def check_vcpus(count: int, kvm: Kvm) -> None:
         raise ConfigError(f"{shown(count)} vCPUs; choose 1 to {most}")
 
 
-def _check_memory(arguments: Mapping[str, object]) -> None:
-    wanted = f"a positive multiple of {mmap.PAGESIZE}, up to {RAM_END}"
-    _check_type(arguments, "memory_bytes", int, wanted)
-    length = arguments["memory_bytes"]
-    assert isinstance(length, int)  # noqa: S101  # for type checkers
+def _check_memory(given: object) -> None:
+    length = whole("memory_bytes", given)
     if not 0 < length <= RAM_END or length % mmap.PAGESIZE:
-        raise ConfigError(f"RAM of {shown(length)} bytes; give {wanted}")
+        raise ConfigError(f"RAM of {shown(length)} bytes; give a positive multiple of {mmap.PAGESIZE}, up to {RAM_END}")
 
 
-def _check_interval(arguments: Mapping[str, object]) -> None:
-    wanted = f"from {SHORTEST_S:g} to {MAX_AGE_S:g} seconds, or None for no ticker"
-    _check_type(arguments, "tick_interval_s", float | int | None, wanted)
-    interval_s = arguments["tick_interval_s"]
-    if isinstance(interval_s, float | int) and not SHORTEST_S <= interval_s <= MAX_AGE_S:
-        raise ConfigError(f"tick_interval_s is {interval_s!r}; it must be {wanted}")
+def _check_interval(given: object) -> None:
+    if given is None:
+        return
+    interval_s = number("tick_interval_s", given)
+    if not SHORTEST_S <= interval_s <= MAX_AGE_S:
+        raise ConfigError(
+            f"tick_interval_s is {shown(interval_s)}; it can be {SHORTEST_S:g} to {MAX_AGE_S:g} seconds, "
+            "or None for no ticker"
+        )
 
 
 def _check_clock(arguments: Mapping[str, object], options: Mapping[str, object]) -> None:
     clock, backend, restore = (arguments[name] for name in ("clock", "backend", "restore"))
-    if clock not in ("engine", "kernel"):
+    if text("clock", clock) not in ("engine", "kernel"):
         raise ConfigError(f'clock {clock!r}; choose "engine" or "kernel"')
     given = [name for name in ("backend", "restore") if arguments[name] is not None]
     if clock == "kernel" and (unknown := [*given, *(name for name in options if name != "features")]):
         raise ConfigError(f"the kernel's clock takes no options but features: {', '.join(unknown)}")
+    if taken := [name for name in ("engine", "memory") if name in options]:
+        raise ConfigError(f"a machine runs on /dev/kvm, in memory of its own; leave out: {', '.join(taken)}")
     if backend is not None and not callable(backend):
-        raise ConfigError(
-            f"backend is {_described(backend)}; it must be a function from the backend of the machine's vCPUs to that "
-            "of its clock, such as UnslavedBackend"
-        )
-    if restore is not None:
-        _check_type(arguments, "restore", ClockState, "a ClockState, as save() or clockstate.read() gives it")
-        assert isinstance(restore, ClockState)  # noqa: S101  # for type checkers
-        if len(restore.vcpus) != arguments["vcpus"]:
+        wanted = "a function from the backend of the machine's vCPUs to that of its clock, such as UnslavedBackend"
+        raise WrongType("backend", backend, wanted)
+    if restore is None:
+        if early := [name for name in ("policy", "any_tsc_hz") if name in options]:
             raise ConfigError(
-                f"the saved clock has {len(restore.vcpus)} vCPUs and the machine {arguments['vcpus']!r}; "
-                f"give vcpus={len(restore.vcpus)}"
+                f"only a restored clock has options for its return; give restore, too: {', '.join(early)}"
+            )
+    else:
+        state = instance("restore", restore, ClockState, "a ClockState, as save() or clockstate.read() gives it")
+        if len(state.vcpus) != arguments["vcpus"]:
+            raise ConfigError(
+                f"the saved clock has {len(state.vcpus)} vCPUs and the machine {arguments['vcpus']!r}; "
+                f"give vcpus={len(state.vcpus)}"
             )
         if unknown := [name for name in options if name not in RESTORE_OPTIONS]:
             raise ConfigError(
                 f"a restored clock has its options in the state, so it takes none but {', '.join(RESTORE_OPTIONS)}: "
                 f"{', '.join(unknown)}"
             )
-
-
-def _check_type(arguments: Mapping[str, object], name: str, kind: object, wanted: str) -> None:
-    value = arguments[name]
-    if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]  # to Python, True is an int
-        raise ConfigError(f"{name} is {_described(value)}; it must be {wanted}")
-
-
-def _described(value: object) -> str:
-    """Plain values with their type, others by that alone: their repr may be long."""
-    kind = type(value).__name__
-    return f"{value!r} ({kind})" if isinstance(value, int | float) else f"of type {kind}"

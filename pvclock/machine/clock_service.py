@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from pvclock._memory import GuestMemory
 from pvclock.backend import Backend
-from pvclock.catchup import Policy
+from pvclock.catchup import Policy, as_policy
 from pvclock.clockstate import ClockState
 from pvclock.errors import ConfigError, StateError, TscOffsetNotHonoured
 from pvclock.guestclock import GuestClock
@@ -107,6 +107,8 @@ class ClockService:
 
     def resume(self, policy: Policy | str | None = None) -> None:
         """Let the clock go on, by `policy` or its own, and then the vCPUs."""
+        if policy is not None:
+            policy = as_policy(policy)  # also where it settles nothing
         with self._changing:
             self._resumes_at_start = False
             if self.clock is not None and self.clock.is_paused:

@@ -11,6 +11,7 @@ from weakref import finalize
 
 from pvclock import boot
 from pvclock._memory import GuestMemory
+from pvclock.arguments import number
 from pvclock.boot.layout import IDENTITY_MAP, TSS
 from pvclock.catchup import Policy
 from pvclock.clockstate import ClockState
@@ -58,9 +59,9 @@ class Machine:
 
     A machine that is dropped without close() stops and gives everything back, by and by.
 
-    ConfigError for a wrong argument, before anything is made.  KvmUnavailable, MissingCapability, ImageError,
-    RangeError, StateFileError or, for UnslavedBackend where offsets are not honoured, TscOffsetNotHonoured if it cannot
-    be made; nothing is left behind then.
+    WrongType or ConfigError for a wrong argument, before anything is made.  KvmUnavailable, MissingCapability,
+    ImageError, RangeError, StateFileError or, for UnslavedBackend where offsets are not honoured, TscOffsetNotHonoured
+    if it cannot be made; nothing is left behind then.
     """
 
     def __init__(  # noqa: PLR0913  # a machine has so many facts; all but the image are by keyword, with defaults
@@ -114,6 +115,11 @@ class Machine:
 
         GuestCrashed if it cannot go on; StateError if it has not ended within `timeout_s`.
         """
+        if timeout_s is not None:
+            number("timeout_s", timeout_s)
+        gate = self.runner.gate
+        if not gate.has_begun() and not gate.has_ended():
+            raise StateError("wait", "the machine was never started", "start() it")
         if not self.runner.join(timeout_s):
             raise StateError("wait", f"the guest has not ended after {timeout_s} s", "wait longer or stop() it")
         with suppress(StateError):  # a tick that does not return: the run has ended all the same

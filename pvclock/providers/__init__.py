@@ -344,9 +344,12 @@ class GuestInterface:
         self.version, self._adopted_features = version, features
 
 
-def provider_named_in(config: Mapping[str, object]) -> str:
-    """The name of the provider that a configuration asks for; ConfigError if that is not sound."""
-    return configuration.checked(config, PROVIDERS).provider
+def provider_named_in(config: Mapping[str, object], beside: str = "") -> str:
+    """The name of the provider that a configuration asks for; ConfigError if that is not sound.
+
+    beside: how the error for an unknown key ends, where its caller takes other keywords, too.
+    """
+    return configuration.checked(config, PROVIDERS, text("beside", beside)).provider
 
 
 def _advanced(result: HypercallResult, length: int) -> Executed:

@@ -54,12 +54,12 @@ class Configuration(NamedTuple):
     options: Mapping[str, Any]
 
 
-def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]]) -> Configuration:
+def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]], beside: str = "") -> Configuration:
     """The configuration in `config` for one of the providers in `kinds`, with defaults for what it lacks.
 
     provider: None by default.  version: of the provider, the newest by default; under profile "virtualbox" any of 32
     bits.  profile: see PROFILES.  VirtualBox's `Provider`, `Version` and child node `HyperV` are legal, too.
-    ConfigError names the key, its value and what is legal.
+    ConfigError names the key, its value and what is legal, and ends with `beside` for an unknown one.
     """
     if not isinstance(config, Mapping):
         raise WrongType("config", config, "a mapping of keys to values")
@@ -77,7 +77,7 @@ def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]]) -
                 *(name for name in options if name not in ("profile", "version")),
             )
             raise ConfigError(
-                f"unknown key {key!r} := {given[key]!r} for provider {provider!r}; keys are {_listed(legal)}"
+                f"unknown key {key!r} := {given[key]!r} for provider {provider!r}; keys are {_listed(legal)}{beside}"
             )
     profile = given.setdefault("profile", PROFILES[0])
     if profile not in PROFILES:

@@ -98,8 +98,9 @@ def test_another_api_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_device() -> None:
-    """Where there is no device, the advice is how to get one."""
-    with pytest.raises(KvmUnavailable, match="load the kvm_intel or kvm_amd module") as caught:
+    """Where there is no device, the advice is how to get one; of another path, which one it is."""
+    assert "load the kvm_intel or kvm_amd module" in advice("/dev/kvm", errno.ENOENT)
+    with pytest.raises(KvmUnavailable, match=r"ENOENT .*; KVM's device is /dev/kvm$") as caught:
         open_kvm("/nonexistent/kvm")
     assert caught.value.errno == errno.ENOENT
 

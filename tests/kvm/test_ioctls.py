@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from pvclock.errors import ConfigError, KvmError, StateError
+from pvclock.errors import ConfigError, KvmError, RangeError, StateError
 from pvclock.kvm import Kvm
 from pvclock.kvm._ioctls import CAPABILITY_NUMBERS, install_kick_signal
 from pvclock.kvm.exits import (
@@ -149,12 +149,12 @@ def test_registers_come_back_as_set() -> None:
 
 @pytest.mark.row("X-02")
 def test_registers_are_all_or_nothing() -> None:
-    """A register that is missing or does not fit is a Python error before KVM hears of it."""
+    """A register that is missing or does not fit is an error of ours before KVM hears of it."""
     with bare_vm(HLT) as bare:
         before = bare.vcpus[0].get_regs()
-        with pytest.raises(ValueError, match="rip"):
+        with pytest.raises(ConfigError, match="regs lacks 'rip'"):
             bare.vcpus[0].set_regs({name: 0 for name in REGISTERS if name != "rip"})
-        with pytest.raises(OverflowError):
+        with pytest.raises(RangeError, match=r"regs\['rax'\] is 18446744073709551616"):
             bare.vcpus[0].set_regs({**before, "rax": 1 << 64})
         assert bare.vcpus[0].get_regs() == before
 
@@ -255,5 +255,6 @@ def test_a_kick_signal_in_use_is_refused() -> None:
             signal.signal(signum, before)
     install_kick_signal(KICK)
     install_kick_signal(KICK)
-    assert refused("sigaction", lambda: install_kick_signal(1000)) == errno.EINVAL
+    with pytest.raises(RangeError, match="kick_signal is 1000; it can be 1 to 64"):
+        install_kick_signal(1000)
     assert refused("sigaction", lambda: install_kick_signal(signal.SIGKILL)) == errno.EINVAL

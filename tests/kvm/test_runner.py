@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from pvclock.errors import StateError
+from pvclock.errors import StateError, WrongType
 from pvclock.kvm import Runner
 from pvclock.kvm.exits import Exit, Halt, IoOut
 from tests.kvm.guests import COUNT, COUNT_AND_EXIT, HLT, Bare, bare_vm, out
@@ -83,6 +83,19 @@ def test_the_end_of_a_context_raises_what_ended_the_run() -> None:
         with pytest.raises(ZeroDivisionError), runner:
             runner.join(LIMIT_S)
         assert runner.thread_id(0) is None
+
+
+@pytest.mark.parametrize(("result", "given"), [(None, "None"), (1, "1, an int"), ("x", "'x', a str"), (0, "0, an int")])
+def test_a_handler_that_returns_no_bool(result: object, given: str) -> None:
+    """It ends the run with an error that says what it returned: a forgotten `return True` is not silent."""
+    with bare_vm(COUNT_AND_EXIT) as bare:
+        runner = Runner(bare.vcpus, lambda *_: result)  # type: ignore[arg-type]
+        with pytest.raises(WrongType) as caught, runner:
+            runner.join(LIMIT_S)
+        assert (
+            str(caught.value) == f"the exit handler's result is {given}; it can be True to go on, False to end the run"
+        )
+        assert runner.failure is caught.value
 
 
 def test_an_error_inside_a_context_comes_first() -> None:

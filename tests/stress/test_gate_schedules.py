@@ -328,7 +328,7 @@ def test_a_vcpu_that_is_not_there() -> None:
     gate = Gate([Vcpu()], KICK)
     for vcpu in (-1, 1, 2**40):
         for call in (gate.enter, gate.leave, gate.arrive, gate.depart, gate.thread_id):
-            with pytest.raises(RangeError, match=r"this gate has vCPUs 0 to 0"):
+            with pytest.raises(RangeError, match=r"the Runner has vCPUs 0 to 0"):
                 call(vcpu)
 
 

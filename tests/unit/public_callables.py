@@ -54,10 +54,10 @@ class PublicCallable(NamedTuple):
         return method
 
 
-def public_callables() -> Iterator[PublicCallable]:
+def public_callables(modules: Iterable[str] = MODULES) -> Iterator[PublicCallable]:
     """Give them all, each once."""
     seen = set()
-    for module in map(import_module, MODULES):
+    for module in map(import_module, modules):
         for name in module.__all__:
             value = getattr(module, name)
             if id(value) in seen:
@@ -78,9 +78,7 @@ def _of_class(owner: type) -> Iterator[PublicCallable]:
         if maker is not None:
             maker = getattr(maker, "__func__", maker)  # __new__ is a static method
             yield PublicCallable(owner.__name__, _parameters(maker)[1:], owner, "__init__")
-    for name, member in vars(declared).items():
-        if name.startswith("_"):
-            continue
+    for name, member in _members(declared):
         function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
         if isinstance(member, property):
             function = member.fset
@@ -91,6 +89,18 @@ def _of_class(owner: type) -> Iterator[PublicCallable]:
                 parameters = tuple(each._replace(name=name) for each in parameters)
             if parameters:
                 yield PublicCallable(f"{owner.__name__}.{name}", parameters, owner, name, is_setter)
+
+
+def _members(declared: type) -> Iterator[tuple[str, Any]]:
+    """Its own public members, and those of its module's classes that it is made of."""
+    seen = set()
+    for kind in declared.__mro__:
+        if kind.__module__ != declared.__module__:
+            continue
+        for name, member in vars(kind).items():
+            if not name.startswith("_") and name not in seen:
+                seen.add(name)
+                yield name, member
 
 
 def _parameters(function: Callable[..., object]) -> tuple[Parameter, ...]:

@@ -68,7 +68,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "slew too fast": (Slew(MOST_PPM + 1), RangeError, "Slew.max_ppm is 10000001"),
     "slew by text": (Slew("x"), WrongType, "Slew.max_ppm is 'x', a str; it can be a whole number, 1 to"),  # type: ignore[arg-type]
     "slew by a bool": (Slew(True), WrongType, "Slew.max_ppm is True, a bool"),
-    "slew by a type": (Slew(int), WrongType, "Slew.max_ppm is a type"),  # type: ignore[arg-type]
+    "slew by a type": (Slew(int), WrongType, "Slew.max_ppm is the class int"),  # type: ignore[arg-type]
     "slew without end": (Slew(1, 2**64), RangeError, "Slew.max_ns is 18446744073709551616"),
     "a number that cannot be printed": (
         Slew(10**5000),
@@ -79,7 +79,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "advance without end": (Advance(2**64), RangeError, "Advance.max_ns is 18446744073709551616"),
     "advance by nothing": (Advance(None), WrongType, "Advance.max_ns is None"),  # type: ignore[arg-type]
     "a number": (5, WrongType, r"policy is 5, an int; it can be a Freeze, Advance, Slew or CatchUpTable, or a name"),
-    "a class": (Slew, WrongType, "policy is a type; .* or a name"),
+    "a class": (Slew, WrongType, "policy is the class Slew; .* or a name"),
     "a tuple": ((500, 0), WrongType, "policy is a tuple; .* or a name"),
     "bytes": (b"freeze", WrongType, "policy is b'freeze', a bytes; .* or a name"),
     "no name": ("", ConfigError, "choose from freeze, advance, slew, virtualbox, table"),

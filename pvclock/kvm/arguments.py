@@ -1,0 +1,57 @@
+"""Is what a VMM hands to KVM's ioctls and to the parts around them of the right type, and all there?
+
+Beside pvclock.arguments: lists of vCPUs, and the dicts that stand for KVM's structs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pvclock.arguments import sequence, serving, whole
+from pvclock.errors import ConfigError, WrongType
+from pvclock.quantities import U64_MASK
+
+if TYPE_CHECKING:
+    from pvclock.kvm._ioctls import Vcpu
+
+__all__ = ["members", "vcpus_of"]
+
+
+def vcpus_of(values: Sequence[Vcpu]) -> list[Vcpu]:
+    """A VM's vCPUs, by number; ConfigError for none at all."""
+    vcpus = list(sequence("vcpus", values, "a list of the VM's vCPUs, each a Vcpu, as Vm.create_vcpu() makes it"))
+    for number, vcpu in enumerate(vcpus):
+        serving(f"vcpus[{number}]", vcpu, "run", "request_exit", "get_tsc_khz", wanted="a Vcpu")
+    if not vcpus:
+        raise ConfigError("vcpus is empty; a VM has one vCPU or more, as Vm.create_vcpu() makes them")
+    return vcpus
+
+
+def members(parameter: str, given: object, pattern: Mapping[str, object]) -> dict[str, object]:
+    """A dict that has what the struct of `pattern` has, no more and no less: numbers, and dicts and lists of them.
+
+    ConfigError names what is unknown, and what is missing.
+    """
+    if not isinstance(given, dict):
+        raise WrongType(parameter, given, f"a dict with {', '.join(pattern)}")
+    if unknown := [repr(name) for name in given if name not in pattern]:
+        raise ConfigError(f"{parameter} has {', '.join(unknown)}, which is unknown; it can be {', '.join(pattern)}")
+    if missing := [repr(name) for name in pattern if name not in given]:
+        raise ConfigError(f"{parameter} lacks {', '.join(missing)}; change what KVM gives, and give all of it back")
+    for name, member in pattern.items():
+        _check_member(f"{parameter}[{name!r}]", given[name], member)
+    return given
+
+
+def _check_member(parameter: str, given: object, pattern: object) -> None:
+    if isinstance(pattern, Mapping):
+        members(parameter, given, pattern)
+    elif isinstance(pattern, list):
+        values = sequence(parameter, given, f"a list of {len(pattern)} whole numbers")
+        if len(values) != len(pattern):
+            raise ConfigError(f"{parameter} has {len(values)} numbers; it has {len(pattern)}")
+        for place, value in enumerate(values):
+            whole(f"{parameter}[{place}]", value, 0, U64_MASK)
+    else:
+        whole(parameter, given, 0, U64_MASK)
