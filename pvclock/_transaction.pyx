@@ -54,7 +54,7 @@ cdef class Transaction:
         self._memory.clock_lock.acquire()
         if self._token is not None and self._memory.live_clock is not self._token:
             self._memory.clock_lock.release()
-            raise StateError("an operation", "another clock has taken over this one's memory", "use that clock")
+            raise StateError("use of this clock", "another clock has taken over this one's memory", "use that clock")
         if self._owner != this_thread():  # and who left it in the middle did so in the parent of a fork()
             self._depth = 0
         self._depth += 1

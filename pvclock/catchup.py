@@ -57,6 +57,10 @@ class Settlement(NamedTuple):
     slew: Slew | CatchUpTable | None = None
     why: str = ""
 
+    def __str__(self) -> str:
+        parts = f"gained {float(self.gain_ns):.0f} ns, to slew {float(self.slew_ns):.0f} ns"
+        return f"{parts}, lost {float(self.lost_ns):.0f} ns" + (f": {self.why}" if self.why else "")
+
 
 class Freeze(NamedTuple):
     """The guest goes on where it was: the time it missed never happened."""
@@ -181,9 +185,9 @@ def parse(policy: str) -> Policy:
     text = arguments.text("policy", policy)
     if len(text) > NAME_MAX:
         raise ConfigError(f"policy {text[:20]!r}... of {len(text)} characters; its name has {NAME_MAX} at most")
-    name, _, rest = text.partition(":")
+    name, colon, rest = text.partition(":")
     options = dict(re.findall(r"([a-z_]+|[0-9]+)=([0-9]+)", rest))
-    if rest != ",".join(f"{key}={value}" for key, value in options.items()):
+    if (colon and not rest) or rest != ",".join(f"{key}={value}" for key, value in options.items()):
         raise ConfigError(f"policy {text!r}: options are written as NAME=NUMBER, with commas between")
     if name not in _MAKERS:
         raise ConfigError(f"policy {text!r}; choose from {', '.join(_MAKERS)}")

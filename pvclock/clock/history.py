@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Final
 
 from pvclock.errors import RangeError
-from pvclock.quantities import HostTsc, signed64
+from pvclock.quantities import U64_MASK, HostTsc, signed64
 from pvclock.timeline import Timeline
 
 __all__ = ["SEGMENTS_KEPT", "History"]
@@ -40,6 +40,6 @@ class History:
                 return segment.at(tsc)
         oldest = self._ended[0] if self._ended else present
         raise RangeError(
-            f"host TSC {tsc} is {signed64(oldest.begin_tsc - tsc)} ticks before the oldest segment that is kept; "
+            f"host TSC {tsc} is {(oldest.begin_tsc - tsc) & U64_MASK} ticks before the oldest segment that is kept; "
             f"the last {SEGMENTS_KEPT} are"
         )

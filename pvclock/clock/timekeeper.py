@@ -194,7 +194,8 @@ class Timekeeper:
     def check_held(self, operation: str) -> None:
         """StateError where the backend's vCPUs would go on in the guest; for while_held()."""
         if self.backend.vcpus_held() is False:
-            raise StateError(operation, "the vCPUs run", "hold them first: Machine.pause(), Runner.pause()")
+            allowed = "hold them first: Machine.pause(), Runner.pause(), or what your backend's vcpus_held() goes by"
+            raise StateError(operation, "the vCPUs run", allowed)
 
     # What changes it; within `with changing`
 

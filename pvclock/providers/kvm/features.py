@@ -23,6 +23,7 @@ __all__ = [
     "KvmHint",
     "default_features",
     "kvm_cpuid_leaves",
+    "names_of",
     "servable_features",
 ]
 
@@ -140,6 +141,13 @@ def kvm_cpuid_leaves(features: int, hints: int = 0) -> dict[int, CpuidLeaf]:
         CPUID_SIGNATURE: CpuidLeaf(CPUID_FEATURES, 0x4B4D564B, 0x564B4D56, 0x4D),
         CPUID_FEATURES: CpuidLeaf(eax=int(features), edx=int(hints)),
     }
+
+
+def names_of(features: int) -> str:
+    """The names of those bits, with | between; in hexadecimal what has none."""
+    named = KvmFeature(features & sum(KvmFeature))
+    unnamed = features & ~int(named)
+    return "|".join([each.name for each in named if each.name] + ([f"{unnamed:#x}"] if unnamed or not named else []))
 
 
 def _served_by_kernel(clock: ClockServices) -> KvmFeature:

@@ -19,6 +19,7 @@ from pvclock.providers.kvm.features import (
     KvmHint,
     default_features,
     kvm_cpuid_leaves,
+    names_of,
     servable_features,
 )
 from pvclock.providers.kvm.guest_log import GuestLog
@@ -78,8 +79,8 @@ class KvmProvider:
         servable = servable_features(clock) & self._profile.features
         self.features = self._default(servable, version) if features is None else KvmFeature(features)
         if int(self.features) & ~int(servable):  # ints: ~ of an IntFlag has only the bits that have names
-            refused = KvmFeature(int(self.features) & ~int(servable))
-            raise ConfigError(f"features {refused.name} cannot be served here; choose from {servable.name}")
+            refused = names_of(int(self.features) & ~int(servable))
+            raise ConfigError(f"features {refused} cannot be served here; choose from {names_of(servable)}")
         # Asked at every publish, where a look into a flag enum costs as much as the publish itself.
         self._offers_stable = KvmFeature.CLOCKSOURCE_STABLE in self.features
         self.refreshes_pages, self.tells_of_pauses = self._profile.refreshes_pages, self._profile.tells_of_pauses
