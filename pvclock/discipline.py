@@ -10,11 +10,12 @@ from __future__ import annotations
 from copy import copy
 from enum import StrEnum
 from fractions import Fraction
+from math import inf, nan
 from typing import Final, NamedTuple
 
 from pvclock.arguments import number, whole
 from pvclock.errors import RangeError
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown, signed64
 from pvclock.readings import Sample
 from pvclock.sampling import LEAST_BOUND_NS, Baseline, Point, Rate
 
@@ -48,17 +49,18 @@ class SteeringState(StrEnum):
     SLEWING = "slewing"
     """On its way there, at max_ppm or slower."""
     HOLDOVER = "holdover"
-    """The reference makes no sense at present; the clock keeps its rate."""
+    """The reference makes no sense at present, or gives no samples; the clock keeps its rate."""
     PANIC = "panic"
     """It is further off than the panic threshold: the clock keeps its rate until it is near again."""
 
 
 class Steering(NamedTuple):
-    """What a discipline made of a sample.
+    """What a discipline made of a sample, or of the want of one.
 
     correction: by which part the clock is to be faster than the host's nominal rate.  rate: the reference's, against
     nominal, true within its bound if it is constant.  error_ns: how far the clock was behind the reference at the
-    sample, in host time, and bound_ns how far that can be from the truth, on the same condition.
+    sample, in host time, and bound_ns how far that can be from the truth, on the same condition.  Without a sample both
+    are what those before let expect, so that the bound grows; with none at all, nan and inf.
     """
 
     state: SteeringState
@@ -128,6 +130,15 @@ class Discipline:
             correction = Fraction(int(self._clipped(self._rate.value + pull) * GRAIN), GRAIN)
         return Steering(state, correction, self._rate_found(), error_ns, bound_ns)
 
+    def coast(self, tsc: HostTsc, host_ns: Fraction) -> Steering:
+        """What is due at an instant without a sample, where the clock is at host_ns: to keep the rate."""
+        error_ns, bound_ns = nan, inf
+        if self._begin is not None:
+            nominal_ns, ahead_ns = self._since_beginning(self._ticks + signed64(tsc - self._tsc), host_ns)
+            deviation_ns, bound_ns = self._baseline.deviation_at(float(nominal_ns), self._rate.value)
+            error_ns = deviation_ns - ahead_ns - self._forgiven_ns
+        return Steering(SteeringState.HOLDOVER, self.held, self._rate_found(), error_ns, bound_ns)
+
     def renumber(self, before: HostTsc, after: HostTsc) -> None:
         """The host's TSC stepped: what would have been `before` is `after`; what was found goes on to hold."""
         self._tsc = HostTsc((self._tsc + after - before) & U64_MASK)
@@ -148,12 +159,17 @@ class Discipline:
     def _against_nominal(self, sample: Sample, host_ns: Fraction) -> tuple[Point, float]:
         """The reference against nominal time from the beginning on, and by how much the clock is ahead of that."""
         assert self._begin is not None  # noqa: S101  # as _advance() leaves it
-        begin_ns, begin_host_ns = self._begin
-        nominal_ns = Fraction(self._ticks * NS_PER_S, self._tsc_hz)
-        deviation_ns = float(sample.ns - begin_ns - nominal_ns)
+        nominal_ns, ahead_ns = self._since_beginning(self._ticks, host_ns)
+        deviation_ns = float(sample.ns - self._begin[0] - nominal_ns)
         bound_ns = max(sample.bound_ns, LEAST_BOUND_NS)
         point = Point(float(nominal_ns), deviation_ns - bound_ns, deviation_ns + bound_ns)
-        return point, float(host_ns - begin_host_ns - nominal_ns)
+        return point, ahead_ns
+
+    def _since_beginning(self, ticks: int, host_ns: Fraction) -> tuple[Fraction, float]:
+        """Nominal time from the beginning on, in ns, and by how much the clock is ahead of it there."""
+        assert self._begin is not None  # noqa: S101  # the callers look
+        nominal_ns = Fraction(ticks * NS_PER_S, self._tsc_hz)
+        return nominal_ns, float(host_ns - self._begin[1] - nominal_ns)
 
     def _take(self, point: Point, ahead_ns: float) -> None:
         """Learn from a point, where the clock is ahead of nominal time by ahead_ns.

@@ -11,7 +11,7 @@ from pvclock._transaction import Turns
 from pvclock.backend import Backend
 from pvclock.clock.timekeeper import Timekeeper, nothing
 from pvclock.discipline import MAX_PPM, Discipline, Steering, SteeringState
-from pvclock.errors import ConfigError, WrongType
+from pvclock.errors import ConfigError, PvclockError, RangeError, WrongType
 from pvclock.events import Event, EventKind
 from pvclock.quantities import HostTsc
 from pvclock.readings import Reference, Sample
@@ -27,17 +27,22 @@ INJECTED: Final = "injected"
 """A source of samples of the caller's."""
 
 
+HOLDOVER_MISSES: Final = 3
+"""So many ticks in a row without a sample are holdover."""
+
+
 class Following(NamedTuple):
     """What is followed, and how; replaced as a whole.
 
     turns: who may sample: samples come in order, and may take a while.  breaks: how often the host's TSC stepped, or it
-    slept.
+    slept.  missed: how many ticks in a row had no sample.
     """
 
     sampler: Sampler
     discipline: Discipline
     turns: Turns
     breaks: int = 0
+    missed: int = 0
 
 
 class Follower:
@@ -84,8 +89,8 @@ class Follower:
                 return self._take_tick(examine, refresh, None, None)
             try:
                 sample = following.sampler.sample()
-            except Exception:
-                self._take_tick(examine, refresh, following, None)
+            except Exception as failure:
+                self._take_tick(examine, refresh, following, failure)
                 raise
             return self._take_tick(examine, refresh, following, sample)
 
@@ -129,9 +134,9 @@ class Follower:
         examine: Callable[[], object | None],
         refresh: Callable[[], object],
         sampled: Following | None,
-        sample: Sample | None,
+        sample: Sample | Exception | None,
     ) -> Steering | None:
-        """Publish, corrected by what the sample says; without one, at the rate that is known."""
+        """Publish, corrected by what the sample says; without one, but for what failed, at the rate that is known."""
         keeper = self._keeper
         with keeper.changing:
             breaks = self._following.breaks if self._following else 0
@@ -139,11 +144,10 @@ class Follower:
                 return self.steering
             published, following = False, self._following
             if following is not None and sampled is not None and following.sampler is sampled.sampler:
-                if sample is None or following.breaks != breaks:  # nobody knows on which side of it the sample is
-                    why = f"no sample of {self.reference}"
-                    published = self._correct(following.discipline.held, why, (), nothing)
-                else:
+                if isinstance(sample, Sample) and following.breaks == breaks:
                     published = self._steer(following, sample._replace(ns=sample.ns - self._asleep_ns))
+                else:  # after a break nobody knows on which side of it the sample is
+                    published = self._coast(following, sample if isinstance(sample, Exception) else None)
             if keeper.timeline.is_slewing or not published:
                 refresh()
             return self.steering
@@ -155,9 +159,31 @@ class Follower:
         why = _described(self.reference, found)
 
         def take() -> None:
-            self._following, self.steering = following._replace(discipline=discipline), found
+            self._following, self.steering = following._replace(discipline=discipline, missed=0), found
 
         return self._correct(found.correction, why, self._panic(found, why), take)
+
+    def _coast(self, following: Following, failure: Exception | None) -> bool:
+        """Keep the rate for want of a sample, and say so if that goes on; returns if pages were published."""
+        missed = following.missed + 1
+        found = self.steering
+        if missed >= HOLDOVER_MISSES:
+            tsc = self._keeper.host_tsc()
+            found = following.discipline.coast(tsc, self._keeper.timeline.host_at(tsc))
+        why = f"no sample of {self.reference}" + _failed(failure)
+
+        def take() -> None:
+            self._following, self.steering = following._replace(missed=missed), found
+
+        return self._correct(following.discipline.held, why, self._missing(missed, failure, why), take)
+
+    def _missing(self, missed: int, failure: Exception | None, why: str) -> tuple[Event, ...]:
+        """Holdover is an event, once; and so is at once what was no sample, for who gives that may never see it."""
+        if missed == HOLDOVER_MISSES:
+            why = f"{why}, {missed} ticks in a row: the clock keeps its rate"
+        elif missed > 1 or not isinstance(failure, WrongType | RangeError):
+            return ()
+        return (self._keeper.event(EventKind.REFUSED, why, self._keeper.backend.stamps()),)
 
     def _panic(self, found: Steering, why: str) -> tuple[Event, ...]:
         """A reference beyond the panic threshold is an event, once."""
@@ -196,6 +222,13 @@ def source_of(reference: Reference | str | SampleSource, backend: Backend) -> tu
 
 def _named(reference: str | SampleSource) -> str:
     return reference if isinstance(reference, str) else INJECTED
+
+
+def _failed(failure: Exception | None) -> str:
+    """What failed, for an event: errors of ours in words, others by their type, for their words may be any."""
+    if failure is None:
+        return ""
+    return f": {failure}" if isinstance(failure, PvclockError) else f": {type(failure).__name__}"
 
 
 def _described(reference: str, found: Steering) -> str:

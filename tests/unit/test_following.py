@@ -10,7 +10,17 @@ from typing import Literal
 
 import pytest
 
-from pvclock import ConfigError, GuestClock, GuestMemory, HostTsc, RangeError, Reference, Sample, SimulatedBackend
+from pvclock import (
+    ConfigError,
+    GuestClock,
+    GuestMemory,
+    HostTsc,
+    RangeError,
+    Reference,
+    Sample,
+    SimulatedBackend,
+    WrongType,
+)
 from pvclock.discipline import SteeringState
 from pvclock.events import EventKind
 from pvclock.unslaved import UnslavedBackend
@@ -188,6 +198,118 @@ def test_an_injected_source() -> None:
     with pytest.raises(OSError, match="gone"):
         vm.clock.tick()
     assert (vm.clock.line, page_of(vm.clock).version) == (before[0], before[1] + 2)  # published all the same
+
+
+class Unreliable:
+    """A source that gives samples of the VM's reference, within 100 ns, until it fails."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self.failure: Exception | None = None
+
+    def __call__(self) -> Sample:
+        """A sample, or what fails."""
+        if self.failure is not None:
+            raise self.failure
+        return Sample(self._vm.backend.tsc, self._vm.backend.ref_ns, 100.0)
+
+
+def refusals(vm: Vm) -> list[str]:
+    """What the events of the clock say was refused."""
+    return [event.why for event in vm.clock.events.read().events if event.kind is EventKind.REFUSED]
+
+
+@pytest.mark.row("E11", "E13", "E10")
+def test_a_source_without_samples_is_held_over() -> None:
+    """From the third tick on that is the state, and an event, once; the error's bound grows with time."""
+    vm = Vm(0)
+    source = Unreliable(vm)
+    vm.clock.follow(source)
+    for _ in range(100):
+        vm.tick()
+        vm.pass_time()
+    locked = vm.clock.steering
+    assert locked is not None
+    assert locked.state is SteeringState.LOCKED
+    source.failure = OSError("the source is gone")
+    bounds_ns = []
+    for tick in range(1000):
+        with pytest.raises(OSError, match="gone"):
+            vm.clock.tick()
+        found = vm.clock.steering
+        assert found is not None
+        if tick < 2:
+            assert found == locked
+        else:
+            assert found.state is SteeringState.HOLDOVER
+            bounds_ns.append(found.bound_ns)
+        vm.pass_time()
+    assert bounds_ns == sorted(set(bounds_ns))
+    assert bounds_ns[-1] > 10 * locked.bound_ns
+    assert refusals(vm) == ["no sample of injected: OSError, 3 ticks in a row: the clock keeps its rate"]
+    source.failure = None
+    for _ in range(5):
+        vm.tick()
+        vm.pass_time()
+    assert vm.clock.steering is not None
+    assert vm.clock.steering.state is SteeringState.LOCKED
+    assert vm.clock.steering.bound_ns < 1000
+
+
+@pytest.mark.row("E11", "E13")
+def test_one_tick_or_two_without_a_sample_are_none() -> None:
+    """Only ticks in a row count: what gives a sample now and then is followed, without a word."""
+    vm = Vm(0)
+    source = Unreliable(vm)
+    vm.clock.follow(source)
+    for tick in range(60):
+        source.failure = OSError("gone") if tick % 3 else None
+        if source.failure:
+            with pytest.raises(OSError, match="gone"):
+                vm.clock.tick()
+        else:
+            vm.tick()
+        vm.pass_time()
+    assert vm.clock.steering is not None
+    assert vm.clock.steering.state is SteeringState.LOCKED
+    assert refusals(vm) == []
+
+
+@pytest.mark.row("E11", "E13")
+def test_a_source_that_never_gave_a_sample() -> None:
+    """Nothing is known of the error then, and holdover says so."""
+    vm = Vm(0)
+    source = Unreliable(vm)
+    source.failure = OSError("gone")
+    vm.clock.follow(source)
+    for _ in range(3):
+        assert vm.clock.steering is None
+        with pytest.raises(OSError, match="gone"):
+            vm.clock.tick()
+        vm.pass_time()
+    assert vm.clock.steering is not None
+    assert vm.clock.steering.state is SteeringState.HOLDOVER
+    assert math.isnan(vm.clock.steering.error_ns)
+    assert vm.clock.steering.bound_ns == math.inf
+
+
+@pytest.mark.row("E11", "E13", "E10")
+@pytest.mark.parametrize(
+    ("sample", "said"),
+    [
+        ((1, 2, 3.0), "no sample of injected: a source's sample is a tuple; it can be a Sample(tsc, ns, bound_ns)"),
+        (Sample(HostTsc(1), 2, math.inf), "no sample of injected: a sample of 2 ns, within inf: its bound must be"),
+    ],
+)
+def test_what_is_no_sample_is_an_event(sample: Sample, said: str) -> None:
+    """At the first tick, and once: a ticker's clock raises it where nobody may look."""
+    vm = Vm(0)
+    vm.clock.follow(lambda: sample)
+    for _ in range(2):
+        with pytest.raises((WrongType, RangeError)):
+            vm.clock.tick()
+    (why,) = refusals(vm)
+    assert why.startswith(said)
 
 
 @pytest.mark.row("E11", "E13")
