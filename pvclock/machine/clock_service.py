@@ -16,13 +16,18 @@ from pvclock.guestclock import GuestClock
 from pvclock.kvm import KvmBackend, Runner
 from pvclock.kvm.backend import SteeredTscBackend
 from pvclock.quantities import U64_MASK
+from pvclock.readings import RunReport
 from pvclock.ticker import Ticker
 from pvclock.unslaved import UnslavedBackend
 
 __all__ = ["BackendWrapper", "ClockService", "make_clock"]
 
 BackendWrapper: TypeAlias = Callable[[KvmBackend | SteeredTscBackend], Backend]
-"""Makes the backend that a machine's clock has of the one for its vCPUs: UnslavedBackend is such."""
+"""Makes the backend that a machine's clock has of the one for its vCPUs: UnslavedBackend is such.
+
+What it returns must have that one's tsc_hz and ask it whether the vCPUs are held, as one around it does; any other
+would be a clock of other vCPUs.
+"""
 
 
 def make_clock(
@@ -49,6 +54,11 @@ def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus:
     backend = wrap(inner)
     if not hasattr(backend, "counter"):
         raise ConfigError(f"backend={wrap!r} made {backend!r} of the vCPUs' backend; it must return a Backend")
+    if backend.tsc_hz != inner.tsc_hz or backend.vcpus_held() != inner.vcpus_held():
+        raise ConfigError(
+            f"backend={wrap!r} made a {type(backend).__name__} that is not around the vCPUs' backend: it must have its "
+            "tsc_hz, and its vcpus_held()"
+        )
     if isinstance(backend, UnslavedBackend):
         if not backend.native:
             raise ConfigError("an UnslavedBackend with native=False; a guest on /dev/kvm reads the hardware's TSC")
@@ -116,6 +126,15 @@ class ClockService:
             if self._is_running:
                 self._enter()
             self._runner.resume()
+
+    def run_for(self, ns: int) -> RunReport:
+        """Let the vCPUs of a paused machine run for `ns` of guest time; StateError if there are none that would."""
+        clock = self.engine_clock("run_for")
+        if self._runner.gate.has_ended():
+            raise StateError("run_for", "the run has ended", "make another machine; this one's clock can be saved")
+        if not self._runner.gate.has_begun():
+            raise StateError("run_for", "the machine was never started", "start() it and pause() it before")
+        return clock.run_for(ns)
 
     def save(self) -> ClockState:
         """The clock of a paused machine."""

@@ -57,6 +57,10 @@ class Machine:
     The guest's TSC begins at 0 when its first vCPU is made, and all vCPUs have that one offset, as KVM does it, or
     `tsc_offset`.  On a host that honours no offsets it is the host's: see `pvclock doctor`.
 
+    After the run has ended nothing executes any more: run_for() is a StateError, and all else is as for a machine that
+    is paused or not, so that its clock can be saved.  After close() only wait(), stop(), close() and what was found
+    (exit_code, console) are left; all else that lets it live is a StateError.
+
     A machine that is dropped without close() stops and gives everything back, by and by.
 
     WrongType or ConfigError for a wrong argument, before anything is made.  KvmUnavailable, MissingCapability,
@@ -82,6 +86,7 @@ class Machine:
         given |= {"kvm": kvm, "tick_interval_s": tick_interval_s, "backend": backend, "restore": restore}
         check_arguments(given, clock_options)
         self.clock: GuestClock | None = None
+        self._is_closed = False
         self._resources: list[Resource] = []  # to be given back, the last one first
         try:
             self._kvm = kvm or self._owned(open_kvm())
@@ -106,8 +111,10 @@ class Machine:
     def start(self) -> None:
         """Let the vCPUs run, the ticker tick and a restored clock go on.
 
-        StateError if they were started or stopped before, or if there is no thread for one; no guest has run then.
+        StateError if they were started or stopped before, if it is closed, or if there is no thread for one; no guest
+        has run then.
         """
+        self._check_open("start")
         self._clock_service.start()
 
     def wait(self, timeout_s: float | None = None) -> int:
@@ -135,27 +142,36 @@ class Machine:
     def pause(self) -> None:
         """Return once no vCPU is in the guest, and let none in before resume(); the engine's clock stands still.
 
-        The kernel's clock goes on.  Paused twice is paused.
+        The kernel's clock goes on.  Paused twice is paused; a machine whose run has ended can be, too, to be saved.
+        StateError once it is closed.
         """
+        self._check_open("pause")
         self._clock_service.pause()
 
     def resume(self, policy: Policy | str | None = None) -> None:
         """Let the vCPUs go on; `policy` says what becomes of the time that the engine's clock missed.
 
-        policy: the clock's own if not given; see GuestClock.policy.
+        policy: the clock's own if not given; see GuestClock.policy.  If the run has ended only the clock goes on.
+        StateError once it is closed.
         """
+        self._check_open("resume")
         self._clock_service.resume(policy)
 
     def run_for(self, ns: int) -> RunReport:
-        """Let a paused machine with the engine's clock run for `ns` of guest time; it is paused again then."""
-        return self._clock_service.engine_clock("run_for").run_for(ns)
+        """Let a paused machine with the engine's clock run for `ns` of guest time; it is paused again then.
+
+        StateError if no vCPU would run: it was never started, its run has ended, or it is closed.
+        """
+        self._check_open("run_for")
+        return self._clock_service.run_for(ns)
 
     def save(self) -> ClockState:
         """The engine's clock of a paused machine, for Machine(restore=...); to be kept with a copy of its RAM.
 
         RAM and the vCPUs' registers are no part of it.  StateError unless the machine is paused: else the RAM that goes
-        with it would be that of another instant.
+        with it would be that of another instant.  And once it is closed, for then there is no RAM.
         """
+        self._check_open("save")
         return self._clock_service.save()
 
     def stop(self) -> None:
@@ -174,9 +190,11 @@ class Machine:
         if self.runner.gate.threads():
             self._clock_service.stop()
             raise StateError("close", "this is the thread of a vCPU", "close() the machine on another one")
+        self._is_closed = True
         _give_back(self._resources)
 
     def __enter__(self) -> Self:
+        self._check_open("with")
         return self
 
     def __exit__(
@@ -198,6 +216,10 @@ class Machine:
     def ticker(self) -> Ticker | None:
         """What ticks the engine's clock, its `failures` and the clocks that are `stuck` among it; None without one."""
         return self._clock_service.ticker
+
+    def _check_open(self, operation: str) -> None:
+        if self._is_closed:
+            raise StateError(operation, "the machine is closed", "make another machine")
 
     # Making
 

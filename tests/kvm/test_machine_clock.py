@@ -13,9 +13,11 @@ import pytest
 from pvclock import GuestClock, HostTsc, Machine, Sample, StateError, clockstate
 from pvclock.clockstate import ClockState
 from pvclock.errors import StateFileError
+from pvclock.machine import EXIT_PORT
 from pvclock.machine.observation import failures, finish, wait_until_reading
 from pvclock.payloads import clockprobe
 from pvclock.ticker import Ticker
+from tests.kvm.guests import out
 from tests.kvm.leaks import held
 from tests.kvm.page_log import MEMORY_BYTES, PAGE_LOG, entries, readings, wait_until_it_reads_on
 from tests.kvm.reading import wait_until_all_read_on
@@ -28,6 +30,7 @@ LEFT_ALONE_NS = 2_200_000_000
 BOUND_NS = 4
 """Design 2.3, as in test_time_operations."""
 SPIN = bytes.fromhex("ebfe")
+DONE = out(EXIT_PORT, 0)
 
 
 def engine_of(machine: Machine) -> GuestClock:
@@ -301,6 +304,58 @@ def test_when_a_machine_can_be_saved() -> None:
         for call in (machine.save, lambda: machine.run_for(1)):
             with pytest.raises(StateError, match="the kernel serves this guest's clock; make a machine with clock="):
                 call()
+
+
+@pytest.mark.row("P-22", "E9")
+def test_a_run_without_vcpus_that_run() -> None:
+    """run_for() reports none: on a machine that was never started, was stopped, or whose guest has ended."""
+    with Machine(SPIN) as machine:
+        machine.pause()
+        before = engine_of(machine).now()
+        with pytest.raises(StateError, match=r"run_for: the machine was never started; start\(\) it"):
+            machine.run_for(NS_PER_S)
+        assert engine_of(machine).now() == before
+        machine.resume()
+        machine.start()
+        machine.pause()
+        assert machine.run_for(1000).overshoot_ns >= 0
+        machine.stop()
+        before = engine_of(machine).now()
+        with pytest.raises(StateError, match=r"run_for: the run has ended; make another machine"):
+            machine.run_for(NS_PER_S)
+        assert engine_of(machine).now() == before
+    with Machine(DONE) as machine:
+        machine.start()
+        machine.wait(HANG_S)
+        machine.pause()
+        with pytest.raises(StateError, match=r"run_for: the run has ended"):
+            machine.run_for(NS_PER_S)
+        assert isinstance(machine.save(), ClockState)
+
+
+@pytest.mark.row("E9")
+def test_a_closed_machine_is_closed() -> None:
+    """What would let it live is a StateError that says so, and its clock's time does not move by it."""
+    machine = Machine(SPIN)
+    machine.start()
+    machine.pause()
+    before = engine_of(machine).now()
+    machine.close()
+    calls: dict[str, Callable[[], object]] = {
+        "start": machine.start,
+        "pause": machine.pause,
+        "resume": machine.resume,
+        "run_for": lambda: machine.run_for(NS_PER_S),
+        "save": machine.save,
+        "with": machine.__enter__,
+    }
+    for name, call in calls.items():
+        with pytest.raises(StateError, match=f"^{name}: the machine is closed; make another machine$"):
+            call()
+    assert engine_of(machine).now() == before
+    machine.stop()
+    machine.close()
+    assert machine.console == ""
 
 
 @pytest.mark.row("E1", "E9")

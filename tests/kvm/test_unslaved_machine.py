@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import count
+from typing import Any
 
 import pytest
 
-from pvclock import GuestClock, HostTsc, Machine, TscOffsetNotHonoured, read_tsc
+from pvclock import GuestClock, HostTsc, Machine, SimulatedBackend, TscOffsetNotHonoured, read_tsc
 from pvclock.clockstate import from_json, to_json
 from pvclock.errors import ConfigError
 from pvclock.kvm.tsc_offset import TscOffsets
@@ -260,9 +261,12 @@ def test_an_interrupt_at_each_line(call: Callable[[Machine], object], tsc_offset
     [
         (lambda inner: UnslavedBackend(inner, native=False), "native=False; a guest on /dev/kvm reads the hardware's"),
         (lambda _inner: None, "made None of the vCPUs' backend; it must return a Backend"),
+        (lambda _inner: SimulatedBackend(10**9), "made a SimulatedBackend that is not around the vCPUs' backend"),
+        (lambda inner: SimulatedBackend(inner.tsc_hz), "made a SimulatedBackend that is not around the vCPUs' backend"),
+        (lambda inner: UnslavedBackend(SimulatedBackend(inner.tsc_hz)), "made a UnslavedBackend that is not around"),
     ],
 )
-def test_a_backend_that_no_machine_can_have(backend: Callable[..., UnslavedBackend], said: str) -> None:
+def test_a_backend_that_no_machine_can_have(backend: Callable[..., Any], said: str) -> None:
     """It is refused on every host, and nothing is left behind."""
     before = held()
     with pytest.raises(ConfigError, match=said):
