@@ -10,7 +10,7 @@ from fractions import Fraction
 from math import floor
 from typing import Final, NewType
 
-__all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs", "shown", "signed64"]
+__all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs", "quoted", "shown", "signed64"]
 
 HostTsc = NewType("HostTsc", int)
 """Ticks of the host's time stamp counter."""
@@ -31,6 +31,8 @@ NS_PER_S: Final = 1_000_000_000
 U64_MASK: Final = (1 << 64) - 1
 
 SHOWN_BITS_MAX: Final = 128
+QUOTED_MAX: Final = 100
+"""So many characters are shown of a value."""
 
 
 def shown(number: float | Fraction) -> str:
@@ -41,6 +43,17 @@ def shown(number: float | Fraction) -> str:
     if not isinstance(number, float) and abs(number) >= 1 << SHOWN_BITS_MAX:
         return f"a number of {floor(number).bit_length()} bits"
     return f"{float(number):.3g}" if isinstance(number, Fraction) else str(number)
+
+
+def quoted(value: object) -> str:
+    """A value that a caller gave, for a message: as Python writes it, cut where that is long."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return shown(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a number in it has more digits than Python prints
+        return f"a {type(value).__name__}"
+    return text if len(text) <= QUOTED_MAX else f"{text[:QUOTED_MAX]}..."
 
 
 def signed64(difference: int) -> int:

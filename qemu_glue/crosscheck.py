@@ -29,13 +29,16 @@ EXAMPLES: Final = """\
   pvclock crosscheck --why          each row with its rule and bound"""
 
 OBSERVE_S = 2.0
+LEAST_S: Final = 0.1
+"""In less the guests read too little for the bounds of the rows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     vcpus = whole_number(1, probe.MAX_CPUS)
+    seconds = f"how long each is left alone (default {OBSERVE_S:g}; {LEAST_S:g} or more)"
     parser.add_argument("--vcpus", type=vcpus, default=2, help="how many vCPUs each guest has (default 2)")
-    parser.add_argument("--seconds", type=duration_s, default=OBSERVE_S, help="how long each is left alone (default 2)")
+    parser.add_argument("--seconds", type=duration_s, default=OBSERVE_S, help=seconds)
     parser.add_argument("--why", action="store_true", help="print each row's rule and bound, too")
 
 
@@ -56,6 +59,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
 def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
     """All rows, for guests with `vcpus` vCPUs that read for `seconds` (and 1 s more); progress goes to `screen`.
 
+    seconds: LEAST_S or more.
+
     QemuMissing, ConfigError and whatever starting machines and QEMUs raises; nothing is left running then.
     """
     # Imported here, for every command is loaded with each: qemu.qmp and asyncio are half of this one's weight.
@@ -63,8 +68,8 @@ def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
     from qemu_glue.launch import require_programs
     from qemu_glue.observation import see_machine, see_qemu
 
-    if not 0 < seconds < float("inf"):
-        raise ConfigError(f"{seconds} s of observation; choose more than 0")
+    if not LEAST_S <= seconds < float("inf"):
+        raise ConfigError(f"{seconds:g} s of observation; choose {LEAST_S:g} or more")
     if not 1 <= vcpus <= probe.MAX_CPUS:
         raise ConfigError(f"{vcpus} vCPUs; clockprobe runs on 1 to {probe.MAX_CPUS}")
     require_programs()

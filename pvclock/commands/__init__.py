@@ -61,15 +61,22 @@ def _main(argv: list[str]) -> int:
 
     parser = _parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments, unknown = parser.parse_known_args(argv)
     except SystemExit as end:  # of --help
         return int(end.code or 0)
     except ConfigError as error:
         return _fail(argv[0], error, as_json="--json" in argv[1:] and argv[0] in _names())
+    if unknown:
+        return _fail(arguments.command, _unknown(arguments, unknown), as_json=getattr(arguments, "json", False))
     if arguments.command:
         return _run(arguments)
     write(f"pvclock {__version__}\n" if arguments.version else parser.format_help())
     return 0
+
+
+def _unknown(arguments: argparse.Namespace, unknown: list[str]) -> ConfigError:
+    who = f"pvclock {arguments.command}" if arguments.command else "pvclock"
+    return ConfigError(f"unrecognized arguments: {' '.join(unknown)} (see {who} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:

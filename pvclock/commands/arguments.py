@@ -68,6 +68,10 @@ def duration_s(text: str) -> float:
 def folder(text: str) -> Path:
     """An argument that is a folder; its absolute path."""
     path = Path(text).resolve()
-    if not path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError:  # a name that is too long
+        is_folder = False
+    if not is_folder:
         raise argparse.ArgumentTypeError(f"{text!r} is no folder")
     return path

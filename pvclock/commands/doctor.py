@@ -43,7 +43,7 @@ NAMES: Final = {
 
 
 class Finding(NamedTuple):
-    """One thing looked at.  `needed`: pvclock cannot run guests without it.  `advice`: what to do if it is not ok."""
+    """One thing looked at.  `needed`: pvclock cannot run guests without it.  `advice`: what to do, if not ok."""
 
     name: str
     ok: bool
@@ -100,6 +100,12 @@ def _summary(working: Mapping[str, bool]) -> str:
 
 def examine() -> Iterator[Finding]:
     """Look at this host, row by row."""
+    for finding in _looked_at():
+        yield finding._replace(advice="") if finding.ok else finding
+
+
+def _looked_at() -> Iterator[Finding]:
+    """The rows, with advice on each that could need some."""
     machine = platform.machine()
     yield Finding("processor", machine == "x86_64", Shown(machine), True, "pvclock is for x86-64")
     yield Finding("kernel", True, Shown(platform.release()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
@@ -13,6 +14,9 @@ __all__ = ["Report", "Shown", "error_json", "report_json"]
 
 SHAPE: Final = 1
 """The number in `schema`: it changes when a key changes its sense or goes; keys may come without that."""
+
+LONG_WORD: Final = re.compile(r"(\S{60})\S{200,}")
+"""Longer than most paths: a value that somebody gave, and whose beginning tells which."""
 
 
 class Report(NamedTuple):
@@ -53,10 +57,11 @@ def error_json(command: str, error: Exception) -> str:
 
 
 def message_of(error: Exception) -> str:
-    """What an error says to people; an OSError without the number that Python puts before it."""
+    """What an error says to people, long values cut; an OSError without the number that Python puts before it."""
+    said = str(error)
     if type(error).__module__ == "builtins" and isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return LONG_WORD.sub(r"\1...", said)
 
 
 def _document(command: str, ok: bool, **content: object) -> str:

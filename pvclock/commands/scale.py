@@ -10,7 +10,7 @@ from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 from pvclock.errors import RangeError
-from pvclock.quantities import U64_MASK
+from pvclock.quantities import U64_MASK, quoted
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -66,10 +66,10 @@ def parse_hz(text: str) -> int:
     whole, _, decimals = number.removesuffix(number[-1:] if unit > 1 else "").strip().partition(".")
     digits = whole + decimals
     if not digits.isascii() or not digits.isdigit() or len(digits) > DIGITS_MAX:
-        raise RangeError(f"{text!r} is no frequency; write 2596132000, 2.4GHz or 100M")
+        raise RangeError(f"{quoted(text)} is no frequency; write 2596132000, 2.4GHz or 100M")
     hz, rest = divmod(int(digits) * unit, int(10 ** len(decimals)))
     if rest:
-        raise RangeError(f"{text!r} is not a whole number of Hz")
+        raise RangeError(f"{quoted(text)} is not a whole number of Hz")
     if not 1 <= hz <= U64_MASK:
-        raise RangeError(f"{text!r} is no frequency of a TSC; it can be 1 Hz to {U64_MASK} Hz (2^64 - 1)")
+        raise RangeError(f"{quoted(text)} is no frequency of a TSC; it can be 1 Hz to {U64_MASK} Hz (2^64 - 1)")
     return hz

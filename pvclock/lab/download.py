@@ -67,7 +67,10 @@ def _fetch_by(options: tuple[str, ...], release: str | None, folder: Path, tell:
     name = f"linux-image-{release}" if release else _newest_package(options)
     tell(f"downloading {name}, once, into {folder.parent}")
     quiet = () if sys.stderr.isatty() else ("-q",)
-    _run("apt-get", *options, *quiet, "download", name, cwd=folder, show=sys.stderr.isatty())
+    try:
+        _run("apt-get", *options, *quiet, "download", name, cwd=folder, show=sys.stderr.isatty())
+    except LabError as why:
+        raise LabError(f"cannot download {name}: {why}; name a kernel with its modules: --kernel PATH") from None
     return next(folder.glob("*.deb"))
 
 
@@ -75,7 +78,7 @@ def _newest_package(options: tuple[str, ...]) -> str:
     depends = _run("apt-cache", *options, "depends", ANY)
     found = re.search(r"Depends: (linux-image-\S+)", depends)
     if not found:
-        raise LabError(f"{ANY} depends on no kernel:\n{depends}")
+        raise LabError(f"{ANY} depends on no kernel{_reason(depends)}")
     return found[1]
 
 
@@ -107,5 +110,11 @@ def _run(program: str, *arguments: str, cwd: Path | None = None, show: bool = Fa
         check=False,
     )
     if done.returncode:
-        raise LabError(f"{' '.join(command)} failed ({done.returncode}):\n{done.stdout or ''}".rstrip())
+        raise LabError(f"{program} failed ({done.returncode}){_reason(done.stdout or '')}")
     return done.stdout or ""
+
+
+def _reason(output: str) -> str:
+    """The last line of a program's output, which says why it failed."""
+    lines = output.strip().splitlines()
+    return f": {lines[-1].strip()}" if lines else ""

@@ -15,6 +15,7 @@ from pvclock.errors import ConfigError, LabError
 from pvclock.lab.inside import PORTS
 from pvclock.lab.kernel import Kernel
 from pvclock.lab.tools import find_program
+from pvclock.quantities import quoted
 
 __all__ = ["CPUS_MAX", "LabConfig", "memory_mib", "qemu_command"]
 
@@ -53,7 +54,9 @@ def memory_mib(size: str) -> int:
     found = MEMORY_SIZE.fullmatch(size)
     mib = int(found[1]) * (1024 if found[2].upper() == "G" else 1) if found else 0
     if mib < MEMORY_LEAST_MIB:
-        raise ConfigError(f"{size!r} is no memory for a lab; give it {MEMORY_LEAST_MIB}M or more, such as 3G")
+        raise ConfigError(
+            f"{quoted(size)} is no memory for a lab; give it {MEMORY_LEAST_MIB}M or more, in M or G, such as 3G"
+        )
     return mib
 
 

@@ -14,6 +14,7 @@ import pytest
 from pvclock.commands import _parser, main
 from pvclock.commands.lab import _command
 from pvclock.errors import ConfigError, LabError
+from pvclock.lab.download import _fetch_by, download_kernel
 from pvclock.lab.tools import require_tools
 from tests.command_line import command, in_terminal, run_pvclock
 from tests.waiting import HANG_S
@@ -33,6 +34,7 @@ WRONG = [
     (["lab", "--cpus", "two", "true"], "'two' is no whole number"),
     (["lab", "--memory", "10", "true"], "'10' is no memory for a lab; give it 256M or more"),
     (["lab", "--memory", "3 GB", "true"], "'3 GB' is no memory for a lab"),
+    (["lab", "--memory", "3T", "true"], "'3T' is no memory for a lab; give it 256M or more, in M or G"),
     (["lab", "--timeout", "0", "true"], "'0' is no time to wait"),
     (["lab", "--timeout", "nan", "true"], "'nan' is no time to wait"),
     (["lab", "--timeout", "soon", "true"], "'soon' is no time to wait"),
@@ -47,12 +49,14 @@ WRONG = [
     (["demo", "--seconds", "1e12"], "'1e12' is no time to wait; give seconds, more than 0 and up to 86400 (a day)"),
     (["lab", "--timeout", "86401", "true"], "'86401' is no time to wait"),
     (["crosscheck", "--seconds", "inf"], "'inf' is no time to wait"),
+    (["crosscheck", "--seconds", "1e-9"], "1e-09 s of observation; choose 0.1 or more"),
+    (["crosscheck", "--seconds", "0.09"], "0.09 s of observation; choose 0.1 or more"),
     (["scale"], "the following arguments are required: HZ"),
     (["scale", "9" * 23], f"'{'9' * 23}' is no frequency of a TSC; it can be 1 Hz to 18446744073709551615 Hz"),
     (["scale", "0"], "'0' is no frequency of a TSC"),
     (["scale", "fast"], "'fast' is no frequency; write 2596132000, 2.4GHz or 100M"),
     (["state", "show", "/nonexistent"], "/nonexistent: file: found No such file or directory"),
-    (["doctor", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["doctor", "--frobnicate"], "unrecognized arguments: --frobnicate (see pvclock doctor --help)"),
 ]
 
 
@@ -72,6 +76,56 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], complaint: str, caps
     assert document["schema"] == f"pvclock.{arguments[0]}/1"
     assert not document["ok"]
     assert complaint in document["error"]["message"]
+
+
+LONG = "x" * 10_000
+LONG_VALUES = [
+    ["doctor", LONG],
+    ["scale", LONG],
+    ["demo", "--vcpus", LONG],
+    ["demo", "--seconds", LONG],
+    ["lab", "--memory", LONG, "true"],
+    ["lab", "--writable", LONG, "true"],
+    ["state", "show", LONG],
+    [LONG],
+]
+
+
+@pytest.mark.parametrize("arguments", LONG_VALUES, ids=[" ".join(arguments)[:16] for arguments in LONG_VALUES])
+def test_a_long_value_is_cut(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Its beginning is enough to know it by."""
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "xxx..." in line
+    assert len(line) < 400
+
+
+def test_an_unknown_option_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help that it names is pvclock's own."""
+    assert main(["--frobnicate"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "pvclock: unrecognized arguments: --frobnicate (see pvclock --help)"
+
+
+@pytest.mark.parametrize("release", ["9.9.9", None])
+def test_a_kernel_that_apt_does_not_have(release: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one line, which says what apt said last and what to do; its command line is no part of it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for program in ("apt-get", "apt-cache", "dpkg-deb", "tar"):
+        (folder / program).write_text("#!/bin/sh\necho Reading package lists...\necho E: there is none; exit 100\n")
+        (folder / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    with pytest.raises(LabError) as caught:
+        download_kernel(release, tmp_path / "kernels", lambda _: None)
+    assert str(caught.value) == "apt-get failed (100): E: there is none"
+    if release:
+        with pytest.raises(LabError) as caught:
+            _fetch_by((), release, tmp_path, lambda _: None)
+        assert str(caught.value) == (
+            "cannot download linux-image-9.9.9: apt-get failed (100): E: there is none; "
+            "name a kernel with its modules: --kernel PATH"
+        )
 
 
 def test_an_unknown_command_is_one_line() -> None:

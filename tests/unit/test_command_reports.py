@@ -138,6 +138,12 @@ def test_doctor_begins_with_what_works() -> None:
     assert second.startswith(f"Type next:  {result['next']['command']}  (")
 
 
+def test_doctor_advises_where_something_lacks() -> None:
+    """What is as it should be has no advice."""
+    findings = json.loads(run_pvclock("doctor", "--json").stdout)["result"]["findings"]
+    assert [finding["name"] for finding in findings if bool(finding["advice"]) == finding["ok"]] == []
+
+
 @pytest.mark.parametrize("name", ["", *parsers()])
 def test_help_fits_and_says_what_to_type_first(name: str) -> None:
     """Each --help is within 80 columns and has lines to type; `pvclock` alone is `pvclock --help`."""
