@@ -19,7 +19,7 @@ from pvclock._counter import Counter, HostCounter, SimulatedCounter
 from pvclock._sampling import sample_clock
 from pvclock.arguments import flag, text, whole
 from pvclock.errors import ConfigError, RangeError, TscOffsetNotHonoured
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, shown, signed64
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, quoted, shown, signed64
 from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = [
@@ -181,7 +181,7 @@ class SimulatedBackend:
         if whole("ns", ns) < 0:
             raise RangeError(f"sleep(ns={shown(ns)}): time passes forwards")
         if text("tsc", tsc) not in get_args(TscInSleep):
-            raise ConfigError(f"tsc is {tsc!r}; it can be {', '.join(get_args(TscInSleep))}")
+            raise ConfigError(f"tsc is {quoted(tsc)}; it can be {', '.join(get_args(TscInSleep))}")
         before = self.tsc
         if tsc == "counts on":
             self.advance(ns=ns)

@@ -188,13 +188,17 @@ def parse(policy: str) -> Policy:
     name, colon, rest = text.partition(":")
     options = dict(re.findall(r"([a-z_]+|[0-9]+)=([0-9]+)", rest))
     if (colon and not rest) or rest != ",".join(f"{key}={value}" for key, value in options.items()):
-        raise ConfigError(f"policy {text!r}: options are written as NAME=NUMBER, with commas between")
+        raise ConfigError(
+            f"policy {text!r}: options are written as NAME=NUMBER, with commas between; NUMBER is a whole number"
+        )
     if name not in _MAKERS:
         raise ConfigError(f"policy {text!r}; choose from {', '.join(_MAKERS)}")
     try:
         made = _MAKERS[name](**{key: int(value) for key, value in options.items()})
     except TypeError:
-        raise ConfigError(f"policy {text!r}: {name} takes {', '.join(_OPTIONS[name]) or 'no options'}") from None
+        lacking = " and ".join(option for option in _REQUIRED.get(name, ()) if option not in options)
+        told = f"; it lacks {lacking}" if lacking else ""
+        raise ConfigError(f"policy {text!r}: {name} takes {', '.join(_OPTIONS[name]) or 'no options'}{told}") from None
     return as_policy(made)
 
 
@@ -238,6 +242,7 @@ _OPTIONS: Final = {
     "virtualbox": (),
     "table": ("LAG_NS", "stop_ns", "give_up_ns"),
 }
+_REQUIRED: Final = {"table": ("stop_ns", "give_up_ns")}
 
 
 # Checks, which return the policy in plain ints

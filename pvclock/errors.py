@@ -148,7 +148,10 @@ class TscOffsetNotHonoured(PvclockError):
     """The host accepted TSC offset `offset` (ticks, modulo 2^64), but the guest's RDTSC does not show it."""
 
     def __init__(self, offset: int, why: str = "the guest's TSC is the host's; offsets need a VMX or SVM host") -> None:
-        super().__init__(f"TSC offset not honoured by this host: set to {offset:#x}, but {why}")
+        super().__init__(
+            f"TSC offset not honoured by this host: set to {offset:#x}, but {why}; "
+            "`pvclock lab` has a host that honours them"
+        )
         self.offset = offset
 
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from pvclock.arguments import text
 from pvclock.errors import ConfigError
-from pvclock.quantities import U64_MASK, HostTsc
+from pvclock.quantities import U64_MASK, HostTsc, quoted
 
 __all__ = ["Event", "EventCause", "EventKind"]
 
@@ -159,26 +159,26 @@ Word = TypeVar("Word", EventKind, EventCause)
 
 def _word(words: type[Word], name: str, value: object) -> Word:
     if value not in list(words):
-        raise ConfigError(f"event: {name} is {value!r}; it can be {', '.join(words)}")
+        raise ConfigError(f"event: {name} is {quoted(value)}; it can be {', '.join(words)}")
     return words(str(value))
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"event: {name} is {value!r}; a string was expected")
+        raise ConfigError(f"event: {name} is {quoted(value)}; a string was expected")
     return value
 
 
 def _whole(name: str, value: object) -> int:
     # JSON's true is an int to Python.
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"event: {name} is {value!r}; a whole number was expected")
+        raise ConfigError(f"event: {name} is {quoted(value)}; a whole number was expected")
     return value
 
 
 def _frequency(value: object) -> int | None:
     if value is not None and not 1 <= _whole("tsc_hz", value) <= U64_MASK:
-        raise ConfigError(f"event: tsc_hz is {value!r}; a frequency is 1 to 2^64 - 1")
+        raise ConfigError(f"event: tsc_hz is {quoted(value)}; a frequency is 1 to 2^64 - 1")
     return None if value is None else _whole("tsc_hz", value)
 
 
@@ -193,7 +193,7 @@ def _stamp(name: str, value: object) -> int | None:
 
 def _fraction(name: str, value: object) -> Fraction:
     if not isinstance(value, list) or len(value) != 2:
-        raise ConfigError(f"event: {name} is {value!r}; [numerator, denominator] was expected")
+        raise ConfigError(f"event: {name} is {quoted(value)}; [numerator, denominator] was expected")
     numerator, denominator = (_whole(name, each) for each in value)
     if denominator < 1:
         raise ConfigError(f"event: {name} is {numerator}/{denominator}; a denominator is 1 or more")

@@ -44,7 +44,7 @@ from pvclock.providers.interface import (
     Pairing,
     VmmServices,
 )
-from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc
+from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, quoted
 from pvclock.readings import Churn, ClockLine, Reading, Reference, RunReport, TimeInfo
 from pvclock.sampling import SampleSource
 from pvclock.tsc import VcpuTsc
@@ -128,9 +128,9 @@ class GuestClock:
     def at(self, host_tsc: HostTsc) -> Fraction:
         """Guest time in ns at `host_tsc`, exactly: by the present segment, or the one of that time.
 
-        RangeError before the oldest of the last 256 segments.
+        RangeError before the oldest of the last 256 segments, and for what no TSC can be: 0 to 2^64 - 1.
         """
-        return self._keeper.at(HostTsc(whole("host_tsc", host_tsc)))
+        return self._keeper.at(HostTsc(whole("host_tsc", host_tsc, 0, U64_MASK)))
 
     def read(self, vcpu: int) -> GuestNs:
         """What vCPU's guest would compute at this instant, or at that of the pause, in ns; it takes no lock.
@@ -530,7 +530,7 @@ def _engine_named(engine: Engine | str) -> Engine:
     if not isinstance(engine, str):
         raise WrongType("engine", engine, words)
     if engine not in list(Engine):
-        raise ConfigError(f"engine {engine!r}; choose from {words}")
+        raise ConfigError(f"engine {quoted(engine)}; choose from {words}")
     return Engine(engine)
 
 

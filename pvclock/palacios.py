@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple
 from pvclock import arguments
 from pvclock.arguments import flag, fraction, instance, whole
 from pvclock.errors import ConfigError, RangeError, StateError
-from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, shown
+from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, quoted, shown
 from pvclock.tsc import TscControls, TscInstruction, VcpuTsc, tsc_rate
 
 __all__ = [
@@ -80,7 +80,7 @@ def time_options(
     wrong: list[Complaint] = []
     slaved = _lower(source) != "none"
     if _lower(source) not in {None, "host", "none"}:
-        wrong.append(Complaint("error", f'time source {source!r} is unknown; use "host" or "none"'))
+        wrong.append(Complaint("error", f'time source {quoted(source)} is unknown; use "host" or "none"'))
     rate = _dilation(dilation, slaved, wrong)
     passthrough = _lower(tsc) == "host"
     if passthrough and not slaved:
@@ -90,7 +90,7 @@ def time_options(
         wrong.append(Complaint("warning", f"TSC passthrough cancelled: the guest's dilation is {rate}"))
         passthrough = False
     if _lower(tsc) not in {None, "host"} and _lower(source if palacios else tsc) != "guest":
-        wrong.append(Complaint("error", f'TSC mode {tsc!r} is unknown; use "host" or "guest"'))
+        wrong.append(Complaint("error", f'TSC mode {quoted(tsc)} is unknown; use "host" or "guest"'))
     return TimeOptions(slaved, passthrough, rate, tuple(wrong))
 
 

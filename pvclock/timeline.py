@@ -30,6 +30,9 @@ SLOWEST: Final = Fraction(1, 2)
 PACE_BOUNDS: Final = (1 - SLOWEST - Fraction(1, 10), 1 + Fraction(MOST_PPM, PPM) + Fraction(1, 10))
 """A pace is this part of the dilation: a slew's utmost, and a correction's 10 % either way."""
 
+PAGE_RATES: Final = (Fraction(1, 2**63), Fraction(2**31))
+"""The ns in a tick that a page can show: rate()'s least, and below that for which Linux has no shift."""
+
 
 class Tempo(NamedTuple):
     """How fast guest time passes.
@@ -241,8 +244,16 @@ class Timeline:
 
     def check(self, dilation: Fraction) -> None:
         """RangeError unless pages can show that dilation, and all that slews and corrections make of it."""
-        for part in PACE_BOUNDS:
-            self.scale(dilation * part)
+        try:
+            for part in PACE_BOUNDS:
+                self.scale(dilation * part)
+        except RangeError:
+            least, most = (shown(rate / part) for rate, part in zip(PAGE_RATES, PACE_BOUNDS, strict=True))
+            rate = dilation * NS_PER_S / self.tsc_hz
+            raise RangeError(
+                f"dilation {shown(dilation)} on a TSC of {self.tsc_hz} Hz is {shown(rate)} ns a tick; "
+                f"a page can show {least} to {most}, and what slews make of it"
+            ) from None
 
     def scale(self, pace: Fraction) -> ClockScale:
         """What the page shows: Linux's pair at the nominal rate, and never faster than the timeline.

@@ -15,7 +15,7 @@ from pvclock import arguments
 from pvclock._core import guest_tsc
 from pvclock.arguments import flag, fraction, whole
 from pvclock.errors import ConfigError, MsrFault, RangeError
-from pvclock.quantities import NS_PER_S, U64_MASK, GuestTsc, HostTsc, shown
+from pvclock.quantities import NS_PER_S, U64_MASK, GuestTsc, HostTsc, quoted, shown
 
 __all__ = ["MSR_IA32_TSC", "MSR_IA32_TSC_ADJUST", "MSR_TSC_AUX", "TscControls", "TscInstruction", "VcpuTsc", "tsc_rate"]
 
@@ -66,7 +66,7 @@ def tsc_rate(guest_hz: int, host_hz: int, *, profile: Literal["exact", "palacios
     if arguments.text("profile", profile) == "exact":
         return Fraction(guest_hz, host_hz)
     if profile != "palacios":
-        raise ConfigError(f'TSC rate profile {profile!r} is unknown; use "exact" or "palacios"')
+        raise ConfigError(f'TSC rate profile {quoted(profile)} is unknown; use "exact" or "palacios"')
     guest_khz, host_khz = guest_hz // 1000, host_hz // 1000
     divisor = max(gcd(guest_khz, host_khz), PALACIOS_LEAST_GCD)
     if min(guest_khz, host_khz) < divisor:

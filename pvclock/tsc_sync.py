@@ -17,7 +17,7 @@ from typing import Final, Literal, NamedTuple
 from pvclock._core import ClockScale, time_scale, tsc_ratio
 from pvclock.arguments import flag, instance, instances, sequence, text, whole
 from pvclock.errors import ConfigError, RangeError, StateError
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, shown
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, quoted, shown
 from pvclock.tsc import VcpuTsc
 
 __all__ = [
@@ -132,7 +132,7 @@ def repair_plan(
     """
     flag("every_vcpu", every_vcpu)
     if text("adjust", adjust) not in ("keep", "carry"):
-        raise ConfigError(f'adjust {adjust!r} is unknown; use "keep" or "carry"')
+        raise ConfigError(f'adjust {quoted(adjust)} is unknown; use "keep" or "carry"')
     if not agreement(tscs).rates_agree:
         raise StateError("repair_plan", "the vCPUs' TSCs have different rates", "give them one frequency first")
     if target is None:

@@ -13,7 +13,7 @@ from pvclock.clock.timekeeper import Timekeeper, nothing
 from pvclock.discipline import MAX_PPM, Discipline, Steering, SteeringState
 from pvclock.errors import ConfigError, PvclockError, RangeError, WrongType
 from pvclock.events import Event, EventKind
-from pvclock.quantities import HostTsc
+from pvclock.quantities import HostTsc, quoted
 from pvclock.readings import Reference, Sample
 from pvclock.sampling import Sampler, SampleSource
 from pvclock.timeline import Tempo
@@ -216,7 +216,9 @@ def source_of(reference: Reference | str | SampleSource, backend: Backend) -> tu
     if callable(reference) and not isinstance(reference, str):
         return INJECTED, reference
     if reference not in list(Reference):
-        raise ConfigError(f"reference {reference!r}; it can be {OFF}, {', '.join(Reference)}, or a source of samples")
+        raise ConfigError(
+            f"reference {quoted(reference)}; it can be {OFF}, {', '.join(Reference)}, or a source of samples"
+        )
     return reference, partial(backend.sample, Reference(reference))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeGuard, Union, get_args, 
 from pvclock.arguments import text
 from pvclock.errors import ConfigError, WrongType
 from pvclock.providers.interface import Provider
-from pvclock.quantities import U64_MASK
+from pvclock.quantities import U64_MASK, quoted
 
 __all__ = ["NEWEST", "PROFILES", "Configuration", "checked", "combined", "effective_provider"]
 
@@ -66,7 +66,7 @@ def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]], b
     given = _respelled(config)
     provider = given.get("provider", "None")
     if not isinstance(provider, str) or provider not in kinds:
-        raise ConfigError(f"unknown provider {provider!r}; choose from {_listed(kinds)}")
+        raise ConfigError(f"unknown provider {quoted(provider)}; choose from {_listed(kinds)}")
     options = _option_types(kinds[provider])
     for key in given:
         if key not in {"provider", "version", "profile"} | options.keys():
@@ -82,7 +82,8 @@ def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]], b
     profile = given.setdefault("profile", PROFILES[0])
     if profile not in PROFILES:
         raise ConfigError(
-            f"profile {profile!r}; choose from {_listed(PROFILES)}. Palacios' time is no profile of an interface: "
+            f"profile {quoted(profile)}; choose from {_listed(PROFILES)}. "
+            "Palacios' time is no profile of an interface: "
             "pvclock.palacios has it, and pvclock.unslaved.UnslavedBackend its unslaved time for any provider"
         )
     newest = kinds[provider].version
@@ -100,7 +101,9 @@ def combined(provider: str | Mapping[str, object], options: Mapping[str, object]
         raise WrongType("options", options, "a mapping of keys to values")
     base: Mapping[str, object] = {"provider": provider} if isinstance(provider, str) else provider
     if twice := sorted(base.keys() & options.keys()):
-        raise ConfigError(f"given twice: {', '.join(f'{key} as {base[key]!r} and {options[key]!r}' for key in twice)}")
+        raise ConfigError(
+            f"given twice: {', '.join(f'{key} as {quoted(base[key])} and {quoted(options[key])}' for key in twice)}"
+        )
     return {**base, **options}
 
 
@@ -116,7 +119,7 @@ def effective_provider(choice: str, guest_os: str = "") -> str:
     if choice in CHOICES or choice in CHOICES.values():
         return CHOICES.get(choice, choice)
     if choice not in ("default", "legacy"):
-        raise ConfigError(f"provider choice {choice!r}; choose from {_listed(('default', 'legacy', *CHOICES))}")
+        raise ConfigError(f"provider choice {quoted(choice)}; choose from {_listed(('default', 'legacy', *CHOICES))}")
     if system.startswith("macos"):
         return "Minimal"
     if choice == "legacy" or system.startswith(OLD_LINUX):
@@ -132,7 +135,7 @@ def _respelled(config: Mapping[str, object]) -> dict[str, object]:
     for key, value in config.items():
         name = SPELLINGS.get(key, key)
         if name in given:
-            raise ConfigError(f"given twice: {name} as {given[name]!r} and {value!r}")
+            raise ConfigError(f"given twice: {name} as {quoted(given[name])} and {quoted(value)}")
         if name == "HyperV":
             _check_hyperv_node(value)
         else:
@@ -142,7 +145,7 @@ def _respelled(config: Mapping[str, object]) -> dict[str, object]:
 
 def _check_hyperv_node(node: object) -> None:
     if not isinstance(node, Mapping):
-        raise ConfigError(f"HyperV is {node!r}; it is a node with the keys {_listed(HYPERV_KEYS)}")
+        raise ConfigError(f"HyperV is {quoted(node)}; it is a node with the keys {_listed(HYPERV_KEYS)}")
     for key in node:
         if key not in HYPERV_KEYS:
             raise ConfigError(f"unknown key {key!r} := {node[key]!r} in node HyperV; keys are {_listed(HYPERV_KEYS)}")
@@ -152,7 +155,9 @@ def _checked_version(provider: str, version: object, newest: int, profile: str) 
     # VirtualBox takes any number: all but NEWEST mean an interface without features.
     limit = U32_MASK if profile == "virtualbox" else newest
     if not _is_whole(version) or not NEWEST <= version <= limit:
-        raise ConfigError(f"version {version!r}; provider {provider!r} has 1 to {limit}, and {NEWEST} is the newest")
+        raise ConfigError(
+            f"version {quoted(version)}; provider {provider!r} has 1 to {limit}, and {NEWEST} is the newest"
+        )
     return version
 
 
@@ -166,7 +171,7 @@ def _option_types(kind: type[Provider]) -> dict[str, Any]:
 
 def _checked_option(key: str, value: object, expected: object) -> object:
     if not _accepts(expected, value):
-        raise ConfigError(f"{key} is {value!r}; it can be {_words(expected)}")
+        raise ConfigError(f"{key} is {quoted(value)}; it can be {_words(expected)}")
     return value
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from pvclock._memory import GuestMemory
 from pvclock.errors import ConfigError, GuestAddressError, RangeError
-from pvclock.quantities import Gpa
+from pvclock.quantities import Gpa, quoted
 
 __all__ = [
     "NATIVE_OPCODES",
@@ -48,7 +48,7 @@ REX_PREFIXES: Final = frozenset(range(0x40, 0x50))
 def native_opcode(vendor: str) -> bytes:
     """The 3 bytes of the hypercall instruction of a CPU by `vendor`; ConfigError for a vendor that has none."""
     if vendor not in NATIVE_OPCODES:
-        raise ConfigError(f"CPU vendor {vendor!r} has no hypercall; {', '.join(map(repr, NATIVE_OPCODES))} have")
+        raise ConfigError(f"CPU vendor {quoted(vendor)} has no hypercall; {', '.join(map(repr, NATIVE_OPCODES))} have")
     return NATIVE_OPCODES[vendor]
 
 

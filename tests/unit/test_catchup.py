@@ -90,6 +90,9 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "an unknown option": ("slew:ppm=5", ConfigError, "slew takes max_ppm, max_ns"),
     "a table of nothing": ("table", ConfigError, "table takes LAG_NS, stop_ns, give_up_ns"),
     "a table without periods": ("table:stop_ns=1,give_up_ns=2", ConfigError, "one period"),
+    "a table without its ends": ("table:1000=10", ConfigError, "give_up_ns; it lacks stop_ns and give_up_ns$"),
+    "a table without one": ("table:1000=10,stop_ns=1", ConfigError, "it lacks give_up_ns$"),
+    "a float": ("advance:max_ns=1e9", ConfigError, "NUMBER is a whole number"),
     "a table of other names": ("table:lag=5,stop_ns=1,give_up_ns=2", ConfigError, "table takes LAG_NS"),
     "a table with one lag twice": ("table:5=1,05=1,stop_ns=1,give_up_ns=2", ConfigError, "they must rise"),
 }

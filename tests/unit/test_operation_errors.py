@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import (
+    ConfigError,
     GuestClock,
     GuestMemory,
     HostTsc,
@@ -105,6 +106,51 @@ def test_whatever_dilation_is_taken_can_be_slewed(
         backend.ref_ns += 10**8  # type: ignore[assignment]  # a RefNs and an int
     assert clock.pace > 0
     assert clock.dilation == Fraction(*dilation)
+
+
+@pytest.mark.row("E12", "E13", "P-14")
+def test_a_rate_that_no_page_shows_is_told_by_what_was_given() -> None:
+    """The dilation and the TSC's frequency are named, and between what a page can show them."""
+    clock, _, _ = a_clock(HZ)
+    with pytest.raises(
+        RangeError,
+        match=r"^dilation 1e\+10 on a TSC of 2596132000 Hz is 3.85e\+09 ns a tick; a page can show .* to 1.93e\+08",
+    ):
+        clock.dilate(10**10, 1)
+    clock.dilate(500_000_000, 1)
+    with pytest.raises(RangeError, match=r"^dilation 1 on a TSC of 1 Hz is 1e\+09 ns a tick; a page can show"):
+        GuestClock(GuestMemory(bytearray(1 << 14)), backend=SimulatedBackend(1))
+
+
+@pytest.mark.row("E13")
+@pytest.mark.parametrize("tsc", [-1, 2**64, -(2**64), 2**70])
+def test_what_no_tsc_can_be(tsc: int) -> None:
+    """at() does not take it for another instant."""
+    clock, _, _ = a_clock(HZ)
+    with pytest.raises(RangeError, match=r"^host_tsc is .*; it can be 0 to 2\^64 - 1$"):
+        clock.at(HostTsc(tsc))
+
+
+LONG = "x" * 10_000
+LONG_VALUES: dict[str, Callable[[GuestClock], object]] = {
+    "provider": lambda clock: GuestClock(clock.memory, backend=clock.backend, provider=LONG),
+    "profile": lambda clock: GuestClock(clock.memory, backend=clock.backend, profile=LONG),
+    "reference": lambda clock: clock.follow(LONG),
+    "engine": lambda clock: GuestClock(clock.memory, backend=clock.backend, engine=LONG),
+    "version": lambda clock: GuestClock(clock.memory, backend=clock.backend, provider="KVM", version=10**5000),
+    "policy": lambda clock: setattr(clock, "policy", LONG),
+    "sleep": lambda _: SimulatedBackend(HZ).sleep(ns=1, tsc=LONG),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.row("E13")
+@pytest.mark.parametrize("name", LONG_VALUES)
+def test_a_long_value_is_cut(name: str) -> None:
+    """A message says what was wrong, and not all of it."""
+    clock, _, _ = a_clock(HZ)
+    with pytest.raises(ConfigError) as caught:
+        LONG_VALUES[name](clock)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.row("E1")

@@ -154,3 +154,4 @@ def test_an_offset_that_the_host_ignores_never_reaches_a_page() -> None:
     assert clock.page(0) == before
     assert (clock.read_msr(0, TSC), clock.read_msr(0, TSC_ADJUST)) == (10**12, 99)
     assert "TSC offset not honoured by this host" in str(clock.refused_offset)
+    assert "`pvclock lab` has a host that honours them" in str(clock.refused_offset)

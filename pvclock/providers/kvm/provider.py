@@ -29,6 +29,7 @@ from pvclock.providers.kvm.profiles import PROFILES
 from pvclock.providers.kvm.pv_eoi import PvEoi
 from pvclock.providers.kvm.registers import Surface, load_all, save_all
 from pvclock.providers.kvm.steal_time import StealTime
+from pvclock.quantities import quoted
 
 __all__ = ["KvmProvider"]
 
@@ -71,7 +72,7 @@ class KvmProvider:
         apic_bus_hz: int | None = None,
     ) -> None:
         if profile not in PROFILES:
-            raise ConfigError(f"profile {profile!r} is unknown; choose from {', '.join(map(repr, PROFILES))}")
+            raise ConfigError(f"profile {quoted(profile)} is unknown; choose from {', '.join(map(repr, PROFILES))}")
         if hints & ~sum(KvmHint):
             raise ConfigError(f"hints {hints:#x} are unknown; choose from {KvmHint(sum(KvmHint)).name}")
         self.clock, self.hints, self.profile = clock, KvmHint(hints), profile
