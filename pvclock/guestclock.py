@@ -63,6 +63,7 @@ class GuestClock:
     have.  offer_tsc_adjust,
     offer_invariant_tsc: what patch_cpuid() shows; a guest with an invariant TSC prefers its TSC to this clock.
     tsc_hz: the TSC frequency that the guest is told, if it is told any; the host's by default.
+    ConfigError where the backend knows its vCPUs, or who runs them, and the clock is given others.
 
     A memory has one live clock: a new one takes over, and operations of the one before are StateErrors from then on.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from pvclock.backend import HostBackend, SimulatedBackend
-from pvclock.errors import ConfigError, GuestCrashed, ImageError, KvmUnavailable, PvclockError, StateError
+from pvclock.errors import ConfigError, GuestCrashed, ImageError, KvmUnavailable, PvclockError, StateError, WrongType
 from pvclock.kvm.exits import InternalError
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine
 from pvclock.machine.exits import CONSOLE_KEPT_BYTES
@@ -75,8 +75,10 @@ def test_the_exit_port_written_in_odd_ways(write: bytes) -> None:
 def test_a_guest_that_does_not_end() -> None:
     """wait() gives up in time and says what can be done; after stop() there is no exit code."""
     with Machine(SPIN) as machine:
-        with pytest.raises(StateError, match="never started"):
+        with pytest.raises(StateError, match=r"^wait: the machine was never started; start\(\) it$"):
             machine.wait()
+        with pytest.raises(WrongType, match=r"^timeout_s is '1', a str; it can be a number$"):
+            machine.wait("1")  # type: ignore[arg-type]
         machine.start()
         with pytest.raises(StateError, match=r"has not ended after 0\.01 s; wait longer or stop"):
             machine.wait(0.01)

@@ -128,12 +128,21 @@ def test_a_run_begins_once() -> None:
         with pytest.raises(StateError, match="never started"):
             runner.join()
         runner.start()
-        with pytest.raises(StateError, match="started or stopped before"):
+        with pytest.raises(StateError, match="started or stopped before; make another Runner, or Machine"):
             runner.start()
         runner.stop()
         runner.stop()
         with pytest.raises(StateError, match="started or stopped before"):
             runner.start()
+
+
+def test_a_vcpu_that_runs_is_left_alone() -> None:
+    """What KVM would let wait for the next exit is refused, and the error names what was called."""
+    with running() as (bare, _):
+        moves_on(bare)
+        for name in ("get_regs", "get_sregs", "get_tsc_offset", "get_mp_state", "close"):
+            with pytest.raises(StateError, match=rf"^{name}: vCPU 0 is running; pause it first$"):
+                getattr(bare.vcpus[0], name)()
 
 
 def test_stop_before_start() -> None:

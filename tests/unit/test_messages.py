@@ -14,6 +14,7 @@ from pvclock.catchup import Advance, parse, settle
 from pvclock.errors import GuestCrashed
 from pvclock.kvm.access import advice
 from pvclock.kvm.exits import Exit, FailEntry, Halt, InternalError, Shutdown, SystemEvent, UnknownExit
+from pvclock.unslaved import UnslavedBackend
 
 pytestmark = pytest.mark.row("E13")
 
@@ -54,6 +55,14 @@ SAID: dict[str, tuple[type[PvclockError], Callable[[], object]]] = {
     "policy 'advance:max_ns=': options are written as NAME=NUMBER": (ConfigError, lambda: parse("advance:max_ns=")),
     "a clock of 1 vCPUs on a backend of 2": (ConfigError, lambda: a_clock(OwnVcpus(HZ), engine="kvm")),
     "a clock of 3 vCPUs on a backend of 2": (ConfigError, lambda: a_clock(OwnVcpus(HZ), vcpus=3, engine="kvm")),
+    "a clock of 1 vCPUs on a backend of 2, which its": (
+        ConfigError,
+        lambda: GuestClock(GuestMemory(bytearray(64)), backend=UnslavedBackend(OwnVcpus(HZ)), engine="kvm"),
+    ),
+    "engine 'library' on a backend whose vCPUs run on": (
+        ConfigError,
+        lambda: GuestClock(GuestMemory(bytearray(64)), 2, backend=UnslavedBackend(OwnVcpus(HZ))),
+    ),
     "engine 'library' on a backend whose vCPUs run on 'kvm'; give engine='kvm'": (
         ConfigError,
         lambda: a_clock(OwnVcpus(HZ), vcpus=2),
