@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from pvclock.arguments import serving, whole
 from pvclock.kvm import Kvm, Vcpu
+from pvclock.kvm.arguments import vcpus_of
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.providers.kvm import kvm_cpuid_leaves
 
@@ -55,14 +56,14 @@ class KernelClock(NamedTuple):
         return registers
 
 
-def set_guest_cpuid(kvm: Kvm, vcpus: Iterable[Vcpu], clock: CpuidSource) -> None:
+def set_guest_cpuid(kvm: Kvm, vcpus: Sequence[Vcpu], clock: CpuidSource) -> None:
     """Give each vCPU its guest_cpuid(), and let what the kernel serves beside the clock go by it (Linux 5.10).
 
     For before the vCPUs run: KVM takes no other CPUID after that.
     """
     enforce = "KVM_CAP_ENFORCE_PV_FEATURE_CPUID"
     can_enforce = _opened(kvm).check_extension(enforce)
-    for vcpu in vcpus:
+    for vcpu in vcpus_of(vcpus):
         vcpu.set_cpuid(guest_cpuid(kvm, vcpu.vcpu_id, clock))
         if can_enforce:
             vcpu.enable_cap(enforce, 1)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, Machine, PvclockError, RangeError, WrongType, guest_cpuid
-from pvclock.kvm import Kvm, KvmBackend, Runner, SteeredTscBackend, Vcpu, exit_on_msrs, kvm_backend, open_kvm
+from pvclock.kvm import Kvm, KvmBackend, Runner, SteeredTscBackend, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
 from tests.kvm.guests import HLT, Bare, bare_vm
 from tests.unit.public_callables import PublicCallable, public_callables
 from tests.unit.wrong_types import assert_right_types_are_taken, assert_wrong_types_are_refused
@@ -19,6 +19,9 @@ pytestmark = [pytest.mark.kvm, pytest.mark.row("E13")]
 
 ASKED_BY_CLOCKS: Final = (KvmBackend, SteeredTscBackend)
 """Their methods, and Runner.quiesce(), are called by clocks, with what those have checked."""
+
+
+OWNERS: Final = (Kvm, Vm, Vcpu, Runner, KvmBackend, SteeredTscBackend, Machine)
 
 
 def go_on(*_: object) -> bool:
@@ -69,6 +72,10 @@ def valid(bare: Bare) -> dict[str, Callable[[], Any]]:
         "honours_tsc_offset": lambda: False,
         "image": lambda: HLT,
         "ns": lambda: 1,
+        "apic_id": int,
+        **dict.fromkeys(
+            ("pvclock.guest_cpuid.clock", "pvclock.set_guest_cpuid.clock"), lambda: a_clock(bare, engine="kvm")
+        ),
         "Machine.clock": lambda: "engine",
     }
 
@@ -78,8 +85,9 @@ def callables() -> dict[str, PublicCallable]:
     """All that a VMM calls, by name."""
     return {
         each.name: each
-        for each in public_callables(["pvclock.kvm", "pvclock.machine"])
+        for each in public_callables(["pvclock.kvm", "pvclock.machine", "pvclock"])
         if each.parameters and each.name != "Runner.quiesce"
+        if each.owner in OWNERS or each.name.startswith("pvclock.kvm.") or each.name.endswith("guest_cpuid")
         if each.owner not in ASKED_BY_CLOCKS or each.member == "__init__"
     }
 

@@ -49,7 +49,7 @@ HZ: Final = 10**9
 
 EXEMPT: Final = {
     "Machine": "made on /dev/kvm: kvm/test_wrong_types.py",
-    "pvclock.guest_cpuid pvclock.set_guest_cpuid": "of an open /dev/kvm: kvm/test_cpuid.py",
+    "pvclock.guest_cpuid pvclock.set_guest_cpuid": "of an open /dev/kvm: kvm/test_wrong_types.py",
     "Freeze.settle Advance.settle Slew.settle CatchUpTable.settle": "asked by catchup.settle(), which checks",
     "Slew.ppm Slew.is_done CatchUpTable.ppm CatchUpTable.is_done": "asked by a timeline, with its own ns",
     "Merge.share Once.share Replay.share": "asked by Timers, with its own count",
