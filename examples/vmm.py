@@ -1,10 +1,11 @@
 """A VMM's own run loop on /dev/kvm, its guest's clock served by pvclock: `python examples/vmm.py [DEVICE]`."""
 
 import mmap
+import os
 import sys
 import time
 
-from pvclock import GuestClock, GuestMemory, HostTsc, KvmError, MsrFault, Ticker, set_guest_cpuid
+from pvclock import GuestClock, GuestMemory, HostTsc, MsrFault, Ticker, set_guest_cpuid
 from pvclock.kvm import Exit, IoOut, Kvm, RdmsrExit, Runner, WrmsrExit, exit_on_msrs, kvm_backend, open_kvm
 
 GUEST = bytes.fromhex(  # clock_guest.s: it registers a time page by WRMSR, and shows what it reads there by OUT
@@ -71,7 +72,8 @@ def main(kvm: Kvm) -> None:
 
 if __name__ == "__main__":
     try:
-        main(open_kvm(*sys.argv[1:]))
-    except KvmError as error:
+        main(open_kvm(" ".join(sys.argv[1:]) or "/dev/kvm"))
+        sys.stdout.flush()
+    except OSError as error:  # a KvmError is one; or nobody reads on, or the disk is full
         print(error, file=sys.stderr)
-        sys.exit(2)
+        os._exit(2)  # sys.exit() would write what is left, and fail again

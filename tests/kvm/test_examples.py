@@ -86,6 +86,22 @@ def test_the_guest_reads_what_the_clock_says(tsc_offsets: TscOffsets) -> None:
     assert int(left_out) >= PAUSE_NS
 
 
+@pytest.mark.row("E13")
+@pytest.mark.parametrize("redirect", ["| head -1", ">/dev/full"])
+def test_nobody_reads_the_vmm(redirect: str) -> None:
+    """It ends with one line of why, and without a traceback."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {redirect}', "sh", sys.executable, VMM],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
+    )
+    assert re.fullmatch(r"\[Errno \d+\] (Broken pipe|No space left on device)\n", done.stderr)
+
+
 @pytest.mark.row("K-01", "X-02")
 def test_what_the_clock_refuses_is_gp_in_the_guest(tmp_path: Path) -> None:
     """A WRMSR that the clock does not serve runs the guest's handler for #GP, and the VMM goes on."""

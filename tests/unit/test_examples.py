@@ -84,6 +84,14 @@ def test_a_vmm_without_kvm_says_so_in_one_line(device: str) -> None:
     assert re.fullmatch(rf"open {device}: \w+ .*\n", done.stderr)
 
 
+@pytest.mark.row("X-02")
+def test_a_vmm_with_too_many_arguments() -> None:
+    """They are no device's path, and there is no traceback."""
+    done = run(VMM, "/dev/kvm", "again")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"open /dev/kvm again: ENOENT .*; KVM's device is /dev/kvm\n", done.stderr)
+
+
 @EVERY_EXAMPLE
 @pytest.mark.row("style")
 def test_examples_take_public_names_from_public_places(example: Path) -> None:
