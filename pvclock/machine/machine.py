@@ -11,7 +11,7 @@ from weakref import finalize
 
 from pvclock import boot
 from pvclock._memory import GuestMemory
-from pvclock.arguments import number
+from pvclock.arguments import number, whole
 from pvclock.boot.layout import IDENTITY_MAP, TSS
 from pvclock.catchup import Policy
 from pvclock.clockstate import ClockState
@@ -162,6 +162,7 @@ class Machine:
 
         StateError if no vCPU would run: it was never started, its run has ended, or it is closed.
         """
+        whole("ns", ns)
         self._check_open("run_for")
         return self._clock_service.run_for(ns)
 

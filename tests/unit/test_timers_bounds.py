@@ -67,7 +67,7 @@ def test_numbers_become_plain_ints() -> None:
 def test_what_is_no_policy_or_cannot_be_printed() -> None:
     """A class in place of a policy, and numbers too long for Python to print, are errors of ours and leave no timer."""
     timers, huge = Timers(), GuestNs(10**5000)
-    with pytest.raises(WrongType, match="missed is a type; it can be a Merge, Once or Replay"):
+    with pytest.raises(WrongType, match="missed is the class Merge; it can be a Merge, Once or Replay"):
         timers.add(GuestNs(1), print, period_ns=5, missed=Merge)  # type: ignore[arg-type]
     with pytest.raises(RangeError, match="deadline_ns is a number of 16610 bits; it can be"):
         timers.add(huge, print)
