@@ -24,7 +24,6 @@ from pvclock.arguments import path as checked_path
 from pvclock.errors import ConfigError, KvmError, RangeError, StateError, WrongType
 from pvclock.kvm import exits
 from pvclock.kvm.arguments import members
-from pvclock.quantities import U64_MASK
 
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, ...)
@@ -63,6 +62,7 @@ cdef dict CPUID_ENTRY = NO_CPUID_ENTRY
 cdef str NO_MEMORY = "the VM has no memory: give it some by Vm.set_user_memory_region()"
 cdef int SIGNALS = 64
 cdef object U32_MASK = (1 << 32) - 1
+cdef object U64_MASK = (1 << 64) - 1
 cdef int MAX_CPUID_ENTRIES = 256
 cdef enum:
     CONSOLE_BYTES = 4096
