@@ -44,8 +44,8 @@ def main(kvm: Kvm) -> None:
 
     def show(number: int) -> None:
         tsc, ns = (int.from_bytes(memory.read(READINGS + 16 * number + at, 8), "little") for at in (0, 8))
-        host_ns = clock.at(HostTsc((tsc - clock.tsc(number).offset) % 2**64))  # RangeError for what no TSC was lately
-        print(f"vCPU {number}: guest {ns} ns, host {float(host_ns):.1f} ns, apart {float(ns - host_ns):+.1f} ns")
+        host_ns = float(clock.at(HostTsc((tsc - clock.tsc(number).offset) % 2**64)))  # RangeError if it never was
+        print(f"vCPU {number}: guest {ns} ns, host {host_ns:.1f} ns, apart {ns - host_ns:+.1f} ns\n", end="")
         time.sleep(0.1)
 
     runner = Runner(vcpus, handle)
