@@ -118,7 +118,7 @@ class ClockService:
     def resume(self, policy: Policy | str | None = None) -> None:
         """Let the clock go on, by `policy` or its own, and then the vCPUs."""
         if policy is not None:
-            policy = as_policy(policy)  # also where it settles nothing
+            as_policy(policy)  # checked also where it settles nothing; the clock's event has the caller's words
         with self._changing:
             self._resumes_at_start = False
             if self.clock is not None and self.clock.is_paused:

@@ -382,3 +382,15 @@ def test_pause_and_resume_do_not_mix(call: str, meddler: str, monkeypatch: pytes
         getattr(machine, call)()
         thread.join(LIMIT_S)
         assert machine.clock.is_paused == machine.runner.gate.is_held() == (meddler == "pause")
+
+
+@pytest.mark.row("E1", "E15")
+def test_resume_records_the_policy_in_the_callers_words() -> None:
+    """A machine hands the words on as they were given, not as pvclock would write them."""
+    with Machine(SPIN) as machine:
+        assert machine.clock is not None
+        machine.start()
+        machine.pause()
+        machine.resume("advance:max_ns=007")
+        (resumed,) = [event for event in machine.clock.events.read().events if event.kind == "resume"]
+    assert resumed.policy == "advance:max_ns=007"
