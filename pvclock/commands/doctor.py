@@ -22,7 +22,7 @@ from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
 from pvclock.errors import KvmError, LabError
 from pvclock.kvm._ioctls import Kvm
-from pvclock.kvm.capabilities import OPTIONAL, REQUIRED, open_kvm, value_of
+from pvclock.kvm.capabilities import OPTIONAL, REQUIRED, open_kvm
 from pvclock.kvm.cpuid_probe import probe_cpuid
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.lab.kernel import require_kernel
@@ -134,7 +134,7 @@ def _kvm(kvm: Kvm) -> Iterator[Finding]:
     version = kvm.get_api_version()
     yield Finding("/dev/kvm", True, Shown(f"API {version}", {"api_version": version}), True)
     for capability in (*REQUIRED, *OPTIONAL):
-        value = value_of(kvm, capability.name)
+        value = kvm.check_extension(capability.name)
         needed = capability in REQUIRED
         advice = "a newer kernel or other hardware may have it"
         found = Shown(f"{value}, {capability.purpose}", {"value": value})

@@ -13,7 +13,7 @@ from pvclock.errors import KvmError, KvmUnavailable, MissingCapability
 from pvclock.kvm._ioctls import Kvm
 from pvclock.kvm.access import advice
 
-__all__ = ["OPTIONAL", "REQUIRED", "Capability", "kernel_features", "open_kvm", "value_of"]
+__all__ = ["OPTIONAL", "REQUIRED", "Capability", "kernel_features", "open_kvm"]
 
 API_VERSION: Final = 12
 CPUID_KVM_FEATURES: Final = 0x40000001
@@ -68,11 +68,6 @@ def open_kvm(path: str = "/dev/kvm") -> Kvm:
     return kvm
 
 
-def value_of(kvm: Kvm, name: str) -> int:
-    """KVM_CHECK_EXTENSION of a capability by name: 0 if absent."""
-    return kvm.check_extension(name)
-
-
 def kernel_features(kvm: Kvm) -> int:
     """The KVM features that this host's kernel can offer a guest by itself: EAX of CPUID leaf 0x40000001."""
     return next((entry["eax"] for entry in kvm.get_supported_cpuid() if entry["function"] == CPUID_KVM_FEATURES), 0)
@@ -86,5 +81,5 @@ def _check(kvm: Kvm, path: str) -> None:
     if version != API_VERSION:
         raise KvmUnavailable(f"open {path}", errno.EPROTO, f"KVM API {version}; pvclock speaks {API_VERSION}")
     for capability in REQUIRED:
-        if value_of(kvm, capability.name) == 0:
+        if kvm.check_extension(capability.name) == 0:
             raise MissingCapability(capability.name, capability.purpose)

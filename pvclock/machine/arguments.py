@@ -12,7 +12,6 @@ from pvclock.clockstate import ClockState
 from pvclock.errors import ConfigError, WrongType
 from pvclock.guestclock import MAX_AGE_S
 from pvclock.kvm import Kvm
-from pvclock.kvm.capabilities import value_of
 from pvclock.quantities import shown
 from pvclock.ticker import SHORTEST_S
 
@@ -43,7 +42,7 @@ def check_arguments(arguments: Mapping[str, object], clock_options: Mapping[str,
 
 def check_vcpus(count: int, kvm: Kvm) -> None:
     """ConfigError for a number of vCPUs that this host does not run."""
-    most = max(value_of(kvm, "KVM_CAP_NR_VCPUS"), VCPUS_ANYWHERE)
+    most = max(kvm.check_extension("KVM_CAP_NR_VCPUS"), VCPUS_ANYWHERE)
     if not 1 <= count <= most:
         raise ConfigError(f"{shown(count)} vCPUs; choose 1 to {most}")
 
