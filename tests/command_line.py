@@ -41,6 +41,19 @@ def command(*arguments: str, nobody: bool = False) -> list[str]:
     return [sys.executable, *(("-c", AS_NOBODY) if nobody else ("-m", "pvclock")), *arguments]
 
 
+def run_python(*arguments: str | Path, redirect: str = "") -> subprocess.CompletedProcess[str]:
+    """Run this Python with this tree's pvclock; `redirect` is a shell's ("| head -1", ">/dev/full")."""
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {redirect}', "sh", sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+        check=False,
+    )
+
+
 def run_pvclock(*arguments: str, redirect: str = "", nobody: bool = False, **variables: str | None) -> Result:
     """Run `pvclock`; `redirect` is a shell's (">&-", "2>/dev/full"), a variable that is None is unset."""
     changed = {**os.environ, "COLUMNS": None, **variables}

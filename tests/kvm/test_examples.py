@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pvclock.kvm import TscOffsets
-from tests.waiting import HANG_S
+from tests.command_line import run_python
 
 pytestmark = pytest.mark.kvm
 
@@ -48,15 +46,7 @@ FAULTED = 0xDEAD
 
 def run(program: str, *arguments: str) -> str:
     """Run a Python program with the examples' names, and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
+    done = run_python("-c", program, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -90,15 +80,7 @@ def test_the_guest_reads_what_the_clock_says(tsc_offsets: TscOffsets) -> None:
 @pytest.mark.parametrize("redirect", ["| head -1", ">/dev/full"])
 def test_nobody_reads_the_vmm(redirect: str) -> None:
     """It ends with one line of why, and without a traceback."""
-    done = subprocess.run(
-        ["sh", "-c", f'"$@" {redirect}', "sh", sys.executable, VMM],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
+    done = run_python(VMM, redirect=redirect)
     assert re.fullmatch(r"\[Errno \d+\] (Broken pipe|No space left on device)\n", done.stderr)
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.waiting import HANG_S
+from tests.command_line import run_python
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -26,23 +24,10 @@ QUOTED = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EVERY_EXAMPLE = pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.name)
 
 
-def run(example: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run an example as a program."""
-    return subprocess.run(
-        [sys.executable, example, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
-
-
 @pytest.mark.row("E13")
 def test_the_emulators_guest_gets_what_is_the_clocks() -> None:
     """CPUID, MSRs, TSC, timer, hypercall and #GP each have their line, and the guest reads its clock's time."""
-    done = run(EMULATOR)
+    done = run_python(EMULATOR)
     assert (done.returncode, done.stderr) == (0, "")
     for expected in (
         r"^cpuid 0x1 0x0: CpuidLeaf\(eax=0, ebx=0, ecx=2147483648, edx=0\)$",
@@ -63,15 +48,7 @@ def test_the_emulators_guest_gets_what_is_the_clocks() -> None:
 @pytest.mark.parametrize(("redirect", "status", "lines"), [("| head -1", 0, 1), (">/dev/full", 2, 0)])
 def test_nobody_reads_the_emulator(redirect: str, status: int, lines: int) -> None:
     """It ends, without a traceback, where a reader leaves or the disk is full; the status tells."""
-    done = subprocess.run(
-        ["sh", "-c", f'"$@" {redirect}', "sh", sys.executable, EMULATOR],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-        check=False,
-    )
+    done = run_python(EMULATOR, redirect=redirect)
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (status, "", lines)
 
 
@@ -79,7 +56,7 @@ def test_nobody_reads_the_emulator(redirect: str, status: int, lines: int) -> No
 @pytest.mark.parametrize("device", ["/nonexistent/kvm", os.devnull, str(ROOT)])
 def test_a_vmm_without_kvm_says_so_in_one_line(device: str) -> None:
     """The line says what cannot be opened; the exit status is 2, and there is no traceback."""
-    done = run(VMM, device)
+    done = run_python(VMM, device)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf"open {device}: \w+ .*\n", done.stderr)
 
@@ -87,7 +64,7 @@ def test_a_vmm_without_kvm_says_so_in_one_line(device: str) -> None:
 @pytest.mark.row("X-02")
 def test_a_vmm_with_too_many_arguments() -> None:
     """They are no device's path, and there is no traceback."""
-    done = run(VMM, "/dev/kvm", "again")
+    done = run_python(VMM, "/dev/kvm", "again")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"open /dev/kvm again: ENOENT .*; KVM's device is /dev/kvm\n", done.stderr)
 
