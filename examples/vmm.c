@@ -26,7 +26,7 @@ _Static_assert(VCPUS >= 1 && LOGS + VCPUS * LOG_READINGS * sizeof(struct reading
 
 enum { MSR_WALL_CLOCK = 0x11, MSR_SYSTEM_TIME, MSR_WALL_CLOCK_NEW = 0x4b564d00, MSR_SYSTEM_TIME_NEW };
 
-/* The VM's clock.  One thread at a time may publish, so that whoever uses the clock holds the lock. */
+/* The VM's clock.  One thread at a time may publish: every use of the clock holds the lock. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t tsc_hz;
 static struct pvclock_counter counter;

@@ -380,9 +380,9 @@ cdef class TimePages:
         cdef uint64_t moved_ns = as_u64(ns, "ns")
         cdef pvclock_anchor standing
         if going_on is not None:
-            ticks, ns, standing_scale = going_on
-            standing.tsc_timestamp = as_u64(ticks, "going_on")
-            standing.system_time = self._standing_ns + as_u64(ns, "going_on")
+            resumed_tsc, gain_ns, standing_scale = going_on
+            standing.tsc_timestamp = as_u64(resumed_tsc, "going_on")
+            standing.system_time = self._standing_ns + as_u64(gain_ns, "going_on")
             standing.scale = (<ClockScale?>standing_scale).c
         self._prepare(scale, as_flags(flags), out_of_guest)
         self._move(moved_ticks, moved_ns)

@@ -568,7 +568,7 @@ def _check_agreement(backend: Backend, vcpus: int, engine: Engine) -> None:
 
 @cache
 def _own_keywords() -> str:
-    """What GuestClock takes that is no provider's, for who mistyped it."""
+    """GuestClock's own keywords, for the error about a mistyped one."""
     own = [name for name in GuestClock.__init__.__annotations__ if name not in ("provider_options", "return")]
     restores = [name for name in GuestClock.restore.__annotations__ if name not in (*own, "state", "return")]
     return f"; GuestClock itself takes {', '.join(own)}, and a saved clock's restore() {' and '.join(restores)}"

@@ -10,7 +10,7 @@ __all__ = ["MsrRange"]
 class MsrRange(NamedTuple):
     """Reads, writes or both of MSRs [base, base + length) are the clock's to answer, but for `kept`, the kernel's.
 
-    why: for whoever reads a list of these.
+    why: what these MSRs are, for people who read the list.
     """
 
     base: int

@@ -178,7 +178,7 @@ class Follower:
         return self._correct(following.discipline.held, why, self._missing(missed, failure, why), take)
 
     def _missing(self, missed: int, failure: Exception | None, why: str) -> tuple[Event, ...]:
-        """Holdover is an event, once; and so is at once what was no sample, for who gives that may never see it."""
+        """Holdover is an event, once.  A value that is no sample is one at once: its source may never see the error."""
         if missed == HOLDOVER_MISSES:
             why = f"{why}, {missed} ticks in a row: the clock keeps its rate"
         elif missed > 1 or not isinstance(failure, WrongType | RangeError):

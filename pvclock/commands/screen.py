@@ -92,6 +92,6 @@ def write(text: str) -> None:
 def _columns() -> int | None:
     """How wide lines may be: a terminal's COLUMNS, if that is a width, or its own; None in a pipe or a file.
 
-    There COLUMNS does not count, which a shell may export: whoever reads them wants whole lines.
+    There COLUMNS does not count, which a shell may export: their readers want whole lines.
     """
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
