@@ -26,13 +26,13 @@ from rich.table import Table
 
 from pvclock import GuestClock, Machine, PvclockError, Reference, Sample, TimeInfo
 from pvclock._core import read_time_info
-from pvclock.backend import HostBackend
+from pvclock.host.backend import HostBackend
 from pvclock.kvm import open_kvm
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
-from pvclock.machine.observation import finish, newest_reading, probe_machine, shown_by, wait_until_reading
+from pvclock.meter.observe import finish, newest_reading, probe_machine, shown_by, wait_until_reading
 from pvclock.payloads import probe
 from pvclock.quantities import NS_PER_S
-from pvclock.sampling import Sampler
+from pvclock.timekeeping.sampling import Sampler
 
 INTERVAL_S: Final = 1
 SETTLE_S: Final = 20

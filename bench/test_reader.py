@@ -11,7 +11,7 @@ import pytest
 from bench.c_twins import Twins
 from bench.comparison import Comparison, Figure
 from bench.published_clock import LINUX_STRIDE, published_clock
-from pvclock.machine.observation import observe
+from pvclock.meter.observe import observe
 
 READS = 100_000
 GUEST_SECONDS = 0.15

@@ -10,7 +10,7 @@ import pytest
 from bench.comparison import Comparison
 from bench.published_clock import LINUX_STRIDE, published_clock
 from pvclock import GuestClock, GuestMemory
-from pvclock.clockstate import from_json, to_json
+from pvclock.state.clock_state import from_json, to_json
 
 VCPUS = 64
 CALLS = 20

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pvclock._core import ClockScale, time_scale, tsc_ratio
     from pvclock._counter import read_tsc
     from pvclock._memory import GuestMemory
-    from pvclock.backend import Backend, HostBackend, SimulatedBackend
+    from pvclock.clock.guest_clock import GuestClock
+    from pvclock.clock.ticker import Ticker
     from pvclock.errors import (
         ConfigError,
         GuestAddressError,
@@ -35,19 +36,18 @@ if TYPE_CHECKING:
         TscOffsetNotHonoured,
         WrongType,
     )
-    from pvclock.guestclock import GuestClock
+    from pvclock.host.backend import Backend, HostBackend, SimulatedBackend
+    from pvclock.host.execution_time import UnslavedBackend
     from pvclock.machine import Machine
     from pvclock.machine.cpuid import guest_cpuid, set_guest_cpuid
     from pvclock.msr_ranges import MsrRange
-    from pvclock.providers import GuestInterface
+    from pvclock.providers.guest_interface import GuestInterface
     from pvclock.providers.interface import CpuidLeaf, HypercallRegisters, HypercallResult, Status
     from pvclock.providers.kvm import KvmFeature
     from pvclock.quantities import Gpa, GuestNs, GuestTsc, HostTsc, RefNs
     from pvclock.readings import Churn, ClockLine, Reading, Reference, Sample, TimeInfo
-    from pvclock.ticker import Ticker
-    from pvclock.timers import Timers
-    from pvclock.tsc import VcpuTsc
-    from pvclock.unslaved import UnslavedBackend
+    from pvclock.timekeeping.timers import Timers
+    from pvclock.tsc.vcpu_tsc import VcpuTsc
 
 __all__ = [
     "GuestClock",
@@ -105,7 +105,7 @@ _HOME = {
     "pvclock._core": ("ClockScale", "time_scale", "tsc_ratio"),
     "pvclock._memory": ("GuestMemory",),
     "pvclock._counter": ("read_tsc",),
-    "pvclock.backend": ("Backend", "HostBackend", "SimulatedBackend"),
+    "pvclock.host.backend": ("Backend", "HostBackend", "SimulatedBackend"),
     "pvclock.errors": (
         "ConfigError",
         "GuestAddressError",
@@ -122,19 +122,19 @@ _HOME = {
         "TscOffsetNotHonoured",
         "WrongType",
     ),
-    "pvclock.guestclock": ("GuestClock",),
+    "pvclock.clock.guest_clock": ("GuestClock",),
     "pvclock.machine": ("Machine",),
     "pvclock.machine.cpuid": ("guest_cpuid", "set_guest_cpuid"),
     "pvclock.msr_ranges": ("MsrRange",),
-    "pvclock.providers": ("GuestInterface",),
+    "pvclock.providers.guest_interface": ("GuestInterface",),
     "pvclock.providers.interface": ("CpuidLeaf", "HypercallRegisters", "HypercallResult", "Status"),
     "pvclock.providers.kvm": ("KvmFeature",),
     "pvclock.quantities": ("Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs"),
     "pvclock.readings": ("Churn", "ClockLine", "Reading", "Reference", "Sample", "TimeInfo"),
-    "pvclock.ticker": ("Ticker",),
-    "pvclock.timers": ("Timers",),
-    "pvclock.tsc": ("VcpuTsc",),
-    "pvclock.unslaved": ("UnslavedBackend",),
+    "pvclock.clock.ticker": ("Ticker",),
+    "pvclock.timekeeping.timers": ("Timers",),
+    "pvclock.tsc.vcpu_tsc": ("VcpuTsc",),
+    "pvclock.host.execution_time": ("UnslavedBackend",),
 }
 _HOME_OF = {name: module for module, names in _HOME.items() for name in names}
 

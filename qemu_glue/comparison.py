@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from pvclock import TimeInfo
 from pvclock.commands.report import Shown
-from pvclock.machine.observation import failures
+from pvclock.meter.observe import failures
 from qemu_glue.observation import Interruption, Sight
 
 __all__ = ["Check", "compare"]

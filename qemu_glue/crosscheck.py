@@ -15,7 +15,7 @@ from pvclock.commands.arguments import duration_s, whole_number
 from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
-from pvclock.machine.observation import observe, observe_steered
+from pvclock.meter.observe import observe, observe_steered
 from pvclock.payloads import probe
 from qemu_glue.errors import QemuMissing
 
@@ -65,8 +65,8 @@ def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
     """
     # Imported here, for every command is loaded with each: qemu.qmp and asyncio are half of this one's weight.
     from qemu_glue.comparison import compare
-    from qemu_glue.launch import require_programs
     from qemu_glue.observation import see_machine, see_qemu
+    from qemu_glue.peer.launch import require_programs
 
     if not LEAST_S <= seconds < float("inf"):
         raise ConfigError(f"{seconds:g} s of observation; choose {LEAST_S:g} or more")
@@ -86,7 +86,7 @@ def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
 
 def obstacle() -> str | None:
     """Why there is no QEMU to check against, and what helps; None if there is one."""
-    from qemu_glue.launch import require_programs
+    from qemu_glue.peer.launch import require_programs
 
     try:
         require_programs()

@@ -1,6 +1,6 @@
 """What a guest sees of its clock in QEMU, and what any guest sees of a pause.
 
-`observe_qemu` is pvclock.machine.observation.observe for a QEMU.  `interrupt` looks at a running clockprobe from the
+`observe_qemu` is pvclock.meter.observe.observe for a QEMU.  `interrupt` looks at a running clockprobe from the
 outside, by this host's clocks and without a word from whoever serves the guest's, so it is the same for all.
 """
 
@@ -13,9 +13,9 @@ from fractions import Fraction
 from typing import Final, Literal, NamedTuple, Protocol
 
 from pvclock import GuestMemory, StateError, TimeInfo
-from pvclock.machine.observation import Observation, Steered, finish, probe_machine, wait_until_reading
+from pvclock.meter.observe import Observation, Steered, finish, probe_machine, wait_until_reading
 from pvclock.payloads import clockprobe, probe
-from qemu_glue.launch import Qemu
+from qemu_glue.peer.launch import Qemu
 
 __all__ = ["Interruption", "Pause", "Sight", "interrupt", "probe_qemu", "see_machine", "see_qemu"]
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from hypothesis import strategies as st
 
-from pvclock.clockstate import (
+from pvclock.state.clock_state import (
     ClockState,
     HostState,
     OfferState,

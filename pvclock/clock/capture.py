@@ -8,15 +8,16 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Final, NamedTuple
 
-from pvclock import catchup
-from pvclock.catchup import CatchUpTable, Policy, Slew
 from pvclock.clock.follower import OFF, Follower
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.operations import Operations
 from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
-from pvclock.clockstate import (
+from pvclock.errors import ConfigError, RangeError, StateFileError
+from pvclock.quantities import U64_MASK, Gpa, HostTsc, RefNs
+from pvclock.readings import HostStamps, Reference
+from pvclock.state.clock_state import (
     VERSION,
     ClockState,
     HostState,
@@ -28,11 +29,10 @@ from pvclock.clockstate import (
     VcpuState,
     WallClockState,
 )
-from pvclock.errors import ConfigError, RangeError, StateFileError
-from pvclock.events import EventKind
-from pvclock.quantities import U64_MASK, Gpa, HostTsc, RefNs
-from pvclock.readings import HostStamps, Reference
-from pvclock.timeline import Tempo, Timeline
+from pvclock.timekeeping import catchup
+from pvclock.timekeeping.catchup import CatchUpTable, Policy, Slew
+from pvclock.timekeeping.events import EventKind
+from pvclock.timekeeping.timeline import Tempo, Timeline
 
 __all__ = ["ClockParts", "capture", "check_dilation", "check_tsc_hz", "follow_again", "policy_named", "take"]
 

@@ -8,15 +8,15 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from pvclock._transaction import Turns
-from pvclock.backend import Backend
 from pvclock.clock.timekeeper import Timekeeper, nothing
-from pvclock.discipline import MAX_PPM, Discipline, Steering, SteeringState
 from pvclock.errors import ConfigError, PvclockError, RangeError, WrongType
-from pvclock.events import Event, EventKind
+from pvclock.host.backend import Backend
 from pvclock.quantities import HostTsc, quoted
 from pvclock.readings import Reference, Sample
-from pvclock.sampling import Sampler, SampleSource
-from pvclock.timeline import Tempo
+from pvclock.timekeeping.discipline import MAX_PPM, Discipline, Steering, SteeringState
+from pvclock.timekeeping.events import Event, EventKind
+from pvclock.timekeeping.sampling import Sampler, SampleSource
+from pvclock.timekeeping.timeline import Tempo
 
 __all__ = ["INJECTED", "OFF", "Follower", "source_of"]
 

@@ -12,15 +12,15 @@ from pvclock.clock.capture import ClockParts
 from pvclock.clock.placement import Placement
 from pvclock.clock.run_delays import RunDelays
 from pvclock.clock.timekeeper import nothing
-from pvclock.clockstate import OfferState, ProviderState
 from pvclock.errors import MsrFault, RangeError
-from pvclock.events import EventCause, EventKind
 from pvclock.msr_ranges import MsrRange
-from pvclock.providers import GuestInterface
+from pvclock.providers.guest_interface import GuestInterface
 from pvclock.providers.interface import CpuidLeaf, Engine, Pairing, VmmServices
 from pvclock.providers.kvm import KvmFeature, KvmProvider
 from pvclock.quantities import U64_MASK, Gpa
-from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
+from pvclock.state.clock_state import OfferState, ProviderState
+from pvclock.timekeeping.events import EventCause, EventKind
+from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
 
 __all__ = ["GuestSide"]
 

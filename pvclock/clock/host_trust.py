@@ -12,17 +12,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from pvclock import catchup
 from pvclock._transaction import attempt
-from pvclock.catchup import Policy
 from pvclock.clock.follower import Follower
 from pvclock.clock.timekeeper import Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import StateError
-from pvclock.events import Event, EventKind
-from pvclock.hostwatch import Trouble, TroubleKind
+from pvclock.host.watch import Trouble, TroubleKind
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, signed64
 from pvclock.readings import HostStamps, Reference, Sample
+from pvclock.timekeeping import catchup
+from pvclock.timekeeping.catchup import Policy
+from pvclock.timekeeping.events import Event, EventKind
 
 __all__ = ["HostTrust", "slept_ns"]
 
@@ -34,7 +34,7 @@ RETURN_TOLERANCE: Final = 100
 
 RATE_BOUND_PPM: Final = 1000
 RAW_GRAIN_NS: Final = 1000
-"""What TSC and raw clock may differ by where none has stepped; see hostwatch, which has the same bounds."""
+"""What TSC and raw clock may differ by where none has stepped; see host/watch.py, which has the same bounds."""
 
 
 class HostTrust:

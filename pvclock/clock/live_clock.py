@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 from pvclock._memory import GuestMemory
-from pvclock.backend import Backend
+from pvclock.host.backend import Backend
 
 __all__ = ["LiveClock", "Succession", "hold_of"]
 

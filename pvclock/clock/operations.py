@@ -11,20 +11,20 @@ from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
-from pvclock import catchup
 from pvclock._transaction import attempt, commit, finish
 from pvclock.arguments import fraction, number, sequence, whole
-from pvclock.catchup import CatchUpTable, Policy, Slew
 from pvclock.clock.follower import Follower
 from pvclock.clock.host_trust import HostTrust, slept_ns
 from pvclock.clock.live_clock import hold_of
 from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import RangeError, StateError
-from pvclock.events import Event, EventKind
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
 from pvclock.readings import Churn, ClockLine, HostStamps, RunReport
-from pvclock.timeline import Tempo, Timeline
+from pvclock.timekeeping import catchup
+from pvclock.timekeeping.catchup import CatchUpTable, Policy, Slew
+from pvclock.timekeeping.events import Event, EventKind
+from pvclock.timekeeping.timeline import Tempo, Timeline
 
 __all__ = ["Operations"]
 

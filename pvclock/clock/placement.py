@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from pvclock.clock.timekeeper import Timekeeper
-from pvclock.events import Event, EventCause, EventKind
 from pvclock.quantities import Gpa
 from pvclock.readings import HostStamps
+from pvclock.timekeeping.events import Event, EventCause, EventKind
 
 __all__ = ["Placement"]
 

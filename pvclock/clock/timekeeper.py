@@ -15,15 +15,15 @@ from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale, TimePages, 
 from pvclock._memory import GuestMemory
 from pvclock._transaction import Transaction, attempt, commit
 from pvclock.arguments import whole
-from pvclock.backend import Backend
-from pvclock.clock.history import History
+from pvclock.clock.event_log import EventLog
 from pvclock.clock.live_clock import LiveClock
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
-from pvclock.event_log import EventLog
-from pvclock.events import Event, EventCause, EventKind
+from pvclock.host.backend import Backend
 from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, signed64
 from pvclock.readings import ClockLine, HostStamps, TimeInfo
-from pvclock.timeline import Tempo, Timeline
+from pvclock.timekeeping.events import Event, EventCause, EventKind
+from pvclock.timekeeping.history import History
+from pvclock.timekeeping.timeline import Tempo, Timeline
 
 __all__ = ["MAX_AGE_S", "VCPUS_MAX", "TimeState", "Timekeeper", "checked_vcpus"]
 

@@ -11,11 +11,11 @@ from pvclock._transaction import attempt
 from pvclock.arguments import whole
 from pvclock.clock.timekeeper import Timekeeper, TimeState, nothing
 from pvclock.errors import RangeError, TscOffsetNotHonoured
-from pvclock.events import Event, EventCause, EventKind
 from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, signed64
 from pvclock.readings import HostStamps
-from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, VcpuTsc
-from pvclock.tsc_sync import OffsetWrite, repair_plan
+from pvclock.timekeeping.events import Event, EventCause, EventKind
+from pvclock.tsc.agreement import OffsetWrite, repair_plan
+from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, VcpuTsc
 
 __all__ = ["VcpuTscs"]
 

@@ -19,8 +19,8 @@ from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
 from pvclock.errors import KvmError
 from pvclock.kvm.capabilities import open_kvm
-from pvclock.machine.inprocess import in_process_storm
-from pvclock.machine.observation import Observation, Storm, failures, observe, storm
+from pvclock.meter.inprocess import in_process_storm
+from pvclock.meter.observe import Observation, Storm, failures, observe, storm
 from pvclock.payloads import probe
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]

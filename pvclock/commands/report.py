@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from pvclock import __version__
-from pvclock.jsonkinds import plain
+from pvclock.state.json_schema import plain
 
 __all__ = ["Report", "Shown", "error_json", "report_json"]
 

@@ -15,14 +15,14 @@ from typing import Any, Final
 
 from rich.text import Text
 
-from pvclock import clockstate
-from pvclock.clockstate import ClockState, Field
 from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 from pvclock.errors import StateFileError
-from pvclock.jsonkinds import plain
 from pvclock.quantities import NS_PER_S
+from pvclock.state import clock_state
+from pvclock.state.clock_state import ClockState, Field
+from pvclock.state.json_schema import plain
 
 __all__ = ["EXAMPLES", "add_arguments", "in_units", "run"]
 
@@ -53,8 +53,8 @@ def _check(files: list[str], screen: Screen) -> Report:
 
 def _report(file: str) -> dict[str, Any]:
     try:
-        state = clockstate.read(file)
-        clockstate.check_provider(state)
+        state = clock_state.read(file)
+        clock_state.check_provider(state)
     except StateFileError as error:
         wrong = {"field": error.field, "found": error.found, "supported": error.supported}
         summary = "NOT VALID: {field}: found {found}; supported: {supported}".format_map(wrong)
@@ -70,7 +70,7 @@ def _summary(state: ClockState) -> str:
 
 
 def _show(files: list[str], screen: Screen) -> Report:
-    states = [(file, clockstate.read(file)) for file in files]
+    states = [(file, clock_state.read(file)) for file in files]
     for file, state in states:
         screen.show(_name(file), _table(state))
     return Report(True, {"files": [_as_json(file, state) for file, state in states]})
@@ -85,16 +85,16 @@ def _as_json(file: str, state: ClockState) -> dict[str, Any]:
             "in_units": in_units(field.path, value, state),
             "meaning": field.meaning,
         }
-        for path, field, value in clockstate.rows(state)
+        for path, field, value in clock_state.rows(state)
     ]
-    return {"file": file, "fields": fields, "state": clockstate.to_mapping(state)}
+    return {"file": file, "fields": fields, "state": clock_state.to_mapping(state)}
 
 
 def _table(state: ClockState) -> Table:
     """A section for each mark; what a field means stands below its value where it comes first."""
     table = Table("field", "value, what that is, and what it means")
     explained: set[str] = set()
-    for path, field, value in clockstate.rows(state):
+    for path, field, value in clock_state.rows(state):
         if field.mark not in explained:
             table.end_section()
             table.add_row(Text(field.mark.upper(), style="bold"))

@@ -10,7 +10,8 @@ from pathlib import Path
 from pvclock._counter import Counter, HostCounter, KernelTimeCounter
 from pvclock._transaction import commit
 from pvclock.arguments import flag, instance, whole
-from pvclock.backend import (
+from pvclock.errors import TscOffsetNotHonoured
+from pvclock.host.backend import (
     CLOCK_GRAIN_NS,
     CLOCK_IDS,
     bracketed,
@@ -19,7 +20,6 @@ from pvclock.backend import (
     tsc_of_each_cpu,
     wait_until,
 )
-from pvclock.errors import TscOffsetNotHonoured
 from pvclock.kvm._ioctls import Kvm, Vcpu
 from pvclock.kvm.arguments import vcpus_of
 from pvclock.kvm.capabilities import kernel_features
@@ -93,7 +93,7 @@ class _VcpusOfRunner:
 
 
 class KvmBackend(_VcpusOfRunner):
-    """See pvclock.backend.Backend: a host whose KVM leaves TSC offsets as they are set.
+    """See pvclock.host.backend.Backend: a host whose KVM leaves TSC offsets as they are set.
 
     honours_tsc_offset: as probed on this host.
     """
@@ -136,7 +136,7 @@ class KvmBackend(_VcpusOfRunner):
 
 
 class SteeredTscBackend(_VcpusOfRunner):
-    """See pvclock.backend.Backend: a host whose TSC its kernel does not trust.
+    """See pvclock.host.backend.Backend: a host whose TSC its kernel does not trust.
 
     There KVM steers each guest's TSC along kernel time: whenever it loads a vCPU, the TSC goes on from where it was and
     is then brought forward, never back (kvm_arch_vcpu_load, kvm_guest_time_update).  So here the host's counter is

@@ -8,12 +8,12 @@ from typing import Final
 
 from pvclock.arguments import instance, number, text, whole
 from pvclock.boot.layout import RAM_END
-from pvclock.clockstate import ClockState
+from pvclock.clock.guest_clock import MAX_AGE_S
+from pvclock.clock.ticker import SHORTEST_S
 from pvclock.errors import ConfigError, WrongType
-from pvclock.guestclock import MAX_AGE_S
 from pvclock.kvm import Kvm
 from pvclock.quantities import shown
-from pvclock.ticker import SHORTEST_S
+from pvclock.state.clock_state import ClockState
 
 __all__ = ["check_arguments", "check_vcpus"]
 
@@ -82,7 +82,7 @@ def _check_clock(arguments: Mapping[str, object], options: Mapping[str, object])
                 f"only a restored clock has options for its return; give restore, too: {', '.join(early)}"
             )
     else:
-        state = instance("restore", restore, ClockState, "a ClockState, as save() or clockstate.read() gives it")
+        state = instance("restore", restore, ClockState, "a ClockState, as save() or clock_state.read() gives it")
         if len(state.vcpus) != arguments["vcpus"]:
             raise ConfigError(
                 f"the saved clock has {len(state.vcpus)} vCPUs and the machine {arguments['vcpus']!r}; "

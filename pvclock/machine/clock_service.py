@@ -8,17 +8,17 @@ from contextlib import suppress
 from typing import Any, TypeAlias
 
 from pvclock._memory import GuestMemory
-from pvclock.backend import Backend
-from pvclock.catchup import Policy, as_policy
-from pvclock.clockstate import ClockState
+from pvclock.clock.guest_clock import GuestClock
+from pvclock.clock.ticker import Ticker
 from pvclock.errors import ConfigError, StateError, TscOffsetNotHonoured
-from pvclock.guestclock import GuestClock
+from pvclock.host.backend import Backend
+from pvclock.host.execution_time import UnslavedBackend
 from pvclock.kvm import KvmBackend, Runner
 from pvclock.kvm.backend import SteeredTscBackend
 from pvclock.quantities import U64_MASK
 from pvclock.readings import RunReport
-from pvclock.ticker import Ticker
-from pvclock.unslaved import UnslavedBackend
+from pvclock.state.clock_state import ClockState
+from pvclock.timekeeping.catchup import Policy, as_policy
 
 __all__ = ["BackendWrapper", "ClockService", "make_clock"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Final
 
+from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import GuestCrashed, MissingCapability, MsrFault
-from pvclock.guestclock import GuestClock
 from pvclock.kvm import Vcpu
 from pvclock.kvm.exits import Exit, IoIn, IoOut, Mmio, RdmsrExit, WrmsrExit
 

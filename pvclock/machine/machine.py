@@ -13,10 +13,9 @@ from pvclock import boot
 from pvclock._memory import GuestMemory
 from pvclock.arguments import number, whole
 from pvclock.boot.layout import IDENTITY_MAP, TSS
-from pvclock.catchup import Policy
-from pvclock.clockstate import ClockState
+from pvclock.clock.guest_clock import GuestClock
+from pvclock.clock.ticker import Ticker
 from pvclock.errors import StateError
-from pvclock.guestclock import GuestClock
 from pvclock.kvm import Kvm, Runner, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.machine.arguments import check_arguments, check_vcpus
@@ -26,7 +25,8 @@ from pvclock.machine.exits import CONSOLE_PORT, GuestExits
 from pvclock.machine.ram import Ram
 from pvclock.providers.kvm import SERVED_BY_KERNEL, SERVED_HERE
 from pvclock.readings import RunReport
-from pvclock.ticker import Ticker
+from pvclock.state.clock_state import ClockState
+from pvclock.timekeeping.catchup import Policy
 
 __all__ = ["Machine"]
 

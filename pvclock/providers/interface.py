@@ -13,9 +13,9 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
 
 from pvclock._memory import GuestMemory
-from pvclock.events import EventKind
 from pvclock.msr_ranges import MsrRange
 from pvclock.quantities import Gpa, GuestTsc
+from pvclock.timekeeping.events import EventKind
 
 __all__ = [
     "ClockServices",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pvclock import GuestClock, GuestMemory, HostTsc, Machine, MsrFault, clockstate, guest_cpuid, set_guest_cpuid
+from pvclock import GuestClock, GuestMemory, HostTsc, Machine, MsrFault, guest_cpuid, set_guest_cpuid
 from pvclock.kvm import (
     Exit,
     Interrupted,
@@ -29,6 +29,7 @@ from pvclock.kvm import (
 )
 from pvclock.payloads import clockprobe
 from pvclock.quantities import U64_MASK
+from pvclock.state import clock_state
 from tests.kvm.test_examples import BOUND_NS, STEERED_BOUND_NS, VMM
 from tests.waiting import HANG_S
 
@@ -144,7 +145,7 @@ def test_a_clock_moves_to_another_vm(tsc_offsets: TscOffsets) -> None:
         before = dict(here.readings)
 
         there.memory.write(0, here.memory.read(0, RAM_BYTES))
-        state = clockstate.from_json(clockstate.to_json(clock.save()))
+        state = clock_state.from_json(clock_state.to_json(clock.save()))
         backend = kvm_backend(kvm, there.vcpus, there.runner)
         restored = GuestClock.restore(state, there.memory, backend=backend, engine="kvm")
         there.clocks.append(restored)

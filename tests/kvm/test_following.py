@@ -10,9 +10,8 @@ import pytest
 
 from bench import drift
 from pvclock import Reference
-from pvclock.discipline import SteeringState
-from pvclock.events import EventKind
-from pvclock.machine.observation import (
+from pvclock.clock.ticker import Ticker
+from pvclock.meter.observe import (
     failures,
     finish,
     newest_reading,
@@ -22,7 +21,8 @@ from pvclock.machine.observation import (
     wait_until_reading,
 )
 from pvclock.payloads import probe
-from pvclock.ticker import Ticker
+from pvclock.timekeeping.discipline import SteeringState
+from pvclock.timekeeping.events import EventKind
 from tests import oracle
 from tests.kvm.reading import wait_until_all_read_on
 

@@ -9,8 +9,8 @@ from fractions import Fraction
 import pytest
 
 from pvclock import GuestClock, HostTsc, Machine
-from pvclock.guestclock import GUEST_STOPPED
-from pvclock.machine.observation import (
+from pvclock.clock.guest_clock import GUEST_STOPPED
+from pvclock.meter.observe import (
     Observation,
     Storm,
     failures,

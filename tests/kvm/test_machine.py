@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import pytest
 
-from pvclock.backend import HostBackend, SimulatedBackend
 from pvclock.errors import ConfigError, GuestCrashed, ImageError, KvmUnavailable, PvclockError, StateError, WrongType
+from pvclock.host.backend import HostBackend, SimulatedBackend
+from pvclock.host.execution_time import UnslavedBackend
 from pvclock.kvm.exits import InternalError
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine
 from pvclock.machine.exits import CONSOLE_KEPT_BYTES
-from pvclock.machine.observation import finish, probe_machine, wait_until_reading
 from pvclock.machine.ram import Ram
+from pvclock.meter.observe import finish, probe_machine, wait_until_reading
 from pvclock.payloads.probe import State
-from pvclock.unslaved import UnslavedBackend
 from tests.kvm.guests import HLT, out, read_msr, rep_ins, rep_outs, write_msr
 from tests.kvm.leaks import held, ram_mappings
 

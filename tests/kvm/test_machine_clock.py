@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from pvclock import GuestClock, HostTsc, Machine, Sample, StateError, clockstate
-from pvclock.clockstate import ClockState
+from pvclock import GuestClock, HostTsc, Machine, Sample, StateError
+from pvclock.clock.ticker import Ticker
 from pvclock.errors import StateFileError
 from pvclock.machine import EXIT_PORT
-from pvclock.machine.observation import failures, finish, wait_until_reading
+from pvclock.meter.observe import failures, finish, wait_until_reading
 from pvclock.payloads import clockprobe
-from pvclock.ticker import Ticker
+from pvclock.state import clock_state
+from pvclock.state.clock_state import ClockState
 from tests.kvm.guests import out
 from tests.kvm.leaks import held
 from tests.kvm.page_log import MEMORY_BYTES, PAGE_LOG, entries, readings, wait_until_it_reads_on
@@ -230,7 +231,7 @@ def saved(text: list[str]) -> tuple[bytes, list[tuple[int, int]], int]:
         machine.start()
         wait_until_it_reads_on(machine)
         machine.pause()
-        text.append(clockstate.to_json(machine.save()))
+        text.append(clock_state.to_json(machine.save()))
         return machine.memory.read(0, MEMORY_BYTES), readings(machine), entries(machine)
 
 
@@ -240,7 +241,7 @@ def test_a_machines_clock_goes_on_in_another_machine(policy: str) -> None:
     """On the saved RAM a guest reads the page of its first life: on from there, by what the policy gives it."""
     text: list[str] = []
     ram, earlier, count = saved(text)
-    state = clockstate.from_json(text[0])
+    state = clock_state.from_json(text[0])
     with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, restore=state, policy=policy) as machine:
         clock = engine_of(machine)
         machine.memory.write(0, ram)
@@ -271,7 +272,7 @@ def test_a_restored_machine_that_is_paused_before_it_starts() -> None:
     """It stays so after start(), its clock, too; resume() lets both go on, by a policy of its own if need be."""
     text: list[str] = []
     ram, _, count = saved(text)
-    state = clockstate.from_json(text[0])
+    state = clock_state.from_json(text[0])
     with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, restore=state, policy="advance") as machine:
         clock = engine_of(machine)
         machine.memory.write(0, ram)

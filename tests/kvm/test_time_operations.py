@@ -14,7 +14,7 @@ from fractions import Fraction
 import pytest
 
 from pvclock import GuestClock, HostTsc, Machine
-from pvclock.machine.observation import failures, finish, probe_machine, wait_until_reading
+from pvclock.meter.observe import failures, finish, probe_machine, wait_until_reading
 from pvclock.payloads import probe
 from tests.kvm.reading import wait_until_all_read_on
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from pvclock import GuestClock, HostTsc, Machine, SimulatedBackend, TscOffsetNotHonoured, read_tsc
-from pvclock.clockstate import from_json, to_json
 from pvclock.errors import ConfigError
+from pvclock.host.execution_time import UnslavedBackend
 from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine import clock_service
-from pvclock.machine.observation import failures, finish, wait_until_reading
+from pvclock.meter.observe import failures, finish, wait_until_reading
 from pvclock.payloads import clockprobe
-from pvclock.unslaved import UnslavedBackend
+from pvclock.state.clock_state import from_json, to_json
 from tests.kvm.leaks import held
 from tests.kvm.page_log import MEMORY_BYTES, PAGE_LOG, entries, readings, wait_until_it_reads_on
 from tests.kvm.reading import wait_until_all_read_on

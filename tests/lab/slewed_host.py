@@ -11,8 +11,8 @@ import time
 
 from bench.drift import Watched
 from pvclock import Reference
-from pvclock.machine.observation import finish, probe_machine, wait_until_reading
-from pvclock.sampling import Sampler
+from pvclock.meter.observe import finish, probe_machine, wait_until_reading
+from pvclock.timekeeping.sampling import Sampler
 
 PHASES_PPM = (0, 200, -300, 0)
 PHASE_TICKS = 88

@@ -6,15 +6,10 @@ from collections.abc import Callable
 from copy import deepcopy
 from fractions import Fraction
 
-from pvclock import (
-    GuestAddressError,
-    GuestClock,
-    RangeError,
-    StateError,
-    clockstate,
-)
-from pvclock.clockstate import ClockState
-from pvclock.events import EventKind
+from pvclock import GuestAddressError, GuestClock, RangeError, StateError
+from pvclock.state import clock_state
+from pvclock.state.clock_state import ClockState
+from pvclock.timekeeping.events import EventKind
 from tests.model.faulty_host import FaultyHost
 from tests.model.model_clock import U64, ModelClock
 from tests.model.time_moves import REFERENCES
@@ -79,7 +74,7 @@ class LifeMoves:
             assert (state.timeline.paused_dilation or state.timeline.dilation) == missed_at
             assert (state.policy, state.sleep_policy) == tuple(map(str, (model.policy, model.sleep_policy)))
             assert state.wall_clock == model.wall_clock
-        assert clockstate.from_json(clockstate.to_json(state)) == state
+        assert clock_state.from_json(clock_state.to_json(state)) == state
         self._saved = [*self._saved, (state, deepcopy(model))][-KEPT:]
 
     def restore(self, which: int, hz: int, tsc: int) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from pvclock.catchup import Advance, CatchUpTable, Freeze, Policy, Slew
 from pvclock.readings import HostStamps
+from pvclock.timekeeping.catchup import Advance, CatchUpTable, Freeze, Policy, Slew
 
 __all__ = ["NS_PER_S", "U64", "ModelClock", "ModelVcpu", "settled"]
 

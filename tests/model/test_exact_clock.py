@@ -7,12 +7,12 @@ from fractions import Fraction
 
 import pytest
 
-from pvclock.catchup import Advance, Settlement
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.vcpu_tscs import OffsetChange, VcpuTscs
 from pvclock.readings import HostStamps
-from pvclock.timeline import Timeline
-from pvclock.tsc import VcpuTsc
+from pvclock.timekeeping.catchup import Advance, Settlement
+from pvclock.timekeeping.timeline import Timeline
+from pvclock.tsc.vcpu_tsc import VcpuTsc
 from tests.model.exact_clock import Life, failure, live, random_life, shrunk
 
 LIVES = 160

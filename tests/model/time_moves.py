@@ -7,8 +7,8 @@ from copy import deepcopy
 from fractions import Fraction
 
 from pvclock import RangeError, Sample, StateError
-from pvclock.catchup import CatchUpTable, as_policy
-from pvclock.events import EventKind
+from pvclock.timekeeping.catchup import CatchUpTable, as_policy
+from pvclock.timekeeping.events import EventKind
 from tests.model.model_clock import NS_PER_S, U64, settled
 from tests.model.ticking import looked, tick
 from tests.model.twins import SourceError, Twins

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from pvclock import GuestClock, GuestMemory, KvmError, PvclockError, StateError
-from pvclock.catchup import CatchUpTable
-from pvclock.events import Event, EventKind
 from pvclock.quantities import HostTsc
+from pvclock.timekeeping.catchup import CatchUpTable
+from pvclock.timekeeping.events import Event, EventKind
 from tests import oracle
 from tests.model.faulty_host import FaultyHost, NoQuiesce
 from tests.model.model_clock import NS_PER_S, SLOWEST, ModelClock, ModelVcpu, settled

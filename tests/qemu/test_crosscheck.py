@@ -13,16 +13,16 @@ import pytest
 
 import pvclock.commands
 from pvclock import ClockScale, Reference, Sample, StateError
-from pvclock.backend import host_clocksource
 from pvclock.clock.wall_clock import WallClock
+from pvclock.host.backend import host_clocksource
 from pvclock.kvm.backend import KvmBackend, SteeredTscBackend
-from pvclock.machine.observation import Observation, Steered, observe
+from pvclock.meter.observe import Observation, Steered, observe
 from pvclock.providers.kvm import KvmProvider
-from pvclock.timeline import Timeline
+from pvclock.timekeeping.timeline import Timeline
 from qemu_glue import QemuExited, observation
 from qemu_glue.comparison import Check, compare
-from qemu_glue.launch import Qemu
 from qemu_glue.observation import Interruption, Pause, Sight, probe_qemu, see_machine, see_qemu
+from qemu_glue.peer.launch import Qemu
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
 

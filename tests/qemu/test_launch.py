@@ -15,7 +15,7 @@ import pytest
 from pvclock import ConfigError, StateError
 from pvclock.payloads import clockprobe, probe
 from qemu_glue import QemuExited, QemuMissing, QmpFailed, cpu_property
-from qemu_glue.launch import Qemu
+from qemu_glue.peer.launch import Qemu
 from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
@@ -173,7 +173,7 @@ def test_dies_with_us() -> None:
     program = f"""
         import time
         from pvclock.payloads import clockprobe
-        from qemu_glue.launch import Qemu
+        from qemu_glue.peer.launch import Qemu
         with Qemu(clockprobe(), features={FEATURES}) as qemu:
             print(qemu.pid, flush=True)
             time.sleep(60)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from qemu_glue import QmpFailed
-from qemu_glue.monitor import Monitor
+from qemu_glue.peer.monitor import Monitor
 
 GREETING = b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}\n'
 

@@ -23,16 +23,16 @@ from pvclock import (
     PvclockError,
     Sample,
     StateError,
-    clockstate,
     read_tsc,
 )
+from pvclock.clock.event_log import GUEST_BURST, GUEST_EVENTS_PER_S
+from pvclock.clock.ticker import Ticker
 from pvclock.clock.wall_clock import WallClockBase
-from pvclock.clockstate import ClockState
-from pvclock.event_log import GUEST_BURST, GUEST_EVENTS_PER_S
-from pvclock.events import EventCause, EventKind
 from pvclock.quantities import U64_MASK, Gpa, HostTsc
 from pvclock.readings import Reference
-from pvclock.ticker import Ticker
+from pvclock.state import clock_state
+from pvclock.state.clock_state import ClockState
+from pvclock.timekeeping.events import EventCause, EventKind
 from tests import oracle
 from tests.stress.hostile_vm import (
     PAGE_BYTES,
@@ -367,7 +367,7 @@ class Vmm:
 
     def _save(self, clock: GuestClock) -> None:
         state = clock.save()
-        if clockstate.from_json(clockstate.to_json(state)) != state:
+        if clock_state.from_json(clock_state.to_json(state)) != state:
             self._findings.add(f"VM {self._vm.name}: a state that is not what was saved")
         self._saved = self._rng.choice([state, self._saved])
 

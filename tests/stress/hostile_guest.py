@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from typing import Final, NamedTuple, Protocol
 
 from pvclock import GuestClock, GuestMemory, HostBackend, PvclockError
-from pvclock.ticker import Ticker
+from pvclock.clock.ticker import Ticker
 from tests.stress.hostile_actors import HostileVcpu, QuietVcpu, Vmm
 from tests.stress.hostile_machine import MachineVmm
 from tests.stress.hostile_vm import Findings, Mischief, Vm

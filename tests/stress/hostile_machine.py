@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from pvclock import GuestClock, Machine, PvclockError
-from pvclock.ticker import Ticker
+from pvclock.clock.ticker import Ticker
 from tests.kvm.msr_script import COUNT_AND_SKIP, GP_VECTOR, HANDLER
 from tests.stress.hostile_actors import MSRS
 from tests.stress.hostile_vm import wild_number

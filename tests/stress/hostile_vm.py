@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 from pvclock import GuestClock, GuestMemory, HostBackend, TscOffsetNotHonoured
-from pvclock.events import Event
 from pvclock.providers.kvm.features import SERVED_BY_VMM, SERVED_IN_LIBRARY
 from pvclock.quantities import U64_MASK, HostTsc
+from pvclock.timekeeping.events import Event
 
 GUARD_BYTES: Final = 0x1000
 GUARD: Final = b"\xa5" * GUARD_BYTES
@@ -97,7 +97,7 @@ class Gate:
 
 
 class OffsetHost:
-    """This host, as if it honoured TSC offsets, but now and then; see pvclock.backend.Backend."""
+    """This host, as if it honoured TSC offsets, but now and then; see pvclock.host.backend.Backend."""
 
     is_slaved = True
     kernel_features = 0

@@ -14,9 +14,10 @@ from typing import Any, Final
 
 import pytest
 
-from pvclock import StateFileError, clockstate
-from pvclock.clockstate import ClockState, ProviderState
-from pvclock.jsonkinds import parse
+from pvclock import StateFileError
+from pvclock.state import clock_state
+from pvclock.state.clock_state import ClockState, ProviderState
+from pvclock.state.json_schema import parse
 from tests.saved_states import LEAST, TYPICAL
 
 pytestmark = pytest.mark.stress
@@ -153,7 +154,7 @@ KINDS: Final[dict[str, Mutation]] = {
 def damaged_states(states: list[ClockState]) -> Iterator[tuple[str, bytes]]:
     """Damaged documents for ever, the same ones each time, and how each was damaged."""
     source = random.Random(20_261_121)  # noqa: S311  # a sample, no secret
-    texts = [clockstate.to_json(state).encode() for state in states]
+    texts = [clock_state.to_json(state).encode() for state in states]
     while True:
         kind = source.choice(list(KINDS))
         yield kind, KINDS[kind](source, source.choice(texts))
@@ -177,21 +178,21 @@ def test_damaged_states(tmp_path: Path) -> None:
     with path.open("wb", buffering=0) as file:  # opened once: to empty a file at its opening takes ext4 a millisecond
         for number, (kind, damaged) in enumerate(islice(damage, MUTATIONS)):
             if number % FILE_EVERY:
-                found = outcome(clockstate.from_json, damaged)
+                found = outcome(clock_state.from_json, damaged)
             else:
                 file.seek(0)
                 file.truncate(file.write(damaged))
-                found = outcome(clockstate.read, path)
+                found = outcome(clock_state.read, path)
             outcomes[kind, isinstance(found, ClockState)] += 1
             if isinstance(found, ClockState):
-                assert clockstate.from_json(clockstate.to_json(found)) == found
+                assert clock_state.from_json(clock_state.to_json(found)) == found
             else:
                 assert all((found.field, found.found, found.supported))
                 fields.add(found.field)
     assert sum(outcomes.values()) == MUTATIONS
     assert all(outcomes[kind, False] > MUTATIONS // 50 for kind in KINDS)
     assert sum(outcomes[kind, True] for kind in KINDS) > MUTATIONS // 100
-    saved = {field.path.replace("[]", "[0]") for field in clockstate.FIELDS if field.kind}
+    saved = {field.path.replace("[]", "[0]") for field in clock_state.FIELDS if field.kind}
     assert saved <= fields, "the damage did not reach every field"
 
 
@@ -204,7 +205,7 @@ def test_damage_finds_a_reader_that_checks_too_little() -> None:
         if not isinstance(document, dict) or set(document) != set(ClockState._fields):
             raise StateFileError("file", "other names", "those of ClockState")
         provider = ProviderState(**document["provider"])
-        return clockstate.from_mapping(document)._replace(provider=provider)
+        return clock_state.from_mapping(document)._replace(provider=provider)
 
     damage = [damaged for _, damaged in islice(damaged_states([TYPICAL]), 1000)]
     with pytest.raises((TypeError, AttributeError, KeyError)):

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from pvclock.event_log import GUEST_BURST
-from pvclock.events import Event, EventCause, EventKind
+from pvclock.clock.event_log import GUEST_BURST
+from pvclock.timekeeping.events import Event, EventCause, EventKind
 from tests.unit.clocks import a_clock
 from tests.waiting import HANG_S
 

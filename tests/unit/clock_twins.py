@@ -12,11 +12,11 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from pvclock import GuestClock, GuestMemory, SimulatedBackend, StateError
-from pvclock.clockstate import ClockState
-from pvclock.events import Event
-from pvclock.hostwatch import Trouble, TroubleKind
+from pvclock.host.watch import Trouble, TroubleKind
 from pvclock.quantities import Gpa, HostTsc
 from pvclock.readings import ClockLine, Sample
+from pvclock.state.clock_state import ClockState
+from pvclock.timekeeping.events import Event
 from tests import oracle
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME
 from tests.unit.faulty_host import Faults, failing_source, faulty

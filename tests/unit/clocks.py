@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from pvclock import GuestClock, GuestMemory, SimulatedBackend, TimeInfo
-from pvclock.guestclock import MAX_AGE_S
+from pvclock.clock.guest_clock import MAX_AGE_S
 from tests import oracle
 
 SYSTEM_TIME = 0x4B564D01

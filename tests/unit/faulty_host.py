@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Final, cast
 
 from pvclock import SimulatedBackend
-from pvclock.backend import Backend
+from pvclock.host.backend import Backend
 from pvclock.quantities import HostTsc
 from pvclock.readings import Sample
 

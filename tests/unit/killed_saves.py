@@ -17,8 +17,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from pvclock import StateFileError, clockstate
-from pvclock.clockstate import ClockState
+from pvclock import StateFileError
+from pvclock.state import clock_state
+from pvclock.state.clock_state import ClockState
 from tests.saved_states import TYPICAL
 
 Writer = Callable[[Path, ClockState], None]
@@ -51,13 +52,13 @@ def state(number: int) -> ClockState:
 
 def write_in_place(path: Path, saved: ClockState) -> None:
     """The broken writer: it empties the file, and fills it bit by bit."""
-    content = clockstate.to_json(saved).encode()
+    content = clock_state.to_json(saved).encode()
     with path.open("wb", buffering=0) as file:
         for begin in range(0, len(content), 512):
             file.write(content[begin : begin + 512])
 
 
-WRITERS: Final[dict[str, Writer]] = {"product": clockstate.write, "in_place": write_in_place}
+WRITERS: Final[dict[str, Writer]] = {"product": clock_state.write, "in_place": write_in_place}
 
 
 def save_until_killed(write: Writer, path: Path, number: int, told: int) -> None:
@@ -100,8 +101,8 @@ def kill_saves(folder: Path, kills: int, seed: int, write: Writer) -> Report:
         done += 1
         last = kill_a_save(write, path, number, source.uniform(0, LONGEST_S))
         try:
-            number = int(clockstate.read(path).timeline.guest_ns)
-            matches = clockstate.read(path) == state(number)
+            number = int(clock_state.read(path).timeline.guest_ns)
+            matches = clock_state.read(path) == state(number)
         except StateFileError:
             number, matches = last, False
         old += matches and number == last

@@ -14,10 +14,21 @@ from typing import Any, Literal, NamedTuple, NewType, Union, get_args, get_origi
 __all__ = ["MODULES", "Parameter", "PublicCallable", "fits", "public_callables"]
 
 MODULES = (
-    *("pvclock", "pvclock.catchup", "pvclock.clockstate", "pvclock.event_log", "pvclock.event_timeline"),
-    *("pvclock.events", "pvclock.hostwatch", "pvclock.palacios", "pvclock.providers"),
-    *("pvclock.providers.debug_channel", "pvclock.ticker", "pvclock.timers", "pvclock.tsc", "pvclock.tsc_sync"),
-    "pvclock.unslaved",
+    "pvclock",
+    "pvclock.timekeeping.catchup",
+    "pvclock.timekeeping.events",
+    "pvclock.timekeeping.event_timeline",
+    "pvclock.timekeeping.timers",
+    "pvclock.tsc.vcpu_tsc",
+    "pvclock.tsc.agreement",
+    "pvclock.host.execution_time",
+    "pvclock.host.watch",
+    "pvclock.providers.guest_interface",
+    "pvclock.providers.virtualbox.debug_channel",
+    "pvclock.state.clock_state",
+    "pvclock.clock.event_log",
+    "pvclock.clock.ticker",
+    "pvclock.compat.palacios",
 )
 """What a VMM imports: the names in the __all__ of each."""
 

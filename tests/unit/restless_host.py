@@ -9,7 +9,7 @@ from typing import Final, cast
 
 from pvclock import Reference, SimulatedBackend
 from pvclock._counter import Counter
-from pvclock.backend import Backend
+from pvclock.host.backend import Backend
 from pvclock.readings import HostStamps, Sample
 
 STEP_NS: Final = 1_000_000

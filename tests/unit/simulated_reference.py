@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-from pvclock.discipline import Discipline, Steering
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
 from pvclock.readings import Sample
+from pvclock.timekeeping.discipline import Discipline, Steering
 
 HZ = 2_596_132_000
 

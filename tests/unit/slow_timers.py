@@ -1,4 +1,4 @@
-"""A slow model of pvclock.timers, and a script that drives the model and the real thing alike."""
+"""A slow model of pvclock.timekeeping.timers, and a script that drives the model and the real thing alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from pvclock import GuestNs
-from pvclock.timers import Firing, Merge, Missed, Once, Replay, Timers
+from pvclock.timekeeping.timers import Firing, Merge, Missed, Once, Replay, Timers
 
 Step: TypeAlias = tuple[object, ...]
 """A method of World without its "do_", and its arguments."""

@@ -10,9 +10,9 @@ from pvclock import ClockLine, ClockScale, Gpa, GuestMemory, GuestNs, GuestTsc, 
 from pvclock._core import TSC_STABLE_BIT, TimePages, publish_wall_clock
 from pvclock._counter import SimulatedCounter
 from pvclock.clock.timekeeper import nothing
-from pvclock.events import EventKind
 from pvclock.providers.interface import Engine, Pairing, VmmServices
 from pvclock.providers.kvm import KvmProvider
+from pvclock.timekeeping.events import EventKind
 
 SIZE: Final = 1 << 20
 GUARD: Final = 0xA5

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pvclock import ConfigError, GuestClock, RangeError, WrongType, catchup
-from pvclock.catchup import MOST_PPM, NAME_MAX, VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
-from pvclock.jsonkinds import TEXT
+from pvclock import ConfigError, GuestClock, RangeError, WrongType
+from pvclock.state.json_schema import TEXT
+from pvclock.timekeeping import catchup
+from pvclock.timekeeping.catchup import MOST_PPM, NAME_MAX, VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
 from tests.unit.clocks import NS_PER_S, a_clock, page_of, shown
 
 U64_MAX = 2**64 - 1

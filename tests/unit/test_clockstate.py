@@ -15,15 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock import KvmFeature, PvclockError, StateFileError, clockstate
-from pvclock.clockstate import FIELDS, ClockState, Mark
-from pvclock.jsonkinds import BYTES_MAX
+from pvclock import KvmFeature, PvclockError, StateFileError
+from pvclock.state import clock_state
+from pvclock.state.clock_state import FIELDS, ClockState, Mark
+from pvclock.state.json_schema import BYTES_MAX
 from tests.saved_states import EXTREME, LEAST, TYPICAL, U64_MAX, states
 
 Mapping = dict[str, Any]
 Path = tuple[str | int, ...]
 
-TYPICAL_MAPPING = clockstate.to_mapping(TYPICAL)
+TYPICAL_MAPPING = clock_state.to_mapping(TYPICAL)
 TABLES = {("provider", "config"), ("provider", "msrs")}
 
 ANYTHING = st.recursive(
@@ -68,9 +69,9 @@ def changed(path: Path, value: object) -> Mapping:
 
 def refusal(document: object) -> StateFileError:
     """The error that says what is wrong with a document, as text or as a mapping."""
-    read: Callable[[Any], ClockState] = clockstate.from_mapping
+    read: Callable[[Any], ClockState] = clock_state.from_mapping
     if isinstance(document, str | bytes):
-        read = clockstate.from_json
+        read = clock_state.from_json
     with pytest.raises(StateFileError) as caught:
         read(document)
     error = caught.value
@@ -87,12 +88,12 @@ OBJECTS = [(), *(path for path in ALL_PATHS if isinstance(inside(TYPICAL_MAPPING
 @given(state=states())
 def test_what_is_saved_comes_back(state: ClockState) -> None:
     """Any state is the same after to_json and from_json, with each value's type, and so is its text."""
-    text = clockstate.to_json(state)
-    back = clockstate.from_json(text)
+    text = clock_state.to_json(state)
+    back = clock_state.from_json(text)
     assert back == state
-    assert clockstate.to_json(back) == text
-    assert clockstate.from_json(text.encode()) == clockstate.from_mapping(json.loads(text)) == state
-    assert repr(clockstate.to_mapping(back)) == repr(clockstate.to_mapping(state))  # True is not 1 here
+    assert clock_state.to_json(back) == text
+    assert clock_state.from_json(text.encode()) == clock_state.from_mapping(json.loads(text)) == state
+    assert repr(clock_state.to_mapping(back)) == repr(clock_state.to_mapping(state))  # True is not 1 here
 
 
 @pytest.mark.row("P-25")
@@ -102,8 +103,8 @@ def test_the_text_is_for_people_and_always_the_same() -> None:
     turned = provider._replace(
         config=dict(reversed(list(provider.config.items()))), msrs=dict(reversed(list(provider.msrs.items())))
     )
-    text = clockstate.to_json(TYPICAL)
-    assert clockstate.to_json(TYPICAL._replace(provider=turned)) == text
+    text = clock_state.to_json(TYPICAL)
+    assert clock_state.to_json(TYPICAL._replace(provider=turned)) == text
     assert text.endswith("}\n")
     assert '\n    "guest_ns": [86400000000001, 3],\n' in text
     assert '\n      "system_time": [8193, 12289],\n' in text
@@ -148,7 +149,7 @@ def test_null_is_for_what_may_not_be_there(path: Path) -> None:
         *(f"vcpus[{n}].time_page_gpa" for n in (0, 1)),
     }
     if dotted(path) in optional:
-        assert inside(clockstate.to_mapping(clockstate.from_mapping(changed(path, None))), path) is None
+        assert inside(clock_state.to_mapping(clock_state.from_mapping(changed(path, None))), path) is None
     else:
         assert refusal(changed(path, None)).field == dotted(path)
 
@@ -176,7 +177,7 @@ def test_null_is_for_what_may_not_be_there(path: Path) -> None:
 def test_numbers_have_limits(path: Path, least: int, most: int) -> None:
     """The least and the most are taken; one less and one more are refused, by name."""
     for value in (least, most):
-        assert inside(clockstate.to_mapping(clockstate.from_mapping(changed(path, value))), path) == value
+        assert inside(clock_state.to_mapping(clock_state.from_mapping(changed(path, value))), path) == value
     for value in (least - 1, most + 1):
         error = refusal(changed(path, value))
         assert (error.field, error.found) == (dotted(path), str(value))
@@ -209,7 +210,7 @@ def test_fractions_are_two_whole_numbers(path: Path, value: object) -> None:
 )
 def test_fractions_have_limits(path: Path, good: list[int], bad: list[int]) -> None:
     """Guest time is not negative, a dilation is positive, and what no clock can reach is refused."""
-    assert inside(clockstate.to_mapping(clockstate.from_mapping(changed(path, good))), path) == good
+    assert inside(clock_state.to_mapping(clock_state.from_mapping(changed(path, good))), path) == good
     assert refusal(changed(path, bad)).field == dotted(path)
 
 
@@ -219,7 +220,7 @@ def test_an_unknown_field_is_named(path: Path) -> None:
     """A misspelt field does not pass as another one that is not there; a table's names are the provider's."""
     mapping = changed((*path, "guest_nss"), 0)
     if path in TABLES:
-        assert inside(clockstate.to_mapping(clockstate.from_mapping(mapping)), path)["guest_nss"] == 0
+        assert inside(clock_state.to_mapping(clock_state.from_mapping(mapping)), path)["guest_nss"] == 0
         mapping = changed((*path, "with space"), 0)
         assert refusal(mapping).field == f'{dotted(path)}."with space"'
     else:
@@ -306,7 +307,7 @@ def test_noise_is_refused(document: str | bytes) -> None:
 @pytest.mark.row("P-25")
 def test_vcpus_have_a_limit() -> None:
     """From 1 to 4096 vCPUs make a state."""
-    assert len(clockstate.from_json(clockstate.to_json(LEAST._replace(vcpus=LEAST.vcpus * 4096))).vcpus) == 4096
+    assert len(clock_state.from_json(clock_state.to_json(LEAST._replace(vcpus=LEAST.vcpus * 4096))).vcpus) == 4096
     for vcpus in (0, 4097):
         error = refusal({**TYPICAL_MAPPING, "vcpus": TYPICAL_MAPPING["vcpus"][:1] * vcpus})
         assert (error.field, error.found) == ("vcpus", f"a list of {vcpus}")
@@ -329,10 +330,10 @@ def test_an_unsound_state_is_not_written() -> None:
         ),
     ):
         with pytest.raises(StateFileError) as caught:
-            clockstate.to_json(state)
+            clock_state.to_json(state)
         assert caught.value.field == field
     flags = TYPICAL.provider._replace(config={"features": KvmFeature.CLOCKSOURCE})
-    back = clockstate.from_json(clockstate.to_json(TYPICAL._replace(provider=flags)))
+    back = clock_state.from_json(clock_state.to_json(TYPICAL._replace(provider=flags)))
     assert type(back.provider.config["features"]) is int
 
 
@@ -342,7 +343,7 @@ def test_pythons_own_limit_of_digits_does_not_matter() -> None:
     limit = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(640)
     try:
-        assert clockstate.from_json(clockstate.to_json(EXTREME)) == EXTREME
+        assert clock_state.from_json(clock_state.to_json(EXTREME)) == EXTREME
     finally:
         sys.set_int_max_str_digits(limit)
 
@@ -350,12 +351,12 @@ def test_pythons_own_limit_of_digits_does_not_matter() -> None:
 @pytest.mark.row("G-18")
 def test_a_provider_that_is_not_here_is_named() -> None:
     """A state of a provider that this pvclock lacks says which one it is, and which ones there are."""
-    clockstate.check_provider(TYPICAL)
-    clockstate.check_provider(LEAST)
+    clock_state.check_provider(TYPICAL)
+    clock_state.check_provider(LEAST)
     with pytest.raises(StateFileError, match=r"provider\.name: found 'Xen'; supported: 'None', 'Minimal', 'KVM'"):
-        clockstate.check_provider(TYPICAL._replace(provider=TYPICAL.provider._replace(name="Xen")))
+        clock_state.check_provider(TYPICAL._replace(provider=TYPICAL.provider._replace(name="Xen")))
     with pytest.raises(StateFileError, match=r"provider\.version: found 4294967295; supported: 1 to"):
-        clockstate.check_provider(TYPICAL._replace(provider=TYPICAL.provider._replace(version=2**32 - 1)))
+        clock_state.check_provider(TYPICAL._replace(provider=TYPICAL.provider._replace(version=2**32 - 1)))
 
 
 def saved_paths(state: type[Any], above: str = "") -> Iterator[str]:
@@ -383,12 +384,12 @@ def test_every_field_is_marked() -> None:
 @pytest.mark.row("P-25")
 def test_rows_have_each_value_once() -> None:
     """rows() gives each value of a state at its path, those of absent parts as None, and then what is not in it."""
-    rows = list(clockstate.rows(TYPICAL))
+    rows = list(clock_state.rows(TYPICAL))
     assert sorted(path for path, field, _ in rows if field.kind) == sorted(map(dotted, LEAVES))
     values = {path: value for path, _, value in rows}
     assert values["vcpus[1].tsc_aux"] == 1
     assert values["slew.remaining_ns"] == Fraction(-5_000_000_000, 7)
-    assert next(value for path, _, value in clockstate.rows(LEAST) if path == "slew.policy") is None
+    assert next(value for path, _, value in clock_state.rows(LEAST) if path == "slew.policy") is None
     assert {field.path for _, field, _ in rows} == {field.path for field in FIELDS}
 
 

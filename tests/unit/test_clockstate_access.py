@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pvclock import StateFileError, atomicfile, clockstate
+from pvclock import StateFileError
+from pvclock.state import atomic_file, clock_state
 from tests.saved_states import LEAST, TYPICAL
 from tests.waiting import HANG_S
 
@@ -60,7 +61,7 @@ def test_check_waits_for_nothing(tmp_path: Path) -> None:
     """`state check` of FIFOs, sockets, devices and folders has a line for each, and a good file's after them."""
     for number, make in enumerate(SPECIAL.values()):
         make(tmp_path / str(number))
-    clockstate.write(tmp_path / "good", TYPICAL)
+    clock_state.write(tmp_path / "good", TYPICAL)
     files = sorted(map(str, tmp_path.iterdir()))
     command = [sys.executable, "-m", "pvclock", "state", "check", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=False)
@@ -76,7 +77,7 @@ def test_check_waits_for_nothing(tmp_path: Path) -> None:
 def test_what_takes_the_files_place(found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What becomes something else after it was looked at, and before it is opened, is refused unread, too."""
     path = tmp_path / "clock.json"
-    clockstate.write(path, TYPICAL)
+    clock_state.write(path, TYPICAL)
     open_ = os.open
 
     def exchanged(name: str, flags: int) -> int:
@@ -91,7 +92,7 @@ def test_what_takes_the_files_place(found: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "open", exchanged)
     monkeypatch.setattr(os, "read", unread)
     with pytest.raises(StateFileError) as caught:
-        clockstate.read(path)
+        clock_state.read(path)
     assert caught.value.found == ("No such device or address" if found == "a socket" else found)
 
 
@@ -99,12 +100,12 @@ def test_what_takes_the_files_place(found: str, tmp_path: Path, monkeypatch: pyt
 def test_a_file_that_would_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a regular file has nothing yet, as some of /proc do, loading is an error and not a wait."""
     path = tmp_path / "clock.json"
-    clockstate.write(path, TYPICAL)
+    clock_state.write(path, TYPICAL)
     reader, writer = os.pipe2(os.O_NONBLOCK)
     read = os.read
     monkeypatch.setattr(os, "read", lambda _, length: read(reader, length))
     with pytest.raises(StateFileError, match="found Resource temporarily unavailable"):
-        clockstate.read(path)
+        clock_state.read(path)
     os.close(reader)
     os.close(writer)
 
@@ -113,10 +114,10 @@ def test_a_file_that_would_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_read_that_takes_a_byte_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system call that reads less than was asked for is called again."""
     path = tmp_path / "clock.json"
-    clockstate.write(path, TYPICAL)
+    clock_state.write(path, TYPICAL)
     read = os.read
     monkeypatch.setattr(os, "read", lambda file, length: read(file, min(length, 1)))
-    assert clockstate.read(path) == TYPICAL
+    assert clock_state.read(path) == TYPICAL
 
 
 # Owner, group and mode
@@ -134,7 +135,7 @@ class Access(NamedTuple):
 def access_of(path: Path) -> Access:
     """The file's."""
     found = path.stat()
-    acl = os.getxattr(path, atomicfile.ACL) if atomicfile.ACL in os.listxattr(path) else None
+    acl = os.getxattr(path, atomic_file.ACL) if atomic_file.ACL in os.listxattr(path) else None
     return Access(found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode), acl)
 
 
@@ -143,7 +144,7 @@ def give(path: Path, access: Access) -> None:
     os.chown(path, access.uid, access.gid)
     path.chmod(access.mode)
     if access.acl is not None:
-        set_acl(path, atomicfile.ACL, access.acl)
+        set_acl(path, atomic_file.ACL, access.acl)
 
 
 def set_acl(path: Path, name: str, acl: bytes) -> None:
@@ -179,7 +180,7 @@ def saved() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         Path(name).chmod(0o777)
         path = Path(name) / "clock.json"
-        clockstate.write(path, TYPICAL)
+        clock_state.write(path, TYPICAL)
         yield path
 
 
@@ -214,9 +215,9 @@ def test_root_takes_nobodys_access_away(access: Access, saved: Path) -> None:
     give(saved, access)
     link = saved.with_name("latest")
     link.symlink_to(saved.name)
-    clockstate.write(link, LEAST)
+    clock_state.write(link, LEAST)
     assert access_of(saved) == access
-    assert clockstate.read(saved) == LEAST
+    assert clock_state.read(saved) == LEAST
 
 
 @needs_root
@@ -236,12 +237,12 @@ def test_root_takes_nobodys_access_away(access: Access, saved: Path) -> None:
 def test_others_grant_nobody_more(mode: int, in_group: int, in_no_group: int, saved: Path) -> None:
     """Who may not give the file to its owner owns it, with its group only if that is one of theirs."""
     give(saved, Access(OWNER, GROUP, mode))
-    as_user(NOBODY, [GROUP], lambda: clockstate.write(saved, LEAST))
+    as_user(NOBODY, [GROUP], lambda: clock_state.write(saved, LEAST))
     assert access_of(saved) == (NOBODY, GROUP, in_group, None)
     give(saved, Access(OWNER, GROUP, mode))
-    as_user(NOBODY, [], lambda: clockstate.write(saved, TYPICAL))
+    as_user(NOBODY, [], lambda: clock_state.write(saved, TYPICAL))
     assert access_of(saved) == (NOBODY, NOBODY, in_no_group, None)
-    assert clockstate.read(saved) == TYPICAL
+    assert clock_state.read(saved) == TYPICAL
 
 
 @needs_root
@@ -250,7 +251,7 @@ def test_others_grant_nobody_more(mode: int, in_group: int, in_no_group: int, sa
 def test_an_owner_outside_of_the_files_group(groups: list[int], gid: int, mode: int, saved: Path) -> None:
     """An owner who has left the file's group can no longer give it to that, so the group's access ends."""
     give(saved, Access(NOBODY, GROUP, 0o640))
-    as_user(NOBODY, groups, lambda: clockstate.write(saved, LEAST))
+    as_user(NOBODY, groups, lambda: clock_state.write(saved, LEAST))
     assert access_of(saved) == (NOBODY, gid, mode, None)
 
 
@@ -258,9 +259,9 @@ def test_an_owner_outside_of_the_files_group(groups: list[int], gid: int, mode: 
 def test_no_mode_grants_anybody_more() -> None:
     """Of all modes, changes of owner and group, and users: nobody but the new owner may do what they could not."""
     for mode, owner_kept, group_kept in product(range(0o1000), (False, True), (False, True)):
-        old = atomicfile._Access(mode, OWNER, GROUP, None)
+        old = atomic_file._Access(mode, OWNER, GROUP, None)
         new = (OWNER if owner_kept else NOBODY, GROUP if group_kept else NOBODY)
-        after = atomicfile._mode_elsewhere(old, os.stat_result((0, 0, 0, 1, *new, 0, 0, 0, 0)))
+        after = atomic_file._mode_elsewhere(old, os.stat_result((0, 0, 0, 1, *new, 0, 0, 0, 0)))
         assert not after & ~mode & 0o700
         for user, groups in product((OWNER, STRANGER), ([], [GROUP], [NOBODY], [GROUP, NOBODY])):
             assert not bits(after, *new, user, groups) & ~bits(mode, OWNER, GROUP, user, groups)
@@ -281,9 +282,9 @@ def test_an_acl_is_kept_with_its_owner_and_lost_without(saved: Path) -> None:
     give(saved, Access(OWNER, GROUP, 0o600, WITH_ACL))
     kept = access_of(saved)
     assert kept == (OWNER, GROUP, 0o660, WITH_ACL)
-    clockstate.write(saved, LEAST)
+    clock_state.write(saved, LEAST)
     assert access_of(saved) == kept
-    as_user(NOBODY, [GROUP], lambda: clockstate.write(saved, LEAST))
+    as_user(NOBODY, [GROUP], lambda: clock_state.write(saved, LEAST))
     assert access_of(saved) == (NOBODY, GROUP, 0o600, None)
 
 
@@ -292,7 +293,7 @@ def test_a_folders_default_acl_is_not_for_a_file_that_is_there(saved: Path) -> N
     """A file without an ACL, in a folder whose new files let another user in, has none after it was replaced."""
     saved.chmod(0o660)
     set_acl(saved.parent, "system.posix_acl_default", WITH_ACL)
-    clockstate.write(saved, LEAST)
+    clock_state.write(saved, LEAST)
     assert access_of(saved) == (os.geteuid(), os.getegid(), 0o660, None)
 
 
@@ -308,16 +309,16 @@ def test_what_a_killed_root_had_given_away_is_taken_over(saved: Path) -> None:
     leftover = saved.with_name(".clock.json.new")
     leftover.write_text("half a state, and longer than the new one" * 1000)
     give(leftover, access)
-    clockstate.write(saved, LEAST)
-    assert (access_of(saved), clockstate.read(saved)) == (access, LEAST)
+    clock_state.write(saved, LEAST)
+    assert (access_of(saved), clock_state.read(saved)) == (access, LEAST)
 
     def refused() -> None:
         with pytest.raises(StateFileError, match="in the way and not ours"):
-            clockstate.write(saved, TYPICAL)
+            clock_state.write(saved, TYPICAL)
 
     leftover.write_text("not ours")
     give(leftover, Access(STRANGER, GROUP, 0o666))
     refused()
     give(leftover, Access(OWNER, GROUP, 0o666))
     as_user(NOBODY, [], refused)
-    assert (access_of(saved), clockstate.read(saved), leftover.read_text()) == (access, LEAST, "not ours")
+    assert (access_of(saved), clock_state.read(saved), leftover.read_text()) == (access, LEAST, "not ours")

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from pvclock import StateFileError, clockstate
-from pvclock.jsonkinds import BYTES_MAX
+from pvclock import StateFileError
+from pvclock.state import clock_state
+from pvclock.state.json_schema import BYTES_MAX
 from tests.saved_states import EXTREME, KEPT, LEAST, TYPICAL
 from tests.unit.killed_saves import Report
 
@@ -32,13 +33,13 @@ NOBODY = 65534
 def saved(tmp_path: Path) -> Path:
     """A file with a state, alone in a folder."""
     path = tmp_path / "clock.json"
-    clockstate.write(path, TYPICAL)
+    clock_state.write(path, TYPICAL)
     return path
 
 
 def assert_untouched(path: Path) -> None:
     """The old state is there, and nothing beside it."""
-    assert clockstate.read(path) == TYPICAL
+    assert clock_state.read(path) == TYPICAL
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -46,10 +47,10 @@ def assert_untouched(path: Path) -> None:
 @pytest.mark.parametrize("name", KEPT)
 def test_kept_files_load_for_ever(name: str, tmp_path: Path) -> None:
     """Each file that was ever released holds the state that it held then, and it survives being saved anew."""
-    state = clockstate.read(STATES / name)
+    state = clock_state.read(STATES / name)
     assert state == KEPT[name]
-    clockstate.write(tmp_path / name, state)
-    assert clockstate.read(tmp_path / name) == state
+    clock_state.write(tmp_path / name, state)
+    assert clock_state.read(tmp_path / name) == state
 
 
 @pytest.mark.row("P-25")
@@ -57,7 +58,7 @@ def test_every_kept_file_is_tested() -> None:
     """tests/states holds just the files that KEPT names, and what is written today is what was kept."""
     assert {file.name for file in STATES.iterdir()} == set(KEPT)
     for name in KEPT.keys() - {"v1-by-hand.json"}:
-        assert clockstate.to_json(KEPT[name]) == (STATES / name).read_text()
+        assert clock_state.to_json(KEPT[name]) == (STATES / name).read_text()
 
 
 def kill_saves(folder: Path, kills: int, writer: str) -> Report:
@@ -90,7 +91,7 @@ def test_a_leftover_is_taken_over(saved: Path) -> None:
     leftover = saved.with_name(".clock.json.new")
     leftover.write_text("half a state, and longer than the new one" * 1000)
     leftover.chmod(0o666)
-    clockstate.write(saved, TYPICAL)
+    clock_state.write(saved, TYPICAL)
     assert_untouched(saved)
     assert stat.S_IMODE(saved.stat().st_mode) == 0o600
 
@@ -100,13 +101,13 @@ def test_savers_take_turns(tmp_path: Path) -> None:
     """Threads that save to one file at once: whoever loads meanwhile gets one of their states, whole."""
     path = tmp_path / "clock.json"
     states = [TYPICAL, LEAST, EXTREME]
-    clockstate.write(path, states[0])
+    clock_state.write(path, states[0])
     failures: list[BaseException] = []
 
-    def save(state: clockstate.ClockState) -> None:
+    def save(state: clock_state.ClockState) -> None:
         try:
             for _ in range(30):
-                clockstate.write(path, state)
+                clock_state.write(path, state)
         except BaseException as error:  # noqa: BLE001  # shown below
             failures.append(error)
 
@@ -114,7 +115,7 @@ def test_savers_take_turns(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        assert clockstate.read(path) in states
+        assert clock_state.read(path) in states
     assert not failures
     assert [file.name for file in tmp_path.iterdir()] == ["clock.json"]
 
@@ -131,12 +132,12 @@ def test_what_is_on_the_disk_when(saved: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def logged_rename(path: Path, target: Path) -> Path:
         steps.append(f"rename to {target.name}")
-        assert clockstate.read(path) == LEAST
+        assert clock_state.read(path) == LEAST
         return rename(path, target)
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(Path, "rename", logged_rename)
-    clockstate.write(saved, LEAST)
+    clock_state.write(saved, LEAST)
     assert steps == ["fsync file", "rename to clock.json", "fsync folder"]
 
 
@@ -148,7 +149,7 @@ def test_a_full_disk(saved: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(StateFileError, match="File too large") as caught:
-            clockstate.write(saved, LEAST)
+            clock_state.write(saved, LEAST)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -168,11 +169,11 @@ def test_failing_half_way(call: str, error: BaseException, saved: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
         with pytest.raises((StateFileError, KeyboardInterrupt)) as caught:
-            clockstate.write(saved, LEAST)
+            clock_state.write(saved, LEAST)
     assert "No space left on device" in str(caught.value) or error is caught.value
     assert_untouched(saved)
-    clockstate.write(saved, LEAST)
-    assert clockstate.read(saved) == LEAST
+    clock_state.write(saved, LEAST)
+    assert clock_state.read(saved) == LEAST
 
 
 @pytest.mark.row("P-25")
@@ -180,8 +181,8 @@ def test_a_write_that_takes_a_byte_at_a_time(saved: Path, monkeypatch: pytest.Mo
     """A system call that writes less than it was given is called again."""
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, bytes(data[:1])))
-    clockstate.write(saved, LEAST)
-    assert clockstate.read(saved) == LEAST
+    clock_state.write(saved, LEAST)
+    assert clock_state.read(saved) == LEAST
 
 
 @contextmanager
@@ -203,11 +204,11 @@ def test_a_folder_that_cannot_be_written() -> None:
     """Without the right to write in the folder there is an error with path and reason, and the old state stays."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # others can get there, too
         path = Path(name) / "clock.json"
-        clockstate.write(path, TYPICAL)
+        clock_state.write(path, TYPICAL)
         path.chmod(0o644)
         path.parent.chmod(0o555)
         with as_nobody(), pytest.raises(StateFileError, match=f"{path}: file: found Permission denied"):
-            clockstate.write(path, LEAST)
+            clock_state.write(path, LEAST)
         path.parent.chmod(0o755)
         assert_untouched(path)
 
@@ -219,7 +220,7 @@ def test_a_folder_that_cannot_be_written() -> None:
 def test_places_that_take_no_state(path: str) -> None:
     """A missing folder, a device, a folder's name and no name at all are errors with path and reason."""
     with pytest.raises(StateFileError) as caught:
-        clockstate.write(path, TYPICAL)
+        clock_state.write(path, TYPICAL)
     assert (caught.value.field, caught.value.path) == ("file", path)
     assert caught.value.found
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
@@ -248,8 +249,8 @@ def test_what_is_no_leftover_of_ours(put: Callable[[Path], None], saved: Path) -
     other.write_text("not to be touched")
     put(saved.with_name(".clock.json.new"))
     with pytest.raises(StateFileError, match=r"\.clock\.json\.new"):
-        clockstate.write(saved, LEAST)
-    assert clockstate.read(saved) == TYPICAL
+        clock_state.write(saved, LEAST)
+    assert clock_state.read(saved) == TYPICAL
     assert other.read_text() == "not to be touched"
 
 
@@ -260,9 +261,9 @@ def test_modes_and_links(saved: Path) -> None:
     saved.chmod(0o640)
     link = saved.with_name("latest")
     link.symlink_to(saved.name)
-    clockstate.write(link, LEAST)
+    clock_state.write(link, LEAST)
     assert link.is_symlink()
-    assert clockstate.read(saved) == LEAST
+    assert clock_state.read(saved) == LEAST
     assert stat.S_IMODE(saved.stat().st_mode) == 0o640
 
 
@@ -270,7 +271,7 @@ def test_modes_and_links(saved: Path) -> None:
 def test_an_unsound_state_touches_no_file(saved: Path) -> None:
     """A state that cannot be saved is refused before the file is looked at."""
     with pytest.raises(StateFileError, match="policy"):
-        clockstate.write(saved, TYPICAL._replace(policy=""))
+        clock_state.write(saved, TYPICAL._replace(policy=""))
     assert_untouched(saved)
 
 
@@ -280,7 +281,7 @@ def test_files_that_cannot_be_loaded(tmp_path: Path) -> None:
     long = tmp_path / "long.json"
     long.write_bytes(b" " * (BYTES_MAX + 1))
     wrong = tmp_path / "wrong.json"
-    wrong.write_text(clockstate.to_json(TYPICAL).replace('"tsc_aux": 1', '"tsc_aux": -1'))
+    wrong.write_text(clock_state.to_json(TYPICAL).replace('"tsc_aux": 1', '"tsc_aux": -1'))
     for path, field, found in (
         (tmp_path / "none.json", "file", "No such file or directory"),
         (tmp_path, "file", "a directory"),
@@ -290,6 +291,6 @@ def test_files_that_cannot_be_loaded(tmp_path: Path) -> None:
         (wrong, "vcpus[1].tsc_aux", "-1"),
     ):
         with pytest.raises(StateFileError) as caught:
-            clockstate.read(path)
+            clock_state.read(path)
         assert (caught.value.field, caught.value.found, caught.value.path) == (field, found, str(path))
         assert str(caught.value).startswith(f"{path}: {field}: found {found}; supported: ")

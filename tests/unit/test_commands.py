@@ -13,8 +13,8 @@ from pvclock import ConfigError, RangeError
 from pvclock.commands import main
 from pvclock.commands.scale import parse_hz
 from pvclock.kvm import open_kvm
-from pvclock.machine.inprocess import in_process_storm
-from pvclock.machine.observation import Storm
+from pvclock.meter.inprocess import in_process_storm
+from pvclock.meter.observe import Storm
 from qemu_glue import cpu_property
 
 

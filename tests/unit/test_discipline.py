@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvclock import RangeError
-from pvclock.discipline import Discipline, SteeringState
 from pvclock.quantities import HostTsc
 from pvclock.readings import Sample
+from pvclock.timekeeping.discipline import Discipline, SteeringState
 from tests.unit.simulated_reference import HZ, SimulatedReference, Tick, follow
 
 PPB = 1e-9

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pvclock.event_delivery import FAILURES_KEPT
-from pvclock.event_log import EventLog
-from pvclock.events import Event, EventKind
+from pvclock.clock.event_delivery import FAILURES_KEPT
+from pvclock.clock.event_log import EventLog
+from pvclock.timekeeping.events import Event, EventKind
 from tests.unit.schedules import LIMIT_S
 
 NS_PER_MINUTE = 60 * 10**9

@@ -8,9 +8,10 @@ from itertools import count
 
 import pytest
 
-from pvclock import event_delivery, event_log, threads
-from pvclock.event_log import EventLog
-from pvclock.events import Event, EventKind
+from pvclock import threads
+from pvclock.clock import event_delivery, event_log
+from pvclock.clock.event_log import EventLog
+from pvclock.timekeeping.events import Event, EventKind
 from tests.unit.schedules import LIMIT_S, Beside, Lines, end_of, threads_named
 
 NAME = "pvclock-events"

@@ -12,9 +12,9 @@ from functools import partial
 
 import pytest
 
+from pvclock.clock.event_log import EventLog
 from pvclock.errors import RangeError, StateError
-from pvclock.event_log import EventLog
-from pvclock.events import Event, EventKind
+from pvclock.timekeeping.events import Event, EventKind
 from tests.unit.schedules import LIMIT_S, end_of, threads_named
 
 NS_PER_MINUTE = 60 * 10**9

@@ -8,10 +8,11 @@ from fractions import Fraction
 
 import pytest
 
-from pvclock import ConfigError, GuestClock, GuestMemory, RangeError, SimulatedBackend, WrongType, clockstate
-from pvclock.event_timeline import EventTimeline, timeline_of
-from pvclock.events import Event, EventKind
+from pvclock import ConfigError, GuestClock, GuestMemory, RangeError, SimulatedBackend, WrongType
 from pvclock.quantities import HostTsc
+from pvclock.state import clock_state
+from pvclock.timekeeping.event_timeline import EventTimeline, timeline_of
+from pvclock.timekeeping.events import Event, EventKind
 from tests.model.exact_clock import random_life, stepped
 from tests.model.twins import Twins
 from tests.unit.clock_twins import OPERATIONS, Twin, twin_before
@@ -136,7 +137,7 @@ def test_what_was_before_is_of_another_numbering() -> None:
     assert rebuilt(clock).at(HostTsc(5)) == clock.at(HostTsc(5)) == 2 * NS_PER_S
     clock.pause()
     there = SimulatedBackend(HZ, tsc=before)
-    restored = GuestClock.restore(clockstate.from_json(clockstate.to_json(clock.save())), memory, backend=there)
+    restored = GuestClock.restore(clock_state.from_json(clock_state.to_json(clock.save())), memory, backend=there)
     there.advance(ns=1)
     assert rebuilt(restored).at(there.tsc) == restored.at(there.tsc) == 2 * NS_PER_S
     with pytest.raises(RangeError, match="before the first event"):

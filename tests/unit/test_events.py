@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pvclock.clock.event_log import GUEST_BURST, GUEST_EVENTS_PER_S, EventLog
 from pvclock.errors import ConfigError, RangeError
-from pvclock.event_log import GUEST_BURST, GUEST_EVENTS_PER_S, EventLog
-from pvclock.events import Event, EventCause, EventKind
 from pvclock.quantities import NS_PER_S, HostTsc
+from pvclock.timekeeping.events import Event, EventCause, EventKind
 
 DILATIONS = st.fractions(0, 2**64, max_denominator=2**64)
 EVENTS = st.builds(

@@ -11,9 +11,9 @@ from typing import Final
 import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, HostTsc, RangeError, SimulatedBackend, WrongType
-from pvclock.catchup import CatchUpTable, Slew
 from pvclock.clock.timekeeper import VCPUS_MAX
-from pvclock.clockstate import from_json, to_json
+from pvclock.state.clock_state import from_json, to_json
+from pvclock.timekeeping.catchup import CatchUpTable, Slew
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, a_clock
 
 EVERYTHING: Final[list[Callable[[GuestClock], object]]] = [

@@ -7,8 +7,8 @@ from contextlib import suppress
 import pytest
 
 from pvclock import GuestClock, GuestMemory
-from pvclock.events import Event
 from pvclock.providers.interface import HypercallRegisters
+from pvclock.timekeeping.events import Event
 from tests.unit.clock_twins import OPERATIONS, Twin, Undisturbed, paused, runs_on, twin_before
 from tests.unit.clocks import NS_PER_S
 from tests.unit.faulty_host import POINTS

@@ -21,9 +21,9 @@ from pvclock import (
     SimulatedBackend,
     WrongType,
 )
-from pvclock.discipline import SteeringState
-from pvclock.events import EventKind
-from pvclock.unslaved import UnslavedBackend
+from pvclock.host.execution_time import UnslavedBackend
+from pvclock.timekeeping.discipline import SteeringState
+from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import MAX_AGE_NS, NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, page_of, shown
 from tests.waiting import HANG_S
 

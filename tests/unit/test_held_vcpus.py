@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from pvclock import GuestClock, GuestMemory, SimulatedBackend, StateError, StateFileError
-from pvclock.events import Event
+from pvclock.timekeeping.events import Event
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME
 
 

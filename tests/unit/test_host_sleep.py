@@ -7,9 +7,9 @@ from typing import Final, Literal
 import pytest
 
 from pvclock import GuestClock, GuestMemory, SimulatedBackend
-from pvclock.clockstate import ClockState, from_json, to_json
-from pvclock.events import Event, EventKind
-from pvclock.guestclock import TSC_STABLE_BIT
+from pvclock.clock.guest_clock import TSC_STABLE_BIT
+from pvclock.state.clock_state import ClockState, from_json, to_json
+from pvclock.timekeeping.events import Event, EventKind
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, page_of, shown
 from tests.unit.test_hostwatch import INTERVAL_NS, a_watch
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pvclock import GuestClock
-from pvclock.events import EventKind
-from pvclock.guestclock import TSC_STABLE_BIT
+from pvclock.clock.guest_clock import TSC_STABLE_BIT
+from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import a_clock, page_of
 from tests.unit.test_hostwatch import INTERVAL_NS, a_watch
 

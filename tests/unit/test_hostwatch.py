@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock.errors import RangeError
-from pvclock.events import EventKind
-from pvclock.hostwatch import HostReading, HostWatch, StallCause, TroubleKind
+from pvclock.host.watch import HostReading, HostWatch, StallCause, TroubleKind
 from pvclock.quantities import U64_MASK, HostTsc
+from pvclock.timekeeping.events import EventKind
 
 TSC_HZ = 2_596_132_000
 MS = 10**6

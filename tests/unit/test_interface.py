@@ -9,11 +9,11 @@ import threading
 import pytest
 
 from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, MsrFault, RangeError, SimulatedBackend
-from pvclock.events import EventKind
-from pvclock.providers import Executed, GuestInterface
+from pvclock.providers.guest_interface import Executed, GuestInterface
+from pvclock.providers.hypercall_instructions import VMCALL, VMMCALL
 from pvclock.providers.interface import Engine, HypercallRegisters, HypercallResult, Status
-from pvclock.providers.opcodes import VMCALL, VMMCALL
 from pvclock.quantities import Gpa
+from pvclock.timekeeping.events import EventKind
 from tests.unit.test_debug_channel import Wire
 from tests.waiting import HANG_S
 

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 import pytest
 
 from pvclock import MsrFault
-from pvclock.events import EventKind
 from pvclock.providers.kvm import PROFILES
+from pvclock.timekeeping.events import EventKind
 from tests import golden, oracle
 from tests.unit.stub_clock import GUARD, NOW, SIZE, UPTIME_NS, NotedVmm, StubClock, a_provider, u32, written
 

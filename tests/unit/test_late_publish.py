@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostBackend, HostTsc, SimulatedBackend
-from pvclock.event_timeline import timeline_of
-from pvclock.events import EventKind
 from pvclock.readings import HostStamps
+from pvclock.timekeeping.event_timeline import timeline_of
+from pvclock.timekeeping.events import EventKind
 from tests.unit.clock_twins import HZ, OPERATIONS, Twin
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, bound_ns, page_of
 

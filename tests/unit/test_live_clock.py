@@ -9,11 +9,11 @@ from typing import Final
 import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, RangeError, SimulatedBackend, StateError, StateFileError
-from pvclock.clockstate import from_json, to_json
 from pvclock.errors import TscOffsetNotHonoured, WrongType
-from pvclock.events import EventKind
+from pvclock.host.execution_time import UnslavedBackend
 from pvclock.readings import Sample
-from pvclock.unslaved import UnslavedBackend
+from pvclock.state.clock_state import from_json, to_json
+from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME
 
 HZ: Final = 2_500_000_000

@@ -8,9 +8,9 @@ from fractions import Fraction
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HypercallRegisters, PvclockError, SimulatedBackend
+from pvclock.clock.event_log import EventLog
+from pvclock.clock.ticker import Ticker
 from pvclock.clock.wall_clock import WallClockBase
-from pvclock.event_log import EventLog
-from pvclock.ticker import Ticker
 from tests.unit.clocks import a_clock
 
 HZ = 10**9

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, Machine, SimulatedBackend, WrongType
-from pvclock.clockstate import ClockState
-from pvclock.unslaved import UnslavedBackend
+from pvclock.host.execution_time import UnslavedBackend
+from pvclock.state.clock_state import ClockState
 
 IMAGE = b"\xf4"
 
@@ -47,7 +47,7 @@ def a_state(vcpus: int) -> ClockState:
         ({"backend": SimulatedBackend(10**9)}, r"backend is a SimulatedBackend; it can be a function from"),
         (
             {"restore": "clock.json"},
-            r"restore is 'clock\.json', a str; it can be a ClockState, as save\(\) or clockstate\.read",
+            r"restore is 'clock\.json', a str; it can be a ClockState, as save\(\) or clock_state\.read",
         ),
         ({"restore": a_state(2)}, r"the saved clock has 2 vCPUs and the machine 1; give vcpus=2"),
         ({"restore": a_state(1), "provider": "KVM"}, r"takes none but policy, reference, any_tsc_hz, vmm: provider"),
@@ -68,6 +68,6 @@ def test_a_wrong_argument_is_named_with_what_is_wanted(
 def test_where_palacios_time_is(profile: str) -> None:
     """An unknown profile's error says which there are, and where Palacios' time is instead."""
     with pytest.raises(
-        ConfigError, match=rf"profile '{profile}'; choose from 'linux', .* pvclock\.palacios .*Unslaved"
+        ConfigError, match=rf"profile '{profile}'; choose from 'linux', .* pvclock\.compat\.palacios .*Unslaved"
     ):
         GuestClock(GuestMemory(bytearray(1 << 14)), backend=SimulatedBackend(10**9), profile=profile)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, HostTsc, PvclockError, RangeError, SimulatedBackend
-from pvclock.catchup import Advance, parse, settle
 from pvclock.errors import GuestCrashed
+from pvclock.host.execution_time import UnslavedBackend
 from pvclock.kvm.access import advice
 from pvclock.kvm.exits import Exit, FailEntry, Halt, InternalError, Shutdown, SystemEvent, UnknownExit
-from pvclock.unslaved import UnslavedBackend
+from pvclock.timekeeping.catchup import Advance, parse, settle
 
 pytestmark = pytest.mark.row("E13")
 

@@ -21,8 +21,8 @@ from pvclock import (
     StateFileError,
     WrongType,
 )
-from pvclock.catchup import Advance, Policy, Slew
-from pvclock.guestclock import GUEST_STOPPED
+from pvclock.clock.guest_clock import GUEST_STOPPED
+from pvclock.timekeeping.catchup import Advance, Policy, Slew
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, a_clock, page_of
 
 HZ = 2_596_132_000

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, HostTsc, RangeError, StateError
-from pvclock.palacios import PalaciosTime, TimeOptions, time_options
+from pvclock.compat.palacios import PalaciosTime, TimeOptions, time_options
 
 HOST_KHZ = 2_596_132
 START = HostTsc(10**12)

@@ -7,8 +7,8 @@ from typing import Final
 import pytest
 
 from pvclock import GuestClock, GuestMemory, SimulatedBackend
-from pvclock.discipline import SteeringState
-from pvclock.events import EventKind
+from pvclock.timekeeping.discipline import SteeringState
+from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import NS_PER_S
 
 HZ: Final = 2_500_000_000

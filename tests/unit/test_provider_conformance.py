@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvclock import GuestClock, GuestMemory, MsrFault, SimulatedBackend
-from pvclock.providers import PROVIDERS
+from pvclock.providers.guest_interface import PROVIDERS
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status
 from pvclock.quantities import Gpa
 

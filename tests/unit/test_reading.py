@@ -9,7 +9,7 @@ from typing import Final, Literal
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, RangeError, SimulatedBackend, StateError
-from pvclock.clock.history import SEGMENTS_KEPT
+from pvclock.timekeeping.history import SEGMENTS_KEPT
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, page_of
 
 HZ: Final = 2_596_132_000

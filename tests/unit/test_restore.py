@@ -7,8 +7,9 @@ from fractions import Fraction
 
 import pytest
 
-from pvclock import GuestClock, GuestMemory, GuestTsc, HostTsc, RangeError, SimulatedBackend, StateFileError, catchup
-from pvclock.clockstate import ClockState, from_json, to_json
+from pvclock import GuestClock, GuestMemory, GuestTsc, HostTsc, RangeError, SimulatedBackend, StateFileError
+from pvclock.state.clock_state import ClockState, from_json, to_json
+from pvclock.timekeeping import catchup
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
 
 MIGRATIONS = 10_000

@@ -7,8 +7,8 @@ from typing import Any, Final
 import pytest
 
 from pvclock import GuestClock, GuestMemory, RangeError, SimulatedBackend, StateFileError
-from pvclock.clockstate import ClockState, from_json, to_json
-from pvclock.events import EventKind
+from pvclock.state.clock_state import ClockState, from_json, to_json
+from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import NS_PER_S
 
 HZ: Final = 2_500_000_000

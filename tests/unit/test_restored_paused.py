@@ -7,9 +7,9 @@ from typing import Final
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, SimulatedBackend
-from pvclock.clockstate import from_json, to_json
 from pvclock.errors import KvmError
-from pvclock.events import EventKind
+from pvclock.state.clock_state import from_json, to_json
+from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME
 
 HZ: Final = 2_000_000_000

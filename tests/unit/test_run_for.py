@@ -10,8 +10,8 @@ from typing import Final
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, RangeError, SimulatedBackend, StateError
-from pvclock.events import EventKind
 from pvclock.readings import RunReport
+from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME
 
 HZ: Final = 2_600_000_000

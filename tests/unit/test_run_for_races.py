@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from pvclock import GuestClock, SimulatedBackend, StateError, backend
+from pvclock import GuestClock, SimulatedBackend, StateError
 from pvclock.clock import operations, timekeeper
+from pvclock.host import backend
 from tests.unit.clocks import a_clock
 from tests.unit.schedules import LIMIT_S, Lines
 

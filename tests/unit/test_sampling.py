@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import HostBackend, HostTsc, RangeError, Reference, Sample, SimulatedBackend
-from pvclock.sampling import POINTS_KEPT, Baseline, Point, Sampler
+from pvclock.timekeeping.sampling import POINTS_KEPT, Baseline, Point, Sampler
 
 
 def point(nominal_ns: float, deviation_ns: float, bound_ns: float) -> Point:

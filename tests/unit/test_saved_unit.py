@@ -7,7 +7,8 @@ import struct
 import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend, StateFileError
-from pvclock.providers import PROVIDERS, unit
+from pvclock.providers.guest_interface import PROVIDERS
+from pvclock.providers.virtualbox import saved_unit
 
 HZ = 2_596_132_000
 SIZE = 1 << 16
@@ -98,8 +99,8 @@ def test_addresses_that_have_no_page() -> None:
     clock.write_msr(0, SYSTEM_TIME, SIZE + 0x1001)
     clock.write_msr(1, SYSTEM_TIME, 0x2FF1)
     saved = clock.interface.save_unit()
-    part = unit.decode_kvm(saved[8:], 2)
-    assert part.vcpus == (unit.VcpuPart(SIZE + 0x1001, gpa=SIZE + 0x1000), unit.VcpuPart(0x2FF1))
+    part = saved_unit.decode_kvm(saved[8:], 2)
+    assert part.vcpus == (saved_unit.VcpuPart(SIZE + 0x1001, gpa=SIZE + 0x1000), saved_unit.VcpuPart(0x2FF1))
     other = a_clock()
     other.interface.load_unit(saved)
     assert other.interface.save_unit() == saved
@@ -245,7 +246,7 @@ def test_virtualboxs_unit_has_its_own_count() -> None:
     clock.write_msr(0, SYSTEM_TIME, 0x2001)
     clock.memory.write(0x2000, struct.pack("<I", 0xABCDEF))
     clock.memory.write(0x2000 + 29, b"\xff")
-    first, _ = unit.decode_kvm(clock.interface.save_unit()[8:], 2).vcpus
+    first, _ = saved_unit.decode_kvm(clock.interface.save_unit()[8:], 2).vcpus
     assert (first.version, first.flags) == (4, 0)
     clock.write_msr(0, SYSTEM_TIME, 0x2001)
     page = clock.page(0)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pvclock import clockstate
-from pvclock.clockstate import FIELDS
 from pvclock.commands import main
 from pvclock.commands.state import in_units
+from pvclock.state import clock_state
+from pvclock.state.clock_state import FIELDS
 from tests.command_line import in_terminal
 from tests.saved_states import KEPT, LEAST, TYPICAL
 
@@ -21,7 +21,7 @@ TYPICAL_FILE = str(STATES / "v1-typical.json")
 def broken(folder: Path, old: str, new: str) -> str:
     """A file with the typical state, changed as text."""
     path = folder / "broken.json"
-    path.write_text(clockstate.to_json(TYPICAL).replace(old, new))
+    path.write_text(clock_state.to_json(TYPICAL).replace(old, new))
     return str(path)
 
 
@@ -46,7 +46,7 @@ def test_show_as_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (shown,) = json.loads(capsys.readouterr().out)["result"]["files"]
     assert main(["state", "show", str(STATES / name), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["result"]["files"] == [shown]
-    assert shown["state"] == clockstate.to_mapping(KEPT[name])
+    assert shown["state"] == clock_state.to_mapping(KEPT[name])
     marks = {row["field"].replace("[0]", "[]"): row["mark"] for row in shown["fields"]}
     assert marks.items() >= {field.path: str(field.mark) for field in FIELDS}.items()
 

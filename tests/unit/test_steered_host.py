@@ -9,9 +9,9 @@ from typing import Final, cast
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, TscOffsetNotHonoured, read_tsc
-from pvclock.events import EventKind
 from pvclock.kvm import Runner, Vcpu
 from pvclock.kvm.backend import SteeredTscBackend
+from pvclock.timekeeping.events import EventKind
 from tests import oracle
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME
 from tests.unit.test_interrupted_operations import interrupted

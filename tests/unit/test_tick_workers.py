@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pvclock.tick_workers import Workers
+from pvclock.clock.tick_workers import Workers
 from tests.unit.schedules import LIMIT_S
 
 

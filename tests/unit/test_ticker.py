@@ -20,10 +20,10 @@ from pvclock import (
     SimulatedBackend,
     StateError,
 )
-from pvclock.events import EventKind
-from pvclock.hostwatch import HostWatch, Trouble, TroubleKind
+from pvclock.clock.ticker import Ticker
+from pvclock.host.watch import HostWatch, Trouble, TroubleKind
 from pvclock.threads import WakeUp
-from pvclock.ticker import Ticker
+from pvclock.timekeeping.events import EventKind
 
 SYSTEM_TIME = 0x4B564D01
 HZ = 2_596_132_000
@@ -132,7 +132,7 @@ class TroubledWatch(HostWatch):
 @pytest.mark.row("E11", "K-16")
 def test_trouble_of_the_host_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ticker looks at the host once a round: its trouble is an event of each clock, and takes STABLE."""
-    monkeypatch.setattr("pvclock.ticker.HostWatch", TroubledWatch)
+    monkeypatch.setattr("pvclock.clock.ticker.HostWatch", TroubledWatch)
     clocks = [a_host_clock(), a_host_clock()]
     apart = a_clock()
     with Ticker(apart, *clocks, interval_s=0.01) as ticker:
@@ -156,7 +156,7 @@ def test_trouble_is_told_though_a_tick_fails(monkeypatch: pytest.MonkeyPatch) ->
     def broken() -> Sample:
         raise SystemExit
 
-    monkeypatch.setattr("pvclock.ticker.HostWatch", TroubledWatch)
+    monkeypatch.setattr("pvclock.clock.ticker.HostWatch", TroubledWatch)
     clock = a_host_clock()
     clock.follow(broken)
     with Ticker(clock, interval_s=0.01) as ticker:
@@ -175,7 +175,7 @@ class BrokenWatch(HostWatch):
 @pytest.mark.row("E11", "E13")
 def test_a_look_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What looking at the host raises is kept, and clocks are ticked on."""
-    monkeypatch.setattr("pvclock.ticker.HostWatch", BrokenWatch)
+    monkeypatch.setattr("pvclock.clock.ticker.HostWatch", BrokenWatch)
     clock = a_host_clock()
     with Ticker(clock, interval_s=0.005) as ticker:
         wait_for(lambda: version(clock) > 20)
@@ -215,8 +215,8 @@ class PlayedTime:
         self.now_s = 1000.0
         self._waits = queue.SimpleQueue[float | None]()
         self._wake_up = WakeUp()
-        monkeypatch.setattr("pvclock.ticker.time", self)
-        monkeypatch.setattr("pvclock.ticker.WakeUp", lambda: self)
+        monkeypatch.setattr("pvclock.clock.ticker.time", self)
+        monkeypatch.setattr("pvclock.clock.ticker.WakeUp", lambda: self)
 
     def monotonic(self) -> float:
         """See time.monotonic()."""

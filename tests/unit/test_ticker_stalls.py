@@ -13,22 +13,13 @@ from typing import ClassVar
 
 import pytest
 
-from pvclock import (
-    GuestClock,
-    GuestMemory,
-    HostBackend,
-    HostTsc,
-    RangeError,
-    Sample,
-    SimulatedBackend,
-    StateError,
-    tick_workers,
-)
+from pvclock import GuestClock, GuestMemory, HostBackend, HostTsc, RangeError, Sample, SimulatedBackend, StateError
 from pvclock import threads as threads_module
-from pvclock import ticker as ticker_module
-from pvclock.events import EventKind
-from pvclock.hostwatch import HostWatch, Trouble, TroubleKind
-from pvclock.ticker import Ticker
+from pvclock.clock import tick_workers
+from pvclock.clock import ticker as ticker_module
+from pvclock.clock.ticker import Ticker
+from pvclock.host.watch import HostWatch, Trouble, TroubleKind
+from pvclock.timekeeping.events import EventKind
 from tests.unit.schedules import LIMIT_S, Lines, end_of, threads_named
 
 SYSTEM_TIME = 0x4B564D01
@@ -234,7 +225,7 @@ class TroubledWatch(HostWatch):
 @pytest.mark.row("E11", "K-16")
 def test_trouble_reaches_stuck_clocks_later_and_others_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread looks at the host, whichever is stuck; who is stuck is told of its trouble after that, once."""
-    monkeypatch.setattr("pvclock.ticker.HostWatch", TroubledWatch)
+    monkeypatch.setattr("pvclock.clock.ticker.HostWatch", TroubledWatch)
     blocked, other = Counted("on_dirty"), Counted()
     for each in (blocked, other):
         each.clock.backend = HostBackend()

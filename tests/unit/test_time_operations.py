@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pvclock import GuestClock, GuestMemory, HostBackend, HostTsc, RangeError, SimulatedBackend, StateError
-from pvclock.catchup import VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
-from pvclock.events import EventKind
-from pvclock.machine.observation import STORM_DILATIONS
-from pvclock.timeline import STRETCH_S
+from pvclock.meter.observe import STORM_DILATIONS
+from pvclock.timekeeping.catchup import VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
+from pvclock.timekeeping.events import EventKind
+from pvclock.timekeeping.timeline import STRETCH_S
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
 
 LOST_NS = Fraction(1, 2**900)

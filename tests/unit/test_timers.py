@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pvclock import GuestNs, RangeError, StateError, WrongType
-from pvclock.timers import STALE_MAX, Firing, Merge, Missed, Once, Replay, Timer, Timers, VcpuTimeouts
+from pvclock.timekeeping.timers import STALE_MAX, Firing, Merge, Missed, Once, Replay, Timer, Timers, VcpuTimeouts
 from tests.unit.slow_timers import SlowTimers, Step, World
 
 U64_MAX = 2**64 - 1

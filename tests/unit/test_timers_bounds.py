@@ -5,7 +5,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from pvclock import GuestNs, RangeError, WrongType
-from pvclock.timers import Firing, Merge, Missed, Once, Replay, Timers, UpdateCallback, VcpuTimeouts
+from pvclock.timekeeping.timers import Firing, Merge, Missed, Once, Replay, Timers, UpdateCallback, VcpuTimeouts
 
 U64_MAX = 2**64 - 1
 POLICIES = st.one_of(st.just(Merge()), st.just(Once()), st.builds(Replay, st.integers(1, 40)))

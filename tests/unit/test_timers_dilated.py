@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import GuestNs
-from pvclock.timers import Firing, Timers
+from pvclock.timekeeping.timers import Firing, Timers
 from tests.unit.clocks import a_clock
 
 

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, HostTsc, MsrFault, RangeError, VcpuTsc, tsc_ratio
-from pvclock.tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, tsc_rate
+from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, tsc_rate
 from tests.oracle import SVM_FRAC_BITS, VMX_FRAC_BITS, VcpuTscOracle
 
 U64 = st.integers(0, 2**64 - 1)

@@ -8,9 +8,9 @@ from typing import Final, Literal
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, SimulatedBackend, StateError
-from pvclock.events import EventKind
-from pvclock.guestclock import TSC_STABLE_BIT
+from pvclock.clock.guest_clock import TSC_STABLE_BIT
 from pvclock.readings import HostStamps, Sample
+from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, page_of, shown
 
 HZ: Final = 2_500_000_000

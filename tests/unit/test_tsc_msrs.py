@@ -7,9 +7,9 @@ from typing import Final
 import pytest
 
 from pvclock import GuestClock, GuestMemory, MsrFault, SimulatedBackend
-from pvclock.clockstate import from_json, to_json
 from pvclock.errors import TscOffsetNotHonoured
-from pvclock.events import EventCause, EventKind
+from pvclock.state.clock_state import from_json, to_json
+from pvclock.timekeeping.events import EventCause, EventKind
 from tests.unit.clocks import SYSTEM_TIME, page_of
 
 HZ: Final = 2_500_000_000

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, GuestClock, GuestMemory, HostTsc, RangeError, SimulatedBackend, StateError, VcpuTsc
-from pvclock.tsc_sync import OffsetWrite, agreement, repair_plan
+from pvclock.tsc.agreement import OffsetWrite, agreement, repair_plan
 
 U64 = st.integers(0, 2**64 - 1)
 TSC_ADJUST = 0x3B

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, HostTsc, RangeError, RefNs
-from pvclock.tsc_sync import HostInstant, KvmTscSync, KvmTscWrite, repair_plan
+from pvclock.tsc.agreement import HostInstant, KvmTscSync, KvmTscWrite, repair_plan
 from tests.oracle import scale_delta, scale_tsc, time_scale
 
 KHZ = 2_596_132

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pvclock import Backend, GuestClock, GuestMemory, HostTsc, RangeError, Reference, SimulatedBackend, StateError
 from pvclock.errors import TscOffsetNotHonoured, WrongType
-from pvclock.unslaved import UnslavedBackend
+from pvclock.host.execution_time import UnslavedBackend
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, page_of, shown
 
 HZ = 2_596_132_000

@@ -8,8 +8,9 @@ from itertools import count
 
 import pytest
 
-from pvclock import GuestClock, GuestMemory, HostTsc, SimulatedBackend, unslaved
-from pvclock.unslaved import UnslavedBackend
+from pvclock import GuestClock, GuestMemory, HostTsc, SimulatedBackend
+from pvclock.host import execution_time
+from pvclock.host.execution_time import UnslavedBackend
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, shown
 from tests.unit.schedules import Lines
 
@@ -156,7 +157,7 @@ def test_an_interrupt_at_each_line(call: str) -> None:
         if call == "enter":
             backend.leave()
             host.advance(ns=1000)
-        lines = Lines(unslaved, at=line, action=interrupt)
+        lines = Lines(execution_time, at=line, action=interrupt)
         try:
             with lines.traced():
                 if call == "hold":

@@ -8,8 +8,8 @@ import pytest
 
 from pvclock import GuestClock, GuestMemory, RangeError, SimulatedBackend, WrongType
 from pvclock.clock.wall_clock import WallClockBase
-from pvclock.clockstate import WallClockState, from_json, to_json
 from pvclock.providers.interface import HypercallRegisters
+from pvclock.state.clock_state import WallClockState, from_json, to_json
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME
 
 HZ: Final = 2_500_000_000

@@ -24,20 +24,20 @@ from pvclock import (
     VcpuTsc,
     WrongType,
 )
-from pvclock import clockstate as states
-from pvclock.backend import Backend
+from pvclock.clock.event_log import EventLog
+from pvclock.clock.ticker import Ticker
 from pvclock.clock.wall_clock import WallClockBase
-from pvclock.event_log import EventLog
-from pvclock.event_timeline import EventTimeline
-from pvclock.events import Event, EventKind
-from pvclock.hostwatch import HostWatch
-from pvclock.palacios import PalaciosTime
+from pvclock.compat.palacios import PalaciosTime
+from pvclock.host.backend import Backend
+from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.watch import HostWatch
 from pvclock.quantities import HostTsc, RefNs
 from pvclock.readings import Churn
-from pvclock.ticker import Ticker
-from pvclock.timers import Timers, VcpuTimeouts
-from pvclock.tsc_sync import HostInstant, KvmTscSync, OffsetWrite
-from pvclock.unslaved import UnslavedBackend
+from pvclock.state import clock_state as states
+from pvclock.timekeeping.event_timeline import EventTimeline
+from pvclock.timekeeping.events import Event, EventKind
+from pvclock.timekeeping.timers import Timers, VcpuTimeouts
+from pvclock.tsc.agreement import HostInstant, KvmTscSync, OffsetWrite
 from tests.saved_states import TYPICAL
 from tests.unit.clocks import a_clock
 from tests.unit.public_callables import PublicCallable, public_callables
@@ -160,7 +160,7 @@ VALID: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("callback", "log", "on_dirty"), lambda: nothing),
     **dict.fromkeys(("backend", "inner"), lambda: SimulatedBackend(HZ)),
     **dict.fromkeys(("state",), lambda: TYPICAL),
-    **dict.fromkeys(("config", "pvclock.providers.combined.options"), dict),
+    **dict.fromkeys(("config", "pvclock.providers.guest_interface.combined.options"), dict),
     "memory": lambda: GuestMemory(bytearray(1 << 16)),
     "buffer": lambda: bytearray(8),
     "wall_clock": WallClockBase,

@@ -17,8 +17,8 @@ from pvclock.providers.kvm.features import (
     MSR_KVM_ASYNC_PF_INT,
     KvmFeature,
 )
+from pvclock.providers.kvm.msr_state import Msr, Register
 from pvclock.providers.kvm.profiles import Profile
-from pvclock.providers.kvm.registers import Msr, Register
 from pvclock.quantities import U64_MASK
 
 __all__ = ["WAKE_ALL", "AsyncPf"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from pvclock.events import EventKind
 from pvclock.providers.interface import ClockServices
+from pvclock.timekeeping.events import EventKind
 
 __all__ = ["GuestLog"]
 

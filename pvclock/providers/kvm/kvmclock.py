@@ -12,7 +12,6 @@ from struct import Struct
 from typing import Final
 
 from pvclock.errors import GuestAddressError, MsrFault
-from pvclock.events import EventKind
 from pvclock.providers.interface import ClockServices
 from pvclock.providers.kvm.features import (
     MSR_KVM_SYSTEM_TIME,
@@ -21,9 +20,10 @@ from pvclock.providers.kvm.features import (
     MSR_KVM_WALL_CLOCK_NEW,
 )
 from pvclock.providers.kvm.guest_log import GuestLog
+from pvclock.providers.kvm.msr_state import Msr, Register
 from pvclock.providers.kvm.profiles import Profile
-from pvclock.providers.kvm.registers import Msr, Register
 from pvclock.quantities import NS_PER_S, Gpa
+from pvclock.timekeeping.events import EventKind
 
 __all__ = ["KvmClock"]
 

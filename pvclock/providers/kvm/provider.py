@@ -7,11 +7,9 @@ from functools import partial
 from typing import Final
 
 from pvclock.errors import ConfigError, MsrFault, RangeError
-from pvclock.events import EventKind
 from pvclock.providers import timing
 from pvclock.providers.interface import ClockServices, CpuidLeaf, HypercallRegisters, HypercallResult, MsrValue
 from pvclock.providers.kvm.async_pf import WAKE_ALL, AsyncPf
-from pvclock.providers.kvm.controls import Controls
 from pvclock.providers.kvm.features import (
     FEATURE_OF_MSR,
     MSR_RANGES,
@@ -23,13 +21,15 @@ from pvclock.providers.kvm.features import (
     servable_features,
 )
 from pvclock.providers.kvm.guest_log import GuestLog
+from pvclock.providers.kvm.guest_switches import Controls
 from pvclock.providers.kvm.hypercalls import Hypercalls
 from pvclock.providers.kvm.kvmclock import KvmClock
+from pvclock.providers.kvm.msr_state import Surface, load_all, save_all
 from pvclock.providers.kvm.profiles import PROFILES
 from pvclock.providers.kvm.pv_eoi import PvEoi
-from pvclock.providers.kvm.registers import Surface, load_all, save_all
 from pvclock.providers.kvm.steal_time import StealTime
 from pvclock.quantities import quoted
+from pvclock.timekeeping.events import EventKind
 
 __all__ = ["KvmProvider"]
 

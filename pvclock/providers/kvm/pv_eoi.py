@@ -12,7 +12,7 @@ from pvclock._memory import GuestMemory
 from pvclock._records import offer_eoi, take_eoi
 from pvclock.errors import MsrFault
 from pvclock.providers.kvm.features import MSR_KVM_PV_EOI_EN
-from pvclock.providers.kvm.registers import Msr, Register
+from pvclock.providers.kvm.msr_state import Msr, Register
 
 __all__ = ["PvEoi"]
 

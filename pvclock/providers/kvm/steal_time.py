@@ -20,8 +20,8 @@ from pvclock._records import (
 )
 from pvclock.errors import MsrFault, RangeError
 from pvclock.providers.kvm.features import MSR_KVM_STEAL_TIME
+from pvclock.providers.kvm.msr_state import Msr, Register
 from pvclock.providers.kvm.profiles import Profile
-from pvclock.providers.kvm.registers import Msr, Register
 from pvclock.quantities import U64_MASK
 
 __all__ = ["StealTime"]

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from pvclock._memory import GuestMemory
-from pvclock.backend import HostBackend
+from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import PvclockError
-from pvclock.guestclock import GuestClock
-from pvclock.machine.observation import STORM_DILATIONS, Storm
+from pvclock.host.backend import HostBackend
+from pvclock.meter.observe import STORM_DILATIONS, Storm
 from pvclock.payloads.probe import ProbeRecord
 
 __all__ = ["in_process_storm"]
@@ -70,7 +70,7 @@ def in_process_storm(
     dilations: list[Fraction] = STORM_DILATIONS,
     progress: Callable[[Storm], None] = lambda _: None,
 ) -> Storm:
-    """As pvclock.machine.observation.storm(), with threads for vCPUs."""
+    """As pvclock.meter.observe.storm(), with threads for vCPUs."""
     with GuestMemory(bytearray((vcpus + 1) * PAGE)) as memory:
         clock = GuestClock(memory, vcpus, backend=HostBackend())
         for vcpu in range(vcpus):

@@ -18,9 +18,9 @@ from typing import Any, Final, Self
 from pvclock import GuestMemory, StateError
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT
 from pvclock.machine.ram import Ram
-from qemu_glue.cpu_model import cpu_property
 from qemu_glue.errors import QemuExited, QemuMissing, QmpFailed
-from qemu_glue.monitor import Monitor
+from qemu_glue.peer.cpu_model import cpu_property
+from qemu_glue.peer.monitor import Monitor
 
 __all__ = ["PROGRAM", "Qemu", "find_program", "require_programs"]
 

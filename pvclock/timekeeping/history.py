@@ -8,7 +8,7 @@ from typing import Final
 
 from pvclock.errors import RangeError
 from pvclock.quantities import U64_MASK, HostTsc, signed64
-from pvclock.timeline import Timeline
+from pvclock.timekeeping.timeline import Timeline
 
 __all__ = ["SEGMENTS_KEPT", "History"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
 from pvclock.errors import StateError
-from pvclock.events import Event
 from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children
+from pvclock.timekeeping.events import Event
 
 __all__ = ["Delivery", "NumberedEvents", "SubscriberFailure"]
 

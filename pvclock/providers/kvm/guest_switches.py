@@ -10,7 +10,7 @@ from typing import Final
 
 from pvclock.errors import MsrFault
 from pvclock.providers.kvm.features import MSR_KVM_MIGRATION_CONTROL, MSR_KVM_POLL_CONTROL
-from pvclock.providers.kvm.registers import Msr, Register
+from pvclock.providers.kvm.msr_state import Msr, Register
 
 __all__ = ["Controls"]
 

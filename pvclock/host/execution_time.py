@@ -17,8 +17,8 @@ from weakref import WeakSet
 
 from pvclock._counter import Counter, SimulatedCounter
 from pvclock.arguments import flag, serving, whole
-from pvclock.backend import Backend
 from pvclock.errors import RangeError, StateError
+from pvclock.host.backend import Backend
 from pvclock.quantities import U64_MASK, HostTsc
 from pvclock.readings import HostStamps, Reference, Sample
 

@@ -18,7 +18,7 @@ from pvclock._core import ClockScale, time_scale, tsc_ratio
 from pvclock.arguments import flag, instance, instances, sequence, text, whole
 from pvclock.errors import ConfigError, RangeError, StateError
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, quoted, shown
-from pvclock.tsc import VcpuTsc
+from pvclock.tsc.vcpu_tsc import VcpuTsc
 
 __all__ = [
     "Agreement",

@@ -11,10 +11,10 @@ from fractions import Fraction
 from typing import Final, NamedTuple
 
 from pvclock._core import ClockScale
-from pvclock.catchup import MOST_PPM, PPM, CatchUpTable, Slew
 from pvclock.errors import RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, signed64
 from pvclock.readings import ClockLine
+from pvclock.timekeeping.catchup import MOST_PPM, PPM, CatchUpTable, Slew
 
 __all__ = ["STRETCH_S", "Tempo", "Timeline"]
 

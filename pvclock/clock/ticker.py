@@ -12,12 +12,12 @@ from typing import Final, NamedTuple, Self
 
 from pvclock._counter import SimulatedCounter
 from pvclock.arguments import flag, instance, number
+from pvclock.clock.guest_clock import MAX_AGE_S, GuestClock
+from pvclock.clock.tick_workers import Workers
 from pvclock.errors import RangeError, StateError
-from pvclock.guestclock import MAX_AGE_S, GuestClock
-from pvclock.hostwatch import HostWatch, Trouble
+from pvclock.host.watch import HostWatch, Trouble
 from pvclock.quantities import NS_PER_S, shown
 from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children
-from pvclock.tick_workers import Workers
 
 __all__ = ["SHORTEST_S", "TickFailure", "Ticker"]
 

@@ -11,14 +11,14 @@ from fractions import Fraction
 from typing import Final, Literal, NamedTuple
 
 from pvclock._core import ClockScale, read_time_info
-from pvclock.discipline import Steering
+from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import StateError
-from pvclock.guestclock import GuestClock
 from pvclock.machine.machine import Machine
 from pvclock.payloads import clockprobe, probe
 from pvclock.quantities import NS_PER_S, U64_MASK
 from pvclock.readings import Churn, Reference, TimeInfo
-from pvclock.sampling import Sampler
+from pvclock.timekeeping.discipline import Steering
+from pvclock.timekeeping.sampling import Sampler
 
 __all__ = [
     "STORM_DILATIONS",

@@ -11,15 +11,13 @@ from fractions import Fraction
 from functools import cache
 from typing import Literal, Self
 
-from pvclock import clockstate
 from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale
 from pvclock._memory import GuestMemory
 from pvclock._transaction import attempt
 from pvclock.arguments import flag, instance, instances, serving, whole
-from pvclock.backend import Backend
-from pvclock.catchup import Policy, Settlement, as_policy
 from pvclock.clock import capture
 from pvclock.clock.capture import ClockParts
+from pvclock.clock.event_log import EventLog
 from pvclock.clock.follower import OFF, Follower, source_of
 from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
@@ -28,14 +26,11 @@ from pvclock.clock.operations import Operations
 from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
-from pvclock.clockstate import ClockState, OfferState
-from pvclock.discipline import MAX_PPM, Steering
 from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNotHonoured, WrongType
-from pvclock.event_log import EventLog
-from pvclock.events import EventCause, EventKind
-from pvclock.hostwatch import HostWatch, Trouble
+from pvclock.host.backend import Backend
+from pvclock.host.watch import HostWatch, Trouble
 from pvclock.msr_ranges import MsrRange
-from pvclock.providers import GuestInterface, combined, provider_named_in
+from pvclock.providers.guest_interface import GuestInterface, combined, provider_named_in
 from pvclock.providers.interface import (
     CpuidLeaf,
     Engine,
@@ -46,9 +41,14 @@ from pvclock.providers.interface import (
 )
 from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, quoted
 from pvclock.readings import Churn, ClockLine, Reading, Reference, RunReport, TimeInfo
-from pvclock.sampling import SampleSource
-from pvclock.tsc import VcpuTsc
-from pvclock.tsc_sync import OffsetWrite
+from pvclock.state import clock_state
+from pvclock.state.clock_state import ClockState, OfferState
+from pvclock.timekeeping.catchup import Policy, Settlement, as_policy
+from pvclock.timekeeping.discipline import MAX_PPM, Steering
+from pvclock.timekeeping.events import EventCause, EventKind
+from pvclock.timekeeping.sampling import SampleSource
+from pvclock.tsc.agreement import OffsetWrite
+from pvclock.tsc.vcpu_tsc import VcpuTsc
 
 __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
 
@@ -362,7 +362,7 @@ class GuestClock:
         """Put all vCPUs' TSCs on one offset, and give STABLE back; returns what was written.
 
         target: that offset, the one furthest ahead by default, so that no guest's TSC goes back.  adjust: see
-        tsc_sync.repair_plan(), whose errors come out, as TscOffsetNotHonoured does; nothing has changed then.
+        tsc.agreement.repair_plan(), whose errors come out, as TscOffsetNotHonoured does; nothing has changed then.
         """
         with self._keeper.changing:
             self._host.require("repair_tsc")
@@ -442,8 +442,8 @@ class GuestClock:
         and by UTC beyond it.  StateFileError if the state is unsound, or asks for what there is not here.
         """
         _check_restore(memory, backend, engine, reference, any_tsc_hz=any_tsc_hz)
-        sound = clockstate.checked(state)
-        clockstate.check_provider(sound)
+        sound = clock_state.checked(state)
+        clock_state.check_provider(sound)
         _check_agreement(backend, len(sound.vcpus), _engine_named(engine))
         chosen = capture.policy_named("policy", sound.policy) if policy is None else as_policy(policy)
         slew = None if sound.slew is None else capture.policy_named("slew.policy", sound.slew.policy)

@@ -15,9 +15,12 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from pvclock import arguments, atomicfile
+from pvclock import arguments
 from pvclock.errors import StateFileError, WrongType
-from pvclock.jsonkinds import (
+from pvclock.providers.guest_interface import PROVIDERS
+from pvclock.quantities import U64_MASK
+from pvclock.state import atomic_file
+from pvclock.state.json_schema import (
     BOOLEAN,
     BYTES_MAX,
     TEXT,
@@ -33,8 +36,6 @@ from pvclock.jsonkinds import (
     table,
     whole,
 )
-from pvclock.providers import PROVIDERS
-from pvclock.quantities import U64_MASK
 
 __all__ = [
     "FIELDS",
@@ -399,13 +400,13 @@ def write(path: str | os.PathLike[str], state: ClockState) -> None:
     """Put the state into file `path`, wholly or not at all; it is on the disk when this returns.
 
     A file that is there keeps its mode, owner, group and ACL, as far as this process may set them, and never grants
-    more than it did (see atomicfile.replace()); a new one is its owner's only.  StateFileError if the state is unsound
+    more than it did (see atomic_file.replace()); a new one is its owner's only.  StateFileError if the state is unsound
     or the file cannot be written, with what was in it untouched.
     """
     path = arguments.path("path", path)
     content = to_json(state).encode("ascii")
     try:
-        atomicfile.replace(path, content)
+        atomic_file.replace(path, content)
     except (OSError, ValueError) as error:
         raise _file_error(path, error, "a regular file in a folder that can be written") from error
 
@@ -414,7 +415,7 @@ def read(path: str | os.PathLike[str]) -> ClockState:
     """The state in regular file `path`; StateFileError, with the path, if it cannot be read or is unsound."""
     path = arguments.path("path", path)
     try:
-        document = atomicfile.read(path, BYTES_MAX + 1)
+        document = atomic_file.read(path, BYTES_MAX + 1)
     except (OSError, ValueError) as error:
         raise _file_error(path, error, "a regular file that can be read") from error
     try:

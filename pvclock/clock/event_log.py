@@ -16,11 +16,11 @@ from operator import attrgetter
 from typing import Final, NamedTuple
 
 from pvclock.arguments import function, instance, whole
+from pvclock.clock.event_delivery import Delivery, SubscriberFailure
 from pvclock.errors import RangeError
-from pvclock.event_delivery import Delivery, SubscriberFailure
-from pvclock.events import Event, EventCause, EventKind
 from pvclock.quantities import NS_PER_S, shown
 from pvclock.threads import renew_in_children
+from pvclock.timekeeping.events import Event, EventCause, EventKind
 
 __all__ = ["DEFAULT_CAPACITY", "EventBatch", "EventLog", "SubscriberFailure"]
 

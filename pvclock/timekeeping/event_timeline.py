@@ -13,8 +13,8 @@ from typing import Final
 
 from pvclock.arguments import instances, sequence, text, whole
 from pvclock.errors import ConfigError, RangeError
-from pvclock.events import Event, EventKind
 from pvclock.quantities import NS_PER_S, HostTsc, signed64
+from pvclock.timekeeping.events import Event, EventKind
 
 __all__ = ["EventTimeline", "timeline_of"]
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, Gpa, GuestMemory, RangeError
-from pvclock.providers import opcodes
-from pvclock.providers.opcodes import VMCALL, VMMCALL
+from pvclock.providers import hypercall_instructions
+from pvclock.providers.hypercall_instructions import VMCALL, VMMCALL
 
 AMD, INTEL = "AuthenticAMD", "GenuineIntel"
 
@@ -26,9 +26,9 @@ AMD, INTEL = "AuthenticAMD", "GenuineIntel"
 )
 def test_each_vendor_has_its_instruction(vendor: str, opcode: str) -> None:
     """AMD's CPUs and their kin know VMMCALL, Intel's and theirs VMCALL; the bytes fit in 3 and spoil no other."""
-    assert opcodes.native_opcode(vendor) == bytes.fromhex(opcode)
+    assert hypercall_instructions.native_opcode(vendor) == bytes.fromhex(opcode)
     buffer = bytearray(b"\xa5" * 5)
-    assert opcodes.put_native_opcode(vendor, buffer) == 3
+    assert hypercall_instructions.put_native_opcode(vendor, buffer) == 3
     assert buffer == bytes.fromhex(opcode) + b"\xa5\xa5"
 
 
@@ -37,10 +37,10 @@ def test_other_vendors_and_small_buffers_are_refused() -> None:
     """A CPU without a hypercall, and a buffer that is too small, are errors with their values, and write nothing."""
     for vendor in ("Shanghai", "VIA VIA VIA ", "TransmetaCPU", "", "authenticamd"):
         with pytest.raises(ConfigError, match=f"CPU vendor '{vendor}' has no hypercall"):
-            opcodes.native_opcode(vendor)
+            hypercall_instructions.native_opcode(vendor)
     buffer = bytearray(2)
     with pytest.raises(RangeError, match="a buffer of 2 bytes; the hypercall instruction has 3"):
-        opcodes.put_native_opcode(INTEL, buffer)
+        hypercall_instructions.put_native_opcode(INTEL, buffer)
     assert buffer == bytes(2)
 
 
@@ -70,17 +70,17 @@ def test_other_vendors_and_small_buffers_are_refused() -> None:
 )
 def test_what_decodes_as_a_hypercall(code: str, length: int | None, length_32: int | None) -> None:
     """VMCALL and VMMCALL, with prefixes that do nothing to them, up to 15 bytes; nothing else."""
-    assert opcodes.recognized_length(bytes.fromhex(code), long_mode=True) == length
-    assert opcodes.recognized_length(bytes.fromhex(code), long_mode=False) == length_32
+    assert hypercall_instructions.recognized_length(bytes.fromhex(code), long_mode=True) == length
+    assert hypercall_instructions.recognized_length(bytes.fromhex(code), long_mode=False) == length_32
 
 
 @pytest.mark.row("V-33")
 def test_ud_is_trapped_where_linux_tries_vmcall_in_vain() -> None:
     """#UD must come to the VMM for guests of KVM on CPUs that know VMMCALL only."""
-    for vendor in (*opcodes.NATIVE_OPCODES, "Unheard"):
+    for vendor in (*hypercall_instructions.NATIVE_OPCODES, "Unheard"):
         for provider in ("None", "Minimal", "HyperV", "KVM"):
             traps = provider == "KVM" and vendor in (AMD, "HygonGenuine")
-            assert opcodes.should_trap_ud(vendor, provider) is traps
+            assert hypercall_instructions.should_trap_ud(vendor, provider) is traps
 
 
 @pytest.mark.row("V-34")
@@ -90,12 +90,12 @@ def test_a_wrong_instruction_is_made_the_cpus_own() -> None:
     written: list[tuple[int, int]] = []
     memory.on_dirty = lambda gpa, length: written.append((gpa, length))
     memory.write(0x100, VMCALL)
-    assert opcodes.patch(memory, Gpa(0x100), VMCALL, AMD)
+    assert hypercall_instructions.patch(memory, Gpa(0x100), VMCALL, AMD)
     assert memory.read(0xFF, 5) == b"\xa5" + VMMCALL + b"\xa5"
     assert written == [(0x100, 3), (0x102, 1)]
-    assert not opcodes.patch(memory, Gpa(0x100), VMMCALL, AMD)
+    assert not hypercall_instructions.patch(memory, Gpa(0x100), VMMCALL, AMD)
     memory.write(0x200, b"\x2e" + VMCALL)
-    assert not opcodes.patch(memory, Gpa(0x200), b"\x2e" + VMCALL, AMD)
+    assert not hypercall_instructions.patch(memory, Gpa(0x200), b"\x2e" + VMCALL, AMD)
     assert memory.read(0x200, 4) == b"\x2e" + VMCALL
 
 
@@ -104,7 +104,7 @@ def test_a_wrong_instruction_is_made_the_cpus_own() -> None:
 def test_what_crosses_pages_or_is_not_in_memory_is_left_alone(gpa: int) -> None:
     """The second page of an instruction may be anywhere, and an address may have no memory: nothing is written."""
     memory = GuestMemory(bytearray(VMCALL * 2731)[:8192])
-    assert not opcodes.patch(memory, Gpa(gpa), VMCALL, AMD)
+    assert not hypercall_instructions.patch(memory, Gpa(gpa), VMCALL, AMD)
     assert memory.read(0, 8192) == (VMCALL * 2731)[:8192]
 
 
@@ -112,7 +112,7 @@ def test_what_crosses_pages_or_is_not_in_memory_is_left_alone(gpa: int) -> None:
 def test_what_has_changed_since_is_left_alone() -> None:
     """If another vCPU has put something else there, that stays."""
     memory = GuestMemory(bytearray(b"\x90" * 4096))
-    assert not opcodes.patch(memory, Gpa(0), VMCALL, AMD)
+    assert not hypercall_instructions.patch(memory, Gpa(0), VMCALL, AMD)
     assert memory.read(0, 4096) == b"\x90" * 4096
 
 
@@ -127,4 +127,4 @@ def test_decoding_by_a_slow_model(code: bytes) -> None:
     lengths = [
         n + 3 for n in range(13) if set(code[:n]) <= idle and code[n : n + 3] in (b"\x0f\x01\xc1", b"\x0f\x01\xd9")
     ]
-    assert opcodes.recognized_length(code, long_mode=True) == (lengths[0] if lengths else None)
+    assert hypercall_instructions.recognized_length(code, long_mode=True) == (lengths[0] if lengths else None)

@@ -17,7 +17,7 @@ from pvclock.arguments import number, whole
 from pvclock.errors import RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown, signed64
 from pvclock.readings import Sample
-from pvclock.sampling import LEAST_BOUND_NS, Baseline, Point, Rate
+from pvclock.timekeeping.sampling import LEAST_BOUND_NS, Baseline, Point, Rate
 
 __all__ = ["MAX_PPM", "Discipline", "Steering", "SteeringState"]
 

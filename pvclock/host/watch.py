@@ -13,8 +13,8 @@ from typing import Final, NamedTuple, Protocol
 
 from pvclock._sampling import sample_clock
 from pvclock.arguments import flag, serving, whole
-from pvclock.backend import CURRENT_CLOCKSOURCE, asleep_bounds_ns, host_clocksource
 from pvclock.errors import RangeError
+from pvclock.host.backend import CURRENT_CLOCKSOURCE, asleep_bounds_ns, host_clocksource
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, signed64
 
 __all__ = ["HostReading", "HostSource", "HostWatch", "LinuxHost", "StallCause", "Trouble", "TroubleKind"]

@@ -6,8 +6,8 @@ checked: an unslaved advance that is not told its cycles adds none (T14); slavin
 skip_time() always refuse (T15); the frequency ratio is 1, and a core's kHz is only what the hypercall says (T16);
 dilation is kept and not applied (T17); a write of the TSC moves its offset alone (T18, which is right and stays).
 
-No clock is read here: host TSC is handed in, in ticks.  A VMM's own unslaved clock is pvclock.unslaved; this is for
-Palacios' guests and for comparison.  Source: Palacios vmm_time.c of March 2012; its <time> option of 2013.
+No clock is read here: host TSC is handed in, in ticks.  A VMM's own unslaved clock is pvclock.host.execution_time; this
+is for Palacios' guests and for comparison.  Source: Palacios vmm_time.c of March 2012; its <time> option of 2013.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pvclock import arguments
 from pvclock.arguments import flag, fraction, instance, whole
 from pvclock.errors import ConfigError, RangeError, StateError
 from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, quoted, shown
-from pvclock.tsc import TscControls, TscInstruction, VcpuTsc, tsc_rate
+from pvclock.tsc.vcpu_tsc import TscControls, TscInstruction, VcpuTsc, tsc_rate
 
 __all__ = [
     "CPUFREQ_HYPERCALL",
@@ -108,7 +108,7 @@ class CoreStamps(NamedTuple):
 class PalaciosTime:
     """The time of a VM whose host runs at host_khz and whose cores are to run at `cores` (kHz, None for the host's).
 
-    ratio="palacios" is its later, inexact frequency ratio (pvclock.tsc.tsc_rate).  seed=True: see the module; it takes
+    ratio="palacios" is its later, inexact frequency ratio (tsc_rate()).  seed=True: see the module; it takes
     no options and no ratio.  RangeError for a host_khz below 1, ConfigError for another ratio.
 
     A core's calls go start(), then enter() and exit() in turn, with advance(), offset_time() and skip_time() between,

@@ -1,0 +1,1 @@
+"""Clocks of other VMMs, as models to compare with."""

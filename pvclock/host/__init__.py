@@ -1,0 +1,1 @@
+"""Where host time comes from: backends, and a watch over the host."""

@@ -1,0 +1,1 @@
+"""Measures a guest clock, ours or another one."""

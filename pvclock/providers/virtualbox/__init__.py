@@ -1,0 +1,1 @@
+"""What VirtualBox's guest interface manager has beside its providers: saved unit, debug channel."""

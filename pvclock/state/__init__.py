@@ -1,0 +1,1 @@
+"""Saved clocks: their schema, and files that are replaced as a whole."""

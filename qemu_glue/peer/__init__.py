@@ -1,0 +1,1 @@
+"""A real QEMU beside us: launched, and talked to over QMP."""
