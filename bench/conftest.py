@@ -11,7 +11,7 @@ import pytest
 from bench.c_twins import Twins, compile_empty_call, compile_twins
 from bench.comparison import Benchmark, Comparison, Figure, table
 from pvclock import PvclockError
-from pvclock.host.backend import measure_tsc_hz
+from pvclock.host.this_host import measure_tsc_hz
 from pvclock.kvm import Kvm, open_kvm
 
 FIGURES = pytest.StashKey[list[Figure]]()

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from pvclock import GuestClock, Machine, PvclockError, Reference, Sample, TimeInfo
 from pvclock._core import read_time_info
-from pvclock.host.backend import HostBackend
+from pvclock.host.this_host import HostBackend
 from pvclock.kvm import open_kvm
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.meter.observe import finish, newest_reading, probe_machine, shown_by, wait_until_reading

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
         TscOffsetNotHonoured,
         WrongType,
     )
-    from pvclock.host.backend import Backend, HostBackend, SimulatedBackend
+    from pvclock.host.backend import Backend
     from pvclock.host.execution_time import UnslavedBackend
+    from pvclock.host.simulated import SimulatedBackend
+    from pvclock.host.this_host import HostBackend
     from pvclock.machine import Machine
     from pvclock.machine.cpuid import guest_cpuid, set_guest_cpuid
     from pvclock.msr_ranges import MsrRange
@@ -105,7 +107,9 @@ _HOME = {
     "pvclock._core": ("ClockScale", "time_scale", "tsc_ratio"),
     "pvclock._memory": ("GuestMemory",),
     "pvclock._counter": ("read_tsc",),
-    "pvclock.host.backend": ("Backend", "HostBackend", "SimulatedBackend"),
+    "pvclock.host.backend": ("Backend",),
+    "pvclock.host.simulated": ("SimulatedBackend",),
+    "pvclock.host.this_host": ("HostBackend",),
     "pvclock.errors": (
         "ConfigError",
         "GuestAddressError",

@@ -15,6 +15,7 @@ from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
 from pvclock.errors import ConfigError, RangeError, StateFileError
+from pvclock.host.backend import stamps_anew
 from pvclock.quantities import U64_MASK, Gpa, HostTsc, RefNs
 from pvclock.readings import HostStamps, Reference
 from pvclock.state.clock_state import (
@@ -56,7 +57,7 @@ def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, gues
     keeper, follower = parts.keeper, parts.follower
     timeline, paused_at = keeper.timeline, keeper.state.paused_at
     dilation = timeline.tempo.dilation
-    at = paused_at or PausePoint(keeper.backend.stamps(), keeper.backend.tsc_hz, dilation)
+    at = paused_at or PausePoint(stamps_anew(keeper.backend), keeper.backend.tsc_hz, dilation)
     tsc = at.stamps.tsc
     slew = timeline.slew_policy
     reference = None
@@ -87,7 +88,7 @@ def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, gues
 def take(parts: ClockParts, state: ClockState, policy: Policy, slew: Policy | None) -> None:
     """Let the parts, which are new, be those of the paused clock that was saved as `state`, which is sound."""
     keeper, host = parts.keeper, state.host
-    now = keeper.backend.stamps()
+    now = stamps_anew(keeper.backend)
     timeline = Timeline(now.tsc, keeper.backend.tsc_hz, state.timeline.guest_ns, Tempo(state.timeline.dilation))
     timeline.stop(now.tsc)
     if state.slew is not None and isinstance(slew, Slew | CatchUpTable):

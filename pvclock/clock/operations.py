@@ -230,6 +230,7 @@ class Operations:
             raise StateError("pause", "guest time stands still already", "resume() it first")
         keeper.check_held("pause")
         stamps = self._host.require("pause")
+        at = stamps._replace(boot_id=keeper.backend.boot_id)
         hold = ExitStack()
 
         def stop(reached: Callable[[], None]) -> None:
@@ -243,7 +244,7 @@ class Operations:
                 stopped.turn(tsc, tempo)
                 held = TimeState.of(stopped.copy())
                 stopped.stop(tsc)
-                paused_at = PausePoint(stamps._replace(tsc=tsc), keeper.backend.tsc_hz, tempo.dilation)
+                paused_at = PausePoint(at._replace(tsc=tsc), keeper.backend.tsc_hz, tempo.dilation)
                 new = TimeState.of(stopped, paused_at)
                 event = partial(keeper.event, stamps=stamps, tsc=tsc)
                 events = [event(EventKind.PAUSE, "pause()", before=held, after=new)]
@@ -261,7 +262,8 @@ class Operations:
         stamps = self._host.require("resume")
         old, paused_at = keeper.state, self._paused_at("resume")
         tsc = keeper.host_tsc()
-        missed_ns = _missed_ns(old.timeline, paused_at, stamps, tsc)
+        now = stamps._replace(boot_id=keeper.backend.boot_id)
+        missed_ns = _missed_ns(old.timeline, paused_at, now, tsc)
         settled = catchup.settle(policy.policy, missed_ns if keeper.backend.is_slaved else Fraction(0))
         started = _started(old.timeline, tsc, settled)
         shown = TimeState.of(started)

@@ -20,7 +20,8 @@ from pvclock.commands.report import Report, Shown
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
 from pvclock.errors import KvmError, LabError
-from pvclock.host.backend import host_clocksource, measure_tsc_hz
+from pvclock.host.linux import host_clocksource
+from pvclock.host.this_host import measure_tsc_hz
 from pvclock.kvm._ioctls import Kvm
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED, open_kvm
 from pvclock.kvm.cpuid_probe import probe_cpuid

@@ -19,7 +19,7 @@ from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 from pvclock.errors import StateFileError
-from pvclock.quantities import NS_PER_S
+from pvclock.quantities import NS_PER_S, signed64
 from pvclock.state import clock_state
 from pvclock.state.clock_state import ClockState, Field
 from pvclock.state.json_schema import plain
@@ -130,7 +130,7 @@ def _ticks(ticks: int, hz: int) -> str:
 
 
 def _signed_ticks(ticks: int, hz: int) -> str:
-    signed = ticks - (ticks >> 63 << 64)
+    signed = signed64(ticks)
     return f"{signed:+d} ticks, {_seconds(Fraction(signed * NS_PER_S, hz), hz)}"
 
 

@@ -20,7 +20,8 @@ from pvclock import arguments
 from pvclock.arguments import flag, fraction, instance, whole
 from pvclock.errors import ConfigError, RangeError, StateError
 from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, quoted, shown
-from pvclock.tsc.vcpu_tsc import TscControls, TscInstruction, VcpuTsc, tsc_rate
+from pvclock.tsc.emulation import TscControls, TscInstruction, rdtsc, tsc_controls
+from pvclock.tsc.vcpu_tsc import VcpuTsc, tsc_rate
 
 __all__ = [
     "CPUFREQ_HYPERCALL",
@@ -177,7 +178,7 @@ class PalaciosTime:
     def rdtsc(self, core: int) -> TscInstruction:
         """A trapped RDTSC: EDX:EAX are its guest TSC."""
         state = self._core(core)
-        return state.tsc.rdtsc(state.as_tsc())
+        return rdtsc(state.tsc, state.as_tsc())
 
     def write_tsc(self, core: int, value: int) -> None:
         """The guest writes MSR 0x10: the offset moves, its cycles do not."""
@@ -200,7 +201,7 @@ class PalaciosTime:
         at_rate = VcpuTsc(rate=self.rates[core].ratio)
         at_rate.host_write_tsc(guest_tsc, host_tsc)
         dilation = RATIO_ONE if self.seed else self.dilation
-        return at_rate.controls(host_tsc, passthrough=self.passthrough, dilation=dilation)
+        return tsc_controls(at_rate, host_tsc, passthrough=self.passthrough, dilation=dilation)
 
     # What the VMM does
 

@@ -79,6 +79,11 @@ class UnslavedBackend:
         """See Backend: that of the one inside, if it knows."""
         return getattr(self.inner, "guest_engine", None)
 
+    @property
+    def boot_id(self) -> str | None:
+        """See Backend."""
+        return self.inner.boot_id
+
     # Around the guest's execution
 
     def enter(self) -> HostTsc:

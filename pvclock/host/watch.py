@@ -6,23 +6,15 @@ comes through a `HostSource`, so that a test can play every fault.
 
 from __future__ import annotations
 
-import time
 from enum import StrEnum
-from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from pvclock._sampling import sample_clock
 from pvclock.arguments import flag, serving, whole
 from pvclock.errors import RangeError
-from pvclock.host.backend import CURRENT_CLOCKSOURCE, asleep_bounds_ns, host_clocksource
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, signed64
+from pvclock.host.linux import HostReading, LinuxHost
+from pvclock.quantities import NS_PER_S, U64_MASK, signed64
 
-__all__ = ["HostReading", "HostSource", "HostWatch", "LinuxHost", "StallCause", "Trouble", "TroubleKind"]
-
-AVAILABLE_CLOCKSOURCES: Final = CURRENT_CLOCKSOURCE.with_name("available_clocksource")
-SCHEDSTAT: Final = Path("/proc/thread-self/schedstat")
-OWN_CGROUPS: Final = Path("/proc/self/cgroup")
-CGROUP2_MOUNTS: Final = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+__all__ = ["HostSource", "HostWatch", "StallCause", "Trouble", "TroubleKind"]
 
 STALL_INTERVALS: Final = 4
 """A stall is a gap of more intervals than this, unless told otherwise."""
@@ -32,32 +24,6 @@ RATE_BOUND_PPM: Final = 1000
 
 RAW_GRAIN_NS: Final = 1000
 """CLOCK_MONOTONIC_RAW moves in steps of the clocksource: up to 280 ns on acpi_pm, the coarsest that hosts use."""
-
-
-class HostReading(NamedTuple):
-    """What the host says at one instant.
-
-    host_tsc, raw_ns: one instant on the TSC and on CLOCK_MONOTONIC_RAW, true to width_ticks / 2.
-    monotonic_ns: CLOCK_MONOTONIC, which stands still while the host is suspended.  real_ns: UTC since 1970.
-    asleep_least_ns, asleep_most_ns: bounds of the time that the host was suspended since it booted.
-    process_cpu_ns: CPU time of all threads of this process.
-    run_delay_ns: how long the calling thread has waited for a CPU while it could run; None if the kernel does not say.
-    frozen_ns: how long this process's cgroup v2 has been frozen; None if the kernel does not say (before Linux 6.18).
-    clocksource, clocksources: the kernel's present one, "unknown" if unreadable; all on offer, empty if unreadable.
-    """
-
-    host_tsc: HostTsc
-    raw_ns: int
-    width_ticks: int
-    monotonic_ns: int
-    real_ns: int
-    asleep_least_ns: int
-    asleep_most_ns: int
-    process_cpu_ns: int
-    run_delay_ns: int | None
-    frozen_ns: int | None
-    clocksource: str
-    clocksources: frozenset[str]
 
 
 class HostSource(Protocol):
@@ -267,51 +233,3 @@ def _lost_tsc(before: HostReading, after: HostReading) -> Trouble | None:
 
 def _grown(before: int | None, after: int | None) -> int:
     return 0 if before is None or after is None else after - before
-
-
-class LinuxHost:
-    """This host.  A reading takes some 0.1 ms, most of it for four small files of /sys and /proc."""
-
-    def __init__(self) -> None:
-        self._cgroup_stat = _own_cgroup_stat()
-
-    def read(self) -> HostReading:
-        """See HostSource.  What the kernel does not offer reads as unknown; nothing is raised."""
-        tsc, raw_ns, width_ticks = sample_clock(time.CLOCK_MONOTONIC_RAW)
-        asleep_least_ns, asleep_most_ns = asleep_bounds_ns()
-        schedstat = _text(SCHEDSTAT).split()
-        return HostReading(
-            HostTsc(tsc),
-            raw_ns,
-            width_ticks,
-            time.monotonic_ns(),
-            time.time_ns(),
-            asleep_least_ns,
-            asleep_most_ns,
-            time.process_time_ns(),
-            int(schedstat[1]) if len(schedstat) > 1 else None,
-            self._frozen_ns(),
-            host_clocksource(),
-            frozenset(_text(AVAILABLE_CLOCKSOURCES).split()),
-        )
-
-    def _frozen_ns(self) -> int | None:
-        lines = _text(self._cgroup_stat).splitlines() if self._cgroup_stat else []
-        return next((int(line.split()[1]) * 1000 for line in lines if line.startswith("frozen_usec ")), None)
-
-
-def _own_cgroup_stat() -> Path | None:
-    """The file that may say how long this process's cgroup v2 was frozen; None if it is in none but the root.
-
-    cgroup.stat.local counts from the order to freeze to that to thaw, its own or an ancestor's.
-    """
-    paths = [line.removeprefix("0::/") for line in _text(OWN_CGROUPS).splitlines() if line.startswith("0::/")]
-    files = [mount / path / "cgroup.stat.local" for mount in CGROUP2_MOUNTS for path in paths]
-    return next((file for file in files if file.exists()), None)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""

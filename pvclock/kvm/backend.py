@@ -11,15 +11,8 @@ from pvclock._counter import Counter, HostCounter, KernelTimeCounter
 from pvclock._transaction import commit
 from pvclock.arguments import flag, instance, whole
 from pvclock.errors import TscOffsetNotHonoured
-from pvclock.host.backend import (
-    CLOCK_GRAIN_NS,
-    CLOCK_IDS,
-    bracketed,
-    host_clocksource,
-    host_stamps,
-    tsc_of_each_cpu,
-    wait_until,
-)
+from pvclock.host.linux import host_clocksource, read_boot_id, tsc_of_each_cpu
+from pvclock.host.this_host import CLOCK_GRAIN_NS, CLOCK_IDS, bracketed, host_stamps, wait_until
 from pvclock.kvm._ioctls import Kvm, Vcpu
 from pvclock.kvm.arguments import vcpus_of
 from pvclock.kvm.capabilities import kernel_features
@@ -65,6 +58,11 @@ class _VcpusOfRunner:
         self.kernel_features = whole("kernel_features", kernel_features, 0, U32_MASK)
         self.tsc_hz = self._vcpus[0].get_tsc_khz() * 1000
         self.quiesce = runner.quiesce
+
+    @property
+    def boot_id(self) -> str | None:
+        """See Backend."""
+        return read_boot_id()
 
     def run_delay_ns(self, vcpu: int) -> int | None:
         """See Backend: by the kernel's account of vCPU's thread."""

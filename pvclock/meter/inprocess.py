@@ -13,7 +13,7 @@ from fractions import Fraction
 from pvclock._memory import GuestMemory
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import PvclockError
-from pvclock.host.backend import HostBackend
+from pvclock.host.this_host import HostBackend
 from pvclock.meter.observe import STORM_DILATIONS, Storm
 from pvclock.payloads.probe import ProbeRecord
 

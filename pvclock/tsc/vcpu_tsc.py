@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import gcd
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 from pvclock import arguments
 from pvclock._core import guest_tsc
@@ -17,41 +17,14 @@ from pvclock.arguments import flag, fraction, whole
 from pvclock.errors import ConfigError, MsrFault, RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, GuestTsc, HostTsc, quoted, shown
 
-__all__ = ["MSR_IA32_TSC", "MSR_IA32_TSC_ADJUST", "MSR_TSC_AUX", "TscControls", "TscInstruction", "VcpuTsc", "tsc_rate"]
+__all__ = ["MSR_IA32_TSC", "MSR_IA32_TSC_ADJUST", "MSR_TSC_AUX", "VcpuTsc", "tsc_rate"]
 
 MSR_IA32_TSC: Final = 0x10
 MSR_IA32_TSC_ADJUST: Final = 0x3B
 MSR_TSC_AUX: Final = 0xC0000103
 
 U32_MASK: Final = (1 << 32) - 1
-RDTSC_BYTES: Final = 2  # 0f 31; RDMSR, 0f 32, is as long
-RDTSCP_BYTES: Final = 3  # 0f 01 f9
 PALACIOS_LEAST_GCD: Final = 1024
-
-
-class TscInstruction(NamedTuple):
-    """What an emulated RDTSC, RDTSCP or RDMSR leaves in the guest's registers.
-
-    rax, rdx: 64 bits, the upper 32 of them 0, as every 32-bit result is in 64-bit mode.
-    """
-
-    rax: int
-    rdx: int
-    rcx: int | None
-    """None: as it was."""
-    rip_advance: int
-    """Bytes of the instruction; one that has prefixes is longer by those."""
-
-
-class TscControls(NamedTuple):
-    """What the hardware's control structure (VMCS or VMCB) is to hold for a vCPU."""
-
-    offset: int
-    """Ticks modulo 2^64."""
-    traps_rdtsc: bool
-    passthrough: bool
-    warning: str
-    """Why passthrough was asked for and is not given; else empty."""
 
 
 def tsc_rate(guest_hz: int, host_hz: int, *, profile: Literal["exact", "palacios"] = "exact") -> Fraction:
@@ -124,6 +97,11 @@ class VcpuTsc:
         """Guest ticks in a host tick, exactly."""
         return Fraction(self.ratio, 1 << self.frac_bits) if self._exact_rate is None else self._exact_rate
 
+    @property
+    def is_hardware_scaled(self) -> bool:
+        """Is the rate `ratio`, which hardware can apply, rather than an exact one that takes a trap?"""
+        return self._exact_rate is None
+
     def guest_hz(self, host_hz: int) -> Fraction:
         """The guest TSC's frequency in Hz, on a host TSC of `host_hz`, exactly."""
         return whole("host_hz", host_hz) * self.rate
@@ -139,22 +117,6 @@ class VcpuTsc:
         if self._exact_rate is None:
             return GuestTsc(guest_tsc(host_tsc, self.offset, self.ratio, self.frac_bits))
         return GuestTsc((self.cycles(host_tsc) + self.offset) & U64_MASK)
-
-    def rdtsc(self, host_tsc: HostTsc) -> TscInstruction:
-        """RDTSC at `host_tsc`, for a VMM that traps it: EDX:EAX."""
-        return _in_halves(self.read(host_tsc), RDTSC_BYTES)
-
-    def rdtscp(self, host_tsc: HostTsc) -> TscInstruction:
-        """RDTSCP at `host_tsc`: EDX:EAX, and TSC_AUX in ECX."""
-        return _in_halves(self.read(host_tsc), RDTSCP_BYTES)._replace(rcx=self.aux)
-
-    def rdmsr(self, index: int, host_tsc: HostTsc) -> TscInstruction:
-        """RDMSR of 0x10, 0x3b or 0xc0000103 at `host_tsc`: EDX:EAX; MsrFault for any other."""
-        if whole("index", index) == MSR_IA32_TSC:
-            return self.rdtsc(host_tsc)
-        if index not in (MSR_IA32_TSC_ADJUST, MSR_TSC_AUX):
-            raise MsrFault(index)
-        return _in_halves(self.adjust if index == MSR_IA32_TSC_ADJUST else self.aux, RDTSC_BYTES)
 
     # What guest and host write
 
@@ -240,28 +202,6 @@ class VcpuTsc:
             return 0
         return max(((deadline - now) * 10**6 & U64_MASK) // virtual_khz - advance_ns, 0)
 
-    # What the hardware is to do
-
-    def controls(
-        self, host_tsc: HostTsc, *, passthrough: bool = False, dilation: Fraction = Fraction(1), scales: bool = False
-    ) -> TscControls:
-        """Offset and RDTSC trap at `host_tsc`; the trap is on where the hardware alone would give another rate.
-
-        passthrough: the guest is to have the host's TSC as it is, without its offset; cancelled, with a warning, if it
-        has a rate or a dilation of its own.  dilation: guest time in host time, which only a trap can give.
-        scales: the host multiplies by `ratio` in hardware.
-        """
-        passthrough, scales = flag("passthrough", passthrough), flag("scales", scales)
-        warning = ""
-        dilation = fraction("dilation", dilation)
-        if passthrough and (dilation != 1 or self.rate != 1):
-            warning = f"TSC passthrough cancelled: the guest's rate is {self.rate}, its dilation {dilation}"
-        passthrough = passthrough and not warning
-        scaled = scales and self._exact_rate is None and dilation == 1
-        traps = not scaled and (self.rate != 1 or dilation != 1)
-        offset = 0 if passthrough else self.offset if scaled else (self.read(host_tsc) - host_tsc) & U64_MASK
-        return TscControls(offset, traps, passthrough, warning)
-
     def copy(self) -> VcpuTsc:
         """Another one in the same state."""
         copied = VcpuTsc.__new__(VcpuTsc)  # past the checks: each RDMSR makes a copy
@@ -270,7 +210,3 @@ class VcpuTsc:
 
     def __repr__(self) -> str:
         return f"VcpuTsc(offset={self.offset:#x}, adjust={self.adjust:#x})"
-
-
-def _in_halves(value: int, rip_advance: int) -> TscInstruction:
-    return TscInstruction(value & U32_MASK, value >> 32, None, rip_advance)

@@ -3,7 +3,7 @@
 import pytest
 
 from pvclock.clock.guest_clock import TSC_STABLE_BIT
-from pvclock.host.backend import host_clocksource
+from pvclock.host.linux import host_clocksource
 from pvclock.kvm import open_kvm
 from pvclock.kvm.cpuid_probe import CpuidProbe, probe_cpuid
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets

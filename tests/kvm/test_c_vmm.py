@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pvclock.host.backend import host_clocksource
+from pvclock.host.linux import host_clocksource
 from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.kvm

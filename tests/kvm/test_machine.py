@@ -12,8 +12,9 @@ from typing import Any, Literal
 import pytest
 
 from pvclock.errors import ConfigError, GuestCrashed, ImageError, KvmUnavailable, PvclockError, StateError, WrongType
-from pvclock.host.backend import HostBackend, SimulatedBackend
 from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.simulated import SimulatedBackend
+from pvclock.host.this_host import HostBackend
 from pvclock.kvm.exits import InternalError
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine
 from pvclock.machine.exits import CONSOLE_KEPT_BYTES

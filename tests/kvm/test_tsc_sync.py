@@ -19,12 +19,13 @@ import pytest
 
 from pvclock import HostTsc, KvmError, Machine, RefNs, TscOffsetNotHonoured
 from pvclock._sampling import sample_clock
-from pvclock.host.backend import host_clocksource
+from pvclock.host.linux import host_clocksource
 from pvclock.kvm import Kvm, Vcpu, Vm
 from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.meter.observe import failures, finish, probe_machine, wait_until_reading
 from pvclock.quantities import U64_MASK
-from pvclock.tsc.agreement import HostInstant, KvmTscSync, KvmTscWrite, agreement, repair_plan
+from pvclock.tsc.agreement import agreement, repair_plan
+from pvclock.tsc.kvm_sync_model import HostInstant, KvmTscSync, KvmTscWrite
 from tests.kvm.reading import wait_until_all_read_on
 
 pytestmark = pytest.mark.kvm

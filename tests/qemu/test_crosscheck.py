@@ -14,7 +14,7 @@ import pytest
 import pvclock.commands
 from pvclock import ClockScale, Reference, Sample, StateError
 from pvclock.clock.wall_clock import WallClock
-from pvclock.host.backend import host_clocksource
+from pvclock.host.linux import host_clocksource
 from pvclock.kvm.backend import KvmBackend, SteeredTscBackend
 from pvclock.meter.observe import Observation, Steered, observe
 from pvclock.providers.kvm import KvmProvider

@@ -97,7 +97,7 @@ class Gate:
 
 
 class OffsetHost:
-    """This host, as if it honoured TSC offsets, but now and then; see pvclock.host.backend.Backend."""
+    """This host, as if it honoured TSC offsets, but now and then; see Backend."""
 
     is_slaved = True
     kernel_features = 0
@@ -107,7 +107,7 @@ class OffsetHost:
         self.offsets: dict[int, int] = {}
         self.counter, self.tsc_hz, self.tsc_stable = host.counter, host.tsc_hz, host.tsc_stable
         self.sample, self.stamps, self.tsc_readings = host.sample, host.stamps, host.tsc_readings
-        self.vcpus_held = host.vcpus_held
+        self.vcpus_held, self.boot_id = host.vcpus_held, host.boot_id
         self._wait_until, self._rng = host.run_until, rng
         self._run_delay_ns = 0
 

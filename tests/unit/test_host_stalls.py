@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pvclock.host import watch
-from pvclock.host.watch import HostWatch, LinuxHost, StallCause, TroubleKind
+from pvclock.host import linux
+from pvclock.host.linux import LinuxHost
+from pvclock.host.watch import HostWatch, StallCause, TroubleKind
 from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]
@@ -34,13 +35,13 @@ def test_reading_this_host() -> None:
 
 
 @pytest.mark.row("E9")
-@pytest.mark.skipif(not watch.SCHEDSTAT.exists(), reason="no run delay: needs a kernel with CONFIG_SCHED_INFO")
+@pytest.mark.skipif(not linux.SCHEDSTAT.exists(), reason="no run delay: needs a kernel with CONFIG_SCHED_INFO")
 def test_run_delay_is_the_kernels() -> None:
     """The second number of the thread's schedstat is what a reading says, between one look at it and another."""
     before_ns, read_ns, after_ns = (
-        int(watch.SCHEDSTAT.read_text().split()[1]),
+        int(linux.SCHEDSTAT.read_text().split()[1]),
         LinuxHost().read().run_delay_ns,
-        int(watch.SCHEDSTAT.read_text().split()[1]),
+        int(linux.SCHEDSTAT.read_text().split()[1]),
     )
     assert read_ns is not None
     assert before_ns <= read_ns <= after_ns
@@ -50,8 +51,8 @@ def test_run_delay_is_the_kernels() -> None:
 def test_a_host_without_those_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where /sys and /proc do not say, readings say that it is unknown, and a watch works with the rest."""
     for name in ("AVAILABLE_CLOCKSOURCES", "SCHEDSTAT", "OWN_CGROUPS"):
-        monkeypatch.setattr(watch, name, tmp_path / "absent")
-    monkeypatch.setattr("pvclock.host.backend.CURRENT_CLOCKSOURCE", tmp_path / "absent")
+        monkeypatch.setattr(linux, name, tmp_path / "absent")
+    monkeypatch.setattr("pvclock.host.linux.CURRENT_CLOCKSOURCE", tmp_path / "absent")
     reading = LinuxHost().read()
     assert (reading.run_delay_ns, reading.frozen_ns) == (None, None)
     assert (reading.clocksource, reading.clocksources) == ("unknown", frozenset())
@@ -63,7 +64,7 @@ def test_a_host_without_those_files(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 CHILD_INTERVAL_NS, CHILD_STALL_NS, CHILD_SECONDS = 10 * MS, 200 * MS, 60
 CHILD = f"""
 import sys, time
-from pvclock.host.backend import measure_tsc_hz
+from pvclock.host.this_host import measure_tsc_hz
 from pvclock.host.watch import HostWatch, TroubleKind
 sys.stdin.readline()
 watch = HostWatch(measure_tsc_hz(), interval_ns={CHILD_INTERVAL_NS}, stall_ns={CHILD_STALL_NS})
@@ -153,7 +154,7 @@ def freezer_v1() -> Freezer | None:
 
 def freezer_v2() -> Freezer | None:
     """The freezer of cgroup v2, likewise."""
-    for mount in watch.CGROUP2_MOUNTS:
+    for mount in linux.CGROUP2_MOUNTS:
         if (mount / "cgroup.controllers").exists() and os.access(mount, os.W_OK):
             folder = mount / f"pvclock-test-{os.getpid()}"
             return Freezer(folder, "cgroup.freeze", ("1", "0"), "cgroup.events", "frozen 1")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock.errors import RangeError
-from pvclock.host.watch import HostReading, HostWatch, StallCause, TroubleKind
+from pvclock.host.linux import HostReading
+from pvclock.host.watch import HostWatch, StallCause, TroubleKind
 from pvclock.quantities import U64_MASK, HostTsc
 from pvclock.timekeeping.events import EventKind
 

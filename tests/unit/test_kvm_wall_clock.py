@@ -10,7 +10,7 @@ from struct import unpack
 import pytest
 
 from pvclock import GuestClock, GuestMemory, Reference, SimulatedBackend
-from pvclock.host.backend import HostBackend
+from pvclock.host.this_host import HostBackend
 from pvclock.providers.interface import HypercallRegisters
 from tests.unit.restless_host import restless
 from tests.unit.stub_clock import u32

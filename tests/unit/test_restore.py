@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 from pvclock import GuestClock, GuestMemory, GuestTsc, HostTsc, RangeError, SimulatedBackend, StateFileError
+from pvclock.host import linux
+from pvclock.host.this_host import HostBackend
 from pvclock.state.clock_state import ClockState, from_json, to_json
 from pvclock.timekeeping import catchup
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
@@ -207,3 +210,23 @@ def test_missed_time_has_the_dilation_of_the_pause(saved: bool) -> None:
     assert clock.resume("advance").gain_ns == 10 * NS_PER_S
     backend.advance(ns=NS_PER_S)
     assert clock.at(backend.tsc) == 1010 * NS_PER_S
+
+
+@pytest.mark.row("E5")
+def test_a_process_moved_to_another_boot_saves_that_ones_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CRIU may restore the process on another host: save(), pause() and resume() read the boot anew, events do not."""
+    boot = tmp_path / "boot_id"
+    monkeypatch.setattr(linux, "BOOT_ID", boot)
+    linux.boot_id.cache_clear()
+    try:
+        boot.write_text("the first\n")
+        clock = GuestClock(GuestMemory(bytearray(4096)), backend=HostBackend(10**9))
+        clock.refresh()
+        boot.write_text("the second\n")
+        assert clock.save().host.boot_id == "the second"
+        clock.pause()
+        boot.write_text("the third\n")
+        assert clock.save().host.boot_id == "the second"
+        assert clock.backend.stamps().boot_id == "the first"
+    finally:
+        linux.boot_id.cache_clear()

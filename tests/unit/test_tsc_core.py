@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, HostTsc, MsrFault, RangeError, VcpuTsc, tsc_ratio
+from pvclock.tsc.emulation import rdmsr, rdtsc, rdtscp, tsc_controls
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, tsc_rate
 from tests.oracle import SVM_FRAC_BITS, VMX_FRAC_BITS, VcpuTscOracle
 
@@ -36,11 +37,11 @@ def test_instructions(offset: int, adjust: int, aux: int, now: int) -> None:
     """RDTSC, RDTSCP and RDMSR give zero-extended halves, RDTSCP TSC_AUX too, and say how long they are."""
     tsc, value = VcpuTsc(offset, adjust, aux=aux), (now + offset) % 2**64
     halves = (value % 2**32, value // 2**32)
-    assert tsc.rdtsc(HostTsc(now)) == (*halves, None, len(bytes.fromhex("0f31")))
-    assert tsc.rdtscp(HostTsc(now)) == (*halves, aux, len(bytes.fromhex("0f01f9")))
-    assert tsc.rdmsr(MSR_IA32_TSC, HostTsc(now)) == (*halves, None, len(bytes.fromhex("0f32")))
-    assert tsc.rdmsr(MSR_IA32_TSC_ADJUST, HostTsc(now)) == (adjust % 2**32, adjust // 2**32, None, 2)
-    assert tsc.rdmsr(MSR_TSC_AUX, HostTsc(now)) == (aux, 0, None, 2)
+    assert rdtsc(tsc, HostTsc(now)) == (*halves, None, len(bytes.fromhex("0f31")))
+    assert rdtscp(tsc, HostTsc(now)) == (*halves, aux, len(bytes.fromhex("0f01f9")))
+    assert rdmsr(tsc, MSR_IA32_TSC, HostTsc(now)) == (*halves, None, len(bytes.fromhex("0f32")))
+    assert rdmsr(tsc, MSR_IA32_TSC_ADJUST, HostTsc(now)) == (adjust % 2**32, adjust // 2**32, None, 2)
+    assert rdmsr(tsc, MSR_TSC_AUX, HostTsc(now)) == (aux, 0, None, 2)
 
 
 @pytest.mark.row("P-17", "J-03", "J-04")
@@ -56,7 +57,7 @@ def test_msr_hooks(writes: list[tuple[int, int, int]], now: int) -> None:
             oracle.guest_write_adjust(value)
         else:
             aux = value % 2**32
-    values = [tsc.rdmsr(index, HostTsc(now)) for index in (MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX)]
+    values = [rdmsr(tsc, index, HostTsc(now)) for index in (MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX)]
     assert [each.rdx << 32 | each.rax for each in values] == [oracle.read(now), oracle.adjust, aux]
 
 
@@ -64,7 +65,7 @@ def test_msr_hooks(writes: list[tuple[int, int, int]], now: int) -> None:
 def test_msrs_that_a_tsc_does_not_have() -> None:
     """Another MSR faults, read and written."""
     with pytest.raises(MsrFault, match="RDMSR 0x6e0"):
-        VcpuTsc().rdmsr(0x6E0, HostTsc(0))
+        rdmsr(VcpuTsc(), 0x6E0, HostTsc(0))
     with pytest.raises(MsrFault, match="WRMSR 0x6e0 := 0x1"):
         VcpuTsc().wrmsr(0x6E0, 1, HostTsc(0))
 
@@ -211,7 +212,7 @@ def test_a_far_deadline_comes_early_in_linux() -> None:
 def test_hardware_controls(tsc: VcpuTsc, now: int, scales: bool, n: int, d: int) -> None:
     """RDTSC traps unless the hardware gives the same by itself: then its offset and ratio give the guest's TSC."""
     dilation = Fraction(n, d)
-    offset, traps_rdtsc, passthrough, warning = tsc.controls(HostTsc(now), dilation=dilation, scales=scales)
+    offset, traps_rdtsc, passthrough, warning = tsc_controls(tsc, HostTsc(now), dilation=dilation, scales=scales)
     assert (passthrough, warning) == (False, "")
     in_hardware = scales and dilation == 1 and tsc._exact_rate is None
     assert traps_rdtsc == (not in_hardware and (tsc.rate != 1 or dilation != 1))
@@ -223,11 +224,11 @@ def test_hardware_controls(tsc: VcpuTsc, now: int, scales: bool, n: int, d: int)
 def test_passthrough() -> None:
     """A passed-through TSC has offset 0 and no trap; with a dilation or a rate it is cancelled, with a warning."""
     now = HostTsc(10**12)
-    assert VcpuTsc(99).controls(now, passthrough=True) == (0, False, True, "")
-    dilated = VcpuTsc(99).controls(now, passthrough=True, dilation=Fraction(1, 2))
+    assert tsc_controls(VcpuTsc(99), now, passthrough=True) == (0, False, True, "")
+    dilated = tsc_controls(VcpuTsc(99), now, passthrough=True, dilation=Fraction(1, 2))
     assert dilated[:3] == (99, True, False)
     assert dilated.warning == "TSC passthrough cancelled: the guest's rate is 1, its dilation 1/2"
-    scaled = VcpuTsc(99, rate=Fraction(3, 2)).controls(now, passthrough=True)
+    scaled = tsc_controls(VcpuTsc(99, rate=Fraction(3, 2)), now, passthrough=True)
     assert scaled[:3] == (99 + 10**12 // 2, True, False)
     assert "the guest's rate is 3/2" in scaled.warning
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, HostTsc, RangeError, RefNs
-from pvclock.tsc.agreement import HostInstant, KvmTscSync, KvmTscWrite, repair_plan
+from pvclock.tsc.agreement import repair_plan
+from pvclock.tsc.kvm_sync_model import HostInstant, KvmTscSync, KvmTscWrite
 from tests.oracle import scale_delta, scale_tsc, time_scale
 
 KHZ = 2_596_132

@@ -37,7 +37,8 @@ from pvclock.state import clock_state as states
 from pvclock.timekeeping.event_timeline import EventTimeline
 from pvclock.timekeeping.events import Event, EventKind
 from pvclock.timekeeping.timers import Timers, VcpuTimeouts
-from pvclock.tsc.agreement import HostInstant, KvmTscSync, OffsetWrite
+from pvclock.tsc.agreement import OffsetWrite
+from pvclock.tsc.kvm_sync_model import HostInstant, KvmTscSync
 from tests.saved_states import TYPICAL
 from tests.unit.clocks import a_clock
 from tests.unit.public_callables import PublicCallable, public_callables
@@ -173,6 +174,7 @@ VALID: dict[str, Callable[[], Any]] = {
     "SimulatedBackend.sleep.tsc": lambda: "stops",
     "path": lambda: Path("/nowhere/a.json"),
     "OffsetWrite.applied.tsc": VcpuTsc,
+    **{f"pvclock.tsc.emulation.{name}.tsc": VcpuTsc for name in ("rdmsr", "rdtsc", "rdtscp", "tsc_controls")},
     "tscs": lambda: [VcpuTsc()],
     "vendor": lambda: "GenuineIntel",
     "GuestInterface.clock": lambda: interface().provider.clock,
