@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from pvclock.clock.follower import OFF, Follower
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.operations import Operations
+from pvclock.clock.pause_resume import PauseResume
 from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
@@ -48,6 +49,7 @@ class ClockParts(NamedTuple):
     tscs: VcpuTscs
     host: HostTrust
     operations: Operations
+    pause_resume: PauseResume
     follower: Follower
     wall_clock: WallClock
 
@@ -66,7 +68,7 @@ def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, gues
     return ClockState(
         version=VERSION,
         provider=provider,
-        policy=str(parts.operations.policy),
+        policy=str(parts.pause_resume.policy),
         timeline=TimelineState(
             timeline.at(tsc) % (U64_MASK + 1),
             dilation,
@@ -101,7 +103,7 @@ def take(parts: ClockParts, state: ClockState, policy: Policy, slew: Policy | No
     restored = TimeState.of(timeline, PausePoint(then, host.tsc_hz, missed_at, elsewhere=True))
     told = keeper.event(EventKind.RESTORE, _told(state, same_boot=same_boot), now, before=restored)
     keeper.be_restored(restored, (told,))
-    parts.operations.policy = policy
+    parts.pause_resume.policy = policy
     parts.host.sleep_policy = policy_named("sleep_policy", state.sleep_policy)
     parts.wall_clock.gpa = None if state.wall_clock_gpa is None else Gpa(state.wall_clock_gpa)
     parts.wall_clock.base = WallClockBase(*state.wall_clock)

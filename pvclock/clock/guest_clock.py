@@ -23,6 +23,7 @@ from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.live_clock import Succession
 from pvclock.clock.operations import Operations
+from pvclock.clock.pause_resume import PauseResume
 from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
@@ -103,14 +104,10 @@ class GuestClock:
         self._keeper = Timekeeper(
             memory, self.vcpus, backend, provider_named_in(config, beside), stable=self._is_stable, look=self._look
         )
-        self._tscs = VcpuTscs(self._keeper, tsc_offset)
-        self._follower = Follower(self._keeper)
-        self._host = HostTrust(self._keeper, self._tscs, self._follower)
-        self._operations = Operations(self._keeper, self._host, self._tscs, self._follower)
-        self._wall_clock = WallClock(self._keeper)
-        self._parts = ClockParts(
-            self._keeper, self._tscs, self._host, self._operations, self._follower, self._wall_clock
-        )
+        self._parts = _parts_of(self._keeper, tsc_offset)
+        self._tscs, self._host, self._operations = self._parts.tscs, self._parts.host, self._parts.operations
+        self._pause_resume, self._follower = self._parts.pause_resume, self._parts.follower
+        self._wall_clock = self._parts.wall_clock
         self._follower.follow(reference)
 
         # The compiled method itself, in place of the Python one around it, which would cost as much again.
@@ -238,11 +235,11 @@ class GuestClock:
     @property
     def policy(self) -> Policy:
         """What becomes of missed time where resume() is not told; settable, by name too.  Saved with the clock."""
-        return self._operations.policy
+        return self._pause_resume.policy
 
     @policy.setter
     def policy(self, policy: Policy | str) -> None:
-        self._operations.policy = policy
+        self._pause_resume.policy = policy
 
     @property
     def sleep_policy(self) -> Policy:
@@ -296,7 +293,7 @@ class GuestClock:
 
         StateError if it is paused, or if the backend's vCPUs run.
         """
-        self._operations.pause()
+        self._pause_resume.pause()
 
     def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> Settlement:
         """Let guest time go on; `policy` says what becomes of the time missed, the clock's own if it is not given.
@@ -305,7 +302,7 @@ class GuestClock:
         stopped, which keeps their watchdogs quiet, but not by profile "virtualbox".  StateError if it is not paused.
         """
         told = flag("guest_stopped", guest_stopped) and self._guest.tells_of_pauses
-        return self._operations.resume(policy, guest_stopped=told)
+        return self._pause_resume.resume(policy, guest_stopped=told)
 
     def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
         """Let a paused VM run for `ns` of guest time, and pause it: at that time or later.
@@ -314,7 +311,7 @@ class GuestClock:
         stays in guest time and is reported; on a simulated backend it is below a tick.  RangeError beyond 2^62 ticks of
         the host; meanwhile pause(), resume() and another run_for() are StateErrors.
         """
-        return self._operations.run_for(ns, policy)
+        return self._pause_resume.run_for(ns, policy)
 
     def reset(self) -> None:
         """The VM is reset: MSRs are as at its start, IA32_TSC_ADJUST and TSC_AUX too, and no page is kept.
@@ -524,6 +521,20 @@ class GuestClock:
                 self.follow(reference)
             else:
                 capture.follow_again(self._parts, state)
+
+
+def _parts_of(keeper: Timekeeper, tsc_offset: int | None) -> ClockParts:
+    tscs, follower = VcpuTscs(keeper, tsc_offset), Follower(keeper)
+    host = HostTrust(keeper, tscs, follower)
+    return ClockParts(
+        keeper,
+        tscs,
+        host,
+        Operations(keeper, host),
+        PauseResume(keeper, host, tscs, follower),
+        follower,
+        WallClock(keeper),
+    )
 
 
 def _engine_named(engine: Engine | str) -> Engine:

@@ -1,0 +1,249 @@
+"""Guest time stands still and goes on: pause, resume, and run for a while in between.
+
+Each operation is done as a whole or not at all, and leaves an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from fractions import Fraction
+from functools import partial
+from typing import NamedTuple
+
+from pvclock._transaction import attempt, finish
+from pvclock.arguments import whole
+from pvclock.clock.follower import Follower
+from pvclock.clock.host_trust import HostTrust, slept_ns
+from pvclock.clock.live_clock import hold_of
+from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
+from pvclock.clock.vcpu_tscs import VcpuTscs
+from pvclock.errors import RangeError, StateError
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
+from pvclock.readings import HostStamps, RunReport
+from pvclock.timekeeping import catchup
+from pvclock.timekeeping.catchup import CatchUpTable, Policy, Slew
+from pvclock.timekeeping.events import Event, EventKind
+from pvclock.timekeeping.timeline import Timeline
+
+__all__ = ["PauseResume"]
+
+
+class Run:
+    """A run_for(): guest time at its beginning, and how much passed."""
+
+    def __init__(self) -> None:
+        self.begin_ns = self.ran_ns = Fraction(0)
+
+
+class Chosen(NamedTuple):
+    """A policy, and in what words it was chosen."""
+
+    policy: Policy
+    words: str
+
+
+class PauseResume:
+    """Pauses and resumes one VM's time; the catch-up policy says what becomes of the time missed."""
+
+    def __init__(self, keeper: Timekeeper, host: HostTrust, tscs: VcpuTscs, follower: Follower) -> None:
+        self._keeper, self._host, self._tscs, self._follower = keeper, host, tscs, follower
+        self._policy: Policy = catchup.Freeze()
+        self._run: Run | None = None  # that is under way
+
+    @property
+    def policy(self) -> Policy:
+        """What becomes of missed time where resume() is not told; settable, by name too.  Saved with the clock."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy | str) -> None:
+        self._policy = catchup.as_policy(policy)
+
+    def pause(self) -> None:
+        """See GuestClock.pause()."""
+        with self._keeper.changing:
+            self._check_idle("pause")
+            self._keeper.while_held(None, self._pause)
+
+    def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> catchup.Settlement:
+        """See GuestClock.resume()."""
+        chosen = _chosen(policy, self._policy)
+        with self._keeper.changing:
+            self._check_idle("resume")
+            self._paused_at("resume")
+            resume = partial(self._resume, chosen, guest_stopped=guest_stopped)
+            return self._keeper.while_held(None, resume)
+
+    def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
+        """See GuestClock.run_for()."""
+        ns = whole("ns", ns)
+        if ns <= 0:
+            raise RangeError(f"run_for({shown(ns)}); ns of guest time, more than 0")
+        chosen = _chosen(policy, self._policy)
+        run = Run()
+        finish(partial(self._run_for, run, ns, chosen), partial(self._end, run))
+        return RunReport(run.ran_ns, run.ran_ns - ns)
+
+    def _run_for(self, run: Run, ns: int, policy: Chosen) -> None:
+        keeper = self._keeper
+        with keeper.changing:
+            self._check_idle("run_for")
+            self._paused_at("run_for")
+            _check_reach(keeper, ns)
+            self._run = run
+            stood = keeper.timeline.at(keeper.timeline.begin_tsc)
+            settled = keeper.while_held(None, partial(self._resume, policy, guest_stopped=False))
+            run.begin_ns = stood + settled.gain_ns
+        self._run_until(run.begin_ns + ns)
+
+    def _end(self, run: Run) -> None:
+        """Pause, if it was `run` that let time go on; where that cannot be, time goes on, and pause() is the VMM's."""
+        keeper = self._keeper
+        with keeper.changing:
+            if self._run is not run:
+                return
+            try:
+                if not keeper.is_paused:
+                    keeper.while_held(None, self._pause)
+            except Exception:
+                self._run = None
+                raise
+            run.ran_ns = keeper.timeline.at(keeper.timeline.begin_tsc) - run.begin_ns
+            self._run = None
+
+    # Inside
+
+    def _check_idle(self, operation: str) -> None:
+        if self._run is not None:
+            raise StateError(operation, "a run_for() is under way", "wait until it returns")
+
+    def _paused_at(self, operation: str) -> PausePoint:
+        paused_at = self._keeper.state.paused_at
+        if paused_at is None:
+            raise StateError(operation, "guest time is running", "pause() it first")
+        return paused_at
+
+    def _pause(self) -> None:
+        keeper = self._keeper
+        if keeper.is_paused:
+            raise StateError("pause", "guest time stands still already", "resume() it first")
+        keeper.check_held("pause")
+        stamps = self._host.require("pause")
+        at = stamps._replace(boot_id=keeper.backend.boot_id)
+        hold = ExitStack()
+
+        def stop(reached: Callable[[], None]) -> None:
+            old = keeper.state
+            tempo = self._follower.held(old.timeline.tempo)
+
+            def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+                reached()
+                keeper.live.pause(hold)
+                stopped = old.timeline.copy()
+                stopped.turn(tsc, tempo)
+                held = TimeState.of(stopped.copy())
+                stopped.stop(tsc)
+                paused_at = PausePoint(at._replace(tsc=tsc), keeper.backend.tsc_hz, tempo.dilation)
+                new = TimeState.of(stopped, paused_at)
+                event = partial(keeper.event, stamps=stamps, tsc=tsc)
+                events = [event(EventKind.PAUSE, "pause()", before=held, after=new)]
+                if tempo != old.timeline.tempo:
+                    events.insert(0, event(EventKind.RATE, "pause()", before=old, after=held))
+                return new, tuple(events)
+
+            keeper.stop(change)
+
+        attempt(lambda: hold.enter_context(hold_of(keeper.backend)), hold.close, stop)
+
+    def _resume(self, policy: Chosen, *, guest_stopped: bool) -> catchup.Settlement:
+        """Settle what was missed, and publish; for while_held()."""
+        keeper = self._keeper
+        stamps = self._host.require("resume")
+        old, paused_at = keeper.state, self._paused_at("resume")
+        tsc = keeper.host_tsc()
+        now = stamps._replace(boot_id=keeper.backend.boot_id)
+        missed_ns = _missed_ns(old.timeline, paused_at, now, tsc)
+        settled = catchup.settle(policy.policy, missed_ns if keeper.backend.is_slaved else Fraction(0))
+        started = _started(old.timeline, tsc, settled)
+        shown = TimeState.of(started)
+        tempo = started.tempo._replace(boost=started.plan(stamps.tsc))
+        scale = started.scale(tempo.pace)
+        gain_ticks = int(settled.gain_ns / started.tempo.dilation * keeper.backend.tsc_hz / NS_PER_S)
+        tscs = self._tscs.going_on(tsc, gain_ticks)
+        why = f"{policy.words}; {settled.why}".removesuffix("; ")
+        refused = partial(tscs.refusal, stamps, old)
+
+        def publish(reached: Callable[[], None]) -> catchup.Settlement:
+            def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+                reached()
+                self._tscs.stand_no_more()
+                going = started.copy()
+                going.turn(break_tsc, tempo)
+                new = TimeState(going, going.line(), scale)
+                event = partial(keeper.event, stamps=stamps)
+                going_on = event(EventKind.RESUME, why, tsc=tsc, before=old, after=shown, policy=policy.words)
+                events = [*refused(), going_on]
+                if settled.slew is not None or tempo != started.tempo:
+                    left = f"{round(started.skew_at(tsc))} ns are left"
+                    owed = left if settled.slew is None else f"{round(settled.slew_ns)} ns were missed"
+                    events.append(event(EventKind.SLEW, owed, tsc=break_tsc, before=shown, after=new))
+                return new, tuple(events)
+
+            keeper.resume(change, shown, scale, gain_ns=int(settled.gain_ns), guest_stopped=guest_stopped)
+            return settled
+
+        going_on = partial(attempt, tscs.give_what_it_takes, tscs.give_back, publish)
+        return finish(going_on, keeper.let_vcpus_go)
+
+    def _run_until(self, end_ns: Fraction) -> None:
+        """Let the vCPUs run until guest time is end_ns or later: its rate may change meanwhile."""
+        keeper = self._keeper
+        before: HostTsc | None = None
+        while keeper.timeline.at(now := keeper.host_tsc()) < end_ns:
+            if now == before:
+                raise StateError("run_for", "the backend returned early, and its TSC stands still", "mend run_until()")
+            before = now
+            keeper.backend.run_until(keeper.timeline.tsc_at(end_ns))
+
+
+def _chosen(policy: Policy | str | None, own: Policy) -> Chosen:
+    """The policy, the clock's own if None is given, with its words: the caller's, if it is given by name."""
+    found = own if policy is None else catchup.as_policy(policy)
+    return Chosen(found, policy if isinstance(policy, str) else str(found))
+
+
+def _check_reach(keeper: Timekeeper, ns: int) -> None:
+    """RangeError if no counter reaches that guest time; before anything changes."""
+    ticks = ns * keeper.backend.tsc_hz / (NS_PER_S * keeper.timeline.pace)
+    if ticks > U64_MASK // 4:
+        raise RangeError(
+            f"run_for({shown(ns)}): {shown(int(ticks))} ticks of the host's TSC; up to 2^62 can be waited for"
+        )
+
+
+def _missed_ns(timeline: Timeline, paused_at: PausePoint, stamps: HostStamps, tsc: HostTsc) -> Fraction:
+    """Guest time that would have passed since the pause, by the best clock that ran through it.
+
+    The TSC, at the rate that is known; the raw clock and the time asleep where the host slept or the clock was
+    restored within one boot; UTC beyond a boot.
+    """
+    then = paused_at.stamps
+    same_boot = stamps.boot_id is not None and stamps.boot_id == then.boot_id
+    if paused_at.elsewhere and not same_boot:
+        host_ns = Fraction(stamps.real_ns - then.real_ns)
+    elif paused_at.elsewhere or slept_ns(then, stamps):
+        host_ns = Fraction(stamps.raw_ns - then.raw_ns + slept_ns(then, stamps))
+    else:
+        host_ns = timeline.missed_at(tsc)
+    return host_ns * paused_at.dilation
+
+
+def _started(stopped: Timeline, tsc: HostTsc, settled: catchup.Settlement) -> Timeline:
+    """The timeline that goes on at `tsc`, with what was settled."""
+    going = stopped.copy()
+    going.start(tsc)
+    going.jump(settled.gain_ns)
+    if isinstance(settled.slew, Slew | CatchUpTable):
+        going.slew(tsc, settled.slew_ns, settled.slew)
+    return going
