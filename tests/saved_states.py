@@ -14,6 +14,7 @@ from pvclock.state.clock_state import (
     OfferState,
     ProviderState,
     ReferenceState,
+    SavedPolicy,
     SlewState,
     TimelineState,
     VcpuState,
@@ -32,12 +33,12 @@ TYPICAL: Final = ClockState(
         config={"enforce_cpuid": True, "features": 0x100108B},
         msrs={"boot_vcpu_runs_old_kvmclock": False, "system_time": (0x2001, 0x3001), "wall_clock": 0x1000},
     ),
-    policy="advance:max_ns=3600000000000",
-    sleep_policy="slew:max_ppm=200",
+    policy=SavedPolicy.named("advance:max_ns=3600000000000"),
+    sleep_policy=SavedPolicy.named("slew:max_ppm=200"),
     timeline=TimelineState(
         Fraction(86_400_000_000_001, 3), Fraction(1, 10), paused=True, paused_dilation=Fraction(1, 3)
     ),
-    slew=SlewState(Fraction(-5_000_000_000, 7), "slew:max_ppm=500"),
+    slew=SlewState(Fraction(-5_000_000_000, 7), SavedPolicy.named("slew:max_ppm=500")),
     host=HostState(
         tsc=987_654_321_012_345,
         tsc_hz=2_596_132_000,
@@ -61,8 +62,8 @@ TYPICAL: Final = ClockState(
 LEAST: Final = ClockState(
     version=3,
     provider=ProviderState("None", 1, {}, {}),
-    policy="freeze",
-    sleep_policy="freeze",
+    policy=SavedPolicy.named("freeze"),
+    sleep_policy=SavedPolicy.named("freeze"),
     timeline=TimelineState(Fraction(0), Fraction(1), paused=False, paused_dilation=None),
     slew=None,
     host=HostState(tsc=0, tsc_hz=1, raw_ns=None, real_ns=0, boot_id=None, asleep_ns=None),
@@ -80,15 +81,15 @@ EXTREME: Final = ClockState(
     provider=ProviderState(
         "P" * 256, 2**32 - 1, {"n" * 64: U64_MAX, "text": PRINTABLE}, {"-": (), "0x40000021": None, "x": (0, U64_MAX)}
     ),
-    policy="~" * 256,
-    sleep_policy=" " * 256,
+    policy=SavedPolicy("~" * 256, None),
+    sleep_policy=SavedPolicy(" " * 256, None),
     timeline=TimelineState(
         Fraction(GREATEST_TERM, 2**1984),
         U64_MAX + Fraction(1, 2),
         paused=True,
         paused_dilation=U64_MAX + Fraction(1, 3),
     ),
-    slew=SlewState(Fraction(1 - 2**2048, GREATEST_TERM - 1), "virtualbox"),
+    slew=SlewState(Fraction(1 - 2**2048, GREATEST_TERM - 1), SavedPolicy.named("virtualbox")),
     host=HostState(U64_MAX, U64_MAX, 2**63 - 1, -(2**63), "b" * 256, 2**63 - 1),
     guest_tsc_hz=U64_MAX,
     reference=ReferenceState("r" * 256, Fraction(GREATEST_TERM, 2**2032), U64_MAX),
@@ -109,7 +110,7 @@ def of_version_1(state: ClockState) -> ClockState:
     """What is left of a state in version 1, as it is read back."""
     return of_version_2(state)._replace(
         version=1,
-        sleep_policy="freeze",
+        sleep_policy=SavedPolicy.named("freeze"),
         reference=None,
         host=state.host._replace(asleep_ns=None),
         guest_tsc_hz=None,
@@ -150,6 +151,7 @@ def fractions(least: int, most: int) -> st.SearchStrategy[Fraction]:
     )
 
 
+POLICIES: Final = TEXT.map(SavedPolicy.named)
 DILATIONS: Final = fractions(0, 2**64).filter(bool)
 
 
@@ -163,10 +165,10 @@ def states() -> st.SearchStrategy[ClockState]:
             st.dictionaries(NAMES, SETTINGS),
             st.dictionaries(NAMES, MSRS),
         ),
-        "policy": TEXT,
-        "sleep_policy": TEXT,
+        "policy": POLICIES,
+        "sleep_policy": POLICIES,
         "timeline": st.builds(TimelineState, fractions(0, 2**64), DILATIONS, st.booleans(), st.none() | DILATIONS),
-        "slew": st.none() | st.builds(SlewState, fractions(1 - 2**64, 2**64), TEXT),
+        "slew": st.none() | st.builds(SlewState, fractions(1 - 2**64, 2**64), POLICIES),
         "reference": st.none()
         | st.builds(ReferenceState, TEXT, st.integers(1, 10**8).map(lambda ppb: Fraction(ppb, 1000)), st.none() | U64),
         "host": st.builds(

@@ -15,7 +15,7 @@ from pvclock.clock.pause_resume import PauseResume
 from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
-from pvclock.errors import ConfigError, RangeError, StateFileError
+from pvclock.errors import RangeError, StateFileError
 from pvclock.host.backend import stamps_anew
 from pvclock.quantities import U64_MASK, Gpa, HostTsc, RefNs
 from pvclock.readings import HostStamps, Reference
@@ -26,17 +26,17 @@ from pvclock.state.clock_state import (
     OfferState,
     ProviderState,
     ReferenceState,
+    SavedPolicy,
     SlewState,
     TimelineState,
     VcpuState,
     WallClockState,
 )
-from pvclock.timekeeping import catchup
 from pvclock.timekeeping.catchup import CatchUpTable, Policy, Slew
 from pvclock.timekeeping.events import EventKind
 from pvclock.timekeeping.timeline import Tempo, Timeline
 
-__all__ = ["ClockParts", "capture", "check_dilation", "check_tsc_hz", "follow_again", "policy_named", "take"]
+__all__ = ["ClockParts", "capture", "check_dilation", "check_tsc_hz", "follow_again", "take"]
 
 TSC_TOLERANCE_PPM: Final = 250
 """By how much a guest's TSC may be off the frequency that the guest was told: KVM's tsc_tolerance_ppm."""
@@ -68,31 +68,32 @@ def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, gues
     return ClockState(
         version=VERSION,
         provider=provider,
-        policy=str(parts.pause_resume.policy),
+        policy=SavedPolicy.of(parts.pause_resume.policy),
         timeline=TimelineState(
             timeline.at(tsc) % (U64_MASK + 1),
             dilation,
             keeper.is_paused,
             None if at.dilation == dilation else at.dilation,
         ),
-        slew=None if slew is None else SlewState(timeline.skew_at(tsc), str(slew)),
+        slew=None if slew is None else SlewState(timeline.skew_at(tsc), SavedPolicy.of(slew)),
         host=_host_state(at),
         wall_clock_gpa=parts.wall_clock.gpa,
         offers=offers,
         vcpus=tuple(_vcpu_state(parts, vcpu, tsc) for vcpu in range(keeper.vcpus)),
-        sleep_policy=str(parts.host.sleep_policy),
+        sleep_policy=SavedPolicy.of(parts.host.sleep_policy),
         guest_tsc_hz=guest_tsc_hz,
         reference=reference,
         wall_clock=WallClockState(*parts.wall_clock.base),
     )
 
 
-def take(parts: ClockParts, state: ClockState, policy: Policy, slew: Policy | None) -> None:
+def take(parts: ClockParts, state: ClockState, policy: Policy) -> None:
     """Let the parts, which are new, be those of the paused clock that was saved as `state`, which is sound."""
     keeper, host = parts.keeper, state.host
     now = stamps_anew(keeper.backend)
     timeline = Timeline(now.tsc, keeper.backend.tsc_hz, state.timeline.guest_ns, Tempo(state.timeline.dilation))
     timeline.stop(now.tsc)
+    slew = None if state.slew is None else state.slew.policy.known("slew.policy")
     if state.slew is not None and isinstance(slew, Slew | CatchUpTable):
         timeline.slew(now.tsc, state.slew.remaining_ns, slew)
     boot_id = None if host.raw_ns is None else host.boot_id
@@ -104,7 +105,7 @@ def take(parts: ClockParts, state: ClockState, policy: Policy, slew: Policy | No
     told = keeper.event(EventKind.RESTORE, _told(state, same_boot=same_boot), now, before=restored)
     keeper.be_restored(restored, (told,))
     parts.pause_resume.policy = policy
-    parts.host.sleep_policy = policy_named("sleep_policy", state.sleep_policy)
+    parts.host.sleep_policy = state.sleep_policy.known("sleep_policy")
     parts.wall_clock.gpa = None if state.wall_clock_gpa is None else Gpa(state.wall_clock_gpa)
     parts.wall_clock.base = WallClockBase(*state.wall_clock)
     parts.tscs.stand([(vcpu.guest_tsc, vcpu.tsc_adjust, vcpu.tsc_aux) for vcpu in state.vcpus], now.tsc)
@@ -150,14 +151,6 @@ def check_dilation(state: ClockState, tsc_hz: int) -> None:
     except RangeError as error:
         supported = f"what a page can show at {tsc_hz} Hz: {error}"
         raise StateFileError("timeline.dilation", str(dilation), supported) from None
-
-
-def policy_named(field: str, name: str) -> Policy:
-    """The policy of that name in a state's field; StateFileError if there is none."""
-    try:
-        return catchup.parse(name)
-    except (ConfigError, RangeError) as error:
-        raise StateFileError(field, repr(name), str(error)) from None
 
 
 def _told(state: ClockState, *, same_boot: bool) -> str:

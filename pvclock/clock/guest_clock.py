@@ -442,8 +442,7 @@ class GuestClock:
         sound = clock_state.checked(state)
         clock_state.check_provider(sound)
         _check_agreement(backend, len(sound.vcpus), _engine_named(engine))
-        chosen = capture.policy_named("policy", sound.policy) if policy is None else as_policy(policy)
-        slew = None if sound.slew is None else capture.policy_named("slew.policy", sound.slew.policy)
+        chosen = sound.policy.known("policy") if policy is None else as_policy(policy)
         capture.check_dilation(sound, backend.tsc_hz)
         succession = Succession(memory, backend)
 
@@ -460,7 +459,7 @@ class GuestClock:
                 offer_invariant_tsc=sound.offers.invariant_tsc,
                 tsc_hz=sound.guest_tsc_hz or sound.host.tsc_hz,
             )
-            clock._become(sound, chosen, slew, reference, any_tsc_hz=any_tsc_hz)  # one of this class
+            clock._become(sound, chosen, reference, any_tsc_hz=any_tsc_hz)  # one of this class
             succession.accept(clock._keeper.live)
             return clock
 
@@ -503,7 +502,6 @@ class GuestClock:
         self,
         state: ClockState,
         policy: Policy,
-        slew: Policy | None,
         reference: Reference | str | SampleSource | None,
         *,
         any_tsc_hz: bool,
@@ -514,7 +512,7 @@ class GuestClock:
             if self._guest.lives_by_tsc:
                 told = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
             self._guest.load(state.provider)
-            capture.take(self._parts, state, policy, slew)
+            capture.take(self._parts, state, policy)
             if told:
                 self._keeper.tell(EventKind.TSC_RATE, told)
             if reference is not None:

@@ -13,10 +13,13 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["read", "replace"]
+__all__ = ["read", "reading", "replace"]
 
 NEW_FILE_MODE: Final = 0o600
 """A VM's state is its owner's business; a file that is there keeps its mode."""
@@ -36,8 +39,9 @@ KINDS: Final = {
 CHUNK_BYTES: Final = 1 << 20
 
 
-def read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
-    """What regular file `path` holds, up to `bytes_max` of it; a symbolic link is followed.
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[Iterator[bytes]]:
+    """The chunks of what regular file `path` holds, none above 1 MiB; a symbolic link is followed.
 
     OSError if it cannot be read or is something else.  Never waits: for no writer of a FIFO, nor for a device.
     """
@@ -45,16 +49,24 @@ def read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         _refuse_special(os.fstat(file))  # another may have taken its place
-        content = bytearray()
-        while chunk := os.read(file, min(CHUNK_BYTES, bytes_max - len(content))):
-            content += chunk
-        return bytes(content)
+        yield iter(partial(os.read, file, CHUNK_BYTES), b"")
     finally:
         os.close(file)
 
 
-def replace(path: str | os.PathLike[str], content: bytes) -> None:
-    """Let `content` be what file `path` holds, on the disk when this returns; a symbolic link is followed.
+def read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
+    """As reading(), whole, but no more than `bytes_max` of it."""
+    content = bytearray()
+    with reading(path) as chunks:
+        while len(content) < bytes_max and (chunk := next(chunks, b"")):
+            content += chunk
+    return bytes(content[:bytes_max])
+
+
+def replace(path: str | os.PathLike[str], content: Iterable[bytes]) -> None:
+    """Let the chunks of `content` be what file `path` holds, on disk when this returns; a symbolic link is followed.
+
+    Each chunk is written before the next one is asked for, so a VM's RAM need not be held twice.
 
     A new file has mode 0600.  One that is there keeps its mode, owner, group and POSIX ACL.  Where this process may not
     set that owner or group, the writer's take their place, the ACL goes, and the mode grants nobody what it did not
@@ -62,6 +74,7 @@ def replace(path: str | os.PathLike[str], content: bytes) -> None:
     bits, and further names: hard links have the old content.
 
     OSError if that cannot be: the file is as it was, unless the very last step failed, to put the new name on the disk.
+    It is as it was, too, if `content` raises; that comes out.
     """
     target = Path(os.path.realpath(path))
     access = _access(target)
@@ -70,7 +83,8 @@ def replace(path: str | os.PathLike[str], content: bytes) -> None:
     try:
         os.fchmod(file, NEW_FILE_MODE)
         os.ftruncate(file, 0)
-        _write(file, content)
+        for chunk in content:
+            _write(file, chunk)
         _permit(file, access)
         os.fsync(file)
         temporary.rename(target)
@@ -200,8 +214,8 @@ def _refuse_foreign(file: int, temporary: Path, access: _Access | None) -> None:
         raise OSError(f"{temporary} is in the way and not ours; remove it")
 
 
-def _write(file: int, content: bytes) -> None:
-    rest = memoryview(content)
+def _write(file: int, chunk: bytes) -> None:
+    rest = memoryview(chunk)
     while rest:
         rest = rest[os.write(file, rest) :]
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from pvclock import arguments
-from pvclock.errors import StateFileError, WrongType
+from pvclock.errors import ConfigError, RangeError, StateFileError, WrongType
 from pvclock.providers.guest_interface import PROVIDERS
 from pvclock.quantities import U64_MASK
 from pvclock.state import atomic_file
@@ -36,6 +36,8 @@ from pvclock.state.json_schema import (
     table,
     whole,
 )
+from pvclock.timekeeping import catchup
+from pvclock.timekeeping.catchup import Freeze, Policy
 
 __all__ = [
     "FIELDS",
@@ -48,6 +50,7 @@ __all__ = [
     "OfferState",
     "ProviderState",
     "ReferenceState",
+    "SavedPolicy",
     "SlewState",
     "TimelineState",
     "VcpuState",
@@ -68,6 +71,38 @@ VCPUS_MAX: Final = 4096
 
 ConfigValue: TypeAlias = int | bool | str
 MsrValue: TypeAlias = int | bool | str | tuple[int, ...] | None
+
+
+class SavedPolicy(NamedTuple):
+    """A catch-up policy, and the name that it was saved by; None for a name that this version does not know."""
+
+    name: str
+    policy: Policy | None
+
+    @classmethod
+    def of(cls, policy: Policy) -> SavedPolicy:
+        """The policy, which is sound, by its own name."""
+        return cls(str(policy), policy)
+
+    @classmethod
+    def named(cls, name: str) -> SavedPolicy:
+        """The policy of that name, if there is one."""
+        try:
+            return cls(name, catchup.parse(name))
+        except (ConfigError, RangeError):
+            return cls(name, None)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def known(self, field: str) -> Policy:
+        """The policy; StateFileError, with the field that names it, if this version does not know it."""
+        if self.policy is None:
+            try:
+                return catchup.parse(self.name)
+            except (ConfigError, RangeError) as error:
+                raise StateFileError(field, repr(self.name), str(error)) from None
+        return self.policy
 
 
 class ProviderState(NamedTuple):
@@ -92,7 +127,7 @@ class SlewState(NamedTuple):
     """What is still to be slewed in at the stamp, negative for a clock that is ahead, and by which policy."""
 
     remaining_ns: Fraction
-    policy: str
+    policy: SavedPolicy
 
 
 class HostState(NamedTuple):
@@ -143,8 +178,8 @@ class ClockState(NamedTuple):
 
     version: int
     provider: ProviderState
-    policy: str
-    sleep_policy: str
+    policy: SavedPolicy
+    sleep_policy: SavedPolicy
     timeline: TimelineState
     slew: SlewState | None
     reference: ReferenceState | None
@@ -177,6 +212,13 @@ class Field(NamedTuple):
     since: int = 1
 
 
+def _read_policy(value: object, path: str) -> SavedPolicy:
+    return SavedPolicy.named(TEXT.read(value, path))
+
+
+_POLICY = Kind(TEXT.supported, _read_policy)
+
+
 def _saved(path: str, kind: Kind, meaning: str, since: int = 1) -> Field:
     return Field(path, Mark.SAVED, meaning, kind, since)
 
@@ -202,14 +244,14 @@ FIELDS: Final[tuple[Field, ...]] = (
     _saved("provider.version", _VERSION, "The version of the provider's config and msrs."),
     _saved("provider.config", table(_SETTING), "The options that the provider was made with."),
     _saved("provider.msrs", table(_MSR), "What the guest wrote last and reads back; a list has one value a vCPU."),
-    _saved("policy", TEXT, "What becomes of the time that passes until the state is restored."),
-    _saved("sleep_policy", TEXT, "What becomes of a host's sleep that the VM runs through.", since=2),
+    _saved("policy", _POLICY, "What becomes of the time that passes until the state is restored."),
+    _saved("sleep_policy", _POLICY, "What becomes of a host's sleep that the VM runs through.", since=2),
     _saved("timeline.guest_ns", _GUEST_NS, "Guest time at the stamp, remainder and all."),
     _saved("timeline.dilation", _DILATION, "Guest seconds in a host second, without any slew."),
     _saved("timeline.paused", BOOLEAN, "Did guest time stand still at the stamp?"),
     _saved("timeline.paused_dilation", optional(_DILATION), "That of the time missed; null: the same.", since=3),
     _saved("slew.remaining_ns", _SKEW_NS, "Guest time still to be slewed in; negative for a clock that is ahead."),
-    _saved("slew.policy", TEXT, "How fast it is slewed in."),
+    _saved("slew.policy", _POLICY, "How fast it is slewed in."),
     _saved("reference.name", TEXT, "The clock that guest time follows; the correction found is not saved.", since=2),
     _saved("reference.max_ppm", _PPM, "By how much the rate may be corrected.", since=2),
     _saved("reference.panic_ns", optional(_U64), "An error beyond this is not worked off; null: any is.", since=2),
@@ -269,7 +311,7 @@ def _kinds(names: tuple[str, ...], prefix: str, version: int) -> dict[str, Kind]
 
 
 _LACKING: Final[dict[str, Any]] = {
-    "sleep_policy": "freeze",
+    "sleep_policy": SavedPolicy.of(Freeze()),
     "reference": None,
     "guest_tsc_hz": None,
     "wall_clock": WallClockState(0, None),
@@ -318,13 +360,25 @@ def _read(mapping: object) -> ClockState:
 
 def _plain(state: ClockState) -> object:
     """The state as what JSON has, with the fields of its version."""
-    mapping: Any = plain(state)
+    mapping: Any = plain(_with_names(state))
     for name in _lacking("", state.version):
         del mapping[name]
     for part in _PARTS:
         for name in _lacking(f"{part}.", state.version):
             del mapping[part][name]
     return mapping
+
+
+def _with_names(state: ClockState) -> ClockState:
+    """The state with its policies' names in their place; what is not a policy stays, for the schema to refuse."""
+    slew = state.slew
+    if isinstance(slew, SlewState):
+        slew = slew._replace(policy=_name_of(slew.policy))
+    return state._replace(policy=_name_of(state.policy), sleep_policy=_name_of(state.sleep_policy), slew=slew)
+
+
+def _name_of(policy: object) -> Any:  # noqa: ANN401  # what is not a policy goes through
+    return policy.name if isinstance(policy, SavedPolicy) else policy
 
 
 # To and from JSON
@@ -390,7 +444,7 @@ def _rows(state: ClockState) -> Iterator[tuple[str, Field, object]]:
 def _value(state: object, path: str) -> object:
     for name in path.split("."):
         state = getattr(state, name, None)  # no slew has no fields
-    return state
+    return _name_of(state)
 
 
 # Files
@@ -406,7 +460,7 @@ def write(path: str | os.PathLike[str], state: ClockState) -> None:
     path = arguments.path("path", path)
     content = to_json(state).encode("ascii")
     try:
-        atomic_file.replace(path, content)
+        atomic_file.replace(path, [content])
     except (OSError, ValueError) as error:
         raise _file_error(path, error, "a regular file in a folder that can be written") from error
 

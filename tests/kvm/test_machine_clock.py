@@ -17,7 +17,7 @@ from pvclock.machine import EXIT_PORT
 from pvclock.meter.observe import failures, finish, wait_until_reading
 from pvclock.payloads import clockprobe
 from pvclock.state import clock_state
-from pvclock.state.clock_state import ClockState
+from pvclock.state.clock_state import ClockState, SavedPolicy
 from tests.kvm.guests import out
 from tests.kvm.leaks import held
 from tests.kvm.page_log import MEMORY_BYTES, PAGE_LOG, entries, readings, wait_until_it_reads_on
@@ -276,7 +276,7 @@ def test_a_restored_machine_that_is_paused_before_it_starts() -> None:
     with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, restore=state, policy="advance") as machine:
         clock = engine_of(machine)
         machine.memory.write(0, ram)
-        assert machine.save() == state._replace(policy="advance")
+        assert machine.save() == state._replace(policy=SavedPolicy.named("advance"))
         machine.pause()
         machine.start()
         assert machine.runner.gate.is_held()

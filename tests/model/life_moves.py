@@ -72,7 +72,7 @@ class LifeMoves:
             assert (state.timeline.guest_ns, state.timeline.dilation) == (model.guest_ns % U64, model.dilation)
             assert state.timeline.paused == model.is_paused
             assert (state.timeline.paused_dilation or state.timeline.dilation) == missed_at
-            assert (state.policy, state.sleep_policy) == tuple(map(str, (model.policy, model.sleep_policy)))
+            assert (state.policy.policy, state.sleep_policy.policy) == (model.policy, model.sleep_policy)
             assert state.wall_clock == model.wall_clock
         assert clock_state.from_json(clock_state.to_json(state)) == state
         self._saved = [*self._saved, (state, deepcopy(model))][-KEPT:]

@@ -20,6 +20,7 @@ import pytest
 
 from pvclock import StateFileError
 from pvclock.state import clock_state
+from pvclock.state.clock_state import SavedPolicy
 from pvclock.state.json_schema import BYTES_MAX
 from tests.saved_states import EXTREME, KEPT, LEAST, TYPICAL
 from tests.unit.killed_saves import Report
@@ -271,7 +272,7 @@ def test_modes_and_links(saved: Path) -> None:
 def test_an_unsound_state_touches_no_file(saved: Path) -> None:
     """A state that cannot be saved is refused before the file is looked at."""
     with pytest.raises(StateFileError, match="policy"):
-        clock_state.write(saved, TYPICAL._replace(policy=""))
+        clock_state.write(saved, TYPICAL._replace(policy=SavedPolicy("", None)))
     assert_untouched(saved)
 
 

@@ -394,7 +394,7 @@ def test_a_saved_state_has_what_sleep_needs() -> None:
     clock.sleep_policy = "advance"
     clock.pause()
     state = from_json(to_json(clock.save()))
-    assert (state.host.asleep_ns, state.sleep_policy) == (EIGHT_HOURS_NS, "advance")
+    assert (state.host.asleep_ns, str(state.sleep_policy)) == (EIGHT_HOURS_NS, "advance")
     restored = GuestClock.restore(state, memory, backend=backend)
     restored.resume("freeze")
     before = restored.now()

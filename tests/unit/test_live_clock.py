@@ -12,7 +12,7 @@ from pvclock import ConfigError, GuestClock, GuestMemory, RangeError, SimulatedB
 from pvclock.errors import TscOffsetNotHonoured, WrongType
 from pvclock.host.execution_time import UnslavedBackend
 from pvclock.readings import Sample
-from pvclock.state.clock_state import from_json, to_json
+from pvclock.state.clock_state import SavedPolicy, from_json, to_json
 from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME
 
@@ -104,8 +104,8 @@ def test_a_failed_restore_leaves_the_old_clock_live() -> None:
     clock.resume("freeze")
     config = {**state.provider.config, "colour": 1}
     wrong = [
-        state._replace(policy="later"),
-        state._replace(sleep_policy="later"),
+        state._replace(policy=SavedPolicy("later", None)),
+        state._replace(sleep_policy=SavedPolicy("later", None)),
         state._replace(provider=state.provider._replace(name="Xen")),
         state._replace(provider=state.provider._replace(config=config)),
         state._replace(provider=state.provider._replace(msrs={"colour": 1})),

@@ -11,7 +11,7 @@ import pytest
 from pvclock import GuestClock, GuestMemory, GuestTsc, HostTsc, RangeError, SimulatedBackend, StateFileError
 from pvclock.host import linux
 from pvclock.host.this_host import HostBackend
-from pvclock.state.clock_state import ClockState, from_json, to_json
+from pvclock.state.clock_state import ClockState, SavedPolicy, from_json, to_json
 from pvclock.timekeeping import catchup
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
 
@@ -172,7 +172,7 @@ def test_what_cannot_be_restored_is_named() -> None:
         state._replace(provider=provider._replace(config={**provider.config, "colour": 1})),
         state._replace(provider=provider._replace(name="Xen")),
         state._replace(provider=provider._replace(msrs={})),
-        state._replace(policy="later"),
+        state._replace(policy=SavedPolicy("later", None)),
     ]
     for each in wrong:
         with pytest.raises(StateFileError, match=r"provider|policy"):
