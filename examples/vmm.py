@@ -65,7 +65,7 @@ def main(kvm: Kvm) -> None:
         clock.pause()
         time.sleep(0.3)
         settled = clock.resume("freeze")
-        print(f"paused: {float(settled.lost_ns):.0f} ns are left out of guest time")
+        print(f"paused: {float(settled.dropped_ns):.0f} ns are left out of guest time")
         runner.resume()  # vCPUs last: the pages are right by now
         time.sleep(0.5)
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         WrongType,
     )
     from pvclock.host.backend import Backend
-    from pvclock.host.execution_time import UnslavedBackend
+    from pvclock.host.execution_time import ExecutionTimeBackend
     from pvclock.host.simulated import SimulatedBackend
     from pvclock.host.this_host import HostBackend
     from pvclock.machine import Machine
@@ -59,7 +59,7 @@ __all__ = [
     "Backend",
     "SimulatedBackend",
     "HostBackend",
-    "UnslavedBackend",
+    "ExecutionTimeBackend",
     "Reference",
     "Sample",
     "Ticker",
@@ -138,7 +138,7 @@ _HOME = {
     "pvclock.clock.ticker": ("Ticker",),
     "pvclock.timekeeping.timers": ("Timers",),
     "pvclock.tsc.vcpu_tsc": ("VcpuTsc",),
-    "pvclock.host.execution_time": ("UnslavedBackend",),
+    "pvclock.host.execution_time": ("ExecutionTimeBackend",),
 }
 _HOME_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -34,7 +34,7 @@ from pvclock.state.clock_state import (
 )
 from pvclock.timekeeping.catchup import CatchUpTable, Policy, Slew
 from pvclock.timekeeping.events import EventKind
-from pvclock.timekeeping.timeline import Tempo, Timeline
+from pvclock.timekeeping.timeline import RateTerms, Timeline
 
 __all__ = ["ClockParts", "capture", "check_dilation", "check_tsc_hz", "follow_again", "take"]
 
@@ -58,7 +58,7 @@ def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, gues
     """The clock as it is now, or since it was paused; within `with changing`."""
     keeper, follower = parts.keeper, parts.follower
     timeline, paused_at = keeper.timeline, keeper.state.paused_at
-    dilation = timeline.tempo.dilation
+    dilation = timeline.terms.dilation
     at = paused_at or PausePoint(stamps_anew(keeper.backend), keeper.backend.tsc_hz, dilation)
     tsc = at.stamps.tsc
     slew = timeline.slew_policy
@@ -91,7 +91,7 @@ def take(parts: ClockParts, state: ClockState, policy: Policy) -> None:
     """Let the parts, which are new, be those of the paused clock that was saved as `state`, which is sound."""
     keeper, host = parts.keeper, state.host
     now = stamps_anew(keeper.backend)
-    timeline = Timeline(now.tsc, keeper.backend.tsc_hz, state.timeline.guest_ns, Tempo(state.timeline.dilation))
+    timeline = Timeline(now.tsc, keeper.backend.tsc_hz, state.timeline.guest_ns, RateTerms(state.timeline.dilation))
     timeline.stop(now.tsc)
     slew = None if state.slew is None else state.slew.policy.known("slew.policy")
     if state.slew is not None and isinstance(slew, Slew | CatchUpTable):
@@ -117,7 +117,7 @@ def follow_again(parts: ClockParts, state: ClockState) -> None:
     """Follow what the saved clock followed, or tell that it is not known here."""
     if state.reference is None:
         return
-    if state.reference.name in list(Reference) and parts.keeper.backend.is_slaved:
+    if state.reference.name in list(Reference) and parts.keeper.backend.counter_follows_host:
         panic_ns = state.reference.panic_ns
         parts.follower.follow(state.reference.name, max_ppm=float(state.reference.max_ppm), panic_ns=panic_ns)
     else:

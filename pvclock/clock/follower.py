@@ -16,7 +16,7 @@ from pvclock.readings import Reference, Sample
 from pvclock.timekeeping.discipline import MAX_PPM, Discipline, Steering, SteeringState
 from pvclock.timekeeping.events import Event, EventKind
 from pvclock.timekeeping.sampling import Sampler, SampleSource
-from pvclock.timekeeping.timeline import Tempo
+from pvclock.timekeeping.timeline import RateTerms
 
 __all__ = ["INJECTED", "OFF", "Follower", "source_of"]
 
@@ -65,7 +65,7 @@ class Follower:
         """See GuestClock.follow()."""
         name, source = source_of(reference, self._keeper.backend)
         with self._keeper.changing:
-            known = self._following.discipline.held if self._following else Fraction(0)
+            known = self._following.discipline.holdover if self._following else Fraction(0)
             discipline = Discipline(self._keeper.backend.tsc_hz, max_ppm, known, panic_ns)
             following = Following(Sampler(source), discipline, Turns()) if source else None
 
@@ -73,8 +73,8 @@ class Follower:
                 self._following, self.reference, self.steering, self._asleep_ns = following, name, None, 0
                 self.max_ppm, self.panic_ns = max_ppm, panic_ns
 
-            correction = following.discipline.held if following else Fraction(0)
-            self._correct(correction, f"follow({name})", (), take)
+            frequency_adjustment = following.discipline.holdover if following else Fraction(0)
+            self._correct(frequency_adjustment, f"follow({name})", (), take)
 
     def tick(self, examine: Callable[[], object | None], refresh: Callable[[], object]) -> Steering | None:
         """See GuestClock.tick().
@@ -94,9 +94,9 @@ class Follower:
                 raise
             return self._take_tick(examine, refresh, following, sample)
 
-    def held(self, tempo: Tempo) -> Tempo:
-        """`tempo` at the rate that is known: a pause does not count at one that works an error off."""
-        return tempo._replace(correction=self._following.discipline.held) if self._following else tempo
+    def holdover(self, terms: RateTerms) -> RateTerms:
+        """`terms` at the rate that is known: a pause does not count at one that works an error off."""
+        return terms._replace(frequency_adjustment=self._following.discipline.holdover) if self._following else terms
 
     def renumbered(self, before: HostTsc, after: HostTsc) -> Following | None:
         """What is followed once the host's TSC has stepped: what would have been `before` is `after`."""
@@ -153,7 +153,7 @@ class Follower:
             return self.steering
 
     def _steer(self, following: Following, sample: Sample) -> bool:
-        """Have the correction that is due by a sample; returns if pages were published."""
+        """Apply the frequency adjustment that a sample calls for; returns True if pages were published."""
         discipline = following.discipline.copy()
         found = discipline.steer(sample, self._keeper.timeline.host_at(sample.tsc))
         why = _described(self.reference, found)
@@ -161,7 +161,7 @@ class Follower:
         def take() -> None:
             self._following, self.steering = following._replace(discipline=discipline, missed=0), found
 
-        return self._correct(found.correction, why, self._panic(found, why), take)
+        return self._correct(found.frequency_adjustment, why, self._panic(found, why), take)
 
     def _coast(self, following: Following, failure: Exception | None) -> bool:
         """Keep the rate for want of a sample, and say so if that goes on; returns if pages were published."""
@@ -175,7 +175,7 @@ class Follower:
         def take() -> None:
             self._following, self.steering = following._replace(missed=missed), found
 
-        return self._correct(following.discipline.held, why, self._missing(missed, failure, why), take)
+        return self._correct(following.discipline.holdover, why, self._missing(missed, failure, why), take)
 
     def _missing(self, missed: int, failure: Exception | None, why: str) -> tuple[Event, ...]:
         """Holdover is an event, once.  A value that is no sample is one at once: its source may never see the error."""
@@ -192,14 +192,16 @@ class Follower:
         told = f"{why}: beyond the panic threshold of {self.panic_ns} ns"
         return (self._keeper.event(EventKind.REFUSED, told, self._keeper.backend.stamps()),)
 
-    def _correct(self, correction: Fraction, why: str, events: tuple[Event, ...], taking: Callable[[], object]) -> bool:
-        """Have that correction from now on; returns if it is another one, so that pages were published."""
+    def _correct(
+        self, frequency_adjustment: Fraction, why: str, events: tuple[Event, ...], taking: Callable[[], object]
+    ) -> bool:
+        """Apply that frequency adjustment; returns True if it is a new one, so that pages were published."""
         keeper = self._keeper
-        tempo = keeper.timeline.tempo._replace(correction=correction)
-        if tempo == keeper.timeline.tempo:
+        terms = keeper.timeline.terms._replace(frequency_adjustment=frequency_adjustment)
+        if terms == keeper.timeline.terms:
             keeper.record(events, taking)
             return False
-        keeper.change_rate(tempo, keeper.backend.stamps(), EventKind.RATE, why, events=events, taking=taking)
+        keeper.change_rate(terms, keeper.backend.stamps(), EventKind.RATE, why, events=events, taking=taking)
         return True
 
 
@@ -209,7 +211,7 @@ def source_of(reference: Reference | str | SampleSource, backend: Backend) -> tu
         return OFF, None
     if not isinstance(reference, str) and not callable(reference):
         raise WrongType("reference", reference, f"{OFF}, {', '.join(Reference)}, or a source of samples")
-    if not backend.is_slaved:
+    if not backend.counter_follows_host:
         raise ConfigError(
             f"reference {_named(reference)}: time that passes only while the guest executes follows no clock"
         )

@@ -44,7 +44,7 @@ from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, quoted
 from pvclock.readings import Churn, ClockLine, Reading, Reference, RunReport, TimeInfo
 from pvclock.state import clock_state
 from pvclock.state.clock_state import ClockState, OfferState
-from pvclock.timekeeping.catchup import Policy, Settlement, as_policy
+from pvclock.timekeeping.catchup import CatchUp, Policy, as_policy
 from pvclock.timekeeping.discipline import MAX_PPM, Steering
 from pvclock.timekeeping.events import EventCause, EventKind
 from pvclock.timekeeping.sampling import SampleSource
@@ -102,7 +102,12 @@ class GuestClock:
         beside = _own_keywords() if provider_options else ""
         offers = _checked_offers(offer_tsc_adjust, offer_invariant_tsc)
         self._keeper = Timekeeper(
-            memory, self.vcpus, backend, provider_named_in(config, beside), stable=self._is_stable, look=self._look
+            memory,
+            self.vcpus,
+            backend,
+            provider_named_in(config, beside),
+            stable=self._is_stable,
+            tsc_is_good=self._tsc_is_good,
         )
         self._parts = _parts_of(self._keeper, tsc_offset)
         self._tscs, self._host, self._operations = self._parts.tscs, self._parts.host, self._parts.operations
@@ -167,12 +172,12 @@ class GuestClock:
     @property
     def dilation(self) -> Fraction:
         """Guest seconds in a host second, without any slew."""
-        return self._keeper.timeline.tempo.dilation
+        return self._keeper.timeline.terms.dilation
 
     @property
-    def pace(self) -> Fraction:
+    def rate(self) -> Fraction:
         """The same with what a slew and a discipline add or take now; in effect unless paused."""
-        return self._keeper.timeline.pace
+        return self._keeper.timeline.rate
 
     @property
     def is_paused(self) -> bool:
@@ -270,7 +275,7 @@ class GuestClock:
         self._operations.dilate(numerator, denominator)
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
-        """Give guest time `target_ns` more than it would have (less, if negative), by running max_ppm off its pace.
+        """Give guest time `target_ns` more than it would have (less, if negative), by running max_ppm off its rate.
 
         Adds to what is still being slewed; call refresh() at least every 2 s of host time until it is done.
         RangeError if all of it is 2^64 ns or more.
@@ -295,7 +300,7 @@ class GuestClock:
         """
         self._pause_resume.pause()
 
-    def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> Settlement:
+    def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> CatchUp:
         """Let guest time go on; `policy` says what becomes of the time missed, the clock's own if it is not given.
 
         Pages are published before this returns, so let vCPUs in afterwards.  guest_stopped: tell guests that they were
@@ -320,7 +325,7 @@ class GuestClock:
         StateError if the backend's run.
         """
         with self._keeper.changing:
-            self._keeper.while_held(None, self._guest.reset)
+            self._keeper.with_vcpus_out(None, self._guest.reset)
 
     def churn(self, publishes: int, dilations: list[Fraction], *, seconds: float = float("inf")) -> Churn:
         """Publish `publishes` times, or for `seconds`, as fast as it goes, taking `dilations` in turn.
@@ -470,21 +475,21 @@ class GuestClock:
 
     # Host trouble
 
-    def heed(self, watch: HostWatch, *, on_schedule: bool = True) -> list[Trouble]:
+    def check_host(self, watch: HostWatch, *, on_schedule: bool = True) -> list[Trouble]:
         """Look at the host, as often as `watch` was told: each trouble is an event, and takes STABLE if it must.
 
         on_schedule=False after a pause: the time since the last look is no stall then.
         """
         instance("watch", watch, HostWatch)
-        troubles = watch.look(on_schedule=on_schedule)
-        self.note(troubles, host_trusted=watch.tsc_stable)
+        troubles = watch.check(on_schedule=on_schedule)
+        self.apply_host_findings(troubles, host_trusted=watch.tsc_stable)
         return troubles
 
-    def note(self, troubles: list[Trouble], *, host_trusted: bool) -> None:
-        """Apply what a look at the host has found that serves several clocks; see heed()."""
+    def apply_host_findings(self, troubles: list[Trouble], *, host_trusted: bool) -> None:
+        """Apply what a look at the host has found that serves several clocks; see check_host()."""
         instances("troubles", troubles, Trouble)
         with self._keeper.changing:
-            self._host.note(troubles, clocksource_trusted=flag("host_trusted", host_trusted))
+            self._host.apply_host_findings(troubles, clocksource_trusted=flag("host_trusted", host_trusted))
 
     def pairing(self, vcpu: int) -> Pairing | None:
         """One instant as the guest's time of day and as vCPU's TSC; None where the host's TSC is not to be trusted."""
@@ -495,7 +500,7 @@ class GuestClock:
     def _is_stable(self) -> bool:
         return self._tscs.agree and self._host.is_trusted and self._guest.allows_stable
 
-    def _look(self, vcpu: int | None) -> bool:
+    def _tsc_is_good(self, vcpu: int | None) -> bool:
         return self._host.check(vcpu)
 
     def _become(

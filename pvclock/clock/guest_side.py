@@ -146,8 +146,8 @@ class GuestSide:
                     self._run_delays.tell(provider.steal_time)
 
     def reset(self) -> None:
-        """See GuestClock.reset(); for while_held()."""
-        self._keeper.check_held("reset")
+        """See GuestClock.reset(); for with_vcpus_out()."""
+        self._keeper.check_vcpus_out("reset")
         event = self._keeper.event(EventKind.RESET, "reset()", self._backend.stamps())
         self._keeper.record((event,), self._forget_all)
 

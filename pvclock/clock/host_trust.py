@@ -84,7 +84,9 @@ class HostTrust:
         vcpu: the caller's own, which is out of the guest.
         """
         stamps = self._keeper.backend.stamps()
-        if not self._keeper.backend.is_slaved:  # a counter of executed ticks has nothing to do with these clocks
+        if (
+            not self._keeper.backend.counter_follows_host
+        ):  # a counter of executed ticks has nothing to do with these clocks
             return stamps
         try:
             self._is_examining = True
@@ -113,7 +115,7 @@ class HostTrust:
         """May pages promise that all vCPUs' TSCs are in step, as far as the host goes?"""
         return self._clocksource_trusted and not self._tsc_failed
 
-    def note(self, troubles: list[Trouble], *, clocksource_trusted: bool) -> None:
+    def apply_host_findings(self, troubles: list[Trouble], *, clocksource_trusted: bool) -> None:
         """Apply what a look at the host has found: each trouble is an event, and takes STABLE if it must.
 
         For `with changing`.  What is found here, too, was recorded, and settled: it is not told again.
@@ -236,7 +238,7 @@ class HostTrust:
         self, before: HostTsc, stamps: HostStamps, why: str, vcpu: int | None, went_back: int | None
     ) -> HostStamps:
         """Take host TSC `before` as what the stamps now say, everywhere."""
-        self._keeper.while_held(vcpu, partial(self._renumber_all, before, stamps, why, went_back))
+        self._keeper.with_vcpus_out(vcpu, partial(self._renumber_all, before, stamps, why, went_back))
         return stamps
 
     def _renumber_all(self, before: HostTsc, stamps: HostStamps, why: str, went_back: int | None) -> None:
@@ -289,31 +291,31 @@ class HostTrust:
 
     def _settle(self, slept: int, stamps: HostStamps, taking: Callable[[], object]) -> None:
         keeper, policy = self._keeper, self.sleep_policy
-        settled = catchup.settle(policy, slept * keeper.timeline.tempo.dilation)
+        settled = catchup.settle(policy, slept * keeper.timeline.terms.dilation)
         timeline = keeper.timeline.copy()
-        timeline.turn(stamps.tsc, timeline.tempo)  # what was before stays as it was
-        timeline.jump(settled.gain_ns)
-        tempo = timeline.tempo
+        timeline.begin_segment(stamps.tsc, timeline.terms)  # what was before stays as it was
+        timeline.jump(settled.step_ns)
+        terms = timeline.terms
         if settled.slew is not None:
             timeline.slew(stamps.tsc, settled.slew_ns, settled.slew)
-            tempo = tempo._replace(boost=timeline.plan(stamps.tsc))
+            terms = terms._replace(slew=timeline.plan(stamps.tsc))
         jumped = TimeState.of(timeline)
-        scale = jumped.scale if tempo == timeline.tempo else timeline.scale(tempo.pace)
+        scale = jumped.scale if terms == timeline.terms else timeline.scale(terms.rate)
         why = f"the host slept for {slept} ns while vCPUs ran; {policy}"
         slept_event = keeper.event(EventKind.SUSPEND, why, stamps, after=jumped, policy=str(policy))
 
         def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
             taking()
-            if tempo == timeline.tempo:
+            if terms == timeline.terms:
                 return jumped, (slept_event,)
             slewing = timeline.copy()
-            slewing.turn(break_tsc, tempo)  # up to there guests read the old rate
+            slewing.begin_segment(break_tsc, terms)  # up to there guests read the old rate
             new = TimeState(slewing, slewing.line(), scale)
             owed = f"{round(settled.slew_ns)} ns were slept"
             event = keeper.event(EventKind.SLEW, owed, stamps, tsc=break_tsc, before=jumped, after=new)
             return new, (slept_event, event)
 
-        keeper.step(change, jumped._replace(scale=scale), (0, int(settled.gain_ns)))
+        keeper.step(change, jumped._replace(scale=scale), (0, int(settled.step_ns)))
 
 
 def slept_ns(before: HostStamps, after: HostStamps) -> int:

@@ -12,7 +12,7 @@ __all__ = ["LiveClock", "Succession", "hold_of"]
 
 def hold_of(backend: Backend) -> AbstractContextManager[object]:
     """A hold of the backend's vCPUs, to be entered; an empty one where the VMM answers for its vCPUs."""
-    return nullcontext() if backend.vcpus_held() is None else backend.quiesce(None)
+    return nullcontext() if backend.vcpus_are_out() is None else backend.quiesce(None)
 
 
 class LiveClock:

@@ -19,7 +19,7 @@ from pvclock.readings import Churn, ClockLine, HostStamps
 from pvclock.timekeeping import catchup
 from pvclock.timekeeping.catchup import Slew
 from pvclock.timekeeping.events import Event, EventKind
-from pvclock.timekeeping.timeline import Tempo, Timeline
+from pvclock.timekeeping.timeline import RateTerms, Timeline
 
 __all__ = ["Operations"]
 
@@ -55,9 +55,9 @@ class Operations:
         with self._keeper.changing:
             self._keeper.timeline.check(dilation)
             stamps = self._host.require("dilate")
-            tempo = self._keeper.timeline.tempo._replace(dilation=dilation)
+            terms = self._keeper.timeline.terms._replace(dilation=dilation)
             self._keeper.change_rate(
-                tempo, stamps, EventKind.DILATE, f"dilate({shown(numerator)}, {shown(denominator)})"
+                terms, stamps, EventKind.DILATE, f"dilate({shown(numerator)}, {shown(denominator)})"
             )
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
@@ -81,10 +81,10 @@ class Operations:
         max_ticks = int(min(number("seconds", seconds) * keeper.backend.tsc_hz, 2**63 - 1))
         with keeper.changing:
             timeline = keeper.timeline
-            tempos = [timeline.tempo._replace(dilation=dilation) for dilation in dilations]
-            rates = [(*timeline.rate(tempo.pace), timeline.scale(tempo.pace)) for tempo in tempos]
+            all_terms = [timeline.terms._replace(dilation=dilation) for dilation in dilations]
+            rates = [(*timeline.ns_per_tick(terms.rate), timeline.scale(terms.rate)) for terms in all_terms]
             if keeper.is_paused or timeline.is_slewing:
-                raise StateError("churn", "guest time stands still or is being slewed", "let it run at its pace first")
+                raise StateError("churn", "guest time stands still or is being slewed", "let it run at its rate first")
             self._host.require("churn")
             keeper.republish()
             done: list[Churn] = []
@@ -93,7 +93,7 @@ class Operations:
                 line, churn = churned
                 last = (churn.publishes - 1) % len(rates)
                 carried = timeline.copy()
-                carried.resume_from(line, tempos[last])
+                carried.resume_from(line, all_terms[last])
                 done.append(churn)
                 return TimeState(carried, line, rates[last][2]), ()
 
@@ -133,7 +133,7 @@ class Operations:
     def _jump(self, ns: int, kind: EventKind, name: str, stamps: HostStamps) -> None:
         keeper, old = self._keeper, self._keeper.state
         jumped = old.timeline.copy()
-        jumped.turn(stamps.tsc, old.timeline.tempo)
+        jumped.begin_segment(stamps.tsc, old.timeline.terms)
         jumped.jump(Fraction(ns))
         new = TimeState.of(jumped, old.paused_at)
         event = keeper.event(kind, f"{name}({ns})", stamps, before=old, after=new)
@@ -144,39 +144,39 @@ class Operations:
         keeper, old = self._keeper, self._keeper.state
         stamps = stamps or keeper.backend.stamps()
         planned = slewed or old.timeline.copy()
-        boost = planned.plan(stamps.tsc)
-        told = slewed is not None or boost != old.timeline.tempo.boost
+        slew = planned.plan(stamps.tsc)
+        told = slewed is not None or slew != old.timeline.terms.slew
         why = why or f"{round(planned.skew_at(stamps.tsc))} ns are left"
 
         def events(tsc: HostTsc, new: TimeState) -> tuple[Event, ...]:
             found = [keeper.event(EventKind.SLEW, why, stamps, tsc=tsc, before=old, after=new)] if told else []
-            if new.timeline.is_slewing or boost:
+            if new.timeline.is_slewing or slew:
                 return tuple(found)
             left = planned.skew_at(tsc)
             ended = f"{float(left):.3f} ns of it are left undone"
             return *found, keeper.event(EventKind.SLEW_END, ended, stamps, tsc=tsc, before=new)
 
-        self._turn(planned, planned.tempo._replace(boost=boost), events)
+        self._begin_segment(planned, planned.terms._replace(slew=slew), events)
 
-    def _turn(
-        self, timeline: Timeline, tempo: Tempo, events: Callable[[HostTsc, TimeState], tuple[Event, ...]]
+    def _begin_segment(
+        self, timeline: Timeline, terms: RateTerms, events: Callable[[HostTsc, TimeState], tuple[Event, ...]]
     ) -> None:
-        """End the segment of `timeline` at the next break point, and go on at `tempo`; an unchanged one goes on."""
+        """End the segment of `timeline` at the next break point, and go on at `terms`; an unchanged one goes on."""
         keeper, old = self._keeper, self._keeper.state
-        same_scale = tempo.pace == old.timeline.pace
-        scale = old.scale if same_scale else timeline.scale(tempo.pace)
+        same_scale = terms.rate == old.timeline.rate
+        scale = old.scale if same_scale else timeline.scale(terms.rate)
 
         def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
             turned = timeline.copy()
-            if tempo != timeline.tempo:
-                turned.turn(tsc, tempo)
-            if tempo.boost == 0 and turned.is_slewed:  # by the break, some us later, it may have overshot
+            if terms != timeline.terms:
+                turned.begin_segment(tsc, terms)
+            if terms.slew == 0 and turned.is_slewed:  # by the break, some us later, it may have overshot
                 turned.end_slew()
             line = turned.line()
             new = TimeState(turned, line, scale, old.paused_at)
             return new, events(tsc, new)
 
-        keeper.turn(change, scale)
+        keeper.begin_segment(change, scale)
 
 
 def _checked_dilations(dilations: list[Fraction]) -> list[Fraction]:

@@ -64,16 +64,16 @@ class PauseResume:
         """See GuestClock.pause()."""
         with self._keeper.changing:
             self._check_idle("pause")
-            self._keeper.while_held(None, self._pause)
+            self._keeper.with_vcpus_out(None, self._pause)
 
-    def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> catchup.Settlement:
+    def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> catchup.CatchUp:
         """See GuestClock.resume()."""
         chosen = _chosen(policy, self._policy)
         with self._keeper.changing:
             self._check_idle("resume")
             self._paused_at("resume")
             resume = partial(self._resume, chosen, guest_stopped=guest_stopped)
-            return self._keeper.while_held(None, resume)
+            return self._keeper.with_vcpus_out(None, resume)
 
     def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
         """See GuestClock.run_for()."""
@@ -93,8 +93,8 @@ class PauseResume:
             _check_reach(keeper, ns)
             self._run = run
             stood = keeper.timeline.at(keeper.timeline.begin_tsc)
-            settled = keeper.while_held(None, partial(self._resume, policy, guest_stopped=False))
-            run.begin_ns = stood + settled.gain_ns
+            settled = keeper.with_vcpus_out(None, partial(self._resume, policy, guest_stopped=False))
+            run.begin_ns = stood + settled.step_ns
         self._run_until(run.begin_ns + ns)
 
     def _end(self, run: Run) -> None:
@@ -105,7 +105,7 @@ class PauseResume:
                 return
             try:
                 if not keeper.is_paused:
-                    keeper.while_held(None, self._pause)
+                    keeper.with_vcpus_out(None, self._pause)
             except Exception:
                 self._run = None
                 raise
@@ -128,27 +128,27 @@ class PauseResume:
         keeper = self._keeper
         if keeper.is_paused:
             raise StateError("pause", "guest time stands still already", "resume() it first")
-        keeper.check_held("pause")
+        keeper.check_vcpus_out("pause")
         stamps = self._host.require("pause")
         at = stamps._replace(boot_id=keeper.backend.boot_id)
         hold = ExitStack()
 
         def stop(reached: Callable[[], None]) -> None:
             old = keeper.state
-            tempo = self._follower.held(old.timeline.tempo)
+            terms = self._follower.holdover(old.timeline.terms)
 
             def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
                 reached()
                 keeper.live.pause(hold)
                 stopped = old.timeline.copy()
-                stopped.turn(tsc, tempo)
+                stopped.begin_segment(tsc, terms)
                 held = TimeState.of(stopped.copy())
                 stopped.stop(tsc)
-                paused_at = PausePoint(at._replace(tsc=tsc), keeper.backend.tsc_hz, tempo.dilation)
+                paused_at = PausePoint(at._replace(tsc=tsc), keeper.backend.tsc_hz, terms.dilation)
                 new = TimeState.of(stopped, paused_at)
                 event = partial(keeper.event, stamps=stamps, tsc=tsc)
                 events = [event(EventKind.PAUSE, "pause()", before=held, after=new)]
-                if tempo != old.timeline.tempo:
+                if terms != old.timeline.terms:
                     events.insert(0, event(EventKind.RATE, "pause()", before=old, after=held))
                 return new, tuple(events)
 
@@ -156,41 +156,41 @@ class PauseResume:
 
         attempt(lambda: hold.enter_context(hold_of(keeper.backend)), hold.close, stop)
 
-    def _resume(self, policy: Chosen, *, guest_stopped: bool) -> catchup.Settlement:
-        """Settle what was missed, and publish; for while_held()."""
+    def _resume(self, policy: Chosen, *, guest_stopped: bool) -> catchup.CatchUp:
+        """Settle what was missed, and publish; for with_vcpus_out()."""
         keeper = self._keeper
         stamps = self._host.require("resume")
         old, paused_at = keeper.state, self._paused_at("resume")
         tsc = keeper.host_tsc()
         now = stamps._replace(boot_id=keeper.backend.boot_id)
         missed_ns = _missed_ns(old.timeline, paused_at, now, tsc)
-        settled = catchup.settle(policy.policy, missed_ns if keeper.backend.is_slaved else Fraction(0))
+        settled = catchup.settle(policy.policy, missed_ns if keeper.backend.counter_follows_host else Fraction(0))
         started = _started(old.timeline, tsc, settled)
         shown = TimeState.of(started)
-        tempo = started.tempo._replace(boost=started.plan(stamps.tsc))
-        scale = started.scale(tempo.pace)
-        gain_ticks = int(settled.gain_ns / started.tempo.dilation * keeper.backend.tsc_hz / NS_PER_S)
+        terms = started.terms._replace(slew=started.plan(stamps.tsc))
+        scale = started.scale(terms.rate)
+        gain_ticks = int(settled.step_ns / started.terms.dilation * keeper.backend.tsc_hz / NS_PER_S)
         tscs = self._tscs.going_on(tsc, gain_ticks)
         why = f"{policy.words}; {settled.why}".removesuffix("; ")
         refused = partial(tscs.refusal, stamps, old)
 
-        def publish(reached: Callable[[], None]) -> catchup.Settlement:
+        def publish(reached: Callable[[], None]) -> catchup.CatchUp:
             def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
                 reached()
                 self._tscs.stand_no_more()
                 going = started.copy()
-                going.turn(break_tsc, tempo)
+                going.begin_segment(break_tsc, terms)
                 new = TimeState(going, going.line(), scale)
                 event = partial(keeper.event, stamps=stamps)
                 going_on = event(EventKind.RESUME, why, tsc=tsc, before=old, after=shown, policy=policy.words)
                 events = [*refused(), going_on]
-                if settled.slew is not None or tempo != started.tempo:
+                if settled.slew is not None or terms != started.terms:
                     left = f"{round(started.skew_at(tsc))} ns are left"
                     owed = left if settled.slew is None else f"{round(settled.slew_ns)} ns were missed"
                     events.append(event(EventKind.SLEW, owed, tsc=break_tsc, before=shown, after=new))
                 return new, tuple(events)
 
-            keeper.resume(change, shown, scale, gain_ns=int(settled.gain_ns), guest_stopped=guest_stopped)
+            keeper.resume(change, shown, scale, step_ns=int(settled.step_ns), guest_stopped=guest_stopped)
             return settled
 
         going_on = partial(attempt, tscs.give_what_it_takes, tscs.give_back, publish)
@@ -215,7 +215,7 @@ def _chosen(policy: Policy | str | None, own: Policy) -> Chosen:
 
 def _check_reach(keeper: Timekeeper, ns: int) -> None:
     """RangeError if no counter reaches that guest time; before anything changes."""
-    ticks = ns * keeper.backend.tsc_hz / (NS_PER_S * keeper.timeline.pace)
+    ticks = ns * keeper.backend.tsc_hz / (NS_PER_S * keeper.timeline.rate)
     if ticks > U64_MASK // 4:
         raise RangeError(
             f"run_for({shown(ns)}): {shown(int(ticks))} ticks of the host's TSC; up to 2^62 can be waited for"
@@ -239,11 +239,11 @@ def _missed_ns(timeline: Timeline, paused_at: PausePoint, stamps: HostStamps, ts
     return host_ns * paused_at.dilation
 
 
-def _started(stopped: Timeline, tsc: HostTsc, settled: catchup.Settlement) -> Timeline:
+def _started(stopped: Timeline, tsc: HostTsc, settled: catchup.CatchUp) -> Timeline:
     """The timeline that goes on at `tsc`, with what was settled."""
     going = stopped.copy()
     going.start(tsc)
-    going.jump(settled.gain_ns)
+    going.jump(settled.step_ns)
     if isinstance(settled.slew, Slew | CatchUpTable):
         going.slew(tsc, settled.slew_ns, settled.slew)
     return going

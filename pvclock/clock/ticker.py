@@ -179,7 +179,7 @@ class Ticker:
             self._look_at_host(clocks, watches)
             with self._kept(None):
                 self._workers.hand_out(clocks)
-            interval_s = max(self.interval_s / max([1.0, *(float(clock.pace) for clock in clocks)]), SHORTEST_S)
+            interval_s = max(self.interval_s / max([1.0, *(float(clock.rate) for clock in clocks)]), SHORTEST_S)
             due_s += interval_s
             if (late_s := time.monotonic() - due_s) > 0:
                 due_s += (late_s // interval_s + 1) * interval_s
@@ -195,18 +195,18 @@ class Ticker:
         on_host = [clock for clock in clocks if not isinstance(clock.backend.counter, SimulatedCounter)]
         for tsc_hz in {clock.backend.tsc_hz for clock in on_host} | set(watches) if self._watch_host else ():
             with self._kept(None):
-                troubles = self._look(tsc_hz, watches)
+                troubles = self._check(tsc_hz, watches)
                 with self._lock:
                     for clock in on_host:
                         if clock.backend.tsc_hz == tsc_hz and clock in self._clocks:
                             self._clocks[clock].add(troubles, watches[tsc_hz].tsc_stable)
 
-    def _look(self, tsc_hz: int, watches: dict[int, HostWatch]) -> list[Trouble]:
+    def _check(self, tsc_hz: int, watches: dict[int, HostWatch]) -> list[Trouble]:
         """What went wrong with the host since the last round; the first look finds nothing."""
         if tsc_hz not in watches:
             watches[tsc_hz] = HostWatch(tsc_hz, interval_ns=round(self.interval_s * NS_PER_S))
             return []
-        return watches[tsc_hz].look()
+        return watches[tsc_hz].check()
 
     # Inside, on a thread that ticks
 
@@ -217,7 +217,7 @@ class Ticker:
             troubles, trusted = self._clocks[clock].take()
         if trusted is not None:
             with self._kept(clock):
-                clock.note(troubles, host_trusted=trusted)
+                clock.apply_host_findings(troubles, host_trusted=trusted)
         with self._kept(clock):
             clock.tick()
 

@@ -23,7 +23,7 @@ from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, sign
 from pvclock.readings import ClockLine, HostStamps, TimeInfo
 from pvclock.timekeeping.events import Event, EventCause, EventKind
 from pvclock.timekeeping.history import History
-from pvclock.timekeeping.timeline import Tempo, Timeline
+from pvclock.timekeeping.timeline import RateTerms, Timeline
 
 __all__ = ["MAX_AGE_S", "VCPUS_MAX", "TimeState", "Timekeeper", "checked_vcpus"]
 
@@ -65,12 +65,12 @@ class TimeState(NamedTuple):
     @staticmethod
     def of(timeline: Timeline, paused_at: PausePoint | None = None) -> TimeState:
         """The state with that timeline, which must not change any more."""
-        return TimeState(timeline, timeline.line(), timeline.scale(timeline.pace), paused_at)
+        return TimeState(timeline, timeline.line(), timeline.scale(timeline.rate), paused_at)
 
     @property
-    def pace(self) -> Fraction:
+    def rate(self) -> Fraction:
         """Guest seconds in a nominal host second; 0 while paused."""
-        return self.timeline.pace if self.timeline.is_running else Fraction(0)
+        return self.timeline.rate if self.timeline.is_running else Fraction(0)
 
 
 Change: TypeAlias = Callable[[HostTsc], tuple[TimeState, tuple[Event, ...]]]
@@ -103,7 +103,7 @@ class Timekeeper:
         provider: str,
         *,
         stable: Callable[[], bool],
-        look: Callable[[int | None], bool],
+        tsc_is_good: Callable[[int | None], bool],
     ) -> None:
         self.memory = memory
         self.vcpus = vcpus
@@ -118,10 +118,10 @@ class Timekeeper:
         timeline.check(Fraction(1))
         self.state = TimeState.of(timeline)
         self._stable = stable
-        self._look = look
+        self._tsc_is_good = tsc_is_good
         self._history = History()
         self._shown_flags: int | None = 0  # None: a publish was broken off that may have shown others
-        self._all_held = False  # are all vCPUs out of the guest?
+        self._all_out = False  # are all vCPUs out of the guest?
         self._was_shown_before = False  # by the clock that this one was saved of
 
     def take_over(self) -> None:
@@ -191,10 +191,10 @@ class Timekeeper:
             raise RangeError(f"vCPU {shown(vcpu)}; this VM has vCPUs 0 to {self.vcpus - 1}")
         return vcpu
 
-    def check_held(self, operation: str) -> None:
-        """StateError where the backend's vCPUs would go on in the guest; for while_held()."""
-        if self.backend.vcpus_held() is False:
-            allowed = "hold them first: Machine.pause(), Runner.pause(), or what your backend's vcpus_held() goes by"
+    def check_vcpus_out(self, operation: str) -> None:
+        """StateError where the backend's vCPUs would go on in the guest; for with_vcpus_out()."""
+        if self.backend.vcpus_are_out() is False:
+            allowed = "hold them first: Machine.pause(), Runner.pause(), or what your backend's vcpus_are_out() goes by"
             raise StateError(operation, "the vCPUs run", allowed)
 
     # What changes it; within `with changing`
@@ -206,7 +206,7 @@ class Timekeeper:
         vcpu: one that is out of the guest, the caller's own, whose flags can be written too.
         """
         if not self.is_paused:
-            again = not self._look(vcpu)
+            again = not self._tsc_is_good(vcpu)
             self._publish(_unchanged, self.state, vcpu=vcpu, again=again)
 
     def adopt(
@@ -220,7 +220,7 @@ class Timekeeper:
 
         told: asked when nothing can fail any more, as a Change is.  vcpu, and while paused: as republish().
         """
-        again = not self.is_paused and not self._look(vcpu)
+        again = not self.is_paused and not self._tsc_is_good(vcpu)
 
         def publish(reached: Callable[[], None]) -> None:
             def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
@@ -239,19 +239,19 @@ class Timekeeper:
         if not self.is_paused:
             self.live.go_on()
 
-    def while_held(self, vcpu: int | None, operation: Callable[[], T]) -> T:
+    def with_vcpus_out(self, vcpu: int | None, operation: Callable[[], T]) -> T:
         """Call `operation` with all vCPUs out of the guest; what it publishes writes all vCPUs' flags.
 
         vcpu: the caller's own, which is out already.
         """
-        if self._all_held:
+        if self._all_out:
             return operation()
         with self.backend.quiesce(vcpu):
             try:
-                self._all_held = True
+                self._all_out = True
                 return operation()
             finally:
-                self._all_held = False
+                self._all_out = False
 
     def beside_guests(self, vcpu: int | None, publish: Callable[[], T]) -> T:
         """Call `publish`, which leaves flags alone, while vCPUs may be in the guest.
@@ -259,9 +259,9 @@ class Timekeeper:
         Those of an unslaved VM are kept out: its counter is told what they have executed once they are out, and a break
         point before that would be in their past.
         """
-        return publish() if self.backend.is_slaved else self.while_held(vcpu, publish)
+        return publish() if self.backend.counter_follows_host else self.with_vcpus_out(vcpu, publish)
 
-    def turn(self, change: Change, scale: ClockScale) -> None:
+    def begin_segment(self, change: Change, scale: ClockScale) -> None:
         """End the present segment at the break point of a publish: `change` says how time goes on there, at `scale`."""
         if self.is_paused:
             self.replace(change)
@@ -270,7 +270,7 @@ class Timekeeper:
 
     def change_rate(
         self,
-        tempo: Tempo,
+        terms: RateTerms,
         stamps: HostStamps,
         kind: EventKind,
         why: str,
@@ -283,16 +283,16 @@ class Timekeeper:
         taking: sets what changes with it, as a Change does.
         """
         old = self.state
-        scale = old.scale if tempo.pace == old.timeline.pace else old.timeline.scale(tempo.pace)
+        scale = old.scale if terms.rate == old.timeline.rate else old.timeline.scale(terms.rate)
 
         def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
             turned = old.timeline.copy()
-            turned.turn(tsc, tempo)
+            turned.begin_segment(tsc, terms)
             new = TimeState(turned, turned.line(), scale, old.paused_at)
             taking()
             return new, (*events, self.event(kind, why, stamps, tsc=tsc, before=old, after=new))
 
-        self.turn(change, scale)
+        self.begin_segment(change, scale)
 
     def step(self, change: Change, shown: TimeState, moved: tuple[int, int]) -> None:
         """Change time by a declared step to `shown`, and publish; `moved`: see TimePages.move()."""
@@ -301,13 +301,13 @@ class Timekeeper:
         else:
             self._publish(change, shown, moved=moved)
 
-    def resume(self, change: Change, shown: TimeState, scale: ClockScale, *, gain_ns: int, guest_stopped: bool) -> None:
-        """Let time go on where `shown` begins, `gain_ns` ahead: at its rate until the break, at `scale` after it.
+    def resume(self, change: Change, shown: TimeState, scale: ClockScale, *, step_ns: int, guest_stopped: bool) -> None:
+        """Let time go on where `shown` begins, `step_ns` ahead: at its rate until the break, at `scale` after it.
 
-        For while_held(): no vCPU is in the guest until all pages are published.
+        For with_vcpus_out(): no vCPU is in the guest until all pages are published.
         """
         flags = self._flags | (GUEST_STOPPED if guest_stopped else 0)
-        going_on = shown.timeline.begin_tsc, gain_ns, shown.scale
+        going_on = shown.timeline.begin_tsc, step_ns, shown.scale
         self._publish_to(range(self.vcpus), flags, change, shown._replace(scale=scale), going_on=going_on)
 
     def replace(self, change: Change, moved: tuple[int, int] = (0, 0), *, of_one_numbering: bool = True) -> None:
@@ -374,8 +374,8 @@ class Timekeeper:
             stamps.real_ns + later_ns,
             before.timeline.at(tsc),
             after.timeline.at(tsc),
-            before.pace,
-            after.pace,
+            before.rate,
+            after.rate,
             cause=cause,
             tsc_hz=self.backend.tsc_hz,
             provider=self.provider,
@@ -413,12 +413,12 @@ class Timekeeper:
     ) -> None:
         """Flags, and pages that newly came, take all vCPUs out of the guest; all else is published beside them."""
         flags = self._flags
-        if not self._all_held and flags == self._shown_flags and not self.pages.lacks_flags(vcpu):
+        if not self._all_out and flags == self._shown_flags and not self.pages.lacks_flags(vcpu):
             one = () if vcpu is None else (vcpu,)
             self.beside_guests(vcpu, partial(self._publish_to, one, flags, change, shown, moved=moved, again=again))
         else:
             every = range(self.vcpus)
-            self.while_held(vcpu, partial(self._publish_to, every, flags, change, shown, moved=moved, again=again))
+            self.with_vcpus_out(vcpu, partial(self._publish_to, every, flags, change, shown, moved=moved, again=again))
 
     def _publish_to(
         self,

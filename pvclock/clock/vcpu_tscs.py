@@ -155,7 +155,7 @@ class VcpuTscs:
     def read_back(self, vcpu: int | None) -> None:
         """Take the vCPUs' offsets as the host has them now, after something that may have changed them."""
         if self._standing is None:
-            self._keeper.while_held(vcpu, self._take_offsets_that_are)
+            self._keeper.with_vcpus_out(vcpu, self._take_offsets_that_are)
 
     def take(self, tscs: list[VcpuTsc]) -> None:
         """Have these, which the host has already, in the pages from the next publish on."""
@@ -199,7 +199,7 @@ class VcpuTscs:
         whys = [f"vCPU {vcpu}: offset {before[vcpu].offset:#x} becomes {new:#x}" for vcpu, new in offsets.items()]
         events = tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
         change = OffsetChange(keeper, self, before, wanted)
-        keeper.while_held(out_of_guest, partial(keeper.adopt, change.give_all, change.give_back, lambda: events))
+        keeper.with_vcpus_out(out_of_guest, partial(keeper.adopt, change.give_all, change.give_back, lambda: events))
 
     def _refuse(self, refused: TscOffsetNotHonoured, cause: EventCause, taking: Callable[[], object]) -> None:
         """Record that the host cannot give an offset, in one step with what changes all the same."""

@@ -40,7 +40,7 @@ class Backend(Protocol):
         """KVM feature bits (CPUID 0x40000001 EAX) that the host's kernel can offer vCPUs by itself; 0 without."""
 
     @property
-    def is_slaved(self) -> bool:
+    def counter_follows_host(self) -> bool:
         """Does the counter go on with host time, whatever the guest does?"""
 
     @property
@@ -71,7 +71,7 @@ class Backend(Protocol):
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """Keep all vCPUs out of the guest meanwhile.  `vcpu` is the caller's own, which is out already."""
 
-    def vcpus_held(self) -> bool | None:
+    def vcpus_are_out(self) -> bool | None:
         """Are all vCPUs out of the guest until they are resumed or started?  None where the VMM answers for it.
 
         What quiesce() does is not counted.  Ask inside it, and stay there for as long as no vCPU may run: a resume or a

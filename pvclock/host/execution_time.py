@@ -1,7 +1,7 @@
-"""Unslaved time: a host whose counter goes on only while the guest executes.
+"""Execution time: a host whose counter advances only while the guest executes.
 
-A GuestClock on an UnslavedBackend keeps what the VMM does out of its guest's time, and needs to know nothing of it:
-all its operations are as exact as on the backend inside, in executed ticks.  Slaved is a GuestClock on that one itself.
+A GuestClock on an ExecutionTimeBackend keeps the VMM's own work out of guest time.  The clock does not know: all its
+operations are as exact as on the backend inside, in executed ticks.
 
 Source: Palacios vmm_time.c, whose unslaved cores are told how many host cycles each run took (P-08, P-11, P-12).
 """
@@ -22,7 +22,7 @@ from pvclock.host.backend import Backend
 from pvclock.quantities import U64_MASK, HostTsc
 from pvclock.readings import HostStamps, Reference, Sample
 
-__all__ = ["UnslavedBackend"]
+__all__ = ["ExecutionTimeBackend"]
 
 TICKS_MAX: Final = U64_MASK // 2
 """More at once could not be told from a counter that went back."""
@@ -39,7 +39,7 @@ class _Run(NamedTuple):
     ticks: int | None
 
 
-class UnslavedBackend:
+class ExecutionTimeBackend:
     """`inner`'s host, but that `counter` has only the ticks in which the guest executed; it begins at `executed`.
 
     A run is the VM's, not a vCPU's: enter() before the first vCPU goes in, exit() when the last one is out, then
@@ -57,7 +57,7 @@ class UnslavedBackend:
     Thread-safety: all methods may be called from any thread.
     """
 
-    is_slaved = False
+    counter_follows_host = False
 
     def __init__(self, inner: Backend, executed: int = 0, *, native: bool = True) -> None:
         self.inner = serving("inner", inner, "sample", "stamps", "set_tsc_offset", "quiesce", wanted="a Backend")
@@ -222,9 +222,9 @@ class UnslavedBackend:
         inner = self.inner.quiesce(vcpu)
         return _Hold(inner, self._begin_hold, self._end_hold) if self.native else inner
 
-    def vcpus_held(self) -> bool | None:
+    def vcpus_are_out(self) -> bool | None:
         """See Backend."""
-        return self.inner.vcpus_held()
+        return self.inner.vcpus_are_out()
 
     # Inside
 

@@ -31,7 +31,7 @@ class SimulatedBackend:
     With honours_tsc_offset=False it plays a host that takes offsets and ignores them.
     """
 
-    is_slaved = True
+    counter_follows_host = True
 
     def __init__(
         self,
@@ -139,6 +139,6 @@ class SimulatedBackend:
         """See Backend: no vCPU runs here."""
         return nullcontext()
 
-    def vcpus_held(self) -> bool | None:
+    def vcpus_are_out(self) -> bool | None:
         """See Backend: the VMM answers for it."""
         return None

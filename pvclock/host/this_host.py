@@ -30,7 +30,7 @@ class HostBackend:
     """This host's own TSC and clocks, and no vCPU: for readers in this process.  It honours no TSC offset."""
 
     kernel_features = 0
-    is_slaved = True
+    counter_follows_host = True
 
     def __init__(self, tsc_hz: int | None = None) -> None:
         self.counter = HostCounter()
@@ -75,7 +75,7 @@ class HostBackend:
         """See Backend: no vCPU runs here."""
         return nullcontext()
 
-    def vcpus_held(self) -> bool | None:
+    def vcpus_are_out(self) -> bool | None:
         """See Backend: the VMM answers for it."""
         return None
 

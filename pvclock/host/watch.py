@@ -134,7 +134,7 @@ class HostWatch:
         """
         return self._last.clocksource == "tsc" and not self._marked_unstable
 
-    def look(self, *, on_schedule: bool = True) -> list[Trouble]:
+    def check(self, *, on_schedule: bool = True) -> list[Trouble]:
         """What went wrong since the look before; nothing, most of the time.
 
         on_schedule=False: no look was due meanwhile (the VM was paused), so that a long gap is no stall.  A TSC whose

@@ -47,7 +47,7 @@ class _VcpusOfRunner:
 
     counter: Counter
     tsc_hz: int
-    is_slaved = True
+    counter_follows_host = True
     guest_engine = "kvm"
     """See Backend."""
 
@@ -81,7 +81,7 @@ class _VcpusOfRunner:
         finally:
             self._runner.pause()
 
-    def vcpus_held(self) -> bool | None:
+    def vcpus_are_out(self) -> bool | None:
         """See Backend."""
         return self._runner.gate.is_held()
 

@@ -74,7 +74,7 @@ def _check_clock(arguments: Mapping[str, object], options: Mapping[str, object])
     if taken := [name for name in ("engine", "memory") if name in options]:
         raise ConfigError(f"a machine runs on /dev/kvm, in memory of its own; leave out: {', '.join(taken)}")
     if backend is not None and not callable(backend):
-        wanted = "a function from the backend of the machine's vCPUs to that of its clock, such as UnslavedBackend"
+        wanted = "a function from the backend of the machine's vCPUs to that of its clock, such as ExecutionTimeBackend"
         raise WrongType("backend", backend, wanted)
     if restore is None:
         if early := [name for name in ("policy", "any_tsc_hz") if name in options]:

@@ -12,7 +12,7 @@ from pvclock.clock.guest_clock import GuestClock
 from pvclock.clock.ticker import Ticker
 from pvclock.errors import ConfigError, StateError, TscOffsetNotHonoured
 from pvclock.host.backend import Backend
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.kvm import KvmBackend, Runner
 from pvclock.kvm.backend import SteeredTscBackend
 from pvclock.quantities import U64_MASK
@@ -23,7 +23,7 @@ from pvclock.timekeeping.catchup import Policy, as_policy
 __all__ = ["BackendWrapper", "ClockService", "make_clock"]
 
 BackendWrapper: TypeAlias = Callable[[KvmBackend | SteeredTscBackend], Backend]
-"""Makes the backend that a machine's clock has of the one for its vCPUs: UnslavedBackend is such.
+"""Makes the backend that a machine's clock has of the one for its vCPUs: ExecutionTimeBackend is such.
 
 What it returns must have that one's tsc_hz and ask it whether the vCPUs are held, as one around it does; any other
 would be a clock of other vCPUs.
@@ -46,7 +46,7 @@ def make_clock(
     backend = inner if wrap is None else _wrapped(wrap, inner, vcpus)
     if restore is not None:
         return GuestClock.restore(restore, memory, backend=backend, engine="kvm", **options)
-    options.setdefault("tsc_offset", inner.initial_tsc_offset if backend.is_slaved else 0)
+    options.setdefault("tsc_offset", inner.initial_tsc_offset if backend.counter_follows_host else 0)
     return GuestClock(memory, vcpus, backend=backend, engine="kvm", **options)
 
 
@@ -54,14 +54,14 @@ def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus:
     backend = wrap(inner)
     if not hasattr(backend, "counter"):
         raise ConfigError(f"backend={wrap!r} made {backend!r} of the vCPUs' backend; it must return a Backend")
-    if backend.tsc_hz != inner.tsc_hz or backend.vcpus_held() != inner.vcpus_held():
+    if backend.tsc_hz != inner.tsc_hz or backend.vcpus_are_out() != inner.vcpus_are_out():
         raise ConfigError(
             f"backend={wrap!r} made a {type(backend).__name__} that is not around the vCPUs' backend: it must have its "
-            "tsc_hz, and its vcpus_held()"
+            "tsc_hz, and its vcpus_are_out()"
         )
-    if isinstance(backend, UnslavedBackend):
+    if isinstance(backend, ExecutionTimeBackend):
         if not backend.native:
-            raise ConfigError("an UnslavedBackend with native=False; a guest on /dev/kvm reads the hardware's TSC")
+            raise ConfigError("an ExecutionTimeBackend with native=False; a guest on /dev/kvm reads the hardware's TSC")
         if isinstance(inner, SteeredTscBackend):
             raise TscOffsetNotHonoured(
                 -inner.counter.read() & U64_MASK, "KVM lets a guest's TSC go forward only here: the host's is unstable"
@@ -85,7 +85,7 @@ class ClockService:
         self.ticker = None if clock is None or tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
         self._runner = runner
         backend = None if clock is None else clock.backend
-        self._unslaved = backend if isinstance(backend, UnslavedBackend) else None
+        self._execution_time = backend if isinstance(backend, ExecutionTimeBackend) else None
         # Around what changes vCPUs and clock: the clock's own lock, which who calls from an on_dirty has already.
         self._changing = threading.RLock() if clock is None else clock.memory.clock_lock
         self._resumes_at_start = clock is not None and clock.is_paused
@@ -110,8 +110,8 @@ class ClockService:
         with self._changing:
             self._resumes_at_start = False
             self._runner.pause()
-            if self._unslaved is not None:
-                self._unslaved.leave()
+            if self._execution_time is not None:
+                self._execution_time.leave()
             if self.clock is not None and not self.clock.is_paused:
                 self.clock.pause()
 
@@ -190,12 +190,12 @@ class ClockService:
 
     def _enter(self) -> None:
         """Before the first vCPU goes in."""
-        if self._unslaved is not None and not self._unslaved.is_running:
-            self._unslaved.enter()
+        if self._execution_time is not None and not self._execution_time.is_running:
+            self._execution_time.enter()
 
     def _end(self) -> None:
         """After the last vCPU is out for good."""
-        if self._unslaved is not None:
-            self._unslaved.leave()
+        if self._execution_time is not None:
+            self._execution_time.leave()
         if self.ticker is not None:
             self.ticker.stop()

@@ -49,8 +49,8 @@ class Machine:
     the engine's; `self.clock` is None).
 
     For the engine's clock:  tick_interval_s: from start() to stop() it is ticked every so many seconds, so that its
-    pages do not age; None leaves that to the caller.  backend: called with the backend of the vCPUs, it returns the one
-    that the clock has: with UnslavedBackend nothing passes for the guest while the machine is paused.  restore: a saved
+    pages do not age; None leaves that to the caller.  backend: called with the backend of the vCPUs, it returns the
+    clock's: with ExecutionTimeBackend no guest time passes while the machine is paused.  restore: a saved
     clock, which goes on at start() by `policy`, or the state's own; further options are those of GuestClock.restore()
     then.  The RAM is the caller's to put into `memory` before that; the vCPUs begin anew, at the image's entry.
 
@@ -64,8 +64,8 @@ class Machine:
     A machine that is dropped without close() stops and gives everything back, by and by.
 
     WrongType or ConfigError for a wrong argument, before anything is made.  KvmUnavailable, MissingCapability,
-    ImageError, RangeError, StateFileError or, for UnslavedBackend where offsets are not honoured, TscOffsetNotHonoured
-    if it cannot be made; nothing is left behind then.
+    ImageError, RangeError, StateFileError or, for ExecutionTimeBackend without TSC offsets, TscOffsetNotHonoured if it
+    cannot be made; nothing is left behind then.
     """
 
     def __init__(  # noqa: PLR0913  # a machine has so many facts; all but the image are by keyword, with defaults

@@ -84,7 +84,7 @@ def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]], b
         raise ConfigError(
             f"profile {quoted(profile)}; choose from {_listed(PROFILES)}. "
             "Palacios' time is no profile of an interface: "
-            "pvclock.compat.palacios has it, and pvclock.UnslavedBackend its unslaved time for any provider"
+            "pvclock.compat.palacios has it, and pvclock.ExecutionTimeBackend its unslaved time for any provider"
         )
     newest = kinds[provider].version
     version = given["version"] = _checked_version(provider, given.get("version", NEWEST), newest, str(profile))

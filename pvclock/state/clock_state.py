@@ -277,7 +277,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("shown.mul", Mark.DERIVED, "From the dilation and the restoring host's TSC frequency."),
     Field("shown.shift", Mark.DERIVED, "As shown.mul."),
     Field("shown.stable", Mark.DERIVED, "TSC_STABLE: if all offsets agree and the restoring host trusts its TSC."),
-    Field("slew.boost", Mark.DERIVED, "Planned anew from what remains."),
+    Field("slew.slew", Mark.DERIVED, "Planned anew from what remains."),
     Field("cpuid", Mark.DERIVED, "From the provider's name and config."),
     Field("guest_memory", Mark.NOT_SAVED, "The VMM saves it, and in it pages, wall clock and GUEST_STOPPED."),
     Field("tsc_ratio", Mark.NOT_SAVED, "Always 1: the guest's TSC is as fast as its host's."),

@@ -27,7 +27,7 @@ __all__ = [
     "CatchUpTable",
     "Freeze",
     "Policy",
-    "Settlement",
+    "CatchUp",
     "Slew",
     "as_policy",
     "parse",
@@ -45,21 +45,21 @@ NAME_MAX: Final = 256
 """So many characters a policy's name has in a saved state, at most."""
 
 
-class Settlement(NamedTuple):
-    """gain_ns: a step forward now.  slew_ns: to be slewed in by `slew`.  lost_ns: what the guest never has.
+class CatchUp(NamedTuple):
+    """step_ns: a step forward now.  slew_ns: to be slewed in by `slew`.  dropped_ns: what the guest never has.
 
     why: what was bounded or refused, empty where the policy was applied as it stands.
     """
 
-    gain_ns: Fraction
+    step_ns: Fraction
     slew_ns: Fraction
-    lost_ns: Fraction
+    dropped_ns: Fraction
     slew: Slew | CatchUpTable | None = None
     why: str = ""
 
     def __str__(self) -> str:
-        parts = f"gained {float(self.gain_ns):.0f} ns, to slew {float(self.slew_ns):.0f} ns"
-        return f"{parts}, lost {float(self.lost_ns):.0f} ns" + (f": {self.why}" if self.why else "")
+        parts = f"gained {float(self.step_ns):.0f} ns, to slew {float(self.slew_ns):.0f} ns"
+        return f"{parts}, lost {float(self.dropped_ns):.0f} ns" + (f": {self.why}" if self.why else "")
 
 
 class Freeze(NamedTuple):
@@ -68,9 +68,9 @@ class Freeze(NamedTuple):
     def __str__(self) -> str:
         return "freeze"
 
-    def settle(self, missed_ns: Fraction) -> Settlement:
+    def settle(self, missed_ns: Fraction) -> CatchUp:
         """All is lost."""
-        return Settlement(Fraction(0), Fraction(0), missed_ns)
+        return CatchUp(Fraction(0), Fraction(0), missed_ns)
 
 
 class Advance(NamedTuple):
@@ -81,10 +81,10 @@ class Advance(NamedTuple):
     def __str__(self) -> str:
         return _named("advance", self)
 
-    def settle(self, missed_ns: Fraction) -> Settlement:
+    def settle(self, missed_ns: Fraction) -> CatchUp:
         """Gain what was missed, up to the bound."""
         gain = min(missed_ns, Fraction(self.max_ns))
-        return Settlement(gain, Fraction(0), missed_ns - gain, None, _left_out(missed_ns - gain, self.max_ns))
+        return CatchUp(gain, Fraction(0), missed_ns - gain, None, _left_out(missed_ns - gain, self.max_ns))
 
 
 class Slew(NamedTuple):
@@ -96,10 +96,10 @@ class Slew(NamedTuple):
     def __str__(self) -> str:
         return _named("slew", self)
 
-    def settle(self, missed_ns: Fraction) -> Settlement:
+    def settle(self, missed_ns: Fraction) -> CatchUp:
         """Owe what was missed, up to the bound."""
         owed = min(missed_ns, Fraction(self.max_ns))
-        return Settlement(Fraction(0), owed, missed_ns - owed, self, _left_out(missed_ns - owed, self.max_ns))
+        return CatchUp(Fraction(0), owed, missed_ns - owed, self, _left_out(missed_ns - owed, self.max_ns))
 
     def ppm(self, lag_ns: Fraction) -> int:
         """How much faster than nominal a clock runs that lags by lag_ns."""
@@ -128,12 +128,12 @@ class CatchUpTable(NamedTuple):
         options = [*self.periods, ("stop_ns", self.stop_ns), ("give_up_ns", self.give_up_ns)]
         return "table:" + ",".join(f"{key}={value}" for key, value in options)
 
-    def settle(self, missed_ns: Fraction) -> Settlement:
+    def settle(self, missed_ns: Fraction) -> CatchUp:
         """Owe all, or give all up."""
         if missed_ns > self.give_up_ns:
             why = f"a lag of {round(missed_ns)} ns is given up: it is beyond {self.give_up_ns} ns"
-            return Settlement(Fraction(0), Fraction(0), missed_ns, None, why)
-        return Settlement(Fraction(0), missed_ns, Fraction(0), self)
+            return CatchUp(Fraction(0), Fraction(0), missed_ns, None, why)
+        return CatchUp(Fraction(0), missed_ns, Fraction(0), self)
 
     def ppm(self, lag_ns: Fraction) -> int:
         """How much faster than nominal a clock runs that lags by lag_ns; a clock that is ahead goes as much slower."""
@@ -161,13 +161,13 @@ VIRTUALBOX: Final = CatchUpTable(
 """VirtualBox's virtual-sync clock (rows TM-14, TM-15)."""
 
 
-def settle(policy: Policy | str, missed_ns: Fraction) -> Settlement:
+def settle(policy: Policy | str, missed_ns: Fraction) -> CatchUp:
     """What `policy` makes of missed_ns; a host clock that went back has missed nothing, and `why` says so."""
     chosen = as_policy(policy)
     if fraction("missed_ns", missed_ns) < 0:
         nothing = Fraction(0)
         why = f"the host's clock went back by {round(-missed_ns)} ns; the guest's does not"
-        return Settlement(nothing, nothing, nothing, None, why)
+        return CatchUp(nothing, nothing, nothing, None, why)
     return chosen.settle(missed_ns)
 
 

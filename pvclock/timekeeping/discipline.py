@@ -57,14 +57,14 @@ class SteeringState(StrEnum):
 class Steering(NamedTuple):
     """What a discipline made of a sample, or of the want of one.
 
-    correction: by which part the clock is to be faster than the host's nominal rate.  rate: the reference's, against
-    nominal, true within its bound if it is constant.  error_ns: how far the clock was behind the reference at the
-    sample, in host time, and bound_ns how far that can be from the truth, on the same condition.  Without a sample both
-    are what those before let expect, so that the bound grows; with none at all, nan and inf.
+    frequency_adjustment: by which part the clock is to be faster than the host's nominal rate.  rate: the reference's,
+    against nominal, true within its bound if it is constant.  error_ns: how far the clock was behind the reference at
+    the sample, in host time, and bound_ns how far that can be from the truth, on the same condition.  Without a sample
+    both are extrapolated from those before, so the bound grows; with none at all, nan and inf.
     """
 
     state: SteeringState
-    correction: Fraction
+    frequency_adjustment: Fraction
     rate: Rate
     error_ns: float
     bound_ns: float
@@ -73,8 +73,8 @@ class Steering(NamedTuple):
 class Discipline:
     """Makes host time follow a reference from the first sample on, as far as it is right at that one.
 
-    tsc_hz: the nominal rate.  max_ppm: the correction's bound; a reference further off than that is never believed.
-    rate: what is known of it, as another discipline's `held`.  panic_ns: an error beyond this is not worked off, as
+    tsc_hz: the nominal rate.  max_ppm: the bound of the adjustment; a reference further off is never believed.
+    rate: what is known of it, as another discipline's `holdover`.  panic_ns: an error beyond this is not worked off, as
     ntpd's panic threshold has it; None: any is.
     """
 
@@ -95,7 +95,7 @@ class Discipline:
         self._is_lost = False  # and which did not go together, either
         self._is_slewing = False  # is an error being worked off?
         self._begin: tuple[int, Fraction] | None = None  # reference and host time, in ns, taken as the same
-        self._forgiven_ns = 0.0  # what the reference was wrong by at that instant
+        self._origin_bias_ns = 0.0  # what the reference was wrong by at that instant
         self._tsc = HostTsc(0)  # of the last sample
         self._ticks = 0  # to it from the beginning
         self._newest_ns = -1.0  # of the points
@@ -107,12 +107,12 @@ class Discipline:
         return copied
 
     @property
-    def held(self) -> Fraction:
-        """The correction that keeps the rate as it is known, and works no error off: for a time without samples."""
+    def holdover(self) -> Fraction:
+        """The adjustment that keeps the rate as it is known, and works no error off: for a time without samples."""
         return Fraction(int(self._rate.value * GRAIN), GRAIN)
 
     def steer(self, sample: Sample, host_ns: Fraction) -> Steering:
-        """What correction is due, now that the reference is known at one more instant, where the clock is at host_ns.
+        """The adjustment that is due when the reference is known at one more instant, where the clock is at host_ns.
 
         host_ns: from any origin, and corrected since as this has said.
         """
@@ -122,13 +122,13 @@ class Discipline:
             self._newest_ns = point.nominal_ns
             self._take(point, ahead_ns)
         deviation_ns, bound_ns = self._baseline.deviation_at(point.nominal_ns, self._rate.value)
-        error_ns = deviation_ns - ahead_ns - self._forgiven_ns
+        error_ns = deviation_ns - ahead_ns - self._origin_bias_ns
         state = self._judged(error_ns, (point.high_ns - point.low_ns) / 2)
-        correction = self.held
+        frequency_adjustment = self.holdover
         if self._is_slewing:
             pull = error_ns / max(2 * interval_ns, HORIZON_S * NS_PER_S)
-            correction = Fraction(int(self._clipped(self._rate.value + pull) * GRAIN), GRAIN)
-        return Steering(state, correction, self._rate_found(), error_ns, bound_ns)
+            frequency_adjustment = Fraction(int(self._clipped(self._rate.value + pull) * GRAIN), GRAIN)
+        return Steering(state, frequency_adjustment, self._rate_found(), error_ns, bound_ns)
 
     def coast(self, tsc: HostTsc, host_ns: Fraction) -> Steering:
         """What is due at an instant without a sample, where the clock is at host_ns: to keep the rate."""
@@ -136,8 +136,8 @@ class Discipline:
         if self._begin is not None:
             nominal_ns, ahead_ns = self._since_beginning(self._ticks + signed64(tsc - self._tsc), host_ns)
             deviation_ns, bound_ns = self._baseline.deviation_at(float(nominal_ns), self._rate.value)
-            error_ns = deviation_ns - ahead_ns - self._forgiven_ns
-        return Steering(SteeringState.HOLDOVER, self.held, self._rate_found(), error_ns, bound_ns)
+            error_ns = deviation_ns - ahead_ns - self._origin_bias_ns
+        return Steering(SteeringState.HOLDOVER, self.holdover, self._rate_found(), error_ns, bound_ns)
 
     def renumber(self, before: HostTsc, after: HostTsc) -> None:
         """The host's TSC stepped: what would have been `before` is `after`; what was found goes on to hold."""
@@ -151,7 +151,7 @@ class Discipline:
         if self._begin is None or ticks > U64_MASK // 2:
             self._baseline, self._suspects, self._is_lost = self._no_points(), self._no_points(), False
             self._begin, self._ticks, ticks = (sample.ns, host_ns), 0, 0
-            self._newest_ns, self._forgiven_ns = -1.0, 0.0
+            self._newest_ns, self._origin_bias_ns = -1.0, 0.0
         self._tsc = sample.tsc
         self._ticks += ticks
         return ticks * NS_PER_S / self._tsc_hz
@@ -185,7 +185,7 @@ class Discipline:
                 self._suspects.admit(point)
             if len(self._suspects.points) >= (RATE_SAMPLES if self._has_turned() else STEP_SAMPLES):
                 if len(self._baseline.points) == 1:  # then it was the first sample that was wrong
-                    self._forgiven_ns = (point.low_ns + point.high_ns) / 2 - ahead_ns
+                    self._origin_bias_ns = (point.low_ns + point.high_ns) / 2 - ahead_ns
                 self._suspects.extend_back(self._baseline.points)
                 self._baseline, self._suspects, self._is_lost = self._suspects, self._no_points(), False
         found = self._baseline.rate

@@ -46,11 +46,11 @@ def test_guests_see_no_step(reference: Reference) -> None:
         clock.follow(reference)
         for _ in range(TICKS):
             before = oracle.TimeInfo.parse(machine.memory.read(probe.time_page_address(0), 32))
-            pace, tick_ns = clock.pace, time.monotonic_ns()
+            rate, tick_ns = clock.rate, time.monotonic_ns()
             clock.tick()
             tsc, ns = newest_reading(machine)
             # The reading comes some time after the break, so the two pages' rates are in it, too.
-            turned_ns = abs(clock.pace - pace) * (time.monotonic_ns() - tick_ns)
+            turned_ns = abs(clock.rate - rate) * (time.monotonic_ns() - tick_ns)
             assert abs(ns - before.read(tsc)) <= 2 + turned_ns
             assert not machine.runner.join(TICK_S)
         wait_until_all_read_on(machine)

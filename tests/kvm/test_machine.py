@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from pvclock.errors import ConfigError, GuestCrashed, ImageError, KvmUnavailable, PvclockError, StateError, WrongType
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.host.simulated import SimulatedBackend
 from pvclock.host.this_host import HostBackend
 from pvclock.kvm.exits import InternalError
@@ -319,11 +319,11 @@ def test_a_forked_child_does_not_map_the_ram() -> None:
 @pytest.mark.row("E9")
 @pytest.mark.parametrize("unslaved", [False, True])
 def test_a_backend_says_whether_its_vcpus_are_held(unslaved: bool) -> None:
-    """They are before a run, while paused and after the end, not by quiesce() alone; an UnslavedBackend asks inside."""
+    """They are before a run, while paused and after the end, not by quiesce() alone; execution time asks inside."""
     with Machine(SPIN, vcpus=2) as machine:
         assert machine.clock is not None
         backend = machine.clock.backend
-        held_by = UnslavedBackend(backend, native=False).vcpus_held if unslaved else backend.vcpus_held
+        held_by = ExecutionTimeBackend(backend, native=False).vcpus_are_out if unslaved else backend.vcpus_are_out
         seen = [held_by()]
         for step in (machine.start, machine.pause, machine.resume, machine.stop):
             step()
@@ -336,7 +336,7 @@ def test_a_backend_says_whether_its_vcpus_are_held(unslaved: bool) -> None:
 @pytest.mark.parametrize("backend", [SimulatedBackend(10**9), HostBackend(10**9)])
 def test_where_the_vmm_answers_for_its_vcpus(backend: SimulatedBackend | HostBackend) -> None:
     """A backend without vCPUs does not know."""
-    assert backend.vcpus_held() is None
+    assert backend.vcpus_are_out() is None
 
 
 @pytest.mark.row("E1")

@@ -56,11 +56,11 @@ def main() -> None:
         for ppm in PHASES_PPM:
             slew_host(ppm)
             for place in range(PHASE_TICKS):
-                before, pace, tick_ns = watched.page(), clock.pace, time.monotonic_ns()
+                before, rate, tick_ns = watched.page(), clock.rate, time.monotonic_ns()
                 steering = clock.tick()
                 watched.look(before)
                 assert steering is not None
-                turned_ns = abs(clock.pace - pace) * (time.monotonic_ns() - tick_ns)
+                turned_ns = abs(clock.rate - rate) * (time.monotonic_ns() - tick_ns)
                 reading, bound_ns = watched.readings[-1], steering.bound_ns
                 ticks.append(
                     {
@@ -70,7 +70,7 @@ def main() -> None:
                         "step_ns": watched.steps_ns[-1],
                         "turned_ns": float(turned_ns),
                         "bound_ns": reading.bound_ns + bound_ns,
-                        "correction_ppm": float(steering.correction) * 1e6,
+                        "correction_ppm": float(steering.frequency_adjustment) * 1e6,
                         "state": str(steering.state),
                     }
                 )

@@ -24,8 +24,8 @@ class HostMoves:
 
     def advance(self, ns: int) -> None:
         """Host time passes, but no more guest time than 2 s between publishes."""
-        pace = max(self._twins.model.pace, Fraction(1))
-        self._twins.host.advance(ns=int(ns / pace))
+        rate = max(self._twins.model.rate, Fraction(1))
+        self._twins.host.advance(ns=int(ns / rate))
         self._twins.pass_time()
 
     def set_utc(self, ns: int) -> None:

@@ -109,7 +109,7 @@ class LifeMoves:
         if not model.is_paused:
             model.stopped = clock._keeper.state.paused_at.stamps if clock._keeper.state.paused_at else None
             model.paused_dilation = model.dilation
-        model.hz, model.tsc, model.pace, model.correction = host.tsc_hz, host.tsc, Fraction(0), Fraction(0)
+        model.hz, model.tsc, model.rate, model.frequency_adjustment = host.tsc_hz, host.tsc, Fraction(0), Fraction(0)
         model.elsewhere, model.tsc_trusted, model.ever_published, model.debt_ns = True, True, True, Fraction(0)
         model.reference = model.reference if model.reference in REFERENCES[1:4] else "off"
         twins.clock, twins.host, twins.model, twins.published_tsc = clock, host, model, host.tsc

@@ -55,8 +55,8 @@ class ModelClock:
     vcpus: list[ModelVcpu]
     guest_ns: Fraction = Fraction(0)
     dilation: Fraction = Fraction(1)
-    correction: Fraction = Fraction(0)
-    pace: Fraction = Fraction(1)  # 0 while paused
+    frequency_adjustment: Fraction = Fraction(0)
+    rate: Fraction = Fraction(1)  # 0 while paused
     skew_ns: Fraction = Fraction(0)
     slewing: Slew | CatchUpTable | None = None
     policy: Policy = field(default_factory=Freeze)
@@ -95,14 +95,14 @@ class ModelClock:
     def run_to(self, tsc: int) -> None:
         """Let host time pass up to that TSC."""
         host_ns = Fraction((tsc - self.tsc) * NS_PER_S, self.hz)
-        steady = self.dilation * (1 + self.correction)
+        steady = self.dilation * (1 + self.frequency_adjustment)
         self.tsc = tsc
         if self.is_paused:
-            self.missed_ns += host_ns * (1 + self.correction)
+            self.missed_ns += host_ns * (1 + self.frequency_adjustment)
             return
-        self.guest_ns += host_ns * self.pace
-        self.skew_ns -= host_ns * (self.pace - steady)
-        self.debt_ns += host_ns * self.pace * LAG_OF_MUL
+        self.guest_ns += host_ns * self.rate
+        self.skew_ns -= host_ns * (self.rate - steady)
+        self.debt_ns += host_ns * self.rate * LAG_OF_MUL
 
     def published(self) -> None:
         """All pages in memory were published; a publish gives back 1 ns."""
@@ -128,7 +128,7 @@ class ModelClock:
             self.slewing = policy
 
     def most_boost(self) -> Fraction:
-        """By which part a slew may change the pace at most."""
+        """By which part a slew may change the rate at most."""
         if self.slewing is None:
             return Fraction(0)
         if isinstance(self.slewing, Slew):

@@ -10,7 +10,7 @@ import pytest
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.vcpu_tscs import OffsetChange, VcpuTscs
 from pvclock.readings import HostStamps
-from pvclock.timekeeping.catchup import Advance, Settlement
+from pvclock.timekeeping.catchup import Advance, CatchUp
 from pvclock.timekeeping.timeline import Timeline
 from pvclock.tsc.vcpu_tsc import VcpuTsc
 from tests.model.exact_clock import Life, failure, live, random_life, shrunk
@@ -126,9 +126,9 @@ def write_tsc_off(tsc: VcpuTsc, value: int, host_tsc: int) -> None:
     tsc.offset = (value + 1 - host_tsc) % 2**64
 
 
-def gain_all(_policy: Advance, missed_ns: Fraction) -> Settlement:
+def gain_all(_policy: Advance, missed_ns: Fraction) -> CatchUp:
     """A policy without its bound."""
-    return Settlement(missed_ns, Fraction(0), Fraction(0))
+    return CatchUp(missed_ns, Fraction(0), Fraction(0))
 
 
 def see_no_step(_host: HostTrust, stamps: HostStamps, _vcpu: int | None) -> HostStamps:

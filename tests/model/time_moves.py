@@ -135,11 +135,11 @@ class TimeMoves:
         if not looked(self._twins):
             return StateError("resume", "undecided", "")
         chosen = model.policy if own else as_policy(POLICIES[policy])
-        gain_ns, owed_ns, slew = settled(chosen, model.missed(self._twins.host.stamps()))
+        step_ns, owed_ns, slew = settled(chosen, model.missed(self._twins.host.stamps()))
         before = model.skew_ns, model.slewing, model.vcpus, model.stopped
         model.vcpus = deepcopy(model.vcpus)
         model.owe(owed_ns, slew)
-        gain_ticks = int(gain_ns / model.dilation * model.hz / NS_PER_S)
+        gain_ticks = int(step_ns / model.dilation * model.hz / NS_PER_S)
         refusing = self._twins.host.refuse
         for number, vcpu in enumerate(model.vcpus):
             if vcpu.standing is not None:
@@ -148,8 +148,8 @@ class TimeMoves:
                 if refusing is not None and refusing[0] == number:
                     vcpu.offset = self._twins.host.tsc_offsets.get(number, 0)
             vcpu.is_spoilt = False
-        model.stopped, self._gained_ns = None, gain_ns
-        all_steps = {EventKind.RESUME: gain_ns, **(steps or {})}
+        model.stopped, self._gained_ns = None, step_ns
+        all_steps = {EventKind.RESUME: step_ns, **(steps or {})}
         refused = twins.call(
             lambda: operation(None if own else chosen), steps=all_steps, publishes=False, needs_tsc=True
         )

@@ -58,7 +58,7 @@ class Twins:
     def adopt_host(self) -> None:
         """Begin with this host, and with the clock's log from its end on."""
         self.seen = self.clock.events.last
-        self.rebuilt = self.model.tsc, self.model.guest_ns, self.model.pace
+        self.rebuilt = self.model.tsc, self.model.guest_ns, self.model.rate
         self.step: int | None = None
         self.sleep: tuple[int, bool] | None = None
         self.went_back: int | None = None
@@ -114,7 +114,7 @@ class Twins:
         self.host.look_again()
         self._take_events({} if refused else dict(steps or {}))
         self.pass_time()
-        self.model.correction = self.clock._keeper.timeline.tempo.correction
+        self.model.frequency_adjustment = self.clock._keeper.timeline.terms.frequency_adjustment
         self.host.holds_vcpus, self.host.refuse = True, None
         if publishes and not refused:
             self.publish()
@@ -174,9 +174,9 @@ class Twins:
         if event.kind is EventKind.RESUME:
             self.published_tsc = event.host_tsc
         self._same("before", event.guest_ns_before, model.guest_ns)
-        assert event.rate_before == model.pace, f"{event}: before it was {model.pace}"
+        assert event.rate_before == model.rate, f"{event}: before it was {model.rate}"
         self._same("jump", event.jump_ns, jump_ns)
-        model.guest_ns, model.pace = event.guest_ns_after, event.rate_after
+        model.guest_ns, model.rate = event.guest_ns_after, event.rate_after
         if event.kind is EventKind.SLEW_END:
             done_ns = model.slewing.stop_ns if isinstance(model.slewing, CatchUpTable) else 2
             assert abs(model.skew_ns) <= done_ns, f"a slew ended {model.skew_ns} ns before its end"
@@ -191,9 +191,9 @@ class Twins:
         (slept_ns, counted_on), self.sleep = self.sleep, None
         if model.is_paused or counted_on:
             return Fraction(0)
-        gain_ns, owed_ns, policy = settled(model.sleep_policy, slept_ns * model.dilation)
+        step_ns, owed_ns, policy = settled(model.sleep_policy, slept_ns * model.dilation)
         model.owe(owed_ns, policy)
-        return gain_ns
+        return step_ns
 
     def _take_tsc_step(self, event: Event) -> None:
         """The TSC stepped: what was unknown meanwhile is known to a tick or two, and taken from the clock."""
@@ -208,10 +208,10 @@ class Twins:
         tolerance_ns = 2 + 3 * Fraction(NS_PER_S, model.hz)  # the raw clock's whole ns, and some ticks
         assert abs(ticks - self.step) * NS_PER_S <= tolerance_ns * model.hz, f"{event}: it stepped by {self.step}"
         assert event.host_tsc == model.tsc
-        self._near("guest time", event.guest_ns_before, model.guest_ns, tolerance_ns * model.pace)
+        self._near("guest time", event.guest_ns_before, model.guest_ns, tolerance_ns * model.rate)
         off_ns, model.guest_ns = event.guest_ns_before - model.guest_ns, event.guest_ns_before
-        if model.pace:
-            model.skew_ns -= off_ns * (1 - model.dilation * (1 + model.correction) / model.pace)
+        if model.rate:
+            model.skew_ns -= off_ns * (1 - model.dilation * (1 + model.frequency_adjustment) / model.rate)
         elif not model.elsewhere:
             self._settle_missed(2 * tolerance_ns)
         model.ever_published |= not model.is_paused
@@ -261,17 +261,17 @@ class Twins:
 
     def _check_rate(self) -> None:
         clock, model = self.clock, self.model
-        tempo = clock._keeper.timeline.tempo
+        terms = clock._keeper.timeline.terms
         if not model.is_paused:
-            assert model.pace == clock.pace, f"pace is {clock.pace}; by the events it is {model.pace}"
-        assert clock.pace == model.dilation * (1 + tempo.correction + tempo.boost)
-        assert abs(tempo.correction) <= (Fraction(1, 2000) if model.reference != "off" else 0)
+            assert model.rate == clock.rate, f"rate is {clock.rate}; by the events it is {model.rate}"
+        assert clock.rate == model.dilation * (1 + terms.frequency_adjustment + terms.slew)
+        assert abs(terms.frequency_adjustment) <= (Fraction(1, 2000) if model.reference != "off" else 0)
         most = model.most_boost()
-        assert -min(most, SLOWEST) <= tempo.boost <= most, f"a slew of {tempo.boost}, at most {most}"
+        assert -min(most, SLOWEST) <= terms.slew <= most, f"a slew of {terms.slew}, at most {most}"
 
     def _check_rebuilt(self) -> None:
-        tsc, ns, pace = self.rebuilt
-        told_ns = ns + (self.model.tsc - tsc) * pace * NS_PER_S / self.model.hz
+        tsc, ns, rate = self.rebuilt
+        told_ns = ns + (self.model.tsc - tsc) * rate * NS_PER_S / self.model.hz
         self._same("guest time by the events alone", told_ns, self.model.guest_ns)
 
     def _check_past(self, now: HostTsc) -> None:
@@ -306,7 +306,7 @@ class Twins:
             bound_ns += (2 ** max(-info.tsc_shift, 0)) * 12 * model.dilation * NS_PER_S / model.hz
         else:
             shown_ns = info.read(vcpu.tsc(model.tsc))
-            bound_ns += (2 ** max(-info.tsc_shift, 0) - 1) * model.pace * NS_PER_S / model.hz
+            bound_ns += (2 ** max(-info.tsc_shift, 0) - 1) * model.rate * NS_PER_S / model.hz
             if not self.lag:
                 assert self.clock.read(number) == shown_ns
         self._near(f"vCPU {number}'s page", Fraction(shown_ns), model.guest_ns, bound_ns)

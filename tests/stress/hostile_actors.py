@@ -325,7 +325,7 @@ class Vmm:
         tsc = HostTsc(self._vm.backend.counter.read())
         for vcpu in range(3):
             clock.page(vcpu), clock.tsc(vcpu), clock.guest_tsc(vcpu, tsc)
-        clock.now(), clock.line, clock.scale, clock.dilation, clock.pace, clock.skew_ns, clock.steering
+        clock.now(), clock.line, clock.scale, clock.dilation, clock.rate, clock.skew_ns, clock.steering
         clock.at(tsc), clock.interface.statistics, clock.refused_offset, clock.reference
         self._vm.memory.read(self._any_u64(), self._rng.randrange(64))
 

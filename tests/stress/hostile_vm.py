@@ -99,7 +99,7 @@ class Gate:
 class OffsetHost:
     """This host, as if it honoured TSC offsets, but now and then; see Backend."""
 
-    is_slaved = True
+    counter_follows_host = True
     kernel_features = 0
 
     def __init__(self, host: HostBackend, rng: random.Random) -> None:
@@ -107,7 +107,7 @@ class OffsetHost:
         self.offsets: dict[int, int] = {}
         self.counter, self.tsc_hz, self.tsc_stable = host.counter, host.tsc_hz, host.tsc_stable
         self.sample, self.stamps, self.tsc_readings = host.sample, host.stamps, host.tsc_readings
-        self.vcpus_held, self.boot_id = host.vcpus_held, host.boot_id
+        self.vcpus_are_out, self.boot_id = host.vcpus_are_out, host.boot_id
         self._wait_until, self._rng = host.run_until, rng
         self._run_delay_ns = 0
 

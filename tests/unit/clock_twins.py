@@ -20,7 +20,7 @@ from pvclock.timekeeping.events import Event
 from tests import oracle
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME
 from tests.unit.faulty_host import Faults, failing_source, faulty
-from tests.unit.test_hostwatch import a_watch
+from tests.unit.test_host_watch import a_watch
 
 HZ = 2_596_132_000
 OTHER_PAGE, WALL_CLOCK, STEAL_TIMES = 0x2080, 0x3000, (0x4000, 0x4040)
@@ -118,7 +118,7 @@ class Twin:
             tuple(self.backend.tsc_offsets.get(vcpu, 0) for vcpu in range(2)),
             tuple(self._read(vcpu) for vcpu in range(2)),
             self.memory.read(WALL_CLOCK + 4, 8) + b"".join(self.memory.read(each, 8) for each in STEAL_TIMES),
-            (clock.line, clock.now(), clock.pace, clock.is_paused, clock.skew_ns),
+            (clock.line, clock.now(), clock.rate, clock.is_paused, clock.skew_ns),
             (clock.reference, clock.steering),
             (clock.policy, clock.sleep_policy, clock.wall_clock),
             str(clock.refused_offset),
@@ -129,7 +129,7 @@ class Twin:
         found = []
         if self.clock.is_paused:
             self.clock.resume()
-        self.clock.note([], host_trusted=True)
+        self.clock.apply_host_findings([], host_trusted=True)
         found.append(self.seen())
         for operate in (self.clock.tick, self.clock.pause, lambda: self.clock.resume("advance"), self.clock.refresh):
             self.go_on()
@@ -239,7 +239,7 @@ def troubled(twin: Twin) -> None:
     watch, host = a_watch()
     host.run(10**9)
     host.change_clocksource("hpet")
-    twin.troubles = watch.look()
+    twin.troubles = watch.check()
     assert {each.kind for each in twin.troubles} >= {TroubleKind.CLOCKSOURCE}
 
 
@@ -256,7 +256,7 @@ def by_profile(profile: str) -> Callable[[Twin], None]:
 
 def note(twin: Twin) -> None:
     """Tell the clock of trouble."""
-    twin.clock.note(twin.troubles, host_trusted=False)
+    twin.clock.apply_host_findings(twin.troubles, host_trusted=False)
 
 
 def guest_writes(index: int, value: int, vcpu: int = 0) -> Callable[[Twin], object]:

@@ -27,7 +27,7 @@ POINTS: Final = (
     "run_until",
     "run_until, done",
     "run_delay_ns",
-    "vcpus_held",
+    "vcpus_are_out",
     "quiesce",
     "quiesce, done",
 )

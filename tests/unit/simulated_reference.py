@@ -84,5 +84,5 @@ def follow(
         ticks = int(HZ * interval_s * schedule.uniform(0.9, 1.1))
         tsc = (tsc + ticks) & U64_MASK
         passed_ns = Fraction(ticks * NS_PER_S, HZ)
-        gained_ns += passed_ns * steering.correction
+        gained_ns += passed_ns * steering.frequency_adjustment
         reference.pass_time(passed_ns)

@@ -215,9 +215,9 @@ def test_all_missed_time_is_settled(policy: Policy, missed_ns: int, parts: int) 
     """Any missed time is gained, owed or lost, to the fraction; a host clock that went back has missed none."""
     missed = Fraction(missed_ns, parts)
     settled = catchup.settle(policy, missed)
-    assert settled.gain_ns + settled.slew_ns + settled.lost_ns == max(missed, 0)
-    assert min(settled.gain_ns, settled.slew_ns, settled.lost_ns) >= 0
-    assert bool(settled.why) == (missed < 0 or (settled.lost_ns > 0 and policy != Freeze()))
+    assert settled.step_ns + settled.slew_ns + settled.dropped_ns == max(missed, 0)
+    assert min(settled.step_ns, settled.slew_ns, settled.dropped_ns) >= 0
+    assert bool(settled.why) == (missed < 0 or (settled.dropped_ns > 0 and policy != Freeze()))
     assert settled.slew_ns == 0 or settled.slew == policy
 
 

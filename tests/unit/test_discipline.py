@@ -30,7 +30,7 @@ def drift_ppb(ticks: list[Tick]) -> float:
 
 def corrections_within(ticks: list[Tick], max_ppm: float) -> bool:
     """Was no correction ever more than that?"""
-    return all(abs(tick.steering.correction) <= Fraction(max_ppm) / 10**6 for tick in ticks)
+    return all(abs(tick.steering.frequency_adjustment) <= Fraction(max_ppm) / 10**6 for tick in ticks)
 
 
 def settled_at(ticks: list[Tick], bound_ns: float) -> float:
@@ -52,7 +52,7 @@ def test_a_steady_reference_is_followed_to_a_tenth_of_a_ppb(ppb: float, seed: in
     assert all(abs(tick.steering.error_ns - tick.lag_ns) <= tick.steering.bound_ns + first_ns for tick in ticks[1:])
     assert late[-1].steering.rate.bound < 0.1 * PPB
     assert {tick.steering.state for tick in late} <= {SteeringState.LOCKED, SteeringState.SLEWING}
-    assert len({tick.steering.correction for tick in ticks}) < 60
+    assert len({tick.steering.frequency_adjustment for tick in ticks}) < 60
 
 
 @pytest.mark.row("E11", "E9")
@@ -61,7 +61,7 @@ def test_a_year_of_noise_temperature_and_outliers() -> None:
     reference = SimulatedReference(lambda s: 50 * PPB * math.sin(s / DAY_S * 2 * math.pi), noise_ns=200, outliers=0.01)
     worst, states = 0.0, set()
     for tick in follow(reference, YEAR_S, interval_s=120):
-        assert abs(tick.steering.correction) <= Fraction(500, 10**6)
+        assert abs(tick.steering.frequency_adjustment) <= Fraction(500, 10**6)
         states.add(tick.steering.state)
         if tick.s > 1200:
             worst = max(worst, abs(tick.lag_ns))
@@ -109,7 +109,7 @@ def test_a_reference_that_makes_no_sense_is_not_followed(kind: str) -> None:
     ticks = list(follow(SimulatedReference(lambda _: 31 * PPB, fault=faults[kind]), 600))
     lost = [tick for tick in ticks if tick.steering.state is SteeringState.HOLDOVER]
     assert len(lost) > 20
-    assert all(abs(float(tick.steering.correction) - 31 * PPB) < 1 * PPB for tick in lost)
+    assert all(abs(float(tick.steering.frequency_adjustment) - 31 * PPB) < 1 * PPB for tick in lost)
     assert corrections_within(ticks, 500)
     sane = [tick for tick in ticks if tick.s > 310]
     assert {tick.steering.state for tick in sane} <= {SteeringState.SLEWING, SteeringState.LOCKED}
@@ -137,7 +137,7 @@ def test_a_lone_wrong_sample_changes_nothing() -> None:
     reference = SimulatedReference(lambda _: 66.8 * PPB, fault=lambda s, ns: ns + wrong.get(int(s), 0))
     ticks = list(follow(reference, 400, interval_s=0.99))
     late = [tick for tick in ticks if tick.s > 190]
-    assert max(abs(float(tick.steering.correction) - 66.8 * PPB) for tick in late) < 15 * PPB
+    assert max(abs(float(tick.steering.frequency_adjustment) - 66.8 * PPB) for tick in late) < 15 * PPB
 
 
 @pytest.mark.row("E9", "E11")
@@ -161,7 +161,7 @@ def test_no_reading_takes_it_beyond_max_ppm(readings: list[tuple[int, int, float
         tsc = (tsc + ticks) % 2**64
         ns += ticks * 10**9 // HZ + extra_ns
         steering = discipline.steer(Sample(HostTsc(tsc), ns, bound_ns), Fraction(ns))
-        assert abs(steering.correction) <= Fraction(max_ppm, 10**6)
+        assert abs(steering.frequency_adjustment) <= Fraction(max_ppm, 10**6)
         assert not math.isnan(steering.error_ns)
 
 
@@ -173,10 +173,10 @@ def test_a_tsc_that_went_back_is_a_new_beginning() -> None:
         ns = second * (10**9 + 1000)
         steering = discipline.steer(Sample(HostTsc((second - 50) * HZ % 2**64), ns, 1.0), Fraction(ns))
     assert steering.state is SteeringState.LOCKED
-    assert float(steering.correction) == pytest.approx(1 * PPM, abs=1 * PPB)
+    assert float(steering.frequency_adjustment) == pytest.approx(1 * PPM, abs=1 * PPB)
     steering = discipline.steer(Sample(HostTsc(0), 77, 1.0), Fraction(10**6))
     assert (steering.state, steering.error_ns) == (SteeringState.LEARNING, 0)
-    assert float(steering.correction) == pytest.approx(1 * PPM, abs=1 * PPB)
+    assert float(steering.frequency_adjustment) == pytest.approx(1 * PPM, abs=1 * PPB)
 
 
 @pytest.mark.row("E11")
@@ -186,7 +186,7 @@ def test_two_looks_at_one_instant_are_one() -> None:
     for second in range(10):
         sample = Sample(HostTsc(second * HZ), second * 1_000_000_100, 5.0)
         first = discipline.steer(sample, Fraction(second * 10**9))
-        assert discipline.steer(sample, Fraction(second * 10**9)).correction == first.correction
+        assert discipline.steer(sample, Fraction(second * 10**9)).frequency_adjustment == first.frequency_adjustment
 
 
 @pytest.mark.row("E11")
@@ -196,7 +196,7 @@ def test_wrong_samples_at_the_beginning_are_forgiven(wrong: int, ns: float) -> N
     """The first samples are off, each otherwise: the clock takes the first good ones as its beginning, and no slew."""
     reference = SimulatedReference(lambda _: 66.8 * PPB, fault=lambda s, now: now + ns * (s + 1) * (s < wrong - 0.5))
     ticks = list(follow(reference, 60))
-    assert max(abs(float(tick.steering.correction)) for tick in ticks) < 1 * PPM
+    assert max(abs(float(tick.steering.frequency_adjustment)) for tick in ticks) < 1 * PPM
     assert ticks[-1].steering.state is SteeringState.LOCKED
 
 

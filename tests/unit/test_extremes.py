@@ -44,7 +44,7 @@ def use(clock: GuestClock, backend: SimulatedBackend) -> None:
 @pytest.mark.row("E9", "E13")
 @pytest.mark.parametrize("hz", [1, 2, 3, 4, 5, 6, 7, 10, 1000, 10**12, 2**64 - 1])
 def test_a_frequency_is_refused_or_serves_for_everything(hz: int) -> None:
-    """TSCs of a few Hz, with slews at the utmost pace: an error of ours when the clock is made, or none at all."""
+    """TSCs of a few Hz, with slews at the utmost rate: an error of ours when the clock is made, or none at all."""
     backend = SimulatedBackend(hz, tsc=2**64 - 3)
     try:
         clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=backend)

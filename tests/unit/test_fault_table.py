@@ -78,19 +78,19 @@ def test_a_callback_that_fails_in_run_for(error: BaseException) -> None:
 def test_a_tick_without_a_sample(name: str) -> None:
     """What a source raises comes out; the clock keeps the rate that it knows, tells it, and steers at the next tick."""
     undisturbed, twin = twin_before(name), twin_before(name)
-    rate = twin.clock._follower.held(twin.clock._keeper.timeline.tempo)
+    rate = twin.clock._follower.holdover(twin.clock._keeper.timeline.terms)
     twin.faults.arm("source" if "source" in name else "sample", 1, ERRORS["error"])
     with pytest.raises(OSError, match="it fails"):
         twin.clock.tick()
     assert twin.faults.disarm()
-    assert twin.clock.pace == rate.pace
+    assert twin.clock.rate == rate.rate
     assert "no sample" in twin.seen().events[-1].why
     records = undisturbed.clock.tick() and undisturbed.seen().records
     assert twin.seen().records == records
     steering = twin.clock.tick()
     assert steering is not None
     assert steering.rate == undisturbed.clock.steering.rate  # type: ignore[union-attr]  # it follows
-    assert twin.clock.pace == 1 + steering.correction
+    assert twin.clock.rate == 1 + steering.frequency_adjustment
 
 
 @pytest.mark.row("E9", "E12")

@@ -21,7 +21,7 @@ from pvclock import (
     SimulatedBackend,
     WrongType,
 )
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.timekeeping.discipline import SteeringState
 from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import MAX_AGE_NS, NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, page_of, shown
@@ -82,7 +82,7 @@ def test_a_hundred_thousand_ticks() -> None:
             age_ticks = vm.backend.tsc - page.tsc_timestamp
             for vcpu in range(2):
                 error_ns = shown(vm.memory, vcpu, vm.backend.tsc) - exact
-                assert abs(error_ns) <= bound_ns(page, vm.clock.pace * NS_PER_S / HZ, age_ticks)
+                assert abs(error_ns) <= bound_ns(page, vm.clock.rate * NS_PER_S / HZ, age_ticks)
             assert shown(vm.memory, 0, vm.backend.tsc) == shown(vm.memory, 1, vm.backend.tsc)
             assert abs(vm.lag_ns(begin)) < 100
         vm.pass_time()
@@ -148,7 +148,7 @@ def test_other_operations_leave_it_on_course(operation: str) -> None:
         vm.clock.tick()
         vm.pass_time()
     if operation == "pause":
-        missed_ns = vm.clock.resume("advance").gain_ns
+        missed_ns = vm.clock.resume("advance").step_ns
         assert abs(missed_ns - 10 * NS_PER_S * (1 + 5000 * PPB)) < 10  # what the reference missed, not what the TSC did
     for _ in range(10):
         vm.clock.tick()
@@ -156,7 +156,7 @@ def test_other_operations_leave_it_on_course(operation: str) -> None:
     assert vm.clock.steering is not None
     assert vm.clock.steering.state is SteeringState.LOCKED
     assert abs(vm.clock.steering.error_ns) < 3
-    assert vm.clock.pace == vm.clock.dilation * (1 + vm.clock.steering.correction)
+    assert vm.clock.rate == vm.clock.dilation * (1 + vm.clock.steering.frequency_adjustment)
 
 
 @pytest.mark.row("E11", "K-15")
@@ -175,7 +175,7 @@ def test_off_is_the_nominal_rate() -> None:
     vm.clock.follow("off")
     assert vm.clock.read(0) - before in (0, 1)
     assert vm.clock.tick() is None
-    assert (vm.clock.scale, vm.clock.pace) == (nominal, Fraction(1))
+    assert (vm.clock.scale, vm.clock.rate) == (nominal, Fraction(1))
 
 
 @pytest.mark.row("E11", "E13")
@@ -420,7 +420,7 @@ def test_a_pause_is_counted_at_the_known_rate() -> None:
     slewing(vm)
     vm.clock.pause()
     vm.pass_time(86_400 * NS_PER_S)
-    assert vm.clock.resume("advance").gain_ns == 86_400 * NS_PER_S
+    assert vm.clock.resume("advance").step_ns == 86_400 * NS_PER_S
 
 
 @pytest.mark.row("E23", "E11")
@@ -460,15 +460,15 @@ def test_another_reference_begins_at_the_known_rate() -> None:
     vm.clock.follow("realtime")
     slewing(vm)
     vm.clock.follow("monotonic")
-    assert abs(vm.clock.pace - 1 - 5000 * PPB) < 10 * PPB
+    assert abs(vm.clock.rate - 1 - 5000 * PPB) < 10 * PPB
     vm.clock.follow("raw", max_ppm=1)
-    assert abs(vm.clock.pace - 1) <= Fraction(1, 10**6)
+    assert abs(vm.clock.rate - 1) <= Fraction(1, 10**6)
 
 
 @pytest.mark.row("E11", "P-08")
 def test_unslaved_time_follows_no_clock() -> None:
     """Where time passes only while the guest executes, a reference is refused: it would show the VMM's time."""
-    clock = GuestClock(GuestMemory(bytearray(1 << 14)), backend=UnslavedBackend(SimulatedBackend(HZ)))
+    clock = GuestClock(GuestMemory(bytearray(1 << 14)), backend=ExecutionTimeBackend(SimulatedBackend(HZ)))
     with pytest.raises(ConfigError, match="only while the guest executes"):
         clock.follow("raw")
     clock.follow("off")
@@ -502,7 +502,7 @@ def test_samples_that_are_none(ns: int, bound_ns: float) -> None:
     vm.clock.follow(lambda: Sample(vm.backend.tsc, ns, bound_ns))
     with pytest.raises(RangeError, match="its bound must be"):
         vm.clock.tick()
-    assert vm.clock.pace == 1
+    assert vm.clock.rate == 1
 
 
 def in_time(*threads: threading.Thread) -> bool:

@@ -30,7 +30,7 @@ class OwnVcpus(SimulatedBackend):
         finally:
             self.quiesced -= 1
 
-    def vcpus_held(self) -> bool | None:
+    def vcpus_are_out(self) -> bool | None:
         """See Backend."""
         self.asked_while_quiesced.append(self.quiesced > 0)
         return self.held
@@ -55,7 +55,7 @@ def test_time_is_not_stopped_under_vcpus_that_run(name: str) -> None:
     image, last, line = clock.memory.read(0, 1 << 16), clock.events.last, clock.line
     with pytest.raises(
         StateError,
-        match=rf"{name}: the vCPUs run; hold them first: .*Runner\.pause\(\), or what your backend's vcpus_held",
+        match=rf"{name}: the vCPUs run; hold them first: .*Runner\.pause\(\), or what your backend's vcpus_are_out",
     ):
         getattr(clock, name)()
     assert clock.memory.read(0, 1 << 16) == image

@@ -11,7 +11,7 @@ from pvclock.clock.guest_clock import TSC_STABLE_BIT
 from pvclock.state.clock_state import ClockState, from_json, to_json
 from pvclock.timekeeping.events import Event, EventKind
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, page_of, shown
-from tests.unit.test_hostwatch import INTERVAL_NS, a_watch
+from tests.unit.test_host_watch import INTERVAL_NS, a_watch
 
 HZ: Final = 2_500_000_000
 EIGHT_HOURS_NS: Final = 8 * 3600 * NS_PER_S
@@ -72,7 +72,7 @@ def test_a_pause_around_a_sleep_gains_all_of_it(regime: TscInSleep) -> None:
     clock.pause()
     sleep(backend, regime)
     settled = clock.resume("advance")
-    assert settled.gain_ns == 28_801 * NS_PER_S
+    assert settled.step_ns == 28_801 * NS_PER_S
     assert clock.now() == (1 + 28_801) * NS_PER_S
     assert abs(shown(memory, 0, clock.guest_tsc(0, backend.tsc)) - clock.now()) <= 1
 
@@ -85,7 +85,7 @@ def test_a_pause_around_a_sleep_keeps_guest_time_under_freeze(regime: TscInSleep
     clock.pause()
     paused_at = clock.now()
     sleep(backend, regime)
-    assert clock.resume("freeze").gain_ns == 0
+    assert clock.resume("freeze").step_ns == 0
     assert clock.now() == paused_at
 
 
@@ -98,7 +98,7 @@ def test_a_restore_within_one_boot_gains_the_sleep(regime: TscInSleep) -> None:
     state = clock.save()
     sleep(backend, regime)
     restored = GuestClock.restore(state, memory, backend=backend)
-    assert restored.resume("advance").gain_ns == 28_801 * NS_PER_S
+    assert restored.resume("advance").step_ns == 28_801 * NS_PER_S
 
 
 @pytest.mark.row("E23", "E1")
@@ -111,7 +111,7 @@ def test_an_ntp_step_counts_for_nothing(restores: bool) -> None:
     backend.realtime_ns += EIGHT_HOURS_NS
     backend.advance(ns=NS_PER_S)
     paused = GuestClock.restore(state, memory, backend=backend) if restores else clock
-    assert paused.resume("advance").gain_ns == 1 * NS_PER_S
+    assert paused.resume("advance").step_ns == 1 * NS_PER_S
     assert not told(paused, EventKind.SUSPEND)
 
 
@@ -122,7 +122,7 @@ def test_a_sleep_is_dilated_guest_time() -> None:
     clock.dilate(1, 2)
     clock.pause()
     sleep(backend, "stops")
-    assert clock.resume("advance").gain_ns * 2 == 28_801 * NS_PER_S
+    assert clock.resume("advance").step_ns * 2 == 28_801 * NS_PER_S
 
 
 @pytest.mark.row("E23", "E1")
@@ -150,7 +150,7 @@ def test_two_sleeps_in_one_pause_add_up() -> None:
             sleep(backend, regime)
             if looks:
                 clock.tick()
-        assert clock.resume("advance").gain_ns == 57_602 * NS_PER_S
+        assert clock.resume("advance").step_ns == 57_602 * NS_PER_S
 
 
 # Running
@@ -235,7 +235,7 @@ def test_the_watchs_trouble_and_the_clocks_finding_are_one_event(first: str) -> 
     sleep(backend, "restarts")
     if first == "tick":
         clock.tick()
-    assert {"suspend", "tsc_step"} <= {str(trouble.kind) for trouble in clock.heed(watch)}
+    assert {"suspend", "tsc_step"} <= {str(trouble.kind) for trouble in clock.check_host(watch)}
     clock.tick()
     assert [len(told(clock, kind)) for kind in (EventKind.SUSPEND, EventKind.TSC_STEP)] == [1, 1]
 
@@ -246,7 +246,7 @@ def test_a_sleep_that_only_the_watch_can_see_is_told() -> None:
     clock, _, _ = a_vm()
     watch, host = a_watch()
     host.suspend(EIGHT_HOURS_NS)
-    clock.heed(watch)
+    clock.check_host(watch)
     assert len(told(clock, EventKind.SUSPEND)) == 1
 
 
@@ -379,7 +379,7 @@ def test_a_state_of_version_1_loads_and_says_what_it_could_not_know() -> None:
     state = as_v1(clock.save())
     sleep(backend, "stops")
     restored = GuestClock.restore(state, memory, backend=backend)
-    assert restored.resume("advance").gain_ns == 1 * NS_PER_S
+    assert restored.resume("advance").step_ns == 1 * NS_PER_S
     (event,) = told(restored, EventKind.RESTORE)
     assert event.why == (
         "saved on boot one; a state of version 1 does not say whether the host slept since nor what the clock followed"

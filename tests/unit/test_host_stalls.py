@@ -57,7 +57,7 @@ def test_a_host_without_those_files(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (reading.run_delay_ns, reading.frozen_ns) == (None, None)
     assert (reading.clocksource, reading.clocksources) == ("unknown", frozenset())
     host_watch = HostWatch(10**9, interval_ns=10 * NS_PER_S)
-    assert not {trouble.kind for trouble in host_watch.look()} & {TroubleKind.CLOCKSOURCE, TroubleKind.TSC_UNSTABLE}
+    assert not {trouble.kind for trouble in host_watch.check()} & {TroubleKind.CLOCKSOURCE, TroubleKind.TSC_UNSTABLE}
     assert not host_watch.tsc_stable
 
 
@@ -72,7 +72,7 @@ print("looking", flush=True)
 end = time.monotonic() + {CHILD_SECONDS}
 while time.monotonic() < end:
     time.sleep({CHILD_INTERVAL_NS} / 1e9)
-    for trouble in watch.look():
+    for trouble in watch.check():
         if trouble.kind is TroubleKind.STALL:
             print(trouble.amount_ns, trouble.cause, flush=True)
 """

@@ -8,7 +8,7 @@ from pvclock import GuestClock
 from pvclock.clock.guest_clock import TSC_STABLE_BIT
 from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import a_clock, page_of
-from tests.unit.test_hostwatch import INTERVAL_NS, a_watch
+from tests.unit.test_host_watch import INTERVAL_NS, a_watch
 
 AT_START = 2  # events before anything was done: the interface, and the page
 
@@ -26,7 +26,7 @@ def test_stable_goes_with_the_hosts_clocksource() -> None:
     for clocksource, flags in (("hpet", 0), ("tsc", TSC_STABLE_BIT)):
         host.run(INTERVAL_NS)
         host.change_clocksource(clocksource)
-        assert len(clock.heed(watch)) == 1
+        assert len(clock.check_host(watch)) == 1
         assert [page_of(clock, vcpu).flags for vcpu in range(2)] == [flags, flags]
     assert kinds(clock) == ["clocksource", "clocksource"]
 
@@ -39,10 +39,10 @@ def test_stable_goes_at_once_with_a_tsc_that_steps(ticks: int) -> None:
     watch, host = a_watch()
     host.run(INTERVAL_NS)
     host.step_tsc(ticks - INTERVAL_NS * 2_596_132_000 // 10**9 if ticks < 0 else ticks)
-    (trouble,) = clock.heed(watch)
+    (trouble,) = clock.check_host(watch)
     assert trouble.unstable
     assert [page_of(clock, vcpu).flags for vcpu in range(2)] == [0, 0]
-    clock.note([], host_trusted=True)
+    clock.apply_host_findings([], host_trusted=True)
     assert [page_of(clock, vcpu).flags for vcpu in range(2)] == [0, 0]
 
 
@@ -53,7 +53,7 @@ def test_a_stall_is_an_event_and_no_more() -> None:
     before = memory.read(0x2000, 32)
     watch, host = a_watch()
     host.run(100 * INTERVAL_NS)
-    (trouble,) = clock.heed(watch)
+    (trouble,) = clock.check_host(watch)
     assert not trouble.unstable
     (event,) = clock.events.read(since=AT_START).events
     assert event.kind is EventKind.STALL

@@ -314,9 +314,9 @@ def test_pairing_is_one_instant_or_none() -> None:
     assert clock.pairing(0) == (10**18, 1000)
     assert clock.pairing(1) == (10**18, 5_000_000)
     assert (clock.tsc_hz, clock.engine, clock.vmm) == (HZ, Engine.KVM, None)
-    clock.note([], host_trusted=False)
+    clock.apply_host_findings([], host_trusted=False)
     assert clock.pairing(0) is None
-    clock.note([], host_trusted=True)
+    clock.apply_host_findings([], host_trusted=True)
     backend.tsc_stable = False
     assert clock.pairing(0) is None
 

@@ -40,7 +40,7 @@ def off_ns(clock: GuestClock, vcpu: int) -> Fraction:
     """By how much vCPU's reading is off the timeline, beyond what is promised."""
     reading, page = clock.reading(vcpu), page_of(clock, vcpu)
     host_tsc = HostTsc((reading.tsc - clock.tsc(vcpu).offset) % 2**64)
-    return max(abs(reading.ns - clock.at(host_tsc)) - bound_ns(page, clock.pace, 0), Fraction(0))
+    return max(abs(reading.ns - clock.at(host_tsc)) - bound_ns(page, clock.rate, 0), Fraction(0))
 
 
 @pytest.mark.row("E1", "E9", "E11")

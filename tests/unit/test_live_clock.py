@@ -10,7 +10,7 @@ import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, RangeError, SimulatedBackend, StateError, StateFileError
 from pvclock.errors import TscOffsetNotHonoured, WrongType
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.readings import Sample
 from pvclock.state.clock_state import SavedPolicy, from_json, to_json
 from pvclock.timekeeping.events import EventKind
@@ -196,7 +196,7 @@ def test_where_time_is_the_guests_execution_nothing_is_followed_and_that_is_told
     """A state that followed a clock is restored on an unslaved backend all the same."""
     clock, backend, memory = a_vm(reference="monotonic")
     clock.pause()
-    restored = GuestClock.restore(clock.save(), memory, backend=UnslavedBackend(backend))
+    restored = GuestClock.restore(clock.save(), memory, backend=ExecutionTimeBackend(backend))
     assert restored.reference == "off"
     assert "followed monotonic" in told(restored, EventKind.REFUSED)[0]
 

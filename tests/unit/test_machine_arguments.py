@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, Machine, SimulatedBackend, WrongType
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.state.clock_state import ClockState
 
 IMAGE = b"\xf4"
@@ -39,7 +39,7 @@ def a_state(vcpus: int) -> ClockState:
         ({"memory": None}, r"leave out: memory"),
         ({"policy": "freeze"}, r"only a restored clock has options for its return; give restore, too: policy"),
         ({"clock": "kernel", "tsc_offset": 1}, r"takes no options but features: tsc_offset"),
-        ({"clock": "kernel", "backend": UnslavedBackend}, r"takes no options but features: backend"),
+        ({"clock": "kernel", "backend": ExecutionTimeBackend}, r"takes no options but features: backend"),
         ({"clock": "kernel", "restore": a_state(1), "features": 0}, r"takes no options but features: restore"),
         ({"tick_interval_s": "1"}, r"tick_interval_s is '1', a str; it can be a number"),
         ({"tick_interval_s": 2.5}, r"tick_interval_s is 2\.5; it can be 0\.001 to 2 seconds, or None"),

@@ -11,7 +11,7 @@ import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, HostTsc, PvclockError, RangeError, SimulatedBackend
 from pvclock.errors import GuestCrashed
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.kvm.access import advice
 from pvclock.kvm.exits import Exit, FailEntry, Halt, InternalError, Shutdown, SystemEvent, UnknownExit
 from pvclock.timekeeping.catchup import Advance, parse, settle
@@ -57,11 +57,11 @@ SAID: dict[str, tuple[type[PvclockError], Callable[[], object]]] = {
     "a clock of 3 vCPUs on a backend of 2": (ConfigError, lambda: a_clock(OwnVcpus(HZ), vcpus=3, engine="kvm")),
     "a clock of 1 vCPUs on a backend of 2, which its": (
         ConfigError,
-        lambda: GuestClock(GuestMemory(bytearray(64)), backend=UnslavedBackend(OwnVcpus(HZ)), engine="kvm"),
+        lambda: GuestClock(GuestMemory(bytearray(64)), backend=ExecutionTimeBackend(OwnVcpus(HZ)), engine="kvm"),
     ),
     "engine 'library' on a backend whose vCPUs run on": (
         ConfigError,
-        lambda: GuestClock(GuestMemory(bytearray(64)), 2, backend=UnslavedBackend(OwnVcpus(HZ))),
+        lambda: GuestClock(GuestMemory(bytearray(64)), 2, backend=ExecutionTimeBackend(OwnVcpus(HZ))),
     ),
     "engine 'library' on a backend whose vCPUs run on 'kvm'; give engine='kvm'": (
         ConfigError,

@@ -54,12 +54,12 @@ def test_wrong_values_change_nothing(name: str) -> None:
     clock, backend, _ = a_clock(HZ)
     backend.advance(ns=3 * NS_PER_S)
     clock.refresh()
-    before = clock.line, clock.pace, page_of(clock), clock.events.last, clock.policy, clock.skew_ns, clock.reference
+    before = clock.line, clock.rate, page_of(clock), clock.events.last, clock.policy, clock.skew_ns, clock.reference
     with pytest.raises((RangeError, StateError, ValueError)):
         WRONG[name](clock)
     assert (
         clock.line,
-        clock.pace,
+        clock.rate,
         page_of(clock),
         clock.events.last,
         clock.policy,
@@ -104,7 +104,7 @@ def test_whatever_dilation_is_taken_can_be_slewed(
         clock.tick()
         backend.advance(ns=NS_PER_S)
         backend.ref_ns += 10**8  # type: ignore[assignment]  # a RefNs and an int
-    assert clock.pace > 0
+    assert clock.rate > 0
     assert clock.dilation == Fraction(*dilation)
 
 
@@ -226,7 +226,7 @@ def test_a_slew_that_fails_is_none() -> None:
     with pytest.raises(StateError, match="does not leave"):
         clock.slew(1000)
     assert not clock.skew_ns
-    assert clock.pace == 1
+    assert clock.rate == 1
     assert clock.events.last == 2  # its start, and its page's
 
 

@@ -52,7 +52,7 @@ def test_a_step_beyond_the_threshold_is_refused_and_told_once(step_ns: int) -> N
     states = tick(clock, backend, 50)
     assert states[-1] is SteeringState.PANIC
     assert clock.now() - before == 50 * NS_PER_S
-    assert clock.pace == 1
+    assert clock.rate == 1
     (why,) = told(clock)
     assert why.endswith(f"beyond the panic threshold of {PANIC_NS} ns")
     assert clock.steering is not None
@@ -66,7 +66,7 @@ def test_a_step_within_the_threshold_is_slewed_after(step_ns: int) -> None:
     clock, backend = following()
     backend.realtime_ns += step_ns
     assert tick(clock, backend, 50)[-1] is SteeringState.SLEWING
-    assert (clock.pace > 1) == (step_ns > 0)
+    assert (clock.rate > 1) == (step_ns > 0)
     assert told(clock) == []
 
 

@@ -134,17 +134,17 @@ def test_restore_within_one_boot_goes_by_the_raw_clock() -> None:
 
 @pytest.mark.row("E1")
 @pytest.mark.parametrize(
-    ("step_ns", "gain_ns", "why"),
+    ("host_step_ns", "guest_step_ns", "why"),
     [(-(10**12), 0, "went back by"), (10 * 366 * 86400 * NS_PER_S, 366 * 86400 * NS_PER_S, "were left out")],
 )
-def test_absurd_hosts_are_bounded_and_reported(step_ns: int, gain_ns: int, why: str) -> None:
+def test_absurd_hosts_are_bounded_and_reported(host_step_ns: int, guest_step_ns: int, why: str) -> None:
     """A time of day that went back, or ten years ahead, is not applied as it stands, and the event says so."""
     clock, backend, memory = a_clock(10**9)
     state = clock.save()
-    target = SimulatedBackend(10**9, realtime_ns=backend.realtime_ns + step_ns)
+    target = SimulatedBackend(10**9, realtime_ns=backend.realtime_ns + host_step_ns)
     moved = GuestClock.restore(state, memory, backend=target)
     moved.resume("advance")
-    assert moved.at(target.tsc) == gain_ns
+    assert moved.at(target.tsc) == guest_step_ns
     assert why in moved.events.read().events[-1].why
 
 
@@ -207,7 +207,7 @@ def test_missed_time_has_the_dilation_of_the_pause(saved: bool) -> None:
     if saved:
         clock = GuestClock.restore(from_json(to_json(clock.save())), memory, backend=backend)
     backend.advance(ns=NS_PER_S)
-    assert clock.resume("advance").gain_ns == 10 * NS_PER_S
+    assert clock.resume("advance").step_ns == 10 * NS_PER_S
     backend.advance(ns=NS_PER_S)
     assert clock.at(backend.tsc) == 1010 * NS_PER_S
 

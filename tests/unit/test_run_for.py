@@ -69,7 +69,7 @@ def test_what_no_counter_reaches_is_refused(ns: int, denominator: int) -> None:
     with pytest.raises(RangeError, match="can be waited for"):
         clock.run_for(ns)
     assert (clock.is_paused, clock.now(), clock.events.last) == (True, 0, last)
-    assert clock.resume("advance").gain_ns == NS_PER_S  # missed at the dilation of the pause
+    assert clock.resume("advance").step_ns == NS_PER_S  # missed at the dilation of the pause
 
 
 @pytest.mark.row("E9", "E13")

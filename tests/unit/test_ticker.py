@@ -120,9 +120,9 @@ class TroubledWatch(HostWatch):
 
     looks = 0
 
-    def look(self, *, on_schedule: bool = True) -> list[Trouble]:
+    def check(self, *, on_schedule: bool = True) -> list[Trouble]:
         """See HostWatch."""
-        super().look(on_schedule=on_schedule)
+        super().check(on_schedule=on_schedule)
         self.looks += 1
         self._marked_unstable = self.looks >= 3
         found = Trouble(TroubleKind.TSC_UNSTABLE, "said the test", True, 0, self.last, self.last)
@@ -167,7 +167,7 @@ def test_trouble_is_told_though_a_tick_fails(monkeypatch: pytest.MonkeyPatch) ->
 class BrokenWatch(HostWatch):
     """A watch that cannot look."""
 
-    def look(self, *, on_schedule: bool = True) -> list[Trouble]:
+    def check(self, *, on_schedule: bool = True) -> list[Trouble]:
         """See HostWatch."""
         raise ValueError("nothing to be seen")
 

@@ -212,9 +212,9 @@ class TroubledWatch(HostWatch):
     failing = threading.Event()
     lookers: ClassVar[set[threading.Thread]] = set()
 
-    def look(self, *, on_schedule: bool = True) -> list[Trouble]:
+    def check(self, *, on_schedule: bool = True) -> list[Trouble]:
         """See HostWatch."""
-        super().look(on_schedule=on_schedule)
+        super().check(on_schedule=on_schedule)
         self.lookers.add(threading.current_thread())
         if self._marked_unstable or not self.failing.is_set():
             return []

@@ -149,7 +149,7 @@ class TimeOperations(RuleBasedStateMachine):
         report = self.clock.run_for(ns)
         self.catch_up()
         self.stopped_tsc, self.stopped_dilation = self.backend.tsc, self.clock.dilation
-        tick_ns = self.clock.pace * NS_PER_S / self.backend.tsc_hz
+        tick_ns = self.clock.rate * NS_PER_S / self.backend.tsc_hz
         assert 0 <= report.overshoot_ns < tick_ns
         assert report.ran_ns == self.clock.at(self.backend.tsc) - begin == ns + report.overshoot_ns
 
@@ -165,7 +165,7 @@ class TimeOperations(RuleBasedStateMachine):
         if self.stopped_tsc is not None:
             return
         tsc = self.backend.tsc
-        rate = self.clock.pace * NS_PER_S / self.backend.tsc_hz
+        rate = self.clock.rate * NS_PER_S / self.backend.tsc_hz
         for vcpu in range(2):
             ns = shown(self.memory, vcpu, tsc)
             assert ns >= self.last_read[vcpu]
@@ -219,7 +219,7 @@ def test_a_slew_takes_the_time_that_it_must(target_ns: int, interval_ns: int) ->
     clock.slew(target_ns, 50_000)
     begin = backend.ref_ns
     while clock.skew_ns:
-        assert abs(clock.pace - 1) <= Fraction(50_000, 10**6)
+        assert abs(clock.rate - 1) <= Fraction(50_000, 10**6)
         backend.advance(ns=interval_ns)
         clock.refresh()
     took_ns = backend.ref_ns - begin
@@ -238,7 +238,7 @@ def test_a_slew_that_goes_on_after_a_pause_at_another_rate_is_an_event() -> None
     clock.resume("freeze")
     resumed, slewed = clock.events.read().events[-2:]
     assert (resumed.kind, slewed.kind) == (EventKind.RESUME, EventKind.SLEW)
-    assert resumed.rate_after == slewed.rate_before != slewed.rate_after == clock.pace
+    assert resumed.rate_after == slewed.rate_before != slewed.rate_after == clock.rate
 
 
 @pytest.mark.row("E2", "P-14", "E12")
@@ -259,14 +259,14 @@ def test_a_slew_of_any_size_ends_at_any_dilation(dilation: Fraction, part: Fract
         clock.refresh()
     kinds = [event.kind for event in clock.events.read().events]
     assert kinds[-1] == EventKind.SLEW_END
-    assert clock.pace == dilation
+    assert clock.rate == dilation
     gained = clock.at(backend.tsc) - at_begin - (backend.tsc - begin) * Fraction(dilation)
     assert abs(gained - slewed_ns) <= 2
 
 
 @pytest.mark.row("E2", "P-14")
 def test_a_catch_up_table_without_tolerance_ends() -> None:
-    """stop_ns is 0: what is less than the least boost works off in a last stretch is left undone, and told."""
+    """stop_ns is 0: what is less than the least slew works off in a last stretch is left undone, and told."""
     backend = SimulatedBackend(10**9, tsc=10**12)
     clock = GuestClock(GuestMemory(bytearray(1 << 16)), 1, backend=backend)
     clock.pause()

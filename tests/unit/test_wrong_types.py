@@ -29,7 +29,7 @@ from pvclock.clock.ticker import Ticker
 from pvclock.clock.wall_clock import WallClockBase
 from pvclock.compat.palacios import PalaciosTime
 from pvclock.host.backend import Backend
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.host.watch import HostWatch
 from pvclock.quantities import HostTsc, RefNs
 from pvclock.readings import Churn
@@ -136,7 +136,7 @@ MAKERS: dict[str, Callable[[], object]] = {
     "VcpuTimeouts": lambda: VcpuTimeouts(Timers()),
     "KvmTscSync": sync,
     "OffsetWrite": lambda: OffsetWrite(0, 0, 1, 0, 1),
-    "UnslavedBackend": lambda: UnslavedBackend(SimulatedBackend(HZ)),
+    "ExecutionTimeBackend": lambda: ExecutionTimeBackend(SimulatedBackend(HZ)),
 }
 """An object of each class, or what a method of it needs."""
 
@@ -205,7 +205,9 @@ def checked_callables() -> dict[str, PublicCallable]:
     """All that a VMM calls, by name."""
     exempt, found = set(" ".join(EXEMPT).split()), {}
     for each in public_callables():
-        backends = each.owner in (SimulatedBackend, HostBackend, UnslavedBackend) and each.member in ASKED_BY_CLOCKS
+        backends = (
+            each.owner in (SimulatedBackend, HostBackend, ExecutionTimeBackend) and each.member in ASKED_BY_CLOCKS
+        )
         is_exempt = {each.name, each.name.partition(".")[0]} & exempt
         if each.parameters and not is_exempt and (not backends or each.member == "tsc"):
             found[each.name] = each
@@ -242,7 +244,7 @@ MESSAGES: dict[str, Callable[[], object]] = {
     "backend is the class SimulatedBackend; it can be a Backend": (
         lambda: GuestClock(GuestMemory(bytearray(64)), backend=SimulatedBackend)  # type: ignore[arg-type]
     ),
-    "inner is the class HostBackend; it can be a Backend": lambda: UnslavedBackend(HostBackend),  # type: ignore[arg-type]
+    "inner is the class HostBackend; it can be a Backend": lambda: ExecutionTimeBackend(HostBackend),  # type: ignore[arg-type]
     "since is an object; it can be a whole number": lambda: EventLog().read(object()),  # type: ignore[arg-type]
 }
 

@@ -92,7 +92,7 @@ def a_watch(**options: int) -> tuple[HostWatch, PlayedHost]:
 
 def kinds(watch: HostWatch) -> list[TroubleKind]:
     """What kinds of trouble the next look finds."""
-    return [trouble.kind for trouble in watch.look()]
+    return [trouble.kind for trouble in watch.check()]
 
 
 # A host in order
@@ -112,7 +112,7 @@ def test_a_host_in_order_is_no_trouble(gaps: list[tuple[int, int, int, int]], ts
     for ns, ppm, cpu_ns, width_ns in gaps:
         host.run(ns, cpu_ns=cpu_ns, ppm=ppm)
         host.set(width_ticks=width_ns * 3, asleep_least_ns=-width_ns, asleep_most_ns=width_ns)
-        assert watch.look() == []
+        assert watch.check() == []
         assert watch.last is host.reading
         assert watch.tsc_stable
 
@@ -152,7 +152,7 @@ def test_the_clocksource_leaves_tsc_and_comes_back() -> None:
     for name in ("hpet", "hpet", "acpi_pm", "tsc", "tsc", "unknown"):
         host.run(INTERVAL_NS)
         host.change_clocksource(name)
-        told.append([(trouble.kind, trouble.unstable) for trouble in watch.look()])
+        told.append([(trouble.kind, trouble.unstable) for trouble in watch.check()])
         assert watch.tsc_stable == (name == "tsc")
     away, back = (TroubleKind.CLOCKSOURCE, True), (TroubleKind.CLOCKSOURCE, False)
     assert told == [[away], [], [away], [back], [], [away]]
@@ -164,7 +164,7 @@ def test_a_tsc_marked_unstable_is_never_trusted_again() -> None:
     watch, host = a_watch()
     host.run(INTERVAL_NS)
     host.mark_tsc_unstable()
-    troubles = watch.look()
+    troubles = watch.check()
     assert [(each.kind, each.unstable) for each in troubles] == [
         (TroubleKind.CLOCKSOURCE, True),
         (TroubleKind.TSC_UNSTABLE, True),
@@ -180,7 +180,7 @@ def test_a_list_of_clocksources_that_cannot_be_read_says_nothing() -> None:
     """An unreadable list is not taken for a kernel that lost its tsc."""
     watch, host = a_watch()
     host.set(clocksources=frozenset())
-    assert watch.look() == []
+    assert watch.check() == []
     assert watch.tsc_stable
 
 
@@ -190,7 +190,7 @@ def test_a_host_that_begins_without_tsc_is_not_stable() -> None:
     host = PlayedHost()
     host.mark_tsc_unstable()
     watch = HostWatch(TSC_HZ, interval_ns=INTERVAL_NS, source=host)
-    assert watch.look() == []
+    assert watch.check() == []
     assert not watch.tsc_stable
 
 
@@ -205,13 +205,13 @@ def test_a_suspend(tsc_runs: bool) -> None:
     host.run(INTERVAL_NS // 2)
     host.suspend(3600 * NS_PER_S, tsc_runs=tsc_runs)
     host.run(INTERVAL_NS // 2)
-    *tsc, suspend = watch.look()
+    *tsc, suspend = watch.check()
     assert (suspend.kind, suspend.unstable) == (TroubleKind.SUSPEND, False)
     assert abs(suspend.amount_ns - 3600 * NS_PER_S) <= 100
     assert [each.kind for each in tsc] == ([] if tsc_runs else [TroubleKind.TSC_STEP])
     assert watch.tsc_stable == tsc_runs
     host.run(INTERVAL_NS)
-    assert watch.look() == []
+    assert watch.check() == []
 
 
 @pytest.mark.row("E9")
@@ -243,10 +243,10 @@ def test_a_suspend_that_could_not_be_read_at_once_is_told_later() -> None:
     host.run(INTERVAL_NS)
     proper = host.reading
     host.set(asleep_least_ns=proper.asleep_least_ns - 3 * NS_PER_S)
-    assert watch.look() == []
+    assert watch.check() == []
     host.set(asleep_least_ns=proper.asleep_least_ns)
     host.run(INTERVAL_NS)
-    (suspend,) = watch.look()
+    (suspend,) = watch.check()
     assert (suspend.kind, abs(suspend.amount_ns - 2 * NS_PER_S) <= 100) == (TroubleKind.SUSPEND, True)
 
 
@@ -263,11 +263,11 @@ def test_a_tsc_that_goes_back(back: int, gap_ns: int, tsc: int) -> None:
         due_ticks = gap_ns * TSC_HZ // NS_PER_S
         host.run(gap_ns)
         host.step_tsc(-due_ticks - back)
-        (step,) = watch.look()
+        (step,) = watch.check()
         assert (step.kind, step.unstable) == (TroubleKind.TSC_STEP, True)
         assert abs(step.amount_ns + gap_ns + back * NS_PER_S // TSC_HZ) <= 2
         host.run(INTERVAL_NS)
-        assert watch.look() == []
+        assert watch.check() == []
         assert not watch.tsc_stable
 
 
@@ -279,7 +279,7 @@ def test_a_tsc_off_its_rate_is_told_once(ppm: int) -> None:
     told = []
     for rate_ppm in (0, ppm, ppm, 0, ppm):
         host.run(INTERVAL_NS, ppm=rate_ppm)
-        told.append([(each.kind, each.unstable, each.amount_ns) for each in watch.look()])
+        told.append([(each.kind, each.unstable, each.amount_ns) for each in watch.check()])
     off = [(TroubleKind.TSC_RATE, True, INTERVAL_NS * ppm // 10**6)]
     assert [len(each) for each in told] == [0, 1, 0, 0, 1]
     assert abs(told[1][0][2] - off[0][2]) <= 2
@@ -293,14 +293,14 @@ def test_a_tsc_that_jumps_ahead_without_a_suspend() -> None:
     watch, host = a_watch()
     host.run(INTERVAL_NS)
     host.step_tsc(TSC_HZ)
-    (jump,) = watch.look()
+    (jump,) = watch.check()
     assert jump.kind is TroubleKind.TSC_RATE
     assert abs(jump.amount_ns - NS_PER_S) <= 1
     host.run(INTERVAL_NS)
-    assert watch.look() == []
+    assert watch.check() == []
     host.step_tsc(TSC_HZ)
     host.set(width_ticks=2 * TSC_HZ)
-    assert watch.look() == []
+    assert watch.check() == []
 
 
 @pytest.mark.row("E9")
@@ -335,10 +335,10 @@ def test_stalls_and_their_causes(usual_cpu_ns: int, gap: dict[str, int], cause: 
     """A gap beyond the limit is told with its length, and its cause is what most of it was; STABLE stays."""
     watch, host = a_watch()
     host.run(INTERVAL_NS, cpu_ns=usual_cpu_ns)
-    assert watch.look() == []
+    assert watch.check() == []
     host.run(10 * INTERVAL_NS, **gap)
     before = watch.last
-    (stall,) = watch.look()
+    (stall,) = watch.check()
     assert (stall.kind, stall.amount_ns, stall.cause) == (TroubleKind.STALL, 10 * INTERVAL_NS, cause)
     assert (stall.unstable, stall.before, stall.after) == (False, before, host.reading)
     assert f"no look for {10 * INTERVAL_NS} ns" in stall.why
@@ -350,9 +350,9 @@ def test_a_kernel_that_keeps_no_records_cannot_tell_causes_apart() -> None:
     """Without run delay and frozen time, a starved and a frozen process read as halted."""
     watch, host = a_watch()
     host.set(run_delay_ns=None, frozen_ns=None)
-    assert watch.look() == []
+    assert watch.check() == []
     host.run(10 * INTERVAL_NS)
-    assert [trouble.cause for trouble in watch.look()] == [StallCause.HALTED]
+    assert [trouble.cause for trouble in watch.check()] == [StallCause.HALTED]
 
 
 @pytest.mark.row("E9")
@@ -360,13 +360,13 @@ def test_the_limit_is_the_callers() -> None:
     """A gap of the limit is none, one ns more is a stall; where no look was due, no gap is."""
     watch, host = a_watch(stall_ns=INTERVAL_NS + 5)
     host.run(INTERVAL_NS + 5)
-    assert watch.look() == []
+    assert watch.check() == []
     host.run(INTERVAL_NS + 6)
     assert kinds(watch) == [TroubleKind.STALL]
     host.run(100 * INTERVAL_NS)
-    assert watch.look(on_schedule=False) == []
+    assert watch.check(on_schedule=False) == []
     host.run(INTERVAL_NS)
-    assert watch.look() == []
+    assert watch.check() == []
 
 
 FAULTS: dict[TroubleKind, Callable[[PlayedHost], None]] = {

@@ -10,7 +10,7 @@ import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, SimulatedBackend
 from pvclock.host import execution_time
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, shown
 from tests.unit.schedules import Lines
 
@@ -52,10 +52,10 @@ class BusyHost(SimulatedBackend):
         return self._held()
 
 
-def a_backend(vcpus: int = 2) -> tuple[UnslavedBackend, BusyHost]:
+def a_backend(vcpus: int = 2) -> tuple[ExecutionTimeBackend, BusyHost]:
     """An unslaved backend in a run of 100 ticks so far."""
     host = BusyHost()
-    backend = UnslavedBackend(host)
+    backend = ExecutionTimeBackend(host)
     for vcpu in range(vcpus):
         backend.set_tsc_offset(vcpu, OFFSET)
     backend.enter()
@@ -63,7 +63,7 @@ def a_backend(vcpus: int = 2) -> tuple[UnslavedBackend, BusyHost]:
     return backend, host
 
 
-def sees_what_was_executed(backend: UnslavedBackend, host: BusyHost, executed: int) -> bool:
+def sees_what_was_executed(backend: ExecutionTimeBackend, host: BusyHost, executed: int) -> bool:
     """Do counter and each vCPU's TSC show so many ticks?"""
     tscs = {host.guest_tsc(vcpu) for vcpu in range(2)}
     return backend.counter.read() == executed and tscs == {executed + OFFSET}
@@ -137,7 +137,7 @@ def test_a_hold_that_is_dropped_holds_nobody() -> None:
 def test_a_trapped_guests_cycles_are_the_vmms_to_count() -> None:
     """Not native: a hold changes no count, for its guest reads no hardware."""
     host = BusyHost()
-    backend = UnslavedBackend(host, native=False)
+    backend = ExecutionTimeBackend(host, native=False)
     backend.enter()
     with backend.quiesce(None):
         host.advance(ns=1000)
@@ -184,7 +184,7 @@ def test_an_interrupt_at_each_line(call: str) -> None:
 def test_no_reading_goes_back_over_an_operation_in_a_run(change: str) -> None:
     """What a vCPU reads until it leaves the guest is not above what it reads of the new page when it is back."""
     host = BusyHost(out_ns=1_000_000)
-    backend = UnslavedBackend(host)
+    backend = ExecutionTimeBackend(host)
     memory = GuestMemory(bytearray(1 << 16))
     clock = GuestClock(memory, backend=backend)
     clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)

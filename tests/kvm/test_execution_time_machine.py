@@ -17,7 +17,7 @@ import pytest
 
 from pvclock import GuestClock, HostTsc, Machine, SimulatedBackend, TscOffsetNotHonoured, read_tsc
 from pvclock.errors import ConfigError
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine import clock_service
 from pvclock.meter.observe import failures, finish, wait_until_reading
@@ -46,7 +46,7 @@ def cannot_be(tsc_offsets: TscOffsets) -> bool:
         return False
     before = held()
     with pytest.raises(TscOffsetNotHonoured, match="TSC offset not honoured by this host"):
-        Machine(SPIN, vcpus=2, backend=UnslavedBackend)
+        Machine(SPIN, vcpus=2, backend=ExecutionTimeBackend)
     assert held() == before
     return True
 
@@ -66,7 +66,7 @@ def executed(machine: Machine) -> int:
 def reading_guest() -> Iterator[Machine]:
     """A machine with unslaved time, ticked often, whose two vCPUs read it: in the end right, and never back."""
     image = clockprobe()
-    with Machine(image, vcpus=2, cmdline="cpus=2", backend=UnslavedBackend, tick_interval_s=0.05) as machine:
+    with Machine(image, vcpus=2, cmdline="cpus=2", backend=ExecutionTimeBackend, tick_interval_s=0.05) as machine:
         clock = engine_of(machine)
         machine.start()
         wait_until_reading(machine)
@@ -109,7 +109,7 @@ def test_before_the_start_and_after_the_end_nothing_passes(tsc_offsets: TscOffse
     """Guest time and counter begin with start(), and stand from stop() on."""
     if cannot_be(tsc_offsets):
         return
-    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=UnslavedBackend) as machine:
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=ExecutionTimeBackend) as machine:
         clock = engine_of(machine)
         time.sleep(0.1)
         assert (clock.now(), executed(machine)) == (0, 0)
@@ -193,13 +193,13 @@ def test_unslaved_time_goes_on_in_another_machine(tsc_offsets: TscOffsets) -> No
     """Saved, and restored on an unslaved backend: the guest's TSC and time go on, and before start() nothing does."""
     if cannot_be(tsc_offsets):
         return
-    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=UnslavedBackend) as machine:
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=ExecutionTimeBackend) as machine:
         machine.start()
         wait_until_it_reads_on(machine)
         machine.pause()
         state = from_json(to_json(machine.save()))
         ram, earlier, already = machine.memory.read(0, MEMORY_BYTES), readings(machine), entries(machine)
-    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, restore=state, backend=UnslavedBackend) as machine:
+    with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, restore=state, backend=ExecutionTimeBackend) as machine:
         machine.memory.write(0, ram)
         machine.start()
         while entries(machine) < already + 1000:
@@ -233,7 +233,7 @@ def test_an_interrupt_at_each_line(call: Callable[[Machine], object], tsc_offset
         return
     before = held()
     for line in count():
-        with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=UnslavedBackend) as machine:
+        with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=ExecutionTimeBackend) as machine:
             if call is not Machine.start:
                 machine.start()
             if call is Machine.resume:
@@ -259,11 +259,17 @@ def test_an_interrupt_at_each_line(call: Callable[[Machine], object], tsc_offset
 @pytest.mark.parametrize(
     ("backend", "said"),
     [
-        (lambda inner: UnslavedBackend(inner, native=False), "native=False; a guest on /dev/kvm reads the hardware's"),
+        (
+            lambda inner: ExecutionTimeBackend(inner, native=False),
+            "native=False; a guest on /dev/kvm reads the hardware's",
+        ),
         (lambda _inner: None, "made None of the vCPUs' backend; it must return a Backend"),
         (lambda _inner: SimulatedBackend(10**9), "made a SimulatedBackend that is not around the vCPUs' backend"),
         (lambda inner: SimulatedBackend(inner.tsc_hz), "made a SimulatedBackend that is not around the vCPUs' backend"),
-        (lambda inner: UnslavedBackend(SimulatedBackend(inner.tsc_hz)), "made a UnslavedBackend that is not around"),
+        (
+            lambda inner: ExecutionTimeBackend(SimulatedBackend(inner.tsc_hz)),
+            "made a ExecutionTimeBackend that is not around",
+        ),
     ],
 )
 def test_a_backend_that_no_machine_can_have(backend: Callable[..., Any], said: str) -> None:

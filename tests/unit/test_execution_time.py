@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from pvclock import Backend, GuestClock, GuestMemory, HostTsc, RangeError, Reference, SimulatedBackend, StateError
 from pvclock.errors import TscOffsetNotHonoured, WrongType
-from pvclock.host.execution_time import UnslavedBackend
+from pvclock.host.execution_time import ExecutionTimeBackend
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, page_of, shown
 
 HZ = 2_596_132_000
@@ -22,10 +22,10 @@ RUNS = st.lists(st.tuples(NS, NS, st.fractions(0, 1)), max_size=20)
 
 def unslaved(
     host_tsc: int = 10**15, *, native: bool = True, tsc_hz: int = HZ
-) -> tuple[UnslavedBackend, SimulatedBackend]:
+) -> tuple[ExecutionTimeBackend, SimulatedBackend]:
     """An unslaved backend on a simulated host."""
     host = SimulatedBackend(tsc_hz, host_tsc, ref_ns=5, realtime_ns=7)
-    return UnslavedBackend(host, native=native), host
+    return ExecutionTimeBackend(host, native=native), host
 
 
 def a_clock(backend: Backend, vcpus: int = 1) -> tuple[GuestClock, GuestMemory]:
@@ -37,7 +37,7 @@ def a_clock(backend: Backend, vcpus: int = 1) -> tuple[GuestClock, GuestMemory]:
     return clock, memory
 
 
-def run(backend: UnslavedBackend, host: SimulatedBackend, ns: int) -> int:
+def run(backend: ExecutionTimeBackend, host: SimulatedBackend, ns: int) -> int:
     """Let the guest execute for so long, and return the host ticks that it took."""
     backend.enter()
     host.advance(ns=ns)
@@ -84,7 +84,7 @@ def test_exact_cycles(runs: list[tuple[int, int, Fraction]]) -> None:
     assert host.tsc_offsets == {}
 
 
-class UnslavedOperations(RuleBasedStateMachine):
+class ExecutionTimeOperations(RuleBasedStateMachine):
     """A guest of two vCPUs with the hardware's TSC: VMM time, runs and operations in any order."""
 
     clock: GuestClock
@@ -128,7 +128,7 @@ class UnslavedOperations(RuleBasedStateMachine):
             ns = shown(self.memory, vcpu, tsc)
             assert ns >= self.last_read[vcpu]
             executed = HostTsc((tsc - self.clock.tsc(vcpu).offset) % 2**64)
-            rate = self.clock.pace * NS_PER_S / self.host.tsc_hz
+            rate = self.clock.rate * NS_PER_S / self.host.tsc_hz
             bound = bound_ns(page, rate, (tsc - page.tsc_timestamp) % 2**64) + 1
             assert abs(ns - self.clock.at(executed)) <= bound
             self.last_read[vcpu], self.last_tsc[vcpu] = ns, tsc
@@ -149,7 +149,7 @@ class UnslavedOperations(RuleBasedStateMachine):
         """Under every policy nothing is missed in a pause, for nothing was executed."""
         self.clock.pause()
         self.host.advance(ns=ns)
-        assert self.clock.resume("advance").gain_ns == 0
+        assert self.clock.resume("advance").step_ns == 0
 
     @rule(ns=st.integers(1, 10**9))
     def run_for(self, ns: int) -> None:
@@ -158,7 +158,7 @@ class UnslavedOperations(RuleBasedStateMachine):
         report = self.clock.run_for(ns)
         self.model_ns += report.ran_ns
         self.clock.resume()
-        assert 0 <= report.overshoot_ns < self.clock.pace * NS_PER_S / self.host.tsc_hz
+        assert 0 <= report.overshoot_ns < self.clock.rate * NS_PER_S / self.host.tsc_hz
 
     @rule(value=TSC, vcpu=st.sampled_from([0, 1]))
     def write_tsc(self, value: int, vcpu: int) -> None:
@@ -173,13 +173,13 @@ class UnslavedOperations(RuleBasedStateMachine):
 
 
 @pytest.mark.row("P-01", "P-08", "P-10", "P-11", "P-18", "E9", "E12")
-class TestUnslavedOperations(UnslavedOperations.TestCase):  # type: ignore[misc, valid-type]  # made at run time
+class TestUnslavedOperations(ExecutionTimeOperations.TestCase):  # type: ignore[misc, valid-type]  # made at run time
     """Any sequence of operations."""
 
     settings = settings(stateful_step_count=20)
 
 
-def in_a_run(backend: UnslavedBackend) -> bool:
+def in_a_run(backend: ExecutionTimeBackend) -> bool:
     """Asked by a function, since a type checker takes a property for a constant."""
     return backend.is_running
 
@@ -274,8 +274,8 @@ def test_a_host_that_ignores_offsets() -> None:
     """No native guest can have unslaved time there, and it is said before one runs; one whose RDTSC traps can."""
     host = SimulatedBackend(HZ, 10**12, honours_tsc_offset=False)
     with pytest.raises(TscOffsetNotHonoured):
-        a_clock(UnslavedBackend(host))
-    backend = UnslavedBackend(host, native=False)
+        a_clock(ExecutionTimeBackend(host))
+    backend = ExecutionTimeBackend(host, native=False)
     clock, _ = a_clock(backend)
     run(backend, host, NS_PER_S)
     assert clock.now() == NS_PER_S
@@ -285,7 +285,7 @@ def test_a_host_that_ignores_offsets() -> None:
 def test_the_rest_is_the_hosts() -> None:
     """Time of day, reference clock, frequency and trust are those of the backend inside; the TSC is executed ticks."""
     host = SimulatedBackend(HZ, 10**12, 5, 7, tsc_stable=False, kernel_features=0x80, boot_id="a boot")
-    backend = UnslavedBackend(host, executed=3)
+    backend = ExecutionTimeBackend(host, executed=3)
     host.advance(ns=1000)
     assert backend.sample(Reference.REALTIME)[:2] == (3, 1007)
     assert backend.stamps() == (3, 1005, 1007, "a boot", 0)
@@ -313,5 +313,5 @@ def test_a_pause_misses_nothing(slept: bool, restored: bool) -> None:
     if restored:
         clock = GuestClock.restore(clock.save(), memory, backend=backend)
         host.advance(ns=NS_PER_S)
-    assert clock.resume("advance").gain_ns == 0
+    assert clock.resume("advance").step_ns == 0
     assert clock.at(HostTsc(backend.counter.read())) == stood_ns
