@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from copy import copy
 from math import inf
 from statistics import median
 from typing import Final, NamedTuple, TypeAlias
@@ -100,8 +99,8 @@ class Baseline:
 
     def copy(self) -> Baseline:
         """Another one in the same state."""
-        copied = copy(self)
-        copied.points = self.points.copy()
+        copied = Baseline.__new__(Baseline)  # copy.copy() takes three times as long, and each tick makes copies
+        vars(copied).update(vars(self), points=self.points.copy())
         return copied
 
     @property
