@@ -31,7 +31,8 @@ from pvclock.errors import ConfigError, RangeError, StateFileError, TscOffsetNot
 from pvclock.host.backend import Backend
 from pvclock.host.watch import HostWatch, Trouble
 from pvclock.msr_ranges import MsrRange
-from pvclock.providers.guest_interface import GuestInterface, combined, provider_named_in
+from pvclock.providers.configuration import checked, combined
+from pvclock.providers.guest_interface import GuestInterface
 from pvclock.providers.interface import (
     CpuidLeaf,
     Engine,
@@ -99,13 +100,13 @@ class GuestClock:
 
         _check_agreement(backend, self.vcpus, self.engine)
         config = combined(provider, provider_options)
-        beside = _own_keywords() if provider_options else ""
+        chosen = checked(config, _own_keywords() if provider_options else "")
         offers = _checked_offers(offer_tsc_adjust, offer_invariant_tsc)
         self._keeper = Timekeeper(
             memory,
             self.vcpus,
             backend,
-            provider_named_in(config, beside),
+            chosen.provider,
             stable=self._is_stable,
             tsc_is_good=self._tsc_is_good,
         )
@@ -117,7 +118,7 @@ class GuestClock:
 
         # The compiled method itself, in place of the Python one around it, which would cost as much again.
         self.read = self._keeper.pages.read  # type: ignore[method-assign]  # it is the same call
-        self._guest = GuestSide(self._parts, config, engine=self.engine, vmm=vmm, tsc_hz=self.tsc_hz, offers=offers)
+        self._guest = GuestSide(self._parts, chosen, engine=self.engine, vmm=vmm, tsc_hz=self.tsc_hz, offers=offers)
         if tsc_offset is not None:
             self._tscs.begin()
         self._keeper.take_over()
@@ -202,7 +203,8 @@ class GuestClock:
         try:
             return self._follower.tick(self._host.examine, self.refresh)
         finally:
-            self._guest.tell_stolen_time()
+            if self._guest.at_tick is not None:
+                self._guest.at_tick()
 
     def refresh(self, vcpu: int | None = None) -> None:
         """Re-anchor and publish all pages; the clock goes on by 0 or +1 ns at the break, and a slew by its plan.

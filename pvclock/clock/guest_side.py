@@ -1,4 +1,4 @@
-"""The guest's side of one VM's clock: its MSRs, its CPUID, and what its provider may ask of the clock."""
+"""The clock interface of one VM's guest: TSC MSRs, CPUID, the provider's surfaces, and the provider's ClockServices."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pvclock.clock.capture import ClockParts
 from pvclock.clock.placement import Placement
 from pvclock.clock.run_delays import RunDelays
 from pvclock.clock.timekeeper import nothing
-from pvclock.errors import MsrFault, RangeError
+from pvclock.errors import MsrFault, RangeError, WrongType
 from pvclock.msr_ranges import MsrRange
+from pvclock.providers.configuration import Configuration
 from pvclock.providers.guest_interface import GuestInterface
-from pvclock.providers.interface import CpuidLeaf, Engine, Pairing, VmmServices
-from pvclock.providers.kvm import KvmFeature, KvmProvider
+from pvclock.providers.interface import CpuidLeaf, Engine, Hooks, Pairing, VmmServices
 from pvclock.quantities import U64_MASK, Gpa
 from pvclock.state.clock_state import OfferState, ProviderState
 from pvclock.timekeeping.events import EventCause, EventKind
@@ -25,22 +25,25 @@ from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
 __all__ = ["GuestSide"]
 
 TSC_MSR_RANGES: Final = (
-    MsrRange(MSR_IA32_TSC, 1, reads=False, why="IA32_TSC: the engine knows the offset, or says that the host has none"),
+    MsrRange(
+        MSR_IA32_TSC, 1, reads=False, why="IA32_TSC: the engine sets the offset, or reports that the host has none"
+    ),
     MsrRange(MSR_IA32_TSC_ADJUST, 1, why="IA32_TSC_ADJUST: part of that offset, and the kernel sees no write of it"),
 )
 """The kernel keeps reads of the TSC, TSC_AUX, and the TSC deadline, whose fast path passes by the filter."""
 
 
 class GuestSide:
-    """What one VM's guest has to its clock, which is made of `parts`; its provider's ClockServices.
+    """The clock interface this guest sees: MSRs, CPUID, hypercalls.  Implements its provider's ClockServices.
 
-    config: GuestInterface's.  engine, vmm, tsc_hz: GuestClock's.  offers: what CPUID shows of the TSC.
+    parts: the clock's.  config: GuestInterface's.  engine, vmm, tsc_hz: GuestClock's.  offers: what CPUID shows of the
+    TSC.
     """
 
     def __init__(
         self,
         parts: ClockParts,
-        config: Mapping[str, object],
+        config: Configuration,
         *,
         engine: Engine,
         vmm: VmmServices | None,
@@ -56,8 +59,10 @@ class GuestSide:
         self.memory = self._keeper.memory
         self._vcpus = self._keeper.vcpus
         self._backend = self._keeper.backend
-        self._run_delays = RunDelays(self._keeper)
         self._placement = Placement(self._keeper)
+        self.kernel_features = _kernel_features(self._backend)
+        """See ClockServices."""
+
         self.interface = GuestInterface(
             config,
             self,
@@ -66,6 +71,15 @@ class GuestSide:
             log=partial(self._keeper.tell, EventKind.START),
         )
         self._provider = self.interface.provider
+        self.at_tick = self._hook_up(self._provider.hooks)
+        """What the provider is told at each tick; None if nothing."""
+
+    def _hook_up(self, hooks: Hooks) -> Callable[[], None] | None:
+        if hooks.time_changed is not None:
+            self._keeper.time_changed = hooks.time_changed
+        if hooks.run_delay is None and hooks.tick is None:
+            return None
+        return partial(self._tell_at_tick, RunDelays(self._keeper), hooks)
 
     # What the guest does
 
@@ -93,7 +107,7 @@ class GuestSide:
             if index in (MSR_IA32_TSC, MSR_TSC_AUX):
                 self._tscs.write(vcpu, index, value, EventCause.GUEST)
             elif index == MSR_IA32_TSC_ADJUST and self._has_adjust(index, value):
-                if self.offers.tsc_adjust:  # Linux ignores the write else
+                if self.offers.tsc_adjust:  # otherwise Linux ignores the write
                     self._tscs.write(vcpu, index, value, EventCause.GUEST)
             else:
                 self.interface.write_msr(vcpu, index, value)
@@ -120,30 +134,29 @@ class GuestSide:
             return registers._replace(edx=_with_bit(registers.edx, 8, False))
         return registers
 
-    # What the clock does to it
+    # What the clock tells it
 
     @property
     def allows_stable(self) -> bool:
-        """May pages say TSC_STABLE if the TSCs are?"""
+        """May pages say TSC_STABLE if the vCPUs' TSCs agree?"""
         return self._provider.allows_stable
 
     @property
     def tells_of_pauses(self) -> bool:
-        """Are guests told that they were stopped?"""
+        """Is GUEST_STOPPED set after a pause?"""
         return self._provider.tells_of_pauses
 
     @property
     def lives_by_tsc(self) -> bool:
-        """Does the guest go by its TSC rather than by pages, or may it?"""
+        """May the guest use its TSC as its clock, instead of pages?"""
         return self.offers.invariant_tsc or self.interface.guest_lives_by_tsc
 
-    def tell_stolen_time(self) -> None:
-        """Tell the guest what was stolen from its vCPUs since it was told last; not while time stands still."""
-        provider = self._provider
-        if isinstance(provider, KvmProvider) and KvmFeature.STEAL_TIME in provider.features:
-            with self._keeper.changing:
-                if not self._keeper.is_paused:
-                    self._run_delays.tell(provider.steal_time)
+    def _tell_at_tick(self, run_delays: RunDelays, hooks: Hooks) -> None:
+        with self._keeper.changing:
+            if hooks.run_delay is not None and not self._keeper.is_paused:
+                run_delays.tell(hooks.run_delay)
+            if hooks.tick is not None:
+                hooks.tick()
 
     def reset(self) -> None:
         """See GuestClock.reset(); for with_vcpus_out()."""
@@ -156,15 +169,10 @@ class GuestSide:
         return ProviderState(self._provider.name, self._provider.version, self.interface.config, self._provider.save())
 
     def load(self, state: ProviderState) -> None:
-        """Take what the guest had written when it was saved."""
+        """Adopt what the guest had written when it was saved."""
         self._provider.load(state.msrs)
 
     # ClockServices
-
-    @property
-    def kernel_features(self) -> int:
-        """KVM feature bits that the host's kernel can offer by itself."""
-        return self._backend.kernel_features
 
     def place_time_page(
         self,
@@ -173,9 +181,9 @@ class GuestSide:
         begin: Callable[[], object] = nothing,
         undo: Callable[[], object] = nothing,
     ) -> None:
-        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish; the first ones are events.
+        """Keep vCPU's pvclock page at `gpa` from now on (None: nowhere), and publish; the first ones are events.
 
-        begin: what changes with it, before the publish; undo: takes that back where it could not be.
+        begin: applies what changes along with the page, before the publish.  undo: reverts that if the publish fails.
         """
         self.place_time_pages({vcpu: gpa}, begin, undo, vcpu)
 
@@ -186,7 +194,7 @@ class GuestSide:
         undo: Callable[[], object],
         vcpu: int | None = None,
     ) -> None:
-        """As place_time_page(), of several vCPUs in one step; vcpu: one that is out of the guest, the caller's own."""
+        """As place_time_page(), for several vCPUs in one step.  vcpu: the caller's own, which is out of the guest."""
         with self._keeper.changing:
             self._placement.place(pages, begin, undo, vcpu)
 
@@ -205,7 +213,7 @@ class GuestSide:
     def write_wall_clock(self, gpa: Gpa, taking: Callable[[], object] = nothing) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory.
 
-        taking: sets what changes with it, when nothing can fail any more.
+        taking: applies what changes along with it, at the point where nothing can fail any more.
         """
         with self._keeper.changing:
             self._wall_clock.write(gpa, self._host.utc_sample(), taking)
@@ -220,12 +228,12 @@ class GuestSide:
         return self._backend.quiesce(vcpu)
 
     def tell(self, kind: EventKind, why: str) -> None:
-        """Record an event that the guest caused, and that leaves guest time alone, as of now."""
+        """Record an event that the guest caused now, and that leaves guest time alone."""
         with self._keeper.changing:
             self._keeper.tell(kind, why, EventCause.GUEST)
 
     def pairing(self, vcpu: int) -> Pairing | None:
-        """One instant as the guest's time of day and as vCPU's TSC; None where the host's TSC is not to be trusted."""
+        """One instant as the guest's time of day and as vCPU's TSC; None if the host's TSC is not reliable."""
         self._keeper.check_vcpu(vcpu)
         with self._keeper.changing:
             sample = self._host.utc_sample(vcpu)
@@ -236,7 +244,7 @@ class GuestSide:
     # Inside
 
     def _has_adjust(self, index: int, value: int | None = None) -> bool:
-        """Is IA32_TSC_ADJUST there?  Hardware faults an access if CPUID says no, and so does profile "document"."""
+        """True if IA32_TSC_ADJUST is served.  Hardware and profile "document" fault an access if CPUID lacks it."""
         if not self.offers.tsc_adjust and self.interface.profile == "document":
             raise MsrFault(index, value)
         return True
@@ -245,6 +253,13 @@ class GuestSide:
         self.interface.reset()
         self._tscs.reset()
         self._wall_clock.gpa = None
+
+
+def _kernel_features(backend: object) -> Mapping[str, int]:
+    features = getattr(backend, "kernel_features", {})
+    if not isinstance(features, Mapping):
+        raise WrongType("backend.kernel_features", features, "a mapping of providers' names to feature words")
+    return features
 
 
 def _with_bit(register: int, bit: int, is_set: bool) -> int:

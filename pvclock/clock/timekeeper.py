@@ -80,7 +80,7 @@ It is asked when nothing can fail any more, and sets what changes beside time.  
 """
 
 
-def nothing() -> None:
+def nothing(*_: object) -> None:
     """For what needs no more done."""
 
 
@@ -119,6 +119,9 @@ class Timekeeper:
         self.state = TimeState.of(timeline)
         self._stable = stable
         self._tsc_is_good = tsc_is_good
+        self.time_changed: Callable[[bool], object] = nothing
+        """Hooks.time_changed of the guest's provider."""
+
         self._history = History()
         self._shown_flags: int | None = 0  # None: a publish was broken off that may have shown others
         self._all_out = False  # are all vCPUs out of the guest?
@@ -333,14 +336,15 @@ class Timekeeper:
         if state.timeline.begin_tsc != self.state.timeline.begin_tsc:
             self._history.add(self.state.timeline)
         self.state = state
+        self.time_changed(state.paused_at is not None)
 
     def forget_past(self) -> None:
         """The host's TSC stepped: it does not name the instants before that any more."""
         self._history.clear()
 
     def _take_anew(self, state: TimeState) -> None:
+        self.take(state)
         self.forget_past()
-        self.state = state
 
     # Events
 

@@ -19,8 +19,9 @@ __all__ = ["Backend", "stamps_anew"]
 class Backend(Protocol):
     """Host time and TSC offsets, for one VM.
 
-    One may have two attributes more, which GuestClock's arguments must agree with then: `vcpu_count`, and
-    `guest_engine`, who runs its guest ("kvm").
+    One may have three attributes more: `vcpu_count` and `guest_engine`, what runs its guest ("kvm"), with which
+    GuestClock's arguments must agree then; and `kernel_features`, what the host's kernel can serve vCPUs without the
+    engine: by paravirtual interface, under the name of its provider, the feature word in its CPUID.
     """
 
     @property
@@ -34,10 +35,6 @@ class Backend(Protocol):
     @property
     def tsc_stable(self) -> bool:
         """Do all host CPUs' TSCs run in step?"""
-
-    @property
-    def kernel_features(self) -> int:
-        """KVM feature bits (CPUID 0x40000001 EAX) that the host's kernel can offer vCPUs by itself; 0 without."""
 
     @property
     def counter_follows_host(self) -> bool:

@@ -9,7 +9,7 @@ Source: Palacios vmm_time.c, whose unslaved cores are told how many host cycles 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Final, NamedTuple
@@ -78,6 +78,11 @@ class ExecutionTimeBackend:
     def guest_engine(self) -> str | None:
         """See Backend: that of the one inside, if it knows."""
         return getattr(self.inner, "guest_engine", None)
+
+    @property
+    def kernel_features(self) -> Mapping[str, int]:
+        """See Backend: that of the one inside, if it knows."""
+        return getattr(self.inner, "kernel_features", {})
 
     @property
     def boot_id(self) -> str | None:
@@ -166,11 +171,6 @@ class ExecutionTimeBackend:
     def tsc_stable(self) -> bool:
         """See Backend."""
         return self.inner.tsc_stable
-
-    @property
-    def kernel_features(self) -> int:
-        """See Backend."""
-        return self.inner.kernel_features
 
     def sample(self, reference: Reference) -> Sample:
         """See Backend: the clock is the host's, and goes on while the guest does not execute."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from pvclock._counter import SimulatedCounter
 from pvclock.arguments import flag, text, whole
@@ -13,8 +14,6 @@ from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, quoted, shown
 from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = ["SimulatedBackend"]
-
-U32_MASK: Final = (1 << 32) - 1
 
 _simulated = count(1)
 
@@ -43,12 +42,10 @@ class SimulatedBackend:
         boot_id: str | None = None,
         tsc_stable: bool = True,
         honours_tsc_offset: bool = True,
-        kernel_features: int = 0,
     ) -> None:
         self.counter = SimulatedCounter(whole("tsc", tsc))
         self.tsc_hz = whole("tsc_hz", tsc_hz, 1, U64_MASK)
         self.tsc_stable = flag("tsc_stable", tsc_stable)
-        self.kernel_features = whole("kernel_features", kernel_features, 0, U32_MASK)
         self.ref_ns = RefNs(whole("ref_ns", ref_ns))
         self.realtime_ns = whole("realtime_ns", realtime_ns)
         self.boot_id = f"simulated {next(_simulated)}" if boot_id is None else text("boot_id", boot_id)
@@ -56,6 +53,7 @@ class SimulatedBackend:
         self.cpu_lag_ticks = 0
         self.tsc_offsets: dict[int, int] = {}
         self.run_delays_ns: dict[int, int] = {}
+        self.kernel_features: Mapping[str, int] = {}
         self._honours_tsc_offset = flag("honours_tsc_offset", honours_tsc_offset)
         self._tick_remainder = 0  # of NS_PER_S: the part of a tick that advance() still owes
 

@@ -29,7 +29,6 @@ CLOCK_GRAIN_NS: Final = 1
 class HostBackend:
     """This host's own TSC and clocks, and no vCPU: for readers in this process.  It honours no TSC offset."""
 
-    kernel_features = 0
     counter_follows_host = True
 
     def __init__(self, tsc_hz: int | None = None) -> None:

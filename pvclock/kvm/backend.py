@@ -55,7 +55,7 @@ class _VcpusOfRunner:
         self._vcpus = vcpus_of(vcpus)
         self._runner = instance("runner", runner, Runner)
         self.vcpu_count = len(self._vcpus)
-        self.kernel_features = whole("kernel_features", kernel_features, 0, U32_MASK)
+        self.kernel_features = {"KVM": whole("kernel_features", kernel_features, 0, U32_MASK)}
         self.tsc_hz = self._vcpus[0].get_tsc_khz() * 1000
         self.quiesce = runner.quiesce
 

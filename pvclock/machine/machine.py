@@ -23,7 +23,7 @@ from pvclock.machine.clock_service import BackendWrapper, ClockService, make_clo
 from pvclock.machine.cpuid import KernelClock, set_guest_cpuid
 from pvclock.machine.exits import CONSOLE_PORT, GuestExits
 from pvclock.machine.ram import Ram
-from pvclock.providers.kvm import SERVED_BY_KERNEL, SERVED_HERE
+from pvclock.providers.kvm import kernel_clock_features
 from pvclock.readings import RunReport
 from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.catchup import Policy
@@ -253,7 +253,7 @@ class Machine:
         set_guest_cpuid(kvm, self.vcpus, self.clock)
 
     def _leave_the_clock_to_the_kernel(self, features: int | None = None) -> None:
-        offered = SERVED_HERE | SERVED_BY_KERNEL & kernel_features(self._kvm) if features is None else features
+        offered = kernel_clock_features(kernel_features(self._kvm)) if features is None else features
         set_guest_cpuid(self._kvm, self.vcpus, KernelClock(offered))
 
 

@@ -1,7 +1,7 @@
-"""Which interface a VM's guest gets and how it is set up: the keys, and what each may be.
+"""The configuration of a VM's guest interface: its keys, and the legal values of each.
 
-`provider`, `version` and `profile` are every VM's; the others are the provider's own options: the keyword-only
-parameters of its class, each of the type that its annotation says.
+`provider`, `version` and `profile` are common to all; the others are the provider's own options: the keyword-only
+parameters of its class, with the types of their annotations.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeGuard, Union, get_args, 
 from pvclock.arguments import text
 from pvclock.errors import ConfigError, WrongType
 from pvclock.providers.interface import Provider
+from pvclock.providers.registry import PROVIDERS
 from pvclock.quantities import U64_MASK, quoted
 
 __all__ = ["NEWEST", "PROFILES", "Configuration", "checked", "combined", "effective_provider"]
@@ -22,13 +23,13 @@ NEWEST: Final = 0
 U32_MASK: Final = (1 << 32) - 1
 
 PROFILES: Final = ("linux", "document", "virtualbox")
-"""Whose behaviour it is where they differ: Linux's, the KVM documents' or VirtualBox's."""
+"""Whose behaviour to follow where they differ: Linux's, that of KVM's documents, or VirtualBox's."""
 
 SPELLINGS: Final = {"Provider": "provider", "Version": "version"}
-"""VirtualBox's spelling of the keys that are in its configuration, too."""
+"""VirtualBox's spelling of the keys that its configuration has, too."""
 
 HYPERV_KEYS: Final = ("VendorID", "VSInterface", "HypercallDebugInterface")
-"""What the child node `HyperV` may have; it is legal for every provider, and says nothing to the others."""
+"""Keys of the child node `HyperV`, which is legal for every provider and ignored by the others."""
 
 CHOICES: Final = {"none": "None", "minimal": "Minimal", "hyperv": "HyperV", "kvm": "KVM"}
 
@@ -43,8 +44,8 @@ OLD_LINUX: Final = ("linux22", "linux24")
 class Configuration(NamedTuple):
     """A checked configuration.
 
-    version: of the interface, as configured, so that it may be NEWEST; None's always is.  implementation: which one
-    that is.  options: the provider's.
+    version: of the interface, as configured, possibly NEWEST; always NEWEST without an interface.  implementation: the
+    number behind it.  options: the provider's.
     """
 
     provider: str
@@ -54,20 +55,23 @@ class Configuration(NamedTuple):
     options: Mapping[str, Any]
 
 
-def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]], beside: str = "") -> Configuration:
-    """The configuration in `config` for one of the providers in `kinds`, with defaults for what it lacks.
+def checked(config: Mapping[str, object] | Configuration, beside: str = "") -> Configuration:
+    """The configuration in `config`, with defaults for what it lacks; one that is checked already is returned as it is.
 
     provider: None by default.  version: of the provider, the newest by default; under profile "virtualbox" any of 32
     bits.  profile: see PROFILES.  VirtualBox's `Provider`, `Version` and child node `HyperV` are legal, too.
-    ConfigError names the key, its value and what is legal, and ends with `beside` for an unknown one.
+    ConfigError names the key, its value and what is legal; for an unknown key it ends with `beside`.
     """
+    if isinstance(config, Configuration):
+        return config
     if not isinstance(config, Mapping):
         raise WrongType("config", config, "a mapping of keys to values")
     given = _respelled(config)
     provider = given.get("provider", "None")
-    if not isinstance(provider, str) or provider not in kinds:
-        raise ConfigError(f"unknown provider {quoted(provider)}; choose from {_listed(kinds)}")
-    options = _option_types(kinds[provider])
+    if not isinstance(provider, str) or provider not in PROVIDERS:
+        raise ConfigError(f"unknown provider {quoted(provider)}; choose from {_listed(PROVIDERS)}")
+    kind = PROVIDERS[provider]
+    options = _option_types(kind)
     for key in given:
         if key not in {"provider", "version", "profile"} | options.keys():
             legal = (
@@ -83,18 +87,17 @@ def checked(config: Mapping[str, object], kinds: Mapping[str, type[Provider]], b
     if profile not in PROFILES:
         raise ConfigError(
             f"profile {quoted(profile)}; choose from {_listed(PROFILES)}. "
-            "Palacios' time is no profile of an interface: "
+            "Palacios' time is not a profile of an interface: "
             "pvclock.compat.palacios has it, and pvclock.ExecutionTimeBackend its unslaved time for any provider"
         )
-    newest = kinds[provider].version
-    version = given["version"] = _checked_version(provider, given.get("version", NEWEST), newest, str(profile))
+    version = given["version"] = _checked_version(provider, given.get("version", NEWEST), kind.version, str(profile))
     chosen = {name: _checked_option(name, given[name], options[name]) for name in options if name in given}
-    kept = NEWEST if provider == "None" else version
-    return Configuration(provider, kept, version or newest, str(profile), chosen)
+    kept = version if kind.is_enabled else NEWEST
+    return Configuration(provider, kept, version or kind.version, str(profile), chosen)
 
 
 def combined(provider: str | Mapping[str, object], options: Mapping[str, object]) -> dict[str, object]:
-    """One configuration of a provider's name, or a configuration, and further keys; ConfigError for a key in both."""
+    """One configuration from a provider's name or a configuration, and further keys; ConfigError for a key in both."""
     if not isinstance(provider, str | Mapping):
         raise WrongType("provider", provider, "a provider's name or a configuration")
     if not isinstance(options, Mapping):
@@ -130,7 +133,7 @@ def effective_provider(choice: str, guest_os: str = "") -> str:
 
 
 def _respelled(config: Mapping[str, object]) -> dict[str, object]:
-    """The configuration without VirtualBox's spelling and its node of another provider; ConfigError if that is bad."""
+    """The configuration in our spelling, without VirtualBox's node of another provider; ConfigError if that is bad."""
     given: dict[str, object] = {}
     for key, value in config.items():
         name = SPELLINGS.get(key, key)
@@ -152,7 +155,7 @@ def _check_hyperv_node(node: object) -> None:
 
 
 def _checked_version(provider: str, version: object, newest: int, profile: str) -> int:
-    # VirtualBox takes any number: all but NEWEST mean an interface without features.
+    # VirtualBox accepts any number: all but NEWEST mean an interface without features.
     limit = U32_MASK if profile == "virtualbox" else newest
     if not _is_whole(version) or not NEWEST <= version <= limit:
         raise ConfigError(

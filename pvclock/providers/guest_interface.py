@@ -1,12 +1,13 @@
-"""Guest-visible clock interfaces: one is chosen by name for the life of a VM, and `GuestInterface` dispatches to it.
+"""The guest's clock interface: one provider, chosen by name for the life of a VM, and the dispatch to it.
 
-VirtualBox calls this the guest interface manager, GIM.
+VirtualBox calls this the guest interface manager, GIM.  Everything that differs between providers is in the provider
+(interface.py); nothing here depends on which one it is.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -15,59 +16,31 @@ from pvclock.arguments import flag, function, instance, serving, text, whole
 from pvclock.errors import ConfigError, RangeError, StateFileError
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import configuration, hypercall_instructions
-from pvclock.providers.configuration import PROFILES, combined, effective_provider
+from pvclock.providers.configuration import PROFILES, Configuration, combined, effective_provider
 from pvclock.providers.interface import (
     ClockServices,
     CpuidLeaf,
     HypercallRegisters,
     HypercallResult,
-    MsrValue,
     Provider,
     Status,
 )
-from pvclock.providers.kvm import KvmProvider
-from pvclock.providers.minimal import MinimalProvider
-from pvclock.providers.none import NoneProvider
-from pvclock.providers.timing import CPUID_TIMING
+from pvclock.providers.registry import PROVIDER_NUMBERS, PROVIDERS
 from pvclock.providers.virtualbox import saved_unit
 from pvclock.providers.virtualbox.debug_channel import DebugChannel
 from pvclock.quantities import U64_MASK, Gpa, shown
 from pvclock.threads import renew_in_children
 
-__all__ = [
-    "PROFILES",
-    "PROVIDERS",
-    "PROVIDER_NUMBERS",
-    "Executed",
-    "GuestInterface",
-    "Statistics",
-    "combined",
-    "effective_provider",
-    "provider_named_in",
-]
+__all__ = ["PROFILES", "Executed", "GuestInterface", "Statistics", "combined", "effective_provider"]
 
-PROVIDERS: Final[Mapping[str, type[Provider]]] = {
-    each.name: each for each in (NoneProvider, MinimalProvider, KvmProvider)
-}
-
-PROVIDER_NUMBERS: Final[Mapping[str, int]] = {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3}
-"""VirtualBox's ids, which saved units hold; not all of them are provided here."""
-
-PARAVIRT_TSC: Final[Mapping[str, Status]] = {
-    "None": Status.NOT_ENABLED,
-    "Minimal": Status.NOT_AVAILABLE,
-    "KVM": Status.SUCCESS,
-}
-"""What becomes of an update of the TSC that a provider publishes by itself; KVM's pages are the clock's."""
-
-# RIP stays on an instruction that was not a hypercall here, and on one that the guest shall repeat.
+# RIP stays on an instruction that is not a hypercall here, and on one that the guest has to repeat.
 STAYS: Final = (Status.NOT_ENABLED, Status.NOT_AVAILABLE, Status.CONTINUING)
 
 
 class Statistics(NamedTuple):
-    """Hypercalls of guests, whatever became of them, and whole transfers over the debug channel; none ever decreases.
+    """Hypercalls of the guest, whatever their outcome, and complete transfers over the debug channel; never decreasing.
 
-    Hypercalls that came as #UD are counted apart; not at all under profile "virtualbox".
+    Hypercalls that came as #UD are counted separately; not at all under profile "virtualbox".
     """
 
     hypercalls: int
@@ -79,10 +52,10 @@ class Statistics(NamedTuple):
 
 
 class Executed(NamedTuple):
-    """A hypercall instruction's `status`; the `rax` that the guest gets, None for the one it has.
+    """Outcome of a hypercall instruction, and the RAX that the guest gets; None leaves RAX as it is.
 
-    length: by how many bytes RIP advances.  patched: was the instruction made the CPU's own?  With NOT_ENABLED,
-    NOT_AVAILABLE and INVALID_INSTRUCTION nothing was done, and the guest gets its #UD.
+    length: by how many bytes RIP advances.  patched: was the instruction replaced by the CPU's own?  NOT_ENABLED,
+    NOT_AVAILABLE and INVALID_INSTRUCTION: nothing was done, and the guest gets its #UD.
     """
 
     status: Status
@@ -92,44 +65,42 @@ class Executed(NamedTuple):
 
 
 class GuestInterface:
-    """The interface that one VM's guest has to its clock, the same one for life.
+    """The clock interface that one VM's guest sees: CPUID, MSRs, hypercalls.
 
-    config: `provider` ("None", "Minimal", "KVM"; "None" if left out), `version` (0 is the newest), `profile` ("linux",
-    "document", "virtualbox") and the provider's options; VirtualBox's spelling will do, see configuration.checked().
-    ConfigError names key, value and what is legal, or what this engine cannot serve.
-    tsc_usable: does the host's TSC run evenly and alike on all CPUs?  log: is told in a line what was chosen, and in
-    others if the TSC is not usable, or is what the guest will go by.
+    config: `provider` (a name in registry.PROVIDERS; "None" if left out), `version` (0 is the newest), `profile`
+    ("linux", "document", "virtualbox") and the provider's options; see configuration.checked(), whose result may be
+    given, too.  ConfigError names key, value and what is legal, or what this engine cannot serve.
+    tsc_usable: do the host's TSCs run evenly and in step?  log: gets one line on what was chosen, and one per warning.
 
-    Thread-safety: hypercalls, the debug channel and statistics may be used from any thread; all else is for who holds
-    the clock, as GuestClock does for the MSRs.
+    Thread-safety: hypercalls, the debug channel and statistics may be used from any thread; everything else needs the
+    clock's lock, which GuestClock holds around MSR writes.
     """
 
     def __init__(
         self,
-        config: Mapping[str, object],
+        config: Mapping[str, object] | Configuration,
         clock: ClockServices,
         vcpus: int,
         *,
         tsc_usable: bool = True,
         log: Callable[[str], object] = lambda _: None,
     ) -> None:
-        chosen = configuration.checked(config, PROVIDERS)
+        chosen = configuration.checked(config)
         serving("clock", clock, "place_time_page", "write_wall_clock", "tell", wanted="a ClockServices")
         function("log", log)
         self._vcpus = whole("vcpus", vcpus, 1)
         self._provider: Provider = PROVIDERS[chosen.provider](clock, vcpus, **chosen.options)  # type: ignore[call-arg]
         self._counts_lock = threading.Lock()
         self._hypercalls = self._hypercalls_by_ud = 0
-        self._adopted_features: int | None = None
         self.profile = chosen.profile
         self.version = chosen.version
-        """Of the interface, as configured (0 is the newest; None's is 0), or as in a unit that was loaded."""
-        self.debug = DebugChannel(getattr(self._provider, "debug_setup", None))
+        """Of the interface, as configured (0 is the newest), or as in a unit that was loaded."""
+        self.debug = DebugChannel(self._provider.debug_setup)
         """The byte stream between the guest's debugger stub and the VMM's debugger."""
 
-        # The provider's methods themselves: a guest's MSR accesses are the most frequent thing here.
+        # The provider's bound methods, without a wrapper: MSR accesses are the hot path.
         self.read_msr = self._provider.read_msr
-        """read_msr(vcpu, index) -> the 64-bit value; MsrFault is #GP, and without a provider there is nothing else."""
+        """read_msr(vcpu, index) -> the 64-bit value; MsrFault is #GP."""
         self.write_msr = self._provider.write_msr
         """write_msr(vcpu, index, value); MsrFault is #GP."""
 
@@ -137,8 +108,8 @@ class GuestInterface:
             f"provider {self.name}, id {self.number}, version {chosen.implementation}, profile {self.profile}, "
             f"on {clock.engine}"
         )
-        if chosen.options.get("timing_leaf"):
-            log("warning: leaf 0x40000010 is offered; a guest that goes by its TSC leaves every policy of this clock")
+        for warning in self._provider.warnings:
+            log(f"warning: {warning}")
         if not flag("tsc_usable", tsc_usable):
             log(f"warning: the host's TSC is not usable; guests of provider {self.name} may see time run unevenly")
         renew_in_children(self)
@@ -151,7 +122,7 @@ class GuestInterface:
 
     @property
     def provider(self) -> Provider:
-        """The provider; it stays."""
+        """The provider, for the life of the VM."""
         return self._provider
 
     @property
@@ -166,27 +137,27 @@ class GuestInterface:
 
     @property
     def is_enabled(self) -> bool:
-        """Does the guest have an interface at all?"""
-        return self.number != PROVIDER_NUMBERS["None"]
+        """Does the guest have a paravirtual interface at all?"""
+        return self._provider.is_enabled
 
     @property
     def are_hypercalls_enabled(self) -> bool:
-        """Are there hypercalls for the guest?  KVM's are enabled on every vCPU from the start."""
-        return self.name == "KVM"
+        """Are hypercalls served at this moment?"""
+        return self._provider.are_hypercalls_enabled
 
     @property
     def is_paravirt_tsc_enabled(self) -> bool:
-        """Does the guest read a TSC page of Hyper-V's?  Pages of KVM's are none: False, as VirtualBox says."""
-        return False
+        """Does the guest read a TSC page that update_paravirt_tsc() has to maintain?  VirtualBox says no of KVM's."""
+        return self._provider.is_paravirt_tsc_enabled
 
     @property
     def guest_lives_by_tsc(self) -> bool:
-        """Is the guest told its TSC's frequency, or has it no other clock?"""
-        return CPUID_TIMING in self.cpuid_leaves or not self._provider.publishes_time
+        """Is the guest told its TSC's frequency, or does it have no other clock than its TSC?"""
+        return self._provider.guest_lives_by_tsc
 
     @property
     def config(self) -> Mapping[str, int | bool | str]:
-        """The options that make another one like it; a profile and a version that nobody chose are left out."""
+        """The options that make an equal interface, without a profile and a version that are the defaults."""
         version = {"version": self.version} if self.version else {}
         profile = {} if self.profile == PROFILES[0] else {"profile": self.profile}
         return {**version, **profile, **self._provider.config}
@@ -198,7 +169,7 @@ class GuestInterface:
 
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
-        """What must come to the clock where vCPUs run on /dev/kvm: every provider's, for the kernel serves some."""
+        """MSRs that must exit to the clock on /dev/kvm: every provider's, because the kernel would serve some."""
         return tuple(each for provider in PROVIDERS.values() for each in provider.msr_ranges)
 
     @property
@@ -210,11 +181,11 @@ class GuestInterface:
     # Hypercalls
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """The guest's VMCALL or VMMCALL, that the VMM knows to be one.
+        """The guest's VMCALL or VMMCALL, already decoded by the VMM.
 
-        NOT_ENABLED without a provider, NOT_AVAILABLE if it has no hypercalls; ACCESS_DENIED outside of ring 0 and
-        NOT_SUPPORTED for a call that it does not have, both with the RAX that tells the guest.
-        RangeError for a vCPU or registers that there are not.
+        NOT_ENABLED without an interface, NOT_AVAILABLE if it has no hypercalls; ACCESS_DENIED outside ring 0 and
+        NOT_SUPPORTED for an unknown call, both with the RAX that tells the guest.
+        RangeError for an unknown vCPU, or registers that cannot be.
         """
         self._check(vcpu, registers)
         with self._counts_lock:
@@ -222,7 +193,7 @@ class GuestInterface:
         return self._provider.hypercall(vcpu, registers)
 
     def execute(self, vcpu: int, registers: HypercallRegisters, code: bytes) -> Executed:
-        """The same by `code`, the bytes at RIP (3, or up to 15); INVALID_INSTRUCTION if they begin with another one."""
+        """As hypercall(), decoding `code`, the 3 to 15 bytes at RIP; INVALID_INSTRUCTION for another instruction."""
         self._check(vcpu, registers)
         length = hypercall_instructions.recognized_length(arguments.data("code", code), long_mode=registers.long_mode)
         if length is None:
@@ -231,16 +202,16 @@ class GuestInterface:
 
     def should_trap_ud(self, vendor: str) -> bool:
         """Must #UD exit to the VMM on a CPU by `vendor`, so that handle_ud() can serve the guest?"""
-        return hypercall_instructions.should_trap_ud(text("vendor", vendor), self.name)
+        return hypercall_instructions.should_trap_ud(text("vendor", vendor), self._provider.hypercall_opcodes)
 
     def handle_ud(
         self, vcpu: int, registers: HypercallRegisters, code: bytes, gpa: Gpa, vendor: str, *, fix: bool = True
     ) -> Executed:
-        """A #UD of the guest: if it was the other vendor's hypercall instruction, do it, and put the CPU's own there.
+        """A #UD of the guest: if it was a hypercall instruction, execute it and replace it by the CPU's own.
 
-        code, gpa: the bytes at RIP, and where they are in guest memory.  vendor: the CPU's, as CPUID leaf 0 says it
-        (ConfigError for one that has no hypercall).  fix: False leaves the guest's code alone, and each call costs a
-        #UD.  Code outside of ring 0 is always left alone.  What other vCPUs may see: patch().
+        code, gpa: the bytes at RIP, and their address in guest memory.  vendor: the CPU's, as in CPUID leaf 0
+        (ConfigError for one without hypercalls).  fix: False leaves the guest's code alone, at the cost of a #UD per
+        call.  Code outside ring 0 is always left alone.  What other vCPUs may see: hypercall_instructions.patch().
         """
         hypercall_instructions.native_opcode(text("vendor", vendor))
         self._check(vcpu, registers)
@@ -260,49 +231,43 @@ class GuestInterface:
 
     def update_paravirt_tsc(self) -> Status:
         """The VMM's TSC offsets have changed: publish what the provider itself derives from them."""
-        return PARAVIRT_TSC[self.name]
+        return self._provider.update_paravirt_tsc()
 
     def reset(self) -> None:
-        """The VM is reset: nothing was written, and no page is kept.  Statistics go on."""
+        """The VM is reset: MSRs go back to their initial values, and all pages are taken back.  Statistics go on."""
         self._provider.reset()
 
     def term(self) -> None:
-        """The VM ends: as reset(), and the debug device is let go.  May be called twice."""
+        """The VM ends: as reset(), and the debug device is removed.  May be called twice."""
         self._provider.reset()
         self.debug.unregister()
 
-    # VirtualBox's saved unit
+    # VirtualBox's saved unit, for emulators
 
     def save_unit(self) -> bytes:
         """The unit "GIM", version 1, of a VM whose vCPUs are out of the guest."""
-        header = saved_unit.encode_header(self.number, self.version)
-        return header + (saved_unit.encode_kvm(self._kvm_part()) if self.name == "KVM" else b"")
+        return saved_unit.encode_header(self.number, self.version) + self._provider.save_unit()
 
     def load_unit(self, data: bytes, *, version: int = saved_unit.UNIT_VERSION, is_final_pass: bool = True) -> None:
-        """Take what save_unit() gave, or VirtualBox, and publish the pages in it; nothing changes if it is refused.
+        """Adopt a unit of save_unit() or VirtualBox, its interface version included, and publish the pages in it.
 
-        version: the unit's, which its container says.  is_final_pass: a live migration sends a unit more than once, and
-        the last one counts; the others are not looked at.  The interface's version is adopted.  StateFileError if the
-        unit is unsound or of another version, or of an interface newer than is known here (any will do under profile
-        "virtualbox"); ConfigError if its provider, or that one's features, are not this VM's (other
-        features are kept for the next save under profile "virtualbox", and CPUID stays).
+        version: the unit's, as its container says.  is_final_pass: a live migration sends a unit several times; only
+        the last one is read.  StateFileError for a unit that is unsound, of another version, or of a newer interface
+        than this one (which profile "virtualbox" accepts); ConfigError if it is of another provider, or of one that was
+        set up differently.  Nothing changes if it is refused.
         """
         if not flag("is_final_pass", is_final_pass):
             return
         if whole("version", version) != saved_unit.UNIT_VERSION:
             raise StateFileError("unit version", str(version), str(saved_unit.UNIT_VERSION))
-        number, provider_version, rest = saved_unit.decode_header(arguments.data("data", data))
+        number, provider_version, part = saved_unit.decode_header(arguments.data("data", data))
         if number != self.number:
             raise ConfigError(f"the unit is of provider {_titled(number)}; this VM has provider {_titled(self.number)}")
         newest = self._provider.version
         if provider_version > newest and self.profile != "virtualbox":
             raise StateFileError("provider version", str(provider_version), f"0 to {newest}")
-        if isinstance(self._provider, KvmProvider):
-            self._take_kvm(self._provider, saved_unit.decode_kvm(rest, self._vcpus), provider_version)
-        elif rest:
-            raise StateFileError("unit", f"{len(rest)} bytes after the header", f"none of provider {self.name!r}")
-        else:
-            self.version = provider_version
+        set_version = partial(setattr, self, "version")
+        self._provider.load_unit(part, partial(set_version, provider_version), partial(set_version, self.version))
 
     # Inside
 
@@ -316,54 +281,9 @@ class GuestInterface:
         if not 0 <= whole("cpl", registers.cpl) <= 3:
             raise RangeError(f"cpl is {shown(registers.cpl)}; rings are 0 to 3")
 
-    def _kvm_part(self) -> saved_unit.KvmPart:
-        memory = self._provider.clock.memory
-        match self._provider.save(), self._provider.config:
-            case {"system_time": tuple(system_time), "wall_clock": int(wall_clock)} as saved, {
-                "features": int(features)
-            }:
-                parts = [saved_unit.vcpu_part(memory, each) for each in system_time]
-                adopted = features if self._adopted_features is None else self._adopted_features
-                return saved_unit.KvmPart(_with_own(parts, saved), wall_clock, adopted)
-        raise AssertionError("provider 'KVM' saved neither system time nor wall clock")
-
-    def _take_kvm(self, provider: KvmProvider, part: saved_unit.KvmPart, version: int) -> None:
-        here = int(provider.config["features"])
-        if part.features != here and self.profile != "virtualbox":
-            raise ConfigError(f"the unit's guest was offered KVM features {part.features:#x}; this VM offers {here:#x}")
-        written: dict[str, MsrValue] = {
-            "system_time": tuple(vcpu.system_time_msr for vcpu in part.vcpus),
-            "wall_clock": part.wall_clock_msr,
-            "time_page_version": tuple(vcpu.version for vcpu in part.vcpus),
-            "time_page_flags": tuple(vcpu.flags for vcpu in part.vcpus),
-        }
-        # The features are not CPUID's: the guest was told of those.
-        adopt = partial(self._adopt, version, part.features)
-        provider.replace(written, adopt, partial(self._adopt, self.version, self._adopted_features))
-
-    def _adopt(self, version: int, features: int | None) -> None:
-        self.version, self._adopted_features = version, features
-
-
-def provider_named_in(config: Mapping[str, object], beside: str = "") -> str:
-    """The name of the provider that a configuration asks for; ConfigError if that is not sound.
-
-    beside: how the error for an unknown key ends, where its caller takes other keywords, too.
-    """
-    return configuration.checked(config, PROVIDERS, text("beside", beside)).provider
-
 
 def _advanced(result: HypercallResult, length: int) -> Executed:
     return Executed(result.status, result.rax, 0 if result.status in STAYS else length)
-
-
-def _with_own(parts: Sequence[saved_unit.VcpuPart], saved: Mapping[str, MsrValue]) -> tuple[saved_unit.VcpuPart, ...]:
-    """The vCPUs' parts with the versions and flags that the provider counts by itself, where it does."""
-    match saved:
-        case {"time_page_version": tuple(versions), "time_page_flags": tuple(flags)}:
-            own = zip(parts, versions, flags, strict=True)
-            return tuple(part._replace(version=version, flags=each) for part, version, each in own)
-    return tuple(parts)
 
 
 def _titled(number: int) -> str:

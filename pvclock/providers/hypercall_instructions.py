@@ -1,11 +1,11 @@
-"""The hypercall instructions: which one is a CPU's own, what stands at RIP, and how a wrong one is put right.
+"""The hypercall instructions: which one a CPU has, which one is at RIP, and how the other vendor's is replaced.
 
 Source: AMD APM volume 3 (VMMCALL), Intel SDM volume 3 (VMCALL); Linux em_hypercall() and emulator_fix_hypercall().
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from pvclock._memory import GuestMemory
@@ -39,8 +39,8 @@ NATIVE_OPCODES: Final[Mapping[str, bytes]] = {
 }
 """By the vendor string of CPUID leaf 0 (EBX, EDX, ECX)."""
 
-# What does not change a hypercall: segment overrides and address size.  LOCK makes it #UD; F2 and F3 make VMGEXIT of
-# VMMCALL; 66 is reserved.
+# Segment overrides and address size do not change a hypercall.  LOCK makes it #UD; F2 and F3 turn VMMCALL into VMGEXIT;
+# 66 is reserved.
 IDLE_PREFIXES: Final = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x67")
 REX_PREFIXES: Final = frozenset(range(0x40, 0x50))
 
@@ -62,9 +62,9 @@ def put_native_opcode(vendor: str, buffer: bytearray | memoryview) -> int:
 
 
 def recognized_length(code: bytes, *, long_mode: bool) -> int | None:
-    """The length of the VMCALL or VMMCALL that `code`, the bytes at RIP, begins with; None if it is none of them.
+    """Length of the VMCALL or VMMCALL at the beginning of `code`, the bytes at RIP; None for other instructions.
 
-    3 bytes, and more with prefixes that do nothing here; 15 at most.
+    3 bytes, or up to 15 with prefixes that have no effect here.
     """
     idle = IDLE_PREFIXES | REX_PREFIXES if long_mode else IDLE_PREFIXES
     prefixes = next((at for at, byte in enumerate(code) if byte not in idle), len(code))
@@ -73,21 +73,22 @@ def recognized_length(code: bytes, *, long_mode: bool) -> int | None:
     return length if is_hypercall and length <= INSTRUCTION_BYTES_MAX else None
 
 
-def should_trap_ud(vendor: str, provider: str) -> bool:
-    """Must #UD exit to the VMM?  Where guests of KVM try VMCALL first and the CPU knows VMMCALL only."""
-    return provider == "KVM" and NATIVE_OPCODES.get(vendor, VMCALL) != VMCALL
+def should_trap_ud(vendor: str, opcodes: Iterable[bytes]) -> bool:
+    """Must #UD exit to the VMM on a CPU by `vendor`, for guests that execute `opcodes` on any CPU?"""
+    native = NATIVE_OPCODES.get(vendor, VMCALL)
+    return any(opcode != native for opcode in opcodes)
 
 
 def patch(memory: GuestMemory, gpa: Gpa, seen: bytes, vendor: str) -> bool:
-    """Make the hypercall instruction at `gpa` the CPU's own, if it still is what was `seen`; returns if it was written.
+    """Replace the hypercall instruction at `gpa` by the CPU's own, if it still is `seen`; returns True if it was written.
 
-    Left alone: the native one, one with prefixes, one across two pages (their addresses are not one range), and what is
-    not in memory.
+    Left alone: the native instruction, one with prefixes, one across two pages (which need not be contiguous), and one
+    that is not in memory.
 
-    The two instructions differ in their last byte, and that one alone is written: a vCPU that fetches meanwhile sees
-    the old instruction or the new one.  But between the look and the write another vCPU's write may come, and the
-    architecture wants each vCPU to serialize before it runs changed code: a VMM that must exclude both keeps the other
-    vCPUs out of the guest meanwhile.  Linux and VirtualBox do not.
+    The two instructions differ in the last byte, the only one written: a vCPU that fetches meanwhile sees the old
+    instruction or the new one.  Another vCPU may write between the check and the write, and the architecture requires
+    each vCPU to serialize before it runs changed code: a VMM that must exclude both keeps the other vCPUs out of the
+    guest meanwhile.  Linux and VirtualBox do not.
     """
     native = native_opcode(vendor)
     if len(seen) != OPCODE_BYTES or seen == native or gpa % PAGE_BYTES > PAGE_BYTES - OPCODE_BYTES:

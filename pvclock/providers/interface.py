@@ -1,8 +1,8 @@
-"""What a paravirtual interface is to the clock, and what the clock and the VMM are to it.
+"""The provider contract: what a paravirtual interface is to the clock, and what the clock and the VMM are to it.
 
-A provider is one guest-visible surface: CPUID leaves, MSRs, hypercalls and what they put into guest memory.  It knows
-no other provider and no host clock; it asks the clock, through `ClockServices`, for what its guest asked of it, and
-the VMM, through `VmmServices`, for what only that can do.
+A provider is one guest-visible surface: CPUID leaves, MSRs, hypercalls, and the records that these place in guest
+memory.  It knows no other provider and no host clock.  It asks the clock for what its guest requested (`ClockServices`),
+and the VMM for what only the VMM can do (`VmmServices`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from pvclock._memory import GuestMemory
 from pvclock.msr_ranges import MsrRange
@@ -18,9 +18,12 @@ from pvclock.quantities import Gpa, GuestTsc
 from pvclock.timekeeping.events import EventKind
 
 __all__ = [
+    "CPUID_BASE",
     "ClockServices",
     "CpuidLeaf",
+    "DebugSetup",
     "Engine",
+    "Hooks",
     "HypercallRegisters",
     "HypercallResult",
     "MsrValue",
@@ -30,6 +33,8 @@ __all__ = [
     "VmmServices",
 ]
 
+CPUID_BASE: Final = 0x40000000
+"""The first hypervisor CPUID leaf."""
 
 MsrValue: TypeAlias = int | bool | str | tuple[int, ...] | None
 
@@ -44,7 +49,7 @@ class CpuidLeaf(NamedTuple):
 
 
 class Engine(StrEnum):
-    """Who runs the guest, and so what can be served at all."""
+    """What runs the guest, which decides what can be served."""
 
     LIBRARY = "library"
     """A VMM that emulates CPUs, or traps all that it wants: every surface."""
@@ -53,11 +58,11 @@ class Engine(StrEnum):
 
 
 class Status(StrEnum):
-    """What became of a hypercall or another request: VirtualBox's vocabulary (VERR_GIM_*), one word each."""
+    """Outcome of a hypercall or another request: VirtualBox's VERR_GIM_* codes."""
 
     SUCCESS = "success"
     DEFERRED = "deferred"
-    """To be done by the VMM proper, not where it was asked for (VINF_GIM_R3_HYPERCALL)."""
+    """The VMM's main loop has to do it, not the exit handler (VINF_GIM_R3_HYPERCALL)."""
     CONTINUING = "continuing"
     """Not done yet: the guest repeats the instruction (VINF_GIM_HYPERCALL_CONTINUING)."""
     ACCESS_DENIED = "access denied"
@@ -75,7 +80,7 @@ class Status(StrEnum):
 
 
 class HypercallRegisters(NamedTuple):
-    """A vCPU's registers at a hypercall, 64 bits each; long_mode: is it in 64-bit code?"""
+    """A vCPU's registers at a hypercall, 64 bits each.  long_mode: does it execute 64-bit code?"""
 
     rax: int
     rbx: int = 0
@@ -88,10 +93,17 @@ class HypercallRegisters(NamedTuple):
 
 
 class HypercallResult(NamedTuple):
-    """What became of a hypercall, and the RAX that the guest gets; None leaves it as it is."""
+    """Outcome of a hypercall, and the RAX that the guest gets; None leaves RAX as it is."""
 
     status: Status
     rax: int | None = None
+
+
+class DebugSetup(NamedTuple):
+    """What a provider with a debug interface requires of the VMM's debug device."""
+
+    transfer_bytes_max: int
+    """The most bytes in one transfer."""
 
 
 class Pairing(NamedTuple):
@@ -102,16 +114,16 @@ class Pairing(NamedTuple):
 
 
 class VmmServices(Protocol):
-    """What hypercalls ask of the VMM; APIC ids are the guest's, whatever it says."""
+    """What hypercalls ask of the VMM.  APIC ids come from the guest, unchecked."""
 
     def kick(self, apic_id: int) -> None:
-        """Wake a vCPU from its halt; an id that nobody has is ignored."""
+        """Wake a vCPU from HLT; ignore an id that no vCPU has."""
 
     def yield_to(self, apic_id: int) -> None:
         """Let that vCPU run rather than the caller."""
 
     def send_ipi(self, apic_ids: list[int], icr: int) -> int:
-        """Deliver what ICR's low half says to those vCPUs; how many took it."""
+        """Deliver the interrupt in ICR's low half to those vCPUs; returns how many accepted it."""
 
 
 class ClockServices(Protocol):
@@ -119,19 +131,19 @@ class ClockServices(Protocol):
 
     @property
     def memory(self) -> GuestMemory:
-        """The guest's."""
+        """The guest's memory."""
 
     @property
     def engine(self) -> Engine:
-        """Who runs the guest."""
+        """What runs the guest."""
 
     @property
     def vmm(self) -> VmmServices | None:
         """What the VMM does for hypercalls; None if it does nothing."""
 
     @property
-    def kernel_features(self) -> int:
-        """KVM feature bits that the host's kernel can offer by itself."""
+    def kernel_features(self) -> Mapping[str, int]:
+        """Feature words that the host's kernel can serve vCPUs without the engine, by provider name; see Backend."""
 
     @property
     def tsc_hz(self) -> int:
@@ -140,9 +152,9 @@ class ClockServices(Protocol):
     def place_time_page(
         self, vcpu: int, gpa: Gpa | None, begin: Callable[[], object] = ..., undo: Callable[[], object] = ...
     ) -> None:
-        """Keep vCPU's pvclock page at `gpa` (None: nowhere) from now on, and publish.
+        """Keep vCPU's pvclock page at `gpa` from now on (None: nowhere), and publish.
 
-        begin: what changes with it, before the publish; undo: takes that back where it could not be.
+        begin: applies what changes along with the page, before the publish.  undo: reverts that if the publish fails.
         """
 
     def place_time_pages(
@@ -152,9 +164,9 @@ class ClockServices(Protocol):
         undo: Callable[[], object],
         vcpu: int | None = None,
     ) -> None:
-        """As place_time_page(), of several vCPUs in one step, which is whole before anybody is told.
+        """As place_time_page(), for several vCPUs in one step, complete before any callback runs.
 
-        vcpu: one that is out of the guest, the caller's own.
+        vcpu: the caller's own vCPU, which is out of the guest.
         """
 
     def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
@@ -163,7 +175,7 @@ class ClockServices(Protocol):
     def write_wall_clock(self, gpa: Gpa, taking: Callable[[], object] = ...) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once.
 
-        taking: sets what changes with it, when nothing can fail any more.
+        taking: applies what changes along with it, at the point where nothing can fail any more.
         """
 
     def utc_ns(self) -> int:
@@ -173,47 +185,88 @@ class ClockServices(Protocol):
         """Keep all vCPUs out of the guest meanwhile; `vcpu`, the caller's own, is out already."""
 
     def tell(self, kind: EventKind, why: str) -> None:
-        """Let the VMM know, as an event that leaves guest time alone; who calls bounds what a guest can cause."""
+        """Record an event that leaves guest time alone.  The caller bounds how many of them a guest can cause."""
 
     def pairing(self, vcpu: int) -> Pairing | None:
-        """One host instant as UTC and as vCPU's TSC; None where the host's TSC is not to be trusted."""
+        """One host instant as UTC and as vCPU's TSC; None if the host's TSC is not reliable."""
+
+
+class Hooks(NamedTuple):
+    """What a provider is told beside its guest's accesses.  None, the default, costs nothing.
+
+    The clock reads them once, when it is made, and calls them with its lock held.  They return soon and do not raise.
+    """
+
+    run_delay: Callable[[int, int], Callable[[], object]] | None = None
+    """(vcpu, ns): vCPU waited `ns` more for a host CPU since the last call.  Asked at each tick while time runs.
+
+    Returns the function that accounts it in guest memory, compiled code that no interrupt can split: it runs exactly
+    once.
+    """
+    tick: Callable[[], object] | None = None
+    """At each GuestClock.tick(), about once a second, paused or not, after the pages are published."""
+    time_changed: Callable[[bool], object] | None = None
+    """(is_paused): guest time was paused, resumed or stepped, or its rate changed.  May be called twice for one change.
+
+    A restored clock calls it with True.  Called before subscribers of the events are.
+    """
 
 
 class Provider(Protocol):
-    """One guest-visible interface."""
+    """One guest-visible interface, for the life of one VM.
+
+    A provider is a class in registry.PROVIDERS; nothing else in the tree names it or branches on which one it is.  All
+    members below are checked for each provider by tests/unit/test_provider_conformance.py.
+
+    Its constructor takes (clock: ClockServices, vcpus: int), and its options as keyword-only parameters: their names
+    are the keys that its configuration may have, their annotations (int, bool, str, Literal, None) the legal values; see
+    configuration.py.  `profile` and `version` are among them if it depends on those.  ConfigError for what cannot be
+    served, naming what can.
+
+    Locks: the clock's lock is held for write_msr(), reset(), save(), load() and the hooks.  read_msr(), hypercall() and
+    the properties run without it, on any thread; services of the VMM must be called without it.
+    """
+
+    # What it is
 
     name: str
+    """Its key in the registry, in configurations and in saved states."""
     number: int
     """Its id in VirtualBox's saved units: 0 None, 1 Minimal, 2 HyperV, 3 KVM."""
     version: int
-    """Of what save() gives; a provider reads all that were ever written."""
-    msr_ranges: tuple[MsrRange, ...]
-    """What must come to it where vCPUs run on /dev/kvm, offered or not, and what of that the kernel keeps."""
+    """Version of what save() returns, from 1 on.  load() accepts every version that was ever written."""
+    is_enabled: bool
+    """Does the guest have a paravirtual interface at all?  Without one the interface's version is always 0."""
     clock: ClockServices
 
     @property
     def config(self) -> Mapping[str, int | bool | str]:
-        """The options that make another one like it."""
+        """The options that make an equal provider, without those at their defaults that older states do not have."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the VMM should know of this configuration, a line each; logged once, at the start."""
+
+    # CPUID
+
+    cpuid_base: int
+    """The first of its leaves: CPUID_BASE, or a multiple of 0x100 above it, where another interface has CPUID_BASE."""
 
     @property
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
-        """The hypervisor CPUID leaves that it offers."""
+        """The hypervisor leaves that it offers, from cpuid_base on; that leaf's EAX is the number of the last one."""
 
     @property
-    def allows_stable(self) -> bool:
-        """May pages say TSC_STABLE if the TSCs are?"""
+    def guest_lives_by_tsc(self) -> bool:
+        """Is the guest told its TSC's frequency, or does it have no other clock than its TSC?"""
 
-    @property
-    def publishes_time(self) -> bool:
-        """Has the guest a clock by this interface, or nothing but its TSC?"""
+    # MSRs
 
-    @property
-    def refreshes_pages(self) -> bool:
-        """Are pages brought up to date beside what the guest and the VMM do?"""
+    msr_ranges: tuple[MsrRange, ...]
+    """MSRs that must exit to the clock on /dev/kvm, offered or not, and those of them that the kernel keeps.
 
-    @property
-    def tells_of_pauses(self) -> bool:
-        """Do guests hear that they were stopped?"""
+    The accesses of every provider in the registry exit, whichever one this VM has: the kernel would serve them.
+    """
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """RDMSR by the guest: the 64-bit value, or MsrFault."""
@@ -221,14 +274,65 @@ class Provider(Protocol):
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """WRMSR by the guest; MsrFault is #GP."""
 
+    # Hypercalls
+
+    hypercall_opcodes: tuple[bytes, ...]
+    """Hypercall instructions that its guests execute on any CPU; #UD must exit where the CPU lacks one of them."""
+
+    @property
+    def are_hypercalls_enabled(self) -> bool:
+        """Are hypercalls served at this moment?"""
+
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """The guest's VMCALL or VMMCALL."""
+        """The guest's VMCALL or VMMCALL; NOT_ENABLED or NOT_AVAILABLE gives the guest its #UD."""
+
+    # Pages and time
+
+    @property
+    def allows_stable(self) -> bool:
+        """May pages say TSC_STABLE if the vCPUs' TSCs agree?  Asked at every publish."""
+
+    refreshes_pages: bool
+    """Are pages re-anchored beside what guest and VMM do?"""
+    tells_of_pauses: bool
+    """Is GUEST_STOPPED set in pages after a pause?"""
+    hooks: Hooks
+
+    @property
+    def is_paravirt_tsc_enabled(self) -> bool:
+        """Does the guest read a TSC page that update_paravirt_tsc() has to maintain?"""
+
+    def update_paravirt_tsc(self) -> Status:
+        """The VMM's TSC offsets have changed: publish what this provider itself derives from them.
+
+        SUCCESS also if the clock publishes all there is; NOT_ENABLED or NOT_AVAILABLE without such pages.
+        """
+
+    # Life
 
     def reset(self) -> None:
-        """The VM is reset: as nothing had been written, with every page taken back."""
+        """The VM is reset: go back to the state before any MSR write, and take all pages back."""
 
     def save(self) -> Mapping[str, MsrValue]:
-        """What the guest wrote, by name."""
+        """The guest's writes by name, as plain data for ClockState."""
 
     def load(self, msrs: Mapping[str, object]) -> None:
-        """Take what save() gave, without doing anything again; ConfigError, and nothing taken, if it is not that."""
+        """Adopt what save() returned, without repeating its effects; the clock places the pages by itself.
+
+        ConfigError, with nothing changed, for anything that save() never returned.
+        """
+
+    # VirtualBox's guest interface manager, for emulators
+
+    debug_setup: DebugSetup | None
+    """What it requires of the VMM's debug device; None without a debug interface."""
+
+    def save_unit(self) -> bytes:
+        """Its part of VirtualBox's saved unit "GIM", which follows provider id and version; empty if it has none."""
+
+    def load_unit(self, part: bytes, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Adopt what save_unit() returned, and publish the pages in it.
+
+        begin: applies what changes along with it, in the same step; undo: reverts that if it fails.  StateFileError or
+        ConfigError, with nothing changed, if `part` is unsound or is of a VM that was set up differently.
+        """

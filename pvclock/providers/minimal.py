@@ -1,17 +1,19 @@
-"""The frequencies and nothing else: the leaf by which macOS and others find them, without calibrating.
+"""The frequencies and nothing else: macOS and others read them from a CPUID leaf instead of calibrating.
 
 Source: VMware's timing-information leaf, as VirtualBox's "Minimal" provider shows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from pvclock.errors import ConfigError, MsrFault
+from pvclock.errors import ConfigError, MsrFault, StateFileError
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers.interface import (
+    CPUID_BASE,
     ClockServices,
     CpuidLeaf,
+    Hooks,
     HypercallRegisters,
     HypercallResult,
     MsrValue,
@@ -23,14 +25,21 @@ __all__ = ["MinimalProvider"]
 
 
 class MinimalProvider:
-    """Leaf 0x40000010 says the frequencies of TSC and APIC bus (`apic_bus_hz`; QEMU's and KVM's is 1 GHz); no MSR."""
+    """Leaf 0x40000010 holds the frequencies of TSC and APIC bus (`apic_bus_hz`; QEMU's and KVM's is 1 GHz); no MSR."""
 
     name = "Minimal"
     number = 1
     version = 1
+    is_enabled = True
+    warnings: tuple[str, ...] = ()
+    cpuid_base = CPUID_BASE
+    guest_lives_by_tsc = True
     msr_ranges: tuple[MsrRange, ...] = ()
-    allows_stable = publishes_time = False
+    hypercall_opcodes: tuple[bytes, ...] = ()
+    are_hypercalls_enabled = allows_stable = is_paravirt_tsc_enabled = False
     refreshes_pages = tells_of_pauses = True
+    hooks = Hooks()
+    debug_setup = None
 
     def __init__(self, clock: ClockServices, vcpus: int, *, apic_bus_hz: int = APIC_BUS_HZ) -> None:
         self.clock = clock
@@ -46,17 +55,31 @@ class MinimalProvider:
         raise MsrFault(index, value)
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """There are none."""
+        """#UD."""
         return HypercallResult(Status.NOT_AVAILABLE)
 
+    def update_paravirt_tsc(self) -> Status:
+        """There are no pages."""
+        return Status.NOT_AVAILABLE
+
     def reset(self) -> None:
-        """Nothing was written."""
+        """There is no state."""
 
     def save(self) -> Mapping[str, MsrValue]:
-        """Nothing was written."""
+        """There is no state."""
         return {}
 
     def load(self, msrs: Mapping[str, object]) -> None:
-        """There is nothing to take."""
+        """Accepts no state."""
         if msrs:
             raise ConfigError(f"provider 'Minimal' saves no MSRs, and these were found: {', '.join(msrs)}")
+
+    def save_unit(self) -> bytes:
+        """There is no state."""
+        return b""
+
+    def load_unit(self, part: bytes, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Accepts no state."""
+        if part:
+            raise StateFileError("unit", f"{len(part)} bytes after the header", "none of provider 'Minimal'")
+        begin()

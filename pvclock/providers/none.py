@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from pvclock.errors import ConfigError, MsrFault
+from pvclock.errors import ConfigError, MsrFault, StateFileError
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers.interface import (
+    CPUID_BASE,
     ClockServices,
     CpuidLeaf,
+    Hooks,
     HypercallRegisters,
     HypercallResult,
     MsrValue,
@@ -24,11 +26,18 @@ class NoneProvider:
     name = "None"
     number = 0
     version = 1
-    msr_ranges: tuple[MsrRange, ...] = ()
+    is_enabled = False
     config: Mapping[str, int | bool | str] = {}
-    allows_stable = publishes_time = False
-    refreshes_pages = tells_of_pauses = True
+    warnings: tuple[str, ...] = ()
+    cpuid_base = CPUID_BASE
     cpuid_leaves: Mapping[int, CpuidLeaf] = {}
+    guest_lives_by_tsc = True
+    msr_ranges: tuple[MsrRange, ...] = ()
+    hypercall_opcodes: tuple[bytes, ...] = ()
+    are_hypercalls_enabled = allows_stable = is_paravirt_tsc_enabled = False
+    refreshes_pages = tells_of_pauses = True
+    hooks = Hooks()
+    debug_setup = None
 
     def __init__(self, clock: ClockServices, vcpus: int) -> None:
         self.clock = clock
@@ -42,17 +51,31 @@ class NoneProvider:
         raise MsrFault(index, value)
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """There is nobody to call."""
+        """#UD."""
         return HypercallResult(Status.NOT_ENABLED)
 
+    def update_paravirt_tsc(self) -> Status:
+        """There are no pages."""
+        return Status.NOT_ENABLED
+
     def reset(self) -> None:
-        """Nothing was written."""
+        """There is no state."""
 
     def save(self) -> Mapping[str, MsrValue]:
-        """Nothing was written."""
+        """There is no state."""
         return {}
 
     def load(self, msrs: Mapping[str, object]) -> None:
-        """There is nothing to take."""
+        """Accepts no state."""
         if msrs:
             raise ConfigError(f"provider 'None' saves no MSRs, and these were found: {', '.join(msrs)}")
+
+    def save_unit(self) -> bytes:
+        """There is no state."""
+        return b""
+
+    def load_unit(self, part: bytes, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Accepts no state."""
+        if part:
+            raise StateFileError("unit", f"{len(part)} bytes after the header", "none of provider 'None'")
+        begin()

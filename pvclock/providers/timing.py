@@ -1,4 +1,4 @@
-"""VMware's timing-information leaf: TSC and APIC bus in kHz, by which guests need not calibrate.
+"""VMware's timing-information leaf: TSC and APIC bus in kHz, so that guests need not calibrate.
 
 Source: https://lwn.net/Articles/301888/; QEMU's `vmware-cpuid-freq`; VirtualBox's provider "Minimal".
 """
@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from pvclock.errors import ConfigError
-from pvclock.providers.interface import CpuidLeaf
+from pvclock.providers.interface import CPUID_BASE, CpuidLeaf
 
 __all__ = ["APIC_BUS_HZ", "CPUID_TIMING", "timing_leaf", "with_timing_leaf"]
 
-CPUID_BASE: Final = 0x40000000
 CPUID_TIMING: Final = 0x40000010
 KHZ_MAX: Final = 2**32 - 1
 
@@ -22,12 +21,15 @@ APIC_BUS_HZ: Final = 10**9
 
 
 def timing_leaf(tsc_hz: int, apic_bus_hz: int) -> CpuidLeaf:
-    """EAX and EBX in kHz, rounded; ConfigError for a frequency that 32 bits do not hold."""
+    """EAX and EBX in kHz, rounded; ConfigError for a frequency that does not fit into 32 bits."""
     return CpuidLeaf(eax=_khz("TSC", tsc_hz), ebx=_khz("apic_bus_hz", apic_bus_hz))
 
 
 def with_timing_leaf(leaves: Mapping[int, CpuidLeaf], timing: CpuidLeaf) -> dict[int, CpuidLeaf]:
-    """The hypervisor `leaves` and, up to leaf 0x40000010, zero ones; leaf 0x40000000's EAX says that it is there."""
+    """`leaves`, which begin at CPUID_BASE if there are any, with leaf 0x40000010 and zeros up to it.
+
+    EAX of leaf CPUID_BASE becomes 0x40000010, the last leaf.
+    """
     base = leaves.get(CPUID_BASE, CpuidLeaf())._replace(eax=CPUID_TIMING)
     zeros = {leaf: CpuidLeaf() for leaf in range(CPUID_BASE, CPUID_TIMING)}
     return {**zeros, **leaves, CPUID_BASE: base, CPUID_TIMING: timing}

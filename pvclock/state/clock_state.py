@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from pvclock import arguments
 from pvclock.errors import ConfigError, RangeError, StateFileError, WrongType
-from pvclock.providers.guest_interface import PROVIDERS
+from pvclock.providers.registry import PROVIDERS
 from pvclock.quantities import U64_MASK
 from pvclock.state import atomic_file
 from pvclock.state.json_schema import (
@@ -283,7 +283,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     Field("tsc_ratio", Mark.NOT_SAVED, "Always 1: the guest's TSC is as fast as its host's."),
     Field("host.tsc_stable", Mark.NOT_SAVED, "Asked of the restoring host."),
     Field("host.kernel_features", Mark.NOT_SAVED, "Asked of the restoring host; the provider refuses what it lacks."),
-    Field("host.kvm_fd", Mark.NOT_SAVED, "Descriptors, threads and the backend are the restoring process's."),
+    Field("host.descriptors", Mark.NOT_SAVED, "Descriptors, threads and the backend are the restoring process's."),
     Field("correction", Mark.NOT_SAVED, "The rate found for the reference: another host's TSC has another."),
     Field("events", Mark.NOT_SAVED, "The log of steps is the saving process's; restoring begins another."),
     Field("refused_offset", Mark.NOT_SAVED, "Says something of the saving host only."),

@@ -100,7 +100,6 @@ class OffsetHost:
     """This host, as if it honoured TSC offsets, but now and then; see Backend."""
 
     counter_follows_host = True
-    kernel_features = 0
 
     def __init__(self, host: HostBackend, rng: random.Random) -> None:
         self.gate = Gate()

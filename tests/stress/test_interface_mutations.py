@@ -12,8 +12,9 @@ from typing import Any, Final
 import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend, StateFileError
-from pvclock.providers.guest_interface import PROVIDERS, GuestInterface
-from pvclock.providers.virtualbox import saved_unit
+from pvclock.providers.guest_interface import GuestInterface
+from pvclock.providers.kvm import virtualbox_unit
+from pvclock.providers.registry import PROVIDERS
 
 MUTATIONS: Final = 100_000
 HZ: Final = 2_596_132_000
@@ -141,7 +142,7 @@ def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
     if provider != "KVM":
         assert saved == data
         return
-    found, expected = saved_unit.decode_kvm(saved[8:], 2), saved_unit.decode_kvm(data[8:], 2)
+    found, expected = virtualbox_unit.decode(saved[8:], 2), virtualbox_unit.decode(data[8:], 2)
     assert [vcpu.system_time_msr for vcpu in found.vcpus] == [vcpu.system_time_msr for vcpu in expected.vcpus]
     assert (found.wall_clock_msr, found.features) == (expected.wall_clock_msr, expected.features)
     assert [each.time_page_gpa for each in clock.save().vcpus] == [vcpu.page for vcpu in expected.vcpus]

@@ -54,7 +54,7 @@ class StubClock:
         paired: Pairing | None = NOW,
     ) -> None:
         self.memory = GuestMemory(bytearray([GUARD]) * SIZE)
-        self.engine, self.vmm, self.kernel_features = engine, vmm, kernel_features
+        self.engine, self.vmm, self.kernel_features = engine, vmm, {"KVM": kernel_features}
         self.tsc_hz = TSC_HZ
         self.paired = paired
         self.quiesced: list[int | None] = []

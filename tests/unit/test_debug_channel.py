@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import GuestClock, GuestMemory, RangeError, SimulatedBackend, StateError
-from pvclock.providers.guest_interface import PROVIDERS
-from pvclock.providers.interface import Status
-from pvclock.providers.virtualbox.debug_channel import DebugChannel, DebugSetup, DebugTraffic
+from pvclock.providers.interface import DebugSetup, Status
+from pvclock.providers.registry import PROVIDERS
+from pvclock.providers.virtualbox.debug_channel import DebugChannel, DebugTraffic
 
 
 class Wire:

@@ -284,12 +284,13 @@ def test_a_host_that_ignores_offsets() -> None:
 @pytest.mark.row("P-08", "E9")
 def test_the_rest_is_the_hosts() -> None:
     """Time of day, reference clock, frequency and trust are those of the backend inside; the TSC is executed ticks."""
-    host = SimulatedBackend(HZ, 10**12, 5, 7, tsc_stable=False, kernel_features=0x80, boot_id="a boot")
+    host = SimulatedBackend(HZ, 10**12, 5, 7, tsc_stable=False, boot_id="a boot")
+    host.kernel_features = {"KVM": 0x80}
     backend = ExecutionTimeBackend(host, executed=3)
     host.advance(ns=1000)
     assert backend.sample(Reference.REALTIME)[:2] == (3, 1007)
     assert backend.stamps() == (3, 1005, 1007, "a boot", 0)
-    assert (backend.tsc_hz, backend.tsc_stable, backend.kernel_features) == (HZ, False, 0x80)
+    assert (backend.tsc_hz, backend.tsc_stable, backend.kernel_features) == (HZ, False, {"KVM": 0x80})
     with backend.quiesce(None):
         backend.run_until(HostTsc(3))
     assert backend.counter.read() == 3

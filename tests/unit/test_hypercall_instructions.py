@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pvclock import ConfigError, Gpa, GuestMemory, RangeError
 from pvclock.providers import hypercall_instructions
 from pvclock.providers.hypercall_instructions import VMCALL, VMMCALL
+from pvclock.providers.registry import PROVIDERS
 
 AMD, INTEL = "AuthenticAMD", "GenuineIntel"
 
@@ -78,9 +79,9 @@ def test_what_decodes_as_a_hypercall(code: str, length: int | None, length_32: i
 def test_ud_is_trapped_where_linux_tries_vmcall_in_vain() -> None:
     """#UD must come to the VMM for guests of KVM on CPUs that know VMMCALL only."""
     for vendor in (*hypercall_instructions.NATIVE_OPCODES, "Unheard"):
-        for provider in ("None", "Minimal", "HyperV", "KVM"):
+        for provider, kind in PROVIDERS.items():
             traps = provider == "KVM" and vendor in (AMD, "HygonGenuine")
-            assert hypercall_instructions.should_trap_ud(vendor, provider) is traps
+            assert hypercall_instructions.should_trap_ud(vendor, kind.hypercall_opcodes) is traps
 
 
 @pytest.mark.row("V-34")

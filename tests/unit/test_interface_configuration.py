@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend
-from pvclock.providers.guest_interface import PROVIDER_NUMBERS, PROVIDERS, GuestInterface, effective_provider
+from pvclock.providers.guest_interface import GuestInterface, effective_provider
+from pvclock.providers.registry import PROVIDER_NUMBERS, PROVIDERS
 
 HZ = 2_596_132_000
 

@@ -93,7 +93,8 @@ def test_only_what_can_be_served_is_offered() -> None:
     for feature in (1 << 2, 1 << 8, 1 << 15, 1 << 30, KvmFeature.PV_UNHALT):
         with pytest.raises(ConfigError, match="cannot be served"):
             a_clock(features=int(feature))
-    backend = SimulatedBackend(10**9, kernel_features=KvmFeature.PV_UNHALT)
+    backend = SimulatedBackend(10**9)
+    backend.kernel_features = {"KVM": KvmFeature.PV_UNHALT}
     clock = GuestClock(GuestMemory(), backend=backend, features=KvmFeature.PV_UNHALT | KvmFeature.CLOCKSOURCE2)
     assert clock.cpuid(0x40000001) == CpuidLeaf(eax=1 << 7 | 1 << 3)
 

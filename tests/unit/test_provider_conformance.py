@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvclock import GuestClock, GuestMemory, MsrFault, SimulatedBackend
-from pvclock.providers.guest_interface import PROVIDERS
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status
+from pvclock.providers.registry import PROVIDERS
 from pvclock.quantities import Gpa
 
 HZ: Final = 2_596_132_000

@@ -1,4 +1,4 @@
-"""What KVM's CPUID leaves offer, which MSRs and hypercalls that opens, and what each engine can serve of it.
+"""What KVM's CPUID leaves offer, which MSRs and hypercalls each feature opens, and which features an engine can serve.
 
 Source: Documentation/virt/kvm/x86/cpuid.rst, guest_pv_has() and its callers.
 """
@@ -9,26 +9,29 @@ from collections.abc import Mapping
 from enum import IntFlag
 from typing import Final
 
+from pvclock.errors import ConfigError
 from pvclock.msr_ranges import MsrRange
-from pvclock.providers.interface import ClockServices, CpuidLeaf, Engine
+from pvclock.providers.interface import CPUID_BASE, ClockServices, CpuidLeaf, Engine
 
 __all__ = [
-    "CPUID_FEATURES",
-    "CPUID_SIGNATURE",
     "FEATURE_OF_MSR",
     "MSR_RANGES",
-    "SERVED_BY_KERNEL",
-    "SERVED_HERE",
+    "NAME",
     "KvmFeature",
     "KvmHint",
+    "check_cpuid_base",
     "default_features",
+    "kernel_clock_features",
     "kvm_cpuid_leaves",
     "names_of",
     "servable_features",
 ]
 
-CPUID_SIGNATURE: Final = 0x40000000
-CPUID_FEATURES: Final = 0x40000001
+NAME: Final = "KVM"
+"""The provider's."""
+
+CPUID_BASES: Final = range(CPUID_BASE, CPUID_BASE + 0x10000, 0x100)
+"""Where Linux's hypervisor_cpuid_base(), and the kernel's KVM itself, look for the signature."""
 
 MSR_KVM_WALL_CLOCK: Final = 0x11
 MSR_KVM_SYSTEM_TIME: Final = 0x12
@@ -44,7 +47,7 @@ MSR_KVM_MIGRATION_CONTROL: Final = 0x4B564D08
 
 
 class KvmFeature(IntFlag):
-    """Bits of CPUID 0x40000001 EAX (KVM_FEATURE_* of Linux)."""
+    """Bits of the feature leaf's EAX, CPUID 0x40000001 (KVM_FEATURE_* of Linux)."""
 
     CLOCKSOURCE = 1 << 0
     NOP_IO_DELAY = 1 << 1
@@ -67,7 +70,7 @@ class KvmFeature(IntFlag):
 
 
 class KvmHint(IntFlag):
-    """Bits of CPUID 0x40000001 EDX (KVM_HINTS_* of Linux)."""
+    """Bits of the feature leaf's EDX (KVM_HINTS_* of Linux)."""
 
     REALTIME = 1 << 0
     """vCPUs are never preempted for long, so spinning is better than paravirtual locks and flushes."""
@@ -76,15 +79,15 @@ class KvmHint(IntFlag):
 SERVED_HERE: Final = (
     KvmFeature.CLOCKSOURCE | KvmFeature.NOP_IO_DELAY | KvmFeature.CLOCKSOURCE2 | KvmFeature.CLOCKSOURCE_STABLE
 )
-"""What every engine serves, whoever feeds it: the clock."""
+"""The clock, which every engine serves."""
 
 SERVED_BY_KERNEL: Final = KvmFeature.PV_UNHALT | KvmFeature.POLL_CONTROL
-"""What the kernel's irqchip serves to a guest whose clock is the engine's."""
+"""What the kernel's irqchip goes on serving to a guest whose clock is the engine's."""
 
-# On KVM a user-space server cannot inject faults and flushes between two guest instructions, so all else stays out.
+# On KVM user space cannot inject faults and flushes between two guest instructions, so everything else stays out.
 SERVED_BESIDE_KVM: Final = SERVED_HERE | KvmFeature.STEAL_TIME
 
-# MMU_OP is dead, and what MSI_EXT_DEST_ID and HC_MAP_GPA_RANGE promise is not for a clock to keep.
+# MMU_OP is dead; MSI_EXT_DEST_ID and HC_MAP_GPA_RANGE promise things that no clock implements.
 SERVED_IN_LIBRARY: Final = (
     (SERVED_BESIDE_KVM | KvmFeature.PV_EOI | KvmFeature.PV_TLB_FLUSH)
     | (KvmFeature.ASYNC_PF | KvmFeature.ASYNC_PF_VMEXIT | KvmFeature.ASYNC_PF_INT)
@@ -119,7 +122,7 @@ MSR_RANGES: Final[tuple[MsrRange, ...]] = (
 
 
 def servable_features(clock: ClockServices) -> KvmFeature:
-    """All that can be served to a guest of `clock`: by its engine, its VMM and the kernel beside them."""
+    """All features that `clock`'s engine, its VMM and the kernel beside them can serve."""
     served = SERVED_BESIDE_KVM if clock.engine is Engine.KVM else SERVED_IN_LIBRARY
     if clock.engine is not Engine.KVM and clock.vmm is not None:
         served |= SERVED_BY_VMM
@@ -129,27 +132,46 @@ def servable_features(clock: ClockServices) -> KvmFeature:
 def default_features(clock: ClockServices) -> KvmFeature:
     """What a guest of `clock` is offered unless its VMM says otherwise.
 
-    On KVM steal time waits to be asked for: who offers it must feed it.
+    On KVM steal time is opt-in: a VMM that offers it must feed it.
     """
     served = SERVED_HERE | _served_by_kernel(clock)
     return served if clock.engine is Engine.KVM else served | KvmFeature.STEAL_TIME
 
 
-def kvm_cpuid_leaves(features: int, hints: int = 0) -> dict[int, CpuidLeaf]:
-    """The hypervisor leaves of a KVM that offers `features` and gives `hints`."""
+def kernel_clock_features(kernel: int) -> KvmFeature:
+    """What a guest of the kernel's own clock is offered by default, as beside the engine.
+
+    kernel: all features that the kernel supports, EAX of KVM_GET_SUPPORTED_CPUID's leaf 0x40000001.
+    """
+    return SERVED_HERE | KvmFeature(kernel & SERVED_BY_KERNEL)
+
+
+def check_cpuid_base(base: int) -> None:
+    """ConfigError for a base at which no guest looks for KVM's leaves."""
+    if base not in CPUID_BASES:
+        raise ConfigError(
+            f"cpuid_base {base:#x}; choose a multiple of 0x100 from {CPUID_BASES[0]:#x} to {CPUID_BASES[-1]:#x}"
+        )
+
+
+def kvm_cpuid_leaves(features: int, hints: int = 0, base: int = CPUID_BASE) -> dict[int, CpuidLeaf]:
+    """The hypervisor leaves of a KVM that offers `features` and gives `hints`: signature at `base`, features after it.
+
+    EAX of the signature leaf is the number of the last leaf, as QEMU sets it for either base.
+    """
     return {
-        CPUID_SIGNATURE: CpuidLeaf(CPUID_FEATURES, 0x4B4D564B, 0x564B4D56, 0x4D),
-        CPUID_FEATURES: CpuidLeaf(eax=int(features), edx=int(hints)),
+        base: CpuidLeaf(base + 1, 0x4B4D564B, 0x564B4D56, 0x4D),
+        base + 1: CpuidLeaf(eax=int(features), edx=int(hints)),
     }
 
 
 def names_of(features: int) -> str:
-    """The names of those bits, with | between; in hexadecimal what has none."""
+    """The names of those bits, joined by |; bits without a name in hexadecimal."""
     named = KvmFeature(features & sum(KvmFeature))
     unnamed = features & ~int(named)
     return "|".join([each.name for each in named if each.name] + ([f"{unnamed:#x}"] if unnamed or not named else []))
 
 
 def _served_by_kernel(clock: ClockServices) -> KvmFeature:
-    """Of what the host's kernel could offer by itself, what it goes on serving beside the engine."""
-    return KvmFeature(clock.kernel_features & SERVED_BY_KERNEL)
+    """What of its own features the host's kernel goes on serving beside the engine."""
+    return KvmFeature(clock.kernel_features.get(NAME, 0) & SERVED_BY_KERNEL)

@@ -1,7 +1,7 @@
-"""Two switches that a guest has: may the host poll for it while it is halted, and may it be migrated?
+"""The guest's two switches: may the host poll for a halted vCPU, and may the VM be migrated?
 
 Source: kvm_set_msr_common() for MSR_KVM_POLL_CONTROL; Documentation/virt/kvm/x86/msr.rst.  Linux leaves migration
-control to user space: this is what it asks of it.
+control to user space, which is this file.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pvclock.errors import MsrFault
 from pvclock.providers.kvm.features import MSR_KVM_MIGRATION_CONTROL, MSR_KVM_POLL_CONTROL
 from pvclock.providers.kvm.msr_state import Msr, Register
 
-__all__ = ["Controls"]
+__all__ = ["GuestSwitches"]
 
 ON: Final = 1
 
 
-class Controls:
-    """Poll control of each vCPU, migration control of the VM; both are on at first."""
+class GuestSwitches:
+    """Poll control of each vCPU, migration control of the VM; on at reset."""
 
     def __init__(self, vcpus: int) -> None:
         self.poll = Register("poll_control", vcpus, initial=ON, legal=lambda value: value <= ON)

@@ -1,4 +1,4 @@
-"""What a guest wrote last: the values behind its MSRs, how they begin, and how they are saved and checked."""
+"""The values behind the guest's MSRs: initial, saved, and checked when they are loaded."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ KIND: Final = {True: "true or false", False: "a whole number from 0 to 2^64-1 th
 
 
 class Register:
-    """A number of up to 64 bits, one for each of `vcpus`, or (None) one for the VM, whichever vCPU is named.
+    """A number of up to 64 bits, one per vCPU, or one for the whole VM (vcpus=None), whichever vCPU is the index.
 
-    initial: its value at reset.  legal: which values it can have.  flag: is it false or true?
+    initial: its value at reset.  legal: which values it can have.  flag: is it a bool?
     """
 
     def __init__(
@@ -41,17 +41,17 @@ class Register:
         self._values[0 if self._is_vm_wide else vcpu] = value
 
     def reset(self) -> None:
-        """As nothing had been written."""
+        """Set the initial value."""
         self._values = [self._initial] * len(self._values)
 
     def save(self) -> MsrValue:
-        """The value, or a tuple of one a vCPU."""
+        """The value, or a tuple with one per vCPU."""
         if self._is_vm_wide:
             return bool(self._values[0]) if self._flag else self._values[0]
         return tuple(self._values)
 
     def checked(self, saved: object) -> list[int]:
-        """The values in what save() gave; ConfigError if it is not that."""
+        """The values in what save() returned; ConfigError for anything else."""
         values = [saved] if self._is_vm_wide else list(saved) if isinstance(saved, tuple | list) else []
         sound = [value for value in values if isinstance(value, int) and self._is_sound(value)]
         if len(sound) != len(self._values) or len(values) != len(sound):
@@ -64,19 +64,19 @@ class Register:
         return isinstance(value, bool) is self._flag and 0 <= value <= U64_MASK and self._legal(value)
 
     def load(self, values: list[int]) -> None:
-        """Take what checked() gave."""
+        """Set what checked() returned."""
         self._values = [int(value) for value in values]
 
 
 class Msr(NamedTuple):
-    """How one MSR is served: what a read gives (None: 0), and what does a write (vcpu, index, value)."""
+    """How one MSR is served: backing state (None reads 0) and write handler (vcpu, index, value)."""
 
     register: Register | None
     write: Callable[[int, int, int], None]
 
 
 class Surface(Protocol):
-    """A part of the provider: some MSRs and what stands behind them."""
+    """A part of the provider: some MSRs and their state."""
 
     @property
     def msrs(self) -> Mapping[int, Msr]:
@@ -93,9 +93,9 @@ def save_all(registers: Iterable[Register]) -> dict[str, MsrValue]:
 
 
 def load_all(registers: Iterable[Register], saved: Mapping[str, object], *, older: Iterable[frozenset[str]]) -> None:
-    """Take what save_all() gave; ConfigError, and nothing taken, if it is not that.
+    """Set what save_all() returned; ConfigError, with nothing changed, for anything else.
 
-    older: the names that were saved once.  With these alone, the other registers are as at reset.
+    older: sets of names that earlier versions saved.  The other registers are reset then.
     """
     by_name = {register.name: register for register in registers}
     if saved.keys() not in (by_name.keys(), *older):

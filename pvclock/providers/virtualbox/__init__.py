@@ -1,1 +1,1 @@
-"""What VirtualBox's guest interface manager has beside its providers: saved unit, debug channel."""
+"""VirtualBox's guest interface manager beside its providers, for VMMs that emulate CPUs: saved unit, debug channel."""

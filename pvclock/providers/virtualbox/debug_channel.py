@@ -1,6 +1,6 @@
-"""A byte stream between the guest's debugger stub and the VMM's debugger: VirtualBox's GIM debug device.
+"""A byte stream between the guest's debugger stub and the VMM's debugger: VirtualBox's GIM debug device, for emulators.
 
-The guest's side is a provider that has a debug interface; the VMM's is a `DebugDevice`, which it registers.
+The guest's end is a provider with a debug interface; the VMM's end is a `DebugDevice`, which it registers.
 """
 
 from __future__ import annotations
@@ -11,30 +11,24 @@ from typing import NamedTuple, Protocol
 from pvclock import arguments
 from pvclock.arguments import serving, whole
 from pvclock.errors import RangeError, StateError
-from pvclock.providers.interface import Status
+from pvclock.providers.interface import DebugSetup, Status
 from pvclock.threads import renew_in_children
 
-__all__ = ["DebugChannel", "DebugDevice", "DebugSetup", "DebugTraffic"]
+__all__ = ["DebugChannel", "DebugDevice", "DebugTraffic"]
 
 
 class DebugDevice(Protocol):
     """The VMM's end of the stream; it does not block."""
 
     def read(self, count_max: int) -> bytes:
-        """What has come for the guest, up to `count_max` bytes; nothing if nothing has."""
+        """Bytes that have arrived for the guest, `count_max` at most; empty if none have."""
 
     def write(self, data: bytes) -> int | None:
-        """Take the guest's bytes; returns how many of them were taken, from the first on; None without a stream."""
-
-
-class DebugSetup(NamedTuple):
-    """What a provider with a debug interface asks of the device: the most bytes that it moves at once."""
-
-    transfer_bytes_max: int
+        """Accept the guest's bytes; returns how many of them, from the first on, or None without a stream."""
 
 
 class DebugTraffic(NamedTuple):
-    """Whole transfers and their bytes: transmitted by the guest, received by it."""
+    """Complete transfers and their bytes, transmitted and received by the guest."""
 
     transmit: int = 0
     transmit_bytes: int = 0
@@ -43,9 +37,9 @@ class DebugTraffic(NamedTuple):
 
 
 class DebugChannel:
-    """The stream of one VM.  setup: the provider's; None if it has no debug interface.
+    """The stream of one VM.  setup: the provider's; None without a debug interface.
 
-    Thread-safety: all methods may be called from any thread; the device is called by one at a time.
+    Thread-safety: all methods may be called from any thread; one at a time calls the device.
     """
 
     def __init__(self, setup: DebugSetup | None) -> None:
@@ -60,7 +54,7 @@ class DebugChannel:
         self._lock = threading.Lock()
 
     def register(self, device: DebugDevice) -> None:
-        """Let `device` be the VMM's end; StateError if there is one."""
+        """Make `device` the VMM's end; StateError if there is one already."""
         serving("device", device, "read", "write", wanted="a DebugDevice: an object with read() and write()")
         with self._lock:
             if self._device is not None:
@@ -68,18 +62,18 @@ class DebugChannel:
             self._device = device
 
     def unregister(self) -> None:
-        """Forget the device, if there is one."""
+        """Remove the device, if there is one."""
         with self._lock:
             self._device = None
 
     def setup(self) -> tuple[Status, DebugSetup | None]:
-        """What the provider asks of the device; NO_DEBUG_CONNECTION if it has no debug interface."""
+        """What the provider requires of the device; NO_DEBUG_CONNECTION without a debug interface."""
         return (Status.NO_DEBUG_CONNECTION if self._setup is None else Status.SUCCESS), self._setup
 
     def read(self, count_max: int) -> tuple[Status, bytes]:
-        """Bytes for the guest, `count_max` at most; NO_DATA if none are there.
+        """Bytes for the guest, `count_max` at most; NO_DATA if none have arrived.
 
-        They are counted before they are handed out, and the device may use its buffer again once this returns.
+        They are counted when this returns, and the device may reuse its buffer then.
         """
         if whole("count_max", count_max) < 1:
             raise RangeError(f"read({count_max}); 1 byte or more")
@@ -96,9 +90,9 @@ class DebugChannel:
             return Status.SUCCESS, data
 
     def write(self, data: bytes) -> tuple[Status, int]:
-        """The guest's bytes, and how many the device took; the rest is the caller's to offer again.
+        """Hand the guest's bytes to the device; returns how many it accepted.  The caller offers the rest again.
 
-        Counted are complete writes only.
+        Only complete writes are counted.
         """
         data = arguments.data("data", data)
         with self._lock:
