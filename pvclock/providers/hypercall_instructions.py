@@ -80,7 +80,7 @@ def should_trap_ud(vendor: str, opcodes: Iterable[bytes]) -> bool:
 
 
 def patch(memory: GuestMemory, gpa: Gpa, seen: bytes, vendor: str) -> bool:
-    """Replace the hypercall instruction at `gpa` by the CPU's own, if it still is `seen`; returns True if it was written.
+    """Replace the hypercall instruction at `gpa` by the CPU's own, if it still is `seen`; True if it was written.
 
     Left alone: the native instruction, one with prefixes, one across two pages (which need not be contiguous), and one
     that is not in memory.

@@ -1,8 +1,8 @@
 """The provider contract: what a paravirtual interface is to the clock, and what the clock and the VMM are to it.
 
 A provider is one guest-visible surface: CPUID leaves, MSRs, hypercalls, and the records that these place in guest
-memory.  It knows no other provider and no host clock.  It asks the clock for what its guest requested (`ClockServices`),
-and the VMM for what only the VMM can do (`VmmServices`).
+memory.  It knows no other provider and no host clock: it asks the clock for what its guest requested
+(`ClockServices`), and the VMM for what only the VMM can do (`VmmServices`).
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ class Provider(Protocol):
     members below are checked for each provider by tests/unit/test_provider_conformance.py.
 
     Its constructor takes (clock: ClockServices, vcpus: int), and its options as keyword-only parameters: their names
-    are the keys that its configuration may have, their annotations (int, bool, str, Literal, None) the legal values; see
-    configuration.py.  `profile` and `version` are among them if it depends on those.  ConfigError for what cannot be
+    are the keys that its configuration may have, their annotations (int, bool, str, Literal, None) the legal values
+    (configuration.py).  `profile` and `version` are among them if it depends on those.  ConfigError for what cannot be
     served, naming what can.
 
     Locks: the clock's lock is held for write_msr(), reset(), save(), load() and the hooks.  read_msr(), hypercall() and

@@ -13,6 +13,7 @@ from pvclock.providers.interface import (
     CPUID_BASE,
     ClockServices,
     CpuidLeaf,
+    DebugSetup,
     Hooks,
     HypercallRegisters,
     HypercallResult,
@@ -39,7 +40,7 @@ class MinimalProvider:
     are_hypercalls_enabled = allows_stable = is_paravirt_tsc_enabled = False
     refreshes_pages = tells_of_pauses = True
     hooks = Hooks()
-    debug_setup = None
+    debug_setup: DebugSetup | None = None
 
     def __init__(self, clock: ClockServices, vcpus: int, *, apic_bus_hz: int = APIC_BUS_HZ) -> None:
         self.clock = clock

@@ -10,6 +10,7 @@ from pvclock.providers.interface import (
     CPUID_BASE,
     ClockServices,
     CpuidLeaf,
+    DebugSetup,
     Hooks,
     HypercallRegisters,
     HypercallResult,
@@ -37,7 +38,7 @@ class NoneProvider:
     are_hypercalls_enabled = allows_stable = is_paravirt_tsc_enabled = False
     refreshes_pages = tells_of_pauses = True
     hooks = Hooks()
-    debug_setup = None
+    debug_setup: DebugSetup | None = None
 
     def __init__(self, clock: ClockServices, vcpus: int) -> None:
         self.clock = clock

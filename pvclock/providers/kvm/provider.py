@@ -13,6 +13,7 @@ from pvclock.providers.interface import (
     CPUID_BASE,
     ClockServices,
     CpuidLeaf,
+    DebugSetup,
     Hooks,
     HypercallRegisters,
     HypercallResult,
@@ -71,12 +72,12 @@ class KvmProvider:
     version = 2
     is_enabled = True
     msr_ranges = MSR_RANGES
-    hypercall_opcodes = (VMCALL,)
+    hypercall_opcodes: tuple[bytes, ...] = (VMCALL,)
     """What Linux executes until it has patched itself for AMD's CPUs."""
     are_hypercalls_enabled = True
     """On every vCPU, from the start."""
     is_paravirt_tsc_enabled = False
-    debug_setup = None
+    debug_setup: DebugSetup | None = None
 
     def __init__(  # noqa: PLR0913  # one for each key of the configuration, all by keyword
         self,
@@ -219,7 +220,7 @@ class KvmProvider:
         return self._steal_time.set_preempted(self._vcpu(vcpu), preempted)
 
     def offer_eoi(self, vcpu: int) -> bool:
-        """At injection of an interrupt whose EOI needs no exit: offer that to the guest.  False if it has no EOI byte."""
+        """At injection of an interrupt whose EOI needs no exit: offer that.  False if the guest has no EOI byte."""
         return self._pv_eoi.offer(self._vcpu(vcpu))
 
     def take_eoi(self, vcpu: int) -> bool:
