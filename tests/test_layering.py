@@ -35,9 +35,20 @@ STRANGERS = {
     **{policy: {"kvm", "boot", "payloads"} for policy in POLICY},  # pure: no I/O, no machine
 }
 
-# What is in providers/ beside the providers, and what of that a provider may know.
-PROVIDER_MACHINERY = {"__init__", "configuration", "guest_interface", "registry", "virtualbox"}
+# What is in providers/: the providers, what these may know beside themselves, and the rest.
+PROVIDERS_OF_GUESTS = {"none", "minimal", "kvm"}
 SHARED_BY_PROVIDERS = {"interface", "timing", "hypercall_instructions"}
+PROVIDER_MACHINERY = {"__init__", "configuration", "guest_interface", "registry", "virtualbox"}
+PROVIDER_NAMES = {"None", "Minimal", "HyperV", "KVM"}
+
+# What serves any provider alike, and where it names one all the same, with the reason.
+NEUTRAL = ("providers/guest_interface.py", "clock", "machine", "state")
+MAY_NAME = {
+    ("clock/guest_clock.py", "'KVM'"): "the default of a VMM that does not choose",
+    ("machine/cpuid.py", "pvclock.providers.kvm.kvm_cpuid_leaves"): "the clock of KernelClock is KVM's own",
+    ("machine/machine.py", "pvclock.providers.kvm.kernel_clock_features"): "the same",
+}
+PROVIDER_CLASS = re.compile(r"\b[A-Z]\w+Provider\b")
 
 # Below clock/ these alone may read a clock; all else is handed what it needs.
 CLOCK_READERS = {"host", "kvm"}
@@ -146,7 +157,8 @@ def test_pvclock_knows_no_face_and_no_test() -> None:
 def test_providers_know_no_other_provider() -> None:
     """A provider imports the contract, what several share, and its own modules; only the registry knows them all."""
     folder = PACKAGE / "providers"
-    providers = {own_provider(file) for file in folder.rglob("*.py")} - PROVIDER_MACHINERY - SHARED_BY_PROVIDERS
+    modules_there = {own_provider(file) for file in folder.rglob("*.py")}
+    assert modules_there == PROVIDERS_OF_GUESTS | SHARED_BY_PROVIDERS | PROVIDER_MACHINERY
     wrong = [
         f"{file.relative_to(folder)} imports {name}"
         for file in folder.rglob("*.py")
@@ -154,15 +166,59 @@ def test_providers_know_no_other_provider() -> None:
         for name in imported(file)
         if name.startswith("pvclock.providers.")
         and (other := name.split(".")[2]) != own_provider(file)
-        and (other in providers or (own_provider(file) in providers and other not in SHARED_BY_PROVIDERS))
+        and (other in PROVIDERS_OF_GUESTS or own_provider(file) in PROVIDERS_OF_GUESTS)
+        and other not in SHARED_BY_PROVIDERS
     ]
     assert not wrong
-    assert providers == {"kvm", "minimal", "none"}
 
 
 def own_provider(file: Path) -> str:
     """Return the name of the provider, a module or a package in providers/, that a file is part of."""
     return file.relative_to(PACKAGE / "providers").with_suffix("").parts[0]
+
+
+def test_only_providers_know_which_one_it_is() -> None:
+    """What serves any provider names none, and asks for no name, number or class, but as MAY_NAME says."""
+    files = [file for name in NEUTRAL for file in (PACKAGE / name, *(PACKAGE / name).rglob("*.py")) if file.is_file()]
+    named = {(str(file.relative_to(PACKAGE)), found) for file in files for found in providers_named_in(file)}
+    assert named == set(MAY_NAME)
+
+
+def providers_named_in(file: Path) -> Iterator[str]:
+    """Give what in a Python source depends on which provider there is."""
+    for name in imported(file):
+        if name.startswith("pvclock.providers.") and name.split(".")[2] in PROVIDERS_OF_GUESTS:
+            yield name
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        match node:
+            case ast.Constant(value=str(text)) if text in PROVIDER_NAMES:
+                yield repr(text)
+            case ast.Name(id=name) | ast.Attribute(attr=name) if PROVIDER_CLASS.fullmatch(name):
+                yield name
+            case ast.Call(func=ast.Name(id="isinstance" | "issubclass" | "type"), args=[asked, *_]) if (
+                "provider" in ast.unparse(asked).lower()
+            ):
+                yield ast.unparse(node)
+            case ast.Subscript(value=ast.Name(id="PROVIDER_NUMBERS")):
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from pvclock.providers.minimal import MinimalProvider",
+        "isinstance(self._provider, Provider)",
+        "match provider:\n    case KvmProvider():\n        pass",
+        "name == 'HyperV'",
+        "number != PROVIDER_NUMBERS[name]",
+        "type(self.interface.provider).__name__",
+    ],
+)
+def test_a_branch_on_the_provider_would_be_found(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to depend on which provider there is, by itself, is one that providers_named_in() gives."""
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "sample.py").write_text(line, encoding="utf-8")
+    assert list(providers_named_in(tmp_path / "sample.py"))
 
 
 def test_time_is_handed_in_below_the_guest_clock() -> None:

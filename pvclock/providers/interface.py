@@ -216,7 +216,7 @@ class Provider(Protocol):
     """One guest-visible interface, for the life of one VM.
 
     A provider is a class in registry.PROVIDERS; nothing else in the tree names it or branches on which one it is.  All
-    members below are checked for each provider by tests/unit/test_provider_conformance.py.
+    members below are checked for each provider by tests/unit/test_provider_contract.py.
 
     Its constructor takes (clock: ClockServices, vcpus: int), and its options as keyword-only parameters: their names
     are the keys that its configuration may have, their annotations (int, bool, str, Literal, None) the legal values

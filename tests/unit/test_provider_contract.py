@@ -1,0 +1,314 @@
+"""The provider contract: every member of it for every provider, and what a clock tells a provider that asks for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Final, get_type_hints
+
+import pytest
+
+from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, MsrFault, SimulatedBackend, StateFileError
+from pvclock.msr_ranges import MsrRange
+from pvclock.providers import registry
+from pvclock.providers.hypercall_instructions import VMCALL, VMMCALL
+from pvclock.providers.interface import (
+    CPUID_BASE,
+    DebugSetup,
+    HypercallRegisters,
+    HypercallResult,
+    Provider,
+    Status,
+)
+from pvclock.providers.registry import PROVIDER_NUMBERS, PROVIDERS
+from pvclock.providers.virtualbox import saved_unit
+from tests.unit.clocks import NS_PER_S
+from tests.unit.listening_provider import Listener
+
+HZ: Final = 2_500_000_000
+SIZE: Final = 1 << 16
+SYSTEM_TIME: Final = 0x4B564D01
+SIGNATURE: Final = (0x4B4D564B, 0x564B4D56, 0x4D)  # "KVMKVMKVM\0\0\0"
+
+EVERY_PROVIDER = pytest.mark.parametrize("name", PROVIDERS)
+
+
+def a_clock(provider: str, vcpus: int = 2, **options: object) -> tuple[GuestClock, SimulatedBackend]:
+    """A clock on a simulated host, and that host."""
+    backend = SimulatedBackend(HZ, tsc=10**12)
+    memory = GuestMemory(bytearray(SIZE))
+    return GuestClock(memory, vcpus, provider, backend=backend, **options), backend  # type: ignore[arg-type]
+
+
+NO_CALL: Final = HypercallRegisters(rax=2**64 - 1)
+NOT_THERE: Final = (Status.NOT_ENABLED, Status.NOT_AVAILABLE)
+
+
+def made_again(clock: GuestClock, provider: Provider, **options: object) -> Provider:
+    """Another provider of the same kind, of the same clock."""
+    kind: Callable[..., Provider] = type(provider)
+    return kind(clock._guest, 2, **options)
+
+
+def warnings(clock: GuestClock) -> list[str]:
+    """What the VMM was warned of when the clock was made."""
+    return [event.why for event in clock.events.read().events if event.why.startswith("warning: ")]
+
+
+def is_asked(clock: GuestClock, provider: Provider, member: str) -> bool:
+    """What the guest interface says is what its provider says."""
+    return bool(getattr(clock.interface, member) == getattr(provider, member))
+
+
+def loads_its_own_unit(clock: GuestClock, provider: Provider) -> bool:
+    """load_unit() takes save_unit(), with what changes along with it, and refuses a byte more, with nothing changed."""
+    clock.pause()  # else a load publishes
+    part, done = provider.save_unit(), list[str]()
+    provider.load_unit(part, lambda: done.append("begin"), lambda: done.append("undo"))
+    with pytest.raises(StateFileError):
+        provider.load_unit(part + b"\0", lambda: done.append("again"), lambda: None)
+    return provider.save_unit() == part and done == ["begin"]
+
+
+def loads_its_own_state(_: GuestClock, provider: Provider) -> bool:
+    """load() takes save(), and refuses another name."""
+    saved = provider.save()
+    provider.load(saved)
+    with pytest.raises(ConfigError):
+        provider.load({**saved, "colour": 1})
+    return provider.save() == saved
+
+
+def faults(access: Callable[..., object], *arguments: int) -> bool:
+    """An access of an MSR that is nobody's is #GP."""
+    with pytest.raises(MsrFault):
+        access(*arguments)
+    return True
+
+
+def takes_back(clock: GuestClock, provider: Provider) -> bool:
+    """A reset takes every page back, and what is saved is as of a new provider."""
+    provider.reset()
+    return all(clock.page(vcpu) is None for vcpu in range(2)) and provider.save() == made_again(clock, provider).save()
+
+
+def are_leaves(provider: Provider) -> bool:
+    """The leaves begin at the base, whose EAX is the last one's number, within the 0x100 that are the interface's."""
+    leaves, base = provider.cpuid_leaves, provider.cpuid_base
+    is_sound = all(0 <= register < 2**32 for leaf in leaves.values() for register in leaf)
+    return not leaves or (is_sound and min(leaves) == base and leaves[base].eax == max(leaves) < base + 0x100)
+
+
+CHECKS: Final[Mapping[str, Callable[[GuestClock, Provider], bool]]] = {
+    "name": lambda clock, each: PROVIDERS[each.name] is type(each) and clock.interface.name == each.name,
+    "number": lambda clock, each: PROVIDER_NUMBERS[each.name] == each.number == clock.interface.number,
+    "version": lambda clock, each: clock.save().provider.version == each.version >= 1,
+    "is_enabled": lambda clock, each: clock.interface.is_enabled is each.is_enabled is bool(each.cpuid_leaves),
+    "clock": lambda clock, each: each.clock is clock._guest,
+    "config": lambda clock, each: made_again(clock, each, **each.config).config == each.config,
+    "warnings": lambda clock, each: [f"warning: {line}" for line in each.warnings] == warnings(clock),
+    "cpuid_base": lambda _, each: each.cpuid_base >= CPUID_BASE and each.cpuid_base % 0x100 == 0,
+    "cpuid_leaves": lambda clock, each: are_leaves(each) and is_asked(clock, each, "cpuid_leaves"),
+    "guest_lives_by_tsc": lambda clock, each: is_asked(clock, each, "guest_lives_by_tsc"),
+    "msr_ranges": lambda clock, each: {MsrRange(*it) for it in each.msr_ranges} <= set(clock.msr_ranges),
+    "read_msr": lambda clock, each: is_asked(clock, each, "read_msr") and faults(each.read_msr, 0, 0xC0000080),
+    "write_msr": lambda clock, each: is_asked(clock, each, "write_msr") and faults(each.write_msr, 1, 0xC0000080, 0),
+    "hypercall_opcodes": lambda _, each: set(each.hypercall_opcodes) <= {VMCALL, VMMCALL},
+    "are_hypercalls_enabled": lambda clock, each: is_asked(clock, each, "are_hypercalls_enabled"),
+    "hypercall": lambda _, each: (each.hypercall(0, NO_CALL).status in NOT_THERE) is not each.are_hypercalls_enabled,
+    "allows_stable": lambda _, each: each.allows_stable in (False, True),
+    "refreshes_pages": lambda _, each: each.refreshes_pages in (False, True),
+    "tells_of_pauses": lambda clock, each: clock._guest.tells_of_pauses is each.tells_of_pauses,
+    "hooks": lambda clock, each: (clock._guest.at_tick is None) is (each.hooks[:2] == (None, None)),
+    "is_paravirt_tsc_enabled": lambda clock, each: is_asked(clock, each, "is_paravirt_tsc_enabled"),
+    "update_paravirt_tsc": lambda clock, each: each.update_paravirt_tsc() is clock.interface.update_paravirt_tsc(),
+    "reset": takes_back,
+    "save": lambda clock, each: clock.save().provider.msrs == each.save(),
+    "load": loads_its_own_state,
+    "debug_setup": lambda clock, each: clock.interface.debug.setup()[1] == each.debug_setup,
+    "save_unit": lambda clock, each: saved_unit.decode_header(clock.interface.save_unit())[2] == each.save_unit(),
+    "load_unit": loads_its_own_unit,
+}
+"""What is checked of each member."""
+
+
+def members() -> set[str]:
+    """The names that the contract has, attributes, properties and methods."""
+    named = {name for name, value in vars(Provider).items() if inspect.isfunction(value) or isinstance(value, property)}
+    return {name for name in named | set(get_type_hints(Provider)) if not name.startswith("_")}
+
+
+@EVERY_PROVIDER
+@pytest.mark.row("G-08", "G-05")
+@pytest.mark.parametrize("member", CHECKS)
+def test_every_member(name: str, member: str) -> None:
+    """Each provider has each member of the contract, it is what the contract says, and the clock goes by it."""
+    clock, _ = a_clock(name)
+    for vcpu in range(2):
+        if name == "KVM":
+            clock.write_msr(vcpu, SYSTEM_TIME, 0x1001 + 0x1000 * vcpu)
+    assert CHECKS[member](clock, clock.interface.provider)
+
+
+@pytest.mark.row("style")
+def test_no_member_is_left_out() -> None:
+    """What the contract says is what is checked."""
+    assert set(CHECKS) == members()
+
+
+@EVERY_PROVIDER
+@pytest.mark.row("style")
+def test_options_are_keywords_with_types(name: str) -> None:
+    """A provider is made of a clock and a number of vCPUs; all else is an option with a type and a default."""
+    clock, vcpus, *options = list(inspect.signature(PROVIDERS[name]).parameters.values())
+    assert (clock.name, vcpus.name) == ("clock", "vcpus")
+    assert all(each.kind is each.KEYWORD_ONLY and each.default is not each.empty for each in options)
+    hints = get_type_hints(PROVIDERS[name].__init__)
+    assert {each.name for each in options} <= set(hints)
+
+
+# Where KVM's leaves stand
+
+
+@pytest.mark.row("K-34", "K-38")
+@pytest.mark.parametrize("base", [0x40000000, 0x40000100, 0x4000FF00])
+def test_kvms_leaves_stand_at_their_base(base: int) -> None:
+    """Signature and features are the two leaves from the base on, the first one's EAX being the second's number."""
+    clock, _ = a_clock("KVM", cpuid_base=base, features=1 << 3, hints=1)
+    assert clock.cpuid_leaves == {
+        base: CpuidLeaf(base + 1, *SIGNATURE),
+        base + 1: CpuidLeaf(eax=1 << 3, edx=1),
+    }
+    assert clock.patch_cpuid(1, 0, CpuidLeaf()).ecx == 1 << 31
+    if base != 0x40000000:
+        assert clock.cpuid(0x40000000) is clock.cpuid(0x40000001) is None
+
+
+@pytest.mark.row("K-34", "E13")
+@pytest.mark.parametrize("base", [0, 0x3FFFFF00, 0x40000001, 0x40000080, 0x40010000, 2**32])
+def test_no_guest_looks_for_kvm_there(base: int) -> None:
+    """Linux and KVM itself look at every 0x100 leaves from 0x40000000 to 0x4000ff00: any other base is refused."""
+    with pytest.raises(ConfigError, match=r"cpuid_base 0x.*; choose a multiple of 0x100 from 0x40000000 to 0x4000ff00"):
+        a_clock("KVM", cpuid_base=base)
+
+
+@pytest.mark.row("E22", "E13")
+def test_the_timing_leaf_is_the_first_interfaces() -> None:
+    """As in QEMU there is no leaf 0x40000010 where the leaves at 0x40000000 are another interface's."""
+    with pytest.raises(ConfigError, match=r"timing_leaf=True with cpuid_base 0x40000100; leaf 0x40000010"):
+        a_clock("KVM", cpuid_base=0x40000100, timing_leaf=True)
+
+
+@pytest.mark.row("P-25", "K-34")
+def test_the_base_is_saved_with_the_clock() -> None:
+    """A restored clock has its leaves where they were; a state without the option has them at 0x40000000."""
+    every: list[dict[str, int]] = [{}, {"cpuid_base": 0x40000000}, {"cpuid_base": 0x40000100}]
+    for options in every:
+        clock, _ = a_clock("KVM", vcpus=2, **options)
+        saved = clock.save()
+        assert ("cpuid_base" in saved.provider.config) is (options.get("cpuid_base") == 0x40000100)
+        restored = GuestClock.restore(saved, clock.memory, backend=SimulatedBackend(HZ))
+        assert restored.cpuid_leaves == clock.cpuid_leaves
+
+
+# What a provider is told
+
+
+@pytest.fixture
+def listening(monkeypatch: pytest.MonkeyPatch) -> tuple[GuestClock, SimulatedBackend, Listener]:
+    """A clock whose provider is a Listener, which the registry alone knows."""
+    monkeypatch.setitem(registry.PROVIDERS, "Listener", Listener)
+    clock, backend = a_clock("Listener")
+    provider = clock.interface.provider
+    assert isinstance(provider, Listener)
+    return clock, backend, provider
+
+
+@pytest.mark.row("G-08", "G-01")
+def test_a_new_provider_needs_its_class_in_the_registry_alone(
+    listening: tuple[GuestClock, SimulatedBackend, Listener],
+) -> None:
+    """CPUID, MSR routing, hypercalls, #UD, debug channel, paravirtual TSC and saved unit are all its own answers."""
+    clock, _, provider = listening
+    interface = clock.interface
+    assert (interface.is_enabled, interface.are_hypercalls_enabled, interface.is_paravirt_tsc_enabled) == (True,) * 3
+    assert clock.cpuid_leaves == provider.cpuid_leaves
+    assert provider.msr_ranges[0] in clock.msr_ranges
+    assert clock.hypercall(1, HypercallRegisters(rax=4)) == HypercallResult(Status.SUCCESS, 5)
+    assert interface.should_trap_ud("GenuineIntel")
+    assert not interface.should_trap_ud("AuthenticAMD")
+    assert interface.debug.setup() == (Status.SUCCESS, DebugSetup(4096))
+    assert interface.update_paravirt_tsc() is Status.SUCCESS
+    assert provider.take() == [("offsets",)]
+    assert interface.save_unit() == b"\x63\0\0\0\0\0\0\0\x07"
+    interface.load_unit(b"\x63\0\0\0\1\0\0\0other")
+    assert (provider.take(), interface.version) == ([("unit", b"other")], 1)
+    clock.reset()
+    assert provider.take() == [("reset",)]
+    assert warnings(clock) == ["warning: it listens", "warning: to everything"]
+
+
+@pytest.mark.row("G-08", "K-28")
+def test_ticks_and_run_delays_are_told(listening: tuple[GuestClock, SimulatedBackend, Listener]) -> None:
+    """Each tick is told, and before it what each vCPU waited since the last one; while paused, ticks alone."""
+    clock, backend, provider = listening
+    backend.run_delays_ns.update({0: 5, 1: 7})
+    clock.tick()
+    assert provider.take() == [("run delay", 0, 5), ("run delay", 1, 7), ("tick",)]
+    backend.run_delays_ns[1] = 10
+    clock.tick()
+    clock.tick()
+    assert provider.take() == [("run delay", 1, 3), ("tick",), ("tick",)]
+    clock.pause()
+    provider.take()
+    backend.run_delays_ns[0] = 6
+    clock.tick()
+    assert provider.take() == [("tick",)]
+    clock.resume()
+    provider.take()
+    clock.tick()
+    assert provider.take() == [("run delay", 0, 1), ("tick",)]
+
+
+@pytest.mark.row("G-08", "P-25")
+def test_changes_of_guest_time_are_told(listening: tuple[GuestClock, SimulatedBackend, Listener]) -> None:
+    """Pause, resume, run_for, skip, dilation, slew and restore are told, once or twice; reading and refreshing not."""
+    clock, backend, provider = listening
+    told: dict[str, set[tuple[object, ...]]] = {}
+    operations: dict[str, Callable[[], object]] = {
+        "refresh": clock.refresh,
+        "dilate": lambda: clock.dilate(3, 2),
+        "skip": lambda: clock.skip(5),
+        "slew": lambda: clock.slew(1000),
+        "pause": clock.pause,
+        "skip paused": lambda: clock.skip(5),
+        "run_for": lambda: clock.run_for(NS_PER_S),
+        "resume": clock.resume,
+        "read": clock.now,
+    }
+    for operation, call in operations.items():
+        call()
+        told[operation] = set(provider.take())
+    runs, stands = ("time", False), ("time", True)
+    assert told.pop("run_for") == {runs, stands}
+    assert {operation for operation, found in told.items() if found == {runs}} == {"dilate", "skip", "slew", "resume"}
+    assert {operation for operation, found in told.items() if found == {stands}} == {"pause", "skip paused"}
+    assert not told["refresh"]
+    assert not told["read"]
+    restored = GuestClock.restore(clock.save(), clock.memory, backend=backend).interface.provider
+    assert isinstance(restored, Listener)
+    assert set(restored.take()) == {stands}
+
+
+@pytest.mark.row("K-28", "K-34")
+@pytest.mark.parametrize(("provider", "options"), [("None", {}), ("Minimal", {}), ("KVM", {"features": 1 << 3})])
+def test_a_tick_looks_at_no_run_delay_that_nobody_wants(provider: str, options: dict[str, int]) -> None:
+    """Without steal time the host is never asked how long vCPUs waited."""
+    clock, backend = a_clock(provider, vcpus=2, **options)
+
+    def unexpected(vcpu: int) -> int:
+        raise AssertionError(f"vCPU {vcpu}'s run delay was asked for")
+
+    backend.run_delay_ns = unexpected  # type: ignore[method-assign]  # that is the test
+    clock.tick()
+    assert clock._guest.at_tick is None
