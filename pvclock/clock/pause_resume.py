@@ -194,7 +194,7 @@ class PauseResume:
             return settled
 
         going_on = partial(attempt, tscs.give_what_it_takes, tscs.give_back, publish)
-        return finish(going_on, keeper.let_vcpus_go)
+        return finish(going_on, partial(_let_vcpus_go, keeper))
 
     def _run_until(self, end_ns: Fraction) -> None:
         """Let the vCPUs run until guest time is end_ns or later: its rate may change meanwhile."""
@@ -205,6 +205,12 @@ class PauseResume:
                 raise StateError("run_for", "the backend returned early, and its TSC stands still", "mend run_until()")
             before = now
             keeper.backend.run_until(keeper.timeline.tsc_at(end_ns))
+
+
+def _let_vcpus_go(keeper: Timekeeper) -> None:
+    """Give back what kept the vCPUs out while time stood still, if it goes on."""
+    if not keeper.is_paused:
+        keeper.live.go_on()
 
 
 def _chosen(policy: Policy | str | None, own: Policy) -> Chosen:

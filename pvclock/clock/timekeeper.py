@@ -237,11 +237,6 @@ class Timekeeper:
 
         attempt(begin, undo, publish)
 
-    def let_vcpus_go(self) -> None:
-        """Time goes on, if it does: give back what kept the vCPUs out while it stood still."""
-        if not self.is_paused:
-            self.live.go_on()
-
     def with_vcpus_out(self, vcpu: int | None, operation: Callable[[], T]) -> T:
         """Call `operation` with all vCPUs out of the guest; what it publishes writes all vCPUs' flags.
 

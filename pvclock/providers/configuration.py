@@ -111,11 +111,11 @@ def combined(provider: str | Mapping[str, object], options: Mapping[str, object]
 
 
 def effective_provider(choice: str, guest_os: str = "") -> str:
-    """The provider that a user's `choice` means for a guest: "default", "legacy", or one of them by its name.
+    """The provider for a user's `choice`: "default", "legacy", or a provider's name.
 
     guest_os: "linux", "windows", "macos", or VirtualBox's id ("Ubuntu_64", "Windows11_64", "Linux24").  default: Linux
-    since 2.6 has KVM, Windows HyperV, macOS Minimal, others None.  legacy: what VMs had when there was no choice,
-    Minimal for macOS and None else.  As VirtualBox's --paravirtprovider; ConfigError for another choice.
+    since 2.6 gets KVM, Windows HyperV, macOS Minimal, others None.  legacy: what VMs had before there was a choice,
+    Minimal for macOS and None for others.  As VirtualBox's --paravirtprovider; ConfigError for another choice.
     """
     text("choice", choice)
     system = text("guest_os", guest_os).lower()

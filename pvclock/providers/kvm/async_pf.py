@@ -1,6 +1,6 @@
-"""Asynchronous page faults: a guest that waits for a page runs something else, and hears when the page is there.
+"""Asynchronous page faults: while a page is brought in, the guest runs another task, and is notified when it is ready.
 
-The VMM resolves faults and injects what is told here; this is the guest's side of it: three MSRs and two words.
+The VMM resolves faults and injects the events; this is the guest's side: three MSRs and two words.
 Source: kvm_pv_enable_async_pf(), kvm_can_deliver_async_pf(), kvm_arch_async_page_present(); msr.rst.
 """
 
@@ -24,7 +24,7 @@ from pvclock.quantities import U64_MASK
 __all__ = ["WAKE_ALL", "AsyncPf"]
 
 WAKE_ALL: Final = 0xFFFFFFFF
-"""The token that wakes all who wait."""
+"""The token that wakes all waiting tasks."""
 
 ENABLED: Final = 1 << 0
 SEND_ALWAYS: Final = 1 << 1
@@ -38,7 +38,7 @@ ACK: Final = 1
 
 
 class AsyncPf:
-    """What each vCPU's guest asked for, and its two words.  features: those whose bits may be set."""
+    """Each vCPU's MSRs and its two words.  features: the MSR bits that are not reserved depend on them."""
 
     def __init__(self, memory: GuestMemory, vcpus: int, profile: Profile, features: KvmFeature) -> None:
         self._memory, self._profile = memory, profile
@@ -78,7 +78,7 @@ class AsyncPf:
         at, word = (0, PAGE_READY) if by_fault else (TOKEN, token)
         if not self.is_enabled(vcpu) or self._word(vcpu, at) != 0:
             return False
-        before, self._unacknowledged[vcpu] = self._unacknowledged[vcpu], int(not by_fault)  # though on_dirty raise
+        before, self._unacknowledged[vcpu] = self._unacknowledged[vcpu], int(not by_fault)  # even if on_dirty raises
         if not store_word(self._memory, (self._enable[vcpu] & ADDRESS) + at, word):
             self._unacknowledged[vcpu] = before
             return False
@@ -89,11 +89,11 @@ class AsyncPf:
         return self._enable[vcpu] & self._needed == self._needed
 
     def vector(self, vcpu: int) -> int:
-        """The interrupt that says that a page is ready."""
+        """The interrupt vector of page-ready events."""
         return self._interrupt[vcpu]
 
     def awaits_ack(self, vcpu: int) -> bool:
-        """Was vCPU's guest told of a page that it has not acknowledged?"""
+        """Is a page-ready event not acknowledged yet?"""
         return bool(self._unacknowledged[vcpu])
 
     def _word(self, vcpu: int, at: int) -> int | None:
@@ -102,7 +102,7 @@ class AsyncPf:
     def _write_enable(self, vcpu: int, index: int, value: int) -> None:
         if value & self._reserved:
             raise MsrFault(index, value, f"bits {value & self._reserved:#x} are reserved or not offered")
-        # Linux stores before it looks for memory: after that fault the MSR reads back the new value.
+        # Linux stores the value before it checks the memory: after that fault the MSR reads back the new value.
         self._enable[vcpu] = value
         if not self.is_enabled(vcpu):
             self._unacknowledged[vcpu] = 0

@@ -1,4 +1,4 @@
-"""What a guest does that its VMM may want to know, told as often as a guest cannot fill a log with it."""
+"""Events about the guest's accesses, limited so that a guest cannot flood the log."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pvclock.timekeeping.events import EventKind
 __all__ = ["GuestLog"]
 
 TOLD: Final = 20
-"""As VirtualBox tells of faults."""
+"""VirtualBox's limit for logged faults."""
 
 
 class GuestLog:
-    """The first 20 lines of each kind go to `clock`'s events; the others are dropped."""
+    """Records the first 20 lines of each kind as events of `clock`, and drops the others."""
 
     def __init__(self, clock: ClockServices) -> None:
         self._clock = clock
         self._left: dict[EventKind, int] = {}
 
     def __call__(self, kind: EventKind, why: str) -> None:
-        """Tell it, if it is one of the first."""
+        """Record it, if it is one of the first."""
         left = self._left.get(kind, TOLD)
         if left:
             self._left[kind] = left - 1

@@ -30,13 +30,13 @@ KVM_EPERM: Final = 1
 
 KVM_CLOCK_PAIRING_WALLCLOCK: Final = 0
 ICR_DESTINATION: Final = 0x800 | 0xC0000
-"""Destination mode and shorthand: the bitmaps say who is meant."""
+"""Destination mode and shorthand, which must be 0: the bitmaps are the destination."""
 
 U32_MASK: Final = (1 << 32) - 1
 
 
 class Call(NamedTuple):
-    """A hypercall as the guest meant it: its arguments and results have `bits` bits."""
+    """A decoded hypercall; its arguments and result have `bits` bits."""
 
     vcpu: int
     bits: int
@@ -48,14 +48,14 @@ class Call(NamedTuple):
 
 
 def read_call(vcpu: int, registers: HypercallRegisters, profile: Profile) -> Call:
-    """What the registers say; outside 64-bit code their lower halves do."""
+    """Decode the registers; outside 64-bit code only their lower halves count."""
     bits = 64 if registers.long_mode else 32
     number, *arguments = (getattr(registers, name) & (1 << bits) - 1 for name in ("rax", *profile.arguments))
     return Call(vcpu, bits, number, *arguments)
 
 
 class Hypercalls:
-    """Those that are served.  features: what CPUID opens; vcpus: how many the VM has."""
+    """The hypercalls that are served.  features: those that open a call; vcpus: how many the VM has."""
 
     def __init__(self, clock: ClockServices, vcpus: int, profile: Profile, features: KvmFeature) -> None:
         self._clock, self._vcpus, self._profile = clock, vcpus, profile
@@ -76,7 +76,7 @@ class Hypercalls:
         }
 
     def call(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """Do what the guest asks, or say in its RAX why not; OPERATION_FAILED is for the VMM to answer."""
+        """Execute the call, or return the error in RAX; OPERATION_FAILED leaves the answer to the VMM."""
         call = read_call(vcpu, registers, self._profile)
         if registers.cpl != 0:
             return HypercallResult(Status.ACCESS_DENIED, _as_register(-KVM_EPERM, call))
@@ -116,7 +116,7 @@ def _yield(vmm: VmmServices, call: Call) -> int:
 
 
 def _ids_in(bitmap: int, lowest: int) -> list[int]:
-    """The APIC ids of the bits that are set; there are none beyond 32 bits."""
+    """The APIC ids of the bits that are set, `lowest` being bit 0's; ids beyond 32 bits are left out."""
     ids = (lowest + bit for bit in range(bitmap.bit_length()) if bitmap >> bit & 1)
     return [apic_id for apic_id in ids if apic_id <= U32_MASK]
 

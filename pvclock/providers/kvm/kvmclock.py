@@ -37,7 +37,7 @@ ALIGNMENT: Final = 4
 
 
 class KvmClock:
-    """Where the guest wants its clock, and how that is handed to `clock`.  log: is told of wall clocks by profile."""
+    """The guest's registrations, handed to `clock`.  log: records wall-clock writes in profiles that ask for it."""
 
     def __init__(self, clock: ClockServices, vcpus: int, profile: Profile, log: GuestLog) -> None:
         self._clock, self._vcpus, self._profile, self._log = clock, vcpus, profile, log
@@ -59,17 +59,17 @@ class KvmClock:
 
     @property
     def boot_vcpu_runs_old_kvmclock(self) -> bool:
-        """Did vCPU 0 write the old system-time MSR last?  Readers of that time expect frequent timestamps."""
+        """Did vCPU 0 last write the old system-time MSR?  Guests of that era expect frequent timestamps."""
         return bool(self._boot_vcpu_runs_old_kvmclock[0])
 
     def take_pages_back(self, begin: Callable[[], object], undo: Callable[[], object], vcpu: int | None = None) -> None:
-        """Leave every page as it is from now on; begin, undo, vcpu: see ClockServices.place_time_pages()."""
+        """Stop updating every page; begin, undo, vcpu: see ClockServices.place_time_pages()."""
         self._clock.place_time_pages(dict.fromkeys(range(self._vcpus)), begin, undo, vcpu)
 
     def replace_pages(
         self, system_time: Sequence[int], begin: Callable[[], object], undo: Callable[[], object]
     ) -> None:
-        """Publish the pages of those system-time MSRs and no others, which is no registration by the guest."""
+        """Publish the pages of those system-time MSRs and no others; not counted as a registration by the guest."""
         pages = {vcpu: self._page_of(value) for vcpu, value in enumerate(system_time)}
 
         def begin_all() -> None:
@@ -101,7 +101,7 @@ class KvmClock:
         elif gpa is None:
             self._clock.place_time_page(vcpu, None, write, undo)
         elif self._is_refused(gpa):
-            # Linux refuses a page-crossing address before it looks at the old one, which stays in use.
+            # Linux rejects a page-crossing address before it releases the old one, which stays in use.
             self._clock.keep_time_page(vcpu, write, undo)
         elif self._profile.bad_page_keeps_old:
             self._clock.place_time_page(vcpu, Gpa(gpa), write, undo)
@@ -117,7 +117,7 @@ class KvmClock:
     def _place_where_there_is_memory(
         self, vcpu: int, gpa: Gpa, write: Callable[[], object], undo: Callable[[], object]
     ) -> None:
-        """Unlike Linux, do not wait for memory to come: enabling fails, though the MSR reads back (trap T6)."""
+        """Unlike Linux, do not wait for memory to appear: enabling fails, though the MSR reads back (trap T6)."""
         if not self._clock.memory.contains(gpa, TIME_INFO_BYTES):
             self._clock.place_time_page(vcpu, None, write, undo)
         elif self._profile.keeps_own_version:
@@ -140,8 +140,8 @@ class KvmClock:
         self._clock.place_time_page(vcpu, gpa, count, count_back)
 
     def _put_own(self, vcpu: int, gpa: Gpa, version: int) -> None:
-        """Have a publish go on from the host's own: it adds 2 to the version that is there, and keeps GUEST_STOPPED."""
-        with suppress(GuestAddressError):  # where there is no memory any more, there is no page
+        """Put the host's own version and flags into the page; a publish adds 2 to it, and keeps GUEST_STOPPED."""
+        with suppress(GuestAddressError):  # the memory may be gone, and the page with it
             self._clock.memory.write(gpa, VERSION.pack(version % (1 << 32)))
             self._clock.memory.write(gpa + FLAGS_AT, bytes([self._flags[vcpu]]))
 
@@ -161,7 +161,7 @@ class KvmClock:
             write()
 
     def _write_time_of_day(self, vcpu: int, index: int, value: int) -> None:
-        """Write UTC at this moment, with all vCPUs out: a guest that adds its own time is ahead by its uptime (T3)."""
+        """Write the present UTC, with all vCPUs out; a guest that adds its own time is ahead by its uptime (T3)."""
         before, memory = self._wall_clock[vcpu], self._clock.memory
         try:
             self._check(index, value, value, WALL_CLOCK.size)

@@ -1,7 +1,7 @@
-"""Paravirtual end of interrupt: one bit that says whether the guest's EOI needs an exit.
+"""Paravirtual end of interrupt: one bit in guest memory that saves the guest's EOI an exit.
 
-The VMM offers at injection, and takes back at the next exit; between them the guest may have tested and cleared the
-bit.  Source: kvm_lapic_set_pv_eoi(), apic_sync_pv_eoi_to_guest(), apic_sync_pv_eoi_from_guest().
+The VMM sets it at injection and collects it at the next exit; in between the guest may have tested and cleared it.
+Source: kvm_lapic_set_pv_eoi(), apic_sync_pv_eoi_to_guest(), apic_sync_pv_eoi_from_guest().
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def _is_legal(value: int) -> bool:
 
 
 class PvEoi:
-    """Where each vCPU's EOI byte is, and whether an offer is out."""
+    """Each vCPU's EOI byte, and whether an offer is pending."""
 
     def __init__(self, memory: GuestMemory, vcpus: int) -> None:
         self._memory = memory
         self._where = Register("pv_eoi", vcpus, legal=_is_legal)
-        # An address of its own, for the guest may move the byte while an offer is out.
+        # An address of its own, because the guest may move the byte while an offer is pending.
         self._offered = Register("pv_eoi_offered", vcpus, legal=lambda value: value == 0 or bool(value & ENABLED))
-        self._ended = bytearray(vcpus)  # answers that the VMM was not given, as on_dirty raised
+        self._ended = bytearray(vcpus)  # answers that did not reach the VMM because on_dirty raised
         self.msrs = {MSR_KVM_PV_EOI_EN: Msr(self._where, self._write)}
         self.registers = (self._where, self._offered)
 
@@ -41,7 +41,7 @@ class PvEoi:
         where, before = self._where[vcpu], self._offered[vcpu]
         if not where & ENABLED:
             return False
-        self._offered[vcpu] = where  # first: the guest has the offer, though on_dirty raise
+        self._offered[vcpu] = where  # first: the guest has the offer even if on_dirty raises
         if not offer_eoi(self._memory, where & ~ENABLED):
             self._offered[vcpu] = before
             return False

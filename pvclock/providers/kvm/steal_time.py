@@ -1,4 +1,4 @@
-"""Steal time: what a vCPU missed while it could have run, and whether it is running.
+"""Steal time: how long a vCPU was runnable without running, and whether it is running now.
 
 Source: record_steal_time(), kvm_steal_time_set_preempted(); Documentation/virt/kvm/x86/msr.rst.
 """
@@ -32,12 +32,12 @@ ADDRESS: Final = U64_MASK & ~0x3F
 
 
 class StealTime:
-    """Where each vCPU's record is, and what goes into it.  serves_flush: can the guest ask for a TLB flush in it?"""
+    """Each vCPU's record.  serves_flush: can the guest request a TLB flush in it?"""
 
     def __init__(self, memory: GuestMemory, vcpus: int, profile: Profile, *, serves_flush: bool) -> None:
         self._memory, self._profile, self._serves_flush = memory, profile, serves_flush
         self._where = Register("steal_time", vcpus, legal=lambda value: not value & RESERVED)
-        self._said = bytearray(vcpus)  # by the `preempted` bytes that were cleared, until the VMM is told
+        self._said = bytearray(vcpus)  # bits of `preempted` bytes that were cleared, until the VMM gets them
         self.msrs = {MSR_KVM_STEAL_TIME: Msr(self._where, self._write)}
         self.registers = (self._where,)
 
@@ -51,7 +51,7 @@ class StealTime:
         return self._take_flush(vcpu)
 
     def addition(self, vcpu: int, ns: int) -> Callable[[], None]:
-        """See KvmProvider.steal_time()."""
+        """See Hooks.run_delay; `preempted` is left alone, because vCPU may be out of the guest."""
         where = self._where[vcpu]
         if not where & ENABLED or not ns:
             return nothing_to_add
@@ -69,7 +69,7 @@ class StealTime:
         return self._take_flush(vcpu)
 
     def _take_flush(self, vcpu: int) -> bool:
-        """Was a flush asked for that the VMM was not told of: here, or when the MSR was written or on_dirty raised?"""
+        """True if the guest requested a flush that the VMM does not know of: now, or at a call that on_dirty broke."""
         said, self._said[vcpu] = self._said[vcpu], 0
         return self._serves_flush and bool(said & VCPU_FLUSH_TLB)
 
@@ -80,10 +80,10 @@ class StealTime:
         if self._profile.steal_time_must_be_good and value & ENABLED and not is_in_memory:
             raise MsrFault(index, value, f"there are no {STEAL_TIME_BYTES} bytes of memory")
         if value & ENABLED and is_in_memory:
-            # A valid record before the guest's next instruction.
+            # The record has to be valid before the guest's next instruction.
             record_steal_time(self._memory, value & ADDRESS, 0, self._said, vcpu)
         self._where[vcpu] = value
 
 
 def nothing_to_add() -> None:
-    """There is no record, or nothing was stolen."""
+    """For a vCPU without a record, or without a delay."""
