@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend
+from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend, WrongType
+from pvclock.providers import configuration
 from pvclock.providers.guest_interface import GuestInterface, effective_provider
 from pvclock.providers.registry import PROVIDER_NUMBERS, PROVIDERS
 
@@ -216,3 +219,35 @@ def test_a_clock_takes_a_name_or_a_configuration() -> None:
         GuestClock(GuestMemory(), 1, config, backend=backend, features=8)
     with pytest.raises(ConfigError, match="unknown key 'backends'"):
         GuestClock(GuestMemory(), 1, backend=backend, backends=1)
+
+
+@pytest.mark.row("G-01", "G-02")
+def test_a_configuration_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock checks what it is made of and hands that on; an interface takes a checked configuration as it is."""
+    seen: list[object] = []
+    respelled = configuration._respelled
+
+    def noting(config: Mapping[str, object]) -> dict[str, object]:
+        seen.append(config)
+        return respelled(config)
+
+    monkeypatch.setattr(configuration, "_respelled", noting)
+    GuestClock(GuestMemory(), 1, {"Provider": "KVM", "Version": 1}, backend=SimulatedBackend(HZ), features=9)
+    assert seen == [{"Provider": "KVM", "Version": 1, "features": 9}]
+    chosen = configuration.checked({"provider": "KVM", "features": 9})
+    assert configuration.checked(chosen) is chosen
+    clock = GuestClock(GuestMemory(bytearray(1 << 14)), 2, "None", backend=SimulatedBackend(HZ))
+    assert GuestInterface(chosen, clock._guest, 2).config == interface_of({"provider": "KVM", "features": 9}).config
+
+
+@pytest.mark.row("X-02", "E13")
+def test_what_a_backends_kernel_serves_is_by_provider() -> None:
+    """A backend that says nothing has no kernel; one whose features are for nobody in particular is refused."""
+    backend = SimulatedBackend(HZ)
+    backend.kernel_features = {"KVM": 1 << 7, "HyperV": 1}
+    assert GuestClock(GuestMemory(), backend=backend).cpuid_leaves[0x40000001].eax & 1 << 7
+    del backend.kernel_features
+    assert not GuestClock(GuestMemory(), backend=backend).cpuid_leaves[0x40000001].eax & 1 << 7
+    backend.kernel_features = 1 << 7  # type: ignore[assignment]  # that is the test
+    with pytest.raises(WrongType, match=r"^backend\.kernel_features is 128, an int; .*providers' names"):
+        GuestClock(GuestMemory(), backend=backend)
