@@ -11,7 +11,8 @@ import pytest
 from bench.c_twins import Twins
 from bench.comparison import Comparison, Figure
 from bench.published_clock import LINUX_STRIDE, published_clock
-from pvclock.meter.observe import observe
+from pvclock.meter.machine_guest import MachineGuest
+from pvclock.meter.observe import observe_undisturbed
 
 READS = 100_000
 GUEST_SECONDS = 0.15
@@ -56,5 +57,6 @@ def test_read_in_a_guest(comparison: Comparison) -> None:
 
 def guest_read_ns(clock: Literal["engine", "kernel"]) -> float:
     """Return what a read takes in a guest, in ns of its own clock."""
-    record = observe(clock, GUEST_SECONDS, vcpus=1).records[0]
+    with MachineGuest(clock, 1) as guest:
+        record = observe_undisturbed(guest, GUEST_SECONDS).records[0]
     return (record.last_ns - record.first_ns) / record.reads

@@ -6,7 +6,9 @@ Takes about 15 s.  Exit status 1 if something disagrees, 2 if it could not be ru
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from functools import partial
+from typing import Final
 
 from rich.text import Text
 
@@ -15,14 +17,14 @@ from pvclock.commands.arguments import duration_s, whole_number
 from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
-from pvclock.meter.observe import observe, observe_steered
+from pvclock.meter.comparison import Check, compare
+from pvclock.meter.figure import Figure
+from pvclock.meter.machine_guest import MachineGuest
+from pvclock.meter.observe import ClockObservation, observe_clock, observe_following
 from pvclock.payloads import probe
 from qemu_glue.errors import QemuMissing
 
-if TYPE_CHECKING:
-    from qemu_glue.comparison import Check
-
-__all__ = ["EXAMPLES", "add_arguments", "crosscheck", "obstacle", "run", "table"]
+__all__ = ["EXAMPLES", "add_arguments", "as_json", "compare_three", "crosscheck", "obstacle", "run", "table"]
 
 EXAMPLES: Final = """\
   pvclock crosscheck                15 s, two vCPUs
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
         screen.show(Text(f"{len(wrong)} of {len(checks)} disagree.", style="red"))
     else:
         screen.show(Text("All three agree.", style="green"))
-    return Report(not wrong, {"vcpus": arguments.vcpus, "checks": [check._asdict() for check in checks]})
+    return Report(not wrong, {"vcpus": arguments.vcpus, "checks": list(map(as_json, checks))})
 
 
 def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
@@ -61,11 +63,10 @@ def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
 
     seconds: LEAST_S or more.
 
-    QemuMissing, ConfigError and whatever starting machines and QEMUs raises; nothing is left running then.
+    QemuMissing, ConfigError and all errors of starting machines and QEMUs; nothing is left running then.
     """
     # Imported here, for every command is loaded with each: qemu.qmp and asyncio are half of this one's weight.
-    from qemu_glue.comparison import compare
-    from qemu_glue.observation import see_machine, see_qemu
+    from qemu_glue.guest import QemuGuest
     from qemu_glue.peer.launch import require_programs
 
     if not LEAST_S <= seconds < float("inf"):
@@ -74,14 +75,38 @@ def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
         raise ConfigError(f"{vcpus} vCPUs; clockprobe runs on 1 to {probe.MAX_CPUS}")
     require_programs()
     with screen.waiting("the engine's clock"):
-        nominal = see_machine("engine", observe("engine", seconds, vcpus), vcpus)
-    with screen.waiting("the engine's clock, following the host's"):
-        engine = nominal._replace(steered=observe_steered(seconds))
+        nominal = observe_clock(lambda: MachineGuest("engine", vcpus), seconds)
+    with screen.waiting("the engine's clock, following the host's"), MachineGuest("engine", 1) as guest:
+        engine = nominal._replace(following=observe_following(guest, seconds))
     with screen.waiting("the kernel's clock"):
-        kernel = see_machine("kernel", observe("kernel", seconds, vcpus), vcpus)
+        kernel = observe_clock(lambda: MachineGuest("kernel", vcpus), seconds)
+    features = engine.undisturbed.records[0].features
     with screen.waiting("QEMU's clock"):
-        qemu = see_qemu(engine.alone.records[0].features, seconds, vcpus)
-    return compare(engine, kernel, qemu)
+        qemu = observe_clock(partial(QemuGuest, features, vcpus), seconds)
+    return compare_three(engine, kernel, qemu)
+
+
+def compare_three(engine: ClockObservation, kernel: ClockObservation, qemu: ClockObservation) -> list[Check]:
+    """All rows: those of any clocks, and whether QEMU reads the same pages as we do."""
+    pause = qemu.across_pause.pause
+    agree = pause.pages_by_server == pause.pages
+    shown = "the same" if agree else f"{pause.pages_by_server}, not {pause.pages}"
+    pages_by_qmp = Check(
+        "pages by QMP",
+        {
+            "engine": Figure("-"),
+            "kernel": Figure("-"),
+            "qemu": Figure(shown, {"pages_by_qmp": pause.pages_by_server, "pages": pause.pages}),
+        },
+        agree,
+        "QEMU reads the same pages as we do in the RAM that it shares; no vCPU runs meanwhile",
+    )
+    return compare([engine, kernel, qemu], [pages_by_qmp])
+
+
+def as_json(check: Check) -> dict[str, object]:
+    """A row as JSON has it."""
+    return {"name": check.name, **check.figures, "ok": check.ok, "why": check.why}
 
 
 def obstacle() -> str | None:
@@ -99,6 +124,9 @@ def table(checks: list[Check], *, explained: bool = False) -> Table:
     """The rows, with their rules if `explained`."""
     rows = Table("", "engine", "kernel", "QEMU", "agree", *["why"] * explained)
     for check in checks:
-        cells = (check.engine.text, check.kernel.text, check.qemu.text)
-        rows.add_row(check.name, *cells, verdict(check.ok), *[check.why] * explained)
+        rows.add_row(check.name, *_texts(check), verdict(check.ok), *[check.why] * explained)
     return rows
+
+
+def _texts(check: Check) -> Iterator[str]:
+    return (check.figures[name].text for name in ("engine", "kernel", "qemu"))

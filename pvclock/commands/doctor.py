@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 from rich.text import Text
 
 from pvclock.commands import find_command
-from pvclock.commands.report import Report, Shown
+from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
 from pvclock.errors import KvmError, LabError
@@ -28,6 +28,7 @@ from pvclock.kvm.cpuid_probe import probe_cpuid
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.lab.kernel import require_kernel
 from pvclock.lab.tools import install_commands, require_tools
+from pvclock.meter.figure import Figure
 
 __all__ = ["EXAMPLES", "Finding", "add_arguments", "examine", "next_command", "run", "works"]
 
@@ -48,7 +49,7 @@ class Finding(NamedTuple):
 
     name: str
     ok: bool
-    found: Shown
+    found: Figure
     needed: bool = False
     advice: str = ""
 
@@ -108,16 +109,16 @@ def examine() -> Iterator[Finding]:
 def _looked_at() -> Iterator[Finding]:
     """The rows, with advice on each that could need some."""
     machine = platform.machine()
-    yield Finding("processor", machine == "x86_64", Shown(machine), True, "pvclock is for x86-64")
-    yield Finding("kernel", True, Shown(platform.release()))
+    yield Finding("processor", machine == "x86_64", Figure(machine), True, "pvclock is for x86-64")
+    yield Finding("kernel", True, Figure(platform.release()))
     yield _clocksource()
     tsc_hz = measure_tsc_hz()
-    yield Finding("TSC frequency", True, Shown(f"{tsc_hz / 1e6:.3f} MHz, measured", {"tsc_hz": tsc_hz}))
+    yield Finding("TSC frequency", True, Figure(f"{tsc_hz / 1e6:.3f} MHz, measured", {"tsc_hz": tsc_hz}))
     try:
         kvm = open_kvm()
     except KvmError as error:
         advice = "without it, only in-process clocks run; pvclock lab has a KVM of its own"
-        yield Finding("/dev/kvm", False, Shown(str(error.strerror), {"errno": error.errno}), True, advice)
+        yield Finding("/dev/kvm", False, Figure(str(error.strerror), {"errno": error.errno}), True, advice)
     else:
         with closing(kvm):
             yield from _kvm(kvm)
@@ -128,35 +129,35 @@ def _looked_at() -> Iterator[Finding]:
 def _clocksource() -> Finding:
     found = host_clocksource()
     advice = "the host does not trust its TSCs: pages go without TSC_STABLE, and guests clamp their readings"
-    return Finding("host clocksource", found == "tsc", Shown(found), False, advice)
+    return Finding("host clocksource", found == "tsc", Figure(found), False, advice)
 
 
 def _kvm(kvm: Kvm) -> Iterator[Finding]:
     version = kvm.get_api_version()
-    yield Finding("/dev/kvm", True, Shown(f"API {version}", {"api_version": version}), True)
+    yield Finding("/dev/kvm", True, Figure(f"API {version}", {"api_version": version}), True)
     for capability in (*REQUIRED, *OPTIONAL):
         value = kvm.check_extension(capability.name)
         needed = capability in REQUIRED
         advice = "a newer kernel or other hardware may have it"
-        found = Shown(f"{value}, {capability.purpose}", {"value": value})
+        found = Figure(f"{value}, {capability.purpose}", {"value": value})
         yield Finding(capability.name, value != 0, found, needed, advice)
     with closing(kvm.create_vm()) as vm, closing(vm.create_vcpu(0)) as vcpu:
         khz = vcpu.get_tsc_khz()
-    yield Finding("guest TSC frequency", True, Shown(f"{khz / 1e3:.3f} MHz", {"tsc_hz": khz * 1000}))
+    yield Finding("guest TSC frequency", True, Figure(f"{khz / 1e3:.3f} MHz", {"tsc_hz": khz * 1000}))
     offsets = probe_tsc_offsets(kvm)
     advice = "VMX and SVM hosts on clocksource tsc have offsets of the VMM's own; so has pvclock lab"
-    yield Finding("guest TSC offset", offsets is TscOffsets.HONOURED, Shown(str(offsets)), False, advice)
+    yield Finding("guest TSC offset", offsets is TscOffsets.HONOURED, Figure(str(offsets)), False, advice)
     cpuid = probe_cpuid(kvm)
     advice = "these features cannot be hidden from a guest here; VMX and SVM hosts can hide them; so can pvclock lab"
     bits = {f"{leaf:#x}_{register}": ignored for (leaf, register), ignored in cpuid.ignored.items()}
-    yield Finding("guest CPUID", cpuid.is_honoured, Shown(str(cpuid), {"ignored": bits}), False, advice)
+    yield Finding("guest CPUID", cpuid.is_honoured, Figure(str(cpuid), {"ignored": bits}), False, advice)
 
 
 def _qemu() -> Finding:
     glue = find_command("crosscheck")
     lacking = "qemu_glue is not installed" if glue is None else glue.obstacle()
     found = shutil.which("qemu-system-x86_64") or "not found"
-    return Finding("QEMU", lacking is None, Shown(found), False, f"to check against QEMU: {lacking}")
+    return Finding("QEMU", lacking is None, Figure(found), False, f"to check against QEMU: {lacking}")
 
 
 def _lab() -> Finding:
@@ -164,8 +165,8 @@ def _lab() -> Finding:
         require_tools()
         require_kernel()
     except LabError as lacking:
-        return Finding("lab", False, Shown("cannot run"), False, str(lacking))
-    return Finding("lab", True, Shown("can run"))
+        return Finding("lab", False, Figure("cannot run"), False, str(lacking))
+    return Finding("lab", True, Figure("can run"))
 
 
 def _table(findings: list[Finding]) -> Table:

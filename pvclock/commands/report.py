@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from pvclock import __version__
 from pvclock.state.json_schema import plain
 
-__all__ = ["Report", "Shown", "error_json", "report_json"]
+__all__ = ["Report", "error_json", "report_json"]
 
 SHAPE: Final = 1
 """The number in `schema`: it changes when a key changes its sense or goes; keys may come without that."""
@@ -34,13 +34,6 @@ class Report(NamedTuple):
     def exit_status(self) -> int:
         """What the process ends with."""
         return int(not self.ok) if self.status is None else self.status
-
-
-class Shown(NamedTuple):
-    """One cell of a table: the text that people read, and the numbers that it was made of, with units in their keys."""
-
-    text: str
-    values: Mapping[str, object] = {}
 
 
 def report_json(command: str, report: Report) -> str:

@@ -1,1 +1,1 @@
-"""Measures a guest clock, ours or another one."""
+"""Measures a guest's clock, whether the engine, the kernel, QEMU or this process serves it: all over one `Guest`."""

@@ -1,6 +1,7 @@
-"""What a guest sees of its clock: clockprobe run for a while, and what it and the host found.
+"""What a guest sees of its clock: left alone, across a pause, and while the clock follows a clock of its host.
 
-The same observation is made of the engine's clock and of the kernel's, so that the two can be laid side by side.
+The same observations are made of every `Guest`, so that clocks can be compared.  Those of a pause go by this host's
+clocks alone, and take nobody's word for what the guest's clock shows.
 """
 
 from __future__ import annotations
@@ -8,73 +9,102 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
-from pvclock._core import ClockScale, read_time_info
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import StateError
-from pvclock.machine.machine import Machine
-from pvclock.payloads import clockprobe, probe
-from pvclock.quantities import NS_PER_S, U64_MASK
-from pvclock.readings import Churn, Reference, TimeInfo
+from pvclock.meter.guest import ClockServer, EngineGuest, Guest
+from pvclock.meter.probe import READS_PER_FLUSH
+from pvclock.payloads.probe import ProbeRecord
+from pvclock.quantities import NS_PER_S
+from pvclock.readings import Reference, TimeInfo
 from pvclock.timekeeping.discipline import Steering
 from pvclock.timekeeping.sampling import Sampler
 
 __all__ = [
-    "STORM_DILATIONS",
-    "Observation",
-    "Steered",
-    "Storm",
-    "failures",
-    "finish",
-    "newest_reading",
-    "observe",
-    "observe_steered",
-    "probe_machine",
-    "shown_by",
-    "storm",
-    "wait_until_reading",
+    "AcrossPause",
+    "ClockObservation",
+    "Following",
+    "HostSample",
+    "Pause",
+    "Undisturbed",
+    "observe_across_pause",
+    "observe_clock",
+    "observe_following",
+    "observe_undisturbed",
 ]
 
-BOOT_LIMIT_S: Final = 60.0
-EXIT_LIMIT_S: Final = 10.0
+SAMPLES: Final = 10
+SAMPLES_LIMIT_S: Final = 0.3
+SAMPLE_PAUSE_S: Final = 0.0002
+SAMPLE_BOUND_NS: Final = 50_000
+"""How old a guest's newest reading may be when it is compared with a clock of the host."""
+STALE_SAMPLE_BOUND_NS: Final = 10_000_000
+"""The same on a host with one CPU, where no vCPU runs while we sample: a change of threads, and a slow one."""
+SPAN_S: Final = 0.5
+PAUSE_S: Final = 0.3
+"""Well above the time for which a busy host may keep a vCPU waiting, tens of ms."""
+READ_ON_LIMIT_S: Final = 10.0
 
-STORM_DILATIONS: Final = [Fraction(n, d) for n, d in ((10, 1), (1, 10), (1, 1), (355, 113), (7, 3), (1, 3), (9, 8))]
-"""Rates from 1/10 to 10/1, taken in turn."""
-
-PUBLISHES_PER_SECOND: Final = 150_000
-"""What a storm keeps to, as long as the host is fast enough; in between the readers have the CPUs to themselves."""
-BURST: Final = 1000
-READING_TRIES: Final = 50
-READING_PAUSE_S: Final = 0.002
-STEER_S: Final = 3.0
+SETTLE_S: Final = 3.0
 """A rate from a second's baseline is 50 ppb wrong or less, and the error that this leaves is gone 2 s later."""
 TICK_S: Final = 0.1
-REST_S: Final = 0.001
 
 
-class Observation(NamedTuple):
-    """One clock, as its guest saw it.
+class Undisturbed(NamedTuple):
+    """One clock that nobody touched, as its guest saw it.
 
-    rate_ppb: guest nanoseconds against nominal TSC time, from a vCPU's first to its last reading, beside 1; true to
+    rate_ppb: guest nanoseconds against nominal TSC time, less 1, from vCPU 0's first to its last reading; true to
     rate_bound_ppb, which is what 2 ns are over that span.  wall_clock_error_ns: the record plus the guest's time
     against the host's time of day.
     """
 
-    clock: str
+    server: ClockServer
     pages: list[TimeInfo]
     tsc_hz: int
     rate_ppb: float
     rate_bound_ppb: float
     wall_clock_ns: int
     wall_clock_error_ns: int
-    records: list[probe.ProbeRecord]
+    records: list[ProbeRecord]
 
 
-class Steered(NamedTuple):
-    """A guest's clock that followed a reference: its rate against that, in ppb, true to bound_ppb.
+class Pause(NamedTuple):
+    """A pause of a guest, which took least_ns to most_ns by the host's clock.
 
-    nominal_ppb: what it would have been at the TSC's nominal rate, as the discipline found.
+    least_ns: from pause() returned to resume() called; most_ns: from pause() called to resume() returned.  pages: as
+    they were meanwhile; pages_by_server: the same as the server reads them, empty if it offers no such way.
+    """
+
+    least_ns: int
+    most_ns: int
+    pages: list[TimeInfo]
+    pages_by_server: list[TimeInfo]
+
+
+class AcrossPause(NamedTuple):
+    """One clock before, during and after a pause of its guest.
+
+    wall_clock_error_ns: the record plus the guest's time against CLOCK_REALTIME.  progress_ns: what the guest's clock
+    gained on CLOCK_MONOTONIC_RAW in span_s before the pause.  left_out_ns: what it lost on that clock over the pause.
+    All are true to sample_bound_ns.  before, after: pages.
+    """
+
+    sample_bound_ns: int
+    wall_clock_error_ns: int
+    progress_ns: int
+    span_s: float
+    left_out_ns: int
+    pause: Pause
+    before: list[TimeInfo]
+    after: list[TimeInfo]
+    records: list[ProbeRecord]
+
+
+class Following(NamedTuple):
+    """The rate of a guest's clock that followed a reference, against that, in ppb, true to bound_ppb.
+
+    nominal_ppb: its rate at the TSC's nominal frequency, as the discipline found.
     """
 
     reference: Reference
@@ -83,79 +113,50 @@ class Steered(NamedTuple):
     bound_ppb: float
 
 
-class Storm(NamedTuple):
-    """A guest reading while its clock changes rate and anchor all the time."""
+class ClockObservation(NamedTuple):
+    """All observations of one clock; `following` only where the clock can follow one of the host's."""
 
-    seconds: float
-    churn: Churn
-    records: list[probe.ProbeRecord]
-
-    @property
-    def publishes_per_second(self) -> float:
-        """Over the whole run, rests included."""
-        return self.churn.publishes / max(self.seconds, 1e-9)
+    undisturbed: Undisturbed
+    across_pause: AcrossPause
+    following: Following | None = None
 
     @property
-    def reads(self) -> int:
-        """Of all vCPUs."""
-        return sum(record.reads for record in self.records)
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """Readings that no correct clock gives, by kind, over all vCPUs."""
-        return failures(self.records)
+    def server(self) -> ClockServer:
+        """Who served the clock."""
+        return self.undisturbed.server
 
 
-def failures(records: list[probe.ProbeRecord]) -> dict[str, int]:
-    """Backward, wild and torn readings, summed over `records`."""
-    kinds = ("backward_own", "backward_cross", "wild", "torn")
-    return {kind: sum(getattr(record, kind) for record in records) for kind in kinds}
+class HostSample(NamedTuple):
+    """How far a guest's newest reading is behind a clock of the host: lag_ns, or less by up to bound_ns."""
+
+    lag_ns: int
+    bound_ns: int
 
 
-def probe_machine(clock: Literal["engine", "kernel"], vcpus: int) -> Machine:
-    """A machine with clockprobe in it, not started yet; its clock is left alone."""
-    return Machine(clockprobe(), vcpus=vcpus, clock=clock, cmdline=f"cpus={vcpus}", tick_interval_s=None)
+def observe_clock(make_guest: Callable[[], Guest], seconds: float) -> ClockObservation:
+    """One clock, left alone for `seconds` in one guest and paused in another."""
+    with make_guest() as guest:
+        undisturbed = observe_undisturbed(guest, seconds)
+    with make_guest() as guest:
+        return ClockObservation(undisturbed, observe_across_pause(guest))
 
 
-def wait_until_reading(machine: Machine) -> None:
-    """Return once all vCPUs of a started clockprobe read their clock; StateError if they do not."""
-    deadline = time.monotonic() + BOOT_LIMIT_S
-    while (block := probe.read_block(machine.memory)) is None or block.phase < probe.Phase.READING:
-        if machine.runner.join(0.001):
-            machine.wait()  # says why it ended
-            break
-        if time.monotonic() > deadline:
-            said = machine.console.strip() or "nothing"
-            raise StateError(
-                "observe", f"clockprobe has not begun after {BOOT_LIMIT_S:g} s, and said {said}", "try again"
-            )
-    if block is None or block.cpus_arrived != len(machine.vcpus):
-        raise StateError("observe", f"not all {len(machine.vcpus)} vCPUs of clockprobe began: {block}", "try again")
-
-
-def finish(machine: Machine) -> list[probe.ProbeRecord]:
-    """Let clockprobe end, and return what its vCPUs found."""
-    probe.stop(machine.memory)
-    machine.wait(EXIT_LIMIT_S)
-    return [probe.read_record(machine.memory, vcpu) for vcpu in range(len(machine.vcpus))]
-
-
-def observe(clock: Literal["engine", "kernel"], seconds: float, vcpus: int = 2) -> Observation:
-    """Let clockprobe read `clock`, left alone, for `seconds`."""
-    with probe_machine(clock, vcpus) as machine:
-        tsc_hz = machine.vcpus[0].get_tsc_khz() * 1000
-        machine.start()
-        wait_until_reading(machine)
-        time.sleep(seconds)
-        epoch_ns = _host_epoch_ns(machine)
-        records = finish(machine)
-        pages = [read_time_info(machine.memory, probe.time_page_address(vcpu)) for vcpu in range(vcpus)]
-        wall_clock_ns = _wall_clock_ns(machine)
+def observe_undisturbed(guest: Guest, seconds: float) -> Undisturbed:
+    """Start `guest`, leave it and its clock alone for `seconds`, and end it."""
+    guest.start()
+    tsc_hz = guest.tsc_hz
+    time.sleep(seconds)
+    guest.check_running()
+    epoch_ns = guest.epoch_ns()
+    if epoch_ns is None:
+        epoch_ns = _sample_host(guest, time.CLOCK_REALTIME).lag_ns
+    records = guest.finish()
+    wall_clock_ns = guest.wall_clock_ns()
     first = records[0]
     nominal_ns = Fraction((first.last_tsc - first.first_tsc) * NS_PER_S, tsc_hz)
-    return Observation(
-        clock=clock,
-        pages=pages,
+    return Undisturbed(
+        server=guest.server,
+        pages=guest.pages(),
         tsc_hz=tsc_hz,
         rate_ppb=float(((first.last_ns - first.first_ns) / nominal_ns - 1) * NS_PER_S),
         rate_bound_ppb=float(2 * NS_PER_S / nominal_ns),
@@ -165,52 +166,113 @@ def observe(clock: Literal["engine", "kernel"], seconds: float, vcpus: int = 2) 
     )
 
 
-def newest_reading(machine: Machine) -> tuple[int, int]:
-    """vCPU 0's newest reading, its TSC and ns, by the page that it has now; its vCPUs leave the guest for some us.
+def observe_across_pause(guest: Guest) -> AcrossPause:
+    """Start `guest`, compare its clock with the host's before and after a pause, and end it."""
+    guest.start()
+    try:
+        return _observe_across_pause(guest)
+    except StateError:
+        guest.check_running()  # a guest that has ended is the better explanation
+        raise
 
-    A reading that the stop has cut in two, or that is of an older page, is not taken.  StateError if there is no other.
+
+def _observe_across_pause(guest: Guest) -> AcrossPause:
+    wall_clock_error_ns = guest.wall_clock_ns() - _sample_host(guest, time.CLOCK_REALTIME).lag_ns
+    begin_ns, first = _raw_ns(), _sample_host(guest, time.CLOCK_MONOTONIC_RAW)
+    time.sleep(SPAN_S)
+    second, end_ns = _sample_host(guest, time.CLOCK_MONOTONIC_RAW), _raw_ns()
+    before = guest.pages()
+    pause = _pause(guest)
+    _wait_for_more_reads(guest)
+    third = _sample_host(guest, time.CLOCK_MONOTONIC_RAW)
+    return AcrossPause(
+        sample_bound_ns=max(sample.bound_ns for sample in (first, second, third)),
+        wall_clock_error_ns=wall_clock_error_ns,
+        progress_ns=first.lag_ns - second.lag_ns,
+        span_s=(end_ns - begin_ns) / NS_PER_S,
+        left_out_ns=third.lag_ns - second.lag_ns,
+        pause=pause,
+        before=before,
+        after=guest.pages(),
+        records=guest.finish(),
+    )
+
+
+def _pause(guest: Guest) -> Pause:
+    asked_to_pause = _raw_ns()
+    guest.pause()
+    paused = _raw_ns()
+    pages, pages_by_server = guest.pages(), guest.pages_by_server()
+    time.sleep(PAUSE_S)
+    asked_to_resume = _raw_ns()
+    guest.resume()
+    return Pause(asked_to_resume - paused, _raw_ns() - asked_to_pause, pages, pages_by_server)
+
+
+def _wait_for_more_reads(guest: Guest) -> None:
+    """Return when every vCPU has read its own page many times more, and then the newest reading has changed.
+
+    Right after a resume the newest reading can be ahead: a vCPU that reads a page not set yet is ahead of all that read
+    later.  StateError if they do not read on.
     """
-    for _ in range(READING_TRIES):
-        with machine.runner.quiesce(None):
-            record = probe.read_record(machine.memory, 0)
-            page = read_time_info(machine.memory, probe.time_page_address(0))
-        if shown_by(page, record.last_tsc) == record.last_ns:
-            return record.last_tsc, record.last_ns
-        time.sleep(READING_PAUSE_S)
-    raise StateError("observe", "vCPU 0 of clockprobe does not read", "give it a CPU, and its own memory")
+    goals = [record.reads + 2 * READS_PER_FLUSH for record in guest.records()]
+    _wait_until(lambda: all(record.reads >= goal for record, goal in zip(guest.records(), goals, strict=True)))
+    newest = guest.newest_ns()
+    _wait_until(lambda: guest.newest_ns() > newest)
 
 
-def shown_by(page: TimeInfo, tsc: int) -> int:
-    """What a guest makes of a page at its TSC, in ns."""
-    scale = ClockScale(page.tsc_to_system_mul, page.tsc_shift)
-    return (page.system_time + scale.to_ns((tsc - page.tsc_timestamp) & U64_MASK)) & U64_MASK
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + READ_ON_LIMIT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise StateError("observe", f"not all vCPUs read on within {READ_ON_LIMIT_S:g} s of a pause", "try again")
+        time.sleep(0.001)
 
 
-def observe_steered(seconds: float, reference: Reference = Reference.RAW) -> Steered:
-    """Let the engine's clock follow `reference`, and compare the two over `seconds`, once it knows the rate."""
-    with probe_machine("engine", 1) as machine:
-        clock = machine.clock
-        assert clock is not None  # noqa: S101  # it is the engine's
-        machine.start()
-        wait_until_reading(machine)
-        clock.follow(reference)
-        sampler = Sampler(lambda: clock.backend.sample(reference))
+def _sample_host(guest: Guest, clock: int) -> HostSample:
+    """The best of many comparisons of the newest reading with a clock of the host.
 
-        def beside() -> tuple[int, int, float]:
-            """The guest's ns, the reference's at that TSC, and the bound of the latter."""
-            sample = sampler.sample()
-            tsc, ns = newest_reading(machine)
-            since_ns = (tsc - clock.tsc(0).offset - sample.tsc) * NS_PER_S // clock.backend.tsc_hz
-            return ns, sample.ns + since_ns, sample.bound_ns + 1
+    One counts if the newest reading changed during it: then a vCPU was running, and the reading is no older than the
+    comparison was long.  If none does within SAMPLES_LIMIT_S (a host with one CPU), the least of all is taken.
+    """
+    fresh: list[int] = []
+    stale: list[int] = []
+    deadline = time.monotonic() + SAMPLES_LIMIT_S
+    while len(fresh) < SAMPLES and time.monotonic() < deadline:
+        begin, first = _raw_ns(), guest.newest_ns()
+        newest, now, end = guest.newest_ns(), time.clock_gettime_ns(clock), _raw_ns()
+        lags = fresh if newest != first and end - begin < SAMPLE_BOUND_NS else stale
+        lags.append(now - newest)
+        time.sleep(SAMPLE_PAUSE_S)  # a thread that has slept runs at once when it wakes, and leaves the guest the CPU
+    return HostSample(min(fresh), SAMPLE_BOUND_NS) if fresh else HostSample(min(stale), STALE_SAMPLE_BOUND_NS)
 
-        _tick_for(clock, STEER_S)
-        begin = beside()
-        found = _tick_for(clock, seconds)
-        end = beside()
-        finish(machine)
+
+def _raw_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+
+
+def observe_following(guest: EngineGuest, seconds: float, reference: Reference = Reference.RAW) -> Following:
+    """Let the clock of `guest` follow `reference`, and compare the two over `seconds` once it has settled."""
+    clock = guest.engine_clock
+    guest.start()
+    clock.follow(reference)
+    sampler = Sampler(lambda: clock.backend.sample(reference))
+
+    def compare() -> tuple[int, int, float]:
+        """The guest's ns, the reference's at that TSC, and how far the latter can be wrong."""
+        sample = sampler.sample()
+        seen = guest.reading()
+        since_ns = (seen.host_tsc - sample.tsc) * NS_PER_S // clock.backend.tsc_hz
+        return seen.ns, sample.ns + since_ns, sample.bound_ns + 1
+
+    _tick_for(clock, SETTLE_S)
+    begin = compare()
+    found = _tick_for(clock, seconds)
+    end = compare()
+    guest.finish()
     span_s = (end[1] - begin[1]) / NS_PER_S
     tolerated_ns = begin[2] + end[2]  # the discipline leaves an error within a sample's bound alone
-    return Steered(
+    return Following(
         reference=reference,
         nominal_ppb=-found.rate.value * NS_PER_S,
         steered_ppb=((end[0] - begin[0]) - (end[1] - begin[1])) / span_s,
@@ -219,7 +281,7 @@ def observe_steered(seconds: float, reference: Reference = Reference.RAW) -> Ste
 
 
 def _tick_for(clock: GuestClock, seconds: float) -> Steering:
-    """Tick a clock that follows a reference, ten times a second and once at least; what the last tick found."""
+    """Tick a clock that follows a reference ten times a second, and once at least; what the last tick found."""
     deadline = time.monotonic() + seconds
     while True:
         found = clock.tick()
@@ -227,55 +289,3 @@ def _tick_for(clock: GuestClock, seconds: float) -> Steering:
         if time.monotonic() >= deadline:
             return found
         time.sleep(TICK_S)
-
-
-def storm(
-    seconds: float,
-    vcpus: int = 2,
-    dilations: list[Fraction] = STORM_DILATIONS,
-    progress: Callable[[Storm], None] = lambda _: None,
-) -> Storm:
-    """Let clockprobe read while its pages are republished all the time at ever other rates.
-
-    `progress` hears of the state now and then.  The publishes come in bursts, PUBLISHES_PER_SECOND over all.
-    """
-    with probe_machine("engine", vcpus) as machine:
-        clock = machine.clock
-        assert clock is not None  # noqa: S101  # the engine's machine has one
-        machine.start()
-        wait_until_reading(machine)
-        begin = time.monotonic()
-        so_far = Storm(0.0, clock.churn(BURST, dilations), [])
-        while so_far.seconds < seconds:
-            if so_far.publishes_per_second > PUBLISHES_PER_SECOND:
-                time.sleep(REST_S)
-            churn = so_far.churn.plus(clock.churn(BURST, dilations))
-            records = [probe.read_record(machine.memory, vcpu) for vcpu in range(vcpus)]
-            so_far = Storm(time.monotonic() - begin, churn, records)
-            progress(so_far)
-        return so_far._replace(records=finish(machine))
-
-
-def _host_epoch_ns(machine: Machine) -> int:
-    """UTC at guest time 0, in ns, by the host's clocks."""
-    if machine.clock is not None:
-        real = machine.clock.backend.sample(Reference.REALTIME)
-        return real.ns - machine.clock.at(real.tsc).__floor__()
-    now = machine.vm.get_clock()
-    if now["realtime"]:
-        return now["realtime"] - now["clock"]
-    # Without a master clock KVM does not say what time of day it was at that instant.
-    return min((_bracketed_epoch_ns(machine) for _ in range(8)), key=lambda epoch: epoch[1])[0]
-
-
-def _bracketed_epoch_ns(machine: Machine) -> tuple[int, int]:
-    """UTC at guest time 0, and the width of the bracket, in ns."""
-    begin = time.time_ns()
-    clock = machine.vm.get_clock()["clock"]
-    width = time.time_ns() - begin
-    return begin + width // 2 - clock, width
-
-
-def _wall_clock_ns(machine: Machine) -> int:
-    _, sec, nsec = (int.from_bytes(machine.memory.read(probe.WALL_CLOCK + at, 4), "little") for at in (0, 4, 8))
-    return sec * NS_PER_S + nsec

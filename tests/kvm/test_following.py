@@ -11,15 +11,9 @@ import pytest
 from bench import drift
 from pvclock import Reference
 from pvclock.clock.ticker import Ticker
-from pvclock.meter.observe import (
-    failures,
-    finish,
-    newest_reading,
-    observe_steered,
-    probe_machine,
-    shown_by,
-    wait_until_reading,
-)
+from pvclock.meter.machine_guest import MachineGuest, finish, newest_reading, probe_machine, wait_until_reading
+from pvclock.meter.observe import observe_following
+from pvclock.meter.probe import failures, shown_by
 from pvclock.payloads import probe
 from pvclock.timekeeping.discipline import SteeringState
 from pvclock.timekeeping.events import EventKind
@@ -67,7 +61,8 @@ def test_a_guest_keeps_step_with_the_host(stable_bit: int) -> None:
     """Over 4 s the guest's own readings keep step with CLOCK_MONOTONIC_RAW, within the bound of the samples."""
     if not stable_bit:
         return  # there KVM moves guests' TSCs by some us, and a reading's TSC is no instant of the host
-    seen = observe_steered(4.0)
+    with MachineGuest("engine", 1) as guest:
+        seen = observe_following(guest, 4.0)
     assert abs(seen.steered_ppb) <= seen.bound_ppb
 
 
@@ -95,7 +90,7 @@ def test_the_drift_of_both_clocks(
     """bench/drift.py: both guests' clocks against the host's, every re-anchor's step, and files with a plot."""
     monkeypatch.setattr(drift, "SETTLE_S", 4)
     monkeypatch.setattr(drift, "INTERVAL_S", 0.25)
-    assert drift.main(["--seconds", "5", "--output", str(tmp_path / "drift"), "--json"]) == 0
+    assert drift.main(["--seconds", "5", "--output", str(tmp_path / "drift"), "--svg", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "drift.json").read_text())
     kernel, engine = found["clocks"]

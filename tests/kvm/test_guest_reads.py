@@ -10,16 +10,10 @@ import pytest
 
 from pvclock import GuestClock, HostTsc, Machine
 from pvclock.clock.guest_clock import GUEST_STOPPED
-from pvclock.meter.observe import (
-    Observation,
-    Storm,
-    failures,
-    finish,
-    observe,
-    probe_machine,
-    storm,
-    wait_until_reading,
-)
+from pvclock.meter.machine_guest import MachineGuest, finish, probe_machine, wait_until_reading
+from pvclock.meter.observe import Undisturbed, observe_undisturbed
+from pvclock.meter.probe import failures
+from pvclock.meter.stress import PublishStress, stress_publishing
 from pvclock.payloads import clockprobe, probe
 from tests import oracle
 
@@ -28,7 +22,7 @@ pytestmark = pytest.mark.kvm
 NS_PER_S = 10**9
 READS = 10**8
 PUBLISHES = 10**5
-MOST_STORMS = 100
+MOST_RUNS = 100
 """Far more than any host takes; some 20 where the CPU is emulated."""
 
 
@@ -42,16 +36,17 @@ def engine_of(machine: Machine) -> GuestClock:
 @pytest.mark.row("K-08", "K-12", "K-14", "K-15", "E9", "E11")
 def test_a_hundred_million_reads_while_the_clock_changes() -> None:
     """Two vCPUs read 10^8 times while rate and anchor change 10^5 times: nothing back, wild or torn."""
-    storms: list[Storm] = []
-    while sum(each.reads for each in storms) < READS or sum(each.churn.publishes for each in storms) < PUBLISHES:
-        assert len(storms) < MOST_STORMS
-        storms.append(storm(6.0))
-    for each in storms:
+    runs: list[PublishStress] = []
+    while sum(each.reads for each in runs) < READS or sum(each.publishing.publishes for each in runs) < PUBLISHES:
+        assert len(runs) < MOST_RUNS
+        with MachineGuest("engine") as guest:
+            runs.append(stress_publishing(guest, 6.0))
+    for each in runs:
         assert not any(each.failures.values()), each
         assert all(record.reads > 0 and record.retries > 0 for record in each.records)
-        assert (each.churn.least_step_ns, each.churn.most_step_ns) == (0, 1)
-        assert each.churn.most_behind_ns <= 2
-        assert each.churn.most_ahead_ns <= 2
+        assert (each.publishing.least_step_ns, each.publishing.most_step_ns) == (0, 1)
+        assert each.publishing.most_behind_ns <= 2
+        assert each.publishing.most_ahead_ns <= 2
 
 
 def wait_for_reads(machine: Machine, more: int, vcpu: int = 0) -> None:
@@ -105,13 +100,14 @@ def test_clockprobe_sees_a_broken_clock(sabotage: Callable[[Machine], None], kin
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def observations(request: pytest.FixtureRequest) -> tuple[Observation, Observation]:
+def observations(request: pytest.FixtureRequest) -> tuple[Undisturbed, Undisturbed]:
     """The engine's and the kernel's clock, each left alone under its guest for a second."""
-    return observe("engine", 1.0, request.param), observe("kernel", 1.0, request.param)
+    with MachineGuest("engine", request.param) as engine, MachineGuest("kernel", request.param) as kernel:
+        return observe_undisturbed(engine, 1.0), observe_undisturbed(kernel, 1.0)
 
 
 @pytest.mark.row("K-11", "K-13", "K-15", "K-16", "K-20", "K-38")
-def test_engine_and_kernel_publish_the_same(observations: tuple[Observation, Observation]) -> None:
+def test_engine_and_kernel_publish_the_same(observations: tuple[Undisturbed, Undisturbed]) -> None:
     """On one host both show the same mul, shift, flags and features, and even versions."""
     engine, kernel = observations
     for ours, theirs in zip(engine.pages, kernel.pages, strict=True):
@@ -126,7 +122,7 @@ def test_engine_and_kernel_publish_the_same(observations: tuple[Observation, Obs
 
 
 @pytest.mark.row("K-13", "K-14", "K-15")
-def test_engine_and_kernel_go_at_the_same_rate(observations: tuple[Observation, Observation]) -> None:
+def test_engine_and_kernel_go_at_the_same_rate(observations: tuple[Undisturbed, Undisturbed]) -> None:
     """From its first to its last reading a guest's clock goes on by what its TSC says, under both."""
     for each in observations:
         quantum_ppb = 10**9 / 2**31
@@ -135,7 +131,7 @@ def test_engine_and_kernel_go_at_the_same_rate(observations: tuple[Observation, 
 
 
 @pytest.mark.row("K-02", "K-07")
-def test_engine_and_kernel_write_the_same_wall_clock(observations: tuple[Observation, Observation]) -> None:
+def test_engine_and_kernel_write_the_same_wall_clock(observations: tuple[Undisturbed, Undisturbed]) -> None:
     """The record plus the guest's time is the host's time of day: to 100 us, for NTP slews the host meanwhile.
 
     KVM before Linux 6.7 reads the time of day and then kvmclock: its record is early by what passes in between.

@@ -19,7 +19,7 @@ from pvclock.kvm.exits import InternalError
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine
 from pvclock.machine.exits import CONSOLE_KEPT_BYTES
 from pvclock.machine.ram import Ram
-from pvclock.meter.observe import finish, probe_machine, wait_until_reading
+from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
 from pvclock.payloads.probe import State
 from tests.kvm.guests import HLT, out, read_msr, rep_ins, rep_outs, write_msr
 from tests.kvm.leaks import held, ram_mappings

@@ -9,9 +9,9 @@ import ctypes
 import json
 import time
 
-from bench.drift import Watched
 from pvclock import Reference
-from pvclock.meter.observe import finish, probe_machine, wait_until_reading
+from pvclock.meter.machine_guest import MachineGuest
+from pvclock.meter.series import Series
 from pvclock.timekeeping.sampling import Sampler
 
 PHASES_PPM = (0, 200, -300, 0)
@@ -45,37 +45,35 @@ def slew_host(ppm: int) -> None:
 def main() -> None:
     """Follow CLOCK_MONOTONIC through all phases."""
     ticks: list[dict[str, object]] = []
-    with probe_machine("engine", 1) as machine:
-        clock = machine.clock
-        assert clock is not None
+    with MachineGuest("engine", 1) as guest:
+        clock = guest.engine_clock
         backend = clock.backend
-        machine.start()
-        wait_until_reading(machine)
-        watched = Watched("guest", machine, Sampler(lambda: backend.sample(Reference.MONOTONIC)), backend.tsc_hz)
+        guest.start()
+        series = Series("guest", guest, Sampler(lambda: backend.sample(Reference.MONOTONIC)), backend.tsc_hz)
         clock.follow(Reference.MONOTONIC)
         for ppm in PHASES_PPM:
             slew_host(ppm)
             for place in range(PHASE_TICKS):
-                before, rate, tick_ns = watched.page(), clock.rate, time.monotonic_ns()
+                before, rate, tick_ns = series.page(), clock.rate, time.monotonic_ns()
                 steering = clock.tick()
-                watched.look(before)
+                series.take(before)
                 assert steering is not None
                 turned_ns = abs(clock.rate - rate) * (time.monotonic_ns() - tick_ns)
-                reading, bound_ns = watched.readings[-1], steering.bound_ns
+                point, bound_ns = series.points[-1], steering.bound_ns
                 ticks.append(
                     {
                         "ppm": ppm,
                         "place": place,
-                        "ahead_ns": reading.ahead_ns,
-                        "step_ns": watched.steps_ns[-1],
+                        "ahead_ns": point.ahead_ns,
+                        "step_ns": series.steps_ns[-1],
                         "turned_ns": float(turned_ns),
-                        "bound_ns": reading.bound_ns + bound_ns,
+                        "bound_ns": point.bound_ns + bound_ns,
                         "correction_ppm": float(steering.frequency_adjustment) * 1e6,
                         "state": str(steering.state),
                     }
                 )
                 time.sleep(INTERVAL_S)
-        finish(machine)
+        guest.finish()
     print(json.dumps(ticks))  # noqa: T201  # what it is for
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -16,17 +16,23 @@ from pvclock import ClockScale, Reference, Sample, StateError
 from pvclock.clock.wall_clock import WallClock
 from pvclock.host.linux import host_clocksource
 from pvclock.kvm.backend import KvmBackend, SteeredTscBackend
-from pvclock.meter.observe import Observation, Steered, observe
+from pvclock.meter import observe
+from pvclock.meter.comparison import Check
+from pvclock.meter.machine_guest import MachineGuest
+from pvclock.meter.observe import AcrossPause, ClockObservation, Following, Pause, Undisturbed, observe_clock
 from pvclock.providers.kvm import KvmProvider
 from pvclock.timekeeping.timeline import Timeline
-from qemu_glue import QemuExited, observation
-from qemu_glue.comparison import Check, compare
-from qemu_glue.observation import Interruption, Pause, Sight, probe_qemu, see_machine, see_qemu
+from qemu_glue import QemuExited
+from qemu_glue.crosscheck import compare_three
+from qemu_glue.guest import QemuGuest
 from qemu_glue.peer.launch import Qemu
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
 
 FEATURES = 0x0100_0009
+
+Three: TypeAlias = tuple[ClockObservation, ClockObservation, ClockObservation]
+Change: TypeAlias = Callable[[ClockObservation], ClockObservation]
 
 
 def crosscheck(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -36,9 +42,9 @@ def crosscheck(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return pvclock.commands.main(["crosscheck", *arguments])
 
 
-def see_engine() -> Sight:
+def observe_engine() -> ClockObservation:
     """The engine's clock on one vCPU, as it is at this moment."""
-    return see_machine("engine", observe("engine", 0.2, 1), 1)
+    return observe_clock(lambda: MachineGuest("engine", 1), 0.2)
 
 
 def wrong_rows(checks: list[Check]) -> list[str]:
@@ -47,11 +53,12 @@ def wrong_rows(checks: list[Check]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trio() -> tuple[Sight, Sight, Sight]:
+def subjects() -> Three:
     """Engine, kernel and QEMU, each with one vCPU, as they are."""
-    engine = see_engine()
-    kernel = see_machine("kernel", observe("kernel", 0.2, 1), 1)
-    return engine, kernel, see_qemu(engine.alone.records[0].features, 0.2, 1)
+    engine = observe_engine()
+    kernel = observe_clock(lambda: MachineGuest("kernel", 1), 0.2)
+    features = engine.undisturbed.records[0].features
+    return engine, kernel, observe_clock(lambda: QemuGuest(features, 1), 0.2)
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
@@ -94,26 +101,26 @@ def test_wrong_mul_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.mark.row("K-16", "E9")
-def test_wrong_stable_bit_is_named(monkeypatch: pytest.MonkeyPatch, trio: tuple[Sight, Sight, Sight]) -> None:
+def test_wrong_stable_bit_is_named(monkeypatch: pytest.MonkeyPatch, subjects: Three) -> None:
     """An engine that never says STABLE where the kernel does, or always where it does not: the row of the flags."""
-    _, kernel, qemu = trio
+    _, kernel, qemu = subjects
     if host_clocksource() == "tsc":
         monkeypatch.setattr(KvmProvider, "allows_stable", False)
     else:
         monkeypatch.setattr(SteeredTscBackend, "tsc_stable", True)
-    assert wrong_rows(compare(see_engine(), kernel, qemu)) == ["flags", "stop, cont: pages"]
+    assert wrong_rows(compare_three(observe_engine(), kernel, qemu)) == ["flags", "stop, cont: pages"]
 
 
 @pytest.mark.row("K-07", "E9")
-def test_wrong_wall_clock_is_named(monkeypatch: pytest.MonkeyPatch, trio: tuple[Sight, Sight, Sight]) -> None:
+def test_wrong_wall_clock_is_named(monkeypatch: pytest.MonkeyPatch, subjects: Three) -> None:
     """An engine whose record is 2 ms late, or whose backend mistakes the time of day: the row of the wall clock."""
-    _, kernel, qemu = trio
+    _, kernel, qemu = subjects
     with monkeypatch.context() as patch:
         patch.setattr(WallClock, "write", late_record(WallClock.write))
-        assert wrong_rows(compare(see_engine(), kernel, qemu)) == ["wall clock"]
+        assert wrong_rows(compare_three(observe_engine(), kernel, qemu)) == ["wall clock"]
     for backend in (KvmBackend, SteeredTscBackend):
         monkeypatch.setattr(backend, "sample", two_ms_late(backend.sample))
-    assert wrong_rows(compare(see_engine(), kernel, qemu)) == ["wall clock"]
+    assert wrong_rows(compare_three(observe_engine(), kernel, qemu)) == ["wall clock"]
 
 
 def two_ms_late(sample: Callable[..., Sample]) -> Callable[..., Sample]:
@@ -135,51 +142,51 @@ def late_record(write: Callable[..., None]) -> Callable[..., None]:
     return late
 
 
-def alone(make: Callable[[Observation], Observation]) -> Callable[[Sight], Sight]:
+def alone(make: Callable[[Undisturbed], Undisturbed]) -> Change:
     """A change of what is seen of a clock left alone."""
-    return lambda it: it._replace(alone=make(it.alone))
+    return lambda it: it._replace(undisturbed=make(it.undisturbed))
 
 
-def page(**fields: int) -> Callable[[Sight], Sight]:
+def page(**fields: int) -> Change:
     """A change of vCPU 0's page, left alone."""
     return alone(lambda it: it._replace(pages=[it.pages[0]._replace(**fields)]))  # type: ignore[arg-type]
 
 
-def record(**fields: int) -> Callable[[Sight], Sight]:
+def record(**fields: int) -> Change:
     """A change of vCPU 0's findings, left alone."""
     return alone(lambda it: it._replace(records=[it.records[0]._replace(**fields)]))
 
 
-def interrupted(make: Callable[[Interruption], Interruption]) -> Callable[[Sight], Sight]:
+def interrupted(make: Callable[[AcrossPause], AcrossPause]) -> Change:
     """A change of what is seen of an interrupted clock."""
-    return lambda it: it._replace(interrupted=make(it.interrupted))
+    return lambda it: it._replace(across_pause=make(it.across_pause))
 
 
-def paused(make: Callable[[Pause], Pause]) -> Callable[[Sight], Sight]:
+def paused(make: Callable[[Pause], Pause]) -> Change:
     """A change of what is seen of the pause."""
     return interrupted(lambda it: it._replace(pause=make(it.pause)))
 
 
-def then(**fields: int) -> Callable[[Sight], Sight]:
+def then(**fields: int) -> Change:
     """A change of vCPU 0's findings, interrupted."""
     return interrupted(lambda it: it._replace(records=[it.records[0]._replace(**fields)]))
 
 
-def after(**fields: int) -> Callable[[Sight], Sight]:
+def after(**fields: int) -> Change:
     """Another page after stop and cont."""
     return interrupted(lambda it: it._replace(after=[it.after[0]._replace(**fields)]))  # type: ignore[arg-type]
 
 
 ENGINE, KERNEL, QEMU = 0, 1, 2
-ROWS: list[tuple[str, int, Callable[[Sight], Sight]]] = [
+ROWS: list[tuple[str, int, Change]] = [
     ("TSC frequency, Hz", QEMU, alone(lambda it: it._replace(tsc_hz=it.tsc_hz + 1000))),
     ("tsc_to_system_mul", ENGINE, page(tsc_to_system_mul=0x8000_0000)),
     ("tsc_shift", ENGINE, page(tsc_shift=1)),
     ("flags", ENGINE, page(flags=2)),
     ("versions", ENGINE, page(version=3)),
     ("versions", QEMU, page(version=0)),
-    ("pages by QMP", QEMU, paused(lambda it: it._replace(by_monitor=[it.pages[0]._replace(flags=2)]))),
-    ("pages by QMP", QEMU, paused(lambda it: it._replace(by_monitor=[]))),
+    ("pages by QMP", QEMU, paused(lambda it: it._replace(pages_by_server=[it.pages[0]._replace(flags=2)]))),
+    ("pages by QMP", QEMU, paused(lambda it: it._replace(pages_by_server=[]))),
     ("CPUID signature", ENGINE, record(signature_leaf=0x40000100)),
     ("CPUID features", QEMU, record(features=FEATURES | 1 << 4)),
     ("system time MSRs", ENGINE, record(msr=0x12)),
@@ -189,7 +196,7 @@ ROWS: list[tuple[str, int, Callable[[Sight], Sight]]] = [
     (
         "rate by raw, nominal, steered",
         ENGINE,
-        lambda it: it._replace(steered=Steered(Reference.RAW, nominal_ppb=-66.8, steered_ppb=40.0, bound_ppb=30.0)),
+        lambda it: it._replace(following=Following(Reference.RAW, nominal_ppb=-66.8, steered_ppb=40.0, bound_ppb=30.0)),
     ),
     ("rate by the TSC", ENGINE, alone(lambda it: it._replace(rate_ppb=it.rate_ppb + 100))),
     ("progress by the host's clock", ENGINE, interrupted(lambda it: it._replace(progress_ns=-30_000_000))),
@@ -215,14 +222,17 @@ ROWS: list[tuple[str, int, Callable[[Sight], Sight]]] = [
 @pytest.mark.parametrize(("row", "whose", "change"), ROWS, ids=[f"{name}-{'EKQ'[whose]}" for name, whose, _ in ROWS])
 @pytest.mark.row("E9", "E13")
 def test_each_row_can_disagree(
-    row: str, whose: int, change: Callable[[Sight], Sight], trio: tuple[Sight, Sight, Sight]
+    row: str,
+    whose: int,
+    change: Change,
+    subjects: Three,
 ) -> None:
     """One thing seen otherwise, and the row that is about it is the one that disagrees."""
-    sights = list(trio)
-    assert wrong_rows(compare(*sights)) == []
-    sights[whose] = change(sights[whose])
+    observations = list(subjects)
+    assert wrong_rows(compare_three(*observations)) == []
+    observations[whose] = change(observations[whose])
     judged = not row.startswith("rate by") or host_clocksource() == "tsc"  # else KVM moves guests' TSCs
-    assert wrong_rows(compare(*sights)) == [row] * judged
+    assert wrong_rows(compare_three(*observations)) == [row] * judged
 
 
 @pytest.mark.row("E13")
@@ -242,31 +252,31 @@ def test_qemu_killed_in_mid_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_qemu_killed_while_its_guest_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the guest's silence shows it, the error is still that QEMU ended."""
 
-    def launch(features: int, vcpus: int) -> Qemu:
-        launched.append(probe_qemu(features, vcpus))
+    def launch() -> QemuGuest:
+        launched.append(QemuGuest(FEATURES, 1))
         return launched[-1]
 
     def kill_and_lose_patience(*_: object) -> None:
-        os.kill(launched[-1].pid, signal.SIGKILL)
-        launched[-1]._process.wait()
-        raise StateError("interrupt", "nobody reads", "-")
+        qemu = launched[-1].qemu
+        os.kill(qemu.pid, signal.SIGKILL)
+        qemu._process.wait()
+        raise StateError("observe", "nobody reads", "-")
 
-    launched: list[Qemu] = []
-    monkeypatch.setattr(observation, "probe_qemu", launch)
-    monkeypatch.setattr(observation, "_wait_for_more_reads", kill_and_lose_patience)
+    launched: list[QemuGuest] = []
+    monkeypatch.setattr(observe, "_wait_for_more_reads", kill_and_lose_patience)
     with pytest.raises(QemuExited, match="SIGKILL"):
-        see_qemu(FEATURES, 0.1, 1)
+        observe_clock(launch, 0.1)
 
 
 @pytest.mark.row("E9", "E13")
-def test_steps_back_at_cont_are_bounded(trio: tuple[Sight, Sight, Sight]) -> None:
+def test_steps_back_at_cont_are_bounded(subjects: Three) -> None:
     """With two vCPUs KVM may step back at cont by the pause, for a page that is late, and by no more."""
-    engine, kernel, qemu = trio
-    seen = qemu.interrupted
+    engine, kernel, qemu = subjects
+    seen = qemu.across_pause
     for back_ns, wrong in ((seen.pause.least_ns, []), (seen.pause.most_ns + 3 * 10**7, ["stop, cont: steps back"])):
         late = seen.records[0]._replace(backward_own=1, worst_back_ns=back_ns)
-        two = qemu._replace(interrupted=seen._replace(records=[seen.records[0], late]))
-        assert wrong_rows(compare(engine, kernel, two)) == wrong
+        two = qemu._replace(across_pause=seen._replace(records=[seen.records[0], late]))
+        assert wrong_rows(compare_three(engine, kernel, two)) == wrong
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import pytest
 
 from pvclock.commands import _parser, main
 from pvclock.commands.doctor import next_command
-from pvclock.commands.report import Report, Shown, error_json, report_json
+from pvclock.commands.report import Report, error_json, report_json
 from pvclock.errors import KvmUnavailable, LabError, MsrFault, PvclockError
+from pvclock.meter.figure import Figure
 from qemu_glue import QemuExited
 from tests.command_line import ROOT, run_pvclock
 
@@ -67,7 +68,7 @@ def texts_that_are_numbers(value: Any, key: str = "") -> Any:  # noqa: ANN401  #
 
 def test_a_cell_has_its_text_and_its_numbers() -> None:
     """What a table shows stands beside the numbers that it is made of, whose keys have their unit."""
-    shown = Shown("-25.9 us", {"wall_clock_error_ns": -25_912})
+    shown = Figure("-25.9 us", {"wall_clock_error_ns": -25_912})
     document = json.loads(report_json("x", Report(False, {"engine": shown})))
     assert document["result"] == {"engine": {"text": "-25.9 us", "values": {"wall_clock_error_ns": -25912}}}
 

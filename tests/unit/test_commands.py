@@ -13,8 +13,8 @@ from pvclock import ConfigError, RangeError
 from pvclock.commands import main
 from pvclock.commands.scale import parse_hz
 from pvclock.kvm import open_kvm
-from pvclock.meter.inprocess import in_process_storm
-from pvclock.meter.observe import Storm
+from pvclock.meter.in_process_guest import InProcessGuest
+from pvclock.meter.stress import THREAD_BURSTS, PublishStress, stress_publishing
 from qemu_glue import cpu_property
 
 
@@ -79,10 +79,11 @@ def test_doctor_looks_at_this_host(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.stress
 def test_the_story_without_kvm() -> None:
     """In this process, too, readers of pages that change all the time see nothing go back."""
-    heard: list[Storm] = []
-    result = in_process_storm(1.0, progress=heard.append)
+    heard: list[PublishStress] = []
+    with InProcessGuest() as guest:
+        result = stress_publishing(guest, 1.0, bursts=THREAD_BURSTS, progress=heard.append)
     assert result.reads > 10_000
-    assert result.churn.publishes > 10_000
+    assert result.publishing.publishes > 10_000
     assert not any(result.failures.values())
     assert heard
 

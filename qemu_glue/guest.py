@@ -1,0 +1,148 @@
+"""clockprobe in a QEMU/KVM: a `Guest` of pvclock.meter, read in the RAM that QEMU shares, paused over QMP."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from functools import cached_property
+from types import TracebackType
+from typing import Final, Self
+
+from pvclock import GuestNs, GuestTsc, HostTsc, StateError, TimeInfo, read_tsc
+from pvclock.meter.guest import ClockServer, GuestReading
+from pvclock.meter.probe import (
+    EXIT_LIMIT_S,
+    READING_TRIES,
+    await_reading,
+    newest_ns,
+    read_pages,
+    read_records,
+    time_info,
+    vcpu0_reading,
+    wall_clock_ns,
+)
+from pvclock.payloads import clockprobe, probe
+from pvclock.payloads.probe import ProbeRecord
+from qemu_glue.peer.launch import Qemu
+
+__all__ = ["QEMU", "QemuGuest"]
+
+QEMU: Final = ClockServer("qemu", is_kvm=True, stops_when_paused=True)
+PAGE_BYTES: Final = 32
+READING_PAUSE_S: Final = 0.0002
+
+
+class QemuGuest:
+    """A QEMU whose vCPUs run clockprobe, and are offered `features` (CPUID 0x40000001 EAX); a context manager.
+
+    Errors of Qemu, here and in all that asks it for something.
+    """
+
+    def __init__(self, features: int, vcpus: int = 2) -> None:
+        self.qemu = Qemu(clockprobe(), features=features, vcpus=vcpus, cmdline=f"cpus={vcpus}")
+
+    @property
+    def server(self) -> ClockServer:
+        """QEMU, which has KVM publish the pages and sets its clock at cont."""
+        return QEMU
+
+    @property
+    def vcpus(self) -> int:
+        """How many read."""
+        return self.qemu.vcpus
+
+    @cached_property
+    def tsc_hz(self) -> int:
+        """As QEMU has it of vCPU 0."""
+        return self.qemu.tsc_hz()
+
+    def start(self) -> None:
+        """Return when every vCPU reads; QEMU boots the guest when it is launched."""
+        await_reading(self.qemu.memory, self.vcpus, self._has_ended, lambda: self.qemu.console)
+
+    def check_running(self) -> None:
+        """QemuExited if QEMU has ended."""
+        self.qemu.check_running()
+
+    def pause(self) -> None:
+        """QMP stop."""
+        self.qemu.pause()
+
+    def resume(self) -> None:
+        """QMP cont."""
+        self.qemu.resume()
+
+    def finish(self) -> list[ProbeRecord]:
+        """Let clockprobe end; its findings.  StateError if it did not end well."""
+        probe.stop(self.qemu.memory)
+        code = self.qemu.wait(EXIT_LIMIT_S)
+        records = self.records()
+        if code != probe.EXIT_FINE or any(record.state != probe.State.DONE for record in records):
+            said = self.qemu.console.strip() or "nothing"
+            what = f"clockprobe ended with {code} in QEMU, and said {said}; its vCPUs: {records}"
+            raise StateError("observe", what, "try again")
+        return records
+
+    def newest_ns(self) -> int:
+        """The newest time that a vCPU has read."""
+        return newest_ns(self.qemu.memory)
+
+    def reading(self) -> GuestReading:
+        """vCPU 0's newest reading, between two reads of the host's TSC: QMP does not tell the guest's TSC offset.
+
+        The narrowest bracket of many, each around a change of the newest reading.  No vCPU leaves the guest.
+        """
+        found = [bracket for _ in range(READING_TRIES) if (bracket := self._bracketed_reading()) is not None]
+        if not found:
+            raise StateError("observe", "vCPU 0 of clockprobe does not read in QEMU", "give it a CPU")
+        return min(found, key=lambda bracket: bracket.bound_ticks)
+
+    def records(self) -> list[ProbeRecord]:
+        """The findings so far."""
+        return read_records(self.qemu.memory, self.vcpus)
+
+    def pages(self) -> list[TimeInfo]:
+        """The pages in the RAM that QEMU shares."""
+        return read_pages(self.qemu.memory, self.vcpus)
+
+    def pages_by_server(self) -> list[TimeInfo]:
+        """The pages as QEMU reads them (QMP pmemsave)."""
+        addresses = map(probe.time_page_address, range(self.vcpus))
+        return [time_info(self.qemu.read_by_monitor(address, PAGE_BYTES)) for address in addresses]
+
+    def wall_clock_ns(self) -> int:
+        """The wall clock record of the boot vCPU."""
+        return wall_clock_ns(self.qemu.memory)
+
+    def epoch_ns(self) -> int | None:
+        """None: QEMU does not tell."""
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.qemu.close()
+
+    def _has_ended(self) -> bool:
+        """Never without an error: QEMU ends with its guest."""
+        self.qemu.check_running()
+        time.sleep(0.001)
+        return False
+
+    def _bracketed_reading(self) -> GuestReading | None:
+        """A reading that vCPU 0 took between two reads of the host's TSC; None if none was surely taken in between.
+
+        The first to come after `begin` may have read the TSC before it, and the vCPU then lost its CPU: not the second.
+        """
+        begin = read_tsc()
+        before, first = (probe.read_record(self.qemu.memory, 0).last_tsc for _ in range(2))
+        tsc, ns = vcpu0_reading(self.qemu.memory, nullcontext)
+        end = read_tsc()
+        time.sleep(READING_PAUSE_S)
+        if first in (before, tsc):
+            return None
+        half = (end - begin + 1) // 2
+        return GuestReading(GuestTsc(tsc), GuestNs(ns), HostTsc(begin + half), half)
