@@ -1,0 +1,167 @@
+"""Every kind of guest that the meter measures gives what the protocol promises: the same assertions for all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import pytest
+
+from pvclock import Reference, read_tsc
+from pvclock.host.backend import HostBackend, host_clocksource
+from pvclock.meter.comparison import compare
+from pvclock.meter.guest import EngineGuest, Guest
+from pvclock.meter.in_process_guest import InProcessGuest
+from pvclock.meter.machine_guest import MachineGuest
+from pvclock.meter.observe import observe_clock
+from pvclock.meter.probe import failures, shown_by
+from pvclock.meter.series import Series
+from pvclock.meter.stress import THREAD_BURSTS, VCPU_BURSTS, Bursts, stress_publishing
+from pvclock.payloads.probe import State
+from pvclock.timekeeping.sampling import Sampler
+from qemu_glue.guest import QemuGuest
+
+FEATURES = 0x0100_0009
+READING_AGE_MAX_S = 0.1
+EPOCH_LIMIT_NS = 1_000_000
+EARLY_EPOCH_LIMIT_NS = 50_000_000
+"""KVM before Linux 6.7 reads the time of day and then kvmclock, and may lose its CPU in between."""
+
+Maker: TypeAlias = Callable[[], Guest]
+
+ON_KVM = pytest.mark.kvm
+KINDS = [
+    pytest.param(lambda: MachineGuest("engine", 2), id="engine", marks=ON_KVM),
+    pytest.param(lambda: MachineGuest("kernel", 2), id="kernel", marks=ON_KVM),
+    pytest.param(lambda: QemuGuest(FEATURES, 2), id="qemu", marks=[ON_KVM, pytest.mark.qemu]),
+    pytest.param(lambda: InProcessGuest(2), id="in process"),
+]
+
+
+@pytest.fixture(params=KINDS)
+def make_guest(request: pytest.FixtureRequest) -> Maker:
+    """What makes a guest of one kind, with two vCPUs."""
+    make: Maker = request.param
+    return make
+
+
+@pytest.fixture
+def guest(make_guest: Maker) -> Iterator[Guest]:
+    """A guest of each kind that reads its clock."""
+    with make_guest() as made:
+        made.start()
+        yield made
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when it holds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.row("E3", "E13", "K-08", "K-12")
+def test_what_a_started_guest_gives(guest: Guest) -> None:
+    """Findings and a page for each vCPU, newer and newer readings, and findings that are final in the end."""
+    guest.check_running()
+    assert guest.vcpus == len(guest.records()) == len(guest.pages()) == 2
+    before, newest = guest.records(), guest.newest_ns()
+    wait_until(lambda: all(now.reads > then.reads for now, then in zip(guest.records(), before, strict=True)))
+    wait_until(lambda: guest.newest_ns() > newest)
+    for page in guest.pages():
+        assert page.version % 2 == 0 < page.version
+        assert abs(page.shown_khz - guest.tsc_hz // 1000) <= 1
+    records = guest.finish()
+    assert [record.state for record in records] == [State.DONE] * 2
+    assert not any(failures(records).values())
+    assert all(record.first_ns < record.last_ns and record.first_tsc < record.last_tsc for record in records)
+    assert all(record.reads > then.reads for record, then in zip(records, before, strict=True))
+    assert {record.features & FEATURES for record in records} == {FEATURES}
+
+
+@pytest.mark.row("E3", "E13")
+def test_a_reading_is_by_the_page_and_placed_on_the_hosts_tsc(guest: Guest) -> None:
+    """A reading is what its page gives at its TSC, and its instant on the host's TSC is within its bound."""
+    begin = read_tsc()
+    first, page, second = guest.reading(), guest.pages()[0], guest.reading()
+    end = read_tsc()
+    assert second.ns >= first.ns
+    if guest.pages()[0] == page:  # else KVM has published in between
+        assert shown_by(page, second.tsc) == second.ns
+    if host_clocksource() != "tsc":
+        return  # there KVM moves guests' TSCs, and the host's TSC may not be one clock
+    earliest = begin - int(READING_AGE_MAX_S * guest.tsc_hz)
+    for each in (first, second):
+        assert earliest <= each.host_tsc - each.bound_ticks
+        assert each.host_tsc - each.bound_ticks <= end
+    passed = second.host_tsc - first.host_tsc
+    assert abs(second.tsc - first.tsc - passed) <= first.bound_ticks + second.bound_ticks
+
+
+@pytest.mark.row("E13", "K-07")
+def test_when_a_guests_time_began(guest: Guest) -> None:
+    """The wall clock record, the server's own account and the guest's readings tell one and the same epoch."""
+    record_ns, account_ns = guest.wall_clock_ns(), guest.epoch_ns()
+    newest, now = guest.newest_ns(), time.time_ns()
+    early_limit_ns = EARLY_EPOCH_LIMIT_NS if guest.server.is_kvm else EPOCH_LIMIT_NS
+    if account_ns is not None:
+        assert -early_limit_ns <= record_ns - account_ns <= EPOCH_LIMIT_NS
+    assert -early_limit_ns - READING_AGE_MAX_S * 1e9 <= record_ns - (now - newest) <= EPOCH_LIMIT_NS
+
+
+@pytest.mark.row("E13", "K-17")
+def test_a_paused_guest(guest: Guest) -> None:
+    """While it is paused its clock stands where its server says so, and pages are the same for whoever reads them."""
+    guest.pause()
+    newest = guest.newest_ns()
+    time.sleep(0.05)
+    assert guest.newest_ns() == newest
+    assert guest.pages_by_server() in ([], guest.pages())
+    guest.resume()
+    wait_until(lambda: guest.newest_ns() > newest)
+    if guest.server.stops_when_paused:
+        wait_until(lambda: all(record.stopped == 1 for record in guest.records()))
+
+
+@pytest.mark.row("E3", "E9", "E13", "K-16")
+def test_every_guest_is_observed_alike(make_guest: Maker) -> None:
+    """The same observations are made of each, and all that can be judged of one clock alone is right."""
+    checks = compare([observe_clock(make_guest, 0.3)])
+    assert len(checks) == 20
+    assert [check for check in checks if not check.ok] == []
+
+
+@pytest.mark.row("E3", "E13")
+def test_a_series_of_every_guest(guest: Guest) -> None:
+    """A clock that is left alone goes on as the host's does, within the bounds of its readings, and does not step."""
+    backend = HostBackend()
+    series = Series("guest", guest, Sampler(lambda: backend.sample(Reference.RAW)), backend.tsc_hz)
+    for _ in range(10):
+        series.take()
+        time.sleep(0.02)
+    first, *_, last = series.points
+    if host_clocksource() == "tsc":
+        assert abs(last.ahead_ns) <= first.bound_ns + last.bound_ns + 1000 * last.s  # 1 ppm: the nominal rate
+    assert all(abs(step_ns) <= 1 for step_ns in series.steps_ns)
+    begin = series.points[0].s
+    assert begin == 0 < last.s < 10
+
+
+@pytest.mark.stress
+@pytest.mark.row("E9", "E11", "K-12")
+@pytest.mark.parametrize(
+    ("make", "bursts"),
+    [
+        pytest.param(lambda: MachineGuest("engine", 2), VCPU_BURSTS, id="engine", marks=ON_KVM),
+        pytest.param(lambda: InProcessGuest(2), THREAD_BURSTS, id="in process"),
+    ],
+)
+def test_an_engines_clock_is_republished_under_every_guest(make: Callable[[], EngineGuest], bursts: Bursts) -> None:
+    """Where the meter can change the clock, readers see nothing wrong and publishes step by 0 or +1 ns."""
+    with make() as guest:
+        seen = stress_publishing(guest, 0.5, bursts=bursts)
+    assert seen.reads > 0 < seen.publishing.publishes
+    assert not any(seen.failures.values())
+    assert 0 <= seen.publishing.least_step_ns <= seen.publishing.most_step_ns <= 1
