@@ -1,4 +1,4 @@
-"""One benchmark beside its twin: both measured in turn in one run, and what came out."""
+"""One benchmark beside its twin: both measured in turn in one run, and their figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDS = 25
 
 
 class Benchmark(Protocol):
-    """What is used here of pytest-benchmark's fixture, which has no annotations."""
+    """The part of pytest-benchmark's fixture that is used here; its own class is not annotated."""
 
     enabled: bool
     extra_info: dict[str, object]
@@ -35,7 +35,7 @@ class Benchmark(Protocol):
 
 
 class Figure(NamedTuple):
-    """What was reached, in ns an operation, and the twin's figure of the same run."""
+    """The product's time, in ns an operation, and the twin's in the same run."""
 
     title: str
     ns: float
@@ -93,7 +93,7 @@ class Comparison:
             self.record(Figure(title, ns, twin[0], twin_ns, note))
 
     def record(self, *figures: Figure) -> None:
-        """Keep what was found; the first figure's ratio is the benchmark's."""
+        """Keep the figures; the first one's ratio is the benchmark's."""
         if not self.benchmark.enabled:
             return  # it ran once, to see that it works
         self._figures += figures

@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark, whose rounds hold many operations
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the closing table: what was reached, and the twins' figures of the same run."""
+    """Print the closing table: the product's times, and the twins' of the same run."""
     if figures := config.stash[FIGURES]:
         terminalreporter.section("beside their twins: medians of one operation")
         for line in table(figures):

@@ -1,6 +1,6 @@
 """What a Python call costs: the clock's own beside time.monotonic_ns(), and others beside an empty extension's.
 
-Both sides are statements in the same `for` loop, whose turn (some 10 ns) is in both.
+Both sides are statements in the same `for` loop, whose own cost (some 10 ns) is in both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def clock(tsc_hz: int) -> Iterator[GuestClock]:
 
 def loop(statement: str, **names: object) -> Callable[[], float]:
     """Return a function that executes `statement` CALLS times."""
-    # Local variables of the loop, as a caller who cares would have them.
+    # Local variables of the loop, as in code written for speed.
     locals_ = "; ".join(f"{name} = outer[{name!r}]" for name in names)
     timer = Timer(statement, setup=locals_, globals={"outer": names})
     return lambda: timer.timeit(CALLS)
@@ -46,7 +46,7 @@ def test_read(comparison: Comparison, clock: GuestClock) -> None:
 
 
 def test_reading(comparison: Comparison, clock: GuestClock, nothing: Callable[..., None]) -> None:
-    """clock.reading(0) returns a tuple with all that belongs to a reading."""
+    """clock.reading(0) returns a tuple of TSC, ns, version and flags."""
     twin = (EMPTY, loop("nothing(0)", nothing=nothing))
     comparison.measure("clock.reading(0)", loop("reading(0)", reading=clock.reading), twin, operations=CALLS)
 

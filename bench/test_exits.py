@@ -19,7 +19,7 @@ from pvclock.machine import CONSOLE_PORT, EXIT_PORT
 
 MSR_WALL_CLOCK = 0x4B564D00
 TIME_PAGE_ENABLED = 0x1000 | 1
-NOBODYS_PORT = 0x80
+UNUSED_PORT = 0x80
 
 EXITS = 3000
 """In a run: a Machine's start and end (0.3 ms) are then 0.1 us of each."""
@@ -42,13 +42,13 @@ KINDS = (
     Kind("WRMSR, nothing to publish", WRMSR, MSR_WALL_CLOCK),
     Kind("WRMSR that registers and publishes a page", WRMSR, MSR_SYSTEM_TIME, TIME_PAGE_ENABLED),
     Kind("RDMSR", RDMSR),
-    Kind("out to a port that nobody has", OUT_AL + bytes([NOBODYS_PORT])),
+    Kind("out to an unused port", OUT_AL + bytes([UNUSED_PORT])),
     Kind("out to the console port", OUT_AL + bytes([CONSOLE_PORT])),
 )
 
 
 def payload(kind: Kind) -> bytes:
-    """Return code that exits EXITS times, writes the exit port, and begins again if it is let."""
+    """Return code that exits EXITS times, writes the exit port, and begins again if the vCPU is run on."""
     loop = kind.code + b"\x66\x4e" + b"\x75\xfa"  # dec %esi; jnz loop
     load = b"\x66\xb9" + kind.ecx.to_bytes(4, "little") + b"\x66\xb8" + kind.eax.to_bytes(4, "little")
     begin = b"\x66\xbe" + EXITS.to_bytes(4, "little") + load + b"\x66\x31\xd2"  # mov to %esi, %ecx, %eax; xor %edx
@@ -66,7 +66,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture
 def minimal(twins: Twins, kind: Kind) -> Iterator[MinimalVm]:
-    """Return the guest in a bare KVM_RUN loop, seen to exit as often as it should."""
+    """Return the guest in a bare KVM_RUN loop, checked to exit EXITS times."""
     with MinimalVm(twins.library, payload(kind), kind.ecx) as vm:
         assert vm.run() == EXITS
         yield vm

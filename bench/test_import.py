@@ -1,4 +1,4 @@
-"""What importing costs: a new interpreter each time, beside one that imports nothing."""
+"""The cost of importing: a new interpreter each time, beside one that imports nothing."""
 
 from __future__ import annotations
 

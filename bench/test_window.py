@@ -35,7 +35,7 @@ class Stamps:
         self.stalls: list[Stalls] = []
 
     def add(self, samples: list[WindowSample], stalls: Stalls) -> None:
-        """Take a round in."""
+        """Add a round."""
         self.samples += samples
         self.stalls.append(stalls)
 
@@ -89,7 +89,7 @@ def take(
 
 @pytest.mark.parametrize("pages", PAGES, ids="{}p".format)
 def test_quiet(comparison: Comparison, twins: Twins, tsc_hz: int, pages: int) -> None:
-    """Nobody reads meanwhile."""
+    """Without readers."""
     stamps = take(comparison, twins, tsc_hz, pages)
     comparison.record(stamps.quiet(f"odd window, {pages} x 64 B, quiet median"))
 

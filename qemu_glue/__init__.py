@@ -1,4 +1,4 @@
-"""pvclock beside QEMU: a view through pvclock's public names, never its base."""
+"""pvclock beside QEMU: uses pvclock's public names; pvclock does not depend on it."""
 
 from qemu_glue.errors import QemuError, QemuExited, QemuMissing, QmpFailed
 from qemu_glue.peer.cpu_model import cpu_property

@@ -1,6 +1,6 @@
-"""Lay the engine's clock beside the kernel's and QEMU's: the same guest in each, left alone, stopped and continued.
+"""Compare the engine's clock with the kernel's and QEMU's: the same guest on each, left alone, stopped and continued.
 
-Takes about 15 s.  Exit status 1 if something disagrees, 2 if it could not be run.
+Takes about 15 s.  Exit status 1 if something disagrees, 2 if it cannot run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXAMPLES: Final = """\
 
 OBSERVE_S = 2.0
 LEAST_S: Final = 0.1
-"""In less the guests read too little for the bounds of the rows."""
+"""In less time the guests read too little for the bounds of the rows."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
 
     QemuMissing, ConfigError and all errors of starting machines and QEMUs; nothing is left running then.
     """
-    # Imported here, for every command is loaded with each: qemu.qmp and asyncio are half of this one's weight.
+    # Imported here: every command loads all command modules, and qemu.qmp and asyncio are half of this one's cost.
     from qemu_glue.guest import QemuGuest
     from qemu_glue.peer.launch import require_programs
 
@@ -110,7 +110,7 @@ def as_json(check: Check) -> dict[str, object]:
 
 
 def obstacle() -> str | None:
-    """Why there is no QEMU to check against, and what helps; None if there is one."""
+    """Why the cross-check cannot run here, and what helps; None if it can."""
     from qemu_glue.peer.launch import require_programs
 
     try:

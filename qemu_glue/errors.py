@@ -1,10 +1,10 @@
-"""What goes wrong with a QEMU.
+"""The errors of a QEMU.
 
 PvclockError
 └── QemuError
     ├── QemuMissing     .program .package; says how to get it
-    ├── QemuExited      .exit_code .command .output; it ended when it should not have
-    └── QmpFailed       .operation; its monitor refused, kept silent or talked nonsense
+    ├── QemuExited      .exit_code .command .output; it ended unexpectedly
+    └── QmpFailed       .operation; its monitor refused, did not answer or sent something else than QMP
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["QemuError", "QemuExited", "QemuMissing", "QmpFailed"]
 
 
 class QemuError(PvclockError):
-    """Base of all errors of a QEMU."""
+    """Base of all QEMU errors."""
 
 
 class QemuMissing(QemuError):
@@ -33,8 +33,8 @@ class QemuMissing(QemuError):
 class QemuExited(QemuError):
     """QEMU ended by itself, or was killed.
 
-    exit_code: as subprocess has it, minus the signal's number if one ended it.  command: what was run.  output: what
-    it wrote to stdout and stderr, its end.
+    exit_code: as subprocess gives it: the negative signal number if a signal ended it.  command: its command line.
+    output: the end of its stdout and stderr.
     """
 
     def __init__(self, exit_code: int, command: list[str], output: str) -> None:
@@ -46,7 +46,7 @@ class QemuExited(QemuError):
 
 
 class QmpFailed(QemuError):
-    """QMP `operation` (a command, or "connect") was refused, not answered in time, or answered with nonsense."""
+    """QMP `operation` (a command, or "connect") was refused, not answered in time, or not answered in QMP."""
 
     def __init__(self, operation: str, why: str) -> None:
         super().__init__(f"QMP {operation}: {why}")

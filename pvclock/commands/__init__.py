@@ -2,8 +2,8 @@
 
 A command is a module: its docstring is its help, EXAMPLES the lines that say what to type, `add_arguments(parser)`
 declares its arguments, and `run(arguments, screen)` does its work, shows it on the `Screen` and returns a `Report`.
-What every command has in common is done here: --json, errors in one line, standard streams that are closed or full,
-and the exit status: 0 done, 1 a finding, 2 it could not be done, 130 interrupted, 141 nobody reads on.
+This module does what all commands share: --json, errors in one line, standard streams that are closed or full,
+and the exit status: 0 done, 1 a finding, 2 failed, 130 interrupted, 141 standard output was closed by its reader.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = ["find_command", "main"]
 GROUP: Final = "pvclock.commands"
 CANNOT: Final = 2
 INTERRUPTED: Final = 130
-NOBODY_READS: Final = 141
-"""What a shell makes of a program that SIGPIPE ends; Python ignores that signal."""
+READER_GONE: Final = 141
+"""A shell's status for a program that SIGPIPE ends; Python ignores that signal."""
 
 DESCRIPTION: Final = """Time inside virtual machines: what a guest's clock shows, and who serves it.
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BrokenPipeError:
-        status = NOBODY_READS
+        status = READER_GONE
     except OSError as error:
         status = _complain("pvclock", error)
     _drop_unwritten()
@@ -75,8 +75,8 @@ def _main(argv: list[str]) -> int:
 
 
 def _unknown(arguments: argparse.Namespace, unknown: list[str]) -> ConfigError:
-    who = f"pvclock {arguments.command}" if arguments.command else "pvclock"
-    return ConfigError(f"unrecognized arguments: {' '.join(unknown)} (see {who} --help)")
+    program = f"pvclock {arguments.command}" if arguments.command else "pvclock"
+    return ConfigError(f"unrecognized arguments: {' '.join(unknown)} (see {program} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _fail(command: str, error: Exception, *, as_json: bool) -> int:
-    """Tell what kept a command from its work."""
+    """Report the error that ended a command."""
     from pvclock.commands.report import error_json
     from pvclock.commands.screen import write
 
@@ -137,19 +137,19 @@ def _fail(command: str, error: Exception, *, as_json: bool) -> int:
     return _complain(f"pvclock {command}" if command in _names() else "pvclock", error)
 
 
-def _complain(who: str, error: Exception) -> int:
-    """One line on standard error, if that takes it; the exit status."""
+def _complain(program: str, error: Exception) -> int:
+    """Print one line on standard error if it can be written; the exit status."""
     from pvclock.commands.report import message_of
 
     try:
-        print(f"{who}: {message_of(error)}", file=sys.stderr, flush=True)
+        print(f"{program}: {message_of(error)}", file=sys.stderr, flush=True)
     except OSError:
-        _lead_nowhere(sys.stderr.fileno())
+        _redirect_to_null(sys.stderr.fileno())
     return CANNOT
 
 
 def _open_closed_streams() -> None:
-    """Put /dev/null where standard input or error is closed, so that no file opened later takes their number."""
+    """Open /dev/null where standard input or error is closed, so that no file opened later takes their number."""
     if sys.stdin is None:
         sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115  # as long as the process
     if sys.stderr is None:
@@ -157,14 +157,14 @@ def _open_closed_streams() -> None:
 
 
 def _drop_unwritten() -> None:
-    """Forget what standard output did not take; else Python tries again when it ends, and complains in its own way."""
+    """Drop output that could not be written; else Python tries again at exit and prints its own error."""
     try:
         sys.stdout.flush()
     except OSError:
-        _lead_nowhere(sys.stdout.fileno())
+        _redirect_to_null(sys.stdout.fileno())
 
 
-def _lead_nowhere(descriptor: int) -> None:
+def _redirect_to_null(descriptor: int) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)

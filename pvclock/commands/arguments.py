@@ -1,4 +1,4 @@
-"""What a command line may say: argparse's parser with one-line errors, and the kinds of values that commands take."""
+"""Command-line parsing: argparse with one-line errors, and the types of values that commands take."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from pvclock.errors import ConfigError
 __all__ = ["Parser", "duration_s", "filled", "folder", "whole_number"]
 
 DURATION_MAX_S: Final = 86_400
-"""A day: what is longer was not meant."""
+"""A day: a longer duration is a mistake."""
 
 HELP_COLUMNS: Final = 78
-"""What argparse itself takes of a terminal of 80."""
+"""argparse's own width in a terminal of 80 columns."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but a wrong command line is a ConfigError, and help that cannot be printed an OSError, for main()."""
+    """argparse's parser, but a wrong command line is a ConfigError, and help that cannot be printed an OSError."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
     def print_help(self, file: object = None) -> None:  # argparse's signature
-        """Print the help on standard output; argparse would hide that it takes no more."""
+        """Print the help on standard output; argparse would hide a failed write."""
         write(self.format_help())
 
 
 def filled(text: str) -> str:
-    """A docstring as help: each paragraph filled anew, in lines that a terminal of 80 columns takes."""
+    """A docstring as help: each paragraph refilled for a terminal of 80 columns."""
     return "\n\n".join(textwrap.fill(paragraph, HELP_COLUMNS) for paragraph in text.strip().split("\n\n"))
 
 
@@ -46,7 +46,7 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
         except ValueError:
             number = least - 1
         if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return number
 
     return parse
@@ -60,7 +60,7 @@ def duration_s(text: str) -> float:
         seconds = 0
     if not 0 < seconds <= DURATION_MAX_S:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no time to wait; give seconds, more than 0 and up to {DURATION_MAX_S} (a day)"
+            f"{text!r} is not a duration; give seconds, more than 0 and up to {DURATION_MAX_S} (a day)"
         )
     return seconds
 
@@ -73,5 +73,5 @@ def folder(text: str) -> Path:
     except OSError:  # a name that is too long
         is_folder = False
     if not is_folder:
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
     return path

@@ -1,6 +1,6 @@
 """Show a guest's clock at work: read on real vCPUs while it changes, beside the kernel's own and QEMU's.
 
-Takes about 25 s.  Without /dev/kvm the same is shown in this process: threads read the pages that a guest would.
+Takes about 25 s.  Without /dev/kvm, threads of this process read the pages that a guest would.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STRESS_S = 10.0
 OBSERVE_S = 2.0
 
 LEFT_OUT = (
-    "Left out, for want of /dev/kvm: real vCPUs, the guest's own MSR accesses, and the kernel's kvmclock to compare "
+    "Left out, without /dev/kvm: real vCPUs, the guest's own MSR accesses, and the kernel's kvmclock to compare "
     "with.  The pages, the publishing and the arithmetic are the same."
 )
 

@@ -45,7 +45,7 @@ NAMES: Final = {
 
 
 class Finding(NamedTuple):
-    """One thing looked at.  `needed`: pvclock cannot run guests without it.  `advice`: what to do, if not ok."""
+    """One thing that was examined.  `needed`: pvclock cannot run guests without it.  `advice`: what to do if not ok."""
 
     name: str
     ok: bool
@@ -101,13 +101,13 @@ def _summary(working: Mapping[str, bool]) -> str:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at this host, row by row."""
-    for finding in _looked_at():
+    """Examine this host, row by row."""
+    for finding in _findings():
         yield finding._replace(advice="") if finding.ok else finding
 
 
-def _looked_at() -> Iterator[Finding]:
-    """The rows, with advice on each that could need some."""
+def _findings() -> Iterator[Finding]:
+    """The rows, with advice on each that may need it."""
     machine = platform.machine()
     yield Finding("processor", machine == "x86_64", Figure(machine), True, "pvclock is for x86-64")
     yield Finding("kernel", True, Figure(platform.release()))

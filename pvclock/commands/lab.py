@@ -1,11 +1,11 @@
 """Run a command in the lab: a full upstream Linux KVM, emulated, on any x86-64 Linux.
 
-The command finds this root file system, working directory and virtual environment, and a /dev/kvm that honours TSC
-offsets.  What it writes is gone afterwards, but in folders given by --writable.  With one CPU the lab's kernel trusts
-its TSC; with two it does not, unless --tsc-reliable.  The first run downloads a Debian kernel.
+The command sees this root file system, working directory and virtual environment, and a /dev/kvm that honours TSC
+offsets.  What it writes is gone afterwards, except in folders given by --writable.  With one CPU the lab's kernel
+trusts its TSC; with two it does not, unless --tsc-reliable.  The first run downloads a Debian kernel.
 
-What follows COMMAND is COMMAND's, options too.  Its exit status becomes the lab's; 2 may also be the lab's own.  With
---json what COMMAND prints goes to standard error, and standard output has the lab's JSON alone.
+All that follows COMMAND belongs to it, options too.  Its exit status becomes the lab's; 2 may also be the lab's own.
+With --json, COMMAND's output goes to standard error, and standard output has the lab's JSON alone.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _command(argv: list[str]) -> list[str]:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack, so that the lab and its files go with us."""
+    """Have SIGTERM and SIGHUP unwind the stack, so that the lab and its files are removed."""
 
     def leave(number: int, _frame: object) -> NoReturn:
         sys.exit(128 + number)

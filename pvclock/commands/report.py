@@ -1,4 +1,4 @@
-"""What a command has found, and the one JSON shape in which every command says it: docs/commands.md."""
+"""A command's result, and the one JSON shape that all commands print: docs/commands.md."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pvclock.state.json_schema import plain
 __all__ = ["Report", "error_json", "report_json"]
 
 SHAPE: Final = 1
-"""The number in `schema`: it changes when a key changes its sense or goes; keys may come without that."""
+"""The number in `schema`: changes when a key goes or changes its meaning, not when one is added."""
 
 LONG_WORD: Final = re.compile(r"(\S{60})\S{200,}")
-"""Longer than most paths: a value that somebody gave, and whose beginning tells which."""
+"""A value from the user longer than most paths: its beginning is enough to recognise it."""
 
 
 class Report(NamedTuple):
-    """What a command has found.
+    """A command's result.
 
-    ok: nothing is wrong.  result: all of it, for JSON: numbers are numbers, and a key says their unit.  status: the
-    exit status, where it is not 0 for ok and 1 for a finding.
+    ok: nothing is wrong.  result: all that was found, for JSON: numbers are numbers, and a key names their unit.
+    status: the exit status, where it is not 0 for ok and 1 for a finding.
     """
 
     ok: bool
@@ -32,7 +32,7 @@ class Report(NamedTuple):
 
     @property
     def exit_status(self) -> int:
-        """What the process ends with."""
+        """The process's exit status."""
         return int(not self.ok) if self.status is None else self.status
 
 
@@ -42,7 +42,7 @@ def report_json(command: str, report: Report) -> str:
 
 
 def error_json(command: str, error: Exception) -> str:
-    """The JSON document of a command that could not do its work: the error's kind, its message and its numbers."""
+    """The JSON document of a command that failed: the error's kind, its message and its numbers."""
     told = {name: _telling(value) for name, value in vars(error).items() if not name.startswith("_")}
     if isinstance(error, OSError):
         told = {"errno": error.errno, "path": _telling(error.filename), **told}
@@ -50,7 +50,7 @@ def error_json(command: str, error: Exception) -> str:
 
 
 def message_of(error: Exception) -> str:
-    """What an error says to people, long values cut; an OSError without the number that Python puts before it."""
+    """An error's message for people, with long values cut; an OSError's without the errno that Python puts in front."""
     said = str(error)
     if type(error).__module__ == "builtins" and isinstance(error, OSError) and error.strerror:
         said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -63,5 +63,5 @@ def _document(command: str, ok: bool, **content: object) -> str:
 
 
 def _telling(value: object) -> object:
-    """An error's attribute as JSON has it; what JSON has no form for as its text."""
+    """An error's attribute for JSON: as it is if JSON can say it, else as text."""
     return plain(value) if isinstance(value, int | float | str | list | tuple | dict | None) else str(value)

@@ -60,16 +60,16 @@ def _error_ns_per_day(scale: ClockScale) -> float:
 
 
 def parse_hz(text: str) -> int:
-    """A whole number of Hz from "2596132000", "2.4GHz" or "100M"; RangeError if it is none."""
+    """A whole number of Hz from "2596132000", "2.4GHz" or "100M"; RangeError for anything else."""
     number = text.lower().removesuffix("hz").strip()
     unit = UNITS.get(number[-1:], 1)
     whole, _, decimals = number.removesuffix(number[-1:] if unit > 1 else "").strip().partition(".")
     digits = whole + decimals
     if not digits.isascii() or not digits.isdigit() or len(digits) > DIGITS_MAX:
-        raise RangeError(f"{quoted(text)} is no frequency; write 2596132000, 2.4GHz or 100M")
+        raise RangeError(f"{quoted(text)} is not a frequency; write 2596132000, 2.4GHz or 100M")
     hz, rest = divmod(int(digits) * unit, int(10 ** len(decimals)))
     if rest:
         raise RangeError(f"{quoted(text)} is not a whole number of Hz")
     if not 1 <= hz <= U64_MASK:
-        raise RangeError(f"{quoted(text)} is no frequency of a TSC; it can be 1 Hz to {U64_MASK} Hz (2^64 - 1)")
+        raise RangeError(f"{quoted(text)} is not a frequency of a TSC; it can be 1 Hz to {U64_MASK} Hz (2^64 - 1)")
     return hz

@@ -1,7 +1,7 @@
-"""Where commands show things: findings on standard output, what goes on meanwhile on standard error.
+"""Where commands print: results on standard output, progress on standard error.
 
-rich makes the text, and it is written here: so what fails is an OSError that names standard output, and no half of it
-is left to be written when Python ends.
+rich renders the text and this module writes it: so a failed write is an OSError that names standard output, and
+nothing is left in a buffer for Python's exit.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pvclock.commands.tables import Table
 __all__ = ["Screen", "write"]
 
 UNBOUNDED: Final = 1 << 20
-"""rich's own limit, in columns, is out of the way: it would cut what is longer."""
+"""Columns, more than any line has: rich would cut longer ones."""
 
 
 class Screen:
-    """What a person sees of a command.  `quiet`: nothing on standard output, for JSON goes there."""
+    """A command's output for people.  `quiet`: nothing on standard output, where JSON goes."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -34,25 +34,25 @@ class Screen:
         self._aside = Console(stderr=True, quiet=not sys.stderr.isatty())
 
     def show(self, *parts: Table | Text | str) -> None:
-        """Print tables, and texts that wrap between words.  OSError if standard output takes no more."""
+        """Print tables, and texts that wrap between words.  OSError if standard output cannot be written."""
         if self._quiet:
             return
         for part in parts:
             write(_drawn(part, self._columns))
 
     def tell(self, text: str) -> None:
-        """Print a line on standard error, also where standard output has JSON."""
+        """Print a line on standard error, with --json too."""
         print(text, file=sys.stderr, flush=True)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Show, in a terminal, what is waited for."""
+        """Show in a terminal what the command is waiting for."""
         with self._aside.status(what):
             yield
 
     @contextmanager
     def progress(self, total: float, text: str) -> Iterator[Callable[[float, str], None]]:
-        """Show, in a terminal, how much of `total` is done; yields what to call with that and a text."""
+        """Show in a terminal how much of `total` is done; yields a function that takes that and a text."""
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._aside) as bar:
             task = bar.add_task(text, total=total)
@@ -60,7 +60,7 @@ class Screen:
 
 
 def _drawn(part: Table | Text | str, columns: int | None) -> str:
-    """What rich makes of `part` for standard output: in colour for a terminal, escapes for what it cannot say."""
+    """`part` as rich renders it for standard output: coloured in a terminal; characters it cannot encode as escapes."""
     encoding = sys.stdout.encoding or "utf-8"
     paper = io.BytesIO()
     with io.TextIOWrapper(paper, encoding, errors="backslashreplace", write_through=True) as file:
@@ -81,7 +81,7 @@ def _drawn(part: Table | Text | str, columns: int | None) -> str:
 
 
 def write(text: str) -> None:
-    """Write `text` to standard output, now; OSError, which names standard output, if it takes no more."""
+    """Write `text` to standard output at once; OSError, which names standard output, if that fails."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -90,8 +90,8 @@ def write(text: str) -> None:
 
 
 def _columns() -> int | None:
-    """How wide lines may be: a terminal's COLUMNS, if that is a width, or its own; None in a pipe or a file.
+    """The width of lines: a terminal's COLUMNS if that is a number, or its own width; None in a pipe or a file.
 
-    There COLUMNS does not count, which a shell may export: their readers want whole lines.
+    COLUMNS, which a shell may export, does not count there: readers of a pipe want whole lines.
     """
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -91,7 +91,7 @@ def _as_json(file: str, state: ClockState) -> dict[str, Any]:
 
 
 def _table(state: ClockState) -> Table:
-    """A section for each mark; what a field means stands below its value where it comes first."""
+    """A section for each mark; a field's meaning is below its value where the field first appears."""
     table = Table("field", "value, what that is, and what it means")
     explained: set[str] = set()
     for path, field, value in clock_state.rows(state):
@@ -115,7 +115,7 @@ def _shown(field: Field, value: object, state: ClockState) -> str:
 
 
 def in_units(path: str, value: object, state: ClockState) -> str:
-    """The value of the field at `path` of FIELDS in units that people think in; empty where it needs none."""
+    """The value of the field at `path` of FIELDS in units for people; empty where none apply."""
     unit = UNITS.get(path)
     return unit(value, state.host.tsc_hz) if unit and value is not None else ""
 

@@ -1,6 +1,6 @@
 """Tables that cut nothing: words, numbers and identifiers stay whole, and prose wraps between them.
 
-Every command makes its tables here.  rich draws them; how wide a column is, is decided here, for rich would cut.
+All commands make their tables here.  rich draws them; this module decides how wide a column is, for rich would cut.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Table", "verdict"]
 WORD_MAX: Final = 48
 """Cells of a word that is never folded: longer than any identifier; numbers of hundreds of digits need not fit."""
 BORDER: Final = 3
-"""What a column takes beside its cells: a space on either side, and a line."""
+"""Columns of a terminal that a column needs beside its cells: a space on either side, and a line."""
 
 
 class Table:
@@ -30,7 +30,7 @@ class Table:
         self._section_ends: set[int] = set()
 
     def add_row(self, *cells: str | Text) -> None:
-        """Add a row; cells that are not given are empty."""
+        """Add a row; missing cells are empty."""
         texts = [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
         self._rows.append(texts + [Text()] * (len(self._headings) - len(cells)))
 
@@ -69,7 +69,7 @@ class Table:
 
 
 def verdict(ok: bool, *, warning: bool = False) -> Text:
-    """A green yes, or a red NO; a yellow no where that is but a warning."""
+    """A green yes, or a red NO; a yellow no for a warning."""
     if ok:
         return Text("yes", style="green")
     return Text("no", style="yellow") if warning else Text("NO", style="red")

@@ -1,4 +1,4 @@
-"""How a Debian kernel gets into the cache: downloaded by apt, unpacked beside the system, without root."""
+"""Downloads a Debian kernel into the cache: by apt, without root and without installing it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _fetch(release: str | None, folder: Path, tell: Callable[[str], None]) -> Pa
 
 
 def _apt_options() -> tuple[str, ...]:
-    # As root apt would download as its own user, who may not write here.
+    # Run by root, apt downloads as its own user, which may not write here.
     return ("-o", "APT::Sandbox::User=root") if os.geteuid() == 0 else ()
 
 
@@ -115,6 +115,6 @@ def _run(program: str, *arguments: str, cwd: Path | None = None, show: bool = Fa
 
 
 def _reason(output: str) -> str:
-    """The last line of a program's output, which says why it failed."""
+    """The last line of a program's output, usually the reason of its failure."""
     lines = output.strip().splitlines()
     return f": {lines[-1].strip()}" if lines else ""

@@ -1,4 +1,4 @@
-"""What runs inside the lab: a shell script that loads KVM, runs the command and reports over three serial ports."""
+"""The script that runs inside the lab: loads KVM, runs the command and reports over three serial ports."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ echo ready >&3
 # Not in the background: there a shell makes a command ignore SIGINT.
 setsid --wait sh -c 'echo $$ >/run/lab.group; exec "$@"' sh {command} </dev/null >&4 2>&5 3>&- 4>&- 5>&-
 status=$?
-kill -KILL -- "-$(cat /run/lab.group)" 2>/dev/null  # what it left running would keep its outputs open
+kill -KILL -- "-$(cat /run/lab.group)" 2>/dev/null  # a process that it left running would keep its outputs open
 echo "exit $status" >&3
 exec 4>&- 5>&-
 sleep 60

@@ -1,4 +1,4 @@
-"""Which kernel the lab boots: one from the cache, an installed one, one named by the caller, or a fresh download."""
+"""Finds the kernel that the lab boots: the caller's, one from the cache, an installed one, or a download."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $XDG_CACHE_HOME/pvclock, or ~/.cache/pvclock; LabError where there is no home."""
+    """The folder for downloads: $XDG_CACHE_HOME/pvclock, or ~/.cache/pvclock; LabError without a home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pvclock"
     except RuntimeError:
@@ -48,7 +48,7 @@ def cache_folder() -> Path:
 
 
 def find_kernel(wanted: str | None, tell: Callable[[str], None]) -> Kernel:
-    """Find the kernel `wanted` (a path or a release; None: any that serves), or download it; `tell` hears of that."""
+    """Find the kernel `wanted` (a path or a release; None: any suitable one), or download it, which `tell` reports."""
     if wanted and ("/" in wanted or Path(wanted).is_file()):
         return _with_modules(identify(Path(wanted)))
     kernels = cache_folder() / "kernels"
@@ -59,7 +59,7 @@ def find_kernel(wanted: str | None, tell: Callable[[str], None]) -> Kernel:
 
 
 def require_kernel() -> None:
-    """LabError if there is no kernel here that serves, nor a folder to keep a downloaded one in."""
+    """LabError if there is neither a suitable kernel here nor a folder to keep a downloaded one in."""
     kernels = cache_folder() / "kernels"
     if _known(None, kernels) is None:
         _check_writable(kernels)
@@ -81,14 +81,14 @@ def _check_writable(folder: Path) -> None:
 
 
 def identify(image: Path) -> Kernel:
-    """Read a kernel image's version from its header; LabError if the file is no bootable x86 kernel."""
+    """Read a kernel image's version from its header; LabError if the file is not a bootable x86 kernel."""
     try:
         with image.open("rb") as file:
             header = file.read(1 << 16)
     except OSError as error:
         raise LabError(f"{image}: {error.strerror}") from error
     if header[MAGIC_AT : MAGIC_AT + len(MAGIC)] != MAGIC:
-        raise LabError(f"{image} is no kernel: an x86 bzImage has {MAGIC.decode()!r} at {MAGIC_AT:#x}")
+        raise LabError(f"{image} is not a kernel: an x86 bzImage has {MAGIC.decode()!r} at {MAGIC_AT:#x}")
     start = int.from_bytes(header[VERSION_POINTER_AT : VERSION_POINTER_AT + 2], "little") + 0x200
     version = header[start : start + VERSION_LENGTH_MAX].partition(b"\0")[0].decode("ascii", "replace")
     if not version:

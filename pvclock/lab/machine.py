@@ -1,4 +1,4 @@
-"""Which machine the lab is: QEMU's command line, composed by virtme-ng for a kernel and this root file system."""
+"""The lab's machine: QEMU's command line, which virtme-ng composes for a kernel and this root file system."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["CPUS_MAX", "LabConfig", "memory_mib", "qemu_command"]
 
 CPU = "EPYC,+svm,+npt"
 STEADY = ("nohz=off", "highres=off")
-"""Without these the emulated machine's timer interrupt is lost now and then, and it freezes."""
+"""Without these the emulated machine sometimes loses its timer interrupt, and freezes."""
 
 CPUS_MAX: Final = 255
 """QEMU's limit without an emulated IOMMU."""
 MEMORY_LEAST_MIB: Final = 256
-"""In less, the initramfs is not unpacked."""
+"""With less, the initramfs is not unpacked."""
 MEMORY_SIZE: Final = re.compile(r"([0-9]{1,9})([MG]?)B?", re.ASCII | re.IGNORECASE)
 
 TAKING_TURNS = ("-accel", "tcg,thread=single")
@@ -34,7 +34,7 @@ TAKING_TURNS = ("-accel", "tcg,thread=single")
 
 
 class LabConfig(NamedTuple):
-    """The lab's shape.  Two CPUs: its kernel finds the TSC unstable, unless told that it is reliable."""
+    """The lab's configuration.  With two CPUs its kernel finds the TSC unstable, unless tsc_reliable is set."""
 
     cpus: int = 1
     memory: str = "3G"
@@ -45,17 +45,17 @@ class LabConfig(NamedTuple):
 
     @property
     def kernel_parameters(self) -> tuple[str, ...]:
-        """What the kernel is told at boot."""
+        """Additions to the kernel's command line."""
         return (*STEADY, *(("tsc=reliable",) if self.tsc_reliable else ()))
 
 
 def memory_mib(size: str) -> int:
-    """A memory size such as "512M" or "3G", in MiB, also where no unit is given; ConfigError if it is none."""
+    """A memory size such as "512M" or "3G", in MiB, also where no unit is given; ConfigError for anything else."""
     found = MEMORY_SIZE.fullmatch(size)
     mib = int(found[1]) * (1024 if found[2].upper() == "G" else 1) if found else 0
     if mib < MEMORY_LEAST_MIB:
         raise ConfigError(
-            f"{quoted(size)} is no memory for a lab; give it {MEMORY_LEAST_MIB}M or more, in M or G, such as 3G"
+            f"{quoted(size)} is not a memory size for a lab; give it {MEMORY_LEAST_MIB}M or more, in M or G, such as 3G"
         )
     return mib
 
@@ -63,8 +63,8 @@ def memory_mib(size: str) -> int:
 def qemu_command(config: LabConfig, kernel: Kernel, scratch: Path, script: Path, ports: Sequence[int]) -> list[str]:
     """Have virtme-ng write the initramfs into `scratch`, and return QEMU's command; `ports` are descriptors to write.
 
-    QEMU is started by us, not by virtme-ng, so that there is one process to watch and to end; and the script's output
-    goes through ports of our own, because virtme-ng's need udev.
+    We start QEMU, not virtme-ng, so that there is one process to watch and to end; the script's output goes through
+    ports of our own, because virtme-ng's need udev.
     """
     if not 1 <= config.cpus <= CPUS_MAX:
         raise ConfigError(f"a lab with {config.cpus} CPUs; give it 1 to {CPUS_MAX}")
@@ -91,7 +91,7 @@ def qemu_command(config: LabConfig, kernel: Kernel, scratch: Path, script: Path,
 
 
 def _overlaid() -> list[Path]:
-    """Folders that can be written inside, and forget it: the working directory, /tmp, and /lib for /lib/modules."""
+    """Folders that the lab can write, without keeping it: the working directory, /tmp, and /lib for /lib/modules."""
     folders = [Path("/tmp"), Path("/lib")]  # noqa: S108 - the lab's, not ours
     cwd = Path.cwd()
     if cwd != Path("/") and not any(cwd.is_relative_to(folder) for folder in folders):

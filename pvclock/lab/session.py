@@ -1,4 +1,4 @@
-"""How a command runs in the lab: from finding a kernel to nothing left running."""
+"""How a command runs in the lab, from finding a kernel to ending all processes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ BOOT_S = 120.0
 POLL_S = 0.5
 
 NOT_PASSED_ON = ("TMPDIR", "TEMP", "TMP")
-"""Variables that name folders which cannot be written inside."""
+"""Variables that name folders which the lab cannot write."""
 
 
 class Outcome(NamedTuple):
-    """What became of a command: the kernel it ran on, its exit status, and the seconds from start to end."""
+    """A command's result: the kernel it ran on, its exit status, and the seconds from start to end."""
 
     kernel: str
     status: int
@@ -48,10 +48,10 @@ def run_in_lab(
     stderr: BinaryIO | None = None,
     tell: Callable[[str], None] = lambda _text: None,
 ) -> Outcome:
-    """Boot the lab, run `command` there, pass on what it writes as it comes, and return its exit status.
+    """Boot the lab, run `command` there, pass on its output as it comes, and return its exit status.
 
-    `tell` hears of downloads and of the kernel.  LabError: something is missing, the lab did not boot, or its time is
-    over.  On every way out the lab is gone, with all that it wrote outside of config.writable.
+    tell: called with a line about downloads and the kernel.  LabError: something is missing, the lab did not boot, or
+    the time limit passed.  However it ends, the lab is gone, with all that it wrote outside of config.writable.
     """
     start = time.monotonic()
     require_tools()
@@ -79,7 +79,7 @@ def _environment() -> dict[str, str]:
 
 @contextmanager
 def _running(qemu: list[str], streams: Streams) -> Iterator[None]:
-    # Its own session: the terminal's Ctrl-C is for us alone.  setpriv: QEMU dies with us even if we are killed.
+    # Its own session: Ctrl-C reaches this process alone.  setpriv: the kernel kills QEMU when this process is killed.
     guard = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
     with subprocess.Popen(
         [*guard, *qemu],
@@ -97,7 +97,7 @@ def _running(qemu: list[str], streams: Streams) -> Iterator[None]:
 
 
 def _wait(streams: Streams, start: float, timeout_s: float) -> int:
-    """Pass output on until the command's exit; LabError when the lab ends before, or is too slow."""
+    """Pass output on until the command exits; LabError if the lab ends before, or is too slow."""
     boot_s = min(BOOT_S, timeout_s)
     while not streams.complete:
         limit_s = timeout_s if streams.ready else boot_s

@@ -1,4 +1,4 @@
-"""What comes out of the lab: the command's two outputs, the script's report, and the console's last lines."""
+"""The lab's output: the command's two streams, the script's report, and the console's last lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONSOLE_KEPT = 1 << 14
 TAIL_LINES = 15
 
 UNREADABLE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1bc|[^\n\t -~]")
-"""Terminal escapes (the firmware clears the screen), and whatever is no printable ASCII."""
+"""Terminal escapes (the firmware clears the screen), and all that is not printable ASCII."""
 
 
 class Output:
@@ -25,18 +25,18 @@ class Output:
     def __init__(self, sink: BinaryIO, end: bytes) -> None:
         self._sink = sink
         self._end = end
-        self._held = b""
+        self._pending = b""
         self.complete = False
 
     def feed(self, data: bytes) -> None:
-        """Pass data on, all but what may be the beginning of the mark."""
-        text, mark, _ = (self._held + data).partition(self._end)
+        """Pass data on, except a tail that may be the beginning of the mark."""
+        text, mark, _ = (self._pending + data).partition(self._end)
         self.complete = self.complete or bool(mark)
         beginnings = (length for length in range(len(self._end) - 1, 0, -1) if text.endswith(self._end[:length]))
-        held = 0 if mark else next(beginnings, 0)
-        self._held = text[len(text) - held :]
+        pending = 0 if mark else next(beginnings, 0)
+        self._pending = text[len(text) - pending :]
         try:
-            self._sink.write(text[: len(text) - held])
+            self._sink.write(text[: len(text) - pending])
             self._sink.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, "the command's output") from None
@@ -73,7 +73,7 @@ class Streams:
         self._selector.close()
 
     def close_writers(self) -> None:
-        """Leave the writing ends to QEMU alone, so that its end is seen."""
+        """Close our copies of the writing ends, so that reading ends when QEMU does."""
         for writer in self._writers:
             os.close(writer)
         self._writers = ()
@@ -83,7 +83,7 @@ class Streams:
         os.close(reader)
 
     def pump(self, timeout_s: float) -> bool:
-        """Wait for output and take it; False when there will be no more."""
+        """Wait for output and take it; False at the end of all streams."""
         for key, _ in self._selector.select(timeout_s):
             if data := os.read(key.fd, CHUNK):
                 key.data(data)

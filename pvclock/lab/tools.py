@@ -1,4 +1,4 @@
-"""What must be installed for the lab, and the command that gets it."""
+"""The programs that the lab needs, and the commands that install them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pvclock.errors import LabError
 __all__ = ["find_program", "install_commands", "require_tools"]
 
 SYSTEM_FOLDERS = ("/usr/sbin", "/sbin")
-"""modprobe and depmod are here, which a user's PATH may lack."""
+"""modprobe and depmod are here; a user's PATH may lack these folders."""
 
 PROGRAMS = {
     "qemu-system-x86_64": "qemu-system-x86",
@@ -24,7 +24,7 @@ PROGRAMS = {
 
 
 def find_program(name: str) -> str | None:
-    """Where a program is, or None; PATH comes first."""
+    """A program's path, or None; PATH is searched first."""
     path = os.environ.get("PATH", os.defpath)
     if not path:
         return None
@@ -32,13 +32,13 @@ def find_program(name: str) -> str | None:
 
 
 def install_commands() -> list[str]:
-    """The commands that get what is missing: Debian's packages as root, and virtme-ng."""
+    """The commands that install the missing programs: Debian's packages as root, and virtme-ng."""
     packages = sorted({package for program, package in PROGRAMS.items() if not find_program(program)})
     commands = [f"apt-get install -y {' '.join(packages)}"] if packages else []
     return commands if find_spec("virtme") else [*commands, "pip install virtme-ng"]
 
 
 def require_tools() -> None:
-    """Raise LabError, with the commands that help, unless all is there."""
+    """Raise LabError, with the commands that help, if a program is missing."""
     if commands := install_commands():
         raise LabError(f"not all of the lab's programs are here; as root (Debian, Ubuntu): {' && '.join(commands)}")

@@ -254,7 +254,7 @@ def _pause_guest_rows(subjects: Subjects) -> Iterable[Check]:
         lambda it: {"stopped": _stops(it)},
         "{stopped}".format,
         "how often each vCPU's guest saw the bit, and cleared it: once with the engine and in QEMU, which sets it at "
-        "cont (KVM_KVMCLOCK_CTRL); never with the kernel's clock in our machine, where nobody makes that call",
+        "cont (KVM_KVMCLOCK_CTRL); never with the kernel's clock in our machine, which does not make that call",
         ok=all(map(all, map(_stops, subjects.stopping))) and not any(map(any, map(_stops, subjects.going_on))),
     )
     yield subjects.row(

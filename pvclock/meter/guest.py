@@ -50,7 +50,7 @@ class Guest(Protocol):
 
     @property
     def server(self) -> ClockServer:
-        """Who serves its clock."""
+        """The software that serves its clock."""
 
     @property
     def vcpus(self) -> int:

@@ -190,7 +190,7 @@ class InProcessGuest:
         return [time_info(self._memory.read(time_page_gpa(vcpu), 32)) for vcpu in range(self._vcpus)]
 
     def pages_by_server(self) -> list[TimeInfo]:
-        """None: nobody else reads these pages."""
+        """Empty: no other program reads these pages."""
         return []
 
     def wall_clock_ns(self) -> int:

@@ -32,9 +32,9 @@ EPOCH_BRACKETS: Final = 8
 
 
 class MachineGuest:
-    """A machine whose vCPUs run clockprobe; `clock` says who serves it.
+    """A machine whose vCPUs run clockprobe, with the engine's clock or the kernel's.
 
-    machine: to be changed under the guest by those who measure what that does.
+    machine: for a caller that changes something under the guest and measures the effect.
     """
 
     def __init__(self, clock: Literal["engine", "kernel"], vcpus: int = 2) -> None:
@@ -51,7 +51,7 @@ class MachineGuest:
     def engine_clock(self) -> GuestClock:
         """The engine's clock."""
         clock = self.machine.clock
-        assert clock is not None  # noqa: S101  # the kernel's guests are not asked
+        assert clock is not None  # noqa: S101  # asked of engine guests only
         return clock
 
     @property
@@ -103,7 +103,7 @@ class MachineGuest:
         return read_pages(self.machine.memory, self.vcpus)
 
     def pages_by_server(self) -> list[TimeInfo]:
-        """None: the pages are in memory of this process, and nobody else reads them."""
+        """Empty: the pages are in this process's memory, and no other program reads them."""
         return []
 
     def wall_clock_ns(self) -> int:

@@ -1,7 +1,7 @@
 """What a guest sees of its clock: left alone, across a pause, and while the clock follows a clock of its host.
 
 The same observations are made of every `Guest`, so that clocks can be compared.  Those of a pause go by this host's
-clocks alone, and take nobody's word for what the guest's clock shows.
+clocks and the guest's readings alone, not by what the server says.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TICK_S: Final = 0.1
 
 
 class Undisturbed(NamedTuple):
-    """One clock that nobody touched, as its guest saw it.
+    """One clock left alone, as its guest saw it.
 
     rate_ppb: guest nanoseconds against nominal TSC time, less 1, from vCPU 0's first to its last reading; true to
     rate_bound_ppb, which is what 2 ns are over that span.  wall_clock_error_ns: the record plus the guest's time
@@ -122,7 +122,7 @@ class ClockObservation(NamedTuple):
 
     @property
     def server(self) -> ClockServer:
-        """Who served the clock."""
+        """The clock's server."""
         return self.undisturbed.server
 
 

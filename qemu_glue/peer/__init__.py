@@ -1,1 +1,1 @@
-"""A real QEMU beside us: launched, and talked to over QMP."""
+"""A real QEMU beside pvclock: how it is launched, and controlled over QMP."""

@@ -1,4 +1,4 @@
-"""QEMU's -cpu argument for a guest that shall see the paravirtual clock that pvclock offers, and nothing beside it.
+"""QEMU's -cpu argument that offers a guest exactly the paravirtual features that pvclock offers.
 
 Source: QEMU target/i386/cpu.c, feature words FEAT_KVM and FEAT_8000_0007_EDX.
 """
@@ -35,9 +35,9 @@ def cpu_property(
 ) -> str:
     """The value of -cpu that offers exactly `features` (CPUID 0x40000001 EAX).
 
-    known: the CPU flags that the QEMU at hand has names for; it offers none of the others.
+    known: the CPU flags that this QEMU has names for; it offers none of the others.
 
-    ConfigError for a bit that it has no name for, or for one of the two clock bits without the other.
+    ConfigError for a bit without a name, or for one of the two clock bits without the other.
     """
     names = {name: bits for name, bits in FEATURE_BITS.items() if name in known}
     unnamed = features & ~sum(names.values())

@@ -1,8 +1,8 @@
-"""A QEMU/KVM that is surely stopped, with RAM that this process shares.
+"""A QEMU/KVM that ends with this process, with RAM that both share.
 
-Nothing of it has a name in any file system: RAM, kernel image, console and output are memfds that QEMU opens through
-its /proc/self/fd, and QMP is a socket pair.  So however either process ends, no file stays.  Nor does QEMU: the kernel
-kills it with the thread that launched it (PR_SET_PDEATHSIG).
+RAM, kernel image, console and output are memfds, which QEMU opens through its /proc/self/fd, and QMP is a socket pair:
+so no file is left, however either process ends.  QEMU is not left either: the kernel kills it with the thread that
+launched it (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["PROGRAM", "Qemu", "find_program", "require_programs"]
 PROGRAM: Final = "qemu-system-x86_64"
 PACKAGE: Final = "qemu-system-x86"
 LAUNCHER: Final = ("setpriv", "util-linux")
-"""It has the kernel end QEMU with us; and the Debian package that has it."""
+"""Sets PR_SET_PDEATHSIG for QEMU; and the Debian package that has it."""
 
 CPU_MODEL: Final = "host,-arch-capabilities"
 """KVM may offer IA32_ARCH_CAPABILITIES and then refuse QEMU's write of it, which ends QEMU; no clock needs it."""
@@ -54,11 +54,11 @@ def require_programs() -> None:
 class Qemu:
     """A running QEMU/KVM (machine type microvm) with the multiboot `image` in it; a context manager.
 
-    features: CPUID 0x40000001 EAX as the guest shall see it.  program: QEMU's name or path.  arguments: more of its
+    features: CPUID 0x40000001 EAX that the guest sees.  program: QEMU's name or path.  arguments: more of its
     command line.
 
-    QemuMissing, QemuExited (which has exit code, command and output), QmpFailed or ConfigError if it cannot be
-    launched; nothing is left behind then.
+    QemuMissing, QemuExited (with exit code, command and output), QmpFailed or ConfigError if it cannot be launched;
+    nothing is left behind then.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Qemu:
                 *arguments,
             ]
             self._launch(resources, [ram.fd, self._image, self._console, self._dump, theirs.fileno()])
-            theirs.close()  # the last one here: when QEMU ends, it hangs up
+            theirs.close()  # the last copy in this process: when QEMU ends, the connection closes
             self._connect(resources, ours)
             self._resources = resources.pop_all()
 
@@ -104,7 +104,7 @@ class Qemu:
 
     @property
     def console(self) -> str:
-        """What the guest wrote to the debug console up to now."""
+        """The guest's output on the debug console so far."""
         return _contents(self._console).decode(errors="replace")
 
     def pause(self) -> None:
@@ -112,13 +112,13 @@ class Qemu:
         self.execute("stop")
 
     def resume(self) -> None:
-        """Let both go on: QMP cont."""
+        """Continue both: QMP cont."""
         self.execute("cont")
 
     def wait(self, limit_s: float) -> int:
         """The guest's exit code, once it has written one; QEMU has ended then.
 
-        0 may also be QEMU's own failure (its exit code is 1 then, too): look for what the guest should have done.
+        0 may also be QEMU's own failure (its exit code is 1 then, too): check what the guest was to do.
         QemuExited if it ended otherwise; StateError if it is still running after `limit_s`.
         """
         try:
@@ -138,7 +138,7 @@ class Qemu:
     # QEMU
 
     def execute(self, command: str, **arguments: object) -> Any:  # noqa: ANN401  # JSON
-        """QEMU's answer to a QMP command; QmpFailed if it gives none, QemuExited if that is because it has ended."""
+        """QEMU's answer to a QMP command; QmpFailed if there is none, QemuExited if QEMU has ended."""
         try:
             return self._monitor.execute(command, arguments)
         except QmpFailed:
@@ -152,12 +152,12 @@ class Qemu:
         return _contents(self._dump)
 
     def tsc_hz(self) -> int:
-        """The frequency of vCPU 0's TSC as QEMU has it; errors of execute()."""
+        """vCPU 0's TSC frequency by QEMU; errors of execute()."""
         cpu = self.execute("query-cpus-fast")[0]["qom-path"]
         return int(self.execute("qom-get", path=cpu, property="tsc-frequency"))
 
     def close(self) -> None:
-        """End QEMU and give everything back.  May be called twice."""
+        """End QEMU and release everything.  May be called twice."""
         self._resources.close()
 
     def __enter__(self) -> Self:
@@ -183,7 +183,7 @@ class Qemu:
             stdout=self._output,
             stderr=self._output,
             pass_fds=fds,
-            process_group=0,  # a Ctrl-C is ours: we end QEMU in order
+            process_group=0,  # Ctrl-C reaches this process alone, which ends QEMU in order
         )
         resources.callback(_end, self._process)
 
@@ -196,7 +196,7 @@ class Qemu:
         resources.callback(self._ask_to_quit)
 
     def _raise_if_ending(self) -> None:
-        """A QEMU that hangs up is about to end: its own words are the better error."""
+        """A QEMU that closes QMP is about to end: its own output explains more."""
         with suppress(subprocess.TimeoutExpired):
             raise self._exited(self._process.wait(STEP_LIMIT_S)) from None
 
@@ -219,7 +219,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _machine(vcpus: int, cpu: str, memory_bytes: int, ram_fd: int) -> list[str]:
-    # microvm: no firmware worth mentioning, so 0.1 s to the image where a PC takes 3 s.
+    # microvm has hardly any firmware: 0.1 s until the image runs, where a PC takes 3 s.
     ram = f"memory-backend-file,id=ram,share=on,size={memory_bytes},mem-path={_path(ram_fd)}"
     return [
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -238,7 +238,7 @@ def _ports(console_fd: int, monitor_fd: int) -> list[str]:
 
 
 def _cpu_flags(path: str) -> frozenset[str]:
-    """All words in what QEMU says of its CPUs, among them the flags that it has names for."""
+    """All words of `-cpu help`, among them the CPU flags that this QEMU knows."""
     command = [path, "-cpu", "help"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
@@ -249,7 +249,7 @@ def _cpu_flags(path: str) -> frozenset[str]:
 def _memfd(resources: ExitStack, name: str, contents: bytes) -> int:
     fd = os.memfd_create(f"pvclock-{name}", os.MFD_CLOEXEC)
     resources.callback(os.close, fd)
-    os.write(fd, contents)  # memory takes it whole
+    os.write(fd, contents)  # a memfd takes it in one write
     return fd
 
 

@@ -1,8 +1,8 @@
 """QEMU's monitor, called synchronously.
 
-qemu.qmp keeps reader and writer tasks on one event loop for as long as it is connected, so a loop per call will not
-do.  The loop here runs only within a call, on the caller's thread: no thread of ours can be left behind, and whatever
-goes wrong is raised where somebody waits.  Events that come in between stay in the socket.
+qemu.qmp keeps reader and writer tasks on one event loop while it is connected, so a loop per call does not work.  The
+loop here runs only within a call, on the caller's thread: so no thread can be left behind, and an error is raised in
+the call that waits.  Events that arrive between calls stay in the socket.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["ANSWER_LIMIT_S", "Monitor"]
 
 ANSWER_LIMIT_S: Final = 10.0
 
-# What qemu.qmp logs is in our errors, too; without a handler Python would print it to stderr.
+# Our errors carry what qemu.qmp logs; without a handler Python would print it to stderr as well.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
 class Monitor:
-    """A QMP session over `connection`, which it takes over; a context manager.  Not to be used within a running loop.
+    """A QMP session over `connection`, which it owns from then on; a context manager.  Not for use in a running loop.
 
-    limit_s: how long an answer may take.  QmpFailed if there is no QMP at the other end.
+    limit_s: the time limit of an answer.  QmpFailed if the other end does not speak QMP.
     """
 
     def __init__(self, connection: socket.socket, limit_s: float = ANSWER_LIMIT_S) -> None:
@@ -47,17 +47,17 @@ class Monitor:
     def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, limit_s: float | None = None
     ) -> Any:  # noqa: ANN401  # JSON
-        """QEMU's answer to `command`; QmpFailed if it gives none within `limit_s` (the session's limit by default)."""
+        """QEMU's answer to `command`; QmpFailed without one within `limit_s` (the session's limit by default)."""
         talk = self._client.execute(command, dict(arguments or {}))
         return self._run(command, talk, self._limit_s if limit_s is None else limit_s)
 
     @property
     def is_connected(self) -> bool:
-        """Has the session not been ended, as far as was seen in the last call?"""
+        """Was the session open at the end of the last call?"""
         return self._client.runstate == Runstate.RUNNING
 
     def close(self) -> None:
-        """End the session; QEMU goes on."""
+        """End the session; QEMU keeps running."""
         try:
             self._runner.run(self._disconnect())
         finally:
@@ -84,11 +84,11 @@ class Monitor:
             raise QmpFailed(operation, _in_words(self._runner.run(self._disconnect()) or failure)) from None
 
     async def _disconnect(self) -> Exception | None:
-        """End the session if there is one; what had already ended it, or None."""
+        """End the session if there is one; the error that had ended it before, or None."""
         if self._client.runstate != Runstate.IDLE:
             try:
                 await self._client.disconnect()
-            except Exception as cause:  # noqa: BLE001  # whatever ended the reading task comes out here
+            except Exception as cause:  # noqa: BLE001  # raises the error that ended the reader task
                 return cause
         return None
 

@@ -29,12 +29,12 @@ def test_a_command_that_is_not_there(scratch: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"no kernel" * 1000], ids=["empty", "text"])
 def test_a_kernel_that_is_none(scratch: Path, tmp_path: Path, content: bytes) -> None:
-    """A file that is no kernel is refused before anything starts."""
+    """A file that is not a kernel is refused before anything starts."""
     image = tmp_path / "vmlinuz"
     image.write_bytes(content)
     done = run_lab("--kernel", image, "--", "true", scratch=scratch)
     assert done.status == 2
-    assert f"{image} is no kernel" in done.stderr
+    assert f"{image} is not a kernel" in done.stderr
 
 
 def test_a_kernel_that_is_not_there(scratch: Path) -> None:

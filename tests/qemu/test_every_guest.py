@@ -9,7 +9,8 @@ from typing import TypeAlias
 import pytest
 
 from pvclock import Reference, read_tsc
-from pvclock.host.backend import HostBackend, host_clocksource
+from pvclock.host.linux import host_clocksource
+from pvclock.host.this_host import HostBackend
 from pvclock.meter.comparison import compare
 from pvclock.meter.guest import EngineGuest, Guest
 from pvclock.meter.in_process_guest import InProcessGuest
