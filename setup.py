@@ -65,9 +65,11 @@ setup(
     long_description_content_type="text/markdown",
     ext_modules=[
         module("pvclock._memory"),
+        module("pvclock._scale"),
         module("pvclock._core"),
         module("pvclock._counter"),
         module("pvclock._records"),
+        module("pvclock._stress"),
         module("pvclock._transaction"),
         module("pvclock._bulk"),
         module("pvclock._sampling"),

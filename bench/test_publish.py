@@ -10,6 +10,7 @@ import pytest
 from bench.c_twins import Twins
 from bench.comparison import Comparison
 from bench.published_clock import LINUX_STRIDE, PublishedClock, published_clock
+from pvclock.meter.stress import republish
 
 PUBLISHES = {1: 4000, 8: 4000, 64: 1000, 1024: 100}
 """In a round, by the number of pages."""
@@ -30,14 +31,14 @@ def published(request: pytest.FixtureRequest, tsc_hz: int, stride: int) -> Itera
         yield made
 
 
-def test_churn(comparison: Comparison, twins: Twins, published: PublishedClock) -> None:
-    """clock.churn(): the product's own loop, without the GIL."""
+def test_republish(comparison: Comparison, twins: Twins, published: PublishedClock) -> None:
+    """republish(): the product's own loop, without the GIL."""
     clock, layout, rate = published
     pages, stride = layout.pages, layout.stride
     publishes = PUBLISHES[pages]
     comparison.measure(
-        f"publish by churn(), {pages} x {stride} B",
-        lambda: clock.churn(publishes, [Fraction(1)]),
+        f"publish by republish(), {pages} x {stride} B",
+        lambda: republish(clock, publishes, [Fraction(1)]),
         (TWIN, lambda: twins.publish(layout, rate, publishes)),
         operations=publishes,
         parts=("page", pages),

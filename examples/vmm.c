@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "pvclock_publish.h"
+#include "pvclock_records.h"
 #include "tiny_vm.h"
 
 #ifndef VCPUS
@@ -30,9 +31,9 @@ enum { MSR_WALL_CLOCK = 0x11, MSR_SYSTEM_TIME, MSR_WALL_CLOCK_NEW = 0x4b564d00, 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t tsc_hz;
 static struct pvclock_counter counter;
-static struct pvclock_line line;     /* guest time, exactly, from the last change of its rate on */
-static struct pvclock_rate rate;     /* what pages show of its rate */
-static struct pvclock_anchor anchor; /* the line published last */
+static struct pvclock_line line;            /* guest time, exactly, from the last change of its rate on */
+static struct pvclock_anchor_params params; /* how pages show its rate */
+static struct pvclock_anchor anchor;        /* the line published last */
 
 static uint8_t *ram;
 static uint64_t wall_clock_msr;
@@ -63,19 +64,19 @@ static uint64_t publish(const struct vcpu *out)
 		if (vcpu->page)
 			targets[count++] = (struct pvclock_target){
 				.page = vcpu->page, .flags = PVCLOCK_TSC_STABLE_BIT, .in_guest = vcpu != out };
-	if (pvclock_publish(targets, count, &line, &rate, &counter, &anchor, &break_tsc) != 0)
+	if (pvclock_publish(targets, count, &line, &params, &counter, &anchor, &break_tsc) != 0)
 		lack("TSC", "it went back");
 	return break_tsc;
 }
 
 /* What pages show of ns/ticks: rounded down, for a page must not be faster than the timeline. */
-static struct pvclock_rate rate_of(uint64_t ns, uint64_t ticks)
+static struct pvclock_anchor_params params_of(uint64_t ns, uint64_t ticks)
 {
 	struct pvclock_scale scale;
 
 	if (pvclock_time_scale_of_rate(ns, ticks, 0, &scale) != 0)
 		lack("TSC", "no page can show this rate");
-	return pvclock_rate_of(scale);
+	return pvclock_anchor_params_of(scale);
 }
 
 /* From the next break point on, guest_s of guest time pass in host_s of host time; the guest's clock does not step. */
@@ -84,7 +85,7 @@ static void change_rate(uint64_t guest_s, uint64_t host_s)
 	uint64_t ns = guest_s * PVCLOCK_NS_PER_SEC, ticks = host_s * tsc_hz, break_tsc;
 
 	pthread_mutex_lock(&lock);
-	rate = rate_of(ns, ticks);
+	params = params_of(ns, ticks);
 #ifdef NAIVE
 	/* Wrong: the guest goes on along the old line until the break point, and this timeline does not. */
 	break_tsc = pvclock_counter_read(&counter);
@@ -242,7 +243,7 @@ int main(void)
 	tsc_hz = 1000 * (uint64_t)CALL(vcpus[0].fd, KVM_GET_TSC_KHZ, 0);
 	counter = pvclock_host_counter();
 	line = (struct pvclock_line){ .tsc = pvclock_counter_read(&counter), .num = PVCLOCK_NS_PER_SEC, .den = tsc_hz };
-	rate = rate_of(line.num, line.den);
+	params = params_of(line.num, line.den);
 	lines[0] = line;
 	for (struct vcpu *vcpu = vcpus; vcpu < vcpus + VCPUS; vcpu++)
 		if ((errno = pthread_create(&vcpu->thread, NULL, run_vcpu, vcpu)) != 0)

@@ -15,9 +15,9 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # type checkers know the name; importing typing would be most of this module's cost
 if TYPE_CHECKING:
-    from pvclock._core import ClockScale, time_scale, tsc_ratio
     from pvclock._counter import read_tsc
     from pvclock._memory import GuestMemory
+    from pvclock._scale import ClockScale, time_scale, tsc_ratio
     from pvclock.clock.guest_clock import GuestClock
     from pvclock.clock.ticker import Ticker
     from pvclock.errors import (
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from pvclock.providers.interface import CpuidLeaf, HypercallRegisters, HypercallResult, Status
     from pvclock.providers.kvm import KvmFeature
     from pvclock.quantities import Gpa, GuestNs, GuestTsc, HostTsc, RefNs
-    from pvclock.readings import Churn, ClockLine, Reading, Reference, Sample, TimeInfo
+    from pvclock.readings import ClockLine, Reading, Reference, Sample, TimeInfo
     from pvclock.timekeeping.timers import Timers
     from pvclock.tsc.vcpu_tsc import VcpuTsc
 
@@ -75,7 +75,6 @@ __all__ = [
     "TimeInfo",
     "Reading",
     "ClockLine",
-    "Churn",
     "HostTsc",
     "GuestTsc",
     "GuestNs",
@@ -104,7 +103,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "pvclock._core": ("ClockScale", "time_scale", "tsc_ratio"),
+    "pvclock._scale": ("ClockScale", "time_scale", "tsc_ratio"),
     "pvclock._memory": ("GuestMemory",),
     "pvclock._counter": ("read_tsc",),
     "pvclock.host.backend": ("Backend",),
@@ -134,7 +133,7 @@ _HOME = {
     "pvclock.providers.interface": ("CpuidLeaf", "HypercallRegisters", "HypercallResult", "Status"),
     "pvclock.providers.kvm": ("KvmFeature",),
     "pvclock.quantities": ("Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs"),
-    "pvclock.readings": ("Churn", "ClockLine", "Reading", "Reference", "Sample", "TimeInfo"),
+    "pvclock.readings": ("ClockLine", "Reading", "Reference", "Sample", "TimeInfo"),
     "pvclock.clock.ticker": ("Ticker",),
     "pvclock.timekeeping.timers": ("Timers",),
     "pvclock.tsc.vcpu_tsc": ("VcpuTsc",),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0 OR MIT
-"""C declarations of pvclock_tsc.h and pvclock_publish.h.
+"""C declarations of pvclock_tsc.h, pvclock_anchor.h, pvclock_publish.h, pvclock_own_line.h, pvclock_words.h and
+pvclock_records.h.
 
 Who cimports them says include_dirs=[pvclock.get_include()] to its compiler: docs/c.md has a complete setup.py.
 """
@@ -21,14 +22,28 @@ cdef extern from "pvclock_tsc.h" nogil:
     uint64_t pvclock_counter_read(const pvclock_counter *counter)
 
 
-cdef extern from "pvclock_publish.h" nogil:
+cdef extern from "pvclock_anchor.h" nogil:
     cdef struct pvclock_anchor:
         uint64_t tsc_timestamp
         uint64_t system_time
         pvclock_scale scale
 
-    cdef struct pvclock_rate:
+    cdef struct pvclock_anchor_params:
         pvclock_scale scale
+
+    void pvclock_anchor_move(pvclock_anchor *anchor, uint64_t ticks, uint64_t ns)
+    uint64_t pvclock_anchor_read(const pvclock_anchor *anchor, uint64_t tsc)
+    pvclock_anchor_params pvclock_anchor_params_of(pvclock_scale scale)
+
+
+cdef extern from "pvclock_publish.h" nogil:
+    cdef struct pvclock_page_kind:
+        pass
+
+    cdef struct pvclock_page_set:
+        const pvclock_page_kind *kind
+        void *pages
+        size_t count
 
     cdef struct pvclock_target:
         void *page
@@ -42,38 +57,27 @@ cdef extern from "pvclock_publish.h" nogil:
         uint32_t version
         uint8_t flags
 
-    void pvclock_anchor_move(pvclock_anchor *anchor, uint64_t ticks, uint64_t ns)
-    uint64_t pvclock_anchor_read(const pvclock_anchor *anchor, uint64_t tsc)
-    pvclock_rate pvclock_rate_of(pvclock_scale scale)
-    uint32_t pvclock_version_odd(uint32_t version)
+    const pvclock_page_kind pvclock_page_kind_pvclock
+
     int pvclock_publish(
         pvclock_target *targets,
         size_t count,
         const pvclock_line *timeline,
-        const pvclock_rate *rate,
+        const pvclock_anchor_params *params,
         const pvclock_counter *counter,
         pvclock_anchor *anchor,
         uint64_t *break_tsc,
     )
     int pvclock_publish_at(
-        pvclock_target *targets,
+        pvclock_page_set *sets,
         size_t count,
         const pvclock_line *timeline,
-        const pvclock_rate *rate,
+        const pvclock_anchor_params *params,
         const pvclock_counter *counter,
         pvclock_anchor *anchor,
         uint64_t *break_tsc,
         int again,
     )
-    void pvclock_publish_wall_clock(void *record, uint32_t sec, uint32_t nsec)
-    void pvclock_set_preempted(void *record)
-    uint8_t pvclock_clear_preempted(void *record)
-    void pvclock_add_steal_time(void *record, uint64_t ns)
-    uint8_t pvclock_publish_steal_time(void *record, uint64_t ns)
-    void pvclock_eoi_offer(uint8_t *flag)
-    int pvclock_eoi_take(uint8_t *flag)
-    uint32_t pvclock_load32(const void *at)
-    void pvclock_store32(void *at, uint32_t value)
     int pvclock_read(
         const void *page,
         uint64_t tsc_offset,
@@ -81,3 +85,32 @@ cdef extern from "pvclock_publish.h" nogil:
         unsigned int tries,
         pvclock_reading *ret,
     )
+
+
+cdef extern from "pvclock_own_line.h" nogil:
+    cdef struct pvclock_own_page:
+        void *page
+        pvclock_anchor line
+        uint32_t version
+        uint8_t flags
+        uint8_t is_due
+
+    const pvclock_page_kind pvclock_page_kind_own_line
+
+    void pvclock_own_pages_write_now(pvclock_own_page *pages, size_t count)
+
+
+cdef extern from "pvclock_words.h" nogil:
+    uint32_t pvclock_version_odd(uint32_t version)
+    uint32_t pvclock_load32(const void *at)
+    void pvclock_store32(void *at, uint32_t value)
+
+
+cdef extern from "pvclock_records.h" nogil:
+    void pvclock_publish_wall_clock(void *record, uint32_t sec, uint32_t nsec)
+    void pvclock_set_preempted(void *record)
+    uint8_t pvclock_clear_preempted(void *record)
+    void pvclock_add_steal_time(void *record, uint64_t ns)
+    uint8_t pvclock_publish_steal_time(void *record, uint64_t ns)
+    void pvclock_eoi_offer(uint8_t *flag)
+    int pvclock_eoi_take(uint8_t *flag)

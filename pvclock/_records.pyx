@@ -1,4 +1,5 @@
-"""The small records that host and guest share beside the time pages: steal time, EOI byte, page-fault words, pairing.
+"""The records that host and guest share beside the time pages: wall clock, steal time, EOI byte, page-fault words,
+pairing.
 
 Each function works on one record of a vCPU that may be running, and does nothing but say so where the record is not in
 guest memory, which Linux ignores as well.  RangeError if an address or a value does not fit its type.
@@ -10,12 +11,12 @@ from libc.string cimport memcpy, memset
 
 from pvclock._abi cimport (
     PVCLOCK_PAGE_NOT_PRESENT, PVCLOCK_PAGE_READY, PVCLOCK_VCPU_FLUSH_TLB, PVCLOCK_VCPU_PREEMPTED, pvclock_async_pf,
-    pvclock_clock_pairing, pvclock_steal_time
+    pvclock_clock_pairing, pvclock_steal_time, pvclock_wall_clock
 )
 from pvclock._memory cimport GuestMemory, as_u64, as_whole
 from pvclock._publish cimport (
     pvclock_add_steal_time, pvclock_clear_preempted, pvclock_eoi_offer, pvclock_eoi_take, pvclock_load32,
-    pvclock_publish_steal_time, pvclock_set_preempted, pvclock_store32
+    pvclock_publish_steal_time, pvclock_publish_wall_clock, pvclock_set_preempted, pvclock_store32
 )
 
 from pvclock.errors import RangeError
@@ -37,6 +38,24 @@ cdef uint8_t *byte_of(bytearray by_vcpu, object vcpu) except NULL:
     if not 0 <= index < PyByteArray_GET_SIZE(by_vcpu):
         raise RangeError(f"vCPU {index}; there are {len(by_vcpu)}")
     return <uint8_t *>PyByteArray_AS_STRING(by_vcpu) + index
+
+
+def publish_wall_clock(GuestMemory memory not None, gpa: int, epoch_ns: int) -> bool:
+    """Write the wall-clock record at `gpa`: the UTC instant `epoch_ns` (ns since 1970) at which system time was 0.
+
+    Returns False, with nothing written, where the record is not in guest memory, which Linux ignores as well.
+    Seconds are 32 bits in the ABI and wrap in 2106.
+    """
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    sec, nsec = divmod(as_whole(epoch_ns, "epoch_ns"), NS_PER_S)
+    cdef uint32_t sec_bits = sec & 0xFFFFFFFF
+    cdef uint32_t nsec_bits = nsec
+    cdef uint8_t *record = memory.find(where, sizeof(pvclock_wall_clock))
+    if record is NULL:
+        return False
+    pvclock_publish_wall_clock(record, sec_bits, nsec_bits)
+    memory.mark_dirty(where, sizeof(pvclock_wall_clock))
+    return True
 
 
 def add_steal_time(GuestMemory memory not None, gpa: int, ns: int) -> None:

@@ -1,6 +1,6 @@
-"""What is read from a clock's pages: the page as it stands, what a guest makes of it, and what a churn did.
+"""Values that layers hand each other: instants of the host's clocks, a line of guest time, what a page shows.
 
-Field names are the ABI's where the ABI has one.
+Each is a plain tuple, made in one layer and read in another.  Field names are the ABI's where the ABI has one.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import NamedTuple
 
-from pvclock.arguments import instance
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc, RefNs
 
-__all__ = ["Churn", "ClockLine", "HostStamps", "Reading", "Reference", "RunReport", "Sample", "TimeInfo"]
+__all__ = ["ClockLine", "HostStamps", "Reading", "Reference", "RunReport", "Sample", "TimeInfo"]
 
 
 class Reference(StrEnum):
@@ -98,28 +97,3 @@ class RunReport(NamedTuple):
 
     ran_ns: Fraction
     overshoot_ns: Fraction
-
-
-class Churn(NamedTuple):
-    """What a run of publishes did, seen at each break point.
-
-    Steps are new line minus old line (ns, 0 or 1 by contract); `behind` and `ahead` are how far the new line was from
-    the timeline (ns, whole).
-    """
-
-    publishes: int
-    least_step_ns: int
-    most_step_ns: int
-    most_behind_ns: int
-    most_ahead_ns: int
-
-    def plus(self, later: Churn) -> Churn:
-        """This run and a later one, as one."""
-        instance("later", later, Churn)
-        return Churn(
-            self.publishes + later.publishes,
-            min(self.least_step_ns, later.least_step_ns),
-            max(self.most_step_ns, later.most_step_ns),
-            max(self.most_behind_ns, later.most_behind_ns),
-            max(self.most_ahead_ns, later.most_ahead_ns),
-        )

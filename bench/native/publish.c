@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The twin of GuestClock.churn() and refresh(): pvclock_publish() in a loop, and nothing else.
+ * The twin of republish_in_turn() and refresh(): pvclock_publish() in a loop, and nothing else.
  */
 #include "published.h"
 

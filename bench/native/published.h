@@ -27,7 +27,7 @@ struct published {
 	struct pvclock_target *targets;
 	size_t pages;
 	struct pvclock_line line;
-	struct pvclock_rate rate;
+	struct pvclock_anchor_params params;
 	struct pvclock_counter counter;
 	struct pvclock_anchor anchor;
 };
@@ -39,7 +39,7 @@ static inline bool published_make(const struct layout *layout, const struct rate
 		.targets = calloc(layout->pages, sizeof(struct pvclock_target)),
 		.pages = layout->pages,
 		.line = time->line,
-		.rate = pvclock_rate_of(time->scale),
+		.params = pvclock_anchor_params_of(time->scale),
 		.counter = pvclock_host_counter(),
 	};
 
@@ -57,7 +57,7 @@ static inline void published_publish(struct published *published)
 {
 	uint64_t break_tsc;
 
-	pvclock_publish(published->targets, published->pages, &published->line, &published->rate, &published->counter,
+	pvclock_publish(published->targets, published->pages, &published->line, &published->params, &published->counter,
 			&published->anchor, &break_tsc);
 }
 

@@ -47,31 +47,29 @@ static uint64_t times_cpu_was_lost(void)
 /* Returns the ticks during which not all pages were even. */
 static uint64_t stamped_publish(struct published *published)
 {
-	struct pvclock_target *targets = published->targets;
-	uint64_t begin, odd_tsc, break_tsc;
+	struct pvclock_page_set set = { &pvclock_page_kind_pvclock, published->targets, published->pages, 1 };
+	struct pvclock_update update = { &published->line, &published->params, &published->counter,
+					 &published->anchor, 0 };
+	uint64_t begin, busy_tsc, wait_ticks = published->counter.margin_ticks;
 
-	for (size_t i = 0; i < published->pages; i++)
-		pvclock_touch(targets[i].page);
+	set.kind->touch(&set);
 
 	begin = pvclock_rdtsc_ordered();
-	for (size_t i = 0; i < published->pages; i++) {
-		targets[i].odd_version = pvclock_version_odd(pvclock_load32(targets[i].page));
-		pvclock_store32(targets[i].page, targets[i].odd_version);
-	}
+	set.kind->mark_busy(&set);
 
 	__atomic_thread_fence(__ATOMIC_RELEASE);
-	odd_tsc = pvclock_counter_read_after_stores(&published->counter);
-	break_tsc = odd_tsc + published->counter.margin_ticks;
-	published->anchor = pvclock_reanchor(&published->line, &published->anchor, &published->rate, break_tsc);
+	busy_tsc = pvclock_counter_read_after_stores(&published->counter);
+	wait_ticks += pvclock_sets_delay_ticks(&set, 1, &update, busy_tsc + wait_ticks);
+	update.break_tsc = busy_tsc + wait_ticks;
+	published->anchor =
+		pvclock_reanchor(&published->line, &published->anchor, &published->params, update.break_tsc);
 
-	for (size_t i = 0; i < published->pages; i++)
-		pvclock_write_payload(&targets[i], &published->anchor);
+	set.kind->write(&set, &update);
 
-	pvclock_counter_wait(&published->counter, odd_tsc);
+	pvclock_counter_wait(&published->counter, busy_tsc, wait_ticks);
 
 	__atomic_thread_fence(__ATOMIC_RELEASE);
-	for (size_t i = 0; i < published->pages; i++)
-		pvclock_store32(targets[i].page, targets[i].odd_version + 1u);
+	set.kind->release(&set);
 	return pvclock_rdtsc_after_stores() - begin;
 }
 

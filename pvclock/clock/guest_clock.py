@@ -11,8 +11,9 @@ from fractions import Fraction
 from functools import cache
 from typing import Literal, Self
 
-from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale
+from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT
 from pvclock._memory import GuestMemory
+from pvclock._scale import ClockScale
 from pvclock._transaction import attempt
 from pvclock.arguments import flag, instance, instances, serving, whole
 from pvclock.clock import capture
@@ -42,7 +43,7 @@ from pvclock.providers.interface import (
     VmmServices,
 )
 from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, quoted
-from pvclock.readings import Churn, ClockLine, Reading, Reference, RunReport, TimeInfo
+from pvclock.readings import ClockLine, Reading, Reference, RunReport, TimeInfo
 from pvclock.state import clock_state
 from pvclock.state.clock_state import ClockState, OfferState
 from pvclock.timekeeping.catchup import CatchUp, Policy, as_policy
@@ -328,14 +329,6 @@ class GuestClock:
         """
         with self._keeper.changing:
             self._keeper.with_vcpus_out(None, self._guest.reset)
-
-    def churn(self, publishes: int, dilations: list[Fraction], *, seconds: float = float("inf")) -> Churn:
-        """Publish `publishes` times, or for `seconds`, as fast as it goes, taking `dilations` in turn.
-
-        For stress, benchmarks and demonstration.  At least once; the last rate used stays.  A simulated counter stands
-        still meanwhile, so `seconds` do not pass on it.
-        """
-        return self._operations.churn(publishes, dilations, seconds)
 
     # The vCPUs' TSCs
 

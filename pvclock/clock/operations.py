@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from functools import partial
 
-from pvclock._transaction import commit
-from pvclock.arguments import fraction, number, sequence, whole
+from pvclock.arguments import whole
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.timekeeper import Timekeeper, TimeState
-from pvclock.errors import RangeError, StateError
+from pvclock.errors import RangeError
 from pvclock.quantities import U64_MASK, HostTsc, shown
-from pvclock.readings import Churn, ClockLine, HostStamps
+from pvclock.readings import HostStamps
 from pvclock.timekeeping import catchup
 from pvclock.timekeeping.catchup import Slew
 from pvclock.timekeeping.events import Event, EventKind
@@ -73,33 +71,6 @@ class Operations:
             slewed = keeper.timeline.copy()
             slewed.slew(stamps.tsc, Fraction(target_ns), policy)
             self._go_on_slewing(slewed, stamps, f"slew({target_ns}, {max_ppm})")
-
-    def churn(self, publishes: int, dilations: list[Fraction], seconds: float) -> Churn:
-        """See GuestClock.churn()."""
-        keeper = self._keeper
-        publishes, dilations = whole("publishes", publishes), _checked_dilations(dilations)
-        max_ticks = int(min(number("seconds", seconds) * keeper.backend.tsc_hz, 2**63 - 1))
-        with keeper.changing:
-            timeline = keeper.timeline
-            all_terms = [timeline.terms._replace(dilation=dilation) for dilation in dilations]
-            rates = [(*timeline.ns_per_tick(terms.rate), timeline.scale(terms.rate)) for terms in all_terms]
-            if keeper.is_paused or timeline.is_slewing:
-                raise StateError("churn", "guest time stands still or is being slewed", "let it run at its rate first")
-            self._host.require("churn")
-            keeper.republish()
-            done: list[Churn] = []
-
-            def change(churned: tuple[ClockLine, Churn]) -> tuple[TimeState, tuple[Event, ...]]:
-                line, churn = churned
-                last = (churn.publishes - 1) % len(rates)
-                carried = timeline.copy()
-                carried.resume_from(line, all_terms[last])
-                done.append(churn)
-                return TimeState(carried, line, rates[last][2]), ()
-
-            publish = partial(keeper.pages.churn, keeper.state.line, rates, publishes, max_ticks)
-            keeper.beside_guests(None, partial(commit, publish, change, keeper.take, keeper.events))
-        return done[-1]
 
     # Steps, all forward
 
@@ -177,8 +148,3 @@ class Operations:
             return new, events(tsc, new)
 
         keeper.begin_segment(change, scale)
-
-
-def _checked_dilations(dilations: list[Fraction]) -> list[Fraction]:
-    found = sequence("dilations", dilations, "a list of fractions")
-    return [fraction(f"dilations[{place}]", dilation) for place, dilation in enumerate(found)]

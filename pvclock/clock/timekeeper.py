@@ -11,8 +11,9 @@ from fractions import Fraction
 from functools import partial
 from typing import Final, NamedTuple, TypeAlias, TypeVar
 
-from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, ClockScale, TimePages, read_time_info
+from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, TimePages, read_time_info
 from pvclock._memory import GuestMemory
+from pvclock._scale import ClockScale
 from pvclock._transaction import Transaction, attempt, commit
 from pvclock.arguments import whole
 from pvclock.clock.event_log import EventLog

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from pvclock._core import publish_wall_clock
+from pvclock._records import publish_wall_clock
 from pvclock._transaction import commit
 from pvclock.arguments import instance, whole
 from pvclock.clock.timekeeper import Timekeeper, nothing

@@ -73,19 +73,19 @@ static inline uint64_t pvclock_counter_read_after_stores(const struct pvclock_co
  */
 #define PVCLOCK_WAIT_POLLS_MAX (1u << 20)
 
-/* Wait until the counter, which was `from`, has reached `from` plus its margin.
+/* Wait until the counter, which was `from`, has reached `from` plus `ticks`.
  *
  * Returns 0, or -1 if that does not come: the counter went back, or stands still.  It may be behind `from` by as much as
  * the margin: that is how a thread finds it that has moved to a CPU whose TSC is a little late.
  */
-static inline int pvclock_counter_wait(const struct pvclock_counter *counter, uint64_t from)
+static inline int pvclock_counter_wait(const struct pvclock_counter *counter, uint64_t from, uint64_t ticks)
 {
 	for (unsigned int polls = 0; polls < PVCLOCK_WAIT_POLLS_MAX; polls++) {
-		int64_t ticks = (int64_t)(pvclock_counter_read(counter) - from);
+		int64_t passed = (int64_t)(pvclock_counter_read(counter) - from);
 
-		if (ticks >= (int64_t)counter->margin_ticks)
+		if (passed >= (int64_t)ticks)
 			return 0;
-		if (ticks < -(int64_t)counter->margin_ticks)
+		if (passed < -(int64_t)counter->margin_ticks)
 			return -1;
 		__builtin_ia32_pause();
 	}

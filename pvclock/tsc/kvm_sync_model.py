@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from pvclock._core import ClockScale, time_scale, tsc_ratio
+from pvclock._scale import ClockScale, time_scale, tsc_ratio
 from pvclock.arguments import flag, instance, sequence, whole
 from pvclock.errors import ConfigError, RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, shown, signed64

@@ -12,7 +12,7 @@ from math import gcd
 from typing import Final, Literal
 
 from pvclock import arguments
-from pvclock._core import guest_tsc
+from pvclock._scale import guest_tsc
 from pvclock.arguments import flag, fraction, whole
 from pvclock.errors import ConfigError, MsrFault, RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, GuestTsc, HostTsc, quoted, shown

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "pvclock_publish.h"
+#include "pvclock_records.h"
 
 #define BARRIER() __asm__ volatile("" : : : "memory")
 
@@ -90,11 +91,11 @@ static void page(uint8_t *record)
 	struct pvclock_anchor anchor = { 0 };
 	uint64_t break_tsc;
 	struct pvclock_scale scale;
-	struct pvclock_rate rate;
+	struct pvclock_anchor_params params;
 
 	pvclock_time_scale(PVCLOCK_NS_PER_SEC, line.den, &scale);
-	rate = pvclock_rate_of(scale);
-	pvclock_publish(&target, 1, &line, &rate, &counter, &anchor, &break_tsc);
+	params = pvclock_anchor_params_of(scale);
+	pvclock_publish(&target, 1, &line, &params, &counter, &anchor, &break_tsc);
 }
 
 static void page_never_odd(uint8_t *record)

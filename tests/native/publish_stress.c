@@ -385,7 +385,7 @@ static void add_counts(struct counts *sum, const struct counts *counts)
 /* One rate: guest time passes as if the TSC had this frequency. */
 struct dilation {
 	uint64_t hz;
-	struct pvclock_rate rate;
+	struct pvclock_anchor_params params;
 };
 
 static struct dilation dilation_of(uint64_t hz)
@@ -397,7 +397,7 @@ static struct dilation dilation_of(uint64_t hz)
 		fprintf(stderr, "--tsc-hz: no scale for %llu Hz\n", (unsigned long long)hz);
 		exit(2);
 	}
-	dilation.rate = pvclock_rate_of(scale);
+	dilation.params = pvclock_anchor_params_of(scale);
 	return dilation;
 }
 
@@ -443,7 +443,7 @@ static uint64_t next_random(uint64_t *state)
 static double bound_ns(const struct dilation *dilation, uint64_t age_ticks)
 {
 	double ns_per_tick = (double)PVCLOCK_NS_PER_SEC / (double)dilation->hz;
-	int shift = dilation->rate.scale.shift;
+	int shift = dilation->params.scale.shift;
 	double cut_ticks = shift < 0 ? (double)(UINT64_C(1) << -shift) : 1 / (double)(UINT64_C(1) << shift);
 
 	return 2 + cut_ticks * ns_per_tick + 0.47e-9 * ns_per_tick * (double)age_ticks;
@@ -498,7 +498,7 @@ static uint64_t publish_at(struct writer *me, const struct dilation *dilation)
 	struct stress *stress = me->stress;
 	uint64_t break_tsc;
 
-	if (stress->publish(me->targets, stress->options.pages, &me->timeline, &dilation->rate, &me->counter,
+	if (stress->publish(me->targets, stress->options.pages, &me->timeline, &dilation->params, &me->counter,
 			    &me->anchor, &break_tsc) != 0) {
 		fprintf(stderr, "the TSC went back or stood still during a publish\n");
 		exit(1);

@@ -46,14 +46,14 @@ int main(int argc, char **argv)
 	struct script script = { .name = argc > 1 ? argv[1] : "steady" };
 	struct pvclock_counter counter = { read_script, &script, MARGIN };
 	struct pvclock_scale scale;
-	struct pvclock_rate rate;
+	struct pvclock_anchor_params params;
 	uint64_t break_tsc;
 	int status;
 
 	if (pvclock_time_scale(PVCLOCK_NS_PER_SEC, PVCLOCK_NS_PER_SEC, &scale) != 0)
 		return 1;
-	rate = pvclock_rate_of(scale);
-	status = pvclock_publish(targets, 2, &line, &rate, &counter, &anchor, &break_tsc);
+	params = pvclock_anchor_params_of(scale);
+	status = pvclock_publish(targets, 2, &line, &params, &counter, &anchor, &break_tsc);
 	printf("{\"status\": %d, \"versions\": [%" PRIu32 ", %" PRIu32 "], \"ticks_to_break\": %" PRIu64
 	       ", \"shown_at_break_ns\": %" PRIu64 ", \"reads\": %" PRIu64 "}\n",
 	       status, pvclock_load32(pages), pvclock_load32(pages + 32), break_tsc - BEGIN_TSC,

@@ -18,7 +18,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "pvclock_publish.h"
+#include "pvclock_records.h"
 
 /* Each update adds this: the two halves of the sum are equal, but in a torn reading. */
 #define STEP ((UINT64_C(1) << 32) + 1)

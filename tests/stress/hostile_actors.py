@@ -28,6 +28,7 @@ from pvclock import (
 from pvclock.clock.event_log import GUEST_BURST, GUEST_EVENTS_PER_S
 from pvclock.clock.ticker import Ticker
 from pvclock.clock.wall_clock import WallClockBase
+from pvclock.meter.stress import republish
 from pvclock.quantities import U64_MASK, Gpa, HostTsc
 from pvclock.readings import Reference
 from pvclock.state import clock_state
@@ -223,7 +224,10 @@ class Vmm:
             ("offset", lambda clock: clock.offset(rng.randrange(-(10**6), 10**6))),
             ("pause", self._pause),
             ("run_for", self._run_for),
-            ("churn", lambda clock: clock.churn(rng.randrange(1, 20), [Fraction(1), Fraction(rng.randrange(1, 9), 7)])),
+            (
+                "republish",
+                lambda clock: republish(clock, rng.randrange(1, 20), [Fraction(1), Fraction(rng.randrange(1, 9), 7)]),
+            ),
             ("refresh", lambda clock: clock.refresh()),
             ("tick", lambda clock: clock.tick()),
             ("follow", self._follow),

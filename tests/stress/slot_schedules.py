@@ -7,17 +7,18 @@ from typing import Self
 from pvclock import ClockLine, ClockScale, GuestMemory, GuestNs, HostTsc
 from pvclock._core import TimePages, read_time_info
 from pvclock._counter import SimulatedCounter
+from pvclock._stress import republish_in_turn
 
 SIZE = 0x1000
 PAGE = 0x10000  # where the publish that is held open has its page
 SCALE = ClockScale.from_hz(10**9)
 LINE = ClockLine(HostTsc(0), GuestNs(0), 0, 1, 1)
-CHURN_TICKS = 1000
+REPUBLISH_TICKS = 1000
 
 
 def pages_at(memory: GuestMemory, gpa: int) -> TimePages:
     """One vCPU's page, published there if there is memory."""
-    pages = TimePages(memory, 1, SimulatedCounter(CHURN_TICKS))
+    pages = TimePages(memory, 1, SimulatedCounter(REPUBLISH_TICKS))
     pages.register(0, gpa)
     pages.publish(LINE, SCALE)
     return pages
@@ -36,12 +37,12 @@ class PublishUnderWay:
             give_way()
 
     def _publish(self) -> None:
-        self.pages.churn(LINE, [(1, 1, SCALE)], 2**63, CHURN_TICKS)
+        republish_in_turn(self.pages, LINE, [(1, 1, SCALE)], 2**63, REPUBLISH_TICKS)
 
     def end(self) -> None:
         """Let it end, and wait for that."""
         assert isinstance(self._counter, SimulatedCounter)
-        self._counter.value += 10 * CHURN_TICKS
+        self._counter.value += 10 * REPUBLISH_TICKS
         self._thread.join()
 
     def __enter__(self) -> Self:

@@ -15,7 +15,9 @@ import pytest
 
 from pvclock import GuestAddressError, GuestClock, GuestMemory, SimulatedBackend, StateError
 from pvclock import _records as records
-from pvclock._core import TimePages, publish_wall_clock, read_time_info
+from pvclock._core import TimePages, read_time_info
+from pvclock._records import publish_wall_clock
+from pvclock._stress import republish_in_turn
 from tests.stress.slot_schedules import LINE, SCALE, SIZE, pages_at
 
 pytestmark = pytest.mark.stress
@@ -37,7 +39,7 @@ PROBES: dict[str, Callable[[GuestMemory, TimePages], object]] = {
     "reading": lambda _, pages: pages.reading(0),
     "publish": lambda _, pages: pages.publish(LINE, SCALE),
     "step": lambda _, pages: pages.publish(LINE, SCALE, step=True, out_of_guest=(0,), flags=1),
-    "churn": lambda _, pages: pages.churn(LINE, [(1, 1, SCALE)], 3),
+    "republish in turn": lambda _, pages: republish_in_turn(pages, LINE, [(1, 1, SCALE)], 3),
     "memory.read": lambda memory, _: memory.read(0, 8),
     "memory.write": lambda memory, _: memory.write(0, b"written"),
     "time info": lambda memory, _: read_time_info(memory, 0),
@@ -52,7 +54,7 @@ NOT_THERE: dict[str, object] = {
     "reading": StateError,
     "publish": int,
     "step": int,
-    "churn": StateError,
+    "republish in turn": StateError,
     "memory.read": GuestAddressError,
     "memory.write": GuestAddressError,
     "time info": GuestAddressError,

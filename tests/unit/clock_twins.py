@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pvclock import GuestClock, GuestMemory, SimulatedBackend, StateError
 from pvclock.host.watch import Trouble, TroubleKind
+from pvclock.meter.stress import republish
 from pvclock.quantities import Gpa, HostTsc
 from pvclock.readings import ClockLine, Sample
 from pvclock.state.clock_state import ClockState
@@ -342,7 +343,7 @@ OPERATIONS: dict[str, Operation] = {
     "term": Operation(lambda twin: twin.clock.interface.term()),
     "note": Operation(note, troubled),
     "place_time_page": Operation(lambda twin: twin.clock.interface.provider.clock.place_time_page(0, Gpa(OTHER_PAGE))),
-    "churn": Operation(lambda twin: twin.clock.churn(3, [Fraction(1), Fraction(1, 3)])),
+    "republish": Operation(lambda twin: republish(twin.clock, 3, [Fraction(1), Fraction(1, 3)])),
 }
 """Each operation of GuestClock that changes something, or takes something, where it has something to do."""
 

@@ -31,6 +31,7 @@ MODULES = (
     "pvclock.clock.event_log",
     "pvclock.clock.ticker",
     "pvclock.compat.palacios",
+    "pvclock.meter.stress",
 )
 """What a VMM imports: the names in the __all__ of each."""
 

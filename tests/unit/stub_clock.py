@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 from pvclock import ClockLine, ClockScale, Gpa, GuestMemory, GuestNs, GuestTsc, HostTsc
-from pvclock._core import TSC_STABLE_BIT, TimePages, publish_wall_clock
+from pvclock._core import TSC_STABLE_BIT, TimePages
 from pvclock._counter import SimulatedCounter
+from pvclock._records import publish_wall_clock
 from pvclock.clock.timekeeper import nothing
 from pvclock.providers.interface import Engine, Pairing, VmmServices
 from pvclock.providers.kvm import KvmProvider

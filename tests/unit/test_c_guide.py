@@ -35,7 +35,7 @@ static void begin(void)
 	tsc_hz = 3000000000;
 	counter.read = read_now;
 	line = (struct pvclock_line){{ .num = PVCLOCK_NS_PER_SEC, .den = tsc_hz }};
-	rate = rate_of(line.num, line.den);
+	params = params_of(line.num, line.den);
 	register_page(&vcpus[0], 1);
 	now += tsc_hz;
 	change_rate(1, 3);

@@ -7,8 +7,9 @@ import pytest
 
 from pvclock import ClockLine, ClockScale, GuestAddressError, GuestMemory, GuestNs, HostTsc, StateError
 from pvclock import _records as records
-from pvclock._core import TimePages, publish_wall_clock
+from pvclock._core import TimePages
 from pvclock._counter import SimulatedCounter
+from pvclock._records import publish_wall_clock
 
 SIZE = 0x10000
 SCALE = ClockScale.from_hz(10**9)

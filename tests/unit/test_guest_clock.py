@@ -24,6 +24,7 @@ from pvclock import (
     StateError,
     WrongType,
 )
+from pvclock.meter.stress import republish
 from tests import oracle
 from tests.unit.clocks import MAX_AGE_NS, NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
 
@@ -168,21 +169,21 @@ def test_dilated_time_is_exact(dilation: tuple[int, int], ns: int) -> None:
 
 
 @pytest.mark.row("E9")
-def test_churn_is_many_publishes() -> None:
-    """churn() does what single publishes do, at C speed: versions, rate, no step, and the timeline goes on from it."""
+def test_republish_is_many_publishes() -> None:
+    """republish() does what single publishes do, in C: versions, rate, no step, and the timeline goes on from it."""
     clock, backend, _ = a_clock(2_596_132_000)
     backend.advance(ns=20 * NS_PER_S)
-    churn = clock.churn(10, [Fraction(10), Fraction(1, 10)])
-    assert churn.publishes == 10
-    assert (churn.least_step_ns >= 0, churn.most_step_ns <= 1) == (True, True)
-    assert (churn.most_behind_ns <= 1, churn.most_ahead_ns <= 1) == (True, True)
+    report = republish(clock, 10, [Fraction(10), Fraction(1, 10)])
+    assert report.publishes == 10
+    assert (report.least_step_ns >= 0, report.most_step_ns <= 1) == (True, True)
+    assert (report.most_behind_ns <= 1, report.most_ahead_ns <= 1) == (True, True)
     assert page_of(clock).version == 2 + 2 * (1 + 10)  # one to settle what changed, then ten
     before = clock.at(backend.tsc)
     backend.advance(ns=NS_PER_S)
     assert clock.at(backend.tsc) - before == NS_PER_S // 10
     for publishes, dilations in ((0, [Fraction(1)]), (1, [])):
-        with pytest.raises(ConfigError, match="churn"):
-            clock.churn(publishes, dilations)
+        with pytest.raises(ConfigError, match="republish_in_turn"):
+            republish(clock, publishes, dilations)
 
 
 @pytest.mark.row("E11", "E9")

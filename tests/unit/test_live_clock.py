@@ -11,6 +11,7 @@ import pytest
 from pvclock import ConfigError, GuestClock, GuestMemory, RangeError, SimulatedBackend, StateError, StateFileError
 from pvclock.errors import TscOffsetNotHonoured, WrongType
 from pvclock.host.execution_time import ExecutionTimeBackend
+from pvclock.meter.stress import republish
 from pvclock.readings import Sample
 from pvclock.state.clock_state import SavedPolicy, from_json, to_json
 from pvclock.timekeeping.events import EventKind
@@ -49,7 +50,7 @@ OPERATIONS: Final[dict[str, Callable[[GuestClock], object]]] = {
     "reset": lambda clock: clock.reset(),
     "follow": lambda clock: clock.follow("raw"),
     "save": lambda clock: clock.save(),
-    "churn": lambda clock: clock.churn(1, [Fraction(1)]),
+    "republish": lambda clock: republish(clock, 1, [Fraction(1)]),
     "host_write_msr": lambda clock: clock.host_write_msr(0, 0x10, 1),
     "repair_tsc": lambda clock: clock.repair_tsc(),
     "write_msr page": lambda clock: clock.write_msr(0, SYSTEM_TIME, 0x3001),

@@ -11,6 +11,7 @@ from pvclock import GuestClock, GuestMemory, HypercallRegisters, PvclockError, S
 from pvclock.clock.event_log import EventLog
 from pvclock.clock.ticker import Ticker
 from pvclock.clock.wall_clock import WallClockBase
+from pvclock.meter.stress import republish
 from tests.unit.clocks import a_clock
 
 HZ = 10**9
@@ -22,7 +23,7 @@ BOTH_SIGNS: dict[str, Callable[[GuestClock, int], object]] = {
     "slew at ppm": lambda clock, number: clock.slew(1, number),
     "skip": lambda clock, number: clock.skip(number),
     "offset": lambda clock, number: clock.offset(number),
-    "churn": lambda clock, number: clock.churn(1, [Fraction(number)]),
+    "republish": lambda clock, number: republish(clock, 1, [Fraction(number)]),
     "follow within ppm": lambda clock, number: clock.follow("raw", max_ppm=number),
     "follow with panic": lambda clock, number: clock.follow("raw", panic_ns=number),
     "wall clock": lambda clock, number: setattr(clock, "wall_clock", WallClockBase(number)),

@@ -25,8 +25,10 @@ from pvclock import (
     WrongType,
 )
 from pvclock import _records as records
-from pvclock._core import TimePages, guest_tsc, publish_wall_clock
+from pvclock._core import TimePages
 from pvclock._counter import Counter, SimulatedCounter
+from pvclock._scale import guest_tsc
+from pvclock._stress import republish_in_turn
 
 SIZE = 0x10000
 
@@ -263,8 +265,8 @@ def test_numbers_that_do_not_fit_are_range_errors(number: int) -> None:
         lambda: pages.publish(line._replace(rem=number), scale),
         lambda: pages.publish(line, scale, flags=number),
         lambda: pages.move(number, 0),
-        lambda: pages.churn(line, [(1, 1, scale)], number),
-        lambda: publish_wall_clock(memory, number, 0),
+        lambda: republish_in_turn(pages, line, [(1, 1, scale)], number),
+        lambda: records.publish_wall_clock(memory, number, 0),
         lambda: records.add_steal_time(memory, 0x2000, number),
         lambda: records.set_preempted(memory, number),
         lambda: records.store_word(memory, 0x2000, number),
@@ -295,7 +297,7 @@ def test_what_would_crash_c_is_refused() -> None:
     pages.publish(line, scale, out_of_guest=closing())
     for num, den in ((1, 0), (0, 1)):
         with pytest.raises(RangeError, match="rate"):
-            pages.churn(line, [(num, den, scale)], 1)
+            republish_in_turn(pages, line, [(num, den, scale)], 1)
     with pytest.raises(TypeError, match="HostCounter"):
         type("Mine", (Counter,), {})()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pvclock import ClockScale, ConfigError, RangeError, time_scale, tsc_ratio
 from pvclock._bulk import time_scales
-from pvclock._core import guest_tsc
+from pvclock._scale import guest_tsc
 from tests import golden, oracle
 
 NS_PER_S = 10**9

@@ -9,6 +9,7 @@ import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, SimulatedBackend, StateError
 from pvclock.clock.guest_clock import TSC_STABLE_BIT
+from pvclock.meter.stress import republish
 from pvclock.readings import HostStamps, Sample
 from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, page_of, shown
@@ -145,7 +146,7 @@ OPERATIONS: Final[dict[str, Callable[[GuestClock], object]]] = {
     "skip": lambda clock: clock.skip(1000),
     "offset": lambda clock: clock.offset(1000),
     "pause": lambda clock: clock.pause(),
-    "churn": lambda clock: clock.churn(1, [clock.dilation]),
+    "republish": lambda clock: republish(clock, 1, [clock.dilation]),
     "follow": lambda clock: clock.follow("raw"),
     "save": lambda clock: clock.save(),
     "host_write_msr": lambda clock: clock.host_write_msr(0, 0x10, 5),

@@ -31,8 +31,8 @@ from pvclock.compat.palacios import PalaciosTime
 from pvclock.host.backend import Backend
 from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.host.watch import HostWatch
+from pvclock.meter.stress import RepublishReport
 from pvclock.quantities import HostTsc, RefNs
-from pvclock.readings import Churn
 from pvclock.state import clock_state as states
 from pvclock.timekeeping.event_timeline import EventTimeline
 from pvclock.timekeeping.events import Event, EventKind
@@ -121,7 +121,7 @@ MAKERS: dict[str, Callable[[], object]] = {
     "SimulatedBackend": lambda: SimulatedBackend(HZ),
     "HostBackend": lambda: HostBackend(HZ),
     "GuestInterface": interface,
-    "Churn": lambda: Churn(1, 0, 0, 0, 0),
+    "RepublishReport": lambda: RepublishReport(1, 0, 0, 0, 0),
     "EventLog": EventLog,
     "Event": lambda: Event,
     "EventTimeline": lambda: EventTimeline([an_event()]),
@@ -180,7 +180,7 @@ VALID: dict[str, Callable[[], Any]] = {
     "GuestInterface.clock": lambda: interface().provider.clock,
     "GuestInterface.load_unit.data": lambda: interface().save_unit(),
     "clock": lambda: a_clock(HZ)[0],
-    "later": lambda: Churn(1, 0, 0, 0, 0),
+    "later": lambda: RepublishReport(1, 0, 0, 0, 0),
     "document": lambda: states.to_json(TYPICAL),
     "mapping": lambda: states.to_mapping(TYPICAL),
     "event": an_event,
