@@ -312,7 +312,11 @@ cdef class TimePages:
             self._own_pages[i].flags = self._wanted[self._own_vcpu[i]].own.flags | flags
         pvclock_own_pages_write_now(self._own_pages, self._own_count)
         self._show_own()
-        self._mark_own_dirty()
+        self.memory.defer()
+        try:
+            self._mark_own_dirty()
+        finally:
+            self.memory.tell()
         return 0
 
     @property
@@ -359,7 +363,7 @@ cdef class TimePages:
         The first error that it raises comes out when all are told.
         """
         cdef int i
-        if self.memory._on_dirty is None:
+        if self.memory._on_dirty is None and not self._own_count:
             return
         self.memory.defer()
         try:
@@ -372,17 +376,11 @@ cdef class TimePages:
     cdef int _mark_own_dirty(self) except -1:
         cdef int i
         cdef Wanted *wanted
-        if self.memory._on_dirty is None:
-            return 0
-        self.memory.defer()
-        try:
-            for i in range(self._own_count):
-                wanted = &self._wanted[self._own_vcpu[i]]
-                if wanted.is_unmarked:
-                    wanted.is_unmarked = False
-                    self.memory.mark_dirty(wanted.gpa, TIME_INFO_BYTES)
-        finally:
-            self.memory.tell()
+        for i in range(self._own_count):
+            wanted = &self._wanted[self._own_vcpu[i]]
+            if wanted.is_unmarked:
+                wanted.is_unmarked = False
+                self.memory.mark_dirty(wanted.gpa, TIME_INFO_BYTES)
         return 0
 
     cdef int _read(self, object vcpu, pvclock_reading *ret) except -1:

@@ -5,6 +5,7 @@ The state of a paused clock is that of the pause; of a restored one that was not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Final, NamedTuple
 
@@ -17,6 +18,7 @@ from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
 from pvclock.errors import RangeError, StateFileError
 from pvclock.host.backend import stamps_anew
+from pvclock.providers.interface import OwnPage
 from pvclock.quantities import U64_MASK, Gpa, HostTsc, RefNs
 from pvclock.readings import HostStamps, Reference
 from pvclock.state.clock_state import (
@@ -87,8 +89,16 @@ def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, gues
     )
 
 
-def take(parts: ClockParts, state: ClockState, policy: Policy) -> None:
-    """Let the parts, which are new, be those of the paused clock that was saved as `state`, which is sound."""
+def take(
+    parts: ClockParts,
+    state: ClockState,
+    policy: Policy,
+    own_page: Callable[[int], OwnPage | None],
+) -> None:
+    """Let the parts, which are new, be those of the paused clock that was saved as `state`, which is sound.
+
+    own_page: Provider's.
+    """
     keeper, host = parts.keeper, state.host
     now = stamps_anew(keeper.backend)
     timeline = Timeline(now.tsc, keeper.backend.tsc_hz, state.timeline.guest_ns, RateTerms(state.timeline.dilation))
@@ -110,7 +120,7 @@ def take(parts: ClockParts, state: ClockState, policy: Policy) -> None:
     parts.wall_clock.base = WallClockBase(*state.wall_clock)
     parts.tscs.stand([(vcpu.guest_tsc, vcpu.tsc_adjust, vcpu.tsc_aux) for vcpu in state.vcpus], now.tsc)
     for number, vcpu in enumerate(state.vcpus):
-        keeper.pages.register(number, vcpu.time_page_gpa)
+        keeper.pages.register(number, vcpu.time_page_gpa, own_page(number))
 
 
 def follow_again(parts: ClockParts, state: ClockState) -> None:

@@ -211,7 +211,7 @@ class GuestClock:
         """Re-anchor and publish all pages; the clock goes on by 0 or +1 ns at the break, and a slew by its plan.
 
         vcpu: a vCPU that is out of the guest, the caller's own, whose flags can be written too.  Nothing while paused,
-        or from a CPU whose TSC is behind the others'.  By profile "virtualbox" pages stay as they are, but for a slew.
+        or from a CPU whose TSC is behind the others'.  By profile "virtualbox" pages stay as they are.
         """
         self._guest.refresh(vcpu)
 
@@ -512,7 +512,7 @@ class GuestClock:
             if self._guest.lives_by_tsc:
                 told = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
             self._guest.load(state.provider)
-            capture.take(self._parts, state, policy)
+            capture.take(self._parts, state, policy, self._guest.own_page)
             if told:
                 self._keeper.tell(EventKind.TSC_RATE, told)
             if reference is not None:

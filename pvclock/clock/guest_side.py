@@ -16,8 +16,8 @@ from pvclock.errors import MsrFault, RangeError, WrongType
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers.configuration import Configuration
 from pvclock.providers.guest_interface import GuestInterface
-from pvclock.providers.interface import CpuidLeaf, Engine, Hooks, Pairing, VmmServices
-from pvclock.quantities import U64_MASK, Gpa
+from pvclock.providers.interface import CpuidLeaf, Engine, Hooks, OwnPage, Pairing, VmmServices
+from pvclock.quantities import U64_MASK, Gpa, GuestTsc
 from pvclock.state.clock_state import OfferState, ProviderState
 from pvclock.timekeeping.events import EventCause, EventKind
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
@@ -59,7 +59,7 @@ class GuestSide:
         self.memory = self._keeper.memory
         self._vcpus = self._keeper.vcpus
         self._backend = self._keeper.backend
-        self._placement = Placement(self._keeper)
+        self._placement = Placement(self._keeper, self.own_page)
         self.kernel_features = _kernel_features(self._backend)
         """See ClockServices."""
 
@@ -164,6 +164,10 @@ class GuestSide:
         event = self._keeper.event(EventKind.RESET, "reset()", self._backend.stamps())
         self._keeper.record((event,), self._forget_all)
 
+    def own_page(self, vcpu: int) -> OwnPage | None:
+        """What vCPU's page shows if it has a line of its own."""
+        return self._provider.own_page(vcpu)
+
     def saved(self) -> ProviderState:
         """The provider as it is saved."""
         return ProviderState(self._provider.name, self._provider.version, self.interface.config, self._provider.save())
@@ -173,6 +177,11 @@ class GuestSide:
         self._provider.load(state.msrs)
 
     # ClockServices
+
+    @property
+    def host_tsc_hz(self) -> int:
+        """The frequency at which guests' TSCs run here."""
+        return self._backend.tsc_hz
 
     def place_time_page(
         self,
@@ -197,6 +206,10 @@ class GuestSide:
         """As place_time_page(), for several vCPUs in one step.  vcpu: the caller's own, which is out of the guest."""
         with self._keeper.changing:
             self._placement.place(pages, begin, undo, vcpu)
+
+    def guest_tsc(self, vcpu: int) -> GuestTsc:
+        """What vCPU's TSC reads at this instant."""
+        return GuestTsc(self._tscs.read(vcpu, self._keeper.host_tsc()))
 
     def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
         """Publish with vCPU's page where it is; begin, undo: as place_time_page()."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from pvclock.clock.timekeeper import Timekeeper
+from pvclock.providers.interface import OwnPage
 from pvclock.quantities import Gpa
 from pvclock.readings import HostStamps
 from pvclock.timekeeping.events import Event, EventCause, EventKind
@@ -17,10 +18,13 @@ PAGES_TOLD: Final = 20
 
 
 class Placement:
-    """Places one VM's pages; within `with changing`."""
+    """Places one VM's pages; within `with changing`.
 
-    def __init__(self, keeper: Timekeeper) -> None:
-        self._keeper = keeper
+    own_page: Provider's.
+    """
+
+    def __init__(self, keeper: Timekeeper, own_page: Callable[[int], OwnPage | None]) -> None:
+        self._keeper, self._own_page = keeper, own_page
         self._left_to_tell = PAGES_TOLD
 
     def place(
@@ -38,13 +42,11 @@ class Placement:
 
         def move() -> None:
             begin()
-            for vcpu, gpa in places.items():
-                pages.register(vcpu, gpa)
+            self._register(places)
 
         def move_back() -> None:
             undo()
-            for vcpu, gpa in before.items():
-                pages.register(vcpu, gpa)
+            self._register(before)
 
         def told() -> tuple[Event, ...]:
             if stamps is None:
@@ -54,6 +56,10 @@ class Placement:
             return tuple(event for event in events if event is not None)
 
         keeper.adopt(move, move_back, told, out_of_guest)
+
+    def _register(self, places: Mapping[int, int | None]) -> None:
+        for vcpu, gpa in places.items():
+            self._keeper.pages.register(vcpu, gpa, self._own_page(vcpu))
 
     def _told(self, vcpu: int, gpa: Gpa, stamps: HostStamps) -> Event | None:
         """What is recorded of a page that was placed; nothing while paused, for it is published at resume()."""

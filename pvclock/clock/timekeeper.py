@@ -232,7 +232,7 @@ class Timekeeper:
                 return self.state, told()
 
             if self.is_paused:
-                commit(self.host_tsc, change, self.take, self.events)
+                commit(partial(self.pages.write_own_pages, self._flags), change, self.take, self.events)
             else:
                 self._publish(change, self.state, vcpu=vcpu, again=again)
 

@@ -13,8 +13,9 @@ from enum import StrEnum
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from pvclock._memory import GuestMemory
+from pvclock._scale import ClockScale
 from pvclock.msr_ranges import MsrRange
-from pvclock.quantities import Gpa, GuestTsc
+from pvclock.quantities import Gpa, GuestNs, GuestTsc
 from pvclock.timekeeping.events import EventKind
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "HypercallRegisters",
     "HypercallResult",
     "MsrValue",
+    "OwnPage",
     "Pairing",
     "Provider",
     "Status",
@@ -113,6 +115,19 @@ class Pairing(NamedTuple):
     guest_tsc: GuestTsc
 
 
+class OwnPage(NamedTuple):
+    """A pvclock page that shows a line of its own, and not the VM's: written once, as TimePages.register() has it.
+
+    version: even, 32 bits.  flags: beside those that all pages have.
+    """
+
+    tsc: GuestTsc
+    ns: GuestNs
+    scale: ClockScale
+    version: int
+    flags: int
+
+
 class VmmServices(Protocol):
     """What hypercalls ask of the VMM.  APIC ids come from the guest, unchecked."""
 
@@ -148,6 +163,13 @@ class ClockServices(Protocol):
     @property
     def tsc_hz(self) -> int:
         """The guest's TSC frequency."""
+
+    @property
+    def host_tsc_hz(self) -> int:
+        """The frequency at which guests' TSCs run here: another one where the guest was told of that elsewhere."""
+
+    def guest_tsc(self, vcpu: int) -> GuestTsc:
+        """What vCPU's TSC reads at this instant."""
 
     def place_time_page(
         self, vcpu: int, gpa: Gpa | None, begin: Callable[[], object] = ..., undo: Callable[[], object] = ...
@@ -267,6 +289,9 @@ class Provider(Protocol):
 
     The accesses of every provider in the registry exit, whichever one this VM has: the kernel would serve them.
     """
+
+    def own_page(self, vcpu: int) -> OwnPage | None:
+        """What vCPU's page shows if it has a line of its own; None if it shows the VM's.  Asked when it is placed."""
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """RDMSR by the guest: the 64-bit value, or MsrFault."""

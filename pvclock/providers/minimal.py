@@ -59,6 +59,9 @@ class MinimalProvider:
         """#UD."""
         return HypercallResult(Status.NOT_AVAILABLE)
 
+    def own_page(self, vcpu: int) -> None:
+        """There are no pages."""
+
     def update_paravirt_tsc(self) -> Status:
         """There are no pages."""
         return Status.NOT_AVAILABLE

@@ -55,6 +55,9 @@ class NoneProvider:
         """#UD."""
         return HypercallResult(Status.NOT_ENABLED)
 
+    def own_page(self, vcpu: int) -> None:
+        """There are no pages."""
+
     def update_paravirt_tsc(self) -> Status:
         """There are no pages."""
         return Status.NOT_ENABLED

@@ -11,7 +11,7 @@ from pvclock._core import TSC_STABLE_BIT, TimePages
 from pvclock._counter import SimulatedCounter
 from pvclock._records import publish_wall_clock
 from pvclock.clock.timekeeper import nothing
-from pvclock.providers.interface import Engine, Pairing, VmmServices
+from pvclock.providers.interface import Engine, OwnPage, Pairing, VmmServices
 from pvclock.providers.kvm import KvmProvider
 from pvclock.timekeeping.events import EventKind
 
@@ -56,12 +56,13 @@ class StubClock:
     ) -> None:
         self.memory = GuestMemory(bytearray([GUARD]) * SIZE)
         self.engine, self.vmm, self.kernel_features = engine, vmm, {"KVM": kernel_features}
-        self.tsc_hz = TSC_HZ
+        self.tsc_hz = self.host_tsc_hz = TSC_HZ
         self.paired = paired
         self.quiesced: list[int | None] = []
         self.inside: list[int | None] = []
         self.told: list[tuple[EventKind, str]] = []
         self.stable: Callable[[], bool] = lambda: False
+        self.own_page: Callable[[int], OwnPage | None] = lambda _: None
         self._pages = TimePages(self.memory, vcpus, SimulatedCounter(NOW.guest_tsc))
         self._scale = ClockScale.from_hz(TSC_HZ)
 
@@ -74,7 +75,7 @@ class StubClock:
     ) -> None:
         """Keep it there, and publish."""
         begin()
-        self._pages.register(vcpu, gpa)
+        self._pages.register(vcpu, gpa, self.own_page(vcpu))
         self.refresh(vcpu)
 
     def place_time_pages(
@@ -87,8 +88,12 @@ class StubClock:
         """Keep them there, and publish."""
         begin()
         for each, gpa in pages.items():
-            self._pages.register(each, gpa)
+            self._pages.register(each, gpa, self.own_page(each))
         self.refresh(vcpu)
+
+    def guest_tsc(self, vcpu: int) -> GuestTsc:
+        """The TSC of the instant that it always is."""
+        return NOW.guest_tsc
 
     def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
         """Publish with vCPU's page where it is."""
@@ -146,6 +151,7 @@ def a_provider(
     clock = clock or StubClock(vcpus)
     provider = KvmProvider(clock, vcpus, **options)  # type: ignore[arg-type]  # a test's own choice
     clock.stable = lambda: provider.allows_stable
+    clock.own_page = provider.own_page
     return provider, clock
 
 

@@ -338,11 +338,11 @@ def test_what_was_written_is_read_back(profile: str) -> None:
 
 
 @pytest.mark.row("V-10", "V-24", "K-13")
-@pytest.mark.parametrize("profile", ["linux", "virtualbox"])
-def test_the_instant_of_a_registration(profile: str) -> None:
+@pytest.mark.parametrize(("profile", "ns"), [("linux", 3 * NS_PER_S), ("virtualbox", 1_439_649_528_664)])
+def test_the_instant_of_a_registration(profile: str, ns: int) -> None:
     """A page shows TSC and ns of its registration exactly, beyond 2^32 Hz, too, on the TSC that the guest reads.
 
-    VirtualBox's own ns, which count from TSC 0, are V-11's.
+    VirtualBox's ns count from TSC 0, at a frequency cut to 32 bits: see V-11's test.
     """
     hz = 5_000_000_000
     backend = SimulatedBackend(hz, tsc=7)
@@ -350,4 +350,4 @@ def test_the_instant_of_a_registration(profile: str) -> None:
     backend.advance(ns=3 * NS_PER_S)
     clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
     assert backend.tsc_offsets == {0: 10**12}
-    assert clock.reading(0)[:2] == (7 + 3 * hz + 10**12, 3 * NS_PER_S)
+    assert clock.reading(0)[:2] == (7 + 3 * hz + 10**12, ns)

@@ -234,7 +234,7 @@ def test_nothing_is_left_to_do_after_a_load(provider: str, monkeypatch: pytest.M
         if not name.startswith("_") and callable(getattr(clock.interface.provider, name)):
             note(clock.interface.provider, name)
     clock.interface.load_unit(saved)
-    loaded = ["replace", "save", "place_time_pages", "save", "load"]
+    loaded = ["replace", "save", "place_time_pages", "save", "load", "own_page", "own_page"]  # of each page placed
     assert called == ["load_unit", *(loaded if provider == "KVM" else [])]
     assert not any("done" in name for name in dir(clock.interface.provider))
 

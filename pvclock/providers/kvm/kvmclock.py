@@ -6,13 +6,13 @@ Source: kvm_write_system_time(), kvm_write_wall_clock(); Documentation/virt/kvm/
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from struct import Struct
 from typing import Final
 
+from pvclock._scale import ClockScale
 from pvclock.errors import GuestAddressError, MsrFault
-from pvclock.providers.interface import ClockServices
+from pvclock.providers.interface import ClockServices, OwnPage
 from pvclock.providers.kvm.features import (
     MSR_KVM_SYSTEM_TIME,
     MSR_KVM_SYSTEM_TIME_NEW,
@@ -22,7 +22,7 @@ from pvclock.providers.kvm.features import (
 from pvclock.providers.kvm.guest_log import GuestLog
 from pvclock.providers.kvm.msr_state import Msr, Register
 from pvclock.providers.kvm.profiles import Profile
-from pvclock.quantities import NS_PER_S, Gpa
+from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, GuestNs, GuestTsc
 from pvclock.timekeeping.events import EventKind
 
 __all__ = ["KvmClock"]
@@ -32,7 +32,6 @@ PAGE_BYTES: Final = 4096
 TIME_INFO_BYTES: Final = 32
 WALL_CLOCK: Final = Struct("<III")  # version, sec, nsec
 VERSION: Final = Struct("<I")
-FLAGS_AT: Final = 29
 ALIGNMENT: Final = 4
 
 
@@ -46,6 +45,8 @@ class KvmClock:
         self._boot_vcpu_runs_old_kvmclock = Register("boot_vcpu_runs_old_kvmclock", None, flag=True)
         self._version = Register("time_page_version", vcpus, legal=lambda version: version < 1 << 32)
         self._flags = Register("time_page_flags", vcpus, legal=lambda flags: flags < 1 << 8)
+        self._tsc, self._ns = Register("time_page_tsc", vcpus), Register("time_page_ns", vcpus)
+        self._scale = ClockScale.from_hz(clock.host_tsc_hz) if profile.owns_pages else None
         system_time = Msr(self._system_time, self._write_system_time)
         wall_clock = Msr(self._wall_clock, self._write_wall_clock)
         self.msrs = {
@@ -55,7 +56,8 @@ class KvmClock:
             MSR_KVM_WALL_CLOCK_NEW: wall_clock,
         }
         registers = (self._system_time, self._wall_clock, self._boot_vcpu_runs_old_kvmclock)
-        self.registers = (*registers, self._version, self._flags) if profile.keeps_own_version else registers
+        own = (self._version, self._flags, self._tsc, self._ns)
+        self.registers = (*registers, *own) if profile.owns_pages else registers
 
     @property
     def boot_vcpu_runs_old_kvmclock(self) -> bool:
@@ -71,17 +73,14 @@ class KvmClock:
     ) -> None:
         """Publish the pages of those system-time MSRs and no others; not counted as a registration by the guest."""
         pages = {vcpu: self._page_of(value) for vcpu, value in enumerate(system_time)}
+        self._clock.place_time_pages(pages, begin, undo)
 
-        def begin_all() -> None:
-            begin()
-            for vcpu, gpa in pages.items():
-                if gpa is not None and self._keeps_own(gpa):
-                    self._put_own(vcpu, gpa, self._version[vcpu] - 2)
-
-        self._clock.place_time_pages(pages, begin_all, undo)
-
-    def _keeps_own(self, gpa: int) -> bool:
-        return self._profile.keeps_own_version and self._clock.memory.contains(gpa, TIME_INFO_BYTES)
+    def own_page(self, vcpu: int) -> OwnPage | None:
+        """What vCPU's page shows where pages have lines of their own; at this host's TSC frequency (V-38)."""
+        if self._scale is None:
+            return None
+        even = (self._version[vcpu] + 1) & 0xFFFFFFFE  # a loaded one may be odd
+        return OwnPage(GuestTsc(self._tsc[vcpu]), GuestNs(self._ns[vcpu]), self._scale, even, self._flags[vcpu])
 
     def _page_of(self, value: int) -> Gpa | None:
         gpa = Gpa(value & ~ENABLED)
@@ -120,30 +119,26 @@ class KvmClock:
         """Unlike Linux, do not wait for memory to appear: enabling fails, though the MSR reads back (trap T6)."""
         if not self._clock.memory.contains(gpa, TIME_INFO_BYTES):
             self._clock.place_time_page(vcpu, None, write, undo)
-        elif self._profile.keeps_own_version:
-            self._place_with_own(vcpu, gpa, write, undo)
+        elif self._profile.owns_pages:
+            self._place_own(vcpu, gpa, write, undo)
         else:
             self._clock.place_time_page(vcpu, gpa, write, undo)
 
-    def _place_with_own(self, vcpu: int, gpa: Gpa, write: Callable[[], object], undo: Callable[[], object]) -> None:
-        version = self._version[vcpu]
+    def _place_own(self, vcpu: int, gpa: Gpa, write: Callable[[], object], undo: Callable[[], object]) -> None:
+        before = self._version[vcpu], self._tsc[vcpu], self._ns[vcpu]
 
-        def count() -> None:
+        def capture() -> None:
             write()
-            self._version[vcpu] = (version + 2) % (1 << 32)
+            tsc = self._clock.guest_tsc(vcpu)
+            hz = self._clock.host_tsc_hz % (1 << 32) or self._clock.host_tsc_hz  # trap T8: a frequency of 32 bits
+            self._version[vcpu] = (before[0] + 2) % (1 << 32)
+            self._tsc[vcpu], self._ns[vcpu] = tsc, tsc * NS_PER_S // hz & U64_MASK
 
-        def count_back() -> None:
+        def take_back() -> None:
             undo()
-            self._version[vcpu] = version
+            self._version[vcpu], self._tsc[vcpu], self._ns[vcpu] = before
 
-        self._put_own(vcpu, gpa, version)
-        self._clock.place_time_page(vcpu, gpa, count, count_back)
-
-    def _put_own(self, vcpu: int, gpa: Gpa, version: int) -> None:
-        """Put the host's own version and flags into the page; a publish adds 2 to it, and keeps GUEST_STOPPED."""
-        with suppress(GuestAddressError):  # the memory may be gone, and the page with it
-            self._clock.memory.write(gpa, VERSION.pack(version % (1 << 32)))
-            self._clock.memory.write(gpa + FLAGS_AT, bytes([self._flags[vcpu]]))
+        self._clock.place_time_page(vcpu, gpa, capture, take_back)
 
     # Wall clock
 

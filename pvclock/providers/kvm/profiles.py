@@ -34,9 +34,10 @@ class Profile(NamedTuple):
     bad_page_keeps_old: bool = True
     """Is an address across two pages refused, with the old page still in use?  Otherwise memory is all it needs."""
     stops_all_pages: bool = False
-    """When one vCPU disables its page, do all vCPUs' pages stop being updated?"""
-    keeps_own_version: bool = False
-    """Does a page's version continue from the host's own count, 2 per registration, instead of guest memory?"""
+    """When a vCPU disables its page, are all vCPUs' pages left as they are from then on?"""
+    owns_pages: bool = False
+    """Does each vCPU's page have a line of its own, through ns 0 at TSC 0, with version and flags that the host keeps?
+    It is written at a registration and at a load only."""
     stable_unasked: bool = False
     """May pages say TSC_STABLE although CPUID does not offer it?"""
     wall_clock_is_now: bool = False
@@ -87,7 +88,7 @@ PROFILES: Final = MappingProxyType(
             wall_clock_must_be_good=True,
             bad_page_keeps_old=False,
             stops_all_pages=True,
-            keeps_own_version=True,
+            owns_pages=True,
             stable_unasked=True,
             wall_clock_is_now=True,
             tells_of_faults=True,

@@ -18,6 +18,7 @@ from pvclock.providers.interface import (
     HypercallRegisters,
     HypercallResult,
     MsrValue,
+    OwnPage,
     Status,
 )
 from pvclock.providers.kvm import virtualbox_unit
@@ -48,7 +49,10 @@ from pvclock.timekeeping.events import EventKind
 __all__ = ["KvmProvider"]
 
 SAVED_BY_VERSION_1: Final = frozenset({"system_time", "wall_clock", "boot_vcpu_runs_old_kvmclock"})
-ADDED_TO_VERSION_2: Final = frozenset({"time_page_flags"})
+ADDED_TO_VERSION_2: Final = (
+    frozenset({"time_page_flags", "time_page_tsc", "time_page_ns"}),
+    frozenset({"time_page_tsc", "time_page_ns"}),
+)
 
 
 class KvmProvider:
@@ -182,6 +186,10 @@ class KvmProvider:
         if self._profile.stable_unasked:
             return True
         return self._offers_stable and not self._kvmclock.boot_vcpu_runs_old_kvmclock
+
+    def own_page(self, vcpu: int) -> OwnPage | None:
+        """By profile: what vCPU's page shows if it has a line of its own."""
+        return self._kvmclock.own_page(vcpu)
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """The value last written, even if it was ignored; old and new numbers share it."""
@@ -319,7 +327,7 @@ class KvmProvider:
     def load(self, msrs: Mapping[str, object]) -> None:
         """Adopt what save() returned, also of version 1; the clock places the pages again."""
         names = frozenset(register.name for register in self._registers)
-        load_all(self._registers, msrs, older=(SAVED_BY_VERSION_1, names - ADDED_TO_VERSION_2))
+        load_all(self._registers, msrs, older=(SAVED_BY_VERSION_1, *(names - added for added in ADDED_TO_VERSION_2)))
 
     def save_unit(self) -> bytes:
         """See virtualbox_unit."""

@@ -72,6 +72,8 @@ def written_in(part: UnitPart) -> dict[str, MsrValue]:
         "wall_clock": part.wall_clock_msr,
         "time_page_version": tuple(vcpu.version for vcpu in part.vcpus),
         "time_page_flags": tuple(vcpu.flags for vcpu in part.vcpus),
+        "time_page_tsc": tuple(vcpu.tsc for vcpu in part.vcpus),
+        "time_page_ns": tuple(vcpu.ns for vcpu in part.vcpus),
     }
 
 
@@ -107,11 +109,18 @@ def _vcpu_part(memory: GuestMemory, system_time_msr: int) -> VcpuPart:
 
 
 def _with_own(parts: tuple[VcpuPart, ...], saved: Mapping[str, MsrValue]) -> tuple[VcpuPart, ...]:
-    """The parts with the versions and flags that the host counts by itself, in profiles that do so."""
+    """The parts with the version, flags and line that the host keeps by itself, in profiles that do so."""
     match saved:
-        case {"time_page_version": tuple(versions), "time_page_flags": tuple(flags)}:
+        case {
+            "time_page_version": tuple(versions),
+            "time_page_flags": tuple(flags),
+            "time_page_tsc": tuple(tscs),
+            "time_page_ns": tuple(ns),
+        }:
             own = zip(parts, versions, flags, strict=True)
-            return tuple(part._replace(version=version, flags=each) for part, version, each in own)
+            counted = [part._replace(version=version, flags=each) for part, version, each in own]
+            lines = zip(counted, tscs, ns, strict=True)
+            return tuple(part if part.page is None else part._replace(tsc=tsc, ns=at) for part, tsc, at in lines)
     return parts
 
 

@@ -1,0 +1,152 @@
+"""Profile "virtualbox": each vCPU's page has a line of its own, written at a registration and at a load only."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from pvclock import (
+    ClockLine,
+    ClockScale,
+    GuestClock,
+    GuestMemory,
+    GuestNs,
+    GuestTsc,
+    HostTsc,
+    RangeError,
+    SimulatedBackend,
+)
+from pvclock._core import TimePages, read_time_info
+from pvclock._counter import SimulatedCounter
+from pvclock.meter.stress import republish
+from tests.unit.test_saved_unit import FEATURES, a_clock, a_virtualbox_unit
+
+SYSTEM_TIME = 0x4B564D01
+GUEST_TSC = 1_015_000_000_007
+
+
+@pytest.mark.row("V-11")
+@pytest.mark.parametrize(("hz", "ns"), [(2_500_000_000, 406_000_000_002), (5_000_000_000, 1_439_649_528_664)])
+def test_ns_count_from_tsc_0(hz: int, ns: int) -> None:
+    """ns are TSC x 10^9 / Hz, rounded down, whenever the VM was started; the frequency is cut to 32 bits (T8)."""
+    backend = SimulatedBackend(hz, tsc=10**12)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=backend, profile="virtualbox")
+    backend.tsc = GUEST_TSC
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    assert clock.reading(0)[:2] == (GUEST_TSC, ns)
+
+
+@pytest.mark.row("V-20", "V-38")
+def test_a_load_writes_each_page_once() -> None:
+    """While the VM does not run, a load writes each page at once: saved version (even), TSC and ns, and STABLE."""
+    clock = a_clock(profile="virtualbox")
+    clock.pause()
+    clock.interface.load_unit(a_virtualbox_unit())
+    pages = [clock.page(vcpu) for vcpu in range(2)]
+    assert [page and (page.version, page.tsc_timestamp, page.system_time, page.flags) for page in pages] == [
+        (8, 5 * 10**6, 7 * 10**9, 3),
+        (20, 6 * 10**6, 8 * 10**9, 1),
+    ]
+
+
+@pytest.mark.row("V-20")
+def test_a_registration_writes_its_own_page_alone() -> None:
+    """While the VM runs, a registration writes that vCPU's page and no other's."""
+    backend = SimulatedBackend(10**9)
+    memory = GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, 2, backend=backend, profile="virtualbox", features=FEATURES)
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    before = memory.read(0x2000, 32)
+    backend.advance(ns=10**9)
+    clock.write_msr(1, SYSTEM_TIME, 0x3001)
+    assert memory.read(0x2000, 32) == before
+
+
+@pytest.mark.row("V-23", "V-20")
+def test_no_operation_of_the_vmm_writes_a_page() -> None:
+    """Refreshes, rates, steps, a pause and stress leave pages alone: their guest's time is its TSC's."""
+    backend = SimulatedBackend(10**9)
+    memory = GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, 2, backend=backend, profile="virtualbox", features=FEATURES)
+    for vcpu in range(2):
+        clock.write_msr(vcpu, SYSTEM_TIME, 0x2001 + 0x1000 * vcpu)
+    dirty: list[tuple[int, int]] = []
+    memory.on_dirty = lambda gpa, length: dirty.append((gpa, length))
+    before = memory.read(0, 1 << 16)
+    clock.dilate(3)
+    clock.skip(10**9)
+    republish(clock, 3, [Fraction(1)])
+    clock.slew(10**6)
+    backend.advance(ns=10**9)
+    clock.refresh()
+    clock.pause()
+    at_pause = clock.reading(0)
+    assert (int(at_pause.tsc), int(at_pause.ns)) == (backend.tsc, backend.tsc)
+    backend.advance(ns=10**9)
+    assert clock.reading(0) == at_pause
+    clock.resume()
+    assert (memory.read(0, 1 << 16), dirty) == (before, [])
+    assert [int(clock.read(vcpu)) for vcpu in range(2)] == [int(backend.tsc)] * 2
+
+
+@pytest.mark.row("V-38", "V-20", "P-25")
+def test_a_restored_clock_goes_on_with_its_lines() -> None:
+    """A restore writes each page once, with saved version, TSC and ns, at the frequency of the host that it is on."""
+    clock = a_clock(profile="virtualbox")
+    clock.pause()
+    clock.interface.load_unit(a_virtualbox_unit())
+    saved = clock.save()
+    memory = GuestMemory(bytearray(1 << 16))
+    restored = GuestClock.restore(saved, memory, backend=SimulatedBackend(10**9, 10**12))
+    restored.resume()
+    for _ in range(2):
+        pages = [restored.page(vcpu) for vcpu in range(2)]
+        assert [page and (*page[:3], page.shown_khz, page.flags) for page in pages] == [
+            (8, 5 * 10**6, 7 * 10**9, 10**6, 3),
+            (20, 6 * 10**6, 8 * 10**9, 10**6, 1),
+        ]
+        restored.dilate(2)
+    older = {
+        name: value for name, value in saved.provider.msrs.items() if name not in ("time_page_tsc", "time_page_ns")
+    }
+    without = saved._replace(provider=saved.provider._replace(msrs=older))
+    assert GuestClock.restore(without, memory, backend=SimulatedBackend(10**9)).save().vcpus[0].time_page_gpa == 0x2000
+
+
+@pytest.mark.row("V-36", "V-12")
+def test_a_unit_has_the_lines_that_the_host_keeps() -> None:
+    """A guest that scribbles over its page does not change the TSC and ns that are saved."""
+    clock = a_clock(profile="virtualbox")
+    clock.pause()
+    clock.interface.load_unit(a_virtualbox_unit())
+    clock.memory.write(0x2000, bytes(32))
+    assert clock.interface.save_unit() == a_virtualbox_unit()
+
+
+@pytest.mark.row("V-11")
+def test_a_frequency_of_which_32_bits_leave_nothing() -> None:
+    """Where the frequency cut to 32 bits is 0 Hz, which VirtualBox would divide by, the whole one counts."""
+    backend = SimulatedBackend(1 << 32, tsc=1 << 33)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=backend, profile="virtualbox")
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    assert clock.read(0) == 2 * 10**9
+
+
+@pytest.mark.row("V-20", "E9")
+def test_two_kinds_of_page_in_one_publish() -> None:
+    """One publish writes a page with a line of its own, and every publish one with the VM's line beside it."""
+    memory = GuestMemory(bytearray(1 << 12))
+    pages = TimePages(memory, 2, SimulatedCounter(1000))
+    line, scale = ClockLine(HostTsc(0), GuestNs(0), 0, 1, 1), ClockScale.from_hz(10**9)
+    pages.set_tsc_offset(1, 7)
+    pages.register(0, 0x100)
+    pages.register(1, 0x200, (GuestTsc(500), GuestNs(9), scale, 6, 2))
+    for version in (2, 4):
+        pages.publish(line, scale, flags=1, out_of_guest=range(2))
+        assert (read_time_info(memory, 0x100).version, pages.read(0)) == (version, 1000)
+        assert read_time_info(memory, 0x200) == (6, 500, 9, *read_time_info(memory, 0x100)[3:5], 3)
+        assert pages.reading(1)[:2] == (1007, 516)
+    for version_or_flags in ((5, 0), (1 << 32, 0), (0, 256)):
+        with pytest.raises(RangeError):
+            pages.register(1, 0x200, (GuestTsc(0), GuestNs(0), scale, *version_or_flags))
