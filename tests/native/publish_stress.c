@@ -5,8 +5,9 @@
  *
  *   publish_stress [--publisher NAME] [--reader linux|unfenced] [--pages N] [--stride BYTES] [--readers N]
  *                  [--seconds S] [--start-ns NS] [--skew-ticks N] [--tsc-hz HZ]
+ *                  [--sequence-pages N] [--sequence-kind NAME]
  *
- * The readers share no code with pvclock_read(): what they do is Linux's __pvclock_clocksource_read(), by the letter.
+ * With sequence pages, pvclock_publish_at() publishes them beside the pvclock pages, and each reader goes round all.
  */
 #define _GNU_SOURCE
 #include <getopt.h>
@@ -19,6 +20,7 @@
 #include <string.h>
 
 #include "broken_publish.h"
+#include "guest_reader.h"
 
 #define CACHE_LINE 64
 #define MAX_READERS 64
@@ -61,23 +63,17 @@ struct options {
 	uint64_t start_ns;
 	uint64_t skew_ticks; /* by how much the first reader's TSC is behind */
 	uint64_t tsc_hz;
+	size_t sequence_pages;
+	const char *sequence_kind_name;
 };
-
-struct reading {
-	uint64_t tsc; /* the true one, without the skew */
-	uint64_t ns;
-	uint32_t version;
-	struct pvclock_vcpu_time_info payload;
-};
-
-/* One attempt, of which a guest makes as many as it takes.  False: try again. */
-typedef bool attempt_fn(const volatile struct pvclock_vcpu_time_info *page, uint64_t skew_ticks, struct reading *ret);
 
 struct stress {
 	struct options options;
 	publish_fn *publish;
 	attempt_fn *attempt;
 	uint8_t *memory;
+	const struct pvclock_page_kind *sequence_kind;
+	struct sequence_pages sequence;
 	uint64_t start_tsc;
 	struct break_log log;
 	_Alignas(CACHE_LINE) _Atomic bool stop;
@@ -89,94 +85,11 @@ static struct pvclock_vcpu_time_info *page_at(const struct stress *stress, size_
 	return (struct pvclock_vcpu_time_info *)(stress->memory + index * stress->options.stride);
 }
 
-/* ---- The guest's side. ---- */
-
-static uint64_t guest_rdtsc_ordered(void)
+/* The index-th of all pages of both kinds, pvclock's first. */
+static struct sequence_page *sequence_at(const struct stress *stress, size_t index)
 {
-	uint32_t low, high;
-
-	__asm__ volatile("lfence\n\trdtsc" : "=a"(low), "=d"(high) : : "memory");
-	return (uint64_t)high << 32 | low;
-}
-
-static void compiler_barrier(void)
-{
-	__asm__ volatile("" : : : "memory");
-}
-
-/* pvclock_scale_delta() of Linux: a shift, and the upper 64 of a 96-bit product. */
-static uint64_t guest_scale_delta(uint64_t delta, uint32_t mul, int8_t shift)
-{
-	uint64_t low_product;
-
-	if (shift < 0)
-		delta >>= -shift;
-	else
-		delta <<= shift;
-	low_product = (delta & UINT32_MAX) * mul;
-	return (delta >> 32) * mul + (low_product >> 32);
-}
-
-static void copy_payload(const volatile struct pvclock_vcpu_time_info *page, struct pvclock_vcpu_time_info *ret)
-{
-	ret->tsc_timestamp = page->tsc_timestamp;
-	ret->system_time = page->system_time;
-	ret->tsc_to_system_mul = page->tsc_to_system_mul;
-	ret->tsc_shift = page->tsc_shift;
-	ret->flags = page->flags;
-}
-
-static bool same_payload(const struct pvclock_vcpu_time_info *one, const struct pvclock_vcpu_time_info *other)
-{
-	return one->tsc_timestamp == other->tsc_timestamp && one->system_time == other->system_time &&
-	       one->tsc_to_system_mul == other->tsc_to_system_mul && one->tsc_shift == other->tsc_shift &&
-	       one->flags == other->flags;
-}
-
-static uint64_t payload_ns(const struct pvclock_vcpu_time_info *payload, uint64_t tsc)
-{
-	return payload->system_time + guest_scale_delta(tsc - payload->tsc_timestamp, payload->tsc_to_system_mul,
-							payload->tsc_shift);
-}
-
-/* As Linux: nothing holds the last load of the version back until rdtsc is done. */
-static bool attempt_linux(const volatile struct pvclock_vcpu_time_info *page, uint64_t skew_ticks,
-			  struct reading *ret)
-{
-	ret->version = page->version & ~1u;
-	compiler_barrier();
-	ret->tsc = guest_rdtsc_ordered();
-	copy_payload(page, &ret->payload);
-	ret->ns = payload_ns(&ret->payload, ret->tsc - skew_ticks);
-	compiler_barrier();
-	return page->version == ret->version;
-}
-
-/* How long before its rdtsc the unfenced reader's last load is done.  At least: as if something had missed the
- * cache.  At most: less than the publisher's margin, for no CPU holds a load in flight for longer; where an interrupt
- * came between, a real one would have done the load again, and we begin again.
- */
-#define OVERTAKE_MIN_TICKS 256
-#define OVERTAKE_MAX_TICKS 768
-
-/* The reader of Linux on the CPU that it permits: all loads after rdtsc are done before it. */
-static bool attempt_unfenced(const volatile struct pvclock_vcpu_time_info *page, uint64_t skew_ticks,
-			     struct reading *ret)
-{
-	uint64_t began_tsc = guest_rdtsc_ordered();
-	bool valid;
-
-	__builtin_ia32_lfence();
-	ret->version = page->version & ~1u;
-	compiler_barrier();
-	copy_payload(page, &ret->payload);
-	compiler_barrier();
-	valid = page->version == ret->version;
-	do {
-		ret->tsc = guest_rdtsc_ordered();
-	} while (ret->tsc - began_tsc < OVERTAKE_MIN_TICKS);
-	ret->ns = payload_ns(&ret->payload, ret->tsc - skew_ticks);
-	return valid && ret->tsc - began_tsc <= OVERTAKE_MAX_TICKS;
+	return index < stress->options.pages ? NULL :
+					       sequence_page_at(&stress->sequence, index - stress->options.pages);
 }
 
 /* ---- Readers. ---- */
@@ -246,15 +159,17 @@ static void follow_generation(struct reader *me, const struct reading *reading)
 }
 
 /* Copy all fields again: if the version is still that of the reading, both copies are of one publish. */
-static void check_torn(struct reader *me, const volatile struct pvclock_vcpu_time_info *page,
-		       const struct reading *reading)
+static void check_torn(struct reader *me, const volatile struct sequence_page *sequence_page,
+		       const volatile struct pvclock_vcpu_time_info *page, const struct reading *reading)
 {
 	struct pvclock_vcpu_time_info again;
+	uint32_t version;
 
 	compiler_barrier();
-	copy_payload(page, &again);
+	copy_payload(sequence_page ? &sequence_page->line : page, &again);
 	compiler_barrier();
-	if (page->version == reading->version && !same_payload(&reading->payload, &again))
+	version = sequence_page ? 2 * sequence_page->sequence : page->version;
+	if (version == reading->version && !same_payload(&reading->payload, &again))
 		me->counts.torn++;
 }
 
@@ -303,19 +218,21 @@ static void *run_reader(void *context)
 
 	while (!atomic_load_explicit(&stress->stop, memory_order_relaxed)) {
 		const struct pvclock_vcpu_time_info *page = page_at(stress, me->page_index);
+		const struct sequence_page *sequence_page = sequence_at(stress, me->page_index);
 		uint64_t least_ns = atomic_load(&stress->last_ns);
 		struct reading reading;
 
-		if (!stress->attempt(page, me->skew_ticks, &reading)) {
+		if (!(sequence_page ? attempt_sequence(sequence_page, me->skew_ticks, &reading) :
+				      stress->attempt(page, me->skew_ticks, &reading))) {
 			me->counts.retries++;
 			__builtin_ia32_pause();
 			continue;
 		}
 		me->counts.reads++;
 		check_order(me, least_ns, &reading);
-		check_torn(me, page, &reading);
+		check_torn(me, sequence_page, page, &reading);
 		follow_generation(me, &reading);
-		me->page_index = (me->page_index + 1) % stress->options.pages;
+		me->page_index = (me->page_index + 1) % (stress->options.pages + stress->options.sequence_pages);
 	}
 	return NULL;
 }
@@ -493,13 +410,31 @@ static void account_window(struct writer *me, uint64_t break_tsc)
 		me->least_window_ticks = ticks;
 }
 
+/* The pages of both kinds; pvclock's come first, so that their lines are written before the others'. */
+static int publish_both_kinds(struct writer *me, const struct dilation *dilation, uint64_t *break_tsc)
+{
+	struct stress *stress = me->stress;
+	struct pvclock_page_set sets[] = {
+		{ &pvclock_page_kind_pvclock, me->targets, stress->options.pages, 0 },
+		{ stress->sequence_kind, &stress->sequence, stress->options.sequence_pages, 0 },
+	};
+
+	*break_tsc = 0;
+	return pvclock_publish_at(sets, 2, &me->timeline, &dilation->params, &me->counter, &me->anchor, break_tsc, 0);
+}
+
 static uint64_t publish_at(struct writer *me, const struct dilation *dilation)
 {
 	struct stress *stress = me->stress;
 	uint64_t break_tsc;
+	int status;
 
-	if (stress->publish(me->targets, stress->options.pages, &me->timeline, &dilation->params, &me->counter,
-			    &me->anchor, &break_tsc) != 0) {
+	if (stress->options.sequence_pages != 0)
+		status = publish_both_kinds(me, dilation, &break_tsc);
+	else
+		status = stress->publish(me->targets, stress->options.pages, &me->timeline, &dilation->params,
+					 &me->counter, &me->anchor, &break_tsc);
+	if (status != 0) {
 		fprintf(stderr, "the TSC went back or stood still during a publish\n");
 		exit(1);
 	}
@@ -613,7 +548,9 @@ static int run(struct stress *stress)
 	struct counts sum = { .least_old_ticks = INT64_MAX, .least_new_ticks = INT64_MAX };
 	struct writer *writer;
 
-	stress->memory = allocate(4096, options->pages * options->stride);
+	stress->memory = allocate(4096, (options->pages + options->sequence_pages) * options->stride);
+	stress->sequence.pages = (struct sequence_page *)(stress->memory + options->pages * options->stride);
+	stress->sequence.stride = options->stride;
 	stress->last_ns = options->start_ns;
 	writer = start_writer(stress);
 	for (size_t i = 0; i < options->readers; i++)
@@ -649,6 +586,8 @@ static void parse_option(struct options *options, int option, const char *value)
 	case 'g': options->start_ns = strtoull(value, NULL, 0); break;
 	case 'k': options->skew_ticks = strtoull(value, NULL, 0); break;
 	case 'z': options->tsc_hz = strtoull(value, NULL, 0); break;
+	case 'S': options->sequence_pages = strtoull(value, NULL, 0); break;
+	case 'K': options->sequence_kind_name = value; break;
 	default: refuse("unknown option");
 	}
 }
@@ -660,7 +599,8 @@ static void parse_options(struct options *options, int argc, char **argv)
 		{ "pages", required_argument, NULL, 'n' },	{ "stride", required_argument, NULL, 'b' },
 		{ "readers", required_argument, NULL, 'R' },	{ "seconds", required_argument, NULL, 's' },
 		{ "start-ns", required_argument, NULL, 'g' },	{ "skew-ticks", required_argument, NULL, 'k' },
-		{ "tsc-hz", required_argument, NULL, 'z' },	{ NULL, 0, NULL, 0 },
+		{ "tsc-hz", required_argument, NULL, 'z' },	{ "sequence-pages", required_argument, NULL, 'S' },
+		{ "sequence-kind", required_argument, NULL, 'K' }, { NULL, 0, NULL, 0 },
 	};
 	int option;
 
@@ -668,6 +608,8 @@ static void parse_options(struct options *options, int argc, char **argv)
 		parse_option(options, option, optarg);
 	if (options->pages < 1 || options->pages > MAX_PAGES)
 		refuse("--pages is 1 to 4096");
+	if (options->sequence_pages > MAX_PAGES)
+		refuse("--sequence-pages is 0 to 4096");
 	if (options->stride != 64 && options->stride != 4096)
 		refuse("--stride is 64 or 4096");
 	if (options->readers < 1 || options->readers > MAX_READERS)
@@ -678,13 +620,16 @@ int main(int argc, char **argv)
 {
 	static struct stress stress = {
 		.options = { .publisher_name = "two_phase", .reader_name = "linux", .pages = 8, .stride = 64, .readers = 2,
-			     .seconds = 1, .start_ns = 5 * PVCLOCK_NS_PER_SEC, .tsc_hz = 2596132000 },
+			     .seconds = 1, .start_ns = 5 * PVCLOCK_NS_PER_SEC, .tsc_hz = 2596132000, .sequence_kind_name = "sequence" },
 	};
 
 	parse_options(&stress.options, argc, argv);
 	stress.publish = publisher_named(stress.options.publisher_name);
 	if (stress.publish == NULL)
 		refuse("no such --publisher");
+	stress.sequence_kind = sequence_kind_named(stress.options.sequence_kind_name);
+	if (stress.sequence_kind == NULL)
+		refuse("no such --sequence-kind");
 	if (strcmp(stress.options.reader_name, "linux") == 0)
 		stress.attempt = attempt_linux;
 	else if (strcmp(stress.options.reader_name, "unfenced") == 0)

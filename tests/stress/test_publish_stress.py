@@ -106,7 +106,7 @@ def test_one_tick_of_skew_is_not_seen(stress: Stress) -> None:
 
 @pytest.mark.row("E9")
 @pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
-def test_skew_within_the_lead_never_underflows(stress: Stress, start_ns: int) -> None:
+def test_skew_within_the_backdate_never_underflows(stress: Stress, start_ns: int) -> None:
     """Where TSCs are so far apart that order is lost, still no reading underflows, on a clock of any age."""
     assert not any(report["wild"] for report in race(stress, skew_ticks=512, pages=1, start_ns=start_ns))
 
@@ -136,6 +136,48 @@ def test_pages_keep_to_the_exact_timeline(stress: Stress, start_ns: int) -> None
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: f"{defect.publisher}-{defect.fault}")
 def test_a_broken_publisher_is_noticed(stress: Stress, defect: Defect) -> None:
     """The test has teeth: each rule of the protocol, left out alone, is noticed."""
+    options = defect._asdict()
+    fault = options.pop("fault")
+    reports = (stress(**options, readers=1, seconds=0.5) for _ in range(RUNS_MAX))
+    assert any(report[fault] for report in reports)
+
+
+class KindDefect(NamedTuple):
+    """A second kind of page that is broken, the counter that gives it away, and the pages that it takes."""
+
+    sequence_kind: str
+    fault: str
+    pages: int
+    sequence_pages: int
+    stride: int
+
+
+# Marked late, pages that are written after many others are still trusted beyond the margin.
+KIND_DEFECTS = (
+    KindDefect("busy_after_a", "late_old", 256, 256, 4096),
+    KindDefect("busy_after_a", "backward_own", 256, 256, 4096),
+    KindDefect("released_before_b", "early_new", 8, 2, 64),
+    KindDefect("released_before_b", "backward_own", 8, 2, 64),
+)
+
+
+@pytest.mark.row("K-08", "E9")
+@pytest.mark.parametrize("readers", [1, 4])
+@pytest.mark.parametrize(("pages", "sequence_pages", "stride"), [(8, 2, 64), (1, 8, 4096), (256, 256, 4096)])
+def test_pages_of_two_kinds_change_at_one_break_point(
+    stress: Stress, pages: int, sequence_pages: int, stride: int, readers: int
+) -> None:
+    """Beside pages under a sequence, no reading of one kind is older than an ended reading of the other."""
+    assert not faults(race(stress, pages=pages, sequence_pages=sequence_pages, stride=stride, readers=readers))
+
+
+@pytest.mark.row("K-08", "E9")
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="a race needs two CPUs: widen the affinity (taskset -c 0,1)"
+)
+@pytest.mark.parametrize("defect", KIND_DEFECTS, ids=lambda defect: f"{defect.sequence_kind}-{defect.fault}")
+def test_a_broken_kind_is_noticed(stress: Stress, defect: KindDefect) -> None:
+    """A kind whose busy mark comes after A, or whose release comes before B, is noticed."""
     options = defect._asdict()
     fault = options.pop("fault")
     reports = (stress(**options, readers=1, seconds=0.5) for _ in range(RUNS_MAX))
