@@ -74,6 +74,7 @@ cdef class TimePages:
     cdef void _show(self) noexcept
     cdef void _show_own(self) noexcept
     cdef int _write_own_pages(self, uint8_t flags) except -1
+    cdef int _mark_dirty(self) except -1
     cdef int _mark_own_dirty(self) except -1
     cdef void _move(self, uint64_t ticks, uint64_t ns) noexcept
     cdef int _read(self, object vcpu, pvclock_reading *ret) except -1

@@ -232,7 +232,8 @@ cdef class TimePages:
             self.memory.unpin()
         self.break_tsc, self._stands = break_tsc, False
         self._show()
-        self.mark_dirty()
+        if self._own_count or self.memory._on_dirty is not None:
+            self._mark_dirty()
         return break_tsc
 
     cdef bint _publish(self, pvclock_line *timeline, uint64_t *break_tsc, bint again) noexcept nogil:
@@ -362,9 +363,10 @@ cdef class TimePages:
 
         The first error that it raises comes out when all are told.
         """
+        self._mark_dirty()
+
+    cdef int _mark_dirty(self) except -1:
         cdef int i
-        if self.memory._on_dirty is None and not self._own_count:
-            return
         self.memory.defer()
         try:
             for i in range(self._count):
@@ -372,6 +374,7 @@ cdef class TimePages:
             self._mark_own_dirty()
         finally:
             self.memory.tell()
+        return 0
 
     cdef int _mark_own_dirty(self) except -1:
         cdef int i
@@ -461,9 +464,11 @@ cdef pvclock_line as_line(line) except *:
 
 
 cdef uint8_t as_flags(flags) except? 0:
-    if not 0 <= as_whole(flags, "flags") < 256:
+    cdef int overflow
+    cdef long bits = PyLong_AsLongAndOverflow(as_whole(flags, "flags"), &overflow)
+    if overflow or not 0 <= bits < 256:
         raise RangeError(f"flags are {shortened(flags)}; a page has 8 of them")
-    return flags
+    return <uint8_t>bits
 
 
 cdef pvclock_own_page as_own_page(own) except *:
