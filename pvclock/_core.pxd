@@ -18,9 +18,14 @@ cdef struct Wanted:
     uint64_t tsc_offset
     bint registered
     bint out_of_guest  # in the publish at hand
-    bint owns_line  # its page has a line of its own
-    pvclock_own_page own  # if so: all but where the page is
-    bint is_unmarked  # was written, and on_dirty is not told
+
+
+cdef struct WantedOwn:
+    # What a vCPU's page with a line of its own is to show.
+    uint64_t gpa
+    pvclock_own_page page  # all but where it is
+    bint is_there
+    bint is_unmarked  # it was written, and on_dirty not told
 
 
 cdef struct Shown:
@@ -30,6 +35,24 @@ cdef struct Shown:
     uint64_t tsc_offset
     bint published
     bint flagged  # flags and pads were written, too, since the page is where it is
+
+
+cdef class OwnPages:
+    cdef GuestMemory _memory
+    cdef WantedOwn *_wanted  # by vCPU
+    cdef pvclock_own_page *pages  # compact: only pages that can be written
+    cdef int *vcpus  # by page
+    cdef int count
+
+    cdef void put(self, int vcpu, uint64_t gpa, pvclock_own_page page) noexcept
+    cdef void take_away(self, int vcpu) noexcept
+    cdef bint has(self, int vcpu) noexcept
+    cdef void add(self, int vcpu, uint8_t *page) noexcept
+    cdef bint are_due(self, object vcpu) except -1
+    cdef void set_flags(self, uint8_t flags) noexcept
+    cdef void note_written(self) noexcept
+    cdef int mark_dirty(self) except -1
+    cdef uint64_t ns_at(self, int vcpu, uint64_t guest_tsc) noexcept
 
 
 cdef enum:
@@ -54,9 +77,7 @@ cdef class TimePages:
     cdef pvclock_target *_targets  # compact: only pages that can be written
     cdef int *_target_vcpu  # by target
     cdef int _count
-    cdef pvclock_own_page *_own_pages  # likewise
-    cdef int *_own_vcpu
-    cdef int _own_count
+    cdef OwnPages _own
     cdef bint _changed  # a page or an offset, since the last publish
     cdef uint64_t _generation  # of the memory that all pointers were looked up in
     cdef uint64_t _flagged_generation  # of the memory whose pages may be flagged
@@ -73,12 +94,10 @@ cdef class TimePages:
     cdef int _prepare(self, ClockScale scale, uint8_t flags, object out_of_guest) except -1
     cdef void _show(self) noexcept
     cdef void _show_own(self) noexcept
-    cdef int _write_own_pages(self, uint8_t flags) except -1
-    cdef int _mark_dirty(self) except -1
-    cdef int _mark_own_dirty(self) except -1
+    cpdef mark_dirty(self)
     cdef void _move(self, uint64_t ticks, uint64_t ns) noexcept
     cdef int _read(self, object vcpu, pvclock_reading *ret) except -1
-    cdef void _read_standing(self, Wanted *wanted, pvclock_reading *ret) noexcept
+    cdef void _read_standing(self, int vcpu, pvclock_reading *ret) noexcept
 
 
 cdef pvclock_line as_line(object line) except *

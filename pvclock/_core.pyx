@@ -52,6 +52,79 @@ def read_time_info(GuestMemory memory not None, gpa: int) -> TimeInfo:
 
 
 @cython.final
+@cython.internal
+cdef class OwnPages:
+    """The pages of one VM that have a line of their own, each written once; part of its TimePages."""
+
+    def __cinit__(self, GuestMemory memory not None, int vcpus) -> None:
+        self._memory = memory
+        self._wanted = <WantedOwn *>calloc(vcpus, sizeof(WantedOwn))
+        self.pages = <pvclock_own_page *>calloc(vcpus, sizeof(pvclock_own_page))
+        self.vcpus = <int *>calloc(vcpus, sizeof(int))
+        if not (self._wanted and self.pages and self.vcpus):
+            raise MemoryError
+
+    def __dealloc__(self) -> None:
+        free(self._wanted)
+        free(self.pages)
+        free(self.vcpus)
+
+    cdef void put(self, int vcpu, uint64_t gpa, pvclock_own_page page) noexcept:
+        """Have vCPU's page show that from the next write on."""
+        self._wanted[vcpu].gpa, self._wanted[vcpu].page = gpa, page
+        self._wanted[vcpu].is_there = True
+
+    cdef void take_away(self, int vcpu) noexcept:
+        self._wanted[vcpu].is_there = False
+
+    cdef bint has(self, int vcpu) noexcept:
+        return self._wanted[vcpu].is_there
+
+    cdef void add(self, int vcpu, uint8_t *page) noexcept:
+        """vCPU's page was found in guest memory."""
+        self.pages[self.count], self.vcpus[self.count] = self._wanted[vcpu].page, vcpu
+        self.pages[self.count].page = page
+        self.count += 1
+
+    cdef bint are_due(self, vcpu) except -1:
+        """Is there a page to be written, but `vcpu`'s?"""
+        cdef int i
+        for i in range(self.count):
+            if self.pages[i].is_due and self.vcpus[i] != vcpu:
+                return True
+        return False
+
+    cdef void set_flags(self, uint8_t flags) noexcept:
+        """Have pages that are written show those flags beside their own."""
+        cdef int i
+        for i in range(self.count):
+            self.pages[i].flags = self._wanted[self.vcpus[i]].page.flags | flags
+
+    cdef void note_written(self) noexcept:
+        cdef int i
+        cdef WantedOwn *wanted
+        for i in range(self.count):
+            wanted = &self._wanted[self.vcpus[i]]
+            wanted.is_unmarked = wanted.is_unmarked or (wanted.page.is_due and not self.pages[i].is_due)
+            wanted.page.is_due = self.pages[i].is_due
+
+    cdef int mark_dirty(self) except -1:
+        """Tell the memory's on_dirty of the pages that were written and that it was not told of."""
+        cdef int i
+        cdef WantedOwn *wanted
+        for i in range(self.count):
+            wanted = &self._wanted[self.vcpus[i]]
+            if wanted.is_unmarked:
+                wanted.is_unmarked = False
+                self._memory.mark_dirty(wanted.gpa, TIME_INFO_BYTES)
+        return 0
+
+    cdef uint64_t ns_at(self, int vcpu, uint64_t guest_tsc) noexcept:
+        cdef pvclock_anchor *line = &self._wanted[vcpu].page.line
+        return line.system_time + pvclock_scale_delta(guest_tsc - line.tsc_timestamp, line.scale)
+
+
+@cython.final
 @cython.no_gc_clear  # its memory is what tells it that its pointers are stale
 cdef class TimePages:
     """The pvclock pages of one VM, one for each vCPU, and the line that they show.
@@ -72,14 +145,11 @@ cdef class TimePages:
         self._shown = <Shown *>calloc(vcpus, sizeof(Shown))
         self._targets = <pvclock_target *>calloc(vcpus, sizeof(pvclock_target))
         self._target_vcpu = <int *>calloc(vcpus, sizeof(int))
-        self._own_pages = <pvclock_own_page *>calloc(vcpus, sizeof(pvclock_own_page))
-        self._own_vcpu = <int *>calloc(vcpus, sizeof(int))
         if not (self._wanted and self._shown and self._targets and self._target_vcpu):
             raise MemoryError
-        if not (self._own_pages and self._own_vcpu):
-            raise MemoryError
+        self._own = OwnPages(memory, vcpus)
         self._sets[SHARED_LINE] = pvclock_page_set(&pvclock_page_kind_pvclock, self._targets, 0)
-        self._sets[OWN_LINE] = pvclock_page_set(&pvclock_page_kind_own_line, self._own_pages, 0)
+        self._sets[OWN_LINE] = pvclock_page_set(&pvclock_page_kind_own_line, self._own.pages, 0)
         self.break_tsc = pvclock_counter_read(&counter.c)
         self._look_up()
 
@@ -88,8 +158,6 @@ cdef class TimePages:
         free(self._shown)
         free(self._targets)
         free(self._target_vcpu)
-        free(self._own_pages)
-        free(self._own_vcpu)
 
     cdef int _vcpu(self, object vcpu) except -1:
         cdef int overflow
@@ -106,11 +174,10 @@ cdef class TimePages:
         """
         cdef int index = self._vcpu(vcpu)
         cdef uint64_t where = 0 if gpa is None else as_u64(gpa, "gpa")
-        cdef pvclock_own_page own_page
-        if own is not None:
-            own_page = as_own_page(own)
-            self._wanted[index].own = own_page
-        self._wanted[index].owns_line = own is not None
+        if own is None or gpa is None:
+            self._own.take_away(index)
+        else:
+            self._own.put(index, where, as_own_page(own))
         self._wanted[index].gpa = where
         self._wanted[index].registered = gpa is not None
         self._shown[index].flagged = False
@@ -138,26 +205,23 @@ cdef class TimePages:
         cdef int vcpu
         # Other memory may be where a page was, with nothing of ours in it.
         cdef bint is_other_memory = self._flagged_generation != self.memory.generation
-        self._count = self._own_count = 0
+        self._count = self._own.count = 0
         self._changed = True
         for vcpu in range(self.vcpus):
             wanted = &self._wanted[vcpu]
             page = self.memory.find(wanted.gpa, TIME_INFO_BYTES) if wanted.registered else NULL
             if page is NULL or is_other_memory:
                 self._shown[vcpu].flagged = False
-            if page is not NULL and wanted.owns_line:
-                self._own_pages[self._own_count] = wanted.own
-                self._own_pages[self._own_count].page = page
-                self._own_vcpu[self._own_count] = vcpu
-                self._own_count += 1
+            if page is not NULL and self._own.has(vcpu):
+                self._own.add(vcpu, page)
             elif page is not NULL:
                 self._targets[self._count] = pvclock_target(page, wanted.tsc_offset, 0, 1)
                 self._target_vcpu[self._count] = vcpu
                 self._count += 1
             if self._shown[vcpu].published:
                 self._shown[vcpu].page = self.memory.find(self._shown[vcpu].gpa, TIME_INFO_BYTES)
-        self._sets[SHARED_LINE].count, self._sets[OWN_LINE].count = self._count, self._own_count
-        self._kinds = KINDS if self._own_count else 1
+        self._sets[SHARED_LINE].count, self._sets[OWN_LINE].count = self._count, self._own.count
+        self._kinds = KINDS if self._own.count else 1
         self._generation = self._flagged_generation = self.memory.generation
 
     def lacks_flags(self, vcpu: int | None) -> bool:
@@ -168,21 +232,10 @@ cdef class TimePages:
         for i in range(self._count):
             if not self._shown[self._target_vcpu[i]].flagged and self._target_vcpu[i] != vcpu:
                 return True
-        for i in range(self._own_count):
-            if self._own_pages[i].is_due and self._own_vcpu[i] != vcpu:
-                return True
-        return False
+        return self._own.are_due(vcpu)
 
     def publish(
-        self,
-        line,
-        ClockScale scale not None,
-        *,
-        flags=0,
-        out_of_guest=(),
-        step=False,
-        moved=_NOT_MOVED,
-        going_on=None,
+        self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False, moved=_NOT_MOVED, going_on=None,
         again=False,
     ) -> int:
         """Publish `line` at `scale` into all registered pages at once; returns the break point (host TSC).
@@ -232,8 +285,8 @@ cdef class TimePages:
             self.memory.unpin()
         self.break_tsc, self._stands = break_tsc, False
         self._show()
-        if self._own_count or self.memory._on_dirty is not None:
-            self._mark_dirty()
+        if self._own.count or self.memory._on_dirty is not None:
+            self.mark_dirty()
         return break_tsc
 
     cdef bint _publish(self, pvclock_line *timeline, uint64_t *break_tsc, bint again) noexcept nogil:
@@ -256,8 +309,7 @@ cdef class TimePages:
         for i in range(self._count):
             self._targets[i].flags = flags
             self._targets[i].in_guest = not self._wanted[self._target_vcpu[i]].out_of_guest
-        for i in range(self._own_count):
-            self._own_pages[i].flags = self._wanted[self._own_vcpu[i]].own.flags | flags
+        self._own.set_flags(flags)
         return 0
 
     cdef void _show(self) noexcept:
@@ -275,7 +327,7 @@ cdef class TimePages:
                 shown.gpa = self._wanted[self._target_vcpu[i]].gpa
                 shown.tsc_offset = self._targets[i].tsc_offset
                 shown.published = True
-        if self._own_count:
+        if self._own.count:
             self._show_own()
         self._changed = False
 
@@ -284,41 +336,27 @@ cdef class TimePages:
         cdef int i
         cdef Shown *shown
         cdef Wanted *wanted
-        for i in range(self._own_count):
-            wanted, shown = &self._wanted[self._own_vcpu[i]], &self._shown[self._own_vcpu[i]]
-            if self._own_pages[i].is_due:
-                continue
-            wanted.is_unmarked = wanted.is_unmarked or wanted.own.is_due
-            wanted.own.is_due = False
-            shown.page, shown.gpa, shown.tsc_offset = self._own_pages[i].page, wanted.gpa, wanted.tsc_offset
-            shown.published = True
+        self._own.note_written()
+        for i in range(self._own.count):
+            if not self._own.pages[i].is_due:
+                wanted, shown = &self._wanted[self._own.vcpus[i]], &self._shown[self._own.vcpus[i]]
+                shown.page, shown.gpa, shown.tsc_offset = self._own.pages[i].page, wanted.gpa, wanted.tsc_offset
+                shown.published = True
 
     def write_own_pages(self, flags: int) -> int:
         """Write the due pages with lines of their own, while no vCPU is in the guest; returns the host TSC now.
 
         flags: as publish().  The other pages, and the line published last, stay as they are.
         """
-        if self._generation != self.memory.generation:
-            self._look_up()
-        if self._own_count:
-            self._write_own_pages(as_flags(flags))
-        return pvclock_counter_read(&self.counter.c)
-
-    cdef int _write_own_pages(self, uint8_t flags) except -1:
-        cdef int i
+        cdef uint8_t beside = as_flags(flags)
         self.memory.wait_for_slots()
         if self._generation != self.memory.generation:
             self._look_up()
-        for i in range(self._own_count):
-            self._own_pages[i].flags = self._wanted[self._own_vcpu[i]].own.flags | flags
-        pvclock_own_pages_write_now(self._own_pages, self._own_count)
+        self._own.set_flags(beside)
+        pvclock_own_pages_write_now(self._own.pages, self._own.count)
         self._show_own()
-        self.memory.defer()
-        try:
-            self._mark_own_dirty()
-        finally:
-            self.memory.tell()
-        return 0
+        self._own.mark_dirty()
+        return pvclock_counter_read(&self.counter.c)
 
     @property
     def was_published(self) -> bool:
@@ -331,9 +369,7 @@ cdef class TimePages:
         For a declared step: a pause that is left out moves the line by its length, a jump by its height; a host TSC
         that counts anew moves all instants, that at which time stands still, too.
         """
-        cdef uint64_t moved_ticks = as_u64(ticks, "ticks")
-        cdef uint64_t moved_ns = as_u64(ns, "ns")
-        self._move(moved_ticks, moved_ns)
+        self._move(as_u64(ticks, "ticks"), as_u64(ns, "ns"))
 
     cdef void _move(self, uint64_t ticks, uint64_t ns) noexcept:
         pvclock_anchor_move(&self._anchor, ticks, ns)
@@ -343,9 +379,8 @@ cdef class TimePages:
 
     def stand_still(self, host_tsc: int, ns: int) -> None:
         """Have readers in this process find `ns`, and the TSC of `host_tsc`, until the next publish."""
-        cdef uint64_t standing_tsc = as_u64(host_tsc, "host_tsc")
-        cdef uint64_t standing_ns = as_u64(ns, "ns")
-        self._standing_tsc, self._standing_ns, self._stands = standing_tsc, standing_ns, True
+        self._standing_tsc, self._standing_ns = as_u64(host_tsc, "host_tsc"), as_u64(ns, "ns")
+        self._stands = True
 
     def stop(self) -> int:
         """Have readers in this process find what they would find now, until the next publish; returns the host TSC now.
@@ -358,33 +393,19 @@ cdef class TimePages:
         self._standing_tsc, self._stands = tsc, True
         return tsc
 
-    def mark_dirty(self) -> None:
+    cpdef mark_dirty(self):
         """Tell the memory's on_dirty of all pages, but those with a line of their own when they are written only.
 
         The first error that it raises comes out when all are told.
         """
-        self._mark_dirty()
-
-    cdef int _mark_dirty(self) except -1:
         cdef int i
         self.memory.defer()
         try:
             for i in range(self._count):
                 self.memory.mark_dirty(self._wanted[self._target_vcpu[i]].gpa, TIME_INFO_BYTES)
-            self._mark_own_dirty()
+            self._own.mark_dirty()
         finally:
             self.memory.tell()
-        return 0
-
-    cdef int _mark_own_dirty(self) except -1:
-        cdef int i
-        cdef Wanted *wanted
-        for i in range(self._own_count):
-            wanted = &self._wanted[self._own_vcpu[i]]
-            if wanted.is_unmarked:
-                wanted.is_unmarked = False
-                self.memory.mark_dirty(wanted.gpa, TIME_INFO_BYTES)
-        return 0
 
     cdef int _read(self, object vcpu, pvclock_reading *ret) except -1:
         cdef int index = self._vcpu(vcpu)
@@ -394,7 +415,7 @@ cdef class TimePages:
         cdef uint64_t began_ns = 0
         while began_ns == 0 or monotonic_ns() - began_ns < READ_LIMIT_NS or doublings < READ_DOUBLINGS:
             if self._stands:  # asked in each round: time may have been stopped while the GIL was away
-                self._read_standing(&self._wanted[index], ret)
+                self._read_standing(index, ret)
                 if ret.version & 1:
                     raise no_page(vcpu)
                 return 0
@@ -412,17 +433,16 @@ cdef class TimePages:
         raise StateError("read", f"the page of vCPU {vcpu} is always odd or changing",
                          "publish it anew, the guest has spoilt it")
 
-    cdef void _read_standing(self, Wanted *wanted, pvclock_reading *ret) noexcept:
+    cdef void _read_standing(self, int vcpu, pvclock_reading *ret) noexcept:
         """What vCPU's guest had when time was stopped; an odd version if it has no page."""
+        cdef Wanted *wanted = &self._wanted[vcpu]
         cdef uint8_t *page = self.memory.find(wanted.gpa, TIME_INFO_BYTES) if wanted.registered else NULL
         ret.tsc, ret.ns, ret.version, ret.flags = self._standing_tsc + wanted.tsc_offset, self._standing_ns, 1, 0
         if page is not NULL:
             ret.version = (<pvclock_vcpu_time_info *>page).version & <uint32_t>0xFFFFFFFE
             ret.flags = (<pvclock_vcpu_time_info *>page).flags
-        if wanted.owns_line:
-            ret.ns = wanted.own.line.system_time + pvclock_scale_delta(
-                ret.tsc - wanted.own.line.tsc_timestamp, wanted.own.line.scale
-            )
+        if self._own.has(vcpu):
+            ret.ns = self._own.ns_at(vcpu, ret.tsc)
 
     def read(self, vcpu: int) -> int:
         """GuestNs: what vCPU's guest would compute at this instant; StateError before it registered a page."""

@@ -2,7 +2,7 @@
 """C declarations of pvclock_tsc.h, pvclock_anchor.h, pvclock_publish.h, pvclock_own_line.h, pvclock_words.h and
 pvclock_records.h.
 
-Who cimports them says include_dirs=[pvclock.get_include()] to its compiler: docs/c.md has a complete setup.py.
+A module that cimports them is built with include_dirs=[pvclock.get_include()]: docs/c.md has a complete setup.py.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
