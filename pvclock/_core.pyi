@@ -15,6 +15,10 @@ GUEST_STOPPED: Final = 2
 def read_time_info(memory: GuestMemory, gpa: int) -> TimeInfo: ...
 
 @final
+class OwnPages:
+    def __new__(cls, memory: GuestMemory, vcpus: int) -> Self: ...
+
+@final
 class TimePages:
     @property
     def memory(self) -> GuestMemory: ...

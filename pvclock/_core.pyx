@@ -52,7 +52,7 @@ def read_time_info(GuestMemory memory not None, gpa: int) -> TimeInfo:
 
 
 @cython.final
-@cython.internal
+@cython.no_gc_clear  # it is part of one that is not cleared either
 cdef class OwnPages:
     """The pages of one VM that have a line of their own, each written once; part of its TimePages."""
 
