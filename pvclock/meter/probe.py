@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Final
 
-from pvclock._core import ClockScale
 from pvclock._memory import GuestMemory
+from pvclock._scale import ClockScale
 from pvclock.errors import StateError
 from pvclock.payloads import probe
 from pvclock.payloads.probe import ProbeRecord

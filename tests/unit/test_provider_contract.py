@@ -117,6 +117,9 @@ CHECKS: Final[Mapping[str, Callable[[GuestClock, Provider], bool]]] = {
     "are_hypercalls_enabled": lambda clock, each: is_asked(clock, each, "are_hypercalls_enabled"),
     "hypercall": lambda _, each: (each.hypercall(0, NO_CALL).status in NOT_THERE) is not each.are_hypercalls_enabled,
     "allows_stable": lambda _, each: each.allows_stable in (False, True),
+    "own_page": lambda clock, each: (
+        clock._guest.own_page(0) is each.own_page(0) is None
+    ),  # V-11, V-38: another profile's
     "refreshes_pages": lambda _, each: each.refreshes_pages in (False, True),
     "tells_of_pauses": lambda clock, each: clock._guest.tells_of_pauses is each.tells_of_pauses,
     "hooks": lambda clock, each: (clock._guest.at_tick is None) is (each.hooks[:2] == (None, None)),
