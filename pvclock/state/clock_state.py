@@ -80,13 +80,15 @@ class SavedPolicy(NamedTuple):
     policy: Policy | None
 
     @classmethod
-    def of(cls, policy: Policy) -> SavedPolicy:
-        """The policy, which is sound, by its own name."""
-        return cls(str(policy), policy)
+    def of(cls, policy: Policy | str) -> SavedPolicy:
+        """The policy, which must be sound, by its own name."""
+        sound = catchup.as_policy(policy)
+        return cls(str(sound), sound)
 
     @classmethod
     def named(cls, name: str) -> SavedPolicy:
         """The policy of that name, if there is one."""
+        arguments.text("name", name)
         try:
             return cls(name, catchup.parse(name))
         except (ConfigError, RangeError):
@@ -97,12 +99,13 @@ class SavedPolicy(NamedTuple):
 
     def known(self, field: str) -> Policy:
         """The policy; StateFileError, with the field that names it, if this version does not know it."""
-        if self.policy is None:
-            try:
-                return catchup.parse(self.name)
-            except (ConfigError, RangeError) as error:
-                raise StateFileError(field, repr(self.name), str(error)) from None
-        return self.policy
+        arguments.text("field", field)
+        if self.policy is not None:
+            return self.policy
+        try:
+            return catchup.parse(self.name)
+        except (ConfigError, RangeError) as error:
+            raise StateFileError(field, repr(self.name), str(error)) from None
 
 
 class ProviderState(NamedTuple):

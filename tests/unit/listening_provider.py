@@ -53,6 +53,9 @@ class Listener:
         told, self.told = self.told, []
         return told
 
+    def own_page(self, vcpu: int) -> None:
+        """Its guests have no pages."""
+
     def read_msr(self, vcpu: int, index: int) -> int:
         """Faults."""
         raise MsrFault(index)

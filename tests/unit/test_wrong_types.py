@@ -34,6 +34,7 @@ from pvclock.host.watch import HostWatch
 from pvclock.meter.stress import RepublishReport
 from pvclock.quantities import HostTsc, RefNs
 from pvclock.state import clock_state as states
+from pvclock.state.clock_state import SavedPolicy
 from pvclock.timekeeping.event_timeline import EventTimeline
 from pvclock.timekeeping.events import Event, EventKind
 from pvclock.timekeeping.timers import Timers, VcpuTimeouts
@@ -55,6 +56,7 @@ EXEMPT: Final = {
     "Slew.ppm Slew.is_done CatchUpTable.ppm CatchUpTable.is_done": "asked by a timeline, with its own ns",
     "Merge.share Once.share Replay.share": "asked by Timers, with its own count",
     "Timer": "made by Timers.add(), which checks",
+    "pvclock.meter.stress.stress_publishing": "of a guest that meter.guest makes, with seconds of its caller's",
     "DebugChannel": "made by GuestInterface, with what its provider asks for",
 }
 """What no VMM calls with values of its own: classes and methods, and why."""
@@ -135,6 +137,7 @@ MAKERS: dict[str, Callable[[], object]] = {
     "Timers": lambda: Timers(cycles_hz=HZ),
     "VcpuTimeouts": lambda: VcpuTimeouts(Timers()),
     "KvmTscSync": sync,
+    "SavedPolicy": lambda: SavedPolicy.named("freeze"),
     "OffsetWrite": lambda: OffsetWrite(0, 0, 1, 0, 1),
     "ExecutionTimeBackend": lambda: ExecutionTimeBackend(SimulatedBackend(HZ)),
 }
@@ -155,7 +158,8 @@ VALID: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("hz", "tsc_hz", "guest_hz", "host_hz", "scaled_hz", "base_hz", "interval_ns"), lambda: HZ),
     **dict.fromkeys(("khz", "guest_khz", "host_khz", "virtual_khz"), lambda: 10**6),
     **dict.fromkeys(("index", "number"), lambda: 0x10),
-    **dict.fromkeys(("policy", "sleep_policy", "text"), lambda: "freeze"),
+    **dict.fromkeys(("policy", "sleep_policy", "text", "SavedPolicy.named.name"), lambda: "freeze"),
+    "field": lambda: "policy",
     **dict.fromkeys(("slaved", "host_trusted"), lambda: False),
     **dict.fromkeys(("data", "code"), lambda: b"\x0f\x01\xc1"),
     **dict.fromkeys(("callback", "log", "on_dirty"), lambda: nothing),
