@@ -34,6 +34,8 @@ FLAGS_AT: Final = 29
 WILD_NS: Final = 1 << 40
 READS_PER_FLUSH: Final = 1 << 10
 START_LIMIT_S: Final = 10.0
+ODD_LIMIT_S = 5.0
+"""Far beyond the time for which a busy host keeps a thread waiting; a guest would spin for ever."""
 NO_FINDINGS: Final = ProbeRecord._make([0] * len(ProbeRecord._fields))
 
 
@@ -54,11 +56,23 @@ class Reader(threading.Thread):
         """Read until `ended`; record() raises an error that ended it earlier."""
         try:
             while not self.ended:
-                self._read_often()
-                self._clear_guest_stopped()
+                self._read_on()
             self.last = self.clock.reading(self.vcpu)
         except PvclockError as error:
             self.error = error
+
+    def _read_on(self) -> None:
+        """Read many times.  A page that stays odd, as when its publisher loses its CPU, is tried again for a while."""
+        deadline = time.monotonic() + ODD_LIMIT_S
+        while True:
+            try:
+                self._read_often()
+                self._clear_guest_stopped()
+            except StateError:
+                if self.ended or time.monotonic() > deadline:
+                    raise
+            else:
+                return
 
     def _read_often(self) -> None:
         read, vcpu, shared = self.clock.read, self.vcpu, self.shared_last

@@ -8,9 +8,10 @@ from typing import TypeAlias
 
 import pytest
 
-from pvclock import Reference, read_tsc
+from pvclock import Reference, StateError, read_tsc
 from pvclock.host.linux import host_clocksource
 from pvclock.host.this_host import HostBackend
+from pvclock.meter import in_process_guest
 from pvclock.meter.comparison import compare
 from pvclock.meter.guest import EngineGuest, Guest
 from pvclock.meter.in_process_guest import InProcessGuest
@@ -166,3 +167,22 @@ def test_an_engines_clock_is_republished_under_every_guest(make: Callable[[], En
     assert seen.reads > 0 < seen.publishing.publishes
     assert not any(seen.failures.values())
     assert 0 <= seen.publishing.least_step_ns <= seen.publishing.most_step_ns <= 1
+
+
+@pytest.mark.row("E13", "K-08")
+def test_a_page_that_stays_odd_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread waits for a page whose publisher lost its CPU, and reports one that stays odd for too long."""
+    with InProcessGuest(1) as guest:
+        guest.start()
+        memory, gpa = guest.engine_clock.memory, in_process_guest.time_page_gpa(0)
+        version = guest.pages()[0].version
+        memory.write(gpa, (version + 1).to_bytes(4, "little"))
+        time.sleep(0.2)
+        memory.write(gpa, (version + 2).to_bytes(4, "little"))
+        reads = guest.records()[0].reads
+        wait_until(lambda: guest.records()[0].reads > reads)
+        monkeypatch.setattr(in_process_guest, "ODD_LIMIT_S", 0.01)
+        wait_until(lambda: guest.records()[0].reads > reads + 10_000)  # by then it goes by the new limit
+        memory.write(gpa, (version + 3).to_bytes(4, "little"))
+        with pytest.raises(StateError, match="odd"):
+            wait_until(lambda: bool(guest.check_running()))  # type: ignore[func-returns-value]  # it raises
