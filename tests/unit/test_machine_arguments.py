@@ -68,6 +68,7 @@ def test_a_wrong_argument_is_named_with_what_is_wanted(
 def test_where_palacios_time_is(profile: str) -> None:
     """An unknown profile's error says which there are, and where Palacios' time is instead."""
     with pytest.raises(
-        ConfigError, match=rf"profile '{profile}'; choose from 'linux', .* pvclock\.compat\.palacios .*Unslaved"
+        ConfigError,
+        match=rf"profile '{profile}'; choose from 'linux', .* pvclock\.compat\.palacios .*ExecutionTimeBackend",
     ):
         GuestClock(GuestMemory(bytearray(1 << 14)), backend=SimulatedBackend(10**9), profile=profile)
