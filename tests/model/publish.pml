@@ -11,6 +11,11 @@
  *   -DNO_WAIT        the new line is let out before its break point
  *   -DPAGE_BY_PAGE   every page has a publish, and so a break point, of its own
  *
+ * -DTWO_KINDS makes page 1 one of another kind, whose version is a sequence that is 0 while the page is busy.  Of it:
+ *
+ *   -DBUSY_AFTER_A       its mark comes with its payload, after A
+ *   -DRELEASED_BEFORE_B  its release comes with its payload, before B
+ *
  * -DWITNESS makes it a fault that the last line is read, to see that the search gets there.  And these give a size:
  * -DPUBLISHES -DTICKS -DMARGIN -DEARLY -DREADS_AT_ONCE.  Where EARLY is more than MARGIN, the guarantee is lost.
  */
@@ -71,6 +76,28 @@ proctype counter()
 
 byte memory[WORDS];
 
+#ifdef TWO_KINDS
+#define IS_SEQUENCE(page) ((page) == 1)
+#else
+#define IS_SEQUENCE(page) false
+#endif
+#define BUSY(page, generation) (IS_SEQUENCE(page) -> 0 : 2 * (generation) - 1)
+#define RELEASED(page, generation) (2 * (generation) + (IS_SEQUENCE(page) -> 2 : 0))
+#define IS_BUSY(page, version) (IS_SEQUENCE(page) -> (version) == 0 : (version) % 2 == 1)
+#define GENERATION(page, version) ((version) / 2 - (IS_SEQUENCE(page) -> 1 : 0))
+
+/* The pages that are marked before A, and those that are released after B. */
+#ifdef BUSY_AFTER_A
+#define LAST_MARKED 0
+#else
+#define LAST_MARKED (PAGES - 1)
+#endif
+#ifdef RELEASED_BEFORE_B
+#define LAST_RELEASED 0
+#else
+#define LAST_RELEASED (PAGES - 1)
+#endif
+
 /* x86: other CPUs see a CPU's stores in their order, but at any time later. */
 #define STORES (4 * PAGES + 1) /* of a whole publish, so that no store waits for room */
 chan store_buffers[PUBLISHES] = [STORES] of { byte, byte };
@@ -123,7 +150,9 @@ inline publish(first, last)
 {
 #ifndef NO_ODD
 	atomic {
-		for (page : first .. last) { STORE(VERSION(page), 2 * generation - 1) }
+		for (page : first .. (last < LAST_MARKED -> last : LAST_MARKED)) {
+			STORE(VERSION(page), BUSY(page, generation))
+		}
 	}
 #endif
 	atomic {
@@ -131,16 +160,26 @@ inline publish(first, last)
 		for (page : first .. last) {
 			LINE(page, generation).break_tsc = now + MARGIN;
 			LINE(page, generation).break_ns = NS_AT(page, generation - 1, generation - 1, now + MARGIN);
-			LINE(page, generation).mul = mul;
+			LINE(page, generation).mul = mul
+		}
+#ifdef BUSY_AFTER_A
+		STORE(VERSION(1), BUSY(1, generation));
+#endif
+		for (page : first .. last) {
 			STORE(ANCHOR(page), generation);
 			STORE(SCALE(page), generation)
 		}
+#ifdef RELEASED_BEFORE_B
+		STORE(VERSION(1), RELEASED(1, generation));
+#endif
 		printf("TSC %d: line %d, pages %d to %d, from TSC %d on, %d ns a tick\n",
 		       now, generation, first, last, now + MARGIN, mul)
 	}
 	atomic {
 		WAIT_FOR(LINE(first, generation).break_tsc) ->
-		for (page : first .. last) { STORE(VERSION(page), 2 * generation) }
+		for (page : first .. (last < LAST_RELEASED -> last : LAST_RELEASED)) {
+			STORE(VERSION(page), RELEASED(page, generation))
+		}
 	}
 }
 
@@ -185,7 +224,7 @@ proctype reader(byte page)
 
 	do
 	:: d_step {
-		loads == 0 && memory[VERSION(page)] % 2 == 0 && reads_in_flight < READS_AT_ONCE ->
+		loads == 0 && !IS_BUSY(page, memory[VERSION(page)]) && reads_in_flight < READS_AT_ONCE ->
 		version = memory[VERSION(page)];
 		floor_ns = returned_ns;
 		reads_in_flight++;
@@ -202,7 +241,7 @@ proctype reader(byte page)
 	   }
 	:: d_step {
 		loads == 4 && tsc != NEVER ->
-		version = version / 2; /* the generation */
+		version = GENERATION(page, version);
 		ns = NS_AT(page, anchor, scale, tsc);
 		printf("TSC %d: page %d shows line %d at TSC %d: %d ns\n", now, page, version, tsc, ns);
 
@@ -229,6 +268,9 @@ init {
 	byte i;
 
 	atomic {
+#ifdef TWO_KINDS
+		memory[VERSION(1)] = RELEASED(1, 0);
+#endif
 		for (i : 0 .. PAGES - 1) {
 			LINE(i, 0).break_ns = START_NS;
 			LINE(i, 0).mul = 2;

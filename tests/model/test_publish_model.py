@@ -25,6 +25,10 @@ DEFECTS = {
     "NO_WAIT": {"early_new", "backward"},
     # Each page is right by itself: only who compares the readings of two vCPUs notices.
     "PAGE_BY_PAGE": {"backward"},
+    # Of a page of another kind beside the first.
+    "TWO_KINDS NO_DRAIN": {"late_old", "backward"},
+    "TWO_KINDS BUSY_AFTER_A": {"late_old", "backward"},
+    "TWO_KINDS RELEASED_BEFORE_B": {"early_new", "backward"},
 }
 
 # Every order is tried, also of steps that SPIN finds to be independent; it would save nothing here.
@@ -68,8 +72,8 @@ def search(folder: Path, *options: str) -> Search:
 @pytest.mark.row("E9", "K-08")
 @pytest.mark.parametrize(
     "options",
-    [(), ("PUBLISHES=1", "TICKS=4", "READS_AT_ONCE=2")],
-    ids=["two publishes", "overlapping reads"],
+    [(), ("TWO_KINDS",), ("PUBLISHES=1", "TICKS=4", "READS_AT_ONCE=2")],
+    ids=["two publishes", "two kinds of page", "overlapping reads"],
 )
 def test_the_design_holds(tmp_path: Path, options: tuple[str, ...]) -> None:
     """In no order is a reading torn, on the wrong side of a break point, or less than one that had returned before."""
@@ -89,6 +93,6 @@ def test_the_search_reaches_the_last_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_every_rule_is_needed(tmp_path: Path, defect: str) -> None:
     """With one rule left out, a single publish has counterexamples, of the kinds that the rule is there to prevent."""
-    found = search(tmp_path, "PUBLISHES=1", "TICKS=4", defect)
+    found = search(tmp_path, "PUBLISHES=1", "TICKS=4", *defect.split())
     assert found.faults == DEFECTS[defect]
     assert found.states > 10_000
