@@ -1,10 +1,10 @@
-"""What becomes of time that passed while a guest did not run.
+"""Catch-up policies: how a guest makes up for time that passed while it did not run.
 
-A policy settles `missed` nanoseconds of guest time: part of it is gained at once, as one declared step forward, part is
-slewed in afterwards, and the rest never happened for the guest.  Pure: the timeline is told the outcome.
+A policy splits `missed` nanoseconds of guest time into one declared step forward, a part that is slewed in afterwards,
+and a part that the guest drops.  Pure: the caller applies the result to the timeline.
 
-A policy is checked where it is given, by as_policy() or parse(): what they return can run, and has a name to be saved
-by: str(policy) is what parse() takes.
+as_policy() and parse() check a policy; what they return needs no further check.  str(policy) is the name that a saved
+state holds, and parse() reads it back.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ __all__ = [
 ]
 
 ABSURD_NS: Final = 366 * 86400 * NS_PER_S
-"""No guest is told at once that more than a year has passed: such a host clock was set wrong, or is."""
+"""Default bound of a step or slew, one year: a longer gap means that a host clock is or was set wrong."""
 
 PPM: Final = 1_000_000
 MOST_PPM: Final = 10 * PPM
 PPM_PER_PERCENT: Final = PPM // 100
 
 NAME_MAX: Final = 256
-"""So many characters a policy's name has in a saved state, at most."""
+"""Longest policy name that a saved state holds, in characters."""
 
 
 class CatchUp(NamedTuple):
-    """step_ns: a step forward now.  slew_ns: to be slewed in by `slew`.  dropped_ns: what the guest never has.
+    """How missed guest time is split, in ns: step forward now, slew in by policy `slew`, drop.
 
-    why: what was bounded or refused, empty where the policy was applied as it stands.
+    why: what was bounded or refused; empty if the policy was applied in full.
     """
 
     step_ns: Fraction
@@ -58,23 +58,23 @@ class CatchUp(NamedTuple):
     why: str = ""
 
     def __str__(self) -> str:
-        parts = f"gained {float(self.step_ns):.0f} ns, to slew {float(self.slew_ns):.0f} ns"
-        return f"{parts}, lost {float(self.dropped_ns):.0f} ns" + (f": {self.why}" if self.why else "")
+        parts = f"stepped {float(self.step_ns):.0f} ns, to slew {float(self.slew_ns):.0f} ns"
+        return f"{parts}, dropped {float(self.dropped_ns):.0f} ns" + (f": {self.why}" if self.why else "")
 
 
 class Freeze(NamedTuple):
-    """The guest goes on where it was: the time it missed never happened."""
+    """Drop the missed time: the guest goes on where it stopped."""
 
     def __str__(self) -> str:
         return "freeze"
 
     def settle(self, missed_ns: Fraction) -> CatchUp:
-        """All is lost."""
+        """Drop all of missed_ns."""
         return CatchUp(Fraction(0), Fraction(0), missed_ns)
 
 
 class Advance(NamedTuple):
-    """The guest is told at once, up to max_ns (0 to 2^64 - 1)."""
+    """Step forward by the missed time at once, up to max_ns (0 to 2^64 - 1); drop the rest."""
 
     max_ns: int = ABSURD_NS
 
@@ -82,13 +82,13 @@ class Advance(NamedTuple):
         return _named("advance", self)
 
     def settle(self, missed_ns: Fraction) -> CatchUp:
-        """Gain what was missed, up to the bound."""
-        gain = min(missed_ns, Fraction(self.max_ns))
-        return CatchUp(gain, Fraction(0), missed_ns - gain, None, _left_out(missed_ns - gain, self.max_ns))
+        """Step by missed_ns, up to max_ns."""
+        step_ns = min(missed_ns, Fraction(self.max_ns))
+        return CatchUp(step_ns, Fraction(0), missed_ns - step_ns, None, _left_out(missed_ns - step_ns, self.max_ns))
 
 
 class Slew(NamedTuple):
-    """The guest's clock runs fast by max_ppm (1 to 10^7) until it has caught up, or max_ns of it (0 to 2^64 - 1)."""
+    """Run the clock fast by max_ppm (1 to 10^7) until it caught up; drop what exceeds max_ns (0 to 2^64 - 1)."""
 
     max_ppm: int = 500
     max_ns: int = ABSURD_NS
@@ -97,12 +97,12 @@ class Slew(NamedTuple):
         return _named("slew", self)
 
     def settle(self, missed_ns: Fraction) -> CatchUp:
-        """Owe what was missed, up to the bound."""
-        owed = min(missed_ns, Fraction(self.max_ns))
-        return CatchUp(Fraction(0), owed, missed_ns - owed, self, _left_out(missed_ns - owed, self.max_ns))
+        """Slew missed_ns in, up to max_ns."""
+        slew_ns = min(missed_ns, Fraction(self.max_ns))
+        return CatchUp(Fraction(0), slew_ns, missed_ns - slew_ns, self, _left_out(missed_ns - slew_ns, self.max_ns))
 
     def ppm(self, lag_ns: Fraction) -> int:
-        """How much faster than nominal a clock runs that lags by lag_ns."""
+        """The slew in ppm of nominal, whatever the lag."""
         return self.max_ppm
 
     def is_done(self, lag_ns: Fraction) -> bool:
@@ -111,10 +111,10 @@ class Slew(NamedTuple):
 
 
 class CatchUpTable(NamedTuple):
-    """The further behind, the faster: `periods` of (lag in ns from which on it counts, percent).
+    """Slew faster the further the clock lags: `periods` of (least lag in ns, percent of nominal).
 
-    periods: one at least, by rising lag, the percents from 1 to 1000; the first counts for smaller lags, too.  Beyond
-    give_up_ns nothing is caught up, and at stop_ns, which is no more than that, the rest is dropped.  All ns are 0 to
+    periods: at least one, by rising lag, percents 1 to 1000; the first also serves smaller lags.  A lag beyond
+    give_up_ns is dropped whole; a slew ends, and drops the rest, at stop_ns (at most give_up_ns).  All ns are 0 to
     2^64 - 1.
     """
 
@@ -129,19 +129,19 @@ class CatchUpTable(NamedTuple):
         return "table:" + ",".join(f"{key}={value}" for key, value in options)
 
     def settle(self, missed_ns: Fraction) -> CatchUp:
-        """Owe all, or give all up."""
+        """Slew all of missed_ns in, or drop it all beyond give_up_ns."""
         if missed_ns > self.give_up_ns:
             why = f"a lag of {round(missed_ns)} ns is given up: it is beyond {self.give_up_ns} ns"
             return CatchUp(Fraction(0), Fraction(0), missed_ns, None, why)
         return CatchUp(Fraction(0), missed_ns, Fraction(0), self)
 
     def ppm(self, lag_ns: Fraction) -> int:
-        """How much faster than nominal a clock runs that lags by lag_ns; a clock that is ahead goes as much slower."""
+        """The slew in ppm of nominal at a lag of lag_ns; a clock ahead by as much (lag negative) slows by as much."""
         percents = [percent for from_ns, percent in self.periods if abs(lag_ns) >= from_ns] or [self.periods[0][1]]
         return percents[-1] * PPM_PER_PERCENT
 
     def is_done(self, lag_ns: Fraction) -> bool:
-        """Is the lag no more than what is tolerated?"""
+        """Is the lag within stop_ns?"""
         return abs(lag_ns) <= self.stop_ns
 
 
@@ -162,7 +162,7 @@ VIRTUALBOX: Final = CatchUpTable(
 
 
 def settle(policy: Policy | str, missed_ns: Fraction) -> CatchUp:
-    """What `policy` makes of missed_ns; a host clock that went back has missed nothing, and `why` says so."""
+    """Split missed_ns by `policy`.  Negative (the host clock went back) gives 0 for all parts, and `why` says so."""
     chosen = as_policy(policy)
     if fraction("missed_ns", missed_ns) < 0:
         nothing = Fraction(0)
@@ -176,11 +176,11 @@ def _left_out(ns: Fraction, bound_ns: int) -> str:
 
 
 def parse(policy: str) -> Policy:
-    """A policy by its name.
+    """The policy that `policy` names.
 
-    "freeze", "advance", "advance:max_ns=N", "slew:max_ppm=N", "slew:max_ppm=N,max_ns=N", "virtualbox", or a table of
-    one's own, "table:LAG_NS=PERCENT,LAG_NS=PERCENT,stop_ns=N,give_up_ns=N".  ConfigError for anything else, RangeError
-    for a number that makes no sense.
+    "freeze", "advance", "advance:max_ns=N", "slew:max_ppm=N", "slew:max_ppm=N,max_ns=N", "virtualbox", or a custom
+    table, "table:LAG_NS=PERCENT,LAG_NS=PERCENT,stop_ns=N,give_up_ns=N".  ConfigError for anything else, RangeError
+    for a number out of range.
     """
     text = arguments.text("policy", policy)
     if len(text) > NAME_MAX:
@@ -203,10 +203,10 @@ def parse(policy: str) -> Policy:
 
 
 def as_policy(policy: Policy | str) -> Policy:
-    """The policy, given as such or by its name, in plain ints.
+    """Check a policy, or parse its name, and return it in plain ints.
 
-    WrongType for what is none, or has such parts; ConfigError for a name that there is not; RangeError for a number
-    outside of what its class says.
+    WrongType for another type, of the policy or of a field; ConfigError for an unknown name; RangeError for a number
+    outside the range that its class states.
     """
     if isinstance(policy, str):
         return parse(policy)
@@ -217,7 +217,7 @@ def as_policy(policy: Policy | str) -> Policy:
 
 
 def _named(name: str, policy: Advance | Slew) -> str:
-    """The name with those options that are not as they are by default."""
+    """The name, with the options that differ from their defaults."""
     changed = [f"{key}={value}" for key, value in policy._asdict().items() if value != policy._field_defaults[key]]
     return f"{name}:{','.join(changed)}" if changed else name
 

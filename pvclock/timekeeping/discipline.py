@@ -1,8 +1,8 @@
-"""What rate lets a clock follow a reference: found from samples, corrected only on evidence, and never by a step.
+"""The discipline: the frequency adjustment that makes a clock follow a reference, without ever stepping it.
 
-A reference is believed while its samples lie on a line.  A sample that does not is left out; some in a row that go
-together mean that the reference has changed its rate or was set: the clock then follows the new line, as fast as
-`max_ppm` lets it.  While samples make no sense the clock keeps the rate that it had.  Pure: samples are handed in.
+It trusts a reference while the samples lie on a line, and leaves out a sample that does not.  Several outliers in a row
+that fit one line mean that the reference changed its rate or was set: the clock then follows that line, at up to
+`max_ppm`.  While the samples fit no line the clock keeps its rate.  Pure: the caller hands samples in.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from pvclock.timekeeping.sampling import LEAST_BOUND_NS, Baseline, Point, Rate
 __all__ = ["MAX_PPM", "Discipline", "Steering", "SteeringState"]
 
 MAX_PPM: Final = 500
-"""What a kernel's NTP slews by at most (Linux MAXFREQ)."""
+"""Linux's own bound on NTP's frequency adjustment (MAXFREQ)."""
 
 MAX_PPM_LIMIT: Final = 100_000
-"""10 %: a host's nominal rate that is further off is a mistake."""
+"""10 %: a nominal rate further off than this is a configuration mistake."""
 
 PPM: Final = 10**6
 GRAIN: Final = 2**50
-"""Corrections are whole 2^-50ths: 10^-6 ppb."""
+"""Adjustments are multiples of 2^-50, about 10^-6 ppb."""
 
 HORIZON_S: Final = 2
-"""An error is to be gone after so long, or two intervals between samples: whoever ticks that often never overshoots."""
+"""Time in which to work an error off, or twice the sampling interval if longer; so a slew does not overshoot."""
 
 RATE_SAMPLES: Final = 3
 STEP_SAMPLES: Final = 4
-"""So many samples in a row must go together to be believed, if the reference has changed its rate or has been set."""
+"""Outliers in a row that must fit one line before the clock follows it: after a change of rate, and after a set."""
 
 
 class SteeringState(StrEnum):
@@ -44,22 +44,22 @@ class SteeringState(StrEnum):
     LEARNING = "learning"
     """One sample: there is no rate yet."""
     LOCKED = "locked"
-    """Within the samples' bound of it."""
+    """The error is within the samples' bound."""
     SLEWING = "slewing"
-    """On its way there, at max_ppm or slower."""
+    """Working an error off, at max_ppm or slower."""
     HOLDOVER = "holdover"
-    """The reference makes no sense at present, or gives no samples; the clock keeps its rate."""
+    """The samples fit no line, or there are none; the clock keeps its rate."""
     PANIC = "panic"
-    """It is further off than the panic threshold: the clock keeps its rate until it is near again."""
+    """The error exceeds the panic threshold; the clock keeps its rate until the error is within it again."""
 
 
 class Steering(NamedTuple):
-    """What a discipline made of a sample, or of the want of one.
+    """A discipline's result for one sample, or for an instant without one.
 
-    frequency_adjustment: by which part the clock is to be faster than the host's nominal rate.  rate: the reference's,
-    against nominal, true within its bound if it is constant.  error_ns: how far the clock was behind the reference at
-    the sample, in host time, and bound_ns how far that can be from the truth, on the same condition.  Without a sample
-    both are extrapolated from those before, so the bound grows; with none at all, nan and inf.
+    frequency_adjustment: fraction by which to run faster than the host's nominal rate.  rate: the reference's rate
+    relative to nominal, right within its bound if it is constant.  error_ns: how far the clock lagged the reference at
+    the sample, in host time.  bound_ns: error of error_ns, on the same condition.  Without a sample both are
+    extrapolated, so the bound grows; before the first sample they are nan and inf.
     """
 
     state: SteeringState
@@ -70,11 +70,11 @@ class Steering(NamedTuple):
 
 
 class Discipline:
-    """Makes host time follow a reference from the first sample on, as far as it is right at that one.
+    """Makes host time follow a reference, taking the two as equal at the first sample.
 
-    tsc_hz: the nominal rate.  max_ppm: the bound of the adjustment; a reference further off is never believed.
-    rate: what is known of it, as another discipline's `holdover`.  panic_ns: an error beyond this is not worked off, as
-    ntpd's panic threshold has it; None: any is.
+    tsc_hz: the nominal rate.  max_ppm: bound of the adjustment; a reference further off is never trusted.  rate: a
+    first estimate, such as another discipline's `holdover`.  panic_ns: a larger error is not worked off, like ntpd's
+    panic threshold; None: no limit.
     """
 
     def __init__(
@@ -88,19 +88,19 @@ class Discipline:
         self.max_ppm = max_ppm
         self._tsc_hz = tsc_hz
         self._most = max_ppm / PPM
-        self._rate = Rate(self._clipped(float(rate)), self._most)  # that is held, as well known as when it was found
+        self._rate = Rate(self._clipped(float(rate)), self._most)  # in use, with its bound when found
         self._baseline = self._no_points()
-        self._suspects = self._no_points()  # the last points, which the baseline does not allow
-        self._is_lost = False  # and which did not go together, either
-        self._is_slewing = False  # is an error being worked off?
-        self._begin: tuple[int, Fraction] | None = None  # reference and host time, in ns, taken as the same
-        self._origin_bias_ns = 0.0  # what the reference was wrong by at that instant
+        self._suspects = self._no_points()  # the latest points, off the baseline
+        self._is_lost = False  # the latest suspects fit no line either
+        self._is_slewing = False
+        self._begin: tuple[int, Fraction] | None = None  # reference and host time in ns, taken as equal
+        self._origin_bias_ns = 0.0  # error of the reference at _begin
         self._tsc = HostTsc(0)  # of the last sample
-        self._ticks = 0  # to it from the beginning
-        self._newest_ns = -1.0  # of the points
+        self._ticks = 0  # from _begin to the last sample
+        self._newest_ns = -1.0  # nominal time of the newest point
 
     def copy(self) -> Discipline:
-        """Another one in the same state."""
+        """A copy in the same state."""
         copied = Discipline.__new__(Discipline)  # as Baseline.copy()
         vars(copied).update(vars(self))
         vars(copied).update(_baseline=self._baseline.copy(), _suspects=self._suspects.copy())
@@ -108,13 +108,13 @@ class Discipline:
 
     @property
     def holdover(self) -> Fraction:
-        """The adjustment that keeps the rate as it is known, and works no error off: for a time without samples."""
+        """The adjustment that keeps the known rate and works no error off, for a time without samples."""
         return Fraction(int(self._rate.value * GRAIN), GRAIN)
 
     def steer(self, sample: Sample, host_ns: Fraction) -> Steering:
-        """The adjustment that is due when the reference is known at one more instant, where the clock is at host_ns.
+        """Learn from `sample`, taken when host time was host_ns, and return the adjustment from there on.
 
-        host_ns: from any origin, and corrected since as this has said.
+        host_ns: from any origin; the caller must have applied all earlier adjustments to it.
         """
         interval_ns = self._advance(sample, host_ns)
         point, ahead_ns = self._against_nominal(sample, host_ns)
@@ -131,7 +131,7 @@ class Discipline:
         return Steering(state, frequency_adjustment, self._rate_found(), error_ns, bound_ns)
 
     def coast(self, tsc: HostTsc, host_ns: Fraction) -> Steering:
-        """What is due at an instant without a sample, where the clock is at host_ns: to keep the rate."""
+        """The steering at `tsc`, host time host_ns, without a sample: keep the rate."""
         error_ns, bound_ns = nan, inf
         if self._begin is not None:
             nominal_ns, ahead_ns = self._since_beginning(self._ticks + signed64(tsc - self._tsc), host_ns)
@@ -140,13 +140,13 @@ class Discipline:
         return Steering(SteeringState.HOLDOVER, self.holdover, self._rate_found(), error_ns, bound_ns)
 
     def renumber(self, before: HostTsc, after: HostTsc) -> None:
-        """The host's TSC stepped: what would have been `before` is `after`; what was found goes on to hold."""
+        """The host TSC stepped from `before` to `after`; keep what was learned."""
         self._tsc = HostTsc((self._tsc + after - before) & U64_MASK)
 
     # Inside
 
     def _advance(self, sample: Sample, host_ns: Fraction) -> float:
-        """Go on to the sample's instant; returns the ns since the last one.  A TSC that went back is a beginning."""
+        """Move to the sample's instant and return the ns since the last one.  Start anew if the TSC went back."""
         ticks = (sample.tsc - self._tsc) & U64_MASK
         if self._begin is None or ticks > U64_MASK // 2:
             self._baseline, self._suspects, self._is_lost = self._no_points(), self._no_points(), False
@@ -157,8 +157,8 @@ class Discipline:
         return ticks * NS_PER_S / self._tsc_hz
 
     def _against_nominal(self, sample: Sample, host_ns: Fraction) -> tuple[Point, float]:
-        """The reference against nominal time from the beginning on, and by how much the clock is ahead of that."""
-        assert self._begin is not None  # noqa: S101  # as _advance() leaves it
+        """The sample as a point against nominal time, and the ns by which the clock is ahead of nominal."""
+        assert self._begin is not None  # noqa: S101  # set by _advance()
         nominal_ns, ahead_ns = self._since_beginning(self._ticks, host_ns)
         deviation_ns = float(sample.ns - self._begin[0] - nominal_ns)
         bound_ns = max(sample.bound_ns, LEAST_BOUND_NS)
@@ -166,16 +166,16 @@ class Discipline:
         return point, ahead_ns
 
     def _since_beginning(self, ticks: int, host_ns: Fraction) -> tuple[Fraction, float]:
-        """Nominal time from the beginning on, in ns, and by how much the clock is ahead of it there."""
-        assert self._begin is not None  # noqa: S101  # the callers look
+        """Nominal ns in `ticks` from the beginning, and the ns by which the clock is ahead of that."""
+        assert self._begin is not None  # noqa: S101  # checked by the callers
         nominal_ns = Fraction(ticks * NS_PER_S, self._tsc_hz)
         return nominal_ns, float(host_ns - self._begin[1] - nominal_ns)
 
     def _take(self, point: Point, ahead_ns: float) -> None:
         """Learn from a point, where the clock is ahead of nominal time by ahead_ns.
 
-        The rate that is held is let go of if it is impossible, or if a better known one is not near: a guess is no
-        reason to turn.
+        Replace the rate only if it has become impossible, or if the new one is better known and not near it: an
+        uncertain estimate does not justify a change.
         """
         if self._baseline.admit(point):
             self._suspects, self._is_lost = self._no_points(), False
@@ -183,8 +183,8 @@ class Discipline:
             if not self._suspects.admit(point):
                 self._suspects, self._is_lost = self._no_points(), True
                 self._suspects.admit(point)
-            if len(self._suspects.points) >= (RATE_SAMPLES if self._has_turned() else STEP_SAMPLES):
-                if len(self._baseline.points) == 1:  # then it was the first sample that was wrong
+            if len(self._suspects.points) >= (RATE_SAMPLES if self._rate_may_have_changed() else STEP_SAMPLES):
+                if len(self._baseline.points) == 1:  # the first sample was the wrong one
                     self._origin_bias_ns = (point.low_ns + point.high_ns) / 2 - ahead_ns
                 self._suspects.extend_back(self._baseline.points)
                 self._baseline, self._suspects, self._is_lost = self._suspects, self._no_points(), False
@@ -197,17 +197,17 @@ class Discipline:
     def _clipped(self, rate: float) -> float:
         return min(max(rate, -self._most), self._most)
 
-    def _has_turned(self) -> bool:
-        """Can the reference have come to the first suspect by its rate alone, without having been set?"""
-        way = self._no_points()
-        way.admit(self._baseline.points[-1])
-        return way.admit(self._suspects.points[0])
+    def _rate_may_have_changed(self) -> bool:
+        """Can a change of rate explain the first suspect, without the reference having been set?"""
+        line = self._no_points()
+        line.admit(self._baseline.points[-1])
+        return line.admit(self._suspects.points[0])
 
     def _no_points(self) -> Baseline:
         return Baseline(self._most)
 
     def _judged(self, error_ns: float, bound_ns: float) -> SteeringState:
-        """The state with that error, and whether to work it off: that begins late and ends early, to be seldom."""
+        """The state at that error, and decide whether to slew, with hysteresis: start at bound / 4, stop at / 16."""
         was_slewing, self._is_slewing = self._is_slewing, False
         if self._is_lost:
             return SteeringState.HOLDOVER
@@ -220,6 +220,6 @@ class Discipline:
         return SteeringState.SLEWING if abs(error_ns) > bound_ns else SteeringState.LOCKED
 
     def _rate_found(self) -> Rate:
-        """The rate that is held, and how far the true one can be from it."""
+        """The rate in use, and how far the true one can be from it."""
         middle = self._baseline.rate
         return Rate(self._rate.value, middle.bound + abs(middle.value - self._rate.value))

@@ -1,7 +1,6 @@
-"""What was guest time at a host TSC, by a clock's events alone: the log of a VM that is gone, a file of JSON lines.
+"""Guest time at a host TSC, from a clock's events alone: the log of a VM that is gone, a file of JSON lines.
 
-Each event that a clock records lies on its timeline, and says at what rate that goes on; so events that follow each
-other without a gap are the timeline, exactly.
+Each event holds a point of the timeline and the rate after it, so events without a gap give the timeline exactly.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from pvclock.timekeeping.events import Event, EventKind
 __all__ = ["EventTimeline", "timeline_of"]
 
 ROUNDING_NS: Final = Fraction(1, 2**900)
-"""A clock's own timeline cuts its fractions at 2^-1024 ns, where it begins a segment that is no event."""
+"""Tolerance when matching events: a timeline cuts fractions at 2^-1024 ns at each segment, with or without an event."""
 
 
 class EventTimeline:
-    """Guest time as `events` have it: those of one clock's log, in its order.
+    """Guest time by `events`, which are one clock's log in its order.
 
-    ConfigError for events of no log, or of more than one.  Where the host's TSC was numbered anew (it went back, or the
-    clock was restored) only what came after that can be asked for.  Where events are missing, guest time between those
-    before and after is not known.  After the last one time goes on as that says, until an event that is not here.
+    ConfigError for events without host_tsc or tsc_hz, or whose sequence numbers do not rise.  Where the host TSC was
+    renumbered (it went back, or the clock was restored) only the time after the last renumbering is known.  Where
+    events are missing, the time between their neighbours is unknown.  After the last event its rate is extrapolated.
     """
 
     def __init__(self, events: Sequence[Event]) -> None:
@@ -43,9 +42,9 @@ class EventTimeline:
         self._events = found[_last_numbering(found) :]
 
     def at(self, host_tsc: HostTsc) -> Fraction:
-        """Guest time in ns at `host_tsc`, exactly; at a step, that after it.
+        """Guest time in ns at `host_tsc`, exactly; at a step, the time after it.
 
-        RangeError before the first event that can be asked for, and where events are missing.
+        RangeError before the first event since the last renumbering, and where events are missing.
         """
         tsc = HostTsc(whole("host_tsc", host_tsc))
         following: Event | None = None
@@ -56,42 +55,42 @@ class EventTimeline:
                     raise RangeError(
                         f"host TSC {tsc} is between events {event.sequence} and {following.sequence}; {lost}"
                     )
-                return _goes_on(event, tsc)
+                return _extrapolated(event, tsc)
             following = event
         raise RangeError(f"host TSC {tsc} is before the first event of these that names it")
 
 
 def timeline_of(lines: str | Sequence[str]) -> EventTimeline:
-    """The timeline in JSON lines: a text of them, as EventLog.json_lines() writes, or one by one.
+    """The timeline in JSON lines: one text, as EventLog.json_lines() writes it, or a sequence of lines.
 
-    ConfigError for what is no event, and as EventTimeline has it.
+    ConfigError for a line that is not an event, and as EventTimeline raises it.
     """
     each = lines.splitlines() if isinstance(lines, str) else sequence("lines", lines, "JSON lines")
     return EventTimeline([Event.from_json(text("lines", line)) for line in each])
 
 
 def _ticks(event: Event, tsc: HostTsc) -> int:
-    assert event.host_tsc is not None  # noqa: S101  # as EventTimeline has it
+    assert event.host_tsc is not None  # noqa: S101  # checked by EventTimeline
     return signed64(tsc - event.host_tsc)
 
 
-def _goes_on(event: Event, tsc: HostTsc) -> Fraction:
-    """Guest time at `tsc` if it goes on as the event says."""
-    assert event.tsc_hz is not None  # noqa: S101  # as EventTimeline has it
+def _extrapolated(event: Event, tsc: HostTsc) -> Fraction:
+    """Guest time at `tsc`, extrapolated from the event."""
+    assert event.tsc_hz is not None  # noqa: S101  # checked by EventTimeline
     return event.guest_ns_after + _ticks(event, tsc) * event.rate_after * NS_PER_S / event.tsc_hz
 
 
 def _last_numbering(events: Sequence[Event]) -> int:
-    """Where the events begin whose TSCs count from where the last one's does.
+    """Index of the first event in the last event's TSC numbering.
 
-    An event that does not lie where the one before it leads, none missing between, is of another numbering.
+    An event that contradicts its direct predecessor, or whose TSC went back, begins a new numbering.
     """
     for place in range(len(events) - 1, 0, -1):
         event, earlier = events[place], events[place - 1]
-        assert event.host_tsc is not None  # noqa: S101  # as EventTimeline has it
+        assert event.host_tsc is not None  # noqa: S101  # checked by EventTimeline
         is_next = event.sequence == earlier.sequence + 1
-        is_off = is_next and abs(_goes_on(earlier, event.host_tsc) - event.guest_ns_before) > ROUNDING_NS
-        may_go_back = is_next and event.kind is not EventKind.TSC_STEP  # by a few ticks: another CPU's stamp
+        is_off = is_next and abs(_extrapolated(earlier, event.host_tsc) - event.guest_ns_before) > ROUNDING_NS
+        may_go_back = is_next and event.kind is not EventKind.TSC_STEP  # by a few ticks: stamped on another CPU
         if is_off or (_ticks(earlier, event.host_tsc) < 0 and not may_go_back):
             return place
     return 0

@@ -1,7 +1,7 @@
-"""What happened to a VM's time: each change of its timeline, and each trouble of its host, as a numbered event.
+"""Events of a VM's time: each change of its timeline, and each trouble of its host, numbered.
 
-An event says what, why, by whom, when on the host's clocks, and what it did to guest time; it can be written out as a
-line of JSON.  No clock is read here: stamps are handed in.
+An event says what happened, why, who caused it, when on the host's clocks, and how guest time changed; it can be
+written as a line of JSON.  This module reads no clock: the caller hands stamps in.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["Event", "EventCause", "EventKind"]
 
 
 class EventKind(StrEnum):
-    """What an event is: its word in JSON."""
+    """The kind of an event; the value is its word in JSON."""
 
     START = "start"
-    """The guest's interface was chosen; or why its clock may be no good."""
+    """The guest's clock interface was chosen; or a reason why its clock may be bad."""
     PAGE = "page"
-    """A guest said where its clock is to be."""
+    """The guest registered a page for its clock."""
     PAUSE = "pause"
     RESUME = "resume"
     SKIP = "skip"
@@ -36,11 +36,11 @@ class EventKind(StrEnum):
     """The discipline corrected the rate."""
     RESTORE = "restore"
     RESET = "reset"
-    """The VM was reset: what its guest wrote is gone, its time goes on."""
+    """The VM was reset: what its guest wrote is gone, guest time goes on."""
     TSC = "tsc"
     """A write by guest or host moved a vCPU's TSC offset."""
     REFUSED = "refused"
-    """What the guest or the VMM asked for could not be done, and nothing changed."""
+    """A request of the guest or the VMM was refused; nothing changed."""
     CLOCKSOURCE = "clocksource"
     """The host kernel left clocksource tsc, or came back to it."""
     TSC_UNSTABLE = "tsc_unstable"
@@ -54,14 +54,14 @@ class EventKind(StrEnum):
     STALL = "stall"
     """The VMM did not run for a while."""
     SUPPRESSED = "suppressed"
-    """The log left out events that the guest caused: more than its budget."""
+    """The log dropped events that the guest caused: they exceeded its budget."""
 
 
 class EventCause(StrEnum):
-    """Who caused an event: its word in JSON."""
+    """Who caused an event; the value is its word in JSON."""
 
     GUEST = "guest"
-    """An instruction of the guest's; how often, the guest decides."""
+    """A guest instruction; the guest controls how often."""
     VMM = "vmm"
     """The VMM, or its host."""
 
@@ -69,15 +69,15 @@ class EventCause(StrEnum):
 class Event(NamedTuple):
     """One thing that happened to a VM's time.
 
-    host_tsc (ticks), raw_ns (CLOCK_MONOTONIC_RAW) and real_ns (UTC since 1970): when, None where that is not known.
+    host_tsc (ticks), raw_ns (CLOCK_MONOTONIC_RAW) and real_ns (UTC since 1970): when; None if unknown.
     guest_ns_before, guest_ns_after: guest time at that instant by the segment that ends and by the one that begins, in
-    ns, exactly.  rate_before, rate_after: guest seconds in a second of tsc_hz host ticks, slew and correction included,
-    exactly; 0 while paused.  What leaves the timeline alone has the same values before and after.  cause: who did it.
-    sequence: its place in the log, from 1 on; 0 outside of one.  tsc_hz: the host TSC's nominal frequency, None where
-    it is not known.  provider: the guest's clock interface, empty where there is none.  policy: what settled missed
-    time, in the words that resume() was given; None for all but that.
+    ns, exact.  rate_before, rate_after: guest seconds in a second of tsc_hz host ticks, with slew and frequency
+    adjustment, exact; 0 while paused.  An event that leaves the timeline alone has equal values before and after.
+    sequence: its number in the log, from 1; 0 outside a log.  tsc_hz: the host TSC's nominal frequency; None if
+    unknown.  provider: the guest's clock interface, empty if none.  policy: the catch-up policy applied to missed time,
+    as given to resume(); None for other events.
 
-    So events alone say what guest time was at any host TSC: see event_timeline.
+    event_timeline reconstructs guest time at any host TSC from events alone.
     """
 
     kind: EventKind
@@ -97,11 +97,11 @@ class Event(NamedTuple):
 
     @property
     def jump_ns(self) -> Fraction:
-        """By how much guest time stepped, in ns; 0 where one segment meets the next."""
+        """The step of guest time, in ns; 0 where the segments meet."""
         return self.guest_ns_after - self.guest_ns_before
 
     def to_json(self) -> str:
-        """One line of ASCII without its end: ints as ints, fractions as [numerator, denominator], unknown as null."""
+        """One line of ASCII JSON, no newline: fractions as [numerator, denominator], unknown as null."""
         record: dict[str, object] = {
             "sequence": self.sequence,
             "kind": self.kind.value,
@@ -119,11 +119,11 @@ class Event(NamedTuple):
 
     @classmethod
     def from_json(cls, line: str) -> Event:
-        """The event that to_json() wrote.  ConfigError if `line` is anything else."""
+        """Parse a line that to_json() wrote; ConfigError for anything else."""
         try:
             record = json.loads(text("line", line))
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"event: no JSON: {error}") from None
+            raise ConfigError(f"event: not JSON: {error}") from None
         if not isinstance(record, dict) or set(record) != FIELDS | {"jump_ns"}:
             raise ConfigError(f"event: a JSON object with {', '.join(sorted(FIELDS))} and jump_ns was expected")
         host_tsc, raw_ns, real_ns = (_stamp(name, record[name]) for name in STAMPS)
@@ -170,7 +170,7 @@ def _text(name: str, value: object) -> str:
 
 
 def _whole(name: str, value: object) -> int:
-    # JSON's true is an int to Python.
+    # bool is a subclass of int, so JSON's true would pass.
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"event: {name} is {quoted(value)}; a whole number was expected")
     return value

@@ -1,4 +1,4 @@
-"""The segments that a VM's timeline had: what guest time was at an instant in the past."""
+"""Past segments of a VM's timeline: guest time at an earlier instant."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pvclock.timekeeping.timeline import Timeline
 __all__ = ["SEGMENTS_KEPT", "History"]
 
 SEGMENTS_KEPT: Final = 256
-"""The newest ones; each change of rate, step or pause ends one."""
+"""Bound of the history: the newest segments stay.  Each change of rate, step or pause ends one."""
 
 
 class History:
-    """The last SEGMENTS_KEPT segments that have ended, each a timeline as it was when it ended."""
+    """The last SEGMENTS_KEPT ended segments, each a copy of the timeline as it was when the segment ended."""
 
     def __init__(self) -> None:
         self._ended: deque[Timeline] = deque(maxlen=SEGMENTS_KEPT)
 
     def add(self, ended: Timeline) -> None:
-        """Keep a segment that ended where the next one begins."""
+        """Add a segment that ended; the next one begins where it ends."""
         self._ended.append(ended)
 
     def clear(self) -> None:
-        """Forget all: the host's TSC stepped, and what it said before names no instant any more."""
+        """Drop all segments: after a step of the host TSC, earlier values identify no instant."""
         self._ended.clear()
 
     def at(self, tsc: HostTsc, present: Timeline) -> Fraction:
-        """Guest time in ns at host TSC `tsc`, exactly; `present` is the segment that goes on.
+        """Guest time in ns at host TSC `tsc`, exactly; `present` is the current segment.
 
-        RangeError before the oldest segment that is kept.
+        RangeError before the oldest kept segment.
         """
         for segment in (present, *reversed(self._ended)):
             if signed64(tsc - segment.begin_tsc) >= 0:

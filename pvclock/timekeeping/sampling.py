@@ -1,7 +1,7 @@
-"""What pairs of readings say: host TSC against a reference clock, each pair true within a bound.
+"""Samples of host TSC against a reference clock, each right within a bound, and the rate that they give.
 
-A `Sampler` picks good samples from any source; a `Baseline` is the straight lines that all samples of a run allow, and
-so a rate whose error bound shrinks as the run grows.  Nothing here reads a clock.
+A `Sampler` picks good samples from any source.  A `Baseline` is the set of straight lines through all samples of a run,
+within their bounds, so the error bound of its rate shrinks as the run grows.  This module reads no clock.
 """
 
 from __future__ import annotations
@@ -25,30 +25,28 @@ POINTS_KEPT: Final = 64
 NS_MAX: Final = 1 << 63
 
 LEAST_BOUND_NS: Final = 0.5
-"""A source that claims to be exact gives whole ns all the same."""
+"""Least bound assumed of a sample: even an exact source gives whole ns."""
 
 
 class Sampler:
-    """Samples from `source`, without those that are much worse than is usual for it.
+    """Takes samples from `source` and drops those that are much worse than usual.
 
-    Errors of the source come out, and RangeError for a sample without a bound.
-
-    A sample is bad if its bound is more than `tolerance` times the median of the last ones; up to `tries` are taken
-    until one is not.
+    A sample is bad if its bound exceeds `tolerance` times the median of the last 16; up to `tries` are taken to get a
+    good one.  Errors of the source pass through; RangeError for a sample without a finite bound.
     """
 
     def __init__(self, source: SampleSource, *, tries: int = 4, tolerance: float = 3.0) -> None:
         if tries < 1 or tolerance < 1:
             raise RangeError(f"Sampler(tries={tries}, tolerance={tolerance}); both are 1 or more")
         self.dropped = 0
-        """How many bad samples were left out."""
+        """Number of bad samples."""
         self._source = source
         self._tries = tries
         self._tolerance = tolerance
         self._bounds: deque[float] = deque(maxlen=BOUNDS_KEPT)
 
     def sample(self) -> Sample:
-        """A sample: the first good one or, of those that were tried, the best."""
+        """The first good sample, or the best of those tried."""
         best = self._taken()
         for _ in range(self._tries - 1):
             if best.bound_ns <= self._tolerance * max(median(self._bounds), LEAST_BOUND_NS):
@@ -71,14 +69,14 @@ class Sampler:
 
 
 class Rate(NamedTuple):
-    """A relative rate and how far the true one can be from it; 1e-9 is a ppb."""
+    """A relative rate, and how far the true one can be from it; 1e-9 is one ppb."""
 
     value: float
     bound: float
 
 
 class Point(NamedTuple):
-    """A sample against nominal time: at nominal_ns the reference was ahead of it by low_ns to high_ns."""
+    """A sample against nominal time: at nominal_ns the reference was low_ns to high_ns ahead."""
 
     nominal_ns: float
     low_ns: float
@@ -88,9 +86,9 @@ class Point(NamedTuple):
 class Baseline:
     """The straight lines, deviation over nominal time, that pass all of a run's points within their bounds.
 
-    Lines steeper than `steepest` (a relative rate) are not considered.  A point that no line allows is not admitted, so
-    the rate is right within its bound as long as the points are within theirs and the true rate does not change.
-    Bounded: of many points the older ones are thinned out; what they said of the rate is kept.
+    Lines steeper than `steepest` (a relative rate) are excluded.  A point that fits no line is not admitted, so the
+    rate is right within its bound as long as the points are within theirs and the true rate is constant.  It keeps at
+    most 64 points: older ones are thinned out, but still bound the rate.
     """
 
     def __init__(self, steepest: float = 1.0) -> None:
@@ -98,18 +96,18 @@ class Baseline:
         self._least, self._most = -steepest, steepest
 
     def copy(self) -> Baseline:
-        """Another one in the same state."""
+        """A copy in the same state."""
         copied = Baseline.__new__(Baseline)  # copy.copy() takes three times as long, and each tick makes copies
         vars(copied).update(vars(self), points=self.points.copy())
         return copied
 
     @property
     def rate(self) -> Rate:
-        """The middle of the rates that are possible."""
+        """The middle of the possible rates."""
         return Rate((self._most + self._least) / 2, (self._most - self._least) / 2)
 
     def admit(self, point: Point) -> bool:
-        """Take `point`, which is later than all others, if a line allows it.  False, and nothing changed, if none."""
+        """Add `point`, later than all others, if it fits a line; else return False and change nothing."""
         if self.points and point.nominal_ns <= self.points[-1].nominal_ns:
             return False
         least, most = self._rates_with(point)
@@ -122,7 +120,7 @@ class Baseline:
         return True
 
     def extend_back(self, earlier: list[Point]) -> None:
-        """Take as many of `earlier`, which ends before this begins, as a line allows, from the newest on."""
+        """Prepend points of `earlier`, which all precede this run, from the newest back until one fits no line."""
         for point in reversed(earlier):
             least, most = self._rates_with(point)
             if least > most:
@@ -131,9 +129,10 @@ class Baseline:
             self.points.insert(0, point)
 
     def deviation_at(self, nominal_ns: float, rate: float) -> tuple[float, float]:
-        """(value, bound) in ns where a line of that possible rate is: the middle of where it can be.
+        """(value, bound) of the deviation at nominal_ns, in ns.
 
-        The bound is on the true line, whose rate may be any other possible one.
+        value: the middle of the possible lines of slope `rate`.  bound: distance to the farthest line of any possible
+        rate.
         """
         spans = [nominal_ns - begin_ns for begin_ns, _, _ in self.points]
         lows, highs = [point.low_ns for point in self.points], [point.high_ns for point in self.points]
@@ -141,7 +140,7 @@ class Baseline:
         return value, max(_lowest(highs, self._most, spans) - value, value - _highest(lows, self._least, spans))
 
     def _rates_with(self, point: Point) -> tuple[float, float]:
-        """The least and the greatest rate of lines that allow `point`, too; crossed if there are none."""
+        """Least and greatest rate of the lines through `point` as well; least > most if there is no such line."""
         at_ns, low_ns, high_ns = point
         least = [(low_ns - high) / (at_ns - other_ns) for other_ns, _, high in self.points]
         most = [(high_ns - low) / (at_ns - other_ns) for other_ns, low, _ in self.points]

@@ -1,7 +1,7 @@
 """A VM's time: a piecewise-affine map from host ticks to guest nanoseconds, kept exactly.
 
 Each segment begins where the one before ended and has a rational rate, so nothing is rounded here; rounding happens in
-the page, where the guest's own integer arithmetic does it.  No clock is read and nothing is published.
+the page, by the guest's own integer arithmetic.  This module reads no clock and publishes nothing.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pvclock.timekeeping.catchup import MOST_PPM, PPM, CatchUpTable, Slew
 __all__ = ["STRETCH_S", "RateTerms", "Timeline"]
 
 DENOMINATOR_BITS: Final = 1024
-"""Rates without a common term would make the denominator grow for ever; beyond this, 2^-1024 ns is lost at a turn."""
+"""Caps the denominator; costs under 2^-1024 ns per rate change."""
 
 STRETCH_S: Final = 2
-"""The last stretch of a slew takes this long, in host time: whoever replans at least as often does not overshoot."""
+"""Length of a slew's last stretch, in host seconds; a caller that replans at least this often does not overshoot."""
 
 SLOWEST: Final = Fraction(1, 2)
-"""A clock that is ahead loses at most this part of its rate, whatever its policy would allow."""
+"""Most that a slew slows a clock that is ahead, as a fraction of its rate, whatever the policy allows."""
 
 RATE_BOUNDS: Final = (1 - SLOWEST - Fraction(1, 10), 1 + Fraction(MOST_PPM, PPM) + Fraction(1, 10))
-"""A rate is this part of the dilation: a slew at its bound, and a frequency adjustment of up to 10 % either way."""
+"""Bounds of rate / dilation: a slew at its bound, and a frequency adjustment of up to 10 % either way."""
 
 PAGE_RATES: Final = (Fraction(1, 2**63), Fraction(2**31))
-"""The ns in a tick that a page can show: rate()'s least, and below that for which Linux has no shift."""
+"""Range of ns in a tick that a page can show, upper end excluded: from 2^31 on Linux has no shift."""
 
 
 class RateTerms(NamedTuple):
-    """How fast guest time passes.
+    """The terms of a segment's rate.
 
-    dilation: guest seconds in a host second.  slew: by which part of that a slew makes the clock faster now, or slower
-    if negative.  frequency_adjustment: by which part the host's nominal rate is wrong, as a discipline found.
+    dilation: guest seconds in a host second.  slew: fraction by which a slew speeds the clock up now, negative to slow
+    it down.  frequency_adjustment: relative correction of the host's nominal rate, found by a discipline.
     """
 
     dilation: Fraction = Fraction(1)
@@ -51,7 +51,7 @@ class RateTerms(NamedTuple):
 
 
 class Timeline:
-    """Guest time as a function of host TSC: from `tsc` on, at the host's nominal rate."""
+    """Guest time as a function of host TSC: `ns` at `tsc`, then at the rate of `terms` (default: nominal)."""
 
     def __init__(self, tsc: HostTsc, tsc_hz: int, ns: Fraction = Fraction(0), terms: RateTerms | None = None) -> None:
         self.tsc_hz = tsc_hz
@@ -61,14 +61,14 @@ class Timeline:
         self._stopped_host_ns: Fraction | None = None
         self._terms = RateTerms() if terms is None else terms
         self._slew: Slew | CatchUpTable | None = None
-        self._skew_ns = Fraction(0)  # to be slewed in from _tsc on
+        self._skew_ns = Fraction(0)  # still to slew in, at _tsc
         self._stretch_end: HostTsc | None = None
 
     # What time it is
 
     @property
     def terms(self) -> RateTerms:
-        """How fast guest time passes while the clock runs."""
+        """The rate's terms, in effect while the clock runs."""
         return self._terms
 
     @property
@@ -83,12 +83,12 @@ class Timeline:
 
     @property
     def slew_policy(self) -> Slew | CatchUpTable | None:
-        """How the present skew is worked off; None if there is none."""
+        """The policy that works the skew off; None without a skew."""
         return self._slew
 
     @property
     def is_slewing(self) -> bool:
-        """Is there a skew that is being worked off?"""
+        """Is a skew being worked off?"""
         return self._slew is not None
 
     @property
@@ -97,29 +97,32 @@ class Timeline:
         return self._is_done(self._skew_ns)
 
     def at(self, tsc: HostTsc) -> Fraction:
-        """Guest time in ns at host TSC `tsc`, exactly; before the segment's beginning it stands still."""
+        """Guest time in ns at host TSC `tsc`, exactly, from the current segment's start on.
+
+        Before that it returns the time at the start; History.at() looks up earlier segments.
+        """
         return self._ns + self._run_ns(tsc) * self.rate
 
     def host_at(self, tsc: HostTsc) -> Fraction:
-        """Host time in ns since this timeline began, corrected as its rate was at the time; it never stops."""
+        """Host time in ns since this timeline began, each part with its frequency adjustment; it runs while stopped."""
         return self._host_ns + self.host_ns_between(self._tsc, tsc) * (1 + self._terms.frequency_adjustment)
 
     def missed_at(self, tsc: HostTsc) -> Fraction:
-        """Host time in ns since stop(); negative if the TSC went back, 0 while the clock runs."""
+        """Host time in ns since stop(): negative if the TSC went back, 0 while the clock runs."""
         return Fraction(0) if self._stopped_host_ns is None else self.host_at(tsc) - self._stopped_host_ns
 
     def skew_at(self, tsc: HostTsc) -> Fraction:
-        """What is still to be slewed in at host TSC `tsc`, in ns of guest time; negative for a clock that is ahead."""
+        """Guest ns still to slew in at host TSC `tsc`; negative for a clock that is ahead."""
         return self._skew_ns - self._run_ns(tsc) * self._terms.dilation * self._terms.slew
 
     def host_ns_between(self, begin: HostTsc, end: HostTsc) -> Fraction:
-        """Nominal host time from one TSC to another in ns; negative if the TSC went back."""
+        """Nominal host time in ns between two TSC values; negative if `end` is behind."""
         return Fraction(signed64(end - begin) * NS_PER_S, self.tsc_hz)
 
     def tsc_at(self, ns: Fraction) -> HostTsc:
-        """The first host TSC at which guest time is `ns` or more, if the present segment goes on.
+        """The first host TSC at which guest time is `ns` or more, extrapolating the current segment.
 
-        RangeError if that is 2^63 ticks or more after the segment began: no counter can tell it from the past.
+        RangeError from 2^63 ticks after the segment's start on: a 64-bit counter cannot tell that from the past.
         """
         ticks = -((self._ns - ns) * self.tsc_hz / (NS_PER_S * self.rate)).__floor__()
         if ticks > U64_MASK // 2:
@@ -128,64 +131,64 @@ class Timeline:
 
     @property
     def begin_tsc(self) -> HostTsc:
-        """Where the present segment begins."""
+        """Host TSC at which the current segment begins."""
         return self._tsc
 
     # What changes it
 
     def copy(self) -> Timeline:
-        """Another one in the same state."""
+        """A copy in the same state."""
         copied = Timeline.__new__(Timeline)  # as Baseline.copy()
         vars(copied).update(vars(self))
         return copied
 
     def rebase(self, before: HostTsc, after: HostTsc) -> None:
-        """The host's TSC stepped: what would have been `before` is `after`.  Guest and host time go on from there."""
+        """The host TSC stepped from `before` to `after`: begin a segment there; guest and host time are continuous."""
         self.begin_segment(before, self._terms)
         if self._stretch_end is not None:
             self._stretch_end = HostTsc((self._stretch_end + after - before) & U64_MASK)
         self._tsc = after
 
     def begin_segment(self, tsc: HostTsc, terms: RateTerms) -> None:
-        """Begin a segment at `tsc`, where the old one ends, at another rate."""
+        """End the current segment at `tsc` and begin one with the rate of `terms` there."""
         self._ns, self._skew_ns = _bounded(self.at(tsc)), _bounded(self.skew_at(tsc))
         self._host_ns = _bounded(self.host_at(tsc))
         if terms.dilation != self._terms.dilation:
-            self._stretch_end = None  # it was reckoned for the other rate
+            self._stretch_end = None  # computed for the old rate
         self._tsc, self._terms = tsc, terms
 
     def stop(self, tsc: HostTsc) -> None:
-        """Let time stand still from `tsc` on."""
+        """Stop guest time at `tsc`."""
         self.begin_segment(tsc, self._terms)
         self._stopped_host_ns = self._host_ns
 
     def start(self, tsc: HostTsc) -> None:
-        """Let time go on from where it stands, from `tsc` on."""
+        """Let guest time go on at `tsc` from where it stopped."""
         self.begin_segment(tsc, self._terms)
         self._stopped_host_ns = self._stretch_end = None
 
     def jump(self, ns: Fraction) -> None:
-        """Put the clock forward by `ns`, now and for ever."""
+        """Step guest time by `ns` at the segment's start."""
         self._ns += ns
 
     def resume_from(self, line: ClockLine, terms: RateTerms) -> None:
-        """Begin a segment at the anchor of `line`, to which C code has carried this timeline."""
+        """Begin a segment at the anchor of `line`, which C code computed from this timeline."""
         self._host_ns = _bounded(self.host_at(line.tsc))
         self._ns, self._tsc, self._terms = line.ns + Fraction(line.rem, line.den), line.tsc, terms
 
     # Slewing
 
     def slew(self, tsc: HostTsc, ns: Fraction, policy: Slew | CatchUpTable) -> None:
-        """Owe the guest `ns` more (less, if negative) than it has, from `tsc` on, worked off as `policy` says."""
+        """Add `ns` of guest time to the skew at `tsc` (negative: the clock is ahead), and slew it in by `policy`."""
         self.begin_segment(tsc, self._terms)
         self._skew_ns += ns
         self._slew, self._stretch_end = policy, None
 
     def plan(self, tsc: HostTsc) -> Fraction:
-        """The slew that is due from `tsc` on; 0 once nothing is left to slew.
+        """The slew to apply from `tsc` on, as RateTerms has it; 0 once the skew is worked off.
 
-        As fast as the policy allows, but the last STRETCH_S evenly: then a guest's clock does not overshoot if this is
-        asked at least as often, and what it overshoots by else is worked off in the other direction.
+        As fast as the policy allows, but the last stretch takes STRETCH_S at an even rate.  So the clock does not
+        overshoot if the caller replans at least that often; a later call slews an overshoot back.
         """
         skew = self.skew_at(tsc)
         if self._slew is None or self._is_done(skew):
@@ -200,37 +203,37 @@ class Timeline:
         if needed_s <= STRETCH_S:
             self._stretch_end = HostTsc((tsc + STRETCH_S * self.tsc_hz) & U64_MASK)
             slew = most * needed_s / STRETCH_S
-        parts = (slew * self._slew_parts).__floor__()  # short fractions stay short over many turns
+        parts = (slew * self._slew_parts).__floor__()  # keeps denominators short over many rate changes
         return Fraction(parts if skew > 0 else -parts, self._slew_parts)
 
     def end_slew(self) -> Fraction:
-        """Owe nothing any more, once the slew is 0; returns what is left undone, in ns."""
+        """End the slew, once its rate is 0, and return the skew that is left, in ns."""
         left, self._skew_ns, self._slew, self._stretch_end = self._skew_ns, Fraction(0), None, None
         return left
 
     @property
     def _slew_parts(self) -> int:
-        """A slew is so many parts of this: the least one works 1 ns or less of guest time off in a host second."""
+        """The denominator of slews: the least slew, 1 / this, works off 1 ns of guest time or less in a host second."""
         return NS_PER_S * max(self._terms.dilation.__ceil__(), 1)
 
     def _is_done(self, skew_ns: Fraction) -> bool:
-        """Is it within what the policy tolerates, or less than the least slew works off in a last stretch?"""
+        """Does the policy tolerate this skew, or is it less than the least slew works off in STRETCH_S?"""
         least_ns = self._terms.dilation * STRETCH_S * NS_PER_S / self._slew_parts
         return self._slew is None or self._slew.is_done(skew_ns) or abs(skew_ns) < least_ns
 
     # For the page
 
     def line(self) -> ClockLine:
-        """The present segment for C: its remainder is rounded down to the finest 64-bit denominator there is."""
+        """The current segment for C code; the remainder is rounded down to the line's 64-bit denominator."""
         num, den = self.ns_per_tick(self.rate)
         ns = self._ns.__floor__()
         rem = ((self._ns - ns) * den).__floor__()
         return ClockLine(self._tsc, GuestNs(ns & U64_MASK), rem, num, den)
 
     def ns_per_tick(self, rate: Fraction) -> tuple[int, int]:
-        """(num, den) of the ns in a tick at `rate`, with terms that fill 64 bits; RangeError for what no page can show.
+        """(num, den) of the ns in a tick at `rate`, scaled to fill 64 bits; RangeError if no page can show it.
 
-        Terms that need more bits are cut: the rate is then slower by 2^-63 ns a tick at most, or by 2^-63 of itself.
+        Terms of more than 64 bits are cut: the result is then slower by at most 2^-63 ns a tick, or 2^-63 of itself.
         """
         rate = rate * NS_PER_S / self.tsc_hz
         num, den = rate.as_integer_ratio()
@@ -244,7 +247,7 @@ class Timeline:
         return num, 1 << den_bits
 
     def check(self, dilation: Fraction) -> None:
-        """RangeError unless pages can show that dilation, and all that slews and corrections make of it."""
+        """RangeError unless pages can show that dilation at any slew and frequency adjustment."""
         try:
             for part in RATE_BOUNDS:
                 self.scale(dilation * part)
@@ -257,14 +260,14 @@ class Timeline:
             ) from None
 
     def scale(self, rate: Fraction) -> ClockScale:
-        """What the page shows: Linux's pair at the nominal rate, and never faster than the timeline.
+        """The page's (mul, shift): Linux's pair at the nominal rate, and never faster than the timeline.
 
-        A page may not step back, so a fast one could not be put right.
+        A page must not step back, so nothing could correct one that ran fast.
         """
         return ClockScale.from_rate(*self.ns_per_tick(rate))
 
     def _run_ns(self, tsc: HostTsc) -> Fraction:
-        """Nominal host time in ns since the segment began, while it runs."""
+        """Nominal host ns from the segment's start to `tsc`; 0 before it, and while stopped."""
         return max(self.host_ns_between(self._tsc, tsc), Fraction(0)) if self.is_running else Fraction(0)
 
 

@@ -1,14 +1,14 @@
 """Timers in guest time: one-shot and periodic deadlines, and Palacios' update callbacks.
 
-Guest time is handed in, so a timer follows pause, skip and dilation by itself: whoever owns the clock calls advance()
-with the guest's time, and again when guest time reaches `next_due_ns`.  No clock is read here and nothing waits.
+The clock's owner calls advance() with guest time, and again when guest time reaches `next_due_ns`; so timers follow
+pause, skip and dilation.  This module reads no clock and never waits.
 
-After a jump a periodic timer has missed periods.  What becomes of them is declared with the timer: `Merge`, `Once` or
-`Replay`.  Under each of them one advance() makes at most one call a timer, so that no jump, however far and however
-short the period that a guest chose, lets loose a storm.
+After a jump a periodic timer has missed periods; each timer declares how to handle them: `Merge`, `Once` or `Replay`.
+Under each of these one advance() calls a timer at most once, however far the jump and however short the period that a
+guest chose.
 
-Guest time ends at 2^64 - 1 ns.  A periodic timer whose next call would come after that has had its last one: it ends,
-and what it still owed counts as dropped.
+Guest time ends at 2^64 - 1 ns.  A periodic timer whose next call would come later ends, and its owed periods count as
+dropped.
 
 Source: Palacios vmm_time.c (v3_add_timer, v3_update_timers) and vmm_timeout.c; the policies are pvclock's own.
 """
@@ -26,13 +26,13 @@ from pvclock.quantities import U64_MASK, GuestNs
 __all__ = ["Firing", "Merge", "Missed", "Once", "Replay", "Share", "Timer", "Timers", "VcpuTimeouts"]
 
 STALE_MAX: Final = 16
-"""So many entries of removed timers a queue may always hold; beyond that, as many as there are timers in it."""
+"""A queue is purged once entries of removed timers exceed the live timers by this many."""
 
 
 class Share(NamedTuple):
-    """What one call makes of the periods that have ended: it stands for `periods`, `dropped` get none, the rest wait.
+    """How one call splits the ended periods: it covers `periods`, `dropped` get no call, the rest stay owed.
 
-    pause_ns: guest time before the next call, at least.
+    pause_ns: least guest time until the next call.
     """
 
     periods: int
@@ -41,48 +41,47 @@ class Share(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """One call stands for all periods missed, and is told how many."""
+    """One call covers all missed periods and gets their number."""
 
     def share(self, ended: int) -> Share:
-        """All `ended` periods go with this call."""
+        """Cover all `ended` periods."""
         return Share(ended, 0, 0)
 
 
 class Once(NamedTuple):
-    """One call for the oldest period missed; the others are dropped, and the call is told how many."""
+    """One call for the oldest missed period; it drops the others and gets their number."""
 
     def share(self, ended: int) -> Share:
-        """One of `ended` periods goes with this call."""
+        """Cover one of `ended` periods, drop the others."""
         return Share(1, ended - 1, 0)
 
 
 class Replay(NamedTuple):
-    """Each period missed gets its own call, oldest first, spacing_ns of guest time apart or more.
+    """Each missed period gets its own call, oldest first, at least spacing_ns of guest time apart.
 
-    spacing_ns: from 1 to below the period, so that the timer catches up in the end.  Periods that end meanwhile wait
-    behind those that are owed.  An advance() gives one period at most: one that comes later than `next_due_ns` replays
-    more slowly.
+    spacing_ns: 1 to period - 1, so that the timer catches up.  Periods that end meanwhile queue behind the owed ones.
+    One advance() delivers at most one period, so calling it later than `next_due_ns` slows the replay down.
     """
 
     spacing_ns: int
 
     def share(self, ended: int) -> Share:
-        """One of `ended` periods goes with this call; the others are owed."""
+        """Cover one of `ended` periods; the others stay owed."""
         return Share(1, 0, self.spacing_ns)
 
 
 Missed: TypeAlias = Merge | Once | Replay
-"""What becomes of missed periods."""
+"""How a timer handles missed periods."""
 
 MERGE: Final = Merge()
 START: Final = GuestNs(0)
 
 
 class Firing(NamedTuple):
-    """What a timer's callback is told.
+    """The argument of a timer's callback.
 
-    deadline_ns: when the oldest of its periods ended.  late_ns: how long ago that was.  periods: how many it stands
-    for, from that one on.  owed: how many have ended besides and will be delivered.  dropped: how many never will be.
+    deadline_ns: end of the oldest period that this call covers.  late_ns: now - deadline_ns.  periods: how many it
+    covers.  owed: ended periods still to be delivered.  dropped: ended periods that never will be.
     """
 
     timer: Timer
@@ -98,12 +97,11 @@ UpdateCallback: TypeAlias = Callable[[int, int], object]
 
 
 class Timer:
-    """One deadline, made by Timers.add() and to be read only.
+    """One deadline, made by Timers.add(); read only.
 
-    deadline_ns: the end of the oldest period not yet delivered, or the last one of a timer that has ended.  due_ns:
-    when its call may come, which is later than the deadline while periods are replayed.  Neither exceeds 2^64 - 1.
-    period_ns: None for one-shot.  callback: None once there will be no
-    further call, so that a timer kept does not keep what its callback holds.
+    deadline_ns: end of the oldest undelivered period, or of the last one once the timer ended.  due_ns: the earliest
+    time of its next call, after the deadline while periods are replayed.  Neither exceeds 2^64 - 1.  period_ns: None
+    for one-shot.  callback: None once the timer ended, so that a kept timer does not keep its callback alive.
     """
 
     __slots__ = ("callback", "deadline_ns", "due_ns", "missed", "period_ns", "serial")
@@ -120,7 +118,7 @@ class Timer:
 
     @property
     def active(self) -> bool:
-        """Will it fire (again)?  A one-shot timer is no longer active when its callback is called."""
+        """Will it fire again?  A one-shot timer is already inactive in its callback."""
         return self.callback is not None
 
     def __repr__(self) -> str:
@@ -131,12 +129,11 @@ class Timers:
     """The timers of one VM or one vCPU; guest time is `now` ns until the first advance().
 
     cycles, cycles_hz: for update callbacks, the guest's cycle count now and its frequency in Hz.  The count is
-    Palacios' monotonic one: 64 bits that never wrap and do not move with the guest's writes of its TSC.
-    newest_update_first: the order in which update callbacks run.  Palacios puts a new one at the front of its list, so
-    that its updates run so; the default is the order in which they were added.
+    Palacios' monotonic one: 64 bits, never wraps, unaffected by the guest's TSC writes.
+    newest_update_first: run update callbacks newest first, as Palacios does; the default is the order of adding.
 
-    Callbacks may add and remove timers and updates, themselves included; what they add is called from the next
-    advance() on, even if it is due already.
+    Callbacks may add and remove timers and updates, themselves included; added ones first run at the next advance(),
+    even if already due.
 
     Thread-safety: none; the owner of the clock calls under its own lock.
     """
@@ -153,24 +150,24 @@ class Timers:
         self._cycles = whole("cycles", cycles, 0, U64_MASK)
         self._cycles_hz = None if cycles_hz is None else whole("cycles_hz", cycles_hz, 1, U64_MASK)
         self._newest_update_first = flag("newest_update_first", newest_update_first)
-        self._updates: list[UpdateCallback] = []  # in the order of their calls
+        self._updates: list[UpdateCallback] = []  # in call order
         self._timers: dict[int, Timer] = {}
         self._serial = 0
         self._advancing = False
-        # Heaps of (due_ns, serial), one entry a timer: ints only, so that entries of removed timers keep nothing alive.
+        # Heaps of (due_ns, serial), one entry a timer.  Ints only: entries of removed timers keep no callback alive.
         self._queue: list[tuple[int, int]] = []
         self._firing: list[tuple[int, int]] = []
 
     @property
     def now(self) -> GuestNs:
-        """Guest time of the last advance(), in ns; within a callback, of this one."""
+        """Guest time of the last advance(), in ns; in a callback, of the running one."""
         return self._now
 
     @property
     def next_due_ns(self) -> GuestNs | None:
-        """The guest time in ns at which advance() will have a timer to fire, past or not; None without timers.
+        """Guest time in ns at which the next timer is due, possibly in the past; None without timers.
 
-        Never more than 2^64 - 1: a timer that would be due later has ended.
+        At most 2^64 - 1.
         """
         heads = [queue[0][0] for queue in (self._firing, self._queue) if self._clean_head(queue)]
         return GuestNs(min(heads)) if heads else None
@@ -186,10 +183,10 @@ class Timers:
         period_ns: int | None = None,
         missed: Missed = MERGE,
     ) -> Timer:
-        """Call `callback` when guest time is deadline_ns, and with period_ns at each multiple of it from there on.
+        """Call `callback` at guest time deadline_ns, and every period_ns after it if given.
 
-        deadline_ns: 0 to 2^64 - 1; one that is past fires at the next advance().  period_ns: 1 to 2^64 - 1.  RangeError
-        beyond these, and for a Replay that could not catch up.
+        deadline_ns: 0 to 2^64 - 1; a past one fires at the next advance().  period_ns: 1 to 2^64 - 1.  RangeError
+        outside these, and for a Replay that could not catch up.
         """
         deadline_ns = GuestNs(whole("deadline_ns", deadline_ns, 0, U64_MASK))
         function("callback", callback)
@@ -208,12 +205,12 @@ class Timers:
         return timer
 
     def remove(self, timer: Timer) -> bool:
-        """Take `timer` away, and what it is owed; False if it has expired, was removed or is another's."""
+        """Remove `timer` and its owed periods; False if it ended, was removed, or belongs to other Timers."""
         if self._timers.get(instance("timer", timer, Timer).serial) is not timer:
             return False
         del self._timers[timer.serial]
         timer.callback = None
-        # An entry is found only by search, so it stays until it comes up or such entries are the most.
+        # Finding the heap entry takes a search; leave it until it reaches the head or stale entries predominate.
         if len(self._queue) > 2 * len(self._timers) + STALE_MAX:
             self._queue[:] = [entry for entry in self._queue if entry[1] in self._timers]
             heapify(self._queue)
@@ -222,7 +219,7 @@ class Timers:
     def add_update(self, callback: UpdateCallback) -> None:
         """Call `callback(elapsed cycles, frequency in Hz)` at every advance(), before timers fire.
 
-        Cycles elapse since the advance before, also for a new callback.  StateError without a `cycles_hz`.
+        Elapsed cycles count from the previous advance(), for a new callback too.  StateError without `cycles_hz`.
         """
         function("callback", callback)
         if self._cycles_hz is None:
@@ -230,29 +227,28 @@ class Timers:
         self._updates.insert(0 if self._newest_update_first else len(self._updates), callback)
 
     def remove_update(self, callback: UpdateCallback) -> bool:
-        """Take back one add_update() of `callback`; False if there is none."""
+        """Undo one add_update() of `callback`; False if there is none."""
         if function("callback", callback) not in self._updates:
             return False
         self._updates.remove(callback)
         return True
 
     def clear(self) -> None:
-        """Remove all timers and updates; no callback is kept, and none is called any more, not even in this advance."""
+        """Remove all timers and updates and drop their callbacks; a running advance() calls none of them any more."""
         for timer in self._timers.values():
             timer.callback = None
         for kept in (self._timers, self._updates, self._queue, self._firing):
             kept.clear()
 
     def advance(self, now: GuestNs, cycles: int | None = None) -> int:
-        """Guest time is `now` ns, the guest's cycle count `cycles`: fire what is due, and return how many timers fired.
+        """Fire what is due at guest time `now` ns and guest cycle count `cycles`; return how many timers fired.
 
-        The order is that in which calls became due (deadlines, but for replays); equal ones go as they were added.
-        `now` may stand still.  RangeError if either goes back or beyond 2^64 - 1, StateError if a callback calls or if
-        there are updates and no `cycles`; then nothing has changed.
+        Calls go in order of due_ns, then of adding.  `now` may stand still.  RangeError if either goes back or beyond
+        2^64 - 1; StateError if a callback calls this, or if there are updates and no `cycles`.  Errors change nothing.
 
-        A callback's exception does not stop the others: the first is raised when all have been called, the rest are
-        in its notes, and a timer goes on as if its callback had returned.  A KeyboardInterrupt or the like comes out
-        at once, and timers not yet called are called at the next advance().
+        A callback's exception does not stop the others: advance() raises the first after all calls, with the rest as
+        notes, and the timer continues as if its callback had returned.  KeyboardInterrupt and the like pass through at
+        once; the timers not yet called are called at the next advance().
         """
         elapsed_cycles = self._step_to(now, cycles)
         errors: list[Exception] = []
@@ -277,7 +273,7 @@ class Timers:
         return fired
 
     def _step_to(self, now: GuestNs, cycles: int | None) -> int:
-        """Take over the time, and return the cycles since the last one; or raise, with nothing changed."""
+        """Set time and cycles and return the cycles elapsed; or raise and change nothing."""
         if self._advancing:
             raise StateError(
                 "advance", f"callbacks of the advance to {self._now} ns are running", "return from them first"
@@ -297,7 +293,7 @@ class Timers:
         return elapsed
 
     def _noted(self, raised: BaseException, others: list[Exception]) -> BaseException:
-        """The exception with the others in its notes.  The list is left empty: its frame is in their tracebacks."""
+        """Add the others to the exception as notes.  Empties the list, which their tracebacks' frame refers to."""
         for other in others:
             raised.add_note(f"in the same advance to {self._now} ns another callback raised {other!r}")
         others.clear()
@@ -305,31 +301,31 @@ class Timers:
 
     def _update(self, elapsed_cycles: int, errors: list[Exception]) -> None:
         for callback in tuple(self._updates):
-            if callback in self._updates:  # else one before it has removed it
+            if callback in self._updates:  # an earlier one may have removed it
                 _call(errors, callback, elapsed_cycles, self._cycles_hz)
 
     def _fire(self, timer: Timer, errors: list[Exception]) -> None:
-        """Call a timer that is due.  It is re-armed or removed first, so that its callback finds it as it will be."""
+        """Call a due timer.  Re-arms or removes it first, so that its callback sees the final state."""
         callback = timer.callback
-        firing, goes_on = _expire(timer, self._now)
-        if goes_on:
+        firing, is_rearmed = _expire(timer, self._now)
+        if is_rearmed:
             heappush(self._queue, (timer.due_ns, timer.serial))
         else:
             self.remove(timer)
         _call(errors, callback, firing)
 
     def _clean_head(self, queue: list[tuple[int, int]]) -> bool:
-        """Drop the entries of removed timers from the head of `queue`; is a timer left?"""
+        """Drop entries of removed timers from the head of `queue`; return whether a timer is left."""
         while queue and queue[0][1] not in self._timers:
             heappop(queue)
         return bool(queue)
 
 
 class VcpuTimeouts:
-    """Palacios' timeouts: one active for each vCPU, and a second one is refused.
+    """Palacios' timeouts: at most one active a vCPU; a second one is refused.
 
-    Deadlines are guest time in ns where Palacios counts cycles.  Run for N ms of guest time: one for each vCPU at that
-    deadline, each of which keeps its vCPU out of the guest.
+    Deadlines are guest time in ns; Palacios counts cycles.  To run for N ms of guest time, set one for each vCPU at
+    that deadline, whose callback keeps the vCPU out of the guest.
     """
 
     def __init__(self, timers: Timers) -> None:
@@ -337,9 +333,9 @@ class VcpuTimeouts:
         self._of_vcpu: dict[int, Timer] = {}
 
     def add(self, vcpu: int, deadline_ns: GuestNs, callback: TimerCallback) -> Timer:
-        """Call `callback` once when guest time is deadline_ns; it may set the next.
+        """Call `callback` once at guest time deadline_ns (as for Timers.add()); it may set the next timeout.
 
-        StateError while one is active; deadline_ns is as for Timers.add().
+        StateError while the vCPU has an active one.
         """
         vcpu = whole("vcpu", vcpu)
         deadline_ns = GuestNs(whole("deadline_ns", deadline_ns, 0, U64_MASK))
@@ -354,22 +350,23 @@ class VcpuTimeouts:
         return timer
 
     def remove(self, vcpu: int) -> bool:
-        """Take vCPU's timeout away; False if none was active."""
+        """Remove vCPU's timeout; False if none was active."""
         timer = self._of_vcpu.pop(whole("vcpu", vcpu), None)
         return timer is not None and self._timers.remove(timer)
 
 
 def _expire(timer: Timer, now: GuestNs) -> tuple[Firing, bool]:
-    """Account for the periods of `timer` that have ended by `now`, and move it on by those that are settled.
+    """Account for the periods of `timer` that ended by `now`, and move its deadline past those covered or dropped.
 
-    Returns what to tell, and whether there will be another call: none for a one-shot timer or beyond guest time's end.
+    Returns the callback's argument, and whether there will be another call: none for a one-shot timer, or beyond
+    2^64 - 1 ns.
     """
     deadline_ns, late_ns = timer.deadline_ns, now - timer.deadline_ns
     if timer.period_ns is None:
         return Firing(timer, deadline_ns, late_ns, 1, 0, 0), False
     ended = late_ns // timer.period_ns + 1
     periods, dropped, pause_ns = timer.missed.share(ended)
-    # A whole number of periods on: lateness never shifts the grid.
+    # Move by whole periods, so that lateness never shifts the grid.
     next_deadline_ns = deadline_ns + (periods + dropped) * timer.period_ns
     next_due_ns = max(next_deadline_ns, now + pause_ns)
     if next_due_ns > U64_MASK:
@@ -379,7 +376,7 @@ def _expire(timer: Timer, now: GuestNs) -> tuple[Firing, bool]:
 
 
 def _call(errors: list[Exception], callback: Callable[..., object] | None, *arguments: object) -> None:
-    if callback is None:  # no timer in the queue; a type checker does not know
+    if callback is None:  # never so for a queued timer; for the type checker
         return
     try:
         callback(*arguments)

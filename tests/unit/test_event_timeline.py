@@ -156,7 +156,7 @@ def test_what_is_no_log() -> None:
         EventTimeline([first._replace(tsc_hz=None)])
     with pytest.raises(ConfigError, match="event 0 has no host_tsc"):
         EventTimeline([Event(EventKind.SKIP, "by hand")])
-    with pytest.raises(ConfigError, match="no JSON"):
+    with pytest.raises(ConfigError, match="not JSON"):
         timeline_of("{")
     with pytest.raises(WrongType, match=r"lines is 5, an int"):
         timeline_of([first.to_json(), 5])  # type: ignore[list-item]  # on purpose

@@ -122,9 +122,9 @@ def test_a_crash_in_words(reason: Exit, words: str) -> None:
 
 def test_a_settlement_in_words() -> None:
     """It prints in ns, and with why something was left out."""
-    assert str(settle("freeze", Fraction(3, 2) * 1000)) == "gained 0 ns, to slew 0 ns, lost 1500 ns"
-    assert str(settle("slew", Fraction(7))) == "gained 0 ns, to slew 7 ns, lost 0 ns"
-    left_out = "gained 5 ns, to slew 0 ns, lost 2 ns: 2 ns beyond the bound of 5 ns were left out"
+    assert str(settle("freeze", Fraction(3, 2) * 1000)) == "stepped 0 ns, to slew 0 ns, dropped 1500 ns"
+    assert str(settle("slew", Fraction(7))) == "stepped 0 ns, to slew 7 ns, dropped 0 ns"
+    left_out = "stepped 5 ns, to slew 0 ns, dropped 2 ns: 2 ns beyond the bound of 5 ns were left out"
     assert str(settle(Advance(5), Fraction(7))) == left_out
 
 
