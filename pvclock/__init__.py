@@ -3,7 +3,7 @@
 A `GuestClock` keeps one VM's time exactly and publishes it to the guest; `ClockScale` is the arithmetic, `GuestMemory`
 the guest's RAM, a `Backend` the host's time.  Virtual machines on /dev/kvm are in `pvclock.machine`.
 
-Names are loaded when they are first used: `import pvclock` alone costs next to nothing.
+Names load on first use, so `import pvclock` alone costs next to nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from importlib import import_module as _import_module
 
 __version__ = "0.1.0"
-"""Of this package; pyproject.toml takes it from here."""
+"""The package's version; pyproject.toml reads it from here."""
 
-TYPE_CHECKING = False  # type checkers know the name; importing typing would be most of this module's cost
+TYPE_CHECKING = False  # type checkers know the name; importing typing would dominate this module's cost
 if TYPE_CHECKING:
     from pvclock._counter import read_tsc
     from pvclock._memory import GuestMemory
@@ -143,7 +143,7 @@ _HOME_OF = {name: module for module, names in _HOME.items() for name in names}
 
 
 def get_include() -> str:
-    """The folder of pvclock's C headers, for a compiler's -I."""
+    """Path of the folder with pvclock's C headers, for a compiler's -I."""
     return f"{__path__[0]}/include"
 
 

@@ -1,19 +1,19 @@
-"""Errors of pvclock: one tree, and each error keeps its numbers.
+"""Errors of pvclock: one tree; each error keeps its numbers as attributes.
 
 PvclockError
-├── WrongType (TypeError)         .parameter .given .wanted; an argument of a type that is none of its parameter's
+├── WrongType (TypeError)         .parameter .given .wanted; an argument of a wrong type
 ├── RangeError (ValueError)       a number that its type cannot hold, or no (mul, shift) can express
-├── ConfigError (ValueError)      a word or an option that is unknown, or contradicts another
+├── ConfigError (ValueError)      an unknown word or option, or one that contradicts another
 ├── ImageError (ValueError)       a boot image that cannot be loaded
-├── GuestAddressError (LookupError)  .gpa .length; guest-physical memory that is not there
-├── StateError                    .operation .state .allowed; not now
+├── GuestAddressError (LookupError)  .gpa .length; a guest-physical range outside guest memory
+├── StateError                    .operation .state .allowed; an operation that the present state does not allow
 ├── StateFileError (ValueError)   .field .found .supported .path; a saved state that cannot be read, written or used
 ├── MsrFault                      .index .value; the guest gets #GP
-├── TscOffsetNotHonoured          .offset; the host takes a TSC offset and the guest does not see it
+├── TscOffsetNotHonoured          .offset; the host accepts a TSC offset but the guest does not see it
 ├── GuestCrashed                  .vcpu .reason; the guest cannot go on
-├── LabError                      .console_tail; the lab lacks something, did not boot, or took too long
+├── LabError                      .console_tail; the lab lacks something, did not boot, or timed out
 └── KvmError (OSError)            .errno .call; a failed KVM system call
-    ├── KvmUnavailable            /dev/kvm cannot be used; says what to do
+    ├── KvmUnavailable            /dev/kvm cannot be used; the message says what to do
     └── MissingCapability         .capability; this host's KVM lacks it
 """
 
@@ -41,18 +41,18 @@ __all__ = [
 ]
 
 GIVEN_MAX, GIVEN_BITS_MAX = 40, 64
-"""So many characters are shown of a value, and numbers of so many bits."""
+"""Characters of a value, and bits of a number, that a message shows."""
 
 
 class PvclockError(Exception):
-    """Base of all errors that pvclock raises on purpose.  They go through pickle, numbers and all."""
+    """Base of all errors that pvclock raises on purpose.  They pickle with their attributes."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
 def _rebuild(kind: type[PvclockError], arguments: tuple[object, ...], attributes: dict[str, object]) -> PvclockError:
-    """An error as it was: past its own __init__, which takes numbers and not the message made of them."""
+    """Unpickle an error without its own __init__, which takes numbers, not the message made of them."""
     error = kind.__new__(kind)
     base = OSError if issubclass(kind, OSError) else Exception
     base.__init__(error, *arguments)
@@ -61,7 +61,7 @@ def _rebuild(kind: type[PvclockError], arguments: tuple[object, ...], attributes
 
 
 class WrongType(PvclockError, TypeError):
-    """An argument that is not of a type that its parameter takes; nothing was done.
+    """An argument of a wrong type; nothing was done.
 
     parameter: its name.  given, wanted: what it was and what it can be, in words.
     """
@@ -75,7 +75,7 @@ class WrongType(PvclockError, TypeError):
 
 
 def _described(value: object) -> str:
-    """A value for a message: plain ones with their type, others by that alone, for a repr may be long, or may raise."""
+    """A value for a message: plain ones with their type, others by type alone, since a repr may be long or raise."""
     if value is None:
         return "None"
     if isinstance(value, type):
@@ -93,15 +93,15 @@ class RangeError(PvclockError, ValueError):
 
 
 class ConfigError(PvclockError, ValueError):
-    """A word or an option that is unknown, or contradicts another; or a configuration with a value of a wrong type."""
+    """An unknown word or option, one that contradicts another, or a configuration value of a wrong type."""
 
 
 class ImageError(PvclockError, ValueError):
-    """A boot image that cannot be loaded; the message says which part of it is wrong."""
+    """A boot image that cannot be loaded; the message names the bad part."""
 
 
 class GuestAddressError(PvclockError, LookupError):
-    """`length` bytes at guest-physical address `gpa` are not, or not all, in guest memory."""
+    """`length` bytes at guest-physical address `gpa` are not entirely in guest memory."""
 
     def __init__(self, gpa: int, length: int, why: str = "is not in guest memory") -> None:
         super().__init__(f"guest-physical range {gpa:#x}+{length} {why}")
@@ -110,7 +110,7 @@ class GuestAddressError(PvclockError, LookupError):
 
 
 class StateError(PvclockError):
-    """`operation` is not possible in `state`; `allowed` says what would make it so."""
+    """`operation` is not possible in `state`; `allowed` says how to make it possible."""
 
     def __init__(self, operation: str, state: str, allowed: str) -> None:
         super().__init__(f"{operation}: {state}; {allowed}")
@@ -120,10 +120,10 @@ class StateError(PvclockError):
 
 
 class StateFileError(PvclockError, ValueError):
-    """A saved state that cannot be read, written or used here, and nothing was changed.
+    """A saved state that cannot be read, written or used here; nothing was changed.
 
-    field: a dotted path such as "vcpus[1].tsc_offset", or "file" for the file as a whole.  found, supported: what is
-    there, shortened, and what may be there, in words.  path: the file, if there is one.
+    field: a dotted path such as "vcpus[1].tsc_offset", or "file" for the whole file.  found, supported: the value
+    there, shortened, and the values allowed, in words.  path: the file, if any.
     """
 
     def __init__(self, field: str, found: str, supported: str, path: str = "") -> None:
@@ -135,7 +135,7 @@ class StateFileError(PvclockError, ValueError):
 
 
 class MsrFault(PvclockError):
-    """The guest may not touch MSR `index` (or not with `value`, None for a read): it gets #GP(0)."""
+    """The guest may not access MSR `index`, or not write `value` (None: a read); it gets #GP(0)."""
 
     def __init__(self, index: int, value: int | None = None, why: str = "not served") -> None:
         access = f"RDMSR {index:#x}" if value is None else f"WRMSR {index:#x} := {value:#x}"
@@ -145,7 +145,7 @@ class MsrFault(PvclockError):
 
 
 class TscOffsetNotHonoured(PvclockError):
-    """The host accepted TSC offset `offset` (ticks, modulo 2^64), but the guest's RDTSC does not show it."""
+    """The host accepted TSC offset `offset` (ticks, modulo 2^64) but the guest's RDTSC does not show it."""
 
     def __init__(self, offset: int, why: str = "the guest's TSC is the host's; offsets need a VMX or SVM host") -> None:
         super().__init__(
@@ -156,7 +156,7 @@ class TscOffsetNotHonoured(PvclockError):
 
 
 class GuestCrashed(PvclockError):
-    """vCPU `vcpu` left the guest by the exit `reason` and cannot go on (a triple fault, an emulation failure)."""
+    """vCPU `vcpu` exited with `reason` and cannot go on (a triple fault, an emulation failure)."""
 
     def __init__(self, vcpu: int, reason: object) -> None:
         super().__init__(f"the guest crashed on vCPU {vcpu}: {reason}")
@@ -165,7 +165,7 @@ class GuestCrashed(PvclockError):
 
 
 class LabError(PvclockError):
-    """The lab lacks something, did not boot, or took too long; `console_tail` is what its console said last."""
+    """The lab lacks something, did not boot, or timed out; `console_tail` holds the last console lines."""
 
     def __init__(self, why: str, console_tail: str = "") -> None:
         super().__init__(why + (f"; its console's last lines:\n{console_tail}" if console_tail else ""))
@@ -173,7 +173,7 @@ class LabError(PvclockError):
 
 
 class KvmError(PvclockError, OSError):
-    """A KVM system call failed: `call` names it, `errno` is the kernel's reason."""
+    """KVM system call `call` failed with `errno`."""
 
     def __init__(self, call: str, errno: int, advice: str = "") -> None:
         reason = f"{_errno.errorcode.get(errno, errno)} ({os.strerror(errno)})"
@@ -185,7 +185,7 @@ class KvmError(PvclockError, OSError):
 
 
 class KvmUnavailable(KvmError):
-    """/dev/kvm cannot be used on this machine as it is; the message says what to do about it."""
+    """/dev/kvm cannot be used on this machine; the message says what to do."""
 
 
 class MissingCapability(KvmError):

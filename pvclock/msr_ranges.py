@@ -1,4 +1,4 @@
-"""Which accesses to which MSRs, as a provider names them and as KVM's filter is told of them."""
+"""Ranges of MSRs whose accesses a provider serves; KVM's MSR filter is made from them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["MsrRange"]
 
 
 class MsrRange(NamedTuple):
-    """Reads, writes or both of MSRs [base, base + length) are the clock's to answer, but for `kept`, the kernel's.
+    """The clock serves reads, writes or both of MSRs [base, base + length), except `kept`, which the kernel serves.
 
-    why: what these MSRs are, for people who read the list.
+    why: what these MSRs are, for human readers.
     """
 
     base: int

@@ -1,4 +1,4 @@
-"""The quantities of guest time, one type each, so that a type checker catches what the eye does not.
+"""The quantities of guest time, one type each, so that a type checker finds mixed-up units.
 
 All are plain ints at run time.  Ticks and addresses are unsigned 64-bit and wrap; nanoseconds of the guest's clock
 are unsigned 64-bit and do not wrap within 584 years.
@@ -32,13 +32,13 @@ U64_MASK: Final = (1 << 64) - 1
 
 SHOWN_BITS_MAX: Final = 128
 QUOTED_MAX: Final = 100
-"""So many characters are shown of a value."""
+"""Characters of a value that a message shows."""
 
 
 def shown(number: float | Fraction) -> str:
-    """The number for a message: in words if it is long, for Python does not print some thousands of digits at all.
+    """A number for a message: by its bit length from 2^128 on, since Python refuses to print thousands of digits.
 
-    A fraction as 3 digits and an exponent, which is all that a reader needs and not beyond what a float can hold.
+    A fraction is shown to 3 significant digits.
     """
     if not isinstance(number, float) and abs(number) >= 1 << SHOWN_BITS_MAX:
         return f"a number of {floor(number).bit_length()} bits"
@@ -46,7 +46,7 @@ def shown(number: float | Fraction) -> str:
 
 
 def quoted(value: object) -> str:
-    """A value that a caller gave, for a message: as Python writes it, cut where that is long."""
+    """A caller's value for a message: its repr, cut after QUOTED_MAX characters."""
     if isinstance(value, int) and not isinstance(value, bool):
         return shown(value)
     try:
@@ -57,6 +57,6 @@ def quoted(value: object) -> str:
 
 
 def signed64(difference: int) -> int:
-    """A difference of two 64-bit counters, taken as the shorter way round: negative if the first is behind."""
+    """The difference a - b of two 64-bit counters in [-2^63, 2^63): negative if a is behind b."""
     difference &= U64_MASK
     return difference - (U64_MASK + 1) if difference > U64_MASK // 2 else difference

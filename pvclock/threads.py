@@ -1,6 +1,6 @@
-"""How a thread is begun and woken, such that a signal handler's exception at any line leaves no lock taken.
+"""Start and wake threads so that a signal handler's exception at any line leaves no lock taken.
 
-And what is to be done about locks and threads in a child of fork(), which has the one thread that forked.
+And renew locks in a child of fork(), which has only the thread that forked.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["HasLock", "WakeUp", "begin", "check_timeout", "renew_in_children"]
 
 
 class WakeUp:
-    """What one thread waits for and any other gives: a binary semaphore.  A call that comes early is kept, once.
+    """A binary semaphore: one thread waits, any other calls.  One early call is remembered.
 
-    A lock's own methods are one step each.  Those of threading.Event and Condition are Python code: an interrupt there
-    may leave their lock taken.
+    Lock methods are atomic.  Those of threading.Event and Condition are Python code: an interrupt there may leave their
+    lock taken.
     """
 
     def __init__(self) -> None:
@@ -29,47 +29,47 @@ class WakeUp:
         self._asleep.acquire()
 
     def call(self) -> None:
-        """Wake the thread that waits, or the next one that would."""
+        """Wake the waiting thread, or let the next wait() return at once."""
         try:
             self._asleep.release()
-        except RuntimeError:  # it has been called already
+        except RuntimeError:  # already called
             return
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Return once called: True; or False after timeout_s."""
+        """Wait for call() and return True; False after timeout_s."""
         return self._asleep.acquire(timeout=-1 if timeout_s is None else timeout_s)
 
 
 def begin(thread: threading.Thread, operation: str) -> None:
-    """Start `thread` for `operation`.  StateError where the system allows no more threads."""
+    """Start `thread` for `operation`; StateError if the system allows no more threads."""
     try:
         thread.start()
     except RuntimeError as error:
-        if "new thread" not in str(error):  # an interrupt made threading stumble over its own lock
+        if "new thread" not in str(error):  # raised by threading after an interrupt, not by the system
             raise
         raise StateError(
-            operation, f"no thread begins: {error}", "end some or raise the limit, and try again"
+            operation, f"cannot start a thread: {error}", "end some or raise the limit, and try again"
         ) from None
 
 
 def check_timeout(timeout_s: float) -> None:
-    """RangeError for what no lock can wait for; WrongType for what is no number."""
+    """RangeError unless a lock can wait for timeout_s; WrongType if it is not a number."""
     if not 0 <= number("timeout_s", timeout_s) <= threading.TIMEOUT_MAX:
         raise RangeError(f"timeout_s is {shown(timeout_s)}; it must be from 0 to {threading.TIMEOUT_MAX:g}")
 
 
 class HasLock(Protocol):
-    """What has a lock that another thread may hold at a fork()."""
+    """An object with a lock that another thread may hold at a fork()."""
 
     def begin_anew(self) -> None:
-        """In the child: take a new lock, and forget the parent's threads."""
+        """In the child: create a new lock and forget the parent's threads."""
 
 
 _RENEWED: Final[weakref.WeakSet[HasLock]] = weakref.WeakSet()
 
 
 def renew_in_children(owner: HasLock) -> None:
-    """Call owner.begin_anew() in each child of fork(), as long as `owner` lives."""
+    """Call owner.begin_anew() in each child of fork() while `owner` lives."""
     _RENEWED.add(owner)
 
 

@@ -241,7 +241,7 @@ def test_a_ticker_for_which_there_are_no_threads(limit: int, monkeypatch: pytest
     before = held()
     with Machine(SPIN, vcpus=2) as machine:
         start_threads(limit, monkeypatch)
-        with pytest.raises(StateError, match="no thread begins: can't start new thread"):
+        with pytest.raises(StateError, match="cannot start a thread: can't start new thread"):
             machine.start()
         monkeypatch.undo()
         assert machine.memory.read(DATA, 4) == bytes(4)

@@ -171,7 +171,7 @@ def test_without_a_thread_there_is_no_subscription(monkeypatch: pytest.MonkeyPat
     log, heard = EventLog(), list[Event]()
     with monkeypatch.context() as limited:
         limited.setattr(threading.Thread, "start", no_thread)
-        with pytest.raises(StateError, match="subscribe: no thread begins: can't start new thread; end some"):
+        with pytest.raises(StateError, match="subscribe: cannot start a thread: can't start new thread; end some"):
             log.subscribe(heard.append)
     log.append(Event(EventKind.TSC, "1"))
     assert log.flush()
@@ -222,7 +222,7 @@ def told_in_child(log: EventLog, heard: list[int], *, limited: bool) -> bool:
     if limited:
         pytest.MonkeyPatch().setattr(threading.Thread, "start", no_thread)
         log.append(Event(EventKind.TSC, "2"))
-        with pytest.raises(StateError, match="flush: no thread begins"):
+        with pytest.raises(StateError, match="flush: cannot start a thread"):
             log.flush(LIMIT_S)
         return heard == [1] and log.last == 2
     log.append(Event(EventKind.TSC, "2"))

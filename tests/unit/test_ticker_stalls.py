@@ -279,7 +279,7 @@ def test_a_start_without_threads_can_be_tried_again(monkeypatch: pytest.MonkeyPa
     clock = Counted()
     ticker = Ticker(clock.clock, interval_s=INTERVAL_S, watch_host=False)
     limit = Limit(monkeypatch, threads)
-    with pytest.raises(StateError, match="start: no thread begins: can't start new thread; end some or raise"):
+    with pytest.raises(StateError, match="start: cannot start a thread: can't start new thread; end some or raise"):
         ticker.start()
     end_of(ticker_threads())
     ticker.stop()
