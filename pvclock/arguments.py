@@ -1,7 +1,7 @@
-"""Is a caller's argument of the type that its parameter takes?  If not, which one, what was it and what can it be?
+"""Checks of callers' arguments.
 
-Each function returns the argument, as the plain type that is asked for, or raises WrongType.  A number in the wrong
-range is a RangeError.
+Each function returns the argument as a plain type, or raises WrongType, which names the parameter, the value and what
+it can be.  A number out of range is a RangeError.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pvclock.quantities import U64_MASK, shown
 
 __all__ = [
     "whole",
+    "vcpu_number",
     "number",
     "fraction",
     "text",
@@ -34,12 +35,20 @@ T = TypeVar("T")
 
 
 def whole(parameter: str, value: object, least: int | None = None, most: int | None = None) -> int:
-    """A whole number of any type that has __index__(); a bool is none.  RangeError unless it is `least` to `most`."""
+    """A whole number of any type with __index__(), but not a bool; RangeError unless it is `least` to `most`."""
     if type(value) is not int:
         value = _index(parameter, value, least, most)
     if (least is not None and value < least) or (most is not None and value > most):
         raise RangeError(f"{parameter} is {shown(value)}; it can be {_span(least, most)}")
     return value
+
+
+def vcpu_number(vcpu: object, count: int) -> int:
+    """A vCPU's number, 0 to count - 1; RangeError otherwise."""
+    found = vcpu if type(vcpu) is int else whole("vcpu", vcpu)
+    if not 0 <= found < count:
+        raise RangeError(f"vCPU {shown(found)}; this VM has {f'vCPUs 0 to {count - 1}' if count else 'none'}")
+    return found
 
 
 def number(parameter: str, value: object) -> float | Fraction:
@@ -50,14 +59,14 @@ def number(parameter: str, value: object) -> float | Fraction:
 
 
 def fraction(parameter: str, value: object) -> Fraction:
-    """An int or a Fraction, for what is kept exactly: a float is none."""
+    """An int or a Fraction, for exact quantities; a float is a WrongType."""
     if isinstance(value, bool) or not isinstance(value, int | Fraction):
         raise WrongType(parameter, value, "a whole number or a Fraction")
     return Fraction(value)
 
 
 def text(parameter: str, value: object) -> str:
-    """Text."""
+    """A str."""
     if not isinstance(value, str):
         raise WrongType(parameter, value, "text")
     return value
@@ -71,14 +80,14 @@ def flag(parameter: str, value: object) -> bool:
 
 
 def data(parameter: str, value: object) -> bytes:
-    """Bytes, or what is like them: bytearray, memoryview."""
+    """Bytes, from a bytes, bytearray or memoryview."""
     if not isinstance(value, bytes | bytearray | memoryview):
         raise WrongType(parameter, value, "bytes")
     return bytes(value)
 
 
 def path(parameter: str, value: object) -> str:
-    """A file's path: text, or an object such as pathlib's."""
+    """A file's path, from a str or an os.PathLike of one."""
     found = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(found, str):
         raise WrongType(parameter, value, "a path")
@@ -86,34 +95,34 @@ def path(parameter: str, value: object) -> str:
 
 
 def function(parameter: str, value: Callable[..., T]) -> Callable[..., T]:
-    """What can be called."""
+    """A callable."""
     if not callable(value):
         raise WrongType(parameter, value, "a function")
     return value
 
 
 def instance(parameter: str, value: object, kind: type[T], wanted: str = "") -> T:
-    """An object of that class; `wanted` says in words what it is, where the class's name does not."""
+    """An instance of `kind`; `wanted` describes it for the message, by default the class's name."""
     if not isinstance(value, kind):
         raise WrongType(parameter, value, wanted or f"a {kind.__name__}")
     return value
 
 
 def sequence(parameter: str, values: object, wanted: str) -> Sequence[Any]:
-    """A list, a tuple or the like, of anything; text and bytes are none.  `wanted` says in words what it is."""
+    """A sequence of anything, but not text or bytes; `wanted` describes it for the message."""
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise WrongType(parameter, values, wanted)
     return values
 
 
 def instances(parameter: str, values: object, kind: type[T]) -> Sequence[T]:
-    """A sequence of objects of that class."""
+    """A sequence of instances of `kind`."""
     found = sequence(parameter, values, f"a sequence of {kind.__name__}")
     return [instance(f"{parameter}[{place}]", each, kind) for place, each in enumerate(found)]
 
 
 def serving(parameter: str, value: T, *names: str, wanted: str) -> T:
-    """An object of any class that has those methods, and not that class itself; `wanted` says in words what it is."""
+    """An object with the methods `names`, but not a class; `wanted` describes it for the message."""
     if isinstance(value, type) or not all(callable(getattr(value, name, None)) for name in names):
         raise WrongType(parameter, value, wanted)
     return value

@@ -1,9 +1,9 @@
-"""Do a VM's vCPUs' TSCs agree, and which writes bring them together?
+"""Agreement of a VM's vCPUs' TSCs, and the writes that restore it.
 
 For a VMM after a restore: `agreement` compares the vCPUs, and `repair_plan` lists the writes that put all of them
-on one offset.  What Linux's KVM does with such a write: `kvm_sync_model.py`.
+on one offset.  `kvm_sync_model.py` models what Linux's KVM does with such a write.
 
-Ticks are modulo 2^64: of two offsets less than 2^63 apart, the one that a shorter way up leads to is ahead.
+Ticks are modulo 2^64: offset a is ahead of b if signed64(a - b) > 0.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class VcpuComparison(NamedTuple):
     vcpu: int
     offset_ahead_ticks: int
     adjust_ahead_ticks: int
-    """Not 0: firmware or guest wrote one vCPU's TSC and not the other's; Linux then complains, and corrects it."""
+    """Not 0 if firmware or guest wrote only one vCPU's TSC; Linux then warns and corrects it."""
     rate: Fraction
     """Guest ticks in a host tick."""
 
     @property
     def is_the_guests_doing(self) -> bool:
-        """Do the offsets differ by what the guest wrote, and by no more?"""
+        """Is the difference of the offsets exactly what the guest's own writes made?"""
         return self.offset_ahead_ticks == self.adjust_ahead_ticks != 0
 
 
@@ -50,7 +50,7 @@ class Agreement(NamedTuple):
 
     vcpus: tuple[VcpuComparison, ...]
     spread_ticks: int
-    """Offsets: from the one that is furthest behind to the one furthest ahead, in [0, 2^64)."""
+    """From the offset furthest behind to the one furthest ahead, in [0, 2^64)."""
 
     @property
     def offsets_agree(self) -> bool:
@@ -59,7 +59,7 @@ class Agreement(NamedTuple):
 
     @property
     def adjusts_agree(self) -> bool:
-        """Do all guests' vCPUs read the same IA32_TSC_ADJUST?"""
+        """Do all vCPUs read the same IA32_TSC_ADJUST?"""
         return not any(vcpu.adjust_ahead_ticks for vcpu in self.vcpus)
 
     @property
@@ -74,18 +74,18 @@ class Agreement(NamedTuple):
 
 
 class OffsetWrite(NamedTuple):
-    """One write of a repair plan: vCPU's TSC offset, and what is to become of its IA32_TSC_ADJUST."""
+    """One write of a repair plan: a vCPU's new TSC offset and IA32_TSC_ADJUST."""
 
     vcpu: int
     offset_before: int
-    """Ticks modulo 2^64, as both others."""
+    """Ticks modulo 2^64, like the next two."""
     offset_after: int
     adjust_after: int
     moves_tsc_by: int
     """Ticks forward, in [0, 2^63)."""
 
     def applied(self, tsc: VcpuTsc) -> VcpuTsc:
-        """A copy of `tsc` after the write; StateError if its offset is another one than the plan was made for."""
+        """A copy of `tsc` after the write; StateError if its offset changed since the plan was made."""
         if instance("tsc", tsc, VcpuTsc).offset != self.offset_before:
             state = f"vCPU {self.vcpu}'s TSC offset is {tsc.offset:#x}, not {self.offset_before:#x}"
             raise StateError("repair", state, "it was written meanwhile: make another plan")
@@ -95,7 +95,7 @@ class OffsetWrite(NamedTuple):
 
 
 def agreement(tscs: Sequence[VcpuTsc]) -> Agreement:
-    """Compare the TSCs of a VM's vCPUs, given by number; RangeError for none."""
+    """Compare the TSCs of a VM's vCPUs, in vCPU order; RangeError if there are none."""
     if not instances("tscs", tscs, VcpuTsc):
         raise RangeError("agreement of 0 vCPUs; give at least one")
     first = tscs[0]
@@ -114,16 +114,16 @@ def repair_plan(
     adjust: Literal["keep", "carry"] = "keep",
     every_vcpu: bool = False,
 ) -> list[OffsetWrite]:
-    """The writes that bring all vCPUs onto one offset, no TSC backwards; none if they agree already.
+    """The writes that put all vCPUs on one offset without moving a TSC back; empty if they agree already.
 
-    target: that offset, in ticks modulo 2^64; by default that of the vCPU that is furthest ahead.
-    adjust: "keep" leaves each IA32_TSC_ADJUST, as a host's write does: right after a restore that went wrong.  "carry"
-    moves it along, as a guest's own write does: right for vCPUs that the guest set apart, whose ADJUST then agree, too.
-    every_vcpu: also write vCPUs that stand right.  KVM's own clock wants that: it counts matching writes, and does not
-    look at offsets.
+    target: that offset, in ticks modulo 2^64; by default that of the vCPU furthest ahead.
+    adjust: "keep" leaves IA32_TSC_ADJUST alone, like a host write; use it after a failed restore.  "carry" moves it
+    along, like a guest write; use it for vCPUs that the guest set apart, whose ADJUST then agree as well.
+    every_vcpu: also write vCPUs that have the target offset already.  KVM's own clock needs that: it counts matching
+    writes and ignores offsets.
 
-    RangeError if a TSC would have to go back, or if the vCPUs are so far apart (2^63 ticks) that none is ahead.
-    StateError if their rates differ: then no offset brings them together for longer than an instant.
+    RangeError if a TSC would have to go back, or if the vCPUs are 2^63 ticks or more apart, so that none is ahead.
+    StateError if their rates differ: no offset makes such TSCs agree for longer than an instant.
     """
     flag("every_vcpu", every_vcpu)
     if text("adjust", adjust) not in ("keep", "carry"):
@@ -147,9 +147,9 @@ def _write_onto(target: int, vcpu: int, tsc: VcpuTsc, adjust: Literal["keep", "c
 
 
 def _furthest_ahead(offsets: Sequence[int]) -> tuple[int, int]:
-    """The offset after which the widest stretch of the circle is empty, and how wide the rest is.
+    """The offset below the widest gap of the 2^64 circle, and the width of the rest.
 
-    Of stretches equally wide, the one above the lowest offset: any choice will do, as long as it is always the same.
+    Of equally wide gaps, take the one above the lowest offset, so that the result is deterministic.
     """
     around = sorted(set(offsets))
     gaps = [after - offset for offset, after in pairwise([*around, around[0] + CIRCLE])]

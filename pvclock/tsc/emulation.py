@@ -1,6 +1,6 @@
-"""RDTSC, RDTSCP and RDMSR of the TSC's MSRs, for a VMM that traps or emulates them, and what hardware needs instead.
+"""Emulation of RDTSC, RDTSCP and RDMSR of the TSC's MSRs, and the hardware controls that replace it.
 
-On KVM none of these reach user space: this is for a VMM that emulates CPUs, or has its own VMCS or VMCB.
+For a VMM that emulates CPUs or owns a VMCS or VMCB; on KVM none of these instructions reach user space.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ RDTSCP_BYTES: Final = 3  # 0f 01 f9
 
 
 class TscInstruction(NamedTuple):
-    """What an emulated RDTSC, RDTSCP or RDMSR leaves in the guest's registers.
+    """The guest registers after an emulated RDTSC, RDTSCP or RDMSR.
 
-    rax, rdx: 64 bits, the upper 32 of them 0, as every 32-bit result is in 64-bit mode.
+    rax, rdx: 64 bits; the upper 32 are 0, as after any 32-bit result in 64-bit mode.
     """
 
     rax: int
     rdx: int
     rcx: int | None
-    """None: as it was."""
+    """None: unchanged."""
     rip_advance: int
-    """Bytes of the instruction; one that has prefixes is longer by those."""
+    """Length of the instruction in bytes, without prefixes."""
 
 
 class TscControls(NamedTuple):
-    """What the hardware's control structure (VMCS or VMCB) is to hold for a vCPU."""
+    """A vCPU's TSC settings for the hardware's control structure (VMCS or VMCB)."""
 
     offset: int
     """Ticks modulo 2^64."""
     traps_rdtsc: bool
     passthrough: bool
     warning: str
-    """Why passthrough was asked for and is not given; else empty."""
+    """Why a requested passthrough is refused; else empty."""
 
 
 def rdtsc(tsc: VcpuTsc, host_tsc: HostTsc) -> TscInstruction:
@@ -74,11 +74,11 @@ def tsc_controls(
     dilation: Fraction = Fraction(1),
     scales: bool = False,
 ) -> TscControls:
-    """Offset and RDTSC trap at `host_tsc`; the trap is on where the hardware alone would give another rate.
+    """Offset and RDTSC trap for a vCPU at `host_tsc`; trap if the hardware alone would give another rate.
 
-    passthrough: the guest is to have the host's TSC as it is, without its offset; cancelled, with a warning, if it
-    has a rate or a dilation of its own.  dilation: guest time in host time, which only a trap can give.
-    scales: the host multiplies by `ratio` in hardware.
+    passthrough: show the guest the host's TSC, without its offset; refused, with a warning, if the guest has its own
+    rate or dilation.  dilation: guest seconds in a host second; needs a trap.  scales: the host multiplies by `ratio`
+    in hardware.
     """
     instance("tsc", tsc, VcpuTsc)
     passthrough, scales = flag("passthrough", passthrough), flag("scales", scales)

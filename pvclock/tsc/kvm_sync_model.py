@@ -1,6 +1,6 @@
-"""What Linux's KVM does with a write of a guest's TSC: a model of kvm_synchronize_tsc() and its like.
+"""Model of how Linux's KVM handles writes of a guest's TSC: kvm_synchronize_tsc() and its callers.
 
-KVM guesses: it takes a value near the one that it expects for an attempt to synchronise, and throws the value away.
+KVM guesses: it takes a value near the one that it expects as an attempt to synchronise, and discards the value.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from pvclock._scale import ClockScale, time_scale, tsc_ratio
-from pvclock.arguments import flag, instance, sequence, whole
+from pvclock.arguments import flag, instance, sequence, vcpu_number, whole
 from pvclock.errors import ConfigError, RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, shown, signed64
 from pvclock.tsc.vcpu_tsc import VcpuTsc
@@ -16,49 +16,50 @@ from pvclock.tsc.vcpu_tsc import VcpuTsc
 __all__ = ["HostInstant", "KvmTscSync", "KvmTscWrite"]
 
 OLDEST_LINUX: Final = (5, 16)
-"""The first one with KVM_VCPU_TSC_OFFSET.  The newest that this was held against is 7.3."""
+"""First Linux with KVM_VCPU_TSC_OFFSET.  The model was checked against versions up to 7.3."""
 FIRST_VALUE_IS_KEPT: Final = (6, 7)
-"""kvm_arch.user_set_tsc: before, even the first value that a VMM wrote could be thrown away."""
+"""First Linux with kvm_arch.user_set_tsc; older ones may discard even the first value that a VMM writes."""
 OFFSET_COUNTS_AS_VALUE: Final = (6, 15)
-"""From then on a write of the offset sets user_set_tsc, too."""
+"""First Linux in which a write of the offset also sets user_set_tsc."""
 
 TOLERANCE_PPM: Final = 250
-"""kvm.tsc_tolerance_ppm: within it, a guest's frequency is taken for the host's."""
+"""kvm.tsc_tolerance_ppm: KVM takes a guest frequency within it as the host's."""
 MAX_RATIO: Final = {48: (1 << 64) - 1, 32: (1 << 40) - 1}
 MAX_KHZ: Final = 0x7FFFFFFF
 
 
 class HostInstant(NamedTuple):
-    """One instant as host TSC and on CLOCK_MONOTONIC_RAW, or whatever goes on at its pace."""
+    """One instant as host TSC and on CLOCK_MONOTONIC_RAW, or on a clock of the same rate."""
 
     tsc: HostTsc
     ns: RefNs
 
 
 class KvmTscWrite(NamedTuple):
-    """What KVM does with one write."""
+    """The result of one write."""
 
     is_matched: bool
-    """Does the vCPU join the generation of those that are in step?  Else it begins a new one, alone."""
+    """True: the vCPU joins the current generation of synchronised vCPUs.  False: it begins a new one, alone."""
     offset: int
-    """The vCPU's offset from then on, ticks modulo 2^64; after a write of a value as exact as the instant was."""
+    """The vCPU's new offset, ticks modulo 2^64; after a write of a value it is as exact as the given instant."""
     error_ticks: int
-    """The guest's TSC less the value that was asked for, signed: 0, or the value was thrown away."""
+    """The guest's TSC minus the requested value, signed; not 0 if KVM discarded the value."""
     generation: int
     stable_possible: bool
-    """As KvmTscSync.stable_possible, afterwards."""
+    """KvmTscSync.stable_possible after the write."""
     margin_ticks: int | None
-    """How much instant and last instant together may be wrong for all this to stay true; None: at will."""
+    """Summed error of this and the last instant up to which this result stands; None: any error."""
 
 
 class KvmTscSync:
-    """A model of kvm_synchronize_tsc() and its like: one VM's TSC generations, fed with what its VMM does.
+    """One VM's TSC generations as KVM keeps them; each method is one of the VMM's calls.
 
     linux: the host kernel's version, from (5, 16) on; a distribution's kernel may have later fixes.  host_khz: its
-    tsc_khz, as KVM_GET_TSC_KHZ of a new VM says.  frac_bits: 48 (VMX) or 32 (SVM) if the host scales TSCs, else None.
-    tsc_stable: the host kernel did not mark its TSC unstable.  clocksource_is_tsc: the host's clocksource is the TSC.
+    tsc_khz, as KVM_GET_TSC_KHZ of a new VM returns it.  frac_bits: 48 (VMX) or 32 (SVM) if the host scales TSCs, else
+    None.  tsc_stable: the host kernel did not mark its TSC unstable.  clocksource_is_tsc: the host's clocksource is the
+    TSC.  RangeError or ConfigError for values that no host has.
 
-    RangeError or ConfigError for what cannot be.  Destroyed vCPUs stay in a VM's count until it goes, here, too.
+    As in KVM, a destroyed vCPU still counts until its VM is destroyed.
     """
 
     def __init__(
@@ -93,23 +94,23 @@ class KvmTscSync:
 
     @property
     def stable_possible(self) -> bool:
-        """Can KVM use its master clock, and write TSC_STABLE: did every vCPU join the present generation?
+        """Can KVM use its master clock and set TSC_STABLE?  True if every vCPU joined the current generation.
 
-        KVM finds out at the next KVM_RUN or KVM_SET_CLOCK.  It uses none if the boot vCPU has its page by MSR 0x12, nor
-        ever after the host's TSC went back over a suspend.
+        KVM re-evaluates it at the next KVM_RUN or KVM_SET_CLOCK.  Not modelled: it uses no master clock if the boot
+        vCPU registered its page by MSR 0x12, nor ever after the host TSC went back over a suspend.
         """
         return self.clocksource_is_tsc and self._matched + 1 == len(self._vcpus)
 
     def tsc(self, vcpu: int) -> VcpuTsc:
-        """vCPU's TSC.  What the guest writes goes straight there, and touches no generation."""
+        """vCPU's TSC.  Guest writes go straight to it and leave the generations alone."""
         return self._vcpu(vcpu).tsc
 
     def khz(self, vcpu: int) -> int:
-        """vCPU's virtual_tsc_khz, as KVM_GET_TSC_KHZ says."""
+        """vCPU's virtual_tsc_khz, which KVM_GET_TSC_KHZ returns."""
         return self._vcpu(vcpu).khz
 
     def create_vcpu(self, at: HostInstant, khz: int = 0) -> KvmTscWrite:
-        """KVM_CREATE_VCPU: the first one's TSC begins with 0, others join.  khz: KVM_SET_TSC_KHZ of the VM, before."""
+        """KVM_CREATE_VCPU: the first TSC starts at 0, others join.  khz: an earlier KVM_SET_TSC_KHZ of the VM."""
         whole("khz", khz)
         instance("at", at, HostInstant)
         self._vcpus.append(_Vcpu(self.host_khz, self.frac_bits or 48))
@@ -117,10 +118,10 @@ class KvmTscSync:
         return self._write_value(self._vcpus[-1], 0, at, True, None)
 
     def write_msr(self, vcpu: int, value: int, at: HostInstant) -> KvmTscWrite:
-        """KVM_SET_MSRS of IA32_TSC.  0 asks to join; so does a value within 1 s of the one that KVM expects."""
+        """KVM_SET_MSRS of IA32_TSC.  0 joins; so does a value within 1 s of the one that KVM expects."""
         it = self._vcpu(vcpu)
         instance("at", at, HostInstant)
-        _check_u64("value", value)
+        whole("value", value, 0, U64_MASK)
         synchronizing, margin_ticks = value == 0, None
         if value and (self._user_set or self.linux < FIRST_VALUE_IS_KEPT):
             synchronizing, margin_ticks = self._is_near(it, value, at)
@@ -128,19 +129,19 @@ class KvmTscSync:
         return self._write_value(it, value, at, synchronizing, margin_ticks)
 
     def write_offset(self, vcpu: int, offset: int, at: HostInstant) -> KvmTscWrite:
-        """KVM_SET_DEVICE_ATTR of KVM_VCPU_TSC_OFFSET: it is kept as it is, and joins if the last write set the same."""
+        """KVM_SET_DEVICE_ATTR of KVM_VCPU_TSC_OFFSET: KVM keeps it as is; joins if the last write set the same."""
         it = self._vcpu(vcpu)
         instance("at", at, HostInstant)
-        _check_u64("offset", offset)
+        whole("offset", offset, 0, U64_MASK)
         is_matched = it.khz == self._last.khz and offset == self._last.offset
         self._user_set |= self.linux >= OFFSET_COUNTS_AS_VALUE
         it.tsc.offset = offset
         return self._commit(it, it.tsc.read(at.tsc), at, is_matched, 0, None)
 
     def set_tsc_khz(self, vcpu: int, khz: int) -> bool:
-        """KVM_SET_TSC_KHZ of a vCPU, 0 for the host's: does KVM take it?  It changes no generation.
+        """KVM_SET_TSC_KHZ of a vCPU (0: the host's); returns whether KVM accepts it.  Leaves the generations alone.
 
-        It remembers even a frequency that it refuses for being too low for a host without scaling.
+        On a host without scaling KVM stores even a frequency that it refuses as too low.
         """
         it, frac_bits = self._vcpu(vcpu), self.frac_bits
         if not 0 <= whole("khz", khz) < 1 << 32:
@@ -158,20 +159,18 @@ class KvmTscSync:
         return True
 
     def _vcpu(self, vcpu: int) -> _Vcpu:
-        if not 0 <= whole("vcpu", vcpu) < len(self._vcpus):
-            raise RangeError(f"vCPU {shown(vcpu)}; this VM has {len(self._vcpus)}")
-        return self._vcpus[vcpu]
+        return self._vcpus[vcpu_number(vcpu, len(self._vcpus))]
 
     def _is_near(self, it: _Vcpu, value: int, at: HostInstant) -> tuple[bool, int | None]:
-        """Is `value` within 1 s of what the last write has grown to?  And how many ticks from where that changes?
+        """Whether `value` is within 1 s of the last write plus elapsed ticks, and the ticks until that changes.
 
-        The sums wrap, as KVM's do: near 0 and 2^64 the answer is not what one would think.
+        The sums wrap, as KVM's do, so the answer is surprising near 0 and 2^64.
         """
         grown, second = it.cycles(at.ns - self._last.ns), it.khz * 1000
         expected = (self._last.value + grown) & U64_MASK
         is_near = value < (expected + second) & U64_MASK and (value + second) & U64_MASK > expected
         ahead = [signed64(turn - expected) for turn in (value - second, value + second, -second, -1)]
-        return is_near, min((abs(ticks) for ticks in ahead if ticks >= -grown), default=None)  # it never shrank
+        return is_near, min((abs(ticks) for ticks in ahead if ticks >= -grown), default=None)  # elapsed ticks are >= 0
 
     def _write_value(
         self, it: _Vcpu, value: int, at: HostInstant, synchronizing: bool, margin_ticks: int | None
@@ -201,7 +200,7 @@ class KvmTscSync:
 
 
 class _Vcpu:
-    """What KVM keeps of a vCPU: virtual_tsc_khz, this_tsc_generation, offset and ratio."""
+    """KVM's state of a vCPU: virtual_tsc_khz, this_tsc_generation, offset and ratio."""
 
     def __init__(self, khz: int, frac_bits: int) -> None:
         self.khz = khz
@@ -209,7 +208,7 @@ class _Vcpu:
         self.tsc = VcpuTsc(frac_bits=frac_bits)
 
     def cycles(self, ns: int) -> int:
-        """nsec_to_cycles(): the same fixed-point arithmetic that turns ticks into ns, the other way round."""
+        """nsec_to_cycles(): KVM's fixed-point arithmetic for ticks to ns, in the other direction."""
         return ClockScale(*time_scale(self.khz * 1000, NS_PER_S)).to_ns(ns & U64_MASK)
 
 
@@ -220,8 +219,3 @@ class _LastWrite(NamedTuple):
     value: int
     khz: int
     offset: int
-
-
-def _check_u64(what: str, value: int) -> None:
-    if not 0 <= whole(what, value) <= U64_MASK:
-        raise RangeError(f"{what} := {value:#x}; it has 64 bits, unsigned")

@@ -1,8 +1,8 @@
-"""One vCPU's time stamp counter: its rate, offset, IA32_TSC_ADJUST and TSC_AUX; what its guest reads; its deadline.
+"""One vCPU's time stamp counter: rate, offset, IA32_TSC_ADJUST, TSC_AUX, guest reads and writes, TSC deadline.
 
 Offset and ADJUST are modulo 2^64.  Source: Intel SDM vol. 3, 18.17 "Time-Stamp Counter" and 18.17.3 "Time-Stamp Counter
-Adjustment"; Linux kvm_set_msr_common() and start_sw_tscdeadline(); Palacios' vmm_time.c.  No counter is read here: host
-TSC is handed in.
+Adjustment"; Linux kvm_set_msr_common() and start_sw_tscdeadline(); Palacios' vmm_time.c.  This module reads no counter:
+the caller hands host TSC in.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PALACIOS_LEAST_GCD: Final = 1024
 def tsc_rate(guest_hz: int, host_hz: int, *, profile: Literal["exact", "palacios"] = "exact") -> Fraction:
     """Guest ticks in a host tick, for frequencies of at least 1 Hz.
 
-    "exact" is that.  "palacios" divides both, in whole kHz, by their greatest common divisor or by 1024, whichever is
-    greater, and drops what is left over: up to 1024 kHz of either frequency.  RangeError for a frequency that is too
-    low, ConfigError for another profile.  The hardware's rounded ratio is pvclock.tsc_ratio().
+    "exact" is the exact quotient.  "palacios" divides both, in whole kHz, by their greatest common divisor or 1024,
+    whichever is greater, and drops the remainders: up to 1024 kHz of either frequency.  RangeError for a frequency that
+    is too low, ConfigError for another profile.  pvclock.tsc_ratio() gives the hardware's rounded ratio.
     """
     if whole("guest_hz", guest_hz) < 1 or whole("host_hz", host_hz) < 1:
         raise RangeError(f"TSC frequencies are {guest_hz} and {host_hz} Hz; each must be at least 1")
@@ -51,11 +51,11 @@ class VcpuTsc:
     """The relation between host TSC and one vCPU's guest TSC.
 
     `offset` is what the hardware adds (ticks), IA32_TSC_ADJUST included; `adjust` is what the guest reads from MSR
-    0x3b.  Guest writes move both, so that TSC - ADJUST is untouched by them; host writes move one alone, so that the
-    order in which saved values come back does not matter.  `aux` is TSC_AUX, 32 bits.
+    0x3b.  Guest writes move both, so TSC - ADJUST stays; host writes move one alone, so the order of restoring saved
+    values does not matter.  `aux` is TSC_AUX, 32 bits.
 
-    The frequency is the hardware's: host ticks times `ratio` / 2^frac_bits (48 on VMX, 32 on SVM).  Or it is `rate`
-    guest ticks in a host tick, exactly, for a VMM that traps RDTSC; then the hardware's must be left at 1.
+    Guest ticks are host ticks times `ratio` / 2^frac_bits (48 on VMX, 32 on SVM), as the hardware scales.  A VMM that
+    traps RDTSC gives the exact `rate` instead, guest ticks in a host tick, and leaves `ratio` at 1.
     """
 
     def __init__(
@@ -99,17 +99,17 @@ class VcpuTsc:
 
     @property
     def is_hardware_scaled(self) -> bool:
-        """Is the rate `ratio`, which hardware can apply, rather than an exact one that takes a trap?"""
+        """Is the rate given by `ratio`, which hardware applies?  An exact rate needs a trap."""
         return self._exact_rate is None
 
     def guest_hz(self, host_hz: int) -> Fraction:
-        """The guest TSC's frequency in Hz, on a host TSC of `host_hz`, exactly."""
+        """The guest TSC's exact frequency in Hz, on a host TSC of `host_hz`."""
         return whole("host_hz", host_hz) * self.rate
 
     # What the guest reads
 
     def cycles(self, host_tsc: HostTsc) -> int:
-        """Guest cycles: ticks at the guest's rate, of no offset, that no write moves; they never decrease."""
+        """Guest cycles: host ticks at the guest's rate, without offset; no write moves them, they never decrease."""
         return whole("host_tsc", host_tsc) * self.rate.numerator // self.rate.denominator
 
     def read(self, host_tsc: HostTsc) -> GuestTsc:
@@ -121,11 +121,11 @@ class VcpuTsc:
     # What guest and host write
 
     def wrmsr(self, index: int, value: int, host_tsc: HostTsc, *, amd: bool = False) -> None:
-        """WRMSR by the guest of 0x10, 0x3b or 0xc0000103, `value` of 64 bits; MsrFault for any other.
+        """WRMSR by the guest of 0x10, 0x3b or 0xc0000103, `value` of 64 bits; MsrFault for another MSR.
 
         amd: see guest_write_aux().
         """
-        if amd is not False:  # the usual case costs nothing
+        if amd is not False:  # skip the check in the usual case
             flag("amd", amd)
         if whole("index", index) == MSR_IA32_TSC:
             self.guest_write_tsc(value, host_tsc)
@@ -148,9 +148,9 @@ class VcpuTsc:
         self.adjust = value & U64_MASK
 
     def guest_write_aux(self, value: int, *, amd: bool = False) -> None:
-        """WRMSR 0xc0000103: more than 32 bits fault (MsrFault), or are cut off where the guest's CPU is AMD's.
+        """WRMSR 0xc0000103: MsrFault for more than 32 bits; an AMD guest CPU cuts them off instead.
 
-        Source: Linux __kvm_set_msr(), which asks the guest's CPUID for the vendor.
+        Source: Linux __kvm_set_msr(), which takes the vendor from the guest's CPUID.
         """
         is_cut = flag("amd", amd)
         if whole("value", value) > U32_MASK and not is_cut:
@@ -173,9 +173,9 @@ class VcpuTsc:
     # The TSC deadline timer
 
     def ns_until(self, deadline: int, host_tsc: HostTsc, host_hz: int) -> Fraction | None:
-        """ns from `host_tsc` until the guest first reads `deadline` (ticks, 64 bits, unsigned) or more, exactly.
+        """Exact ns from `host_tsc` until the guest first reads `deadline` (ticks, 64 bits, unsigned) or more.
 
-        0 if it is reached; None for deadline 0, which disarms the timer.  host_hz: the host TSC's frequency.
+        0 if already reached; None for deadline 0, which disarms the timer.  host_hz: the host TSC's frequency.
         """
         whole("host_hz", host_hz, 1)
         whole("host_tsc", host_tsc)
@@ -186,10 +186,10 @@ class VcpuTsc:
         return Fraction(max(reached_at - host_tsc, 0) * NS_PER_S, host_hz)
 
     def kvm_ns_until(self, deadline: int, host_tsc: HostTsc, virtual_khz: int, *, advance_ns: int = 0) -> int | None:
-        """What Linux's KVM makes of that for its software timer; 0 is at once.
+        """The ns for which Linux's KVM sets its software timer; 0: fire at once, None: disarmed.
 
-        It multiplies in 64 bits, unsigned: a deadline more than 2^64 / 10^6 ticks away (2 hours at 2.5 GHz) is taken
-        modulo that, so its interrupt comes early, once.  virtual_khz: KVM_GET_TSC_KHZ.  advance_ns: the host's
+        KVM multiplies in unsigned 64 bits, so a deadline more than 2^64 / 10^6 ticks away (2 hours at 2.5 GHz) wraps
+        and its interrupt comes early, once.  virtual_khz: KVM_GET_TSC_KHZ.  advance_ns: the host's
         lapic_timer_advance_ns.  Source: start_sw_tscdeadline().
         """
         for name, given in (("deadline", deadline), ("host_tsc", host_tsc), ("virtual_khz", virtual_khz)):
@@ -203,8 +203,8 @@ class VcpuTsc:
         return max(((deadline - now) * 10**6 & U64_MASK) // virtual_khz - advance_ns, 0)
 
     def copy(self) -> VcpuTsc:
-        """Another one in the same state."""
-        copied = VcpuTsc.__new__(VcpuTsc)  # past the checks: each RDMSR makes a copy
+        """A copy in the same state."""
+        copied = VcpuTsc.__new__(VcpuTsc)  # skips __init__'s checks: each RDMSR makes a copy
         vars(copied).update(vars(self))
         return copied
 
