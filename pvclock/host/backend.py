@@ -1,6 +1,6 @@
-"""What a clock needs of the machine under it: host time, TSC offsets, and vCPUs that can be kept out of the guest.
+"""The Backend protocol: what a clock needs of its host, which is host time, TSC offsets and a way to stop vCPUs.
 
-Backends: `simulated.py` (host time by hand), `this_host.py` (this host without virtual machines), `execution_time.py`
+Backends: `simulated.py` (host time set by hand), `this_host.py` (this host, no virtual machine), `execution_time.py`
 (time that passes only while the guest executes) and `kvm/backend.py` (vCPUs on /dev/kvm).
 """
 
@@ -19,9 +19,9 @@ __all__ = ["Backend", "stamps_anew"]
 class Backend(Protocol):
     """Host time and TSC offsets, for one VM.
 
-    One may have three attributes more: `vcpu_count` and `guest_engine`, what runs its guest ("kvm"), with which
-    GuestClock's arguments must agree then; and `kernel_features`, what the host's kernel can serve vCPUs without the
-    engine: by paravirtual interface, under the name of its provider, the feature word in its CPUID.
+    Optional attributes, the first two of which must agree with GuestClock's arguments: `vcpu_count`; `guest_engine`,
+    what runs the guest ("kvm"); `kernel_features`, the paravirtual features that the host's kernel serves without the
+    engine, as the feature word of its CPUID by the provider's name.
     """
 
     @property
@@ -38,44 +38,44 @@ class Backend(Protocol):
 
     @property
     def counter_follows_host(self) -> bool:
-        """Does the counter go on with host time, whatever the guest does?"""
+        """Does the counter advance with host time, whatever the guest does?"""
 
     @property
     def boot_id(self) -> str | None:
-        """Which boot of which host this is, read anew: CRIU may have moved the process.  None if unknown."""
+        """Identifies the host's boot; None if unknown.  Read anew each time: CRIU may have moved the process."""
 
     def sample(self, reference: Reference) -> Sample:
-        """One instant on the counter and on a clock of the host."""
+        """One instant on the counter and on a host clock."""
 
     def stamps(self) -> HostStamps:
         """One instant on all host clocks."""
 
     def tsc_readings(self) -> tuple[HostTsc, ...]:
-        """The counter as each CPU of this process reads it now, one after the other; this CPU's own is the first."""
+        """The counter read on each CPU of this process in turn, the current CPU first."""
 
     def run_delay_ns(self, vcpu: int) -> int | None:
-        """How long vCPU could have run and did not, since it began; None where nobody says."""
+        """Total ns that vCPU was runnable but had no CPU; None if unknown."""
 
     def run_until(self, tsc: HostTsc) -> None:
-        """Let the vCPUs into the guest, and keep them out again once the host TSC is `tsc` or more."""
+        """Run the vCPUs until the host TSC is `tsc` or more, then keep them out of the guest."""
 
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
-        """Make vCPU's guest TSC the host's plus `offset`; TscOffsetNotHonoured if its guest would not see that."""
+        """Make vCPU's guest TSC the host's plus `offset`; TscOffsetNotHonoured if the guest would not see it."""
 
     def tsc_offset(self, vcpu: int) -> int | None:
-        """vCPU's offset as it is now, which KVM itself changes after a host sleep; None: as it was set."""
+        """vCPU's offset now (KVM itself changes it after a host sleep); None: as it was set."""
 
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
-        """Keep all vCPUs out of the guest meanwhile.  `vcpu` is the caller's own, which is out already."""
+        """A context manager that keeps all vCPUs out of the guest.  `vcpu`: the caller's own, already out."""
 
     def vcpus_are_out(self) -> bool | None:
-        """Are all vCPUs out of the guest until they are resumed or started?  None where the VMM answers for it.
+        """Are all vCPUs paused or not started?  None if the VMM guarantees that they are out of the guest.
 
-        What quiesce() does is not counted.  Ask inside it, and stay there for as long as no vCPU may run: a resume or a
-        start that comes meanwhile lets none in before.
+        A mere quiesce() does not count as out.  Call this inside quiesce() and stay there while no vCPU may run: a
+        resume or start in between lets none in before quiesce() ends.
         """
 
 
 def stamps_anew(backend: Backend) -> HostStamps:
-    """The backend's stamps() with its boot read anew: for what is compared with another process's or another host's."""
+    """The backend's stamps() with the boot id read anew, to compare with stamps of another process or host."""
     return backend.stamps()._replace(boot_id=backend.boot_id)

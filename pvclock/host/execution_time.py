@@ -1,9 +1,9 @@
 """Execution time: a host whose counter advances only while the guest executes.
 
-A GuestClock on an ExecutionTimeBackend keeps the VMM's own work out of guest time.  The clock does not know: all its
-operations are as exact as on the backend inside, in executed ticks.
+A GuestClock on an ExecutionTimeBackend keeps the VMM's own work out of guest time.  All its operations are as exact as
+on the inner backend, in executed ticks.
 
-Source: Palacios vmm_time.c, whose unslaved cores are told how many host cycles each run took (P-08, P-11, P-12).
+Source: Palacios vmm_time.c, whose cores with source=none take the host cycles of each run (P-08, P-11, P-12).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pvclock.readings import HostStamps, Reference, Sample
 __all__ = ["ExecutionTimeBackend"]
 
 TICKS_MAX: Final = U64_MASK // 2
-"""More at once could not be told from a counter that went back."""
+"""Longest run: more ticks at once look like a counter that went back."""
 
 
 class _Run(NamedTuple):
     """A run whose ticks are not counted yet; `ticks`, from entry to exit, is None while the guest executes.
 
-    host_tsc: the host's when the run began, plus the holds since then, which are no part of it.
+    host_tsc: host TSC at the run's begin, plus the ticks of quiesces since, which the run excludes.
     """
 
     host_tsc: HostTsc
@@ -40,19 +40,19 @@ class _Run(NamedTuple):
 
 
 class ExecutionTimeBackend:
-    """`inner`'s host, but that `counter` has only the ticks in which the guest executed; it begins at `executed`.
+    """`inner`'s host, except that `counter` counts only ticks in which the guest executed, starting at `executed`.
 
-    A run is the VM's, not a vCPU's: enter() before the first vCPU goes in, exit() when the last one is out, then
-    ran(); leave() is both.  An operation on the clock in a run keeps the vCPUs out by quiesce().
+    A run is the VM's, not a vCPU's: call enter() before the first vCPU enters the guest, exit() when the last one is
+    out, then ran(); leave() is both.  Clock operations during a run keep the vCPUs out by quiesce().
 
-    native: the guest reads its TSC from the hardware, so enter() sets the hardware's offsets through `inner` to where
-    the guest left off, and a run lasts from enter() to exit(), what they cost included: the guest may have seen it
-    pass; what quiesce() kept the vCPUs out for is no part of the run.  TscOffsetNotHonoured, from GuestClock() or from
-    enter(), where the host has no such offsets.
+    native: the guest reads its TSC from the hardware, so enter() sets the hardware's offsets through `inner` to
+    continue where the guest stopped.  A run lasts from enter() to exit() and includes their own cost, which the guest
+    may have seen pass; it excludes quiesces.  GuestClock() or enter() raises TscOffsetNotHonoured if the host has no
+    such offsets.
     native=False is for a VMM that traps RDTSC or is an emulator: `inner` gets no offsets, and any count of cycles that
     fits between enter() and exit() is exact.  Its guest's TSC is GuestClock.guest_tsc(vcpu, counter.read()).
 
-    A guest that halts executes nothing, so give ran() the ticks that it is to have slept: else no timer ever wakes it.
+    A halted guest executes nothing, so pass ran() the ticks that it should sleep; else no timer ever wakes it.
 
     Thread-safety: all methods may be called from any thread.
     """
@@ -65,18 +65,18 @@ class ExecutionTimeBackend:
         self._counter = SimulatedCounter(whole("executed", executed))
         self._offsets: dict[int, int] = {}  # guest TSC - counter, by vCPU
         self._run: _Run | None = None
-        self._holds: WeakSet[_Hold] = WeakSet()  # one that is dropped keeps nobody out
-        self._held_since = HostTsc(0)  # while there are any
+        self._quiesces: WeakSet[_Quiesce] = WeakSet()  # weak: a dropped one keeps no vCPU out
+        self._quiet_since = HostTsc(0)  # valid while there are any
         self._lock = threading.Lock()
 
     @property
     def vcpu_count(self) -> int | None:
-        """See Backend: that of the one inside, if it knows."""
+        """See Backend: the inner backend's, None if it has none."""
         return getattr(self.inner, "vcpu_count", None)
 
     @property
     def guest_engine(self) -> str | None:
-        """See Backend: that of the one inside, if it knows."""
+        """See Backend: the inner backend's, None if it has none."""
         return getattr(self.inner, "guest_engine", None)
 
     @property
@@ -92,9 +92,9 @@ class ExecutionTimeBackend:
     # Around the guest's execution
 
     def enter(self) -> HostTsc:
-        """The guest is about to execute; returns the host's TSC from which on it counts.
+        """Begin a run: the guest is about to execute.  Returns the host TSC from which its ticks count.
 
-        StateError during a run, or after one that ran() was not told of.
+        StateError during a run, or if the last one still needs ran().
         """
         with self._lock:
             if self._run is not None:
@@ -102,14 +102,14 @@ class ExecutionTimeBackend:
             stamp = HostTsc(self.inner.counter.read())
             run = _Run(stamp, HostTsc(self._counter.value), None)
             if self.native:
-                self._give_offsets(run)
-            self._run, self._held_since = run, stamp
+                self._set_offsets(run)
+            self._run, self._quiet_since = run, stamp
             return stamp
 
     def exit(self) -> int:
-        """The guest has stopped executing; returns the host ticks since enter(); none pass if the host's TSC goes back.
+        """End a run: the guest stopped executing.  Returns the host ticks since enter(), 0 if the host TSC went back.
 
-        They count when ran() says so.  StateError without enter().
+        ran() counts them.  StateError without enter().
         """
         with self._lock:
             if self._run is None or self._run.ticks is not None:
@@ -119,11 +119,10 @@ class ExecutionTimeBackend:
             return ticks
 
     def ran(self, cycles: int) -> None:
-        """The guest executed for `cycles` host ticks: the counter goes on by exactly that.
+        """Advance the counter by `cycles` host ticks, which the guest executed.
 
-        After exit() they are what it returned or, unless native, any exact count from 0 to that.  Without enter() and
-        exit(), for VMMs that count by themselves, they are 0 to 2^63 - 1.  RangeError otherwise, with nothing changed;
-        StateError during a run.
+        After exit(), what it returned or, unless native, 0 up to that.  Without enter() and exit(), for VMMs that count
+        themselves, 0 to 2^63 - 1.  RangeError otherwise, with nothing changed; StateError during a run.
         """
         cycles = whole("cycles", cycles)
         with self._lock:
@@ -140,7 +139,7 @@ class ExecutionTimeBackend:
             self._run = None
 
     def leave(self) -> None:
-        """End the run, if there is one, and count all its ticks: exit() and ran() in one."""
+        """End the run, if any, and count all its ticks: exit() and ran() in one."""
         with self._lock:
             if self._run is not None:
                 self._count(self._run)
@@ -156,7 +155,7 @@ class ExecutionTimeBackend:
 
     @property
     def counter(self) -> Counter:
-        """Executed host ticks.  During a run they stand still or, if native, are brought up to date by asking here."""
+        """Executed host ticks.  During a run they stand still; if native, reading this attribute updates them."""
         with self._lock:
             if self.native and self._run is not None:
                 self._count(self._run)
@@ -164,7 +163,7 @@ class ExecutionTimeBackend:
 
     @property
     def tsc_hz(self) -> int:
-        """See Backend: of executed ticks, which are the host's."""
+        """See Backend: executed ticks have the host's frequency."""
         return self.inner.tsc_hz
 
     @property
@@ -173,11 +172,11 @@ class ExecutionTimeBackend:
         return self.inner.tsc_stable
 
     def sample(self, reference: Reference) -> Sample:
-        """See Backend: the clock is the host's, and goes on while the guest does not execute."""
+        """See Backend: the host's clock, which runs on while the guest does not execute."""
         seen = self.inner.sample(reference)
         with self._lock:
             run = self._run
-            if self.native and run is not None and run.ticks is None and not self._holds:
+            if self.native and run is not None and run.ticks is None and not self._quiesces:
                 return seen._replace(tsc=HostTsc((run.executed + seen.tsc - run.host_tsc) & U64_MASK))
             return seen._replace(tsc=HostTsc(self._counter.value))
 
@@ -186,7 +185,7 @@ class ExecutionTimeBackend:
         return self.inner.stamps()._replace(tsc=HostTsc(self.counter.read()))
 
     def tsc_readings(self) -> tuple[HostTsc, ...]:
-        """See Backend: executed ticks are counted in one place, whatever CPU asks."""
+        """See Backend: one reading, since all CPUs share the count of executed ticks."""
         return (HostTsc(self.counter.read()),)
 
     def run_delay_ns(self, vcpu: int) -> int | None:
@@ -194,7 +193,7 @@ class ExecutionTimeBackend:
         return self.inner.run_delay_ns(vcpu)
 
     def run_until(self, tsc: HostTsc) -> None:
-        """See Backend: one run, until `tsc` - counter ticks more are executed, or as many more as the host takes."""
+        """See Backend: one run, until the counter is at `tsc`, or beyond by what the host takes to stop."""
         missing = (tsc - self.counter.read()) & U64_MASK
         if not 0 < missing <= TICKS_MAX:
             return
@@ -218,9 +217,9 @@ class ExecutionTimeBackend:
         return None
 
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
-        """See Backend: if native, nothing is executed meanwhile, and the guest's TSCs go on from where they were."""
+        """See Backend: if native, no ticks count meanwhile, and the guest's TSCs continue where they stopped."""
         inner = self.inner.quiesce(vcpu)
-        return _Hold(inner, self._begin_hold, self._end_hold) if self.native else inner
+        return _Quiesce(inner, self._begin_quiesce, self._end_quiesce) if self.native else inner
 
     def vcpus_are_out(self) -> bool | None:
         """See Backend."""
@@ -228,61 +227,61 @@ class ExecutionTimeBackend:
 
     # Inside
 
-    def _begin_hold(self, hold: _Hold) -> None:
-        """The vCPUs are out by `hold`: what has been executed stands from the first such hold on."""
+    def _begin_quiesce(self, quiesce: _Quiesce) -> None:
+        """Stop counting: the vCPUs are out of the guest, from the first quiesce on."""
         with self._lock:
-            if not self._holds:
-                self._held_since = HostTsc(self.inner.counter.read())
-            self._holds.add(hold)
+            if not self._quiesces:
+                self._quiet_since = HostTsc(self.inner.counter.read())
+            self._quiesces.add(quiesce)
             if self._run is not None:
                 self._count(self._run)
 
-    def _end_hold(self, hold: _Hold) -> None:
-        """The vCPUs may go in by `hold`; after the last one a run goes on from where it was.  Twice is once."""
+    def _end_quiesce(self, quiesce: _Quiesce) -> None:
+        """Continue the run where it stopped, if `quiesce` was the last.  Idempotent."""
         with self._lock:
             try:
                 run = self._run
-                if run is not None and run.ticks is None and list(self._holds) == [hold]:
-                    self._go_on(run)
+                if run is not None and run.ticks is None and list(self._quiesces) == [quiesce]:
+                    self._continue(run)
             finally:
-                self._holds.discard(hold)
+                self._quiesces.discard(quiesce)
 
-    def _go_on(self, before: _Run) -> None:
-        """Leave the time since the first hold out of the run."""
+    def _continue(self, before: _Run) -> None:
+        """Exclude the time since the first quiesce from the run."""
         now = HostTsc(self.inner.counter.read())
-        run = before._replace(host_tsc=HostTsc((before.host_tsc + now - self._held_since) & U64_MASK))
+        run = before._replace(host_tsc=HostTsc((before.host_tsc + now - self._quiet_since) & U64_MASK))
         try:
-            self._give_offsets(run)
-            self._run, self._held_since = run, now  # in one step: done again it does nothing
+            self._set_offsets(run)
+            self._run, self._quiet_since = run, now  # together, so that a repeat does nothing
         except BaseException:
-            self._give_offsets(before)  # else its vCPUs' TSCs differ; the hold is part of the run then
+            self._set_offsets(before)  # keep the vCPUs' TSCs equal; the run then includes the quiesce
             raise
 
-    def _give_offsets(self, run: _Run) -> None:
-        """Let the hardware's TSCs be in `run` what the guest's are."""
+    def _set_offsets(self, run: _Run) -> None:
+        """Set the hardware's TSC offsets so that in `run` each vCPU reads its guest TSC."""
         for vcpu, offset in self._offsets.items():
             self.inner.set_tsc_offset(vcpu, (offset + run.executed - run.host_tsc) & U64_MASK)
 
     def _count(self, run: _Run) -> None:
-        """Let the counter show what was executed of `run` so far."""
+        """Update the counter to what `run` executed so far."""
         ticks = self._ticks_since(run) if run.ticks is None else run.ticks
         self._counter.value = (run.executed + ticks) & U64_MASK
 
     def _ticks_since(self, run: _Run) -> int:
-        """Host ticks of a run until now, and no fewer than the counter has shown of it."""
-        now = self._held_since if self._holds else self.inner.counter.read()
+        """Host ticks of a run until now, never fewer than the counter has already shown."""
+        now = self._quiet_since if self._quiesces else self.inner.counter.read()
         ticks = (now - run.host_tsc) & U64_MASK
         return max(ticks if ticks <= TICKS_MAX else 0, (self._counter.value - run.executed) & U64_MASK)
 
 
-class _Hold:
-    """Keeps the vCPUs out of the guest by `inner`, and that out of the run by `begin` and `end`, which may be twice."""
+class _Quiesce:
+    """Quiesces the vCPUs by `inner` and excludes that time from the run by `begin` and `end`; `end` may run twice."""
 
     def __init__(
         self,
         inner: AbstractContextManager[None],
-        begin: Callable[[_Hold], None],
-        end: Callable[[_Hold], None],
+        begin: Callable[[_Quiesce], None],
+        end: Callable[[_Quiesce], None],
     ) -> None:
         self._inner, self._begin, self._end = inner, begin, end
 
@@ -300,7 +299,7 @@ class _Hold:
         try:
             self._end(self)
         except BaseException:
-            self._end(self)  # an interrupt may have come before it began
+            self._end(self)  # an interrupt may have prevented the first call
             raise
         finally:
             self._inner.__exit__(kind, value, traceback)

@@ -1,4 +1,4 @@
-"""What this host's Linux says of itself: boot, sleep, clocksource, CPUs, and how this process fares."""
+"""Facts from this host's Linux: boot, sleep, clocksource, TSC by CPU, and this process's scheduling."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ ASLEEP_TRIES: Final = 4
 
 
 class HostReading(NamedTuple):
-    """What the host says at one instant.
+    """The host at one instant.
 
-    host_tsc, raw_ns: one instant on the TSC and on CLOCK_MONOTONIC_RAW, true to width_ticks / 2.
+    host_tsc, raw_ns: one instant on the TSC and on CLOCK_MONOTONIC_RAW, exact to width_ticks / 2.
     monotonic_ns: CLOCK_MONOTONIC, which stands still while the host is suspended.  real_ns: UTC since 1970.
-    asleep_least_ns, asleep_most_ns: bounds of the time that the host was suspended since it booted.
+    asleep_least_ns, asleep_most_ns: bounds of the time that the host was suspended since boot.
     process_cpu_ns: CPU time of all threads of this process.
-    run_delay_ns: how long the calling thread has waited for a CPU while it could run; None if the kernel does not say.
-    frozen_ns: how long this process's cgroup v2 has been frozen; None if the kernel does not say (before Linux 6.18).
-    clocksource, clocksources: the kernel's present one, "unknown" if unreadable; all on offer, empty if unreadable.
+    run_delay_ns: how long the calling thread was runnable without a CPU; None if the kernel does not report it.
+    frozen_ns: how long this process's cgroup v2 was frozen; None if the kernel does not report it (before Linux 6.18).
+    clocksource: the kernel's current one, "unknown" if unreadable.  clocksources: all available, empty if unreadable.
     """
 
     host_tsc: HostTsc
@@ -59,7 +59,7 @@ class HostReading(NamedTuple):
 
 
 def host_clocksource() -> str:
-    """The host kernel's clocksource: "tsc" means that it trusts its TSCs to be in step."""
+    """The host kernel's clocksource, "unknown" if unreadable; "tsc" means that it trusts its TSCs to be in step."""
     try:
         return CURRENT_CLOCKSOURCE.read_text().strip()
     except OSError:
@@ -67,24 +67,24 @@ def host_clocksource() -> str:
 
 
 def asleep_bounds_ns() -> tuple[int, int]:
-    """For how long this host has slept since it booted, in ns: at least, and at most.
+    """(least, most) ns that this host has slept since boot.
 
-    CLOCK_BOOTTIME - CLOCK_MONOTONIC, between two readings of the latter: the narrowest bracket of a few.
+    CLOCK_BOOTTIME - CLOCK_MONOTONIC: the former read between two readings of the latter, the narrowest of 4 brackets.
     """
     bounds = []
     for _ in range(ASLEEP_TRIES):
         earlier_ns = time.monotonic_ns()
         boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         later_ns = time.monotonic_ns()
-        # Either clock cuts off a fraction of a ns.
+        # Each clock truncates to whole ns.
         bounds.append((boottime_ns - later_ns - 1, boottime_ns - earlier_ns + 1))
     return min(bounds, key=lambda each: each[1] - each[0])
 
 
 def tsc_of_each_cpu(counter: Counter) -> tuple[HostTsc, ...]:
-    """`counter` as each CPU reads it that this thread may run on; the thread visits them, and comes back.
+    """Read `counter` on each CPU in this thread's affinity mask, by moving the thread there and back.
 
-    The CPU that it runs on is the first.  Where the kernel refuses the visits it is the only one.
+    The current CPU's reading is first, and the only one if the kernel refuses to move the thread.
     """
     readings = [HostTsc(counter.read())]
     allowed = os.sched_getaffinity(0)
@@ -100,7 +100,7 @@ def tsc_of_each_cpu(counter: Counter) -> tuple[HostTsc, ...]:
 
 
 def read_boot_id() -> str | None:
-    """Which boot of which host this is; None if the kernel does not say."""
+    """The kernel's random id of this boot; None if unreadable."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:
@@ -109,18 +109,18 @@ def read_boot_id() -> str | None:
 
 @cache
 def boot_id() -> str | None:
-    """As read_boot_id(), read once in a process: most of an event's cost would be to open that file."""
+    """read_boot_id(), read once a process: opening that file would be most of an event's cost."""
     return read_boot_id()
 
 
 class LinuxHost:
-    """This host.  A reading takes some 0.1 ms, most of it for four small files of /sys and /proc."""
+    """This host as a HostSource.  A reading takes about 0.1 ms, mostly for four small files of /sys and /proc."""
 
     def __init__(self) -> None:
         self._cgroup_stat = _own_cgroup_stat()
 
     def read(self) -> HostReading:
-        """See HostSource.  What the kernel does not offer reads as unknown; nothing is raised."""
+        """See HostSource.  What the kernel does not offer reads as unknown; raises nothing."""
         tsc, raw_ns, width_ticks = sample_clock(time.CLOCK_MONOTONIC_RAW)
         asleep_least_ns, asleep_most_ns = asleep_bounds_ns()
         schedstat = _text(SCHEDSTAT).split()
@@ -145,9 +145,9 @@ class LinuxHost:
 
 
 def _own_cgroup_stat() -> Path | None:
-    """The file that may say how long this process's cgroup v2 was frozen; None if it is in none but the root.
+    """This process's cgroup.stat.local (cgroup v2), which has frozen_usec; None if absent, or in the root cgroup.
 
-    cgroup.stat.local counts from the order to freeze to that to thaw, its own or an ancestor's.
+    The kernel counts from the freeze request to the thaw request, of the cgroup or an ancestor.
     """
     paths = [line.removeprefix("0::/") for line in _text(OWN_CGROUPS).splitlines() if line.startswith("0::/")]
     files = [mount / path / "cgroup.stat.local" for mount in CGROUP2_MOUNTS for path in paths]

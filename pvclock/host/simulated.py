@@ -1,4 +1,4 @@
-"""Host time that moves when told to, for tests, simulators and examples."""
+"""Host time under the caller's control, for tests, simulators and examples."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TscInSleep: TypeAlias = Literal["stops", "restarts", "counts on", "restarts, con
 
 
 class SimulatedBackend:
-    """Host time that moves when told to, exactly.
+    """Host time that moves only when told to, exactly.
 
-    `tsc` (ticks), `ref_ns` (the reference clock), `realtime_ns` (UTC since 1970) and `asleep_ns` can be set one by one
-    to play a fault.  `cpu_lag_ticks` is how far the CPU that we run on is behind the others: `tsc` is what it reads.
-    Each is a host of its own, unless `boot_id` says otherwise.
-    With honours_tsc_offset=False it plays a host that takes offsets and ignores them.
+    Set `tsc` (ticks), `ref_ns` (the reference clock), `realtime_ns` (UTC since 1970) or `asleep_ns` alone to simulate a
+    fault.  `cpu_lag_ticks`: how far the current CPU's TSC, which is `tsc`, is behind the other CPU's.  Each instance is
+    a host of its own unless given the same `boot_id`.  honours_tsc_offset=False simulates a host that refuses offsets
+    with TscOffsetNotHonoured.
     """
 
     counter_follows_host = True
@@ -55,7 +55,7 @@ class SimulatedBackend:
         self.run_delays_ns: dict[int, int] = {}
         self.kernel_features: Mapping[str, int] = {}
         self._honours_tsc_offset = flag("honours_tsc_offset", honours_tsc_offset)
-        self._tick_remainder = 0  # of NS_PER_S: the part of a tick that advance() still owes
+        self._tick_remainder = 0  # in 1 / NS_PER_S ticks: the part of a tick that advance() has not added yet
 
     @property
     def tsc(self) -> HostTsc:
@@ -67,7 +67,7 @@ class SimulatedBackend:
         self.counter.value = whole("tsc", ticks)
 
     def advance(self, *, ns: int) -> None:
-        """Let `ns` of host time pass: on the reference, in UTC and, to the last fraction of a tick, on the TSC."""
+        """Advance the reference, UTC and the TSC by `ns`; a remaining fraction of a tick carries over."""
         if whole("ns", ns) < 0:
             raise RangeError(f"advance(ns={shown(ns)}): time passes forwards; set tsc or ref_ns to play a step back")
         ticks, self._tick_remainder = divmod(ns * self.tsc_hz + self._tick_remainder, NS_PER_S)
@@ -76,10 +76,10 @@ class SimulatedBackend:
         self.realtime_ns += ns
 
     def sleep(self, *, ns: int, tsc: TscInSleep) -> None:
-        """Let the host sleep for `ns`: UTC goes on, the reference clock does not, and the TSC does what is said.
+        """Let the host sleep for `ns`: UTC advances, the reference clock does not, the TSC behaves as `tsc` says.
 
-        A TSC that restarts is 0 when the host wakes.  "restarts, continued" is a KVM that has added the difference to
-        every vCPU's offset, so that the guests' TSCs go on where they were (kvm_arch_enable_virtualization_cpu).
+        A TSC that restarts is 0 when the host wakes.  "restarts, continued" simulates KVM, which then adds the
+        difference to every vCPU's offset, so that guest TSCs continue (kvm_arch_enable_virtualization_cpu).
         """
         if whole("ns", ns) < 0:
             raise RangeError(f"sleep(ns={shown(ns)}): time passes forwards")
@@ -97,7 +97,7 @@ class SimulatedBackend:
         self.asleep_ns += ns
 
     def sample(self, reference: Reference) -> Sample:
-        """See Backend: within a tick."""
+        """See Backend: exact to one tick."""
         ns = self.realtime_ns if reference is Reference.REALTIME else self.ref_ns
         return Sample(self.tsc, ns, NS_PER_S / self.tsc_hz)
 
@@ -114,10 +114,10 @@ class SimulatedBackend:
         return self.run_delays_ns.get(vcpu)
 
     def run_until(self, tsc: HostTsc) -> None:
-        """See Backend: host time passes, to the tick."""
+        """See Backend: advances host time to that tick."""
         ticks = (tsc - self.tsc) & U64_MASK
         if signed64(ticks) > 0:
-            ns = -((self._tick_remainder - ticks * NS_PER_S) // self.tsc_hz)  # rounded up: ticks can be owed, ns not
+            ns = -((self._tick_remainder - ticks * NS_PER_S) // self.tsc_hz)  # rounded up: ticks carry over, ns do not
             self._tick_remainder += ns * self.tsc_hz - ticks * NS_PER_S
             self.counter.value = tsc
             self.ref_ns = RefNs(self.ref_ns + ns)
@@ -138,5 +138,5 @@ class SimulatedBackend:
         return nullcontext()
 
     def vcpus_are_out(self) -> bool | None:
-        """See Backend: the VMM answers for it."""
+        """See Backend: the VMM guarantees it."""
         return None

@@ -1,4 +1,4 @@
-"""This host's own TSC and clocks: how they are read together, and a backend that has nothing else."""
+"""This host's own TSC and clocks, read together, and a backend of them alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CLOCK_IDS: Final = {
     Reference.REALTIME: time.CLOCK_REALTIME,
 }
 CLOCK_GRAIN_NS: Final = 1
-"""Linux's clocks are cut to whole ns."""
+"""Linux truncates its clocks to whole ns."""
 
 
 class HostBackend:
-    """This host's own TSC and clocks, and no vCPU: for readers in this process.  It honours no TSC offset."""
+    """This host's own TSC and clocks, without vCPUs, for readers in this process.  It honours no TSC offset."""
 
     counter_follows_host = True
 
@@ -42,7 +42,7 @@ class HostBackend:
         return read_boot_id()
 
     def sample(self, reference: Reference) -> Sample:
-        """See Backend; some 20 ns are its bound."""
+        """See Backend; its bound is about 20 ns."""
         return bracketed(reference, self.tsc_hz)
 
     def stamps(self) -> HostStamps:
@@ -75,20 +75,20 @@ class HostBackend:
         return nullcontext()
 
     def vcpus_are_out(self) -> bool | None:
-        """See Backend: the VMM answers for it."""
+        """See Backend: the VMM guarantees it."""
         return None
 
 
 def bracketed(reference: Reference, tsc_hz: int) -> Sample:
-    """One instant on this host's TSC and on a clock of it: the narrowest of 8 brackets."""
+    """One instant on this host's TSC and on one of its clocks: the narrowest of 8 brackets."""
     tsc, ns, width_ticks = sample_clock(CLOCK_IDS[reference])
     return Sample(HostTsc(tsc), ns, width_ticks * NS_PER_S / (2 * tsc_hz) + CLOCK_GRAIN_NS)
 
 
 def host_stamps(sample: Callable[[Reference], Sample], tsc_hz: int) -> HostStamps:
-    """One instant on this host's clocks, by a backend's sample(): that on CLOCK_MONOTONIC_RAW.
+    """One instant on this host's clocks, that of a backend's sample() of CLOCK_MONOTONIC_RAW.
 
-    UTC is that of the sample before it, some us ago, plus the ticks since.
+    UTC is extrapolated by TSC from a sample a few us earlier.
     """
     real, raw = sample(Reference.REALTIME), sample(Reference.RAW)
     passed_ns = signed64(raw.tsc - real.tsc) * NS_PER_S // tsc_hz
@@ -96,15 +96,15 @@ def host_stamps(sample: Callable[[Reference], Sample], tsc_hz: int) -> HostStamp
 
 
 def wait_until(counter: Counter, tsc: HostTsc, tsc_hz: int) -> None:
-    """Return once `counter` is at `tsc` or beyond: as soon after as this thread gets a CPU."""
+    """Sleep until `counter` is at `tsc` or beyond; late by as long as this thread waits for a CPU."""
     while (left := signed64(tsc - counter.read())) > 0:
         time.sleep(left / tsc_hz)
 
 
 def measure_tsc_hz(seconds: float = 0.1) -> int:
-    """This host's TSC frequency against CLOCK_MONOTONIC_RAW, to the kHz nearest, in Hz.
+    """Measure this host's TSC frequency in Hz against CLOCK_MONOTONIC_RAW, rounded to a whole kHz.
 
-    For hosts that do not say it (KVM does: Kvm.host_tsc_khz()).  Good to about 100 ns / seconds.
+    For hosts that do not report it (KVM does: Kvm.host_tsc_khz()).  Relative error: about 100 ns / seconds.
     """
     tsc0, ns0, _ = sample_clock(time.CLOCK_MONOTONIC_RAW)
     time.sleep(seconds)

@@ -1,7 +1,7 @@
-"""Trouble of the host, found by comparing two looks at it: a TSC that cannot be trusted, a suspend, a stall of the VMM.
+"""Host trouble, found by comparing two checks: a TSC that cannot be trusted, a suspend, a stall of the VMM.
 
-Whoever has a schedule looks: the VMM's loop, or a ticker.  There is no thread and no timer here.  What the host says
-comes through a `HostSource`, so that a test can play every fault.
+The VMM's loop or a ticker calls check() on a schedule; this module has no thread and no timer.  It reads the host
+through a `HostSource`, so that a test can simulate every fault.
 """
 
 from __future__ import annotations
@@ -17,60 +17,60 @@ from pvclock.quantities import NS_PER_S, U64_MASK, signed64
 __all__ = ["HostSource", "HostWatch", "StallCause", "Trouble", "TroubleKind"]
 
 STALL_INTERVALS: Final = 4
-"""A stall is a gap of more intervals than this, unless told otherwise."""
+"""Default stall threshold, in intervals."""
 
 RATE_BOUND_PPM: Final = 1000
-"""Twice what Linux's quick calibration of the TSC may be wrong (500 ppm); NTP does not touch CLOCK_MONOTONIC_RAW."""
+"""Twice the error bound of Linux's quick TSC calibration (500 ppm); NTP does not adjust CLOCK_MONOTONIC_RAW."""
 
 RAW_GRAIN_NS: Final = 1000
 """CLOCK_MONOTONIC_RAW moves in steps of the clocksource: up to 280 ns on acpi_pm, the coarsest that hosts use."""
 
 
 class HostSource(Protocol):
-    """Where a HostWatch looks."""
+    """Where a HostWatch reads the host."""
 
     def read(self) -> HostReading:
         """The host at this instant."""
 
 
 class TroubleKind(StrEnum):
-    """What is wrong; each word is an EventKind, too."""
+    """What is wrong; each value is also an EventKind's."""
 
     CLOCKSOURCE = "clocksource"
-    """The kernel's clocksource is another one: it left tsc, or came back."""
+    """The kernel changed its clocksource: it left tsc, or came back."""
     TSC_UNSTABLE = "tsc_unstable"
     """The kernel no longer offers tsc as a clocksource: it has marked the TSC unstable, for good."""
     TSC_STEP = "tsc_step"
     """The TSC went back, or the thread moved to a CPU whose TSC is behind."""
     TSC_RATE = "tsc_rate"
-    """The TSC jumped ahead, fell behind, or runs at another rate than its nominal one."""
+    """The TSC jumped ahead, fell behind, or left its nominal rate."""
     SUSPEND = "suspend"
     """The host slept."""
     STALL = "stall"
-    """Nobody looked for longer than was declared."""
+    """The gap between two checks exceeded stall_ns."""
 
 
 class StallCause(StrEnum):
-    """Why nobody looked, as well as it can be told from where the stalled process stands."""
+    """Why checks were late, as far as the stalled process can tell."""
 
     FROZEN = "frozen"
     """The process's cgroup was frozen."""
     STARVED = "starved"
-    """The looking thread could run and got no CPU: an overloaded host, or a cgroup's CPU quota used up."""
+    """The checking thread was runnable and got no CPU: an overloaded host, or a cgroup's CPU quota used up."""
     RAN = "ran"
-    """The process ran, and did not look: it was busy, or the looking thread was held up."""
+    """The process ran but did not check: it was busy, or the checking thread was blocked."""
     HALTED = "halted"
     """The process used next to no CPU and asked for none.  SIGSTOP, a debugger, a frozen cgroup v1 (or v2 before Linux
-    6.18) and a process of which every thread just slept look alike: the kernel keeps no record of the difference."""
+    6.18) and a process whose threads all slept look alike: the kernel keeps no record of the difference."""
 
 
 class Trouble(NamedTuple):
-    """One thing that is wrong with the host.
+    """One trouble of the host.
 
-    unstable: it must not be promised any longer that all vCPUs' TSCs run in step (STABLE off).
-    amount_ns: of STALL the gap between the two looks; of SUSPEND how long the host slept; of TSC_STEP and TSC_RATE how
-    far the TSC went beyond (+) or stayed behind (-) its nominal rate in the gap; else 0.
-    before, after: the two looks; what happened, happened between them.  cause: of STALL, else None.
+    unstable: pages must no longer promise that all vCPUs' TSCs run in step (STABLE off).
+    amount_ns: for STALL the gap between the two checks; for SUSPEND how long the host slept; for TSC_STEP and TSC_RATE
+    how far the TSC ran ahead of (+) or behind (-) its nominal rate in the gap; else 0.
+    before, after: the two readings between which it happened.  cause: for STALL, else None.
     """
 
     kind: TroubleKind
@@ -83,17 +83,17 @@ class Trouble(NamedTuple):
 
 
 class HostWatch:
-    """Compares the host with what it was at the look before; making one is the first look.
+    """Compares the host at each check with the check before; the constructor makes the first reading.
 
-    tsc_hz: the TSC's nominal rate.  interval_ns: how often the caller means to look.  stall_ns: a longer gap is a
-    stall; 4 intervals by default, and more than one.  rate_bound_ppm: how far the TSC may be off its rate against
-    CLOCK_MONOTONIC_RAW, in [0, 10^6].  source: this host by default.  RangeError for what is outside of that.
+    tsc_hz: the TSC's nominal rate.  interval_ns: the caller's check interval.  stall_ns: a longer gap is a stall; more
+    than one interval, 4 by default.  rate_bound_ppm: tolerated deviation of the TSC from its rate against
+    CLOCK_MONOTONIC_RAW, in [0, 10^6].  source: this host by default.  RangeError outside these.
 
-    Where the clocksource is tsc, CLOCK_MONOTONIC_RAW is made of the same TSC: then only a TSC that went back shows by
-    itself, and for all else the kernel's own watchdog must speak, by leaving tsc.  A hypervisor around this host that
-    stopped all of it shows, if at all, as a stall.
+    If the clocksource is tsc, CLOCK_MONOTONIC_RAW derives from the same TSC: then this detects only a TSC that went
+    back, and relies on the kernel's watchdog, which leaves tsc, for the rest.  If an outer hypervisor stops this whole
+    host, that shows as a stall at most.
 
-    Thread-safety: one thread looks, always the same, for run delay is a thread's own.
+    Thread-safety: always call check() from the same thread, since run delay is per thread.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class HostWatch:
             )
         self._source = LinuxHost() if source is None else serving("source", source, "read", wanted="a HostSource")
         self._last = self._source.read()
-        # The least upper bound since the last suspend: a wide bracket after one cannot hide it for long.
+        # The least upper bound since the last suspend, so that a wide bracket cannot hide the next one for long.
         self._asleep_most_ns = self._last.asleep_most_ns
         self._marked_unstable = False
         self._rate_is_off = False
@@ -123,22 +123,22 @@ class HostWatch:
 
     @property
     def last(self) -> HostReading:
-        """The last look: host stamps for an event."""
+        """The last reading: host stamps for an event."""
         return self._last
 
     @property
     def tsc_stable(self) -> bool:
-        """Do all host CPUs' TSCs run in step, by what was seen so far?
+        """Do all host CPUs' TSCs run in step, as far as the checks showed?
 
-        A clocksource that left tsc may come back; after any other TSC trouble the answer stays no, as KVM's does.
+        True again if the clocksource comes back to tsc; after any other TSC trouble it stays False, as in KVM.
         """
         return self._last.clocksource == "tsc" and not self._marked_unstable
 
     def check(self, *, on_schedule: bool = True) -> list[Trouble]:
-        """What went wrong since the look before; nothing, most of the time.
+        """The troubles since the last check; usually none.
 
-        on_schedule=False: no look was due meanwhile (the VM was paused), so that a long gap is no stall.  A TSC whose
-        rate stays wrong is said once, when it leaves the bound.
+        on_schedule=False: no check was due meanwhile (the VM was paused), so a long gap does not count as a stall.  A
+        TSC whose rate stays wrong is reported once, when it leaves the bound.
         """
         flag("on_schedule", on_schedule)
         before, after = self._last, self._source.read()
@@ -152,7 +152,7 @@ class HostWatch:
         return troubles
 
     def _suspend(self, before: HostReading, after: HostReading) -> Trouble | None:
-        """For how long the host slept at the least: CLOCK_BOOTTIME - CLOCK_MONOTONIC changes by nothing else."""
+        """A suspend, with its least length: only a suspend changes CLOCK_BOOTTIME - CLOCK_MONOTONIC."""
         slept_ns = after.asleep_least_ns - self._asleep_most_ns
         if slept_ns <= 0:
             self._asleep_most_ns = min(self._asleep_most_ns, after.asleep_most_ns)
@@ -162,15 +162,15 @@ class HostWatch:
         return Trouble(TroubleKind.SUSPEND, why, False, slept_ns, before, after)
 
     def _tsc(self, before: HostReading, after: HostReading, *, slept: bool) -> Trouble | None:
-        """The TSC against its own past, and against CLOCK_MONOTONIC_RAW.
+        """A TSC trouble: the TSC against its last reading, and against CLOCK_MONOTONIC_RAW.
 
-        The one bracket ended before the other began: fewer ticks than before are a step back, however few.  A TSC may
-        count on in a suspend, in which RAW stands still, and how long that was is known to the second only: then more
-        ticks than expected are no fault.
+        The first bracket ended before the second began, so any decrease is a step back.  In a suspend the TSC may keep
+        counting while RAW stands still, for a time known only to the second; so more ticks than expected are then not
+        an error.
         """
         ticks = signed64(after.host_tsc - before.host_tsc)
         raw_ns = after.raw_ns - before.raw_ns
-        # In ticks * NS_PER_S, to stay in whole numbers.
+        # Unit: ticks * NS_PER_S, to stay in whole numbers.
         error = ticks * NS_PER_S - raw_ns * self.tsc_hz
         reading = (before.width_ticks + after.width_ticks) * NS_PER_S // 2 + RAW_GRAIN_NS * self.tsc_hz
         bound = raw_ns * self.tsc_hz * self.rate_bound_ppm // 10**6 + reading
@@ -194,16 +194,16 @@ class HostWatch:
         cause = self._cause(before, after, gap_ns, cpu_ns)
         waited_ns = _grown(before.run_delay_ns, after.run_delay_ns)
         why = (
-            f"no look for {gap_ns} ns, due every {self.interval_ns} ns ({cause}): "
+            f"no check for {gap_ns} ns, due every {self.interval_ns} ns ({cause}): "
             f"{cpu_ns} ns of CPU used, {waited_ns} ns waited for a CPU"
         )
         return Trouble(TroubleKind.STALL, why, False, gap_ns, before, after, cause)
 
     def _cause(self, before: HostReading, after: HostReading, gap_ns: int, cpu_ns: int) -> StallCause:
-        """What most of the gap was.
+        """The cause of most of the gap.
 
-        A process that was stopped has used the CPU of one interval at the most.  So it ran if it kept up half its pace
-        of the last gap that was in time; a pace below 1/50 of a CPU says too little, and is taken as that.
+        A stopped process used at most one interval's CPU time.  So it ran if it used CPU at half the rate of the last
+        gap within stall_ns or more; that rate is taken as at least 1/50 of a CPU, since a lower one says too little.
         """
         if 2 * _grown(before.frozen_ns, after.frozen_ns) >= gap_ns:
             return StallCause.FROZEN
@@ -221,9 +221,9 @@ def _clocksource(before: HostReading, after: HostReading) -> Trouble | None:
 
 
 def _lost_tsc(before: HostReading, after: HostReading) -> Trouble | None:
-    """The kernel's mark shows in the list of clocksources alone.
+    """TSC_UNSTABLE: the kernel shows that mark only by dropping tsc from the available clocksources.
 
-    A kernel booted with nohz=off and highres=off lists an unstable tsc as well; there only _clocksource() sees it go.
+    A kernel booted with nohz=off and highres=off lists even an unstable tsc; there only _clocksource() detects it.
     """
     if "tsc" not in before.clocksources or not after.clocksources or "tsc" in after.clocksources:
         return None

@@ -341,7 +341,7 @@ def test_stalls_and_their_causes(usual_cpu_ns: int, gap: dict[str, int], cause: 
     (stall,) = watch.check()
     assert (stall.kind, stall.amount_ns, stall.cause) == (TroubleKind.STALL, 10 * INTERVAL_NS, cause)
     assert (stall.unstable, stall.before, stall.after) == (False, before, host.reading)
-    assert f"no look for {10 * INTERVAL_NS} ns" in stall.why
+    assert f"no check for {10 * INTERVAL_NS} ns" in stall.why
     assert watch.tsc_stable
 
 
