@@ -1,10 +1,10 @@
-"""A file that is replaced as a whole or stays as it was, whatever happens meanwhile: power loss, SIGKILL, a full disk.
+"""Atomic replacement of a file: all of the new content or none, even after power loss, SIGKILL or on a full disk.
 
-The new content is written beside it, as `.NAME.new`, and takes its place by rename once it is on the disk.  Who writes
-holds a lock on `.NAME.new`, so that writers take turns.  A killed writer leaves that one file behind, without its lock;
-the next one takes it over, so they never pile up, and nobody ever reads it.
+The writer writes `.NAME.new` beside the file, syncs it to disk and renames it.  It holds a lock on `.NAME.new`, so
+writers take turns.  A killed writer leaves that one file unlocked; the next one reuses it, so they never pile up, and
+nothing reads it.
 
-Who may use the file stays as it was, as far as the kernel lets the writer say so: else fewer may, never more.
+Access rights stay as they were as far as this process may set them; otherwise they shrink, never grow.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Final, NamedTuple
 __all__ = ["read", "reading", "replace"]
 
 NEW_FILE_MODE: Final = 0o600
-"""A VM's state is its owner's business; a file that is there keeps its mode."""
+"""Mode of a new file: a VM's state is private to its owner.  An existing file keeps its mode."""
 
 ACL: Final = "system.posix_acl_access"
 NO_ACL: Final = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
 MAY_NOT: Final = frozenset({errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP})
-"""An owner cannot be set by this user, has no id in this user namespace, or is not known to this file system."""
+"""fchown() errors: this user may not set the owner, or the user namespace or file system has no such owner."""
 
 KINDS: Final = {
     stat.S_IFDIR: "a directory",
@@ -41,21 +41,21 @@ CHUNK_BYTES: Final = 1 << 20
 
 @contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[Iterator[bytes]]:
-    """The chunks of what regular file `path` holds, none above 1 MiB; a symbolic link is followed.
+    """The content of regular file `path` in chunks of up to 1 MiB; follows a symbolic link.
 
-    OSError if it cannot be read or is something else.  Never waits: for no writer of a FIFO, nor for a device.
+    OSError if it cannot be read or is not a regular file.  Never blocks on a FIFO or a device.
     """
-    _refuse_special(Path(path).stat())  # first: to open a device may set it going
+    _refuse_special(Path(path).stat())  # before open(), which may start a device
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
-        _refuse_special(os.fstat(file))  # another may have taken its place
+        _refuse_special(os.fstat(file))  # it may have been replaced in between
         yield iter(partial(os.read, file, CHUNK_BYTES), b"")
     finally:
         os.close(file)
 
 
 def read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
-    """As reading(), whole, but no more than `bytes_max` of it."""
+    """The first `bytes_max` bytes of regular file `path`; errors as reading()."""
     content = bytearray()
     with reading(path) as chunks:
         while len(content) < bytes_max and (chunk := next(chunks, b"")):
@@ -64,17 +64,17 @@ def read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
 
 
 def replace(path: str | os.PathLike[str], content: Iterable[bytes]) -> None:
-    """Let the chunks of `content` be what file `path` holds, on disk when this returns; a symbolic link is followed.
+    """Replace the content of file `path` by the chunks of `content`, synced to disk; follows a symbolic link.
 
-    Each chunk is written before the next one is asked for, so a VM's RAM need not be held twice.
+    Writes each chunk before it asks for the next, so a VM's RAM is not copied as a whole.
 
-    A new file has mode 0600.  One that is there keeps its mode, owner, group and POSIX ACL.  Where this process may not
-    set that owner or group, the writer's take their place, the ACL goes, and the mode grants nobody what it did not
-    (0640 becomes 0600 in another group).  Not kept: other extended attributes (security labels), set-ID and sticky
-    bits, and further names: hard links have the old content.
+    A new file has mode 0600.  An existing one keeps its mode, owner, group and POSIX ACL.  If this process may not set
+    that owner or group, the file gets the writer's, loses the ACL, and its mode grants no user more than before (0640
+    becomes 0600 in another group).  Not kept: other extended attributes (security labels), set-ID and sticky bits, and
+    hard links, which keep the old content.
 
-    OSError if that cannot be: the file is as it was, unless the very last step failed, to put the new name on the disk.
-    It is as it was, too, if `content` raises; that comes out.
+    OSError on failure: the file is unchanged, unless the last step failed, the sync of the folder.  If `content`
+    raises, the file is unchanged and the error passes through.
     """
     target = Path(os.path.realpath(path))
     access = _access(target)
@@ -97,7 +97,7 @@ def replace(path: str | os.PathLike[str], content: Iterable[bytes]) -> None:
 
 
 class _Access(NamedTuple):
-    """Who may read and write a file: by mode, owner, group, and what ACL (as the kernel stores it) there is."""
+    """A file's access rights: mode, owner, group, and the ACL as the kernel stores it."""
 
     mode: int
     uid: int
@@ -106,7 +106,7 @@ class _Access(NamedTuple):
 
 
 def _access(target: Path) -> _Access | None:
-    """The file's as it is; None if there is none."""
+    """The access rights of `target`; None if it does not exist."""
     try:
         found = target.stat()
     except FileNotFoundError:
@@ -123,11 +123,11 @@ def _access(target: Path) -> _Access | None:
 
 def _refuse_special(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(KINDS.get(stat.S_IFMT(found.st_mode), "no regular file"))
+        raise OSError(KINDS.get(stat.S_IFMT(found.st_mode), "not a regular file"))
 
 
 def _permit(file: int, old: _Access | None) -> None:
-    """Give the new file, so far its writer's only, to those who could use the old one."""
+    """Give the new file, until now private to the writer, the old one's access rights."""
     if old is None:
         return
     _give(file, old.uid, old.gid)
@@ -138,7 +138,7 @@ def _permit(file: int, old: _Access | None) -> None:
 
 
 def _give(file: int, uid: int, gid: int) -> None:
-    """Set owner and group, or the group alone, or neither: as much as this process may."""
+    """Set owner and group, or the group alone, or neither, whichever this process may."""
     for owner in (uid, -1):
         try:
             os.fchown(file, owner, gid)
@@ -150,12 +150,12 @@ def _give(file: int, uid: int, gid: int) -> None:
 
 
 def _mode_elsewhere(old: _Access, new: os.stat_result) -> int:
-    """The old file's mode in so far as it grants nobody more, now that owner or group are others.
+    """The old file's mode, reduced so that it grants no user more under the new owner or group.
 
-    Whoever was the owner is one of the group or of the others now, and members of either group may have changed sides.
+    The old owner now counts as group or other, and members of either group may have moved between group and other.
     """
     if old.acl is not None:
-        return NEW_FILE_MODE  # the group's bits are a mask of entries that are gone
+        return NEW_FILE_MODE  # the group bits were the mask of ACL entries that are gone
     user, group, other = old.mode >> 6, old.mode >> 3 & 7, old.mode & 7
     if new.st_uid != old.uid:
         group, other = group & user, other & user
@@ -165,7 +165,7 @@ def _mode_elsewhere(old: _Access, new: os.stat_result) -> int:
 
 
 def _set_acl(file: int, acl: bytes | None) -> None:
-    """Let this be the file's ACL; one that it has by the folder's default goes."""
+    """Set the file's ACL; None removes the one that it inherited from the folder's default."""
     try:
         if acl is None:
             os.removexattr(file, ACL)
@@ -180,9 +180,9 @@ def _set_acl(file: int, acl: bytes | None) -> None:
 
 
 def _lock(temporary: Path, access: _Access | None) -> int:
-    """Open the file, new or left behind, as its only writer."""
+    """Open `temporary`, new or left behind by a killed writer, and lock it."""
     while True:
-        # Read-write: a FIFO that somebody put there does not block.
+        # Read-write, so that open() does not block on a FIFO put there by someone else.
         file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, NEW_FILE_MODE)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -192,7 +192,7 @@ def _lock(temporary: Path, access: _Access | None) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # who held the lock has renamed or removed it
+        os.close(file)  # the previous holder of the lock renamed or removed it
 
 
 def _is_at(file: int, path: Path) -> bool:
@@ -204,9 +204,9 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _refuse_foreign(file: int, temporary: Path, access: _Access | None) -> None:
-    """In a folder that others can write, the name may have been taken on purpose.
+    """OSError if another user made `temporary`: in a folder that others can write, that may be an attack.
 
-    Root may find it the target's owner's: another root that was killed had just given it to them, as this one will.
+    Root may find it owned by the target's owner: a killed root writer had already given it to them.
     """
     found, user = os.fstat(file), os.geteuid()
     owners = {user} if user or access is None else {user, access.uid}
@@ -221,11 +221,11 @@ def _write(file: int, chunk: bytes) -> None:
 
 
 def _discard(file: int, temporary: Path) -> None:
-    """Remove the file unless it has been renamed, and let the next writer go on."""
+    """Remove the file unless it was renamed, and unlock it for the next writer."""
     try:
         if _is_at(file, temporary):
             temporary.unlink()
-        fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile has the descriptor, too
+        fcntl.flock(file, fcntl.LOCK_UN)  # close() would not unlock it if a fork shares the descriptor
     finally:
         os.close(file)
 

@@ -1,9 +1,9 @@
-"""The saved state of one VM's clock: what is in it, what is not and why, and the file that holds it.
+"""The saved state of one VM's clock: what it holds, what it leaves out and why, and its file.
 
-Plain data in exact numbers: whole ones, and fractions as [numerator, denominator].  A state is read as a whole or not
-at all: what is missing, mistyped, out of range, unknown or there twice is a StateFileError that names the field.  A
-version that was ever written stays readable for ever: a state keeps the version that it was read with, and what that
-version does not hold is as if it had never been asked for, or None where it cannot be known.
+All numbers are exact: whole ones, and fractions as [numerator, denominator].  Reading is all or nothing: a field that
+is missing, mistyped, out of range, unknown or repeated raises StateFileError, which names it.  Every version ever
+written stays readable.  A state keeps the version that it was read with; fields that this version lacks get the value
+of a clock that never used the feature, or None if that is unknown.
 """
 
 from __future__ import annotations
@@ -74,20 +74,20 @@ MsrValue: TypeAlias = int | bool | str | tuple[int, ...] | None
 
 
 class SavedPolicy(NamedTuple):
-    """A catch-up policy, and the name that it was saved by; None for a name that this version does not know."""
+    """A catch-up policy and its saved name; the policy is None if this pvclock does not know the name."""
 
     name: str
     policy: Policy | None
 
     @classmethod
     def of(cls, policy: Policy | str) -> SavedPolicy:
-        """The policy, which must be sound, by its own name."""
+        """Wrap a policy, which must be sound, under its own name."""
         sound = catchup.as_policy(policy)
         return cls(str(sound), sound)
 
     @classmethod
     def named(cls, name: str) -> SavedPolicy:
-        """The policy of that name, if there is one."""
+        """The policy of that name, None if unknown."""
         arguments.text("name", name)
         try:
             return cls(name, catchup.parse(name))
@@ -98,7 +98,7 @@ class SavedPolicy(NamedTuple):
         return self.name
 
     def known(self, field: str) -> Policy:
-        """The policy; StateFileError, with the field that names it, if this version does not know it."""
+        """The policy; StateFileError with `field` if this pvclock does not know it."""
         arguments.text("field", field)
         if self.policy is not None:
             return self.policy
@@ -109,7 +109,7 @@ class SavedPolicy(NamedTuple):
 
 
 class ProviderState(NamedTuple):
-    """Which clock interface the guest has, how it was set up, and what the guest made of it."""
+    """The guest's clock interface: its configuration, and the MSRs that the guest wrote."""
 
     name: str
     version: int
@@ -118,7 +118,7 @@ class ProviderState(NamedTuple):
 
 
 class TimelineState(NamedTuple):
-    """Where guest time is at the stamp, exactly, and how it goes on."""
+    """Exact guest time at the stamp, and how it continues."""
 
     guest_ns: Fraction
     dilation: Fraction
@@ -127,7 +127,7 @@ class TimelineState(NamedTuple):
 
 
 class SlewState(NamedTuple):
-    """What is still to be slewed in at the stamp, negative for a clock that is ahead, and by which policy."""
+    """Guest ns still to slew in at the stamp, negative for a clock that is ahead, and the policy."""
 
     remaining_ns: Fraction
     policy: SavedPolicy
@@ -145,7 +145,7 @@ class HostState(NamedTuple):
 
 
 class ReferenceState(NamedTuple):
-    """The clock that guest time followed, and within what bounds."""
+    """The reference that guest time followed, and its bounds."""
 
     name: str
     max_ppm: Fraction
@@ -153,21 +153,21 @@ class ReferenceState(NamedTuple):
 
 
 class WallClockState(NamedTuple):
-    """What the guest's time of day is made of."""
+    """The base of the guest's time of day."""
 
     offset_ns: int
     fixed_ns: int | None
 
 
 class OfferState(NamedTuple):
-    """What CPUID offers beside the provider's leaves."""
+    """TSC features that CPUID offers besides the provider's leaves."""
 
     tsc_adjust: bool
     invariant_tsc: bool
 
 
 class VcpuState(NamedTuple):
-    """One vCPU's TSC at the stamp, and where its time page is."""
+    """One vCPU's TSC at the stamp, and its time page's address."""
 
     tsc_offset: int
     tsc_adjust: int
@@ -195,7 +195,7 @@ class ClockState(NamedTuple):
 
 
 class Mark(StrEnum):
-    """What becomes of a part of a clock when the clock is saved."""
+    """How saving treats a part of a clock."""
 
     SAVED = "saved"
     DERIVED = "derived"
@@ -203,7 +203,7 @@ class Mark(StrEnum):
 
 
 class Field(NamedTuple):
-    """A part of a clock: dotted path, what becomes of it, what that means, and what it may hold if it is saved.
+    """A part of a clock: dotted path, how saving treats it, its meaning, and the values allowed if it is saved.
 
     since: the first version that holds it.
     """
@@ -246,52 +246,52 @@ FIELDS: Final[tuple[Field, ...]] = (
     _saved("provider.name", TEXT, "The clock interface that the guest has; a VM keeps it for life."),
     _saved("provider.version", _VERSION, "The version of the provider's config and msrs."),
     _saved("provider.config", table(_SETTING), "The options that the provider was made with."),
-    _saved("provider.msrs", table(_MSR), "What the guest wrote last and reads back; a list has one value a vCPU."),
-    _saved("policy", _POLICY, "What becomes of the time that passes until the state is restored."),
-    _saved("sleep_policy", _POLICY, "What becomes of a host's sleep that the VM runs through.", since=2),
-    _saved("timeline.guest_ns", _GUEST_NS, "Guest time at the stamp, remainder and all."),
+    _saved("provider.msrs", table(_MSR), "The values that the guest last wrote; a list has one a vCPU."),
+    _saved("policy", _POLICY, "Catch-up policy for the time until the state is restored."),
+    _saved("sleep_policy", _POLICY, "Catch-up policy for host sleep while the VM runs.", since=2),
+    _saved("timeline.guest_ns", _GUEST_NS, "Guest time at the stamp, exact."),
     _saved("timeline.dilation", _DILATION, "Guest seconds in a host second, without any slew."),
     _saved("timeline.paused", BOOLEAN, "Did guest time stand still at the stamp?"),
-    _saved("timeline.paused_dilation", optional(_DILATION), "That of the time missed; null: the same.", since=3),
+    _saved("timeline.paused_dilation", optional(_DILATION), "Dilation of the missed time; null: the same.", since=3),
     _saved("slew.remaining_ns", _SKEW_NS, "Guest time still to be slewed in; negative for a clock that is ahead."),
-    _saved("slew.policy", _POLICY, "How fast it is slewed in."),
-    _saved("reference.name", TEXT, "The clock that guest time follows; the correction found is not saved.", since=2),
-    _saved("reference.max_ppm", _PPM, "By how much the rate may be corrected.", since=2),
-    _saved("reference.panic_ns", optional(_U64), "An error beyond this is not worked off; null: any is.", since=2),
-    _saved("host.tsc", _U64, "The saving host's TSC; tells how long ago that was, within one boot."),
+    _saved("slew.policy", _POLICY, "The policy that slews it in."),
+    _saved("reference.name", TEXT, "The clock that guest time follows; the adjustment is not saved.", since=2),
+    _saved("reference.max_ppm", _PPM, "Bound of the frequency adjustment.", since=2),
+    _saved("reference.panic_ns", optional(_U64), "A larger error is not worked off; null: no limit.", since=2),
+    _saved("host.tsc", _U64, "The saving host's TSC; gives the elapsed time within one boot."),
     _saved("host.tsc_hz", _HZ, "Its frequency."),
-    _saved("host.raw_ns", optional(_S64), "Its raw monotonic clock, if it has one; holds within one boot."),
-    _saved("host.real_ns", _S64, "UTC since 1970; tells how long ago that was, on any host and after any boot."),
-    _saved("host.boot_id", optional(TEXT), "Which boot of which host it was."),
-    _saved("host.asleep_ns", optional(_S64), "How long it had slept since it booted; null if nobody knows.", since=2),
-    _saved("guest_tsc_hz", optional(_HZ), "The TSC frequency that the guest was told; null for host.tsc_hz.", since=2),
-    _saved("wall_clock_gpa", optional(_U64), "Where the guest asked for its wall clock."),
+    _saved("host.raw_ns", optional(_S64), "Its raw monotonic clock, if it has one; valid within one boot."),
+    _saved("host.real_ns", _S64, "UTC since 1970; gives the elapsed time on any host and boot."),
+    _saved("host.boot_id", optional(TEXT), "The saving host's boot id."),
+    _saved("host.asleep_ns", optional(_S64), "Its time asleep since boot; null if unknown.", since=2),
+    _saved("guest_tsc_hz", optional(_HZ), "The TSC frequency that the guest sees; null for host.tsc_hz.", since=2),
+    _saved("wall_clock_gpa", optional(_U64), "Address of the guest's wall-clock page."),
     _saved("wall_clock.offset_ns", _S64, "Added to UTC for the guest's time of day.", since=2),
     _saved("wall_clock.fixed_ns", optional(_S64), "The time of day at guest time 0; null for the host's UTC.", since=2),
     _saved("offers.tsc_adjust", BOOLEAN, "Does CPUID offer IA32_TSC_ADJUST?"),
     _saved("offers.invariant_tsc", BOOLEAN, "Does CPUID show an invariant TSC?"),
-    _saved("vcpus[].tsc_offset", _U64, "Ticks added to the host's TSC, ADJUST included; holds within one boot."),
+    _saved("vcpus[].tsc_offset", _U64, "Ticks added to the host's TSC, ADJUST included; valid within one boot."),
     _saved("vcpus[].tsc_adjust", _U64, "IA32_TSC_ADJUST as the guest reads it."),
     _saved("vcpus[].tsc_aux", _U32, "IA32_TSC_AUX, which RDTSCP returns."),
-    _saved("vcpus[].guest_tsc", _U64, "What RDTSC returned at the stamp; gives the offset on any other host."),
-    _saved("vcpus[].time_page_gpa", optional(_U64), "Where the page is: not always where the MSR's last value points."),
+    _saved("vcpus[].guest_tsc", _U64, "RDTSC's result at the stamp; gives the offset on any other host."),
+    _saved("vcpus[].time_page_gpa", optional(_U64), "Address of the time page; the MSR's last value may differ."),
     Field("vcpus[].base_offset", Mark.DERIVED, "tsc_offset - tsc_adjust."),
     Field("vcpus[].time_page", Mark.DERIVED, "Published anew from the timeline, with the version in guest memory."),
     Field("shown.mul", Mark.DERIVED, "From the dilation and the restoring host's TSC frequency."),
-    Field("shown.shift", Mark.DERIVED, "As shown.mul."),
+    Field("shown.shift", Mark.DERIVED, "Like shown.mul."),
     Field("shown.stable", Mark.DERIVED, "TSC_STABLE: if all offsets agree and the restoring host trusts its TSC."),
     Field("slew.slew", Mark.DERIVED, "Planned anew from what remains."),
     Field("cpuid", Mark.DERIVED, "From the provider's name and config."),
-    Field("guest_memory", Mark.NOT_SAVED, "The VMM saves it, and in it pages, wall clock and GUEST_STOPPED."),
+    Field("guest_memory", Mark.NOT_SAVED, "The VMM saves it, with pages, wall clock and GUEST_STOPPED."),
     Field("tsc_ratio", Mark.NOT_SAVED, "Always 1: the guest's TSC is as fast as its host's."),
     Field("host.tsc_stable", Mark.NOT_SAVED, "Asked of the restoring host."),
     Field("host.kernel_features", Mark.NOT_SAVED, "Asked of the restoring host; the provider refuses what it lacks."),
     Field("host.descriptors", Mark.NOT_SAVED, "Descriptors, threads and the backend are the restoring process's."),
-    Field("correction", Mark.NOT_SAVED, "The rate found for the reference: another host's TSC has another."),
-    Field("events", Mark.NOT_SAVED, "The log of steps is the saving process's; restoring begins another."),
-    Field("refused_offset", Mark.NOT_SAVED, "Says something of the saving host only."),
+    Field("correction", Mark.NOT_SAVED, "The frequency adjustment found: another host's TSC needs another."),
+    Field("events", Mark.NOT_SAVED, "The event log belongs to the saving process; a restore begins another."),
+    Field("refused_offset", Mark.NOT_SAVED, "Concerns the saving host only."),
 )
-"""Every part of a clock.  Those that are saved are the fields of `ClockState`, in its order."""
+"""Every part of a clock; the saved ones are the fields of `ClockState`, in order."""
 
 _SAVED = {field.path: field for field in FIELDS if field.kind}
 _KINDS = {path: field.kind for path, field in _SAVED.items() if field.kind}
@@ -308,7 +308,7 @@ _PARTS: Final[dict[str, tuple[type, bool]]] = {
 
 
 def _kinds(names: tuple[str, ...], prefix: str, version: int) -> dict[str, Kind]:
-    """What a state of that version holds of `names`."""
+    """The kinds of those `names` that a state of that version holds."""
     found = {name: _SAVED[prefix + name] for name in names if prefix + name in _SAVED}
     return {name: field.kind for name, field in found.items() if field.kind and field.since <= version}
 
@@ -321,17 +321,17 @@ _LACKING: Final[dict[str, Any]] = {
     "host.asleep_ns": None,
     "timeline.paused_dilation": None,
 }
-"""What members are that came with a later version than the state's."""
+"""Values of members that are newer than the state's version."""
 
 
 def _lacking(prefix: str, version: int) -> dict[str, Any]:
-    """What a state of that version lacks in the part of that prefix."""
+    """Members under `prefix` that a state of that version lacks, with their values."""
     found = {path.removeprefix(prefix): value for path, value in _LACKING.items() if path.startswith(prefix)}
     return {name: value for name, value in found.items() if "." not in name and _since(prefix + name) > version}
 
 
 def _since(path: str) -> int:
-    """The first version that holds the member, or something of it."""
+    """The first version that holds the member or a field under it."""
     return min(field.since for name, field in _SAVED.items() if name == path or name.startswith(f"{path}."))
 
 
@@ -353,16 +353,16 @@ _SCHEMAS: Final = {version: _schema(version) for version in range(1, VERSION + 1
 
 
 def _read(mapping: object) -> ClockState:
-    """The state in a mapping, by the version that it names."""
+    """Read a mapping by the schema of the version that it names."""
     version = VERSION
     if isinstance(mapping, Mapping) and "version" in mapping:
-        version = _KINDS["version"].read(mapping["version"], "version")  # first: another version has other fields
+        version = _KINDS["version"].read(mapping["version"], "version")  # first, since it selects the schema
     state: ClockState = _SCHEMAS[version].read(mapping, "")
     return state
 
 
 def _plain(state: ClockState) -> object:
-    """The state as what JSON has, with the fields of its version."""
+    """The state as JSON objects and lists, with the fields of its version."""
     mapping: Any = plain(_with_names(state))
     for name in _lacking("", state.version):
         del mapping[name]
@@ -373,14 +373,14 @@ def _plain(state: ClockState) -> object:
 
 
 def _with_names(state: ClockState) -> ClockState:
-    """The state with its policies' names in their place; what is not a policy stays, for the schema to refuse."""
+    """Replace policies by their names; leave anything else, which the schema then refuses."""
     slew = state.slew
     if isinstance(slew, SlewState):
         slew = slew._replace(policy=_name_of(slew.policy))
     return state._replace(policy=_name_of(state.policy), sleep_policy=_name_of(state.sleep_policy), slew=slew)
 
 
-def _name_of(policy: object) -> Any:  # noqa: ANN401  # what is not a policy goes through
+def _name_of(policy: object) -> Any:  # noqa: ANN401  # passes other types through
     return policy.name if isinstance(policy, SavedPolicy) else policy
 
 
@@ -388,23 +388,23 @@ def _name_of(policy: object) -> Any:  # noqa: ANN401  # what is not a policy goe
 
 
 def to_mapping(state: ClockState) -> dict[str, Any]:
-    """The state as what JSON has; StateFileError if from_mapping() would refuse it."""
+    """The state as JSON objects and lists; StateFileError if from_mapping() would refuse it."""
     mapping: Any = _plain(checked(state))
     return dict(mapping)
 
 
 def checked(state: ClockState) -> ClockState:
-    """The state, if from_mapping() would read it; StateFileError else."""
+    """The state, if from_mapping() would read it; else StateFileError."""
     return _read(_plain(arguments.instance("state", state, ClockState)))
 
 
 def from_mapping(mapping: object) -> ClockState:
-    """The state that to_mapping() made `mapping` of; StateFileError, and nothing half done, if it is none."""
+    """The inverse of to_mapping(); StateFileError if `mapping` is not a valid state."""
     return _read(mapping)
 
 
 def to_json(state: ClockState) -> str:
-    """The state as a JSON document for people, always the same for equal states; StateFileError if it is unsound."""
+    """The state as a readable JSON document, identical for equal states; StateFileError if the state is invalid."""
     document = render(to_mapping(state)) + "\n"
     if len(document) > BYTES_MAX:
         raise StateFileError("file", f"{len(document)} bytes", f"up to {BYTES_MAX} bytes")
@@ -412,14 +412,14 @@ def to_json(state: ClockState) -> str:
 
 
 def from_json(document: str | bytes) -> ClockState:
-    """The state in a JSON document (bytes: of UTF-8); StateFileError, and nothing half done, if it is none."""
+    """The state in a JSON document (bytes: UTF-8); StateFileError if it is not valid."""
     if not isinstance(document, str | bytes):
         raise WrongType("document", document, "a JSON document, as text or bytes")
     return from_mapping(parse(document))
 
 
 def check_provider(state: ClockState) -> None:
-    """StateFileError if there is no provider of that name, or no version of it, to restore the state with."""
+    """StateFileError if this pvclock lacks the state's provider, or its version."""
     arguments.instance("state", state, ClockState)
     name, version = state.provider.name, state.provider.version
     if name not in PROVIDERS:
@@ -429,7 +429,7 @@ def check_provider(state: ClockState) -> None:
 
 
 def rows(state: ClockState) -> Iterator[tuple[str, Field, object]]:
-    """(path, field, value) of what is in the state, the vCPUs' at the end; then, without values, what is not in it."""
+    """(path, field, value) of each saved field, the vCPUs' last; then of the others, with value None."""
     return _rows(arguments.instance("state", state, ClockState))
 
 
@@ -446,7 +446,7 @@ def _rows(state: ClockState) -> Iterator[tuple[str, Field, object]]:
 
 def _value(state: object, path: str) -> object:
     for name in path.split("."):
-        state = getattr(state, name, None)  # no slew has no fields
+        state = getattr(state, name, None)  # a part that is None has no fields
     return _name_of(state)
 
 
@@ -454,11 +454,11 @@ def _value(state: object, path: str) -> object:
 
 
 def write(path: str | os.PathLike[str], state: ClockState) -> None:
-    """Put the state into file `path`, wholly or not at all; it is on the disk when this returns.
+    """Write the state to file `path` atomically and sync it to disk.
 
-    A file that is there keeps its mode, owner, group and ACL, as far as this process may set them, and never grants
-    more than it did (see atomic_file.replace()); a new one is its owner's only.  StateFileError if the state is unsound
-    or the file cannot be written, with what was in it untouched.
+    An existing file keeps its mode, owner, group and ACL as far as this process may set them, and never grants more
+    (see atomic_file.replace()); a new one has mode 0600.  StateFileError if the state is invalid or the file cannot be
+    written; the old content then stays.
     """
     path = arguments.path("path", path)
     content = to_json(state).encode("ascii")
@@ -469,7 +469,7 @@ def write(path: str | os.PathLike[str], state: ClockState) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> ClockState:
-    """The state in regular file `path`; StateFileError, with the path, if it cannot be read or is unsound."""
+    """The state in regular file `path`; StateFileError, with the path, if it cannot be read or is invalid."""
     path = arguments.path("path", path)
     try:
         document = atomic_file.read(path, BYTES_MAX + 1)

@@ -1,7 +1,7 @@
-"""What the values in a JSON document may be, in words and in code, for documents that nobody vouches for.
+"""Schemas for untrusted JSON documents.
 
-A `Kind` reads a value or refuses it by StateFileError, which names its dotted path, what was found and what is
-supported.  Kinds are put together from kinds.  Nothing in a document makes reading it slow, deep or half done.
+A `Kind` reads a value or raises StateFileError with the value's dotted path, what was found and what is supported.
+Kinds compose.  No document can make reading slow, recurse deeply or stop half done.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ BYTES_MAX: Final = 16 << 20
 TEXT_MAX: Final = 256
 TERM_BITS_MAX: Final = 2048
 DIGITS_MAX: Final = 640
-"""2048 bits are 617 digits, and 640 become an int under any limit that sys.set_int_max_str_digits() takes."""
+"""2048 bits are 617 digits; 640 is the lowest limit that sys.set_int_max_str_digits() accepts."""
 
 NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SHOWN_MAX: Final = 60
 
 
 class Kind(NamedTuple):
-    """What a value may be, in words, and how one at a dotted path is read, or refused by StateFileError."""
+    """A description of the values allowed, and read(value, path), which converts one or raises StateFileError."""
 
     supported: str
     read: Callable[[object, str], Any]
 
 
 def whole(least: int, most: int, supported: str) -> Kind:
-    """Whole numbers from `least` to `most`; a bool is none."""
+    """Whole numbers from `least` to `most`, but not bools."""
 
     def read(value: object, path: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -64,7 +64,7 @@ def whole(least: int, most: int, supported: str) -> Kind:
 
 
 def fraction(accepts: Callable[[Fraction], bool], supported: str) -> Kind:
-    """Fractions that `accepts` accepts, as [numerator, denominator]."""
+    """Fractions as [numerator, denominator] for which `accepts` is true."""
     term = whole(1 - 2**TERM_BITS_MAX, 2**TERM_BITS_MAX - 1, f"whole numbers of up to {TERM_BITS_MAX} bits")
     words = f"[numerator, denominator], {term.supported}, {supported}"
 
@@ -86,7 +86,7 @@ def _read_boolean(value: object, path: str) -> bool:
 
 
 def _read_text(value: object, path: str) -> str:
-    # ASCII: what else is printable depends on the version of Unicode.
+    # ASCII only: what else is printable depends on the version of Unicode.
     if not isinstance(value, str) or not 1 <= len(value) <= TEXT_MAX or not (value.isascii() and value.isprintable()):
         raise StateFileError(path, _shown(value), TEXT.supported)
     return str(value)
@@ -112,7 +112,7 @@ def optional(kind: Kind) -> Kind:
 
 
 def one_of(supported: str, kinds: dict[type, Kind]) -> Kind:
-    """The kind of the first Python type in `kinds` that a value has: bool before int."""
+    """The kind of the first Python type in `kinds` that matches the value, so bool goes before int."""
 
     def read(value: object, path: str) -> object:
         for python_type, kind in kinds.items():
@@ -135,7 +135,7 @@ def list_of(kind: Kind, least: int, most: int, supported: str) -> Kind:
 
 
 def table(kind: Kind) -> Kind:
-    """Objects with any names, all values of one kind; they are read in the order of their names."""
+    """Objects with arbitrary names and values of one kind, read as a dict sorted by name."""
     supported = f"an object; its names have up to 64 letters, digits, _ and -; each value is {kind.supported}"
 
     def read(value: object, path: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def table(kind: Kind) -> Kind:
 
 
 def record(make: Callable[..., object], kinds: dict[str, Kind]) -> Kind:
-    """Objects with just these names, each with a kind of its own, read as make(name=value, ...)."""
+    """Objects with exactly the names in `kinds`, read as make(name=value, ...)."""
     names = ", ".join(kinds)
     supported = f"an object of {names}"
 
@@ -168,19 +168,19 @@ def record(make: Callable[..., object], kinds: dict[str, Kind]) -> Kind:
 
 
 class _Unread(NamedTuple):
-    """In place of a number of a document that is too long to become an int."""
+    """Stands for a number in a document that is too long to convert."""
 
     digits: int
 
 
 class _Repeated(dict[str, object]):
-    """An object of a document in which one name stands more than once."""
+    """An object in a document in which a name occurs more than once."""
 
     repeated = ""
 
 
 def parse(document: str | bytes) -> object:
-    """What a JSON document holds, for a Kind to read; StateFileError, with field "file", if it is none."""
+    """Parse a JSON document for a Kind to read; StateFileError, with field "file", if it is not JSON."""
     if len(document) > BYTES_MAX:
         raise StateFileError("file", f"{len(document)} bytes or more", f"up to {BYTES_MAX} bytes")
     try:
@@ -189,13 +189,13 @@ def parse(document: str | bytes) -> object:
     except json.JSONDecodeError as error:
         raise StateFileError("file", f"{error.msg} at line {error.lineno} column {error.colno}", "JSON") from None
     except UnicodeDecodeError as error:
-        raise StateFileError("file", f"byte {error.start} that begins no character", "JSON in UTF-8") from None
+        raise StateFileError("file", f"invalid UTF-8 at byte {error.start}", "JSON in UTF-8") from None
     except RecursionError:
-        raise StateFileError("file", "lists or objects within each other without end", "JSON of little depth") from None
+        raise StateFileError("file", "lists or objects nested too deeply", "JSON of moderate depth") from None
 
 
 def render(value: object, indent: str = "") -> str:
-    """A JSON document for people: an object or a list of objects has lines of its own, all else stands in one."""
+    """Format a value as readable JSON: objects and lists of objects over several lines, all else on one line."""
     within = indent + "  "
     if isinstance(value, dict) and value:
         lines = [f"{within}{json.dumps(name)}: {render(each, within)}" for name, each in value.items()]
@@ -206,8 +206,8 @@ def render(value: object, indent: str = "") -> str:
 
 
 def plain(value: object) -> object:
-    """NamedTuples, tuples, mappings and fractions as what JSON has: objects and lists."""
-    if isinstance(value, int | str):  # nearly all are
+    """Convert NamedTuples, tuples, mappings and fractions to JSON's objects and lists."""
+    if isinstance(value, int | str):  # the most common case first
         return value
     if isinstance(value, Fraction):
         return [value.numerator, value.denominator]
@@ -247,7 +247,7 @@ def _member(path: str, name: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as JSON has it, or in words if it is long; safe to print."""
+    """A value for a message: as JSON, or described if it is long; safe to print."""
     match value:
         case _Unread():
             return f"a number of {value.digits} digits"

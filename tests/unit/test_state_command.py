@@ -33,7 +33,7 @@ def test_show_has_values_units_and_meanings(capsys: pytest.CaptureFixture[str]) 
     for text in (
         *("SAVED", "DERIVED", "NOT SAVED", "vcpus[1].guest_tsc", "guest_memory", "shown.mul"),
         *("86400000000001/3", "28800.000000000 s", "2596.132000 MHz", "0x2000", "advance:max_ns=3600"),
-        *("What becomes of the time", "+5000 ticks", "2026-09-21", "-0.714285714 s"),
+        *("Catch-up policy for the time", "+5000 ticks", "2026-09-21", "-0.714285714 s"),
     ):
         assert text in shown
 
