@@ -1,13 +1,15 @@
-"""Palacios' virtual time of a VM and its cores, in exact numbers: as it was in 2012, and as it is decided here.
+"""Palacios' virtual time of a VM and its cores, in exact numbers: as of 2012 (seed=True), and corrected.
 
-Each core has guest cycles, which only go forward, and a TSC of its own, which is those plus an offset.  They follow the
-host (slaved) or what the guest executed (unslaved).  seed=True keeps five traps of the original, so that they can be
-checked: an unslaved advance that is not told its cycles adds none (T14); slaving is forced on, so offset_time() and
-skip_time() always refuse (T15); the frequency ratio is 1, and a core's kHz is only what the hypercall says (T16);
-dilation is kept and not applied (T17); a write of the TSC moves its offset alone (T18, which is right and stays).
+Each core has guest cycles, which only go forward, and a TSC, which is the cycles plus an offset.  The cycles follow the
+host ("slaved" in Palacios) or what the guest executed ("unslaved").  seed=True keeps five traps of the original, so
+that tests can check them: an unslaved advance without given cycles adds none (T14); slaving is forced on, so
+offset_time() and skip_time() always refuse (T15); the frequency ratio is 1, and a core's kHz shows only in the
+hypercall (T16); dilation is stored but not applied (T17); a write of the TSC moves its offset alone (T18, which is
+right and also holds without seed).
 
-No clock is read here: host TSC is handed in, in ticks.  A VMM's own unslaved clock is pvclock.host.execution_time; this
-is for Palacios' guests and for comparison.  Source: Palacios vmm_time.c of March 2012; its <time> option of 2013.
+This module reads no clock: the caller hands in host TSC, in ticks.  It serves Palacios' guests and comparisons; a VMM
+that wants execution time uses pvclock.host.execution_time.  Source: Palacios vmm_time.c of March 2012; its <time>
+option of 2013.
 """
 
 from __future__ import annotations
@@ -36,20 +38,20 @@ __all__ = [
 
 CPUFREQ_HYPERCALL: Final = 0xD000
 HOST_TSC_HYPERCALL: Final = 0xD001
-"""Came in May 2012: the seed does not know it."""
+"""Added in May 2012, so the seed lacks it."""
 
 RATIO_ONE: Final = Fraction(1)
 
 
 class Complaint(NamedTuple):
-    """What is wrong with an option: an "error" was ignored, a "warning" changed another option."""
+    """A problem with an option: "error", the option was ignored; "warning", it changed another option."""
 
     severity: Literal["error", "warning"]
     text: str
 
 
 class TimeOptions(NamedTuple):
-    """How a VM's time goes.  dilation: guest time in host time, of slaved VMs.  passthrough: of the host's TSC."""
+    """A VM's time options.  dilation: guest seconds in a host second, if slaved.  passthrough: show the host's TSC."""
 
     slaved: bool = True
     passthrough: bool = False
@@ -58,7 +60,7 @@ class TimeOptions(NamedTuple):
 
 
 class CoreRate(NamedTuple):
-    """A core's frequency in kHz, the guest cycles in a host tick, and why they are not what was asked for, or empty."""
+    """A core's frequency in kHz, its guest cycles in a host tick, and why these differ from the request, else empty."""
 
     khz: int
     ratio: Fraction
@@ -68,11 +70,11 @@ class CoreRate(NamedTuple):
 def time_options(
     source: str | None = None, tsc: str | None = None, dilation: int | None = None, *, palacios: bool = False
 ) -> TimeOptions:
-    """What <time source=host|none tsc=host|guest dilation=N> means; None is an option that was not given.
+    """Interpret <time source=host|none tsc=host|guest dilation=N>; None: option not given.
 
-    dilation=N lets the guest's time pass at 1/N of the host's.  As in Palacios nothing raises: a bad option is ignored
-    and complained about.  palacios: keep its bug, which compares `source` where it means `tsc`, so that tsc=guest is
-    unknown; passthrough and slaving are as without it.
+    dilation=N makes guest time pass at 1/N of the host's.  As in Palacios nothing raises: a bad option is ignored, with
+    a complaint.  palacios: keep its bug, which compares `source` instead of `tsc`, so that tsc=guest is unknown;
+    passthrough and slaving are the same either way.
     """
     flag("palacios", palacios)
     for name, option in (("source", source), ("tsc", tsc)):
@@ -96,7 +98,7 @@ def time_options(
 
 
 class CoreStamps(NamedTuple):
-    """Host TSC when a core's time began, when its guest was entered last (0: never), and until when it was counted.
+    """Host TSC at start(), at the last enter() (0: never), and up to which the cycles are counted.
 
     Palacios calls them initial_host_time, enter_time and pause_time.
     """
@@ -107,14 +109,14 @@ class CoreStamps(NamedTuple):
 
 
 class PalaciosTime:
-    """The time of a VM whose host runs at host_khz and whose cores are to run at `cores` (kHz, None for the host's).
+    """The time of a VM whose host runs at host_khz and whose cores run at `cores` (kHz, None for the host's).
 
-    ratio="palacios" is its later, inexact frequency ratio (tsc_rate()).  seed=True: see the module; it takes
-    no options and no ratio.  RangeError for a host_khz below 1, ConfigError for another ratio.
+    ratio="palacios" is its later, inexact frequency ratio (tsc_rate()).  seed=True: see the module; it ignores options
+    and ratio.  RangeError for a host_khz below 1, ConfigError for another ratio.
 
-    A core's calls go start(), then enter() and exit() in turn, with advance(), offset_time() and skip_time() between,
-    or pause() and restart(); StateError else.  Host TSC, 0 to 2^64 - 1, goes forward and does not wrap: RangeError, for
-    which the seed has no check.  Cycles are exact within, and rounded down where they are read.
+    Call order of a core: start(), then enter() and exit() in turn, with advance(), offset_time(), skip_time() or
+    pause() and restart() between; else StateError.  Host TSC, 0 to 2^64 - 1, must not go back or wrap: RangeError,
+    which the seed does not check.  Cycles are exact inside, and rounded down when read.
     """
 
     def __init__(
@@ -142,11 +144,11 @@ class PalaciosTime:
             self.follow(slaved=chosen.slaved, dilation=chosen.dilation)
 
     def follow(self, *, slaved: bool, dilation: Fraction = RATIO_ONE) -> None:
-        """Slave the cores to the host, at `dilation` guest seconds in its own, or let them go.
+        """Slave the cores to the host, at `dilation` guest seconds in a host second, or release them.
 
-        From each core's last advance() on, without a step.  Nothing in the seed does this: there it is a debugger's
-        hand, which shows what T15 hides, and the cycles do step.  ConfigError for a dilation that is not slaved, or of
-        a passed-through TSC; RangeError for one that is not positive.
+        Takes effect from each core's last advance(), without a step.  The seed itself never does this; on it, like a
+        debugger, it exposes what T15 hides, and the cycles do step.  ConfigError for a dilation without slaving, or
+        with a passed-through TSC; RangeError for one that is not positive.
         """
         flag("slaved", slaved)
         if fraction("dilation", dilation) <= 0:
@@ -166,29 +168,27 @@ class PalaciosTime:
         return self._core(core).cycles.__floor__()
 
     def guest_tsc(self, core: int) -> GuestTsc:
-        """What its RDTSC returns if trapped: cycles plus its TSC's offset."""
+        """Result of the core's trapped RDTSC: its cycles plus its TSC offset."""
         state = self._core(core)
         return state.tsc.read(state.as_tsc())
 
     def stamps(self, core: int) -> CoreStamps:
-        """Host TSC at the core's last turns, for a debugger's eye."""
+        """Host TSC at the core's last transitions, for debugging."""
         state = self._core(core)
         return CoreStamps(state.initial, HostTsc(0) if state.entered is None else state.entered, state.stamp)
 
     def rdtsc(self, core: int) -> TscInstruction:
-        """A trapped RDTSC: EDX:EAX are its guest TSC."""
+        """Emulate a trapped RDTSC: EDX:EAX are the guest TSC."""
         state = self._core(core)
         return rdtsc(state.tsc, state.as_tsc())
 
     def write_tsc(self, core: int, value: int) -> None:
-        """The guest writes MSR 0x10: the offset moves, its cycles do not."""
+        """Guest write of MSR 0x10: the offset moves, the cycles do not."""
         state = self._core(core)
-        if not 0 <= whole("value", value) <= U64_MASK:
-            raise RangeError(f"core {core}'s TSC := {value:#x}; an MSR has 64 bits")
-        state.tsc.guest_write_tsc(value, state.as_tsc())
+        state.tsc.guest_write_tsc(whole("value", value, 0, U64_MASK), state.as_tsc())
 
     def hypercall(self, core: int, number: int, host_tsc: HostTsc) -> int | None:
-        """What goes into RBX: the core's kHz for 0xd000, the host's TSC for 0xd001; None for one that is not ours."""
+        """The hypercall's RBX: the core's kHz for 0xd000, the host TSC for 0xd001; None for any other number."""
         self._core(core)
         whole("host_tsc", host_tsc)
         if whole("number", number) not in self._hypercalls:
@@ -196,7 +196,7 @@ class PalaciosTime:
         return self.rates[core].khz if number == CPUFREQ_HYPERCALL else host_tsc
 
     def controls(self, core: int, host_tsc: HostTsc) -> TscControls:
-        """Hardware offset and RDTSC trap for an entry at `host_tsc`; the cycles are to be advanced to then first."""
+        """Hardware offset and RDTSC trap for an entry at `host_tsc`; call advance() to that TSC first."""
         guest_tsc = self.guest_tsc(core)
         at_rate = VcpuTsc(rate=self.rates[core].ratio)
         at_rate.host_write_tsc(guest_tsc, host_tsc)
@@ -206,14 +206,14 @@ class PalaciosTime:
     # What the VMM does
 
     def start(self, core: int, host_tsc: HostTsc) -> None:
-        """The core's time begins, with 0 cycles: the host's uptime does not count."""
+        """Begin the core's time at 0 cycles; the host's uptime does not count."""
         tsc, host_tsc = self._core(core).tsc, HostTsc(whole("host_tsc", host_tsc))
         state = self._cores[core] = _Core()
         state.tsc, state.state = tsc, "out"
         state.initial = state.stamp = host_tsc
 
     def enter(self, core: int, host_tsc: HostTsc) -> None:
-        """The guest is about to execute.  Unslaved, what has passed since the last advance() is kept from it."""
+        """The guest is about to execute.  Unslaved, this drops the time since the last advance()."""
         state = self._in_state(core, "enter", "out")
         self._check(state, host_tsc)
         state.state, state.entered = "in", host_tsc
@@ -225,9 +225,9 @@ class PalaciosTime:
             state.stamp = host_tsc
 
     def exit(self, core: int, host_tsc: HostTsc, cycles: int | None = None) -> int:
-        """The guest has stopped executing; advances as advance() does, and returns its cycles.
+        """The guest stopped executing: advance as advance() does, and return its cycles.
 
-        cycles: host cycles that it executed, if they are known better than by the two stamps; at most those.
+        cycles: host cycles that it executed, if known more exactly than by the two stamps; at most their difference.
         """
         state = self._in_state(core, "exit", "in")
         self._advance(core, host_tsc, cycles)
@@ -235,19 +235,20 @@ class PalaciosTime:
         return self.cycles(core)
 
     def advance(self, core: int, host_tsc: HostTsc, cycles: int | None = None) -> int:
-        """Bring the core's cycles up to host_tsc, and return them.
+        """Bring the core's cycles up to host_tsc and return them.
 
-        Slaved: (host_tsc - start) x dilation x ratio, for as long as none of them changes.  Unslaved: `cycles` host
-        cycles more or, if that is None, what has passed since the last advance() (T14: in the seed nothing), x ratio.
+        Slaved: (host_tsc - start) x dilation x ratio, while these are constant.  Unslaved: add ratio x `cycles` host
+        cycles or, if None, ratio x ticks since the last advance() (T14: the seed adds none).
         """
         self._in_state(core, "advance", "out", "in")
         self._advance(core, host_tsc, cycles)
         return self.cycles(core)
 
     def offset_time(self, core: int, cycles: int) -> None:
-        """Add guest cycles, or take some back before the core was ever in the guest, down to 0.
+        """Add guest cycles or, before the first enter(), subtract some, down to 0.
 
-        StateError while slaved; RangeError for cycles that the guest may have seen, where the seed goes back.
+        StateError while slaved.  RangeError for taking back what the guest may have seen, or more than there is; the
+        seed goes back.
         """
         state = self._in_state(core, "offset_time", "out", "in")
         self._refuse_if_slaved("offset_time")
@@ -262,14 +263,14 @@ class PalaciosTime:
         state.cycles = after
 
     def skip_time(self, core: int, host_tsc: HostTsc) -> None:
-        """Drop what has passed since the last advance(): it will not count.  StateError while slaved."""
+        """Drop the time since the last advance().  StateError while slaved."""
         state = self._in_state(core, "skip_time", "out", "in")
         self._refuse_if_slaved("skip_time")
         self._check(state, host_tsc)
         state.stamp = host_tsc
 
     def pause(self, core: int, host_tsc: HostTsc) -> None:
-        """The core's time stands still from now on, slaved or not; it must be out of the guest."""
+        """Stop the core's time, slaved or not; the core must be out of the guest."""
         whole("host_tsc", host_tsc)
         state = self._in_state(core, "pause", "out")
         if self.slaved:
@@ -277,23 +278,23 @@ class PalaciosTime:
         state.state, state.paused = "paused", host_tsc
 
     def restart(self, core: int, host_tsc: HostTsc) -> None:
-        """It goes on from where it stands."""
+        """Continue the core's time from where pause() stopped it."""
         state = self._in_state(core, "restart", "paused")
         self._check(state, host_tsc)
         state.initial = HostTsc(state.initial + host_tsc - state.paused)
         state.state, state.stamp = "out", host_tsc
 
     def ticks_to_yield(self, core: int, host_tsc: HostTsc) -> int:
-        """Host ticks that must pass until the host, since start(), is no less far than the guest; 0 if it is not.
+        """Host ticks until the host's time since start() reaches the guest's; 0 if the guest is not ahead.
 
-        Palacios' adjust_time, which let the host catch up with a guest that had run ahead.
+        Palacios' adjust_time, which lets the host catch up with a guest that ran ahead.
         """
         state = self._in_state(core, "ticks_to_yield", "out", "in")
-        pace = self.rates[core].ratio * (RATIO_ONE if self.seed else self.dilation)
-        return max(state.initial - whole("host_tsc", host_tsc) - (-state.cycles // pace), 0)
+        cycles_per_tick = self.rates[core].ratio * (RATIO_ONE if self.seed else self.dilation)
+        return max(state.initial - whole("host_tsc", host_tsc) - (-state.cycles // cycles_per_tick), 0)
 
     def close(self) -> None:
-        """Remove both hypercalls; Palacios forgot the second."""
+        """Remove both hypercalls (Palacios leaves the second)."""
         self._hypercalls.clear()
 
     # Inside
@@ -304,7 +305,7 @@ class PalaciosTime:
         if cycles is not None:
             whole("cycles", cycles)
         if self.seed:
-            state.advance_as_seed(host_tsc, cycles, is_slaved=self.slaved)
+            state.advance_as_seed(host_tsc, cycles, follows_host=self.slaved)
             return
         self._check(state, host_tsc)
         passed = host_tsc - state.stamp
@@ -341,7 +342,7 @@ class PalaciosTime:
 
 
 class _Core:
-    """A core's time.  `initial`, `entered`, `stamp` and `paused` are host TSC; what passed until `stamp` is counted."""
+    """A core's time.  `initial`, `entered`, `stamp` and `paused` are host TSC; `cycles` are counted up to `stamp`."""
 
     __slots__ = ("cycles", "entered", "initial", "paused", "stamp", "state", "tsc")
 
@@ -350,15 +351,15 @@ class _Core:
         self.cycles = Fraction(0)
         self.initial = self.stamp = self.paused = HostTsc(0)
         self.entered: HostTsc | None = None
-        self.tsc = VcpuTsc()  # its "host TSC" are the cycles
+        self.tsc = VcpuTsc()  # driven by the cycles in place of host TSC
 
     def as_tsc(self) -> HostTsc:
         return HostTsc(self.cycles.__floor__() & U64_MASK)
 
-    def advance_as_seed(self, host_tsc: HostTsc, cycles: int | None, *, is_slaved: bool) -> None:
-        """As of 2012: the stamp is overwritten before what has passed since then is computed, which is the trap T14."""
+    def advance_as_seed(self, host_tsc: HostTsc, cycles: int | None, *, follows_host: bool) -> None:
+        """As of 2012: overwrites the stamp before it computes the ticks since, which is trap T14."""
         self.stamp = host_tsc
-        if is_slaved:
+        if follows_host:
             self.cycles = Fraction((host_tsc - self.initial) & U64_MASK)
         else:
             self.cycles = (self.cycles + (cycles or host_tsc - self.stamp)) % (U64_MASK + 1)
@@ -381,7 +382,7 @@ def _dilation(dilation: int | None, slaved: bool, wrong: list[Complaint]) -> Fra
 
 
 def _core_rate(core: int, khz: int | None, host_khz: int, profile: Literal["seed", "exact", "palacios"]) -> CoreRate:
-    """A core's rate: of the host's frequency unless `khz` is 1 to host_khz."""
+    """A core's rate: `khz` if 1 to host_khz, else the host's frequency."""
     why = ""
     if khz is not None:
         whole(f"cores[{core}]", khz)
