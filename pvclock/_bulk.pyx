@@ -1,4 +1,4 @@
-"""Whole arrays at C speed; the only module with typed memoryviews."""
+"""Operations on whole arrays at C speed; the only module with typed memoryviews."""
 
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
@@ -12,7 +12,7 @@ cdef uint64_t NS_PER_SEC = 1_000_000_000
 def time_scales(base_hz: object, mul: object, shift: object) -> None:
     """time_scale(10**9, hz) for each element of `base_hz`.
 
-    Buffers of equal length: uint64 in; uint32 and int8 out.  A frequency of 0 gives mul 0 and shift 0.
+    Buffers of equal length, else ConfigError: uint64 in; uint32 and int8 out.  A frequency of 0 gives mul 0, shift 0.
     """
     cdef const uint64_t[::1] hz_in = base_hz
     cdef uint32_t[::1] mul_out = mul

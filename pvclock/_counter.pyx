@@ -1,4 +1,4 @@
-"""Where ticks come from: the CPU's TSC, kernel time on hosts whose TSC cannot be trusted, or a simulation's hand."""
+"""Sources of host TSC: the CPU's own, kernel time on hosts whose TSC cannot be trusted, or a simulated value."""
 
 cimport cython
 from libc.stdint cimport uint64_t
@@ -18,24 +18,24 @@ cdef uint64_t NS_PER_S = 1_000_000_000
 
 
 def read_tsc() -> int:
-    """This CPU's TSC, ordered as Linux's rdtsc_ordered(): not before any earlier load has its value."""
+    """This CPU's TSC, read after all earlier loads completed, like Linux's rdtsc_ordered()."""
     return pvclock_rdtsc_ordered()
 
 
 cdef class Counter:
-    """Where host TSC comes from: one of this module's; C code reads it, so Python cannot add others."""
+    """A source of host TSC.  C code reads it, so this module's subclasses are the only ones; WrongType for others."""
 
     def __cinit__(self, *args: object) -> None:
         if type(self) not in (HostCounter, KernelTimeCounter, SimulatedCounter):
             raise WrongType("counter", self, "a HostCounter, KernelTimeCounter or SimulatedCounter")
 
     def read(self) -> int:
-        """Host TSC now, in ticks; not before any earlier load has its value."""
+        """Host TSC now, in ticks, read after all earlier loads completed."""
         return pvclock_counter_read(&self.c)
 
     @property
     def margin_ticks(self) -> int:
-        """How far ahead of the present a publish puts its break point, in ticks."""
+        """Ticks between a publish's TSC reading and its break point."""
         return self.c.margin_ticks
 
 
@@ -57,13 +57,13 @@ cdef uint64_t kernel_time_read(void *context) noexcept nogil:
 
 @cython.final
 cdef class KernelTimeCounter(Counter):
-    """CLOCK_MONOTONIC_RAW in ticks of `hz`: what KVM steers guests' TSCs by, where the host's own is unstable."""
+    """CLOCK_MONOTONIC_RAW in ticks of `hz`: KVM steers guest TSCs by it where the host's own is unstable."""
 
     cdef uint64_t hz
 
     def __cinit__(self, hz: int) -> None:
         self.hz = as_ticks(hz)
-        self.c = pvclock_host_counter()  # its margin: a guest reads its TSC by the CPU's all the same
+        self.c = pvclock_host_counter()  # for its margin: guests still read the CPU's TSC
         self.c.read = kernel_time_read
         self.c.context = <void *>self
 
@@ -74,7 +74,7 @@ cdef uint64_t simulated_counter_read(void *context) noexcept nogil:
 
 @cython.final
 cdef class SimulatedCounter(Counter):
-    """A counter that stands where it is put: `value`, in ticks modulo 2^64."""
+    """A counter that moves only when `value` (ticks, 0 to 2^64 - 1) is set."""
 
     cdef uint64_t ticks
 
@@ -85,7 +85,7 @@ cdef class SimulatedCounter(Counter):
 
     @property
     def value(self) -> int:
-        """Ticks; settable."""
+        """The count, in ticks; settable."""
         return self.ticks
 
     @value.setter

@@ -1,9 +1,9 @@
-"""A VM's memory: buffers at guest-physical addresses, and who is told of what pvclock writes there.
+"""A VM's memory: buffers at guest-physical addresses, and dirty reports of what pvclock writes there.
 
-The GIL is the lock of this module, and addresses are what it guards: an address that find() gave is good until Python
-code can run, which allocating an object with references, dropping one, or calling one may do.  So arguments are
-converted first and results are made last; between find() and the last use of its address there is plain C.  Who must
-release the GIL over an address pins the slots.
+The GIL is this module's lock and guards addresses: one from find() is valid until Python code can run, which
+allocating, dropping or calling an object may cause.  So functions convert arguments first and make results last;
+between find() and the last use of its address there is plain C.  Code that releases the GIL while it uses an address
+pins the slots.
 """
 
 cimport cython
@@ -35,13 +35,13 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef void (*fork_handler)() noexcept nogil
     int pthread_atfork(fork_handler prepare, fork_handler parent, fork_handler child)
 
-# What may fill memory, as the struct module spells it: bytes and plain numbers, no pointers, objects or structures.
+# Buffer formats allowed as guest memory, in struct's codes: bytes and plain numbers, no pointers, objects, structures.
 cdef const char *PLAIN_FORMATS = b"cbB?hHiIlLqQnNefd"
 
-# How often on_dirty may be told of what it wrote itself when it was told, before that is taken for endless.
+# Rounds in which on_dirty may itself write to guest memory before tell() takes that as endless.
 cdef int TELL_ROUNDS = 64
 
-cdef uint64_t forks = 0  # between the process that loaded this module and this one
+cdef uint64_t forks = 0  # from the process that loaded this module down to this one
 
 
 cdef void count_fork() noexcept nogil:
@@ -54,12 +54,12 @@ if pthread_atfork(NULL, NULL, count_fork) != 0:
 
 
 cdef uint64_t fork_count() noexcept:
-    """How many fork()s there were between the process that loaded this module and this one."""
+    """Number of fork()s from the process that loaded this module down to this one."""
     return forks
 
 
 cdef uint64_t this_thread() noexcept:
-    """A number that no other thread has, or ever will: an ident is that of the next thread once this one has ended."""
+    """A number that is unique for ever: threading's ident may be reused once a thread has ended."""
     return PyThreadState_GetID(PyThreadState_Get())
 
 
@@ -67,7 +67,7 @@ cdef uint64_t this_thread() noexcept:
 
 
 cdef object as_whole(object value, str what):
-    """`value` as an int; WrongType if it is no whole number, as a bool is none."""
+    """`value` as an int; WrongType unless it has __index__(), and for a bool."""
     if PyLong_CheckExact(value):
         return value
     try:
@@ -87,7 +87,7 @@ cdef uint64_t as_u64(object value, str what) except? 0:
 
 
 cdef str shortened(object number):
-    """A whole number for a message: Python makes no decimal text of very long ones."""
+    """A whole number for a message: hex from 2^64 on, since Python refuses very long decimals."""
     return str(number) if -1 << 64 < number < 1 << 64 else hex(number)
 
 
@@ -95,9 +95,9 @@ cdef str shortened(object number):
 
 
 cdef object graver(object error, object later):
-    """Which of two errors is to come out: the first, but an interrupt before any other.  It has the other as a note.
+    """Choose which of two errors to raise: the first, but an interrupt before an Exception.  Adds the other as a note.
 
-    Whoever asks may hold a lock, so this raises nothing: an interrupt that comes meanwhile is one of the errors.
+    Raises nothing itself, since the caller may hold a lock: an interrupt in here is returned like the other errors.
     """
     if error is None or later is None or error is later:
         return later if error is None else error
@@ -105,7 +105,7 @@ cdef object graver(object error, object later):
         error, later = later, error
     try:
         error.add_note(f"and there was {later!r}")
-    except Exception:  # both are the caller's own: their repr may do anything
+    except Exception:  # the errors may be user classes, whose repr may do anything
         pass
     except BaseException as interrupt:
         return interrupt if isinstance(error, Exception) else error
@@ -117,9 +117,9 @@ cdef object graver(object error, object later):
 
 @cython.final
 @cython.internal
-@cython.no_gc_clear  # who has a pointer into the buffer has a reference to this, and must find the buffer
+@cython.no_gc_clear  # a reference to this protects pointers into the buffer, so the collector must not drop it
 cdef class Slot:
-    """A buffer mapped at a guest-physical address; holds the buffer as long as it lives."""
+    """A buffer mapped at a guest-physical address; keeps the buffer alive."""
 
     cdef Py_buffer view
     cdef uint64_t gpa
@@ -141,14 +141,14 @@ cdef class Slot:
             raise ConfigError(f"slot {gpa:#x}+{self.length}: it must not be empty and must end by 2^64")
 
     def __dealloc__(self) -> None:
-        PyBuffer_Release(&self.view)  # does nothing if never acquired
+        PyBuffer_Release(&self.view)  # a no-op if never acquired
 
     cdef bint overlaps(self, Slot other):
         return other.gpa - self.gpa < self.length or self.gpa - other.gpa < other.length
 
 
 cdef bint is_plain(const char *format) noexcept:
-    """Is a buffer's format, NULL for bytes, one plain type with or without a byte order?"""
+    """Is a buffer's format one plain type, with or without a byte order?  NULL means bytes."""
     if format is NULL:
         return True
     if format[0] != 0 and strchr(b"@=<>!", format[0]) is not NULL:
@@ -158,28 +158,28 @@ cdef bint is_plain(const char *format) noexcept:
 
 @cython.final
 cdef class Deferral:
-    """What one thread has written and on_dirty was not told yet."""
+    """Ranges that one thread wrote and has not reported to on_dirty yet."""
 
     def __cinit__(self) -> None:
         self.ranges = {}
 
 
 @cython.final
-@cython.no_gc_clear  # pointers into it are found stale by its generation, so nothing may take its slots from it
+@cython.no_gc_clear  # users detect stale pointers by its generation, so the collector must not clear its slots
 cdef class GuestMemory:
     """A VM's guest-physical memory: writable buffers mapped at addresses, with holes between them.
 
     GuestMemory(buffer) maps one buffer at 0; GuestMemory() starts empty.  Every access lies within one slot, else
-    GuestAddressError.  `on_dirty(gpa, length)`, if set, is told of all that pvclock wrote: KVM's dirty log does not see
-    writes from user space.  `generation` counts changes of the slots.
+    GuestAddressError.  pvclock calls `on_dirty(gpa, length)`, if set, for all that it wrote: KVM's dirty log does not
+    see writes from user space.  `generation` counts changes of the slots.
 
-    on_dirty is called in the thread that wrote, when all is written; what it raises goes to the writer's caller once
-    all is told.  It may call back: it is told of what it writes itself, too, when it has returned.
+    on_dirty runs in the thread that wrote, after all writes; its errors reach the writer's caller after all reports.
+    It may call back; its own writes are reported after it returns.
 
-    clock_lock, live_clock: which clock publishes here, and the lock under which that changes (see Transaction).
+    live_clock: the clock that publishes here; clock_lock: the lock under which it changes (see Transaction).
 
-    Thread-safety: all methods may be called from any thread.  In a child of fork() only the thread that called it is
-    left: no publish of another one is under way there, none holds clock_lock, and the child may close() at once.
+    Thread-safety: all methods may be called from any thread.  A child of fork() has only the thread that called it: no
+    other thread's publish continues there, no other thread holds clock_lock, and the child may close() at once.
     """
 
     def __cinit__(self) -> None:
@@ -197,7 +197,7 @@ cdef class GuestMemory:
     def add_slot(self, gpa: int, buffer: object) -> None:
         """Map a writable, contiguous buffer of bytes or plain numbers at `gpa`.
 
-        ConfigError if it is none, overlaps a slot or passes 2^64.
+        WrongType or ConfigError for any other buffer; ConfigError if it overlaps a slot or ends beyond 2^64.
         """
         cdef Slot new = Slot(as_u64(gpa, "gpa"), buffer)
         cdef Slot slot
@@ -212,7 +212,7 @@ cdef class GuestMemory:
                 return
 
     def remove_slot(self, gpa: int) -> None:
-        """Unmap the slot that begins at `gpa` and let go of its buffer; pages in it are no longer published."""
+        """Unmap the slot that begins at `gpa` and release its buffer; pages in it are no longer published."""
         cdef tuple old
         gpa = as_whole(gpa, "gpa")
         while True:
@@ -232,18 +232,18 @@ cdef class GuestMemory:
                 return
 
     cdef bint _swap(self, tuple old, tuple new) except -1:
-        """Put `new` in the place of `old` once no publish uses an address; False if the slots are `old` no longer.
+        """Replace slots `old` by `new` once no publish uses an address; False if the slots are no longer `old`.
 
-        From the last look at the pins on there is plain C: the change is one step to all threads.  The caller holds
-        `old`, so what it lets go of goes after the change: releasing a buffer may run any code, and release the GIL.
+        After the last check of the pins there is plain C, so the change is atomic to all threads.  The caller keeps a
+        reference to `old`, so buffers are released after the change: that may run any code and release the GIL.
         """
         self._forget_other_threads()
         while self._pins:
-            self._replacing += 1  # no new publish begins, or one that goes on for ever would never let us
+            self._replacing += 1  # keeps new publishes out, so that a stream of them cannot starve this
             with nogil:
                 sched_yield()  # the publishing thread needs the GIL to unpin
             self._replacing -= 1
-            PyErr_CheckSignals()  # an interrupt leaves all as it was; a handler may publish, so we do not wait in it
+            PyErr_CheckSignals()  # outside _replacing: a handler may publish; an interrupt leaves all unchanged
             self._forget_other_threads()
         if self._slots is not old:
             return False
@@ -252,8 +252,8 @@ cdef class GuestMemory:
         return True
 
     def begin_anew(self) -> None:
-        """See HasLock: what another thread holds, or has kept back, is its parent's."""
-        if self.clock_lock.acquire(blocking=False):  # free, or this thread's own
+        """See HasLock: locks and deferred ranges of other threads belong to the parent process."""
+        if self.clock_lock.acquire(blocking=False):  # free, or held by this thread
             self.clock_lock.release()
         else:
             self.clock_lock = RLock()
@@ -261,13 +261,13 @@ cdef class GuestMemory:
         self._deferrals = {thread: kept for thread, kept in self._deferrals.items() if thread == mine}
 
     cdef void _forget_other_threads(self) noexcept:
-        """In a child of fork(), drop the counts of threads that are not here."""
+        """In a child of fork(), reset the pins of the parent's threads."""
         if self._forks != forks:
             self._forks = forks
             self._pins = self._replacing = 0
 
     cdef int wait_for_slots(self) except -1:
-        """Let those go first who wait to change the slots; before pointers are looked up that a publish will use."""
+        """Wait for pending changes of the slots; a publish calls it before it looks up pointers."""
         self._forget_other_threads()
         while self._replacing:
             with nogil:
@@ -277,7 +277,7 @@ cdef class GuestMemory:
         return 0
 
     cdef void pin(self) noexcept:
-        """Keep the slots as they are until unpin(); addresses are good meanwhile, without the GIL, too."""
+        """Keep the slots until unpin(); addresses stay valid meanwhile, even without the GIL."""
         self._forget_other_threads()
         self._pins += 1
 
@@ -292,7 +292,7 @@ cdef class GuestMemory:
 
     @property
     def on_dirty(self) -> object:
-        """Who is told of what pvclock wrote, or None; settable."""
+        """Callback for ranges that pvclock wrote, or None; settable."""
         return self._on_dirty
 
     @on_dirty.setter
@@ -311,17 +311,17 @@ cdef class GuestMemory:
         return sorted(extents)
 
     cdef uint8_t *find(self, uint64_t gpa, uint64_t length) noexcept:
-        """The host address of guest memory, or NULL; good until Python code can run."""
+        """The host address of a guest range, or NULL; valid until Python code can run."""
         cdef uint64_t into
         for slot in self._slots:
-            # Subtract, never add: gpa is the guest's choice, and gpa + length can wrap.
+            # Subtract, never add: the guest chooses gpa, and gpa + length can wrap.
             into = gpa - (<Slot>slot).gpa
             if into < (<Slot>slot).length and length <= (<Slot>slot).length - into:
                 return <uint8_t *>(<Slot>slot).view.buf + into
         return NULL
 
     cdef uint8_t *at(self, object gpa, uint64_t length) except NULL:
-        """As find(), of an address that may be anything; GuestAddressError where there is no memory."""
+        """find() for an address of any size; GuestAddressError if there is no memory."""
         cdef uint8_t *found = NULL
         gpa = as_whole(gpa, "gpa")
         if 0 <= gpa < 1 << 64:
@@ -340,19 +340,19 @@ cdef class GuestMemory:
         """`length` bytes from `gpa`."""
         cdef uint64_t count = as_u64(length, "length")
         gpa = as_whole(gpa, "gpa")
-        self.at(gpa, count)  # before any bytes are made: the length may be a guest's
+        self.at(gpa, count)  # before allocating: the guest may have chosen the length
         data = PyBytes_FromStringAndSize(NULL, count)
         memcpy(PyBytes_AS_STRING(data), self.at(gpa, count), count)
         return data
 
     def write(self, gpa: int, data: object) -> None:
-        """Write a bytes-like object at `gpa`, all of it or (GuestAddressError) nothing."""
+        """Write a bytes-like object at `gpa`; GuestAddressError, with nothing written, if it does not fit."""
         cdef Py_buffer view
         gpa = as_whole(gpa, "gpa")
         try:
             PyObject_GetBuffer(data, &view, PyBUF_CONTIG_RO)
         except TypeError:
-            raise WrongType("data", data, "bytes, or what is like them") from None
+            raise WrongType("data", data, "a bytes-like object") from None
         except (BufferError, ValueError) as error:
             raise ConfigError(f"write() needs a contiguous bytes-like object: {error}") from None
         try:
@@ -361,17 +361,16 @@ cdef class GuestMemory:
         finally:
             PyBuffer_Release(&view)
 
-    # Who is told
+    # Dirty reports
 
     def defer_dirty(self) -> None:
-        """Keep what this thread writes from now on, each range once, until tell_dirty(); both may be nested."""
+        """Collect the ranges that this thread writes, each once, until tell_dirty().  Nests."""
         self.defer()
 
     def tell_dirty(self) -> None:
-        """End the last defer_dirty() of this thread; at the outermost, tell on_dirty of what was kept, in order.
+        """End this thread's last defer_dirty(); the outermost call reports the collected ranges to on_dirty, in order.
 
-        The first error that on_dirty raises comes out when it was told of all; further ones are notes in it, but an
-        interrupt comes out before an error.
+        Raises on_dirty's first error after all reports, with further ones as notes; an interrupt takes precedence.
         """
         self.tell()
 
@@ -386,7 +385,7 @@ cdef class GuestMemory:
         return mine
 
     cdef int mark_dirty(self, uint64_t gpa, uint64_t length) except -1:
-        """Tell on_dirty, now or at tell(), that this thread has written there."""
+        """Report a range that this thread wrote to on_dirty, now or at tell()."""
         if self._on_dirty is None:
             return 0
         cdef Deferral mine = self.defer()
@@ -401,16 +400,16 @@ cdef class GuestMemory:
         cdef uint64_t thread = this_thread()
         mine = self._deferrals.get(thread)
         if mine is None or mine.depth == 0:
-            raise StateError("tell_dirty", "this thread keeps nothing back", "call defer_dirty() first")
+            raise StateError("tell_dirty", "this thread defers nothing", "call defer_dirty() first")
         mine.depth -= 1
         if mine.depth or mine.telling:
-            return 0  # the outermost call, or the one that is telling, will tell
+            return 0  # the outermost call, or the one that is reporting now, will report
         error = None
         if mine.ranges:
             mine.telling = True
             try:
                 error = self._tell(mine)
-            finally:  # else nobody would be told of what this thread writes
+            finally:  # else this thread's later writes would never be reported
                 mine.telling = False
                 mine.ranges = {}
         if mine.depth == 0:
@@ -420,9 +419,9 @@ cdef class GuestMemory:
         return 0
 
     cdef object _tell(self, Deferral mine):
-        """Tell on_dirty of all that is kept, and of what it writes meanwhile; returns the error that is to come out."""
+        """Report all collected ranges, and those that on_dirty writes meanwhile; return the error to raise, or None."""
         error = None
-        on_dirty = self._on_dirty  # another thread may switch it off at any time
+        on_dirty = self._on_dirty  # once: another thread may set it to None at any time
         for _ in range(TELL_ROUNDS):
             ranges, mine.ranges = mine.ranges, {}
             if not ranges or on_dirty is None:
@@ -434,4 +433,4 @@ cdef class GuestMemory:
                     error = graver(error, raised)
         mine.ranges = {}
         return graver(error, StateError(
-            "on_dirty", "it writes to guest memory whenever it is told of a write", "let it write only now and then"))
+            "on_dirty", "it writes to guest memory at each report of a write", "do not write at every report"))

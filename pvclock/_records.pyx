@@ -1,8 +1,7 @@
-"""The records that host and guest share beside the time pages: wall clock, steal time, EOI byte, page-fault words,
-pairing.
+"""Records shared with the guest besides the time pages: wall clock, steal time, EOI byte, page-fault words, pairing.
 
-Each function works on one record of a vCPU that may be running, and does nothing but say so where the record is not in
-guest memory, which Linux ignores as well.  RangeError if an address or a value does not fit its type.
+Each function accesses one record of a vCPU that may be running.  If the record is not in guest memory it does nothing,
+like Linux, and those that return a result report it.  RangeError if an address or a value does not fit its type.
 """
 
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
@@ -33,7 +32,7 @@ cdef uint64_t NS_PER_S = 1_000_000_000
 
 
 cdef uint8_t *byte_of(bytearray by_vcpu, object vcpu) except NULL:
-    """vCPU's byte, good until Python code can run."""
+    """Address of vCPU's byte, valid until Python code can run."""
     cdef Py_ssize_t index = as_whole(vcpu, "vCPU")
     if not 0 <= index < PyByteArray_GET_SIZE(by_vcpu):
         raise RangeError(f"vCPU {index}; there are {len(by_vcpu)}")
@@ -43,7 +42,7 @@ cdef uint8_t *byte_of(bytearray by_vcpu, object vcpu) except NULL:
 def publish_wall_clock(GuestMemory memory not None, gpa: int, epoch_ns: int) -> bool:
     """Write the wall-clock record at `gpa`: the UTC instant `epoch_ns` (ns since 1970) at which system time was 0.
 
-    Returns False, with nothing written, where the record is not in guest memory, which Linux ignores as well.
+    False, with nothing written, if the record is not in guest memory, which Linux ignores as well.
     Seconds are 32 bits in the ABI and wrap in 2106.
     """
     cdef uint64_t where = as_u64(gpa, "gpa")
@@ -59,7 +58,7 @@ def publish_wall_clock(GuestMemory memory not None, gpa: int, epoch_ns: int) -> 
 
 
 def add_steal_time(GuestMemory memory not None, gpa: int, ns: int) -> None:
-    """Add `ns` to the steal time at `gpa`, whether its vCPU runs or not: the `preempted` byte stays."""
+    """Add `ns` to the steal time at `gpa`, whether its vCPU runs or not; leaves the `preempted` byte alone."""
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef uint64_t stolen_ns = as_u64(ns, "steal time")
     cdef uint8_t *record = memory.find(where, sizeof(pvclock_steal_time))
@@ -69,7 +68,7 @@ def add_steal_time(GuestMemory memory not None, gpa: int, ns: int) -> None:
 
 
 def record_steal_time(GuestMemory memory not None, gpa: int, ns: int, bytearray said not None, vcpu: int) -> None:
-    """Add `ns` to the steal time at `gpa`, whose vCPU runs again; said[vcpu] gets what its `preempted` byte said."""
+    """Add `ns` to the steal time at `gpa` and clear `preempted` (the vCPU runs); OR the old byte into said[vcpu]."""
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef uint64_t stolen_ns = as_u64(ns, "steal time")
     cdef uint8_t *preempted = byte_of(said, vcpu)
@@ -80,7 +79,7 @@ def record_steal_time(GuestMemory memory not None, gpa: int, ns: int, bytearray 
 
 
 def set_preempted(GuestMemory memory not None, gpa: int) -> None:
-    """Say in the steal time at `gpa` that its vCPU was scheduled out."""
+    """Set `preempted` in the steal time at `gpa`: its vCPU was scheduled out."""
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef uint8_t *record = memory.find(where, sizeof(pvclock_steal_time))
     if record is not NULL:
@@ -89,7 +88,7 @@ def set_preempted(GuestMemory memory not None, gpa: int) -> None:
 
 
 def clear_preempted(GuestMemory memory not None, gpa: int, bytearray said not None, vcpu: int) -> None:
-    """Say that the vCPU runs again; said[vcpu] gets what the `preempted` byte said."""
+    """Clear `preempted` in the steal time at `gpa`: its vCPU runs again.  ORs the old byte into said[vcpu]."""
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef uint8_t *preempted = byte_of(said, vcpu)
     cdef uint8_t *record = memory.find(where, sizeof(pvclock_steal_time))
@@ -99,7 +98,7 @@ def clear_preempted(GuestMemory memory not None, gpa: int, bytearray said not No
 
 
 def offer_eoi(GuestMemory memory not None, gpa: int) -> bool:
-    """Set bit 0 of the EOI byte at `gpa`; False if it is not there."""
+    """Set bit 0 of the EOI byte at `gpa`; False if `gpa` is not in guest memory."""
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef uint8_t *flag = memory.find(where, 1)
     if flag is NULL:
@@ -110,7 +109,7 @@ def offer_eoi(GuestMemory memory not None, gpa: int) -> bool:
 
 
 def take_eoi(GuestMemory memory not None, gpa: int, bytearray ended not None, vcpu: int) -> None:
-    """Clear bit 0 of the EOI byte at `gpa`; ended[vcpu] becomes 1 if the guest had, or if there is no byte to tell."""
+    """Clear bit 0 of the EOI byte at `gpa`; set ended[vcpu] to 1 if the guest had cleared it or it is not there."""
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef uint8_t *answer = byte_of(ended, vcpu)
     cdef uint8_t *flag = memory.find(where, 1)
@@ -121,14 +120,14 @@ def take_eoi(GuestMemory memory not None, gpa: int, bytearray ended not None, vc
 
 
 def load_word(GuestMemory memory not None, gpa: int) -> int | None:
-    """The 32-bit word at `gpa`, or None if it is not there."""
+    """The 32-bit word at `gpa`; None if `gpa` is not in guest memory."""
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef uint8_t *word = memory.find(where, 4)
     return None if word is NULL else pvclock_load32(word)
 
 
 def store_word(GuestMemory memory not None, gpa: int, value: int) -> bool:
-    """Put `value` into the 32-bit word at `gpa`; False if it is not there."""
+    """Store `value` in the 32-bit word at `gpa`; False if `gpa` is not in guest memory."""
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef uint64_t wide = as_u64(value, "value")
     if wide >> 32:
@@ -142,7 +141,7 @@ def store_word(GuestMemory memory not None, gpa: int, value: int) -> bool:
 
 
 def write_clock_pairing(GuestMemory memory not None, gpa: int, real_ns: int, guest_tsc: int) -> bool:
-    """Write UTC (ns since 1970) and the guest TSC of the same instant at `gpa`; False if it is not there."""
+    """Write UTC (ns since 1970) and the guest TSC of the same instant at `gpa`; False if that is not guest memory."""
     cdef pvclock_clock_pairing pairing
     cdef uint64_t where = as_u64(gpa, "gpa")
     memset(&pairing, 0, sizeof(pairing))

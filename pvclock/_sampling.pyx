@@ -1,4 +1,4 @@
-"""One instant on two clocks: the host TSC and a clock of the system, read in one bracket."""
+"""One instant on the host TSC and on a system clock, read in one bracket."""
 
 from libc.stdint cimport uint64_t
 from posix.time cimport clock_gettime, clockid_t, timespec
@@ -11,8 +11,8 @@ from pvclock.quantities import NS_PER_S as _NS_PER_S
 def sample_clock(clock_id: int, tries: int = 8) -> tuple[int, int, int]:
     """(host TSC, ns of the system clock `clock_id`, width in ticks) of one instant.
 
-    The clock is read between two readings of the TSC, `tries` times; the narrowest bracket is returned, with the
-    TSC at its middle: the true pair is at most width/2 ticks off.  OSError for a clock that does not exist.
+    Reads the clock between two readings of the TSC, `tries` times, and returns the narrowest bracket with the TSC at
+    its middle: exact to width/2 ticks.  OSError for a clock that does not exist.
     """
     cdef clockid_t clock = clock_id
     cdef timespec now, best_now = timespec(0, 0)

@@ -1,7 +1,7 @@
-"""One change of a clock at a time, whole before anybody is told of it.
+"""Transactions: one change of a clock at a time, complete before anything is reported.
 
-Compiled, so that no KeyboardInterrupt falls between taking the lock and the body of a `with`, or between the body and
-giving the lock back: signals are handled where Python code runs, and here that is in callbacks only.
+Compiled, so that no KeyboardInterrupt arrives between taking the lock and the body of a `with`, or between the body and
+releasing the lock: signals are handled where Python code runs, which here is in callbacks only.
 """
 
 cimport cython
@@ -14,32 +14,32 @@ from operator import attrgetter
 from pvclock.errors import StateError
 
 cdef object newest = attrgetter("last")
-cdef int INTERRUPTS_MAX = 1000  # of one call; beyond that it is no signal that raises them
+cdef int INTERRUPTS_MAX = 1000  # of one call; more than that do not come from signals
 
 
 @cython.final
 @cython.no_gc_clear
 cdef class Transaction:
-    """A context manager in which one thread changes a clock in `memory`; others wait.  It may be nested.
+    """A context manager in which one thread changes a clock in `memory` while others wait.  Nests.
 
-    At the end of the outermost `with`: the memory's on_dirty is told of what this thread wrote in it, the lock still
-    held, so that who pauses a clock and then takes its dirty log misses nothing; then the lock is given back; then
-    `after()` is called.  All three come whatever happens: where the body raised, that comes out, with what on_dirty and
-    then after() raised as notes; else the first of these does.  But an interrupt comes out before any error.
+    The outermost `with` ends in three steps, whatever happens.  It reports what this thread wrote to the memory's
+    on_dirty while it still has the lock, so a caller that pauses a clock and then reads its dirty log misses nothing;
+    it releases the lock; it calls `after()`.  It raises the body's error, else on_dirty's, else after()'s, with later
+    ones as notes; an interrupt takes precedence over any error.
 
-    on_dirty may call back into the clock, whose state is whole by then; what it writes is told, too.
+    on_dirty may call back into the clock, whose state is complete by then; its own writes are reported too.
 
-    A memory has one live clock: once a transaction has been taken over from by another one's take_over(), entering it
-    is a StateError.  They have one lock, so neither begins while the other is under way.
+    A memory has one live clock: after another transaction's take_over(), entering this one is a StateError.  All
+    transactions of a memory share one lock, so none begins while another runs.
 
-    lock: the lock itself, for those who only read; nobody is told when it is given back.
+    lock: the lock itself, for readers; releasing it triggers neither on_dirty nor after().
 
-    Thread-safety: one object is for all threads.
+    Thread-safety: one object serves all threads.
     """
 
     cdef GuestMemory _memory
     cdef object _after
-    cdef object _token  # in the memory while this is its live clock's; None before take_over()
+    cdef object _token  # equal to memory.live_clock while this clock is live; None before take_over()
     cdef int _depth
     cdef uint64_t _owner  # the thread, while _depth is not 0
 
@@ -55,7 +55,7 @@ cdef class Transaction:
         if self._token is not None and self._memory.live_clock is not self._token:
             self._memory.clock_lock.release()
             raise StateError("use of this clock", "another clock has taken over this one's memory", "use that clock")
-        if self._owner != this_thread():  # and who left it in the middle did so in the parent of a fork()
+        if self._owner != this_thread():  # then a non-zero _depth is left over from the parent of a fork()
             self._depth = 0
         self._depth += 1
         if self._depth == 1:
@@ -70,7 +70,7 @@ cdef class Transaction:
 
     def __exit__(self, kind: object, raised: object, traceback: object) -> bool:
         if self._depth == 0 or self._owner != this_thread():
-            raise StateError("Transaction.__exit__", "this thread is in none", "use a with statement")
+            raise StateError("Transaction.__exit__", "this thread has not entered it", "use a with statement")
         if self._depth > 1:
             self._depth -= 1
             self._memory.clock_lock.release()
@@ -81,14 +81,14 @@ cdef class Transaction:
         return False
 
     def take_over(self, token: object) -> object:
-        """From now on this is the transaction of the memory's live clock, `token`; returns that of the one before."""
+        """Make `token` the memory's live clock, with this as its transaction; return the previous live clock."""
         with self.lock:
             before = self._memory.live_clock
             self._token = self._memory.live_clock = token
         return before
 
     cdef object _end(self, error):
-        """Tell, give the lock back, and tell who waits for that; returns the error that is to come out, if any."""
+        """Report dirty ranges, release the lock, call after(); return the error to raise, or None."""
         dirty = None
         try:
             self._memory.tell()
@@ -106,16 +106,16 @@ cdef class Transaction:
 
 @cython.final
 cdef class Turns:
-    """Whose turn is it to do what one at a time may?  `with turns.take() as is_mine`: who is first; others go without.
+    """A try-lock for an operation that one thread at a time may do: `with turns.take() as is_mine`.
 
-    Nobody waits, so it may be taken before a lock or within it.  In a child of fork() it is nobody's.
+    take() never waits, so it may come before or within a lock.  In a child of fork() it is free.
     """
 
     cdef bint _taken
     cdef uint64_t _forks  # when it was taken
 
     def take(self) -> Turn:
-        """A context manager; False where it is another's turn, or this thread's already."""
+        """A context manager that yields whether this turn was free; False also if this thread has it already."""
         return Turn(self)
 
 
@@ -142,12 +142,12 @@ cdef class Turn:
 
 
 def commit(publish: object, change: object, take: object, events: object = None) -> None:
-    """Publish, have what changes by that, and record it, as one step that no interrupt takes apart.
+    """Publish, compute the new state, install and record it, as one step that no interrupt splits.
 
-    `publish()` returns the host TSC from which on the change holds, and raises before anything has changed, or not at
-    all.  `change(tsc)` then returns the new state and the events, `take(state)` makes that the present one, and
-    `events.record(event)` is called for each, if any.  An interrupt that comes meanwhile comes out when all is done:
-    what it broke off is called again, so `change` is pure and `take` does nothing the second time.
+    `publish()` returns the host TSC from which the change takes effect; it may raise only before anything has changed.
+    `change(tsc)` returns the new state and the events, `take(state)` installs the state, and `events.record(event)`
+    runs for each event.  An interrupt is raised when all is done; the call that it broke off is repeated, so `change`
+    must be pure and `take` idempotent.
     """
     cdef list interrupts = []
     tsc = publish()
@@ -160,11 +160,11 @@ def commit(publish: object, change: object, take: object, events: object = None)
 
 
 def attempt(begin: object, undo: object, operation: object) -> object:
-    """Call `begin()`, then `operation(reached)`, and return what that returns; where it was not reached, `undo()`.
+    """Call `begin()`, then return `operation(reached)`; on an error before `reached()`, call `undo()`.
 
-    `begin` is what must be changed before the operation, and `undo` what takes that back, as far as it was done.
-    `reached()` is called by the operation, once or more, when it cannot fail any more: what it raises afterwards, an
-    interrupt included, comes out with everything changed.  No interrupt takes `undo` apart, so it is asked again.
+    `begin` prepares the operation; `undo` reverts as much of that as was done.  The operation calls `reached()`, once
+    or more, when it can no longer fail; errors and interrupts after that pass through with everything changed.  An
+    interrupted `undo` is called again.
     """
     cdef list was_reached = [], interrupts = []
     reached = was_reached.append
@@ -180,9 +180,9 @@ def attempt(begin: object, undo: object, operation: object) -> object:
 
 
 def finish(operation: object, end: object) -> object:
-    """Return what `operation()` does, once `end()` was called, whatever happened.
+    """Call `operation()`, then `end()` even after an error, and return the operation's result.
 
-    An interrupt that comes in `end` comes out when that is done: it is called again, until it returns.
+    An interrupted `end` is called again until it returns; the interrupt is raised afterwards.
     """
     cdef list interrupts = []
     result = error = None
@@ -202,7 +202,7 @@ def finish(operation: object, end: object) -> object:
 
 
 cdef int record_once(events, event, list interrupts) except -1:
-    """Record the event; what an interrupt broke off is done again, unless the event is there."""
+    """Record the event; after an interrupt, repeat unless the log already has the event."""
     last = to_the_end(newest, events, interrupts)
     for _ in range(INTERRUPTS_MAX):
         try:
@@ -219,7 +219,7 @@ cdef int record_once(events, event, list interrupts) except -1:
 
 
 cdef object to_the_end(function, argument, list interrupts):
-    """Call the function until it returns: again after each interrupt, which is kept; an Exception comes out."""
+    """Call the function until it returns, again after each interrupt, which it collects; Exceptions pass through."""
     for _ in range(INTERRUPTS_MAX):
         try:
             return function(argument)

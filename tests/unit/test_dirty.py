@@ -240,7 +240,7 @@ def test_an_on_dirty_that_always_writes_is_stopped() -> None:
         memory.write(gpa, b"a")
 
     memory.on_dirty = write_again
-    with pytest.raises(StateError, match="whenever it is told"):
+    with pytest.raises(StateError, match="at each report of a write"):
         memory.write(0x100, b"a")
     assert 1 < calls < 1000
     memory.on_dirty = None
