@@ -19,7 +19,7 @@ from pvclock._counter import Counter, SimulatedCounter
 from pvclock.arguments import flag, serving, whole
 from pvclock.errors import RangeError, StateError
 from pvclock.host.backend import Backend
-from pvclock.quantities import U64_MASK, HostTsc
+from pvclock.quantities import U64_MASK, HostTsc, signed64
 from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = ["ExecutionTimeBackend"]
@@ -194,8 +194,8 @@ class ExecutionTimeBackend:
 
     def run_until(self, tsc: HostTsc) -> None:
         """See Backend: one run, until the counter is at `tsc`, or beyond by what the host takes to stop."""
-        missing = (tsc - self.counter.read()) & U64_MASK
-        if not 0 < missing <= TICKS_MAX:
+        missing = signed64(tsc - self.counter.read())
+        if missing <= 0:
             return
         begin = self.enter()
         try:
@@ -270,8 +270,7 @@ class ExecutionTimeBackend:
     def _ticks_since(self, run: _Run) -> int:
         """Host ticks of a run until now, never fewer than the counter has already shown."""
         now = self._quiet_since if self._quiesces else self.inner.counter.read()
-        ticks = (now - run.host_tsc) & U64_MASK
-        return max(ticks if ticks <= TICKS_MAX else 0, (self._counter.value - run.executed) & U64_MASK)
+        return max(signed64(now - run.host_tsc), (self._counter.value - run.executed) & U64_MASK)
 
 
 class _Quiesce:

@@ -82,9 +82,7 @@ class Discipline:
     ) -> None:
         if not 0 < number("max_ppm", max_ppm) <= MAX_PPM_LIMIT:
             raise RangeError(f"max_ppm is {shown(max_ppm)}; above 0 and up to {MAX_PPM_LIMIT}")
-        if panic_ns is not None and not 1 <= whole("panic_ns", panic_ns) <= U64_MASK:
-            raise RangeError(f"panic_ns is {shown(panic_ns)}; a threshold of 1 to 2^64-1 ns, or None")
-        self.panic_ns = panic_ns
+        self.panic_ns = None if panic_ns is None else whole("panic_ns", panic_ns, 1, U64_MASK)
         self.max_ppm = max_ppm
         self._tsc_hz = tsc_hz
         self._most = max_ppm / PPM
@@ -147,8 +145,8 @@ class Discipline:
 
     def _advance(self, sample: Sample, host_ns: Fraction) -> float:
         """Move to the sample's instant and return the ns since the last one.  Start anew if the TSC went back."""
-        ticks = (sample.tsc - self._tsc) & U64_MASK
-        if self._begin is None or ticks > U64_MASK // 2:
+        ticks = signed64(sample.tsc - self._tsc)
+        if self._begin is None or ticks < 0:
             self._baseline, self._suspects, self._is_lost = self._no_points(), self._no_points(), False
             self._begin, self._ticks, ticks = (sample.ns, host_ns), 0, 0
             self._newest_ns, self._origin_bias_ns = -1.0, 0.0

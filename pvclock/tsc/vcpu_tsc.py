@@ -78,13 +78,11 @@ class VcpuTsc:
             raise RangeError(f"TSC ratio is {ratio:#x}; it must be in [1, 2^64)")
         if rate is not None and fraction("rate", rate) <= 0:
             raise RangeError(f"TSC rate is {rate} guest ticks in a host tick; it must be positive")
-        if not 0 <= whole("aux", aux) <= U32_MASK:
-            raise RangeError(f"TSC_AUX is {aux:#x}; it has 32 bits")
         self.offset = whole("offset", offset) & U64_MASK
         self.adjust = whole("adjust", adjust) & U64_MASK
         self.ratio = 1 << frac_bits if ratio is None else ratio
         self.frac_bits = frac_bits
-        self.aux = aux
+        self.aux = whole("aux", aux, 0, U32_MASK)
         self._exact_rate = None if rate is None else Fraction(rate)
 
     @property
