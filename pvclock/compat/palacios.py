@@ -155,7 +155,7 @@ class PalaciosTime:
             raise RangeError(f"dilation is {dilation}; it must be positive")
         if not self.seed and not slaved and dilation != 1:
             raise ConfigError(
-                f"dilation {dilation} of time that is not slaved to the host's; it is legal for that only"
+                f"dilation {dilation} of time that is not slaved to the host's; only slaved time can be dilated"
             )
         if self.passthrough and (not slaved or dilation != 1):
             raise ConfigError(f"dilation {dilation}, slaved {slaved}: the guest has the host's TSC passed through")
@@ -257,8 +257,8 @@ class PalaciosTime:
             after %= U64_MASK + 1
         elif cycles < 0 and (after < 0 or state.entered is not None):
             raise RangeError(
-                f"offset_time({cycles}) of core {core} at {self.cycles(core)} cycles: what the guest may have seen is "
-                f"not taken back, nor is there any below 0"
+                f"offset_time({cycles}) of core {core} at {self.cycles(core)} cycles: cycles that the guest may have "
+                f"seen are not taken back, and the count does not go below 0"
             )
         state.cycles = after
 
@@ -389,7 +389,7 @@ def _core_rate(core: int, khz: int | None, host_khz: int, profile: Literal["seed
     if khz is None:
         why = f"core {core}: no frequency given; it has the host's {host_khz} kHz"
     elif not 0 < khz <= host_khz:
-        why = f"core {core}: {khz} kHz asked for, which can be 1 to {host_khz}; it has the host's {host_khz} kHz"
+        why = f"core {core}: {khz} kHz requested, it can be 1 to {host_khz}; it has the host's {host_khz} kHz"
     given = host_khz if khz is None or why else khz
     if profile == "seed":
         return CoreRate(given, RATIO_ONE, why)

@@ -134,7 +134,7 @@ class ExecutionTimeBackend:
             else:
                 executed, least, most = run.executed, run.ticks if self.native else 0, run.ticks
             if not least <= cycles <= most:
-                raise RangeError(f"ran({cycles}): host ticks of this run, which can be {least} to {most}")
+                raise RangeError(f"ran({cycles}): this run can have {least} to {most} host ticks")
             self._counter.value = (executed + cycles) & U64_MASK
             self._run = None
 

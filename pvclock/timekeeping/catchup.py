@@ -131,7 +131,7 @@ class CatchUpTable(NamedTuple):
     def settle(self, missed_ns: Fraction) -> CatchUp:
         """Slew all of missed_ns in, or drop it all beyond give_up_ns."""
         if missed_ns > self.give_up_ns:
-            why = f"a lag of {round(missed_ns)} ns is given up: it is beyond {self.give_up_ns} ns"
+            why = f"a lag of {round(missed_ns)} ns is dropped: it exceeds {self.give_up_ns} ns"
             return CatchUp(Fraction(0), Fraction(0), missed_ns, None, why)
         return CatchUp(Fraction(0), missed_ns, Fraction(0), self)
 
@@ -184,12 +184,12 @@ def parse(policy: str) -> Policy:
     """
     text = arguments.text("policy", policy)
     if len(text) > NAME_MAX:
-        raise ConfigError(f"policy {text[:20]!r}... of {len(text)} characters; its name has {NAME_MAX} at most")
+        raise ConfigError(f"policy {text[:20]!r}... of {len(text)} characters; a name has up to {NAME_MAX}")
     name, colon, rest = text.partition(":")
     options = dict(re.findall(r"([a-z_]+|[0-9]+)=([0-9]+)", rest))
     if (colon and not rest) or rest != ",".join(f"{key}={value}" for key, value in options.items()):
         raise ConfigError(
-            f"policy {text!r}: options are written as NAME=NUMBER, with commas between; NUMBER is a whole number"
+            f"policy {text!r}: options are written as NAME=NUMBER, separated by commas; NUMBER is a whole number"
         )
     if name not in _MAKERS:
         raise ConfigError(f"policy {text!r}; choose from {', '.join(_MAKERS)}")
@@ -265,19 +265,19 @@ def _checked_table(policy: CatchUpTable) -> CatchUpTable:
     if not isinstance(given, tuple | list):
         raise WrongType("CatchUpTable.periods", given, "a tuple of periods (lag in ns, percent)")
     if not given:
-        raise ConfigError("CatchUpTable.periods is empty; it has one period (lag in ns, percent) at least")
+        raise ConfigError("CatchUpTable.periods is empty; it needs at least one period (lag in ns, percent)")
     periods = tuple(_checked_period(f"CatchUpTable.periods[{place}]", each) for place, each in enumerate(given))
     for (lower_ns, _), (upper_ns, _) in pairwise(periods):
         if lower_ns >= upper_ns:
             raise ConfigError(
-                f"CatchUpTable.periods: a lag of {upper_ns} ns after one of {lower_ns} ns; they must rise"
+                f"CatchUpTable.periods: a lag of {upper_ns} ns follows one of {lower_ns} ns; lags must rise"
             )
     stop_ns = _ns("CatchUpTable.stop_ns", policy.stop_ns)
     table = CatchUpTable(periods, stop_ns, _ns("CatchUpTable.give_up_ns", policy.give_up_ns, stop_ns))
     if len(str(table)) > NAME_MAX:
         raise ConfigError(
-            f"CatchUpTable.periods: {len(periods)} of them make a name of {len(str(table))} characters; "
-            f"a saved state holds {NAME_MAX}"
+            f"CatchUpTable.periods: {len(periods)} periods make a name of {len(str(table))} characters; "
+            f"a saved state holds up to {NAME_MAX}"
         )
     return table
 

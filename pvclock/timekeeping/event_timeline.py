@@ -36,9 +36,7 @@ class EventTimeline:
                 raise ConfigError(f"event {event.sequence} has no {'host_tsc' if event.host_tsc is None else 'tsc_hz'}")
         for earlier, later in pairwise(found):
             if later.sequence <= earlier.sequence:
-                raise ConfigError(
-                    f"event {later.sequence} after {earlier.sequence}; a log's events have rising numbers"
-                )
+                raise ConfigError(f"event {later.sequence} after {earlier.sequence}; sequence numbers must rise")
         self._events = found[_last_numbering(found) :]
 
     def at(self, host_tsc: HostTsc) -> Fraction:
@@ -57,7 +55,7 @@ class EventTimeline:
                     )
                 return _extrapolated(event, tsc)
             following = event
-        raise RangeError(f"host TSC {tsc} is before the first event of these that names it")
+        raise RangeError(f"host TSC {tsc} is before the first event that covers it")
 
 
 def timeline_of(lines: str | Sequence[str]) -> EventTimeline:

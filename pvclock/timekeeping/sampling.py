@@ -61,8 +61,8 @@ class Sampler:
             raise WrongType("a source's sample", sample, "a Sample(tsc, ns, bound_ns)")
         if not (0 <= sample.bound_ns < inf and abs(sample.ns) < NS_MAX):
             raise RangeError(
-                f"a sample of {shown(sample.ns)} ns, within {shown(sample.bound_ns)}: its bound must be ns from 0 on, "
-                f"not infinite, and its ns within 2^63"
+                f"a sample of {shown(sample.ns)} ns, within {shown(sample.bound_ns)}: its bound must be finite and at "
+                f"least 0 ns, and its ns within 2^63"
             )
         self._bounds.append(sample.bound_ns)
         return sample

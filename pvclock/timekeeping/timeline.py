@@ -243,7 +243,7 @@ class Timeline:
         den_bits = 63 - max(rate.__floor__().bit_length() - 1, 0)
         num = (rate * 2**den_bits).__floor__() if den_bits >= 0 else 0
         if num <= 0:
-            raise RangeError(f"rate {shown(rate)}: no page can show {shown(rate)} ns a tick")
+            raise RangeError(f"no page can show {shown(rate)} ns a tick")
         return num, 1 << den_bits
 
     def check(self, dilation: Fraction) -> None:
@@ -256,7 +256,7 @@ class Timeline:
             rate = dilation * NS_PER_S / self.tsc_hz
             raise RangeError(
                 f"dilation {shown(dilation)} on a TSC of {self.tsc_hz} Hz is {shown(rate)} ns a tick; "
-                f"a page can show {least} to {most}, and what slews make of it"
+                f"a page can show {least} to {most}, with room for slews"
             ) from None
 
     def scale(self, rate: Fraction) -> ClockScale:

@@ -196,7 +196,7 @@ class Timers:
             period_ns = whole("period_ns", period_ns, 1, U64_MASK)
         if isinstance(missed, Replay):
             if period_ns is None:
-                raise RangeError("missed is a Replay, for a one-shot timer: it has no period to replay")
+                raise RangeError("missed is a Replay, but a one-shot timer has no period to replay")
             what = f"spacing_ns, replaying a period of {period_ns} ns,"
             missed = Replay(whole(what, missed.spacing_ns, 1, period_ns - 1))
         timer = self._timers[self._serial] = Timer(self._serial, deadline_ns, callback, period_ns, missed)
@@ -223,7 +223,7 @@ class Timers:
         """
         function("callback", callback)
         if self._cycles_hz is None:
-            raise StateError("add_update", "the frequency of the cycles is not known", "give Timers its cycles_hz")
+            raise StateError("add_update", "the frequency of the cycles is unknown", "pass cycles_hz to Timers")
         self._updates.insert(0 if self._newest_update_first else len(self._updates), callback)
 
     def remove_update(self, callback: UpdateCallback) -> bool:
@@ -279,9 +279,7 @@ class Timers:
                 "advance", f"callbacks of the advance to {self._now} ns are running", "return from them first"
             )
         if cycles is None and self._updates:
-            raise StateError(
-                "advance", f"{len(self._updates)} update callbacks and no cycles", "hand in the cycle count"
-            )
+            raise StateError("advance", f"{len(self._updates)} update callbacks and no cycles", "pass the cycle count")
         now = GuestNs(whole("now", now, 0, U64_MASK))
         cycles = self._cycles if cycles is None else whole("cycles", cycles, 0, U64_MASK)
         if now < self._now:

@@ -133,7 +133,7 @@ def repair_plan(
     if target is None:
         target, spread_ticks = _furthest_ahead([tsc.offset for tsc in tscs])
         if spread_ticks >= CIRCLE // 2:
-            raise RangeError(f"TSC offsets are spread over {spread_ticks:#x} ticks; from 2^63 on none is ahead")
+            raise RangeError(f"TSC offsets spread over {spread_ticks:#x} ticks; from 2^63 on no vCPU is ahead")
     plan = [_write_onto(whole("target", target) & U64_MASK, vcpu, tsc, adjust) for vcpu, tsc in enumerate(tscs)]
     return [write for write in plan if every_vcpu or write.moves_tsc_by]
 

@@ -77,7 +77,7 @@ class KvmTscSync:
         if linux < OLDEST_LINUX:
             raise RangeError(f"Linux {linux[0]}.{linux[1]}; the model begins with 5.16")
         if not 0 < whole("host_khz", host_khz) <= MAX_KHZ:
-            raise RangeError(f"host TSC of {shown(host_khz)} kHz; it must be in [1, 2^31)")
+            raise RangeError(f"host TSC of {shown(host_khz)} kHz; it can be 1 to 2^31 - 1")
         if frac_bits is not None and whole("frac_bits", frac_bits) not in (32, 48):
             raise ConfigError(f"TSC ratio with {frac_bits} fraction bits; hardware has 48 (VMX), 32 (SVM) or none")
         self.linux = linux
@@ -145,7 +145,7 @@ class KvmTscSync:
         """
         it, frac_bits = self._vcpu(vcpu), self.frac_bits
         if not 0 <= whole("khz", khz) < 1 << 32:
-            raise RangeError(f"guest TSC of {shown(khz)} kHz; it has 32 bits, unsigned")
+            raise RangeError(f"guest TSC of {shown(khz)} kHz; it can be 0 to 2^32 - 1")
         if frac_bits and khz >= min(MAX_KHZ, self.host_khz * MAX_RATIO[frac_bits] >> frac_bits):
             return False
         it.khz = khz or self.host_khz

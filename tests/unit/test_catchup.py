@@ -39,7 +39,7 @@ NO_LAG, LAG = (0, 5), (10**9, 50)
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "no percent": (CatchUpTable(((0, 0),), 0, 10**12), RangeError, r"periods\[0\], its percent, is 0; it can be 1 to"),
-    "no periods": (CatchUpTable((), 0, 10**12), ConfigError, "one period .lag in ns, percent. at least"),
+    "no periods": (CatchUpTable((), 0, 10**12), ConfigError, "at least one period .lag in ns, percent."),
     "a huge percent": (CatchUpTable(((0, 10**12),), 0, 10**12), RangeError, "is 1000000000000; it can be 1 to 1000$"),
     "a negative percent": (CatchUpTable(((0, -5),), 0, 10**12), RangeError, "its percent, is -5"),
     "half a percent": (CatchUpTable(((0, 1.5),), 0, 10**12), WrongType, "its percent, is 1.5, a float"),  # type: ignore[arg-type]
@@ -50,9 +50,9 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "equal lags": (
         CatchUpTable((NO_LAG, NO_LAG), 0, 1),
         ConfigError,
-        "a lag of 0 ns after one of 0 ns; they must rise",
+        "a lag of 0 ns follows one of 0 ns; lags must rise",
     ),
-    "lags that fall": (CatchUpTable((LAG, NO_LAG), 0, 1), ConfigError, "a lag of 0 ns after one of 1000000000 ns"),
+    "lags that fall": (CatchUpTable((LAG, NO_LAG), 0, 1), ConfigError, "a lag of 0 ns follows one of 1000000000 ns"),
     "no pair": (CatchUpTable(((0, 1, 2),), 0, 1), WrongType, r"periods\[0\] is a tuple; it can be a pair"),  # type: ignore[arg-type]
     "a number as periods": (CatchUpTable(5, 0, 1), WrongType, "periods is 5, an int; it can be a tuple"),  # type: ignore[arg-type]
     "text as periods": (CatchUpTable("ab", 0, 1), WrongType, "periods is 'ab', a str; it can be a tuple"),  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "more than can be saved": (
         CatchUpTable(tuple((lag, 5) for lag in range(10**18, 10**18 + 20)), 0, 1),
         ConfigError,
-        "20 of them make a name of 468 characters; a saved state holds 256",
+        "20 periods make a name of 468 characters; a saved state holds up to 256",
     ),
     "slew at no rate": (Slew(0), RangeError, "Slew.max_ppm is 0; it can be 1 to 10000000"),
     "slew too fast": (Slew(MOST_PPM + 1), RangeError, "Slew.max_ppm is 10000001"),
@@ -95,7 +95,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "a table without one": ("table:1000=10,stop_ns=1", ConfigError, "it lacks give_up_ns$"),
     "a float": ("advance:max_ns=1e9", ConfigError, "NUMBER is a whole number"),
     "a table of other names": ("table:lag=5,stop_ns=1,give_up_ns=2", ConfigError, "table takes LAG_NS"),
-    "a table with one lag twice": ("table:5=1,05=1,stop_ns=1,give_up_ns=2", ConfigError, "they must rise"),
+    "a table with one lag twice": ("table:5=1,05=1,stop_ns=1,give_up_ns=2", ConfigError, "lags must rise"),
 }
 
 

@@ -150,7 +150,7 @@ def test_what_is_no_log() -> None:
     clock, _, _ = a_clock(HZ)
     clock.skip(1)
     first, *others = clock.events.read().events
-    with pytest.raises(ConfigError, match="event 1 after 3; a log's events have rising numbers"):
+    with pytest.raises(ConfigError, match="event 1 after 3; sequence numbers must rise"):
         EventTimeline([*others, first])
     with pytest.raises(ConfigError, match="event 1 has no tsc_hz"):
         EventTimeline([first._replace(tsc_hz=None)])

@@ -211,7 +211,7 @@ def test_cycles_that_cannot_be() -> None:
     """Negative ones, and more than passed or than a counter can tell, are refused with the range; nothing changes."""
     backend, host = unslaved(native=False)
     for cycles in (-1, 2**63):
-        with pytest.raises(RangeError, match=rf"ran\({cycles}\): .* which can be 0 to {2**63 - 1}"):
+        with pytest.raises(RangeError, match=rf"ran\({cycles}\): this run can have 0 to {2**63 - 1} host ticks"):
             backend.ran(cycles)
     backend.ran(5)
     for native, wrong, least in ((False, (-1, 13), 0), (True, (11, 13), 12)):

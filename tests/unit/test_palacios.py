@@ -107,9 +107,9 @@ def test_frequencies_that_cannot_be() -> None:
     assert [rate.khz for rate in rates] == [HOST_KHZ] * 5 + [1]
     assert [rate.why for rate in rates] == [
         "core 0: no frequency given; it has the host's 2596132 kHz",
-        "core 1: 0 kHz asked for, which can be 1 to 2596132; it has the host's 2596132 kHz",
-        "core 2: -5 kHz asked for, which can be 1 to 2596132; it has the host's 2596132 kHz",
-        "core 3: 2596133 kHz asked for, which can be 1 to 2596132; it has the host's 2596132 kHz",
+        "core 1: 0 kHz requested, it can be 1 to 2596132; it has the host's 2596132 kHz",
+        "core 2: -5 kHz requested, it can be 1 to 2596132; it has the host's 2596132 kHz",
+        "core 3: 2596133 kHz requested, it can be 1 to 2596132; it has the host's 2596132 kHz",
         "",
         "",
     ]

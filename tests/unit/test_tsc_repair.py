@@ -148,7 +148,7 @@ def test_around_the_circle() -> None:
         repair_plan([VcpuTsc(5), VcpuTsc(5 + 2**63)])
     tscs = [VcpuTsc(third * 2**64 // 3) for third in range(3)]
     assert agreement(tscs).spread_ticks == 2 * 2**64 // 3
-    with pytest.raises(RangeError, match=r"spread over 0xa{16} ticks; from 2\^63 on none is ahead"):
+    with pytest.raises(RangeError, match=r"spread over 0xa{16} ticks; from 2\^63 on no vCPU is ahead"):
         repair_plan(tscs)
 
 
