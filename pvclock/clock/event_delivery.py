@@ -1,4 +1,4 @@
-"""How subscribers are told of events: by a thread of the log's own, so that none of them keeps a clock's operation."""
+"""Delivers events to subscribers on a thread of its own, so that no subscriber delays a clock's operation."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ FAILURES_KEPT: Final = 16
 
 
 class NumberedEvents(Protocol):
-    """What is delivered; the methods lock for themselves, and call nobody."""
+    """The source of events.  Its methods take their own lock, and call no callback."""
 
     @property
     def last(self) -> int:
-        """The newest event's number; 0 before the first."""
+        """The newest event's number; 0 if there is none."""
 
     def next_above(self, number: int) -> Event | None:
-        """The oldest event that is still there of those numbered above `number`."""
+        """The oldest stored event with a number above `number`; None if there is none."""
 
 
 class SubscriberFailure(NamedTuple):
-    """A subscriber that raised: the event's `sequence` number, the subscriber's `callback`, and its `error`."""
+    """An error that a subscriber raised: the event's `sequence` number, the `callback` and the `error`."""
 
     sequence: int
     callback: Callable[[Event], object]
@@ -37,7 +37,7 @@ class SubscriberFailure(NamedTuple):
 
 
 class _Subscription:
-    """A callback, and the number of the last event that it was given."""
+    """A callback and the number of the last event delivered to it."""
 
     def __init__(self, callback: Callable[[Event], object]) -> None:
         self.callback = callback
@@ -45,31 +45,31 @@ class _Subscription:
 
 
 class _Flush(NamedTuple):
-    """Somebody who waits until all up to `number` have been told."""
+    """A flush() that waits until all events up to `number` are delivered."""
 
     number: int
     waiter: WakeUp
 
 
 class Delivery:
-    """The subscribers of `events` and, as long as there are any, a thread that tells them.
+    """The subscribers of `events` and, while there are any, the thread that calls them.
 
-    The thread has a weak reference: one that waits ends when the delivery is dropped.  A child of fork() has the
-    subscribers and no thread; it gets one at the next deliver(), and what was being told at the fork is its parent's.
+    The thread has a weak reference to this, so a waiting thread ends when the delivery is dropped.  A child of fork()
+    inherits the subscribers, and starts a thread at its next deliver(); a call under way at the fork is the parent's.
 
-    Thread-safety: all methods may be called from any thread.  The lock is held for a few steps, never in a subscriber;
-    it is not reentrant, so a signal handler may not call them.
+    Thread-safety: all methods may be called from any thread, but not from a signal handler: the lock is not reentrant.
+    It is taken for a few steps, never during a subscriber's call.
     """
 
     def __init__(self, events: NumberedEvents) -> None:
         self._events = events
         self._lock = threading.Lock()
         self._subscriptions: list[_Subscription] = []
-        self._available = 0  # the number up to which events may be told
+        self._available = 0  # the number up to which events may be delivered
         self._flushes: list[_Flush] = []
         self._failures: deque[SubscriberFailure] = deque(maxlen=FAILURES_KEPT)
-        self._wake_up: WakeUp | None = None  # of the thread that delivers; one that has another is to end
-        self._here = threading.local()  # .telling: does this thread run a subscriber?
+        self._wake_up: WakeUp | None = None  # of the delivering thread; a thread with another one ends
+        self._here = threading.local()  # .in_subscriber: this thread runs a subscriber
         renew_in_children(self)
 
     @property
@@ -94,26 +94,26 @@ class Delivery:
                 self._thread_wake_up("subscribe")
                 subscription.seen = self._events.last
                 self._subscriptions.append(subscription)
-            return unsubscribe  # noqa: TRY300  # an interrupt here, too, leaves nothing that nobody can end
+            return unsubscribe  # noqa: TRY300  # an interrupt here, too, must not leave a subscription behind
         except BaseException:
             unsubscribe()
             raise
 
     def deliver(self) -> None:
         """See EventLog."""
-        if not self._subscriptions:  # who subscribes now hears of what comes after
+        if not self._subscriptions:  # a concurrent subscriber gets later events only
             return
         try:
             with self._lock:
                 self._make_available("deliver")
-        except StateError:  # a child that may have no thread yet: an operation does not fail for that
+        except StateError:  # a fork()ed child that cannot start threads: no reason to fail an operation
             return
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """See EventLog."""
         if timeout_s is not None:
             check_timeout(timeout_s)
-        if getattr(self._here, "telling", False):
+        if getattr(self._here, "in_subscriber", False):
             return True
         flush = _Flush(self._events.last, WakeUp())
         try:
@@ -136,7 +136,7 @@ class Delivery:
             wake_up.call()
 
     def _thread_wake_up(self, operation: str) -> WakeUp:
-        """The thread's wake-up call; the thread is begun if there is none."""
+        """The thread's wake-up call; starts the thread if there is none."""
         if self._wake_up is None:
             wake_up = WakeUp()
             delivery = weakref.ref(self, lambda _: wake_up.call())
@@ -145,12 +145,12 @@ class Delivery:
                 begin(thread, operation)
                 self._wake_up = wake_up
             except BaseException:
-                wake_up.call()  # if it began nevertheless, it finds that it is to end
+                wake_up.call()  # if it started nevertheless, it ends itself
                 raise
         return self._wake_up
 
     def _dismiss(self) -> None:
-        """Let the thread end: nobody is left to be told."""
+        """End the thread: no subscriber is left."""
         if self._wake_up is not None:
             self._wake_up.call()
             self._wake_up = None
@@ -160,16 +160,16 @@ class Delivery:
     # On the thread
 
     def tell_all(self, wake_up: WakeUp) -> bool:
-        """Tell what is available, for the thread with that wake-up call; returns if the thread is to go on."""
+        """Deliver all available events on the thread with that wake-up call; returns True if it should continue."""
         while due := self._next_due(wake_up):
-            self._tell(*due)
+            self._call(*due)
         with self._lock:
             return self._wake_up is wake_up
 
     def _next_due(self, wake_up: WakeUp) -> tuple[_Subscription, Event] | None:
         """The oldest event that a subscriber has not seen, marked as seen; None if there is none.
 
-        What has been seen has been told now, for one thread at a time does both.
+        One thread marks and delivers, so at the next call all that was marked has been delivered.
         """
         with self._lock:
             if self._wake_up is not wake_up:
@@ -184,18 +184,18 @@ class Delivery:
                 if event is not None and event.sequence <= self._available:
                     subscription.seen = event.sequence
                     return subscription, event
-                subscription.seen = self._available  # the bound has overtaken it
+                subscription.seen = self._available  # the events in between have been dropped
             return None
 
-    def _tell(self, subscription: _Subscription, event: Event) -> None:
-        self._here.telling = True
+    def _call(self, subscription: _Subscription, event: Event) -> None:
+        self._here.in_subscriber = True
         try:
             subscription.callback(event)
-        except BaseException as error:  # noqa: BLE001  # a subscriber's error is its own; the thread goes on
+        except BaseException as error:  # noqa: BLE001  # a subscriber's error must not end the thread
             with self._lock:
                 self._failures.append(SubscriberFailure(event.sequence, subscription.callback, error))
         finally:
-            self._here.telling = False
+            self._here.in_subscriber = False
 
     # In a child of fork()
 
@@ -207,10 +207,10 @@ class Delivery:
 
 
 def _deliver_for(reference: weakref.ref[Delivery], wake_up: WakeUp) -> None:
-    """The thread: deliver at each wake-up call, while the delivery is there and wants it."""
-    going_on = True
-    while going_on:
+    """The thread's main loop: deliver at each wake-up call until dismissed or the delivery is dropped."""
+    running = True
+    while running:
         wake_up.wait()
         delivery = reference()
-        going_on = delivery is not None and delivery.tell_all(wake_up)
+        running = delivery is not None and delivery.tell_all(wake_up)
         del delivery

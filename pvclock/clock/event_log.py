@@ -1,7 +1,7 @@
-"""Which events of a VM are kept, in bounded memory: the newest of the VMM's, and the newest of the guest's, apart.
+"""A VM's event log in bounded memory: the newest events of the VMM and, apart from those, of the guest.
 
-A guest decides how often it causes events, so it has a budget, and no event of it pushes out one of the VMM's.  The log
-can be read, subscribed to and written out as JSON lines.  No clock is read here: stamps are handed in.
+A guest controls how often it causes events, so it has a rate budget, and its events never displace the VMM's.  The log
+can be read, subscribed to and written as JSON lines.  It reads no clock: events bring their time stamps.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pvclock.timekeeping.events import Event, EventCause, EventKind
 __all__ = ["DEFAULT_CAPACITY", "EventBatch", "EventLog", "SubscriberFailure"]
 
 DEFAULT_CAPACITY: Final = 4096
-"""Events kept of each cause unless told otherwise; some 3 MB each when full."""
+"""Default number of events kept per cause; some 3 MB per cause when full."""
 
 GUEST_BURST: Final = 64
-"""Guest-caused events that may come at once: 64 vCPUs set up their clocks."""
+"""Guest-caused events recorded at once: enough for 64 vCPUs to set up their clocks."""
 
 GUEST_EVENTS_PER_S: Final = 8
 
@@ -36,7 +36,7 @@ _number: Final = attrgetter("sequence")
 
 
 class EventBatch(NamedTuple):
-    """What a read found: `events` in order, how many more the bounds have `lost`, and `last` for the next read."""
+    """A read's `events` in order, how many more were `lost` to the capacity, and `last`, for the next read."""
 
     events: tuple[Event, ...]
     lost: int
@@ -44,19 +44,19 @@ class EventBatch(NamedTuple):
 
 
 class GuestBudget:
-    """How many events a guest may still cause: GUEST_BURST at once, and GUEST_EVENTS_PER_S more each second.
+    """A token bucket for guest-caused events: GUEST_BURST deep, refilled by GUEST_EVENTS_PER_S.
 
-    Seconds pass by the raw clock of the events' stamps; one that has gone back counts from there.
+    Time is CLOCK_MONOTONIC_RAW of the events' stamps; if that goes back, the refill restarts there.
     """
 
     def __init__(self) -> None:
         self.left = GUEST_BURST
         self.suppressed = 0
-        """How many events were beyond it."""
+        """Events beyond the budget so far."""
         self._filled_ns: int | None = None
 
     def fill(self, raw_ns: int | None) -> None:
-        """Add what whole seconds give by raw_ns, if that is known."""
+        """Refill for the whole seconds up to raw_ns; None does nothing."""
         if raw_ns is None:
             return
         if self._filled_ns is None or raw_ns < self._filled_ns:
@@ -66,7 +66,7 @@ class GuestBudget:
         self.left = min(self.left + seconds * GUEST_EVENTS_PER_S, GUEST_BURST)
 
     def take(self) -> bool:
-        """Is there room for one more?"""
+        """Take one token; False, and counted as suppressed, if none is left."""
         if self.left:
             self.left -= 1
             return True
@@ -75,16 +75,16 @@ class GuestBudget:
 
 
 class EventStore:
-    """The newest `capacity` events of each cause, numbered together from 1 on without a gap.
+    """The newest `capacity` events of each cause, in one sequence from 1 without gaps.
 
-    Thread-safety: all methods may be called from any thread; the lock is held for a few steps.
+    Thread-safety: all methods may be called from any thread; each takes the lock for a few steps.
     """
 
     def __init__(self, capacity: int) -> None:
         self._lock = threading.Lock()
         self._kept: dict[EventCause, deque[Event]] = {cause: deque(maxlen=capacity) for cause in EventCause}
         self._budget = GuestBudget()
-        self._suppressed_told = 0
+        self._suppressed_recorded = 0
         renew_in_children(self)
 
     def begin_anew(self) -> None:
@@ -96,33 +96,33 @@ class EventStore:
 
     @property
     def last(self) -> int:
-        """The newest event's number; 0 before the first."""
+        """The newest event's number; 0 if there is none."""
         return max([events[-1].sequence for events in self._kept.values() if events], default=0)
 
     @property
     def suppressed(self) -> int:
-        """How many guest-caused events were beyond the budget."""
+        """Guest-caused events beyond the budget so far."""
         return self._budget.suppressed
 
     def add(self, event: Event) -> Event:
-        """The event with its number, or with 0 if the guest's budget has no room for it."""
+        """Store the event; returns it with its number, or with 0 if it is beyond the guest's budget."""
         with self._lock:
             self._budget.fill(event.raw_ns)
             if self._budget.left:
-                self._tell_suppressed(event)
+                self._record_suppressed(event)
             if event.cause is EventCause.GUEST and not self._budget.take():
                 return event._replace(sequence=0)
             return self._append(event)
 
     def above(self, number: int) -> tuple[tuple[Event, ...], int]:
-        """The events numbered above `number`, in order, and how many such are gone."""
+        """The events numbered above `number`, in order, and how many such have been dropped."""
         with self._lock:
             newer = [islice(events, _place(events, number), None) for events in self._kept.values()]
             found = tuple(merge(*newer, key=_number))
             return found, max(self.last - number, 0) - len(found)
 
     def next_above(self, number: int) -> Event | None:
-        """The oldest event that is still there of those numbered above `number`."""
+        """The oldest stored event with a number above `number`; None if there is none."""
         with self._lock:
             places = [(events, _place(events, number)) for events in self._kept.values()]
             newer = [events[place] for events, place in places if place < len(events)]
@@ -133,37 +133,37 @@ class EventStore:
         self._kept[event.cause].append(numbered)
         return numbered
 
-    def _tell_suppressed(self, event: Event) -> None:
-        """Record how many were left out since that was told last, stamped as the event that comes next."""
-        untold = self._budget.suppressed - self._suppressed_told
-        if not untold:
+    def _record_suppressed(self, event: Event) -> None:
+        """Record how many events were suppressed since the last such record, with the stamps of the next event."""
+        unrecorded = self._budget.suppressed - self._suppressed_recorded
+        if not unrecorded:
             return
-        told = event._replace(
+        record = event._replace(
             kind=EventKind.SUPPRESSED,
-            why=f"{untold} more guest-caused events were not recorded",
+            why=f"{unrecorded} more guest-caused events were not recorded",
             guest_ns_after=event.guest_ns_before,
             rate_after=event.rate_before,
             cause=EventCause.GUEST,
             policy=None,
         )
-        self._append(told)
-        self._suppressed_told += untold
+        self._append(record)
+        self._suppressed_recorded += unrecorded
 
 
 def _place(events: deque[Event], number: int) -> int:
-    """Where the events numbered above `number` begin."""
+    """The index of the first event numbered above `number`."""
     return bisect_right(events, number, key=_number)
 
 
 class EventLog:
     """The newest `capacity` events that the VMM or its host caused, and as many that the guest caused.
 
-    All are numbered together, from 1 on without a gap.  RangeError if capacity is below 1.  Of the guest's, 64 may come
-    at once and 8 more each second; those beyond get no number and are counted in `suppressed`, and an event of kind
-    "suppressed" tells how many they were, as soon as there is room again and another event comes.
+    One sequence from 1 without gaps numbers both.  RangeError if capacity is below 1.  A guest may cause 64 events at
+    once and 8 more each second; those beyond get no number and are counted in `suppressed`.  When the budget allows and
+    another event comes, an event of kind "suppressed" says how many they were.
 
-    Thread-safety: all methods may be called from any thread.  Locks are held for the few steps of each, never while a
-    subscriber runs; they are not reentrant, so a signal handler may not append.
+    Thread-safety: all methods may be called from any thread, but not from a signal handler: the locks are not
+    reentrant.  Each call takes them for a few steps, never while a subscriber runs.
     """
 
     def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
@@ -178,12 +178,12 @@ class EventLog:
 
     @property
     def last(self) -> int:
-        """The newest event's number; 0 before the first."""
+        """The newest event's number; 0 if there is none."""
         return self._store.last
 
     @property
     def suppressed(self) -> int:
-        """How many guest-caused events were not recorded, for they came too fast."""
+        """Guest-caused events not recorded because they came too fast."""
         return self._store.suppressed
 
     @property
@@ -192,38 +192,38 @@ class EventLog:
         return self._delivery.failures
 
     def append(self, event: Event) -> Event:
-        """Record an event and have the subscribers told, as record() and deliver() do."""
+        """Record an event and deliver it: record(), then deliver()."""
         recorded = self.record(event)
         self.deliver()
         return recorded
 
     def record(self, event: Event) -> Event:
-        """Give `event` the next number, whatever it had, and keep it; number 0 if it was suppressed.
+        """Store `event` under the next number, whatever its own; returns it, with number 0 if suppressed.
 
-        Nobody is told before deliver(): for a caller that holds a lock, or vCPUs out of the guest.
+        Subscribers get it at the next deliver(), which a caller may leave until it has released its locks.
         """
         return self._store.add(instance("event", event, Event))
 
     def deliver(self) -> None:
-        """Let the log's thread tell the subscribers what was recorded up to now; returns at once, and raises nothing.
+        """Let the log's thread deliver what has been recorded so far; returns at once, and never raises.
 
-        Each subscriber is told in the order of the numbers.  What it raises, SystemExit and its like included, is kept
-        in `failures` and goes no further: that subscriber stays, and misses nothing that follows.
+        Each subscriber gets the events in order.  An error that it raises, SystemExit included, goes to `failures`; the
+        subscription stays, and later events are delivered.
         """
         self._delivery.deliver()
 
     def flush(self, timeout_s: float | None = None) -> bool:
-        """Return once all that was recorded before has been told to all subscribers; False if timeout_s is over first.
+        """Wait until all events recorded before are delivered to all subscribers; False on timeout.
 
-        In a subscriber, which would wait for itself: True at once.  Not for a thread that holds what a subscriber waits
-        for.  RangeError for timeout_s; StateError where a child of fork() may begin no thread.
+        Returns True at once in a subscriber, which would wait for itself.  Deadlocks if the caller holds a lock that a
+        subscriber waits for.  RangeError for timeout_s; StateError in a child of fork() that cannot start a thread.
         """
         return self._delivery.flush(timeout_s)
 
     def read(self, since: int = 0) -> EventBatch:
-        """The events numbered above `since`, and how many such are gone.  RangeError if `since` is negative.
+        """The events numbered above `since`, and how many such were dropped.  RangeError if `since` is negative.
 
-        Go on with read(batch.last).  A number that is still to come finds nothing and is kept.
+        Continue with read(batch.last).  A future number finds nothing, and is returned as `last`.
         """
         if whole("since", since) < 0:
             raise RangeError(f"read(since={shown(since)}); numbers begin with 1, and 0 reads all")
@@ -231,20 +231,20 @@ class EventLog:
         return EventBatch(events, lost, events[-1].sequence if events else since)
 
     def json_lines(self, since: int = 0) -> str:
-        """The events numbered above `since` as JSON, each line ended; Event.from_json() reads one back.
+        """The events numbered above `since`, as JSON lines; Event.from_json() reads one back.
 
         RangeError if `since` is negative.
         """
         return "".join(event.to_json() + "\n" for event in self.read(since).events)
 
     def subscribe(self, callback: Callable[[Event], object]) -> Callable[[], None]:
-        """Call `callback` with each event from now on; returns what ends that.
+        """Call `callback` with each event from now on; returns a function that ends the subscription.
 
-        After the end no call begins; one that runs in another thread may still be running.  StateError, and nothing
-        done, where the system allows no thread more.
+        After that no call begins, though one on another thread may still run.  StateError, with nothing done, if the
+        system allows no further thread.
 
-        It is called on a thread of the log's own, which the first subscriber begins and the last one ends.  It may take
-        its time, and call any of the clock's methods: only this log's other subscribers wait for it.  One so slow that
-        the bounds overtake it sees a gap in the numbers.
+        Calls come on a thread of the log's own, which exists while there are subscribers.  A callback may block, and
+        call any method of the clock: only this log's other subscribers wait for it.  If it falls behind by more than
+        the capacity, it sees a gap in the numbers.
         """
         return self._delivery.subscribe(function("callback", callback))
