@@ -1,4 +1,4 @@
-"""Threads that work at a round's items one after another, so that one that does not return holds up no other."""
+"""Worker threads for the items of a round: an item whose call does not return does not delay the others."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pvclock.threads import WakeUp, begin, renew_in_children
 __all__ = ["STUCK_S", "Workers"]
 
 STUCK_S: Final = 0.05
-"""A tick takes some 0.1 ms; one that goes on for this long when the next round is due may never end."""
+"""A call still running after this many seconds when the next round is due is stuck.  A tick takes some 0.1 ms."""
 
 Item = TypeVar("Item", bound=Hashable)
 
 
 class Worker:
-    """A thread, and since when it has been at its item."""
+    """A thread, and the time.monotonic() at which it began its item."""
 
     def __init__(self, target: Callable[[Worker], None]) -> None:
         self.wake_up = WakeUp()
@@ -28,28 +28,28 @@ class Worker:
 
     @property
     def is_slow(self) -> bool:
-        """Has it been at its item for longer than that may take?"""
+        """True if it has worked on its item for more than STUCK_S."""
         return time.monotonic() - self.since_s > STUCK_S
 
 
 class Workers(Generic[Item]):
-    """Calls `work`, which raises nothing, with each item of a round.
+    """Calls `work`, which must not raise, with each item of a round.
 
-    One thread does, unless it is stuck in a call when the next round comes: then it is left alone with that item, and
-    another one is begun for the others.  It ends when that call does.  No item is worked at twice at once.
+    One thread serves a round.  If it is stuck in a call when the next round begins, a new thread serves that round, and
+    the stuck one ends when its call returns.  No item is worked on by two threads at once.
 
-    Thread-safety: all methods may be called from any thread, also from `work`.  No lock is held while that runs.
+    Thread-safety: all methods may be called from any thread, also from `work`, which runs without the lock.
     """
 
     def __init__(self, work: Callable[[Item], None]) -> None:
         self.rounds = 0
-        """How many rounds have ended."""
+        """Rounds completed."""
         self._work = work
         self._lock = threading.Lock()
         self._pending: deque[Item] = deque()
         self._at: dict[Item, Worker] = {}
-        self._worker: Worker | None = None  # goes on with the round; any other ends after its item
-        self._begun: set[Worker] = set()  # all whose thread may not have ended
+        self._worker: Worker | None = None  # serves the round; any other ends after its item
+        self._begun: set[Worker] = set()  # whose threads may still run
         renew_in_children(self)
 
     def begin_anew(self) -> None:
@@ -62,24 +62,24 @@ class Workers(Generic[Item]):
 
     @property
     def has_threads(self) -> bool:
-        """Is there a thread that has not ended?"""
+        """True while any thread runs."""
         return any(worker.thread.is_alive() for worker in tuple(self._begun))
 
     @property
     def stuck(self) -> tuple[Item, ...]:
-        """What has been worked at for STUCK_S or longer."""
+        """The items whose call has run for more than STUCK_S."""
         with self._lock:
             return tuple(item for item, worker in self._at.items() if worker.is_slow)
 
     def begin(self) -> None:
-        """Have a thread that waits for a round.  StateError where the system allows no more threads."""
+        """Start a thread that waits for a round.  StateError if the system allows no more threads."""
         with self._lock:
             self._begin_worker()
 
     def hand_out(self, items: Iterable[Item]) -> None:
-        """Begin a round of all items but the stuck ones; none if the last one is late, or there is no thread.
+        """Begin a round of all items that are not stuck; skip it if the last round still runs or after dismiss().
 
-        StateError, and nothing done, where another thread is needed and cannot be had.
+        StateError, with nothing done, if it needs another thread and the system allows none.
         """
         with self._lock:
             worker = self._worker
@@ -93,7 +93,7 @@ class Workers(Generic[Item]):
             worker.wake_up.call()
 
     def dismiss(self) -> set[Worker]:
-        """Begin to work at nothing more; returns the threads that have not ended yet, for wait()."""
+        """Start no further item; returns the threads that still run, for wait()."""
         with self._lock:
             self._worker = None
             self._begun = {worker for worker in self._begun if worker.thread.is_alive()}
@@ -102,9 +102,9 @@ class Workers(Generic[Item]):
             return set(self._begun)
 
     def wait(self, left: set[Worker], until_s: float) -> tuple[Item, ...]:
-        """Wait for these threads, but for the present one, until time.monotonic() is until_s.
+        """Wait for these threads, except the calling one, until time.monotonic() reaches until_s.
 
-        Returns what they are still at.
+        Returns the items that they still work on.
         """
         others = {worker for worker in left if worker.thread is not threading.current_thread()}
         for worker in others:
@@ -115,33 +115,33 @@ class Workers(Generic[Item]):
     # Inside
 
     def _begin_worker(self) -> Worker:
-        """A thread that takes the present one's place."""
-        worker = Worker(self._go_on)
+        """Start a thread that replaces the present worker."""
+        worker = Worker(self._run)
         self._begun = {other for other in self._begun if other.thread.is_alive()} | {worker}
         try:
             begin(worker.thread, "start")
             before, self._worker = self._worker, worker
         except BaseException:
-            worker.wake_up.call()  # if it began nevertheless, it finds that it is to end
+            worker.wake_up.call()  # if it started nevertheless, it ends itself
             raise
         if before is not None:
-            before.wake_up.call()  # where a stop() was interrupted it may wait for a round
+            before.wake_up.call()  # after an interrupted stop() it may wait for a round
         return worker
 
-    def _go_on(self, worker: Worker) -> None:
-        """The thread."""
-        going_on = True
-        while going_on:
+    def _run(self, worker: Worker) -> None:
+        """The thread's main loop."""
+        running = True
+        while running:
             worker.wake_up.wait()
             item = self._next(worker, None)
             while item is not None:
                 self._work(item)
                 item = self._next(worker, item)
             with self._lock:
-                going_on = self._worker is worker
+                running = self._worker is worker
 
     def _next(self, worker: Worker, done: Item | None) -> Item | None:
-        """What comes after `done`; None at the end of the round, or where another one goes on with it."""
+        """The item after `done`; None at the end of the round, or if another worker serves it now."""
         with self._lock:
             if done is not None:
                 del self._at[done]

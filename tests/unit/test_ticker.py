@@ -199,7 +199,7 @@ def test_stop_beside_start() -> None:
     assert entered.wait(LIMIT_S)
     stopping = threading.Thread(target=ticker.stop)
     stopping.start()
-    wait_for(lambda: ticker._keeper is None)
+    wait_for(lambda: ticker._schedule is None)
     ticker.start()
     hold.set()
     stopping.join(LIMIT_S)
