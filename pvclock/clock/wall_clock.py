@@ -1,4 +1,4 @@
-"""The time of day that a guest is told, and the record that it is told by."""
+"""The guest's time of day and its wall-clock record."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ NS_MAX = 1 << 63
 
 
 class WallClockBase(NamedTuple):
-    """Where a guest's time of day comes from: the host's UTC plus offset_ns (local time, an adjustment).
+    """The source of a guest's time of day: the host's UTC plus offset_ns, both within 2^63 ns.
 
-    fixed_ns: not the host's UTC, but this instant (ns since 1970) at guest time 0, and the guest's own time from there.
+    fixed_ns: instead of the host's UTC, this instant (ns since 1970) at guest time 0, advancing with guest time.
     """
 
     offset_ns: int = 0
@@ -30,17 +30,17 @@ class WallClockBase(NamedTuple):
 
 
 class WallClock:
-    """Tells one VM's guest the time of day."""
+    """Computes one guest's time of day, and writes its wall-clock record."""
 
     def __init__(self, keeper: Timekeeper) -> None:
         self.gpa: Gpa | None = None
-        """Where the guest asked for its record last."""
+        """Where the guest last asked for its record; None before that."""
         self._keeper = keeper
         self._base = WallClockBase()
 
     @property
     def base(self) -> WallClockBase:
-        """What the time of day is made of; settable, from the guest's next question on.  Saved with the clock."""
+        """The source of the time of day; settable, effective at the guest's next request.  Saved with the clock."""
         return self._base
 
     @base.setter
@@ -52,23 +52,23 @@ class WallClock:
                 raise RangeError(f"wall clock: {name} is {shown(ns)}; it must be within 2^63 ns")
         self._base = base
 
-    def write(self, gpa: Gpa, sample: Sample, taking: Callable[[], object] = nothing) -> None:
-        """Write the time of day of guest time 0 into the record at `gpa`, once; ignored if not in memory.
+    def write(self, gpa: Gpa, sample: Sample, on_commit: Callable[[], object] = nothing) -> None:
+        """Write the time of day at guest time 0 into the record at `gpa`, once; does nothing if that is not in memory.
 
-        sample: of CLOCK_REALTIME, now.  taking: sets what changes with it; called, once or more, when nothing can fail
-        any more.
+        sample: of CLOCK_REALTIME, now.  on_commit: sets what else changes; called at least once, past the point where
+        anything can fail.
         """
         keeper = self._keeper
         epoch_ns = self.time_of_day_ns(sample) - keeper.timeline.at(sample.tsc).__floor__()
 
         def take(_: object) -> None:
             self.gpa = gpa
-            taking()
+            on_commit()
 
         commit(partial(publish_wall_clock, keeper.memory, gpa, epoch_ns), lambda _: (None, ()), take, keeper.events)
 
     def time_of_day_ns(self, sample: Sample) -> int:
-        """The guest's time of day, in ns since 1970, at the instant of a sample of CLOCK_REALTIME."""
+        """The guest's time of day at the instant of a CLOCK_REALTIME sample, in ns since 1970."""
         if self._base.fixed_ns is None:
             return sample.ns + self._base.offset_ns
         return self._base.fixed_ns + self._base.offset_ns + self._keeper.timeline.at(sample.tsc).__floor__()
