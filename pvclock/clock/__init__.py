@@ -1,1 +1,1 @@
-"""One VM's clock, put together from parts that each own their state; `GuestClock` is their face."""
+"""One VM's clock: parts that each own their state, behind the facade `GuestClock`."""

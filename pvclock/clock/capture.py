@@ -1,6 +1,6 @@
-"""What is saved of a clock, and how a clock is made of that again.
+"""Saves a clock's parts as a ClockState, and restores them from one.
 
-The state of a paused clock is that of the pause; of a restored one that was not resumed, what it was restored from.
+The state of a paused clock is as of the pause; that of a restored clock not yet resumed is what it was restored from.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from pvclock.timekeeping.catchup import CatchUpTable, Policy, Slew
 from pvclock.timekeeping.events import EventKind
 from pvclock.timekeeping.timeline import RateTerms, Timeline
 
-__all__ = ["ClockParts", "capture", "check_dilation", "check_tsc_hz", "follow_again", "take"]
+__all__ = ["ClockParts", "capture", "check_dilation", "check_tsc_hz", "restore", "restore_reference"]
 
 TSC_TOLERANCE_PPM: Final = 250
-"""By how much a guest's TSC may be off the frequency that the guest was told: KVM's tsc_tolerance_ppm."""
+"""How far a host TSC may be off the frequency that the guest was told: KVM's tsc_tolerance_ppm."""
 
 
 class ClockParts(NamedTuple):
-    """What a clock is made of, as far as it is saved."""
+    """The parts of a clock that are saved."""
 
     keeper: Timekeeper
     tscs: VcpuTscs
@@ -57,7 +57,7 @@ class ClockParts(NamedTuple):
 
 
 def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, guest_tsc_hz: int) -> ClockState:
-    """The clock as it is now, or since it was paused; within `with changing`."""
+    """The clock as of now, or of its pause; call inside `with changing`."""
     keeper, follower = parts.keeper, parts.follower
     timeline, paused_at = keeper.timeline, keeper.state.paused_at
     dilation = timeline.terms.dilation
@@ -89,15 +89,15 @@ def capture(parts: ClockParts, provider: ProviderState, offers: OfferState, gues
     )
 
 
-def take(
+def restore(
     parts: ClockParts,
     state: ClockState,
     policy: Policy,
     own_page: Callable[[int], OwnPage | None],
 ) -> None:
-    """Let the parts, which are new, be those of the paused clock that was saved as `state`, which is sound.
+    """Set new parts to the paused clock saved as `state`, which is checked.
 
-    own_page: Provider's.
+    own_page: the provider's.
     """
     keeper, host = parts.keeper, state.host
     now = stamps_anew(keeper.backend)
@@ -112,19 +112,19 @@ def take(
     then = HostStamps(HostTsc(host.tsc), RefNs(host.raw_ns or 0), host.real_ns, boot_id, asleep_ns)
     missed_at = state.timeline.paused_dilation or state.timeline.dilation
     restored = TimeState.of(timeline, PausePoint(then, host.tsc_hz, missed_at, elsewhere=True))
-    told = keeper.event(EventKind.RESTORE, _told(state, same_boot=same_boot), now, before=restored)
-    keeper.be_restored(restored, (told,))
+    event = keeper.event(EventKind.RESTORE, _describe_origin(state, same_boot=same_boot), now, before=restored)
+    keeper.restore_paused(restored, (event,))
     parts.pause_resume.policy = policy
     parts.host.sleep_policy = state.sleep_policy.known("sleep_policy")
     parts.wall_clock.gpa = None if state.wall_clock_gpa is None else Gpa(state.wall_clock_gpa)
     parts.wall_clock.base = WallClockBase(*state.wall_clock)
-    parts.tscs.stand([(vcpu.guest_tsc, vcpu.tsc_adjust, vcpu.tsc_aux) for vcpu in state.vcpus], now.tsc)
+    parts.tscs.restore_stopped([(vcpu.guest_tsc, vcpu.tsc_adjust, vcpu.tsc_aux) for vcpu in state.vcpus], now.tsc)
     for number, vcpu in enumerate(state.vcpus):
         keeper.pages.register(number, vcpu.time_page_gpa, own_page(number))
 
 
-def follow_again(parts: ClockParts, state: ClockState) -> None:
-    """Follow what the saved clock followed, or tell that it is not known here."""
+def restore_reference(parts: ClockParts, state: ClockState) -> None:
+    """Follow the saved clock's reference, or record that this host does not have it."""
     if state.reference is None:
         return
     if state.reference.name in list(Reference) and parts.keeper.backend.counter_follows_host:
@@ -136,9 +136,9 @@ def follow_again(parts: ClockParts, state: ClockState) -> None:
 
 
 def check_tsc_hz(state: ClockState, tsc_hz: int, *, any_tsc_hz: bool) -> str:
-    """For a guest that lives by its TSC: what is to be told of another frequency than it was told, within 250 ppm.
+    """Compare the host's TSC frequency with the one that a guest which lives by its TSC was told.
 
-    StateFileError beyond that, unless any_tsc_hz.
+    Returns the text of an event if they differ, else "".  StateFileError beyond 250 ppm, unless any_tsc_hz.
     """
     told_hz = state.guest_tsc_hz or state.host.tsc_hz
     if told_hz == tsc_hz:
@@ -163,14 +163,14 @@ def check_dilation(state: ClockState, tsc_hz: int) -> None:
         raise StateFileError("timeline.dilation", str(dilation), supported) from None
 
 
-def _told(state: ClockState, *, same_boot: bool) -> str:
+def _describe_origin(state: ClockState, *, same_boot: bool) -> str:
     unknown = []
     if state.host.asleep_ns is None and same_boot:
         unknown.append("whether the host slept since")
     if state.version == 1:
         unknown.append("what the clock followed")
-    told = f"; a state of version {state.version} does not say {' nor '.join(unknown)}" if unknown else ""
-    return f"saved on boot {state.host.boot_id}{told}"
+    gaps = f"; a state of version {state.version} does not say {' nor '.join(unknown)}" if unknown else ""
+    return f"saved on boot {state.host.boot_id}{gaps}"
 
 
 def _host_state(at: PausePoint) -> HostState:

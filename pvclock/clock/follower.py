@@ -1,4 +1,4 @@
-"""Guest time that follows a clock of its host: by its rate alone, tick by tick, and never by a step."""
+"""Follows a reference clock of the host: each tick corrects the rate of guest time, and never steps it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ OFF: Final = "off"
 """No reference: the TSC at its nominal rate, bit-equal to Linux."""
 
 INJECTED: Final = "injected"
-"""A source of samples of the caller's."""
-
+"""The reference is a caller's own source of samples."""
 
 HOLDOVER_MISSES: Final = 3
-"""So many ticks in a row without a sample are holdover."""
+"""Ticks in a row without a sample after which the clock is in holdover."""
 
 
 class Following(NamedTuple):
-    """What is followed, and how; replaced as a whole.
+    """The reference followed and the discipline's state; replaced as a whole.
 
-    turns: who may sample: samples come in order, and may take a while.  breaks: how often the host's TSC stepped, or it
-    slept.  missed: how many ticks in a row had no sample.
+    turns: admits one sampler at a time, since samples must come in order and may block.  breaks: counts TSC steps and
+    host sleeps.  missed: ticks in a row without a sample.
     """
 
     sampler: Sampler
@@ -46,18 +45,18 @@ class Following(NamedTuple):
 
 
 class Follower:
-    """Follows a reference of the host for one clock, as often as tick() is called."""
+    """Disciplines one clock's rate to a reference, once per tick()."""
 
     def __init__(self, keeper: Timekeeper) -> None:
         self.reference = OFF
-        """What is followed: "off", a Reference or "injected"."""
+        """The reference: "off", a Reference or "injected"."""
         self.steering: Steering | None = None
-        """What the last tick found and did; None before the first, and while nothing is followed."""
+        """The last tick's result; None before the first, and without a reference."""
         self.max_ppm: float = MAX_PPM
         self.panic_ns: int | None = None
         self._keeper = keeper
         self._following: Following | None = None
-        self._asleep_ns = 0  # what the reference has that the host's TSC has not, since it is followed
+        self._asleep_ns = 0  # sleep that the reference counted and the TSC did not, since follow()
 
     def follow(
         self, reference: Reference | str | SampleSource, *, max_ppm: float = MAX_PPM, panic_ns: int | None = None
@@ -79,13 +78,14 @@ class Follower:
     def tick(self, examine: Callable[[], object | None], refresh: Callable[[], object]) -> Steering | None:
         """See GuestClock.tick().
 
-        examine: looks at the host first; None if this CPU's TSC is no good.  refresh: republishes where the rate stays.
+        examine: checks the host first; returns None if this CPU's TSC is behind.  refresh: republishes if the rate
+        stays.
         """
         following = self._following
         if following is None:
             return self._take_tick(examine, refresh, None, None)
         with following.turns.take() as is_mine:
-            if not is_mine:  # another tick is at its sample, maybe for long, and will bring it
+            if not is_mine:  # another thread is taking the sample, which may block
                 return self._take_tick(examine, refresh, None, None)
             try:
                 sample = following.sampler.sample()
@@ -95,11 +95,11 @@ class Follower:
             return self._take_tick(examine, refresh, following, sample)
 
     def holdover(self, terms: RateTerms) -> RateTerms:
-        """`terms` at the rate that is known: a pause does not count at one that works an error off."""
+        """`terms` at the known rate: a pause must not be reckoned at a rate that corrects an error."""
         return terms._replace(frequency_adjustment=self._following.discipline.holdover) if self._following else terms
 
-    def renumbered(self, before: HostTsc, after: HostTsc) -> Following | None:
-        """What is followed once the host's TSC has stepped: what would have been `before` is `after`."""
+    def plan_renumbering(self, before: HostTsc, after: HostTsc) -> Following | None:
+        """The state to take() once a host TSC step has turned `before` into `after`; None if nothing is followed."""
         if self._following is None:
             return None
         discipline = self._following.discipline.copy()
@@ -107,14 +107,14 @@ class Follower:
         return self._following._replace(discipline=discipline, breaks=self._following.breaks + 1)
 
     def take(self, following: Following | None) -> None:
-        """Follow in that state from now on."""
+        """Set the state."""
         self._following = following
 
     def leave_out_sleep(self, ns: int, *, tsc_counted_on: bool) -> Callable[[], None]:
-        """What leaves a sleep of the host out of what is followed: a policy settles it, it is no error of guest time.
+        """Return an idempotent callable that removes a host sleep of `ns` from the reference.
 
-        UTC counts a sleep and the other clocks do not; a source of the caller's is left to the caller.  What is
-        returned may be called twice.
+        The sleep policy handles a sleep; it is no error of guest time.  UTC counts it and the other clocks do not; a
+        caller's own source is the caller's business.
         """
         if self._following is None:
             return nothing
@@ -136,7 +136,7 @@ class Follower:
         sampled: Following | None,
         sample: Sample | Exception | None,
     ) -> Steering | None:
-        """Publish, corrected by what the sample says; without one, but for what failed, at the rate that is known."""
+        """Publish at the rate that `sample` calls for; at the known rate if it is None or an error."""
         keeper = self._keeper
         with keeper.changing:
             breaks = self._following.breaks if self._following else 0
@@ -146,7 +146,7 @@ class Follower:
             if following is not None and sampled is not None and following.sampler is sampled.sampler:
                 if isinstance(sample, Sample) and following.breaks == breaks:
                     published = self._steer(following, sample._replace(ns=sample.ns - self._asleep_ns))
-                else:  # after a break nobody knows on which side of it the sample is
+                else:  # the sample may be from either side of a break
                     published = self._coast(following, sample if isinstance(sample, Exception) else None)
             if keeper.timeline.is_slewing or not published:
                 refresh()
@@ -156,64 +156,64 @@ class Follower:
         """Apply the frequency adjustment that a sample calls for; returns True if pages were published."""
         discipline = following.discipline.copy()
         found = discipline.steer(sample, self._keeper.timeline.host_at(sample.tsc))
-        why = _described(self.reference, found)
+        why = _describe(self.reference, found)
 
         def take() -> None:
             self._following, self.steering = following._replace(discipline=discipline, missed=0), found
 
-        return self._correct(found.frequency_adjustment, why, self._panic(found, why), take)
+        return self._correct(found.frequency_adjustment, why, self._panic_events(found, why), take)
 
     def _coast(self, following: Following, failure: Exception | None) -> bool:
-        """Keep the rate for want of a sample, and say so if that goes on; returns if pages were published."""
+        """Keep the known rate for want of a sample; returns True if pages were published."""
         missed = following.missed + 1
         found = self.steering
         if missed >= HOLDOVER_MISSES:
             tsc = self._keeper.host_tsc()
             found = following.discipline.coast(tsc, self._keeper.timeline.host_at(tsc))
-        why = f"no sample of {self.reference}" + _failed(failure)
+        why = f"no sample of {self.reference}" + _describe_failure(failure)
 
         def take() -> None:
             self._following, self.steering = following._replace(missed=missed), found
 
-        return self._correct(following.discipline.holdover, why, self._missing(missed, failure, why), take)
+        return self._correct(following.discipline.holdover, why, self._holdover_events(missed, failure, why), take)
 
-    def _missing(self, missed: int, failure: Exception | None, why: str) -> tuple[Event, ...]:
-        """Holdover is an event, once.  A value that is no sample is one at once: its source may never see the error."""
+    def _holdover_events(self, missed: int, failure: Exception | None, why: str) -> tuple[Event, ...]:
+        """The event that holdover began.  An invalid sample is an event at once: its source may never see the error."""
         if missed == HOLDOVER_MISSES:
             why = f"{why}, {missed} ticks in a row: the clock keeps its rate"
         elif missed > 1 or not isinstance(failure, WrongType | RangeError):
             return ()
         return (self._keeper.event(EventKind.REFUSED, why, self._keeper.backend.stamps()),)
 
-    def _panic(self, found: Steering, why: str) -> tuple[Event, ...]:
-        """A reference beyond the panic threshold is an event, once."""
+    def _panic_events(self, found: Steering, why: str) -> tuple[Event, ...]:
+        """The event that the reference went beyond the panic threshold; recorded once."""
         if found.state is not SteeringState.PANIC or (self.steering and self.steering.state is SteeringState.PANIC):
             return ()
-        told = f"{why}: beyond the panic threshold of {self.panic_ns} ns"
-        return (self._keeper.event(EventKind.REFUSED, told, self._keeper.backend.stamps()),)
+        why = f"{why}: beyond the panic threshold of {self.panic_ns} ns"
+        return (self._keeper.event(EventKind.REFUSED, why, self._keeper.backend.stamps()),)
 
     def _correct(
-        self, frequency_adjustment: Fraction, why: str, events: tuple[Event, ...], taking: Callable[[], object]
+        self, frequency_adjustment: Fraction, why: str, events: tuple[Event, ...], on_commit: Callable[[], object]
     ) -> bool:
-        """Apply that frequency adjustment; returns True if it is a new one, so that pages were published."""
+        """Apply the frequency adjustment; returns True if it changed, so that pages were published."""
         keeper = self._keeper
         terms = keeper.timeline.terms._replace(frequency_adjustment=frequency_adjustment)
         if terms == keeper.timeline.terms:
-            keeper.record(events, taking)
+            keeper.record(events, on_commit)
             return False
-        keeper.change_rate(terms, keeper.backend.stamps(), EventKind.RATE, why, events=events, taking=taking)
+        keeper.change_rate(terms, keeper.backend.stamps(), EventKind.RATE, why, events=events, on_commit=on_commit)
         return True
 
 
 def source_of(reference: Reference | str | SampleSource, backend: Backend) -> tuple[str, SampleSource | None]:
-    """The reference's name and its samples, none for OFF; ConfigError for what cannot be followed."""
+    """The reference's name and its source of samples, None for OFF; ConfigError if it cannot be followed."""
     if reference == OFF:
         return OFF, None
     if not isinstance(reference, str) and not callable(reference):
         raise WrongType("reference", reference, f"{OFF}, {', '.join(Reference)}, or a source of samples")
     if not backend.counter_follows_host:
         raise ConfigError(
-            f"reference {_named(reference)}: time that passes only while the guest executes follows no clock"
+            f"reference {_name_of(reference)}: time that passes only while the guest executes follows no clock"
         )
     if callable(reference) and not isinstance(reference, str):
         return INJECTED, reference
@@ -224,17 +224,17 @@ def source_of(reference: Reference | str | SampleSource, backend: Backend) -> tu
     return reference, partial(backend.sample, Reference(reference))
 
 
-def _named(reference: str | SampleSource) -> str:
+def _name_of(reference: str | SampleSource) -> str:
     return reference if isinstance(reference, str) else INJECTED
 
 
-def _failed(failure: Exception | None) -> str:
-    """What failed, for an event: errors of ours in words, others by their type, for their words may be any."""
+def _describe_failure(failure: Exception | None) -> str:
+    """The failure, for an event: the message of an error of ours, else the type: foreign messages are unbounded."""
     if failure is None:
         return ""
     return f": {failure}" if isinstance(failure, PvclockError) else f": {type(failure).__name__}"
 
 
-def _described(reference: str, found: Steering) -> str:
+def _describe(reference: str, found: Steering) -> str:
     rate = f"{found.rate.value * 1e9:+.3f} ppb, within {found.rate.bound * 1e9:.3g}"
     return f"{reference}: {rate}; guests are {found.error_ns:.0f} ns behind; {found.state}"

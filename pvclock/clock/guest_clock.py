@@ -1,7 +1,7 @@
-"""One VM's clock: its timeline and pages, its vCPUs' TSCs and the provider that its guest talks to, wired together.
+"""One VM's clock, the class that a VMM embeds: timeline, pages, the vCPUs' TSCs and the guest's clock interface.
 
-This is what a VMM embeds.  It hands in guest memory and a backend, routes the guest's MSR accesses and CPUID leaves
-here, and calls tick() every second or so.  Each part owns its state and is in `pvclock.clock`; this is their face.
+The VMM passes guest memory and a backend, routes the guest's MSR accesses and CPUID leaves here, and calls tick() every
+second.  The parts in `pvclock.clock` own the state; `GuestClock` is their facade.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pvclock.clock.event_log import EventLog
 from pvclock.clock.follower import OFF, Follower, source_of
 from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
-from pvclock.clock.live_clock import Succession
+from pvclock.clock.live_clock import Takeover
 from pvclock.clock.operations import Operations
 from pvclock.clock.pause_resume import PauseResume
 from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
@@ -57,25 +57,24 @@ __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
 
 
 class GuestClock:
-    """The clock of one VM; guest time 0 is now.
+    """The clock of one VM; guest time 0 is the instant of construction.
 
-    memory, vcpus: the VM's; at most 4096.  provider: "KVM", "Minimal" or "None", or a configuration of GuestInterface
-    with more keys; further ones as keywords (`profile`, `features`, ...).  engine: who runs the guest, "library" for a
-    VMM that serves all that it traps, "kvm" for /dev/kvm.  vmm: what that VMM does for hypercalls.
-    reference: see follow().  tsc_offset: ticks added to the host's TSC on every vCPU; None leaves the offsets that they
-    have.  offer_tsc_adjust,
-    offer_invariant_tsc: what patch_cpuid() shows; a guest with an invariant TSC prefers its TSC to this clock.
-    tsc_hz: the TSC frequency that the guest is told, if it is told any; the host's by default.
-    ConfigError where the backend knows its vCPUs, or who runs them, and the clock is given others.
+    memory: the VM's.  vcpus: their number, 1 to 4096.  provider: "KVM", "Minimal" or "None", or a GuestInterface
+    configuration; further keys of that may be keywords (`profile`, `features`, ...).  engine: the vCPU host, "library"
+    for a VMM that emulates CPUs, "kvm" for /dev/kvm.  vmm: the VMM's services for hypercalls.
+    reference: see follow().  tsc_offset: ticks added to the host's TSC on every vCPU; None keeps the offsets that the
+    vCPUs have.  offer_tsc_adjust, offer_invariant_tsc: features that patch_cpuid() shows; a guest with an invariant TSC
+    prefers its TSC to this clock.  tsc_hz: the TSC frequency told to the guest; by default the host's.
+    ConfigError if the backend knows its number of vCPUs or its vCPU host, and they differ from the arguments.
 
-    A memory has one live clock: a new one takes over, and operations of the one before are StateErrors from then on.
+    A memory has one live clock.  A new one takes over, and operations on the previous one are StateErrors from then on.
 
-    Thread-safety: all methods may be called from any thread, vCPU threads included; a vCPU's own `write_msr` must come
-    while that vCPU is out of the guest, as it is after the exit.  Callbacks (the memory's on_dirty, subscribers) are
-    called when an operation is whole and recorded; what on_dirty raises comes out of it then.
+    Thread-safety: all methods may be called from any thread, vCPU threads included.  Call a vCPU's own `write_msr`
+    while that vCPU is out of the guest, as it is after its exit.  An operation calls back (the memory's on_dirty,
+    subscribers) after it has taken effect and is recorded; it raises what on_dirty raises.
     """
 
-    def __init__(  # noqa: PLR0913  # a VM has so many facts; all but three are by keyword, and have defaults
+    def __init__(  # noqa: PLR0913  # all but three are keywords with defaults
         self,
         memory: GuestMemory,
         vcpus: int = 1,
@@ -97,7 +96,7 @@ class GuestClock:
         self.engine = _engine_named(engine)
         self.vmm = None if vmm is None else _checked_vmm(vmm)
         self.tsc_hz = backend.tsc_hz if tsc_hz is None else whole("tsc_hz", tsc_hz, 1, U64_MASK)
-        """The TSC frequency that the guest was told: that of the host on which it began."""
+        """The TSC frequency that the guest was told, in Hz: that of the host on which it started."""
 
         _check_agreement(backend, self.vcpus, self.engine)
         config = combined(provider, provider_options)
@@ -117,7 +116,7 @@ class GuestClock:
         self._wall_clock = self._parts.wall_clock
         self._follower.follow(reference)
 
-        # The compiled method itself, in place of the Python one around it, which would cost as much again.
+        # Bind the compiled method over the Python one, which would double the cost of a call.
         self.read = self._keeper.pages.read  # type: ignore[method-assign]  # it is the same call
         self._guest = GuestSide(self._parts, chosen, engine=self.engine, vmm=vmm, tsc_hz=self.tsc_hz, offers=offers)
         if tsc_offset is not None:
@@ -127,38 +126,38 @@ class GuestClock:
     # What time it is
 
     def now(self) -> GuestNs:
-        """Guest time at this instant by the timeline itself, page or no page."""
+        """Guest time now, in ns, from the timeline rather than a page."""
         return self._keeper.now()
 
     def at(self, host_tsc: HostTsc) -> Fraction:
-        """Guest time in ns at `host_tsc`, exactly: by the present segment, or the one of that time.
+        """Guest time in ns at `host_tsc`, exact, from the segment in effect then.
 
-        RangeError before the oldest of the last 256 segments, and for what no TSC can be: 0 to 2^64 - 1.
+        RangeError before the oldest of the last 256 segments, and outside 0 to 2^64 - 1.
         """
         return self._keeper.at(HostTsc(whole("host_tsc", host_tsc, 0, U64_MASK)))
 
     def read(self, vcpu: int) -> GuestNs:
-        """What vCPU's guest would compute at this instant, or at that of the pause, in ns; it takes no lock.
+        """The ns that vCPU's guest would compute now, or computed at the pause.  Takes no lock.
 
-        StateError before the guest registered a page; RangeError for a vCPU that is not there.
+        StateError before the guest has registered a page; RangeError for a vCPU that does not exist.
         """
         return self._keeper.pages.read(vcpu)
 
     def reading(self, vcpu: int) -> Reading:
-        """As `read`, with the guest TSC, the page's version and its flags."""
+        """As read(), with the guest TSC and the page's version and flags."""
         return self._keeper.pages.reading(vcpu)
 
     def shown_at(self, host_tsc: HostTsc) -> GuestNs:
-        """What a guest computes at `host_tsc` from the pages as published last, in ns."""
+        """The ns that a guest computes at `host_tsc` from the pages last published."""
         return self._keeper.shown_at(host_tsc)
 
     def page(self, vcpu: int) -> TimeInfo | None:
-        """vCPU's page as it lies in guest memory; None if it has none there."""
+        """vCPU's page as read from guest memory; None if there is none."""
         return self._keeper.page(vcpu)
 
     @property
     def events(self) -> EventLog:
-        """What happened to this VM's time."""
+        """The log of what happened to this VM's time."""
         return self._keeper.events
 
     @property
@@ -173,33 +172,32 @@ class GuestClock:
 
     @property
     def dilation(self) -> Fraction:
-        """Guest seconds in a host second, without any slew."""
+        """Guest seconds per host second as set by dilate(), without slew or discipline."""
         return self._keeper.timeline.terms.dilation
 
     @property
     def rate(self) -> Fraction:
-        """The same with what a slew and a discipline add or take now; in effect unless paused."""
+        """Guest seconds per host second, with slew and discipline; takes effect while not paused."""
         return self._keeper.timeline.rate
 
     @property
     def is_paused(self) -> bool:
-        """Does guest time stand still?"""
+        """True while guest time is stopped."""
         return self._keeper.is_paused
 
     @property
     def skew_ns(self) -> Fraction:
-        """What a slew still has to add to guest time, in ns; negative for a clock that is ahead."""
+        """The part of a slew still to be applied, in ns; negative if guest time is to lose it."""
         return self._keeper.timeline.skew_at(self._keeper.host_tsc())
 
     # What a VMM does to time
 
     def tick(self) -> Steering | None:
-        """Look at the host and the reference, correct the rate if need be, and republish; call it every second.
+        """Check the host, sample the reference, correct the rate, refresh() the pages and report stolen time.
 
-        Call it every second or so, at least every MAX_AGE_S of guest time, as refresh(), which it includes.  Guests are
-        told what was stolen from their vCPUs since the last tick.  Returns what was found, None without a reference.
-        What an injected source raises comes out; the clock has kept its rate then, and is republished.  While another
-        thread's tick takes its sample, this one publishes without one.
+        Call it every second, and at least every MAX_AGE_S seconds of guest time.  Returns the discipline's result, None
+        without a reference.  An error of an injected source is raised after the pages have been republished at the
+        known rate.  While another thread's tick samples, this one publishes without a sample.
         """
         try:
             return self._follower.tick(self._host.examine, self.refresh)
@@ -208,23 +206,23 @@ class GuestClock:
                 self._guest.at_tick()
 
     def refresh(self, vcpu: int | None = None) -> None:
-        """Re-anchor and publish all pages; the clock goes on by 0 or +1 ns at the break, and a slew by its plan.
+        """Re-anchor and publish all pages, and continue a slew.  Guest time moves by 0 or +1 ns at the break point.
 
-        vcpu: a vCPU that is out of the guest, the caller's own, whose flags can be written too.  Nothing while paused,
-        or from a CPU whose TSC is behind the others'.  By profile "virtualbox" pages stay as they are.
+        vcpu: the caller's own, which is out of the guest, so that its flags can be written too.  Does nothing while
+        paused, or on a CPU whose TSC is behind the others'.  Profile "virtualbox" leaves pages as they are.
         """
         self._guest.refresh(vcpu)
 
     def follow(
         self, reference: Reference | str | SampleSource, *, max_ppm: float = MAX_PPM, panic_ns: int | None = None
     ) -> None:
-        """From now on let guest time keep step with a reference, as far as tick() is called; "off" ends that.
+        """Discipline guest time to a reference at each tick(); "off" ends that.
 
-        A guest second is then a second of the reference, times the dilation.  Guest time is taken as right at the first
-        tick, and is never stepped: a reference that is set is slewed after, its own rate included within max_ppm of
-        nominal.  panic_ns: unless it is further off than this; then the rate is kept, and it is an event.  A callable
-        gives samples of the caller's, whose TSCs rise.  ConfigError for any other reference, or where time passes only
-        while the guest executes; RangeError for max_ppm and panic_ns.
+        A guest second becomes a second of the reference times the dilation.  The first tick takes guest time as right;
+        it is never stepped.  If the reference is set, guest time slews after it, within max_ppm of the nominal rate in
+        total.  panic_ns: beyond this error the clock keeps its rate instead, and records an event.  A callable is the
+        caller's own source; its samples' TSCs must rise.  ConfigError for any other reference, and on an execution-time
+        backend; RangeError for max_ppm and panic_ns.
         """
         with self._keeper.changing:
             self._host.require("follow")
@@ -232,17 +230,17 @@ class GuestClock:
 
     @property
     def reference(self) -> str:
-        """What is followed: "off", a Reference or "injected"."""
+        """The reference followed: "off", a Reference or "injected"."""
         return self._follower.reference
 
     @property
     def steering(self) -> Steering | None:
-        """What the last tick found and did; None before the first, and while nothing is followed."""
+        """The last tick's result; None before the first, and without a reference."""
         return self._follower.steering
 
     @property
     def policy(self) -> Policy:
-        """What becomes of missed time where resume() is not told; settable, by name too.  Saved with the clock."""
+        """The default catch-up policy of resume(); settable, also by name.  Saved with the clock."""
         return self._pause_resume.policy
 
     @policy.setter
@@ -251,9 +249,9 @@ class GuestClock:
 
     @property
     def sleep_policy(self) -> Policy:
-        """What becomes of a host's sleep that the VM runs through; freeze at first; settable, by name too.
+        """The catch-up policy for a host sleep while the VM runs; initially freeze; settable, also by name.
 
-        Where the TSC counts on in a sleep guests have that time, whatever this says.
+        If the TSC counts through the sleep, guests get that time whatever the policy.
         """
         return self._host.sleep_policy
 
@@ -263,7 +261,7 @@ class GuestClock:
 
     @property
     def wall_clock(self) -> WallClockBase:
-        """What the guest's time of day is made of; settable, from the guest's next question on."""
+        """The source of the guest's time of day; settable, effective at the guest's next request."""
         return self._wall_clock.base
 
     @wall_clock.setter
@@ -271,61 +269,61 @@ class GuestClock:
         self._wall_clock.base = base
 
     def dilate(self, numerator: int, denominator: int = 1) -> None:
-        """Let guest time run at numerator/denominator of host time from now on, without a step.
+        """Run guest time at numerator/denominator of host time from now on, without a step.
 
-        RangeError if no page can show that rate, or what a slew may make of it, or for terms beyond 64 bits.
+        RangeError if a page cannot show that rate, with a slew on top, or if a term exceeds 64 bits.
         """
         self._operations.dilate(numerator, denominator)
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
-        """Give guest time `target_ns` more than it would have (less, if negative), by running max_ppm off its rate.
+        """Move guest time by `target_ns`, which may be negative, by running max_ppm off its rate.
 
-        Adds to what is still being slewed; call refresh() at least every 2 s of host time until it is done.
-        RangeError if all of it is 2^64 ns or more.
+        Adds to a pending slew.  Call refresh() at least every 2 s of host time until it is done.  RangeError if the
+        total reaches 2^64 ns.
         """
         self._operations.slew(target_ns, max_ppm)
 
     def skip(self, ns: int) -> None:
-        """Put guest time forward by `ns` at once."""
+        """Step guest time forward by `ns`; RangeError if negative or beyond 2^64 ns of guest time."""
         self._operations.skip(ns)
 
     def offset(self, ns: int) -> None:
-        """Add `ns` to guest time at once; a negative one only while nobody saw it: before any page, not once restored.
+        """Step guest time by `ns`; by a negative one only before any page is published, and not in a restored clock.
 
-        RangeError if it would take back what a guest may have read, or make guest time negative.
+        RangeError if it would go back below what a guest may have read, or below 0.
         """
         self._operations.offset(ns)
 
     def pause(self) -> None:
-        """Stop guest time at this instant.  For a VM whose vCPUs have left the guest and stay out until resume().
+        """Stop guest time now.  The vCPUs must be out of the guest, and stay out until resume().
 
-        StateError if it is paused, or if the backend's vCPUs run.
+        StateError if already paused, or if the backend's vCPUs run.
         """
         self._pause_resume.pause()
 
     def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> CatchUp:
-        """Let guest time go on; `policy` says what becomes of the time missed, the clock's own if it is not given.
+        """Start guest time again; `policy`, by default the clock's own, handles the time missed.
 
-        Pages are published before this returns, so let vCPUs in afterwards.  guest_stopped: tell guests that they were
-        stopped, which keeps their watchdogs quiet, but not by profile "virtualbox".  StateError if it is not paused.
+        Pages are published before this returns, so let vCPUs in afterwards.  guest_stopped: set GUEST_STOPPED, which
+        keeps guests' watchdogs quiet; profile "virtualbox" never does.  StateError if not paused.
         """
-        told = flag("guest_stopped", guest_stopped) and self._guest.tells_of_pauses
-        return self._pause_resume.resume(policy, guest_stopped=told)
+        guest_stopped = flag("guest_stopped", guest_stopped) and self._guest.tells_of_pauses
+        return self._pause_resume.resume(policy, guest_stopped=guest_stopped)
 
     def run_for(self, ns: int, policy: Policy | str | None = None) -> RunReport:
-        """Let a paused VM run for `ns` of guest time, and pause it: at that time or later.
+        """Let a paused VM run for at least `ns` of guest time, then pause it.
 
-        policy: as for resume(), of the time missed before; what it gains at once is not part of `ns`.  The overshoot
-        stays in guest time and is reported; on a simulated backend it is below a tick.  RangeError beyond 2^62 ticks of
-        the host; meanwhile pause(), resume() and another run_for() are StateErrors.
+        policy: as for resume(), for the time missed before; its step is not part of `ns`.  The overshoot stays in guest
+        time and is reported; on a simulated backend it is below a tick.  RangeError beyond 2^62 ticks of the host.
+        While it runs, pause(), resume() and another run_for() are StateErrors.
         """
         return self._pause_resume.run_for(ns, policy)
 
     def reset(self) -> None:
-        """The VM is reset: MSRs are as at its start, IA32_TSC_ADJUST and TSC_AUX too, and no page is kept.
+        """Reset the clock's MSRs, IA32_TSC_ADJUST and TSC_AUX included, to their initial values; pages are dropped.
 
-        Guest time and TSCs go on; host_write_msr() sets a TSC.  For vCPUs that are out of the guest, paused or not:
-        StateError if the backend's run.
+        Guest time and TSCs keep running; host_write_msr() sets a TSC.  The vCPUs must be out of the guest, paused or
+        not: StateError if the backend's run.
         """
         with self._keeper.changing:
             self._keeper.with_vcpus_out(None, self._guest.reset)
@@ -333,33 +331,33 @@ class GuestClock:
     # The vCPUs' TSCs
 
     def tsc(self, vcpu: int) -> VcpuTsc:
-        """A copy of vCPU's TSC state; of a restored clock, until it is resumed, what reads as it was saved now."""
+        """A copy of vCPU's TSC state.  In a restored clock not yet resumed it reads, at this instant, as saved."""
         return self._tscs.at(vcpu, self._keeper.host_tsc())
 
     def guest_tsc(self, vcpu: int, host_tsc: HostTsc) -> GuestTsc:
-        """What vCPU's RDTSC returns at `host_tsc`; that of a restored clock stands until it is resumed."""
+        """What vCPU's RDTSC returns at `host_tsc`; in a restored clock not yet resumed, the saved value."""
         return self._tscs.read(vcpu, HostTsc(whole("host_tsc", host_tsc)))
 
     @property
     def refused_offset(self) -> TscOffsetNotHonoured | None:
-        """The last TSC offset that this host could not give."""
+        """The last TSC offset that this host did not honour."""
         return self._tscs.refused_offset
 
     def host_write_msr(self, vcpu: int, index: int, value: int) -> None:
-        """Restore IA32_TSC, IA32_TSC_ADJUST or TSC_AUX, each without touching another, as KVM_SET_MSRS does.
+        """Set IA32_TSC, IA32_TSC_ADJUST or TSC_AUX without touching the other two, as KVM_SET_MSRS does.
 
-        A restored clock that is not resumed yet takes the TSC as the one to go on from.  TscOffsetNotHonoured if the
-        host cannot; RangeError for any other MSR; StateError on a CPU whose TSC is behind the others'.
+        In a restored clock not yet resumed, the TSC starts from that value at resume().  TscOffsetNotHonoured if the
+        host does not honour the offset; RangeError for any other MSR; StateError on a CPU whose TSC is behind.
         """
         with self._keeper.changing:
             self._host.require("host_write_msr")
             self._tscs.write(vcpu, index, value, EventCause.VMM)
 
     def repair_tsc(self, *, target: int | None = None, adjust: Literal["keep", "carry"] = "keep") -> list[OffsetWrite]:
-        """Put all vCPUs' TSCs on one offset, and give STABLE back; returns what was written.
+        """Set all vCPUs' TSCs to one offset, which restores STABLE; returns the offsets written.
 
-        target: that offset, the one furthest ahead by default, so that no guest's TSC goes back.  adjust: see
-        tsc.agreement.repair_plan(), whose errors come out, as TscOffsetNotHonoured does; nothing has changed then.
+        target: that offset; by default the one furthest ahead, so that no guest's TSC goes back.  adjust: see
+        tsc.agreement.repair_plan().  Raises its errors and TscOffsetNotHonoured, with nothing changed.
         """
         with self._keeper.changing:
             self._host.require("repair_tsc")
@@ -369,49 +367,49 @@ class GuestClock:
 
     @property
     def interface(self) -> GuestInterface:
-        """The clock interface that this guest sees: provider, statistics, debug channel, VirtualBox's saved unit."""
+        """The guest's clock interface: provider, statistics, debug channel, VirtualBox's saved unit."""
         return self._guest.interface
 
     def read_msr(self, vcpu: int, index: int) -> int:
-        """RDMSR by vCPU's guest: 64 bits, or MsrFault for #GP."""
+        """RDMSR by vCPU's guest: a 64-bit value, or MsrFault for #GP."""
         return self._guest.read_msr(vcpu, index)
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
-        """WRMSR by vCPU's guest: `value` of 64 bits; MsrFault is #GP, with nothing changed."""
+        """WRMSR of a 64-bit value by vCPU's guest; MsrFault for #GP, with nothing changed."""
         self._guest.write_msr(vcpu, index, value)
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """VMCALL or VMMCALL by vCPU's guest; see GuestInterface.hypercall(), and its execute() and handle_ud().
+        """VMCALL or VMMCALL by vCPU's guest; see GuestInterface.hypercall(), execute() and handle_ud().
 
-        The VMM's services are called without the clock's lock.
+        Calls the VMM's services without the clock's lock.
         """
         return self.interface.hypercall(vcpu, registers)
 
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
-        """The MSR accesses to route to read_msr() and write_msr() where vCPUs run on /dev/kvm: see kvm.exit_on_msrs().
+        """The MSR accesses that must exit to read_msr() and write_msr() on /dev/kvm: see kvm.exit_on_msrs().
 
-        Those of interfaces that this guest has not, too: the kernel would serve them.
+        Includes MSRs of interfaces that this guest is not offered, since the kernel would serve them.
         """
         return self._guest.msr_ranges
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> CpuidLeaf | None:
-        """The clock's own hypervisor leaf, or None where CPUID `leaf` is not the clock's to answer."""
+        """The hypervisor leaf `leaf`, or None if the clock does not define it."""
         return self._guest.cpuid(leaf, subleaf)
 
     @property
     def cpuid_leaves(self) -> dict[int, CpuidLeaf]:
-        """All hypervisor leaves of the clock, by number."""
+        """All hypervisor leaves that the clock defines, by number."""
         return dict(self.interface.cpuid_leaves)
 
     def patch_cpuid(self, leaf: int, subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
-        """The VMM's answer to an ordinary CPUID leaf with the bits in it that are the clock's business."""
+        """The VMM's `registers` for an ordinary CPUID leaf, with the clock's bits set or cleared."""
         return self._guest.patched_cpuid(leaf, subleaf, registers)
 
     # Saved and restored
 
     def save(self) -> ClockState:
-        """The clock as it is now, or since it was paused: for restore(), on this host or another."""
+        """The clock's state now, or as of its pause, for restore() on this host or another."""
         with self._keeper.changing:
             if not self.is_paused:
                 self._host.require("save")
@@ -430,13 +428,13 @@ class GuestClock:
         reference: Reference | str | SampleSource | None = None,
         any_tsc_hz: bool = False,
     ) -> Self:
-        """The clock that was saved, paused: resume() settles by `policy`, or the state's own, what was missed since.
+        """Make a paused clock from a saved state; resume() applies `policy` (default: the state's) to the time missed.
 
-        memory: the VM's, as it was saved, too; a clock that it has is taken over from.  engine, vmm: GuestClock's;
-        others than before, if need be.  reference: what to follow; what was followed by default, and where that cannot
-        be it is an event.  any_tsc_hz: take a host whose TSC is more than 250 ppm off the frequency that a guest was
-        told that lives by it.  Time missed is told by the raw clock and the time asleep within one boot of one host,
-        and by UTC beyond it.  StateFileError if the state is unsound, or asks for what there is not here.
+        memory: the VM's, with its saved content; the new clock takes over from its live one.  engine, vmm: as for
+        GuestClock, and may differ from before.  reference: by default the saved one; an event if this host lacks that.
+        any_tsc_hz: accept a TSC more than 250 ppm off the frequency that a guest which lives by its TSC was told.
+        Time missed is the raw clock plus time asleep within one boot of one host, else UTC.  StateFileError if the
+        state is invalid, or needs what this host or version lacks.
         """
         _check_restore(memory, backend, engine, reference, any_tsc_hz=any_tsc_hz)
         sound = clock_state.checked(state)
@@ -444,9 +442,9 @@ class GuestClock:
         _check_agreement(backend, len(sound.vcpus), _engine_named(engine))
         chosen = sound.policy.known("policy") if policy is None else as_policy(policy)
         capture.check_dilation(sound, backend.tsc_hz)
-        succession = Succession(memory, backend)
+        takeover = Takeover(memory, backend)
 
-        def make(_: Callable[[], None]) -> Self:  # type: ignore[type-var]  # that of the method around it
+        def make(_: Callable[[], None]) -> Self:  # type: ignore[type-var]  # the enclosing method's Self
             clock = cls(
                 memory,
                 len(sound.vcpus),
@@ -454,26 +452,26 @@ class GuestClock:
                 backend=backend,
                 engine=engine,
                 vmm=vmm,
-                tsc_offset=None,  # resume() sets them; until then another clock's may be in use
+                tsc_offset=None,  # resume() sets them; the live clock may still use its own
                 offer_tsc_adjust=sound.offers.tsc_adjust,
                 offer_invariant_tsc=sound.offers.invariant_tsc,
                 tsc_hz=sound.guest_tsc_hz or sound.host.tsc_hz,
             )
-            clock._become(sound, chosen, reference, any_tsc_hz=any_tsc_hz)  # one of this class
-            succession.accept(clock._keeper.live)
+            clock._load(sound, chosen, reference, any_tsc_hz=any_tsc_hz)  # its own class
+            takeover.accept(clock._keeper.live)
             return clock
 
         try:
-            return attempt(succession.begin, succession.undo, make)
+            return attempt(takeover.begin, takeover.undo, make)
         except (ConfigError, RangeError) as error:
             raise StateFileError("provider", str(error), "what this host and this version can serve") from None
 
     # Host trouble
 
     def check_host(self, watch: HostWatch, *, on_schedule: bool = True) -> list[Trouble]:
-        """Look at the host, as often as `watch` was told: each trouble is an event, and takes STABLE if it must.
+        """Check the host with `watch` and apply the findings to this clock; returns the troubles.
 
-        on_schedule=False after a pause: the time since the last look is no stall then.
+        on_schedule: pass False after a pause, when the time since the last check is no stall.
         """
         instance("watch", watch, HostWatch)
         troubles = watch.check(on_schedule=on_schedule)
@@ -481,13 +479,13 @@ class GuestClock:
         return troubles
 
     def apply_host_findings(self, troubles: list[Trouble], *, host_trusted: bool) -> None:
-        """Apply what a look at the host has found that serves several clocks; see check_host()."""
+        """Apply one host check to this clock: each trouble is an event, and drops STABLE if it must."""
         instances("troubles", troubles, Trouble)
         with self._keeper.changing:
             self._host.apply_host_findings(troubles, clocksource_trusted=flag("host_trusted", host_trusted))
 
     def pairing(self, vcpu: int) -> Pairing | None:
-        """One instant as the guest's time of day and as vCPU's TSC; None where the host's TSC is not to be trusted."""
+        """One instant as the guest's time of day and as vCPU's TSC; None if the host's TSC is not trusted."""
         return self._guest.pairing(vcpu)
 
     # Inside
@@ -498,7 +496,7 @@ class GuestClock:
     def _tsc_is_good(self, vcpu: int | None) -> bool:
         return self._host.check(vcpu)
 
-    def _become(
+    def _load(
         self,
         state: ClockState,
         policy: Policy,
@@ -506,19 +504,19 @@ class GuestClock:
         *,
         any_tsc_hz: bool,
     ) -> None:
-        """Be the paused clock that was saved as `state`, which is sound."""
+        """Load the paused clock saved as `state`, which is checked."""
         with self._keeper.changing:
-            told = ""
+            warning = ""
             if self._guest.lives_by_tsc:
-                told = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
+                warning = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
             self._guest.load(state.provider)
-            capture.take(self._parts, state, policy, self._guest.own_page)
-            if told:
-                self._keeper.tell(EventKind.TSC_RATE, told)
+            capture.restore(self._parts, state, policy, self._guest.own_page)
+            if warning:
+                self._keeper.tell(EventKind.TSC_RATE, warning)
             if reference is not None:
                 self.follow(reference)
             else:
-                capture.follow_again(self._parts, state)
+                capture.restore_reference(self._parts, state)
 
 
 def _parts_of(keeper: Timekeeper, tsc_offset: int | None) -> ClockParts:
@@ -544,7 +542,7 @@ def _engine_named(engine: Engine | str) -> Engine:
     return Engine(engine)
 
 
-def _checked_offers(tsc_adjust: bool, invariant_tsc: bool) -> OfferState:  # as they are checked
+def _checked_offers(tsc_adjust: bool, invariant_tsc: bool) -> OfferState:
     return OfferState(flag("offer_tsc_adjust", tsc_adjust), flag("offer_invariant_tsc", invariant_tsc))
 
 
@@ -556,7 +554,7 @@ def _check_restore(
     *,
     any_tsc_hz: bool,
 ) -> None:
-    """What the caller says wrong is no fault of the state."""
+    """Check restore()'s own arguments, so that their errors are not StateFileErrors."""
     instance("memory", memory, GuestMemory)
     _checked_backend(backend)
     _engine_named(engine)
@@ -566,7 +564,7 @@ def _check_restore(
 
 
 def _check_agreement(backend: Backend, vcpus: int, engine: Engine) -> None:
-    """ConfigError where a backend that knows its vCPUs, and who runs them, has others than the clock."""
+    """ConfigError if the backend knows its number of vCPUs or its vCPU host, and the clock's differ."""
     has = getattr(backend, "vcpu_count", None)
     if has is not None and has != vcpus:
         raise ConfigError(f"a clock of {vcpus} vCPUs on a backend of {has}, which its Runner runs; both are the VM's")
@@ -577,7 +575,7 @@ def _check_agreement(backend: Backend, vcpus: int, engine: Engine) -> None:
 
 @cache
 def _own_keywords() -> str:
-    """GuestClock's own keywords, for the error about a mistyped one."""
+    """A list of GuestClock's keywords, for the error about an unknown one."""
     own = [name for name in GuestClock.__init__.__annotations__ if name not in ("provider_options", "return")]
     restores = [name for name in GuestClock.restore.__annotations__ if name not in (*own, "state", "return")]
     return f"; GuestClock itself takes {', '.join(own)}, and a saved clock's restore() {' and '.join(restores)}"

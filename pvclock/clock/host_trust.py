@@ -1,9 +1,9 @@
-"""May a clock go by its host's TSC?  What is done when the TSC steps, when one CPU is behind, and when the host slept.
+"""Checks whether the host's TSC is reliable, and handles TSC steps, a CPU that is behind, and suspends.
 
-The TSC is compared with where it was at the last publish, always, and with CLOCK_MONOTONIC_RAW in ticks and once it
-has stepped.  A step is confirmed on the other CPUs first.  What all CPUs show is taken as a renumbering of the host's
-instants: timeline, pages, the vCPUs' offsets and what is known of a reference are moved along, so that guest time and
-the guests' TSCs go on by as much as the raw clock says has passed.
+Every publish compares the TSC with the last break point.  Ticks and operations also compare it with CLOCK_MONOTONIC_RAW
+if it has stepped before, the host has slept or the clock is paused.  A TSC below the last break point is read on all
+CPUs first.  If all show it, the step is a renumbering of the host's instants: timeline, pages, vCPU offsets and the
+followed reference move along, so that guest time and guest TSCs advance by the time that passed on the raw clock.
 """
 
 from __future__ import annotations
@@ -27,66 +27,62 @@ from pvclock.timekeeping.events import Event, EventKind
 __all__ = ["HostTrust", "slept_ns"]
 
 SLEPT_LEAST_NS: Final = 1_000_000
-"""CLOCK_BOOTTIME - CLOCK_MONOTONIC is read by brackets, so it differs by some 100 ns where nobody slept."""
+"""A shorter sleep is noise: two bracketed readings of CLOCK_BOOTTIME - CLOCK_MONOTONIC differ by some 100 ns."""
 
 RETURN_TOLERANCE: Final = 100
-"""A TSC that comes back does so by as much as it went, to 1 part in this."""
+"""A TSC has returned if it jumped ahead by as much as it stepped back, to 1 part in this."""
 
 RATE_BOUND_PPM: Final = 1000
 RAW_GRAIN_NS: Final = 1000
-"""What TSC and raw clock may differ by where none has stepped; see host/watch.py, which has the same bounds."""
+"""How far TSC and raw clock may differ without a step: ppm of the interval, plus ns.  Same bounds in host/watch.py."""
 
 
 class HostTrust:
-    """What is known of the host's TSC, and what follows from it for one clock."""
+    """Tracks whether a clock can rely on its host's TSC, and re-bases it when the TSC steps or the host sleeps."""
 
     def __init__(self, keeper: Timekeeper, tscs: VcpuTscs, follower: Follower) -> None:
         self.sleep_policy: Policy = catchup.Freeze()
-        """What becomes of a host's sleep that a running VM went through."""
+        """The catch-up policy for a host suspend during which the VM ran."""
         self._keeper = keeper
         self._tscs = tscs
         self._follower = follower
-        self._clocksource_trusted = True  # by the last look that was noted
-        self._tsc_failed = False  # did it step, or one CPU's fall behind?  No later look makes that good
-        self._mark = keeper.backend.stamps()  # the last instant at which all was well
-        self._went_back_ticks: int | None = None  # by the last step, which may be taken back
-        self._is_behind = False  # this CPU, and it was told
+        self._clocksource_trusted = True  # by the last apply_host_findings()
+        self._tsc_failed = False  # it stepped, or one CPU's is behind: no later check clears it
+        self._last_good = keeper.backend.stamps()  # at the last check that passed
+        self._step_back_ticks: int | None = None  # by the last step; the TSC may return by as much
+        self._is_behind = False  # this CPU's TSC, and an event was recorded
         self._is_examining = False
-        self._told: set[EventKind] = set()  # of trouble, since the last note()
+        self._recorded: set[EventKind] = set()  # troubles, since the last apply_host_findings()
 
     def check(self, vcpu: int | None = None) -> bool:
-        """Before a publish: is the TSC good here and now?  False if it is this CPU that is behind.
+        """Check the TSC before a publish; False if this CPU's TSC is behind the others'.
 
-        Costs one reading of the TSC, unless there is a suspicion: it is below the last break point, or so far beyond it
-        that it may have come back.
+        Costs one TSC read, unless the TSC is below the last break point or far enough ahead to have returned from a
+        step.
         """
-        if self._is_examining:  # and publishes what follows from that
+        if self._is_examining:  # this publish is part of an examination
             return True
-        ahead = signed64(self._keeper.host_tsc() - self._least)
-        may_have_returned = self._went_back_ticks is not None and ahead >= self._went_back_ticks // 2
+        ahead = signed64(self._keeper.host_tsc() - self._least_tsc)
+        may_have_returned = self._step_back_ticks is not None and ahead >= self._step_back_ticks // 2
         if ahead >= 0 and not may_have_returned:
             self._is_behind = False
             return True
         return self.examine(vcpu) is not None
 
     def require(self, operation: str) -> HostStamps:
-        """The host's clocks now, for an operation that needs a good TSC; StateError if this CPU's is behind."""
+        """The host's clocks now, for an operation that needs a reliable TSC; StateError if this CPU's TSC is behind."""
         stamps = self.examine()
         if stamps is None:
-            raise StateError(
-                operation, "this CPU's TSC is behind the others'", "try again, where the thread runs on another CPU"
-            )
+            raise StateError(operation, "this CPU's TSC is behind the others'", "try again on another CPU")
         return stamps
 
     def examine(self, vcpu: int | None = None) -> HostStamps | None:
-        """Compare all host clocks with what they were, and do what follows; None if this CPU's TSC is behind.
+        """Compare the host's clocks with the last good instant; handle a step or a sleep.
 
-        vcpu: the caller's own, which is out of the guest.
+        vcpu: the caller's own, which is out of the guest.  Returns None if this CPU's TSC is behind.
         """
         stamps = self._keeper.backend.stamps()
-        if (
-            not self._keeper.backend.counter_follows_host
-        ):  # a counter of executed ticks has nothing to do with these clocks
+        if not self._keeper.backend.counter_follows_host:  # an execution-time counter is unrelated to these clocks
             return stamps
         try:
             self._is_examining = True
@@ -95,72 +91,72 @@ class HostTrust:
             self._is_examining = False
 
     def _examine(self, stamps: HostStamps, vcpu: int | None) -> HostStamps | None:
-        keeper, least = self._keeper, self._least
+        keeper, least = self._keeper, self._least_tsc
         if signed64(stamps.tsc - least) < 0:
             readings = keeper.backend.tsc_readings()
             if any(signed64(reading - least) >= 0 for reading in readings):
-                return self._one_cpu_is_behind(least, stamps, readings)
-            stamps = self._stepped_back(stamps, vcpu)
+                return self._report_cpu_behind(least, stamps, readings)
+            stamps = self._recover_from_step_back(stamps, vcpu)
         elif self._has_returned(stamps):
-            stamps = self._came_back(stamps, vcpu)
-        elif self._fell_behind(stamps):
-            stamps = self._stepped_back(stamps, vcpu)
-        if slept_ns(self._mark, stamps):
-            self._take_sleep(self._mark, stamps, vcpu)
-        self._is_behind, self._mark = False, stamps
+            stamps = self._recover_from_return(stamps, vcpu)
+        elif self._stepped_back_unseen(stamps):
+            stamps = self._recover_from_step_back(stamps, vcpu)
+        if slept_ns(self._last_good, stamps):
+            self._take_sleep(self._last_good, stamps, vcpu)
+        self._is_behind, self._last_good = False, stamps
         return stamps
 
     @property
     def is_trusted(self) -> bool:
-        """May pages promise that all vCPUs' TSCs are in step, as far as the host goes?"""
+        """True if the host allows TSC_STABLE: its clocksource is trusted and its TSC has never failed."""
         return self._clocksource_trusted and not self._tsc_failed
 
     def apply_host_findings(self, troubles: list[Trouble], *, clocksource_trusted: bool) -> None:
-        """Apply what a look at the host has found: each trouble is an event, and takes STABLE if it must.
+        """Apply one host check: record each trouble as an event, and drop TSC_STABLE if one calls for it.
 
-        For `with changing`.  What is found here, too, was recorded, and settled: it is not told again.
+        Call it inside `with changing`.  Troubles that this class has found itself are not recorded again.
         """
         keeper, was_trusted = self._keeper, self.is_trusted
         good_here = self.examine() is not None
         stamps = keeper.backend.stamps()
-        new = [trouble for trouble in troubles if EventKind(trouble.kind) not in self._told]
+        new = [trouble for trouble in troubles if EventKind(trouble.kind) not in self._recorded]
         events = tuple(keeper.event(EventKind(trouble.kind), trouble.why, stamps) for trouble in new)
         failed = any(trouble.unstable and trouble.kind is not TroubleKind.CLOCKSOURCE for trouble in troubles)
         before, after = (self._clocksource_trusted, self._tsc_failed), (clocksource_trusted, self._tsc_failed or failed)
 
-        def told() -> tuple[Event, ...]:
-            self._take_trust(after)
-            self._told = set()
+        def record() -> tuple[Event, ...]:
+            self._set_trust(after)
+            self._recorded = set()
             return events
 
-        if good_here and (after[0] and not after[1]) != was_trusted:  # else STABLE goes with the next publish
-            keeper.adopt(partial(self._take_trust, after), partial(self._take_trust, before), told)
+        if good_here and (after[0] and not after[1]) != was_trusted:  # otherwise the next publish drops STABLE
+            keeper.adopt(partial(self._set_trust, after), partial(self._set_trust, before), record)
         else:
-            keeper.record(events, told)
+            keeper.record(events, record)
 
-    def _take_trust(self, trust: tuple[bool, bool]) -> None:
+    def _set_trust(self, trust: tuple[bool, bool]) -> None:
         self._clocksource_trusted, self._tsc_failed = trust
 
     def utc_sample(self, vcpu: int | None = None) -> Sample:
-        """One instant in UTC and on the TSC; on a CPU that is behind, on the others' TSC, as the raw clock has it."""
+        """One instant in UTC and on the TSC; if this CPU's TSC is behind, the TSC is computed from the raw clock."""
         if self.check(vcpu):
             return self._keeper.backend.sample(Reference.REALTIME)
         stamps = self._keeper.backend.stamps()
-        return Sample(self._would_be(stamps), stamps.real_ns, SLEPT_LEAST_NS)
+        return Sample(self._expected_tsc(stamps), stamps.real_ns, SLEPT_LEAST_NS)
 
     # Steps of the TSC
 
-    def _one_cpu_is_behind(
+    def _report_cpu_behind(
         self, least: HostTsc, stamps: HostStamps, readings: tuple[HostTsc, ...]
     ) -> HostStamps | None:
-        """Pages do not move: vCPUs on the other CPUs would see that.  STABLE goes with the next publish."""
+        """Record it, and drop STABLE at the next publish.  Pages stay: vCPUs on other CPUs would see a step."""
         keeper, behind = self._keeper, signed64(least - stamps.tsc)
         again = keeper.backend.stamps()
         read_low_once = all(signed64(tsc - least) >= 0 for tsc in (readings[0], again.tsc))
 
         def take() -> None:
             self._tsc_failed, self._is_behind = True, not read_low_once
-            self._told.add(EventKind.TSC_STEP)
+            self._recorded.add(EventKind.TSC_STEP)
 
         if not self._is_behind:
             what = "read low once" if read_low_once else "is behind other CPUs'"
@@ -169,81 +165,81 @@ class HostTrust:
         take()
         return again if read_low_once else None
 
-    def _stepped_back(self, stamps: HostStamps, vcpu: int | None) -> HostStamps:
-        """All CPUs' TSC went back: guest time goes on by what passed on the raw clock since the last good instant."""
-        passed_ns = stamps.raw_ns - self._mark.raw_ns
-        before = self._would_have_been(stamps)
+    def _recover_from_step_back(self, stamps: HostStamps, vcpu: int | None) -> HostStamps:
+        """The TSC went back on all CPUs: re-base guest time by the raw clock since the last good instant."""
+        passed_ns = stamps.raw_ns - self._last_good.raw_ns
+        before = self._expected_tsc_from_least(stamps)
         back = signed64(before - stamps.tsc)
-        told = (
+        passed = (
             f"{max(passed_ns, 0)} ns passed by CLOCK_MONOTONIC_RAW"
             if passed_ns > 0
             else "CLOCK_MONOTONIC_RAW did not go on either, so nobody can tell how much time passed"
         )
-        why = f"the host's TSC went back by {back} ticks on all CPUs; {told}; guests may read some time again"
-        began_anew = bool(slept_ns(self._mark, stamps))  # then it does not come back
-        return self._renumbered(before, stamps, why, vcpu, None if began_anew else back)
+        why = f"the host's TSC went back by {back} ticks on all CPUs; {passed}; guests may read some time again"
+        began_anew = bool(slept_ns(self._last_good, stamps))  # a TSC that restarted in a sleep does not return
+        return self._renumber(before, stamps, why, vcpu, None if began_anew else back)
 
     def _has_returned(self, stamps: HostStamps) -> bool:
-        """Did a TSC that had stepped back jump ahead by as much?"""
-        if self._went_back_ticks is None:
+        """True if a TSC that stepped back has since jumped ahead by as much."""
+        if self._step_back_ticks is None:
             return False
         ahead, tolerated = self._ticks_ahead(stamps), self._tolerated_ticks(stamps)
-        slept_ticks = slept_ns(self._mark, stamps) * self._keeper.backend.tsc_hz // NS_PER_S
-        off = abs(ahead - self._went_back_ticks)
-        if slept_ticks and abs(ahead - slept_ticks) < off:  # it counted on in a sleep that was about as long
+        slept_ticks = slept_ns(self._last_good, stamps) * self._keeper.backend.tsc_hz // NS_PER_S
+        off = abs(ahead - self._step_back_ticks)
+        if slept_ticks and abs(ahead - slept_ticks) < off:  # it counted through a sleep of about that length
             return False
-        return ahead > tolerated and off <= self._went_back_ticks // RETURN_TOLERANCE + tolerated
+        return ahead > tolerated and off <= self._step_back_ticks // RETURN_TOLERANCE + tolerated
 
-    def _fell_behind(self, stamps: HostStamps) -> bool:
-        """Did the TSC step back, and get beyond the last good instant before anybody looked: in a sleep or a pause?"""
-        may_have = self._keeper.is_paused or bool(slept_ns(self._mark, stamps))
+    def _stepped_back_unseen(self, stamps: HostStamps) -> bool:
+        """True if in a sleep or a pause the TSC stepped back, and passed the last good instant before this check."""
+        may_have = self._keeper.is_paused or bool(slept_ns(self._last_good, stamps))
         return may_have and self._ticks_ahead(stamps) < -self._tolerated_ticks(stamps)
 
     @property
-    def _least(self) -> HostTsc:
-        """What the TSC is at least, if it has not stepped: the last break point, or the last good instant."""
+    def _least_tsc(self) -> HostTsc:
+        """The least value of a TSC that has not stepped: the last break point or the last good instant, if later."""
         break_tsc = HostTsc(self._keeper.pages.break_tsc)
-        return self._mark.tsc if signed64(self._mark.tsc - break_tsc) > 0 else break_tsc
+        return self._last_good.tsc if signed64(self._last_good.tsc - break_tsc) > 0 else break_tsc
 
-    def _would_be(self, stamps: HostStamps) -> HostTsc:
-        """What the TSC would be by the raw clock, had it gone on since the last good instant."""
-        passed_ns = max(stamps.raw_ns - self._mark.raw_ns, 0)
-        return HostTsc((self._mark.tsc + passed_ns * self._keeper.backend.tsc_hz // NS_PER_S) & U64_MASK)
+    def _expected_tsc(self, stamps: HostStamps) -> HostTsc:
+        """The TSC computed from the raw clock since the last good instant."""
+        passed_ns = max(stamps.raw_ns - self._last_good.raw_ns, 0)
+        return HostTsc((self._last_good.tsc + passed_ns * self._keeper.backend.tsc_hz // NS_PER_S) & U64_MASK)
 
-    def _would_have_been(self, stamps: HostStamps) -> HostTsc:
-        """The same, but no less than it was already: a segment of time does not end before it began."""
-        would_be, least = self._would_be(stamps), self._least
-        return would_be if signed64(would_be - least) > 0 else least
+    def _expected_tsc_from_least(self, stamps: HostStamps) -> HostTsc:
+        """As _expected_tsc(), but at least _least_tsc: a segment cannot end before it began."""
+        expected, least = self._expected_tsc(stamps), self._least_tsc
+        return expected if signed64(expected - least) > 0 else least
 
     def _tolerated_ticks(self, stamps: HostStamps) -> int:
-        passed_ns = max(stamps.raw_ns - self._mark.raw_ns, 0)
+        passed_ns = max(stamps.raw_ns - self._last_good.raw_ns, 0)
         return (passed_ns * RATE_BOUND_PPM // 10**6 + RAW_GRAIN_NS) * self._keeper.backend.tsc_hz // NS_PER_S
 
     def _ticks_ahead(self, stamps: HostStamps) -> int:
-        """How far the TSC went beyond the raw clock since the last good instant."""
-        passed_ns = stamps.raw_ns - self._mark.raw_ns
-        return signed64(stamps.tsc - self._mark.tsc) - passed_ns * self._keeper.backend.tsc_hz // NS_PER_S
+        """Ticks by which the TSC outran the raw clock since the last good instant; negative if it fell behind."""
+        passed_ns = stamps.raw_ns - self._last_good.raw_ns
+        return signed64(stamps.tsc - self._last_good.tsc) - passed_ns * self._keeper.backend.tsc_hz // NS_PER_S
 
-    def _came_back(self, stamps: HostStamps, vcpu: int | None) -> HostStamps:
-        """The one time that guest time may go back: what guests read since the TSC came back was never so."""
-        before = self._would_have_been(stamps)
+    def _recover_from_return(self, stamps: HostStamps, vcpu: int | None) -> HostStamps:
+        """The TSC returned: re-base by the raw clock.  Only here may guest time go back, by what it gained since."""
+        before = self._expected_tsc_from_least(stamps)
         ahead = signed64(stamps.tsc - before)
         why = (
             f"the host's TSC came back: {ahead} ticks ahead of CLOCK_MONOTONIC_RAW, which decides; "
             "guests that read the time meanwhile read it again"
         )
-        return self._renumbered(before, stamps, why, vcpu, None)
+        return self._renumber(before, stamps, why, vcpu, None)
 
-    def _renumbered(
+    def _renumber(
         self, before: HostTsc, stamps: HostStamps, why: str, vcpu: int | None, went_back: int | None
     ) -> HostStamps:
-        """Take host TSC `before` as what the stamps now say, everywhere."""
+        """With vCPUs out, make host TSC `before` equal to the stamps' TSC in all that refers to it."""
         self._keeper.with_vcpus_out(vcpu, partial(self._renumber_all, before, stamps, why, went_back))
         return stamps
 
     def _renumber_all(self, before: HostTsc, stamps: HostStamps, why: str, went_back: int | None) -> None:
         keeper, after = self._keeper, stamps.tsc
-        tscs, following = self._tscs.renumbering(before, after), self._follower.renumbered(before, after)
+        tscs, following = self._tscs.plan_renumbering(before, after), self._follower.plan_renumbering(before, after)
         timeline = keeper.timeline.copy()
         timeline.rebase(before, after)
         paused_at = keeper.state.paused_at
@@ -252,25 +248,25 @@ class HostTrust:
             paused_at = paused_at._replace(stamps=paused_at.stamps._replace(tsc=tsc))
         state = TimeState.of(timeline, paused_at)
         step = keeper.event(EventKind.TSC_STEP, why, stamps, before=state)
-        mark = stamps._replace(asleep_ns=self._mark.asleep_ns)  # a sleep is still to be settled
+        mark = stamps._replace(asleep_ns=self._last_good.asleep_ns)  # _take_sleep() comes next
 
         def renumber(reached: Callable[[], None]) -> None:
             def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
                 reached()
-                self._tsc_failed, self._went_back_ticks, self._mark = True, went_back, mark
-                self._told.add(EventKind.TSC_STEP)
+                self._tsc_failed, self._step_back_ticks, self._last_good = True, went_back, mark
+                self._recorded.add(EventKind.TSC_STEP)
                 self._follower.take(following)
                 return state, (step, *tscs.refusal(stamps, state))
 
-            keeper.replace(change, ((after - before) & U64_MASK, 0), of_one_numbering=False)
+            keeper.replace(change, ((after - before) & U64_MASK, 0), tsc_stepped=True)
 
-        attempt(tscs.give_what_it_takes, tscs.give_back, renumber)
+        attempt(tscs.apply_honoured, tscs.undo, renumber)
         keeper.republish()
 
     # Sleep
 
     def _take_sleep(self, before: HostStamps, stamps: HostStamps, vcpu: int | None) -> None:
-        """The host slept since the last look: settled by sleep_policy, or at resume() if the clock is paused."""
+        """The host slept since the last good instant: apply sleep_policy; resume() does it for a paused clock."""
         keeper, slept = self._keeper, slept_ns(before, stamps)
         self._tscs.read_back(vcpu)
         ahead_ns = signed64(stamps.tsc - before.tsc) * NS_PER_S // keeper.backend.tsc_hz - stamps.raw_ns + before.raw_ns
@@ -279,8 +275,8 @@ class HostTrust:
 
         def take() -> None:
             leave_out()
-            self._mark = stamps
-            self._told.add(EventKind.SUSPEND)
+            self._last_good = stamps
+            self._recorded.add(EventKind.SUSPEND)
 
         if keeper.is_paused or tsc_counted_on:
             settled = "its TSC counted on, so guests had that time, and nothing is taken back"
@@ -289,11 +285,11 @@ class HostTrust:
         else:
             self._settle(slept, stamps, take)
 
-    def _settle(self, slept: int, stamps: HostStamps, taking: Callable[[], object]) -> None:
+    def _settle(self, slept: int, stamps: HostStamps, on_commit: Callable[[], object]) -> None:
         keeper, policy = self._keeper, self.sleep_policy
         settled = catchup.settle(policy, slept * keeper.timeline.terms.dilation)
         timeline = keeper.timeline.copy()
-        timeline.begin_segment(stamps.tsc, timeline.terms)  # what was before stays as it was
+        timeline.begin_segment(stamps.tsc, timeline.terms)  # keep the past segment in the history
         timeline.jump(settled.step_ns)
         terms = timeline.terms
         if settled.slew is not None:
@@ -305,11 +301,11 @@ class HostTrust:
         slept_event = keeper.event(EventKind.SUSPEND, why, stamps, after=jumped, policy=str(policy))
 
         def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
-            taking()
+            on_commit()
             if terms == timeline.terms:
                 return jumped, (slept_event,)
             slewing = timeline.copy()
-            slewing.begin_segment(break_tsc, terms)  # up to there guests read the old rate
+            slewing.begin_segment(break_tsc, terms)  # guests read the old rate up to the break
             new = TimeState(slewing, slewing.line(), scale)
             owed = f"{round(settled.slew_ns)} ns were slept"
             event = keeper.event(EventKind.SLEW, owed, stamps, tsc=break_tsc, before=jumped, after=new)
@@ -319,6 +315,6 @@ class HostTrust:
 
 
 def slept_ns(before: HostStamps, after: HostStamps) -> int:
-    """How long the host slept between two instants of one boot."""
+    """How long the host slept between two instants of one boot, in ns; 0 below SLEPT_LEAST_NS."""
     slept = after.asleep_ns - before.asleep_ns
     return slept if slept >= SLEPT_LEAST_NS else 0

@@ -1,4 +1,4 @@
-"""Which clock a memory has, and who keeps the vCPUs out of the guest while that is paused, or restored over."""
+"""The live clock of a memory, how a restored clock takes it over, and the hold that keeps vCPUs out while paused."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pvclock._memory import GuestMemory
 from pvclock.host.backend import Backend
 
-__all__ = ["LiveClock", "Succession", "hold_of"]
+__all__ = ["LiveClock", "Takeover", "vcpu_hold"]
 
 
-def hold_of(backend: Backend) -> AbstractContextManager[object]:
-    """A hold of the backend's vCPUs, to be entered; an empty one where the VMM answers for its vCPUs."""
+def vcpu_hold(backend: Backend) -> AbstractContextManager[object]:
+    """A context that keeps the backend's vCPUs out of the guest; empty if the VMM runs its own vCPUs."""
     return nullcontext() if backend.vcpus_are_out() is None else backend.quiesce(None)
 
 
 class LiveClock:
-    """A memory's live clock, as far as the next one must know it.
+    """The part of a memory's live clock that its successor needs: whether it is paused, and its vCPU hold.
 
-    While it is paused, a hold keeps the backend's own vCPUs out of the guest, whatever resumes them before.
+    While the clock is paused the hold keeps the backend's vCPUs out of the guest, even if the VMM resumes them.
     """
 
     def __init__(self) -> None:
@@ -26,42 +26,42 @@ class LiveClock:
         self._hold = ExitStack()
 
     def pause(self, hold: ExitStack) -> None:
-        """Time stands still; `hold` is closed when it goes on, or is another clock's."""
+        """Note that time stopped; `hold` is closed on resume() or hand_over()."""
         self.is_paused, self._hold = True, hold
 
-    def go_on(self) -> None:
-        """Time goes on."""
+    def resume(self) -> None:
+        """Note that time runs, and let vCPUs in."""
         self.is_paused = False
         self._hold.close()
 
-    def give_way(self) -> None:
-        """Time is another clock's from now on; this one is paused if it was, should it be the live one again."""
+    def hand_over(self) -> None:
+        """Another clock is live now: close the hold, but keep is_paused in case the takeover is undone."""
         self._hold.close()
 
 
-class Succession:
-    """That of the clock which `memory` has by one that is restored: vCPUs are out of the guest until one of them runs.
+class Takeover:
+    """Replaces the live clock of `memory` by a restored one; vCPUs stay out of the guest until either clock runs.
 
-    begin() comes before the new clock is made, accept() when it is, and undo() if it is not.
+    Call begin() before the new clock is made, then accept(), or undo() if making it failed.
     """
 
     def __init__(self, memory: GuestMemory, backend: Backend) -> None:
         self._memory, self._backend = memory, backend
-        self._before = memory.live_clock
+        self._previous = memory.live_clock
         self._hold = ExitStack()
 
     def begin(self) -> None:
-        """Keep the vCPUs out."""
-        self._hold.enter_context(hold_of(self._backend))
+        """Keep the vCPUs out of the guest."""
+        self._hold.enter_context(vcpu_hold(self._backend))
 
     def accept(self, clock: LiveClock) -> None:
-        """The new clock is paused, and has the hold."""
+        """Give the hold to the new clock, which is paused."""
         clock.pause(self._hold)
 
     def undo(self) -> None:
-        """The clock before is the live one again; it has the hold, if it was paused."""
-        self._memory.live_clock = self._before
-        if isinstance(self._before, LiveClock) and self._before.is_paused:
-            self._before.pause(self._hold)
+        """Make the previous clock live again; it gets the hold if it was paused."""
+        self._memory.live_clock = self._previous
+        if isinstance(self._previous, LiveClock) and self._previous.is_paused:
+            self._previous.pause(self._hold)
         else:
             self._hold.close()

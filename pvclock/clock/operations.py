@@ -1,6 +1,6 @@
-"""What a VMM does to running time: dilate, slew, skip, offset.
+"""A VMM's operations on guest time: refresh, dilate, slew, skip, offset.
 
-Each operation is done as a whole or not at all, and leaves an event.
+Each takes effect as a whole or not at all; all but a plain refresh record an event.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["Operations"]
 
 
 class Operations:
-    """A VMM's operations on one VM's time."""
+    """Refreshes, dilates, slews and steps one VM's time."""
 
     def __init__(self, keeper: Timekeeper, host: HostTrust) -> None:
         self._keeper, self._host = keeper, host
 
-    # Rates, which never step
+    # Rate changes, which never step time
 
     def refresh(self, vcpu: int | None = None) -> None:
         """See GuestClock.refresh()."""
@@ -36,7 +36,7 @@ class Operations:
             if not self._host.check(vcpu):
                 return
             if self._keeper.timeline.is_slewing and not self._keeper.is_paused:
-                self._go_on_slewing()
+                self._continue_slew()
             else:
                 self._keeper.republish(vcpu)
 
@@ -70,9 +70,9 @@ class Operations:
                 raise RangeError(f"slew({shown(target_ns)}): with what is still to be slewed it is 2^64 ns or more")
             slewed = keeper.timeline.copy()
             slewed.slew(stamps.tsc, Fraction(target_ns), policy)
-            self._go_on_slewing(slewed, stamps, f"slew({target_ns}, {max_ppm})")
+            self._continue_slew(slewed, stamps, f"slew({target_ns}, {max_ppm})")
 
-    # Steps, all forward
+    # Steps
 
     def skip(self, ns: int) -> None:
         """See GuestClock.skip()."""
@@ -94,8 +94,8 @@ class Operations:
             now = self._keeper.check_end(ns, f"offset({shown(ns)})")
             if ns < 0 and (self._keeper.was_shown or now + ns < 0):
                 raise RangeError(
-                    f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, nor is "
-                    f"there any before 0; slew({shown(ns)}) makes it later without a step back"
+                    f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, and "
+                    f"guest time is never below 0; slew({shown(ns)}) makes it later without a step back"
                 )
             self._jump(ns, EventKind.OFFSET, "offset", stamps)
 
@@ -110,17 +110,17 @@ class Operations:
         event = keeper.event(kind, f"{name}({ns})", stamps, before=old, after=new)
         keeper.step(lambda _: (new, (event,)), new, (0, ns & U64_MASK))
 
-    def _go_on_slewing(self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = "") -> None:
-        """Go on by the slew's plan; slewed: the timeline with a skew that was added just now, at `stamps`."""
+    def _continue_slew(self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = "") -> None:
+        """Apply the slew's plan for the next stretch.  slewed: the timeline with a slew newly added at `stamps`."""
         keeper, old = self._keeper, self._keeper.state
         stamps = stamps or keeper.backend.stamps()
         planned = slewed or old.timeline.copy()
         slew = planned.plan(stamps.tsc)
-        told = slewed is not None or slew != old.timeline.terms.slew
+        is_new = slewed is not None or slew != old.timeline.terms.slew
         why = why or f"{round(planned.skew_at(stamps.tsc))} ns are left"
 
         def events(tsc: HostTsc, new: TimeState) -> tuple[Event, ...]:
-            found = [keeper.event(EventKind.SLEW, why, stamps, tsc=tsc, before=old, after=new)] if told else []
+            found = [keeper.event(EventKind.SLEW, why, stamps, tsc=tsc, before=old, after=new)] if is_new else []
             if new.timeline.is_slewing or slew:
                 return tuple(found)
             left = planned.skew_at(tsc)
@@ -132,19 +132,19 @@ class Operations:
     def _begin_segment(
         self, timeline: Timeline, terms: RateTerms, events: Callable[[HostTsc, TimeState], tuple[Event, ...]]
     ) -> None:
-        """End the segment of `timeline` at the next break point, and go on at `terms`; an unchanged one goes on."""
+        """Publish, and begin a segment of `terms` at the break point if they differ from the present ones."""
         keeper, old = self._keeper, self._keeper.state
         same_scale = terms.rate == old.timeline.rate
         scale = old.scale if same_scale else timeline.scale(terms.rate)
 
         def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
-            turned = timeline.copy()
+            changed = timeline.copy()
             if terms != timeline.terms:
-                turned.begin_segment(tsc, terms)
-            if terms.slew == 0 and turned.is_slewed:  # by the break, some us later, it may have overshot
-                turned.end_slew()
-            line = turned.line()
-            new = TimeState(turned, line, scale, old.paused_at)
+                changed.begin_segment(tsc, terms)
+            if terms.slew == 0 and changed.is_slewed:  # the break, some us after the plan, may overshoot
+                changed.end_slew()
+            line = changed.line()
+            new = TimeState(changed, line, scale, old.paused_at)
             return new, events(tsc, new)
 
         keeper.begin_segment(change, scale)

@@ -1,6 +1,6 @@
-"""Guest time stands still and goes on: pause, resume, and run for a while in between.
+"""Pause, resume and run_for().
 
-Each operation is done as a whole or not at all, and leaves an event.
+Each pause and resume takes effect as a whole or not at all, and records an event.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pvclock._transaction import attempt, finish
 from pvclock.arguments import whole
 from pvclock.clock.follower import Follower
 from pvclock.clock.host_trust import HostTrust, slept_ns
-from pvclock.clock.live_clock import hold_of
+from pvclock.clock.live_clock import vcpu_hold
 from pvclock.clock.timekeeper import PausePoint, Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import RangeError, StateError
@@ -29,31 +29,31 @@ from pvclock.timekeeping.timeline import Timeline
 __all__ = ["PauseResume"]
 
 
-class Run:
-    """A run_for(): guest time at its beginning, and how much passed."""
+class TimedRun:
+    """One run_for(): guest time at its start and the guest time that ran, both in ns."""
 
     def __init__(self) -> None:
         self.begin_ns = self.ran_ns = Fraction(0)
 
 
-class Chosen(NamedTuple):
-    """A policy, and in what words it was chosen."""
+class NamedPolicy(NamedTuple):
+    """A policy and the words for it in events: the caller's, if given by name."""
 
     policy: Policy
     words: str
 
 
 class PauseResume:
-    """Pauses and resumes one VM's time; the catch-up policy says what becomes of the time missed."""
+    """Pauses and resumes one VM's time, and applies the catch-up policy to the time missed."""
 
     def __init__(self, keeper: Timekeeper, host: HostTrust, tscs: VcpuTscs, follower: Follower) -> None:
         self._keeper, self._host, self._tscs, self._follower = keeper, host, tscs, follower
         self._policy: Policy = catchup.Freeze()
-        self._run: Run | None = None  # that is under way
+        self._run: TimedRun | None = None  # the run_for() under way
 
     @property
     def policy(self) -> Policy:
-        """What becomes of missed time where resume() is not told; settable, by name too.  Saved with the clock."""
+        """The default catch-up policy of resume(); settable, also by name.  Saved with the clock."""
         return self._policy
 
     @policy.setter
@@ -68,7 +68,7 @@ class PauseResume:
 
     def resume(self, policy: Policy | str | None = None, *, guest_stopped: bool = True) -> catchup.CatchUp:
         """See GuestClock.resume()."""
-        chosen = _chosen(policy, self._policy)
+        chosen = _choose(policy, self._policy)
         with self._keeper.changing:
             self._check_idle("resume")
             self._paused_at("resume")
@@ -80,25 +80,25 @@ class PauseResume:
         ns = whole("ns", ns)
         if ns <= 0:
             raise RangeError(f"run_for({shown(ns)}); ns of guest time, more than 0")
-        chosen = _chosen(policy, self._policy)
-        run = Run()
+        chosen = _choose(policy, self._policy)
+        run = TimedRun()
         finish(partial(self._run_for, run, ns, chosen), partial(self._end, run))
         return RunReport(run.ran_ns, run.ran_ns - ns)
 
-    def _run_for(self, run: Run, ns: int, policy: Chosen) -> None:
+    def _run_for(self, run: TimedRun, ns: int, policy: NamedPolicy) -> None:
         keeper = self._keeper
         with keeper.changing:
             self._check_idle("run_for")
             self._paused_at("run_for")
             _check_reach(keeper, ns)
             self._run = run
-            stood = keeper.timeline.at(keeper.timeline.begin_tsc)
+            paused_ns = keeper.timeline.at(keeper.timeline.begin_tsc)
             settled = keeper.with_vcpus_out(None, partial(self._resume, policy, guest_stopped=False))
-            run.begin_ns = stood + settled.step_ns
+            run.begin_ns = paused_ns + settled.step_ns
         self._run_until(run.begin_ns + ns)
 
-    def _end(self, run: Run) -> None:
-        """Pause, if it was `run` that let time go on; where that cannot be, time goes on, and pause() is the VMM's."""
+    def _end(self, run: TimedRun) -> None:
+        """Pause, if `run` started time.  If that fails, time runs on, and the VMM may call pause()."""
         keeper = self._keeper
         with keeper.changing:
             if self._run is not run:
@@ -142,22 +142,22 @@ class PauseResume:
                 keeper.live.pause(hold)
                 stopped = old.timeline.copy()
                 stopped.begin_segment(tsc, terms)
-                held = TimeState.of(stopped.copy())
+                last = TimeState.of(stopped.copy())
                 stopped.stop(tsc)
                 paused_at = PausePoint(at._replace(tsc=tsc), keeper.backend.tsc_hz, terms.dilation)
                 new = TimeState.of(stopped, paused_at)
                 event = partial(keeper.event, stamps=stamps, tsc=tsc)
-                events = [event(EventKind.PAUSE, "pause()", before=held, after=new)]
+                events = [event(EventKind.PAUSE, "pause()", before=last, after=new)]
                 if terms != old.timeline.terms:
-                    events.insert(0, event(EventKind.RATE, "pause()", before=old, after=held))
+                    events.insert(0, event(EventKind.RATE, "pause()", before=old, after=last))
                 return new, tuple(events)
 
             keeper.stop(change)
 
-        attempt(lambda: hold.enter_context(hold_of(keeper.backend)), hold.close, stop)
+        attempt(lambda: hold.enter_context(vcpu_hold(keeper.backend)), hold.close, stop)
 
-    def _resume(self, policy: Chosen, *, guest_stopped: bool) -> catchup.CatchUp:
-        """Settle what was missed, and publish; for with_vcpus_out()."""
+    def _resume(self, policy: NamedPolicy, *, guest_stopped: bool) -> catchup.CatchUp:
+        """Apply `policy` to the time missed, and publish; call it inside with_vcpus_out()."""
         keeper = self._keeper
         stamps = self._host.require("resume")
         old, paused_at = keeper.state, self._paused_at("resume")
@@ -165,25 +165,25 @@ class PauseResume:
         now = stamps._replace(boot_id=keeper.backend.boot_id)
         missed_ns = _missed_ns(old.timeline, paused_at, now, tsc)
         settled = catchup.settle(policy.policy, missed_ns if keeper.backend.counter_follows_host else Fraction(0))
-        started = _started(old.timeline, tsc, settled)
+        started = _start(old.timeline, tsc, settled)
         shown = TimeState.of(started)
         terms = started.terms._replace(slew=started.plan(stamps.tsc))
         scale = started.scale(terms.rate)
         gain_ticks = int(settled.step_ns / started.terms.dilation * keeper.backend.tsc_hz / NS_PER_S)
-        tscs = self._tscs.going_on(tsc, gain_ticks)
+        tscs = self._tscs.plan_start(tsc, gain_ticks)
         why = f"{policy.words}; {settled.why}".removesuffix("; ")
         refused = partial(tscs.refusal, stamps, old)
 
         def publish(reached: Callable[[], None]) -> catchup.CatchUp:
             def change(break_tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
                 reached()
-                self._tscs.stand_no_more()
+                self._tscs.start()
                 going = started.copy()
                 going.begin_segment(break_tsc, terms)
                 new = TimeState(going, going.line(), scale)
                 event = partial(keeper.event, stamps=stamps)
-                going_on = event(EventKind.RESUME, why, tsc=tsc, before=old, after=shown, policy=policy.words)
-                events = [*refused(), going_on]
+                resumed = event(EventKind.RESUME, why, tsc=tsc, before=old, after=shown, policy=policy.words)
+                events = [*refused(), resumed]
                 if settled.slew is not None or terms != started.terms:
                     left = f"{round(started.skew_at(tsc))} ns are left"
                     owed = left if settled.slew is None else f"{round(settled.slew_ns)} ns were missed"
@@ -193,34 +193,35 @@ class PauseResume:
             keeper.resume(change, shown, scale, step_ns=int(settled.step_ns), guest_stopped=guest_stopped)
             return settled
 
-        going_on = partial(attempt, tscs.give_what_it_takes, tscs.give_back, publish)
-        return finish(going_on, partial(_let_vcpus_go, keeper))
+        resume = partial(attempt, tscs.apply_honoured, tscs.undo, publish)
+        return finish(resume, partial(_release_vcpus, keeper))
 
     def _run_until(self, end_ns: Fraction) -> None:
-        """Let the vCPUs run until guest time is end_ns or later: its rate may change meanwhile."""
+        """Let the vCPUs run until guest time reaches end_ns; the rate may change while they run."""
         keeper = self._keeper
         before: HostTsc | None = None
         while keeper.timeline.at(now := keeper.host_tsc()) < end_ns:
             if now == before:
-                raise StateError("run_for", "the backend returned early, and its TSC stands still", "mend run_until()")
+                state = "the backend returned early, and its TSC stands still"
+                raise StateError("run_for", state, "fix the backend's run_until()")
             before = now
             keeper.backend.run_until(keeper.timeline.tsc_at(end_ns))
 
 
-def _let_vcpus_go(keeper: Timekeeper) -> None:
-    """Give back what kept the vCPUs out while time stood still, if it goes on."""
+def _release_vcpus(keeper: Timekeeper) -> None:
+    """Let vCPUs in if time runs."""
     if not keeper.is_paused:
-        keeper.live.go_on()
+        keeper.live.resume()
 
 
-def _chosen(policy: Policy | str | None, own: Policy) -> Chosen:
-    """The policy, the clock's own if None is given, with its words: the caller's, if it is given by name."""
+def _choose(policy: Policy | str | None, own: Policy) -> NamedPolicy:
+    """The policy given, or `own` for None."""
     found = own if policy is None else catchup.as_policy(policy)
-    return Chosen(found, policy if isinstance(policy, str) else str(found))
+    return NamedPolicy(found, policy if isinstance(policy, str) else str(found))
 
 
 def _check_reach(keeper: Timekeeper, ns: int) -> None:
-    """RangeError if no counter reaches that guest time; before anything changes."""
+    """RangeError if `ns` of guest time needs more than 2^62 ticks; checked before anything changes."""
     ticks = ns * keeper.backend.tsc_hz / (NS_PER_S * keeper.timeline.rate)
     if ticks > U64_MASK // 4:
         raise RangeError(
@@ -229,10 +230,10 @@ def _check_reach(keeper: Timekeeper, ns: int) -> None:
 
 
 def _missed_ns(timeline: Timeline, paused_at: PausePoint, stamps: HostStamps, tsc: HostTsc) -> Fraction:
-    """Guest time that would have passed since the pause, by the best clock that ran through it.
+    """Guest time missed since the pause, in ns, by the best clock that ran throughout.
 
-    The TSC, at the rate that is known; the raw clock and the time asleep where the host slept or the clock was
-    restored within one boot; UTC beyond a boot.
+    Within one boot that is the TSC at the known rate; the raw clock plus time asleep if the host slept or the clock was
+    restored.  Across boots and hosts it is UTC.
     """
     then = paused_at.stamps
     same_boot = stamps.boot_id is not None and stamps.boot_id == then.boot_id
@@ -245,8 +246,8 @@ def _missed_ns(timeline: Timeline, paused_at: PausePoint, stamps: HostStamps, ts
     return host_ns * paused_at.dilation
 
 
-def _started(stopped: Timeline, tsc: HostTsc, settled: catchup.CatchUp) -> Timeline:
-    """The timeline that goes on at `tsc`, with what was settled."""
+def _start(stopped: Timeline, tsc: HostTsc, settled: catchup.CatchUp) -> Timeline:
+    """The timeline started at `tsc`, with the catch-up's step and slew."""
     going = stopped.copy()
     going.start(tsc)
     going.jump(settled.step_ns)

@@ -1,4 +1,4 @@
-"""Where a VM's guest has its pvclock pages: each placed and published as one step, the first ones told."""
+"""Registers a guest's pvclock pages: each placement publishes in one step, and the first ones are events."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pvclock.timekeeping.events import Event, EventCause, EventKind
 __all__ = ["Placement"]
 
 PAGES_TOLD: Final = 20
-"""A guest may place its pages for ever; it is not to fill the log with that."""
+"""Placements recorded as events.  A guest may move its pages without end; this keeps it from filling the log."""
 
 
 class Placement:
-    """Places one VM's pages; within `with changing`.
+    """Places one VM's pages; call inside `with changing`.
 
-    own_page: Provider's.
+    own_page: the provider's.
     """
 
     def __init__(self, keeper: Timekeeper, own_page: Callable[[int], OwnPage | None]) -> None:
         self._keeper, self._own_page = keeper, own_page
-        self._left_to_tell = PAGES_TOLD
+        self._events_left = PAGES_TOLD
 
     def place(
         self,
@@ -37,8 +37,8 @@ class Placement:
         """See GuestSide.place_time_pages()."""
         keeper, pages = self._keeper, self._keeper.pages
         placed = {vcpu: gpa for vcpu, gpa in places.items() if gpa is not None}
-        stamps = keeper.backend.stamps() if placed and self._left_to_tell > 0 else None
-        before, left = {vcpu: pages.registered(vcpu) for vcpu in places}, self._left_to_tell
+        stamps = keeper.backend.stamps() if placed and self._events_left > 0 else None
+        before, left = {vcpu: pages.registered(vcpu) for vcpu in places}, self._events_left
 
         def move() -> None:
             begin()
@@ -48,21 +48,21 @@ class Placement:
             undo()
             self._register(before)
 
-        def told() -> tuple[Event, ...]:
+        def record() -> tuple[Event, ...]:
             if stamps is None:
                 return ()
-            self._left_to_tell = left - len(placed)
-            events = [self._told(vcpu, gpa, stamps) for vcpu, gpa in list(placed.items())[:left]]
+            self._events_left = left - len(placed)
+            events = [self._event(vcpu, gpa, stamps) for vcpu, gpa in list(placed.items())[:left]]
             return tuple(event for event in events if event is not None)
 
-        keeper.adopt(move, move_back, told, out_of_guest)
+        keeper.adopt(move, move_back, record, out_of_guest)
 
     def _register(self, places: Mapping[int, int | None]) -> None:
         for vcpu, gpa in places.items():
             self._keeper.pages.register(vcpu, gpa, self._own_page(vcpu))
 
-    def _told(self, vcpu: int, gpa: Gpa, stamps: HostStamps) -> Event | None:
-        """What is recorded of a page that was placed; nothing while paused, for it is published at resume()."""
+    def _event(self, vcpu: int, gpa: Gpa, stamps: HostStamps) -> Event | None:
+        """The event for one placed page; None while paused, since resume() publishes it."""
         page = self._keeper.page(vcpu)
         kind, why = EventKind.REFUSED, f"there is no memory for its clock's page at {gpa:#x}"
         if page is not None:

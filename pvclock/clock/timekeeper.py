@@ -1,7 +1,7 @@
-"""One VM's timeline, its pages and its log of events, and the one way in which they change together.
+"""One VM's time state, pages and event log, and the transaction that changes all three together.
 
-An operation computes what guest time becomes as a new `TimeState`; the pages are published, the state is replaced and
-the event is recorded as one step, which no error of a callback and no interrupt can leave half done.
+An operation computes a new `TimeState`.  Publishing the pages, replacing the state and recording the event are one
+step: neither a callback's error nor a signal handler's exception leaves it half done.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ __all__ = ["MAX_AGE_S", "VCPUS_MAX", "TimeState", "Timekeeper", "checked_vcpus"]
 
 MAX_AGE_S: Final = 2.0
 """Refresh pages at least this often, in seconds of guest time.  mul is up to 0.47 ppb slow, so an older page has lost
-more than the 1 ns that a refresh can give back; the rest comes back at the next ones."""
+more than the 1 ns that one refresh gives back; later refreshes give back the rest."""
 
 VCPUS_MAX: Final = 4096
-"""As many as KVM takes on x86 (KVM_MAX_VCPUS), and as many as can be saved."""
-
+"""KVM_MAX_VCPUS on x86, and the most that the state format holds."""
 
 T = TypeVar("T")
 
 
 class PausePoint(NamedTuple):
-    """Where guest time stands still since.
+    """The instant at which guest time stopped.
 
-    stamps: the host then.  tsc_hz: that host's.  dilation: that of the time missed, whatever dilate() says meanwhile.
-    elsewhere: it was another host, or this one before a restore.
+    stamps: the host's clocks at that instant.  tsc_hz: that host's TSC frequency.  dilation: applies to the time
+    missed, whatever dilate() sets while paused.  elsewhere: the pause was on another host, or on this one before a
+    restore.
     """
 
     stamps: HostStamps
@@ -53,9 +53,9 @@ class PausePoint(NamedTuple):
 
 
 class TimeState(NamedTuple):
-    """What guest time is and how it goes on; nothing in it changes, it is replaced as a whole.
+    """Guest time and its rate.  Immutable: an operation replaces it as a whole.
 
-    line, scale: the timeline's segment in C's form, and what pages show of its rate.
+    line: the timeline's present segment as C reads it.  scale: the (mul, shift) that pages show for its rate.
     """
 
     timeline: Timeline
@@ -65,7 +65,7 @@ class TimeState(NamedTuple):
 
     @staticmethod
     def of(timeline: Timeline, paused_at: PausePoint | None = None) -> TimeState:
-        """The state with that timeline, which must not change any more."""
+        """The state of that timeline, which the caller must not change afterwards."""
         return TimeState(timeline, timeline.line(), timeline.scale(timeline.rate), paused_at)
 
     @property
@@ -75,25 +75,27 @@ class TimeState(NamedTuple):
 
 
 Change: TypeAlias = Callable[[HostTsc], tuple[TimeState, tuple[Event, ...]]]
-"""What guest time becomes, and what is recorded of it, if the change is at that host TSC.
+"""Called with the host TSC of the change; returns the new state and the events to record.
 
-It is asked when nothing can fail any more, and sets what changes beside time.  Asked twice, it sets the same again.
+Runs past the point where anything can fail, and sets what else changes with time.  Idempotent: an interrupt may cause a
+second call.
 """
 
 
 def nothing(*_: object) -> None:
-    """For what needs no more done."""
+    """Do nothing: the default for optional callables."""
 
 
 class Timekeeper:
-    """The time of one VM with `vcpus` in `memory`; guest time 0 is now.
+    """The time of one VM with `vcpus` vCPUs in `memory`; guest time 0 is now.
 
-    provider: the name of the guest's clock interface, which events say.
-    stable: may pages say that all vCPUs' TSCs are in step?  Asked at every publish.
-    look: is the host's TSC good, here and now?  Asked before a publish that no operation has looked for; its argument
-    is the vCPU of republish().
+    provider: the name of the guest's clock interface, for events.
+    stable: returns True if pages may say that all vCPUs' TSCs agree; called at every publish.
+    tsc_is_good: returns True if this CPU's TSC is not behind; called with republish()'s vcpu before a publish whose
+    operation has not checked the host itself.
 
-    All that changes is changed within `with changing`: one thread at a time, and callbacks are called when it ends.
+    Thread-safety: change state only inside `with changing`, which admits one thread at a time and calls the callbacks
+    when it ends.
     """
 
     def __init__(
@@ -124,31 +126,31 @@ class Timekeeper:
         """Hooks.time_changed of the guest's provider."""
 
         self._history = History()
-        self._shown_flags: int | None = 0  # None: a publish was broken off that may have shown others
-        self._all_out = False  # are all vCPUs out of the guest?
-        self._was_shown_before = False  # by the clock that this one was saved of
+        self._shown_flags: int | None = 0  # None: an interrupted publish may have shown others
+        self._all_out = False  # with_vcpus_out() is on the stack
+        self._was_shown_before = False  # by the clock from which this one was restored
 
     def take_over(self) -> None:
-        """Be the clock of the memory; the one before changes nothing any more, and keeps no vCPU out."""
+        """Become the live clock of `memory`.  The previous one can change nothing more and releases its vCPUs."""
         before = self.changing.take_over(self.live)
         if isinstance(before, LiveClock):
-            before.give_way()
+            before.hand_over()
 
     # What time it is
 
     @property
     def timeline(self) -> Timeline:
-        """The present segment; not to be changed in place."""
+        """The present segment; do not change it in place."""
         return self.state.timeline
 
     @property
     def is_paused(self) -> bool:
-        """Does guest time stand still?"""
+        """True while guest time is stopped."""
         return self.state.paused_at is not None
 
     @property
     def was_shown(self) -> bool:
-        """May a guest have read the time: from a page of this clock, or of the one that it was saved of?"""
+        """True if a guest may have read the time from a page of this clock or of the one it was restored from."""
         return self._was_shown_before or self.pages.was_published
 
     def host_tsc(self) -> HostTsc:
@@ -156,24 +158,24 @@ class Timekeeper:
         return HostTsc(self.backend.counter.read())
 
     def now(self) -> GuestNs:
-        """Guest time at this instant by the timeline itself, page or no page."""
+        """Guest time now, in ns, from the timeline rather than a page."""
         return GuestNs(self.timeline.at(self.host_tsc()).__floor__() & U64_MASK)
 
     def at(self, host_tsc: HostTsc) -> Fraction:
-        """Guest time in ns at `host_tsc`, exactly: by the present segment, or the one of that time.
+        """Guest time in ns at `host_tsc`, exact, from the segment in effect then.
 
-        RangeError before the oldest of the segments that are kept (history.SEGMENTS_KEPT).
+        RangeError before the oldest segment kept (history.SEGMENTS_KEPT).
         """
-        with self.changing.lock:  # the segment and those before it are read together
+        with self.changing.lock:  # read the present segment and the history consistently
             return self._history.at(host_tsc, self.timeline)
 
     def shown_at(self, host_tsc: HostTsc) -> GuestNs:
-        """What a guest computes at `host_tsc` from the pages as published last, in ns."""
+        """The ns that a guest computes at `host_tsc` from the pages last published."""
         with self.changing.lock:
             return GuestNs(self.pages.shown_at(host_tsc))
 
     def page(self, vcpu: int) -> TimeInfo | None:
-        """vCPU's page as it lies in guest memory; None if it has none there."""
+        """vCPU's page as read from guest memory; None if there is none."""
         gpa = self.pages.registered(vcpu)
         try:
             return None if gpa is None else read_time_info(self.memory, gpa)
@@ -181,14 +183,14 @@ class Timekeeper:
             return None
 
     def check_end(self, ns: int, operation: str) -> Fraction:
-        """Guest time now; RangeError if `ns` more is beyond what a page can show."""
+        """Guest time now, in ns; RangeError if `ns` more exceeds the 2^64 ns that a page can show."""
         now = self.timeline.at(self.host_tsc())
         if now + ns > U64_MASK:
             raise RangeError(f"{operation} at guest time {round(now)} ns: a guest's clock ends at 2^64 ns")
         return now
 
     def check_vcpu(self, vcpu: int) -> int:
-        """The vCPU's number; RangeError if this VM has none of it."""
+        """`vcpu`; RangeError if this VM has no vCPU of that number."""
         if type(vcpu) is not int:
             vcpu = whole("vcpu", vcpu)
         if not 0 <= vcpu < self.vcpus:
@@ -196,18 +198,18 @@ class Timekeeper:
         return vcpu
 
     def check_vcpus_out(self, operation: str) -> None:
-        """StateError where the backend's vCPUs would go on in the guest; for with_vcpus_out()."""
+        """StateError if the backend reports running vCPUs; call it inside with_vcpus_out()."""
         if self.backend.vcpus_are_out() is False:
-            allowed = "hold them first: Machine.pause(), Runner.pause(), or what your backend's vcpus_are_out() goes by"
+            allowed = "hold them first: Machine.pause(), Runner.pause(), or what your backend's vcpus_are_out() reports"
             raise StateError(operation, "the vCPUs run", allowed)
 
-    # What changes it; within `with changing`
+    # Changes, inside `with changing`
 
     def republish(self, vcpu: int | None = None) -> None:
-        """Publish the present segment anew; while paused that is left to resume().
+        """Publish the present segment again; does nothing while paused, since resume() publishes.
 
-        On a CPU whose TSC is behind, at the last break point, so that guests on other CPUs see no difference.
-        vcpu: one that is out of the guest, the caller's own, whose flags can be written too.
+        On a CPU whose TSC is behind, publishes at the last break point, so guests on other CPUs see no difference.
+        vcpu: the caller's own, which is out of the guest, so that its flags can be written too.
         """
         if not self.is_paused:
             again = not self._tsc_is_good(vcpu)
@@ -217,19 +219,20 @@ class Timekeeper:
         self,
         begin: Callable[[], object],
         undo: Callable[[], object],
-        told: Callable[[], tuple[Event, ...]],
+        events: Callable[[], tuple[Event, ...]],
         vcpu: int | None = None,
     ) -> None:
-        """Publish what begin() changes beside time, and record what told() says then; by undo() none of it, if not.
+        """Apply begin(), which changes something other than time, publish, and record events(); undo() on failure.
 
-        told: asked when nothing can fail any more, as a Change is.  vcpu, and while paused: as republish().
+        events: called as a Change is, past the point where anything can fail.  vcpu: as republish().  While paused
+        nothing is published.
         """
         again = not self.is_paused and not self._tsc_is_good(vcpu)
 
         def publish(reached: Callable[[], None]) -> None:
             def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
                 reached()
-                return self.state, told()
+                return self.state, events()
 
             if self.is_paused:
                 commit(partial(self.pages.write_own_pages, self._flags), change, self.take, self.events)
@@ -239,9 +242,9 @@ class Timekeeper:
         attempt(begin, undo, publish)
 
     def with_vcpus_out(self, vcpu: int | None, operation: Callable[[], T]) -> T:
-        """Call `operation` with all vCPUs out of the guest; what it publishes writes all vCPUs' flags.
+        """Call `operation` with all vCPUs out of the guest, so that its publishes write all vCPUs' flags.
 
-        vcpu: the caller's own, which is out already.
+        vcpu: the caller's own, which is already out.
         """
         if self._all_out:
             return operation()
@@ -252,16 +255,16 @@ class Timekeeper:
             finally:
                 self._all_out = False
 
-    def beside_guests(self, vcpu: int | None, publish: Callable[[], T]) -> T:
+    def publish_while_vcpus_run(self, vcpu: int | None, publish: Callable[[], T]) -> T:
         """Call `publish`, which leaves flags alone, while vCPUs may be in the guest.
 
-        Those of an unslaved VM are kept out: its counter is told what they have executed once they are out, and a break
-        point before that would be in their past.
+        On an execution-time counter vCPUs are kept out: it advances by what they executed only once they have exited,
+        and a break point before that would be in their past.
         """
         return publish() if self.backend.counter_follows_host else self.with_vcpus_out(vcpu, publish)
 
     def begin_segment(self, change: Change, scale: ClockScale) -> None:
-        """End the present segment at the break point of a publish: `change` says how time goes on there, at `scale`."""
+        """Publish, and begin a new segment at the break point: `change` gives it, and pages show it by `scale`."""
         if self.is_paused:
             self.replace(change)
         else:
@@ -275,70 +278,70 @@ class Timekeeper:
         why: str,
         *,
         events: tuple[Event, ...] = (),
-        taking: Callable[[], object] = nothing,
+        on_commit: Callable[[], object] = nothing,
     ) -> None:
-        """Go on at another rate from the next break point on, with an event after `events`.
+        """Change to the rate of `terms` at the next break point; record `events`, then an event of `kind`.
 
-        taking: sets what changes with it, as a Change does.
+        on_commit: sets what else changes, under a Change's rules.
         """
         old = self.state
         scale = old.scale if terms.rate == old.timeline.rate else old.timeline.scale(terms.rate)
 
         def change(tsc: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
-            turned = old.timeline.copy()
-            turned.begin_segment(tsc, terms)
-            new = TimeState(turned, turned.line(), scale, old.paused_at)
-            taking()
+            changed = old.timeline.copy()
+            changed.begin_segment(tsc, terms)
+            new = TimeState(changed, changed.line(), scale, old.paused_at)
+            on_commit()
             return new, (*events, self.event(kind, why, stamps, tsc=tsc, before=old, after=new))
 
         self.begin_segment(change, scale)
 
     def step(self, change: Change, shown: TimeState, moved: tuple[int, int]) -> None:
-        """Change time by a declared step to `shown`, and publish; `moved`: see TimePages.move()."""
+        """Step time to `shown`, and publish.  moved: see TimePages.move()."""
         if self.is_paused:
             self.replace(change, moved)
         else:
             self._publish(change, shown, moved=moved)
 
     def resume(self, change: Change, shown: TimeState, scale: ClockScale, *, step_ns: int, guest_stopped: bool) -> None:
-        """Let time go on where `shown` begins, `step_ns` ahead: at its rate until the break, at `scale` after it.
+        """Start time where `shown` begins, `step_ns` ahead; at its rate until the break point, at `scale` after it.
 
-        For with_vcpus_out(): no vCPU is in the guest until all pages are published.
+        Call it inside with_vcpus_out(): no vCPU may enter the guest before all pages are published.
         """
         flags = self._flags | (GUEST_STOPPED if guest_stopped else 0)
-        going_on = shown.timeline.begin_tsc, step_ns, shown.scale
-        self._publish_to(range(self.vcpus), flags, change, shown._replace(scale=scale), going_on=going_on)
+        start = shown.timeline.begin_tsc, step_ns, shown.scale
+        self._publish_to(range(self.vcpus), flags, change, shown._replace(scale=scale), start=start)
 
-    def replace(self, change: Change, moved: tuple[int, int] = (0, 0), *, of_one_numbering: bool = True) -> None:
-        """Change what no page is to show yet, as of now; of_one_numbering: do TSCs name the same instants as before?"""
+    def replace(self, change: Change, moved: tuple[int, int] = (0, 0), *, tsc_stepped: bool = False) -> None:
+        """Change time as of now without publishing.  tsc_stepped: the host TSC was renumbered; drop the history."""
         now = self.host_tsc()
-        take = self.take if of_one_numbering else self._take_anew
+        take = self._take_and_forget if tsc_stepped else self.take
         commit(partial(self.pages.move, *moved), lambda _: change(now), take, self.events)
 
     def stop(self, change: Change) -> None:
-        """Stop time at the instant from which on readers in this process see it stand, so that they see no step."""
+        """Stop time at the very instant at which readers in this process see it stop, so that they see no step."""
         commit(self.pages.stop, change, self._take_stopped, self.events)
 
-    def be_restored(self, state: TimeState, events: tuple[Event, ...]) -> None:
-        """Stand still as another clock was saved, whose guest may have read the time up to then."""
+    def restore_paused(self, state: TimeState, events: tuple[Event, ...]) -> None:
+        """Take the paused `state` of a saved clock, whose guest may have read any time up to it."""
         tsc = state.timeline.begin_tsc
-        stood_ns = state.timeline.at(tsc).__floor__() & U64_MASK
+        stopped_ns = state.timeline.at(tsc).__floor__() & U64_MASK
         self._was_shown_before = True
-        commit(partial(self.pages.stand_still, tsc, stood_ns), lambda _: (state, events), self.take, self.events)
+        commit(partial(self.pages.stand_still, tsc, stopped_ns), lambda _: (state, events), self.take, self.events)
         self.forget_past()
 
     def take(self, state: TimeState) -> None:
-        """Let `state` be the present one.  Asked twice, it does nothing the second time."""
+        """Make `state` the present one; idempotent."""
         if state.timeline.begin_tsc != self.state.timeline.begin_tsc:
             self._history.add(self.state.timeline)
         self.state = state
         self.time_changed(state.paused_at is not None)
 
     def forget_past(self) -> None:
-        """The host's TSC stepped: it does not name the instants before that any more."""
+        """Drop the past segments: after a host TSC step, its old values no longer identify instants."""
         self._history.clear()
 
-    def _take_anew(self, state: TimeState) -> None:
+    def _take_and_forget(self, state: TimeState) -> None:
         self.take(state)
         self.forget_past()
 
@@ -356,14 +359,14 @@ class Timekeeper:
         cause: EventCause = EventCause.VMM,
         policy: str | None = None,
     ) -> Event:
-        """What happened at `tsc`, shortly after `stamps`, and what it did to guest time: nothing, if not said.
+        """An event at `tsc`, shortly after `stamps`; `before` and `after` default to the present state.
 
-        policy: what settled missed time by it.
+        policy: the catch-up policy applied, in words.
         """
         before = before or self.state
         after = after or before
         tsc = stamps.tsc if tsc is None else tsc
-        if signed64(tsc - after.timeline.begin_tsc) < 0:  # the stamps are older than what the clock has just found
+        if signed64(tsc - after.timeline.begin_tsc) < 0:  # the stamps predate the present segment
             tsc = after.timeline.begin_tsc
         later_ns = signed64(tsc - stamps.tsc) * NS_PER_S // self.backend.tsc_hz
         return Event(
@@ -383,12 +386,12 @@ class Timekeeper:
         )
 
     def tell(self, kind: EventKind, why: str, cause: EventCause = EventCause.VMM) -> None:
-        """Record what leaves guest time alone, as of now."""
+        """Record an event as of now that does not change guest time."""
         self.events.record(self.event(kind, why, self.backend.stamps(), cause=cause))
 
-    def record(self, events: tuple[Event, ...], taking: Callable[[], object]) -> None:
-        """Record what leaves guest time alone in one step with what changes by it; taking: sets that, as a Change."""
-        commit(self.host_tsc, lambda _: (None, events), lambda _: taking(), self.events)
+    def record(self, events: tuple[Event, ...], on_commit: Callable[[], object]) -> None:
+        """Record events that do not change guest time, in one step with on_commit(); that follows a Change's rules."""
+        commit(self.host_tsc, lambda _: (None, events), lambda _: on_commit(), self.events)
 
     # Inside
 
@@ -411,11 +414,12 @@ class Timekeeper:
         vcpu: int | None = None,
         again: bool = False,
     ) -> None:
-        """Flags, and pages that newly came, take all vCPUs out of the guest; all else is published beside them."""
+        """Publish; with all vCPUs out of the guest if flags change or a page is new, else while they run."""
         flags = self._flags
         if not self._all_out and flags == self._shown_flags and not self.pages.lacks_flags(vcpu):
             one = () if vcpu is None else (vcpu,)
-            self.beside_guests(vcpu, partial(self._publish_to, one, flags, change, shown, moved=moved, again=again))
+            publish = partial(self._publish_to, one, flags, change, shown, moved=moved, again=again)
+            self.publish_while_vcpus_run(vcpu, publish)
         else:
             every = range(self.vcpus)
             self.with_vcpus_out(vcpu, partial(self._publish_to, every, flags, change, shown, moved=moved, again=again))
@@ -428,10 +432,10 @@ class Timekeeper:
         shown: TimeState,
         *,
         moved: tuple[int, int] = (0, 0),
-        going_on: tuple[int, int, ClockScale] | None = None,
+        start: tuple[int, int, ClockScale] | None = None,
         again: bool = False,
     ) -> None:
-        """Publish the line and the scale of `shown` in one step with what changes by that."""
+        """Publish `shown`'s line and scale in one step with `change`."""
         self._shown_flags = None
         publish = partial(
             self.pages.publish,
@@ -440,7 +444,7 @@ class Timekeeper:
             flags=flags,
             out_of_guest=out_of_guest,
             moved=moved,
-            going_on=going_on,
+            going_on=start,
             again=again,
         )
         if change is _unchanged:
@@ -451,7 +455,7 @@ class Timekeeper:
 
 
 def checked_vcpus(vcpus: int) -> int:
-    """How many vCPUs a VM has; ConfigError if no VM has that many."""
+    """`vcpus`; ConfigError unless 1 to VCPUS_MAX."""
     count = whole("vcpus", vcpus)
     if not 1 <= count <= VCPUS_MAX:
         raise ConfigError(f"a VM with {shown(count)} vCPUs; choose 1 to {VCPUS_MAX}")
@@ -459,5 +463,5 @@ def checked_vcpus(vcpus: int) -> int:
 
 
 def _unchanged(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
-    """For a publish that changes nothing."""
+    """Marks a publish that changes no state; never called."""
     raise NotImplementedError

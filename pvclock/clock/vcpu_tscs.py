@@ -1,4 +1,4 @@
-"""The TSCs of a VM's vCPUs: what guest and VMM write to them, and what then becomes of the pages."""
+"""The TSCs of a VM's vCPUs: guest and VMM writes, the host's offsets, and the pages that follow them."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ __all__ = ["VcpuTscs"]
 
 
 class VcpuTscs:
-    """The vCPUs' TSCs, each at first the host's plus `tsc_offset`, or (None) plus the offset that it has.
+    """The vCPUs' TSCs.  Each begins as the host's plus `tsc_offset`; None keeps the offset that the host has.
 
-    Those of a restored clock stand at what they were saved as, until resume() lets them go on.
+    In a restored clock they are stopped at their saved values until resume().
     """
 
     def __init__(self, keeper: Timekeeper, tsc_offset: int | None) -> None:
         self.refused_offset: TscOffsetNotHonoured | None = None
-        """The last TSC offset that this host could not give."""
+        """The last TSC offset that this host did not honour."""
         self.agree = True
-        """Have all vCPUs one offset?"""
+        """True if all vCPUs have the same offset."""
         self._keeper = keeper
         offset = 0 if tsc_offset is None else whole("tsc_offset", tsc_offset)
         self._tscs = [VcpuTsc(offset) for _ in range(keeper.vcpus)]
-        self._standing: list[int] | None = None  # what RDTSC returns, by vCPU, until a restored clock is resumed
-        self._standing_since = HostTsc(0)
+        self._stopped: list[int] | None = None  # RDTSC values by vCPU, until a restored clock is resumed
+        self._stopped_at = HostTsc(0)
         if tsc_offset is None:
             for vcpu, tsc in enumerate(self._tscs):
-                tsc.offset = self._offset_that_is(vcpu)
+                tsc.offset = self._current_offset(vcpu)
         self.take(self._tscs)
 
     def __len__(self) -> int:
         return len(self._tscs)
 
     def begin(self) -> None:
-        """Give the host the offsets that these TSCs begin with, all or (TscOffsetNotHonoured) none."""
+        """Set the initial offsets on the host: all, or none and TscOffsetNotHonoured."""
         change = OffsetChange(self._keeper, self, self._tscs, dict(enumerate(self._tscs)), self.host_offsets)
-        attempt(change.give_all, change.hand_back, lambda reached: reached())
+        attempt(change.apply_all, change.undo_on_host, lambda reached: reached())
 
     def at(self, vcpu: int, host_tsc: HostTsc) -> VcpuTsc:
-        """A copy of vCPU's TSC, which reads right at `host_tsc`, and from there on if it does not stand."""
+        """A copy of vCPU's TSC, valid at `host_tsc`, and after it unless the TSC is stopped."""
         tsc = self._tscs[self._keeper.check_vcpu(vcpu)].copy()
-        if self._standing is not None:
-            tsc.host_write_tsc(self._standing[vcpu], host_tsc)
+        if self._stopped is not None:
+            tsc.host_write_tsc(self._stopped[vcpu], host_tsc)
         return tsc
 
     def read(self, vcpu: int, host_tsc: HostTsc) -> GuestTsc:
@@ -69,8 +69,8 @@ class VcpuTscs:
         return self._tscs[vcpu].aux
 
     def write(self, vcpu: int, index: int, value: int, cause: EventCause) -> None:
-        """WRMSR by the guest (TSC and ADJUST move together, AUX is alone) or by the VMM (each alone)."""
-        if cause is EventCause.VMM:  # the guest's are checked
+        """WRMSR by the guest (TSC and ADJUST move together, AUX alone) or by the VMM (each alone)."""
+        if cause is EventCause.VMM:  # GuestSide.write_msr() has checked a guest's
             index, value = whole("index", index), whole("value", value)
         now = self._keeper.host_tsc()
         tsc = self.at(vcpu, now)
@@ -92,7 +92,7 @@ class VcpuTscs:
         except TscOffsetNotHonoured as refused:
             if cause is not EventCause.GUEST:
                 raise
-            # As KVM has it on such a host: the MSR moves, the TSC does not.
+            # As KVM on such a host: the MSR changes, the TSC does not.
             self._refuse(refused, cause, partial(setattr, self._tscs[vcpu], "adjust", tsc.adjust))
 
     def repair(self, *, target: int | None, adjust: Literal["keep", "carry"]) -> list[OffsetWrite]:
@@ -104,119 +104,119 @@ class VcpuTscs:
         return plan
 
     def reset(self) -> None:
-        """IA32_TSC_ADJUST and TSC_AUX become 0; TSCs go on."""
+        """Set IA32_TSC_ADJUST and TSC_AUX to 0; TSCs keep counting."""
         for tsc in self._tscs:
             tsc.host_write_adjust(0)
             tsc.aux = 0
 
     @property
     def host_offsets(self) -> list[int]:
-        """The vCPUs' offsets as the host has them now."""
-        return [self._offset_that_is(vcpu) for vcpu in range(len(self))]
+        """The vCPUs' offsets as read from the host now."""
+        return [self._current_offset(vcpu) for vcpu in range(len(self))]
 
-    # Restored, and after a host's TSC stepped
+    # Restore, and steps of the host's TSC
 
-    def stand(self, saved: Sequence[tuple[int, int, int]], host_tsc: HostTsc) -> None:
-        """Each vCPU's (TSC, ADJUST, AUX) as they were saved; its TSC stands, from host_tsc on, until it may go on."""
+    def restore_stopped(self, saved: Sequence[tuple[int, int, int]], host_tsc: HostTsc) -> None:
+        """Set each vCPU's saved (TSC, ADJUST, AUX); TSCs are stopped from host_tsc on, until start()."""
         for tsc, (_, adjust, aux) in zip(self._tscs, saved, strict=True):
             tsc.adjust, tsc.aux = adjust, aux
-        self._standing, self._standing_since = [tsc for tsc, _, _ in saved], host_tsc
-        self.show_standing()
+        self._stopped, self._stopped_at = [tsc for tsc, _, _ in saved], host_tsc
+        self.show_stopped()
 
-    def going_on(self, now: HostTsc, gain_ticks: int) -> OffsetChange:
-        """What is to change so that TSCs that stand go on from `now`, `gain_ticks` ahead; nothing where none stands."""
+    def plan_start(self, now: HostTsc, gain_ticks: int) -> OffsetChange:
+        """The change that starts stopped TSCs at `now`, `gain_ticks` ahead; an empty one if they run."""
         wanted = {}
-        for vcpu, standing in enumerate(self._standing or ()):
+        for vcpu, stopped in enumerate(self._stopped or ()):
             wanted[vcpu] = self._tscs[vcpu].copy()
-            wanted[vcpu].host_write_tsc((standing + gain_ticks) & U64_MASK, now)
+            wanted[vcpu].host_write_tsc((stopped + gain_ticks) & U64_MASK, now)
         return OffsetChange(self._keeper, self, self._tscs, wanted, self.host_offsets if wanted else None)
 
-    def stand_no_more(self) -> None:
-        """What stood goes on, by the offsets that it was given."""
-        self._standing = None
+    def start(self) -> None:
+        """Let stopped TSCs run, by the offsets that plan_start() set."""
+        self._stopped = None
 
-    def renumbering(self, before: HostTsc, after: HostTsc) -> OffsetChange:
-        """What is to change when the host's TSC steps from `before` to `after`, so that the guests' go on, if possible.
+    def plan_renumbering(self, before: HostTsc, after: HostTsc) -> OffsetChange:
+        """The change of offsets that keeps guest TSCs continuous when the host's steps from `before` to `after`.
 
-        KVM may have seen to that already, when the host woke; then its offsets are taken as they are.
+        If KVM has adjusted an offset already, as it does when the host wakes, that offset stays.
         """
-        if self._standing is not None:
-            since = HostTsc((self._standing_since + after - before) & U64_MASK)
-            return OffsetChange(self._keeper, self, self._tscs, {}, standing_since=(self._standing_since, since))
+        if self._stopped is not None:
+            since = HostTsc((self._stopped_at + after - before) & U64_MASK)
+            return OffsetChange(self._keeper, self, self._tscs, {}, stopped_at=(self._stopped_at, since))
         wanted = {}
         for vcpu, tsc in enumerate(self._tscs):
             wanted[vcpu] = tsc.copy()
             wanted[vcpu].offset = (tsc.offset + before - after) & U64_MASK
-            there = self._offset_that_is(vcpu)
-            if abs(signed64(there - wanted[vcpu].offset)) < abs(signed64(there - tsc.offset)):
-                wanted[vcpu].offset = there
+            current = self._current_offset(vcpu)
+            if abs(signed64(current - wanted[vcpu].offset)) < abs(signed64(current - tsc.offset)):
+                wanted[vcpu].offset = current
         return OffsetChange(self._keeper, self, self._tscs, wanted, self.host_offsets)
 
     def read_back(self, vcpu: int | None) -> None:
-        """Take the vCPUs' offsets as the host has them now, after something that may have changed them."""
-        if self._standing is None:
-            self._keeper.with_vcpus_out(vcpu, self._take_offsets_that_are)
+        """Read the vCPUs' offsets from the host, after something that may have changed them."""
+        if self._stopped is None:
+            self._keeper.with_vcpus_out(vcpu, self._take_current_offsets)
 
     def take(self, tscs: list[VcpuTsc]) -> None:
-        """Have these, which the host has already, in the pages from the next publish on."""
+        """Use these TSCs, whose offsets the host has already; pages show them from the next publish on."""
         self._tscs, self.agree = tscs, len({tsc.offset for tsc in tscs}) == 1
         for vcpu, tsc in enumerate(tscs):
             self._keeper.pages.set_tsc_offset(vcpu, tsc.offset)
 
-    def show_standing(self, since: HostTsc | None = None) -> None:
-        """Readers in this process find the TSCs that stand; since: which host TSC is it now since when they do?"""
-        self._standing_since = self._standing_since if since is None else since
-        for vcpu, standing in enumerate(self._standing or ()):
-            self._keeper.pages.set_tsc_offset(vcpu, (standing - self._standing_since) & U64_MASK)
+    def show_stopped(self, at: HostTsc | None = None) -> None:
+        """Show stopped TSCs to readers in this process.  at: the host TSC of the stop, if renumbered."""
+        self._stopped_at = self._stopped_at if at is None else at
+        for vcpu, stopped in enumerate(self._stopped or ()):
+            self._keeper.pages.set_tsc_offset(vcpu, (stopped - self._stopped_at) & U64_MASK)
 
     # Inside
 
-    def _take_offsets_that_are(self) -> None:
-        before, there = self._tscs, [tsc.copy() for tsc in self._tscs]
-        for vcpu, tsc in enumerate(there):
-            tsc.offset = self._offset_that_is(vcpu)
-        if [tsc.offset for tsc in there] != [tsc.offset for tsc in before]:
+    def _take_current_offsets(self) -> None:
+        before, current = self._tscs, [tsc.copy() for tsc in self._tscs]
+        for vcpu, tsc in enumerate(current):
+            tsc.offset = self._current_offset(vcpu)
+        if [tsc.offset for tsc in current] != [tsc.offset for tsc in before]:
             why = "the host's KVM has changed the vCPUs' TSC offsets; pages follow"
             event = self._keeper.event(EventKind.TSC, why, self._keeper.backend.stamps())
-            self._keeper.adopt(partial(self.take, there), partial(self.take, before), lambda: (event,))
+            self._keeper.adopt(partial(self.take, current), partial(self.take, before), lambda: (event,))
 
-    def _offset_that_is(self, vcpu: int) -> int:
+    def _current_offset(self, vcpu: int) -> int:
         offset = self._keeper.backend.tsc_offset(vcpu)
         return self._tscs[vcpu].offset if offset is None else offset
 
     def _set(self, wanted: dict[int, VcpuTsc], now: HostTsc, cause: EventCause, out_of_guest: int | None) -> None:
-        """Let the vCPUs have those TSCs, all or (TscOffsetNotHonoured) none, and publish."""
+        """Set those TSCs and publish: all, or none and TscOffsetNotHonoured."""
         keeper, before = self._keeper, self._tscs
-        if self._standing is not None:
-            standing, tscs = list(self._standing), [tsc.copy() for tsc in before]
+        if self._stopped is not None:
+            stopped, tscs = list(self._stopped), [tsc.copy() for tsc in before]
             for vcpu, tsc in wanted.items():
-                standing[vcpu], tscs[vcpu].adjust = tsc.read(now), tsc.adjust
-            self._standing, self._tscs = standing, tscs
-            self.show_standing()
+                stopped[vcpu], tscs[vcpu].adjust = tsc.read(now), tsc.adjust
+            self._stopped, self._tscs = stopped, tscs
+            self.show_stopped()
             return
         stamps = keeper.backend.stamps()
         offsets = {vcpu: tsc.offset for vcpu, tsc in wanted.items()}
         whys = [f"vCPU {vcpu}: offset {before[vcpu].offset:#x} becomes {new:#x}" for vcpu, new in offsets.items()]
         events = tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
         change = OffsetChange(keeper, self, before, wanted)
-        keeper.with_vcpus_out(out_of_guest, partial(keeper.adopt, change.give_all, change.give_back, lambda: events))
+        keeper.with_vcpus_out(out_of_guest, partial(keeper.adopt, change.apply_all, change.undo, lambda: events))
 
-    def _refuse(self, refused: TscOffsetNotHonoured, cause: EventCause, taking: Callable[[], object]) -> None:
-        """Record that the host cannot give an offset, in one step with what changes all the same."""
+    def _refuse(self, refused: TscOffsetNotHonoured, cause: EventCause, on_commit: Callable[[], object]) -> None:
+        """Record that the host did not honour an offset, in one step with on_commit()."""
         event = self._keeper.event(EventKind.REFUSED, str(refused), self._keeper.backend.stamps(), cause=cause)
 
         def take() -> None:
-            taking()
+            on_commit()
             self.refused_offset = refused
 
         self._keeper.record((event,), take)
 
 
 class OffsetChange:
-    """Other TSCs for some vCPUs: given to the host and shown in pages from the next publish on, or given back.
+    """New TSCs for some vCPUs: applied to the host, and to pages from the next publish on, or undone.
 
-    host_offsets: what the host has before, if not the offsets of `before`.  standing_since: as of which host TSC those
-    stand that stand, before and after.
+    host_offsets: the host's present offsets, if not those of `before`.  stopped_at: the host TSC of the stop of stopped
+    TSCs, before and after.
     """
 
     def __init__(
@@ -226,26 +226,26 @@ class OffsetChange:
         before: list[VcpuTsc],
         wanted: dict[int, VcpuTsc],
         host_offsets: list[int] | None = None,
-        standing_since: tuple[HostTsc, HostTsc] | None = None,
+        stopped_at: tuple[HostTsc, HostTsc] | None = None,
     ) -> None:
         self.refused: TscOffsetNotHonoured | None = None
-        """The last offset that this host could not give."""
-        self._since = standing_since
-        self._is_told = False  # that it did not take some back
+        """The last offset that this host did not honour."""
+        self._stopped_at = stopped_at
+        self._is_recorded = False  # that the host kept some offsets after undo()
         self._keeper, self._tscs, self._before, self._wanted = keeper, tscs, before, wanted
         self._host_offsets = [tsc.offset for tsc in before] if host_offsets is None else host_offsets
 
-    def give_all(self) -> None:
-        """Give the host all, or (TscOffsetNotHonoured) none.
+    def apply_all(self) -> None:
+        """Set all offsets on the host, or none and TscOffsetNotHonoured.
 
-        TSCs that go back come first: a host that puts them forward only refuses those before it has taken any other.
+        TSCs that go back come first: a host that only moves TSCs forward refuses those before it has set any other.
         """
         for vcpu, tsc in sorted(self._wanted.items(), key=self._ahead_ticks):
             self._keeper.backend.set_tsc_offset(vcpu, tsc.offset)
         self._take()
 
-    def give_what_it_takes(self) -> None:
-        """Give the host what it honours; vCPUs whose offset it does not stay at the one that it has."""
+    def apply_honoured(self) -> None:
+        """Set the offsets that the host honours; a vCPU whose offset it refuses keeps its present one."""
         for vcpu, tsc in self._wanted.items():
             try:
                 if tsc.offset != self._host_offsets[vcpu]:
@@ -254,40 +254,40 @@ class OffsetChange:
                 self.refused, tsc.offset = refused, self._host_offsets[vcpu]
         self._take()
 
-    def give_back(self) -> None:
-        """All as before, on the host and in pages; what the host does not take back stays in both, and is told."""
-        stays, tscs = self.hand_back(), list(self._before)
-        for vcpu, offset in stays.items():
+    def undo(self) -> None:
+        """Restore host and pages; an offset that the host does not restore stays in both, and is an event."""
+        kept, tscs = self.undo_on_host(), list(self._before)
+        for vcpu, offset in kept.items():
             wanted = self._wanted[vcpu]
             tscs[vcpu] = wanted.copy() if offset == wanted.offset else self._before[vcpu].copy()
             tscs[vcpu].offset = offset
         if self._wanted:
             self._tscs.take(tscs)
-            self._tscs.show_standing()
-        if self._since is not None:
-            self._tscs.show_standing(self._since[0])
-        if stays and not self._is_told:
-            self._keeper.adopt(nothing, nothing, partial(self._tell, stays, self._keeper.backend.stamps()))
+            self._tscs.show_stopped()
+        if self._stopped_at is not None:
+            self._tscs.show_stopped(self._stopped_at[0])
+        if kept and not self._is_recorded:
+            self._keeper.adopt(nothing, nothing, partial(self._kept_events, kept, self._keeper.backend.stamps()))
 
-    def hand_back(self) -> dict[int, int]:
-        """Have the host take back what it was given; by vCPU, the offsets that it has and does not take back."""
-        stays = {}
+    def undo_on_host(self) -> dict[int, int]:
+        """Restore the host's offsets; returns those that the host keeps instead, by vCPU."""
+        kept = {}
         for vcpu in self._wanted:
             before, backend = self._host_offsets[vcpu], self._keeper.backend
             try:
                 backend.set_tsc_offset(vcpu, before)
-            except Exception:  # noqa: BLE001  # what made us give back comes out
+            except Exception:  # noqa: BLE001  # the error that led to undo() is raised instead
                 with suppress(Exception):
-                    there = backend.tsc_offset(vcpu)
-                    if there not in (None, before):
-                        stays[vcpu] = there
-        return stays
+                    current = backend.tsc_offset(vcpu)
+                    if current not in (None, before):
+                        kept[vcpu] = current
+        return kept
 
-    def _tell(self, stays: dict[int, int], stamps: HostStamps) -> tuple[Event, ...]:
-        self._is_told = True
+    def _kept_events(self, kept: dict[int, int], stamps: HostStamps) -> tuple[Event, ...]:
+        self._is_recorded = True
         whys = [
-            f"vCPU {vcpu}: offset {offset:#x} stays, for the host does not take it back"
-            for vcpu, offset in stays.items()
+            f"vCPU {vcpu}: offset {offset:#x} stays: the host does not restore the previous one"
+            for vcpu, offset in kept.items()
         ]
         return tuple(self._keeper.event(EventKind.TSC, why, stamps) for why in whys)
 
@@ -296,17 +296,14 @@ class OffsetChange:
         return signed64(tsc.offset - self._host_offsets[vcpu])
 
     def refusal(self, stamps: HostStamps, state: TimeState) -> tuple[Event, ...]:
-        """What is to be recorded, at an instant of `state`, of an offset that this host could not give.
-
-        It is known from now on.
-        """
+        """The event, at an instant of `state`, for an offset that the host did not honour; sets refused_offset."""
         if self.refused is None:
             return ()
         self._tscs.refused_offset = self.refused
         return (self._keeper.event(EventKind.REFUSED, str(self.refused), stamps, before=state),)
 
     def _take(self) -> None:
-        if self._since is not None:
-            self._tscs.show_standing(self._since[1])
+        if self._stopped_at is not None:
+            self._tscs.show_stopped(self._stopped_at[1])
         if self._wanted:
             self._tscs.take([self._wanted.get(vcpu, tsc) for vcpu, tsc in enumerate(self._before)])

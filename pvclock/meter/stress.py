@@ -111,7 +111,7 @@ def republish(
             return TimeState(carried, line, rates[last][2]), ()
 
         publish = partial(republish_in_turn, keeper.pages, keeper.state.line, rates, publishes, max_ticks)
-        keeper.beside_guests(None, partial(commit, publish, change, keeper.take, keeper.events))
+        keeper.publish_while_vcpus_run(None, partial(commit, publish, change, keeper.take, keeper.events))
     return reports[-1]
 
 

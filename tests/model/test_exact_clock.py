@@ -150,8 +150,8 @@ DEFECTS = (
     (Timeline, "jump", jump_short),
     (VcpuTsc, "host_write_tsc", write_tsc_off),
     (Advance, "settle", gain_all),
-    (HostTrust, "_stepped_back", see_no_step),
-    (VcpuTscs, "renumbering", renumber_none),
+    (HostTrust, "_recover_from_step_back", see_no_step),
+    (VcpuTscs, "plan_renumbering", renumber_none),
     (Timeline, "missed_at", miss_nothing),
 )
 
