@@ -74,7 +74,10 @@ setup(
         module("pvclock._bulk"),
         module("pvclock._sampling"),
         module("pvclock.kvm._gate"),
-        module("pvclock.kvm._ioctls"),
+        module("pvclock.kvm._fd"),
+        module("pvclock.kvm._system"),
+        module("pvclock.kvm._vm"),
+        module("pvclock.kvm._vcpu"),
         # The payloads are assembled into this module by gas `.include`, which looks in the -I folders.
         module("pvclock.payloads._images", "-Wa,-Ipvclock/payloads", depends=Path("pvclock/payloads").glob("*.s")),
     ],

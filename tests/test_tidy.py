@@ -23,7 +23,6 @@ NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tok
 BASES = {
     "Counter": "one level of cdef classes around one C structure",
     "Fd": "one level of cdef classes, one for each kind of file descriptor of KVM's",
-    "_VcpusOfRunner": "kvm/backend.py: what its two backends have in common; to become a part of each",
 }
 CYTHON_CLASS = re.compile(r"^[ \t]*(?:cdef )?class (\w+)(?:\((.*)\))?:", re.MULTILINE)
 

@@ -1,10 +1,10 @@
-"""How a vCPU enters an image: the processor mode and the registers that a boot protocol asks for."""
+"""How a vCPU enters an image: the processor mode and registers of its boot protocol."""
 
 from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
-from pvclock.kvm._ioctls import Vcpu
+from pvclock.kvm._vcpu import Vcpu
 
 __all__ = ["EntryState", "enter"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pvclock._memory import GuestMemory
 from pvclock.boot.entry import EntryState
-from pvclock.boot.layout import FLAT_BASE
 from pvclock.errors import GuestAddressError, ImageError
+from pvclock.guest_layout import FLAT_BASE
 
 __all__ = ["load"]
 

@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 
 from pvclock._memory import GuestMemory
 from pvclock.boot.entry import EntryState
-from pvclock.boot.layout import MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES, MULTIBOOT_INFO
 from pvclock.errors import GuestAddressError, ImageError
+from pvclock.guest_layout import MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES, MULTIBOOT_INFO
 
 __all__ = ["ELF_MAGIC", "find_header", "load"]
 
@@ -120,9 +120,9 @@ def _parse_segment(image: bytes, at: int) -> Segment | None:
 
 
 def _check_fit(slots: list[tuple[int, int]], segments: list[Segment]) -> None:
-    """ImageError unless all segments lie in memory, each in a place of its own: then they are no more than memory is.
+    """ImageError unless all segments lie in memory and none overlaps another: this bounds the bytes to load by RAM's.
 
-    ELF orders its segments by address; one that begins before another ends is damage, or an attempt to load for ever.
+    An ELF file whose segments overlap is damaged, or made to keep a loader busy.
     """
     for segment in segments:
         if not any(base <= segment.gpa and segment.end <= base + size for base, size in slots):

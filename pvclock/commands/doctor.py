@@ -22,7 +22,7 @@ from pvclock.commands.tables import Table, verdict
 from pvclock.errors import KvmError, LabError
 from pvclock.host.linux import host_clocksource
 from pvclock.host.this_host import measure_tsc_hz
-from pvclock.kvm._ioctls import Kvm
+from pvclock.kvm._system import Kvm
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED, open_kvm
 from pvclock.kvm.cpuid_probe import probe_cpuid
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets

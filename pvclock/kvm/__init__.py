@@ -3,7 +3,9 @@
 It knows no provider and no clock policy: exits go to a handler that it is given.
 """
 
-from pvclock.kvm._ioctls import Kvm, Vcpu, Vm
+from pvclock.kvm._system import Kvm
+from pvclock.kvm._vcpu import Vcpu
+from pvclock.kvm._vm import Vm
 from pvclock.kvm.backend import KvmBackend, SteeredTscBackend, kvm_backend
 from pvclock.kvm.capabilities import open_kvm
 from pvclock.kvm.exits import (

@@ -1,27 +1,37 @@
-"""The gate between a VM's vCPU threads and its guest: who is in, who keeps them out, how the run begins and ends.
+"""The gate between a VM's vCPU threads and its guest: which vCPUs are in, what keeps them out, is there a run?
 
 Two words decide.  A vCPU stores its `in_guest` and then loads `shut`; a holder changes `shut` and then loads every
 `in_guest`.  All of these are sequentially consistent (C11), so one of the two always sees the other, and the way in
-takes no lock.  Only the calls of request_exit() need the GIL; nothing else here relies on it.  tests/model/gate.pml is
-the model.
+takes no lock.  tests/model/gate.pml is the model.
+
+That protocol does not need the GIL.  What does: begin() and renew(), which change several words as one
+step; a Hold's `_taken`; and the calls of request_exit().  begin() and renew() keep the GIL from their first change to
+their last, start_new_thread() included, which only makes the thread.  This module does not declare itself
+free-threaded, so a build of Python without the GIL turns it on when it imports this.
 
 For a signal each method is one step: Python runs signal handlers between bytecodes, and there are none here.  A method
-that waits runs them, too, and has changed nothing if one raises.  A `Hold` that is dropped is given back, so no
-exception can leave one behind.
+that waits runs them, too, and has changed nothing if one raises.  Dropping a `Hold` gives it back, so no exception can
+leave one behind.
 
 Waiting is by futex on `changes`, which every step that may end a wait counts up.
 """
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from libc.signal cimport SIG_DFL
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+from posix.signal cimport sigaction, sigaction_t, sigemptyset
 from posix.time cimport timespec
 from posix.unistd cimport getpid
+
+from pvclock.kvm._fd cimport checked
 
 from _thread import start_new_thread
 from time import monotonic
 
+from pvclock.arguments import whole
 from pvclock.errors import RangeError, StateError
 
 cdef extern from * nogil:
@@ -69,7 +79,8 @@ cdef extern from * nogil:
 cdef enum:
     PAUSED = 1
     ENDED = 2
-    ONE_HOLD = 4  # counted in the bits from here on
+    CLOSED = 4
+    ONE_HOLD = 8  # counted in the bits from here on
 
 # What is waited for.
 cdef enum:
@@ -79,6 +90,7 @@ cdef enum:
 
 cdef long LOOK_AGAIN_NS = 10_000_000  # kicks, signals and deadlines are looked at again this often
 cdef long NS_PER_S = 1_000_000_000
+cdef int SIGNALS = 64
 
 
 cdef struct Place:
@@ -92,6 +104,8 @@ cdef struct Place:
 cdef class Gate:
     """The gate of `vcpus`, which can be told to request_exit(); `kick_signal` gets their threads out of KVM_RUN.
 
+    A run lasts from begin() to end(); once all its threads have departed another one can begin, until close().
+
     Thread-safety: all methods may be called from any thread, but a vCPU's own calls from that vCPU's thread.
     A forked child has none of the threads: there every vCPU is out, and the run is over.
     """
@@ -102,7 +116,8 @@ cdef class Gate:
     cdef Place *_places
     cdef uint32_t _shut
     cdef uint32_t _changes
-    cdef uint32_t _began  # 1 from begin() on
+    cdef uint32_t _began  # 1 from begin() to renew()
+    cdef uint32_t _runs  # how many have begun, modulo 2^32
     cdef uint32_t _starting  # 1 from begin() until threads_started()
     cdef uint32_t _threads  # vCPU threads that have not departed
 
@@ -117,7 +132,7 @@ cdef class Gate:
     def __dealloc__(self) -> None:
         free(self._places)
 
-    # Who keeps the vCPUs out
+    # Keeping vCPUs out
 
     def hold(self) -> Hold:
         """A context manager that keeps all vCPUs out of the guest: entered once the last one is out."""
@@ -142,7 +157,7 @@ cdef class Gate:
         """Was pause() called, and resume() not since?"""
         return (load(&self._shut, SEQ_CST) & PAUSED) != 0
 
-    def is_held(self) -> bool:
+    def keeps_all_out(self) -> bool:
         """Are all vCPUs out of the guest until resume() or begin(): paused, or without a run?
 
         A Hold does not count, because it is given back.  Ask within one, and keep it for as long as no vCPU may run: a
@@ -156,26 +171,45 @@ cdef class Gate:
     # The run
 
     def begin(self, start_threads: Callable[[], None]) -> None:
-        """Begin the run: `start_threads`, on a thread of its own, starts one for each vCPU and says threads_started().
+        """Begin a run: `start_threads`, on a thread of its own, starts one for each vCPU and calls threads_started().
 
-        In one step, which no signal can take apart, as it can Thread.start().  StateError if the run began or ended
-        before; RuntimeError if there can be no more threads, and then it has not begun.
+        In one step, which no signal can take apart, as it can Thread.start().  StateError while a run goes on or its
+        threads have not departed, and after close(); RuntimeError if there can be no more threads, and then it has
+        not begun.
         """
         cdef uint32_t count = len(self._vcpus)
-        if load(&self._shut, SEQ_CST) & ENDED or exchange(&self._began, 1, SEQ_CST):
-            raise StateError("start", "the vCPUs were started or stopped before", "make another Runner, or Machine")
+        cdef uint32_t began = load(&self._began, SEQ_CST)
+        cdef uint32_t shut = load(&self._shut, SEQ_CST)
+        if shut & CLOSED:
+            raise StateError("start", "the vCPUs are closed", "make another Runner, or Machine")
+        if began and not shut & ENDED:
+            raise StateError("start", "the vCPUs run already", "stop() them before")
+        if self.threads() or load(&self._starting, SEQ_CST):
+            raise StateError("start", "threads of the last run have not ended", "stop() it on another thread")
+        store(&self._began, 1, SEQ_CST)
         store(&self._threads, count, SEQ_CST)
         store(&self._starting, 1, SEQ_CST)
+        clear_bits(&self._shut, ~<uint32_t>ENDED, SEQ_CST)
         try:
             start_new_thread(start_threads, ())
         except BaseException:
             store(&self._starting, 0, SEQ_CST)
             store(&self._threads, 0, SEQ_CST)
-            store(&self._began, 0, SEQ_CST)
+            store(&self._began, began, SEQ_CST)
+            set_bits(&self._shut, shut & ENDED, SEQ_CST)
             raise
+        add(&self._runs, 1, SEQ_CST)
+
+    def renew(self) -> None:
+        """Forget a run that has ended: as before the first one.  StateError while one goes on or has threads."""
+        if self.threads() or load(&self._starting, SEQ_CST):
+            raise StateError("reset", "the vCPUs have threads", "stop() them before")
+        store(&self._began, 0, SEQ_CST)
+        if not load(&self._shut, SEQ_CST) & CLOSED:
+            clear_bits(&self._shut, ~<uint32_t>ENDED, SEQ_CST)
 
     def threads_started(self) -> None:
-        """Say that each vCPU has its thread, or that depart() was called for it."""
+        """Note that each vCPU has its thread, or that depart() was called for it."""
         store(&self._starting, 0, SEQ_CST)
         self._tell()
 
@@ -185,12 +219,17 @@ cdef class Gate:
         self._tell()
         self._kick_inside()
 
+    def close(self) -> None:
+        """end(), and begin() never again."""
+        set_bits(&self._shut, CLOSED, SEQ_CST)
+        self.end()
+
     def wait_until_started(self) -> None:
         """Wait for threads_started()."""
         self._wait_for(UNTIL_STARTED, None)
 
     def wait_until_ended(self, timeout_s: float | None = None) -> bool:
-        """Wait for end(); False if it has not come within `timeout_s`."""
+        """Wait for the end of this run; False if it has not come within `timeout_s`."""
         return self._wait_for(UNTIL_ENDED, timeout_s)
 
     def wait_until_departed(self) -> None:
@@ -198,11 +237,11 @@ cdef class Gate:
         self._wait_for(UNTIL_DEPARTED, None)
 
     def has_begun(self) -> bool:
-        """Was begin() called?"""
+        """Has a run begun, since renew()?"""
         return load(&self._began, SEQ_CST) != 0
 
     def has_ended(self) -> bool:
-        """Was end() called?"""
+        """Has the last run ended, or end() come before the first?"""
         return (load(&self._shut, SEQ_CST) & ENDED) != 0
 
     def threads(self) -> int:
@@ -240,19 +279,21 @@ cdef class Gate:
                     futex_wait(&self._changes, seen, NULL)
 
     def leave(self, vcpu: int) -> None:
-        """Say that vCPU is out of the guest."""
+        """Note that vCPU is out of the guest."""
         store(&self._place(vcpu).in_guest, 0, SEQ_CST)
         if load(&self._shut, SEQ_CST):
             self._tell()
 
-    def depart(self, vcpu: int) -> None:
-        """End the run on behalf of vCPU, whose thread is never seen again, or could not be started."""
+    def depart(self, vcpu: int) -> bool:
+        """End the run on behalf of vCPU, whose thread ends or could not be started; True for the last one."""
+        cdef uint32_t left
         cdef Place *place = self._place(vcpu)
         store(&place.in_guest, 0, SEQ_CST)
         store(&place.thread, 0, SEQ_CST)
         self.end()
-        add(&self._threads, <uint32_t>-1, SEQ_CST)
+        left = add(&self._threads, <uint32_t>-1, SEQ_CST)
         self._tell()
+        return left == 0
 
     # Inside
 
@@ -307,9 +348,9 @@ cdef class Gate:
             futex_wait(&self._changes, seen, &timeout)
         return PyErr_CheckSignals()
 
-    cdef bint _is_over(self, int what) noexcept:
-        """Need nobody wait for `what`, one of UNTIL_..., any more?"""
-        if not self._is_ours():
+    cdef bint _is_over(self, int what, uint32_t runs) noexcept:
+        """Is the wait for `what`, one of UNTIL_..., over?  runs: how many had begun when the wait did."""
+        if not self._is_ours() or load(&self._runs, SEQ_CST) != runs:  # the next run begins after all that
             return True
         if what == UNTIL_ENDED:
             return (load(&self._shut, SEQ_CST) & ENDED) != 0
@@ -320,9 +361,10 @@ cdef class Gate:
     cdef bint _wait_for(self, int what, timeout_s) except -1:
         """Wait for `what`; False if `timeout_s` passed first."""
         cdef uint32_t seen = load(&self._changes, SEQ_CST)
+        cdef uint32_t runs = load(&self._runs, SEQ_CST)
         cdef long ns = LOOK_AGAIN_NS
         deadline = None if timeout_s is None else monotonic() + timeout_s
-        while not self._is_over(what):
+        while not self._is_over(what, runs):
             if deadline is not None:
                 left_s = deadline - monotonic()
                 if left_s <= 0:
@@ -375,3 +417,23 @@ cdef class Hold:
             self._taken = False
             add(&self._gate._shut, <uint32_t>-ONE_HOLD, SEQ_CST)
             self._gate._tell()
+
+
+cdef void do_nothing(int signum) noexcept nogil:
+    pass
+
+
+def install_kick_signal(signum: int) -> None:
+    """Let `signum` interrupt KVM_RUN in the thread that gets it, and do nothing else.
+
+    StateError if the process uses the signal already.
+    """
+    cdef sigaction_t ours, old
+    memset(&ours, 0, sizeof(ours))
+    ours.sa_handler = do_nothing
+    sigemptyset(&ours.sa_mask)
+    signum = whole("kick_signal", signum, 1, SIGNALS)
+    checked(sigaction(signum, NULL, &old), "sigaction")
+    if old.sa_handler != SIG_DFL and old.sa_handler != do_nothing:
+        raise StateError("install_kick_signal", f"signal {signum} has a handler already", "choose another kick signal")
+    checked(sigaction(signum, &ours, NULL), "sigaction")

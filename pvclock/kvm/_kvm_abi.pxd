@@ -14,10 +14,14 @@ cdef extern from *:
     #ifndef KVM_CAP_VM_TSC_CONTROL /* since Linux 5.18 */
     #define KVM_CAP_VM_TSC_CONTROL 214
     #endif
+    enum { MAX_STRUCT_WORDS = sizeof(struct kvm_xsave) / 8 };
+    enum { COALESCED_MAX = (4096 - sizeof(struct kvm_coalesced_mmio_ring)) / sizeof(struct kvm_coalesced_mmio) };
     enum { ONE_MSR_WORDS = (sizeof(struct kvm_msrs) + sizeof(struct kvm_msr_entry)) / 8 };
     """
     cdef enum:
         ONE_MSR_WORDS
+        MAX_STRUCT_WORDS  # kvm_xsave is the largest of those that are bytes here
+        COALESCED_MAX  # entries of the ring, of which one stays empty
 
     const unsigned long KVM_GET_API_VERSION, KVM_CREATE_VM, KVM_CHECK_EXTENSION, KVM_GET_VCPU_MMAP_SIZE
     const unsigned long KVM_GET_SUPPORTED_CPUID
@@ -26,13 +30,16 @@ cdef extern from *:
     const unsigned long KVM_RUN, KVM_GET_REGS, KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_SET_CPUID2
     const unsigned long KVM_GET_MSRS, KVM_SET_MSRS, KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ, KVM_KVMCLOCK_CTRL
     const unsigned long KVM_GET_MP_STATE, KVM_SET_MP_STATE, KVM_HAS_DEVICE_ATTR, KVM_GET_DEVICE_ATTR
-    const unsigned long KVM_SET_DEVICE_ATTR
+    const unsigned long KVM_SET_DEVICE_ATTR, KVM_REGISTER_COALESCED_MMIO, KVM_UNREGISTER_COALESCED_MMIO
+    const unsigned long KVM_GET_LAPIC, KVM_SET_LAPIC, KVM_GET_XSAVE, KVM_SET_XSAVE, KVM_GET_XCRS, KVM_SET_XCRS
+    const unsigned long KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS
+    const unsigned long KVM_GET_IRQCHIP, KVM_SET_IRQCHIP
 
     const int KVM_CAP_IRQCHIP, KVM_CAP_USER_MEMORY, KVM_CAP_SET_TSS_ADDR, KVM_CAP_NR_VCPUS, KVM_CAP_ADJUST_CLOCK
     const int KVM_CAP_TSC_CONTROL, KVM_CAP_GET_TSC_KHZ, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_KVMCLOCK_CTRL
     const int KVM_CAP_HYPERV_TIME, KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_STEAL_TIME
     const int KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_X86_MSR_FILTER, KVM_CAP_ENFORCE_PV_FEATURE_CPUID
-    const int KVM_CAP_VM_TSC_CONTROL
+    const int KVM_CAP_VM_TSC_CONTROL, KVM_CAP_MAX_VCPUS, KVM_CAP_COALESCED_MMIO, KVM_CAP_COALESCED_PIO
 
     const uint32_t KVM_VCPU_TSC_CTRL
     const uint64_t KVM_VCPU_TSC_OFFSET
@@ -86,6 +93,38 @@ cdef extern from *:
     cdef struct kvm_device_attr:
         uint32_t flags, group
         uint64_t attr, addr
+
+    cdef struct kvm_coalesced_mmio_zone:
+        uint64_t addr
+        uint32_t size, pio
+
+    cdef struct kvm_coalesced_mmio:
+        uint64_t phys_addr
+        uint32_t len, pio
+        uint8_t data[8]
+
+    cdef struct kvm_coalesced_mmio_ring:
+        uint32_t first, last
+        kvm_coalesced_mmio coalesced_mmio[0]
+
+    cdef struct kvm_irqchip:
+        uint32_t chip_id
+
+    # Copied as bytes: only the kernel reads their members.
+    cdef struct kvm_lapic_state:
+        pass
+
+    cdef struct kvm_xsave:
+        pass
+
+    cdef struct kvm_xcrs:
+        pass
+
+    cdef struct kvm_debugregs:
+        pass
+
+    cdef struct kvm_vcpu_events:
+        pass
 
     cdef struct kvm_regs:
         uint64_t rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags
@@ -147,3 +186,14 @@ cdef extern from *:
         kvm_run_internal internal
         kvm_run_system_event system_event
         kvm_run_hw hw
+
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    int ioctl(int fd, unsigned long request, ...)
+
+
+cdef extern from * nogil:
+    const int ACQUIRE "__ATOMIC_ACQUIRE"
+    const int RELEASE "__ATOMIC_RELEASE"
+    uint32_t load_acquire "__atomic_load_n"(uint32_t *word, int order)
+    void store_release "__atomic_store_n"(uint32_t *word, uint32_t value, int order)

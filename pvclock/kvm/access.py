@@ -1,7 +1,7 @@
 """Why can this process not open /dev/kvm, and what helps?
 
-For most reasons the errno says it.  Where the right to open it is lacking, the device's owner, group and mode do: to
-join a group helps only where the device has a group of its own that may read and write.
+For most reasons the errno says it.  For EACCES the device's owner, group and mode do: joining a group helps only where
+the device has a group of its own that may read and write.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OTHERS_MAY: Final = stat.S_IROTH | stat.S_IWOTH
 
 
 def advice(path: str, reason: int) -> str:
-    """What to do about the errno `reason` of opening the device at `path`; empty where nothing is known to help."""
+    """How to fix the errno `reason` of opening the device at `path`; empty if nothing is known to help."""
     if path != DEVICE and reason != errno.EACCES:
         return f"KVM's device is {DEVICE}"
     if reason == errno.EACCES:

@@ -1,6 +1,6 @@
-"""Is what a VMM hands to KVM's ioctls and to the parts around them of the right type, and all there?
+"""Checks of what a VMM passes to KVM's ioctls: lists of vCPUs, and the dicts that stand for KVM's structs.
 
-Beside pvclock.arguments: lists of vCPUs, and the dicts that stand for KVM's structs.
+The checks of plain types are in pvclock.arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pvclock.errors import ConfigError, WrongType
 from pvclock.quantities import U64_MASK
 
 if TYPE_CHECKING:
-    from pvclock.kvm._ioctls import Vcpu
+    from pvclock.kvm._vcpu import Vcpu
 
 __all__ = ["members", "vcpus_of"]
 
@@ -29,7 +29,7 @@ def vcpus_of(values: Sequence[Vcpu]) -> list[Vcpu]:
 
 
 def members(parameter: str, given: object, pattern: Mapping[str, object]) -> dict[str, object]:
-    """A dict that has what the struct of `pattern` has, no more and no less: numbers, and dicts and lists of them.
+    """A dict with exactly the members of the struct that `pattern` stands for: numbers, and dicts and lists of them.
 
     ConfigError names what is unknown, and what is missing.
     """

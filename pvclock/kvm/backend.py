@@ -13,7 +13,8 @@ from pvclock.arguments import flag, instance, whole
 from pvclock.errors import TscOffsetNotHonoured
 from pvclock.host.linux import host_clocksource, read_boot_id, tsc_of_each_cpu
 from pvclock.host.this_host import CLOCK_GRAIN_NS, CLOCK_IDS, bracketed, host_stamps, wait_until
-from pvclock.kvm._ioctls import Kvm, Vcpu
+from pvclock.kvm._system import Kvm
+from pvclock.kvm._vcpu import Vcpu
 from pvclock.kvm.arguments import vcpus_of
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.kvm.runner import Runner
@@ -42,27 +43,14 @@ def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], runner: Runner) -> KvmBackend | Ste
     return KvmBackend(vcpus, runner, features, honours_tsc_offset=offsets is TscOffsets.HONOURED)
 
 
-class _VcpusOfRunner:
-    """What both backends have in common: the vCPUs, and who keeps them in or out."""
+class VcpuThreads:
+    """The vCPUs of a backend and the Runner that has their threads: what Backend asks about running them."""
 
-    counter: Counter
-    tsc_hz: int
-    counter_follows_host = True
-    guest_engine = "kvm"
-    """See Backend."""
-
-    def __init__(self, vcpus: list[Vcpu], runner: Runner, kernel_features: int) -> None:
-        self._vcpus = vcpus_of(vcpus)
+    def __init__(self, vcpus: list[Vcpu], runner: Runner) -> None:
+        self.vcpus = vcpus_of(vcpus)
+        self.tsc_hz = self.vcpus[0].get_tsc_khz() * 1000
         self._runner = instance("runner", runner, Runner)
-        self.vcpu_count = len(self._vcpus)
-        self.kernel_features = {"KVM": whole("kernel_features", kernel_features, 0, U32_MASK)}
-        self.tsc_hz = self._vcpus[0].get_tsc_khz() * 1000
         self.quiesce = runner.quiesce
-
-    @property
-    def boot_id(self) -> str | None:
-        """See Backend."""
-        return read_boot_id()
 
     def run_delay_ns(self, vcpu: int) -> int | None:
         """See Backend: by the kernel's account of vCPU's thread."""
@@ -70,43 +58,65 @@ class _VcpusOfRunner:
         try:
             with Path(f"/proc/self/task/{thread}/schedstat").open("rb") as account:
                 return int(account.read().split()[1])
-        except (OSError, IndexError, ValueError):  # it has ended, or the kernel keeps no such account
+        except (OSError, IndexError, ValueError):  # the thread has ended, or the kernel keeps no such account
             return None
 
-    def run_until(self, tsc: HostTsc) -> None:
-        """See Backend."""
+    def run_until(self, counter: Counter, tsc: HostTsc) -> None:
+        """Let the vCPUs run until `counter` is `tsc`."""
         self._runner.resume()
         try:
-            wait_until(self.counter, tsc, self.tsc_hz)
+            wait_until(counter, tsc, self.tsc_hz)
         finally:
             self._runner.pause()
 
-    def vcpus_are_out(self) -> bool | None:
-        """See Backend."""
-        return self._runner.gate.is_held()
-
-    def tsc_readings(self) -> tuple[HostTsc, ...]:
-        """See Backend."""
-        return tsc_of_each_cpu(self.counter)
+    def are_kept_out(self) -> bool:
+        """Are all vCPUs out of the guest until the runner is resumed or started?"""
+        return self._runner.gate.keeps_all_out()
 
 
-class KvmBackend(_VcpusOfRunner):
+class KvmBackend:
     """See pvclock.host.backend.Backend: a host whose KVM leaves TSC offsets as they are set.
 
     honours_tsc_offset: as probed on this host.
     """
 
+    counter_follows_host = True
+    guest_engine = "kvm"
+    """See Backend."""
+
     def __init__(
         self, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0, *, honours_tsc_offset: bool
     ) -> None:
         flag("honours_tsc_offset", honours_tsc_offset)
-        super().__init__(vcpus, runner, kernel_features)
+        self._threads = VcpuThreads(vcpus, runner)
+        self.vcpu_count = len(self._threads.vcpus)
+        self.kernel_features = {"KVM": whole("kernel_features", kernel_features, 0, U32_MASK)}
+        self.tsc_hz = self._threads.tsc_hz
+        self.quiesce = self._threads.quiesce
+        self.run_delay_ns = self._threads.run_delay_ns
         self.counter = HostCounter()
         self.tsc_stable = host_clocksource() == "tsc"
-        self.initial_tsc_offset = self._vcpus[0].get_tsc_offset() if honours_tsc_offset else 0
+        self.initial_tsc_offset = self._threads.vcpus[0].get_tsc_offset() if honours_tsc_offset else 0
         """KVM's own: a guest's TSC is 0 when its first vCPU is made.  0 where offsets are not honoured."""
 
         self._honours_tsc_offset = honours_tsc_offset
+
+    @property
+    def boot_id(self) -> str | None:
+        """See Backend."""
+        return read_boot_id()
+
+    def run_until(self, tsc: HostTsc) -> None:
+        """See Backend."""
+        self._threads.run_until(self.counter, tsc)
+
+    def vcpus_are_out(self) -> bool | None:
+        """See Backend."""
+        return self._threads.are_kept_out()
+
+    def tsc_readings(self) -> tuple[HostTsc, ...]:
+        """See Backend."""
+        return tsc_of_each_cpu(self.counter)
 
     def sample(self, reference: Reference) -> Sample:
         """See Backend; some 20 ns are its bound."""
@@ -122,18 +132,18 @@ class KvmBackend(_VcpusOfRunner):
             if offset:
                 raise TscOffsetNotHonoured(offset)
             return
-        before = self._vcpus[vcpu].get_tsc_offset()
-        self._vcpus[vcpu].set_tsc_offset(offset)
-        if self._vcpus[vcpu].get_tsc_offset() != offset:
-            self._vcpus[vcpu].set_tsc_offset(before)
+        before = self._threads.vcpus[vcpu].get_tsc_offset()
+        self._threads.vcpus[vcpu].set_tsc_offset(offset)
+        if self._threads.vcpus[vcpu].get_tsc_offset() != offset:
+            self._threads.vcpus[vcpu].set_tsc_offset(before)
             raise TscOffsetNotHonoured(offset, "it reads back differently")
 
     def tsc_offset(self, vcpu: int) -> int | None:
         """See Backend: KVM's own, for a vCPU that is out of the guest."""
-        return self._vcpus[vcpu].get_tsc_offset() if self._honours_tsc_offset else None
+        return self._threads.vcpus[vcpu].get_tsc_offset() if self._honours_tsc_offset else None
 
 
-class SteeredTscBackend(_VcpusOfRunner):
+class SteeredTscBackend:
     """See pvclock.host.backend.Backend: a host whose TSC its kernel does not trust.
 
     There KVM steers each guest's TSC along kernel time: whenever it loads a vCPU, the TSC goes on from where it was and
@@ -142,15 +152,41 @@ class SteeredTscBackend(_VcpusOfRunner):
     clamp what they read.
     """
 
+    counter_follows_host = True
+    guest_engine = "kvm"
+    """See Backend."""
+
     tsc_stable = False
     initial_tsc_offset = 0
-    """See KvmBackend: nobody knows where KVM will have moved a guest's TSC by then."""
+    """See KvmBackend; here KVM moves a guest's TSC by itself, so its offset at the first entry is unknown."""
 
     def __init__(self, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0) -> None:
-        super().__init__(vcpus, runner, kernel_features)
+        self._threads = VcpuThreads(vcpus, runner)
+        self.vcpu_count = len(self._threads.vcpus)
+        self.kernel_features = {"KVM": whole("kernel_features", kernel_features, 0, U32_MASK)}
+        self.tsc_hz = self._threads.tsc_hz
+        self.quiesce = self._threads.quiesce
+        self.run_delay_ns = self._threads.run_delay_ns
         self.counter = KernelTimeCounter(self.tsc_hz)
         self._host_counter = HostCounter()
         self._offsets: dict[int, int] = {}
+
+    @property
+    def boot_id(self) -> str | None:
+        """See Backend."""
+        return read_boot_id()
+
+    def run_until(self, tsc: HostTsc) -> None:
+        """See Backend."""
+        self._threads.run_until(self.counter, tsc)
+
+    def vcpus_are_out(self) -> bool | None:
+        """See Backend."""
+        return self._threads.are_kept_out()
+
+    def tsc_readings(self) -> tuple[HostTsc, ...]:
+        """See Backend."""
+        return tsc_of_each_cpu(self.counter)
 
     def sample(self, reference: Reference) -> Sample:
         """See Backend; within half of the narrowest bracket of 8, some 100 ns."""
@@ -173,7 +209,7 @@ class SteeredTscBackend(_VcpusOfRunner):
             kernel_time, host_tsc, _ = min(
                 (self._bracket(self._host_counter.read) for _ in range(SAMPLES)), key=lambda it: it[2]
             )
-            give = partial(self._vcpus[vcpu].set_tsc_offset, (kernel_time + offset - host_tsc) & U64_MASK)
+            give = partial(self._threads.vcpus[vcpu].set_tsc_offset, (kernel_time + offset - host_tsc) & U64_MASK)
             commit(give, lambda _: (offset, ()), partial(self._offsets.__setitem__, vcpu))
 
     def tsc_offset(self, vcpu: int) -> int | None:

@@ -1,6 +1,6 @@
-"""What a host's KVM must and may be able to do, and how to get at it.
+"""Which capabilities must a host's KVM have, and which may it have?
 
-The tables are the one place that says which capability is needed for what; `open_kvm` checks them once.
+The tables are the one place that says what needs which capability; `open_kvm` checks them once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from pvclock import arguments
 from pvclock.errors import KvmError, KvmUnavailable, MissingCapability
-from pvclock.kvm._ioctls import Kvm
+from pvclock.kvm._system import Kvm
 from pvclock.kvm.access import advice
 
 __all__ = ["OPTIONAL", "REQUIRED", "Capability", "kernel_features", "open_kvm"]
@@ -50,7 +50,7 @@ OPTIONAL: Final = (
 
 
 def open_kvm(path: str = "/dev/kvm") -> Kvm:
-    """An open /dev/kvm that can do all that is REQUIRED.
+    """Open /dev/kvm and check that it has all that is REQUIRED.
 
     KvmUnavailable says what to do where it cannot be opened; MissingCapability names what this host's KVM lacks.
     """

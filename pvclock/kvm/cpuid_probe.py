@@ -1,8 +1,8 @@
 """Which bits of CPUID does a guest see on this host's KVM although they were cleared?
 
 On VMX and SVM hosts CPUID exits to KVM, which answers as it was told.  Some hosts run guests without that exit and
-serve leaves of their own: there a feature cannot be hidden, and a guest may use what its VMM does not serve.  So a
-guest is asked: a throw-away VM whose CPUID has no feature executes CPUID and stores what it gets.
+serve leaves of their own: there a feature cannot be hidden, and a guest may use what its VMM does not serve.  So this
+asks a guest: a throw-away VM, with every feature cleared, executes CPUID and stores the result.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from contextlib import closing
 from typing import Final, NamedTuple
 
-from pvclock.kvm._ioctls import Kvm
-from pvclock.kvm.probe_vm import RESULT_GPA, ProbeVm
+from pvclock.guest_layout import PROBE_RESULT
+from pvclock.kvm._system import Kvm
+from pvclock.kvm.probe_vm import ProbeVm
 
 __all__ = ["CpuidProbe", "probe_cpuid"]
 
@@ -35,9 +36,9 @@ TSC_ADJUST: Final = 1 << 1
 
 
 class CpuidProbe(NamedTuple):
-    """What a guest sees of features that are not in its CPUID.
+    """The features that a guest sees although its CPUID lacks them.
 
-    ignored: the bits that are there all the same, by leaf (subleaf 0) and register; only where there are any.
+    ignored: the bits that stay set, by leaf (subleaf 0) and register; entries only where there are any.
     """
 
     ignored: dict[tuple[int, str], int]
@@ -60,7 +61,7 @@ class CpuidProbe(NamedTuple):
 
 
 def probe_cpuid(kvm: Kvm) -> CpuidProbe:
-    """Try it; takes a few ms."""
+    """Run such a guest; takes a few ms."""
     code = b"".join(_cpuid(leaf, RESULT_BYTES * i) for i, leaf in enumerate(LEAVES)) + HLT
     with closing(ProbeVm(kvm)) as vm:
         vm.vcpu.set_cpuid([_without_features(entry) for entry in kvm.get_supported_cpuid()])
@@ -77,10 +78,10 @@ def _without_features(entry: dict[str, int]) -> dict[str, int]:
 
 
 def _cpuid(leaf: int, offset: int) -> bytes:
-    """Real-mode code: CPUID of `leaf`, subleaf 0, with its four registers stored at RESULT_GPA + offset."""
+    """Real-mode code: CPUID of `leaf`, subleaf 0, with its four registers stored at PROBE_RESULT + offset."""
     code = b"\x66\xb8" + leaf.to_bytes(4, "little") + bytes.fromhex("6631c9 0fa2")  # mov $leaf, %eax; xor %ecx, %ecx
     for n, store in enumerate(("66a3", "66891e", "66890e", "668916")):  # mov %eax, ...; %ebx; %ecx; %edx
-        code += bytes.fromhex(store) + (RESULT_GPA + offset + 4 * n).to_bytes(2, "little")
+        code += bytes.fromhex(store) + (PROBE_RESULT + offset + 4 * n).to_bytes(2, "little")
     return code
 
 

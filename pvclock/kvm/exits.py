@@ -1,4 +1,4 @@
-"""Why KVM_RUN returned, one type an exit, with what the VMM needs to act on it.
+"""Why KVM_RUN returned: a type for each exit, with what the VMM needs to handle it.
 
 An exit that pvclock does not know is an `UnknownExit` with its number, not an error.
 """
@@ -9,6 +9,7 @@ from enum import IntFlag
 from typing import NamedTuple, TypeAlias
 
 __all__ = [
+    "CoalescedWrite",
     "Exit",
     "FailEntry",
     "Halt",
@@ -60,6 +61,17 @@ class Mmio(NamedTuple):
     gpa: int
     length: int
     data: bytes | None
+
+
+class CoalescedWrite(NamedTuple):
+    """A write that KVM kept in its coalesced ring: not an exit; see Vcpu.take_coalesced().
+
+    address: a port where is_port, else guest-physical.
+    """
+
+    is_port: bool
+    address: int
+    data: bytes
 
 
 class RdmsrExit(NamedTuple):

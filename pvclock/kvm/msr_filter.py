@@ -1,4 +1,4 @@
-"""How a guest's MSR accesses come to user space: asked for first, and filtered second."""
+"""Send a guest's accesses to chosen MSRs to user space: first ask for the exits, then filter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 from pvclock.arguments import instance, instances
 from pvclock.errors import WrongType
-from pvclock.kvm._ioctls import Vm
+from pvclock.kvm._vm import Vm
 from pvclock.kvm.exits import MsrExitReason
 from pvclock.msr_ranges import MsrRange
 
@@ -18,16 +18,16 @@ WRITE: Final = 2  # KVM_MSR_FILTER_WRITE
 
 
 def exit_on_msrs(vm: Vm, ranges: Iterable[MsrRange]) -> None:
-    """Let the guest's accesses in `ranges` come as RdmsrExit and WrmsrExit; the kernel has all others.
+    """Let the guest's accesses in `ranges` exit as RdmsrExit and WrmsrExit; the kernel serves all others.
 
     A second call replaces the ranges of the first.  KVM takes 16 at most (ConfigError), and the first one that has an
-    MSR decides.  For before the guest runs: until then the kernel answers by itself.
+    MSR decides.  Call it before the guest runs: until then the kernel serves these, too.
     """
     instance("vm", vm, Vm, "a Vm, as Kvm.create_vm() makes it")
     if not isinstance(ranges, Iterable):
         raise WrongType("ranges", ranges, "a sequence of MsrRange: a GuestClock's msr_ranges")
     checked = instances("ranges", tuple(ranges), MsrRange)
-    # In this order: without user-space exits a filtered access is #GP in the guest, and nobody is asked.
+    # In this order: without user-space exits a filtered access is #GP in the guest.
     vm.enable_cap("KVM_CAP_X86_USER_SPACE_MSR", MsrExitReason.FILTER)
     vm.set_msr_filter([_filter_range(each) for each in checked])
 

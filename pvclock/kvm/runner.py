@@ -3,8 +3,8 @@
 Each vCPU has a thread that runs it and hands every exit to the one handler.  A vCPU enters the guest through a gate,
 which also counts the threads.  Nothing here knows what the exits mean.
 
-KeyboardInterrupt may come between any two lines here.  So what changes more than one thing is one call of the gate's,
-and what is left after an interrupted call is a state in which every other call works.
+KeyboardInterrupt may come between any two lines here.  So a change of more than one thing is one call of the gate, and
+after an interrupted call every other call works.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Self, TypeAlias
 
 from pvclock.arguments import function, number, whole
 from pvclock.errors import StateError, WrongType
-from pvclock.kvm._gate import Gate, Hold
-from pvclock.kvm._ioctls import Vcpu, install_kick_signal
+from pvclock.kvm._gate import Gate, Hold, install_kick_signal
+from pvclock.kvm._vcpu import Vcpu
 from pvclock.kvm.arguments import vcpus_of
 from pvclock.kvm.exits import Exit, Interrupted
 
 __all__ = ["ExitHandler", "Runner"]
 
 ExitHandler: TypeAlias = Callable[[int, Exit], bool]
-"""handler(vcpu, exit), on that vCPU's thread: it answers the exit on the Vcpu.
+"""handler(vcpu, exit), on that vCPU's thread: it answers the exit with the Vcpu's complete_*().
 
 True lets the vCPU go on, and False ends the VM's run; so does any other result, as an error.
 """
@@ -35,21 +35,30 @@ class Runner:
     """Runs `vcpus`, each on its own thread; a context manager that starts and stops them, and raises what failed.
 
     kick_signal: a signal that the process does not use otherwise; its handler does nothing but end a system call.
-    WrongType for an argument that is none; ConfigError for a VM without vCPUs.
+    on_end: called with `failure` after each run, on the thread of the vCPU that ends last.
+    WrongType for an argument of a wrong type; ConfigError for a VM without vCPUs.
 
-    Thread-safety: all methods may be called from any thread; join() not from a vCPU's own.
+    Thread-safety: all methods may be called from any thread; join() and start() not from a vCPU's own.
     """
 
-    def __init__(self, vcpus: list[Vcpu], handler: ExitHandler, *, kick_signal: int = signal.SIGRTMIN + 2) -> None:
+    def __init__(
+        self,
+        vcpus: list[Vcpu],
+        handler: ExitHandler,
+        *,
+        kick_signal: int = signal.SIGRTMIN + 2,
+        on_end: Callable[[BaseException | None], object] | None = None,
+    ) -> None:
         self._vcpus = vcpus_of(vcpus)
         self._handler = function("handler", handler)
+        self._on_end = None if on_end is None else function("on_end", on_end)
         install_kick_signal(kick_signal)
         self.gate = Gate(self._vcpus, kick_signal)
         self._kick_signal = kick_signal
         self._threads: list[threading.Thread] = []
         self._start_failure: StateError | None = None
         self.failure: BaseException | None = None
-        """What ended the run, if an error did: raised by the handler or by KVM, or no thread to be had.
+        """What ended the last run, if an error did: the handler's, KVM's, or there was no thread for a vCPU.
 
         WrongType for a handler that returned neither True nor False.
         """
@@ -57,7 +66,12 @@ class Runner:
     # Life
 
     def start(self) -> None:
-        """Let all vCPUs run.  StateError if they were started or stopped before, or if there is no thread for one."""
+        """Let all vCPUs run, from where they stand.
+
+        StateError while they run, after close(), on the thread of a vCPU that ends, and if one gets no thread.
+        """
+        if self.gate.has_ended() and not self._is_own_thread():
+            self.stop()  # else a thread may be about to depart
         try:
             self.gate.begin(self._start_threads)
         except RuntimeError as error:
@@ -75,16 +89,17 @@ class Runner:
         return self.gate.wait_until_ended(timeout_s)
 
     def stop(self) -> None:
-        """End the run and all threads; by a vCPU's own thread, without waiting for them.
+        """End the run and all threads; on a vCPU's own thread, without waiting for them.  start() may follow.
 
         May be called at any time, and again, also after an interrupt.
         """
         self.gate.end()
-        if threading.current_thread() in self._threads:  # idents do not tell: the next thread has that of an ended one
-            return
-        self.gate.wait_until_departed()
-        for thread in self._threads:
-            thread.join()  # its last lines; an interrupt of a longer join() would make is_alive() false for good
+        self._wait_for_threads()
+
+    def close(self) -> None:
+        """stop(), for good: start() is a StateError from now on."""
+        self.gate.close()
+        self._wait_for_threads()
 
     def __enter__(self) -> Self:
         self.start()
@@ -101,6 +116,11 @@ class Runner:
         """The kernel's id of vCPU's thread; None while it has none."""
         return self.gate.thread_id(whole("vcpu", vcpu))
 
+    @property
+    def threads(self) -> tuple[threading.Thread, ...]:
+        """The vCPUs' threads, of the last run."""
+        return tuple(self._threads)
+
     # Keeping vCPUs out of the guest
 
     def pause(self) -> None:
@@ -115,10 +135,25 @@ class Runner:
         """Keep all vCPUs out of the guest meanwhile; `vcpu`, the caller's own, is out already, as the gate knows."""
         return self.gate.hold()
 
+    # Inside
+
+    def _is_own_thread(self) -> bool:
+        """Is this a vCPU's thread?  By its object, because the next thread may get the ident of one that ended."""
+        return threading.current_thread() in self._threads
+
+    def _wait_for_threads(self) -> None:
+        if self._is_own_thread():
+            return
+        self.gate.wait_until_departed()
+        for thread in self._threads:
+            thread.join()  # its last lines; an interrupt of a longer join() would make is_alive() false for good
+
     # On other threads
 
     def _start_threads(self) -> None:
-        """Start each vCPU's thread: on one where no signal handler of Python's runs, for Thread.start() bears none."""
+        """Start each vCPU's thread, on a thread without signal handlers, which could interrupt Thread.start()."""
+        self._threads = []
+        self.failure = self._start_failure = None
         with self.gate.hold():  # none goes in before all have their threads
             for vcpu in range(len(self._vcpus)):
                 thread = threading.Thread(target=self._run, args=(vcpu,), name=f"vCPU {vcpu}", daemon=True)
@@ -126,32 +161,44 @@ class Runner:
                     thread.start()
                 except RuntimeError as error:
                     self.failure = self._start_failure = _no_thread(error)
-                    self.gate.depart(vcpu)
+                    self._depart(vcpu)
                 else:
                     self._threads.append(thread)
         self.gate.threads_started()
 
     def _run(self, vcpu: int) -> None:
-        gate, run, handler = self.gate, self._vcpus[vcpu].run, self._handler
+        run, handler = self._vcpus[vcpu].run, self._handler
+        enter, leave = self.gate.enter, self.gate.leave
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [self._kick_signal])  # whoever called start() may block it
-            gate.arrive(vcpu)
-            while gate.enter(vcpu):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [self._kick_signal])  # the caller of start() may block it
+            self.gate.arrive(vcpu)
+            while enter(vcpu):
                 reason = run()
-                gate.leave(vcpu)
-                if not isinstance(reason, Interrupted) and not _goes_on(handler(vcpu, reason)):
+                leave(vcpu)
+                if type(reason) is Interrupted:
+                    continue
+                goes_on = handler(vcpu, reason)
+                if goes_on is not True:
+                    _check_ends(goes_on)
                     break
-        except BaseException as failure:  # noqa: BLE001  # whoever waits for the run gets it
+        except BaseException as failure:  # noqa: BLE001  # stop() and wait() raise it
             self.failure = self.failure or failure
         finally:
-            gate.depart(vcpu)
+            self._depart(vcpu)
+
+    def _depart(self, vcpu: int) -> None:
+        if not self.gate.depart(vcpu) or self._on_end is None:
+            return
+        try:
+            self._on_end(self.failure)
+        except BaseException as failure:  # noqa: BLE001  # as the exit handler's
+            self.failure = self.failure or failure
 
 
-def _goes_on(result: object) -> bool:
-    """What an exit handler returned; WrongType for what is no bool, so that a forgotten `return True` is not silent."""
-    if result is True or result is False:
-        return result
-    raise WrongType("the exit handler's result", result, "True to go on, False to end the run")
+def _check_ends(result: object) -> None:
+    """WrongType unless an exit handler returned False, so that a forgotten `return True` is not silent."""
+    if result is not False:
+        raise WrongType("the exit handler's result", result, "True to go on, False to end the run")
 
 
 def _no_thread(error: RuntimeError) -> StateError:

@@ -1,8 +1,8 @@
-"""What becomes of a guest's TSC offset on this host's KVM?
+"""Does this host's KVM honour the TSC offset that is set for a guest?
 
-Most hosts do what they are told.  Some take the offset, return success and leave the guest's TSC as it was; a page
-computed with that offset would be wrong by it.  So a guest is asked: a throw-away VM reads its TSC once.  And a host
-that does not trust its own TSC moves the offset by itself.
+Most hosts do.  Some accept the offset, return success and leave the guest's TSC as it was; a page computed with that
+offset would be wrong by it.  So this asks a guest: a throw-away VM reads its TSC once.  And a host that does not trust
+its own TSC moves the offset by itself.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Final
 
 from pvclock._counter import read_tsc
 from pvclock.arguments import instance
-from pvclock.kvm._ioctls import Kvm
+from pvclock.kvm._system import Kvm
 from pvclock.kvm.probe_vm import ProbeVm
 
 __all__ = ["TscOffsets", "probe_tsc_offsets"]
 
 RDTSC_TO_RESULT: Final = bytes.fromhex(
     "0f31"  # rdtsc
-    "66a30020"  # mov %eax, RESULT_GPA
-    "6689160420"  # mov %edx, RESULT_GPA + 4
+    "66a30020"  # mov %eax, PROBE_RESULT
+    "6689160420"  # mov %edx, PROBE_RESULT + 4
     "f4"  # hlt
 )
 PROBE_OFFSET: Final = 1 << 62
@@ -36,7 +36,7 @@ class TscOffsets(StrEnum):
 
 
 def probe_tsc_offsets(kvm: Kvm) -> TscOffsets:
-    """Try it; takes a few ms."""
+    """Set an offset and run a guest that reads its TSC; takes a few ms."""
     instance("kvm", kvm, Kvm, "a Kvm, as open_kvm() returns it")
     with closing(ProbeVm(kvm)) as vm:
         if vm.vcpu.get_tsc_offset() != vm.vcpu.get_tsc_offset():  # moved whenever KVM loads the vCPU, as for each call

@@ -1,6 +1,8 @@
-"""Virtual machines: a `Machine` is KVM, a boot image and a GuestClock."""
+"""Virtual machines: a `Machine` is KVM, a boot source, a clock, and devices on a bus."""
 
-from pvclock.machine.exits import CONSOLE_PORT, EXIT_PORT
+from pvclock.machine.bus import Bus, Device
+from pvclock.machine.devices import CONSOLE_PORT, EXIT_PORT
 from pvclock.machine.machine import Machine
+from pvclock.machine.run_state import RunState, RunStates
 
-__all__ = ["CONSOLE_PORT", "EXIT_PORT", "Machine"]
+__all__ = ["CONSOLE_PORT", "EXIT_PORT", "Bus", "Device", "Machine", "RunState", "RunStates"]

@@ -1,4 +1,4 @@
-"""What a Machine can be made of: its arguments, checked before anything is made."""
+"""Checks of a Machine's arguments, before it makes anything."""
 
 from __future__ import annotations
 
@@ -7,42 +7,48 @@ from collections.abc import Mapping
 from typing import Final
 
 from pvclock.arguments import instance, number, text, whole
-from pvclock.boot.layout import RAM_END
+from pvclock.boot import BootSource
 from pvclock.clock.guest_clock import MAX_AGE_S
 from pvclock.clock.ticker import SHORTEST_S
 from pvclock.errors import ConfigError, WrongType
+from pvclock.guest_layout import RAM_END
 from pvclock.kvm import Kvm
 from pvclock.quantities import shown
 from pvclock.state.clock_state import ClockState
 
 __all__ = ["check_arguments", "check_vcpus"]
 
-VCPUS_ANYWHERE: Final = 64
-"""So many a machine may have even where KVM recommends fewer, as it does by the host's CPUs."""
-
 RESTORE_OPTIONS: Final = ("policy", "reference", "any_tsc_hz", "vmm")
-"""GuestClock.restore()'s: all else is in the state."""
+"""The options of GuestClock.restore(); the state has all others."""
 
 
 def check_arguments(arguments: Mapping[str, object], clock_options: Mapping[str, object]) -> None:
-    """WrongType or ConfigError if no machine can be made of these on any host; it names what is wanted.
+    """WrongType or ConfigError, which says what can be given, if no host can make a machine of these.
 
     arguments: Machine's, but for the options of its clock.
     """
-    image = "the bytes of a multiboot-1 ELF or of a flat real-mode image"
-    instance("image", arguments["image"], bytes, image)
+    _check_boot_source(arguments["image"], arguments["cmdline"])
     whole("vcpus", arguments["vcpus"])
     _check_memory(arguments["memory_bytes"])
-    text("cmdline", arguments["cmdline"])
     if arguments["kvm"] is not None:
         instance("kvm", arguments["kvm"], Kvm, "a Kvm, as open_kvm() gives it, or None for one of the machine's own")
     _check_interval(arguments["tick_interval_s"])
     _check_clock(arguments, clock_options)
 
 
+def _check_boot_source(image: object, cmdline: object) -> None:
+    text("cmdline", cmdline)
+    if isinstance(image, BootSource):
+        if cmdline:
+            raise ConfigError("a BootSource has its own command line; leave out: cmdline")
+        image, cmdline = image
+        text("image.cmdline", cmdline)
+    instance("image", image, bytes, "the bytes of a multiboot-1 ELF or of a flat real-mode image, or a BootSource")
+
+
 def check_vcpus(count: int, kvm: Kvm) -> None:
-    """ConfigError for a number of vCPUs that this host does not run."""
-    most = max(kvm.check_extension("KVM_CAP_NR_VCPUS"), VCPUS_ANYWHERE)
+    """ConfigError for more vCPUs than KVM takes; KVM_CAP_NR_VCPUS, the host's CPUs, is its recommendation only."""
+    most = kvm.check_extension("KVM_CAP_MAX_VCPUS")
     if not 1 <= count <= most:
         raise ConfigError(f"{shown(count)} vCPUs; choose 1 to {most}")
 

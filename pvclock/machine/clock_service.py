@@ -1,32 +1,34 @@
-"""A machine's clock as the engine serves it: made or restored, ticked, and paused and let go on with the vCPUs."""
+"""A machine's clock, served by the engine or by the kernel: how it starts, pauses, goes on and ends with the vCPUs."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from pvclock._memory import GuestMemory
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.clock.ticker import Ticker
-from pvclock.errors import ConfigError, StateError, TscOffsetNotHonoured
+from pvclock.errors import ConfigError, MissingCapability, StateError, TscOffsetNotHonoured
 from pvclock.host.backend import Backend
 from pvclock.host.execution_time import ExecutionTimeBackend
-from pvclock.kvm import KvmBackend, Runner
+from pvclock.kvm import KvmBackend, Runner, Vm
 from pvclock.kvm.backend import SteeredTscBackend
+from pvclock.machine.cpuid import CpuidSource, KernelClock
+from pvclock.msr_ranges import MsrRange
 from pvclock.quantities import U64_MASK
 from pvclock.readings import RunReport
 from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.catchup import Policy, as_policy
 
-__all__ = ["BackendWrapper", "ClockService", "make_clock"]
+__all__ = ["BackendWrapper", "ClockService", "EngineClockService", "KernelClockService", "make_clock"]
 
 BackendWrapper: TypeAlias = Callable[[KvmBackend | SteeredTscBackend], Backend]
-"""Makes the backend that a machine's clock has of the one for its vCPUs: ExecutionTimeBackend is such.
+"""Makes the backend of a machine's clock from the one for its vCPUs, as ExecutionTimeBackend does.
 
-What it returns must have that one's tsc_hz and ask it whether the vCPUs are held, as one around it does; any other
-would be a clock of other vCPUs.
+What it returns must have that one's tsc_hz and its answer whether the vCPUs are kept out; any other would be a clock of
+other vCPUs.
 """
 
 
@@ -39,7 +41,7 @@ def make_clock(
     restore: ClockState | None = None,
     options: dict[str, Any],
 ) -> GuestClock:
-    """The clock of a machine whose vCPUs' backend is `inner`: a new one, or that which was saved as `restore`.
+    """The clock of a machine whose vCPUs' backend is `inner`: a new one, or the one saved as `restore`.
 
     options: GuestClock's, or those of GuestClock.restore().
     """
@@ -71,34 +73,109 @@ def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus:
     return backend
 
 
-class ClockService:
-    """A machine's clock and its ticker, and what is done with them as its vCPUs start, pause, go on and end.
+class ClockService(Protocol):
+    """A machine's clock, served by the engine or by the kernel.  All methods may be called from any thread."""
 
-    clock: None where the kernel serves it; then vCPUs alone are started and stopped.  tick_interval_s: the ticker's;
-    None for no ticker.  A clock that is paused, as a restored one is, keeps the vCPUs out until start() or resume().
+    @property
+    def clock(self) -> GuestClock | None:
+        """The engine's clock; None where the kernel serves it."""
 
-    Thread-safety: all methods may be called from any thread.
-    """
+    @property
+    def ticker(self) -> Ticker | None:
+        """What ticks the engine's clock; None without one."""
 
-    def __init__(self, runner: Runner, clock: GuestClock | None, tick_interval_s: float | None) -> None:
-        self.clock = clock
-        self.ticker = None if clock is None or tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
-        self._runner = runner
-        backend = None if clock is None else clock.backend
-        self._execution_time = backend if isinstance(backend, ExecutionTimeBackend) else None
-        # Around what changes vCPUs and clock: the clock's own lock, which who calls from an on_dirty has already.
-        self._changing = threading.RLock() if clock is None else clock.memory.clock_lock
-        self._resumes_at_start = clock is not None and clock.is_paused
-        if self._resumes_at_start:
-            runner.pause()
+    @property
+    def cpuid(self) -> CpuidSource:
+        """What the guest's CPUID says of its clock."""
+
+    @property
+    def msr_ranges(self) -> tuple[MsrRange, ...]:
+        """The MSRs whose accesses exit and reach read_msr() and write_msr()."""
+
+    def read_msr(self, vcpu: int, index: int) -> int:
+        """RDMSR; MsrFault for #GP."""
+
+    def write_msr(self, vcpu: int, index: int, value: int) -> None:
+        """WRMSR; MsrFault for #GP."""
+
+    def now_ns(self) -> int:
+        """Guest time in ns, as this clock's page shows it."""
+
+    @property
+    def starts_paused(self) -> bool:
+        """Does start() end a pause that is the clock's own: of a restored or a reset machine?"""
+
+    @property
+    def has_threads(self) -> bool:
+        """Are there threads that run vCPUs, or tick?"""
 
     def start(self) -> None:
-        """Tick the clock, let the vCPUs run, and a restored clock go on."""
+        """Let the vCPUs run, and the clock with them."""
+
+    def pause(self) -> None:
+        """Keep the vCPUs out; the engine's clock stops, too."""
+
+    def resume(self, policy: Policy | str | None = None) -> None:
+        """Let the clock go on, by `policy` or its own, and then the vCPUs."""
+
+    def run_for(self, ns: int) -> RunReport:
+        """Let the vCPUs of a paused machine run for `ns` of guest time; StateError if they would not run."""
+
+    def save(self) -> ClockState:
+        """The clock of a paused machine; StateError where the kernel serves it."""
+
+    def reset(self) -> None:
+        """The clock as at the guest's start; for after the run.  Guest time goes on; see GuestClock.reset()."""
+
+    def stop(self) -> None:
+        """End the run and what ticks; on a vCPU's own thread without waiting for them."""
+
+    def close(self) -> None:
+        """End what is left of it; for after the run."""
+
+
+class EngineClockService:
+    """The engine's clock and its ticker, and what is done with them as the vCPUs start, pause, go on and end.
+
+    tick_interval_s: the ticker's; None for no ticker.  A clock that is paused, as a restored one is, keeps the vCPUs
+    out until start() or resume().
+    """
+
+    def __init__(self, runner: Runner, clock: GuestClock, tick_interval_s: float | None) -> None:
+        self.clock = clock
+        self.read_msr, self.write_msr = clock.read_msr, clock.write_msr
+        self.ticker = None if tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
+        self._runner = runner
+        self._execution_time = clock.backend if isinstance(clock.backend, ExecutionTimeBackend) else None
+        # Around what changes vCPUs and clock: the clock's own lock, because a caller in an on_dirty has it already.
+        self._changing = clock.memory.clock_lock
+        self.starts_paused = clock.is_paused
+        if self.starts_paused:
+            runner.pause()
+
+    @property
+    def cpuid(self) -> CpuidSource:
+        """See ClockService."""
+        return self.clock
+
+    @property
+    def msr_ranges(self) -> tuple[MsrRange, ...]:
+        """See ClockService."""
+        return self.clock.msr_ranges
+
+    def now_ns(self) -> int:
+        """See ClockService."""
+        return self.clock.now()
+
+    def start(self) -> None:
+        """See ClockService: tick the clock, let the vCPUs run, and a restored or reset clock go on."""
+        if self._runner.gate.has_ended():
+            self._runner.stop()  # without the lock, for which a thread of the last run may wait
         try:
             with self._changing:
                 self._begin()
                 self._runner.start()
-                if self._resumes_at_start:
+                if self.starts_paused:
                     self.resume()
         except BaseException:
             if not self._is_running:
@@ -106,55 +183,50 @@ class ClockService:
             raise
 
     def pause(self) -> None:
-        """Keep the vCPUs out, and stop the clock."""
+        """See ClockService."""
         with self._changing:
-            self._resumes_at_start = False
+            self.starts_paused = False
             self._runner.pause()
             if self._execution_time is not None:
                 self._execution_time.leave()
-            if self.clock is not None and not self.clock.is_paused:
+            if not self.clock.is_paused:
                 self.clock.pause()
 
     def resume(self, policy: Policy | str | None = None) -> None:
-        """Let the clock go on, by `policy` or its own, and then the vCPUs."""
-        if policy is not None:
-            as_policy(policy)  # checked also where it settles nothing; the clock's event has the caller's words
+        """See ClockService."""
+        _check_policy(policy)
         with self._changing:
-            self._resumes_at_start = False
-            if self.clock is not None and self.clock.is_paused:
+            self.starts_paused = False
+            if self.clock.is_paused:
                 self.clock.resume(policy)
             if self._is_running:
                 self._enter()
             self._runner.resume()
 
     def run_for(self, ns: int) -> RunReport:
-        """Let the vCPUs of a paused machine run for `ns` of guest time; StateError if there are none that would."""
-        clock = self.engine_clock("run_for")
-        if self._runner.gate.has_ended():
-            raise StateError("run_for", "the run has ended", "make another machine; this one's clock can be saved")
-        if not self._runner.gate.has_begun():
+        """See ClockService."""
+        gate = self._runner.gate
+        if gate.has_ended():
+            raise StateError("run_for", "the run has ended", "start() it again, or save() its clock")
+        if not gate.has_begun():
             raise StateError("run_for", "the machine was never started", "start() it and pause() it before")
-        return clock.run_for(ns)
+        return self.clock.run_for(ns)
 
     def save(self) -> ClockState:
-        """The clock of a paused machine."""
+        """See ClockService."""
         with self._changing:
-            clock = self.engine_clock("save")
-            if not clock.is_paused:
+            if not self.clock.is_paused:
                 raise StateError("save", "the machine is not paused", "pause() it, and copy its RAM before it goes on")
-            return clock.save()
+            return self.clock.save()
 
-    def engine_clock(self, operation: str) -> GuestClock:
-        """The clock, for `operation`; StateError where the kernel serves it."""
-        if self.clock is None:
-            raise StateError(operation, "the kernel serves this guest's clock", 'make a machine with clock="engine"')
-        return self.clock
+    def reset(self) -> None:
+        """See ClockService; a clock that is paused goes on at start()."""
+        with self._changing:
+            self.clock.reset()
+            self.starts_paused = self.clock.is_paused
 
     def stop(self) -> None:
-        """End the run, and then the ticker; on a vCPU's own thread without waiting for them.
-
-        StateError if a tick does not return.
-        """
+        """See ClockService.  StateError if a tick does not return."""
         self._runner.stop()
         if not self._runner.gate.threads():
             self._end()
@@ -163,12 +235,12 @@ class ClockService:
                 self.ticker.stop(0)
 
     def close(self) -> None:
-        """End what is left of it; for after the run."""
+        """See ClockService."""
         self._end()
 
     @property
     def has_threads(self) -> bool:
-        """Are there threads that run vCPUs, or tick?"""
+        """See ClockService."""
         return bool(self._runner.gate.threads()) or (self.ticker is not None and self.ticker.has_threads)
 
     # Inside
@@ -179,13 +251,12 @@ class ClockService:
         return gate.has_begun() and not gate.has_ended()
 
     def _begin(self) -> None:
-        """Before the vCPUs have threads; nothing if they have, or had."""
-        gate = self._runner.gate
-        if gate.has_begun() or gate.has_ended():
+        """Before the vCPUs have threads; nothing if they have."""
+        if self._is_running or self._runner.gate.threads():
             return
         if self.ticker is not None:
             self.ticker.start()
-        if not gate.is_paused():
+        if not self._runner.gate.is_paused():
             self._enter()
 
     def _enter(self) -> None:
@@ -199,3 +270,94 @@ class ClockService:
             self._execution_time.leave()
         if self.ticker is not None:
             self.ticker.stop()
+
+
+class KernelClockService:
+    """The kernel's kvmclock: it runs by itself, also while the vCPUs are paused, so they alone are started and stopped.
+
+    features: the KVM features that the guest's CPUID offers.
+    """
+
+    clock = None
+    ticker = None
+    msr_ranges: tuple[MsrRange, ...] = ()
+    """See ClockService."""
+
+    def __init__(self, runner: Runner, vm: Vm, features: int) -> None:
+        self.cpuid: CpuidSource = KernelClock(features)
+        self.starts_paused = False
+        self._runner = runner
+        self._vm = vm
+        self._changing = threading.RLock()
+
+    def read_msr(self, _vcpu: int, _index: int) -> int:
+        """See ClockService: no access arrives here, because no MSR is filtered."""
+        raise _nobody_serves_msrs()
+
+    def write_msr(self, _vcpu: int, _index: int, _value: int) -> None:
+        """See ClockService: no access arrives here, because no MSR is filtered."""
+        raise _nobody_serves_msrs()
+
+    def now_ns(self) -> int:
+        """See ClockService: by KVM_GET_CLOCK."""
+        return self._vm.get_clock()["clock"]
+
+    def start(self) -> None:
+        """See ClockService."""
+        if self._runner.gate.has_ended():
+            self._runner.stop()
+        with self._changing:
+            self._runner.start()
+            if self.starts_paused:
+                self.resume()
+
+    def pause(self) -> None:
+        """See ClockService."""
+        with self._changing:
+            self.starts_paused = False
+            self._runner.pause()
+
+    def resume(self, policy: Policy | str | None = None) -> None:
+        """See ClockService: `policy` has nothing to settle."""
+        _check_policy(policy)
+        with self._changing:
+            self.starts_paused = False
+            self._runner.resume()
+
+    def run_for(self, _ns: int) -> RunReport:
+        """See ClockService."""
+        raise _kernel_serves("run_for")
+
+    def save(self) -> ClockState:
+        """See ClockService."""
+        raise _kernel_serves("save")
+
+    def reset(self) -> None:
+        """See ClockService: its MSRs are among the vCPUs' registers, which the machine resets; its time goes on."""
+        self.starts_paused = self._runner.gate.is_paused()
+
+    def stop(self) -> None:
+        """See ClockService."""
+        self._runner.stop()
+
+    def close(self) -> None:
+        """See ClockService: nothing is left."""
+
+    @property
+    def has_threads(self) -> bool:
+        """See ClockService."""
+        return bool(self._runner.gate.threads())
+
+
+def _check_policy(policy: Policy | str | None) -> None:
+    """Check it also where it settles nothing; the clock's event has the caller's words."""
+    if policy is not None:
+        as_policy(policy)
+
+
+def _kernel_serves(operation: str) -> StateError:
+    return StateError(operation, "the kernel serves this guest's clock", 'make a machine with clock="engine"')
+
+
+def _nobody_serves_msrs() -> MissingCapability:
+    return MissingCapability("KVM_CAP_X86_MSR_FILTER", "by nobody: the kernel serves this guest's clock")

@@ -1,4 +1,4 @@
-"""The CPUID of a guest's vCPUs: what the host's KVM supports, with this VM's own facts in it."""
+"""The CPUID of a guest's vCPUs: what the host's KVM supports, changed to fit this VM."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ TOPOLOGY_LEAVES = (0xB, 0x1F)
 TSC_DEADLINE = 1 << 24
 """CPUID.1:ECX: the LAPIC timer has a TSC-deadline mode."""
 HYPERVISOR = 1 << 31
-"""CPUID.1:ECX: there is one."""
+"""CPUID.1:ECX: a hypervisor is present."""
 INVARIANT_TSC = 1 << 8
 """CPUID.80000007:EDX."""
 
 
 class CpuidSource(Protocol):
-    """Who knows what a guest's CPUID says of its clock: a GuestClock, or a KernelClock."""
+    """A clock's part in a guest's CPUID: a GuestClock's, or a KernelClock's."""
 
     @property
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
         """The hypervisor leaves, all there are."""
 
     def patch_cpuid(self, leaf: int, subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
-        """The last word on every other leaf."""
+        """The registers of any other leaf, changed as this clock needs them."""
 
 
 class KernelClock(NamedTuple):
@@ -59,7 +59,7 @@ class KernelClock(NamedTuple):
 def set_guest_cpuid(kvm: Kvm, vcpus: Sequence[Vcpu], clock: CpuidSource) -> None:
     """Give each vCPU its guest_cpuid(), and let what the kernel serves beside the clock go by it (Linux 5.10).
 
-    For before the vCPUs run: KVM takes no other CPUID after that.
+    Call it before the vCPUs run: after that KVM refuses another CPUID.
     """
     enforce = "KVM_CAP_ENFORCE_PV_FEATURE_CPUID"
     can_enforce = _opened(kvm).check_extension(enforce)

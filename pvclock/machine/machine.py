@@ -1,34 +1,54 @@
-"""A small virtual machine: RAM, vCPUs, a boot image, a clock, an exit port and a debug console."""
+"""A small virtual machine: RAM, vCPUs, a boot source, a clock, and devices on a bus."""
 
 from __future__ import annotations
 
 from _thread import start_new_thread
 from contextlib import suppress
-from threading import Thread
+from threading import Thread, current_thread
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Final, Literal, Protocol, Self, TypeVar
 from weakref import finalize
 
-from pvclock import boot
 from pvclock._memory import GuestMemory
 from pvclock.arguments import number, whole
-from pvclock.boot.layout import IDENTITY_MAP, TSS
+from pvclock.boot import BootSource, enter
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.clock.ticker import Ticker
 from pvclock.errors import StateError
+from pvclock.guest_layout import IDENTITY_MAP, IOAPIC, LOCAL_APIC, TSS
 from pvclock.kvm import Kvm, Runner, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.machine.arguments import check_arguments, check_vcpus
-from pvclock.machine.clock_service import BackendWrapper, ClockService, make_clock
-from pvclock.machine.cpuid import KernelClock, set_guest_cpuid
-from pvclock.machine.exits import CONSOLE_PORT, GuestExits
+from pvclock.machine.bus import Bus, CoalescedRing
+from pvclock.machine.clock_service import (
+    BackendWrapper,
+    ClockService,
+    EngineClockService,
+    KernelClockService,
+    make_clock,
+)
+from pvclock.machine.cpuid import set_guest_cpuid
+from pvclock.machine.devices import CONSOLE_PORT, EXIT_PORT, Console, ExitPort
+from pvclock.machine.exits import GuestExits, Outcome
+from pvclock.machine.power_on import PowerOnState
 from pvclock.machine.ram import Ram
+from pvclock.machine.run_state import RunState, RunStates
 from pvclock.providers.kvm import kernel_clock_features
 from pvclock.readings import RunReport
 from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.catchup import Policy
 
 __all__ = ["Machine"]
+
+
+PIC_PORTS: Final = ((0x20, 2), (0xA0, 2), (0x4D0, 2))
+"""KVM answers these: the two PICs and their edge/level registers."""
+
+KVM_PAGES: Final = (
+    (IDENTITY_MAP, 0x4000, "KVM's identity map and TSS"),
+    (IOAPIC, 0x1000, "the IOAPIC"),
+    (LOCAL_APIC, 0x1000, "the local APIC"),
+)
 
 
 class Resource(Protocol):
@@ -44,9 +64,9 @@ ResourceT = TypeVar("ResourceT", bound=Resource)
 class Machine:
     """A VM with `image` in it, ready to start; a context manager that always cleans up.
 
-    image: a multiboot-1 ELF or a flat real-mode image.  clock: who serves the guest's clock, "engine" (`self.clock`,
-    a GuestClock, with the rest of the keywords as its options) or "kernel" (in-kernel kvmclock, with `features` or as
-    the engine's; `self.clock` is None).
+    image: a multiboot-1 ELF or a flat real-mode image, or a BootSource with its command line.  clock: what serves
+    the guest's clock, "engine" (`self.clock`, a GuestClock, with the rest of the keywords as its options) or "kernel"
+    (in-kernel kvmclock, with `features` or as the engine's; `self.clock` is None).
 
     For the engine's clock:  tick_interval_s: from start() to stop() it is ticked every so many seconds, so that its
     pages do not age; None leaves that to the caller.  backend: called with the backend of the vCPUs, it returns the
@@ -57,11 +77,14 @@ class Machine:
     The guest's TSC begins at 0 when its first vCPU is made, and all vCPUs have that one offset, as KVM does it, or
     `tsc_offset`.  On a host that honours no offsets it is the host's: see `pvclock doctor`.
 
-    After the run has ended nothing executes any more: run_for() is a StateError, and all else is as for a machine that
-    is paused or not, so that its clock can be saved.  After close() only wait(), stop(), close() and what was found
-    (exit_code, console) are left; all else that lets it live is a StateError.
+    bus: devices are added to it (Bus.add_ports, Bus.add_mmio).  run_state: in which state it is, and handlers of the
+    changes.  clock_service: the clock as the engine or the kernel serves it, by one interface.
 
-    A machine that is dropped without close() stops and gives everything back, by and by.
+    After the run has ended nothing executes any more until start(), so run_for() is a StateError; all else is as for a
+    machine that is paused or not, and its clock can be saved.  After close() only wait(), stop(), close() and what was
+    found (exit_code, console) are left; everything else is a StateError.
+
+    A machine that is dropped without close() stops and gives everything back, on another thread if need be.
 
     WrongType or ConfigError for a wrong argument, before anything is made.  KvmUnavailable, MissingCapability,
     ImageError, RangeError, StateFileError or, for ExecutionTimeBackend without TSC offsets, TscOffsetNotHonoured if it
@@ -70,7 +93,7 @@ class Machine:
 
     def __init__(  # noqa: PLR0913  # a machine has so many facts; all but the image are by keyword, with defaults
         self,
-        image: bytes,
+        image: bytes | BootSource,
         *,
         vcpus: int = 1,
         memory_bytes: int = 16 << 20,
@@ -82,40 +105,61 @@ class Machine:
         restore: ClockState | None = None,
         **clock_options: object,
     ) -> None:
-        given = {"image": image, "vcpus": vcpus, "memory_bytes": memory_bytes, "clock": clock, "cmdline": cmdline}
+        given: dict[str, object] = {
+            "image": image,
+            "vcpus": vcpus,
+            "memory_bytes": memory_bytes,
+            "clock": clock,
+            "cmdline": cmdline,
+        }
         given |= {"kvm": kvm, "tick_interval_s": tick_interval_s, "backend": backend, "restore": restore}
         check_arguments(given, clock_options)
-        self.clock: GuestClock | None = None
         self._is_closed = False
         self._resources: list[Resource] = []  # to be given back, the last one first
+        self.run_state = RunStates()
         try:
             self._kvm = kvm or self._owned(open_kvm())
             check_vcpus(vcpus, self._kvm)
             self._make_memory(memory_bytes)
             self._make_vcpus(vcpus, self._kvm)
+            self._make_bus()
+            self._make_runner()
             if clock == "engine":
-                self._take_the_clock(self._kvm, vcpus, wrap=backend, restore=restore, options=clock_options)
+                service = self._engine_clock(tick_interval_s, wrap=backend, restore=restore, options=clock_options)
             else:
-                self._leave_the_clock_to_the_kernel(**clock_options)  # type: ignore[arg-type]  # an int
-            boot.enter(self.vcpus[0], boot.load(self.memory, image, cmdline))
-            self._clock_service = self._owned(ClockService(self.runner, self.clock, tick_interval_s))
+                service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
+            self._take_the_clock(service)
+            self._power_on = PowerOnState(self.vm, self.vcpus)
+            self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
+            enter(self.vcpus[0], self.boot_source.load(self.memory))
         except BaseException:
             with suppress(BufferError):  # of an interrupt, whose traceback has the memory until it goes
                 _give_back(self._resources)
             raise
-        self._if_dropped = finalize(self, _reclaim, self.runner, self._clock_service, self._resources)
+        self._if_dropped = finalize(self, _reclaim, self.runner, self.clock_service, self._resources)
         self._if_dropped.atexit = False  # a process that ends takes everything with it
 
     # Life
 
     def start(self) -> None:
-        """Let the vCPUs run, the ticker tick and a restored clock go on.
+        """Let the vCPUs run from where they stand, the ticker tick, and a restored or reset clock go on.
 
-        StateError if they were started or stopped before, if it is closed, or if there is no thread for one; no guest
-        has run then.
+        Again after the run has ended, too, which is then forgotten; reset() before boots anew.  StateError while they
+        run, if the guest cannot go on, if the machine is closed, on a vCPU's thread that ends, or if there is no thread
+        for a vCPU; no guest has run then.
         """
         self._check_open("start")
-        self._clock_service.start()
+        self._update_run_state()
+        self.run_state.check("start", RunState.RUNNING)
+        if self.runner.gate.has_ended():
+            self._outcome.forget()
+        try:
+            with self.runner.quiesce():  # no vCPU goes in before the handlers of the run state have heard
+                self.clock_service.start()
+                self._update_run_state()
+        except BaseException:
+            self._update_run_state()
+            raise
 
     def wait(self, timeout_s: float | None = None) -> int:
         """The guest's exit code, once it has written one; the vCPUs have stopped then.
@@ -133,8 +177,8 @@ class Machine:
             self.stop()
         if self.runner.failure is not None:
             raise self.runner.failure
-        if self._exits.crash is not None:
-            raise self._exits.crash
+        if self._outcome.crash is not None:
+            raise self._outcome.crash
         if self.exit_code is None:
             raise StateError("wait", "the machine was stopped", "there is no exit code")
         return self.exit_code
@@ -146,7 +190,8 @@ class Machine:
         StateError once it is closed.
         """
         self._check_open("pause")
-        self._clock_service.pause()
+        self.clock_service.pause()
+        self._update_run_state()
 
     def resume(self, policy: Policy | str | None = None) -> None:
         """Let the vCPUs go on; `policy` says what becomes of the time that the engine's clock missed.
@@ -155,7 +200,9 @@ class Machine:
         StateError once it is closed.
         """
         self._check_open("resume")
-        self._clock_service.resume(policy)
+        with self.runner.quiesce():  # see start()
+            self.clock_service.resume(policy)
+            self._update_run_state()
 
     def run_for(self, ns: int) -> RunReport:
         """Let a paused machine with the engine's clock run for `ns` of guest time; it is paused again then.
@@ -164,33 +211,70 @@ class Machine:
         """
         whole("ns", ns)
         self._check_open("run_for")
-        return self._clock_service.run_for(ns)
+        return self.clock_service.run_for(ns)
 
     def save(self) -> ClockState:
         """The engine's clock of a paused machine, for Machine(restore=...); to be kept with a copy of its RAM.
 
-        RAM and the vCPUs' registers are no part of it.  StateError unless the machine is paused: else the RAM that goes
-        with it would be that of another instant.  And once it is closed, for then there is no RAM.
+        RAM and the vCPUs' registers are not part of it.  StateError unless the machine is paused: else the RAM that
+        goes with it would be that of another instant.  And once it is closed, for then there is no RAM.
         """
         self._check_open("save")
-        return self._clock_service.save()
+        return self.clock_service.save()
+
+    def reset(self) -> None:
+        """Boot anew: vCPUs, interrupt controllers, RAM, devices and the clock's MSRs are as when the machine was made.
+
+        A machine that runs goes on running; any other is in state prelaunch then, until start().  Guest time goes on,
+        and so do the vCPUs' TSCs (see GuestClock.reset); a paused clock goes on at start().  StateError on a vCPU's
+        own thread, and once the machine is closed.  After an error or an interrupt, call it again.
+        """
+        self._check_open("reset")
+        if current_thread() in self.runner.threads:
+            raise StateError("reset", "this is the thread of a vCPU", "reset() the machine on another one")
+        self._update_run_state()
+        goes_on = self.run_state.current is RunState.RUNNING
+        self._run_end.is_silent = goes_on  # its end is not one that anybody is to hear of
+        try:
+            self.clock_service.stop()
+            self.bus.reset()
+            self.runner.gate.renew()
+            self.clock_service.reset()
+            self._outcome.forget()
+            self._power_on.restore()
+            self._ram.clear()
+            if self.memory.on_dirty is not None:
+                self.memory.on_dirty(0, len(self._ram.buffer))
+            enter(self.vcpus[0], self.boot_source.load(self.memory))
+            if goes_on:
+                self.clock_service.start()
+        finally:
+            self._run_end.is_silent = False
+            self._update_run_state()
 
     def stop(self) -> None:
-        """End the run and the ticker; the machine's memory can still be read.
+        """End the run and the ticker; the machine's memory can still be read, and start() lets it go on.
 
         StateError, when all else is done, for a tick that does not return (see Ticker.stop).
         """
-        self._clock_service.stop()
+        try:
+            self.clock_service.stop()
+        finally:
+            if not self._is_closed:
+                self._update_run_state()
 
     def close(self) -> None:
-        """Stop the run and give everything back.  May be called twice, and again after an interrupt.
+        """Stop the run for good and give everything back.  May be called twice, and again after an interrupt.
 
         StateError on a vCPU's own thread, which cannot wait for its end; the run ends all the same.  And as stop().
         """
-        self.runner.stop()
+        self.runner.close()
         if self.runner.gate.threads():
-            self._clock_service.stop()
+            self.clock_service.stop()
             raise StateError("close", "this is the thread of a vCPU", "close() the machine on another one")
+        if not self._is_closed:
+            self.bus.flush()  # the ring goes with the vCPUs
+            self._update_run_state()
         self._is_closed = True
         _give_back(self._resources)
 
@@ -204,19 +288,37 @@ class Machine:
         self.close()
 
     @property
+    def clock(self) -> GuestClock | None:
+        """The engine's clock; None where the kernel serves it."""
+        return self.clock_service.clock
+
+    @property
     def exit_code(self) -> int | None:
         """What the guest wrote to the exit port; None if it has not."""
-        return self._exits.exit_code
+        return self._outcome.exit_code
 
     @property
     def console(self) -> str:
         """What the guest wrote to the console port up to now: all of it, or the last MiB."""
-        return self._exits.console()
+        self.bus.flush()
+        return self._console.text()
 
     @property
     def ticker(self) -> Ticker | None:
         """What ticks the engine's clock, its `failures` and the clocks that are `stuck` among it; None without one."""
-        return self._clock_service.ticker
+        return self.clock_service.ticker
+
+    def _update_run_state(self) -> None:
+        self.run_state.update(self._found_state)
+
+    def _found_state(self) -> RunState:
+        """The state, by what vCPUs and clock are doing."""
+        gate = self.runner.gate
+        if gate.has_ended():
+            return _ended_by(self._outcome, self.runner.failure)
+        if gate.is_paused():
+            return RunState.PRELAUNCH if self.clock_service.starts_paused else RunState.PAUSED
+        return RunState.RUNNING if gate.has_begun() else RunState.PRELAUNCH
 
     def _check_open(self, operation: str) -> None:
         if self._is_closed:
@@ -231,7 +333,7 @@ class Machine:
 
     def _make_memory(self, memory_bytes: int) -> None:
         self._ram = Ram(memory_bytes)
-        self._resources.insert(0, self._ram)  # given back last, for somebody else may still look at it
+        self._resources.insert(0, self._ram)  # given back last: another view of it may still be open
         self.memory = self._owned(GuestMemory(self._ram.buffer))
 
     def _make_vcpus(self, count: int, kvm: Kvm) -> None:
@@ -241,20 +343,54 @@ class Machine:
         self.vm.set_user_memory_region(0, 0, self._ram.buffer)
         self.vm.create_irqchip()
         self.vcpus: list[Vcpu] = [self._owned(self.vm.create_vcpu(i)) for i in range(count)]
-        for vcpu in self.vcpus:
-            vcpu.console_port = CONSOLE_PORT
-        self._exits = GuestExits(self.vcpus)
-        self.runner = Runner(self.vcpus, self._exits.handle)
 
-    def _take_the_clock(self, kvm: Kvm, vcpus: int, **how: Any) -> None:  # noqa: ANN401  # make_clock()'s keywords
-        self.clock = make_clock(self.memory, vcpus, kvm_backend(kvm, self.vcpus, self.runner), **how)
-        self._exits.clock = self.clock
-        exit_on_msrs(self.vm, self.clock.msr_ranges)
-        set_guest_cpuid(kvm, self.vcpus, self.clock)
+    def _make_bus(self) -> None:
+        self._outcome = Outcome()
+        self.bus = Bus(CoalescedRing(self.vm, self.vcpus[0]))
+        self.bus.reserve_mmio(0, len(self._ram.buffer), "RAM")
+        for gpa, length, name in KVM_PAGES:
+            self.bus.reserve_mmio(gpa, length, name)
+        for first, count in PIC_PORTS:
+            self.bus.reserve_ports(first, count, "an in-kernel PIC")
+        self._console = Console()
+        self.bus.add_ports(CONSOLE_PORT, 1, self._console, coalesced=True)
+        self.bus.add_ports(EXIT_PORT, 1, ExitPort(self._outcome.exit))
 
-    def _leave_the_clock_to_the_kernel(self, features: int | None = None) -> None:
+    def _make_runner(self) -> None:
+        self._exits = GuestExits(self.vcpus, self.bus, self._outcome)
+        self._run_end = _RunEnd(self.run_state, self._outcome)
+        self.runner = Runner(self.vcpus, self._exits.handle, on_end=self._run_end)
+
+    def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # make_clock()'s
+        clock = make_clock(self.memory, len(self.vcpus), kvm_backend(self._kvm, self.vcpus, self.runner), **how)
+        return EngineClockService(self.runner, clock, tick_interval_s)
+
+    def _kernel_clock(self, features: int | None = None) -> ClockService:
         offered = kernel_clock_features(kernel_features(self._kvm)) if features is None else features
-        set_guest_cpuid(self._kvm, self.vcpus, KernelClock(offered))
+        return KernelClockService(self.runner, self.vm, offered)
+
+    def _take_the_clock(self, service: ClockService) -> None:
+        self.clock_service = self._exits.clock = self._owned(service)
+        if service.msr_ranges:
+            exit_on_msrs(self.vm, service.msr_ranges)
+        set_guest_cpuid(self._kvm, self.vcpus, service.cpuid)
+
+
+class _RunEnd:
+    """Called at the end of a run, on the thread of the last vCPU: tells the run state why it ended."""
+
+    def __init__(self, run_state: RunStates, outcome: Outcome) -> None:
+        self.is_silent = False
+        self._run_state = run_state
+        self._outcome = outcome
+
+    def __call__(self, failure: BaseException | None) -> None:
+        if not self.is_silent:
+            self._run_state.update(lambda: _ended_by(self._outcome, failure))
+
+
+def _ended_by(outcome: Outcome, failure: BaseException | None) -> RunState:
+    return RunState.SHUTDOWN if failure is None and outcome.crash is None else RunState.INTERNAL_ERROR
 
 
 def _give_back(resources: list[Resource]) -> None:
@@ -268,7 +404,7 @@ def _give_back(resources: list[Resource]) -> None:
 
 
 def _reclaim(runner: Runner, service: ClockService, resources: list[Resource]) -> None:
-    """Give back what a machine held that was dropped without close().
+    """Give back what a machine had that was dropped without close().
 
     If it runs, that is left to another thread: the one that dropped it may be one of the machine's own, or hold what
     one of these waits for.
@@ -283,5 +419,5 @@ def _reclaim(runner: Runner, service: ClockService, resources: list[Resource]) -
 
 def _give_back_after(runner: Runner, resources: list[Resource]) -> None:
     runner.gate.wait_until_departed()
-    with suppress(BufferError, StateError):  # somebody looks at the memory: it goes with the last view; a tick is stuck
+    with suppress(BufferError, StateError):  # a view of the memory is open, and it goes with that; a tick is stuck
         _give_back(resources)

@@ -1,4 +1,4 @@
-"""A VM's RAM: a memfd, shared with whoever shall see it and never with a forked child."""
+"""A VM's RAM: a memfd, for other processes to map, and not mapped in a forked child."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ class Ram:
         """The memfd, until close()."""
         return self._file.fileno()
 
+    def clear(self) -> None:
+        """Zero all of it, and give its pages back to the host until they are written again."""
+        self.buffer.madvise(mmap.MADV_REMOVE)
+
     def close(self) -> None:
-        """Give the memory back; BufferError if somebody still has a view of it, and then it goes with the last view.
+        """Give the memory back; BufferError if a view of it is open, and then it goes with the last view.
 
         May be called twice.
         """

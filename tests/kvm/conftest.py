@@ -27,3 +27,10 @@ def cpuid() -> CpuidProbe:
 def stable_bit() -> int:
     """Return the flag that pages have on this host when all vCPUs' TSCs agree: TSC_STABLE, if it trusts its own."""
     return TSC_STABLE_BIT if host_clocksource() == "tsc" else 0
+
+
+@pytest.fixture(scope="session")
+def kvm_serves_coalesced_ports() -> bool:
+    """Has this host's KVM a ring for port writes?"""
+    with open_kvm() as kvm:
+        return bool(kvm.check_extension("KVM_CAP_COALESCED_PIO"))

@@ -9,7 +9,7 @@ import pytest
 
 from pvclock.errors import KvmError, KvmUnavailable, MissingCapability
 from pvclock.kvm import Kvm, capabilities, open_kvm
-from pvclock.kvm._ioctls import CAPABILITY_NUMBERS
+from pvclock.kvm._fd import CAPABILITY_NUMBERS
 from pvclock.kvm.access import ADVICE, advice
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED
 from tests.kvm.leaks import open_descriptors

@@ -61,7 +61,7 @@ def test_closed_vcpu_does_not_run_or_answer() -> None:
         for action in (vcpu.run, lambda: vcpu.complete_io(b"\0"), lambda: vcpu.complete_mmio(b"\0"), vcpu.complete_msr):
             with pytest.raises(StateError):
                 action()
-        assert vcpu.take_console() == b""
+        assert vcpu.take_coalesced() == ()
 
 
 @pytest.mark.row("X-02")

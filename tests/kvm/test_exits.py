@@ -21,7 +21,8 @@ from pvclock.kvm import (
     WrmsrExit,
     exit_on_msrs,
 )
-from pvclock.kvm._ioctls import install_kick_signal
+from pvclock.kvm._gate import install_kick_signal
+from pvclock.kvm.exits import CoalescedWrite
 from tests.kvm import guests
 from tests.kvm.guests import CODE, COUNT, GP_VECTOR, HLT, RESULT, UNMAPPED, bare_vm
 
@@ -234,28 +235,67 @@ def test_what_the_kernel_keeps_does_not_come_here(msr: int) -> None:
         assert bare.vcpus[0].run() == Halt()
 
 
-# The console
+# The coalesced ring
+
+
+@pytest.fixture
+def coalesced_ports(kvm_serves_coalesced_ports: bool) -> None:
+    """Skip where KVM has no ring for port writes."""
+    if not kvm_serves_coalesced_ports:
+        pytest.skip("KVM_CAP_COALESCED_PIO is missing: Linux 4.20 has it")
 
 
 @pytest.mark.row("style")
-def test_console_bytes_are_kept_without_an_exit() -> None:
-    """Single bytes to the console port are kept until taken, in order, and everything else still exits."""
-    code = b"".join(guests.out(0xE9, byte) for byte in b"tick") + guests.out(0x10, 1) + HLT
+@pytest.mark.usefixtures("coalesced_ports")
+def test_coalesced_writes_are_kept_without_an_exit() -> None:
+    """Writes that fit the registered port wait in the ring, in order; a wider one, and any other port's, exits."""
+    code = b"".join(guests.out(0xE9, byte) for byte in b"tick") + bytes.fromhex("b400 e7e9") + guests.out(0x10, 1) + HLT
     with bare_vm(code) as bare:
         vcpu = bare.vcpus[0]
-        vcpu.console_port = 0xE9
+        bare.vm.register_coalesced(0xE9, 1, is_port=True)
+        assert vcpu.run() == IoOut(0xE9, 2, b"k\0")
+        assert vcpu.take_coalesced() == tuple(CoalescedWrite(True, 0xE9, bytes([byte])) for byte in b"tick")
         assert vcpu.run() == IoOut(0x10, 1, b"\x01")
-        assert (vcpu.take_console(), vcpu.take_console()) == (b"tick", b"")
+        assert vcpu.take_coalesced() == ()
+
+
+@pytest.mark.row("style")
+def test_coalesced_mmio() -> None:
+    """A store to a registered range is in the ring with its address and bytes."""
+    # mov $0x2000, %ax; mov %ax, %ds; mov %eax, 4
+    with bare_vm(bytes.fromhex("b80020 8ed8 66a30400") + HLT) as bare:
+        vcpu = bare.vcpus[0]
+        bare.vm.register_coalesced(UNMAPPED, 0x1000, is_port=False)
+        assert vcpu.run() == Halt()
+        ((is_port, address, data),) = vcpu.take_coalesced()
+        assert (is_port, address, data[:2]) == (False, UNMAPPED + 4, b"\x00\x20")
 
 
 @pytest.mark.row("E9")
-def test_a_full_console_exits() -> None:
-    """Byte 4097 comes as an exit; nothing is lost or overwritten."""
-    # mov $0x1010, %cx; 1: mov %cl, %al; out %al, $0xe9; loop 1b
-    with bare_vm(bytes.fromhex("b91010 88c8 e6e9 e2fa") + HLT) as bare:
+@pytest.mark.usefixtures("coalesced_ports")
+@pytest.mark.parametrize("code", ["b91010 88c8 e6e9 e2fa", "b91010 bae900 be0020 f36e"], ids=["loop", "rep-outsb"])
+def test_a_full_ring_exits(code: str) -> None:
+    """The write that finds no room comes as an exit, after those in the ring; nothing is lost or overwritten."""
+    # mov $0x1010, %cx; 1: mov %cl, %al; out %al, $0xe9; loop 1b, or rep outsb
+    with bare_vm(bytes.fromhex(code) + HLT) as bare:
+        expected = bytes(n & 0xFF for n in range(0x1010, 0, -1))
+        bare.ram[RESULT : RESULT + len(expected)] = expected
         vcpu = bare.vcpus[0]
-        vcpu.console_port = 0xE9
-        assert vcpu.run() == IoOut(0xE9, 1, b"\x10")
-        assert vcpu.take_console() == bytes(n & 0xFF for n in range(0x1010, 0x10, -1))
-        assert vcpu.run() == Halt()
-        assert vcpu.take_console() == bytes(n & 0xFF for n in range(0xF, 0, -1))
+        bare.vm.register_coalesced(0xE9, 1, is_port=True)
+        seen, exits = b"", 0
+        while isinstance(reason := vcpu.run(), IoOut):
+            seen += b"".join(write.data for write in vcpu.take_coalesced()) + reason.data
+            exits += 1
+        seen += b"".join(write.data for write in vcpu.take_coalesced())
+        assert (reason, seen) == (Halt(), expected)
+        assert 1 <= exits < len(expected) // 100
+
+
+@pytest.mark.row("E9")
+@pytest.mark.usefixtures("coalesced_ports")
+def test_what_is_not_registered_any_more_exits() -> None:
+    """unregister_coalesced() undoes the other."""
+    with bare_vm(guests.out(0xE9, 1) + HLT) as bare:
+        bare.vm.register_coalesced(0xE9, 1, is_port=True)
+        bare.vm.unregister_coalesced(0xE9, 1, is_port=True)
+        assert bare.vcpus[0].run() == IoOut(0xE9, 1, b"\x01")

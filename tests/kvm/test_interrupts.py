@@ -47,6 +47,12 @@ def start_and_pause(machine: Machine) -> None:
     machine.pause()
 
 
+def start_and_stop(machine: Machine) -> None:
+    """Have a machine whose run has ended."""
+    machine.start()
+    machine.stop()
+
+
 def quiesce(machine: Machine) -> None:
     """Keep the vCPUs out for a moment."""
     with machine.runner.quiesce():
@@ -62,9 +68,12 @@ CALLS: Final[dict[str, tuple[Callable[[Machine], object], Callable[[Machine], ob
     "stop": (Machine.start, Machine.stop),
     "stop while paused": (start_and_pause, Machine.stop),
     "close": (Machine.start, Machine.close),
+    "start again": (start_and_stop, Machine.start),
+    "reset": (Machine.start, Machine.reset),
+    "reset while paused": (start_and_pause, Machine.reset),
 }
 
-OF_MANY_LINES: Final = ("pause", "resume", "run_for")
+OF_MANY_LINES: Final = ("pause", "resume", "run_for", "reset", "reset while paused")
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +149,7 @@ def test_an_interrupted_call_leaves_a_machine_that_works(name: str) -> None:
 def works(machine: Machine) -> None:
     """Pause and resume a machine, which runs afterwards if it was started and not stopped."""
     machine.pause()
-    assert machine.runner.gate.is_held()
+    assert machine.runner.gate.keeps_all_out()
     count_before = machine.memory.read(DATA, 4)
     assert machine.memory.read(DATA, 4) == count_before
     machine.resume()

@@ -8,7 +8,8 @@ import pytest
 
 from pvclock.errors import ConfigError, KvmError, RangeError, StateError
 from pvclock.kvm import Kvm
-from pvclock.kvm._ioctls import CAPABILITY_NUMBERS, install_kick_signal
+from pvclock.kvm._fd import CAPABILITY_NUMBERS
+from pvclock.kvm._gate import install_kick_signal
 from pvclock.kvm.exits import (
     Halt,
 )
@@ -114,6 +115,42 @@ def test_the_kernels_clock_can_be_read_and_set() -> None:
         assert (first["realtime"] > 0) == bool(first["flags"] & 4)
         assert (first["host_tsc"] > 0) == bool(first["flags"] & 8)
         assert refused("KVM_SET_CLOCK", lambda: bare.vm.set_clock(0, flags=1 << 20)) == errno.EINVAL
+
+
+# State that goes back as it came
+
+
+@pytest.mark.row("J-07")
+def test_state_goes_back_as_bytes() -> None:
+    """What each of these gives can be set again, and another length is a ConfigError, not a read past the end."""
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        vm.create_irqchip()
+        with vm.create_vcpu(0) as vcpu:
+            for name in ("lapic", "xsave", "xcrs", "debugregs", "vcpu_events"):
+                state = getattr(vcpu, f"get_{name}")()
+                getattr(vcpu, f"set_{name}")(state)
+                assert getattr(vcpu, f"get_{name}")() == state
+                with pytest.raises(ConfigError, match=f"of {len(state) - 1} bytes; KVM's struct has {len(state)}"):
+                    getattr(vcpu, f"set_{name}")(state[1:])
+            for chip in range(3):
+                state = vm.get_irqchip(chip)
+                vm.set_irqchip(state)
+                assert vm.get_irqchip(chip) == state
+            with pytest.raises(ConfigError, match="irqchip of 3 bytes"):
+                vm.set_irqchip(b"abc")
+            assert refused("KVM_GET_IRQCHIP", lambda: vm.get_irqchip(3)) == errno.EINVAL
+
+
+@pytest.mark.row("J-07")
+def test_many_msrs_at_once() -> None:
+    """They come by index; of several writes the error names the first that KVM refuses."""
+    with bare_vm(HLT) as bare:
+        vcpu = bare.vcpus[0]
+        vcpu.set_msrs({0x174: 8, 0xC0000082: 0x1000})
+        assert vcpu.get_msrs([0xC0000082, 0x174]) == {0xC0000082: 0x1000, 0x174: 8}
+        with pytest.raises(KvmError, match=r"KVM_SET_MSRS 0xdead0000"):
+            vcpu.set_msrs({0x174: 9, 0xDEAD0000: 1, 0xC0000082: 2})
+        assert vcpu.get_msrs([0x174, 0xC0000082]) == {0x174: 9, 0xC0000082: 0x1000}
 
 
 # Registers

@@ -17,7 +17,7 @@ from pvclock.host.simulated import SimulatedBackend
 from pvclock.host.this_host import HostBackend
 from pvclock.kvm.exits import InternalError
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine
-from pvclock.machine.exits import CONSOLE_KEPT_BYTES
+from pvclock.machine.devices.console import CONSOLE_KEPT_BYTES
 from pvclock.machine.ram import Ram
 from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
 from pvclock.payloads.probe import State
@@ -158,7 +158,7 @@ def test_a_guest_that_never_stops_writing() -> None:
     """The host keeps the end of an endless console, and no more."""
     with Machine(HLT) as machine:
         for byte in (b"a", b"b"):
-            machine._exits.append_to_console(machine.vcpus[0], byte * (CONSOLE_KEPT_BYTES * 3 // 4))
+            machine._console.write(0, byte * (CONSOLE_KEPT_BYTES * 3 // 4))
         assert len(machine.console) == CONSOLE_KEPT_BYTES
         assert machine.console.count("b") == CONSOLE_KEPT_BYTES * 3 // 4
 
@@ -382,7 +382,7 @@ def test_pause_and_resume_do_not_mix(call: str, meddler: str, monkeypatch: pytes
         monkeypatch.setattr(machine.clock, call, meddled)
         getattr(machine, call)()
         thread.join(LIMIT_S)
-        assert machine.clock.is_paused == machine.runner.gate.is_held() == (meddler == "pause")
+        assert machine.clock.is_paused == machine.runner.gate.keeps_all_out() == (meddler == "pause")
 
 
 @pytest.mark.row("E1", "E15")

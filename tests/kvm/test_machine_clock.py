@@ -280,7 +280,7 @@ def test_a_restored_machine_that_is_paused_before_it_starts() -> None:
         assert machine.save() == state._replace(policy=SavedPolicy.named("advance"))
         machine.pause()
         machine.start()
-        assert machine.runner.gate.is_held()
+        assert machine.runner.gate.keeps_all_out()
         assert clock.is_paused
         assert entries(machine) == count
         machine.resume("freeze")
@@ -321,7 +321,7 @@ def test_a_run_without_vcpus_that_run() -> None:
         assert machine.run_for(1000).overshoot_ns >= 0
         machine.stop()
         before = engine_of(machine).now()
-        with pytest.raises(StateError, match=r"run_for: the run has ended; make another machine"):
+        with pytest.raises(StateError, match=r"run_for: the run has ended; start\(\) it again"):
             machine.run_for(NS_PER_S)
         assert engine_of(machine).now() == before
     with Machine(DONE) as machine:

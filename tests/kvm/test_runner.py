@@ -122,18 +122,71 @@ def test_all_vcpus_run_until_stopped(vcpus: int) -> None:
 
 
 def test_a_run_begins_once() -> None:
-    """A second start() is refused, and so is one after stop(); waiting for what never began is, too."""
+    """A second start() before the end is refused, and any after close(); waiting for what never began is, too."""
     with bare_vm(COUNT) as bare:
         runner = Runner(bare.vcpus, go_on)
         with pytest.raises(StateError, match="never started"):
             runner.join()
         runner.start()
-        with pytest.raises(StateError, match="started or stopped before; make another Runner, or Machine"):
+        with pytest.raises(StateError, match=r"the vCPUs run already; stop\(\) them before"):
             runner.start()
         runner.stop()
         runner.stop()
-        with pytest.raises(StateError, match="started or stopped before"):
+        runner.close()
+        with pytest.raises(StateError, match="the vCPUs are closed; make another Runner, or Machine"):
             runner.start()
+
+
+@pytest.mark.parametrize("vcpus", CREWS)
+def test_a_run_after_a_run(vcpus: int) -> None:
+    """After stop(), start() lets the guests go on where they stood, many times, and no thread is left."""
+    before = held()
+    with bare_vm(COUNT, vcpus=vcpus) as bare:
+        runner = Runner(bare.vcpus, go_on)
+        for _ in range(10):
+            counts = [bare.count(vcpu) for vcpu in range(vcpus)]
+            runner.start()
+            moves_on(bare)
+            runner.stop()
+            assert all(bare.count(vcpu) > count for vcpu, count in enumerate(counts))
+            assert held().threads == before.threads
+
+
+def test_a_run_after_one_that_failed() -> None:
+    """The next run has no failure of the last one, and begins also where nobody has waited for its threads."""
+    fails = [True]
+
+    def handler(_vcpu: int, _reason: Exit) -> bool:
+        if fails[0]:
+            raise ZeroDivisionError
+        return True
+
+    with bare_vm(COUNT_AND_EXIT, vcpus=2) as bare:
+        runner = Runner(bare.vcpus, handler)
+        runner.start()
+        assert runner.join(LIMIT_S)
+        first = runner.failure
+        assert isinstance(first, ZeroDivisionError)
+        fails[0] = False
+        runner.start()
+        moves_on(bare)
+        assert runner.failure is None
+        runner.stop()
+
+
+def test_the_end_of_each_run_is_told_once() -> None:
+    """on_end comes with what ended the run, after the last vCPU has left, on its thread."""
+    ends: list[tuple[BaseException | None, bool, int]] = []
+
+    def on_end(failure: BaseException | None) -> None:
+        ends.append((failure, threading.current_thread() in runner.threads, runner.gate.threads()))
+
+    with bare_vm(COUNT, vcpus=2) as bare:
+        runner = Runner(bare.vcpus, go_on, on_end=on_end)
+        for _ in range(3):
+            runner.start()
+            runner.stop()
+    assert ends == [(None, True, 0)] * 3
 
 
 def test_a_vcpu_that_runs_is_left_alone() -> None:

@@ -185,7 +185,7 @@ def test_an_interrupted_holder_leaves_the_gate_as_it_was(after: int, paused_befo
     gate.leave(1)
     if paused_before:
         gate.pause()
-        assert gate.is_held()
+        assert gate.keeps_all_out()
         gate.pause()
         assert is_paused(gate)
 
@@ -234,35 +234,35 @@ def test_a_hold_is_taken_once() -> None:
 # Are they held?
 
 
-def test_is_held() -> None:
+def test_when_it_keeps_all_out() -> None:
     """Before a run, paused, and after its end; not while vCPUs may go in, and not by a hold alone."""
     gate = Gate([Vcpu()], KICK)
-    assert gate.is_held()
+    assert gate.keeps_all_out()
     gate.begin(gate.threads_started)
     gate.wait_until_started()
-    assert not gate.is_held()
+    assert not gate.keeps_all_out()
     with gate.hold():
-        assert not gate.is_held()
+        assert not gate.keeps_all_out()
     gate.pause()
-    assert gate.is_held()
+    assert gate.keeps_all_out()
     gate.resume()
-    assert not gate.is_held()
+    assert not gate.keeps_all_out()
     gate.end()
-    assert gate.is_held()
+    assert gate.keeps_all_out()
     gate.depart(0)
-    assert gate.is_held()
+    assert gate.keeps_all_out()
     gate.wait_until_departed()
 
 
-def test_is_held_at_the_end_of_a_run_means_that_all_are_out() -> None:
+def test_when_it_keeps_all_out_at_the_end_of_a_run_means_that_all_are_out() -> None:
     """A run that has ended has its vCPUs in the guest until they are kicked out."""
     gate = Gate([Vcpu()], KICK)
     gate.begin(gate.threads_started)
     assert gate.enter(0)
     gate.end()
-    assert not gate.is_held()
+    assert not gate.keeps_all_out()
     gate.leave(0)
-    assert gate.is_held()
+    assert gate.keeps_all_out()
 
 
 def test_a_clock_that_keeps_its_hold_is_safe_from_resume() -> None:
@@ -272,11 +272,11 @@ def test_a_clock_that_keeps_its_hold_is_safe_from_resume() -> None:
     gate.pause()
     hold = gate.hold()
     with hold:
-        assert gate.is_held()
+        assert gate.keeps_all_out()
         resumer = threading.Thread(target=gate.resume)
         resumer.start()
         resumer.join(LIMIT_S)
-        assert not gate.is_held()
+        assert not gate.keeps_all_out()
         visitor = Visitor(gate, 0, log)
         log.append("acted")
     visitor.has_gone_on()
@@ -303,24 +303,83 @@ def test_the_end_sends_all_away() -> None:
 
 
 def test_a_run_that_could_not_begin_can_be_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a thread to be had nothing has begun; begun once it is not begun again, nor after its end."""
+    """Without a thread to be had nothing has begun; begun once it is not begun again before its end."""
     gate = Gate([], KICK)
 
     def none_left(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("pvclock.kvm._gate.start_new_thread", none_left)
-    with pytest.raises(RuntimeError):
-        gate.begin(gate.threads_started)
+    def cannot_begin() -> None:
+        monkeypatch.setattr("pvclock.kvm._gate.start_new_thread", none_left)
+        with pytest.raises(RuntimeError):
+            gate.begin(gate.threads_started)
+        monkeypatch.undo()
+
+    cannot_begin()
     assert not gate.has_begun()
-    monkeypatch.undo()
     gate.begin(gate.threads_started)
+    gate.wait_until_started()
     assert gate.has_begun()
     for _ in range(2):
-        with pytest.raises(StateError, match="started or stopped before"):
+        with pytest.raises(StateError, match=r"the vCPUs run already; stop\(\) them before"):
             gate.begin(gate.threads_started)
-        gate.end()
+    gate.end()
     gate.wait_until_departed()
+    cannot_begin()
+    assert gate.has_ended()
+
+
+def test_a_run_after_a_run() -> None:
+    """It begins once all threads of the last one have departed, keeps a pause, and after close() none begins."""
+    gate = Gate([Vcpu()], KICK)
+    gate.begin(gate.threads_started)
+    gate.wait_until_started()
+    gate.pause()
+    gate.end()
+    with pytest.raises(StateError, match="threads of the last run have not ended"):
+        gate.begin(gate.threads_started)
+    with pytest.raises(StateError, match="the vCPUs have threads"):
+        gate.renew()
+    assert gate.depart(0)
+    gate.begin(gate.threads_started)
+    gate.wait_until_started()
+    assert (gate.has_begun(), gate.has_ended(), gate.threads(), gate.is_paused()) == (True, False, 1, True)
+    gate.resume()
+    assert gate.enter(0)
+    gate.leave(0)
+    gate.close()
+    assert not gate.enter(0)
+    gate.depart(0)
+    gate.renew()
+    with pytest.raises(StateError, match="the vCPUs are closed; make another Runner, or Machine"):
+        gate.begin(gate.threads_started)
+    assert gate.has_ended()
+
+
+def test_a_wait_for_the_end_of_a_run_is_not_for_the_next_ones() -> None:
+    """It returns although the next run has begun before it looked again."""
+    gate = Gate([], KICK)
+    gate.begin(gate.threads_started)
+    gate.wait_until_started()
+    waiter = threading.Thread(target=gate.wait_until_ended)
+    waiter.start()
+    for _ in range(100):
+        gate.end()
+        gate.begin(gate.threads_started)
+        gate.wait_until_started()
+    waiter.join(LIMIT_S)
+    assert not waiter.is_alive()
+    gate.end()
+
+
+def test_a_run_that_is_forgotten() -> None:
+    """After renew() a gate is as before its first run."""
+    gate = Gate([], KICK)
+    gate.begin(gate.threads_started)
+    gate.wait_until_started()
+    gate.end()
+    gate.renew()
+    assert (gate.has_begun(), gate.has_ended()) == (False, False)
 
 
 def test_a_vcpu_that_is_not_there() -> None:
@@ -341,6 +400,6 @@ def test_a_forked_child_waits_for_nobody() -> None:
     if child == 0:
         gate.pause()
         gate.wait_until_departed()
-        os._exit(7 if gate.wait_until_ended() and gate.is_held() else 0)
+        os._exit(7 if gate.wait_until_ended() and gate.keeps_all_out() else 0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert not gate.is_held()
+    assert not gate.keeps_all_out()

@@ -9,11 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
-from pvclock import boot
 from pvclock._memory import GuestMemory
-from pvclock.boot import EntryState, flat, multiboot
-from pvclock.boot.layout import FLAT_BASE, MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES, MULTIBOOT_INFO
+from pvclock.boot import BootSource, EntryState, flat, multiboot
 from pvclock.errors import ImageError
+from pvclock.guest_layout import FLAT_BASE, MULTIBOOT_CMDLINE, MULTIBOOT_CMDLINE_BYTES, MULTIBOOT_INFO
 from pvclock.payloads import clockprobe
 
 pytestmark = pytest.mark.row("style")  # no row asks for a loader; other rows' guests come through it
@@ -27,6 +26,11 @@ MUTATIONS = 10_000
 
 HEADER_AT = 84
 TEXT_AT = 96
+
+
+def load(memory: GuestMemory, image: bytes, cmdline: str = "") -> EntryState:
+    """Load an image as a machine does."""
+    return BootSource(image, cmdline).load(memory)
 
 
 def header(flags: int = 3, *, magic: int = multiboot.HEADER_MAGIC, checksum: int | None = None) -> bytes:
@@ -78,7 +82,7 @@ def memory(ram: bytearray) -> GuestMemory:
 
 def test_a_good_image_is_where_it_says(memory: GuestMemory) -> None:
     """Text, zeroed rest, boot information and command line are in place, and the entry is the ELF file's."""
-    entry = boot.load(memory, elf(), "quiet µ")
+    entry = load(memory, elf(), "quiet µ")
     assert entry == EntryState(True, ENTRY, {"rax": 0x2BADB002, "rbx": MULTIBOOT_INFO})
     assert memory.read(GPA, len(TEXT) + BSS_BYTES + 1) == TEXT + bytes(BSS_BYTES) + b"\xa5"
     flags, lower_kib, upper_kib = struct.unpack("<III", memory.read(MULTIBOOT_INFO, 12))
@@ -183,11 +187,11 @@ def test_segments_that_overlap_allocate_nothing(memory: GuestMemory, ram: bytear
     """Of 200 segments that are the same 2 MiB of the file, not one is copied before they are refused."""
     image = many(*[GPA] * 200, file_bytes=PART_BYTES, memory_bytes=PART_BYTES)
 
-    def load() -> None:
+    def refused() -> None:
         with pytest.raises(ImageError, match=r"0x100000\+0x200000 and 0x100000\+0x200000 overlap"):
-            boot.load(memory, image)
+            load(memory, image)
 
-    assert peak_bytes(load) < 2 * PART_BYTES
+    assert peak_bytes(refused) < 2 * PART_BYTES
     assert ram == b"\xa5" * RAM_BYTES
 
 
@@ -195,7 +199,7 @@ def test_segments_that_overlap_allocate_nothing(memory: GuestMemory, ram: bytear
 def test_a_segment_is_written_piece_by_piece(file_bytes: int, memory: GuestMemory, ram: bytearray) -> None:
     """Loading a segment of 3 MiB, whatever part of it is zeroes, allocates no more than a few pages."""
     image = many(GPA, file_bytes=file_bytes, memory_bytes=RAM_BYTES - GPA - 1)
-    assert peak_bytes(lambda: boot.load(memory, image)) < 1 << 17
+    assert peak_bytes(lambda: load(memory, image)) < 1 << 17
     expected = (TEXT + bytes(PART_BYTES))[:file_bytes].ljust(RAM_BYTES - GPA - 1, b"\0")
     assert ram[GPA:] == expected + b"\xa5"
 
@@ -236,7 +240,7 @@ def test_no_memory_at_all() -> None:
     """Guest memory without a slot is an ImageError for either kind of image."""
     for image in (elf(), b"\xf4"):
         with pytest.raises(ImageError):
-            boot.load(GuestMemory(), image)
+            load(GuestMemory(), image)
 
 
 def test_memory_sizes_are_up_to_the_first_hole() -> None:
@@ -263,7 +267,7 @@ def test_more_slots_than_the_information_holds() -> None:
 
 def test_a_flat_image_runs_from_where_it_is(memory: GuestMemory) -> None:
     """It is copied to the boot sector's address and entered there in real mode."""
-    assert boot.load(memory, b"\xf4") == EntryState(False, FLAT_BASE, {})
+    assert load(memory, b"\xf4") == EntryState(False, FLAT_BASE, {})
     assert memory.read(FLAT_BASE - 1, 3) == b"\xa5\xf4\xa5"
 
 
@@ -289,7 +293,7 @@ def test_a_flat_image_that_does_not_fit(
 def test_elf_is_never_taken_for_flat_code(memory: GuestMemory) -> None:
     """An ELF file without a multiboot header is refused instead of run from its first byte."""
     with pytest.raises(ImageError, match="no multiboot header"):
-        boot.load(memory, elf(bytes(12)))
+        load(memory, elf(bytes(12)))
 
 
 def test_no_mutation_of_an_image_gets_past_the_loader() -> None:
@@ -306,7 +310,7 @@ def test_no_mutation_of_an_image_gets_past_the_loader() -> None:
             # Most of what matters is in the headers; a good part of damage is a single odd field.
             damaged[rng.randrange(min(256, len(image)))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
         try:
-            boot.load(memory, bytes(damaged[: rng.choice((len(image), rng.randrange(len(image)))) or 1]))
+            load(memory, bytes(damaged[: rng.choice((len(image), rng.randrange(len(image)))) or 1]))
         except ImageError:
             continue
         loaded += 1

@@ -7,9 +7,13 @@ from typing import Final
 __all__ = [
     "FLAT_BASE",
     "IDENTITY_MAP",
+    "IOAPIC",
+    "LOCAL_APIC",
     "MULTIBOOT_CMDLINE",
     "MULTIBOOT_CMDLINE_BYTES",
     "MULTIBOOT_INFO",
+    "PROBE_CODE",
+    "PROBE_RESULT",
     "RAM_END",
     "TSS",
 ]
@@ -34,3 +38,15 @@ IDENTITY_MAP: Final = 0xFFFBC000
 
 TSS: Final = 0xFFFBD000
 """Three pages that VMX needs for real mode, behind the identity map."""
+
+IOAPIC: Final = 0xFEC00000
+"""One page, where a PC's is; KVM's own."""
+
+LOCAL_APIC: Final = 0xFEE00000
+"""One page, each vCPU's own, where x86 has it after reset."""
+
+PROBE_CODE: Final = 0x1000
+"""kvm/probe_vm.py: the second page, above the real-mode vectors."""
+
+PROBE_RESULT: Final = 0x2000
+"""kvm/probe_vm.py: where its guest stores what it saw."""

@@ -1,0 +1,72 @@
+"""The state in which vCPUs and interrupt controllers come out of reset, kept when they are made and put back later.
+
+KVM has no ioctl that resets a vCPU, so its registers are what they were before the first instruction.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Final
+
+from pvclock.errors import KvmError
+from pvclock.kvm import Vcpu, Vm
+
+__all__ = ["PowerOnState"]
+
+PICS_AND_IOAPIC: Final = (0, 1, 2)
+"""KVM_IRQCHIP_PIC_MASTER, _PIC_SLAVE, _IOAPIC."""
+
+GUEST_MSRS: Final = (
+    *(0x174, 0x175, 0x176),  # SYSENTER_CS, _ESP, _EIP
+    *(0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084),  # STAR, LSTAR, CSTAR, SFMASK
+    *(0xC0000102, 0xC0000103),  # KERNEL_GS_BASE, TSC_AUX
+    *(0x48, 0xDA0),  # SPEC_CTRL, XSS
+    *(0x1A0, 0x1D9, 0x277),  # MISC_ENABLE, DEBUGCTL, PAT
+    *(0x2FF, 0x250, 0x258, 0x259, *range(0x268, 0x270), *range(0x200, 0x210)),  # MTRRs
+    0x6E0,  # TSC_DEADLINE
+    *(0x11, 0x12, *range(0x4B564D00, 0x4B564D06)),  # KVM's, where the kernel serves them
+)
+"""What a guest can write; those that a host's KVM does not have are left out.  The TSC's are the clock's."""
+
+
+class PowerOnState:
+    """Of `vcpus` that have not run yet and of the in-kernel interrupt controllers of `vm`."""
+
+    def __init__(self, vm: Vm, vcpus: list[Vcpu]) -> None:
+        self._vm = vm
+        self._vcpus = [_VcpuState(vcpu) for vcpu in vcpus]
+        self._chips = [vm.get_irqchip(chip) for chip in PICS_AND_IOAPIC]
+
+    def restore(self) -> None:
+        """Put it back; for vCPUs without threads."""
+        for chip in self._chips:
+            self._vm.set_irqchip(chip)
+        for each in self._vcpus:
+            each.restore()
+
+
+class _VcpuState:
+    def __init__(self, vcpu: Vcpu) -> None:
+        self._vcpu = vcpu
+        self._regs, self._sregs = vcpu.get_regs(), vcpu.get_sregs()
+        self._xsave, self._xcrs, self._debugregs = vcpu.get_xsave(), vcpu.get_xcrs(), vcpu.get_debugregs()
+        self._events, self._lapic, self._mp_state = vcpu.get_vcpu_events(), vcpu.get_lapic(), vcpu.get_mp_state()
+        self._msrs: dict[int, int] = {}  # one by one: KVM_GET_MSRS ends at the first that it does not have
+        for index in GUEST_MSRS:
+            with suppress(KvmError):
+                self._msrs[index] = vcpu.get_msr(index)
+
+    def restore(self) -> None:
+        vcpu = self._vcpu
+        vcpu.request_exit()
+        vcpu.run()  # the kernel finishes the instruction of the last exit, which would change the new registers
+        vcpu.set_mp_state(self._mp_state)  # before the LAPIC: it drops a SIPI that waits
+        vcpu.set_regs(self._regs)
+        vcpu.set_xsave(self._xsave)
+        vcpu.set_xcrs(self._xcrs)
+        vcpu.set_sregs(self._sregs)  # before MSRs and LAPIC: EFER, and the APIC's base and mode
+        changed = self._msrs.items() - vcpu.get_msrs(list(self._msrs)).items()
+        vcpu.set_msrs(dict(changed))
+        vcpu.set_vcpu_events(self._events)
+        vcpu.set_debugregs(self._debugregs)
+        vcpu.set_lapic(self._lapic)

@@ -1,0 +1,361 @@
+"""A machine's life past its first run: run states, runs after runs, and resets at any moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+
+from pvclock import ConfigError, GuestClock
+from pvclock.boot import BootSource
+from pvclock.errors import GuestCrashed, StateError
+from pvclock.kvm import Exit, open_kvm
+from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine, RunState
+from pvclock.meter.observe import finish, probe_machine, wait_until_reading
+from pvclock.payloads.probe import State
+from tests.kvm.guests import HLT, out, write_msr
+from tests.kvm.leaks import held
+
+pytestmark = [pytest.mark.kvm, pytest.mark.row("E9")]
+
+LIMIT_S = 20.0
+CLOCKS: list[Literal["engine", "kernel"]] = ["engine", "kernel"]
+DATA = 0x5000
+PAGE = 0x6000
+SYSTEM_TIME = 0x4B564D01
+SPIN = bytes.fromhex("66ff060050 ebf9")  # 1: incl DATA; jmp 1b
+CRASH = bytes.fromhex("ea00000020")  # ljmp $0x2000, $0, where no memory is
+REGISTER_AND_SPIN = write_msr(SYSTEM_TIME, PAGE | 1) + SPIN
+
+PRELAUNCH, RUNNING, PAUSED = RunState.PRELAUNCH, RunState.RUNNING, RunState.PAUSED
+SHUTDOWN, INTERNAL_ERROR = RunState.SHUTDOWN, RunState.INTERNAL_ERROR
+
+
+def count(machine: Machine) -> int:
+    """How often the guest has gone round its loop."""
+    return int.from_bytes(machine.memory.read(DATA, 4), "little")
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Return once `condition` holds; a failure if that takes for ever."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+
+
+def engine_of(machine: Machine) -> GuestClock:
+    """The engine's clock."""
+    assert machine.clock is not None
+    return machine.clock
+
+
+# Run states
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_the_states_of_a_run(clock: Literal["engine", "kernel"]) -> None:
+    """Each operation's change is told when it is done: no vCPU goes in before running, and none is in after it."""
+    seen: list[tuple[RunState, RunState]] = []
+    moves: list[bool] = []
+    with Machine(SPIN, vcpus=2, clock=clock) as machine:
+
+        def handler(before: RunState, now: RunState) -> None:
+            seen.append((before, now))
+            first = count(machine)
+            moves.append(any(count(machine) != first for _ in range(200)))
+
+        machine.run_state.add_handler(handler)
+        assert machine.run_state.current is PRELAUNCH
+        machine.start()
+        eventually(lambda: count(machine))
+        machine.pause()
+        machine.pause()
+        machine.resume()
+        machine.resume()
+        machine.stop()
+        machine.stop()
+        assert machine.run_state.current is SHUTDOWN
+    assert seen == [(PRELAUNCH, RUNNING), (RUNNING, PAUSED), (PAUSED, RUNNING), (RUNNING, SHUTDOWN)]
+    assert moves == [False] * 4
+
+
+def test_states_before_a_run() -> None:
+    """A machine that is paused before its start is paused after it; resume() before it is prelaunch again."""
+    with Machine(SPIN) as machine:
+        machine.pause()
+        assert machine.run_state.current is PAUSED
+        machine.resume()
+        assert machine.run_state.current is PRELAUNCH
+        machine.pause()
+        machine.start()
+        assert (machine.run_state.current, count(machine)) == (PAUSED, 0)
+        machine.resume()
+        assert machine.run_state.current is RUNNING
+        eventually(lambda: count(machine))
+
+
+@pytest.mark.parametrize(("image", "state"), [(out(EXIT_PORT, 1), SHUTDOWN), (CRASH, INTERNAL_ERROR)])
+def test_the_guests_end_is_told(image: bytes, state: RunState) -> None:
+    """By the exit port or by a crash, on a vCPU's thread, and wait() returns after it."""
+    told: list[RunState] = []
+    with Machine(image, memory_bytes=1 << 16) as machine:
+        machine.run_state.add_handler(lambda _, now: told.append(now))
+        machine.start()
+        eventually(lambda: machine.run_state.current is state)
+        try:
+            assert machine.wait(LIMIT_S) == 1
+        except GuestCrashed:
+            assert state is INTERNAL_ERROR
+        assert told == [RUNNING, state]
+
+
+def test_a_handler_of_the_run_state_may_act() -> None:
+    """It may stop or pause the machine that tells it."""
+    with Machine(SPIN, vcpus=2) as machine:
+        machine.run_state.add_handler(lambda _, now: machine.pause() if now is RUNNING else None)
+        machine.start()
+        assert (machine.run_state.current, count(machine)) == (PAUSED, 0)
+    with Machine(SPIN, vcpus=2) as machine:
+        machine.run_state.add_handler(lambda _, now: machine.stop() if now is RUNNING else None)
+        machine.start()
+        assert (machine.run_state.current, count(machine)) == (SHUTDOWN, 0)
+
+
+def test_a_handler_of_the_run_state_that_fails() -> None:
+    """On a vCPU's thread its error is the run's failure, which wait() raises."""
+
+    def fail(_before: RunState, now: RunState) -> None:
+        if now is SHUTDOWN:
+            raise ZeroDivisionError
+
+    with Machine(out(EXIT_PORT, 1) + HLT) as machine:
+        machine.run_state.add_handler(fail)
+        machine.start()
+        with pytest.raises(ZeroDivisionError):
+            machine.wait(LIMIT_S)
+
+
+def test_a_crashed_machine_starts_after_a_reset_only() -> None:
+    """start() is a StateError in internal-error, and its guest is as before; reset() makes it prelaunch."""
+    with Machine(out(CONSOLE_PORT, 0x41) + CRASH, memory_bytes=1 << 16) as machine:
+        for _ in range(2):
+            machine.start()
+            with pytest.raises(GuestCrashed):
+                machine.wait(LIMIT_S)
+            with pytest.raises(StateError, match=r"^start: the machine is in state internal-error; reset\(\) it$"):
+                machine.start()
+            machine.reset()
+            assert machine.run_state.current is PRELAUNCH
+            with pytest.raises(StateError, match="the machine was never started"):
+                machine.wait()
+        assert machine.console == "AA"
+
+
+# Runs after runs
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_stopped_machine_goes_on(clock: Literal["engine", "kernel"]) -> None:
+    """After stop(), start() lets the vCPUs go on where they stood, ticker and all, and nothing is left by any run."""
+    before = held()
+    with Machine(SPIN, vcpus=2, clock=clock, tick_interval_s=0.01) as machine:
+        for _ in range(5):
+            first = count(machine)
+            machine.start()
+            eventually(lambda: count(machine) > first)  # noqa: B023
+            if machine.ticker is not None:
+                rounds = machine.ticker.rounds
+                eventually(lambda: machine.ticker is not None and machine.ticker.rounds > rounds)  # noqa: B023
+            machine.stop()
+            assert held().threads == before.threads
+            with pytest.raises(StateError, match="the machine was stopped"):
+                machine.wait()
+    assert held() == before
+
+
+def test_each_run_has_its_own_exit_code() -> None:
+    """A guest that is started again after its exit goes on behind it."""
+    with Machine(b"".join(out(EXIT_PORT, code) for code in (1, 2, 3))) as machine:
+        for code in (1, 2, 3):
+            machine.start()
+            assert machine.wait(LIMIT_S) == machine.exit_code == code
+
+
+def test_start_of_a_machine_that_runs_is_refused() -> None:
+    """It runs on."""
+    with Machine(SPIN) as machine:
+        machine.start()
+        with pytest.raises(StateError, match="the vCPUs run already"):
+            machine.start()
+        first = count(machine)
+        eventually(lambda: count(machine) != first)
+        assert machine.run_state.current is RUNNING
+
+
+# Resets
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("image", [SPIN, REGISTER_AND_SPIN, out(CONSOLE_PORT, 0x2E) * 100 + SPIN])
+def test_a_reset_of_a_machine_that_runs(clock: Literal["engine", "kernel"], image: bytes) -> None:
+    """RAM is as it was loaded, the guest boots anew at once, and no handler of the run state hears of it."""
+    told: list[RunState] = []
+    with Machine(image, vcpus=2, clock=clock) as machine:
+        machine.start()
+        machine.run_state.add_handler(lambda _, now: told.append(now))
+        for _ in range(10):
+            eventually(lambda: count(machine) > 1000)
+            machine.memory.write(0x9000, b"x" * 5000)
+            machine.reset()
+            assert machine.run_state.current is RUNNING
+            assert machine.memory.read(0x9000, 5000) == bytes(5000)
+        eventually(lambda: count(machine) > 1000)
+        assert told == []
+
+
+@pytest.mark.row("K-10")
+def test_a_reset_forgets_the_guests_page() -> None:
+    """The clock's MSRs are as at the start, its time goes on, and nothing is published into the new guest's RAM."""
+    with Machine(REGISTER_AND_SPIN, tick_interval_s=None) as machine:
+        clock = engine_of(machine)
+        machine.start()
+        eventually(lambda: count(machine))
+        assert clock.page(0) is not None
+        machine.stop()
+        before = clock.now()
+        machine.reset()
+        assert machine.run_state.current is PRELAUNCH
+        assert clock.page(0) is None
+        assert clock.now() >= before
+        clock.tick()
+        assert machine.memory.read(PAGE, 32) == bytes(32)
+        assert [str(event.kind) for event in clock.events.read().events].count("reset") == 1
+        machine.start()
+        eventually(lambda: count(machine))
+        assert clock.page(0) is not None
+
+
+def test_a_reset_of_a_paused_machine() -> None:
+    """It is prelaunch then, and start() lets vCPUs and clock go on."""
+    with Machine(REGISTER_AND_SPIN) as machine:
+        machine.start()
+        eventually(lambda: count(machine))
+        machine.pause()
+        machine.reset()
+        assert (machine.run_state.current, count(machine)) == (PRELAUNCH, 0)
+        assert engine_of(machine).is_paused
+        machine.start()
+        assert machine.run_state.current is RUNNING
+        assert not engine_of(machine).is_paused
+        eventually(lambda: count(machine))
+
+
+@pytest.mark.row("K-12")
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_reset_of_a_guest_with_two_vcpus(clock: Literal["engine", "kernel"]) -> None:
+    """clockprobe, in ring 3 on both with paging on, boots as the first time: the other vCPU waits for its SIPI."""
+    with probe_machine(clock, 2) as machine:
+        machine.start()
+        for _ in range(3):
+            wait_until_reading(machine)
+            machine.reset()
+        wait_until_reading(machine)
+        assert [record.state for record in finish(machine)] == [State.DONE, State.DONE]
+
+
+def test_a_reset_after_the_exit() -> None:
+    """The exit code is forgotten, the console stays, and the next run is as the first."""
+    with Machine(BootSource(out(CONSOLE_PORT, 0x41) + out(EXIT_PORT, 3) + CRASH), memory_bytes=1 << 16) as machine:
+        for runs in range(1, 4):
+            machine.start()
+            assert machine.wait(LIMIT_S) == 3
+            machine.reset()
+            assert (machine.exit_code, machine.console) == (None, "A" * runs)
+
+
+def test_a_reset_tells_of_the_ram() -> None:
+    """on_dirty hears of all of it, for KVM's dirty log does not see what user space writes."""
+    dirty: list[tuple[int, int]] = []
+    with Machine(SPIN, memory_bytes=1 << 20) as machine:
+        machine.memory.on_dirty = lambda gpa, length: dirty.append((gpa, length))
+        machine.reset()
+        machine.memory.on_dirty = None
+    assert (0, 1 << 20) in dirty
+
+
+def test_a_reset_on_a_vcpus_own_thread() -> None:
+    """It cannot wait for its own end: a StateError says so, and the guest runs on."""
+    refused: list[str] = []
+
+    class ResetPort:
+        name = "reset port"
+
+        def read(self, _offset: int, length: int) -> bytes:
+            return bytes(length)
+
+        def write(self, _offset: int, _data: bytes) -> None:
+            try:
+                machine.reset()
+            except StateError as error:
+                refused.append(str(error))
+
+        def reset(self) -> None:
+            """Have no state."""
+
+    with Machine(out(0x64, 1) + out(EXIT_PORT, 5)) as machine:
+        machine.bus.add_ports(0x64, 1, ResetPort())
+        machine.start()
+        assert machine.wait(LIMIT_S) == 5
+    assert refused == ["reset: this is the thread of a vCPU; reset() the machine on another one"]
+
+
+def test_a_closed_machine_is_not_reset() -> None:
+    """As for all else."""
+    with Machine(SPIN) as machine:
+        pass
+    with pytest.raises(StateError, match="reset: the machine is closed"):
+        machine.reset()
+
+
+# What it is made of
+
+
+def test_a_boot_source_has_the_command_line() -> None:
+    """Given twice is a ConfigError."""
+    with pytest.raises(ConfigError, match="a BootSource has its own command line; leave out: cmdline"):
+        Machine(BootSource(SPIN, "quiet"), cmdline="quiet")
+
+
+def test_as_many_vcpus_as_kvm_takes() -> None:
+    """More than the host has CPUs, which KVM recommends, and no more than KVM_CAP_MAX_VCPUS."""
+    with open_kvm() as kvm:
+        most = kvm.check_extension("KVM_CAP_MAX_VCPUS")
+        assert most >= kvm.check_extension("KVM_CAP_NR_VCPUS")
+        with pytest.raises(ConfigError, match=rf"^{most + 1} vCPUs; choose 1 to {most}$"):
+            Machine(SPIN, vcpus=most + 1, kvm=kvm)
+        with Machine(SPIN, vcpus=min(most, 300), kvm=kvm) as machine:
+            machine.start()
+            eventually(lambda: count(machine))
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_guest_time_is_seen_through_the_service(clock: Literal["engine", "kernel"]) -> None:
+    """Whoever serves the clock: its time goes on while the guest runs."""
+    with Machine(SPIN, clock=clock) as machine:
+        machine.start()
+        first = machine.clock_service.now_ns()
+        eventually(lambda: machine.clock_service.now_ns() > first)
+
+
+def test_an_exit_that_nobody_knows_is_a_crash() -> None:
+    """The guest's HLT has no exit on a machine with interrupt controllers; what its handler does not know ends it."""
+    with Machine(SPIN) as machine:
+
+        class Odd:
+            pass
+
+        odd: Exit = Odd()  # type: ignore[assignment]
+        assert machine._exits.handle(0, odd) is False
+        assert isinstance(machine._outcome.crash, GuestCrashed)
