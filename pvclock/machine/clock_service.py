@@ -124,6 +124,9 @@ class ClockService(Protocol):
     def save(self) -> ClockState:
         """The clock of a paused machine; StateError where the kernel serves it."""
 
+    def roll_back(self, state: ClockState, /, **options: Any) -> None:  # noqa: ANN401  # GuestClock.restore()'s
+        """Go back to a saved clock, in a paused machine; StateError where the kernel serves it."""
+
     def reset(self) -> None:
         """The clock as at the guest's start; for after the run.  Guest time goes on; see GuestClock.reset()."""
 
@@ -142,8 +145,7 @@ class EngineClockService:
     """
 
     def __init__(self, runner: Runner, clock: GuestClock, tick_interval_s: float | None) -> None:
-        self.clock = clock
-        self.read_msr, self.write_msr = clock.read_msr, clock.write_msr
+        self._serve(clock)
         self.ticker = None if tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
         self._runner = runner
         self._execution_time = clock.backend if isinstance(clock.backend, ExecutionTimeBackend) else None
@@ -219,6 +221,17 @@ class EngineClockService:
                 raise StateError("save", "the machine is not paused", "pause() it, and copy its RAM before it goes on")
             return self.clock.save()
 
+    def roll_back(self, state: ClockState, /, **options: Any) -> None:  # noqa: ANN401  # GuestClock.restore()'s
+        """See ClockService: the saved clock, paused, takes the place of this one for exits and ticker, too."""
+        with self._changing:
+            old = self.clock
+            if not old.is_paused:
+                raise StateError("roll_back", "the machine is not paused", "pause() it, and put its RAM back")
+            self._serve(GuestClock.restore(state, old.memory, backend=old.backend, engine="kvm", **options))
+            if self.ticker is not None:
+                self.ticker.add(self.clock)
+                self.ticker.remove(old)
+
     def reset(self) -> None:
         """See ClockService; a clock that is paused goes on at start()."""
         with self._changing:
@@ -244,6 +257,11 @@ class EngineClockService:
         return bool(self._runner.gate.threads()) or (self.ticker is not None and self.ticker.has_threads)
 
     # Inside
+
+    def _serve(self, clock: GuestClock) -> None:
+        """Let `clock` be the machine's; its MSR calls are attributes here, for a guest's exits call nothing else."""
+        self.clock = clock
+        self.read_msr, self.write_msr = clock.read_msr, clock.write_msr
 
     @property
     def _is_running(self) -> bool:
@@ -331,6 +349,10 @@ class KernelClockService:
     def save(self) -> ClockState:
         """See ClockService."""
         raise _kernel_serves("save")
+
+    def roll_back(self, _state: ClockState, /, **_options: Any) -> None:  # noqa: ANN401  # GuestClock.restore()'s
+        """See ClockService."""
+        raise _kernel_serves("roll_back")
 
     def reset(self) -> None:
         """See ClockService: its MSRs are among the vCPUs' registers, which the machine resets; its time goes on."""

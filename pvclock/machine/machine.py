@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, Protocol, Self, TypeVar
 from weakref import finalize
 
 from pvclock._memory import GuestMemory
-from pvclock.arguments import number, whole
+from pvclock.arguments import instance, number, whole
 from pvclock.boot import BootSource, enter
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.clock.ticker import Ticker
@@ -221,6 +221,16 @@ class Machine:
         """
         self._check_open("save")
         return self.clock_service.save()
+
+    def roll_back(self, state: ClockState, **options: object) -> None:
+        """Go back to a clock that save() gave, in a paused machine into whose `memory` the RAM of then was put back.
+
+        options: those of GuestClock.restore().  `clock` is another object then, which resume() lets go on by its
+        policy.  The vCPUs' registers stay.  StateError unless the machine is paused and the clock the engine's.
+        """
+        self._check_open("roll_back")
+        instance("state", state, ClockState, "a ClockState, as save() or clock_state.read() gives it")
+        self.clock_service.roll_back(state, **options)
 
     def reset(self) -> None:
         """Boot anew: vCPUs, interrupt controllers, RAM, devices and the clock's MSRs are as when the machine was made.

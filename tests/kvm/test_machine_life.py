@@ -319,6 +319,48 @@ def test_a_closed_machine_is_not_reset() -> None:
         machine.reset()
 
 
+# Rollbacks
+
+REGISTER_AGAIN_AND_AGAIN = SPIN[:5] + write_msr(SYSTEM_TIME, PAGE | 1)
+REGISTER_AGAIN_AND_AGAIN += b"\xeb" + (256 - len(REGISTER_AGAIN_AND_AGAIN) - 2).to_bytes(1, "little")
+
+
+@pytest.mark.row("E1", "K-10")
+def test_a_rollback_reaches_the_exits() -> None:
+    """The clock that was saved serves the guest's MSR writes and is ticked; the one before it is out of both."""
+    with Machine(REGISTER_AGAIN_AND_AGAIN, tick_interval_s=0.01) as machine:
+        machine.start()
+        eventually(lambda: count(machine) > 10)
+        machine.pause()
+        state, ram = machine.save(), machine.memory.read(0, 0x10000)
+        machine.resume()
+        with pytest.raises(StateError, match="roll_back: the machine is not paused"):
+            machine.roll_back(state)
+        first = count(machine)
+        eventually(lambda: count(machine) > first + 10)
+        machine.pause()
+        old = engine_of(machine)
+        machine.memory.write(0, ram)
+        machine.roll_back(state, policy="freeze")
+        clock = engine_of(machine)
+        assert clock is not old
+        assert clock.now() == int(state.timeline.guest_ns)
+        assert clock.now() < old.now()
+        machine.resume()
+        first = count(machine)
+        eventually(lambda: count(machine) > first + 100)
+        assert machine.run_state.current is RUNNING
+        assert clock.page(0) is not None
+        assert machine.ticker is not None
+        assert machine.ticker.failures == ()
+        machine.stop()
+        assert machine.runner.failure is None
+    with Machine(SPIN, clock="kernel") as machine:
+        machine.pause()
+        with pytest.raises(StateError, match="roll_back: the kernel serves this guest's clock"):
+            machine.roll_back(state)
+
+
 # What it is made of
 
 

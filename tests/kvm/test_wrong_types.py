@@ -62,6 +62,7 @@ def valid(bare: Bare) -> dict[str, Callable[[], Any]]:
         "denied": list,
         "indices": list,
         "values": dict,
+        "Machine.state": lambda: None,
         "ranges": tuple,
         "data": lambda: b"x",
         "regs": bare.vcpus[0].get_regs,
