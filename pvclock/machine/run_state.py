@@ -84,9 +84,9 @@ class RunStates:
         """Call `handler` with the state before and the state now, after each change.
 
         Lower priorities first where the machine goes on running, and last where it leaves running, as in QEMU; those of
-        one priority in the order in which they were added, or its reverse.  No vCPU enters the guest before the handlers
-        of a change to running have returned, so they cannot wait for the guest.  What a handler raises comes out of the
-        call that made the change, when all handlers have been told; on a vCPU's thread it is the run's failure.
+        one priority in the order in which they were added, or its reverse.  No vCPU enters the guest before the
+        handlers of a change to running have returned, so they cannot wait for the guest.  What a handler raises comes
+        out of the call that made the change, after all have been told; on a vCPU's thread it is the run's failure.
         """
         function("handler", handler)
         whole("priority", priority)
