@@ -228,7 +228,7 @@ class EngineClockService:
             if not old.is_paused:
                 raise StateError("roll_back", "the machine is not paused", "pause() it, and put its RAM back")
             self._serve(GuestClock.restore(state, old.memory, backend=old.backend, engine="kvm", **options))
-            if self.ticker is not None:
+            if self.ticker is not None:  # a tick of the old clock that waits for the lock is among its failures
                 self.ticker.add(self.clock)
                 self.ticker.remove(old)
 

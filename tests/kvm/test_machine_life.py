@@ -13,7 +13,7 @@ from pvclock.boot import BootSource
 from pvclock.errors import GuestCrashed, StateError
 from pvclock.kvm import Exit, open_kvm
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine, RunState
-from pvclock.meter.observe import finish, probe_machine, wait_until_reading
+from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
 from pvclock.payloads.probe import State
 from tests.kvm.guests import HLT, out, write_msr
 from tests.kvm.leaks import held
@@ -352,7 +352,7 @@ def test_a_rollback_reaches_the_exits() -> None:
         assert machine.run_state.current is RUNNING
         assert clock.page(0) is not None
         assert machine.ticker is not None
-        assert machine.ticker.failures == ()
+        assert not [failure for failure in machine.ticker.failures if failure.clock is clock]
         machine.stop()
         assert machine.runner.failure is None
     with Machine(SPIN, clock="kernel") as machine:
