@@ -7,7 +7,8 @@ import runpy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -31,6 +32,7 @@ from pvclock.payloads import clockprobe
 from pvclock.quantities import U64_MASK
 from pvclock.state import clock_state
 from tests.kvm.test_examples import BOUND_NS, STEERED_BOUND_NS, VMM
+from tests.test_docs import PYTHON_BLOCK
 from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.kvm
@@ -226,3 +228,13 @@ def test_how_a_multiboot_image_is_entered() -> None:
     assert (sregs["cr0"] & 0x80000001, sregs["cs"]["selector"], sregs["cs"]["db"]) == (1, 8, 1)
     assert [sregs[name]["selector"] for name in ("ds", "es", "fs", "gs", "ss")] == [16] * 5
     assert {(sregs[name]["base"], sregs[name]["limit"]) for name in ("cs", "ds", "ss")} == {(0, 0xFFFFFFFF)}
+
+
+@pytest.mark.row("style")
+def test_the_guides_device() -> None:
+    """Its guest writes 5 and 3 to it, and exits with their sum."""
+    guide = (Path(__file__).parents[2] / "docs/embedding.md").read_text(encoding="utf-8")
+    (block,) = [each for each in PYTHON_BLOCK.findall(guide) if "class Adder" in each]
+    names: dict[str, Any] = {}
+    exec(block, names)  # noqa: S102 - our own document
+    assert names["add_on_a_guest"]() == 8
