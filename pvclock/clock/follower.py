@@ -139,12 +139,11 @@ class Follower:
         """Publish at the rate that `sample` calls for; at the known rate if it is None or an error."""
         keeper = self._keeper
         with keeper.changing:
-            breaks = self._following.breaks if self._following else 0
             if examine() is None:
                 return self.steering
             published, following = False, self._following
             if following is not None and sampled is not None and following.sampler is sampled.sampler:
-                if isinstance(sample, Sample) and following.breaks == breaks:
+                if isinstance(sample, Sample) and following.breaks == sampled.breaks:
                     published = self._steer(following, sample._replace(ns=sample.ns - self._asleep_ns))
                 else:  # the sample may be from either side of a break
                     published = self._coast(following, sample if isinstance(sample, Exception) else None)

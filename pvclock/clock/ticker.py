@@ -154,7 +154,7 @@ class Ticker:
         for schedule in begun:
             schedule.wake_up.call()
             if schedule.thread.is_alive():
-                schedule.thread.join(timeout_s)
+                schedule.thread.join(max(until_s - time.monotonic(), 0))
         with self._lock:
             self._begun = {each for each in self._begun if each.thread.is_alive() or each is self._schedule}
         if stuck := self._workers.wait(left, until_s):

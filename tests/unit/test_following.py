@@ -581,3 +581,32 @@ def test_a_source_that_is_held_up_holds_up_no_other_tick() -> None:
     source.go_on.set()
     assert in_time(sampling)
     assert vm.clock.steering is steering
+
+
+@pytest.mark.row("E9")
+def test_a_sample_from_before_a_break_that_another_operation_found() -> None:
+    """The TSC steps while a sample is taken, and an operation finds it before the tick does: the sample is not used."""
+    vm = Vm(50)
+    breaks = [False]
+
+    def source() -> Sample:
+        sample = Sample(vm.backend.tsc, vm.backend.ref_ns, 1.0)
+        if breaks[0]:
+            vm.backend.tsc = HostTsc(vm.backend.tsc - 5 * 10**9)
+            vm.clock.dilate(1)
+        return sample
+
+    vm.clock.follow(source)
+    for _ in range(60):
+        vm.pass_time()
+        vm.tick()
+    assert vm.clock.steering is not None
+    known = vm.clock.steering
+    breaks[0] = True
+    vm.pass_time()
+    vm.tick()
+    assert vm.clock.steering == known  # the tick had no sample
+    breaks[0] = False
+    vm.pass_time()
+    vm.tick()
+    assert vm.clock.steering.state is known.state
