@@ -38,7 +38,7 @@ class Operations:
             if self._keeper.timeline.is_slewing and not self._keeper.is_paused:
                 self._continue_slew()
             else:
-                self._keeper.republish(vcpu)
+                self._keeper.republish(vcpu, is_checked=True)
 
     def dilate(self, numerator: int, denominator: int = 1) -> None:
         """See GuestClock.dilate()."""

@@ -205,14 +205,15 @@ class Timekeeper:
 
     # Changes, inside `with changing`
 
-    def republish(self, vcpu: int | None = None) -> None:
+    def republish(self, vcpu: int | None = None, *, is_checked: bool = False) -> None:
         """Publish the present segment again; does nothing while paused, since resume() publishes.
 
         On a CPU whose TSC is behind, publishes at the last break point, so guests on other CPUs see no difference.
-        vcpu: the caller's own, which is out of the guest, so that its flags can be written too.
+        vcpu: the caller's own, which is out of the guest, so that its flags can be written too.  is_checked: the caller
+        has just found that the TSC is good.
         """
         if not self.is_paused:
-            again = not self._tsc_is_good(vcpu)
+            again = not (is_checked or self._tsc_is_good(vcpu))
             self._publish(_unchanged, self.state, vcpu=vcpu, again=again)
 
     def adopt(
