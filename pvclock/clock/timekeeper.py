@@ -15,7 +15,7 @@ from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, TimePages, read_time_in
 from pvclock._memory import GuestMemory
 from pvclock._scale import ClockScale
 from pvclock._transaction import Transaction, attempt, commit
-from pvclock.arguments import whole
+from pvclock.arguments import vcpu_number, whole
 from pvclock.clock.event_log import EventLog
 from pvclock.clock.live_clock import LiveClock
 from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
@@ -191,11 +191,7 @@ class Timekeeper:
 
     def check_vcpu(self, vcpu: int) -> int:
         """`vcpu`; RangeError if this VM has no vCPU of that number."""
-        if type(vcpu) is not int:
-            vcpu = whole("vcpu", vcpu)
-        if not 0 <= vcpu < self.vcpus:
-            raise RangeError(f"vCPU {shown(vcpu)}; this VM has vCPUs 0 to {self.vcpus - 1}")
-        return vcpu
+        return vcpu_number(vcpu, self.vcpus)
 
     def check_vcpus_out(self, operation: str) -> None:
         """StateError if the backend reports running vCPUs; call it inside with_vcpus_out()."""

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from pvclock import arguments
-from pvclock.arguments import flag, function, instance, serving, text, whole
+from pvclock.arguments import flag, function, instance, serving, text, vcpu_number, whole
 from pvclock.errors import ConfigError, RangeError, StateFileError
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import configuration, hypercall_instructions
@@ -272,8 +272,7 @@ class GuestInterface:
     # Inside
 
     def _check(self, vcpu: int, registers: HypercallRegisters) -> None:
-        if not 0 <= whole("vcpu", vcpu) < self._vcpus:
-            raise RangeError(f"vCPU {shown(vcpu)}; this VM has vCPUs 0 to {self._vcpus - 1}")
+        vcpu_number(vcpu, self._vcpus)
         instance("registers", registers, HypercallRegisters)
         for name, value in zip(registers._fields[:6], registers[:6], strict=True):
             if not 0 <= whole(name, value) <= U64_MASK:

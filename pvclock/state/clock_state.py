@@ -81,9 +81,9 @@ class SavedPolicy(NamedTuple):
 
     @classmethod
     def of(cls, policy: Policy | str) -> SavedPolicy:
-        """Wrap a policy, which must be sound, under its own name."""
-        sound = catchup.as_policy(policy)
-        return cls(str(sound), sound)
+        """Check a policy, or parse its name, and keep it with its name; errors as catchup.as_policy()."""
+        checked_policy = catchup.as_policy(policy)
+        return cls(str(checked_policy), checked_policy)
 
     @classmethod
     def named(cls, name: str) -> SavedPolicy:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
-from pvclock.errors import ConfigError, MsrFault, RangeError
+from pvclock.arguments import vcpu_number
+from pvclock.errors import ConfigError, MsrFault
 from pvclock.providers import timing
 from pvclock.providers.hypercall_instructions import VMCALL
 from pvclock.providers.interface import (
@@ -360,6 +361,4 @@ class KvmProvider:
         return fault
 
     def _vcpu(self, vcpu: int) -> int:
-        if not 0 <= vcpu < self._vcpus:
-            raise RangeError(f"vCPU {vcpu}; this VM has vCPUs 0 to {self._vcpus - 1}")
-        return vcpu
+        return vcpu_number(vcpu, self._vcpus)
