@@ -4,7 +4,7 @@
  *
  *   cd examples; cc -std=c11 -O2 -pthread -I"$(python3 -c 'import pvclock; print(pvclock.get_include())')" vmm.c -o vmm && ./vmm
  *
- * The guest reads its clock while the VMM changes the rate of guest time, and each reading is held against the exact
+ * The guest reads its clock while the VMM changes the rate of guest time, and each reading is compared with the exact
  * timeline.  Exit status: 0; 1 if a reading was wrong; 2 if this host lacks what it takes.  With -DNAIVE the rate is
  * changed in the order that suggests itself, which is wrong.
  */

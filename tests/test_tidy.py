@@ -26,6 +26,31 @@ BASES = {
 }
 CYTHON_CLASS = re.compile(r"^[ \t]*(?:cdef )?class (\w+)(?:\((.*)\))?:", re.MULTILINE)
 
+# Words that stood for the field's own, as whole words or parts of a name; the right ones are in ARCHITECTURE.md.
+PRIVATE_WORDS = re.compile(
+    r"(?<![a-z])(tempo|pace|boost|churn|storm|heed|mend|forgiven|unslaved|slaved|lest|whoever)(?![a-z])"
+    r"|(?<![a-z])(?:vcpus|while|check|all|is)_held(?![a-z])",
+    re.IGNORECASE,
+)
+MAY_USE_PRIVATE_WORDS = {
+    "pvclock/compat/palacios.py": "Palacios' own words for where its guests' time comes from",
+    "CHANGELOG.md": "says what is called what now",
+    "ARCHITECTURE.md": "says which words give way to which",
+    "docs/rows.tsv": "quotes what is owed",
+}
+SIGNED_DIFFERENCE = re.compile(r"U64_MASK // 2|>> 63 << 64|CIRCLE // 2|1 << 63\b.*1 << 64")
+MAY_COMPARE_HALVES = {
+    "pvclock/quantities.py": "signed64() itself",
+    "pvclock/timekeeping/timeline.py": "how far a counter can be waited for",
+    "pvclock/timekeeping/discipline.py": "a TSC that went back begins anew",
+    "pvclock/host/execution_time.py": "how far a counter can be waited for",
+    "pvclock/tsc/agreement.py": "a spread round the circle, which is not a difference of two",
+    "pvclock/kvm/backend.py": "may an offset grow by that, which is never negative?",
+}
+
+CYTHON_DOCSTRING = re.compile(r'^\s*""".*?"""\n', re.MULTILINE | re.DOTALL)
+CYTHON_CLASS_BODY = re.compile(r"^(?:cdef )?class (\w+)[^\n]*\n((?:[ \t]+[^\n]*\n|\n)*)", re.MULTILINE)
+
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 UNFINISHED = re.compile(r"\b(T[O]DO|FIX[M]E|X[X]X)\b")
 SOURCE_SUFFIXES = {".py", ".pyx", ".pxd", ".pyi", ".h", ".s", ".sh", ".md", ".toml"}
@@ -66,6 +91,18 @@ def test_classes_are_short() -> None:
             lines = len(code & set(range(node.lineno, (node.end_lineno or node.lineno) + 1)))
             if lines > CLASS_CODE_LINES_MAX:
                 long[f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"] = lines
+    assert not long
+
+
+def test_cython_classes_are_short() -> None:
+    """The same of a Cython class, from its header to the next line that is not indented."""
+    long = {}
+    for file in sources(".pyx"):
+        source = file.read_text(encoding="utf-8")
+        for name, body in CYTHON_CLASS_BODY.findall(CYTHON_DOCSTRING.sub("", source)):
+            lines = [line for line in body.splitlines() if line.strip() and not line.strip().startswith("#")]
+            if len(lines) > CLASS_CODE_LINES_MAX:
+                long[f"{file.relative_to(ROOT)} {name}"] = len(lines)
     assert not long
 
 
@@ -147,3 +184,29 @@ def test_nothing_is_left_for_later() -> None:
         if UNFINISHED.search(line)
     ]
     assert not unfinished
+
+
+def test_words_are_the_fields() -> None:
+    """No private word is left in the product, its benchmarks and its documents."""
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for file in sources(".py", ".pyx", ".pyi", ".pxd", ".h", ".s", ".md", ".toml")
+        if (name := str(file.relative_to(ROOT))) not in MAY_USE_PRIVATE_WORDS and name != "docs/conformance.md"
+        if not name.startswith("tests/")
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        if PRIVATE_WORDS.search(line)
+    ]
+    assert not found
+
+
+def test_a_signed_difference_is_signed64() -> None:
+    """Python code that asks which of two 64-bit counters is ahead asks signed64()."""
+    found = [
+        f"{name}:{number}: {line.strip()}"
+        for file in sources(".py")
+        if (name := str(file.relative_to(ROOT))).startswith(("pvclock/", "qemu_glue/", "bench/"))
+        and name not in MAY_COMPARE_HALVES
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        if SIGNED_DIFFERENCE.search(line)
+    ]
+    assert not found

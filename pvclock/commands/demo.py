@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
         "kvm_guests": why_no_kvm is None,
         "why_no_kvm": why_no_kvm,
         "host": findings,
-        "storm": _stress_values(result),
+        "stress": _stress_values(result),
         "comparison": comparison,
     }
     return Report(ok, found)

@@ -43,6 +43,23 @@ cdef object INTERRUPTED = exits.Interrupted()
 cdef str NO_MEMORY = "the VM has no memory: give it some by Vm.set_user_memory_region()"
 
 
+cdef tuple take_writes(kvm_coalesced_mmio_ring *ring):
+    """The ring's writes so far, oldest first; they are the kernel's to overwrite from then on."""
+    cdef uint32_t first = ring.first
+    cdef uint32_t last = load_acquire(&ring.last, ACQUIRE)  # the kernel writes an entry before it counts it
+    cdef kvm_coalesced_mmio *entry
+    if first == last:
+        return ()
+    taken = []
+    while first != last:
+        entry = &ring.coalesced_mmio[first]
+        data = entry.data[:min(entry.len, 8)]
+        taken.append(new_tuple(CoalescedWrite, (entry.pio != 0, entry.phys_addr, data)))
+        first = (first + 1) % COALESCED_MAX
+    store_release(&ring.first, first, RELEASE)
+    return tuple(taken)
+
+
 @cython.final
 cdef class Vcpu(Fd):
     """A virtual CPU; made by Vm.create_vcpu().
@@ -109,24 +126,9 @@ cdef class Vcpu(Fd):
 
         One caller at a time gets each write: nothing here gives up the GIL.  Empty on a host without the ring.
         """
-        cdef kvm_coalesced_mmio_ring *ring
-        cdef kvm_coalesced_mmio *entry
-        cdef uint32_t first, last
         if self.run_page is NULL or self.coalesced_at == 0:
             return ()
-        ring = <kvm_coalesced_mmio_ring *>(<uint8_t *>self.run_page + self.coalesced_at)
-        first = ring.first
-        last = load_acquire(&ring.last, ACQUIRE)  # the kernel writes an entry before it counts it
-        if first == last:
-            return ()
-        taken = []
-        while first != last:
-            entry = &ring.coalesced_mmio[first]
-            data = entry.data[:min(entry.len, 8)]
-            taken.append(new_tuple(CoalescedWrite, (entry.pio != 0, entry.phys_addr, data)))
-            first = (first + 1) % COALESCED_MAX
-        store_release(&ring.first, first, RELEASE)
-        return tuple(taken)
+        return take_writes(<kvm_coalesced_mmio_ring *>(<uint8_t *>self.run_page + self.coalesced_at))
 
     def request_exit(self) -> None:
         """Make the present or the next KVM_RUN return Interrupted; a thread inside it needs a signal as well."""

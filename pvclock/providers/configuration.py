@@ -88,7 +88,7 @@ def checked(config: Mapping[str, object] | Configuration, beside: str = "") -> C
         raise ConfigError(
             f"profile {quoted(profile)}; choose from {_listed(PROFILES)}. "
             "Palacios' time is not a profile of an interface: "
-            "pvclock.compat.palacios has it, and pvclock.ExecutionTimeBackend its unslaved time for any provider"
+            "pvclock.compat.palacios has it, and pvclock.ExecutionTimeBackend has execution time for any provider"
         )
     version = given["version"] = _checked_version(provider, given.get("version", NEWEST), kind.version, str(profile))
     chosen = {name: _checked_option(name, given[name], options[name]) for name in options if name in given}

@@ -21,7 +21,7 @@ def test_demo_shows_engine_and_kernel_agreeing(capsys: pytest.CaptureFixture[str
     assert report["ok"]
     result = report["result"]
     assert result["kvm_guests"]
-    assert result["storm"]["publishes"] > 0
+    assert result["stress"]["publishes"] > 0
     assert len(result["comparison"]) == (22 if crosscheck.obstacle() is None else 9)
     assert all(row["ok"] for row in result["comparison"])
 

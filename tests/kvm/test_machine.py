@@ -182,7 +182,7 @@ def test_an_msr_that_nobody_serves(access: bytes) -> None:
 
 @pytest.mark.row("K-10")
 @pytest.mark.parametrize("value", [DATA | 1, 1 << 63 | 1, (1 << 64) - 1, 0xFFF001])
-def test_a_storm_of_msr_writes(value: int) -> None:
+def test_a_flood_of_msr_writes(value: int) -> None:
     """A thousand registrations of a page, wherever it is said to be, harm nobody."""
     wrmsr = write_msr(SYSTEM_TIME, value)
     loop = b"\xbd\xe8\x03" + wrmsr + b"\x4d\x75" + bytes([0x100 - len(wrmsr) - 3])  # mov $1000, %bp; ...; dec; jnz

@@ -129,4 +129,4 @@ def test_demo_without_kvm_says_what_is_left_out(
     assert report["ok"]
     assert report["result"]["comparison"] == []
     assert not report["result"]["kvm_guests"]
-    assert report["result"]["storm"]["reads"] > 1000
+    assert report["result"]["stress"]["reads"] > 1000

@@ -96,7 +96,7 @@ def test_replay_catches_up_within_its_rate(period_ns: int, jump_ns: int, data: s
 @pytest.mark.row("E2")
 @given(policies=st.lists(POLICIES, min_size=1, max_size=5), jump_ns=st.integers(0, 2**63))
 @example(policies=[Merge(), Once(), Replay(1)], jump_ns=2**63)
-def test_no_jump_lets_loose_a_storm(policies: list[Missed], jump_ns: int) -> None:
+def test_no_jump_causes_a_flood(policies: list[Missed], jump_ns: int) -> None:
     """One advance makes at most one call a timer: after 292 years of periods of 41 ns as after none."""
     timers, firings = Timers(), list[Firing]()
     for missed in policies:
