@@ -69,7 +69,7 @@ class SimulatedBackend:
     def advance(self, *, ns: int) -> None:
         """Advance the reference, UTC and the TSC by `ns`; a remaining fraction of a tick carries over."""
         if whole("ns", ns) < 0:
-            raise RangeError(f"advance(ns={shown(ns)}): time passes forwards; to simulate a step back set tsc or ref_ns")
+            raise RangeError(f"advance(ns={shown(ns)}): time goes forward; for a step back set tsc or ref_ns")
         ticks, self._tick_remainder = divmod(ns * self.tsc_hz + self._tick_remainder, NS_PER_S)
         self.counter.value = (self.counter.value + ticks) & U64_MASK
         self.ref_ns = RefNs(self.ref_ns + ns)
