@@ -19,7 +19,6 @@ from pvclock import arguments
 from pvclock.errors import ConfigError, RangeError, StateFileError, WrongType
 from pvclock.providers.registry import PROVIDERS
 from pvclock.quantities import U64_MASK
-from pvclock.state import atomic_file
 from pvclock.state.json_schema import (
     BOOLEAN,
     BYTES_MAX,
@@ -462,6 +461,8 @@ def write(path: str | os.PathLike[str], state: ClockState) -> None:
     """
     path = arguments.path("path", path)
     content = to_json(state).encode("ascii")
+    from pvclock.state import atomic_file  # loads pathlib, which a clock that is not saved to a file has no need of
+
     try:
         atomic_file.replace(path, [content])
     except (OSError, ValueError) as error:
@@ -471,6 +472,8 @@ def write(path: str | os.PathLike[str], state: ClockState) -> None:
 def read(path: str | os.PathLike[str]) -> ClockState:
     """The state in regular file `path`; StateFileError, with the path, if it cannot be read or is invalid."""
     path = arguments.path("path", path)
+    from pvclock.state import atomic_file
+
     try:
         document = atomic_file.read(path, BYTES_MAX + 1)
     except (OSError, ValueError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from math import inf
-from statistics import median
 from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import RangeError, WrongType
@@ -49,11 +48,16 @@ class Sampler:
         """The first good sample, or the best of those tried."""
         best = self._taken()
         for _ in range(self._tries - 1):
-            if best.bound_ns <= self._tolerance * max(median(self._bounds), LEAST_BOUND_NS):
+            if best.bound_ns <= self._tolerance * max(self._median_ns, LEAST_BOUND_NS):
                 return best
             self.dropped += 1
             best = min(best, self._taken(), key=lambda it: it.bound_ns)
         return best
+
+    @property
+    def _median_ns(self) -> float:
+        """The lower median; statistics.median() would bring in decimal and random."""
+        return sorted(self._bounds)[(len(self._bounds) - 1) // 2]
 
     def _taken(self) -> Sample:
         sample = self._source()

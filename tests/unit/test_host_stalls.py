@@ -35,13 +35,13 @@ def test_reading_this_host() -> None:
 
 
 @pytest.mark.row("E9")
-@pytest.mark.skipif(not linux.SCHEDSTAT.exists(), reason="no run delay: needs a kernel with CONFIG_SCHED_INFO")
+@pytest.mark.skipif(not Path(linux.SCHEDSTAT).exists(), reason="no run delay: needs a kernel with CONFIG_SCHED_INFO")
 def test_run_delay_is_the_kernels() -> None:
     """The second number of the thread's schedstat is what a reading says, between one look at it and another."""
     before_ns, read_ns, after_ns = (
-        int(linux.SCHEDSTAT.read_text().split()[1]),
+        int(Path(linux.SCHEDSTAT).read_text().split()[1]),
         LinuxHost().read().run_delay_ns,
-        int(linux.SCHEDSTAT.read_text().split()[1]),
+        int(Path(linux.SCHEDSTAT).read_text().split()[1]),
     )
     assert read_ns is not None
     assert before_ns <= read_ns <= after_ns
@@ -154,7 +154,7 @@ def freezer_v1() -> Freezer | None:
 
 def freezer_v2() -> Freezer | None:
     """The freezer of cgroup v2, likewise."""
-    for mount in linux.CGROUP2_MOUNTS:
+    for mount in map(Path, linux.CGROUP2_MOUNTS):
         if (mount / "cgroup.controllers").exists() and os.access(mount, os.W_OK):
             folder = mount / f"pvclock-test-{os.getpid()}"
             return Freezer(folder, "cgroup.freeze", ("1", "0"), "cgroup.events", "frozen 1")
