@@ -471,7 +471,7 @@ class GuestClock:
     def check_host(self, watch: HostWatch, *, on_schedule: bool = True) -> list[Trouble]:
         """Check the host with `watch` and apply the findings to this clock; returns the troubles.
 
-        on_schedule: pass False after a pause, when the time since the last check is no stall.
+        on_schedule: pass False after a pause, when the time since the last check is not a stall.
         """
         instance("watch", watch, HostWatch)
         troubles = watch.check(on_schedule=on_schedule)
