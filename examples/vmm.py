@@ -49,7 +49,7 @@ def main(kvm: Kvm) -> None:
         time.sleep(0.1)
 
     runner = Runner(vcpus, handle)
-    clock = GuestClock(memory, len(vcpus), backend=kvm_backend(kvm, vcpus, runner), engine="kvm")
+    clock = GuestClock(memory, len(vcpus), backend=kvm_backend(kvm, vcpus, runner), vcpu_host="kvm")
     exit_on_msrs(vm, clock.msr_ranges)
     set_guest_cpuid(kvm, vcpus, clock)
     for number, vcpu in enumerate(vcpus):

@@ -113,8 +113,8 @@ class Follower:
     def leave_out_sleep(self, ns: int, *, tsc_counted_on: bool) -> Callable[[], None]:
         """Return an idempotent callable that removes a host sleep of `ns` from the reference.
 
-        The sleep policy handles a sleep: it is not an error of guest time.  UTC counts it and the other clocks do not; a
-        caller's own source is the caller's business.
+        The sleep policy handles a sleep: it is not an error of guest time.  UTC counts it and the other clocks do not;
+        a caller's own source is the caller's business.
         """
         if self._following is None:
             return nothing

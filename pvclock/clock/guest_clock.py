@@ -36,10 +36,10 @@ from pvclock.providers.configuration import checked, combined
 from pvclock.providers.guest_interface import GuestInterface
 from pvclock.providers.interface import (
     CpuidLeaf,
-    Engine,
     HypercallRegisters,
     HypercallResult,
     Pairing,
+    VcpuHost,
     VmmServices,
 )
 from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, quoted
@@ -60,8 +60,8 @@ class GuestClock:
     """The clock of one VM; guest time 0 is the instant of construction.
 
     memory: the VM's.  vcpus: their number, 1 to 4096.  provider: "KVM", "Minimal" or "None", or a GuestInterface
-    configuration; further keys of that may be keywords (`profile`, `features`, ...).  engine: the vCPU host, "library"
-    for a VMM that emulates CPUs, "kvm" for /dev/kvm.  vmm: the VMM's services for hypercalls.
+    configuration; further keys of that may be keywords (`profile`, `features`, ...).  vcpu_host: "emulator" for
+    a VMM that emulates CPUs, "kvm" for /dev/kvm.  vmm: the VMM's services for hypercalls.
     reference: see follow().  tsc_offset: ticks added to the host's TSC on every vCPU; None keeps the offsets that the
     vCPUs have.  offer_tsc_adjust, offer_invariant_tsc: features that patch_cpuid() shows; a guest with an invariant TSC
     prefers its TSC to this clock.  tsc_hz: the TSC frequency told to the guest; by default the host's.
@@ -81,7 +81,7 @@ class GuestClock:
         provider: str | Mapping[str, object] = "KVM",
         *,
         backend: Backend,
-        engine: Engine | str = Engine.LIBRARY,
+        vcpu_host: VcpuHost | str = VcpuHost.EMULATOR,
         vmm: VmmServices | None = None,
         reference: Reference | str | SampleSource = OFF,
         tsc_offset: int | None = 0,
@@ -93,12 +93,12 @@ class GuestClock:
         self.memory = instance("memory", memory, GuestMemory)
         self.vcpus = checked_vcpus(vcpus)
         self.backend = _checked_backend(backend)
-        self.engine = _engine_named(engine)
+        self.vcpu_host = _vcpu_host_named(vcpu_host)
         self.vmm = None if vmm is None else _checked_vmm(vmm)
         self.tsc_hz = backend.tsc_hz if tsc_hz is None else whole("tsc_hz", tsc_hz, 1, U64_MASK)
         """The TSC frequency that the guest was told, in Hz: that of the host on which it started."""
 
-        _check_agreement(backend, self.vcpus, self.engine)
+        _check_agreement(backend, self.vcpus, self.vcpu_host)
         config = combined(provider, provider_options)
         chosen = checked(config, _own_keywords() if provider_options else "")
         offers = _checked_offers(offer_tsc_adjust, offer_invariant_tsc)
@@ -118,7 +118,9 @@ class GuestClock:
 
         # Bind the compiled method over the Python one, which would double the cost of a call.
         self.read = self._keeper.pages.read  # type: ignore[method-assign]  # it is the same call
-        self._guest = GuestSide(self._parts, chosen, engine=self.engine, vmm=vmm, tsc_hz=self.tsc_hz, offers=offers)
+        self._guest = GuestSide(
+            self._parts, chosen, vcpu_host=self.vcpu_host, vmm=vmm, tsc_hz=self.tsc_hz, offers=offers
+        )
         if tsc_offset is not None:
             self._tscs.begin()
         self._keeper.take_over()
@@ -423,23 +425,23 @@ class GuestClock:
         *,
         backend: Backend,
         policy: Policy | str | None = None,
-        engine: Engine | str = Engine.LIBRARY,
+        vcpu_host: VcpuHost | str = VcpuHost.EMULATOR,
         vmm: VmmServices | None = None,
         reference: Reference | str | SampleSource | None = None,
         any_tsc_hz: bool = False,
     ) -> Self:
         """Make a paused clock from a saved state; resume() applies `policy` (default: the state's) to the time missed.
 
-        memory: the VM's, with its saved content; the new clock takes over from its live one.  engine, vmm: as for
+        memory: the VM's, with its saved content; the new clock takes over from its live one.  vcpu_host, vmm: as for
         GuestClock, and may differ from before.  reference: by default the saved one; an event if this host lacks that.
         any_tsc_hz: accept a TSC more than 250 ppm off the frequency that a guest which lives by its TSC was told.
         Time missed is the raw clock plus time asleep within one boot of one host, else UTC.  StateFileError if the
         state is invalid, or needs what this host or version lacks.
         """
-        _check_restore(memory, backend, engine, reference, any_tsc_hz=any_tsc_hz)
+        _check_restore(memory, backend, vcpu_host, reference, any_tsc_hz=any_tsc_hz)
         sound = clock_state.checked(state)
         clock_state.check_provider(sound)
-        _check_agreement(backend, len(sound.vcpus), _engine_named(engine))
+        _check_agreement(backend, len(sound.vcpus), _vcpu_host_named(vcpu_host))
         chosen = sound.policy.known("policy") if policy is None else as_policy(policy)
         capture.check_dilation(sound, backend.tsc_hz)
         takeover = Takeover(memory, backend)
@@ -450,7 +452,7 @@ class GuestClock:
                 len(sound.vcpus),
                 combined(sound.provider.name, sound.provider.config),
                 backend=backend,
-                engine=engine,
+                vcpu_host=vcpu_host,
                 vmm=vmm,
                 tsc_offset=None,  # resume() sets them; the live clock may still use its own
                 offer_tsc_adjust=sound.offers.tsc_adjust,
@@ -533,13 +535,13 @@ def _parts_of(keeper: Timekeeper, tsc_offset: int | None) -> ClockParts:
     )
 
 
-def _engine_named(engine: Engine | str) -> Engine:
-    words = ", ".join(map(repr, map(str, Engine)))
-    if not isinstance(engine, str):
-        raise WrongType("engine", engine, words)
-    if engine not in list(Engine):
-        raise ConfigError(f"engine {quoted(engine)}; choose from {words}")
-    return Engine(engine)
+def _vcpu_host_named(vcpu_host: VcpuHost | str) -> VcpuHost:
+    words = ", ".join(map(repr, map(str, VcpuHost)))
+    if not isinstance(vcpu_host, str):
+        raise WrongType("vcpu_host", vcpu_host, words)
+    if vcpu_host not in list(VcpuHost):
+        raise ConfigError(f"vcpu_host {quoted(vcpu_host)}; choose from {words}")
+    return VcpuHost(vcpu_host)
 
 
 def _checked_offers(tsc_adjust: bool, invariant_tsc: bool) -> OfferState:
@@ -549,7 +551,7 @@ def _checked_offers(tsc_adjust: bool, invariant_tsc: bool) -> OfferState:
 def _check_restore(
     memory: GuestMemory,
     backend: Backend,
-    engine: Engine | str,
+    vcpu_host: VcpuHost | str,
     reference: Reference | str | SampleSource | None,
     *,
     any_tsc_hz: bool,
@@ -557,20 +559,22 @@ def _check_restore(
     """Check restore()'s own arguments, so that their errors are not StateFileErrors."""
     instance("memory", memory, GuestMemory)
     _checked_backend(backend)
-    _engine_named(engine)
+    _vcpu_host_named(vcpu_host)
     flag("any_tsc_hz", any_tsc_hz)
     if reference is not None:
         source_of(reference, backend)
 
 
-def _check_agreement(backend: Backend, vcpus: int, engine: Engine) -> None:
+def _check_agreement(backend: Backend, vcpus: int, vcpu_host: VcpuHost) -> None:
     """ConfigError if the backend knows its number of vCPUs or its vCPU host, and the clock's differ."""
     has = getattr(backend, "vcpu_count", None)
     if has is not None and has != vcpus:
         raise ConfigError(f"a clock of {vcpus} vCPUs on a backend of {has}, which its Runner runs; both are the VM's")
-    runs = getattr(backend, "guest_engine", None)
-    if runs is not None and runs != engine:
-        raise ConfigError(f"engine {str(engine)!r} on a backend whose vCPUs run on {runs!r}; give engine={runs!r}")
+    runs = getattr(backend, "vcpu_host", None)
+    if runs is not None and runs != vcpu_host:
+        raise ConfigError(
+            f"vcpu_host {str(vcpu_host)!r} on a backend whose vCPUs run on {runs!r}; give vcpu_host={runs!r}"
+        )
 
 
 @cache

@@ -16,7 +16,7 @@ from pvclock.errors import MsrFault, RangeError, WrongType
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers.configuration import Configuration
 from pvclock.providers.guest_interface import GuestInterface
-from pvclock.providers.interface import CpuidLeaf, Engine, Hooks, OwnPage, Pairing, VmmServices
+from pvclock.providers.interface import CpuidLeaf, Hooks, OwnPage, Pairing, VcpuHost, VmmServices
 from pvclock.quantities import U64_MASK, Gpa, GuestTsc
 from pvclock.state.clock_state import OfferState, ProviderState
 from pvclock.timekeeping.events import EventCause, EventKind
@@ -36,8 +36,8 @@ TSC_MSR_RANGES: Final = (
 class GuestSide:
     """The clock interface this guest sees: MSRs, CPUID, hypercalls.  Implements its provider's ClockServices.
 
-    parts: the clock's.  config: GuestInterface's.  engine, vmm, tsc_hz: GuestClock's.  offers: what CPUID shows of the
-    TSC.
+    parts: the clock's.  config: GuestInterface's.  vcpu_host, vmm, tsc_hz: GuestClock's.  offers: what CPUID
+    shows of the TSC.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class GuestSide:
         parts: ClockParts,
         config: Configuration,
         *,
-        engine: Engine,
+        vcpu_host: VcpuHost,
         vmm: VmmServices | None,
         tsc_hz: int,
         offers: OfferState,
     ) -> None:
-        self.engine = engine
+        self.vcpu_host = vcpu_host
         self.vmm = vmm
         self.tsc_hz = tsc_hz
         self.offers = offers

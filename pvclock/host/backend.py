@@ -19,7 +19,7 @@ __all__ = ["Backend", "stamps_anew"]
 class Backend(Protocol):
     """Host time and TSC offsets, for one VM.
 
-    Optional attributes, the first two of which must agree with GuestClock's arguments: `vcpu_count`; `guest_engine`,
+    Optional attributes, the first two of which must agree with GuestClock's arguments: `vcpu_count`; `vcpu_host`,
     what runs the guest ("kvm"); `kernel_features`, the paravirtual features that the host's kernel serves without the
     engine, as the feature word of its CPUID by the provider's name.
     """

@@ -75,9 +75,9 @@ class ExecutionTimeBackend:
         return getattr(self.inner, "vcpu_count", None)
 
     @property
-    def guest_engine(self) -> str | None:
+    def vcpu_host(self) -> str | None:
         """See Backend: the inner backend's, None if it has none."""
-        return getattr(self.inner, "guest_engine", None)
+        return getattr(self.inner, "vcpu_host", None)
 
     @property
     def kernel_features(self) -> Mapping[str, int]:

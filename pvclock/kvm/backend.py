@@ -81,7 +81,7 @@ class KvmBackend:
     """
 
     counter_follows_host = True
-    guest_engine = "kvm"
+    vcpu_host = "kvm"
     """See Backend."""
 
     def __init__(
@@ -153,7 +153,7 @@ class SteeredTscBackend:
     """
 
     counter_follows_host = True
-    guest_engine = "kvm"
+    vcpu_host = "kvm"
     """See Backend."""
 
     tsc_stable = False

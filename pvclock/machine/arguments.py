@@ -77,7 +77,7 @@ def _check_clock(arguments: Mapping[str, object], options: Mapping[str, object])
     given = [name for name in ("backend", "restore") if arguments[name] is not None]
     if clock == "kernel" and (unknown := [*given, *(name for name in options if name != "features")]):
         raise ConfigError(f"the kernel's clock takes no options but features: {', '.join(unknown)}")
-    if taken := [name for name in ("engine", "memory") if name in options]:
+    if taken := [name for name in ("vcpu_host", "memory") if name in options]:
         raise ConfigError(f"a machine runs on /dev/kvm, in memory of its own; leave out: {', '.join(taken)}")
     if backend is not None and not callable(backend):
         wanted = "a function from the backend of the machine's vCPUs to that of its clock, such as ExecutionTimeBackend"

@@ -47,9 +47,9 @@ def make_clock(
     """
     backend = inner if wrap is None else _wrapped(wrap, inner, vcpus)
     if restore is not None:
-        return GuestClock.restore(restore, memory, backend=backend, engine="kvm", **options)
+        return GuestClock.restore(restore, memory, backend=backend, vcpu_host="kvm", **options)
     options.setdefault("tsc_offset", inner.initial_tsc_offset if backend.counter_follows_host else 0)
-    return GuestClock(memory, vcpus, backend=backend, engine="kvm", **options)
+    return GuestClock(memory, vcpus, backend=backend, vcpu_host="kvm", **options)
 
 
 def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus: int) -> Backend:
@@ -227,7 +227,7 @@ class EngineClockService:
             old = self.clock
             if not old.is_paused:
                 raise StateError("roll_back", "the machine is not paused", "pause() it, and put its RAM back")
-            self._serve(GuestClock.restore(state, old.memory, backend=old.backend, engine="kvm", **options))
+            self._serve(GuestClock.restore(state, old.memory, backend=old.backend, vcpu_host="kvm", **options))
             if self.ticker is not None:  # a tick of the old clock that waits for the lock is among its failures
                 self.ticker.add(self.clock)
                 self.ticker.remove(old)

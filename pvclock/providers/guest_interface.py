@@ -69,7 +69,7 @@ class GuestInterface:
 
     config: `provider` (a name in registry.PROVIDERS; "None" if left out), `version` (0 is the newest), `profile`
     ("linux", "document", "virtualbox") and the provider's options; see configuration.checked(), whose result may be
-    given, too.  ConfigError names key, value and what is legal, or what this engine cannot serve.
+    given, too.  ConfigError names key, value and what is legal, or what this vCPU host cannot serve.
     tsc_usable: do the host's TSCs run evenly and in step?  log: gets one line on what was chosen, and one per warning.
 
     Thread-safety: hypercalls, the debug channel and statistics may be used from any thread; everything else needs the
@@ -106,7 +106,7 @@ class GuestInterface:
 
         log(
             f"provider {self.name}, id {self.number}, version {chosen.implementation}, profile {self.profile}, "
-            f"on {clock.engine}"
+            f"on {clock.vcpu_host}"
         )
         for warning in self._provider.warnings:
             log(f"warning: {warning}")

@@ -23,7 +23,7 @@ __all__ = [
     "ClockServices",
     "CpuidLeaf",
     "DebugSetup",
-    "Engine",
+    "VcpuHost",
     "Hooks",
     "HypercallRegisters",
     "HypercallResult",
@@ -50,10 +50,10 @@ class CpuidLeaf(NamedTuple):
     edx: int = 0
 
 
-class Engine(StrEnum):
+class VcpuHost(StrEnum):
     """What runs the guest, which decides what can be served."""
 
-    LIBRARY = "library"
+    EMULATOR = "emulator"
     """A VMM that emulates CPUs, or traps all that it wants: every surface."""
     KVM = "kvm"
     """vCPUs on /dev/kvm: what the MSR filter routes here, beside what the kernel serves."""
@@ -149,7 +149,7 @@ class ClockServices(Protocol):
         """The guest's memory."""
 
     @property
-    def engine(self) -> Engine:
+    def vcpu_host(self) -> VcpuHost:
         """What runs the guest."""
 
     @property

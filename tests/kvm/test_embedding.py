@@ -134,7 +134,7 @@ def test_a_clock_moves_to_another_vm(tsc_offsets: TscOffsets) -> None:
     bound_ns = STEERED_BOUND_NS if tsc_offsets is TscOffsets.STEERED else BOUND_NS
     with open_kvm() as kvm, a_vmm(kvm) as here, a_vmm(kvm) as there:
         backend = kvm_backend(kvm, here.vcpus, here.runner)
-        clock = GuestClock(here.memory, VCPUS, backend=backend, engine="kvm", tsc_offset=backend.initial_tsc_offset)
+        clock = GuestClock(here.memory, VCPUS, backend=backend, vcpu_host="kvm", tsc_offset=backend.initial_tsc_offset)
         here.clocks.append(clock)
         exit_on_msrs(here.vm, clock.msr_ranges)
         set_guest_cpuid(kvm, here.vcpus, clock)
@@ -149,7 +149,7 @@ def test_a_clock_moves_to_another_vm(tsc_offsets: TscOffsets) -> None:
         there.memory.write(0, here.memory.read(0, RAM_BYTES))
         state = clock_state.from_json(clock_state.to_json(clock.save()))
         backend = kvm_backend(kvm, there.vcpus, there.runner)
-        restored = GuestClock.restore(state, there.memory, backend=backend, engine="kvm")
+        restored = GuestClock.restore(state, there.memory, backend=backend, vcpu_host="kvm")
         there.clocks.append(restored)
         exit_on_msrs(there.vm, restored.msr_ranges)
         set_guest_cpuid(kvm, there.vcpus, restored)
@@ -172,7 +172,7 @@ def test_a_clock_moves_to_another_vm(tsc_offsets: TscOffsets) -> None:
 def test_a_paused_clock_keeps_vcpus_out() -> None:
     """Let in by the runner too early, the guest reads nothing before the clock is resumed."""
     with open_kvm() as kvm, a_vmm(kvm) as vmm:
-        clock = GuestClock(vmm.memory, VCPUS, backend=kvm_backend(kvm, vmm.vcpus, vmm.runner), engine="kvm")
+        clock = GuestClock(vmm.memory, VCPUS, backend=kvm_backend(kvm, vmm.vcpus, vmm.runner), vcpu_host="kvm")
         vmm.clocks.append(clock)
         exit_on_msrs(vmm.vm, clock.msr_ranges)
         for vcpu in vmm.vcpus:
@@ -193,7 +193,7 @@ def test_a_paused_clock_keeps_vcpus_out() -> None:
 def test_a_vmm_may_change_the_cpuid() -> None:
     """The list has each leaf of the clock once and its own APIC id, and KVM takes it, changed."""
     with open_kvm() as kvm, a_vmm(kvm) as vmm:
-        clock = GuestClock(vmm.memory, VCPUS, backend=kvm_backend(kvm, vmm.vcpus, vmm.runner), engine="kvm")
+        clock = GuestClock(vmm.memory, VCPUS, backend=kvm_backend(kvm, vmm.vcpus, vmm.runner), vcpu_host="kvm")
         for vcpu in vmm.vcpus:
             entries = guest_cpuid(kvm, vcpu.vcpu_id, clock)
             leaves = {entry["function"]: entry for entry in entries}

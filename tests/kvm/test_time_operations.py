@@ -179,7 +179,7 @@ def test_a_clock_saved_under_its_guest(policy: str) -> None:
         machine.pause()
         state = machine.clock.save()
         finished = newest_ns(machine)
-        again = GuestClock.restore(state, machine.memory, backend=machine.clock.backend, engine="kvm", policy=policy)
+        again = GuestClock.restore(state, machine.memory, backend=machine.clock.backend, vcpu_host="kvm", policy=policy)
         begin = again.backend.stamps()
         again.resume()
         end = again.backend.stamps()

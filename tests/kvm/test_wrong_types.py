@@ -79,7 +79,7 @@ def valid(bare: Bare) -> dict[str, Callable[[], Any]]:
         "ns": lambda: 1,
         "apic_id": int,
         **dict.fromkeys(
-            ("pvclock.guest_cpuid.clock", "pvclock.set_guest_cpuid.clock"), lambda: a_clock(bare, engine="kvm")
+            ("pvclock.guest_cpuid.clock", "pvclock.set_guest_cpuid.clock"), lambda: a_clock(bare, vcpu_host="kvm")
         ),
         "Machine.clock": lambda: "engine",
     }
@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[type[PvclockError], Callable[[Bare], object]]] = {
     "path is None; it can be a path": (WrongType, lambda _: open_kvm(None)),  # type: ignore[arg-type]
     "ranges is a GuestClock; it can be a sequence of MsrRange: a GuestClock's msr_ranges": (
         WrongType,
-        lambda bare: exit_on_msrs(bare.vm, a_clock(bare, engine="kvm")),  # type: ignore[arg-type]
+        lambda bare: exit_on_msrs(bare.vm, a_clock(bare, vcpu_host="kvm")),  # type: ignore[arg-type]
     ),
     "regs has 'eip', which is unknown; it can be rax, rbx,": (
         ConfigError,
@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[type[PvclockError], Callable[[Bare], object]]] = {
     "entries[0] lacks 'flags'": (
         ConfigError,
         lambda bare: bare.vcpus[0].set_cpuid(
-            [without(guest_cpuid(bare.kvm, 0, a_clock(bare, engine="kvm"))[0], "flags")]
+            [without(guest_cpuid(bare.kvm, 0, a_clock(bare, vcpu_host="kvm"))[0], "flags")]
         ),
     ),
     "buffer is b'x', a bytes; it can be a writable, contiguous buffer": (
@@ -202,10 +202,10 @@ REFUSED: dict[str, tuple[type[PvclockError], Callable[[Bare], object]]] = {
         WrongType,
         lambda bare: bare.vm.set_msr_filter([(1, 2)]),  # type: ignore[list-item]
     ),
-    "engine 'library' on a backend whose vCPUs run on 'kvm'; give engine='kvm'": (ConfigError, a_clock),
+    "vcpu_host 'emulator' on a backend whose vCPUs run on 'kvm'; give vcpu_host='kvm'": (ConfigError, a_clock),
     "a clock of 2 vCPUs on a backend of 1, which its Runner runs": (
         ConfigError,
-        lambda bare: a_clock(bare, 2, engine="kvm"),
+        lambda bare: a_clock(bare, 2, vcpu_host="kvm"),
     ),
     "vCPU 1; the Runner has vCPUs 0 to 0": (RangeError, lambda bare: Runner(bare.vcpus, go_on).thread_id(1)),
     "timeout_s is '1', a str; it can be a number": (
@@ -227,7 +227,7 @@ def test_what_is_said(message: str, bare: Bare) -> None:
 def test_a_clock_of_fewer_vcpus_than_its_backend() -> None:
     """It is refused when it is made, as one of more is: the other vCPU would be paused and resumed unseen."""
     with bare_vm(HLT, vcpus=2) as bare, pytest.raises(ConfigError, match="a clock of 1 vCPUs on a backend of 2"):
-        a_clock(bare, engine="kvm")
+        a_clock(bare, vcpu_host="kvm")
 
 
 def test_registers_that_are_refused_are_as_they_were(bare: Bare) -> None:

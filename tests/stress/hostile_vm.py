@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 from pvclock import GuestClock, GuestMemory, HostBackend, TscOffsetNotHonoured
-from pvclock.providers.kvm.features import SERVED_BY_VMM, SERVED_IN_LIBRARY
+from pvclock.providers.kvm.features import SERVED_BY_VMM, SERVED_ON_EMULATORS
 from pvclock.quantities import U64_MASK, HostTsc
 from pvclock.timekeeping.events import Event
 
@@ -29,7 +29,7 @@ MARGIN: Final = 0x80
 SYSTEM_TIME: Final = 0x4B564D01
 PAGE_BYTES: Final = 32
 
-FEATURES: Final = int(SERVED_IN_LIBRARY | SERVED_BY_VMM)
+FEATURES: Final = int(SERVED_ON_EMULATORS | SERVED_BY_VMM)
 
 
 class Mischief(Exception):  # no error of a program, but what a callback of the VMM's raises on purpose

@@ -11,7 +11,7 @@ from pvclock._core import TSC_STABLE_BIT, TimePages
 from pvclock._counter import SimulatedCounter
 from pvclock._records import publish_wall_clock
 from pvclock.clock.timekeeper import nothing
-from pvclock.providers.interface import Engine, OwnPage, Pairing, VmmServices
+from pvclock.providers.interface import OwnPage, Pairing, VcpuHost, VmmServices
 from pvclock.providers.kvm import KvmProvider
 from pvclock.timekeeping.events import EventKind
 
@@ -49,13 +49,13 @@ class StubClock:
         self,
         vcpus: int = 2,
         *,
-        engine: Engine = Engine.LIBRARY,
+        vcpu_host: VcpuHost = VcpuHost.EMULATOR,
         vmm: VmmServices | None = None,
         kernel_features: int = 0,
         paired: Pairing | None = NOW,
     ) -> None:
         self.memory = GuestMemory(bytearray([GUARD]) * SIZE)
-        self.engine, self.vmm, self.kernel_features = engine, vmm, {"KVM": kernel_features}
+        self.vcpu_host, self.vmm, self.kernel_features = vcpu_host, vmm, {"KVM": kernel_features}
         self.tsc_hz = self.host_tsc_hz = TSC_HZ
         self.paired = paired
         self.quiesced: list[int | None] = []

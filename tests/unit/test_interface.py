@@ -11,7 +11,7 @@ import pytest
 from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, MsrFault, RangeError, SimulatedBackend
 from pvclock.providers.guest_interface import Executed, GuestInterface
 from pvclock.providers.hypercall_instructions import VMCALL, VMMCALL
-from pvclock.providers.interface import Engine, HypercallRegisters, HypercallResult, Status
+from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status, VcpuHost
 from pvclock.quantities import Gpa
 from pvclock.timekeeping.events import EventKind
 from tests.unit.test_debug_channel import Wire
@@ -309,11 +309,11 @@ def test_no_provider_no_msr(provider: str) -> None:
 def test_pairing_is_one_instant_or_none() -> None:
     """UTC and a vCPU's TSC of one host instant; none where the host's TSC is not to be trusted."""
     backend = SimulatedBackend(HZ, 1000, realtime_ns=10**18)
-    clock = GuestClock(GuestMemory(), 2, backend=backend, engine="kvm")
+    clock = GuestClock(GuestMemory(), 2, backend=backend, vcpu_host="kvm")
     clock.write_msr(1, 0x10, 5_000_000)
     assert clock.pairing(0) == (10**18, 1000)
     assert clock.pairing(1) == (10**18, 5_000_000)
-    assert (clock.tsc_hz, clock.engine, clock.vmm) == (HZ, Engine.KVM, None)
+    assert (clock.tsc_hz, clock.vcpu_host, clock.vmm) == (HZ, VcpuHost.KVM, None)
     clock.apply_host_findings([], host_trusted=False)
     assert clock.pairing(0) is None
     clock.apply_host_findings([], host_trusted=True)

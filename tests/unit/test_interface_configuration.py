@@ -169,12 +169,12 @@ def test_no_other_choice() -> None:
 
 @pytest.mark.row("G-03", "G-26")
 def test_what_was_chosen_is_told_once() -> None:
-    """One line at the start has provider, id, version, profile and engine; in a clock it is the first event."""
+    """One line at the start has provider, id, version, profile and vcpu_host; in a clock it is the first event."""
     told: list[str] = []
     interface_of({"provider": "KVM", "profile": "document"}, log=told)
     version = PROVIDERS["KVM"].version
-    assert told == [f"provider KVM, id 3, version {version}, profile document, on library"]
-    clock = GuestClock(GuestMemory(), 1, "Minimal", backend=SimulatedBackend(HZ), engine="kvm")
+    assert told == [f"provider KVM, id 3, version {version}, profile document, on emulator"]
+    clock = GuestClock(GuestMemory(), 1, "Minimal", backend=SimulatedBackend(HZ), vcpu_host="kvm")
     assert [(event.kind, event.why) for event in clock.events.read().events] == [
         ("start", "provider Minimal, id 1, version 1, profile linux, on kvm")
     ]
@@ -194,18 +194,18 @@ def test_an_unusable_tsc_is_told_for_every_provider(provider: str) -> None:
 
 
 @pytest.mark.row("X-02", "G-01")
-@pytest.mark.parametrize(("engine", "feature"), [("kvm", 4), ("kvm", 9), ("kvm", 30), ("library", 30)])
-def test_what_is_offered_can_be_served(engine: str, feature: int) -> None:
-    """A feature that the engine cannot serve is refused: async page faults on KVM, unknown ones anywhere."""
+@pytest.mark.parametrize(("vcpu_host", "feature"), [("kvm", 4), ("kvm", 9), ("kvm", 30), ("emulator", 30)])
+def test_what_is_offered_can_be_served(vcpu_host: str, feature: int) -> None:
+    """A feature that the vcpu_host cannot serve is refused: async page faults on KVM, unknown ones anywhere."""
     with pytest.raises(ConfigError, match="cannot be served"):
-        GuestClock(GuestMemory(), backend=SimulatedBackend(HZ), engine=engine, features=1 << feature)
+        GuestClock(GuestMemory(), backend=SimulatedBackend(HZ), vcpu_host=vcpu_host, features=1 << feature)
 
 
 @pytest.mark.row("X-02", "E13")
-def test_an_unknown_engine_is_refused() -> None:
+def test_an_unknown_vcpu_host_is_refused() -> None:
     """There are two engines, and the error names them."""
-    with pytest.raises(ConfigError, match="engine 'xen'; choose from 'library', 'kvm'"):
-        GuestClock(GuestMemory(), backend=SimulatedBackend(HZ), engine="xen")
+    with pytest.raises(ConfigError, match="vcpu_host 'xen'; choose from 'emulator', 'kvm'"):
+        GuestClock(GuestMemory(), backend=SimulatedBackend(HZ), vcpu_host="xen")
 
 
 @pytest.mark.row("G-01", "E13")

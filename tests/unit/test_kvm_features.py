@@ -1,4 +1,4 @@
-"""Which features are offered, which engine serves them, and what they open."""
+"""Which features are offered, which vcpu_host serves them, and what they open."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, CpuidLeaf, KvmFeature, MsrFault
-from pvclock.providers.interface import Engine
+from pvclock.providers.interface import VcpuHost
 from pvclock.providers.kvm import KvmHint
 from tests.unit.stub_clock import NotedVmm, StubClock, a_provider
 
@@ -38,35 +38,35 @@ def test_features_have_the_kernels_names_and_bits() -> None:
 @pytest.mark.row("K-33", "K-34", "X-01")
 def test_what_is_offered_by_default() -> None:
     """The clock and steal time, and what the kernel serves beside; on KVM steal time waits to be asked for."""
-    for engine, expected in ((Engine.LIBRARY, CLOCK | STEAL_TIME), (Engine.KVM, CLOCK)):
+    for vcpu_host, expected in ((VcpuHost.EMULATOR, CLOCK | STEAL_TIME), (VcpuHost.KVM, CLOCK)):
         for kernel in (0, 1 << 7 | 1 << 12):
-            provider, _ = a_provider(clock=StubClock(engine=engine, kernel_features=kernel))
+            provider, _ = a_provider(clock=StubClock(vcpu_host=vcpu_host, kernel_features=kernel))
             assert provider.cpuid_leaves[0x40000001] == CpuidLeaf(eax=expected | kernel)
 
 
 @pytest.mark.row("X-02", "K-34")
 def test_what_goes_on_being_the_kernels() -> None:
-    """Of all that a host's kernel can offer, unhalt and poll control are what it goes on serving beside an engine."""
+    """Of all that a host's kernel can offer, it goes on serving unhalt and poll control beside a clock of ours."""
     everything = 0xFFFFFFFF
-    for engine, own in ((Engine.LIBRARY, CLOCK | STEAL_TIME), (Engine.KVM, CLOCK)):
-        provider, _ = a_provider(clock=StubClock(engine=engine, kernel_features=everything))
+    for vcpu_host, own in ((VcpuHost.EMULATOR, CLOCK | STEAL_TIME), (VcpuHost.KVM, CLOCK)):
+        provider, _ = a_provider(clock=StubClock(vcpu_host=vcpu_host, kernel_features=everything))
         assert provider.cpuid_leaves[0x40000001].eax == own | 1 << 7 | 1 << 12
 
 
 @pytest.mark.row("X-02", "K-34")
 @pytest.mark.parametrize(
-    ("engine", "has_vmm", "served"),
+    ("vcpu_host", "has_vmm", "served"),
     [
-        (Engine.LIBRARY, False, LIBRARY),
-        (Engine.LIBRARY, True, LIBRARY | BY_VMM),
-        (Engine.KVM, False, CLOCK | STEAL_TIME),
-        (Engine.KVM, True, CLOCK | STEAL_TIME),
+        (VcpuHost.EMULATOR, False, LIBRARY),
+        (VcpuHost.EMULATOR, True, LIBRARY | BY_VMM),
+        (VcpuHost.KVM, False, CLOCK | STEAL_TIME),
+        (VcpuHost.KVM, True, CLOCK | STEAL_TIME),
     ],
 )
-def test_each_engine_offers_what_it_can_serve(engine: Engine, has_vmm: bool, served: int) -> None:
-    """Each bit is offered where engine and VMM can serve it, and refused with the list of what can be else."""
+def test_each_engine_offers_what_it_can_serve(vcpu_host: VcpuHost, has_vmm: bool, served: int) -> None:
+    """Each bit is offered where vcpu_host and VMM can serve it, and refused with the list of what can be else."""
     for bit in range(64):
-        clock = StubClock(engine=engine, vmm=NotedVmm() if has_vmm else None)
+        clock = StubClock(vcpu_host=vcpu_host, vmm=NotedVmm() if has_vmm else None)
         if served >> bit & 1:
             assert a_provider(clock=clock, features=1 << bit)[0].cpuid_leaves[0x40000001].eax == 1 << bit
         else:
@@ -105,7 +105,7 @@ def test_cpuid_opens_msrs(features: list[KvmFeature], enforced: bool) -> None:
 @pytest.mark.row("X-02", "K-35")
 def test_on_kvm_nothing_is_served_that_user_space_cannot() -> None:
     """Without enforcement, too, page-fault, EOI and migration MSRs fault on KVM: nobody stands behind them."""
-    provider, _ = a_provider(clock=StubClock(engine=Engine.KVM), enforce_cpuid=False)
+    provider, _ = a_provider(clock=StubClock(vcpu_host=VcpuHost.KVM), enforce_cpuid=False)
     served = set()
     for index in EVERY_MSR:
         try:

@@ -119,7 +119,7 @@ def test_a_failed_restore_leaves_the_old_clock_live() -> None:
         assert (backend.tsc_offsets, memory.read(0, 1 << 16)) == ({0: 12345}, image)
         clock.refresh()
         assert clock.now() == NS_PER_S
-    for option in ("reference", "engine", "policy"):
+    for option in ("reference", "vcpu_host", "policy"):
         with pytest.raises(ConfigError, match="sundial"):
             GuestClock.restore(state, memory, backend=backend, **{option: "sundial"})  # type: ignore[arg-type]
     clock.refresh()

@@ -35,7 +35,7 @@ def a_state(vcpus: int) -> ClockState:
         ({"kvm": "/dev/kvm"}, r"kvm is '/dev/kvm', a str; it can be a Kvm, as open_kvm\(\) gives it"),
         ({"clock": "sundial"}, r"clock 'sundial'; choose \"engine\" or \"kernel\""),
         ({"clock": ["engine"]}, r"clock is a list; it can be text"),
-        ({"engine": "library"}, r"a machine runs on /dev/kvm, in memory of its own; leave out: engine"),
+        ({"vcpu_host": "emulator"}, r"a machine runs on /dev/kvm, in memory of its own; leave out: vcpu_host"),
         ({"memory": None}, r"leave out: memory"),
         ({"policy": "freeze"}, r"only a restored clock has options for its return; give restore, too: policy"),
         ({"clock": "kernel", "tsc_offset": 1}, r"takes no options but features: tsc_offset"),

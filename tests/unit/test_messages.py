@@ -30,7 +30,7 @@ class OwnVcpus(SimulatedBackend):
     """A VMM's own backend, which knows its vCPUs and what runs them."""
 
     vcpu_count = 2
-    guest_engine = "kvm"
+    vcpu_host = "kvm"
 
 
 SAID: dict[str, tuple[type[PvclockError], Callable[[], object]]] = {
@@ -53,17 +53,17 @@ SAID: dict[str, tuple[type[PvclockError], Callable[[], object]]] = {
     "policy 'advance:': options are written as NAME=NUMBER": (ConfigError, lambda: parse("advance:")),
     "policy 'freeze:': options are written as NAME=NUMBER": (ConfigError, lambda: parse("freeze:")),
     "policy 'advance:max_ns=': options are written as NAME=NUMBER": (ConfigError, lambda: parse("advance:max_ns=")),
-    "a clock of 1 vCPUs on a backend of 2": (ConfigError, lambda: a_clock(OwnVcpus(HZ), engine="kvm")),
-    "a clock of 3 vCPUs on a backend of 2": (ConfigError, lambda: a_clock(OwnVcpus(HZ), vcpus=3, engine="kvm")),
+    "a clock of 1 vCPUs on a backend of 2": (ConfigError, lambda: a_clock(OwnVcpus(HZ), vcpu_host="kvm")),
+    "a clock of 3 vCPUs on a backend of 2": (ConfigError, lambda: a_clock(OwnVcpus(HZ), vcpus=3, vcpu_host="kvm")),
     "a clock of 1 vCPUs on a backend of 2, which its": (
         ConfigError,
-        lambda: GuestClock(GuestMemory(bytearray(64)), backend=ExecutionTimeBackend(OwnVcpus(HZ)), engine="kvm"),
+        lambda: GuestClock(GuestMemory(bytearray(64)), backend=ExecutionTimeBackend(OwnVcpus(HZ)), vcpu_host="kvm"),
     ),
-    "engine 'library' on a backend whose vCPUs run on": (
+    "vcpu_host 'emulator' on a backend whose vCPUs run on": (
         ConfigError,
         lambda: GuestClock(GuestMemory(bytearray(64)), 2, backend=ExecutionTimeBackend(OwnVcpus(HZ))),
     ),
-    "engine 'library' on a backend whose vCPUs run on 'kvm'; give engine='kvm'": (
+    "vcpu_host 'emulator' on a backend whose vCPUs run on 'kvm'; give vcpu_host='kvm'": (
         ConfigError,
         lambda: a_clock(OwnVcpus(HZ), vcpus=2),
     ),
@@ -85,7 +85,7 @@ def test_a_mistyped_keyword() -> None:
         a_clock(vcpu=2)
     said = str(caught.value)
     assert said.startswith("unknown key 'vcpu' := 2 for provider 'KVM'; keys are 'provider', ")
-    assert "; GuestClock itself takes memory, vcpus, provider, backend, engine, " in said
+    assert "; GuestClock itself takes memory, vcpus, provider, backend, vcpu_host, " in said
     assert said.endswith("and a saved clock's restore() policy and any_tsc_hz")
 
 
@@ -100,7 +100,7 @@ def test_the_clock_and_its_backend_agree_when_it_is_restored() -> None:
     """A saved clock of one vCPU is none for a backend of two."""
     state = a_clock().save()
     with pytest.raises(ConfigError, match="a clock of 1 vCPUs on a backend of 2"):
-        GuestClock.restore(state, GuestMemory(bytearray(64)), backend=OwnVcpus(HZ), engine="kvm")
+        GuestClock.restore(state, GuestMemory(bytearray(64)), backend=OwnVcpus(HZ), vcpu_host="kvm")
 
 
 @pytest.mark.parametrize(

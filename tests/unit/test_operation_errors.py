@@ -136,7 +136,7 @@ LONG_VALUES: dict[str, Callable[[GuestClock], object]] = {
     "provider": lambda clock: GuestClock(clock.memory, backend=clock.backend, provider=LONG),
     "profile": lambda clock: GuestClock(clock.memory, backend=clock.backend, profile=LONG),
     "reference": lambda clock: clock.follow(LONG),
-    "engine": lambda clock: GuestClock(clock.memory, backend=clock.backend, engine=LONG),
+    "vcpu_host": lambda clock: GuestClock(clock.memory, backend=clock.backend, vcpu_host=LONG),
     "version": lambda clock: GuestClock(clock.memory, backend=clock.backend, provider="KVM", version=10**5000),
     "policy": lambda clock: setattr(clock, "policy", LONG),
     "sleep": lambda _: SimulatedBackend(HZ).sleep(ns=1, tsc=LONG),  # type: ignore[arg-type]

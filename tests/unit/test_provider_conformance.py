@@ -177,7 +177,7 @@ def test_an_msr_that_is_not_its_own_faults(provider: str, index: int) -> None:
 @pytest.mark.row("G-09", "X-02")
 def test_what_it_serves_is_what_comes_to_it_on_kvm(provider: str) -> None:
     """Beside /dev/kvm each MSR that the clock serves is in msr_ranges, and none that the kernel keeps is served."""
-    clock = a_clock(provider, engine="kvm")
+    clock = a_clock(provider, vcpu_host="kvm")
     routed = {index for each in clock.msr_ranges for index in range(each.base, each.base + each.length)}
     kept = {index for each in clock.msr_ranges for index in each.kept}
     for index in (*CLOCK_MSRS, *FOREIGN_MSRS):

@@ -274,9 +274,9 @@ def test_version_and_flags_of_virtualboxs_unit_come_back() -> None:
 def test_a_restored_clock_has_its_interface() -> None:
     """Provider, options and profile come back with a saved clock, on the engine and for the VMM that it is given."""
     clock = a_running_guest(profile="document")
-    restored = GuestClock.restore(clock.save(), clock.memory, backend=SimulatedBackend(HZ), engine="kvm")
+    restored = GuestClock.restore(clock.save(), clock.memory, backend=SimulatedBackend(HZ), vcpu_host="kvm")
     assert restored.interface.config == clock.interface.config
-    assert (restored.interface.profile, str(restored.engine)) == ("document", "kvm")
+    assert (restored.interface.profile, str(restored.vcpu_host)) == ("document", "kvm")
     minimal = a_clock("Minimal", apic_bus_hz=100_000_000)
     again = GuestClock.restore(minimal.save(), minimal.memory, backend=SimulatedBackend(HZ))
     assert again.cpuid_leaves == minimal.cpuid_leaves

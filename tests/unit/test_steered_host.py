@@ -47,7 +47,7 @@ class Vm:
         vcpus = cast("list[Vcpu]", self.vcpus)
         self.backend = SteeredTscBackend(vcpus, Runner(vcpus, lambda *_: True))
         self.memory = GuestMemory(bytearray(1 << 16))
-        self.clock = GuestClock(self.memory, 2, backend=self.backend, engine="kvm")
+        self.clock = GuestClock(self.memory, 2, backend=self.backend, vcpu_host="kvm")
         for vcpu in range(2):
             self.clock.write_msr(vcpu, SYSTEM_TIME, PAGES[vcpu] | 1)
 
@@ -114,7 +114,7 @@ def test_an_interrupted_resume_leaves_no_other_offset_than_kvms() -> None:
         vm = Vm()
         vm.put_forward(1)
         vm.clock.pause()
-        vm.clock = GuestClock.restore(vm.clock.save(), vm.memory, backend=vm.backend, engine="kvm")
+        vm.clock = GuestClock.restore(vm.clock.save(), vm.memory, backend=vm.backend, vcpu_host="kvm")
         was_interrupted = interrupted(lambda: vm.clock.resume("advance"), at, 1)  # noqa: B023  # called at once
         if vm.clock.is_paused:
             vm.clock.resume("advance")
@@ -130,7 +130,7 @@ def test_a_write_that_one_vcpu_refuses_is_given_to_none() -> None:
     vm.put_forward(1)
     before, by_kvm = vm.offsets(), [vcpu.offset for vcpu in vm.vcpus]
     with pytest.raises(TscOffsetNotHonoured, match="forward only"):
-        GuestClock(vm.memory, 2, backend=vm.backend, engine="kvm", tsc_offset=HOUR // 2)
+        GuestClock(vm.memory, 2, backend=vm.backend, vcpu_host="kvm", tsc_offset=HOUR // 2)
     vm.clock.refresh()
     assert vm.offsets() == before
     assert [vcpu.offset for vcpu in vm.vcpus] == by_kvm

@@ -234,7 +234,7 @@ MESSAGES: dict[str, Callable[[], object]] = {
     "value is 1.0, a float; it can be a whole number": lambda: a_clock(HZ)[0].write_msr(0, 0x10, 1.0),  # type: ignore[arg-type]
     "vcpus is 1.5, a float; it can be a whole number": lambda: new_clock(vcpus=1.5),
     "vcpus is '2', a str; it can be a whole number": lambda: new_clock(vcpus="2"),
-    "engine is None; it can be 'library', 'kvm'": lambda: new_clock(engine=None),
+    "vcpu_host is None; it can be 'emulator', 'kvm'": lambda: new_clock(vcpu_host=None),
     "provider is 5, an int; it can be a provider's name or a configuration": lambda: new_clock(provider=5),
     "reference is 3, an int; it can be off, raw, monotonic, realtime, or a source of samples": (
         lambda: new_clock(reference=3)

@@ -11,7 +11,7 @@ from typing import Final
 
 from pvclock.errors import ConfigError
 from pvclock.msr_ranges import MsrRange
-from pvclock.providers.interface import CPUID_BASE, ClockServices, CpuidLeaf, Engine
+from pvclock.providers.interface import CPUID_BASE, ClockServices, CpuidLeaf, VcpuHost
 
 __all__ = [
     "FEATURE_OF_MSR",
@@ -85,11 +85,11 @@ SERVED_BY_KERNEL: Final = KvmFeature.PV_UNHALT | KvmFeature.POLL_CONTROL
 """What the kernel's irqchip goes on serving to a guest whose clock is the engine's."""
 
 # On KVM user space cannot inject faults and flushes between two guest instructions, so everything else stays out.
-SERVED_BESIDE_KVM: Final = SERVED_HERE | KvmFeature.STEAL_TIME
+SERVED_ON_KVM: Final = SERVED_HERE | KvmFeature.STEAL_TIME
 
 # MMU_OP is dead; MSI_EXT_DEST_ID and HC_MAP_GPA_RANGE promise things that no clock implements.
-SERVED_IN_LIBRARY: Final = (
-    (SERVED_BESIDE_KVM | KvmFeature.PV_EOI | KvmFeature.PV_TLB_FLUSH)
+SERVED_ON_EMULATORS: Final = (
+    (SERVED_ON_KVM | KvmFeature.PV_EOI | KvmFeature.PV_TLB_FLUSH)
     | (KvmFeature.ASYNC_PF | KvmFeature.ASYNC_PF_VMEXIT | KvmFeature.ASYNC_PF_INT)
     | (KvmFeature.POLL_CONTROL | KvmFeature.MIGRATION_CONTROL)
 )
@@ -123,8 +123,8 @@ MSR_RANGES: Final[tuple[MsrRange, ...]] = (
 
 def servable_features(clock: ClockServices) -> KvmFeature:
     """All features that `clock`'s engine, its VMM and the kernel beside them can serve."""
-    served = SERVED_BESIDE_KVM if clock.engine is Engine.KVM else SERVED_IN_LIBRARY
-    if clock.engine is not Engine.KVM and clock.vmm is not None:
+    served = SERVED_ON_KVM if clock.vcpu_host is VcpuHost.KVM else SERVED_ON_EMULATORS
+    if clock.vcpu_host is not VcpuHost.KVM and clock.vmm is not None:
         served |= SERVED_BY_VMM
     return served | _served_by_kernel(clock)
 
@@ -135,7 +135,7 @@ def default_features(clock: ClockServices) -> KvmFeature:
     On KVM steal time is opt-in: a VMM that offers it must feed it.
     """
     served = SERVED_HERE | _served_by_kernel(clock)
-    return served if clock.engine is Engine.KVM else served | KvmFeature.STEAL_TIME
+    return served if clock.vcpu_host is VcpuHost.KVM else served | KvmFeature.STEAL_TIME
 
 
 def kernel_clock_features(kernel: int) -> KvmFeature:
