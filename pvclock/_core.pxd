@@ -73,7 +73,6 @@ cdef class TimePages:
     cdef Wanted *_wanted  # by vCPU
     cdef Shown *_shown  # by vCPU
     cdef pvclock_page_set[KINDS] _sets
-    cdef int _kinds  # of the sets, from the first on, that a publish has to look at
     cdef pvclock_target *_targets  # compact: only pages that can be written
     cdef int *_target_vcpu  # by target
     cdef int _count

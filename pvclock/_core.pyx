@@ -221,7 +221,6 @@ cdef class TimePages:
             if self._shown[vcpu].published:
                 self._shown[vcpu].page = self.memory.find(self._shown[vcpu].gpa, TIME_INFO_BYTES)
         self._sets[SHARED_LINE].count, self._sets[OWN_LINE].count = self._count, self._own.count
-        self._kinds = KINDS if self._own.count else 1
         self._generation = self._flagged_generation = self.memory.generation
 
     def lacks_flags(self, vcpu: int | None) -> bool:
@@ -291,7 +290,7 @@ cdef class TimePages:
 
     cdef bint _publish(self, pvclock_line *timeline, uint64_t *break_tsc, bint again) noexcept nogil:
         return pvclock_publish_at(
-            self._sets, self._kinds, timeline, &self._params, &self.counter.c, &self._anchor, break_tsc, again
+            self._sets, KINDS, timeline, &self._params, &self.counter.c, &self._anchor, break_tsc, again
         ) != 0
 
     cdef int _prepare(self, ClockScale scale, uint8_t flags, out_of_guest) except -1:

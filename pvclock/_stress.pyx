@@ -4,7 +4,7 @@ cimport cython
 from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from pvclock._core cimport TimePages, as_line
+from pvclock._core cimport KINDS, TimePages, as_line
 from pvclock._math cimport pvclock_line, pvclock_line_at, pvclock_line_turn
 from pvclock._memory cimport as_u64
 from pvclock._publish cimport (
@@ -87,7 +87,7 @@ cdef class Republishing:
         ):
             old, last_tsc = pages._anchor, break_tsc
             went_back = pvclock_publish_at(
-                pages._sets, pages._kinds, timeline, &self._params[turn], &pages.counter.c, &pages._anchor, &break_tsc,
+                pages._sets, KINDS, timeline, &self._params[turn], &pages.counter.c, &pages._anchor, &break_tsc,
                 False,
             ) != 0 or <int64_t>(break_tsc - last_tsc) < 0
             timeline[0] = pvclock_line_at(timeline[0], break_tsc)

@@ -1,4 +1,4 @@
-"""Ranges of MSRs whose accesses a provider serves; KVM's MSR filter is made from them."""
+"""Ranges of MSRs whose accesses a clock, or its provider, serves; KVM's MSR filter is made from them."""
 
 from __future__ import annotations
 

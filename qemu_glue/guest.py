@@ -9,8 +9,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from pvclock import GuestNs, GuestTsc, HostTsc, StateError, TimeInfo, read_tsc
-from pvclock.meter.guest import ClockServer, GuestReading
-from pvclock.meter.probe import (
+from pvclock.meter.findings import (
     EXIT_LIMIT_S,
     READING_TRIES,
     await_reading,
@@ -21,6 +20,7 @@ from pvclock.meter.probe import (
     vcpu0_reading,
     wall_clock_ns,
 )
+from pvclock.meter.guest import ClockServer, GuestReading
 from pvclock.payloads import clockprobe, probe
 from pvclock.payloads.probe import ProbeRecord
 from qemu_glue.peer.launch import Qemu

@@ -25,7 +25,7 @@ LAYERS: tuple[set[str], ...] = (
     {"providers"},
     {"clock", "state"},
     {"machine"},
-    {"pvclock", "meter", "convert", "compat", "lab"},
+    {"pvclock", "meter", "compat", "lab"},
     {"commands", "__main__"},
 )
 POLICY = {"timekeeping", "tsc"}
@@ -59,7 +59,6 @@ CLOCK_READERS = {"host", "kvm"}
 # What qemu_glue may use beside the names in pvclock.__all__.
 PUBLIC_SUBPACKAGES = (
     "pvclock.commands",
-    "pvclock.convert",
     "pvclock.kvm",
     "pvclock.machine",
     "pvclock.meter",

@@ -34,7 +34,7 @@ from pvclock.state.clock_state import (
     VcpuState,
     WallClockState,
 )
-from pvclock.timekeeping.catchup import CatchUpTable, Policy, Slew
+from pvclock.timekeeping.catchup import Policy, SlewPolicy
 from pvclock.timekeeping.events import EventKind
 from pvclock.timekeeping.timeline import RateTerms, Timeline
 
@@ -104,7 +104,7 @@ def restore(
     timeline = Timeline(now.tsc, keeper.backend.tsc_hz, state.timeline.guest_ns, RateTerms(state.timeline.dilation))
     timeline.stop(now.tsc)
     slew = None if state.slew is None else state.slew.policy.known("slew.policy")
-    if state.slew is not None and isinstance(slew, Slew | CatchUpTable):
+    if state.slew is not None and isinstance(slew, SlewPolicy):
         timeline.slew(now.tsc, state.slew.remaining_ns, slew)
     boot_id = None if host.raw_ns is None else host.boot_id
     same_boot = boot_id is not None and boot_id == now.boot_id

@@ -477,14 +477,14 @@ class GuestClock:
         """
         instance("watch", watch, HostWatch)
         troubles = watch.check(on_schedule=on_schedule)
-        self.apply_host_findings(troubles, host_trusted=watch.tsc_stable)
+        self.apply_host_findings(troubles, tsc_trusted=watch.tsc_trusted)
         return troubles
 
-    def apply_host_findings(self, troubles: list[Trouble], *, host_trusted: bool) -> None:
+    def apply_host_findings(self, troubles: list[Trouble], *, tsc_trusted: bool) -> None:
         """Apply one host check to this clock: each trouble is an event, and drops STABLE if it must."""
         instances("troubles", troubles, Trouble)
         with self._keeper.changing:
-            self._host.apply_host_findings(troubles, clocksource_trusted=flag("host_trusted", host_trusted))
+            self._host.apply_host_findings(troubles, tsc_trusted=flag("tsc_trusted", tsc_trusted))
 
     def pairing(self, vcpu: int) -> Pairing | None:
         """One instant as the guest's time of day and as vCPU's TSC; None if the host's TSC is not trusted."""

@@ -214,7 +214,7 @@ class GuestSide:
     def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
         """Publish with vCPU's page where it is; begin, undo: as place_time_page()."""
         with self._keeper.changing:
-            self._keeper.adopt(begin, undo, tuple, vcpu)
+            self._keeper.publish_with(begin, undo, tuple, vcpu)
 
     def refresh(self, vcpu: int | None = None) -> None:
         """See GuestClock.refresh()."""

@@ -17,7 +17,7 @@ from pvclock.clock.follower import Follower
 from pvclock.clock.timekeeper import Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import StateError
-from pvclock.host.watch import Trouble, TroubleKind
+from pvclock.host.watch import RATE_BOUND_PPM, RAW_GRAIN_NS, Trouble, TroubleKind
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, signed64
 from pvclock.readings import HostStamps, Reference, Sample
 from pvclock.timekeeping import catchup
@@ -32,10 +32,6 @@ SLEPT_LEAST_NS: Final = 1_000_000
 RETURN_TOLERANCE: Final = 100
 """A TSC has returned if it jumped ahead by as much as it stepped back, to 1 part in this."""
 
-RATE_BOUND_PPM: Final = 1000
-RAW_GRAIN_NS: Final = 1000
-"""How far TSC and raw clock may differ without a step: ppm of the interval, plus ns.  Same bounds in host/watch.py."""
-
 
 class HostTrust:
     """Tracks whether a clock can rely on its host's TSC, and re-bases it when the TSC steps or the host sleeps."""
@@ -46,7 +42,7 @@ class HostTrust:
         self._keeper = keeper
         self._tscs = tscs
         self._follower = follower
-        self._clocksource_trusted = True  # by the last apply_host_findings()
+        self._tsc_trusted = True  # by the last apply_host_findings()
         self._tsc_failed = False  # it stepped, or one CPU's is behind: no later check clears it
         self._last_good = keeper.backend.stamps()  # at the last check that passed
         self._step_back_ticks: int | None = None  # by the last step; the TSC may return by as much
@@ -109,9 +105,9 @@ class HostTrust:
     @property
     def is_trusted(self) -> bool:
         """True if the host allows TSC_STABLE: its clocksource is trusted and its TSC has never failed."""
-        return self._clocksource_trusted and not self._tsc_failed
+        return self._tsc_trusted and not self._tsc_failed
 
-    def apply_host_findings(self, troubles: list[Trouble], *, clocksource_trusted: bool) -> None:
+    def apply_host_findings(self, troubles: list[Trouble], *, tsc_trusted: bool) -> None:
         """Apply one host check: record each trouble as an event, and drop TSC_STABLE if one calls for it.
 
         Call it inside `with changing`.  Troubles that this class has found itself are not recorded again.
@@ -122,7 +118,7 @@ class HostTrust:
         new = [trouble for trouble in troubles if EventKind(trouble.kind) not in self._recorded]
         events = tuple(keeper.event(EventKind(trouble.kind), trouble.why, stamps) for trouble in new)
         failed = any(trouble.unstable and trouble.kind is not TroubleKind.CLOCKSOURCE for trouble in troubles)
-        before, after = (self._clocksource_trusted, self._tsc_failed), (clocksource_trusted, self._tsc_failed or failed)
+        before, after = (self._tsc_trusted, self._tsc_failed), (tsc_trusted, self._tsc_failed or failed)
 
         def record() -> tuple[Event, ...]:
             self._set_trust(after)
@@ -130,12 +126,12 @@ class HostTrust:
             return events
 
         if good_here and (after[0] and not after[1]) != was_trusted:  # otherwise the next publish drops STABLE
-            keeper.adopt(partial(self._set_trust, after), partial(self._set_trust, before), record)
+            keeper.publish_with(partial(self._set_trust, after), partial(self._set_trust, before), record)
         else:
             keeper.record(events, record)
 
     def _set_trust(self, trust: tuple[bool, bool]) -> None:
-        self._clocksource_trusted, self._tsc_failed = trust
+        self._tsc_trusted, self._tsc_failed = trust
 
     def utc_sample(self, vcpu: int | None = None) -> Sample:
         """One instant in UTC and on the TSC; if this CPU's TSC is behind, the TSC is computed from the raw clock."""

@@ -141,7 +141,7 @@ class Operations:
             changed = timeline.copy()
             if terms != timeline.terms:
                 changed.begin_segment(tsc, terms)
-            if terms.slew == 0 and changed.is_slewed:  # the break, some us after the plan, may overshoot
+            if terms.slew == 0 and changed.skew_is_worked_off:  # the break, some us after the plan, may overshoot
                 changed.end_slew()
             line = changed.line()
             new = TimeState(changed, line, scale, old.paused_at)

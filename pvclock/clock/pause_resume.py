@@ -22,7 +22,7 @@ from pvclock.errors import RangeError, StateError
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
 from pvclock.readings import HostStamps, RunReport
 from pvclock.timekeeping import catchup
-from pvclock.timekeeping.catchup import CatchUpTable, Policy, Slew
+from pvclock.timekeeping.catchup import Policy, SlewPolicy
 from pvclock.timekeeping.events import Event, EventKind
 from pvclock.timekeeping.timeline import Timeline
 
@@ -251,6 +251,6 @@ def _start(stopped: Timeline, tsc: HostTsc, settled: catchup.CatchUp) -> Timelin
     going = stopped.copy()
     going.start(tsc)
     going.jump(settled.step_ns)
-    if isinstance(settled.slew, Slew | CatchUpTable):
+    if isinstance(settled.slew, SlewPolicy):
         going.slew(tsc, settled.slew_ns, settled.slew)
     return going

@@ -55,7 +55,7 @@ class Placement:
             events = [self._event(vcpu, gpa, stamps) for vcpu, gpa in list(placed.items())[:left]]
             return tuple(event for event in events if event is not None)
 
-        keeper.adopt(move, move_back, record, out_of_guest)
+        keeper.publish_with(move, move_back, record, out_of_guest)
 
     def _register(self, places: Mapping[int, int | None]) -> None:
         for vcpu, gpa in places.items():

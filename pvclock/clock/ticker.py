@@ -199,7 +199,7 @@ class Ticker:
                 with self._lock:
                     for clock in on_host:
                         if clock.backend.tsc_hz == tsc_hz and clock in self._clocks:
-                            self._clocks[clock].add(troubles, watches[tsc_hz].tsc_stable)
+                            self._clocks[clock].add(troubles, watches[tsc_hz].tsc_trusted)
 
     def _check(self, tsc_hz: int, watches: dict[int, HostWatch]) -> list[Trouble]:
         """The host's troubles since the last round; the first check finds none."""
@@ -217,7 +217,7 @@ class Ticker:
             troubles, trusted = self._clocks[clock].take()
         if trusted is not None:
             with self._collect_failure(clock):
-                clock.apply_host_findings(troubles, host_trusted=trusted)
+                clock.apply_host_findings(troubles, tsc_trusted=trusted)
         with self._collect_failure(clock):
             clock.tick()
 

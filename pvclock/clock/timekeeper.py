@@ -212,7 +212,7 @@ class Timekeeper:
             again = not (is_checked or self._tsc_is_good(vcpu))
             self._publish(_unchanged, self.state, vcpu=vcpu, again=again)
 
-    def adopt(
+    def publish_with(
         self,
         begin: Callable[[], object],
         undo: Callable[[], object],

@@ -178,7 +178,7 @@ class VcpuTscs:
         if [tsc.offset for tsc in current] != [tsc.offset for tsc in before]:
             why = "the host's KVM has changed the vCPUs' TSC offsets; pages follow"
             event = self._keeper.event(EventKind.TSC, why, self._keeper.backend.stamps())
-            self._keeper.adopt(partial(self.take, current), partial(self.take, before), lambda: (event,))
+            self._keeper.publish_with(partial(self.take, current), partial(self.take, before), lambda: (event,))
 
     def _current_offset(self, vcpu: int) -> int:
         offset = self._keeper.backend.tsc_offset(vcpu)
@@ -199,7 +199,7 @@ class VcpuTscs:
         whys = [f"vCPU {vcpu}: offset {before[vcpu].offset:#x} becomes {new:#x}" for vcpu, new in offsets.items()]
         events = tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
         change = OffsetChange(keeper, self, before, wanted)
-        keeper.with_vcpus_out(out_of_guest, partial(keeper.adopt, change.apply_all, change.undo, lambda: events))
+        keeper.with_vcpus_out(out_of_guest, partial(keeper.publish_with, change.apply_all, change.undo, lambda: events))
 
     def _refuse(self, refused: TscOffsetNotHonoured, cause: EventCause, on_commit: Callable[[], object]) -> None:
         """Record that the host did not honour an offset, in one step with on_commit()."""
@@ -267,7 +267,7 @@ class OffsetChange:
         if self._stopped_at is not None:
             self._tscs.show_stopped(self._stopped_at[0])
         if kept and not self._is_recorded:
-            self._keeper.adopt(nothing, nothing, partial(self._kept_events, kept, self._keeper.backend.stamps()))
+            self._keeper.publish_with(nothing, nothing, partial(self._kept_events, kept, self._keeper.backend.stamps()))
 
     def undo_on_host(self) -> dict[int, int]:
         """Restore the host's offsets; returns those that the host keeps instead, by vCPU."""

@@ -1,7 +1,8 @@
 """Host trouble, found by comparing two checks: a TSC that cannot be trusted, a suspend, a stall of the VMM.
 
 The VMM's loop or a ticker calls check() on a schedule; this module has no thread and no timer.  It reads the host
-through a `HostSource`, so that a test can simulate every fault.
+through a `HostSource`, so that a test can simulate every fault, and reports only: what a sleep or a step does to guest
+time is in clock/host_trust.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from pvclock.errors import RangeError
 from pvclock.host.linux import HostReading, LinuxHost
 from pvclock.quantities import NS_PER_S, U64_MASK, signed64
 
-__all__ = ["HostSource", "HostWatch", "StallCause", "Trouble", "TroubleKind"]
+__all__ = [
+    "RATE_BOUND_PPM",
+    "RAW_GRAIN_NS",
+    "HostSource",
+    "HostWatch",
+    "StallCause",
+    "Trouble",
+    "TroubleKind",
+]
 
 STALL_INTERVALS: Final = 4
 """Default stall threshold, in intervals."""
@@ -127,7 +136,7 @@ class HostWatch:
         return self._last
 
     @property
-    def tsc_stable(self) -> bool:
+    def tsc_trusted(self) -> bool:
         """Do all host CPUs' TSCs run in step, as far as the checks showed?
 
         True again if the clocksource comes back to tsc; after any other TSC trouble it stays False, as in KVM.

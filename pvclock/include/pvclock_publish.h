@@ -64,7 +64,7 @@ struct pvclock_page_set {
 };
 
 /* How a kind of page changes.  The publish calls these in their order here, each for all sets that are due before the
- * next; touch() to release() may neither fault nor block.  The guest side of a kind must read its TSC between two looks
+ * next; from mark_busy() on none may fault or block.  The guest side of a kind must read its TSC between two looks
  * at the page, the second of which fails once mark_busy() is visible and until release() is.
  */
 struct pvclock_page_kind {
@@ -74,7 +74,8 @@ struct pvclock_page_kind {
 	void (*touch)(struct pvclock_page_set *set);
 	/* Have readers refuse the pages; the publish makes that visible before it reads A. */
 	void (*mark_busy)(struct pvclock_page_set *set);
-	/* How many ticks the break point is to come after earliest_tsc.  NULL: none.  A VM has at most one kind with this;
+	/* How many ticks the break point is to come after earliest_tsc, for a format that meets the old line at some ticks
+	 * only.  NULL: none.  A VM has at most one kind with this;
 	 * on a counter with no margin, which nobody can wait for, it returns 0.
 	 */
 	uint64_t (*delay_ticks)(const struct pvclock_page_set *set, const struct pvclock_update *update,
@@ -189,12 +190,13 @@ static const struct pvclock_page_kind pvclock_page_kind_pvclock = {
 
 /* ---- The publish. ---- */
 
-/* Which sets this publish changes; their pages are in, and busy. */
-static inline void pvclock_sets_mark_busy(struct pvclock_page_set *sets, size_t count,
-					  const struct pvclock_update *update)
+/* Decide which sets this publish changes, bring their pages in, and mark them busy. */
+static inline void pvclock_sets_begin(struct pvclock_page_set *sets, size_t count,
+				      const struct pvclock_update *update)
 {
 	for (size_t i = 0; i < count; i++)
-		sets[i].is_due = sets[i].kind->is_due == NULL || sets[i].kind->is_due(&sets[i], update);
+		sets[i].is_due = sets[i].count != 0 &&
+				 (sets[i].kind->is_due == NULL || sets[i].kind->is_due(&sets[i], update));
 	for (size_t i = 0; i < count; i++)
 		if (sets[i].is_due)
 			sets[i].kind->touch(&sets[i]);
@@ -233,7 +235,7 @@ static inline int pvclock_publish_at(struct pvclock_page_set *sets, size_t count
 	uint64_t busy_tsc, wait_ticks = counter->margin_ticks;
 	int status;
 
-	pvclock_sets_mark_busy(sets, count, &update);
+	pvclock_sets_begin(sets, count, &update);
 
 	/* For the compiler, and for a counter that is no rdtsc: the payload comes after the busy marks. */
 	__atomic_thread_fence(__ATOMIC_RELEASE);

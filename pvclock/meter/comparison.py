@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from pvclock.meter.figure import Figure
+from pvclock.meter.findings import failures
 from pvclock.meter.observe import AcrossPause, ClockObservation, Following, Undisturbed
-from pvclock.meter.probe import failures
 from pvclock.readings import TimeInfo
 
 __all__ = ["Check", "Subjects", "compare", "compare_undisturbed"]

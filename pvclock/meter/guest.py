@@ -1,4 +1,4 @@
-"""What the meter measures: a guest whose vCPUs read their clock all the time.
+"""What the meter measures: a guest that runs clockprobe (pvclock.payloads), whose vCPUs read their clock all the time.
 
 The meter's functions take a `Guest` and do not ask which one it is.  Guests are in `machine_guest` (the engine's clock
 and the kernel's), `in_process_guest` (pages in this process) and `qemu_glue.guest` (a QEMU).

@@ -15,9 +15,9 @@ from pvclock._memory import GuestMemory
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import PvclockError, StateError
 from pvclock.host.this_host import HostBackend
+from pvclock.meter.findings import time_info, wall_clock_ns
 from pvclock.meter.guest import ENGINE, ClockServer, GuestReading
 from pvclock.meter.machine_guest import engine_epoch_ns
-from pvclock.meter.probe import time_info, wall_clock_ns
 from pvclock.payloads.probe import ProbeRecord, State
 from pvclock.quantities import U64_MASK, HostTsc
 from pvclock.readings import TimeInfo

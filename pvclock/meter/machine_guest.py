@@ -11,8 +11,7 @@ from pvclock.clock.guest_clock import GuestClock
 from pvclock.kvm.capabilities import open_kvm
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.machine.machine import Machine
-from pvclock.meter.guest import ENGINE, KERNEL, ClockServer, GuestReading
-from pvclock.meter.probe import (
+from pvclock.meter.findings import (
     EXIT_LIMIT_S,
     await_reading,
     newest_ns,
@@ -21,6 +20,7 @@ from pvclock.meter.probe import (
     vcpu0_reading,
     wall_clock_ns,
 )
+from pvclock.meter.guest import ENGINE, KERNEL, ClockServer, GuestReading
 from pvclock.payloads import clockprobe, probe
 from pvclock.payloads.probe import ProbeRecord
 from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc

@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import StateError
+from pvclock.meter.findings import READS_PER_FLUSH
 from pvclock.meter.guest import ClockServer, EngineGuest, Guest
-from pvclock.meter.probe import READS_PER_FLUSH
 from pvclock.payloads.probe import ProbeRecord
 from pvclock.quantities import NS_PER_S
 from pvclock.readings import Reference, TimeInfo

@@ -12,8 +12,8 @@ from statistics import median
 from typing import Final, NamedTuple
 
 from pvclock.host.this_host import HostBackend
+from pvclock.meter.findings import shown_by
 from pvclock.meter.guest import EngineGuest, Guest
-from pvclock.meter.probe import shown_by
 from pvclock.quantities import NS_PER_S
 from pvclock.readings import Reference, Sample, TimeInfo
 from pvclock.timekeeping.sampling import Sampler

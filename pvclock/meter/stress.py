@@ -17,8 +17,8 @@ from pvclock.arguments import fraction, instance, number, sequence, whole
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.clock.timekeeper import TimeState
 from pvclock.errors import StateError
+from pvclock.meter.findings import failures
 from pvclock.meter.guest import EngineGuest
-from pvclock.meter.probe import failures
 from pvclock.payloads.probe import ProbeRecord
 from pvclock.readings import ClockLine
 from pvclock.timekeeping.events import Event

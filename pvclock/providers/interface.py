@@ -237,8 +237,8 @@ class Hooks(NamedTuple):
 class Provider(Protocol):
     """One guest-visible interface, for the life of one VM.
 
-    A provider is a class in registry.PROVIDERS; nothing else in the tree names it or branches on which one it is.  All
-    members below are checked for each provider by tests/unit/test_provider_contract.py.
+    A provider is a class in registry.PROVIDERS; what serves every provider names none and branches on none, except as
+    MAY_NAME in tests/test_layering.py says.  tests/unit/test_provider_contract.py checks all members for each provider.
 
     Its constructor takes (clock: ClockServices, vcpus: int), and its options as keyword-only parameters: their names
     are the keys that its configuration may have, their annotations (int, bool, str, Literal, None) the legal values
@@ -254,7 +254,7 @@ class Provider(Protocol):
     name: str
     """Its key in the registry, in configurations and in saved states."""
     number: int
-    """Its id in VirtualBox's saved units: 0 None, 1 Minimal, 2 HyperV, 3 KVM."""
+    """Its id in VirtualBox's saved units: see registry.PROVIDER_NUMBERS."""
     version: int
     """Version of what save() returns, from 1 on.  load() accepts every version that was ever written."""
     is_enabled: bool
@@ -290,9 +290,6 @@ class Provider(Protocol):
     The accesses of every provider in the registry exit, whichever one this VM has: the kernel would serve them.
     """
 
-    def own_page(self, vcpu: int) -> OwnPage | None:
-        """What vCPU's page shows if it has a line of its own; None if it shows the VM's.  Asked when it is placed."""
-
     def read_msr(self, vcpu: int, index: int) -> int:
         """RDMSR by the guest: the 64-bit value, or MsrFault."""
 
@@ -312,6 +309,9 @@ class Provider(Protocol):
         """The guest's VMCALL or VMMCALL; NOT_ENABLED or NOT_AVAILABLE gives the guest its #UD."""
 
     # Pages and time
+
+    def own_page(self, vcpu: int) -> OwnPage | None:
+        """What vCPU's page shows if it has a line of its own; None if it shows the VM's.  Asked when it is placed."""
 
     @property
     def allows_stable(self) -> bool:

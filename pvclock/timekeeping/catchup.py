@@ -29,6 +29,7 @@ __all__ = [
     "Policy",
     "CatchUp",
     "Slew",
+    "SlewPolicy",
     "as_policy",
     "parse",
     "settle",
@@ -54,7 +55,7 @@ class CatchUp(NamedTuple):
     step_ns: Fraction
     slew_ns: Fraction
     dropped_ns: Fraction
-    slew: Slew | CatchUpTable | None = None
+    slew: SlewPolicy | None = None
     why: str = ""
 
     def __str__(self) -> str:
@@ -145,7 +146,10 @@ class CatchUpTable(NamedTuple):
         return abs(lag_ns) <= self.stop_ns
 
 
-Policy: TypeAlias = Freeze | Advance | Slew | CatchUpTable
+SlewPolicy: TypeAlias = Slew | CatchUpTable
+"""Policies that slew: with ppm(lag_ns) and is_done(lag_ns)."""
+
+Policy: TypeAlias = Freeze | Advance | SlewPolicy
 
 _US: Final = 1000
 _MS: Final = 1_000_000

@@ -99,7 +99,7 @@ class Discipline:
 
     def copy(self) -> Discipline:
         """A copy in the same state."""
-        copied = Discipline.__new__(Discipline)  # as Baseline.copy()
+        copied = Discipline.__new__(Discipline)  # copy.copy() takes three times as long
         vars(copied).update(vars(self))
         vars(copied).update(_baseline=self._baseline.copy(), _suspects=self._suspects.copy())
         return copied

@@ -13,7 +13,7 @@ from pvclock._scale import ClockScale
 from pvclock.errors import RangeError
 from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, signed64
 from pvclock.readings import ClockLine
-from pvclock.timekeeping.catchup import MOST_PPM, PPM, CatchUpTable, Slew
+from pvclock.timekeeping.catchup import MOST_PPM, PPM, SlewPolicy
 
 __all__ = ["STRETCH_S", "RateTerms", "Timeline"]
 
@@ -60,7 +60,7 @@ class Timeline:
         self._host_ns = Fraction(0)  # at _tsc
         self._stopped_host_ns: Fraction | None = None
         self._terms = RateTerms() if terms is None else terms
-        self._slew: Slew | CatchUpTable | None = None
+        self._slew: SlewPolicy | None = None
         self._skew_ns = Fraction(0)  # still to slew in, at _tsc
         self._stretch_end: HostTsc | None = None
 
@@ -82,7 +82,7 @@ class Timeline:
         return self._stopped_host_ns is None
 
     @property
-    def slew_policy(self) -> Slew | CatchUpTable | None:
+    def slew_policy(self) -> SlewPolicy | None:
         """The policy that works the skew off; None without a skew."""
         return self._slew
 
@@ -92,7 +92,7 @@ class Timeline:
         return self._slew is not None
 
     @property
-    def is_slewed(self) -> bool:
+    def skew_is_worked_off(self) -> bool:
         """Was the skew worked off when this segment began?"""
         return self._is_done(self._skew_ns)
 
@@ -138,7 +138,7 @@ class Timeline:
 
     def copy(self) -> Timeline:
         """A copy in the same state."""
-        copied = Timeline.__new__(Timeline)  # as Baseline.copy()
+        copied = Timeline.__new__(Timeline)  # copy.copy() takes three times as long
         vars(copied).update(vars(self))
         return copied
 
@@ -178,7 +178,7 @@ class Timeline:
 
     # Slewing
 
-    def slew(self, tsc: HostTsc, ns: Fraction, policy: Slew | CatchUpTable) -> None:
+    def slew(self, tsc: HostTsc, ns: Fraction, policy: SlewPolicy) -> None:
         """Add `ns` of guest time to the skew at `tsc` (negative: the clock is ahead), and slew it in by `policy`."""
         self.begin_segment(tsc, self._terms)
         self._skew_ns += ns

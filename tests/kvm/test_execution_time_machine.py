@@ -20,8 +20,8 @@ from pvclock.errors import ConfigError
 from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine import clock_service
+from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, wait_until_reading
-from pvclock.meter.probe import failures
 from pvclock.payloads import clockprobe
 from pvclock.state.clock_state import from_json, to_json
 from tests.kvm.leaks import held

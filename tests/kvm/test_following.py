@@ -11,9 +11,9 @@ import pytest
 from bench import drift
 from pvclock import Reference
 from pvclock.clock.ticker import Ticker
+from pvclock.meter.findings import failures, shown_by
 from pvclock.meter.machine_guest import MachineGuest, finish, newest_reading, probe_machine, wait_until_reading
 from pvclock.meter.observe import observe_following
-from pvclock.meter.probe import failures, shown_by
 from pvclock.payloads import probe
 from pvclock.timekeeping.discipline import SteeringState
 from pvclock.timekeeping.events import EventKind

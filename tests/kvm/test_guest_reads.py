@@ -10,9 +10,9 @@ import pytest
 
 from pvclock import GuestClock, HostTsc, Machine
 from pvclock.clock.guest_clock import GUEST_STOPPED
+from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import MachineGuest, finish, probe_machine, wait_until_reading
 from pvclock.meter.observe import Undisturbed, observe_undisturbed
-from pvclock.meter.probe import failures
 from pvclock.meter.stress import PublishStress, stress_publishing
 from pvclock.payloads import clockprobe, probe
 from tests import oracle

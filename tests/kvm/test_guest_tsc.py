@@ -13,8 +13,8 @@ import pytest
 from pvclock import GuestClock, HostTsc, Machine, TscOffsetNotHonoured
 from pvclock._counter import read_tsc
 from pvclock.kvm.tsc_offset import TscOffsets
+from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
-from pvclock.meter.probe import failures
 from pvclock.payloads import probe
 from tests.kvm.reading import wait_until_all_read_on
 from tests.kvm.tsc_guest import TSC, TSC_ADJUST, Step, TscGuest, tsc_guest

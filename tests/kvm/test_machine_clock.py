@@ -14,8 +14,8 @@ from pvclock import GuestClock, HostTsc, Machine, Sample, StateError
 from pvclock.clock.ticker import Ticker
 from pvclock.errors import StateFileError
 from pvclock.machine import EXIT_PORT
+from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, wait_until_reading
-from pvclock.meter.probe import failures
 from pvclock.payloads import clockprobe
 from pvclock.state import clock_state
 from pvclock.state.clock_state import ClockState, SavedPolicy

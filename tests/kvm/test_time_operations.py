@@ -14,8 +14,8 @@ from fractions import Fraction
 import pytest
 
 from pvclock import GuestClock, HostTsc, Machine
+from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
-from pvclock.meter.probe import failures
 from pvclock.payloads import probe
 from tests.kvm.reading import wait_until_all_read_on
 

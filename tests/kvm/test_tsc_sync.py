@@ -22,8 +22,8 @@ from pvclock._sampling import sample_clock
 from pvclock.host.linux import host_clocksource
 from pvclock.kvm import Kvm, Vcpu, Vm
 from pvclock.kvm.tsc_offset import TscOffsets
+from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
-from pvclock.meter.probe import failures
 from pvclock.quantities import U64_MASK
 from pvclock.tsc.agreement import agreement, repair_plan
 from pvclock.tsc.kvm_sync_model import HostInstant, KvmTscSync, KvmTscWrite

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from pvclock.readings import HostStamps
-from pvclock.timekeeping.catchup import Advance, CatchUpTable, Freeze, Policy, Slew
+from pvclock.timekeeping.catchup import Advance, Freeze, Policy, Slew, SlewPolicy
 
 __all__ = ["NS_PER_S", "U64", "ModelClock", "ModelVcpu", "settled"]
 
@@ -58,7 +58,7 @@ class ModelClock:
     frequency_adjustment: Fraction = Fraction(0)
     rate: Fraction = Fraction(1)  # 0 while paused
     skew_ns: Fraction = Fraction(0)
-    slewing: Slew | CatchUpTable | None = None
+    slewing: SlewPolicy | None = None
     policy: Policy = field(default_factory=Freeze)
     sleep_policy: Policy = field(default_factory=Freeze)
     stopped: HostStamps | None = None  # the host when guest time stopped
@@ -121,7 +121,7 @@ class ModelClock:
             host_ns = Fraction(now.raw_ns - then.raw_ns + slept_ns)
         return host_ns * self.paused_dilation
 
-    def owe(self, ns: Fraction, policy: Slew | CatchUpTable | None) -> None:
+    def owe(self, ns: Fraction, policy: SlewPolicy | None) -> None:
         """Have so much more to slew, if there is a policy for it."""
         if policy is not None:
             self.skew_ns += ns
@@ -136,7 +136,7 @@ class ModelClock:
         return Fraction(max(percent for _, percent in self.slewing.periods), 100)
 
 
-def settled(policy: Policy, missed_ns: Fraction) -> tuple[Fraction, Fraction, Slew | CatchUpTable | None]:
+def settled(policy: Policy, missed_ns: Fraction) -> tuple[Fraction, Fraction, SlewPolicy | None]:
     """(what guest time gains at once, what is owed, by which slew) of time missed."""
     nothing = Fraction(0)
     if missed_ns < 0 or isinstance(policy, Freeze):

@@ -13,11 +13,11 @@ from pvclock.host.linux import host_clocksource
 from pvclock.host.this_host import HostBackend
 from pvclock.meter import in_process_guest
 from pvclock.meter.comparison import compare
+from pvclock.meter.findings import failures, shown_by
 from pvclock.meter.guest import EngineGuest, Guest
 from pvclock.meter.in_process_guest import InProcessGuest
 from pvclock.meter.machine_guest import MachineGuest
 from pvclock.meter.observe import observe_clock
-from pvclock.meter.probe import failures, shown_by
 from pvclock.meter.series import Series
 from pvclock.meter.stress import THREAD_BURSTS, VCPU_BURSTS, Bursts, stress_publishing
 from pvclock.payloads.probe import State

@@ -130,7 +130,7 @@ class Twin:
         found = []
         if self.clock.is_paused:
             self.clock.resume()
-        self.clock.apply_host_findings([], host_trusted=True)
+        self.clock.apply_host_findings([], tsc_trusted=True)
         found.append(self.seen())
         for operate in (self.clock.tick, self.clock.pause, lambda: self.clock.resume("advance"), self.clock.refresh):
             self.go_on()
@@ -257,7 +257,7 @@ def by_profile(profile: str) -> Callable[[Twin], None]:
 
 def note(twin: Twin) -> None:
     """Tell the clock of trouble."""
-    twin.clock.apply_host_findings(twin.troubles, host_trusted=False)
+    twin.clock.apply_host_findings(twin.troubles, tsc_trusted=False)
 
 
 def guest_writes(index: int, value: int, vcpu: int = 0) -> Callable[[Twin], object]:

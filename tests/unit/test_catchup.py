@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from pvclock import ConfigError, GuestClock, RangeError, WrongType
 from pvclock.state.json_schema import TEXT
 from pvclock.timekeeping import catchup
-from pvclock.timekeeping.catchup import MOST_PPM, NAME_MAX, VIRTUALBOX, Advance, CatchUpTable, Freeze, Policy, Slew
+from pvclock.timekeeping.catchup import (
+    MOST_PPM,
+    NAME_MAX,
+    VIRTUALBOX,
+    Advance,
+    CatchUpTable,
+    Freeze,
+    Policy,
+    Slew,
+    SlewPolicy,
+)
 from tests.unit.clocks import NS_PER_S, a_clock, page_of, shown
 
 U64_MAX = 2**64 - 1
@@ -223,7 +233,7 @@ def test_all_missed_time_is_settled(policy: Policy, missed_ns: int, parts: int) 
 
 @pytest.mark.row("E2", "TM-15")
 @given(policy=st.one_of(st.builds(Slew, st.integers(1, MOST_PPM), NS), TABLES), lag_ns=st.integers(-(2**70), 2**70))
-def test_a_slew_has_some_rate(policy: Slew | CatchUpTable, lag_ns: int) -> None:
+def test_a_slew_has_some_rate(policy: SlewPolicy, lag_ns: int) -> None:
     """At any lag, of either sign, a slew runs off its rate by 1 ppm to 1000 %."""
     assert 1 <= policy.ppm(Fraction(lag_ns)) <= MOST_PPM
 

@@ -58,7 +58,7 @@ def test_a_host_without_those_files(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (reading.clocksource, reading.clocksources) == ("unknown", frozenset())
     host_watch = HostWatch(10**9, interval_ns=10 * NS_PER_S)
     assert not {trouble.kind for trouble in host_watch.check()} & {TroubleKind.CLOCKSOURCE, TroubleKind.TSC_UNSTABLE}
-    assert not host_watch.tsc_stable
+    assert not host_watch.tsc_trusted
 
 
 CHILD_INTERVAL_NS, CHILD_STALL_NS, CHILD_SECONDS = 10 * MS, 200 * MS, 60

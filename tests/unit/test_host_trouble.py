@@ -42,7 +42,7 @@ def test_stable_goes_at_once_with_a_tsc_that_steps(ticks: int) -> None:
     (trouble,) = clock.check_host(watch)
     assert trouble.unstable
     assert [page_of(clock, vcpu).flags for vcpu in range(2)] == [0, 0]
-    clock.apply_host_findings([], host_trusted=True)
+    clock.apply_host_findings([], tsc_trusted=True)
     assert [page_of(clock, vcpu).flags for vcpu in range(2)] == [0, 0]
 
 

@@ -114,7 +114,7 @@ def test_a_host_in_order_is_no_trouble(gaps: list[tuple[int, int, int, int]], ts
         host.set(width_ticks=width_ns * 3, asleep_least_ns=-width_ns, asleep_most_ns=width_ns)
         assert watch.check() == []
         assert watch.last is host.reading
-        assert watch.tsc_stable
+        assert watch.tsc_trusted
 
 
 @pytest.mark.row("E9", "E15")
@@ -153,7 +153,7 @@ def test_the_clocksource_leaves_tsc_and_comes_back() -> None:
         host.run(INTERVAL_NS)
         host.change_clocksource(name)
         told.append([(trouble.kind, trouble.unstable) for trouble in watch.check()])
-        assert watch.tsc_stable == (name == "tsc")
+        assert watch.tsc_trusted == (name == "tsc")
     away, back = (TroubleKind.CLOCKSOURCE, True), (TroubleKind.CLOCKSOURCE, False)
     assert told == [[away], [], [away], [back], [], [away]]
 
@@ -172,7 +172,7 @@ def test_a_tsc_marked_unstable_is_never_trusted_again() -> None:
     assert "acpi_pm, hpet only" in troubles[1].why
     host.change_clocksource("tsc")
     assert kinds(watch) == [TroubleKind.CLOCKSOURCE]
-    assert not watch.tsc_stable
+    assert not watch.tsc_trusted
 
 
 @pytest.mark.row("E9")
@@ -181,7 +181,7 @@ def test_a_list_of_clocksources_that_cannot_be_read_says_nothing() -> None:
     watch, host = a_watch()
     host.set(clocksources=frozenset())
     assert watch.check() == []
-    assert watch.tsc_stable
+    assert watch.tsc_trusted
 
 
 @pytest.mark.row("E9")
@@ -191,7 +191,7 @@ def test_a_host_that_begins_without_tsc_is_not_stable() -> None:
     host.mark_tsc_unstable()
     watch = HostWatch(TSC_HZ, interval_ns=INTERVAL_NS, source=host)
     assert watch.check() == []
-    assert not watch.tsc_stable
+    assert not watch.tsc_trusted
 
 
 # Suspend
@@ -209,7 +209,7 @@ def test_a_suspend(tsc_runs: bool) -> None:
     assert (suspend.kind, suspend.unstable) == (TroubleKind.SUSPEND, False)
     assert abs(suspend.amount_ns - 3600 * NS_PER_S) <= 100
     assert [each.kind for each in tsc] == ([] if tsc_runs else [TroubleKind.TSC_STEP])
-    assert watch.tsc_stable == tsc_runs
+    assert watch.tsc_trusted == tsc_runs
     host.run(INTERVAL_NS)
     assert watch.check() == []
 
@@ -221,7 +221,7 @@ def test_the_length_of_a_suspend_is_no_measure_for_the_tsc() -> None:
     host.suspend(10 * NS_PER_S)
     host.step_tsc(2 * TSC_HZ)
     assert kinds(watch) == [TroubleKind.SUSPEND]
-    assert watch.tsc_stable
+    assert watch.tsc_trusted
 
 
 @pytest.mark.row("E9")
@@ -268,7 +268,7 @@ def test_a_tsc_that_goes_back(back: int, gap_ns: int, tsc: int) -> None:
         assert abs(step.amount_ns + gap_ns + back * NS_PER_S // TSC_HZ) <= 2
         host.run(INTERVAL_NS)
         assert watch.check() == []
-        assert not watch.tsc_stable
+        assert not watch.tsc_trusted
 
 
 @pytest.mark.row("E9")
@@ -284,7 +284,7 @@ def test_a_tsc_off_its_rate_is_told_once(ppm: int) -> None:
     assert [len(each) for each in told] == [0, 1, 0, 0, 1]
     assert abs(told[1][0][2] - off[0][2]) <= 2
     assert told[1][0][:2] == off[0][:2]
-    assert not watch.tsc_stable
+    assert not watch.tsc_trusted
 
 
 @pytest.mark.row("E9")
@@ -342,7 +342,7 @@ def test_stalls_and_their_causes(usual_cpu_ns: int, gap: dict[str, int], cause: 
     assert (stall.kind, stall.amount_ns, stall.cause) == (TroubleKind.STALL, 10 * INTERVAL_NS, cause)
     assert (stall.unstable, stall.before, stall.after) == (False, before, host.reading)
     assert f"no check for {10 * INTERVAL_NS} ns" in stall.why
-    assert watch.tsc_stable
+    assert watch.tsc_trusted
 
 
 @pytest.mark.row("E9")
@@ -389,4 +389,4 @@ def test_any_history_of_faults_is_told_as_it_was(history: list[TroubleKind | Non
         if fault is not None:
             FAULTS[fault](host)
         assert kinds(watch) == ([] if fault is None else [fault])
-    assert watch.tsc_stable == (TroubleKind.TSC_STEP not in history and host.reading.clocksource == "tsc")
+    assert watch.tsc_trusted == (TroubleKind.TSC_STEP not in history and host.reading.clocksource == "tsc")

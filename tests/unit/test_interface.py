@@ -314,9 +314,9 @@ def test_pairing_is_one_instant_or_none() -> None:
     assert clock.pairing(0) == (10**18, 1000)
     assert clock.pairing(1) == (10**18, 5_000_000)
     assert (clock.tsc_hz, clock.vcpu_host, clock.vmm) == (HZ, VcpuHost.KVM, None)
-    clock.apply_host_findings([], host_trusted=False)
+    clock.apply_host_findings([], tsc_trusted=False)
     assert clock.pairing(0) is None
-    clock.apply_host_findings([], host_trusted=True)
+    clock.apply_host_findings([], tsc_trusted=True)
     backend.tsc_stable = False
     assert clock.pairing(0) is None
 

@@ -160,7 +160,7 @@ VALID: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("index", "number"), lambda: 0x10),
     **dict.fromkeys(("policy", "sleep_policy", "text", "SavedPolicy.named.name"), lambda: "freeze"),
     "field": lambda: "policy",
-    **dict.fromkeys(("slaved", "host_trusted"), lambda: False),
+    **dict.fromkeys(("slaved", "tsc_trusted"), lambda: False),
     **dict.fromkeys(("data", "code"), lambda: b"\x0f\x01\xc1"),
     **dict.fromkeys(("callback", "log", "on_dirty"), lambda: nothing),
     **dict.fromkeys(("backend", "inner"), lambda: SimulatedBackend(HZ)),
