@@ -11,7 +11,7 @@ from cpython.buffer cimport (
     PyBUF_CONTIG, PyBUF_CONTIG_RO, PyBUF_FORMAT, PyBuffer_Release, PyObject_GetBuffer
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cpython.exc cimport PyErr_CheckSignals
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear, PyErr_Occurred
 from cpython.bool cimport PyBool_Check
 from cpython.long cimport PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
@@ -30,6 +30,7 @@ cdef extern from "Python.h":
     ctypedef struct PyThreadState
     PyThreadState *PyThreadState_Get() noexcept
     uint64_t PyThreadState_GetID(PyThreadState *state) noexcept
+    uint64_t as_unsigned "PyLong_AsUnsignedLongLong" (object number) noexcept
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef void (*fork_handler)() noexcept nogil
@@ -79,11 +80,12 @@ cdef object as_whole(object value, str what):
 
 
 cdef uint64_t as_u64(object value, str what) except? 0:
-    number = as_whole(value, what)
-    try:
-        return <uint64_t>number
-    except OverflowError:
-        raise RangeError(f"{what} is {number:#x}; it must fit in 64 bits, unsigned") from None
+    number = value if PyLong_CheckExact(value) else as_whole(value, what)
+    cdef uint64_t found = as_unsigned(number)
+    if found == UINT64_MAX and PyErr_Occurred() is not NULL:  # without a try block, which would cost as much again
+        PyErr_Clear()
+        raise RangeError(f"{what} is {number:#x}; it must fit in 64 bits, unsigned")
+    return found
 
 
 cdef str shortened(object number):

@@ -361,4 +361,6 @@ class KvmProvider:
         return fault
 
     def _vcpu(self, vcpu: int) -> int:
+        if type(vcpu) is int and 0 <= vcpu < self._vcpus:  # the usual case, without a call
+            return vcpu
         return vcpu_number(vcpu, self._vcpus)
