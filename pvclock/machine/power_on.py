@@ -10,6 +10,7 @@ from typing import Final
 
 from pvclock.errors import KvmError
 from pvclock.kvm import Vcpu, Vm
+from pvclock.kvm.exits import Interrupted
 
 __all__ = ["PowerOnState"]
 
@@ -59,7 +60,10 @@ class _VcpuState:
     def restore(self) -> None:
         vcpu = self._vcpu
         vcpu.request_exit()
-        vcpu.run()  # the kernel finishes the instruction of the last exit, which would change the new registers
+        # The kernel finishes the instruction of the last exit, which would change the new registers.  It may exit again
+        # for the rest of one that crosses a page or repeats: there its answer is whatever lies there.
+        while type(vcpu.run()) is not Interrupted:
+            pass
         vcpu.set_mp_state(self._mp_state)  # before the LAPIC: it drops a SIPI that waits
         vcpu.set_regs(self._regs)
         vcpu.set_xsave(self._xsave)

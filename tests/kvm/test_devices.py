@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Event, Thread
 from typing import Final
 
 import pytest
@@ -107,6 +108,47 @@ def test_a_device_that_fails_ends_the_run() -> None:
         with pytest.raises(WrongType, match=r"what the broken's read\(\) returned"):
             machine.wait(LIMIT_S)
         assert machine.run_state.current == "internal-error"
+
+
+class Slow(Adder):
+    """Counts its accesses, and keeps the first one waiting until it is told to go on."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accesses = 0
+        self.is_asked, self.may_answer = Event(), Event()
+
+    def read(self, _offset: int, length: int) -> bytes:
+        """Answer ones, late the first time."""
+        self.accesses += 1
+        self.is_asked.set()
+        assert self.may_answer.wait(LIMIT_S)
+        return b"\xff" * length
+
+
+@pytest.mark.parametrize(
+    ("instruction", "accesses"),
+    [("66a1fe0f", 2), ("b90001 f3a4", 256)],  # mov 0xffe, %eax: over a page's end; mov $256, %cx; rep movsb
+    ids=["two pages", "repeated"],
+)
+def test_a_reset_within_an_instruction(instruction: str, accesses: int) -> None:
+    """What the kernel has yet to do of an instruction that reads a device several times is not done to the new boot."""
+    slow = Slow()
+    load_ds = bytes.fromhex("b80020 8ed8")  # mov $0x2000, %ds
+    with Machine(load_ds + bytes.fromhex(instruction) + out(EXIT_PORT, 7), memory_bytes=1 << 16) as machine:
+        machine.bus.add_mmio(BEYOND_RAM, 0x2000, slow)
+        machine.start()
+        assert slow.is_asked.wait(LIMIT_S)
+        resetting = Thread(target=machine.reset)
+        resetting.start()
+        while not machine.runner.gate.has_ended():
+            pass
+        slow.may_answer.set()
+        resetting.join()
+        assert machine.wait(LIMIT_S) == 7
+    assert slow.accesses == 1 + accesses
 
 
 # The console
