@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
+from collections import deque
 from operator import attrgetter
 from typing import Final, NamedTuple, Protocol
 
 from pvclock.arguments import flag, serving, text, whole
 from pvclock.errors import ConfigError, WrongType
 from pvclock.kvm import Vcpu, Vm
+from pvclock.kvm.exits import CoalescedWrite
 from pvclock.quantities import U64_MASK
 
 __all__ = ["Bus", "CoalescedRing", "Device"]
@@ -26,7 +28,8 @@ class Device(Protocol):
 
     offset: the access's first byte, from the start of the range; an access may end behind it.  The bus makes one call
     at a time, on the accessing vCPU's thread or, for coalesced writes, on any: a device needs no lock of its own.  An
-    error that it raises ends the machine's run, and Machine.wait() raises it.
+    error that it raises ends the machine's run, and Machine.wait() raises it; that of a coalesced write comes out of
+    the call that took it from the ring, which may be a flush().
     """
 
     @property
@@ -122,6 +125,7 @@ class Bus:
         self._ports = AddressSpace("ports", PORTS_END)
         self._memory = AddressSpace("addresses", MEMORY_END)
         self._ring = ring
+        self._taken: deque[CoalescedWrite] = deque()  # from the ring, and not handed to a device yet
         self._lock = (
             threading.RLock()
         )  # around each device call, and from the ring to its devices: in the guest's order
@@ -177,14 +181,22 @@ class Bus:
             claim.device.write(gpa - claim.base, data)
 
     def flush(self) -> None:
-        """Hand each coalesced write up to now to its device."""
+        """Hand each coalesced write up to now to its device; then raise the first error of one, if any."""
         if self._ring is None:
             return
+        failures: list[Exception] = []
         with self._lock:
-            for is_port, address, data in self._ring.take():
+            self._taken.extend(self._ring.take())
+            while self._taken:
+                is_port, address, data = self._taken.popleft()
                 claim = (self._ports if is_port else self._memory).find(address)
                 if claim is not None and claim.device is not None:
-                    claim.device.write(address - claim.base, data)
+                    try:
+                        claim.device.write(address - claim.base, data)
+                    except Exception as failure:  # noqa: BLE001  # the other writes have left the ring all the same
+                        failures.append(failure)
+        if failures:
+            raise failures[0]
 
     def reset(self) -> None:
         """Reset every device, once."""

@@ -277,16 +277,18 @@ class Machine:
         """Stop the run for good and give everything back.  May be called twice, and again after an interrupt.
 
         StateError on a vCPU's own thread, which cannot wait for its end; the run ends all the same.  And as stop().
+        What a device or a handler of the run state raises comes when all is given back.
         """
         self.runner.close()
         if self.runner.gate.threads():
             self.clock_service.stop()
             raise StateError("close", "this is the thread of a vCPU", "close() the machine on another one")
-        if not self._is_closed:
-            self.bus.flush()  # the ring goes with the vCPUs
-            self._update_run_state()
-        self._is_closed = True
-        _give_back(self._resources)
+        try:
+            if not self._is_closed:
+                self._take_leave()
+        finally:
+            self._is_closed = True
+            _give_back(self._resources)
 
     def __enter__(self) -> Self:
         self._check_open("with")
@@ -317,6 +319,13 @@ class Machine:
     def ticker(self) -> Ticker | None:
         """What ticks the engine's clock, its `failures` and the clocks that are `stuck` among it; None without one."""
         return self.clock_service.ticker
+
+    def _take_leave(self) -> None:
+        """Tell devices and handlers what close() has to tell them."""
+        try:
+            self.bus.flush()  # the ring goes with the vCPUs
+        finally:
+            self._update_run_state()
 
     def _update_run_state(self) -> None:
         self.run_state.update(self._found_state)

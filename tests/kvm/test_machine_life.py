@@ -137,6 +137,21 @@ def test_a_handler_of_the_run_state_that_fails() -> None:
             machine.wait(LIMIT_S)
 
 
+def test_a_handler_of_the_run_state_that_fails_at_close() -> None:
+    """Its error comes when all is given back: nothing is left of the machine."""
+
+    def fail(_before: RunState, now: RunState) -> None:
+        if now is SHUTDOWN:
+            raise ZeroDivisionError
+
+    before = held()
+    machine = Machine(SPIN)
+    machine.run_state.add_handler(fail)
+    with pytest.raises(ZeroDivisionError):
+        machine.close()
+    assert held() == before
+
+
 def test_a_crashed_machine_starts_after_a_reset_only() -> None:
     """start() is a StateError in internal-error, and its guest is as before; reset() makes it prelaunch."""
     with Machine(out(CONSOLE_PORT, 0x41) + CRASH, memory_bytes=1 << 16) as machine:

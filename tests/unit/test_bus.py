@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
 from pvclock import ConfigError, RangeError, WrongType
+from pvclock.kvm.exits import CoalescedWrite
 from pvclock.machine import Bus
+from pvclock.machine.bus import CoalescedRing
 
 pytestmark = pytest.mark.row("style")
 
@@ -145,3 +149,55 @@ def test_a_device_may_use_the_bus() -> None:
     bus.add_ports(0, 4, Forwarder())
     bus.write_port(1, 1, b"x")
     assert target.log == [(1, b"x")]
+
+
+class OneByOne:
+    """A ring whose writes the test puts there."""
+
+    def __init__(self, *writes: CoalescedWrite) -> None:
+        self.writes = writes
+
+    def take(self) -> tuple[CoalescedWrite, ...]:
+        """Give them once."""
+        taken, self.writes = self.writes, ()
+        return taken
+
+    def register(self, _claim: object, *, is_port: bool) -> None:
+        """Take any range."""
+
+
+def test_a_coalesced_write_whose_device_fails() -> None:
+    """Its error comes out of flush() after all other writes have reached their devices, in their order."""
+
+    class Failing(Register):
+        def write(self, offset: int, data: bytes) -> None:
+            super().write(offset, data)
+            raise ZeroDivisionError
+
+    failing, device = Failing(), Register()
+    ring = OneByOne(*(CoalescedWrite(True, port, b"%d" % place) for place, port in enumerate((4, 0, 4, 1))))
+    bus = Bus(cast("CoalescedRing", ring))
+    bus.add_ports(0, 4, device, coalesced=True)
+    bus.add_ports(4, 4, failing, coalesced=True)
+    with pytest.raises(ZeroDivisionError):
+        bus.flush()
+    assert (device.log, failing.log) == ([(0, b"1"), (1, b"3")], [(0, b"0"), (0, b"2")])
+    bus.flush()
+
+
+def test_a_coalesced_write_that_is_interrupted() -> None:
+    """Those behind it reach their devices with the next flush()."""
+
+    class Interrupting(Register):
+        def write(self, _offset: int, _data: bytes) -> None:
+            raise KeyboardInterrupt
+
+    device = Register()
+    ring = OneByOne(CoalescedWrite(True, 4, b"x"), CoalescedWrite(True, 0, b"y"))
+    bus = Bus(cast("CoalescedRing", ring))
+    bus.add_ports(0, 4, device, coalesced=True)
+    bus.add_ports(4, 4, Interrupting(), coalesced=True)
+    with pytest.raises(KeyboardInterrupt):
+        bus.flush()
+    bus.flush()
+    assert device.log == [(0, b"y")]
