@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pvclock.errors import GuestCrashed, MsrFault
+from pvclock.errors import GuestCrashed, MsrFault, StateError
 from pvclock.kvm import Vcpu
 from pvclock.kvm.exits import Exit, IoIn, IoOut, Mmio, RdmsrExit, WrmsrExit
 from pvclock.machine.bus import Bus
@@ -56,18 +56,10 @@ class GuestExits:
         """Answer vCPU's exit; False if the run ends by it."""
         # The frequent ones by their type: a match statement takes several times as long.
         if type(reason) is WrmsrExit:
-            try:
-                self.clock.write_msr(vcpu, reason[0], reason[1])
-            except MsrFault:
-                self._vcpus[vcpu].complete_msr(fault=True)
-            else:
-                self._vcpus[vcpu].complete_msr()
+            self._write_msr(vcpu, reason)
             return True
         if type(reason) is RdmsrExit:
-            try:
-                self._vcpus[vcpu].complete_msr(self.clock.read_msr(vcpu, reason[0]))
-            except MsrFault:
-                self._vcpus[vcpu].complete_msr(fault=True)
+            self._read_msr(vcpu, reason)
             return True
         if type(reason) is IoOut:
             self._bus.write_port(reason[0], reason[1], reason[2])
@@ -83,3 +75,29 @@ class GuestExits:
             case _:
                 self._outcome.fail(GuestCrashed(vcpu, reason))
         return not self._outcome.is_known
+
+    def _write_msr(self, vcpu: int, reason: WrmsrExit) -> None:
+        write = self.clock.write_msr
+        try:
+            write(vcpu, reason[0], reason[1])
+        except MsrFault:
+            self._vcpus[vcpu].complete_msr(fault=True)
+        except StateError:
+            if write == self.clock.write_msr:
+                raise
+            self._write_msr(vcpu, reason)  # it waited while the machine was rolled back to another clock
+        else:
+            self._vcpus[vcpu].complete_msr()
+
+    def _read_msr(self, vcpu: int, reason: RdmsrExit) -> None:
+        read = self.clock.read_msr
+        try:
+            value = read(vcpu, reason[0])
+        except MsrFault:
+            self._vcpus[vcpu].complete_msr(fault=True)
+        except StateError:
+            if read == self.clock.read_msr:
+                raise
+            self._read_msr(vcpu, reason)
+        else:
+            self._vcpus[vcpu].complete_msr(value)

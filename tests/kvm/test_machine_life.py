@@ -376,6 +376,24 @@ def test_a_rollback_reaches_the_exits() -> None:
             machine.roll_back(state)
 
 
+@pytest.mark.row("K-10")
+def test_a_rollback_while_an_exit_is_served() -> None:
+    """An MSR write that waits for the clock meanwhile is served by the clock that was saved, and the run goes on."""
+    with Machine(REGISTER_AGAIN_AND_AGAIN, tick_interval_s=None) as machine:
+        machine.pause()
+        machine.start()
+        state = machine.save()
+        with machine.memory.clock_lock:
+            machine.resume()
+            eventually(lambda: count(machine) == 1)
+            time.sleep(0.05)  # until it is in its WRMSR
+            machine.pause()
+            machine.roll_back(state)
+        machine.resume()
+        eventually(lambda: count(machine) > 10)
+        assert engine_of(machine).page(0) is not None
+
+
 # What it is made of
 
 
