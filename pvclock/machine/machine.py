@@ -328,7 +328,7 @@ class Machine:
             self._update_run_state()
 
     def _update_run_state(self) -> None:
-        self.run_state.update(self._found_state)
+        self.run_state.update(self._found_state, self.runner.quiesce)
 
     def _found_state(self) -> RunState:
         """The state, by what vCPUs and clock are doing."""

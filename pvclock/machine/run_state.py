@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import Final, NamedTuple, TypeAlias
 
@@ -58,6 +59,14 @@ class Registered(NamedTuple):
     handler: ChangeHandler
 
 
+class Change(NamedTuple):
+    """A change whose handlers have not all heard; `kept_out` is left when they have."""
+
+    before: RunState
+    now: RunState
+    kept_out: AbstractContextManager[object]
+
+
 class RunStates:
     """A machine's run state and the handlers of its changes.
 
@@ -72,8 +81,8 @@ class RunStates:
         self._current = RunState.PRELAUNCH
         self._handlers: list[Registered] = []  # by priority; replaced, never changed
         self._lock = threading.Lock()  # of what follows; never taken around a handler
-        self._untold: deque[tuple[RunState, RunState]] = deque()
-        self._is_telling = False
+        self._untold: deque[Change] = deque()  # the oldest one stays until it is told
+        self._turn: object = None  # whose it is to tell the handlers
 
     @property
     def current(self) -> RunState:
@@ -106,10 +115,13 @@ class RunStates:
         if wanted is not self._current and wanted not in TRANSITIONS[self._current]:
             raise StateError(operation, f"the machine is in state {self._current}", ADVICE[self._current])
 
-    def update(self, find: Callable[[], RunState]) -> None:
+    def update(
+        self, find: Callable[[], RunState], keep_out: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         """Take the state that `find` returns, and tell the handlers if it is another one.
 
-        find: called under the lock, so that of two threads the later one's finding stays.  StateError if that state
+        find: called under the lock, so that of two threads the later one's finding stays.  keep_out: what keeps the
+        vCPUs out of the guest, entered until the handlers of a change to running have heard.  StateError if that state
         cannot follow the current one.
         """
         with self._lock:
@@ -117,29 +129,42 @@ class RunStates:
             before = self._current
             if now is not before:
                 self.check("run state", now)
+                kept_out = keep_out() if now is RunState.RUNNING else nullcontext()
+                kept_out.__enter__()
+                self._untold.append(Change(before, now, kept_out))
                 self._current = now
-                self._untold.append((before, now))
         self._tell()
 
     def _tell(self) -> None:
         failures: list[BaseException] = []
-        while (change := self._next_change()) is not None:
-            try:
-                handlers = self._handlers if change[1] is RunState.RUNNING else self._handlers[::-1]
-                for each in handlers:
-                    try:
-                        each.handler(*change)
-                    except Exception as failure:  # noqa: BLE001  # the others are told all the same
-                        failures.append(failure)
-            finally:
-                self._is_telling = False
+        turn = object()
+        try:
+            while self._takes_turn(turn):
+                self._tell_oldest(failures)
+                self._turn = None
+        finally:
+            if self._turn is turn:
+                self._turn = None
         if failures:
-            raise failures[0]
+            raise next((each for each in failures if not isinstance(each, Exception)), failures[0])
 
-    def _next_change(self) -> tuple[RunState, RunState] | None:
-        """A change that this thread is to tell the handlers of; None if there is none, or another thread tells."""
+    def _takes_turn(self, turn: object) -> bool:
+        """Is there a change that this call is to tell the handlers of, and no other?"""
         with self._lock:
-            if self._is_telling or not self._untold:
-                return None
-            self._is_telling = True
-            return self._untold.popleft()
+            if self._turn is not None or not self._untold:
+                return False
+            self._turn = turn
+            return True
+
+    def _tell_oldest(self, failures: list[BaseException]) -> None:
+        """Tell all handlers of the oldest change, and then let the vCPUs in; what they raise goes to `failures`."""
+        change = self._untold[0]
+        try:
+            for each in self._handlers if change.now is RunState.RUNNING else self._handlers[::-1]:
+                try:
+                    each.handler(change.before, change.now)
+                except BaseException as failure:  # noqa: BLE001  # the others are told all the same
+                    failures.append(failure)
+        finally:
+            self._untold.popleft()
+            change.kept_out.__exit__(None, None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from threading import Event, Thread
 from typing import Literal
 
 import pytest
@@ -109,6 +110,34 @@ def test_the_guests_end_is_told(image: bytes, state: RunState) -> None:
         except GuestCrashed:
             assert state is INTERNAL_ERROR
         assert told == [RUNNING, state]
+
+
+def test_no_vcpu_goes_in_before_another_thread_has_told() -> None:
+    """A resume() while the handlers still hear of pause() lets the vCPUs in once they have heard of itself, too."""
+    moves: list[bool] = []
+    is_told = Event()
+
+    def handler(_before: RunState, now: RunState) -> None:
+        if now is PAUSED:
+            resuming = Thread(target=machine.resume)
+            resuming.start()
+            resuming.join()
+        first = count(machine)
+        time.sleep(0.02)
+        moves.append(count(machine) != first)
+        if now is RUNNING:
+            is_told.set()
+
+    with Machine(SPIN, vcpus=2) as machine:
+        machine.start()
+        eventually(lambda: count(machine))
+        machine.run_state.add_handler(handler)
+        machine.pause()
+        assert is_told.wait(LIMIT_S)
+        machine.run_state.remove_handler(handler)
+        first = count(machine)
+        eventually(lambda: count(machine) != first)
+    assert moves == [False, False]
 
 
 def test_a_handler_of_the_run_state_may_act() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import pytest
@@ -122,6 +124,47 @@ def test_a_handler_may_wait_for_a_thread_that_changes_the_state() -> None:
     states.add_handler(handler)
     go(states, RUNNING)
     assert log == [RUNNING, SHUTDOWN]
+
+
+def test_a_handler_that_is_interrupted() -> None:
+    """The others are told all the same, the interrupt comes out before other errors, and later changes are told."""
+    states, told = RunStates(), list[RunState]()
+    errors: list[type[BaseException]] = [ZeroDivisionError, KeyboardInterrupt]
+
+    def fail(*_: RunState) -> None:
+        if errors:
+            raise errors.pop(0)
+
+    states.add_handler(fail, priority=-2)
+    states.add_handler(fail, priority=-1)
+    states.add_handler(lambda _, now: told.append(now))
+    with pytest.raises(KeyboardInterrupt):
+        go(states, RUNNING)
+    go(states, PAUSED)
+    assert told == [RUNNING, PAUSED]
+
+
+def test_vcpus_are_kept_out_until_running_is_told() -> None:
+    """Also where another thread is telling of an earlier change: it lets them in."""
+    states, log = RunStates(), list[str]()
+
+    @contextmanager
+    def keep_out() -> Iterator[None]:
+        log.append("out")
+        yield
+        log.append("in")
+
+    def handler(_before: RunState, now: RunState) -> None:
+        log.append(str(now))
+        if now is PAUSED:
+            thread = threading.Thread(target=states.update, args=(lambda: RUNNING, keep_out))
+            thread.start()
+            thread.join(LIMIT_S)
+            log.append("returned")
+
+    states.add_handler(handler)
+    go(states, PAUSED)
+    assert log == ["paused", "out", "returned", "running", "in"]
 
 
 def test_what_is_not_a_handler() -> None:
