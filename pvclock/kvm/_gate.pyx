@@ -117,7 +117,7 @@ cdef class Gate:
     cdef uint32_t _shut
     cdef uint32_t _changes
     cdef uint32_t _began  # 1 from begin() to renew()
-    cdef uint32_t _runs  # how many have begun, modulo 2^32
+    cdef uint32_t _runs  # how many have begun, or were forgotten, modulo 2^32
     cdef uint32_t _starting  # 1 from begin() until threads_started()
     cdef uint32_t _threads  # vCPU threads that have not departed
 
@@ -201,12 +201,17 @@ cdef class Gate:
         add(&self._runs, 1, SEQ_CST)
 
     def renew(self) -> None:
-        """Forget a run that has ended: as before the first one.  StateError while one goes on or has threads."""
+        """Forget a run that has ended: as before the first one.  StateError while one goes on or has threads.
+
+        Who still waits for anything of that run waits no longer.
+        """
         if self.threads() or load(&self._starting, SEQ_CST):
             raise StateError("reset", "the vCPUs have threads", "stop() them before")
         store(&self._began, 0, SEQ_CST)
         if not load(&self._shut, SEQ_CST) & CLOSED:
             clear_bits(&self._shut, ~<uint32_t>ENDED, SEQ_CST)
+        add(&self._runs, 1, SEQ_CST)
+        self._tell()
 
     def threads_started(self) -> None:
         """Note that each vCPU has its thread, or that depart() was called for it."""
@@ -349,7 +354,7 @@ cdef class Gate:
         return PyErr_CheckSignals()
 
     cdef bint _is_over(self, int what, uint32_t runs) noexcept:
-        """Is the wait for `what`, one of UNTIL_..., over?  runs: how many had begun when the wait did."""
+        """Is the wait for `what`, one of UNTIL_..., over?  runs: `_runs` when the wait began."""
         if not self._is_ours() or load(&self._runs, SEQ_CST) != runs:  # the next run begins after all that
             return True
         if what == UNTIL_ENDED:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from _thread import start_new_thread
 from contextlib import suppress
-from threading import Thread, current_thread
+from threading import RLock, Thread, current_thread
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TypeVar
 from weakref import finalize
@@ -117,6 +118,7 @@ class Machine:
         self._is_closed = False
         self._resources: list[Resource] = []  # to be given back, the last one first
         self.run_state = RunStates()
+        self._booting = RLock()  # around start() and reset(), and what must not come while they are half done
         try:
             self._kvm = kvm or self._owned(open_kvm())
             check_vcpus(vcpus, self._kvm)
@@ -145,34 +147,48 @@ class Machine:
         """Let the vCPUs run from where they stand, the ticker tick, and a restored or reset clock go on.
 
         Again after the run has ended, too, which is then forgotten; reset() before boots anew.  StateError while they
-        run, if the guest cannot go on, if the machine is closed, on a vCPU's thread that ends, or if there is no thread
-        for a vCPU; no guest has run then.
+        run, if the guest cannot go on, if the machine is closed, on a vCPU's own thread, or if there is no thread for
+        a vCPU; no guest has run then.
         """
-        self._check_open("start")
-        self._update_run_state()
-        self.run_state.check("start", RunState.RUNNING)
-        if self.runner.gate.has_ended():
-            self._outcome.forget()
-        try:
-            with self.runner.quiesce():  # no vCPU goes in before the handlers of the run state have heard
-                self.clock_service.start()
-                self._update_run_state()
-        except BaseException:
+        self._check_thread("start")
+        with self._booting:
+            self._check_open("start")
             self._update_run_state()
-            raise
+            self.run_state.check("start", RunState.RUNNING)
+            if self.runner.gate.has_ended():
+                self._outcome.forget()
+            try:
+                with self.runner.quiesce():  # no vCPU goes in before the change of the run state is known
+                    self.clock_service.start()
+                    self._update_run_state()
+            except BaseException:
+                self._update_run_state()
+                raise
 
     def wait(self, timeout_s: float | None = None) -> int:
         """The guest's exit code, once it has written one; the vCPUs have stopped then.
 
-        GuestCrashed if it cannot go on; StateError if it has not ended within `timeout_s`.
+        A reset() meanwhile of a machine that goes on running does not end it.  GuestCrashed if it cannot go on;
+        StateError if it has not ended within `timeout_s`.
         """
         if timeout_s is not None:
             number("timeout_s", timeout_s)
         gate = self.runner.gate
         if not gate.has_begun() and not gate.has_ended():
             raise StateError("wait", "the machine was never started", "start() it")
-        if not self.runner.join(timeout_s):
-            raise StateError("wait", f"the guest has not ended after {timeout_s} s", "wait longer or stop() it")
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            if not gate.wait_until_ended(None if deadline is None else deadline - time.monotonic()):
+                raise StateError("wait", f"the guest has not ended after {timeout_s} s", "wait longer or stop() it")
+            with self._booting:
+                if gate.has_ended() or not gate.threads():
+                    return self._result()
+
+    def _result(self) -> int:
+        """How the run ended: see wait()."""
+        gate = self.runner.gate
+        if not gate.has_begun() and not gate.has_ended():
+            raise StateError("wait", "the machine was reset", "start() it")
         with suppress(StateError):  # a tick that does not return: the run has ended all the same
             self.stop()
         if self.runner.failure is not None:
@@ -239,9 +255,12 @@ class Machine:
         and so do the vCPUs' TSCs (see GuestClock.reset); a paused clock goes on at start().  StateError on a vCPU's
         own thread, and once the machine is closed.  After an error or an interrupt, call it again.
         """
-        self._check_open("reset")
-        if current_thread() in self.runner.threads:
-            raise StateError("reset", "this is the thread of a vCPU", "reset() the machine on another one")
+        self._check_thread("reset")
+        with self._booting:
+            self._check_open("reset")
+            self._reset()
+
+    def _reset(self) -> None:
         self._update_run_state()
         goes_on = self.run_state.current is RunState.RUNNING
         self._run_end.is_silent = goes_on  # its end is not one that anybody is to hear of
@@ -283,12 +302,13 @@ class Machine:
         if self.runner.gate.threads():
             self.clock_service.stop()
             raise StateError("close", "this is the thread of a vCPU", "close() the machine on another one")
-        try:
-            if not self._is_closed:
-                self._take_leave()
-        finally:
-            self._is_closed = True
-            _give_back(self._resources)
+        with self._booting:
+            try:
+                if not self._is_closed:
+                    self._take_leave()
+            finally:
+                self._is_closed = True
+                _give_back(self._resources)
 
     def __enter__(self) -> Self:
         self._check_open("with")
@@ -338,6 +358,11 @@ class Machine:
         if gate.is_paused():
             return RunState.PRELAUNCH if self.clock_service.starts_paused else RunState.PAUSED
         return RunState.RUNNING if gate.has_begun() else RunState.PRELAUNCH
+
+    def _check_thread(self, operation: str) -> None:
+        """For what waits for the vCPUs' threads."""
+        if current_thread() in self.runner.threads:
+            raise StateError(operation, "this is the thread of a vCPU", f"{operation}() the machine on another one")
 
     def _check_open(self, operation: str) -> None:
         if self._is_closed:

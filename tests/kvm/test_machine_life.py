@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 from typing import Literal
 
@@ -327,6 +328,77 @@ def test_a_reset_tells_of_the_ram() -> None:
         machine.reset()
         machine.memory.on_dirty = None
     assert (0, 1 << 20) in dirty
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_reset_while_somebody_waits(clock: Literal["engine", "kernel"]) -> None:
+    """wait() waits for the new guest's end, and does not stop it."""
+    with Machine(SPIN, clock=clock) as machine, ThreadPoolExecutor(1) as pool:
+        machine.start()
+        waiting = pool.submit(machine.wait, LIMIT_S)
+        for _ in range(5):
+            eventually(lambda: count(machine) > 1000)
+            machine.reset()
+        eventually(lambda: count(machine) > 1000)
+        assert not waiting.done()
+        machine.boot_source = BootSource(out(EXIT_PORT, 3))
+        machine.reset()
+        assert waiting.result() == 3
+
+
+def test_a_reset_of_a_paused_machine_while_somebody_waits() -> None:
+    """There is nothing to wait for then; wait() says so."""
+    with Machine(SPIN) as machine, ThreadPoolExecutor(1) as pool:
+        machine.start()
+        waiting = pool.submit(machine.wait, LIMIT_S)
+        eventually(lambda: count(machine))
+        machine.pause()
+        machine.reset()
+        with pytest.raises(StateError, match=r"wait: the machine was (reset|never started)"):
+            waiting.result()
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_resets_by_several_threads(clock: Literal["engine", "kernel"]) -> None:
+    """One comes after the other, and the guest runs on after each."""
+    with Machine(SPIN, vcpus=2, clock=clock) as machine, ThreadPoolExecutor(3) as pool:
+        machine.start()
+        for reset in [pool.submit(machine.reset) for _ in range(30)]:
+            reset.result()
+        assert machine.run_state.current is RUNNING
+        eventually(lambda: count(machine))
+
+
+def test_a_close_while_another_thread_resets() -> None:
+    """All is given back when it returns, and the reset ends with a StateError or before."""
+    before = held()
+    for _ in range(20):
+        with ThreadPoolExecutor(1) as pool:
+            machine = Machine(SPIN, vcpus=2)
+            machine.start()
+            resetting = pool.submit(machine.reset)
+            machine.close()
+            failure = resetting.exception()
+            assert failure is None or isinstance(failure, StateError)
+    assert held() == before
+
+
+def test_a_start_on_a_vcpus_own_thread() -> None:
+    """As a handler of the end might want it; it is refused for what it is."""
+    refused: list[str] = []
+
+    def restart(_before: RunState, now: RunState) -> None:
+        if now is SHUTDOWN:
+            with pytest.raises(StateError) as info:
+                machine.start()
+            refused.append(str(info.value))
+
+    with Machine(out(EXIT_PORT, 5)) as machine:
+        machine.run_state.add_handler(restart)
+        machine.start()
+        assert machine.wait(LIMIT_S) == 5
+        machine.run_state.remove_handler(restart)
+    assert refused == ["start: this is the thread of a vCPU; start() the machine on another one"]
 
 
 def test_a_reset_on_a_vcpus_own_thread() -> None:
