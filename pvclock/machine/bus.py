@@ -83,6 +83,11 @@ class AddressSpace:
         claims = sorted([*claims, claim], key=attrgetter("base"))
         self._table = [each.base for each in claims], claims
 
+    def remove(self, claim: Claim) -> None:
+        """Give its addresses back."""
+        claims = [each for each in self._table[1] if each is not claim]
+        self._table = [each.base for each in claims], claims
+
     def find(self, address: int) -> Claim | None:
         """The claim that `address` is in."""
         bases, claims = self._table
@@ -135,7 +140,7 @@ class Bus:
 
         coalesced: writes that fit within them may wait in KVM's ring until the guest accesses another device, or until
         flush(), and then reach write() without an exit of their own: for devices that only collect what they are told.
-        ConfigError if another device, or the in-kernel PICs, have one of them.
+        ConfigError if another device, or the in-kernel PICs, have one of them; KvmError if the ring takes no more.
         """
         self._add(self._ports, first, count, device, is_port=True, coalesced=coalesced)
 
@@ -219,7 +224,11 @@ class Bus:
         with self._lock:
             space.add(claim)
             if coalesced and self._ring is not None:
-                self._ring.register(claim, is_port=is_port)
+                try:
+                    self._ring.register(claim, is_port=is_port)
+                except BaseException:
+                    space.remove(claim)
+                    raise
 
     def _read(self, claim: Claim | None, address: int, length: int) -> bytes:
         if claim is None or claim.device is None:

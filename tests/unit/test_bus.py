@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from errno import ENOSPC
 from typing import cast
 
 import pytest
 
 from pvclock import ConfigError, RangeError, WrongType
+from pvclock.errors import KvmError
 from pvclock.kvm.exits import CoalescedWrite
 from pvclock.machine import Bus
 from pvclock.machine.bus import CoalescedRing
@@ -201,3 +203,18 @@ def test_a_coalesced_write_that_is_interrupted() -> None:
         bus.flush()
     bus.flush()
     assert device.log == [(0, b"y")]
+
+
+def test_a_range_that_the_ring_refuses() -> None:
+    """The device does not have it then, and another one can."""
+
+    class Full(OneByOne):
+        def register(self, _claim: object, *, is_port: bool) -> None:
+            raise KvmError("KVM_REGISTER_COALESCED_MMIO", ENOSPC)
+
+    bus, device = Bus(cast("CoalescedRing", Full())), Register()
+    with pytest.raises(KvmError):
+        bus.add_ports(0, 4, device, coalesced=True)
+    assert bus.read_port(0, 1) == ONES
+    bus.add_ports(0, 4, device)
+    assert bus.read_port(0, 1) == b"\0"
