@@ -24,10 +24,10 @@ GUEST_MSRS: Final = (
     *(0x48, 0xDA0),  # SPEC_CTRL, XSS
     *(0x1A0, 0x1D9, 0x277),  # MISC_ENABLE, DEBUGCTL, PAT
     *(0x2FF, 0x250, 0x258, 0x259, *range(0x268, 0x270), *range(0x200, 0x210)),  # MTRRs
-    0x6E0,  # TSC_DEADLINE
+    *(0x3B, 0x6E0),  # TSC_ADJUST, which host writes set without the TSC, and TSC_DEADLINE
     *(0x11, 0x12, *range(0x4B564D00, 0x4B564D06)),  # KVM's, where the kernel serves them
 )
-"""What a guest can write; those that a host's KVM does not have are left out.  The TSC's are the clock's."""
+"""What a guest can write; those that a host's KVM does not have are left out.  IA32_TSC goes on."""
 
 
 class PowerOnState:

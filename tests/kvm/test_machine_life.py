@@ -282,6 +282,19 @@ def test_a_reset_forgets_the_guests_page() -> None:
         assert clock.page(0) is not None
 
 
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_reset_forgets_the_tsc_adjustment(clock: Literal["engine", "kernel"]) -> None:
+    """IA32_TSC_ADJUST is 0 to the next guest, whoever serves it, though the TSC goes on."""
+    read_and_end = bytes.fromhex("66b93b000000 0f32 e6f4")  # mov $0x3b, %ecx; rdmsr; out %al, $0xf4
+    with Machine(write_msr(0x3B, 0x21) + read_and_end, clock=clock) as machine:
+        machine.start()
+        assert machine.wait(LIMIT_S) == 0x21
+        machine.boot_source = BootSource(read_and_end)
+        machine.reset()
+        machine.start()
+        assert machine.wait(LIMIT_S) == 0
+
+
 def test_a_reset_of_a_paused_machine() -> None:
     """It is prelaunch then, and start() lets vCPUs and clock go on."""
     with Machine(REGISTER_AND_SPIN) as machine:
