@@ -173,6 +173,8 @@ class EngineClockService:
         """See ClockService: tick the clock, let the vCPUs run, and a restored or reset clock go on."""
         if self._runner.gate.has_ended():
             self._runner.stop()  # without the lock, for which a thread of the last run may wait
+        if not self._is_running:
+            self._end()  # what an interrupted start() or stop() left
         try:
             with self._changing:
                 self._begin()

@@ -220,6 +220,16 @@ def test_a_stopped_machine_goes_on(clock: Literal["engine", "kernel"]) -> None:
     assert held() == before
 
 
+def test_a_start_after_a_stop_that_was_interrupted() -> None:
+    """The run had ended and the ticker had not: that is made up for."""
+    with Machine(SPIN) as machine:
+        machine.start()
+        machine.runner.stop()
+        machine.start()
+        eventually(lambda: count(machine))
+        assert machine.run_state.current is RUNNING
+
+
 def test_each_run_has_its_own_exit_code() -> None:
     """A guest that is started again after its exit goes on behind it."""
     with Machine(b"".join(out(EXIT_PORT, code) for code in (1, 2, 3))) as machine:
