@@ -156,6 +156,7 @@ class Machine:
             self._update_run_state()
             self.run_state.check("start", RunState.RUNNING)
             if self.runner.gate.has_ended():
+                self.runner.stop()  # else an exit that is still served would be this run's outcome
                 self._outcome.forget()
             try:
                 with self.runner.quiesce():  # no vCPU goes in before the change of the run state is known

@@ -127,6 +127,29 @@ class Slow(Adder):
         assert self.may_answer.wait(LIMIT_S)
         return b"\xff" * length
 
+    def write(self, offset: int, data: bytes) -> None:
+        """Take it, late the first time."""
+        self.read(offset, len(data))
+
+
+def test_a_start_while_an_exit_of_the_last_run_is_served() -> None:
+    """What that exit says is of the last run, and is forgotten."""
+    slow = Slow()
+    with Machine(out(0x50, 1) + out(EXIT_PORT, 5) + bytes.fromhex("ebfe")) as machine:
+        machine.bus.add_ports(0x50, 1, slow, coalesced=True)
+        machine.start()
+        assert slow.is_asked.wait(LIMIT_S)
+        stopping, starting = Thread(target=machine.stop), Thread(target=machine.start)
+        stopping.start()
+        while not machine.runner.gate.has_ended():
+            pass
+        starting.start()
+        starting.join(0.05)
+        slow.may_answer.set()
+        stopping.join()
+        starting.join()
+        assert (machine.run_state.current, machine.exit_code) == ("running", None)
+
 
 @pytest.mark.parametrize(
     ("instruction", "accesses"),
