@@ -16,7 +16,7 @@ from pvclock.kvm import Kvm
 from pvclock.quantities import shown
 from pvclock.state.clock_state import ClockState
 
-__all__ = ["check_arguments", "check_vcpus"]
+__all__ = ["check_arguments", "check_restore_options", "check_vcpus"]
 
 RESTORE_OPTIONS: Final = ("policy", "reference", "any_tsc_hz", "vmm")
 """The options of GuestClock.restore(); the state has all others."""
@@ -94,8 +94,13 @@ def _check_clock(arguments: Mapping[str, object], options: Mapping[str, object])
                 f"the saved clock has {len(state.vcpus)} vCPUs and the machine {arguments['vcpus']!r}; "
                 f"give vcpus={len(state.vcpus)}"
             )
-        if unknown := [name for name in options if name not in RESTORE_OPTIONS]:
-            raise ConfigError(
-                f"a restored clock has its options in the state, so it takes none but {', '.join(RESTORE_OPTIONS)}: "
-                f"{', '.join(unknown)}"
-            )
+        check_restore_options(options)
+
+
+def check_restore_options(options: Mapping[str, object]) -> None:
+    """ConfigError for what GuestClock.restore() does not take, or a machine gives it."""
+    if unknown := [name for name in options if name not in RESTORE_OPTIONS]:
+        raise ConfigError(
+            f"a restored clock has its options in the state, so it takes none but {', '.join(RESTORE_OPTIONS)}: "
+            f"{', '.join(unknown)}"
+        )

@@ -19,7 +19,7 @@ from pvclock.errors import StateError
 from pvclock.guest_layout import IDENTITY_MAP, IOAPIC, LOCAL_APIC, TSS
 from pvclock.kvm import Kvm, Runner, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
 from pvclock.kvm.capabilities import kernel_features
-from pvclock.machine.arguments import check_arguments, check_vcpus
+from pvclock.machine.arguments import check_arguments, check_restore_options, check_vcpus
 from pvclock.machine.bus import Bus, CoalescedRing
 from pvclock.machine.clock_service import (
     BackendWrapper,
@@ -247,6 +247,7 @@ class Machine:
         """
         self._check_open("roll_back")
         instance("state", state, ClockState, "a ClockState, as save() or clock_state.read() gives it")
+        check_restore_options(options)
         self.clock_service.roll_back(state, **options)
 
     def reset(self) -> None:

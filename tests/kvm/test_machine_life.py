@@ -518,6 +518,17 @@ def test_a_rollback_while_an_exit_is_served() -> None:
         assert engine_of(machine).page(0) is not None
 
 
+@pytest.mark.parametrize("option", ["backend", "engine", "dilation"])
+def test_a_rollback_takes_the_options_of_a_restored_clock(option: str) -> None:
+    """As Machine(restore=...) does: others are a ConfigError, and the clock is as before."""
+    with Machine(SPIN) as machine:
+        machine.pause()
+        clock = engine_of(machine)
+        with pytest.raises(ConfigError, match=f"it takes none but policy, reference, any_tsc_hz, vmm: {option}"):
+            machine.roll_back(machine.save(), **{option: None})
+        assert engine_of(machine) is clock
+
+
 # What it is made of
 
 
