@@ -19,7 +19,6 @@ from pvclock import GuestClock, HostTsc, Machine, SimulatedBackend, TscOffsetNot
 from pvclock.errors import ConfigError
 from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.kvm.tsc_offset import TscOffsets
-from pvclock.machine import clock_service
 from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, wait_until_reading
 from pvclock.payloads import clockprobe
@@ -27,6 +26,7 @@ from pvclock.state.clock_state import from_json, to_json
 from tests.kvm.leaks import held
 from tests.kvm.page_log import MEMORY_BYTES, PAGE_LOG, entries, readings, wait_until_it_reads_on
 from tests.kvm.reading import wait_until_all_read_on
+from tests.unit.fault_points import MACHINE
 from tests.unit.schedules import Lines
 
 pytestmark = pytest.mark.kvm
@@ -239,7 +239,7 @@ def test_an_interrupt_at_each_line(call: Callable[[Machine], object], tsc_offset
                 machine.start()
             if call is Machine.resume:
                 machine.pause()
-            lines = Lines(clock_service, at=line, action=interrupt)
+            lines = Lines(*MACHINE, at=line, action=interrupt)
             with suppress(KeyboardInterrupt), lines.traced():
                 call(machine)
             machine.pause()

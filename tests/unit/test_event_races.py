@@ -8,14 +8,12 @@ from itertools import count
 
 import pytest
 
-from pvclock import threads
-from pvclock.clock import event_delivery, event_log
 from pvclock.clock.event_log import EventLog
 from pvclock.timekeeping.events import Event, EventKind
+from tests.unit.fault_points import EVENTS
 from tests.unit.schedules import LIMIT_S, Beside, Lines, end_of, threads_named
 
 NAME = "pvclock-events"
-MODULES = (event_log, event_delivery, threads)
 
 
 class Heard:
@@ -90,7 +88,7 @@ def test_two_operations_meet_at_each_line(first: str, second: str) -> None:
     for line in count():
         heard, operation = prepared(first)
         beside = Beside(heard.operation(second), *heard.locks())
-        lines = Lines(*MODULES, at=line, action=beside.run)
+        lines = Lines(*EVENTS, at=line, action=beside.run)
         with lines.traced():
             operation()
         if lines.count <= line:
@@ -112,7 +110,7 @@ def test_an_operation_meets_the_thread_at_each_line(second: str) -> None:
             assert there.wait(LIMIT_S)
             besides[0].run()
 
-        lines = Lines(*MODULES, at=line, action=meet)
+        lines = Lines(*EVENTS, at=line, action=meet)
         with lines.traced_in_new_threads():
             heard = Heard()
         besides.append(Beside(heard.operation(second), *heard.locks()))
@@ -135,7 +133,7 @@ def test_an_interrupt_at_each_line(operation: str) -> None:
 
     for line in count():
         heard, operate = prepared(operation)
-        lines = Lines(*MODULES, at=line, action=interrupt)
+        lines = Lines(*EVENTS, at=line, action=interrupt)
         try:
             with lines.traced():
                 operate()
@@ -158,7 +156,7 @@ def test_an_interrupt_at_each_line_of_the_first_subscription() -> None:
 
     for line in count():
         log, heard = EventLog(), list[Event]()
-        lines = Lines(*MODULES, threading, at=line, action=interrupt)
+        lines = Lines(*EVENTS, threading, at=line, action=interrupt)
         interrupted = True
         try:
             with lines.traced():

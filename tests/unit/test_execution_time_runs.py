@@ -9,10 +9,10 @@ from itertools import count
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, SimulatedBackend
-from pvclock.host import execution_time
 from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.meter.stress import republish
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, shown
+from tests.unit.fault_points import EXECUTION_TIME
 from tests.unit.schedules import Lines
 
 HZ = 10**9
@@ -158,7 +158,7 @@ def test_an_interrupt_at_each_line(call: str) -> None:
         if call == "enter":
             backend.leave()
             host.advance(ns=1000)
-        lines = Lines(execution_time, at=line, action=interrupt)
+        lines = Lines(*EXECUTION_TIME, at=line, action=interrupt)
         try:
             with lines.traced():
                 if call == "hold":

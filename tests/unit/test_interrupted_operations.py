@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from types import ModuleType
 
 import pytest
 
 from pvclock import HostTsc
 from tests.unit.clock_twins import OPERATIONS, Twin, Undisturbed, paused, restored, runs_on, twin_before
 from tests.unit.clocks import NS_PER_S
+from tests.unit.fault_points import product
 from tests.unit.schedules import LIMIT_S, Lines
 
 VISITS = {"restore": 2}
 """It runs 2000 lines, most of them to check the state's members one by one: each line is interrupted twice."""
-
-
-def modules() -> list[ModuleType]:
-    """All of pvclock that is written in Python."""
-    found = [module for name, module in sys.modules.items() if name.split(".")[0] == "pvclock"]
-    return [module for module in found if (module.__file__ or "").endswith(".py")]
 
 
 def interrupted(operate: Callable[[], object], at: int, visits: float = math.inf) -> bool:
@@ -35,7 +28,7 @@ def interrupted(operate: Callable[[], object], at: int, visits: float = math.inf
         has_come = True
         raise KeyboardInterrupt
 
-    with suppress(KeyboardInterrupt), Lines(*modules(), at=at, action=interrupt, visits=visits).traced():
+    with suppress(KeyboardInterrupt), Lines(*product(), at=at, action=interrupt, visits=visits).traced():
         operate()
     return has_come
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from itertools import count
-from types import ModuleType
 
 import pytest
 
 from pvclock import GuestClock, SimulatedBackend, StateError
-from pvclock.clock import operations, timekeeper
-from pvclock.host import backend
 from tests.unit.clocks import a_clock
+from tests.unit.fault_points import CHANGES_OF_TIME, EXECUTION_TIME
 from tests.unit.schedules import LIMIT_S, Lines
 
-MODULES: tuple[ModuleType, ...] = (operations, timekeeper, backend)
 HZ = 10**9
 RUN_NS = 1000
 
@@ -74,7 +71,7 @@ def test_another_operation_at_each_line_of_a_run(second: str) -> None:
     """While run_for() stands at any of its lines another thread operates: both end as if one had come after another."""
     for line in count():
         race = Race(second)
-        lines = Lines(*MODULES, at=line, action=race.meet)
+        lines = Lines(*CHANGES_OF_TIME, *EXECUTION_TIME, at=line, action=race.meet)
         with lines.traced():
             race.attempt("run_for")
         if lines.count <= line:
@@ -94,7 +91,7 @@ def test_a_reader_beside_a_pause_sees_no_step_back() -> None:
             host.advance(ns=1000)
             seen.append(clock.read(0))
 
-        lines = Lines(operations, timekeeper, at=line, action=look)
+        lines = Lines(*CHANGES_OF_TIME, at=line, action=look)
         with lines.traced():
             clock.pause()
         seen.append(clock.read(0))

@@ -14,12 +14,10 @@ from typing import ClassVar
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostBackend, HostTsc, RangeError, Sample, SimulatedBackend, StateError
-from pvclock import threads as threads_module
-from pvclock.clock import tick_workers
-from pvclock.clock import ticker as ticker_module
 from pvclock.clock.ticker import Ticker
 from pvclock.host.watch import HostWatch, Trouble, TroubleKind
 from pvclock.timekeeping.events import EventKind
+from tests.unit.fault_points import TICKER
 from tests.unit.schedules import LIMIT_S, Lines, end_of, threads_named
 
 SYSTEM_TIME = 0x4B564D01
@@ -326,7 +324,7 @@ def test_an_interrupt_at_each_line(interrupted: str) -> None:
             "add": partial(ticker.add, another),
             "remove": partial(ticker.remove, clock.clock),
         }
-        lines = Lines(ticker_module, tick_workers, threads_module, at=line, action=interrupt)
+        lines = Lines(*TICKER, at=line, action=interrupt)
         whole = False
         try:
             with lines.traced():
