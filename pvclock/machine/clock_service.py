@@ -174,7 +174,7 @@ class EngineClockService:
         if self._runner.gate.has_ended():
             self._runner.stop()  # without the lock, for which a thread of the last run may wait
         if not self._is_running:
-            self._end()  # what an interrupted start() or stop() left
+            self._end_soon()  # what an interrupted start() or stop() left
         try:
             with self._changing:
                 self._begin()
@@ -245,9 +245,8 @@ class EngineClockService:
         self._runner.stop()
         if not self._runner.gate.threads():
             self._end()
-        elif self.ticker is not None:
-            with suppress(StateError):  # a tick may wait for this very thread
-                self.ticker.stop(0)
+        else:
+            self._end_soon()
 
     def close(self) -> None:
         """See ClockService."""
@@ -283,6 +282,12 @@ class EngineClockService:
         """Before the first vCPU goes in."""
         if self._execution_time is not None and not self._execution_time.is_running:
             self._execution_time.enter()
+
+    def _end_soon(self) -> None:
+        """_end(), but without waiting for a tick, which may wait for this very thread."""
+        if self.ticker is not None:
+            with suppress(StateError):
+                self.ticker.stop(0)
 
     def _end(self) -> None:
         """After the last vCPU is out for good."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from _thread import start_new_thread
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from threading import RLock, Thread, current_thread
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TypeVar
@@ -118,7 +118,7 @@ class Machine:
         self._is_closed = False
         self._resources: list[Resource] = []  # to be given back, the last one first
         self.run_state = RunStates()
-        self._booting = RLock()  # around start() and reset(), and what must not come while they are half done
+        self._booting = RLock()  # around start(), reset() and what must not come within them
         try:
             self._kvm = kvm or self._owned(open_kvm())
             check_vcpus(vcpus, self._kvm)
@@ -288,11 +288,12 @@ class Machine:
 
         StateError, when all else is done, for a tick that does not return (see Ticker.stop).
         """
-        try:
-            self.clock_service.stop()
-        finally:
-            if not self._is_closed:
-                self._update_run_state()
+        with nullcontext() if current_thread() in self.runner.threads else self._booting:
+            try:
+                self.clock_service.stop()
+            finally:
+                if not self._is_closed:
+                    self._update_run_state()
 
     def close(self) -> None:
         """Stop the run for good and give everything back.  May be called twice, and again after an interrupt.

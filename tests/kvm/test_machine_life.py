@@ -392,6 +392,29 @@ def test_resets_by_several_threads(clock: Literal["engine", "kernel"]) -> None:
         eventually(lambda: count(machine))
 
 
+def test_a_stop_while_another_thread_resets() -> None:
+    """It comes after the reset, whose machine it stops."""
+    is_within, may_go_on = Event(), Event()
+
+    def on_dirty(gpa: int, length: int) -> None:
+        if (gpa, length) == (0, 1 << 20):
+            is_within.set()
+            may_go_on.wait(LIMIT_S)
+
+    with Machine(SPIN, memory_bytes=1 << 20) as machine, ThreadPoolExecutor(2) as pool:
+        machine.start()
+        machine.memory.on_dirty = on_dirty
+        resetting = pool.submit(machine.reset)
+        assert is_within.wait(LIMIT_S)
+        stopping = pool.submit(machine.stop)
+        time.sleep(0.05)
+        may_go_on.set()
+        resetting.result()
+        stopping.result()
+        assert machine.run_state.current is SHUTDOWN
+        machine.memory.on_dirty = None
+
+
 def test_a_close_while_another_thread_resets() -> None:
     """All is given back when it returns, and the reset ends with a StateError or before."""
     before = held()
