@@ -235,10 +235,11 @@ class EngineClockService:
                 self.ticker.remove(old)
 
     def reset(self) -> None:
-        """See ClockService; a clock that is paused goes on at start()."""
+        """See ClockService; a clock that is paused, or vCPUs that are, go on at start()."""
         with self._changing:
             self.clock.reset()
-            self.starts_paused = self.clock.is_paused
+            # One without the other after a pause() that was interrupted.
+            self.starts_paused = self.clock.is_paused or self._runner.gate.is_paused()
 
     def stop(self) -> None:
         """See ClockService.  StateError if a tick does not return."""

@@ -131,8 +131,9 @@ class RunStates:
                 self.check("run state", now)
                 kept_out = keep_out() if now is RunState.RUNNING else nullcontext()
                 kept_out.__enter__()
-                self._untold.append(Change(before, now, kept_out))
-                self._current = now
+                change = Change(before, now, kept_out)
+                self._current = now  # an interrupt comes after both of these, or before
+                self._untold.append(change)
         self._tell()
 
     def _tell(self) -> None:

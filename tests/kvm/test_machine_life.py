@@ -320,6 +320,18 @@ def test_a_reset_of_a_paused_machine() -> None:
         eventually(lambda: count(machine))
 
 
+def test_a_reset_after_a_pause_that_was_interrupted() -> None:
+    """The vCPUs were paused and the clock was not: both go on at start()."""
+    with Machine(SPIN) as machine:
+        machine.start()
+        machine.runner.pause()
+        machine.reset()
+        assert machine.run_state.current is PRELAUNCH
+        machine.start()
+        assert machine.run_state.current is RUNNING
+        eventually(lambda: count(machine))
+
+
 @pytest.mark.row("K-12")
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_a_reset_of_a_guest_with_two_vcpus(clock: Literal["engine", "kernel"]) -> None:
