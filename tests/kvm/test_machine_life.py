@@ -305,6 +305,19 @@ def test_a_reset_forgets_the_tsc_adjustment(clock: Literal["engine", "kernel"]) 
         assert machine.wait(LIMIT_S) == 0
 
 
+@pytest.mark.parametrize("index", [0x140, 0x174, 0x17A, 0x277])
+def test_a_reset_forgets_what_the_guest_wrote_to_msrs(index: int) -> None:
+    """Among them CPUID faulting, the end of the next guest's ring 3 if it stayed."""
+    with Machine(write_msr(index, 1) + SPIN) as machine:
+        at_power_on = machine.vcpus[0].get_msr(index)
+        machine.start()
+        eventually(lambda: count(machine))
+        machine.stop()
+        assert machine.vcpus[0].get_msr(index) == 1
+        machine.reset()
+        assert machine.vcpus[0].get_msr(index) == at_power_on
+
+
 def test_a_reset_of_a_paused_machine() -> None:
     """It is prelaunch then, and start() lets vCPUs and clock go on."""
     with Machine(REGISTER_AND_SPIN) as machine:
