@@ -129,12 +129,17 @@ class RunStates:
             before = self._current
             if now is not before:
                 self.check("run state", now)
-                kept_out = keep_out() if now is RunState.RUNNING else nullcontext()
-                kept_out.__enter__()
-                change = Change(before, now, kept_out)
-                self._current = now  # an interrupt comes after both of these, or before
-                self._untold.append(change)
+                self._queue(Change(before, now, keep_out() if now is RunState.RUNNING else nullcontext()))
         self._tell()
+
+    def _queue(self, change: Change) -> None:
+        try:
+            change.kept_out.__enter__()
+            self._current = change.now  # an interrupt comes after this and the next line, or before both
+            self._untold.append(change)
+        except BaseException:
+            change.kept_out.__exit__(None, None, None)
+            raise
 
     def _tell(self) -> None:
         failures: list[BaseException] = []
@@ -167,5 +172,5 @@ class RunStates:
                 except BaseException as failure:  # noqa: BLE001  # the others are told all the same
                     failures.append(failure)
         finally:
-            self._untold.popleft()
             change.kept_out.__exit__(None, None, None)
+            self._untold.popleft()
