@@ -27,9 +27,10 @@ class Device(Protocol):
     """What a guest reads and writes at a range of ports, or of guest-physical addresses.
 
     offset: the access's first byte, from the start of the range; an access may end behind it.  The bus makes one call
-    at a time, on the accessing vCPU's thread or, for coalesced writes, on any: a device needs no lock of its own.  An
-    error that it raises ends the machine's run, and Machine.wait() raises it; that of a coalesced write comes out of
-    the call that took it from the ring, which may be a flush().
+    at a time, on the accessing vCPU's thread or, for coalesced writes, on any: against the guest a device needs no lock
+    of its own, and what other threads of the host call is the device's to guard.  An error that it raises ends the
+    machine's run, and Machine.wait() raises it; that of a coalesced write comes out of the call that took it from the
+    ring, which may be a flush().
     """
 
     @property
@@ -131,9 +132,8 @@ class Bus:
         self._memory = AddressSpace("addresses", MEMORY_END)
         self._ring = ring
         self._taken: deque[CoalescedWrite] = deque()  # from the ring, and not handed to a device yet
-        self._lock = (
-            threading.RLock()
-        )  # around each device call, and from the ring to its devices: in the guest's order
+        # Around each device call, and from the ring to its devices: they come in the guest's order.
+        self._lock = threading.RLock()
 
     def add_ports(self, first: int, count: int, device: Device, *, coalesced: bool = False) -> None:
         """Let `device` have these I/O ports.

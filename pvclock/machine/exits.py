@@ -38,14 +38,14 @@ class Outcome:
 
 
 class GuestExits:
-    """Answers the exits of `vcpus`: `clock`, which is set before they run, serves their MSRs.
+    """Answers the exits of `vcpus`: `clock_service`, which is set before they run, serves their MSRs.
 
     vCPU threads have this and not their Machine, so that one that is dropped can end them.
 
     Thread-safety: handle() is called by each vCPU's thread.
     """
 
-    clock: ClockService
+    clock_service: ClockService
 
     def __init__(self, vcpus: list[Vcpu], bus: Bus, outcome: Outcome) -> None:
         self._vcpus = vcpus
@@ -77,26 +77,26 @@ class GuestExits:
         return not self._outcome.is_known
 
     def _write_msr(self, vcpu: int, reason: WrmsrExit) -> None:
-        write = self.clock.write_msr
+        write = self.clock_service.write_msr
         try:
             write(vcpu, reason[0], reason[1])
         except MsrFault:
             self._vcpus[vcpu].complete_msr(fault=True)
         except StateError:
-            if write == self.clock.write_msr:
+            if write == self.clock_service.write_msr:
                 raise
             self._write_msr(vcpu, reason)  # it waited while the machine was rolled back to another clock
         else:
             self._vcpus[vcpu].complete_msr()
 
     def _read_msr(self, vcpu: int, reason: RdmsrExit) -> None:
-        read = self.clock.read_msr
+        read = self.clock_service.read_msr
         try:
             value = read(vcpu, reason[0])
         except MsrFault:
             self._vcpus[vcpu].complete_msr(fault=True)
         except StateError:
-            if read == self.clock.read_msr:
+            if read == self.clock_service.read_msr:
                 raise
             self._read_msr(vcpu, reason)
         else:

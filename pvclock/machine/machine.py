@@ -417,7 +417,7 @@ class Machine:
         return KernelClockService(self.runner, self.vm, offered)
 
     def _take_the_clock(self, service: ClockService) -> None:
-        self.clock_service = self._exits.clock = self._owned(service)
+        self.clock_service = self._exits.clock_service = self._owned(service)
         if service.msr_ranges:
             exit_on_msrs(self.vm, service.msr_ranges)
         set_guest_cpuid(self._kvm, self.vcpus, service.cpuid)
