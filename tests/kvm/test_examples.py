@@ -77,7 +77,7 @@ def test_the_guest_reads_what_the_clock_says(tsc_offsets: TscOffsets) -> None:
 
 
 @pytest.mark.row("E13")
-@pytest.mark.parametrize("redirect", ["| head -1", ">/dev/full"])
+@pytest.mark.parametrize("redirect", ["| true", ">/dev/full"])
 def test_nobody_reads_the_vmm(redirect: str) -> None:
     """It ends with one line of why, and without a traceback."""
     done = run_python(VMM, redirect=redirect)
