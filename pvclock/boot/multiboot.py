@@ -29,12 +29,18 @@ HAS_AOUT_ADDRESSES: Final = 1 << 16
 
 INFO_MEMORY: Final = 1 << 0
 INFO_CMDLINE: Final = 1 << 2
+INFO_MODULES: Final = 1 << 3
 INFO_MEMORY_MAP: Final = 1 << 6
 INFO_BYTES: Final = 52
 INFO_END: Final = MULTIBOOT_CMDLINE + MULTIBOOT_CMDLINE_BYTES
 LOWER_MEMORY_END: Final = 640 << 10
 UPPER_MEMORY: Final = 1 << 20
 MEMORY_MAP_ENTRY: Final = struct.Struct("<IQQI")
+MODULE: Final = struct.Struct("<IIII")
+MODULE_ALIGNMENT: Final = 4096
+ADDRESSES_END: Final = 1 << 32
+"""A multiboot guest's pointers have 32 bits."""
+
 RAM: Final = 1
 
 ELF_MAGIC: Final = b"\x7fELF"
@@ -73,8 +79,11 @@ def find_header(image: bytes) -> int | None:
     return None
 
 
-def load(memory: GuestMemory, image: bytes, cmdline: str = "") -> EntryState:
-    """Load a multiboot ELF image and its boot information; ImageError, with memory untouched, if it cannot be."""
+def load(memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b"") -> EntryState:
+    """Load a multiboot ELF image and its boot information; ImageError, with memory untouched, if it cannot be.
+
+    initrd: if there is one it is the first module, page-aligned, behind the image and above 1 MiB.
+    """
     flags = find_header(image)
     if flags is None:
         raise ImageError(f"no multiboot header in the first {HEADER_SEARCH_BYTES} bytes")
@@ -83,10 +92,13 @@ def load(memory: GuestMemory, image: bytes, cmdline: str = "") -> EntryState:
         raise ImageError(f"multiboot header flags {flags:#x}: only page alignment and memory information are offered")
     entry, segments = _parse_elf(image)
     text = _command_line(cmdline)
-    info = _boot_information(memory)
     _check_fit(memory.slots, segments)
+    module = _place_module(memory.slots, segments, len(initrd)) if initrd else None
+    info = _boot_information(memory, module, MULTIBOOT_CMDLINE + len(text) - 1)
     for segment in segments:
         _write(memory, segment)
+    if module is not None:
+        memory.write(module.start, initrd)
     memory.write(MULTIBOOT_INFO, info)
     memory.write(MULTIBOOT_CMDLINE, text)
     return EntryState(protected_mode=True, rip=entry, registers={"rax": BOOTLOADER_MAGIC, "rbx": MULTIBOOT_INFO})
@@ -156,14 +168,30 @@ def _command_line(cmdline: str) -> bytes:
     return text + b"\0"
 
 
-def _boot_information(memory: GuestMemory) -> bytes:
+def _place_module(slots: list[tuple[int, int]], segments: list[Segment], length: int) -> range:
+    """Guest-physical addresses for a module of that length."""
+    lowest = max(UPPER_MEMORY, *(segment.end for segment in segments))
+    for base, size in sorted(slots):
+        start = -(-max(base, lowest) // MODULE_ALIGNMENT) * MODULE_ALIGNMENT
+        if start + length <= min(base + size, ADDRESSES_END):
+            return range(start, start + length)
+    raise ImageError(f"no room for an initrd of {length} bytes from {lowest:#x} on: {slots}")
+
+
+def _boot_information(memory: GuestMemory, module: range | None, empty_text: int) -> bytes:
+    """empty_text: where a NUL is."""
     entries = b"".join(MEMORY_MAP_ENTRY.pack(MEMORY_MAP_ENTRY.size - 4, base, size, RAM) for base, size in memory.slots)
     info = bytearray(INFO_BYTES)
+    map_bytes, flags = len(entries), INFO_MEMORY | INFO_CMDLINE | INFO_MEMORY_MAP
+    if module is not None:
+        flags |= INFO_MODULES
+        struct.pack_into("<II", info, 20, 1, MULTIBOOT_INFO + INFO_BYTES + map_bytes)
+        entries += MODULE.pack(module.start, module.stop, empty_text, 0)
     lower_kib = min(_bytes_from(memory, 0), LOWER_MEMORY_END) // 1024
     upper_kib = min(_bytes_from(memory, UPPER_MEMORY) // 1024, 0xFFFFFFFF)
-    struct.pack_into("<III", info, 0, INFO_MEMORY | INFO_CMDLINE | INFO_MEMORY_MAP, lower_kib, upper_kib)
+    struct.pack_into("<III", info, 0, flags, lower_kib, upper_kib)
     struct.pack_into("<I", info, 16, MULTIBOOT_CMDLINE)
-    struct.pack_into("<II", info, 44, len(entries), MULTIBOOT_INFO + INFO_BYTES)
+    struct.pack_into("<II", info, 44, map_bytes, MULTIBOOT_INFO + INFO_BYTES)
     if INFO_BYTES + len(entries) > MULTIBOOT_CMDLINE - MULTIBOOT_INFO:
         raise ImageError(f"{len(memory.slots)} slots of guest memory are more than the boot information holds")
     try:

@@ -41,8 +41,9 @@ def _check_boot_source(image: object, cmdline: object) -> None:
     if isinstance(image, BootSource):
         if cmdline:
             raise ConfigError("a BootSource has its own command line; leave out: cmdline")
-        image, cmdline = image
+        image, cmdline, initrd = image
         text("image.cmdline", cmdline)
+        instance("image.initrd", initrd, bytes, "the bytes of an initrd")
     instance("image", image, bytes, "the bytes of a multiboot-1 ELF or of a flat real-mode image, or a BootSource")
 
 

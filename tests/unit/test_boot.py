@@ -316,3 +316,26 @@ def test_no_mutation_of_an_image_gets_past_the_loader() -> None:
         loaded += 1
     assert 0 < loaded < MUTATIONS
     assert not any(space[:guard] + space[-guard:])
+
+
+@pytest.mark.parametrize("length", [1, 4096, 70_001])
+def test_an_initrd_is_the_first_module(length: int, memory: GuestMemory) -> None:
+    """It lies page-aligned behind image and 1 MiB, the information names it, and its string is empty."""
+    initrd = bytes(n * 7 % 251 for n in range(length))
+    BootSource(elf(), "quiet", initrd).load(memory)
+    flags, count, table = (struct.unpack("<I", memory.read(MULTIBOOT_INFO + at, 4))[0] for at in (0, 20, 24))
+    assert (flags & 1 << 3, count) == (1 << 3, 1)
+    begin, end, text, _ = struct.unpack("<IIII", memory.read(table, 16))
+    assert memory.read(begin, end - begin) == initrd
+    assert (begin % 4096, memory.read(text, 1)) == (0, b"\0")
+    assert begin >= 1 << 20
+
+
+def test_an_initrd_that_has_no_room_or_no_loader(memory: GuestMemory, ram: bytearray) -> None:
+    """Larger than RAM, or of a flat image: an ImageError, with memory untouched."""
+    before = bytes(ram)
+    with pytest.raises(ImageError, match="no room for an initrd of"):
+        BootSource(elf(), "", bytes(len(ram))).load(memory)
+    with pytest.raises(ImageError, match="a flat image takes no initrd"):
+        BootSource(b"\xf4", "", b"initrd").load(memory)
+    assert bytes(ram) == before
