@@ -53,7 +53,7 @@ class TimePages:
         out_of_guest: Iterable[int] = (),
         step: bool = False,
         moved: tuple[int, int] = (0, 0),
-        going_on: tuple[int, int, ClockScale] | None = None,
+        start: tuple[int, int, ClockScale] | None = None,
         again: bool = False,
     ) -> HostTsc: ...
     def read(self, vcpu: int) -> GuestNs: ...

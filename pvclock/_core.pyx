@@ -234,7 +234,7 @@ cdef class TimePages:
         return self._own.are_due(vcpu)
 
     def publish(
-        self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False, moved=_NOT_MOVED, going_on=None,
+        self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False, moved=_NOT_MOVED, start=None,
         again=False,
     ) -> int:
         """Publish `line` at `scale` into all registered pages at once; returns the break point (host TSC).
@@ -243,7 +243,7 @@ cdef class TimePages:
         move(), which comes first.  `flags` go to the vCPUs in `out_of_guest` (vCPU numbers) only: a running guest
         writes that byte itself.  The memory's on_dirty is told of all pages that it writes.
 
-        going_on: (host TSC, ns, scale) at which time that stood still goes on: from there to the break the line
+        start: (host TSC, ns, scale) at which stopped time resumes: from there to the break the line
         published last is the reading that stood, `ns` ahead, at `scale`; its own rate may be another.
 
         again: on a CPU whose counter is behind the last break point, which stays; for the line published last.
@@ -263,14 +263,14 @@ cdef class TimePages:
         if moved is not _NOT_MOVED:
             ticks, ns = moved
             moved_ticks, moved_ns = as_u64(ticks, "ticks"), as_u64(ns, "ns")
-        if going_on is not None:
-            resumed_tsc, gain_ns, standing_scale = going_on
-            standing.tsc_timestamp = as_u64(resumed_tsc, "going_on")
-            standing.system_time = self._standing_ns + as_u64(gain_ns, "going_on")
+        if start is not None:
+            resumed_tsc, gain_ns, standing_scale = start
+            standing.tsc_timestamp = as_u64(resumed_tsc, "start")
+            standing.system_time = self._standing_ns + as_u64(gain_ns, "start")
             standing.scale = (<ClockScale?>standing_scale).c
         self._prepare(scale, as_flags(flags), out_of_guest)
         self._move(moved_ticks, moved_ns)
-        if going_on is not None and self._stands and self._anchor.scale.mul:
+        if start is not None and self._stands and self._anchor.scale.mul:
             self._anchor = standing
         if may_step:
             self._anchor.scale.mul = 0

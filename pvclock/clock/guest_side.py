@@ -223,13 +223,13 @@ class GuestSide:
         if self._provider.refreshes_pages or self._keeper.timeline.is_slewing:
             self._operations.refresh(vcpu)
 
-    def write_wall_clock(self, gpa: Gpa, taking: Callable[[], object] = nothing) -> None:
+    def write_wall_clock(self, gpa: Gpa, on_commit: Callable[[], object] = nothing) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory.
 
-        taking: applies what changes along with it, at the point where nothing can fail any more.
+        on_commit: applies what changes along with it, at the point where nothing can fail any more.
         """
         with self._keeper.changing:
-            self._wall_clock.write(gpa, self._host.utc_sample(), taking)
+            self._wall_clock.write(gpa, self._host.utc_sample(), on_commit)
 
     def utc_ns(self) -> int:
         """The guest's time of day at this instant, in ns since 1970."""

@@ -441,7 +441,7 @@ class Timekeeper:
             flags=flags,
             out_of_guest=out_of_guest,
             moved=moved,
-            going_on=start,
+            start=start,
             again=again,
         )
         if change is _unchanged:

@@ -67,7 +67,7 @@ class Subjects(NamedTuple):
         return [each for each in self.clocks if each.server.stops_when_paused]
 
     @property
-    def going_on(self) -> list[ClockObservation]:
+    def resuming(self) -> list[ClockObservation]:
         """Those that go on."""
         return [each for each in self.clocks if not each.server.stops_when_paused]
 
@@ -232,7 +232,7 @@ def _pause_time_rows(subjects: Subjects) -> Iterable[Check]:
         "engine and QEMU stop their clocks with their vCPUs: they leave out at least the time from stop answered to "
         "cont asked for, and at most from stop asked for to cont answered.  The kernel's goes on, for it leaves "
         "that to its VMM: a difference by design",
-        ok=all(map(_goes_on_through, subjects.going_on)) and all(map(_leaves_out_the_pause, subjects.stopping)),
+        ok=all(map(_goes_on_through, subjects.resuming)) and all(map(_leaves_out_the_pause, subjects.stopping)),
     )
     yield subjects.row(
         "stop, cont: largest gap",
@@ -242,7 +242,7 @@ def _pause_time_rows(subjects: Subjects) -> Iterable[Check]:
         "It has no upper bound: on a busy host vCPUs wait",
         ok=all(
             record.largest_gap_ns >= _pause_bounds_ns(it)[0]
-            for it in subjects.going_on
+            for it in subjects.resuming
             for record in it.across_pause.records
         ),
     )
@@ -255,7 +255,7 @@ def _pause_guest_rows(subjects: Subjects) -> Iterable[Check]:
         "{stopped}".format,
         "how often each vCPU's guest saw the bit, and cleared it: once with the engine and in QEMU, which sets it at "
         "cont (KVM_KVMCLOCK_CTRL); never with the kernel's clock in our machine, which does not make that call",
-        ok=all(map(all, map(_stops, subjects.stopping))) and not any(map(any, map(_stops, subjects.going_on))),
+        ok=all(map(all, map(_stops, subjects.stopping))) and not any(map(any, map(_stops, subjects.resuming))),
     )
     yield subjects.row(
         "stop, cont: versions",

@@ -194,10 +194,10 @@ class ClockServices(Protocol):
     def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
         """As place_time_page(), with vCPU's page where it is."""
 
-    def write_wall_clock(self, gpa: Gpa, taking: Callable[[], object] = ...) -> None:
+    def write_wall_clock(self, gpa: Gpa, on_commit: Callable[[], object] = ...) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once.
 
-        taking: applies what changes along with it, at the point where nothing can fail any more.
+        on_commit: applies what changes along with it, at the point where nothing can fail any more.
         """
 
     def utc_ns(self) -> int:

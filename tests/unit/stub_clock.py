@@ -112,9 +112,9 @@ class StubClock:
         self._pages.publish(line, self._scale, flags=flags, out_of_guest=own, step=True)
         self._pages.mark_dirty()
 
-    def write_wall_clock(self, gpa: Gpa, taking: Callable[[], object] = nothing) -> None:
+    def write_wall_clock(self, gpa: Gpa, on_commit: Callable[[], object] = nothing) -> None:
         """Write the time of day of guest time 0."""
-        taking()
+        on_commit()
         publish_wall_clock(self.memory, gpa, NOW.real_ns - UPTIME_NS)
 
     def utc_ns(self) -> int:
