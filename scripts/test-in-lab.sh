@@ -15,6 +15,6 @@ in_lab() {  # options of `pvclock lab`, --, and what to test
 
 in_lab --
 in_lab --cpus 2 --tsc-reliable --
-in_lab --cpus 2 -- tests/kvm/test_{capabilities,descriptors,differential,exits,guest_tsc,ioctls,machine,runner,steal_time,tsc_sync,execution_time_machine,devices,machine_life}.py \
+in_lab --cpus 2 -- tests/kvm/test_{capabilities,descriptors,differential,exits,guest_tsc,ioctls,machine,runner,steal_time,tsc_sync,execution_time_machine}.py \
     tests/kvm/test_guest_reads.py::test_stable_taken_from_running_guests tests/qemu/test_launch.py
 exit "$status"
