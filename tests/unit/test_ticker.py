@@ -212,7 +212,7 @@ class PlayedTime:
     """The time that a ticker's schedule goes by: it stands still but for what a test adds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_s = 1000.0
+        self.now_s = float(int(time.monotonic()) + 1000)  # ahead of the one by which stop() waits for workers
         self._waits = queue.SimpleQueue[float | None]()
         self._wake_up = WakeUp()
         monkeypatch.setattr("pvclock.clock.ticker.time", self)
