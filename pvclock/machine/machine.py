@@ -274,9 +274,9 @@ class Machine:
             self._outcome.forget()
             self._power_on.restore()
             self._ram.clear()
-            if self.memory.on_dirty is not None:
-                self.memory.on_dirty(0, len(self._ram.buffer))
             enter(self.vcpus[0], self.boot_source.load(self.memory))
+            if (on_dirty := self.memory.on_dirty) is not None:  # clear() wrote past the memory
+                on_dirty(0, len(self._ram.buffer))
             if goes_on:
                 self.clock_service.start()
         finally:
