@@ -19,15 +19,13 @@ from pvclock.meter.findings import time_info, wall_clock_ns
 from pvclock.meter.guest import ENGINE, ClockServer, GuestReading
 from pvclock.meter.machine_guest import engine_epoch_ns
 from pvclock.payloads.probe import ProbeRecord, State
+from pvclock.providers.interface import CPUID_BASE
+from pvclock.providers.kvm.features import MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_WALL_CLOCK_NEW
 from pvclock.quantities import U64_MASK, HostTsc
 from pvclock.readings import TimeInfo
 
 __all__ = ["InProcessGuest"]
 
-CPUID_SIGNATURE: Final = 0x4000_0000
-CPUID_FEATURES: Final = 0x4000_0001
-MSR_KVM_WALL_CLOCK_NEW: Final = 0x4B56_4D00
-MSR_KVM_SYSTEM_TIME_NEW: Final = 0x4B56_4D01
 PAGE: Final = 0x1000
 WALL_CLOCK_GPA: Final = 0x100
 FLAGS_AT: Final = 29
@@ -101,11 +99,11 @@ class Reader(threading.Thread):
         """The findings in clockprobe's form; 0 for what only a guest can find.  Raises the error that ended it."""
         if self.error is not None:
             raise self.error
-        signature, features = (self.clock.cpuid(leaf) for leaf in (CPUID_SIGNATURE, CPUID_FEATURES))
+        signature, features = (self.clock.cpuid(leaf) for leaf in (CPUID_BASE, CPUID_BASE + 1))
         return NO_FINDINGS._replace(
             state=State.READING if self.is_alive() else State.DONE,
             apic_id=self.vcpu,
-            signature_leaf=CPUID_SIGNATURE if signature else 0,
+            signature_leaf=CPUID_BASE if signature else 0,
             features=features.eax if features else 0,
             msr=MSR_KVM_SYSTEM_TIME_NEW,
             msr_value=self.clock.read_msr(self.vcpu, MSR_KVM_SYSTEM_TIME_NEW),
@@ -228,7 +226,8 @@ class InProcessGuest:
         for reader in self._readers:
             reader.ended = True
         for reader in self._readers:
-            reader.join()
+            if reader.is_alive():  # one that was never started cannot be joined
+                reader.join()
 
 
 def time_page_gpa(vcpu: int) -> int:

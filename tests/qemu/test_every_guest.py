@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
@@ -26,6 +27,8 @@ from qemu_glue.guest import QemuGuest
 
 FEATURES = 0x0100_0009
 READING_AGE_MAX_S = 0.1
+READ_GIVES_UP_S = 0.7
+"""GuestClock.read() gives a page half a second to become even."""
 EPOCH_LIMIT_NS = 1_000_000
 EARLY_EPOCH_LIMIT_NS = 50_000_000
 """KVM before Linux 6.7 reads the time of day and then kvmclock, and may lose its CPU in between."""
@@ -177,7 +180,7 @@ def test_a_page_that_stays_odd_in_process(monkeypatch: pytest.MonkeyPatch) -> No
         memory, gpa = guest.engine_clock.memory, in_process_guest.time_page_gpa(0)
         version = guest.pages()[0].version
         memory.write(gpa, (version + 1).to_bytes(4, "little"))
-        time.sleep(0.2)
+        time.sleep(READ_GIVES_UP_S)
         memory.write(gpa, (version + 2).to_bytes(4, "little"))
         reads = guest.records()[0].reads
         wait_until(lambda: guest.records()[0].reads > reads)
@@ -186,3 +189,19 @@ def test_a_page_that_stays_odd_in_process(monkeypatch: pytest.MonkeyPatch) -> No
         memory.write(gpa, (version + 3).to_bytes(4, "little"))
         with pytest.raises(StateError, match="odd"):
             wait_until(lambda: bool(guest.check_running()))  # type: ignore[func-returns-value]  # it raises
+
+
+@pytest.mark.row("E13")
+def test_a_thread_that_cannot_begin_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that says so comes out, not one of the clean-up, and the first thread has ended."""
+    first = in_process_guest.Reader.start
+
+    def start(reader: in_process_guest.Reader) -> None:
+        if reader.vcpu:
+            raise RuntimeError("no thread more")
+        first(reader)
+
+    monkeypatch.setattr(in_process_guest.Reader, "start", start)
+    with pytest.raises(RuntimeError, match="no thread more"), InProcessGuest(2) as guest:
+        guest.start()
+    assert not [thread for thread in threading.enumerate() if thread.name == "pvclock-reader-0"]
