@@ -10,7 +10,19 @@ from fractions import Fraction
 from math import floor
 from typing import Final, NewType
 
-__all__ = ["NS_PER_S", "U64_MASK", "Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs", "quoted", "shown", "signed64"]
+__all__ = [
+    "NS_PER_S",
+    "U32_MASK",
+    "U64_MASK",
+    "Gpa",
+    "GuestNs",
+    "GuestTsc",
+    "HostTsc",
+    "RefNs",
+    "quoted",
+    "shown",
+    "signed64",
+]
 
 HostTsc = NewType("HostTsc", int)
 """Ticks of the host's time stamp counter."""
@@ -28,6 +40,7 @@ Gpa = NewType("Gpa", int)
 """A guest-physical address."""
 
 NS_PER_S: Final = 1_000_000_000
+U32_MASK: Final = (1 << 32) - 1
 U64_MASK: Final = (1 << 64) - 1
 
 SHOWN_BITS_MAX: Final = 128

@@ -19,13 +19,12 @@ from pvclock.kvm.arguments import vcpus_of
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.kvm.runner import Runner
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
-from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
+from pvclock.quantities import NS_PER_S, U32_MASK, U64_MASK, HostTsc
 from pvclock.readings import HostStamps, Reference, Sample
 
 __all__ = ["KvmBackend", "SteeredTscBackend", "kvm_backend"]
 
 SAMPLES = 8
-U32_MASK = (1 << 32) - 1
 
 
 def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], runner: Runner) -> KvmBackend | SteeredTscBackend:

@@ -15,12 +15,11 @@ from pvclock.arguments import text
 from pvclock.errors import ConfigError, WrongType
 from pvclock.providers.interface import Provider
 from pvclock.providers.registry import PROVIDERS
-from pvclock.quantities import U64_MASK, quoted
+from pvclock.quantities import U32_MASK, U64_MASK, quoted
 
 __all__ = ["NEWEST", "PROFILES", "Configuration", "checked", "combined", "effective_provider"]
 
 NEWEST: Final = 0
-U32_MASK: Final = (1 << 32) - 1
 
 PROFILES: Final = ("linux", "document", "virtualbox")
 """Whose behaviour to follow where they differ: Linux's, that of KVM's documents, or VirtualBox's."""

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from pvclock import arguments
 from pvclock.errors import ConfigError, RangeError, StateFileError, WrongType
+from pvclock.providers.interface import MsrValue
 from pvclock.providers.registry import PROVIDERS
 from pvclock.quantities import U64_MASK
 from pvclock.state.json_schema import (
@@ -69,7 +70,6 @@ VERSION: Final = 3
 VCPUS_MAX: Final = 4096
 
 ConfigValue: TypeAlias = int | bool | str
-MsrValue: TypeAlias = int | bool | str | tuple[int, ...] | None
 
 
 class SavedPolicy(NamedTuple):

@@ -10,12 +10,11 @@ from typing import Final, NamedTuple
 
 from pvclock.arguments import flag, fraction, instance, whole
 from pvclock.errors import MsrFault
-from pvclock.quantities import U64_MASK, HostTsc
+from pvclock.quantities import U32_MASK, U64_MASK, HostTsc
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, VcpuTsc
 
 __all__ = ["TscControls", "TscInstruction", "rdmsr", "rdtsc", "rdtscp", "tsc_controls"]
 
-U32_MASK: Final = (1 << 32) - 1
 RDTSC_BYTES: Final = 2  # 0f 31; RDMSR, 0f 32, is as long
 RDTSCP_BYTES: Final = 3  # 0f 01 f9
 

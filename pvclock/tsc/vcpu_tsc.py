@@ -15,7 +15,7 @@ from pvclock import arguments
 from pvclock._scale import guest_tsc
 from pvclock.arguments import flag, fraction, whole
 from pvclock.errors import ConfigError, MsrFault, RangeError
-from pvclock.quantities import NS_PER_S, U64_MASK, GuestTsc, HostTsc, quoted, shown
+from pvclock.quantities import NS_PER_S, U32_MASK, U64_MASK, GuestTsc, HostTsc, quoted, shown
 
 __all__ = ["MSR_IA32_TSC", "MSR_IA32_TSC_ADJUST", "MSR_TSC_AUX", "VcpuTsc", "tsc_rate"]
 
@@ -23,7 +23,6 @@ MSR_IA32_TSC: Final = 0x10
 MSR_IA32_TSC_ADJUST: Final = 0x3B
 MSR_TSC_AUX: Final = 0xC0000103
 
-U32_MASK: Final = (1 << 32) - 1
 PALACIOS_LEAST_GCD: Final = 1024
 
 

@@ -13,6 +13,7 @@ from pvclock._records import write_clock_pairing
 from pvclock.providers.interface import ClockServices, HypercallRegisters, HypercallResult, Status, VmmServices
 from pvclock.providers.kvm.features import KvmFeature
 from pvclock.providers.kvm.profiles import Profile
+from pvclock.quantities import U32_MASK
 
 __all__ = ["Call", "Hypercalls", "read_call"]
 
@@ -31,8 +32,6 @@ KVM_EPERM: Final = 1
 KVM_CLOCK_PAIRING_WALLCLOCK: Final = 0
 ICR_DESTINATION: Final = 0x800 | 0xC0000
 """Destination mode and shorthand, which must be 0: the bitmaps are the destination."""
-
-U32_MASK: Final = (1 << 32) - 1
 
 
 class Call(NamedTuple):
