@@ -41,6 +41,7 @@ def commit(
     change: Callable[[_Returned], tuple[_State, Iterable[object]]],
     take: Callable[[_State], object],
     events: _Log | None = None,
+    told: Callable[[_State], object] | None = None,
 ) -> None: ...
 def attempt(
     begin: Callable[[], object], undo: Callable[[], object], operation: Callable[[Callable[[], None]], _Result]

@@ -141,13 +141,13 @@ cdef class Turn:
             self._is_mine = self._turns._taken = False
 
 
-def commit(publish: object, change: object, take: object, events: object = None) -> None:
+def commit(publish: object, change: object, take: object, events: object = None, told: object = None) -> None:
     """Publish, compute the new state, install and record it, as one step that no interrupt splits.
 
     `publish()` returns the host TSC from which the change takes effect; it may raise only before anything has changed.
     `change(tsc)` returns the new state and the events, `take(state)` installs the state, and `events.record(event)`
-    runs for each event.  An interrupt is raised when all is done; the call that it broke off is repeated, so `change`
-    must be pure and `take` idempotent.
+    runs for each event.  `told(state)`, if given, runs when all is installed and recorded.  An interrupt is raised
+    when all is done; the call that it broke off is repeated, so `change` must be pure, `take` and `told` idempotent.
     """
     cdef list interrupts = []
     tsc = publish()
@@ -155,6 +155,8 @@ def commit(publish: object, change: object, take: object, events: object = None)
     to_the_end(take, state, interrupts)
     for event in recorded:
         record_once(events, event, interrupts)
+    if told is not None:
+        to_the_end(told, state, interrupts)
     if interrupts:
         raise interrupts[0]
 

@@ -74,7 +74,9 @@ class TimeState(NamedTuple):
         return self.timeline.rate if self.timeline.is_running else Fraction(0)
 
 
-Change: TypeAlias = Callable[[HostTsc], tuple[TimeState, tuple[Event, ...]]]
+Take: TypeAlias = Callable[[TimeState], object]
+ChangeFrom: TypeAlias = Callable[[T], tuple[TimeState, tuple[Event, ...]]]
+Change: TypeAlias = ChangeFrom[HostTsc]
 """Called with the host TSC of the change; returns the new state and the events to record.
 
 Runs past the point where anything can fail, and sets what else changes with time.  Idempotent: an interrupt may cause a
@@ -313,26 +315,33 @@ class Timekeeper:
         """Change time as of now without publishing.  tsc_stepped: the host TSC was renumbered; drop the history."""
         now = self.host_tsc()
         take = self._take_and_forget if tsc_stepped else self.take
-        commit(partial(self.pages.move, *moved), lambda _: change(now), take, self.events)
+        self.commit(partial(self.pages.move, *moved), lambda _: change(now), take)
 
     def stop(self, change: Change) -> None:
         """Stop time at the very instant at which readers in this process see it stop, so that they see no step."""
-        commit(self.pages.stop, change, self._take_stopped, self.events)
+        self.commit(self.pages.stop, change, self._take_stopped)
 
     def restore_paused(self, state: TimeState, events: tuple[Event, ...]) -> None:
         """Take the paused `state` of a saved clock, whose guest may have read any time up to it."""
         tsc = state.timeline.begin_tsc
         stopped_ns = state.timeline.at(tsc).__floor__() & U64_MASK
         self._was_shown_before = True
-        commit(partial(self.pages.stand_still, tsc, stopped_ns), lambda _: (state, events), self.take, self.events)
-        self.forget_past()
+        self.commit(partial(self.pages.stand_still, tsc, stopped_ns), lambda _: (state, events), self._take_and_forget)
+
+    def commit(self, publish: Callable[[], T], change: ChangeFrom[T], take: Take | None = None) -> None:
+        """Publish, take `change`'s state and record its events as one step; then tell the provider, if time changed."""
+        before = self.state
+        commit(publish, change, take or self.take, self.events, lambda state: self._tell(before, state))
+
+    def _tell(self, before: TimeState, state: TimeState) -> None:
+        if state is not before:
+            self.time_changed(state.paused_at is not None)
 
     def take(self, state: TimeState) -> None:
         """Make `state` the present one; idempotent."""
         if state.timeline.begin_tsc != self.state.timeline.begin_tsc:
             self._history.add(self.state.timeline)
         self.state = state
-        self.time_changed(state.paused_at is not None)
 
     def forget_past(self) -> None:
         """Drop the past segments: after a host TSC step, its old values no longer identify instants."""
@@ -447,7 +456,7 @@ class Timekeeper:
         if change is _unchanged:
             publish()
         else:
-            commit(publish, change, self.take, self.events)
+            self.commit(publish, change)
         self._shown_flags = flags & ~GUEST_STOPPED
 
 

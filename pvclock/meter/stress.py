@@ -12,7 +12,6 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from pvclock._stress import republish_in_turn
-from pvclock._transaction import commit
 from pvclock.arguments import fraction, instance, number, sequence, whole
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.clock.timekeeper import TimeState
@@ -111,7 +110,7 @@ def republish(
             return TimeState(carried, line, rates[last][2]), ()
 
         publish = partial(republish_in_turn, keeper.pages, keeper.state.line, rates, publishes, max_ticks)
-        keeper.publish_while_vcpus_run(None, partial(commit, publish, change, keeper.take, keeper.events))
+        keeper.publish_while_vcpus_run(None, partial(keeper.commit, publish, change))
     return reports[-1]
 
 

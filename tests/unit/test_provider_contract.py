@@ -8,7 +8,7 @@ from typing import Final, get_type_hints
 
 import pytest
 
-from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, MsrFault, SimulatedBackend, StateFileError
+from pvclock import ConfigError, CpuidLeaf, Gpa, GuestClock, GuestMemory, MsrFault, SimulatedBackend, StateFileError
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import registry
 from pvclock.providers.hypercall_instructions import VMCALL, VMMCALL
@@ -301,6 +301,22 @@ def test_changes_of_guest_time_are_told(listening: tuple[GuestClock, SimulatedBa
     restored = GuestClock.restore(clock.save(), clock.memory, backend=backend).interface.provider
     assert isinstance(restored, Listener)
     assert set(restored.take()) == {stands}
+
+
+@pytest.mark.row("E9", "E11")
+def test_a_change_is_recorded_before_it_is_told(listening: tuple[GuestClock, SimulatedBackend, Listener]) -> None:
+    """When a provider hears of a change its event is in the log and time is the new one; a page alone is no change."""
+    clock, _, _ = listening
+    heard: list[tuple[int, bool]] = []
+    clock._keeper.time_changed = lambda is_paused: heard.append((clock.events.last, clock.is_paused is is_paused))
+    for change in (lambda: clock.dilate(3, 2), lambda: clock.skip(5), clock.pause, clock.resume):
+        heard.clear()
+        change()
+        assert heard[-1] == (clock.events.last, True)
+        assert {agrees for _, agrees in heard} == {True}
+    heard.clear()
+    clock._guest.place_time_page(0, Gpa(0x3000))
+    assert heard == []
 
 
 @pytest.mark.row("K-28", "K-34")
