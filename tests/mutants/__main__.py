@@ -1,0 +1,128 @@
+"""Run the mutants: `python -m tests.mutants [NAME ...]`, where a name is a row or a mutant; all without one.
+
+The exit status is 1 where there are findings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tests.mutants import campaign
+from tests.mutants.mutant import ROOT, Mutant, load
+
+UNIT_TESTS = ("tests/unit", "tests/model")
+ALL_TESTS = ("tests/unit", "tests/model", "tests/stress", "tests/kvm", "tests/qemu")
+
+
+def main() -> int:
+    """Run what the arguments say; return the exit status."""
+    arguments = parser().parse_args()
+    mutants = chosen(arguments)
+    log = arguments.log
+    log.parent.mkdir(parents=True, exist_ok=True)
+    known = {} if arguments.afresh or arguments.find else campaign.logged(log)
+    results = [known[mutant.name] for mutant in mutants if mutant.name in known]
+    missing = [mutant for mutant in mutants if mutant.name not in known]
+    begun = time.monotonic()
+    results += run(missing, arguments, log)
+    show(mutants, results, time.monotonic() - begun, as_json=arguments.json)
+    return int(any(result.is_finding for result in results))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    it = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    it.add_argument("names", nargs="*", metavar="NAME", help="a row (K-10) or one mutant (K-10.2)")
+    it.add_argument("--sample", type=int, metavar="N", help="N of those that die in unit tests without a build")
+    it.add_argument("--find", choices=("unit", "all"), help="run all tests that name the row, and say which notice")
+    it.add_argument("--afresh", action="store_true", help="do not go on from the log")
+    it.add_argument("--log", type=Path, default=ROOT / "build" / "mutants.jsonl", help="default: build/mutants.jsonl")
+    it.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="copies at work at once; default: one a CPU")
+    it.add_argument("--json", action="store_true", help="print the results as JSON lines")
+    return it
+
+
+def chosen(arguments: argparse.Namespace) -> list[Mutant]:
+    """Return the mutants that the arguments name."""
+    mutants = load()
+    names = set(arguments.names)
+    if unknown := names - {mutant.name for mutant in mutants} - {mutant.row for mutant in mutants}:
+        sys.exit(f"no such row or mutant: {', '.join(sorted(unknown))}")
+    if names:
+        mutants = [mutant for mutant in mutants if mutant.name in names or mutant.row in names]
+    if arguments.sample is not None:
+        quick = [mutant for mutant in mutants if not (mutant.is_compiled or mutant.needs_machine)]
+        mutants = random.Random(commit()).sample(quick, min(arguments.sample, len(quick)))  # noqa: S311 - no secret
+    return mutants
+
+
+def commit() -> str:
+    """Return what chooses a sample: the commit's hash; where there is no git, always the same."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return git.stdout.strip() if git.returncode == 0 else hashlib.sha256(b"pvclock").hexdigest()
+
+
+def run(mutants: list[Mutant], arguments: argparse.Namespace, log: Path) -> list[campaign.Result]:
+    """Run mutants with progress on standard error, each result going to the log at once."""
+    tests = {"unit": UNIT_TESTS, "all": ALL_TESTS, None: ()}[arguments.find]
+    tree = campaign.tree_hash()
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with (
+        tempfile.TemporaryDirectory(prefix="pvclock-mutants-") as work,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        log.open("a", encoding="utf-8") as file,
+    ):
+        bar = progress.add_task("mutants", total=len(mutants))
+        of_each = campaign.run(
+            mutants,
+            Path(work),
+            arguments=lambda mutant: list(tests) or ["-x", *(f"tests/{test}" for test in mutant.dies_in)],
+            jobs=arguments.jobs,
+            report=lambda what: progress.update(bar, description=what),
+        )
+        for result in of_each:
+            results.append(result)
+            if not arguments.find:
+                print(json.dumps({"tree": tree, "result": result}), file=file, flush=True)
+            progress.update(bar, advance=1, description=f"{result.mutant} {result.verdict}")
+            if result.is_finding or arguments.find:
+                told = "\n  ".join((result.why, *result.noticed_by))
+                progress.console.print(f"{result.mutant}: {result.verdict}. {told}", soft_wrap=True, highlight=False)
+    return results
+
+
+def show(mutants: list[Mutant], results: list[campaign.Result], seconds: float, *, as_json: bool) -> None:
+    """Print the count of mutants and findings by row, and in all."""
+    if as_json:
+        print(*(json.dumps(result._asdict()) for result in results), sep="\n")
+        return
+    rows = {mutant.name: mutant.row for mutant in mutants}
+    verdicts: dict[str, Counter[str]] = defaultdict(Counter)
+    for result in results:
+        verdicts[rows[result.mutant]][result.verdict] += 1
+    table = Table("row", "mutants", "died", "findings")
+    for row, count in verdicts.items():
+        others = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if verdict != campaign.DIED)
+        table.add_row(row, str(count.total()), str(count[campaign.DIED]), others)
+    Console().print(table)
+    died = sum(count[campaign.DIED] for count in verdicts.values())
+    print(f"{died} of {len(results)} mutants of {len(verdicts)} rows died; {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Mutants: one deliberate mistake each, as data, with the tests that must notice it.
+
+They stand in the *.toml files beside this one, a file for each source of rows.  A table of tables has a row's name:
+
+    [[K-10]]
+    breaks = "a page goes on being updated after bit 0 was cleared"
+    file = "pvclock/providers/kvm/kvmclock.py"
+    text = 'if not value & 1:'
+    replacement = 'if False:'
+    dies_in = ["unit/test_kvm_provider.py::test_clearing_bit_0_ends_updates"]
+
+`text` stands in `file` exactly once; the tests name the row.  How a compiled file is mutated: schemata.py.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FIELDS = {"breaks", "file", "text", "replacement", "dies_in"}
+COMPILED = {".pyx", ".h", ".s"}
+
+
+class BadMutant(ValueError):
+    """The data do not describe a mutant of this tree."""
+
+
+class Mutant(NamedTuple):
+    """One mistake, and the row that forbids it."""
+
+    name: str
+    """The row and a number: K-10.2."""
+    row: str
+    breaks: str
+    """What a guest or VMM would meet with."""
+    file: str
+    text: str
+    replacement: str
+    dies_in: tuple[str, ...]
+    """Node ids below tests/, without parameters."""
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether its file needs a compiler."""
+        return Path(self.file).suffix in COMPILED
+
+    @property
+    def needs_machine(self) -> bool:
+        """Whether it dies on real vCPUs or under load, and so runs with no other beside it."""
+        return not all(test.startswith(("unit/", "model/")) for test in self.dies_in)
+
+    def applied(self, source: str) -> str:
+        """Return its file's source with the mistake in it.
+
+        Raises:
+            BadMutant: its text is not there, or more than once.
+        """
+        begin = self.begin(source)
+        return source[:begin] + self.replacement + source[begin + len(self.text) :]
+
+    def begin(self, source: str) -> int:
+        """Return where its text is in its file's source; errors as applied()."""
+        if (count := source.count(self.text)) != 1:
+            raise BadMutant(f"{self.name}: its text is {count} times in {self.file}, not once")
+        return source.index(self.text)
+
+
+def load(folder: Path = HERE) -> list[Mutant]:
+    """Return the mutants of a folder's files, in their order.
+
+    Raises:
+        BadMutant: a table lacks a field or has an unknown one, or changes nothing.
+    """
+    return [mutant for file in sorted(folder.glob("*.toml")) for mutant in of_file(file)]
+
+
+def of_file(file: Path) -> Iterator[Mutant]:
+    """Give the mutants of one file; errors as load()."""
+    for row, tables in tomllib.loads(file.read_text(encoding="utf-8")).items():
+        for number, table in enumerate(tables, start=1):
+            name = f"{row}.{number}"
+            if table.keys() != FIELDS:
+                raise BadMutant(f"{file.name}: {name} has {sorted(table)}, not {sorted(FIELDS)}")
+            if table["text"] == table["replacement"] or not all("::" in test for test in table["dies_in"] or [""]):
+                raise BadMutant(f"{file.name}: {name} changes nothing, or names no test that is to notice it")
+            yield Mutant(name, row, **table | {"dies_in": tuple(table["dies_in"])})
