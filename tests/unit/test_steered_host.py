@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import count
 from typing import Final, cast
 
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, TscOffsetNotHonoured, read_tsc
+from pvclock.host.this_host import measure_tsc_hz
 from pvclock.kvm import Runner, Vcpu
 from pvclock.kvm.backend import SteeredTscBackend
 from pvclock.timekeeping.events import EventKind
@@ -16,18 +18,24 @@ from tests import oracle
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME
 from tests.unit.test_interrupted_operations import interrupted
 
-HZ: Final = 2_596_132_000
-HOUR: Final = 3600 * HZ
+HOUR: Final = 3600 * 10**9
+"""At any TSC frequency longer than these tests take."""
+
+
+@cache
+def this_hosts_tsc_khz() -> int:
+    """Measure it, once."""
+    return measure_tsc_hz() // 1000
 
 
 class KeepingVcpu:
-    """Takes TSC offsets as KVM does."""
+    """Takes TSC offsets as KVM does, for a guest that reads this host's TSC."""
 
     offset = 0
 
     def get_tsc_khz(self) -> int:
-        """The nominal rate."""
-        return HZ // 1000
+        """The rate of this host's TSC: pages at another one would soon be ahead of it."""
+        return this_hosts_tsc_khz()
 
     def set_tsc_offset(self, offset: int) -> None:
         """Keep it."""
