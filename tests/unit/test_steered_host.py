@@ -18,7 +18,7 @@ from tests import oracle
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME
 from tests.unit.test_interrupted_operations import interrupted
 
-HOUR: Final = 3600 * 10**9
+FAR_TICKS: Final = 3600 * 10**9
 """At any TSC frequency longer than these tests take."""
 
 
@@ -60,8 +60,8 @@ class Vm:
             self.clock.write_msr(vcpu, SYSTEM_TIME, PAGES[vcpu] | 1)
 
     def put_forward(self, vcpu: int = 0) -> None:
-        """Put a vCPU's TSC forward by an hour."""
-        self.clock.host_write_msr(vcpu, 0x10, (self.clock.guest_tsc(vcpu, self.now) + HOUR) % 2**64)
+        """Put a vCPU's TSC far forward."""
+        self.clock.host_write_msr(vcpu, 0x10, (self.clock.guest_tsc(vcpu, self.now) + FAR_TICKS) % 2**64)
 
     @property
     def now(self) -> HostTsc:
@@ -85,7 +85,7 @@ def put_forward(vm: Vm) -> None:
 
 def guest_puts_forward(vm: Vm) -> None:
     """By the guest, whose IA32_TSC_ADJUST moves along."""
-    vm.clock.write_msr(0, 0x3B, (vm.clock.read_msr(0, 0x3B) + HOUR) % 2**64)
+    vm.clock.write_msr(0, 0x3B, (vm.clock.read_msr(0, 0x3B) + FAR_TICKS) % 2**64)
 
 
 def repair(vm: Vm) -> None:
@@ -107,7 +107,7 @@ def test_an_interrupted_write_is_with_kvm_and_in_pages_or_with_neither(operate: 
         told = [event for event in vm.clock.events.read(events).events if event.kind == EventKind.TSC]
         assert len(told) == (after != before)
         adjust = vm.clock.read_msr(0, 0x3B)
-        assert adjust == (HOUR if after != before and operate is guest_puts_forward else 0)
+        assert adjust == (FAR_TICKS if after != before and operate is guest_puts_forward else 0)
         stayed += any("stays" in event.why for event in told)
         if not was_interrupted:
             break
@@ -138,7 +138,7 @@ def test_a_write_that_one_vcpu_refuses_is_given_to_none() -> None:
     vm.put_forward(1)
     before, by_kvm = vm.offsets(), [vcpu.offset for vcpu in vm.vcpus]
     with pytest.raises(TscOffsetNotHonoured, match="forward only"):
-        GuestClock(vm.memory, 2, backend=vm.backend, vcpu_host="kvm", tsc_offset=HOUR // 2)
+        GuestClock(vm.memory, 2, backend=vm.backend, vcpu_host="kvm", tsc_offset=FAR_TICKS // 2)
     vm.clock.refresh()
     assert vm.offsets() == before
     assert [vcpu.offset for vcpu in vm.vcpus] == by_kvm
