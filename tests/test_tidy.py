@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.vacuous import TESTS, comes_to_an_assert, every_test, is_true_by_form
+
 pytestmark = pytest.mark.row("style")
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,9 @@ MAY_COMPARE_HALVES = {
     "pvclock/tsc/agreement.py": "a spread round the circle, which is not a difference of two",
     "pvclock/kvm/backend.py": "may an offset grow by that, which is never negative?",
 }
+
+# A sentence's words by their place: the test fails when the sentence is improved, and not when the fact in it is wrong.
+PICKED_WORD = re.compile(r"\b(why|message|str\(\w+\)|stderr|stdout)\b[^\n]*\.split\(\)\[")
 
 CYTHON_DOCSTRING = re.compile(r'^\s*""".*?"""\n', re.MULTILINE | re.DOTALL)
 CYTHON_CLASS_BODY = re.compile(r"^(?:cdef )?class (\w+)[^\n]*\n((?:[ \t]+[^\n]*\n|\n)*)", re.MULTILINE)
@@ -210,3 +215,54 @@ def test_a_signed_difference_is_signed64() -> None:
         if SIGNED_DIFFERENCE.search(line)
     ]
     assert not found
+
+
+def test_every_test_comes_to_an_assert() -> None:
+    """In no test do all asserts stand in branches or in loops that may have no turn."""
+    found = list(every_test())
+    assert len(found) > 1000
+    vacuous = [where for where, node in found if not comes_to_an_assert(node.body, {it.arg for it in node.args.args})]
+    assert vacuous == []
+
+
+def test_nothing_is_compared_with_itself() -> None:
+    """No assert is true by its form: of a constant, or of the same expression on both sides."""
+    found = [
+        f"{where}: {ast.unparse(each)}"
+        for where, node in every_test()
+        for each in ast.walk(node)
+        if isinstance(each, ast.Assert) and is_true_by_form(each.test)
+    ]
+    assert found == []
+
+
+def test_no_word_is_picked_out_of_a_sentence() -> None:
+    """What a message has to say is looked for by what it is, not by where it stands."""
+    found = [
+        f"{file.relative_to(TESTS)}:{number}: {line.strip()}"
+        for file in sorted(TESTS.rglob("*.py"))
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        if PICKED_WORD.search(line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("body", "sure"),
+    [
+        ("assert x", True),
+        ("with pytest.raises(ValueError):\n    f()", True),
+        ("for each in (1, 2):\n    assert each", True),
+        ("for each in given:\n    assert each", True),
+        ("for each in f():\n    assert each", False),
+        ("for each in [it for it in given if it]:\n    assert each", False),
+        ("for each in ():\n    assert each", False),
+        ("if x:\n    assert x", False),
+        ("if x:\n    assert x\nelse:\n    assert y", True),
+        ("try:\n    f()\nexcept ValueError:\n    assert x", False),
+        ("f()", False),
+    ],
+)
+def test_what_is_vacuous(body: str, *, sure: bool) -> None:
+    """The checks above tell tests that can fail from those that may not."""
+    assert comes_to_an_assert(ast.parse(body).body, {"given"}) is sure

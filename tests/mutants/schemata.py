@@ -55,24 +55,29 @@ def groups(mutants: list[Mutant], root: Path) -> list[list[Mutant]]:
     Raises:
         BadMutant: one does not apply.
     """
-    builds: list[tuple[list[Mutant], list[tuple[str, range]]]] = []
+    builds: list[list[Mutant]] = []
+    spans = {mutant.name: span(mutant, root) for mutant in mutants}
     for mutant in mutants:
-        begin = mutant.begin((root / mutant.file).read_text(encoding="utf-8"))
-        span = range(begin, begin + len(mutant.text))
-        for build, spans in builds:
-            if mutant.file.endswith(".h") or not any(overlap(span, it) for file, it in spans if file == mutant.file):
+        for build in builds:
+            if not any(overlap(mutant, other, spans) for other in build):
+                build.append(mutant)
                 break
         else:
-            build, spans = [], []
-            builds.append((build, spans))
-        build.append(mutant)
-        spans.append((mutant.file, span))
-    return [build for build, _ in builds]
+            builds.append([mutant])
+    return builds
 
 
-def overlap(one: range, other: range) -> bool:
-    """Whether two spans have a place in common."""
-    return one.start < other.stop and other.start < one.stop
+def span(mutant: Mutant, root: Path) -> range:
+    """Return where a mutant's text is in its file; errors as groups()."""
+    begin = mutant.begin((root / mutant.file).read_text(encoding="utf-8"))
+    return range(begin, begin + len(mutant.text))
+
+
+def overlap(one: Mutant, other: Mutant, spans: dict[str, range]) -> bool:
+    """Whether two mutants stand in each other's way: a C function is compiled anew for each."""
+    here, there = spans[one.name], spans[other.name]
+    common = here.start < there.stop and there.start < here.stop
+    return common and one.file == other.file and not one.file.endswith(".h")
 
 
 def write(root: Path, chosen: dict[int, Mutant]) -> None:
