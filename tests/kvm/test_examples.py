@@ -59,7 +59,7 @@ def assembled(source: str, folder: Path) -> bytes:
     return image.read_bytes()
 
 
-@pytest.mark.row("K-10", "K-12", "P-08")
+@pytest.mark.row("K-10", "K-12")
 def test_the_guest_reads_what_the_clock_says(tsc_offsets: TscOffsets) -> None:
     """Each reading is within 4 ns of the timeline at its TSC, none goes back, and the pause is left out."""
     printed = run("import runpy; runpy.run_path('examples/vmm.py', run_name='__main__')")

@@ -78,7 +78,7 @@ def test_dilation_at_run_time() -> None:
             assert clock.at(end) - guest_begin == host_ns * Fraction(*dilation)
 
 
-@pytest.mark.row("P-10", "P-09", "E1")
+@pytest.mark.row("P-09", "E1")
 def test_steps_forward() -> None:
     """A skip and an offset show in the guest's readings at once, whole, as its largest gap."""
     with reading_guest() as (machine, clock):

@@ -197,7 +197,7 @@ def test_a_value_after_an_offset(tsc_offsets: TscOffsets) -> None:
         assert write.is_matched == (not (6, 7) <= linux_version() < (6, 15))
 
 
-@pytest.mark.row("P-21", "E5")
+@pytest.mark.row("E5")
 def test_frequencies(tsc_offsets: TscOffsets) -> None:
     """KVM takes and keeps the frequencies that the model says it does: the host's, one near it, half and twice it."""
     with a_pair(tsc_offsets) as pair:

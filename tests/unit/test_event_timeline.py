@@ -74,7 +74,7 @@ def test_each_operation_can_be_rebuilt(name: str) -> None:
     assert compare(twin.clock, HostTsc(twin.backend.tsc), random.Random(name))  # noqa: S311  # no secret
 
 
-@pytest.mark.row("E15", "P-10")
+@pytest.mark.row("E15")
 def test_the_time_since_the_last_event() -> None:
     """A line goes on as its event says, whatever the TSC does after; at a step it is the time after it."""
     clock, backend, _ = a_clock(HZ)
@@ -167,7 +167,7 @@ def test_what_is_no_log() -> None:
 # The lines
 
 
-@pytest.mark.row("E15", "P-10")
+@pytest.mark.row("E15")
 @pytest.mark.parametrize(
     "words", ["freeze", "advance:max_ns=5", "slew:max_ppm=500", "slew:max_ppm=700,max_ns=9", "virtualbox"]
 )

@@ -100,7 +100,7 @@ def test_an_interrupted_resume_moves_the_line_once() -> None:
     assert moved <= {0, 1}
 
 
-@pytest.mark.row("P-17", "E9")
+@pytest.mark.row("E9")
 def test_an_interrupted_resume_gives_every_vcpu_its_saved_tsc() -> None:
     """Tried again at once after a restore, resume() gives each vCPU its saved TSC, on the host and in pages."""
     at = 0

@@ -244,7 +244,7 @@ def test_each_max_ppm_that_is_taken_can_be_saved(max_ppm: float) -> None:
 # On a host without TSC offsets
 
 
-@pytest.mark.row("J-07", "J-06", "P-17")
+@pytest.mark.row("J-07", "J-06")
 def test_adjust_and_aux_survive_a_restore_on_a_host_without_offsets() -> None:
     """Neither needs an offset: both read as saved, before resume() and after it, and are saved again."""
     clock, _, memory = a_vm()

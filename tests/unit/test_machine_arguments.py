@@ -63,7 +63,7 @@ def test_a_wrong_argument_is_named_with_what_is_wanted(
         Machine(**({"image": IMAGE} | arguments))
 
 
-@pytest.mark.row("P-08")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("profile", ["palacios", "sundial"])
 def test_where_palacios_time_is(profile: str) -> None:
     """An unknown profile's error says which there are, and where Palacios' time is instead."""

@@ -186,7 +186,7 @@ def test_a_clock_that_was_paused_before_it_had_a_page() -> None:
     assert clock.read(0) == clock.now() == NS_PER_S
 
 
-@pytest.mark.row("K-13", "E9", "P-17")
+@pytest.mark.row("K-13", "E9")
 @pytest.mark.parametrize("tsc", ["stops", "restarts", "restarts, continued"])
 @pytest.mark.parametrize("is_restored", [False, True])
 def test_a_tsc_that_restarts_leaves_the_reading_of_a_pause(

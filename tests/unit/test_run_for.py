@@ -12,7 +12,7 @@ import pytest
 from pvclock import GuestClock, GuestMemory, HostTsc, RangeError, SimulatedBackend, StateError
 from pvclock.readings import RunReport
 from pvclock.timekeeping.events import EventKind
-from tests.unit.clocks import NS_PER_S, SYSTEM_TIME
+from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, a_clock, shown
 
 HZ: Final = 2_600_000_000
 YEAR_NS: Final = 365 * 86400 * NS_PER_S
@@ -45,7 +45,7 @@ def a_vm() -> tuple[GuestClock, Interrupted]:
 # How far
 
 
-@pytest.mark.row("E9", "E13")
+@pytest.mark.row("P-22", "E9", "E13")
 @pytest.mark.parametrize("ns", [1, NS_PER_S, YEAR_NS, 50 * YEAR_NS])
 def test_it_returns_at_that_time_or_less_than_a_tick_later(ns: int) -> None:
     """50 years at 2.6 GHz are 4.1x10^18 ticks, below 2^62."""
@@ -55,6 +55,36 @@ def test_it_returns_at_that_time_or_less_than_a_tick_later(ns: int) -> None:
     assert report.ran_ns - report.overshoot_ns == ns
     assert clock.now() == ns
     assert clock.is_paused
+
+
+@pytest.mark.row("P-22", "E12")
+@pytest.mark.parametrize("dilation", [Fraction(1, 10), Fraction(1), Fraction(10)])
+def test_a_run_is_of_guest_time_and_ends_paused(dilation: Fraction) -> None:
+    """Each vCPU reads 1 s more by its own page, however long that takes the host, and then time stands for all."""
+    clock, backend, memory = a_clock(HZ, vcpus=2)
+    clock.dilate(dilation.numerator, dilation.denominator)
+    backend.advance(ns=100)
+    clock.pause()
+    begin_ns, begin_tsc = clock.now(), backend.tsc
+    clock.run_for(NS_PER_S)
+    assert abs(Fraction(backend.tsc - begin_tsc, HZ) - 1 / dilation) < Fraction(2, HZ)
+    for vcpu in range(2):
+        assert abs(shown(memory, vcpu, backend.tsc) - begin_ns - NS_PER_S) <= 4
+    backend.advance(ns=NS_PER_S)
+    assert [abs(clock.read(vcpu) - begin_ns - NS_PER_S) <= 4 for vcpu in range(2)] == [True, True]
+    clock.resume("freeze")
+    assert abs(shown(memory, 1, backend.tsc) - begin_ns - NS_PER_S) <= 4
+
+
+@pytest.mark.row("P-22")
+def test_a_run_is_of_a_paused_vm() -> None:
+    """On a VM whose time is running it is refused, and that time goes on."""
+    clock, backend, memory = a_clock(HZ)
+    with pytest.raises(StateError, match=r"pause\(\)"):
+        clock.run_for(NS_PER_S)
+    assert (clock.is_paused, clock.now(), backend.tsc) == (False, 0, 0)
+    backend.advance(ns=NS_PER_S)
+    assert abs(shown(memory, 0, backend.tsc) - NS_PER_S) <= 1
 
 
 @pytest.mark.row("E9", "E13")
@@ -221,7 +251,7 @@ def test_a_backend_that_returns_early_for_ever_is_an_error() -> None:
 # What was missed before
 
 
-@pytest.mark.row("E1", "E9")
+@pytest.mark.row("P-22", "E1", "E9")
 @pytest.mark.parametrize(
     ("policy", "gain_s"), [("freeze", 0), ("advance", 100), ("advance:max_ns=7000000000", 7), (None, 100)]
 )

@@ -210,6 +210,21 @@ def test_a_million_anchors() -> None:
     assert before - 4 <= shown_ns <= clock.at(HostTsc(clock.backend.counter.read())) + 4
 
 
+@pytest.mark.row("P-10", "E1")
+@pytest.mark.parametrize(("policy", "gain_ns"), [("freeze", 0), ("advance", 5 * NS_PER_S)])
+def test_a_pause_can_be_hidden_from_the_guest(policy: str, gain_ns: int) -> None:
+    """By its own page each vCPU reads on from where it stood, or from there and all that passed, as the VMM says."""
+    clock, backend, memory = a_clock(2_596_132_000, vcpus=2)
+    backend.advance(ns=3 * NS_PER_S)
+    clock.pause()
+    backend.advance(ns=5 * NS_PER_S)
+    clock.resume(policy)
+    for passed_ns in (0, NS_PER_S):
+        backend.advance(ns=passed_ns)
+        for vcpu in range(2):
+            assert abs(shown(memory, vcpu, backend.tsc) - 3 * NS_PER_S - gain_ns - passed_ns) <= 2
+
+
 @pytest.mark.row("E2", "P-14")
 @pytest.mark.parametrize("interval_ns", [10**6, 10**8, 2 * 10**9])
 @pytest.mark.parametrize("target_ns", [10**9, 10**5, -(10**8)])

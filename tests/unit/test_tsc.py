@@ -92,7 +92,7 @@ def a_clock(**options: object) -> tuple[GuestClock, SimulatedBackend]:
     return clock, backend
 
 
-@pytest.mark.row("J-03", "J-04")
+@pytest.mark.row("P-17", "J-03", "J-04")
 def test_the_clock_serves_both_msrs() -> None:
     """Guest writes of 0x10 and 0x3b move that vCPU's TSC, its offset on the host and the other MSR."""
     clock, backend = a_clock()

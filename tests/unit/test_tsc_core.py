@@ -156,7 +156,7 @@ def test_each_core_has_its_own(states: list[tuple[int, int, int, int]], now: int
 # Deadlines
 
 
-@pytest.mark.row("P-03")
+@pytest.mark.row("E13")
 @given(tsc=scaled_tscs(), host_tsc=st.integers(0, 2**60), ahead=st.integers(0, 2**60))
 def test_ns_until_a_deadline(tsc: VcpuTsc, host_tsc: int, ahead: int) -> None:
     """At the host tick that the answer names, the guest reads the deadline or more; one tick before, it does not."""
@@ -172,7 +172,7 @@ def test_ns_until_a_deadline(tsc: VcpuTsc, host_tsc: int, ahead: int) -> None:
         assert tsc.read(HostTsc(int(at) - 1)) < deadline
 
 
-@pytest.mark.row("P-03")
+@pytest.mark.row("E13")
 @given(offset=U64, now=U64, deadline=U64, khz=KHZ, advance_ns=st.integers(0, 10_000))
 def test_linuxs_deadline(offset: int, now: int, deadline: int, khz: int, advance_ns: int) -> None:
     """KVM's ns are the exact ones, rounded down, as long as 10^6 times the ticks fit in 64 bits; then they wrap."""
@@ -192,7 +192,7 @@ def test_linuxs_deadline(offset: int, now: int, deadline: int, khz: int, advance
             assert ns == max(0, int(exact) - advance_ns)
 
 
-@pytest.mark.row("P-03")
+@pytest.mark.row("E13")
 def test_a_far_deadline_comes_early_in_linux() -> None:
     """Two hours and 3 ms away at 2.5 GHz, KVM's software timer fires after 3 ms; an idle VMM's must not."""
     deadline = 2**64 // 10**6 + 1 + 7_500_000
@@ -233,7 +233,7 @@ def test_passthrough() -> None:
     assert "the guest's rate is 3/2" in scaled.warning
 
 
-@pytest.mark.row("P-16", "P-21")
+@pytest.mark.row("P-21", "E13")
 def test_what_cannot_be() -> None:
     """Numbers that do not fit, options that contradict each other and unknown profiles are errors that say so."""
     for option, value in (

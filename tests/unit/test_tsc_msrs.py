@@ -26,7 +26,7 @@ def a_vm(*, honours_tsc_offset: bool = True) -> tuple[GuestClock, SimulatedBacke
     return clock, backend
 
 
-@pytest.mark.row("P-17", "J-07")
+@pytest.mark.row("P-03", "P-17", "J-07")
 @pytest.mark.parametrize("value", [0, 1, 0xFFFF_FFFF])
 def test_a_guest_sets_its_tsc_aux(value: int) -> None:
     """32 bits, of its own vCPU alone; RDTSCP returns it, and it is saved and restored."""

@@ -301,7 +301,7 @@ def test_hosts_without_a_trusted_tsc() -> None:
     assert not vm.stable_possible
 
 
-@pytest.mark.row("P-21", "E5")
+@pytest.mark.row("E5")
 @pytest.mark.parametrize(
     ("frac_bits", "khz", "taken", "kept_khz"),
     [
