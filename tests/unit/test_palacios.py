@@ -1,5 +1,6 @@
 """Palacios' virtual time: each trap of the seed beside what is decided here, and the exact model."""
 
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -51,9 +52,9 @@ def test_t15_slaving_is_forced_on() -> None:
     seed, decided = started(UNSLAVED, seed=True), started(UNSLAVED)
     assert (seed.slaved, decided.slaved) == (True, False)
     for slaved in (seed, started()):
-        with pytest.raises(StateError, match="offset_time.*slaved.*none"):
+        with pytest.raises(StateError, match=r"offset_time.*slaved.*none"):
             slaved.offset_time(0, 5)
-        with pytest.raises(StateError, match="skip_time.*slaved.*none"):
+        with pytest.raises(StateError, match=r"skip_time.*slaved.*none"):
             slaved.skip_time(0, after(10))
         assert slaved.advance(0, after(10)) == 10
     decided.advance(0, after(40))
@@ -113,7 +114,7 @@ def test_frequencies_that_cannot_be() -> None:
         assert khz is None or f"{khz} kHz" in rates[core].why
         assert f"the host's {HOST_KHZ} kHz" in rates[core].why
     assert [rate.why for rate in rates[4:]] == ["", ""]
-    with pytest.raises(RangeError, match="host frequency is 0 kHz"):
+    with pytest.raises(RangeError, match="0 kHz"):
         PalaciosTime(0, [1])
 
 
@@ -148,9 +149,10 @@ def test_each_core_has_its_own_state() -> None:
     assert (time.cycles(0), time.guest_tsc(0), time.stamps(0)) == first
 
 
-def words(options: TimeOptions) -> list[str]:
-    """What was complained about."""
-    return [f"{severity}: {text}" for severity, text in options.complaints]
+def complain_of(options: TimeOptions, *patterns: str) -> bool:
+    """Is there a complaint for each of the patterns, in this order, and none else?"""
+    words = [f"{severity}: {text}" for severity, text in options.complaints]
+    return len(words) == len(patterns) and all(map(re.match, patterns, words))
 
 
 @pytest.mark.row("P-05")
@@ -178,44 +180,37 @@ def test_letters_are_of_any_case(source: str | None, tsc: str | None, written: C
 
 @pytest.mark.row("P-06")
 def test_options_that_are_not_legal() -> None:
-    """Each is ignored, and named in an error that says what is legal."""
-    ignored = "error: time dilation {} did not result in actual dilation"
+    """Each is ignored, and named in an error of its own."""
     unslaved = time_options("none", dilation=7)
     assert (unslaved.slaved, unslaved.dilation) == (False, Fraction(1))
-    assert words(unslaved) == [
-        "error: time dilation 7 is legal only when time is slaved to the host's",
-        ignored.format(7),
-    ]
+    assert complain_of(unslaved, r"error: .*dilation 7 .*slaved", "error: .*7 did not result in actual dilation")
     for dilation in (1, 0, -3):
-        assert words(time_options(dilation=dilation)) == [ignored.format(dilation)]
-        assert time_options(dilation=dilation).dilation == 1
+        ignored = time_options(dilation=dilation)
+        assert (ignored.slaved, ignored.dilation) == (True, Fraction(1))
+        assert complain_of(ignored, f"error: .*{dilation} did not result in actual dilation")
     passed = time_options("none", "host")
     assert (passed.slaved, passed.passthrough) == (False, False)
-    assert words(passed) == ["error: the host's TSC cannot be passed through: time is not slaved to the host's"]
+    assert complain_of(passed, "error: .*host's TSC .*not slaved")
     unknown = time_options("ntp", "fast")
     assert (unknown.slaved, unknown.passthrough) == (True, False)
-    assert words(unknown) == [
-        'error: time source \'ntp\' is unknown; use "host" or "none"',
-        'error: TSC mode \'fast\' is unknown; use "host" or "guest"',
-    ]
+    assert complain_of(unknown, "error: .*source 'ntp' is unknown", "error: .*mode 'fast' is unknown")
 
 
 @pytest.mark.row("P-06")
 def test_palacios_looks_at_the_wrong_variable() -> None:
     """Where it means the TSC mode it tests the source: a legal mode is unknown to it, and an unknown one passes."""
-    unknown = ['error: TSC mode \'guest\' is unknown; use "host" or "guest"']
-    assert words(time_options("host", "guest", palacios=True)) == unknown
-    assert words(time_options("host", "guest")) == []
-    assert not any("mode" in each for each in words(time_options("guest", "fast", palacios=True)))
+    assert complain_of(time_options("host", "guest", palacios=True), "error: .*mode 'guest' is unknown")
+    assert complain_of(time_options("host", "guest"))
+    assert complain_of(time_options("guest", "fast", palacios=True), "error: .*source 'guest' is unknown")
 
 
 @pytest.mark.row("P-06")
 def test_dilation_is_legal_only_when_slaved() -> None:
     """Later changes are refused, too, and leave everything as it was."""
     time = started(UNSLAVED)
-    with pytest.raises(ConfigError, match="dilation 1/2 of time that is not slaved"):
+    with pytest.raises(ConfigError, match=r"1/2.*not slaved"):
         time.follow(slaved=False, dilation=Fraction(1, 2))
-    with pytest.raises(RangeError, match="dilation is 0"):
+    with pytest.raises(RangeError, match=r"dilation.* 0"):
         time.follow(slaved=True, dilation=Fraction(0))
     passed = started(time_options(tsc="host"))
     with pytest.raises(ConfigError, match="passed through"):
@@ -228,11 +223,11 @@ def test_passthrough_and_dilation() -> None:
     """Asked for together, passthrough is cancelled with a warning, by the option and by a core's frequency."""
     options = time_options("host", "host", 2)
     assert (options.passthrough, options.dilation) == (False, Fraction(1, 2))
-    assert words(options) == ["warning: TSC passthrough cancelled: the guest's dilation is 1/2"]
+    assert complain_of(options, "warning: .*passthrough cancelled.* 1/2")
     slow = started(time_options(tsc="host"), khz=HOST_KHZ // 2)
     controls = slow.controls(0, after(4))
     assert (controls.passthrough, controls.traps_rdtsc) == (False, True)
-    assert "TSC passthrough cancelled: the guest's rate is 1/2" in controls.warning
+    assert re.search("passthrough cancelled.* 1/2", controls.warning)
 
 
 @pytest.mark.row("P-18")
@@ -255,7 +250,7 @@ def test_hardware_offset(ticks: int, value: int) -> None:
 def test_start(ticks: int) -> None:
     """A core begins with 0 cycles at whatever host TSC, and the host's uptime never counts, nor in the seed."""
     time = PalaciosTime(HOST_KHZ, [None, None], options=UNSLAVED)
-    with pytest.raises(StateError, match="enter of core 1: it is not started; it must be out"):
+    with pytest.raises(StateError, match=r"core 1.*not started"):
         time.enter(1, START)
     time.start(0, START)
     assert time.cycles(0) == 0
@@ -263,7 +258,7 @@ def test_start(ticks: int) -> None:
     time.start(0, after(ticks))
     assert time.advance(0, after(ticks)) == 0
     assert started(seed=True).advance(0, START) == 0
-    with pytest.raises(RangeError, match="core 2; this VM has cores 0 to 1"):
+    with pytest.raises(RangeError, match=r"core 2.*0 to 1"):
         time.start(2, START)
 
 
@@ -289,11 +284,11 @@ def test_time_that_was_seen_is_not_taken_back() -> None:
     time.offset_time(0, 100)
     time.offset_time(0, -40)
     assert time.cycles(0) == 60
-    with pytest.raises(RangeError, match=r"offset_time\(-61\) of core 0 at 60 cycles"):
+    with pytest.raises(RangeError, match=r"-61.*core 0.* 60 cycles"):
         time.offset_time(0, -61)
     time.enter(0, START)
     time.exit(0, after(5))
-    with pytest.raises(RangeError, match="not taken back"):
+    with pytest.raises(RangeError, match=r"-1.*core 0.* 65 cycles"):
         time.offset_time(0, -1)
     seed = started(seed=True)
     seed.follow(slaved=False)
@@ -309,10 +304,10 @@ def test_pause_and_restart(options: TimeOptions | None, is_seed: bool, before: i
     time = started(options, seed=is_seed)
     time.advance(0, after(before))
     time.pause(0, after(before))
-    with pytest.raises(StateError, match="advance of core 0: it is paused; it must be out or in"):
+    with pytest.raises(StateError, match=r"advance of core 0.*paused"):
         time.advance(0, after(before))
     time.restart(0, after(before + paused))
-    with pytest.raises(StateError, match="restart of core 0: it is out; it must be paused"):
+    with pytest.raises(StateError, match=r"restart of core 0.*paused"):
         time.restart(0, after(before + paused))
     assert time.advance(0, after(before + paused + later)) == before + later
 
@@ -340,15 +335,15 @@ def test_hypercalls() -> None:
 def test_runs_out_of_order() -> None:
     """exit() without enter(), enter() twice, and more cycles than fit between them are refused, and change nothing."""
     time = started(UNSLAVED)
-    with pytest.raises(StateError, match="exit of core 0: it is out; it must be in"):
+    with pytest.raises(StateError, match="exit of core 0: it is out"):
         time.exit(0, after(1))
     time.enter(0, after(1))
-    with pytest.raises(StateError, match="enter of core 0: it is in; it must be out"):
+    with pytest.raises(StateError, match="enter of core 0: it is in"):
         time.enter(0, after(2))
     for cycles in (-1, 10):
-        with pytest.raises(RangeError, match=f"core 0 executed {cycles} host cycles in 9; it can be 0 to 9"):
+        with pytest.raises(RangeError, match=f"core 0.* {cycles} .*0 to 9"):
             time.exit(0, after(10), cycles)
-    with pytest.raises(RangeError, match="host TSC went backwards or wrapped"):
+    with pytest.raises(RangeError, match=f"{after(1)}.*{START}"):
         time.exit(0, START)
     assert time.exit(0, after(10), 9) == 9
 
@@ -363,8 +358,7 @@ def test_time_is_advanced_at_each_of_its_points(slaved: bool) -> None:
     time = started(TimeOptions(slaved=slaved), khz=HOST_KHZ // 2)
     time.enter(0, after(100))
     seen = [time.cycles(0)]
-    for now in (140, 180):  # halted: not left yet
-        seen.append(time.advance(0, after(now)))
+    seen += [time.advance(0, after(now)) for now in (140, 180)]  # halted: not left yet
     seen.append(time.exit(0, after(200), None if slaved else 10))
     seen.append(time.advance(0, after(1000), None if slaved else 0))
     time.enter(0, after(1100))
