@@ -188,19 +188,19 @@ def in_a_run(backend: ExecutionTimeBackend) -> bool:
 def test_a_run_has_two_ends() -> None:
     """exit() without enter(), enter() or ran() in a run, and an untold run are refused, with what to do instead."""
     backend, host = unslaved()
-    with pytest.raises(StateError, match=r"exit: the guest is not in a run; enter\(\) first"):
+    with pytest.raises(StateError, match=r"exit: .*enter\(\)"):
         backend.exit()
     assert backend.enter() == 10**15
     assert in_a_run(backend)
-    with pytest.raises(StateError, match="enter: the guest is in a run since host TSC 1000000000000000; exit"):
+    with pytest.raises(StateError, match=r"enter: .* 1000000000000000.*exit\(\)"):
         backend.enter()
-    with pytest.raises(StateError, match=r"ran: the guest is in a run .*; exit\(\) first"):
+    with pytest.raises(StateError, match=r"ran: .*exit\(\)"):
         backend.ran(0)
     host.tsc = HostTsc(10**15 + 12)
     assert backend.exit() == 12
     assert not in_a_run(backend)
     for operation in (backend.exit, backend.enter):
-        with pytest.raises(StateError, match="a run of 12 host ticks is not counted yet"):
+        with pytest.raises(StateError, match="12 host ticks"):
             operation()
     backend.ran(12)
     assert backend.counter.read() == 12

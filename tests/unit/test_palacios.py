@@ -321,6 +321,17 @@ def test_the_host_catches_up_by_yielding() -> None:
     assert [time.ticks_to_yield(0, after(ticks)) for ticks in (101, 102, 10**6)] == [1, 0, 0]
 
 
+@pytest.mark.row("P-13", "P-14")
+@given(khz=KHZ, ahead=st.integers(1, 2**40), ticks=TICKS)
+def test_the_host_yields_no_longer_than_it_must(khz: int, ahead: int, ticks: int) -> None:
+    """After so many ticks the host's time, in guest cycles, is the guest's or later; one tick before it is not."""
+    time = started(UNSLAVED, khz=khz)
+    time.offset_time(0, ahead)
+    until = ticks + time.ticks_to_yield(0, after(ticks))
+    assert until * khz >= ahead * HOST_KHZ
+    assert until == ticks or (until - 1) * khz < ahead * HOST_KHZ
+
+
 @pytest.mark.row("P-20", "P-28")
 def test_hypercalls() -> None:
     """0xd000 gives the core's kHz and 0xd001 the host's TSC; the seed knows the first only, and close() leaves none."""

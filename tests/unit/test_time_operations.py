@@ -243,6 +243,28 @@ def test_a_slew_takes_the_time_that_it_must(target_ns: int, interval_ns: int) ->
     assert clock.events.last <= 8
 
 
+@pytest.mark.row("E2", "P-14")
+@pytest.mark.parametrize("target_ns", [200_000_000, -200_000_000])
+@pytest.mark.parametrize("dilation", [1, 10])
+def test_a_guest_is_skewed_by_a_tenth_of_each_interval_at_most(target_ns: int, dilation: int) -> None:
+    """By its own page it reads on within 10 % of what passed, whether long or short, until it has gained all of it."""
+    clock, backend, memory = a_clock(2_596_132_000)
+    clock.dilate(dilation)
+    begin, seen = clock.at(backend.tsc), shown(memory, 0, backend.tsc)
+    clock.slew(target_ns, 100_000)
+    passed_ns = 0
+    for interval_ns in [10**8, 1, 7 * 10**6, 10**6, 2 * 10**8] * 80:
+        backend.advance(ns=interval_ns)
+        passed_ns += dilation * interval_ns
+        clock.refresh()
+        now = shown(memory, 0, backend.tsc)
+        assert abs(now - seen - dilation * interval_ns) <= dilation * interval_ns / 10 + 4
+        seen = now
+    assert not clock.skew_ns
+    assert abs(seen - begin - passed_ns - target_ns) <= 4 + dilation
+    assert abs(clock.at(backend.tsc) - seen) <= 2
+
+
 @pytest.mark.row("E9")
 def test_a_slew_that_goes_on_after_a_pause_at_another_rate_is_an_event() -> None:
     """The last event's rate is the clock's own, though the policy of the resume slews nothing."""
