@@ -244,16 +244,17 @@ def test_a_slew_takes_the_time_that_it_must(target_ns: int, interval_ns: int) ->
 
 
 @pytest.mark.row("E2", "P-14")
-@pytest.mark.parametrize("target_ns", [200_000_000, -200_000_000])
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dilation", [1, 10])
-def test_a_guest_is_skewed_by_a_tenth_of_each_interval_at_most(target_ns: int, dilation: int) -> None:
+def test_a_guest_is_skewed_by_a_tenth_of_each_interval_at_most(sign: int, dilation: int) -> None:
     """By its own page it reads on within 10 % of what passed, whether long or short, until it has gained all of it."""
     clock, backend, memory = a_clock(2_596_132_000)
     clock.dilate(dilation)
     begin, seen = clock.at(backend.tsc), shown(memory, 0, backend.tsc)
+    target_ns = sign * dilation * 2 * NS_PER_S
     clock.slew(target_ns, 100_000)
     passed_ns = 0
-    for interval_ns in [10**8, 1, 7 * 10**6, 10**6, 2 * 10**8] * 80:
+    for interval_ns in [10**8, 1, 7 * 10**6, 10**6, 2 * 10**8] * 120:
         backend.advance(ns=interval_ns)
         passed_ns += dilation * interval_ns
         clock.refresh()
