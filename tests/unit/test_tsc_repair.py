@@ -172,7 +172,7 @@ def test_what_cannot_be() -> None:
         repair_plan([VcpuTsc()], adjust="drop")  # type: ignore[arg-type]
 
 
-@pytest.mark.row("E5", "J-09", "K-16")
+@pytest.mark.row("E5", "J-09", "K-16", "P-26")
 def test_repair_of_a_clock() -> None:
     """A clock that a bad restore left without STABLE has it again after the plan; its guest's time did not step."""
     backend = SimulatedBackend(2_596_132_000, tsc=10**12)
