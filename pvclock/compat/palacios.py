@@ -189,8 +189,7 @@ class PalaciosTime:
 
     def hypercall(self, core: int, number: int, host_tsc: HostTsc) -> int | None:
         """The hypercall's RBX: the core's kHz for 0xd000, the host TSC for 0xd001; None for any other number."""
-        self._core(core)
-        whole("host_tsc", host_tsc)
+        host_tsc = self._checked(self._core(core), host_tsc)
         if whole("number", number) not in self._hypercalls:
             return None
         return self.rates[core].khz if number == CPUFREQ_HYPERCALL else host_tsc
@@ -207,15 +206,15 @@ class PalaciosTime:
 
     def start(self, core: int, host_tsc: HostTsc) -> None:
         """Begin the core's time at 0 cycles; the host's uptime does not count."""
-        tsc, host_tsc = self._core(core).tsc, HostTsc(whole("host_tsc", host_tsc))
-        state = self._cores[core] = _Core()
+        tsc, state = self._core(core).tsc, _Core()
+        state.initial = state.stamp = self._checked(state, host_tsc)
         state.tsc, state.state = tsc, "out"
-        state.initial = state.stamp = host_tsc
+        self._cores[core] = state
 
     def enter(self, core: int, host_tsc: HostTsc) -> None:
         """The guest is about to execute.  Unslaved, this drops the time since the last advance()."""
         state = self._in_state(core, "enter", "out")
-        self._check(state, host_tsc)
+        host_tsc = self._checked(state, host_tsc)
         state.state, state.entered = "in", host_tsc
         if self.seed:
             return
@@ -252,7 +251,8 @@ class PalaciosTime:
         """
         state = self._in_state(core, "offset_time", "out", "in")
         self._refuse_if_slaved("offset_time")
-        after = state.cycles + whole("cycles", cycles)
+        cycles = whole("cycles", cycles)
+        after = state.cycles + cycles
         if self.seed:
             after %= U64_MASK + 1
         elif cycles < 0 and (after < 0 or state.entered is not None):
@@ -266,22 +266,20 @@ class PalaciosTime:
         """Drop the time since the last advance().  StateError while slaved."""
         state = self._in_state(core, "skip_time", "out", "in")
         self._refuse_if_slaved("skip_time")
-        self._check(state, host_tsc)
-        state.stamp = host_tsc
+        state.stamp = self._checked(state, host_tsc)
 
     def pause(self, core: int, host_tsc: HostTsc) -> None:
         """Stop the core's time, slaved or not; the core must be out of the guest."""
-        whole("host_tsc", host_tsc)
         state = self._in_state(core, "pause", "out")
         if self.slaved:
             self._advance(core, host_tsc, None)
-        state.state, state.paused = "paused", host_tsc
+        state.state, state.stamp = "paused", self._checked(state, host_tsc)
 
     def restart(self, core: int, host_tsc: HostTsc) -> None:
         """Continue the core's time from where pause() stopped it."""
         state = self._in_state(core, "restart", "paused")
-        self._check(state, host_tsc)
-        state.initial = HostTsc(state.initial + host_tsc - state.paused)
+        host_tsc = self._checked(state, host_tsc)
+        state.initial = HostTsc(state.initial + host_tsc - state.stamp)
         state.state, state.stamp = "out", host_tsc
 
     def ticks_to_yield(self, core: int, host_tsc: HostTsc) -> int:
@@ -301,13 +299,12 @@ class PalaciosTime:
 
     def _advance(self, core: int, host_tsc: HostTsc, cycles: int | None) -> None:
         state, ratio = self._core(core), self.rates[core].ratio
-        whole("host_tsc", host_tsc)
+        host_tsc = self._checked(state, host_tsc)
         if cycles is not None:
-            whole("cycles", cycles)
+            cycles = whole("cycles", cycles)
         if self.seed:
             state.advance_as_seed(host_tsc, cycles, follows_host=self.slaved)
             return
-        self._check(state, host_tsc)
         passed = host_tsc - state.stamp
         if self.slaved:
             state.cycles += passed * self.dilation * ratio
@@ -318,10 +315,11 @@ class PalaciosTime:
             state.cycles += executed * ratio
         state.stamp = host_tsc
 
-    def _check(self, state: _Core, host_tsc: HostTsc) -> None:
-        whole("host_tsc", host_tsc)
+    def _checked(self, state: _Core, host_tsc: HostTsc) -> HostTsc:
+        host_tsc = HostTsc(whole("host_tsc", host_tsc))
         if not self.seed and not state.stamp <= host_tsc <= U64_MASK:
-            raise RangeError(f"host TSC went backwards or wrapped: it was {state.stamp} and is {host_tsc}")
+            raise RangeError(f"host TSC went backwards or wrapped: it was {state.stamp} and is {shown(host_tsc)}")
+        return host_tsc
 
     def _refuse_if_slaved(self, operation: str) -> None:
         if self.slaved:
@@ -342,14 +340,14 @@ class PalaciosTime:
 
 
 class _Core:
-    """A core's time.  `initial`, `entered`, `stamp` and `paused` are host TSC; `cycles` are counted up to `stamp`."""
+    """A core's time.  `initial`, `entered` and `stamp` are host TSC; `cycles` are counted up to `stamp`."""
 
-    __slots__ = ("cycles", "entered", "initial", "paused", "stamp", "state", "tsc")
+    __slots__ = ("cycles", "entered", "initial", "stamp", "state", "tsc")
 
     def __init__(self) -> None:
         self.state = "not started"
         self.cycles = Fraction(0)
-        self.initial = self.stamp = self.paused = HostTsc(0)
+        self.initial = self.stamp = HostTsc(0)
         self.entered: HostTsc | None = None
         self.tsc = VcpuTsc()  # driven by the cycles in place of host TSC
 

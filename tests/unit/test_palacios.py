@@ -342,6 +342,53 @@ def test_hypercalls() -> None:
     assert [decided.hypercall(0, number, START) for number in (0xD000, 0xD001)] == [None, None]
 
 
+@pytest.mark.row("P-11", "P-13")
+@pytest.mark.parametrize("slaved", [True, False])
+def test_a_host_tsc_that_goes_back_is_refused(slaved: bool) -> None:
+    """At whatever point it is handed in; the core's time and state are as before, and go on from the last good one."""
+    time = started(TimeOptions(slaved=slaved))
+    for wrong in (-1, 2**64):
+        with pytest.raises(RangeError, match=f"is {wrong}"):
+            time.start(0, HostTsc(wrong))
+    assert time.advance(0, after(10)) == 10
+    for call in (time.advance, time.enter, time.pause, time.exit) if slaved else (time.skip_time, time.pause):
+        if call == time.exit:
+            time.enter(0, after(10))
+        with pytest.raises(RangeError, match=f"{after(10)}.*{after(9)}"):
+            call(0, after(9))
+        assert (time.cycles(0), time.stamps(0).pause) == (10, after(10))
+    if slaved:
+        time.exit(0, after(10))
+    time.pause(0, after(20))
+    with pytest.raises(RangeError, match=f"{after(20)}.*{after(19)}"):
+        time.restart(0, after(19))
+    time.restart(0, after(30))
+    assert time.advance(0, after(40)) == (30 if slaved else 20)
+
+
+class Ticks:
+    """A whole number of somebody else's type, such as NumPy's."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.row("E13")
+def test_numbers_become_plain_ints() -> None:
+    """Host TSC and cycles of a type that is no int are taken over as ints."""
+    time = PalaciosTime(HOST_KHZ, [None], options=UNSLAVED)
+    steps = (time.start, time.enter, time.exit, time.advance, time.skip_time, time.pause, time.restart)
+    for n, step in enumerate(steps):
+        step(0, Ticks(100 + n))  # type: ignore[operator]
+    time.offset_time(0, Ticks(5))  # type: ignore[arg-type]
+    assert time.advance(0, HostTsc(110), Ticks(3)) == 1 + 1 + 5 + 3  # type: ignore[arg-type]
+    assert time.stamps(0) == (101, 101, 110)
+    assert time.hypercall(0, 0xD001, Ticks(110)) == 110  # type: ignore[arg-type]
+
+
 @pytest.mark.row("P-11", "P-12")
 def test_runs_out_of_order() -> None:
     """exit() without enter(), enter() twice, and more cycles than fit between them are refused, and change nothing."""
