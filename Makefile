@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/stamps/installed-$(notdir $(PYTHON))
 BUILT := $(VENV)/stamps/built-$(notdir $(PYTHON))
 PACKAGES := $(VENV)/stamps/$(subst $() ,+,packages $(sort $(DEBIAN_PACKAGES)))
 
-.PHONY: build demo test test-lab conformance bench drift lint clean help
+.PHONY: build demo test test-lab conformance mutants bench drift lint clean help
 
 build: $(BUILT) ## build the extension modules in place (the default)
 	@:
@@ -36,8 +36,11 @@ test-lab: build $(PACKAGES) ## test the lab, and in it all that has to do with K
 	@$(BIN)/python -m pytest -m lab
 	@scripts/test-in-lab.sh
 
-conformance: build $(PACKAGES) ## run the tests and write docs/conformance.md
-	@$(BIN)/python -m pytest -n auto -q -m 'not lab or smoke' -p tests.conformance --conformance docs/conformance.md
+conformance: build $(PACKAGES) ## hold docs/verdicts.tsv against a run of the tests, and write docs/conformance.md
+	@$(BIN)/python -m pytest -n auto -q -m 'not lab or smoke' -p tests.conformance.plugin --conformance docs
+
+mutants: build $(PACKAGES) ## apply every deliberate mistake in a copy, and see the tests of its row notice; resumable
+	@$(BIN)/python -m tests.mutants --summary docs/mutants.json
 
 bench: build ## run the benchmarks
 	@$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds

@@ -261,6 +261,8 @@ def test_no_word_is_picked_out_of_a_sentence() -> None:
         ("if x:\n    assert x\nelse:\n    assert y", True),
         ("try:\n    f()\nexcept ValueError:\n    assert x", False),
         ("f()", False),
+        ("if x:\n    return\nassert x", False),
+        ("if x:\n    assert y\n    return\nassert x", True),
     ],
 )
 def test_what_is_vacuous(body: str, *, sure: bool) -> None:

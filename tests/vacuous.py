@@ -69,7 +69,25 @@ def asserting() -> frozenset[str]:
 
 def comes_to_an_assert(body: list[ast.stmt], given: set[str]) -> bool:
     """Whether a body asserts however its branches and loops go; `given`: what pytest or hypothesis hands over."""
-    return any(is_sure(statement, given) for statement in body)
+    for statement in body:
+        if is_sure(statement, given):
+            return True
+        if may_leave(statement, given):
+            return False
+    return False
+
+
+def may_leave(statement: ast.stmt, given: set[str]) -> bool:
+    """Whether a statement may end its function before anything was asserted."""
+    if isinstance(statement, ast.If):
+        branches = statement.body, statement.orelse
+        return any(not comes_to_an_assert(each, given) and any(map(returns, each)) for each in branches)
+    return isinstance(statement, ast.Return)
+
+
+def returns(statement: ast.stmt) -> bool:
+    """Whether a return stands in a statement."""
+    return any(isinstance(node, ast.Return) for node in ast.walk(statement))
 
 
 def is_sure(statement: ast.stmt, given: set[str]) -> bool:

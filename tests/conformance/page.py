@@ -34,7 +34,7 @@ be proven in the library alone.
 def markdown(found: Found, folder: Path) -> str:
     """Return the page; `folder` may have mutants.json, the last whole run of the mutants."""
     rows = found["rows"]
-    parts = [HEAD, run_of(found["run"]), mutants_of(folder / "mutants.json"), refuted(rows), totals(rows)]
+    parts = [HEAD, run_of(found["run"]), mutants_of(folder / "mutants.json"), against(rows), totals(rows)]
     parts += [section(source, list(those)) for source, those in groupby(rows, key=lambda row: str(row["source"]))]
     parts.append(deviations(rows))
     return "\n".join(part for part in parts if part)
@@ -53,14 +53,18 @@ def mutants_of(file: Path) -> str:
     if not file.exists():
         return ""
     last = json.loads(file.read_text(encoding="utf-8"))
-    run = f"at commit {last['commit']}, in {last['minutes']} min"
+    run = f"at commit {last['commit']}, in {last['minutes']} min of CPU"
     return wrapped(f"Mutants: {last['died']} of {last['mutants']} died when all were run last, {run}.") + "\n"
 
 
-def refuted(rows: list[Found]) -> str:
-    """List the verdicts that the run speaks against."""
-    lines = [f"- **{row['row']}**, said to be {row['verdict']}: {row['refuted']}" for row in rows if row["refuted"]]
-    return "## Refuted\n\n" + "\n".join(lines) + "\n" if lines else "No verdict was refuted.\n"
+def against(rows: list[Found]) -> str:
+    """List the verdicts that the run speaks against, and those that it could not hold against all of its tests."""
+    parts = []
+    for heading, field in (("Refuted", "refuted"), ("Not run here", "not_run")):
+        lines = [wrapped(f"- **{row['row']}** ({row['verdict']}): {row[field]}", "  ") for row in rows if row[field]]
+        if lines:
+            parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts) or "No verdict was refuted, and no defining test was skipped.\n"
 
 
 def totals(rows: list[Found]) -> str:
@@ -93,8 +97,8 @@ def entry(row: Found) -> Iterator[str]:
     told = f"  **{row['verdict'].capitalize()}**" + (f": {escaped(row['why'])}" if row["why"] else ".")
     if row["verdict"] != WHOLE:
         told += f" ({row['by']})"
-    if row["refuted"]:
-        told += f" **Refuted:** {row['refuted']}"
+    if row["refuted"] or row["not_run"]:
+        told += " **Refuted.**" if row["refuted"] else " **Not all run here.**"
     yield wrapped(told, "  ")
     for test in row["defining"]:
         file, _, name = test["name"].partition("::")

@@ -62,10 +62,10 @@ class Conformance:
 
     def found(self) -> dict[str, Any]:
         """Return what conformance.json holds."""
-        tests: dict[str, list[verdicts.Test]] = defaultdict(list)
+        tests: dict[str, list[verdicts.Judged]] = defaultdict(list)
         for key, outcomes in sorted(self.outcomes.items()):
             for name in self.rows[key]:
-                tests[name].append(verdicts.Test(*key, verdicts.worst(outcomes)))
+                tests[name].append(verdicts.Judged(*key, verdicts.worst(outcomes)))
         noticing: dict[str, list[str]] = defaultdict(list)
         mutants = load()
         for mutant in mutants:
@@ -79,7 +79,8 @@ class Conformance:
             others = [test for test in of_row if test not in first]
             rows.append(
                 row._asdict()
-                | {"refuted": verdicts.refutation(row.verdict, of_row, first), "mutants": count[row.row]}
+                | {"refuted": verdicts.refutation(row.verdict, of_row)}
+                | {"not_run": verdicts.not_run(row.verdict, of_row, first), "mutants": count[row.row]}
                 | {"defining": [test._asdict() for test in first], "others": [test._asdict() for test in others]}
             )
         return {"run": this_run(), "rows": rows}

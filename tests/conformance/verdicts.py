@@ -37,7 +37,7 @@ class Row(NamedTuple):
     """Empty for a row that is whole and needs no remark."""
 
 
-class Test(NamedTuple):
+class Judged(NamedTuple):
     """A test function that names a row."""
 
     name: str
@@ -73,7 +73,7 @@ def worst(outcomes: Iterable[str]) -> str:
     return max(outcomes, key=OUTCOMES.index)
 
 
-def defining(tests: list[Test], noticing: list[str], rows_of: dict[str, int]) -> list[Test]:
+def defining(tests: list[Judged], noticing: list[str], rows_of: dict[str, int]) -> list[Judged]:
     """Return the tests that say most of a row: those that its mutants die in, then those that name few others.
 
     noticing: the tests that the row's mutants name, as often as they do.
@@ -83,14 +83,19 @@ def defining(tests: list[Test], noticing: list[str], rows_of: dict[str, int]) ->
     return order[:DEFINING_TESTS_MAX]
 
 
-def refutation(verdict: str, tests: list[Test], defining_tests: list[Test]) -> str | None:
-    """Return what in a run speaks against a verdict, or None.  A test that was skipped speaks for nothing."""
-    bad = [test for test in tests if test.outcome in {FAILED, ERROR}]
+def refutation(verdict: str, tests: list[Judged]) -> str | None:
+    """Return what in a run speaks against a verdict, or None."""
+    bad = [test.name for test in tests if test.outcome in {FAILED, ERROR}]
     if bad:
-        return f"{len(bad)} of {len(tests)} tests failed: {', '.join(test.name for test in bad[:3])}"
+        return f"{len(bad)} of {len(tests)} tests failed: {', '.join(bad[:DEFINING_TESTS_MAX])}"
+    return "no test names it" if verdict in CLAIMED and not tests else None
+
+
+def not_run(verdict: str, tests: list[Judged], defining_tests: list[Judged]) -> str | None:
+    """Return what a run had to leave open of a verdict, or None: a test that was skipped speaks for nothing."""
     if verdict not in CLAIMED:
         return None
-    if not any(test.outcome == PASSED for test in tests):
-        return "no test passed" if tests else "no test names it"
     skipped = [test.name for test in defining_tests if test.outcome == SKIPPED]
-    return f"not run here: {', '.join(skipped)}" if skipped else None
+    if tests and not any(test.outcome == PASSED for test in tests):
+        skipped = [test.name for test in tests if test.outcome == SKIPPED][:DEFINING_TESTS_MAX]
+    return f"skipped: {', '.join(skipped)}" if skipped else None

@@ -16,6 +16,20 @@ def tsc_offsets() -> TscOffsets:
         return probe_tsc_offsets(kvm)
 
 
+@pytest.fixture
+def offsets_are_honoured(tsc_offsets: TscOffsets) -> None:
+    """Skip where a guest's TSC is not as it is set."""
+    if tsc_offsets is not TscOffsets.HONOURED:
+        pytest.skip("this host's KVM does not honour TSC offsets; `make test-lab` runs it on one that does")
+
+
+@pytest.fixture
+def tsc_is_trusted() -> None:
+    """Skip where the host's own TSC is no clock for guests."""
+    if host_clocksource() != "tsc":
+        pytest.skip("this host's kernel does not trust its TSC; `make test-lab` runs it on one that does")
+
+
 @pytest.fixture(scope="session")
 def cpuid() -> CpuidProbe:
     """Return which CPUID bits this host shows to guests whatever is set."""

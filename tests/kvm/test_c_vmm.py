@@ -39,7 +39,7 @@ class Report(NamedTuple):
 
 
 def run_vmm(scratch: Path, *flags: str, compiler: str = "gcc") -> tuple[int, list[Report]]:
-    """Build the example and run it; returns its exit status and what it found, nothing where the TSC is no good."""
+    """Build the example and run it; returns its exit status and what it found."""
     if not shutil.which(compiler):
         pytest.skip(f"no {compiler}: apt-get install {compiler}")
     program = scratch / "vmm"
@@ -47,7 +47,7 @@ def run_vmm(scratch: Path, *flags: str, compiler: str = "gcc") -> tuple[int, lis
     done = subprocess.run([program], capture_output=True, text=True, timeout=HANG_S, check=False)
     if host_clocksource() != "tsc":
         assert (done.returncode, done.stdout, done.stderr.strip()) == (2, "", UNTRUSTED)
-        return 2, []
+        pytest.skip("this host's kernel does not trust its TSC, and the example has said so")
     matches = [REPORT.fullmatch(line) for line in done.stdout.splitlines()]
     assert all(matches), done
     assert not done.stderr
@@ -62,8 +62,6 @@ def run_vmm(scratch: Path, *flags: str, compiler: str = "gcc") -> tuple[int, lis
 def test_a_vmm_in_c_changes_the_rate_under_its_guest(tmp_path: Path, compiler: str, vcpus: int) -> None:
     """Over 1000 changes no reading of the guest goes back, and each is within the bound of the exact timeline."""
     status, reports = run_vmm(tmp_path, f"-DVCPUS={vcpus}", compiler=compiler)
-    if status == 2:
-        return
     assert status == 0, reports
     assert [report.vcpu for report in reports] == list(range(vcpus))
     assert max(report.lines_read for report in reports) > 1  # one of them may wait for a CPU all the while
@@ -78,8 +76,6 @@ def test_a_vmm_in_c_changes_the_rate_under_its_guest(tmp_path: Path, compiler: s
 def test_the_order_that_suggests_itself_is_found_out(tmp_path: Path) -> None:
     """A timeline that turns before the publish leaves its guest beyond the bound, and the example says so."""
     status, reports = run_vmm(tmp_path, "-DNAIVE")
-    if status == 2:
-        return
     assert status == 1, reports
     assert reports[0].beyond_bound > 0
     assert reports[0].backward == 0

@@ -40,16 +40,19 @@ CLAMPED_NS = 200_000_000
 """Without STABLE a reading may be another vCPU's, which ran later."""
 SPIN = bytes.fromhex("ebfe")
 
+HONOURED = pytest.mark.usefixtures("offsets_are_honoured")
 
-def cannot_be(tsc_offsets: TscOffsets) -> bool:
-    """Does this host honour no offsets?  It must say so then, and leave nothing behind."""
-    if tsc_offsets is TscOffsets.HONOURED:
-        return False
+
+@pytest.mark.row("J-05", "P-18")
+def test_a_host_without_offsets_says_so(tsc_offsets: TscOffsets) -> None:
+    """The machine is not made then, and leaves nothing behind; elsewhere it is."""
     before = held()
-    with pytest.raises(TscOffsetNotHonoured, match="TSC offset not honoured by this host"):
-        Machine(SPIN, vcpus=2, backend=ExecutionTimeBackend)
+    if tsc_offsets is TscOffsets.HONOURED:
+        Machine(SPIN, vcpus=2, backend=ExecutionTimeBackend).close()
+    else:
+        with pytest.raises(TscOffsetNotHonoured, match="TSC offset not honoured by this host"):
+            Machine(SPIN, vcpus=2, backend=ExecutionTimeBackend)
     assert held() == before
-    return True
 
 
 def engine_of(machine: Machine) -> GuestClock:
@@ -85,11 +88,10 @@ def reading_guest() -> Iterator[Machine]:
         assert -Fraction(BOUND_NS) <= error_ns <= (CLAMPED_NS if record.clamped else BOUND_NS)
 
 
+@HONOURED
 @pytest.mark.row("P-08", "P-11", "P-18")
-def test_a_pause_is_hidden_from_the_guest(tsc_offsets: TscOffsets) -> None:
+def test_a_pause_is_hidden_from_the_guest() -> None:
     """Of a pause no policy gives it anything, and its reads and its TSC go on as if there had been none."""
-    if cannot_be(tsc_offsets):
-        return
     with reading_guest() as machine:
         clock, host_begin, begin = engine_of(machine), read_tsc(), executed(machine)
         for policy in ("freeze", "advance"):
@@ -105,11 +107,10 @@ def test_a_pause_is_hidden_from_the_guest(tsc_offsets: TscOffsets) -> None:
         assert jumps == [0, 0]
 
 
+@HONOURED
 @pytest.mark.row("P-08", "P-11", "E12")
-def test_before_the_start_and_after_the_end_nothing_passes(tsc_offsets: TscOffsets) -> None:
+def test_before_the_start_and_after_the_end_nothing_passes() -> None:
     """Guest time and counter begin with start(), and stand from stop() on."""
-    if cannot_be(tsc_offsets):
-        return
     with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=ExecutionTimeBackend) as machine:
         clock = engine_of(machine)
         time.sleep(0.1)
@@ -129,11 +130,10 @@ def test_before_the_start_and_after_the_end_nothing_passes(tsc_offsets: TscOffse
         assert 0 < seen[-1][1] <= stood[0] + BOUND_NS
 
 
+@HONOURED
 @pytest.mark.row("P-11", "P-22", "E12")
-def test_run_for_lets_it_execute_so_much(tsc_offsets: TscOffsets) -> None:
+def test_run_for_lets_it_execute_so_much() -> None:
     """Guest time goes on by what was asked for and a reported overshoot, by executed ticks; between runs by nothing."""
-    if cannot_be(tsc_offsets):
-        return
     with reading_guest() as machine:
         clock = engine_of(machine)
         machine.pause()
@@ -147,11 +147,10 @@ def test_run_for_lets_it_execute_so_much(tsc_offsets: TscOffsets) -> None:
         machine.resume()
 
 
+@HONOURED
 @pytest.mark.row("P-11", "P-18", "E9")
-def test_what_keeps_the_vcpus_out_in_a_run_is_hidden(tsc_offsets: TscOffsets) -> None:
+def test_what_keeps_the_vcpus_out_in_a_run_is_hidden() -> None:
     """quiesce() by the clock's backend: the counter stands in it, and afterwards the guest's TSC is what it says."""
-    if cannot_be(tsc_offsets):
-        return
     with reading_guest() as machine:
         clock, host_begin, begin = engine_of(machine), read_tsc(), executed(machine)
         with clock.backend.quiesce(None):
@@ -163,6 +162,7 @@ def test_what_keeps_the_vcpus_out_in_a_run_is_hidden(tsc_offsets: TscOffsets) ->
         assert passed - ran >= OUT_S * clock.backend.tsc_hz
 
 
+@HONOURED
 @pytest.mark.row("P-08", "E11", "E12")
 @pytest.mark.parametrize(
     "operate",
@@ -176,12 +176,8 @@ def test_what_keeps_the_vcpus_out_in_a_run_is_hidden(tsc_offsets: TscOffsets) ->
     ],
     ids=["slower", "faster", "slew", "skip", "refresh", "tsc"],
 )
-def test_operations_beside_a_guest_that_executes(
-    operate: Callable[[GuestClock], object], tsc_offsets: TscOffsets
-) -> None:
+def test_operations_beside_a_guest_that_executes(operate: Callable[[GuestClock], object]) -> None:
     """Whatever is done to its clock while it runs: no reading goes back, and the last ones are on the timeline."""
-    if cannot_be(tsc_offsets):
-        return
     with reading_guest() as machine:
         for _ in range(20):
             operate(engine_of(machine))
@@ -189,11 +185,10 @@ def test_operations_beside_a_guest_that_executes(
         engine_of(machine).dilate(1, 1)
 
 
+@HONOURED
 @pytest.mark.row("E1", "P-25", "P-08")
-def test_unslaved_time_goes_on_in_another_machine(tsc_offsets: TscOffsets) -> None:
+def test_unslaved_time_goes_on_in_another_machine() -> None:
     """Saved, and restored on an unslaved backend: the guest's TSC and time go on, and before start() nothing does."""
-    if cannot_be(tsc_offsets):
-        return
     with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=ExecutionTimeBackend) as machine:
         machine.start()
         wait_until_it_reads_on(machine)
@@ -221,17 +216,15 @@ def no_collection() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.usefixtures("no_collection")
+@pytest.mark.usefixtures("offsets_are_honoured", "no_collection")
 @pytest.mark.row("E9", "P-11")
 @pytest.mark.parametrize("call", [Machine.start, Machine.pause, Machine.resume], ids=["start", "pause", "resume"])
-def test_an_interrupt_at_each_line(call: Callable[[Machine], object], tsc_offsets: TscOffsets) -> None:
+def test_an_interrupt_at_each_line(call: Callable[[Machine], object]) -> None:
     """Whatever line it comes at: a pause afterwards hides time, the guest goes on after it, and nothing is left."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    if cannot_be(tsc_offsets):
-        return
     before = held()
     for line in count():
         with Machine(PAGE_LOG, memory_bytes=MEMORY_BYTES, backend=ExecutionTimeBackend) as machine:

@@ -1,6 +1,6 @@
 """Run the mutants: `python -m tests.mutants [NAME ...]`, where a name is a row or a mutant; all without one.
 
-The exit status is 1 where there are findings.
+The exit status is 1 where there are findings, and 2 where mutants of compiled files do not compile.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from tests.mutants import campaign
-from tests.mutants.mutant import ROOT, Mutant, load
+from tests.mutants.mutant import ROOT, BadMutant, Mutant, load
 
+CANNOT = 2
 UNIT_TESTS = ("tests/unit", "tests/model")
 ALL_TESTS = ("tests/unit", "tests/model", "tests/stress", "tests/kvm", "tests/qemu")
 
@@ -38,8 +39,14 @@ def main() -> int:
     results = [known[mutant.name] for mutant in mutants if mutant.name in known]
     missing = [mutant for mutant in mutants if mutant.name not in known]
     begun = time.monotonic()
-    results += run(missing, arguments, log)
+    try:
+        results += run(missing, arguments, log)
+    except BadMutant as why:
+        print(why, file=sys.stderr)
+        return CANNOT
     show(mutants, results, time.monotonic() - begun, as_json=arguments.json)
+    if arguments.summary and not arguments.names:
+        arguments.summary.write_text(summary(mutants, results), encoding="utf-8")
     return int(any(result.is_finding for result in results))
 
 
@@ -52,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--afresh", action="store_true", help="do not go on from the log")
     it.add_argument("--log", type=Path, default=ROOT / "build" / "mutants.jsonl", help="default: build/mutants.jsonl")
     it.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="copies at work at once; default: one a CPU")
+    it.add_argument(
+        "--summary", type=Path, metavar="FILE", help="write what all of them came to, where no NAME is given"
+    )
     it.add_argument("--json", action="store_true", help="print the results as JSON lines")
     return it
 
@@ -104,6 +114,19 @@ def run(mutants: list[Mutant], arguments: argparse.Namespace, log: Path) -> list
                 told = "\n  ".join((result.why, *result.noticed_by))
                 progress.console.print(f"{result.mutant}: {result.verdict}. {told}", soft_wrap=True, highlight=False)
     return results
+
+
+def summary(mutants: list[Mutant], results: list[campaign.Result]) -> str:
+    """Return a whole run as JSON: of each row how many mutants there are, and the findings."""
+    whole = {
+        "commit": commit(),
+        "mutants": len(mutants),
+        "died": sum(not result.is_finding for result in results),
+        "minutes": round(sum(result.seconds for result in results) / 60),
+        "rows": Counter(mutant.row for mutant in mutants),
+        "findings": [result._asdict() for result in results if result.is_finding],
+    }
+    return json.dumps(whole, indent=1) + "\n"
 
 
 def show(mutants: list[Mutant], results: list[campaign.Result], seconds: float, *, as_json: bool) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -70,7 +71,7 @@ def judged(mutant: Mutant, outcomes: list[Outcome] | None, seconds: float) -> Re
     noticed = [each for each in failed if each.phase == "call" and each.error not in TRIVIAL_ERRORS]
     skipped = [each for each in outcomes or () if each.outcome == "skipped"]
     if outcomes is None:
-        verdict, why = HUNG, f"its tests did not end within {SECONDS_MAX:.0f} s"
+        verdict, why = HUNG, f"its tests did not end within {seconds:.0f} s"
     elif noticed:
         verdict, why = DIED, ""
     elif failed:
@@ -118,8 +119,8 @@ class Copy:
         answer = json.loads(self.worker.stdout.readline())
         return None if answer is None else [Outcome(*each) for each in answer]
 
-    def run(self, mutant: Mutant, number: int, arguments: list[str]) -> Result:
-        """Run a mutant's tests on it; `number` chooses it where it was built in."""
+    def run(self, mutant: Mutant, number: int, arguments: list[str], seconds: float) -> Result:
+        """Run a mutant's tests on it, for that long at most; `number` chooses it where it was built in."""
         begun = time.monotonic()
         file = self.root / mutant.file
         status, source = file.stat(), file.read_text(encoding="utf-8")
@@ -129,7 +130,7 @@ class Copy:
                 self.mtime += 1  # Python knows a compiled source by its size and second: each is to be another
                 os.utime(file, (self.mtime, self.mtime))
             environment = {schemata.CHOICE: str(number)}
-            outcomes = self.ask(arguments=arguments, row=mutant.row, seconds=SECONDS_MAX, environment=environment)
+            outcomes = self.ask(arguments=arguments, row=mutant.row, seconds=seconds, environment=environment)
         except BadMutant as why:
             return Result(mutant.name, STALE, str(why), (), 0.0)
         finally:
@@ -182,18 +183,32 @@ def run(
     *,
     arguments: Callable[[Mutant], list[str]],
     jobs: int,
+    seconds: float = SECONDS_MAX,
     report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Result]:
     """Give the result of each mutant as it comes; copies stand in `work` meanwhile.
 
+    arguments: pytest's, for a mutant.
+    seconds: how long a mutant's tests may take; one that takes longer hangs.
     report: is told of what takes long beside the tests.
     """
+
+    def run_one(copy: Copy, mutant: Mutant, number: int) -> Result:
+        return copy.run(mutant, number, arguments(mutant), seconds)
+
     copies = [Copy(work / f"copy{number}") for number in range(max(1, min(jobs, len(mutants))))]
     try:
         with ThreadPoolExecutor(len(copies)) as pool:
             plain = [(mutant, 0) for mutant in mutants if not mutant.is_compiled]
-            yield from shared_out(pool, copies, plain, arguments)
-            compiled = [mutant for mutant in mutants if mutant.is_compiled]
+            yield from shared_out(pool, copies, plain, run_one)
+            compiled = []
+            for mutant in (mutant for mutant in mutants if mutant.is_compiled):
+                try:
+                    schemata.span(mutant, ROOT)
+                except BadMutant as why:
+                    yield Result(mutant.name, STALE, str(why), (), 0.0)
+                else:
+                    compiled.append(mutant)
             numbers = {mutant.name: number for number, mutant in enumerate(compiled, start=1)}
             for build in schemata.groups(compiled, ROOT):
                 report(f"building {len(build)} mutants of compiled files")
@@ -201,7 +216,7 @@ def run(
                 for copy in copies[1:]:
                     copy.take_build(copies[0])
                 those = [(mutant, numbers[mutant.name]) for mutant in build]
-                yield from shared_out(pool, copies, those, arguments)
+                yield from shared_out(pool, copies, those, run_one)
     finally:
         for copy in copies:
             copy.close()
@@ -211,7 +226,7 @@ def shared_out(
     pool: ThreadPoolExecutor,
     copies: list[Copy],
     mutants: list[tuple[Mutant, int]],
-    arguments: Callable[[Mutant], list[str]],
+    run_one: Callable[[Copy, Mutant, int], Result],
 ) -> Iterator[Result]:
     """Run mutants on the copies that are free; those that need the machine one after the other."""
     free: SimpleQueue[Copy] = SimpleQueue()
@@ -222,10 +237,8 @@ def shared_out(
     def one(mutant: Mutant, number: int) -> Result:
         copy = free.get()
         try:
-            if not mutant.needs_machine:
-                return copy.run(mutant, number, arguments(mutant))
-            with machine:
-                return copy.run(mutant, number, arguments(mutant))
+            with machine if mutant.needs_machine else nullcontext():
+                return run_one(copy, mutant, number)
         finally:
             free.put(copy)
 

@@ -30,6 +30,9 @@ __attribute__((constructor, unused)) static void pvclock_mutant_choose(void)
 #endif
 """
 
+# A mistake may be one that the compiler warns of.
+NO_WARNINGS = "#pragma GCC system_header\n"
+
 C_FUNCTION = re.compile(
     r"^static inline (?P<returns>[^()]*?)(?P<name>\w+)\((?P<parameters>[^)]*)\)\n\{\n.*?^\}\n", re.MULTILINE | re.DOTALL
 )
@@ -115,7 +118,7 @@ def header(source: str, mutants: dict[int, Mutant]) -> str:
         edits.append((at, functions[at].end(), variants(functions[at], those)))
     for begin, end, text in sorted(edits, reverse=True):
         source = source[:begin] + text + source[end:]
-    return CHOOSER + source
+    return NO_WARNINGS + CHOOSER + source
 
 
 def variants(function: re.Match[str], mutants: dict[int, Mutant]) -> str:

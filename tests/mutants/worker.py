@@ -50,9 +50,8 @@ class Recorder:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Leave the tests that name the row."""
-        items[:] = [
-            item for item in items if self.row in {row for mark in item.iter_markers("row") for row in mark.args}
-        ]
+        if self.row:
+            items[:] = [item for item in items if any(self.row in mark.args for mark in item.iter_markers("row"))]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep what could not be collected."""

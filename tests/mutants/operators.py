@@ -1,0 +1,223 @@
+"""Mutants that nobody thought of: `python -m tests.mutants.operators`, a sample of all that operators make.
+
+Of the Python files of the arithmetic cosmic-ray makes them (`pip install cosmic-ray`), of the C headers, which hold the
+arithmetic and the publish protocol, the table below.  A sample is the same at each run.  What lives is judged by a
+person, in operators-judged.tsv: it is like the original, or the tests are to be better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tests.mutants import campaign
+from tests.mutants.mutant import HERE, ROOT, Mutant
+
+JUDGED = HERE / "operators-judged.tsv"
+SEED = 13
+SECONDS_MAX = 600.0
+
+HEADERS = ("math", "anchor", "publish", "tsc", "own_line", "words", "records")
+PYTHON = (
+    *(f"pvclock/timekeeping/{name}.py" for name in ("timeline", "catchup", "discipline", "timers", "sampling")),
+    *(f"pvclock/tsc/{name}.py" for name in ("vcpu_tsc", "agreement", "emulation")),
+)
+TESTS_OF_HEADERS = (
+    *("scale", "reading", "guest_clock", "time_operations", "kvm_steal_time", "kvm_pv_eoi", "kvm_wall_clock"),
+    *(
+        "virtualbox_pages",
+        "publish_wait",
+        "late_publish",
+        "transaction",
+        "tsc_core",
+        "tsc_glitches",
+        "c_guide",
+        "counter",
+    ),
+)
+STRESS_OF_HEADERS = ("stress/test_single_step.py", "stress/test_record_stress.py", "stress/test_publish_stress.py")
+TESTS_OF_PYTHON = (
+    *(
+        "timers",
+        "timers_bounds",
+        "timers_dilated",
+        "catchup",
+        "discipline",
+        "sampling",
+        "tsc",
+        "tsc_core",
+        "tsc_repair",
+    ),
+    *("tsc_sync", "time_operations", "guest_clock", "event_timeline", "restore", "following", "host_sleep", "palacios"),
+)
+
+UNWANTED = ("Decorator", "Exception", "Variable", "Pow", "_Is", "_Div", "Div_", "ZeroIteration")
+"""Of cosmic-ray's operators those that fail by type or name, or need options."""
+
+COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
+C_OPERATORS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("sum", r"(?<= )[+-](?= )", ("+", "-")),
+    ("product", r"(?<= )[*/](?= )", ("*", "/")),
+    ("shift", r"(?<= )(?:<<|>>)(?= )", ("<<", ">>")),
+    ("shift in place", r"(?<= )(?:<<=|>>=)(?= )", ("<<=", ">>=")),
+    ("addition in place", r"(?<= )(?:\+=|-=)(?= )", ("+=", "-=")),
+    ("bits", r"(?<= )[&|^](?= )", ("&", "|")),
+    ("comparison", r"(?<= )(?:<=|>=|<|>)(?= )", ("<", "<=", ">", ">=")),
+    ("equality", r"(?<= )(?:==|!=)(?= )", ("==", "!=")),
+    ("logic", r"(?<= )(?:&&|\|\|)(?= )", ("&&", "||")),
+    ("number", r"(?<![\w.\"%])\d+(?=[uUlL]*\b)(?![\w.]*\")", ("+1", "-1")),
+    ("statement", r"(?<=\t)(?:[a-z_>.\[\]-]+(?: [-+|&<>]*= |\())[^;{}]*;", ("(void)0;",)),
+    ("fence", r"[ml]fence(?:\\n\\t|; )", ("",)),
+)
+"""Kind, what is changed, and what it may become."""
+
+
+def main() -> int:
+    """Run a sample; the exit status is 1 where a mutant lives that nobody judged."""
+    it = argparse.ArgumentParser(prog="python -m tests.mutants.operators", description=__doc__)
+    it.add_argument("--sample", type=int, default=500, metavar="N", help="default: 500, half of them of C")
+    it.add_argument(
+        "--log", type=Path, default=ROOT / "build" / "operators.jsonl", help="default: build/operators.jsonl"
+    )
+    it.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="copies at work at once; default: one a CPU")
+    arguments = it.parse_args()
+    arguments.log.parent.mkdir(parents=True, exist_ok=True)
+    mutants = sample(arguments.sample)
+    known = campaign.logged(arguments.log)
+    results = [known[mutant.name] for mutant in mutants if mutant.name in known]
+    results += run([mutant for mutant in mutants if mutant.name not in known], arguments.jobs, arguments.log)
+    judged = {line.split("\t")[0] for line in JUDGED.read_text(encoding="utf-8").splitlines()[1:]}
+    lives = [result for result in results if result.verdict not in {campaign.DIED, campaign.HUNG}]
+    for result in lives:
+        print(result.mutant, result.verdict, "(judged)" if result.mutant in judged else result.why, sep="\t")
+    print(
+        f"{len(results) - len(lives)} of {len(results)} died, {sum(each.mutant in judged for each in lives)} are judged"
+    )
+    return int(any(result.mutant not in judged for result in lives))
+
+
+def run(mutants: list[Mutant], jobs: int, log: Path) -> list[campaign.Result]:
+    """Run mutants with progress, each result going to the log at once."""
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    tree = campaign.tree_hash()
+    results = []
+    with (
+        tempfile.TemporaryDirectory(prefix="pvclock-mutants-") as work,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        log.open("a", encoding="utf-8") as file,
+    ):
+        bar = progress.add_task("mutants", total=len(mutants))
+        arguments = ["-x", "-m", "not kvm"]
+        for result in campaign.run(
+            mutants,
+            Path(work),
+            arguments=lambda mutant: [*arguments, *(f"tests/{test}" for test in mutant.dies_in)],
+            jobs=jobs,
+            seconds=SECONDS_MAX,
+            report=lambda what: progress.update(bar, description=what),
+        ):
+            results.append(result)
+            print(json.dumps({"tree": tree, "result": result}), file=file, flush=True)
+            progress.update(bar, advance=1, description=f"{result.mutant} {result.verdict}")
+    return results
+
+
+def sample(count: int) -> list[Mutant]:
+    """Return so many mutants, half of C and half of Python, the same at each run of a tree."""
+    chooser = random.Random(SEED)  # noqa: S311 - no secret
+    of_c = [mutant for name in HEADERS for mutant in of_header(f"pvclock/include/pvclock_{name}.h")]
+    of_python = [mutant for file in PYTHON for mutant in of_module(file)]
+    chosen = [mutant for mutant in chooser.sample(of_c, len(of_c)) if compiles(mutant)][: count // 2]
+    return chosen + chooser.sample(of_python, min(count - count // 2, len(of_python)))
+
+
+def compiles(mutant: Mutant) -> bool:
+    """Whether a C compiler takes a mutant of a header."""
+    file = ROOT / mutant.file
+    command = ["cc", "-std=c11", "-fsyntax-only", "-w", f"-I{file.parent}", "-x", "c", "-"]
+    changed = mutant.applied(file.read_text(encoding="utf-8"))
+    return subprocess.run(command, input=changed.encode(), capture_output=True, check=False).returncode == 0
+
+
+def of_header(file: str) -> Iterator[Mutant]:
+    """Give each mutant of a C header, by the table above."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    code = COMMENT.sub(lambda comment: re.sub(r"[^\n]", " ", comment[0]), source)
+    tests = (*(f"unit/test_{name}.py" for name in TESTS_OF_HEADERS), *STRESS_OF_HEADERS)
+    for kind, pattern, becomes in C_OPERATORS:
+        for match in re.finditer(pattern, code):
+            for new in becomes:
+                changed = str(int(match[0]) + int(new)) if kind == "number" else new
+                if changed == match[0] or is_outside_of_functions(code, match.start()):
+                    continue
+                begin, end = lines_around(source, match.start(), match.end())
+                text = source[begin:end]
+                replacement = source[begin : match.start()] + changed + source[match.end() : end]
+                line = source.count("\n", 0, match.start()) + 1
+                name = f"{Path(file).name}:{line}: {match[0]!r} at {match.start()} to {changed!r}"
+                yield Mutant(name, "", kind, file, text, replacement, tests)
+
+
+def is_outside_of_functions(code: str, at: int) -> bool:
+    """Whether a place in C code is no line of a function's body."""
+    line = code.rfind("\n", 0, at) + 1
+    return code[line] != "\t" or code.rfind("\n{\n", 0, at) < code.rfind("\n}", 0, at)
+
+
+def lines_around(source: str, begin: int, end: int) -> tuple[int, int]:
+    """Return the fewest whole lines around a place that stand once in a source."""
+    begin, end = source.rfind("\n", 0, begin) + 1, source.index("\n", end)
+    while source.count(source[begin:end]) > 1:
+        begin, end = source.rfind("\n", 0, begin - 1) + 1, source.index("\n", end + 1)
+    return begin, end
+
+
+def of_module(file: str) -> Iterator[Mutant]:
+    """Give each mutant of a Python file that cosmic-ray's operators make and that is not only an annotation's."""
+    mutate_code = import_module("cosmic_ray.mutating").mutate_code  # no part of the project's environment
+    plugins = import_module("cosmic_ray.plugins")
+
+    source = (ROOT / file).read_text(encoding="utf-8")
+    tests = tuple(f"unit/test_{name}.py" for name in TESTS_OF_PYTHON)
+    seen = {meaning(source), ""}
+    for operator in sorted(plugins.operator_names()):
+        if any(word in operator for word in UNWANTED):
+            continue
+        number = 0
+        while (changed := mutate_code(source, plugins.get_operator(operator)(), number)) is not None:
+            number += 1
+            if (means := meaning(changed)) not in seen:
+                seen.add(means)
+                name = f"{file.removeprefix('pvclock/')}: {operator.removeprefix('core/')} {number}"
+                yield Mutant(name, "", operator, file, source, changed, tests)
+
+
+def meaning(source: str) -> str:
+    """Return what a Python source says, without its annotations; nothing where it is none."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+    return ast.dump(tree)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

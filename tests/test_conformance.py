@@ -1,0 +1,179 @@
+"""A verdict is a person's: a run can refute it, and never makes it better than it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conformance import page, verdicts
+from tests.conformance.verdicts import ERROR, FAILED, PASSED, SKIPPED, Judged
+
+pytestmark = pytest.mark.row("style")
+
+ROOT = verdicts.ROOT
+
+
+def a_test(outcome: str, name: str = "unit/test_it.py::test_it") -> Judged:
+    """Return a test that came to this."""
+    return Judged(name, 1, "library", outcome)
+
+
+@pytest.mark.parametrize("verdict", verdicts.VERDICTS)
+@pytest.mark.parametrize(
+    ("tests", "is_refuted", "is_run"),
+    [
+        ([], True, True),
+        ([PASSED], False, True),
+        ([PASSED, SKIPPED], False, False),
+        ([SKIPPED], False, False),
+        ([PASSED, FAILED], True, True),
+        ([PASSED, ERROR], True, True),
+        ([PASSED, PASSED, PASSED, SKIPPED], False, True),
+        ([SKIPPED, SKIPPED, SKIPPED, PASSED], False, False),
+    ],
+)
+def test_what_a_run_says_of_a_verdict(verdict: str, tests: list[str], *, is_refuted: bool, is_run: bool) -> None:
+    """No test, or a failure anywhere, refutes; a skipped one leaves it open; an open row is refuted by failures alone."""
+    those = [a_test(outcome) for outcome in tests]
+    first = those[: verdicts.DEFINING_TESTS_MAX]
+    needs_proof = verdict in {"whole", "part", "deviates"}
+    assert (verdicts.refutation(verdict, those) is not None) is (is_refuted and (needs_proof or tests != []))
+    assert (verdicts.not_run(verdict, those, first) is None) is (is_run or not needs_proof)
+
+
+def test_the_worst_of_a_tests_outcomes_counts() -> None:
+    """Of its parameters and phases: an error in the fixture of one outweighs all that passed."""
+    assert verdicts.worst([PASSED, SKIPPED]) == SKIPPED
+    assert verdicts.worst([FAILED, PASSED, SKIPPED]) == FAILED
+    assert verdicts.worst([PASSED, ERROR, FAILED]) == ERROR
+
+
+def test_the_defining_tests_are_those_that_mutants_die_in() -> None:
+    """Then those that name the fewest rows; three at most."""
+    tests = [a_test(PASSED, name) for name in ("a", "b", "c", "d", "e")]
+    rows_of = {"a": 9, "b": 2, "c": 1, "d": 5, "e": 3}
+    assert [it.name for it in verdicts.defining(tests, ["d", "a", "d"], rows_of)] == ["d", "a", "c"]
+    assert [it.name for it in verdicts.defining(tests[:2], [], rows_of)] == ["b", "a"]
+
+
+def test_every_row_has_a_verdict() -> None:
+    """And each that is not whole a reason, and somebody who decided."""
+    rows = verdicts.rows()
+    assert len(rows) > 250
+    assert {row.row for row in rows if row.verdict not in verdicts.VERDICTS or not row.by} == set()
+    assert {row.row for row in rows if row.verdict != verdicts.WHOLE and not row.why} == set()
+
+
+@pytest.mark.parametrize("line", ["K-01\tpasses\tsomebody\t", "K-01\tpart\tsomebody\t", "K-01\twhole\t\t"])
+def test_a_verdict_that_is_none_is_refused(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another word, no reason, or nobody who decided; and a row that the other file lacks."""
+    for name, text in (("VERDICTS_TSV", line), ("ROWS_TSV", "K-01\tmust\tseed\tclaim\t")):
+        (tmp_path / name).write_text(f"head\n{text}\n")
+        monkeypatch.setattr(verdicts, name, tmp_path / name)
+    with pytest.raises(ValueError, match="VERDICTS_TSV: K-01 is"):
+        verdicts.rows()
+    (tmp_path / "ROWS_TSV").write_text("head\n")
+    with pytest.raises(ValueError, match="differ in K-01"):
+        verdicts.rows()
+
+
+TESTS = """\
+import pytest
+
+@pytest.fixture
+def broken():
+    raise RuntimeError
+
+@pytest.fixture
+def ends_badly():
+    yield
+    raise RuntimeError
+
+@pytest.mark.row("K-01")
+def test_whose_fixture_fails(broken):
+    pass
+
+@pytest.mark.row("K-02")
+def test_whose_fixture_ends_badly(ends_badly):
+    pass
+
+@pytest.mark.row("K-03")
+def test_that_skips_itself():
+    pytest.skip("no device")
+
+@pytest.mark.row("K-04")
+@pytest.mark.skipif(True, reason="no device")
+def test_without_a_device():
+    pass
+
+@pytest.mark.row("K-05")
+@pytest.mark.xfail(strict=True)
+def test_that_is_expected_to_fail():
+    assert False
+
+@pytest.mark.row("K-06", "H-01")
+@pytest.mark.kvm
+def test_that_passes():
+    assert True
+"""
+
+
+def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
+    """A fixture's error, a skip anywhere and a missing device; a row that is open stays so, whatever passes."""
+    (tmp_path / "test_it.py").write_text(TESTS)
+    plugin = ["-p", "tests.conformance.plugin", "--conformance", str(tmp_path), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugin, "test_it.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
+    found = json.loads((tmp_path / "conformance.json").read_text())
+    rows = {row["row"]: row for row in found["rows"]}
+    outcomes = [rows[f"K-0{number}"]["defining"][0]["outcome"] for number in range(1, 7)]
+    assert outcomes == [ERROR, ERROR, SKIPPED, SKIPPED, SKIPPED, PASSED]
+    assert [rows[f"K-0{number}"]["refuted"] is None for number in range(1, 7)] == [False, False, True, True, True, True]
+    assert [rows[f"K-0{number}"]["not_run"] is None for number in range(1, 7)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert rows["H-01"]["verdict"] == verdicts.OPEN
+    assert rows["K-06"]["defining"][0] == {
+        "name": "test_it.py::test_that_passes",
+        "line": TESTS[: TESTS.index('@pytest.mark.row("K-06"')].count("\n") + 1,
+        "where": "real vCPU",
+        "outcome": PASSED,
+    }
+    assert (tmp_path / "conformance.md").read_text() == page.markdown(found, tmp_path)
+
+
+def a_row(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - a field's value
+    """Return a row as conformance.json has it."""
+    row: dict[str, Any] = {"row": "K-01", "need": "must", "source": "a seed", "claim": "c [x] | y", "check": "looks"}
+    row |= {"verdict": "whole", "by": "us", "why": "", "refuted": None, "not_run": None, "mutants": 3, "others": []}
+    row |= {"defining": [a_test(PASSED)._asdict()]}
+    return row | changes
+
+
+def test_a_page_says_it_all(tmp_path: Path) -> None:
+    """Totals by seed and need, each row with check, verdict, tests and their lines, refutations, deviations."""
+    deviates = a_row(row="K-02", verdict="deviates", why="on purpose", refuted="no test passed", need="may")
+    run = {"commit": "abc", "date": "2026-01-01", "host": "a CPU", "kernel": "6.1", "python": "3.11"}
+    text = page.markdown({"run": run, "rows": [a_row(), deviates]}, tmp_path)
+    assert "of commit abc: a CPU, Linux 6.1, Python 3.11" in text
+    assert "| [a seed](#a-seed) | must | 1 | 1 |  |  |  |  |" in text
+    assert r"- **K-01** (must) c \[x\] | y" in text
+    assert "[test_it](../tests/unit/test_it.py#L1), library, passed" in text
+    assert "3 mutants" in text
+    assert "- **K-02** (deviates): no test passed" in text
+    assert r"| K-02 | a seed | c \[x\] \| y | on purpose |" in text
+    assert max(map(len, re.sub(r"\[.*\]\(.*\)|\|.*\|", "", text).splitlines())) <= page.WIDTH + 2
