@@ -35,7 +35,7 @@ class RecordingVcpu:
     request_exit = run
 
 
-@pytest.mark.row("V-04")
+@pytest.mark.row("E11")
 @pytest.mark.parametrize("hz", [1, 10**9, HZ, 2**64 - 1])
 def test_kernel_time_in_ticks(hz: int) -> None:
     """It is CLOCK_MONOTONIC_RAW times the frequency, rounded down, modulo 2^64, between two looks at that clock."""

@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from pvclock import MsrFault
+from pvclock import CpuidLeaf, GuestClock, GuestMemory, MsrFault, SimulatedBackend
+from pvclock.providers.interface import Pairing
 from pvclock.providers.kvm import PROFILES
 from pvclock.timekeeping.events import EventKind
 from tests import golden, oracle
@@ -53,6 +54,7 @@ def test_a_time_page_without_memory(gpa: int) -> None:
         provider, clock = a_provider(profile=profile)
         provider.write_msr(0, SYSTEM_TIME_NEW, gpa | 1)
         assert provider.read_msr(0, SYSTEM_TIME_NEW) == gpa | 1
+        assert [kind for kind, _ in clock.told] == (["refused"] if profile == "virtualbox" else [])  # Linux: placement
         clock.memory.add_slot(gpa, bytearray(4096))
         clock.refresh()
         served[profile] = page_of(clock, gpa).version
@@ -63,16 +65,34 @@ def test_a_time_page_without_memory(gpa: int) -> None:
     assert provider.read_msr(0, SYSTEM_TIME_NEW) == 0
 
 
+@pytest.mark.row("V-16", "V-13")
+def test_virtualbox_tells_of_enables_that_fail() -> None:
+    """Each is told with its address, 20 at most; the MSR has the new value, and the old page is out of use."""
+    provider, clock = a_provider(profile="virtualbox")
+    provider.write_msr(0, SYSTEM_TIME_NEW, PAGE | 1)
+    before = clock.memory.read(0, SIZE)
+    provider.write_msr(0, SYSTEM_TIME_NEW, SIZE | 1)
+    ((kind, why),) = clock.told
+    assert (kind, f"{SIZE:#x}" in why, "vCPU 0" in why) == (EventKind.REFUSED, True, True)
+    assert (provider.read_msr(0, SYSTEM_TIME), clock.page_at(0), clock.memory.read(0, SIZE)) == (SIZE | 1, None, before)
+    for _ in range(30):
+        provider.write_msr(1, SYSTEM_TIME_NEW, (SIZE - 8) | 1)  # 24 of 32 bytes are not there
+    assert (len(clock.told), clock.page_at(1), clock.memory.read(0, SIZE)) == (20, None, before)
+
+
 @pytest.mark.row("K-10", "V-14")
 def test_a_page_across_two_pages() -> None:
     """Linux refuses the address and goes on with the old one; the others know no such rule."""
-    places = {}
+    places, versions = {}, {}
     for profile in PROFILES:
         provider, clock = a_provider(profile=profile)
         provider.write_msr(0, SYSTEM_TIME_NEW, PAGE | 1)
         provider.write_msr(0, SYSTEM_TIME_NEW, 0x3FF0 | 1)
         places[profile] = clock.page_at(0)
+        versions[profile] = page_of(clock, 0x3FF0).version
     assert places == {"linux": PAGE, "document": 0x3FF0, "virtualbox": 0x3FF0}
+    guarded = int.from_bytes(bytes([GUARD]) * 4)  # odd: it goes to the next odd version, and ends even
+    assert versions == {"linux": guarded, "document": guarded + 3, "virtualbox": 4}
 
 
 # What a page says
@@ -134,7 +154,7 @@ def test_virtualboxs_version_wraps() -> None:
 @pytest.mark.row("V-12", "K-10", "K-12")
 def test_one_vcpu_that_stops_its_page() -> None:
     """VirtualBox leaves all vCPUs' pages as they are then (T11); the others go on with the other vCPU's."""
-    versions = {}
+    versions, places = {}, {}
     for profile in PROFILES:
         provider, clock = a_provider(profile=profile)
         clock.memory.write(PAGE, bytes(128))
@@ -144,8 +164,10 @@ def test_one_vcpu_that_stops_its_page() -> None:
         before = page_of(clock, OTHER).version
         clock.refresh()
         versions[profile] = page_of(clock, OTHER).version - before
+        places[profile] = (clock.page_at(0), clock.page_at(1))
         assert provider.read_msr(1, SYSTEM_TIME_NEW) == OTHER | 1
     assert versions == {"linux": 2, "document": 2, "virtualbox": 0}
+    assert places == {"linux": (None, OTHER), "document": (None, OTHER), "virtualbox": (None, None)}
 
 
 # The wall clock
@@ -248,6 +270,20 @@ def test_virtualbox_tells_of_the_first_20_faults() -> None:
     assert (silent.told, len(clock.told)) == ([], 20)
 
 
+@pytest.mark.row("V-09")
+def test_refused_pages_and_wall_clocks_hide_no_fault() -> None:
+    """After 20 refusals of either the guest's first access to the steal-time MSR is told all the same."""
+    provider, clock = a_provider(profile="virtualbox")
+    for _ in range(25):
+        provider.write_msr(0, SYSTEM_TIME_NEW, SIZE | 1)
+        with pytest.raises(MsrFault):
+            provider.write_msr(0, WALL_CLOCK_NEW, SIZE)
+    told = len(clock.told)
+    with pytest.raises(MsrFault):
+        provider.write_msr(0, 0x4B564D03, 0x7001)
+    assert [(kind, "0x4b564d03" in why) for kind, why in clock.told[told:]] == [(EventKind.REFUSED, True)]
+
+
 @pytest.mark.row("V-25", "K-08")
 @pytest.mark.parametrize(("old", "linux"), golden.WALL_VERSIONS)
 def test_wall_clock_versions(old: int, linux: int) -> None:
@@ -291,7 +327,21 @@ def test_a_wall_clock_at_0() -> None:
 # What is offered
 
 
-@pytest.mark.row("V-04", "V-05")
+@pytest.mark.row("V-01", "V-02", "V-03")
+def test_virtualboxs_guest_finds_its_hypervisor() -> None:
+    """CPUID has bit 31 of leaf 1 beside what else is there, KVM's name, and a leaf with nothing but features."""
+    clock = GuestClock(GuestMemory(), backend=SimulatedBackend(10**9), profile="virtualbox")
+    for subleaf in (0, 1):  # leaf 1 has none: ECX may be anything
+        assert clock.patch_cpuid(1, subleaf, CpuidLeaf(1, 2, 4, 8)) == (1, 2, 1 << 31 | 4, 8)
+        assert clock.patch_cpuid(2, subleaf, CpuidLeaf()).ecx == 0
+    name = [int.from_bytes(part, "little") for part in (b"KVMK", b"VMKV", b"M\0\0\0")]
+    assert dict(clock.cpuid_leaves) == {
+        0x40000000: (0x40000001, *name),
+        0x40000001: (1 << 0 | 1 << 3 | 1 << 24, 0, 0, 0),
+    }
+
+
+@pytest.mark.row("V-03", "V-04", "V-05")
 def test_virtualbox_offers_four_features() -> None:
     """The clock by both numbers, kicks and STABLE; its steal-time, page-fault and EOI MSRs fault."""
     provider, _ = a_provider(clock=StubClock(vmm=NotedVmm()), profile="virtualbox")
@@ -324,6 +374,15 @@ def test_virtualboxs_msr_ranges() -> None:
             provider.write_msr(0, index, 0)
 
 
+@pytest.mark.row("V-06")
+def test_virtualboxs_msr_ranges_come_to_the_clock() -> None:
+    """Reads and writes of all that it has in 0x11 to 0x12 and 0x4b564d00 to 04 exit on KVM, but for PV EOI's MSR."""
+    ranges = GuestClock(GuestMemory(), backend=SimulatedBackend(10**9), profile="virtualbox").msr_ranges
+    for index in (WALL_CLOCK, SYSTEM_TIME, *range(WALL_CLOCK_NEW, 0x4B564D05)):
+        at = [each for each in ranges if each.base <= index < each.base + each.length]
+        assert [(each.reads, each.writes, index in each.kept) for each in at] == [(True, True, index == 0x4B564D04)]
+
+
 @pytest.mark.row("V-04", "X-02")
 def test_virtualbox_offers_kicks_only_where_they_are_served() -> None:
     """Without a VMM that kicks, PV_UNHALT would be a promise that nobody keeps."""
@@ -338,6 +397,16 @@ def test_virtualbox_offers_stable_by_its_host() -> None:
         provider, _ = a_provider(clock=StubClock(paired=None), profile=profile)
         offered[profile] = provider.cpuid_leaves[0x40000001].eax >> 24
     assert offered == {"linux": 1, "document": 1, "virtualbox": 0}
+
+
+@pytest.mark.row("V-04")
+@pytest.mark.parametrize("paired", [NOW, None])
+def test_virtualbox_decides_on_stable_once(paired: Pairing | None) -> None:
+    """What its guest was offered at first it is offered for life, whatever becomes of the host's TSC."""
+    provider, clock = a_provider(clock=StubClock(paired=paired), profile="virtualbox")
+    clock.paired = None if paired else NOW
+    assert provider.cpuid_leaves[0x40000001].eax >> 24 == (paired is not None)
+    assert provider.save_unit()[-1] == (paired is not None)  # the feature word's last byte
 
 
 @pytest.mark.row("K-09")

@@ -36,10 +36,11 @@ ALIGNMENT: Final = 4
 
 
 class KvmClock:
-    """The guest's registrations, handed to `clock`.  log: records wall-clock writes in profiles that ask for it."""
+    """The guest's registrations, handed to `clock`."""
 
-    def __init__(self, clock: ClockServices, vcpus: int, profile: Profile, log: GuestLog) -> None:
-        self._clock, self._vcpus, self._profile, self._log = clock, vcpus, profile, log
+    def __init__(self, clock: ClockServices, vcpus: int, profile: Profile) -> None:
+        self._clock, self._vcpus, self._profile = clock, vcpus, profile
+        self._time_page_log, self._wall_clock_log = GuestLog(clock), GuestLog(clock)
         self._system_time = Register("system_time", vcpus)
         self._wall_clock = Register("wall_clock", None)
         self._boot_vcpu_runs_old_kvmclock = Register("boot_vcpu_runs_old_kvmclock", None, flag=True)
@@ -119,6 +120,7 @@ class KvmClock:
         """Unlike Linux, do not wait for memory to appear: enabling fails, though the MSR reads back (trap T6)."""
         if not self._clock.memory.contains(gpa, TIME_INFO_BYTES):
             self._clock.place_time_page(vcpu, None, write, undo)
+            self._time_page_log(EventKind.REFUSED, f"vCPU {vcpu}: there is no memory for its clock's page at {gpa:#x}")
         elif self._profile.owns_pages:
             self._place_own(vcpu, gpa, write, undo)
         else:
@@ -168,9 +170,9 @@ class KvmClock:
                 memory.write(value, WALL_CLOCK.pack(even, sec % (1 << 32), nsec))
         except (MsrFault, GuestAddressError) as error:  # its memory may go at any time
             self._wall_clock[vcpu] = before
-            self._log(EventKind.REFUSED, f"wall clock not written: {error}")
+            self._wall_clock_log(EventKind.REFUSED, f"wall clock not written: {error}")
             raise error if isinstance(error, MsrFault) else MsrFault(index, value, str(error)) from None
-        self._log(EventKind.PAGE, f"wall clock at {value:#x}: sec {sec}, nsec {nsec}, version {even}")
+        self._wall_clock_log(EventKind.PAGE, f"wall clock at {value:#x}: sec {sec}, nsec {nsec}, version {even}")
 
     def _check(self, index: int, value: int, gpa: int, length: int) -> None:
         if gpa % ALIGNMENT:

@@ -110,6 +110,8 @@ class KvmProvider:
         if int(self.features) & ~int(servable):  # ints: ~ of an IntFlag has only the bits that have names
             refused = names_of(int(self.features) & ~int(servable))
             raise ConfigError(f"features {refused} cannot be served here; choose from {names_of(servable)}")
+        if self._profile.stable_by_host and clock.pairing(0) is None:
+            self.features &= ~KvmFeature.CLOCKSOURCE_STABLE
         # Asked at every publish, where a test of a flag enum costs as much as the publish itself.
         self._offers_stable = KvmFeature.CLOCKSOURCE_STABLE in self.features
         self.refreshes_pages, self.tells_of_pauses = self._profile.refreshes_pages, self._profile.tells_of_pauses
@@ -141,7 +143,7 @@ class KvmProvider:
 
     def _make_surfaces(self, features: KvmFeature) -> None:
         clock, vcpus, profile = self.clock, self._vcpus, self._profile
-        self._kvmclock = KvmClock(clock, vcpus, profile, self._log)
+        self._kvmclock = KvmClock(clock, vcpus, profile)
         serves_flush = KvmFeature.PV_TLB_FLUSH in features
         self._steal_time = StealTime(clock.memory, vcpus, profile, serves_flush=serves_flush)
         self._pv_eoi = PvEoi(clock.memory, vcpus)
@@ -163,10 +165,7 @@ class KvmProvider:
     @property
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
         """Signature "KVMKVMKVM", the feature word and the hints; the timing leaf on request."""
-        features = int(self.features)
-        if self._profile.stable_by_host and self.clock.pairing(0) is None:
-            features &= ~KvmFeature.CLOCKSOURCE_STABLE
-        leaves = kvm_cpuid_leaves(features, self.hints, self.cpuid_base)
+        leaves = kvm_cpuid_leaves(self.features, self.hints, self.cpuid_base)
         return leaves if self._timing is None else timing.with_timing_leaf(leaves, self._timing)
 
     @property
