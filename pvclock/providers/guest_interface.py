@@ -170,7 +170,8 @@ class GuestInterface:
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
         """MSRs that must exit to the clock on /dev/kvm: every provider's, because the kernel would serve some."""
-        return tuple(each for provider in PROVIDERS.values() for each in provider.msr_ranges)
+        providers: dict[str, Provider | type[Provider]] = {**PROVIDERS, self.name: self._provider}
+        return tuple(each for provider in providers.values() for each in provider.msr_ranges)
 
     @property
     def statistics(self) -> Statistics:

@@ -6,7 +6,8 @@ Real mode, one vCPU, everything below 64 KiB.  A #GP is counted and its instruct
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, Literal, NamedTuple
 
 from pvclock import Machine
@@ -47,6 +48,13 @@ class Outcome(NamedTuple):
 
 def run_script(accesses: Sequence[Access], clock: Literal["engine", "kernel"], **options: object) -> list[Outcome]:
     """Make the accesses on a real vCPU whose clock is `clock`'s."""
+    with scripted(accesses, clock, **options) as machine:
+        return outcomes_of(machine, len(accesses))
+
+
+@contextmanager
+def scripted(accesses: Sequence[Access], clock: Literal["engine", "kernel"], **options: object) -> Iterator[Machine]:
+    """The machine of run_script() when its guest has made the accesses."""
     code = b"".join(_step(access, LOG + RECORD.size * i) for i, access in enumerate(accesses)) + b"\xb0\x00\xe6\xf4"
     assert LOG + RECORD.size * len(accesses) <= LOG_END, "too long a script"
     options = {"memory_bytes": MEMORY_BYTES, "clock": clock, "tick_interval_s": None, **options}  # pages are compared
@@ -55,11 +63,15 @@ def run_script(accesses: Sequence[Access], clock: Literal["engine", "kernel"], *
         machine.memory.write(HANDLER, COUNT_AND_SKIP)
         machine.start()
         machine.wait(30)
-        records = RECORD.iter_unpack(machine.memory.read(LOG, RECORD.size * len(accesses)))
-        outcomes, faults_before = [], 0
-        for faults, low, high, *page in records:
-            outcomes.append(Outcome(faults > faults_before, high << 32 | low, TimeInfo._make(page)))
-            faults_before = faults
+        yield machine
+
+
+def outcomes_of(machine: Machine, count: int) -> list[Outcome]:
+    """What became of each of `count` accesses."""
+    outcomes, faults_before = [], 0
+    for faults, low, high, *page in RECORD.iter_unpack(machine.memory.read(LOG, RECORD.size * count)):
+        outcomes.append(Outcome(faults > faults_before, high << 32 | low, TimeInfo._make(page)))
+        faults_before = faults
     return outcomes
 
 

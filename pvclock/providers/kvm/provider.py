@@ -8,6 +8,7 @@ from typing import Final
 
 from pvclock.arguments import vcpu_number
 from pvclock.errors import ConfigError, MsrFault
+from pvclock.msr_ranges import MsrRange
 from pvclock.providers import timing
 from pvclock.providers.hypercall_instructions import VMCALL
 from pvclock.providers.interface import (
@@ -116,6 +117,7 @@ class KvmProvider:
         self._offers_stable = KvmFeature.CLOCKSOURCE_STABLE in self.features
         self.refreshes_pages, self.tells_of_pauses = self._profile.refreshes_pages, self._profile.tells_of_pauses
         self._unit_features = int(self.features)  # as save_unit() writes them
+        self.msr_ranges = tuple(self._kept_if_offered(each) for each in MSR_RANGES)
         self._offer_timing(timing_leaf, apic_bus_hz)
         self._log = GuestLog(clock)
         self._make_surfaces(self.features if enforce_cpuid else servable)
@@ -127,6 +129,10 @@ class KvmProvider:
         if self._profile.features_of_newest_only and version:
             return servable & KvmFeature.CLOCKSOURCE_STABLE
         return servable if self._profile.offers_all else servable & default_features(self.clock)
+
+    def _kept_if_offered(self, msrs: MsrRange) -> MsrRange:
+        """That range; what no guest of this profile is offered is not left to the kernel, either."""
+        return msrs._replace(kept=tuple(msr for msr in msrs.kept if FEATURE_OF_MSR[msr] & self._profile.features))
 
     def _offer_timing(self, timing_leaf: bool, apic_bus_hz: int | None) -> None:
         if apic_bus_hz is not None and not timing_leaf:
