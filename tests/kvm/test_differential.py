@@ -93,7 +93,7 @@ def test_versions_mul_shift_and_flags(stable_bit: int) -> None:
     assert [each.page.flags for each in outcomes[:3]] == [stable_bit, stable_bit | 2, stable_bit | 2]
 
 
-@pytest.mark.row("K-03", "K-10", "V-14")
+@pytest.mark.row("K-03", "K-10")
 def test_addresses() -> None:
     """Unaligned, page-crossing, unmapped and wrapping addresses, disabled and enabled again: the same, no fault."""
     values = [

@@ -202,7 +202,7 @@ def test_what_is_clamped_is_what_is_returned() -> None:
         assert block.last_value == ahead_ns
 
 
-@pytest.mark.row("V-25", "V-26", "V-04")
+@pytest.mark.row("V-25", "V-26")
 def test_virtualboxs_clock_under_running_guests() -> None:
     """Under profile "virtualbox" the boot vCPU's wall clock is written with the others out, and all go on and read."""
     with Machine(clockprobe(), vcpus=2, cmdline="cpus=2", profile="virtualbox") as machine:

@@ -20,11 +20,13 @@ def engine_of(machine: Machine) -> GuestClock:
     return machine.clock
 
 
-@pytest.mark.row("V-10", "V-11", "V-06")
-@pytest.mark.parametrize("index", [SYSTEM_TIME, SYSTEM_TIME_NEW])
-def test_registrations_come_to_the_engine(index: int) -> None:
-    """The guest's write leaves the kernel, and the page has the TSC of that instant and the ns since TSC 0."""
-    accesses = [Access(index, PAGE | 1, PAGE)] * 2
+@pytest.mark.row("V-10", "V-11", "V-06", "V-14")
+@pytest.mark.parametrize(
+    ("index", "gpa"), [(SYSTEM_TIME, PAGE), (SYSTEM_TIME_NEW, PAGE + 2), (SYSTEM_TIME_NEW, PAGE + 0xFF0)]
+)
+def test_registrations_come_to_the_engine(index: int, gpa: int) -> None:
+    """The guest's write leaves the kernel, and the page has the TSC of that instant and ns since TSC 0, anywhere."""
+    accesses = [Access(index, gpa | 1, gpa)] * 2
     with scripted(accesses, "engine", profile="virtualbox") as machine:
         hz = engine_of(machine).tsc_hz
         first, second = (outcome.page for outcome in outcomes_of(machine, 2))

@@ -251,13 +251,13 @@ def test_virtualbox_tells_of_the_first_20_faults() -> None:
     """Accesses of the ranges' other MSRs are told with number and value, the first 20 of them; others never are."""
     provider, clock = a_provider(profile="virtualbox")
     for index in (0x4B564D02, 0x4B564D03, 0x4B564D04):
+        before = len(clock.told)
         with pytest.raises(MsrFault):
             provider.read_msr(0, index)
         with pytest.raises(MsrFault):
             provider.write_msr(1, index, 0x5001)
-    assert [kind for kind, _ in clock.told] == ["refused"] * 6
-    assert all(f"{index:#x}" in why for index, (_, why) in zip((0x4B564D02,) * 2, clock.told, strict=False))
-    assert "0x5001" in clock.told[1][1]
+        told = [(kind, f"{index:#x}" in why, "0x5001" in why) for kind, why in clock.told[before:]]
+        assert told == [("refused", True, False), ("refused", True, True)]
     for _ in range(40):
         with pytest.raises(MsrFault):
             provider.read_msr(0, 0x4B564D03)
