@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import struct
 import time
 from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
 
-from pvclock import GuestClock, HostTsc, Machine
+from pvclock import GuestClock, HostTsc, KvmFeature, Machine
 from pvclock.clock.guest_clock import GUEST_STOPPED
 from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import MachineGuest, finish, probe_machine, wait_until_reading
@@ -120,6 +121,35 @@ def test_engine_and_kernel_publish_the_same(observations: tuple[Undisturbed, Und
     same = ("signature_leaf", "features", "msr", "msr_value", "uses_rdtscp", "state")
     for record, other in zip(engine.records, kernel.records, strict=True):
         assert [getattr(record, name) for name in same] == [getattr(other, name) for name in same]
+
+
+@pytest.mark.row("K-19", "K-20")
+@pytest.mark.parametrize(
+    ("features", "state", "msr"),
+    [
+        (KvmFeature.CLOCKSOURCE | KvmFeature.CLOCKSOURCE2, probe.State.DONE, 0x4B564D01),
+        (KvmFeature.CLOCKSOURCE2, probe.State.DONE, 0x4B564D01),
+        (KvmFeature.CLOCKSOURCE, probe.State.DONE, 0x12),
+        (KvmFeature.NOP_IO_DELAY, probe.State.NO_CLOCK, 0),
+    ],
+)
+def test_which_clock_a_guest_takes(features: KvmFeature, state: probe.State, msr: int) -> None:
+    """It tries bit 3, then bit 0; by either MSRs it reads the clock, and with neither bit it has none."""
+    with Machine(clockprobe(), cmdline="cpus=1", features=int(features)) as machine:
+        machine.start()
+        if state == probe.State.DONE:
+            wait_until_reading(machine)
+            wait_for_reads(machine, 10_000)
+            (record,) = finish(machine)
+            wall_version, wall_s, _ = struct.unpack("<III", machine.memory.read(probe.WALL_CLOCK, 12))
+            assert (wall_version, wall_s) == (2, pytest.approx(time.time(), abs=60))
+            assert not any(failures([record]).values())
+        else:
+            assert machine.wait(60) == probe.EXIT_FAILED
+            record = probe.read_record(machine.memory, 0)
+        assert (record.features, record.state, record.msr) == (features, state, msr)
+        page = engine_of(machine).page(0)
+        assert (page is not None) == (msr != 0)
 
 
 @pytest.mark.row("K-13", "K-14", "K-15")

@@ -73,7 +73,7 @@ def test_a_callback_that_fails_in_run_for(error: BaseException) -> None:
             runs_on(twin)
 
 
-@pytest.mark.row("E9", "K-15")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("name", ["tick after raw", "tick after a source"])
 def test_a_tick_without_a_sample(name: str) -> None:
     """What a source raises comes out; the clock keeps the rate that it knows, tells it, and steers at the next tick."""

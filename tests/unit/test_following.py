@@ -530,7 +530,7 @@ class HeldSource:
         return Sample(self.vm.backend.tsc, self.vm.backend.ref_ns, 10.0)
 
 
-@pytest.mark.row("K-15", "E9")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("call", ["tick", "follow", "tick and follow"])
 def test_an_on_dirty_that_ticks_meets_a_tick_at_its_sample(call: str) -> None:
     """One holds the clock's lock and wants to tick or follow, the other samples and wants the lock: both end."""
@@ -561,7 +561,7 @@ def test_an_on_dirty_that_ticks_meets_a_tick_at_its_sample(call: str) -> None:
     assert vm.clock.steering is not None
 
 
-@pytest.mark.row("K-15", "E9")
+@pytest.mark.row("E9")
 def test_a_source_that_is_held_up_holds_up_no_other_tick() -> None:
     """Meanwhile others publish without a sample, and another reference can be followed; the late sample is dropped."""
     vm = Vm(0)

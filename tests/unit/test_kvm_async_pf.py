@@ -75,6 +75,24 @@ def test_words_must_be_in_memory_once_both_bits_are_set() -> None:
         strict.write_msr(0, ENABLE, SIZE | ON)
 
 
+@pytest.mark.row("K-21")
+@pytest.mark.parametrize("profile", ["linux", "document"])
+@pytest.mark.parametrize("gpa", [WORDS + 0x40, WORDS + 0x1C0, SIZE - 0x40])
+def test_the_words_are_at_any_64_bytes(profile: str, gpa: int) -> None:
+    """Both words are written at the address in bits 6 to 63, and not a byte beside them."""
+    provider, clock = a_provider(features=ALL, profile=profile)
+    clock.memory.write(gpa, bytes(8))
+    expected = bytearray(clock.memory.read(0, SIZE))
+    provider.write_msr(0, ENABLE, gpa | ON | (AS_INT if profile == "linux" else 0))
+    assert provider.inject_not_present(0, 5, 3)
+    expected[gpa] = 1
+    assert clock.memory.read(0, SIZE) == expected
+    clock.memory.write(gpa, bytes(4))
+    assert provider.page_ready(0, 5)
+    expected[gpa : gpa + 8] = bytes((0, 0, 0, 0, 5, 0, 0, 0) if profile == "linux" else (2, *bytes(7)))
+    assert clock.memory.read(0, SIZE) == expected
+
+
 @pytest.mark.row("K-22")
 def test_a_page_that_is_not_present_and_then_is() -> None:
     """Reason 1 for the fault; the token of the page that is there in the second word, by an interrupt."""
@@ -101,29 +119,60 @@ def test_as_first_documented_a_page_ready_is_a_fault_with_reason_2() -> None:
     assert not provider.awaits_ack(0)
 
 
+@pytest.mark.row("K-22")
+def test_a_reason_is_the_guests_to_clear() -> None:
+    """A page may be ready before the guest has seen that it was not present: the reason stays for the guest."""
+    provider, clock = enabled()
+    assert provider.inject_not_present(0, 7, 3)
+    assert provider.page_ready(0, 7)
+    assert words(clock) == (1, 7)
+
+
 @pytest.mark.row("K-23")
 def test_all_who_wait_are_woken_by_one_token() -> None:
-    """0xffffffff is nobody's token and everybody's."""
+    """0xffffffff is nobody's token and everybody's; it waits for the guest, and for its ACK, as others do."""
     provider, clock = enabled()
+    assert provider.page_ready(0, 7)
+    provider.write_msr(0, ACK, 1)
+    assert not provider.wake_all(0)
+    assert words(clock) == (0, 7)
+    clock.memory.write(WORDS, bytes(8))
     assert provider.wake_all(0)
     assert words(clock) == (0, 0xFFFFFFFF)
+    assert provider.awaits_ack(0)
     assert not provider.wake_all(1)
+
+
+@pytest.mark.row("K-23")
+def test_as_first_documented_all_are_woken_by_a_fault() -> None:
+    """The word says that a page is ready; that it is all of them stands in CR2, which is the VMM's to set."""
+    provider, clock = enabled(ON, profile="document")
+    assert provider.wake_all(0)
+    assert words(clock) == (2, 0)
+    assert not provider.awaits_ack(0)
 
 
 @pytest.mark.row("K-24")
 def test_the_next_event_waits_for_the_guest() -> None:
-    """A page-ready is withheld until the guest has cleared the token; the ACK says when to try again."""
+    """A page-ready is withheld until its vCPU has cleared the token; the ACK says when to try again."""
     provider, clock = enabled()
+    clock.memory.write(WORDS + 64, bytes(8))
+    provider.write_msr(1, ENABLE, WORDS + 64 | ON | AS_INT)
     assert provider.page_ready(0, 7)
     assert not provider.page_ready(0, 8)
     assert words(clock) == (0, 7)
+    assert provider.page_ready(1, 9)
+    assert u32(clock.memory, WORDS + 64 + 4) == 9
+    clock.memory.write(WORDS + 4, bytes(4))
+    assert provider.page_ready(0, 8)  # it need not be acknowledged
+    assert words(clock) == (0, 8)
     clock.memory.write(WORDS + 4, bytes(4))
     provider.write_msr(0, ACK, 0)  # bit 0 does it
     assert provider.awaits_ack(0)
     provider.write_msr(0, ACK, 0xFF)
     assert not provider.awaits_ack(0)
-    assert provider.page_ready(0, 8)
-    assert words(clock) == (0, 8)
+    assert provider.page_ready(0, 10)
+    assert words(clock) == (0, 10)
 
 
 @pytest.mark.row("K-24")
@@ -159,11 +208,34 @@ def test_who_is_told_of_a_missing_page(bits: int, cpl: int, in_l2: bool, deliver
 
 @pytest.mark.row("K-25")
 def test_writing_0_ends_it() -> None:
-    """Disabled, nothing is written any more, and no ACK is waited for: the memory is the guest's again."""
+    """Disabled, nothing is written any more, and no ACK is waited for: the memory is the guest's again.
+
+    The other vCPUs go on until each has written 0.
+    """
     provider, clock = enabled()
+    clock.memory.write(WORDS + 64, bytes(8))
+    provider.write_msr(1, ENABLE, WORDS + 64 | ON | AS_INT)
     assert provider.page_ready(0, 7)
     provider.write_msr(0, ENABLE, 0)
+    assert provider.read_msr(0, ENABLE) == 0
     clock.memory.write(WORDS, bytes(8))
+    assert not provider.awaits_ack(0)
+    assert not provider.inject_not_present(0, 8, 3)
+    assert not provider.page_ready(0, 8)
+    assert not provider.wake_all(0)
+    assert words(clock) == (0, 0)
+    assert provider.inject_not_present(1, 8, 3)
+    assert u32(clock.memory, WORDS + 64) == 1
+
+
+@pytest.mark.row("K-25")
+def test_a_reset_ends_it() -> None:
+    """What the next kernel has at that address is not written: no vCPU has events until it asks for them."""
+    provider, clock = enabled()
+    assert provider.page_ready(0, 7)
+    provider.reset()
+    clock.memory.write(WORDS, bytes(8))
+    assert provider.read_msr(0, ENABLE) == 0
     assert not provider.awaits_ack(0)
     assert not provider.inject_not_present(0, 8, 3)
     assert not provider.page_ready(0, 8)

@@ -223,6 +223,33 @@ def test_a_running_guests_flags_are_its_own() -> None:
     assert clock.memory.read(0x2004, 4) == b"\x45\x46\x47\x48"
 
 
+@pytest.mark.row("K-16", "K-17")
+@pytest.mark.parametrize("features", [KvmFeature.CLOCKSOURCE2, KvmFeature.CLOCKSOURCE2 | KvmFeature.CLOCKSOURCE_STABLE])
+def test_a_pause_is_told_to_each_vcpu_until_it_has_seen_it(features: KvmFeature) -> None:
+    """GUEST_STOPPED needs no CPUID bit; each vCPU clears its own, and no later write of the flags brings it back."""
+    clock, _ = a_clock(features=features)
+    stable = int(bool(features & KvmFeature.CLOCKSOURCE_STABLE))
+    for vcpu in range(2):
+        clock.write_msr(vcpu, SYSTEM_TIME_NEW, 0x2000 + 64 * vcpu | 1)
+
+    def flags() -> list[int]:
+        return [clock.memory.read(0x2000 + 64 * vcpu + 29, 1)[0] for vcpu in range(2)]
+
+    clock.memory.write(0x201D, bytes([stable]))
+    clock.memory.write(0x205D, bytes([stable]))
+    clock.pause()
+    clock.resume()
+    assert flags() == [stable | 2, stable | 2]
+    clock.memory.write(0x201D, bytes([stable]))  # vCPU 0 has seen it
+    clock.refresh()
+    for vcpu in range(2):
+        clock.write_msr(vcpu, SYSTEM_TIME_NEW, 0x2000 + 64 * vcpu | 1)  # its flags are written
+    assert flags() == [stable, stable | 2]
+    clock.pause()
+    clock.resume(guest_stopped=False)
+    assert flags() == [stable, stable | 2]
+
+
 @pytest.mark.row("K-16")
 def test_stable_is_only_said_where_it_is_offered_and_true() -> None:
     """TSC_STABLE needs CPUID bit 24 and a host whose TSCs are in step."""

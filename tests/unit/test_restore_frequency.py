@@ -9,7 +9,8 @@ import pytest
 from pvclock import GuestClock, GuestMemory, RangeError, SimulatedBackend, StateFileError
 from pvclock.state.clock_state import ClockState, from_json, to_json
 from pvclock.timekeeping.events import EventKind
-from tests.unit.clocks import NS_PER_S
+from tests import oracle
+from tests.unit.clocks import NS_PER_S, a_clock, page_of, shown
 
 HZ: Final = 2_500_000_000
 FASTER_HZ: Final = 3_000_000_000
@@ -118,6 +119,24 @@ def test_a_guest_with_a_clock_of_ours_may_go_anywhere() -> None:
     clock = GuestClock.restore(state, memory, backend=SimulatedBackend(FASTER_HZ))
     clock.resume()
     assert told(clock) == []
+
+
+@pytest.mark.row("K-15", "E5")
+def test_pages_show_the_frequency_of_the_host_that_they_are_on() -> None:
+    """Every vCPU's mul and shift are for the guest's TSC here; restored at another frequency, for that one."""
+    clock, _, memory = a_clock(HZ, vcpus=2)
+    pairs = [(page_of(clock, vcpu).tsc_to_system_mul, page_of(clock, vcpu).tsc_shift) for vcpu in range(2)]
+    assert pairs == [oracle.time_scale(NS_PER_S, HZ)] * 2
+    clock.pause()
+    host = SimulatedBackend(FASTER_HZ)
+    moved = GuestClock.restore(clock.save(), memory, backend=host)
+    moved.resume()
+    pairs = [(page_of(moved, vcpu).tsc_to_system_mul, page_of(moved, vcpu).tsc_shift) for vcpu in range(2)]
+    assert pairs == [oracle.time_scale(NS_PER_S, FASTER_HZ)] * 2
+    before = [shown(memory, vcpu, moved.guest_tsc(vcpu, host.tsc)) for vcpu in range(2)]
+    host.advance(ns=NS_PER_S)
+    after = [shown(memory, vcpu, moved.guest_tsc(vcpu, host.tsc)) for vcpu in range(2)]
+    assert all(abs(end - begin - NS_PER_S) <= 1 for begin, end in zip(before, after, strict=True))
 
 
 @pytest.mark.row("E5", "E22", "P-25")

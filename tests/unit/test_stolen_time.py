@@ -70,6 +70,18 @@ def test_a_new_thread_that_has_waited_already_loses_nothing() -> None:
     assert stolen_ns(memory) == 9 * NS_PER_S
 
 
+@pytest.mark.row("K-26")
+def test_a_record_that_was_disabled_takes_no_run_delay() -> None:
+    """A tick leaves the record of a vCPU whose bit 0 is clear as it is, and adds to the other's."""
+    clock, backend, memory = a_vm(2)
+    clock.write_msr(0, STEAL_TIME, RECORD)
+    before = memory.read(RECORD, 64)
+    backend.run_delays_ns = {0: 5, 1: 7}
+    clock.tick()
+    assert memory.read(RECORD, 64) == before
+    assert stolen_ns(memory, 1) == 7
+
+
 @pytest.mark.row("K-28", "E9")
 def test_each_vcpu_has_its_own_account() -> None:
     """What one vCPU's thread waited is told to that vCPU alone; a delay that nobody knows is 0."""

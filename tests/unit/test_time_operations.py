@@ -193,7 +193,7 @@ class TestTimeOperations(TimeOperations.TestCase):  # type: ignore[misc, valid-t
     settings = settings(stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.mark.row("E11", "E9", "K-14")
+@pytest.mark.row("E11", "E9")
 @pytest.mark.stress
 def test_a_million_anchors() -> None:
     """After 10^6 publishes at seven rates in turn, pages are as near to the timeline as after one."""
