@@ -210,6 +210,27 @@ def test_stable_taken_from_running_guests(stable_bit: int) -> None:
 
 
 @pytest.mark.row("K-18")
+def test_vcpus_whose_pages_disagree_go_on_monotone() -> None:
+    """One vCPU's page is 100 ms ahead; without STABLE the other returns what that one had, and no reading is less."""
+    with probe_machine("engine", 2) as machine:
+        clock = engine_of(machine)
+        machine.start()
+        wait_until_reading(machine)
+        with machine.runner.quiesce():
+            clock.write_msr(0, 0x12, probe.time_page_address(0) | 1)
+            clamped = probe.read_record(machine.memory, 0).clamped
+        rewrite(machine, 1, 16, 100_000_000)
+        for vcpu in range(2):
+            wait_for_reads(machine, 1_000_000, vcpu)
+        records = finish(machine)
+        assert not any(failures(records).values())
+        assert records[0].clamped > clamped
+        block = probe.read_block(machine.memory)
+        assert block is not None
+        assert block.last_value == max(record.last_ns for record in records)
+
+
+@pytest.mark.row("K-18")
 def test_what_is_clamped_is_what_is_returned() -> None:
     """Without STABLE a guest returns the greatest value that any vCPU had, here an hour ahead, and not its own."""
     with probe_machine("engine", 2) as machine:

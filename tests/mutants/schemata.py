@@ -162,7 +162,10 @@ def choice(mutant: Mutant, source: str, number: int) -> str:
 
 
 def assemble(file: Path, source: str, mutants: dict[int, Mutant]) -> None:
-    """Assemble a guest's image as it is (0) and for each mutant, and let the module of images give the chosen one."""
+    """Assemble a guest's image as it is (0) and for each mutant, and let the package of images give the chosen one.
+
+    Its compiled module stays, for the build makes that anew; the package takes another instead.
+    """
     folder = file.parent / "mutants"
     folder.mkdir(exist_ok=True)
     images = {0: source} | {number: mutant.applied(source) for number, mutant in mutants.items()}
@@ -172,6 +175,7 @@ def assemble(file: Path, source: str, mutants: dict[int, Mutant]) -> None:
         subprocess.run(["as", "-I", file.parent, "-o", binary, written], check=True)
         options = ("--only-section=.rodata", "--output-target=binary")
         subprocess.run(["objcopy", *options, binary, folder / f"{number}.image"], check=True)
-    for module in file.parent.glob("_images.*.so"):
-        module.unlink()
-    (file.parent / "_images.py").write_text(IMAGES_MODULE, encoding="utf-8")
+    (file.parent / "_mutants.py").write_text(IMAGES_MODULE, encoding="utf-8")
+    package = file.parent / "__init__.py"
+    source = package.read_text(encoding="utf-8")
+    package.write_text(source.replace("pvclock.payloads._images", "pvclock.payloads._mutants"), encoding="utf-8")

@@ -60,7 +60,7 @@ def test_invariant_tsc_is_hidden_unless_asked_for() -> None:
     assert a_clock(offer_invariant_tsc=True)[0].patch_cpuid(0x80000007, 0, whole).edx == 0xFFFFFFFF
 
 
-@pytest.mark.row("K-09", "K-20")
+@pytest.mark.row("K-09", "K-19", "K-20")
 @pytest.mark.parametrize(
     ("features", "served"),
     [
@@ -276,15 +276,46 @@ def test_a_host_that_loses_its_tsc_loses_stable() -> None:
 
 @pytest.mark.row("K-19", "K-16")
 def test_old_msrs_share_the_new_ones_values_and_cost_stable() -> None:
-    """0x11 and 0x12 read and write what the new numbers do; the boot vCPU on 0x12 takes STABLE from all pages."""
+    """0x12 reads and writes what the new number does; the boot vCPU on it, not the other, costs all pages STABLE."""
     clock, _ = a_clock()
     clock.write_msr(1, SYSTEM_TIME_NEW, 0x3001)
-    clock.write_msr(0, SYSTEM_TIME, 0x2001)
-    assert clock.read_msr(0, SYSTEM_TIME_NEW) == clock.read_msr(0, SYSTEM_TIME) == 0x2001
-    assert [page.flags for vcpu in range(2) if (page := clock.page(vcpu))] == [0, 0]
-    clock.write_msr(1, SYSTEM_TIME, 0x3001)
-    clock.write_msr(0, SYSTEM_TIME_NEW, 0x2001)
-    assert [page.flags for vcpu in range(2) if (page := clock.page(vcpu))] == [1, 1]
+    accesses = (
+        (0, SYSTEM_TIME, 0x2001, [0, 0]),
+        (1, SYSTEM_TIME_NEW, 0x3001, [0, 0]),
+        (1, SYSTEM_TIME, 0x3001, [0, 0]),
+        (0, SYSTEM_TIME_NEW, 0x2001, [1, 1]),
+        (1, SYSTEM_TIME, 0x3001, [1, 1]),
+    )
+    for vcpu, index, value, flags in accesses:
+        clock.write_msr(vcpu, index, value)
+        assert clock.read_msr(vcpu, SYSTEM_TIME_NEW) == clock.read_msr(vcpu, SYSTEM_TIME) == value
+        assert [clock.memory.read(gpa + 29, 1)[0] for gpa in (0x2000, 0x3000)] == flags
+
+
+@pytest.mark.row("K-19")
+def test_an_old_number_gives_the_same_page() -> None:
+    """At one instant both numbers publish the same 32 bytes but for STABLE."""
+    pages = []
+    for index in (SYSTEM_TIME, SYSTEM_TIME_NEW):
+        clock, backend = a_clock()
+        backend.advance(ns=7 * NS_PER_S)
+        clock.write_msr(0, index, 0x2001)
+        pages.append(clock.memory.read(0x2000, 32))
+        assert written(clock) == [0x2000]
+    old, new = pages
+    assert (old[:29], old[30:]) == (new[:29], new[30:])
+    assert (old[29], new[29]) == (0, 1)
+
+
+@pytest.mark.row("K-19")
+def test_the_old_wall_clock_is_the_new_one() -> None:
+    """0x11 writes the record that 0x4b564d00 writes, and each reads back what was written by the other."""
+    clock, _ = a_clock(realtime_ns=1_700_000_000 * NS_PER_S + 5)
+    for index, gpa in ((WALL_CLOCK, 0x3000), (WALL_CLOCK_NEW, 0x4000), (WALL_CLOCK, 0x5000)):
+        clock.memory.write(gpa, bytes(4))
+        clock.write_msr(0, index, gpa)
+        assert clock.read_msr(1, WALL_CLOCK) == clock.read_msr(1, WALL_CLOCK_NEW) == gpa
+        assert (u32(clock, gpa), u32(clock, gpa + 4), u32(clock, gpa + 8)) == (2, 1_700_000_000, 5)
 
 
 @pytest.mark.row("K-10")

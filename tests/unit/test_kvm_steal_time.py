@@ -164,7 +164,7 @@ def test_bit_0_clear_stops_updates() -> None:
     assert record_of(clock, RECORD + 64) == oracle.StealTime(5, 4, 0, 1, bytes(47))
 
 
-@pytest.mark.row("K-30")
+@pytest.mark.row("K-27", "K-30")
 def test_preempted_is_said_and_taken_back() -> None:
     """The byte is 1 while the vCPU is scheduled out, and 0 once it runs, told either way."""
     provider, clock = a_provider()
