@@ -91,7 +91,7 @@ def test_a_page_that_comes_later_is_written_whole() -> None:
     clock.refresh()
     assert page_of(clock).flags == 3  # STABLE, and the GUEST_STOPPED that was there
     assert memory.read(0x2004, 4) == bytes(4)
-    clock.read(0)
+    assert clock.read(0) == 0
 
 
 @pytest.mark.stress

@@ -75,7 +75,9 @@ def test_a_record_that_is_not_in_memory_is_ignored(gpa: int) -> None:
     strict, _ = a_provider(profile="document")
     with pytest.raises(MsrFault):
         strict.write_msr(0, STEAL_TIME, gpa | 1)
+    assert strict.read_msr(0, STEAL_TIME) == 0
     strict.write_msr(0, STEAL_TIME, gpa)  # off: the address is of no account
+    assert strict.read_msr(0, STEAL_TIME) == gpa
 
 
 @pytest.mark.row("K-26")

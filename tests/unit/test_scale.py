@@ -176,7 +176,7 @@ def test_ns_to_ticks_is_the_exact_inverse(scale: ClockScale, ns: int) -> None:
     assert ticks == 0 or scale.to_ns(ticks - 1) < ns
 
 
-@pytest.mark.row("K-14")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize(("mul", "shift"), [(0, 0), (2**32, 0), (-1, 0), (1, 32), (1, -64)])
 def test_pairs_that_no_page_holds_are_refused(mul: int, shift: int) -> None:
     """mul 0, which divides a guest by zero, and shifts beyond a word cannot be made."""
@@ -184,7 +184,7 @@ def test_pairs_that_no_page_holds_are_refused(mul: int, shift: int) -> None:
         ClockScale(mul, shift)
 
 
-@pytest.mark.row("K-14")
+@pytest.mark.row("E13")
 def test_a_scale_is_a_value() -> None:
     """Scales are equal by (mul, shift), hash alike, show themselves, and know the frequency that they express."""
     scale = ClockScale(0xC5376ADD, -1)
@@ -223,7 +223,7 @@ def test_ratios_that_no_field_holds_are_refused(guest_khz: int, host_khz: int, f
         tsc_ratio(guest_khz, host_khz, frac_bits)
 
 
-@pytest.mark.row("K-15")
+@pytest.mark.row("E13")
 def test_a_batch_needs_buffers_of_one_length() -> None:
     """time_scales() refuses outputs that do not fit, and gives mul 0 for 0 Hz."""
     mul, shift = array("I", [7]), array("b", [7])
