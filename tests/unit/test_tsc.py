@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import CpuidLeaf, GuestClock, GuestMemory, HostTsc, SimulatedBackend, VcpuTsc
-from tests import oracle
+from tests.oracle import TimeInfo, VcpuTscOracle
 
 U64 = st.integers(0, 2**64 - 1)
 WRITES = st.one_of(
@@ -19,7 +19,7 @@ TSC, TSC_ADJUST = 0x10, 0x3B
 @given(writes=st.lists(WRITES, max_size=20), now=U64)
 def test_any_sequence_of_writes(writes: list[tuple[str, tuple[int, ...]]], now: int) -> None:
     """After any writes by guest and host, offset, ADJUST and every reading are the oracle's."""
-    tsc, model = VcpuTsc(), oracle.VcpuTscOracle()
+    tsc, model = VcpuTsc(), VcpuTscOracle()
     for name, arguments in writes:
         getattr(tsc, name)(*arguments)
         getattr(model, name)(*arguments)
@@ -105,6 +105,20 @@ def test_the_clock_serves_both_msrs() -> None:
     assert clock.read_msr(1, TSC) == 10**12
 
 
+@pytest.mark.row("J-03")
+@pytest.mark.parametrize("values", [(10**11, 1), (2**64 - 10**11, 7), (1, 2**64 - 1)])
+def test_adjust_moves_rdtsc_rdmsr_and_the_page_at_one_instant(values: tuple[int, ...]) -> None:
+    """Right after each write RDTSC and RDMSR have moved by X - old, and the page in memory gives the same time."""
+    clock, backend = a_clock()
+    before = clock.now()
+    for value in values:
+        clock.write_msr(1, TSC_ADJUST, value)
+        tsc = (10**12 + value) % 2**64
+        assert (backend.tsc + backend.tsc_offsets[1]) % 2**64 == clock.read_msr(1, TSC) == tsc
+        assert TimeInfo.parse(clock.memory.read(0x3000, 32)).read(tsc) - before in (0, 1, 2)
+    assert clock.read_msr(0, TSC) == 10**12
+
+
 @pytest.mark.row("J-03", "P-01", "E11", "K-14")
 @given(value=U64)
 def test_a_guests_tsc_write_does_not_move_its_clock(value: int) -> None:
@@ -116,7 +130,7 @@ def test_a_guests_tsc_write_does_not_move_its_clock(value: int) -> None:
     assert clock.read(0) - before in (0, 1)
     reading = clock.reading(0)
     assert reading.tsc == value
-    read_by_guest = oracle.TimeInfo.parse(clock.memory.read(0x2000, 32)).read(value)
+    read_by_guest = TimeInfo.parse(clock.memory.read(0x2000, 32)).read(value)
     assert read_by_guest - before in (0, 1)
     assert reading.ns == read_by_guest
 

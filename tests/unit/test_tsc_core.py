@@ -61,6 +61,25 @@ def test_msr_hooks(writes: list[tuple[int, int, int]], now: int) -> None:
     assert [each.rdx << 32 | each.rax for each in values] == [oracle.read(now), oracle.adjust, aux]
 
 
+@pytest.mark.row("J-04", "P-17")
+@given(tsc=scaled_tscs(), adjust=U64, value=U64, now=U64)
+def test_a_write_of_a_scaled_tsc(tsc: VcpuTsc, adjust: int, value: int, now: int) -> None:
+    """At whatever rate, the guest reads at once what it wrote, and ADJUST has moved by what that differed."""
+    tsc.host_write_adjust(adjust)
+    before = tsc.read(HostTsc(now))
+    tsc.wrmsr(MSR_IA32_TSC, value, HostTsc(now))
+    assert (tsc.read(HostTsc(now)), tsc.adjust) == (value, (adjust + value - before) % 2**64)
+
+
+@pytest.mark.row("J-05")
+@given(tsc=scaled_tscs(), adjust=U64, now=U64, scales=st.booleans())
+def test_controls_hold_adjust(tsc: VcpuTsc, adjust: int, now: int, scales: bool) -> None:
+    """The offset for the hardware's control structure moves by what the guest writes to ADJUST, scaled or trapped."""
+    before = tsc_controls(tsc, HostTsc(now), scales=scales).offset
+    tsc.guest_write_adjust(adjust)
+    assert tsc_controls(tsc, HostTsc(now), scales=scales).offset == (before + adjust) % 2**64
+
+
 @pytest.mark.row("P-17")
 def test_msrs_that_a_tsc_does_not_have() -> None:
     """Another MSR faults, read and written."""

@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from pvclock import GuestClock, GuestMemory, MsrFault, SimulatedBackend
+from pvclock import CpuidLeaf, GuestClock, GuestMemory, HostTsc, MsrFault, SimulatedBackend
 from pvclock.errors import TscOffsetNotHonoured
 from pvclock.state.clock_state import from_json, to_json
 from pvclock.timekeeping.events import EventCause, EventKind
@@ -130,3 +130,112 @@ def test_what_a_vmm_writes_before_the_resume_of_a_restored_clock_stays() -> None
         assert clock.read_msr(1, TSC) == 10**12
         backend.advance(ns=1000)
         assert clock.read_msr(0, TSC) == 5_000_000 + 2500
+
+
+# CPUID, and what each vCPU has
+
+
+@pytest.mark.row("J-01")
+@pytest.mark.parametrize("host_ebx", [0, 0xFFFF_FFFF])
+@pytest.mark.parametrize("offered", [True, False])
+def test_cpuid_says_whether_there_is_adjust(host_ebx: int, offered: bool) -> None:
+    """Bit 1 of leaf 7's EBX, in subleaf 0 alone, is what the VMM offers, whatever the host's CPU has."""
+    clock = GuestClock(GuestMemory(), backend=SimulatedBackend(HZ), offer_tsc_adjust=offered)
+    registers = CpuidLeaf(1, host_ebx, 3, 4)
+    assert clock.patch_cpuid(7, 0, registers) == registers._replace(ebx=(host_ebx & ~2) | 2 * offered)
+    assert clock.patch_cpuid(7, 1, registers) == registers
+
+
+@pytest.mark.row("J-02")
+@pytest.mark.parametrize("tsc_offset", [0, 5, 2**64 - 10**9, None])
+def test_each_vcpu_has_64_bits_of_its_own(tsc_offset: int | None) -> None:
+    """ADJUST is 0 at first, whatever the VMM's offset; then what that vCPU's guest wrote, and 0 after a reset."""
+    clock = GuestClock(GuestMemory(), 3, backend=SimulatedBackend(HZ, tsc=10**12), tsc_offset=tsc_offset)
+    assert [clock.read_msr(vcpu, ADJUST) for vcpu in range(3)] == [0, 0, 0]
+    written = [2**64 - 1, 0x8000_0001_0000_0002, 1]
+    for vcpu, value in enumerate(written):
+        clock.write_msr(vcpu, ADJUST, value)
+    assert [clock.read_msr(vcpu, ADJUST) for vcpu in range(3)] == written
+    begun = 10**12 + (tsc_offset or 0)
+    assert [clock.read_msr(vcpu, TSC) for vcpu in range(3)] == [(begun + value) % 2**64 for value in written]
+    clock.reset()
+    assert [clock.read_msr(vcpu, ADJUST) for vcpu in range(3)] == [0, 0, 0]
+
+
+# What the host adds
+
+
+@pytest.mark.row("J-05", "J-03")
+def test_the_hosts_offset_has_adjust_in_it() -> None:
+    """What the host is told to add to RDTSC is the VMM's offset and ADJUST; saved and resumed elsewhere, too."""
+    backend = SimulatedBackend(HZ, tsc=10**12)
+    memory = GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, 2, backend=backend, tsc_offset=7)
+    clock.write_msr(1, ADJUST, 10**9)
+    assert backend.tsc_offsets == {0: 7, 1: 7 + 10**9}
+    clock.write_msr(1, ADJUST, 2**64 - 10**9)
+    assert backend.tsc_offsets == {0: 7, 1: 2**64 + 7 - 10**9}
+    clock.pause()
+    elsewhere = SimulatedBackend(HZ, tsc=99)
+    moved = GuestClock.restore(clock.save(), memory, backend=elsewhere)
+    moved.resume("freeze")
+    assert [(99 + elsewhere.tsc_offsets[vcpu]) % 2**64 for vcpu in range(2)] == [10**12 + 7, 10**12 + 7 - 10**9]
+
+
+@pytest.mark.row("J-05")
+def test_no_write_of_tsc_or_adjust_reaches_a_register() -> None:
+    """Writes of 0x10 and 0x3b come to the clock, so that neither kernel nor CPU sees them; reads of 0x3b, too."""
+    clock, _ = a_vm()
+    covering = {index: [each for each in clock.msr_ranges if each.base == index] for index in (TSC, ADJUST)}
+    assert [(each.length, each.writes, each.kept) for each in covering[TSC]] == [(1, True, ())]
+    assert [(each.length, each.reads, each.writes, each.kept) for each in covering[ADJUST]] == [(1, True, True, ())]
+
+
+@pytest.mark.row("J-10", "J-05")
+@pytest.mark.parametrize("step", [-(10**11), -(10**12)])
+def test_a_hosts_own_adjust_is_not_the_guests(step: int) -> None:
+    """A host that moves its own TSC leaves the guest's TSC, ADJUST and further writes as they were: sums stay sums."""
+    clock, backend = a_vm()
+    clock.write_msr(1, ADJUST, 500)
+    backend.tsc = HostTsc(backend.tsc + step)
+    clock.tick()
+    assert [clock.read_msr(vcpu, ADJUST) for vcpu in range(2)] == [0, 500]
+    assert backend.tsc_offsets == {0: -step, 1: 500 - step}
+    assert [clock.read_msr(vcpu, TSC) for vcpu in range(2)] == [10**12, 10**12 + 500]
+    clock.write_msr(1, ADJUST, 700)
+    assert (clock.read_msr(1, TSC), clock.tsc(1).base_offset) == (10**12 + 700, -step)
+
+
+# What the host writes, and saves
+
+
+@pytest.mark.row("J-06", "J-07")
+@pytest.mark.parametrize("order", [(TSC, ADJUST), (ADJUST, TSC)])
+def test_host_writes_in_either_order(order: tuple[int, int]) -> None:
+    """A VMM's write of one, while time runs, leaves the other alone, so the order does not matter to the guest."""
+    clock, _ = a_vm()
+    clock.write_msr(1, ADJUST, 44)
+    values = {TSC: 5_000_000, ADJUST: 2**64 - 1234}
+    expected = {TSC: 10**12 + 44, ADJUST: 44}
+    for index in order:
+        clock.host_write_msr(1, index, values[index])
+        expected[index] = values[index]
+        assert {each: clock.read_msr(1, each) for each in (TSC, ADJUST)} == expected
+    assert [clock.read_msr(0, each) for each in (TSC, ADJUST)] == [10**12, 0]
+
+
+@pytest.mark.row("J-07")
+@pytest.mark.parametrize("adjusts", [(1, 2**64 - 1), (2**63, 0), (2**64 - 10**12, 10**12)])
+def test_adjust_comes_back_from_a_file(adjusts: tuple[int, int]) -> None:
+    """Whatever 64 bits each vCPU had, they are in the saved text, and its guest reads them again after the resume."""
+    clock, _ = a_vm()
+    for vcpu, value in enumerate(adjusts):
+        clock.write_msr(vcpu, ADJUST, value)
+    tscs = [clock.read_msr(vcpu, TSC) for vcpu in range(2)]
+    clock.pause()
+    text = to_json(clock.save())
+    moved = GuestClock.restore(from_json(text), clock.memory, backend=SimulatedBackend(HZ, tsc=3))
+    for resume in (lambda: None, lambda: moved.resume("freeze")):
+        resume()
+        assert tuple(moved.read_msr(vcpu, ADJUST) for vcpu in range(2)) == adjusts
+        assert [moved.read_msr(vcpu, TSC) for vcpu in range(2)] == tscs
