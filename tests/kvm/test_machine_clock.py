@@ -236,7 +236,7 @@ def saved(text: list[str]) -> tuple[bytes, list[tuple[int, int]], int]:
         return machine.memory.read(0, MEMORY_BYTES), readings(machine), entries(machine)
 
 
-@pytest.mark.row("E1", "J-07", "P-25")
+@pytest.mark.row("E1", "P-25")
 @pytest.mark.parametrize("policy", ["freeze", "advance"])
 def test_a_machines_clock_goes_on_in_another_machine(policy: str) -> None:
     """On the saved RAM a guest reads the page of its first life: on from there, by what the policy gives it."""
@@ -268,7 +268,7 @@ def test_a_machines_clock_goes_on_in_another_machine(policy: str) -> None:
         assert abs(ns - expected) <= Fraction(BOUND_NS)
 
 
-@pytest.mark.row("E1", "J-07")
+@pytest.mark.row("E1")
 def test_a_restored_machine_that_is_paused_before_it_starts() -> None:
     """It stays so after start(), its clock, too; resume() lets both go on, by a policy of its own if need be."""
     text: list[str] = []

@@ -183,7 +183,7 @@ def test_run_for() -> None:
         wait_until_it_reads(machine, clock)
 
 
-@pytest.mark.row("E1", "J-07", "P-25")
+@pytest.mark.row("E1", "P-25")
 @pytest.mark.parametrize("policy", ["freeze", "advance"])
 def test_a_clock_saved_under_its_guest(policy: str) -> None:
     """Saved while its guest is paused, and restored over the same memory: the guest's own page goes on from there."""

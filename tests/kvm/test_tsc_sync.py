@@ -177,7 +177,7 @@ def test_random_writes(seed: int, tsc_offsets: TscOffsets) -> None:
             assert not last_try
 
 
-@pytest.mark.row("E5", "J-06", "K-16")
+@pytest.mark.row("E5", "K-16")
 def test_the_first_value(tsc_offsets: TscOffsets) -> None:
     """A young guest's TSC restored by value is thrown away before Linux 6.7, and by offset it never is."""
     with a_pair(tsc_offsets) as pair:

@@ -48,7 +48,7 @@ def test_kernel_time_in_ticks(hz: int) -> None:
     assert counter.margin_ticks == HostCounter().margin_ticks
 
 
-@pytest.mark.row("J-05", "E9")
+@pytest.mark.row("E9")
 def test_a_steered_tsc_goes_forward_only() -> None:
     """What is set makes the guest's TSC kernel time plus the offset; setting it back is refused with the reason."""
     vcpu = RecordingVcpu()

@@ -137,7 +137,7 @@ def test_an_interrupted_pause_keeps_the_vcpus_out_if_time_stands(monkeypatch: py
     assert backend.quiesced == 0
 
 
-@pytest.mark.row("E9", "J-07")
+@pytest.mark.row("E9")
 def test_a_rolled_back_guest_runs_on() -> None:
     """A clock restored over a paused one of the same VM holds the vCPUs in its place, and lets them go at resume()."""
     old, backend = a_paused_vm()
@@ -149,7 +149,7 @@ def test_a_rolled_back_guest_runs_on() -> None:
         old.resume()
 
 
-@pytest.mark.row("E9", "J-07")
+@pytest.mark.row("E9")
 def test_a_restore_that_fails_leaves_the_vcpus_out() -> None:
     """The clock that was there is paused as before, and lets its vCPUs go when it is resumed."""
     old, backend = a_paused_vm()

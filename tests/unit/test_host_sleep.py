@@ -353,7 +353,7 @@ def test_offsets_that_kvm_gave_to_one_vcpu_are_read_back() -> None:
     assert abs(clock.read(0) - clock.read(1)) <= 1
 
 
-@pytest.mark.row("E23", "E5", "J-05")
+@pytest.mark.row("E23", "E5")
 def test_a_host_without_offsets_loses_stable_and_says_so() -> None:
     """Where the guests' TSCs cannot be put on, they begin anew with the host: STABLE off, told, pages right."""
     clock, backend, memory = a_vm(honours_tsc_offset=False)

@@ -115,7 +115,7 @@ def test_an_interrupted_write_is_with_kvm_and_in_pages_or_with_neither(operate: 
     assert stayed
 
 
-@pytest.mark.row("J-05", "E9", "E5")
+@pytest.mark.row("E9", "E5")
 def test_an_interrupted_resume_leaves_no_other_offset_than_kvms() -> None:
     """Resumed at last, a restored clock's guests read its time by the offsets that KVM has."""
     for at in count():
@@ -131,7 +131,7 @@ def test_an_interrupted_resume_leaves_no_other_offset_than_kvms() -> None:
             break
 
 
-@pytest.mark.row("J-05", "E9", "E5")
+@pytest.mark.row("E9", "E5")
 def test_a_write_that_one_vcpu_refuses_is_given_to_none() -> None:
     """A new clock whose offset puts vCPU 1 back is none, and the old one's vCPU 0 stays where it was."""
     vm = Vm()
