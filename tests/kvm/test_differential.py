@@ -160,6 +160,18 @@ def test_msrs_that_are_not_there() -> None:
     assert sum(outcome.faulted for outcome in outcomes) > 40
 
 
+@pytest.mark.row("G-09")
+@pytest.mark.parametrize("provider", ["None", "Minimal"])
+def test_without_an_interface_every_msr_of_it_is_gp(provider: str) -> None:
+    """A guest that has no MSRs of a clock gets #GP for each access, and no clock of the kernel's writes into a page."""
+    indices = [WALL_CLOCK, SYSTEM_TIME, WALL_CLOCK_NEW, SYSTEM_TIME_NEW, 0x4B564D02, 0x4B564D03, 0x4B564DFF]
+    accesses = [Access(index, value) for index in indices for value in (PAGE | 1, None)]
+    outcomes = run_script(accesses, "engine", provider=provider)
+    assert [(outcome.faulted, outcome.value) for outcome in outcomes[1::2]] == [(True, 0)] * len(indices)
+    assert all(outcome.faulted for outcome in outcomes)
+    assert set(outcomes[-1].page) == {0}
+
+
 STEAL_TIME = 0x4B564D03
 WITH_STEAL_TIME = (
     KvmFeature.CLOCKSOURCE | KvmFeature.CLOCKSOURCE2 | KvmFeature.STEAL_TIME | KvmFeature.CLOCKSOURCE_STABLE

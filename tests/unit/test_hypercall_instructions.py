@@ -14,7 +14,7 @@ from pvclock.providers.registry import PROVIDERS
 AMD, INTEL = "AuthenticAMD", "GenuineIntel"
 
 
-@pytest.mark.row("G-12")
+@pytest.mark.row("G-12", "G-08")
 @pytest.mark.parametrize(
     ("vendor", "opcode"),
     [

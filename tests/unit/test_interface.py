@@ -32,7 +32,7 @@ def a_clock(provider: str = "KVM", **options: object) -> GuestClock:
     return GuestClock(memory, 2, provider, backend=SimulatedBackend(HZ, 10**6), **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.row("G-11", "G-15", "V-35", "V-29", "V-32")
+@pytest.mark.row("G-11", "G-15", "G-08", "V-35", "V-29", "V-32")
 @pytest.mark.parametrize(
     ("provider", "registers", "result"),
     [
@@ -281,7 +281,7 @@ def test_reset_while_paused_holds_after_resume() -> None:
         assert (each.read_msr(0, 0x3B), each.page(0), each.read_msr(0, SYSTEM_TIME)) == (0, None, 0)
 
 
-@pytest.mark.row("V-40", "G-22")
+@pytest.mark.row("V-40", "G-22", "G-07")
 def test_term_resets_and_lets_the_debug_device_go() -> None:
     """At the end of a VM nothing is left that could be published, and another device may come; twice is once."""
     clock = a_clock()

@@ -32,7 +32,7 @@ def a_running_guest(**options: object) -> GuestClock:
     return clock
 
 
-@pytest.mark.row("G-18", "G-21", "V-36")
+@pytest.mark.row("G-18", "G-06", "G-21", "V-36")
 def test_the_units_bytes() -> None:
     """Id 3, the provider's version, then KVM's part field by field, little-endian, and nothing else of a vCPU."""
     clock = a_running_guest()
@@ -47,6 +47,17 @@ def test_the_units_bytes() -> None:
             struct.pack("<QI", 0x4000, FEATURES),
         )
     )
+
+
+@pytest.mark.row("G-06")
+@pytest.mark.parametrize(("provider", "number"), [("None", 0), ("Minimal", 1), ("KVM", 3)])
+def test_the_ids_in_units(provider: str, number: int) -> None:
+    """A unit begins with its provider's id in 32 bits, little-endian; one of Hyper-V's, 2, is named and refused."""
+    interface = a_clock(provider).interface
+    assert interface.save_unit()[:4] == bytes([number, 0, 0, 0])
+    assert interface.number == number
+    with pytest.raises(ConfigError, match=rf"2 \(HyperV\); this VM has provider {number} \({provider}\)"):
+        interface.load_unit(bytes([2, 0, 0, 0, 0, 0, 0, 0]))
 
 
 @pytest.mark.row("G-18", "M-03")
@@ -121,7 +132,7 @@ def changed(saved: bytes, at: int, form: str, value: int) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.row("G-19", "V-37", "G-18", "E13")
+@pytest.mark.row("G-19", "V-37", "G-18", "G-05", "E13")
 def test_what_does_not_fit_is_refused() -> None:
     """Each mismatch says what was found and what was expected, and the clock is as it was."""
     clock = a_running_guest()
