@@ -71,6 +71,17 @@ def test_a_write_of_a_scaled_tsc(tsc: VcpuTsc, adjust: int, value: int, now: int
     assert (tsc.read(HostTsc(now)), tsc.adjust) == (value, (adjust + value - before) % 2**64)
 
 
+@pytest.mark.row("J-10")
+@given(tsc=scaled_tscs(), host_adjust=U64, adjust=U64, physical=U64)
+def test_the_three_sum_up(tsc: VcpuTsc, host_adjust: int, adjust: int, physical: int) -> None:
+    """The guest's TSC is the host's, its own ADJUST in it, at the guest's rate, plus the VMM's offset, plus ADJUST."""
+    vmm_offset, host_tsc = tsc.offset, (physical + host_adjust) % 2**64
+    tsc.guest_write_adjust(adjust)
+    expected = (int(host_tsc * tsc.rate) + vmm_offset + adjust) % 2**64
+    assert tsc.read(HostTsc(host_tsc)) == expected
+    assert (tsc.base_offset, tsc.adjust) == (vmm_offset, adjust)
+
+
 @pytest.mark.row("J-05")
 @given(tsc=scaled_tscs(), adjust=U64, now=U64, scales=st.booleans())
 def test_controls_hold_adjust(tsc: VcpuTsc, adjust: int, now: int, scales: bool) -> None:
