@@ -40,7 +40,7 @@ def a_test(outcome: str, name: str = "unit/test_it.py::test_it") -> Judged:
     ],
 )
 def test_what_a_run_says_of_a_verdict(verdict: str, tests: list[str], *, is_refuted: bool, is_run: bool) -> None:
-    """No test, or a failure anywhere, refutes; a skipped one leaves it open; open rows are refuted by failures alone."""
+    """No test, or a failure anywhere, refutes; a skip leaves it open; open rows are refuted by failures alone."""
     those = [a_test(outcome) for outcome in tests]
     first = those[: verdicts.DEFINING_TESTS_MAX]
     needs_proof = verdict in {"whole", "part", "deviates"}
