@@ -348,7 +348,7 @@ def test_pythons_own_limit_of_digits_does_not_matter() -> None:
         sys.set_int_max_str_digits(limit)
 
 
-@pytest.mark.row("G-18")
+@pytest.mark.row("P-25")
 def test_a_provider_that_is_not_here_is_named() -> None:
     """A state of a provider that this pvclock lacks says which one it is, and which ones there are."""
     clock_state.check_provider(TYPICAL)

@@ -37,28 +37,35 @@ class Wire:
 def test_without_a_debug_interface_there_is_no_connection(provider: str) -> None:
     """None of these providers has one, device or not; only Hyper-V's will."""
     debug = GuestClock(GuestMemory(), 1, provider, backend=SimulatedBackend(10**9)).interface.debug
-    debug.register(Wire(b"abc"))
+    wire = Wire(b"abc")
+    debug.register(wire)
     assert debug.setup() == (Status.NO_DEBUG_CONNECTION, None)
     assert debug.read(10) == (Status.NO_DEBUG_CONNECTION, b"")
     assert debug.write(b"abc") == (Status.NO_DEBUG_CONNECTION, 0)
+    assert (wire.incoming, wire.outgoing) == (b"abc", b"")
     assert debug.traffic == DebugTraffic()
 
 
-@pytest.mark.row("G-23", "G-15", "E13")
+@pytest.mark.row("G-23", "G-15", "G-29", "E13")
 def test_a_device_is_registered_once() -> None:
     """Without a device there is no connection; a second one is refused while the first is there."""
     channel = DebugChannel(DebugSetup(4096))
     assert channel.setup() == (Status.SUCCESS, DebugSetup(4096))
     assert channel.read(1) == (Status.NO_DEBUG_CONNECTION, b"")
     assert channel.write(b"a") == (Status.NO_DEBUG_CONNECTION, 0)
-    channel.register(Wire())
+    first, second = Wire(), Wire()
+    channel.register(first)
     with pytest.raises(StateError, match="there is a debug device"):
-        channel.register(Wire())
+        channel.register(second)
+    assert channel.write(b"a") == (Status.SUCCESS, 1)
     channel.unregister()
-    channel.register(Wire())
+    assert channel.write(b"b") == (Status.NO_DEBUG_CONNECTION, 0)
+    channel.register(second)
+    assert channel.write(b"c") == (Status.SUCCESS, 1)
+    assert (first.outgoing, second.outgoing) == (b"a", b"c")
 
 
-@pytest.mark.row("G-23", "G-16")
+@pytest.mark.row("G-23", "G-16", "G-29")
 def test_what_is_read_and_when_nothing_is_there() -> None:
     """Bytes come in order, as many as asked for at most; with none there the status says so and nothing is counted."""
     channel = DebugChannel(DebugSetup(4096))
@@ -71,7 +78,7 @@ def test_what_is_read_and_when_nothing_is_there() -> None:
     assert channel.traffic == DebugTraffic(receive=2, receive_bytes=5)
 
 
-@pytest.mark.row("G-23", "G-16")
+@pytest.mark.row("G-23", "G-16", "G-29")
 def test_only_whole_writes_are_counted() -> None:
     """A device that takes a part of a write says how much, and the statistics stay as they are."""
     channel = DebugChannel(DebugSetup(4096))

@@ -9,11 +9,13 @@ import threading
 import pytest
 
 from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, MsrFault, RangeError, SimulatedBackend
-from pvclock.providers.guest_interface import Executed, GuestInterface
+from pvclock.providers.guest_interface import PROFILES, Executed, GuestInterface
 from pvclock.providers.hypercall_instructions import VMCALL, VMMCALL
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status, VcpuHost
+from pvclock.providers.kvm.features import KvmFeature
 from pvclock.quantities import Gpa
 from pvclock.timekeeping.events import EventKind
+from tests.unit.stub_clock import NotedVmm
 from tests.unit.test_debug_channel import Wire
 from tests.waiting import HANG_S
 
@@ -23,7 +25,8 @@ SYSTEM_TIME, WALL_CLOCK = 0x4B564D01, 0x4B564D00
 POLL_IRQ = HypercallRegisters(rax=1)
 UNKNOWN = HypercallRegisters(rax=77)
 ENOSYS, EPERM = 2**64 - 1000, 2**64 - 1
-AMD, INTEL = "AuthenticAMD", "GenuineIntel"
+FAILED = (Status.OPERATION_FAILED, None)
+AMD = "AuthenticAMD"
 
 
 def a_clock(provider: str = "KVM", **options: object) -> GuestClock:
@@ -41,6 +44,8 @@ def a_clock(provider: str = "KVM", **options: object) -> GuestClock:
         ("KVM", POLL_IRQ, HypercallResult(Status.SUCCESS, 0)),
         ("KVM", UNKNOWN, HypercallResult(Status.NOT_SUPPORTED, ENOSYS)),
         ("KVM", UNKNOWN._replace(cpl=3), HypercallResult(Status.ACCESS_DENIED, EPERM)),
+        ("KVM", POLL_IRQ._replace(cpl=1), HypercallResult(Status.ACCESS_DENIED, EPERM)),
+        ("KVM", POLL_IRQ._replace(cpl=2), HypercallResult(Status.ACCESS_DENIED, EPERM)),
         ("KVM", UNKNOWN._replace(cpl=3, long_mode=False), HypercallResult(Status.ACCESS_DENIED, 2**32 - 1)),
     ],
 )
@@ -79,9 +84,12 @@ def test_an_instruction_is_executed_by_its_bytes() -> None:
     interface = a_clock().interface
     assert interface.execute(0, POLL_IRQ, VMCALL) == Executed(Status.SUCCESS, 0, 3)
     assert interface.execute(0, UNKNOWN, b"\x2e" + VMMCALL + b"\x90") == Executed(Status.NOT_SUPPORTED, ENOSYS, 4)
+    assert interface.execute(0, POLL_IRQ, b"\x48" + VMCALL) == Executed(Status.SUCCESS, 0, 4)
+    in_32_bits = POLL_IRQ._replace(long_mode=False)
+    assert interface.execute(0, in_32_bits, b"\x48" + VMCALL) == Executed(Status.INVALID_INSTRUCTION)  # DEC EAX
     assert interface.execute(0, POLL_IRQ, b"\x0f\x0b\x90") == Executed(Status.INVALID_INSTRUCTION)
     assert a_clock("None").interface.execute(0, POLL_IRQ, VMCALL) == Executed(Status.NOT_ENABLED)
-    assert interface.statistics.hypercalls == 2
+    assert interface.statistics.hypercalls == 3
 
 
 @pytest.mark.row("V-34", "V-33", "G-08")
@@ -131,19 +139,21 @@ def test_both_ways_are_counted(profile: str, by_ud: int) -> None:
 def test_no_count_is_lost_between_threads() -> None:
     """Hypercalls of several vCPUs at once are all counted, and the statistics never go back."""
     interface = a_clock().interface
-    seen: list[int] = []
+    seen: tuple[list[int], list[int]] = ([], [])
 
     def guest(vcpu: int) -> None:
         for _ in range(2000):
             interface.hypercall(vcpu, POLL_IRQ)
-            seen.append(interface.statistics.hypercalls)
+            seen[vcpu].append(interface.statistics.hypercalls)
 
     threads = [threading.Thread(target=guest, args=(vcpu,)) for vcpu in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert interface.statistics.hypercalls == max(seen) == 4000
+    assert [len(each) for each in seen] == [2000, 2000]
+    assert all(each == sorted(each) for each in seen)
+    assert interface.statistics.hypercalls == max(seen[0] + seen[1]) == 4000
 
 
 @pytest.mark.row("G-08", "E13")
@@ -163,6 +173,7 @@ def test_a_hypercall_may_wait_for_who_needs_the_clock(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.row("G-10", "G-14", "G-08")
+@pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize(
     ("provider", "enabled", "update"),
     [
@@ -171,10 +182,16 @@ def test_a_hypercall_may_wait_for_who_needs_the_clock(monkeypatch: pytest.Monkey
         ("KVM", True, Status.SUCCESS),
     ],
 )
-def test_paravirtual_tsc(provider: str, enabled: bool, update: Status) -> None:
-    """No provider here has a TSC page of its own: KVM's update does nothing, the others say why there is none."""
-    clock = a_clock(provider)
+def test_paravirtual_tsc(provider: str, enabled: bool, update: Status, profile: str) -> None:
+    """An update writes nothing, and KVM's succeeds; not even a guest of KVM with pages has a paravirtual TSC."""
+    memory, backend = GuestMemory(bytearray(SIZE)), SimulatedBackend(HZ, 10**6)
+    clock = GuestClock(memory, 2, provider, backend=backend, profile=profile)
+    if provider == "KVM":
+        for vcpu in range(2):
+            clock.write_msr(vcpu, SYSTEM_TIME, 0x2001 + 0x1000 * vcpu)
+            assert clock.memory.read(0x2000 + 0x1000 * vcpu, 32) != bytes(32)
     before = clock.memory.read(0, SIZE)
+    backend.advance(ns=10**9)
     assert clock.interface.is_enabled is enabled
     assert clock.interface.is_paravirt_tsc_enabled is False
     assert clock.interface.update_paravirt_tsc() is update
@@ -225,6 +242,24 @@ def test_the_words_of_the_vocabulary() -> None:
         *("memory read failed", "memory write failed", "invalid hypercall instruction", "not supported"),
         *("operation failed", "device not registered", "no debug connection", "no data"),
     ]
+
+
+@pytest.mark.row("G-15")
+@pytest.mark.parametrize(("profile", "no_vcpu"), [("linux", (Status.SUCCESS, 0)), ("virtualbox", FAILED)])
+def test_the_outcomes_that_a_guest_meets(profile: str, no_vcpu: tuple[Status, int | None]) -> None:
+    """A call served, denied, unknown or failed and no call at all have an outcome each, by #UD and directly."""
+    interface = a_clock(vmm=NotedVmm(), profile=profile, features=KvmFeature.PV_UNHALT).interface
+    expected: list[tuple[HypercallRegisters, bytes, tuple[Status, int | None]]] = [
+        (POLL_IRQ, VMCALL, (Status.SUCCESS, 0)),
+        (POLL_IRQ._replace(cpl=1), VMCALL, (Status.ACCESS_DENIED, EPERM)),
+        (UNKNOWN, VMMCALL, (Status.NOT_SUPPORTED, ENOSYS)),
+        (HypercallRegisters(rax=5, rcx=1), VMCALL, (Status.SUCCESS, 0)),
+        (HypercallRegisters(rax=5, rcx=2), VMCALL, no_vcpu),
+        (POLL_IRQ, b"\x0f\x01\xf9", (Status.INVALID_INSTRUCTION, None)),
+    ]
+    for registers, code, outcome in expected:
+        assert interface.execute(0, registers, code)[:2] == outcome
+        assert interface.handle_ud(0, registers, code, Gpa(0), AMD, fix=False)[:2] == outcome
 
 
 @pytest.mark.row("G-15", "G-13")
@@ -321,7 +356,7 @@ def test_pairing_is_one_instant_or_none() -> None:
     assert clock.pairing(0) is None
 
 
-@pytest.mark.row("G-23", "E9")
+@pytest.mark.row("E9")
 def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
     """Forked while others count a hypercall and are in the debug device, a child does both."""
     interface = a_clock().interface

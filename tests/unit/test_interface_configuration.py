@@ -222,19 +222,23 @@ def test_no_other_choice() -> None:
 
 @pytest.mark.row("G-03", "G-26")
 def test_what_was_chosen_is_told_once() -> None:
-    """One line at the start has provider, id, the version that 0 means, profile, vcpu_host: a clock's first event."""
-    told: list[str] = []
-    interface_of({"provider": "KVM", "profile": "document"}, log=told)
+    """One line at the start has provider, id, the version that 0 means, profile, vcpu_host; a reset adds none, nor a load."""
     version = PROVIDERS["KVM"].version
-    interface_of({"provider": "KVM", "profile": "virtualbox", "version": 2**32 - 1}, log=told)
-    assert told == [
-        f"provider KVM, id 3, version {version}, profile document, on emulator",
-        "provider KVM, id 3, version 4294967295, profile virtualbox, on emulator",
-    ]
+    for config, line in (
+        ({"profile": "document"}, f"version {version}, profile document"),
+        ({"version": version - 1}, f"version {version - 1}, profile linux"),
+        ({"profile": "virtualbox", "version": 2**32 - 1}, "version 4294967295, profile virtualbox"),
+    ):
+        told: list[str] = []
+        interface_of({"provider": "KVM", **config}, log=told)
+        assert told == [f"provider KVM, id 3, {line}, on emulator"]
     clock = GuestClock(GuestMemory(), 1, "Minimal", backend=SimulatedBackend(HZ), vcpu_host="kvm")
-    assert [(event.kind, event.why) for event in clock.events.read().events] == [
-        ("start", "provider Minimal, id 1, version 1, profile linux, on kvm")
-    ]
+    clock.reset()
+    clock.interface.load_unit(clock.interface.save_unit())
+    clock.tick()
+    first, *others = ((event.kind, event.why) for event in clock.events.read().events)
+    assert first == ("start", "provider Minimal, id 1, version 1, profile linux, on kvm")
+    assert [kind for kind, _ in others] == ["reset"]
 
 
 @pytest.mark.row("G-26", "G-30", "G-07")
@@ -243,11 +247,15 @@ def test_an_unusable_tsc_is_told_for_every_provider(provider: str) -> None:
     """VirtualBox's warning cannot be reached for providers that return early (T12); here each one has it."""
     told: list[str] = []
     interface_of({"provider": provider}, log=told, tsc_stable=False)
-    assert len(told) == 2
-    assert told[0].startswith(f"provider {provider}, ")
-    assert told[1].startswith("warning: the host's TSC is not usable")
-    clock = GuestClock(GuestMemory(), 1, provider, backend=SimulatedBackend(HZ, tsc_stable=False))
-    assert len(clock.events.read().events) == 2
+    for vcpus in (1, 2):
+        for stable in (True, False):
+            clock = GuestClock(GuestMemory(), vcpus, provider, backend=SimulatedBackend(HZ, tsc_stable=stable))
+            why = [event.why for event in clock.events.read().events]
+            assert why == (told[:1] if stable else told)
+    chosen, warning = told
+    assert chosen.startswith(f"provider {provider}, ")
+    assert warning.startswith("warning: the host's TSC is not usable")
+    assert provider in warning
 
 
 @pytest.mark.row("X-02")

@@ -11,6 +11,7 @@ import pytest
 from pvclock import ConfigError, CpuidLeaf, Gpa, GuestClock, GuestMemory, MsrFault, SimulatedBackend, StateFileError
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import registry
+from pvclock.providers.guest_interface import Statistics
 from pvclock.providers.hypercall_instructions import VMCALL, VMMCALL
 from pvclock.providers.interface import (
     CPUID_BASE,
@@ -24,6 +25,7 @@ from pvclock.providers.registry import PROVIDER_NUMBERS, PROVIDERS
 from pvclock.providers.virtualbox import saved_unit
 from tests.unit.clocks import NS_PER_S
 from tests.unit.listening_provider import Listener
+from tests.unit.test_debug_channel import Wire
 
 HZ: Final = 2_500_000_000
 SIZE: Final = 1 << 16
@@ -226,7 +228,7 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> tuple[GuestClock, SimulatedBac
     return clock, backend, provider
 
 
-@pytest.mark.row("G-08")
+@pytest.mark.row("G-08", "G-10", "G-14")
 def test_a_new_provider_needs_its_class_in_the_registry_alone(
     listening: tuple[GuestClock, SimulatedBackend, Listener],
 ) -> None:
@@ -248,6 +250,30 @@ def test_a_new_provider_needs_its_class_in_the_registry_alone(
     clock.reset()
     assert provider.take() == [("reset",)]
     assert warnings(clock) == ["warning: it listens", "warning: to everything"]
+
+
+@pytest.mark.row("G-16")
+def test_statistics_go_on_for_the_vms_life(listening: tuple[GuestClock, SimulatedBackend, Listener]) -> None:
+    """Each counter has its own events, and neither a reset nor a load, nor the VM's end or another device changes it."""
+    clock, _, _ = listening
+    interface = clock.interface
+    interface.debug.register(Wire(b"abcdefg"))
+    clock.hypercall(0, HypercallRegisters(rax=1))
+    for _ in range(2):
+        interface.handle_ud(1, HypercallRegisters(rax=1), VMCALL, Gpa(0), "AuthenticAMD", fix=False)
+    assert interface.debug.write(b"xyz") == (Status.SUCCESS, 3)
+    assert [interface.debug.read(5)[1] for _ in range(3)] == [b"abcde", b"fg", b""]
+    counted = Statistics(1, 2, debug_transmit=1, debug_transmit_bytes=3, debug_receive=2, debug_receive_bytes=7)
+    steps: tuple[Callable[[], object], ...] = (
+        clock.reset,
+        lambda: interface.load_unit(interface.save_unit()),
+        interface.term,
+        lambda: interface.debug.register(Wire()),
+    )
+    assert interface.statistics == counted
+    for step in steps:
+        step()
+        assert interface.statistics == counted
 
 
 @pytest.mark.row("K-28")
