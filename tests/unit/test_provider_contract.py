@@ -254,7 +254,7 @@ def test_a_new_provider_needs_its_class_in_the_registry_alone(
 
 @pytest.mark.row("G-16")
 def test_statistics_go_on_for_the_vms_life(listening: tuple[GuestClock, SimulatedBackend, Listener]) -> None:
-    """Each counter has its own events, and neither a reset nor a load, nor the VM's end or another device changes it."""
+    """Each counter has its own events; neither a reset, a load, the VM's end nor another device changes it."""
     clock, _, _ = listening
     interface = clock.interface
     interface.debug.register(Wire(b"abcdefg"))

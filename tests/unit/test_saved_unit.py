@@ -256,7 +256,7 @@ def test_only_the_final_pass_counts() -> None:
 @pytest.mark.row("V-38")
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_nothing_is_left_to_do_after_a_load(provider: str) -> None:
-    """When load_unit() returns, all of a running guest's pages are in its memory: a refresh at that TSC adds nothing."""
+    """When load_unit() returns, a running guest's pages are in its memory: a refresh at that TSC adds nothing."""
     saved = (a_running_guest() if provider == "KVM" else a_clock(provider)).interface.save_unit()
     clock = a_clock(provider)
     clock.interface.load_unit(saved)
