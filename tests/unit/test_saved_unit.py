@@ -179,6 +179,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ),
         (saved[:-1], StateFileError, "unit.kvm: found 89 bytes; supported: 90 bytes, for 2 vCPUs"),
         (saved + b"\0", StateFileError, "91 bytes"),
+        (changed(saved[:-1], 4, "<I", 1), StateFileError, "89 bytes"),
         (saved[:11], StateFileError, "3 bytes"),
         (saved[:7], StateFileError, "unit: found 7 bytes; supported: at least 8"),
     ]
