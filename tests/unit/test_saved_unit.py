@@ -186,6 +186,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for data, error, message in cases:
         with pytest.raises(error, match=message):
             clock.interface.load_unit(data)
+        assert (clock.save().provider, clock.memory.read(0, SIZE)) == before
     for version in (0, 2, 2**32 - 1):
         with pytest.raises(StateFileError, match=f"unit version: found {version}; supported: 1"):
             clock.interface.load_unit(saved, version=version)
