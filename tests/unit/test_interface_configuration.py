@@ -222,7 +222,7 @@ def test_no_other_choice() -> None:
 
 @pytest.mark.row("G-03", "G-26")
 def test_what_was_chosen_is_told_once() -> None:
-    """One line at the start has provider, id, the version that 0 means, profile, vcpu_host; a reset adds none, nor a load."""
+    """One line at the start has provider, id, the version that 0 means, profile, vcpu_host; reset and load add none."""
     version = PROVIDERS["KVM"].version
     for config, line in (
         ({"profile": "document"}, f"version {version}, profile document"),
