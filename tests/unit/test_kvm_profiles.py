@@ -95,6 +95,25 @@ def test_a_page_across_two_pages() -> None:
     assert versions == {"linux": guarded, "document": guarded + 3, "virtualbox": 4}
 
 
+@pytest.mark.row("K-11", "K-10")
+def test_a_time_page_has_32_bytes_to_be_in() -> None:
+    """Of which 28 are in memory, or on the address's own page, is no page: it faults, or is refused, and is not written.
+
+    The last 32 bytes are one.
+    """
+    provider, clock = a_provider(profile="document")
+    with pytest.raises(MsrFault):
+        provider.write_msr(0, SYSTEM_TIME_NEW, SIZE - 28 | 1)
+    assert (provider.read_msr(0, SYSTEM_TIME_NEW), written(clock.memory)) == (0, [])
+    provider, clock = a_provider()
+    provider.write_msr(0, SYSTEM_TIME_NEW, 0x2FE4 | 1)
+    assert (provider.read_msr(0, SYSTEM_TIME_NEW), written(clock.memory)) == (0x2FE5, [])
+    for profile in PROFILES:
+        provider, clock = a_provider(profile=profile)
+        provider.write_msr(0, SYSTEM_TIME_NEW, SIZE - 32 | 1)
+        assert page_of(clock, SIZE - 32).tsc_to_system_mul == 0xC5376ADD
+
+
 # What a page says
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+import struct
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, KvmFeature, MsrFault, RangeError, SimulatedBackend
-from tests import golden
+from tests import golden, oracle
 from tests.unit.test_provider_conformance import MsrWrite, allowed_places
 
 WALL_CLOCK, SYSTEM_TIME, WALL_CLOCK_NEW, SYSTEM_TIME_NEW = 0x11, 0x12, 0x4B564D00, 0x4B564D01
 NS_PER_S = 10**9
+HZ = 2_596_132_000
 SIZE = 1 << 20
 GUARD = 0xA5
 GUARDED_VERSION = 0xA5A5A5A5 + 2  # odd junk: a publish skips to the next odd version and ends even
@@ -21,7 +23,7 @@ GUARDED_VERSION = 0xA5A5A5A5 + 2  # odd junk: a publish skips to the next odd ve
 
 def a_clock(vcpus: int = 2, realtime_ns: int = 0, **options: object) -> tuple[GuestClock, SimulatedBackend]:
     """A clock over memory full of guard bytes, and its backend."""
-    backend = SimulatedBackend(2_596_132_000, realtime_ns=realtime_ns)
+    backend = SimulatedBackend(HZ, realtime_ns=realtime_ns)
     memory = GuestMemory(bytearray([GUARD]) * SIZE)
     return GuestClock(memory, vcpus, backend=backend, **options), backend  # type: ignore[arg-type]
 
@@ -86,6 +88,24 @@ def test_features_gate_msrs(features: KvmFeature, served: set[int]) -> None:
                 strict.write_msr(0, index, 0)
             with pytest.raises(MsrFault):
                 strict.read_msr(0, index)
+
+
+@pytest.mark.row("K-09")
+def test_bit_3_says_that_the_new_msrs_are_there() -> None:
+    """EAX of the feature leaf has bit 3 unless it is left out; a clock page comes with it, and #GP without it."""
+    clock, _ = a_clock()
+    assert clock.cpuid_leaves[0x40000001].eax >> 3 & 1 == 1
+    clock, _ = a_clock(features=1 << 3)
+    assert clock.cpuid(0x40000001) == CpuidLeaf(eax=1 << 3)
+    for index, value in ((WALL_CLOCK_NEW, 0x3000), (SYSTEM_TIME_NEW, 0x2001)):
+        clock.write_msr(0, index, value)
+    assert written(clock) == [0x2000, 0x3000]
+    clock, _ = a_clock(features=1 << 0)
+    assert clock.cpuid(0x40000001) == CpuidLeaf(eax=1 << 0)
+    for index, value in ((WALL_CLOCK_NEW, 0x3000), (SYSTEM_TIME_NEW, 0x2001)):
+        with pytest.raises(MsrFault):
+            clock.write_msr(0, index, value)
+    assert written(clock) == []
 
 
 @pytest.mark.row("X-02", "K-34")
@@ -200,6 +220,21 @@ def test_a_page_is_32_bytes_and_no_more() -> None:
     assert (page[28], page[29]) == (0xFF, 1)
 
 
+@pytest.mark.row("K-11")
+def test_every_field_of_a_page_is_in_its_place() -> None:
+    """By offset: version, pad, TSC and ns of 64 bits each, mul, a signed shift, flags, pads, on a host long awake."""
+    backend = SimulatedBackend(HZ, tsc=2**63 + 5)
+    clock = GuestClock(GuestMemory(bytearray([GUARD]) * SIZE), backend=backend)
+    backend.advance(ns=3 * 86_400 * NS_PER_S)
+    clock.write_msr(0, SYSTEM_TIME_NEW, 0x2001)
+    page = clock.memory.read(0x2000, 32)
+    version, pad, tsc, ns, mul, shift, flags, pads = struct.unpack("<IIQQIbBH", page)
+    assert (version, pad, mul, shift, flags, pads) == (GUARDED_VERSION + 1, 0, 0xC5376ADD, -1, 1, 0)
+    assert 2**63 + 5 < tsc < backend.tsc
+    elapsed = backend.tsc - tsc
+    assert abs(ns + elapsed * NS_PER_S // HZ - 3 * 86_400 * NS_PER_S) <= 2
+
+
 @pytest.mark.row("K-17", "K-16")
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (0xFF, 3), (2, 3), (0x80, 1)])
 def test_flags_keep_guest_stopped_and_nothing_else(before: int, after: int) -> None:
@@ -212,7 +247,26 @@ def test_flags_keep_guest_stopped_and_nothing_else(before: int, after: int) -> N
     assert page.flags == after
 
 
-@pytest.mark.row("K-17", "K-12")
+@pytest.mark.row("K-12")
+def test_each_vcpu_has_a_page_and_an_msr_of_its_own() -> None:
+    """Two vCPUs with two addresses and two TSCs: a tick brings both pages up to date, and no guest did anything."""
+    clock, backend = a_clock()
+    clock.write_msr(1, 0x3B, 5 * HZ)
+    for vcpu, gpa in enumerate((0x2000, 0x3000)):
+        clock.write_msr(vcpu, SYSTEM_TIME_NEW, gpa | 1)
+    assert [clock.read_msr(vcpu, SYSTEM_TIME_NEW) for vcpu in range(2)] == [0x2001, 0x3001]
+    assert written(clock) == [0x2000, 0x3000]
+    before = [u32(clock, gpa) for gpa in (0x2000, 0x3000)]
+    backend.advance(ns=100 * NS_PER_S)
+    clock.tick()
+    for vcpu, gpa in enumerate((0x2000, 0x3000)):
+        page = oracle.TimeInfo.parse(clock.memory.read(gpa, 32))
+        assert page.version == before[vcpu] + 2
+        assert abs(page.read(backend.tsc + vcpu * 5 * HZ) - 100 * NS_PER_S) <= 2
+        assert page.system_time > 90 * NS_PER_S
+
+
+@pytest.mark.row("K-11", "K-17", "K-12")
 def test_a_running_guests_flags_are_its_own() -> None:
     """A refresh, under a running guest, leaves the flags byte and the pads alone."""
     clock, _ = a_clock()
@@ -354,6 +408,15 @@ def test_a_bad_address_writes_nothing_and_does_not_fault(value: int) -> None:
     clock.refresh()
     assert written(clock) == []
     assert clock.read_msr(0, SYSTEM_TIME_NEW) == value
+
+
+@pytest.mark.row("K-01")
+def test_which_msrs_come_to_the_clock_beside_a_kernel() -> None:
+    """KVM's block, but for two that only the kernel can serve, the old pair and the TSC's; and no other MSR."""
+    clock, _ = a_clock()
+    claimed = [index for each in clock.msr_ranges for index in range(each.base, each.base + each.length)]
+    assert sorted(claimed) == [0x10, 0x11, 0x12, 0x3B, *range(0x4B564D00, 0x4B564E00)]
+    assert [index for each in clock.msr_ranges for index in each.kept] == [0x4B564D04, 0x4B564D05]
 
 
 @pytest.mark.row("K-01", "G-09")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import product
-from struct import unpack
+from struct import pack, unpack
+from typing import Final
 
 import pytest
 
-from pvclock import GuestClock, GuestMemory, Reference, SimulatedBackend
+from pvclock import GuestClock, GuestMemory, MsrFault, Reference, SimulatedBackend
+from pvclock.clock.wall_clock import WallClockBase
 from pvclock.host.this_host import HostBackend
 from pvclock.providers.interface import HypercallRegisters
+from pvclock.providers.kvm import PROFILES
+from tests.unit.clocks import shown
 from tests.unit.restless_host import restless
 from tests.unit.stub_clock import u32
 
 SYSTEM_TIME, WALL_CLOCK = 0x4B564D01, 0x4B564D00
 WALL_CLOCKS = (0x11, WALL_CLOCK)
+NOT_VIRTUALBOX = [profile for profile in PROFILES if profile != "virtualbox"]
 NS_PER_S = 10**9
 SLEW_MAX = 500e-6  # NTP's, beside which the TSC's own error is small
 ATTEMPTS = 1000
@@ -33,6 +38,109 @@ def test_every_vcpu_writes_the_same_wall_clock(profile: str) -> None:
         clock.write_msr(vcpu, index, gpa)
         assert (u32(clock.memory, gpa), u32(clock.memory, gpa + 4), u32(clock.memory, gpa + 8)) == (2, 10**9, 7)
         assert {clock.read_msr(each, number) for each in (0, 1) for number in WALL_CLOCKS} == {gpa}
+
+
+@pytest.mark.row("K-02", "K-04")
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("gpa", [0x800, 2**40 + 0x800])
+def test_the_record_is_12_bytes_at_the_address(gpa: int, profile: str) -> None:
+    """Version, sec and nsec of 32 bits each, after 2038, too, and nothing beside them; the address has 64 bits."""
+    backend = SimulatedBackend(10**9, realtime_ns=(2**31 + 5) * NS_PER_S + 123_456_789)
+    memory = GuestMemory(bytearray(b"\xa4" * 0x1000))
+    memory.add_slot(2**40, bytearray(b"\xa4" * 0x1000))
+    clock = GuestClock(memory, 2, backend=backend, profile=profile)
+    clock.write_msr(0, WALL_CLOCK, gpa)
+    filled = b"\xa6\xa4\xa4\xa4" + pack("<II", 2**31 + 5, 123_456_789)
+    expected = b"\xa4" * 0x800 + filled + b"\xa4" * (0x800 - 12)
+    assert memory.read(gpa - 0x800, 0x1000) == expected
+    assert memory.read(2**40 if gpa < 2**40 else 0, 0x1000) == b"\xa4" * 0x1000
+    assert clock.read_msr(0, WALL_CLOCK) == gpa
+
+
+def restore(clock: GuestClock, backend: SimulatedBackend) -> None:
+    """The VM goes on in another clock."""
+    clock.pause()
+    restored = GuestClock.restore(clock.save(), clock.memory, backend=backend)
+    restored.resume("advance")
+    restored.tick()
+
+
+def pause_and_resume(clock: GuestClock, backend: SimulatedBackend) -> None:
+    """The VM is paused for a second."""
+    clock.pause()
+    backend.advance(ns=NS_PER_S)
+    clock.resume("freeze")
+
+
+def let_the_host_sleep(clock: GuestClock, backend: SimulatedBackend) -> None:
+    """The host sleeps for an hour, which becomes guest time."""
+    clock.sleep_policy = "advance"  # type: ignore[assignment]  # settable by name
+    backend.sleep(ns=3600 * NS_PER_S, tsc="stops")
+    clock.tick()
+
+
+AFTER_A_RECORD: Final[Mapping[str, Callable[[GuestClock, SimulatedBackend], object]]] = {
+    "refresh": lambda clock, _: clock.refresh(),
+    "tick": lambda clock, _: clock.tick(),
+    "dilate": lambda clock, _: clock.dilate(3, 2),
+    "skip": lambda clock, _: clock.skip(NS_PER_S),
+    "slew": lambda clock, _: clock.slew(10**6),
+    "another source of the time of day": lambda clock, _: setattr(clock, "wall_clock", WallClockBase(NS_PER_S)),
+    "a time page": lambda clock, _: clock.write_msr(1, SYSTEM_TIME, 0x2041),
+    "no time page": lambda clock, _: clock.write_msr(0, SYSTEM_TIME, 0),
+    "a TSC write": lambda clock, _: clock.write_msr(0, 0x10, 5),
+    "an address without memory": lambda clock, _: clock.write_msr(0, WALL_CLOCK, 2**40),
+    "a pause": pause_and_resume,
+    "a host sleep": let_the_host_sleep,
+    "a restore": restore,
+    "a reset": lambda clock, _: clock.reset(),
+}
+
+
+@pytest.mark.row("K-05")
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("what", AFTER_A_RECORD)
+def test_the_record_stays_as_it_is_until_the_guest_asks_again(what: str, profile: str) -> None:
+    """The host's UTC is set an hour ahead: whatever guest or VMM do next, its 12 bytes are those of the write."""
+    backend = SimulatedBackend(10**9, realtime_ns=10**18 + 7)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), 2, backend=backend, profile=profile)
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    clock.write_msr(0, WALL_CLOCK, 0x3000)
+    assert clock.memory.read(0x3000, 12) == pack("<III", 2, 10**9, 7)
+    backend.realtime_ns += 3600 * NS_PER_S
+    backend.advance(ns=NS_PER_S)
+    with suppress(MsrFault):  # a bad address, in the profiles that refuse it
+        AFTER_A_RECORD[what](clock, backend)
+    assert clock.memory.read(0x3000, 12) == pack("<III", 2, 10**9, 7)
+
+
+CHANGES_OF_TIME: Final[Mapping[str, Callable[[GuestClock, SimulatedBackend], object]]] = {
+    "nothing": lambda *_: None,
+    "dilate": lambda clock, _: clock.dilate(2),
+    "skip": lambda clock, _: clock.skip(5 * NS_PER_S),
+    "slew": lambda clock, _: clock.slew(10**6, 500),
+    "a pause": pause_and_resume,
+    "a host sleep": let_the_host_sleep,
+    "a TSC write": lambda clock, _: clock.write_msr(0, 0x10, 5),
+}
+
+
+@pytest.mark.row("K-07")
+@pytest.mark.parametrize("profile", NOT_VIRTUALBOX)
+@pytest.mark.parametrize("what", CHANGES_OF_TIME)
+def test_the_guest_finds_the_time_of_day_whatever_became_of_guest_time(what: str, profile: str) -> None:
+    """The record plus what the guest's page shows at the write is UTC, within 10 ns."""
+    backend = SimulatedBackend(10**9, tsc=12_345, realtime_ns=10**18 + 7)
+    memory = GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, 2, backend=backend, profile=profile)
+    clock.write_msr(0, SYSTEM_TIME, 0x2001)
+    backend.advance(ns=NS_PER_S + 333)
+    CHANGES_OF_TIME[what](clock, backend)
+    backend.advance(ns=777_777_777)
+    clock.refresh()
+    clock.write_msr(0, WALL_CLOCK, 0x3000)
+    record_ns = u32(memory, 0x3004) * NS_PER_S + u32(memory, 0x3008)
+    assert abs(record_ns + shown(memory, 0, clock.guest_tsc(0, backend.tsc)) - backend.realtime_ns) <= 10
 
 
 @pytest.mark.row("K-07", "K-37")
