@@ -104,7 +104,7 @@ def test_filter_ranges_have_limits() -> None:
             vm.set_msr_filter([(3, 0x10, 9, b"\0")])
 
 
-@pytest.mark.row("K-13")
+@pytest.mark.row("E13")
 def test_the_kernels_clock_can_be_read_and_set() -> None:
     """GET_CLOCK gives host TSC and time of day where its flags say so, and SET_CLOCK is where it goes on."""
     with bare_vm(HLT) as bare:

@@ -75,7 +75,7 @@ def outcome(probe: Callable[[], object]) -> object:
     return int if type(found) is int else found
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("in_thread", [False, True], ids=["same thread", "another thread"])
 @pytest.mark.parametrize("name", PROBES)
 def test_a_buffer_that_is_released_is_out_of_reach(name: str, in_thread: bool) -> None:
@@ -101,7 +101,7 @@ def test_a_buffer_that_is_released_is_out_of_reach(name: str, in_thread: bool) -
     assert found == [[], NOT_THERE[name]]
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 def test_a_release_may_change_the_slots() -> None:
     """A buffer that maps another one in its place when it is released finds the state whole; the clock goes on."""
     memory = GuestMemory()
@@ -158,7 +158,7 @@ MEDDLED: dict[str, Callable[[GuestMemory, TimePages, Callable[[], object]], obje
 }
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("name", MEDDLED)
 def test_arguments_that_change_the_slots(name: str) -> None:
     """An argument that unmaps the memory when it is computed with does so before its address is looked up."""
@@ -196,7 +196,7 @@ def at_every_collection(callback: Callable[[], object]) -> Iterator[None]:
         gc.callbacks.remove(called)
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("name", PROBES)
 def test_a_collection_may_change_the_slots(name: str) -> None:
     """Where each garbage collection in an operation maps another buffer, none that was taken away is written to."""

@@ -31,7 +31,7 @@ def all_at_once(memory: GuestMemory, calls: list[tuple[Callable[..., object], in
     memory.remove_slot(PAGE)
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 def test_threads_that_wait_to_change_slots_lose_none() -> None:
     """Slots that several threads add or remove while a publish is under way are all there, or all gone, after it."""
     memory = GuestMemory()
@@ -46,7 +46,7 @@ def test_threads_that_wait_to_change_slots_lose_none() -> None:
     assert [gpa for gpa, _ in memory.slots] == gpas[1::2] + added
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 def test_of_slots_that_overlap_one_is_added() -> None:
     """Two threads that wait to map the same address: one does, the other gets its error, nothing is mapped twice."""
     memory = GuestMemory()
@@ -63,7 +63,7 @@ def test_of_slots_that_overlap_one_is_added() -> None:
     assert ["overlaps" in str(error) for error in errors] == [True]
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 def test_an_interrupt_while_slots_wait_leaves_them() -> None:
     """A signal handler that raises while add_slot() and remove_slot() wait for a publish leaves all as it was."""
     memory = GuestMemory(bytearray(SIZE))
@@ -103,7 +103,7 @@ def test_an_interrupt_while_slots_wait_leaves_them() -> None:
         signal.signal(signal.SIGUSR1, handler)
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 def test_a_signal_handler_may_publish_while_slots_wait() -> None:
     """A handler that runs while add_slot() waits may use a clock in the same memory; the wait goes on after it."""
     memory = GuestMemory(bytearray(SIZE))
@@ -133,7 +133,7 @@ def test_a_signal_handler_may_publish_while_slots_wait() -> None:
     assert [gpa for gpa, _ in memory.slots] == [0, PAGE, 0x200000]
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_of_fork_may_close() -> None:
     """In a child that was forked during a publish and a wait for it, slots change and pages are published at once."""

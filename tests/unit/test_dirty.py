@@ -49,7 +49,7 @@ WRITES: dict[str, tuple[Callable[[GuestMemory], object], list[Extent]]] = {
 }
 
 
-@pytest.mark.row("K-12", "E9")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("name", WRITES)
 def test_what_is_deferred_is_told_once_at_the_end(name: str) -> None:
     """Each way to write is told at once by itself; between defer and tell it is kept, each range once."""
@@ -65,7 +65,7 @@ def test_what_is_deferred_is_told_once_at_the_end(name: str) -> None:
     assert heard == 2 * extents
 
 
-@pytest.mark.row("K-12")
+@pytest.mark.row("E9")
 def test_deferred_writes_keep_their_order_and_nest() -> None:
     """Ranges are told in the order in which they were first written, by the outermost tell_dirty()."""
     memory, heard = a_memory()
@@ -81,7 +81,7 @@ def test_deferred_writes_keep_their_order_and_nest() -> None:
     assert heard == [(0x300, 1), (0x100, 1), (0x200, 2)]
 
 
-@pytest.mark.row("K-12")
+@pytest.mark.row("E9")
 def test_other_threads_are_told_of_at_once() -> None:
     """What another thread writes while this one defers is told in that thread, before its write() returns."""
     memory = GuestMemory(bytearray(SIZE))
@@ -97,7 +97,7 @@ def test_other_threads_are_told_of_at_once() -> None:
     assert heard[1:] == [(0x100, threading.get_ident())]
 
 
-@pytest.mark.row("K-12")
+@pytest.mark.row("E9")
 def test_telling_what_was_not_deferred_is_an_error() -> None:
     """tell_dirty() without defer_dirty() in this thread is a StateError, and changes nothing."""
     memory, heard = a_memory()
@@ -107,7 +107,7 @@ def test_telling_what_was_not_deferred_is_an_error() -> None:
     assert heard == [(0x100, 1)]
 
 
-@pytest.mark.row("K-12", "E9")
+@pytest.mark.row("E9")
 def test_the_first_error_comes_out_when_all_is_told() -> None:
     """on_dirty is told of every range whatever it raises; the first error has the others as notes."""
     memory = GuestMemory(bytearray(SIZE))
@@ -131,7 +131,7 @@ def test_the_first_error_comes_out_when_all_is_told() -> None:
         memory.tell_dirty()
 
 
-@pytest.mark.row("K-12", "E9")
+@pytest.mark.row("E9")
 def test_an_interrupt_comes_out_before_an_error() -> None:
     """A KeyboardInterrupt in on_dirty keeps nothing from being told, and no earlier error hides it."""
     memory = GuestMemory(bytearray(SIZE))
@@ -177,7 +177,7 @@ def test_an_error_that_cannot_be_noted_hides_nothing() -> None:
     assert not errors
 
 
-@pytest.mark.row("K-12", "E9")
+@pytest.mark.row("E9")
 def test_on_dirty_may_be_switched_off_while_it_is_told() -> None:
     """Where on_dirty becomes None between two pages, whoever was told of the first is told of all, without an error."""
     memory = GuestMemory(bytearray(SIZE))
@@ -194,7 +194,7 @@ def test_on_dirty_may_be_switched_off_while_it_is_told() -> None:
     assert heard == [0x2000, 0x2040]
 
 
-@pytest.mark.row("K-12")
+@pytest.mark.row("E9")
 def test_without_on_dirty_nothing_is_kept() -> None:
     """What was written before on_dirty was set is not told; it was not asked for."""
     memory = GuestMemory(bytearray(SIZE))
@@ -207,7 +207,7 @@ def test_without_on_dirty_nothing_is_kept() -> None:
     assert heard == [0x200]
 
 
-@pytest.mark.row("K-12", "E9")
+@pytest.mark.row("E9")
 def test_on_dirty_may_write() -> None:
     """on_dirty is told of what it writes itself, when it has returned: it is never called within a call of it."""
     memory = GuestMemory(bytearray(SIZE))
@@ -228,7 +228,7 @@ def test_on_dirty_may_write() -> None:
     assert heard == [0x100, 0x200, 0x400, 0x800]
 
 
-@pytest.mark.row("K-12", "E9")
+@pytest.mark.row("E9")
 def test_an_on_dirty_that_always_writes_is_stopped() -> None:
     """A callback that answers every telling by a write gets a StateError that says so, not an endless loop."""
     memory = GuestMemory(bytearray(SIZE))
@@ -248,7 +248,7 @@ def test_an_on_dirty_that_always_writes_is_stopped() -> None:
     assert memory.read(0x100, 1) == b"b"
 
 
-@pytest.mark.row("K-03", "K-12")
+@pytest.mark.row("E9")
 def test_a_failed_write_dirties_nothing() -> None:
     """A write outside of memory is told to nobody, and leaves nothing deferred."""
     memory, heard = a_memory()

@@ -97,10 +97,7 @@ def test_a_page_across_two_pages() -> None:
 
 @pytest.mark.row("K-11", "K-10")
 def test_a_time_page_has_32_bytes_to_be_in() -> None:
-    """Of which 28 are in memory, or on the address's own page, is no page: it faults, or is refused, and is not written.
-
-    The last 32 bytes are one.
-    """
+    """With 28 of them in memory it faults as documented, with 28 to the page's end Linux refuses it; the last 32 do."""
     provider, clock = a_provider(profile="document")
     with pytest.raises(MsrFault):
         provider.write_msr(0, SYSTEM_TIME_NEW, SIZE - 28 | 1)

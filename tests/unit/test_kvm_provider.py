@@ -207,7 +207,7 @@ def test_time_page_versions(step: golden.VersionStep, gpa: int) -> None:
     assert u32(clock, gpa) == (step.after + 2) % 2**32
 
 
-@pytest.mark.row("K-11", "K-13")
+@pytest.mark.row("K-11")
 def test_a_page_is_32_bytes_and_no_more() -> None:
     """A publish writes the structure, pads cleared, and not a byte beside it."""
     clock, _ = a_clock()

@@ -76,7 +76,7 @@ def test_slots_have_holes_between_them() -> None:
     assert bytes(low[-3:]) == b"xyz"
 
 
-@pytest.mark.row("K-03")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("gpa", [0xFFF, 0, 0x1FFF])
 def test_slots_do_not_overlap(gpa: int) -> None:
     """A slot on another one is refused, and nothing changes."""
@@ -113,7 +113,7 @@ NO_MEMORY: dict[str, object] = {
 }
 
 
-@pytest.mark.row("K-03")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("name", NO_MEMORY)
 def test_only_writable_contiguous_buffers_are_memory(name: str) -> None:
     """Anything else is refused with what is needed: a guest that writes to it must not make Python crash."""
@@ -121,7 +121,7 @@ def test_only_writable_contiguous_buffers_are_memory(name: str) -> None:
         GuestMemory(NO_MEMORY[name])
 
 
-@pytest.mark.row("K-03")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize(
     "buffer", [array("d", [0.0] * 4), (ctypes.c_uint32 * 8)(), memoryview(bytearray(32)).cast("q")]
 )
@@ -145,7 +145,7 @@ def test_a_slot_ends_by_2_to_the_64() -> None:
         memory.add_slot(2**64, bytearray(16))
 
 
-@pytest.mark.row("K-12")
+@pytest.mark.row("E9")
 def test_writes_are_reported() -> None:
     """on_dirty hears of each range that pvclock wrote, pages included, and of no read."""
     memory = GuestMemory(bytearray(SIZE))
@@ -160,7 +160,7 @@ def test_writes_are_reported() -> None:
     assert heard == [(0x10, 3), (0x2000, 32), (0x3000, 12)]
 
 
-@pytest.mark.row("K-12")
+@pytest.mark.row("E9")
 def test_close_lets_go_of_the_buffers() -> None:
     """After close() an mmap can be closed, nothing is memory any more, and a second close() does nothing."""
     ram = mmap.mmap(-1, SIZE)
@@ -174,7 +174,7 @@ def test_close_lets_go_of_the_buffers() -> None:
         memory.read(0, 1)
 
 
-@pytest.mark.row("K-03", "E9")
+@pytest.mark.row("E9")
 def test_a_second_init_lets_go_of_the_first_memory() -> None:
     """Memory made anew is no longer written through pages of the old one."""
     old = bytearray(0x4000)
@@ -206,7 +206,7 @@ def test_addresses_and_numbers_are_whole() -> None:
             call(*arguments)
 
 
-@pytest.mark.row("K-03", "K-12")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("name", ["text", "number", "strided", "closed"])
 def test_only_contiguous_bytes_can_be_written(name: str) -> None:
     """write() of anything else is an error of ours, and nothing is written or told."""
@@ -219,7 +219,7 @@ def test_only_contiguous_bytes_can_be_written(name: str) -> None:
     assert not heard
 
 
-@pytest.mark.row("K-03")
+@pytest.mark.row("E9")
 def test_memory_may_be_copied_within_itself() -> None:
     """write() of a part of the memory over another that overlaps it copies what was there before."""
     ram = bytearray(range(16))
@@ -324,7 +324,7 @@ def test_a_page_comes_and_goes_with_its_slot() -> None:
         memory.remove_slot(0x2000)
 
 
-@pytest.mark.row("K-12", "E9")
+@pytest.mark.row("E9")
 @pytest.mark.stress
 def test_slots_may_change_while_pages_are_published() -> None:
     """Slots added and removed under a publishing thread neither crash nor write to memory that was taken away."""

@@ -89,7 +89,7 @@ def test_the_past_before_a_step_of_the_tsc_cannot_be_told() -> None:
 BAD: Final = {"just beyond memory": 1 << 16, "far beyond memory": 1 << 40, "at the end of 2^64": 2**64 - 32}
 
 
-@pytest.mark.row("K-11", "E9")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("where", BAD)
 @pytest.mark.parametrize("paused", [False, True])
 def test_a_page_that_is_moved_to_a_bad_address_is_not_read_where_it_was(where: str, paused: bool) -> None:
@@ -114,7 +114,7 @@ def test_a_page_that_is_moved_to_a_bad_address_is_not_read_where_it_was(where: s
 # While it stands
 
 
-@pytest.mark.row("K-13", "E9")
+@pytest.mark.row("E9")
 def test_read_and_now_agree_while_paused() -> None:
     """However long, and by how much the page's own line would have gone on; the guest's TSC is that of the pause."""
     clock, backend, _ = a_clock(HZ, 10**13, vcpus=2)
@@ -129,7 +129,7 @@ def test_read_and_now_agree_while_paused() -> None:
         assert clock.reading(0).tsc == tsc
 
 
-@pytest.mark.row("K-13", "E9")
+@pytest.mark.row("E9")
 def test_read_and_now_agree_after_a_skip_while_paused() -> None:
     """Both are ahead by as much at once, though no page was published."""
     clock, backend, memory = a_clock(HZ, 10**13)
@@ -148,7 +148,7 @@ def test_read_and_now_agree_after_a_skip_while_paused() -> None:
     assert clock.now() == 6 * NS_PER_S + 1
 
 
-@pytest.mark.row("K-13", "E9", "P-25")
+@pytest.mark.row("E9", "P-25")
 def test_read_and_now_agree_for_a_restored_clock() -> None:
     """One that was not resumed reads as it was saved, with the TSC that it was saved with, on any host."""
     clock, backend, memory = a_clock(HZ, 10**13, vcpus=2)
@@ -172,7 +172,7 @@ def test_read_and_now_agree_for_a_restored_clock() -> None:
     assert restored.reading(0).tsc == 5
 
 
-@pytest.mark.row("K-13", "E9")
+@pytest.mark.row("E9")
 def test_a_clock_that_was_paused_before_it_had_a_page() -> None:
     """A page that comes while it is paused is written at resume(); until then it has the version of none."""
     backend = SimulatedBackend(HZ, 10**13)
@@ -186,7 +186,7 @@ def test_a_clock_that_was_paused_before_it_had_a_page() -> None:
     assert clock.read(0) == clock.now() == NS_PER_S
 
 
-@pytest.mark.row("K-13", "E9")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("tsc", ["stops", "restarts", "restarts, continued"])
 @pytest.mark.parametrize("is_restored", [False, True])
 def test_a_tsc_that_restarts_leaves_the_reading_of_a_pause(

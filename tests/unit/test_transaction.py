@@ -59,7 +59,7 @@ def failing(error: BaseException) -> Callable[..., object]:
     return fail
 
 
-@pytest.mark.row("K-12", "E9")
+@pytest.mark.row("E9")
 def test_dirty_is_told_under_the_lock_and_after_without_it() -> None:
     """At the end of the body on_dirty is told of each range once under the lock, then after() is called without it."""
     clock = Clock()
@@ -175,7 +175,7 @@ def test_an_interrupt_in_a_callback_is_not_hidden_by_an_error() -> None:
     assert clock.heard == [("after", False)]
 
 
-@pytest.mark.row("K-12", "E9")
+@pytest.mark.row("E9")
 def test_on_dirty_may_use_the_clock() -> None:
     """What a callback writes in a transaction of its own is told, too, in the same end, and after() is called once."""
     clock = Clock()
@@ -326,7 +326,7 @@ def test_an_interrupt_while_errors_become_notes_leaks_nothing(body: LookupError)
     assert clock.heard[1:] == [("0x200", False)]
 
 
-@pytest.mark.row("E9", "K-12")
+@pytest.mark.row("E9")
 def test_an_interrupt_while_two_errors_of_on_dirty_become_one_leaks_nothing() -> None:
     """Memory that is written without a transaction: it comes out when all were told, and the next write is told."""
     memory, heard = GuestMemory(bytearray(0x1000)), list[int]()
@@ -346,7 +346,7 @@ def test_an_interrupt_while_two_errors_of_on_dirty_become_one_leaks_nothing() ->
     assert heard == [1, 2, 3, 4]
 
 
-@pytest.mark.row("E9", "K-12")
+@pytest.mark.row("E9")
 def test_a_thread_inherits_nothing_from_one_that_has_ended() -> None:
     """A thread may have the ident of one that ended, but not what that kept back and never told."""
     clock, idents = Clock(), set[int]()

@@ -214,7 +214,7 @@ def test_a_guest_that_writes_on_a_cpu_that_is_behind_moves_no_page(name: str) ->
         clock.skip(1)
 
 
-@pytest.mark.row("E9", "K-06")
+@pytest.mark.row("E9", "K-07")
 def test_the_time_of_day_is_right_on_a_cpu_that_is_behind() -> None:
     """A guest that asks for its wall clock there gets the UTC of guest time 0, as on the others."""
     clock, backend, memory = a_vm()

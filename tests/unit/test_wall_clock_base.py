@@ -58,7 +58,7 @@ def test_local_time_is_utc_and_an_offset(offset_ns: int) -> None:
     assert [recorded_ns(clock, vcpu) for vcpu in range(2)] == [UTC_NS + offset_ns] * 2
 
 
-@pytest.mark.row("TM-16", "K-06")
+@pytest.mark.row("TM-16", "K-07")
 @pytest.mark.parametrize("offset_ns", [0, 5])
 def test_a_fixed_start_is_the_time_of_day_at_guest_time_0(offset_ns: int) -> None:
     """Whatever the host's UTC is and is set to, adjustment included."""
