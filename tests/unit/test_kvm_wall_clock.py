@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import product
@@ -10,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from pvclock import GuestClock, GuestMemory, MsrFault, Reference, SimulatedBackend
+from pvclock import GuestClock, GuestMemory, MsrFault, SimulatedBackend
 from pvclock.clock.wall_clock import WallClockBase
 from pvclock.host.this_host import HostBackend
 from pvclock.providers.interface import HypercallRegisters
@@ -162,24 +163,22 @@ def test_time_of_day_and_guest_time_are_of_one_instant() -> None:
 
 @pytest.mark.row("K-07")
 def test_time_of_day_on_this_host_is_true_to_1_us() -> None:
-    """Record plus guest time is this host's CLOCK_REALTIME at the write, by its own clocks: within 1 us.
+    """Record plus guest time is UTC as anybody reads it here, before and after the guest does: within 1 us.
 
-    Not judged are attempts in which the CPU was away, so that the two looks around the write leave more than that open.
+    Not judged are attempts in which the CPU was away: NTP may have moved UTC since the write.
     """
-    backend = HostBackend()
-    clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=backend)
+    clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=HostBackend())
     clock.write_msr(0, SYSTEM_TIME, 0x2001)
     for _ in range(ATTEMPTS):
-        before = backend.sample(Reference.REALTIME)
+        begun_ns = time.time_ns()
         clock.write_msr(0, WALL_CLOCK, 0x3000)
-        after = backend.sample(Reference.REALTIME)
-        if (after.ns - before.ns) * SLEW_MAX + before.bound_ns + after.bound_ns < 500:
+        before_ns, guest_ns, after_ns = time.time_ns(), clock.read(0), time.time_ns()
+        if after_ns - before_ns < 2000 and (after_ns - begun_ns) * SLEW_MAX < 500:
             break
     else:
         pytest.fail(f"in {ATTEMPTS} attempts this process never had a CPU for long enough")
     record_ns = u32(clock.memory, 0x3004) * NS_PER_S + u32(clock.memory, 0x3008)
-    for sample in (before, after):
-        assert abs(record_ns + clock.at(sample.tsc) - sample.ns) <= 1000
+    assert before_ns - 1000 <= record_ns + guest_ns <= after_ns + 1000
 
 
 @pytest.mark.row("V-25")
