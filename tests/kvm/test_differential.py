@@ -80,7 +80,7 @@ def revived(outcomes: list[Outcome]) -> bool:
     return outcomes[-1].page.version != 2**32 - 1
 
 
-@pytest.mark.row("K-08", "K-15", "K-16", "V-21")
+@pytest.mark.row("K-08", "K-15", "K-16")
 def test_versions_mul_shift_and_flags(stable_bit: int) -> None:
     """Whatever version a page holds, both go on from it alike, and write the same mul, shift and flags."""
     accesses = [

@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "pvclock_own_line.h"
 #include "pvclock_publish.h"
 #include "pvclock_records.h"
 
@@ -108,6 +109,49 @@ static void page_never_odd(uint8_t *record)
 	pvclock_store32(record, pvclock_load32(record) + 2);
 }
 
+/* ---- Time page with a line of its own. ---- */
+
+static struct pvclock_own_page own_page_at(uint8_t *record)
+{
+	struct pvclock_anchor line = { .tsc_timestamp = 0x1122334455667788, .system_time = 0x99AABBCCDDEEFF00 };
+	struct pvclock_own_page own = { .page = record, .version = 8, .flags = 3, .is_due = 1 };
+
+	pvclock_time_scale(PVCLOCK_NS_PER_SEC, 2596132000, &line.scale);
+	own.line = line;
+	return own;
+}
+
+/* While the VM runs. */
+static void own(uint8_t *record)
+{
+	struct pvclock_counter counter = { .read = standing_tsc };
+	struct pvclock_line line = { .tsc = 900000, .ns = 5000000, .num = PVCLOCK_NS_PER_SEC, .den = 2596132000 };
+	struct pvclock_own_page page = own_page_at(record);
+	struct pvclock_page_set set = { &pvclock_page_kind_own_line, &page, 1, 0 };
+	struct pvclock_anchor_params params = pvclock_anchor_params_of(page.line.scale);
+	struct pvclock_anchor anchor = { 0 };
+	uint64_t break_tsc = 0;
+
+	pvclock_publish_at(&set, 1, &line, &params, &counter, &anchor, &break_tsc, 0);
+}
+
+/* While it stands still. */
+static void own_at_rest(uint8_t *record)
+{
+	struct pvclock_own_page page = own_page_at(record);
+
+	pvclock_own_pages_write_now(&page, 1);
+}
+
+static void own_never_odd(uint8_t *record)
+{
+	struct pvclock_own_page page = own_page_at(record);
+
+	pvclock_own_page_write(&page);
+	BARRIER();
+	pvclock_store32(record, page.version);
+}
+
 /* ---- Flush requests and ends of interrupts. ---- */
 
 static void say_preempted(uint8_t *record)
@@ -155,6 +199,9 @@ static const struct record_host record_hosts[] = {
 	{ "steal", "never_odd", steal_never_odd, NULL, false },
 	{ "page", "", page, NULL, false },
 	{ "page", "never_odd", page_never_odd, NULL, false },
+	{ "own", "", own, NULL, false },
+	{ "own", "never_odd", own_never_odd, NULL, false },
+	{ "own_at_rest", "", own_at_rest, NULL, false },
 	{ "flush", "", say_preempted, flush, false },
 	{ "flush", "load_and_store", say_preempted, flush_load_and_store, false },
 	{ "eoi", "", offer, eoi, true },

@@ -3,9 +3,9 @@
  * The host writes a record one instruction at a time (the CPU's trap flag); after each instruction a guest looks at it,
  * or takes its turn.  So every place where a guest can come between is tried once, in order.  Prints one JSON object.
  *
- *   single_step --record wall|steal|page|flush|eoi [--broken NAME]
+ *   single_step --record wall|steal|page|own|own_at_rest|flush|eoi [--broken NAME]
  *
- * wall, steal, page: the guest takes an even version for a promise that what it covers is all old or all new; "torn"
+ * wall, steal, page, own, own_at_rest: the guest takes an even version for a promise that what it covers is all old or all new; "torn"
  * counts instructions after which that is broken.  flush, eoi: in run n the guest takes its turn after instruction n;
  * "lost" counts runs in which the host heard of another number of turns than the guest had.
  * The guest shares no code with the headers.
@@ -169,6 +169,8 @@ static void prepare(const char *name)
 		covered_at = 0, covered_bytes = sizeof(uint64_t);
 	} else if (strcmp(name, "wall") == 0) {
 		covered_at = 4, covered_bytes = 8;
+	} else if (strncmp(name, "own", 3) == 0) {
+		covered_at = 4, covered_bytes = sizeof(struct pvclock_vcpu_time_info) - 4;
 	} else {
 		covered_at = 8, covered_bytes = 21; /* the flags, byte 29, are the guest's, too */
 	}

@@ -46,6 +46,13 @@ def test_an_even_version_is_a_promise(stepped: Stepped, record: str) -> None:
     assert not faults(stepped(record))
 
 
+@pytest.mark.row("V-20")
+@pytest.mark.parametrize("record", ["own", "own_at_rest"])
+def test_an_even_version_of_a_page_with_its_own_line_is_a_promise(stepped: Stepped, record: str) -> None:
+    """After no instruction, be the VM running or at rest, is the version even and a part of the record not its own."""
+    assert not faults(stepped(record))
+
+
 @pytest.mark.row("K-29")
 def test_an_even_version_of_steal_time_is_a_promise(stepped: Stepped) -> None:
     """After no instruction is the sum new and the version old, or the other way round."""
@@ -64,7 +71,7 @@ def test_a_flush_is_heard_wherever_the_guest_asks_for_it(stepped: Stepped) -> No
     assert not faults(stepped("flush"))
 
 
-@pytest.mark.row("K-08", "K-29", "K-30", "K-32")
+@pytest.mark.row("K-08", "K-29", "K-30", "K-32", "V-20")
 @pytest.mark.parametrize(
     ("record", "defect"),
     [
@@ -72,6 +79,7 @@ def test_a_flush_is_heard_wherever_the_guest_asks_for_it(stepped: Stepped) -> No
         ("wall", "never_odd"),
         ("steal", "never_odd"),
         ("page", "never_odd"),
+        ("own", "never_odd"),
         ("flush", "load_and_store"),
         ("eoi", "load_and_store"),
     ],

@@ -57,6 +57,18 @@ def test_why_there_is_no_answer(provider: str, registers: HypercallRegisters, re
         assert clock.hypercall(vcpu, registers) == result
 
 
+@pytest.mark.row("V-35")
+@pytest.mark.parametrize("profile", ["linux", "document", "virtualbox"])
+def test_hypercalls_are_served_from_the_start_on_every_vcpu(profile: str) -> None:
+    """No MSR need be written and no feature be offered: the first thing that each vCPU does may be a hypercall."""
+    clock = a_clock(profile=profile, features=0)
+    assert clock.interface.are_hypercalls_enabled
+    for vcpu in (1, 0):
+        assert clock.interface.execute(vcpu, POLL_IRQ, VMCALL) == Executed(Status.SUCCESS, 0, 3)
+    clock.reset()
+    assert [clock.hypercall(vcpu, POLL_IRQ).rax for vcpu in (0, 1)] == [0, 0]
+
+
 @pytest.mark.row("G-11", "E13")
 @pytest.mark.parametrize(
     ("vcpu", "registers"),
@@ -320,12 +332,16 @@ def test_reset_while_paused_holds_after_resume() -> None:
 def test_term_resets_and_lets_the_debug_device_go() -> None:
     """At the end of a VM nothing is left that could be published, and another device may come; twice is once."""
     clock = a_clock()
-    clock.write_msr(0, SYSTEM_TIME, 0x2001)
     for _ in range(2):
+        clock.write_msr(0, SYSTEM_TIME, 0x2001)
+        clock.write_msr(0, WALL_CLOCK, 0x4000)
         clock.interface.debug.register(Wire())
         clock.interface.term()
         clock.interface.term()
-        assert (clock.read_msr(0, SYSTEM_TIME), clock.page(0)) == (0, None)
+        assert (clock.read_msr(0, SYSTEM_TIME), clock.read_msr(1, WALL_CLOCK), clock.page(0)) == (0, 0, None)
+        before = clock.memory.read(0, SIZE)
+        clock.refresh()
+        assert clock.memory.read(0, SIZE) == before
 
 
 @pytest.mark.row("G-09")

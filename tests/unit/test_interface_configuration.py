@@ -14,6 +14,7 @@ from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, MsrFault, S
 from pvclock.providers import configuration
 from pvclock.providers.guest_interface import GuestInterface, effective_provider
 from pvclock.providers.registry import PROVIDER_NUMBERS, PROVIDERS
+from tests.unit.stub_clock import NotedVmm
 
 HZ = 2_596_132_000
 
@@ -123,6 +124,17 @@ def test_virtualbox_offers_features_in_its_newest_version_only() -> None:
     assert linux[0] == linux[1] == linux[2]
     asked = interface_of({"provider": "KVM", "profile": "virtualbox", "version": 1, "features": 1 << 3})
     assert asked.cpuid_leaves[0x40000001].eax == 1 << 3
+
+
+@pytest.mark.row("V-43", "V-04")
+@pytest.mark.parametrize(("version", "basic"), [(0, 1 << 0 | 1 << 3 | 1 << 7), (1, 0), (2**32 - 1, 0)])
+def test_virtualboxs_guest_is_offered_stable_by_the_host_alone(version: int, basic: int) -> None:
+    """What the guest's CPUID shows with a VMM that kicks: the basic bits by version, bit 24 by the host's TSC."""
+    config = {"provider": "KVM", "profile": "virtualbox", "version": version}
+    for tsc_stable in (True, False):
+        backend = SimulatedBackend(HZ, tsc_stable=tsc_stable)
+        clock = GuestClock(GuestMemory(bytearray(1 << 14)), 2, config, backend=backend, vmm=NotedVmm())
+        assert clock.cpuid(0x40000001) == (basic | tsc_stable << 24, 0, 0, 0)
 
 
 @pytest.mark.row("G-02", "E9")

@@ -97,10 +97,25 @@ def test_kick_wakes_a_vcpu() -> None:
 def test_virtualbox_fails_on_a_kick_beyond_its_vcpus() -> None:
     """There the VMM has to answer for an id that no vCPU has; the guest's RAX is not touched."""
     provider, vmm = with_vmm(features=None, profile="virtualbox")
-    assert call(provider, KICK, 0, 1) == (Status.SUCCESS, 0)
-    for apic_id in (2, 2**32, 2**64 - 1):
+    assert call(provider, KICK, 0xDEAD, 1) == (Status.SUCCESS, 0)
+    for apic_id in (2, 2**32, 2**32 + 1, 2**64 - 1):
         assert call(provider, KICK, 0, apic_id) == (Status.OPERATION_FAILED, None)
     assert vmm.notes == [("kick", 1)]
+
+
+@pytest.mark.row("V-30", "V-28")
+@pytest.mark.parametrize("long_mode", [False, True])
+def test_virtualboxs_kick_is_by_registers_alone(long_mode: bool) -> None:
+    """RAX has the number and RCX the APIC id; outside 64-bit code upper halves do not count, within they do."""
+    high = 0 if long_mode else 5 << 32
+    provider, vmm = with_vmm(features=None, profile="virtualbox")
+    for apic_id in range(2):
+        registers = HypercallRegisters(high + KICK, 7, high + apic_id, 8, 9, 10, long_mode=long_mode)
+        assert provider.hypercall(0, registers) == (Status.SUCCESS, 0)
+    assert vmm.notes == [("kick", 0), ("kick", 1)]
+    for wrong in (HypercallRegisters((5 << 32) + KICK, rcx=1), HypercallRegisters(KICK, rcx=(5 << 32) + 1)):
+        assert provider.hypercall(0, wrong).status is not Status.SUCCESS
+    assert len(vmm.notes) == 2
 
 
 @pytest.mark.row("K-36")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from struct import pack
 
 import pytest
 
@@ -160,8 +161,8 @@ def test_whose_version_it_is(step: golden.VersionStep) -> None:
 def test_virtualboxs_version_wraps() -> None:
     """It has 32 bits, and each vCPU has its own."""
     provider, clock = a_provider(profile="virtualbox")
-    provider.load({**provider.save(), "time_page_version": (2**32 - 2, 6)})
-    for vcpu, versions in ((0, [0, 2]), (1, [8, 10])):
+    provider.load({**provider.save(), "time_page_version": (2**32 - 2, 2**31 - 4)})
+    for vcpu, versions in ((0, [0, 2]), (1, [2**31 - 2, 2**31, 2**31 + 2])):
         for version in versions:
             provider.write_msr(vcpu, SYSTEM_TIME_NEW, PAGE + 64 * vcpu | 1)
             assert page_of(clock, PAGE + 64 * vcpu).version == version
@@ -220,6 +221,33 @@ def test_virtualbox_writes_the_wall_clock_with_all_vcpus_out() -> None:
         provider.write_msr(1, WALL_CLOCK_NEW, 0x3000)
         asked[profile] = (clock.quiesced, at_write, clock.inside)
     assert asked == {"linux": ([], [[]], []), "document": ([], [[]], []), "virtualbox": ([1], [[1]], [])}
+
+
+class WatchedMemory:
+    """Guest memory of a clock that notes each write with those who are within its rendezvous."""
+
+    def __init__(self, clock: StubClock) -> None:
+        self._memory, self._clock = clock.memory, clock
+        self.contains, self.read = clock.memory.contains, clock.memory.read
+        self.notes: list[tuple[int, bytes, list[int | None]]] = []
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Note it, and do it."""
+        self.notes.append((gpa, data, list(self._clock.inside)))
+        self._memory.write(gpa, data)
+
+
+@pytest.mark.row("V-25")
+def test_virtualboxs_wall_clock_is_one_write_of_12_bytes() -> None:
+    """Version, seconds and ns go into memory together, once, within the rendezvous, whichever vCPU asks."""
+    for vcpu in range(2):
+        provider, clock = a_provider(profile="virtualbox")
+        clock.memory.write(0x3000, pack("<I", 7))
+        memory = WatchedMemory(clock)
+        clock.memory = memory  # type: ignore[assignment]  # of its shape
+        provider.write_msr(vcpu, WALL_CLOCK_NEW, 0x3000)
+        assert memory.notes == [(0x3000, pack("<III", 8, 1_700_000_007, 5), [vcpu])]
+        assert (clock.quiesced, clock.inside) == ([vcpu], [])
 
 
 @pytest.mark.row("V-44", "V-25")

@@ -138,13 +138,13 @@ def test_what_is_told_of_a_page_is_what_is_in_it(profile: str) -> None:
     backend.advance(ns=7 * NS_PER_S)
     since = clock.events.last
     clock.write_msr(1, SYSTEM_TIME_NEW, 0x3001)
-    page = clock.page(1)
-    assert page is not None
-    assert page.version % 2 == 0
+    page = oracle.TimeInfo.parse(clock.memory.read(0x3000, 32))
+    assert (page.version % 2, page.tsc_to_system_mul, page.tsc_shift, page.flags) == (0, 0xC5376ADD, -1, 1)
     (told,) = clock.events.read(since=since).events
+    assert told.kind == "page"
     assert told.why == (
         f"vCPU 1: page at 0x3000, version {page.version}, TSC {page.tsc_timestamp}, {page.system_time} ns, "
-        f"mul {page.tsc_to_system_mul:#x}, shift {page.tsc_shift}, flags 0x1, which shows a TSC of 2596132 kHz"
+        f"mul 0xc5376add, shift -1, flags 0x1, which shows a TSC of 2596132 kHz"
     )
 
 
@@ -194,7 +194,7 @@ def test_wall_clock_versions(old: int, new: int) -> None:
     assert u32(clock, 0x3000) == new
 
 
-@pytest.mark.row("K-08", "V-21")
+@pytest.mark.row("K-08")
 @pytest.mark.parametrize("step", golden.TIME_VERSIONS)
 @pytest.mark.parametrize("gpa", [0x2000, 0x2002, 0x2004, 0x2FE0])
 def test_time_page_versions(step: golden.VersionStep, gpa: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 import pytest
@@ -10,6 +11,7 @@ from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend, Stat
 from pvclock.providers.interface import HypercallRegisters
 from pvclock.providers.kvm import virtualbox_unit
 from pvclock.providers.registry import PROVIDERS
+from tests import oracle
 
 HZ = 2_596_132_000
 SIZE = 1 << 16
@@ -37,8 +39,7 @@ def a_running_guest(**options: object) -> GuestClock:
 def test_the_units_bytes() -> None:
     """Id 3, the provider's version, then KVM's part field by field, little-endian, and nothing else of a vCPU."""
     clock = a_running_guest()
-    page = clock.page(0)
-    assert page is not None
+    page = oracle.TimeInfo.parse(clock.memory.read(0x2000, 32))
     assert clock.interface.save_unit() == b"".join(
         (
             struct.pack("<II", 3, 0),  # as configured: 0 is the newest
@@ -191,6 +192,23 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(StateFileError, match=f"unit version: found {version}; supported: 1"):
             clock.interface.load_unit(saved, version=version)
     assert (clock.save().provider, clock.memory.read(0, SIZE)) == before
+
+
+@pytest.mark.row("V-37")
+@pytest.mark.parametrize("version", [0, 2, 7, 2**32 - 1])
+@pytest.mark.parametrize("profile", ["linux", "virtualbox"])
+def test_a_kvm_part_of_another_version_is_refused(version: int, profile: str) -> None:
+    """The error has the version found and the one expected, be the part longer or shorter, and nothing changes."""
+    clock = a_running_guest(profile=profile)
+    saved = clock.interface.save_unit()
+    memory = clock.memory.read(0, SIZE)
+    for length in (12, len(saved) - 1, len(saved), len(saved) + 8):
+        other = changed(saved.ljust(length, b"\0")[:length], 8, "<I", version)
+        with pytest.raises(StateFileError) as refused:
+            clock.interface.load_unit(other)
+        assert refused.value.field == "unit.kvm.version"
+        assert (re.findall(r"\d+", refused.value.found), refused.value.supported) == ([str(version)], "1")
+    assert (clock.interface.save_unit(), clock.memory.read(0, SIZE)) == (saved, memory)
 
 
 @pytest.mark.row("G-19", "G-28")
