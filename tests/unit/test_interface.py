@@ -118,6 +118,18 @@ def test_ud_is_served_and_put_right() -> None:
 
 
 @pytest.mark.row("V-34")
+@pytest.mark.parametrize("prefixes", [b"\x2e", b"\x48", b"\x64\x65"])
+def test_an_instruction_of_another_length_is_served_and_stays(prefixes: bytes) -> None:
+    """A hypercall with prefixes is done and RIP goes on behind it; native bytes, being 3, do not replace it."""
+    clock = a_clock(profile="virtualbox")
+    code = prefixes + VMCALL + b"\x90"
+    clock.memory.write(0x5000, code)
+    done = clock.interface.handle_ud(0, UNKNOWN, code, Gpa(0x5000), AMD)
+    assert done == Executed(Status.NOT_SUPPORTED, ENOSYS, len(prefixes) + 3, patched=False)
+    assert clock.memory.read(0x5000, len(code)) == code
+
+
+@pytest.mark.row("V-34")
 def test_code_is_left_alone_where_it_should_be() -> None:
     """Without `fix`, outside of ring 0, without hypercalls and for other instructions guests' code stays."""
     clock, silent = a_clock(), a_clock("Minimal")
