@@ -14,6 +14,9 @@ import pytest
 
 from pvclock import GuestClock, HostTsc, KvmFeature, Machine
 from pvclock.clock.guest_clock import GUEST_STOPPED
+from pvclock.kvm import Kvm
+from pvclock.machine import cpuid as machine_cpuid
+from pvclock.machine.cpuid import CpuidEntry, CpuidSource, guest_cpuid
 from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import MachineGuest, finish, probe_machine, wait_until_reading
 from pvclock.meter.observe import Undisturbed, observe_undisturbed
@@ -101,6 +104,24 @@ def test_clockprobe_sees_a_broken_clock(sabotage: Callable[[Machine], None], kin
         sabotage(machine)
         wait_for_reads(machine, 200_000)
         assert failures(finish(machine))[kind] > 0
+
+
+@pytest.mark.row("K-38")
+def test_a_signature_leaf_with_eax_0_is_kvms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old kernels name no highest leaf: the guest finds features and clock in the leaf after the signature's anyway."""
+
+    def as_of_old(kvm: Kvm, apic_id: int, clock: CpuidSource) -> list[CpuidEntry]:
+        return [{**it, "eax": 0} if it["function"] == 0x40000000 else it for it in guest_cpuid(kvm, apic_id, clock)]
+
+    monkeypatch.setattr(machine_cpuid, "guest_cpuid", as_of_old)
+    with probe_machine("engine", 1) as machine:
+        machine.start()
+        wait_until_reading(machine)
+        wait_for_reads(machine, 1000)
+        (record,) = finish(machine)
+    assert (record.signature_leaf, record.msr) == (0x40000000, 0x4B564D01)
+    assert record.features & 1 << 3
+    assert not any(failures([record]).values())
 
 
 @pytest.fixture(scope="module", params=[1, 2])

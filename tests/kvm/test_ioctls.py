@@ -197,7 +197,7 @@ def test_registers_are_all_or_nothing() -> None:
         assert bare.vcpus[0].get_regs() == before
 
 
-@pytest.mark.row("K-38")
+@pytest.mark.row("X-02")
 def test_cpuid_is_what_the_guest_sees() -> None:
     """The guest's CPUID instruction answers with the entries that were set."""
     # mov $0x40000000, %eax; cpuid; mov %ebx, RESULT

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,7 @@ GUEST = (
     + bytes.fromhex("6631d20f30 803e005000 74f9 b000e6")
     + bytes([EXIT_PORT])
 )
+IDLE_GUEST = GUEST[: GUEST.index(b"\x0f\x30") + 2] + bytes.fromhex("f4 ebfd")  # ...; wrmsr; 1: hlt; jmp 1b
 FEATURES = KvmFeature.CLOCKSOURCE2 | KvmFeature.STEAL_TIME
 LIMIT_S = 60
 
@@ -39,13 +41,24 @@ def record(machine: Machine) -> tuple[int, int]:
     return steal, version
 
 
+def account(task: str) -> tuple[int, int]:
+    """How long the task at this place in /proc ran, and how long it waited for a CPU, in ns, as the kernel has it."""
+    ran, waited, _ = Path("/proc", task, "schedstat").read_text().split()
+    return int(ran), int(waited)
+
+
+def is_asleep(thread: int) -> bool:
+    """Does that thread of this process wait for something else than a CPU?"""
+    return Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
 @contextmanager
-def competitor(cpu: int) -> Iterator[None]:
-    """A process that wants all of `cpu`."""
+def competitor(cpu: int) -> Iterator[int]:
+    """A process that wants all of `cpu`; its id."""
     program = f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", program]) as process:
         try:
-            yield
+            yield process.pid
         finally:
             process.kill()
 
@@ -68,17 +81,44 @@ def test_stolen_time_reaches_the_guest() -> None:
         clock.tick()
         before, version = record(machine)
         with competitor(cpu):
-            while (clock.backend.run_delay_ns(0) or 0) < before + 10**8:
+            while account(f"self/task/{thread}")[1] < before + 10**8:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
+        _, least_ns = account(f"self/task/{thread}")
         clock.tick()
-        delay_ns = clock.backend.run_delay_ns(0)
+        _, most_ns = account(f"self/task/{thread}")
         after, later = record(machine)
-        assert delay_ns is not None
-        assert before + 10**8 <= after <= delay_ns
+        assert before + 10**8 <= least_ns <= after <= most_ns
         assert (later - version) % 2 == 0 < later - version
         machine.memory.write(STOP, b"\1")
         assert machine.wait(LIMIT_S) == 0
+
+
+@pytest.mark.row("K-28")
+def test_an_idle_vcpu_loses_nothing() -> None:
+    """A halted vCPU's CPU is another process's for 100 ms: its guest is told of no more than the kernel counted."""
+    with Machine(IDLE_GUEST, memory_bytes=1 << 20, features=FEATURES, tick_interval_s=None) as machine:
+        clock = machine.clock
+        assert clock is not None
+        machine.start()
+        deadline = time.monotonic() + LIMIT_S
+        thread = machine.runner.thread_id(0)
+        assert thread is not None
+        while record(machine)[1] == 0 or not is_asleep(thread):
+            assert time.monotonic() < deadline
+        cpu = min(os.sched_getaffinity(0))
+        os.sched_setaffinity(thread, {cpu})
+        clock.tick()
+        before, _ = record(machine)
+        with competitor(cpu) as other:
+            while account(str(other))[0] < 2 * 10**8:
+                assert time.monotonic() < deadline
+        _, least_ns = account(f"self/task/{thread}")
+        clock.tick()
+        _, most_ns = account(f"self/task/{thread}")
+        after, _ = record(machine)
+        assert least_ns <= after <= most_ns
+        assert after - before < 10**8
 
 
 @pytest.mark.row("K-26", "K-09")

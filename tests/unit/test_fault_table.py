@@ -130,15 +130,15 @@ class FailingVmm:
         raise OSError(f"send {icr} to {apic_ids}")
 
 
-@pytest.mark.row("E9", "K-37")
+@pytest.mark.row("E9", "K-36")
 @pytest.mark.parametrize(("number", "match"), [(5, "kick 1"), (10, "send"), (11, "yield")])
 def test_a_service_that_raises(number: int, match: str) -> None:
     """What a VMM's service raises comes out of the guest's hypercall, which is counted; the clock is as it was."""
     twin = Twin()
     clock = GuestClock(GuestMemory(bytearray(1 << 12)), 2, backend=twin.backend, vmm=FailingVmm(), features=0x2888)
-    before = clock.save(), clock.events.read()
+    before = clock.save(), clock.events.read(), clock.memory.read(0, 1 << 12)
     registers = HypercallRegisters(number, rbx=1, rcx=1, rdx=0, rsi=0)
     with pytest.raises(OSError, match=match):
         clock.hypercall(0, registers)
-    assert (clock.save(), clock.events.read()) == before
+    assert (clock.save(), clock.events.read(), clock.memory.read(0, 1 << 12)) == before
     assert clock.interface.statistics.hypercalls == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from struct import pack
 
 import pytest
 
@@ -370,18 +371,23 @@ def test_no_provider_no_msr(provider: str) -> None:
 
 @pytest.mark.row("K-37", "E4")
 def test_pairing_is_one_instant_or_none() -> None:
-    """UTC and a vCPU's TSC of one host instant; none where the host's TSC is not to be trusted."""
-    backend = SimulatedBackend(HZ, 1000, realtime_ns=10**18)
-    clock = GuestClock(GuestMemory(), 2, backend=backend, vcpu_host="kvm")
+    """UTC and the calling vCPU's TSC of one host instant; none where the host's TSC is not to be trusted."""
+    backend = SimulatedBackend(HZ, 1000, realtime_ns=10**18 + 5)
+    clock = GuestClock(GuestMemory(bytearray(1 << 12)), 2, backend=backend, vcpu_host="kvm")
     clock.write_msr(1, 0x10, 5_000_000)
-    assert clock.pairing(0) == (10**18, 1000)
-    assert clock.pairing(1) == (10**18, 5_000_000)
+    call = HypercallRegisters(rax=9, rbx=0x100)
+    for vcpu, tsc in ((0, 1000), (1, 5_000_000)):
+        assert clock.pairing(vcpu) == (10**18 + 5, tsc)
+        assert clock.hypercall(vcpu, call) == (Status.SUCCESS, 0)
+        assert clock.memory.read(0x100, 64) == pack("<qqQ40x", 10**9, 5, tsc)
     assert (clock.tsc_hz, clock.vcpu_host, clock.vmm) == (HZ, VcpuHost.KVM, None)
+    clock.memory.write(0x100, bytes(64))
     clock.apply_host_findings([], tsc_trusted=False)
-    assert clock.pairing(0) is None
+    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, (Status.SUCCESS, 2**64 - 95))
     clock.apply_host_findings([], tsc_trusted=True)
     backend.tsc_stable = False
-    assert clock.pairing(0) is None
+    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, (Status.SUCCESS, 2**64 - 95))
+    assert clock.memory.read(0x100, 64) == bytes(64)
 
 
 @pytest.mark.row("E9")

@@ -248,15 +248,19 @@ def test_a_reset_ends_it() -> None:
 
 @pytest.mark.row("K-35")
 def test_the_interrupts_vector_and_the_acknowledgement() -> None:
-    """A vector has 8 bits; the ACK reads 0, whatever was written."""
+    """A vector has 8 bits; an ACK is bit 0 alone, and the MSR reads 0, whatever was written."""
     provider, _ = enabled()
     for value in (0x100, 1 << 63):
         with pytest.raises(MsrFault, match="8 bits"):
             provider.write_msr(0, INTERRUPT, value)
     provider.write_msr(1, INTERRUPT, 0xFF)
     assert [provider.read_msr(vcpu, INTERRUPT) for vcpu in range(2)] == [0, 0xFF]
-    provider.write_msr(0, ACK, 2**64 - 1)
-    assert provider.read_msr(0, ACK) == 0
+    assert provider.async_pf_vector(1) == 0xFF
+    assert provider.page_ready(0, 7)
+    for value, awaited in ((0, True), (2**64 - 2, True), (2**64 - 1, False)):
+        provider.write_msr(0, ACK, value)
+        assert provider.read_msr(0, ACK) == 0
+        assert provider.awaits_ack(0) is awaited
 
 
 @pytest.mark.row("K-22", "K-23")

@@ -53,7 +53,7 @@ def test_what_goes_on_being_the_kernels() -> None:
         assert provider.cpuid_leaves[0x40000001].eax == own | 1 << 7 | 1 << 12
 
 
-@pytest.mark.row("X-02", "K-34")
+@pytest.mark.row("X-02", "K-33", "K-34")
 @pytest.mark.parametrize(
     ("vcpu_host", "has_vmm", "served"),
     [
@@ -84,7 +84,7 @@ def test_hints_are_in_edx() -> None:
             a_provider(hints=hints)
 
 
-@pytest.mark.row("K-09", "K-20", "K-34", "K-35")
+@pytest.mark.row("K-09", "K-20", "K-33", "K-34", "K-35")
 @given(features=st.lists(st.sampled_from([f for f in KvmFeature if f & LIBRARY])), enforced=st.booleans())
 def test_cpuid_opens_msrs(features: list[KvmFeature], enforced: bool) -> None:
     """An MSR is there, read and written, if its feature is offered or nothing is enforced; else it faults."""

@@ -344,7 +344,7 @@ def test_a_change_is_recorded_before_it_is_told(listening: tuple[GuestClock, Sim
     assert heard == []
 
 
-@pytest.mark.row("K-28", "K-34")
+@pytest.mark.row("G-08")
 @pytest.mark.parametrize(("provider", "options"), [("None", {}), ("Minimal", {}), ("KVM", {"features": 1 << 3})])
 def test_a_tick_looks_at_no_run_delay_that_nobody_wants(provider: str, options: dict[str, int]) -> None:
     """Without steal time the host is never asked how long vCPUs waited."""

@@ -91,6 +91,21 @@ def test_each_vcpu_has_its_own_account() -> None:
     assert [stolen_ns(memory, vcpu) for vcpu in range(3)] == [11, 0, 33]
 
 
+@pytest.mark.row("K-28")
+def test_time_that_passes_is_not_stolen() -> None:
+    """Idle or running, a vCPU that did not wait is told nothing: an hour later its record is the same, byte for byte."""
+    clock, backend, memory = a_vm()
+    backend.run_delays_ns[0] = 5
+    clock.tick()
+    before = memory.read(RECORD, 64)
+    for _ in range(60):
+        backend.advance(ns=60 * NS_PER_S)
+        clock.tick()
+        clock.refresh()
+    assert stolen_ns(memory) == 5
+    assert memory.read(RECORD, 64) == before
+
+
 @pytest.mark.row("K-28", "E9")
 @pytest.mark.parametrize("restored", [False, True])
 def test_guest_memory_is_not_written_while_the_clock_is_paused(restored: bool) -> None:
