@@ -93,7 +93,7 @@ def test_each_vcpu_has_its_own_account() -> None:
 
 @pytest.mark.row("K-28")
 def test_time_that_passes_is_not_stolen() -> None:
-    """Idle or running, a vCPU that did not wait is told nothing: an hour later its record is the same, byte for byte."""
+    """A vCPU that did not wait, idle or not, is told nothing: an hour later its record is the same, byte for byte."""
     clock, backend, memory = a_vm()
     backend.run_delays_ns[0] = 5
     clock.tick()
