@@ -7,6 +7,9 @@ PYTHON ?= python3
 # What the build needs, scripts/make-venv.sh knows.
 DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file spin clang
 
+# The tests of `make test`; those of `make test-lab` are the others.
+QUICK := not (lab or long) or smoke
+
 VENV := .venv
 BIN := $(VENV)/bin
 STEP := scripts/step.sh
@@ -30,14 +33,14 @@ demo: build $(PACKAGES) ## show a guest's clock at work, in the lab where there 
 	@scripts/demo.sh
 
 test: lint $(PACKAGES) ## build, lint, and run every test that this machine can run, with a smoke of the lab
-	@$(BIN)/python -m pytest -n auto -m 'not lab or smoke'
+	@$(BIN)/python -m pytest -n auto -m '$(QUICK)'
 
 test-lab: build $(PACKAGES) ## test the lab, and in it all that has to do with KVM; 30 minutes
-	@$(BIN)/python -m pytest -m lab
+	@$(BIN)/python -m pytest -m 'lab or long'
 	@scripts/test-in-lab.sh
 
 conformance: build $(PACKAGES) ## hold docs/verdicts.tsv against a run of the tests, and write docs/conformance.md
-	@$(BIN)/python -m pytest -n auto -q -m 'not lab or smoke' -p tests.conformance.plugin --conformance docs
+	@$(BIN)/python -m pytest -n auto -q -m '$(QUICK)' -p tests.conformance.plugin --conformance docs
 
 mutants: build $(PACKAGES) ## apply every deliberate mistake in a copy, and see the tests of its row notice; resumable
 	@$(BIN)/python -m tests.mutants --summary docs/mutants.json

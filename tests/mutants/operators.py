@@ -29,6 +29,7 @@ from tests.mutants.mutant import HERE, ROOT, Mutant
 JUDGED = HERE / "operators-judged.tsv"
 SEED = 13
 SECONDS_MAX = 600.0
+QUICK = "not (kvm or long)"
 
 HEADERS = ("math", "anchor", "publish", "tsc", "own_line", "words", "records")
 PYTHON = (
@@ -67,6 +68,14 @@ TESTS_OF_PYTHON = (
 UNWANTED = ("Decorator", "Exception", "Variable", "Pow", "_Is", "_Div", "Div_", "ZeroIteration")
 """Of cosmic-ray's operators those that fail by type or name, or need options."""
 
+SLOW = (
+    "unit/test_discipline.py::test_noise_temperature_and_outliers",
+    "unit/test_discipline.py::test_a_step_of_an_hour_takes_its_time",
+    "unit/test_restore.py::test_migrations",
+    "unit/test_following.py::test_a_hundred_thousand_ticks",
+)
+"""Run for those alone that all others let live."""
+
 COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 C_OPERATORS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("sum", r"(?<= )[+-](?= )", ("+", "-")),
@@ -95,41 +104,48 @@ def main() -> int:
     it.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="copies at work at once; default: one a CPU")
     arguments = it.parse_args()
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
-    mutants = sample(arguments.sample)
+    mutants = {mutant.name: mutant for mutant in sample(arguments.sample)}
     known = campaign.logged(arguments.log)
-    results = [known[mutant.name] for mutant in mutants if mutant.name in known]
-    results += run([mutant for mutant in mutants if mutant.name not in known], arguments.jobs, arguments.log)
+    missing = [mutant for mutant in mutants.values() if mutant.name not in known]
+    without_slow = [f"--deselect=tests/{test}" for test in SLOW]
+    known |= run(missing, arguments.jobs, arguments.log, without_slow)
+    lives = [mutant for mutant in mutants.values() if known[mutant.name].verdict == campaign.SURVIVED]
+    of_python = [mutant._replace(dies_in=SLOW) for mutant in lives if not mutant.is_compiled]
+    known |= run(of_python, arguments.jobs, arguments.log, [])
+    return report([known[name] for name in mutants])
+
+
+def report(results: list[campaign.Result]) -> int:
+    """Print what lives and what was judged of it; return the exit status."""
     judged = {line.split("\t")[0] for line in JUDGED.read_text(encoding="utf-8").splitlines()[1:]}
-    lives = [result for result in results if result.verdict not in {campaign.DIED, campaign.HUNG}]
+    lives = [result for result in results if result.verdict != campaign.DIED]
     for result in lives:
-        print(result.mutant, result.verdict, "(judged)" if result.mutant in judged else result.why, sep="\t")
-    print(
-        f"{len(results) - len(lives)} of {len(results)} died, {sum(each.mutant in judged for each in lives)} are judged"
-    )
-    return int(any(result.mutant not in judged for result in lives))
+        print(result.mutant, result.verdict, "judged" if result.mutant in judged else result.why, sep="\t")
+    unjudged = [result for result in lives if result.mutant not in judged]
+    print(f"{len(results) - len(lives)} of {len(results)} died; {len(lives) - len(unjudged)} that live are judged")
+    return int(bool(unjudged))
 
 
-def run(mutants: list[Mutant], jobs: int, log: Path) -> list[campaign.Result]:
-    """Run mutants with progress, each result going to the log at once."""
+def run(mutants: list[Mutant], jobs: int, log: Path, options: list[str]) -> dict[str, campaign.Result]:
+    """Run mutants' tests, with options of pytest; progress is shown, each result goes to the log at once."""
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     tree = campaign.tree_hash()
-    results = []
+    results = {}
     with (
         tempfile.TemporaryDirectory(prefix="pvclock-mutants-") as work,
         Progress(*columns, console=Console(stderr=True)) as progress,
         log.open("a", encoding="utf-8") as file,
     ):
         bar = progress.add_task("mutants", total=len(mutants))
-        arguments = ["-x", "-m", "not kvm"]
         for result in campaign.run(
             mutants,
             Path(work),
-            arguments=lambda mutant: [*arguments, *(f"tests/{test}" for test in mutant.dies_in)],
+            arguments=lambda mutant: ["-x", "-m", QUICK, *options, *(f"tests/{test}" for test in mutant.dies_in)],
             jobs=jobs,
             seconds=SECONDS_MAX,
             report=lambda what: progress.update(bar, description=what),
         ):
-            results.append(result)
+            results[result.mutant] = result
             print(json.dumps({"tree": tree, "result": result}), file=file, flush=True)
             progress.update(bar, advance=1, description=f"{result.mutant} {result.verdict}")
     return results

@@ -22,7 +22,7 @@ from tests.saved_states import LEAST, TYPICAL
 
 pytestmark = pytest.mark.stress
 
-MUTATIONS: Final = 100_000
+MUTATIONS: Final = (20_000, pytest.param(100_000, marks=pytest.mark.long))
 FILE_EVERY: Final = 20
 """So many of them go through a file; the rest save the time."""
 
@@ -169,14 +169,15 @@ def outcome(read: Callable[[Any], ClockState], damaged: object) -> ClockState | 
 
 
 @pytest.mark.row("E9", "P-25")
-def test_damaged_states(tmp_path: Path) -> None:
-    """10^5 damaged states raise StateFileError that names a field, or load as a state that saves and loads the same."""
+@pytest.mark.parametrize("mutations", MUTATIONS)
+def test_damaged_states(tmp_path: Path, mutations: int) -> None:
+    """Damaged states raise StateFileError that names a field, or load as a state that saves and loads the same."""
     damage = damaged_states([TYPICAL, LEAST, TYPICAL._replace(slew=None)])
     path = tmp_path / "damaged.json"
     outcomes: Counter[tuple[str, bool]] = Counter()
     fields: set[str] = set()
     with path.open("wb", buffering=0) as file:  # opened once: to empty a file at its opening takes ext4 a millisecond
-        for number, (kind, damaged) in enumerate(islice(damage, MUTATIONS)):
+        for number, (kind, damaged) in enumerate(islice(damage, mutations)):
             if number % FILE_EVERY:
                 found = outcome(clock_state.from_json, damaged)
             else:
@@ -189,9 +190,9 @@ def test_damaged_states(tmp_path: Path) -> None:
             else:
                 assert all((found.field, found.found, found.supported))
                 fields.add(found.field)
-    assert sum(outcomes.values()) == MUTATIONS
-    assert all(outcomes[kind, False] > MUTATIONS // 50 for kind in KINDS)
-    assert sum(outcomes[kind, True] for kind in KINDS) > MUTATIONS // 100
+    assert sum(outcomes.values()) == mutations
+    assert all(outcomes[kind, False] > mutations // 50 for kind in KINDS)
+    assert sum(outcomes[kind, True] for kind in KINDS) > mutations // 100
     saved = {field.path.replace("[]", "[0]") for field in clock_state.FIELDS if field.kind}
     assert saved <= fields, "the damage did not reach every field"
 

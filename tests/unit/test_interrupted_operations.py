@@ -15,8 +15,8 @@ from tests.unit.clocks import NS_PER_S
 from tests.unit.fault_points import product
 from tests.unit.schedules import LIMIT_S, Lines
 
-VISITS = {"restore": 2}
-"""It runs 2000 lines, most of them to check the state's members one by one: each line is interrupted twice."""
+VISITS = {"restore": 2, "load a unit": 2, "load a unit by profile virtualbox": 2}
+"""They run hundreds of lines, most of them to check members one by one: each line is interrupted twice."""
 
 
 def interrupted(operate: Callable[[], object], at: int, visits: float = math.inf) -> bool:

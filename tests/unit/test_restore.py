@@ -15,7 +15,7 @@ from pvclock.state.clock_state import ClockState, SavedPolicy, from_json, to_jso
 from pvclock.timekeeping import catchup
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, bound_ns, page_of, shown
 
-MIGRATIONS = 10_000
+MIGRATIONS = (1000, pytest.param(10_000, marks=pytest.mark.long))
 LOST_NS = Fraction(1, 2**900)
 
 
@@ -37,11 +37,12 @@ def saved_somewhere(source: random.Random, downtime_ns: int) -> tuple[GuestClock
 
 
 @pytest.mark.row("E1", "E9", "E11", "P-25")
+@pytest.mark.parametrize("migrations", MIGRATIONS)
 @pytest.mark.parametrize("policy", ["freeze", "advance"])
-def test_migrations(policy: str) -> None:
-    """10^4 random pairs of hosts: what guests read goes on at the same ns, or by the elapsed time, on every vCPU."""
+def test_migrations(policy: str, migrations: int) -> None:
+    """Random pairs of hosts: what guests read goes on at the same ns, or by the elapsed time, on every vCPU."""
     source = random.Random(policy)  # noqa: S311  # a sample, no secret
-    for _ in range(MIGRATIONS):
+    for _ in range(migrations):
         downtime_ns = source.choice([0, 1, source.randrange(10**6), source.randrange(10**13)])
         clock, state, realtime_ns, _ = saved_somewhere(source, downtime_ns)
         target = SimulatedBackend(source.randrange(10**6, 10**10), source.getrandbits(64), realtime_ns=realtime_ns)
