@@ -71,6 +71,23 @@ def test_every_row_has_a_verdict() -> None:
     assert {row.row for row in rows if row.verdict != verdicts.WHOLE and not row.why} == set()
 
 
+def test_a_deviations_reason_is_in_a_document() -> None:
+    """Each links to it, and whatever a verdict links to is there."""
+    rows = verdicts.rows()
+    assert {row.row for row in rows if row.verdict == verdicts.DEVIATES and not page.DOCUMENT.search(row.why)} == set()
+    links = {link for row in rows for link in page.DOCUMENT.findall(row.why)}
+    assert links
+    assert {link for link in links if not leads_somewhere(link)} == set()
+
+
+def leads_somewhere(link: str) -> bool:
+    """Whether a document is there, and a heading of the link's anchor in it."""
+    name, _, anchor = link.partition("#")
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    headings = [line.lstrip("#").strip() for line in text.splitlines() if line.startswith("#")]
+    return not anchor or anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("line", ["K-01\tpasses\tsomebody\t", "K-01\tpart\tsomebody\t", "K-01\twhole\t\t"])
 def test_a_verdict_that_is_none_is_refused(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another word, no reason, or nobody who decided; and a row that the other file lacks."""
@@ -159,8 +176,8 @@ def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
 def a_row(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - a field's value
     """Return a row as conformance.json has it."""
     row: dict[str, Any] = {"row": "K-01", "need": "must", "source": "a seed", "claim": "c [x] | y", "check": "looks"}
-    row |= {"verdict": "whole", "by": "us", "why": "", "refuted": None, "not_run": None, "mutants": 3, "others": []}
-    row |= {"defining": [a_test(PASSED)._asdict()]}
+    row |= {"verdict": "whole", "by": "us", "why": "", "refuted": None, "not_run": None, "mutants": 3}
+    row |= {"defining": [a_test(PASSED)._asdict()], "others": [a_test(PASSED)._asdict()]}
     return row | changes
 
 
@@ -171,9 +188,28 @@ def test_a_page_says_it_all(tmp_path: Path) -> None:
     text = page.markdown({"run": run, "rows": [a_row(), deviates]}, tmp_path)
     assert "of commit abc: a CPU, Linux 6.1, Python 3.11" in text
     assert "| [a seed](#a-seed) | must | 1 | 1 |  |  |  |  |" in text
-    assert r"- **K-01** (must) c \[x\] | y" in text
+    assert r"- **K-01** (must): c \[x\] | y" in text
     assert "[test_it](../tests/unit/test_it.py#L1), library, passed" in text
-    assert "3 mutants" in text
+    assert "  - 1 more test passed, 3 mutants" in text
     assert "- **K-02** (deviates): no test passed" in text
     assert r"| K-02 | a seed | c \[x\] \| y | on purpose |" in text
     assert max(map(len, re.sub(r"\[.*\]\(.*\)|\|.*\|", "", text).splitlines())) <= page.WIDTH + 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("WALL_CLOCK_NEW", "WALL_CLOCK_NEW"),
+        ("_x_ *y* [z] <a>", r"\_x\_ \*y\* \[z\] \<a\>"),
+        ("`<khz>` per [core]", r"`<khz>` per \[core\]"),
+        ("a ` alone", "a ' alone"),
+    ],
+)
+def test_a_claim_is_shown_as_it_stands(text: str, shown: str) -> None:
+    """Whatever Markdown would take it for."""
+    assert page.escaped(text) == shown
+
+
+def test_documents_are_linked() -> None:
+    """From docs/, where the page stands, with their anchors."""
+    assert page.linked("see docs/c.md#a-b, docs/x.md.") == "see [docs/c.md#a-b](c.md#a-b), [docs/x.md](x.md)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from tests.conformance.verdicts import DEVIATES, VERDICTS, WHOLE
 
 Found = dict[str, Any]
 WIDTH = 118
+DOCUMENT = re.compile(r"docs/([\w-]+\.md(?:#[\w-]+)?)")
+SPECIAL = re.compile(r"[\\*\[\]<>]|\b_|_\b")
+"""What Markdown takes for something; an underscore within a word it does not."""
 
 HEAD = """\
 # Conformance
@@ -91,36 +95,41 @@ def section(source: str, rows: list[Found]) -> str:
 
 def entry(row: Found) -> Iterator[str]:
     """Give the lines of one row: claim, check, verdict, tests."""
-    yield wrapped(f"- **{row['row']}** ({row['need']}) {escaped(row['claim'])}", "  ")
+    yield wrapped(f"- **{row['row']}** ({row['need']}): {escaped(row['claim'])}", "  ")
     if row["check"]:
-        yield wrapped(f"  Check: {escaped(row['check'])}", "  ")
-    told = f"  **{row['verdict'].capitalize()}**" + (f": {escaped(row['why'])}" if row["why"] else ".")
+        yield wrapped(f"  - check: {escaped(row['check'])}", "    ")
+    told = f"  - **{row['verdict']}**" + (f": {linked(row['why'])}" if row["why"] else "")
     if row["verdict"] != WHOLE:
         told += f" ({row['by']})"
     if row["refuted"] or row["not_run"]:
         told += " **Refuted.**" if row["refuted"] else " **Not all run here.**"
-    yield wrapped(told, "  ")
+    yield wrapped(told, "    ")
     for test in row["defining"]:
         file, _, name = test["name"].partition("::")
-        yield f"  [{name}](../tests/{file}#L{test['line']}), {test['where']}, {test['outcome']}"
+        yield f"  - [{name}](../tests/{file}#L{test['line']}), {test['where']}, {test['outcome']}"
     if more := told_more(row):
-        yield f"  {more}."
+        yield f"  - {more}"
     yield ""
 
 
 def told_more(row: Found) -> str:
     """Say what there is beside the defining tests."""
     count = Counter(test["outcome"] for test in row["others"])
-    more = [f"{number} more tests {outcome}" for outcome, number in sorted(count.items())]
+    more = [f"{counted(number, 'more test')} {outcome}" for outcome, number in sorted(count.items())]
     if row["mutants"]:
-        more.append(f"{row['mutants']} mutants")
+        more.append(counted(row["mutants"], "mutant"))
     return ", ".join(more)
+
+
+def counted(number: int, what: str) -> str:
+    """Say how many there are."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def deviations(rows: list[Found]) -> str:
     """Return the table of rows where the product does otherwise than a seed, and why."""
     lines = [
-        f"| {row['row']} | {row['source']} | {cell(row['claim'])} | {cell(row['why'])} |"
+        f"| {row['row']} | {row['source']} | {cell(escaped(row['claim']))} | {cell(linked(row['why']))} |"
         for row in rows
         if row["verdict"] == DEVIATES
     ]
@@ -136,15 +145,20 @@ def wrapped(text: str, indent: str = "") -> str:
 
 
 def escaped(text: str) -> str:
-    """Return what Markdown shows as this text."""
-    for special in "\\*_`[]<>":
-        text = text.replace(special, f"\\{special}")
-    return text
+    """Return what Markdown shows as this text; what stands between backticks is code, as it is."""
+    prose_and_code = text.split("`") if text.count("`") % 2 == 0 else [text.replace("`", "'")]
+    prose_and_code[::2] = [SPECIAL.sub(r"\\\g<0>", prose) for prose in prose_and_code[::2]]
+    return "`".join(prose_and_code)
+
+
+def linked(text: str) -> str:
+    """Return the same with links to the documents that it names."""
+    return DOCUMENT.sub(r"[\g<0>](\1)", escaped(text))
 
 
 def cell(text: str) -> str:
-    """Return what Markdown shows as this text in a table."""
-    return escaped(text).replace("|", "\\|")
+    """Return Markdown as a table's cell takes it."""
+    return text.replace("|", "\\|")
 
 
 def anchor(heading: str) -> str:
