@@ -84,7 +84,7 @@ def test_what_is_no_policy_or_cannot_be_printed() -> None:
         timeouts.add(0, huge, print)
 
 
-@pytest.mark.row("P-15")
+@pytest.mark.row("P-15", "P-29")
 @pytest.mark.parametrize("newest_first", [False, True])
 def test_updates_run_oldest_or_newest_first(newest_first: bool) -> None:
     """Updates run as they were added, or newest first as in Palacios, whatever was removed or added since."""
@@ -102,3 +102,23 @@ def test_updates_run_oldest_or_newest_first(newest_first: bool) -> None:
     timers.add_update(update("d"))
     timers.advance(GuestNs(1), 1)
     assert calls == [*("cba" if newest_first else "abc"), "timer", *("dca" if newest_first else "acd")]
+
+
+@pytest.mark.row("P-29")
+def test_an_update_that_fails_is_told_no_cycle_twice() -> None:
+    """Time has moved on before the first update runs: each is told what passed since the last advance, come what may."""
+    timers, told = Timers(cycles_hz=10**9, newest_update_first=True), list[tuple[str, int, int]]()
+
+    def older(elapsed_cycles: int, _hz: int) -> None:
+        told.append(("older", elapsed_cycles, timers.now))
+
+    def newer(elapsed_cycles: int, _hz: int) -> None:
+        told.append(("newer", elapsed_cycles, timers.now))
+        raise ZeroDivisionError
+
+    for update in (older, newer):
+        timers.add_update(update)
+    for now, cycles in ((3, 5), (10, 12)):
+        with pytest.raises(ZeroDivisionError):
+            timers.advance(GuestNs(now), cycles)
+    assert told == [("newer", 5, 3), ("older", 5, 3), ("newer", 7, 10), ("older", 7, 10)]

@@ -94,7 +94,7 @@ def test_bit_0_decides() -> None:
     assert (clock.memory.read(0, 1 << 16), clock.page(0)) == (before, None)
 
 
-@pytest.mark.row("V-12")
+@pytest.mark.row("V-12", "V-48")
 def test_a_disabled_page_leaves_nothing_of_its_line() -> None:
     """Of the vCPU that disables its page TSC, ns and address are saved as 0; MSRs and pages of all vCPUs stay."""
     clock = a_clock(profile="virtualbox")
@@ -130,7 +130,7 @@ def test_the_scale_is_that_of_the_frequency_in_hz(hz: int, mul: int, shift: int)
     assert read_time_info(clock.memory, 0x2000)[3:5] == (mul, shift)
 
 
-@pytest.mark.row("V-20", "V-38")
+@pytest.mark.row("V-20", "V-38", "V-47")
 def test_a_load_writes_each_page_once() -> None:
     """While the VM does not run, a load writes each page at once: saved version (even), TSC and ns, and STABLE."""
     clock = a_clock(profile="virtualbox")
