@@ -18,7 +18,7 @@ from tests.mutants.worker import Outcome
 pytestmark = pytest.mark.row("style")
 
 OF_EACH_ROW_LEAST = 3
-SAMPLE = 16
+SAMPLE = 30
 A_MUTANT = Mutant("K-10.1", "K-10", "a page stays", "it.py", "x + 1", "x", ("unit/test_it.py::test_it",))
 
 PASSED = Outcome("tests/unit/test_it.py::test_it[1]", "call", "passed", "")

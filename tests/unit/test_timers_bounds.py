@@ -106,7 +106,7 @@ def test_updates_run_oldest_or_newest_first(newest_first: bool) -> None:
 
 @pytest.mark.row("P-29")
 def test_an_update_that_fails_is_told_no_cycle_twice() -> None:
-    """Time has moved on before the first update runs: each is told what passed since the last advance, come what may."""
+    """Time has moved on before the first update runs: each is told what passed since the last advance."""
     timers, told = Timers(cycles_hz=10**9, newest_update_first=True), list[tuple[str, int, int]]()
 
     def older(elapsed_cycles: int, _hz: int) -> None:
