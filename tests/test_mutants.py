@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,7 @@ from tests.conformance import verdicts
 from tests.mutants import campaign, schemata
 from tests.mutants.mutant import ROOT, BadMutant, Mutant, load, of_file
 from tests.mutants.worker import Outcome
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.row("style")
 
@@ -152,6 +157,8 @@ def called(names: dict[str, int], number: int) -> int:
 
 
 TESTS = """\
+import os
+import subprocess
 import pytest
 
 @pytest.mark.row("K-10")
@@ -165,28 +172,85 @@ def test_that_passes(x):
 
 @pytest.mark.row("K-12")
 def test_that_hangs():
+    qemu = subprocess.Popen(["sleep", "1000"], process_group=0)
+    with open("pids", "w") as file:
+        print(os.getpid(), qemu.pid, file=file)
     while True:
         pass
+
+@pytest.mark.row("K-13")
+def test_that_ends_the_run():
+    pytest.exit("so")
+
+@pytest.mark.row("K-14")
+def test_that_ends_the_interpreter():
+    os._exit(3)
 """
 
 
-def test_a_workers_answers(tmp_path: Path) -> None:
-    """A worker runs the tests that name a row, each request in a child of its own, and does not wait for ever."""
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A worker in a folder with TESTS."""
     (tmp_path / "test_it.py").write_text(TESTS)
-    asked: list[dict[str, object]] = [
-        {"arguments": ["test_it.py"], "row": row, "seconds": 20 if row != "K-12" else 1, "environment": {}}
-        for row in ("K-10", "K-12", "K-11")
-    ]
-    worker = [sys.executable, "-m", "tests.mutants.worker"]
-    done = subprocess.run(
-        worker,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
-        input="".join(json.dumps(each) + "\n" for each in asked),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-m", "tests.mutants.worker"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        yield process
+
+
+def ask(worker: subprocess.Popen[str], row: str, seconds: float = 20, *arguments: str) -> None:
+    """Have a worker run TESTS of a row."""
+    request = {"arguments": [*arguments, "test_it.py"], "row": row, "seconds": seconds, "environment": {}}
+    print(json.dumps(request), file=worker.stdin, flush=True)
+
+
+def answer(worker: subprocess.Popen[str]) -> Any:  # noqa: ANN401 - as JSON has it
+    """Return what a worker says."""
+    assert worker.stdout
+    return json.loads(worker.stdout.readline())
+
+
+def test_a_workers_answers(worker: subprocess.Popen[str]) -> None:
+    """A worker runs the tests that name a row, each request in a child of its own."""
     failed = [["test_it.py::test_that_fails", "call", "failed", "AssertionError"]]
     passed = [[f"test_it.py::test_that_passes[{x}]", "call", "passed", ""] for x in (1, 2)]
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [[*failed, *passed], None, passed]
+    ask(worker, "K-10")
+    assert answer(worker) == [*failed, *passed]
+    ask(worker, "K-11")
+    assert answer(worker) == passed
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "what"),
+    [("K-13", [], "pytest"), ("K-14", [], "the interpreter"), ("K-10", ["--no"], "pytest")],
+)
+def test_a_run_that_is_none_fails(
+    row: str, arguments: list[str], what: str, worker: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """A run that is broken off, that dies, or that pytest does not begin, as where conftest.py is not imported."""
+    ask(worker, row, 20, *arguments)
+    assert [each[:3:2] for each in answer(worker) if each[2] == "failed"] == [[what, "failed"]]
+    (tmp_path / "conftest.py").write_text("import nothing_of_this_name")
+    ask(worker, "K-11")
+    ((where, _, outcome, error),) = answer(worker)
+    assert (where, outcome) == ("pytest", "failed")
+    assert "nothing_of_this_name" in error
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_hangs_is_killed(worker: subprocess.Popen[str], tmp_path: Path, *, waits: bool) -> None:
+    """With all that it started: after its time, and as soon as nobody waits any more."""
+    pids = tmp_path / "pids"
+    ask(worker, "K-12", 2 if waits else 1000)
+    if waits:
+        assert answer(worker) is None
+    else:
+        until = time.monotonic() + HANG_S
+        while not (pids.exists() and pids.read_text().endswith("\n")) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert worker.stdin
+        worker.stdin.close()
+        assert worker.wait(timeout=HANG_S) == 0
+    assert [pid for pid in pids.read_text().split() if Path(f"/proc/{pid}").exists()] == []
