@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def worker(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def ask(worker: subprocess.Popen[str], row: str, seconds: float = 20, *arguments: str) -> None:
     """Have a worker run TESTS of a row."""
-    request = {"arguments": [*arguments, "test_it.py"], "row": row, "seconds": seconds, "environment": {}}
+    request = {"arguments": [*arguments, "test_it.py"], "rows": [row], "seconds": seconds, "environment": {}}
     print(json.dumps(request), file=worker.stdin, flush=True)
 
 
@@ -254,3 +255,115 @@ def test_what_hangs_is_killed(worker: subprocess.Popen[str], tmp_path: Path, *, 
         worker.stdin.close()
         assert worker.wait(timeout=HANG_S) == 0
     assert [pid for pid in pids.read_text().split() if Path(f"/proc/{pid}").exists()] == []
+
+
+MODULE = """\
+import os
+
+def one():
+    value = 1
+    return value
+"""
+TESTS_OF_MODULE = """\
+import os
+import pytest
+from pvclock import it
+
+@pytest.mark.row("K-10")
+def test_one():
+    assert it.one() == 1
+
+@pytest.mark.row("K-10")
+def test_that_fails_anyway():
+    assert False
+
+@pytest.mark.row("K-10")
+def test_of_compiled():
+    assert os.environ["PVCLOCK_MUTANT"] == "0"
+"""
+SETUP = "import pathlib, sys\nsys.exit('nonsense' in pathlib.Path('pvclock/it.pyx').read_text())\n"
+CYTHON = '"""Doc."""\n\na = 1\nb = 2\nc = 3\n'
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tree with one module, its tests, and a compiled file whose compiler knows one mistake."""
+    root = tmp_path / "tree"
+    for name, text in {
+        "pvclock/__init__.py": "",
+        "pvclock/it.py": MODULE,
+        "pvclock/it.pyx": CYTHON,
+        "tests/unit/test_it.py": TESTS_OF_MODULE,
+        "tests/mutants/worker.py": (ROOT / "tests" / "mutants" / "worker.py").read_text(),
+        "setup.py": SETUP,
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(campaign, "ROOT", root)
+    return root
+
+
+def changed(text: str, replacement: str, test: str = "test_one", file: str = "pvclock/it.py") -> Mutant:
+    """Return a mutant of the tree above, called by what it is changed to."""
+    return Mutant(replacement, "K-10", "it", file, text, replacement, (f"unit/test_it.py::{test}",))
+
+
+def campaign_of(mutants: list[Mutant], work: Path, jobs: int = 1) -> Generator[campaign.Result, None, None]:
+    """Return a campaign with these mutants."""
+    arguments = {mutant.name: [f"tests/{test}" for test in mutant.dies_in] for mutant in mutants}
+    return campaign.run(mutants, work, arguments=lambda mutant: arguments[mutant.name], jobs=jobs)
+
+
+def test_a_campaign_tells_each_end(tree: Path, tmp_path: Path) -> None:
+    """One that ends its worker or does not compile takes no other with it; the tree itself stays as it is."""
+    cython = {"test": "test_of_compiled", "file": "pvclock/it.pyx"}
+    verdicts_of = {
+        changed("value = 1", "value = 2"): campaign.DIED,
+        changed("value = 1", "value = 1 + 0"): campaign.SURVIVED,
+        changed("value = 1", "os.kill(os.getppid(), 9)"): campaign.TRIVIAL,
+        changed("value = 1", "value = 3"): campaign.DIED,
+        changed("value = 1", "value = 4", "test_that_fails_anyway"): campaign.UNSOUND,
+        changed("return value", "return nothing"): campaign.TRIVIAL,
+        changed("import os", "import nothing"): campaign.TRIVIAL,
+        changed("gone", "value"): campaign.STALE,
+        changed("value", "no_value", file="pvclock/gone.py"): campaign.STALE,
+        changed("gone", "1", **cython): campaign.STALE,
+        changed("a = 1", "a = 2", **cython): campaign.DIED,
+        changed("b = 2", "nonsense", **cython): campaign.TRIVIAL,
+        changed("c = 3", "a = 1", **cython): campaign.DIED,
+    }
+    with closing(campaign_of(list(verdicts_of), tmp_path)) as results:
+        found = {result.mutant: result.verdict for result in results}
+    assert found == {mutant.name: verdict for mutant, verdict in verdicts_of.items()}
+    assert ((tree / "pvclock/it.py").read_text(), (tree / "pvclock/it.pyx").read_text()) == (MODULE, CYTHON)
+    assert list(tmp_path.iterdir()) == [tree]
+
+
+@pytest.mark.usefixtures("tree")
+def test_a_campaign_can_be_broken_off(tmp_path: Path) -> None:
+    """What ended is told before what began earlier; closing ends what hangs, and leaves no copy and no process."""
+    pid = tmp_path / "pid"
+    hangs = changed("value = 1", f"open({str(pid)!r}, 'w').write(str(os.getpid()))\n    while True: pass")
+    results = campaign_of([hangs, changed("value = 1", "value = 2"), *[hangs] * 9], tmp_path / "work", jobs=2)
+    assert next(results).verdict == campaign.DIED
+    results.close()
+    assert list((tmp_path / "work").iterdir()) == []
+    assert not (pid.exists() and Path(f"/proc/{pid.read_text()}").exists())
+
+
+def test_tests_that_cannot_be_run_are_told(tree: Path, tmp_path: Path) -> None:
+    """Where they fail without a mutant in another way than by themselves, no mutant is said to have died."""
+    (tree / "tests" / "conftest.py").write_text("import nothing_of_this_name")
+    with pytest.raises(BadMutant, match=r"the tests cannot be run: [^$]*nothing_of_this_name"):
+        list(campaign_of([changed("value = 1", "value = 2")], tmp_path))
+
+
+def test_a_log_is_gone_on_from(tmp_path: Path) -> None:
+    """A line that was broken off, one of another tree, and what may be the machine's fault do not count."""
+    tree = campaign.tree_hash()
+    of_verdict = {verdict: campaign.Result(verdict, verdict, "", ("a",), 1.5) for verdict in (campaign.DIED, "not run")}
+    lines = [json.dumps({"tree": tree, "result": result}) for result in of_verdict.values()]
+    lines += [lines[0].replace(tree, "another").replace(campaign.DIED, "other"), lines[0][:-9]]
+    (tmp_path / "log").write_text("\n".join(lines))
+    assert campaign.logged(tmp_path / "log") == {campaign.DIED: of_verdict[campaign.DIED]}
+    assert campaign.logged(tmp_path / "none") == {}

@@ -39,10 +39,10 @@ class Outcome(NamedTuple):
 
 
 class Recorder:
-    """A pytest plugin for a row's tests: keeps what they came to; has hypothesis try the same examples each time."""
+    """A pytest plugin for rows' tests: keeps what they came to; has hypothesis try the same examples each time."""
 
-    def __init__(self, row: str) -> None:
-        self.row = row
+    def __init__(self, rows: list[str]) -> None:
+        self.rows = set(rows)
         self.outcomes: list[Outcome] = []
 
     @pytest.hookimpl(tryfirst=True)
@@ -60,9 +60,9 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Leave the tests that name the row."""
-        if self.row:
-            items[:] = [item for item in items if any(self.row in mark.args for mark in item.iter_markers("row"))]
+        """Leave the tests that name one of the rows, or all where there are none."""
+        if self.rows:
+            items[:] = [item for item in items if any(self.rows & {*mark.args} for mark in item.iter_markers("row"))]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep what could not be collected."""
@@ -89,8 +89,8 @@ def main() -> None:
         print(json.dumps(run(**json.loads(line))), flush=True)
 
 
-def run(arguments: list[str], row: str, seconds: float, environment: dict[str, str]) -> list[Outcome] | None:
-    """Run pytest with these arguments in a child process, on tests that name the row; None: it took too long."""
+def run(arguments: list[str], rows: list[str], seconds: float, environment: dict[str, str]) -> list[Outcome] | None:
+    """Run pytest with these arguments in a child process, on tests that name such a row; None: it took too long."""
     with (
         tempfile.TemporaryFile() as results,
         tempfile.TemporaryFile() as output,
@@ -104,7 +104,7 @@ def run(arguments: list[str], row: str, seconds: float, environment: dict[str, s
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for standard in (1, 2):
                 os.dup2(output.fileno(), standard)
-            judge([f"--basetemp={scratch}/pytest", *arguments], row, results.fileno())
+            judge([f"--basetemp={scratch}/pytest", *arguments], rows, results.fileno())
         has_ended = wait_and_kill(child, seconds)
         results.seek(0)
         output.seek(0)
@@ -138,9 +138,9 @@ def wait_and_kill(child: int, seconds: float) -> bool:
     return bool(ready)
 
 
-def judge(arguments: list[str], row: str, results: int) -> None:
+def judge(arguments: list[str], rows: list[str], results: int) -> None:
     """Run tests in this process, write down what pytest's status is and what they came to, and end it."""
-    recorder = Recorder(row)
+    recorder = Recorder(rows)
     try:
         status = pytest.main(["-q", "-p", "no:cacheprovider", *arguments], [recorder])
         os.write(results, json.dumps([status, recorder.outcomes]).encode())
