@@ -29,7 +29,7 @@ def a_test(outcome: str, name: str = "unit/test_it.py::test_it") -> Judged:
 @pytest.mark.parametrize(
     ("tests", "is_refuted", "is_run"),
     [
-        ([], True, True),
+        ([], True, False),
         ([PASSED], False, True),
         ([PASSED, SKIPPED], False, False),
         ([SKIPPED], False, False),
@@ -40,11 +40,17 @@ def a_test(outcome: str, name: str = "unit/test_it.py::test_it") -> Judged:
     ],
 )
 def test_what_a_run_says_of_a_verdict(verdict: str, tests: list[str], *, is_refuted: bool, is_run: bool) -> None:
-    """No test, or a failure anywhere, refutes; a skip leaves it open; open rows are refuted by failures alone."""
+    """No test at all, or a failure anywhere, refutes; a skip, or tests that were not run, leave it open.
+
+    Open rows are refuted by failures alone.
+    """
     those = [a_test(outcome) for outcome in tests]
     first = those[: verdicts.DEFINING_TESTS_MAX]
     needs_proof = verdict in {"whole", "part", "deviates"}
-    assert (verdicts.refutation(verdict, those) is not None) is (is_refuted and (needs_proof or tests != []))
+    refutation = verdicts.refutation(verdict, those, is_named=False)
+    assert (refutation is not None) is (is_refuted and (needs_proof or tests != []))
+    if not tests:
+        assert verdicts.refutation(verdict, those, is_named=True) is None
     assert (verdicts.not_run(verdict, those, first) is None) is (is_run or not needs_proof)
 
 
@@ -82,9 +88,13 @@ def test_a_verdict_that_is_none_is_refused(line: str, tmp_path: Path, monkeypatc
     (tmp_path / "ROWS_TSV").write_text("head\n")
     with pytest.raises(ValueError, match="differ in K-01"):
         verdicts.rows()
+    (tmp_path / "VERDICTS_TSV").write_text("head\nK-01\twhole\tus\t\nK-01\topen\tus\twhy\n")
+    with pytest.raises(ValueError, match="has 2 verdicts of 1 rows"):
+        verdicts.rows()
 
 
 TESTS = """\
+import os
 import pytest
 
 @pytest.fixture
@@ -122,21 +132,37 @@ def test_that_is_expected_to_fail():
 @pytest.mark.kvm
 def test_that_passes():
     assert True
+
+@pytest.mark.row("K-07")
+@pytest.mark.xfail(strict=False)
+def test_that_passes_and_was_not_expected_to():
+    assert True
+
+@pytest.mark.row("K-08")
+def test_that_takes_its_process_along():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 """
+
+
+def run_of_tests(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run TESTS in a folder, and have the plugin write there."""
+    (folder / "test_it.py").write_text(TESTS)
+    plugin = ["-p", "tests.conformance.plugin", "--conformance", str(folder), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugin, *arguments, "test_it.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
     """A fixture's error, a skip anywhere and a missing device; a row that is open stays so, whatever passes."""
-    (tmp_path / "test_it.py").write_text(TESTS)
-    plugin = ["-p", "tests.conformance.plugin", "--conformance", str(tmp_path), "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "-q", *plugin, "test_it.py"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run_of_tests(tmp_path, "-n1")
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
+    assert "REFUTED K-01 (whole): 1 of 1 tests failed: test_it.py::test_whose_fixture_fails" in done.stdout
     found = json.loads((tmp_path / "conformance.json").read_text())
     rows = {row["row"]: row for row in found["rows"]}
-    outcomes = [rows[f"K-0{number}"]["defining"][0]["outcome"] for number in range(1, 7)]
-    assert outcomes == [ERROR, ERROR, SKIPPED, SKIPPED, SKIPPED, PASSED]
+    outcomes = [rows[f"K-0{number}"]["defining"][0]["outcome"] for number in range(1, 8)]
+    assert outcomes == [ERROR, ERROR, SKIPPED, SKIPPED, SKIPPED, PASSED, SKIPPED]
     assert [rows[f"K-0{number}"]["refuted"] is None for number in range(1, 7)] == [False, False, True, True, True, True]
     assert [rows[f"K-0{number}"]["not_run"] is None for number in range(1, 7)] == [
         True,
@@ -153,7 +179,16 @@ def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
         "where": "real vCPU",
         "outcome": PASSED,
     }
+    assert found["lost"] == ["test_it.py::test_that_takes_its_process_along"]
+    assert (rows["K-08"]["refuted"], rows["K-08"]["not_run"]) == (None, "no test that names it was run")
     assert (tmp_path / "conformance.md").read_text() == page.markdown(found, tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--collect-only"], ["-k", "nothing_of_this_name"], ["test_none.py"]])
+def test_a_run_that_is_none_writes_nothing(arguments: list[str], tmp_path: Path) -> None:
+    """Nor does one that was broken off: it would refute whatever it had not come to."""
+    run_of_tests(tmp_path, *arguments)
+    assert [file.name for file in tmp_path.glob("conformance.*")] == []
 
 
 def a_row(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - a field's value
@@ -168,12 +203,32 @@ def test_a_page_says_it_all(tmp_path: Path) -> None:
     """Totals by seed and need, each row with check, verdict, tests and their lines, refutations, deviations."""
     deviates = a_row(row="K-02", verdict="deviates", why="on purpose", refuted="no test passed", need="may")
     run = {"commit": "abc", "date": "2026-01-01", "host": "a CPU", "kernel": "6.1", "python": "3.11"}
-    text = page.markdown({"run": run, "rows": [a_row(), deviates]}, tmp_path)
+    text = page.markdown({"run": run, "lost": ["a::b"], "rows": [a_row(), deviates]}, tmp_path)
     assert "of commit abc: a CPU, Linux 6.1, Python 3.11" in text
     assert "| [a seed](#a-seed) | must | 1 | 1 |  |  |  |  |" in text
     assert r"- **K-01** (must) c \[x\] | y" in text
+    assert "died in these tests.\n\n- a::b\n" in text
     assert "[test_it](../tests/unit/test_it.py#L1), library, passed" in text
     assert "3 mutants" in text
     assert "- **K-02** (deviates): no test passed" in text
     assert r"| K-02 | a seed | c \[x\] \| y | on purpose |" in text
     assert max(map(len, re.sub(r"\[.*\]\(.*\)|\|.*\|", "", text).splitlines())) <= page.WIDTH + 2
+
+
+@pytest.mark.parametrize("first", ["- a", "+ b", "# c", "1. d", "2) e", "=== f", "---"])
+def test_a_claim_begins_no_block_of_its_own(first: str) -> None:
+    """Wherever its lines are broken, it is one paragraph with its own signs."""
+    filler = "x" * (page.WIDTH - 3)
+    text = page.wrapped(f"- {filler} {first} {filler}", "  ")
+    (line,) = re.findall(r"^  (?!x).*", text, re.MULTILINE)
+    assert re.match(r"  \d*\\[-+=#.)]", line)
+    assert page.wrapped(f"{filler} 2026-01) #UD") == f"{filler}\n2026-01) #UD"
+    assert line.replace("\\", "").strip() == first
+
+
+def test_a_claims_signs_are_its_own() -> None:
+    """No markup, no link and no character by name; a heading's link is as GitHub makes it."""
+    assert page.escaped("*a* _b_ `c` ~d~ [e](f) <g> \\ &lt; & &#1; a && b") == (
+        r"\*a\* \_b\_ \`c\` \~d\~ \[e\](f) \<g\> \\ \&lt; & \&#1; a && b"
+    )
+    assert page.anchor("VirtualBox TM: a/b, (c-d)") == "virtualbox-tm-ab-c-d"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from tests.conformance.verdicts import DEVIATES, VERDICTS, WHOLE
 
 Found = dict[str, Any]
 WIDTH = 118
+
+BEGINS_A_BLOCK = re.compile(r"^( *(?:\d+(?=[.)]))?)([-+=#.)]+(?: |$))")
+"""A list, a heading or a rule: what stands first in a line decides."""
 
 HEAD = """\
 # Conformance
@@ -34,7 +38,8 @@ be proven in the library alone.
 def markdown(found: Found, folder: Path) -> str:
     """Return the page; `folder` may have mutants.json, the last whole run of the mutants."""
     rows = found["rows"]
-    parts = [HEAD, run_of(found["run"]), mutants_of(folder / "mutants.json"), against(rows), totals(rows)]
+    parts = [HEAD, run_of(found["run"]), mutants_of(folder / "mutants.json"), lost(found["lost"]), against(rows)]
+    parts.append(totals(rows))
     parts += [section(source, list(those)) for source, those in groupby(rows, key=lambda row: str(row["source"]))]
     parts.append(deviations(rows))
     return "\n".join(part for part in parts if part)
@@ -42,9 +47,8 @@ def markdown(found: Found, folder: Path) -> str:
 
 def run_of(run: dict[str, str]) -> str:
     """Say of what and where the run was."""
-    what = (
-        f"Run on {run['date']} of commit {run['commit']}: {run['host']}, Linux {run['kernel']}, Python {run['python']}."
-    )
+    host = escaped(run["host"])
+    what = f"Run on {run['date']} of commit {run['commit']}: {host}, Linux {run['kernel']}, Python {run['python']}."
     return wrapped(what) + "\n"
 
 
@@ -57,14 +61,22 @@ def mutants_of(file: Path) -> str:
     return wrapped(f"Mutants: {last['died']} of {last['mutants']} died when all were run last, {run}.") + "\n"
 
 
+def lost(tests: list[str]) -> str:
+    """List the tests whose process died."""
+    lines = [wrapped(f"- {escaped(test)}", "  ") for test in tests]
+    return "## Lost\n\nA process died in these tests.\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
 def against(rows: list[Found]) -> str:
     """List the verdicts that the run speaks against, and those that it could not hold against all of its tests."""
     parts = []
     for heading, field in (("Refuted", "refuted"), ("Not run here", "not_run")):
-        lines = [wrapped(f"- **{row['row']}** ({row['verdict']}): {row[field]}", "  ") for row in rows if row[field]]
+        lines = [
+            wrapped(f"- **{row['row']}** ({row['verdict']}): {escaped(row[field])}", "  ") for row in rows if row[field]
+        ]
         if lines:
             parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
-    return "\n".join(parts) or "No verdict was refuted, and no defining test was skipped.\n"
+    return "\n".join(parts) or "No verdict was refuted, and no defining test was left out.\n"
 
 
 def totals(rows: list[Found]) -> str:
@@ -93,18 +105,18 @@ def entry(row: Found) -> Iterator[str]:
     """Give the lines of one row: claim, check, verdict, tests."""
     yield wrapped(f"- **{row['row']}** ({row['need']}) {escaped(row['claim'])}", "  ")
     if row["check"]:
-        yield wrapped(f"  Check: {escaped(row['check'])}", "  ")
-    told = f"  **{row['verdict'].capitalize()}**" + (f": {escaped(row['why'])}" if row["why"] else ".")
+        yield wrapped(f"  - Check: {escaped(row['check'])}", "    ")
+    told = f"  - **{row['verdict'].capitalize()}**" + (f": {escaped(row['why'])}" if row["why"] else ".")
     if row["verdict"] != WHOLE:
         told += f" ({row['by']})"
     if row["refuted"] or row["not_run"]:
         told += " **Refuted.**" if row["refuted"] else " **Not all run here.**"
-    yield wrapped(told, "  ")
+    yield wrapped(told, "    ")
     for test in row["defining"]:
         file, _, name = test["name"].partition("::")
-        yield f"  [{name}](../tests/{file}#L{test['line']}), {test['where']}, {test['outcome']}"
+        yield f"  - [{name}](../tests/{file}#L{test['line']}), {test['where']}, {test['outcome']}"
     if more := told_more(row):
-        yield f"  {more}."
+        yield f"  - {more}."
     yield ""
 
 
@@ -129,17 +141,14 @@ def deviations(rows: list[Found]) -> str:
 
 
 def wrapped(text: str, indent: str = "") -> str:
-    """Return a paragraph or list item within WIDTH; its further lines are indented."""
-    return "\n".join(
-        textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    )
+    """Return a paragraph or list item within WIDTH; its further lines are indented, and begin nothing of their own."""
+    first, *more = textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([first, *(re.sub(BEGINS_A_BLOCK, r"\1\\\2", line) for line in more)])
 
 
 def escaped(text: str) -> str:
     """Return what Markdown shows as this text."""
-    for special in "\\*_`[]<>":
-        text = text.replace(special, f"\\{special}")
-    return text
+    return re.sub(r"[\\*_`~[\]<>]|&(?=#?\w+;)", r"\\\g<0>", text)
 
 
 def cell(text: str) -> str:
@@ -149,4 +158,4 @@ def cell(text: str) -> str:
 
 def anchor(heading: str) -> str:
     """Return the anchor that Markdown gives a heading."""
-    return heading.lower().replace(" ", "-")
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
