@@ -141,14 +141,25 @@ def printed_by(program: Path, number: str) -> int:
 
 
 def test_cythons_mutants_are_chosen_at_run_time() -> None:
-    """Whole statements become an `if`, anything else an expression."""
+    """Whole statements become an `if`, anything else an expression, whatever another one brings in."""
     source = '"""Doc."""\n\ndef f(x: int) -> int:\n    y = x\n    y += 1\n    return y * 2\n'
-    statements = A_MUTANT._replace(file="it.pyx", text="y = x\n    y += 1", replacement="y = x")
+    statements = A_MUTANT._replace(file="it.pyx", text="y = x\n    y += 1", replacement="return x + x * 1 or y * 2")
     expression = A_MUTANT._replace(file="it.pyx", text="y * 2", replacement="y * 3")
     names: dict[str, int] = {"pvclock_mutant": 0}
     _, _, body = schemata.cython(source, {1: statements, 2: expression}).rpartition("const int pvclock_mutant\n")
     exec(body, names)  # noqa: S102 - what is above
     assert [called(names, number) for number in range(4)] == [8, 6, 12, 8]
+
+
+def test_mutants_that_overlap_are_built_one_after_the_other(tmp_path: Path) -> None:
+    """But for those of images, which are assembled one by one."""
+    for name in ("it.pyx", "it.s"):
+        (tmp_path / name).write_text("x + 1 + 2\nz")
+    one, other = A_MUTANT, A_MUTANT._replace(name="K-10.2", text="1 + 2")
+    beside = A_MUTANT._replace(name="K-10.3", text="z")
+    for file, sizes in (("it.pyx", [2, 1]), ("it.s", [3])):
+        mutants = [mutant._replace(file=file) for mutant in (one, other, beside)]
+        assert [len(build) for build in schemata.groups(mutants, tmp_path)] == sizes
 
 
 def called(names: dict[str, int], number: int) -> int:
@@ -356,6 +367,23 @@ def test_tests_that_cannot_be_run_are_told(tree: Path, tmp_path: Path) -> None:
     (tree / "tests" / "conftest.py").write_text("import nothing_of_this_name")
     with pytest.raises(BadMutant, match=r"the tests cannot be run: [^$]*nothing_of_this_name"):
         list(campaign_of([changed("value = 1", "value = 2")], tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("why", "suspects"),
+    [
+        ("error in f_mutant_12", "c"),
+        ("f_mutant_10, f_mutant_11", "ab"),
+        ("a line", "ac"),
+        ("_mutant_10_mutant_99", "a"),
+    ],
+)
+def test_mutants_that_do_not_compile_together_are_divided(why: str, suspects: str) -> None:
+    """A compiler names the function, and so the mutant; where it does not, half of them it is."""
+    numbers = {"a": 10, "b": 11, "c": 12}
+    found = campaign.divided([A_MUTANT._replace(name=name) for name in numbers], numbers, why)
+    names = ["".join(mutant.name for mutant in part) for part in found]
+    assert names == [suspects, "".join(name for name in numbers if name not in suspects)]
 
 
 def test_a_log_is_gone_on_from(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def mutants_of(file: Path) -> str:
     if not file.exists():
         return ""
     last = json.loads(file.read_text(encoding="utf-8"))
-    run = f"at commit {last['commit']}, in {last['minutes']} min of CPU"
+    run = f"at commit {last['commit']}, in {last['minutes']} min of tests"
     return wrapped(f"Mutants: {last['died']} of {last['mutants']} died when all were run last, {run}.") + "\n"
 
 

@@ -70,11 +70,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(arguments: argparse.Namespace) -> list[Mutant]:
-    """Return the mutants that the arguments name."""
+    """Return the mutants that the arguments name.
+
+    Raises:
+        BadMutant: there is none of a name, or the data are wrong.
+    """
     mutants = load()
     names = set(arguments.names)
     if unknown := names - {mutant.name for mutant in mutants} - {mutant.row for mutant in mutants}:
-        sys.exit(f"no such row or mutant: {', '.join(sorted(unknown))}")
+        raise BadMutant(f"no such row or mutant: {', '.join(sorted(unknown))}")
     if names:
         mutants = [mutant for mutant in mutants if mutant.name in names or mutant.row in names]
     if arguments.sample is not None:

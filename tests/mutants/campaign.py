@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -327,11 +328,20 @@ def of_compiled(
             if len(build) == 1:
                 yield Result(build[0].name, TRIVIAL, str(why), (), 0.0)
             else:
-                builds[:0] = build[::2], build[1::2]  # which of them it is
+                builds[:0] = divided(build, numbers, str(why))
             continue
         for copy in copies[1:]:
             copy.take_build(copies[0])
         yield from tested(build, numbers)
+
+
+def divided(build: list[Mutant], numbers: dict[str, int], why: str) -> tuple[list[Mutant], list[Mutant]]:
+    """Divide mutants that do not compile together: those that a compiler named from the others, else in halves."""
+    named = {int(number) for number in re.findall(r"_mutant_(\d+)", why)}
+    suspects = [mutant for mutant in build if numbers[mutant.name] in named]
+    if len(suspects) in {0, len(build)}:
+        suspects = build[::2]
+    return suspects, [mutant for mutant in build if mutant not in suspects]
 
 
 def shared_out(

@@ -53,7 +53,7 @@ def clockprobe() -> bytes:
 
 
 def groups(mutants: list[Mutant], root: Path) -> list[list[Mutant]]:
-    """Divide compiled mutants so that no two of a build have texts in common, outside of C functions.
+    """Divide compiled mutants so that no two of a build have texts in common, outside of C functions and images.
 
     Raises:
         BadMutant: one does not apply.
@@ -77,10 +77,10 @@ def span(mutant: Mutant, root: Path) -> range:
 
 
 def overlap(one: Mutant, other: Mutant, spans: dict[str, range]) -> bool:
-    """Whether two mutants stand in each other's way: a C function is compiled anew for each."""
+    """Whether two mutants stand in each other's way: a C function or an image is made anew for each."""
     here, there = spans[one.name], spans[other.name]
     common = here.start < there.stop and there.start < here.stop
-    return common and one.file == other.file and not one.file.endswith(".h")
+    return common and one.file == other.file and not one.file.endswith((".h", ".s"))
 
 
 def write(root: Path, chosen: dict[int, Mutant]) -> None:
