@@ -386,6 +386,18 @@ def test_mutants_that_do_not_compile_together_are_divided(why: str, suspects: st
     assert names == [suspects, "".join(name for name in numbers if name not in suspects)]
 
 
+def test_what_a_result_is_of(tree: Path) -> None:
+    """Sources, tests and how they are built; not what the build makes, nor what a person judged."""
+    before = campaign.tree_hash()
+    for made in ("pvclock/it.c", "pvclock/it.so", "tests/judged.tsv"):
+        (tree / made).write_text("made")
+        assert campaign.tree_hash() == before
+    for written in ("pvclock/it.pyx", "tests/unit/test_it.py", "setup.py", "tests/native.c"):
+        (tree / written).write_text("changed")
+        assert campaign.tree_hash() != before
+        before = campaign.tree_hash()
+
+
 def test_a_log_is_gone_on_from(tmp_path: Path) -> None:
     """A line that was broken off, one of another tree, and what may be the machine's fault do not count."""
     tree = campaign.tree_hash()

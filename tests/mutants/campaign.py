@@ -37,6 +37,9 @@ SOURCES = {".py", ".pyx", ".pxd", ".h", ".s", ".c", ".toml", ".pml", ".json"}
 SECONDS_MAX = 120.0
 """How long the tests that are to notice a mutant may take, which hangs else."""
 
+AT_ONCE_MAX = 10
+"""How many times that long the tests of all mutants may take, run once without any."""
+
 # What a mutant comes to. All but the first are findings.
 DIED, SURVIVED, STALE, TRIVIAL, HUNG, NOT_RUN = "died", "survived", "does not apply", "trivial", "hung", "not run"
 UNSOUND = "fails without it"
@@ -226,11 +229,12 @@ def end(worker: subprocess.Popen[str], *pipes: IO[str] | None) -> int:
 def tree_hash() -> str:
     """Return what identifies the sources and tests that a result is of."""
     digest = hashlib.sha256()
-    for folder in ("pvclock", "qemu_glue", "tests"):
-        for file in sorted((ROOT / folder).rglob("*")):
-            is_generated = folder == "pvclock" and file.suffix == ".c"
-            if file.suffix in SOURCES and not is_generated:
-                digest.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    folders = [(ROOT / folder).rglob("*") for folder in ("pvclock", "qemu_glue", "tests")]
+    for file in sorted(chain(ROOT.glob("*"), *folders)):
+        name = str(file.relative_to(ROOT))
+        is_generated = name.startswith("pvclock/") and file.suffix == ".c"
+        if file.suffix in SOURCES and not is_generated:
+            digest.update(f"{name}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -275,7 +279,7 @@ def run(
         every = dict.fromkeys(chain.from_iterable(map(arguments, those)))
         every.pop("-x", None)
         rows = sorted({mutant.row for mutant in those} - {""})
-        unsound = copies[0].unsound(list(every), rows, seconds * len(those))
+        unsound = copies[0].unsound(list(every), rows, seconds * min(len(those), AT_ONCE_MAX))
         yield from shared_out(
             pool,
             copies,
