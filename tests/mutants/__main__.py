@@ -133,7 +133,7 @@ def summary(mutants: list[Mutant], results: list[campaign.Result]) -> str:
 
 
 def show(mutants: list[Mutant], results: list[campaign.Result], seconds: float, *, as_json: bool) -> None:
-    """Print the count of mutants and findings by row, and in all."""
+    """Print the count of mutants and findings by row, and in all; and the findings, those that the log had, too."""
     if as_json:
         print(*(json.dumps(result._asdict()) for result in results), sep="\n")
         return
@@ -146,6 +146,9 @@ def show(mutants: list[Mutant], results: list[campaign.Result], seconds: float, 
         others = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if verdict != campaign.DIED)
         table.add_row(row, str(count.total()), str(count[campaign.DIED]), others)
     Console().print(table)
+    for result in results:
+        if result.is_finding:
+            print(f"{result.mutant}: {result.verdict}. {result.why}")
     died = sum(count[campaign.DIED] for count in verdicts.values())
     print(f"{died} of {len(results)} mutants of {len(verdicts)} rows died; {seconds:.0f} s")
 
