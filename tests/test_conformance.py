@@ -156,7 +156,8 @@ def run_of_tests(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
 
 def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
     """A fixture's error, a skip anywhere and a missing device; a row that is open stays so, whatever passes."""
-    done = run_of_tests(tmp_path, "-n1")
+    (tmp_path / "test_none.py").write_text("import nothing_of_this_name")
+    done = run_of_tests(tmp_path, "-n1", "test_none.py")
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
     assert "REFUTED K-01 (whole): 1 of 1 tests failed: test_it.py::test_whose_fixture_fails" in done.stdout
     found = json.loads((tmp_path / "conformance.json").read_text())
@@ -179,7 +180,7 @@ def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
         "where": "real vCPU",
         "outcome": PASSED,
     }
-    assert found["lost"] == ["test_it.py::test_that_takes_its_process_along"]
+    assert found["lost"] == ["test_none.py", "test_it.py::test_that_takes_its_process_along"]
     assert (rows["K-08"]["refuted"], rows["K-08"]["not_run"]) == (None, "no test that names it was run")
     assert (tmp_path / "conformance.md").read_text() == page.markdown(found, tmp_path)
 
@@ -187,6 +188,7 @@ def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--collect-only"], ["-k", "nothing_of_this_name"], ["test_none.py"]])
 def test_a_run_that_is_none_writes_nothing(arguments: list[str], tmp_path: Path) -> None:
     """Nor does one that was broken off: it would refute whatever it had not come to."""
+    (tmp_path / "test_none.py").write_text("import nothing_of_this_name")
     run_of_tests(tmp_path, *arguments)
     assert [file.name for file in tmp_path.glob("conformance.*")] == []
 
@@ -207,7 +209,7 @@ def test_a_page_says_it_all(tmp_path: Path) -> None:
     assert "of commit abc: a CPU, Linux 6.1, Python 3.11" in text
     assert "| [a seed](#a-seed) | must | 1 | 1 |  |  |  |  |" in text
     assert r"- **K-01** (must) c \[x\] | y" in text
-    assert "died in these tests.\n\n- a::b\n" in text
+    assert f"{page.LOST}\n\n- a::b\n" in text
     assert "[test_it](../tests/unit/test_it.py#L1), library, passed" in text
     assert "3 mutants" in text
     assert "- **K-02** (deviates): no test passed" in text

@@ -15,6 +15,9 @@ from tests.conformance.verdicts import DEVIATES, VERDICTS, WHOLE
 
 Found = dict[str, Any]
 WIDTH = 118
+LOST = (
+    "In these a process died, or they could not be collected; rows that they name may read as proven by others alone."
+)
 
 BEGINS_A_BLOCK = re.compile(r"^( *(?:\d+(?=[.)]))?)([-+=#.)]+(?: |$))")
 """A list, a heading or a rule: what stands first in a line decides."""
@@ -62,9 +65,9 @@ def mutants_of(file: Path) -> str:
 
 
 def lost(tests: list[str]) -> str:
-    """List the tests whose process died."""
+    """List the tests whose process died, and the files that could not be collected."""
     lines = [wrapped(f"- {escaped(test)}", "  ") for test in tests]
-    return "## Lost\n\nA process died in these tests.\n\n" + "\n".join(lines) + "\n" if lines else ""
+    return f"## Lost\n\n{LOST}\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def against(rows: list[Found]) -> str:

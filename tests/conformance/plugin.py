@@ -43,8 +43,13 @@ class Conformance:
         self.outcomes: dict[Key, set[str]] = defaultdict(set)
         self.rows: dict[Key, set[str]] = defaultdict(set)
         self.lost: list[str] = []
-        """Tests whose process died, so that it is not known which rows they name."""
+        """Tests whose process died, and files that could not be collected: it is not known which rows they name."""
         self.refuted: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep a file that cannot be collected, which each process of pytest -n says; others go on without it."""
+        if report.failed and report.nodeid not in self.lost:
+            self.lost.append(report.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """File one phase of a test under its rows: what setup or teardown came to counts, unless they passed."""
