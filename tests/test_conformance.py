@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests import revision
 from tests.conformance import page, verdicts
 from tests.conformance.verdicts import ERROR, FAILED, PASSED, SKIPPED, Judged
 
@@ -234,3 +236,23 @@ def test_a_claims_signs_are_its_own() -> None:
         r"\*a\* \_b\_ \`c\` \~d\~ \[e\](f) \<g\> \\ \&lt; & \&#1; a && b"
     )
     assert page.anchor("VirtualBox TM: a/b, (c-d)") == "virtualbox-tm-ab-c-d"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git: apt install git")
+def test_a_commit_and_what_differs_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs write is no change; without a repository, and without git, there is none to name."""
+    monkeypatch.setattr(revision, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert (revision.commit(), revision.revision()) == ("no git", "no git")
+    person = ("-c", "user.name=n", "-c", "user.email=e")
+    (tmp_path / "docs").mkdir()
+    for name in (*revision.WRITTEN_BY_RUNS, "it.py"):
+        (tmp_path / name).write_text("before")
+    for command in (("init", "-q"), ("add", "."), (*person, "commit", "-qm", "it", "--no-gpg-sign")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / revision.WRITTEN_BY_RUNS[0]).write_text("after")
+    assert re.fullmatch("[0-9a-f]{40}", revision.revision())
+    (tmp_path / "it.py").write_text("after")
+    assert revision.revision() == f"{revision.commit()} and changes"
+    monkeypatch.setenv("PATH", "")
+    assert revision.revision() == "no git"
