@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests import revision
 from tests.conformance import page, verdicts
 from tests.conformance.verdicts import ERROR, FAILED, PASSED, SKIPPED, Judged
 
@@ -29,7 +31,7 @@ def a_test(outcome: str, name: str = "unit/test_it.py::test_it") -> Judged:
 @pytest.mark.parametrize(
     ("tests", "is_refuted", "is_run"),
     [
-        ([], True, True),
+        ([], True, False),
         ([PASSED], False, True),
         ([PASSED, SKIPPED], False, False),
         ([SKIPPED], False, False),
@@ -40,11 +42,17 @@ def a_test(outcome: str, name: str = "unit/test_it.py::test_it") -> Judged:
     ],
 )
 def test_what_a_run_says_of_a_verdict(verdict: str, tests: list[str], *, is_refuted: bool, is_run: bool) -> None:
-    """No test, or a failure anywhere, refutes; a skip leaves it open; open rows are refuted by failures alone."""
+    """No test at all, or a failure anywhere, refutes; a skip, or tests that were not run, leave it open.
+
+    Open rows are refuted by failures alone.
+    """
     those = [a_test(outcome) for outcome in tests]
     first = those[: verdicts.DEFINING_TESTS_MAX]
     needs_proof = verdict in {"whole", "part", "deviates"}
-    assert (verdicts.refutation(verdict, those) is not None) is (is_refuted and (needs_proof or tests != []))
+    refutation = verdicts.refutation(verdict, those, is_named=False)
+    assert (refutation is not None) is (is_refuted and (needs_proof or tests != []))
+    if not tests:
+        assert verdicts.refutation(verdict, those, is_named=True) is None
     assert (verdicts.not_run(verdict, those, first) is None) is (is_run or not needs_proof)
 
 
@@ -99,9 +107,13 @@ def test_a_verdict_that_is_none_is_refused(line: str, tmp_path: Path, monkeypatc
     (tmp_path / "ROWS_TSV").write_text("head\n")
     with pytest.raises(ValueError, match="differ in K-01"):
         verdicts.rows()
+    (tmp_path / "VERDICTS_TSV").write_text("head\nK-01\twhole\tus\t\nK-01\topen\tus\twhy\n")
+    with pytest.raises(ValueError, match="has 2 verdicts of 1 rows"):
+        verdicts.rows()
 
 
 TESTS = """\
+import os
 import pytest
 
 @pytest.fixture
@@ -139,21 +151,38 @@ def test_that_is_expected_to_fail():
 @pytest.mark.kvm
 def test_that_passes():
     assert True
+
+@pytest.mark.row("K-07")
+@pytest.mark.xfail(strict=False)
+def test_that_passes_and_was_not_expected_to():
+    assert True
+
+@pytest.mark.row("K-08")
+def test_that_takes_its_process_along():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 """
+
+
+def run_of_tests(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run TESTS in a folder, and have the plugin write there."""
+    (folder / "test_it.py").write_text(TESTS)
+    plugin = ["-p", "tests.conformance.plugin", "--conformance", str(folder), "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugin, *arguments, "test_it.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
     """A fixture's error, a skip anywhere and a missing device; a row that is open stays so, whatever passes."""
-    (tmp_path / "test_it.py").write_text(TESTS)
-    plugin = ["-p", "tests.conformance.plugin", "--conformance", str(tmp_path), "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "-q", *plugin, "test_it.py"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    (tmp_path / "test_none.py").write_text("import nothing_of_this_name")
+    done = run_of_tests(tmp_path, "-n1", "test_none.py")
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
+    assert "REFUTED K-01 (whole): 1 of 1 tests failed: test_it.py::test_whose_fixture_fails" in done.stdout
     found = json.loads((tmp_path / "conformance.json").read_text())
     rows = {row["row"]: row for row in found["rows"]}
-    outcomes = [rows[f"K-0{number}"]["defining"][0]["outcome"] for number in range(1, 7)]
-    assert outcomes == [ERROR, ERROR, SKIPPED, SKIPPED, SKIPPED, PASSED]
+    outcomes = [rows[f"K-0{number}"]["defining"][0]["outcome"] for number in range(1, 8)]
+    assert outcomes == [ERROR, ERROR, SKIPPED, SKIPPED, SKIPPED, PASSED, SKIPPED]
     assert [rows[f"K-0{number}"]["refuted"] is None for number in range(1, 7)] == [False, False, True, True, True, True]
     assert [rows[f"K-0{number}"]["not_run"] is None for number in range(1, 7)] == [
         True,
@@ -170,7 +199,17 @@ def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
         "where": "real vCPU",
         "outcome": PASSED,
     }
+    assert found["lost"] == ["test_none.py", "test_it.py::test_that_takes_its_process_along"]
+    assert (rows["K-08"]["refuted"], rows["K-08"]["not_run"]) == (None, "no test that names it was run")
     assert (tmp_path / "conformance.md").read_text() == page.markdown(found, tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--collect-only"], ["-k", "nothing_of_this_name"], ["test_none.py"]])
+def test_a_run_that_is_none_writes_nothing(arguments: list[str], tmp_path: Path) -> None:
+    """Nor does one that was broken off: it would refute whatever it had not come to."""
+    (tmp_path / "test_none.py").write_text("import nothing_of_this_name")
+    run_of_tests(tmp_path, *arguments)
+    assert [file.name for file in tmp_path.glob("conformance.*")] == []
 
 
 def a_row(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - a field's value
@@ -185,10 +224,11 @@ def test_a_page_says_it_all(tmp_path: Path) -> None:
     """Totals by seed and need, each row with check, verdict, tests and their lines, refutations, deviations."""
     deviates = a_row(row="K-02", verdict="deviates", why="on purpose", refuted="no test passed", need="may")
     run = {"commit": "abc", "date": "2026-01-01", "host": "a CPU", "kernel": "6.1", "python": "3.11"}
-    text = page.markdown({"run": run, "rows": [a_row(), deviates]}, tmp_path)
+    text = page.markdown({"run": run, "lost": ["a::b"], "rows": [a_row(), deviates]}, tmp_path)
     assert "of commit abc: a CPU, Linux 6.1, Python 3.11" in text
     assert "| [a seed](#a-seed) | must | 1 | 1 |  |  |  |  |" in text
     assert r"- **K-01** (must): c \[x\] | y" in text
+    assert f"{page.LOST}\n\n- a::b\n" in text
     assert "[test_it](../tests/unit/test_it.py#L1), library, passed" in text
     assert "  - 1 more test passed, 3 mutants" in text
     assert "- **K-02** (deviates): no test passed" in text
@@ -203,6 +243,7 @@ def test_a_page_says_it_all(tmp_path: Path) -> None:
         ("_x_ *y* [z] <a>", r"\_x\_ \*y\* \[z\] \<a\>"),
         ("`<khz>` per [core]", r"`<khz>` per \[core\]"),
         ("a ` alone", "a ' alone"),
+        ("~d~ \\ &lt; & &#1; a && b", r"\~d\~ \\ \&lt; & \&#1; a && b"),
     ],
 )
 def test_a_claim_is_shown_as_it_stands(text: str, shown: str) -> None:
@@ -213,3 +254,39 @@ def test_a_claim_is_shown_as_it_stands(text: str, shown: str) -> None:
 def test_documents_are_linked() -> None:
     """From docs/, where the page stands, with their anchors."""
     assert page.linked("see docs/c.md#a-b, docs/x.md.") == "see [docs/c.md#a-b](c.md#a-b), [docs/x.md](x.md)."
+
+
+@pytest.mark.parametrize("first", ["- a", "+ b", "# c", "1. d", "2) e", "=== f", "---"])
+def test_a_claim_begins_no_block_of_its_own(first: str) -> None:
+    """Wherever its lines are broken, it is one paragraph with its own signs."""
+    filler = "x" * (page.WIDTH - 3)
+    text = page.wrapped(f"- {filler} {first} {filler}", "  ")
+    (line,) = re.findall(r"^  (?!x).*", text, re.MULTILINE)
+    assert re.match(r"  \d*\\[-+=#.)]", line)
+    assert page.wrapped(f"{filler} 2026-01) #UD") == f"{filler}\n2026-01) #UD"
+    assert line.replace("\\", "").strip() == first
+
+
+def test_a_heading_is_linked_as_github_names_it() -> None:
+    """Without its punctuation."""
+    assert page.anchor("VirtualBox TM: a/b, (c-d)") == "virtualbox-tm-ab-c-d"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git: apt install git")
+def test_a_commit_and_what_differs_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs write is no change; without a repository, and without git, there is none to name."""
+    monkeypatch.setattr(revision, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert (revision.commit(), revision.revision()) == ("no git", "no git")
+    person = ("-c", "user.name=n", "-c", "user.email=e")
+    (tmp_path / "docs").mkdir()
+    for name in (*revision.WRITTEN_BY_RUNS, "it.py"):
+        (tmp_path / name).write_text("before")
+    for command in (("init", "-q"), ("add", "."), (*person, "commit", "-qm", "it", "--no-gpg-sign")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / revision.WRITTEN_BY_RUNS[0]).write_text("after")
+    assert re.fullmatch("[0-9a-f]{40}", revision.revision())
+    (tmp_path / "it.py").write_text("after")
+    assert revision.revision() == f"{revision.commit()} and changes"
+    monkeypatch.setenv("PATH", "")
+    assert revision.revision() == "no git"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +19,7 @@ from tests.conformance import verdicts
 from tests.mutants import campaign, schemata
 from tests.mutants.mutant import ROOT, BadMutant, Mutant, load, of_file
 from tests.mutants.worker import Outcome
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.row("style")
 
@@ -135,14 +141,25 @@ def printed_by(program: Path, number: str) -> int:
 
 
 def test_cythons_mutants_are_chosen_at_run_time() -> None:
-    """Whole statements become an `if`, anything else an expression."""
+    """Whole statements become an `if`, anything else an expression, whatever another one brings in."""
     source = '"""Doc."""\n\ndef f(x: int) -> int:\n    y = x\n    y += 1\n    return y * 2\n'
-    statements = A_MUTANT._replace(file="it.pyx", text="y = x\n    y += 1", replacement="y = x")
+    statements = A_MUTANT._replace(file="it.pyx", text="y = x\n    y += 1", replacement="return x + x * 1 or y * 2")
     expression = A_MUTANT._replace(file="it.pyx", text="y * 2", replacement="y * 3")
     names: dict[str, int] = {"pvclock_mutant": 0}
     _, _, body = schemata.cython(source, {1: statements, 2: expression}).rpartition("const int pvclock_mutant\n")
     exec(body, names)  # noqa: S102 - what is above
     assert [called(names, number) for number in range(4)] == [8, 6, 12, 8]
+
+
+def test_mutants_that_overlap_are_built_one_after_the_other(tmp_path: Path) -> None:
+    """But for those of images, which are assembled one by one."""
+    for name in ("it.pyx", "it.s"):
+        (tmp_path / name).write_text("x + 1 + 2\nz")
+    one, other = A_MUTANT, A_MUTANT._replace(name="K-10.2", text="1 + 2")
+    beside = A_MUTANT._replace(name="K-10.3", text="z")
+    for file, sizes in (("it.pyx", [2, 1]), ("it.s", [3])):
+        mutants = [mutant._replace(file=file) for mutant in (one, other, beside)]
+        assert [len(build) for build in schemata.groups(mutants, tmp_path)] == sizes
 
 
 def called(names: dict[str, int], number: int) -> int:
@@ -152,6 +169,8 @@ def called(names: dict[str, int], number: int) -> int:
 
 
 TESTS = """\
+import os
+import subprocess
 import pytest
 
 @pytest.mark.row("K-10")
@@ -165,28 +184,226 @@ def test_that_passes(x):
 
 @pytest.mark.row("K-12")
 def test_that_hangs():
+    qemu = subprocess.Popen(["sleep", "1000"], process_group=0)
+    with open("pids", "w") as file:
+        print(os.getpid(), qemu.pid, file=file)
     while True:
         pass
+
+@pytest.mark.row("K-13")
+def test_that_ends_the_run():
+    pytest.exit("so")
+
+@pytest.mark.row("K-14")
+def test_that_ends_the_interpreter():
+    os._exit(3)
 """
 
 
-def test_a_workers_answers(tmp_path: Path) -> None:
-    """A worker runs the tests that name a row, each request in a child of its own, and does not wait for ever."""
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A worker in a folder with TESTS."""
     (tmp_path / "test_it.py").write_text(TESTS)
-    asked: list[dict[str, object]] = [
-        {"arguments": ["test_it.py"], "row": row, "seconds": 20 if row != "K-12" else 1, "environment": {}}
-        for row in ("K-10", "K-12", "K-11")
-    ]
-    worker = [sys.executable, "-m", "tests.mutants.worker"]
-    done = subprocess.run(
-        worker,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
-        input="".join(json.dumps(each) + "\n" for each in asked),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-m", "tests.mutants.worker"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        yield process
+
+
+def ask(worker: subprocess.Popen[str], row: str, seconds: float = 20, *arguments: str) -> None:
+    """Have a worker run TESTS of a row."""
+    request = {"arguments": [*arguments, "test_it.py"], "rows": [row], "seconds": seconds, "environment": {}}
+    print(json.dumps(request), file=worker.stdin, flush=True)
+
+
+def answer(worker: subprocess.Popen[str]) -> Any:  # noqa: ANN401 - as JSON has it
+    """Return what a worker says."""
+    assert worker.stdout
+    return json.loads(worker.stdout.readline())
+
+
+def test_a_workers_answers(worker: subprocess.Popen[str]) -> None:
+    """A worker runs the tests that name a row, each request in a child of its own."""
     failed = [["test_it.py::test_that_fails", "call", "failed", "AssertionError"]]
     passed = [[f"test_it.py::test_that_passes[{x}]", "call", "passed", ""] for x in (1, 2)]
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [[*failed, *passed], None, passed]
+    ask(worker, "K-10")
+    assert answer(worker) == [*failed, *passed]
+    ask(worker, "K-11")
+    assert answer(worker) == passed
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "what"),
+    [("K-13", [], "pytest"), ("K-14", [], "the interpreter"), ("K-10", ["--no"], "pytest")],
+)
+def test_a_run_that_is_none_fails(
+    row: str, arguments: list[str], what: str, worker: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """A run that is broken off, that dies, or that pytest does not begin, as where conftest.py is not imported."""
+    ask(worker, row, 20, *arguments)
+    assert [each[:3:2] for each in answer(worker) if each[2] == "failed"] == [[what, "failed"]]
+    (tmp_path / "conftest.py").write_text("import nothing_of_this_name")
+    ask(worker, "K-11")
+    ((where, _, outcome, error),) = answer(worker)
+    assert (where, outcome) == ("pytest", "failed")
+    assert "nothing_of_this_name" in error
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_hangs_is_killed(worker: subprocess.Popen[str], tmp_path: Path, *, waits: bool) -> None:
+    """With all that it started: after its time, and as soon as nobody waits any more."""
+    pids = tmp_path / "pids"
+    ask(worker, "K-12", 2 if waits else 1000)
+    if waits:
+        assert answer(worker) is None
+    else:
+        until = time.monotonic() + HANG_S
+        while not (pids.exists() and pids.read_text().endswith("\n")) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert worker.stdin
+        worker.stdin.close()
+        assert worker.wait(timeout=HANG_S) == 0
+    assert [pid for pid in pids.read_text().split() if Path(f"/proc/{pid}").exists()] == []
+
+
+MODULE = """\
+import os
+
+def one():
+    value = 1
+    return value
+"""
+TESTS_OF_MODULE = """\
+import os
+import pytest
+from pvclock import it
+
+@pytest.mark.row("K-10")
+def test_one():
+    assert it.one() == 1
+
+@pytest.mark.row("K-10")
+def test_that_fails_anyway():
+    assert False
+
+@pytest.mark.row("K-10")
+def test_of_compiled():
+    assert os.environ["PVCLOCK_MUTANT"] == "0"
+"""
+SETUP = "import pathlib, sys\nsys.exit('nonsense' in pathlib.Path('pvclock/it.pyx').read_text())\n"
+CYTHON = '"""Doc."""\n\na = 1\nb = 2\nc = 3\n'
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tree with one module, its tests, and a compiled file whose compiler knows one mistake."""
+    root = tmp_path / "tree"
+    for name, text in {
+        "pvclock/__init__.py": "",
+        "pvclock/it.py": MODULE,
+        "pvclock/it.pyx": CYTHON,
+        "tests/unit/test_it.py": TESTS_OF_MODULE,
+        "tests/mutants/worker.py": (ROOT / "tests" / "mutants" / "worker.py").read_text(),
+        "setup.py": SETUP,
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(campaign, "ROOT", root)
+    return root
+
+
+def changed(text: str, replacement: str, test: str = "test_one", file: str = "pvclock/it.py") -> Mutant:
+    """Return a mutant of the tree above, called by what it is changed to."""
+    return Mutant(replacement, "K-10", "it", file, text, replacement, (f"unit/test_it.py::{test}",))
+
+
+def campaign_of(mutants: list[Mutant], work: Path, jobs: int = 1) -> Generator[campaign.Result, None, None]:
+    """Return a campaign with these mutants."""
+    arguments = {mutant.name: [f"tests/{test}" for test in mutant.dies_in] for mutant in mutants}
+    return campaign.run(mutants, work, arguments=lambda mutant: arguments[mutant.name], jobs=jobs)
+
+
+def test_a_campaign_tells_each_end(tree: Path, tmp_path: Path) -> None:
+    """One that ends its worker or does not compile takes no other with it; the tree itself stays as it is."""
+    cython = {"test": "test_of_compiled", "file": "pvclock/it.pyx"}
+    verdicts_of = {
+        changed("value = 1", "value = 2"): campaign.DIED,
+        changed("value = 1", "value = 1 + 0"): campaign.SURVIVED,
+        changed("value = 1", "os.kill(os.getppid(), 9)"): campaign.TRIVIAL,
+        changed("value = 1", "value = 3"): campaign.DIED,
+        changed("value = 1", "value = 4", "test_that_fails_anyway"): campaign.UNSOUND,
+        changed("return value", "return nothing"): campaign.TRIVIAL,
+        changed("import os", "import nothing"): campaign.TRIVIAL,
+        changed("gone", "value"): campaign.STALE,
+        changed("value", "no_value", file="pvclock/gone.py"): campaign.STALE,
+        changed("gone", "1", **cython): campaign.STALE,
+        changed("a = 1", "a = 2", **cython): campaign.DIED,
+        changed("b = 2", "nonsense", **cython): campaign.TRIVIAL,
+        changed("c = 3", "a = 1", **cython): campaign.DIED,
+    }
+    with closing(campaign_of(list(verdicts_of), tmp_path)) as results:
+        found = {result.mutant: result.verdict for result in results}
+    assert found == {mutant.name: verdict for mutant, verdict in verdicts_of.items()}
+    assert ((tree / "pvclock/it.py").read_text(), (tree / "pvclock/it.pyx").read_text()) == (MODULE, CYTHON)
+    assert list(tmp_path.iterdir()) == [tree]
+
+
+@pytest.mark.usefixtures("tree")
+def test_a_campaign_can_be_broken_off(tmp_path: Path) -> None:
+    """What ended is told before what began earlier; closing ends what hangs, and leaves no copy and no process."""
+    pid = tmp_path / "pid"
+    hangs = changed("value = 1", f"open({str(pid)!r}, 'w').write(str(os.getpid()))\n    while True: pass")
+    results = campaign_of([hangs, changed("value = 1", "value = 2"), *[hangs] * 9], tmp_path / "work", jobs=2)
+    assert next(results).verdict == campaign.DIED
+    results.close()
+    assert list((tmp_path / "work").iterdir()) == []
+    assert not (pid.exists() and Path(f"/proc/{pid.read_text()}").exists())
+
+
+def test_tests_that_cannot_be_run_are_told(tree: Path, tmp_path: Path) -> None:
+    """Where they fail without a mutant in another way than by themselves, no mutant is said to have died."""
+    (tree / "tests" / "conftest.py").write_text("import nothing_of_this_name")
+    with pytest.raises(BadMutant, match=r"the tests cannot be run: [^$]*nothing_of_this_name"):
+        list(campaign_of([changed("value = 1", "value = 2")], tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("why", "suspects"),
+    [
+        ("error in f_mutant_12", "c"),
+        ("f_mutant_10, f_mutant_11", "ab"),
+        ("a line", "ac"),
+        ("_mutant_10_mutant_99", "a"),
+    ],
+)
+def test_mutants_that_do_not_compile_together_are_divided(why: str, suspects: str) -> None:
+    """A compiler names the function, and so the mutant; where it does not, half of them it is."""
+    numbers = {"a": 10, "b": 11, "c": 12}
+    found = campaign.divided([A_MUTANT._replace(name=name) for name in numbers], numbers, why)
+    names = ["".join(mutant.name for mutant in part) for part in found]
+    assert names == [suspects, "".join(name for name in numbers if name not in suspects)]
+
+
+def test_what_a_result_is_of(tree: Path) -> None:
+    """Sources, tests and how they are built; not what the build makes, nor what a person judged."""
+    before = campaign.tree_hash()
+    for made in ("pvclock/it.c", "pvclock/it.so", "tests/judged.tsv"):
+        (tree / made).write_text("made")
+        assert campaign.tree_hash() == before
+    for written in ("pvclock/it.pyx", "tests/unit/test_it.py", "setup.py", "tests/native.c"):
+        (tree / written).write_text("changed")
+        assert campaign.tree_hash() != before
+        before = campaign.tree_hash()
+
+
+def test_a_log_is_gone_on_from(tmp_path: Path) -> None:
+    """A line that was broken off, one of another tree, and what may be the machine's fault do not count."""
+    tree = campaign.tree_hash()
+    of_verdict = {verdict: campaign.Result(verdict, verdict, "", ("a",), 1.5) for verdict in (campaign.DIED, "not run")}
+    lines = [json.dumps({"tree": tree, "result": result}) for result in of_verdict.values()]
+    lines += [lines[0].replace(tree, "another").replace(campaign.DIED, "other"), lines[0][:-9]]
+    (tmp_path / "log").write_text("\n".join(lines))
+    assert campaign.logged(tmp_path / "log") == {campaign.DIED: of_verdict[campaign.DIED]}
+    assert campaign.logged(tmp_path / "none") == {}

@@ -257,6 +257,8 @@ def test_no_word_is_picked_out_of_a_sentence() -> None:
         ("for each in f():\n    assert each", False),
         ("for each in [it for it in given if it]:\n    assert each", False),
         ("for each in ():\n    assert each", False),
+        ("while True:\n    assert x", True),
+        ("while x:\n    assert x", False),
         ("if x:\n    assert x", False),
         ("if x:\n    assert x\nelse:\n    assert y", True),
         ("try:\n    f()\nexcept ValueError:\n    assert x", False),

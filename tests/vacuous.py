@@ -99,8 +99,8 @@ def is_sure(statement: ast.stmt, given: set[str]) -> bool:
             sure = opened or comes_to_an_assert(body, given)
         case ast.Try(body=body, finalbody=finalbody):
             sure = comes_to_an_assert([*body, *finalbody], given)
-        case ast.While(body=body):
-            sure = comes_to_an_assert(body, given)
+        case ast.While(test=ast.Constant(value=endless), body=body):
+            sure = bool(endless) and comes_to_an_assert(body, given)
         case ast.For(iter=iterable, body=body):
             sure = not may_be_empty(iterable, given) and comes_to_an_assert(body, given)
         case ast.If(body=body, orelse=orelse):

@@ -16,8 +16,14 @@ from tests.conformance.verdicts import DEVIATES, VERDICTS, WHOLE
 Found = dict[str, Any]
 WIDTH = 118
 DOCUMENT = re.compile(r"docs/([\w-]+\.md(?:#[\w-]+)?)")
-SPECIAL = re.compile(r"[\\*\[\]<>]|\b_|_\b")
+SPECIAL = re.compile(r"[\\*~\[\]<>]|\b_|_\b|&(?=#?\w+;)")
 """What Markdown takes for something; an underscore within a word it does not."""
+LOST = (
+    "In these a process died, or they could not be collected; rows that they name may read as proven by others alone."
+)
+
+BEGINS_A_BLOCK = re.compile(r"^( *(?:\d+(?=[.)]))?)([-+=#.)]+(?: |$))")
+"""A list, a heading or a rule: what stands first in a line decides."""
 
 HEAD = """\
 # Conformance
@@ -38,7 +44,8 @@ be proven in the library alone.
 def markdown(found: Found, folder: Path) -> str:
     """Return the page; `folder` may have mutants.json, the last whole run of the mutants."""
     rows = found["rows"]
-    parts = [HEAD, run_of(found["run"]), mutants_of(folder / "mutants.json"), against(rows), totals(rows)]
+    parts = [HEAD, run_of(found["run"]), mutants_of(folder / "mutants.json"), lost(found["lost"]), against(rows)]
+    parts.append(totals(rows))
     parts += [section(source, list(those)) for source, those in groupby(rows, key=lambda row: str(row["source"]))]
     parts.append(deviations(rows))
     return "\n".join(part for part in parts if part)
@@ -46,9 +53,8 @@ def markdown(found: Found, folder: Path) -> str:
 
 def run_of(run: dict[str, str]) -> str:
     """Say of what and where the run was."""
-    what = (
-        f"Run on {run['date']} of commit {run['commit']}: {run['host']}, Linux {run['kernel']}, Python {run['python']}."
-    )
+    host = escaped(run["host"])
+    what = f"Run on {run['date']} of commit {run['commit']}: {host}, Linux {run['kernel']}, Python {run['python']}."
     return wrapped(what) + "\n"
 
 
@@ -57,18 +63,26 @@ def mutants_of(file: Path) -> str:
     if not file.exists():
         return ""
     last = json.loads(file.read_text(encoding="utf-8"))
-    run = f"at commit {last['commit']}, in {last['minutes']} min of CPU"
+    run = f"at commit {last['commit']}, in {last['minutes']} min of tests"
     return wrapped(f"Mutants: {last['died']} of {last['mutants']} died when all were run last, {run}.") + "\n"
+
+
+def lost(tests: list[str]) -> str:
+    """List the tests whose process died, and the files that could not be collected."""
+    lines = [wrapped(f"- {escaped(test)}", "  ") for test in tests]
+    return f"## Lost\n\n{LOST}\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def against(rows: list[Found]) -> str:
     """List the verdicts that the run speaks against, and those that it could not hold against all of its tests."""
     parts = []
     for heading, field in (("Refuted", "refuted"), ("Not run here", "not_run")):
-        lines = [wrapped(f"- **{row['row']}** ({row['verdict']}): {row[field]}", "  ") for row in rows if row[field]]
+        lines = [
+            wrapped(f"- **{row['row']}** ({row['verdict']}): {escaped(row[field])}", "  ") for row in rows if row[field]
+        ]
         if lines:
             parts.append(f"## {heading}\n\n" + "\n".join(lines) + "\n")
-    return "\n".join(parts) or "No verdict was refuted, and no defining test was skipped.\n"
+    return "\n".join(parts) or "No verdict was refuted, and no defining test was left out.\n"
 
 
 def totals(rows: list[Found]) -> str:
@@ -138,10 +152,9 @@ def deviations(rows: list[Found]) -> str:
 
 
 def wrapped(text: str, indent: str = "") -> str:
-    """Return a paragraph or list item within WIDTH; its further lines are indented."""
-    return "\n".join(
-        textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    )
+    """Return a paragraph or list item within WIDTH; its further lines are indented, and begin nothing of their own."""
+    first, *more = textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([first, *(re.sub(BEGINS_A_BLOCK, r"\1\\\2", line) for line in more)])
 
 
 def escaped(text: str) -> str:
@@ -163,4 +176,4 @@ def cell(text: str) -> str:
 
 def anchor(heading: str) -> str:
     """Return the anchor that Markdown gives a heading."""
-    return heading.lower().replace(" ", "-")
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")

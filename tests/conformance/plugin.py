@@ -10,7 +10,7 @@ import datetime as dt
 import json
 import os
 import platform
-import subprocess
+import re
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
@@ -20,8 +20,10 @@ import pytest
 
 from tests.conformance import page, verdicts
 from tests.mutants.mutant import load
+from tests.revision import revision
 
 ROWS, WHERE = "conformance rows", "conformance where"  # of a report's user_properties
+WHOLE_RUNS = {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}
 KVM = Path("/dev/kvm")
 
 
@@ -40,12 +42,23 @@ class Conformance:
         self.folder = folder
         self.outcomes: dict[Key, set[str]] = defaultdict(set)
         self.rows: dict[Key, set[str]] = defaultdict(set)
+        self.lost: list[str] = []
+        """Tests whose process died, and files that could not be collected: it is not known which rows they name."""
+        self.refuted: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep a file that cannot be collected, which each process of pytest -n says; others go on without it."""
+        if report.failed and report.nodeid not in self.lost:
+            self.lost.append(report.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """File one phase of a test under its rows: what setup or teardown came to counts, unless they passed."""
         if report.when != "call" and report.passed:
             return
         said = dict(report.user_properties)
+        if WHERE not in said:
+            self.lost.append(report.nodeid)
+            return
         line = report.location[1] or 0
         name = report.nodeid.partition("[")[0].removeprefix("tests/")
         key = Key(name, line + 1, str(said[WHERE]))
@@ -53,12 +66,20 @@ class Conformance:
         self.outcomes[key].add(outcome_of(report))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write both files; a refuted verdict fails the run."""
+        """Write both files; a refuted verdict fails the run.  One that was broken off says nothing, and writes none."""
+        if session.exitstatus not in WHOLE_RUNS or not (self.outcomes or self.lost):
+            return
         found = self.found()
         (self.folder / "conformance.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (self.folder / "conformance.md").write_text(page.markdown(found, self.folder), encoding="utf-8")
-        if any(row["refuted"] for row in found["rows"]) and session.exitstatus == pytest.ExitCode.OK:
+        self.refuted = [f"{row['row']} ({row['verdict']}): {row['refuted']}" for row in found["rows"] if row["refuted"]]
+        if self.refuted and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say which verdicts were refuted."""
+        for line in self.refuted:
+            terminalreporter.line(f"REFUTED {line}", red=True)
 
     def found(self) -> dict[str, Any]:
         """Return what conformance.json holds."""
@@ -72,6 +93,7 @@ class Conformance:
             noticing[mutant.row] += mutant.dies_in
         rows_of = {key.name: len(names) for key, names in self.rows.items()}
         count = Counter(mutant.row for mutant in mutants)
+        named = verdicts.named()
         rows = []
         for row in verdicts.rows():
             of_row = tests[row.row]
@@ -79,37 +101,31 @@ class Conformance:
             others = [test for test in of_row if test not in first]
             rows.append(
                 row._asdict()
-                | {"refuted": verdicts.refutation(row.verdict, of_row)}
+                | {"refuted": verdicts.refutation(row.verdict, of_row, is_named=row.row in named)}
                 | {"not_run": verdicts.not_run(row.verdict, of_row, first), "mutants": count[row.row]}
                 | {"defining": [test._asdict() for test in first], "others": [test._asdict() for test in others]}
             )
-        return {"run": this_run(), "rows": rows}
+        return {"run": this_run(), "lost": self.lost, "rows": rows}
 
 
 def outcome_of(report: pytest.TestReport) -> str:
     """Return what one phase of a test came to; a test that is expected to fail passes for nothing."""
     if report.failed:
         return verdicts.FAILED if report.when == "call" else verdicts.ERROR
-    return verdicts.SKIPPED if report.skipped else verdicts.PASSED
+    return verdicts.SKIPPED if report.skipped or hasattr(report, "wasxfail") else verdicts.PASSED
 
 
 def this_run() -> dict[str, str]:
     """Return of what and where this run is."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    has_kvm = "with" if KVM.exists() else "without"
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    has_kvm = "with" if os.access(KVM, os.R_OK | os.W_OK) else "without"
     return {
-        "commit": git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain", "-uno") else ""),
+        "commit": revision(),
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "host": f"{cpu.partition(':')[2].strip()}, {os.cpu_count()} CPUs, {has_kvm} {KVM}",
+        "host": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPUs, {has_kvm} {KVM}",
         "kernel": platform.release(),
         "python": platform.python_version(),
     }
-
-
-def git(*arguments: str) -> str:
-    """Return what git says of this tree; "no git" where it is none."""
-    said = subprocess.run(["git", *arguments], cwd=verdicts.ROOT, capture_output=True, text=True, check=False)
-    return said.stdout.strip() if said.returncode == 0 else "no git"
 
 
 @pytest.hookimpl(wrapper=True)

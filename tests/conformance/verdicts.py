@@ -5,6 +5,7 @@ A person decides and docs/verdicts.tsv says so; a run can refute a verdict, and 
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -56,16 +57,31 @@ def rows() -> list[Row]:
     """Return all rows in their order.
 
     Raises:
-        ValueError: the two files do not have the same rows, or a verdict is none, or lacks its reason.
+        ValueError: the two files do not have the same rows, each once, or a verdict is none, or lacks its reason.
     """
-    decided = {row: (verdict, by, why) for row, verdict, by, why in table(VERDICTS_TSV)}
+    lines = table(VERDICTS_TSV)
+    decided = {row: (verdict, by, why) for row, verdict, by, why in lines}
     owed = table(ROWS_TSV)
+    if len(decided) != len(lines):
+        raise ValueError(f"{VERDICTS_TSV.name} has {len(lines)} verdicts of {len(decided)} rows")
     if unequal := decided.keys() ^ {row for row, *_ in owed}:
         raise ValueError(f"{VERDICTS_TSV.name} and {ROWS_TSV.name} differ in {', '.join(sorted(unequal))}")
     for row, (verdict, by, why) in decided.items():
         if verdict not in VERDICTS or not by or (verdict != WHOLE and not why):
             raise ValueError(f"{VERDICTS_TSV.name}: {row} is {verdict!r} by {by!r} because {why!r}")
     return [Row(row, need, source, claim, check, *decided[row]) for row, need, source, claim, check in owed]
+
+
+def named() -> frozenset[str]:
+    """Return the rows that tests name, whether those are run or not."""
+    return frozenset(
+        argument.value
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(file.read_bytes()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "row"
+        for argument in node.args
+        if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+    )
 
 
 def worst(outcomes: Iterable[str]) -> str:
@@ -83,19 +99,21 @@ def defining(tests: list[Judged], noticing: list[str], rows_of: dict[str, int]) 
     return order[:DEFINING_TESTS_MAX]
 
 
-def refutation(verdict: str, tests: list[Judged]) -> str | None:
-    """Return what in a run speaks against a verdict, or None."""
+def refutation(verdict: str, tests: list[Judged], *, is_named: bool) -> str | None:
+    """Return what in a run speaks against a verdict, or None; `is_named`: whether there is a test, run or not."""
     bad = [test.name for test in tests if test.outcome in {FAILED, ERROR}]
     if bad:
         return f"{len(bad)} of {len(tests)} tests failed: {', '.join(bad[:DEFINING_TESTS_MAX])}"
-    return "no test names it" if verdict in CLAIMED and not tests else None
+    return "no test names it" if verdict in CLAIMED and not tests and not is_named else None
 
 
 def not_run(verdict: str, tests: list[Judged], defining_tests: list[Judged]) -> str | None:
     """Return what a run had to leave open of a verdict, or None: a test that was skipped speaks for nothing."""
     if verdict not in CLAIMED:
         return None
+    if not tests:
+        return "no test that names it was run"
     skipped = [test.name for test in defining_tests if test.outcome == SKIPPED]
-    if tests and not any(test.outcome == PASSED for test in tests):
+    if not any(test.outcome == PASSED for test in tests):
         skipped = [test.name for test in tests if test.outcome == SKIPPED][:DEFINING_TESTS_MAX]
     return f"skipped: {', '.join(skipped)}" if skipped else None

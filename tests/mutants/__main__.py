@@ -1,20 +1,20 @@
 """Run the mutants: `python -m tests.mutants [NAME ...]`, where a name is a row or a mutant; all without one.
 
-The exit status is 1 where there are findings, and 2 where mutants of compiled files do not compile.
+The exit status is 1 where there are findings, 2 where the mutants cannot be run, and 130 after Ctrl-C; then the same
+command goes on from the log.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -23,8 +23,9 @@ from rich.table import Table
 
 from tests.mutants import campaign
 from tests.mutants.mutant import ROOT, BadMutant, Mutant, load
+from tests.revision import commit, revision
 
-CANNOT = 2
+CANNOT, INTERRUPTED = 2, 130
 UNIT_TESTS = ("tests/unit", "tests/model")
 ALL_TESTS = ("tests/unit", "tests/model", "tests/stress", "tests/kvm", "tests/qemu")
 
@@ -32,20 +33,22 @@ ALL_TESTS = ("tests/unit", "tests/model", "tests/stress", "tests/kvm", "tests/qe
 def main() -> int:
     """Run what the arguments say; return the exit status."""
     arguments = parser().parse_args()
-    mutants = chosen(arguments)
     log = arguments.log
-    log.parent.mkdir(parents=True, exist_ok=True)
-    known = {} if arguments.afresh or arguments.find else campaign.logged(log)
-    results = [known[mutant.name] for mutant in mutants if mutant.name in known]
-    missing = [mutant for mutant in mutants if mutant.name not in known]
     begun = time.monotonic()
     try:
-        results += run(missing, arguments, log)
-    except BadMutant as why:
+        mutants = chosen(arguments)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        known = {} if arguments.afresh or arguments.find else campaign.logged(log)
+        known |= run([mutant for mutant in mutants if mutant.name not in known], arguments, log)
+    except (BadMutant, OSError) as why:
         print(why, file=sys.stderr)
         return CANNOT
+    except KeyboardInterrupt:
+        print(f"interrupted; {log} has what was found", file=sys.stderr)
+        return INTERRUPTED
+    results = [known[mutant.name] for mutant in mutants]
     show(mutants, results, time.monotonic() - begun, as_json=arguments.json)
-    if arguments.summary and not arguments.names:
+    if arguments.summary and not (arguments.names or arguments.sample or arguments.find):
         arguments.summary.write_text(summary(mutants, results), encoding="utf-8")
     return int(any(result.is_finding for result in results))
 
@@ -60,18 +63,22 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--log", type=Path, default=ROOT / "build" / "mutants.jsonl", help="default: build/mutants.jsonl")
     it.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="copies at work at once; default: one a CPU")
     it.add_argument(
-        "--summary", type=Path, metavar="FILE", help="write what all of them came to, where no NAME is given"
+        "--summary", type=Path, metavar="FILE", help="write what all came to; not of a NAME, --sample or --find"
     )
     it.add_argument("--json", action="store_true", help="print the results as JSON lines")
     return it
 
 
 def chosen(arguments: argparse.Namespace) -> list[Mutant]:
-    """Return the mutants that the arguments name."""
+    """Return the mutants that the arguments name.
+
+    Raises:
+        BadMutant: there is none of a name, or the data are wrong.
+    """
     mutants = load()
     names = set(arguments.names)
     if unknown := names - {mutant.name for mutant in mutants} - {mutant.row for mutant in mutants}:
-        sys.exit(f"no such row or mutant: {', '.join(sorted(unknown))}")
+        raise BadMutant(f"no such row or mutant: {', '.join(sorted(unknown))}")
     if names:
         mutants = [mutant for mutant in mutants if mutant.name in names or mutant.row in names]
     if arguments.sample is not None:
@@ -80,46 +87,42 @@ def chosen(arguments: argparse.Namespace) -> list[Mutant]:
     return mutants
 
 
-def commit() -> str:
-    """Return what chooses a sample: the commit's hash; where there is no git, always the same."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return git.stdout.strip() if git.returncode == 0 else hashlib.sha256(b"pvclock").hexdigest()
-
-
-def run(mutants: list[Mutant], arguments: argparse.Namespace, log: Path) -> list[campaign.Result]:
-    """Run mutants with progress on standard error, each result going to the log at once."""
+def run(mutants: list[Mutant], arguments: argparse.Namespace, log: Path) -> dict[str, campaign.Result]:
+    """Run mutants with progress on standard error, each result going to the log at once; return them by mutant."""
     tests = {"unit": UNIT_TESTS, "all": ALL_TESTS, None: ()}[arguments.find]
     tree = campaign.tree_hash()
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    results = []
+    columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeElapsedColumn())
+    results = {}
     with (
         tempfile.TemporaryDirectory(prefix="pvclock-mutants-") as work,
         Progress(*columns, console=Console(stderr=True)) as progress,
         log.open("a", encoding="utf-8") as file,
+        closing(
+            campaign.run(
+                mutants,
+                Path(work),
+                arguments=lambda mutant: list(tests) or ["-x", *(f"tests/{test}" for test in mutant.dies_in)],
+                jobs=arguments.jobs,
+                report=lambda what: progress.update(bar, description=what),
+            )
+        ) as of_each,
     ):
         bar = progress.add_task("mutants", total=len(mutants))
-        of_each = campaign.run(
-            mutants,
-            Path(work),
-            arguments=lambda mutant: list(tests) or ["-x", *(f"tests/{test}" for test in mutant.dies_in)],
-            jobs=arguments.jobs,
-            report=lambda what: progress.update(bar, description=what),
-        )
         for result in of_each:
-            results.append(result)
+            results[result.mutant] = result
             if not arguments.find:
                 print(json.dumps({"tree": tree, "result": result}), file=file, flush=True)
             progress.update(bar, advance=1, description=f"{result.mutant} {result.verdict}")
             if result.is_finding or arguments.find:
-                told = "\n  ".join((result.why, *result.noticed_by))
-                progress.console.print(f"{result.mutant}: {result.verdict}. {told}", soft_wrap=True, highlight=False)
+                told = "\n  ".join((f"{result.mutant}: {result.verdict}. {result.why}", *result.noticed_by))
+                progress.console.print(told, soft_wrap=True, highlight=False, markup=False)
     return results
 
 
 def summary(mutants: list[Mutant], results: list[campaign.Result]) -> str:
     """Return a whole run as JSON: of each row how many mutants there are, and the findings."""
     whole = {
-        "commit": commit(),
+        "commit": revision(),
         "mutants": len(mutants),
         "died": sum(not result.is_finding for result in results),
         "minutes": round(sum(result.seconds for result in results) / 60),
@@ -130,7 +133,7 @@ def summary(mutants: list[Mutant], results: list[campaign.Result]) -> str:
 
 
 def show(mutants: list[Mutant], results: list[campaign.Result], seconds: float, *, as_json: bool) -> None:
-    """Print the count of mutants and findings by row, and in all."""
+    """Print the count of mutants and findings by row, and in all; and the findings, those that the log had, too."""
     if as_json:
         print(*(json.dumps(result._asdict()) for result in results), sep="\n")
         return
@@ -143,6 +146,9 @@ def show(mutants: list[Mutant], results: list[campaign.Result], seconds: float, 
         others = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if verdict != campaign.DIED)
         table.add_row(row, str(count.total()), str(count[campaign.DIED]), others)
     Console().print(table)
+    for result in results:
+        if result.is_finding:
+            print(f"{result.mutant}: {result.verdict}. {result.why}")
     died = sum(count[campaign.DIED] for count in verdicts.values())
     print(f"{died} of {len(results)} mutants of {len(verdicts)} rows died; {seconds:.0f} s")
 

@@ -62,6 +62,17 @@ class Mutant(NamedTuple):
         begin = self.begin(source)
         return source[:begin] + self.replacement + source[begin + len(self.text) :]
 
+    def source(self, root: Path) -> str:
+        """Return its file's source in a tree.
+
+        Raises:
+            BadMutant: there is no such file.
+        """
+        try:
+            return (root / self.file).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise BadMutant(f"{self.name}: there is no {self.file}") from None
+
     def begin(self, source: str) -> int:
         """Return where its text is in its file's source; errors as applied()."""
         if (count := source.count(self.text)) != 1:

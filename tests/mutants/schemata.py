@@ -53,7 +53,7 @@ def clockprobe() -> bytes:
 
 
 def groups(mutants: list[Mutant], root: Path) -> list[list[Mutant]]:
-    """Divide compiled mutants so that no two of a build have texts in common, outside of C functions.
+    """Divide compiled mutants so that no two of a build have texts in common, outside of C functions and images.
 
     Raises:
         BadMutant: one does not apply.
@@ -72,22 +72,22 @@ def groups(mutants: list[Mutant], root: Path) -> list[list[Mutant]]:
 
 def span(mutant: Mutant, root: Path) -> range:
     """Return where a mutant's text is in its file; errors as groups()."""
-    begin = mutant.begin((root / mutant.file).read_text(encoding="utf-8"))
+    begin = mutant.begin(mutant.source(root))
     return range(begin, begin + len(mutant.text))
 
 
 def overlap(one: Mutant, other: Mutant, spans: dict[str, range]) -> bool:
-    """Whether two mutants stand in each other's way: a C function is compiled anew for each."""
+    """Whether two mutants stand in each other's way: a C function or an image is made anew for each."""
     here, there = spans[one.name], spans[other.name]
     common = here.start < there.stop and there.start < here.stop
-    return common and one.file == other.file and not one.file.endswith(".h")
+    return common and one.file == other.file and not one.file.endswith((".h", ".s"))
 
 
 def write(root: Path, chosen: dict[int, Mutant]) -> None:
     """Rewrite a tree's sources so that each number chooses its mutant; the tree is then to be built.
 
     Raises:
-        BadMutant: one does not apply, or cannot be chosen at run time.
+        BadMutant: one does not apply, is not assembled, or cannot be chosen at run time.
     """
     files: dict[str, dict[int, Mutant]] = defaultdict(dict)
     for number, mutant in chosen.items():
@@ -116,9 +116,14 @@ def header(source: str, mutants: dict[int, Mutant]) -> str:
             edits.append((begin, end, f"(pvclock_mutant == {number} ? ({mutant.replacement}) : ({mutant.text}))"))
     for at, those in inside.items():
         edits.append((at, functions[at].end(), variants(functions[at], those)))
+    return NO_WARNINGS + CHOOSER + edited(source, edits)
+
+
+def edited(source: str, edits: list[tuple[int, int, str]]) -> str:
+    """Return a source with other text between each begin and end."""
     for begin, end, text in sorted(edits, reverse=True):
         source = source[:begin] + text + source[end:]
-    return NO_WARNINGS + CHOOSER + source
+    return source
 
 
 def variants(function: re.Match[str], mutants: dict[int, Mutant]) -> str:
@@ -139,8 +144,11 @@ def variants(function: re.Match[str], mutants: dict[int, Mutant]) -> str:
 
 def cython(source: str, mutants: dict[int, Mutant]) -> str:
     """Return a Cython source with these mutants, each chosen by its number."""
+    edits = []
     for number, mutant in mutants.items():
-        source = mutant._replace(replacement=choice(mutant, source, number)).applied(source)
+        begin = mutant.begin(source)
+        edits.append((begin, begin + len(mutant.text), choice(mutant, source, number)))
+    source = edited(source, edits)
     declared = CYTHON_DOCSTRING.match(source)
     if declared is None:
         raise BadMutant(f"{next(iter(mutants.values())).file} does not begin with a docstring")
@@ -165,6 +173,9 @@ def assemble(file: Path, source: str, mutants: dict[int, Mutant]) -> None:
     """Assemble a guest's image as it is (0) and for each mutant, and let the package of images give the chosen one.
 
     Its compiled module stays, for the build makes that anew; the package takes another instead.
+
+    Raises:
+        BadMutant: one does not apply, or is not assembled.
     """
     folder = file.parent / "mutants"
     folder.mkdir(exist_ok=True)
@@ -172,7 +183,11 @@ def assemble(file: Path, source: str, mutants: dict[int, Mutant]) -> None:
     for number, text in images.items():
         written, binary = folder / f"{number}.s", folder / f"{number}.o"
         written.write_text(f".section .rodata\n{text}", encoding="utf-8")
-        subprocess.run(["as", "-I", file.parent, "-o", binary, written], check=True)
+        assembled = subprocess.run(
+            ["as", "-I", file.parent, "-o", binary, written], capture_output=True, text=True, check=False
+        )
+        if assembled.returncode:
+            raise BadMutant(f"{file.name} is not assembled: {assembled.stderr}")
         options = ("--only-section=.rodata", "--output-target=binary")
         subprocess.run(["objcopy", *options, binary, folder / f"{number}.image"], check=True)
     (file.parent / "_mutants.py").write_text(IMAGES_MODULE, encoding="utf-8")
