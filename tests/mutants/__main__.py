@@ -11,17 +11,14 @@ import json
 import os
 import random
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
-from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.mutants import campaign
+from tests.mutants import campaign, progress
 from tests.mutants.mutant import ROOT, BadMutant, Mutant, load
 from tests.revision import commit, revision
 
@@ -39,7 +36,12 @@ def main() -> int:
         mutants = chosen(arguments)
         log.parent.mkdir(parents=True, exist_ok=True)
         known = {} if arguments.afresh or arguments.find else campaign.logged(log)
-        known |= run([mutant for mutant in mutants if mutant.name not in known], arguments, log)
+        known |= progress.run(
+            [mutant for mutant in mutants if mutant.name not in known],
+            None if arguments.find else log,
+            arguments=lambda mutant: tests_of(mutant, arguments.find),
+            jobs=arguments.jobs,
+        )
     except (BadMutant, OSError) as why:
         print(why, file=sys.stderr)
         return CANNOT
@@ -87,36 +89,11 @@ def chosen(arguments: argparse.Namespace) -> list[Mutant]:
     return mutants
 
 
-def run(mutants: list[Mutant], arguments: argparse.Namespace, log: Path) -> dict[str, campaign.Result]:
-    """Run mutants with progress on standard error, each result going to the log at once; return them by mutant."""
-    tests = {"unit": UNIT_TESTS, "all": ALL_TESTS, None: ()}[arguments.find]
-    tree = campaign.tree_hash()
-    columns = (TextColumn("{task.description}", markup=False), MofNCompleteColumn(), TimeElapsedColumn())
-    results = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="pvclock-mutants-") as work,
-        Progress(*columns, console=Console(stderr=True)) as progress,
-        log.open("a", encoding="utf-8") as file,
-        closing(
-            campaign.run(
-                mutants,
-                Path(work),
-                arguments=lambda mutant: list(tests) or ["-x", *(f"tests/{test}" for test in mutant.dies_in)],
-                jobs=arguments.jobs,
-                report=lambda what: progress.update(bar, description=what),
-            )
-        ) as of_each,
-    ):
-        bar = progress.add_task("mutants", total=len(mutants))
-        for result in of_each:
-            results[result.mutant] = result
-            if not arguments.find:
-                print(json.dumps({"tree": tree, "result": result}), file=file, flush=True)
-            progress.update(bar, advance=1, description=f"{result.mutant} {result.verdict}")
-            if result.is_finding or arguments.find:
-                told = "\n  ".join((f"{result.mutant}: {result.verdict}. {result.why}", *result.noticed_by))
-                progress.console.print(told, soft_wrap=True, highlight=False, markup=False)
-    return results
+def tests_of(mutant: Mutant, find: str | None) -> list[str]:
+    """Return pytest's arguments: the tests that are to notice a mutant, or all that name its row."""
+    if find is None:
+        return ["-x", *(f"tests/{test}" for test in mutant.dies_in)]
+    return list({"unit": UNIT_TESTS, "all": ALL_TESTS}[find])
 
 
 def summary(mutants: list[Mutant], results: list[campaign.Result]) -> str:

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import random
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from tests.mutants import campaign
+from tests.mutants import campaign, progress
 from tests.mutants.mutant import HERE, ROOT, Mutant
 
 JUDGED = HERE / "operators-judged.tsv"
 SEED = 13
-SECONDS_MAX = 600.0
+SECONDS_MAX = 150.0
 QUICK = "not (kvm or long)"
 
 HEADERS = ("math", "anchor", "publish", "tsc", "own_line", "words", "records")
@@ -108,47 +103,34 @@ def main() -> int:
     known = campaign.logged(arguments.log)
     missing = [mutant for mutant in mutants.values() if mutant.name not in known]
     without_slow = [f"--deselect=tests/{test}" for test in SLOW]
-    known |= run(missing, arguments.jobs, arguments.log, without_slow)
+    known |= run(missing, arguments, without_slow)
     lives = [mutant for mutant in mutants.values() if known[mutant.name].verdict == campaign.SURVIVED]
     of_python = [mutant._replace(dies_in=SLOW) for mutant in lives if not mutant.is_compiled]
-    known |= run(of_python, arguments.jobs, arguments.log, [])
+    known |= run(of_python, arguments, [])
     return report([known[name] for name in mutants])
+
+
+def run(mutants: list[Mutant], arguments: argparse.Namespace, options: list[str]) -> dict[str, campaign.Result]:
+    """Run mutants' tests with options of pytest's."""
+    options = ["-x", "-m", QUICK, *options]
+    return progress.run(
+        mutants,
+        arguments.log,
+        arguments=lambda mutant: [*options, *(f"tests/{test}" for test in mutant.dies_in)],
+        jobs=arguments.jobs,
+        seconds=SECONDS_MAX,
+    )
 
 
 def report(results: list[campaign.Result]) -> int:
     """Print what lives and what was judged of it; return the exit status."""
     judged = {line.split("\t")[0] for line in JUDGED.read_text(encoding="utf-8").splitlines()[1:]}
-    lives = [result for result in results if result.verdict != campaign.DIED]
+    lives = [result for result in results if result.verdict not in {campaign.DIED, campaign.HUNG}]
     for result in lives:
         print(result.mutant, result.verdict, "judged" if result.mutant in judged else result.why, sep="\t")
     unjudged = [result for result in lives if result.mutant not in judged]
     print(f"{len(results) - len(lives)} of {len(results)} died; {len(lives) - len(unjudged)} that live are judged")
     return int(bool(unjudged))
-
-
-def run(mutants: list[Mutant], jobs: int, log: Path, options: list[str]) -> dict[str, campaign.Result]:
-    """Run mutants' tests, with options of pytest; progress is shown, each result goes to the log at once."""
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    tree = campaign.tree_hash()
-    results = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="pvclock-mutants-") as work,
-        Progress(*columns, console=Console(stderr=True)) as progress,
-        log.open("a", encoding="utf-8") as file,
-    ):
-        bar = progress.add_task("mutants", total=len(mutants))
-        for result in campaign.run(
-            mutants,
-            Path(work),
-            arguments=lambda mutant: ["-x", "-m", QUICK, *options, *(f"tests/{test}" for test in mutant.dies_in)],
-            jobs=jobs,
-            seconds=SECONDS_MAX,
-            report=lambda what: progress.update(bar, description=what),
-        ):
-            results[result.mutant] = result
-            print(json.dumps({"tree": tree, "result": result}), file=file, flush=True)
-            progress.update(bar, advance=1, description=f"{result.mutant} {result.verdict}")
-    return results
 
 
 def sample(count: int) -> list[Mutant]:
