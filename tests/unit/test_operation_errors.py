@@ -23,7 +23,7 @@ from pvclock import (
 )
 from pvclock.clock.guest_clock import GUEST_STOPPED
 from pvclock.timekeeping.catchup import Advance, Policy, Slew
-from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, a_clock, page_of
+from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, a_clock, bound_ns, guest_ns, page_of
 
 HZ = 2_596_132_000
 
@@ -51,9 +51,10 @@ WRONG: dict[str, Callable[[GuestClock], object]] = {
 @pytest.mark.parametrize("name", list(WRONG))
 def test_wrong_values_change_nothing(name: str) -> None:
     """Each is refused with what was wrong; timeline, page, events and policy are as they were, and time goes on."""
-    clock, backend, _ = a_clock(HZ)
+    clock, backend, memory = a_clock(HZ)
     backend.advance(ns=3 * NS_PER_S)
     clock.refresh()
+    image = memory.read(0, 1 << 16)
     before = clock.line, clock.rate, page_of(clock), clock.events.last, clock.policy, clock.skew_ns, clock.reference
     with pytest.raises((RangeError, StateError, ValueError)):
         WRONG[name](clock)
@@ -66,9 +67,11 @@ def test_wrong_values_change_nothing(name: str) -> None:
         clock.skew_ns,
         clock.reference,
     ) == before
+    assert memory.read(0, 1 << 16) == image
     backend.advance(ns=NS_PER_S)
     clock.refresh()
     assert clock.at(backend.tsc) == 4 * NS_PER_S
+    assert abs(guest_ns(backend, memory) - 4 * NS_PER_S) <= 1
 
 
 @pytest.mark.row("E1", "E13")
@@ -91,8 +94,8 @@ def test_parts_of_a_ns_are_refused(operation: str) -> None:
 def test_whatever_dilation_is_taken_can_be_slewed(
     dilation: tuple[int, int], hz: int, target_ns: int, max_ppm: int
 ) -> None:
-    """A dilation is refused, or every slew and correction on top of it works, with terms of any length."""
-    clock, backend, _ = a_clock(hz)
+    """A dilation is refused, or each slew and correction on it works, with terms of any length, and guests read on."""
+    clock, backend, memory = a_clock(hz)
     try:
         clock.dilate(*dilation)
     except RangeError:
@@ -100,10 +103,15 @@ def test_whatever_dilation_is_taken_can_be_slewed(
         return
     clock.follow("raw", max_ppm=100_000)
     clock.slew(target_ns, max_ppm)
+    last_ns = guest_ns(backend, memory)
     for _ in range(4):
         clock.tick()
         backend.advance(ns=NS_PER_S)
         backend.ref_ns += 10**8  # type: ignore[assignment]  # a RefNs and an int
+        now_ns = guest_ns(backend, memory)
+        assert now_ns >= last_ns
+        assert abs(now_ns - clock.at(backend.tsc)) <= bound_ns(page_of(clock), clock.rate * NS_PER_S / hz, backend.tsc)
+        last_ns = now_ns
     assert clock.rate > 0
     assert clock.dilation == Fraction(*dilation)
 
