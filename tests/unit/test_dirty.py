@@ -52,7 +52,7 @@ WRITES: dict[str, tuple[Callable[[GuestMemory], object], list[Extent]]] = {
 @pytest.mark.row("E9")
 @pytest.mark.parametrize("name", WRITES)
 def test_what_is_deferred_is_told_once_at_the_end(name: str) -> None:
-    """Each way to write is told at once by itself, and writes nothing else; deferred, it is told later, each range once."""
+    """Each way to write is told at once and writes nothing else; what is deferred is told later, each range once."""
     write, extents = WRITES[name]
     memory, heard = a_memory()
     for gpa, length in extents:
