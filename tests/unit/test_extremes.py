@@ -110,9 +110,9 @@ def test_a_clock_past_2_64_ns_can_be_used_and_saved() -> None:
     clock.pause()
     last_ns = guest_ns(backend, memory)
     restored = GuestClock.restore(clock.save(), memory, backend=backend)
-    assert abs(restored.now() - last_ns) <= 2
+    assert abs(restored.now() - last_ns) <= 500
     restored.resume("freeze")
-    assert abs(guest_ns(backend, memory) - last_ns) <= 2
+    assert 0 <= guest_ns(backend, memory) - last_ns <= 500  # what the page lost in the slews is there again
 
 
 @pytest.mark.row("E9", "E13")
