@@ -235,6 +235,7 @@ def test_the_base_is_saved_with_the_clock() -> None:
         assert ("cpuid_base" in saved.provider.config) is (options.get("cpuid_base") == 0x40000100)
         restored = GuestClock.restore(saved, clock.memory, backend=SimulatedBackend(HZ))
         assert restored.cpuid_leaves == clock.cpuid_leaves
+        assert min(restored.cpuid_leaves) == options.get("cpuid_base", 0x40000000)
 
 
 # What a provider is told
