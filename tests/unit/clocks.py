@@ -29,6 +29,16 @@ def shown(memory: GuestMemory, vcpu: int, tsc: int) -> int:
     return oracle.TimeInfo.parse(memory.read(PAGES[vcpu], 32)).read(tsc)
 
 
+def guest_tsc(backend: SimulatedBackend, vcpu: int = 0) -> int:
+    """What vCPU's RDTSC gives: the host's TSC and the offset that the host was given last."""
+    return (backend.tsc + backend.tsc_offsets.get(vcpu, 0)) % 2**64
+
+
+def guest_ns(backend: SimulatedBackend, memory: GuestMemory, vcpu: int = 0) -> int:
+    """What vCPU's guest reads now: its page in memory, and its own RDTSC."""
+    return shown(memory, vcpu, guest_tsc(backend, vcpu))
+
+
 def bound_ns(page: TimeInfo, rate: Fraction, age_ticks: int) -> Fraction:
     """Design 2.3: 2 ns, the ticks that the right shift cuts, and 0.47 ppb of the page's age."""
     cut_ticks = (1 << max(-page.tsc_shift, 0)) - 1

@@ -109,7 +109,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
-@pytest.mark.row("E2", "E13", "TM-15")
+@pytest.mark.row("E2", "E13")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_no_policy_is_refused_where_it_is_given(wrong: str) -> None:
     """As the clock's policy, for a resume and for as_policy(): an error of ours with what is wrong, and no change."""
@@ -139,7 +139,7 @@ def test_a_clock_has_some_policy() -> None:
         catchup.parse(None)  # type: ignore[arg-type]  # on purpose
 
 
-@pytest.mark.row("E1", "E2", "TM-15")
+@pytest.mark.row("E1", "E2")
 @given(policy=POLICIES)
 @example(policy=Slew(MOST_PPM, U64_MAX))
 @example(policy=CatchUpTable(((0, 1), (U64_MAX, 1000)), 0, U64_MAX))
@@ -263,3 +263,4 @@ def test_accepted_policies_run_and_are_saved(policy: Policy, missed_ns: int, wai
     assert again.policy == policy
     assert again.skew_ns == clock.skew_ns
     again.resume()
+    assert shown(memory, 0, backend.tsc) >= last - 2  # it begins on the timeline, and a page may be that much ahead

@@ -246,7 +246,6 @@ def test_a_cache_that_cannot_be_written(home: str | None, nobody: bool, tmp_path
     assert "set XDG_CACHE_HOME to a folder that can be written" in line
 
 
-@pytest.mark.row("X-02")
 @pytest.mark.kvm
 def test_nobody_and_the_device() -> None:
     """A user without the right to /dev/kvm is told what helps with this device, in every command that wants it."""

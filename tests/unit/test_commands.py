@@ -18,7 +18,7 @@ from pvclock.meter.stress import THREAD_BURSTS, PublishStress, stress_publishing
 from qemu_glue import cpu_property
 
 
-@pytest.mark.row("E13", "K-15")
+@pytest.mark.row("E13")
 def test_scale_prints_pairs(capsys: pytest.CaptureFixture[str]) -> None:
     """`pvclock scale` gives mul, shift and the rate error of each frequency, also as JSON."""
     assert main(["scale", "2596132000", "2.4GHz"]) == 0

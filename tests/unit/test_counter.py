@@ -63,7 +63,7 @@ def test_a_steered_tsc_goes_forward_only() -> None:
     assert not backend.tsc_stable
 
 
-@pytest.mark.row("K-07")
+@pytest.mark.row("E9")
 def test_the_time_of_day_at_an_instant_of_kernel_time() -> None:
     """The pair that it gives is one instant: as far from the epoch as kernel time is from its own."""
     vcpus = [cast("Vcpu", RecordingVcpu())]

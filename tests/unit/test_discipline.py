@@ -203,17 +203,23 @@ def test_wrong_samples_at_the_beginning_are_forgiven(wrong: int, ns: float) -> N
 
 @pytest.mark.row("E11", "E9")
 def test_samples_that_floats_cannot_tell_apart() -> None:
-    """After 36 years two samples a tick apart are one instant: no division by nothing, whatever follows."""
+    """After 36 years two samples a tick apart are one instant: no division by nothing, and a step is found."""
     discipline, far_s = Discipline(HZ), 2**60 // 10**9
 
-    def steer(s: int, ticks: int, ns: int) -> None:
-        discipline.steer(Sample(HostTsc((s * HZ + ticks) % 2**64), ns, 20.0), Fraction(s * 10**9))
+    def steer(s: int, ticks: int, ns: int) -> float:
+        steering = discipline.steer(Sample(HostTsc((s * HZ + ticks) % 2**64), ns, 20.0), Fraction(s * 10**9))
+        assert abs(steering.frequency_adjustment) <= Fraction(500, 10**6)
+        assert steering.bound_ns < 1000
+        return steering.error_ns
 
     steer(0, 0, 0)
     steer(far_s, 0, far_s * 10**9)
+    errors_ns = []
     for second in range(10):
-        steer(far_s + second, 0, (far_s + second + 5 * (second > 2)) * 10**9)
-        steer(far_s + second, 1, (far_s + second + 5 * (second > 2)) * 10**9)
+        errors_ns.append(steer(far_s + second, 0, (far_s + second + 5 * (second > 2)) * 10**9))
+        errors_ns.append(steer(far_s + second, 1, (far_s + second + 5 * (second > 2)) * 10**9))
+    assert max(map(abs, errors_ns[:6])) < 100
+    assert abs(errors_ns[-1] - 5 * 10**9) < 100
 
 
 @pytest.mark.row("E13")

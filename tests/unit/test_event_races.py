@@ -23,12 +23,14 @@ class Heard:
         self.log = EventLog()
         self.staying: list[int] = []
         self.guest: list[int] = []
+        self.stays = False  # does the one that goes hear events to the end?
         self._threads = threads_named(NAME)
         self._end = self.log.subscribe(lambda event: self.staying.append(event.sequence))
         self.leave: Callable[[], None] = lambda: None
 
     def come(self) -> None:
         """Subscribe the one that goes."""
+        self.stays = True
         self.leave = self.log.subscribe(lambda event: self.guest.append(event.sequence))
 
     def come_and_leave(self) -> None:
@@ -39,13 +41,18 @@ class Heard:
         """What can be done."""
         operations: dict[str, Callable[[], object]] = {
             "come": self.come,
-            "leave": self.leave,
+            "leave": self.go,
             "come and leave": self.come_and_leave,
             "append": self.append,
             "flush": self.log.flush,
             "a look at flush": lambda: self.log.flush(timeout_s=0),
         }
         return operations[name]
+
+    def go(self) -> None:
+        """End the subscription of the one that goes."""
+        self.leave()
+        self.stays = False
 
     def append(self) -> None:
         """Append an event."""
@@ -57,7 +64,8 @@ class Heard:
         assert self.log.flush(LIMIT_S)
         assert self.staying[:last] == list(range(1, last + 1))
         assert self.log.read().lost == 0
-        assert self.guest == sorted(set(self.guest))
+        assert self.guest == list(range(self.guest[0], self.guest[-1] + 1) if self.guest else ())
+        assert (last in self.guest) == self.stays
         assert len(threads_named(NAME) - self._threads) == 1
         self.leave()
         self._end()

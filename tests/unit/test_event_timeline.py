@@ -115,8 +115,8 @@ def test_lost_events_are_not_guessed_at() -> None:
     events = clock.events.read().events
     begun = len(events) - 4
     timeline = EventTimeline([*events[: begun + 1], *events[begun + 3 :]])
-    assert timeline.at(HostTsc(HZ - 1)) == clock.at(HostTsc(HZ - 1))
-    assert timeline.at(HostTsc(4 * HZ)) == clock.at(HostTsc(4 * HZ))
+    assert timeline.at(HostTsc(HZ - 1)) == clock.at(HostTsc(HZ - 1)) == Fraction((HZ - 1) * NS_PER_S, HZ)
+    assert timeline.at(HostTsc(4 * HZ)) == clock.at(HostTsc(4 * HZ)) == 4 * NS_PER_S + 20
     with pytest.raises(RangeError, match=f"events {begun + 2} to {begun + 3}"):
         timeline.at(HostTsc(2 * HZ))
 

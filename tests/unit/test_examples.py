@@ -53,7 +53,7 @@ def test_nobody_reads_the_emulator(redirect: str, status: int, lines: int) -> No
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (status, "", lines)
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("device", ["/nonexistent/kvm", os.devnull, str(ROOT)])
 def test_a_vmm_without_kvm_says_so_in_one_line(device: str) -> None:
     """The line says what cannot be opened; the exit status is 2, and there is no traceback."""
@@ -62,7 +62,7 @@ def test_a_vmm_without_kvm_says_so_in_one_line(device: str) -> None:
     assert re.fullmatch(rf"open {device}: \w+ .*\n", done.stderr)
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 def test_a_vmm_with_too_many_arguments() -> None:
     """They are no device's path, and there is no traceback."""
     done = run_python(VMM, "/dev/kvm", "again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from math import ceil
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pvclock import Backend, GuestClock, GuestMemory, HostTsc, RangeError, Reference, SimulatedBackend, StateError
 from pvclock.errors import TscOffsetNotHonoured, WrongType
 from pvclock.host.execution_time import ExecutionTimeBackend
-from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, page_of, shown
+from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, guest_ns, guest_tsc, page_of, shown
 
 HZ = 2_596_132_000
 NS = st.one_of(st.integers(0, 10**9), st.sampled_from([0, 1, 2, 10**9]))
@@ -38,10 +39,12 @@ def a_clock(backend: Backend, vcpus: int = 1) -> tuple[GuestClock, GuestMemory]:
 
 
 def run(backend: ExecutionTimeBackend, host: SimulatedBackend, ns: int) -> int:
-    """Let the guest execute for so long, and return the host ticks that it took."""
+    """Let the guest execute for so long, and return the host ticks that it took, by the host's TSC."""
     backend.enter()
+    begin = host.tsc
     host.advance(ns=ns)
-    ticks = backend.exit()
+    ticks = (host.tsc - begin) % 2**64
+    assert backend.exit() == ticks
     backend.ran(ticks)
     return ticks
 
@@ -51,14 +54,16 @@ def run(backend: ExecutionTimeBackend, host: SimulatedBackend, ns: int) -> int:
 def test_vmm_time_is_hidden_exactly(host_tsc: int, runs: list[tuple[int, int, Fraction]]) -> None:
     """After any VMM time and runs, guest time is the executed ticks at the nominal rate; slaved, it is all ticks."""
     backend, host = unslaved(host_tsc)
-    clock, _ = a_clock(backend)
+    clock, memory = a_clock(backend)
     slaved, _ = a_clock(host)
-    executed = 0
+    executed, rate = 0, Fraction(NS_PER_S, HZ)
     for vmm_ns, run_ns, _ in runs:
         host.advance(ns=vmm_ns)
         executed += run(backend, host, run_ns)
         assert backend.counter.read() == executed
-        assert clock.at(HostTsc(executed)) == Fraction(executed * NS_PER_S, HZ)
+        assert clock.at(HostTsc(executed)) == executed * rate
+        page = page_of(clock)
+        assert abs(shown(memory, 0, executed) - executed * rate) <= bound_ns(page, rate, executed - page.tsc_timestamp)
         assert slaved.at(host.tsc) == Fraction(((host.tsc - host_tsc) % 2**64) * NS_PER_S, HZ)
 
 
@@ -78,8 +83,9 @@ def test_exact_cycles(runs: list[tuple[int, int, Fraction]]) -> None:
         executed += cycles
         clock.refresh()
         assert clock.now() == executed * NS_PER_S // HZ
-        ns = shown(memory, 0, clock.guest_tsc(0, HostTsc(backend.counter.read())))
+        ns = shown(memory, 0, executed)
         assert last <= ns
+        assert abs(ns - executed * Fraction(NS_PER_S, HZ)) <= 2
         last = ns
     assert host.tsc_offsets == {}
 
@@ -95,8 +101,9 @@ class ExecutionTimeOperations(RuleBasedStateMachine):
         self.backend, self.host = unslaved(host_tsc, tsc_hz=hz)
         self.clock, self.memory = a_clock(self.backend, vcpus=2)
         self.model_ns = Fraction(0)
+        self.dilation = Fraction(1)
+        self.executed, self.offsets = 0, [0, 0]
         self.last_read = [0, 0]
-        self.last_tsc: list[int | None] = [None, None]
 
     @rule(ns=NS)
     def vmm_time(self, ns: int) -> None:
@@ -108,35 +115,43 @@ class ExecutionTimeOperations(RuleBasedStateMachine):
         """The guest executes, and reads its clock now and then, by its own TSC."""
         self.backend.enter()
         begin = self.host.tsc
-        self.guest_reads()
+        self.guest_reads(0)
         for ns in parts:
             self.host.advance(ns=ns)
-            self.guest_reads()
+            self.guest_reads((self.host.tsc - begin) % 2**64)
         ticks = self.backend.exit()
         assert ticks == (self.host.tsc - begin) % 2**64
         self.backend.ran(ticks)
-        self.model_ns += ticks * self.clock.dilation * NS_PER_S / self.host.tsc_hz
+        self.execute(ticks)
         self.clock.refresh()
 
-    def guest_reads(self) -> None:
-        """Each vCPU's own arithmetic on its page and the hardware's TSC: right, and never less than before."""
+    @property
+    def rate(self) -> Fraction:
+        """Guest ns that an executed tick is."""
+        return self.dilation * NS_PER_S / self.host.tsc_hz
+
+    def execute(self, ticks: int) -> None:
+        """Move the model on by so many executed ticks."""
+        self.executed += ticks
+        self.model_ns += ticks * self.rate
+
+    def guest_reads(self, ticks: int) -> None:
+        """Each vCPU, `ticks` into a run: its own arithmetic on its page and the hardware's TSC is as the model's."""
         for vcpu in range(2):
-            tsc = (self.host.tsc + self.host.tsc_offsets[vcpu]) % 2**64
-            last = self.last_tsc[vcpu]
-            assert last is None or (tsc - last) % 2**64 < 2**63
+            tsc = guest_tsc(self.host, vcpu)
+            assert tsc == (self.executed + ticks + self.offsets[vcpu]) % 2**64
             page = page_of(self.clock, vcpu)
             ns = shown(self.memory, vcpu, tsc)
             assert ns >= self.last_read[vcpu]
-            executed = HostTsc((tsc - self.clock.tsc(vcpu).offset) % 2**64)
-            rate = self.clock.rate * NS_PER_S / self.host.tsc_hz
-            bound = bound_ns(page, rate, (tsc - page.tsc_timestamp) % 2**64) + 1
-            assert abs(ns - self.clock.at(executed)) <= bound
-            self.last_read[vcpu], self.last_tsc[vcpu] = ns, tsc
+            bound = bound_ns(page, self.rate, (tsc - page.tsc_timestamp) % 2**64) + 1
+            assert abs(ns - self.model_ns - ticks * self.rate) <= bound
+            self.last_read[vcpu] = ns
 
     @rule(dilation=st.sampled_from([(1, 1), (1, 10), (2, 1), (355, 113)]))
     def dilate(self, dilation: tuple[int, int]) -> None:
         """Another rate from here on."""
         self.clock.dilate(*dilation)
+        self.dilation = Fraction(*dilation)
 
     @rule(ns=NS)
     def skip(self, ns: int) -> None:
@@ -156,20 +171,22 @@ class ExecutionTimeOperations(RuleBasedStateMachine):
         """Exactly as much guest time as asked for, to the tick above."""
         self.clock.pause()
         report = self.clock.run_for(ns)
-        self.model_ns += report.ran_ns
+        ticks = ceil(ns / self.rate)
+        assert (report.ran_ns, report.overshoot_ns) == (ticks * self.rate, ticks * self.rate - ns)
+        self.execute(ticks)
         self.clock.resume()
-        assert 0 <= report.overshoot_ns < self.clock.rate * NS_PER_S / self.host.tsc_hz
 
     @rule(value=TSC, vcpu=st.sampled_from([0, 1]))
     def write_tsc(self, value: int, vcpu: int) -> None:
         """A guest's write of its TSC moves its TSC alone."""
         self.clock.write_msr(vcpu, 0x10, value)
-        self.last_tsc[vcpu] = None
+        self.offsets[vcpu] = value - self.executed
 
     @invariant()
     def guest_time_is_what_was_executed(self) -> None:
         """The executed ticks at the rates that were declared, and the skips: exactly."""
-        assert self.clock.at(HostTsc(self.backend.counter.read())) == self.model_ns
+        assert self.backend.counter.read() == self.executed
+        assert self.clock.at(HostTsc(self.executed)) == self.model_ns
 
 
 @pytest.mark.row("P-01", "P-08", "P-10", "P-11", "P-18", "E9", "E12")
@@ -307,7 +324,6 @@ def test_a_pause_misses_nothing(slept: bool, restored: bool) -> None:
     clock, memory = a_clock(backend)
     run(backend, host, NS_PER_S)
     clock.pause()
-    stood_ns = clock.at(HostTsc(backend.counter.read()))
     host.advance(ns=10 * NS_PER_S)
     if slept:
         host.sleep(ns=NS_PER_S, tsc="restarts")
@@ -315,4 +331,10 @@ def test_a_pause_misses_nothing(slept: bool, restored: bool) -> None:
         clock = GuestClock.restore(clock.save(), memory, backend=backend)
         host.advance(ns=NS_PER_S)
     assert clock.resume("advance").step_ns == 0
-    assert clock.at(HostTsc(backend.counter.read())) == stood_ns
+    assert clock.at(HostTsc(HZ)) == NS_PER_S
+    for ran_ns in (0, 5):
+        host.advance(ns=NS_PER_S)
+        backend.enter()
+        host.advance(ns=ran_ns)
+        assert abs(guest_ns(host, memory) - NS_PER_S - ran_ns) <= 1
+        backend.ran(backend.exit())

@@ -148,7 +148,7 @@ def test_a_trapped_guests_cycles_are_the_vmms_to_count() -> None:
 @pytest.mark.row("P-08", "E9")
 @pytest.mark.parametrize("call", ["hold", "leave", "enter"])
 def test_an_interrupt_at_each_line(call: str) -> None:
-    """KeyboardInterrupt at any line leaves no hold, and hardware and counter agree on what was executed."""
+    """KeyboardInterrupt at any line leaves no hold, and hardware and counter show what was executed and no more."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -173,7 +173,9 @@ def test_an_interrupt_at_each_line(call: str) -> None:
         assert host.holds == 0
         if not backend.is_running:
             backend.enter()
-        assert sees_what_was_executed(backend, host, backend.counter.read())
+        executed = backend.counter.read()
+        assert executed == 100 or (executed == 1100 and call == "hold" and line < lines.count)  # one that was dropped
+        assert sees_what_was_executed(backend, host, executed)
         if lines.count <= line:
             break
         del lines  # which has frames, and these have what was interrupted

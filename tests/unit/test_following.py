@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Callable
 from fractions import Fraction
@@ -25,7 +26,8 @@ from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.meter.stress import republish
 from pvclock.timekeeping.discipline import SteeringState
 from pvclock.timekeeping.events import EventKind
-from tests.unit.clocks import MAX_AGE_NS, NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, page_of, shown
+from tests import oracle
+from tests.unit.clocks import MAX_AGE_NS, NS_PER_S, PAGES, SYSTEM_TIME, bound_ns, guest_ns, page_of, shown
 from tests.waiting import HANG_S
 
 HZ = 2_596_132_000
@@ -60,17 +62,28 @@ class Vm:
         return self.clock.read(0) - before
 
     def lag_ns(self, since: tuple[Fraction, int]) -> float:
-        """How much more the reference than the guest's time has gone on since then."""
-        guest_ns, ref_ns = since
-        return float(self.backend.ref_ns - ref_ns - (self.clock.at(self.backend.tsc) - guest_ns))
+        """How much more the reference than the guest's time has gone on since then, by the timeline."""
+        exact_ns, ref_ns = since
+        return float(self.backend.ref_ns - ref_ns - (self.clock.at(self.backend.tsc) - exact_ns))
 
     @property
     def now(self) -> tuple[Fraction, int]:
-        """Guest time and reference, at this instant."""
+        """The timeline's guest time and the reference, at this instant."""
         return self.clock.at(self.backend.tsc), self.backend.ref_ns
 
+    @property
+    def guest_ns(self) -> int:
+        """What vCPU 0's guest reads now."""
+        return guest_ns(self.backend, self.memory)
 
-@pytest.mark.row("E11", "K-08", "K-15")
+    @property
+    def page_rate(self) -> Fraction:
+        """How fast vCPU 0's page lets time pass, by its own mul and shift; at most 0.47 ppb below the clock's rate."""
+        page = page_of(self.clock)
+        return oracle.scale_rate(page.tsc_to_system_mul, page.tsc_shift) * self.backend.tsc_hz / NS_PER_S
+
+
+@pytest.mark.row("E11", "K-15")
 def test_a_hundred_thousand_ticks() -> None:
     """28 h at a tick a second, 66.8 ppb off: guests step by 0 or 1 ns at each, stay with timeline and reference."""
     vm = Vm(Fraction(668, 10), vcpus=2)
@@ -85,6 +98,7 @@ def test_a_hundred_thousand_ticks() -> None:
                 error_ns = shown(vm.memory, vcpu, vm.backend.tsc) - exact
                 assert abs(error_ns) <= bound_ns(page, vm.clock.rate * NS_PER_S / HZ, age_ticks)
             assert shown(vm.memory, 0, vm.backend.tsc) == shown(vm.memory, 1, vm.backend.tsc)
+            assert vm.memory.read(PAGES[0] + 24, 5) == vm.memory.read(PAGES[1] + 24, 5)  # mul and shift
             assert abs(vm.lag_ns(begin)) < 100
         vm.pass_time()
     assert vm.clock.steering is not None
@@ -101,11 +115,12 @@ def test_any_frequency(hz: int) -> None:
     """A TSC of odd Hz, whose rate and a correction have no common terms, follows as well as another."""
     vm = Vm(-31, hz)
     vm.clock.follow(Reference.MONOTONIC)
-    begin = vm.now
+    begin, begin_ns = vm.now, vm.guest_ns
     for _ in range(300):
         assert vm.tick() in (0, 1)
         vm.pass_time()
     assert abs(vm.lag_ns(begin)) < 31 + 10**9 / hz
+    assert abs(vm.backend.ref_ns - begin[1] - (vm.guest_ns - begin_ns)) < 33 + 10**9 / hz
 
 
 @pytest.mark.row("E11", "E2")
@@ -117,14 +132,14 @@ def test_a_host_step_becomes_a_slew(step_ns: int) -> None:
     for _ in range(5):
         vm.tick()
         vm.pass_time()
-    begin = vm.clock.at(vm.backend.tsc), vm.backend.realtime_ns
+    begin = vm.guest_ns, vm.backend.realtime_ns
     vm.backend.realtime_ns += step_ns
     for _ in range(60):
-        before_ns = vm.clock.read(0)
+        before_ns = vm.guest_ns
         assert vm.tick() in (0, 1)
         vm.pass_time()
-        assert abs(vm.clock.read(0) - before_ns - NS_PER_S) <= 500_000 + 2
-    assert abs(vm.backend.realtime_ns - begin[1] - (vm.clock.at(vm.backend.tsc) - begin[0])) < 20
+        assert abs(vm.guest_ns - before_ns - NS_PER_S) <= 500_000 + 2
+    assert abs(vm.backend.realtime_ns - begin[1] - (vm.guest_ns - begin[0])) < 20
 
 
 @pytest.mark.row("E11", "E12")
@@ -151,9 +166,13 @@ def test_other_operations_leave_it_on_course(operation: str) -> None:
     if operation == "pause":
         missed_ns = vm.clock.resume("advance").step_ns
         assert abs(missed_ns - 10 * NS_PER_S * (1 + 5000 * PPB)) < 10  # what the reference missed, not what the TSC did
+    vm.clock.tick()
+    begin_ns, ref_ns = vm.guest_ns, vm.backend.ref_ns
     for _ in range(10):
-        vm.clock.tick()
         vm.pass_time()
+        vm.clock.tick()
+    dilation = Fraction(355, 113) if operation == "dilate" else Fraction(1)
+    assert abs(vm.guest_ns - begin_ns - (vm.backend.ref_ns - ref_ns) * dilation) < 10
     assert vm.clock.steering is not None
     assert vm.clock.steering.state is SteeringState.LOCKED
     assert abs(vm.clock.steering.error_ns) < 3
@@ -163,20 +182,27 @@ def test_other_operations_leave_it_on_course(operation: str) -> None:
 @pytest.mark.row("E11", "K-15")
 def test_off_is_the_nominal_rate() -> None:
     """Without a reference the page is Linux's to the bit; after one, "off" goes back to that without a step."""
-    vm = Vm(5000)
-    nominal = vm.clock.scale
+    vm = Vm(5000, vcpus=2)
+    nominal = oracle.time_scale(NS_PER_S, HZ)
+
+    def pages() -> list[tuple[int, int]]:
+        found = [page_of(vm.clock, vcpu) for vcpu in range(2)]
+        return [(page.tsc_to_system_mul, page.tsc_shift) for page in found]
+
     assert (vm.clock.reference, vm.clock.tick()) == ("off", None)
+    assert pages() == [nominal, nominal]
     vm.clock.follow("raw")
     for _ in range(5):
         vm.tick()
         vm.pass_time()
-    assert vm.clock.scale != nominal
+    assert abs(vm.page_rate - 1 - 5000 * PPB) < 500 * PPB  # it works off what it missed, too
     assert vm.clock.reference == "raw"
-    before = vm.clock.read(0)
+    before = vm.guest_ns
     vm.clock.follow("off")
-    assert vm.clock.read(0) - before in (0, 1)
+    assert vm.guest_ns - before in (0, 1)
     assert vm.clock.tick() is None
-    assert (vm.clock.scale, vm.clock.rate) == (nominal, Fraction(1))
+    assert vm.clock.rate == 1
+    assert pages() == [nominal, nominal]
 
 
 @pytest.mark.row("E11", "E13")
@@ -220,7 +246,7 @@ def refusals(vm: Vm) -> list[str]:
     return [event.why for event in vm.clock.events.read().events if event.kind is EventKind.REFUSED]
 
 
-@pytest.mark.row("E11", "E13", "E10")
+@pytest.mark.row("E11", "E13")
 def test_a_source_without_samples_is_held_over() -> None:
     """From the third tick on that is the state, and an event, once; the error's bound grows with time."""
     vm = Vm(0)
@@ -247,7 +273,9 @@ def test_a_source_without_samples_is_held_over() -> None:
         vm.pass_time()
     assert bounds_ns == sorted(set(bounds_ns))
     assert bounds_ns[-1] > 10 * locked.bound_ns
-    assert refusals(vm) == ["no sample of injected: OSError, 3 ticks in a row: the clock keeps its rate"]
+    (why,) = refusals(vm)
+    assert {"injected", "OSError", "3"} <= set(re.findall(r"\w+", why))
+    assert vm.clock.rate == 1 + locked.frequency_adjustment
     source.failure = None
     for _ in range(5):
         vm.tick()
@@ -294,23 +322,23 @@ def test_a_source_that_never_gave_a_sample() -> None:
     assert vm.clock.steering.bound_ns == math.inf
 
 
-@pytest.mark.row("E11", "E13", "E10")
+@pytest.mark.row("E11", "E13")
 @pytest.mark.parametrize(
-    ("sample", "said"),
+    ("sample", "error", "said"),
     [
-        ((1, 2, 3.0), "no sample of injected: a source's sample is a tuple; it can be a Sample(tsc, ns, bound_ns)"),
-        (Sample(HostTsc(1), 2, math.inf), "no sample of injected: a sample of 2 ns, within inf: its bound must be"),
+        ((1, 2, 3.0), WrongType, {"injected", "tuple", "Sample"}),
+        (Sample(HostTsc(1), 2, math.inf), RangeError, {"injected", "2", "inf"}),
     ],
 )
-def test_what_is_no_sample_is_an_event(sample: Sample, said: str) -> None:
+def test_what_is_no_sample_is_an_event(sample: Sample, error: type[Exception], said: set[str]) -> None:
     """At the first tick, and once: a ticker's clock raises it where nobody may look."""
     vm = Vm(0)
     vm.clock.follow(lambda: sample)
     for _ in range(2):
-        with pytest.raises((WrongType, RangeError)):
+        with pytest.raises(error):
             vm.clock.tick()
     (why,) = refusals(vm)
-    assert why.startswith(said)
+    assert said <= set(re.findall(r"\w+", why))
 
 
 @pytest.mark.row("E11", "E13")
@@ -331,7 +359,7 @@ def test_what_cannot_be_followed() -> None:
     assert GuestClock(vm.memory, backend=vm.backend, reference="raw").reference == "raw"
 
 
-@pytest.mark.row("E11", "K-12")
+@pytest.mark.row("E11")
 def test_a_late_tick_loses_nothing() -> None:
     """A VMM that was away for a day: the page has drifted by mul's quantum, and comes back by 1 ns a publish."""
     vm = Vm(Fraction(668, 10))
@@ -341,8 +369,7 @@ def test_a_late_tick_loses_nothing() -> None:
         vm.pass_time()
     begin = vm.now
     vm.pass_time(86_400 * NS_PER_S)
-    behind_ns = vm.clock.at(vm.backend.tsc) - vm.clock.read(0)
-    assert behind_ns < 86_400 * Fraction(47, 100) + 2
+    assert -2 < vm.clock.at(vm.backend.tsc) - vm.guest_ns < 86_400 * Fraction(47, 100) + 2
     assert abs(vm.lag_ns(begin)) < 86_400 * 0.1
     for _ in range(100):
         assert vm.tick() in (0, 1)
@@ -361,19 +388,20 @@ def test_a_tsc_that_goes_back(back_s: float) -> None:
         vm.tick()
         vm.pass_time()
     vm.clock.tick()
-    newest = vm.clock.read(0)
+    begin_ns = newest = vm.guest_ns
     vm.backend.tsc = HostTsc(vm.backend.tsc - int(back_s * HZ))
-    for _ in range(300):
+    for second in range(300):
         vm.clock.tick()
-        assert vm.clock.read(0) - newest in (0, 1, 2)
-        assert abs(vm.clock.read(0) - vm.clock.at(vm.backend.tsc)) <= 2
+        assert vm.guest_ns - newest in (0, 1, 2)
+        assert abs(vm.guest_ns - vm.clock.at(vm.backend.tsc)) <= 2
+        assert abs(vm.guest_ns - begin_ns - second * NS_PER_S) < 25_000  # at most 67 ppb of 300 s are at stake
         vm.pass_time()
-        newest = vm.clock.read(0)
+        newest = vm.guest_ns
     assert EventKind.TSC_STEP in {event.kind for event in vm.clock.events.read().events}
     vm.clock.pause()
     moved = GuestClock.restore(vm.clock.save(), vm.memory, backend=vm.backend)
     moved.resume("advance")
-    assert moved.read(0) - newest in (0, 1, 2)
+    assert vm.guest_ns - newest in (0, 1, 2)
 
 
 def slewing(vm: Vm, step_ns: int = NS_PER_S) -> None:
@@ -403,14 +431,14 @@ def test_without_samples_the_rate_is_kept() -> None:
     vm.clock.follow(source)
     slewing(vm, NS_PER_S // 100)
     fails[0] = True
-    begin, version = vm.clock.at(vm.backend.tsc), page_of(vm.clock).version
+    begin, version = vm.guest_ns, page_of(vm.clock).version
     vm.clock.slew(1_000_000)
     for _ in range(60):
         with pytest.raises(OSError, match="gone"):
             vm.clock.tick()
         vm.pass_time()
     assert page_of(vm.clock).version >= version + 120
-    assert abs(vm.clock.at(vm.backend.tsc) - begin - 60 * NS_PER_S - 1_000_000) < 10
+    assert abs(vm.guest_ns - begin - 60 * NS_PER_S - 1_000_000) < 10
 
 
 @pytest.mark.row("E1", "E11")
@@ -419,9 +447,11 @@ def test_a_pause_is_counted_at_the_known_rate() -> None:
     vm = Vm(0)
     vm.clock.follow("realtime")
     slewing(vm)
+    begin_ns = vm.guest_ns
     vm.clock.pause()
     vm.pass_time(86_400 * NS_PER_S)
     assert vm.clock.resume("advance").step_ns == 86_400 * NS_PER_S
+    assert abs(vm.guest_ns - begin_ns - 86_400 * NS_PER_S) <= 1
 
 
 @pytest.mark.row("E23", "E11")
@@ -439,7 +469,7 @@ def test_a_sleep_is_counted_once(
     for _ in range(10):
         vm.pass_time()
         vm.clock.tick()
-    begin, _ = vm.now
+    begin = vm.guest_ns
     if paused:
         vm.clock.pause()
     vm.backend.sleep(ns=slept_ns, tsc=tsc)
@@ -449,7 +479,8 @@ def test_a_sleep_is_counted_once(
         vm.pass_time()
         vm.clock.tick()
     has_it = policy == "advance" or (tsc == "counts on" and not paused)
-    assert abs(vm.now[0] - begin - 30 * NS_PER_S - (slept_ns if has_it else 0)) < 10
+    off_ns = vm.guest_ns - begin - 30 * NS_PER_S - (slept_ns if has_it else 0)
+    assert abs(off_ns) < (80 if tsc == "counts on" else 10)  # 0.47 ppb of the sleep, which come back by 1 ns a tick
     assert vm.clock.steering is not None
     assert vm.clock.steering.state is SteeringState.LOCKED
 
@@ -461,9 +492,9 @@ def test_another_reference_begins_at_the_known_rate() -> None:
     vm.clock.follow("realtime")
     slewing(vm)
     vm.clock.follow("monotonic")
-    assert abs(vm.clock.rate - 1 - 5000 * PPB) < 10 * PPB
+    assert abs(vm.page_rate - 1 - 5000 * PPB) < 10 * PPB
     vm.clock.follow("raw", max_ppm=1)
-    assert abs(vm.clock.rate - 1) <= Fraction(1, 10**6)
+    assert 0 <= Fraction(1, 10**6) - (vm.page_rate - 1) < 1 * PPB
 
 
 @pytest.mark.row("E11", "P-08")
@@ -473,6 +504,7 @@ def test_unslaved_time_follows_no_clock() -> None:
     with pytest.raises(ConfigError, match="only while the guest executes"):
         clock.follow("raw")
     clock.follow("off")
+    assert clock.reference == "off"
 
 
 @pytest.mark.row("E11")
@@ -501,9 +533,12 @@ def test_samples_that_are_none(ns: int, bound_ns: float) -> None:
     """A sample without a bound, or beyond any clock, is an error that names it, and the clock goes on."""
     vm = Vm(0)
     vm.clock.follow(lambda: Sample(vm.backend.tsc, ns, bound_ns))
-    with pytest.raises(RangeError, match="its bound must be"):
-        vm.clock.tick()
-    assert vm.clock.rate == 1
+    begin_ns = vm.guest_ns
+    for second in range(2):
+        with pytest.raises(RangeError, match=f"{bound_ns}"):
+            vm.clock.tick()
+        assert abs(vm.guest_ns - begin_ns - second * NS_PER_S) <= 1
+        vm.pass_time()
 
 
 def in_time(*threads: threading.Thread) -> bool:

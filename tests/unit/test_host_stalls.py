@@ -25,13 +25,31 @@ NS_PER_S = 10**9
 
 @pytest.mark.row("E9")
 def test_reading_this_host() -> None:
-    """Two readings of the real host go forwards, and say what the kernel's own files say."""
-    host = LinuxHost()
-    earlier, later = host.read(), host.read()
-    for name in ("raw_ns", "monotonic_ns", "process_cpu_ns"):
-        assert getattr(earlier, name) < getattr(later, name)
-    assert earlier.asleep_least_ns <= later.asleep_most_ns
-    assert later.clocksource in later.clocksources
+    """A reading of the real host is between what the kernel says before it and after it, and as the kernel's files."""
+    before, asleep_ns = kernels_clocks(), asleep_bounds()
+    found = LinuxHost().read()
+    after = kernels_clocks()
+    of_it = found.raw_ns, found.monotonic_ns, found.real_ns, found.process_cpu_ns
+    assert all(low <= ns <= high for low, ns, high in zip(before, of_it, after, strict=True))
+    assert found.asleep_least_ns <= asleep_ns[1]
+    assert asleep_ns[0] <= found.asleep_most_ns
+    clocksources = Path("/sys/devices/system/clocksource/clocksource0")
+    assert found.clocksource == (clocksources / "current_clocksource").read_text().strip()
+    assert found.clocksources == set((clocksources / "available_clocksource").read_text().split())
+
+
+def kernels_clocks() -> list[int]:
+    """RAW, MONOTONIC, REALTIME and this process's CPU time, now."""
+    clocks = time.CLOCK_MONOTONIC_RAW, time.CLOCK_MONOTONIC, time.CLOCK_REALTIME, time.CLOCK_PROCESS_CPUTIME_ID
+    return [time.clock_gettime_ns(clock) for clock in clocks]
+
+
+def asleep_bounds() -> tuple[int, int]:
+    """Least and most of what this host slept since boot: BOOTTIME, read between two readings of MONOTONIC."""
+    earlier_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    boottime_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    later_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    return boottime_ns - later_ns - 1, boottime_ns - earlier_ns + 1
 
 
 @pytest.mark.row("E9")

@@ -309,12 +309,14 @@ def test_minimal_refuses_what_its_leaf_cannot_hold() -> None:
 @pytest.mark.row("V-39", "J-02", "G-07")
 def test_reset() -> None:
     """MSRs are as at the start and pages are taken back, with an event; guest time and TSC go on."""
-    clock = a_clock()
+    backend = SimulatedBackend(HZ, 10**6)
+    clock = GuestClock(GuestMemory(bytearray(SIZE)), 2, backend=backend)
     clock.write_msr(0, SYSTEM_TIME, 0x2001)
     clock.write_msr(1, SYSTEM_TIME, 0x3001)
     clock.write_msr(0, WALL_CLOCK, 0x4000)
     clock.write_msr(1, 0x3B, 500)
-    tsc, ns = clock.read_msr(1, 0x10), clock.now()
+    backend.advance(ns=5 * 10**9)
+    tsc, ns = clock.read_msr(1, 0x10), 5 * 10**9
     clock.reset()
     assert [clock.read_msr(vcpu, index) for vcpu in (0, 1) for index in (SYSTEM_TIME, WALL_CLOCK, 0x3B)] == [0] * 6
     assert (clock.page(0), clock.page(1), clock.save().wall_clock_gpa) == (None, None, None)

@@ -278,7 +278,7 @@ def test_what_is_offered_can_be_served(vcpu_host: str, feature: int) -> None:
         GuestClock(GuestMemory(), backend=SimulatedBackend(HZ), vcpu_host=vcpu_host, features=1 << feature)
 
 
-@pytest.mark.row("X-02", "E13")
+@pytest.mark.row("E13")
 def test_an_unknown_vcpu_host_is_refused() -> None:
     """There are two engines, and the error names them."""
     with pytest.raises(ConfigError, match="vcpu_host 'xen'; choose from 'emulator', 'kvm'"):

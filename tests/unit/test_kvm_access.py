@@ -12,7 +12,7 @@ import pytest
 from pvclock.kvm import access
 from pvclock.kvm.access import advice
 
-pytestmark = pytest.mark.row("X-02")
+pytestmark = pytest.mark.row("E13")
 
 GROUP = os.getgid() or 1
 """A group that a file of ours can be given, and that is not root's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from pvclock.clock.wall_clock import WallClockBase
 from pvclock.host.this_host import HostBackend
 from pvclock.providers.interface import HypercallRegisters
 from pvclock.providers.kvm import PROFILES
-from tests.unit.clocks import shown
+from tests.unit.clocks import guest_ns
 from tests.unit.restless_host import restless
 from tests.unit.stub_clock import u32
 
@@ -143,7 +144,7 @@ def test_the_guest_finds_the_time_of_day_whatever_became_of_guest_time(what: str
     clock.refresh()
     clock.write_msr(0, WALL_CLOCK, 0x3000)
     record_ns = u32(memory, 0x3004) * NS_PER_S + u32(memory, 0x3008)
-    assert abs(record_ns + shown(memory, 0, clock.guest_tsc(0, backend.tsc)) - backend.realtime_ns) <= 10
+    assert abs(record_ns + guest_ns(backend, memory) - backend.realtime_ns) <= 10
 
 
 @pytest.mark.row("K-07", "K-37")
@@ -174,13 +175,13 @@ def test_time_of_day_on_this_host_is_true_to_1_us() -> None:
     for _ in range(ATTEMPTS):
         begun_ns = time.time_ns()
         clock.write_msr(0, WALL_CLOCK, 0x3000)
-        before_ns, guest_ns, after_ns = time.time_ns(), clock.read(0), time.time_ns()
+        before_ns, read_ns, after_ns = time.time_ns(), clock.read(0), time.time_ns()
         if after_ns - before_ns < 2000 and (after_ns - begun_ns) * SLEW_MAX < 500:
             break
     else:
         pytest.fail(f"in {ATTEMPTS} attempts this process never had a CPU for long enough")
     record_ns = u32(clock.memory, 0x3004) * NS_PER_S + u32(clock.memory, 0x3008)
-    assert before_ns - 1000 <= record_ns + guest_ns <= after_ns + 1000
+    assert before_ns - 1000 <= record_ns + read_ns <= after_ns + 1000
 
 
 @pytest.mark.row("V-25")
@@ -200,6 +201,5 @@ def test_virtualboxs_rendezvous_is_the_backends() -> None:
     clock = GuestClock(memory, 2, backend=backend, profile="virtualbox")
     clock.write_msr(1, WALL_CLOCK, 0x3000)
     assert versions == [(1, 0), (1, 2)]
-    assert [event.why for event in clock.events.read().events][1:] == [
-        "wall clock at 0x3000: sec 1000000000, nsec 0, version 2"
-    ]
+    (why,) = [event.why for event in clock.events.read().events][1:]
+    assert re.findall(r"\w*\d+", why) == ["0x3000", "1000000000", "0", "2"]  # where, sec, nsec, version

@@ -15,7 +15,7 @@ from pvclock.meter.stress import republish
 from pvclock.readings import Sample
 from pvclock.state.clock_state import SavedPolicy, from_json, to_json
 from pvclock.timekeeping.events import EventKind
-from tests.unit.clocks import NS_PER_S, SYSTEM_TIME
+from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, guest_ns
 
 HZ: Final = 2_500_000_000
 
@@ -93,7 +93,7 @@ def test_after_a_rollback_the_guest_reads_the_new_clocks_time() -> None:
     with pytest.raises(StateError, match="taken over"):
         clock.refresh()
     assert restored.now() == 102 * NS_PER_S
-    assert abs(restored.read(0) - restored.now()) <= 1
+    assert abs(guest_ns(backend, memory) - 102 * NS_PER_S) <= 1
 
 
 @pytest.mark.row("E1", "E9")
@@ -189,7 +189,7 @@ def test_a_source_of_samples_cannot_be_saved_and_that_is_told() -> None:
     restored = GuestClock.restore(from_json(to_json(clock.save())), memory, backend=backend)
     assert restored.reference == "off"
     (why,) = told(restored, EventKind.REFUSED)
-    assert why == "the saved clock followed injected, which is not to be had here; follow() another"
+    assert "injected" in why
 
 
 @pytest.mark.row("E1", "E11", "P-08")
@@ -199,7 +199,8 @@ def test_where_time_is_the_guests_execution_nothing_is_followed_and_that_is_told
     clock.pause()
     restored = GuestClock.restore(clock.save(), memory, backend=ExecutionTimeBackend(backend))
     assert restored.reference == "off"
-    assert "followed monotonic" in told(restored, EventKind.REFUSED)[0]
+    (why,) = told(restored, EventKind.REFUSED)
+    assert "monotonic" in why
 
 
 @pytest.mark.row("E1", "E11")
@@ -236,6 +237,8 @@ def test_each_max_ppm_that_is_taken_can_be_saved(max_ppm: float) -> None:
     clock, _, memory = a_vm()
     clock.follow("raw", max_ppm=max_ppm)
     state = clock.save()
+    assert state.reference is not None
+    assert state.reference.max_ppm == pytest.approx(Fraction(max_ppm), rel=1e-15, abs=0)
     assert from_json(to_json(state)) == state
     restored = GuestClock.restore(state, memory, backend=clock.backend)
     assert restored.save().reference == state.reference

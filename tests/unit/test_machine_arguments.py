@@ -18,7 +18,7 @@ def a_state(vcpus: int) -> ClockState:
     return GuestClock(GuestMemory(bytearray(1 << 14)), vcpus, backend=SimulatedBackend(10**9)).save()
 
 
-@pytest.mark.row("E9")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -128,7 +128,7 @@ def test_a_settlement_in_words() -> None:
     assert str(settle(Advance(5), Fraction(7))) == left_out
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 def test_advice_fits_the_path() -> None:
     """Modules are KVM's own device's; a path that is another's is told which that is."""
     assert advice("--help", 2) == "KVM's device is /dev/kvm"

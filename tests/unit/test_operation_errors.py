@@ -23,7 +23,7 @@ from pvclock import (
 )
 from pvclock.clock.guest_clock import GUEST_STOPPED
 from pvclock.timekeeping.catchup import Advance, Policy, Slew
-from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, a_clock, page_of
+from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, a_clock, bound_ns, guest_ns, page_of
 
 HZ = 2_596_132_000
 
@@ -51,9 +51,10 @@ WRONG: dict[str, Callable[[GuestClock], object]] = {
 @pytest.mark.parametrize("name", list(WRONG))
 def test_wrong_values_change_nothing(name: str) -> None:
     """Each is refused with what was wrong; timeline, page, events and policy are as they were, and time goes on."""
-    clock, backend, _ = a_clock(HZ)
+    clock, backend, memory = a_clock(HZ)
     backend.advance(ns=3 * NS_PER_S)
     clock.refresh()
+    image = memory.read(0, 1 << 16)
     before = clock.line, clock.rate, page_of(clock), clock.events.last, clock.policy, clock.skew_ns, clock.reference
     with pytest.raises((RangeError, StateError, ValueError)):
         WRONG[name](clock)
@@ -66,9 +67,11 @@ def test_wrong_values_change_nothing(name: str) -> None:
         clock.skew_ns,
         clock.reference,
     ) == before
+    assert memory.read(0, 1 << 16) == image
     backend.advance(ns=NS_PER_S)
     clock.refresh()
     assert clock.at(backend.tsc) == 4 * NS_PER_S
+    assert abs(guest_ns(backend, memory) - 4 * NS_PER_S) <= 1
 
 
 @pytest.mark.row("E1", "E13")
@@ -91,8 +94,8 @@ def test_parts_of_a_ns_are_refused(operation: str) -> None:
 def test_whatever_dilation_is_taken_can_be_slewed(
     dilation: tuple[int, int], hz: int, target_ns: int, max_ppm: int
 ) -> None:
-    """A dilation is refused, or every slew and correction on top of it works, with terms of any length."""
-    clock, backend, _ = a_clock(hz)
+    """A dilation is refused, or each slew and correction on it works, with terms of any length, and guests read on."""
+    clock, backend, memory = a_clock(hz)
     try:
         clock.dilate(*dilation)
     except RangeError:
@@ -100,10 +103,16 @@ def test_whatever_dilation_is_taken_can_be_slewed(
         return
     clock.follow("raw", max_ppm=100_000)
     clock.slew(target_ns, max_ppm)
+    last_ns = guest_ns(backend, memory)
+    step_ns = max(min(NS_PER_S * dilation[1] // dilation[0], NS_PER_S), 1)  # what a page may age, in guest time
     for _ in range(4):
         clock.tick()
-        backend.advance(ns=NS_PER_S)
+        backend.advance(ns=step_ns)
         backend.ref_ns += 10**8  # type: ignore[assignment]  # a RefNs and an int
+        now_ns = guest_ns(backend, memory)
+        assert now_ns >= last_ns
+        assert abs(now_ns - clock.at(backend.tsc)) <= bound_ns(page_of(clock), clock.rate * NS_PER_S / hz, backend.tsc)
+        last_ns = now_ns
     assert clock.rate > 0
     assert clock.dilation == Fraction(*dilation)
 
@@ -233,29 +242,32 @@ def test_a_slew_that_fails_is_none() -> None:
 @pytest.mark.row("P-22", "E9")
 def test_a_run_that_fails_ends_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     """run_for() on vCPUs that do not run: the error comes out, and the clock is paused again."""
-    clock, _ = stuck_clock()
+    clock, backend = stuck_clock()
     clock.pause()
     monkeypatch.setattr(StuckBackend, "run_until", fails)
     with pytest.raises(StateError, match="does not run"):
         clock.run_for(NS_PER_S)
     assert clock.is_paused
     monkeypatch.undo()
-    assert clock.run_for(NS_PER_S).ran_ns >= NS_PER_S
+    assert 0 <= clock.run_for(NS_PER_S).ran_ns - NS_PER_S < 1
+    assert abs(guest_ns(backend, clock.memory) - 2 * NS_PER_S) <= 2
 
 
 @pytest.mark.row("P-22", "E9")
 def test_a_run_whose_on_dirty_raises_ends_paused() -> None:
     """What on_dirty raises as the run begins comes out, the clock is paused again, and nothing is refused later."""
-    clock, _, memory = a_clock(HZ)
+    clock, backend, memory = a_clock(HZ)
     clock.pause()
     memory.on_dirty = raises
     with pytest.raises(ZeroDivisionError):
         clock.run_for(NS_PER_S)
     memory.on_dirty = None
     assert clock.is_paused
-    assert clock.run_for(NS_PER_S).ran_ns >= NS_PER_S
+    assert 0 <= clock.run_for(NS_PER_S).ran_ns - NS_PER_S < 1
+    assert abs(guest_ns(backend, memory) - NS_PER_S) <= 2
     clock.resume()
     clock.pause()
+    assert clock.is_paused
 
 
 def raises(_gpa: int, _length: int) -> None:

@@ -8,7 +8,17 @@ from typing import Final, get_type_hints
 
 import pytest
 
-from pvclock import ConfigError, CpuidLeaf, Gpa, GuestClock, GuestMemory, MsrFault, SimulatedBackend, StateFileError
+from pvclock import (
+    ConfigError,
+    CpuidLeaf,
+    Gpa,
+    GuestClock,
+    GuestMemory,
+    MsrFault,
+    SimulatedBackend,
+    StateFileError,
+    TimeInfo,
+)
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import registry
 from pvclock.providers.guest_interface import Statistics
@@ -94,6 +104,18 @@ def takes_back(clock: GuestClock, provider: Provider) -> bool:
     return all(clock.page(vcpu) is None for vcpu in range(2)) and provider.save() == made_again(clock, provider).save()
 
 
+def refreshes(clock: GuestClock) -> bool:
+    """A refresh publishes each page that there is once."""
+    before = [page.version for page in pages(clock)]
+    clock.refresh()
+    return [page.version for page in pages(clock)] == [version + 2 for version in before]
+
+
+def pages(clock: GuestClock) -> list[TimeInfo]:
+    """The pages that there are."""
+    return [page for vcpu in range(2) if (page := clock.page(vcpu))]
+
+
 def are_leaves(provider: Provider) -> bool:
     """The leaves begin at the base, whose EAX is the last one's number, within the 0x100 that are the interface's."""
     leaves, base = provider.cpuid_leaves, provider.cpuid_base
@@ -118,11 +140,11 @@ CHECKS: Final[Mapping[str, Callable[[GuestClock, Provider], bool]]] = {
     "hypercall_opcodes": lambda _, each: set(each.hypercall_opcodes) <= {VMCALL, VMMCALL},
     "are_hypercalls_enabled": lambda clock, each: is_asked(clock, each, "are_hypercalls_enabled"),
     "hypercall": lambda _, each: (each.hypercall(0, NO_CALL).status in NOT_THERE) is not each.are_hypercalls_enabled,
-    "allows_stable": lambda _, each: each.allows_stable in (False, True),
+    "allows_stable": lambda clock, each: [page.flags for page in pages(clock)] == [1, 1] * each.allows_stable,
     "own_page": lambda clock, each: (
         clock._guest.own_page(0) is each.own_page(0) is None
     ),  # V-11, V-38: another profile's
-    "refreshes_pages": lambda _, each: each.refreshes_pages in (False, True),
+    "refreshes_pages": lambda clock, each: each.refreshes_pages is True and refreshes(clock),
     "tells_of_pauses": lambda clock, each: clock._guest.tells_of_pauses is each.tells_of_pauses,
     "hooks": lambda clock, each: (clock._guest.at_tick is None) is (each.hooks[:2] == (None, None)),
     "is_paravirt_tsc_enabled": lambda clock, each: is_asked(clock, each, "is_paravirt_tsc_enabled"),
@@ -213,6 +235,7 @@ def test_the_base_is_saved_with_the_clock() -> None:
         assert ("cpuid_base" in saved.provider.config) is (options.get("cpuid_base") == 0x40000100)
         restored = GuestClock.restore(saved, clock.memory, backend=SimulatedBackend(HZ))
         assert restored.cpuid_leaves == clock.cpuid_leaves
+        assert min(restored.cpuid_leaves) == options.get("cpuid_base", 0x40000000)
 
 
 # What a provider is told

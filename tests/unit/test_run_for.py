@@ -12,7 +12,7 @@ import pytest
 from pvclock import GuestClock, GuestMemory, HostTsc, RangeError, SimulatedBackend, StateError
 from pvclock.readings import RunReport
 from pvclock.timekeeping.events import EventKind
-from tests.unit.clocks import NS_PER_S, SYSTEM_TIME, a_clock, shown
+from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, guest_ns, shown
 
 HZ: Final = 2_600_000_000
 YEAR_NS: Final = 365 * 86400 * NS_PER_S
@@ -37,7 +37,7 @@ def a_vm() -> tuple[GuestClock, Interrupted]:
     """A paused VM at guest time 0."""
     backend = Interrupted(HZ)
     clock = GuestClock(GuestMemory(bytearray(1 << 16)), backend=backend)
-    clock.write_msr(0, SYSTEM_TIME, 0x1001)
+    clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
     clock.pause()
     return clock, backend
 
@@ -230,6 +230,7 @@ def test_a_backend_that_fails_leaves_the_clock_paused_and_idle() -> None:
         clock.run_for(NS_PER_S)
     assert (clock.is_paused, clock.now()) == (True, 10)
     clock.resume("freeze")
+    assert abs(guest_ns(backend, clock.memory) - 10) <= 1
 
 
 @pytest.mark.row("E9", "E1")
@@ -263,6 +264,7 @@ def test_time_missed_before_it_is_settled_by_the_policy(policy: str | None, gain
     report = clock.run_for(NS_PER_S, policy)
     assert report.ran_ns - report.overshoot_ns == NS_PER_S
     assert clock.now() == (gain_s + 1) * NS_PER_S
+    assert abs(guest_ns(backend, clock.memory) - clock.now()) <= 2
     kinds = [event.kind for event in clock.events.read().events]
     assert kinds[-2:] == [EventKind.RESUME, EventKind.PAUSE]
 
@@ -274,8 +276,10 @@ def test_time_missed_before_it_can_be_slewed_in() -> None:
     backend.advance(ns=100 * NS_PER_S)
     clock.run_for(NS_PER_S, "slew:max_ppm=500")
     assert clock.now() == NS_PER_S
+    assert abs(guest_ns(backend, clock.memory) - NS_PER_S) <= 2
     owed = clock.skew_ns
     assert 99 * NS_PER_S < owed < 100 * NS_PER_S
     clock.run_for(NS_PER_S, "freeze")
     assert clock.now() == 2 * NS_PER_S
+    assert abs(guest_ns(backend, clock.memory) - 2 * NS_PER_S) <= 2
     assert clock.skew_ns < owed

@@ -43,6 +43,7 @@ class TimeOperations(RuleBasedStateMachine):
     def begin(self, hz: int, tsc: int) -> None:
         """Make the clock and the model of it."""
         self.clock, self.backend, self.memory = a_clock(hz, tsc, vcpus=2)
+        self.dilation = Fraction(1)
         self.model_ns = Fraction(0)  # guest time, with all that is still to be slewed in
         self.model_tsc = self.backend.tsc
         self.stopped_tsc: int | None = None
@@ -56,13 +57,13 @@ class TimeOperations(RuleBasedStateMachine):
     def catch_up(self) -> None:
         """Bring the model to the present."""
         if self.stopped_tsc is None:
-            self.model_ns += self.host_ns(self.model_tsc) * self.clock.dilation
+            self.model_ns += self.host_ns(self.model_tsc) * self.dilation
         self.model_tsc = self.backend.tsc
 
     @rule(ns=NS)
     def advance(self, ns: int) -> None:
         """Host time passes, up to what a page may age."""
-        self.backend.advance(ns=int(ns / max(self.clock.dilation * 2, Fraction(1))))
+        self.backend.advance(ns=int(ns / max(self.dilation * 2, Fraction(1))))
         self.catch_up()
         self.end_of_a_slew(self.clock.refresh)
 
@@ -85,6 +86,7 @@ class TimeOperations(RuleBasedStateMachine):
     def dilate(self, dilation: tuple[int, int]) -> None:
         """Another rate from here on."""
         self.clock.dilate(*dilation)
+        self.dilation = Fraction(*dilation)
 
     @rule(ns=NS)
     def skip(self, ns: int) -> None:
@@ -118,7 +120,7 @@ class TimeOperations(RuleBasedStateMachine):
     def pause(self) -> None:
         """Time stands still; another pause is refused, with what to do."""
         self.clock.pause()
-        self.stopped_tsc, self.stopped_dilation = self.backend.tsc, self.clock.dilation
+        self.stopped_tsc, self.stopped_dilation = self.backend.tsc, self.dilation
         with pytest.raises(StateError, match="resume\\(\\) it first"):
             self.clock.pause()
 
@@ -148,7 +150,7 @@ class TimeOperations(RuleBasedStateMachine):
         self.model_tsc, self.stopped_tsc = self.backend.tsc, None
         report = self.clock.run_for(ns)
         self.catch_up()
-        self.stopped_tsc, self.stopped_dilation = self.backend.tsc, self.clock.dilation
+        self.stopped_tsc, self.stopped_dilation = self.backend.tsc, self.dilation
         tick_ns = self.clock.rate * NS_PER_S / self.backend.tsc_hz
         assert 0 <= report.overshoot_ns < tick_ns
         assert report.ran_ns == self.clock.at(self.backend.tsc) - begin == ns + report.overshoot_ns
@@ -186,7 +188,7 @@ def expected_gain(policy: Policy, missed: Fraction) -> Fraction:
             return Fraction(0)
 
 
-@pytest.mark.row("E1", "E2", "E9", "E11", "E12", "P-01", "P-08", "P-09", "P-10", "P-14", "P-22")
+@pytest.mark.row("E1", "E2", "E9", "E11", "E12", "P-08", "P-09", "P-10", "P-14", "P-22")
 class TestTimeOperations(TimeOperations.TestCase):  # type: ignore[misc, valid-type]  # made at run time
     """Any sequence of operations."""
 
@@ -197,7 +199,8 @@ class TestTimeOperations(TimeOperations.TestCase):  # type: ignore[misc, valid-t
 @pytest.mark.stress
 def test_a_million_anchors() -> None:
     """After 10^6 publishes at seven rates in turn, pages are as near to the timeline as after one."""
-    clock = GuestClock(GuestMemory(bytearray(1 << 16)), 1, backend=HostBackend())
+    memory = GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, 1, backend=HostBackend())
     clock.write_msr(0, SYSTEM_TIME, PAGES[0] | 1)
     report = republish(clock, 10**6, STRESS_RATES)
     assert report.publishes == 10**6
@@ -206,7 +209,7 @@ def test_a_million_anchors() -> None:
     assert max(report.most_behind_ns, report.most_ahead_ns) <= 2
     clock.dilate(1)
     before = clock.at(HostTsc(clock.backend.counter.read()))
-    shown_ns = clock.read(0)
+    shown_ns = shown(memory, 0, clock.backend.counter.read())
     assert before - 4 <= shown_ns <= clock.at(HostTsc(clock.backend.counter.read())) + 4
 
 
@@ -230,7 +233,7 @@ def test_a_pause_can_be_hidden_from_the_guest(policy: str, gain_ns: int) -> None
 @pytest.mark.parametrize("target_ns", [10**9, 10**5, -(10**8)])
 def test_a_slew_takes_the_time_that_it_must(target_ns: int, interval_ns: int) -> None:
     """However often it is refreshed: never faster than declared, done in due time, and in few segments."""
-    clock, backend, _ = a_clock(2_596_132_000)
+    clock, backend, memory = a_clock(2_596_132_000)
     clock.slew(target_ns, 50_000)
     begin = backend.ref_ns
     while clock.skew_ns:
@@ -240,6 +243,7 @@ def test_a_slew_takes_the_time_that_it_must(target_ns: int, interval_ns: int) ->
     took_ns = backend.ref_ns - begin
     assert abs(target_ns) * 20 <= took_ns <= abs(target_ns) * 20 + 4 * STRETCH_S * NS_PER_S
     assert abs(clock.at(backend.tsc) - target_ns - took_ns) < 2
+    assert abs(shown(memory, 0, backend.tsc) - target_ns - took_ns) <= 4
     assert clock.events.last <= 8
 
 
@@ -298,6 +302,7 @@ def test_a_slew_of_any_size_ends_at_any_dilation(dilation: Fraction, part: Fract
     kinds = [event.kind for event in clock.events.read().events]
     assert kinds[-1] == EventKind.SLEW_END
     assert clock.rate == dilation
+    assert clock.skew_ns == 0
     gained = clock.at(backend.tsc) - at_begin - (backend.tsc - begin) * Fraction(dilation)
     assert abs(gained - slewed_ns) <= 2
 

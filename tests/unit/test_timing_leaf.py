@@ -35,20 +35,27 @@ def test_the_leaf_beside_kvms(profile: str) -> None:
 
 @pytest.mark.row("E22", "M-02")
 @pytest.mark.parametrize(
-    ("hz", "bus_hz"), [(HZ, 10**9), (1_500, 200_000_500), (499, 0), (4_294_967_295_499, 25 * 10**6)]
+    ("hz", "bus_hz", "khz", "bus_khz"),
+    [
+        (HZ, 10**9, 2_596_132, 10**6),
+        (1_500, 200_000_500, 2, 200_001),
+        (499, 0, 0, 0),
+        (4_294_967_295_499, 25 * 10**6, 2**32 - 1, 25_000),
+    ],
 )
-def test_it_is_minimals_leaf(hz: int, bus_hz: int) -> None:
-    """Both providers say the same of the same frequencies."""
-    timed = a_clock(hz=hz, timing_leaf=True, apic_bus_hz=bus_hz)
-    assert timed.cpuid(TIMING) == a_clock("Minimal", hz=hz, apic_bus_hz=bus_hz).cpuid(TIMING)
+def test_it_is_minimals_leaf(hz: int, bus_hz: int, khz: int, bus_khz: int) -> None:
+    """Both providers say the same of the same frequencies: kHz, rounded to the nearest, a half up."""
+    for timed in (a_clock(hz=hz, timing_leaf=True, apic_bus_hz=bus_hz), a_clock("Minimal", hz, apic_bus_hz=bus_hz)):
+        assert timed.cpuid(TIMING) == CpuidLeaf(eax=khz, ebx=bus_khz)
 
 
 @pytest.mark.row("E22", "P-25")
 def test_it_is_saved_with_the_clock() -> None:
     """A restored clock has the leaf, with the APIC bus that was said; one that was saved without it has none."""
     slow_bus = a_clock(timing_leaf=True, apic_bus_hz=200_000_000)
-    for clock in (slow_bus, a_clock(timing_leaf=True), a_clock(timing_leaf=False)):
+    for clock, bus_khz in ((slow_bus, 200_000), (a_clock(timing_leaf=True), 10**6), (a_clock(timing_leaf=False), None)):
         restored = GuestClock.restore(clock.save(), clock.memory, backend=SimulatedBackend(HZ))
+        assert restored.cpuid(TIMING) == (None if bus_khz is None else CpuidLeaf(eax=2_596_132, ebx=bus_khz))
         assert restored.cpuid_leaves == clock.cpuid_leaves
         assert restored.interface.config == clock.interface.config
 
