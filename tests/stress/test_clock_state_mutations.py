@@ -168,7 +168,7 @@ def outcome(read: Callable[[Any], ClockState], damaged: object) -> ClockState | 
         return error
 
 
-@pytest.mark.row("E9", "P-25")
+@pytest.mark.row("E9")
 def test_damaged_states(tmp_path: Path) -> None:
     """10^5 damaged states raise StateFileError that names a field, or load as a state that saves and loads the same."""
     damage = damaged_states([TYPICAL, LEAST, TYPICAL._replace(slew=None)])
