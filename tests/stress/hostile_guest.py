@@ -135,8 +135,9 @@ class Soak:
             acting[f"{vm.name} quiet"] = QuietVcpu(vm, self.findings)
             acting[f"{vm.name} VMM"] = Vmm(vm, self.ticker, self.findings, rng(f"VMM of {vm.name}"), self._hold)
         self._resources = ExitStack()
-        if machine:
-            acting["machine"] = self._resources.enter_context(MachineVmm(self.ticker, rng("machine")))
+        self.machine = self._resources.enter_context(MachineVmm(self.ticker, rng("machine"))) if machine else None
+        if self.machine is not None:
+            acting["machine"] = self.machine
         self.actors = [Actor(name, each, self.findings) for name, each in acting.items()]
 
     def run(self, is_over: Callable[[Soak], bool]) -> Outcome:
