@@ -128,7 +128,7 @@ def begin(vcpu: Vcpu) -> None:
     vcpu.set_mp_state(RUNNABLE)
 
 
-@pytest.mark.row("P-25", "K-10")
+@pytest.mark.row("P-25")
 def test_a_clock_moves_to_another_vm(tsc_offsets: TscOffsets) -> None:
     """Restored in the guide's order, its guest reads on, right and never back; KVM knows none of its clock's MSRs."""
     bound_ns = STEERED_BOUND_NS if tsc_offsets is TscOffsets.STEERED else BOUND_NS

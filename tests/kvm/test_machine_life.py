@@ -513,7 +513,7 @@ REGISTER_AGAIN_AND_AGAIN = SPIN[:5] + write_msr(SYSTEM_TIME, PAGE | 1)
 REGISTER_AGAIN_AND_AGAIN += b"\xeb" + (256 - len(REGISTER_AGAIN_AND_AGAIN) - 2).to_bytes(1, "little")
 
 
-@pytest.mark.row("E1", "K-10")
+@pytest.mark.row("E1")
 def test_a_rollback_reaches_the_exits() -> None:
     """The clock that was saved serves the guest's MSR writes and is ticked; the one before it is out of both."""
     with Machine(REGISTER_AGAIN_AND_AGAIN, tick_interval_s=0.01) as machine:
@@ -549,7 +549,7 @@ def test_a_rollback_reaches_the_exits() -> None:
             machine.roll_back(state)
 
 
-@pytest.mark.row("K-10")
+@pytest.mark.row("E1")
 def test_a_rollback_while_an_exit_is_served() -> None:
     """An MSR write that waits for the clock meanwhile is served by the clock that was saved, and the run goes on."""
     with Machine(REGISTER_AGAIN_AND_AGAIN, tick_interval_s=None) as machine:

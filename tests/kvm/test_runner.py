@@ -410,11 +410,12 @@ def test_quiesce_without_a_run() -> None:
     with bare_vm(COUNT) as bare:
         runner = Runner(bare.vcpus, go_on)
         with runner.quiesce():
-            pass
+            assert bare.count(0) == 0
         runner.start()
+        moves_on(bare)
         runner.stop()
         with runner.quiesce(), runner.quiesce(0):
-            pass
+            assert len({bare.count(0) for _ in range(1000)}) == 1
 
 
 def test_an_error_while_quiescing_opens_the_gate_again() -> None:
