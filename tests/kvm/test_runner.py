@@ -399,8 +399,7 @@ def test_a_lock_around_quiesce_does_not_deadlock() -> None:
         runner.start()
         for _ in range(50):
             with lock, runner.quiesce():
-                counts = [bare.count(vcpu) for vcpu in range(3)]
-                assert counts == [bare.count(vcpu) for vcpu in range(3)]
+                assert len({tuple(bare.count(vcpu) for vcpu in range(3)) for _ in range(100)}) == 1
         assert enough.wait(LIMIT_S), rounds
         runner.stop()
 
