@@ -7,6 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from types import NoneType
 from typing import Any, Final
 
 import pytest
@@ -19,6 +20,9 @@ MUTATIONS: Final = 100_000
 HZ: Final = 2_596_132_000
 SIZE: Final = 1 << 14
 FEATURES: Final = 1 << 0 | 1 << 3
+NUMBERS: Final = {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3}
+NEWEST: Final = {"None": 1, "Minimal": 1, "KVM": 2}
+HEADER: Final = struct.Struct("<II")
 UNIT: Final = struct.Struct("<II I QQQQIB QQQQIB QI")
 """Provider's number and version; KVM's version, twice system-time MSR, TSC, ns, page, its version and flags; wall-clock
 MSR, features."""
@@ -126,6 +130,7 @@ def test_damaged_units() -> None:
         clock = made[loader]
         error = refusal(lambda: clock.interface.load_unit(data))  # noqa: B023  # called at once
         outcomes[damage, error is None] += 1
+        assert isinstance(error, must_be(loader, data))
         if error is not None:
             assert str(error)
             assert state_of(clock) == before[loader]
@@ -139,6 +144,20 @@ def test_damaged_units() -> None:
     assert all(outcomes[damage.__name__, False] > MUTATIONS // 50 for damage in DAMAGES)
     assert outcomes["put_msr", True] > MUTATIONS // 50
     assert memories["None"] == memories["Minimal"] == bytes(SIZE)
+
+
+def must_be(loader: str, data: bytes) -> tuple[type, ...]:
+    """What may become of it by its numbers and its length: an error, or None."""
+    if len(data) < HEADER.size:
+        return (StateFileError,)
+    number, version = HEADER.unpack_from(data)
+    if number != NUMBERS[loader]:
+        return (ConfigError,)
+    if version > NEWEST[loader] or (loader == "KVM" and data[8:12] != b"\1\0\0\0"):
+        return (StateFileError,)
+    if len(data) != (UNIT.size if loader == "KVM" else HEADER.size):
+        return (StateFileError,)
+    return (NoneType, ConfigError, StateFileError)
 
 
 def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
