@@ -2,7 +2,9 @@
 
 import errno
 import mmap
+import re
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +43,11 @@ def test_kvm_describes_itself() -> None:
 
 @pytest.mark.row("E13")
 def test_a_capability_has_a_name_and_a_number() -> None:
-    """Both ask for the same; a name that is not known is an error that says what to give instead."""
+    """The numbers are Linux'; both ask for the same; a name that is not known is an error that says what to give."""
+    header = Path("/usr/include/linux/kvm.h").read_text(encoding="utf-8")
+    numbers = {name: int(number) for name, number in re.findall(r"#define (KVM_CAP_\w+)\s+(\d+)\b", header)}
+    assert {name: numbers.get(name, ours) for name, ours in CAPABILITY_NUMBERS.items()} == CAPABILITY_NUMBERS
+    assert len(numbers.keys() & CAPABILITY_NUMBERS.keys()) >= 15  # an old header lacks the newest
     with Kvm() as kvm, kvm.create_vm() as vm:
         for name, number in CAPABILITY_NUMBERS.items():
             assert kvm.check_extension(name) == kvm.check_extension(number)
