@@ -153,6 +153,7 @@ def test_a_series_of_every_guest(guest: Guest) -> None:
     for _ in range(10):
         series.take()
         time.sleep(0.02)
+    assert len(series.points) == len(series.steps_ns) == 10
     first, *_, last = series.points
     if host_clocksource() == "tsc":
         assert abs(last.ahead_ns) <= first.bound_ns + last.bound_ns + 1000 * last.s  # 1 ppm: the nominal rate
