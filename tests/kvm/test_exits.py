@@ -161,7 +161,7 @@ def test_a_kick_gets_a_spinning_guest_out() -> None:
 # MSRs
 
 
-@pytest.mark.row("K-01")
+@pytest.mark.row("E13")
 def test_a_filtered_read_gets_the_answer() -> None:
     """RDMSR of a filtered MSR comes here, and the guest gets all 64 bits of the answer."""
     with bare_vm(guests.read_msr(SYSTEM_TIME)) as bare:
@@ -172,7 +172,7 @@ def test_a_filtered_read_gets_the_answer() -> None:
         assert bare.result(8) == 0x1122334455667788
 
 
-@pytest.mark.row("K-01")
+@pytest.mark.row("E13")
 def test_a_filtered_write_shows_the_value_and_passes() -> None:
     """WRMSR of a filtered MSR comes here with its 64 bits, never reaches the kernel, and the guest goes on."""
     code = guests.write_msr(SYSTEM_TIME, 0xABCDEF0123456789) + guests.out(0x10, 1)
@@ -184,7 +184,7 @@ def test_a_filtered_write_shows_the_value_and_passes() -> None:
         assert bare.vcpus[0].get_msr(SYSTEM_TIME) == 0
 
 
-@pytest.mark.row("K-01", "J-01")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("msr", [SYSTEM_TIME, 0x3B, 0x11, 0x12])
 @pytest.mark.parametrize("access", ["read", "write"])
 def test_a_refused_access_is_gp_in_the_guest(msr: int, access: str) -> None:
@@ -216,7 +216,7 @@ def test_the_ranges_are_those_of_the_last_call() -> None:
         assert bare.vcpus[0].run() == Halt()
 
 
-@pytest.mark.row("J-01")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("access", ["read", "write"])
 def test_only_the_accesses_that_are_named_come_here(access: str) -> None:
     """Reads of IA32_TSC stay the kernel's, writes do not; so it is with any range of one kind."""
