@@ -116,6 +116,7 @@ def test_what_was_found(life: Life) -> None:
     *_, twins = stepped(life)
     armed = [name for name, *_ in life.moves if name in ("refuse_offset", "hold_none", "read_low")]
     assert twins.host.faults == len(armed)
+    assert (twins.complaints > 0) == (("raise_dirty",) in life.moves)
 
 
 def jump_short(timeline: Timeline, ns: Fraction) -> None:
