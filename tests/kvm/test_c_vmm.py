@@ -56,7 +56,7 @@ def run_vmm(scratch: Path, *flags: str, compiler: str = "gcc") -> tuple[int, lis
     ]
 
 
-@pytest.mark.row("E11", "E9", "K-08", "K-10", "K-14", "K-19")
+@pytest.mark.row("E11", "E9", "K-08", "K-14")
 @pytest.mark.parametrize("vcpus", [1, 2])
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 def test_a_vmm_in_c_changes_the_rate_under_its_guest(tmp_path: Path, compiler: str, vcpus: int) -> None:

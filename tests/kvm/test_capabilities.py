@@ -14,7 +14,7 @@ from pvclock.kvm.access import ADVICE, advice
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED
 from tests.kvm.leaks import open_descriptors
 
-pytestmark = [pytest.mark.kvm, pytest.mark.row("X-02")]
+pytestmark = pytest.mark.kvm
 
 NOBODY = 65534
 
@@ -52,6 +52,7 @@ def locked(tmp_path: Path) -> Iterator[Path]:
     os.seteuid(before)
 
 
+@pytest.mark.row("X-02")
 @pytest.mark.parametrize("capability", REQUIRED, ids=lambda capability: capability.name)
 def test_each_required_capability_is_required(
     capability: capabilities.Capability, monkeypatch: pytest.MonkeyPatch
@@ -66,6 +67,7 @@ def test_each_required_capability_is_required(
     assert lacking.kvm.fileno() == -1
 
 
+@pytest.mark.row("X-02")
 @pytest.mark.parametrize("capability", OPTIONAL, ids=lambda capability: capability.name)
 def test_an_optional_capability_may_be_missing(
     capability: capabilities.Capability, monkeypatch: pytest.MonkeyPatch
@@ -77,6 +79,7 @@ def test_an_optional_capability_may_be_missing(
         assert open_kvm() is lacking  # type: ignore[comparison-overlap]
 
 
+@pytest.mark.row("X-02")
 def test_the_tables_name_capabilities_that_are_known_and_once() -> None:
     """Each name has a number, and nothing is both required and optional."""
     names = [capability.name for capability in (*REQUIRED, *OPTIONAL)]
@@ -84,12 +87,14 @@ def test_the_tables_name_capabilities_that_are_known_and_once() -> None:
     assert set(names) <= CAPABILITY_NUMBERS.keys()
 
 
+@pytest.mark.row("E13")
 def test_this_host_will_do() -> None:
     """open_kvm() on the real device gives one that answers."""
     with open_kvm() as kvm:
         assert kvm.get_api_version() == 12
 
 
+@pytest.mark.row("E13")
 def test_another_api_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both versions are in the message."""
     monkeypatch.setattr(capabilities, "Kvm", lambda _path: Lacking(Kvm(), api_version=11))
@@ -97,6 +102,7 @@ def test_another_api_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         open_kvm()
 
 
+@pytest.mark.row("E13")
 def test_no_device() -> None:
     """Where there is no device, the advice is how to get one; of another path, which one it is."""
     assert "load the kvm_intel or kvm_amd module" in advice("/dev/kvm", errno.ENOENT)
@@ -105,6 +111,7 @@ def test_no_device() -> None:
     assert caught.value.errno == errno.ENOENT
 
 
+@pytest.mark.row("E13")
 def test_no_right_to_the_device(locked: Path) -> None:
     """Where not even the device's mode may be seen, the advice is what always helps."""
     with pytest.raises(KvmUnavailable, match=r"EACCES .*run as root") as caught:
@@ -112,6 +119,7 @@ def test_no_right_to_the_device(locked: Path) -> None:
     assert caught.value.errno == errno.EACCES
 
 
+@pytest.mark.row("E13")
 def test_a_device_that_is_not_kvms() -> None:
     """Another character device is no KVM, and its descriptor is closed again."""
     before = open_descriptors()
@@ -120,6 +128,7 @@ def test_a_device_that_is_not_kvms() -> None:
     assert open_descriptors() == before
 
 
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("reason", ADVICE, ids=errno.errorcode.__getitem__)
 def test_every_known_reason_has_its_own_advice(reason: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The errno decides what is advised: EBUSY and ENODEV, too, which no test can bring about."""

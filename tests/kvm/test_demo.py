@@ -21,16 +21,25 @@ def test_demo_shows_engine_and_kernel_agreeing(capsys: pytest.CaptureFixture[str
     assert report["ok"]
     result = report["result"]
     assert result["kvm_guests"]
-    assert result["stress"]["publishes"] > 0
+    stress = result["stress"]
+    assert stress["publishes"] > 0 < stress["reads"]
+    assert [stress[kind] for kind in ("backward_own", "backward_cross", "wild", "torn")] == [0] * 4
+    assert (stress["least_step_ns"], stress["most_step_ns"]) == (0, 1)
     assert len(result["comparison"]) == (22 if crosscheck.obstacle() is None else 9)
     assert all(row["ok"] for row in result["comparison"])
+    same = [row for row in result["comparison"] if row["name"] in ("tsc_to_system_mul", "tsc_shift", "flags")]
+    assert [row["engine"] for row in same] == [row["kernel"] for row in same]
+    assert len(same) == 3
 
 
 @pytest.mark.row("E13")
 def test_demo_without_qemu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Where there is no QEMU the demonstration says how to get it, and lays engine and kernel side by side."""
     monkeypatch.setattr(crosscheck, "obstacle", lambda: "no QEMU: apt-get install it")
-    assert main(["demo", "--seconds", "0.2", "--vcpus", "1"]) == 0
-    shown = capsys.readouterr().out
-    assert "no QEMU: apt-get install it" in shown
-    assert "backward, wild or torn" in shown
+    assert main(["demo", "--seconds", "0.2", "--vcpus", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    (qemu,) = [finding for finding in result["host"] if finding["name"] == "QEMU"]
+    assert not qemu["ok"]
+    assert "no QEMU: apt-get install it" in qemu["advice"]
+    assert all(row.keys() == {"name", "engine", "kernel", "ok"} and row["ok"] for row in result["comparison"])
+    assert len(result["comparison"]) == 9

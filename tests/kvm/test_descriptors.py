@@ -13,7 +13,7 @@ from tests.kvm.kvm_calls import KVM_CALLS, VCPU_CALLS, VM_CALLS, refused
 pytestmark = pytest.mark.kvm
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("call", KVM_CALLS)
 def test_what_is_not_kvm_says_enotty(call: str) -> None:
     """A system ioctl on a device that is not KVM's is an error with the ioctl's name."""
@@ -21,7 +21,7 @@ def test_what_is_not_kvm_says_enotty(call: str) -> None:
         assert refused(call, lambda: KVM_CALLS[call](kvm)) == errno.ENOTTY
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("call", KVM_CALLS)
 def test_closed_kvm_says_ebadf(call: str) -> None:
     """A system ioctl after close() is an error with the ioctl's name."""
@@ -32,7 +32,7 @@ def test_closed_kvm_says_ebadf(call: str) -> None:
     assert refused(call, lambda: KVM_CALLS[call](kvm)) == errno.EBADF
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("call", VM_CALLS)
 def test_closed_vm_says_ebadf(call: str) -> None:
     """A VM ioctl after close() is an error with the ioctl's name."""
@@ -42,7 +42,7 @@ def test_closed_vm_says_ebadf(call: str) -> None:
         assert refused(call, lambda: VM_CALLS[call](vm)) == errno.EBADF
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("call", sorted(VCPU_CALLS.keys() - {"KVM_RUN"}))
 def test_closed_vcpu_says_ebadf(call: str) -> None:
     """A vCPU ioctl after close() is an error with the ioctl's name."""
@@ -64,7 +64,7 @@ def test_closed_vcpu_does_not_run_or_answer() -> None:
         assert vcpu.take_coalesced() == ()
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 def test_a_path_that_does_not_open_is_named() -> None:
     """The error of open() carries the path and the errno."""
     with pytest.raises(KvmError, match="open /nonexistent/kvm: ENOENT") as caught:

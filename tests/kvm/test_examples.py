@@ -59,7 +59,7 @@ def assembled(source: str, folder: Path) -> bytes:
     return image.read_bytes()
 
 
-@pytest.mark.row("K-10", "K-12")
+@pytest.mark.row("K-12")
 def test_the_guest_reads_what_the_clock_says(tsc_offsets: TscOffsets) -> None:
     """Each reading is within 4 ns of the timeline at its TSC, none goes back, and the pause is left out."""
     printed = run("import runpy; runpy.run_path('examples/vmm.py', run_name='__main__')")
@@ -84,7 +84,7 @@ def test_nobody_reads_the_vmm(redirect: str) -> None:
     assert re.fullmatch(r"\[Errno \d+\] (Broken pipe|No space left on device)\n", done.stderr)
 
 
-@pytest.mark.row("K-01", "X-02")
+@pytest.mark.row("E13")
 def test_what_the_clock_refuses_is_gp_in_the_guest(tmp_path: Path) -> None:
     """A WRMSR that the clock does not serve runs the guest's handler for #GP, and the VMM goes on."""
     program = (

@@ -33,7 +33,7 @@ KICK = signal.SIGRTMIN + 2
 MSR_RANGES = GuestClock(GuestMemory(), backend=SimulatedBackend(10**9)).msr_ranges
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 def test_out_and_halt() -> None:
     """OUT comes with port, size and bytes; HLT ends it where no interrupt controller is in the kernel."""
     with bare_vm(guests.out(0x10, 5) + HLT) as bare:
@@ -161,7 +161,7 @@ def test_a_kick_gets_a_spinning_guest_out() -> None:
 # MSRs
 
 
-@pytest.mark.row("K-01")
+@pytest.mark.row("E13")
 def test_a_filtered_read_gets_the_answer() -> None:
     """RDMSR of a filtered MSR comes here, and the guest gets all 64 bits of the answer."""
     with bare_vm(guests.read_msr(SYSTEM_TIME)) as bare:
@@ -172,7 +172,7 @@ def test_a_filtered_read_gets_the_answer() -> None:
         assert bare.result(8) == 0x1122334455667788
 
 
-@pytest.mark.row("K-01")
+@pytest.mark.row("E13")
 def test_a_filtered_write_shows_the_value_and_passes() -> None:
     """WRMSR of a filtered MSR comes here with its 64 bits, never reaches the kernel, and the guest goes on."""
     code = guests.write_msr(SYSTEM_TIME, 0xABCDEF0123456789) + guests.out(0x10, 1)
@@ -184,7 +184,7 @@ def test_a_filtered_write_shows_the_value_and_passes() -> None:
         assert bare.vcpus[0].get_msr(SYSTEM_TIME) == 0
 
 
-@pytest.mark.row("K-01", "J-01")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("msr", [SYSTEM_TIME, 0x3B, 0x11, 0x12])
 @pytest.mark.parametrize("access", ["read", "write"])
 def test_a_refused_access_is_gp_in_the_guest(msr: int, access: str) -> None:
@@ -198,7 +198,7 @@ def test_a_refused_access_is_gp_in_the_guest(msr: int, access: str) -> None:
         assert bare.result(1) == GP_VECTOR
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 def test_a_filter_alone_is_gp_in_the_guest() -> None:
     """Without user-space exits nobody is asked for a filtered access: why exit_on_msrs() has its order."""
     with bare_vm(guests.read_msr(SYSTEM_TIME)) as bare:
@@ -207,7 +207,7 @@ def test_a_filter_alone_is_gp_in_the_guest() -> None:
         assert bare.result(1) == GP_VECTOR
 
 
-@pytest.mark.row("X-02")
+@pytest.mark.row("E13")
 def test_the_ranges_are_those_of_the_last_call() -> None:
     """What was filtered before, and is not any more, is the kernel's again."""
     with bare_vm(guests.read_msr(SYSTEM_TIME)) as bare:
@@ -216,7 +216,7 @@ def test_the_ranges_are_those_of_the_last_call() -> None:
         assert bare.vcpus[0].run() == Halt()
 
 
-@pytest.mark.row("X-02", "J-01")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("access", ["read", "write"])
 def test_only_the_accesses_that_are_named_come_here(access: str) -> None:
     """Reads of IA32_TSC stay the kernel's, writes do not; so it is with any range of one kind."""
@@ -226,7 +226,7 @@ def test_only_the_accesses_that_are_named_come_here(access: str) -> None:
         assert isinstance(bare.vcpus[0].run(), Halt if access == "read" else WrmsrExit)
 
 
-@pytest.mark.row("K-31", "K-35")
+@pytest.mark.row("E13")
 @pytest.mark.parametrize("msr", [0x4B564D04, 0x4B564D05])
 def test_what_the_kernel_keeps_does_not_come_here(msr: int) -> None:
     """PV EOI and poll control pass by the filter: the kernel answers or faults by itself."""

@@ -79,6 +79,7 @@ def test_the_ticker_serves_a_running_guest() -> None:
                 assert not machine.runner.join(0.1)
         assert ticker.failures == ()
         assert clock.steering is not None
+        assert clock.steering.state in (SteeringState.LOCKED, SteeringState.SLEWING)
         assert not any(failures(finish(machine)).values())
 
 

@@ -155,8 +155,7 @@ def works(machine: Machine) -> None:
     """Pause and resume a machine, which runs afterwards if it was started and not stopped."""
     machine.pause()
     assert machine.runner.gate.keeps_all_out()
-    count_before = machine.memory.read(DATA, 4)
-    assert machine.memory.read(DATA, 4) == count_before
+    assert len({machine.memory.read(DATA, 4) for _ in range(50)}) == 1
     machine.resume()
     if machine.runner.gate.has_begun() and not machine.runner.gate.has_ended():
         counts_on(machine)
@@ -200,6 +199,7 @@ def test_close_ends_whatever_was_interrupted(name: str) -> None:
         assert held() == before
         if not was_interrupted:
             break
+    assert line > 3
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Python says so of memory that was just made

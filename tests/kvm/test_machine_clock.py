@@ -263,9 +263,12 @@ def test_a_machines_clock_goes_on_in_another_machine(policy: str) -> None:
     assert seen == sorted(seen)
     tscs = [tsc for tsc, _ in (*earlier, *later)]
     assert tscs == sorted(tscs)
+    first_tsc, first_ns = later[0]
     for tsc, ns in later:
         expected = clock.at(HostTsc((tsc - clock.tsc(0).offset) % 2**64))
         assert abs(ns - expected) <= Fraction(BOUND_NS)
+        passed_ns = Fraction((tsc - first_tsc) * NS_PER_S, state.host.tsc_hz)
+        assert abs(ns - first_ns - passed_ns) <= 2 * BOUND_NS
 
 
 @pytest.mark.row("E1")

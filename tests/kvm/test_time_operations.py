@@ -124,16 +124,21 @@ PAUSE_S = 0.12
 def test_pause_and_resume(policy: str) -> None:
     """Over a pause guest time gains what the policy declares, guests see GUEST_STOPPED once, and nothing goes back."""
     with reading_guest() as (machine, clock):
+        before = clock.backend.counter.read()
         machine.pause()
+        begin = clock.backend.counter.read()
         stopped = clock.now()
         newest = newest_ns(machine)
         time.sleep(PAUSE_S)
         assert (clock.now(), newest_ns(machine)) == (stopped, newest)
+        end = clock.backend.counter.read()
         machine.resume(policy)
+        after = clock.backend.counter.read()
         wait_until_it_reads(machine, clock)
         resumed = next(event for event in clock.events.read().events if event.kind == "resume")
         gains = {"freeze": 0, "advance": missed_ns(clock), "advance:max_ns=100000000": 100 * MS}
         assert resumed.jump_ns == gains.get(policy, 0)
+        assert end - begin <= missed_ns(clock) * clock.backend.tsc_hz / 10**9 <= after - before
         deadline = time.monotonic() + LIMIT_S
         while clock.skew_ns and time.monotonic() < deadline:
             time.sleep(0.05)

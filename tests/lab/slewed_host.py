@@ -10,6 +10,7 @@ import json
 import time
 
 from pvclock import Reference
+from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import MachineGuest
 from pvclock.meter.series import Series
 from pvclock.timekeeping.sampling import Sampler
@@ -73,7 +74,8 @@ def main() -> None:
                     }
                 )
                 time.sleep(INTERVAL_S)
-        guest.finish()
+        records = guest.finish()
+    assert not any(failures(records).values()), records
     print(json.dumps(ticks))  # noqa: T201  # what it is for
 
 

@@ -15,7 +15,7 @@ SETTLED_TICKS = 72
 """Of each phase: by then a slew of 500 ppm more or less has been found and worked off."""
 
 
-@pytest.mark.row("E11", "E2")
+@pytest.mark.row("E11")
 def test_a_guest_follows_a_slewed_host(scratch: Path) -> None:
     """The host's clock is slewed by +200, -300 and 0 ppm: the guest steps by nothing and ends within the bound."""
     program = [sys.executable, "-m", "tests.lab.slewed_host"]

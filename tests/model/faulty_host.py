@@ -18,7 +18,7 @@ class FaultyHost(SimulatedBackend):
     """Simulated host time with faults, each of which comes once.
 
     refuse: (vCPU, error) of the next set_tsc_offset() for that vCPU.  low_by: so many ticks too low is what the TSC
-    reads until it is looked at a second time.
+    reads until it is looked at a second time.  faults: how many have come.
     """
 
     def __init__(self, tsc_hz: int, tsc: int = 0, ref_ns: int = 0, realtime_ns: int = 0) -> None:
@@ -27,6 +27,7 @@ class FaultyHost(SimulatedBackend):
         self.refused_vcpu: int | None = None  # that of the last refusal
         self.holds_vcpus = True
         self.low_by = 0
+        self.faults = 0
 
     @property
     def true_tsc(self) -> int:
@@ -39,6 +40,7 @@ class FaultyHost(SimulatedBackend):
 
     def look_again(self) -> None:
         """The second look: the TSC is right."""
+        self.faults += self.low_by != 0
         self.tsc, self.low_by = HostTsc(self.tsc + self.low_by), 0
 
     def tsc_readings(self) -> tuple[HostTsc, ...]:
@@ -50,11 +52,13 @@ class FaultyHost(SimulatedBackend):
         """See Backend."""
         if self.refuse is not None and self.refuse[0] == vcpu:
             (self.refused_vcpu, error), self.refuse = self.refuse, None
+            self.faults += 1
             raise error
         super().set_tsc_offset(vcpu, offset)
 
     def quiesce(self, vcpu: int | None) -> AbstractContextManager[None]:
         """See Backend."""
         if not self.holds_vcpus:
+            self.faults += 1
             raise NoQuiesce
         return super().quiesce(vcpu)

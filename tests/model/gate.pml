@@ -25,6 +25,8 @@ bool paused, ended;
 bool changed[4];        /* has the count of changes gone on since this waiter saw it? */
 
 byte held;              /* holders that have seen all vCPUs out, and not given back */
+bool lock;              /* the holder's; a vCPU that is out may wait for it, and for nothing else */
+bool has_paused;
 byte left_to_do = 3;    /* holder, pauser, resumer */
 
 #define SHUT (holds || paused || ended)
@@ -113,6 +115,10 @@ outside:
 #endif
 	:: else
 	fi;
+	if                              /* its exit is served */
+	:: true
+	:: true -> !lock
+	fi;
 	goto outside;
 
 turned_away:
@@ -146,8 +152,10 @@ proctype holder()
 	byte me;
 	bool someone;
 
+	lock = true;
 	hold(HOLDER);
 	give_back();
+	lock = false;
 	left_to_do--
 }
 
@@ -159,12 +167,13 @@ proctype pauser()
 	hold(PAUSER);
 	paused = true;
 	give_back();
+	has_paused = true;
 	left_to_do--
 }
 
 proctype resumer()
 {
-	left_to_do == 1;                /* the others are through: one last resume, and all go in again */
+	has_paused;                     /* one last resume: nothing but a hold keeps vCPUs out from now on */
 	paused = false;
 	TELL;
 	left_to_do--

@@ -7,6 +7,7 @@ from copy import deepcopy
 from fractions import Fraction
 
 from pvclock import GuestAddressError, GuestClock, RangeError, StateError
+from pvclock.readings import HostStamps
 from pvclock.state import clock_state
 from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.events import EventKind
@@ -25,7 +26,7 @@ class LifeMoves:
 
     def __init__(self, twins: Twins) -> None:
         self._twins = twins
-        self._saved: list[tuple[ClockState, ModelClock]] = []
+        self._saved: list[tuple[ClockState, ModelClock, HostStamps]] = []
 
     # Memory
 
@@ -75,14 +76,14 @@ class LifeMoves:
             assert (state.policy.policy, state.sleep_policy.policy) == (model.policy, model.sleep_policy)
             assert state.wall_clock == model.wall_clock
         assert clock_state.from_json(clock_state.to_json(state)) == state
-        self._saved = [*self._saved, (state, deepcopy(model))][-KEPT:]
+        self._saved = [*self._saved, (state, deepcopy(model), twins.host.stamps())][-KEPT:]
 
     def restore(self, which: int, hz: int, tsc: int) -> None:
         """A saved state comes back: on this host, or on one of `hz` (0: this) that may run for long or be younger."""
         twins = self._twins
         if not self._saved or twins.is_undecided or twins.lag:
             return
-        state, then = self._saved[which % len(self._saved)]
+        state, then, saved_at = self._saved[which % len(self._saved)]
         old, host = self._twins.clock, self._twins.host
         if hz:
             host = FaultyHost(hz, tsc, ref_ns=tsc, realtime_ns=host.realtime_ns + which - 2)
@@ -96,9 +97,11 @@ class LifeMoves:
             except StateError:
                 continue
             raise AssertionError("two clocks live over one memory")
-        self._adopt(clock, host, state, then)
+        self._adopt(clock, host, state, then, saved_at)
 
-    def _adopt(self, clock: GuestClock, host: FaultyHost, state: ClockState, then: ModelClock) -> None:
+    def _adopt(
+        self, clock: GuestClock, host: FaultyHost, state: ClockState, then: ModelClock, saved_at: HostStamps
+    ) -> None:
         twins, model = self._twins, deepcopy(then)
         saved_tsc = state.host.tsc
         for number, vcpu in enumerate(model.vcpus):
@@ -107,8 +110,7 @@ class LifeMoves:
             assert state.vcpus[number].guest_tsc == vcpu.standing
             vcpu.told_ns = host.run_delays_ns.get(number, 0)
         if not model.is_paused:
-            model.stopped = clock._keeper.state.paused_at.stamps if clock._keeper.state.paused_at else None
-            model.paused_dilation = model.dilation
+            model.stopped, model.paused_dilation = saved_at, model.dilation
         model.hz, model.tsc, model.rate, model.frequency_adjustment = host.tsc_hz, host.tsc, Fraction(0), Fraction(0)
         model.elsewhere, model.tsc_trusted, model.ever_published, model.debt_ns = True, True, True, Fraction(0)
         model.reference = model.reference if model.reference in REFERENCES[1:4] else "off"

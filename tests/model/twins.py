@@ -52,6 +52,7 @@ class Twins:
         self.model = ModelClock(tsc_hz, tsc, [ModelVcpu(tsc_offset) for _ in range(vcpus)])
         self.published_tsc = tsc
         self.raises_dirty = False
+        self.complaints = 0
         self.low_ticks = 0  # how far below the last publish the next call reads the TSC, once
         self.adopt_host()
 
@@ -151,6 +152,7 @@ class Twins:
         return any(begin <= gpa and gpa + length <= begin + size for begin, size in self.slots.items())
 
     def _complain(self, gpa: int, length: int) -> None:
+        self.complaints += 1
         raise DirtyLogError(gpa, length)
 
     # Events

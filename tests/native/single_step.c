@@ -62,6 +62,7 @@ static uint8_t old_record[RECORD_BYTES]; /* before the host's update */
 static uint8_t new_record[RECORD_BYTES]; /* after it */
 static size_t version_at, covered_at, covered_bytes;
 static unsigned long looks, torn;
+static bool written; /* has the host an even version more, and other content, or heard of a turn? */
 
 static uint32_t version_in(const uint8_t *which)
 {
@@ -103,8 +104,11 @@ static void check_versions(void)
 	memcpy(old_record, record, sizeof record);
 	update();
 	memcpy(new_record, record, sizeof record);
+	written = version_in(new_record) == version_in(old_record) + 2 &&
+		  memcmp(old_record + covered_at, new_record + covered_at, covered_bytes) != 0;
 	memcpy(record, old_record, sizeof record);
 	run_stepped(update, look);
+	written &= memcmp(record, new_record, sizeof record) == 0;
 }
 
 /* ---- Bits that both sides take. ---- */
@@ -152,6 +156,7 @@ static void check_turns(void)
 		given = 0;
 		run_stepped(take, take_turn);
 		lost += heard != given;
+		written |= heard;
 		looks++;
 	}
 }
@@ -205,6 +210,6 @@ int main(int argc, char **argv)
 		check_turns();
 	else
 		check_versions();
-	printf("{\"looks\": %lu, \"torn\": %lu, \"lost\": %lu}\n", looks, torn, lost);
+	printf("{\"looks\": %lu, \"written\": %d, \"torn\": %lu, \"lost\": %lu}\n", looks, written, torn, lost);
 	return 0;
 }

@@ -14,7 +14,7 @@ from pvclock.host.linux import host_clocksource
 from pvclock.host.this_host import HostBackend
 from pvclock.meter import in_process_guest
 from pvclock.meter.comparison import compare
-from pvclock.meter.findings import failures, shown_by
+from pvclock.meter.findings import failures
 from pvclock.meter.guest import EngineGuest, Guest
 from pvclock.meter.in_process_guest import InProcessGuest
 from pvclock.meter.machine_guest import MachineGuest
@@ -24,9 +24,11 @@ from pvclock.meter.stress import THREAD_BURSTS, VCPU_BURSTS, Bursts, stress_publ
 from pvclock.payloads.probe import State
 from pvclock.timekeeping.sampling import Sampler
 from qemu_glue.guest import QemuGuest
+from tests import oracle
 
 FEATURES = 0x0100_0009
 READING_AGE_MAX_S = 0.1
+PAGE_TRIES = 100
 READ_GIVES_UP_S = 0.7
 """GuestClock.read() gives a page half a second to become even."""
 EPOCH_LIMIT_NS = 1_000_000
@@ -89,12 +91,17 @@ def test_what_a_started_guest_gives(guest: Guest) -> None:
 @pytest.mark.row("E3", "E13")
 def test_a_reading_is_by_the_page_and_placed_on_the_hosts_tsc(guest: Guest) -> None:
     """A reading is what its page gives at its TSC, and its instant on the host's TSC is within its bound."""
-    begin = read_tsc()
-    first, page, second = guest.reading(), guest.pages()[0], guest.reading()
-    end = read_tsc()
+    for _ in range(PAGE_TRIES):
+        begin = read_tsc()
+        first, page, second = guest.reading(), guest.pages()[0], guest.reading()
+        end = read_tsc()
+        if guest.pages()[0] == page:  # else KVM has published in between
+            break
+    else:
+        pytest.fail("KVM publishes all the time")
     assert second.ns >= first.ns
-    if guest.pages()[0] == page:  # else KVM has published in between
-        assert shown_by(page, second.tsc) == second.ns
+    line = page.tsc_timestamp, page.system_time, page.tsc_to_system_mul, page.tsc_shift
+    assert oracle.TimeInfo(page.version, 0, *line, page.flags, 0).read(second.tsc) == second.ns
     if host_clocksource() != "tsc":
         return  # there KVM moves guests' TSCs, and the host's TSC may not be one clock
     earliest = begin - int(READING_AGE_MAX_S * guest.tsc_hz)
@@ -146,6 +153,7 @@ def test_a_series_of_every_guest(guest: Guest) -> None:
     for _ in range(10):
         series.take()
         time.sleep(0.02)
+    assert len(series.points) == len(series.steps_ns) == 10
     first, *_, last = series.points
     if host_clocksource() == "tsc":
         assert abs(last.ahead_ns) <= first.bound_ns + last.bound_ns + 1000 * last.s  # 1 ppm: the nominal rate

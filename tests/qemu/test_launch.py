@@ -30,7 +30,7 @@ def launch(cmdline: str = "", **options: object) -> Qemu:
     return Qemu(clockprobe(), features=FEATURES, cmdline=cmdline, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.row("E13", "K-11")
+@pytest.mark.row("E13")
 def test_ram_is_shared_both_ways() -> None:
     """What is written here is what QEMU reads, and a guest's page is the same read by QMP and directly."""
     with launch() as qemu:

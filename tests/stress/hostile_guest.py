@@ -19,17 +19,20 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from fractions import Fraction
 from typing import Final, NamedTuple, Protocol
 
 from pvclock import GuestClock, GuestMemory, HostBackend, PvclockError
 from pvclock.clock.ticker import Ticker
+from tests import oracle
 from tests.stress.hostile_actors import HostileVcpu, QuietVcpu, Vmm
 from tests.stress.hostile_machine import MachineVmm
-from tests.stress.hostile_vm import Findings, Mischief, Vm
+from tests.stress.hostile_vm import PAGE_BYTES, Findings, Mischief, Vm
 from tests.waiting import HANG_S
 
 TICK_S: Final = 0.05
 LOOK_S: Final = 0.2
+PEACE_BOUND_NS: Final = 2
 PROFILES: Final = ("linux", "document")
 
 
@@ -89,11 +92,21 @@ class Peaceful:
     def __init__(self) -> None:
         self.clock = GuestClock(GuestMemory(bytearray(0x2000)), backend=HostBackend(Host.tsc_hz()))
         self.clock.write_msr(0, 0x4B564D01, 0x1001)
+        self._first = self._page()
         self.ticks = 0
         self.last_s = time.monotonic()
         self.longest_s = 0.0
         self._tick = self.clock.tick
         self.clock.tick = self._counted  # type: ignore[method-assign]  # what a Ticker calls
+
+    def off_ns(self) -> Fraction:
+        """How far its page is from what its first one and the TSC say."""
+        page = self._page()
+        ticks = page.tsc_timestamp - self._first.tsc_timestamp
+        return page.system_time - self._first.system_time - Fraction(ticks * 10**9, Host.tsc_hz())
+
+    def _page(self) -> oracle.TimeInfo:
+        return oracle.TimeInfo.parse(self.clock.memory.read(0x1000, PAGE_BYTES))
 
     def _counted(self) -> None:
         now = time.monotonic()
@@ -135,8 +148,9 @@ class Soak:
             acting[f"{vm.name} quiet"] = QuietVcpu(vm, self.findings)
             acting[f"{vm.name} VMM"] = Vmm(vm, self.ticker, self.findings, rng(f"VMM of {vm.name}"), self._hold)
         self._resources = ExitStack()
-        if machine:
-            acting["machine"] = self._resources.enter_context(MachineVmm(self.ticker, rng("machine")))
+        self.machine = self._resources.enter_context(MachineVmm(self.ticker, rng("machine"))) if machine else None
+        if self.machine is not None:
+            acting["machine"] = self.machine
         self.actors = [Actor(name, each, self.findings) for name, each in acting.items()]
 
     def run(self, is_over: Callable[[Soak], bool]) -> Outcome:
@@ -154,6 +168,8 @@ class Soak:
                 self.findings.add(f"hanging: {', '.join(hanging)}")
                 faulthandler.dump_traceback()
         self._look_at_ticker()
+        if abs(off_ns := self.peaceful.off_ns()) > PEACE_BOUND_NS:
+            self.findings.add(f"the page of the VM in peace is {float(off_ns)} ns off")
         for vm in self.vms:
             vm.arena.check()
         steps = {actor.name: actor.steps for actor in self.actors}

@@ -10,7 +10,7 @@ from typing import Final, Self
 
 from pvclock import GuestClock, Machine, PvclockError
 from pvclock.clock.ticker import Ticker
-from tests.kvm.msr_script import COUNT_AND_SKIP, GP_VECTOR, HANDLER
+from tests.kvm.msr_script import COUNT_AND_SKIP, FAULTS, GP_VECTOR, HANDLER
 from tests.stress.hostile_actors import MSRS
 from tests.stress.hostile_vm import wild_number
 
@@ -37,6 +37,8 @@ class MachineVmm:
 
     def __init__(self, ticker: Ticker, rng: random.Random) -> None:
         self._ticker, self._rng = ticker, rng
+        self.faults = 0
+        """How many #GPs the guests of machines that have ended had met with."""
         self._begin()
 
         def clock() -> GuestClock:  # that of the present machine
@@ -94,6 +96,8 @@ class MachineVmm:
 
     def _end(self) -> None:
         self._ticker.remove(self._clock)
+        self._machine.stop()
+        self.faults += int.from_bytes(self._machine.memory.read(FAULTS, 4), "little")
         self._machine.close()
 
     def _rewrite(self) -> None:

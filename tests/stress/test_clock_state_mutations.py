@@ -168,7 +168,7 @@ def outcome(read: Callable[[Any], ClockState], damaged: object) -> ClockState | 
         return error
 
 
-@pytest.mark.row("E9", "P-25")
+@pytest.mark.row("E9")
 @pytest.mark.parametrize("mutations", MUTATIONS)
 def test_damaged_states(tmp_path: Path, mutations: int) -> None:
     """Damaged states raise StateFileError that names a field, or load as a state that saves and loads the same."""

@@ -147,12 +147,20 @@ def test_two_holders_wait_for_one_vcpu() -> None:
 
 def test_a_vcpu_that_holds_is_out() -> None:
     """Both of two vCPUs may hold at once, in their handlers, and neither waits for the other."""
-    gate = Gate([Vcpu(), Vcpu()], KICK)
+    vcpus, log = [Vcpu(), Vcpu()], list[str]()
+    gate = Gate(vcpus, KICK)
     for vcpu in range(2):
         assert gate.enter(vcpu)
         gate.leave(vcpu)
-    with gate.hold(), gate.hold():
-        pass
+    with gate.hold():
+        with gate.hold():
+            visitors = [Visitor(gate, vcpu, log) for vcpu in range(2)]
+            log.append("both held")
+        log.append("one holds")
+    for visitor in visitors:
+        visitor.has_gone_on()
+    assert log == ["both held", "one holds", "in", "in"]
+    assert [vcpu.requests for vcpu in vcpus] == [0, 0]
 
 
 def is_paused(gate: Gate) -> bool:

@@ -7,36 +7,42 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from types import NoneType
 from typing import Any, Final
 
 import pytest
 
 from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend, StateFileError
 from pvclock.providers.guest_interface import GuestInterface
-from pvclock.providers.kvm import virtualbox_unit
 from pvclock.providers.registry import PROVIDERS
 
 MUTATIONS: Final = 100_000
 HZ: Final = 2_596_132_000
 SIZE: Final = 1 << 14
 FEATURES: Final = 1 << 0 | 1 << 3
+NUMBERS: Final = {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3}
+NEWEST: Final = {"None": 1, "Minimal": 1, "KVM": 2}
+HEADER: Final = struct.Struct("<II")
+UNIT: Final = struct.Struct("<II I QQQQIB QQQQIB QI")
+"""Provider's number and version; KVM's version, twice system-time MSR, TSC, ns, page, its version and flags; wall-clock
+MSR, features."""
 EXTREMES: Final = (0, 1, 2, 3, 7, 0x2001, 0x2FF1, SIZE - 16 | 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
 Damage = Callable[[random.Random, bytes], bytes]
 
 
-def clocks() -> dict[str, GuestClock]:
-    """A used, paused clock of two vCPUs for each provider."""
-    made = {}
+def clocks() -> tuple[dict[str, GuestClock], dict[str, bytearray]]:
+    """A used, paused clock of two vCPUs for each provider, and their memories."""
+    made, memories = {}, {name: bytearray(SIZE) for name in PROVIDERS}
     for name in PROVIDERS:
         options: dict[str, object] = {"features": FEATURES} if name == "KVM" else {}
         config = {"provider": name, **options}
-        clock = GuestClock(GuestMemory(bytearray(SIZE)), 2, config, backend=SimulatedBackend(HZ, 10**6))
+        clock = GuestClock(GuestMemory(memories[name]), 2, config, backend=SimulatedBackend(HZ, 10**6))
         made[name] = clock
     made["KVM"].write_msr(0, 0x4B564D01, 0x1001)
     made["KVM"].write_msr(1, 0x4B564D01, 0x1041)
     for clock in made.values():
         clock.pause()
-    return made
+    return made, memories
 
 
 def flip(source: random.Random, data: bytes) -> bytes:
@@ -115,25 +121,43 @@ def refusal(attempt: Callable[[], object]) -> ConfigError | StateFileError | Non
 @pytest.mark.row("E9", "G-18", "G-19", "V-36", "V-37")
 def test_damaged_units() -> None:
     """A damaged unit is refused by name, with the clock as it was; or it loads, and is saved as loaded."""
-    made = clocks()
+    made, memories = clocks()
     units = {name: clock.interface.save_unit() for name, clock in made.items()}
     before = {name: state_of(clock) for name, clock in made.items()}
+    contents = {name: bytes(memory) for name, memory in memories.items()}
     outcomes: Counter[tuple[str, bool]] = Counter()
     for loader, damage, data in islice(damaged_units(units), MUTATIONS):
         clock = made[loader]
         error = refusal(lambda: clock.interface.load_unit(data))  # noqa: B023  # called at once
         outcomes[damage, error is None] += 1
+        assert isinstance(error, must_be(loader, data))
         if error is not None:
             assert str(error)
             assert state_of(clock) == before[loader]
+            assert memories[loader] == contents[loader]
             continue
         assert_loaded(clock, loader, data)
         clock.interface.load_unit(units[loader])
         assert state_of(clock) == before[loader]
+        contents[loader] = bytes(memories[loader])
     assert sum(outcomes.values()) == MUTATIONS
     assert all(outcomes[damage.__name__, False] > MUTATIONS // 50 for damage in DAMAGES)
     assert outcomes["put_msr", True] > MUTATIONS // 50
-    assert bytes(made["None"].memory.read(0, SIZE)) == bytes(SIZE)
+    assert memories["None"] == memories["Minimal"] == bytes(SIZE)
+
+
+def must_be(loader: str, data: bytes) -> tuple[type, ...]:
+    """What may become of it by its numbers and its length: an error, or None."""
+    if len(data) < HEADER.size:
+        return (StateFileError,)
+    number, version = HEADER.unpack_from(data)
+    if number != NUMBERS[loader]:
+        return (ConfigError,)
+    if version > NEWEST[loader] or (loader == "KVM" and data[8:12] != b"\1\0\0\0"):
+        return (StateFileError,)
+    if len(data) != (UNIT.size if loader == "KVM" else HEADER.size):
+        return (StateFileError,)
+    return (NoneType, ConfigError, StateFileError)
 
 
 def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
@@ -142,10 +166,15 @@ def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
     if provider != "KVM":
         assert saved == data
         return
-    found, expected = virtualbox_unit.decode(saved[8:], 2), virtualbox_unit.decode(data[8:], 2)
-    assert [vcpu.system_time_msr for vcpu in found.vcpus] == [vcpu.system_time_msr for vcpu in expected.vcpus]
-    assert (found.wall_clock_msr, found.features) == (expected.wall_clock_msr, expected.features)
-    assert [each.time_page_gpa for each in clock.save().vcpus] == [vcpu.page for vcpu in expected.vcpus]
+    found, expected = UNIT.unpack(saved), UNIT.unpack(data)
+    assert found[:3] == expected[:3]
+    assert found[-2:] == expected[-2:]
+    for vcpu, at in enumerate((3, 9)):
+        msr, gpa = expected[at], expected[at] & ~1
+        assert found[at] == clock.read_msr(vcpu, 0x4B564D01) == msr
+        is_served = msr & 1 and gpa % 4096 <= 4096 - 32
+        assert clock.save().vcpus[vcpu].time_page_gpa == (gpa if is_served else None)
+    assert clock.read_msr(0, 0x4B564D00) == expected[-2]
 
 
 KEYS: Final = ("provider", "version", "profile", "features", "enforce_cpuid", "apic_bus_hz")
@@ -184,7 +213,8 @@ def damaged_configurations() -> Iterator[dict[Any, object]]:
 @pytest.mark.row("E9", "G-01", "G-02", "G-03", "E13")
 def test_damaged_configurations() -> None:
     """A damaged configuration is a ConfigError that says something, or makes an interface that its own config makes."""
-    clock = clocks()["None"].interface.provider.clock
+    made, _ = clocks()
+    clock = made["None"].interface.provider.clock
     outcomes: Counter[tuple[str | None, bool]] = Counter()
     for config in islice(damaged_configurations(), MUTATIONS):
         error = refusal(lambda: GuestInterface(config, clock, 2))  # noqa: B023  # called at once
@@ -194,7 +224,11 @@ def test_damaged_configurations() -> None:
             continue
         interface = GuestInterface(config, clock, 2)
         outcomes[interface.name, True] += 1
+        assert config.keys() <= {*KEYS, "Provider"}
         assert interface.name == config.get("provider", config.get("Provider", "None"))
+        assert interface.name in PROVIDERS
+        assert interface.version == (0 if interface.name == "None" else config.get("version", 0))
+        assert 0 <= interface.version < 2**32
         assert GuestInterface({"provider": interface.name, **interface.config}, clock, 2).config == interface.config
     assert outcomes[None, False] > MUTATIONS // 3
     assert all(outcomes[name, True] > MUTATIONS // 50 for name in PROVIDERS)

@@ -50,6 +50,7 @@ DEFECTS = (
     Defect("no_margin", "backward_own", reader="unfenced", pages=1),
     # An even version takes about 100 ticks to reach the other CPU here, so a TSC that is behind by less is hidden.
     Defect("timestamp_now", "wild", pages=1, skew_ticks=512),
+    Defect("timestamp_now", "beyond_bound"),
     Defect("one_page_at_a_time", "backward_own"),
 )
 

@@ -36,7 +36,7 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Stress:
     return run
 
 
-@pytest.mark.row("K-29", "K-28")
+@pytest.mark.row("K-29")
 def test_no_steal_time_is_torn(stress: Stress) -> None:
     """A reading that its version calls consistent is a sum that the host wrote, and never less than the one before."""
     reads = turns = 0

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pvclock import GuestMemory
+from pvclock import ConfigError, GuestMemory
+from pvclock._core import read_time_info
 from tests.stress.slot_schedules import LINE, PAGE, SCALE, SIZE, Announced, PublishUnderWay, give_way, pages_at
 
 pytestmark = pytest.mark.stress
@@ -59,8 +60,8 @@ def test_of_slots_that_overlap_one_is_added() -> None:
             errors.append(error)
 
     all_at_once(memory, [(add, 0, (bytearray(SIZE),)), (add, SIZE // 2, (bytearray(SIZE),))])
-    assert len(memory.slots) == 1
-    assert ["overlaps" in str(error) for error in errors] == [True]
+    assert memory.slots in ([(0, SIZE)], [(SIZE // 2, SIZE)])
+    assert [type(error) for error in errors] == [ConfigError]
 
 
 @pytest.mark.row("E9")
@@ -130,6 +131,7 @@ def test_a_signal_handler_may_publish_while_slots_wait() -> None:
     finally:
         signal.signal(signal.SIGUSR1, old)
     assert len(handled) == 1
+    assert read_time_info(memory, 0).version == 4
     assert [gpa for gpa, _ in memory.slots] == [0, PAGE, 0x200000]
 
 
@@ -164,16 +166,21 @@ def test_who_publishes_without_pause_lets_slots_change() -> None:
     memory = GuestMemory(bytearray(SIZE))
     pages = pages_at(memory, 0)
     lock = threading.Lock()
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
+    rounds = 0
 
     def publish() -> None:
+        nonlocal rounds
         while not done.is_set():
             pages.publish(LINE, SCALE)
             with lock:
                 pages.publish(LINE, SCALE)
+            rounds += 1
+            begun.set()
 
     thread = threading.Thread(target=publish)
     thread.start()
+    assert begun.wait(60)
     for _ in range(200):
         with lock:
             memory.add_slot(0x200000, bytearray(SIZE))
@@ -181,3 +188,4 @@ def test_who_publishes_without_pause_lets_slots_change() -> None:
     done.set()
     thread.join()
     assert memory.slots == [(0, SIZE)]
+    assert read_time_info(memory, 0).version == 2 + 4 * rounds
