@@ -270,7 +270,7 @@ cdef class TimePages:
             standing.scale = (<ClockScale?>standing_scale).c
         self._prepare(scale, as_flags(flags), out_of_guest)
         self._move(moved_ticks, moved_ns)
-        if start is not None and self._stands and self._anchor.scale.mul:
+        if start is not None and self._stands:
             self._anchor = standing
         if may_step:
             self._anchor.scale.mul = 0

@@ -35,6 +35,9 @@ more than the 1 ns that one refresh gives back; later refreshes give back the re
 VCPUS_MAX: Final = 4096
 """KVM_MAX_VCPUS on x86, and the most that the state format holds."""
 
+AHEAD_NS_MAX: Final = 1
+"""How far ahead of the timeline a page may be."""
+
 T = TypeVar("T")
 
 
@@ -322,9 +325,9 @@ class Timekeeper:
         self.commit(self.pages.stop, change, self._take_stopped)
 
     def restore_paused(self, state: TimeState, events: tuple[Event, ...]) -> None:
-        """Take the paused `state` of a saved clock, whose guest may have read any time up to it."""
+        """Take the paused `state` of a saved clock, whose guest may have read any time up to it, and 1 ns ahead."""
         tsc = state.timeline.begin_tsc
-        stopped_ns = state.timeline.at(tsc).__floor__() & U64_MASK
+        stopped_ns = state.timeline.at(tsc).__floor__() + AHEAD_NS_MAX & U64_MASK
         self._was_shown_before = True
         self.commit(partial(self.pages.stand_still, tsc, stopped_ns), lambda _: (state, events), self._take_and_forget)
 

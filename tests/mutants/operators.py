@@ -26,43 +26,39 @@ SEED = 13
 SECONDS_MAX = 150.0
 QUICK = "not (kvm or long)"
 
-HEADERS = ("math", "anchor", "publish", "tsc", "own_line", "words", "records")
-PYTHON = (
-    *(f"pvclock/timekeeping/{name}.py" for name in ("timeline", "catchup", "discipline", "timers", "sampling")),
-    *(f"pvclock/tsc/{name}.py" for name in ("vcpu_tsc", "agreement", "emulation")),
-)
-TESTS_OF_HEADERS = (
-    *("scale", "reading", "guest_clock", "time_operations", "kvm_steal_time", "kvm_pv_eoi", "kvm_wall_clock"),
-    *(
-        "virtualbox_pages",
-        "publish_wait",
-        "late_publish",
-        "transaction",
-        "tsc_core",
-        "tsc_glitches",
-        "c_guide",
-        "counter",
+TESTS_OF_HEADERS = {
+    "math": ("unit/test_scale.py", "unit/test_guest_clock.py", "unit/test_time_operations.py"),
+    "anchor": (
+        *("unit/test_guest_clock.py", "unit/test_time_operations.py", "unit/test_late_publish.py"),
+        *("unit/test_transaction.py", "stress/test_publish_stress.py"),
     ),
-)
-STRESS_OF_HEADERS = ("stress/test_single_step.py", "stress/test_record_stress.py", "stress/test_publish_stress.py")
-TESTS_OF_PYTHON = (
-    *(
-        "timers",
-        "timers_bounds",
-        "timers_dilated",
-        "catchup",
-        "discipline",
-        "sampling",
-        "tsc",
-        "tsc_core",
-        "tsc_repair",
+    "publish": (
+        *("unit/test_guest_clock.py", "unit/test_reading.py", "unit/test_kvm_provider.py", "unit/test_publish_wait.py"),
+        *("unit/test_tsc_glitches.py", "stress/test_single_step.py", "stress/test_publish_stress.py"),
     ),
-    *("tsc_sync", "time_operations", "guest_clock", "event_timeline", "restore", "following", "host_sleep", "palacios"),
-)
-
-UNWANTED = ("Decorator", "Exception", "Variable", "Pow", "_Is", "_Div", "Div_", "ZeroIteration")
-"""Of cosmic-ray's operators those that fail by type or name, or need options."""
-
+    "tsc": (
+        "unit/test_publish_wait.py",
+        "unit/test_counter.py",
+        "unit/test_sampling.py",
+        "stress/test_publish_stress.py",
+    ),
+    "own_line": ("unit/test_virtualbox_pages.py", "stress/test_single_step.py"),
+    "words": ("unit/test_kvm_provider.py", "unit/test_kvm_steal_time.py", "stress/test_single_step.py"),
+    "records": (
+        *("unit/test_kvm_steal_time.py", "unit/test_kvm_pv_eoi.py", "unit/test_kvm_wall_clock.py"),
+        *("stress/test_single_step.py", "stress/test_record_stress.py"),
+    ),
+}
+TESTS_OF_PYTHON = {
+    "timekeeping/timeline": ("time_operations", "event_timeline", "guest_clock", "tsc_glitches", "restore"),
+    "timekeeping/catchup": ("catchup", "time_operations"),
+    "timekeeping/discipline": ("discipline", "following"),
+    "timekeeping/timers": ("timers", "timers_bounds", "timers_dilated"),
+    "timekeeping/sampling": ("sampling", "following"),
+    "tsc/vcpu_tsc": ("tsc", "tsc_core", "tsc_msrs", "tsc_repair", "palacios"),
+    "tsc/agreement": ("tsc_repair", "tsc_sync"),
+    "tsc/emulation": ("tsc_core", "palacios"),
+}
 SLOW = (
     "unit/test_discipline.py::test_noise_temperature_and_outliers",
     "unit/test_discipline.py::test_a_step_of_an_hour_takes_its_time",
@@ -70,6 +66,9 @@ SLOW = (
     "unit/test_following.py::test_a_hundred_thousand_ticks",
 )
 """Run for those alone that all others let live."""
+
+UNWANTED = ("Decorator", "Exception", "Variable", "Pow", "_Is", "_Div", "Div_", "ZeroIteration")
+"""Of cosmic-ray's operators those that fail by type or name, or need options."""
 
 COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 C_OPERATORS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -136,8 +135,8 @@ def report(results: list[campaign.Result]) -> int:
 def sample(count: int) -> list[Mutant]:
     """Return so many mutants, half of C and half of Python, the same at each run of a tree."""
     chooser = random.Random(SEED)  # noqa: S311 - no secret
-    of_c = [mutant for name in HEADERS for mutant in of_header(f"pvclock/include/pvclock_{name}.h")]
-    of_python = [mutant for file in PYTHON for mutant in of_module(file)]
+    of_c = [mutant for name in TESTS_OF_HEADERS for mutant in of_header(name)]
+    of_python = [mutant for name in TESTS_OF_PYTHON for mutant in of_module(name)]
     chosen = [mutant for mutant in chooser.sample(of_c, len(of_c)) if compiles(mutant)][: count // 2]
     return chosen + chooser.sample(of_python, min(count - count // 2, len(of_python)))
 
@@ -150,11 +149,11 @@ def compiles(mutant: Mutant) -> bool:
     return subprocess.run(command, input=changed.encode(), capture_output=True, check=False).returncode == 0
 
 
-def of_header(file: str) -> Iterator[Mutant]:
+def of_header(header: str) -> Iterator[Mutant]:
     """Give each mutant of a C header, by the table above."""
+    file = f"pvclock/include/pvclock_{header}.h"
     source = (ROOT / file).read_text(encoding="utf-8")
     code = COMMENT.sub(lambda comment: re.sub(r"[^\n]", " ", comment[0]), source)
-    tests = (*(f"unit/test_{name}.py" for name in TESTS_OF_HEADERS), *STRESS_OF_HEADERS)
     for kind, pattern, becomes in C_OPERATORS:
         for match in re.finditer(pattern, code):
             for new in becomes:
@@ -166,7 +165,7 @@ def of_header(file: str) -> Iterator[Mutant]:
                 replacement = source[begin : match.start()] + changed + source[match.end() : end]
                 line = source.count("\n", 0, match.start()) + 1
                 name = f"{Path(file).name}:{line}: {match[0]!r} at {match.start()} to {changed!r}"
-                yield Mutant(name, "", kind, file, text, replacement, tests)
+                yield Mutant(name, "", kind, file, text, replacement, TESTS_OF_HEADERS[header])
 
 
 def is_outside_of_functions(code: str, at: int) -> bool:
@@ -183,13 +182,14 @@ def lines_around(source: str, begin: int, end: int) -> tuple[int, int]:
     return begin, end
 
 
-def of_module(file: str) -> Iterator[Mutant]:
+def of_module(module: str) -> Iterator[Mutant]:
     """Give each mutant of a Python file that cosmic-ray's operators make and that is not only an annotation's."""
     mutate_code = import_module("cosmic_ray.mutating").mutate_code  # no part of the project's environment
     plugins = import_module("cosmic_ray.plugins")
 
+    file = f"pvclock/{module}.py"
     source = (ROOT / file).read_text(encoding="utf-8")
-    tests = tuple(f"unit/test_{name}.py" for name in TESTS_OF_PYTHON)
+    tests = tuple(f"unit/test_{name}.py" for name in TESTS_OF_PYTHON[module])
     seen = {meaning(source), ""}
     for operator in sorted(plugins.operator_names()):
         if any(word in operator for word in UNWANTED):
@@ -199,7 +199,7 @@ def of_module(file: str) -> Iterator[Mutant]:
             number += 1
             if (means := meaning(changed)) not in seen:
                 seen.add(means)
-                name = f"{file.removeprefix('pvclock/')}: {operator.removeprefix('core/')} {number}"
+                name = f"{module}.py: {operator.removeprefix('core/')} {number}"
                 yield Mutant(name, "", operator, file, source, changed, tests)
 
 

@@ -57,7 +57,7 @@ def test_a_resume_that_fails_leaves_each_vcpu_its_saved_tsc(failing: int) -> Non
     backend.advance(ns=NS_PER_S)
     clock.resume()
     assert [guest_tsc(backend, vcpu) for vcpu in range(3)] == [10**12] * 3
-    assert [shown(clock.memory, vcpu, 10**12) for vcpu in range(2)] == [0, 0]
+    assert [shown(clock.memory, vcpu, 10**12) for vcpu in range(2)] == [1, 1]  # what the saved guest may have read
     resumed = [event for event in clock.events.read().events if event.kind is EventKind.RESUME]
     assert len(resumed) == 1
 
