@@ -254,20 +254,26 @@ def hyperv_page_line(now: int, shown: int, scale: int, guest_tsc: int) -> tuple[
     """Return scale and offset of the page whose line begins at `guest_tsc`, or None where no page can show it.
 
     `now` is the timeline, in 2**-64 units, and `shown` the units of the old line: the page shows those or 1 more. Its
-    line is the first that has reached the timeline; where that is 1 unit ahead, it is the one before, with a scale that
-    is greater by 2**-31 at most.
+    line is the first that has reached the timeline. Where that is 1 unit ahead, it begins as low as may be, and the
+    scale carries what a whole offset cannot say, by 2**-31 at most: the smaller of the two ways, or the slower one
+    where the line begins 1 unit ahead as it is.
     """
     if scale >= U64:
         return None
     target = min(max(now, shown * U64), (shown + 2) * U64 - 1)
     offset = -((guest_tsc * scale - target) // U64)
     value = guest_tsc * scale + offset * U64
-    if value < now + U64:
-        return scale, offset - max(0, value // U64 - shown - 1)
-    lacking = target - (value - U64)
-    if lacking > guest_tsc * (scale >> 31):
-        return None
-    return scale - (-lacking // guest_tsc), offset - 1
+    if value >= now + U64:
+        too_much, too_little = value - target, target - (value - U64)
+        is_slower = target >= now + U64 or too_much < too_little
+        if (too_much if is_slower else too_little) > guest_tsc * (scale >> 31):
+            return None
+        if is_slower:
+            scale -= too_much // guest_tsc if guest_tsc else 0
+        else:
+            scale, offset = scale - (-too_little // guest_tsc), offset - 1
+        value = guest_tsc * scale + offset * U64
+    return scale, offset - max(0, value // U64 - shown - 1)
 
 
 class VcpuTscOracle:

@@ -2,22 +2,22 @@
 
 /* Hyper-V's reference time: its TSC page as a kind of page of pvclock_publish_at(), and the counter MSR.
  *
- * The page's sequence is 0 while a publish writes it, and then one that it never had.  The count is the host's own: read
- * back from guest memory it would be 0 there, and its successor a sequence that a reader may still have.  Guests read
- * the counter MSR meanwhile, which follows the same line.
+ * The page's sequence is 0 while a publish writes it, and then one that it never had.  The count is the host's own:
+ * read back from guest memory it would be 0 there, and its successor a sequence that a reader may still have.  Guests
+ * read the counter MSR meanwhile, which follows the same line.
  *
  * A page has whole units of 100 ns for its offset, so its line begins a fraction of a unit ahead of the timeline, at
- * most one.  Where it would be more, since it may not show less than the old line (the fractions of 50,000 changes
- * would add up to some 100 units, a random walk):
+ * most one.  Where it would be more, since it may not show less than the old line (the fractions of 50,000 changes would
+ * add up to some 100 units, a random walk):
  *
  *   - the break point comes later, within the unit that the old line shows, when the timeline has reached that, too;
  *   - where nobody can wait, and for what a whole tick leaves over, the scale's low bits carry the remainder: at most
  *     2^-31 of the rate, which takes half a unit in 107 s, and the next publish after that ends it;
- *   - where even that does not do, in a guest whose TSC has just begun, the sequence stays 0 until the next publish.
- *     The counter's line has fractions, and needs none of this.
+ *   - where even that does not do, in a guest whose TSC has begun less than 215 s ago, the sequence stays 0 until the
+ *     next publish.  The counter's line has fractions, and needs none of this.
  *
  * So a page is within 2 units of the timeline after any number of changes, and goes on by 0 or +1 unit at each, never
- * back.  A publish that changes neither rate nor offset leaves the page alone: its rate is 2^-65 units a tick off at most.
+ * back.  A publish that changes neither rate nor offset leaves the page alone: its rate is off by 2^-65 units a tick.
  */
 #ifndef HYPERV_PUBLISH_H
 #define HYPERV_PUBLISH_H
@@ -95,7 +95,7 @@ struct hyperv_clock {
 	struct hyperv_line line;    /* published last */
 	uint64_t line_num, line_den; /* its rate, exactly */
 	uint64_t line_tsc_offset;
-	uint64_t carried;           /* how much more its scale has than its rate */
+	uint64_t carried;           /* how much more its scale has than its rate, or less */
 	uint64_t moved_ticks, moved_ns; /* by declared steps since */
 };
 
@@ -122,7 +122,7 @@ static inline pvclock_u128 hyperv_moved_line_fixed(const struct hyperv_clock *cl
 	       hyperv_fixed(clock->moved_ns, 0) / HYPERV_UNIT_NS;
 }
 
-/* Has the guest's TSC begun anew, or has what the scale carries taken the line as far as it may? */
+/* Has the guest's TSC begun anew, or has what the scale carries moved the line by half a unit? */
 static inline int hyperv_line_is_spent(const struct hyperv_clock *clock, uint64_t tsc)
 {
 	uint64_t ticks = tsc - clock->line.tsc;
@@ -149,47 +149,50 @@ static inline int hyperv_line_changes(const struct hyperv_clock *clock, uint64_t
 
 #define HYPERV_CARRY_SHIFT 31 /* a scale carries 2^-31 of itself at most */
 
-/* Raise the line at its `tsc` by `lacking` (less than a unit) through its scale, with a page's offset as it is.  Returns
- * how much the scale has grown, or 0 if that is more than it may carry.
+/* Have the line's scale carry `remainder` up to its `tsc`: of a line that is lower by as much, or (is_above) higher, and
+ * that a page can show; the new one is less than 2^-64 units a tick above where it was.  *carried becomes the change of the
+ * scale.  Returns 0, or -1 if that is too much.
  */
-static inline uint64_t hyperv_carry(struct hyperv_line *line, uint64_t guest_tsc, pvclock_u128 lacking)
+static inline int hyperv_carry(struct hyperv_line *line, uint64_t guest_tsc, pvclock_u128 remainder, int is_above,
+			       uint64_t *carried)
 {
 	pvclock_u128 value = hyperv_fixed(line->units, line->fraction);
-	uint64_t carried;
 
-	if (lacking > (pvclock_u128)guest_tsc * (line->scale >> HYPERV_CARRY_SHIFT))
-		return 0;
-	carried = (uint64_t)((lacking + guest_tsc - 1) / guest_tsc);
-	if (carried > UINT64_MAX - line->scale)
-		return 0;
-	value += (pvclock_u128)carried * guest_tsc;
+	if (remainder > (pvclock_u128)guest_tsc * (line->scale >> HYPERV_CARRY_SHIFT))
+		return -1;
+	if (is_above) {
+		*carried = guest_tsc ? (uint64_t)(remainder / guest_tsc) : 0;
+		value += remainder - (pvclock_u128)*carried * guest_tsc;
+		line->scale -= *carried;
+	} else {
+		*carried = (uint64_t)((remainder + guest_tsc - 1) / guest_tsc);
+		value += (pvclock_u128)*carried * guest_tsc - remainder;
+		line->scale += *carried;
+	}
 	line->units = (uint64_t)(value >> 64);
 	line->fraction = (uint64_t)value;
-	line->scale += carried;
-	return carried;
+	return 0;
 }
 
-/* Lift the line from `least` to the nearest that a page can show, or a unit below that and its scale, too, where it would
- * be a unit ahead of `now`.  Returns 0, or -1 with the line as it was.
+/* Change the line, which may not begin lower, to one that a page can show: the next above it, if that is less than a unit
+ * ahead of `now`, else one from where it is, with a remainder.  One that gets ahead (its scale is greater) is for a line
+ * that is less than a unit ahead so far.  Returns 0, or -1 with the line as it was.
  */
 static inline int hyperv_line_fit(struct hyperv_line *line, uint64_t tsc_offset, pvclock_u128 now, uint64_t *carried)
 {
 	pvclock_u128 least = hyperv_fixed(line->units, line->fraction);
 	pvclock_u128 lift = -hyperv_line_offset(line, tsc_offset) & UINT64_MAX;
-	struct hyperv_line fit = *line;
+	uint64_t guest_tsc = line->tsc + tsc_offset;
 
-	if (least + lift >= now + HYPERV_ONE_UNIT) {
-		fit.units = (uint64_t)((least + lift - HYPERV_ONE_UNIT) >> 64);
-		fit.fraction = (uint64_t)(least + lift);
-		*carried = hyperv_carry(&fit, line->tsc + tsc_offset, HYPERV_ONE_UNIT - lift);
-		if (*carried == 0)
-			return -1;
-	} else {
-		fit.units = (uint64_t)((least + lift) >> 64);
-		fit.fraction = (uint64_t)(least + lift);
+	*carried = 0;
+	if (least + lift < now + HYPERV_ONE_UNIT) {
+		line->units = (uint64_t)((least + lift) >> 64);
+		line->fraction = (uint64_t)(least + lift);
+		return 0;
 	}
-	*line = fit;
-	return 0;
+	if (least < now + HYPERV_ONE_UNIT && HYPERV_ONE_UNIT - lift <= lift)
+		return hyperv_carry(line, guest_tsc, HYPERV_ONE_UNIT - lift, 0, carried);
+	return hyperv_carry(line, guest_tsc, lift, 1, carried);
 }
 
 /* The clock's new line from `tsc` on: it shows the timeline there, but neither less than the old line nor over 1 unit

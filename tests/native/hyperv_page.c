@@ -15,7 +15,9 @@
  *                                                           as many changes of the rate, each followed by a refresh;
  *                                                           young: the guest's TSC begins at 0
  *   hyperv_page order                                       what readers of both kinds find at each look at the counter
+ *   hyperv_page carried                                     a line whose scale carries a remainder, left alone
  *   hyperv_page validity                                    a page that is placed, distrusted, trusted, moved, restored
+ *   hyperv_page wrap                                        a guest TSC that begins anew at 2^64
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -227,6 +229,38 @@ static void run_changes(const char *counter_name, const char *offset, unsigned l
 	}
 }
 
+/* A line that carries half of what it may, or more, and 300 s of refreshes; after each: does it carry, the page's sequence,
+ * how far its line is off the timeline, in 2^-64 units rounded down to 2^-32, and by how much the reading changed there.
+ */
+static void run_carried(void)
+{
+	uint64_t tsc = UINT64_C(1000000000000);
+	struct vm vm;
+
+	begin(&vm, simulated_counter(&tsc), -UINT64_C(690000000000)); /* 119 s old */
+	publish(&vm, 0);
+	for (int i = 0; vm.clock.carried <= vm.clock.line.scale >> (HYPERV_CARRY_SHIFT + 1); i++) {
+		uint64_t num = 1000000000 + next_random() % 1000;
+
+		if (i == 100000)
+			exit(1);
+		tsc += next_random() % 10000;
+		set_rate(&vm, num, HZ);
+		publish(&vm, 0);
+		vm.line = pvclock_line_turn(pvclock_line_at(vm.line, vm.break_tsc), num, HZ);
+	}
+	for (int i = 0; i < 300; i++) {
+		uint64_t shown = hyperv_line_read(&vm.clock.line, tsc);
+
+		publish(&vm, 0);
+		printf("%d %" PRIu32 " %" PRId64 " %" PRIu64 "\n", vm.clock.carried != 0, pvclock_load32(hyperv_page),
+		       (int64_t)((hyperv_line_fixed(&vm.clock.line, tsc) -
+				  pvclock_line_fixed(vm.line, tsc, HYPERV_UNIT_NS)) >> 32),
+		       hyperv_line_read(&vm.clock.line, tsc) - shown);
+		tsc += HZ;
+	}
+}
+
 /* ---- The order of marks, looks at the counter, and releases. ---- */
 
 struct looks {
@@ -321,6 +355,20 @@ static void run_validity(void)
 	publish_and_tell("no_page", &vm);
 }
 
+static void run_wrap(void)
+{
+	uint64_t tsc = UINT64_C(1000000000000);
+	struct vm vm;
+
+	begin(&vm, simulated_counter(&tsc), -tsc - HZ);
+	publish_and_tell("near_the_end", &vm);
+	tsc += 2 * HZ;
+	tell("beyond", &vm);
+	publish_and_tell("again", &vm);
+	tsc += HZ;
+	publish_and_tell("later", &vm);
+}
+
 int main(int argc, char **argv)
 {
 	const char *mode = argc > 1 ? argv[1] : "";
@@ -339,6 +387,10 @@ int main(int argc, char **argv)
 		run_order();
 	else if (strcmp(mode, "validity") == 0)
 		run_validity();
+	else if (strcmp(mode, "carried") == 0)
+		run_carried();
+	else if (strcmp(mode, "wrap") == 0)
+		run_wrap();
 	else
 		return 2;
 	return 0;

@@ -282,3 +282,29 @@ def test_where_the_page_may_be_read(hyperv_page: Path) -> None:
     for sequence, status, page, counter in (each for name, each in told.items() if name not in ("moving", "no_page")):
         assert status == (0 if sequence else -1)
         assert not sequence or page == counter
+
+
+@pytest.mark.row("H-51", "H-54", "E4")
+def test_what_a_scale_carries_ends(hyperv_page: Path) -> None:
+    """A line at a rate that is not quite its own has gone half a unit when a publish ends it, without a step."""
+    rows = numbers(output(hyperv_page, "carried"))
+    off = [each / 2**32 for _, _, each, _ in rows]
+    assert [carries for carries, *_ in rows] == sorted((carries for carries, *_ in rows), reverse=True)
+    assert rows[0][0] == 1
+    assert rows[-1][0] == 0
+    assert rows[-1][1] == rows[0][1] + 1
+    assert -1 <= min(off) < max(off) <= 1.5
+    assert {step for *_, step in rows} <= {0, 1}
+
+
+@pytest.mark.row("H-50", "H-54")
+def test_a_guest_tsc_that_begins_anew(hyperv_page: Path) -> None:
+    """Where a guest's TSC passes 2**64 the counter goes on, and the next publish puts the page right."""
+    told = {name: tuple(map(int, rest)) for name, *rest in map(str.split, output(hyperv_page, "wrap"))}
+    near, beyond, again, later = (told[name] for name in ("near_the_end", "beyond", "again", "later"))
+    assert abs(beyond[3] - near[3] - 20_000_000) <= 1
+    assert again[0] == later[0] == near[0] + 1
+    assert again[2] == again[3]
+    assert again[3] - beyond[3] in (0, 1)
+    assert later[2] == later[3]
+    assert abs(later[3] - again[3] - 10_000_000) <= 1
