@@ -7,8 +7,8 @@
  * read the counter MSR meanwhile, which follows the same line.
  *
  * A page has whole units of 100 ns for its offset, so its line begins a fraction of a unit ahead of the timeline, at
- * most one.  Where it would be more, since it may not show less than the old line (the fractions of 50,000 changes would
- * add up to some 100 units, a random walk):
+ * most one.  Where it would be more, since it may not show less than the old line (the fractions of 50,000 changes
+ * would add up to some 100 units, a random walk):
  *
  *   - the break point comes later, within the unit that the old line shows, when the timeline has reached that, too;
  *   - where nobody can wait, and for what a whole tick leaves over, the scale's low bits carry the remainder: at most
@@ -33,8 +33,8 @@ extern "C" {
 
 #define HYPERV_ONE_UNIT ((pvclock_u128)1 << 64)
 
-/* Reference time in host ticks: at `tsc` it is units + fraction * 2^-64, and each tick adds scale_units + scale * 2^-64.
- * Whole units are what guest and counter are shown.
+/* Reference time in host ticks: at `tsc` it is units + fraction * 2^-64, and each tick adds scale_units +
+ * scale * 2^-64.  Whole units are what page and counter show.
  */
 struct hyperv_line {
 	uint64_t tsc;
@@ -80,7 +80,7 @@ static inline int hyperv_line_fits_page(const struct hyperv_line *line, uint64_t
  * rate.
  */
 struct hyperv_clock {
-	void *page;           /* HYPERV_PAGE_BYTES, aligned, which the caller has checked to lie in guest memory; or NULL */
+	void *page;           /* HYPERV_PAGE_BYTES, which the caller has checked to lie in guest memory; or NULL */
 	uint64_t num;         /* num/den ns a tick, from the next break point on */
 	uint64_t den;
 	uint64_t tsc_offset;  /* guest TSC = host TSC + tsc_offset */
@@ -90,13 +90,15 @@ struct hyperv_clock {
 	uint8_t is_new;       /* the page has just been placed: write it.  The publish clears this */
 
 	/* The publish's own. */
-	uint8_t could_read_tsc;     /* at the last publish that changed the line */
-	uint32_t line_version;      /* odd while the line changes; 0: there is none yet */
-	struct hyperv_line line;    /* published last */
-	uint64_t line_num, line_den; /* its rate, exactly */
+	uint8_t could_read_tsc;  /* when the line began */
+	uint32_t line_version;   /* odd while the line changes; 0: there is none yet */
+	struct hyperv_line line; /* published last */
+	uint64_t line_num;       /* line_num/line_den ns a tick: its rate, exactly */
+	uint64_t line_den;
 	uint64_t line_tsc_offset;
-	uint64_t carried;           /* how much more its scale has than its rate, or less */
-	uint64_t moved_ticks, moved_ns; /* by declared steps since */
+	uint64_t carried;        /* by how much its scale is more than its rate, or less */
+	uint64_t moved_ticks;    /* by declared steps since */
+	uint64_t moved_ns;
 };
 
 /* The sequence that follows.  2^32 - 2 publishes pass before one comes again. */
@@ -149,9 +151,9 @@ static inline int hyperv_line_changes(const struct hyperv_clock *clock, uint64_t
 
 #define HYPERV_CARRY_SHIFT 31 /* a scale carries 2^-31 of itself at most */
 
-/* Have the line's scale carry `remainder` up to its `tsc`: of a line that is lower by as much, or (is_above) higher, and
- * that a page can show; the new one is less than 2^-64 units a tick above where it was.  *carried becomes the change of the
- * scale.  Returns 0, or -1 if that is too much.
+/* A page can show a line that is lower by `remainder`, or (is_above) higher.  Take that one, and have its scale carry
+ * the remainder up to `tsc`, so that it begins where it was, or above that by less than 2^-64 units a guest's tick.
+ * *carried becomes the change of the scale.  Returns 0, or -1 if that is too much.
  */
 static inline int hyperv_carry(struct hyperv_line *line, uint64_t guest_tsc, pvclock_u128 remainder, int is_above,
 			       uint64_t *carried)
@@ -174,9 +176,9 @@ static inline int hyperv_carry(struct hyperv_line *line, uint64_t guest_tsc, pvc
 	return 0;
 }
 
-/* Change the line, which may not begin lower, to one that a page can show: the next above it, if that is less than a unit
- * ahead of `now`, else one from where it is, with a remainder.  One that gets ahead (its scale is greater) is for a line
- * that is less than a unit ahead so far.  Returns 0, or -1 with the line as it was.
+/* Change the line, which may not begin lower, to one that a page can show: the next above it, if that is less than a
+ * unit ahead of `now`, else one from where it is, with a remainder.  One that gets further ahead (its scale is greater)
+ * is for a line that is less than a unit ahead so far.  Returns 0, or -1 with the line as it was.
  */
 static inline int hyperv_line_fit(struct hyperv_line *line, uint64_t tsc_offset, pvclock_u128 now, uint64_t *carried)
 {
@@ -394,8 +396,8 @@ struct hyperv_reading {
 
 /* Read the page as Linux does (hv_read_tsc_page_tsc()).
  *
- * tsc_offset is that of the vCPU.  Returns 0, or -1 where the guest reads the counter MSR instead: the page is not valid,
- * or changed in each of `tries`.
+ * tsc_offset is that of the vCPU.  Returns 0, or -1 where the guest reads the counter MSR instead: the page is not
+ * valid, or changed in each of `tries`.
  */
 static inline int hyperv_read(const void *page, uint64_t tsc_offset, const struct pvclock_counter *counter,
 			      unsigned int tries, struct hyperv_reading *ret)
