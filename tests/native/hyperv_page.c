@@ -353,6 +353,14 @@ static void run_validity(void)
 	vm.clock.page = NULL;
 	vm.clock.tsc_offset = 0;
 	publish_and_tell("no_page", &vm);
+
+	/* A line that a page could show as it is: no fraction anywhere. */
+	tsc = UINT64_C(1) << 40;
+	begin(&vm, simulated_counter(&tsc), 0);
+	vm.line = (struct pvclock_line){ tsc, 8000000000, 0, 100, 256 };
+	set_rate(&vm, 100, 256);
+	vm.clock.can_read_tsc = 0;
+	publish_and_tell("whole_but_distrusted", &vm);
 }
 
 static void run_wrap(void)
