@@ -311,6 +311,8 @@ static void tell(const char *what, const struct vm *vm)
 static void publish_and_tell(const char *what, struct vm *vm)
 {
 	publish(vm, 0);
+	if (vm->clock.page && pvclock_load32(hyperv_page + 4) != 0)
+		exit(1); /* reserved */
 	tell(what, vm);
 }
 
@@ -361,6 +363,12 @@ static void run_validity(void)
 	set_rate(&vm, 100, 256);
 	vm.clock.can_read_tsc = 0;
 	publish_and_tell("whole_but_distrusted", &vm);
+	vm.clock.can_read_tsc = 1;
+	publish_and_tell("whole", &vm);
+	vm.clock.tsc_offset = 256000;
+	publish_and_tell("whole_offset", &vm);
+	tsc -= 2560; /* another CPU's, which is a little late */
+	tell("late", &vm);
 }
 
 static void run_wrap(void)

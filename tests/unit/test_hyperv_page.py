@@ -275,9 +275,13 @@ def test_where_the_page_may_be_read(hyperv_page: Path) -> None:
         "restored": 1,
         "no_page": 1,
         "whole_but_distrusted": 0,
+        "whole": 1,
+        "whole_offset": 2,
+        "late": 2,
     }
-    of_another_vm = told.pop("whole_but_distrusted")
-    assert of_another_vm[-1] == 80_000_000
+    of_another_vm = [told.pop(name) for name in ("whole_but_distrusted", "whole", "whole_offset", "late")]
+    assert [counter for *_, counter in of_another_vm] == [80_000_000] * 4
+    assert [page for _, _, page, _ in of_another_vm[1:]] == [80_000_000, 80_000_000, 80_000_000 - 10]
     counters = [counter for name, (_, _, _, counter) in told.items() if name not in ("before", "moving")]
     assert counters == sorted(counters)
     assert told["moving"][-1] == told["before"][-1] == 0
