@@ -207,6 +207,75 @@ def ipi_targets(low: int, high: int, lowest: int, cluster: int) -> list[int]:
     return targets
 
 
+HYPERV_UNIT_NS = 100
+HYPERV_INVALID_SEQUENCES = (0, U32 - 1)
+
+
+@dataclass(frozen=True)
+class ReferenceTscPage:
+    """The beginning of a Hyper-V reference TSC page, as its bytes in guest memory say."""
+
+    sequence: int
+    reserved: int
+    scale: int
+    offset: int
+
+    LAYOUT = Struct("<IIQq")
+
+    @classmethod
+    def parse(cls, page: bytes) -> Self:
+        """Read the first 24 bytes of a page."""
+        return cls(*cls.LAYOUT.unpack(page))
+
+    @property
+    def is_valid(self) -> bool:
+        """No: a guest reads the counter MSR."""
+        return self.sequence not in HYPERV_INVALID_SEQUENCES
+
+    def read(self, tsc: int) -> int:
+        """Return the units of 100 ns that a guest computes at its TSC."""
+        return ((tsc * self.scale >> 64) + self.offset) % U64
+
+
+def hyperv_sequence_after(sequence: int) -> int:
+    """Return the next sequence under which a page is valid."""
+    following = (sequence + 1) % U32
+    while following in HYPERV_INVALID_SEQUENCES:
+        following = (following + 1) % U32
+    return following
+
+
+def hyperv_scale(num: int, den: int) -> int:
+    """Return num/den ns a tick as units a tick in 2**-64, the nearest; a tie goes up, and 2**64 fits no page."""
+    return int(Fraction(num * U64, den * HYPERV_UNIT_NS) + Fraction(1, 2))
+
+
+def hyperv_page_line(now: int, shown: int, scale: int, guest_tsc: int) -> tuple[int, int] | None:
+    """Return scale and offset of the page whose line begins at `guest_tsc`, or None where no page can show it.
+
+    `now` is the timeline, in 2**-64 units, and `shown` the units of the old line: the page shows those or 1 more. Its
+    line is the first that has reached the timeline. Where that is 1 unit ahead, it begins as low as may be, and the
+    scale carries what a whole offset cannot say, by 2**-31 at most: the smaller of the two ways, or the slower one
+    where the line begins 1 unit ahead as it is.
+    """
+    if scale >= U64:
+        return None
+    target = min(max(now, shown * U64), (shown + 2) * U64 - 1)
+    offset = -((guest_tsc * scale - target) // U64)
+    value = guest_tsc * scale + offset * U64
+    if value >= now + U64:
+        too_much, too_little = value - target, target - (value - U64)
+        is_slower = target >= now + U64 or too_much < too_little
+        if (too_much if is_slower else too_little) > guest_tsc * (scale >> 31):
+            return None
+        if is_slower:
+            scale -= too_much // guest_tsc if guest_tsc else 0
+        else:
+            scale, offset = scale - (-too_little // guest_tsc), offset - 1
+        value = guest_tsc * scale + offset * U64
+    return scale, offset - max(0, value // U64 - shown - 1)
+
+
 class VcpuTscOracle:
     """One vCPU's TSC: an offset to the scaled host TSC, and the guest's own IA32_TSC_ADJUST."""
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "pvclock"
 # From the bottom up. A name stands for the module or the whole subpackage; "pvclock" alone is the public face.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "arguments", "quantities", "readings", "msr_ranges", "guest_layout", "threads"}
-    | {"_abi", "_math", "_publish"},
+    | {"_abi", "_math", "_publish", "_hyperv"},
     {"_memory", "_scale", "_core", "_counter", "_records", "_transaction", "_bulk", "_sampling", "_stress"},
     {"timekeeping", "tsc", "host", "kvm", "boot", "payloads"},
     {"providers"},

@@ -217,6 +217,29 @@ static inline struct pvclock_line pvclock_line_turn(struct pvclock_line line, ui
 	return line;
 }
 
+/* ---- Units of more than a nanosecond, in 64.64 fixed point. ---- */
+
+/* num/den ns a tick as units of unit_ns ns a tick, rounded to the nearest: at most 2^-65 units a tick off.
+ * Precondition: den > 0, 0 < unit_ns < 2^63.
+ */
+static inline pvclock_u128 pvclock_fixed_rate(uint64_t num, uint64_t den, uint64_t unit_ns)
+{
+	pvclock_u128 dividend = (pvclock_u128)num << 64;
+	pvclock_u128 divisor = (pvclock_u128)den * unit_ns;
+	pvclock_u128 rest = dividend % divisor;
+
+	return dividend / divisor + (rest >= divisor - rest);
+}
+
+/* The line's value at `tsc` in units of unit_ns ns, rounded down. */
+static inline pvclock_u128 pvclock_line_fixed(struct pvclock_line line, uint64_t tsc, uint64_t unit_ns)
+{
+	struct pvclock_line at = pvclock_line_at(line, tsc);
+	uint64_t fraction = (uint64_t)(((pvclock_u128)at.rem << 64) / at.den);
+
+	return (((pvclock_u128)at.ns << 64) | fraction) / unit_ns;
+}
+
 #ifdef __cplusplus
 }
 #endif

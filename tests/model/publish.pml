@@ -11,10 +11,14 @@
  *   -DNO_WAIT        the new line is let out before its break point
  *   -DPAGE_BY_PAGE   every page has a publish, and so a break point, of its own
  *
- * -DTWO_KINDS makes page 1 one of another kind, whose version is a sequence that is 0 while the page is busy.  Of it:
+ * -DTWO_KINDS makes page 1 Hyper-V's, whose version is a sequence that is 0 while the page is busy.  Of it:
  *
  *   -DBUSY_AFTER_A       its mark comes with its payload, after A
  *   -DRELEASED_BEFORE_B  its release comes with its payload, before B
+ *   -DNO_ZERO            its sequence is never 0: it changes at the release
+ *   -DSAME_SEQUENCE      its sequence is 0, and then what it was
+ *   -DREAD_BACK          its sequence is one more than what guest memory has
+ *   -DCOUNTER_LATE       page 0, here Hyper-V's counter, takes the new line over when the publish is over
  *
  * -DWITNESS makes it a fault that the last line is read, to see that the search gets there.  And these give a size:
  * -DPUBLISHES -DTICKS -DMARGIN -DEARLY -DREADS_AT_ONCE.  Where EARLY is more than MARGIN, the guarantee is lost.
@@ -82,12 +86,29 @@ byte memory[WORDS];
 #define IS_SEQUENCE(page) false
 #endif
 #define BUSY(page, generation) (IS_SEQUENCE(page) -> 0 : 2 * (generation) - 1)
+#if defined(SAME_SEQUENCE)
+#define RELEASED(page, generation) (IS_SEQUENCE(page) -> 2 : 2 * (generation))
+#elif defined(READ_BACK)
+#define RELEASED(page, generation) (IS_SEQUENCE(page) -> memory[VERSION(page)] + 2 : 2 * (generation))
+#else
 #define RELEASED(page, generation) (2 * (generation) + (IS_SEQUENCE(page) -> 2 : 0))
+#endif
 #define IS_BUSY(page, version) (IS_SEQUENCE(page) -> (version) == 0 : (version) % 2 == 1)
-#define GENERATION(page, version) ((version) / 2 - (IS_SEQUENCE(page) -> 1 : 0))
+
+/* Whose line a reading is: its version says so, but for a sequence that comes again. */
+#if defined(SAME_SEQUENCE) || defined(READ_BACK)
+#define GENERATION(page, version, anchor) (IS_SEQUENCE(page) -> (anchor) : (version) / 2)
+#else
+#define GENERATION(page, version, anchor) ((version) / 2 - (IS_SEQUENCE(page) -> 1 : 0))
+#endif
 
 /* The pages that are marked before A, and those that are released after B. */
-#ifdef BUSY_AFTER_A
+#ifdef COUNTER_LATE
+#define FIRST_PAGE 1
+#else
+#define FIRST_PAGE 0
+#endif
+#if defined(BUSY_AFTER_A) || defined(NO_ZERO)
 #define LAST_MARKED 0
 #else
 #define LAST_MARKED (PAGES - 1)
@@ -162,6 +183,11 @@ inline publish(first, last)
 			LINE(page, generation).break_ns = NS_AT(page, generation - 1, generation - 1, now + MARGIN);
 			LINE(page, generation).mul = mul
 		}
+#ifdef COUNTER_LATE
+		LINE(0, generation).break_tsc = now + MARGIN;
+		LINE(0, generation).break_ns = LINE(1, generation).break_ns;
+		LINE(0, generation).mul = mul;
+#endif
 #ifdef BUSY_AFTER_A
 		STORE(VERSION(1), BUSY(1, generation));
 #endif
@@ -180,6 +206,12 @@ inline publish(first, last)
 		for (page : first .. (last < LAST_RELEASED -> last : LAST_RELEASED)) {
 			STORE(VERSION(page), RELEASED(page, generation))
 		}
+#ifdef COUNTER_LATE
+		STORE(VERSION(0), BUSY(0, generation));
+		STORE(ANCHOR(0), generation);
+		STORE(SCALE(0), generation);
+		STORE(VERSION(0), RELEASED(0, generation))
+#endif
 	}
 }
 
@@ -198,7 +230,7 @@ proctype writer(chan store_buffer; byte generation)
 	publish(0, 0);
 	publish(1, 1);
 #else
-	publish(0, PAGES - 1);
+	publish(FIRST_PAGE, PAGES - 1);
 #endif
 	STORE(LOCK, generation)
 }
@@ -241,7 +273,7 @@ proctype reader(byte page)
 	   }
 	:: d_step {
 		loads == 4 && tsc != NEVER ->
-		version = GENERATION(page, version);
+		version = GENERATION(page, version, anchor);
 		ns = NS_AT(page, anchor, scale, tsc);
 		printf("TSC %d: page %d shows line %d at TSC %d: %d ns\n", now, page, version, tsc, ns);
 

@@ -25,10 +25,14 @@ DEFECTS = {
     "NO_WAIT": {"early_new", "backward"},
     # Each page is right by itself: only who compares the readings of two vCPUs notices.
     "PAGE_BY_PAGE": {"backward"},
-    # Of a page of another kind beside the first.
+    # Of Hyper-V's page beside the first; in the last, beside its counter.
     "TWO_KINDS NO_DRAIN": {"late_old", "backward"},
     "TWO_KINDS BUSY_AFTER_A": {"late_old", "backward"},
     "TWO_KINDS RELEASED_BEFORE_B": {"early_new", "backward"},
+    "TWO_KINDS NO_ZERO": {"torn", "late_old", "backward"},
+    "TWO_KINDS SAME_SEQUENCE": {"torn", "late_old", "early_new", "backward"},
+    "TWO_KINDS READ_BACK": {"torn", "late_old", "early_new", "backward"},
+    "TWO_KINDS COUNTER_LATE": {"late_old", "backward"},
 }
 
 # Every order is tried, also of steps that SPIN finds to be independent; it would save nothing here.
