@@ -27,27 +27,13 @@ SECONDS_MAX = 150.0
 QUICK = "not (kvm or long)"
 
 TESTS_OF_HEADERS = {
-    "math": ("unit/test_scale.py", "unit/test_guest_clock.py", "unit/test_time_operations.py"),
-    "anchor": (
-        *("unit/test_guest_clock.py", "unit/test_time_operations.py", "unit/test_late_publish.py"),
-        *("unit/test_transaction.py", "stress/test_publish_stress.py"),
-    ),
-    "publish": (
-        *("unit/test_guest_clock.py", "unit/test_reading.py", "unit/test_kvm_provider.py", "unit/test_publish_wait.py"),
-        *("unit/test_tsc_glitches.py", "stress/test_single_step.py", "stress/test_publish_stress.py"),
-    ),
-    "tsc": (
-        "unit/test_publish_wait.py",
-        "unit/test_counter.py",
-        "unit/test_sampling.py",
-        "stress/test_publish_stress.py",
-    ),
-    "own_line": ("unit/test_virtualbox_pages.py", "stress/test_single_step.py"),
-    "words": ("unit/test_kvm_provider.py", "unit/test_kvm_steal_time.py", "stress/test_single_step.py"),
-    "records": (
-        *("unit/test_kvm_steal_time.py", "unit/test_kvm_pv_eoi.py", "unit/test_kvm_wall_clock.py"),
-        *("stress/test_single_step.py", "stress/test_record_stress.py"),
-    ),
+    "math": ("unit/test_scale.py", "unit/test_guest_clock.py"),
+    "anchor": ("unit/test_guest_clock.py", "unit/test_late_publish.py", "unit/test_reading.py"),
+    "publish": ("unit/test_guest_clock.py", "unit/test_reading.py", "unit/test_kvm_provider.py"),
+    "tsc": ("unit/test_publish_wait.py", "unit/test_counter.py", "unit/test_sampling.py"),
+    "own_line": ("unit/test_virtualbox_pages.py",),
+    "words": ("unit/test_kvm_provider.py", "unit/test_kvm_steal_time.py"),
+    "records": ("unit/test_kvm_steal_time.py", "unit/test_kvm_pv_eoi.py", "unit/test_kvm_wall_clock.py"),
 }
 TESTS_OF_PYTHON = {
     "timekeeping/timeline": ("time_operations", "event_timeline", "guest_clock", "tsc_glitches", "restore"),
@@ -59,7 +45,12 @@ TESTS_OF_PYTHON = {
     "tsc/agreement": ("tsc_repair", "tsc_sync"),
     "tsc/emulation": ("tsc_core", "palacios"),
 }
-SLOW = (
+SLOW_OF_HEADERS = (
+    *("unit/test_time_operations.py", "unit/test_transaction.py", "unit/test_publish_wait.py"),
+    *("unit/test_tsc_glitches.py", "unit/test_c_guide.py"),
+    *("stress/test_single_step.py", "stress/test_record_stress.py", "stress/test_publish_stress.py"),
+)
+SLOW_OF_PYTHON = (
     "unit/test_discipline.py::test_noise_temperature_and_outliers",
     "unit/test_discipline.py::test_a_step_of_an_hour_takes_its_time",
     "unit/test_restore.py::test_migrations",
@@ -101,11 +92,10 @@ def main() -> int:
     mutants = {mutant.name: mutant for mutant in sample(arguments.sample)}
     known = campaign.logged(arguments.log)
     missing = [mutant for mutant in mutants.values() if mutant.name not in known]
-    without_slow = [f"--deselect=tests/{test}" for test in SLOW]
-    known |= run(missing, arguments, without_slow)
+    known |= run(missing, arguments, [f"--deselect=tests/{test}" for test in SLOW_OF_PYTHON])
     lives = [mutant for mutant in mutants.values() if known[mutant.name].verdict == campaign.SURVIVED]
-    of_python = [mutant._replace(dies_in=SLOW) for mutant in lives if not mutant.is_compiled]
-    known |= run(of_python, arguments, [])
+    slow = [it._replace(dies_in=SLOW_OF_HEADERS if it.is_compiled else SLOW_OF_PYTHON) for it in lives]
+    known |= run(slow, arguments, [])
     return report([known[name] for name in mutants])
 
 
