@@ -50,7 +50,7 @@ TESTS_OF_HEADERS = {
     ),
 }
 TESTS_OF_PYTHON = {
-    "timekeeping/timeline": ("time_operations", "event_timeline", "guest_clock", "tsc_glitches", "restore"),
+    "timekeeping/timeline": ("timeline", "time_operations", "event_timeline", "guest_clock", "tsc_glitches", "restore"),
     "timekeeping/catchup": ("catchup", "time_operations"),
     "timekeeping/discipline": ("discipline", "following"),
     "timekeeping/timers": ("timers", "timers_bounds", "timers_dilated"),
