@@ -36,7 +36,7 @@ TESTS_OF_HEADERS = {
     "records": ("unit/test_kvm_steal_time.py", "unit/test_kvm_pv_eoi.py", "unit/test_kvm_wall_clock.py"),
 }
 TESTS_OF_PYTHON = {
-    "timekeeping/timeline": ("time_operations", "event_timeline", "guest_clock", "tsc_glitches", "restore"),
+    "timekeeping/timeline": ("timeline", "time_operations", "event_timeline", "guest_clock", "tsc_glitches", "restore"),
     "timekeeping/catchup": ("catchup", "time_operations"),
     "timekeeping/discipline": ("discipline", "following"),
     "timekeeping/timers": ("timers", "timers_bounds", "timers_dilated"),

@@ -264,3 +264,70 @@ def test_accepted_policies_run_and_are_saved(policy: Policy, missed_ns: int, wai
     assert again.skew_ns == clock.skew_ns
     again.resume()
     assert shown(memory, 0, backend.tsc) >= last
+
+
+# Values
+
+
+MS = 10**6
+VIRTUALBOX_PERIODS = [
+    *((0, 5), (750_000, 5), (1_500_000, 10), (8 * MS, 25), (30 * MS, 50), (75 * MS, 75), (175 * MS, 100)),
+    *((500 * MS, 200), (3000 * MS, 300), (30_000 * MS, 400), (55_000 * MS, 500)),
+]
+"""Least lag in ns and percent: VirtualBox's ten, and the first one's for smaller lags."""
+
+
+@pytest.mark.row("TM-14")
+@pytest.mark.parametrize(("place", "period"), list(enumerate(VIRTUALBOX_PERIODS)), ids=str)
+def test_virtualboxs_table(place: int, period: tuple[int, int]) -> None:
+    """From each of its ten lags on a clock runs faster by that period's percentage, and just below it by the last's."""
+    policy = catchup.as_policy("virtualbox")
+    assert isinstance(policy, CatchUpTable)
+    from_ns, percent = period
+    for sign in (1, -1):
+        assert policy.ppm(sign * Fraction(from_ns)) == percent * 10_000
+        if place:
+            assert policy.ppm(sign * (from_ns - Fraction(1, 1000))) == VIRTUALBOX_PERIODS[place - 1][1] * 10_000
+    assert policy.ppm(Fraction(10**18)) == 5_000_000
+
+
+@pytest.mark.row("TM-14", "TM-15")
+def test_a_table_of_these_values_is_virtualboxs() -> None:
+    """A table of those ten periods that stops at 0.5 ms and gives up beyond 60 s has the name of VirtualBox's."""
+    table = CatchUpTable(tuple(VIRTUALBOX_PERIODS[1:]), 500_000, 60_000_000_000)
+    assert (str(table), catchup.as_policy("virtualbox")) == ("virtualbox", table)
+
+
+@pytest.mark.row("E2", "E11")
+def test_a_slew_is_done_below_2_ns() -> None:
+    """A lag of 2 ns is worked off; less than that a page cannot show, and is left."""
+    for sign in (1, -1):
+        assert not Slew().is_done(Fraction(2 * sign))
+        assert Slew().is_done(sign * (2 - Fraction(1, 10**9)))
+
+
+@pytest.mark.row("TM-15")
+def test_virtualbox_stops_at_half_a_millisecond_and_gives_up_beyond_a_minute() -> None:
+    """A lag of 0.5 ms is tolerated, a little more is not; 60 s are slewed in whole, a little more is dropped whole."""
+    policy, little = catchup.as_policy("virtualbox"), Fraction(1, 1000)
+    assert isinstance(policy, CatchUpTable)
+    for sign in (1, -1):
+        assert policy.is_done(sign * Fraction(500_000))
+        assert not policy.is_done(sign * (500_000 + little))
+    minute_ns, nothing = Fraction(60_000_000_000), Fraction(0)
+    assert catchup.settle(policy, minute_ns) == catchup.CatchUp(nothing, minute_ns, nothing, policy)
+    why = "a lag of 60000000000 ns is dropped: it exceeds 60000000000 ns"
+    longer_ns = minute_ns + little
+    assert catchup.settle(policy, longer_ns) == catchup.CatchUp(nothing, nothing, longer_ns, None, why)
+    assert catchup.settle(policy, 2 * minute_ns).dropped_ns == 2 * minute_ns
+
+
+@pytest.mark.row("E1", "E2")
+@pytest.mark.parametrize("name", ["advance", "slew"])
+def test_by_default_a_year_is_made_up_for_and_no_more(name: str) -> None:
+    """Of a gap of more than 366 days, or 31,622,400 s, that much is stepped or slewed, and the rest dropped."""
+    year_ns = 31_622_400_000_000_000
+    for missed_ns in (year_ns, year_ns + 5):
+        settled = catchup.settle(name, Fraction(missed_ns))
+        assert settled.step_ns + settled.slew_ns == year_ns
+        assert settled.dropped_ns == missed_ns - year_ns

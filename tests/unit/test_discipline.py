@@ -167,7 +167,8 @@ def test_no_reading_takes_it_beyond_max_ppm(readings: list[tuple[int, int, float
 
 
 @pytest.mark.row("E11")
-def test_a_tsc_that_went_back_is_a_new_beginning() -> None:
+@pytest.mark.parametrize("back", [0, 49 * HZ - 1], ids=["to 0", "by one tick"])
+def test_a_tsc_that_went_back_is_a_new_beginning(back: int) -> None:
     """After it the clock is taken as right again, at the rate that was known; a TSC that wraps is no such thing."""
     discipline = Discipline(HZ)
     for second in range(100):
@@ -175,9 +176,68 @@ def test_a_tsc_that_went_back_is_a_new_beginning() -> None:
         steering = discipline.steer(Sample(HostTsc((second - 50) * HZ % 2**64), ns, 1.0), Fraction(ns))
     assert steering.state is SteeringState.LOCKED
     assert float(steering.frequency_adjustment) == pytest.approx(1 * PPM, abs=1 * PPB)
-    steering = discipline.steer(Sample(HostTsc(0), 77, 1.0), Fraction(10**6))
+    steering = discipline.steer(Sample(HostTsc(back), 77, 1.0), Fraction(10**6))
     assert (steering.state, steering.error_ns) == (SteeringState.LEARNING, 0)
     assert float(steering.frequency_adjustment) == pytest.approx(1 * PPM, abs=1 * PPB)
+
+
+@pytest.mark.row("E11", "E9")
+@pytest.mark.parametrize("after", [3, 10**6, 2**63, 2**64 - 1])
+def test_a_renumbered_tsc_changes_nothing(after: int) -> None:
+    """A host TSC that steps between two samples, back through 0 too: all that follows is as without, to the tick."""
+    plain, renumbered = Discipline(1000), Discipline(1000)  # a tick is a million ns
+    for second in range(10):
+        for discipline in (plain, renumbered):
+            discipline.steer(Sample(HostTsc(second * 1000), second * 1_000_000_100, 5.0), Fraction(second * 10**9))
+    before = 9007
+    renumbered.renumber(HostTsc(before), HostTsc(after))
+    for ticks in (0, 993, 1993):
+        now, host_ns = HostTsc((after + ticks) % 2**64), Fraction((before + ticks) * 10**6)
+        assert renumbered.coast(now, host_ns) == plain.coast(HostTsc(before + ticks), host_ns)
+        ns = (before + ticks) * 1_000_000 + 5
+        steered = renumbered.steer(Sample(now, ns, 5.0), host_ns)
+        assert steered == plain.steer(Sample(HostTsc(before + ticks), ns, 5.0), host_ns)
+
+
+@pytest.mark.row("E11", "E2")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_by_default_500_ppm_are_reached_and_not_exceeded(sign: int) -> None:
+    """A reference set by 1 s is followed at 500 ppm; one that runs 499.9 ppm off is trusted, one 500.1 ppm off not."""
+    discipline, adjustments = Discipline(HZ), []
+    for second in range(20):
+        sample = Sample(HostTsc(second * HZ), (second + sign * (second > 9)) * 10**9, 20.0)
+        adjustments.append(sign * discipline.steer(sample, Fraction(second * 10**9)).frequency_adjustment)
+    assert 0 <= Fraction(500, 10**6) - max(adjustments) <= Fraction(1, 2**50)
+    for off_ns, is_trusted in ((499_900, True), (500_100, False)):
+        discipline = Discipline(HZ)
+        for second in range(20):
+            sample = Sample(HostTsc(second * HZ), second * (10**9 + sign * off_ns), 5.0)
+            rate = discipline.steer(sample, Fraction(second * 10**9)).rate.value
+        assert (abs(rate - sign * off_ns * PPB) < 1 * PPM) == is_trusted
+
+
+@pytest.mark.row("E11")
+@pytest.mark.parametrize(("kind", "wrong"), [("rate", 2), ("set", 3)])
+def test_a_reference_that_was_set_must_say_so_once_more(kind: str, wrong: int) -> None:
+    """A change of rate is followed at its third sample, a set of 20 ms at its fourth, however long all was well."""
+    discipline, adjustments = Discipline(HZ), []
+    for second in range(100 + wrong + 1):
+        since = max(second - 99, 0)
+        ns = second * 10**9 + (since * 300_000 if kind == "rate" else 20_000_000 * (since > 0))
+        steering = discipline.steer(Sample(HostTsc(second * HZ), ns, 20.0), Fraction(second * 10**9))
+        adjustments.append(abs(float(steering.frequency_adjustment)))
+    assert max(adjustments[:-1]) < 1 * PPM
+    assert adjustments[-1] > 250 * PPM
+
+
+@pytest.mark.row("E11")
+def test_an_exact_sample_is_taken_as_right_within_half_a_ns() -> None:
+    """Even an exact source gives whole ns: two of its samples 1 s apart tell a rate within 1 ppb, and no better."""
+    discipline = Discipline(HZ)
+    for second in range(2):
+        steering = discipline.steer(Sample(HostTsc(second * HZ), second * 10**9, 0.0), Fraction(second * 10**9))
+    assert steering.rate.bound == pytest.approx(1 * PPB)
+    assert steering.rate.value == 0
 
 
 @pytest.mark.row("E11")

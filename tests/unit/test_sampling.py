@@ -47,6 +47,34 @@ def test_a_source_that_becomes_worse_is_believed_in_time() -> None:
     assert sampler.dropped == dropped
 
 
+@pytest.mark.row("E3")
+def test_bounds_below_half_a_ns_count_as_half_a_ns() -> None:
+    """A source of whole ns that claims to be exact: 1.5 ns is 3 times what is usual and good; more is dropped."""
+    sampler = source_of([0] * 8 + [1.5] + [1.6, 0.25])
+    assert [sampler.sample().bound_ns for _ in range(9)] == [0] * 8 + [1.5]
+    assert sampler.dropped == 0
+    assert sampler.sample().bound_ns == 0.25
+    assert sampler.dropped == 1
+
+
+@pytest.mark.row("E3")
+def test_of_an_even_number_of_bounds_the_lower_median_is_usual() -> None:
+    """The second sample is measured against the first one's bound and not its own, the fourth against the second."""
+    sampler = source_of([10, 31, 12, 36, 37, 11])
+    assert [sampler.sample().bound_ns for _ in range(3)] == [10, 12, 36]  # medians 10, then 12 of four
+    assert sampler.sample().bound_ns == 37  # the median is now 31, of five
+    assert sampler.dropped == 1
+
+
+@pytest.mark.row("E3", "E13")
+def test_the_least_tolerance_is_1() -> None:
+    """A sampler may take only what is no worse than usual: a sample a hair above the median is dropped."""
+    samples = iter([Sample(HostTsc(0), 0, bound) for bound in (20, 20, 20.5, 20)])
+    sampler = Sampler(lambda: next(samples), tolerance=1)
+    assert [sampler.sample().bound_ns for _ in range(3)] == [20, 20, 20]
+    assert sampler.dropped == 1
+
+
 @pytest.mark.row("E13")
 @pytest.mark.parametrize(("tries", "tolerance"), [(0, 3), (4, 0.5)])
 def test_a_sampler_is_checked(tries: int, tolerance: float) -> None:

@@ -291,6 +291,23 @@ def test_heaps_stay_clean_under_rearming(deadlines_ns: list[int], stride_ns: int
     assert [firing.deadline_ns for firing in firings] == sorted(deadlines_ns)
 
 
+@pytest.mark.row("E2", "TM-03")
+def test_how_one_call_splits_what_ended() -> None:
+    """Of 5 ended periods a call covers all, or one and drops 4, or one and leaves 4 owed for its spacing."""
+    assert Merge().share(5) == (5, 0, 0)
+    assert Once().share(5) == (1, 4, 0)
+    assert Replay(7).share(5) == (1, 0, 7)
+
+
+@pytest.mark.row("P-28")
+def test_a_heap_is_cleaned_once_removed_timers_predominate() -> None:
+    """Of 100 timers 58 are removed without a search of the heap; the next makes 17 more than live, and cleans it."""
+    timers = Timers()
+    added = [timers.add(GuestNs(n), print) for n in range(100)]
+    left = [len(timers._queue) for timer in added if timers.remove(timer)]
+    assert left[:59] == [100] * 58 + [41]
+
+
 @pytest.mark.row("P-15")
 def test_a_timer_of_another_is_not_removed() -> None:
     """remove() takes its own timers only, though they are numbered alike."""

@@ -266,6 +266,18 @@ def test_passthrough() -> None:
     assert "3/2" in scaled.warning
 
 
+@pytest.mark.row("P-21")
+@pytest.mark.parametrize("frac_bits", [32, 48])
+def test_an_exact_rate_may_come_with_a_ratio_of_1(frac_bits: int) -> None:
+    """The hardware's ratio of 1, given beside an exact rate, says nothing else; any other ratio contradicts it."""
+    tsc = VcpuTsc(ratio=2**frac_bits, frac_bits=frac_bits, rate=Fraction(3, 2))
+    assert (tsc.rate, tsc.ratio, tsc.is_hardware_scaled) == (Fraction(3, 2), 2**frac_bits, False)
+    assert tsc.read(HostTsc(1000)) == 1500
+    for ratio in (0, 1, 2**frac_bits - 1, 2**frac_bits + 1, 2 ** (80 - frac_bits)):
+        with pytest.raises(ConfigError, match="give one of them"):
+            VcpuTsc(ratio=ratio, frac_bits=frac_bits, rate=Fraction(3, 2))
+
+
 @pytest.mark.row("P-21", "E13")
 def test_what_cannot_be() -> None:
     """Numbers that do not fit, options that contradict each other and unknown profiles are errors that say so."""
