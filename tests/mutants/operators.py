@@ -27,7 +27,7 @@ SECONDS_MAX = 150.0
 QUICK = "not (kvm or long)"
 
 TESTS_OF_HEADERS = {
-    "math": ("unit/test_scale.py", "unit/test_guest_clock.py"),
+    "math": ("unit/test_math_header.py", "unit/test_scale.py", "unit/test_guest_clock.py"),
     "anchor": ("unit/test_guest_clock.py", "unit/test_late_publish.py", "unit/test_reading.py"),
     "publish": ("unit/test_guest_clock.py", "unit/test_reading.py", "unit/test_kvm_provider.py"),
     "tsc": ("unit/test_publish_wait.py", "unit/test_counter.py", "unit/test_sampling.py"),

@@ -110,6 +110,7 @@ def test_a_frequency_of_zero_says_what_to_give() -> None:
 @example(2_000_000_001)
 @example(999_999_999)
 @example(2**64 - 1)
+@example(10**9 * 2**33 + 1)  # so near to a power of two that mul rounds up to 2^32
 def test_nearest_is_nearest(hz: int) -> None:
     """rounding="nearest" is the closest pair there is: at most 2^-32 off."""
     scale = ClockScale.from_hz(hz, rounding="nearest")
@@ -164,6 +165,9 @@ def test_golden_deltas(row: golden.Scaled) -> None:
 
 @pytest.mark.row("K-14", "E11")
 @given(scale=SCALES, ns=U64)
+@example(ClockScale(0x80000000, 0), 2**62)  # 2^63 ticks
+@example(ClockScale(0xFFFFFFFF, 1), 2**64 - 2**32 - 1)  # 2^63 ticks, which the left shift makes 2^64
+@example(ClockScale(0xFFFFFFFF, 4), 2**64 - 2**32 - 1)
 def test_ns_to_ticks_is_the_exact_inverse(scale: ClockScale, ns: int) -> None:
     """to_ticks() gives the fewest ticks that show `ns`, or says that there are none."""
     ticks = oracle.ticks_to_reach(ns, scale.mul, scale.shift)

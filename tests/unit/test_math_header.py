@@ -1,0 +1,56 @@
+"""pvclock_math.h as a VMM in C calls it: what the Python faces refuse before it, or never ask for."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+import pvclock
+
+PROGRAM = """
+#include <inttypes.h>
+#include <stdio.h>
+#include "pvclock_math.h"
+
+int main(void)
+{
+	struct pvclock_scale scale = { 7, 7 };
+	struct pvclock_line line = { 1000, 5, 1, 1, 3 }, turned;
+	uint64_t ratio = 7;
+
+	printf("%d %d ", pvclock_time_scale_of_rate(0, 1, 0, &scale), pvclock_time_scale_of_rate(1, 0, 0, &scale));
+	printf("%" PRIu32 " %d ", scale.mul, scale.shift);
+	printf("%d ", pvclock_tsc_ratio(1, 0, PVCLOCK_TSC_RATIO_FRAC_BITS_SVM, &ratio));
+	printf("%" PRIu64 " ", ratio);
+	printf("%d ", pvclock_tsc_ratio(1, UINT32_MAX, PVCLOCK_TSC_RATIO_FRAC_BITS_SVM, &ratio));
+	printf("%" PRIu64 "\\n", ratio);
+
+	turned = pvclock_line_turn(line, 3, 5);
+	line = pvclock_line_at(turned, line.tsc + 1000);
+	printf("%" PRIu64 " %" PRIu64 " %d\\n", line.tsc, line.ns, turned.num / 3 == turned.den / 5 && turned.den >> 63);
+	return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return what the program prints."""
+    folder = tmp_path_factory.mktemp("math")
+    (folder / "it.c").write_text(PROGRAM)
+    command = ["cc", "-std=c11", "-Wall", "-Wextra", f"-I{pvclock.get_include()}", folder / "it.c", "-o", folder / "it"]
+    subprocess.run(command, check=True)
+    return subprocess.run([folder / "it"], capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+
+
+@pytest.mark.row("K-15", "E11")
+def test_what_is_no_rate_and_what_is_a_ratio(printed: list[str]) -> None:
+    """A numerator or a denominator of 0 is refused and nothing is written; a ratio of 1 is the least there is."""
+    assert printed[0] == "-1 -1 7 7 -1 7 0 1"
+
+
+@pytest.mark.row("E11")
+def test_a_line_that_turns_has_its_new_rate_in_whole_words(printed: list[str]) -> None:
+    """Both terms are widened alike: 1000 ticks at 3/5 ns and the third that was left over are 600 ns, and a third."""
+    assert printed[1] == "2000 605 1"
