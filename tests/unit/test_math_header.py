@@ -39,8 +39,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return what the program prints."""
     folder = tmp_path_factory.mktemp("math")
     (folder / "it.c").write_text(PROGRAM)
-    command = ["cc", "-std=c11", "-Wall", "-Wextra", f"-I{pvclock.get_include()}", folder / "it.c", "-o", folder / "it"]
-    subprocess.run(command, check=True)
+    flags = ("-std=c11", "-Wall", "-Wextra", f"-I{pvclock.get_include()}")
+    subprocess.run(["cc", *flags, folder / "it.c", "-o", folder / "it"], check=True)
     return subprocess.run([folder / "it"], capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
 
 
