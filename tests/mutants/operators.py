@@ -26,8 +26,11 @@ SEED = 13
 SECONDS_MAX = 150.0
 QUICK = "not (kvm or long)"
 
+NATIVE_TESTS = ("unit/test_math_header.py", "unit/test_anchor_header.py", "unit/test_publish_header.py")
+"""Of all headers; each is a C program over them."""
+
 TESTS_OF_HEADERS = {
-    "math": ("unit/test_math_header.py", "unit/test_scale.py", "unit/test_guest_clock.py"),
+    "math": ("unit/test_scale.py", "unit/test_guest_clock.py"),
     "anchor": ("unit/test_guest_clock.py", "unit/test_late_publish.py", "unit/test_reading.py"),
     "publish": ("unit/test_guest_clock.py", "unit/test_reading.py", "unit/test_kvm_provider.py"),
     "tsc": ("unit/test_publish_wait.py", "unit/test_counter.py", "unit/test_sampling.py"),
@@ -143,6 +146,7 @@ def of_header(header: str) -> Iterator[Mutant]:
     """Give each mutant of a C header, by the table above."""
     file = f"pvclock/include/pvclock_{header}.h"
     source = (ROOT / file).read_text(encoding="utf-8")
+    tests = (*NATIVE_TESTS, *TESTS_OF_HEADERS[header])
     code = COMMENT.sub(lambda comment: re.sub(r"[^\n]", " ", comment[0]), source)
     for kind, pattern, becomes in C_OPERATORS:
         for match in re.finditer(pattern, code):
@@ -155,7 +159,7 @@ def of_header(header: str) -> Iterator[Mutant]:
                 replacement = source[begin : match.start()] + changed + source[match.end() : end]
                 line = source.count("\n", 0, match.start()) + 1
                 name = f"{Path(file).name}:{line}: {match[0]!r} at {match.start()} to {changed!r}"
-                yield Mutant(name, "", kind, file, text, replacement, TESTS_OF_HEADERS[header])
+                yield Mutant(name, "", kind, file, text, replacement, tests)
 
 
 def is_outside_of_functions(code: str, at: int) -> bool:
