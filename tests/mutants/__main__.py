@@ -31,7 +31,7 @@ def main() -> int:
     """Run what the arguments say; return the exit status."""
     arguments = parser().parse_args()
     log = arguments.log
-    begun = time.monotonic()
+    begun, of = time.monotonic(), revision()
     try:
         mutants = chosen(arguments)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def main() -> int:
     results = [known[mutant.name] for mutant in mutants]
     show(mutants, results, time.monotonic() - begun, as_json=arguments.json)
     if arguments.summary and not (arguments.names or arguments.sample or arguments.find):
-        arguments.summary.write_text(summary(mutants, results), encoding="utf-8")
+        arguments.summary.write_text(summary(of, mutants, results), encoding="utf-8")
     return int(any(result.is_finding for result in results))
 
 
@@ -96,10 +96,10 @@ def tests_of(mutant: Mutant, find: str | None) -> list[str]:
     return list({"unit": UNIT_TESTS, "all": ALL_TESTS}[find])
 
 
-def summary(mutants: list[Mutant], results: list[campaign.Result]) -> str:
-    """Return a whole run as JSON: of each row how many mutants there are, and the findings."""
+def summary(of: str, mutants: list[Mutant], results: list[campaign.Result]) -> str:
+    """Return a whole run of a commit as JSON: of each row how many mutants there are, and the findings."""
     whole = {
-        "commit": revision(),
+        "commit": of,
         "mutants": len(mutants),
         "died": sum(not result.is_finding for result in results),
         "minutes": round(sum(result.seconds for result in results) / 60),
