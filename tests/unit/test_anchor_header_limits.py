@@ -227,7 +227,7 @@ def test_the_host_tsc_is_read_with_both_halves(printed: list[str]) -> None:
 
 @pytest.mark.row("K-08", "E9")
 def test_a_publish_has_its_own_break_point_and_leaves_a_neighbour_alone(printed: list[str]) -> None:
-    """A and the margin, where the line shows the timeline; the page has version 2, that of the next target stays as it was."""
+    """A and the margin, where the line shows the timeline; the version is 2, and the other page stays as it was."""
     assert told(printed, "publish") == ["0 1008 1008 2 0"]
 
 
