@@ -26,7 +26,9 @@ SEED = 13
 SECONDS_MAX = 150.0
 QUICK = "not (kvm or long)"
 
-NATIVE_TESTS = ("unit/test_math_header.py", "unit/test_anchor_header.py", "unit/test_publish_header.py")
+NATIVE_TESTS = tuple(
+    f"unit/test_{name}.py" for name in ("math_header", "anchor_header", "anchor_header_limits", "publish_header")
+)
 """Of all headers; each is a C program over them."""
 
 TESTS_OF_HEADERS = {
