@@ -27,7 +27,8 @@ SECONDS_MAX = 150.0
 QUICK = "not (kvm or long)"
 
 NATIVE_TESTS = tuple(
-    f"unit/test_{name}.py" for name in ("math_header", "anchor_header", "anchor_header_limits", "publish_header")
+    f"unit/test_{name}.py"
+    for name in ("math_header", "anchor_header", "anchor_header_limits", "publish_header", "records_header")
 )
 """Of all headers; each is a C program over them."""
 
