@@ -107,7 +107,7 @@ def test_whatever_dilation_is_taken_can_be_slewed(
     last_ns = guest_ns(backend, memory)
     for _ in range(4):
         clock.tick()
-        backend.advance(ns=max(int(NS_PER_S / max(clock.rate, 1)), 1))  # what a page may age, in guest time
+        backend.advance(ns=max(min(int(NS_PER_S / clock.rate), NS_PER_S), 1))  # what a page may age, in guest time
         backend.ref_ns += 10**8  # type: ignore[assignment]  # a RefNs and an int
         now_ns = guest_ns(backend, memory)
         assert now_ns >= last_ns
