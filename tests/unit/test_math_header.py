@@ -12,6 +12,7 @@ from tests import oracle
 PROGRAM = """
 #include <inttypes.h>
 #include <stdio.h>
+#include "pvclock_anchor.h"
 #include "pvclock_math.h"
 
 static void wide(void)
@@ -25,6 +26,13 @@ static void wide(void)
 	printf("%d ", pvclock_time_scale((UINT64_C(1) << 63) - 1, PVCLOCK_NS_PER_SEC, &scale));
 	printf("%" PRIu32 " %d\\n", scale.mul, scale.shift);
 	printf("%" PRIu64 " %" PRIu64 "\\n", (uint64_t)(fixed >> 64), (uint64_t)fixed);
+}
+
+static void distances(struct pvclock_moment moment)
+{
+	printf("%" PRIu32 " ", pvclock_backdate_distance(5, moment, 10));
+	printf("%" PRIu32 " ", pvclock_backdate_distance(1, moment, 10));
+	printf("%" PRIu32 "\\n", pvclock_backdate_distance(5, moment, 9));
 }
 
 int main(void)
@@ -44,6 +52,7 @@ int main(void)
 	line = pvclock_line_at(turned, line.tsc + 1000);
 	printf("%" PRIu64 " %" PRIu64 " %d\\n", line.tsc, line.ns, turned.num / 3 == turned.den / 5 && turned.den >> 63);
 	wide();
+	distances((struct pvclock_moment){ .ns = 10, .fraction = 3 });
 	return 0;
 }
 """
@@ -83,3 +92,9 @@ def test_a_line_in_units_has_64_bits_of_fraction(printed: list[str]) -> None:
     """2^40 + 50 ns and a half are so many hundreds of a ns, and a fraction rounded down."""
     whole, fraction = divmod((2 * (2**40 + 50) + 1) * 2**63 // 100, 2**64)
     assert printed[3] == f"{whole} {fraction}"
+
+
+@pytest.mark.row("E11")
+def test_how_far_a_young_clocks_line_is_from_its_moment(printed: list[str]) -> None:
+    """Ahead where the ns before may not be shown, else behind, if need be round the ns."""
+    assert printed[-1] == f"2 2 {2**32 - 2}"
