@@ -183,7 +183,7 @@ def test_an_interrupted_start_of_a_restored_machine() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.each_line) if name in OF_MANY_LINES else name
+        pytest.param(name, marks=(pytest.mark.each_line, pytest.mark.long)) if name in OF_MANY_LINES else name
         for name in CALLS
         if name not in RESETS
     ],
