@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
-import pvclock
+from tests.unit.c_program import printed_by
 
 PROGRAM = r"""
 #define _DEFAULT_SOURCE
@@ -182,12 +180,7 @@ TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return what the program prints; where it would read beyond an object it ends with a signal instead."""
-    folder = tmp_path_factory.mktemp("anchor")
-    (folder / "it.c").write_text(PROGRAM)
-    flags = ("-std=c11", "-O2", "-Wall", "-Wextra", f"-I{pvclock.get_include()}", *TRAPS)
-    subprocess.run(["cc", *flags, folder / "it.c", "-o", folder / "it"], check=True)
-    lines = subprocess.run([folder / "it"], capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-    return [line.strip() for line in lines]
+    return printed_by(PROGRAM, tmp_path_factory.mktemp("anchor"), "-O2", *TRAPS)
 
 
 @pytest.mark.row("E11")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
-import pvclock
+from tests.unit.c_program import printed_by, told
 
 PROGRAM = r"""
 #define _GNU_SOURCE
@@ -174,16 +172,7 @@ int main(void)
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return what the program prints."""
-    folder = tmp_path_factory.mktemp("limits")
-    (folder / "it.c").write_text(PROGRAM)
-    flags = ("-std=c11", "-Wall", "-Wextra", f"-I{pvclock.get_include()}")
-    subprocess.run(["cc", *flags, folder / "it.c", "-o", folder / "it"], check=True)
-    return subprocess.run([folder / "it"], capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-
-
-def told(printed: list[str], what: str) -> list[str]:
-    """Return the rest of each line that begins with `what`."""
-    return [line.removeprefix(f"{what} ") for line in printed if line.startswith(f"{what} ")]
+    return printed_by(PROGRAM, tmp_path_factory.mktemp("limits"))
 
 
 @pytest.mark.row("K-15")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
-import pvclock
 from tests import oracle
+from tests.unit.c_program import printed_by
 
 PROGRAM = """
 #include <inttypes.h>
@@ -61,11 +59,7 @@ int main(void)
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return what the program prints."""
-    folder = tmp_path_factory.mktemp("math")
-    (folder / "it.c").write_text(PROGRAM)
-    flags = ("-std=c11", "-Wall", "-Wextra", f"-I{pvclock.get_include()}")
-    subprocess.run(["cc", *flags, folder / "it.c", "-o", folder / "it"], check=True)
-    return subprocess.run([folder / "it"], capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    return printed_by(PROGRAM, tmp_path_factory.mktemp("math"))
 
 
 @pytest.mark.row("K-15", "E11")
