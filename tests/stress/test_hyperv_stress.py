@@ -3,21 +3,13 @@
 The program is tests/native/hyperv_stress.c.  The product must pass it, and kinds with one defect each must not.
 """
 
-import json
-import os
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-pytestmark = pytest.mark.stress
+from tests.stress.racing import RUNS_MAX, Stress, built, needs_two_cpus, race
 
-ROOT = Path(__file__).parents[2]
-INCLUDE = ROOT / "pvclock" / "include"
-SOURCE = ROOT / "tests" / "native" / "hyperv_stress.c"
-COMPILE = ("cc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+pytestmark = pytest.mark.stress
 
 # What no guest may see, and what would let it: readings on the wrong side of a break point.
 FAULTS = ("backward_own", "backward_cross", "backward_kinds", "torn", "late_old", "early_new")
@@ -25,13 +17,7 @@ FAULTS = ("backward_own", "backward_cross", "backward_kinds", "torn", "late_old"
 # How far a page may be off its timeline, after any number of changes.
 UNITS_OFF_MAX = 2
 
-# One run is enough unless other programs keep the CPUs from running both threads at once; so many end a hopeless test.
-RUNS_MAX = 60
-
 RACED_LEAST = {"page_reads": 1000, "counter_reads": 1000, "pvclock_reads": 1000, "publishes": 1000, "generations": 1}
-
-Report = dict[str, Any]
-Stress = Callable[..., Report]
 
 
 class Defect(NamedTuple):
@@ -59,25 +45,7 @@ DEFECTS = (
 @pytest.fixture(scope="session")
 def stress(tmp_path_factory: pytest.TempPathFactory) -> Stress:
     """Return a function that runs the program, with its options as keywords, and returns its report."""
-    program = tmp_path_factory.mktemp("hyperv_stress") / "hyperv_stress"
-    subprocess.run([*COMPILE, f"-I{INCLUDE}", str(SOURCE), "-o", str(program)], check=True)
-
-    def run(**options: str | float) -> Report:
-        arguments = [f"--{name}={value}" for name, value in options.items()]
-        done = subprocess.run([program, *arguments], check=True, capture_output=True, timeout=60)
-        report: Report = json.loads(done.stdout)
-        return report
-
-    return run
-
-
-def race(stress: Stress, **options: str | float) -> list[Report]:
-    """Run the program until there was something to count, on however slow a machine."""
-    reports: list[Report] = []
-    while any(sum(report[name] for report in reports) < least for name, least in RACED_LEAST.items()):
-        assert len(reports) < RUNS_MAX, f"nothing was raced: {reports[-1]}"
-        reports.append(stress(**options))
-    return reports
+    return built("hyperv_stress", tmp_path_factory.mktemp("hyperv_stress"))
 
 
 @pytest.mark.row("K-08", "H-50", "H-51", "H-54", "E4", "E9", "E11")
@@ -85,15 +53,10 @@ def race(stress: Stress, **options: str | float) -> list[Report]:
 @pytest.mark.parametrize("reader", ["linux", "windows", "unfenced", "preempted"])
 def test_reference_time_never_goes_back(stress: Stress, reader: str, readers: int) -> None:
     """Page, counter and pvclock's page are one clock: nothing is torn or goes back, whichever is read after which."""
-    for report in race(stress, reader=reader, readers=readers):
+    for report in race(stress, RACED_LEAST, reader=reader, readers=readers):
         assert {name: report[name] for name in FAULTS} == dict.fromkeys(FAULTS, 0)
         assert (report["least_step_units"], report["most_step_units"]) == (0, 1)
         assert report["most_off_units"] <= UNITS_OFF_MAX
-
-
-needs_two_cpus = pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2, reason="a race needs two CPUs: widen the affinity (taskset -c 0,1)"
-)
 
 
 @pytest.mark.row("K-08", "H-54", "E9")

@@ -3,32 +3,18 @@
 The program is tests/native/publish_stress.c.  The product must pass it, and publishers with one defect each must not.
 """
 
-import json
-import os
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-pytestmark = pytest.mark.stress
+from tests.stress.racing import RUNS_MAX, Report, Stress, built, needs_two_cpus, race
 
-ROOT = Path(__file__).parents[2]
-INCLUDE = ROOT / "pvclock" / "include"
-SOURCE = ROOT / "tests" / "native" / "publish_stress.c"
-COMPILE = ("cc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+pytestmark = pytest.mark.stress
 
 # What no guest may see, and what would let it: readings on the wrong side of a break point.
 FAULTS = ("backward_own", "backward_cross", "wild", "torn", "late_old", "early_new")
 
-# One run is enough unless other programs keep the CPUs from running both threads at once; so many end a hopeless test.
-RUNS_MAX = 60
-
 RACED_LEAST = {"reads": 1000, "publishes": 1000, "generations": 1}
-
-Report = dict[str, Any]
-Stress = Callable[..., Report]
 
 
 class Defect(NamedTuple):
@@ -58,25 +44,7 @@ DEFECTS = (
 @pytest.fixture(scope="session")
 def stress(tmp_path_factory: pytest.TempPathFactory) -> Stress:
     """Return a function that runs the program, with its options as keywords, and returns its report."""
-    program = tmp_path_factory.mktemp("publish_stress") / "publish_stress"
-    subprocess.run([*COMPILE, f"-I{INCLUDE}", str(SOURCE), "-o", str(program)], check=True)
-
-    def run(**options: str | float) -> Report:
-        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        done = subprocess.run([program, *arguments], check=True, capture_output=True, timeout=60)
-        report: Report = json.loads(done.stdout)
-        return report
-
-    return run
-
-
-def race(stress: Stress, **options: str | float) -> list[Report]:
-    """Run the program until there was something to count, on however slow a machine."""
-    reports: list[Report] = []
-    while any(sum(report[name] for report in reports) < least for name, least in RACED_LEAST.items()):
-        assert len(reports) < RUNS_MAX, f"nothing was raced: {reports[-1]}"
-        reports.append(stress(**options))
-    return reports
+    return built("publish_stress", tmp_path_factory.mktemp("publish_stress"))
 
 
 def faults(reports: list[Report]) -> Report:
@@ -89,34 +57,34 @@ def faults(reports: list[Report]) -> Report:
 @pytest.mark.parametrize("reader", ["linux", "unfenced"])
 def test_readings_are_whole_and_never_go_back(stress: Stress, reader: str, pages: int) -> None:
     """No reading is torn, goes back on any vCPU, or is on the wrong side of a break point."""
-    assert not faults(race(stress, reader=reader, pages=pages))
+    assert not faults(race(stress, RACED_LEAST, reader=reader, pages=pages))
 
 
 @pytest.mark.row("K-08", "E9")
 @pytest.mark.parametrize("readers", [1, 4])
 def test_pages_that_share_no_cache_line_or_page(stress: Stress, readers: int) -> None:
     """It is the same with every clock in a memory page of its own, and with more threads than CPUs."""
-    assert not faults(race(stress, pages=64, stride=4096, readers=readers))
+    assert not faults(race(stress, RACED_LEAST, pages=64, stride=4096, readers=readers))
 
 
 @pytest.mark.row("E9")
 def test_one_tick_of_skew_is_not_seen(stress: Stress) -> None:
     """A vCPU whose TSC is one tick behind reads no centuries and turns nobody's clock back."""
-    assert not faults(race(stress, skew_ticks=1))
+    assert not faults(race(stress, RACED_LEAST, skew_ticks=1))
 
 
 @pytest.mark.row("E9")
 @pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
 def test_skew_within_the_backdate_never_underflows(stress: Stress, start_ns: int) -> None:
     """Where TSCs are so far apart that order is lost, still no reading underflows, on a clock of any age."""
-    assert not any(report["wild"] for report in race(stress, skew_ticks=512, pages=1, start_ns=start_ns))
+    assert not any(report["wild"] for report in race(stress, RACED_LEAST, skew_ticks=512, pages=1, start_ns=start_ns))
 
 
 @pytest.mark.row("E11", "E9")
 @pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
 def test_lines_meet_at_the_break_point(stress: Stress, start_ns: int) -> None:
     """At every break point the new line shows what the old one does, or 1 ns more."""
-    reports = race(stress, start_ns=start_ns, readers=1)
+    reports = race(stress, RACED_LEAST, start_ns=start_ns, readers=1)
     assert not faults(reports)
     assert min(report["least_step_ns"] for report in reports) == 0
     assert max(report["most_step_ns"] for report in reports) == 1
@@ -126,14 +94,12 @@ def test_lines_meet_at_the_break_point(stress: Stress, start_ns: int) -> None:
 @pytest.mark.parametrize("start_ns", [0, 5_000_000_000])
 def test_pages_keep_to_the_exact_timeline(stress: Stress, start_ns: int) -> None:
     """However many anchors: a page is within 2 ns, the ticks that its shift cuts and mul's quantum of the timeline."""
-    for report in race(stress, start_ns=start_ns, readers=1):
+    for report in race(stress, RACED_LEAST, start_ns=start_ns, readers=1):
         assert not report["beyond_bound"], report
 
 
 @pytest.mark.row("K-08", "E9")
-@pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2, reason="a race needs two CPUs: widen the affinity (taskset -c 0,1)"
-)
+@needs_two_cpus
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: f"{defect.publisher}-{defect.fault}")
 def test_a_broken_publisher_is_noticed(stress: Stress, defect: Defect) -> None:
     """The test has teeth: each rule of the protocol, left out alone, is noticed."""
@@ -171,13 +137,13 @@ def test_pages_of_two_kinds_change_at_one_break_point(
     stress: Stress, pages: int, sequence_pages: int, stride: int, readers: int
 ) -> None:
     """Beside pages under a sequence, no reading of one kind is older than an ended reading of the other."""
-    assert not faults(race(stress, pages=pages, sequence_pages=sequence_pages, stride=stride, readers=readers))
+    assert not faults(
+        race(stress, RACED_LEAST, pages=pages, sequence_pages=sequence_pages, stride=stride, readers=readers)
+    )
 
 
 @pytest.mark.row("K-08", "E9")
-@pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2, reason="a race needs two CPUs: widen the affinity (taskset -c 0,1)"
-)
+@needs_two_cpus
 @pytest.mark.parametrize("defect", KIND_DEFECTS, ids=lambda defect: f"{defect.sequence_kind}-{defect.fault}")
 def test_a_broken_kind_is_noticed(stress: Stress, defect: KindDefect) -> None:
     """A kind whose busy mark comes after A, or whose release comes before B, is noticed."""
