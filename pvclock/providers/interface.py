@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
-from typing import Final, NamedTuple, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from pvclock._memory import GuestMemory
 from pvclock._scale import ClockScale
@@ -27,10 +27,13 @@ __all__ = [
     "Hooks",
     "HypercallRegisters",
     "HypercallResult",
+    "InterruptServices",
     "MsrValue",
     "OwnPage",
     "Pairing",
     "Provider",
+    "ReferenceTime",
+    "ResetServices",
     "Status",
     "VmmServices",
 ]
@@ -128,8 +131,21 @@ class OwnPage(NamedTuple):
     flags: int
 
 
+class ReferenceTime(NamedTuple):
+    """A VM's reference time as it is saved: no less than any reading of it, and the last sequence of its page.
+
+    units: of 100 ns since guest time 0.  sequence: 32 bits; 0 if no page was valid yet.
+    """
+
+    units: int = 0
+    sequence: int = 0
+
+
 class VmmServices(Protocol):
-    """What hypercalls ask of the VMM.  APIC ids come from the guest, unchecked."""
+    """What hypercalls ask of the VMM.  APIC ids come from the guest, unchecked.
+
+    InterruptServices and ResetServices are further services that a VMM may have.
+    """
 
     def kick(self, apic_id: int) -> None:
         """Wake a vCPU from HLT; ignore an id that no vCPU has."""
@@ -139,6 +155,22 @@ class VmmServices(Protocol):
 
     def send_ipi(self, apic_ids: list[int], icr: int) -> int:
         """Deliver the interrupt in ICR's low half to those vCPUs; returns how many accepted it."""
+
+
+@runtime_checkable
+class InterruptServices(Protocol):
+    """A VMM that raises interrupts for a provider; without it there are none to offer."""
+
+    def inject(self, vcpu: int, vector: int) -> None:
+        """Raise a fixed, edge-triggered interrupt on vCPU `vcpu` (a number, not an APIC id)."""
+
+
+@runtime_checkable
+class ResetServices(Protocol):
+    """A VMM that resets its VM for the guest."""
+
+    def request_reset(self) -> None:
+        """The guest asks for a reset of the VM: do it soon, and not before this returns.  The clock's lock is held."""
 
 
 class ClockServices(Protocol):
@@ -194,6 +226,35 @@ class ClockServices(Protocol):
     def keep_time_page(self, vcpu: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
         """As place_time_page(), with vCPU's page where it is."""
 
+    def place_reference_page(
+        self,
+        gpa: Gpa | None,
+        begin: Callable[[], object] = ...,
+        undo: Callable[[], object] = ...,
+        vcpu: int | None = None,
+    ) -> None:
+        """Keep the VM's reference TSC page at `gpa`, 4096 bytes, from now on (None: nowhere), and publish.
+
+        begin, undo, vcpu: as place_time_pages().  A page that is not in guest memory comes in as soon as a slot covers
+        it.
+        """
+
+    def reference_units(self, vcpu: int) -> int:
+        """The VM's reference time at this instant: units of 100 ns since guest time 0, as its page shows it.
+
+        Never less than any earlier reading of page or counter.  Sleeps while a publish changes the page.
+        """
+
+    @property
+    def reference_time(self) -> ReferenceTime:
+        """The VM's reference time, to be saved: as of now, or of the pause."""
+
+    def adopt_reference_time(self, saved: ReferenceTime, gpa: Gpa | None) -> None:
+        """Go on from a saved reference time with the page at `gpa`; for Provider.load() of a clock that is paused."""
+
+    def timers_changed(self) -> None:
+        """What Hooks.next_due_ns returns may have changed; the clock asks anew."""
+
     def write_wall_clock(self, gpa: Gpa, on_commit: Callable[[], object] = ...) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once.
 
@@ -231,6 +292,12 @@ class Hooks(NamedTuple):
     """(is_paused): guest time was paused, resumed or stepped, or its rate changed.  May be called twice for one change.
 
     A restored clock calls it with True.  Called before subscribers of the events are.
+    """
+    next_due_ns: Callable[[], int | None] | None = None
+    """Guest time in ns at which the provider's next timer is due, possibly in the past; None: none is set."""
+    expire: Callable[[int], Callable[[], object] | None] | None = None
+    """(guest time in ns): expire the timers that are due.  Returns what delivers them, for it needs services of the
+    VMM; that is called without the clock's lock, and may raise.
     """
 
 
@@ -300,6 +367,9 @@ class Provider(Protocol):
 
     hypercall_opcodes: tuple[bytes, ...]
     """Hypercall instructions that its guests execute on any CPU; #UD must exit where the CPU lacks one of them."""
+
+    hypercall_port: int | None
+    """The port to which its guests' hypercalls write on /dev/kvm, where the instructions do not exit; None without."""
 
     @property
     def are_hypercalls_enabled(self) -> bool:

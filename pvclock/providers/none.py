@@ -35,6 +35,7 @@ class NoneProvider:
     guest_lives_by_tsc = True
     msr_ranges: tuple[MsrRange, ...] = ()
     hypercall_opcodes: tuple[bytes, ...] = ()
+    hypercall_port: int | None = None
     are_hypercalls_enabled = allows_stable = is_paravirt_tsc_enabled = False
     refreshes_pages = tells_of_pauses = True
     hooks = Hooks()

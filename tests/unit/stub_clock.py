@@ -11,7 +11,7 @@ from pvclock._core import TSC_STABLE_BIT, TimePages
 from pvclock._counter import SimulatedCounter
 from pvclock._records import publish_wall_clock
 from pvclock.clock.timekeeper import nothing
-from pvclock.providers.interface import OwnPage, Pairing, VcpuHost, VmmServices
+from pvclock.providers.interface import OwnPage, Pairing, ReferenceTime, VcpuHost, VmmServices
 from pvclock.providers.kvm import KvmProvider
 from pvclock.timekeeping.events import EventKind
 
@@ -41,6 +41,14 @@ class NotedVmm:
         self.notes.append(("send_ipi", apic_ids, icr))
         return len(apic_ids)
 
+    def inject(self, vcpu: int, vector: int) -> None:
+        """Note it."""
+        self.notes.append(("inject", vcpu, vector))
+
+    def request_reset(self) -> None:
+        """Note it."""
+        self.notes.append(("request_reset",))
+
 
 class StubClock:
     """ClockServices at one instant: `paired`, UPTIME_NS after guest time 0."""
@@ -63,6 +71,9 @@ class StubClock:
         self.told: list[tuple[EventKind, str]] = []
         self.stable: Callable[[], bool] = lambda: False
         self.own_page: Callable[[int], OwnPage | None] = lambda _: None
+        self.reference_page: Gpa | None = None
+        self.reference_time = ReferenceTime(UPTIME_NS // 100)
+        self.timer_changes = 0
         self._pages = TimePages(self.memory, vcpus, SimulatedCounter(NOW.guest_tsc))
         self._scale = ClockScale.from_hz(TSC_HZ)
 
@@ -90,6 +101,29 @@ class StubClock:
         for each, gpa in pages.items():
             self._pages.register(each, gpa, self.own_page(each))
         self.refresh(vcpu)
+
+    def place_reference_page(
+        self,
+        gpa: Gpa | None,
+        begin: Callable[[], object] = nothing,
+        undo: Callable[[], object] = nothing,
+        vcpu: int | None = None,
+    ) -> None:
+        """Note where it is."""
+        begin()
+        self.reference_page = gpa
+
+    def reference_units(self, vcpu: int) -> int:
+        """Of the instant that it always is, unless a test has set another."""
+        return self.reference_time.units
+
+    def adopt_reference_time(self, saved: ReferenceTime, gpa: Gpa | None) -> None:
+        """Note it."""
+        self.reference_time, self.reference_page = saved, gpa
+
+    def timers_changed(self) -> None:
+        """Count it."""
+        self.timer_changes += 1
 
     def guest_tsc(self, vcpu: int) -> GuestTsc:
         """The TSC of the instant that it always is."""

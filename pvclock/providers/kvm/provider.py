@@ -80,6 +80,7 @@ class KvmProvider:
     msr_ranges = MSR_RANGES
     hypercall_opcodes: tuple[bytes, ...] = (VMCALL,)
     """What Linux executes until it has patched itself for AMD's CPUs."""
+    hypercall_port: int | None = None
     are_hypercalls_enabled = True
     """On every vCPU, from the start."""
     is_paravirt_tsc_enabled = False

@@ -1,0 +1,1 @@
+"""Hyper-V's guest interface: the Hypervisor Top Level Functional Specification (TLFS), as far as time needs it."""
