@@ -51,7 +51,7 @@ class Access(NamedTuple):
 
 
 class Await(NamedTuple):
-    """Wait for the 32-bit word at `word`, which is the value, to become other than 0; interrupts come only meanwhile."""
+    """Wait for the 32-bit word at `word`, which is the value, to become other than 0; interrupts come only then."""
 
     word: int
     page: int = 0x6000

@@ -264,7 +264,7 @@ def test_one_shot_timers(run: Run) -> None:
 @pytest.mark.row("H-40", "H-41", "H-42")
 @pytest.mark.parametrize("run", [on_kernel, on_engine])
 def test_periodic_timer(run: Run) -> None:
-    """A periodic timer expires on the grid of its period from when it was set: some times are skipped, none is early."""
+    """A periodic timer expires on the grid of its period from when it was set: some are skipped, none is early."""
     one = (Await(SLOT, SLOT + 8), Access(COUNTER), Access(EOM, 0, SLOT, CLEAR))
     begin = (Access(STIMER0_COUNT, PERIOD), Access(COUNTER), Access(STIMER0_CONFIG, PERIODIC), Access(COUNTER))
     end = (Access(STIMER0_CONFIG), Access(STIMER0_CONFIG, 0), Await(INTERRUPTS))
