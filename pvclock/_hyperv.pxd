@@ -6,6 +6,10 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from pvclock._publish cimport pvclock_counter, pvclock_page_kind
 
 
+cdef extern from *:
+    ctypedef unsigned long long pvclock_u128  # 128 bits
+
+
 cdef extern from "hyperv_abi.h" nogil:
     cdef struct hyperv_tsc_page:
         uint32_t sequence
@@ -39,7 +43,9 @@ cdef extern from "hyperv_publish.h" nogil:
         uint32_t sequence
         uint8_t can_read_tsc
         uint8_t is_new
+        uint32_t line_version
         hyperv_line line
+        uint64_t line_den
 
     cdef struct hyperv_reading:
         uint64_t tsc
@@ -50,7 +56,11 @@ cdef extern from "hyperv_publish.h" nogil:
 
     uint32_t hyperv_sequence_after(uint32_t sequence)
     uint64_t hyperv_line_read(const hyperv_line *line, uint64_t tsc)
+    pvclock_u128 hyperv_moved_line_fixed(const hyperv_clock *clock, uint64_t tsc)
     void hyperv_clock_move(hyperv_clock *clock, uint64_t ticks, uint64_t ns)
+    void hyperv_clock_resume(
+        hyperv_clock *clock, uint64_t stopped, uint64_t ticks, uint64_t ns, uint64_t num, uint64_t den
+    )
     int hyperv_counter_read(const hyperv_clock *clock, const pvclock_counter *counter, uint64_t *ret)
     int hyperv_read(
         const void *page, uint64_t tsc_offset, const pvclock_counter *counter, unsigned int tries, hyperv_reading *ret

@@ -25,6 +25,7 @@ from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.live_clock import Takeover
 from pvclock.clock.operations import Operations
 from pvclock.clock.pause_resume import PauseResume
+from pvclock.clock.reference_time import ReferenceTime
 from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
@@ -107,7 +108,8 @@ class GuestClock:
             self.vcpus,
             backend,
             chosen.provider,
-            stable=self._is_stable,
+            in_step=lambda: self._host.has_tscs_in_step,
+            allows_stable=lambda: self._guest.allows_stable,
             tsc_is_good=self._tsc_is_good,
         )
         self._parts = _parts_of(self._keeper, tsc_offset)
@@ -156,6 +158,11 @@ class GuestClock:
     def page(self, vcpu: int) -> TimeInfo | None:
         """vCPU's page as read from guest memory; None if there is none."""
         return self._keeper.page(vcpu)
+
+    @property
+    def reference_time(self) -> ReferenceTime:
+        """Guest time in units of 100 ns, as the counter and the page of a guest of Hyper-V's kind show it."""
+        return self._guest.reference_clock
 
     @property
     def events(self) -> EventLog:
@@ -491,9 +498,6 @@ class GuestClock:
         return self._guest.pairing(vcpu)
 
     # Inside
-
-    def _is_stable(self) -> bool:
-        return self._tscs.agree and self._host.is_trusted and self._guest.allows_stable
 
     def _tsc_is_good(self, vcpu: int | None) -> bool:
         return self._host.check(vcpu)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Final
 
 from pvclock.arguments import instance, whole
+from pvclock.clock import reference_time
 from pvclock.clock.capture import ClockParts
 from pvclock.clock.placement import Placement
 from pvclock.clock.run_delays import RunDelays
@@ -16,7 +17,7 @@ from pvclock.errors import MsrFault, RangeError, WrongType
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers.configuration import Configuration
 from pvclock.providers.guest_interface import GuestInterface
-from pvclock.providers.interface import CpuidLeaf, Hooks, OwnPage, Pairing, VcpuHost, VmmServices
+from pvclock.providers.interface import CpuidLeaf, Hooks, OwnPage, Pairing, ReferenceTime, VcpuHost, VmmServices
 from pvclock.quantities import U64_MASK, Gpa, GuestTsc
 from pvclock.state.clock_state import OfferState, ProviderState
 from pvclock.timekeeping.events import EventCause, EventKind
@@ -59,7 +60,10 @@ class GuestSide:
         self.memory = self._keeper.memory
         self._vcpus = self._keeper.vcpus
         self._backend = self._keeper.backend
-        self._placement = Placement(self._keeper, self.own_page)
+        self.reference_clock = reference_time.ReferenceTime(self._keeper)
+        """The VM's reference time; its line begins when a guest asks for it."""
+
+        self._placement = Placement(self._keeper, self.own_page, self.reference_clock)
         self.kernel_features = _kernel_features(self._backend)
         """See ClockServices."""
 
@@ -206,6 +210,34 @@ class GuestSide:
         """As place_time_page(), for several vCPUs in one step.  vcpu: the caller's own, which is out of the guest."""
         with self._keeper.changing:
             self._placement.place(pages, begin, undo, vcpu)
+
+    def place_reference_page(
+        self,
+        gpa: Gpa | None,
+        begin: Callable[[], object] = nothing,
+        undo: Callable[[], object] = nothing,
+        vcpu: int | None = None,
+    ) -> None:
+        """Keep the VM's reference TSC page at `gpa` from now on (None: nowhere), and publish; see ClockServices."""
+        with self._keeper.changing:
+            self._placement.place_reference_page(gpa, begin, undo, vcpu)
+
+    def reference_units(self, vcpu: int) -> int:
+        """The VM's reference time now; see ClockServices."""
+        return self.reference_clock.units(vcpu)
+
+    @property
+    def reference_time(self) -> ReferenceTime:
+        """The VM's reference time, to be saved."""
+        with self._keeper.changing:
+            return ReferenceTime(*self.reference_clock.shown)
+
+    def adopt_reference_time(self, saved: ReferenceTime, gpa: Gpa | None) -> None:
+        """Go on from a saved reference time; see ClockServices."""
+        self.reference_clock.adopt(*saved, gpa)
+
+    def timers_changed(self) -> None:
+        """What Hooks.next_due_ns returns may have changed."""
 
     def guest_tsc(self, vcpu: int) -> GuestTsc:
         """What vCPU's TSC reads at this instant."""

@@ -138,6 +138,7 @@ CHECKS: Final[Mapping[str, Callable[[GuestClock, Provider], bool]]] = {
     "read_msr": lambda clock, each: is_asked(clock, each, "read_msr") and faults(each.read_msr, 0, 0xC0000080),
     "write_msr": lambda clock, each: is_asked(clock, each, "write_msr") and faults(each.write_msr, 1, 0xC0000080, 0),
     "hypercall_opcodes": lambda _, each: set(each.hypercall_opcodes) <= {VMCALL, VMMCALL},
+    "hypercall_port": lambda _, each: each.hypercall_port is None or 0 < each.hypercall_port < 1 << 16,
     "are_hypercalls_enabled": lambda clock, each: is_asked(clock, each, "are_hypercalls_enabled"),
     "hypercall": lambda _, each: (each.hypercall(0, NO_CALL).status in NOT_THERE) is not each.are_hypercalls_enabled,
     "allows_stable": lambda clock, each: [page.flags for page in pages(clock)] == [1, 1] * each.allows_stable,
