@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from pvclock._memory import GuestMemory
 from pvclock.errors import GuestAddressError
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status
-from pvclock.quantities import U32_MASK, Gpa
+from pvclock.quantities import U32_MASK
 
 __all__ = ["HvStatus", "HypercallPrivilege", "Parameters", "Refused", "Request", "Served", "read_request", "result"]
 
@@ -91,29 +91,32 @@ class Parameters:
     def __init__(self, memory: GuestMemory, *, within_page: bool, not_ram: HvStatus) -> None:
         self._memory, self._within_page, self._not_ram = memory, within_page, not_ram
 
-    def check(self, gpa: int, length: int) -> Gpa:
+    def check(self, gpa: int, length: int) -> int:
         """`gpa`, if `length` bytes of parameters may lie there."""
-        if gpa % ALIGNMENT or (self._within_page and gpa % PAGE_BYTES + length > PAGE_BYTES):
-            raise Refused(HvStatus.INVALID_ALIGNMENT)
+        self._check_alignment(gpa, length)
         if not self._memory.contains(gpa, length):
             raise Refused(self._not_ram)
-        return Gpa(gpa)
+        return gpa
 
     def read(self, gpa: int, length: int) -> bytes:
         """The `length` bytes there."""
-        gpa = self.check(gpa, length)
+        self._check_alignment(gpa, length)
         try:
             return self._memory.read(gpa, length)
-        except GuestAddressError as gone:  # the VMM has removed the memory in between
-            raise Refused(self._not_ram) from gone
+        except GuestAddressError as error:
+            raise Refused(self._not_ram) from error
 
     def write(self, gpa: int, data: bytes) -> None:
         """Write results there."""
-        gpa = self.check(gpa, len(data))
+        self._check_alignment(gpa, len(data))
         try:
             self._memory.write(gpa, data)
-        except GuestAddressError as gone:
-            raise Refused(self._not_ram) from gone
+        except GuestAddressError as error:
+            raise Refused(self._not_ram) from error
+
+    def _check_alignment(self, gpa: int, length: int) -> None:
+        if gpa % ALIGNMENT or (self._within_page and gpa % PAGE_BYTES + length > PAGE_BYTES):
+            raise Refused(HvStatus.INVALID_ALIGNMENT)
 
 
 class Served(NamedTuple):
