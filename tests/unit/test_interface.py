@@ -78,6 +78,7 @@ def test_hypercalls_are_served_from_the_start_on_every_vcpu(profile: str) -> Non
         (-1, POLL_IRQ),
         (0, HypercallRegisters(rax=2**64)),
         (0, HypercallRegisters(rax=1, rdi=-1)),
+        (0, HypercallRegisters(rax=1, r8=2**64)),
         (0, HypercallRegisters(rax=1, cpl=4)),
     ],
 )
@@ -297,6 +298,21 @@ def test_where_rip_goes_on_after_each_outcome(status: Status, monkeypatch: pytes
     expected = Executed(status, 5, 0 if stays else 3)
     assert interface.execute(0, POLL_IRQ, VMCALL) == expected
     assert interface.handle_ud(0, POLL_IRQ, VMCALL, Gpa(0), AMD, fix=False) == expected
+
+
+@pytest.mark.row("H-64", "G-13", "G-15")
+def test_an_access_that_is_denied_without_a_word_is_the_guests_ud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RIP stays, and no register changes; both registers of an answer come through."""
+    interface = a_clock().interface
+    for result, length in [
+        (HypercallResult(Status.ACCESS_DENIED), 0),
+        (HypercallResult(Status.ACCESS_DENIED, 5), 3),
+        (HypercallResult(Status.SUCCESS, 5, 6), 3),
+    ]:
+        monkeypatch.setattr(interface.provider, "hypercall", lambda *_, result=result: result)
+        expected = Executed(result.status, result.rax, length, rdx=result.rdx)
+        assert interface.execute(0, POLL_IRQ, VMCALL) == expected
+        assert interface.handle_ud(0, POLL_IRQ, VMCALL, Gpa(0), AMD, fix=False) == expected
 
 
 @pytest.mark.row("M-02", "E13")
