@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, MsrFault
-from pvclock.providers.hyperv.debug import SyntheticDebugger, vs_cpuid_leaves
-from pvclock.providers.hyperv.features import Privilege
-from pvclock.providers.hyperv.hypercall_abi import HvStatus, HypercallPrivilege
+from pvclock.providers.hyperv.debug import SyntheticDebugger
+from pvclock.providers.hyperv.features import Feature, Privilege, with_debug_leaves
+from pvclock.providers.hyperv.hypercall_abi import HvStatus
 from pvclock.providers.hyperv.hypercalls import Hypercalls
-from pvclock.providers.interface import DebugSetup, HypercallRegisters
+from pvclock.providers.interface import CpuidLeaf, DebugSetup, HypercallRegisters
 from pvclock.providers.virtualbox.debug_channel import DebugChannel, DebugTraffic
 from tests.unit.stub_clock import GUARD, SIZE, StubClock, written
 from tests.unit.test_debug_channel import Wire
@@ -38,7 +38,7 @@ class Stub:
         room: int = 1 << 20,
         as_virtualbox: bool = False,
         suggests_hypercalls: bool = True,
-        privileges: HypercallPrivilege = HypercallPrivilege.DEBUGGING,
+        is_privileged: bool = True,
     ) -> None:
         self.clock = StubClock()
         self.memory = self.clock.memory
@@ -52,10 +52,11 @@ class Stub:
             self.clock,
             2,
             read_msr=self.read,
-            privileges=privileges,
             debugger=self.debugger,
             as_virtualbox=as_virtualbox,
         )
+        if not is_privileged:
+            self.hypercalls.privileges &= ~Privilege.DEBUGGING
 
     def read(self, _vcpu: int, index: int) -> int:
         """RDMSR."""
@@ -88,9 +89,10 @@ class Stub:
 @pytest.mark.row("H-17", "H-02")
 def test_leaves_of_the_virtualization_service() -> None:
     """Vendor "Microsoft VS", interface "VS#1", and the bit that allows kernel debugging."""
-    leaves = {leaf: pack("<4I", *registers) for leaf, registers in vs_cpuid_leaves().items()}
+    leaves = {leaf: pack("<4I", *registers) for leaf, registers in with_debug_leaves({0x40000000: CpuidLeaf()}).items()}
     assert leaves == {
-        0x40000080: bytes(4) + b"Microsoft VS",
+        0x40000000: b"\x82\x00\x00\x40" + bytes(12),
+        0x40000080: b"\x82\x00\x00\x40Microsoft VS",
         0x40000081: b"VS#1" + bytes(12),
         0x40000082: bytes([2]) + bytes(15),
     }
@@ -101,7 +103,7 @@ def test_who_may_read_and_write() -> None:
     """Linux serves all six both ways; VirtualBox has only status and options read, and the options not written."""
     linux, virtualbox = Stub().debugger.msrs, Stub(as_virtualbox=True).debugger.msrs
     assert set(linux) == set(virtualbox) == {CONTROL, STATUS, SEND_BUFFER, RECEIVE_BUFFER, PENDING_BUFFER, OPTIONS}
-    assert all(msr.privilege is Privilege.DEBUG for each in (linux, virtualbox) for msr in each.values())
+    assert all(msr.privilege is Feature.DEBUG_MSRS for each in (linux, virtualbox) for msr in each.values())
     assert all(msr.read and msr.write for msr in linux.values())
     assert {index for index, msr in virtualbox.items() if msr.read} == {STATUS, OPTIONS}
     assert {index for index, msr in virtualbox.items() if not msr.write} == {STATUS, OPTIONS}
@@ -259,7 +261,7 @@ def test_saved_values_that_no_msr_can_have(value: object) -> None:
     """They are refused, and nothing changes."""
     stub = Stub()
     before = stub.debugger.save()
-    with pytest.raises(ConfigError, match="debug_send is"):
+    with pytest.raises(ConfigError, match="'debug_send'"):
         stub.debugger.checked({**before, "debug_status": 5, "debug_send": value})
     assert stub.debugger.save() == before
 
@@ -351,7 +353,7 @@ def test_resetting_the_session(options: int, status: int, as_virtualbox: bool) -
 def test_when_debug_calls_are_denied() -> None:
     """Without the privilege everywhere; on Linux also as long as the guest's options say MSRs, and fast transfers."""
     for as_virtualbox in (False, True):
-        denied = Stub(privileges=HypercallPrivilege(0), as_virtualbox=as_virtualbox)
+        denied = Stub(is_privileged=False, as_virtualbox=as_virtualbox)
         assert [denied.call(code) for code in (POST, RETRIEVE, RESET)] == [HvStatus.ACCESS_DENIED] * 3
     by_msrs = Stub(suggests_hypercalls=False)
     assert [by_msrs.call(code) for code in (POST, RETRIEVE, RESET)] == [HvStatus.OPERATION_DENIED] * 3

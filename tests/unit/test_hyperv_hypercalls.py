@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import MsrFault
+from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.hypercall_abi import (
     HvStatus,
-    HypercallPrivilege,
     Request,
     read_request,
 )
@@ -25,7 +25,8 @@ POST_DEBUG, RETRIEVE_DEBUG, RESET_DEBUG = 0x69, 0x6A, 0x6B
 CAPABILITIES, ZEROED_MEMORY = 0x8001, 0x8002
 SERVED = (SPIN_WAIT, SEND_IPI, SEND_IPI_EX, GET_REGISTERS, POST_MESSAGE, CAPABILITIES)
 FAST = 1 << 16
-EVERYTHING = HypercallPrivilege(sum(HypercallPrivilege))
+EVERYTHING = Privilege(sum(Privilege))
+SIMP, SINT2 = 0x40000083, 0x40000092
 INPUT, OUTPUT = 0x2000, 0x3000
 U64 = st.integers(0, 2**64 - 1)
 RESERVED_BITS = (*range(27, 31), *range(44, 48), *range(60, 64))
@@ -46,9 +47,10 @@ class Guest:
     def __init__(
         self,
         *,
-        privileges: HypercallPrivilege = EVERYTHING,
+        privileges: Privilege = EVERYTHING,
         as_virtualbox: bool = False,
-        vmbus_slot: Callable[[int], int | None] | None = None,
+        vs_interface: bool = False,
+        read: Callable[[int, int], int] = read_msr,
         vmm: object = None,
     ) -> None:
         self.vmm = NotedVmm()
@@ -57,11 +59,11 @@ class Guest:
         self.hypercalls = Hypercalls(
             self.clock,
             VCPUS,
-            privileges=privileges,
-            read_msr=read_msr,
+            read_msr=read,
             as_virtualbox=as_virtualbox,
-            vmbus_slot=vmbus_slot,
+            vs_interface=vs_interface,
         )
+        self.hypercalls.privileges &= privileges
 
     def raw(self, control: int, first: int = INPUT, second: int = OUTPUT, vcpu: int = 0) -> HypercallResult:
         """A call from 64-bit code."""
@@ -234,14 +236,14 @@ def test_outside_ring_0_of_protected_mode(cpl: int, protected_mode: bool, code: 
 @pytest.mark.parametrize(
     ("code", "privilege"),
     [
-        (GET_REGISTERS, HypercallPrivilege.ACCESS_VP_REGISTERS),
-        (POST_MESSAGE, HypercallPrivilege.POST_MESSAGES),
-        (CAPABILITIES, HypercallPrivilege.EXTENDED_HYPERCALLS),
+        (GET_REGISTERS, Privilege.ACCESS_VP_REGISTERS),
+        (POST_MESSAGE, Privilege.POST_MESSAGES),
+        (CAPABILITIES, Privilege.EXTENDED_HYPERCALLS),
     ],
 )
-def test_calls_without_their_privilege(code: int, privilege: HypercallPrivilege) -> None:
+def test_calls_without_their_privilege(code: int, privilege: Privilege) -> None:
     """They are denied, before anything else is looked at."""
-    without = Guest(privileges=HypercallPrivilege(int(EVERYTHING) - int(privilege)))
+    without = Guest(privileges=Privilege(int(EVERYTHING) - int(privilege)))
     assert without.call(code) == without.call(code | 1 << 60) == (HvStatus.ACCESS_DENIED, 0)
     assert Guest(privileges=privilege).call(code)[0] is not HvStatus.ACCESS_DENIED
 
@@ -250,7 +252,7 @@ def test_calls_without_their_privilege(code: int, privilege: HypercallPrivilege)
 @pytest.mark.parametrize("code", [CAPABILITIES, ZEROED_MEMORY])
 def test_virtualbox_denies_extended_calls_that_are_not_offered(code: int) -> None:
     """As Linux does."""
-    assert Guest(as_virtualbox=True, privileges=HypercallPrivilege(0)).call(code) == (HvStatus.ACCESS_DENIED, 0)
+    assert Guest(as_virtualbox=True, privileges=Privilege(0)).call(code) == (HvStatus.ACCESS_DENIED, 0)
 
 
 # Parameters in memory
@@ -471,23 +473,42 @@ ANSWER = bytes([1, 0, 0, 0, 0xF]) + bytes(11) + bytes([0xF]) + bytes(239)
 
 @pytest.mark.row("H-65")
 @pytest.mark.parametrize(("connection", "kind"), [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("slot", [0x5200, None, SIZE, 2**64 - 0x1000])
-def test_virtualbox_imitates_vmbus(slot: int | None, connection: int, kind: int) -> None:
-    """With the VS interface the vCPU's slot gets a fixed answer, if it has one, and the call is never acknowledged."""
-    guest = Guest(as_virtualbox=True, vmbus_slot=lambda vcpu: slot if vcpu == 3 else 0x7000)
+@pytest.mark.parametrize(
+    ("simp", "sint", "expects"),
+    [
+        (0x5001, 0x33, True),
+        (0x5000, 0x33, False),
+        (0x5001, 0x10033, False),
+        (SIZE | 1, 0x33, False),
+        (2**64 - 0x1000 | 1, 0x33, False),
+        (None, 0x33, False),
+        (0x5001, None, False),
+    ],
+)
+def test_virtualbox_imitates_vmbus(
+    simp: int | None, sint: int | None, expects: bool, connection: int, kind: int
+) -> None:
+    """With the VS interface the slot of SINT2 gets a fixed answer, if it is to get any; no call is acknowledged."""
+
+    def read(vcpu: int, index: int) -> int:
+        value = {SIMP: simp, SINT2: sint}[index]
+        if vcpu != 3 or value is None:
+            raise MsrFault(index)
+        return value
+
+    guest = Guest(as_virtualbox=True, vs_interface=True, read=read)
     guest.memory.write(INPUT, pack("<IIII", connection, 0, kind, 0))
     assert guest.call(POST_MESSAGE, vcpu=3) == (HvStatus.NOT_ACKNOWLEDGED, 0)
-    answered = slot == 0x5200 and (connection, kind) == (1, 1)
+    answered = expects and (connection, kind) == (1, 1)
     assert written(guest.memory)[1:] == ([0x5200] if answered else [])
-    if answered:
-        assert guest.memory.read(0x5200, 257) == ANSWER + bytes([GUARD])
+    assert guest.memory.read(0x5200, 257) == (ANSWER if answered else bytes([GUARD] * 256)) + bytes([GUARD])
 
 
 @pytest.mark.row("H-65")
 def test_virtualbox_denies_messages_without_the_vs_interface() -> None:
     """And with it, an input that cannot be read is an invalid parameter, an unaligned one too."""
     assert Guest(as_virtualbox=True).call(POST_MESSAGE) == (HvStatus.ACCESS_DENIED, 0)
-    guest = Guest(as_virtualbox=True, vmbus_slot=lambda _: 0x5200)
+    guest = Guest(as_virtualbox=True, vs_interface=True)
     assert guest.call(POST_MESSAGE, INPUT + 1) == (HvStatus.INVALID_PARAMETER, 0)
     assert guest.call(POST_MESSAGE, SIZE) == (HvStatus.INVALID_PARAMETER, 0)
     assert written(guest.memory) == []

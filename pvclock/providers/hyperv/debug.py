@@ -1,4 +1,4 @@
-"""The guest's debugger stub: MSRs through which it exchanges buffers with the VMM's debugger, and CPUID's offer of it.
+"""The guest's debugger stub: MSRs through which it exchanges buffers with the VMM's debugger.
 
 Source: TLFS's synthetic debugging facility as Linux has it (syndbg_set_msr(), QEMU hw/hyperv/syndbg.c) and VirtualBox.
 The bytes are handed on as they are: neither framed as UDP nor unpacked.
@@ -6,17 +6,16 @@ The bytes are handed on as they are: neither framed as UDP nor unpacked.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
-from pvclock.errors import ConfigError, GuestAddressError, MsrFault
-from pvclock.providers.hyperv.features import Privilege
-from pvclock.providers.hyperv.msr import Msr
-from pvclock.providers.interface import ClockServices, CpuidLeaf, DebugLink, DebugSetup, MsrValue
-from pvclock.quantities import U64_MASK
+from pvclock.errors import GuestAddressError, MsrFault
+from pvclock.providers.hyperv.features import Feature
+from pvclock.providers.hyperv.msr import Msr, checked_number
+from pvclock.providers.interface import ClockServices, DebugLink, DebugSetup, MsrValue
 
-__all__ = ["SyntheticDebugger", "vs_cpuid_leaves"]
+__all__ = ["SyntheticDebugger"]
 
 HV_X64_MSR_SYNDBG_CONTROL: Final = 0x400000F1
 HV_X64_MSR_SYNDBG_STATUS: Final = 0x400000F2
@@ -33,17 +32,6 @@ SIZE_SHIFT: Final = 16
 USE_HYPERCALLS: Final = 1 << 2
 
 BUFFER_BYTES: Final = 4096
-VS_LEAF: Final = 0x40000080
-ALLOW_KERNEL_DEBUGGING: Final = 1 << 1
-
-
-def vs_cpuid_leaves() -> Mapping[int, CpuidLeaf]:
-    """The leaves of the virtualization service: vendor "Microsoft VS", interface "VS#1", kernel debugging allowed."""
-    return {
-        VS_LEAF: CpuidLeaf(0, *struct.unpack("<3I", b"Microsoft VS")),
-        VS_LEAF + 1: CpuidLeaf(*struct.unpack("<I", b"VS#1")),
-        VS_LEAF + 2: CpuidLeaf(ALLOW_KERNEL_DEBUGGING),
-    }
 
 
 class SyntheticDebugger:
@@ -66,14 +54,14 @@ class SyntheticDebugger:
         """See Part."""
         readable = not self._as_virtualbox
         options = Msr(
-            Privilege.DEBUG, self._reader("options"), None if self._as_virtualbox else self._writer("options")
+            Feature.DEBUG_MSRS, self._reader("options"), None if self._as_virtualbox else self._writer("options")
         )
         return {
             HV_X64_MSR_SYNDBG_CONTROL: Msr(
-                Privilege.DEBUG, self._reader("control") if readable else None, self._write_control
+                Feature.DEBUG_MSRS, self._reader("control") if readable else None, self._write_control
             ),
             HV_X64_MSR_SYNDBG_STATUS: Msr(
-                Privilege.DEBUG, self._reader("status"), self._writer("status") if readable else None
+                Feature.DEBUG_MSRS, self._reader("status"), self._writer("status") if readable else None
             ),
             HV_X64_MSR_SYNDBG_SEND_BUFFER: self._buffer("send", readable),
             HV_X64_MSR_SYNDBG_RECV_BUFFER: self._buffer("receive", readable),
@@ -109,15 +97,8 @@ class SyntheticDebugger:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part."""
-        values = {name.removeprefix("debug_"): value for name, value in saved.items()}
-        for name, value in values.items():
-            if type(value) is not int or not 0 <= value <= U64_MASK:
-                raise ConfigError(f"debug_{name} is {value!r}; an MSR has 64 bits")
-
-        def adopt() -> None:
-            self._values.update(values)  # type: ignore[arg-type]  # whole numbers all, as was checked
-
-        return adopt
+        values = {name: checked_number(saved, f"debug_{name}") for name in self._values}
+        return partial(self._values.update, values)
 
     # Inside
 
@@ -146,7 +127,7 @@ class SyntheticDebugger:
         return lambda _vcpu, value: self._values.update({name: value})
 
     def _buffer(self, name: str, readable: bool) -> Msr:
-        return Msr(Privilege.DEBUG, self._reader(name) if readable else None, self._writer(name))
+        return Msr(Feature.DEBUG_MSRS, self._reader(name) if readable else None, self._writer(name))
 
     def _write_control(self, _vcpu: int, value: int) -> None:
         if self._as_virtualbox and value & SEND and value & RECEIVE:

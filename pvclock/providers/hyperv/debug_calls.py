@@ -9,9 +9,9 @@ import struct
 from typing import Final
 
 from pvclock.providers.hyperv.debug import SyntheticDebugger
+from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.hypercall_abi import (
     HvStatus,
-    HypercallPrivilege,
     Parameters,
     Refused,
     Request,
@@ -76,9 +76,9 @@ def debug_calls(debugger: SyntheticDebugger, parameters: Parameters, *, by_optio
         return HvStatus.SUCCESS if options else HvStatus.INVALID_PARAMETER
 
     return {
-        HVCALL_POST_DEBUG_DATA: Served(post, HypercallPrivilege.DEBUGGING),
-        HVCALL_RETRIEVE_DEBUG_DATA: Served(retrieve, HypercallPrivilege.DEBUGGING),
-        HVCALL_RESET_DEBUG_SESSION: Served(reset, HypercallPrivilege.DEBUGGING, takes_fast=True),
+        HVCALL_POST_DEBUG_DATA: Served(post, Privilege.DEBUGGING),
+        HVCALL_RETRIEVE_DEBUG_DATA: Served(retrieve, Privilege.DEBUGGING),
+        HVCALL_RESET_DEBUG_SESSION: Served(reset, Privilege.DEBUGGING, takes_fast=True),
     }
 
 

@@ -74,6 +74,7 @@ class Privilege(IntFlag):
     CONNECT_PORT = 1 << 39
     DEBUGGING = 1 << 43
     CPU_MANAGEMENT = 1 << 44
+    ACCESS_VP_REGISTERS = 1 << 49
     EXTENDED_HYPERCALLS = 1 << 52
 
 

@@ -6,15 +6,16 @@ Source: TLFS "Hypercall Interface"; Linux kvm_hv_hypercall().
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Final, NamedTuple
 
 from pvclock._memory import GuestMemory
 from pvclock.errors import GuestAddressError
+from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status
 from pvclock.quantities import U32_MASK
 
-__all__ = ["HvStatus", "HypercallPrivilege", "Parameters", "Refused", "Request", "Served", "read_request", "result"]
+__all__ = ["HvStatus", "Parameters", "Refused", "Request", "Served", "read_request", "result"]
 
 FAST: Final = 1 << 16
 RESERVED: Final = 0xF << 60 | 0xF << 44 | 0xF << 27
@@ -41,16 +42,6 @@ class HvStatus(IntEnum):
     NOT_ACKNOWLEDGED = 0x14
     NO_DATA = 0x1B
     INSUFFICIENT_BUFFER = 0x33
-
-
-class HypercallPrivilege(IntFlag):
-    """The high half of the partition's privileges, leaf 0x40000003 EBX: which hypercalls it may make."""
-
-    POST_MESSAGES = 1 << 4
-    SIGNAL_EVENTS = 1 << 5
-    DEBUGGING = 1 << 11
-    ACCESS_VP_REGISTERS = 1 << 17
-    EXTENDED_HYPERCALLS = 1 << 20
 
 
 class Refused(Exception):
@@ -124,7 +115,7 @@ class Served(NamedTuple):
 
     serve: Callable[[Request], HvStatus]
     """May raise Refused."""
-    privilege: HypercallPrivilege = HypercallPrivilege(0)
+    privilege: Privilege = Privilege(0)
     takes_fast: bool = False
     takes_reps: bool = False
     takes_header: bool = False

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Final
 
 from pvclock._memory import GuestMemory
-from pvclock.errors import GuestAddressError
+from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.providers.hyperv.debug import SyntheticDebugger
 from pvclock.providers.hyperv.debug_calls import debug_calls, without_debugger
+from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.hypercall_abi import (
     HvStatus,
-    HypercallPrivilege,
     Parameters,
     Refused,
     Request,
@@ -48,6 +48,13 @@ VMBUS_MESSAGE: Final = 1
 VMBUS_ANSWER: Final = struct.pack("<IB3xQQ232x", VMBUS_MESSAGE, 0xF, 0, 0xF)
 """A message slot, 256 bytes: type, payload size, flags, sender; and a payload that the guest's VMBus client expects."""
 
+HV_X64_MSR_SIMP: Final = 0x40000083
+HV_X64_MSR_SINT0: Final = 0x40000090
+VMBUS_SINT: Final = 2
+PAGE_ENABLED: Final = 1
+PAGE_BYTES: Final = 4096
+SINT_MASKED: Final = 1 << 16
+
 NO_CAPABILITIES: Final = bytes(8)
 KNOWS_ZEROED_MEMORY: Final = struct.pack("<Q", 1)
 NO_ZEROED_MEMORY: Final = bytes(16)
@@ -57,11 +64,10 @@ NO_ZEROED_MEMORY: Final = bytes(16)
 class Hypercalls:
     """A VM's hypercalls, once its guest has enabled them.
 
-    privileges: those that CPUID offers; a call without its privilege is denied.
     read_msr: (vcpu, index) as the guest would, or MsrFault.  debugger: None without a debug interface.
     as_virtualbox: VirtualBox checks neither the reserved bits of the control word, which its shifts miss, nor the form
     of a call, nor whether parameters cross a page; and it serves nothing on vCPUs.
-    vmbus_slot: only there, with the VS interface: where a vCPU expects VMBus's messages, None if it expects none.
+    vs_interface: only there, may messages be posted?
     """
 
     def __init__(
@@ -70,15 +76,15 @@ class Hypercalls:
         vcpus: int,
         *,
         read_msr: Callable[[int, int], int],
-        privileges: HypercallPrivilege,
         debugger: SyntheticDebugger | None = None,
         as_virtualbox: bool = False,
-        vmbus_slot: Callable[[int], int | None] | None = None,
+        vs_interface: bool = False,
     ) -> None:
-        self._privileges, self._checks_form = privileges, not as_virtualbox
+        self._checks_form = not as_virtualbox
         if as_virtualbox:
             parameters = Parameters(clock.memory, within_page=False, not_ram=HvStatus.INVALID_PARAMETER)
-            served = _virtualbox_calls(clock.memory, parameters, vmbus_slot)
+            slot = partial(_vmbus_slot, read_msr) if vs_interface else None
+            served = _virtualbox_calls(clock.memory, parameters, slot)
         else:
             parameters = Parameters(clock.memory, within_page=True, not_ram=HvStatus.INVALID_HYPERCALL_INPUT)
             served = _plain_calls(parameters) | register_calls(read_msr, vcpus, parameters)
@@ -88,6 +94,8 @@ class Hypercalls:
         if debugger is not None:
             served |= debug_calls(debugger, parameters, by_options=not as_virtualbox)
         self._served = served
+        self.privileges = Privilege(sum({each.privilege for each in served.values()}))
+        """Those that the guest has: all that the calls need, as long as its provider does not take some away."""
 
     def call(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """Execute the call; ACCESS_DENIED, which is the guest's #UD, outside ring 0 of protected mode."""
@@ -107,7 +115,7 @@ class Hypercalls:
     def _checked(self, request: Request) -> Served:
         """How the call is served; checked in Linux's order."""
         served = self._served.get(request.code)
-        if served is not None and served.privilege & ~self._privileges:
+        if served is not None and served.privilege & ~self.privileges:
             raise Refused(HvStatus.ACCESS_DENIED)
         if self._checks_form and request.reserved:
             raise Refused(HvStatus.INVALID_HYPERCALL_INPUT)
@@ -129,10 +137,10 @@ def _plain_calls(parameters: Parameters) -> dict[int, Served]:
         parameters.check(request.input, MESSAGE.size + payload_bytes)
         return HvStatus.INVALID_CONNECTION_ID
 
-    extended = HypercallPrivilege.EXTENDED_HYPERCALLS
+    extended = Privilege.EXTENDED_HYPERCALLS
     return {
         HVCALL_NOTIFY_LONG_SPIN_WAIT: Served(lambda _: HvStatus.SUCCESS, takes_fast=True),
-        HVCALL_POST_MESSAGE: Served(post_message, HypercallPrivilege.POST_MESSAGES),
+        HVCALL_POST_MESSAGE: Served(post_message, Privilege.POST_MESSAGES),
         HV_EXT_CALL_QUERY_CAPABILITIES: Served(partial(_answer, parameters, NO_CAPABILITIES), extended),
     }
 
@@ -155,13 +163,23 @@ def _virtualbox_calls(
             _write_if_ram(memory, slot, VMBUS_ANSWER)
         return HvStatus.NOT_ACKNOWLEDGED
 
-    extended = HypercallPrivilege.EXTENDED_HYPERCALLS
+    extended = Privilege.EXTENDED_HYPERCALLS
     return {
         HVCALL_POST_MESSAGE: Served(post_message),
         HV_EXT_CALL_QUERY_CAPABILITIES: Served(partial(_answer, parameters, KNOWS_ZEROED_MEMORY), extended),
         HV_EXT_CALL_GET_BOOT_ZEROED_MEMORY: Served(partial(_answer, parameters, NO_ZEROED_MEMORY), extended),
         **without_debugger(),
     }
+
+
+def _vmbus_slot(read_msr: Callable[[int, int], int], vcpu: int) -> int | None:
+    """Where a vCPU expects VMBus's messages; None if it expects none."""
+    try:
+        simp, sint = read_msr(vcpu, HV_X64_MSR_SIMP), read_msr(vcpu, HV_X64_MSR_SINT0 + VMBUS_SINT)
+    except MsrFault:
+        return None
+    is_expected = simp & PAGE_ENABLED and not sint & SINT_MASKED
+    return (simp & -PAGE_BYTES) + len(VMBUS_ANSWER) * VMBUS_SINT if is_expected else None
 
 
 def _answer(parameters: Parameters, answer: bytes, request: Request) -> HvStatus:

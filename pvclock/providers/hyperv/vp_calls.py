@@ -11,9 +11,9 @@ from functools import partial
 from typing import Final
 
 from pvclock.errors import MsrFault
+from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.hypercall_abi import (
     HvStatus,
-    HypercallPrivilege,
     Parameters,
     Refused,
     Request,
@@ -103,7 +103,7 @@ def register_calls(read_msr: Callable[[int, int], int], vcpus: int, parameters: 
     read_msr: (vcpu, index) as that vCPU's guest would, or MsrFault.
     """
     serve = partial(_get_vp_registers, read_msr, vcpus, parameters)
-    return {HVCALL_GET_VP_REGISTERS: Served(serve, HypercallPrivilege.ACCESS_VP_REGISTERS, takes_reps=True)}
+    return {HVCALL_GET_VP_REGISTERS: Served(serve, Privilege.ACCESS_VP_REGISTERS, takes_reps=True)}
 
 
 def _get_vp_registers(
