@@ -12,11 +12,13 @@ It does not hold SCONTROL, SIEFP, the APIC assist page, timers and crash MSRs, n
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from pvclock.errors import StateFileError
+from pvclock.providers.interface import MsrValue
 
-__all__ = ["NO_PAGE", "VERSIONS", "DebugPart", "Unit", "VcpuPart", "decode", "encode"]
+__all__ = ["NO_PAGE", "VERSIONS", "DebugPart", "Unit", "VcpuPart", "decode", "encode", "unit_of", "written_in"]
 
 VERSIONS: Final = (1, 2, 3, 4)
 HAS_DEBUGGER, HAS_ALL_SINTS, HAS_PORTS = 2, 3, 4
@@ -38,6 +40,7 @@ DESCRIPTIONS: Final = (b"Hyper-V hypercall page", b"Hyper-V TSC page")
 PAGE_NAMES: Final = ("hypercall_page", "reference_page")
 DESCRIPTION_BYTES_MAX: Final = 31
 REPLIES: Final = 7
+DEBUG_MSRS: Final = ("pending", "send", "receive", "status")
 
 SINTS: Final = 16
 VMBUS_SINT: Final = 2
@@ -83,6 +86,36 @@ class Unit(NamedTuple):
     vcpus: tuple[VcpuPart, ...]
 
 
+def unit_of(saved: Mapping[str, MsrValue], features: tuple[int, ...], vcpus: int) -> Unit:
+    """What a unit holds of a provider whose save() is `saved`; parts that it does not have are as after a reset."""
+    hypercall, reference_tsc = _number(saved, "hypercall"), _number(saved, "reference_tsc")
+    debug = DebugPart(*(_number(saved, f"debug_{name}") for name in DEBUG_MSRS))
+    return Unit(
+        _number(saved, "guest_os_id"),
+        hypercall,
+        reference_tsc,
+        features,
+        _page_of(hypercall),
+        _page_of(reference_tsc),
+        _number(saved, "reference_sequence"),
+        debug,
+        _vcpus_of(saved, vcpus),
+    )
+
+
+def written_in(unit: Unit) -> dict[str, MsrValue]:
+    """What the guest of that unit had written, by the names of save(); not every provider has all of them."""
+    return {
+        "guest_os_id": unit.guest_os_id,
+        "hypercall": unit.hypercall,
+        "reference_tsc": unit.reference_tsc,
+        "reference_sequence": unit.sequence,
+        **{f"debug_{name}": getattr(unit.debug, name) for name in DEBUG_MSRS},
+        "simp": tuple(vcpu.message_page for vcpu in unit.vcpus),
+        "sint": tuple(sint for vcpu in unit.vcpus for sint in vcpu.sints),
+    }
+
+
 def encode(unit: Unit, version: int = VERSIONS[-1]) -> bytes:
     """The part as bytes, by that version, which leaves out what came later."""
     pages = (unit.hypercall_page, unit.reference_page)
@@ -122,6 +155,23 @@ def decode(part: bytes, vcpus: int) -> Unit:
         debug,
         vcpu_parts,
     )
+
+
+def _number(saved: Mapping[str, MsrValue], name: str) -> int:
+    """The number saved by that name; 0 for a part that this provider does not have."""
+    value = saved.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def _page_of(msr: int) -> int:
+    return msr & -PAGE_BYTES if msr & ENABLED else NO_PAGE
+
+
+def _vcpus_of(saved: Mapping[str, MsrValue], vcpus: int) -> tuple[VcpuPart, ...]:
+    match saved:
+        case {"simp": tuple(message_pages), "sint": tuple(sints)}:
+            return tuple(VcpuPart(page, sints[SINTS * i : SINTS * (i + 1)]) for i, page in enumerate(message_pages))
+    return (VcpuPart(),) * vcpus
 
 
 class _Reader:
