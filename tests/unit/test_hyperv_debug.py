@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from struct import pack, unpack
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from pvclock.providers.hyperv.hypercall_abi import HvStatus
 from pvclock.providers.hyperv.hypercalls import Hypercalls
 from pvclock.providers.interface import CpuidLeaf, DebugSetup, HypercallRegisters
 from pvclock.providers.virtualbox.debug_channel import DebugChannel, DebugTraffic
+from tests.unit.hyperv_provider import EVERY_PROFILE, a_provider, is_refused
 from tests.unit.stub_clock import GUARD, SIZE, StubClock, written
 from tests.unit.test_debug_channel import Wire
 
@@ -362,3 +364,48 @@ def test_when_debug_calls_are_denied() -> None:
     virtualbox = Stub(b"a", as_virtualbox=True, suggests_hypercalls=False)
     virtualbox.memory.write(INPUT, pack("<IIQ", 1, 0, 0))
     assert virtualbox.call(RETRIEVE | FAST) is HvStatus.SUCCESS
+
+
+# In the provider
+
+
+@pytest.mark.row("H-02", "H-03", "H-44", "H-45")
+@pytest.mark.parametrize(
+    ("options", "has_debugger"),
+    [
+        ({}, False),
+        ({"vs_interface": True}, True),
+        ({"vs_interface": True, "hypercall_debug": True}, True),
+        ({"profile": "virtualbox"}, False),
+        ({"profile": "virtualbox", "vendor_id": "Microsoft Hv"}, True),
+        ({"profile": "virtualbox", "vendor_id": "Microsoft Hv", "hypercall_debug": True}, True),
+    ],
+)
+def test_when_the_provider_has_a_debugger(options: dict[str, Any], has_debugger: bool) -> None:
+    """With the VS interface, or with Microsoft's vendor id on VirtualBox; elsewhere its MSRs fault."""
+    provider, clock = a_provider(**options)
+    assert (provider.debug_setup is not None) is has_debugger
+    assert is_refused(provider, STATUS) is not has_debugger
+    assert is_refused(provider, OPTIONS) is not has_debugger
+    assert bool(provider.offer.features & Feature.DEBUG_MSRS) is has_debugger
+    assert bool(provider.offer.features & Feature.DEBUG) is has_debugger
+    assert bool(provider.offer.privileges & Privilege.DEBUGGING) is has_debugger
+    if has_debugger:
+        assert provider.read_msr(0, OPTIONS) == (USE_HYPERCALLS if options.get("hypercall_debug") else 0)
+        channel, wire = DebugChannel(provider.debug_setup), Wire()
+        channel.register(wire)
+        provider.write_msr(1, SEND_BUFFER, BUFFER)
+        provider.write_msr(1, CONTROL, 2 << 16 | SEND)
+        assert (wire.outgoing, provider.read_msr(0, STATUS)) == (clock.memory.read(BUFFER, 2), SEND_SUCCESS)
+
+
+@pytest.mark.row("H-43")
+@EVERY_PROFILE
+@pytest.mark.parametrize(
+    "index", [*range(0x400000C1, 0x400000C4), *range(0x400000D1, 0x400000D4), 0x400000E0, 0x400000F0]
+)
+def test_power_statistics_and_idling_are_not_there(index: int, profile: str) -> None:
+    """Their MSRs fault, whatever is enforced."""
+    provider, _ = a_provider(profile=profile, vs_interface=True, enforce_cpuid=False)
+    assert is_refused(provider, index)
+    assert is_refused(provider, index, 1)

@@ -18,6 +18,8 @@ from pvclock.providers.hyperv.hypercall_abi import (
 )
 from pvclock.providers.hyperv.hypercalls import Hypercalls
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status
+from tests.unit.hyperv_provider import EVERY_PROFILE, a_provider
+from tests.unit.hyperv_provider import OS_ID as OS_NAME
 from tests.unit.stub_clock import GUARD, SIZE, NotedVmm, StubClock, written
 
 SPIN_WAIT, SEND_IPI, SEND_IPI_EX, GET_REGISTERS, POST_MESSAGE = 0x08, 0x0B, 0x15, 0x50, 0x5C
@@ -541,3 +543,40 @@ def test_debug_calls_without_a_debugger(code: int) -> None:
     """Linux does not know them then; VirtualBox denies them."""
     assert Guest().call(code) == (HvStatus.INVALID_HYPERCALL_CODE, 0)
     assert Guest(as_virtualbox=True).call(code) == (HvStatus.ACCESS_DENIED, 0)
+
+
+# In the provider
+
+
+@pytest.mark.row("H-64", "H-60", "G-11")
+@EVERY_PROFILE
+def test_the_provider_serves_them_once_the_guest_has_said_its_os_id(profile: str) -> None:
+    """Before that they are not enabled; then they are served by the profile's rules and the offer's privileges."""
+    provider, clock = a_provider(profile=profile, privileges=0x60)
+    call = HypercallRegisters(0, rcx=CAPABILITIES, r8=OUTPUT)
+    assert provider.hypercall(0, call) == HypercallResult(Status.NOT_ENABLED)
+    provider.write_msr(0, 0x40000000, OS_NAME)
+    provider.write_msr(0, 0x40000001, 0x5001)
+    assert provider.hypercall(0, call) == HypercallResult(Status.SUCCESS, HvStatus.ACCESS_DENIED)
+    assert provider.hypercall(0, call._replace(cpl=3)) == HypercallResult(Status.ACCESS_DENIED)
+    reserved = call._replace(rcx=0x7FFF | 1 << 60)
+    unknown = HvStatus.INVALID_HYPERCALL_CODE if profile == "virtualbox" else HvStatus.INVALID_HYPERCALL_INPUT
+    assert provider.hypercall(0, reserved) == HypercallResult(Status.SUCCESS, unknown)
+    assert set(clock.memory.read(OUTPUT, 8)) == {GUARD}
+    generous, _ = a_provider(profile=profile, privileges=0x60, enforce_cpuid=False)
+    generous.write_msr(0, 0x40000000, OS_NAME)
+    generous.write_msr(0, 0x40000001, 0x5001)
+    assert generous.hypercall(0, call) == HypercallResult(Status.SUCCESS, HvStatus.SUCCESS)
+
+
+@pytest.mark.row("H-62")
+def test_the_provider_reads_its_registers_by_hypercall() -> None:
+    """With the privilege, the reference counter is what its MSR reads; it is not offered unasked."""
+    everything = 0x60 | 1 << 1 | 1 << 49
+    provider, clock = a_provider(privileges=everything)
+    provider.write_msr(0, 0x40000000, OS_NAME)
+    clock.memory.write(INPUT, pack("<QIIII", 2**64 - 1, 2**32 - 2, 0, REFERENCE_COUNT, OS_ID))
+    call = HypercallRegisters(0, rcx=GET_REGISTERS | 2 << 32, rdx=INPUT, r8=OUTPUT)
+    assert provider.hypercall(1, call) == HypercallResult(Status.SUCCESS, 2 << 32)
+    assert unpack("<4Q", clock.memory.read(OUTPUT, 32)) == (provider.read_msr(1, 0x40000020), 0, OS_NAME, 0)
+    assert not a_provider()[0].offer.privileges & Privilege.ACCESS_VP_REGISTERS

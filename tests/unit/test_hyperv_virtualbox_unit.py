@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock import StateFileError
-from pvclock.providers.hyperv.virtualbox_unit import NO_PAGE, VERSIONS, DebugPart, Unit, VcpuPart, decode, encode
+from pvclock import ConfigError, Gpa, StateFileError
+from pvclock.providers.hyperv import HyperVProvider
+from pvclock.providers.hyperv.features import MICROSOFT
+from pvclock.providers.hyperv.virtualbox_unit import (
+    NO_PAGE,
+    VERSIONS,
+    DebugPart,
+    Unit,
+    VcpuPart,
+    decode,
+    encode,
+    unit_of,
+    written_in,
+)
+from pvclock.providers.interface import MsrValue, ReferenceTime
+from tests.unit.hyperv_provider import EVERY_PROFILE, OS_ID, a_provider
+from tests.unit.stub_clock import SIZE, NotedVmm, StubClock
 
 U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
 MASKED = 1 << 16
@@ -264,3 +281,184 @@ def test_units_of_chance(data: bytes, version: int, vcpus: int) -> None:
     """No bytes after a good version make another error, or a unit of another number of vCPUs."""
     with suppress(StateFileError):
         assert len(decode(version.to_bytes(4, "little") + data, vcpus).vcpus) == vcpus
+
+
+# In the provider
+
+ENABLED_MSRS = ((0x40000000, OS_ID), (0x40000001, 0x5001), (0x40000021, 0x6001))
+DEBUGGER_OF: dict[str, dict[str, Any]] = {
+    "linux": {"vs_interface": True},
+    "document": {"vs_interface": True},
+    "virtualbox": {"vendor_id": MICROSOFT},
+}
+
+
+def a_guest(profile: str) -> tuple[HyperVProvider, StubClock]:
+    """A provider with a debugger whose guest has enabled both pages, and written what a unit does not hold."""
+    provider, clock = a_provider(profile=profile, **DEBUGGER_OF[profile])
+    for index, value in (*ENABLED_MSRS, (0x400000F3, 0x7000), (0x400000F5, 0x7008), (0x40000100, 77)):
+        provider.write_msr(0, index, value)
+    return provider, clock
+
+
+def nothing() -> None:
+    """Takes part in a load without a word."""
+
+
+@pytest.mark.row("H-70", "H-72")
+@EVERY_PROFILE
+def test_a_guests_unit_comes_back(profile: str) -> None:
+    """Its MSRs read as before, pages lie where they lay, and what a unit does not hold is as after a reset."""
+    provider, _ = a_guest(profile)
+    saved = provider.save_unit()
+    unit = decode(saved, 2)
+    assert unit[:3] == (OS_ID, 0x5001, 0x6001)
+    assert unit[4:6] == (0x5000, 0x6000)
+    other, clock = a_provider(profile=profile, **DEBUGGER_OF[profile])
+    other.write_msr(0, 0x40000101, 5)
+    other.load_unit(saved, nothing, nothing)
+    assert [other.read_msr(1, index) for index, _ in ENABLED_MSRS] == [value for _, value in ENABLED_MSRS]
+    assert other.save()["debug_send"] == 0x7000
+    assert other.save()["debug_pending"] == 0x7008
+    assert [other.read_msr(0, index) for index in (0x40000100, 0x40000101)] == [0, 0]
+    assert clock.memory.read(0x5000, 4) == bytes.fromhex("0f01c1c3")
+    assert other.are_hypercalls_enabled
+    if profile == "virtualbox":
+        assert int.from_bytes(clock.memory.read(0x6000, 4), "little") == unit.sequence + 1
+    else:
+        assert clock.reference_page == 0x6000
+        assert other.save_unit() == saved
+
+
+@pytest.mark.row("H-70")
+def test_the_pages_sequence_goes_on() -> None:
+    """From the unit's, or from the one that is here if that is further on."""
+    for here, there in ((3, 40), (40, 3)):
+        provider, clock = a_guest("linux")
+        clock.reference_time = ReferenceTime(5, there)
+        saved = provider.save_unit()
+        assert decode(saved, 2).sequence == there
+        other, clock = a_provider(**DEBUGGER_OF["linux"])
+        clock.reference_time = ReferenceTime(9, here)
+        other.load_unit(saved, nothing, nothing)
+        assert clock.reference_time == ReferenceTime(9, 40)
+
+
+@pytest.mark.row("H-70")
+@EVERY_PROFILE
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_provider_reads_every_version(version: int, profile: str) -> None:
+    """An older unit loads, with what it lacks as after a reset."""
+    provider, _ = a_guest(profile)
+    part = encode(decode(provider.save_unit(), 2), version)
+    other, _ = a_guest(profile)
+    other.load_unit(part, nothing, nothing)
+    assert other.read_msr(0, 0x40000000) == OS_ID
+    assert other.save()["debug_send"] == (0x7000 if version > 1 else 0)
+
+
+@pytest.mark.row("H-71", "E13")
+@EVERY_PROFILE
+def test_a_hypercall_page_that_cannot_be_enabled(profile: str) -> None:
+    """One outside guest memory is refused; so is, where VirtualBox's guests could not have had it, a TSC page."""
+    provider, _ = a_guest(profile)
+    unit = decode(provider.save_unit(), 2)
+    bad = unit._replace(hypercall=SIZE | 1, hypercall_page=SIZE)
+    with pytest.raises(ConfigError, match=f"failed to enable the hypercall page at {SIZE:#x}"):
+        provider.load_unit(encode(bad), nothing, nothing)
+    bad = unit._replace(reference_tsc=SIZE | 1, reference_page=SIZE)
+    if profile == "virtualbox":
+        with pytest.raises(ConfigError, match=f"failed to enable the TSC page at {SIZE:#x}"):
+            provider.load_unit(encode(bad), nothing, nothing)
+    else:
+        provider.load_unit(encode(bad), nothing, nothing)
+        assert provider.read_msr(0, 0x40000021) == SIZE | 1
+
+
+@pytest.mark.row("H-71", "E13")
+def test_a_unit_of_another_offer() -> None:
+    """Linux's guests may rely on what CPUID has told them; VirtualBox takes the unit's words and saves them again."""
+    for profile in ("linux", "virtualbox"):
+        provider, _ = a_guest(profile)
+        other = encode(decode(provider.save_unit(), 2)._replace(features=(1, 2, 3, 4, 5, 6)))
+        if profile == "linux":
+            with pytest.raises(ConfigError, match="was offered 0x1, 0x2, 0x3, 0x4, 0x5, 0x6; this VM offers"):
+                provider.load_unit(other, nothing, nothing)
+        else:
+            provider.load_unit(other, nothing, nothing)
+            assert decode(provider.save_unit(), 2).features == (1, 2, 3, 4, 5, 6)
+
+
+@pytest.mark.row("H-71", "E13")
+@EVERY_PROFILE
+def test_damaged_units_are_never_loaded_by_half(profile: str) -> None:
+    """Of 300 each either loads, or leaves the state, the pages and the memory of the guest as they were."""
+    source, _ = a_guest(profile)
+    part = source.save_unit()
+    chance, refused = random.Random(7), 0  # noqa: S311  # reproducible damage
+    for _ in range(300):
+        provider, clock = a_guest(profile)
+        before, memory, page = provider.save(), clock.memory.read(0, SIZE), clock.reference_page
+        data = bytearray(part)
+        for _ in range(chance.randint(1, 3)):
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        told: list[str] = []
+        try:
+            provider.load_unit(bytes(data), partial(told.append, "begin"), nothing)
+        except (StateFileError, ConfigError):
+            refused += 1
+            assert (provider.save(), clock.memory.read(0, SIZE), clock.reference_page) == (before, memory, page)
+            assert told == []
+        else:
+            assert told == ["begin"]
+    assert 20 < refused < 300
+
+
+@pytest.mark.row("H-71")
+def test_a_load_that_fails_at_its_end_is_taken_back() -> None:
+    """What was to change along with it did not: the guest's state is as it was."""
+
+    class Failing(StubClock):
+        """Cannot publish a reference page."""
+
+        def place_reference_page(
+            self,
+            gpa: Gpa | None,
+            begin: Callable[[], object] = nothing,
+            undo: Callable[[], object] = nothing,
+            vcpu: int | None = None,
+        ) -> None:
+            """Begin, and fail."""
+            begin()
+            undo()
+            raise BrokenPipeError("no page was published")
+
+    source, _ = a_guest("linux")
+    part = source.save_unit()
+    provider, clock = a_provider(clock=Failing(2, vmm=NotedVmm()), **DEBUGGER_OF["linux"])
+    clock.reference_time = ReferenceTime(8, 9)
+    provider.write_msr(0, 0x40000000, 5)
+    before = provider.save()
+    done: list[str] = []
+    with pytest.raises(BrokenPipeError):
+        provider.load_unit(part, lambda: done.append("begin"), lambda: done.append("undo"))
+    assert (provider.save(), done) == (before, ["begin", "undo"])
+
+
+@pytest.mark.row("H-70", "H-72")
+@given(values=st.lists(U64, min_size=36, max_size=36))
+def test_the_synic_of_a_unit(values: list[int]) -> None:
+    """Message pages and SINTs go into it, vCPU by vCPU, and come out of it, by the names of a provider's state."""
+    simp, sint = tuple(values[:2]), tuple(values[2:34])
+    saved: dict[str, MsrValue] = {
+        "guest_os_id": values[34],
+        "simp": simp,
+        "sint": sint,
+        "scontrol": (1, 1),
+        "siefp": (1, 1),
+    }
+    unit = decode(encode(unit_of(saved, (0,) * 6, 2)), 2)
+    assert unit.vcpus == tuple(VcpuPart(simp[vcpu], sint[16 * vcpu : 16 * vcpu + 16]) for vcpu in range(2))
+    written = written_in(unit)
+    assert (written["guest_os_id"], written["simp"], written["sint"]) == (values[34], simp, sint)
+    assert not {"scontrol", "siefp"} & set(written)

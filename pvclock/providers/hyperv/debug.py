@@ -98,7 +98,7 @@ class SyntheticDebugger:
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part."""
         values = {name: checked_number(saved, f"debug_{name}") for name in self._values}
-        return partial(self._values.update, values)
+        return partial(setattr, self, "_values", values)
 
     # Inside
 
