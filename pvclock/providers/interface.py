@@ -22,6 +22,7 @@ __all__ = [
     "CPUID_BASE",
     "ClockServices",
     "CpuidLeaf",
+    "DebugLink",
     "DebugSetup",
     "VcpuHost",
     "Hooks",
@@ -85,7 +86,10 @@ class Status(StrEnum):
 
 
 class HypercallRegisters(NamedTuple):
-    """A vCPU's registers at a hypercall, 64 bits each.  long_mode: does it execute 64-bit code?"""
+    """A vCPU's registers at a hypercall, 64 bits each.
+
+    long_mode: does it execute 64-bit code?  protected_mode: False in real mode and in virtual-8086 mode.
+    """
 
     rax: int
     rbx: int = 0
@@ -95,20 +99,40 @@ class HypercallRegisters(NamedTuple):
     rdi: int = 0
     cpl: int = 0
     long_mode: bool = True
+    r8: int = 0
+    protected_mode: bool = True
 
 
 class HypercallResult(NamedTuple):
-    """Outcome of a hypercall, and the RAX that the guest gets; None leaves RAX as it is."""
+    """Outcome of a hypercall, and the RAX and RDX that the guest gets; None leaves the register as it is.
+
+    ACCESS_DENIED without a RAX gives the guest #UD.
+    """
 
     status: Status
     rax: int | None = None
+    rdx: int | None = None
+
+
+class DebugLink(Protocol):
+    """The guest's end of the debug channel; see DebugChannel."""
+
+    def read(self, count_max: int) -> tuple[Status, bytes]:
+        """Bytes for the guest."""
+
+    def write(self, data: bytes) -> tuple[Status, int]:
+        """Hand the guest's bytes to the VMM; returns how many it accepted."""
 
 
 class DebugSetup(NamedTuple):
-    """What a provider with a debug interface requires of the VMM's debug device."""
+    """What a provider with a debug interface requires of the VMM's debug device, and how it takes part."""
 
     transfer_bytes_max: int
     """The most bytes in one transfer."""
+    connect: Callable[[DebugLink], object] | None = None
+    """Takes the guest's end of the channel, once."""
+    data_arrived: Callable[[], object] | None = None
+    """The device has bytes for the guest: tell it, if it wants to know.  Any thread may call it."""
 
 
 class Pairing(NamedTuple):
@@ -386,7 +410,10 @@ class Provider(Protocol):
         """Are hypercalls served at this moment?"""
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """The guest's VMCALL or VMMCALL; NOT_ENABLED or NOT_AVAILABLE gives the guest its #UD."""
+        """The guest's VMCALL or VMMCALL.
+
+        NOT_ENABLED or NOT_AVAILABLE gives the guest its #UD, and so does ACCESS_DENIED without a RAX.
+        """
 
     # Pages and time
 
