@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pvclock import ConfigError, MsrFault
 from pvclock.providers.hyperv.features import Privilege
+from pvclock.providers.hyperv.msr import Part
 from pvclock.providers.hyperv.stimers import SyntheticTimers
 from pvclock.providers.hyperv.synic import Synic
 from pvclock.providers.interface import ReferenceTime
@@ -61,7 +62,8 @@ class World:
     def load(self, saved: dict[str, Any]) -> None:
         """Go on from a saved state, in new parts."""
         self.make()
-        for part in (self.synic, self.stimers):
+        parts: tuple[Part, ...] = (self.synic, self.stimers)
+        for part in parts:
             part.checked({name: saved[name] for name in part.save()})()
 
     # The guest
@@ -363,6 +365,28 @@ def test_after_the_end_of_guest_time_nothing_is_due(bits: int, units: int, due_n
     world.load(world.saved())
     world.serve()
     assert world.stimers.next_due_ns() == due_ns
+
+
+@pytest.mark.row("H-42")
+def test_the_last_period_of_guest_time_is_the_last() -> None:
+    """The timer stays enabled, and its next expiry would come after the end."""
+    world = World()
+    world.set(ENABLE | PERIODIC | by_message(1), NEVER - 1)
+    assert world.at(NEVER - 1) == [(0, 0x51)]
+    assert world.stimers.next_due_ns() is None
+    assert world.saved()["stimer_due"][0] == 0
+    assert world.read(CONFIG0) & ENABLE
+
+
+@pytest.mark.row("H-42")
+def test_a_time_before_the_last_one_is_taken_for_the_last_one() -> None:
+    """A clock that steps back does not stop the timers."""
+    world = World()
+    world.at(1000)
+    world.stimers.expire(100_000)
+    world.set(ONE_SHOT_TO_1, 999)
+    assert world.stimers.expire(99_000) is not None
+    assert world.look(0, 1)[0] == Message(0, 999, 990)
 
 
 @pytest.mark.row("H-42")

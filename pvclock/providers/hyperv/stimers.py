@@ -78,8 +78,9 @@ class Stimer:
     @property
     def due(self) -> int:
         """Reference time at which it expires, or did if its message waits; 0 if it does not run."""
-        is_running = self.timer is not None and self.timer.active
-        return self.timer.deadline_ns // NS_PER_UNIT if self.timer is not None and is_running else self.expiration
+        if self.timer is None or not self.timer.active:
+            return self.expiration
+        return self.timer.deadline_ns // NS_PER_UNIT
 
     def message(self, now: int, *, pending: bool) -> bytes:
         """What it tells at reference time `now`.  pending: another message waits for the slot."""
@@ -112,40 +113,40 @@ class SyntheticTimers:
         self._stimers = [Stimer(vcpu, index) for vcpu in range(vcpus) for index in range(STIMERS)]
         self._forget()
         synic.on_free = self._slot_may_be_free
-        self.msrs: Mapping[int, Msr] = {
-            msr: each
-            for index in range(STIMERS)
-            for msr, each in (
-                (MSR_STIMER0_CONFIG + 2 * index, self._msr("config", index, self._write_config)),
-                (MSR_STIMER0_COUNT + 2 * index, self._msr("count", index, self._write_count)),
-            )
-        }
+        self.msrs: Mapping[int, Msr] = {}
+        for index in range(STIMERS):
+            read_config, read_count = partial(self._read_config, index), partial(self._read_count, index)
+            config = Msr(Privilege.SYNTHETIC_TIMERS, read_config, partial(self._write_config, index))
+            count = Msr(Privilege.SYNTHETIC_TIMERS, read_count, partial(self._write_count, index))
+            self.msrs |= {MSR_STIMER0_CONFIG + 2 * index: config, MSR_STIMER0_COUNT + 2 * index: count}
 
-    def _msr(self, name: str, index: int, write: Callable[[Stimer, int], object]) -> Msr:
-        def read(vcpu: int) -> int:
-            return int(getattr(self._stimer(vcpu, index), name))
-
-        return Msr(Privilege.SYNTHETIC_TIMERS, read, lambda vcpu, value: write(self._stimer(vcpu, index), value))
-
-    def _stimer(self, vcpu: int, index: int) -> Stimer:
+    def _stimer(self, index: int, vcpu: int) -> Stimer:
         return self._stimers[vcpu * STIMERS + index]
 
     def fired(self, vcpu: int, index: int) -> int:
         """How often vCPU's timer `index` has expired, in this process; periods that were merged count once."""
-        return self._stimer(vcpu, index).fired
+        return self._stimer(index, vcpu).fired
 
     # The guest's side
 
-    def _write_config(self, stimer: Stimer, value: int) -> None:
+    def _read_config(self, index: int, vcpu: int) -> int:
+        return self._stimer(index, vcpu).config
+
+    def _read_count(self, index: int, vcpu: int) -> int:
+        return self._stimer(index, vcpu).count
+
+    def _write_config(self, index: int, vcpu: int, value: int) -> None:
+        stimer = self._stimer(index, vcpu)
         if value & ~self._config:
-            msr = MSR_STIMER0_CONFIG + 2 * stimer.index
+            msr = MSR_STIMER0_CONFIG + 2 * index
             raise MsrFault(msr, value, f"bits {value & ~self._config:#x} are reserved or not offered")
         self._stop(stimer)
         has_target = value & (DIRECT_MODE | SINT)
         stimer.config = value if has_target else value & ~ENABLE
         self._start(stimer)
 
-    def _write_count(self, stimer: Stimer, value: int) -> None:
+    def _write_count(self, index: int, vcpu: int, value: int) -> None:
+        stimer = self._stimer(index, vcpu)
         self._stop(stimer)
         stimer.count = value
         if not value:
