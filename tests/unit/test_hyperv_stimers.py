@@ -355,7 +355,7 @@ def test_a_periodic_count_is_a_time_span_and_keeps_its_grid() -> None:
     assert world.stimers.fired(0, 0) == 5
 
 
-@pytest.mark.row("H-42")
+@pytest.mark.row("H-42", "H-69")
 @pytest.mark.parametrize("lazy", [0, LAZY])
 def test_a_year_of_the_shortest_period_is_one_message(lazy: int) -> None:
     """However far guest time skips."""

@@ -96,7 +96,15 @@ def test_each_is_a_vcpus_own_and_a_reset_forgets_it(index: int, value: int, vcpu
 
 
 @pytest.mark.row("H-41")
-@given(sint=st.integers(0, 15), value=U64)
+@given(
+    sint=st.integers(0, 15),
+    value=st.builds(
+        lambda vector, bits, rest: vector | bits | rest << 19,
+        st.integers(0, 31) | st.integers(0, 255),
+        st.sampled_from([0, MASKED, AUTO_EOI, POLLING, MASKED | POLLING]),
+        st.integers(0, 2**45 - 1),
+    ),
+)
 def test_an_unmasked_sint_has_a_vector_from_16_on(sint: int, value: int) -> None:
     """Another one is #GP, and the old value stays; masked, any vector will do, and what is reserved is kept."""
     synic, _ = a_synic()
