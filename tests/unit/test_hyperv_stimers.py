@@ -399,7 +399,19 @@ def test_a_time_before_the_last_one_is_taken_for_the_last_one() -> None:
     world.stimers.expire(100_000)
     world.set(ONE_SHOT_TO_1, 999)
     assert world.stimers.expire(99_000) is not None
-    assert world.look(0, 1)[0] == Message(0, 999, 990)
+    assert world.look(0, 1)[0] == Message(0, 999, 1000)
+
+
+@pytest.mark.row("H-42")
+def test_a_message_is_delivered_at_the_guests_reference_time() -> None:
+    """As the page shows it, which may be ahead of guest time; and never before the expiry."""
+    world = World()
+    for index, (units, shown) in enumerate(((10, 9), (20, 25))):
+        world.set(ENABLE | by_message(1 + index), units, index)
+        world.set_time(100 * units)
+        world.clock.reference_time = ReferenceTime(shown)
+        assert world.serve() == [(0, 0x51 + index)]
+    assert (world.take(0, 1), world.take(0, 2)) == (Message(0, 10, 10), Message(1, 20, 25))
 
 
 @pytest.mark.row("H-42")

@@ -193,7 +193,7 @@ class SyntheticTimers:
         memory = self._clock.memory
         memory.defer_dirty()  # on_dirty may raise, and the interrupts of what was written have to come all the same
         try:
-            interrupts = [*self._synic.resend(), *self._expire(now_ns), *self._retry(now_ns)]
+            interrupts = [*self._synic.resend(), *self._expire(now_ns), *self._retry()]
         finally:
             errors = _told(memory)
         return partial(self._interrupt, interrupts, errors) if interrupts or errors else None
@@ -218,22 +218,24 @@ class SyntheticTimers:
             elif not stimer.config & PERIODIC:
                 self._waiting.setdefault(stimer.slot, []).append(stimer)
             else:
-                if stimer.slot not in self._waiting and self._post(stimer, now_ns, waits=False):
+                if stimer.slot not in self._waiting and self._post(stimer, waits=False):
                     yield from self._interrupts(stimer.slot)
                 stimer.delivered()
 
-    def _retry(self, now_ns: int) -> Iterator[Interrupt]:
+    def _retry(self) -> Iterator[Interrupt]:
         """Post the first of the messages that wait for each slot; the pending flag in it says that there are more."""
         self._is_retry_due = False
         for slot, queue in list(self._waiting.items()):
             first = queue[0]
-            if self._post(first, now_ns, waits=True, pending=len(queue) > 1):
+            if self._post(first, waits=True, pending=len(queue) > 1):
                 yield from self._interrupts(slot)
                 self._unqueue(first)
                 first.delivered()
 
-    def _post(self, stimer: Stimer, now_ns: int, *, waits: bool, pending: bool = False) -> bool:
-        return self._synic.post(*stimer.slot, stimer.message(now_ns // NS_PER_UNIT, pending=pending), waits=waits)
+    def _post(self, stimer: Stimer, *, waits: bool, pending: bool = False) -> bool:
+        # The page's rounding may show the guest less than the time at which it asked to be told.
+        now = max(self._clock.reference_units(stimer.vcpu), stimer.expiration)
+        return self._synic.post(*stimer.slot, stimer.message(now, pending=pending), waits=waits)
 
     def _interrupts(self, slot: tuple[int, int]) -> list[Interrupt]:
         """What has to be raised for a message in that slot: one interrupt or none."""
