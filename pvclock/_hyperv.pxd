@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR MIT
-"""C declarations of hyperv_abi.h and hyperv_publish.h: Hyper-V's reference TSC page and counter."""
+"""C declarations of Hyper-V's headers: reference TSC page and counter, message slots."""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -17,7 +17,14 @@ cdef extern from "hyperv_abi.h" nogil:
         uint64_t scale
         int64_t offset
 
+    cdef struct hyperv_message_header:
+        uint32_t type
+        uint8_t payload_size
+        uint8_t flags
+        uint64_t sender
+
     enum:
+        HYPERV_MESSAGE_BYTES
         HYPERV_MSR_REFERENCE_TSC
         HYPERV_MSR_TIME_REF_COUNT
         HYPERV_PAGE_BYTES
@@ -65,3 +72,7 @@ cdef extern from "hyperv_publish.h" nogil:
     int hyperv_read(
         const void *page, uint64_t tsc_offset, const pvclock_counter *counter, unsigned int tries, hyperv_reading *ret
     )
+
+
+cdef extern from "hyperv_message.h" nogil:
+    int hyperv_message_post(void *slot, const void *message, size_t bytes, int waits)
