@@ -591,6 +591,7 @@ hvprobe_image:
         jnz     .Lset_timer
         jmp     .Lawait_expiry
 1:      write_msr MSR_STIMER_CONFIG, $0
+        xor     %r14d, %r14d                            # nothing was read
         enter_ring3 .Ldone
 
 .Ltimer_interrupt:                                      # from .Lawait_expiry only: %rax, %rcx and %rdx are free
