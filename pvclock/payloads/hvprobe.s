@@ -164,6 +164,8 @@
         .equ MESSAGE_EXPIRATION, 24                     # u64
         .equ MESSAGE_DELIVERY,  32                      # u64
 
+        .equ PORT_PIC1,         0x21                    # the interrupt masks
+        .equ PORT_PIC2,         0xa1
         .equ LAPIC_EOI,         0xfee000b0
         .equ LAPIC_SPURIOUS,    0xfee000f0
         .equ SPURIOUS_ENABLE,   0x1ff                   # software enable, vector 255
@@ -549,6 +551,9 @@ hvprobe_image:
         jne     4b
         movq    $STATE_READING, REC_STATE(%rbx)
 
+        mov     $0xff, %al                              # a BIOS has let the PICs interrupt
+        out     %al, $PORT_PIC1
+        out     %al, $PORT_PIC2
         mov     $LAPIC_SPURIOUS, %ecx
         movl    $SPURIOUS_ENABLE, (%rcx)
         testb   $TIMER_DIRECT, PROBE_TIMER
