@@ -1,0 +1,375 @@
+"""hvprobe on real vCPUs reads Hyper-V's reference time: by page and by counter, while the clock changes, and broken.
+
+A round of hvprobe is a batch of readings of the page and then page, counter, page.  What it finds it counts, and the
+last part of this file shows that each of its counters counts.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import pytest
+
+from pvclock import GuestClock, HostTsc, Machine
+from pvclock.payloads import hvprobe, probe
+from pvclock.payloads.hyperv_probe import (
+    HYPERCALL_PAGE,
+    NO_RESULT,
+    REFERENCE_PAGE,
+    HvBlock,
+    HvRecord,
+    read_block,
+    read_record,
+    violations,
+)
+from tests import oracle
+
+pytestmark = pytest.mark.kvm
+
+MS: Final = 10**6
+UNIT_NS: Final = 100
+LIMIT_S: Final = 60.0
+"""Far beyond what anything here takes: past it something hangs."""
+TRIPLES: Final = 1500
+"""On each of two vCPUs, during each operation; a triple takes 30 to 150 us, as busy as the host is."""
+MANY_TRIPLES: Final = 100_000
+BOUND_UNITS: Final = 2
+"""Design 5.1: how far a page may be from the timeline."""
+RESERVED_SEQUENCE: Final = 0xFFFFFFFF
+SHARED_LAST: Final = 0x200040
+"""The word that all vCPUs raise to their readings (probe_layout.s)."""
+
+
+def hyperv_machine(cmdline: str, vcpus: int = 2, **options: object) -> Machine:
+    """A machine with hvprobe in it, not started yet; nothing ticks its clock."""
+    if "restore" not in options:
+        options["provider"] = "HyperV"
+    command = f"cpus={vcpus} {cmdline}"
+    return Machine(hvprobe(), vcpus=vcpus, cmdline=command, tick_interval_s=None, **options)  # type: ignore[arg-type]
+
+
+@contextmanager
+def reading_guest(cmdline: str = "", vcpus: int = 2, **options: object) -> Iterator[Machine]:
+    """A machine whose vCPUs read, each of which has gone through some rounds."""
+    with hyperv_machine(cmdline, vcpus, **options) as machine:
+        machine.start()
+        wait_for(machine, "rounds", 10)
+        yield machine
+
+
+def records_of(machine: Machine) -> list[HvRecord]:
+    """What the vCPUs have found so far."""
+    return [read_record(machine.memory, vcpu) for vcpu in range(len(machine.vcpus))]
+
+
+def wait_for(machine: Machine, field: str, more: int) -> None:
+    """Return once a count of every vCPU is higher by `more`."""
+    goals = [getattr(record, field) + more for record in records_of(machine)]
+    deadline = time.monotonic() + LIMIT_S
+    while any(getattr(record, field) < goal for record, goal in zip(records_of(machine), goals, strict=True)):
+        assert time.monotonic() < deadline, f"{field} stays below {goals}: {records_of(machine)}"
+        assert not machine.runner.join(0.001), records_of(machine)
+
+
+def finish(machine: Machine) -> list[HvRecord]:
+    """Let hvprobe end; what it found."""
+    probe.stop(machine.memory)
+    assert machine.wait(LIMIT_S) == probe.EXIT_FINE
+    return records_of(machine)
+
+
+def block_of(machine: Machine) -> HvBlock:
+    """The run's block, which is there once a vCPU reads."""
+    block = read_block(machine.memory)
+    assert block is not None
+    return block
+
+
+def clock_of(machine: Machine) -> GuestClock:
+    """The machine's clock, which must be the engine's."""
+    assert machine.clock is not None
+    return machine.clock
+
+
+def assert_no_violations(records: list[HvRecord]) -> None:
+    """A correct reference time shows none of them."""
+    for record in records:
+        assert not any(violations(record).values()), record
+
+
+# What the guest finds
+
+
+@pytest.mark.row("H-36", "H-50", "H-51", "H-54")
+def test_what_a_guest_finds_and_enables() -> None:
+    """The guest finds the interface, enables the page as it asked, and computes the page's line from its layout."""
+    with reading_guest("call=1") as machine:
+        records, block = finish(machine), block_of(machine)
+        page = oracle.ReferenceTscPage.parse(machine.memory.read(REFERENCE_PAGE, 24))
+    assert block.reference_tsc == REFERENCE_PAGE | 1
+    assert block.guest_os_id == 1 << 63 | 1
+    assert block.hypercall == HYPERCALL_PAGE | 1
+    assert block.call_result != NO_RESULT
+    assert page.is_valid
+    for record in records:
+        assert record.max_leaf >= 0x40000005
+        assert record.vp_index == record.apic_id
+        assert (record.sequence, record.scale, record.offset) == (page.sequence, page.scale, page.offset)
+        assert record.page_units == page.read(record.page_tsc)
+        assert record.fallbacks == 0
+
+
+@pytest.mark.row("H-54")
+@pytest.mark.parametrize("order", [0, 3])
+def test_a_page_under_sequence_0_sends_the_guest_to_the_counter(order: int) -> None:
+    """In either order of reading: while the sequence is 0 each reading is the counter's, and none goes back."""
+    with reading_guest(f"order={order} batch=1") as machine:
+        wait_for(machine, "triples", 100)
+        sequence = machine.memory.read(REFERENCE_PAGE, 4)
+        machine.memory.write(REFERENCE_PAGE, bytes(4))
+        wait_for(machine, "rounds", 2)
+        before = records_of(machine)
+        wait_for(machine, "fallbacks", 300)
+        for record, was in zip(records_of(machine), before, strict=True):
+            assert record.triples == was.triples
+        machine.memory.write(REFERENCE_PAGE, sequence)
+        wait_for(machine, "triples", 100)
+        assert_no_violations(finish(machine))
+
+
+# While the clock changes
+
+
+def refresh(machine: Machine) -> None:
+    """Publish anew, at the same rate."""
+    clock_of(machine).refresh()
+
+
+def dilate(machine: Machine) -> None:
+    """Change the rate there and back."""
+    clock = clock_of(machine)
+    clock.dilate(3, 2)
+    clock.dilate(1, 1)
+
+
+def slew(machine: Machine) -> None:
+    """Begin to work off an error, forward and then back."""
+    clock = clock_of(machine)
+    clock.slew(MS, 100_000)
+    clock.refresh()
+    clock.slew(-MS, 100_000)
+
+
+def skip(machine: Machine) -> None:
+    """Step forward by 1 ms."""
+    clock_of(machine).skip(MS)
+
+
+def pause_and_resume(machine: Machine) -> None:
+    """Stand still for a moment, and for the guest's time, too."""
+    machine.pause()
+    machine.resume("freeze")
+
+
+def pause_and_catch_up(machine: Machine) -> None:
+    """Stand still, and step over that."""
+    machine.pause()
+    machine.resume("advance")
+
+
+def save_and_restore(machine: Machine) -> None:
+    """Take the guest's clock away and go on with the saved one, in the same memory."""
+    machine.pause()
+    machine.roll_back(machine.save(), policy="advance")
+    machine.resume()
+
+
+OPERATIONS: Final = [refresh, dilate, slew, skip, pause_and_resume, pause_and_catch_up, save_and_restore]
+
+
+def operate(machine: Machine, operation: Callable[[Machine], None], triples: int) -> int:
+    """Repeat the operation until every vCPU has read page, counter, page `triples` times more; how often."""
+    goals, times = [record.triples + triples for record in records_of(machine)], 0
+    deadline = time.monotonic() + LIMIT_S
+    while any(record.triples < goal for record, goal in zip(records_of(machine), goals, strict=True)):
+        assert time.monotonic() < deadline, records_of(machine)
+        operation(machine)
+        times += 1
+        assert not machine.runner.join(0.002)
+    return times
+
+
+@pytest.mark.row("H-35", "H-36", "H-54", "E4")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_page_and_counter_agree_while_the_clock_changes(operation: Callable[[Machine], None]) -> None:
+    """On two vCPUs page <= counter <= page throughout, no reading goes back, and sequences are legal and new."""
+    with reading_guest() as machine:
+        times = operate(machine, operation, TRIPLES)
+        records = finish(machine)
+    assert_no_violations(records)
+    assert times > 10
+    assert all(record.triples >= TRIPLES for record in records)
+    if operation is refresh:
+        assert all(record.sequences == 0 for record in records)
+    else:
+        assert all(record.sequences > 0 for record in records)
+
+
+@pytest.mark.stress
+@pytest.mark.row("H-35", "H-36", "H-54", "E4")
+def test_a_hundred_thousand_triples_while_the_clock_changes() -> None:
+    """10^5 readings of page, counter, page on two vCPUs during all operations in turn: no violation."""
+    with reading_guest() as machine:
+        turn = 0
+        while sum(record.triples for record in records_of(machine)) < MANY_TRIPLES:
+            operate(machine, OPERATIONS[turn % len(OPERATIONS)], 500)
+            turn += 1
+        records = finish(machine)
+    assert_no_violations(records)
+    assert all(record.sequences > 0 for record in records)
+
+
+@pytest.mark.row("E4", "H-51")
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_guest_reads_what_the_timeline_says(operation: Callable[[Machine], None]) -> None:
+    """After changes each vCPU's last reading of the page is within 2 units of the clock's timeline at its TSC."""
+    with reading_guest() as machine:
+        for _ in range(20):
+            operation(machine)
+        wait_for(machine, "triples", 50)
+        clock = clock_of(machine)
+        for vcpu, record in enumerate(finish(machine)):
+            tsc = HostTsc((record.page_tsc - clock.tsc(vcpu).offset) % 2**64)
+            assert abs(record.page_units - clock.at(tsc) / UNIT_NS) <= BOUND_UNITS
+
+
+@pytest.mark.row("H-36", "H-54", "E4")
+def test_a_guest_that_boots_on_a_restored_clock_reads_on() -> None:
+    """In another machine with the saved clock, a guest reads nothing below what the first one's vCPUs have read."""
+    with reading_guest() as machine:
+        wait_for(machine, "triples", 50)
+        machine.pause()
+        state, newest = machine.save(), block_of(machine).shared_last
+        sequence = max(record.sequence for record in records_of(machine))
+    with hyperv_machine("rounds=200", restore=state) as again:
+        again.start()
+        assert again.wait(LIMIT_S) == probe.EXIT_FINE
+        records = records_of(again)
+    assert_no_violations(records)
+    for record in records:
+        assert record.first_units >= newest
+        assert record.first_sequence > sequence
+
+
+# Broken on purpose: the probe is no rubber stamp
+
+
+def change_page(machine: Machine, *, sequence: int = 1, units: int = 0) -> None:
+    """Add to the page's sequence and to its offset while no vCPU reads, as no publish may."""
+    with machine.runner.quiesce():
+        page = oracle.ReferenceTscPage.parse(machine.memory.read(REFERENCE_PAGE, 24))
+        changed = ((page.sequence + sequence) % 2**32, page.reserved, page.scale, page.offset + units)
+        machine.memory.write(REFERENCE_PAGE, struct.pack("<IIQq", *changed))
+
+
+def turn_back(machine: Machine) -> None:
+    """The page goes back by a second."""
+    change_page(machine, units=-(10**7))
+
+
+def put_ahead(machine: Machine) -> None:
+    """The page goes on a second ahead of the counter."""
+    change_page(machine, units=10**7)
+
+
+def change_without_sequence(machine: Machine) -> None:
+    """The line changes, and its sequence stays."""
+    change_page(machine, sequence=0, units=1)
+
+
+def repeat_sequence(machine: Machine) -> None:
+    """An earlier sequence comes back."""
+    change_page(machine, sequence=4)
+    wait_for(machine, "rounds", 5)
+    change_page(machine, sequence=-2)
+
+
+def use_reserved_sequence(machine: Machine) -> None:
+    """The page shows the sequence that the TLFS reserves."""
+    machine.memory.write(REFERENCE_PAGE, RESERVED_SEQUENCE.to_bytes(4, "little"))
+
+
+BROKEN: Final = [
+    (turn_back, "backward_own"),
+    (turn_back, "counter_above_page"),
+    (put_ahead, "page_above_counter"),
+    (change_without_sequence, "torn"),
+    (repeat_sequence, "sequence_back"),
+    (use_reserved_sequence, "sequence_reserved"),
+]
+
+
+@pytest.mark.row("H-54", "E4")
+@pytest.mark.parametrize(("sabotage", "kind"), BROKEN)
+def test_hvprobe_sees_a_broken_page(sabotage: Callable[[Machine], None], kind: str) -> None:
+    """Each kind of broken page is counted, and was not before it was broken."""
+    with reading_guest(vcpus=1) as machine:
+        wait_for(machine, "triples", 10)
+        (before,) = records_of(machine)
+        sabotage(machine)
+        wait_for(machine, "rounds", 20)
+        (after,) = finish(machine)
+    assert not any(violations(before).values())
+    assert violations(after)[kind] > 0
+
+
+@pytest.mark.row("E4")
+def test_hvprobe_sees_vcpus_that_disagree() -> None:
+    """A vCPU counts readings below the newest of all vCPUs' (here put a second ahead), though its own go forward."""
+    with reading_guest() as machine:
+        wait_for(machine, "triples", 10)
+        assert_no_violations(records_of(machine))
+        with machine.runner.quiesce():
+            ahead = block_of(machine).shared_last + 10**7
+            machine.memory.write(SHARED_LAST, ahead.to_bytes(8, "little"))
+        wait_for(machine, "rounds", 5)
+        records = finish(machine)
+    for record in records:
+        assert record.backward_cross > 0
+        assert record.backward_own == 0
+        assert 0 < record.worst_back <= 10**7
+        assert record.back_from == ahead
+
+
+@pytest.mark.row("H-54")
+@pytest.mark.parametrize(("order", "uses_it"), [(0, True), (3, False)])
+def test_the_reserved_sequence_in_either_order(order: int, uses_it: bool) -> None:
+    """Linux uses a page under 0xffffffff; by the TLFS, and so in Windows, it is not valid, and the counter is read."""
+    with reading_guest(f"order={order}", vcpus=1) as machine:
+        use_reserved_sequence(machine)
+        wait_for(machine, "rounds", 2)
+        (before,) = records_of(machine)
+        wait_for(machine, "rounds", 20)
+        (after,) = finish(machine)
+    assert after.sequence_reserved > before.sequence_reserved
+    assert (after.triples > before.triples) == uses_it
+    assert (after.fallbacks > before.fallbacks) == (not uses_it)
+
+
+@pytest.mark.row("H-35")
+@pytest.mark.parametrize(("units", "kind"), [(-(10**7), "page_above_counter"), (10**7, "counter_above_page")])
+def test_hvprobe_sees_a_broken_counter(monkeypatch: pytest.MonkeyPatch, units: int, kind: str) -> None:
+    """A counter that is a second behind the page, or ahead of it, is counted."""
+    with reading_guest(vcpus=1) as machine:
+        wait_for(machine, "triples", 10)
+        (before,) = records_of(machine)
+        read_msr = machine.clock_service.read_msr
+        monkeypatch.setattr(machine.clock_service, "read_msr", lambda vcpu, index: read_msr(vcpu, index) + units)
+        wait_for(machine, "rounds", 20)
+        (after,) = finish(machine)
+    assert not any(violations(before).values())
+    assert violations(after)[kind] > 0
