@@ -39,8 +39,8 @@ STRANGERS = {
 }
 
 # What is in providers/: the providers, what these may know beside themselves, and the rest.
-PROVIDERS_OF_GUESTS = {"none", "minimal", "kvm"}
-SHARED_BY_PROVIDERS = {"interface", "timing", "hypercall_instructions"}
+PROVIDERS_OF_GUESTS = {"none", "minimal", "hyperv", "kvm"}
+SHARED_BY_PROVIDERS = {"interface", "timing", "hypercall_instructions", "guest_log"}
 PROVIDER_MACHINERY = {"__init__", "configuration", "guest_interface", "registry", "virtualbox"}
 PROVIDER_NAMES = {"None", "Minimal", "HyperV", "KVM"}
 

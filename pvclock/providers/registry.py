@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from pvclock.providers.hyperv import HyperVProvider
 from pvclock.providers.interface import Provider
 from pvclock.providers.kvm import KvmProvider
 from pvclock.providers.minimal import MinimalProvider
@@ -13,8 +14,8 @@ from pvclock.providers.none import NoneProvider
 __all__ = ["PROVIDERS", "PROVIDER_NUMBERS"]
 
 PROVIDERS: Final[Mapping[str, type[Provider]]] = {
-    each.name: each for each in (NoneProvider, MinimalProvider, KvmProvider)
+    each.name: each for each in (NoneProvider, MinimalProvider, HyperVProvider, KvmProvider)
 }
 
 PROVIDER_NUMBERS: Final[Mapping[str, int]] = {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3}
-"""VirtualBox's ids, which saved units hold; not all of them are provided here."""
+"""VirtualBox's ids, which saved units hold."""

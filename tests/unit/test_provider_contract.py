@@ -62,6 +62,11 @@ def made_again(clock: GuestClock, provider: Provider, **options: object) -> Prov
     return kind(clock._guest, 2, **options)
 
 
+def options_of(provider: Provider) -> set[str]:
+    """The names of the options that its class has."""
+    return set(type(provider).__init__.__kwdefaults__ or ())
+
+
 def warnings(clock: GuestClock) -> list[str]:
     """What the VMM was warned of when the clock was made."""
     return [event.why for event in clock.events.read().events if event.why.startswith("warning: ")]
@@ -131,13 +136,18 @@ CHECKS: Final[Mapping[str, Callable[[GuestClock, Provider], bool]]] = {
     "clock": lambda clock, each: each.clock is clock._guest,
     "config": lambda clock, each: made_again(clock, each, **each.config).config == each.config,
     "warnings": lambda clock, each: [f"warning: {line}" for line in each.warnings] == warnings(clock),
+    "node_keys": lambda _, each: options_of(each) >= set(each.node_keys.values()),
     "cpuid_base": lambda _, each: each.cpuid_base >= CPUID_BASE and each.cpuid_base % 0x100 == 0,
     "cpuid_leaves": lambda clock, each: are_leaves(each) and is_asked(clock, each, "cpuid_leaves"),
     "guest_lives_by_tsc": lambda clock, each: is_asked(clock, each, "guest_lives_by_tsc"),
+    "shows_invariant_tsc": lambda clock, each: (
+        clock.patch_cpuid(0x80000007, 0, CpuidLeaf(edx=1 << 8)).edx == each.shows_invariant_tsc << 8
+    ),
     "msr_ranges": lambda clock, each: {MsrRange(*it) for it in each.msr_ranges} <= set(clock.msr_ranges),
     "read_msr": lambda clock, each: is_asked(clock, each, "read_msr") and faults(each.read_msr, 0, 0xC0000080),
     "write_msr": lambda clock, each: is_asked(clock, each, "write_msr") and faults(each.write_msr, 1, 0xC0000080, 0),
     "hypercall_opcodes": lambda _, each: set(each.hypercall_opcodes) <= {VMCALL, VMMCALL},
+    "hypercall_port": lambda _, each: each.hypercall_port is None,  # the hypercall instructions exit
     "are_hypercalls_enabled": lambda clock, each: is_asked(clock, each, "are_hypercalls_enabled"),
     "hypercall": lambda _, each: (each.hypercall(0, NO_CALL).status in NOT_THERE) is not each.are_hypercalls_enabled,
     "allows_stable": lambda clock, each: [page.flags for page in pages(clock)] == [1, 1] * each.allows_stable,
@@ -170,7 +180,7 @@ def members() -> set[str]:
 @pytest.mark.parametrize("member", CHECKS)
 def test_every_member(name: str, member: str) -> None:
     """Each provider has each member of the contract, it is what the contract says, and the clock goes by it."""
-    clock, _ = a_clock(name)
+    clock, _ = a_clock(name, offer_invariant_tsc=True)
     for vcpu in range(2):
         if name == "KVM":
             clock.write_msr(vcpu, SYSTEM_TIME, 0x1001 + 0x1000 * vcpu)
