@@ -43,7 +43,7 @@
         .equ PROBE_GUEST_OS_ID, PROBE_BASE + 168        # u64 these three as read back after writing them
         .equ PROBE_HYPERCALL,   PROBE_BASE + 176        # u64
         .equ PROBE_REFERENCE_TSC, PROBE_BASE + 184      # u64
-        .equ PROBE_CALL_RESULT, PROBE_BASE + 192        # u64 RAX after the hypercall, or NO_RESULT
+        .equ PROBE_CALL_RESULT, PROBE_BASE + 192        # u64 RAX after the hypercall; NO_RESULT if that has not set it
 
         .equ RECORD_SHIFT,      9
         .equ REFERENCE_PAGE,    0x210000                # struct hyperv_tsc_page
@@ -274,8 +274,9 @@ hvprobe_image:
         mov     $LONG_SPIN_WAIT, %ecx
         mov     $SPINS, %edx
         xor     %r8d, %r8d
-        mov     $HYPERCALL_PAGE, %eax
-        call    *%rax
+        mov     $NO_RESULT, %rax
+        mov     $HYPERCALL_PAGE, %r9d
+        call    *%r9
         mov     %rax, PROBE_CALL_RESULT
 1:      bt      $PRIVILEGE_PAGE, %edi
         jnc     2f
