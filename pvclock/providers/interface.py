@@ -85,7 +85,10 @@ class Status(StrEnum):
 
 
 class HypercallRegisters(NamedTuple):
-    """A vCPU's registers at a hypercall, 64 bits each.  long_mode: does it execute 64-bit code?"""
+    """A vCPU's registers at a hypercall, 64 bits each.
+
+    long_mode: does it execute 64-bit code?  protected_mode: False in real mode and in virtual-8086 mode.
+    """
 
     rax: int
     rbx: int = 0
@@ -95,13 +98,19 @@ class HypercallRegisters(NamedTuple):
     rdi: int = 0
     cpl: int = 0
     long_mode: bool = True
+    r8: int = 0
+    protected_mode: bool = True
 
 
 class HypercallResult(NamedTuple):
-    """Outcome of a hypercall, and the RAX that the guest gets; None leaves RAX as it is."""
+    """Outcome of a hypercall, and the RAX and RDX that the guest gets; None leaves the register as it is.
+
+    ACCESS_DENIED without a RAX gives the guest #UD.
+    """
 
     status: Status
     rax: int | None = None
+    rdx: int | None = None
 
 
 class DebugSetup(NamedTuple):
@@ -376,7 +385,10 @@ class Provider(Protocol):
         """Are hypercalls served at this moment?"""
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """The guest's VMCALL or VMMCALL; NOT_ENABLED or NOT_AVAILABLE gives the guest its #UD."""
+        """The guest's VMCALL or VMMCALL.
+
+        NOT_ENABLED or NOT_AVAILABLE gives the guest its #UD, and so does ACCESS_DENIED without a RAX.
+        """
 
     # Pages and time
 

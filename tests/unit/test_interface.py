@@ -380,15 +380,15 @@ def test_pairing_is_one_instant_or_none() -> None:
     call = HypercallRegisters(rax=9, rbx=0x100)
     for vcpu, tsc in ((0, 1000), (1, 5_000_000)):
         assert clock.pairing(vcpu) == (10**18 + 5, tsc)
-        assert clock.hypercall(vcpu, call) == (Status.SUCCESS, 0)
+        assert clock.hypercall(vcpu, call) == HypercallResult(Status.SUCCESS, 0)
         assert clock.memory.read(0x100, 64) == pack("<qqQ40x", 10**9, 5, tsc)
     assert (clock.tsc_hz, clock.vcpu_host, clock.vmm) == (HZ, VcpuHost.KVM, None)
     clock.memory.write(0x100, bytes(64))
     clock.apply_host_findings([], tsc_trusted=False)
-    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, (Status.SUCCESS, 2**64 - 95))
+    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, HypercallResult(Status.SUCCESS, 2**64 - 95))
     clock.apply_host_findings([], tsc_trusted=True)
     backend.tsc_stable = False
-    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, (Status.SUCCESS, 2**64 - 95))
+    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, HypercallResult(Status.SUCCESS, 2**64 - 95))
     assert clock.memory.read(0x100, 64) == bytes(64)
 
 
