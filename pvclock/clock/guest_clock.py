@@ -15,7 +15,7 @@ from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT
 from pvclock._memory import GuestMemory
 from pvclock._scale import ClockScale
 from pvclock._transaction import attempt
-from pvclock.arguments import flag, instance, instances, serving, whole
+from pvclock.arguments import flag, function, instance, instances, serving, whole
 from pvclock.clock import capture
 from pvclock.clock.capture import ClockParts
 from pvclock.clock.event_log import EventLog
@@ -414,6 +414,37 @@ class GuestClock:
     def patch_cpuid(self, leaf: int, subleaf: int, registers: CpuidLeaf) -> CpuidLeaf:
         """The VMM's `registers` for an ordinary CPUID leaf, with the clock's bits set or cleared."""
         return self._guest.patched_cpuid(leaf, subleaf, registers)
+
+    # Timers of the guest's interface
+
+    @property
+    def has_timers(self) -> bool:
+        """Can the guest's interface have timers, so that expire_timers() has to be called?"""
+        return self._guest.timers.exist
+
+    def expire_timers(self) -> GuestNs | None:
+        """Expire the interface's timers that are due now; returns the guest time in ns at which the next one is due.
+
+        None if none is set, or while paused.  For VMMs that do without a TimerThread: call it when that time has come,
+        and when watch_timers() says so.  Interrupts are raised by the VMM's services without the clock's lock, so call
+        it without that, too; raises what they raise, with the timers expired.
+        """
+        return self._guest.timers.expire()
+
+    def host_ns_to_next_timer(self) -> int | None:
+        """Host ns from now until the next timer is due at the present rate, 0 if one is; None as expire_timers()."""
+        return self._guest.timers.host_ns_left()
+
+    def watch_timers(self, told: Callable[[], object]) -> None:
+        """Call `told` whenever the next timer, or the time until it is due, may have changed.
+
+        With the clock's lock held, on any thread: it wakes what calls expire_timers(), and neither waits nor raises.
+        """
+        self._guest.timers.watch(function("told", told))
+
+    def unwatch_timers(self, told: Callable[[], object]) -> None:
+        """Call `told` no more; does nothing if it is not called."""
+        self._guest.timers.unwatch(told)
 
     # Saved and restored
 

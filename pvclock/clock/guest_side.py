@@ -11,6 +11,7 @@ from pvclock.arguments import instance, whole
 from pvclock.clock import reference_time
 from pvclock.clock.capture import ClockParts
 from pvclock.clock.placement import Placement
+from pvclock.clock.provider_timers import ProviderTimers
 from pvclock.clock.run_delays import RunDelays
 from pvclock.clock.timekeeper import nothing
 from pvclock.errors import MsrFault, RangeError, WrongType
@@ -75,12 +76,13 @@ class GuestSide:
             log=partial(self._keeper.tell, EventKind.START),
         )
         self._provider = self.interface.provider
+        self.timers = ProviderTimers(self._keeper, self._provider.hooks)
         self.at_tick = self._hook_up(self._provider.hooks)
         """What the provider is told at each tick; None if nothing."""
 
     def _hook_up(self, hooks: Hooks) -> Callable[[], None] | None:
-        if hooks.time_changed is not None:
-            self._keeper.time_changed = hooks.time_changed
+        if hooks.time_changed is not None or self.timers.exist:
+            self._keeper.time_changed = partial(self._tell_of_time, hooks.time_changed)
         if hooks.run_delay is None and hooks.tick is None:
             return None
         return partial(self._tell_at_tick, RunDelays(self._keeper), hooks)
@@ -161,6 +163,11 @@ class GuestSide:
                 run_delays.tell(hooks.run_delay)
             if hooks.tick is not None:
                 hooks.tick()
+
+    def _tell_of_time(self, time_changed: Callable[[bool], object] | None, is_paused: bool) -> None:
+        if time_changed is not None:
+            time_changed(is_paused)
+        self.timers.changed()
 
     def reset(self) -> None:
         """See GuestClock.reset(); for with_vcpus_out()."""
@@ -254,6 +261,10 @@ class GuestSide:
             self._keeper.check_vcpu(vcpu)
         if self._provider.refreshes_pages or self._keeper.timeline.is_slewing:
             self._operations.refresh(vcpu)
+
+    def timers_changed(self) -> None:
+        """What Hooks.next_due_ns returns may have changed."""
+        self.timers.changed()
 
     def write_wall_clock(self, gpa: Gpa, on_commit: Callable[[], object] = nothing) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory.

@@ -183,6 +183,11 @@ class GuestInterface:
 
     # Hypercalls
 
+    @property
+    def hypercall_port(self) -> int | None:
+        """The port to which the guest's hypercalls write on /dev/kvm; None without."""
+        return self._provider.hypercall_port
+
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """The guest's VMCALL or VMMCALL, already decoded by the VMM.
 
