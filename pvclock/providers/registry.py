@@ -1,4 +1,4 @@
-"""The providers that a guest can have, by name, and VirtualBox's ids.  The one place that lists their classes."""
+"""The providers that a guest can have, by name, and their ids.  The one place that lists their classes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pvclock.providers.interface import Provider
 from pvclock.providers.kvm import KvmProvider
 from pvclock.providers.minimal import MinimalProvider
 from pvclock.providers.none import NoneProvider
+from pvclock.providers.side_by_side import Pair
 
 __all__ = ["PROVIDERS", "PROVIDER_NUMBERS"]
 
-PROVIDERS: Final[Mapping[str, type[Provider]]] = {
+PROVIDERS: Final[Mapping[str, type[Provider] | Pair]] = {
     each.name: each for each in (NoneProvider, MinimalProvider, KvmProvider)
 }
 
