@@ -130,7 +130,7 @@ class GuestSide:
             return registers._replace(ecx=_with_bit(registers.ecx, 31, bool(self.interface.cpuid_leaves)))
         if (leaf, subleaf) == (7, 0):
             return registers._replace(ebx=_with_bit(registers.ebx, 1, self.offers.tsc_adjust))
-        if leaf == 0x80000007 and not self.offers.invariant_tsc:
+        if leaf == 0x80000007 and not (self.offers.invariant_tsc and self._provider.shows_invariant_tsc):
             return registers._replace(edx=_with_bit(registers.edx, 8, False))
         return registers
 

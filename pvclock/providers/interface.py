@@ -336,6 +336,12 @@ class Provider(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What the VMM should know of this configuration, a line each; logged once, at the start."""
 
+    node_keys: Mapping[str, str]
+    """VirtualBox's keys of its configuration node, which has the provider's name, and the options that they are.
+
+    Empty: there is no such node.  It is legal for every provider, and ignored by the others.
+    """
+
     # CPUID
 
     cpuid_base: int
@@ -348,6 +354,10 @@ class Provider(Protocol):
     @property
     def guest_lives_by_tsc(self) -> bool:
         """Is the guest told its TSC's frequency, or does it have no other clock than its TSC?"""
+
+    @property
+    def shows_invariant_tsc(self) -> bool:
+        """May CPUID show an invariant TSC at this moment, if the VMM offers one?"""
 
     # MSRs
 

@@ -74,16 +74,16 @@ class Pair(NamedTuple):
         return self.first.kind.msr_ranges + self.second.kind.msr_ranges
 
     @property
-    def hypercall_opcodes(self) -> tuple[bytes, ...]:
-        """See Provider."""
-        return tuple(dict.fromkeys(self.first.kind.hypercall_opcodes + self.second.kind.hypercall_opcodes))
+    def node_keys(self) -> Mapping[str, str]:
+        """See Provider: VirtualBox has no such guest."""
+        return {}
 
     @property
     def option_types(self) -> Mapping[str, Any]:
         """The options that it takes, see HasOptions."""
         return {
             name: option_types(side.kind)[own]
-            for side in (self.second, self.first)
+            for side in (self.first, self.second)
             for name, own in self.options_of(side).items()
         }
 
@@ -112,13 +112,14 @@ class SideBySide:
     def __init__(self, kind: Pair, clock: ClockServices, vcpus: int, options: Mapping[str, Any]) -> None:
         self.kind, self.clock = kind, clock
         self.name, self.number, self.version, self.is_enabled = kind.name, kind.number, kind.version, kind.is_enabled
+        self.node_keys = kind.node_keys
         self._first, self._second = (_made(kind, side, clock, vcpus, options) for side in (kind.first, kind.second))
         self._sides = self._first, self._second
         self.sides: Mapping[str, Provider] = {side.name: side for side in self._sides}
         """The two providers by name: each has services of its own for VMMs that emulate CPUs."""
         self.msr_ranges = self._first.msr_ranges + self._second.msr_ranges
         self._msrs_of_second = [range(each.base, each.base + each.length) for each in self._second.msr_ranges]
-        self.hypercall_opcodes = kind.hypercall_opcodes
+        self.hypercall_opcodes = tuple(dict.fromkeys(self._first.hypercall_opcodes + self._second.hypercall_opcodes))
         self.cpuid_base = self._first.cpuid_base
         self.hypercall_port = _one_of(side.hypercall_port for side in self._sides)
         self.debug_setup = _one_of(side.debug_setup for side in self._sides)
@@ -156,6 +157,11 @@ class SideBySide:
     def guest_lives_by_tsc(self) -> bool:
         """See Provider."""
         return any(side.guest_lives_by_tsc for side in self._sides)
+
+    @property
+    def shows_invariant_tsc(self) -> bool:
+        """See Provider."""
+        return all(side.shows_invariant_tsc for side in self._sides)
 
     def read_msr(self, vcpu: int, index: int) -> int:
         """See Provider."""
@@ -205,13 +211,13 @@ class SideBySide:
             side.reset()
 
     def save(self) -> Mapping[str, MsrValue]:
-        """What both save; each name has its side's and a dot in front."""
-        return {f"{side.name}.{name}": value for side in self._sides for name, value in side.save().items()}
+        """What both save; each name has its side's in front: "KVM-system_time"."""
+        return {f"{side.name}-{name}": value for side in self._sides for name, value in side.save().items()}
 
     def load(self, msrs: Mapping[str, object]) -> None:
         """See Provider."""
         parts = {side.name: _part(side, msrs) for side in self._sides}
-        if unknown := [name for name in msrs if name.partition(".")[0] not in parts]:
+        if unknown := [name for name in msrs if name.partition("-")[0] not in parts]:
             raise ConfigError(f"provider {self.name!r} saves nothing by these names: {', '.join(map(repr, unknown))}")
         with ExitStack() as undo:
             # The second first: the page of the first one's time moves with its load, and moves once.
@@ -238,7 +244,7 @@ def _made(pair: Pair, side: Side, clock: ClockServices, vcpus: int, options: Map
 
 
 def _part(side: Provider, msrs: Mapping[str, object]) -> dict[str, object]:
-    prefix = f"{side.name}."
+    prefix = f"{side.name}-"
     return {name.removeprefix(prefix): value for name, value in msrs.items() if name.startswith(prefix)}
 
 
