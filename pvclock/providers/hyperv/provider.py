@@ -129,7 +129,7 @@ class HyperVProvider:
         parts = [part for part in parts if any(served.has(msr.privilege) for msr in part.msrs.values())]
         self._parts: tuple[Part, ...] = tuple(parts)
         self._msrs = {index: msr for part in parts for index, msr in part.msrs.items() if served.has(msr.privilege)}
-        self._timed = tuple(part for part in parts if isinstance(part, TimedPart))
+        self._timed: tuple[TimedPart, ...] = tuple(part for part in parts if isinstance(part, TimedPart))
         self.hooks = Hooks(next_due_ns=self._next_due_ns, expire=self._expire) if self._timed else Hooks()
 
     def _made_leaves(self, *, vs_interface: bool) -> Mapping[int, CpuidLeaf]:
