@@ -4,8 +4,8 @@ cimport cython
 from libc.stdint cimport uint64_t
 
 from pvclock._math cimport (
-    pvclock_guest_tsc, pvclock_scale, pvclock_scale_delta, pvclock_time_scale, pvclock_time_scale_of_rate,
-    pvclock_tsc_ratio, pvclock_unscale_delta
+    pvclock_fixed_rate, pvclock_guest_tsc, pvclock_scale, pvclock_scale_delta, pvclock_time_scale,
+    pvclock_time_scale_of_rate, pvclock_tsc_ratio, pvclock_u128, pvclock_unscale_delta
 )
 from pvclock._memory cimport as_u64, as_whole, shortened
 
@@ -23,6 +23,21 @@ def time_scale(scaled_hz: int, base_hz: int) -> tuple[int, int]:
         raise RangeError(f"no (mul, shift) from {base_hz} Hz to {scaled_hz} Hz: both must be at least 1, "
                          "the second below 2^63")
     return scale.mul, scale.shift
+
+
+def fixed_rate(num: int, den: int, unit_ns: int) -> int:
+    """num/den ns a tick as units of `unit_ns` ns a tick, the nearest multiple of 2^-64 units, in these.
+
+    That of a reference TSC page, with units of 100 ns, is its scale, if it has 64 bits.  num, den: 64 bits; den at
+    least 1; unit_ns from 1 to 2^63 - 1; else RangeError.
+    """
+    cdef uint64_t divisor = as_u64(den, "den"), unit = as_u64(unit_ns, "unit_ns")
+    cdef pvclock_u128 rate
+    if divisor == 0 or not 0 < unit < <uint64_t>1 << 63:
+        raise RangeError(f"{shortened(num)}/{divisor} ns a tick in units of {unit} ns; den must be at least 1, unit_ns "
+                         "in [1, 2^63)")
+    rate = pvclock_fixed_rate(as_u64(num, "num"), divisor, unit)
+    return int(<uint64_t>(rate >> 64)) << 64 | int(<uint64_t>rate)
 
 
 def tsc_ratio(guest_khz: int, host_khz: int, frac_bits: int = 48) -> int:

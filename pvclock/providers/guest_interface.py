@@ -172,8 +172,8 @@ class GuestInterface:
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
         """MSRs that must exit to the clock on /dev/kvm: every provider's, because the kernel would serve some."""
-        providers: dict[str, Provider | type[Provider]] = {**PROVIDERS, self.name: self._provider}
-        return tuple(each for provider in providers.values() for each in provider.msr_ranges)
+        ranges = [*(each for kind in PROVIDERS.values() for each in kind.msr_ranges), *self._provider.msr_ranges]
+        return tuple({each.base: each for each in ranges}.values())  # of what comes twice, this VM's counts
 
     @property
     def statistics(self) -> Statistics:
