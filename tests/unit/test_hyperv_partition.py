@@ -43,11 +43,11 @@ def test_os_id_0_disables_hypercalls(profile: str) -> None:
     provider.write_msr(0, GUEST_OS_ID, OS_ID)
     provider.write_msr(0, HYPERCALL, 0x3001)
     enabled = [provider.are_hypercalls_enabled]
-    assert provider.hypercall(0, HypercallRegisters(rax=1)).status is not Status.NOT_AVAILABLE
+    assert provider.hypercall(0, HypercallRegisters(rax=1)).status is not Status.NOT_ENABLED
     provider.write_msr(1, GUEST_OS_ID, 0)
     assert provider.read_msr(0, HYPERCALL) == 0x3000
     assert [*enabled, provider.are_hypercalls_enabled] == [True, False]
-    assert provider.hypercall(0, HypercallRegisters(rax=1)).status is Status.NOT_AVAILABLE
+    assert provider.hypercall(0, HypercallRegisters(rax=1)).status is Status.NOT_ENABLED
 
 
 @pytest.mark.row("H-30")
