@@ -65,12 +65,23 @@ def guest_tsc(host_tsc: int, offset: int = 0, ratio: int = 1 << 48, frac_bits: i
     return pvclock_guest_tsc(as_u64(host_tsc, "host_tsc"), as_u64(ratio, "ratio"), frac_bits, as_u64(offset, "offset"))
 
 
+cdef uint64_t NS_PER_S = _NS_PER_S
+
+
+cdef (uint64_t, uint64_t) _own_rate(pvclock_scale scale) noexcept:
+    """The pair's own ns in a tick as num/den: mul * 2^(shift - 32)."""
+    if scale.shift >= -31:
+        return <uint64_t>scale.mul << max(scale.shift, 0), <uint64_t>1 << (32 + max(-scale.shift, 0))
+    return max(scale.mul >> (-31 - scale.shift), 1), <uint64_t>1 << 63
+
+
 @cython.final
 cdef class ClockScale:
     """A pair (mul, shift) that turns TSC ticks into ns as a pvclock guest does: ((ticks << shift) * mul) >> 32.
 
     mul: 1 to 2^32 - 1.  shift: -63 to 31, negative is a right shift.  hz: the frequency that it was made for, or the
-    one that it expresses, rounded.  Immutable, hashable, comparable by (mul, shift).
+    one that it expresses, rounded.  ns_per_tick: the rate that it was made for, exactly, which other kinds of pages
+    show with more bits.  Immutable, hashable, comparable by (mul, shift).
     """
 
     def __cinit__(self, mul: int, shift: int, hz: int | None = None) -> None:
@@ -83,6 +94,7 @@ cdef class ClockScale:
         if hz is not None and as_whole(hz, "hz") < 1:
             raise RangeError(f"TSC frequency is {shortened(hz)} Hz; it must be at least 1 Hz")
         self.hz = hz if hz is not None else ((_NS_PER_S << 95) + denominator // 2) // denominator
+        self.num, self.den = _own_rate(self.c) if hz is None or hz >> 64 else (NS_PER_S, <uint64_t>hz)
 
     @staticmethod
     def from_hz(hz: int, *, rounding: str = "floor") -> ClockScale:
@@ -116,9 +128,12 @@ cdef class ClockScale:
         For every frequency of whole kHz below 16 GHz it is that of from_hz().  RangeError if there is none.
         """
         cdef pvclock_scale scale
+        cdef ClockScale made
         if pvclock_time_scale_of_rate(as_u64(num, "num"), as_u64(den, "den"), False, &scale) != 0:
             raise RangeError(f"no (mul, shift) shows {num}/{den} ns a tick")
-        return ClockScale(scale.mul, scale.shift)
+        made = ClockScale(scale.mul, scale.shift)
+        made.num, made.den = num, den
+        return made
 
     @property
     def mul(self) -> int:
@@ -129,6 +144,11 @@ cdef class ClockScale:
     def shift(self) -> int:
         """tsc_shift of the page."""
         return self.c.shift
+
+    @property
+    def ns_per_tick(self) -> tuple[int, int]:
+        """(num, den): it was made for num/den ns a tick, or for its own rate, which terms of 64 bits may cut."""
+        return self.num, self.den
 
     @property
     def rate_error_ppb(self) -> float:

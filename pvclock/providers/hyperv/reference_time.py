@@ -55,8 +55,11 @@ class ReferenceClock:
         """Has the guest enabled its reference TSC page?"""
         return bool(self.reference_tsc_msr & ENABLED)
 
-    def take_back(self, begin: Callable[[], object], undo: Callable[[], object]) -> None:
-        """Reset this part and stop updating the page; begin, undo: see ClockServices.place_reference_page()."""
+    def take_back(self, begin: Callable[[], object], undo: Callable[[], object], value: int = 0) -> None:
+        """Reset this part, and go on with the page that `value` of the MSR enables, if any.
+
+        begin, undo: see ClockServices.place_reference_page().
+        """
         before = self.reference_tsc_msr
 
         def forget() -> None:
@@ -67,7 +70,7 @@ class ReferenceClock:
             undo()
             self.reference_tsc_msr = before
 
-        self._clock.place_reference_page(None, forget, remember)
+        self._clock.place_reference_page(page_of(value), forget, remember)
 
     def reset(self) -> None:
         """See Part; within take_back()."""
@@ -117,7 +120,7 @@ class RawReferenceClock:
         """Has the guest enabled its reference TSC page?"""
         return bool(self.reference_tsc_msr & ENABLED)
 
-    def take_back(self, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+    def take_back(self, begin: Callable[[], object], undo: Callable[[], object], value: int = 0) -> None:
         """Reset this part and do `begin`, which cannot fail; nobody updates the page."""
         self.reset()
         begin()
