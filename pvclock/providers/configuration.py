@@ -1,19 +1,17 @@
 """The configuration of a VM's guest interface: its keys, and the legal values of each.
 
-`provider`, `version` and `profile` are common to all; the others are the provider's own options: the keyword-only
-parameters of its class, with the types of their annotations.
+`provider`, `version` and `profile` are common to all; the others are the provider's own options (options.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Final, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
 
 from pvclock.arguments import text
 from pvclock.errors import ConfigError, WrongType
-from pvclock.providers.interface import Provider
+from pvclock.providers.options import option_types
 from pvclock.providers.registry import PROVIDERS
 from pvclock.quantities import U32_MASK, U64_MASK, quoted
 
@@ -26,9 +24,6 @@ PROFILES: Final = ("linux", "document", "virtualbox")
 
 SPELLINGS: Final = {"Provider": "provider", "Version": "version"}
 """VirtualBox's spelling of the keys that its configuration has, too."""
-
-HYPERV_KEYS: Final = ("VendorID", "VSInterface", "HypercallDebugInterface")
-"""Keys of the child node `HyperV`, which is legal for every provider and ignored by the others."""
 
 CHOICES: Final = {"none": "None", "minimal": "Minimal", "hyperv": "HyperV", "kvm": "KVM"}
 
@@ -58,7 +53,8 @@ def checked(config: Mapping[str, object] | Configuration, beside: str = "") -> C
     """The configuration in `config`, with defaults for what it lacks; one that is checked already is returned as it is.
 
     provider: None by default.  version: of the provider, the newest by default; under profile "virtualbox" any of 32
-    bits.  profile: see PROFILES.  VirtualBox's `Provider`, `Version` and child node `HyperV` are legal, too.
+    bits.  profile: see PROFILES.  VirtualBox's `Provider`, `Version` and providers' nodes (Provider.node_keys) are
+    legal, too.
     ConfigError names the key, its value and what is legal; for an unknown key it ends with `beside`.
     """
     if isinstance(config, Configuration):
@@ -70,7 +66,7 @@ def checked(config: Mapping[str, object] | Configuration, beside: str = "") -> C
     if not isinstance(provider, str) or provider not in PROVIDERS:
         raise ConfigError(f"unknown provider {quoted(provider)}; choose from {_listed(PROVIDERS)}")
     kind = PROVIDERS[provider]
-    options = _option_types(kind)
+    options = option_types(kind)
     for key in given:
         if key not in {"provider", "version", "profile"} | options.keys():
             legal = (
@@ -132,25 +128,39 @@ def effective_provider(choice: str, guest_os: str = "") -> str:
 
 
 def _respelled(config: Mapping[str, object]) -> dict[str, object]:
-    """The configuration in our spelling, without VirtualBox's node of another provider; ConfigError if that is bad."""
+    """The configuration in our spelling, without VirtualBox's nodes of other providers; ConfigError if one is bad."""
     given: dict[str, object] = {}
     for key, value in config.items():
-        name = SPELLINGS.get(key, key)
-        if name in given:
-            raise ConfigError(f"given twice: {name} as {quoted(given[name])} and {quoted(value)}")
-        if name == "HyperV":
-            _check_hyperv_node(value)
-        else:
-            given[name] = value
+        if not _is_node(key):
+            _put_once(given, SPELLINGS.get(key, key), value)
+    for name in filter(_is_node, config):
+        options = _options_in_node(name, config[name])
+        if name == given.get("provider"):
+            for option, value in options.items():
+                _put_once(given, option, value)
     return given
 
 
-def _check_hyperv_node(node: object) -> None:
+def _is_node(key: str) -> bool:
+    """Is that the name of a provider for which VirtualBox has a configuration node?"""
+    return key in PROVIDERS and bool(PROVIDERS[key].node_keys)
+
+
+def _put_once(given: dict[str, object], name: str, value: object) -> None:
+    if name in given:
+        raise ConfigError(f"given twice: {name} as {quoted(given[name])} and {quoted(value)}")
+    given[name] = value
+
+
+def _options_in_node(provider: str, node: object) -> dict[str, object]:
+    """What VirtualBox's node of that provider says, by the names of its options; ConfigError if it is unsound."""
+    keys = PROVIDERS[provider].node_keys
     if not isinstance(node, Mapping):
-        raise ConfigError(f"HyperV is {quoted(node)}; it is a node with the keys {_listed(HYPERV_KEYS)}")
+        raise ConfigError(f"{provider} is {quoted(node)}; it is a node with the keys {_listed(keys)}")
     for key in node:
-        if key not in HYPERV_KEYS:
-            raise ConfigError(f"unknown key {key!r} := {node[key]!r} in node HyperV; keys are {_listed(HYPERV_KEYS)}")
+        if key not in keys:
+            raise ConfigError(f"unknown key {key!r} := {node[key]!r} in node {provider}; keys are {_listed(keys)}")
+    return {keys[key]: value for key, value in node.items()}
 
 
 def _checked_version(provider: str, version: object, newest: int, profile: str) -> int:
@@ -161,14 +171,6 @@ def _checked_version(provider: str, version: object, newest: int, profile: str) 
             f"version {quoted(version)}; provider {provider!r} has 1 to {limit}, and {NEWEST} is the newest"
         )
     return version
-
-
-@cache
-def _option_types(kind: type[Provider]) -> dict[str, Any]:
-    """A provider's options and their types."""
-    constructor: Any = kind.__init__
-    hints = get_type_hints(constructor)
-    return {name: hints[name] for name in constructor.__kwdefaults__ or ()}
 
 
 def _checked_option(key: str, value: object, expected: object) -> object:

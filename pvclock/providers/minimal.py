@@ -33,8 +33,9 @@ class MinimalProvider:
     version = 1
     is_enabled = True
     warnings: tuple[str, ...] = ()
+    node_keys: Mapping[str, str] = {}
     cpuid_base = CPUID_BASE
-    guest_lives_by_tsc = True
+    guest_lives_by_tsc = shows_invariant_tsc = True
     msr_ranges: tuple[MsrRange, ...] = ()
     hypercall_opcodes: tuple[bytes, ...] = ()
     hypercall_port: int | None = None

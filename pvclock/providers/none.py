@@ -30,9 +30,10 @@ class NoneProvider:
     is_enabled = False
     config: Mapping[str, int | bool | str] = {}
     warnings: tuple[str, ...] = ()
+    node_keys: Mapping[str, str] = {}
     cpuid_base = CPUID_BASE
     cpuid_leaves: Mapping[int, CpuidLeaf] = {}
-    guest_lives_by_tsc = True
+    guest_lives_by_tsc = shows_invariant_tsc = True
     msr_ranges: tuple[MsrRange, ...] = ()
     hypercall_opcodes: tuple[bytes, ...] = ()
     hypercall_port: int | None = None

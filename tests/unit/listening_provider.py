@@ -27,14 +27,16 @@ class Listener:
     name = "Listener"
     number = 99
     version = 1
+    node_keys: Mapping[str, str] = {"Loudness": "loudness"}
     is_enabled = True
     config: Mapping[str, int | bool | str] = {}
     warnings: tuple[str, ...] = ("it listens", "to everything")
     cpuid_base = CPUID_BASE
     cpuid_leaves: Mapping[int, CpuidLeaf] = {CPUID_BASE: CpuidLeaf(CPUID_BASE)}
-    guest_lives_by_tsc = False
+    guest_lives_by_tsc = shows_invariant_tsc = False
     msr_ranges: tuple[MsrRange, ...] = (MsrRange(0x40000000, 2, why="its own"),)
     hypercall_opcodes: tuple[bytes, ...] = (VMMCALL,)
+    hypercall_port: int | None = None
     are_hypercalls_enabled = is_paravirt_tsc_enabled = refreshes_pages = True
     allows_stable = tells_of_pauses = False
     debug_setup: DebugSetup | None = DebugSetup(4096)

@@ -30,7 +30,7 @@ def interface_of(config: dict[str, object], *, log: list[str] | None = None, tsc
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ({"provider": "kvm"}, "unknown provider 'kvm'; choose from 'None', 'Minimal', 'KVM'"),
+        ({"provider": "kvm"}, "unknown provider 'kvm'; choose from 'None', 'Minimal', 'HyperV', 'KVM'"),
         ({"provider": "Xen"}, "unknown provider 'Xen'"),
         ({"provider": 3}, "unknown provider 3"),
         ({"provider": "KVM", "Provider": "KVM"}, "given twice: provider as 'KVM' and 'KVM'"),
@@ -73,21 +73,24 @@ def test_defaults() -> None:
 
 @pytest.mark.row("G-02")
 def test_the_names_of_providers() -> None:
-    """There are None, Minimal and KVM, spelled so; HyperV and any other spelling are unknown, and named."""
-    assert [interface_of({"provider": name}).name for name in ("None", "Minimal", "KVM")] == ["None", "Minimal", "KVM"]
-    for name in ("HyperV", "none", "NONE", "minimal", "kvm", "Kvm", " KVM", "KVM ", ""):
+    """There are None, Minimal, HyperV and KVM, spelled so; any other spelling is unknown, and named."""
+    names = ["None", "Minimal", "HyperV", "KVM"]
+    assert [interface_of({"provider": name}).name for name in names] == names == list(PROVIDERS)
+    for name in ("none", "NONE", "minimal", "hyperv", "HYPERV", "Hyper-V", "kvm", "Kvm", " KVM", "KVM ", ""):
         with pytest.raises(ConfigError, match=f"unknown provider '{name}'"):
             interface_of({"provider": name})
 
 
 @pytest.mark.row("G-01", "G-02", "G-27")
-def test_virtualboxs_spelling() -> None:
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_virtualboxs_spelling(name: str) -> None:
     """`Provider`, `Version` and a child node `HyperV` are legal for every provider; the node says nothing to others."""
-    node = {"VendorID": "Microsoft Hv", "VSInterface": True, "HypercallDebugInterface": False}
-    for name in PROVIDERS:
-        spelled = interface_of({"Provider": name, "Version": 1, "HyperV": node})
-        plain = interface_of({"provider": name, "version": 1})
-        assert (spelled.name, spelled.version, spelled.config) == (plain.name, plain.version, plain.config)
+    node = {"VendorID": "VBoxVBoxVBox", "VSInterface": True, "HypercallDebugInterface": True}
+    spelled = interface_of({"Provider": name, "Version": 1, "HyperV": node})
+    own = {"vendor_id": "VBoxVBoxVBox", "vs_interface": True, "hypercall_debug": True} if name == "HyperV" else {}
+    plain = interface_of({"provider": name, "version": 1, **own})
+    assert (spelled.name, spelled.version, spelled.config) == (plain.name, plain.version, plain.config)
+    assert own.items() <= spelled.config.items()
 
 
 @pytest.mark.row("G-01", "G-27", "H-04")
@@ -100,6 +103,12 @@ def test_virtualboxs_spelling() -> None:
         ({"PROVIDER": "KVM"}, "unknown key 'PROVIDER' := 'KVM'"),
         ({"HyperV": 1}, "HyperV is 1; it is a node with the keys 'VendorID'"),
         ({"Provider": "KVM", "HyperV": {"Vendor": "x"}}, "unknown key 'Vendor' := 'x' in node HyperV; keys are"),
+        ({"Provider": "HyperV", "HyperV": {"VendorID": 12}}, "vendor_id is 12; it can be text or None"),
+        ({"Provider": "HyperV", "HyperV": {"vendor_id": "x"}}, "unknown key 'vendor_id' := 'x' in node HyperV"),
+        (
+            {"provider": "HyperV", "vs_interface": True, "HyperV": {"VSInterface": False}},
+            "given twice: vs_interface as True and False",
+        ),
         ({"Minimal": {}}, "unknown key 'Minimal' := {}"),
     ],
 )
@@ -156,8 +165,8 @@ def test_any_configuration_is_taken_or_refused(config: dict[str, object]) -> Non
 
 @pytest.mark.row("G-05", "G-06")
 def test_a_provider_is_for_life() -> None:
-    """The provider has VirtualBox's number, and neither clock nor interface lets it be replaced."""
-    assert PROVIDER_NUMBERS == {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3}
+    """The provider has VirtualBox's number where there is one, and neither clock nor interface lets it be replaced."""
+    assert PROVIDER_NUMBERS == {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3, "HyperV+KVM": 0x203}
     assert {name: kind.number for name, kind in PROVIDERS.items()}.items() <= PROVIDER_NUMBERS.items()
     clock = GuestClock(GuestMemory(), backend=SimulatedBackend(HZ))
     with pytest.raises(AttributeError):

@@ -1,23 +1,25 @@
-"""How the parts of this provider serve their MSRs, and are saved."""
+"""How the parts of this provider serve their MSRs, are saved, and tell of what is due."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from pvclock.providers.hyperv.features import Privilege
+from pvclock.errors import ConfigError
+from pvclock.providers.hyperv.features import Feature, Privilege
 from pvclock.providers.interface import MsrValue
+from pvclock.quantities import U64_MASK
 
-__all__ = ["Msr", "Part"]
+__all__ = ["Msr", "Part", "TimedPart", "checked_number"]
 
 
 class Msr(NamedTuple):
-    """One MSR: the privilege that offers it (leaf 0x40000003), and how an access is served; None is #GP.
+    """One MSR: the privilege or feature that offers it (leaf 0x40000003), and how an access is served; None is #GP.
 
     read: (vcpu) to the 64-bit value.  write: (vcpu, value).  Both may raise MsrFault.
     """
 
-    privilege: Privilege
+    privilege: Privilege | Feature
     read: Callable[[int], int] | None = None
     write: Callable[[int, int], object] | None = None
 
@@ -40,3 +42,25 @@ class Part(Protocol):
 
         saved: exactly the names that save() has.
         """
+
+
+@runtime_checkable
+class TimedPart(Protocol):
+    """A part with something that gets due, see Hooks; the provider asks it with the clock's lock held."""
+
+    def next_due_ns(self) -> int | None:
+        """Guest time in ns at which the next thing is due, possibly in the past; None: nothing is."""
+
+    def expire(self, now_ns: int) -> Callable[[], object] | None:
+        """Take what is due; returns what delivers it, to be called without the clock's lock."""
+
+
+def checked_number(saved: Mapping[str, object], name: str, legal: Callable[[int], bool] = lambda _: True) -> int:
+    """The number of 64 bits that was saved by that name; ConfigError for anything else, or one that is not `legal`."""
+    value = saved[name]
+    if not (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= U64_MASK and legal(value)):
+        raise ConfigError(
+            f"provider 'HyperV', {name!r}: {value!r:.100} was found; it is a whole number from 0 to 2^64-1 that a "
+            "guest could have written"
+        )
+    return value

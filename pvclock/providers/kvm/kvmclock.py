@@ -12,6 +12,7 @@ from typing import Final
 
 from pvclock._scale import ClockScale
 from pvclock.errors import GuestAddressError, MsrFault
+from pvclock.providers.guest_log import GuestLog
 from pvclock.providers.interface import ClockServices, OwnPage
 from pvclock.providers.kvm.features import (
     MSR_KVM_SYSTEM_TIME,
@@ -19,7 +20,6 @@ from pvclock.providers.kvm.features import (
     MSR_KVM_WALL_CLOCK,
     MSR_KVM_WALL_CLOCK_NEW,
 )
-from pvclock.providers.kvm.guest_log import GuestLog
 from pvclock.providers.kvm.msr_state import Msr, Register
 from pvclock.providers.kvm.profiles import Profile
 from pvclock.quantities import NS_PER_S, U64_MASK, Gpa, GuestNs, GuestTsc

@@ -10,6 +10,7 @@ from pvclock.arguments import vcpu_number
 from pvclock.errors import ConfigError, MsrFault
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import timing
+from pvclock.providers.guest_log import GuestLog
 from pvclock.providers.hypercall_instructions import VMCALL
 from pvclock.providers.interface import (
     CPUID_BASE,
@@ -37,7 +38,6 @@ from pvclock.providers.kvm.features import (
     names_of,
     servable_features,
 )
-from pvclock.providers.kvm.guest_log import GuestLog
 from pvclock.providers.kvm.guest_switches import GuestSwitches
 from pvclock.providers.kvm.hypercalls import Hypercalls
 from pvclock.providers.kvm.kvmclock import KvmClock
@@ -76,7 +76,8 @@ class KvmProvider:
     name = NAME
     number = 3
     version = 2
-    is_enabled = True
+    node_keys: Mapping[str, str] = {}
+    is_enabled = shows_invariant_tsc = True
     msr_ranges = MSR_RANGES
     hypercall_opcodes: tuple[bytes, ...] = (VMCALL,)
     """What Linux executes until it has patched itself for AMD's CPUs."""

@@ -1,0 +1,110 @@
+"""Which privileges, features and recommendations a guest is offered, of those that can be served here.
+
+Source: TLFS "Minimal Set of Features"; QEMU's hv-* properties; VirtualBox gimR3HvInit().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple, TypeVar
+
+from pvclock.errors import ConfigError
+from pvclock.providers.hyperv.features import MICROSOFT, Feature, Hardware, Offer, Privilege, Recommendation, names_of
+from pvclock.providers.hyperv.msr import Part
+from pvclock.providers.hyperv.profiles import Profile
+from pvclock.quantities import quoted
+
+__all__ = ["Served", "Wanted", "chosen_offer"]
+
+MANDATORY: Final = Privilege.HYPERCALL | Privilege.VP_INDEX
+"""Guests take nothing for Hyper-V's interface that lacks them."""
+
+FEATURES_OF: Final[Mapping[Privilege, Feature]] = {
+    Privilege.FREQUENCY: Feature.FREQUENCY,
+    Privilege.SYNTHETIC_TIMERS: Feature.DIRECT_TIMERS,
+    Privilege.DEBUGGING: Feature.DEBUG,
+}
+"""Features that are served wherever what needs a privilege is."""
+
+PRIVILEGE_FOR: Final[Mapping[Recommendation, Privilege]] = {
+    Recommendation.APIC_BY_MSR: Privilege.APIC,
+    Recommendation.RESET_BY_MSR: Privilege.RESET,
+    Recommendation.DEPRECATE_AUTO_EOI: Privilege.SYNIC,
+}
+"""What a guest needs to do as recommended; nothing for the other recommendations."""
+
+VENDOR_ID_CHARS: Final = 12
+
+Bits = TypeVar("Bits", Privilege, Feature, Recommendation, Hardware)
+
+
+class Wanted(NamedTuple):
+    """What a configuration asks for; None for the default."""
+
+    vendor_id: str | None
+    privileges: int | None
+    features: int | None
+    recommendations: int | None
+    hardware: int | None
+
+
+class Served(NamedTuple):
+    """What some parts serve, or what of it a guest may use."""
+
+    privileges: Privilege
+    features: Feature
+
+    @classmethod
+    def by(cls, parts: Iterable[Part], hypercalls: Privilege) -> Served:
+        """What the MSRs of these parts need, and the hypercalls."""
+        needed = [msr.privilege for part in parts for msr in part.msrs.values()]
+        privileges = Privilege(sum({each for each in needed if isinstance(each, Privilege)})) | hypercalls
+        features = Feature(sum({each for each in needed if isinstance(each, Feature)}))
+        for privilege, feature in FEATURES_OF.items():
+            if privilege in privileges:
+                features |= feature
+        return cls(privileges, features)
+
+    def has(self, needed: Privilege | Feature) -> bool:
+        """Is that among them?"""
+        return bool(needed & (self.features if isinstance(needed, Feature) else self.privileges))
+
+
+def chosen_offer(profile: Profile, served: Served, wanted: Wanted) -> Offer:
+    """What the guest is offered; ConfigError for what is not `served`, or lacks what is mandatory."""
+    vendor_id = _checked_vendor_id(profile.vendor_id if wanted.vendor_id is None else wanted.vendor_id)
+    privileges, features = profile.privileges, profile.features
+    if vendor_id == MICROSOFT:
+        privileges, features = privileges | profile.microsoft_privileges, features | profile.microsoft_features
+    privileges = _chosen("privileges", wanted.privileges, privileges, served.privileges)
+    if MANDATORY not in privileges:
+        lacking = names_of(Privilege, int(MANDATORY) & ~int(privileges))
+        raise ConfigError(f"privileges {names_of(Privilege, privileges)} lack {lacking}, which every guest needs")
+    return Offer(
+        vendor_id,
+        privileges,
+        _chosen("features", wanted.features, features, served.features),
+        _chosen("recommendations", wanted.recommendations, profile.recommendations, _can_do(privileges)),
+        _chosen("hardware", wanted.hardware, profile.hardware, Hardware(sum(Hardware))),
+    )
+
+
+def _can_do(privileges: Privilege) -> Recommendation:
+    """The recommendations that a guest with these privileges can follow."""
+    return Recommendation(sum(each for each in Recommendation if PRIVILEGE_FOR.get(each, MANDATORY) in privileges))
+
+
+def _chosen(what: str, given: int | None, default: Bits, servable: Bits) -> Bits:
+    kind = type(servable)
+    if given is None:
+        return kind(int(default) & int(servable))
+    if given & ~int(servable):  # ints: ~ of an IntFlag has only the bits that have names
+        refused, choice = names_of(kind, given & ~int(servable)), names_of(kind, int(servable))
+        raise ConfigError(f"{what} {refused} cannot be served here; choose from {choice}")
+    return kind(given)
+
+
+def _checked_vendor_id(vendor_id: str) -> str:
+    if len(vendor_id) != VENDOR_ID_CHARS or not vendor_id.isascii():
+        raise ConfigError(f"vendor_id {quoted(vendor_id)}; it is exactly {VENDOR_ID_CHARS} ASCII characters")
+    return vendor_id

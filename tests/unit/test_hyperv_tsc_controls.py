@@ -1,0 +1,132 @@
+"""Hyper-V's re-enlightenment after a restore, and the control by which a guest consents to an invariant TSC."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pvclock.providers.hyperv import HyperVProvider
+from pvclock.providers.interface import VcpuHost
+from tests.unit.hyperv_provider import KickingVmm, a_provider, is_refused
+from tests.unit.stub_clock import TSC_HZ, NotedVmm, StubClock
+
+pytestmark = pytest.mark.row("E22")
+
+CONTROL, EMULATION, STATUS, INVARIANT = 0x40000106, 0x40000107, 0x40000108, 0x40000118
+U64 = st.integers(0, 2**64 - 1)
+WITH_INVARIANT: Final = 1 << 5 | 1 << 6 | 1 << 15
+ENABLED: Final = 1 << 16
+
+
+def restored(control: int, host_tsc_hz: int) -> tuple[HyperVProvider, NotedVmm]:
+    """A provider restored from one whose guest wrote `control`, on a host of that TSC frequency, and its VMM."""
+    provider, _ = a_provider()
+    provider.write_msr(0, CONTROL, control)
+    vmm = NotedVmm()
+    clock = StubClock(2, vmm=vmm)
+    clock.host_tsc_hz = host_tsc_hz
+    other, _ = a_provider(clock=clock)
+    other.load(provider.save())
+    return other, vmm
+
+
+def expired(provider: HyperVProvider) -> bool:
+    """Does the provider have something due now?  If so it is delivered."""
+    assert provider.hooks.next_due_ns is not None
+    assert provider.hooks.expire is not None
+    due = provider.hooks.next_due_ns()
+    deliver = provider.hooks.expire(5)
+    if deliver is not None:
+        deliver()
+    return due == 0
+
+
+@given(control=U64, emulation=U64, status=U64)
+def test_controls_are_stored(control: int, emulation: int, status: int) -> None:
+    """Control and emulation control read back whole, as KVM stores them; of the status only 0 can be written."""
+    provider, _ = a_provider()
+    provider.write_msr(0, CONTROL, control)
+    provider.write_msr(1, EMULATION, emulation)
+    assert (provider.read_msr(1, CONTROL), provider.read_msr(0, EMULATION)) == (control, emulation)
+    assert is_refused(provider, STATUS, status) is bool(status)
+    assert provider.read_msr(0, STATUS) == 0
+
+
+@pytest.mark.parametrize("vcpu", [0, 1])
+def test_a_guest_is_told_of_another_tsc(vcpu: int) -> None:
+    """Restored where its TSC has another frequency, the vCPU that it named gets its vector, once."""
+    provider, vmm = restored(vcpu << 32 | ENABLED | 0xEE, TSC_HZ + 1)
+    assert expired(provider)
+    assert vmm.notes == [("inject", vcpu, 0xEE)]
+    assert not expired(provider)
+    assert vmm.notes == [("inject", vcpu, 0xEE)]
+
+
+@pytest.mark.parametrize(("control", "host_tsc_hz"), [(ENABLED | 0xEE, TSC_HZ), (0xEE, TSC_HZ + 1)])
+def test_a_guest_is_told_of_nothing_else(control: int, host_tsc_hz: int) -> None:
+    """The same frequency, and a control that does not ask, are no reason for an interrupt."""
+    provider, vmm = restored(control, host_tsc_hz)
+    assert not expired(provider)
+    assert vmm.notes == []
+
+
+@given(control=U64)
+def test_any_control_ends_well(control: int) -> None:
+    """A vector below 16, or a vCPU that is not there, gets nothing; anything else its one interrupt."""
+    provider, vmm = restored(control, TSC_HZ - 1)
+    assert expired(provider) is bool(control & ENABLED)
+    vector, vcpu = control & 0xFF, control >> 32
+    is_sound = bool(control & ENABLED) and vector >= 16 and vcpu < 2
+    assert vmm.notes == [("inject", vcpu, vector)] * is_sound
+    assert not expired(provider)
+
+
+def test_a_reset_takes_the_request_back() -> None:
+    """A guest that was reset before the interrupt came does not get it."""
+    provider, vmm = restored(ENABLED | 0xEE, TSC_HZ + 1)
+    provider.reset()
+    assert not expired(provider)
+    assert vmm.notes == []
+
+
+def test_without_interrupts_there_is_no_reenlightenment() -> None:
+    """A VMM that raises no interrupts has nothing to offer: #GP, and the clock is not asked for timers."""
+    provider, _ = a_provider(vmm=KickingVmm())
+    assert all(is_refused(provider, index) for index in (CONTROL, EMULATION, STATUS))
+    assert provider.hooks == (None,) * 5
+    provider, _ = a_provider(vcpu_host=VcpuHost.KVM)
+    assert not is_refused(provider, CONTROL)
+
+
+@pytest.mark.row("K-09")
+@given(writes=st.lists(st.integers(0, 3) | U64, max_size=6))
+def test_consent_cannot_be_taken_back(writes: list[int]) -> None:
+    """The control takes 0 and 1, and no 0 after a 1; CPUID shows an invariant TSC from the first 1 on."""
+    provider, _ = a_provider(privileges=WITH_INVARIANT)
+    given_once = 0
+    for value in writes:
+        assert is_refused(provider, INVARIANT, value) is (value > 1 or value < given_once)
+        given_once |= value == 1
+        assert provider.read_msr(1, INVARIANT) == given_once
+        assert provider.shows_invariant_tsc is bool(given_once)
+    provider.reset()
+    assert provider.read_msr(0, INVARIANT) == 0
+    assert not provider.shows_invariant_tsc
+
+
+@pytest.mark.row("K-09")
+def test_the_control_is_offered_on_request() -> None:
+    """By default there is no control, and CPUID shows what the VMM offers; with it the guest lives by its TSC."""
+    provider, _ = a_provider()
+    assert is_refused(provider, INVARIANT)
+    assert (provider.shows_invariant_tsc, provider.guest_lives_by_tsc) == (True, False)
+    provider, _ = a_provider(privileges=WITH_INVARIANT)
+    assert (provider.shows_invariant_tsc, provider.guest_lives_by_tsc) == (False, True)
+    provider.write_msr(0, INVARIANT, 1)
+    saved = provider.save()
+    provider, _ = a_provider(privileges=WITH_INVARIANT)
+    provider.load(saved)
+    assert provider.shows_invariant_tsc
