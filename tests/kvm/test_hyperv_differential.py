@@ -168,9 +168,8 @@ def random_accesses(seed: int, count: int) -> list[Access]:
         **dict.fromkeys((*NOT_OFFERED, *NOT_THERE), some),
     }
     indices = [*values, *[REFERENCE_TSC] * 8, *[HYPERCALL, GUEST_OS_ID] * 3]
-    return [
-        Access(index, source.choice([None, *values[index]])) for index in (source.choice(indices) for _ in range(count))
-    ]
+    chosen = (source.choice(indices) for _ in range(count - 1))
+    return [Access(SCONTROL, 0), *(Access(index, source.choice([None, *values[index]])) for index in chosen)]
 
 
 def comparable(access: Access, trace: Trace) -> tuple[bool, int | None]:
@@ -323,6 +322,12 @@ SINT_0 = 1
 RESERVED = 1 << 20
 
 KNOWN: Final = {
+    "SCONTROL at the start": Difference(
+        (Access(SCONTROL),),
+        Seen(False, 1),
+        Seen(False, 0),
+        "Linux enables the SynIC with the capability, and QEMU sets it to 0 then, which is the TLFS's initial value",
+    ),
     "a timer's reserved bits": Difference(
         (Access(STIMER0_CONFIG, RESERVED),),
         Seen(False, RESERVED),
