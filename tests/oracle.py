@@ -255,11 +255,6 @@ def kvm_hyperv_scale(mul: int, shift: int) -> int:
     return int(Fraction(mul) * Fraction(2) ** (32 + shift) / HYPERV_UNIT_NS)
 
 
-def hyperv_rate_error_ppb(scale: int, tsc_hz: int) -> Fraction:
-    """Return by how much a page with that scale is fast, exactly."""
-    return (Fraction(scale * tsc_hz * HYPERV_UNIT_NS, U64 * 10**9) - 1) * 10**9
-
-
 def hyperv_page_line(now: int, shown: int, scale: int, guest_tsc: int) -> tuple[int, int] | None:
     """Return scale and offset of the page whose line begins at `guest_tsc`, or None where no page can show it.
 

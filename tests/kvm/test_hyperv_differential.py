@@ -220,7 +220,7 @@ NEXT: Final = (Access(EOM, 0, SLOT, CLEAR), Access(EOM, 0, INTERRUPTS, CLEAR))
 class Message(NamedTuple):
     """What a timer's message says."""
 
-    index: int
+    timer: int
     expiration: int
     delivery: int
 
@@ -236,8 +236,8 @@ def message(trace: Trace) -> Message:
 def assert_expired_when_asked(count: int, traces: Sequence[Trace]) -> None:
     """Hold ONE_SHOT and AFTER_MESSAGE of a timer with that count against the rules."""
     armed, _, told, seen, config, _ = traces
-    index, expiration, delivery = message(told)
-    assert (index, expiration) == (0, count)
+    timer, expiration, delivery = message(told)
+    assert (timer, expiration) == (0, count)
     assert count <= delivery <= seen.value
     assert delivery - max(count, armed.value) < LATE_LIMIT
     assert config.value == BY_MESSAGE & ~ENABLED, "it has ended"
