@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from struct import pack, unpack
 from typing import Final
 
@@ -340,6 +341,62 @@ def test_the_type_is_written_last(printed: list[str]) -> None:
 def test_a_slot_freed_before_the_flag_is_set_is_found_free(printed: list[str]) -> None:
     """Then the guest has not seen the flag and writes no EOM: the message is posted at once, with its own flags."""
     assert told(printed, "posted") == ["1 7 104 55", "0 9 100 0", "0 9 0 0", "1 7 104 55"]
+
+
+RACE: Final = r"""
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include "hyperv_message.h"
+
+#define MESSAGES 300000u
+
+static _Alignas(8) uint8_t slot[HYPERV_MESSAGE_BYTES];
+static int end_of_message;
+static unsigned waits, wrong;
+
+/* Linux's guest: it frees the slot, and only then looks at the flag. */
+static void *guest(void *unused)
+{
+	for (uint32_t last = 0; last < MESSAGES; last++) {
+		uint32_t type;
+
+		while ((type = __atomic_load_n((uint32_t *)slot, __ATOMIC_ACQUIRE)) == 0)
+			sched_yield();
+		wrong += type != last + 1 || pvclock_load32(slot + 16) != ~type;
+		__atomic_store_n((uint32_t *)slot, 0, __ATOMIC_RELAXED);
+		__atomic_thread_fence(__ATOMIC_SEQ_CST);
+		if (__atomic_load_n(slot + 5, __ATOMIC_RELAXED) & HYPERV_MESSAGE_PENDING)
+			__atomic_store_n(&end_of_message, 1, __ATOMIC_SEQ_CST);
+	}
+	return unused;
+}
+
+int main(void)
+{
+	pthread_t thread;
+
+	pthread_create(&thread, NULL, guest, NULL);
+	for (uint32_t type = 1; type <= MESSAGES; type++) {
+		uint32_t message[5] = { type, 4, 0, 0, ~type };
+
+		while (!hyperv_message_post(slot, message, sizeof(message), 1)) {
+			waits++;
+			while (!__atomic_exchange_n(&end_of_message, 0, __ATOMIC_SEQ_CST))
+				sched_yield();
+		}
+	}
+	pthread_join(thread, NULL);
+	printf("race %d %u\n", waits > 0, wrong);
+	return 0;
+}
+"""
+
+
+@pytest.mark.row("H-40")
+def test_a_guest_on_another_cpu_gets_every_message_whole_and_once(tmp_path: Path) -> None:
+    """A sender that sleeps until EOM is always woken: 300,000 messages through one slot, many of which had to wait."""
+    assert told(printed_by(RACE, tmp_path, "-O2", "-pthread"), "race") == ["1 0"]
 
 
 # Saved
