@@ -21,6 +21,9 @@ FLAGS = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"]
 # No symbols: with those of Cython's wrappers a module is six times as large.
 LINK_FLAGS = ["-Wl,--strip-all"]
 
+PAYLOADS = list(Path("pvclock/payloads").glob("*.s"))
+PAYLOAD_FLAGS = ["-Wa,-Ipvclock/payloads"]
+
 # A changed header, or changed flags here, rebuild what includes it.
 DEPENDS = [*Path("pvclock/include").glob("*.h"), Path("setup.py")]
 
@@ -78,8 +81,9 @@ setup(
         module("pvclock.kvm._system"),
         module("pvclock.kvm._vm"),
         module("pvclock.kvm._vcpu"),
-        # The payloads are assembled into this module by gas `.include`, which looks in the -I folders.
-        module("pvclock.payloads._images", "-Wa,-Ipvclock/payloads", depends=Path("pvclock/payloads").glob("*.s")),
+        # The payloads are assembled into these modules by gas `.include`, which looks in the -I folders.
+        module("pvclock.payloads._images", *PAYLOAD_FLAGS, depends=PAYLOADS),
+        module("pvclock.payloads._hvprobe_image", *PAYLOAD_FLAGS, depends=PAYLOADS),
     ],
     options={"build_ext": {"cython_directives": DIRECTIVES}},
 )

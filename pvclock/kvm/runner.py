@@ -96,6 +96,11 @@ class Runner:
         self.gate.end()
         self._wait_for_threads()
 
+    def fail(self, failure: BaseException) -> None:
+        """End the run by this error, as one of the exit handler's would; without waiting for the threads."""
+        self.failure = self.failure or failure
+        self.gate.end()
+
     def close(self) -> None:
         """stop(), for good: start() is a StateError from now on."""
         self.gate.close()

@@ -172,8 +172,8 @@ class GuestInterface:
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
         """MSRs that must exit to the clock on /dev/kvm: every provider's, because the kernel would serve some."""
-        providers: dict[str, Provider | type[Provider]] = {**PROVIDERS, self.name: self._provider}
-        return tuple(each for provider in providers.values() for each in provider.msr_ranges)
+        ranges = [*(each for kind in PROVIDERS.values() for each in kind.msr_ranges), *self._provider.msr_ranges]
+        return tuple({each.base: each for each in ranges}.values())  # of what comes twice, this VM's counts
 
     @property
     def statistics(self) -> Statistics:
@@ -182,6 +182,11 @@ class GuestInterface:
             return Statistics(self._hypercalls, self._hypercalls_by_ud, *self.debug.traffic)
 
     # Hypercalls
+
+    @property
+    def hypercall_port(self) -> int | None:
+        """The port to which the guest's hypercalls write on /dev/kvm; None without."""
+        return self._provider.hypercall_port
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """The guest's VMCALL or VMMCALL, already decoded by the VMM.

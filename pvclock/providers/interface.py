@@ -19,6 +19,7 @@ from pvclock.quantities import Gpa, GuestNs, GuestTsc
 from pvclock.timekeeping.events import EventKind
 
 __all__ = [
+    "ApicServices",
     "CPUID_BASE",
     "ClockServices",
     "CpuidLeaf",
@@ -168,7 +169,7 @@ class ReferenceTime(NamedTuple):
 class VmmServices(Protocol):
     """What hypercalls ask of the VMM.  APIC ids come from the guest, unchecked.
 
-    InterruptServices and ResetServices are further services that a VMM may have.
+    ApicServices, InterruptServices and ResetServices are further services that a VMM may have.
     """
 
     def kick(self, apic_id: int) -> None:
@@ -187,6 +188,30 @@ class InterruptServices(Protocol):
 
     def inject(self, vcpu: int, vector: int) -> None:
         """Raise a fixed, edge-triggered interrupt on vCPU `vcpu` (a number, not an APIC id)."""
+
+
+@runtime_checkable
+class ApicServices(Protocol):
+    """A VMM that emulates its vCPUs' APICs, for registers of theirs that a provider has as MSRs.
+
+    vcpu: a number, not an APIC id.  What a guest writes is passed on as it is, but within the given width; it may be
+    nonsense.  The clock's lock is held but for the two reads, so these do not wait for a vCPU.
+    """
+
+    def end_interrupt(self, vcpu: int) -> None:
+        """The guest writes EOI."""
+
+    def read_icr(self, vcpu: int) -> int:
+        """The interrupt command register, 64 bits: its high half above its low one, as the APIC's mode has them."""
+
+    def write_icr(self, vcpu: int, value: int) -> None:
+        """The guest sends an interrupt; value: as of read_icr()."""
+
+    def read_tpr(self, vcpu: int) -> int:
+        """The task priority, 8 bits."""
+
+    def write_tpr(self, vcpu: int, value: int) -> None:
+        """The guest sets its task priority, 8 bits."""
 
 
 @runtime_checkable
