@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pvclock._scale import tsc_ratio as tsc_ratio
     from pvclock.clock.guest_clock import GuestClock as GuestClock
     from pvclock.clock.ticker import Ticker as Ticker
+    from pvclock.clock.timer_thread import TimerThread as TimerThread
     from pvclock.errors import ConfigError as ConfigError
     from pvclock.errors import GuestAddressError as GuestAddressError
     from pvclock.errors import GuestCrashed as GuestCrashed
@@ -96,6 +97,7 @@ _HOME = {
     "pvclock.quantities": ("Gpa", "GuestNs", "GuestTsc", "HostTsc", "RefNs"),
     "pvclock.readings": ("ClockLine", "Reading", "Reference", "Sample", "TimeInfo"),
     "pvclock.clock.ticker": ("Ticker",),
+    "pvclock.clock.timer_thread": ("TimerThread",),
     "pvclock.timekeeping.timers": ("Timers",),
     "pvclock.tsc.vcpu_tsc": ("VcpuTsc",),
     "pvclock.host.execution_time": ("ExecutionTimeBackend",),

@@ -4,6 +4,7 @@
 from libc.stdint cimport uint8_t, uint64_t
 
 from pvclock._counter cimport Counter
+from pvclock._hyperv cimport hyperv_clock
 from pvclock._math cimport pvclock_line
 from pvclock._memory cimport GuestMemory
 from pvclock._publish cimport (
@@ -55,11 +56,34 @@ cdef class OwnPages:
     cdef uint64_t ns_at(self, int vcpu, uint64_t guest_tsc) noexcept
 
 
+cdef class ReferenceClock:
+    cdef GuestMemory _memory
+    cdef Counter _counter
+    cdef hyperv_clock _clock
+    cdef uint64_t _gpa
+    cdef bint _is_placed
+    cdef bint _is_unmarked  # the page was written, and on_dirty not told
+    cdef uint64_t _generation  # of the memory that the page was looked up in
+    cdef bint _stands  # does time stand still, at _standing_units?
+    cdef uint64_t _standing_tsc, _standing_units
+    cdef readonly bint is_served
+
+    cdef void prepare(self, ClockScale scale, uint64_t tsc_offset, bint in_step) noexcept
+    cdef void note_published(self, bint written) noexcept
+    cdef void move(self, uint64_t ticks, uint64_t ns) noexcept
+    cdef void resume(self, uint64_t tsc, uint64_t ns, ClockScale scale) noexcept
+    cdef void begin_anew(self) noexcept
+    cdef void stop(self, uint64_t tsc, uint64_t ns) noexcept
+    cdef void stand_still(self, uint64_t ns) noexcept
+    cdef int mark_dirty(self) except -1
+
+
 cdef enum:
     # Indices of TimePages._sets: one for each kind of page.
     SHARED_LINE = 0
     OWN_LINE = 1
-    KINDS = 2
+    REFERENCE = 2
+    KINDS = 3
 
 
 cdef class TimePages:
@@ -77,6 +101,7 @@ cdef class TimePages:
     cdef int *_target_vcpu  # by target
     cdef int _count
     cdef OwnPages _own
+    cdef readonly ReferenceClock reference
     cdef bint _changed  # a page or an offset, since the last publish
     cdef uint64_t _generation  # of the memory that all pointers were looked up in
     cdef uint64_t _flagged_generation  # of the memory whose pages may be flagged
@@ -89,7 +114,6 @@ cdef class TimePages:
     cdef int _vcpu(self, object vcpu) except -1
     cdef void _look_up_later(self) noexcept
     cdef void _look_up(self) noexcept
-    cdef bint _publish(self, pvclock_line *timeline, uint64_t *break_tsc, bint again) noexcept nogil
     cdef int _prepare(self, ClockScale scale, uint8_t flags, object out_of_guest) except -1
     cdef void _show(self) noexcept
     cdef void _show_own(self) noexcept

@@ -13,8 +13,15 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
+cdef extern from "<time.h>" nogil:
+    int nanosleep(const timespec *request, timespec *left)
+
 from pvclock._abi cimport PVCLOCK_GUEST_STOPPED, PVCLOCK_TSC_STABLE_BIT, pvclock_vcpu_time_info
 from pvclock._counter cimport Counter
+from pvclock._hyperv cimport (
+    HYPERV_PAGE_BYTES, HYPERV_UNIT_NS, hyperv_clock_move, hyperv_clock_resume, hyperv_counter_read,
+    hyperv_moved_line_fixed, hyperv_tsc_page, pvclock_page_kind_hyperv
+)
 from pvclock._math cimport pvclock_line, pvclock_scale_delta
 from pvclock._memory cimport GuestMemory, as_u64, as_whole, shortened
 from pvclock._publish cimport (
@@ -25,7 +32,7 @@ from pvclock._publish cimport (
 from pvclock._scale cimport ClockScale
 
 from pvclock.errors import ConfigError, RangeError, StateError
-from pvclock.readings import ClockLine, Reading, TimeInfo
+from pvclock.readings import ClockLine, Reading, ReferenceTscPage, TimeInfo
 
 TSC_STABLE_BIT = PVCLOCK_TSC_STABLE_BIT
 GUEST_STOPPED = PVCLOCK_GUEST_STOPPED
@@ -33,6 +40,7 @@ GUEST_STOPPED = PVCLOCK_GUEST_STOPPED
 _NOT_MOVED = (0, 0)
 
 cdef uint64_t TIME_INFO_BYTES = sizeof(pvclock_vcpu_time_info)
+cdef uint64_t REFERENCE_BYTES = 24  # of a reference TSC page; the rest is reserved, and left alone
 
 # How often a page is tried before other threads get the GIL, doubled with each round up to a limit, for a page that is
 # published all the time; and how long: more than an update of a writer that has to wait for its CPU takes, and short
@@ -49,6 +57,13 @@ def read_time_info(GuestMemory memory not None, gpa: int) -> TimeInfo:
     return TimeInfo(
         info.version, info.tsc_timestamp, info.system_time, info.tsc_to_system_mul, info.tsc_shift, info.flags
     )
+
+
+def read_reference_page(GuestMemory memory not None, gpa: int) -> ReferenceTscPage:
+    """The reference TSC page at `gpa` as it lies there, whether or not an update is going on."""
+    cdef hyperv_tsc_page page
+    memcpy(&page, memory.at(gpa, HYPERV_PAGE_BYTES), REFERENCE_BYTES)
+    return ReferenceTscPage(page.sequence, page.scale, page.offset)
 
 
 @cython.final
@@ -125,13 +140,122 @@ cdef class OwnPages:
 
 
 @cython.final
+@cython.no_gc_clear  # as OwnPages
+cdef class ReferenceClock:
+    """The reference time of one VM, in units of 100 ns: its page, and the counter beside it; part of its TimePages.
+
+    Thread-safety: as TimePages; units() may be called from any thread at any time.
+    """
+
+    def __cinit__(self, GuestMemory memory not None, Counter counter not None) -> None:
+        self._memory, self._counter = memory, counter
+
+    # What guest and VMM ask for
+
+    def place(self, gpa: int | None) -> None:
+        """Put the reference TSC page at `gpa`, or (None) take it away, from the next publish on."""
+        self._gpa = 0 if gpa is None else as_u64(gpa, "gpa")
+        self._is_placed, self._clock.is_new = gpa is not None, True
+        self._generation = self._memory.generation - 1
+        self.serve()
+
+    def serve(self) -> None:
+        """Have the counter follow a line from the next publish on, with a page or without."""
+        self.is_served = True
+
+    @property
+    def gpa(self) -> int | None:
+        """The guest-physical address of the page, or None."""
+        return self._gpa if self._is_placed else None
+
+    @property
+    def sequence(self) -> int:
+        """The last one of the page; 0 if it never had one."""
+        return self._clock.sequence
+
+    def adopt(self, units: int, sequence: int) -> None:
+        """Show no less than `units`, nor `sequence` again; for a clock that is restored, before it stands still."""
+        cdef uint64_t count = as_u64(sequence, "sequence")
+        if count >> 32:
+            raise RangeError(f"a page's sequence is {count:#x}; it has 32 bits")
+        self._clock.least_units, self._clock.sequence = as_u64(units, "units"), <uint32_t>count
+
+    def units(self) -> int | None:
+        """Reference time now, or as it stands; None if no line of it was published.
+
+        Never less than a reading of page or counter that had ended before.  Sleeps while a publish changes the line;
+        None, too, if that takes longer than any publish.
+        """
+        cdef uint64_t units, began_ns = monotonic_ns()
+        while not self._stands:
+            if self._clock.line_version == 0 or monotonic_ns() - began_ns > READ_LIMIT_NS:
+                return None
+            if hyperv_counter_read(&self._clock, &self._counter.c, &units) == 0:
+                return units
+            with nogil:
+                nanosleep(&MOMENT, NULL)
+        return self._standing_units
+
+    # What TimePages has it do
+
+    cdef void prepare(self, ClockScale scale, uint64_t tsc_offset, bint in_step) noexcept:
+        """Have all that a publish takes.  A page that comes into guest memory is written by it."""
+        cdef void *page
+        self._clock.num, self._clock.den = scale.num, scale.den
+        self._clock.tsc_offset, self._clock.can_read_tsc = tsc_offset, in_step
+        if self._generation != self._memory.generation:
+            self._generation = self._memory.generation
+            page = self._memory.find(self._gpa, HYPERV_PAGE_BYTES) if self._is_placed else NULL
+            self._clock.is_new = self._clock.is_new or page is not self._clock.page
+            self._clock.page = page
+
+    cdef void note_published(self, bint written) noexcept:
+        self._stands = False
+        self._is_unmarked = self._is_unmarked or (written and self._clock.page is not NULL)
+
+    cdef void move(self, uint64_t ticks, uint64_t ns) noexcept:
+        """As TimePages.move()."""
+        if self._clock.line_den != 0 and (ticks or ns):
+            hyperv_clock_move(&self._clock, ticks, ns)
+
+    cdef void resume(self, uint64_t tsc, uint64_t ns, ClockScale scale) noexcept:
+        """Go on at host TSC `tsc` from the line as it stood, `ns` ahead, at the rate of `scale`."""
+        hyperv_clock_resume(&self._clock, self._standing_tsc, tsc - self._standing_tsc, ns, scale.num, scale.den)
+
+    cdef void begin_anew(self) noexcept:
+        """Forget the line: the next one may be a step away."""
+        self._clock.line_den = 0
+
+    cdef void stop(self, uint64_t tsc, uint64_t ns) noexcept:
+        """Have the counter show what it shows at `tsc` until the next publish: `ns`, if it has no line yet."""
+        if self._clock.line_den == 0:
+            self.stand_still(ns)
+            return
+        self._standing_units = <uint64_t>(hyperv_moved_line_fixed(&self._clock, tsc) >> 64)
+        self._standing_tsc, self._stands = tsc, True
+
+    cdef void stand_still(self, uint64_t ns) noexcept:
+        """Have the counter show `ns`, or what was shown before a restore, until the next publish begins a line."""
+        self._clock.line_den = self._clock.line_version = 0
+        self._standing_units = self._clock.least_units = max(ns // HYPERV_UNIT_NS, self._clock.least_units)
+        self._stands = True
+
+    cdef int mark_dirty(self) except -1:
+        """Tell the memory's on_dirty, if the page was written and that was not told."""
+        if self._is_unmarked:
+            self._is_unmarked = False
+            self._memory.mark_dirty(self._gpa, REFERENCE_BYTES)
+        return 0
+
+
+@cython.final
 @cython.no_gc_clear  # its memory is what tells it that its pointers are stale
 cdef class TimePages:
-    """The pvclock pages of one VM, one for each vCPU, and the line that they show.
+    """The pages of one VM, and the line that they show: pvclock pages, one for each vCPU, and a reference TSC page.
 
-    A page has either the VM's line, which each publish brings up to date, or a line of its own, which is written once.
-    One that is registered but not in guest memory is left out of a publish, and comes in as soon as a slot covers it
-    (as in Linux).
+    A pvclock page has either the VM's line, which each publish brings up to date, or a line of its own, which is
+    written once.  One that is registered but not in guest memory is left out of a publish, and comes in as soon as a
+    slot covers it (as in Linux).
 
     Thread-safety: one thread at a time may call the methods that register or publish; `read` and `reading` may be
     called from any thread at any time.
@@ -148,8 +272,10 @@ cdef class TimePages:
         if not (self._wanted and self._shown and self._targets and self._target_vcpu):
             raise MemoryError
         self._own = OwnPages(memory, vcpus)
-        self._sets[SHARED_LINE] = pvclock_page_set(&pvclock_page_kind_pvclock, self._targets, 0)
-        self._sets[OWN_LINE] = pvclock_page_set(&pvclock_page_kind_own_line, self._own.pages, 0)
+        self.reference = ReferenceClock(memory, counter)
+        self._sets[SHARED_LINE] = pvclock_page_set(&pvclock_page_kind_pvclock, self._targets, 0, 0)
+        self._sets[OWN_LINE] = pvclock_page_set(&pvclock_page_kind_own_line, self._own.pages, 0, 0)
+        self._sets[REFERENCE] = pvclock_page_set(&pvclock_page_kind_hyperv, &self.reference._clock, 0, 0)
         self.break_tsc = pvclock_counter_read(&counter.c)
         self._look_up()
 
@@ -235,13 +361,15 @@ cdef class TimePages:
 
     def publish(
         self, line, ClockScale scale not None, *, flags=0, out_of_guest=(), step=False, moved=_NOT_MOVED, start=None,
-        again=False,
+        again=False, in_step=False,
     ) -> int:
         """Publish `line` at `scale` into all registered pages at once; returns the break point (host TSC).
 
         The clock goes on at the break by 0 or +1 ns, unless `step` says that it may jump to the line.  moved: see
         move(), which comes first.  `flags` go to the vCPUs in `out_of_guest` (vCPU numbers) only: a running guest
         writes that byte itself.  The memory's on_dirty is told of all pages that it writes.
+
+        in_step: the vCPUs' TSCs are the host's plus vCPU 0's offset; else nobody may use the reference TSC page.
 
         start: (host TSC, ns, scale) at which stopped time resumes: from there to the break the line
         published last is the reading that stood, `ns` ahead, at `scale`; its own rate may be another.
@@ -264,34 +392,31 @@ cdef class TimePages:
             ticks, ns = moved
             moved_ticks, moved_ns = as_u64(ticks, "ticks"), as_u64(ns, "ns")
         if start is not None:
-            resumed_tsc, gain_ns, standing_scale = start
-            standing.tsc_timestamp = as_u64(resumed_tsc, "start")
-            standing.system_time = self._standing_ns + as_u64(gain_ns, "start")
-            standing.scale = (<ClockScale?>standing_scale).c
+            standing = as_standing(start, self._standing_ns)
         self._prepare(scale, as_flags(flags), out_of_guest)
         self._move(moved_ticks, moved_ns)
         if start is not None and self._stands:
             self._anchor = standing
+            self.reference.resume(standing.tsc_timestamp, standing.system_time - self._standing_ns, start[2])
+        self.reference.prepare(scale, self._wanted[0].tsc_offset, in_step)
+        self._sets[REFERENCE].count = self.reference.is_served
         if may_step:
             self._anchor.scale.mul = 0
+            self.reference.begin_anew()
         break_tsc = self.break_tsc
         if self._changed:  # readers must not see a page with the offset of another: they need the GIL, so keep it
-            self.counter_went_back = self._publish(&timeline, &break_tsc, at_last_break)
+            self.counter_went_back = publish_pages(self, &timeline, &break_tsc, at_last_break)
         else:
             self.memory.pin()
             with nogil:
-                self.counter_went_back = self._publish(&timeline, &break_tsc, at_last_break)
+                self.counter_went_back = publish_pages(self, &timeline, &break_tsc, at_last_break)
             self.memory.unpin()
         self.break_tsc, self._stands = break_tsc, False
         self._show()
+        self.reference.note_published(self._sets[REFERENCE].is_due)
         if self._own.count or self.memory._on_dirty is not None:
             self.mark_dirty()
         return break_tsc
-
-    cdef bint _publish(self, pvclock_line *timeline, uint64_t *break_tsc, bint again) noexcept nogil:
-        return pvclock_publish_at(
-            self._sets, KINDS, timeline, &self._params, &self.counter.c, &self._anchor, break_tsc, again
-        ) != 0
 
     cdef int _prepare(self, ClockScale scale, uint8_t flags, out_of_guest) except -1:
         """Have all in C that a publish takes.  From wait_for_slots() to its end no Python code runs."""
@@ -372,13 +497,17 @@ cdef class TimePages:
 
     cdef void _move(self, uint64_t ticks, uint64_t ns) noexcept:
         pvclock_anchor_move(&self._anchor, ticks, ns)
+        self.reference.move(ticks, ns)
         self.break_tsc += ticks
         self._standing_tsc += ticks
         self._standing_ns += ns
+        if self._stands:
+            self.reference.stop(self._standing_tsc, self._standing_ns)
 
     def stand_still(self, host_tsc: int, ns: int) -> None:
         """Have readers in this process find `ns`, and the TSC of `host_tsc`, until the next publish."""
         self._standing_tsc, self._standing_ns = as_u64(host_tsc, "host_tsc"), as_u64(ns, "ns")
+        self.reference.stand_still(self._standing_ns)
         self._stands = True
 
     def stop(self) -> int:
@@ -389,6 +518,7 @@ cdef class TimePages:
         cdef uint64_t tsc = pvclock_counter_read(&self.counter.c)
         if self._anchor.scale.mul:
             self._standing_ns = pvclock_anchor_read(&self._anchor, tsc)
+            self.reference.stop(tsc, self._standing_ns)
         self._standing_tsc, self._stands = tsc, True
         return tsc
 
@@ -403,6 +533,7 @@ cdef class TimePages:
             for i in range(self._count):
                 self.memory.mark_dirty(self._wanted[self._target_vcpu[i]].gpa, TIME_INFO_BYTES)
             self._own.mark_dirty()
+            self.reference.mark_dirty()
         finally:
             self.memory.tell()
 
@@ -462,6 +593,9 @@ cdef class TimePages:
         return pvclock_anchor_read(&self._anchor, as_u64(host_tsc, "host_tsc"))
 
 
+cdef timespec MOMENT = timespec(0, 10_000)  # a window is some microseconds long
+
+
 cdef uint64_t monotonic_ns() noexcept:
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
@@ -470,6 +604,21 @@ cdef uint64_t monotonic_ns() noexcept:
 
 cdef no_page(vcpu):
     return StateError("read", f"vCPU {vcpu} has no page in guest memory", "its guest registers one by MSR first")
+
+
+cdef bint publish_pages(TimePages pages, pvclock_line *timeline, uint64_t *break_tsc, bint again) noexcept nogil:
+    return pvclock_publish_at(
+        pages._sets, KINDS, timeline, &pages._params, &pages.counter.c, &pages._anchor, break_tsc, again
+    ) != 0
+
+
+cdef pvclock_anchor as_standing(start, uint64_t standing_ns) except *:
+    """The line at which stopped time resumes: see TimePages.publish()."""
+    cdef pvclock_anchor standing
+    tsc, gain_ns, scale = start
+    standing.tsc_timestamp, standing.system_time = as_u64(tsc, "start"), standing_ns + as_u64(gain_ns, "start")
+    standing.scale = (<ClockScale?>scale).c
+    return standing
 
 
 cdef pvclock_line as_line(line) except *:

@@ -4,6 +4,10 @@
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
 
+cdef extern from *:
+    ctypedef unsigned long long pvclock_u128  # 128 bits
+
+
 cdef extern from "pvclock_math.h" nogil:
     cdef struct pvclock_scale:
         uint32_t mul
@@ -25,3 +29,4 @@ cdef extern from "pvclock_math.h" nogil:
     uint64_t pvclock_guest_tsc(uint64_t host_tsc, uint64_t ratio, unsigned int frac_bits, uint64_t offset)
     pvclock_line pvclock_line_at(pvclock_line line, uint64_t tsc)
     pvclock_line pvclock_line_turn(pvclock_line line, uint64_t num, uint64_t den)
+    pvclock_u128 pvclock_fixed_rate(uint64_t num, uint64_t den, uint64_t unit_ns)

@@ -44,6 +44,7 @@ cdef extern from "pvclock_publish.h" nogil:
         const pvclock_page_kind *kind
         void *pages
         size_t count
+        int is_due
 
     cdef struct pvclock_target:
         void *page

@@ -1,4 +1,4 @@
-"""Records shared with the guest besides the time pages: wall clock, steal time, EOI byte, page-fault words, pairing.
+"""Records shared with the guest besides the time pages: wall clock, steal time, EOI byte, message slots and others.
 
 Each function accesses one record of a vCPU that may be running.  If the record is not in guest memory it does nothing,
 like Linux, and those that return a result report it.  RangeError if an address or a value does not fit its type.
@@ -12,6 +12,7 @@ from pvclock._abi cimport (
     PVCLOCK_PAGE_NOT_PRESENT, PVCLOCK_PAGE_READY, PVCLOCK_VCPU_FLUSH_TLB, PVCLOCK_VCPU_PREEMPTED, pvclock_async_pf,
     pvclock_clock_pairing, pvclock_steal_time, pvclock_wall_clock
 )
+from pvclock._hyperv cimport HYPERV_MESSAGE_BYTES, hyperv_message_header, hyperv_message_post
 from pvclock._memory cimport GuestMemory, as_u64, as_whole
 from pvclock._publish cimport (
     pvclock_add_steal_time, pvclock_clear_preempted, pvclock_eoi_offer, pvclock_eoi_take, pvclock_load32,
@@ -27,6 +28,7 @@ VCPU_PREEMPTED = PVCLOCK_VCPU_PREEMPTED
 VCPU_FLUSH_TLB = PVCLOCK_VCPU_FLUSH_TLB
 PAGE_NOT_PRESENT = PVCLOCK_PAGE_NOT_PRESENT
 PAGE_READY = PVCLOCK_PAGE_READY
+MESSAGE_BYTES = HYPERV_MESSAGE_BYTES
 
 cdef uint64_t NS_PER_S = 1_000_000_000
 
@@ -155,3 +157,22 @@ def write_clock_pairing(GuestMemory memory not None, gpa: int, real_ns: int, gue
     memcpy(record, &pairing, sizeof(pairing))
     memory.mark_dirty(where, sizeof(pairing))
     return True
+
+
+def post_message(GuestMemory memory not None, gpa: int, message: bytes, waits: bool) -> bool:
+    """Post a Hyper-V message, header and payload, in the slot at `gpa`; False if that is taken or not in guest memory.
+
+    waits: tell the guest in a slot that is taken to write EOM, for the caller will try again then.
+    message: 16 to 256 bytes, a multiple of 4, of a type that is not 0.
+    """
+    cdef uint64_t where = as_u64(gpa, "gpa")
+    cdef size_t length = len(message)
+    if length % 4 or not sizeof(hyperv_message_header) <= length <= HYPERV_MESSAGE_BYTES:
+        raise RangeError(f"a message of {length} bytes; it must have 16 to {MESSAGE_BYTES}, a multiple of 4")
+    cdef uint8_t *slot = memory.find(where, HYPERV_MESSAGE_BYTES)
+    if slot is NULL:
+        return False
+    cdef bint is_posted = hyperv_message_post(slot, <const char *>message, length, waits)
+    if is_posted or waits:
+        memory.mark_dirty(where, HYPERV_MESSAGE_BYTES)
+    return is_posted

@@ -4,8 +4,8 @@ cimport cython
 from libc.stdint cimport uint64_t
 
 from pvclock._math cimport (
-    pvclock_guest_tsc, pvclock_scale, pvclock_scale_delta, pvclock_time_scale, pvclock_time_scale_of_rate,
-    pvclock_tsc_ratio, pvclock_unscale_delta
+    pvclock_fixed_rate, pvclock_guest_tsc, pvclock_scale, pvclock_scale_delta, pvclock_time_scale,
+    pvclock_time_scale_of_rate, pvclock_tsc_ratio, pvclock_u128, pvclock_unscale_delta
 )
 from pvclock._memory cimport as_u64, as_whole, shortened
 
@@ -23,6 +23,21 @@ def time_scale(scaled_hz: int, base_hz: int) -> tuple[int, int]:
         raise RangeError(f"no (mul, shift) from {base_hz} Hz to {scaled_hz} Hz: both must be at least 1, "
                          "the second below 2^63")
     return scale.mul, scale.shift
+
+
+def fixed_rate(num: int, den: int, unit_ns: int) -> int:
+    """num/den ns a tick as units of `unit_ns` ns a tick, the nearest multiple of 2^-64 units, in these.
+
+    That of a reference TSC page, with units of 100 ns, is its scale, if it has 64 bits.  num, den: 64 bits; den at
+    least 1; unit_ns from 1 to 2^63 - 1; else RangeError.
+    """
+    cdef uint64_t divisor = as_u64(den, "den"), unit = as_u64(unit_ns, "unit_ns")
+    cdef pvclock_u128 rate
+    if divisor == 0 or not 0 < unit < <uint64_t>1 << 63:
+        raise RangeError(f"{shortened(num)}/{divisor} ns a tick in units of {unit} ns; den must be at least 1, unit_ns "
+                         "in [1, 2^63)")
+    rate = pvclock_fixed_rate(as_u64(num, "num"), divisor, unit)
+    return int(<uint64_t>(rate >> 64)) << 64 | int(<uint64_t>rate)
 
 
 def tsc_ratio(guest_khz: int, host_khz: int, frac_bits: int = 48) -> int:
@@ -50,12 +65,23 @@ def guest_tsc(host_tsc: int, offset: int = 0, ratio: int = 1 << 48, frac_bits: i
     return pvclock_guest_tsc(as_u64(host_tsc, "host_tsc"), as_u64(ratio, "ratio"), frac_bits, as_u64(offset, "offset"))
 
 
+cdef uint64_t NS_PER_S = _NS_PER_S
+
+
+cdef (uint64_t, uint64_t) _own_rate(pvclock_scale scale) noexcept:
+    """The pair's own ns in a tick as num/den: mul * 2^(shift - 32)."""
+    if scale.shift >= -31:
+        return <uint64_t>scale.mul << max(scale.shift, 0), <uint64_t>1 << (32 + max(-scale.shift, 0))
+    return max(scale.mul >> (-31 - scale.shift), 1), <uint64_t>1 << 63
+
+
 @cython.final
 cdef class ClockScale:
     """A pair (mul, shift) that turns TSC ticks into ns as a pvclock guest does: ((ticks << shift) * mul) >> 32.
 
     mul: 1 to 2^32 - 1.  shift: -63 to 31, negative is a right shift.  hz: the frequency that it was made for, or the
-    one that it expresses, rounded.  Immutable, hashable, comparable by (mul, shift).
+    one that it expresses, rounded.  ns_per_tick: the rate that it was made for, exactly, which other kinds of pages
+    show with more bits.  Immutable, hashable, comparable by (mul, shift).
     """
 
     def __cinit__(self, mul: int, shift: int, hz: int | None = None) -> None:
@@ -68,6 +94,7 @@ cdef class ClockScale:
         if hz is not None and as_whole(hz, "hz") < 1:
             raise RangeError(f"TSC frequency is {shortened(hz)} Hz; it must be at least 1 Hz")
         self.hz = hz if hz is not None else ((_NS_PER_S << 95) + denominator // 2) // denominator
+        self.num, self.den = _own_rate(self.c) if hz is None or hz >> 64 else (NS_PER_S, <uint64_t>hz)
 
     @staticmethod
     def from_hz(hz: int, *, rounding: str = "floor") -> ClockScale:
@@ -101,9 +128,12 @@ cdef class ClockScale:
         For every frequency of whole kHz below 16 GHz it is that of from_hz().  RangeError if there is none.
         """
         cdef pvclock_scale scale
+        cdef ClockScale made
         if pvclock_time_scale_of_rate(as_u64(num, "num"), as_u64(den, "den"), False, &scale) != 0:
             raise RangeError(f"no (mul, shift) shows {num}/{den} ns a tick")
-        return ClockScale(scale.mul, scale.shift)
+        made = ClockScale(scale.mul, scale.shift)
+        made.num, made.den = num, den
+        return made
 
     @property
     def mul(self) -> int:
@@ -114,6 +144,11 @@ cdef class ClockScale:
     def shift(self) -> int:
         """tsc_shift of the page."""
         return self.c.shift
+
+    @property
+    def ns_per_tick(self) -> tuple[int, int]:
+        """(num, den): it was made for num/den ns a tick, or for its own rate, which terms of 64 bits may cut."""
+        return self.num, self.den
 
     @property
     def rate_error_ppb(self) -> float:

@@ -9,9 +9,9 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import NamedTuple
 
-from pvclock.quantities import GuestNs, GuestTsc, HostTsc, RefNs
+from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, RefNs
 
-__all__ = ["ClockLine", "HostStamps", "Reading", "Reference", "RunReport", "Sample", "TimeInfo"]
+__all__ = ["ClockLine", "HostStamps", "Reading", "Reference", "ReferenceTscPage", "RunReport", "Sample", "TimeInfo"]
 
 
 class Reference(StrEnum):
@@ -56,6 +56,30 @@ class TimeInfo(NamedTuple):
             f"mul {self.tsc_to_system_mul:#x}, shift {self.tsc_shift}, flags {self.flags:#x}, "
             f"which shows a TSC of {self.shown_khz} kHz"
         )
+
+
+class ReferenceTscPage(NamedTuple):
+    """A reference TSC page as it lies in guest memory; source: TLFS, HV_REFERENCE_TSC_PAGE.
+
+    sequence: 0 and 2^32 - 1 say that nobody may use the page.  scale: units of 100 ns in 2^64 ticks.  offset: units.
+    """
+
+    sequence: int
+    scale: int
+    offset: int
+
+    @property
+    def is_valid(self) -> bool:
+        """May its guest use it, or has it to read the counter?"""
+        return self.sequence not in (0, 0xFFFFFFFF)
+
+    def units(self, guest_tsc: int) -> int:
+        """What a guest computes at `guest_tsc`: reference time in units of 100 ns."""
+        return (guest_tsc * self.scale >> 64) + self.offset & U64_MASK
+
+    def described(self) -> str:
+        """One line of it, for a log."""
+        return f"sequence {self.sequence}, scale {self.scale:#x}, offset {self.offset}"
 
 
 class Reading(NamedTuple):

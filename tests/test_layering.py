@@ -39,10 +39,10 @@ STRANGERS = {
 }
 
 # What is in providers/: the providers, what these may know beside themselves, and the rest.
-PROVIDERS_OF_GUESTS = {"none", "minimal", "hyperv", "kvm"}
-SHARED_BY_PROVIDERS = {"interface", "timing", "hypercall_instructions", "guest_log"}
+PROVIDERS_OF_GUESTS = {"none", "minimal", "hyperv", "kvm", "side_by_side"}
+SHARED_BY_PROVIDERS = {"interface", "options", "timing", "hypercall_instructions", "guest_log"}
 PROVIDER_MACHINERY = {"__init__", "configuration", "guest_interface", "registry", "virtualbox"}
-PROVIDER_NAMES = {"None", "Minimal", "HyperV", "KVM"}
+PROVIDER_NAMES = {"None", "Minimal", "HyperV", "KVM", "HyperV+KVM"}
 
 # What serves any provider alike, and where it names one all the same, with the reason.
 NEUTRAL = ("providers/guest_interface.py", "clock", "machine", "state")

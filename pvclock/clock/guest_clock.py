@@ -15,7 +15,7 @@ from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT
 from pvclock._memory import GuestMemory
 from pvclock._scale import ClockScale
 from pvclock._transaction import attempt
-from pvclock.arguments import flag, instance, instances, serving, whole
+from pvclock.arguments import flag, function, instance, instances, serving, whole
 from pvclock.clock import capture
 from pvclock.clock.capture import ClockParts
 from pvclock.clock.event_log import EventLog
@@ -25,6 +25,7 @@ from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.live_clock import Takeover
 from pvclock.clock.operations import Operations
 from pvclock.clock.pause_resume import PauseResume
+from pvclock.clock.reference_time import ReferenceTime
 from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.clock.wall_clock import WallClock, WallClockBase
@@ -107,7 +108,8 @@ class GuestClock:
             self.vcpus,
             backend,
             chosen.provider,
-            stable=self._is_stable,
+            in_step=lambda: self._host.has_tscs_in_step,
+            allows_stable=lambda: self._guest.allows_stable,
             tsc_is_good=self._tsc_is_good,
         )
         self._parts = _parts_of(self._keeper, tsc_offset)
@@ -156,6 +158,11 @@ class GuestClock:
     def page(self, vcpu: int) -> TimeInfo | None:
         """vCPU's page as read from guest memory; None if there is none."""
         return self._keeper.page(vcpu)
+
+    @property
+    def reference_time(self) -> ReferenceTime:
+        """Guest time in units of 100 ns, as the counter and the page of a guest of Hyper-V's kind show it."""
+        return self._guest.reference_clock
 
     @property
     def events(self) -> EventLog:
@@ -408,6 +415,37 @@ class GuestClock:
         """The VMM's `registers` for an ordinary CPUID leaf, with the clock's bits set or cleared."""
         return self._guest.patched_cpuid(leaf, subleaf, registers)
 
+    # Timers of the guest's interface
+
+    @property
+    def has_timers(self) -> bool:
+        """Can the guest's interface have timers, so that expire_timers() has to be called?"""
+        return self._guest.timers.exist
+
+    def expire_timers(self) -> GuestNs | None:
+        """Expire the interface's timers that are due now; returns the guest time in ns at which the next one is due.
+
+        None if none is set, or while paused.  For VMMs that do without a TimerThread: call it when that time has come,
+        and when watch_timers() says so.  Interrupts are raised by the VMM's services without the clock's lock, so call
+        it without that, too; raises what they raise, with the timers expired.
+        """
+        return self._guest.timers.expire()
+
+    def host_ns_to_next_timer(self) -> int | None:
+        """Host ns from now until the next timer is due at the present rate, 0 if one is; None as expire_timers()."""
+        return self._guest.timers.host_ns_left()
+
+    def watch_timers(self, told: Callable[[], object]) -> None:
+        """Call `told` whenever the next timer, or the time until it is due, may have changed.
+
+        With the clock's lock held, on any thread: it wakes what calls expire_timers(), and neither waits nor raises.
+        """
+        self._guest.timers.watch(function("told", told))
+
+    def unwatch_timers(self, told: Callable[[], object]) -> None:
+        """Call `told` no more; does nothing if it is not called."""
+        self._guest.timers.unwatch(function("told", told))
+
     # Saved and restored
 
     def save(self) -> ClockState:
@@ -491,9 +529,6 @@ class GuestClock:
         return self._guest.pairing(vcpu)
 
     # Inside
-
-    def _is_stable(self) -> bool:
-        return self._tscs.agree and self._host.is_trusted and self._guest.allows_stable
 
     def _tsc_is_good(self, vcpu: int | None) -> bool:
         return self._host.check(vcpu)

@@ -8,15 +8,17 @@ from functools import partial
 from typing import Final
 
 from pvclock.arguments import instance, whole
+from pvclock.clock import reference_time
 from pvclock.clock.capture import ClockParts
 from pvclock.clock.placement import Placement
+from pvclock.clock.provider_timers import ProviderTimers
 from pvclock.clock.run_delays import RunDelays
 from pvclock.clock.timekeeper import nothing
 from pvclock.errors import MsrFault, RangeError, WrongType
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers.configuration import Configuration
 from pvclock.providers.guest_interface import GuestInterface
-from pvclock.providers.interface import CpuidLeaf, Hooks, OwnPage, Pairing, VcpuHost, VmmServices
+from pvclock.providers.interface import CpuidLeaf, Hooks, OwnPage, Pairing, ReferenceTime, VcpuHost, VmmServices
 from pvclock.quantities import U64_MASK, Gpa, GuestTsc
 from pvclock.state.clock_state import OfferState, ProviderState
 from pvclock.timekeeping.events import EventCause, EventKind
@@ -59,7 +61,10 @@ class GuestSide:
         self.memory = self._keeper.memory
         self._vcpus = self._keeper.vcpus
         self._backend = self._keeper.backend
-        self._placement = Placement(self._keeper, self.own_page)
+        self.reference_clock = reference_time.ReferenceTime(self._keeper)
+        """The VM's reference time; its line begins when a guest asks for it."""
+
+        self._placement = Placement(self._keeper, self.own_page, self.reference_clock)
         self.kernel_features = _kernel_features(self._backend)
         """See ClockServices."""
 
@@ -71,12 +76,13 @@ class GuestSide:
             log=partial(self._keeper.tell, EventKind.START),
         )
         self._provider = self.interface.provider
+        self.timers = ProviderTimers(self._keeper, self._provider.hooks)
         self.at_tick = self._hook_up(self._provider.hooks)
         """What the provider is told at each tick; None if nothing."""
 
     def _hook_up(self, hooks: Hooks) -> Callable[[], None] | None:
-        if hooks.time_changed is not None:
-            self._keeper.time_changed = hooks.time_changed
+        if hooks.time_changed is not None or self.timers.exist:
+            self._keeper.time_changed = partial(self._tell_of_time, hooks.time_changed)
         if hooks.run_delay is None and hooks.tick is None:
             return None
         return partial(self._tell_at_tick, RunDelays(self._keeper), hooks)
@@ -158,6 +164,11 @@ class GuestSide:
             if hooks.tick is not None:
                 hooks.tick()
 
+    def _tell_of_time(self, time_changed: Callable[[bool], object] | None, is_paused: bool) -> None:
+        if time_changed is not None:
+            time_changed(is_paused)
+        self.timers.changed()
+
     def reset(self) -> None:
         """See GuestClock.reset(); for with_vcpus_out()."""
         self._keeper.check_vcpus_out("reset")
@@ -207,6 +218,34 @@ class GuestSide:
         with self._keeper.changing:
             self._placement.place(pages, begin, undo, vcpu)
 
+    def place_reference_page(
+        self,
+        gpa: Gpa | None,
+        begin: Callable[[], object] = nothing,
+        undo: Callable[[], object] = nothing,
+        vcpu: int | None = None,
+    ) -> None:
+        """Keep the VM's reference TSC page at `gpa` from now on (None: nowhere), and publish; see ClockServices."""
+        with self._keeper.changing:
+            self._placement.place_reference_page(gpa, begin, undo, vcpu)
+
+    def reference_units(self, vcpu: int) -> int:
+        """The VM's reference time now; see ClockServices."""
+        return self.reference_clock.units(vcpu)
+
+    @property
+    def reference_time(self) -> ReferenceTime:
+        """The VM's reference time, to be saved."""
+        with self._keeper.changing:
+            return ReferenceTime(*self.reference_clock.shown)
+
+    def adopt_reference_time(self, saved: ReferenceTime, gpa: Gpa | None) -> None:
+        """Go on from a saved reference time; see ClockServices."""
+        self.reference_clock.adopt(*saved, gpa)
+
+    def timers_changed(self) -> None:
+        """What Hooks.next_due_ns returns may have changed."""
+
     def guest_tsc(self, vcpu: int) -> GuestTsc:
         """What vCPU's TSC reads at this instant."""
         return GuestTsc(self._tscs.read(vcpu, self._keeper.host_tsc()))
@@ -222,6 +261,10 @@ class GuestSide:
             self._keeper.check_vcpu(vcpu)
         if self._provider.refreshes_pages or self._keeper.timeline.is_slewing:
             self._operations.refresh(vcpu)
+
+    def timers_changed(self) -> None:
+        """What Hooks.next_due_ns returns may have changed."""
+        self.timers.changed()
 
     def write_wall_clock(self, gpa: Gpa, on_commit: Callable[[], object] = nothing) -> None:
         """Write the time of day of guest time 0 into the wall-clock record at `gpa`, once; ignored if not in memory.

@@ -107,6 +107,11 @@ class HostTrust:
         """True if the host allows TSC_STABLE: its clocksource is trusted and its TSC has never failed."""
         return self._tsc_trusted and not self._tsc_failed
 
+    @property
+    def has_tscs_in_step(self) -> bool:
+        """Do the vCPUs' TSCs run with each other, at one offset to a TSC of the host that is trusted?"""
+        return self._keeper.backend.tsc_stable and self._tscs.agree and self.is_trusted
+
     def apply_host_findings(self, troubles: list[Trouble], *, tsc_trusted: bool) -> None:
         """Apply one host check: record each trouble as an event, and drop TSC_STABLE if one calls for it.
 

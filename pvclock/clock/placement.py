@@ -1,10 +1,11 @@
-"""Registers a guest's pvclock pages: each placement publishes in one step, and the first ones are events."""
+"""Registers the pages of a guest's clock: each placement publishes in one step, and the first ones are events."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from pvclock.clock.reference_time import ReferenceTime
 from pvclock.clock.timekeeper import Timekeeper
 from pvclock.providers.interface import OwnPage
 from pvclock.quantities import Gpa
@@ -23,8 +24,10 @@ class Placement:
     own_page: the provider's.
     """
 
-    def __init__(self, keeper: Timekeeper, own_page: Callable[[int], OwnPage | None]) -> None:
-        self._keeper, self._own_page = keeper, own_page
+    def __init__(
+        self, keeper: Timekeeper, own_page: Callable[[int], OwnPage | None], reference_time: ReferenceTime
+    ) -> None:
+        self._keeper, self._own_page, self._reference_time = keeper, own_page, reference_time
         self._events_left = PAGES_TOLD
 
     def place(
@@ -54,6 +57,33 @@ class Placement:
             self._events_left = left - len(placed)
             events = [self._event(vcpu, gpa, stamps) for vcpu, gpa in list(placed.items())[:left]]
             return tuple(event for event in events if event is not None)
+
+        keeper.publish_with(move, move_back, record, out_of_guest)
+
+    def place_reference_page(
+        self, gpa: Gpa | None, begin: Callable[[], object], undo: Callable[[], object], out_of_guest: int | None
+    ) -> None:
+        """See GuestSide.place_reference_page()."""
+        keeper, reference = self._keeper, self._keeper.pages.reference
+        stamps = keeper.backend.stamps() if gpa is not None and self._events_left > 0 else None
+        before, left = reference.gpa, self._events_left
+
+        def move() -> None:
+            begin()
+            reference.place(gpa)
+
+        def move_back() -> None:
+            undo()
+            reference.place(before)
+
+        def record() -> tuple[Event, ...]:
+            if stamps is None:
+                return ()
+            self._events_left = left - 1
+            kind, why = EventKind.REFUSED, f"there is no memory for the reference TSC page at {gpa:#x}"
+            if (page := self._reference_time.page()) is not None:
+                kind, why = EventKind.PAGE, f"reference TSC page at {gpa:#x}, {page.described()}"
+            return (keeper.event(kind, why, stamps, cause=EventCause.GUEST),)
 
         keeper.publish_with(move, move_back, record, out_of_guest)
 

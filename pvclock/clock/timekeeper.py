@@ -95,7 +95,8 @@ class Timekeeper:
     """The time of one VM with `vcpus` vCPUs in `memory`; guest time 0 is now.
 
     provider: the name of the guest's clock interface, for events.
-    stable: returns True if pages may say that all vCPUs' TSCs agree; called at every publish.
+    in_step: returns True if the host's TSC is trusted, and all vCPUs' TSCs have one offset to it.  allows_stable:
+    returns True if pages may say so.  Both are called at every publish.
     tsc_is_good: returns True if this CPU's TSC is not behind; called with republish()'s vcpu before a publish whose
     operation has not checked the host itself.
 
@@ -110,7 +111,8 @@ class Timekeeper:
         backend: Backend,
         provider: str,
         *,
-        stable: Callable[[], bool],
+        in_step: Callable[[], bool],
+        allows_stable: Callable[[], bool],
         tsc_is_good: Callable[[int | None], bool],
     ) -> None:
         self.memory = memory
@@ -121,12 +123,10 @@ class Timekeeper:
         self.changing = Transaction(memory, self.events.deliver)
         self.live = LiveClock()
         self.pages = TimePages(memory, vcpus, backend.counter)
-        begin = self.host_tsc()
-        timeline = Timeline(begin, backend.tsc_hz)
+        timeline = Timeline(self.host_tsc(), backend.tsc_hz)
         timeline.check(Fraction(1))
         self.state = TimeState.of(timeline)
-        self._stable = stable
-        self._tsc_is_good = tsc_is_good
+        self._in_step, self._allows_stable, self._tsc_is_good = in_step, allows_stable, tsc_is_good
         self.time_changed: Callable[[bool], object] = nothing
         """Hooks.time_changed of the guest's provider."""
 
@@ -412,7 +412,7 @@ class Timekeeper:
 
     @property
     def _flags(self) -> int:
-        return TSC_STABLE_BIT if self.backend.tsc_stable and self._stable() else 0
+        return TSC_STABLE_BIT if self._in_step() and self._allows_stable() else 0
 
     def _publish(
         self,
@@ -455,6 +455,7 @@ class Timekeeper:
             moved=moved,
             start=start,
             again=again,
+            in_step=self._in_step(),
         )
         if change is _unchanged:
             publish()

@@ -97,7 +97,8 @@ struct hyperv_clock {
 	uint64_t line_den;
 	uint64_t line_tsc_offset;
 	uint64_t carried;        /* by how much its scale is more than its rate, or less */
-	uint64_t moved_ticks;    /* by declared steps since */
+	uint8_t has_moved;       /* by a declared step since, or a pause has ended */
+	uint64_t moved_ticks;
 	uint64_t moved_ns;
 };
 
@@ -113,6 +114,7 @@ static inline uint32_t hyperv_sequence_after(uint32_t sequence)
 static inline void hyperv_clock_move(struct hyperv_clock *clock, uint64_t ticks, uint64_t ns)
 {
 	__atomic_store_n(&clock->line_version, clock->line_version | 1u, __ATOMIC_SEQ_CST);
+	clock->has_moved = 1;
 	clock->moved_ticks += ticks;
 	clock->moved_ns += ns;
 }
@@ -122,6 +124,39 @@ static inline pvclock_u128 hyperv_moved_line_fixed(const struct hyperv_clock *cl
 {
 	return hyperv_line_fixed(&clock->line, tsc - clock->moved_ticks) +
 	       hyperv_fixed(clock->moved_ns, 0) / HYPERV_UNIT_NS;
+}
+
+/* By words, for the counter's readers may meet it. */
+static inline void hyperv_line_store(struct hyperv_line *to, const struct hyperv_line *line)
+{
+	__atomic_store_n(&to->tsc, line->tsc, __ATOMIC_RELAXED);
+	__atomic_store_n(&to->units, line->units, __ATOMIC_RELAXED);
+	__atomic_store_n(&to->fraction, line->fraction, __ATOMIC_RELAXED);
+	__atomic_store_n(&to->scale_units, line->scale_units, __ATOMIC_RELAXED);
+	__atomic_store_n(&to->scale, line->scale, __ATOMIC_RELAXED);
+}
+
+/* Time stood still from host TSC `stopped` on, where the line published last showed what it will show `ticks` later,
+ * `ns` ahead; from there to the break point it runs at num/den ns a tick, whatever it did before.  As
+ * hyperv_clock_move() otherwise.
+ */
+static inline void hyperv_clock_resume(struct hyperv_clock *clock, uint64_t stopped, uint64_t ticks, uint64_t ns,
+				       uint64_t num, uint64_t den)
+{
+	pvclock_u128 stood = hyperv_moved_line_fixed(clock, stopped);
+	pvclock_u128 rate = pvclock_fixed_rate(num, den, HYPERV_UNIT_NS);
+	struct hyperv_line line = {
+		stopped, (uint64_t)(stood >> 64), (uint64_t)stood, (uint64_t)(rate >> 64), (uint64_t)rate,
+	};
+
+	if (clock->line_den == 0)
+		return;
+	clock->moved_ticks = 0;
+	clock->moved_ns = 0;
+	hyperv_clock_move(clock, ticks, ns);
+	hyperv_line_store(&clock->line, &line);
+	clock->line_num = num;
+	clock->line_den = den;
 }
 
 /* Has the guest's TSC begun anew, or has what the scale carries moved the line by half a unit? */
@@ -138,7 +173,7 @@ static inline int hyperv_line_is_spent(const struct hyperv_clock *clock, uint64_
 /* Does a publish at `tsc` change the line? */
 static inline int hyperv_line_changes(const struct hyperv_clock *clock, uint64_t tsc)
 {
-	if (clock->line_den == 0 || clock->moved_ticks != 0 || clock->moved_ns != 0 ||
+	if (clock->line_den == 0 || clock->has_moved ||
 	    (pvclock_u128)clock->num * clock->line_den != (pvclock_u128)clock->line_num * clock->den)
 		return 1;
 	if (!clock->can_read_tsc)
@@ -289,16 +324,7 @@ static inline uint64_t hyperv_delay_ticks(const struct pvclock_page_set *set, co
 	return ticks <= HYPERV_DELAY_TICKS_MAX ? ticks : 0;
 }
 
-/* By words, for the counter's readers may meet it. */
-static inline void hyperv_line_store(struct hyperv_line *to, const struct hyperv_line *line)
-{
-	__atomic_store_n(&to->tsc, line->tsc, __ATOMIC_RELAXED);
-	__atomic_store_n(&to->units, line->units, __ATOMIC_RELAXED);
-	__atomic_store_n(&to->fraction, line->fraction, __ATOMIC_RELAXED);
-	__atomic_store_n(&to->scale_units, line->scale_units, __ATOMIC_RELAXED);
-	__atomic_store_n(&to->scale, line->scale, __ATOMIC_RELAXED);
-}
-
+/* By words, as hyperv_line_store(). */
 static inline struct hyperv_line hyperv_line_load(const struct hyperv_line *from)
 {
 	struct hyperv_line line = {
@@ -320,6 +346,7 @@ static inline void hyperv_clock_turn(struct hyperv_clock *clock, const struct hy
 	clock->line_den = clock->den;
 	clock->line_tsc_offset = clock->tsc_offset;
 	clock->could_read_tsc = clock->can_read_tsc;
+	clock->has_moved = 0;
 	clock->moved_ticks = 0;
 	clock->moved_ns = 0;
 }

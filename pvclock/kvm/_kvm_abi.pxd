@@ -33,13 +33,14 @@ cdef extern from *:
     const unsigned long KVM_SET_DEVICE_ATTR, KVM_REGISTER_COALESCED_MMIO, KVM_UNREGISTER_COALESCED_MMIO
     const unsigned long KVM_GET_LAPIC, KVM_SET_LAPIC, KVM_GET_XSAVE, KVM_SET_XSAVE, KVM_GET_XCRS, KVM_SET_XCRS
     const unsigned long KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS
-    const unsigned long KVM_GET_IRQCHIP, KVM_SET_IRQCHIP
+    const unsigned long KVM_GET_IRQCHIP, KVM_SET_IRQCHIP, KVM_SIGNAL_MSI
 
     const int KVM_CAP_IRQCHIP, KVM_CAP_USER_MEMORY, KVM_CAP_SET_TSS_ADDR, KVM_CAP_NR_VCPUS, KVM_CAP_ADJUST_CLOCK
     const int KVM_CAP_TSC_CONTROL, KVM_CAP_GET_TSC_KHZ, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_KVMCLOCK_CTRL
     const int KVM_CAP_HYPERV_TIME, KVM_CAP_VCPU_ATTRIBUTES, KVM_CAP_IMMEDIATE_EXIT, KVM_CAP_STEAL_TIME
     const int KVM_CAP_X86_USER_SPACE_MSR, KVM_CAP_X86_MSR_FILTER, KVM_CAP_ENFORCE_PV_FEATURE_CPUID
     const int KVM_CAP_VM_TSC_CONTROL, KVM_CAP_MAX_VCPUS, KVM_CAP_COALESCED_MMIO, KVM_CAP_COALESCED_PIO
+    const int KVM_CAP_SIGNAL_MSI
 
     const uint32_t KVM_VCPU_TSC_CTRL
     const uint64_t KVM_VCPU_TSC_OFFSET
@@ -109,6 +110,9 @@ cdef extern from *:
 
     cdef struct kvm_irqchip:
         uint32_t chip_id
+
+    cdef struct kvm_msi:
+        uint32_t address_lo, address_hi, data
 
     # Copied as bytes: only the kernel reads their members.
     cdef struct kvm_lapic_state:

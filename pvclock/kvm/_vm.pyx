@@ -5,7 +5,7 @@ Errors and close() are as in _fd.pyx.
 
 cimport cython
 from cpython.buffer cimport PyBUF_CONTIG, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport errno
+from libc.errno cimport EPERM, errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
@@ -149,6 +149,21 @@ cdef class Vm(Fd):
             raise ConfigError(f"irqchip of {len(state)} bytes; KVM's struct has {sizeof(chip)}")
         memcpy(&chip, <uint8_t *>state, sizeof(chip))
         checked(ioctl(self.fd, KVM_SET_IRQCHIP, &chip), "KVM_SET_IRQCHIP")
+
+    def signal_msi(self, address: int, message: int) -> bool:
+        """KVM_SIGNAL_MSI: raise the interrupt that a write of `message` to `address` is, on a VM with an irqchip.
+
+        True if an APIC took it; False if the guest has blocked it, or no vCPU has that APIC id.
+        """
+        cdef kvm_msi msi
+        cdef uint64_t target = whole("address", address, 0, U64_MASK)
+        memset(&msi, 0, sizeof(msi))
+        msi.address_lo, msi.address_hi = target & U32_MASK, target >> 32
+        msi.data = whole("message", message, 0, U32_MASK)
+        cdef int taken = ioctl(self.fd, KVM_SIGNAL_MSI, &msi)
+        if taken < 0 and errno == EPERM:  # the -1 by which KVM says that there is no such APIC
+            return False
+        return checked(taken, "KVM_SIGNAL_MSI") > 0
 
     def get_clock(self) -> dict[str, int]:
         """KVM_GET_CLOCK: clock (ns), flags, realtime (ns), host_tsc; the last two are 0 unless flags say otherwise."""

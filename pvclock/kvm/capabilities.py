@@ -48,6 +48,7 @@ OPTIONAL: Final = (
     Capability("KVM_CAP_HYPERV_TIME", "to compare the Hyper-V clock"),
     Capability("KVM_CAP_COALESCED_MMIO", "to take a guest's MMIO writes without an exit each"),
     Capability("KVM_CAP_COALESCED_PIO", "to take a guest's console output without an exit each (Linux 4.20)"),
+    Capability("KVM_CAP_SIGNAL_MSI", "to raise interrupts for the guest's clock interface (Linux 3.5)"),
     Capability("KVM_CAP_MAX_VCPUS", "to know how many vCPUs a VM may have"),
 )
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from pvclock._memory import GuestMemory
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.clock.ticker import Ticker
+from pvclock.clock.timer_thread import TimerThread
 from pvclock.errors import ConfigError, MissingCapability, StateError, TscOffsetNotHonoured
 from pvclock.host.backend import Backend
 from pvclock.host.execution_time import ExecutionTimeBackend
@@ -17,6 +18,7 @@ from pvclock.kvm import KvmBackend, Runner, Vm
 from pvclock.kvm.backend import SteeredTscBackend
 from pvclock.machine.cpuid import CpuidSource, KernelClock
 from pvclock.msr_ranges import MsrRange
+from pvclock.providers.interface import HypercallRegisters, HypercallResult
 from pvclock.quantities import U64_MASK
 from pvclock.readings import RunReport
 from pvclock.state.clock_state import ClockState
@@ -98,6 +100,17 @@ class ClockService(Protocol):
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """WRMSR; MsrFault for #GP."""
 
+    @property
+    def hypercall_port(self) -> int | None:
+        """The port to which the guest's hypercalls write; None without."""
+
+    def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
+        """A hypercall by that port."""
+
+    @property
+    def timer_thread(self) -> TimerThread | None:
+        """What expires the timers of the engine's clock; None without timers."""
+
     def now_ns(self) -> int:
         """Guest time in ns, as this clock's page shows it."""
 
@@ -138,7 +151,7 @@ class ClockService(Protocol):
 
 
 class EngineClockService:
-    """The engine's clock and its ticker, and what is done with them as the vCPUs start, pause, go on and end.
+    """The engine's clock, its ticker and its timers' thread: what is done with them as the vCPUs start, pause and end.
 
     tick_interval_s: the ticker's; None for no ticker.  A clock that is paused, as a restored one is, keeps the vCPUs
     out until start() or resume().
@@ -164,6 +177,11 @@ class EngineClockService:
     def msr_ranges(self) -> tuple[MsrRange, ...]:
         """See ClockService."""
         return self.clock.msr_ranges
+
+    @property
+    def hypercall_port(self) -> int | None:
+        """See ClockService."""
+        return self.clock.interface.hypercall_port
 
     def now_ns(self) -> int:
         """See ClockService."""
@@ -229,7 +247,11 @@ class EngineClockService:
             old = self.clock
             if not old.is_paused:
                 raise StateError("roll_back", "the machine is not paused", "pause() it, and put its RAM back")
+            options.setdefault("vmm", old.vmm)
+            expires = self._end_timers_soon()
             self._serve(GuestClock.restore(state, old.memory, backend=old.backend, vcpu_host="kvm", **options))
+            if expires and self.timer_thread is not None:
+                self.timer_thread.start()
             if self.ticker is not None:  # a tick of the old clock that waits for the lock is among its failures
                 self.ticker.add(self.clock)
                 self.ticker.remove(old)
@@ -256,14 +278,16 @@ class EngineClockService:
     @property
     def has_threads(self) -> bool:
         """See ClockService."""
-        return bool(self._runner.gate.threads()) or (self.ticker is not None and self.ticker.has_threads)
+        threads = (each for each in (self.ticker, self.timer_thread) if each is not None)
+        return bool(self._runner.gate.threads()) or any(each.has_threads for each in threads)
 
     # Inside
 
     def _serve(self, clock: GuestClock) -> None:
         """Let `clock` be the machine's; its MSR calls are attributes here, for a guest's exits call nothing else."""
         self.clock = clock
-        self.read_msr, self.write_msr = clock.read_msr, clock.write_msr
+        self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
+        self.timer_thread = TimerThread(clock) if clock.has_timers else None
 
     @property
     def _is_running(self) -> bool:
@@ -276,6 +300,8 @@ class EngineClockService:
             return
         if self.ticker is not None:
             self.ticker.start()
+        if self.timer_thread is not None:
+            self.timer_thread.start()
         if not self._runner.gate.is_paused():
             self._enter()
 
@@ -285,17 +311,30 @@ class EngineClockService:
             self._execution_time.enter()
 
     def _end_soon(self) -> None:
-        """_end(), but without waiting for a tick, which may wait for this very thread."""
+        """_end(), but without waiting for a tick or a timer, which may wait for this very thread."""
+        self._end_timers_soon()
         if self.ticker is not None:
             with suppress(StateError):
                 self.ticker.stop(0)
+
+    def _end_timers_soon(self) -> bool:
+        """Stop expiring timers, without waiting for a delivery; were they expired?"""
+        if self.timer_thread is None or not self.timer_thread.is_running:
+            return False
+        with suppress(StateError):
+            self.timer_thread.stop(0)
+        return True
 
     def _end(self) -> None:
         """After the last vCPU is out for good."""
         if self._execution_time is not None:
             self._execution_time.leave()
-        if self.ticker is not None:
-            self.ticker.stop()
+        try:
+            if self.timer_thread is not None:
+                self.timer_thread.stop()
+        finally:
+            if self.ticker is not None:
+                self.ticker.stop()
 
 
 class KernelClockService:
@@ -306,6 +345,8 @@ class KernelClockService:
 
     clock = None
     ticker = None
+    timer_thread = None
+    hypercall_port = None
     msr_ranges: tuple[MsrRange, ...] = ()
     """See ClockService."""
 
@@ -323,6 +364,10 @@ class KernelClockService:
     def write_msr(self, _vcpu: int, _index: int, _value: int) -> None:
         """See ClockService: no access arrives here, because no MSR is filtered."""
         raise _nobody_serves_msrs()
+
+    def hypercall(self, _vcpu: int, _registers: HypercallRegisters) -> HypercallResult:
+        """See ClockService: none arrives here, because there is no port."""
+        raise _kernel_serves("hypercall")
 
     def now_ns(self) -> int:
         """See ClockService: by KVM_GET_CLOCK."""

@@ -7,6 +7,7 @@ from pvclock.kvm import Vcpu
 from pvclock.kvm.exits import Exit, IoIn, IoOut, Mmio, RdmsrExit, WrmsrExit
 from pvclock.machine.bus import Bus
 from pvclock.machine.clock_service import ClockService
+from pvclock.machine.hypercall_port import HypercallPort
 
 __all__ = ["GuestExits", "Outcome"]
 
@@ -46,11 +47,14 @@ class GuestExits:
     """
 
     clock_service: ClockService
+    hypercall_port: int | None = None
+    """The port to which hypercalls write; set along with it."""
 
     def __init__(self, vcpus: list[Vcpu], bus: Bus, outcome: Outcome) -> None:
         self._vcpus = vcpus
         self._bus = bus
         self._outcome = outcome
+        self._hypercalls = HypercallPort(vcpus)
 
     def handle(self, vcpu: int, reason: Exit) -> bool:
         """Answer vCPU's exit; False if the run ends by it."""
@@ -62,7 +66,10 @@ class GuestExits:
             self._read_msr(vcpu, reason)
             return True
         if type(reason) is IoOut:
-            self._bus.write_port(reason[0], reason[1], reason[2])
+            if reason[0] == self.hypercall_port:
+                self._serve_hypercall(vcpu, reason)
+            else:
+                self._bus.write_port(reason[0], reason[1], reason[2])
             return not self._outcome.is_known
         match reason:
             case IoIn(port, size, repeats):
@@ -101,3 +108,13 @@ class GuestExits:
             self._read_msr(vcpu, reason)
         else:
             self._vcpus[vcpu].complete_msr(value)
+
+    def _serve_hypercall(self, vcpu: int, reason: IoOut) -> None:
+        hypercall = self.clock_service.hypercall
+        try:
+            if len(reason.data) == 1:  # else it is no hypercall, but some other OUT, which finds no device
+                self._hypercalls.serve(vcpu, hypercall)
+        except StateError:
+            if hypercall == self.clock_service.hypercall:
+                raise
+            self._serve_hypercall(vcpu, reason)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from _thread import start_new_thread
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from threading import RLock, Thread, current_thread
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TypeVar
-from weakref import finalize
+from weakref import WeakMethod, finalize
 
 from pvclock._memory import GuestMemory
 from pvclock.arguments import instance, number, whole
@@ -31,9 +33,11 @@ from pvclock.machine.clock_service import (
 from pvclock.machine.cpuid import set_guest_cpuid
 from pvclock.machine.devices import CONSOLE_PORT, EXIT_PORT, Console, ExitPort
 from pvclock.machine.exits import GuestExits, Outcome
+from pvclock.machine.guest_reset import GuestReset
 from pvclock.machine.power_on import PowerOnState
 from pvclock.machine.ram import Ram
 from pvclock.machine.run_state import RunState, RunStates
+from pvclock.machine.vmm_services import MachineServices
 from pvclock.providers.kvm import kernel_clock_features
 from pvclock.readings import RunReport
 from pvclock.state.clock_state import ClockState
@@ -165,6 +169,7 @@ class Machine:
             except BaseException:
                 self._update_run_state()
                 raise
+            self._guest_reset.go_on()
 
     def wait(self, timeout_s: float | None = None) -> int:
         """The guest's exit code, once it has written one; the vCPUs have stopped then.
@@ -220,6 +225,7 @@ class Machine:
         with self.runner.quiesce():  # see start()
             self.clock_service.resume(policy)
             self._update_run_state()
+        self._guest_reset.go_on()
 
     def run_for(self, ns: int) -> RunReport:
         """Let a paused machine with the engine's clock run for `ns` of guest time; it is paused again then.
@@ -256,6 +262,9 @@ class Machine:
         A machine that runs goes on running; any other is in state prelaunch then, until start().  Guest time goes on,
         and so do the vCPUs' TSCs (see GuestClock.reset); a paused clock goes on at start().  StateError on a vCPU's
         own thread, and once the machine is closed.  After an error or an interrupt, call it again.
+
+        A guest whose clock interface has a way to ask for a reset gets one, too, while it runs; what fails in that one
+        is raised by wait().
         """
         self._check_thread("reset")
         with self._booting:
@@ -268,6 +277,7 @@ class Machine:
         self._run_end.is_silent = goes_on  # its end is not one that anybody is to hear of
         try:
             self.clock_service.stop()
+            self._guest_reset.is_wanted = False
             self.bus.reset()
             self.runner.gate.renew()
             self.clock_service.reset()
@@ -282,6 +292,19 @@ class Machine:
         finally:
             self._run_end.is_silent = False
             self._update_run_state()
+
+    def _reset_for_guest(self) -> None:
+        """The reset that a guest has asked for.  While the machine is paused it has to wait; see GuestReset."""
+        with self._booting:
+            if self._is_closed or not self._guest_reset.is_wanted:
+                return
+            try:
+                self._update_run_state()
+                if self.run_state.current is RunState.RUNNING:
+                    self._reset()
+            except BaseException as failure:  # noqa: BLE001  # wait() raises it
+                self.runner.fail(failure)
+                self._update_run_state()
 
     def stop(self) -> None:
         """End the run and the ticker; the machine's memory can still be read, and start() lets it go on.
@@ -407,8 +430,12 @@ class Machine:
         self._exits = GuestExits(self.vcpus, self.bus, self._outcome)
         self._run_end = _RunEnd(self.run_state, self._outcome)
         self.runner = Runner(self.vcpus, self._exits.handle, on_end=self._run_end)
+        # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.
+        self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
 
     def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # make_clock()'s
+        services = MachineServices(self.vm, self.vcpus, self.runner, self._guest_reset.request)
+        how["options"].setdefault("vmm", services)
         clock = make_clock(self.memory, len(self.vcpus), kvm_backend(self._kvm, self.vcpus, self.runner), **how)
         return EngineClockService(self.runner, clock, tick_interval_s)
 
@@ -420,6 +447,9 @@ class Machine:
         self.clock_service = self._exits.clock_service = self._owned(service)
         if service.msr_ranges:
             exit_on_msrs(self.vm, service.msr_ranges)
+        if service.hypercall_port is not None:
+            self.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
+            self._exits.hypercall_port = service.hypercall_port
         set_guest_cpuid(self._kvm, self.vcpus, service.cpuid)
 
 
@@ -434,6 +464,11 @@ class _RunEnd:
     def __call__(self, failure: BaseException | None) -> None:
         if not self.is_silent:
             self._run_state.update(lambda: _ended_by(self._outcome, failure))
+
+
+def _call_if_alive(method: WeakMethod[Callable[[], None]]) -> None:
+    if (call := method()) is not None:
+        call()
 
 
 def _ended_by(outcome: Outcome, failure: BaseException | None) -> RunState:

@@ -1,19 +1,17 @@
 """The configuration of a VM's guest interface: its keys, and the legal values of each.
 
-`provider`, `version` and `profile` are common to all; the others are the provider's own options: the keyword-only
-parameters of its class, with the types of their annotations.
+`provider`, `version` and `profile` are common to all; the others are the provider's own options (options.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Final, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
 
 from pvclock.arguments import text
 from pvclock.errors import ConfigError, WrongType
-from pvclock.providers.interface import Provider
+from pvclock.providers.options import option_types
 from pvclock.providers.registry import PROVIDERS
 from pvclock.quantities import U32_MASK, U64_MASK, quoted
 
@@ -68,7 +66,7 @@ def checked(config: Mapping[str, object] | Configuration, beside: str = "") -> C
     if not isinstance(provider, str) or provider not in PROVIDERS:
         raise ConfigError(f"unknown provider {quoted(provider)}; choose from {_listed(PROVIDERS)}")
     kind = PROVIDERS[provider]
-    options = _option_types(kind)
+    options = option_types(kind)
     for key in given:
         if key not in {"provider", "version", "profile"} | options.keys():
             legal = (
@@ -173,14 +171,6 @@ def _checked_version(provider: str, version: object, newest: int, profile: str) 
             f"version {quoted(version)}; provider {provider!r} has 1 to {limit}, and {NEWEST} is the newest"
         )
     return version
-
-
-@cache
-def _option_types(kind: type[Provider]) -> dict[str, Any]:
-    """A provider's options and their types."""
-    constructor: Any = kind.__init__
-    hints = get_type_hints(constructor)
-    return {name: hints[name] for name in constructor.__kwdefaults__ or ()}
 
 
 def _checked_option(key: str, value: object, expected: object) -> object:

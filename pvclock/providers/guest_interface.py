@@ -35,6 +35,7 @@ __all__ = ["PROFILES", "Executed", "GuestInterface", "Statistics", "combined", "
 
 # RIP stays on an instruction that is not a hypercall here, and on one that the guest has to repeat.
 STAYS: Final = (Status.NOT_ENABLED, Status.NOT_AVAILABLE, Status.CONTINUING)
+GENERAL_REGISTERS: Final = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8")
 
 
 class Statistics(NamedTuple):
@@ -52,16 +53,17 @@ class Statistics(NamedTuple):
 
 
 class Executed(NamedTuple):
-    """Outcome of a hypercall instruction, and the RAX that the guest gets; None leaves RAX as it is.
+    """Outcome of a hypercall instruction, and the RAX and RDX that the guest gets; None leaves the register as it is.
 
     length: by how many bytes RIP advances.  patched: was the instruction replaced by the CPU's own?  NOT_ENABLED,
-    NOT_AVAILABLE and INVALID_INSTRUCTION: nothing was done, and the guest gets its #UD.
+    NOT_AVAILABLE, INVALID_INSTRUCTION, and ACCESS_DENIED without a RAX: nothing was done, and the guest gets its #UD.
     """
 
     status: Status
     rax: int | None = None
     length: int = 0
     patched: bool = False
+    rdx: int | None = None
 
 
 class GuestInterface:
@@ -170,8 +172,8 @@ class GuestInterface:
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
         """MSRs that must exit to the clock on /dev/kvm: every provider's, because the kernel would serve some."""
-        providers: dict[str, Provider | type[Provider]] = {**PROVIDERS, self.name: self._provider}
-        return tuple(each for provider in providers.values() for each in provider.msr_ranges)
+        ranges = [*(each for kind in PROVIDERS.values() for each in kind.msr_ranges), *self._provider.msr_ranges]
+        return tuple({each.base: each for each in ranges}.values())  # of what comes twice, this VM's counts
 
     @property
     def statistics(self) -> Statistics:
@@ -181,11 +183,16 @@ class GuestInterface:
 
     # Hypercalls
 
+    @property
+    def hypercall_port(self) -> int | None:
+        """The port to which the guest's hypercalls write on /dev/kvm; None without."""
+        return self._provider.hypercall_port
+
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """The guest's VMCALL or VMMCALL, already decoded by the VMM.
 
         NOT_ENABLED without an interface, NOT_AVAILABLE if it has no hypercalls; ACCESS_DENIED outside ring 0 and
-        NOT_SUPPORTED for an unknown call, both with the RAX that tells the guest.
+        NOT_SUPPORTED for an unknown call, both with the RAX that tells the guest, or else with its #UD.
         RangeError for an unknown vCPU, or registers that cannot be.
         """
         self._check(vcpu, registers)
@@ -275,7 +282,8 @@ class GuestInterface:
     def _check(self, vcpu: int, registers: HypercallRegisters) -> None:
         vcpu_number(vcpu, self._vcpus)
         instance("registers", registers, HypercallRegisters)
-        for name, value in zip(registers._fields[:6], registers[:6], strict=True):
+        for name in GENERAL_REGISTERS:
+            value = getattr(registers, name)
             if not 0 <= whole(name, value) <= U64_MASK:
                 raise RangeError(f"{name} is {value:#x}; a register has 64 bits")
         if not 0 <= whole("cpl", registers.cpl) <= 3:
@@ -283,7 +291,8 @@ class GuestInterface:
 
 
 def _advanced(result: HypercallResult, length: int) -> Executed:
-    return Executed(result.status, result.rax, 0 if result.status in STAYS else length)
+    stays = result.status in STAYS or (result.status is Status.ACCESS_DENIED and result.rax is None)
+    return Executed(result.status, result.rax, 0 if stays else length, rdx=result.rdx)
 
 
 def _titled(number: int) -> str:

@@ -19,9 +19,11 @@ from pvclock.quantities import Gpa, GuestNs, GuestTsc
 from pvclock.timekeeping.events import EventKind
 
 __all__ = [
+    "ApicServices",
     "CPUID_BASE",
     "ClockServices",
     "CpuidLeaf",
+    "DebugLink",
     "DebugSetup",
     "VcpuHost",
     "Hooks",
@@ -85,7 +87,10 @@ class Status(StrEnum):
 
 
 class HypercallRegisters(NamedTuple):
-    """A vCPU's registers at a hypercall, 64 bits each.  long_mode: does it execute 64-bit code?"""
+    """A vCPU's registers at a hypercall, 64 bits each.
+
+    long_mode: does it execute 64-bit code?  protected_mode: False in real mode and in virtual-8086 mode.
+    """
 
     rax: int
     rbx: int = 0
@@ -95,20 +100,40 @@ class HypercallRegisters(NamedTuple):
     rdi: int = 0
     cpl: int = 0
     long_mode: bool = True
+    r8: int = 0
+    protected_mode: bool = True
 
 
 class HypercallResult(NamedTuple):
-    """Outcome of a hypercall, and the RAX that the guest gets; None leaves RAX as it is."""
+    """Outcome of a hypercall, and the RAX and RDX that the guest gets; None leaves the register as it is.
+
+    ACCESS_DENIED without a RAX gives the guest #UD.
+    """
 
     status: Status
     rax: int | None = None
+    rdx: int | None = None
+
+
+class DebugLink(Protocol):
+    """The guest's end of the debug channel; see DebugChannel."""
+
+    def read(self, count_max: int) -> tuple[Status, bytes]:
+        """Bytes for the guest."""
+
+    def write(self, data: bytes) -> tuple[Status, int]:
+        """Hand the guest's bytes to the VMM; returns how many it accepted."""
 
 
 class DebugSetup(NamedTuple):
-    """What a provider with a debug interface requires of the VMM's debug device."""
+    """What a provider with a debug interface requires of the VMM's debug device, and how it takes part."""
 
     transfer_bytes_max: int
     """The most bytes in one transfer."""
+    connect: Callable[[DebugLink], object] | None = None
+    """Takes the guest's end of the channel, once."""
+    data_arrived: Callable[[], object] | None = None
+    """The device has bytes for the guest: tell it, if it wants to know.  Any thread may call it."""
 
 
 class Pairing(NamedTuple):
@@ -144,7 +169,7 @@ class ReferenceTime(NamedTuple):
 class VmmServices(Protocol):
     """What hypercalls ask of the VMM.  APIC ids come from the guest, unchecked.
 
-    InterruptServices and ResetServices are further services that a VMM may have.
+    ApicServices, InterruptServices and ResetServices are further services that a VMM may have.
     """
 
     def kick(self, apic_id: int) -> None:
@@ -163,6 +188,30 @@ class InterruptServices(Protocol):
 
     def inject(self, vcpu: int, vector: int) -> None:
         """Raise a fixed, edge-triggered interrupt on vCPU `vcpu` (a number, not an APIC id)."""
+
+
+@runtime_checkable
+class ApicServices(Protocol):
+    """A VMM that emulates its vCPUs' APICs, for registers of theirs that a provider has as MSRs.
+
+    vcpu: a number, not an APIC id.  What a guest writes is passed on as it is, but within the given width; it may be
+    nonsense.  The clock's lock is held but for the two reads, so these do not wait for a vCPU.
+    """
+
+    def end_interrupt(self, vcpu: int) -> None:
+        """The guest writes EOI."""
+
+    def read_icr(self, vcpu: int) -> int:
+        """The interrupt command register, 64 bits: its high half above its low one, as the APIC's mode has them."""
+
+    def write_icr(self, vcpu: int, value: int) -> None:
+        """The guest sends an interrupt; value: as of read_icr()."""
+
+    def read_tpr(self, vcpu: int) -> int:
+        """The task priority, 8 bits."""
+
+    def write_tpr(self, vcpu: int, value: int) -> None:
+        """The guest sets its task priority, 8 bits."""
 
 
 @runtime_checkable
@@ -386,7 +435,10 @@ class Provider(Protocol):
         """Are hypercalls served at this moment?"""
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """The guest's VMCALL or VMMCALL; NOT_ENABLED or NOT_AVAILABLE gives the guest its #UD."""
+        """The guest's VMCALL or VMMCALL.
+
+        NOT_ENABLED or NOT_AVAILABLE gives the guest its #UD, and so does ACCESS_DENIED without a RAX.
+        """
 
     # Pages and time
 

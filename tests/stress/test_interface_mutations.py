@@ -21,7 +21,7 @@ HZ: Final = 2_596_132_000
 SIZE: Final = 1 << 14
 FEATURES: Final = 1 << 0 | 1 << 3
 NUMBERS: Final = {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3}
-NEWEST: Final = {"None": 1, "Minimal": 1, "KVM": 2}
+NEWEST: Final = {"None": 1, "Minimal": 1, "HyperV": 1, "KVM": 2}
 HEADER: Final = struct.Struct("<II")
 UNIT: Final = struct.Struct("<II I QQQQIB QQQQIB QI")
 """Provider's number and version; KVM's version, twice system-time MSR, TSC, ns, page, its version and flags; wall-clock
@@ -178,7 +178,7 @@ def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
 
 
 KEYS: Final = ("provider", "version", "profile", "features", "enforce_cpuid", "apic_bus_hz")
-NAMES: Final = (*PROVIDERS, "HyperV", "kvm", "linux", "document", "virtualbox", "", "None\0")
+NAMES: Final = (*PROVIDERS, "Xen", "kvm", "linux", "document", "virtualbox", "", "None\0")
 OTHERS: Final[tuple[object, ...]] = (
     None,
     True,

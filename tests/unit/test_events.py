@@ -30,7 +30,7 @@ EVENTS = st.builds(
     cause=st.sampled_from(EventCause),
     sequence=st.integers(0, 2**64),
     tsc_hz=st.none() | st.integers(1, 2**64 - 1),
-    provider=st.sampled_from(["", "None", "Minimal", "KVM"]),
+    provider=st.sampled_from(["", "None", "Minimal", "HyperV", "KVM"]),
     policy=st.none() | st.sampled_from(["freeze", "slew:max_ppm=500", "advance:max_ns=5"]),
 )
 PLAIN_EVENTS = st.tuples(st.sampled_from(EventKind), st.integers(0, 9)).map(lambda it: Event(it[0], "", sequence=it[1]))

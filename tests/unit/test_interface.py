@@ -78,6 +78,7 @@ def test_hypercalls_are_served_from_the_start_on_every_vcpu(profile: str) -> Non
         (-1, POLL_IRQ),
         (0, HypercallRegisters(rax=2**64)),
         (0, HypercallRegisters(rax=1, rdi=-1)),
+        (0, HypercallRegisters(rax=1, r8=2**64)),
         (0, HypercallRegisters(rax=1, cpl=4)),
     ],
 )
@@ -299,6 +300,21 @@ def test_where_rip_goes_on_after_each_outcome(status: Status, monkeypatch: pytes
     assert interface.handle_ud(0, POLL_IRQ, VMCALL, Gpa(0), AMD, fix=False) == expected
 
 
+@pytest.mark.row("H-64", "G-13", "G-15")
+def test_an_access_that_is_denied_without_a_word_is_the_guests_ud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RIP stays, and no register changes; both registers of an answer come through."""
+    interface = a_clock().interface
+    for result, length in [
+        (HypercallResult(Status.ACCESS_DENIED), 0),
+        (HypercallResult(Status.ACCESS_DENIED, 5), 3),
+        (HypercallResult(Status.SUCCESS, 5, 6), 3),
+    ]:
+        monkeypatch.setattr(interface.provider, "hypercall", lambda *_, result=result: result)
+        expected = Executed(result.status, result.rax, length, rdx=result.rdx)
+        assert interface.execute(0, POLL_IRQ, VMCALL) == expected
+        assert interface.handle_ud(0, POLL_IRQ, VMCALL, Gpa(0), AMD, fix=False) == expected
+
+
 @pytest.mark.row("M-02", "E13")
 def test_minimal_refuses_what_its_leaf_cannot_hold() -> None:
     """A frequency of more than 2^32-1 kHz is refused when the clock is made."""
@@ -380,15 +396,15 @@ def test_pairing_is_one_instant_or_none() -> None:
     call = HypercallRegisters(rax=9, rbx=0x100)
     for vcpu, tsc in ((0, 1000), (1, 5_000_000)):
         assert clock.pairing(vcpu) == (10**18 + 5, tsc)
-        assert clock.hypercall(vcpu, call) == (Status.SUCCESS, 0)
+        assert clock.hypercall(vcpu, call) == HypercallResult(Status.SUCCESS, 0)
         assert clock.memory.read(0x100, 64) == pack("<qqQ40x", 10**9, 5, tsc)
     assert (clock.tsc_hz, clock.vcpu_host, clock.vmm) == (HZ, VcpuHost.KVM, None)
     clock.memory.write(0x100, bytes(64))
     clock.apply_host_findings([], tsc_trusted=False)
-    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, (Status.SUCCESS, 2**64 - 95))
+    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, HypercallResult(Status.SUCCESS, 2**64 - 95))
     clock.apply_host_findings([], tsc_trusted=True)
     backend.tsc_stable = False
-    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, (Status.SUCCESS, 2**64 - 95))
+    assert (clock.pairing(0), clock.hypercall(0, call)) == (None, HypercallResult(Status.SUCCESS, 2**64 - 95))
     assert clock.memory.read(0x100, 64) == bytes(64)
 
 

@@ -36,8 +36,8 @@ def error(number: int, bits: int = 64) -> int:
 
 def call(provider: KvmProvider, number: int, *arguments: int, long_mode: bool = True) -> HypercallResult:
     """Linux's way: arguments in RBX, RCX, RDX and RSI."""
-    values = dict(zip(("rbx", "rcx", "rdx", "rsi"), arguments, strict=False))
-    return provider.hypercall(0, HypercallRegisters(number, **values, long_mode=long_mode))
+    rbx, rcx, rdx, rsi = (*arguments, 0, 0, 0, 0)[:4]
+    return provider.hypercall(0, HypercallRegisters(number, rbx, rcx, rdx, rsi, long_mode=long_mode))
 
 
 @pytest.mark.row("K-36", "V-31")
@@ -45,7 +45,7 @@ def call(provider: KvmProvider, number: int, *arguments: int, long_mode: bool = 
 def test_polling_for_an_interrupt_does_nothing(profile: str) -> None:
     """VAPIC_POLL_IRQ is 0, in every profile and with whatever features."""
     provider, vmm = with_vmm(features=0, profile=profile)
-    assert call(provider, POLL_IRQ) == (Status.SUCCESS, 0)
+    assert call(provider, POLL_IRQ) == HypercallResult(Status.SUCCESS, 0)
     assert vmm.notes == []
 
 
@@ -55,7 +55,7 @@ def test_polling_for_an_interrupt_does_nothing(profile: str) -> None:
 def test_unknown_numbers(number: int, profile: str) -> None:
     """Dead, foreign and unknown ones are -1000, told apart for the VMM by their status."""
     provider, vmm = with_vmm(profile=profile, features=1 << 7)
-    assert call(provider, number) == (Status.NOT_SUPPORTED, error(1000))
+    assert call(provider, number) == HypercallResult(Status.NOT_SUPPORTED, error(1000))
     assert vmm.notes == []
 
 
@@ -68,8 +68,10 @@ def test_privilege_comes_first(number: int, cpl: int, profile: str) -> None:
     vmm = NotedVmm()
     provider, clock = a_provider(clock=StubClock(vmm=vmm), features=1 << 7, profile=profile)
     registers = HypercallRegisters(number, rbx=0x2000, cpl=cpl)
-    assert provider.hypercall(0, registers) == (Status.ACCESS_DENIED, error(1))
-    assert provider.hypercall(0, registers._replace(long_mode=False)) == (Status.ACCESS_DENIED, error(1, 32))
+    assert provider.hypercall(0, registers) == HypercallResult(Status.ACCESS_DENIED, error(1))
+    assert provider.hypercall(0, registers._replace(long_mode=False)) == HypercallResult(
+        Status.ACCESS_DENIED, error(1, 32)
+    )
     assert (vmm.notes, written(clock.memory)) == ([], [])
 
 
@@ -89,7 +91,7 @@ def test_kick_wakes_a_vcpu() -> None:
     """The second argument is an APIC id of 32 bits; Linux does not mind one that nobody has."""
     provider, vmm = with_vmm()
     for apic_id in (1, 200, 2**32 - 1):
-        assert call(provider, KICK, 0xDEAD, apic_id) == (Status.SUCCESS, 0)
+        assert call(provider, KICK, 0xDEAD, apic_id) == HypercallResult(Status.SUCCESS, 0)
     assert vmm.notes == [("kick", 1), ("kick", 200), ("kick", 2**32 - 1)]
 
 
@@ -97,9 +99,9 @@ def test_kick_wakes_a_vcpu() -> None:
 def test_virtualbox_fails_on_a_kick_beyond_its_vcpus() -> None:
     """There the VMM has to answer for an id that no vCPU has; the guest's RAX is not touched."""
     provider, vmm = with_vmm(features=None, profile="virtualbox")
-    assert call(provider, KICK, 0xDEAD, 1) == (Status.SUCCESS, 0)
+    assert call(provider, KICK, 0xDEAD, 1) == HypercallResult(Status.SUCCESS, 0)
     for apic_id in (2, 2**32, 2**32 + 1, 2**64 - 1):
-        assert call(provider, KICK, 0, apic_id) == (Status.OPERATION_FAILED, None)
+        assert call(provider, KICK, 0, apic_id) == HypercallResult(Status.OPERATION_FAILED, None)
     assert vmm.notes == [("kick", 1)]
 
 
@@ -111,7 +113,7 @@ def test_virtualboxs_kick_is_by_registers_alone(long_mode: bool) -> None:
     provider, vmm = with_vmm(features=None, profile="virtualbox")
     for apic_id in range(2):
         registers = HypercallRegisters(high + KICK, 7, high + apic_id, 8, 9, 10, long_mode=long_mode)
-        assert provider.hypercall(0, registers) == (Status.SUCCESS, 0)
+        assert provider.hypercall(0, registers) == HypercallResult(Status.SUCCESS, 0)
     assert vmm.notes == [("kick", 0), ("kick", 1)]
     for wrong in (HypercallRegisters((5 << 32) + KICK, rcx=1), HypercallRegisters(KICK, rcx=(5 << 32) + 1)):
         assert provider.hypercall(0, wrong).status is not Status.SUCCESS
@@ -131,7 +133,7 @@ def test_features_open_hypercalls(number: int, bit: int) -> None:
         assert call(provider, number).status is status
         assert bool(vmm.notes) is (status is Status.SUCCESS)
     alone, _ = a_provider(enforce_cpuid=False)
-    assert call(alone, number) == (Status.NOT_SUPPORTED, error(1000))
+    assert call(alone, number) == HypercallResult(Status.NOT_SUPPORTED, error(1000))
 
 
 @pytest.mark.row("K-36")
@@ -142,7 +144,7 @@ def test_ipis_go_to_the_bits_of_two_bitmaps(low: int, high: int, lowest: int, lo
     result = call(provider, SEND_IPI, low, high, lowest, 0x4041, long_mode=long_mode)
     bits = 64 if long_mode else 32
     targets = oracle.ipi_targets(low % 2**bits, high % 2**bits, lowest, bits)
-    assert result == (Status.SUCCESS, len(targets))
+    assert result == HypercallResult(Status.SUCCESS, len(targets))
     assert vmm.notes == [("send_ipi", targets, 0x4041)]
 
 
@@ -151,7 +153,7 @@ def test_ipis_go_to_the_bits_of_two_bitmaps(low: int, high: int, lowest: int, lo
 def test_an_ipi_with_a_destination_of_its_own_is_invalid(icr: int) -> None:
     """The bitmaps say who is meant: destination mode and shorthand are -EINVAL."""
     provider, vmm = with_vmm()
-    assert call(provider, SEND_IPI, 1, 0, 0, icr | 0x41) == (Status.SUCCESS, error(22))
+    assert call(provider, SEND_IPI, 1, 0, 0, icr | 0x41) == HypercallResult(Status.SUCCESS, error(22))
     assert vmm.notes == []
 
 
@@ -159,7 +161,7 @@ def test_an_ipi_with_a_destination_of_its_own_is_invalid(icr: int) -> None:
 def test_yield_names_who_shall_run() -> None:
     """The first argument is an APIC id of 32 bits."""
     provider, vmm = with_vmm()
-    assert call(provider, SCHED_YIELD, 2**32 + 3) == (Status.SUCCESS, 0)
+    assert call(provider, SCHED_YIELD, 2**32 + 3) == HypercallResult(Status.SUCCESS, 0)
     assert vmm.notes == [("yield_to", 3)]
 
 
@@ -168,7 +170,7 @@ def test_yield_names_who_shall_run() -> None:
 def test_clock_pairing_writes_one_instant(gpa: int) -> None:
     """UTC seconds and ns and the TSC of the same instant, then zeros: 64 bytes at any address, CPUID asked or not."""
     provider, clock = a_provider(features=0)
-    assert call(provider, PAIRING, gpa, 0) == (Status.SUCCESS, 0)
+    assert call(provider, PAIRING, gpa, 0) == HypercallResult(Status.SUCCESS, 0)
     assert clock.memory.read(gpa, 64) == pack("<qqQ40x", NOW.real_ns // 10**9, NOW.real_ns % 10**9, NOW.guest_tsc)
     assert written(clock.memory) == [gpa]
 
@@ -177,7 +179,7 @@ def test_clock_pairing_writes_one_instant(gpa: int) -> None:
 def test_clock_pairing_before_1970() -> None:
     """Seconds may be negative, ns never are."""
     provider, clock = a_provider(clock=StubClock(paired=Pairing(-1, GuestTsc(5))))
-    assert call(provider, PAIRING, 0x2000) == (Status.SUCCESS, 0)
+    assert call(provider, PAIRING, 0x2000) == HypercallResult(Status.SUCCESS, 0)
     assert clock.memory.read(0x2000, 24) == pack("<qqQ", -1, 999_999_999, 5)
 
 
@@ -186,12 +188,12 @@ def test_clock_pairing_is_refused() -> None:
     """Another clock, or a host whose TSC tells no time, is -EOPNOTSUPP; no memory is -EFAULT; nothing is written."""
     provider, clock = a_provider()
     for clock_type in (1, 2**63, 2**64 - 1):
-        assert call(provider, PAIRING, 0x2000, clock_type) == (Status.SUCCESS, error(95))
+        assert call(provider, PAIRING, 0x2000, clock_type) == HypercallResult(Status.SUCCESS, error(95))
     for gpa in (SIZE - 63, SIZE, 2**64 - 64, 2**64 - 1):
-        assert call(provider, PAIRING, gpa) == (Status.SUCCESS, error(14))
+        assert call(provider, PAIRING, gpa) == HypercallResult(Status.SUCCESS, error(14))
     clock.paired = None
-    assert call(provider, PAIRING, 0x2000) == (Status.SUCCESS, error(95))
-    assert call(provider, PAIRING, 0x2000, long_mode=False) == (Status.SUCCESS, error(95, 32))
+    assert call(provider, PAIRING, 0x2000) == HypercallResult(Status.SUCCESS, error(95))
+    assert call(provider, PAIRING, 0x2000, long_mode=False) == HypercallResult(Status.SUCCESS, error(95, 32))
     assert written(clock.memory) == []
 
 
@@ -202,5 +204,5 @@ def test_virtualbox_has_two_hypercalls(number: int) -> None:
     linux, _ = with_vmm()
     assert call(linux, number).status is Status.SUCCESS
     virtualbox, vmm = with_vmm(features=None, profile="virtualbox")
-    assert call(virtualbox, number) == (Status.NOT_SUPPORTED, error(1000))
+    assert call(virtualbox, number) == HypercallResult(Status.NOT_SUPPORTED, error(1000))
     assert vmm.notes == []

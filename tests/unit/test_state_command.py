@@ -100,7 +100,10 @@ def test_check_knows_versions_and_providers(tmp_path: Path, capsys: pytest.Captu
     assert main(["state", "check", broken(tmp_path, '"version": 3', '"version": 4')]) == 1
     assert "NOT VALID: version: found 4; supported: 1 to 3" in capsys.readouterr().out
     assert main(["state", "check", broken(tmp_path, '"KVM"', '"Xen"')]) == 1
-    assert "NOT VALID: provider.name: found 'Xen'; supported: 'None', 'Minimal', 'KVM'" in capsys.readouterr().out
+    assert (
+        "NOT VALID: provider.name: found 'Xen'; supported: 'None', 'Minimal', 'HyperV', 'KVM'"
+        in capsys.readouterr().out
+    )
     assert main(["state", "check", *(str(STATES / name) for name in KEPT if "extreme" not in name)]) == 0
 
 

@@ -42,7 +42,7 @@ HYPERVISOR_VERSION: Final = CpuidLeaf(eax=0x3839, ebx=10 << 16 | 0)
 """Build, major and minor version, service pack 0: Windows Server 2016, as KVM has it."""
 
 NEVER_NOTIFY: Final = U32_MASK
-"""Spins before the guest tells of a long wait: that hypercall is not served.  QEMU's and VirtualBox's default."""
+"""Spins before the guest tells of a long wait, which would change nothing here.  QEMU's and VirtualBox's default."""
 
 
 class Privilege(IntFlag):
@@ -74,6 +74,7 @@ class Privilege(IntFlag):
     CONNECT_PORT = 1 << 39
     DEBUGGING = 1 << 43
     CPU_MANAGEMENT = 1 << 44
+    ACCESS_VP_REGISTERS = 1 << 49
     EXTENDED_HYPERCALLS = 1 << 52
 
 

@@ -22,8 +22,9 @@ MANDATORY: Final = Privilege.HYPERCALL | Privilege.VP_INDEX
 FEATURES_OF: Final[Mapping[Privilege, Feature]] = {
     Privilege.FREQUENCY: Feature.FREQUENCY,
     Privilege.SYNTHETIC_TIMERS: Feature.DIRECT_TIMERS,
+    Privilege.DEBUGGING: Feature.DEBUG,
 }
-"""Features that are served wherever the MSRs of a privilege are."""
+"""Features that are served wherever what needs a privilege is."""
 
 PRIVILEGE_FOR: Final[Mapping[Recommendation, Privilege]] = {
     Recommendation.APIC_BY_MSR: Privilege.APIC,
@@ -54,10 +55,10 @@ class Served(NamedTuple):
     features: Feature
 
     @classmethod
-    def by(cls, parts: Iterable[Part]) -> Served:
-        """What the MSRs of these parts need."""
+    def by(cls, parts: Iterable[Part], hypercalls: Privilege) -> Served:
+        """What the MSRs of these parts need, and the hypercalls."""
         needed = [msr.privilege for part in parts for msr in part.msrs.values()]
-        privileges = Privilege(sum({each for each in needed if isinstance(each, Privilege)}))
+        privileges = Privilege(sum({each for each in needed if isinstance(each, Privilege)})) | hypercalls
         features = Feature(sum({each for each in needed if isinstance(each, Feature)}))
         for privilege, feature in FEATURES_OF.items():
             if privilege in privileges:

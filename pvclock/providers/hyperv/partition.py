@@ -65,6 +65,11 @@ class Partition:
         """Has the guest said which system it is; by profile, has it also enabled its hypercall page?"""
         return bool(self.guest_os_id and (self.hypercall_msr & ENABLED or not self._profile.hypercalls_need_page))
 
+    def renew_page(self) -> None:
+        """Write the hypercall page again, for the CPU that the guest has now; it is in memory if it is enabled."""
+        if self.hypercall_msr & ENABLED:
+            self._put_page(self.hypercall_msr)
+
     def reset(self) -> None:
         """See Part."""
         self.guest_os_id = self.hypercall_msr = 0

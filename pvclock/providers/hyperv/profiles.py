@@ -14,8 +14,11 @@ from pvclock.providers.interface import CPUID_BASE
 
 __all__ = ["PROFILES", "Profile"]
 
-ALL_BUT_TSC: Final = Privilege(sum(Privilege) & ~Privilege.TSC_INVARIANT)
-"""A guest that has the TSC-invariant control makes its TSC its clock, out of reach of every clock policy."""
+ALL_BUT_TSC: Final = Privilege(sum(Privilege) & ~(Privilege.TSC_INVARIANT | Privilege.ACCESS_VP_REGISTERS))
+"""A guest that has the TSC-invariant control makes its TSC its clock, out of reach of every clock policy.
+
+Registers are not KVM's to read by hypercall, and all that can be read so here are MSRs, too.
+"""
 
 
 class Profile(NamedTuple):
@@ -53,6 +56,9 @@ class Profile(NamedTuple):
     reference_is_raw_tsc: bool = False
     """Is reference time the vCPU's TSC, divided?  Otherwise it is guest time."""
 
+    is_virtualbox: bool = False
+    """Are hypercalls, the debugger and saved units as VirtualBox has them?  They differ throughout."""
+
 
 PROFILES: Final = MappingProxyType(
     {
@@ -78,6 +84,7 @@ PROFILES: Final = MappingProxyType(
             resets_by_bit=True,
             keeps_refused_address=True,
             reference_is_raw_tsc=True,
+            is_virtualbox=True,
         ),
     }
 )

@@ -6,16 +6,26 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Final
 
-from pvclock.errors import ConfigError, MsrFault, StateFileError
+from pvclock.errors import ConfigError, MsrFault
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import timing
+from pvclock.providers.hyperv import virtualbox_unit
 from pvclock.providers.hyperv.crash import Crash
-from pvclock.providers.hyperv.features import CPUID_VERSION, Limits, Privilege, hyperv_cpuid_leaves, with_debug_leaves
+from pvclock.providers.hyperv.debug import SyntheticDebugger
+from pvclock.providers.hyperv.features import (
+    CPUID_VERSION,
+    MICROSOFT,
+    Limits,
+    Privilege,
+    hyperv_cpuid_leaves,
+    with_debug_leaves,
+)
+from pvclock.providers.hyperv.hypercalls import Hypercalls
 from pvclock.providers.hyperv.msr import Part, TimedPart
 from pvclock.providers.hyperv.offer import Served, Wanted, chosen_offer
 from pvclock.providers.hyperv.partition import HYPERCALL_PORT, Partition
 from pvclock.providers.hyperv.profiles import PROFILES
-from pvclock.providers.hyperv.reference_time import RawReferenceClock, ReferenceClock
+from pvclock.providers.hyperv.reference_time import RawReferenceClock, ReferenceClock, page_of
 from pvclock.providers.hyperv.tsc_controls import Frequencies, InvariantTsc, Reenlightenment
 from pvclock.providers.interface import (
     CPUID_BASE,
@@ -30,13 +40,12 @@ from pvclock.providers.interface import (
     Status,
     VcpuHost,
 )
-from pvclock.quantities import quoted
+from pvclock.quantities import U32_MASK, quoted
 
 __all__ = ["HyperVProvider"]
 
 NAME: Final = "HyperV"
 LOGICAL_PROCESSORS: Final = 64
-HV_STATUS_INVALID_HYPERCALL_CODE: Final = 2
 
 
 class HyperVProvider:
@@ -104,11 +113,26 @@ class HyperVProvider:
         self._reference = RawReferenceClock(clock) if self._profile.reference_is_raw_tsc else ReferenceClock(clock)
         self._invariant_tsc = InvariantTsc()
         parts = self._servable_parts(apic_bus_hz)
-        served = Served.by(parts)
+        debugger = self._made_debugger(vendor_id or self._profile.vendor_id, vs_interface, hypercall_debug)
+        if debugger is not None:
+            parts.append(debugger)
+            self.debug_setup = debugger.setup
+        self._hypercalls = Hypercalls(
+            clock,
+            vcpus,
+            read_msr=self.read_msr,
+            debugger=debugger,
+            as_virtualbox=self._profile.is_virtualbox,
+            vs_interface=vs_interface,
+        )
+        served = Served.by(parts, self._hypercalls.privileges)
         wanted = Wanted(vendor_id, privileges, features, recommendations, hardware)
         self.offer = chosen_offer(self._profile, served, wanted)
         """What CPUID offers."""
         self._take_up(parts, Served(self.offer.privileges, self.offer.features) if enforce_cpuid else served)
+        if enforce_cpuid:
+            self._hypercalls.privileges &= self.offer.privileges
+        self._unit_features = self._features_of_unit()
         self._leaves = self._made_leaves(vs_interface=vs_interface)
         self.hypercall_opcodes: tuple[bytes, ...] = (self._partition.opcode,)
         self.hypercall_port: int | None = HYPERCALL_PORT if clock.vcpu_host is VcpuHost.KVM else None
@@ -123,6 +147,13 @@ class HyperVProvider:
         if clock.vcpu_host is not VcpuHost.KVM:  # a vCPU's CPUID cannot change there
             parts.append(self._invariant_tsc)
         return parts
+
+    def _made_debugger(self, vendor_id: str, vs_interface: bool, hypercall_debug: bool) -> SyntheticDebugger | None:
+        """With the VS interface, as QEMU has it; VirtualBox's is there for Microsoft's vendor id, too."""
+        by_virtualbox = self._profile.is_virtualbox
+        if not vs_interface and not (by_virtualbox and vendor_id == MICROSOFT):
+            return None
+        return SyntheticDebugger(self.clock, suggests_hypercalls=hypercall_debug, as_virtualbox=by_virtualbox)
 
     def _take_up(self, parts: list[Part], served: Served) -> None:
         """Serve the MSRs that are `served`, and what is due of the parts that have any."""
@@ -184,10 +215,10 @@ class HyperVProvider:
         return self._partition.are_hypercalls_enabled
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
-        """NOT_AVAILABLE, the guest's #UD, until hypercalls are enabled; no call is known."""
+        """NOT_ENABLED, the guest's #UD, until hypercalls are enabled; then see Hypercalls."""
         if not self.are_hypercalls_enabled:
-            return HypercallResult(Status.NOT_AVAILABLE)
-        return HypercallResult(Status.NOT_SUPPORTED, HV_STATUS_INVALID_HYPERCALL_CODE)
+            return HypercallResult(Status.NOT_ENABLED)
+        return self._hypercalls.call(vcpu, registers)
 
     # Pages and time
 
@@ -232,6 +263,9 @@ class HyperVProvider:
 
     def load(self, msrs: Mapping[str, object]) -> None:
         """Adopt what save() returned; reference time and its page go on from there."""
+        _call_all(self._checked(msrs))
+
+    def _checked(self, msrs: Mapping[str, object]) -> list[Callable[[], None]]:
         saved = [part.save() for part in self._parts]
         names = [name for each in saved for name in each]
         if msrs.keys() != set(names):
@@ -239,20 +273,68 @@ class HyperVProvider:
                 f"provider 'HyperV' has saved {', '.join(map(repr, names))}; "
                 f"found were {', '.join(f'{name!r:.100}' for name in list(msrs)[:64]) or 'none'}"
             )
-        checked = [
+        return [
             part.checked({name: msrs[name] for name in each}) for part, each in zip(self._parts, saved, strict=True)
         ]
-        _call_all(checked)
 
     def save_unit(self) -> bytes:
-        """There is none yet."""
-        return b""
+        """See virtualbox_unit."""
+        return virtualbox_unit.encode(virtualbox_unit.unit_of(self.save(), self._unit_features, self._vcpus))
 
     def load_unit(self, part: bytes, begin: Callable[[], object], undo: Callable[[], object]) -> None:
-        """There is none yet."""
-        if part:
-            raise StateFileError("unit", f"{len(part)} bytes after the header", "none of provider 'HyperV'")
-        begin()
+        """See Provider; what a unit does not hold is as after a reset.
+
+        ConfigError for a page that cannot be enabled; and, but for profile "virtualbox", for another offer in CPUID.
+        """
+        found = virtualbox_unit.decode(part, self._vcpus)
+        self._check_unit(found)
+        written, features = virtualbox_unit.written_in(found), self._unit_features
+        self._checked(self._with_written(written))  # refuses what no guest can have written, while nothing has changed
+        restore = [each.checked(each.save()) for each in self._parts]
+
+        def take() -> None:
+            _call_all([each.reset for each in self._parts])
+            self.load(self._with_written(written))
+            self._partition.renew_page()
+            self._unit_features = found.features
+            begin()
+
+        def take_back() -> None:
+            undo()
+            self._unit_features = features
+            _call_all(restore)
+
+        self._reference.take_back(take, take_back, found.reference_tsc)
+
+    def _with_written(self, written: Mapping[str, MsrValue]) -> Mapping[str, MsrValue]:
+        """The state as it is, but for what is `written`; a sequence never goes back."""
+        now = self.save()
+        state = {name: written.get(name, value) for name, value in now.items()}
+        match now.get("reference_sequence"), written.get("reference_sequence"):
+            case (int(here), int(there)):
+                state["reference_sequence"] = max(here, there)
+        return state
+
+    def _check_unit(self, found: virtualbox_unit.Unit) -> None:
+        here = self._features_of_unit()
+        if found.features != here and not self._profile.is_virtualbox:
+            raise ConfigError(f"the unit's guest was offered {_words(found.features)}; this VM offers {_words(here)}")
+        pages = {"hypercall page": found.hypercall}
+        if self._profile.reference_is_raw_tsc:  # otherwise the page may lie anywhere
+            pages["TSC page"] = found.reference_tsc
+        for name, msr in pages.items():
+            if (gpa := page_of(msr)) is not None and not self.clock.memory.contains(gpa, virtualbox_unit.PAGE_BYTES):
+                raise ConfigError(f"failed to enable the {name} at {gpa:#x}: it is not in guest memory")
+
+    def _features_of_unit(self) -> tuple[int, ...]:
+        """CPUID's words as a unit has them: privileges low and high, power management, features, hints, hardware."""
+        privileges, offer = int(self.offer.privileges), self.offer
+        low, high = privileges & U32_MASK, privileges >> 32
+        return low, high, 0, int(offer.features), int(offer.recommendations), int(offer.hardware)
+
+
+def _words(features: tuple[int, ...]) -> str:
+    return ", ".join(f"{each:#x}" for each in features)
 
 
 def _call_all(functions: Iterable[Callable[[], object]]) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.msr import Msr, checked_number
+from pvclock.providers.hyperv.scales import virtualbox_scale, virtualbox_ticks_per_unit
 from pvclock.providers.interface import ClockServices, MsrValue, ReferenceTime
 from pvclock.quantities import U32_MASK, U64_MASK, Gpa
 
@@ -25,8 +26,6 @@ HV_X64_MSR_REFERENCE_TSC: Final = 0x40000021
 ENABLED: Final = 1
 PAGE: Final = ~0xFFF & U64_MASK
 
-UNITS_PER_S: Final = 10_000_000
-UNITS_PER_MS: Final = 10_000
 TSC_PAGE: Final = Struct("<IIQq")  # sequence, reserved, scale, offset
 SEQUENCE_MAX: Final = 0xFFFFFFFE
 """VirtualBox begins anew at 1 from this sequence on, for the one after it is reserved."""
@@ -56,8 +55,11 @@ class ReferenceClock:
         """Has the guest enabled its reference TSC page?"""
         return bool(self.reference_tsc_msr & ENABLED)
 
-    def take_back(self, begin: Callable[[], object], undo: Callable[[], object]) -> None:
-        """Reset this part and stop updating the page; begin, undo: see ClockServices.place_reference_page()."""
+    def take_back(self, begin: Callable[[], object], undo: Callable[[], object], value: int = 0) -> None:
+        """Reset this part, and go on with the page that `value` of the MSR enables, if any.
+
+        begin, undo: see ClockServices.place_reference_page().
+        """
         before = self.reference_tsc_msr
 
         def forget() -> None:
@@ -68,7 +70,7 @@ class ReferenceClock:
             undo()
             self.reference_tsc_msr = before
 
-        self._clock.place_reference_page(None, forget, remember)
+        self._clock.place_reference_page(page_of(value), forget, remember)
 
     def reset(self) -> None:
         """See Part; within take_back()."""
@@ -106,8 +108,7 @@ class RawReferenceClock:
     def __init__(self, clock: ClockServices) -> None:
         self._memory, self._guest_tsc = clock.memory, clock.guest_tsc
         hz = clock.host_tsc_hz  # as TM's: the rate at which TSCs run here
-        self._ticks_per_unit = max(hz // UNITS_PER_S, 1)
-        self._scale = (UNITS_PER_MS << 32) // max(hz // 1000, 1) << 32 & U64_MASK
+        self._ticks_per_unit, self._scale = virtualbox_ticks_per_unit(hz), virtualbox_scale(hz)
         self.reference_tsc_msr = self.sequence = 0
         self.msrs: Mapping[int, Msr] = {
             HV_X64_MSR_TIME_REF_COUNT: Msr(Privilege.TIME_REF_COUNT, self._count),
@@ -119,7 +120,7 @@ class RawReferenceClock:
         """Has the guest enabled its reference TSC page?"""
         return bool(self.reference_tsc_msr & ENABLED)
 
-    def take_back(self, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+    def take_back(self, begin: Callable[[], object], undo: Callable[[], object], value: int = 0) -> None:
         """Reset this part and do `begin`, which cannot fail; nobody updates the page."""
         self.reset()
         begin()

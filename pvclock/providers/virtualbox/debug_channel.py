@@ -48,6 +48,8 @@ class DebugChannel:
         self._lock = threading.Lock()
         self.traffic = DebugTraffic()
         renew_in_children(self)
+        if setup is not None and setup.connect is not None:
+            setup.connect(self)
 
     def begin_anew(self) -> None:
         """See HasLock."""
@@ -65,6 +67,11 @@ class DebugChannel:
         """Remove the device, if there is one."""
         with self._lock:
             self._device = None
+
+    def data_arrived(self) -> None:
+        """The VMM says that the device has bytes for the guest, which may want to know."""
+        if self._setup is not None and self._setup.data_arrived is not None:
+            self._setup.data_arrived()
 
     def setup(self) -> tuple[Status, DebugSetup | None]:
         """What the provider requires of the device; NO_DEBUG_CONNECTION without a debug interface."""

@@ -1,0 +1,66 @@
+"""Timers of the guest's clock interface: when the next one is due, who is told that this changed, and their expiry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+from pvclock.clock.timekeeper import Timekeeper, nothing
+from pvclock.errors import RangeError
+from pvclock.providers.interface import Hooks
+from pvclock.quantities import NS_PER_S, GuestNs, signed64
+
+__all__ = ["ProviderTimers"]
+
+
+class ProviderTimers:
+    """The timers that a provider has by its hooks next_due_ns and expire, in the time of `keeper`.
+
+    Thread-safety: all methods may be called from any thread.
+    """
+
+    def __init__(self, keeper: Timekeeper, hooks: Hooks) -> None:
+        self.exist = hooks.next_due_ns is not None and hooks.expire is not None
+        """Can the provider have timers at all?"""
+        self._keeper = keeper
+        self._next_due_ns: Callable[[], int | None] = hooks.next_due_ns or nothing
+        self._expire: Callable[[int], Callable[[], object] | None] = hooks.expire or nothing
+        self._watchers: dict[Callable[[], object], None] = {}  # needs no lock: each use is one step of it
+
+    def watch(self, told: Callable[[], object]) -> None:
+        """See GuestClock.watch_timers()."""
+        self._watchers[told] = None
+
+    def unwatch(self, told: Callable[[], object]) -> None:
+        """See GuestClock.unwatch_timers()."""
+        self._watchers.pop(told, None)
+
+    def changed(self) -> None:
+        """Tell all watchers that the next due timer, or the time until then, may be another one."""
+        for told in tuple(self._watchers):
+            told()
+
+    def expire(self) -> GuestNs | None:
+        """See GuestClock.expire_timers()."""
+        with self._keeper.changing:
+            if self._keeper.is_paused:
+                return None
+            deliver = self._expire(self._keeper.now())
+            due_ns = self._next_due_ns()
+        if deliver is not None:
+            deliver()
+        return None if due_ns is None else GuestNs(due_ns)
+
+    def host_ns_left(self) -> int | None:
+        """See GuestClock.host_ns_to_next_timer()."""
+        with self._keeper.changing.lock:
+            due_ns = None if self._keeper.is_paused else self._next_due_ns()
+            if due_ns is None:
+                return None
+            timeline = self._keeper.timeline
+            try:
+                due_tsc = timeline.tsc_at(Fraction(due_ns))
+            except RangeError:  # no counter gets there
+                return None
+            ticks = signed64(due_tsc - self._keeper.host_tsc())
+        return max(-(-ticks * NS_PER_S // timeline.tsc_hz), 0)
