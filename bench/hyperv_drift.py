@@ -47,11 +47,10 @@ FREQUENCIES_HZ: Final = (
 
 
 class Reading(NamedTuple):
-    """One reading: s since the first one, and by how many ns it is ahead of the TSC, with and without its fraction."""
+    """One reading: s since the first one, and by how many ns it is ahead of the TSC before it is cut to 100 ns."""
 
     s: float
     exact_ns: float
-    guest_ns: float
     sequence: int
     scale: int
 
@@ -71,7 +70,6 @@ def measure(run: Callable[[Script], list[Trace]], seconds: float) -> tuple[int, 
         Reading(
             (tsc - first_tsc) / hz,
             ahead_ns(tsc, units(page, tsc)),
-            ahead_ns(tsc, Fraction(page.read(tsc))),
             page.sequence,
             page.scale,
         )
@@ -99,7 +97,7 @@ def rate_errors(hz: int) -> tuple[float, float]:
 
 def show_rates(more_hz: Sequence[int]) -> None:
     """Print the rate errors as a table of Markdown."""
-    print("| TSC (Hz) | KVM's page (ppb) | in a day | pvclock's (ppb) |\n|---|---|---|---|")
+    print("| TSC (Hz) | KVM's page (ppb) | in a day | the engine's (ppb) |\n|---|---|---|---|")
     for hz in sorted({*FREQUENCIES_HZ, *more_hz}):
         kernel, engine = rate_errors(hz)
         print(f"| {hz:,} | {kernel:+.4f} | {kernel * DAY_S / 1000:+.1f} us | {engine:+.1e} |")
@@ -115,12 +113,15 @@ def draw(found: dict[str, dict[str, object]], output: Path) -> None:
         readings = [Reading(*reading) for reading in each["readings"]]  # type: ignore[attr-defined]
         s, color = [reading.s for reading in readings], COLORS[name]
         ppb = error_ppb(readings[0].scale, int(each["tsc_hz"])) if name == "kernel" else 0.0  # type: ignore[call-overload]
-        measured.plot(s, [reading.exact_ns for reading in readings], color=color, label=f"{name}: the page's line")
-        measured.plot(s, [reading.guest_ns for reading in readings], ".", ms=3, color=color, label=f"{name}: as read")
-        day.plot([0, 24], [0, ppb * DAY_S / 1000], color=color, label=f"{name}: {ppb:+.3f} ppb")
+        measured.plot(s, [reading.exact_ns for reading in readings], ".-", ms=3, color=color, label=f"{name}, measured")
+        day.plot([0, 24], [0, ppb * DAY_S / 1000], color=color, label=f"{name}, going on like this: {ppb:+.3f} ppb")
     worst_us = -(10**9) / 2**31 * DAY_S / 1000
-    day.fill_between([0, 24], [0, worst_us], color="mistyrose", label="KVM at other frequencies")
-    measured.set(xlabel="s", ylabel="ahead of the TSC, ns", title="Hyper-V's reference time in two guests")
+    day.fill_between([0, 24], [0, worst_us], color="mistyrose", label="the kernel at other frequencies")
+    measured.set(
+        xlabel="s",
+        ylabel="ahead of the TSC, ns",
+        title="Hyper-V's reference time in two guests, before it is cut to 100 ns",
+    )
     day.set(xlabel="hours", ylabel="ahead of the TSC, us")
     for axes in (measured, day):
         axes.legend(fontsize="small")

@@ -78,8 +78,8 @@ def on_kernel(script: Script) -> list[Trace]:
 
 def on_engine(script: Script, *, tick_interval_s: float | None = None) -> list[Trace]:
     """What became of each step with the engine's."""
-    offer = {"privileges": int(PRIVILEGES), "features": int(FEATURES)}
-    with Machine(HLT, memory_bytes=RAM_BYTES, tick_interval_s=tick_interval_s, provider="HyperV", **offer) as machine:
+    options = {"provider": "HyperV", "privileges": int(PRIVILEGES), "features": int(FEATURES)}
+    with Machine(HLT, memory_bytes=RAM_BYTES, tick_interval_s=tick_interval_s, **options) as machine:  # type: ignore[arg-type]
         count = _put(machine.memory, script, machine.clock_service.read_msr(0, COUNTER))
         machine.start()
         machine.wait(HANG_S)
