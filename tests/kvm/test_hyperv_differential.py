@@ -13,13 +13,13 @@ from typing import Final, NamedTuple, TypeAlias
 
 import pytest
 
-from pvclock.kvm import open_kvm
 from tests import oracle
-from tests.kvm.hyperv_script import COUNTER, CRASH_CTL, NEEDED, Script, kernel_vm, on_engine, on_kernel
+from tests.kvm.guests import HLT, bare_vm
+from tests.kvm.hyperv_script import COUNTER, CRASH_CTL, Script, on_engine, on_kernel, skip_without_kernel_hyperv
 from tests.kvm.msr_script import INTERRUPT_VECTOR, INTERRUPTS, Access, Await, Trace
 from tests.oracle import ReferenceTscPage
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("tsc_is_trusted")]  # else the kernel has no page
 
 IA32_TSC, APIC_BASE, X2APIC_SVR = 0x10, 0x1B, 0x80F
 
@@ -44,25 +44,30 @@ TIMES: Final = (COUNTER, IA32_TSC)
 """What is read there is a time."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _kernel_serves_hyperv() -> None:
-    """Skip where there is nothing to compare with."""
-    with open_kvm() as kvm:
-        missing = [name for name in NEEDED if not kvm.check_extension(name)]
-    if missing:
-        pytest.skip(
-            f"no {', '.join(missing)}: a kernel without CONFIG_KVM_HYPERV; `make test-lab` runs it on one that has"
-        )
+@pytest.fixture(scope="module")
+def kernel_hyperv() -> None:
+    """Skip where the kernel does not serve Hyper-V's interface."""
+    skip_without_kernel_hyperv()
 
 
 @pytest.fixture(scope="module")
 def tsc_hz() -> int:
     """The frequency of guests' TSCs here."""
-    with kernel_vm() as bare:
+    with bare_vm(HLT) as bare:
         return bare.vcpus[0].get_tsc_khz() * 1000
 
 
+WITH_KERNEL = pytest.mark.usefixtures("kernel_hyperv")
 Run: TypeAlias = Callable[[Script], list[Trace]]
+
+
+@pytest.fixture(params=["kernel", "engine"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Run a script with the one's interface, and then with the other's."""
+    if request.param == "engine":
+        return on_engine
+    request.getfixturevalue("kernel_hyperv")
+    return on_kernel
 
 
 # The reference TSC page
@@ -121,6 +126,7 @@ def assert_page_rules(traces: Sequence[Trace], scales: range) -> None:
         assert before.value <= page.read(tsc.value) <= after.value, "page and counter are one clock"
 
 
+@WITH_KERNEL
 @pytest.mark.row("H-36", "H-50", "H-51", "H-53", "H-54")
 def test_page_rules_of_the_kernel(tsc_hz: int) -> None:
     """KVM's page: enabled, enabled again, disabled, elsewhere and nowhere; its scale comes from kvmclock's 32 bits."""
@@ -178,6 +184,7 @@ def comparable(access: Access, trace: Trace) -> tuple[bool, int | None]:
     return trace.faulted, None if is_time else trace.value
 
 
+@WITH_KERNEL
 @pytest.mark.row("H-30", "H-31", "H-32", "H-33", "H-36", "H-37", "H-40", "H-41", "H-42", "H-43", "H-46", "H-47", "E9")
 @pytest.mark.parametrize("seed", range(2))
 def test_random_accesses(seed: int) -> None:
@@ -189,6 +196,7 @@ def test_random_accesses(seed: int) -> None:
     assert 60 < sum(trace.faulted for trace in kernel) < 260
 
 
+@WITH_KERNEL
 @pytest.mark.row("H-37", "H-20", "H-21")
 def test_frequencies(tsc_hz: int) -> None:
     """The frequencies that the guest is told are the same, and the TSC's is the one that it has."""
@@ -244,7 +252,6 @@ def assert_expired_when_asked(count: int, traces: Sequence[Trace]) -> None:
 
 
 @pytest.mark.row("H-40", "H-41", "H-42")
-@pytest.mark.parametrize("run", [on_kernel, on_engine])
 def test_one_shot_timers(run: Run) -> None:
     """A timer tells of its expiry at the time it was set to, at once if that is past, and interrupts; then it ends."""
     counts: list[int] = []
@@ -261,7 +268,6 @@ def test_one_shot_timers(run: Run) -> None:
 
 
 @pytest.mark.row("H-40", "H-41", "H-42")
-@pytest.mark.parametrize("run", [on_kernel, on_engine])
 def test_periodic_timer(run: Run) -> None:
     """A periodic timer expires on the grid of its period from when it was set: some are skipped, none is early."""
     one = (Await(SLOT, SLOT + 8), Access(COUNTER), Access(EOM, 0, SLOT, CLEAR))
@@ -280,7 +286,6 @@ def test_periodic_timer(run: Run) -> None:
 
 
 @pytest.mark.row("H-42")
-@pytest.mark.parametrize("run", [on_kernel, on_engine])
 def test_direct_timer(run: Run) -> None:
     """In direct mode the vCPU is interrupted at the time that was asked for, without a message, and the timer ends."""
     counts: list[int] = []
@@ -355,6 +360,7 @@ KNOWN: Final = {
 }
 
 
+@WITH_KERNEL
 @pytest.mark.row("H-31", "H-42", "H-54")
 def test_known_differences() -> None:
     """Each difference that is known is still there, on either side as it is described."""

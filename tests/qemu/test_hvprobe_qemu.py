@@ -8,7 +8,6 @@ from typing import Final
 import pytest
 
 from pvclock import ClockScale
-from pvclock.kvm import open_kvm
 from pvclock.payloads import hvprobe, probe
 from pvclock.payloads.hyperv_probe import (
     REFERENCE_PAGE,
@@ -24,6 +23,7 @@ from pvclock.payloads.hyperv_probe import (
 from pvclock.providers.hyperv.features import Feature, Privilege
 from pvclock.providers.hyperv.scales import kvm_scale
 from qemu_glue.peer.launch import Qemu
+from tests.kvm.hyperv_script import skip_without_kernel_hyperv
 from tests.oracle import ReferenceTscPage
 from tests.waiting import HANG_S
 
@@ -33,7 +33,6 @@ FLAGS: Final = ("hv-vpindex", "hv-time", "hv-synic", "hv-stimer", "hv-stimer-dir
 PRIVILEGES: Final = (Privilege.TIME_REF_COUNT | Privilege.REFERENCE_TSC | Privilege.FREQUENCY) | (
     Privilege.SYNIC | Privilege.SYNTHETIC_TIMERS | Privilege.HYPERCALL | Privilege.VP_INDEX | Privilege.RESET
 )
-CAPABILITY: Final = "KVM_CAP_HYPERV_TIME"
 EXPIRIES: Final = 10
 PERIOD: Final = 50_000
 """5 ms, in units of 100 ns."""
@@ -42,9 +41,7 @@ PERIOD: Final = 50_000
 @pytest.fixture(scope="module")
 def _kernel_serves_hyperv() -> None:
     """Skip where QEMU has no Hyper-V clock to offer."""
-    with open_kvm() as kvm:
-        if not kvm.check_extension(CAPABILITY):
-            pytest.skip(f"no {CAPABILITY}: a kernel without CONFIG_KVM_HYPERV; `make test-lab` runs it on one that has")
+    skip_without_kernel_hyperv()
 
 
 def run_hvprobe(cmdline: str, vcpus: int = 1) -> tuple[HvBlock, list[HvRecord], list[list[Expiry]], bytes]:
