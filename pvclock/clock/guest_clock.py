@@ -444,7 +444,7 @@ class GuestClock:
 
     def unwatch_timers(self, told: Callable[[], object]) -> None:
         """Call `told` no more; does nothing if it is not called."""
-        self._guest.timers.unwatch(told)
+        self._guest.timers.unwatch(function("told", told))
 
     # Saved and restored
 

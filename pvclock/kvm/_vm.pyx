@@ -150,8 +150,8 @@ cdef class Vm(Fd):
         memcpy(&chip, <uint8_t *>state, sizeof(chip))
         checked(ioctl(self.fd, KVM_SET_IRQCHIP, &chip), "KVM_SET_IRQCHIP")
 
-    def signal_msi(self, address: int, data: int) -> bool:
-        """KVM_SIGNAL_MSI: raise the interrupt that a write of `data` to `address` is, on a VM with an irqchip.
+    def signal_msi(self, address: int, message: int) -> bool:
+        """KVM_SIGNAL_MSI: raise the interrupt that a write of `message` to `address` is, on a VM with an irqchip.
 
         True if an APIC took it; False if the guest has blocked it, or no vCPU has that APIC id.
         """
@@ -159,7 +159,7 @@ cdef class Vm(Fd):
         cdef uint64_t target = whole("address", address, 0, U64_MASK)
         memset(&msi, 0, sizeof(msi))
         msi.address_lo, msi.address_hi = target & U32_MASK, target >> 32
-        msi.data = whole("data", data, 0, U32_MASK)
+        msi.data = whole("message", message, 0, U32_MASK)
         cdef int taken = ioctl(self.fd, KVM_SIGNAL_MSI, &msi)
         if taken < 0 and errno == EPERM:  # the -1 by which KVM says that there is no such APIC
             return False

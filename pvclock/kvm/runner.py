@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from pvclock.arguments import function, number, whole
+from pvclock.arguments import function, instance, number, whole
 from pvclock.errors import StateError, WrongType
 from pvclock.kvm._gate import Gate, Hold, install_kick_signal
 from pvclock.kvm._vcpu import Vcpu
@@ -98,7 +98,7 @@ class Runner:
 
     def fail(self, failure: BaseException) -> None:
         """End the run by this error, as one of the exit handler's would; without waiting for the threads."""
-        self.failure = self.failure or failure
+        self.failure = self.failure or instance("failure", failure, BaseException)
         self.gate.end()
 
     def close(self) -> None:

@@ -52,7 +52,8 @@ def valid(bare: Bare) -> dict[str, Callable[[], Any]]:
     return {
         **dict.fromkeys(("gpa", "slot", "clock", "vcpu_id", "argument", "vcpu", "mp_state", "kernel_features"), int),
         **dict.fromkeys(("index",), lambda: 0x10),
-        **dict.fromkeys(("address", "length"), int),
+        **dict.fromkeys(("address", "length", "message"), int),
+        "failure": ZeroDivisionError,
         "is_port": lambda: True,
         "value": int,
         "khz": bare.vcpus[0].get_tsc_khz,

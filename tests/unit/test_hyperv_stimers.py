@@ -470,6 +470,23 @@ def test_messages_for_one_slot_come_in_order_and_each_once() -> None:
     assert [world.read(CONFIG0 + 2 * index) & ENABLE for index in range(4)] == [0] * 4
 
 
+@pytest.mark.row("H-40", "H-42")
+def test_the_clock_is_told_of_an_eom_that_frees_a_slot() -> None:
+    """And of nothing if no message waits, whatever a guest writes."""
+    world = World()
+    world.write(EOM, 0)
+    told = world.clock.timer_changes
+    for index in range(2):
+        world.set(ONE_SHOT_TO_1, 10, index)
+    world.at(10)
+    assert world.clock.timer_changes == told + 4
+    assert (world.stimers.next_due_ns(), world.take(0, 1)) == (None, Message(0, 10, 10))
+    assert (world.clock.timer_changes, world.stimers.next_due_ns()) == (told + 5, 0)
+    world.at(11)
+    world.write(EOM, 0)
+    assert (world.clock.timer_changes, world.stimers.next_due_ns()) == (told + 5, None)
+
+
 @pytest.mark.row("H-42")
 def test_a_timer_is_enabled_until_its_message_is_posted() -> None:
     """As on KVM; stopping it meanwhile takes the message back."""

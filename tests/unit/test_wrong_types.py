@@ -26,6 +26,7 @@ from pvclock import (
 )
 from pvclock.clock.event_log import EventLog
 from pvclock.clock.ticker import Ticker
+from pvclock.clock.timer_thread import TimerThread
 from pvclock.clock.wall_clock import WallClockBase
 from pvclock.compat.palacios import PalaciosTime
 from pvclock.host.backend import Backend
@@ -108,6 +109,11 @@ def a_watch() -> HostWatch:
     return HostWatch(HZ, interval_ns=10**9)
 
 
+def host_clock() -> GuestClock:
+    """A clock in host time."""
+    return GuestClock(GuestMemory(bytearray(1 << 12)), backend=HostBackend())
+
+
 def interface() -> GuestInterface:
     """A guest's interface."""
     return a_clock(HZ)[0].interface
@@ -134,6 +140,7 @@ MAKERS: dict[str, Callable[[], object]] = {
     "PalaciosTime.restart": lambda: core_time("start", "pause"),
     "DebugChannel": lambda: interface().debug,
     "Ticker": Ticker,
+    "TimerThread": lambda: TimerThread(host_clock()),
     "Timers": lambda: Timers(cycles_hz=HZ),
     "VcpuTimeouts": lambda: VcpuTimeouts(Timers()),
     "KvmTscSync": sync,
@@ -162,7 +169,8 @@ VALID: dict[str, Callable[[], Any]] = {
     "field": lambda: "policy",
     **dict.fromkeys(("slaved", "tsc_trusted"), lambda: False),
     **dict.fromkeys(("data", "code"), lambda: b"\x0f\x01\xc1"),
-    **dict.fromkeys(("callback", "log", "on_dirty"), lambda: nothing),
+    **dict.fromkeys(("callback", "log", "on_dirty", "told"), lambda: nothing),
+    "TimerThread.clock": host_clock,
     **dict.fromkeys(("backend", "inner"), lambda: SimulatedBackend(HZ)),
     **dict.fromkeys(("state",), lambda: TYPICAL),
     **dict.fromkeys(("config", "pvclock.providers.guest_interface.combined.options"), dict),
