@@ -13,7 +13,7 @@ from pvclock.arguments import instance
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import ConfigError, StateError
 from pvclock.quantities import NS_PER_S
-from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children
+from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children, wake_precisely
 
 __all__ = ["TimerThread"]
 
@@ -80,7 +80,7 @@ class TimerThread:
             rounds = _Rounds(self._clock, self._failures)
             self._begun.add(rounds)
             try:
-                self._clock.watch_timers(rounds.wake_up.call)
+                self._clock.timers.watch(rounds.wake_up.call)
                 begin(rounds.thread, "start")
                 self._present = rounds
             except BaseException:
@@ -120,7 +120,7 @@ class TimerThread:
 
     def _end(self, rounds: _Rounds) -> None:
         rounds.is_over = True
-        self._clock.unwatch_timers(rounds.wake_up.call)
+        self._clock.timers.unwatch(rounds.wake_up.call)
         rounds.wake_up.call()
 
 
@@ -136,6 +136,7 @@ class _Rounds:
         self._clock = ref(clock, lambda _: wake_up.call())
 
     def _run(self) -> None:
+        wake_precisely()
         while not self.is_over and (clock := self._clock()) is not None:
             ns = self._expire(clock)
             del clock
@@ -145,7 +146,7 @@ class _Rounds:
         """Expire what is due; returns the host ns until the next timer."""
         try:
             clock.expire_timers()
-            ns = clock.host_ns_to_next_timer()
+            ns = clock.timers.host_ns_left()
         except BaseException as error:  # noqa: BLE001  # SystemExit from a service, too
             self._failures.append(error)
             return RETRY_NS

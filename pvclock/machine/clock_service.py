@@ -287,7 +287,7 @@ class EngineClockService:
         """Let `clock` be the machine's; its MSR calls are attributes here, for a guest's exits call nothing else."""
         self.clock = clock
         self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
-        self.timer_thread = TimerThread(clock) if clock.has_timers else None
+        self.timer_thread = TimerThread(clock) if clock.timers.exist else None
 
     @property
     def _is_running(self) -> bool:

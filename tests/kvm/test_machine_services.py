@@ -170,8 +170,9 @@ def test_a_kick_ends_a_halt() -> None:
 def test_services_change_nothing_that_kvm_offers() -> None:
     """Provider KVM offers what this host's kernel and engine serve, with the machine's services or without."""
     offered = []
-    for vmm in ({}, {"vmm": None}):
-        with Machine(HLT, **vmm) as machine:
+    options: list[dict[str, Any]] = [{}, {"vmm": None}]
+    for each in options:
+        with Machine(HLT, **each) as machine:
             assert machine.clock is not None
             offered.append((machine.clock.cpuid_leaves, machine.clock.interface.config))
     assert offered[0] == offered[1]

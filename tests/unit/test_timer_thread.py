@@ -150,13 +150,11 @@ def test_started_and_stopped() -> None:
     timers = TimerThread(clock)
     timers.stop()
     timers.start()
-    assert timers.is_running
-    assert timers.has_threads
+    assert (timers.is_running, timers.has_threads) == (True, True)
     with pytest.raises(StateError, match="the timer thread is running"):
         timers.start()
     timers.stop()
-    assert not timers.is_running
-    assert not timers.has_threads
+    assert (timers.is_running, timers.has_threads) == (False, False)
     set_alarm(clock, 0)
     time.sleep(0.01)
     assert provider.expired == []
@@ -168,7 +166,12 @@ def test_stop_waits_for_a_delivery() -> None:
     """Not beyond its timeout: a StateError then says what did not return, and the thread ends with that."""
     clock, provider = an_alarm()
     begun, go_on = WakeUp(), WakeUp()
-    provider.deliver = lambda: (begun.call(), go_on.wait(HANG_S))
+
+    def deliver() -> None:
+        begun.call()
+        go_on.wait(HANG_S)
+
+    provider.deliver = deliver
     timers = TimerThread(clock)
     timers.start()
     set_alarm(clock, 0)
