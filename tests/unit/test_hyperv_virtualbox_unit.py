@@ -376,6 +376,18 @@ def test_a_hypercall_page_that_cannot_be_enabled(profile: str) -> None:
 
 
 @pytest.mark.row("H-71", "E13")
+@EVERY_PROFILE
+def test_values_that_no_guest_can_have_written(profile: str) -> None:
+    """A hypercall page without an OS id is refused before anything changes."""
+    provider, clock = a_guest(profile)
+    before, memory = provider.save(), clock.memory.read(0, SIZE)
+    bad = decode(provider.save_unit(), 2)._replace(guest_os_id=0, reference_tsc=0x8001, reference_page=0x8000)
+    with pytest.raises(ConfigError, match="'guest_os_id' is 0"):
+        provider.load_unit(encode(bad), nothing, nothing)
+    assert (provider.save(), clock.memory.read(0, SIZE)) == (before, memory)
+
+
+@pytest.mark.row("H-71", "E13")
 def test_a_unit_of_another_offer() -> None:
     """Linux's guests may rely on what CPUID has told them; VirtualBox takes the unit's words and saves them again."""
     for profile in ("linux", "virtualbox"):
