@@ -109,6 +109,20 @@ class TimerThread:
             state = f"a delivery has not ended after {timeout_s:g} s"
             raise StateError("stop", state, "the VMM's inject() must return, and so must on_dirty")
 
+    def settle(self, timeout_s: float = STOP_S) -> bool:
+        """Wait for the delivery that is under way, if any; False if it has not ended after timeout_s.
+
+        After GuestClock.pause() and this, no interrupt is raised and no message written before resume().  Within a
+        delivery it does not wait.
+        """
+        check_timeout(timeout_s)
+        rounds = self._present
+        if rounds is None or rounds.thread is threading.current_thread():
+            return True
+        if has_ended := rounds.delivering.acquire(timeout=timeout_s):
+            rounds.delivering.release()
+        return has_ended
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -130,6 +144,7 @@ class _Rounds:
     def __init__(self, clock: GuestClock, failures: deque[BaseException]) -> None:
         self.is_over = False
         self.wake_up = WakeUp()
+        self.delivering = threading.Lock()
         self.thread = threading.Thread(target=self._run, name="pvclock-timers", daemon=True)
         self._failures = failures
         wake_up = self.wake_up
@@ -138,7 +153,8 @@ class _Rounds:
     def _run(self) -> None:
         wake_precisely()
         while not self.is_over and (clock := self._clock()) is not None:
-            ns = self._expire(clock)
+            with self.delivering:
+                ns = self._expire(clock)
             del clock
             self.wake_up.wait(min(max(ns, REST_NS), LONGEST_NS) / NS_PER_S)
 

@@ -213,6 +213,8 @@ class EngineClockService:
                 self._execution_time.leave()
             if not self.clock.is_paused:
                 self.clock.pause()
+        if self.timer_thread is not None:
+            self.timer_thread.settle()  # without the lock, for which a delivery may wait
 
     def resume(self, policy: Policy | str | None = None) -> None:
         """See ClockService."""
