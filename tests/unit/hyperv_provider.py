@@ -10,8 +10,9 @@ from pvclock import GuestMemory, MsrFault
 from pvclock.providers.hyperv import HyperVProvider
 from pvclock.providers.interface import VcpuHost, VmmServices
 from tests.unit.stub_clock import GUARD, SIZE, NotedVmm, StubClock
+from tests.unit.test_hyperv_apic import NotedApic
 
-__all__ = ["EVERY_PROFILE", "LEAF", "OS_ID", "KickingVmm", "a_provider", "is_refused", "written_pages"]
+__all__ = ["EVERY_PROFILE", "LEAF", "OS_ID", "KickingVmm", "a_provider", "full_vmm", "is_refused", "written_pages"]
 
 PAGE_BYTES: Final = 4096
 LEAF: Final = 0x40000000
@@ -30,6 +31,14 @@ class KickingVmm:
     def send_ipi(self, apic_ids: list[int], icr: int) -> int:
         """Nobody gets it."""
         return 0
+
+
+def full_vmm() -> NotedVmm:
+    """A VMM that also emulates APICs: nothing that the interface has is missing."""
+    vmm, apic = NotedVmm(), NotedApic()
+    for name in ("end_interrupt", "read_icr", "write_icr", "read_tpr", "write_tpr"):
+        setattr(vmm, name, getattr(apic, name))
+    return vmm
 
 
 def a_provider(

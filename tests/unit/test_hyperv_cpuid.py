@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from pvclock import ConfigError, CpuidLeaf
 from pvclock.providers.hyperv import Feature, HyperVProvider, Privilege, Recommendation
 from pvclock.providers.interface import VcpuHost
-from tests.unit.hyperv_provider import EVERY_PROFILE, LEAF, OS_ID, KickingVmm, a_provider
+from tests.unit.hyperv_provider import EVERY_PROFILE, LEAF, OS_ID, KickingVmm, a_provider, full_vmm, is_refused
 from tests.unit.stub_clock import StubClock
 
 CORE: Final = 1 << 1 | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 11
 """Counter, hypercalls, VP index, reference TSC, frequencies: what any clock serves."""
 
-RESET, REENLIGHTENMENT, TSC_INVARIANT = 1 << 7, 1 << 13, 1 << 15
-FREQUENCY, CRASH = 1 << 8, 1 << 10
+SYNIC, TIMERS, APIC, RESET, REENLIGHTENMENT, TSC_INVARIANT = 1 << 2, 1 << 3, 1 << 4, 1 << 7, 1 << 13, 1 << 15
+FREQUENCY, CRASH, DIRECT_TIMERS = 1 << 8, 1 << 10, 1 << 19
 CALLS = 1 << 4 | 1 << 20
 """Messages and extended hypercalls."""
 MANDATORY: Final = 1 << 5 | 1 << 6
@@ -103,8 +103,12 @@ def test_the_version_leaf() -> None:
 @pytest.mark.row("H-13", "H-20", "H-21")
 def test_privileges_are_what_can_be_served() -> None:
     """By default a guest may use what this clock and its VMM serve: without interrupts or resets, fewer."""
+    by_interrupts = SYNIC | TIMERS | REENLIGHTENMENT
+    provider, _ = a_provider(vmm=full_vmm())
+    every = CpuidLeaf(CORE | RESET | by_interrupts | APIC, CALLS, 0, FREQUENCY | CRASH | DIRECT_TIMERS)
+    assert leaf(provider, 3) == every
     provider, _ = a_provider()
-    assert leaf(provider, 3) == CpuidLeaf(CORE | RESET | REENLIGHTENMENT, CALLS, 0, FREQUENCY | CRASH)
+    assert leaf(provider, 3) == every._replace(eax=CORE | RESET | by_interrupts)
     provider, _ = a_provider(vmm=KickingVmm())
     assert leaf(provider, 3) == CpuidLeaf(CORE, CALLS, 0, FREQUENCY | CRASH)
     provider = HyperVProvider(StubClock(2), 2)
@@ -114,28 +118,42 @@ def test_privileges_are_what_can_be_served() -> None:
 @pytest.mark.row("H-13", "H-20", "H-21", "H-23")
 def test_what_virtualbox_offers() -> None:
     """VirtualBox offers no re-enlightenment, nor VP run time, SynIC, timers, statistics, idling and debug by bit 12."""
-    provider, _ = a_provider(profile="virtualbox")
+    provider, _ = a_provider(profile="virtualbox", vmm=full_vmm())
     found = leaf(provider, 3)
-    assert found.eax & ~(1 << 4) == CORE | RESET  # bit 4, the APIC's MSRs, needs a part for them
-    assert found.edx == FREQUENCY | CRASH
-    assert found.ebx & ~(1 << 20) == 0
-    assert found.ecx == 0
-    for bit in (0, 2, 3, 8, 10, 12):
-        assert not found.eax >> bit & 1
+    assert found == CpuidLeaf(CORE | RESET | APIC, 1 << 20, 0, FREQUENCY | CRASH)
+    assert not any(found.eax >> bit & 1 for bit in (0, 2, 3, 8, 10, 12))
+
+
+@pytest.mark.row("H-01", "H-21", "H-23")
+def test_virtualbox_lets_microsofts_guests_be_debugged() -> None:
+    """With the vendor id "Microsoft Hv", VirtualBox also offers its debug interface, by MSRs and by privilege."""
+    provider, _ = a_provider(profile="virtualbox", vmm=full_vmm(), vendor_id="Microsoft Hv")
+    debug, debug_msrs, debugging = 1 << 1, 1 << 11, 1 << 11
+    offered = CpuidLeaf(CORE | RESET | APIC, 1 << 20 | debugging, 0, FREQUENCY | CRASH | debug | debug_msrs)
+    assert leaf(provider, 3) == offered
+    assert not is_refused(provider, 0x400000F2)
+    assert is_refused(a_provider(profile="virtualbox")[0], 0x400000F2)
 
 
 @pytest.mark.row("H-14", "H-22")
 @pytest.mark.parametrize(
-    ("profile", "hints"), [("linux", 1 << 5), ("document", 1 << 5), ("virtualbox", 1 << 4 | 1 << 5 | 1 << 8)]
+    ("profile", "hints"),
+    [
+        ("linux", 1 << 3 | 1 << 5 | 1 << 9),
+        ("document", 1 << 3 | 1 << 5 | 1 << 9),
+        ("virtualbox", 1 << 4 | 1 << 5 | 1 << 8),
+    ],
 )
 def test_recommendations(profile: str, hints: int) -> None:
-    """Relaxed timing is recommended; VirtualBox adds reset and x2APIC by MSR; never a call for spin waits."""
-    assert leaf(a_provider(profile=profile)[0], 4) == CpuidLeaf(eax=hints, ebx=0xFFFFFFFF)
+    """Relaxed timing, and the APIC by MSR without auto-EOI; VirtualBox's reset and x2APIC; no call for spin waits."""
+    assert leaf(a_provider(profile=profile, vmm=full_vmm())[0], 4) == CpuidLeaf(eax=hints, ebx=0xFFFFFFFF)
 
 
 @pytest.mark.row("H-22")
 def test_a_reset_that_cannot_be_is_not_recommended() -> None:
-    """Without a VMM that resets, VirtualBox's recommendation to reset by MSR is left out, for its MSR would be #GP."""
+    """Without a VMM that resets, or has APICs, what would need their MSRs, which are #GP, is not recommended."""
+    provider, _ = a_provider(vmm=KickingVmm())
+    assert leaf(provider, 4).eax == 1 << 5
     provider, _ = a_provider(profile="virtualbox", vmm=KickingVmm())
     assert leaf(provider, 4).eax == 1 << 5 | 1 << 8
     with pytest.raises(ConfigError, match=r"recommendations RESET_BY_MSR cannot be served here; choose from RELAXED"):

@@ -15,7 +15,9 @@ from tests.unit.hyperv_provider import EVERY_PROFILE, OS_ID, KickingVmm, a_provi
 from tests.unit.stub_clock import GUARD, SIZE, NotedVmm
 
 GUEST_OS_ID, HYPERCALL, VP_INDEX, RESET = 0x40000000, 0x40000001, 0x40000002, 0x40000003
-VP_RUNTIME, TIME_REF_COUNT = 0x40000010, 0x40000020
+VP_RUNTIME, TIME_REF_COUNT, REFERENCE_TSC = 0x40000010, 0x40000020, 0x40000021
+SINT0, STIMER0_COUNT = 0x40000090, 0x400000B1
+WITH_TIMERS: Final = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 9 | 1 << 11 | 1 << 13
 U64 = st.integers(0, 2**64 - 1)
 NO_MEMORY: Final = SIZE
 
@@ -235,11 +237,13 @@ def served(provider: HyperVProvider) -> dict[int, int]:
 )
 def test_a_reset_forgets_every_write(profile: str, writes: list[tuple[int, int]]) -> None:
     """Whatever the guest wrote, after a reset each MSR reads as a new VM's, is saved so, and pages are taken back."""
-    fresh, _ = a_provider(profile=profile)
-    provider, clock = a_provider(profile=profile)
+    fresh, _ = a_provider(profile=profile, privileges=WITH_TIMERS)
+    provider, clock = a_provider(profile=profile, privileges=WITH_TIMERS)
     provider.write_msr(0, GUEST_OS_ID, OS_ID)
     provider.write_msr(0, HYPERCALL, 0x5001)
-    provider.write_msr(0, 0x40000021, 0x6001)
+    provider.write_msr(0, REFERENCE_TSC, 0x6001)
+    provider.write_msr(0, SINT0, 0x30)
+    provider.write_msr(0, STIMER0_COUNT, 5)
     for index, value in writes:
         is_refused(provider, index, value)
     provider.reset()
@@ -248,3 +252,5 @@ def test_a_reset_forgets_every_write(profile: str, writes: list[tuple[int, int]]
     assert clock.reference_page is None
     assert not provider.are_hypercalls_enabled
     assert not provider.is_paravirt_tsc_enabled
+    assert provider.hooks.next_due_ns is not None
+    assert provider.hooks.next_due_ns() is None

@@ -106,8 +106,8 @@ def test_a_unit_comes_back() -> None:
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_the_core_saves_nothing_of_a_vcpu(provider: str) -> None:
     """A unit is id, version and the provider's part, however many vCPUs there are and whatever they have called."""
-    of_one = {"None": 8, "Minimal": 8, "HyperV": 8, "KVM": 8 + 4 + 37 + 12}[provider]
-    of_a_vcpu = 37 if provider == "KVM" else 0  # MSR, TSC, ns, address, version, flags
+    of_one = {"None": 8, "Minimal": 8, "HyperV": 323, "KVM": 8 + 4 + 37 + 12, "HyperV+KVM": 8}[provider]
+    of_a_vcpu = {"KVM": 37, "HyperV": 136}.get(provider, 0)  # MSR, TSC, ns, address, version, flags; SIMP, SINTs
     for vcpus in (1, 2, 7):
         clock = GuestClock(GuestMemory(bytearray(SIZE)), vcpus, provider, backend=SimulatedBackend(HZ))
         for vcpu in range(vcpus):

@@ -10,11 +10,9 @@ from pvclock.errors import ConfigError, MsrFault
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import timing
 from pvclock.providers.hyperv import virtualbox_unit
-from pvclock.providers.hyperv.crash import Crash
-from pvclock.providers.hyperv.debug import SyntheticDebugger
 from pvclock.providers.hyperv.features import (
     CPUID_VERSION,
-    MICROSOFT,
+    Feature,
     Limits,
     Privilege,
     hyperv_cpuid_leaves,
@@ -23,10 +21,10 @@ from pvclock.providers.hyperv.features import (
 from pvclock.providers.hyperv.hypercalls import Hypercalls
 from pvclock.providers.hyperv.msr import Part, TimedPart
 from pvclock.providers.hyperv.offer import Served, Wanted, chosen_offer
-from pvclock.providers.hyperv.partition import HYPERCALL_PORT, Partition
+from pvclock.providers.hyperv.partition import HYPERCALL_PORT
+from pvclock.providers.hyperv.parts import Choices, Parts
 from pvclock.providers.hyperv.profiles import PROFILES
-from pvclock.providers.hyperv.reference_time import RawReferenceClock, ReferenceClock, page_of
-from pvclock.providers.hyperv.tsc_controls import Frequencies, InvariantTsc, Reenlightenment
+from pvclock.providers.hyperv.reference_time import page_of
 from pvclock.providers.interface import (
     CPUID_BASE,
     ClockServices,
@@ -35,7 +33,6 @@ from pvclock.providers.interface import (
     Hooks,
     HypercallRegisters,
     HypercallResult,
-    InterruptServices,
     MsrValue,
     Status,
     VcpuHost,
@@ -49,7 +46,7 @@ LOGICAL_PROCESSORS: Final = 64
 
 
 class HyperVProvider:
-    """Hyper-V's interface of one VM: reference time, frequencies, hypercall page, crash reports.
+    """Hyper-V's interface of one VM: reference time, timers and their messages, APIC, hypercalls, debugger, crashes.
 
     vendor_id: 12 ASCII characters; None for the profile's, "Microsoft Hv" or VirtualBox's "VBoxVBoxVBox".
     privileges, features, recommendations: what CPUID offers, see Privilege, Feature, Recommendation; None for what this
@@ -109,55 +106,35 @@ class HyperVProvider:
             "vs_interface": vs_interface,
             "hypercall_debug": hypercall_debug,
         }
-        self._partition = Partition(clock, self._profile, cpu_vendor)
-        self._reference = RawReferenceClock(clock) if self._profile.reference_is_raw_tsc else ReferenceClock(clock)
-        self._invariant_tsc = InvariantTsc()
-        parts = self._servable_parts(apic_bus_hz)
-        debugger = self._made_debugger(vendor_id or self._profile.vendor_id, vs_interface, hypercall_debug)
-        if debugger is not None:
-            parts.append(debugger)
-            self.debug_setup = debugger.setup
+        vendor_id = self._profile.vendor_id if vendor_id is None else vendor_id
+        direct_timers = not enforce_cpuid or _offers_direct_timers(self._profile.features, features)
+        choices = Choices(vendor_id, apic_bus_hz, cpu_vendor, vs_interface, hypercall_debug, direct_timers)
+        self._all = Parts.of(clock, vcpus, self._profile, choices)
+        if self._all.debugger is not None:
+            self.debug_setup = self._all.debugger.setup
         self._hypercalls = Hypercalls(
             clock,
             vcpus,
             read_msr=self.read_msr,
-            debugger=debugger,
+            debugger=self._all.debugger,
             as_virtualbox=self._profile.is_virtualbox,
             vs_interface=vs_interface,
         )
-        served = Served.by(parts, self._hypercalls.privileges)
+        served = Served.by(self._all.every, self._hypercalls.privileges)
         wanted = Wanted(vendor_id, privileges, features, recommendations, hardware)
         self.offer = chosen_offer(self._profile, served, wanted)
         """What CPUID offers."""
-        self._take_up(parts, Served(self.offer.privileges, self.offer.features) if enforce_cpuid else served)
+        self._take_up(Served(self.offer.privileges, self.offer.features) if enforce_cpuid else served)
         if enforce_cpuid:
             self._hypercalls.privileges &= self.offer.privileges
         self._unit_features = self._features_of_unit()
         self._leaves = self._made_leaves(vs_interface=vs_interface)
-        self.hypercall_opcodes: tuple[bytes, ...] = (self._partition.opcode,)
+        self.hypercall_opcodes: tuple[bytes, ...] = (self._all.partition.opcode,)
         self.hypercall_port: int | None = HYPERCALL_PORT if clock.vcpu_host is VcpuHost.KVM else None
 
-    def _servable_parts(self, apic_bus_hz: int) -> list[Part]:
-        """All parts that this clock, its vCPU host and its VMM can serve."""
-        clock, frequencies = self.clock, Frequencies(self.clock.tsc_hz, apic_bus_hz)
-        vmm: object = clock.vmm
-        parts: list[Part] = [self._partition, self._reference, frequencies, Crash(clock)]
-        if isinstance(vmm, InterruptServices):
-            parts.append(Reenlightenment(clock, self._vcpus, vmm))
-        if clock.vcpu_host is not VcpuHost.KVM:  # a vCPU's CPUID cannot change there
-            parts.append(self._invariant_tsc)
-        return parts
-
-    def _made_debugger(self, vendor_id: str, vs_interface: bool, hypercall_debug: bool) -> SyntheticDebugger | None:
-        """With the VS interface, as QEMU has it; VirtualBox's is there for Microsoft's vendor id, too."""
-        by_virtualbox = self._profile.is_virtualbox
-        if not vs_interface and not (by_virtualbox and vendor_id == MICROSOFT):
-            return None
-        return SyntheticDebugger(self.clock, suggests_hypercalls=hypercall_debug, as_virtualbox=by_virtualbox)
-
-    def _take_up(self, parts: list[Part], served: Served) -> None:
+    def _take_up(self, served: Served) -> None:
         """Serve the MSRs that are `served`, and what is due of the parts that have any."""
-        parts = [part for part in parts if any(served.has(msr.privilege) for msr in part.msrs.values())]
+        parts = [part for part in self._all.every if any(served.has(msr.privilege) for msr in part.msrs.values())]
         self._parts: tuple[Part, ...] = tuple(parts)
         self._msrs = {index: msr for part in parts for index, msr in part.msrs.items() if served.has(msr.privilege)}
         self._timed: tuple[TimedPart, ...] = tuple(part for part in parts if isinstance(part, TimedPart))
@@ -173,7 +150,7 @@ class HyperVProvider:
     @property
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
         """See hyperv_cpuid_leaves(); by profile, the version is shown once the guest has said its OS id."""
-        if self._profile.version_needs_os_id and not self._partition.guest_os_id:
+        if self._profile.version_needs_os_id and not self._all.partition.guest_os_id:
             return {**self._leaves, CPUID_VERSION: CpuidLeaf()}
         return self._leaves
 
@@ -185,7 +162,7 @@ class HyperVProvider:
     @property
     def shows_invariant_tsc(self) -> bool:
         """With the TSC-invariant control, only once the guest has used it."""
-        return not self.guest_lives_by_tsc or bool(self._invariant_tsc.control)
+        return not self.guest_lives_by_tsc or bool(self._all.invariant_tsc.control)
 
     # MSRs
 
@@ -212,7 +189,7 @@ class HyperVProvider:
     @property
     def are_hypercalls_enabled(self) -> bool:
         """Once the guest has said its OS id; by profile, while it also has a hypercall page."""
-        return self._partition.are_hypercalls_enabled
+        return self._all.partition.are_hypercalls_enabled
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """NOT_ENABLED, the guest's #UD, until hypercalls are enabled; then see Hypercalls."""
@@ -228,7 +205,7 @@ class HyperVProvider:
     @property
     def is_paravirt_tsc_enabled(self) -> bool:
         """While the reference TSC page is enabled."""
-        return self._reference.is_page_enabled
+        return self._all.reference.is_page_enabled
 
     def update_paravirt_tsc(self) -> Status:
         """Nothing to do: the clock publishes the page, or by profile nobody does."""
@@ -253,9 +230,9 @@ class HyperVProvider:
 
     def reset(self) -> None:
         """Go back to the state before any write, and take the reference TSC page back."""
-        others = [part for part in self._parts if part is not self._reference]
+        others = [part for part in self._parts if part is not self._all.reference]
         undo = [part.checked(part.save()) for part in others]
-        self._reference.take_back(partial(_call_all, [part.reset for part in others]), partial(_call_all, undo))
+        self._all.reference.take_back(partial(_call_all, [part.reset for part in others]), partial(_call_all, undo))
 
     def save(self) -> Mapping[str, MsrValue]:
         """The guest's writes, and the reference time that no later reading may be less than."""
@@ -295,7 +272,7 @@ class HyperVProvider:
         def take() -> None:
             _call_all([each.reset for each in self._parts])
             self.load(self._with_written(written))
-            self._partition.renew_page()
+            self._all.partition.renew_page()
             self._unit_features = found.features
             begin()
 
@@ -304,7 +281,7 @@ class HyperVProvider:
             self._unit_features = features
             _call_all(restore)
 
-        self._reference.take_back(take, take_back, found.reference_tsc)
+        self._all.reference.take_back(take, take_back, found.reference_tsc)
 
     def _with_written(self, written: Mapping[str, MsrValue]) -> Mapping[str, MsrValue]:
         """The state as it is, but for what is `written`; a sequence never goes back."""
@@ -331,6 +308,10 @@ class HyperVProvider:
         privileges, offer = int(self.offer.privileges), self.offer
         low, high = privileges & U32_MASK, privileges >> 32
         return low, high, 0, int(offer.features), int(offer.recommendations), int(offer.hardware)
+
+
+def _offers_direct_timers(default: int, features: int | None) -> bool:
+    return bool(Feature.DIRECT_TIMERS & (default if features is None else features))
 
 
 def _words(features: tuple[int, ...]) -> str:
