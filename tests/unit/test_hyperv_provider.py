@@ -102,7 +102,7 @@ def test_virtualboxs_node_is_this_providers() -> None:
     assert clock.cpuid(0x40000082) == CpuidLeaf(2)
 
 
-@pytest.mark.row("K-09")
+@pytest.mark.row("E22")
 def test_cpuid_shows_an_invariant_tsc_with_the_guests_consent() -> None:
     """With the control, CPUID 0x80000007 hides what the VMM offers until the guest writes 1, and from a reset on."""
     options = {"privileges": ALL & ~(1 << 7 | 1 << 13), "offer_invariant_tsc": True}
