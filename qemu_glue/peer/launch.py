@@ -54,8 +54,9 @@ def require_programs() -> None:
 class Qemu:
     """A running QEMU/KVM (machine type microvm) with the multiboot `image` in it; a context manager.
 
-    features: CPUID 0x40000001 EAX that the guest sees.  program: QEMU's name or path.  arguments: more of its
-    command line.
+    features: CPUID 0x40000001 EAX that the guest sees.  enlightenments: Hyper-V's that it sees, by QEMU's names
+    ("hv-time"); KVM's leaves are at 0x40000100 then.  program: QEMU's name or path.  arguments: more of its command
+    line.
 
     QemuMissing, QemuExited (with exit code, command and output), QmpFailed or ConfigError if it cannot be launched;
     nothing is left behind then.
@@ -69,12 +70,13 @@ class Qemu:
         vcpus: int = 1,
         memory_bytes: int = 16 << 20,
         cmdline: str = "",
+        enlightenments: tuple[str, ...] = (),
         program: str = PROGRAM,
         arguments: tuple[str, ...] = (),
     ) -> None:
         launcher = [find_program(*LAUNCHER), "--pdeathsig", "KILL", "--"]
         path = find_program(program)
-        cpu = cpu_property(features, CPU_MODEL, known=_cpu_flags(path))
+        cpu = ",".join((cpu_property(features, CPU_MODEL, known=_cpu_flags(path)), *enlightenments))
         self.vcpus = vcpus
         with ExitStack() as resources:
             ram = Ram(memory_bytes)
