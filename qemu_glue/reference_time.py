@@ -42,7 +42,7 @@ def cross_check_reference_time(vcpus: int, seconds: float, screen: Screen) -> tu
 def observe_qemu(vcpus: int, seconds: float) -> ReferenceObservation:
     """KVM's own in a QEMU, beside kvmclock; errors of Qemu, and StateError if the guest ends badly."""
     command = f"cpus={vcpus}"
-    with Qemu(hvprobe(), features=KVMCLOCK, vcpus=vcpus, cmdline=command, enlightenments=ENLIGHTENMENTS) as qemu:
+    with Qemu(hvprobe(), features=KVMCLOCK, vcpus=vcpus, cmdline=command, cpu_flags=ENLIGHTENMENTS) as qemu:
 
         def has_ended() -> bool:
             """Never without an error: QEMU ends with its guest."""
