@@ -369,7 +369,7 @@ def test_when_debug_calls_are_denied() -> None:
 # In the provider
 
 
-@pytest.mark.row("H-02", "H-03", "H-44", "H-45")
+@pytest.mark.row("H-02", "H-03", "H-44", "H-45", "G-23")
 @pytest.mark.parametrize(
     ("options", "has_debugger"),
     [
