@@ -594,3 +594,16 @@ def test_interrupts_by_hypercall_are_recommended_on_request() -> None:
     for options in ({"vmm": KickingVmm()}, {"profile": "virtualbox"}):
         with pytest.raises(ConfigError, match=r"recommendations CLUSTER_IPI\|EX_PROCESSOR_MASKS cannot be served"):
             a_provider(recommendations=int(wanted), **options)
+
+
+@pytest.mark.row("H-65")
+def test_the_provider_imitates_vmbus_by_its_own_synic() -> None:
+    """Where VirtualBox's guest may use the SynIC, which CPUID does not offer it, its SINT2 gets the answer."""
+    provider, clock = a_provider(profile="virtualbox", vs_interface=True, enforce_cpuid=False)
+    for index, value in ((0x40000000, OS_NAME), (SIMP, 0x7001), (SINT2, 0x33)):
+        provider.write_msr(1, index, value)
+    clock.memory.write(INPUT, pack("<IIII", 1, 0, 1, 0))
+    call = HypercallRegisters(0, rcx=POST_MESSAGE, rdx=INPUT)
+    for vcpu, answer in ((0, bytes(256)), (1, ANSWER)):
+        assert provider.hypercall(vcpu, call) == HypercallResult(Status.SUCCESS, HvStatus.NOT_ACKNOWLEDGED)
+        assert clock.memory.read(0x7200, 256) == answer
