@@ -211,7 +211,8 @@ cdef class ReferenceClock:
 
     cdef void note_published(self, bint written) noexcept:
         self._stands = False
-        self._is_unmarked = self._is_unmarked or (written and self._clock.page is not NULL)
+        if written and self._clock.page is not NULL and self._memory._on_dirty is not None:
+            self._is_unmarked = True
 
     cdef void move(self, uint64_t ticks, uint64_t ns) noexcept:
         """As TimePages.move()."""

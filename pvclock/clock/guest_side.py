@@ -243,9 +243,6 @@ class GuestSide:
         """Go on from a saved reference time; see ClockServices."""
         self.reference_clock.adopt(*saved, gpa)
 
-    def timers_changed(self) -> None:
-        """What Hooks.next_due_ns returns may have changed."""
-
     def guest_tsc(self, vcpu: int) -> GuestTsc:
         """What vCPU's TSC reads at this instant."""
         return GuestTsc(self._tscs.read(vcpu, self._keeper.host_tsc()))

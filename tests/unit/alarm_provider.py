@@ -34,7 +34,7 @@ class Alarm(Listener):
     """Interrupts the vCPU that set the alarm, every `period_ns` from then on if that is not 0."""
 
     name = "Alarm"
-    msr_ranges = (MsrRange(ALARM_MSR, 2, why="its own"),)
+    msr_ranges: tuple[MsrRange, ...] = (MsrRange(ALARM_MSR, 2, why="its own"),)
     hypercall_port: int | None = PORT
     warnings = ()
 
@@ -56,11 +56,12 @@ class Alarm(Listener):
 
     def write_msr(self, vcpu: int, index: int, value: int) -> None:
         """Arm the alarm, or ask for a reset."""
+        vmm: object = self.clock.vmm
         if index == ALARM_MSR:
             self.vcpu, self.due_ns = vcpu, value or None
             self.clock.timers_changed()
-        elif index == RESET_MSR and isinstance(self.clock.vmm, ResetServices):
-            self.clock.vmm.request_reset()
+        elif index == RESET_MSR and isinstance(vmm, ResetServices):
+            vmm.request_reset()
 
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """What the test wants; by itself RCX + R8 in RAX, and RDX + 1 in RDX."""
@@ -84,10 +85,11 @@ class Alarm(Listener):
         return self.deliver
 
     def _inject(self) -> None:
-        if isinstance(self.clock.vmm, InterruptServices):
-            self.clock.vmm.inject(self.vcpu, VECTOR)
+        vmm: object = self.clock.vmm
+        if isinstance(vmm, InterruptServices):
+            vmm.inject(self.vcpu, VECTOR)
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let clocks have it by its name."""
-    monkeypatch.setitem(registry.PROVIDERS, Alarm.name, Alarm)  # type: ignore[arg-type]  # a Mapping to all others
+    monkeypatch.setitem(registry.PROVIDERS, Alarm.name, Alarm)

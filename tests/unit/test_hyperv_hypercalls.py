@@ -6,7 +6,7 @@ from collections.abc import Callable
 from struct import pack, unpack
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pvclock import MsrFault
@@ -389,6 +389,8 @@ MSRS = {OS_ID: 0x40000000, VP_INDEX: 0x40000002, REFERENCE_COUNT: 0x40000020, RE
 
 @pytest.mark.row("H-62", "H-61")
 @given(names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=256), start=st.integers(0, 300))
+@example(names=[OS_ID, VP_INDEX], start=1)
+@example(names=[OS_ID, VP_INDEX], start=2)
 def test_repetitions_begin_where_the_guest_says(names: list[int], start: int) -> None:
     """Values are written from the start index on, and all that are done count, those before it included."""
     guest = Guest()
@@ -548,7 +550,7 @@ def test_debug_calls_without_a_debugger(code: int) -> None:
 # In the provider
 
 
-@pytest.mark.row("H-64", "H-60", "G-11")
+@pytest.mark.row("H-64", "H-60", "H-68", "G-11")
 @EVERY_PROFILE
 def test_the_provider_serves_them_once_the_guest_has_said_its_os_id(profile: str) -> None:
     """Before that they are not enabled; then they are served by the profile's rules and the offer's privileges."""

@@ -300,7 +300,7 @@ def test_where_rip_goes_on_after_each_outcome(status: Status, monkeypatch: pytes
     assert interface.handle_ud(0, POLL_IRQ, VMCALL, Gpa(0), AMD, fix=False) == expected
 
 
-@pytest.mark.row("H-64", "G-13", "G-15")
+@pytest.mark.row("H-64", "H-60", "G-13", "G-15")
 def test_an_access_that_is_denied_without_a_word_is_the_guests_ud(monkeypatch: pytest.MonkeyPatch) -> None:
     """RIP stays, and no register changes; both registers of an answer come through."""
     interface = a_clock().interface
