@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from types import TracebackType
 from typing import Final, Self
@@ -26,6 +27,9 @@ RETRY_NS: Final = 100_000_000
 """After an error: the VMM's service may work again, or a clock that was taken over from be live again."""
 
 LONGEST_NS: Final = 3600 * NS_PER_S
+
+LOOK_AGAIN_S: Final = 50e-6
+"""Until settle() does."""
 
 STOP_S: Final = 5.0
 """stop()'s default timeout, in seconds."""
@@ -119,9 +123,12 @@ class TimerThread:
         rounds = self._present
         if rounds is None or rounds.thread is threading.current_thread():
             return True
-        if has_ended := rounds.delivering.acquire(timeout=timeout_s):
-            rounds.delivering.release()
-        return has_ended
+        until_s = time.monotonic() + timeout_s
+        while rounds.is_delivering:  # it takes microseconds; a lock here is one that an interrupt could leave taken
+            if time.monotonic() >= until_s:
+                return False
+            time.sleep(LOOK_AGAIN_S)
+        return True
 
     def __enter__(self) -> Self:
         self.start()
@@ -144,7 +151,7 @@ class _Rounds:
     def __init__(self, clock: GuestClock, failures: deque[BaseException]) -> None:
         self.is_over = False
         self.wake_up = WakeUp()
-        self.delivering = threading.Lock()
+        self.is_delivering = False
         self.thread = threading.Thread(target=self._run, name="pvclock-timers", daemon=True)
         self._failures = failures
         wake_up = self.wake_up
@@ -153,8 +160,9 @@ class _Rounds:
     def _run(self) -> None:
         wake_precisely()
         while not self.is_over and (clock := self._clock()) is not None:
-            with self.delivering:
-                ns = self._expire(clock)
+            self.is_delivering = True  # before the clock is asked whether it is paused: see settle()
+            ns = self._expire(clock)
+            self.is_delivering = False
             del clock
             self.wake_up.wait(min(max(ns, REST_NS), LONGEST_NS) / NS_PER_S)
 
