@@ -75,7 +75,8 @@ class Machine:
 
     For the engine's clock:  tick_interval_s: from start() to stop() it is ticked every so many seconds, so that its
     pages do not age; None leaves that to the caller.  backend: called with the backend of the vCPUs, it returns the
-    clock's: with ExecutionTimeBackend no guest time passes while the machine is paused.  restore: a saved
+    clock's: with ExecutionTimeBackend no guest time passes while the machine is paused.  vmm: the machine's own services
+    for the guest's interface (vmm_services.py), unless it is given; its timers have a thread.  restore: a saved
     clock, which goes on at start() by `policy`, or the state's own; further options are those of GuestClock.restore()
     then.  The RAM is the caller's to put into `memory` before that; the vCPUs begin anew, at the image's entry.
 
