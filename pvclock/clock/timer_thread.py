@@ -23,6 +23,9 @@ FAILURES_KEPT: Final = 16
 REST_NS: Final = 20_000
 """Between two expiries, so that no guest takes a host CPU by timers that are always due."""
 
+STANDING_NS: Final = 200_000
+"""The same on a counter that may stand still, and tells nobody when it goes on: how often it is looked at."""
+
 RETRY_NS: Final = 100_000_000
 """After an error: the VMM's service may work again, or a clock that was taken over from be live again."""
 
@@ -154,6 +157,7 @@ class _Rounds:
         self.is_delivering = False
         self.thread = threading.Thread(target=self._run, name="pvclock-timers", daemon=True)
         self._failures = failures
+        self._rest_ns = REST_NS if clock.backend.counter_follows_host else STANDING_NS
         wake_up = self.wake_up
         self._clock = ref(clock, lambda _: wake_up.call())
 
@@ -164,7 +168,7 @@ class _Rounds:
             ns = self._expire(clock)
             self.is_delivering = False
             del clock
-            self.wake_up.wait(min(max(ns, REST_NS), LONGEST_NS) / NS_PER_S)
+            self.wake_up.wait(min(max(ns, self._rest_ns), LONGEST_NS) / NS_PER_S)
 
     def _expire(self, clock: GuestClock) -> int:
         """Expire what is due; returns the host ns until the next timer."""
