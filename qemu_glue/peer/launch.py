@@ -54,8 +54,8 @@ def require_programs() -> None:
 class Qemu:
     """A running QEMU/KVM (machine type microvm) with the multiboot `image` in it; a context manager.
 
-    features: CPUID 0x40000001 EAX that the guest sees.  program: QEMU's name or path.  arguments: more of its
-    command line.
+    features: CPUID 0x40000001 EAX that the guest sees.  cpu_flags: more of its -cpu, such as "hv-time".  program:
+    QEMU's name or path.  arguments: more of its command line.
 
     QemuMissing, QemuExited (with exit code, command and output), QmpFailed or ConfigError if it cannot be launched;
     nothing is left behind then.
@@ -66,6 +66,7 @@ class Qemu:
         image: bytes,
         *,
         features: int,
+        cpu_flags: tuple[str, ...] = (),
         vcpus: int = 1,
         memory_bytes: int = 16 << 20,
         cmdline: str = "",
@@ -74,7 +75,7 @@ class Qemu:
     ) -> None:
         launcher = [find_program(*LAUNCHER), "--pdeathsig", "KILL", "--"]
         path = find_program(program)
-        cpu = cpu_property(features, CPU_MODEL, known=_cpu_flags(path))
+        cpu = ",".join((cpu_property(features, CPU_MODEL, known=_cpu_flags(path)), *cpu_flags))
         self.vcpus = vcpus
         with ExitStack() as resources:
             ram = Ram(memory_bytes)

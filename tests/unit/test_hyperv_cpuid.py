@@ -100,7 +100,7 @@ def test_the_version_leaf() -> None:
 # What is offered by default
 
 
-@pytest.mark.row("H-13", "H-20", "H-21")
+@pytest.mark.row("H-13", "H-20", "H-21", "H-23")
 def test_privileges_are_what_can_be_served() -> None:
     """By default a guest may use what this clock and its VMM serve: without interrupts or resets, fewer."""
     by_interrupts = SYNIC | TIMERS | REENLIGHTENMENT
