@@ -47,15 +47,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, screen: Screen) -> Report:
     """Show the rows; a finding if one disagrees."""
     checks = crosscheck(arguments.vcpus, arguments.seconds, screen)
-    wrong = [check for check in checks if not check.ok]
     screen.show(table(checks, explained=arguments.why))
+    reference_checks, why_no_hyperv = _reference_time(arguments, screen)
+    wrong = [check for check in (*checks, *reference_checks) if not check.ok]
     for check in wrong:
         screen.show(Text.assemble((check.name, "red"), f": {check.why}"))
     if wrong:
-        screen.show(Text(f"{len(wrong)} of {len(checks)} disagree.", style="red"))
+        screen.show(Text(f"{len(wrong)} of {len(checks) + len(reference_checks)} disagree.", style="red"))
     else:
         screen.show(Text("All three agree.", style="green"))
-    return Report(not wrong, {"vcpus": arguments.vcpus, "checks": list(map(as_json, checks))})
+    found = {
+        "vcpus": arguments.vcpus,
+        "checks": list(map(as_json, checks)),
+        "reference_time": list(map(as_json, reference_checks)),
+        "why_no_hyperv": why_no_hyperv,
+    }
+    return Report(not wrong, found)
+
+
+def _reference_time(arguments: argparse.Namespace, screen: Screen) -> tuple[list[Check], str | None]:
+    """Show Hyper-V's reference time of the engine, and of QEMU where the host's KVM has one; why not, else None."""
+    from qemu_glue.reference_time import cross_check_reference_time  # here, as in crosscheck()
+
+    checks, why_no_hyperv = cross_check_reference_time(arguments.vcpus, arguments.seconds, screen)
+    rows = Table("Hyper-V's reference time", "engine", "QEMU", "as it should be", *["why"] * arguments.why)
+    for check in checks:
+        texts = (check.figures[name].text for name in ("engine", "qemu"))
+        rows.add_row(check.name, *texts, verdict(check.ok), *[check.why] * arguments.why)
+    screen.show(rows, *[why_no_hyperv] if why_no_hyperv else [])
+    return checks, why_no_hyperv
 
 
 def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:

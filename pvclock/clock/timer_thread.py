@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from types import TracebackType
 from typing import Final, Self
@@ -13,7 +14,7 @@ from pvclock.arguments import instance
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import ConfigError, StateError
 from pvclock.quantities import NS_PER_S
-from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children
+from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children, wake_precisely
 
 __all__ = ["TimerThread"]
 
@@ -22,10 +23,16 @@ FAILURES_KEPT: Final = 16
 REST_NS: Final = 20_000
 """Between two expiries, so that no guest takes a host CPU by timers that are always due."""
 
+STANDING_NS: Final = 200_000
+"""The same on a counter that may stand still, and tells nobody when it goes on: how often it is looked at."""
+
 RETRY_NS: Final = 100_000_000
 """After an error: the VMM's service may work again, or a clock that was taken over from be live again."""
 
 LONGEST_NS: Final = 3600 * NS_PER_S
+
+LOOK_AGAIN_S: Final = 50e-6
+"""Until settle() does."""
 
 STOP_S: Final = 5.0
 """stop()'s default timeout, in seconds."""
@@ -80,7 +87,7 @@ class TimerThread:
             rounds = _Rounds(self._clock, self._failures)
             self._begun.add(rounds)
             try:
-                self._clock.watch_timers(rounds.wake_up.call)
+                self._clock.timers.watch(rounds.wake_up.call)
                 begin(rounds.thread, "start")
                 self._present = rounds
             except BaseException:
@@ -109,6 +116,23 @@ class TimerThread:
             state = f"a delivery has not ended after {timeout_s:g} s"
             raise StateError("stop", state, "the VMM's inject() must return, and so must on_dirty")
 
+    def settle(self, timeout_s: float = STOP_S) -> bool:
+        """Wait for the delivery that is under way, if any; False if it has not ended after timeout_s.
+
+        After GuestClock.pause() and this, no interrupt is raised and no message written before resume().  Within a
+        delivery it does not wait.
+        """
+        check_timeout(timeout_s)
+        rounds = self._present
+        if rounds is None or rounds.thread is threading.current_thread():
+            return True
+        until_s = time.monotonic() + timeout_s
+        while rounds.is_delivering:  # it takes microseconds; a lock here is one that an interrupt could leave taken
+            if time.monotonic() >= until_s:
+                return False
+            time.sleep(LOOK_AGAIN_S)
+        return True
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -120,7 +144,7 @@ class TimerThread:
 
     def _end(self, rounds: _Rounds) -> None:
         rounds.is_over = True
-        self._clock.unwatch_timers(rounds.wake_up.call)
+        self._clock.timers.unwatch(rounds.wake_up.call)
         rounds.wake_up.call()
 
 
@@ -130,22 +154,27 @@ class _Rounds:
     def __init__(self, clock: GuestClock, failures: deque[BaseException]) -> None:
         self.is_over = False
         self.wake_up = WakeUp()
+        self.is_delivering = False
         self.thread = threading.Thread(target=self._run, name="pvclock-timers", daemon=True)
         self._failures = failures
+        self._rest_ns = REST_NS if clock.backend.counter_follows_host else STANDING_NS
         wake_up = self.wake_up
         self._clock = ref(clock, lambda _: wake_up.call())
 
     def _run(self) -> None:
+        wake_precisely()
         while not self.is_over and (clock := self._clock()) is not None:
+            self.is_delivering = True  # before the clock is asked whether it is paused: see settle()
             ns = self._expire(clock)
+            self.is_delivering = False
             del clock
-            self.wake_up.wait(min(max(ns, REST_NS), LONGEST_NS) / NS_PER_S)
+            self.wake_up.wait(min(max(ns, self._rest_ns), LONGEST_NS) / NS_PER_S)
 
     def _expire(self, clock: GuestClock) -> int:
         """Expire what is due; returns the host ns until the next timer."""
         try:
             clock.expire_timers()
-            ns = clock.host_ns_to_next_timer()
+            ns = clock.timers.host_ns_left()
         except BaseException as error:  # noqa: BLE001  # SystemExit from a service, too
             self._failures.append(error)
             return RETRY_NS

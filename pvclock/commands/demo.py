@@ -23,6 +23,7 @@ from pvclock.meter.comparison import Check, compare_undisturbed
 from pvclock.meter.in_process_guest import InProcessGuest
 from pvclock.meter.machine_guest import MachineGuest
 from pvclock.meter.observe import observe_undisturbed
+from pvclock.meter.reference_time import compare_reference_time, observe_engine
 from pvclock.meter.stress import THREAD_BURSTS, VCPU_BURSTS, PublishStress, stress_publishing
 from pvclock.payloads import probe
 
@@ -34,6 +35,7 @@ EXAMPLES: Final = """\
 
 STRESS_S = 10.0
 OBSERVE_S = 2.0
+REFERENCE_TIME_S = 0.5
 
 LEFT_OUT = (
     "Left out, without /dev/kvm: real vCPUs, the guest's own MSR accesses, and the kernel's kvmclock to compare "
@@ -60,7 +62,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
     result = _stress(screen, arguments.seconds, arguments.vcpus, on_kvm=why_no_kvm is None)
     screen.show(_stress_table(result))
     comparison = [] if why_no_kvm else _compare(screen, arguments.vcpus)
-    ok = not any(result.failures.values()) and all(row["ok"] for row in comparison)
+    reference_time = [] if why_no_kvm else _reference_time(screen, arguments.vcpus)
+    ok = not any(result.failures.values()) and all(row["ok"] for row in (*comparison, *reference_time))
     style, verdict_text = (
         ("green", "Everything as it should be.") if ok else ("red", "Something is wrong; see the tables.")
     )
@@ -71,6 +74,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
         "host": findings,
         "stress": _stress_values(result),
         "comparison": comparison,
+        "reference_time": reference_time,
     }
     return Report(ok, found)
 
@@ -127,6 +131,17 @@ def _compare_two(screen: Screen, vcpus: int) -> list[Check]:
     with screen.waiting("the kernel's clock, left alone"), MachineGuest("kernel", vcpus) as guest:
         kernel = observe_undisturbed(guest, OBSERVE_S)
     return compare_undisturbed(engine, kernel)
+
+
+def _reference_time(screen: Screen, vcpus: int) -> list[dict[str, Any]]:
+    """Show Hyper-V's reference time of a guest that has KVM's clock, too."""
+    with screen.waiting("Hyper-V's reference time"):
+        rows = compare_reference_time([observe_engine(vcpus, REFERENCE_TIME_S)])
+    table = Table("Hyper-V's reference time", "engine", "as it should be")
+    for row in rows:
+        table.add_row(row.name, row.figures["engine"].text, verdict(row.ok))
+    screen.show(table)
+    return [{"name": row.name, "engine": row.figures["engine"], "ok": row.ok} for row in rows]
 
 
 def _stress_table(result: PublishStress) -> Table:

@@ -15,6 +15,7 @@ import pvclock.commands
 from pvclock import ClockScale, Reference, Sample, StateError
 from pvclock.clock.wall_clock import WallClock
 from pvclock.host.linux import host_clocksource
+from pvclock.kvm import open_kvm
 from pvclock.kvm.backend import KvmBackend, SteeredTscBackend
 from pvclock.meter import observe
 from pvclock.meter.comparison import Check
@@ -75,6 +76,20 @@ def test_all_three_agree(vcpus: int, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert all(set(check) == {"name", "engine", "kernel", "qemu", "ok", "why"} for check in checks)
     assert all(check[whose]["text"] for check in checks for whose in ("engine", "kernel", "qemu"))
     assert all(values_of(check["qemu"]) for check in checks if not check["name"].startswith("rate by raw"))
+    reference_time, why_no_hyperv = report["result"]["reference_time"], report["result"]["why_no_hyperv"]
+    assert [check for check in reference_time if not check["ok"]] == []
+    assert all(set(check) == {"name", "engine", "qemu", "ok", "why"} for check in reference_time)
+    *of_both, of_engine = reference_time
+    assert len(of_both) == 6
+    assert of_engine["qemu"]["text"] == "-"
+    assert {check["qemu"]["text"] == "-" for check in of_both} == {not kvm_has_hyperv()}
+    assert (why_no_hyperv is None) is kvm_has_hyperv()
+
+
+def kvm_has_hyperv() -> bool:
+    """Can this host's KVM show a guest Hyper-V's clock?"""
+    with open_kvm() as kvm:
+        return kvm.check_extension("KVM_CAP_HYPERV_TIME") > 0
 
 
 def values_of(cell: dict[str, Any]) -> list[object]:
@@ -97,7 +112,7 @@ def test_wrong_mul_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert crosscheck(monkeypatch, "--vcpus", "1", "--seconds", "0.2") == 1
     said = capsys.readouterr().out
     assert "\ntsc_to_system_mul: one rate, one (mul, shift)" in said
-    assert "2 of 22 disagree." in said  # here, and in the pages after stop and cont
+    assert "2 of 29 disagree." in said  # here, and in the pages after stop and cont
 
 
 @pytest.mark.row("K-16", "E9")

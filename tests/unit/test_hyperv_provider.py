@@ -13,7 +13,7 @@ from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, SimulatedBa
 from pvclock.providers.hyperv import HyperVProvider, Privilege
 from pvclock.providers.hyperv.msr import Msr
 from pvclock.providers.interface import VcpuHost
-from tests.unit.hyperv_provider import EVERY_PROFILE, OS_ID, KickingVmm, a_provider, is_refused
+from tests.unit.hyperv_provider import EVERY_PROFILE, OS_ID, KickingVmm, a_provider, full_vmm, is_refused
 from tests.unit.stub_clock import NotedVmm
 
 U64 = st.integers(0, 2**64 - 1)
@@ -102,7 +102,7 @@ def test_virtualboxs_node_is_this_providers() -> None:
     assert clock.cpuid(0x40000082) == CpuidLeaf(2)
 
 
-@pytest.mark.row("K-09")
+@pytest.mark.row("E22")
 def test_cpuid_shows_an_invariant_tsc_with_the_guests_consent() -> None:
     """With the control, CPUID 0x80000007 hides what the VMM offers until the guest writes 1, and from a reset on."""
     options = {"privileges": ALL & ~(1 << 7 | 1 << 13), "offer_invariant_tsc": True}
@@ -210,3 +210,29 @@ def test_a_state_that_no_guest_has_is_refused(profile: str) -> None:
         with pytest.raises(ConfigError, match="provider 'HyperV'"):
             provider.load(state)
         assert provider.save() == saved
+
+
+NOT_IN_UNITS: Final = {
+    0x40000073: 0x5001,  # VP assist page
+    0x40000080: 1,  # SCONTROL
+    0x40000082: 0x6001,  # SIEFP
+    0x400000B0: 1 << 3 | 2 << 16,  # a timer's configuration, enabled by its count
+    0x400000B1: 12345,
+    **{0x40000100 + number: 0xD0 + number for number in range(5)},  # crash parameters
+}
+
+
+@pytest.mark.row("H-72")
+@pytest.mark.parametrize("profile", ["linux", "document"])
+@given(written=st.sets(st.sampled_from(sorted(NOT_IN_UNITS))))
+def test_what_virtualboxs_unit_does_not_hold(profile: str, written: set[int]) -> None:
+    """Assist page, SCONTROL, SIEFP, timers and crash parameters leave the unit as it is, and are lost with a load."""
+    provider, _ = a_provider(profile=profile, vmm=full_vmm())
+    before = provider.save_unit()
+    fresh = {index: provider.read_msr(1, index) for index in NOT_IN_UNITS}
+    for index in sorted(written):
+        provider.write_msr(1, index, NOT_IN_UNITS[index])
+    assert {index for index in NOT_IN_UNITS if provider.read_msr(1, index) != fresh[index]} >= written
+    assert provider.save_unit() == before
+    provider.load_unit(before, lambda: None, lambda: None)
+    assert {index: provider.read_msr(1, index) for index in NOT_IN_UNITS} == fresh

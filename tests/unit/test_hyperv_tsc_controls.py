@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pvclock import GuestClock, GuestMemory, SimulatedBackend
 from pvclock.providers.hyperv import HyperVProvider
 from pvclock.providers.interface import VcpuHost
+from pvclock.state.clock_state import from_json, to_json
 from tests.unit.hyperv_provider import KickingVmm, a_provider, is_refused
 from tests.unit.stub_clock import TSC_HZ, NotedVmm, StubClock
 
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.row("E22")
 CONTROL, EMULATION, STATUS, INVARIANT = 0x40000106, 0x40000107, 0x40000108, 0x40000118
 U64 = st.integers(0, 2**64 - 1)
 WITH_INVARIANT: Final = 1 << 5 | 1 << 6 | 1 << 15
+HZ: Final = 2_500_000_000
 ALONE: Final = 1 << 5 | 1 << 6 | 1 << 13
 """Re-enlightenment without SynIC, which has its own to deliver after a restore."""
 ENABLED: Final = 1 << 16
@@ -103,7 +106,6 @@ def test_without_interrupts_there_is_no_reenlightenment() -> None:
     assert not is_refused(provider, CONTROL)
 
 
-@pytest.mark.row("K-09")
 @given(writes=st.lists(st.integers(0, 3) | U64, max_size=6))
 def test_consent_cannot_be_taken_back(writes: list[int]) -> None:
     """The control takes 0 and 1, and no 0 after a 1; CPUID shows an invariant TSC from the first 1 on."""
@@ -119,16 +121,36 @@ def test_consent_cannot_be_taken_back(writes: list[int]) -> None:
     assert not provider.shows_invariant_tsc
 
 
-@pytest.mark.row("K-09")
 def test_the_control_is_offered_on_request() -> None:
     """By default there is no control, and CPUID shows what the VMM offers; with it the guest lives by its TSC."""
     provider, _ = a_provider()
     assert is_refused(provider, INVARIANT)
-    assert (provider.shows_invariant_tsc, provider.guest_lives_by_tsc) == (True, False)
+    assert (provider.shows_invariant_tsc, provider.guest_lives_by_tsc, provider.warnings) == (True, False, ())
     provider, _ = a_provider(privileges=WITH_INVARIANT)
     assert (provider.shows_invariant_tsc, provider.guest_lives_by_tsc) == (False, True)
+    assert provider.warnings == (
+        "the TSC-invariant control is offered; a guest that goes by its TSC leaves every policy of this clock",
+    )
     provider.write_msr(0, INVARIANT, 1)
     saved = provider.save()
     provider, _ = a_provider(privileges=WITH_INVARIANT)
     provider.load(saved)
     assert provider.shows_invariant_tsc
+
+
+@pytest.mark.row("E5")
+@pytest.mark.parametrize(("hz", "notes"), [(HZ, []), (HZ + 1000, [("inject", 1, 0xEE)])])
+def test_a_restored_clock_delivers_the_interrupt_once_it_runs(hz: int, notes: list[tuple[object, ...]]) -> None:
+    """A real clock, restored where TSCs have another rate, interrupts its guest once it is resumed, and not before."""
+    memory, vmm = GuestMemory(bytearray(1 << 14)), NotedVmm()
+    clock = GuestClock(memory, 2, "HyperV", backend=SimulatedBackend(HZ), vmm=vmm, privileges=ALONE)
+    clock.write_msr(0, CONTROL, 1 << 32 | ENABLED | 0xEE)
+    clock.pause()
+    saved = from_json(to_json(clock.save()))
+    restored = GuestClock.restore(saved, memory, backend=SimulatedBackend(hz), vmm=vmm)
+    restored.expire_timers()
+    assert vmm.notes == []
+    restored.resume()
+    restored.expire_timers()
+    restored.expire_timers()
+    assert vmm.notes == notes

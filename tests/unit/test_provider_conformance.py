@@ -29,7 +29,7 @@ AMD: Final = "AuthenticAMD"
 EVERY_PROVIDER = pytest.mark.parametrize("provider", PROVIDERS)
 
 CLOCK_MSRS: Final = (0x11, 0x12, *range(0x4B564D00, 0x4B564D0A))
-FOREIGN_MSRS: Final = (0, 0x1B, 0x4B564CFF, 0x4B564D09, 0x4B564DFF, 0x4B564E00, 0x40000000, 2**32 - 1)
+FOREIGN_MSRS: Final = (0, 0x1B, 0x4B564CFF, 0x4B564D09, 0x4B564DFF, 0x4B564E00, 0x40000200, 2**32 - 1)
 
 # Where a write of a value lets the host write: by MSR, the mask of its address and the record's length.
 RECORDS: Final = {
@@ -99,6 +99,8 @@ REGISTERS: Final = st.builds(
     rdi=VALUES,
     cpl=st.integers(0, 3),
     long_mode=st.booleans(),
+    r8=VALUES,
+    protected_mode=st.booleans(),
 )
 CPUS: Final = st.integers(0, VCPUS - 1)
 OPERATIONS: Final = ("refresh", "pause", "resume", "skip", "dilate", "reset", "save", "update_paravirt_tsc")

@@ -116,7 +116,7 @@ def test_the_core_saves_nothing_of_a_vcpu(provider: str) -> None:
         assert len(saved) == of_one + of_a_vcpu * (vcpus - 1)
         assert saved[:8] == struct.pack("<II", PROVIDERS[provider].number, 0)
         assert saved[8:] == clock.interface.provider.save_unit()
-        if provider != "KVM":
+        if provider not in ("KVM", "HyperV"):
             a_clock(provider).interface.load_unit(saved)  # a VM of another number of vCPUs
 
 

@@ -71,7 +71,6 @@ class HyperVProvider:
         "HypercallDebugInterface": "hypercall_debug",
     }
     is_enabled = True
-    warnings: tuple[str, ...] = ()
     cpuid_base = CPUID_BASE
     msr_ranges: tuple[MsrRange, ...] = (MsrRange(0x40000000, 0x200, why="Hyper-V's, some of which the kernel has"),)
     allows_stable = False
@@ -120,7 +119,7 @@ class HyperVProvider:
             as_virtualbox=self._profile.is_virtualbox,
             vs_interface=vs_interface,
         )
-        served = Served.by(self._all.every, self._hypercalls.privileges)
+        served = Served.by(self._all.every, self._hypercalls)
         wanted = Wanted(vendor_id, privileges, features, recommendations, hardware)
         self.offer = chosen_offer(self._profile, served, wanted)
         """What CPUID offers."""
@@ -163,6 +162,13 @@ class HyperVProvider:
     def shows_invariant_tsc(self) -> bool:
         """With the TSC-invariant control, only once the guest has used it."""
         return not self.guest_lives_by_tsc or bool(self._all.invariant_tsc.control)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """See Provider."""
+        if not self.guest_lives_by_tsc:
+            return ()
+        return ("the TSC-invariant control is offered; a guest that goes by its TSC leaves every policy of this clock",)
 
     # MSRs
 
