@@ -20,8 +20,8 @@ MUTATIONS: Final = 100_000
 HZ: Final = 2_596_132_000
 SIZE: Final = 1 << 14
 FEATURES: Final = 1 << 0 | 1 << 3
-NUMBERS: Final = {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3}
-NEWEST: Final = {"None": 1, "Minimal": 1, "HyperV": 1, "KVM": 2}
+NUMBERS: Final = {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3, "HyperV+KVM": 0x203}
+NEWEST: Final = {"None": 1, "Minimal": 1, "HyperV": 1, "KVM": 2, "HyperV+KVM": 2}
 HEADER: Final = struct.Struct("<II")
 UNIT: Final = struct.Struct("<II I QQQQIB QQQQIB QI")
 """Provider's number and version; KVM's version, twice system-time MSR, TSC, ns, page, its version and flags; wall-clock
