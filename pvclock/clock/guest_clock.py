@@ -15,7 +15,7 @@ from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT
 from pvclock._memory import GuestMemory
 from pvclock._scale import ClockScale
 from pvclock._transaction import attempt
-from pvclock.arguments import flag, function, instance, instances, serving, whole
+from pvclock.arguments import flag, instance, instances, serving, whole
 from pvclock.clock import capture
 from pvclock.clock.capture import ClockParts
 from pvclock.clock.event_log import EventLog
@@ -100,8 +100,7 @@ class GuestClock:
         """The TSC frequency that the guest was told, in Hz: that of the host on which it started."""
 
         _check_agreement(backend, self.vcpus, self.vcpu_host)
-        config = combined(provider, provider_options)
-        chosen = checked(config, _own_keywords() if provider_options else "")
+        chosen = checked(combined(provider, provider_options), _own_keywords() if provider_options else "")
         offers = _checked_offers(offer_tsc_adjust, offer_invariant_tsc)
         self._keeper = Timekeeper(
             memory,
@@ -110,12 +109,10 @@ class GuestClock:
             chosen.provider,
             in_step=lambda: self._host.has_tscs_in_step,
             allows_stable=lambda: self._guest.allows_stable,
-            tsc_is_good=self._tsc_is_good,
+            tsc_is_good=lambda vcpu: self._host.check(vcpu),  # noqa: PLW0108  # there is no host yet
         )
         self._parts = _parts_of(self._keeper, tsc_offset)
-        self._tscs, self._host, self._operations = self._parts.tscs, self._parts.host, self._parts.operations
-        self._pause_resume, self._follower = self._parts.pause_resume, self._parts.follower
-        self._wall_clock = self._parts.wall_clock
+        _, self._tscs, self._host, self._operations, self._pause_resume, self._follower, self._wall_clock = self._parts
         self._follower.follow(reference)
 
         # Bind the compiled method over the Python one, which would double the cost of a call.
@@ -123,6 +120,9 @@ class GuestClock:
         self._guest = GuestSide(
             self._parts, chosen, vcpu_host=self.vcpu_host, vmm=vmm, tsc_hz=self.tsc_hz, offers=offers
         )
+        self.timers = self._guest.timers
+        """The timers of the guest's interface: when the next one is due, and who is told that this changed."""
+
         if tsc_offset is not None:
             self._tscs.begin()
         self._keeper.take_over()
@@ -415,36 +415,14 @@ class GuestClock:
         """The VMM's `registers` for an ordinary CPUID leaf, with the clock's bits set or cleared."""
         return self._guest.patched_cpuid(leaf, subleaf, registers)
 
-    # Timers of the guest's interface
-
-    @property
-    def has_timers(self) -> bool:
-        """Can the guest's interface have timers, so that expire_timers() has to be called?"""
-        return self._guest.timers.exist
-
     def expire_timers(self) -> GuestNs | None:
         """Expire the interface's timers that are due now; returns the guest time in ns at which the next one is due.
 
         None if none is set, or while paused.  For VMMs that do without a TimerThread: call it when that time has come,
-        and when watch_timers() says so.  Interrupts are raised by the VMM's services without the clock's lock, so call
+        and when timers.watch() says so.  Interrupts are raised by the VMM's services without the clock's lock, so call
         it without that, too; raises what they raise, with the timers expired.
         """
-        return self._guest.timers.expire()
-
-    def host_ns_to_next_timer(self) -> int | None:
-        """Host ns from now until the next timer is due at the present rate, 0 if one is; None as expire_timers()."""
-        return self._guest.timers.host_ns_left()
-
-    def watch_timers(self, told: Callable[[], object]) -> None:
-        """Call `told` whenever the next timer, or the time until it is due, may have changed.
-
-        With the clock's lock held, on any thread: it wakes what calls expire_timers(), and neither waits nor raises.
-        """
-        self._guest.timers.watch(function("told", told))
-
-    def unwatch_timers(self, told: Callable[[], object]) -> None:
-        """Call `told` no more; does nothing if it is not called."""
-        self._guest.timers.unwatch(function("told", told))
+        return self.timers.expire()
 
     # Saved and restored
 
@@ -529,9 +507,6 @@ class GuestClock:
         return self._guest.pairing(vcpu)
 
     # Inside
-
-    def _tsc_is_good(self, vcpu: int | None) -> bool:
-        return self._host.check(vcpu)
 
     def _load(
         self,

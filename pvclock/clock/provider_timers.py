@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
+from pvclock.arguments import function
 from pvclock.clock.timekeeper import Timekeeper, nothing
 from pvclock.errors import RangeError
 from pvclock.providers.interface import Hooks
@@ -28,12 +29,15 @@ class ProviderTimers:
         self._watchers: dict[Callable[[], object], None] = {}  # needs no lock: each use is one step of it
 
     def watch(self, told: Callable[[], object]) -> None:
-        """See GuestClock.watch_timers()."""
-        self._watchers[told] = None
+        """Call `told` whenever the next timer, or the time until it is due, may have changed.
+
+        On any thread, with the clock's lock held: it wakes what calls expire(), and neither waits nor raises.
+        """
+        self._watchers[function("told", told)] = None
 
     def unwatch(self, told: Callable[[], object]) -> None:
-        """See GuestClock.unwatch_timers()."""
-        self._watchers.pop(told, None)
+        """Call `told` no more; does nothing if it is not called."""
+        self._watchers.pop(function("told", told), None)
 
     def changed(self) -> None:
         """Tell all watchers that the next due timer, or the time until then, may be another one."""
@@ -52,7 +56,10 @@ class ProviderTimers:
         return None if due_ns is None else GuestNs(due_ns)
 
     def host_ns_left(self) -> int | None:
-        """See GuestClock.host_ns_to_next_timer()."""
+        """Host ns from now until the next timer is due at the present rate, 0 if one is.
+
+        None as for expire(), and if the host's counter does not get there.
+        """
         with self._keeper.changing.lock:
             due_ns = None if self._keeper.is_paused else self._next_due_ns()
             if due_ns is None:
@@ -60,7 +67,7 @@ class ProviderTimers:
             timeline = self._keeper.timeline
             try:
                 due_tsc = timeline.tsc_at(Fraction(due_ns))
-            except RangeError:  # no counter gets there
+            except RangeError:
                 return None
             ticks = signed64(due_tsc - self._keeper.host_tsc())
         return max(-(-ticks * NS_PER_S // timeline.tsc_hz), 0)

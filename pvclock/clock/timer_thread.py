@@ -13,7 +13,7 @@ from pvclock.arguments import instance
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import ConfigError, StateError
 from pvclock.quantities import NS_PER_S
-from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children
+from pvclock.threads import WakeUp, begin, check_timeout, renew_in_children, wake_precisely
 
 __all__ = ["TimerThread"]
 
@@ -80,7 +80,7 @@ class TimerThread:
             rounds = _Rounds(self._clock, self._failures)
             self._begun.add(rounds)
             try:
-                self._clock.watch_timers(rounds.wake_up.call)
+                self._clock.timers.watch(rounds.wake_up.call)
                 begin(rounds.thread, "start")
                 self._present = rounds
             except BaseException:
@@ -109,6 +109,20 @@ class TimerThread:
             state = f"a delivery has not ended after {timeout_s:g} s"
             raise StateError("stop", state, "the VMM's inject() must return, and so must on_dirty")
 
+    def settle(self, timeout_s: float = STOP_S) -> bool:
+        """Wait for the delivery that is under way, if any; False if it has not ended after timeout_s.
+
+        After GuestClock.pause() and this, no interrupt is raised and no message written before resume().  Within a
+        delivery it does not wait.
+        """
+        check_timeout(timeout_s)
+        rounds = self._present
+        if rounds is None or rounds.thread is threading.current_thread():
+            return True
+        if has_ended := rounds.delivering.acquire(timeout=timeout_s):
+            rounds.delivering.release()
+        return has_ended
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -120,7 +134,7 @@ class TimerThread:
 
     def _end(self, rounds: _Rounds) -> None:
         rounds.is_over = True
-        self._clock.unwatch_timers(rounds.wake_up.call)
+        self._clock.timers.unwatch(rounds.wake_up.call)
         rounds.wake_up.call()
 
 
@@ -130,14 +144,17 @@ class _Rounds:
     def __init__(self, clock: GuestClock, failures: deque[BaseException]) -> None:
         self.is_over = False
         self.wake_up = WakeUp()
+        self.delivering = threading.Lock()
         self.thread = threading.Thread(target=self._run, name="pvclock-timers", daemon=True)
         self._failures = failures
         wake_up = self.wake_up
         self._clock = ref(clock, lambda _: wake_up.call())
 
     def _run(self) -> None:
+        wake_precisely()
         while not self.is_over and (clock := self._clock()) is not None:
-            ns = self._expire(clock)
+            with self.delivering:
+                ns = self._expire(clock)
             del clock
             self.wake_up.wait(min(max(ns, REST_NS), LONGEST_NS) / NS_PER_S)
 
@@ -145,7 +162,7 @@ class _Rounds:
         """Expire what is due; returns the host ns until the next timer."""
         try:
             clock.expire_timers()
-            ns = clock.host_ns_to_next_timer()
+            ns = clock.timers.host_ns_left()
         except BaseException as error:  # noqa: BLE001  # SystemExit from a service, too
             self._failures.append(error)
             return RETRY_NS

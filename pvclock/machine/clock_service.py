@@ -213,6 +213,8 @@ class EngineClockService:
                 self._execution_time.leave()
             if not self.clock.is_paused:
                 self.clock.pause()
+        if self.timer_thread is not None:
+            self.timer_thread.settle()  # without the lock, for which a delivery may wait
 
     def resume(self, policy: Policy | str | None = None) -> None:
         """See ClockService."""
@@ -287,7 +289,7 @@ class EngineClockService:
         """Let `clock` be the machine's; its MSR calls are attributes here, for a guest's exits call nothing else."""
         self.clock = clock
         self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
-        self.timer_thread = TimerThread(clock) if clock.has_timers else None
+        self.timer_thread = TimerThread(clock) if clock.timers.exist else None
 
     @property
     def _is_running(self) -> bool:

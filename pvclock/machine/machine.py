@@ -416,12 +416,7 @@ class Machine:
 
     def _make_bus(self) -> None:
         self._outcome = Outcome()
-        self.bus = Bus(CoalescedRing(self.vm, self.vcpus[0]))
-        self.bus.reserve_mmio(0, len(self._ram.buffer), "RAM")
-        for gpa, length, name in KVM_PAGES:
-            self.bus.reserve_mmio(gpa, length, name)
-        for first, count in PIC_PORTS:
-            self.bus.reserve_ports(first, count, "an in-kernel PIC")
+        self.bus = _new_bus(CoalescedRing(self.vm, self.vcpus[0]), len(self._ram.buffer))
         self._console = Console()
         self.bus.add_ports(CONSOLE_PORT, 1, self._console, coalesced=True)
         self.bus.add_ports(EXIT_PORT, 1, ExitPort(self._outcome.exit))
@@ -434,8 +429,7 @@ class Machine:
         self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
 
     def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # make_clock()'s
-        services = MachineServices(self.vm, self.vcpus, self.runner, self._guest_reset.request)
-        how["options"].setdefault("vmm", services)
+        how["options"].setdefault("vmm", MachineServices(self.vm, self.vcpus, self.runner, self._guest_reset.request))
         clock = make_clock(self.memory, len(self.vcpus), kvm_backend(self._kvm, self.vcpus, self.runner), **how)
         return EngineClockService(self.runner, clock, tick_interval_s)
 
@@ -451,6 +445,17 @@ class Machine:
             self.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
             self._exits.hypercall_port = service.hypercall_port
         set_guest_cpuid(self._kvm, self.vcpus, service.cpuid)
+
+
+def _new_bus(ring: CoalescedRing, ram_bytes: int) -> Bus:
+    """A bus without devices, with what answers by itself."""
+    bus = Bus(ring)
+    bus.reserve_mmio(0, ram_bytes, "RAM")
+    for gpa, length, name in KVM_PAGES:
+        bus.reserve_mmio(gpa, length, name)
+    for first, count in PIC_PORTS:
+        bus.reserve_ports(first, count, "an in-kernel PIC")
+    return bus
 
 
 class _RunEnd:

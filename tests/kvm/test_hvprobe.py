@@ -115,6 +115,7 @@ def test_page_and_counter_agree_while_the_clock_changes(operation: Callable[[Mac
 
 
 @pytest.mark.stress
+@pytest.mark.long
 @pytest.mark.row("H-35", "H-36", "H-54", "E4")
 def test_a_hundred_thousand_triples_while_the_clock_changes() -> None:
     """10^5 readings of page, counter, page on two vCPUs during all operations in turn: no violation."""

@@ -15,6 +15,7 @@ They stand in the *.toml files beside this one, a file for each source of rows. 
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -81,12 +82,17 @@ class Mutant(NamedTuple):
 
 
 def load(folder: Path = HERE) -> list[Mutant]:
-    """Return the mutants of a folder's files, in their order.
+    """Return the mutants of a folder's files, in their order; those of one row are numbered through all files.
 
     Raises:
         BadMutant: a table lacks a field or has an unknown one, or changes nothing.
     """
-    return [mutant for file in sorted(folder.glob("*.toml")) for mutant in of_file(file)]
+    numbers: Counter[str] = Counter()
+    mutants = []
+    for mutant in (each for file in sorted(folder.glob("*.toml")) for each in of_file(file)):
+        numbers[mutant.row] += 1
+        mutants.append(mutant._replace(name=f"{mutant.row}.{numbers[mutant.row]}"))
+    return mutants
 
 
 def of_file(file: Path) -> Iterator[Mutant]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock import ConfigError, Gpa, StateFileError
+from pvclock import ConfigError, Gpa, GuestClock, GuestMemory, SimulatedBackend, StateFileError
 from pvclock.providers.hyperv import HyperVProvider
 from pvclock.providers.hyperv.features import MICROSOFT
 from pvclock.providers.hyperv.virtualbox_unit import (
@@ -305,7 +305,7 @@ def nothing() -> None:
     """Takes part in a load without a word."""
 
 
-@pytest.mark.row("H-70", "H-72")
+@pytest.mark.row("H-70", "H-72", "G-18")
 @EVERY_PROFILE
 def test_a_guests_unit_comes_back(profile: str) -> None:
     """Its MSRs read as before, pages lie where they lay, and what a unit does not hold is as after a reset."""
@@ -474,3 +474,59 @@ def test_the_synic_of_a_unit(values: list[int]) -> None:
     written = written_in(unit)
     assert (written["guest_os_id"], written["simp"], written["sint"]) == (values[34], simp, sint)
     assert not {"scontrol", "siefp"} & set(written)
+
+
+# In a clock
+
+HZ = 2_500_000_000
+
+
+def a_clock() -> GuestClock:
+    """A clock of two vCPUs, with interrupts."""
+    memory = GuestMemory(bytearray(1 << 16))
+    return GuestClock(memory, 2, "HyperV", backend=SimulatedBackend(HZ), vmm=NotedVmm())
+
+
+def shown_sequence(clock: GuestClock) -> int:
+    """The sequence of the reference TSC page at 0x6000."""
+    return int.from_bytes(clock.memory.read(0x6000, 4), "little")
+
+
+@pytest.mark.row("H-70", "H-71")
+def test_a_clock_goes_on_from_a_unit() -> None:
+    """Its page has a sequence beyond the unit's at once, its counter never goes back, and its SynIC is there."""
+    source = a_clock()
+    for index, value in (*ENABLED_MSRS, (0x40000083, 0x7001), (0x40000093, 0x55)):
+        source.write_msr(1, index, value)
+    assert isinstance(source.backend, SimulatedBackend)
+    for _ in range(3):
+        source.pause()
+        source.backend.advance(ns=10**9)
+        source.resume()
+    saved = source.interface.save_unit()
+    sequence = shown_sequence(source)
+    assert decode(saved[8:], 2).sequence == sequence > 1
+    clock = a_clock()
+    before = clock.read_msr(0, 0x40000020)
+    clock.write_msr(0, 0x40000080, 1)
+    clock.interface.load_unit(saved)
+    assert shown_sequence(clock) > sequence
+    assert clock.read_msr(0, 0x40000020) >= before
+    assert [clock.read_msr(1, index) for index in (0x40000083, 0x40000093, 0x40000092)] == [0x7001, 0x55, MASKED]
+    assert clock.read_msr(0, 0x40000080) == 0
+    assert clock.memory.read(0x5000, 4) == bytes.fromhex("0f01c1c3")
+
+
+@pytest.mark.row("H-71")
+def test_a_clock_refuses_a_unit_with_a_vector_that_no_apic_takes() -> None:
+    """The SynIC's own rules hold for units: nothing of such a one is loaded."""
+    clock = a_clock()
+    clock.write_msr(0, 0x40000000, OS_ID)
+    unit = decode(clock.interface.save_unit()[8:], 2)
+    bad = unit._replace(guest_os_id=5, vcpus=(VcpuPart(), VcpuPart(sints=(MASKED,) * 15 + (7,))))
+    header = clock.interface.save_unit()[:8]
+    with pytest.raises(ConfigError, match="'sint'"):
+        clock.interface.load_unit(header + encode(bad))
+    assert clock.read_msr(0, 0x40000000) == OS_ID
+    clock.interface.load_unit(header + encode(unit._replace(guest_os_id=5)))
+    assert clock.read_msr(0, 0x40000000) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from fractions import Fraction
 from math import ceil
 from typing import Any
@@ -99,11 +100,11 @@ def test_nothing_expires_while_guest_time_stands_still() -> None:
     backend.advance(ns=500)
     clock.pause()
     backend.advance(ns=10_000)
-    assert (clock.expire_timers(), clock.host_ns_to_next_timer(), provider.expired) == (None, None, [])
+    assert (clock.expire_timers(), clock.timers.host_ns_left(), provider.expired) == (None, None, [])
     clock.resume("freeze")
-    assert (clock.expire_timers(), clock.host_ns_to_next_timer()) == (1000, 500)
+    assert (clock.expire_timers(), clock.timers.host_ns_left()) == (1000, 500)
     clock.skip(500)
-    assert (clock.host_ns_to_next_timer(), clock.expire_timers()) == (0, None)
+    assert (clock.timers.host_ns_left(), clock.expire_timers()) == (0, None)
     assert provider.expired == [(1000, 1000)]
 
 
@@ -122,7 +123,7 @@ def test_host_time_until_a_timer_is_due(hz: int, rate: Fraction, skipped: int, a
     clock.dilate(*rate.as_integer_ratio())
     clock.write_msr(0, ALARM_MSR, skipped + ahead)
     ticks = ceil(Fraction(ahead * hz, NS_PER_S) / rate)
-    assert clock.host_ns_to_next_timer() == ceil(Fraction(ticks * NS_PER_S, hz))
+    assert clock.timers.host_ns_left() == ceil(Fraction(ticks * NS_PER_S, hz))
     backend.tsc += ticks - 1
     clock.expire_timers()
     assert provider.expired == []
@@ -134,21 +135,21 @@ def test_host_time_until_a_timer_is_due(hz: int, rate: Fraction, skipped: int, a
 def test_no_host_time_reaches_some_timers() -> None:
     """Beyond 2^63 host ticks there is nothing to wait for; a timer in the past is due now."""
     clock, backend, _ = an_alarm()
-    assert clock.host_ns_to_next_timer() is None
+    assert clock.timers.host_ns_left() is None
     clock.write_msr(0, ALARM_MSR, 2**64 - 1)
-    assert clock.host_ns_to_next_timer() is None
+    assert clock.timers.host_ns_left() is None
     backend.advance(ns=1000)
     clock.write_msr(0, ALARM_MSR, 10)
-    assert clock.host_ns_to_next_timer() == 0
+    assert clock.timers.host_ns_left() == 0
 
 
 def test_whoever_waits_is_told_of_every_change() -> None:
     """Of timers and of time: pause, resume, rate, slew and step; the provider hears of time before; nobody twice."""
     clock, backend, provider = an_alarm()
     told: list[str] = []
-    clock.watch_timers(mine := lambda: told.append("changed"))
-    clock.watch_timers(mine)
-    changes = {
+    clock.timers.watch(mine := lambda: told.append("changed"))
+    clock.timers.watch(mine)
+    changes: dict[str, Callable[[], object]] = {
         "MSR": lambda: clock.write_msr(0, ALARM_MSR, 5),
         "pause": clock.pause,
         "resume": clock.resume,
@@ -164,12 +165,12 @@ def test_whoever_waits_is_told_of_every_change() -> None:
     assert [each for each in provider.told if each[0] == "time"] == [
         ("time", is_paused) for is_paused in (True, False, False, False, False)
     ]
-    clock.unwatch_timers(mine)
-    clock.unwatch_timers(mine)
+    clock.timers.unwatch(mine)
+    clock.timers.unwatch(mine)
     clock.skip(10)
     assert told == ["changed"]
     with pytest.raises(WrongType, match=r"^told "):
-        clock.watch_timers(None)  # type: ignore[arg-type]
+        clock.timers.watch(None)  # type: ignore[arg-type]
 
 
 def test_a_restored_clock_has_its_timers_paused() -> None:
@@ -181,7 +182,7 @@ def test_a_restored_clock_has_its_timers_paused() -> None:
     assert again.expire_timers() is None
     backend.advance(ns=1000)
     again.resume("advance")
-    assert (again.host_ns_to_next_timer(), again.expire_timers()) == (0, None)
+    assert (again.timers.host_ns_left(), again.expire_timers()) == (0, None)
     assert again.interface.provider.expired  # type: ignore[attr-defined]  # it is an Alarm
     with pytest.raises(StateError, match="another clock has taken over"):
         clock.expire_timers()
@@ -202,5 +203,5 @@ def test_what_a_delivery_raises_comes_out() -> None:
 def test_a_provider_without_timers(provider: str) -> None:
     """Nothing is due, ever, and nobody has to wait."""
     clock = GuestClock(GuestMemory(bytearray(1 << 12)), provider=provider, backend=SimulatedBackend(HZ))
-    assert (clock.has_timers, clock.expire_timers(), clock.host_ns_to_next_timer()) == (False, None, None)
-    assert an_alarm()[0].has_timers
+    assert (clock.timers.exist, clock.expire_timers(), clock.timers.host_ns_left()) == (False, None, None)
+    assert an_alarm()[0].timers.exist

@@ -23,6 +23,7 @@ HZ: Final = 2_596_132_000
 NS_PER_S: Final = 10**9
 OLD: Final = 1 << 50
 """A host TSC of five days: a simulated counter waits for no break point, so a young page may have to stay invalid."""
+TSC_OFFSET: Final = 987_654_321
 SYSTEM_TIME: Final = 0x4B564D01
 WALL_CLOCK: Final = 0x4B564D00
 REFERENCE_TSC: Final = 0x40000021
@@ -42,7 +43,7 @@ class Guest:
     def __init__(self, tsc: int = OLD, hz: int = HZ) -> None:
         self.host = SimulatedBackend(hz, tsc)
         self.memory = GuestMemory(bytearray(1 << 16))
-        self.clock = GuestClock(self.memory, 2, "HyperV+KVM", backend=self.host)
+        self.clock = GuestClock(self.memory, 2, "HyperV+KVM", backend=self.host, tsc_offset=TSC_OFFSET)
         self.clock.write_msr(0, WALL_CLOCK, WALL_GPA)
         for vcpu, gpa in enumerate(PVCLOCK_GPAS):
             self.clock.write_msr(vcpu, SYSTEM_TIME, gpa | 1)
@@ -223,6 +224,7 @@ def test_a_page_comes_in_with_its_memory() -> None:
     guest.refresh()
     page = oracle.ReferenceTscPage.parse(guest.memory.read(gpa, 24))
     assert page.is_valid
+    assert page.reserved == 0
     assert page.read(guest.guest_tsc(0)) == guest.counter_units()
     assert guest.memory.read(gpa + 24, 4072) == b"\xa5" * 4072
 

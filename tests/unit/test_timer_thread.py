@@ -15,11 +15,12 @@ from pvclock import ConfigError, GuestClock, GuestMemory, HostBackend, Simulated
 from pvclock.clock.timer_thread import FAILURES_KEPT
 from pvclock.threads import WakeUp
 from tests.unit.alarm_provider import ALARM_MSR, Alarm, register
-from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.row("H-42", "P-15")
 
 MS: Final = 10**6
+LIMIT_S: Final = 30.0
+"""Far beyond what anything here takes: past it something hangs."""
 HOUR_NS: Final = 3600 * 10**9
 
 
@@ -39,7 +40,7 @@ def an_alarm(**options: Any) -> tuple[GuestClock, Alarm]:  # noqa: ANN401  # the
 
 def wait_for(condition: Callable[[], object]) -> None:
     """Return once it holds."""
-    deadline = time.monotonic() + HANG_S
+    deadline = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -150,13 +151,11 @@ def test_started_and_stopped() -> None:
     timers = TimerThread(clock)
     timers.stop()
     timers.start()
-    assert timers.is_running
-    assert timers.has_threads
+    assert (timers.is_running, timers.has_threads) == (True, True)
     with pytest.raises(StateError, match="the timer thread is running"):
         timers.start()
     timers.stop()
-    assert not timers.is_running
-    assert not timers.has_threads
+    assert (timers.is_running, timers.has_threads) == (False, False)
     set_alarm(clock, 0)
     time.sleep(0.01)
     assert provider.expired == []
@@ -168,17 +167,45 @@ def test_stop_waits_for_a_delivery() -> None:
     """Not beyond its timeout: a StateError then says what did not return, and the thread ends with that."""
     clock, provider = an_alarm()
     begun, go_on = WakeUp(), WakeUp()
-    provider.deliver = lambda: (begun.call(), go_on.wait(HANG_S))
+
+    def deliver() -> None:
+        begun.call()
+        go_on.wait(LIMIT_S)
+
+    provider.deliver = deliver
     timers = TimerThread(clock)
     timers.start()
     set_alarm(clock, 0)
-    assert begun.wait(HANG_S)
+    assert begun.wait(LIMIT_S)
     with pytest.raises(StateError, match=r"a delivery has not ended after 0\.01 s"):
         timers.stop(0.01)
     assert timers.has_threads
     go_on.call()
     timers.stop()
     assert not timers.has_threads
+
+
+def test_a_pause_can_wait_for_a_delivery() -> None:
+    """settle() returns once nothing more is raised: True then, and where nothing is under way; False if it gives up."""
+    clock, provider = an_alarm()
+    begun, go_on, settled = WakeUp(), WakeUp(), list[bool]()
+
+    def deliver() -> None:
+        settled.append(timers.settle())
+        begun.call()
+        go_on.wait(LIMIT_S)
+
+    provider.deliver = deliver
+    timers = TimerThread(clock)
+    assert timers.settle()
+    with timers:
+        set_alarm(clock, 0)
+        assert begun.wait(LIMIT_S)
+        clock.pause()
+        assert not timers.settle(0.01)
+        go_on.call()
+        assert timers.settle(LIMIT_S)
+        assert settled == [True], "within a delivery it does not wait"
 
 
 def test_stop_in_a_delivery() -> None:
