@@ -201,7 +201,7 @@ cdef class ReferenceClock:
     cdef bint prepare(self, ClockScale scale, uint64_t tsc_offset, bint in_step) noexcept:
         """Have all that a publish takes; is there anything to publish?  It writes a page that comes into memory."""
         cdef void *page
-        self._clock.num, self._clock.den = scale.num, scale.den
+        self.set_rate(scale.num, scale.den)
         self._clock.tsc_offset, self._clock.can_read_tsc = tsc_offset, in_step
         if self._generation != self._memory.generation:
             self._generation = self._memory.generation
@@ -209,6 +209,10 @@ cdef class ReferenceClock:
             self._clock.is_new = self._clock.is_new or page is not self._clock.page
             self._clock.page = page
         return self.is_served
+
+    cdef void set_rate(self, uint64_t num, uint64_t den) noexcept nogil:
+        """num/den ns a tick, from the next break point on."""
+        self._clock.num, self._clock.den = num, den
 
     cdef void note_published(self, bint written) noexcept:
         self._stands = False

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Final
 
 from pvclock import GuestClock, Machine
+from pvclock.meter import stress
 from pvclock.payloads import hvprobe, probe
 from pvclock.payloads.hyperv_probe import HvBlock, HvRecord, read_block, read_record, violations
 
@@ -85,6 +87,13 @@ def dilate(machine: Machine) -> None:
     clock.dilate(1, 1)
 
 
+def republish(machine: Machine) -> None:
+    """Change the rate for 50 ms as fast as it goes, so that the page is invalid for much of the while."""
+    clock = clock_of(machine)
+    if not clock.skew_ns:  # a slew that goes on needs the rate for itself
+        stress.republish(clock, 100_000, [Fraction(1), Fraction(3, 2)], seconds=0.05)
+
+
 def slew(machine: Machine) -> None:
     """Begin to work off an error, forward and then back."""
     clock = clock_of(machine)
@@ -117,7 +126,7 @@ def save_and_restore(machine: Machine) -> None:
     machine.resume()
 
 
-OPERATIONS: Final = [refresh, dilate, slew, skip, pause_and_resume, pause_and_catch_up, save_and_restore]
+OPERATIONS: Final = [refresh, dilate, republish, slew, skip, pause_and_resume, pause_and_catch_up, save_and_restore]
 
 
 def operate(machine: Machine, operation: Callable[[Machine], None], triples: int) -> int:

@@ -36,7 +36,7 @@ def limit() -> Iterator[None]:
         yield
 
 
-@pytest.mark.row("H-42")
+@pytest.mark.row("H-42", "X-03")
 def test_a_synthetic_timer_wakes_its_guest() -> None:
     """In direct mode, each period of 1 ms, out of HLT; guest time has come as far by then."""
     config = PERIODIC | AUTO_ENABLE | DIRECT | VECTOR << 4

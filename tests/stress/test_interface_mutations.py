@@ -20,20 +20,22 @@ MUTATIONS: Final = 100_000
 HZ: Final = 2_596_132_000
 SIZE: Final = 1 << 14
 FEATURES: Final = 1 << 0 | 1 << 3
-NUMBERS: Final = {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3}
-NEWEST: Final = {"None": 1, "Minimal": 1, "KVM": 2}
+NUMBERS: Final = {"None": 0, "Minimal": 1, "HyperV": 2, "KVM": 3, "HyperV+KVM": 0x203}
+NEWEST: Final = {"None": 1, "Minimal": 1, "HyperV": 1, "KVM": 2, "HyperV+KVM": 2}
 HEADER: Final = struct.Struct("<II")
 UNIT: Final = struct.Struct("<II I QQQQIB QQQQIB QI")
 """Provider's number and version; KVM's version, twice system-time MSR, TSC, ns, page, its version and flags; wall-clock
 MSR, features."""
 EXTREMES: Final = (0, 1, 2, 3, 7, 0x2001, 0x2FF1, SIZE - 16 | 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
+HYPERV_MSRS: Final = struct.Struct("<QQQ")
+"""After Hyper-V's version: guest OS id, hypercall and reference TSC MSR."""
 Damage = Callable[[random.Random, bytes], bytes]
 
 
 def clocks() -> tuple[dict[str, GuestClock], dict[str, bytearray]]:
-    """A used, paused clock of two vCPUs for each provider whose units are damaged here, and their memories."""
-    made, memories = {}, {name: bytearray(SIZE) for name in NEWEST}
-    for name in NEWEST:
+    """A used, paused clock of two vCPUs for each provider, and their memories."""
+    made, memories = {}, {name: bytearray(SIZE) for name in PROVIDERS}
+    for name in PROVIDERS:
         options: dict[str, object] = {"features": FEATURES} if name == "KVM" else {}
         config = {"provider": name, **options}
         clock = GuestClock(GuestMemory(memories[name]), 2, config, backend=SimulatedBackend(HZ, 10**6))
@@ -99,11 +101,11 @@ def damaged_units(units: Mapping[str, bytes]) -> Iterator[tuple[str, str, bytes]
 
 
 def state_of(clock: GuestClock) -> tuple[object, ...]:
-    """All that a unit could change, but for guest memory."""
+    """All that a unit could change, but for guest memory, and for what never comes again."""
     interface = clock.interface
     return (
         interface.version,
-        interface.provider.save(),
+        {name: each for name, each in interface.provider.save().items() if not name.endswith("reference_sequence")},
         interface.config,
         [each.time_page_gpa for each in clock.save().vcpus],
     )
@@ -155,7 +157,7 @@ def must_be(loader: str, data: bytes) -> tuple[type, ...]:
         return (ConfigError,)
     if version > NEWEST[loader] or (loader == "KVM" and data[8:12] != b"\1\0\0\0"):
         return (StateFileError,)
-    if len(data) != (UNIT.size if loader == "KVM" else HEADER.size):
+    if loader != "HyperV" and len(data) != (UNIT.size if loader == "KVM" else HEADER.size):
         return (StateFileError,)
     return (NoneType, ConfigError, StateFileError)
 
@@ -163,6 +165,12 @@ def must_be(loader: str, data: bytes) -> tuple[type, ...]:
 def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
     """What a unit says stands in the clock, and is saved again."""
     saved = clock.interface.save_unit()
+    if provider == "HyperV":  # the rest holds what is VirtualBox's own, and is as long
+        assert HYPERV_MSRS.unpack_from(saved, HEADER.size + 4) == HYPERV_MSRS.unpack_from(data, HEADER.size + 4)
+        assert [clock.read_msr(0, msr) for msr in (0x40000000, 0x40000001, 0x40000021)] == [
+            *HYPERV_MSRS.unpack_from(data, HEADER.size + 4)
+        ]
+        return
     if provider != "KVM":
         assert saved == data
         return
@@ -177,7 +185,10 @@ def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
     assert clock.read_msr(0, 0x4B564D00) == expected[-2]
 
 
-KEYS: Final = ("provider", "version", "profile", "features", "enforce_cpuid", "apic_bus_hz")
+KEYS: Final = (
+    *("provider", "version", "profile", "features", "enforce_cpuid", "apic_bus_hz", "privileges", "vendor_id"),
+    *("recommendations", "kvm_features", "hyperv_features"),
+)
 NAMES: Final = (*PROVIDERS, "Xen", "kvm", "linux", "document", "virtualbox", "", "None\0")
 OTHERS: Final[tuple[object, ...]] = (
     None,
