@@ -125,6 +125,27 @@ class World:
         return self.serve()
 
 
+@pytest.mark.row("H-42")
+def test_a_timer_has_ended_when_its_message_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that finds the message of a one-shot timer finds it disabled, too, though no lock keeps it out."""
+    world, found = World(), []
+    post = world.synic.post
+
+    def post_and_look(*arguments: Any, **options: Any) -> bool:  # noqa: ANN401  # Synic.post()'s
+        has_posted = post(*arguments, **options)
+        found.append((has_posted, world.read(CONFIG0)))
+        return has_posted
+
+    monkeypatch.setattr(world.synic, "post", post_and_look)
+    world.set(by_message(2) | ENABLE, 5)
+    world.at(5)
+    assert found == [(True, by_message(2))]
+    world.set(by_message(2) | ENABLE, 6)  # the slot is taken
+    world.at(6)
+    assert found[1:] == [(False, by_message(2))]
+    assert world.read(CONFIG0) == by_message(2) | ENABLE
+
+
 # Any program of a guest, on any course of time
 
 # Mostly one-shot timers of one vCPU and messages to SINT 1, so that some have to wait for others.

@@ -227,10 +227,14 @@ class SyntheticTimers:
         self._is_retry_due = False
         for slot, queue in list(self._waiting.items()):
             first = queue[0]
+            config = first.config
+            first.config &= ~ENABLE  # before the guest sees the message, for its reads do not wait for the lock
             if self._post(first, waits=True, pending=len(queue) > 1):
                 yield from self._interrupts(slot)
                 self._unqueue(first)
                 first.delivered()
+            else:
+                first.config = config
 
     def _post(self, stimer: Stimer, *, waits: bool, pending: bool = False) -> bool:
         # The page's rounding may show the guest less than the time at which it asked to be told.
