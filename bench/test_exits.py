@@ -18,6 +18,7 @@ from pvclock.kvm import Kvm
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT
 
 MSR_WALL_CLOCK = 0x4B564D00
+MSR_TIME_REF_COUNT = 0x40000020
 TIME_PAGE_ENABLED = 0x1000 | 1
 UNUSED_PORT = 0x80
 
@@ -34,6 +35,7 @@ class Kind(NamedTuple):
     code: bytes
     ecx: int = MSR_SYSTEM_TIME
     eax: int = 0
+    provider: str = "KVM"
 
 
 WRMSR, RDMSR, OUT_AL = b"\x0f\x30", b"\x0f\x32", b"\xe6"
@@ -42,6 +44,7 @@ KINDS = (
     Kind("WRMSR, nothing to publish", WRMSR, MSR_WALL_CLOCK),
     Kind("WRMSR that registers and publishes a page", WRMSR, MSR_SYSTEM_TIME, TIME_PAGE_ENABLED),
     Kind("RDMSR", RDMSR),
+    Kind("RDMSR of the reference counter", RDMSR, MSR_TIME_REF_COUNT, provider="HyperV"),
     Kind("out to an unused port", OUT_AL + bytes([UNUSED_PORT])),
     Kind("out to the console port", OUT_AL + bytes([CONSOLE_PORT])),
 )
@@ -86,6 +89,6 @@ def test_round_trip(comparison: Comparison, kvm: Kvm, minimal: MinimalVm, kind: 
         ("KVM_RUN in C", minimal.run),
         operations=EXITS,
         rounds=ROUNDS,
-        prepare=lambda: (Machine(payload(kind), kvm=kvm, tick_interval_s=None),),
+        prepare=lambda: (Machine(payload(kind), kvm=kvm, tick_interval_s=None, provider=kind.provider),),
         finish=Machine.close,
     )

@@ -68,7 +68,8 @@ cdef class ReferenceClock:
     cdef uint64_t _standing_tsc, _standing_units
     cdef readonly bint is_served
 
-    cdef void prepare(self, ClockScale scale, uint64_t tsc_offset, bint in_step) noexcept
+    cdef bint prepare(self, ClockScale scale, uint64_t tsc_offset, bint in_step) noexcept
+    cdef void set_rate(self, uint64_t num, uint64_t den) noexcept nogil
     cdef void note_published(self, bint written) noexcept
     cdef void move(self, uint64_t ticks, uint64_t ns) noexcept
     cdef void resume(self, uint64_t tsc, uint64_t ns, ClockScale scale) noexcept

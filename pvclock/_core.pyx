@@ -198,16 +198,21 @@ cdef class ReferenceClock:
 
     # What TimePages has it do
 
-    cdef void prepare(self, ClockScale scale, uint64_t tsc_offset, bint in_step) noexcept:
-        """Have all that a publish takes.  A page that comes into guest memory is written by it."""
+    cdef bint prepare(self, ClockScale scale, uint64_t tsc_offset, bint in_step) noexcept:
+        """Have all that a publish takes; is there anything to publish?  It writes a page that comes into memory."""
         cdef void *page
-        self._clock.num, self._clock.den = scale.num, scale.den
+        self.set_rate(scale.num, scale.den)
         self._clock.tsc_offset, self._clock.can_read_tsc = tsc_offset, in_step
         if self._generation != self._memory.generation:
             self._generation = self._memory.generation
             page = self._memory.find(self._gpa, HYPERV_PAGE_BYTES) if self._is_placed else NULL
             self._clock.is_new = self._clock.is_new or page is not self._clock.page
             self._clock.page = page
+        return self.is_served
+
+    cdef void set_rate(self, uint64_t num, uint64_t den) noexcept nogil:
+        """num/den ns a tick, from the next break point on."""
+        self._clock.num, self._clock.den = num, den
 
     cdef void note_published(self, bint written) noexcept:
         self._stands = False
@@ -380,15 +385,12 @@ cdef class TimePages:
         counter_went_back says of the last publish whether the counter went back, or stood still, before the break
         point: the pages show the line all the same.
         """
-        cdef bint may_step = step
         cdef bint at_last_break = again
         cdef uint64_t break_tsc, moved_ticks = 0, moved_ns = 0
-        cdef pvclock_line timeline
         cdef pvclock_anchor standing
         if line is not self._line_read:  # a refresh comes with the same one again
             self._line = as_line(line)
             self._line_read = line if type(line) is ClockLine else None  # which cannot change
-        timeline = self._line
         if moved is not _NOT_MOVED:
             ticks, ns = moved
             moved_ticks, moved_ns = as_u64(ticks, "ticks"), as_u64(ns, "ns")
@@ -399,18 +401,17 @@ cdef class TimePages:
         if start is not None and self._stands:
             self._anchor = standing
             self.reference.resume(standing.tsc_timestamp, standing.system_time - self._standing_ns, start[2])
-        self.reference.prepare(scale, self._wanted[0].tsc_offset, in_step)
-        self._sets[REFERENCE].count = self.reference.is_served
-        if may_step:
+        self._sets[REFERENCE].count = self.reference.prepare(scale, self._wanted[0].tsc_offset, in_step)
+        if step:
             self._anchor.scale.mul = 0
             self.reference.begin_anew()
         break_tsc = self.break_tsc
         if self._changed:  # readers must not see a page with the offset of another: they need the GIL, so keep it
-            self.counter_went_back = publish_pages(self, &timeline, &break_tsc, at_last_break)
+            self.counter_went_back = publish_pages(self, &break_tsc, at_last_break)
         else:
             self.memory.pin()
             with nogil:
-                self.counter_went_back = publish_pages(self, &timeline, &break_tsc, at_last_break)
+                self.counter_went_back = publish_pages(self, &break_tsc, at_last_break)
             self.memory.unpin()
         self.break_tsc, self._stands = break_tsc, False
         self._show()
@@ -607,9 +608,9 @@ cdef no_page(vcpu):
     return StateError("read", f"vCPU {vcpu} has no page in guest memory", "its guest registers one by MSR first")
 
 
-cdef bint publish_pages(TimePages pages, pvclock_line *timeline, uint64_t *break_tsc, bint again) noexcept nogil:
+cdef bint publish_pages(TimePages pages, uint64_t *break_tsc, bint again) noexcept nogil:
     return pvclock_publish_at(
-        pages._sets, KINDS, timeline, &pages._params, &pages.counter.c, &pages._anchor, break_tsc, again
+        pages._sets, KINDS, &pages._line, &pages._params, &pages.counter.c, &pages._anchor, break_tsc, again
     ) != 0
 
 

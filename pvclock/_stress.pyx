@@ -86,7 +86,7 @@ cdef class Republishing:
             self._publishes < publishes and break_tsc - begin < max_ticks and not went_back
         ):
             old, last_tsc = pages._anchor, break_tsc
-            pages.reference._clock.num, pages.reference._clock.den = self._nums[turn], self._dens[turn]
+            pages.reference.set_rate(self._nums[turn], self._dens[turn])
             went_back = pvclock_publish_at(
                 pages._sets, KINDS, timeline, &self._params[turn], &pages.counter.c, &pages._anchor, &break_tsc,
                 False,

@@ -250,6 +250,11 @@ def hyperv_scale(num: int, den: int) -> int:
     return int(Fraction(num * U64, den * HYPERV_UNIT_NS) + Fraction(1, 2))
 
 
+def kvm_hyperv_scale(mul: int, shift: int) -> int:
+    """Return the scale of KVM's page, which it makes of kvmclock's (mul, shift)."""
+    return int(Fraction(mul) * Fraction(2) ** (32 + shift) / HYPERV_UNIT_NS)
+
+
 def hyperv_page_line(now: int, shown: int, scale: int, guest_tsc: int) -> tuple[int, int] | None:
     """Return scale and offset of the page whose line begins at `guest_tsc`, or None where no page can show it.
 

@@ -147,7 +147,7 @@ def test_without_a_device():
 def test_that_is_expected_to_fail():
     assert False
 
-@pytest.mark.row("K-06", "H-01")
+@pytest.mark.row("K-06", "E6")
 @pytest.mark.kvm
 def test_that_passes():
     assert True
@@ -192,7 +192,7 @@ def test_what_is_no_pass_in_a_real_run(tmp_path: Path) -> None:
         False,
         True,
     ]
-    assert rows["H-01"]["verdict"] == verdicts.OPEN
+    assert rows["E6"]["verdict"] == verdicts.OPEN
     assert rows["K-06"]["defining"][0] == {
         "name": "test_it.py::test_that_passes",
         "line": TESTS[: TESTS.index('@pytest.mark.row("K-06"')].count("\n") + 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from types import TracebackType
 from typing import Final, Self
@@ -22,10 +23,16 @@ FAILURES_KEPT: Final = 16
 REST_NS: Final = 20_000
 """Between two expiries, so that no guest takes a host CPU by timers that are always due."""
 
+STANDING_NS: Final = 200_000
+"""The same on a counter that may stand still, and tells nobody when it goes on: how often it is looked at."""
+
 RETRY_NS: Final = 100_000_000
 """After an error: the VMM's service may work again, or a clock that was taken over from be live again."""
 
 LONGEST_NS: Final = 3600 * NS_PER_S
+
+LOOK_AGAIN_S: Final = 50e-6
+"""Until settle() does."""
 
 STOP_S: Final = 5.0
 """stop()'s default timeout, in seconds."""
@@ -119,9 +126,12 @@ class TimerThread:
         rounds = self._present
         if rounds is None or rounds.thread is threading.current_thread():
             return True
-        if has_ended := rounds.delivering.acquire(timeout=timeout_s):
-            rounds.delivering.release()
-        return has_ended
+        until_s = time.monotonic() + timeout_s
+        while rounds.is_delivering:  # it takes microseconds; a lock here is one that an interrupt could leave taken
+            if time.monotonic() >= until_s:
+                return False
+            time.sleep(LOOK_AGAIN_S)
+        return True
 
     def __enter__(self) -> Self:
         self.start()
@@ -144,19 +154,21 @@ class _Rounds:
     def __init__(self, clock: GuestClock, failures: deque[BaseException]) -> None:
         self.is_over = False
         self.wake_up = WakeUp()
-        self.delivering = threading.Lock()
+        self.is_delivering = False
         self.thread = threading.Thread(target=self._run, name="pvclock-timers", daemon=True)
         self._failures = failures
+        self._rest_ns = REST_NS if clock.backend.counter_follows_host else STANDING_NS
         wake_up = self.wake_up
         self._clock = ref(clock, lambda _: wake_up.call())
 
     def _run(self) -> None:
         wake_precisely()
         while not self.is_over and (clock := self._clock()) is not None:
-            with self.delivering:
-                ns = self._expire(clock)
+            self.is_delivering = True  # before the clock is asked whether it is paused: see settle()
+            ns = self._expire(clock)
+            self.is_delivering = False
             del clock
-            self.wake_up.wait(min(max(ns, REST_NS), LONGEST_NS) / NS_PER_S)
+            self.wake_up.wait(min(max(ns, self._rest_ns), LONGEST_NS) / NS_PER_S)
 
     def _expire(self, clock: GuestClock) -> int:
         """Expire what is due; returns the host ns until the next timer."""

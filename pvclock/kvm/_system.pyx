@@ -28,6 +28,14 @@ cdef class Kvm(Fd):
 
     def get_supported_cpuid(self) -> list[dict[str, int]]:
         """KVM_GET_SUPPORTED_CPUID: entries with function, index, flags, eax, ebx, ecx, edx."""
+        return self._cpuid(KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
+
+    def get_supported_hv_cpuid(self) -> list[dict[str, int]]:
+        """KVM_GET_SUPPORTED_HV_CPUID: the Hyper-V leaves, as get_supported_cpuid(); KVM_CAP_SYS_HYPERV_CPUID has it."""
+        return self._cpuid(KVM_GET_SUPPORTED_HV_CPUID, "KVM_GET_SUPPORTED_HV_CPUID")
+
+    cdef list _cpuid(self, unsigned long request, str call):
+        """The entries that `request` returns."""
         cdef kvm_cpuid2 *cpuid = <kvm_cpuid2 *>calloc(
             1, sizeof(kvm_cpuid2) + MAX_CPUID_ENTRIES * sizeof(kvm_cpuid_entry2)
         )
@@ -35,7 +43,7 @@ cdef class Kvm(Fd):
             raise MemoryError
         try:
             cpuid.nent = MAX_CPUID_ENTRIES
-            checked(ioctl(self.fd, KVM_GET_SUPPORTED_CPUID, cpuid), "KVM_GET_SUPPORTED_CPUID")
+            checked(ioctl(self.fd, request, cpuid), call)
             return [cpuid.entries[i] for i in range(cpuid.nent)]
         finally:
             free(cpuid)

@@ -75,9 +75,10 @@ class Machine:
 
     For the engine's clock:  tick_interval_s: from start() to stop() it is ticked every so many seconds, so that its
     pages do not age; None leaves that to the caller.  backend: called with the backend of the vCPUs, it returns the
-    clock's: with ExecutionTimeBackend no guest time passes while the machine is paused.  restore: a saved
-    clock, which goes on at start() by `policy`, or the state's own; further options are those of GuestClock.restore()
-    then.  The RAM is the caller's to put into `memory` before that; the vCPUs begin anew, at the image's entry.
+    clock's: with ExecutionTimeBackend no guest time passes while the machine is paused.  vmm: by default the machine's
+    own services for the guest's interface, whose timers have a thread (vmm_services.py).  restore: a saved clock, which
+    goes on at start() by `policy`, or the state's own; further options are those of GuestClock.restore() then.  The RAM
+    is the caller's to put into `memory` before that; the vCPUs begin anew, at the image's entry.
 
     The guest's TSC begins at 0 when its first vCPU is made, and all vCPUs have that one offset, as KVM does it, or
     `tsc_offset`.  On a host that honours no offsets it is the host's: see `pvclock doctor`.

@@ -92,13 +92,13 @@ def _most_ahead_ns(clock: GuestClock, records: list[HvRecord]) -> int:
     )
 
 
-def compare_reference_time(observed: Sequence[ReferenceObservation]) -> list[Check]:
-    """All rows; of "engine", and of "qemu", which has "-" where it was not observed."""
-    return list(_rows({each.server: each for each in observed}))
+class Subjects(NamedTuple):
+    """What is compared, by server: "engine" and "qemu"."""
 
+    observed: dict[str, ReferenceObservation]
 
-def _rows(observed: dict[str, ReferenceObservation]) -> Iterator[Check]:
     def row(
+        self,
         name: str,
         key: str,
         value: Callable[[ReferenceObservation], object],
@@ -106,13 +106,22 @@ def _rows(observed: dict[str, ReferenceObservation]) -> Iterator[Check]:
         is_right: Callable[[ReferenceObservation], bool],
         why: str,
     ) -> Check:
+        """A row of each server's `value`, as `show` formats it; "-" where there is none."""
         figures = {server: Figure("-") for server in ("engine", "qemu")}
-        for server, each in observed.items():
+        for server, each in self.observed.items():
             found = value(each)
             figures[server] = Figure("-") if found is None else Figure(show.format(found), {key: found})
-        return Check(name, figures, all(map(is_right, observed.values())), why)
+        return Check(name, figures, all(map(is_right, self.observed.values())), why)
 
-    yield row(
+
+def compare_reference_time(observed: Sequence[ReferenceObservation]) -> list[Check]:
+    """All rows; of "engine", and of "qemu", which has "-" where it was not observed."""
+    subjects = Subjects({each.server: each for each in observed})
+    return [*_page_rows(subjects), *_reading_rows(subjects), _agreement_row(subjects)]
+
+
+def _page_rows(subjects: Subjects) -> Iterator[Check]:
+    yield subjects.row(
         "page: scale",
         "scale",
         lambda it: it.records[0].scale,
@@ -120,7 +129,7 @@ def _rows(observed: dict[str, ReferenceObservation]) -> Iterator[Check]:
         lambda it: len({each.scale for each in it.records}) == 1,
         "units of 100 ns in 2^64 ticks, the same on all vCPUs; KVM's has 32 bits of kvmclock's, the engine's all 64",
     )
-    yield row(
+    yield subjects.row(
         "page: rate by the TSC",
         "rate_error_ppb",
         lambda it: it.rate_error_ppb,
@@ -128,7 +137,7 @@ def _rows(observed: dict[str, ReferenceObservation]) -> Iterator[Check]:
         lambda it: abs(it.rate_error_ppb) <= RATE_LIMIT_PPB,
         f"against the TSC's nominal frequency, within {RATE_LIMIT_PPB:g} ppb: KVM's has the error of kvmclock's pair",
     )
-    yield row(
+    yield subjects.row(
         "page: sequence",
         "sequence",
         lambda it: it.records[0].sequence,
@@ -136,7 +145,10 @@ def _rows(observed: dict[str, ReferenceObservation]) -> Iterator[Check]:
         lambda it: all(each.sequence not in INVALID_SEQUENCES for each in it.records),
         "not 0 and not 2^32 - 1: the page is valid",
     )
-    yield row(
+
+
+def _reading_rows(subjects: Subjects) -> Iterator[Check]:
+    yield subjects.row(
         "readings of the page",
         "reads",
         lambda it: sum(each.reads - each.fallbacks for each in it.records),
@@ -144,7 +156,7 @@ def _rows(observed: dict[str, ReferenceObservation]) -> Iterator[Check]:
         lambda it: all(each.reads > each.fallbacks for each in it.records),
         "every vCPU read it, in Linux's order and in the TLFS's",
     )
-    yield row(
+    yield subjects.row(
         "page, counter, page",
         "triples",
         lambda it: sum(each.triples for each in it.records),
@@ -152,7 +164,7 @@ def _rows(observed: dict[str, ReferenceObservation]) -> Iterator[Check]:
         lambda it: all(each.triples > 0 for each in it.records),
         "how often every vCPU read the counter between two readings of the page",
     )
-    yield row(
+    yield subjects.row(
         "backward, torn or out of order",
         "wrong_reads",
         lambda it: sum(sum(violations(each).values()) for each in it.records),
@@ -160,7 +172,10 @@ def _rows(observed: dict[str, ReferenceObservation]) -> Iterator[Check]:
         lambda it: not any(sum(violations(each).values()) for each in it.records),
         "by the guests' own count: page <= counter <= page, on one vCPU and across vCPUs, and sequences that go on",
     )
-    yield row(
+
+
+def _agreement_row(subjects: Subjects) -> Check:
+    return subjects.row(
         "page against guest time",
         "ahead_ns",
         lambda it: it.ahead_ns,

@@ -30,7 +30,7 @@ COUNT_AND_EXIT: Final = bytes.fromhex("66ff07 e610 ebf9")  # 1: incl (%bx); out 
 
 
 class Bare(NamedTuple):
-    """A VM without interrupt controllers: every vCPU runs as soon as it is told to, and HLT is an exit."""
+    """A VM, by default without interrupt controllers: every vCPU runs as soon as it is told to, and HLT is an exit."""
 
     kvm: Kvm
     vm: Vm
@@ -47,7 +47,7 @@ class Bare(NamedTuple):
 
 
 @contextmanager
-def bare_vm(code: bytes, *, vcpus: int = 1) -> Iterator[Bare]:
+def bare_vm(code: bytes, *, vcpus: int = 1, irqchip: bool = False) -> Iterator[Bare]:
     """A VM whose vCPUs all stand at the beginning of `code`, each with the address of its own count in BX."""
     with ExitStack() as resources:
         ram = resources.enter_context(mmap.mmap(-1, RAM_BYTES))
@@ -56,6 +56,8 @@ def bare_vm(code: bytes, *, vcpus: int = 1) -> Iterator[Bare]:
         vm.set_tss_addr(0xFFFBD000)
         vm.set_identity_map_addr(0xFFFBC000)
         vm.set_user_memory_region(0, 0, ram)
+        if irqchip:
+            vm.create_irqchip()
         cpus = [resources.enter_context(vm.create_vcpu(number)) for number in range(vcpus)]
         for vcpu in cpus:
             reset(vcpu)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Final
 
 from pvclock import GuestClock, Machine
+from pvclock.meter import stress
 from pvclock.payloads import hvprobe, probe
 from pvclock.payloads.hyperv_probe import HvBlock, HvRecord, read_block, read_record, violations
 
@@ -85,6 +87,11 @@ def dilate(machine: Machine) -> None:
     clock.dilate(1, 1)
 
 
+def republish(machine: Machine) -> None:
+    """Change the rate 2000 times, so that the page is invalid for most of the while."""
+    stress.republish(clock_of(machine), 2000, [Fraction(1), Fraction(3, 2)])
+
+
 def slew(machine: Machine) -> None:
     """Begin to work off an error, forward and then back."""
     clock = clock_of(machine)
@@ -117,7 +124,7 @@ def save_and_restore(machine: Machine) -> None:
     machine.resume()
 
 
-OPERATIONS: Final = [refresh, dilate, slew, skip, pause_and_resume, pause_and_catch_up, save_and_restore]
+OPERATIONS: Final = [refresh, dilate, republish, slew, skip, pause_and_resume, pause_and_catch_up, save_and_restore]
 
 
 def operate(machine: Machine, operation: Callable[[Machine], None], triples: int) -> int:

@@ -67,6 +67,7 @@ VM_CALLS: dict[str, Callable[[Vm], object]] = {
 KVM_CALLS: dict[str, Callable[[Kvm], object]] = {
     "KVM_GET_API_VERSION": Kvm.get_api_version,
     "KVM_GET_SUPPORTED_CPUID": Kvm.get_supported_cpuid,
+    "KVM_GET_SUPPORTED_HV_CPUID": Kvm.get_supported_hv_cpuid,
     "KVM_CREATE_VM": Kvm.create_vm,
     "KVM_CHECK_EXTENSION": lambda kvm: kvm.check_extension(0),
 }

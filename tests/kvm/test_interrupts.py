@@ -20,6 +20,7 @@ import pvclock
 from pvclock import Machine
 from pvclock.errors import StateError
 from tests.kvm.leaks import held
+from tests.unit.alarm_provider import register
 from tests.unit.schedules import Lines
 from tests.waiting import alarm_after
 
@@ -35,6 +36,12 @@ TICKER_THREADS: Final = 2
 PACKAGE: Final = str(Path(pvclock.__file__).parent)
 VCPUS_AND_MACHINE: Final = (f"{PACKAGE}/kvm/", f"{PACKAGE}/machine/", __file__)
 MACHINE_AND_RUNNER: Final = (f"{PACKAGE}/kvm/runner.py", f"{PACKAGE}/machine/", __file__)
+MACHINE_AND_TIMERS: Final = (
+    f"{PACKAGE}/machine/",
+    f"{PACKAGE}/clock/timer_thread.py",
+    f"{PACKAGE}/threads.py",
+    __file__,
+)
 EVERYTHING: Final = (PACKAGE, __file__)
 
 
@@ -200,6 +207,25 @@ def test_close_ends_whatever_was_interrupted(name: str) -> None:
         if not was_interrupted:
             break
     assert line > 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["start", "pause", *(pytest.param(name, marks=pytest.mark.long) for name in ("stop", "close", "start again"))],
+)
+def test_close_ends_timers_whatever_was_interrupted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an interrupt at each line of the machine and its timers' thread, too."""
+    register(monkeypatch)
+    prepare, call = CALLS[name]
+    before = held()
+    for line in count(1):
+        with Machine(SPIN, provider="Alarm") as machine:
+            prepare(machine)
+            was_interrupted = interrupted(line, MACHINE_AND_TIMERS, lambda: call(machine))
+        assert held() == before
+        if not was_interrupted:
+            break
+    assert line > 50
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Python says so of memory that was just made

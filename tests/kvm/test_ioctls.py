@@ -41,6 +41,19 @@ def test_kvm_describes_itself() -> None:
         assert kvm.check_extension(CAPABILITY_NUMBERS["KVM_CAP_USER_MEMORY"]) == 1
 
 
+@pytest.mark.row("E13", "H-11", "H-13")
+def test_hyperv_leaves() -> None:
+    """Where the kernel serves Hyper-V it gives the leaves, with its signature and clocks; elsewhere it refuses."""
+    with Kvm() as kvm:
+        if not kvm.check_extension("KVM_CAP_SYS_HYPERV_CPUID"):
+            assert refused("KVM_GET_SUPPORTED_HV_CPUID", kvm.get_supported_hv_cpuid) == errno.EINVAL
+            return
+        leaves = {entry["function"]: entry for entry in kvm.get_supported_hv_cpuid()}
+        assert leaves[0x40000001]["eax"].to_bytes(4, "little") == b"Hv#1"
+        assert {0x40000000, 0x40000002, 0x40000003, 0x40000004, 0x40000005} <= leaves.keys()
+        assert leaves[0x40000003]["eax"] & 1 << 9
+
+
 @pytest.mark.row("E13")
 def test_a_capability_has_a_name_and_a_number() -> None:
     """The numbers are Linux'; both ask for the same; a name that is not known is an error that says what to give."""

@@ -187,7 +187,7 @@ def test_a_kick_ends_a_halt() -> None:
         assert machine.wait() == 3
 
 
-@pytest.mark.row("K-27")
+@pytest.mark.row("K-34")
 def test_services_change_nothing_that_kvm_offers() -> None:
     """Provider KVM offers what this host's kernel and engine serve, with the machine's services or without."""
     offered = []

@@ -1,7 +1,4 @@
-"""Damaged saved units and configurations, 10^5 of each: refused by an error of ours with nothing changed, or taken.
-
-Hyper-V's unit by itself is in tests/unit/test_hyperv_virtualbox_unit.py, its options in test_hyperv_mutations.py.
-"""
+"""Damaged saved units and configurations, 10^5 of each: refused by an error of ours with nothing changed, or taken."""
 
 from __future__ import annotations
 
@@ -29,10 +26,9 @@ HEADER: Final = struct.Struct("<II")
 UNIT: Final = struct.Struct("<II I QQQQIB QQQQIB QI")
 """Provider's number and version; KVM's version, twice system-time MSR, TSC, ns, page, its version and flags; wall-clock
 MSR, features."""
-HYPERV: Final = struct.Struct("<II I QQQ")
-"""Provider's number and version; Hyper-V's version, guest OS id, hypercall and reference TSC MSR, and more."""
-HYPERV_MSRS: Final = (0x40000000, 0x40000001, 0x40000021)
 EXTREMES: Final = (0, 1, 2, 3, 7, 0x2001, 0x2FF1, SIZE - 16 | 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
+HYPERV_MSRS: Final = struct.Struct("<QQQ")
+"""After Hyper-V's version: guest OS id, hypercall and reference TSC MSR."""
 Damage = Callable[[random.Random, bytes], bytes]
 
 
@@ -46,8 +42,6 @@ def clocks() -> tuple[dict[str, GuestClock], dict[str, bytearray]]:
         made[name] = clock
     made["KVM"].write_msr(0, 0x4B564D01, 0x1001)
     made["KVM"].write_msr(1, 0x4B564D01, 0x1041)
-    for index, value in zip(HYPERV_MSRS, (0x8100_0005_0A00_0000, 0x3001, 0x2001), strict=True):
-        made["HyperV"].write_msr(0, index, value)
     for clock in made.values():
         clock.pause()
     return made, memories
@@ -107,11 +101,11 @@ def damaged_units(units: Mapping[str, bytes]) -> Iterator[tuple[str, str, bytes]
 
 
 def state_of(clock: GuestClock) -> tuple[object, ...]:
-    """All that a unit could change, but for guest memory and the sequence of a page, which goes on."""
+    """All that a unit could change, but for guest memory, and for what never comes again."""
     interface = clock.interface
     return (
         interface.version,
-        {name: value for name, value in interface.provider.save().items() if not name.endswith("reference_sequence")},
+        {name: each for name, each in interface.provider.save().items() if not name.endswith("reference_sequence")},
         interface.config,
         [each.time_page_gpa for each in clock.save().vcpus],
     )
@@ -172,10 +166,11 @@ def must_be(loader: str, data: bytes) -> tuple[type, ...]:
 def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
     """What a unit says stands in the clock, and is saved again."""
     saved = clock.interface.save_unit()
-    if provider == "HyperV":
-        read = [clock.read_msr(0, index) for index in HYPERV_MSRS]
-        assert HYPERV.unpack_from(saved)[3:] == HYPERV.unpack_from(data)[3:] == tuple(read)
-        assert saved[: HEADER.size] == data[: HEADER.size]
+    if provider == "HyperV":  # the rest holds what is VirtualBox's own, and is as long
+        assert HYPERV_MSRS.unpack_from(saved, HEADER.size + 4) == HYPERV_MSRS.unpack_from(data, HEADER.size + 4)
+        assert [clock.read_msr(0, msr) for msr in (0x40000000, 0x40000001, 0x40000021)] == [
+            *HYPERV_MSRS.unpack_from(data, HEADER.size + 4)
+        ]
         return
     if provider != "KVM":
         assert saved == data
@@ -191,7 +186,10 @@ def assert_loaded(clock: GuestClock, provider: str, data: bytes) -> None:
     assert clock.read_msr(0, 0x4B564D00) == expected[-2]
 
 
-KEYS: Final = ("provider", "version", "profile", "features", "enforce_cpuid", "apic_bus_hz")
+KEYS: Final = (
+    *("provider", "version", "profile", "features", "enforce_cpuid", "apic_bus_hz", "privileges", "vendor_id"),
+    *("recommendations", "kvm_features", "hyperv_features"),
+)
 NAMES: Final = (*PROVIDERS, "Xen", "kvm", "linux", "document", "virtualbox", "", "None\0")
 OTHERS: Final[tuple[object, ...]] = (
     None,

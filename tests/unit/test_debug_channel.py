@@ -35,7 +35,7 @@ class Wire:
 @pytest.mark.row("G-23", "G-15")
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_without_a_debug_interface_there_is_no_connection(provider: str) -> None:
-    """None of these providers has one, device or not; only Hyper-V's will."""
+    """None of these providers has one by default, device or not."""
     debug = GuestClock(GuestMemory(), 1, provider, backend=SimulatedBackend(10**9)).interface.debug
     wire = Wire(b"abc")
     debug.register(wire)

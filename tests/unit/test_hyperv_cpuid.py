@@ -238,8 +238,8 @@ def test_privileges_that_no_guest_can_have(profile: str, bit: int) -> None:
         ({"features": 1 << 2}, "features 0x4 cannot be served here; choose from FREQUENCY.CRASH"),
         ({"features": 1 << 10 | 1 << 63}, "features 0x8000000000000000 cannot"),
         (
-            {"recommendations": 1 << 2 | 1 << 10},
-            "recommendations 0x404 cannot be served here; choose from RESET",
+            {"recommendations": 1 << 2 | 1 << 12},
+            "recommendations 0x1004 cannot be served here; choose from RESET",
         ),
         ({"recommendations": 1 << 3, "privileges": MANDATORY}, "recommendations APIC_BY_MSR cannot"),
         ({"recommendations": 1 << 9, "privileges": MANDATORY}, "recommendations DEPRECATE_AUTO_EOI cannot"),

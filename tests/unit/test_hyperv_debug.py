@@ -369,7 +369,7 @@ def test_when_debug_calls_are_denied() -> None:
 # In the provider
 
 
-@pytest.mark.row("H-02", "H-03", "H-44", "H-45")
+@pytest.mark.row("H-02", "H-03", "H-44", "H-45", "G-23")
 @pytest.mark.parametrize(
     ("options", "has_debugger"),
     [
@@ -402,7 +402,8 @@ def test_when_the_provider_has_a_debugger(options: dict[str, Any], has_debugger:
 @pytest.mark.row("H-43")
 @EVERY_PROFILE
 @pytest.mark.parametrize(
-    "index", [*range(0x400000C1, 0x400000C4), *range(0x400000D1, 0x400000D4), 0x400000E0, 0x400000F0]
+    "index",
+    [*range(0x400000C1, 0x400000C4), *range(0x400000D1, 0x400000D4), *range(0x400000E0, 0x400000E4), 0x400000F0],
 )
 def test_power_statistics_and_idling_are_not_there(index: int, profile: str) -> None:
     """Their MSRs fault, whatever is enforced."""

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pvclock import MsrFault
-from pvclock.providers.hyperv.features import Privilege
+from pvclock import ConfigError, MsrFault
+from pvclock.providers.hyperv.features import Privilege, Recommendation
 from pvclock.providers.hyperv.hypercall_abi import (
     HvStatus,
     Request,
@@ -18,7 +18,7 @@ from pvclock.providers.hyperv.hypercall_abi import (
 )
 from pvclock.providers.hyperv.hypercalls import Hypercalls
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status
-from tests.unit.hyperv_provider import EVERY_PROFILE, a_provider
+from tests.unit.hyperv_provider import EVERY_PROFILE, KickingVmm, a_provider
 from tests.unit.hyperv_provider import OS_ID as OS_NAME
 from tests.unit.stub_clock import GUARD, SIZE, NotedVmm, StubClock, written
 
@@ -582,3 +582,28 @@ def test_the_provider_reads_its_registers_by_hypercall() -> None:
     assert provider.hypercall(1, call) == HypercallResult(Status.SUCCESS, 2 << 32)
     assert unpack("<4Q", clock.memory.read(OUTPUT, 32)) == (provider.read_msr(1, 0x40000020), 0, OS_NAME, 0)
     assert not a_provider()[0].offer.privileges & Privilege.ACCESS_VP_REGISTERS
+
+
+@pytest.mark.row("H-62", "H-22")
+def test_interrupts_by_hypercall_are_recommended_on_request() -> None:
+    """Bits 10 and 11 of leaf 0x40000004, where the VMM raises interrupts; not unasked, and not on VirtualBox."""
+    wanted = Recommendation.CLUSTER_IPI | Recommendation.EX_PROCESSOR_MASKS
+    provider, _ = a_provider(recommendations=int(wanted))
+    assert provider.cpuid_leaves[0x40000004].eax == 1 << 10 | 1 << 11
+    assert not a_provider()[0].offer.recommendations & wanted
+    for options in ({"vmm": KickingVmm()}, {"profile": "virtualbox"}):
+        with pytest.raises(ConfigError, match=r"recommendations CLUSTER_IPI\|EX_PROCESSOR_MASKS cannot be served"):
+            a_provider(recommendations=int(wanted), **options)
+
+
+@pytest.mark.row("H-65")
+def test_the_provider_imitates_vmbus_by_its_own_synic() -> None:
+    """Where VirtualBox's guest may use the SynIC, which CPUID does not offer it, its SINT2 gets the answer."""
+    provider, clock = a_provider(profile="virtualbox", vs_interface=True, enforce_cpuid=False)
+    for index, value in ((0x40000000, OS_NAME), (SIMP, 0x7001), (SINT2, 0x33)):
+        provider.write_msr(1, index, value)
+    clock.memory.write(INPUT, pack("<IIII", 1, 0, 1, 0))
+    call = HypercallRegisters(0, rcx=POST_MESSAGE, rdx=INPUT)
+    for vcpu, answer in ((0, bytes(256)), (1, ANSWER)):
+        assert provider.hypercall(vcpu, call) == HypercallResult(Status.SUCCESS, HvStatus.NOT_ACKNOWLEDGED)
+        assert clock.memory.read(0x7200, 256) == answer

@@ -84,7 +84,7 @@ def test_virtualboxs_divisions_have_a_divisor(hz: int) -> None:
 # The MSR of the page
 
 
-@pytest.mark.row("H-36")
+@pytest.mark.row("H-36", "G-10", "G-14")
 @LINUXES
 @given(values=st.lists(U64 | st.integers(0, 0x7000), min_size=1, max_size=4))
 def test_the_clock_keeps_the_page(profile: str, values: list[int]) -> None:

@@ -305,7 +305,7 @@ def nothing() -> None:
     """Takes part in a load without a word."""
 
 
-@pytest.mark.row("H-70", "H-72")
+@pytest.mark.row("H-70", "H-72", "G-18")
 @EVERY_PROFILE
 def test_a_guests_unit_comes_back(profile: str) -> None:
     """Its MSRs read as before, pages lie where they lay, and what a unit does not hold is as after a reset."""

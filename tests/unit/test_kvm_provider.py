@@ -447,8 +447,8 @@ def test_random_traffic_faults_or_is_served() -> None:
         try:
             clock.write_msr(source.randrange(3), index, value)
             served_writes += 1
-            places = allowed_places(MsrWrite(0, index, value))
-            allowed[places.start : places.stop] = b"\1" * len(range(SIZE)[places.start : places.stop])
+            for places in allowed_places(MsrWrite(0, index, value)):
+                allowed[places.start : places.stop] = b"\1" * len(range(SIZE)[places.start : places.stop])
             clock.read_msr(source.randrange(3), index)
         except MsrFault:
             continue

@@ -11,7 +11,16 @@ from typing import Any, Final
 
 import pytest
 
-from pvclock import ConfigError, GuestClock, GuestMemory, HostBackend, SimulatedBackend, StateError, TimerThread
+from pvclock import (
+    ConfigError,
+    ExecutionTimeBackend,
+    GuestClock,
+    GuestMemory,
+    HostBackend,
+    SimulatedBackend,
+    StateError,
+    TimerThread,
+)
 from pvclock.clock.timer_thread import FAILURES_KEPT
 from pvclock.threads import WakeUp
 from tests.unit.alarm_provider import ALARM_MSR, Alarm, register
@@ -112,6 +121,20 @@ def test_a_slower_clock_is_waited_for() -> None:
         clock.dilate(1, 5)
         wait_for(lambda: provider.expired)
     assert provider.expired[0][0] == due_ns <= provider.expired[0][1]
+
+
+def test_a_counter_that_stands_still() -> None:
+    """In execution time a timer is delivered once the guest has executed up to it, and not by host time."""
+    backend = ExecutionTimeBackend(HostBackend(), native=False)
+    clock = GuestClock(GuestMemory(bytearray(1 << 12)), 1, "Alarm", backend=backend)
+    provider = clock.interface.provider
+    assert isinstance(provider, Alarm)
+    set_alarm(clock, MS)
+    with TimerThread(clock):
+        time.sleep(0.01)
+        assert provider.expired == []
+        backend.ran(backend.tsc_hz // 1000 + 1)
+        wait_for(lambda: provider.expired)
 
 
 def test_nothing_is_delivered_while_paused() -> None:

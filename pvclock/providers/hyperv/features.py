@@ -98,6 +98,8 @@ class Recommendation(IntFlag):
     RELAXED_TIMING = 1 << 5
     X2APIC_BY_MSR = 1 << 8
     DEPRECATE_AUTO_EOI = 1 << 9
+    CLUSTER_IPI = 1 << 10
+    EX_PROCESSOR_MASKS = 1 << 11
 
 
 class Hardware(IntFlag):

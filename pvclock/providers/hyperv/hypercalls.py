@@ -15,7 +15,7 @@ from pvclock._memory import GuestMemory
 from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.providers.hyperv.debug import SyntheticDebugger
 from pvclock.providers.hyperv.debug_calls import debug_calls, without_debugger
-from pvclock.providers.hyperv.features import Privilege
+from pvclock.providers.hyperv.features import Privilege, Recommendation
 from pvclock.providers.hyperv.hypercall_abi import (
     HvStatus,
     Parameters,
@@ -81,6 +81,8 @@ class Hypercalls:
         vs_interface: bool = False,
     ) -> None:
         self._checks_form = not as_virtualbox
+        self.recommendations = Recommendation(0)
+        """Those that its guest can follow by hypercalls."""
         if as_virtualbox:
             parameters = Parameters(clock.memory, within_page=False, not_ram=HvStatus.INVALID_PARAMETER)
             slot = partial(_vmbus_slot, read_msr) if vs_interface else None
@@ -91,6 +93,7 @@ class Hypercalls:
             vmm: object = clock.vmm
             if isinstance(vmm, InterruptServices):
                 served |= ipi_calls(vmm, vcpus, parameters)
+                self.recommendations = Recommendation.CLUSTER_IPI | Recommendation.EX_PROCESSOR_MASKS
         if debugger is not None:
             served |= debug_calls(debugger, parameters, by_options=not as_virtualbox)
         self._served = served

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from pvclock.errors import ConfigError
 from pvclock.providers.hyperv.features import MICROSOFT, Feature, Hardware, Offer, Privilege, Recommendation, names_of
+from pvclock.providers.hyperv.hypercalls import Hypercalls
 from pvclock.providers.hyperv.msr import Part
 from pvclock.providers.hyperv.profiles import Profile
 from pvclock.quantities import quoted
@@ -33,6 +34,9 @@ PRIVILEGE_FOR: Final[Mapping[Recommendation, Privilege]] = {
 }
 """What a guest needs to do as recommended; nothing for the other recommendations."""
 
+BY_HYPERCALL: Final = Recommendation.CLUSTER_IPI | Recommendation.EX_PROCESSOR_MASKS
+"""Recommendations of hypercalls that need no privilege."""
+
 VENDOR_ID_CHARS: Final = 12
 
 Bits = TypeVar("Bits", Privilege, Feature, Recommendation, Hardware)
@@ -53,17 +57,19 @@ class Served(NamedTuple):
 
     privileges: Privilege
     features: Feature
+    recommendations: Recommendation = Recommendation(0)
+    """Those of hypercalls."""
 
     @classmethod
-    def by(cls, parts: Iterable[Part], hypercalls: Privilege) -> Served:
+    def by(cls, parts: Iterable[Part], hypercalls: Hypercalls) -> Served:
         """What the MSRs of these parts need, and the hypercalls."""
         needed = [msr.privilege for part in parts for msr in part.msrs.values()]
-        privileges = Privilege(sum({each for each in needed if isinstance(each, Privilege)})) | hypercalls
+        privileges = Privilege(sum({each for each in needed if isinstance(each, Privilege)})) | hypercalls.privileges
         features = Feature(sum({each for each in needed if isinstance(each, Feature)}))
         for privilege, feature in FEATURES_OF.items():
             if privilege in privileges:
                 features |= feature
-        return cls(privileges, features)
+        return cls(privileges, features, hypercalls.recommendations)
 
     def has(self, needed: Privilege | Feature) -> bool:
         """Is that among them?"""
@@ -84,14 +90,15 @@ def chosen_offer(profile: Profile, served: Served, wanted: Wanted) -> Offer:
         vendor_id,
         privileges,
         _chosen("features", wanted.features, features, served.features),
-        _chosen("recommendations", wanted.recommendations, profile.recommendations, _can_do(privileges)),
+        _chosen("recommendations", wanted.recommendations, profile.recommendations, _can_do(privileges, served)),
         _chosen("hardware", wanted.hardware, profile.hardware, Hardware(sum(Hardware))),
     )
 
 
-def _can_do(privileges: Privilege) -> Recommendation:
+def _can_do(privileges: Privilege, served: Served) -> Recommendation:
     """The recommendations that a guest with these privileges can follow."""
-    return Recommendation(sum(each for each in Recommendation if PRIVILEGE_FOR.get(each, MANDATORY) in privileges))
+    by_privilege = {each for each in Recommendation if PRIVILEGE_FOR.get(each, MANDATORY) in privileges}
+    return Recommendation(sum(by_privilege) & ~BY_HYPERCALL) | served.recommendations
 
 
 def _chosen(what: str, given: int | None, default: Bits, servable: Bits) -> Bits:

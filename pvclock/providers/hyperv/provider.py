@@ -119,7 +119,7 @@ class HyperVProvider:
             as_virtualbox=self._profile.is_virtualbox,
             vs_interface=vs_interface,
         )
-        served = Served.by(self._all.every, self._hypercalls.privileges)
+        served = Served.by(self._all.every, self._hypercalls)
         wanted = Wanted(vendor_id, privileges, features, recommendations, hardware)
         self.offer = chosen_offer(self._profile, served, wanted)
         """What CPUID offers."""
