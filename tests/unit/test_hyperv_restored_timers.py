@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -14,6 +15,7 @@ from tests.unit.stub_clock import NotedVmm
 
 pytestmark = pytest.mark.row("E1", "H-41", "H-42", "H-72")
 
+STATES: Final = Path(__file__).parents[1] / "states"
 HZ: Final = 2_596_132_000
 SIMP, EOM, SINT2, STIMER0_CONFIG = 0x40000083, 0x40000084, 0x40000092, 0x400000B0
 PAGE: Final = 0x3000
@@ -102,6 +104,25 @@ def test_messages_that_wait_go_on_to_wait() -> None:
         assert again.step(0) == ([VECTOR], due)
     again.take()
     assert again.step(10**9) == ([], 0)
+
+
+@pytest.mark.row("P-25", "H-36", "E4")
+@pytest.mark.parametrize("name", ["v3-hyperv.json", "v3-hyperv-kvm.json"])
+def test_a_kept_state_goes_on(name: str) -> None:
+    """From a file that never changes: counter, page and timers go on; its TSC is another one than the guest was told."""
+    state = clock_state.read(STATES / name)
+    memory, vmm, backend = GuestMemory(bytearray(1 << 16)), NotedVmm(), SimulatedBackend(state.host.tsc_hz, 1 << 50)
+    clock = GuestClock.restore(state, memory, backend=backend, vmm=vmm, policy="freeze")
+    assert clock.save().provider == state.provider
+    clock.resume()
+    assert 288_000_000_001 <= clock.read_msr(1, 0x40000020) <= 288_000_000_002
+    assert int.from_bytes(memory.read(0x5000, 4), "little") == 8
+    clock.expire_timers()
+    assert int.from_bytes(memory.read(0x6000 + 2 * 256 + 24, 8), "little") == 287_999_999_999  # the message that waited
+    assert vmm.notes == [("inject", 0, 0x20), ("inject", 0, 0xF1)]  # and the re-enlightenment interrupt
+    backend.advance(ns=1_000_000)  # a tenth of it is guest time, at the saved rate
+    clock.expire_timers()
+    assert vmm.notes[2:] == [("inject", 0, 0x30)]
 
 
 TIMERS: Final = st.tuples(
