@@ -3,8 +3,8 @@
     python -m tests.stress.hostile_guest --minutes 10 --seed 1
 
 Four VMs whose vCPUs do what they can, two with Hyper-V's interface, alone and beside KVM's; each with a vCPU that reads
-its page and a VMM thread that does every operation; one real VM whose guest floods the MSRs, where there is /dev/kvm;
-and one VM that is left in peace and must be ticked.
+its page and a VMM thread that does every operation; where there is /dev/kvm, a real VM for each interface, whose guest
+floods the MSRs; and one VM that is left in peace and must be ticked.
 Prints what was done, how often, and the findings; the exit status is 1 if there are any.
 """
 
@@ -150,9 +150,12 @@ class Soak:
             acting |= {f"{vm.name} {name}": quiet for name, quiet in _quiet_vcpu(vm, self.findings).items()}
             acting[f"{vm.name} VMM"] = Vmm(vm, self.ticker, self.findings, rng(f"VMM of {vm.name}"), self._hold)
         self._resources = ExitStack()
-        self.machine = self._resources.enter_context(MachineVmm(self.ticker, rng("machine"))) if machine else None
-        if self.machine is not None:
-            acting["machine"] = self.machine
+        providers = {str(config["provider"]) for config in guests.values()} if machine else set()
+        self.machines = {
+            name: self._resources.enter_context(MachineVmm(self.ticker, rng(f"machine {name}"), name))
+            for name in sorted(providers)
+        }
+        acting |= {f"{name} machine": each for name, each in self.machines.items()}
         self.actors = [Actor(name, each, self.findings) for name, each in acting.items()]
 
     def run(self, is_over: Callable[[Soak], bool]) -> Outcome:

@@ -14,7 +14,7 @@ from pvclock import GuestClock, GuestMemory, HostBackend, StateError
 from pvclock.clock.reference_time import ReferenceTime
 from pvclock.providers.hyperv.stimers import SyntheticTimers
 from pvclock.providers.hyperv.synic import Synic
-from tests.stress.hostile_guest import Outcome, Soak
+from tests.stress.hostile_guest import GUESTS, Outcome, Soak
 from tests.stress.hostile_machine import ENTRIES
 from tests.stress.hostile_vm import (
     HYPERV_GUESTS,
@@ -69,14 +69,15 @@ def test_nothing_breaks_of_hyperv() -> None:
 
 @pytest.mark.kvm
 @pytest.mark.row("E9")
-def test_nothing_breaks_on_kvm() -> None:
+@pytest.mark.parametrize("name", ["linux", "HyperV", "HyperV+KVM"])
+def test_nothing_breaks_on_kvm(name: str) -> None:
     """The same beside a real vCPU that goes through tables of MSR accesses."""
-    soak = Soak(2, machine=True, guests=KVM_GUESTS)
+    soak = Soak(2, machine=True, guests={name: GUESTS[name]})
     outcome = soak.run(everybody_acted)
     assert outcome.findings == []
-    assert {"table", "pause", "skip", "run_for"} <= set(outcome.steps["machine"])
-    assert soak.machine is not None
-    assert soak.machine.faults > ENTRIES, "the guest has not gone through its tables"
+    ((provider, machine),) = soak.machines.items()
+    assert {"table", "pause", "skip", "run_for"} <= set(outcome.steps[f"{provider} machine"])
+    assert machine.faults > ENTRIES, "the guest has not gone through its tables"
 
 
 def foreign_error(monkeypatch: pytest.MonkeyPatch) -> None:

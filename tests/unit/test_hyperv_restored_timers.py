@@ -109,7 +109,7 @@ def test_messages_that_wait_go_on_to_wait() -> None:
 @pytest.mark.row("P-25", "H-36", "E4")
 @pytest.mark.parametrize("name", ["v3-hyperv.json", "v3-hyperv-kvm.json"])
 def test_a_kept_state_goes_on(name: str) -> None:
-    """From a file that never changes: counter, page and timers go on; its TSC is another one than the guest was told."""
+    """From a file that never changes: counter, page and timers go on, on a TSC that is not what the guest was told."""
     state = clock_state.read(STATES / name)
     memory, vmm, backend = GuestMemory(bytearray(1 << 16)), NotedVmm(), SimulatedBackend(state.host.tsc_hz, 1 << 50)
     clock = GuestClock.restore(state, memory, backend=backend, vmm=vmm, policy="freeze")
