@@ -6,6 +6,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from functools import partialmethod
 from itertools import count
 
 import pytest
@@ -136,17 +137,23 @@ def counter_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def page_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that is ahead of its timeline."""
-    monkeypatch.setattr(GuestClock, "refresh", lambda clock: change_page(clock, sequence=1, offset=1000))
+    change_pages(monkeypatch, sequence=1, offset=1000)
 
 
 def sequence_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that changes under one sequence."""
-    monkeypatch.setattr(GuestClock, "refresh", lambda clock: change_page(clock, sequence=0, offset=1))
+    change_pages(monkeypatch, sequence=0, offset=1)
 
 
 def sequence_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page whose sequence goes back."""
-    monkeypatch.setattr(GuestClock, "refresh", lambda clock: change_page(clock, sequence=-1, offset=0))
+    change_pages(monkeypatch, sequence=-1, offset=0)
+
+
+def change_pages(monkeypatch: pytest.MonkeyPatch, *, sequence: int, offset: int) -> None:
+    """Have refresh() and tick() do that to the page."""
+    for name in ("refresh", "tick"):
+        monkeypatch.setattr(GuestClock, name, partialmethod(change_page, sequence=sequence, offset=offset))
 
 
 def change_page(clock: GuestClock, *, sequence: int, offset: int) -> None:
