@@ -43,6 +43,13 @@ KVM_GUESTS: Final[Mapping[str, Mapping[str, object]]] = {
 HYPERV_GUESTS: Final[Mapping[str, Mapping[str, object]]] = {
     "HyperV": {"provider": "HyperV", "profile": "document", "vs_interface": True, "hypercall_debug": True},
     "HyperV+KVM": {"provider": "HyperV+KVM", "kvm_features": FEATURES},
+    "VirtualBox": {
+        "provider": "HyperV",
+        "profile": "virtualbox",
+        "vendor_id": "Microsoft Hv",
+        "vs_interface": True,
+        "enforce_cpuid": False,
+    },
 }
 """The configurations of VMs, by the names of these."""
 
@@ -193,8 +200,8 @@ class Services:
 class Arena:
     """Guest memory of two slots, each between guards; the second one comes and goes."""
 
-    def __init__(self, findings: Findings) -> None:
-        self._findings = findings
+    def __init__(self, findings: Findings, *, has_quiet_pages: bool = True) -> None:
+        self._findings, self._has_quiet_pages = findings, has_quiet_pages
         ram_begin = GUARD_BYTES
         plugged_begin = ram_begin + RAM_BYTES + GUARD_BYTES
         everything = bytearray(GUARD + bytes(RAM_BYTES) + GUARD + bytes(PLUGGED_BYTES) + GUARD)
@@ -234,7 +241,7 @@ class Arena:
             self._findings.add("a guard of guest memory was written to")
         beside = bytes(self.ram[QUIET_PAGE + PAGE_BYTES : QUIET_REFERENCE_PAGE])
         beside += bytes(self.ram[QUIET_REFERENCE_PAGE + REFERENCE_BYTES : QUIET_PAGE + QUIET_BYTES])
-        if any(beside):
+        if self._has_quiet_pages and any(beside):
             self._findings.add("memory beside the quiet pages was written to")
         if self._plugged_gpa is None:
             self._check_unplugged()
@@ -288,7 +295,9 @@ class Vm:
         self.name, self._findings = name, findings
         interfaces = str(config["provider"]).split("+")
         self.has_pvclock, self.has_hyperv = "KVM" in interfaces, "HyperV" in interfaces
-        self.arena = Arena(findings)
+        self.has_reference_time = self.has_hyperv and config.get("profile") != "virtualbox"
+        """Otherwise it is a TSC, divided: it goes back as that does, and knows no timeline."""
+        self.arena = Arena(findings, has_quiet_pages=self.has_pvclock or self.has_reference_time)
         self.memory = self.arena.memory
         self.backend = OffsetHost(host, rng)
         self.services = Services(rng, findings)

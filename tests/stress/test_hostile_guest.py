@@ -53,9 +53,10 @@ def test_nothing_breaks() -> None:
 
 @pytest.mark.row("E4", "E9", "H-50", "H-51", "H-54")
 def test_nothing_breaks_of_hyperv() -> None:
-    """The same with Hyper-V's interface, alone and beside KVM's: timers expire, and reference time is sound throughout.
+    """The same with Hyper-V's interface, alone, beside KVM's and as VirtualBox has it: timers expire throughout.
 
-    It never goes back by page or counter, a valid page is within 2 units of the timeline, no sequence is used again.
+    But for VirtualBox's, reference time never goes back by page or counter, a valid page is within 2 units of the
+    timeline, and no sequence is used again.
     """
     soak = Soak(4, machine=False, guests=HYPERV_GUESTS)
     outcome = soak.run(everybody_acted)
@@ -64,8 +65,9 @@ def test_nothing_breaks_of_hyperv() -> None:
         guest, vmm = outcome.steps[f"{vm.name} vCPU 0"], outcome.steps[f"{vm.name} VMM"]
         assert {"wrmsr", "wrmsr: #GP", "rdmsr", "hypercall", "spoil"} <= set(guest)
         assert {"dilate", "skip", "save", "reset", "run_for"} <= set(vmm)
-        assert outcome.steps[f"{vm.name} reference"]["read page and counter"] > STEPS_LEAST // 10
         assert vm.services.interrupts
+        if vm.has_reference_time:
+            assert outcome.steps[f"{vm.name} reference"]["read page and counter"] > STEPS_LEAST // 10
 
 
 @pytest.mark.kvm
