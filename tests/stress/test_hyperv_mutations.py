@@ -60,13 +60,14 @@ OTHERS: Final[tuple[object, ...]] = (
     *(None, True, False, 1.0, float("nan"), b"Microsoft Hv", (), [], {}, object(), int),
     *({"VendorID": "Microsoft Hv"}, {"VSInterface": 1}, {"HypercallDebugInterface": True}, {"VendorID": None}, {1: 2}),
 )
-KEYS: Final = ("Provider", "HyperV", "KVM", "vendor", "", "x" * 99, 7, None, (), "features\0")
+NODES: Final = ("VendorID", "VSInterface", "HypercallDebugInterface", "Vendor", 1)
+KEYS: Final = ("Provider", "KVM", "vendor", "", "x" * 99, 7, None, (), "features\0")
 
 
 def damaged_configurations(seed: int) -> Iterator[dict[Any, object]]:
     """Configurations of both providers with one to four of their options, or anything else, as anything."""
     source = random.Random(seed)  # noqa: S311  # a sample, no secret
-    options = {name: ("version", *option_types(PROVIDERS[name])) for name in NAMES}
+    options = {name: ("version", "HyperV", *option_types(PROVIDERS[name])) for name in NAMES}
     while True:
         name = source.choice(NAMES)
         config: dict[Any, object] = {"provider": name} if source.random() < 0.95 else {}
@@ -81,9 +82,11 @@ def any_value(source: random.Random, key: object) -> object:
     kind = source.random()
     if kind < 0.1:
         return source.choice(OTHERS)
+    if key == "HyperV":  # VirtualBox's node
+        return {source.choice(NODES): source.choice([*TEXTS, *OTHERS]) for _ in range(source.randrange(3))}
     if key in ("vs_interface", "hypercall_debug", "enforce_cpuid") and kind < 0.9:
         return source.random() < 0.5
-    if key in ("profile", "vendor_id", "cpu_vendor", "HyperV") and kind < 0.9:
+    if key in ("profile", "vendor_id", "cpu_vendor") and kind < 0.9:
         return source.choice(TEXTS)
     few = sum({1 << source.randrange(16) for _ in range(source.randint(0, 6))})
     return source.choice([few, few | 0x60, 0x2FF & ~few, source.getrandbits(64), source.choice(NUMBERS)])
