@@ -59,6 +59,78 @@ TYPICAL: Final = ClockState(
 )
 """Two vCPUs with the KVM clock, paused, dilated, and ahead of what they should show."""
 
+MASKED: Final = 1 << 16
+HYPERV: Final = TYPICAL._replace(
+    provider=ProviderState(
+        name="HyperV",
+        version=1,
+        config={
+            "vendor_id": "Microsoft Hv",
+            "privileges": 0x10_0010_0000_2AEE,
+            "features": 0x8_0500,
+            "recommendations": 0x220,
+            "hardware": 0,
+            "enforce_cpuid": True,
+            "profile": "linux",
+            "apic_bus_hz": 10**9,
+            "cpu_vendor": "GenuineIntel",
+            "vs_interface": False,
+            "hypercall_debug": False,
+        },
+        msrs={
+            "guest_os_id": 0x8100_0005_0A00_0000,
+            "hypercall": 0x4001,
+            "reference_tsc": 0x5001,
+            "reference_units": 288_000_000_001,
+            "reference_sequence": 7,
+            "crash_parameters": (7, 0, 0, 0, 2**64 - 1),
+            "scontrol": (1, 0),
+            "siefp": (0x7001, 0),
+            "simp": (0x6001, 0),
+            "sint": (MASKED, MASKED, 0x20, *(MASKED,) * 29),
+            "stimer_config": (2 << 16, 2 << 16 | 1, 0x30 << 4 | 0x1003, 0, 0, 0, 0, 0),
+            "stimer_count": (10, 287_999_999_999, 10_000, 0, 0, 0, 0, 0),
+            "stimer_due": (0, 287_999_999_999, 288_000_000_500, 0, 0, 0, 0, 0),
+            "stimer_waiting": (1,),
+            "reenlightenment_control": 0x1_00F1,
+            "tsc_emulation_control": 0,
+        },
+    ),
+    wall_clock_gpa=None,
+    vcpus=tuple(vcpu._replace(guest_tsc=2**50, time_page_gpa=None) for vcpu in TYPICAL.vcpus),
+)
+"""Hyper-V's interface: a reference TSC page, a message that waits for its slot, and a periodic timer in direct mode."""
+
+BESIDE_KVM: Final = HYPERV._replace(
+    provider=ProviderState(
+        name="HyperV+KVM",
+        version=2,
+        config={
+            **{name: value for name, value in HYPERV.provider.config.items() if name != "features"},
+            "hyperv_features": HYPERV.provider.config["features"],
+            "kvm_features": 0x100002B,
+            "hints": 0,
+        },
+        msrs={
+            **{f"HyperV-{name}": value for name, value in HYPERV.provider.msrs.items()},
+            "KVM-system_time": (0x2001, 0),
+            "KVM-wall_clock": 0x1000,
+            "KVM-boot_vcpu_runs_old_kvmclock": False,
+            "KVM-steal_time": (0x3001, 0),
+            "KVM-pv_eoi": (0, 0),
+            "KVM-pv_eoi_offered": (0, 0),
+            "KVM-async_pf": (0, 0),
+            "KVM-async_pf_interrupt": (0, 0),
+            "KVM-async_pf_unacknowledged": (0, 0),
+            "KVM-poll_control": (1, 1),
+            "KVM-migration_control": 1,
+        },
+    ),
+    wall_clock_gpa=TYPICAL.wall_clock_gpa,
+    vcpus=tuple(vcpu._replace(time_page_gpa=gpa) for vcpu, gpa in zip(HYPERV.vcpus, (0x2000, None), strict=True)),
+)
+"""The same beside KVM's, whose pvclock page vCPU 0 has."""
+
 LEAST: Final = ClockState(
     version=3,
     provider=ProviderState("None", 1, {}, {}),
@@ -129,6 +201,8 @@ KEPT: Final = {
     "v3-typical.json": TYPICAL,
     "v3-least.json": LEAST,
     "v3-extreme.json": EXTREME,
+    "v3-hyperv.json": HYPERV,
+    "v3-hyperv-kvm.json": BESIDE_KVM,
 }
 """What each file in tests/states holds.  Files are added there, and never changed."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from itertools import count
 from typing import Final
@@ -35,11 +35,14 @@ from pvclock.state import clock_state
 from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.events import EventCause, EventKind
 from tests import oracle
+from tests.stress.hostile_hyperv import HYPERV_MSRS, hostile_registers, hostile_value
 from tests.stress.hostile_vm import (
     PAGE_BYTES,
     PLUGGED_GPAS,
     QUIET_PAGE,
     RAM_BYTES,
+    REFERENCE_TSC,
+    TAKEN_OVER,
     Findings,
     Mischief,
     Vm,
@@ -49,9 +52,9 @@ from tests.stress.hostile_vm import (
 
 GUEST_EVENTS_FACTOR: Final = 2
 """An event that tells of those suppressed may come with each one that is not."""
-MSRS: Final = (0x10, 0x11, 0x12, 0x3B, *range(0x4B564D00, 0x4B564D0A), 0xC0000103)
+PVCLOCK_MSRS: Final = (0x11, 0x12, *range(0x4B564D00, 0x4B564D0A))
+MSRS: Final = (0x10, 0x3B, *PVCLOCK_MSRS, 0xC0000103)
 SPOILED_GPAS: Final = (0x1000, 0x2000, 0x3000)
-TAKEN_OVER: Final = "another clock has taken over"
 TRIES_MAX: Final = 1 << 20
 POLICIES: Final = ("freeze", "advance", "slew", "catchup", "", None)
 BAD_SLOTS: Final = (
@@ -107,15 +110,26 @@ class HostileVcpu:
         return name
 
     def _index(self) -> int:
-        near: int = self._rng.choice(MSRS)
+        near: int = self._rng.choice(self._msrs())
         far: int = self._rng.choice([near ^ 1 << self._rng.randrange(32), self._rng.getrandbits(32)])
         return near if self._rng.random() < 0.6 else far
 
+    def _msrs(self) -> Sequence[int]:
+        """Those of an interface that it has; TSCs that differ forbid the reference TSC page, so they do so at times."""
+        if not self._vm.has_hyperv or self._rng.random() < 0.02:
+            return MSRS
+        return PVCLOCK_MSRS if self._vm.has_pvclock and self._rng.random() < 0.3 else HYPERV_MSRS
+
     def _wrmsr(self, clock: GuestClock) -> None:
-        clock.write_msr(self._vcpu, self._index(), wild_number(self._rng))
+        index = self._index()
+        value = hostile_value(self._rng, index) if index in HYPERV_MSRS else wild_number(self._rng)
+        with self._vm.moves.moving() if index == REFERENCE_TSC else nullcontext():
+            clock.write_msr(self._vcpu, index, value)
 
     def _registers(self) -> HypercallRegisters:
         rng = self._rng
+        if self._vm.has_hyperv and rng.random() < 0.7:
+            return hostile_registers(rng)
         call = rng.choice([rng.randrange(14), rng.getrandbits(64)])
         rbx, rcx, rdx, rsi, rdi = (wild_number(rng) for _ in range(5))
         return HypercallRegisters(call, rbx, rcx, rdx, rsi, rdi, rng.choice([0, 0, 3]), rng.random() < 0.5)
@@ -230,6 +244,7 @@ class Vmm:
             ),
             ("refresh", lambda clock: clock.refresh()),
             ("tick", lambda clock: clock.tick()),
+            ("expire", lambda clock: clock.expire_timers()),
             ("follow", self._follow),
             ("policy", self._set_policies),
             ("repair_tsc", lambda clock: clock.repair_tsc(adjust=rng.choice(["keep", "carry"]))),
@@ -392,16 +407,17 @@ class Vmm:
             self._ends.clear()
             self._ticker.remove(clock)
             with vm.going_back():
-                vm.clock = restored
+                vm.adopt(restored)
                 self._boot(restored)
             self._ticker.add(restored)
 
     def _reset(self, clock: GuestClock) -> None:
         with self._vm.held():
-            self._whole(clock.reset)
+            with self._vm.moves.moving():
+                self._whole(clock.reset)
             self._boot(clock)
 
     def _boot(self, clock: GuestClock) -> None:
         self._resume(clock)
-        while clock.page(self._vm.QUIET) is None:
+        while not self._vm.is_placed:
             self._whole(self._vm.place_quiet_page)

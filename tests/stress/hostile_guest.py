@@ -2,8 +2,10 @@
 
     python -m tests.stress.hostile_guest --minutes 10 --seed 1
 
-Two VMs whose vCPUs do what they can, each with a vCPU that reads its page and a VMM thread that does every operation;
-one real VM whose guest floods the MSRs, where there is /dev/kvm; and one VM that is left in peace and must be ticked.
+Five VMs whose vCPUs do what they can, three with Hyper-V's interface: alone, beside KVM's, and as VirtualBox has it.
+Each has a vCPU that reads its page, but for VirtualBox's, which may go back, and a VMM thread that does every
+operation.  Where there is /dev/kvm, a real VM for each interface, whose guest floods the MSRs.  And one VM that is left
+in peace and must be ticked.
 Prints what was done, how often, and the findings; the exit status is 1 if there are any.
 """
 
@@ -17,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from fractions import Fraction
 from typing import Final, NamedTuple, Protocol
@@ -26,14 +28,15 @@ from pvclock import GuestClock, GuestMemory, HostBackend, PvclockError
 from pvclock.clock.ticker import Ticker
 from tests import oracle
 from tests.stress.hostile_actors import HostileVcpu, QuietVcpu, Vmm
+from tests.stress.hostile_hyperv import QuietReference
 from tests.stress.hostile_machine import MachineVmm
-from tests.stress.hostile_vm import PAGE_BYTES, Findings, Mischief, Vm
+from tests.stress.hostile_vm import HYPERV_GUESTS, KVM_GUESTS, PAGE_BYTES, Findings, Mischief, Vm
 from tests.waiting import HANG_S
 
 TICK_S: Final = 0.05
 LOOK_S: Final = 0.2
 PEACE_BOUND_NS: Final = 2
-PROFILES: Final = ("linux", "document")
+GUESTS: Final = {**KVM_GUESTS, **HYPERV_GUESTS}
 
 
 class Acting(Protocol):
@@ -130,7 +133,7 @@ class Host:
 class Soak:
     """Everybody who acts, from begin to end."""
 
-    def __init__(self, seed: int, *, machine: bool) -> None:
+    def __init__(self, seed: int, *, machine: bool, guests: Mapping[str, Mapping[str, object]] = GUESTS) -> None:
         self.findings = Findings()
         self.peaceful = Peaceful()
         self._hold = threading.Event()
@@ -139,23 +142,28 @@ class Soak:
         def rng(name: str) -> random.Random:
             return random.Random(f"{seed}/{name}")  # noqa: S311  # repeatable, not secret
 
-        self.vms = [Vm(name, name, rng(f"host of {name}"), self.findings, host) for name in PROFILES]
+        self.vms = [Vm(name, guests[name], rng(f"host of {name}"), self.findings, host) for name in guests]
         self.ticker = Ticker(self.peaceful.clock, *(vm.clock for vm in self.vms), interval_s=TICK_S)
         acting: dict[str, Acting] = {}
         for vm in self.vms:
             for vcpu in range(vm.QUIET):
                 acting[f"{vm.name} vCPU {vcpu}"] = HostileVcpu(vm, vcpu, rng(f"{vm.name} {vcpu}"))
-            acting[f"{vm.name} quiet"] = QuietVcpu(vm, self.findings)
+            acting |= {f"{vm.name} {name}": quiet for name, quiet in _quiet_vcpu(vm, self.findings).items()}
             acting[f"{vm.name} VMM"] = Vmm(vm, self.ticker, self.findings, rng(f"VMM of {vm.name}"), self._hold)
         self._resources = ExitStack()
-        self.machine = self._resources.enter_context(MachineVmm(self.ticker, rng("machine"))) if machine else None
-        if self.machine is not None:
-            acting["machine"] = self.machine
+        providers = {str(config["provider"]) for config in guests.values()} if machine else set()
+        self.machines = {
+            name: self._resources.enter_context(MachineVmm(self.ticker, rng(f"machine {name}"), name))
+            for name in sorted(providers)
+        }
+        acting |= {f"{name} machine": each for name, each in self.machines.items()}
         self.actors = [Actor(name, each, self.findings) for name, each in acting.items()]
 
     def run(self, is_over: Callable[[Soak], bool]) -> Outcome:
         """Let them act until `is_over`, or until one hangs; that one's stack is printed."""
         with self._resources, self.ticker:
+            for vm in self.vms:
+                vm.timers.start()
             for actor in self.actors:
                 actor.thread.start()
             while not is_over(self) and not self._hanging():
@@ -171,6 +179,7 @@ class Soak:
         if abs(off_ns := self.peaceful.off_ns()) > PEACE_BOUND_NS:
             self.findings.add(f"the page of the VM in peace is {float(off_ns)} ns off")
         for vm in self.vms:
+            vm.stop_timers()
             vm.arena.check()
         steps = {actor.name: actor.steps for actor in self.actors}
         longest = {actor.name: actor.longest for actor in self.actors}
@@ -185,6 +194,16 @@ class Soak:
         for clock, error in self.ticker.failures:
             if clock is self.peaceful.clock or not isinstance(error, Mischief | PvclockError):
                 self.findings.add(f"a tick of {clock}: {''.join(traceback.format_exception(error))}")
+
+
+def _quiet_vcpu(vm: Vm, findings: Findings) -> dict[str, Acting]:
+    """Who reads the VM's pages."""
+    quiet: dict[str, Acting] = {}
+    if vm.has_pvclock:
+        quiet["quiet"] = QuietVcpu(vm, findings)
+    if vm.has_reference_time:
+        quiet["reference"] = QuietReference(vm, findings)
+    return quiet
 
 
 def main() -> int:

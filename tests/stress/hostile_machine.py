@@ -12,6 +12,7 @@ from pvclock import GuestClock, Machine, PvclockError
 from pvclock.clock.ticker import Ticker
 from tests.kvm.msr_script import COUNT_AND_SKIP, FAULTS, GP_VECTOR, HANDLER
 from tests.stress.hostile_actors import MSRS
+from tests.stress.hostile_hyperv import HYPERV_MSRS, hostile_value
 from tests.stress.hostile_vm import wild_number
 
 MEMORY_BYTES: Final = 1 << 20
@@ -20,6 +21,11 @@ ENTRIES: Final = 256
 ENTRY: Final = struct.Struct("<IQ")
 PAGES_BEGIN: Final = 0xC000
 """Below it are vectors, stack, code and table: a guest that puts its pages there destroys itself."""
+
+HYPERV_PART: Final = 0.7
+RESET: Final = 0x40000003
+PAGE_MSRS: Final = (0x40000001, 0x40000021, 0x40000073, 0x40000082, 0x40000083)
+"""Hypercall, reference TSC, APIC assist, event and message page."""
 
 # mov $0x500, %sp; 1: mov $TABLE, %si; 2: mov (%si), %ecx; mov 4(%si), %eax; mov 8(%si), %edx; wrmsr; rdmsr;
 # add $12, %si; cmp $TABLE_END, %si; jb 2b; jmp 1b
@@ -35,8 +41,8 @@ GUEST: Final = (
 class MachineVmm:
     """The VMM of such a machine; one that its guest has crashed is made anew."""
 
-    def __init__(self, ticker: Ticker, rng: random.Random) -> None:
-        self._ticker, self._rng = ticker, rng
+    def __init__(self, ticker: Ticker, rng: random.Random, provider: str = "KVM") -> None:
+        self._ticker, self._rng, self._provider = ticker, rng, provider
         self.faults = 0
         """How many #GPs the guests of machines that have ended had met with."""
         self._begin()
@@ -85,7 +91,9 @@ class MachineVmm:
         self._end()
 
     def _begin(self) -> None:
-        self._machine = machine = Machine(GUEST, memory_bytes=MEMORY_BYTES, tick_interval_s=None)
+        self._machine = machine = Machine(
+            GUEST, memory_bytes=MEMORY_BYTES, tick_interval_s=None, provider=self._provider
+        )
         assert machine.clock is not None
         self._clock = machine.clock
         machine.memory.write(4 * GP_VECTOR, HANDLER.to_bytes(4, "little"))
@@ -105,10 +113,22 @@ class MachineVmm:
         self._machine.memory.write(TABLE, b"".join(entries))
 
     def _entry(self) -> bytes:
+        if self._provider != "KVM" and self._rng.random() < HYPERV_PART:
+            return self._hyperv_entry()
         value = 0
         while value < PAGES_BEGIN:
             value = wild_number(self._rng)
         return ENTRY.pack(self._rng.choice(MSRS), value)
+
+    def _hyperv_entry(self) -> bytes:
+        """Of Hyper-V's MSRs; now and then one that resets the machine."""
+        index = self._rng.choice(HYPERV_MSRS)
+        while index == RESET and self._rng.random() < 0.999:
+            index = self._rng.choice(HYPERV_MSRS)
+        value = hostile_value(self._rng, index)
+        while index in PAGE_MSRS and value < PAGES_BEGIN:
+            value = hostile_value(self._rng, index)
+        return ENTRY.pack(index, value)
 
     def _pause(self) -> None:
         self._machine.pause()

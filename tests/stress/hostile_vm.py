@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
-from pvclock import GuestClock, GuestMemory, HostBackend, TscOffsetNotHonoured
+from pvclock import GuestClock, GuestMemory, HostBackend, PvclockError, TscOffsetNotHonoured
+from pvclock.clock.timer_thread import TimerThread
 from pvclock.providers.kvm.features import SERVED_BY_VMM, SERVED_ON_EMULATORS
 from pvclock.quantities import U64_MASK, HostTsc
 from pvclock.timekeeping.events import Event
@@ -22,14 +24,34 @@ PLUGGED_GPAS: Final = (RAM_BYTES, 0x100000, (1 << 64) - PLUGGED_BYTES)
 """Where the second slot may come: right behind RAM, away from it, at the end of all addresses."""
 
 QUIET_PAGE: Final = 0x8000
-QUIET_BYTES: Final = 0x1000
+QUIET_REFERENCE_PAGE: Final = 0x9000
+QUIET_BYTES: Final = 0x2000
 MARGIN: Final = 0x80
 """No guest record is longer: one that begins further away from the quiet page leaves it alone."""
 
+TAKEN_OVER: Final = "another clock has taken over"
+
 SYSTEM_TIME: Final = 0x4B564D01
+REFERENCE_TSC: Final = 0x40000021
 PAGE_BYTES: Final = 32
+REFERENCE_BYTES: Final = 24
 
 FEATURES: Final = int(SERVED_ON_EMULATORS | SERVED_BY_VMM)
+KVM_GUESTS: Final[Mapping[str, Mapping[str, object]]] = {
+    profile: {"provider": "KVM", "profile": profile, "features": FEATURES} for profile in ("linux", "document")
+}
+HYPERV_GUESTS: Final[Mapping[str, Mapping[str, object]]] = {
+    "HyperV": {"provider": "HyperV", "profile": "document", "vs_interface": True, "hypercall_debug": True},
+    "HyperV+KVM": {"provider": "HyperV+KVM", "kvm_features": FEATURES},
+    "VirtualBox": {
+        "provider": "HyperV",
+        "profile": "virtualbox",
+        "vendor_id": "Microsoft Hv",
+        "vs_interface": True,
+        "enforce_cpuid": False,
+    },
+}
+"""The configurations of VMs, by the names of these."""
 
 
 class Mischief(Exception):  # no error of a program, but what a callback of the VMM's raises on purpose
@@ -59,7 +81,7 @@ class Gate:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._holds = 0
-        self._inside = False
+        self._inside = 0
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -84,15 +106,15 @@ class Gate:
 
     @contextmanager
     def in_guest(self) -> Iterator[None]:
-        """The vCPU is in the guest meanwhile; for one thread."""
+        """The vCPU is in the guest meanwhile; each thread reads another page of it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._holds)
-            self._inside = True
+            self._inside += 1
         try:
             yield
         finally:
             with self._changed:
-                self._inside = False
+                self._inside -= 1
                 self._changed.notify_all()
 
 
@@ -139,10 +161,12 @@ class OffsetHost:
 
 
 class Services:
-    """A VMM's hypercall services, which fail now and then."""
+    """A VMM's services for hypercalls, interrupts and resets, which fail now and then."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, rng: random.Random, findings: Findings) -> None:
+        self._rng, self._findings = rng, findings
+        self.interrupts = 0
+        """How many were raised."""
 
     def kick(self, apic_id: int) -> None:
         """See VmmServices."""
@@ -157,6 +181,17 @@ class Services:
         self._fail_sometimes()
         return len(apic_ids)
 
+    def inject(self, vcpu: int, vector: int) -> None:
+        """See InterruptServices."""
+        self.interrupts += 1
+        if vcpu not in range(Vm.VCPUS) or vector not in range(0x10, 0x100):
+            self._findings.add(f"interrupt {vector:#x} for vCPU {vcpu}")
+        self._fail_sometimes()
+
+    def request_reset(self) -> None:
+        """See ResetServices."""
+        self._fail_sometimes()
+
     def _fail_sometimes(self) -> None:
         if self._rng.random() < 0.1:
             raise Mischief
@@ -165,8 +200,8 @@ class Services:
 class Arena:
     """Guest memory of two slots, each between guards; the second one comes and goes."""
 
-    def __init__(self, findings: Findings) -> None:
-        self._findings = findings
+    def __init__(self, findings: Findings, *, has_quiet_pages: bool = True) -> None:
+        self._findings, self._has_quiet_pages = findings, has_quiet_pages
         ram_begin = GUARD_BYTES
         plugged_begin = ram_begin + RAM_BYTES + GUARD_BYTES
         everything = bytearray(GUARD + bytes(RAM_BYTES) + GUARD + bytes(PLUGGED_BYTES) + GUARD)
@@ -204,8 +239,10 @@ class Arena:
         """All that is not guest memory, or that no guest asked for, is as it was; for the thread that plugs."""
         if any(guard != GUARD for guard in self._guards):
             self._findings.add("a guard of guest memory was written to")
-        if any(self.ram[QUIET_PAGE + PAGE_BYTES : QUIET_PAGE + QUIET_BYTES]):
-            self._findings.add("memory beside the quiet page was written to")
+        beside = bytes(self.ram[QUIET_PAGE + PAGE_BYTES : QUIET_REFERENCE_PAGE])
+        beside += bytes(self.ram[QUIET_REFERENCE_PAGE + REFERENCE_BYTES : QUIET_PAGE + QUIET_BYTES])
+        if self._has_quiet_pages and any(beside):
+            self._findings.add("memory beside the quiet pages was written to")
         if self._plugged_gpa is None:
             self._check_unplugged()
 
@@ -220,6 +257,31 @@ class Arena:
             self._findings.add("a slot was written to after it was removed")
 
 
+class Moves:
+    """Tells whether a page that belongs to all vCPUs was moved meanwhile; from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun = self._ended = 0
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """It may be moved."""
+        with self._lock:
+            self._begun += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ended += 1
+
+    @property
+    def number(self) -> int | None:
+        """How often it was; None while it may be."""
+        with self._lock:
+            return self._begun if self._begun == self._ended else None
+
+
 class Vm:
     """A VM of three vCPUs: 0 and 1 are hostile, 2 is quiet and has its page where the others leave it alone."""
 
@@ -227,20 +289,27 @@ class Vm:
     QUIET: Final = 2
     can_restore = True
 
-    def __init__(self, name: str, profile: str, rng: random.Random, findings: Findings, host: HostBackend) -> None:
-        self.name = name
-        self.arena = Arena(findings)
+    def __init__(
+        self, name: str, config: Mapping[str, object], rng: random.Random, findings: Findings, host: HostBackend
+    ) -> None:
+        self.name, self._findings = name, findings
+        interfaces = str(config["provider"]).split("+")
+        self.has_pvclock, self.has_hyperv = "KVM" in interfaces, "HyperV" in interfaces
+        self.has_reference_time = self.has_hyperv and config.get("profile") != "virtualbox"
+        """Otherwise it is a TSC, divided: it goes back as that does, and knows no timeline."""
+        self.arena = Arena(findings, has_quiet_pages=self.has_pvclock or self.has_reference_time)
         self.memory = self.arena.memory
         self.backend = OffsetHost(host, rng)
-        self.services = Services(rng)
+        self.services = Services(rng, findings)
         self._began_s = time.monotonic()
         self.doing = ""
         """The VMM's present operation, or its last one."""
         self.epoch = 0
         """Odd while a restore may take guest time back, and another one afterwards."""
-        self.clock = GuestClock(
-            self.memory, self.VCPUS, backend=self.backend, vmm=self.services, profile=profile, features=FEATURES
-        )
+        self.moves = Moves()
+        """Of the reference TSC page."""
+        self.clock = GuestClock(self.memory, self.VCPUS, config, backend=self.backend, vmm=self.services)
+        self.timers = TimerThread(self.clock)
         self.place_quiet_page()
 
     def age_s(self) -> float:
@@ -248,8 +317,31 @@ class Vm:
         return time.monotonic() - self._began_s
 
     def place_quiet_page(self) -> None:
-        """As the quiet vCPU does when it boots."""
-        self.clock.write_msr(self.QUIET, SYSTEM_TIME, QUIET_PAGE | 1)
+        """As the quiet vCPU does when it boots; a reference TSC page may be moved at any time, and it sees to that."""
+        if self.has_pvclock:
+            self.clock.write_msr(self.QUIET, SYSTEM_TIME, QUIET_PAGE | 1)
+
+    @property
+    def is_placed(self) -> bool:
+        """Does the quiet vCPU have the page that is its own?"""
+        return not self.has_pvclock or self.clock.page(self.QUIET) is not None
+
+    def adopt(self, clock: GuestClock) -> None:
+        """Go on with another clock, and with a thread that expires its timers."""
+        self.stop_timers()
+        self.clock, self.timers = clock, TimerThread(clock)
+        self.timers.start()
+
+    def stop_timers(self) -> None:
+        """End the thread."""
+        self.timers.stop()
+        self.look_at_timers()
+
+    def look_at_timers(self) -> None:
+        """What the thread met with may be a callback's error or one of ours."""
+        for error in self.timers.failures:
+            if not isinstance(error, Mischief | PvclockError):
+                self._findings.add(f"VM {self.name}: timers: {''.join(traceback.format_exception(error))}")
 
     @contextmanager
     def held(self) -> Iterator[None]:

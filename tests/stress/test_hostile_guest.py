@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partialmethod
+from itertools import count
 
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostBackend, StateError
-from tests.stress.hostile_guest import Outcome, Soak
+from pvclock.clock.reference_time import ReferenceTime
+from pvclock.providers.hyperv.stimers import SyntheticTimers
+from pvclock.providers.hyperv.synic import Synic
+from tests.stress.hostile_guest import GUESTS, Outcome, Soak
 from tests.stress.hostile_machine import ENTRIES
-from tests.stress.hostile_vm import QUIET_PAGE, RAM_BYTES, SYSTEM_TIME, Arena
+from tests.stress.hostile_vm import (
+    HYPERV_GUESTS,
+    KVM_GUESTS,
+    QUIET_PAGE,
+    QUIET_REFERENCE_PAGE,
+    RAM_BYTES,
+    SYSTEM_TIME,
+    Arena,
+)
 from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.stress
@@ -28,7 +42,7 @@ def everybody_acted(soak: Soak) -> bool:
 @pytest.mark.row("E9", "K-08")
 def test_nothing_breaks() -> None:
     """Hostile vCPUs, VMM threads and a Ticker, some hundred steps of each: no finding, and each did what it does."""
-    outcome = Soak(1, machine=False).run(everybody_acted)
+    outcome = Soak(1, machine=False, guests=KVM_GUESTS).run(everybody_acted)
     assert outcome.findings == []
     for profile in ("linux", "document"):
         guest, vmm = outcome.steps[f"{profile} vCPU 0"], outcome.steps[f"{profile} VMM"]
@@ -37,16 +51,36 @@ def test_nothing_breaks() -> None:
         assert outcome.steps[f"{profile} quiet"].total() >= STEPS_LEAST
 
 
-@pytest.mark.kvm
-@pytest.mark.row("E9")
-def test_nothing_breaks_on_kvm() -> None:
-    """The same beside a real vCPU that goes through tables of MSR accesses."""
-    soak = Soak(2, machine=True)
+@pytest.mark.row("E4", "E9", "H-50", "H-51", "H-54")
+def test_nothing_breaks_of_hyperv() -> None:
+    """The same with Hyper-V's interface, alone, beside KVM's and as VirtualBox has it: timers expire throughout.
+
+    But for VirtualBox's, reference time never goes back by page or counter, a valid page is within 2 units of the
+    timeline, and no sequence is used again.
+    """
+    soak = Soak(4, machine=False, guests=HYPERV_GUESTS)
     outcome = soak.run(everybody_acted)
     assert outcome.findings == []
-    assert {"table", "pause", "skip", "run_for"} <= set(outcome.steps["machine"])
-    assert soak.machine is not None
-    assert soak.machine.faults > ENTRIES, "the guest has not gone through its tables"
+    for vm in soak.vms:
+        guest, vmm = outcome.steps[f"{vm.name} vCPU 0"], outcome.steps[f"{vm.name} VMM"]
+        assert {"wrmsr", "wrmsr: #GP", "rdmsr", "hypercall", "spoil"} <= set(guest)
+        assert {"dilate", "skip", "save", "reset", "run_for"} <= set(vmm)
+        assert vm.services.interrupts
+        if vm.has_reference_time:
+            assert outcome.steps[f"{vm.name} reference"]["read page and counter"] > STEPS_LEAST // 10
+
+
+@pytest.mark.kvm
+@pytest.mark.row("E9")
+@pytest.mark.parametrize("name", ["linux", "HyperV", "HyperV+KVM"])
+def test_nothing_breaks_on_kvm(name: str) -> None:
+    """The same beside a real vCPU that goes through tables of MSR accesses."""
+    soak = Soak(2, machine=True, guests={name: GUESTS[name]})
+    outcome = soak.run(everybody_acted)
+    assert outcome.findings == []
+    ((provider, machine),) = soak.machines.items()
+    assert {"table", "pause", "skip", "run_for"} <= set(outcome.steps[f"{provider} machine"])
+    assert machine.faults > ENTRIES, "the guest has not gone through its tables"
 
 
 def foreign_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,12 +126,70 @@ def guest_sees_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GuestClock, "write_msr", write_msr)
 
 
-FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "foreign error": (foreign_error, "ZeroDivisionError"),
-    "no event": (no_event, "left no event"),
-    "page back": (page_back, "a page went back"),
-    "guard written": (guard_written, "a guard of guest memory was written to"),
-    "guest sees an error": (guest_sees_error, "wrmsr: broken"),
+def counter_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A counter that goes back now and then."""
+    readings = count(1)
+
+    def units(clock: ReferenceTime, vcpu: int | None = None) -> int:
+        return read(clock, vcpu) - (1000 if next(readings) % 50 == 0 else 0)
+
+    read = ReferenceTime.units
+    monkeypatch.setattr(ReferenceTime, "units", units)
+
+
+def page_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is ahead of its timeline."""
+    change_pages(monkeypatch, sequence=1, offset=1000)
+
+
+def sequence_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that changes under one sequence."""
+    change_pages(monkeypatch, sequence=0, offset=1)
+
+
+def sequence_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page whose sequence goes back."""
+    change_pages(monkeypatch, sequence=-1, offset=0)
+
+
+def change_pages(monkeypatch: pytest.MonkeyPatch, *, sequence: int, offset: int) -> None:
+    """Have refresh() and tick() do that to the page."""
+    for name in ("refresh", "tick"):
+        monkeypatch.setattr(GuestClock, name, partialmethod(change_page, sequence=sequence, offset=offset))
+
+
+def change_page(clock: GuestClock, *, sequence: int, offset: int) -> None:
+    """Add to fields of the reference TSC page, if it is valid."""
+    fields = struct.Struct("<IIQq")
+    found, reserved, scale, old = fields.unpack(clock.memory.read(QUIET_REFERENCE_PAGE, fields.size))
+    if found > 1:
+        changed = fields.pack(found + sequence, reserved, scale, old + offset)
+        clock.memory.write(QUIET_REFERENCE_PAGE, changed)
+
+
+def no_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt that no APIC takes."""
+    monkeypatch.setattr(Synic, "vector", lambda *_: 5)
+
+
+def timer_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expiry that lets an error of Python's through."""
+    monkeypatch.setattr(SyntheticTimers, "expire", lambda _timers, _now_ns: 1 // 0)
+
+
+Guests = Mapping[str, Mapping[str, object]]
+FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, Guests]] = {
+    "foreign error": (foreign_error, "ZeroDivisionError", KVM_GUESTS),
+    "no event": (no_event, "left no event", KVM_GUESTS),
+    "page back": (page_back, "a page went back", KVM_GUESTS),
+    "guard written": (guard_written, "a guard of guest memory was written to", KVM_GUESTS),
+    "guest sees an error": (guest_sees_error, "wrmsr: broken", KVM_GUESTS),
+    "counter back": (counter_back, "the counter went back", HYPERV_GUESTS),
+    "page off": (page_off, "units or more off", HYPERV_GUESTS),
+    "sequence again": (sequence_again, "a sequence was used again", HYPERV_GUESTS),
+    "sequence back": (sequence_back, ": sequence 0x", HYPERV_GUESTS),
+    "no vector": (no_vector, "interrupt 0x5", HYPERV_GUESTS),
+    "timer error": (timer_error, ": timers: ", HYPERV_GUESTS),
 }
 
 
@@ -105,9 +197,16 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these faults in the product, or in what stands for it, is a finding."""
-    break_it, text = FAULTS[name]
+    break_it, text, guests = FAULTS[name]
     break_it(monkeypatch)
-    outcome: Outcome = Soak(3, machine=False).run(lambda soak: any(text in each for each in soak.findings))
+    soak = Soak(3, machine=False, guests=guests)
+
+    def is_found(soak: Soak) -> bool:
+        for vm in soak.vms:
+            vm.look_at_timers()
+        return any(text in each for each in soak.findings)
+
+    outcome: Outcome = soak.run(is_found)
     assert any(text in each for each in outcome.findings)
 
 

@@ -16,7 +16,7 @@ from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend, Stat
 from pvclock.providers.guest_interface import GuestInterface
 from pvclock.providers.registry import PROVIDERS
 
-MUTATIONS: Final = 100_000
+MUTATIONS: Final = (20_000, pytest.param(100_000, marks=pytest.mark.long))
 HZ: Final = 2_596_132_000
 SIZE: Final = 1 << 14
 FEATURES: Final = 1 << 0 | 1 << 3
@@ -120,15 +120,16 @@ def refusal(attempt: Callable[[], object]) -> ConfigError | StateFileError | Non
     return None
 
 
-@pytest.mark.row("E9", "G-18", "G-19", "V-36", "V-37")
-def test_damaged_units() -> None:
+@pytest.mark.row("E9", "G-18", "G-19", "V-36", "V-37", "H-71")
+@pytest.mark.parametrize("mutations", MUTATIONS)
+def test_damaged_units(mutations: int) -> None:
     """A damaged unit is refused by name, with the clock as it was; or it loads, and is saved as loaded."""
     made, memories = clocks()
     units = {name: clock.interface.save_unit() for name, clock in made.items()}
     before = {name: state_of(clock) for name, clock in made.items()}
     contents = {name: bytes(memory) for name, memory in memories.items()}
     outcomes: Counter[tuple[str, bool]] = Counter()
-    for loader, damage, data in islice(damaged_units(units), MUTATIONS):
+    for loader, damage, data in islice(damaged_units(units), mutations):
         clock = made[loader]
         error = refusal(lambda: clock.interface.load_unit(data))  # noqa: B023  # called at once
         outcomes[damage, error is None] += 1
@@ -142,9 +143,9 @@ def test_damaged_units() -> None:
         clock.interface.load_unit(units[loader])
         assert state_of(clock) == before[loader]
         contents[loader] = bytes(memories[loader])
-    assert sum(outcomes.values()) == MUTATIONS
-    assert all(outcomes[damage.__name__, False] > MUTATIONS // 50 for damage in DAMAGES)
-    assert outcomes["put_msr", True] > MUTATIONS // 50
+    assert sum(outcomes.values()) == mutations
+    assert all(outcomes[damage.__name__, False] > mutations // 50 for damage in DAMAGES)
+    assert outcomes["put_msr", True] > mutations // 50
     assert memories["None"] == memories["Minimal"] == bytes(SIZE)
 
 
@@ -222,12 +223,13 @@ def damaged_configurations() -> Iterator[dict[Any, object]]:
 
 
 @pytest.mark.row("E9", "G-01", "G-02", "G-03", "E13")
-def test_damaged_configurations() -> None:
+@pytest.mark.parametrize("mutations", MUTATIONS)
+def test_damaged_configurations(mutations: int) -> None:
     """A damaged configuration is a ConfigError that says something, or makes an interface that its own config makes."""
     made, _ = clocks()
     clock = made["None"].interface.provider.clock
     outcomes: Counter[tuple[str | None, bool]] = Counter()
-    for config in islice(damaged_configurations(), MUTATIONS):
+    for config in islice(damaged_configurations(), mutations):
         error = refusal(lambda: GuestInterface(config, clock, 2))  # noqa: B023  # called at once
         if error is not None:
             assert str(error)
@@ -241,5 +243,5 @@ def test_damaged_configurations() -> None:
         assert interface.version == (0 if interface.name == "None" else config.get("version", 0))
         assert 0 <= interface.version < 2**32
         assert GuestInterface({"provider": interface.name, **interface.config}, clock, 2).config == interface.config
-    assert outcomes[None, False] > MUTATIONS // 3
-    assert all(outcomes[name, True] > MUTATIONS // 50 for name in PROVIDERS)
+    assert outcomes[None, False] > mutations // 3
+    assert all(outcomes[name, True] > mutations // 50 for name in PROVIDERS)

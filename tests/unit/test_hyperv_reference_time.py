@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock import Gpa, GuestTsc
+from pvclock import ConfigError, Gpa, GuestTsc
 from pvclock.providers.hyperv import HyperVProvider
 from pvclock.providers.interface import ReferenceTime, Status
 from tests.unit.hyperv_provider import EVERY_PROFILE, a_provider, is_refused, written_pages
@@ -252,10 +252,12 @@ def test_the_apic_bus_is_kvms_by_default() -> None:
 
 # Saved
 
+UNITS_MAX = 2**64 // 100 + 2
+
 
 @pytest.mark.row("H-36", "H-72")
 @LINUXES
-@given(value=U64, units=U64, sequence=st.integers(0, 2**32 - 1))
+@given(value=U64, units=st.integers(0, UNITS_MAX), sequence=st.integers(0, 2**32 - 1))
 def test_reference_time_goes_on_from_what_was_saved(profile: str, value: int, units: int, sequence: int) -> None:
     """MSR, units and sequence are saved, and the restored clock gets them with the page's address."""
     provider, clock = a_provider(profile=profile)
@@ -267,6 +269,18 @@ def test_reference_time_goes_on_from_what_was_saved(profile: str, value: int, un
     assert provider.read_msr(0, REFERENCE_TSC) == value
     assert clock.reference_time == ReferenceTime(units, sequence)
     assert clock.reference_page == (value >> 12 << 12 if value & 1 else None)
+
+
+@pytest.mark.row("H-72", "E13")
+@LINUXES
+@given(units=st.integers(UNITS_MAX + 1, 2**64 - 1))
+def test_reference_time_beyond_the_end_of_guest_time_is_refused(profile: str, units: int) -> None:
+    """Guest time ends after 2^64 ns, with the counter at no more than 2 units above that; it would go back else."""
+    provider, _ = a_provider(profile=profile)
+    saved = provider.save()
+    with pytest.raises(ConfigError, match="reference_units"):
+        provider.load({**saved, "reference_units": units})
+    assert provider.save() == saved
 
 
 @pytest.mark.row("H-36")

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import GuestClock, GuestMemory, HostBackend, SimulatedBackend
+from pvclock.meter.stress import republish
 from tests import oracle
 from tests.unit.clocks import guest_tsc
 
@@ -151,6 +152,20 @@ def test_a_rate_change_moves_a_reading_by_0_or_1_unit(begin: int, hz: int, steps
             assert new.read(tsc) - old.read(tsc) in (0, 1)
             assert new.sequence == old.sequence + (new != old)
         assert 0 <= guest.counter_units() - counted <= 1
+
+
+def test_republish_is_many_publishes_of_the_page_too() -> None:
+    """republish() changes the rate of page and counter with pvclock's: its last rate stays, within 2 units."""
+    guest = Guest()
+    guest.host.advance(ns=NS_PER_S)
+    sequence = guest.page().sequence
+    for last in (Fraction(1, 10), Fraction(1)):
+        republish(guest.clock, 10, [Fraction(4, 3), last])
+        guest.host.advance(ns=NS_PER_S)
+        exact = guest.clock.at(guest.host.tsc) / UNIT_NS
+        assert abs(guest.page_units() - exact) <= BOUND_UNITS
+        assert abs(guest.clock.read_msr(0, TIME_REF_COUNT) - exact) <= BOUND_UNITS
+    assert guest.page().sequence - sequence >= 18  # some publishes meet the rate that there is
 
 
 def test_a_refresh_leaves_the_page_alone() -> None:

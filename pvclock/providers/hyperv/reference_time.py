@@ -23,6 +23,9 @@ __all__ = ["RawReferenceClock", "ReferenceClock", "page_of"]
 HV_X64_MSR_TIME_REF_COUNT: Final = 0x40000020
 HV_X64_MSR_REFERENCE_TSC: Final = 0x40000021
 
+UNITS_MAX: Final = U64_MASK // 100 + 2
+"""When guest time ends, with what a page may be ahead of it."""
+
 ENABLED: Final = 1
 PAGE: Final = ~0xFFF & U64_MASK
 
@@ -83,7 +86,8 @@ class ReferenceClock:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part."""
-        value, units = checked_number(saved, "reference_tsc"), checked_number(saved, "reference_units")
+        value = checked_number(saved, "reference_tsc")
+        units = checked_number(saved, "reference_units", lambda found: found <= UNITS_MAX)
         sequence = checked_number(saved, "reference_sequence", lambda found: found <= U32_MASK)
 
         def adopt() -> None:
