@@ -88,10 +88,10 @@ def dilate(machine: Machine) -> None:
 
 
 def republish(machine: Machine) -> None:
-    """Change the rate for 50 ms as fast as it goes, so that the page is invalid for much of the while."""
+    """Change the rate for 20 ms as fast as it goes, so that the page is invalid for much of the while."""
     clock = clock_of(machine)
     if not clock.skew_ns:  # a slew that goes on needs the rate for itself
-        stress.republish(clock, 100_000, [Fraction(1), Fraction(3, 2)], seconds=0.05)
+        stress.republish(clock, 100_000, [Fraction(1), Fraction(3, 2)], seconds=0.02)
 
 
 def slew(machine: Machine) -> None:
