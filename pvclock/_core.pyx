@@ -5,7 +5,7 @@ It holds no policy: a publish is given what the clock shows as a ClockLine, and 
 
 cimport cython
 from cpython.long cimport PyLong_AsLongAndOverflow
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
@@ -194,6 +194,8 @@ cdef class ReferenceClock:
                 return units
             with nogil:
                 nanosleep(&MOMENT, NULL)
+        if self._clock.line_den == 0:
+            self._clock.least_units = max(self._clock.least_units, self._standing_units)
         return self._standing_units
 
     # What TimePages has it do
@@ -206,7 +208,8 @@ cdef class ReferenceClock:
         if self._generation != self._memory.generation:
             self._generation = self._memory.generation
             page = self._memory.find(self._gpa, HYPERV_PAGE_BYTES) if self._is_placed else NULL
-            self._clock.is_new = self._clock.is_new or page is not self._clock.page
+            # Other memory may be at the same address, with nothing of ours in it.
+            self._clock.is_new = self._clock.is_new or page is not NULL or self._clock.page is not NULL
             self._clock.page = page
         return self.is_served
 
@@ -237,13 +240,15 @@ cdef class ReferenceClock:
         if self._clock.line_den == 0:
             self.stand_still(ns)
             return
-        self._standing_units = <uint64_t>(hyperv_moved_line_fixed(&self._clock, tsc) >> 64)
+        cdef uint64_t begin_tsc = self._clock.line.tsc + self._clock.moved_ticks
+        cdef uint64_t shown_tsc = begin_tsc if <int64_t>(tsc - begin_tsc) < 0 else tsc  # on a CPU a little late
+        self._standing_units = <uint64_t>(hyperv_moved_line_fixed(&self._clock, shown_tsc) >> 64)
         self._standing_tsc, self._stands = tsc, True
 
     cdef void stand_still(self, uint64_t ns) noexcept:
         """Have the counter show `ns`, or what was shown before a restore, until the next publish begins a line."""
         self._clock.line_den = self._clock.line_version = 0
-        self._standing_units = self._clock.least_units = max(ns // HYPERV_UNIT_NS, self._clock.least_units)
+        self._standing_units = max(ns // HYPERV_UNIT_NS, self._clock.least_units)
         self._stands = True
 
     cdef int mark_dirty(self) except -1:

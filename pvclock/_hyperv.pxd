@@ -53,6 +53,7 @@ cdef extern from "hyperv_publish.h" nogil:
         uint32_t line_version
         hyperv_line line
         uint64_t line_den
+        uint64_t moved_ticks
 
     cdef struct hyperv_reading:
         uint64_t tsc

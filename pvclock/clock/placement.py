@@ -77,7 +77,7 @@ class Placement:
             reference.place(before)
 
         def record() -> tuple[Event, ...]:
-            if stamps is None:
+            if stamps is None or keeper.is_paused:  # resume() writes the page
                 return ()
             self._events_left = left - 1
             kind, why = EventKind.REFUSED, f"there is no memory for the reference TSC page at {gpa:#x}"

@@ -30,6 +30,7 @@ class ReferenceTime:
 
         Sleeps while a publish changes the page.  vcpu: the caller's own.
         """
+        self._count_executed()
         units = self._clock.units()
         if units is None:
             with self._keeper.changing:
@@ -50,8 +51,14 @@ class ReferenceTime:
     @property
     def shown(self) -> tuple[int, int]:
         """No less than what any guest has read, in units, and the page's last sequence; for a save."""
+        self._count_executed()
         units = self._clock.units()
         return self._keeper.now() // UNIT_NS if units is None else units, self._clock.sequence
+
+    def _count_executed(self) -> None:
+        """Have a counter of execution time, which C code reads as it is, count what the guest has executed by now."""
+        if not self._keeper.backend.counter_follows_host:
+            self._keeper.host_tsc()
 
     def adopt(self, units: int, sequence: int, gpa: Gpa | None) -> None:
         """Go on from what was saved, with the page at `gpa`; for a clock that is restored next."""

@@ -13,8 +13,8 @@
  *   - the break point comes later, within the unit that the old line shows, when the timeline has reached that, too;
  *   - where nobody can wait, and for what a whole tick leaves over, the scale's low bits carry the remainder: at most
  *     2^-31 of the rate, which takes half a unit in 107 s, and the next publish after that ends it;
- *   - where even that does not do, in a guest whose TSC has begun less than 215 s ago, the sequence stays 0 until the
- *     next publish.  The counter's line has fractions, and needs none of this.
+ *   - where even that does not do, in a guest whose TSC has begun less than 215 s ago, the sequence stays 0 for
+ *     some publishes.  The counter's line has fractions, and needs none of this.
  *
  * So a page is within 2 units of the timeline after any number of changes, and goes on by 0 or +1 unit at each, never
  * back.  A publish that changes neither rate nor offset leaves the page alone: its rate is off by 2^-65 units a tick.
@@ -68,10 +68,11 @@ static inline pvclock_u128 hyperv_line_offset(const struct hyperv_line *line, ui
 	return hyperv_fixed(line->units, line->fraction) - (pvclock_u128)line->scale * (line->tsc + tsc_offset);
 }
 
-/* Can a page show it?  It has no units in its scale and no fraction in its offset. */
+/* Can a page show it?  It has no units in its scale, no fraction in its offset, and a guest TSC that does not wrap. */
 static inline int hyperv_line_fits_page(const struct hyperv_line *line, uint64_t tsc_offset)
 {
-	return line->scale_units == 0 && (uint64_t)hyperv_line_offset(line, tsc_offset) == 0;
+	return line->scale_units == 0 && (uint64_t)hyperv_line_offset(line, tsc_offset) == 0 &&
+	       (line->tsc + tsc_offset) >> 63 == 0;
 }
 
 /* ---- One VM's reference time. ---- */
@@ -97,6 +98,7 @@ struct hyperv_clock {
 	uint64_t line_den;
 	uint64_t line_tsc_offset;
 	uint64_t carried;        /* by how much its scale is more than its rate, or less */
+	uint8_t lags;            /* it began more than a unit behind the timeline, which it may not step to */
 	uint8_t has_moved;       /* by a declared step since, or a pause has ended */
 	uint64_t moved_ticks;
 	uint64_t moved_ns;
@@ -109,7 +111,8 @@ static inline uint32_t hyperv_sequence_after(uint32_t sequence)
 }
 
 /* Put the line published last `ticks` later and `ns` ahead, for a declared step, as pvclock_anchor_move() does with
- * pvclock's; all vCPUs are out of the guest.  From here to the end of the next publish the counter has no answer.
+ * pvclock's.  vCPUs that run read the old page until the next publish begins, so that it may only go ahead then.  From
+ * here to the end of that publish the counter has no answer.
  */
 static inline void hyperv_clock_move(struct hyperv_clock *clock, uint64_t ticks, uint64_t ns)
 {
@@ -173,7 +176,7 @@ static inline int hyperv_line_is_spent(const struct hyperv_clock *clock, uint64_
 /* Does a publish at `tsc` change the line? */
 static inline int hyperv_line_changes(const struct hyperv_clock *clock, uint64_t tsc)
 {
-	if (clock->line_den == 0 || clock->has_moved ||
+	if (clock->line_den == 0 || clock->has_moved || clock->lags ||
 	    (pvclock_u128)clock->num * clock->line_den != (pvclock_u128)clock->line_num * clock->den)
 		return 1;
 	if (!clock->can_read_tsc)
@@ -203,6 +206,8 @@ static inline int hyperv_carry(struct hyperv_line *line, uint64_t guest_tsc, pvc
 		line->scale -= *carried;
 	} else {
 		*carried = (uint64_t)((remainder + guest_tsc - 1) / guest_tsc);
+		if (*carried > UINT64_MAX - line->scale)
+			return -1;
 		value += (pvclock_u128)*carried * guest_tsc - remainder;
 		line->scale += *carried;
 	}
@@ -248,7 +253,9 @@ static inline struct hyperv_line hyperv_line_from(struct hyperv_clock *clock, ui
 	if (line.units < least) {
 		line.units = least;
 		line.fraction = 0;
-	} else if (line.units - least > 1) {
+	}
+	clock->lags = line.units - least > 1;
+	if (clock->lags) {
 		line.units = least + 1;
 		line.fraction = UINT64_MAX;
 	}
@@ -288,7 +295,9 @@ static inline int hyperv_is_due(const struct pvclock_page_set *set, const struct
 {
 	const struct hyperv_clock *clock = hyperv_clock_of(set);
 
-	return clock->is_new || hyperv_line_changes(clock, pvclock_counter_read(update->counter));
+	/* An odd version is that of a publish that this process has not seen the end of: it is the child of a fork(). */
+	return clock->is_new || clock->line_version & 1 ||
+	       hyperv_line_changes(clock, pvclock_counter_read(update->counter));
 }
 
 static inline void hyperv_touch(struct pvclock_page_set *set)
@@ -358,7 +367,10 @@ static inline void hyperv_write(struct pvclock_page_set *set, const struct pvclo
 	struct hyperv_clock *clock = hyperv_clock_of(set);
 	uint64_t offset;
 
-	if (hyperv_line_changes(clock, update->break_tsc)) {
+	/* A line that began anew at the last break point could show less than the present one has shown since. */
+	int stays = update->again && clock->line_den != 0 && !clock->has_moved;
+
+	if (!stays && hyperv_line_changes(clock, update->break_tsc)) {
 		pvclock_u128 now = pvclock_line_fixed(*update->timeline, update->break_tsc, HYPERV_UNIT_NS);
 		struct hyperv_line line = hyperv_line_from(clock, update->break_tsc, now);
 

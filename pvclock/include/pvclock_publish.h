@@ -53,6 +53,7 @@ struct pvclock_update {
 	const struct pvclock_counter *counter;
 	const struct pvclock_anchor *anchor;        /* the line published last; for write(), the new one */
 	uint64_t break_tsc;                         /* for write(): host TSC */
+	int again;                                  /* the break point is that of the last publish */
 };
 
 /* The pages of one kind of one VM. */
@@ -231,7 +232,7 @@ static inline int pvclock_publish_at(struct pvclock_page_set *sets, size_t count
 				     const struct pvclock_anchor_params *params, const struct pvclock_counter *counter,
 				     struct pvclock_anchor *anchor, uint64_t *break_tsc, int again)
 {
-	struct pvclock_update update = { timeline, params, counter, anchor, *break_tsc };
+	struct pvclock_update update = { timeline, params, counter, anchor, *break_tsc, again };
 	uint64_t busy_tsc, wait_ticks = counter->margin_ticks;
 	int status;
 

@@ -336,6 +336,8 @@ static void run_validity(void)
 	publish_and_tell("still_distrusted", &vm);
 	vm.clock.can_read_tsc = 1;
 	publish_and_tell("trusted", &vm);
+	vm.clock.line_version |= 1; /* as in a child of a fork() within the window */
+	publish_and_tell("forked", &vm);
 	vm.clock.tsc_offset = 99999;
 	publish_and_tell("offset", &vm);
 	vm.line.ns += 1000000;

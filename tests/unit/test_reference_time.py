@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock import GuestClock, GuestMemory, HostBackend, SimulatedBackend
+from pvclock import ExecutionTimeBackend, GuestClock, GuestMemory, HostBackend, SimulatedBackend
 from pvclock.meter.stress import republish
 from tests import oracle
 from tests.unit.clocks import guest_tsc
@@ -242,6 +242,94 @@ def test_a_page_comes_in_with_its_memory() -> None:
     assert page.reserved == 0
     assert page.read(guest.guest_tsc(0)) == guest.counter_units()
     assert guest.memory.read(gpa + 24, 4072) == b"\xa5" * 4072
+
+
+def test_a_page_is_written_into_other_memory_at_the_same_address() -> None:
+    """A slot that was taken away and put back with other content: the page is written, under a sequence never seen."""
+    guest, gpa, buffer = Guest(), 1 << 20, bytearray(4096)
+    guest.memory.add_slot(gpa, buffer)
+    guest.clock.write_msr(0, REFERENCE_TSC, gpa | 1)
+    before = oracle.ReferenceTscPage.parse(guest.memory.read(gpa, 24))
+    guest.memory.remove_slot(gpa)
+    buffer[:] = bytes(4096)
+    guest.memory.add_slot(gpa, buffer)
+    guest.refresh()
+    after = oracle.ReferenceTscPage.parse(guest.memory.read(gpa, 24))
+    assert after.sequence > before.sequence
+    assert after.read(guest.guest_tsc(0)) == guest.counter_units()
+
+
+def test_a_cpu_that_is_behind_does_not_take_the_counter_back() -> None:
+    """What a guest registers there is published at the last break point, and the line goes on as other CPUs read it."""
+    choice = random.Random(3)  # noqa: S311  # repeatable
+    for _ in range(200):
+        guest = Guest()
+        for _ in range(choice.randrange(1, 12)):
+            guest.host.advance(ns=choice.randrange(10**5))
+            guest.clock.dilate(choice.randrange(1, 1000), choice.randrange(1, 1000))
+        guest.clock.dilate(1)
+        guest.host.advance(ns=choice.randrange(5000))
+        before, tsc, lag = guest.counter_units(), guest.host.tsc, HZ // 1000
+        guest.host.tsc, guest.host.cpu_lag_ticks = tsc - lag, lag
+        guest.clock.write_msr(0, SYSTEM_TIME, PVCLOCK_GPAS[1] | 1)
+        guest.host.tsc, guest.host.cpu_lag_ticks = tsc, 0
+        assert guest.counter_units() >= before
+
+
+def test_an_offset_before_anything_was_shown_is_taken_whole() -> None:
+    """Also in a pause: nobody has read a time that page and counter must not be less than."""
+    host, memory = SimulatedBackend(HZ, OLD), GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, 1, "HyperV", backend=host)
+    host.advance(ns=10 * NS_PER_S)
+    clock.pause()
+    clock.offset(-5 * NS_PER_S)
+    clock.resume("freeze")
+    clock.write_msr(0, REFERENCE_TSC, REFERENCE_GPA | 1)
+    host.advance(ns=NS_PER_S)
+    assert abs(clock.read_msr(0, TIME_REF_COUNT) * UNIT_NS - 6 * NS_PER_S) <= BOUND_UNITS * UNIT_NS
+
+
+def test_the_counter_counts_execution_time_during_a_run() -> None:
+    """On a backend whose counter stands still until it is asked, as on any other: the page has gone on, too."""
+    inner, memory = SimulatedBackend(HZ, OLD), GuestMemory(bytearray(1 << 16))
+    backend = ExecutionTimeBackend(inner)
+    clock = GuestClock(memory, 2, "HyperV", backend=backend)
+    inner.advance(ns=NS_PER_S)
+    clock.write_msr(0, REFERENCE_TSC, REFERENCE_GPA | 1)
+    backend.enter()
+    inner.advance(ns=10**6)
+    page = oracle.ReferenceTscPage.parse(memory.read(REFERENCE_GPA, 24))
+    assert clock.read_msr(1, TIME_REF_COUNT) == page.read(guest_tsc(inner, 1)) > 0
+    backend.leave()
+
+
+def test_a_page_is_not_used_where_the_guests_tsc_wraps() -> None:
+    """A guest that sets its TSC to 2^63 or more reads the counter, which goes on."""
+    guest = Guest()
+    guest.host.advance(ns=NS_PER_S)
+    before = guest.counter_units()
+    for vcpu in range(2):
+        guest.clock.write_msr(vcpu, 0x10, 2**64 - 1000)
+    guest.clock.repair_tsc()
+    assert not guest.page().is_valid
+    guest.host.advance(ns=NS_PER_S)
+    assert guest.counter_units() - before in (10**7, 10**7 + 1)
+
+
+@given(
+    tsc=st.integers(1 << 31, 1 << 34), less=st.integers(1, 3 * 10**8), others=st.lists(st.integers(1, 999), max_size=6)
+)
+def test_a_rate_just_below_a_unit_a_tick(tsc: int, less: int, others: list[int]) -> None:
+    """The scale's carry does not make it wrap: a valid page is near guest time, a second later, too."""
+    guest = Guest(tsc, 10**7)
+    for other in others:
+        guest.host.advance(ns=other * 997)
+        guest.clock.dilate(other, 1000)
+    guest.clock.dilate(10**18 - less, 10**18)
+    guest.host.advance(ns=NS_PER_S)
+    units = guest.counter_units()
+    assert abs(units * UNIT_NS - guest.timeline_ns()) <= BOUND_UNITS * UNIT_NS
+    assert not guest.page().is_valid or guest.page_units() == units
 
 
 def test_what_is_written_is_told() -> None:
