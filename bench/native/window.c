@@ -49,7 +49,7 @@ static uint64_t stamped_publish(struct published *published)
 {
 	struct pvclock_page_set set = { &pvclock_page_kind_pvclock, published->targets, published->pages, 1 };
 	struct pvclock_update update = { &published->line, &published->params, &published->counter,
-					 &published->anchor, 0 };
+					 &published->anchor, 0, 0 };
 	uint64_t begin, busy_tsc, wait_ticks = published->counter.margin_ticks;
 
 	set.kind->touch(&set);
