@@ -455,7 +455,7 @@ class Timekeeper:
             moved=moved,
             start=start,
             again=again,
-            in_step=self._in_step(),
+            in_step=self.pages.reference.is_served and self._in_step(),
         )
         if change is _unchanged:
             publish()
