@@ -261,7 +261,7 @@ def hyperv_page_line(now: int, shown: int, scale: int, guest_tsc: int) -> tuple[
     `now` is the timeline, in 2**-64 units, and `shown` the units of the old line: the page shows those or 1 more. Its
     line is the first that has reached the timeline. Where that is 1 unit ahead, it begins as low as may be, and the
     scale carries what a whole offset cannot say, by 2**-31 at most: the smaller of the two ways, or the slower one
-    where the line begins 1 unit ahead as it is.
+    where the line begins 1 unit ahead as it is. From 2 units ahead on the scale is the slowest that may be.
     """
     if scale >= U64:
         return None
@@ -271,6 +271,9 @@ def hyperv_page_line(now: int, shown: int, scale: int, guest_tsc: int) -> tuple[
     if value >= now + U64:
         too_much, too_little = value - target, target - (value - U64)
         is_slower = target >= now + U64 or too_much < too_little
+        if target >= now + 2 * U64:  # it comes back as fast as may be
+            units = max(guest_tsc * (scale >> 31) - too_much, 0) // U64
+            too_much, offset = too_much + units * U64, offset + units
         if (too_much if is_slower else too_little) > guest_tsc * (scale >> 31):
             return None
         if is_slower:

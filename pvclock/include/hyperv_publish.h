@@ -218,13 +218,15 @@ static inline int hyperv_carry(struct hyperv_line *line, uint64_t guest_tsc, pvc
 
 /* Change the line, which may not begin lower, to one that a page can show: the next above it, if that is less than a
  * unit ahead of `now`, else one from where it is, with a remainder.  One that gets further ahead (its scale is greater)
- * is for a line that is less than a unit ahead so far.  Returns 0, or -1 with the line as it was.
+ * is for a line that is less than a unit ahead so far; one that is 2 units ahead or more, after a long time without a
+ * publish, comes back as fast as a scale may be changed.  Returns 0, or -1 with the line as it was.
  */
 static inline int hyperv_line_fit(struct hyperv_line *line, uint64_t tsc_offset, pvclock_u128 now, uint64_t *carried)
 {
 	pvclock_u128 least = hyperv_fixed(line->units, line->fraction);
 	pvclock_u128 lift = -hyperv_line_offset(line, tsc_offset) & UINT64_MAX;
 	uint64_t guest_tsc = line->tsc + tsc_offset;
+	pvclock_u128 most = (pvclock_u128)guest_tsc * (line->scale >> HYPERV_CARRY_SHIFT);
 
 	*carried = 0;
 	if (least + lift < now + HYPERV_ONE_UNIT) {
@@ -234,6 +236,8 @@ static inline int hyperv_line_fit(struct hyperv_line *line, uint64_t tsc_offset,
 	}
 	if (least < now + HYPERV_ONE_UNIT && HYPERV_ONE_UNIT - lift <= lift)
 		return hyperv_carry(line, guest_tsc, HYPERV_ONE_UNIT - lift, 0, carried);
+	if (least >= now + 2 * HYPERV_ONE_UNIT && most > lift)
+		lift += (most - lift) >> 64 << 64;
 	return hyperv_carry(line, guest_tsc, lift, 1, carried);
 }
 

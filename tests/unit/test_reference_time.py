@@ -276,6 +276,31 @@ def test_a_cpu_that_is_behind_does_not_take_the_counter_back() -> None:
         assert guest.counter_units() >= before
 
 
+@pytest.mark.parametrize("hours", [1, 10])
+def test_a_page_comes_back_after_a_long_time_without_a_publish(hours: int) -> None:
+    """What its scale has carried meanwhile is worked off by the next publishes, a second apart, without a step back."""
+    choice = random.Random(5)  # noqa: S311  # repeatable
+    furthest = Fraction(0)
+    for _ in range(20):
+        guest = Guest((1 << 39) + choice.randrange(1 << 37))
+        for _ in range(5):
+            guest.clock.dilate(choice.randrange(1, 1000), choice.randrange(1, 1000))
+            guest.host.advance(ns=choice.randrange(10**6))
+        guest.clock.dilate(1)
+        guest.host.advance(ns=hours * 3600 * NS_PER_S)
+        off = (guest.counter_units() * UNIT_NS - guest.timeline_ns()) / UNIT_NS
+        furthest = max(furthest, abs(off))
+        last, seconds = guest.counter_units(), 0
+        while abs(off) > BOUND_UNITS:
+            guest.refresh()
+            guest.host.advance(ns=NS_PER_S)
+            units, seconds = guest.counter_units(), seconds + 1
+            assert 10**7 - 1 <= units - last <= 10**7 + 1
+            last, off = units, (units * UNIT_NS - guest.timeline_ns()) / UNIT_NS
+            assert seconds <= hours * 3600
+    assert furthest > BOUND_UNITS
+
+
 def test_an_offset_before_anything_was_shown_is_taken_whole() -> None:
     """Also in a pause: nobody has read a time that page and counter must not be less than."""
     host, memory = SimulatedBackend(HZ, OLD), GuestMemory(bytearray(1 << 16))
