@@ -18,7 +18,7 @@ mapfile -t files < <(
 in_lab() {  # options of `pvclock lab`, --, and what to test
     local options=()
     while [[ $1 != -- ]]; do options+=("$1"); shift; done
-    "$bin/pvclock" lab --timeout 1800 "${options[@]}" -- python -m pytest -q -p no:cacheprovider -m "$marks" "${@:2}"
+    "$bin/pvclock" lab --timeout 2400 "${options[@]}" -- python -m pytest -q -p no:cacheprovider -m "$marks" "${@:2}"
 }
 
 output=$(mktemp)
