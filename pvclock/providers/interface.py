@@ -402,7 +402,11 @@ class Provider(Protocol):
 
     @property
     def guest_lives_by_tsc(self) -> bool:
-        """Is the guest told its TSC's frequency, or does it have no other clock than its TSC?"""
+        """Does the guest take its TSC for its clock: has it no other, or does it prefer it by what it is offered?
+
+        It needs a TSC of the frequency that it was told, wherever it is restored.  Not so a guest that is told the
+        frequency and reads its time by a page, as Hyper-V's do: the page is right at any frequency.
+        """
 
     @property
     def shows_invariant_tsc(self) -> bool:

@@ -155,7 +155,10 @@ class HyperVProvider:
 
     @property
     def guest_lives_by_tsc(self) -> bool:
-        """Only with the TSC-invariant control: Linux then prefers its TSC to the reference TSC page."""
+        """Only with the TSC-invariant control: Linux then prefers its TSC to the reference TSC page.
+
+        Without it the frequency MSR is no reason: the page is the clock, and Reenlightenment tells a new frequency.
+        """
         return Privilege.TSC_INVARIANT in self.offer.privileges
 
     @property
