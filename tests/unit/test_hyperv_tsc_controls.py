@@ -106,6 +106,7 @@ def as_linux_does(provider: HyperVProvider) -> int | None:
     return provider.read_msr(0, FREQUENCY)
 
 
+@pytest.mark.row("H-37")
 def test_linux_finds_the_new_frequency() -> None:
     """At the interrupt the status says that there is news, and 0x40000022 has this host's frequency; once."""
     provider, _ = restored(ENABLED | 0xEE, TSC_HZ + 1)
@@ -119,6 +120,7 @@ def test_linux_finds_the_new_frequency() -> None:
     assert provider.read_msr(0, STATUS) == 0
 
 
+@pytest.mark.row("H-37")
 @pytest.mark.parametrize("host_tsc_hz", [TSC_HZ, TSC_HZ + 1])
 def test_a_guest_that_does_not_ask_keeps_its_frequency(host_tsc_hz: int) -> None:
     """Without the interrupt it would compute with two frequencies: it is told the one of before, wherever it is."""
@@ -127,6 +129,7 @@ def test_a_guest_that_does_not_ask_keeps_its_frequency(host_tsc_hz: int) -> None
     assert provider.read_msr(0, FREQUENCY) == TSC_HZ
 
 
+@pytest.mark.row("H-37")
 @given(st.lists(st.sampled_from([TSC_HZ, TSC_HZ + 1, TSC_HZ + 2]), min_size=1, max_size=5))
 def test_each_change_of_host_is_told(hosts_hz: list[int]) -> None:
     """The way back is a change, too: what counts is the frequency that was told last."""

@@ -7,6 +7,7 @@ Linux kvm_hv_set_msr_pw(), kvm_hv_hypercall_enabled().
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -65,11 +66,6 @@ class Partition:
         """Has the guest said which system it is; by profile, has it also enabled its hypercall page?"""
         return bool(self.guest_os_id and (self.hypercall_msr & ENABLED or not self._profile.hypercalls_need_page))
 
-    def renew_page(self) -> None:
-        """Write the hypercall page again, for the CPU that the guest has now; it is in memory if it is enabled."""
-        if self.hypercall_msr & ENABLED:
-            self._put_page(self.hypercall_msr)
-
     def reset(self) -> None:
         """See Part."""
         self.guest_os_id = self.hypercall_msr = 0
@@ -79,13 +75,16 @@ class Partition:
         return {"guest_os_id": self.guest_os_id, "hypercall": self.hypercall_msr}
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
-        """See Part."""
+        """See Part; an enabled page is written again, for what runs the guest here may have another instruction."""
         guest_os_id, hypercall = checked_number(saved, "guest_os_id"), checked_number(saved, "hypercall")
         if hypercall & ENABLED and not guest_os_id:
             raise ConfigError("provider 'HyperV', 'hypercall': enabled, while 'guest_os_id' is 0, which disables it")
 
         def adopt() -> None:
             self.guest_os_id, self.hypercall_msr = guest_os_id, hypercall
+            if hypercall & ENABLED:
+                with suppress(GuestAddressError):  # its memory may have gone
+                    self._clock.memory.write(hypercall & PAGE, self._code)
 
         return adopt
 

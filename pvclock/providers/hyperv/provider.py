@@ -9,6 +9,7 @@ from typing import Final
 from pvclock.errors import ConfigError, MsrFault
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import timing
+from pvclock.providers.calls import each_of
 from pvclock.providers.hyperv import virtualbox_unit
 from pvclock.providers.hyperv.features import (
     CPUID_VERSION,
@@ -224,8 +225,7 @@ class HyperVProvider:
         return min((due for part in self._timed if (due := part.next_due_ns()) is not None), default=None)
 
     def _expire(self, now_ns: int) -> Callable[[], object] | None:
-        deliveries = [each for part in self._timed if (each := part.expire(now_ns)) is not None]
-        return partial(_call_all, deliveries) if deliveries else None
+        return each_of(*[part.expire(now_ns) for part in self._timed])
 
     # Life
 
@@ -281,7 +281,6 @@ class HyperVProvider:
         def take() -> None:
             _call_all([each.reset for each in self._parts])
             self.load(self._with_written(written))
-            self._all.partition.renew_page()
             self._unit_features = found.features
             begin()
 
