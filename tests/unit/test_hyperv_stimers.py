@@ -127,7 +127,7 @@ class World:
 
 @pytest.mark.row("H-42")
 def test_a_timer_has_ended_when_its_message_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that finds the message of a one-shot timer finds it disabled, too, though no lock keeps it out."""
+    """A guest that finds the message of a one-shot timer finds it disabled, and until then enabled, at any moment."""
     world, found = World(), []
     post = world.synic.post
 
@@ -140,8 +140,25 @@ def test_a_timer_has_ended_when_its_message_is_seen(monkeypatch: pytest.MonkeyPa
     for units in (5, 6):  # at 6 the slot is taken
         world.set(by_message(2) | ENABLE, units)
         world.at(units)
-    assert found == [(True, by_message(2)), (False, by_message(2))]
+    is_free, is_taken = (True, by_message(2) | ENABLE), (False, by_message(2) | ENABLE)
+    assert found == [is_free, (True, by_message(2)), is_taken]
+    assert world.look(0, 2) == (Message(0, 5, 5), True)
     assert world.read(CONFIG0) == by_message(2) | ENABLE
+
+
+@pytest.mark.row("H-42")
+def test_a_guest_that_fills_its_slot_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just before a message is posted there: the timer stays enabled, and the message comes once the slot is free."""
+    world = World()
+    monkeypatch.setattr(world.synic, "is_free", lambda *_: True)  # it was
+    world.clock.memory.write(PAGES[0] + 2 * 256, b"\x01")
+    world.set(by_message(2) | ENABLE, 5)
+    world.at(5)
+    assert world.read(CONFIG0) == by_message(2) | ENABLE
+    world.clock.memory.write(PAGES[0] + 2 * 256, bytes(4))
+    world.write(EOM, 0)
+    world.at(6)
+    assert (world.look(0, 2)[0], world.read(CONFIG0)) == (Message(0, 5, 6), by_message(2))
 
 
 # Any program of a guest, on any course of time

@@ -25,7 +25,7 @@ FEATURES_OF: Final[Mapping[Privilege, Feature]] = {
     Privilege.SYNTHETIC_TIMERS: Feature.DIRECT_TIMERS,
     Privilege.DEBUGGING: Feature.DEBUG,
 }
-"""Features that are served wherever what needs a privilege is, and offered with that privilege only."""
+"""Features that are served to every guest that has a privilege, and to no other."""
 
 PRIVILEGE_FOR: Final[Mapping[Recommendation, Privilege]] = {
     Recommendation.APIC_BY_MSR: Privilege.APIC,
@@ -65,10 +65,7 @@ class Served(NamedTuple):
         """What the MSRs of these parts need, and the hypercalls."""
         needed = [msr.privilege for part in parts for msr in part.msrs.values()]
         privileges = Privilege(sum({each for each in needed if isinstance(each, Privilege)})) | hypercalls.privileges
-        features = Feature(sum({each for each in needed if isinstance(each, Feature)}))
-        for privilege, feature in FEATURES_OF.items():
-            if privilege in privileges:
-                features |= feature
+        features = Feature(sum({each for each in needed if isinstance(each, Feature)} | set(FEATURES_OF.values())))
         return cls(privileges, features, hypercalls.recommendations)
 
     def has(self, needed: Privilege | Feature) -> bool:

@@ -53,7 +53,7 @@ class HyperVProvider:
     privileges, features, recommendations: what CPUID offers, see Privilege, Feature, Recommendation; None for what this
     clock, its vCPU host and its VMM can serve, but for the TSC-invariant control.  hardware: what of the processor the
     VMM uses, see Hardware.
-    enforce_cpuid: refuse an MSR whose privilege is not offered; False is KVM without KVM_CAP_HYPERV_ENFORCE_CPUID,
+    enforce_cpuid: refuse MSRs and hypercalls that are not offered; False is KVM without KVM_CAP_HYPERV_ENFORCE_CPUID,
     which serves all that it can.
     profile: "linux", "document" or "virtualbox", see pvclock.providers.hyperv.profiles.
     apic_bus_hz: the APIC timer's frequency, as an MSR tells it.  cpu_vendor: of the guest's CPUs, as in CPUID leaf 0:
@@ -126,7 +126,7 @@ class HyperVProvider:
         """What CPUID offers."""
         self._take_up(Served(self.offer.privileges, self.offer.features) if enforce_cpuid else served)
         if enforce_cpuid:
-            self._hypercalls.privileges &= self.offer.privileges
+            self._hypercalls.deny_all_but(self.offer.privileges, self.offer.recommendations)
         self._unit_features = self._features_of_unit()
         self._leaves = self._made_leaves(vs_interface=vs_interface)
         self.hypercall_opcodes: tuple[bytes, ...] = (self._all.partition.opcode,)

@@ -48,6 +48,8 @@ SINT_MASKED: Final = 1 << 16
 SINT_POLLING: Final = 1 << 18
 
 MESSAGE_PENDING: Final = 1
+NO_MESSAGE: Final = 0
+"""The type of a slot that is free."""
 
 
 def message(kind: int, payload: bytes, *, pending: bool = False) -> bytes:
@@ -110,6 +112,10 @@ class Synic:
         """
         simp = self._values[MSR_SIMP][vcpu]
         return bool(simp & PAGE_ENABLED) and post_message(self._memory, _slot(simp, sint), message, waits)
+
+    def is_free(self, vcpu: int, sint: int) -> bool:
+        """Is the slot for a message there and free?  If it is taken the guest is told to write EOM, as by post()."""
+        return self.post(vcpu, sint, message(NO_MESSAGE, b""), waits=True)  # which leaves a slot free
 
     def vector(self, vcpu: int, sint: int) -> int | None:
         """Where that SINT interrupts vCPU; None if it is masked or polled."""
