@@ -362,7 +362,9 @@ class Provider(Protocol):
     served, naming what can.
 
     Locks: the clock's lock is held for write_msr(), reset(), save(), load() and the hooks.  read_msr(), hypercall() and
-    the properties run without it, on any thread; services of the VMM must be called without it.
+    the properties run without it, on any thread.  Services of the VMM are called without it, but for those of an MSR
+    write: ApicServices' but the two reads, and ResetServices'.  A DebugLink is called with it by an MSR write, and
+    without it by a hypercall.
     """
 
     # What it is

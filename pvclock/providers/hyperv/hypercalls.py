@@ -104,7 +104,7 @@ class Hypercalls:
             self.recommendations |= each.recommendations
 
     def deny_all_but(self, privileges: Privilege, recommendations: Recommendation) -> None:
-        """Serve only calls of which CPUID tells a guest that is offered these, as hv_check_hypercall_access() in KVM."""
+        """Serve only what CPUID tells a guest of that is offered these, as KVM does (hv_check_hypercall_access())."""
         self._denied = {code for code, each in self._served.items() if not each.is_offered(privileges, recommendations)}
 
     def call(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
