@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_hyperv_stimers import CONFIG0, ENABLE, EOM, ONE_SHOT_TO_1, PAGES, Message, World, by_message
+from tests.unit.slow_stimers import ENABLE, Message
+from tests.unit.test_hyperv_stimers import CONFIG0, ONE_SHOT_TO_1, PAGES, World, by_message
+from tests.unit.test_hyperv_synic import EOM
 
 pytestmark = pytest.mark.row("H-42")
 

@@ -15,8 +15,9 @@ from pvclock.errors import ConfigError, GuestAddressError, MsrFault
 from pvclock.providers.guest_log import GuestLog
 from pvclock.providers.hypercall_instructions import native_opcode
 from pvclock.providers.hyperv.features import Privilege
-from pvclock.providers.hyperv.msr import Msr, checked_number
+from pvclock.providers.hyperv.msr import Msr
 from pvclock.providers.hyperv.profiles import Profile
+from pvclock.providers.hyperv.saved_numbers import saved_number
 from pvclock.providers.interface import ClockServices, MsrValue, ResetServices, VcpuHost
 from pvclock.timekeeping.events import EventKind
 
@@ -76,7 +77,7 @@ class Partition:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part; an enabled page is written again, for what runs the guest here may have another instruction."""
-        guest_os_id, hypercall = checked_number(saved, "guest_os_id"), checked_number(saved, "hypercall")
+        guest_os_id, hypercall = saved_number(saved, "guest_os_id"), saved_number(saved, "hypercall")
         if hypercall & ENABLED and not guest_os_id:
             raise ConfigError("provider 'HyperV', 'hypercall': enabled, while 'guest_os_id' is 0, which disables it")
 

@@ -241,7 +241,7 @@ class HyperVProvider:
         """Go back to the state before any write, and take the reference TSC page back."""
         others = [part for part in self._parts if part is not self._all.reference]
         undo = [part.checked(part.save()) for part in others]
-        self._all.reference.take_back(partial(_call_all, [part.reset for part in others]), partial(_call_all, undo))
+        self._all.reference.go_back_to(0, partial(_call_all, [part.reset for part in others]), partial(_call_all, undo))
 
     def save(self) -> Mapping[str, MsrValue]:
         """The guest's writes, and the reference time that no later reading may be less than."""
@@ -289,7 +289,7 @@ class HyperVProvider:
             self._unit_features = features
             _call_all(restore)
 
-        self._all.reference.take_back(take, take_back, found.reference_tsc)
+        self._all.reference.go_back_to(found.reference_tsc, take, take_back)
 
     def _with_written(self, written: Mapping[str, MsrValue]) -> Mapping[str, MsrValue]:
         """The state as it is, but for what is `written`; a sequence never goes back."""

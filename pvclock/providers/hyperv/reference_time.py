@@ -13,7 +13,8 @@ from typing import Final
 
 from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.providers.hyperv.features import Privilege
-from pvclock.providers.hyperv.msr import Msr, checked_number
+from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.saved_numbers import saved_number
 from pvclock.providers.hyperv.scales import virtualbox_scale, virtualbox_ticks_per_unit
 from pvclock.providers.interface import ClockServices, MsrValue, ReferenceTime
 from pvclock.quantities import U32_MASK, U64_MASK, Gpa
@@ -58,7 +59,7 @@ class ReferenceClock:
         """Has the guest enabled its reference TSC page?"""
         return bool(self.reference_tsc_msr & ENABLED)
 
-    def take_back(self, begin: Callable[[], object], undo: Callable[[], object], value: int = 0) -> None:
+    def go_back_to(self, value: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
         """Reset this part, and go on with the page that `value` of the MSR enables, if any.
 
         begin, undo: see ClockServices.place_reference_page().
@@ -76,7 +77,7 @@ class ReferenceClock:
         self._clock.place_reference_page(page_of(value), forget, remember)
 
     def reset(self) -> None:
-        """See Part; within take_back()."""
+        """See Part; within go_back_to()."""
         self.reference_tsc_msr = 0
 
     def save(self) -> Mapping[str, MsrValue]:
@@ -86,9 +87,9 @@ class ReferenceClock:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part."""
-        value = checked_number(saved, "reference_tsc")
-        units = checked_number(saved, "reference_units", lambda found: found <= UNITS_MAX)
-        sequence = checked_number(saved, "reference_sequence", lambda found: found <= U32_MASK)
+        value = saved_number(saved, "reference_tsc")
+        units = saved_number(saved, "reference_units", lambda found: found <= UNITS_MAX)
+        sequence = saved_number(saved, "reference_sequence", lambda found: found <= U32_MASK)
 
         def adopt() -> None:
             self.reference_tsc_msr = value
@@ -124,10 +125,19 @@ class RawReferenceClock:
         """Has the guest enabled its reference TSC page?"""
         return bool(self.reference_tsc_msr & ENABLED)
 
-    def take_back(self, begin: Callable[[], object], undo: Callable[[], object], value: int = 0) -> None:
-        """Reset this part and do `begin`, which cannot fail; nobody updates the page."""
+    def go_back_to(self, value: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Reset this part and do `begin`, which may load it; if that fails undo() reverts it.
+
+        value: not used, for nobody updates a page.
+        """
+        before = self.reference_tsc_msr, self.sequence
         self.reset()
-        begin()
+        try:
+            begin()
+        except BaseException:
+            self.reference_tsc_msr, self.sequence = before
+            undo()  # which may load this part, and write its page anew
+            raise
 
     def reset(self) -> None:
         """See Part."""
@@ -139,8 +149,8 @@ class RawReferenceClock:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part; a page is written anew, for this host's TSC, with the next sequence."""
-        value = checked_number(saved, "reference_tsc")
-        sequence = checked_number(saved, "reference_sequence", lambda found: found <= U32_MASK)
+        value = saved_number(saved, "reference_tsc")
+        sequence = saved_number(saved, "reference_sequence", lambda found: found <= U32_MASK)
         return partial(self._adopt, value, sequence)
 
     def _adopt(self, value: int, sequence: int) -> None:

@@ -11,7 +11,8 @@ from typing import Final
 
 from pvclock.errors import MsrFault
 from pvclock.providers.hyperv.features import Privilege
-from pvclock.providers.hyperv.msr import Msr, checked_number
+from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.saved_numbers import saved_number
 from pvclock.providers.interface import ClockServices, InterruptServices, MsrValue
 from pvclock.timekeeping.events import EventKind
 
@@ -90,10 +91,10 @@ class Reenlightenment:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part; the interrupt gets due if this host's TSC is another one, or the last was not acted on."""
-        control = checked_number(saved, "reenlightenment_control")
-        emulation = checked_number(saved, "tsc_emulation_control")
-        status = checked_number(saved, "tsc_emulation_status", lambda value: value <= IN_PROGRESS)
-        told_hz = checked_number(saved, "told_tsc_hz", bool)
+        control = saved_number(saved, "reenlightenment_control")
+        emulation = saved_number(saved, "tsc_emulation_control")
+        status = saved_number(saved, "tsc_emulation_status", lambda value: value <= IN_PROGRESS)
+        told_hz = saved_number(saved, "told_tsc_hz", bool)
 
         def adopt() -> None:
             is_enabled, host_hz = bool(control & INTERRUPT_ENABLED), self._clock.host_tsc_hz
@@ -150,7 +151,7 @@ class InvariantTsc:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part."""
-        control = checked_number(saved, "tsc_invariant_control", lambda value: value <= EXPOSE_INVARIANT_TSC)
+        control = saved_number(saved, "tsc_invariant_control", lambda value: value <= EXPOSE_INVARIANT_TSC)
         return partial(setattr, self, "control", control)
 
     def _write(self, vcpu: int, value: int) -> None:
