@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from pvclock._memory import GuestMemory
 from pvclock.errors import GuestAddressError
 from pvclock.providers.hyperv.features import Privilege, Recommendation
+from pvclock.providers.hyperv.page_msr import PAGE_BYTES
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status
 from pvclock.quantities import U32_MASK
 
@@ -22,7 +23,6 @@ RESERVED: Final = 0xF << 60 | 0xF << 44 | 0xF << 27
 """Bit 31 is not among them: it says that the call is for the hypervisor below, and there is none."""
 REPS_SHIFT: Final = 32
 
-PAGE_BYTES: Final = 4096
 ALIGNMENT: Final = 8
 
 

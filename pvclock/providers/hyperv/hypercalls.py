@@ -25,6 +25,7 @@ from pvclock.providers.hyperv.hypercall_abi import (
     read_request,
     result,
 )
+from pvclock.providers.hyperv.page_msr import page_of
 from pvclock.providers.hyperv.vp_calls import ipi_calls, register_calls
 from pvclock.providers.interface import (
     ClockServices,
@@ -51,8 +52,6 @@ VMBUS_ANSWER: Final = struct.pack("<IB3xQQ232x", VMBUS_MESSAGE, 0xF, 0, 0xF)
 HV_X64_MSR_SIMP: Final = 0x40000083
 HV_X64_MSR_SINT0: Final = 0x40000090
 VMBUS_SINT: Final = 2
-PAGE_ENABLED: Final = 1
-PAGE_BYTES: Final = 4096
 SINT_MASKED: Final = 1 << 16
 
 NO_CAPABILITIES: Final = bytes(8)
@@ -189,8 +188,8 @@ def _vmbus_slot(read_msr: Callable[[int, int], int], vcpu: int) -> int | None:
         simp, sint = read_msr(vcpu, HV_X64_MSR_SIMP), read_msr(vcpu, HV_X64_MSR_SINT0 + VMBUS_SINT)
     except MsrFault:
         return None
-    is_expected = simp & PAGE_ENABLED and not sint & SINT_MASKED
-    return (simp & -PAGE_BYTES) + len(VMBUS_ANSWER) * VMBUS_SINT if is_expected else None
+    page = page_of(simp)
+    return None if page is None or sint & SINT_MASKED else page + len(VMBUS_ANSWER) * VMBUS_SINT
 
 
 def _answer(parameters: Parameters, answer: bytes, request: Request) -> HvStatus:

@@ -22,10 +22,10 @@ from pvclock.providers.hyperv.features import (
 from pvclock.providers.hyperv.hypercalls import Hypercalls
 from pvclock.providers.hyperv.msr import Part, TimedPart
 from pvclock.providers.hyperv.offer import Served, Wanted, chosen_offer
+from pvclock.providers.hyperv.page_msr import PAGE_BYTES, page_of
 from pvclock.providers.hyperv.partition import HYPERCALL_PORT
 from pvclock.providers.hyperv.parts import Choices, Parts
 from pvclock.providers.hyperv.profiles import PROFILES
-from pvclock.providers.hyperv.reference_time import page_of
 from pvclock.providers.interface import (
     CPUID_BASE,
     ClockServices,
@@ -308,7 +308,7 @@ class HyperVProvider:
         if self._profile.reference_is_raw_tsc:  # otherwise the page may lie anywhere
             pages["TSC page"] = found.reference_tsc
         for name, msr in pages.items():
-            if (gpa := page_of(msr)) is not None and not self.clock.memory.contains(gpa, virtualbox_unit.PAGE_BYTES):
+            if (gpa := page_of(msr)) is not None and not self.clock.memory.contains(gpa, PAGE_BYTES):
                 raise ConfigError(f"failed to enable the {name} at {gpa:#x}: it is not in guest memory")
 
     def _features_of_unit(self) -> tuple[int, ...]:

@@ -20,9 +20,9 @@ from pvclock._records import MESSAGE_BYTES, load_word, post_message
 from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.page_msr import PAGE_ADDRESS, PAGE_BYTES, PAGE_ENABLED
 from pvclock.providers.hyperv.saved_numbers import saved_numbers
 from pvclock.providers.interface import ClockServices, MsrValue
-from pvclock.quantities import U64_MASK
 
 __all__ = ["FIRST_VECTOR", "SINTS", "Synic", "message"]
 
@@ -38,10 +38,6 @@ SINTS: Final = 16
 FIRST_VECTOR: Final = 16
 """The first vector that an APIC takes."""
 VERSION: Final = 1
-
-PAGE_ENABLED: Final = 1
-PAGE_BYTES: Final = 4096
-PAGE_ADDRESS: Final = U64_MASK & ~(PAGE_BYTES - 1)
 
 SINT_VECTOR: Final = 0xFF
 SINT_MASKED: Final = 1 << 16

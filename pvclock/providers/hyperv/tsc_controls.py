@@ -13,6 +13,7 @@ from pvclock.errors import MsrFault
 from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.msr import Msr
 from pvclock.providers.hyperv.saved_numbers import saved_number
+from pvclock.providers.hyperv.synic import FIRST_VECTOR
 from pvclock.providers.interface import ClockServices, InterruptServices, MsrValue
 from pvclock.timekeeping.events import EventKind
 
@@ -26,7 +27,6 @@ HV_X64_MSR_TSC_EMULATION_STATUS: Final = 0x40000108
 HV_X64_MSR_TSC_INVARIANT_CONTROL: Final = 0x40000118
 
 INTERRUPT_ENABLED: Final = 1 << 16
-FIRST_VECTOR: Final = 16
 IN_PROGRESS: Final = 1
 EXPOSE_INVARIANT_TSC: Final = 1
 
