@@ -163,7 +163,7 @@ def post_message(GuestMemory memory not None, gpa: int, message: bytes, waits: b
     """Post a Hyper-V message, header and payload, in the slot at `gpa`; False if that is taken or not in guest memory.
 
     waits: tell the guest in a slot that is taken to write EOM, for the caller will try again then.
-    message: 16 to 256 bytes, a multiple of 4, of a type that is not 0.
+    message: 16 to 256 bytes, a multiple of 4.  One of type 0 leaves the slot free.
     """
     cdef uint64_t where = as_u64(gpa, "gpa")
     cdef size_t length = len(message)

@@ -94,6 +94,8 @@ HYPERV: Final = TYPICAL._replace(
             "stimer_waiting": (1,),
             "reenlightenment_control": 0x1_00F1,
             "tsc_emulation_control": 0,
+            "tsc_emulation_status": 1,
+            "told_tsc_hz": 2_596_132_000,
         },
     ),
     wall_clock_gpa=None,

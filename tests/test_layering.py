@@ -40,7 +40,7 @@ STRANGERS = {
 
 # What is in providers/: the providers, what these may know beside themselves, and the rest.
 PROVIDERS_OF_GUESTS = {"none", "minimal", "hyperv", "kvm", "side_by_side"}
-SHARED_BY_PROVIDERS = {"interface", "options", "timing", "hypercall_instructions", "guest_log"}
+SHARED_BY_PROVIDERS = {"interface", "calls", "options", "timing", "hypercall_instructions", "guest_log"}
 PROVIDER_MACHINERY = {"__init__", "configuration", "guest_interface", "registry", "virtualbox"}
 PROVIDER_NAMES = {"None", "Minimal", "HyperV", "KVM", "HyperV+KVM"}
 

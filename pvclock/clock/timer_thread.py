@@ -21,7 +21,7 @@ __all__ = ["TimerThread"]
 FAILURES_KEPT: Final = 16
 
 REST_NS: Final = 20_000
-"""Between two expiries, so that no guest takes a host CPU by timers that are always due."""
+"""Least rest between two expiries, so that no guest takes a host CPU by timers that are always due."""
 
 STANDING_NS: Final = 200_000
 """The same on a counter that may stand still, and tells nobody when it goes on: how often it is looked at."""
@@ -41,8 +41,10 @@ STOP_S: Final = 5.0
 class TimerThread:
     """Calls clock.expire_timers() whenever a timer of the guest's interface is due; a context manager.
 
-    It sleeps until then in host time, at the clock's present rate, and is woken where timers or time change.  It ends
-    with its clock, if that is dropped.  ConfigError for a clock on a simulated backend, whose time is set by hand:
+    It sleeps until then in host time, at the clock's present rate, and is woken where timers or time change.  After an
+    expiry it rests for as long as that took, 20 us or more: however many vCPUs have timers that are always due, they
+    take half a host CPU at most.  Only a change, such as a write by the guest, ends a rest early.  It ends with its
+    clock, if that is dropped.  ConfigError for a clock on a simulated backend, whose time is set by hand:
     call expire_timers() after that.
 
     Thread-safety: all methods may be called from any thread.
@@ -119,8 +121,8 @@ class TimerThread:
     def settle(self, timeout_s: float = STOP_S) -> bool:
         """Wait for the delivery that is under way, if any; False if it has not ended after timeout_s.
 
-        After GuestClock.pause() and this, no interrupt is raised and no message written before resume().  Within a
-        delivery it does not wait.
+        After GuestClock.pause() and this, no timer raises an interrupt or writes a message before resume().  That is
+        all: a hypercall whose handler is under way may still send its interrupts.  Within a delivery it does not wait.
         """
         check_timeout(timeout_s)
         rounds = self._present
@@ -164,11 +166,13 @@ class _Rounds:
     def _run(self) -> None:
         wake_precisely()
         while not self.is_over and (clock := self._clock()) is not None:
+            began_ns = time.monotonic_ns()
             self.is_delivering = True  # before the clock is asked whether it is paused: see settle()
             ns = self._expire(clock)
             self.is_delivering = False
             del clock
-            self.wake_up.wait(min(max(ns, self._rest_ns), LONGEST_NS) / NS_PER_S)
+            rest_ns = max(self._rest_ns, time.monotonic_ns() - began_ns)
+            self.wake_up.wait(min(max(ns, rest_ns), LONGEST_NS) / NS_PER_S)
 
     def _expire(self, clock: GuestClock) -> int:
         """Expire what is due; returns the host ns until the next timer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pvclock.errors import GuestCrashed, MsrFault, StateError
 from pvclock.kvm import Vcpu
+from pvclock.kvm._gate import Gate
 from pvclock.kvm.exits import Exit, IoIn, IoOut, Mmio, RdmsrExit, WrmsrExit
 from pvclock.machine.bus import Bus
 from pvclock.machine.clock_service import ClockService
@@ -47,14 +48,16 @@ class GuestExits:
     """
 
     clock_service: ClockService
-    hypercall_port: int | None = None
-    """The port to which hypercalls write; set along with it."""
 
     def __init__(self, vcpus: list[Vcpu], bus: Bus, outcome: Outcome) -> None:
         self._vcpus = vcpus
         self._bus = bus
         self._outcome = outcome
-        self._hypercalls = HypercallPort(vcpus)
+        self._hypercall_port: int | None = None
+
+    def take_hypercalls(self, port: int, gate: Gate) -> None:
+        """Answer hypercalls, which write to that port, from now on; gate: by which the vCPUs enter the guest."""
+        self._hypercalls, self._hypercall_port = HypercallPort(self._vcpus, gate), port
 
     def handle(self, vcpu: int, reason: Exit) -> bool:
         """Answer vCPU's exit; False if the run ends by it."""
@@ -66,7 +69,7 @@ class GuestExits:
             self._read_msr(vcpu, reason)
             return True
         if type(reason) is IoOut:
-            if reason[0] == self.hypercall_port:
+            if reason[0] == self._hypercall_port:
                 self._serve_hypercall(vcpu, reason)
             else:
                 self._bus.write_port(reason[0], reason[1], reason[2])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from pvclock.kvm import Vcpu
+from pvclock.kvm._gate import Gate
 from pvclock.kvm.exits import Interrupted
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status
 from pvclock.quantities import U64_MASK
@@ -31,11 +33,13 @@ NOT_DONE: Final = (Status.NOT_ENABLED, Status.NOT_AVAILABLE, Status.INVALID_INST
 class HypercallPort:
     """Answers hypercalls of `vcpus` by GuestClock.hypercall(): the guest finds the results in RAX and RDX.
 
+    gate: the one by which those vCPUs enter the guest.
+
     Thread-safety: serve() is called by each vCPU's thread, for that vCPU.
     """
 
-    def __init__(self, vcpus: list[Vcpu]) -> None:
-        self._vcpus = vcpus
+    def __init__(self, vcpus: list[Vcpu], gate: Gate) -> None:
+        self._vcpus, self._gate = vcpus, gate
 
     def serve(self, number: int, hypercall: CallHandler) -> None:
         """Answer vCPU `number`'s OUT, its last exit."""
@@ -45,10 +49,21 @@ class HypercallPort:
         results = {name: value for name, value in (("rax", result.rax), ("rdx", result.rdx)) if value is not None}
         if results:
             vcpu.set_regs({**registers, **results})
-        if result.status in NOT_DONE or (result.status is Status.ACCESS_DENIED and result.rax is None):
-            _raise_ud(vcpu)
-        elif result.status is Status.CONTINUING:
-            _go_back(vcpu)
+        is_refused = result.status in NOT_DONE or (result.status is Status.ACCESS_DENIED and result.rax is None)
+        if is_refused or result.status is Status.CONTINUING:
+            self._do_inside(number, partial(_raise_ud if is_refused else _go_back, vcpu))
+
+    def _do_inside(self, number: int, step: Callable[[], object]) -> None:
+        """Do what enters KVM_RUN while vCPU `number` counts as in: so not while it is paused, and whole before it is.
+
+        If the run has ended the vCPU does not go in, but this has to be done before the next run.  Nobody else can have
+        its registers before this thread has departed.
+        """
+        self._gate.enter(number)
+        try:
+            step()
+        finally:
+            self._gate.leave(number)
 
 
 def _as_registers(registers: dict[str, int], sregs: dict[str, Any]) -> HypercallRegisters:

@@ -444,7 +444,7 @@ class Machine:
             exit_on_msrs(self.vm, service.msr_ranges)
         if service.hypercall_port is not None:
             self.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
-            self._exits.hypercall_port = service.hypercall_port
+            self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
         set_guest_cpuid(self._kvm, self.vcpus, service.cpuid)
 
 

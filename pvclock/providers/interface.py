@@ -362,7 +362,9 @@ class Provider(Protocol):
     served, naming what can.
 
     Locks: the clock's lock is held for write_msr(), reset(), save(), load() and the hooks.  read_msr(), hypercall() and
-    the properties run without it, on any thread; services of the VMM must be called without it.
+    the properties run without it, on any thread.  Services of the VMM are called without it, but for those of an MSR
+    write: ApicServices' but the two reads, and ResetServices'.  A DebugLink is called with it by an MSR write, and
+    without it by a hypercall.
     """
 
     # What it is
@@ -402,7 +404,11 @@ class Provider(Protocol):
 
     @property
     def guest_lives_by_tsc(self) -> bool:
-        """Is the guest told its TSC's frequency, or does it have no other clock than its TSC?"""
+        """Does the guest take its TSC for its clock: has it no other, or does it prefer it by what it is offered?
+
+        It needs a TSC of the frequency that it was told, wherever it is restored.  Not so a guest that is told the
+        frequency and reads its time by a page, as Hyper-V's do: the page is right at any frequency.
+        """
 
     @property
     def shows_invariant_tsc(self) -> bool:

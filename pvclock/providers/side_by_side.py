@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from pvclock.errors import ConfigError, StateFileError
 from pvclock.msr_ranges import MsrRange
+from pvclock.providers.calls import each_of
 from pvclock.providers.interface import (
     ClockServices,
     CpuidLeaf,
@@ -34,7 +35,6 @@ SEVERITY: Final = {Status.NOT_ENABLED: 0, Status.NOT_AVAILABLE: 0, Status.SUCCES
 """Of what update_paravirt_tsc() returns; anything else is worse."""
 
 T = TypeVar("T")
-P = ParamSpec("P")
 DueNs: TypeAlias = Callable[[], int | None]
 Expire: TypeAlias = Callable[[int], Callable[[], object] | None]
 
@@ -254,23 +254,11 @@ def _both(first: Hooks, second: Hooks) -> Hooks:
         raise ConfigError("two providers that account run delays cannot be side by side")
     return Hooks(
         run_delay=first.run_delay or second.run_delay,
-        tick=_each(first.tick, second.tick),
-        time_changed=_each(first.time_changed, second.time_changed),
+        tick=each_of(first.tick, second.tick),
+        time_changed=each_of(first.time_changed, second.time_changed),
         next_due_ns=_earlier(first.next_due_ns, second.next_due_ns),
         expire=_expired(first.expire, second.expire),
     )
-
-
-def _each(*calls: Callable[P, object] | None) -> Callable[P, object] | None:
-    """What makes each of those calls, in that order, whatever another one raises; None if there is none to make."""
-    there = [call for call in calls if call is not None]
-
-    def make(*arguments: P.args, **named: P.kwargs) -> None:
-        with ExitStack() as calling:
-            for call in reversed(there):
-                calling.callback(call, *arguments, **named)
-
-    return make if len(there) > 1 else _one_of(there)
 
 
 def _earlier(first: DueNs | None, second: DueNs | None) -> DueNs | None:
@@ -284,7 +272,7 @@ def _expired(first: Expire | None, second: Expire | None) -> Expire | None:
     """What expires on both sides, and then delivers both."""
     if first is None or second is None:
         return first or second
-    return lambda now_ns: _each(first(now_ns), second(now_ns))
+    return lambda now_ns: each_of(first(now_ns), second(now_ns))
 
 
 def _one_of(values: Iterable[T | None]) -> T | None:

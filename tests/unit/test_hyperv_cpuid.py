@@ -194,6 +194,21 @@ def test_the_debug_interfaces_leaves(profile: str) -> None:
     assert vendor(leaf(provider, 0)) in (b"Microsoft Hv", b"VBoxVBoxVBox")
 
 
+@pytest.mark.row("H-21", "H-23")
+@pytest.mark.parametrize(
+    ("feature", "privilege", "profile"),
+    [(FREQUENCY, 1 << 11, "linux"), (DIRECT_TIMERS, TIMERS, "linux"), (1 << 1, 1 << 43, "virtualbox")],
+)
+def test_features_come_with_their_privilege(feature: int, privilege: int, profile: str) -> None:
+    """Frequencies, direct timers and the debugger: by default with their privilege alone, and refused without it."""
+    how: dict[str, Any] = {"profile": profile, "vmm": full_vmm(), "vendor_id": "Microsoft Hv"}
+    assert not leaf(a_provider(privileges=MANDATORY, **how)[0], 3).edx & feature
+    assert leaf(a_provider(privileges=MANDATORY | privilege, **how)[0], 3).edx & feature
+    assert leaf(a_provider(privileges=MANDATORY | privilege, features=feature, **how)[0], 3).edx == feature
+    with pytest.raises(ConfigError, match=f"features {Feature(feature).name} cannot be served here"):
+        a_provider(privileges=MANDATORY, features=feature, **how)
+
+
 # What a VMM asks for
 
 
@@ -205,6 +220,8 @@ def test_what_can_be_served_is_offered_as_asked(profile: str, data: st.DataObjec
     bits = [1, 7, 9, 11, 13, 15]
     privileges = MANDATORY | sum(1 << bit for bit in data.draw(st.sets(st.sampled_from(bits))))
     features = sum(1 << bit for bit in data.draw(st.sets(st.sampled_from([8, 10]))))
+    if not privileges & 1 << 11:
+        features &= ~FREQUENCY
     provider, _ = a_provider(profile=profile, privileges=privileges, features=features)
     assert leaf(provider, 3) == CpuidLeaf(privileges, 0, 0, features)
     assert (provider.config["privileges"], provider.config["features"]) == (privileges, features)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pvclock import ConfigError, MsrFault
 from pvclock.providers.hyperv.debug import SyntheticDebugger
-from pvclock.providers.hyperv.features import Feature, Privilege, with_debug_leaves
+from pvclock.providers.hyperv.features import Feature, Privilege, Recommendation, with_debug_leaves
 from pvclock.providers.hyperv.hypercall_abi import HvStatus
 from pvclock.providers.hyperv.hypercalls import Hypercalls
 from pvclock.providers.interface import CpuidLeaf, DebugSetup, HypercallRegisters
@@ -58,7 +58,7 @@ class Stub:
             as_virtualbox=as_virtualbox,
         )
         if not is_privileged:
-            self.hypercalls.privileges &= ~Privilege.DEBUGGING
+            self.hypercalls.deny_all_but(Privilege(0), Recommendation(0))
 
     def read(self, _vcpu: int, index: int) -> int:
         """RDMSR."""

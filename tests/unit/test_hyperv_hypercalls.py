@@ -28,6 +28,8 @@ CAPABILITIES, ZEROED_MEMORY = 0x8001, 0x8002
 SERVED = (SPIN_WAIT, SEND_IPI, SEND_IPI_EX, GET_REGISTERS, POST_MESSAGE, CAPABILITIES)
 FAST = 1 << 16
 EVERYTHING = Privilege(sum(Privilege))
+ALL_RECOMMENDED = Recommendation(sum(Recommendation))
+CLUSTER_IPI, EX_MASKS = Recommendation.CLUSTER_IPI, Recommendation.EX_PROCESSOR_MASKS
 SIMP, SINT2 = 0x40000083, 0x40000092
 INPUT, OUTPUT = 0x2000, 0x3000
 U64 = st.integers(0, 2**64 - 1)
@@ -44,12 +46,13 @@ def read_msr(vcpu: int, index: int) -> int:
 
 
 class Guest:
-    """A VM of 130 vCPUs that may do everything, its notes and its calls."""
+    """A VM of 130 vCPUs, its notes and its calls.  privileges: None to serve all calls, whatever is offered."""
 
     def __init__(
         self,
         *,
-        privileges: Privilege = EVERYTHING,
+        privileges: Privilege | None = None,
+        recommendations: Recommendation = ALL_RECOMMENDED,
         as_virtualbox: bool = False,
         vs_interface: bool = False,
         read: Callable[[int, int], int] = read_msr,
@@ -65,7 +68,8 @@ class Guest:
             as_virtualbox=as_virtualbox,
             vs_interface=vs_interface,
         )
-        self.hypercalls.privileges &= privileges
+        if privileges is not None:
+            self.hypercalls.deny_all_but(privileges, recommendations)
 
     def raw(self, control: int, first: int = INPUT, second: int = OUTPUT, vcpu: int = 0) -> HypercallResult:
         """A call from 64-bit code."""
@@ -248,6 +252,34 @@ def test_calls_without_their_privilege(code: int, privilege: Privilege) -> None:
     without = Guest(privileges=Privilege(int(EVERYTHING) - int(privilege)))
     assert without.call(code) == without.call(code | 1 << 60) == (HvStatus.ACCESS_DENIED, 0)
     assert Guest(privileges=privilege).call(code)[0] is not HvStatus.ACCESS_DENIED
+
+
+@pytest.mark.row("H-62", "H-68", "H-22")
+@pytest.mark.parametrize("recommended", [Recommendation(0), CLUSTER_IPI, EX_MASKS, CLUSTER_IPI | EX_MASKS])
+def test_calls_that_are_not_recommended(recommended: Recommendation) -> None:
+    """IPIs need bit 10 of leaf 0x40000004, those to many vCPUs also bit 11; nobody is told to tell of long spins."""
+    without = ALL_RECOMMENDED & ~(CLUSTER_IPI | EX_MASKS)
+    guest = Guest(privileges=EVERYTHING, recommendations=without | recommended)
+    send, send_ex = guest.call(SEND_IPI | FAST, 0x20, 1)[0], guest.call(SEND_IPI_EX)[0]
+    assert (send is HvStatus.ACCESS_DENIED) is (CLUSTER_IPI not in recommended)
+    assert (send_ex is HvStatus.ACCESS_DENIED) is (recommended != CLUSTER_IPI | EX_MASKS)
+    assert guest.vmm.notes == [("inject", 0, 0x20)] * (CLUSTER_IPI in recommended)
+    assert guest.call(SPIN_WAIT | FAST) == (HvStatus.ACCESS_DENIED, 0)
+
+
+@pytest.mark.row("H-62", "H-68")
+@pytest.mark.parametrize("enforce_cpuid", [True, False])
+def test_the_provider_enforces_cpuid_for_hypercalls(enforce_cpuid: bool) -> None:
+    """As KVM with KVM_CAP_HYPERV_ENFORCE_CPUID: otherwise what is not recommended is served all the same."""
+    provider, clock = a_provider(enforce_cpuid=enforce_cpuid)
+    provider.write_msr(0, 0x40000000, OS_NAME)
+    answers = [
+        provider.hypercall(0, HypercallRegisters(0, rcx=code | FAST, rdx=0x20, r8=1)) for code in (SPIN_WAIT, SEND_IPI)
+    ]
+    status = HvStatus.ACCESS_DENIED if enforce_cpuid else HvStatus.SUCCESS
+    assert answers == [HypercallResult(Status.SUCCESS, status)] * 2
+    assert isinstance(clock.vmm, NotedVmm)
+    assert clock.vmm.notes == [("inject", 0, 0x20)] * (not enforce_cpuid)
 
 
 @pytest.mark.row("H-68", "H-67")

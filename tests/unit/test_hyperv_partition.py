@@ -18,6 +18,7 @@ GUEST_OS_ID, HYPERCALL, VP_INDEX, RESET = 0x40000000, 0x40000001, 0x40000002, 0x
 VP_RUNTIME, TIME_REF_COUNT, REFERENCE_TSC = 0x40000010, 0x40000020, 0x40000021
 SINT0, STIMER0_COUNT = 0x40000090, 0x400000B1
 WITH_TIMERS: Final = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 9 | 1 << 11 | 1 << 13
+PLAIN: Final = 1 << 5 | 1 << 6
 U64 = st.integers(0, 2**64 - 1)
 NO_MEMORY: Final = SIZE
 
@@ -107,6 +108,26 @@ def test_the_page_on_kvm_writes_to_a_port() -> None:
     provider.write_msr(0, HYPERCALL, 0x5001)
     assert provider.hypercall_port == 0xE4
     assert clock.memory.read(0x5000, 4) == bytes((0xE6, 0xE4, 0xC3, GUARD))
+
+
+@pytest.mark.row("H-31", "H-72")
+@pytest.mark.parametrize(("here", "there"), [(VcpuHost.KVM, VcpuHost.EMULATOR), (VcpuHost.EMULATOR, VcpuHost.KVM)])
+def test_a_restored_page_calls_its_new_host(here: VcpuHost, there: VcpuHost) -> None:
+    """From /dev/kvm to an emulator and back, an enabled page has the instruction that exits there."""
+    provider, _ = a_provider(vcpu_host=here, privileges=PLAIN)
+    provider.write_msr(0, GUEST_OS_ID, OS_ID)
+    provider.write_msr(0, HYPERCALL, 0x5001)
+    saved = provider.save()
+    restored, clock = a_provider(vcpu_host=there, privileges=PLAIN)
+    restored.load(saved)
+    code = bytes.fromhex("e6e4c3") if there is VcpuHost.KVM else bytes.fromhex("0f01c1c3")
+    assert clock.memory.read(0x5000, 5) == (code + bytes([GUARD, GUARD]))[:5]
+    assert written_pages(clock.memory) == [0x5000]
+    for hypercall in (0x5000, 0xFFFF_0000_0001):
+        restored, clock = a_provider(vcpu_host=there, privileges=PLAIN)
+        restored.load({**saved, "hypercall": hypercall})
+        assert restored.read_msr(0, HYPERCALL) == hypercall
+        assert written_pages(clock.memory) == []
 
 
 @pytest.mark.row("H-31")

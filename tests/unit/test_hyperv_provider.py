@@ -173,6 +173,24 @@ def test_what_is_due_of_all_parts(due: list[int | None]) -> None:
     assert delivered == [number for number, each in enumerate(due) if each is not None]
 
 
+@pytest.mark.row("H-42", "E13")
+def test_a_delivery_that_fails_loses_no_other() -> None:
+    """The other parts' interrupts are raised all the same, and the error comes out."""
+    delivered: list[int] = []
+
+    def fail() -> None:
+        raise OSError("this vCPU is gone")
+
+    provider, _ = a_provider()
+    provider._timed = (Alarm(0, lambda: delivered.append(0)), Alarm(0, fail), Alarm(0, lambda: delivered.append(2)))
+    assert provider.hooks.expire is not None
+    deliver = provider.hooks.expire(1)
+    assert deliver is not None
+    with pytest.raises(OSError, match="is gone"):
+        deliver()
+    assert delivered == [0, 2]
+
+
 # What is saved
 
 

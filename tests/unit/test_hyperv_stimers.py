@@ -125,25 +125,6 @@ class World:
         return self.serve()
 
 
-@pytest.mark.row("H-42")
-def test_a_timer_has_ended_when_its_message_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that finds the message of a one-shot timer finds it disabled, too, though no lock keeps it out."""
-    world, found = World(), []
-    post = world.synic.post
-
-    def post_and_look(*arguments: Any, **options: Any) -> bool:  # noqa: ANN401  # Synic.post()'s
-        has_posted = post(*arguments, **options)
-        found.append((has_posted, world.read(CONFIG0)))
-        return has_posted
-
-    monkeypatch.setattr(world.synic, "post", post_and_look)
-    for units in (5, 6):  # at 6 the slot is taken
-        world.set(by_message(2) | ENABLE, units)
-        world.at(units)
-    assert found == [(True, by_message(2)), (False, by_message(2))]
-    assert world.read(CONFIG0) == by_message(2) | ENABLE
-
-
 # Any program of a guest, on any course of time
 
 # Mostly one-shot timers of one vCPU and messages to SINT 1, so that some have to wait for others.
@@ -504,20 +485,6 @@ def test_the_clock_is_told_of_an_eom_that_frees_a_slot() -> None:
     world.at(11)
     world.write(EOM, 0)
     assert (world.clock.timer_changes, world.stimers.next_due_ns()) == (told + 5, None)
-
-
-@pytest.mark.row("H-42")
-def test_a_timer_is_enabled_until_its_message_is_posted() -> None:
-    """As on KVM; stopping it meanwhile takes the message back."""
-    world = World()
-    world.set(ONE_SHOT_TO_1, 10, 0)
-    world.set(ONE_SHOT_TO_1, 20, 1)
-    world.at(20)
-    assert [world.read(CONFIG0), world.read(CONFIG0 + 2)] == [ONE_SHOT_TO_1 & ~ENABLE, ONE_SHOT_TO_1]
-    world.write(CONFIG0 + 2, 0)
-    assert world.take(0, 1) == Message(0, 10, 20)
-    assert world.serve() == []
-    assert world.look(0, 1)[0] is None
 
 
 @pytest.mark.row("H-42")

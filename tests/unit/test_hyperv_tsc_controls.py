@@ -8,28 +8,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock import GuestClock, GuestMemory, SimulatedBackend
+from pvclock import ConfigError, GuestClock, GuestMemory, SimulatedBackend
 from pvclock.providers.hyperv import HyperVProvider
 from pvclock.providers.interface import VcpuHost
 from pvclock.state.clock_state import from_json, to_json
+from pvclock.timekeeping.events import EventKind
 from tests.unit.hyperv_provider import KickingVmm, a_provider, is_refused
 from tests.unit.stub_clock import TSC_HZ, NotedVmm, StubClock
 
 pytestmark = pytest.mark.row("E22")
 
-CONTROL, EMULATION, STATUS, INVARIANT = 0x40000106, 0x40000107, 0x40000108, 0x40000118
+FREQUENCY, CONTROL, EMULATION, STATUS, INVARIANT = 0x40000022, 0x40000106, 0x40000107, 0x40000108, 0x40000118
 U64 = st.integers(0, 2**64 - 1)
 WITH_INVARIANT: Final = 1 << 5 | 1 << 6 | 1 << 15
 HZ: Final = 2_500_000_000
-ALONE: Final = 1 << 5 | 1 << 6 | 1 << 13
-"""Re-enlightenment without SynIC, which has its own to deliver after a restore."""
+ALONE: Final = 1 << 5 | 1 << 6 | 1 << 11 | 1 << 13
+"""Frequencies and re-enlightenment without SynIC, which has its own to deliver after a restore."""
 ENABLED: Final = 1 << 16
 
 
-def restored(control: int, host_tsc_hz: int) -> tuple[HyperVProvider, NotedVmm]:
-    """A provider restored from one whose guest wrote `control`, on a host of that TSC frequency, and its VMM."""
+def restored(control: int, *hosts_hz: int) -> tuple[HyperVProvider, NotedVmm]:
+    """A provider whose guest wrote `control`, restored on hosts of those TSC frequencies in turn; the last VMM."""
     provider, _ = a_provider(privileges=ALONE)
     provider.write_msr(0, CONTROL, control)
+    vmm = NotedVmm()
+    for host_tsc_hz in hosts_hz:
+        provider, vmm = restored_from(provider, host_tsc_hz)
+    return provider, vmm
+
+
+def restored_from(provider: HyperVProvider, host_tsc_hz: int) -> tuple[HyperVProvider, NotedVmm]:
+    """The same VM on a host of that frequency, and its VMM there."""
     vmm = NotedVmm()
     clock = StubClock(2, vmm=vmm)
     clock.host_tsc_hz = host_tsc_hz
@@ -87,6 +96,67 @@ def test_any_control_ends_well(control: int) -> None:
     is_sound = bool(control & ENABLED) and vector >= 16 and vcpu < 2
     assert vmm.notes == [("inject", vcpu, vector)] * is_sound
     assert not expired(provider)
+
+
+def as_linux_does(provider: HyperVProvider) -> int | None:
+    """What Linux does at the interrupt: the new frequency if RDTSC was emulated, else nothing."""
+    if not provider.read_msr(0, STATUS):
+        return None
+    provider.write_msr(0, STATUS, 0)
+    return provider.read_msr(0, FREQUENCY)
+
+
+@pytest.mark.row("H-37")
+def test_linux_finds_the_new_frequency() -> None:
+    """At the interrupt the status says that there is news, and 0x40000022 has this host's frequency; once."""
+    provider, _ = restored(ENABLED | 0xEE, TSC_HZ + 1)
+    assert expired(provider)
+    assert as_linux_does(provider) == TSC_HZ + 1
+    assert as_linux_does(provider) is None
+    provider.reset()
+    assert provider.read_msr(0, FREQUENCY) == TSC_HZ + 1
+    provider, _ = restored(ENABLED | 0xEE, TSC_HZ + 1)
+    provider.reset()
+    assert provider.read_msr(0, STATUS) == 0
+
+
+@pytest.mark.row("H-37")
+@pytest.mark.parametrize("host_tsc_hz", [TSC_HZ, TSC_HZ + 1])
+def test_a_guest_that_does_not_ask_keeps_its_frequency(host_tsc_hz: int) -> None:
+    """Without the interrupt it would compute with two frequencies: it is told the one of before, wherever it is."""
+    provider, _ = restored(0xEE, host_tsc_hz)
+    assert as_linux_does(provider) is None
+    assert provider.read_msr(0, FREQUENCY) == TSC_HZ
+
+
+@pytest.mark.row("H-37")
+@given(st.lists(st.sampled_from([TSC_HZ, TSC_HZ + 1, TSC_HZ + 2]), min_size=1, max_size=5))
+def test_each_change_of_host_is_told(hosts_hz: list[int]) -> None:
+    """The way back is a change, too: what counts is the frequency that was told last."""
+    provider, _ = restored(ENABLED | 0xEE)
+    told = TSC_HZ
+    for host_tsc_hz in hosts_hz:
+        provider, vmm = restored_from(provider, host_tsc_hz)
+        assert expired(provider) is (host_tsc_hz != told)
+        assert vmm.notes == [("inject", 0, 0xEE)] * (host_tsc_hz != told)
+        assert as_linux_does(provider) == (host_tsc_hz if host_tsc_hz != told else None)
+        told = host_tsc_hz
+
+
+def test_what_the_guest_has_not_acted_on_is_told_again() -> None:
+    """Saved before the guest wrote 0, as the interrupt may have been on its way: status and interrupt come again."""
+    provider, vmm = restored(ENABLED | 0xEE, TSC_HZ + 1, TSC_HZ + 1)
+    assert expired(provider)
+    assert vmm.notes == [("inject", 0, 0xEE)]
+    assert as_linux_does(provider) == TSC_HZ + 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("told_tsc_hz", 0), ("tsc_emulation_status", 2)])
+def test_what_cannot_have_been_told_is_refused(name: str, value: int) -> None:
+    """A TSC of 0 Hz, and a status with reserved bits, are a ConfigError that names them."""
+    provider, _ = restored(ENABLED)
+    with pytest.raises(ConfigError, match=name):
+        provider.load({**provider.save(), name: value})
 
 
 def test_a_reset_takes_the_request_back() -> None:
@@ -154,3 +224,7 @@ def test_a_restored_clock_delivers_the_interrupt_once_it_runs(hz: int, notes: li
     restored.expire_timers()
     restored.expire_timers()
     assert vmm.notes == notes
+    assert restored.read_msr(0, FREQUENCY) == hz
+    assert restored.read_msr(0, STATUS) == bool(notes)
+    told = [event.why for event in restored.events.read().events if event.kind is EventKind.TSC_RATE]
+    assert told == [f"the guest is told that its TSC now has {hz} Hz"] * len(notes)

@@ -32,6 +32,7 @@ from tests.unit.stub_clock import SIZE, NotedVmm, StubClock
 
 U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
 MASKED = 1 << 16
+HZ = 2_500_000_000
 
 # The bytes by hand, from the order in which VirtualBox's gimR3HvSave() puts its fields: name, hex.
 FIRST = [
@@ -530,3 +531,26 @@ def test_a_clock_refuses_a_unit_with_a_vector_that_no_apic_takes() -> None:
     assert clock.read_msr(0, 0x40000000) == OS_ID
     clock.interface.load_unit(header + encode(unit._replace(guest_os_id=5)))
     assert clock.read_msr(0, 0x40000000) == 5
+
+
+@pytest.mark.row("H-72", "E13")
+@EVERY_PROFILE
+def test_what_fails_along_with_a_unit_leaves_all_as_it_was(profile: str) -> None:
+    """The VMM's own part of a load may raise: provider and page are as before, and its undo() has run."""
+    memory, undone = GuestMemory(bytearray(1 << 16)), list[str]()
+    clock = GuestClock(memory, 1, "HyperV", backend=SimulatedBackend(HZ), profile=profile)
+    provider = clock.interface.provider
+    empty = provider.save_unit()
+    for index, value in ((0x40000000, OS_ID), (0x40000001, 0x3001), (0x40000021, 0x4001)):
+        clock.write_msr(0, index, value)
+    before, page = provider.save(), memory.read(0x4000, 24)
+
+    def fail() -> None:
+        raise OSError("the VMM's part")
+
+    with pytest.raises(OSError, match="the VMM's part"):
+        provider.load_unit(empty, fail, lambda: undone.append("undo"))
+    after, read = provider.save(), memory.read(0x4000, 24)
+    assert {**after, "reference_sequence": 0} == {**before, "reference_sequence": 0}
+    assert (read[4:], int.from_bytes(read[:4], "little")) == (page[4:], after["reference_sequence"])
+    assert undone == ["undo"]

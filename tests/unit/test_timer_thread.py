@@ -113,6 +113,25 @@ def test_a_change_of_time_wakes_it(change: Callable[[GuestClock], object]) -> No
     assert len(provider.expired) == 1
 
 
+def test_it_rests_as_long_as_an_expiry_took() -> None:
+    """Timers that are always due, and take 10 ms to serve, leave it at rest half of the time at least."""
+    clock, provider = an_alarm(period_ns=1)
+    began, ended = list[int](), list[int]()
+
+    def deliver() -> None:
+        began.append(time.monotonic_ns())
+        time.sleep(0.01)
+        ended.append(time.monotonic_ns())
+
+    provider.deliver = deliver
+    set_alarm(clock, 0)
+    with TimerThread(clock):
+        wait_for(lambda: len(ended) >= 5)
+    took = [end - begin for begin, end in zip(began, ended, strict=True)]
+    rests = [begin - end for begin, end in zip(began[1:5], ended[:4], strict=True)]
+    assert all(rest >= 0.9 * ns for rest, ns in zip(rests, took[:4], strict=True))
+
+
 def test_a_slower_clock_is_waited_for() -> None:
     """The timer is not expired when it would have been due at the old rate."""
     clock, provider = an_alarm()

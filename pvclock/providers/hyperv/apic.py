@@ -13,9 +13,9 @@ from typing import Final
 from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.page_msr import PAGE_ADDRESS, PAGE_BYTES, PAGE_ENABLED
 from pvclock.providers.hyperv.saved_numbers import saved_numbers
 from pvclock.providers.interface import ApicServices, ClockServices, MsrValue
-from pvclock.quantities import U64_MASK
 
 __all__ = ["ApicMsrs"]
 
@@ -26,9 +26,6 @@ MSR_VP_ASSIST_PAGE: Final = 0x40000073
 
 LOW: Final = 0xFFFFFFFF
 PRIORITY: Final = 0xFF
-PAGE_ENABLED: Final = 1
-PAGE_BYTES: Final = 4096
-PAGE_ADDRESS: Final = U64_MASK & ~(PAGE_BYTES - 1)
 APIC_ASSIST_BYTES: Final = 4
 
 

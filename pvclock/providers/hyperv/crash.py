@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
-from pvclock.errors import ConfigError
 from pvclock.providers.guest_log import GuestLog
 from pvclock.providers.hyperv.features import Feature
 from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.saved_numbers import saved_numbers
 from pvclock.providers.interface import ClockServices, MsrValue
-from pvclock.quantities import U64_MASK
 from pvclock.timekeeping.events import EventKind
 
 __all__ = ["Crash"]
@@ -47,15 +46,7 @@ class Crash:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part."""
-        found = saved["crash_parameters"]
-        values = list(found) if isinstance(found, tuple | list) else []
-        sound = [value for value in values if type(value) is int and 0 <= value <= U64_MASK]
-        if len(values) != PARAMETERS or len(sound) != PARAMETERS:
-            raise ConfigError(
-                f"provider 'HyperV', 'crash_parameters': {found!r:.100} was found; it is {PARAMETERS} whole numbers "
-                "from 0 to 2^64-1"
-            )
-        return partial(setattr, self, "parameters", sound)
+        return partial(setattr, self, "parameters", saved_numbers(saved, "crash_parameters", PARAMETERS))
 
     def _parameter(self, number: int) -> Msr:
         return Msr(Feature.CRASH, lambda _: self.parameters[number], partial(self._write_parameter, number))

@@ -12,7 +12,8 @@ from typing import Final
 
 from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.providers.hyperv.features import Feature
-from pvclock.providers.hyperv.msr import Msr, checked_number
+from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.saved_numbers import saved_number
 from pvclock.providers.interface import ClockServices, DebugLink, DebugSetup, MsrValue
 
 __all__ = ["SyntheticDebugger"]
@@ -97,7 +98,7 @@ class SyntheticDebugger:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part."""
-        values = {name: checked_number(saved, f"debug_{name}") for name in self._values}
+        values = {name: saved_number(saved, f"debug_{name}") for name in self._values}
         return partial(setattr, self, "_values", values)
 
     # Inside

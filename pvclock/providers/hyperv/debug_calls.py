@@ -12,10 +12,10 @@ from pvclock.providers.hyperv.debug import SyntheticDebugger
 from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.hypercall_abi import (
     HvStatus,
+    Hypercall,
     Parameters,
     Refused,
     Request,
-    Served,
 )
 from pvclock.quantities import U32_MASK
 
@@ -35,7 +35,7 @@ TEST_ACTIVITY: Final = 1 << 1
 """Option of a retrieval: transfer nothing."""
 
 
-def debug_calls(debugger: SyntheticDebugger, parameters: Parameters, *, by_options: bool) -> dict[int, Served]:
+def debug_calls(debugger: SyntheticDebugger, parameters: Parameters, *, by_options: bool) -> dict[int, Hypercall]:
     """Post, retrieve, reset.
 
     by_options: OPERATION_DENIED as long as the debugger's options say that the guest uses MSRs, as Linux does.
@@ -76,13 +76,13 @@ def debug_calls(debugger: SyntheticDebugger, parameters: Parameters, *, by_optio
         return HvStatus.SUCCESS if options else HvStatus.INVALID_PARAMETER
 
     return {
-        HVCALL_POST_DEBUG_DATA: Served(post, Privilege.DEBUGGING),
-        HVCALL_RETRIEVE_DEBUG_DATA: Served(retrieve, Privilege.DEBUGGING),
-        HVCALL_RESET_DEBUG_SESSION: Served(reset, Privilege.DEBUGGING, takes_fast=True),
+        HVCALL_POST_DEBUG_DATA: Hypercall(post, Privilege.DEBUGGING),
+        HVCALL_RETRIEVE_DEBUG_DATA: Hypercall(retrieve, Privilege.DEBUGGING),
+        HVCALL_RESET_DEBUG_SESSION: Hypercall(reset, Privilege.DEBUGGING, takes_fast=True),
     }
 
 
-def without_debugger() -> dict[int, Served]:
+def without_debugger() -> dict[int, Hypercall]:
     """VirtualBox's answer to them without a debugger: access is denied.  To Linux they are unknown then."""
     calls = (HVCALL_POST_DEBUG_DATA, HVCALL_RETRIEVE_DEBUG_DATA, HVCALL_RESET_DEBUG_SESSION)
-    return dict.fromkeys(calls, Served(lambda _: HvStatus.ACCESS_DENIED))
+    return dict.fromkeys(calls, Hypercall(lambda _: HvStatus.ACCESS_DENIED))

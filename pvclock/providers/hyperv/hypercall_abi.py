@@ -11,18 +11,18 @@ from typing import Final, NamedTuple
 
 from pvclock._memory import GuestMemory
 from pvclock.errors import GuestAddressError
-from pvclock.providers.hyperv.features import Privilege
+from pvclock.providers.hyperv.features import Privilege, Recommendation
+from pvclock.providers.hyperv.page_msr import PAGE_BYTES
 from pvclock.providers.interface import HypercallRegisters, HypercallResult, Status
 from pvclock.quantities import U32_MASK
 
-__all__ = ["HvStatus", "Parameters", "Refused", "Request", "Served", "read_request", "result"]
+__all__ = ["HvStatus", "Hypercall", "Parameters", "Refused", "Request", "read_request", "result"]
 
 FAST: Final = 1 << 16
 RESERVED: Final = 0xF << 60 | 0xF << 44 | 0xF << 27
 """Bit 31 is not among them: it says that the call is for the hypervisor below, and there is none."""
 REPS_SHIFT: Final = 32
 
-PAGE_BYTES: Final = 4096
 ALIGNMENT: Final = 8
 
 
@@ -110,15 +110,22 @@ class Parameters:
             raise Refused(HvStatus.INVALID_ALIGNMENT)
 
 
-class Served(NamedTuple):
-    """A hypercall that is served: how, the privilege that it needs, and the form that it may have."""
+class Hypercall(NamedTuple):
+    """A hypercall that is served: how, what a guest is offered that may make it, and the form that it may have."""
 
     serve: Callable[[Request], HvStatus]
     """May raise Refused."""
     privilege: Privilege = Privilege(0)
+    recommendations: Recommendation = Recommendation(0)
+    is_told: bool = True
+    """Does any CPUID tell guests to make it?"""
     takes_fast: bool = False
     takes_reps: bool = False
     takes_header: bool = False
+
+    def is_offered(self, privileges: Privilege, recommendations: Recommendation) -> bool:
+        """May a guest make it that is offered these?"""
+        return self.is_told and self.privilege in privileges and self.recommendations in recommendations
 
     def accepts(self, request: Request) -> bool:
         """Has the call that form?  One with repetitions has one to do."""

@@ -18,13 +18,14 @@ from pvclock.providers.hyperv.debug_calls import debug_calls, without_debugger
 from pvclock.providers.hyperv.features import Privilege, Recommendation
 from pvclock.providers.hyperv.hypercall_abi import (
     HvStatus,
+    Hypercall,
     Parameters,
     Refused,
     Request,
-    Served,
     read_request,
     result,
 )
+from pvclock.providers.hyperv.page_msr import page_of
 from pvclock.providers.hyperv.vp_calls import ipi_calls, register_calls
 from pvclock.providers.interface import (
     ClockServices,
@@ -51,8 +52,6 @@ VMBUS_ANSWER: Final = struct.pack("<IB3xQQ232x", VMBUS_MESSAGE, 0xF, 0, 0xF)
 HV_X64_MSR_SIMP: Final = 0x40000083
 HV_X64_MSR_SINT0: Final = 0x40000090
 VMBUS_SINT: Final = 2
-PAGE_ENABLED: Final = 1
-PAGE_BYTES: Final = 4096
 SINT_MASKED: Final = 1 << 16
 
 NO_CAPABILITIES: Final = bytes(8)
@@ -81,8 +80,6 @@ class Hypercalls:
         vs_interface: bool = False,
     ) -> None:
         self._checks_form = not as_virtualbox
-        self.recommendations = Recommendation(0)
-        """Those that its guest can follow by hypercalls."""
         if as_virtualbox:
             parameters = Parameters(clock.memory, within_page=False, not_ram=HvStatus.INVALID_PARAMETER)
             slot = partial(_vmbus_slot, read_msr) if vs_interface else None
@@ -93,12 +90,21 @@ class Hypercalls:
             vmm: object = clock.vmm
             if isinstance(vmm, InterruptServices):
                 served |= ipi_calls(vmm, vcpus, parameters)
-                self.recommendations = Recommendation.CLUSTER_IPI | Recommendation.EX_PROCESSOR_MASKS
         if debugger is not None:
             served |= debug_calls(debugger, parameters, by_options=not as_virtualbox)
         self._served = served
-        self.privileges = Privilege(sum({each.privilege for each in served.values()}))
-        """Those that the guest has: all that the calls need, as long as its provider does not take some away."""
+        self._denied: set[int] = set()
+        self.privileges = Privilege(0)
+        """What the calls need."""
+        self.recommendations = Recommendation(0)
+        """Those that guests can follow by hypercalls."""
+        for each in served.values():
+            self.privileges |= each.privilege
+            self.recommendations |= each.recommendations
+
+    def deny_all_but(self, privileges: Privilege, recommendations: Recommendation) -> None:
+        """Serve only what CPUID tells a guest of that is offered these, as KVM does (hv_check_hypercall_access())."""
+        self._denied = {code for code, each in self._served.items() if not each.is_offered(privileges, recommendations)}
 
     def call(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """Execute the call; ACCESS_DENIED, which is the guest's #UD, outside ring 0 of protected mode."""
@@ -115,10 +121,10 @@ class Hypercalls:
         except Refused as refused:
             return refused.status, refused.reps
 
-    def _checked(self, request: Request) -> Served:
+    def _checked(self, request: Request) -> Hypercall:
         """How the call is served; checked in Linux's order."""
         served = self._served.get(request.code)
-        if served is not None and served.privilege & ~self.privileges:
+        if request.code in self._denied:
             raise Refused(HvStatus.ACCESS_DENIED)
         if self._checks_form and request.reserved:
             raise Refused(HvStatus.INVALID_HYPERCALL_INPUT)
@@ -129,7 +135,7 @@ class Hypercalls:
         return served
 
 
-def _plain_calls(parameters: Parameters) -> dict[int, Served]:
+def _plain_calls(parameters: Parameters) -> dict[int, Hypercall]:
     """Linux's calls that need no more than guest memory."""
 
     def post_message(request: Request) -> HvStatus:
@@ -142,15 +148,16 @@ def _plain_calls(parameters: Parameters) -> dict[int, Served]:
 
     extended = Privilege.EXTENDED_HYPERCALLS
     return {
-        HVCALL_NOTIFY_LONG_SPIN_WAIT: Served(lambda _: HvStatus.SUCCESS, takes_fast=True),
-        HVCALL_POST_MESSAGE: Served(post_message, Privilege.POST_MESSAGES),
-        HV_EXT_CALL_QUERY_CAPABILITIES: Served(partial(_answer, parameters, NO_CAPABILITIES), extended),
+        # Leaf 0x40000004 EBX tells every guest never to make it.
+        HVCALL_NOTIFY_LONG_SPIN_WAIT: Hypercall(lambda _: HvStatus.SUCCESS, is_told=False, takes_fast=True),
+        HVCALL_POST_MESSAGE: Hypercall(post_message, Privilege.POST_MESSAGES),
+        HV_EXT_CALL_QUERY_CAPABILITIES: Hypercall(partial(_answer, parameters, NO_CAPABILITIES), extended),
     }
 
 
 def _virtualbox_calls(
     memory: GuestMemory, parameters: Parameters, vmbus_slot: Callable[[int], int | None] | None
-) -> dict[int, Served]:
+) -> dict[int, Hypercall]:
     """VirtualBox's, but for those of a debugger that there is."""
 
     def post_message(request: Request) -> HvStatus:
@@ -168,9 +175,9 @@ def _virtualbox_calls(
 
     extended = Privilege.EXTENDED_HYPERCALLS
     return {
-        HVCALL_POST_MESSAGE: Served(post_message),
-        HV_EXT_CALL_QUERY_CAPABILITIES: Served(partial(_answer, parameters, KNOWS_ZEROED_MEMORY), extended),
-        HV_EXT_CALL_GET_BOOT_ZEROED_MEMORY: Served(partial(_answer, parameters, NO_ZEROED_MEMORY), extended),
+        HVCALL_POST_MESSAGE: Hypercall(post_message),
+        HV_EXT_CALL_QUERY_CAPABILITIES: Hypercall(partial(_answer, parameters, KNOWS_ZEROED_MEMORY), extended),
+        HV_EXT_CALL_GET_BOOT_ZEROED_MEMORY: Hypercall(partial(_answer, parameters, NO_ZEROED_MEMORY), extended),
         **without_debugger(),
     }
 
@@ -181,8 +188,8 @@ def _vmbus_slot(read_msr: Callable[[int, int], int], vcpu: int) -> int | None:
         simp, sint = read_msr(vcpu, HV_X64_MSR_SIMP), read_msr(vcpu, HV_X64_MSR_SINT0 + VMBUS_SINT)
     except MsrFault:
         return None
-    is_expected = simp & PAGE_ENABLED and not sint & SINT_MASKED
-    return (simp & -PAGE_BYTES) + len(VMBUS_ANSWER) * VMBUS_SINT if is_expected else None
+    page = page_of(simp)
+    return None if page is None or sint & SINT_MASKED else page + len(VMBUS_ANSWER) * VMBUS_SINT
 
 
 def _answer(parameters: Parameters, answer: bytes, request: Request) -> HvStatus:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from pvclock.errors import ConfigError
 from pvclock.providers.hyperv.features import Feature, Privilege
 from pvclock.providers.interface import MsrValue
-from pvclock.quantities import U64_MASK
 
-__all__ = ["Msr", "Part", "TimedPart", "checked_number"]
+__all__ = ["Msr", "Part", "TimedPart"]
 
 
 class Msr(NamedTuple):
@@ -53,14 +51,3 @@ class TimedPart(Protocol):
 
     def expire(self, now_ns: int) -> Callable[[], object] | None:
         """Take what is due; returns what delivers it, to be called without the clock's lock."""
-
-
-def checked_number(saved: Mapping[str, object], name: str, legal: Callable[[int], bool] = lambda _: True) -> int:
-    """The number of 64 bits that was saved by that name; ConfigError for anything else, or one that is not `legal`."""
-    value = saved[name]
-    if not (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= U64_MASK and legal(value)):
-        raise ConfigError(
-            f"provider 'HyperV', {name!r}: {value!r:.100} was found; it is a whole number from 0 to 2^64-1 that a "
-            "guest could have written"
-        )
-    return value

@@ -25,7 +25,7 @@ FEATURES_OF: Final[Mapping[Privilege, Feature]] = {
     Privilege.SYNTHETIC_TIMERS: Feature.DIRECT_TIMERS,
     Privilege.DEBUGGING: Feature.DEBUG,
 }
-"""Features that are served wherever what needs a privilege is."""
+"""Features that are served to every guest that has a privilege, and to no other."""
 
 PRIVILEGE_FOR: Final[Mapping[Recommendation, Privilege]] = {
     Recommendation.APIC_BY_MSR: Privilege.APIC,
@@ -65,10 +65,7 @@ class Served(NamedTuple):
         """What the MSRs of these parts need, and the hypercalls."""
         needed = [msr.privilege for part in parts for msr in part.msrs.values()]
         privileges = Privilege(sum({each for each in needed if isinstance(each, Privilege)})) | hypercalls.privileges
-        features = Feature(sum({each for each in needed if isinstance(each, Feature)}))
-        for privilege, feature in FEATURES_OF.items():
-            if privilege in privileges:
-                features |= feature
+        features = Feature(sum({each for each in needed if isinstance(each, Feature)} | set(FEATURES_OF.values())))
         return cls(privileges, features, hypercalls.recommendations)
 
     def has(self, needed: Privilege | Feature) -> bool:
@@ -89,10 +86,15 @@ def chosen_offer(profile: Profile, served: Served, wanted: Wanted) -> Offer:
     return Offer(
         vendor_id,
         privileges,
-        _chosen("features", wanted.features, features, served.features),
+        _chosen("features", wanted.features, features, _usable(privileges, served.features)),
         _chosen("recommendations", wanted.recommendations, profile.recommendations, _can_do(privileges, served)),
         _chosen("hardware", wanted.hardware, profile.hardware, Hardware(sum(Hardware))),
     )
+
+
+def _usable(privileges: Privilege, features: Feature) -> Feature:
+    """Those of the features that are of use to a guest with these privileges."""
+    return features & ~Feature(sum(of for needed, of in FEATURES_OF.items() if needed not in privileges))
 
 
 def _can_do(privileges: Privilege, served: Served) -> Recommendation:

@@ -7,6 +7,7 @@ Linux kvm_hv_set_msr_pw(), kvm_hv_hypercall_enabled().
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -14,8 +15,10 @@ from pvclock.errors import ConfigError, GuestAddressError, MsrFault
 from pvclock.providers.guest_log import GuestLog
 from pvclock.providers.hypercall_instructions import native_opcode
 from pvclock.providers.hyperv.features import Privilege
-from pvclock.providers.hyperv.msr import Msr, checked_number
+from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.page_msr import PAGE_ADDRESS, PAGE_ENABLED
 from pvclock.providers.hyperv.profiles import Profile
+from pvclock.providers.hyperv.saved_numbers import saved_number
 from pvclock.providers.interface import ClockServices, MsrValue, ResetServices, VcpuHost
 from pvclock.timekeeping.events import EventKind
 
@@ -26,8 +29,6 @@ HV_X64_MSR_HYPERCALL: Final = 0x40000001
 HV_X64_MSR_VP_INDEX: Final = 0x40000002
 HV_X64_MSR_RESET: Final = 0x40000003
 
-ENABLED: Final = 1
-PAGE: Final = ~0xFFF & (1 << 64) - 1
 RESET: Final = 1
 
 HYPERCALL_PORT: Final = 0xE4
@@ -63,12 +64,7 @@ class Partition:
     @property
     def are_hypercalls_enabled(self) -> bool:
         """Has the guest said which system it is; by profile, has it also enabled its hypercall page?"""
-        return bool(self.guest_os_id and (self.hypercall_msr & ENABLED or not self._profile.hypercalls_need_page))
-
-    def renew_page(self) -> None:
-        """Write the hypercall page again, for the CPU that the guest has now; it is in memory if it is enabled."""
-        if self.hypercall_msr & ENABLED:
-            self._put_page(self.hypercall_msr)
+        return bool(self.guest_os_id and (self.hypercall_msr & PAGE_ENABLED or not self._profile.hypercalls_need_page))
 
     def reset(self) -> None:
         """See Part."""
@@ -79,38 +75,41 @@ class Partition:
         return {"guest_os_id": self.guest_os_id, "hypercall": self.hypercall_msr}
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
-        """See Part."""
-        guest_os_id, hypercall = checked_number(saved, "guest_os_id"), checked_number(saved, "hypercall")
-        if hypercall & ENABLED and not guest_os_id:
+        """See Part; an enabled page is written again, for what runs the guest here may have another instruction."""
+        guest_os_id, hypercall = saved_number(saved, "guest_os_id"), saved_number(saved, "hypercall")
+        if hypercall & PAGE_ENABLED and not guest_os_id:
             raise ConfigError("provider 'HyperV', 'hypercall': enabled, while 'guest_os_id' is 0, which disables it")
 
         def adopt() -> None:
             self.guest_os_id, self.hypercall_msr = guest_os_id, hypercall
+            if hypercall & PAGE_ENABLED:
+                with suppress(GuestAddressError):  # its memory may have gone
+                    self._clock.memory.write(hypercall & PAGE_ADDRESS, self._code)
 
         return adopt
 
     def _write_guest_os_id(self, vcpu: int, value: int) -> None:
         self.guest_os_id = value
         if not value:
-            self.hypercall_msr &= ~ENABLED
+            self.hypercall_msr &= ~PAGE_ENABLED
         elif self._profile.tells_of_guest_os:
             self._log(EventKind.GUEST_OS, described_os_id(value))
 
     def _write_hypercall(self, vcpu: int, value: int) -> None:
         """Without an OS id nothing can be enabled; by profile, not even written."""
-        if self.guest_os_id and value & ENABLED:
+        if self.guest_os_id and value & PAGE_ENABLED:
             self._put_page(value)
         if self.guest_os_id:
             self.hypercall_msr = value
         elif self._profile.keeps_refused_address:
-            self.hypercall_msr = value & ~ENABLED
+            self.hypercall_msr = value & ~PAGE_ENABLED
 
     def _put_page(self, value: int) -> None:
         try:
-            self._clock.memory.write(value & PAGE, self._code)
+            self._clock.memory.write(value & PAGE_ADDRESS, self._code)
         except GuestAddressError as error:
             if self._profile.keeps_refused_address:
-                self.hypercall_msr = value & ~ENABLED
+                self.hypercall_msr = value & ~PAGE_ENABLED
             raise MsrFault(HV_X64_MSR_HYPERCALL, value, str(error)) from None
 
     def _write_reset(self, vmm: ResetServices, vcpu: int, value: int) -> None:

@@ -49,8 +49,9 @@ class Parts(NamedTuple):
         partition = Partition(clock, profile, choices.cpu_vendor)
         reference = RawReferenceClock(clock) if profile.reference_is_raw_tsc else ReferenceClock(clock)
         debugger, invariant_tsc = _debugger(clock, profile, choices), InvariantTsc()
-        every: list[Part] = [partition, reference, Frequencies(clock.tsc_hz, choices.apic_bus_hz), Crash(clock)]
-        every += _interrupting_parts(clock, vcpus, profile, choices)
+        frequencies = Frequencies(clock.tsc_hz, choices.apic_bus_hz)
+        every: list[Part] = [partition, reference, frequencies, Crash(clock)]
+        every += _interrupting_parts(clock, vcpus, profile, choices, frequencies)
         if debugger is not None:
             every.append(debugger)
         if clock.vcpu_host is not VcpuHost.KVM:  # there a vCPU's CPUID cannot change, and its APIC is the kernel's
@@ -58,14 +59,16 @@ class Parts(NamedTuple):
         return cls(partition, reference, invariant_tsc, debugger, tuple(every))
 
 
-def _interrupting_parts(clock: ClockServices, vcpus: int, profile: Profile, choices: Choices) -> Iterator[Part]:
+def _interrupting_parts(
+    clock: ClockServices, vcpus: int, profile: Profile, choices: Choices, frequencies: Frequencies
+) -> Iterator[Part]:
     vmm: object = clock.vmm
     if isinstance(vmm, InterruptServices):
         by_virtualbox = profile.is_virtualbox
         synic = Synic(clock, vcpus, siefp_faults=by_virtualbox, takes_any_simp=by_virtualbox, ignores_eom=by_virtualbox)
         yield synic
         yield SyntheticTimers(clock, vcpus, synic, vmm, offers_direct_mode=choices.direct_timers)
-        yield Reenlightenment(clock, vcpus, vmm)
+        yield Reenlightenment(clock, vcpus, vmm, frequencies)
 
 
 def _apic_msrs(clock: ClockServices, vcpus: int, profile: Profile) -> Iterator[Part]:

@@ -1,7 +1,8 @@
 """Where the TLFS, Linux's KVM and VirtualBox differ, each difference once.
 
-Profile "linux" is what KVM does, and QEMU where that decides.  "document" is the TLFS, where KVM is more lenient.
-"virtualbox" is VirtualBox's provider (GIMHv), peculiarities included, so that its guests can be studied.
+Profile "linux" is what KVM does, and QEMU where that decides.  "document" is as "linux", but hypercalls need an enabled
+page, as the TLFS says.  "virtualbox" is VirtualBox's provider (GIMHv), peculiarities included, so that its guests can
+be studied.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Final
 from pvclock.errors import ConfigError, MsrFault
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import timing
+from pvclock.providers.calls import each_of
 from pvclock.providers.hyperv import virtualbox_unit
 from pvclock.providers.hyperv.features import (
     CPUID_VERSION,
@@ -21,10 +22,10 @@ from pvclock.providers.hyperv.features import (
 from pvclock.providers.hyperv.hypercalls import Hypercalls
 from pvclock.providers.hyperv.msr import Part, TimedPart
 from pvclock.providers.hyperv.offer import Served, Wanted, chosen_offer
+from pvclock.providers.hyperv.page_msr import PAGE_BYTES, page_of
 from pvclock.providers.hyperv.partition import HYPERCALL_PORT
 from pvclock.providers.hyperv.parts import Choices, Parts
 from pvclock.providers.hyperv.profiles import PROFILES
-from pvclock.providers.hyperv.reference_time import page_of
 from pvclock.providers.interface import (
     CPUID_BASE,
     ClockServices,
@@ -52,7 +53,7 @@ class HyperVProvider:
     privileges, features, recommendations: what CPUID offers, see Privilege, Feature, Recommendation; None for what this
     clock, its vCPU host and its VMM can serve, but for the TSC-invariant control.  hardware: what of the processor the
     VMM uses, see Hardware.
-    enforce_cpuid: refuse an MSR whose privilege is not offered; False is KVM without KVM_CAP_HYPERV_ENFORCE_CPUID,
+    enforce_cpuid: refuse MSRs and hypercalls that are not offered; False is KVM without KVM_CAP_HYPERV_ENFORCE_CPUID,
     which serves all that it can.
     profile: "linux", "document" or "virtualbox", see pvclock.providers.hyperv.profiles.
     apic_bus_hz: the APIC timer's frequency, as an MSR tells it.  cpu_vendor: of the guest's CPUs, as in CPUID leaf 0:
@@ -125,7 +126,7 @@ class HyperVProvider:
         """What CPUID offers."""
         self._take_up(Served(self.offer.privileges, self.offer.features) if enforce_cpuid else served)
         if enforce_cpuid:
-            self._hypercalls.privileges &= self.offer.privileges
+            self._hypercalls.deny_all_but(self.offer.privileges, self.offer.recommendations)
         self._unit_features = self._features_of_unit()
         self._leaves = self._made_leaves(vs_interface=vs_interface)
         self.hypercall_opcodes: tuple[bytes, ...] = (self._all.partition.opcode,)
@@ -155,7 +156,10 @@ class HyperVProvider:
 
     @property
     def guest_lives_by_tsc(self) -> bool:
-        """Only with the TSC-invariant control: Linux then prefers its TSC to the reference TSC page."""
+        """Only with the TSC-invariant control: Linux then prefers its TSC to the reference TSC page.
+
+        Without it the frequency MSR is no reason: the page is the clock, and Reenlightenment tells a new frequency.
+        """
         return Privilege.TSC_INVARIANT in self.offer.privileges
 
     @property
@@ -221,8 +225,7 @@ class HyperVProvider:
         return min((due for part in self._timed if (due := part.next_due_ns()) is not None), default=None)
 
     def _expire(self, now_ns: int) -> Callable[[], object] | None:
-        deliveries = [each for part in self._timed if (each := part.expire(now_ns)) is not None]
-        return partial(_call_all, deliveries) if deliveries else None
+        return each_of(*[part.expire(now_ns) for part in self._timed])
 
     # Life
 
@@ -238,7 +241,7 @@ class HyperVProvider:
         """Go back to the state before any write, and take the reference TSC page back."""
         others = [part for part in self._parts if part is not self._all.reference]
         undo = [part.checked(part.save()) for part in others]
-        self._all.reference.take_back(partial(_call_all, [part.reset for part in others]), partial(_call_all, undo))
+        self._all.reference.go_back_to(0, partial(_call_all, [part.reset for part in others]), partial(_call_all, undo))
 
     def save(self) -> Mapping[str, MsrValue]:
         """The guest's writes, and the reference time that no later reading may be less than."""
@@ -278,7 +281,6 @@ class HyperVProvider:
         def take() -> None:
             _call_all([each.reset for each in self._parts])
             self.load(self._with_written(written))
-            self._all.partition.renew_page()
             self._unit_features = found.features
             begin()
 
@@ -287,7 +289,7 @@ class HyperVProvider:
             self._unit_features = features
             _call_all(restore)
 
-        self._all.reference.take_back(take, take_back, found.reference_tsc)
+        self._all.reference.go_back_to(found.reference_tsc, take, take_back)
 
     def _with_written(self, written: Mapping[str, MsrValue]) -> Mapping[str, MsrValue]:
         """The state as it is, but for what is `written`; a sequence never goes back."""
@@ -306,7 +308,7 @@ class HyperVProvider:
         if self._profile.reference_is_raw_tsc:  # otherwise the page may lie anywhere
             pages["TSC page"] = found.reference_tsc
         for name, msr in pages.items():
-            if (gpa := page_of(msr)) is not None and not self.clock.memory.contains(gpa, virtualbox_unit.PAGE_BYTES):
+            if (gpa := page_of(msr)) is not None and not self.clock.memory.contains(gpa, PAGE_BYTES):
                 raise ConfigError(f"failed to enable the {name} at {gpa:#x}: it is not in guest memory")
 
     def _features_of_unit(self) -> tuple[int, ...]:

@@ -13,12 +13,14 @@ from typing import Final
 
 from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.providers.hyperv.features import Privilege
-from pvclock.providers.hyperv.msr import Msr, checked_number
+from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.page_msr import PAGE_ENABLED, page_of
+from pvclock.providers.hyperv.saved_numbers import saved_number
 from pvclock.providers.hyperv.scales import virtualbox_scale, virtualbox_ticks_per_unit
 from pvclock.providers.interface import ClockServices, MsrValue, ReferenceTime
 from pvclock.quantities import U32_MASK, U64_MASK, Gpa
 
-__all__ = ["RawReferenceClock", "ReferenceClock", "page_of"]
+__all__ = ["RawReferenceClock", "ReferenceClock"]
 
 HV_X64_MSR_TIME_REF_COUNT: Final = 0x40000020
 HV_X64_MSR_REFERENCE_TSC: Final = 0x40000021
@@ -26,17 +28,9 @@ HV_X64_MSR_REFERENCE_TSC: Final = 0x40000021
 UNITS_MAX: Final = U64_MASK // 100 + 2
 """When guest time ends, with what a page may be ahead of it."""
 
-ENABLED: Final = 1
-PAGE: Final = ~0xFFF & U64_MASK
-
 TSC_PAGE: Final = Struct("<IIQq")  # sequence, reserved, scale, offset
 SEQUENCE_MAX: Final = 0xFFFFFFFE
 """VirtualBox begins anew at 1 from this sequence on, for the one after it is reserved."""
-
-
-def page_of(value: int) -> Gpa | None:
-    """The page that a value of the reference TSC MSR enables; None if it disables it."""
-    return Gpa(value & PAGE) if value & ENABLED else None
 
 
 class ReferenceClock:
@@ -56,9 +50,9 @@ class ReferenceClock:
     @property
     def is_page_enabled(self) -> bool:
         """Has the guest enabled its reference TSC page?"""
-        return bool(self.reference_tsc_msr & ENABLED)
+        return bool(self.reference_tsc_msr & PAGE_ENABLED)
 
-    def take_back(self, begin: Callable[[], object], undo: Callable[[], object], value: int = 0) -> None:
+    def go_back_to(self, value: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
         """Reset this part, and go on with the page that `value` of the MSR enables, if any.
 
         begin, undo: see ClockServices.place_reference_page().
@@ -76,7 +70,7 @@ class ReferenceClock:
         self._clock.place_reference_page(page_of(value), forget, remember)
 
     def reset(self) -> None:
-        """See Part; within take_back()."""
+        """See Part; within go_back_to()."""
         self.reference_tsc_msr = 0
 
     def save(self) -> Mapping[str, MsrValue]:
@@ -86,9 +80,9 @@ class ReferenceClock:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part."""
-        value = checked_number(saved, "reference_tsc")
-        units = checked_number(saved, "reference_units", lambda found: found <= UNITS_MAX)
-        sequence = checked_number(saved, "reference_sequence", lambda found: found <= U32_MASK)
+        value = saved_number(saved, "reference_tsc")
+        units = saved_number(saved, "reference_units", lambda found: found <= UNITS_MAX)
+        sequence = saved_number(saved, "reference_sequence", lambda found: found <= U32_MASK)
 
         def adopt() -> None:
             self.reference_tsc_msr = value
@@ -122,12 +116,21 @@ class RawReferenceClock:
     @property
     def is_page_enabled(self) -> bool:
         """Has the guest enabled its reference TSC page?"""
-        return bool(self.reference_tsc_msr & ENABLED)
+        return bool(self.reference_tsc_msr & PAGE_ENABLED)
 
-    def take_back(self, begin: Callable[[], object], undo: Callable[[], object], value: int = 0) -> None:
-        """Reset this part and do `begin`, which cannot fail; nobody updates the page."""
+    def go_back_to(self, value: int, begin: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Reset this part and do `begin`, which may load it; if that fails undo() reverts it.
+
+        value: not used, for nobody updates a page.
+        """
+        before = self.reference_tsc_msr, self.sequence
         self.reset()
-        begin()
+        try:
+            begin()
+        except BaseException:
+            self.reference_tsc_msr, self.sequence = before
+            undo()  # which may load this part, and write its page anew
+            raise
 
     def reset(self) -> None:
         """See Part."""
@@ -139,8 +142,8 @@ class RawReferenceClock:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part; a page is written anew, for this host's TSC, with the next sequence."""
-        value = checked_number(saved, "reference_tsc")
-        sequence = checked_number(saved, "reference_sequence", lambda found: found <= U32_MASK)
+        value = saved_number(saved, "reference_tsc")
+        sequence = saved_number(saved, "reference_sequence", lambda found: found <= U32_MASK)
         return partial(self._adopt, value, sequence)
 
     def _adopt(self, value: int, sequence: int) -> None:
@@ -155,7 +158,7 @@ class RawReferenceClock:
 
     def _write(self, vcpu: int, value: int) -> None:
         gpa, before = page_of(value), page_of(self.reference_tsc_msr)
-        self.reference_tsc_msr = value & ~ENABLED  # what stays if there is no memory
+        self.reference_tsc_msr = value & ~PAGE_ENABLED  # what stays if there is no memory
         if gpa is not None and gpa != before:
             try:
                 self._put_page(gpa, 1)

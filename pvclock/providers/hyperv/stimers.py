@@ -226,6 +226,8 @@ class SyntheticTimers:
         """Post the first of the messages that wait for each slot; the pending flag in it says that there are more."""
         self._is_retry_due = False
         for slot, queue in list(self._waiting.items()):
+            if not self._synic.is_free(*slot):
+                continue
             first = queue[0]
             config = first.config
             first.config &= ~ENABLE  # before the guest sees the message, for its reads do not wait for the lock
@@ -233,7 +235,7 @@ class SyntheticTimers:
                 yield from self._interrupts(slot)
                 self._unqueue(first)
                 first.delivered()
-            else:
+            else:  # the guest has filled the slot itself meanwhile
                 first.config = config
 
     def _post(self, stimer: Stimer, *, waits: bool, pending: bool = False) -> bool:

@@ -20,9 +20,9 @@ from pvclock._records import MESSAGE_BYTES, load_word, post_message
 from pvclock.errors import GuestAddressError, MsrFault
 from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.page_msr import PAGE_ADDRESS, PAGE_BYTES, PAGE_ENABLED
 from pvclock.providers.hyperv.saved_numbers import saved_numbers
 from pvclock.providers.interface import ClockServices, MsrValue
-from pvclock.quantities import U64_MASK
 
 __all__ = ["FIRST_VECTOR", "SINTS", "Synic", "message"]
 
@@ -39,15 +39,13 @@ FIRST_VECTOR: Final = 16
 """The first vector that an APIC takes."""
 VERSION: Final = 1
 
-PAGE_ENABLED: Final = 1
-PAGE_BYTES: Final = 4096
-PAGE_ADDRESS: Final = U64_MASK & ~(PAGE_BYTES - 1)
-
 SINT_VECTOR: Final = 0xFF
 SINT_MASKED: Final = 1 << 16
 SINT_POLLING: Final = 1 << 18
 
 MESSAGE_PENDING: Final = 1
+NO_MESSAGE: Final = 0
+"""The type of a slot that is free."""
 
 
 def message(kind: int, payload: bytes, *, pending: bool = False) -> bytes:
@@ -110,6 +108,10 @@ class Synic:
         """
         simp = self._values[MSR_SIMP][vcpu]
         return bool(simp & PAGE_ENABLED) and post_message(self._memory, _slot(simp, sint), message, waits)
+
+    def is_free(self, vcpu: int, sint: int) -> bool:
+        """Is the slot for a message there and free?  If it is taken the guest is told to write EOM, as by post()."""
+        return self.post(vcpu, sint, message(NO_MESSAGE, b""), waits=True)  # which leaves a slot free
 
     def vector(self, vcpu: int, sint: int) -> int | None:
         """Where that SINT interrupts vCPU; None if it is masked or polled."""

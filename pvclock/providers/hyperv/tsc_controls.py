@@ -11,8 +11,11 @@ from typing import Final
 
 from pvclock.errors import MsrFault
 from pvclock.providers.hyperv.features import Privilege
-from pvclock.providers.hyperv.msr import Msr, checked_number
+from pvclock.providers.hyperv.msr import Msr
+from pvclock.providers.hyperv.saved_numbers import saved_number
+from pvclock.providers.hyperv.synic import FIRST_VECTOR
 from pvclock.providers.interface import ClockServices, InterruptServices, MsrValue
+from pvclock.timekeeping.events import EventKind
 
 __all__ = ["Frequencies", "InvariantTsc", "Reenlightenment"]
 
@@ -24,16 +27,20 @@ HV_X64_MSR_TSC_EMULATION_STATUS: Final = 0x40000108
 HV_X64_MSR_TSC_INVARIANT_CONTROL: Final = 0x40000118
 
 INTERRUPT_ENABLED: Final = 1 << 16
-FIRST_VECTOR: Final = 16
+IN_PROGRESS: Final = 1
 EXPOSE_INVARIANT_TSC: Final = 1
 
 
 class Frequencies:
-    """The frequencies of TSC and APIC timer, in Hz."""
+    """The frequencies of TSC and APIC timer, in Hz, as the guest is told.
+
+    tsc_hz: the same wherever the VM is restored, but for a guest with Reenlightenment, which saves and changes it.
+    """
 
     def __init__(self, tsc_hz: int, apic_bus_hz: int) -> None:
+        self.tsc_hz = tsc_hz
         self.msrs: Mapping[int, Msr] = {
-            HV_X64_MSR_TSC_FREQUENCY: Msr(Privilege.FREQUENCY, lambda _: tsc_hz),
+            HV_X64_MSR_TSC_FREQUENCY: Msr(Privilege.FREQUENCY, lambda _: self.tsc_hz),
             HV_X64_MSR_APIC_FREQUENCY: Msr(Privilege.FREQUENCY, lambda _: apic_bus_hz),
         }
 
@@ -50,39 +57,51 @@ class Frequencies:
 
 
 class Reenlightenment:
-    """An interrupt for the guest once its TSC has another frequency than it was told; after a restore, that is.
+    """Tells a guest that asked for it, after a restore, that its TSC has another frequency than it was told last.
+
+    From that restore on it is told this host's frequency, and the status says "in progress" until it writes 0.  Linux
+    reads that status at the interrupt, writes the 0, and reads the frequency anew.
 
     RDTSC is not emulated at the old frequency meanwhile, whatever TSC_EMULATION_CONTROL says: the reference TSC page is
     right at once, and only a guest that has computed with the frequency needs the interrupt.
     """
 
-    def __init__(self, clock: ClockServices, vcpus: int, vmm: InterruptServices) -> None:
-        self._clock, self._vcpus, self._vmm = clock, vcpus, vmm
-        self._is_due = False
+    def __init__(self, clock: ClockServices, vcpus: int, vmm: InterruptServices, frequencies: Frequencies) -> None:
+        self._clock, self._vcpus, self._vmm, self._told = clock, vcpus, vmm, frequencies
         self.reset()
         self.msrs: Mapping[int, Msr] = {
             HV_X64_MSR_REENLIGHTENMENT_CONTROL: _served(lambda _: self.control, self._write_control),
             HV_X64_MSR_TSC_EMULATION_CONTROL: _served(lambda _: self.emulation, self._write_emulation),
-            HV_X64_MSR_TSC_EMULATION_STATUS: _served(lambda _: 0, self._write_status),
+            HV_X64_MSR_TSC_EMULATION_STATUS: _served(lambda _: self.status, self._write_status),
         }
 
     def reset(self) -> None:
-        """See Part."""
-        self.control = self.emulation = 0
+        """See Part; the frequency stays the one that was told last."""
+        self.control = self.emulation = self.status = 0
         self._is_due = False
 
     def save(self) -> Mapping[str, MsrValue]:
         """See Part."""
-        return {"reenlightenment_control": self.control, "tsc_emulation_control": self.emulation}
+        return {
+            "reenlightenment_control": self.control,
+            "tsc_emulation_control": self.emulation,
+            "tsc_emulation_status": self.status,
+            "told_tsc_hz": self._told.tsc_hz,
+        }
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
-        """See Part; the interrupt gets due if this host's TSC is another one."""
-        control = checked_number(saved, "reenlightenment_control")
-        emulation = checked_number(saved, "tsc_emulation_control")
+        """See Part; the interrupt gets due if this host's TSC is another one, or the last was not acted on."""
+        control = saved_number(saved, "reenlightenment_control")
+        emulation = saved_number(saved, "tsc_emulation_control")
+        status = saved_number(saved, "tsc_emulation_status", lambda value: value <= IN_PROGRESS)
+        told_hz = saved_number(saved, "told_tsc_hz", bool)
 
         def adopt() -> None:
+            is_enabled, host_hz = bool(control & INTERRUPT_ENABLED), self._clock.host_tsc_hz
+            is_news = is_enabled and told_hz != host_hz
             self.control, self.emulation = control, emulation
-            self._is_due = bool(control & INTERRUPT_ENABLED) and self._clock.host_tsc_hz != self._clock.tsc_hz
+            self.status, self._told.tsc_hz = (IN_PROGRESS, host_hz) if is_news else (status, told_hz)
+            self._is_due = is_enabled and self.status == IN_PROGRESS
 
         return adopt
 
@@ -93,8 +112,11 @@ class Reenlightenment:
     def expire(self, now_ns: int) -> Callable[[], object] | None:
         """See TimedPart; a vector or vCPU that cannot be gets nothing."""
         is_due, self._is_due = self._is_due, False
+        if not is_due:
+            return None
+        self._clock.tell(EventKind.TSC_RATE, f"the guest is told that its TSC now has {self._told.tsc_hz} Hz")
         vector, vcpu = self.control & 0xFF, self.control >> 32
-        if not is_due or vector < FIRST_VECTOR or vcpu >= self._vcpus:
+        if vector < FIRST_VECTOR or vcpu >= self._vcpus:
             return None
         return partial(self._vmm.inject, vcpu, vector)
 
@@ -107,6 +129,7 @@ class Reenlightenment:
     def _write_status(self, vcpu: int, value: int) -> None:
         if value:
             raise MsrFault(HV_X64_MSR_TSC_EMULATION_STATUS, value, "only 0 can be written")
+        self.status = 0
 
 
 class InvariantTsc:
@@ -128,7 +151,7 @@ class InvariantTsc:
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
         """See Part."""
-        control = checked_number(saved, "tsc_invariant_control", lambda value: value <= EXPOSE_INVARIANT_TSC)
+        control = saved_number(saved, "tsc_invariant_control", lambda value: value <= EXPOSE_INVARIANT_TSC)
         return partial(setattr, self, "control", control)
 
     def _write(self, vcpu: int, value: int) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from pvclock.errors import StateFileError
+from pvclock.providers.hyperv.page_msr import PAGE_BYTES
 from pvclock.providers.interface import MsrValue
 
 __all__ = ["NO_PAGE", "VERSIONS", "DebugPart", "Unit", "VcpuPart", "decode", "encode", "unit_of", "written_in"]
@@ -32,7 +33,6 @@ DEBUG: Final = struct.Struct("<4Q3I")
 PORTS: Final = struct.Struct("<2H")
 END: Final = b"\xff"
 
-PAGE_BYTES: Final = 4096
 ENABLED: Final = 1
 NO_PAGE: Final = (1 << 64) - 1
 """The address of a page that was never placed."""

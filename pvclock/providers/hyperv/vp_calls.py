@@ -11,13 +11,13 @@ from functools import partial
 from typing import Final
 
 from pvclock.errors import MsrFault
-from pvclock.providers.hyperv.features import Privilege
+from pvclock.providers.hyperv.features import Privilege, Recommendation
 from pvclock.providers.hyperv.hypercall_abi import (
     HvStatus,
+    Hypercall,
     Parameters,
     Refused,
     Request,
-    Served,
 )
 from pvclock.providers.interface import InterruptServices
 from pvclock.quantities import U32_MASK
@@ -50,7 +50,7 @@ MSR_OF_REGISTER: Final[Mapping[int, int]] = {
 """The registers that can be read, and the MSRs that they also are."""
 
 
-def ipi_calls(vmm: InterruptServices, vcpus: int, parameters: Parameters) -> dict[int, Served]:
+def ipi_calls(vmm: InterruptServices, vcpus: int, parameters: Parameters) -> dict[int, Hypercall]:
     """Interrupts to a set of vCPUs, by one mask or by up to 64 of them; numbers that no vCPU has are ignored."""
 
     def send(request: Request, targets_of: Callable[[Parameters, int, Request], tuple[int, Iterable[int]]]) -> HvStatus:
@@ -61,8 +61,14 @@ def ipi_calls(vmm: InterruptServices, vcpus: int, parameters: Parameters) -> dic
         return HvStatus.SUCCESS
 
     return {
-        HVCALL_SEND_IPI: Served(partial(send, targets_of=_ipi), takes_fast=True),
-        HVCALL_SEND_IPI_EX: Served(partial(send, targets_of=_ipi_ex), takes_header=True),
+        HVCALL_SEND_IPI: Hypercall(
+            partial(send, targets_of=_ipi), recommendations=Recommendation.CLUSTER_IPI, takes_fast=True
+        ),
+        HVCALL_SEND_IPI_EX: Hypercall(
+            partial(send, targets_of=_ipi_ex),
+            recommendations=Recommendation.CLUSTER_IPI | Recommendation.EX_PROCESSOR_MASKS,
+            takes_header=True,
+        ),
     }
 
 
@@ -97,13 +103,13 @@ def _vector(vector: int) -> int:
     return vector
 
 
-def register_calls(read_msr: Callable[[int, int], int], vcpus: int, parameters: Parameters) -> dict[int, Served]:
+def register_calls(read_msr: Callable[[int, int], int], vcpus: int, parameters: Parameters) -> dict[int, Hypercall]:
     """A list of registers of a vCPU, each a repetition: those that are also MSRs and have to do with time.
 
     read_msr: (vcpu, index) as that vCPU's guest would, or MsrFault.
     """
     serve = partial(_get_vp_registers, read_msr, vcpus, parameters)
-    return {HVCALL_GET_VP_REGISTERS: Served(serve, Privilege.ACCESS_VP_REGISTERS, takes_reps=True)}
+    return {HVCALL_GET_VP_REGISTERS: Hypercall(serve, Privilege.ACCESS_VP_REGISTERS, takes_reps=True)}
 
 
 def _get_vp_registers(
