@@ -50,7 +50,7 @@ USERS: Final = {
 }
 
 
-LIFE_NS: Final = 10**10
+LIFE_NS: Final = 10**11
 """A first life is longer than any boot takes, so that a clock that goes back to its middle is one that shows it."""
 
 
