@@ -40,6 +40,8 @@ TRIPLES: Final = 1500
 MANY_TRIPLES: Final = 100_000
 BOUND_UNITS: Final = 2
 """Design 5.1: how far a page may be from the timeline."""
+SUCCESS: Final = 0
+ACCESS_DENIED: Final = 6
 RESERVED_SEQUENCE: Final = 0xFFFFFFFF
 SHARED_LAST: Final = 0x200040
 """The word that all vCPUs raise to their readings (probe_layout.s)."""
@@ -66,15 +68,16 @@ def test_what_a_guest_finds_and_enables() -> None:
         assert record.fallbacks == 0
 
 
-@pytest.mark.row("H-31")
-def test_a_guest_makes_a_hypercall() -> None:
-    """A guest that enables the hypercall page and calls it comes back, with a result whose status is success."""
-    with hyperv_machine("call=1 rounds=10", 1) as machine:
+@pytest.mark.row("H-31", "H-60", "H-68")
+@pytest.mark.parametrize(("enforce_cpuid", "status"), [(False, SUCCESS), (True, ACCESS_DENIED)])
+def test_a_guest_makes_a_hypercall(enforce_cpuid: bool, status: int) -> None:
+    """A guest that calls its hypercall page comes back with a result: a spin wait is denied if CPUID forbids it."""
+    with hyperv_machine("call=1 rounds=10", 1, enforce_cpuid=enforce_cpuid) as machine:
         machine.start()
         assert machine.wait(LIMIT_S) == probe.EXIT_FINE
         block = block_of(machine)
     assert block.hypercall == HYPERCALL_PAGE | 1
-    assert block.call_result & 0xFFFF == 0
+    assert block.call_result & 0xFFFF == status
 
 
 @pytest.mark.row("H-54")
