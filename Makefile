@@ -35,7 +35,7 @@ demo: build $(PACKAGES) ## show a guest's clock at work, in the lab where there 
 test: lint $(PACKAGES) ## build, lint, and run every test that this machine can run, with a smoke of the lab
 	@$(BIN)/python -m pytest -n auto -m '$(QUICK)'
 
-test-lab: build $(PACKAGES) ## test the lab, and in it all that has to do with KVM; 20 minutes
+test-lab: build $(PACKAGES) ## test the lab, and in it all that has to do with KVM; 30 minutes
 	@$(BIN)/python -m pytest -n auto -m 'lab or long'
 	@scripts/test-in-lab.sh
 
