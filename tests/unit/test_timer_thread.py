@@ -159,9 +159,9 @@ def test_a_counter_that_stands_still() -> None:
 def test_nothing_is_delivered_while_paused() -> None:
     """What is due comes after resume()."""
     clock, provider = an_alarm()
-    set_alarm(clock, 5 * MS)
     with TimerThread(clock):
         clock.pause()
+        set_alarm(clock, 5 * MS)
         time.sleep(0.03)
         assert provider.expired == []
         clock.resume("advance")
