@@ -186,12 +186,13 @@ cdef class ReferenceClock:
         Never less than a reading of page or counter that had ended before.  Sleeps while a publish changes the line;
         None, too, if that takes longer than any publish.
         """
-        cdef uint64_t units, began_ns = monotonic_ns()
+        cdef uint64_t units, began_ns = 0
         while not self._stands:
-            if self._clock.line_version == 0 or monotonic_ns() - began_ns > READ_LIMIT_NS:
-                return None
             if hyperv_counter_read(&self._clock, &self._counter.c, &units) == 0:
                 return units
+            began_ns = began_ns or monotonic_ns()
+            if self._clock.line_version == 0 or monotonic_ns() - began_ns > READ_LIMIT_NS:
+                return None
             with nogil:
                 nanosleep(&MOMENT, NULL)
         if self._clock.line_den == 0:

@@ -31,13 +31,10 @@ class ReferenceTime:
         Sleeps while a publish changes the page.  vcpu: the caller's own.
         """
         self._count_executed()
-        units = self._clock.units()
-        if units is None:
+        while (units := self._clock.units()) is None:
             with self._keeper.changing:
                 self._clock.serve()
                 self._keeper.republish(vcpu)
-            units = self._clock.units()
-        assert units is not None  # noqa: S101  # a line was published, or time stands still
         return units
 
     def page(self) -> ReferenceTscPage | None:
