@@ -11,6 +11,8 @@ PvclockError
 ├── MsrFault                      .index .value; the guest gets #GP
 ├── TscOffsetNotHonoured          .offset; the host accepts a TSC offset but the guest does not see it
 ├── GuestCrashed                  .vcpu .reason; the guest cannot go on
+├── PagesNotFound                 .searched_bytes .looked_for; no pvclock page is in a guest's memory
+├── MemoryNotReadable             .pid; a guest's memory cannot be read from outside
 ├── LabError                      .console_tail; the lab lacks something, did not boot, or timed out
 └── KvmError (OSError)            .errno .call; a failed KVM system call
     ├── KvmUnavailable            /dev/kvm cannot be used; the message says what to do
@@ -30,8 +32,10 @@ __all__ = [
     "KvmError",
     "KvmUnavailable",
     "LabError",
+    "MemoryNotReadable",
     "MissingCapability",
     "MsrFault",
+    "PagesNotFound",
     "PvclockError",
     "RangeError",
     "StateError",
@@ -162,6 +166,23 @@ class GuestCrashed(PvclockError):
         super().__init__(f"the guest crashed on vCPU {vcpu}: {reason}")
         self.vcpu = vcpu
         self.reason = reason
+
+
+class PagesNotFound(PvclockError):
+    """No pvclock page was found in searched_bytes of a guest's memory; looked_for says what would have been one."""
+
+    def __init__(self, searched_bytes: int, looked_for: str, why: str) -> None:
+        super().__init__(f"no pvclock page in {searched_bytes >> 20} MiB of guest memory ({looked_for}): {why}")
+        self.searched_bytes = searched_bytes
+        self.looked_for = looked_for
+
+
+class MemoryNotReadable(PvclockError):
+    """The memory of a guest cannot be read from outside; pid: the process that runs it, None if unknown."""
+
+    def __init__(self, pid: int | None, why: str) -> None:
+        super().__init__(f"guest memory of process {pid}: {why}" if pid is not None else f"guest memory: {why}")
+        self.pid = pid
 
 
 class LabError(PvclockError):

@@ -20,6 +20,7 @@ __all__ = [
     "EXIT_LIMIT_S",
     "READS_PER_FLUSH",
     "READING_TRIES",
+    "TIME_INFO",
     "await_reading",
     "failures",
     "newest_ns",

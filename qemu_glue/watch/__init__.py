@@ -1,0 +1,1 @@
+"""`pvclock watch`: the clock of a running QEMU/KVM guest, from outside."""
