@@ -1,1 +1,1 @@
-"""Watching the clock of a guest from outside, whoever runs it: `pvclock watch`, docs/watch.md."""
+"""Watching the clock of a guest from outside, whatever VMM runs it: `pvclock watch`, docs/watch.md."""

@@ -1,4 +1,4 @@
-"""A VM that is watched: what a watch asks of it, whoever runs it and however its memory is reached.
+"""A VM that is watched: what a watch asks of it, whatever VMM runs it and however its memory is reached.
 
 Implementations: qemu_glue.watch (QEMU by its monitor, by its process, by libvirt).  Nothing here writes to the guest.
 """
