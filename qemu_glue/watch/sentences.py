@@ -1,0 +1,86 @@
+"""What a watch found, in sentences for people: one finding a sentence, and vCPUs that had the same in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
+
+from pvclock.meter.watch.changes import Change, Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
+from pvclock.meter.watch.vm import VmEvent
+from qemu_glue.watch.words import duration, exact_ns, flags_in_words
+
+__all__ = ["cause", "sentences", "vcpus_in_words"]
+
+
+def sentences(changes: Sequence[Change]) -> Iterator[str]:
+    """`changes` of one poll."""
+    for _, alike in groupby(changes, _all_but_vcpu):
+        yield _sentence(list(alike))
+
+
+def vcpus_in_words(vcpus: Iterable[int]) -> str:
+    """Such as "vCPU 0" or "vCPUs 0-3, 7"; in ascending order."""
+    numbers = list(vcpus)
+    begins = [numbers[0], *(after for before, after in pairwise(numbers) if after != before + 1)]
+    ends = [*(before for before, after in pairwise(numbers) if after != before + 1), numbers[-1]]
+    runs = [f"{begin}-{end}" if end > begin else f"{begin}" for begin, end in zip(begins, ends, strict=True)]
+    return f"vCPU{'s' * (len(numbers) > 1)} {', '.join(runs)}"
+
+
+def cause(events: Sequence[VmEvent]) -> str:
+    """What the VMM did, such as "STOP, RESUME 1.035 s later"; empty if it told nothing."""
+    told = [event.kind.upper() for event in events[:1]]
+    told += [
+        f"{after.kind.upper()} {duration(after.utc_ns - before.utc_ns)} later" for before, after in pairwise(events)
+    ]
+    return ", ".join(told)
+
+
+def _all_but_vcpu(change: Change) -> object:
+    return change._replace(vcpu=0) if isinstance(change, Step | FlagsChange | PageLost) else change
+
+
+def _sentence(alike: Sequence[Change]) -> str:
+    match alike[0]:
+        case Step() as step:
+            return f"{_of(alike)} {_step(step)}"
+        case FlagsChange(before=before, after=after):
+            return f"{_of(alike)}: flags {flags_in_words(before)} -> {flags_in_words(after)}"
+        case PageLost(why=why):
+            return f"{_of(alike)}: the page is gone: {why}"
+        case Disagreement() as found:
+            return _disagreement(found)
+        case Stall(gap_ns=gap_ns):
+            return f"not watched for {duration(gap_ns)}: what came and went meanwhile was not seen"
+
+
+def _of(alike: Sequence[Change]) -> str:
+    return vcpus_in_words(change.vcpu for change in alike if isinstance(change, Step | FlagsChange | PageLost))
+
+
+def _step(step: Step) -> str:
+    numbers = [_against_tsc(step)]
+    if step.seen_ns is not None:
+        numbers.append(f"{exact_ns(step.seen_ns, step.seen_bound_ns or 1)} seen by the guest")
+    several = [f"{step.lines} lines followed each other"] * (step.lines > 1)
+    return "; ".join([", ".join(numbers), *several, *_causes(step.events)])
+
+
+def _against_tsc(step: Step) -> str:
+    if step.step_ns is None:
+        return "got a new line: by how much it stepped is unknown, for the guest's TSC was changed"
+    said = f"stepped by {exact_ns(step.step_ns, step.bound_ns or 1)} against the TSC"
+    return said if step.basis is TscBasis.OFFSETS else f"{said} (if its TSC was not changed)"
+
+
+def _disagreement(found: Disagreement) -> str:
+    ahead = exact_ns(found.by_ns, found.bound_ns).removeprefix("+")
+    said = (
+        f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, for at least "
+        f"{duration(found.least_ns)}: a clock that was read by it went back by as much"
+    )
+    return "; ".join([said, *_causes(found.events)])
+
+
+def _causes(events: Sequence[VmEvent]) -> list[str]:
+    return [cause(events)] if events else []
