@@ -83,7 +83,9 @@ def test_what_was_drawn_is_replaced_and_gone_at_the_end(monkeypatch: pytest.Monk
             draw("one", "two")
             draw("three")
         screen.show("the end")
-        drawn = os.read(output, 1 << 16).decode()
+        drawn = ""
+        while not drawn.endswith("the end\r\n"):
+            drawn += os.read(output, 1 << 16).decode()
     up_and_erased = "\x1b[1A\x1b[2K"
     assert drawn.index("one") < drawn.index(up_and_erased) < drawn.index("three")
     assert drawn.rindex(up_and_erased) > drawn.index("three")
