@@ -1,55 +1,110 @@
-"""The JSON lines of `pvclock watch`, schema pvclock.watch/1: docs/watch.md says what each key is."""
+"""The JSON of `pvclock watch`, schema pvclock.watch/1: docs/watch.md says what each key is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from typing import Final
+from fractions import Fraction
 
-from pvclock.meter.watch.changes import Change, Disagreement, FlagsChange, PageLost, Stall, Step
+from pvclock.meter.watch.budgets import Budgets, Verdict
+from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step
+from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded, WatchLoop
+from pvclock.meter.watch.page_finder import PagesFound
+from pvclock.meter.watch.summary import WatchSummary
 from pvclock.meter.watch.vm import VmEvent
+from qemu_glue.watch.instants import utc_text
 
-__all__ = ["change_record", "utc"]
-
-EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+__all__ = ["budgets_record", "finding_record", "rate_records", "summary_record", "vm_record"]
 
 
-def change_record(change: Change) -> Mapping[str, object]:
-    """A change without its instants: `kind` and its numbers."""
-    match change:
+def finding_record(finding: Finding) -> Mapping[str, object]:
+    """A finding without its instants: `kind`, and its numbers."""
+    match finding:
         case Step():
-            return {
-                "kind": "step",
-                "vcpu": change.vcpu,
-                "step_ns": change.step_ns,
-                "bound_ns": change.bound_ns,
-                "basis": change.basis,
-                "seen_ns": change.seen_ns,
-                "seen_bound_ns": change.seen_bound_ns,
-                "lines": change.lines,
-                "before": change.before,
-                "after": change.after,
-                "events": _events(change.events),
-            }
+            return {"kind": "step", **_step(finding)}
         case Disagreement():
-            numbers = ("ahead", "behind", "by_ns", "bound_ns", "least_ns")
-            return {
-                "kind": "disagreement",
-                **{name: getattr(change, name) for name in numbers},
-                "events": _events(change.events),
-            }
-        case FlagsChange(vcpu=vcpu, before=before, after=after):
-            return {"kind": "flags", "vcpu": vcpu, "before": before, "after": after}
-        case PageLost(vcpu=vcpu, why=why):
-            return {"kind": "page_lost", "vcpu": vcpu, "why": why}
-        case Stall(gap_ns=gap_ns):
-            return {"kind": "stall", "gap_ns": gap_ns}
+            return {"kind": "disagreement", **_disagreement(finding)}
+        case FlagsChange():
+            return {"kind": "flags", **_all_but_at(finding)}
+        case PageLost():
+            return {"kind": "page_lost", **_all_but_at(finding)}
+        case Stall():
+            return {"kind": "stall", **_all_but_at(finding)}
+        case VmEvent():
+            return {"kind": "event", "event": finding.kind}
+        case HostTrouble():
+            return {"kind": "host", "trouble": finding.kind, "unstable": finding.unstable, "why": finding.why}
+        case PagesFound():
+            return {"kind": "found", **finding._asdict()}
+        case VmEnded():
+            return {"kind": "ended", **finding._asdict()}
 
 
-def utc(utc_ns: int) -> str:
-    """UTC to the us: 2026-11-27T14:03:04.512345Z."""
-    return f"{(EPOCH + timedelta(microseconds=utc_ns // 1000)).isoformat(timespec='microseconds')[:-6]}Z"
+def vm_record(loop: WatchLoop) -> Mapping[str, object]:
+    """What is watched, and how."""
+    return {
+        "vm": loop.vm.name,
+        "vcpus": loop.vm.vcpus,
+        "means": loop.vm.ram.means,
+        "interval_s": loop.interval_s,
+        "tsc_hz": loop.vm.tsc_hz,
+        "host_tsc_hz": loop.host_tsc_hz,
+        "reference": loop.reference,
+        "why_no_offsets": loop.vm.why_no_offsets,
+        "why_no_events": loop.vm.why_no_events,
+    }
+
+
+def rate_records(loop: WatchLoop) -> list[Mapping[str, object]]:
+    """Each vCPU's rate, so far."""
+    return [
+        {"vcpu": vcpu, "rate_ppb": rate.ppb, "bound_ppb": rate.bound_ppb, "why": rate.why}
+        for vcpu, rate in sorted(loop.rates().items())
+    ]
+
+
+def summary_record(summary: WatchSummary) -> Mapping[str, object]:
+    """All that was found: counts, and the greatest of each kind."""
+
+    def record(value: object) -> object:
+        match value:
+            case Step():
+                return _step(value)
+            case Disagreement():
+                return _disagreement(value)
+        return value
+
+    return {name: record(value) for name, value in summary._asdict().items()}
+
+
+def budgets_record(budgets: Budgets, verdict: Verdict | None) -> Mapping[str, object]:
+    """What was allowed, and how that fared; without budgets there is no verdict."""
+    return {
+        "max_step_ns": _number(budgets.max_step_ns),
+        "max_drift_ppb": _number(budgets.max_drift_ppb),
+        "tsc_unchanged": budgets.tsc_unchanged,
+        "verdict": None if verdict is None else verdict.status,
+        "reasons": [] if verdict is None else verdict.findings,
+    }
+
+
+def _step(step: Step) -> Mapping[str, object]:
+    return {**_all_but_at(step), "events": _events(step.events)}
+
+
+def _disagreement(found: Disagreement) -> Mapping[str, object]:
+    return {**_all_but_at(found), "events": _events(found.events)}
+
+
+def _all_but_at(change: Step | Disagreement | FlagsChange | PageLost | Stall) -> Mapping[str, object]:
+    """Its fields but for those that are instants of the host's TSC."""
+    return {name: value for name, value in change._asdict().items() if name not in {"at", "since"}}
 
 
 def _events(events: Sequence[VmEvent]) -> list[Mapping[str, object]]:
-    return [{"kind": event.kind, "utc": utc(event.utc_ns)} for event in events]
+    return [{"event": event.kind, "utc": utc_text(event.utc_ns)} for event in events]
+
+
+def _number(number: Fraction | None) -> int | float | None:
+    if number is None or number.denominator == 1:
+        return number and int(number)
+    return float(number)
