@@ -1,21 +1,24 @@
-"""What a watch found, in sentences for people: one finding a sentence, and vCPUs that had the same in one."""
+"""What a watch found, in sentences for people: one a finding, and one for vCPUs that had the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 
-from pvclock.meter.watch.changes import Change, Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
+from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
+from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
+from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from qemu_glue.watch.words import duration, exact_ns, flags_in_words
 
-__all__ = ["cause", "sentences", "vcpus_in_words"]
+__all__ = ["cause", "disagreement_in_words", "pages_in_words", "sentences", "step_in_words", "vcpus_in_words"]
 
 
-def sentences(changes: Sequence[Change]) -> Iterator[str]:
-    """`changes` of one poll."""
-    for _, alike in groupby(changes, _all_but_vcpu):
-        yield _sentence(list(alike))
+def sentences(findings: Sequence[Finding]) -> Iterator[tuple[Finding, str]]:
+    """The findings of one look: the first of those that are alike, and the sentence for them all."""
+    for _, group in groupby(findings, _all_but_vcpu):
+        alike = list(group)
+        yield alike[0], _sentence(alike)
 
 
 def vcpus_in_words(vcpus: Iterable[int]) -> str:
@@ -36,29 +39,43 @@ def cause(events: Sequence[VmEvent]) -> str:
     return ", ".join(told)
 
 
-def _all_but_vcpu(change: Change) -> object:
-    return change._replace(vcpu=0) if isinstance(change, Step | FlagsChange | PageLost) else change
+def pages_in_words(found: PagesFound) -> str:
+    """Where the pages are, and how they were found."""
+    searched = f", in {found.searched_bytes >> 20} MiB searched in {found.seconds:.2f} s" * bool(found.searched_bytes)
+    return f"pages at {', '.join(map(hex, found.pages))}{searched}: {found.why}"
 
 
-def _sentence(alike: Sequence[Change]) -> str:
+def _all_but_vcpu(finding: Finding) -> object:
+    return finding._replace(vcpu=0) if isinstance(finding, Step | FlagsChange | PageLost) else finding
+
+
+def _sentence(alike: Sequence[Finding]) -> str:
     match alike[0]:
+        case PagesFound() as found:
+            return pages_in_words(found)
+        case VmEvent(kind=kind):
+            return f"the VMM says {kind.upper()}"
+        case HostTrouble(why=why):
+            return f"the host: {why}"
+        case VmEnded(why=why):
+            return f"the VM has ended: {why}"
         case Step() as step:
-            return f"{_of(alike)} {_step(step)}"
+            return f"{_of(alike)} {step_in_words(step)}"
         case FlagsChange(before=before, after=after):
             return f"{_of(alike)}: flags {flags_in_words(before)} -> {flags_in_words(after)}"
         case PageLost(why=why):
             return f"{_of(alike)}: the page is gone: {why}"
         case Disagreement() as found:
-            return _disagreement(found)
+            return disagreement_in_words(found)
         case Stall(gap_ns=gap_ns):
             return f"not watched for {duration(gap_ns)}: what came and went meanwhile was not seen"
 
 
-def _of(alike: Sequence[Change]) -> str:
-    return vcpus_in_words(change.vcpu for change in alike if isinstance(change, Step | FlagsChange | PageLost))
+def _of(alike: Sequence[Finding]) -> str:
+    return vcpus_in_words(finding.vcpu for finding in alike if isinstance(finding, Step | FlagsChange | PageLost))
 
 
-def _step(step: Step) -> str:
+def step_in_words(step: Step) -> str:
     numbers = [_against_tsc(step)]
     if step.seen_ns is not None:
         numbers.append(f"{exact_ns(step.seen_ns, step.seen_bound_ns or 1)} seen by the guest")
@@ -67,13 +84,15 @@ def _step(step: Step) -> str:
 
 
 def _against_tsc(step: Step) -> str:
+    if step.lines == 0:
+        return f"has its line still, but its TSC was written: that is {exact_ns(step.step_ns or 0)}"
     if step.step_ns is None:
         return "got a new line: by how much it stepped is unknown, for the guest's TSC was changed"
     said = f"stepped by {exact_ns(step.step_ns, step.bound_ns or 1)} against the TSC"
     return said if step.basis is TscBasis.OFFSETS else f"{said} (if its TSC was not changed)"
 
 
-def _disagreement(found: Disagreement) -> str:
+def disagreement_in_words(found: Disagreement) -> str:
     ahead = exact_ns(found.by_ns, found.bound_ns).removeprefix("+")
     said = (
         f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, for at least "
