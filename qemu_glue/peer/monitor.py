@@ -46,6 +46,9 @@ class Monitor:
     limit_s: the time limit of an answer.  QmpFailed if the other end does not speak QMP.
     """
 
+    why_no_events: str | None = None
+    """Why take_events() has nothing: it has what QEMU tells."""
+
     def __init__(self, connection: socket.socket, limit_s: float = ANSWER_LIMIT_S) -> None:
         self._limit_s = limit_s
         self._connection = connection

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
-from pvclock import Gpa, MemoryNotReadable
+from pvclock import Gpa
+from pvclock.errors import MemoryNotReadable
 from pvclock.meter.watch.vm import RamRange
 from qemu_glue.errors import QemuError
 from qemu_glue.watch.mtree import read_ram_ranges
@@ -30,7 +31,7 @@ SPAN_BYTES: Final = 4096
 class MonitorRam:
     """GuestRam over `session`, which it does not close; a MemoryNotReadable if QEMU does not take the memfd.
 
-    Shared memory is not searched in this way, unless it was allocated before: in it, reading a hole allocates memory.
+    RAM in a file is not searched in this way, unless it was preallocated: reading a hole of a file allocates memory.
     """
 
     def __init__(self, session: Session) -> None:
@@ -49,8 +50,9 @@ class MonitorRam:
     def ranges(self) -> list[RamRange]:
         """All RAM; QEMU does not tell which of it was ever written."""
         with _as_unreadable():
-            _refuse_to_allocate(self._session)
-            return [RamRange(found.gpa, found.length) for found in read_ram_ranges(self._session)]
+            found = read_ram_ranges(self._session)
+            _refuse_to_allocate(self._session, {each.name.removeprefix("/objects/") for each in found})
+        return [RamRange(each.gpa, each.length) for each in found]
 
     def read(self, gpa: Gpa, length: int) -> bytes:
         """`length` bytes from `gpa`."""
@@ -89,18 +91,16 @@ def _spans(addresses: list[Gpa], length: int) -> Iterator[list[Gpa]]:
         yield span
 
 
-def _refuse_to_allocate(session: Session) -> None:
-    """MemoryNotReadable if reading what the guest never wrote allocates memory: holes of a file, tmpfs, a memfd."""
+def _refuse_to_allocate(session: Session, regions: set[str]) -> None:
+    """MemoryNotReadable if one of `regions` is a file (tmpfs, a memfd) with holes: reading these allocates memory."""
     for backend in session.execute("query-memdev"):
-        name, is_file = backend.get("id", "?"), backend.get("share", False) or _is_file(session, backend.get("id"))
-        if is_file and not backend["prealloc"]:
-            why = f"its backend {name} is a file with holes, and QMP would fill them; run as the user of QEMU, or root"
+        name = backend.get("id", "")
+        if name in regions and not backend["prealloc"] and _is_file(session, name):
+            why = f"{name} is a file with holes, which QMP would fill; run as root, or as the user that runs QEMU"
             raise MemoryNotReadable(None, why)
 
 
-def _is_file(session: Session, backend: str | None) -> bool:
-    if backend is None:
-        return False
+def _is_file(session: Session, backend: str) -> bool:
     kind = session.execute("qom-get", {"path": f"/objects/{backend}", "property": "type"})
     return bool(kind != "memory-backend-ram")
 

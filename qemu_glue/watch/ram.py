@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from enum import StrEnum
 
-from pvclock import MemoryNotReadable, VmNotObservable
+from pvclock.errors import MemoryNotReadable, VmNotObservable
 from pvclock.host.process import Process
 from pvclock.host.vmm_process import VmmProcess
 from pvclock.meter.watch.process_ram import ProcessRam
@@ -61,7 +61,10 @@ def _in_process(session: Session | None, vmm: VmmProcess | VmNotObservable, mean
 def _opened(process: Process, blocks: list[RamBlock], means: Means | None) -> GuestRam:
     match means:
         case Means.SHARED:
-            return SharedRam(process, open_pieces(process, blocks))
+            pieces = open_pieces(process, blocks)
+            if not pieces:
+                raise MemoryNotReadable(process.pid, "none of it is in a file that can be shared")
+            return SharedRam(process, pieces)
         case Means.PROCESS:
             return ProcessRam(process, blocks)
     return open_ram(process, blocks)

@@ -6,7 +6,8 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Final, Self
 
-from pvclock import ConfigError, VmNotObservable
+from pvclock import ConfigError
+from pvclock.errors import VmNotObservable
 from pvclock.host.kvm_debugfs import TscOffsetFiles
 from pvclock.host.vmm_process import VmmProcess, open_vmm
 from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
@@ -47,7 +48,7 @@ class QemuVm:
         self.vcpus = vcpus
         self.tsc_hz = tsc_hz
         self.ram = ram
-        self._offset_files, self.why_no_offsets = _offset_files(resources, vmm, vcpus)
+        self._offset_files, self.why_no_offsets = _offset_files(vmm, vcpus)
         self.why_no_events = NO_MONITOR if session is None else session.why_no_events
         self._resources = resources.pop_all()
 
@@ -145,15 +146,13 @@ def _tsc_hz(session: Session, cpu: str) -> int | None:
     return hz or None
 
 
-def _offset_files(
-    resources: ExitStack, vmm: VmmProcess | VmNotObservable, vcpus: int
-) -> tuple[TscOffsetFiles | None, str | None]:
+def _offset_files(vmm: VmmProcess | VmNotObservable, vcpus: int) -> tuple[TscOffsetFiles | None, str | None]:
     """Where the offsets are read, or why they cannot be."""
     if isinstance(vmm, VmNotObservable):
         return None, str(vmm)
     if vmm.vcpus != vcpus:
         return None, f"KVM has {vmm.vcpus} vCPUs in process {vmm.process.pid} and QEMU {vcpus}: one was unplugged"
-    files = resources.enter_context(TscOffsetFiles(vmm))
+    files = TscOffsetFiles(vmm)
     return (None, files.why) if files.why else (files, None)
 
 
