@@ -59,6 +59,8 @@ CLOCK_READERS = {"host", "kvm"}
 # What qemu_glue may use beside the names in pvclock.__all__.
 PUBLIC_SUBPACKAGES = (
     "pvclock.commands",
+    "pvclock.errors",
+    "pvclock.host",
     "pvclock.kvm",
     "pvclock.machine",
     "pvclock.meter",
