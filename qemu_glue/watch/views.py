@@ -1,10 +1,11 @@
-"""What a watch shows while it goes on: a table that is redrawn, a line a finding in a pipe, or JSON lines."""
+"""What a watch shows while it goes on: a table that is redrawn, a line a finding in a pipe, or lines of JSON."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Protocol
 
 from rich.text import Text
@@ -12,8 +13,8 @@ from rich.text import Text
 from pvclock import HostTsc
 from pvclock.commands.report import line_json
 from pvclock.commands.screen import Screen, write
-from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step
-from pvclock.meter.watch.loop import Finding, Look, WatchLoop
+from pvclock.meter.watch.changes import Disagreement, PageLost, Step
+from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from qemu_glue.watch.instants import Instants, utc_text
@@ -26,16 +27,14 @@ __all__ = ["JsonView", "LinesView", "LiveView", "View"]
 
 REDRAW_S: Final = 0.5
 KEPT: Final = 8
-"""Findings shown below the table."""
-RATES_MAX_S: Final = 60.0
-RATES_FIRST_S: Final = 2.0
+"""Findings that stay below the table."""
+AROUND_ROWS: Final = 16
+"""Lines of a terminal that are not the table's rows."""
+RATES_FIRST_S, RATES_MAX_S = 2.0, 60.0
 
 
 class View(Protocol):
     """Shows a watch while it goes on."""
-
-    def begin(self, found: PagesFound) -> None:
-        """The pages were found; the watch begins."""
 
     def show(self, look: Look) -> None:
         """Show what a look brought."""
@@ -44,22 +43,88 @@ class View(Protocol):
 class JsonView:
     """A line of JSON for each finding, and now and then one of the rates."""
 
-    def __init__(self, loop: WatchLoop, instants: Instants) -> None:
+    def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound) -> None:
         self._loop, self._instants = loop, instants
-        self._rates_s, self._next_rates_s = 0.0, RATES_FIRST_S
-
-    def begin(self, found: PagesFound) -> None:
-        """See View."""
-        self._write(finding_record(found), time.time_ns())
+        self._next_rates_s = RATES_FIRST_S
+        self._write({**finding_record(found), **vm_record(loop)}, time.time_ns())
 
     def show(self, look: Look) -> None:
         """See View."""
         for finding in look.findings:
-            self._write(finding_record(finding), utc_ns(finding, look, self._instants))
+            self._write(finding_record(finding), _utc_ns(finding, look.poll.end, self._instants))
         now_ns = time.time_ns()
         if self._instants.since_begin_s(now_ns) >= self._next_rates_s:
             self._next_rates_s += min(self._next_rates_s, RATES_MAX_S)
             self._write({"kind": "rate", "reference": self._loop.reference, "rates": rate_records(self._loop)}, now_ns)
 
-    def _write(self, record: dict[str, object], at_utc_ns: int) -> None:
-        ...
+    def _write(self, record: Mapping[str, object], at_utc_ns: int) -> None:
+        when = {"at_s": self._instants.since_begin_s(at_utc_ns), "utc": utc_text(at_utc_ns)}
+        write(line_json("watch", {"kind": record["kind"], **when, **record}) + "\n")
+
+
+class LinesView:
+    """A line for each finding, as it is made."""
+
+    def __init__(self, screen: Screen, instants: Instants) -> None:
+        self._screen, self._instants = screen, instants
+
+    def show(self, look: Look) -> None:
+        """See View."""
+        for line in _told(look, self._instants):
+            self._screen.show(line)
+
+
+class LiveView:
+    """A table of the vCPUs as they are, and the last findings below it; `draw` replaces what was drawn before."""
+
+    def __init__(self, loop: WatchLoop, instants: Instants, draw: Callable[..., None]) -> None:
+        self._loop, self._instants, self._draw = loop, instants, draw
+        self._told: deque[Text] = deque(maxlen=KEPT)
+        self._last_steps: dict[int, Step] = {}
+        self._next_draw_s = 0.0
+
+    def show(self, look: Look) -> None:
+        """See View."""
+        self._told += _told(look, self._instants)
+        if any(isinstance(finding, PagesFound) for finding in look.findings):
+            self._last_steps = {}
+        self._last_steps |= {finding.vcpu: finding for finding in look.findings if isinstance(finding, Step)}
+        if look.findings or time.monotonic() >= self._next_draw_s:
+            self._next_draw_s = time.monotonic() + REDRAW_S
+            self._draw(*self._parts(look))
+
+    def _parts(self, look: Look) -> Iterator[object]:
+        rows = max(shutil.get_terminal_size().lines - AROUND_ROWS, 1)
+        yield vcpu_table(self._loop, look, self._last_steps, rows)
+        hidden = len(self._loop.finder.pages) - rows
+        if hidden > 0:
+            yield f"and {hidden} vCPUs more"
+        yield from self._told
+        summary = self._loop.watcher.summary
+        state = "the pages are searched again; " * self._loop.finder.is_searching
+        yield Text(f"{state}watched for {duration(summary.duration_ns)}, {summary.polls:,} polls; Ctrl-C ends", "dim")
+
+
+def _told(look: Look, instants: Instants) -> Iterator[Text]:
+    """Each finding as a line for people, with the time of day."""
+    for finding, sentence in sentences(look.findings):
+        when = time_of_day(_utc_ns(finding, look.poll.end, instants))
+        yield Text.assemble((f"{when} ", "dim"), (sentence, _style(finding)))
+
+
+def _utc_ns(finding: Finding, now: HostTsc, instants: Instants) -> int:
+    """When it was, as far as it says; else now."""
+    if isinstance(finding, VmEvent):
+        return finding.utc_ns
+    if isinstance(finding, PagesFound | HostTrouble | VmEnded):
+        return instants.utc_ns(now)
+    return instants.utc_ns(finding.at)
+
+
+def _style(finding: Finding) -> str:
+    match finding:
+        case Disagreement() | PageLost() | HostTrouble():
+            return "red"
+        case Step(step_ns=step_ns) if step_ns is None or abs(step_ns) > 1:
+            return "yellow"
+    return ""

@@ -72,7 +72,9 @@ class PageFinder:
             return self._take(self._search())
         for gpa, contents in zip(self._given, self._vm.ram.read_many(self._given, TIME_INFO.size), strict=True):
             if not is_legal(time_info(contents)._replace(version=0)):
-                raise ConfigError(f"there is no pvclock page at {gpa:#x}; without --page the guest's memory is searched")
+                raise ConfigError(
+                    f"there is no pvclock page at {gpa:#x}; without --page the guest's memory is searched"
+                )
         return PagesFound(self._given, "given")
 
     def take(self, poll: Poll, *, is_lost: bool) -> PagesFound | None:
