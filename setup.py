@@ -77,6 +77,7 @@ setup(
         module("pvclock._bulk"),
         module("pvclock._sampling"),
         module("pvclock._search"),
+        module("pvclock._process_memory"),
         module("pvclock.kvm._gate"),
         module("pvclock.kvm._fd"),
         module("pvclock.kvm._system"),

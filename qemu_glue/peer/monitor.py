@@ -26,7 +26,7 @@ ANSWER_LIMIT_S: Final = 30.0
 """A QEMU that starts within an emulated machine, on a busy host, was seen to take more than 10 s until it answers."""
 
 ROUNDS_TO_READ: Final = 10
-"""Turns of the event loop from a message in the socket to its event in the queue: 4 were seen."""
+"""Turns of the event loop from a message in the socket to its event in the queue: 2 were seen."""
 
 
 class QmpEvent(NamedTuple):

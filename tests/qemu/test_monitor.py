@@ -138,6 +138,21 @@ def test_events_are_taken_in_order_and_none_is_lost() -> None:
 
 
 @pytest.mark.row("E3")
+def test_what_has_arrived_is_taken_at_once() -> None:
+    """One look has all that is in the socket; while nothing is, it is no business of the event loop."""
+    ours, theirs = socket.socketpair()
+    serving = threading.Thread(target=serve, args=(theirs.dup(), GREETING, [fine]))
+    with theirs:
+        serving.start()
+        with Monitor(ours) as monitor:
+            serving.join()
+            for number in range(100):
+                theirs.sendall(event(number) + event(number + 1))
+                assert monitor.take_events() == told(range(number, number + 2))
+                assert monitor.take_events() == []
+
+
+@pytest.mark.row("E3")
 def test_last_events_before_the_end() -> None:
     """What a QEMU told before it hung up is taken first; then its end is an error, each time."""
     last: Answer = lambda asked: fine(asked) + event(0)  # noqa: E731  # as the others
