@@ -19,7 +19,7 @@ from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
-    from pvclock.meter.watch.budgets import Budgets, Verdict
+    from pvclock.meter.watch.budgets import Budgets
     from pvclock.meter.watch.loop import WatchLoop
     from pvclock.meter.watch.page_finder import PagesFound
     from pvclock.meter.watch.vm import WatchedVm
@@ -32,8 +32,8 @@ JSON_LINES: Final = True
 
 EXAMPLES: Final = """\
   pvclock watch --pid $(pidof qemu-system-x86_64)
-  pvclock watch --qmp SOCKET        of QEMU's -qmp unix:SOCKET,server=on,wait=off
-  pvclock watch --libvirt DOMAIN    through virsh
+  pvclock watch --qmp SOCKET      QEMU's -qmp unix:SOCKET,server=on,wait=off
+  pvclock watch --libvirt DOMAIN  through virsh
   pvclock watch --qmp SOCKET --seconds 60 --max-step 1us --max-drift 100ppb"""
 
 INTERVAL_MAX_MS: Final = 60_000

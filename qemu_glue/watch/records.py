@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
+from typing import Final
 
 from pvclock.meter.watch.budgets import Budgets, Verdict
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step
@@ -16,27 +17,27 @@ from qemu_glue.watch.instants import utc_text
 __all__ = ["budgets_record", "finding_record", "rate_records", "summary_record", "vm_record"]
 
 
+KINDS: Final = {
+    Step: "step",
+    Disagreement: "disagreement",
+    FlagsChange: "flags",
+    PageLost: "page_lost",
+    Stall: "stall",
+    VmEvent: "event",
+    HostTrouble: "host",
+    PagesFound: "found",
+    VmEnded: "ended",
+}
+INSTANTS: Final = {"at", "since", "utc_ns"}
+"""Fields that are told as at_s and utc."""
+
+
 def finding_record(finding: Finding) -> Mapping[str, object]:
     """A finding without its instants: `kind`, and its numbers."""
-    match finding:
-        case Step():
-            return {"kind": "step", **_step(finding)}
-        case Disagreement():
-            return {"kind": "disagreement", **_disagreement(finding)}
-        case FlagsChange():
-            return {"kind": "flags", **_all_but_at(finding)}
-        case PageLost():
-            return {"kind": "page_lost", **_all_but_at(finding)}
-        case Stall():
-            return {"kind": "stall", **_all_but_at(finding)}
-        case VmEvent():
-            return {"kind": "event", "event": finding.kind}
-        case HostTrouble():
-            return {"kind": "host", "trouble": finding.kind, "unstable": finding.unstable, "why": finding.why}
-        case PagesFound():
-            return {"kind": "found", **finding._asdict()}
-        case VmEnded():
-            return {"kind": "ended", **finding._asdict()}
+    fields = _told(finding)
+    if "kind" in fields:
+        fields["what"] = fields.pop("kind")
+    return {"kind": KINDS[type(finding)], **fields}
 
 
 def vm_record(loop: WatchLoop) -> Mapping[str, object]:
@@ -64,16 +65,10 @@ def rate_records(loop: WatchLoop) -> list[Mapping[str, object]]:
 
 def summary_record(summary: WatchSummary) -> Mapping[str, object]:
     """All that was found: counts, and the greatest of each kind."""
-
-    def record(value: object) -> object:
-        match value:
-            case Step():
-                return _step(value)
-            case Disagreement():
-                return _disagreement(value)
-        return value
-
-    return {name: record(value) for name, value in summary._asdict().items()}
+    return {
+        name: _told(value) if isinstance(value, Step | Disagreement) else value
+        for name, value in summary._asdict().items()
+    }
 
 
 def budgets_record(budgets: Budgets, verdict: Verdict | None) -> Mapping[str, object]:
@@ -87,24 +82,12 @@ def budgets_record(budgets: Budgets, verdict: Verdict | None) -> Mapping[str, ob
     }
 
 
-def _step(step: Step) -> Mapping[str, object]:
-    return {**_all_but_at(step), "events": _events(step.events)}
-
-
-def _disagreement(found: Disagreement) -> Mapping[str, object]:
-    return {**_all_but_at(found), "events": _events(found.events)}
-
-
-def _all_but_at(change: Step | Disagreement | FlagsChange | PageLost | Stall) -> Mapping[str, object]:
-    """Its fields but for those that are instants of the host's TSC."""
-    return {name: value for name, value in change._asdict().items() if name not in {"at", "since"}}
-
-
-def _events(events: Sequence[VmEvent]) -> list[Mapping[str, object]]:
-    return [{"event": event.kind, "utc": utc_text(event.utc_ns)} for event in events]
+def _told(finding: Finding) -> dict[str, object]:
+    fields = {name: value for name, value in finding._asdict().items() if name not in INSTANTS}
+    if isinstance(finding, Step | Disagreement):
+        fields["events"] = [{"what": event.kind, "utc": utc_text(event.utc_ns)} for event in finding.events]
+    return fields
 
 
 def _number(number: Fraction | None) -> int | float | None:
-    if number is None or number.denominator == 1:
-        return number and int(number)
-    return float(number)
+    return None if number is None else int(number) if number.denominator == 1 else float(number)

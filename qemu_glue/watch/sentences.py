@@ -51,24 +51,25 @@ def _all_but_vcpu(finding: Finding) -> object:
 
 def _sentence(alike: Sequence[Finding]) -> str:
     match alike[0]:
-        case PagesFound() as found:
-            return pages_in_words(found)
-        case VmEvent(kind=kind):
-            return f"the VMM says {kind.upper()}"
-        case HostTrouble(why=why):
-            return f"the host: {why}"
-        case VmEnded(why=why):
-            return f"the VM has ended: {why}"
         case Step() as step:
-            return f"{_of(alike)} {step_in_words(step)}"
+            said = f"{_of(alike)} {step_in_words(step)}"
         case FlagsChange(before=before, after=after):
-            return f"{_of(alike)}: flags {flags_in_words(before)} -> {flags_in_words(after)}"
+            said = f"{_of(alike)}: flags {flags_in_words(before)} -> {flags_in_words(after)}"
         case PageLost(why=why):
-            return f"{_of(alike)}: the page is gone: {why}"
+            said = f"{_of(alike)}: the page is gone: {why}"
         case Disagreement() as found:
-            return disagreement_in_words(found)
+            said = disagreement_in_words(found)
         case Stall(gap_ns=gap_ns):
-            return f"not watched for {duration(gap_ns)}: what came and went meanwhile was not seen"
+            said = f"not watched for {duration(gap_ns)}: what came and went meanwhile was not seen"
+        case PagesFound() as found:
+            said = pages_in_words(found)
+        case VmEvent(kind=kind):
+            said = f"the VMM says {kind.upper()}"
+        case HostTrouble(why=why):
+            said = f"the host: {why}"
+        case VmEnded(why=why):
+            said = f"the VM has ended: {why}"
+    return said
 
 
 def _of(alike: Sequence[Finding]) -> str:
@@ -76,6 +77,7 @@ def _of(alike: Sequence[Finding]) -> str:
 
 
 def step_in_words(step: Step) -> str:
+    """What follows the vCPU's name."""
     numbers = [_against_tsc(step)]
     if step.seen_ns is not None:
         numbers.append(f"{exact_ns(step.seen_ns, step.seen_bound_ns or 1)} seen by the guest")
@@ -93,6 +95,7 @@ def _against_tsc(step: Step) -> str:
 
 
 def disagreement_in_words(found: Disagreement) -> str:
+    """Which page was ahead, by how much, for how long, and what that was for a reader."""
     ahead = exact_ns(found.by_ns, found.bound_ns).removeprefix("+")
     said = (
         f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, for at least "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pvclock import Gpa, TimeInfo
+from pvclock import GuestNs
 from pvclock.commands.tables import Table
 from pvclock.meter.watch.changes import Disagreement, Step
 from pvclock.meter.watch.loop import Look, WatchLoop
@@ -26,7 +26,7 @@ def vcpu_table(loop: WatchLoop, look: Look, last_steps: dict[int, Step], rows: i
         table.add_row(
             *(f"{vcpu}", f"{gpa:#x}"),
             *(("-", "-") if info is None else (f"{info.version}", flags_in_words(info.flags))),
-            "-" if ns is None else reading(ns),
+            "-" if ns is None else reading(GuestNs(ns)),
             _rate(rate),
             _last_step(last_steps.get(vcpu)),
         )

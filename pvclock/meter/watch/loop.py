@@ -1,4 +1,4 @@
-"""A watch from beginning to end: pages are found, polled, and found again, until it has been long enough or the VM ends."""
+"""A watch from beginning to end: pages are found, looked at, and found again after a reset."""
 
 from __future__ import annotations
 
