@@ -124,8 +124,7 @@ def _view(
     if arguments.json:
         return JsonView(loop, instants, found)
     vm = loop.vm
-    screen.show(f"{vm.name}: {pages_in_words(found)}")
-    screen.show(f"Read by {vm.ram.means} every {loop.interval_s * 1000:.3g} ms.")
+    screen.show(f"{vm.name}: {pages_in_words(found)}; read by {vm.ram.means} every {loop.interval_s * 1000:.3g} ms")
     for lacking, why in (("clock readings", vm.why_no_offsets), ("causes of steps", vm.why_no_events)):
         if why is not None:
             screen.show(Text(f"No {lacking}: {why}", "yellow"))
@@ -142,7 +141,7 @@ def _report(screen: Screen, loop: WatchLoop, budgets: Budgets, why_ended: str | 
 
     screen.show(summary_table(loop))
     if why_ended is not None:
-        screen.show(Text(f"The VM has ended: {why_ended}", "yellow"))
+        screen.show(Text("The VM has ended.", "yellow"))
     verdict = judged(budgets, loop)
     screen.show(*verdict_in_words(verdict))
     found = {

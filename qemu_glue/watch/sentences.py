@@ -9,7 +9,7 @@ from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Sta
 from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
-from qemu_glue.watch.words import duration, exact_ns, flags_in_words
+from qemu_glue.watch.words import bounded_ns, duration, exact_ns, flags_in_words
 
 __all__ = ["cause", "disagreement_in_words", "pages_in_words", "sentences", "step_in_words", "vcpus_in_words"]
 
@@ -41,8 +41,9 @@ def cause(events: Sequence[VmEvent]) -> str:
 
 def pages_in_words(found: PagesFound) -> str:
     """Where the pages are, and how they were found."""
-    searched = f", in {found.searched_bytes >> 20} MiB searched in {found.seconds:.2f} s" * bool(found.searched_bytes)
-    return f"pages at {', '.join(map(hex, found.pages))}{searched}: {found.why}"
+    if found.searched_bytes:
+        return f"found in {found.searched_bytes >> 20} MiB of its memory in {found.seconds:.2f} s: {found.why}"
+    return f"pages {found.why}: {', '.join(map(hex, found.pages))}"
 
 
 def _all_but_vcpu(finding: Finding) -> object:
@@ -67,8 +68,8 @@ def _sentence(alike: Sequence[Finding]) -> str:
             said = f"the VMM says {kind.upper()}"
         case HostTrouble(why=why):
             said = f"the host: {why}"
-        case VmEnded(why=why):
-            said = f"the VM has ended: {why}"
+        case VmEnded():
+            said = "the VM has ended"
     return said
 
 
@@ -80,7 +81,7 @@ def step_in_words(step: Step) -> str:
     """What follows the vCPU's name."""
     numbers = [_against_tsc(step)]
     if step.seen_ns is not None:
-        numbers.append(f"{exact_ns(step.seen_ns, step.seen_bound_ns or 1)} seen by the guest")
+        numbers.append(f"{bounded_ns(step.seen_ns, step.seen_bound_ns or 0)} seen by the guest")
     several = [f"{step.lines} lines followed each other"] * (step.lines > 1)
     return "; ".join([", ".join(numbers), *several, *_causes(step.events)])
 

@@ -11,7 +11,7 @@ from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.rate import PageRate
 from pvclock.meter.watch.summary import WatchSummary
 from qemu_glue.watch.sentences import disagreement_in_words, step_in_words
-from qemu_glue.watch.words import about_ns, duration, exact_ns, flags_in_words, rate_in_words, reading
+from qemu_glue.watch.words import about_ns, bounded_ns, duration, flags_in_words, rate_in_words, reading
 
 __all__ = ["rates_in_words", "summary_table", "vcpu_table"]
 
@@ -76,7 +76,7 @@ def _disagreement(found: Disagreement) -> str:
 
 
 def _seen(step: Step) -> str:
-    return exact_ns(step.seen_ns or 0, step.seen_bound_ns or 1)
+    return bounded_ns(step.seen_ns or 0, step.seen_bound_ns or 0)
 
 
 def _rate(rate: PageRate | None) -> str:

@@ -13,10 +13,10 @@ from rich.text import Text
 from pvclock import HostTsc
 from pvclock.commands.report import line_json
 from pvclock.commands.screen import Screen, write
-from pvclock.meter.watch.changes import Disagreement, PageLost, Step
+from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
-from pvclock.meter.watch.vm import VmEvent
+from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from qemu_glue.watch.instants import Instants, utc_text
 from qemu_glue.watch.records import finding_record, rate_records, vm_record
 from qemu_glue.watch.sentences import sentences
@@ -26,6 +26,8 @@ from qemu_glue.watch.words import duration, time_of_day
 __all__ = ["JsonView", "LinesView", "LiveView", "View"]
 
 REDRAW_S: Final = 0.5
+STALL_NS: Final = 250_000_000
+"""Shorter ones are told in the summary, and in JSON: a busy host has many."""
 KEPT: Final = 8
 """Findings that stay below the table."""
 AROUND_ROWS: Final = 16
@@ -82,9 +84,13 @@ class LiveView:
         self._told: deque[Text] = deque(maxlen=KEPT)
         self._last_steps: dict[int, Step] = {}
         self._next_draw_s = 0.0
+        self._is_stopped = False
 
     def show(self, look: Look) -> None:
         """See View."""
+        for event in look.poll.events:
+            if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
+                self._is_stopped = event.kind is VmEventKind.STOP
         self._told += _told(look, self._instants)
         if any(isinstance(finding, PagesFound) for finding in look.findings):
             self._last_steps = {}
@@ -100,14 +106,20 @@ class LiveView:
         if hidden > 0:
             yield f"and {hidden} vCPUs more"
         yield from self._told
+        yield Text("; ".join(self._state()), "dim")
+
+    def _state(self) -> Iterator[str]:
         summary = self._loop.watcher.summary
-        state = "the pages are searched again; " * self._loop.finder.is_searching
-        yield Text(f"{state}watched for {duration(summary.duration_ns)}, {summary.polls:,} polls; Ctrl-C ends", "dim")
+        yield f"watched for {duration(summary.duration_ns)}, {summary.polls:,} polls"
+        yield from ["the guest is stopped"] * self._is_stopped
+        yield from ["its pages are searched again"] * self._loop.finder.is_searching
+        yield "Ctrl-C ends"
 
 
 def _told(look: Look, instants: Instants) -> Iterator[Text]:
     """Each finding as a line for people, with the time of day."""
-    for finding, sentence in sentences(look.findings):
+    told = [each for each in look.findings if not (isinstance(each, Stall) and each.gap_ns < STALL_NS)]
+    for finding, sentence in sentences(told):
         when = time_of_day(_utc_ns(finding, look.poll.end, instants))
         yield Text.assemble((f"{when} ", "dim"), (sentence, _style(finding)))
 

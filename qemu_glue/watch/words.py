@@ -7,7 +7,16 @@ from typing import Final
 
 from pvclock import GuestNs
 
-__all__ = ["about_ns", "duration", "exact_ns", "flags_in_words", "rate_in_words", "reading", "time_of_day"]
+__all__ = [
+    "about_ns",
+    "bounded_ns",
+    "duration",
+    "exact_ns",
+    "flags_in_words",
+    "rate_in_words",
+    "reading",
+    "time_of_day",
+]
 
 UNITS: Final = ((1_000_000_000, "s"), (1_000_000, "ms"), (1000, "us"), (1, "ns"))
 FLAGS: Final = ((1, "stable"), (2, "stopped"))
@@ -20,10 +29,15 @@ def exact_ns(ns: int, bound_ns: int = 1) -> str:
     rounded = (abs(ns) + grain // 2) // grain * grain
     size, unit = next(((size, unit) for size, unit in UNITS if rounded >= size), UNITS[-1])
     whole, rest = divmod(rounded, size)
-    digits = f"{rest + size}"[1 : 1 + len(str(size)) - len(str(grain))]
+    digits = f"{rest + size}"[1 : 1 + max(len(str(size)) - len(str(grain)), 0)]
     groups = " ".join(digits[begin : begin + 3] for begin in range(0, len(digits), 3))
     sign = "-" if ns < 0 < rounded else "+"
     return f"{sign}{whole:,}".replace(",", " ") + f".{groups}" * bool(groups) + f" {unit}"
+
+
+def bounded_ns(ns: int, bound_ns: int) -> str:
+    """A signed time with its bound, in two digits: -70 us (within 250 us)."""
+    return f"{exact_ns(ns, bound_ns // 10)} (within {exact_ns(bound_ns, bound_ns // 10).removeprefix('+')})"
 
 
 def about_ns(ns: int) -> str:

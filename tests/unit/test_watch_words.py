@@ -80,7 +80,12 @@ def test_a_rate_with_its_bound(ppb: float, bound_ppb: float, text: str) -> None:
 def test_what_stands_in_a_row() -> None:
     """A reading is s as in a kernel's messages, flags have names, and a time of day is UTC to the ms."""
     assert reading(GuestNs(12_345_678_901_234)) == "12345.678901 s"
-    assert [flags_in_words(flags) for flags in (0, 1, 3, 7)] == ["-", "stable", "stable, stopped", "stable, stopped, 0x4"]
+    assert [flags_in_words(flags) for flags in (0, 1, 3, 7)] == [
+        "-",
+        "stable",
+        "stable, stopped",
+        "stable, stopped, 0x4",
+    ]
     assert time_of_day(1_764_252_000_123_999_999) == "14:00:00.123"
 
 

@@ -27,6 +27,8 @@ INTERVAL_MAX_S: Final = 1.0
 POLL_SHARE: Final = 20
 """Polls take at most this part of the time, unless the user says how often."""
 COST_TRIES: Final = 3
+END_LIMIT_S: Final = 2.0
+"""A VMM that ends hangs up before its process is gone."""
 SAMPLE_S: Final = 1.0
 """How often the reference is sampled, and the host is looked at."""
 
@@ -161,10 +163,13 @@ class WatchLoop:
 
     def _ended(self, error: PvclockError) -> VmEnded:
         """The VM's end, if that is why `error` came; else that error."""
-        try:
-            self.vm.check_running()
-        except PvclockError as end:
-            return VmEnded(str(end))
+        limit_s = time.monotonic() + END_LIMIT_S
+        while time.monotonic() < limit_s:
+            try:
+                self.vm.check_running()
+            except PvclockError as end:
+                return VmEnded(str(end))
+            time.sleep(INTERVAL_S)
         raise error
 
     def _affordable_s(self) -> float:

@@ -75,7 +75,7 @@ class PageFinder:
                 raise ConfigError(
                     f"there is no pvclock page at {gpa:#x}; without --page the guest's memory is searched"
                 )
-        return PagesFound(self._given, "given")
+        return PagesFound(self._given, "as given")
 
     def take(self, poll: Poll, *, is_lost: bool) -> PagesFound | None:
         """Take a poll of `places`; the pages if they are others than was thought, or come again where they were.
@@ -139,7 +139,7 @@ class PageFinder:
 
     def _take(self, found: FoundPages) -> PagesFound:
         self._choice = PageChoice.of(found, self._terms)
-        self.is_searching = False
+        self.is_searching, self._pause_s = False, PAUSE_S
         return PagesFound(found.pages, found.why, found.searched_bytes, found.seconds)
 
 
