@@ -1,8 +1,10 @@
 """Which of the places that hold a legal page are a VM's pages, one for each vCPU: by how they lie to each other.
 
-Linux has an array of 64-byte entries from the beginning of a memory page, vCPU 0's first; those of the 65th vCPU on are
-another such array.  FreeBSD's entries are 32 bytes apart, and some guests give each vCPU a memory page.
-A place that is no vCPU's has been one's, as SeaBIOS's is after Linux has booted, or is one of a guest of this guest.
+Linux has an array of 64-byte entries from the beginning of a memory page, vCPU 0's first.  From 65 vCPUs on the others
+are in a second one; with 128 nothing says which is the first, and the one at the lower address is taken.  FreeBSD's
+entries are 32 bytes apart, and some guests give each vCPU a memory page.
+A place that is no vCPU's has been one's, as SeaBIOS's is after Linux has booted, or is a copy that the guest keeps, or
+belongs to a guest of this guest.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from pvclock.readings import TimeInfo
 
 __all__ = ["Candidate", "PageSet", "page_sets"]
 
-STRIDES_BYTES: Final = (64, 32, 4096)
+LINUX_ARRAY_VCPUS: Final = 64
+LINUX_STRIDE_BYTES: Final = 64
+STRIDES_BYTES: Final = (LINUX_STRIDE_BYTES, 32, 4096)
 """How far apart the entries of an array are, the usual first."""
 
 ALIGNMENTS_BYTES: Final = (4096, 64, 32, 4)
-LINUX_ARRAY_VCPUS: Final = 64
 SETS_MAX: Final = 16
 
 
@@ -54,14 +57,24 @@ def page_sets(candidates: Iterable[Candidate], vcpus: int) -> list[PageSet]:
 
 
 def _likeliest(infos: Mapping[Gpa, TimeInfo], vcpus: int) -> tuple[Gpa, ...]:
-    array = _best_array(infos, min(vcpus, LINUX_ARRAY_VCPUS))
-    if len(array) == LINUX_ARRAY_VCPUS < vcpus:
-        others = _best_array(_without(infos, array), vcpus - LINUX_ARRAY_VCPUS)
-        return array + others if len(array + others) == vcpus else array
+    array = _best_array(infos, vcpus)
+    if len(array) < vcpus and vcpus > LINUX_ARRAY_VCPUS:
+        return _linux_arrays(infos, vcpus) or array
     if len(array) == 1 < vcpus:
         alike = sorted(gpa for gpa in infos if _alignment_bytes(gpa) == _alignment_bytes(array[0]))
         return tuple(alike) if len(alike) == vcpus else array
     return array
+
+
+def _linux_arrays(infos: Mapping[Gpa, TimeInfo], vcpus: int) -> tuple[Gpa, ...]:
+    """An array that fills a memory page, and one of all other vCPUs; () if there are no two such."""
+    for gpa in sorted(gpa for gpa in infos if _alignment_bytes(gpa) == LINUX_ARRAY_VCPUS * LINUX_STRIDE_BYTES):
+        first = tuple(_entries(infos, gpa, LINUX_STRIDE_BYTES, vcpus))
+        if len(first) == LINUX_ARRAY_VCPUS:
+            others = _best_array(_without(infos, first), vcpus - LINUX_ARRAY_VCPUS)
+            if len(others) == vcpus - LINUX_ARRAY_VCPUS:
+                return first + others
+    return ()
 
 
 def _best_array(infos: Mapping[Gpa, TimeInfo], vcpus: int) -> tuple[Gpa, ...]:
