@@ -29,7 +29,10 @@ __all__ = [
 TSC_STABLE, GUEST_STOPPED = 1, 2
 LEAST_MUL: Final = 1 << 31
 SHIFT_MAX: Final = 31
-SCALED: Final = Fraction(300, 10**6)
+SHIFT_BITS: Final = 128
+"""A shift is a signed byte."""
+ONE_TO_ONE: Final = NS_PER_S << 32 + SHIFT_BITS
+SCALED_PPM: Final = 300
 """KVM takes a guest's TSC frequency for the host's within 250 ppm; what is further off than this is scaled."""
 
 
@@ -48,12 +51,10 @@ class TscRates(NamedTuple):
 
     def is_scaled(self, line: TimeInfo) -> bool:
         """Does the guest's TSC not count as the host's does?"""
-        scale = (
-            ns_per_tick(line) * self.host_hz / NS_PER_S
-            if self.guest_hz is None
-            else Fraction(self.guest_hz, self.host_hz)
-        )
-        return abs(scale - 1) > SCALED
+        if self.guest_hz is not None:
+            return abs(self.guest_hz - self.host_hz) * 10**6 > SCALED_PPM * self.host_hz
+        counted = line.tsc_to_system_mul * self.host_hz << SHIFT_BITS + line.tsc_shift
+        return abs(counted - ONE_TO_ONE) * 10**6 > SCALED_PPM * ONE_TO_ONE
 
     def speed(self, line: TimeInfo) -> Fraction | None:
         """The guest's seconds in a nominal second of its host; None if its TSC is scaled by an unknown ratio."""

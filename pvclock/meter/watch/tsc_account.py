@@ -30,17 +30,18 @@ class TscAccount:
 
     def __init__(self, rates: TscRates, at: HostTsc) -> None:
         self._rates = rates
-        self._is_told = False  # that it was changed
+        self.is_doubted = False
+        """Does something say that it was changed since that line?"""
         self._earliest, self._latest = 0, int(at)
         """The host's TSC at the present line's tsc_timestamp: it counts from 0, when the host was started."""
 
     def note(self, events: Iterable[VmEvent]) -> None:
         """Take what the VMM told."""
-        self._is_told |= any(event.kind in CHANGES_TSC for event in events)
+        self.is_doubted |= any(event.kind in CHANGES_TSC for event in events)
 
     def doubt(self) -> None:
         """Take something else for a sign that the TSC was changed."""
-        self._is_told = True
+        self.is_doubted = True
 
     def take(
         self, before: TimeInfo, after: TimeInfo, since: HostTsc, at: HostTsc, events: Iterable[VmEvent]
@@ -49,12 +50,13 @@ class TscAccount:
 
         events: told with the poll that saw it.  They may be of before it or after it, so they count for the next, too.
         """
+        self.note(events)
         ticks = signed64(after.tsc_timestamp - before.tsc_timestamp)
-        is_changed = self._is_told or ticks < -SLACK_TICKS or is_one_pair(before, after)
+        is_changed = self.is_doubted or ticks < -SLACK_TICKS or is_one_pair(before, after)
         is_changed |= not self._goes_on(after, ticks, since, at)
         if is_changed:
             self._earliest, self._latest = 0, int(at)
-        self._is_told = False
+        self.is_doubted = False
         self.note(events)
         return TscBasis.CHANGED if is_changed else TscBasis.ASSUMED
 
