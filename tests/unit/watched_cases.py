@@ -275,7 +275,7 @@ INJECTED: list[Callable[[Life], object]] = [
     reset_unsaid,
     stop,
 ]
-CLEAN: list[Callable[[Life], object]] = [nothing, reanchor, reanchor_at_once, watcher_sleeps]
+CLEAN: list[Callable[[Life], object]] = [*[nothing] * 8, reanchor, reanchor_at_once, watcher_sleeps]
 CLEAN_WITH_OFFSETS = [*CLEAN, adjust_tsc]
 CLEAN_WITH_EVENTS = [*CLEAN_WITH_OFFSETS, stop_and_go_on]
 
@@ -319,16 +319,11 @@ def untrue_of_step(life: Life, found: Step) -> Iterator[str]:
     if (found.step_ns is None) != (found.basis is TscBasis.CHANGED):
         yield "unknown, or not"
     if found.step_ns is not None and (found.basis is TscBasis.OFFSETS or not is_moved):
-        true_ns = {new.at(at_of(new)) - was.at(at_of(new)) for was in with_page_of(life, found.vcpu, old)}
+        true_ns = {new.at(states[-1].since) - was.at(states[-1].since) for was in with_page_of(life, found.vcpu, old)}
         if all(abs(found.step_ns - each) > (found.bound_ns or 0) for each in true_ns):
             yield f"truly {[float(each) for each in true_ns]}"
         if not is_moved:
             yield from untrue_of_pause(life, found, old, new)
-
-
-def at_of(state: State) -> int:
-    """Return the host instant that a step is told for."""
-    return state.host_tsc
 
 
 def with_page_of(life: Life, vcpu: int, old: State) -> list[State]:
@@ -338,16 +333,15 @@ def with_page_of(life: Life, vcpu: int, old: State) -> list[State]:
 
 def allowed(life: Life, found: Step) -> set[TscBasis]:
     """Return what may be said of the TSC between two lines."""
-    is_told = {event.kind for event in found.events} & CHANGES_TSC
-    earlier = [each for each in life.steps if each.vcpu == found.vcpu and each.at <= found.since]
-    is_doubted = is_told or {event.kind for each in earlier[-1:] for event in each.events} & CHANGES_TSC
+    told = [
+        each.at for each in life.guest.told if life.tells and each.event.kind in CHANGES_TSC and each.at <= found.at
+    ]
     if life.reads_offsets:
-        told = {each.event.kind for each in life.guest.told if each.at <= found.at}
-        return {TscBasis.OFFSETS, TscBasis.CHANGED} if found.lines == 0 and told & CHANGES_TSC else {TscBasis.OFFSETS}
-    if is_told:
+        return {TscBasis.OFFSETS, TscBasis.CHANGED} if found.lines == 0 and told else {TscBasis.OFFSETS}
+    if any(found.since < at for at in told):
         return {TscBasis.CHANGED}
     offsets = {state.offset for state in life.guest.history[found.vcpu] if state.since <= found.at}
-    return {TscBasis.ASSUMED, TscBasis.CHANGED} if is_doubted or len(offsets) > 1 else {TscBasis.ASSUMED}
+    return {TscBasis.ASSUMED, TscBasis.CHANGED} if told or len(offsets) > 1 else {TscBasis.ASSUMED}
 
 
 def untrue_of_pause(life: Life, found: Step, old: State, new: State) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """A guest that is watched, simulated exactly: its clock's lines, its vCPUs' TSCs and pages, and what its VMM tells.
 
 It does what KVM does: all pages take the VM's line (a master clock's pair) or, without a master clock, each its own
-instant of it, when their vCPU enters; a guest's write of IA32_TSC_ADJUST brings its page anew, one of IA32_TSC does not.
+instant of it, when their vCPU enters; a guest's write of IA32_TSC_ADJUST brings its page anew, and one of IA32_TSC
+leaves it.
 All that was is kept as the truth: who had which line and which TSC offset, from which host instant on.
 """
 
@@ -11,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache
+from itertools import pairwise
 from math import ceil, floor
 from typing import NamedTuple
 
@@ -49,11 +51,6 @@ class State(NamedTuple):
         """Return what its clock shows at a host instant, exactly, without the floor."""
         ticks = (host_tsc + self.offset - self.page.tsc_timestamp + U64 // 2) % U64 - U64 // 2
         return self.page.system_time + ticks * rate(self.page.tsc_to_system_mul, self.page.tsc_shift)
-
-    @property
-    def host_tsc(self) -> int:
-        """The host's TSC at its page's timestamp, if the offset is that of when it was made."""
-        return (self.page.tsc_timestamp - self.offset - self.since + U64 // 2) % U64 - U64 // 2 + self.since
 
 
 class Told(NamedTuple):
@@ -171,7 +168,7 @@ def apart(
     """Give the pieces of a span: (from, to, by how much `one` is ahead of `other` at either end), by their own TSCs."""
     changes = {state.since for vcpu in (one, other) for state in guest.between(vcpu, since, until)[1:]}
     ends = sorted({since, until, *changes})
-    for begin, end in zip(ends, ends[1:], strict=False):
+    for begin, end in pairwise(ends):
         states = guest.state(one, begin), guest.state(other, begin)
         yield begin, end, states[0].at(begin) - states[1].at(begin), states[0].at(end) - states[1].at(end)
 

@@ -48,7 +48,7 @@ class _Episode:
 
     def extend(self, lead: _Lead, at: HostTsc) -> None:
         """Another poll saw it.  The time counts unless the pages may have agreed in between."""
-        if not _is_gapless(self._last, lead):
+        if not _is_gapless(self._last, self.at, lead, at):
             self._since = at
         self._longest_ticks = max(self._longest_ticks, at - self._since)
         self.widest = max(self.widest, lead, key=lambda it: it.by_ns)
@@ -164,8 +164,13 @@ def _of_side(leads: dict[int, _Lead | None], *, is_ahead: bool) -> Iterator[tupl
     return ((lead.by_ns, vcpu) for vcpu, lead in leads.items() if lead and (lead.behind == 0) == is_ahead)
 
 
-def _is_gapless(before: _Lead, after: _Lead) -> bool:
-    """Did the two pages get one line at most, so that they did not agree meanwhile, and was no TSC written?"""
+def _is_gapless(before: _Lead, since: HostTsc, after: _Lead, at: HostTsc) -> bool:
+    """Did the pages disagree all the time between two polls?
+
+    So it is if they got one line at most, no TSC was written, and the lines of either poll disagree at the other, too.
+    """
     pairs = list(zip(before.pages, after.pages, strict=True))
     lines = sum((new.info.version - old.info.version & U32_MASK) // 2 for old, new in pairs)
-    return lines <= 1 and all(new.offset == old.offset for old, new in pairs)
+    if lines > 1 or any(new.offset != old.offset for old, new in pairs):
+        return False
+    return difference(*before.pages, at)[0] > AGREE_NS and difference(*after.pages, since)[0] > AGREE_NS

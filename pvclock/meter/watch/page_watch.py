@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from pvclock.meter.watch.changes import Change, FlagsChange, PageLost, Step, TscBasis
-from pvclock.meter.watch.lines import Line, TscRates, step_between
+from pvclock.meter.watch.lines import Line, TscRates, step_within
+from pvclock.meter.watch.pauses import Stopped, with_seen
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.tsc_account import TscAccount
 from pvclock.meter.watch.vm import VmEvent
@@ -23,12 +24,6 @@ LOST_POLLS: Final = 10
 
 MOVED_POLLS: Final = 2
 """Polls in a row that see a line with another TSC, after which they count."""
-
-UTC_BOUND_NS: Final = 1000
-"""A pause lies between two stamps of whole us."""
-
-UTC_PPM: Final = 500
-"""How far NTP slews UTC at most."""
 
 VERSION_BACK: Final = 1 << 31
 EVENTS_KEPT: Final = 64
@@ -52,19 +47,16 @@ class PageWatch:
         self._since = HostTsc(0)  # the last poll that saw it, with its offset
         self._account = TscAccount(rates, HostTsc(0))
         self._events: tuple[VmEvent, ...] = ()  # since the last step
-        self._pauses: list[int] = []  # that ended since that poll was taken
+        self._pauses_ns: tuple[int, ...] = ()  # of those that ended, as was told from that poll on
         self._waiting: Step | None = None  # for the RESUME that belongs to it
         self._flags = 0
         self._move: _Move | None = None
         self._illegal_polls = self._polls_without_offset = 0
 
-    def take(self, poll: Poll, pauses: list[int], *, is_stopped: bool) -> tuple[Line | None, list[Change]]:
-        """The line that lay there at the poll with the offset that counts, None if not known, and what changed.
-
-        pauses: the lengths in ns of those that ended, by what was told with this poll; is_stopped: another has begun.
-        """
+    def take(self, poll: Poll, stopped: Stopped) -> tuple[Line | None, list[Change]]:
+        """The line that lay there at the poll with the offset that counts, None if not known, and what changed."""
         self._events = (*self._events, *poll.events)[-EVENTS_KEPT:]
-        self._pauses += pauses
+        self._pauses_ns += stopped.ended_ns
         changes = self.finish()
         page = poll.pages[self._vcpu]
         if page is None or not self._is_legal(page):
@@ -79,7 +71,7 @@ class PageWatch:
             self._begin_with(line, poll)
         else:
             changes += self._flags_change(page, poll)
-            changes += self._compared(self._line, line, poll, pauses, is_stopped=is_stopped)
+            changes += self._compared(self._line, line, poll, stopped)
         self._flags = page.flags
         return (self._line if self._move is None else None), changes
 
@@ -112,24 +104,24 @@ class PageWatch:
         is_same = page.flags == self._flags
         return [] if is_same else [FlagsChange(poll.middle, self._vcpu, self._flags, page.flags)]
 
-    def _compared(self, before: Line, line: Line, poll: Poll, pauses: list[int], *, is_stopped: bool) -> list[Change]:
+    def _compared(self, before: Line, line: Line, poll: Poll, stopped: Stopped) -> list[Change]:
         """What the line is after the one before."""
-        if self._is_moving(before, line, is_stopped=is_stopped):
+        if self._is_moving(before, line, stopped):
             self._account.note(poll.events)
             return self._unknown_move(before, line, poll)
         step = self._step(before, line, poll)
         self._line, self._since = line, poll.middle
         if step is None:
             self._account.note(poll.events)
-            self._pauses = list(pauses)
+            self._pauses_ns = stopped.ended_ns
             return []
         self._events = ()
-        if is_stopped and len(self._pauses) < step.lines:
+        if stopped.is_late and len(self._pauses_ns) < step.lines:
             self._waiting = step
             return []
         return [self._with_pauses(step)]
 
-    def _is_moving(self, before: Line, line: Line, *, is_stopped: bool) -> bool:
+    def _is_moving(self, before: Line, line: Line, stopped: Stopped) -> bool:
         """Was the TSC written, and is it open whether the guest runs by this line with that TSC?
 
         A VMM writes the TSC of a guest that stands, and KVM replaces the line before the guest runs; then what lies
@@ -145,7 +137,7 @@ class PageWatch:
             return True
         if _is_new(move.line.info, line.info):
             return False
-        polls = 1 if is_stopped else move.polls + 1
+        polls = 1 if stopped.is_stopped else move.polls + 1
         is_open = self._account.is_doubted and not _is_new(before.info, line.info)
         if polls >= MOVED_POLLS and not is_open:
             return False
@@ -166,7 +158,7 @@ class PageWatch:
         return self._made(before, line, poll, 0, TscBasis.OFFSETS) if is_moved else None
 
     def _made(self, before: Line, line: Line, poll: Poll, lines: int, basis: TscBasis) -> Step:
-        step_ns, bound_ns = step_between(before.info, before.offset, line.info, line.offset)
+        step_ns, bound_ns = step_within(before, line, self._since, poll.middle)
         is_known = basis is not TscBasis.CHANGED
         return Step(
             at=poll.middle,
@@ -199,14 +191,8 @@ class PageWatch:
         return TscBasis.OFFSETS
 
     def _with_pauses(self, step: Step) -> Step:
-        """The step, and what the guest saw of it, if as many pauses ended meanwhile as there are new lines."""
-        pauses, self._pauses = self._pauses, []
-        speed = self._rates.speed(step.before)
-        if step.step_ns is None or step.bound_ns is None or speed is None or len(pauses) != step.lines or not pauses:
-            return step
-        stopped_ns = sum(pauses)
-        bound_ns = step.bound_ns + UTC_BOUND_NS * len(pauses) + abs(stopped_ns) * UTC_PPM // 10**6 + 1
-        return step._replace(seen_ns=step.step_ns + round(stopped_ns * speed), seen_bound_ns=bound_ns)
+        pauses_ns, self._pauses_ns = self._pauses_ns, ()
+        return with_seen(step, pauses_ns, self._rates.speed(step.before))
 
 
 def _is_new(before: TimeInfo, after: TimeInfo) -> bool:
