@@ -33,8 +33,8 @@ class Step(NamedTuple):
     at: the change was seen at, and it happened after `since`.  lines: how many lines followed each other meanwhile, by
     the version: their steps' sum is exact, the single ones are unknown.  1 if the version went back, or stayed.  0: the
     line is the same, and the guest's TSC was written: its clock reads as much more or less.
-    step_ns: *against the TSC*: what the newer line gives more, at its tsc_timestamp, than the older line gives there;
-    true to bound_ns.  Both None if `basis` is CHANGED.
+    step_ns: *against the TSC*: what the newer line gives more than the older one when it took its place; true to
+    bound_ns.  Both None if `basis` is CHANGED.
     seen_ns: *seen by the guest*, if it was stopped and continued meanwhile and the VMM told when: its clock's progress
     from STOP to RESUME, true to seen_bound_ns; else both None.
     """

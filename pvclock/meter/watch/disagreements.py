@@ -34,7 +34,7 @@ class _Lead(NamedTuple):
     by_ns: int
     bound_ns: int
     basis: TscBasis
-    versions: tuple[int, int]
+    pages: tuple[Line, Line]
 
 
 class _Episode:
@@ -47,8 +47,8 @@ class _Episode:
         self._longest_ticks = 0
 
     def extend(self, lead: _Lead, at: HostTsc) -> None:
-        """Another poll saw it.  If more than one line is new, the pages may have agreed in between."""
-        if _new_lines(self._last, lead) > 1:
+        """Another poll saw it.  The time counts unless the pages may have agreed in between."""
+        if not _is_gapless(self._last, self.at, lead, at):
             self._since = at
         self._longest_ticks = max(self._longest_ticks, at - self._since)
         self.widest = max(self.widest, lead, key=lambda it: it.by_ns)
@@ -143,12 +143,11 @@ def _lead(one_vcpu: int, one: Line, other_vcpu: int, other: Line, at: HostTsc) -
     by_ns, bound_ns = difference(one, other, at)
     if abs(by_ns) <= AGREE_NS:
         return None
-    versions = one.info.version, other.info.version
     if by_ns < 0:
-        one_vcpu, other_vcpu, versions = other_vcpu, one_vcpu, (versions[1], versions[0])
+        one_vcpu, one, other_vcpu, other = other_vcpu, other, one_vcpu, one
     is_known = one.offset is not None and other.offset is not None
     basis = TscBasis.OFFSETS if is_known else TscBasis.ASSUMED
-    return _Lead(one_vcpu, other_vcpu, abs(by_ns), bound_ns, basis, versions)
+    return _Lead(one_vcpu, other_vcpu, abs(by_ns), bound_ns, basis, (one, other))
 
 
 def _furthest_apart(leads: dict[int, _Lead | None], lines: Sequence[Line | None], at: HostTsc) -> _Lead | None:
@@ -165,7 +164,13 @@ def _of_side(leads: dict[int, _Lead | None], *, is_ahead: bool) -> Iterator[tupl
     return ((lead.by_ns, vcpu) for vcpu, lead in leads.items() if lead and (lead.behind == 0) == is_ahead)
 
 
-def _new_lines(before: _Lead, after: _Lead) -> int:
-    """How many lines the two pages got, by their versions; a version that went back counts as many."""
-    pairs = zip(before.versions, after.versions, strict=True)
-    return sum((new - old & U32_MASK) // 2 for old, new in pairs)
+def _is_gapless(before: _Lead, since: HostTsc, after: _Lead, at: HostTsc) -> bool:
+    """Did the pages disagree all the time between two polls?
+
+    So it is if they got one line at most, no TSC was written, and the lines of either poll disagree at the other, too.
+    """
+    pairs = list(zip(before.pages, after.pages, strict=True))
+    lines = sum((new.info.version - old.info.version & U32_MASK) // 2 for old, new in pairs)
+    if lines > 1 or any(new.offset != old.offset for old, new in pairs):
+        return False
+    return difference(*before.pages, at)[0] > AGREE_NS and difference(*after.pages, since)[0] > AGREE_NS

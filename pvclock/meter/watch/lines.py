@@ -7,6 +7,7 @@ time are taken as 64-bit counters, of which differences are signed.
 from __future__ import annotations
 
 from fractions import Fraction
+from math import ceil
 from typing import Final, NamedTuple
 
 from pvclock.quantities import NS_PER_S, HostTsc, signed64
@@ -23,13 +24,22 @@ __all__ = [
     "is_same_line",
     "ns_per_tick",
     "step_between",
+    "step_within",
     "value_at",
 ]
 
 TSC_STABLE, GUEST_STOPPED = 1, 2
 LEAST_MUL: Final = 1 << 31
 SHIFT_MAX: Final = 31
-SCALED: Final = Fraction(300, 10**6)
+BACKDATED_TICKS: Final = (1 << 34) + (1 << 15)
+"""This engine dates its lines back, so that they are exact to fractions: by less than 2^34 ticks up to 8 GHz, and 2^14.
+Source: pvclock_exact_backdate().
+"""
+
+SHIFT_BITS: Final = 128
+"""A shift is a signed byte."""
+ONE_TO_ONE: Final = NS_PER_S << 32 + SHIFT_BITS
+SCALED_PPM: Final = 300
 """KVM takes a guest's TSC frequency for the host's within 250 ppm; what is further off than this is scaled."""
 
 
@@ -48,12 +58,10 @@ class TscRates(NamedTuple):
 
     def is_scaled(self, line: TimeInfo) -> bool:
         """Does the guest's TSC not count as the host's does?"""
-        scale = (
-            ns_per_tick(line) * self.host_hz / NS_PER_S
-            if self.guest_hz is None
-            else Fraction(self.guest_hz, self.host_hz)
-        )
-        return abs(scale - 1) > SCALED
+        if self.guest_hz is not None:
+            return abs(self.guest_hz - self.host_hz) * 10**6 > SCALED_PPM * self.host_hz
+        counted = line.tsc_to_system_mul * self.host_hz << SHIFT_BITS + line.tsc_shift
+        return abs(counted - ONE_TO_ONE) * 10**6 > SCALED_PPM * ONE_TO_ONE
 
     def speed(self, line: TimeInfo) -> Fraction | None:
         """The guest's seconds in a nominal second of its host; None if its TSC is scaled by an unknown ratio."""
@@ -115,6 +123,21 @@ def step_between(
     return signed64(after.system_time - value_at(before, after.tsc_timestamp + moved)), floor_ns(before)
 
 
+def step_within(before: Line, after: Line, since: HostTsc, at: HostTsc) -> tuple[int, int]:
+    """(step_ns, bound_ns): what `after` gives more than `before` when it took its place, from `since` to `at`.
+
+    Lines of one rate differ by as much at all times.  Of two rates the step is that at the earliest possible instant,
+    and the bound goes to the latest.
+    """
+    bend = abs(ns_per_tick(after.info) - ns_per_tick(before.info))
+    if not bend or before.offset is None or after.offset is None:
+        step_ns, bound_ns = step_between(before.info, before.offset, after.info, after.offset)
+        return step_ns, bound_ns + ceil(bend * BACKDATED_TICKS)
+    earliest = HostTsc(min(max(since, host_instant(after, at)), at))
+    step_ns, bound_ns = difference(after, before, earliest)
+    return step_ns, bound_ns + ceil(bend * (at - earliest))
+
+
 def difference(one: Line, other: Line, at: HostTsc) -> tuple[int, int]:
     """(difference_ns, bound_ns): what `one` gives more than `other` at the host's TSC `at`.
 
@@ -130,4 +153,5 @@ def difference(one: Line, other: Line, at: HostTsc) -> tuple[int, int]:
         ahead = signed64(one.info.tsc_timestamp - other.info.tsc_timestamp)
         tsc = one.info.tsc_timestamp if ahead > 0 else other.info.tsc_timestamp
         values = value_at(one.info, tsc), value_at(other.info, tsc)
+        bound_ns += ceil(abs(ns_per_tick(one.info) - ns_per_tick(other.info)) * BACKDATED_TICKS)
     return signed64(values[0] - values[1]), bound_ns

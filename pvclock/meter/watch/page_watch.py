@@ -6,10 +6,11 @@ A poll that lacks the page or its TSC offset is left out: the line and the offse
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from pvclock.meter.watch.changes import Change, FlagsChange, PageLost, Step, TscBasis
-from pvclock.meter.watch.lines import Line, TscRates, is_same_line, step_between
+from pvclock.meter.watch.lines import Line, TscRates, step_within
+from pvclock.meter.watch.pauses import Stopped, with_seen
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.tsc_account import TscAccount
 from pvclock.meter.watch.vm import VmEvent
@@ -21,14 +22,18 @@ __all__ = ["LOST_POLLS", "PageWatch"]
 LOST_POLLS: Final = 10
 """Polls in a row without a legal page, after which it is lost."""
 
-UTC_BOUND_NS: Final = 1000
-"""A pause lies between two stamps of whole us."""
-
-UTC_PPM: Final = 500
-"""How far NTP slews UTC at most."""
+MOVED_POLLS: Final = 2
+"""Polls in a row that see a line with another TSC, after which they count."""
 
 VERSION_BACK: Final = 1 << 31
 EVENTS_KEPT: Final = 64
+
+
+class _Move(NamedTuple):
+    """A line as it was first seen with another TSC offset, and how many polls in a row saw that."""
+
+    line: Line
+    polls: int
 
 
 class PageWatch:
@@ -39,21 +44,19 @@ class PageWatch:
         self._rates = rates
         self._is_legal = is_legal
         self._line: Line | None = None
-        self._since = HostTsc(0)  # the last poll that saw it
+        self._since = HostTsc(0)  # the last poll that saw it, with its offset
         self._account = TscAccount(rates, HostTsc(0))
         self._events: tuple[VmEvent, ...] = ()  # since the last step
-        self._pauses: list[int] = []  # that ended since that poll was taken
+        self._pauses_ns: tuple[int, ...] = ()  # of those that ended, as was told from that poll on
         self._waiting: Step | None = None  # for the RESUME that belongs to it
-        self._moved_to: int | None = None  # the offset, under the same line, at the last poll
+        self._flags = 0
+        self._move: _Move | None = None
         self._illegal_polls = self._polls_without_offset = 0
 
-    def take(self, poll: Poll, pauses: list[int], *, is_stopped: bool) -> tuple[Line | None, list[Change]]:
-        """The line that lay there at the poll, None if it is not known, and what changed since the one before.
-
-        pauses: the lengths in ns of those that ended, by what was told with this poll; is_stopped: another has begun.
-        """
+    def take(self, poll: Poll, stopped: Stopped) -> tuple[Line | None, list[Change]]:
+        """The line that lay there at the poll with the offset that counts, None if not known, and what changed."""
         self._events = (*self._events, *poll.events)[-EVENTS_KEPT:]
-        self._pauses += pauses
+        self._pauses_ns += stopped.ended_ns
         changes = self.finish()
         page = poll.pages[self._vcpu]
         if page is None or not self._is_legal(page):
@@ -64,15 +67,13 @@ class PageWatch:
         if self._lacks_offset(line):
             self._account.note(poll.events)
             return None, changes
-        before, self._line = self._line, line
-        if before is None:
-            self._account = TscAccount(self._rates, poll.middle)
-            self._account.note(poll.events)
+        if self._line is None:
+            self._begin_with(line, poll)
         else:
-            changes += self._flags_change(before, line, poll)
-            changes += self._changed(before, line, poll, pauses, is_stopped=is_stopped)
-        self._since = poll.middle
-        return line, changes
+            changes += self._flags_change(page, poll)
+            changes += self._compared(self._line, line, poll, stopped)
+        self._flags = page.flags
+        return (self._line if self._move is None else None), changes
 
     def finish(self) -> list[Change]:
         """The step that waited for a RESUME, if any."""
@@ -94,43 +95,71 @@ class PageWatch:
         self._polls_without_offset = self._polls_without_offset + 1 if is_missing else 0
         return 0 < self._polls_without_offset < LOST_POLLS
 
-    def _flags_change(self, before: Line, line: Line, poll: Poll) -> list[Change]:
-        flags = before.info.flags, line.info.flags
-        return [] if flags[0] == flags[1] else [FlagsChange(poll.middle, self._vcpu, *flags)]
-
-    def _changed(self, before: Line, line: Line, poll: Poll, pauses: list[int], *, is_stopped: bool) -> list[Change]:
-        if before.info.version != line.info.version or not is_same_line(before.info, line.info):
-            self._moved_to = None
-            step = self._step(before, line, poll)
-            if is_stopped and len(self._pauses) < step.lines:
-                self._waiting = step
-                return []
-            return [self._with_pauses(step)]
+    def _begin_with(self, line: Line, poll: Poll) -> None:
+        self._line, self._since = line, poll.middle
+        self._account = TscAccount(self._rates, poll.middle)
         self._account.note(poll.events)
-        self._pauses = list(pauses)
-        return self._moved(before, line, poll, is_stopped=is_stopped)
 
-    def _moved(self, before: Line, line: Line, poll: Poll, *, is_stopped: bool) -> list[Change]:
-        """The guest's TSC was written, and its line stayed: a step of its clock, if the guest runs by them.
+    def _flags_change(self, page: TimeInfo, poll: Poll) -> list[Change]:
+        is_same = page.flags == self._flags
+        return [] if is_same else [FlagsChange(poll.middle, self._vcpu, self._flags, page.flags)]
 
-        A VMM writes the TSC of a guest that stands, and KVM replaces the line before the guest runs; so this counts
-        once two polls saw it.
+    def _compared(self, before: Line, line: Line, poll: Poll, stopped: Stopped) -> list[Change]:
+        """What the line is after the one before."""
+        if self._is_moving(before, line, stopped):
+            self._account.note(poll.events)
+            return self._unknown_move(before, line, poll)
+        step = self._step(before, line, poll)
+        self._line, self._since = line, poll.middle
+        if step is None:
+            self._account.note(poll.events)
+            self._pauses_ns = stopped.ended_ns
+            return []
+        self._events = ()
+        if stopped.is_late and len(self._pauses_ns) < step.lines:
+            self._waiting = step
+            return []
+        return [self._with_pauses(step)]
+
+    def _is_moving(self, before: Line, line: Line, stopped: Stopped) -> bool:
+        """Was the TSC written, and is it open whether the guest runs by this line with that TSC?
+
+        A VMM writes the TSC of a guest that stands, and KVM replaces the line before the guest runs; then what lies
+        there meanwhile is no clock of anyone.  So a line counts with another TSC if it came after it, or if some polls
+        saw both while the guest was not stopped; but not the old line after a reset, where no guest may look at that
+        page any more.
         """
-        if before.offset is None or line.offset == before.offset:
-            self._moved_to = None
-            return []
-        is_second, self._moved_to = self._moved_to == line.offset, None if is_stopped else line.offset
-        if is_stopped or not is_second:
-            self._line = line._replace(offset=before.offset)
-            return []
-        return [self._with_pauses(self._step(before, line, poll))]
+        move, self._move = self._move, None
+        if before.offset is None or line.offset is None or line.offset == before.offset:
+            return False
+        if move is None or move.line.offset != line.offset:
+            self._move = _Move(line, 1)
+            return True
+        if _is_new(move.line.info, line.info):
+            return False
+        polls = 1 if stopped.is_stopped else move.polls + 1
+        is_open = self._account.is_doubted and not _is_new(before.info, line.info)
+        if polls >= MOVED_POLLS and not is_open:
+            return False
+        self._move = _Move(line, polls)
+        return True
 
-    def _step(self, before: Line, line: Line, poll: Poll) -> Step:
-        lines = self._lines(before.info, line.info)
-        basis = self._basis(before, line, poll)
-        step_ns, bound_ns = step_between(before.info, before.offset, line.info, line.offset)
+    def _unknown_move(self, before: Line, line: Line, poll: Poll) -> list[Change]:
+        """What is told, once, of a TSC that was written at a reset."""
+        is_due = self._move is not None and self._move.polls == MOVED_POLLS
+        return [self._made(before, line, poll, 0, TscBasis.CHANGED)] if is_due else []
+
+    def _step(self, before: Line, line: Line, poll: Poll) -> Step | None:
+        """The step from one line to the other; None if nothing is new."""
+        if _is_new(before.info, line.info):
+            lines = self._lines(before.info, line.info)
+            return self._made(before, line, poll, lines, self._basis(before, line, poll))
+        is_moved = before.offset is not None and line.offset not in {None, before.offset}
+        return self._made(before, line, poll, 0, TscBasis.OFFSETS) if is_moved else None
+
+    def _made(self, before: Line, line: Line, poll: Poll, lines: int, basis: TscBasis) -> Step:
+        step_ns, bound_ns = step_within(before, line, self._since, poll.middle)
         is_known = basis is not TscBasis.CHANGED
-        events, self._events = self._events, ()
         return Step(
             at=poll.middle,
             since=self._since,
@@ -143,13 +172,11 @@ class PageWatch:
             bound_ns=bound_ns if is_known else None,
             seen_ns=None,
             seen_bound_ns=None,
-            events=events,
+            events=self._events,
         )
 
     def _lines(self, before: TimeInfo, after: TimeInfo) -> int:
         """How many lines followed each other, by the version; one that went back, or stayed, is of a new count."""
-        if before[:5] == after[:5]:
-            return 0
         counted = (after.version - before.version) & U32_MASK
         if 0 < counted < VERSION_BACK:
             return counted // 2
@@ -164,11 +191,10 @@ class PageWatch:
         return TscBasis.OFFSETS
 
     def _with_pauses(self, step: Step) -> Step:
-        """The step, and what the guest saw of it, if as many pauses ended meanwhile as there are new lines."""
-        pauses, self._pauses = self._pauses, []
-        speed = self._rates.speed(step.before)
-        if step.step_ns is None or step.bound_ns is None or speed is None or len(pauses) != step.lines or not pauses:
-            return step
-        stopped_ns = sum(pauses)
-        bound_ns = step.bound_ns + UTC_BOUND_NS * len(pauses) + abs(stopped_ns) * UTC_PPM // 10**6 + 1
-        return step._replace(seen_ns=step.step_ns + round(stopped_ns * speed), seen_bound_ns=bound_ns)
+        pauses_ns, self._pauses_ns = self._pauses_ns, ()
+        return with_seen(step, pauses_ns, self._rates.speed(step.before))
+
+
+def _is_new(before: TimeInfo, after: TimeInfo) -> bool:
+    """Was the page written, but for its flags?"""
+    return before[:5] != after[:5]

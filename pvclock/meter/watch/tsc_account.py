@@ -12,15 +12,12 @@ from collections.abc import Iterable
 from typing import Final
 
 from pvclock.meter.watch.changes import TscBasis
-from pvclock.meter.watch.lines import TSC_STABLE, TscRates, is_one_pair
+from pvclock.meter.watch.lines import BACKDATED_TICKS, TSC_STABLE, TscRates, is_one_pair
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.quantities import HostTsc, signed64
 from pvclock.readings import TimeInfo
 
 __all__ = ["TscAccount"]
-
-SLACK_TICKS: Final = 1 << 15
-"""This engine dates a line up to 2^14 ticks before it begins, and CPUs' TSCs may differ by some ticks."""
 
 CHANGES_TSC: Final = (VmEventKind.RESET, VmEventKind.MIGRATION)
 
@@ -30,17 +27,18 @@ class TscAccount:
 
     def __init__(self, rates: TscRates, at: HostTsc) -> None:
         self._rates = rates
-        self._is_told = False  # that it was changed
+        self.is_doubted = False
+        """Does something say that it was changed since that line?"""
         self._earliest, self._latest = 0, int(at)
         """The host's TSC at the present line's tsc_timestamp: it counts from 0, when the host was started."""
 
     def note(self, events: Iterable[VmEvent]) -> None:
         """Take what the VMM told."""
-        self._is_told |= any(event.kind in CHANGES_TSC for event in events)
+        self.is_doubted |= any(event.kind in CHANGES_TSC for event in events)
 
     def doubt(self) -> None:
         """Take something else for a sign that the TSC was changed."""
-        self._is_told = True
+        self.is_doubted = True
 
     def take(
         self, before: TimeInfo, after: TimeInfo, since: HostTsc, at: HostTsc, events: Iterable[VmEvent]
@@ -49,12 +47,13 @@ class TscAccount:
 
         events: told with the poll that saw it.  They may be of before it or after it, so they count for the next, too.
         """
+        self.note(events)
         ticks = signed64(after.tsc_timestamp - before.tsc_timestamp)
-        is_changed = self._is_told or ticks < -SLACK_TICKS or is_one_pair(before, after)
+        is_changed = self.is_doubted or ticks < -BACKDATED_TICKS or is_one_pair(before, after)
         is_changed |= not self._goes_on(after, ticks, since, at)
         if is_changed:
             self._earliest, self._latest = 0, int(at)
-        self._is_told = False
+        self.is_doubted = False
         self.note(events)
         return TscBasis.CHANGED if is_changed else TscBasis.ASSUMED
 
@@ -63,7 +62,7 @@ class TscAccount:
         if self._rates.is_scaled(after):  # a tick of the guest is not the host's
             self._earliest, self._latest = 0, int(at)
             return True
-        begin = 0 if after.flags & TSC_STABLE else since - SLACK_TICKS
+        begin = 0 if after.flags & TSC_STABLE else since - BACKDATED_TICKS
         self._earliest = max(self._earliest + ticks, begin)
         self._latest = min(self._latest + ticks, int(at))
-        return self._earliest <= self._latest + SLACK_TICKS
+        return self._earliest <= self._latest + BACKDATED_TICKS

@@ -61,10 +61,10 @@ class Watcher:
     def take(self, poll: Poll) -> list[Change]:
         """What is found by one more poll, in the order of polls."""
         changes: list[Change] = [*self._stall(poll)]
-        ended = self._pauses.take(poll.events)
+        stopped = self._pauses.take(poll.events)
         lines = []
         for page in self._pages:
-            line, found = page.take(poll, ended, is_stopped=self._pauses.is_stopped)
+            line, found = page.take(poll, stopped)
             lines.append(line)
             changes += found
         changes += self._disagreements.take(poll, lines)
