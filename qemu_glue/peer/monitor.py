@@ -151,7 +151,7 @@ async def _within(limit_s: float, talk: Coroutine[Any, Any, object]) -> object:
         return await talk
 
 
-def _event(message: Message) -> QmpEvent:
+def _event(message: Mapping[str, Any]) -> QmpEvent:
     stamp = message["timestamp"]
     return QmpEvent(message["event"], (stamp["seconds"] * 10**6 + stamp["microseconds"]) * 1000)
 
