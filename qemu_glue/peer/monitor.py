@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
-from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError, StateError
 from qemu.qmp.protocol import Runstate
 
 from qemu_glue.errors import QmpFailed
@@ -159,4 +159,6 @@ def _event(message: Mapping[str, Any]) -> QmpEvent:
 def _in_words(cause: Exception) -> str:
     if isinstance(cause, (EOFError, ConnectionError)):
         return "the other end hung up"
+    if isinstance(cause, StateError):
+        return "the session has ended"
     return f"not QMP: {' '.join(str(cause).split()) or type(cause).__name__}"
