@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
-from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError, StateError
 from qemu.qmp.protocol import Runstate
 
 from qemu_glue.errors import QmpFailed
@@ -151,7 +151,7 @@ async def _within(limit_s: float, talk: Coroutine[Any, Any, object]) -> object:
         return await talk
 
 
-def _event(message: Message) -> QmpEvent:
+def _event(message: Mapping[str, Any]) -> QmpEvent:
     stamp = message["timestamp"]
     return QmpEvent(message["event"], (stamp["seconds"] * 10**6 + stamp["microseconds"]) * 1000)
 
@@ -159,4 +159,6 @@ def _event(message: Message) -> QmpEvent:
 def _in_words(cause: Exception) -> str:
     if isinstance(cause, (EOFError, ConnectionError)):
         return "the other end hung up"
+    if isinstance(cause, StateError):
+        return "the session has ended"
     return f"not QMP: {' '.join(str(cause).split()) or type(cause).__name__}"

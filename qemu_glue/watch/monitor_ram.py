@@ -73,7 +73,7 @@ class MonitorRam:
         return [found[gpa] for gpa in addresses]
 
     def close(self) -> None:
-        """Have QEMU close the memfd, if it still runs, and close it."""
+        """Close the memfd, and have QEMU close it; while its guest is stopped, QEMU does so later."""
         with suppress(QemuError):
             self._session.execute("remove-fd", {"fdset-id": self._given["fdset-id"]})
         os.close(self._file)

@@ -13,6 +13,10 @@ __all__ = ["Session", "by_hand"]
 class Session(Protocol):
     """What qemu_glue.peer.monitor.Monitor and qemu_glue.watch.virsh.Virsh have in common."""
 
+    @property
+    def why_no_events(self) -> str | None:
+        """Why take_events() has nothing; None if it has."""
+
     def execute(self, command: str, arguments: Mapping[str, object] | None = None, *, fd: int | None = None) -> Any:  # noqa: ANN401  # JSON
         """QEMU's answer to a QMP command; fd: a descriptor that goes with it.  QmpFailed or VirshFailed."""
 

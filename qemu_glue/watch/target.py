@@ -60,7 +60,11 @@ class QemuVm:
         """What QEMU told since the last call; VmEnded, QmpFailed or VirshFailed once it tells no more."""
         if self._session is None or self.why_no_events is not None:
             return []
-        told = self._session.take_events()
+        try:
+            told = self._session.take_events()
+        except QemuError:
+            self.check_running()  # says more, if QEMU has ended
+            raise
         return [VmEvent(EVENTS[event.name], event.utc_ns) for event in told if event.name in EVENTS]
 
     def check_running(self) -> None:

@@ -15,11 +15,10 @@ import pytest
 from qemu_glue import QmpFailed
 from qemu_glue.peer import qmp_socket
 from qemu_glue.peer.qmp_socket import connect
+from tests.qemu.another_user import as_another_user
 from tests.qemu.test_monitor import GREETING, Answer, fine, serve
 
 pytestmark = pytest.mark.row("E3")
-
-NOBODY = 65534
 
 
 @contextmanager
@@ -80,25 +79,14 @@ def test_nobody_listens(tmp_path: Path) -> None:
     assert complaint(tmp_path / "qmp") == qmp_socket.NOBODY_LISTENS
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user; run the tests as root")
 def test_not_permitted() -> None:
     """Another user's socket says whose it is, and whom to be."""
     with TemporaryDirectory(dir="/run") as name, listener(Path(name, "qmp")):
         Path(name).chmod(0o755)
         Path(name, "qmp").chmod(0o600)
-        with as_user(NOBODY):
+        with as_another_user():
             said = complaint(Path(name, "qmp"))
     assert said == "permission denied, it belongs to root; be the user who runs QEMU, or root"
-
-
-@contextmanager
-def as_user(uid: int) -> Iterator[None]:
-    """Be another user for a while."""
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_another_client_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
