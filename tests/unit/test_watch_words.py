@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pvclock.meter.watch.changes import Change, Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
+from pvclock.host.watch import TroubleKind
+from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
+from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
+from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
-from pvclock.quantities import GuestNs, HostTsc
+from pvclock.quantities import Gpa, GuestNs, HostTsc
 from pvclock.readings import TimeInfo
 from qemu_glue.watch.sentences import sentences, vcpus_in_words
 from qemu_glue.watch.words import about_ns, duration, exact_ns, flags_in_words, rate_in_words, reading, time_of_day
@@ -56,6 +60,7 @@ def test_a_time_in_four_digits(ns: int) -> None:
         (-4, 100, "+0 ns"),
         (999_999_999, 500_000, "+1.000 0 s"),
         (3_600_000_000_001, 1, "+3 600.000 000 001 s"),
+        (-66_827, 252_080, "-100 us"),
     ],
 )
 def test_times_at_a_glance(ns: int, bound_ns: int, text: str) -> None:
@@ -89,42 +94,55 @@ def test_what_stands_in_a_row() -> None:
     assert time_of_day(1_764_252_000_123_999_999) == "14:00:00.123"
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (STEP, "vCPU 0 stepped by -1.035 012 345 s against the TSC"),
+SENTENCES = [
+    (STEP, "vCPU 0 stepped by -1.035 012 345 s against the TSC"),
+    (
+        STEP._replace(seen_ns=2_100_000, seen_bound_ns=500_000, events=(STOP, RESUME)),
         (
-            STEP._replace(seen_ns=2_100_000, seen_bound_ns=500_000, events=(STOP, RESUME)),
-            "vCPU 0 stepped by -1.035 012 345 s against the TSC, +2.1 ms seen by the guest; STOP, RESUME 1.035 s later",
+            "vCPU 0 stepped by -1.035 012 345 s against the TSC, +2.10 ms (within 500 us) seen by the guest; "
+            "STOP, RESUME 1.035 s later"
         ),
+    ),
+    (
+        STEP._replace(step_ns=7, basis=TscBasis.ASSUMED, lines=3),
+        "vCPU 0 stepped by +7 ns against the TSC (if its TSC was not changed); 3 lines followed each other",
+    ),
+    (
+        STEP._replace(step_ns=None, bound_ns=None, basis=TscBasis.CHANGED),
+        "vCPU 0 got a new line: by how much it stepped is unknown, for the guest's TSC was changed",
+    ),
+    (STEP._replace(lines=0, step_ns=5000), "vCPU 0 has its line still, but its TSC was written: that is +5.000 us"),
+    (
+        Disagreement(HostTsc(9), 0, 1, 115_700_000, 2, 3_100_000, (STOP, RESUME), TscBasis.OFFSETS),
         (
-            STEP._replace(step_ns=7, basis=TscBasis.ASSUMED, lines=3),
-            "vCPU 0 stepped by +7 ns against the TSC (if its TSC was not changed); 3 lines followed each other",
-        ),
-        (
-            STEP._replace(step_ns=None, bound_ns=None, basis=TscBasis.CHANGED),
-            "vCPU 0 got a new line: by how much it stepped is unknown, for the guest's TSC was changed",
-        ),
-        (
-            Disagreement(HostTsc(9), 0, 1, 115_700_000, 2, 3_100_000, (STOP, RESUME)),
             "vCPU 0's page gave up to 115.700 000 ms more than vCPU 1's, for at least 3.100 ms: a clock that was read "
-            "by it went back by as much; STOP, RESUME 1.035 s later",
+            "by it went back by as much; STOP, RESUME 1.035 s later"
         ),
-        (FlagsChange(HostTsc(9), 1, 1, 3), "vCPU 1: flags stable -> stable, stopped"),
-        (PageLost(HostTsc(9), 1, "mul is 0"), "vCPU 1: the page is gone: mul is 0"),
-        (Stall(HostTsc(9), 1_500_000_000), "not watched for 1.500 s: what came and went meanwhile was not seen"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_a_finding_is_a_sentence(change: Change, sentence: str) -> None:
+    ),
+    (FlagsChange(HostTsc(9), 1, 1, 3), "vCPU 1: flags stable -> stable, stopped"),
+    (PageLost(HostTsc(9), 1, "mul is 0"), "vCPU 1: the page is gone: mul is 0"),
+    (Stall(HostTsc(9), 1_500_000_000), "not watched for 1.500 s: what came and went meanwhile was not seen"),
+    (PagesFound((Gpa(0x1000), Gpa(0x1040)), "as given"), "pages as given: 0x1000, 0x1040"),
+    (
+        PagesFound((Gpa(0x1000),), "one page at 0x1000", 192 << 20, 0.25),
+        "found in 192 MiB of its memory in 0.25 s: one page at 0x1000",
+    ),
+    (RESUME, "the VMM says RESUME"),
+    (HostTrouble(TroubleKind.SUSPEND, False, "it slept"), "the host: it slept"),
+    (VmEnded("it is gone"), "the VM has ended"),
+]
+
+
+@pytest.mark.parametrize(("finding", "sentence"), SENTENCES, ids=[type(finding).__name__ for finding, _ in SENTENCES])
+def test_a_finding_is_a_sentence(finding: Finding, sentence: str) -> None:
     """Each kind says what was found, how far it is known, and what the VMM did."""
-    assert list(sentences([change])) == [sentence]
+    assert list(sentences([finding])) == [(finding, sentence)]
 
 
 def test_vcpus_that_had_the_same_are_told_once() -> None:
     """Other numbers are another sentence."""
     same = [STEP._replace(vcpu=vcpu) for vcpu in (0, 1, 2, 5)]
-    first, second = sentences([*same, STEP._replace(vcpu=6, step_ns=-1)])
+    (_, first), (_, second) = sentences([*same, STEP._replace(vcpu=6, step_ns=-1)])
     assert first.startswith("vCPUs 0-2, 5 stepped by -1.035 012 345 s")
     assert second.startswith("vCPU 6 stepped by -1 ns")
 
@@ -134,4 +152,4 @@ def test_vcpus_in_words(vcpus: set[int]) -> None:
     """Runs of numbers have a hyphen, and none is lost."""
     runs = [run.split("-") for run in vcpus_in_words(sorted(vcpus)).split(" ", 1)[1].split(", ")]
     assert {number for run in runs for number in range(int(run[0]), int(run[-1]) + 1)} == vcpus
-    assert all(int(after[0]) > int(before[-1]) + 1 for before, after in zip(runs, runs[1:], strict=False))
+    assert all(int(after[0]) > int(before[-1]) + 1 for before, after in pairwise(runs))
