@@ -135,7 +135,7 @@ def _view(
 
 def _report(screen: Screen, loop: WatchLoop, budgets: Budgets, why_ended: str | None) -> Report:
     """Show what the watch came to, and how its budgets fared."""
-    from qemu_glue.watch.records import budgets_record, rate_records, summary_record, vm_record
+    from qemu_glue.watch.records import budgets_record, finding_record, rate_records, summary_record, vm_record
     from qemu_glue.watch.tables import summary_table
     from qemu_glue.watch.verdict import EXIT_STATUSES, judged, verdict_in_words
 
@@ -151,7 +151,7 @@ def _report(screen: Screen, loop: WatchLoop, budgets: Budgets, why_ended: str | 
         "why_ended": why_ended,
         "summary": summary_record(loop.watcher.summary),
         "rates": rate_records(loop),
-        "host_troubles": [trouble._asdict() for trouble in loop.troubles],
+        "host_troubles": list(map(finding_record, loop.troubles)),
         "budgets": budgets_record(budgets, verdict),
     }
     status = 0 if verdict is None else EXIT_STATUSES[verdict.status]

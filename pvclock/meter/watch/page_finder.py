@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from pvclock._counter import read_tsc
 from pvclock.errors import ConfigError, PagesNotFound
 from pvclock.meter.findings import TIME_INFO, time_info
-from pvclock.meter.watch.lines import is_legal, is_same_line
+from pvclock.meter.watch.lines import is_legal
 from pvclock.meter.watch.page_choice import PageChoice
 from pvclock.meter.watch.page_search import FoundPages, SearchTerms, find_pages
 from pvclock.meter.watch.poll import Poll
@@ -53,7 +53,7 @@ class PageFinder:
         self._terms = SearchTerms(vm.tsc_hz or host_tsc_hz)
         self._choice: PageChoice | None = None
         self._seen: dict[Gpa, TimeInfo] = {}
-        self._old: Mapping[Gpa, TimeInfo] = {}
+        self._old: dict[Gpa, TimeInfo] = {}  # what lies there from before a reset, as far as nothing else did since
         self._pause_s, self._next_s = PAUSE_S, 0.0
 
     @property
@@ -83,9 +83,13 @@ class PageFinder:
         is_lost: a page holds no line any more.
         """
         infos = {gpa: info for gpa, info in zip(self.places, poll.pages, strict=True) if info is not None}
-        if is_lost or any(event.kind is VmEventKind.RESET for event in poll.events):
-            self._begin_again()
+        is_reset = any(event.kind is VmEventKind.RESET for event in poll.events)
+        if is_reset:
+            self._old = dict(self._seen)
+        if is_reset or is_lost:
+            self.is_searching, self._pause_s, self._next_s = True, PAUSE_S, time.monotonic() + PAUSE_S
         self._seen |= infos
+        self._forget_changed(infos)
         if self._choice is not None:
             before, self._choice = self.pages, self._choice.after(poll.pages)
             if self.pages != before:
@@ -109,9 +113,11 @@ class PageFinder:
 
     # Inside
 
-    def _begin_again(self) -> None:
-        self._old, self.is_searching = dict(self._seen), True
-        self._pause_s, self._next_s = PAUSE_S, time.monotonic() + PAUSE_S
+    def _forget_changed(self, infos: Mapping[Gpa, TimeInfo]) -> None:
+        """Whatever is seen of these places that is not what was there: no page there is an old one any more."""
+        for gpa in self._old.keys() & set(self.places):
+            if gpa not in infos or not _is_same(infos[gpa], self._old[gpa]):
+                del self._old[gpa]
 
     def _is_firm(self) -> bool:
         """Are these all pages, in an array as Linux has it?  What firmware left does not look like that."""
@@ -144,4 +150,10 @@ class PageFinder:
 
 
 def _is_new(gpa: Gpa, info: TimeInfo | None, old: Mapping[Gpa, TimeInfo]) -> bool:
-    return info is not None and is_legal(info) and (gpa not in old or not is_same_line(info, old[gpa]))
+    """Does a page lie there that is not just left from before?"""
+    return info is not None and is_legal(info) and not (gpa in old and _is_same(info, old[gpa]))
+
+
+def _is_same(one: TimeInfo, other: TimeInfo) -> bool:
+    """But for the flags, which a guest clears."""
+    return one[:5] == other[:5]
