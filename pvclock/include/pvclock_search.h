@@ -18,12 +18,17 @@ extern "C" {
 
 #define PVCLOCK_PAGE_BYTES sizeof(struct pvclock_vcpu_time_info)
 #define PVCLOCK_SEARCH_STEP 4
-#define PVCLOCK_SEARCH_BLOCK 64 /* bytes that are looked through at once */
+#define PVCLOCK_BLOCK_PLACES 16 /* that are looked at together */
 #define PVCLOCK_PPM 1000000u
 
 /* The shifts that a scale of Linux's can have: pvclock_time_scale(). */
 #define PVCLOCK_SHIFT_LEAST (-34)
 #define PVCLOCK_SHIFT_MOST 30
+
+/* The page's last word: its shift, and what is 0 in any page. */
+#define PVCLOCK_TAIL offsetof(struct pvclock_vcpu_time_info, tsc_shift)
+#define PVCLOCK_TAIL_PADS 0xffff0000u
+#define PVCLOCK_TAIL_ZEROS (PVCLOCK_TAIL_PADS | (0xffu & ~(PVCLOCK_TSC_STABLE_BIT | PVCLOCK_GUEST_STOPPED)) << 8)
 
 /* What a page must show.  Rates are those of pvclock_scale_rate(). */
 struct pvclock_search_terms {
@@ -84,25 +89,28 @@ static inline void pvclock_add_place(struct pvclock_places *places, uint64_t off
 	places->count++;
 }
 
-/* While the version is odd, tsc_timestamp may be half an old and half a new one. */
+/* Is `page` one by all but its rate?  While the version is odd, tsc_timestamp may be half an old and half a new one. */
+static inline int pvclock_is_legal_page(const uint8_t *page, struct pvclock_scale scale, uint64_t newest_tsc)
+{
+	uint32_t version = pvclock_load32(page);
+	uint64_t tsc = pvclock_load64(page + offsetof(struct pvclock_vcpu_time_info, tsc_timestamp));
+
+	return version != 0 && pvclock_load32(page + offsetof(struct pvclock_vcpu_time_info, pad0)) == 0 &&
+	       (pvclock_load32(page + PVCLOCK_TAIL) & PVCLOCK_TAIL_ZEROS) == 0 && pvclock_has_legal_scale(scale) &&
+	       (version & 1 || (tsc != 0 && tsc <= newest_tsc));
+}
+
 static inline void pvclock_search_place(const uint8_t *memory, uint64_t offset, const struct pvclock_search_terms *terms,
 					struct pvclock_search_result *result)
 {
 	const uint8_t *page = memory + offset;
-	uint32_t version = pvclock_load32(page);
-	uint32_t tail = pvclock_load32(page + offsetof(struct pvclock_vcpu_time_info, tsc_shift));
-	uint64_t tsc = pvclock_load64(page + offsetof(struct pvclock_vcpu_time_info, tsc_timestamp));
 	struct pvclock_scale scale = {
-		pvclock_load32(page + offsetof(struct pvclock_vcpu_time_info, tsc_to_system_mul)), (int8_t)(tail & 0xff)
+		pvclock_load32(page + offsetof(struct pvclock_vcpu_time_info, tsc_to_system_mul)),
+		(int8_t)__atomic_load_n(page + PVCLOCK_TAIL, __ATOMIC_RELAXED),
 	};
 	pvclock_u128 rate;
 
-	if (version == 0 || pvclock_load32(page + offsetof(struct pvclock_vcpu_time_info, pad0)) != 0 || tail >> 16)
-		return;
-	result->even += !(version & 1);
-	if (tail >> 8 & ~(uint32_t)(PVCLOCK_TSC_STABLE_BIT | PVCLOCK_GUEST_STOPPED) || !pvclock_has_legal_scale(scale))
-		return;
-	if (!(version & 1) && (tsc == 0 || tsc > terms->newest_tsc))
+	if (!pvclock_is_legal_page(page, scale, terms->newest_tsc))
 		return;
 	rate = pvclock_scale_rate(scale);
 	pvclock_add_place(rate >= terms->rate_least && rate <= terms->rate_most ? &result->pages : &result->other_rate,
@@ -114,15 +122,37 @@ static inline void pvclock_search_place(const uint8_t *memory, uint64_t offset, 
 /* A word at any address, which a compiler may load together with its neighbours. */
 typedef uint32_t __attribute__((__may_alias__, __aligned__(1))) pvclock_plain_word;
 
-/* Has any place in the block a version that is not 0, and zero pads?  Reads as far as the last one's page goes. */
-static inline int pvclock_search_block(const uint8_t *block)
+static inline uint32_t pvclock_has_version_and_pads(const pvclock_plain_word *word)
 {
-	const pvclock_plain_word *word = (const pvclock_plain_word *)block;
-	uint32_t any = 0;
+	return (uint32_t)(word[0] != 0) & (uint32_t)((word[1] | (word[7] & PVCLOCK_TAIL_PADS)) == 0);
+}
 
-	for (int i = 0; i < PVCLOCK_SEARCH_BLOCK / PVCLOCK_SEARCH_STEP; i++)
-		any |= (uint32_t)(word[i] != 0) & (uint32_t)((word[i + 1] | word[i + 7] >> 16) == 0);
-	return any != 0;
+static inline uint32_t pvclock_may_be_legal(const pvclock_plain_word *word)
+{
+	return (uint32_t)((word[7] & PVCLOCK_TAIL_ZEROS) == 0) & word[6] >> 31;
+}
+
+/* Search a block, all of whose places have their pages' 32 bytes.  What is asked of all places at once a compiler does
+ * for several in one instruction; few blocks come to the end.
+ */
+static inline void pvclock_search_block(const uint8_t *memory, uint64_t offset, const struct pvclock_search_terms *terms,
+					struct pvclock_search_result *result)
+{
+	const pvclock_plain_word *word = (const pvclock_plain_word *)(memory + offset);
+	uint32_t any = 0, even = 0;
+
+	for (int i = 0; i < PVCLOCK_BLOCK_PLACES; i++)
+		any |= pvclock_has_version_and_pads(word + i);
+	if (!any)
+		return;
+	any = 0;
+	for (int i = 0; i < PVCLOCK_BLOCK_PLACES; i++) {
+		even += pvclock_has_version_and_pads(word + i) & ~word[i];
+		any |= pvclock_has_version_and_pads(word + i) & pvclock_may_be_legal(word + i);
+	}
+	result->even += even;
+	for (int i = 0; any && i < PVCLOCK_BLOCK_PLACES; i++)
+		pvclock_search_place(memory, offset + (uint64_t)i * PVCLOCK_SEARCH_STEP, terms, result);
 }
 
 /* Search `length` bytes.  The caller has set up the places of `result`; what is found is added to it. */
@@ -130,15 +160,16 @@ static inline void pvclock_search(const void *memory, size_t length, const struc
 				  struct pvclock_search_result *result)
 {
 	const uint8_t *bytes = (const uint8_t *)memory;
-	const size_t reach = PVCLOCK_SEARCH_BLOCK - PVCLOCK_SEARCH_STEP + PVCLOCK_PAGE_BYTES;
+	const size_t block = PVCLOCK_BLOCK_PLACES * PVCLOCK_SEARCH_STEP;
+	const size_t reach = block - PVCLOCK_SEARCH_STEP + PVCLOCK_PAGE_BYTES;
 	size_t at = 0;
 
-	for (; length >= reach && at <= length - reach; at += PVCLOCK_SEARCH_BLOCK)
-		if (pvclock_search_block(bytes + at))
-			for (size_t i = 0; i < PVCLOCK_SEARCH_BLOCK; i += PVCLOCK_SEARCH_STEP)
-				pvclock_search_place(bytes, at + i, terms, result);
-	for (; length >= PVCLOCK_PAGE_BYTES && at <= length - PVCLOCK_PAGE_BYTES; at += PVCLOCK_SEARCH_STEP)
+	for (; length >= reach && at <= length - reach; at += block)
+		pvclock_search_block(bytes, at, terms, result);
+	for (; length >= PVCLOCK_PAGE_BYTES && at <= length - PVCLOCK_PAGE_BYTES; at += PVCLOCK_SEARCH_STEP) {
+		result->even += pvclock_has_version_and_pads((const pvclock_plain_word *)(bytes + at)) & ~bytes[at];
 		pvclock_search_place(bytes, at, terms, result);
+	}
 }
 
 #ifdef __cplusplus
