@@ -184,6 +184,17 @@ def test_an_event_makes_the_next_step_unknown(kind: VmEventKind) -> None:
 
 
 @pytest.mark.row("E3")
+def test_an_event_told_with_a_step_may_be_of_after_it() -> None:
+    """So it counts for the next one, too; and no further."""
+    watched = Watched()
+    watched.poll(line(LONG, 0))
+    (first,) = watched.poll(line(LONG + 1, 1, 4), events=[(VmEventKind.RESET, 0)])
+    steps = [watched.steps(line(LONG + at, at, 2 + 2 * at))[0][2] for at in (2, 3)]
+    assert isinstance(first, Step)
+    assert [first.basis, *steps] == [TscBasis.CHANGED, TscBasis.CHANGED, TscBasis.ASSUMED]
+
+
+@pytest.mark.row("E3")
 def test_an_offset_that_is_missing_for_a_moment() -> None:
     """Those polls are left out; if it stays away the watch goes on without."""
     watched = Watched()
@@ -268,12 +279,12 @@ def test_a_late_page_of_vcpu_0_is_one_finding() -> None:
     """Of 64 vCPUs' pages 63 disagree with it, from and to the same poll: told once, with the longest time."""
     watched = Watched(64)
     old, new = line(LONG, 0), line(LONG + 50, 50 - 10**8, 4)
-    known = {"offsets": [OFFSET] * 64}
-    watched.poll(*[old] * 64, **known)
-    watched.poll(old, *[new] * 63, events=[(VmEventKind.RESUME, 0)], **known)
-    watched.poll(old, *[new] * 63, **known)
+    known = [OFFSET] * 64
+    watched.poll(*[old] * 64, offsets=known)
+    watched.poll(old, *[new] * 63, events=[(VmEventKind.RESUME, 0)], offsets=known)
+    watched.poll(old, *[new] * 63, offsets=known)
     assert len(watched.watcher.open_disagreements) == 1
-    found = [each for each in watched.poll(*[new] * 64, **known) if isinstance(each, Disagreement)]
+    found = [each for each in watched.poll(*[new] * 64, offsets=known) if isinstance(each, Disagreement)]
     (told,) = found
     assert (told.ahead, told.behind, told.by_ns, told.least_ns) == (0, 1, 10**8, 10 * MS)
     assert [event.kind for event in told.events] == [VmEventKind.RESUME]
@@ -297,10 +308,10 @@ def test_those_on_both_sides_of_vcpu_0() -> None:
 def test_how_long_pages_disagreed_is_not_added_over_what_was_not_seen() -> None:
     """Where both pages changed between two polls they may have agreed; then the time begins anew."""
     watched = Watched(2)
-    known = {"offsets": [OFFSET] * 2}
+    known = [OFFSET] * 2
     for version in (2, 4):
         for _ in range(3):
-            watched.poll(line(LONG, 500, version), line(LONG, 0, version), **known)
+            watched.poll(line(LONG, 500, version), line(LONG, 0, version), offsets=known)
     (found,) = watched.watcher.finish()
     assert isinstance(found, Disagreement)
     assert (found.by_ns, found.least_ns) == (500, 20 * MS)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from pvclock.meter.watch.changes import Disagreement, TscBasis
-from pvclock.meter.watch.lines import Line, difference
+from pvclock.meter.watch.lines import Line, difference, is_same_line
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.quantities import NS_PER_S, U32_MASK, HostTsc
@@ -140,6 +140,8 @@ class Disagreements:
 
 def _lead(one_vcpu: int, one: Line, other_vcpu: int, other: Line, at: HostTsc) -> _Lead | None:
     """Which of two pages is ahead; None if they agree."""
+    if one.offset == other.offset and is_same_line(one.info, other.info):
+        return None  # as nearly always
     by_ns, bound_ns = difference(one, other, at)
     if abs(by_ns) <= AGREE_NS:
         return None

@@ -55,6 +55,9 @@ class PageWatch:
 
     def take(self, poll: Poll, stopped: Stopped) -> tuple[Line | None, list[Change]]:
         """The line that lay there at the poll with the offset that counts, None if not known, and what changed."""
+        if self._is_as_before(poll):
+            self._since = poll.middle
+            return self._line, []
         self._events = (*self._events, *poll.events)[-EVENTS_KEPT:]
         self._pauses_ns += stopped.ended_ns
         changes = self.finish()
@@ -81,6 +84,14 @@ class PageWatch:
         return [] if step is None else [self._with_pauses(step)]
 
     # Inside
+
+    def _is_as_before(self, poll: Poll) -> bool:
+        """Is nothing new, and nothing open?  At nearly all polls; so it is asked first."""
+        line = self._line
+        if line is None or poll.pages[self._vcpu] != line.info or poll.tsc_offsets[self._vcpu] != line.offset:
+            return False
+        is_open = self._waiting or self._move or self._pauses_ns or self._illegal_polls or self._polls_without_offset
+        return not (is_open or poll.events)
 
     def _lost(self, poll: Poll, page: TimeInfo | None) -> list[Change]:
         self._illegal_polls += 1
