@@ -19,11 +19,15 @@ from pvclock.meter.watch.ram_blocks import RamBlock
 from pvclock.quantities import Gpa
 from tests.unit import known_memory
 
-__all__ = ["KnownProcess", "as_nobody", "known_process", "needs_root"]
+__all__ = ["KnownProcess", "as_nobody", "known_process", "needs_last_pid", "needs_root", "with_pid"]
 
 NOBODY: Final = 65534
+LAST_PID: Final = Path("/proc/sys/kernel/ns_last_pid")
+TRIES: Final = 200
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: run as root")
+
+needs_last_pid = pytest.mark.skipif(not LAST_PID.exists(), reason="this kernel lets nobody choose the next pid")
 
 T = TypeVar("T")
 
@@ -65,6 +69,20 @@ def known_process() -> Iterator[KnownProcess]:
             yield KnownProcess(process, **json.loads(process.stdout.readline()))
         finally:
             process.kill()
+
+
+@contextmanager
+def with_pid(pid: int) -> Iterator[None]:
+    """Have another process that has this free pid."""
+    for _ in range(TRIES):  # something else may take it first
+        LAST_PID.write_text(str(pid - 1), encoding="utf-8")
+        with subprocess.Popen(["sleep", "600"]) as process:
+            if process.pid == pid:
+                yield
+            process.kill()
+            if process.pid == pid:
+                return
+    raise AssertionError(f"no new process got pid {pid}")
 
 
 def as_nobody(call: Callable[[], T]) -> T:

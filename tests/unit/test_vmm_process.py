@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from mmap import PAGESIZE, mmap
@@ -18,13 +17,10 @@ from pvclock.errors import VmEnded, VmNotObservable
 from pvclock.host.process import Mapping, Process
 from pvclock.host.vmm_process import open_vmm
 from tests.kvm.leaks import open_descriptors
-from tests.unit.known_process import as_nobody, needs_root
+from tests.unit.known_process import as_nobody, needs_last_pid, needs_root, with_pid
 from tests.waiting import alarm_after
 
 pytestmark = pytest.mark.row("E3")
-
-LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
-TRIES = 200
 
 LOOKS: dict[str, Callable[[Process], object]] = {
     "read": lambda process: process.read("maps"),
@@ -168,29 +164,17 @@ def look_for_ever(process: Process, look: Callable[[Process], object]) -> NoRetu
 
 
 @needs_root
-@pytest.mark.skipif(not LAST_PID.exists(), reason="this kernel does not let root choose the next pid")
+@needs_last_pid
 def test_a_reused_pid_is_no_running_process(other: subprocess.Popen[bytes]) -> None:
     """Another process that gets the pid is not taken for the one that was opened."""
     with Process(other.pid) as process:
         other.kill()
         other.wait()
-        with process_with_pid(other.pid):
-            assert Path(f"/proc/{other.pid}").exists()
-            with pytest.raises(VmEnded):
-                process.mappings()
-            with pytest.raises(VmEnded):
-                process.check_running()
-
-
-def process_with_pid(pid: int) -> subprocess.Popen[bytes]:
-    """Return a process that has this free pid."""
-    for _ in range(TRIES):  # something else may take it first
-        LAST_PID.write_text(str(pid - 1), encoding="utf-8")
-        process = subprocess.Popen([sys.executable, "-c", "pass"])
-        if process.pid == pid:
-            return process
-        process.wait()
-    raise AssertionError(f"no new process got pid {pid}")
+        with with_pid(other.pid), Process(other.pid) as later:
+            assert later.is_running
+            for look in LOOKS.values():
+                with pytest.raises(VmEnded):
+                    look(process)
 
 
 def test_what_was_opened_goes_with_the_process(other: subprocess.Popen[bytes]) -> None:
