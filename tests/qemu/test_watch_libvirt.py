@@ -65,9 +65,11 @@ def test_a_domain(domain: RunningQemu) -> None:
         assert vm.tsc_hz == domain.qemu.tsc_hz()
         assert vm.why_no_events is None
         await_listening(domain)
+        begin_us = time.time_ns() // 1000
         domain.qemu.pause()
         domain.qemu.resume()
-        await_events(vm, VmEventKind.STOP, VmEventKind.RESUME)
+        events = await_events(vm, VmEventKind.STOP, VmEventKind.RESUME)
+    assert [event.utc_ns // 1000 > begin_us for event in events] == [True, True]
     assert domain.qemu.execute("query-fdsets") == []
 
 
