@@ -41,7 +41,7 @@ class Virsh:
         self._uri = _run(self._program, "uri").strip()
         if urlsplit(self._uri).hostname not in THIS_HOST:
             raise VirshFailed("uri", f"{self._uri} is another host, which has another TSC; run this command there")
-        self.execute("query-status")
+        self._uuid = self.execute("query-uuid")["UUID"]
         self._events = VirshEvents(self._program, domain)
 
     @property
@@ -63,12 +63,11 @@ class Virsh:
         return answer["return"]
 
     def pid(self) -> int | None:
-        """QEMU's process, known by the UUID that libvirt gives it on its command line; None if it is not to be seen."""
-        uuid = self.execute("query-uuid")["UUID"]
+        """QEMU's process, known by the UUID that libvirt puts on its command line; None if it is not to be seen."""
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # one that has just ended
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if ("-uuid", uuid) in pairwise(words):
+                if ("-uuid", self._uuid) in pairwise(words):
                     return int(process.name)
         return None
 
