@@ -186,7 +186,7 @@ def _why(sets: Sequence[PageSet], vcpus: int, others: Sequence[Candidate], scan:
     chosen = sets[0]
     parts = [chosen.how_they_lie]
     if len(chosen.pages) < vcpus:
-        parts.append(f"the other {vcpus - len(chosen.pages)} of {vcpus} vCPUs have none there")
+        parts.append(f"for {vcpus - len(chosen.pages)} of {vcpus} vCPUs there is none")
     if others:
         parts.append(f"legal pages in {len(others)} more places, the likeliest of them {sets[1].how_they_lie}")
     if scan.right_rate > len(scan.places):
