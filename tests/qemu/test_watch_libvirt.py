@@ -106,7 +106,7 @@ def test_another_host(domain: RunningQemu, monkeypatch: pytest.MonkeyPatch) -> N
     assert domain.qemu.pid
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu+ssh://root@another/system")
     with pytest.raises(VirshFailed, match=r"qemu\+ssh://root@another/system is another host"):
-        open_vm(libvirt=DOMAIN)
+        Virsh(DOMAIN).close()
 
 
 def test_no_virsh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
