@@ -13,8 +13,7 @@ import pytest
 
 from pvclock.errors import MemoryNotReadable, VmEnded
 from pvclock.meter.watch.vm import VmEventKind, WatchedVm
-from qemu_glue import QemuExited, QemuMissing
-from qemu_glue.errors import VirshFailed
+from qemu_glue import QemuExited, QemuMissing, VirshFailed
 from qemu_glue.watch.ram import Means
 from qemu_glue.watch.target import open_vm
 from qemu_glue.watch.virsh import Virsh

@@ -22,8 +22,7 @@ from pvclock.meter.findings import TIME_INFO, time_info
 from pvclock.meter.watch.vm import VmEvent, VmEventKind, WatchedVm
 from pvclock.payloads import probe
 from pvclock.readings import TimeInfo
-from qemu_glue import QemuExited, QmpFailed
-from qemu_glue.errors import NotKvm
+from qemu_glue import NotKvm, QemuExited, QmpFailed
 from qemu_glue.peer import qmp_socket
 from qemu_glue.peer.launch import find_program
 from qemu_glue.watch.ram import Means
