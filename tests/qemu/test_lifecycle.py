@@ -12,10 +12,10 @@ from typing import TypeAlias
 import pytest
 
 import pvclock.commands
-from pvclock import StateError
+from pvclock import GuestTsc, StateError
 from pvclock.meter.lifecycle.comparison import compare_operation
 from pvclock.meter.lifecycle.guest import LifecycleGuest
-from pvclock.meter.lifecycle.measures import is_stable
+from pvclock.meter.lifecycle.measures import is_stable, offset_changes, steps_ns
 from pvclock.meter.lifecycle.observe import Look, Observed, observe_operation
 from pvclock.meter.lifecycle.operations import Operation, operations
 from pvclock.meter.machine_guest import MachineGuest
@@ -246,6 +246,20 @@ def test_qemu_may_go_back_by_the_stop(observed: dict[str, dict[str, Observed]]) 
 def of_vcpu_1(look: Look) -> Look:
     """The same of a guest that has no other vCPU."""
     return look._replace(pages=look.pages[1:], tsc_offsets=look.tsc_offsets[1:], records=look.records[1:])
+
+
+@pytest.mark.parametrize("ticks", [1, -12_345_678_901, 1 << 62])
+@pytest.mark.parametrize("operation", [RESET, LOAD], ids=["reset", "load"])
+@pytest.mark.row("E3")
+def test_a_tsc_that_was_moved(operation: Operation, ticks: int, observed: dict[str, dict[str, Observed]]) -> None:
+    """Its offset is taken out of the step, whatever it is by now: all that is told else is what it was."""
+    seen = observed[operation.name]["qemu"]
+    pages = [page._replace(tsc_timestamp=GuestTsc(page.tsc_timestamp + ticks)) for page in seen.after.pages]
+    known = seen._replace(before=seen.before._replace(tsc_offsets=(5, 5)))
+    moved = known._replace(after=seen.after._replace(pages=pages, tsc_offsets=(5 + ticks, 5 + ticks)))
+    still = known._replace(after=seen.after._replace(tsc_offsets=(5, 5)))
+    assert steps_ns(moved) == steps_ns(still)
+    assert offset_changes(moved) == [ticks, ticks]
 
 
 @pytest.mark.row("E3")

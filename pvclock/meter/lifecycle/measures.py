@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 from pvclock.meter.comparison import EARLY_EPOCH_LIMIT_NS, RAW_LIMIT_PPM, STABLE, WALL_CLOCK_LIMIT_NS
 from pvclock.meter.lifecycle.observe import Observed
 from pvclock.meter.lifecycle.operations import Kind
+from pvclock.meter.watch.lines import step_between
 from pvclock.readings import TimeInfo
 
 __all__ = [
@@ -88,13 +89,8 @@ def steps_ns(seen: Observed) -> list[int | None]:
 
 
 def _step_ns(kind: Kind, before: TimeInfo, after: TimeInfo, offset: int | None, offset_after: int | None) -> int | None:
-    if offset is None or offset_after is None:
-        if kind is not Kind.STOP:
-            return None
-        offset = offset_after = 0  # stop and cont leave it alone
-    ticks = after.tsc_timestamp - offset_after + offset - before.tsc_timestamp
-    shifted = ticks << before.tsc_shift if before.tsc_shift >= 0 else ticks >> -before.tsc_shift
-    return after.system_time - before.system_time - (shifted * before.tsc_to_system_mul >> 32)
+    is_known = kind is Kind.STOP or None not in (offset, offset_after)  # stop and cont leave the TSC alone
+    return step_between(before, offset, after, offset_after)[0] if is_known else None
 
 
 def went_on(seen: Observed) -> Span:
