@@ -34,16 +34,17 @@ def cross_check_lifecycle(
     what is done to them; nothing is left running then.
     """
     for operation in operations() if script is None else script:
-        with screen.waiting(operation.name):
-            checks = _cross_check(operation, vcpus)
-        yield OperationChecks(operation.name, checks)
+        yield OperationChecks(operation.name, _cross_check(operation, vcpus, screen))
 
 
-def _cross_check(operation: Operation, vcpus: int) -> list[Check]:
-    engine = observe_operation(lambda: MachineGuest("engine", vcpus), operation)
+def _cross_check(operation: Operation, vcpus: int, screen: Screen) -> list[Check]:
+    with screen.waiting(f"{operation.name}: the engine's clock"):
+        engine = observe_operation(lambda: MachineGuest("engine", vcpus), operation)
     features = engine.before.records[0].features
-    qemu = observe_operation(lambda: QemuGuest(features, vcpus), operation)
+    with screen.waiting(f"{operation.name}: QEMU's clock"):
+        qemu = observe_operation(lambda: QemuGuest(features, vcpus), operation)
     if operation.kind is Kind.LOAD:
         return compare_operation(operation.kind, [engine, qemu], {"kernel": NOT_SAVED})
-    kernel = observe_operation(lambda: MachineGuest("kernel", vcpus), operation)
+    with screen.waiting(f"{operation.name}: the kernel's clock"):
+        kernel = observe_operation(lambda: MachineGuest("kernel", vcpus), operation)
     return compare_operation(operation.kind, [engine, kernel, qemu], {})

@@ -35,6 +35,7 @@ ROWS = [
     "guest time meanwhile",
     "largest gap between readings",
     "readings that went back",
+    "readings wild or torn",
     "GUEST_STOPPED seen",
     "versions",
     "TSC offset moved by",
@@ -124,7 +125,7 @@ def test_a_wrong_clock_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert crosscheck(monkeypatch, "--lifecycle", "--vcpus", "1") == 1
     said = capsys.readouterr().out
     assert "\nstop, cont after 0.1 s: step against the TSC: new line less old line" in said
-    assert "2 of 8 disagree." in said
+    assert "2 of 9 disagree." in said
 
 
 def after(make: Callable[[Look], Look]) -> Change:
@@ -179,7 +180,7 @@ def as_version_before(it: Observed) -> Observed:
     return it._replace(after=it.after._replace(pages=pages))
 
 
-STEP, MEANWHILE, GAP, BACK, STOPPED, VERSIONS, OFFSET, WALL = ROWS
+STEP, MEANWHILE, GAP, BACK, TORN, STOPPED, VERSIONS, OFFSET, WALL = ROWS
 ONE_BACK = record(backward_cross=1, worst_back_ns=1)
 WRONG: list[tuple[Operation, str, str, Change]] = [
     (STOP, "engine", STEP, stepped(500_000_000)),
@@ -201,6 +202,8 @@ WRONG: list[tuple[Operation, str, str, Change]] = [
     (STOP, "qemu", BACK, record(backward_cross=1, worst_back_ns=60_000_000_000)),
     (RESET, "qemu", BACK, ONE_BACK),
     (LOAD, "engine", BACK, ONE_BACK),
+    (STOP, "qemu", TORN, record(torn=1)),
+    (RESET, "engine", TORN, record(wild=1)),
     (STOP, "engine", STOPPED, record(stopped=0)),
     (STOP, "kernel", STOPPED, record(stopped=1)),
     (STOP, "qemu", STOPPED, record(stopped=0)),

@@ -142,6 +142,12 @@ ROWS: Final = (
         _steps_back_are_allowed,
     ),
     Row(
+        "readings wild or torn",
+        lambda it: {"wrong_reads": sum(record.wild + record.torn for record in it.after.records)},
+        "{wrong_reads}".format,
+        lambda it: not any(record.wild + record.torn for record in it.after.records),
+    ),
+    Row(
         "GUEST_STOPPED seen",
         lambda it: {"stopped": [record.stopped for record in it.after.records]},
         lambda stopped: ", ".join(map(str, stopped)),

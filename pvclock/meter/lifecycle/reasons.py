@@ -12,6 +12,8 @@ UNSTABLE: Final = "Not judged without STABLE, where KVM moves guests' TSCs"
 BOOTED_ANEW: Final = "from the last reading before to the first one after, the boot included, and never below 0"
 ALL_ALIKE: Final = "the same for all vCPUs, as their TSCs are to agree"
 
+WHOLE: Final = "none: a page may be late, but is never half of one and half of another, nor one of another TSC"
+
 STOP: Final = {
     "step against the TSC": "new line less old line at the new tsc_timestamp.  Engine and QEMU take out the time "
     "stopped: at least from stop answered to cont asked for, at most from stop asked for to cont answered.  The "
@@ -28,6 +30,7 @@ STOP: Final = {
     "brings a page up to date when its vCPU next enters the guest, so another that entered before it has read vCPU "
     "0's old page (as every vDSO does), ahead by the stop, and then goes back.  `own` counts readings below the "
     "vCPU's last, `cross` those below the newest of any vCPU, so one old page makes many",
+    "readings wild or torn": WHOLE,
     "GUEST_STOPPED seen": "how often by each vCPU, which then clears it.  Engine and QEMU (KVM_KVMCLOCK_CTRL at "
     "cont): at least once; not as often as it was stopped, if it was stopped again before it looked.  The kernel's "
     "clock in our machine: never, for that does not make this call",
@@ -45,6 +48,7 @@ RESET: Final = {
     f"readings: 0 is within.  {UNSTABLE}",
     "largest gap between readings": BOOTED_ANEW,
     "readings that went back": "none: each page is registered, and so published, after the reset",
+    "readings wild or torn": WHOLE,
     "GUEST_STOPPED seen": "never: nobody was stopped, and QEMU's system_reset is no stop and cont",
     "versions": "even.  The guest that boots anew goes on from what its RAM holds there: our machine clears RAM, "
     "QEMU leaves it to the guest",
@@ -63,6 +67,7 @@ LOAD: Final = {
     f"has the clock and not the vCPUs, so the loaded clock serves a clockprobe that boots anew.  {UNSTABLE}",
     "largest gap between readings": f"QEMU's: as with stop and cont.  The engine's: {BOOTED_ANEW}",
     "readings that went back": "none with the engine, nor with one vCPU; in QEMU as with stop and cont",
+    "readings wild or torn": WHOLE,
     "GUEST_STOPPED seen": "by each vCPU: the engine restores a clock that was stopped, QEMU tells KVM at cont",
     "versions": "even.  KVM publishes as QEMU loads the MSRs and as it sets the clock",
     "TSC offset moved by": f"{ALL_ALIKE}.  Both let the TSC go on from where it was saved, so its offset goes back by "
