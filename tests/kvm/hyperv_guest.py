@@ -129,8 +129,8 @@ def save_and_restore(machine: Machine) -> None:
 OPERATIONS: Final = [refresh, dilate, republish, slew, skip, pause_and_resume, pause_and_catch_up, save_and_restore]
 
 
-def operate(machine: Machine, operation: Callable[[Machine], None], triples: int) -> None:
-    """Repeat the operation, 11 times at least, until every vCPU has read page, counter, page `triples` times more."""
+def operate(machine: Machine, operation: Callable[[Machine], None], triples: int) -> int:
+    """Repeat it, 11 times at least, until every vCPU has read page, counter, page `triples` times more; how often."""
     goals, times = [record.triples + triples for record in records_of(machine)], 0
     deadline = time.monotonic() + LIMIT_S
     while times <= 10 or any(record.triples < goal for record, goal in zip(records_of(machine), goals, strict=True)):
@@ -138,3 +138,4 @@ def operate(machine: Machine, operation: Callable[[Machine], None], triples: int
         operation(machine)
         times += 1
         assert not machine.runner.join(0.002)
+    return times
