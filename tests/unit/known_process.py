@@ -77,11 +77,12 @@ def with_pid(pid: int) -> Iterator[None]:
     for _ in range(TRIES):  # something else may take it first
         LAST_PID.write_text(str(pid - 1), encoding="utf-8")
         with subprocess.Popen(["sleep", "600"]) as process:
-            if process.pid == pid:
-                yield
-            process.kill()
-            if process.pid == pid:
-                return
+            try:
+                if process.pid == pid:
+                    yield
+                    return
+            finally:
+                process.kill()
     raise AssertionError(f"no new process got pid {pid}")
 
 
