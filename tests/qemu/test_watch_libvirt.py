@@ -20,7 +20,7 @@ from qemu_glue.watch.virsh import Virsh
 from tests.qemu import virsh_standin
 from tests.qemu.real_libvirt import real_domain, virsh
 from tests.qemu.running_qemu import PRIVATE_RAM, RunningQemu, running_qemu
-from tests.qemu.test_watch_targets import await_events, check_against_qemu, check_ranges, pages
+from tests.qemu.test_watch_targets import await_events, check_against_qemu, check_pages, check_ranges, pages
 from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.qemu, pytest.mark.row("E3")]
@@ -83,7 +83,7 @@ def await_listening(domain: RunningQemu) -> None:
 def test_a_domain_by_pmemsave(domain: RunningQemu) -> None:
     """Where its process cannot be read, virsh passes QEMU the file to write to; its end is an error."""
     with open_vm(libvirt=DOMAIN, ram=Means.PMEMSAVE) as vm:
-        assert pages(vm) == domain.pages()
+        check_pages(vm, domain)
         os.kill(domain.qemu.pid, signal.SIGKILL)
         with pytest.raises(QemuExited):
             domain.qemu.wait(HANG_S)
