@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +20,7 @@ from pvclock.meter.watch.changes import Disagreement, PageLost
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, WatchLoop
 from pvclock.meter.watch.loop import VmEnded as Ended
 from pvclock.meter.watch.page_finder import PagesFound
-from pvclock.meter.watch.vm import VmEvent, VmEventKind
+from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
 from qemu_glue.watch.verdict import EXIT_STATUSES, judged
 from tests.guest_ram import MemoryRam, made_of
 from tests.waiting import HANG_S
@@ -35,11 +36,15 @@ RESET = VmEvent(VmEventKind.RESET, 0)
 class HandMadeVm:
     """A WatchedVm whose memory, events and end are a test's to make."""
 
-    name, tsc_hz, why_no_offsets, why_no_events = "a VM", TSC_HZ, "by hand", None
+    name = "a VM"
+    tsc_hz: int | None = TSC_HZ
+    ram: GuestRam
+    why_no_offsets: str | None = "by hand"
+    why_no_events: str | None = None
 
     def __init__(self, vcpus: int = 1) -> None:
         self.vcpus = vcpus
-        self.ram = made_of({}, 4 << 20)
+        self.ram = self.contents = made_of({}, 4 << 20)
         self.events: list[VmEvent] = []
         self.fault: PvclockError | None = None
         self.has_ended = False
@@ -48,11 +53,11 @@ class HandMadeVm:
         """Have a page there, with a line that begins now, and gives so much more than those without a step."""
         tsc = read_tsc()
         info = TimeInfo(version, GuestTsc(tsc), GuestNs(tsc // 2 + step_ns), SCALE.mul, SCALE.shift, 1)
-        self.ram.memory.write(gpa, TIME_INFO.pack(*info))
+        self.contents.memory.write(gpa, TIME_INFO.pack(*info))
 
     def wipe(self, gpa: Gpa) -> None:
         """Have nothing there."""
-        self.ram.memory.write(gpa, bytes(TIME_INFO.size))
+        self.contents.memory.write(gpa, bytes(TIME_INFO.size))
 
     def tsc_offsets(self) -> tuple[int | None, ...]:
         """None can be read."""
@@ -114,8 +119,8 @@ def test_old_pages_are_not_found_after_a_reset() -> None:
     next(looks)
     vm.events = [RESET]
     next(looks)
-    vm.ram.reads.clear()
-    while not vm.ram.reads:  # until it has searched again
+    vm.contents.reads.clear()
+    while not vm.contents.reads:  # until it has searched again
         assert not any(map(is_found, next(looks).findings))
     assert loop.finder.is_searching
     vm.put(ELSEWHERE)
@@ -131,8 +136,9 @@ def test_new_pages_where_the_old_ones_were() -> None:
     vm.put(ARRAY)
     loop, looks = loop_of(vm)
     next(looks)
-    same = vm.ram.memory.read(ARRAY, TIME_INFO.size)
-    for change in (lambda: vm.put(ARRAY, 4), lambda: vm.ram.memory.write(ARRAY, same)):
+    same = vm.contents.memory.read(ARRAY, TIME_INFO.size)
+    newer: Callable[[], None] = partial(vm.put, ARRAY, 4)
+    for change in (newer, partial(vm.contents.memory.write, ARRAY, same)):
         vm.events = [RESET]
         next(looks)
         assert loop.finder.is_searching
@@ -156,10 +162,10 @@ def test_what_firmware_left_gives_way_to_an_array() -> None:
     found = until(looks, is_found)
     assert isinstance(found, PagesFound)
     assert found.pages == (ARRAY, ARRAY + 64)
-    vm.ram.reads.clear()
+    vm.contents.reads.clear()
     for _ in range(100):
         next(looks)
-    assert vm.ram.reads == []
+    assert vm.contents.reads == []
 
 
 def test_the_place_that_moves() -> None:
@@ -201,13 +207,13 @@ def test_given_pages_are_not_searched() -> None:
     with pytest.raises(ConfigError, match="2 pages of 1 vCPUs"):
         loop_of(vm, [ARRAY, ELSEWHERE])
     vm.put(ARRAY)
-    vm.ram.reads.clear()
+    vm.contents.reads.clear()
     _, looks = loop_of(vm, [ARRAY])
     vm.events = [RESET]
     end_s = time.monotonic() + 0.5  # two searches' time
     while time.monotonic() < end_s:
         assert not any(map(is_found, next(looks).findings))
-    assert vm.ram.reads == []
+    assert vm.contents.reads == []
 
 
 def test_the_end_of_the_vm() -> None:
