@@ -248,6 +248,32 @@ def test_a_page_that_is_being_written_is_not_missed(looks: int) -> None:
     assert found.even_and_zero_pads == 1
 
 
+class PausedRam(MemoryRam):
+    """RAM that counts the pauses."""
+
+    def __init__(self, memory: GuestMemory, chunk_bytes: int) -> None:
+        super().__init__(memory, chunk_bytes)
+        self.pauses = 0
+
+    @property
+    def pause_s(self) -> float:  # type: ignore[override]
+        """No pause, counted."""
+        self.pauses += 1
+        return 0.0
+
+
+@pytest.mark.parametrize(("ranges", "length", "pauses"), [(1, 1 << 15, 8), (8, 1 << 12, 8), (32, 1 << 10, 8)])
+def test_the_vmm_is_left_alone_after_each_chunk(ranges: int, length: int, pauses: int) -> None:
+    """As often whether its RAM is in one piece or in many."""
+    memory = GuestMemory()
+    for number in range(ranges):
+        memory.add_slot(number << 20, bytearray(length))
+    memory.write(0, page())
+    ram = PausedRam(memory, 1 << 12)
+    find_pages(ram, 1, TERMS)  # type: ignore[arg-type]  # pause_s can only be read
+    assert ram.pauses == pauses
+
+
 def test_what_is_gone_when_it_is_looked_at_again_is_no_page() -> None:
     """Memory that was reused meanwhile."""
     ram = made_of({0x1000: page(), 0x2000: page()})
@@ -303,6 +329,17 @@ def test_pages_of_another_frequency_are_told() -> None:
     }
     with pytest.raises(PagesNotFound, match=r"3 places could be .* 3000000 kHz \(3\)$"):
         find_pages(made_of(pieces), 1, TERMS)
+
+
+def test_how_they_were_chosen_is_told() -> None:
+    """For people: how they lie, who has none, and what else there is."""
+    found = find_pages(made_of({0x1000: page(), 0x1020: page(), 0x8C20: page()}), 3, TERMS)
+    assert found.why == (
+        "2 pages 32 bytes apart from 0x1000, aligned to 4096 bytes; for 1 of 3 vCPUs there is none; "
+        "legal pages in 1 more places, the likeliest of them one page at 0x8c20, aligned to 32 bytes"
+    )
+    assert [each.gpa for each in found.others] == [0x8C20]
+    assert found.sets == ((0x1000, 0x1020), (0x8C20,))
 
 
 @settings(max_examples=40)

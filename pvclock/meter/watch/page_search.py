@@ -72,21 +72,21 @@ def find_pages(
     begin = time.monotonic()
     scan = _Scan(terms, begin)
     ranges = ram.ranges()
+    total_bytes = sum(each.length for each in ranges)
     for gpa, data, done_bytes in _chunks(ram, ranges):
         scan.take(gpa, data)
-        progress(done_bytes, sum(each.length for each in ranges))
+        progress(done_bytes, total_bytes)
     candidates = list(_steady_pages(ram, scan.places, scan.terms_now))
     if not candidates:
-        raise PagesNotFound(sum(each.length for each in ranges), _described(terms), scan.why_none())
+        raise PagesNotFound(total_bytes, _described(terms), scan.why_none())
     sets = page_sets(candidates, vcpus)
-    pages = sets[0].pages
-    others = tuple(each for each in candidates if each.gpa not in pages)
+    others = tuple(each for each in candidates if each.gpa not in sets[0].pages)
     return FoundPages(
-        pages,
+        sets[0].pages,
         others,
         tuple(each.pages for each in sets),
         _why(sets, vcpus, others, scan),
-        sum(each.length for each in ranges),
+        total_bytes,
         scan.even_and_zero_pads,
         scan.legal,
         time.monotonic() - begin,
@@ -141,14 +141,20 @@ class _Scan:
 
 
 def _chunks(ram: GuestRam, ranges: Iterable[RamRange]) -> Iterator[tuple[Gpa, bytes, int]]:
-    """Each chunk with its address and the bytes searched with it; two that follow each other have a page in common."""
+    """Each chunk with its address and the bytes searched with it; a place across the border of two is in the second.
+
+    It pauses whenever a chunk's worth was read, be it in many small ranges.
+    """
     stride = max(ram.chunk_bytes - OVERLAP_BYTES, STEP_BYTES) // STEP_BYTES * STEP_BYTES
-    before = 0
+    before = since_pause_bytes = 0
     for gpa, length in ranges:
         for at in range(0, max(length - OVERLAP_BYTES, 0), stride):
             read_bytes = min(stride + OVERLAP_BYTES, length - at)
             yield Gpa(gpa + at), ram.read(Gpa(gpa + at), read_bytes), before + at + read_bytes
-            time.sleep(ram.pause_s)
+            since_pause_bytes += read_bytes
+            if since_pause_bytes >= stride:
+                time.sleep(ram.pause_s)
+                since_pause_bytes = 0
         before += length
 
 
@@ -180,9 +186,9 @@ def _why(sets: Sequence[PageSet], vcpus: int, others: Sequence[Candidate], scan:
     chosen = sets[0]
     parts = [chosen.how_they_lie]
     if len(chosen.pages) < vcpus:
-        parts.append(f"the other {vcpus - len(chosen.pages)} of {vcpus} vCPUs have none there")
+        parts.append(f"for {vcpus - len(chosen.pages)} of {vcpus} vCPUs there is none")
     if others:
-        parts.append(f"not chosen of {len(others)} more that hold a legal page: {sets[1].how_they_lie}")
+        parts.append(f"legal pages in {len(others)} more places, the likeliest of them {sets[1].how_they_lie}")
     if scan.right_rate > len(scan.places):
         parts.append(f"the first {len(scan.places)} of {scan.right_rate} such places were looked at")
     return "; ".join(parts)
