@@ -167,7 +167,7 @@ class EngineLife:
         self.rng = random.Random(seed)  # noqa: S311  # no secret
         self.hz = self.rng.randint(8 * 10**8, 5 * 10**9)
         self.clock, self.backend, self.memory = a_clock(self.hz, self.rng.randrange(2**62), vcpus=2)
-        self.watcher = Watcher(2, host_tsc_hz=self.hz, interval_ns=INTERVAL_NS)
+        self.watcher = Watcher(2, host_tsc_hz=self.hz, guest_tsc_hz=self.hz, interval_ns=INTERVAL_NS)
         self.advance()
         self.poll()
 

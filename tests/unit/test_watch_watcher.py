@@ -89,9 +89,11 @@ def test_a_step_is_at_the_newer_timestamp() -> None:
 def test_a_step_of_two_rates_is_bounded_by_when_it_can_have_been() -> None:
     """From the poll that saw the old line last, or the timestamp if that is later, to the poll that saw the new one."""
     before, after = Line(line(0, 0), 0), Line(line(1000, 1000, 4, scale=(3 << 30, 1)), 0)
-    assert step_within(before, after, HostTsc(2000), HostTsc(2100)) == (500, 1 + 50)
-    assert step_within(before, after, HostTsc(0), HostTsc(1100)) == (0, 1 + 50)
-    unknown = step_within(before._replace(offset=None), after, HostTsc(2000), HostTsc(2100))
+    assert step_within(before, after, HostTsc(2000), HostTsc(2100), is_scaled=False) == (500, 1 + 50)
+    assert step_within(before, after, HostTsc(0), HostTsc(1100), is_scaled=False) == (0, 1 + 50)
+    unknown = step_within(before._replace(offset=None), after, HostTsc(2000), HostTsc(2100), is_scaled=False)
+    scaled = step_within(before, after, HostTsc(2000), HostTsc(2100), is_scaled=True)
+    assert unknown == scaled
     assert unknown[0] == 0
     assert unknown[1] > 2**33
 

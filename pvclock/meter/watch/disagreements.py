@@ -143,7 +143,7 @@ def _lead(one_vcpu: int, one: Line, other_vcpu: int, other: Line, at: HostTsc) -
     if one.offset == other.offset and is_same_line(one.info, other.info):
         return None  # as nearly always
     by_ns, bound_ns = difference(one, other, at)
-    if abs(by_ns) <= AGREE_NS:
+    if abs(by_ns) <= max(AGREE_NS, bound_ns):
         return None
     if by_ns < 0:
         one_vcpu, one, other_vcpu, other = other_vcpu, other, one_vcpu, one
@@ -175,4 +175,9 @@ def _is_gapless(before: _Lead, since: HostTsc, after: _Lead, at: HostTsc) -> boo
     lines = sum((new.info.version - old.info.version & U32_MASK) // 2 for old, new in pairs)
     if lines > 1 or any(new.offset != old.offset for old, new in pairs):
         return False
-    return difference(*before.pages, at)[0] > AGREE_NS and difference(*after.pages, since)[0] > AGREE_NS
+    return _is_ahead(*before.pages, at) and _is_ahead(*after.pages, since)
+
+
+def _is_ahead(one: Line, other: Line, at: HostTsc) -> bool:
+    by_ns, bound_ns = difference(one, other, at)
+    return by_ns > max(AGREE_NS, bound_ns)

@@ -123,17 +123,18 @@ def step_between(
     return signed64(after.system_time - value_at(before, after.tsc_timestamp + moved)), floor_ns(before)
 
 
-def step_within(before: Line, after: Line, since: HostTsc, at: HostTsc) -> tuple[int, int]:
+def step_within(before: Line, after: Line, since: HostTsc, at: HostTsc, *, is_scaled: bool) -> tuple[int, int]:
     """(step_ns, bound_ns): what `after` gives more than `before` when it took its place, from `since` to `at`.
 
     Lines of one rate differ by as much at all times.  Of two rates the step is that at the earliest possible instant,
-    and the bound goes to the latest.
+    and the bound goes to the latest: known by the offsets, unless the guest's TSC is scaled.
     """
     bend = abs(ns_per_tick(after.info) - ns_per_tick(before.info))
-    if not bend or before.offset is None or after.offset is None:
+    if not bend or is_scaled or before.offset is None or after.offset is None:
         step_ns, bound_ns = step_between(before.info, before.offset, after.info, after.offset)
         return step_ns, bound_ns + ceil(bend * BACKDATED_TICKS)
-    earliest = HostTsc(min(max(since, host_instant(after, at)), at))
+    made = HostTsc(host_instant(after, at)) if after.offset == before.offset else since
+    earliest = made if since <= made <= at else since
     step_ns, bound_ns = difference(after, before, earliest)
     return step_ns, bound_ns + ceil(bend * (at - earliest))
 

@@ -169,7 +169,8 @@ class PageWatch:
         return self._made(before, line, poll, 0, TscBasis.OFFSETS) if is_moved else None
 
     def _made(self, before: Line, line: Line, poll: Poll, lines: int, basis: TscBasis) -> Step:
-        step_ns, bound_ns = step_within(before, line, self._since, poll.middle)
+        is_scaled = self._rates.is_scaled(line.info)
+        step_ns, bound_ns = step_within(before, line, self._since, poll.middle, is_scaled=is_scaled)
         is_known = basis is not TscBasis.CHANGED
         return Step(
             at=poll.middle,
