@@ -1,9 +1,10 @@
 """Another process's memory: many small places in one system call, long pieces, and which pages hold something."""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EFAULT, EPERM, ESRCH, errno
+from libc.errno cimport EFAULT, ENODATA, EPERM, ESRCH, errno
 from libc.stdint cimport uint64_t
-from posix.types cimport pid_t
+from posix.types cimport off_t, pid_t
+from posix.unistd cimport pread
 
 import os
 
@@ -43,6 +44,28 @@ def read_process(pid: int, addresses: object, length: int) -> list:
 def read_process_range(pid: int, address: int, length: int) -> bytes:
     """`length` bytes (1 or more) from `address` of process `pid`; as read_process(), for long pieces."""
     return read_batch(pid, [address], as_length(length))[0]
+
+
+def read_files(places: object, length: int) -> list:
+    """`length` bytes (1 or more) from each of `places`, (fd, offset) of a file, in order; without the GIL.
+
+    OSError for what cannot be read, or is beyond the end of a file.
+    """
+    cdef list found = []
+    cdef size_t size = as_length(length)
+    cdef int fd
+    cdef off_t offset
+    cdef char *into
+    cdef ssize_t got
+    for fd, offset in places:
+        piece = PyBytes_FromStringAndSize(NULL, size)
+        into = PyBytes_AS_STRING(piece)
+        with nogil:
+            got = pread(fd, into, size, offset)
+        if got < <ssize_t>size:
+            raise OSError(errno if got < 0 else ENODATA, os.strerror(errno if got < 0 else ENODATA))
+        found.append(piece)
+    return found
 
 
 def present_pages(pagemap: bytes) -> list:

@@ -59,9 +59,11 @@ def answer(guest: MachineGuest, question: str) -> object:
             memory = guest.machine.memory
             return [memory.read(probe.time_page_address(vcpu), PAGE_BYTES).hex() for vcpu in range(guest.vcpus)]
         case "pause":
-            return guest.pause()
+            guest.pause()
+            return True
         case "resume":
-            return guest.resume()
+            guest.resume()
+            return True
         case "offsets":
             with guest.machine.runner.quiesce(None):
                 return [vcpu.get_tsc_offset() for vcpu in guest.machine.vcpus]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import _process_memory
-from pvclock._process_memory import present_pages, read_process, read_process_range
+from pvclock._process_memory import present_pages, read_files, read_process, read_process_range
 from pvclock.errors import MemoryNotReadable, RangeError, VmEnded
 from tests.unit.known_memory import CONTENT, LENGTH
 from tests.unit.known_process import KnownProcess, as_nobody, known_process, needs_root
@@ -52,6 +53,20 @@ def test_more_places_than_one_call_takes(known: KnownProcess) -> None:
 def test_a_long_piece_is_read(known: KnownProcess) -> None:
     """All of a mapping in one call."""
     assert read_process_range(known.pid, known.shared, LENGTH) == CONTENT
+
+
+def test_places_of_files_are_read_in_order(known: KnownProcess) -> None:
+    """Of several files; what is beyond the end of one, or not open, is an error that says so."""
+    files = [os.open(f"/proc/{known.pid}/fd/{known.shared_fd}", os.O_RDONLY), os.memfd_create("other")]
+    os.write(files[1], b"0123456789")
+    places = [(files[0], LENGTH - 4), (files[1], 3), (files[0], PAGESIZE)]
+    assert read_files(places, 4) == [CONTENT[-4:], b"3456", CONTENT[PAGESIZE : PAGESIZE + 4]]
+    with pytest.raises(OSError, match="No data available"):
+        read_files([(files[1], 3), (files[1], 7)], 4)
+    for fd in files:
+        os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        read_files([(files[0], 0)], 4)
 
 
 @pytest.mark.parametrize("before", [0, 1, 1023, 1024, 3000])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import accumulate
 from typing import Final, NamedTuple
 
@@ -19,6 +20,8 @@ SHARED_LEAST_BYTES: Final = 1 << 20
 """From here on a mapping that is not the biggest is taken for RAM, too: of another NUMA node, of a DIMM.  Video memory
 is private and smaller, and so are threads' stacks."""
 
+FINDS_KEPT: Final = 1024
+
 NO_RAM: Final = re.compile(r"\[(?!anon)|anon_inode:|socket:|/dmabuf|/SYSV|/dev/(?!shm/|hugepages|zero)")
 """How the path of a mapping begins that is no guest's RAM: a stack, registers of a device."""
 
@@ -32,14 +35,17 @@ class RamBlock(NamedTuple):
 
 
 class BlockTable:
-    """Blocks, found by guest-physical address; they do not overlap."""
+    """Blocks, which do not overlap.
+
+    find(gpa, length): (index of its block, offset there) of the range; GuestAddressError if no single block holds it.
+    """
 
     def __init__(self, blocks: Iterable[RamBlock]) -> None:
         self.blocks = sorted(blocks)
         self._begins = [block.gpa for block in self.blocks]
+        self.find = lru_cache(FINDS_KEPT)(self._find)  # a watch asks for the same pages again and again
 
-    def find(self, gpa: Gpa, length: int) -> tuple[int, int]:
-        """(index of its block, offset there) of the range; GuestAddressError if no single block holds it."""
+    def _find(self, gpa: Gpa, length: int) -> tuple[int, int]:
         index = bisect_right(self._begins, gpa) - 1
         if index >= 0:
             offset = gpa - self._begins[index]

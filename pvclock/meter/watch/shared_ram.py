@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from pvclock._process_memory import read_files
 from pvclock.errors import MemoryNotReadable, VmNotObservable
 from pvclock.host.process import Mapping, Process
 from pvclock.meter.watch.ram_blocks import BlockTable, RamBlock, joined
@@ -54,12 +55,10 @@ class SharedRam:
         pieces, find = self._pieces, self._table.find
         places = [(pieces[index], offset) for index, offset in (find(gpa, length) for gpa in addresses)]
         try:
-            found = [os.pread(piece.fd, length, piece.offset + offset) for piece, offset in places]
+            found = read_files([(piece.fd, piece.offset + offset) for piece, offset in places], length)
         except OSError as error:
             raise MemoryNotReadable(self._process.pid, f"the file of it: {error.strerror}") from None
         self._process.check_running()  # the file outlives the guest
-        if any(len(each) < length for each in found):
-            raise MemoryNotReadable(self._process.pid, "the file of it has become shorter")
         return found
 
 
