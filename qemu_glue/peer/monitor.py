@@ -51,7 +51,8 @@ class Monitor:
 
     def __init__(self, connection: socket.socket, limit_s: float = ANSWER_LIMIT_S) -> None:
         self._limit_s = limit_s
-        self._connection = connection
+        self._unread = select.poll()
+        self._unread.register(connection, select.POLLIN)
         self._may_have_read_more = True
         self._runner = asyncio.Runner()
         self._client = QMPClient()
@@ -80,7 +81,7 @@ class Monitor:
 
     def take_events(self) -> list[QmpEvent]:
         """What QEMU told since the last call, oldest first; it is not asked.  QmpFailed once the session has ended."""
-        if not self._may_have_read_more and self.is_connected and not select.select([self._connection], [], [], 0)[0]:
+        if self.is_connected and not self._may_have_read_more and not self._unread.poll(0):
             return []
         events = self._runner.run(self._arrived())
         self._may_have_read_more = False

@@ -37,7 +37,7 @@ def connect(path: str) -> tuple[Monitor, int | None]:
     """
     with ExitStack() as resources:
         connection = resources.enter_context(_opened(path))
-        if not select.select([connection], [], [], GREETING_LIMIT_S)[0]:
+        if not _has_greeting(connection):
             raise _failed(path, f"no greeting within {GREETING_LIMIT_S:g} s; {BUSY}")
         try:
             monitor = Monitor(connection)
@@ -56,6 +56,12 @@ def _opened(path: str) -> socket.socket:
         connection.close()
         raise _failed(path, _why_not_opened(path, error)) from None
     return connection
+
+
+def _has_greeting(connection: socket.socket) -> bool:
+    greeting = select.poll()
+    greeting.register(connection, select.POLLIN)
+    return bool(greeting.poll(GREETING_LIMIT_S * 1000))
 
 
 def _why_not_opened(path: str, error: OSError) -> str:

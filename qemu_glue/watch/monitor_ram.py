@@ -1,7 +1,7 @@
 """A guest's RAM by QEMU's monitor: works wherever QMP does, and costs QEMU's big lock, which its vCPUs need, too.
 
-QEMU writes what is read (pmemsave) to a memfd that it was passed (add-fd) and that this process reads: so no file is
-made, whoever runs QEMU and whatever it sees of the file system, and none is left, however either process ends.
+QEMU writes what is read (pmemsave) to a memfd that it was passed (add-fd) and that this process reads: this works for
+any user and in any container, and leaves no file, however either process ends.
 """
 
 from __future__ import annotations

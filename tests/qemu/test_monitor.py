@@ -138,6 +138,18 @@ def test_events_are_taken_in_order_and_none_is_lost() -> None:
 
 
 @pytest.mark.row("E3")
+def test_events_that_come_with_an_answer() -> None:
+    """They are there at the first look, though nothing is in the socket any more."""
+    together: Answer = lambda asked: event(0) + fine(asked) + event(1)  # noqa: E731  # as the others
+    with server(GREETING, fine, together, together, fine) as connection, Monitor(connection) as monitor:
+        for _ in range(2):
+            monitor.execute("stop")
+            assert monitor.take_events() == told(range(2))
+            assert monitor.take_events() == []
+        monitor.execute("quit")
+
+
+@pytest.mark.row("E3")
 def test_what_has_arrived_is_taken_at_once() -> None:
     """One look has all that is in the socket; while nothing is, it is no business of the event loop."""
     ours, theirs = socket.socketpair()

@@ -13,8 +13,7 @@ import pytest
 
 from pvclock.errors import MemoryNotReadable, VmEnded
 from pvclock.meter.watch.vm import VmEventKind, WatchedVm
-from qemu_glue import QemuExited, QemuMissing
-from qemu_glue.errors import VirshFailed
+from qemu_glue import QemuExited, QemuMissing, VirshFailed
 from qemu_glue.watch.ram import Means
 from qemu_glue.watch.target import open_vm
 from qemu_glue.watch.virsh import Virsh
@@ -106,7 +105,7 @@ def test_another_host(domain: RunningQemu, monkeypatch: pytest.MonkeyPatch) -> N
     assert domain.qemu.pid
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu+ssh://root@another/system")
     with pytest.raises(VirshFailed, match=r"qemu\+ssh://root@another/system is another host"):
-        open_vm(libvirt=DOMAIN)
+        Virsh(DOMAIN).close()
 
 
 def test_no_virsh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,7 @@ from pvclock.meter.findings import TIME_INFO, time_info
 from pvclock.meter.watch.vm import VmEvent, VmEventKind, WatchedVm
 from pvclock.payloads import probe
 from pvclock.readings import TimeInfo
-from qemu_glue import QemuExited, QmpFailed
-from qemu_glue.errors import NotKvm
+from qemu_glue import NotKvm, QemuExited, QmpFailed
 from qemu_glue.peer import qmp_socket
 from qemu_glue.peer.launch import find_program
 from qemu_glue.watch.ram import Means
@@ -40,6 +39,7 @@ PREALLOCATED = ("-object", "memory-backend-memfd,id=full,size=16M,prealloc=on", 
 
 IMAGE_GPA, LOW_GPA, COMPARED_BYTES = Gpa(0x100000), Gpa(0x6000), 1 << 15
 """Where clockprobe's code is, which does not change, and empty memory."""
+OFFSETS, PIECE_BYTES = (4096, 64, 0, 64, 9000), 32
 
 
 def open_qmp(running: RunningQemu, means: Means | None = None) -> QemuVm:
@@ -59,7 +59,10 @@ def check_against_qemu(vm: QemuVm, running: RunningQemu) -> None:
     assert vm.name.endswith(f", process {running.qemu.pid}, {vm.vcpus} vCPUs")
     assert pages(vm) == running.pages()
     for gpa in (IMAGE_GPA, LOW_GPA):
-        assert vm.ram.read(gpa, COMPARED_BYTES) == running.qemu.read_by_monitor(gpa, COMPARED_BYTES)
+        whole = running.qemu.read_by_monitor(gpa, COMPARED_BYTES)
+        assert vm.ram.read(gpa, COMPARED_BYTES) == whole
+        pieces = vm.ram.read_many([Gpa(gpa + offset) for offset in OFFSETS], PIECE_BYTES)
+        assert pieces == [whole[offset:][:PIECE_BYTES] for offset in OFFSETS]
 
 
 def check_ranges(vm: QemuVm) -> None:
@@ -175,6 +178,7 @@ def test_events(tmp_path: Path) -> None:
 def test_a_migration_is_told(tmp_path: Path) -> None:
     """QEMU is asked to tell of it, which it does not do by itself; and of its guest's end."""
     with running_qemu(tmp_path) as running, open_qmp(running) as vm:
+        assert {"capability": "events", "state": True} in running.qemu.execute("query-migrate-capabilities")
         running.qemu.execute("migrate", uri=f"exec:cat >{os.devnull}")
         await_events(vm, VmEventKind.MIGRATION, VmEventKind.STOP, VmEventKind.MIGRATION)
         running.qemu.execute("system_reset")  # Qemu has QEMU end at it
