@@ -26,6 +26,7 @@ from qemu_glue.watch.target import open_vm
 from tests.command_line import ROOT, in_terminal
 from tests.qemu.running_qemu import FEATURES, RunningQemu, running_qemu
 from tests.qemu.watch_process import watching
+from tests.watch_document import documented_keys, keys_of
 
 pytestmark = [pytest.mark.row("E3"), pytest.mark.kvm, pytest.mark.qemu]
 
@@ -141,6 +142,8 @@ def test_lines_of_json(running: RunningQemu) -> None:
     steps = [line for line in lines if line["kind"] == "step"]
     assert sorted(step["vcpu"] for step in steps) == [0, 1]
     assert [line["what"] for line in lines if line["kind"] == "event"] == ["stop", "resume"]
+    for line in (watch.found, *lines, *more):
+        assert set(keys_of(line)) <= documented_keys()[line["kind"]] | {"schema", "kind", "at_s", "utc"}
     assert {line["schema"] for line in (watch.found, *lines, *more)} == {"pvclock.watch/1"}
     assert status == 0
     assert result["summary"]["steps"] >= 2
@@ -150,7 +153,7 @@ def test_lines_of_json(running: RunningQemu) -> None:
 
 def script(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], object]) -> None:
     """Have the watch do these in its waits between two looks, and end after them."""
-    left = [*actions, int]
+    left: list[Callable[[], object]] = [*actions, bool]
 
     def wait(_interrupts: Interrupts, _seconds: float) -> bool:
         left.pop(0)()

@@ -85,7 +85,7 @@ class PageFinder:
         infos = {gpa: info for gpa, info in zip(self.places, poll.pages, strict=True) if info is not None}
         is_reset = any(event.kind is VmEventKind.RESET for event in poll.events)
         if is_reset:
-            self._old = dict(self._seen)
+            self._old = {**infos, **self._seen}
         if is_reset or is_lost:
             self.is_searching, self._pause_s, self._next_s = True, PAUSE_S, time.monotonic() + PAUSE_S
         self._seen |= infos
