@@ -23,6 +23,7 @@ from pvclock.quantities import U64_MASK
 from pvclock.readings import RunReport
 from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.catchup import Policy, as_policy
+from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC
 
 __all__ = ["BackendWrapper", "ClockService", "EngineClockService", "KernelClockService", "make_clock"]
 
@@ -153,12 +154,15 @@ class ClockService(Protocol):
 class EngineClockService:
     """The engine's clock, its ticker and its timers' thread: what is done with them as the vCPUs start, pause and end.
 
-    tick_interval_s: the ticker's; None for no ticker.  A clock that is paused, as a restored one is, keeps the vCPUs
-    out until start() or resume().
+    tick_interval_s: the ticker's; None for no ticker.  resets_tscs: TSCs begin at 0 again with a reset, as hardware's.
+    A clock that is paused, as a restored one is, keeps the vCPUs out until start() or resume().
     """
 
-    def __init__(self, runner: Runner, clock: GuestClock, tick_interval_s: float | None) -> None:
+    def __init__(
+        self, runner: Runner, clock: GuestClock, tick_interval_s: float | None, *, resets_tscs: bool = False
+    ) -> None:
         self._serve(clock)
+        self._resets_tscs = resets_tscs
         self.ticker = None if tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
         self._runner = runner
         self._execution_time = clock.backend if isinstance(clock.backend, ExecutionTimeBackend) else None
@@ -262,6 +266,8 @@ class EngineClockService:
         """See ClockService; a clock that is paused, or vCPUs that are, go on at start()."""
         with self._changing:
             self.clock.reset()
+            if self._resets_tscs:
+                self._reset_tscs()
             # One without the other after a pause() that was interrupted.
             self.starts_paused = self.clock.is_paused or self._runner.gate.is_paused()
 
@@ -290,6 +296,13 @@ class EngineClockService:
         self.clock = clock
         self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
         self.timer_thread = TimerThread(clock) if clock.timers.exist else None
+
+    def _reset_tscs(self) -> None:
+        """Let all vCPUs' TSCs begin at 0, with one offset; they go on where the host lets them not go back."""
+        with suppress(TscOffsetNotHonoured, StateError):  # StateError: this CPU's TSC is behind
+            for vcpu in range(self.clock.vcpus):
+                self.clock.host_write_msr(vcpu, MSR_IA32_TSC, 0)
+            self.clock.repair_tsc()
 
     @property
     def _is_running(self) -> bool:
