@@ -28,7 +28,7 @@ from qemu_glue.peer.launch import Qemu
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
 
 FEATURES = 0x0100_0009
-SHORT = operations((0.1,), 0.1)
+SHORT = operations((0.1,), 10, 0.1)
 STOP, OFTEN, BUSY, RESET, LOAD = SHORT
 ROWS = [
     "step against the TSC",
