@@ -25,7 +25,7 @@ from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.catchup import Policy, as_policy
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC
 
-__all__ = ["BackendWrapper", "ClockService", "EngineClockService", "KernelClockService", "make_clock"]
+__all__ = ["BackendWrapper", "ClockService", "EngineClockService", "KernelClockService", "engine_clock"]
 
 BackendWrapper: TypeAlias = Callable[[KvmBackend | SteeredTscBackend], Backend]
 """Makes the backend of a machine's clock from the one for its vCPUs, as ExecutionTimeBackend does.
@@ -33,26 +33,6 @@ BackendWrapper: TypeAlias = Callable[[KvmBackend | SteeredTscBackend], Backend]
 What it returns must have that one's tsc_hz and its answer whether the vCPUs are kept out; any other would be a clock of
 other vCPUs.
 """
-
-
-def make_clock(
-    memory: GuestMemory,
-    vcpus: int,
-    inner: KvmBackend | SteeredTscBackend,
-    *,
-    wrap: BackendWrapper | None = None,
-    restore: ClockState | None = None,
-    options: dict[str, Any],
-) -> GuestClock:
-    """The clock of a machine whose vCPUs' backend is `inner`: a new one, or the one saved as `restore`.
-
-    options: GuestClock's, or those of GuestClock.restore().
-    """
-    backend = inner if wrap is None else _wrapped(wrap, inner, vcpus)
-    if restore is not None:
-        return GuestClock.restore(restore, memory, backend=backend, vcpu_host="kvm", **options)
-    options.setdefault("tsc_offset", inner.initial_tsc_offset if backend.counter_follows_host else 0)
-    return GuestClock(memory, vcpus, backend=backend, vcpu_host="kvm", **options)
 
 
 def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus: int) -> Backend:
@@ -350,6 +330,31 @@ class EngineClockService:
         finally:
             if self.ticker is not None:
                 self.ticker.stop()
+
+
+def engine_clock(
+    runner: Runner,
+    memory: GuestMemory,
+    vcpus: int,
+    inner: KvmBackend | SteeredTscBackend,
+    tick_interval_s: float | None,
+    *,
+    wrap: BackendWrapper | None = None,
+    restore: ClockState | None = None,
+    options: dict[str, Any],
+) -> EngineClockService:
+    """The clock of a machine whose vCPUs' backend is `inner`: a new one, or the one saved as `restore`.
+
+    tick_interval_s: see EngineClockService.  options: GuestClock's, or those of GuestClock.restore().
+    """
+    backend = inner if wrap is None else _wrapped(wrap, inner, vcpus)
+    resets_tscs = wrap is None and "tsc_offset" not in options
+    if restore is not None:
+        clock = GuestClock.restore(restore, memory, backend=backend, vcpu_host="kvm", **options)
+    else:
+        options.setdefault("tsc_offset", inner.initial_tsc_offset if backend.counter_follows_host else 0)
+        clock = GuestClock(memory, vcpus, backend=backend, vcpu_host="kvm", **options)
+    return EngineClockService(runner, clock, tick_interval_s, resets_tscs=resets_tscs)
 
 
 class KernelClockService:

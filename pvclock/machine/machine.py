@@ -26,9 +26,8 @@ from pvclock.machine.bus import Bus, CoalescedRing
 from pvclock.machine.clock_service import (
     BackendWrapper,
     ClockService,
-    EngineClockService,
     KernelClockService,
-    make_clock,
+    engine_clock,
 )
 from pvclock.machine.cpuid import set_guest_cpuid
 from pvclock.machine.devices import CONSOLE_PORT, EXIT_PORT, Console, ExitPort
@@ -430,11 +429,10 @@ class Machine:
         # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.
         self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
 
-    def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # make_clock()'s
+    def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # engine_clock()'s
         how["options"].setdefault("vmm", MachineServices(self.vm, self.vcpus, self.runner, self._guest_reset.request))
-        begins_at_0 = "tsc_offset" not in how["options"] and how["wrap"] is None
-        clock = make_clock(self.memory, len(self.vcpus), kvm_backend(self._kvm, self.vcpus, self.runner), **how)
-        return EngineClockService(self.runner, clock, tick_interval_s, resets_tscs=begins_at_0)
+        backend = kvm_backend(self._kvm, self.vcpus, self.runner)
+        return engine_clock(self.runner, self.memory, len(self.vcpus), backend, tick_interval_s, **how)
 
     def _kernel_clock(self, features: int | None = None) -> ClockService:
         offered = kernel_clock_features(kernel_features(self._kvm)) if features is None else features
