@@ -30,7 +30,7 @@ __all__ = ["EXAMPLES", "add_arguments", "as_json", "compare_three", "crosscheck"
 EXAMPLES: Final = """\
   pvclock crosscheck                15 s, two vCPUs
   pvclock crosscheck --why          each row with its rule and bound
-  pvclock crosscheck --lifecycle    stop, cont, reset, save and load instead; a minute"""
+  pvclock crosscheck --lifecycle    a minute: stops, a reset, save and load"""
 
 OBSERVE_S = 2.0
 LEAST_S: Final = 0.1

@@ -28,7 +28,7 @@ from qemu_glue.peer.launch import Qemu
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
 
 FEATURES = 0x0100_0009
-SHORT = operations((0.1,), 0.1)
+SHORT = operations((0.1,), 10, 0.1)
 STOP, OFTEN, BUSY, RESET, LOAD = SHORT
 ROWS = [
     "step against the TSC",
@@ -167,11 +167,22 @@ def wall_clock(by_ns: int) -> Change:
     return after(lambda it: it._replace(wall_clock_error_ns=it.wall_clock_error_ns + by_ns))
 
 
-def offsets(*moved_by: int | None) -> Change:
-    """TSC offsets moved by so much; None for one that cannot be read."""
-    return lambda it: it._replace(
-        before=it.before._replace(tsc_offsets=(0, 0)), after=it.after._replace(tsc_offsets=moved_by)
-    )
+def offsets(*moved_by: int) -> Change:
+    """TSC offsets moved by so much more."""
+
+    def change(it: Observed) -> Observed:
+        old, new = ([offset or 0 for offset in look.tsc_offsets] for look in (it.before, it.after))
+        moved = tuple(offset + ticks for offset, ticks in zip(new, moved_by, strict=True))
+        return it._replace(
+            before=it.before._replace(tsc_offsets=tuple(old)), after=it.after._replace(tsc_offsets=moved)
+        )
+
+    return change
+
+
+def without_offsets(it: Observed) -> Observed:
+    """TSC offsets that cannot be read."""
+    return it._replace(after=it.after._replace(tsc_offsets=(None, None)))
 
 
 def as_version_before(it: Observed) -> Observed:
@@ -213,7 +224,7 @@ WRONG: list[tuple[Operation, str, str, Change]] = [
     (STOP, "qemu", VERSIONS, as_version_before),
     (RESET, "qemu", VERSIONS, page(version=3)),
     (STOP, "qemu", OFFSET, offsets(1, 1)),
-    (RESET, "qemu", OFFSET, offsets(1, 2)),
+    (RESET, "engine", OFFSET, offsets(0, 1)),
     (STOP, "engine", WALL, wall_clock(-1_200_000)),
     (STOP, "qemu", WALL, wall_clock(500_000_000)),
     (RESET, "kernel", WALL, wall_clock(-60_000_000)),
@@ -269,7 +280,7 @@ def test_a_tsc_that_was_moved(operation: Operation, ticks: int, observed: dict[s
 def test_unknown_offsets(observed: dict[str, dict[str, Observed]]) -> None:
     """Where they cannot be read, a step is told after stop and cont, which change none, and unknown otherwise."""
     for operation, said in ((STOP, "ms"), (RESET, "unknown"), (LOAD, "unknown")):
-        checks = compare_operation(operation.kind, [offsets(None, None)(observed[operation.name]["qemu"])], {})
+        checks = compare_operation(operation.kind, [without_offsets(observed[operation.name]["qemu"])], {})
         assert [check for check in checks if not check.ok] == []
         figures = {check.name: check.figures["qemu"] for check in checks}
         assert said in figures[STEP].text

@@ -15,10 +15,10 @@ from typing import Final, NamedTuple
 from pvclock.meter.lifecycle.guest import LifecycleGuest
 from pvclock.payloads import probe
 
-__all__ = ["PAUSES_S", "ROW_OF_STOPS", "Kind", "Operation", "Stopped", "operations"]
+__all__ = ["Kind", "Operation", "Stopped", "operations"]
 
 PAUSES_S: Final = (0.1, 1.0, 10.0)
-ROW_OF_STOPS: Final = 100
+STOPS: Final = 100
 LOADED_PAUSE_S: Final = 1.0
 
 BUSY: Final = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    pass"
@@ -52,11 +52,13 @@ class Operation(NamedTuple):
     perform: Callable[[LifecycleGuest], Stopped]
 
 
-def operations(pauses_s: Sequence[float] = PAUSES_S, loaded_pause_s: float = LOADED_PAUSE_S) -> list[Operation]:
-    """The script: stops of `pauses_s`, many stops, one of `loaded_pause_s` on a busy host, a reset, save and load."""
+def operations(
+    pauses_s: Sequence[float] = PAUSES_S, stops: int = STOPS, loaded_pause_s: float = LOADED_PAUSE_S
+) -> list[Operation]:
+    """The script: stops of `pauses_s`, so many `stops` in a row, one on a busy host, a reset, save and load."""
     return [
         *(Operation(f"stop, cont after {pause_s:g} s", Kind.STOP, partial(_stop, pause_s)) for pause_s in pauses_s),
-        Operation(f"{ROW_OF_STOPS} times stop, cont", Kind.STOP, _stop_often),
+        Operation(f"{stops} times stop, cont", Kind.STOP, partial(_stop_often, stops)),
         Operation(f"stop, cont after {loaded_pause_s:g} s, host busy", Kind.STOP, partial(_stop_busy, loaded_pause_s)),
         Operation("system_reset", Kind.RESET, _reset),
         Operation("save, load in a new VM, cont", Kind.LOAD, _save_and_load),
@@ -67,8 +69,8 @@ def _stop(pause_s: float, guest: LifecycleGuest) -> Stopped:
     return _stopped(guest, lambda: time.sleep(pause_s))
 
 
-def _stop_often(guest: LifecycleGuest) -> Stopped:
-    each = [_stopped(guest) for _ in range(ROW_OF_STOPS)]
+def _stop_often(times: int, guest: LifecycleGuest) -> Stopped:
+    each = [_stopped(guest) for _ in range(times)]
     return Stopped(
         sum(one.least_ns for one in each), sum(one.most_ns for one in each), max(one.longest_ns for one in each)
     )

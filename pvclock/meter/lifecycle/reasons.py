@@ -42,8 +42,8 @@ STOP: Final = {
 }
 RESET: Final = {
     "step against the TSC": "none by the host's TSC: guest time goes on, in QEMU, too, for KVM's clock is the VM's "
-    "and not the boot's.  QEMU sets the guest's TSC to 1, our machine leaves it running; that is taken out where "
-    f"offsets can be read, else the step is unknown.  {UNSTABLE}",
+    "and not the boot's.  That the guest's TSC begins anew is taken out where offsets can be read, else the step is "
+    f"unknown.  {UNSTABLE}",
     "guest time meanwhile": "how much more than the host's time the guest's clock counted over the reset, by its "
     f"readings: 0 is within.  {UNSTABLE}",
     "largest gap between readings": BOOTED_ANEW,
@@ -52,10 +52,11 @@ RESET: Final = {
     "GUEST_STOPPED seen": "never: nobody was stopped, and QEMU's system_reset is no stop and cont",
     "versions": "even.  The guest that boots anew goes on from what its RAM holds there: our machine clears RAM, "
     "QEMU leaves it to the guest",
-    "TSC offset moved by": f"{ALL_ALIKE}.  QEMU's TSC begins at 1 again (a write of 0 would tell KVM to join the "
-    "other vCPUs), so its offset goes back by what the TSC was.  Our machine's goes on: hardware begins at 0, but no "
-    "kvmclock depends on it, for the page says where its line begins.  0 in QEMU, too, on a host that honours no "
-    "offsets",
+    "TSC offset moved by": f"{ALL_ALIKE}.  The TSC begins anew with the engine and in QEMU, so its offset goes back "
+    "by what the TSC was; QEMU writes 1, for KVM takes a 0 as a wish to join the other vCPUs, and takes what is "
+    "within 1 s of the TSC it expects for that, so a guest younger than 1 s keeps its offset.  The kernel's clock in "
+    "our machine: it goes on.  No kvmclock depends on it, for the page says where its line begins.  0 on a host that "
+    "honours no offsets",
     "wall clock afterwards": "right within 1 ms, for the guest registers its record again; KVM's up to 50 ms early, "
     "as it may read two clocks at two instants",
 }
