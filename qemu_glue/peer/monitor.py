@@ -21,8 +21,8 @@ from qemu_glue.errors import QmpFailed
 
 __all__ = ["ANSWER_LIMIT_S", "Monitor"]
 
-ANSWER_LIMIT_S: Final = 30.0
-"""A QEMU that starts within an emulated machine, on a busy host, was seen to take more than 10 s until it answers."""
+ANSWER_LIMIT_S: Final = 90.0
+"""A QEMU that starts within an emulated machine, on a busy host, was seen to take more than 30 s until it answers."""
 
 # Our errors carry what qemu.qmp logs; without a handler Python would print it to stderr as well.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
