@@ -119,6 +119,7 @@ def test_old_pages_are_not_found_after_a_reset() -> None:
     next(looks)
     vm.events = [RESET]
     next(looks)
+    assert loop.finder.is_searching
     vm.contents.reads.clear()
     while not vm.contents.reads:  # until it has searched again
         assert not any(map(is_found, next(looks).findings))
@@ -138,7 +139,7 @@ def test_new_pages_where_the_old_ones_were() -> None:
     next(looks)
     same = vm.contents.memory.read(ARRAY, TIME_INFO.size)
     newer: Callable[[], None] = partial(vm.put, ARRAY, 4)
-    for change in (newer, partial(vm.contents.memory.write, ARRAY, same)):
+    for change in (partial(vm.contents.memory.write, ARRAY, same), newer):
         vm.events = [RESET]
         next(looks)
         assert loop.finder.is_searching
@@ -180,6 +181,7 @@ def test_the_place_that_moves() -> None:
     found = until(looks, is_found)
     assert isinstance(found, PagesFound)
     assert found.pages == (FIRMWARE,)
+    assert loop.finder.is_sure
 
 
 def test_a_page_that_is_lost_is_searched() -> None:
