@@ -105,6 +105,13 @@ def test_what_a_page_may_be(change: tuple[int, int]) -> None:
     assert found.even_and_zero_pads == (change != STILL_PAGES["an odd version"])
 
 
+def test_the_bound_is_exact() -> None:
+    """For a TSC so fast that bounds are counted in units of a mul, too: a little more than 300 ppm is too much."""
+    memory = [page((MUL, mul), (SHIFT, -34)) for mul in (3_998_800_000, 3_998_800_001)]
+    found = search_pages(b"".join(memory), 2**64 - 1, PPM)
+    assert (found.pages, found.other_rate) == ([32], [0])
+
+
 @st.composite
 def memories(draw: st.DrawFn) -> tuple[bytes, int, int, int]:
     """Memory with pages and near misses among zeros and whatever, and terms that some of them meet."""
@@ -127,6 +134,7 @@ def memories(draw: st.DrawFn) -> tuple[bytes, int, int, int]:
     return b"".join(draw(st.lists(pieces, max_size=12))), hz, ppm, newest
 
 
+@settings(max_examples=60)
 @given(memories())
 def test_a_search_finds_what_the_oracle_does(drawn: tuple[bytes, int, int, int]) -> None:
     """Counts and places, in any memory, for any frequency and bound."""
