@@ -22,7 +22,8 @@ from tests.unit.known_process import KnownProcess, known_process
 PAGE_BYTES, STRIDE = 32, 64
 FIRST = 100 * PAGESIZE
 """Written there."""
-READINGS = 2000
+READINGS = 200
+"""Pages in a round, which is over before a busy host takes the CPU away."""
 
 MEANS: dict[str, Callable[[Process, RamBlock], GuestRam]] = {
     "shared memory": lambda process, block: SharedRam(process, open_pieces(process, [block])),

@@ -41,7 +41,14 @@ class WatchedMachine:
 def watched_machine(clock: Literal["engine", "kernel"] = "engine", vcpus: int = 2) -> Iterator[WatchedMachine]:
     """Have one, whose guest reads its clock; it is killed at the end."""
     command = [sys.executable, "-m", "tests.kvm.watched_machine", clock, str(vcpus)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as a VMM has: Linux's scheduler may have one share of a CPU for all of a session
+    ) as process:
         try:
             watched = WatchedMachine(process)
             assert watched.ask("started") is True

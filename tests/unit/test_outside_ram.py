@@ -143,23 +143,40 @@ def test_a_block_is_found_by_address(gaps: list[tuple[int, int]], gpa: int, leng
             table.find(Gpa(gpa), length)
 
 
+def reads_of(ram: GuestRam) -> list[Callable[[], object]]:
+    """Return all that can be asked of it."""
+    page = Gpa(GPA + PAGESIZE)
+    return [lambda: ram.read_many([page], 32), lambda: ram.read(page, 32), ram.ranges]
+
+
 @pytest.mark.parametrize("means", MEANS)
-def test_a_process_that_ends_while_its_ram_is_read(means: str) -> None:
-    """The answer is that it has ended, be it that the shared file outlives it; and so it is of everything later."""
-    with known_process() as known, Process(known.pid) as process, alarm_after(60):
-        ram = ram_of(process, known, means)
-        reads: list[Callable[[], object]] = [
-            lambda: ram.read_many([Gpa(GPA + PAGESIZE)], 32),
-            lambda: ram.read(Gpa(GPA + PAGESIZE), 32),
-            ram.ranges,
-        ]
+def test_a_process_that_has_ended_has_no_ram(means: str) -> None:
+    """That is the answer to each question, though the shared file outlives the process."""
+    with known_process() as known, Process(known.pid) as process:
+        reads = reads_of(ram_of(process, known, means))
         known.process.kill()
-        with pytest.raises(VmEnded):
-            read_for_ever(reads)
         known.process.wait()
         for read in reads:
             with pytest.raises(VmEnded, match=f"process {known.pid}: the process has ended"):
                 read()
+        assert len(reads) == 3
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_a_process_that_ends_while_its_ram_is_read(means: str) -> None:
+    """At whatever moment: that it has ended, and no other error."""
+    with known_process() as known, Process(known.pid) as process, alarm_after(60):
+        reads = reads_of(ram_of(process, known, means))
+        known.process.kill()
+        with pytest.raises(VmEnded):
+            read_for_ever(reads)
+
+
+def read_for_ever(reads: list[Callable[[], object]]) -> None:
+    """Go on until one raises something."""
+    while True:
+        for read in reads:
+            read()
 
 
 @needs_root
@@ -172,13 +189,6 @@ def test_another_process_that_gets_the_pid_is_not_read() -> None:
         known.process.wait()
         with with_pid(known.pid), pytest.raises(VmEnded):
             ram.read(Gpa(GPA + PAGESIZE), 32)
-
-
-def read_for_ever(reads: list[Callable[[], object]]) -> None:
-    """Go on until one raises something."""
-    while True:
-        for read in reads:
-            read()
 
 
 # Which means

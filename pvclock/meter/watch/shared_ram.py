@@ -6,9 +6,9 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pvclock._process_memory import read_files
 from pvclock.errors import MemoryNotReadable, VmNotObservable
@@ -18,6 +18,8 @@ from pvclock.meter.watch.vm import RamRange
 from pvclock.quantities import Gpa
 
 __all__ = ["FilePiece", "SharedRam", "open_pieces"]
+
+FoundT = TypeVar("FoundT")
 
 
 class FilePiece(NamedTuple):
@@ -41,10 +43,8 @@ class SharedRam:
         self._table = BlockTable(piece.block for piece in self._pieces)
 
     def ranges(self) -> list[RamRange]:
-        """See GuestRam; what is not in the file's holes."""
-        found = [each for piece in self._pieces for each in _data(piece)]
-        self._process.check_running()
-        return found
+        """See GuestRam; what is in no hole of the file.  On hugetlbfs, all: there, reading a hole costs nothing."""
+        return self._checked(lambda: [each for piece in self._pieces for each in _data(piece)])
 
     def read(self, gpa: Gpa, length: int) -> bytes:
         """See GuestRam; GuestAddressError for what is not in one piece, VmEnded once the process has ended."""
@@ -54,12 +54,18 @@ class SharedRam:
         """See GuestRam; one after the other, about 1 us apart.  Errors of read()."""
         pieces, find = self._pieces, self._table.find
         places = [(pieces[index], offset) for index, offset in (find(gpa, length) for gpa in addresses)]
+        return self._checked(
+            lambda: read_files([(piece.fd, piece.offset + offset) for piece, offset in places], length)
+        )
+
+    def _checked(self, read: Callable[[], FoundT]) -> FoundT:
+        """What `read` finds in the file, which may be shorter now, and which outlives the guest."""
         try:
-            found = read_files([(piece.fd, piece.offset + offset) for piece, offset in places], length)
+            return read()
         except OSError as error:
             raise MemoryNotReadable(self._process.pid, f"the file of it: {error.strerror}") from None
-        self._process.check_running()  # the file outlives the guest
-        return found
+        finally:
+            self._process.check_running()
 
 
 def open_pieces(process: Process, blocks: Iterable[RamBlock]) -> list[FilePiece]:
