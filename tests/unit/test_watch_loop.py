@@ -338,6 +338,18 @@ def test_what_firmware_may_have_left_is_no_verdict() -> None:
     assert verdict == Verdict(VerdictStatus.PASSED, [])
 
 
+def test_a_host_whose_tsc_is_not_trusted_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its verdict is undecided, too, though nothing changed."""
+    monkeypatch.setattr("pvclock.host.linux.host_clocksource", lambda: "hpet")
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    for _ in range(2):
+        next(looks)
+    why = "the host's TSC could not be trusted: the host's clocksource is hpet, not tsc"
+    assert judged(Budgets(Fraction(1000)), loop) == Verdict(VerdictStatus.UNDECIDED, [why])
+
+
 @pytest.mark.parametrize("doubt", ["searching", "unstable"])
 def test_what_leaves_a_verdict_open(doubt: str) -> None:
     """Pages that were not found again, or a host's TSC that was wrong; what is broken is broken all the same."""

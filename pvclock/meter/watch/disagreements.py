@@ -46,6 +46,10 @@ class _Episode:
         self._since = self.at = at
         self._longest_ticks = 0
 
+    def goes_on_with(self, lead: _Lead) -> bool:
+        """Is it the same vCPU that is ahead, and known as well?  So the widest lead says all of an episode."""
+        return lead[:2] + lead[3:5] == self.widest[:2] + self.widest[3:5]
+
     def extend(self, lead: _Lead, at: HostTsc) -> None:
         """Another poll saw it.  The time counts unless the pages may have agreed in between."""
         if not _is_gapless(self._last, self.at, lead, at):
@@ -102,7 +106,7 @@ class Disagreements:
     def _follow(self, vcpu: int, lead: _Lead | None, at: HostTsc) -> _Episode | None:
         """Hold a vCPU against vCPU 0; the episode that ended, if any."""
         episode = self._with_vcpu0.get(vcpu)
-        if episode and lead and lead.ahead == episode.widest.ahead:
+        if episode and lead and episode.goes_on_with(lead):
             episode.extend(lead, at)
             return None
         if episode:
@@ -120,7 +124,7 @@ class Disagreements:
         if lead is None:
             self._of_others = None
             return episode
-        if episode and (lead.ahead, lead.behind) == (episode.widest.ahead, episode.widest.behind):
+        if episode and episode.goes_on_with(lead):
             episode.extend(lead, at)
         elif episode is None or lead.by_ns > episode.widest.by_ns:
             self._of_others = _Episode(lead, self._polls, at)

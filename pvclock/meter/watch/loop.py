@@ -78,14 +78,14 @@ class WatchLoop:
         self.vm, self.reference = vm, reference
         self.host_tsc_hz = measure_tsc_hz()
         self.finder = PageFinder(vm, self.host_tsc_hz, given, progress)
-        self.troubles: list[HostTrouble] = []
-        """Those of the host so far."""
         self.interval_s = 0.0
         """As it is chosen when the pages are found."""
         self.infos: dict[int, TimeInfo] = {}
         """Each vCPU's page as it was last seen, where there was one."""
         self._wait, self._wanted_s = wait, interval_s
         self._host = HostWatch(self.host_tsc_hz, interval_ns=int(SAMPLE_S * NS_PER_S))
+        self.troubles = _from_the_beginning(self._host)
+        """Those of the host so far."""
         self._meter = RateMeter(lambda: bracketed(reference, self.host_tsc_hz), self.host_tsc_hz, vm.tsc_hz)
         self._sampled_s = 0.0
 
@@ -184,3 +184,9 @@ class WatchLoop:
             self.vm.tsc_offsets()
             self.vm.ram.read_many(self.finder.places, TIME_INFO.size)
         return time.monotonic() - begin_s
+
+
+def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:
+    """What is wrong before anything has changed."""
+    why = f"the host's clocksource is {host.last.clocksource}, not tsc"
+    return [] if host.tsc_trusted else [HostTrouble(TroubleKind.CLOCKSOURCE, True, why)]
