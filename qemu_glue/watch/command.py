@@ -38,6 +38,7 @@ EXAMPLES: Final = """\
 
 INTERVAL_MAX_MS: Final = 60_000
 GPA_MAX: Final = 1 << 52
+US_PER_S: Final = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,22 +117,23 @@ def _watched(
 def _view(
     arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound, resources: ExitStack
 ) -> View:
+    from pvclock.meter.watch.words import plain_ns
     from qemu_glue.watch.instants import Instants
-    from qemu_glue.watch.sentences import pages_in_words
+    from qemu_glue.watch.sentences import addresses_in_words
     from qemu_glue.watch.views import JsonView, LinesView, LiveView
 
     instants = Instants(loop.host_tsc_hz)
     if arguments.json:
         return JsonView(loop, instants, found)
     vm = loop.vm
-    screen.show(f"{vm.name}: {pages_in_words(found)}; read by {vm.ram.means} every {loop.interval_s * 1000:.3g} ms")
+    interval = plain_ns(round(loop.interval_s * US_PER_S) * 1000)
+    screen.show(f"{vm.name}: watching {addresses_in_words(found.pages)}, every {interval}")
     for lacking, why in (("clock readings", vm.why_no_offsets), ("causes of steps", vm.why_no_events)):
         if why is not None:
             screen.show(Text(f"No {lacking}: {why}", "yellow"))
     if not loop.finder.is_sure:
-        screen.show(
-            Text("Perhaps firmware left that: it does not lie as Linux's pages do.  Others are searched.", "yellow")
-        )
+        perhaps = "Perhaps firmware left that, for it does not lie as Linux's pages do; others are searched"
+        screen.show(Text(f"{perhaps}: {found.why}", "yellow"))
     if screen.can_redraw:
         return LiveView(loop, instants, resources.enter_context(screen.redrawing()))
     return LinesView(screen, instants)

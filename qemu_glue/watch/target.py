@@ -28,7 +28,7 @@ OUT_OF_SIGHT: Final = VmNotObservable(0, "QEMU's own number is not known here: i
 class QemuVm:
     """A WatchedVm that is a QEMU; open_vm() makes it.
 
-    resources: all that it lets go of at its end.  session: a talk with its monitor, if there is one.  vmm: its process,
+    resources: all that it lets go of at its end.  session: with its monitor, if there is one.  vmm: its process,
     or why that cannot be looked at.  program: of what version, for people.
     """
 

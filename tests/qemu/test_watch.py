@@ -185,7 +185,7 @@ def test_a_budget_for_steps(
     assert main([*watch, *(text for gpa in PAGES for text in ("--page", hex(gpa)))]) == status
     output = capsys.readouterr().out
     assert said in output
-    assert "pages as given: 0x201000, 0x201040" in output
+    assert "watching 2 pages at 0x201000, 0x201040, every 10 ms" in output
 
 
 def await_version(running: RunningQemu, version: int) -> None:

@@ -159,8 +159,8 @@ def test_the_finding_says_what_broke_it_and_by_how_much() -> None:
     judged = step_verdict(1000, a_step(5000), a_step(-1_035_000_123), a_step(None, TscBasis.CHANGED), apart(4000))
     assert judged.status is BROKEN
     assert judged.findings == [
-        "vCPU 1's clock stepped by -1035000123 ns (within 2 ns), at stop: 1.034999123 s more than 1 us",
-        "vCPU 0's page was 4000 ns (within 2 ns) ahead of vCPU 1's, for 70 ns at least: 3 us more than 1 us",
+        "vCPU 1's clock stepped by -1.035 000 123 s (within 2 ns), at stop: 1.035 s more than 1 us",
+        "vCPU 0's page was 4.000 us (within 2 ns) ahead of vCPU 1's, for 70 ns at least: 3.000 us more than 1 us",
     ]
 
 

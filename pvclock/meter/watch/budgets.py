@@ -22,6 +22,7 @@ from pvclock.meter.watch.changes import Disagreement, Step
 from pvclock.meter.watch.disagreements import AGREE_NS
 from pvclock.meter.watch.rate import PageRate
 from pvclock.meter.watch.summary import WatchSummary, surely_ns
+from pvclock.meter.watch.words import counted, duration, exact_ns, plain_ns, rate_in_words
 from pvclock.quantities import quoted
 
 __all__ = ["Budgets", "Verdict", "VerdictStatus", "judge", "parse_drift_ppb", "parse_step_ns"]
@@ -122,24 +123,22 @@ def _open_steps(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -> l
     if summary.polls < 2:
         found.append("the pages were not polled twice")
     if most_ns < AGREE_NS:
-        found.append(f"a budget of {_ns(most_ns)} is below what can be measured, {AGREE_NS} ns")
+        found.append(f"a budget of {plain_ns(most_ns)} is below what can be measured, {AGREE_NS} ns")
     if summary.unknown:
-        found.append(
-            f"{summary.unknown} steps are unknown: the guest's TSC was changed, or what cannot be told from it"
-        )
+        found.append(f"{counted(summary.unknown, 'unknown step')}: the guest's TSC was changed, or may have been")
     if summary.assumed and not budgets.tsc_unchanged:
         found.append(
-            f"{summary.assumed} steps are known only if nobody changed the guest's TSC, whose offset cannot be read; "
-            "if you know that, say --tsc-unchanged"
+            f"{counted(summary.assumed, 'step')} known only if nobody changed the guest's TSC, whose offset cannot be "
+            "read; if you know that, say --tsc-unchanged"
         )
     if summary.split:
         found.append(
-            f"at {summary.split} polls more than one line had come, so that only the sum of their steps is known"
+            f"at {counted(summary.split, 'poll')} more than one line had come: only the sum of their steps is known"
         )
     if summary.restarts:
-        found.append(f"the pages were searched again {summary.restarts} times, and what was between is unknown")
+        found.append(f"other pages were found {counted(summary.restarts, 'time')}, and what was between is unknown")
     if summary.pages_lost:
-        found.append(f"a page was lost {summary.pages_lost} times")
+        found.append(f"a page was lost {counted(summary.pages_lost, 'time')}")
     step = summary.possible_step
     if step and abs(step.step_ns or 0) + (step.bound_ns or 0) > most_ns:
         found.append(_step_told(step, most_ns))
@@ -150,7 +149,7 @@ def _step_told(step: Step, most_ns: Fraction) -> str:
     many = f" in {step.lines} lines" if step.lines > 1 else ""
     causes = " and ".join(dict.fromkeys(event.kind for event in step.events))
     return (
-        f"vCPU {step.vcpu}'s clock stepped by {step.step_ns:+d} ns (within {step.bound_ns} ns){many}"
+        f"vCPU {step.vcpu}'s clock stepped by {_within(step.step_ns or 0, step.bound_ns or 0)}{many}"
         f"{f', at {causes}' if causes else ''}: {_more(abs(step.step_ns or 0), most_ns)}"
     )
 
@@ -167,8 +166,8 @@ def _disagreements(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -
 
 def _apart(found: Disagreement, most_ns: Fraction) -> str:
     return (
-        f"vCPU {found.ahead}'s page was {found.by_ns} ns (within {found.bound_ns} ns) ahead of vCPU {found.behind}'s, "
-        f"for {found.least_ns} ns at least: {_more(found.by_ns, most_ns)}"
+        f"vCPU {found.ahead}'s page was {_within(found.by_ns, found.bound_ns).removeprefix('+')} ahead of "
+        f"vCPU {found.behind}'s, for {duration(found.least_ns)} at least: {_more(found.by_ns, most_ns)}"
     )
 
 
@@ -183,20 +182,18 @@ def _drifts(most_ppb: Fraction, rates: Mapping[int, PageRate]) -> list[_Finding]
 def _drift(vcpu: int, rate: PageRate, most_ppb: Fraction) -> _Finding | None:
     if rate.ppb is None or rate.bound_ppb is None:
         return _undecided(f"vCPU {vcpu}'s rate is unknown: {rate.why}")
-    told = f"vCPU {vcpu}'s clock is {rate.ppb:+.3f} ppb off the reference (within {rate.bound_ppb:.3f} ppb)"
+    told = f"vCPU {vcpu}'s rate is {rate_in_words(rate.ppb, rate.bound_ppb)}"
     if abs(rate.ppb) - rate.bound_ppb > most_ppb:
-        return _broken(f"{told}: {abs(rate.ppb) - float(most_ppb):.3f} ppb more than {float(most_ppb):g} ppb")
+        return _broken(f"{told}: more than {float(most_ppb):g} ppb")
     if abs(rate.ppb) + rate.bound_ppb > most_ppb:
         return _undecided(f"{told}, which leaves {float(most_ppb):g} ppb open; a longer watch knows it better")
     return None
 
 
+def _within(ns: int, bound_ns: int) -> str:
+    return f"{exact_ns(ns, bound_ns)} (within {duration(bound_ns)})"
+
+
 def _more(found_ns: int, most_ns: Fraction) -> str:
-    more_ns = found_ns - most_ns
-    return f"{_ns(more_ns)} more than {_ns(most_ns)}" if more_ns > 0 else f"too near to {_ns(most_ns)} to tell"
-
-
-def _ns(ns: Fraction) -> str:
-    """A time in ns, for people."""
-    unit = max((unit for unit in NS_IN if ns >= NS_IN[unit]), key=NS_IN.__getitem__, default="ns")
-    return f"{float(ns / NS_IN[unit]):.10g} {unit}"
+    more_ns, budget = found_ns - most_ns, plain_ns(most_ns)
+    return f"{duration(round(more_ns))} more than {budget}" if more_ns > 0 else f"too near to {budget} to tell"

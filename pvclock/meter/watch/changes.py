@@ -23,8 +23,7 @@ class TscBasis(StrEnum):
     ASSUMED = "assumed"
     """Offsets cannot be read, and nothing says that it was changed: the step is right if it was not."""
     CHANGED = "changed"
-    """It was changed, and by how much is unknown: a reset, an incoming migration, a guest's write, or what cannot be
-    told from one."""
+    """It was changed, or may have been, and by how much is unknown: a reset, an incoming migration, a guest's write."""
 
 
 class Step(NamedTuple):
