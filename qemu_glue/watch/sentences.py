@@ -107,6 +107,8 @@ def step_in_words(step: Step) -> str:
 
 
 def _against_tsc(step: Step) -> str:
+    if step.lines == 0 and step.step_ns is None:
+        return "has its line still, but its TSC was written: perhaps the guest was reset, and reads others"
     if step.lines == 0:
         return f"has its line still, but its TSC was written: that is {exact_ns(step.step_ns or 0)}"
     if step.step_ns is None:

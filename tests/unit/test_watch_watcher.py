@@ -34,8 +34,12 @@ def line(tsc: int, ns: int, version: int = 2, *, flags: int = 1, scale: tuple[in
 class Watched:
     """A watcher, and the host's time at its polls."""
 
-    def __init__(self, vcpus: int = 1, now: int = 2 * LONG) -> None:
-        self.watcher = Watcher(vcpus, host_tsc_hz=HZ, interval_ns=10 * MS)
+    def __init__(
+        self, vcpus: int = 1, now: int = 2 * LONG, *, is_paused: bool = False, tells_events: bool = True
+    ) -> None:
+        self.watcher = Watcher(
+            vcpus, host_tsc_hz=HZ, interval_ns=10 * MS, is_paused=is_paused, tells_events=tells_events
+        )
         self.now = now
 
     def poll(
@@ -226,6 +230,40 @@ def test_a_tsc_that_is_written_at_a_reset_is_unknown() -> None:
     found = [watched.steps(page, offsets=[OFFSET + LONG]) for _ in range(4)]
     assert found == [[], [(None, 0, TscBasis.CHANGED)], [], []]
     assert watched.steps(line(2 * LONG + 50, 57, 4), offsets=[OFFSET + LONG]) == [(7, 1, TscBasis.OFFSETS)]
+
+
+@pytest.mark.row("E3")
+def test_a_tsc_that_is_written_is_unknown_where_a_reset_would_not_be_told() -> None:
+    """A reboot leaves the old line in a memory that no guest reads any more, and its TSC begins anew."""
+    watched = Watched(tells_events=False)
+    found = [watched.steps(line(LONG, 0), offsets=[offset]) for offset in (0, 0, -LONG, -LONG, -LONG, -LONG)]
+    assert found == [[], [], [], [(None, 0, TscBasis.CHANGED)], [], []]
+    assert watched.steps(line(50, 57, 4), offsets=[-LONG]) == [(7, 1, TscBasis.OFFSETS)]
+
+
+@pytest.mark.row("E3")
+def test_a_tsc_that_is_another_at_each_poll_is_unknown() -> None:
+    """Which line was read with which TSC is open then; after ten polls that is told, again and again."""
+    watched = Watched()
+    found = []
+    for poll in range(101):
+        page = line(watched.now + 1000 * poll, watched.now + MS * poll, 2 + 2 * poll)
+        found += watched.steps(page, offsets=[1000 * poll])
+    assert found == [(None, 10, TscBasis.CHANGED)] * 10
+    assert watched.watcher.summary.lines == 100
+
+
+@pytest.mark.row("E3")
+def test_a_tsc_that_is_written_while_the_guest_is_paused_from_the_beginning() -> None:
+    """An old line is read with it by nobody: KVM replaces that before the guest runs."""
+    watched = Watched(is_paused=True)
+    page = line(LONG, 0)
+    assert [watched.steps(page, offsets=[offset]) for offset in (0, 0, *[-LONG] * 5)] == [[]] * 7
+    (step,) = watched.poll(line(LONG, LONG, 4), offsets=[-LONG], events=[(VmEventKind.RESUME, 0)])
+    assert isinstance(step, Step)
+    assert (step.step_ns, step.basis, step.seen_ns) == (0, TscBasis.OFFSETS, None)
+    assert watched.steps(line(LONG, LONG, 4), offsets=[-LONG + 9]) == []
+    assert watched.steps(line(LONG, LONG, 4), offsets=[-LONG + 9]) == [(9, 0, TscBasis.OFFSETS)]
 
 
 # Pauses

@@ -128,6 +128,10 @@ SENTENCES = [
         "vCPU 0 got a new line: by how much it stepped is unknown, for the guest's TSC was changed, or may have been",
     ),
     (STEP._replace(step_ns=0), "vCPU 0 has its line written anew, without a step"),
+    (
+        STEP._replace(lines=0, step_ns=None, bound_ns=None, basis=TscBasis.CHANGED),
+        "vCPU 0 has its line still, but its TSC was written: perhaps the guest was reset, and reads others",
+    ),
     (STEP._replace(lines=0, step_ns=5000), "vCPU 0 has its line still, but its TSC was written: that is +5.000 us"),
     (
         Disagreement(HostTsc(9), 0, 1, 115_700_000, 2, 3_100_000, (STOP, RESUME), TscBasis.OFFSETS),

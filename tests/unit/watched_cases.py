@@ -47,7 +47,7 @@ MakesWatcher = Callable[[WatchedGuest], Watches]
 
 def watcher_of(guest: WatchedGuest) -> Watches:
     """Return the real one."""
-    return Watcher(len(guest.vcpus), host_tsc_hz=guest.khz * 1000, interval_ns=INTERVAL_NS)
+    return Watcher(len(guest.vcpus), host_tsc_hz=guest.khz * 1000, interval_ns=INTERVAL_NS, tells_events=guest.tells)
 
 
 class Found(NamedTuple):
@@ -63,7 +63,7 @@ class Life:
 
     def __init__(self, seed: int, make: MakesWatcher = watcher_of) -> None:
         self.rng = rng = random.Random(seed)  # noqa: S311  # no secret
-        self.reads_offsets, self.tells = rng.random() < 0.6, rng.random() < 0.7
+        self.reads_offsets, tells = rng.random() < 0.6, rng.random() < 0.7
         khz, uptime_s = rng.randint(800_000, 5_000_000), rng.randint(1, 10**7)
         now = khz * 1000 * uptime_s
         offset = rng.choice([0, -rng.randrange(now), rng.randrange(10**12)])
@@ -73,6 +73,7 @@ class Life:
             now=now,
             ns=100 * NS_PER_HOUR + rng.randrange(NS_PER_HOUR),
             is_stable=rng.random() < 0.8,
+            tells=tells,
             utc_ppm=rng.randint(-400, 400),
         )
         self.late: dict[int, int] = {}  # vCPUs that have not entered, and for how many polls they will not
@@ -100,7 +101,7 @@ class Life:
 
     def poll(self, between: Callable[[], object] = int) -> None:
         """Take a poll, and hand it to the watcher."""
-        poll = self.guest.look(reads_offsets=self.reads_offsets, tells=self.tells, between=between)
+        poll = self.guest.look(reads_offsets=self.reads_offsets, between=between)
         self.found.append(Found(poll, self.watcher.take(poll), self.watcher.open_disagreements))
         if not self.is_stopped:
             for vcpu in [vcpu for vcpu, polls in self.late.items() if polls <= 0]:
@@ -288,7 +289,7 @@ def injected(seed: int, make: MakesWatcher = watcher_of, polls: int = 10) -> Lif
 def clean(seed: int, make: MakesWatcher = watcher_of, polls: int = 10) -> Life:
     """Return a life in which nothing happened to the clock."""
     life = Life(seed, make)
-    acts = CLEAN if not life.reads_offsets else CLEAN_WITH_EVENTS if life.tells else CLEAN_WITH_OFFSETS
+    acts = CLEAN if not life.reads_offsets else CLEAN_WITH_EVENTS if life.guest.tells else CLEAN_WITH_OFFSETS
     return life.live(acts, polls)
 
 
@@ -334,9 +335,13 @@ def with_page_of(life: Life, vcpu: int, old: State) -> list[State]:
 def allowed(life: Life, found: Step) -> set[TscBasis]:
     """Return what may be said of the TSC between two lines."""
     told = [
-        each.at for each in life.guest.told if life.tells and each.event.kind in CHANGES_TSC and each.at <= found.at
+        each.at
+        for each in life.guest.told
+        if life.guest.tells and each.event.kind in CHANGES_TSC and each.at <= found.at
     ]
     if life.reads_offsets:
+        if found.lines == 0 and not life.guest.tells:
+            return {TscBasis.CHANGED}
         return {TscBasis.OFFSETS, TscBasis.CHANGED} if found.lines == 0 and told else {TscBasis.OFFSETS}
     if any(found.since < at for at in told):
         return {TscBasis.CHANGED}

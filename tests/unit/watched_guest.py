@@ -63,11 +63,22 @@ class Told(NamedTuple):
 class WatchedGuest:
     """`vcpus` vCPUs, whose TSC offsets are `offsets`, on a host whose TSC has `khz`.
 
-    is_stable: a master clock's pages.  utc_ppm: how much too fast the VMM's stamps are.
+    is_stable: a master clock's pages.  tells: does its VMM, of what it does?  utc_ppm: how much too fast the VMM's
+    stamps are.
     """
 
-    def __init__(self, khz: int, offsets: list[int], *, now: int, ns: int, is_stable: bool, utc_ppm: int = 0) -> None:
-        self.khz, self.now, self.is_stable, self.utc_ppm = khz, now, is_stable, utc_ppm
+    def __init__(
+        self,
+        khz: int,
+        offsets: list[int],
+        *,
+        now: int,
+        ns: int,
+        is_stable: bool,
+        tells: bool = True,
+        utc_ppm: int = 0,
+    ) -> None:
+        self.khz, self.now, self.is_stable, self.tells, self.utc_ppm = khz, now, is_stable, tells, utc_ppm
         self.line = VmLine(now, ns, time_scale(NS_PER_S, khz * 1000))
         self.told: list[Told] = []
         self.history: list[list[State]] = [[] for _ in offsets]
@@ -123,7 +134,7 @@ class WatchedGuest:
         self.told.append(told)
         self._untold.append(told)
 
-    def look(self, *, reads_offsets: bool = True, tells: bool = True, between: Callable[[], object] = int) -> Poll:
+    def look(self, *, reads_offsets: bool = True, between: Callable[[], object] = int) -> Poll:
         """Take a poll; `between` happens between its two looks."""
         begin, first = self.now, [states[-1] for states in self.history]
         self.pass_time(3000)
@@ -139,7 +150,7 @@ class WatchedGuest:
             HostTsc(self.now),
             tuple(one.page if one.page == other.page else None for one, other in pairs),
             tuple(one.offset if reads_offsets and one.offset == other.offset else None for one, other in pairs),
-            tuple(each.event for each in events if tells),
+            tuple(each.event for each in events if self.tells),
         )
 
     def state(self, vcpu: int, at: int) -> State:

@@ -10,7 +10,7 @@ from pvclock.errors import PvclockError
 from pvclock.host.this_host import bracketed, measure_tsc_hz
 from pvclock.host.watch import HostWatch, TroubleKind
 from pvclock.meter.findings import TIME_INFO
-from pvclock.meter.watch.changes import Change, PageLost
+from pvclock.meter.watch.changes import Change, PageLost, Step
 from pvclock.meter.watch.lines import is_legal
 from pvclock.meter.watch.page_finder import PageFinder, PagesFound, Progress
 from pvclock.meter.watch.poll import Poll, take_poll
@@ -98,6 +98,8 @@ class WatchLoop:
             host_tsc_hz=self.host_tsc_hz,
             interval_ns=int(self.interval_s * NS_PER_S),
             guest_tsc_hz=self.vm.tsc_hz,
+            is_paused=bool(self.vm.is_paused),
+            tells_events=self.vm.why_no_events is None,
         )
         return found
 
@@ -139,7 +141,8 @@ class WatchLoop:
         changes = self.watcher.take(poll)
         findings: list[Finding] = [*poll.events, *changes, *self._look_at_host()]
         is_lost = any(isinstance(change, PageLost) for change in changes)
-        elsewhere = self.finder.take(whole, is_lost=is_lost) or self.finder.search_if_due()
+        is_reset = self.vm.why_no_events is not None and any(map(_may_be_reset, changes))
+        elsewhere = self.finder.take(whole, is_lost=is_lost, is_reset=is_reset) or self.finder.search_if_due()
         if elsewhere is not None:
             findings += [*self._moved_from(pages), elsewhere]
         return Look(poll, tuple(findings))
@@ -184,6 +187,11 @@ class WatchLoop:
             self.vm.tsc_offsets()
             self.vm.ram.read_many(self.finder.places, TIME_INFO.size)
         return time.monotonic() - begin_s
+
+
+def _may_be_reset(change: Change) -> bool:
+    """Was the TSC written, and the page's line is still the old one?"""
+    return isinstance(change, Step) and change.lines == 0 and change.step_ns is None
 
 
 def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:

@@ -84,13 +84,13 @@ class PageFinder:
                 )
         return PagesFound(self._given, "as given")
 
-    def take(self, poll: Poll, *, is_lost: bool) -> PagesFound | None:
+    def take(self, poll: Poll, *, is_lost: bool, is_reset: bool = False) -> PagesFound | None:
         """Take a poll of `places`; the pages if they are others than was thought, or come again where they were.
 
-        is_lost: a page holds no line any more.
+        is_lost: a page holds no line any more.  is_reset: the guest may have been reset, though no event says so.
         """
         infos = {gpa: info for gpa, info in zip(self.places, poll.pages, strict=True) if info is not None}
-        is_reset = any(event.kind is VmEventKind.RESET for event in poll.events)
+        is_reset |= any(event.kind is VmEventKind.RESET for event in poll.events)
         if is_reset:
             self._old = {**infos, **self._seen}
         if is_reset or is_lost:

@@ -25,24 +25,32 @@ LOST_POLLS: Final = 10
 MOVED_POLLS: Final = 2
 """Polls in a row that see a line with another TSC, after which they count."""
 
+OFFSETS_MAX: Final = 10
+"""Polls in a row that each see another TSC offset, after which it is unknown what the guest read meanwhile."""
+
 VERSION_BACK: Final = 1 << 31
 EVENTS_KEPT: Final = 64
 
 
 class _Move(NamedTuple):
-    """A line as it was first seen with another TSC offset, and how many polls in a row saw that."""
+    """A line as it was first seen with another TSC offset, and how many polls in a row saw that.
+
+    offsets: how many there were in a row that did not come to count.
+    """
 
     line: Line
     polls: int
+    offsets: int
 
 
 class PageWatch:
-    """vCPU `vcpu`'s page, poll by poll."""
+    """vCPU `vcpu`'s page, poll by poll.  tells_events: would the VMM tell of a reset?"""
 
-    def __init__(self, vcpu: int, rates: TscRates, is_legal: Callable[[TimeInfo], bool]) -> None:
+    def __init__(self, vcpu: int, rates: TscRates, is_legal: Callable[[TimeInfo], bool], *, tells_events: bool) -> None:
         self._vcpu = vcpu
         self._rates = rates
         self._is_legal = is_legal
+        self._tells_events = tells_events
         self._line: Line | None = None
         self._since = HostTsc(0)  # the last poll that saw it, with its offset
         self._account = TscAccount(rates, HostTsc(0))
@@ -117,9 +125,10 @@ class PageWatch:
 
     def _compared(self, before: Line, line: Line, poll: Poll, stopped: Stopped) -> list[Change]:
         """What the line is after the one before."""
-        if self._is_moving(before, line, stopped):
+        self._move = self._moving(before, line, stopped)
+        if self._move is not None:
             self._account.note(poll.events)
-            return self._unknown_move(before, line, poll)
+            return self._unknown_move(self._move, before, line, poll)
         step = self._step(before, line, poll)
         self._line, self._since = line, poll.middle
         if step is None:
@@ -132,33 +141,36 @@ class PageWatch:
             return []
         return [self._with_pauses(step)]
 
-    def _is_moving(self, before: Line, line: Line, stopped: Stopped) -> bool:
-        """Was the TSC written, and is it open whether the guest runs by this line with that TSC?
+    def _moving(self, before: Line, line: Line, stopped: Stopped) -> _Move | None:
+        """The TSC's write, if it is open whether the guest runs by this line with that TSC.
 
         A VMM writes the TSC of a guest that stands, and KVM replaces the line before the guest runs; then what lies
         there meanwhile is no clock of anyone.  So a line counts with another TSC if it came after it, or if some polls
-        saw both while the guest was not stopped; but not the old line after a reset, where no guest may look at that
-        page any more.
+        saw both while the guest was not stopped; but not the old line after what may be a reset, where no guest may
+        look at that page any more.
         """
-        move, self._move = self._move, None
+        move = self._move
         if before.offset is None or line.offset is None or line.offset == before.offset:
-            return False
+            return None
         if move is None or move.line.offset != line.offset:
-            self._move = _Move(line, 1)
-            return True
+            return _Move(line, 1, 1 if move is None else move.offsets + 1)
         if _is_new(move.line.info, line.info):
-            return False
+            return None
         polls = 1 if stopped.is_stopped else move.polls + 1
-        is_open = self._account.is_doubted and not _is_new(before.info, line.info)
-        if polls >= MOVED_POLLS and not is_open:
-            return False
-        self._move = _Move(line, polls)
-        return True
+        may_be_reset = self._account.is_doubted or not self._tells_events
+        if polls >= MOVED_POLLS and (_is_new(before.info, line.info) or not may_be_reset):
+            return None
+        return _Move(line, polls, move.offsets)
 
-    def _unknown_move(self, before: Line, line: Line, poll: Poll) -> list[Change]:
-        """What is told, once, of a TSC that was written at a reset."""
-        is_due = self._move is not None and self._move.polls == MOVED_POLLS
-        return [self._made(before, line, poll, 0, TscBasis.CHANGED)] if is_due else []
+    def _unknown_move(self, move: _Move, before: Line, line: Line, poll: Poll) -> list[Change]:
+        """What is told of a TSC that was written at a reset, once; and of one that is another all the time."""
+        if move.offsets == OFFSETS_MAX:
+            lines = self._lines(before.info, line.info) if _is_new(before.info, line.info) else 0
+            step = self._made(before, line, poll, lines, TscBasis.CHANGED)
+            self._begin_with(line, poll)
+            self._move, self._events, self._pauses_ns = None, (), ()
+            return [step]
+        return [self._made(before, line, poll, 0, TscBasis.CHANGED)] if move.polls == MOVED_POLLS else []
 
     def _step(self, before: Line, line: Line, poll: Poll) -> Step | None:
         """The step from one line to the other; None if nothing is new."""

@@ -34,9 +34,10 @@ class Stopped(NamedTuple):
 
 
 class Pauses:
-    """STOP and RESUME as they come in pairs."""
+    """STOP and RESUME as they come in pairs.  is_paused: was there a STOP already, of which nothing is known?"""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_paused: bool = False) -> None:
+        self._is_stopped = is_paused
         self._stop: VmEvent | None = None
 
     def take(self, events: Iterable[VmEvent]) -> Stopped:
@@ -44,11 +45,11 @@ class Pauses:
         before, ended_ns = self._stop, []
         for event in events:
             if event.kind is VmEventKind.STOP:
-                self._stop = self._stop or event
-            elif event.kind is VmEventKind.RESUME and self._stop is not None:
-                ended_ns.append(event.utc_ns - self._stop.utc_ns)
-                self._stop = None
-        return Stopped(tuple(ended_ns), self._stop is not None, self._stop is not None and self._stop is before)
+                self._stop, self._is_stopped = self._stop or event, True
+            elif event.kind is VmEventKind.RESUME:
+                ended_ns += [] if self._stop is None else [event.utc_ns - self._stop.utc_ns]
+                self._stop, self._is_stopped = None, False
+        return Stopped(tuple(ended_ns), self._is_stopped, self._stop is not None and self._stop is before)
 
 
 def with_seen(step: Step, pauses_ns: tuple[int, ...], speed: Fraction | None) -> Step:
