@@ -47,6 +47,7 @@ def vm_record(loop: WatchLoop) -> Mapping[str, object]:
         "vcpus": loop.vm.vcpus,
         "means": loop.vm.ram.means,
         "interval_s": loop.interval_s,
+        "is_paused": loop.is_paused,
         "tsc_hz": loop.vm.tsc_hz,
         "host_tsc_hz": loop.host_tsc_hz,
         "reference": loop.reference,

@@ -10,17 +10,18 @@ from rich.text import Text
 from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus, judge
 from pvclock.meter.watch.loop import WatchLoop
 
-__all__ = ["EXIT_STATUSES", "judged", "verdict_in_words"]
+__all__ = ["EXIT_STATUSES", "NEVER_RAN", "judged", "verdict_in_words"]
 
 PERHAPS_FIRMWARES: Final = "what was watched may be a page that firmware left, for it does not lie as Linux's do"
+NEVER_RAN: Final = "the guest was stopped all the while"
 EXIT_STATUSES: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, VerdictStatus.UNDECIDED: 2}
 
 
 def judged(budgets: Budgets, loop: WatchLoop) -> Verdict | None:
     """The verdict; None without budgets.
 
-    What was passed is undecided if the guest's pages were not to be seen at the end, or may not have been those, or if
-    the host's TSC, by which all is measured, was wrong.
+    What was passed is undecided if the guest never ran, if its pages were not to be seen at the end, or may not have
+    been those, or if the host's TSC, by which all is measured, was wrong.
     """
     if budgets.max_step_ns is None and budgets.max_drift_ppb is None:
         return None
@@ -45,6 +46,8 @@ def verdict_in_words(verdict: Verdict | None) -> Iterator[Text]:
 
 
 def _doubts(loop: WatchLoop) -> Iterator[str]:
+    if not loop.has_run:
+        yield NEVER_RAN
     if loop.finder.is_searching:
         yield "the pages were not found again before the end"
     elif not loop.finder.is_sure:

@@ -16,7 +16,7 @@ from pvclock.commands.screen import Screen, write
 from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
-from pvclock.meter.watch.vm import VmEvent, VmEventKind
+from pvclock.meter.watch.vm import VmEvent
 from pvclock.meter.watch.words import counted, duration, time_of_day
 from qemu_glue.watch.instants import Instants, utc_text
 from qemu_glue.watch.records import finding_record, rate_records, vm_record
@@ -86,13 +86,9 @@ class LiveView:
         self._told: deque[Text] = deque(maxlen=KEPT)
         self._last_steps: dict[int, Step] = {}
         self._next_draw_s = 0.0
-        self._is_stopped = False
 
     def show(self, look: Look) -> None:
         """See View."""
-        for event in look.poll.events:
-            if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
-                self._is_stopped = event.kind is VmEventKind.STOP
         self._told += _told(look, self._instants)
         if any(isinstance(finding, PagesFound) for finding in look.findings):
             self._last_steps, self._next_draw_s = {}, 0.0  # other pages than this look's
@@ -114,7 +110,7 @@ class LiveView:
     def _state(self) -> Iterator[str]:
         summary = self._loop.watcher.summary
         yield f"watched for {duration(summary.duration_ns)}, {counted(summary.polls, 'poll')}"
-        yield from ["the guest is stopped"] * self._is_stopped
+        yield from ["the guest is stopped"] * bool(self._loop.is_paused)
         yield from ["its pages are searched again"] * self._loop.finder.is_searching
         yield "Ctrl-C ends"
 

@@ -24,7 +24,7 @@ from pvclock.meter.watch.loop import VmEnded as Ended
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
 from qemu_glue.watch.instants import Instants
-from qemu_glue.watch.verdict import EXIT_STATUSES, judged
+from qemu_glue.watch.verdict import EXIT_STATUSES, NEVER_RAN, judged
 from qemu_glue.watch.views import LiveView
 from tests.guest_ram import MemoryRam, made_of
 from tests.waiting import HANG_S
@@ -57,7 +57,7 @@ class HandMadeVm:
 
     def put(self, gpa: Gpa, version: int = 2, step_ns: int = 0) -> None:
         """Have a page there, with a line that begins now, and gives so much more than those without a step."""
-        tsc = read_tsc()
+        tsc = read_tsc() & ~1  # whole ns
         info = TimeInfo(version, GuestTsc(tsc), GuestNs(tsc // 2 + step_ns), SCALE.mul, SCALE.shift, 1)
         self.contents.memory.write(gpa, TIME_INFO.pack(*info))
 
@@ -299,13 +299,15 @@ def test_the_end_of_the_vm() -> None:
 
 
 def test_an_error_of_a_vm_that_runs_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So is one before the first look."""
+    """What had not ended so far is told before it; one before the first look is one, too."""
     monkeypatch.setattr("pvclock.meter.watch.loop.END_LIMIT_S", 0.05)
-    vm = HandMadeVm()
-    vm.put(ARRAY)
+    vm = HandMadeVm(vcpus=2)
+    vm.put(Gpa(ARRAY + 64))
+    vm.put(ARRAY, 2, 5000)
     _, looks = loop_of(vm)
     next(looks)
     vm.fault = MemoryNotReadable(1, "gone")
+    assert [type(finding) for finding in next(looks).findings] == [Disagreement]
     with pytest.raises(MemoryNotReadable):
         next(looks)
     vm.fault = None
@@ -383,6 +385,24 @@ def test_a_host_whose_tsc_is_not_trusted_from_the_beginning(monkeypatch: pytest.
         next(looks)
     why = "the host's TSC could not be trusted: the host's clocksource is hpet, not tsc"
     assert judged(Budgets(Fraction(1000)), loop) == Verdict(VerdictStatus.UNDECIDED, [why])
+
+
+def test_a_guest_that_is_stopped_all_the_while_is_no_verdict() -> None:
+    """Until it runs; where the VMM tells nothing of that, it is taken to run."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    vm.is_paused = True
+    loop, looks = loop_of(vm)
+    for _ in range(2):
+        next(looks)
+    assert loop.is_paused
+    assert judged(Budgets(Fraction(1000)), loop) == Verdict(VerdictStatus.UNDECIDED, [NEVER_RAN])
+    vm.events = [VmEvent(VmEventKind.RESUME, 0)]
+    next(looks)
+    assert not loop.is_paused
+    assert judged(Budgets(Fraction(1000)), loop) == Verdict(VerdictStatus.PASSED, [])
+    vm.is_paused = None
+    assert loop_of(vm)[0].is_paused is None
 
 
 @pytest.mark.parametrize("doubt", ["searching", "unstable"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import PvclockError
@@ -15,7 +15,7 @@ from pvclock.meter.watch.lines import is_legal
 from pvclock.meter.watch.page_finder import PageFinder, PagesFound, Progress
 from pvclock.meter.watch.poll import Poll, take_poll
 from pvclock.meter.watch.rate import PageRate, RateMeter
-from pvclock.meter.watch.vm import VmEvent, WatchedVm
+from pvclock.meter.watch.vm import VmEvent, VmEventKind, WatchedVm
 from pvclock.meter.watch.watcher import Watcher
 from pvclock.quantities import NS_PER_S, Gpa
 from pvclock.readings import Reference, TimeInfo
@@ -82,6 +82,10 @@ class WatchLoop:
         """As it is chosen when the pages are found."""
         self.infos: dict[int, TimeInfo] = {}
         """Each vCPU's page as it was last seen, where there was one."""
+        self.is_paused = vm.is_paused
+        """Is the guest stopped, as far as its VMM told?  None if it does not tell."""
+        self.has_run = False
+        """Was there a look at a guest that ran, or may have?"""
         self._wait, self._wanted_s = wait, interval_s
         self._host = HostWatch(self.host_tsc_hz, interval_ns=int(SAMPLE_S * NS_PER_S))
         self.troubles = _from_the_beginning(self._host)
@@ -106,7 +110,7 @@ class WatchLoop:
     def looks(self, seconds: float | None = None) -> Iterator[Look]:
         """Look at the pages for `seconds` (None: for ever), until `wait` says so or the VM ends.
 
-        Errors of the VM and its RAM while it runs.
+        Errors of the VM and its RAM while it runs, after what is left to tell.
         """
         end_s = None if seconds is None else time.monotonic() + seconds
         due_s = time.monotonic()
@@ -114,10 +118,13 @@ class WatchLoop:
         while True:
             try:
                 look = self._look()
-            except PvclockError as error:
+            except PvclockError:
                 if look is None:
                     raise
-                yield look._replace(findings=(*self.watcher.finish(), self._ended(error)))
+                end = self._end()
+                yield look._replace(findings=(*self.watcher.finish(), *([end] if end else [])))
+                if end is None:
+                    raise
                 return
             yield look
             due_s = max(due_s + self.interval_s, time.monotonic())
@@ -138,6 +145,7 @@ class WatchLoop:
         pages = self.finder.pages
         poll = whole._replace(pages=whole.pages[: len(pages)], tsc_offsets=whole.tsc_offsets[: len(pages)])
         self.infos |= {vcpu: info for vcpu, info in enumerate(poll.pages) if info is not None and is_legal(info)}
+        self._note_state(poll.events)
         changes = self.watcher.take(poll)
         findings: list[Finding] = [*poll.events, *changes, *self._look_at_host()]
         is_lost = any(isinstance(change, PageLost) for change in changes)
@@ -164,8 +172,14 @@ class WatchLoop:
         self.troubles += troubles
         return troubles
 
-    def _ended(self, error: PvclockError) -> VmEnded:
-        """The VM's end, if that is why `error` came; else that error."""
+    def _note_state(self, events: Iterable[VmEvent]) -> None:
+        for event in events:
+            if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
+                self.is_paused = event.kind is VmEventKind.STOP
+        self.has_run |= not self.is_paused
+
+    def _end(self) -> VmEnded | None:
+        """The VM's end, if that is why an error came; None if it runs."""
         limit_s = time.monotonic() + END_LIMIT_S
         while time.monotonic() < limit_s:
             try:
@@ -173,7 +187,7 @@ class WatchLoop:
             except PvclockError as end:
                 return VmEnded(str(end))
             time.sleep(INTERVAL_S)
-        raise error
+        return None
 
     def _affordable_s(self) -> float:
         """As often as polls of these pages leave the VM and this host alone."""
