@@ -401,6 +401,35 @@ def test_a_late_page_of_vcpu_0_is_one_finding() -> None:
 
 
 @pytest.mark.row("E3")
+@pytest.mark.parametrize("offline", [0, 1])
+def test_a_vcpu_that_does_not_run_has_a_stale_page(offline: int) -> None:
+    """It has missed some of vCPU 0's lines, and nobody reads it; told once.  vCPU 0's own page is read by all."""
+    watched = Watched(2)
+    old = line(LONG, 0)
+    for poll in range(100):
+        new = line(watched.now, watched.now - LONG + 30 * poll, 2 + 2 * poll)
+        watched.poll(*([new, old] if offline else [old, new]), offsets=[0, 0])
+    watched.watcher.finish()
+    summary = watched.watcher.summary
+    widest = summary.possible_disagreement
+    assert (summary.disagreements, summary.stale) == (1, offline)
+    assert (widest.by_ns if widest else None) == (None if offline else 2970)
+
+
+@pytest.mark.row("E3")
+def test_a_vcpu_that_runs_again_is_held_against_the_others() -> None:
+    """From its next line on."""
+    watched = Watched(2)
+    pages = [line(LONG + poll, 31 * poll, 2 + 2 * poll) for poll in range(5)]
+    for page in pages:
+        watched.poll(page, pages[0], offsets=[0, 0])
+    assert watched.watcher.open_disagreements == []
+    watched.poll(pages[4], pages[3], offsets=[0, 0])
+    (found,) = watched.watcher.open_disagreements
+    assert (found.ahead, found.behind, found.by_ns, found.is_stale) == (0, 1, 30, False)
+
+
+@pytest.mark.row("E3")
 def test_those_on_both_sides_of_vcpu_0() -> None:
     """The two that are furthest apart are told beside what each side is off."""
     watched = Watched(4)

@@ -13,6 +13,7 @@ from math import ceil
 from typing import NamedTuple, Protocol
 
 from pvclock.meter.watch.changes import Change, Disagreement, Step, TscBasis
+from pvclock.meter.watch.disagreements import STALE_LINES
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEventKind
 from pvclock.meter.watch.watcher import Watcher
@@ -447,6 +448,10 @@ def untrue_of_disagreement(life: Life, found: Disagreement) -> Iterator[str]:
     """Say what is not true of a disagreement."""
     if (found.basis is TscBasis.OFFSETS) != life.reads_offsets:
         yield "another basis"
+    if found.is_stale and not life.loads:
+        told_at = next(each.poll.middle for each in life.found if found in each.changes)
+        if all(missed(life, vcpu, told_at) < STALE_LINES for vcpu in (found.ahead, found.behind)):
+            yield "not stale"
     if not share_tsc(life, found.ahead, found.behind):
         return
     begin = life.found[0].poll.middle
@@ -477,13 +482,20 @@ def missing_disagreements(life: Life) -> Iterator[str]:
             continue
         if any(state_moves(life, vcpu, poll) for vcpu in life.guest.vcpus) or was_stopped(life, poll):
             continue
-        leads = [vcpu_lead(life, vcpu, poll) for vcpu in life.guest.vcpus]
+        leads = {vcpu: vcpu_lead(life, vcpu, poll) for vcpu in life.guest.vcpus}
+        read = [lead for vcpu, lead in leads.items() if missed(life, vcpu, poll.middle) < STALE_LINES]
         told_ns = max((each.by_ns for each in found.open), default=0)
-        widest_ns = max(max(leads), -min(leads), key=abs)
+        widest_ns = max(*read, -min(read))
         if widest_ns > told_ns + 4:
             yield f"at {poll.middle}: {told_ns} told, truly {float(widest_ns)}"
-        if widest_ns <= 1 and found.open:
+        if max(map(abs, leads.values())) <= 1 and found.open:
             yield f"at {poll.middle}: pages agree, and it says {found.open}"
+
+
+def missed(life: Life, vcpu: int, at: int) -> int:
+    """Return how many lines vCPU 0 has got since a vCPU's last."""
+    since = with_page_of(life, vcpu, life.guest.state(vcpu, at))[0].since
+    return life.guest.state(0, at).published - life.guest.state(0, since).published
 
 
 def vcpu_lead(life: Life, vcpu: int, poll: Poll) -> Fraction:
