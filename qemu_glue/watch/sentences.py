@@ -123,10 +123,10 @@ def disagreement_in_words(found: Disagreement) -> str:
     """Which page was ahead, by how much, for how long, and what that was for a reader."""
     ahead = exact_ns(found.by_ns, found.bound_ns).removeprefix("+")
     how_long = f"for at least {duration(found.least_ns)}" if found.least_ns else "at one look"
-    said = (
-        f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, {how_long}: "
-        "a clock that was read by it went back by as much"
-    )
+    reader = "a clock that was read by it went back by as much"
+    if found.is_stale:
+        reader = f"vCPU {found.behind or found.ahead} does not run, so its page is stale, and nobody reads it"
+    said = f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, {how_long}: {reader}"
     return "; ".join([said, *_causes(found.events)])
 
 

@@ -140,6 +140,13 @@ SENTENCES = [
             "by it went back by as much; STOP, RESUME 1.035 s later"
         ),
     ),
+    (
+        Disagreement(HostTsc(9), 0, 1, 115, 2, 3_100_000, (), TscBasis.OFFSETS, is_stale=True),
+        (
+            "vCPU 0's page gave up to 115 ns more than vCPU 1's, for at least 3.100 ms: vCPU 1 does not run, so its "
+            "page is stale, and nobody reads it"
+        ),
+    ),
     (FlagsChange(HostTsc(9), 1, 1, 3), "vCPU 1: flags stable -> stable, stopped"),
     (PageLost(HostTsc(9), 1, "mul is 0"), "vCPU 1: the page is gone: mul is 0"),
     (Stall(HostTsc(9), 1_500_000_000), "not watched for 1.500 s: what came and went meanwhile was not seen"),

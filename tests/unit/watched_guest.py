@@ -16,7 +16,7 @@ from itertools import pairwise
 from math import ceil, floor
 from typing import NamedTuple
 
-from pvclock.meter.watch.poll import Poll
+from pvclock.meter.watch.poll import Poll, Utc
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.quantities import HostTsc
 from pvclock.readings import TimeInfo
@@ -63,8 +63,7 @@ class Told(NamedTuple):
 class WatchedGuest:
     """`vcpus` vCPUs, whose TSC offsets are `offsets`, on a host whose TSC has `khz`.
 
-    is_stable: a master clock's pages.  tells: does its VMM, of what it does?  utc_ppm: how much too fast the VMM's
-    stamps are.
+    is_stable: a master clock's pages.  tells: does its VMM, of what it does?  utc: the host's UTC, ns by its TSC.
     """
 
     def __init__(
@@ -76,9 +75,9 @@ class WatchedGuest:
         ns: int,
         is_stable: bool,
         tells: bool = True,
-        utc_ppm: int = 0,
     ) -> None:
-        self.khz, self.now, self.is_stable, self.tells, self.utc_ppm = khz, now, is_stable, tells, utc_ppm
+        self.khz, self.now, self.is_stable, self.tells = khz, now, is_stable, tells
+        self.utc = ExactLine(now, Fraction(17 * 10**17), Fraction(10**6, khz))
         self.line = VmLine(now, ns, time_scale(NS_PER_S, khz * 1000))
         self.told: list[Told] = []
         self.history: list[list[State]] = [[] for _ in offsets]
@@ -127,10 +126,22 @@ class WatchedGuest:
         self._stopped_at = None
         self.tell(VmEventKind.RESUME)
 
+    def load(self, at: int) -> None:
+        """The VMM puts the stopped guest back to what it was at a host instant: TSCs, pages and clock."""
+        assert self._stopped_at is not None
+        self.line = VmLine(self._stopped_at, ceil(self.state(0, at).at(at)), self.line.scale)
+        for vcpu in self.vcpus:
+            was, now = self.state(vcpu, at), self.history[vcpu][-1]
+            self._set(vcpu, was.offset + at - self.now, was.page, now.published)
+
+    def steer_utc(self, ppm: int, set_by_ns: int = 0) -> None:
+        """Somebody slews the host's UTC from now on, and sets it."""
+        ns_per_tick = Fraction(10**6, self.khz) * (1 + Fraction(ppm, 10**6))
+        self.utc = ExactLine(self.now, self.utc.at(self.now) + set_by_ns, ns_per_tick)
+
     def tell(self, kind: VmEventKind) -> None:
         """The VMM tells something."""
-        utc_ns = floor(Fraction(self.now * 10**6, self.khz) * (1 + Fraction(self.utc_ppm, 10**6)))
-        told = Told(self.now, VmEvent(kind, utc_ns // 1000 * 1000))
+        told = Told(self.now, VmEvent(kind, floor(self.utc.at(self.now)) // 1000 * 1000))
         self.told.append(told)
         self._untold.append(told)
 
@@ -151,6 +162,7 @@ class WatchedGuest:
             tuple(one.page if one.page == other.page else None for one, other in pairs),
             tuple(one.offset if reads_offsets and one.offset == other.offset else None for one, other in pairs),
             tuple(each.event for each in events if self.tells),
+            Utc(HostTsc(self.now), floor(self.utc.at(self.now)), 0),
         )
 
     def state(self, vcpu: int, at: int) -> State:

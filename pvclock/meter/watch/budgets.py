@@ -2,7 +2,7 @@
 
 A budget is broken only if a finding is beyond it at the better end of its bound, and undecided if a bound, an
 assumption or something unknown leaves it open.  Disagreements of pages count as steps: a reader of the page that is
-ahead goes back by that when it is brought up to date.
+ahead goes back by that when it is brought up to date.  A stale page, of a vCPU that does not run, has no reader.
 
 A page that does not change is a clock that does not step, unless the guest writes its TSC: KVM makes a new page when a
 guest writes IA32_TSC_ADJUST, and none when it writes IA32_TSC.  That is seen where TSC offsets can be read, and nowhere

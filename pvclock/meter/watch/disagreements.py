@@ -7,7 +7,7 @@ and others behind it, the two that were furthest apart are told, too.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -16,8 +16,12 @@ from pvclock.meter.watch.lines import Line, difference, is_same_line
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.quantities import NS_PER_S, U32_MASK, HostTsc
+from pvclock.readings import TimeInfo
 
 __all__ = ["AGREE_NS", "Disagreements"]
+
+STALE_LINES: Final = 3
+"""A vCPU that missed as many of vCPU 0's lines does not run."""
 
 AGREE_NS: Final = 2
 """Up to this pages agree: each is floored to whole ns when it is made, and when it is read."""
@@ -58,11 +62,11 @@ class _Episode:
         self.widest = max(self.widest, lead, key=lambda it: it.by_ns)
         self._last, self.at = lead, at
 
-    def told(self, host_tsc_hz: int, events: tuple[VmEvent, ...]) -> Disagreement:
+    def told(self, host_tsc_hz: int, events: tuple[VmEvent, ...], *, is_stale: bool) -> Disagreement:
         """What there is to tell of it."""
         ahead, behind, by_ns, bound_ns, basis, _ = self.widest
         least_ns = self._longest_ticks * NS_PER_S // host_tsc_hz
-        return Disagreement(self.at, ahead, behind, by_ns, bound_ns, least_ns, events, basis)
+        return Disagreement(self.at, ahead, behind, by_ns, bound_ns, least_ns, events, basis, is_stale)
 
 
 class Disagreements:
@@ -73,17 +77,20 @@ class Disagreements:
         self._polls = 0
         self._with_vcpu0: dict[int, _Episode] = {}
         self._of_others: _Episode | None = None
+        self._pages: dict[int, TimeInfo] = {}
+        self._missed: Counter[int] = Counter()  # lines of vCPU 0, by each other vCPU
         self._events: deque[tuple[int, VmEvent]] = deque(maxlen=POLLS_KEPT)
 
     def take(self, poll: Poll, lines: Sequence[Line | None]) -> list[Disagreement]:
         """Take the lines that lay there at a poll, None where that is not known; those that have ended."""
         self._polls += 1
         self._events.extend((self._polls, event) for event in poll.events)
+        self._note_missed(lines)
         first = lines[0]
         if first is None:
             return []
         leads = {
-            vcpu: _lead(0, first, vcpu, line, poll.middle)
+            vcpu: None if self._is_stale(vcpu) else _lead(0, first, vcpu, line, poll.middle)
             for vcpu, line in enumerate(lines)
             if vcpu and line is not None
         }
@@ -102,6 +109,17 @@ class Disagreements:
         return self._told(list(self._with_vcpu0.values())) + self._told([self._of_others] if self._of_others else [])
 
     # Inside
+
+    def _note_missed(self, lines: Sequence[Line | None]) -> None:
+        moved = [vcpu for vcpu, line in enumerate(lines) if line and self._pages.get(vcpu, line.info) != line.info]
+        self._pages |= {vcpu: line.info for vcpu, line in enumerate(lines) if line}
+        if 0 in moved:
+            self._missed.update(range(1, len(lines)))
+        for vcpu in moved:
+            self._missed[vcpu] = 0
+
+    def _is_stale(self, vcpu: int) -> bool:
+        return self._missed[vcpu] >= STALE_LINES
 
     def _follow(self, vcpu: int, lead: _Lead | None, at: HostTsc) -> _Episode | None:
         """Hold a vCPU against vCPU 0; the episode that ended, if any."""
@@ -131,11 +149,15 @@ class Disagreements:
         return None
 
     def _told(self, episodes: list[_Episode]) -> list[Disagreement]:
-        together: dict[tuple[int, HostTsc, bool], _Episode] = {}
+        together: dict[tuple[int, HostTsc, bool, bool], _Episode] = {}
         for episode in episodes:
-            key = episode.first_poll, episode.at, episode.widest.ahead == 0
+            is_stale = any(map(self._is_stale, episode.widest[:2]))
+            key = episode.first_poll, episode.at, episode.widest.ahead == 0, is_stale
             together[key] = max(together.get(key, episode), episode, key=lambda it: it.widest.by_ns)
-        return [episode.told(self._host_tsc_hz, self._events_of(episode)) for episode in together.values()]
+        return [
+            episode.told(self._host_tsc_hz, self._events_of(episode), is_stale=is_stale)
+            for (*_, is_stale), episode in together.items()
+        ]
 
     def _events_of(self, episode: _Episode) -> tuple[VmEvent, ...]:
         """What was told from the poll before it on."""

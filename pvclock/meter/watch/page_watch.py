@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 
 from pvclock.meter.watch.changes import Change, FlagsChange, PageLost, Step, TscBasis
 from pvclock.meter.watch.lines import Line, TscRates, step_within
-from pvclock.meter.watch.pauses import Stopped, with_seen
+from pvclock.meter.watch.pauses import Pause, Stopped, with_seen
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.tsc_account import TscAccount
-from pvclock.meter.watch.vm import VmEvent
+from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.quantities import U32_MASK, HostTsc
 from pvclock.readings import TimeInfo
 
@@ -55,7 +55,7 @@ class PageWatch:
         self._since = HostTsc(0)  # the last poll that saw it, with its offset
         self._account = TscAccount(rates, HostTsc(0))
         self._events: tuple[VmEvent, ...] = ()  # since the last step
-        self._pauses_ns: tuple[int, ...] = ()  # of those that ended, as was told from that poll on
+        self._pauses: tuple[Pause, ...] = ()  # those that ended, as was told from that poll on
         self._waiting: Step | None = None  # for the RESUME that belongs to it
         self._flags = 0
         self._move: _Move | None = None
@@ -67,7 +67,7 @@ class PageWatch:
             self._since = poll.middle
             return self._line, []
         self._events = (*self._events, *poll.events)[-EVENTS_KEPT:]
-        self._pauses_ns += stopped.ended_ns
+        self._pauses += stopped.ended
         changes = self.finish()
         page = poll.pages[self._vcpu]
         if page is None or not self._is_legal(page):
@@ -98,7 +98,7 @@ class PageWatch:
         line = self._line
         if line is None or poll.pages[self._vcpu] != line.info or poll.tsc_offsets[self._vcpu] != line.offset:
             return False
-        is_open = self._waiting or self._move or self._pauses_ns or self._illegal_polls or self._polls_without_offset
+        is_open = self._waiting or self._move or self._pauses or self._illegal_polls or self._polls_without_offset
         return not (is_open or poll.events)
 
     def _lost(self, poll: Poll, page: TimeInfo | None) -> list[Change]:
@@ -133,10 +133,10 @@ class PageWatch:
         self._line, self._since = line, poll.middle
         if step is None:
             self._account.note(poll.events)
-            self._pauses_ns = stopped.ended_ns
+            self._pauses = stopped.ended
             return []
         self._events = ()
-        if stopped.is_late and len(self._pauses_ns) < step.lines:
+        if stopped.is_late and len(self._pauses) < step.lines:
             self._waiting = step
             return []
         return [self._with_pauses(step)]
@@ -157,7 +157,8 @@ class PageWatch:
         if _is_new(move.line.info, line.info):
             return None
         polls = 1 if stopped.is_stopped else move.polls + 1
-        may_be_reset = self._account.is_doubted or not self._tells_events
+        was_paused = any(event.kind is VmEventKind.RESUME for event in self._events)  # and put back to a snapshot
+        may_be_reset = self._account.is_doubted or was_paused or not self._tells_events
         if polls >= MOVED_POLLS and (_is_new(before.info, line.info) or not may_be_reset):
             return None
         return _Move(line, polls, move.offsets)
@@ -168,7 +169,7 @@ class PageWatch:
             lines = self._lines(before.info, line.info) if _is_new(before.info, line.info) else 0
             step = self._made(before, line, poll, lines, TscBasis.CHANGED)
             self._begin_with(line, poll)
-            self._move, self._events, self._pauses_ns = None, (), ()
+            self._move, self._events, self._pauses = None, (), ()
             return [step]
         return [self._made(before, line, poll, 0, TscBasis.CHANGED)] if move.polls == MOVED_POLLS else []
 
@@ -215,8 +216,11 @@ class PageWatch:
         return TscBasis.OFFSETS
 
     def _with_pauses(self, step: Step) -> Step:
-        pauses_ns, self._pauses_ns = self._pauses_ns, ()
-        return with_seen(step, pauses_ns, self._rates.speed(step.before))
+        pauses, self._pauses = self._pauses, ()
+        told = with_seen(step, pauses, self._rates.speed(step.before))
+        if told.basis is not step.basis:
+            self._account = TscAccount(self._rates, step.at)
+        return told
 
 
 def _is_new(before: TimeInfo, after: TimeInfo) -> bool:

@@ -24,7 +24,9 @@ class WatchSummary(NamedTuple):
     sum is furthest from 0.
     sure_step, assumed_step: the one that is surely greatest, see surely_ns(), among those that rest on no assumption,
     and on one.  possible_step: the one that is greatest at the worse end of its bound.  least_seen, most_seen: by
-    seen_ns.  sure_disagreement, assumed_disagreement, possible_disagreement: in the same way.
+    seen_ns.
+    stale: disagreements with a page that nobody reads, which count no further.  sure_disagreement,
+    assumed_disagreement, possible_disagreement: as of steps.
     restarts: the pages were searched again so often, and what was between is unknown.
     """
 
@@ -44,6 +46,7 @@ class WatchSummary(NamedTuple):
     least_seen: Step | None = None
     most_seen: Step | None = None
     disagreements: int = 0
+    stale: int = 0
     sure_disagreement: Disagreement | None = None
     assumed_disagreement: Disagreement | None = None
     possible_disagreement: Disagreement | None = None
@@ -121,8 +124,10 @@ def surely_ns(step: Step) -> Fraction:
 
 
 def _with_disagreement(now: WatchSummary, found: Disagreement) -> WatchSummary:
+    now = now._replace(disagreements=now.disagreements + 1)
+    if found.is_stale:
+        return now._replace(stale=now.stale + 1)
     now = now._replace(
-        disagreements=now.disagreements + 1,
         possible_disagreement=_greater(now.possible_disagreement, found, lambda it: it.by_ns + it.bound_ns),
     )
     if found.basis is TscBasis.OFFSETS:

@@ -45,7 +45,7 @@ class Watcher:
         self._rates = TscRates(host_tsc_hz, guest_tsc_hz)
         self._interval_ns = interval_ns
         self._tells_events, self._is_legal = tells_events, is_legal
-        self._pauses = Pauses(is_paused=is_paused)
+        self._pauses = Pauses(host_tsc_hz, is_paused=is_paused)
         self._tally = Tally()
         self._first: HostTsc | None = None
         self._last: Poll | None = None
@@ -64,7 +64,7 @@ class Watcher:
     def take(self, poll: Poll) -> list[Change]:
         """What is found by one more poll, in the order of polls."""
         changes: list[Change] = [*self._stall(poll)]
-        stopped = self._pauses.take(poll.events)
+        stopped = self._pauses.take(poll)
         lines = []
         for page in self._pages:
             line, found = page.take(poll, stopped)
