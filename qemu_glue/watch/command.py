@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page", type=_address, action="append", default=[], metavar="GPA", help=pages)
     parser.add_argument("--max-step", type=_step_ns, metavar="TIME", help="how far a clock may step, such as 1us")
     parser.add_argument("--max-drift", type=_drift_ppb, metavar="RATE", help="how fast it may drift, such as 10ppb")
+    pauses = "a step at a pause that QEMU tells counts by what the guest saw of it"
+    parser.add_argument("--allow-pauses", action="store_true", help=pauses)
     unchanged = "you know that nobody changes the guest's TSC; counts where its offset cannot be read"
     parser.add_argument("--tsc-unchanged", action="store_true", help=unchanged)
 
@@ -199,7 +201,7 @@ def _report(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, why_
         screen.show(Text("The VM has ended.", "yellow"))
     if not loop.has_run:
         screen.show(Text("The guest was stopped all the while.", "yellow"))
-    budgets = Budgets(arguments.max_step, arguments.max_drift, arguments.tsc_unchanged)
+    budgets = Budgets(arguments.max_step, arguments.max_drift, arguments.tsc_unchanged, arguments.allow_pauses)
     verdict = judged(budgets, loop)
     screen.show(*verdict_in_words(verdict))
     found = {

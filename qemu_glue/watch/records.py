@@ -78,6 +78,7 @@ def budgets_record(budgets: Budgets, verdict: Verdict | None) -> Mapping[str, ob
         "max_step_ns": _number(budgets.max_step_ns),
         "max_drift_ppb": _number(budgets.max_drift_ppb),
         "tsc_unchanged": budgets.tsc_unchanged,
+        "allow_pauses": budgets.allow_pauses,
         "verdict": None if verdict is None else verdict.status,
         "reasons": [] if verdict is None else verdict.findings,
     }

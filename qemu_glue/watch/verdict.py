@@ -25,7 +25,8 @@ def judged(budgets: Budgets, loop: WatchLoop) -> Verdict | None:
     """
     if budgets.max_step_ns is None and budgets.max_drift_ppb is None:
         return None
-    verdict = judge(budgets, loop.watcher.summary, loop.rates())
+    watcher = loop.watcher
+    verdict = judge(budgets, watcher.summary_as_seen if budgets.allow_pauses else watcher.summary, loop.rates())
     doubts = list(_doubts(loop))
     if verdict.status is VerdictStatus.BROKEN or not doubts:
         return verdict

@@ -164,6 +164,42 @@ def test_the_finding_says_what_broke_it_and_by_how_much() -> None:
     ]
 
 
+RESUME = VmEvent(VmEventKind.RESUME, 10**9)
+PAUSE = a_step(-(10**9))._replace(seen_ns=-70, seen_bound_ns=20, events=(STOP, RESUME))
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ([PAUSE], PASSED),
+        ([PAUSE._replace(seen_ns=-90)], UNDECIDED),
+        ([PAUSE._replace(seen_ns=-130)], BROKEN),
+        ([PAUSE._replace(seen_ns=None, seen_bound_ns=None)], UNDECIDED),
+        ([PAUSE, a_step(103)._replace(events=())], BROKEN),
+        ([PAUSE, apart(103)], BROKEN),
+        ([PAUSE._replace(basis=TscBasis.ASSUMED)], UNDECIDED),
+    ],
+)
+def test_pauses_may_be_allowed(changes: list[Step | Disagreement], status: VerdictStatus) -> None:
+    """By what the guest saw of each; all else counts as ever, and a pause by the TSC where they are not."""
+    tally = Tally()
+    for _ in range(2):
+        tally.note_poll(0)
+    tally.note(changes)
+    assert judge(Budgets(Fraction(100), allow_pauses=True), tally.as_seen, {}).status is status
+    assert judge(Budgets(Fraction(100), tsc_unchanged=True), tally.summary, {}).status is BROKEN
+
+
+@pytest.mark.row("E3")
+def test_a_pause_that_breaks_a_budget_names_the_option() -> None:
+    """For a guest that was stopped and continued as it should be breaks each budget."""
+    (told,) = step_verdict(100, PAUSE).findings
+    assert told.endswith(
+        "; a pause counts by the TSC, with --allow-pauses by what the guest saw, -70 ns (within 20 ns)"
+    )
+
+
 @pytest.mark.row("E3")
 @pytest.mark.parametrize(
     ("rate", "status"),

@@ -266,13 +266,15 @@ def test_a_page_that_is_lost_is_searched() -> None:
 
 
 def test_given_pages_are_not_searched() -> None:
-    """Not at first, and not after a reset; they must be pages, of as many vCPUs as there are at most."""
+    """Not at first, and not after a reset; they must be pages, one of each vCPU."""
     vm = HandMadeVm()
     with pytest.raises(PagesNotFound):
         loop_of(vm)
     with pytest.raises(ConfigError, match="no pvclock page at 0x201000"):
         loop_of(vm, [ARRAY])
-    with pytest.raises(ConfigError, match="2 pages of 1 vCPUs"):
+    with pytest.raises(ConfigError, match="1 page of 2 vCPUs"):
+        loop_of(HandMadeVm(vcpus=2), [ARRAY])
+    with pytest.raises(ConfigError, match="2 pages of 1 vCPU; give each vCPU's, or none"):
         loop_of(vm, [ARRAY, ELSEWHERE])
     vm.put(ARRAY)
     vm.contents.reads.clear()

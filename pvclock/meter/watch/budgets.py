@@ -45,12 +45,13 @@ class Budgets(NamedTuple):
 
     max_step_ns: of a clock's steps against the TSC, either way, and of pages' disagreements.  max_drift_ppb: of its
     rate against the reference, either way.  tsc_unchanged: the user knows that nobody changed the guest's TSC where
-    its offset cannot be read.
+    its offset cannot be read.  allow_pauses: a step at a pause that the VMM told counts by what the guest saw of it.
     """
 
     max_step_ns: Fraction | None = None
     max_drift_ppb: Fraction | None = None
     tsc_unchanged: bool = False
+    allow_pauses: bool = False
 
 
 class Verdict(NamedTuple):
@@ -78,7 +79,7 @@ def parse_drift_ppb(text: str) -> Fraction:
 def judge(budgets: Budgets, summary: WatchSummary, rates: Mapping[int, PageRate]) -> Verdict:
     """Hold what a watch found against its budgets.
 
-    rates: each vCPU's, of its page's present line.
+    summary: the watcher's summary_as_seen, if pauses are allowed.  rates: each vCPU's, of its page's present line.
     """
     found = []
     if budgets.max_step_ns is not None:
@@ -125,7 +126,8 @@ def _open_steps(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -> l
     if most_ns < AGREE_NS:
         found.append(f"a budget of {plain_ns(most_ns)} is below what can be measured, {AGREE_NS} ns")
     if summary.unknown:
-        found.append(f"{counted(summary.unknown, 'unknown step')}: the guest's TSC was changed, or may have been")
+        seen = ", or what it saw of a pause is unknown" * budgets.allow_pauses
+        found.append(f"{counted(summary.unknown, 'unknown step')}: the guest's TSC was changed, or may have been{seen}")
     if summary.assumed and not budgets.tsc_unchanged:
         found.append(
             f"{counted(summary.assumed, 'step')} known only if nobody changed the guest's TSC, whose offset cannot be "
@@ -150,7 +152,19 @@ def _step_told(step: Step, most_ns: Fraction) -> str:
     causes = " and ".join(dict.fromkeys(event.kind for event in step.events))
     return (
         f"vCPU {step.vcpu}'s clock stepped by {_within(step.step_ns or 0, step.bound_ns or 0)}{many}"
-        f"{f', at {causes}' if causes else ''}: {_more(abs(step.step_ns or 0), most_ns)}"
+        f"{f', at {causes}' if causes else ''}: {_more(abs(step.step_ns or 0), most_ns)}{_of_pause(step)}"
+    )
+
+
+def _of_pause(step: Step) -> str:
+    """What a user may not know: a pause that its guest does not see is a step, too."""
+    if step.seen_ns is None or step.seen_bound_ns is None:
+        return ""
+    if step.seen_ns == step.step_ns:
+        return ", as its guest saw it"
+    return (
+        f"; a pause counts by the TSC, with --allow-pauses by what the guest saw, "
+        f"{_within(step.seen_ns, step.seen_bound_ns)}"
     )
 
 

@@ -14,6 +14,7 @@ from pvclock.meter.watch.page_choice import PageChoice
 from pvclock.meter.watch.page_search import FoundPages, SearchTerms, find_pages
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEventKind, WatchedVm
+from pvclock.meter.watch.words import counted
 from pvclock.quantities import U64_MASK, Gpa, GuestTsc
 from pvclock.readings import TimeInfo
 
@@ -45,8 +46,10 @@ class PageFinder:
     """Finds the pages of `vm`; given: their addresses, if they are known, and then nothing is searched."""
 
     def __init__(self, vm: WatchedVm, host_tsc_hz: int, given: Sequence[Gpa], progress: Progress) -> None:
-        if len(given) > vm.vcpus:
-            raise ConfigError(f"{len(given)} pages of {vm.vcpus} vCPUs; a vCPU has one")
+        if given and len(given) != vm.vcpus:
+            raise ConfigError(
+                f"{counted(len(given), 'page')} of {counted(vm.vcpus, 'vCPU')}; give each vCPU's, or none"
+            )
         self.is_searching = False
         """Are those of before a reset, or lost, and others not found so far?"""
         self._has_moved = False

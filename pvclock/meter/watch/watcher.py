@@ -57,6 +57,11 @@ class Watcher:
         return self._tally.summary
 
     @property
+    def summary_as_seen(self) -> WatchSummary:
+        """The summary for budgets that allow pauses."""
+        return self._tally.as_seen
+
+    @property
     def open_disagreements(self) -> list[Disagreement]:
         """Those that have not ended, as they are; take() tells them when they end."""
         return self._disagreements.open()
