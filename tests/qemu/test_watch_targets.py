@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import signal
 import socket
@@ -35,6 +36,8 @@ pytestmark = [pytest.mark.kvm, pytest.mark.qemu, pytest.mark.row("E3")]
 
 REBOOTS = ("-action", "reboot=reset")
 """A reset resets, where Qemu has QEMU end at it."""
+SHARED_RAM = ("-object", "memory-backend-ram,id=both,size=16M,share=on", "-machine", "memory-backend=both")
+"""In no file, but shared all the same."""
 PREALLOCATED = ("-object", "memory-backend-memfd,id=full,size=16M,prealloc=on", "-machine", "memory-backend=full")
 
 IMAGE_GPA, LOW_GPA, COMPARED_BYTES = Gpa(0x100000), Gpa(0x6000), 1 << 15
@@ -137,26 +140,29 @@ def test_pc_and_q35(tmp_path: Path, machine: str) -> None:
             check_pages(vm, running)
 
 
-def test_reading_fills_no_holes(tmp_path: Path) -> None:
-    """A file that QMP would fill by reading is not searched by it; and no other way allocates memory for the guest."""
-    with running_qemu(tmp_path) as running:
-        before = allocated_bytes(running)
+@pytest.mark.parametrize(("arguments", "name"), [((), "ram"), (SHARED_RAM, "both")], ids=["file", "anonymous"])
+def test_reading_fills_no_holes(tmp_path: Path, arguments: tuple[str, ...], name: str) -> None:
+    """Shared memory that QMP would fill by reading is not searched by it, and no other way allocates any."""
+    with running_qemu(tmp_path, arguments=arguments) as running:
+        before = shared_kib(running)
         with open_qmp(running, Means.PMEMSAVE) as vm:
             check_pages(vm, running)
-            with pytest.raises(MemoryNotReadable, match="ram is a file with holes"):
+            with pytest.raises(MemoryNotReadable, match=f"{name} is shared memory with holes"):
                 vm.ram.ranges()
         for means in (Means.SHARED, Means.PROCESS):
             with open_qmp(running, means) as vm:
                 for found in vm.ram.ranges():
                     vm.ram.read(found.gpa, found.length)
-        assert allocated_bytes(running) == before
+        assert shared_kib(running) == before
+        for gpa in range(0, 1 << 20, mmap.PAGESIZE):
+            running.qemu.read_by_monitor(gpa, 1)
+        assert shared_kib(running) > before, "reading by QMP does fill them"
 
 
-def allocated_bytes(running: RunningQemu) -> int:
-    """What the file of the guest's RAM has of memory."""
-    files = Path(f"/proc/{running.qemu.pid}/fd").iterdir()
-    (blocks,) = {file.stat().st_blocks for file in files if "pvclock-ram" in str(file.readlink())}
-    return blocks * 512
+def shared_kib(running: RunningQemu) -> int:
+    """What QEMU has of shared memory."""
+    status = Path(f"/proc/{running.qemu.pid}/status").read_text(encoding="utf-8")
+    return int(status.partition("RssShmem:")[2].split()[0])
 
 
 def await_events(vm: WatchedVm, *kinds: VmEventKind) -> list[VmEvent]:
