@@ -26,10 +26,12 @@ from pvclock.readings import TimeInfo
 from qemu_glue import NotKvm, QemuExited, QmpFailed
 from qemu_glue.peer import qmp_socket
 from qemu_glue.peer.launch import find_program
+from qemu_glue.watch import events
 from qemu_glue.watch.ram import Means
 from qemu_glue.watch.target import QemuVm, open_vm
 from tests.qemu.another_user import as_another_user
 from tests.qemu.running_qemu import PRIVATE_RAM, RunningQemu, running_qemu
+from tests.qemu.test_qmp_socket import listener
 from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.qemu, pytest.mark.row("E3")]
@@ -42,6 +44,7 @@ PREALLOCATED = ("-object", "memory-backend-memfd,id=full,size=16M,prealloc=on", 
 
 IMAGE_GPA, LOW_GPA, COMPARED_BYTES = Gpa(0x100000), Gpa(0x6000), 1 << 15
 """Where clockprobe's code is, which does not change, and empty memory."""
+FREE_GPA, FREE_BYTES = Gpa(0x800000), 4 << 20
 OFFSETS, PIECE_BYTES = (4096, 64, 0, 64, 9000), 32
 
 
@@ -167,12 +170,12 @@ def shared_kib(running: RunningQemu) -> int:
 
 def await_events(vm: WatchedVm, *kinds: VmEventKind) -> list[VmEvent]:
     """All events until they are of these kinds, one after the other."""
-    events: list[VmEvent] = []
+    told: list[VmEvent] = []
     deadline = time.monotonic() + HANG_S
-    while tuple(kind for kind, _ in itertools.groupby(event.kind for event in events)) != kinds:
-        assert time.monotonic() < deadline, events
-        events += vm.take_events()
-    return events
+    while tuple(kind for kind, _ in itertools.groupby(event.kind for event in told)) != kinds:
+        assert time.monotonic() < deadline, told
+        told += vm.take_events()
+    return told
 
 
 def test_events(tmp_path: Path) -> None:
@@ -185,19 +188,48 @@ def test_events(tmp_path: Path) -> None:
             running.qemu.pause()
             running.qemu.resume()
             running.qemu.execute("system_reset")
-            events = await_events(vm, VmEventKind.STOP, VmEventKind.RESUME, VmEventKind.RESET)
-            stamps_us = [begin_us, *(event.utc_ns // 1000 for event in events), time.time_ns() // 1000]
+            told = await_events(vm, VmEventKind.STOP, VmEventKind.RESUME, VmEventKind.RESET)
+            stamps_us = [begin_us, *(event.utc_ns // 1000 for event in told), time.time_ns() // 1000]
     assert stamps_us == sorted(stamps_us)
 
 
 def test_a_migration_is_told(tmp_path: Path) -> None:
     """QEMU is asked to tell of it, which it does not do by itself; and of its guest's end."""
     with running_qemu(tmp_path) as running, open_qmp(running) as vm:
-        assert {"capability": "events", "state": True} in running.qemu.execute("query-migrate-capabilities")
+        assert tells_of_migrations(running)
         running.qemu.execute("migrate", uri=f"exec:cat >{os.devnull}")
         await_events(vm, VmEventKind.MIGRATION, VmEventKind.STOP, VmEventKind.MIGRATION)
         running.qemu.execute("system_reset")  # Qemu has QEMU end at it
         await_events(vm, VmEventKind.SHUTDOWN)
+
+
+def test_a_watch_that_begins_during_a_migration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU refuses to tell of it then, and is asked again: what comes of the migration after this one is told."""
+    monkeypatch.setattr(events, "AGAIN_S", 0.0)
+    with running_qemu(tmp_path) as running, listener(tmp_path / "nobody reads"):
+        running.qemu.memory.write(FREE_GPA, os.urandom(FREE_BYTES))  # more than a socket holds, so it does not end
+        running.qemu.execute("migrate", uri=f"unix:{tmp_path / 'nobody reads'}")
+        with open_qmp(running) as vm:
+            assert vm.take_events() == []
+            assert not tells_of_migrations(running)
+            running.qemu.execute("migrate_cancel")
+            await_told(vm, running)
+            running.qemu.execute("migrate", uri=f"exec:cat >{os.devnull}")
+            await_events(vm, VmEventKind.MIGRATION, VmEventKind.STOP, VmEventKind.MIGRATION)
+        assert not tells_of_migrations(running)
+
+
+def tells_of_migrations(running: RunningQemu) -> bool:
+    """Does QEMU?"""
+    return {"capability": "events", "state": True} in running.qemu.execute("query-migrate-capabilities")
+
+
+def await_told(vm: WatchedVm, running: RunningQemu) -> None:
+    """Return when QEMU tells of migrations; it tells nothing before."""
+    deadline = time.monotonic() + HANG_S
+    while not tells_of_migrations(running):
+        assert time.monotonic() < deadline
+        assert vm.take_events() == []
 
 
 def test_a_second_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
