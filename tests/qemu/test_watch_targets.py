@@ -47,6 +47,51 @@ FREE_GPA, FREE_BYTES = Gpa(0x800000), 4 << 20
 OFFSETS, PIECE_BYTES = (4096, 64, 0, 64, 9000), 32
 
 
+@pytest.fixture(scope="module")
+def long_lived_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningQemu]:
+    """A QEMU whose RAM is in a file."""
+    with running_qemu(tmp_path_factory.mktemp("shared")) as running:
+        running.qemu.pause()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def long_lived_private() -> Iterator[RunningQemu]:
+    """One whose RAM is its own, in a folder that every user can enter."""
+    with TemporaryDirectory(dir="/run") as name, running_qemu(Path(name), arguments=PRIVATE_RAM) as running:
+        running.qemu.pause()
+        yield running
+
+
+@pytest.fixture
+def shared(long_lived_shared: RunningQemu) -> Iterator[RunningQemu]:
+    """The same, running; for tests that leave it as it was."""
+    with while_running(long_lived_shared) as running:
+        yield running
+
+
+@pytest.fixture
+def private(long_lived_private: RunningQemu) -> Iterator[RunningQemu]:
+    """The same, running; for tests that leave it as it was."""
+    with while_running(long_lived_private) as running:
+        yield running
+
+
+@contextmanager
+def while_running(paused: RunningQemu) -> Iterator[RunningQemu]:
+    """A guest that takes no CPU from other tests."""
+    paused.qemu.resume()
+    yield paused
+    paused.qemu.pause()
+
+
+@pytest.fixture
+def preallocated(tmp_path: Path) -> Iterator[RunningQemu]:
+    """One that has all of its RAM from the beginning."""
+    with running_qemu(tmp_path, arguments=PREALLOCATED) as running:
+        yield running
+
+
 def open_qmp(running: RunningQemu, means: Means | None = None) -> QemuVm:
     """Watch it by its QMP socket."""
     return open_vm(qmp=str(running.qmp), ram=means)
@@ -93,40 +138,41 @@ def state(running: RunningQemu) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "works", "best"),
+    ("kind", "works", "best"),
     [
-        ((), (Means.SHARED, Means.PROCESS), "shared memory"),
-        (PREALLOCATED, (Means.SHARED, Means.PROCESS, Means.PMEMSAVE), "shared memory"),
-        (PRIVATE_RAM, (Means.PROCESS, Means.PMEMSAVE), "process_vm_readv"),
+        ("shared", (Means.SHARED, Means.PROCESS), "shared memory"),
+        ("preallocated", (Means.SHARED, Means.PROCESS, Means.PMEMSAVE), "shared memory"),
+        ("private", (Means.PROCESS, Means.PMEMSAVE), "process_vm_readv"),
     ],
-    ids=["shared", "preallocated", "private"],
 )
+@pytest.mark.usefixtures("long_lived_shared", "long_lived_private")  # before what counts processes
 def test_each_means_reads_the_same(
-    tmp_path: Path, arguments: tuple[str, ...], works: tuple[Means, ...], best: str
+    request: pytest.FixtureRequest, kind: str, works: tuple[Means, ...], best: str
 ) -> None:
     """Whatever reads the RAM finds what QEMU does; the best means is the default, and QEMU is left as it was."""
-    with running_qemu(tmp_path, arguments=arguments) as running:
-        before = state(running)
-        for means in (None, *works):
-            with open_qmp(running, means) as vm:
-                assert vm.tsc_hz == running.qemu.tsc_hz()
-                assert means is not None or vm.ram.means == best
-                check_against_qemu(vm, running)
-                check_ranges(vm)
-                vm.check_running()
-            assert state(running) == before
+    running: RunningQemu = request.getfixturevalue(kind)
+    before = state(running)
+    for means in (None, *works):
+        with open_qmp(running, means) as vm:
+            assert vm.tsc_hz == running.qemu.tsc_hz()
+            assert means is not None or vm.ram.means == best
+            check_against_qemu(vm, running)
+            check_ranges(vm)
+            vm.check_running()
+        assert state(running) == before
 
 
-def test_by_process(tmp_path: Path) -> None:
+def test_by_process(shared: RunningQemu) -> None:
     """A process alone shows vCPUs and RAM, but neither events nor the guest's TSC frequency."""
-    with running_qemu(tmp_path) as running, open_vm(pid=running.qemu.pid) as vm:
-        check_against_qemu(vm, running)
+    with open_vm(pid=shared.qemu.pid) as vm:
+        check_against_qemu(vm, shared)
         assert vm.tsc_hz is None
         assert vm.why_no_events is not None
-        running.qemu.pause()
+        shared.qemu.pause()
+        shared.qemu.resume()
         assert vm.take_events() == []
         with pytest.raises(MemoryNotReadable, match="no monitor"):
-            open_vm(pid=running.qemu.pid, ram=Means.PMEMSAVE)
+            open_vm(pid=shared.qemu.pid, ram=Means.PMEMSAVE)
 
 
 @pytest.mark.long
@@ -230,16 +276,17 @@ def await_told(vm: WatchedVm, running: RunningQemu) -> None:
         assert vm.take_events() == []
 
 
-def test_a_second_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_client(shared: RunningQemu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who comes second is told so, and how to watch all the same; the first goes on, and --pid works beside it."""
     monkeypatch.setattr(qmp_socket, "GREETING_LIMIT_S", 0.2)
-    with running_qemu(tmp_path) as running, open_qmp(running) as first:
+    with open_qmp(shared) as first:
         with pytest.raises(QmpFailed, match=r"no greeting within 0\.2 s; another client .* second -qmp, or use --pid"):
-            open_qmp(running)
-        with open_vm(pid=running.qemu.pid) as beside:
-            check_pages(beside, running)
-        running.qemu.pause()
-        await_events(first, VmEventKind.STOP)
+            open_qmp(shared)
+        with open_vm(pid=shared.qemu.pid) as beside:
+            check_pages(beside, shared)
+        shared.qemu.pause()
+        shared.qemu.resume()
+        await_events(first, VmEventKind.STOP, VmEventKind.RESUME)
 
 
 @pytest.mark.parametrize("means", [Means.SHARED, Means.PMEMSAVE])
@@ -257,17 +304,16 @@ def test_killed_while_watched(tmp_path: Path, means: Means) -> None:
         assert len(vm.tsc_offsets()) == vm.vcpus
 
 
-def test_one_who_has_the_socket_only() -> None:
+def test_one_who_has_the_socket_only(private: RunningQemu) -> None:
     """Another user than QEMU's cannot look at its process, and reads by QMP."""
-    with TemporaryDirectory(dir="/run") as name, running_qemu(Path(name), arguments=PRIVATE_RAM) as running:
-        open_to_all(running)
-        with as_another_user(), open_qmp(running) as vm:
-            assert vm.ram.means == "QMP pmemsave"
-            assert vm.why_no_offsets is not None
-            assert vm.tsc_offsets() == (None, None)
-            check_ranges(vm)
-            check_pages(vm, running)
-            vm.check_running()
+    open_to_all(private)
+    with as_another_user(), open_qmp(private) as vm:
+        assert vm.ram.means == "QMP pmemsave"
+        assert vm.why_no_offsets is not None
+        assert vm.tsc_offsets() == (None, None)
+        check_ranges(vm)
+        check_pages(vm, private)
+        vm.check_running()
 
 
 def open_to_all(running: RunningQemu) -> None:
@@ -276,9 +322,9 @@ def open_to_all(running: RunningQemu) -> None:
     running.qmp.chmod(0o777)
 
 
-def test_through_a_proxy(tmp_path: Path) -> None:
+def test_through_a_proxy(private: RunningQemu, tmp_path: Path) -> None:
     """Where descriptors are not passed on, and who listens is no QEMU, one line says what does not work."""
-    with running_qemu(tmp_path, arguments=PRIVATE_RAM) as running, proxy(running.qmp, tmp_path / "proxy"):
+    with proxy(private.qmp, tmp_path / "proxy"):
         with pytest.raises(MemoryNotReadable, match=r"runs no KVM guest.*; and by QMP: .*file descriptor") as caught:
             open_vm(qmp=str(tmp_path / "proxy"))
         assert "\n" not in str(caught.value)
