@@ -6,11 +6,14 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ pytestmark = [pytest.mark.row("E3"), pytest.mark.kvm, pytest.mark.qemu]
 REBOOTS = ("-action", "reboot=reset")
 """Else our QEMU ends when it is reset."""
 PAGES = [probe.time_page_address(vcpu) for vcpu in range(2)]
+COUNT_GPA = 0x200000
 SHOW_CURSOR = "\x1b[?25h"
 STEP_FLOORS_NS = 4
 """clockprobe's two readings, the older line's and the newer one's are each floored."""
@@ -266,7 +270,7 @@ def test_an_error_amid_a_watch(
 
     for as_json in ([], ["--json"]):
         with monkeypatch.context() as patch:
-            script(patch, running.qemu.pause, lambda patch=patch: patch.setattr(QemuVm, "take_events", fail))
+            script(patch, running.qemu.pause, partial(patch.setattr, QemuVm, "take_events", fail))
             assert main(["watch", "--qmp", str(running.qmp), *as_json]) == 2
         running.qemu.resume()
         told = capsys.readouterr()
@@ -314,6 +318,31 @@ def test_which_process(
         monkeypatch.setattr("qemu_glue.watch.beginning.running_vms", lambda vms=vms: vms)
         assert main(["watch", "--seconds", "0.05", "--pid"]) == status
         assert said in "".join(capsys.readouterr())
+
+
+def spinning_image() -> bytes:
+    """A multiboot guest that counts in memory at COUNT_GPA, and uses no clock."""
+    code = b"\xff\x05" + struct.pack("<I", COUNT_GPA) + b"\xeb\xf8"  # 1: incl COUNT_GPA; jmp 1b
+    magic, has_addresses, at, header_bytes = 0x1BADB002, 1 << 16, 0x100000, 32
+    end = at + header_bytes + len(code)
+    checksum = -(magic + has_addresses) % (1 << 32)
+    return struct.pack("<8I", magic, has_addresses, checksum, at, at, end, end, at + header_bytes) + code
+
+
+def test_a_running_guest_that_has_no_kvmclock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that is offered none (-cpu ...,-kvmclock) and runs, also by its process alone: the same line, and at once."""
+    qmp = tmp_path / "qmp"
+    with Qemu(spinning_image(), features=0, vcpus=2, arguments=("-qmp", f"unix:{qmp},server=on,wait=off")) as qemu:
+        assert "-kvmclock" in " ".join(qemu.command)
+        deadline = time.monotonic() + HANG_S
+        while not any(qemu.memory.read(COUNT_GPA, 4)):
+            assert time.monotonic() < deadline
+        for way in (["--qmp", str(qmp)], ["--pid", str(qemu.pid)]):
+            assert main(["watch", *way]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("pvclock watch: no pvclock page in ")
+            assert "the guest has no kvmclock" in line
+        qemu.check_running()
 
 
 def test_what_is_no_page(running: RunningQemu, capsys: pytest.CaptureFixture[str]) -> None:

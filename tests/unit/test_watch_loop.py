@@ -397,11 +397,11 @@ def test_a_guest_that_is_stopped_all_the_while_is_no_verdict() -> None:
     loop, looks = loop_of(vm)
     for _ in range(2):
         next(looks)
-    assert loop.is_paused
+    told = [loop.is_paused]
     assert judged(Budgets(Fraction(1000)), loop) == Verdict(VerdictStatus.UNDECIDED, [NEVER_RAN])
     vm.events = [VmEvent(VmEventKind.RESUME, 0)]
     next(looks)
-    assert not loop.is_paused
+    assert [*told, loop.is_paused] == [True, False]
     assert judged(Budgets(Fraction(1000)), loop) == Verdict(VerdictStatus.PASSED, [])
     vm.is_paused = None
     assert loop_of(vm)[0].is_paused is None

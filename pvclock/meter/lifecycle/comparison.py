@@ -15,6 +15,7 @@ from pvclock.meter.lifecycle import measures
 from pvclock.meter.lifecycle.observe import Observed
 from pvclock.meter.lifecycle.operations import Kind
 from pvclock.meter.lifecycle.reasons import REASONS
+from pvclock.meter.watch.words import about_ns, duration
 from pvclock.readings import TimeInfo
 
 __all__ = ["compare_operation"]
@@ -49,7 +50,9 @@ def _check(row: Row, kind: Kind, observed: Sequence[Observed], absent: Mapping[s
 
 
 def _steps_are_right(seen: Observed) -> bool:
-    """As long as the clock was to stand still, on every vCPU that tells."""
+    """As long as the clock was to stand still, on every vCPU that tells; and all vCPUs' lines are one again."""
+    if measures.apart_ns(seen) > measures.tolerance_ns(seen):
+        return False
     still = measures.stood_still(seen)
     right = measures.Span(-still.most, -still.least).wider(measures.tolerance_ns(seen))
     return all(step_ns is None or right.has(step_ns) for step_ns in measures.steps_ns(seen))
@@ -62,15 +65,16 @@ def _went_on_right(seen: Observed) -> bool:
 
 
 def _gaps_are_right(seen: Observed) -> bool:
-    """Does a clock that goes on show the stop, and a guest that booted anew no time before its last?"""
+    """Does a clock that goes on show the stop, a guest that booted anew no time before its last, and none a leap?"""
     least_ns = 0 if seen.server.stops_when_paused else seen.stopped.longest_ns
-    return all(gap_ns >= least_ns for gap_ns in measures.gaps_ns(seen))
+    gaps = zip(measures.gaps_ns(seen), measures.largest_gaps_ns(seen), strict=True)
+    return all(least_ns <= gap_ns <= most_ns for gap_ns, most_ns in gaps)
 
 
 def _steps_back_are_allowed(seen: Observed) -> bool:
     """None, but where QEMU set the clock and several vCPUs read it: no further than it stepped."""
     back = measures.steps_back(seen)
-    if not (seen.server.is_kvm and seen.server.stops_when_paused) or seen.booted_anew or len(seen.after.pages) == 1:
+    if not measures.is_set_at_cont(seen) or seen.booted_anew or len(seen.after.pages) == 1:
         return back == (0, 0, 0)
     return back.worst_ns <= seen.stopped.most_ns + measures.tolerance_ns(seen)
 
@@ -91,9 +95,12 @@ def _versions_are_right(seen: Observed) -> bool:
 
 
 def _offsets_are_right(seen: Observed) -> bool:
-    """One change for all vCPUs; none by stop and cont."""
+    """One change for all vCPUs; none by stop and cont.  Only another VMM's may not be readable, and then none is."""
+    offsets = {*seen.before.tsc_offsets, *seen.after.tsc_offsets}
+    if None in offsets:
+        return offsets == {None} and measures.is_set_at_cont(seen)
     changes = set(measures.offset_changes(seen))
-    return len(changes) == 1 and (seen.kind is not Kind.STOP or changes <= {0, None})
+    return len(changes) == 1 and (seen.kind is not Kind.STOP or changes == {0})
 
 
 def _wall_clock_is_right(seen: Observed) -> bool:
@@ -112,8 +119,8 @@ def _judged_if_stable(is_right: Callable[[Observed], bool]) -> Callable[[Observe
 ROWS: Final = (
     Row(
         "step against the TSC",
-        lambda it: {"steps_ns": measures.steps_ns(it)},
-        lambda steps_ns: _each("unknown" if step_ns is None else _ms(step_ns) for step_ns in steps_ns),
+        lambda it: {"steps_ns": measures.steps_ns(it), "apart_ns": measures.apart_ns(it)},
+        lambda steps_ns, **_: _each("unknown" if step_ns is None else about_ns(step_ns) for step_ns in steps_ns),
         _judged_if_stable(_steps_are_right),
     ),
     Row(
@@ -126,19 +133,19 @@ ROWS: Final = (
             "stopped_least_ns": it.stopped.least_ns,
             "stopped_most_ns": it.stopped.most_ns,
         },
-        lambda went_on_least_ns, went_on_most_ns, **_: f"{_ms(went_on_least_ns)} to {_ms(went_on_most_ns)}",
+        lambda went_on_least_ns, went_on_most_ns, **_: f"{about_ns(went_on_least_ns)} to {about_ns(went_on_most_ns)}",
         _judged_if_stable(_went_on_right),
     ),
     Row(
         "largest gap between readings",
         lambda it: {"gaps_ns": measures.gaps_ns(it)},
-        lambda gaps_ns: ", ".join(map(_ms, gaps_ns)),
+        lambda gaps_ns: ", ".join(map(about_ns, gaps_ns)),
         _gaps_are_right,
     ),
     Row(
         "readings that went back",
         lambda it: measures.steps_back(it)._asdict(),
-        lambda own, cross, worst_ns: f"{own:,} own, {cross:,} cross, up to {worst_ns / 1e6:.3f} ms" if cross else "0",
+        lambda own, cross, worst_ns: f"{own:,} own, {cross:,} cross, up to {duration(worst_ns)}" if cross else "0",
         _steps_back_are_allowed,
     ),
     Row(
@@ -170,7 +177,7 @@ ROWS: Final = (
     Row(
         "wall clock afterwards",
         lambda it: {"wall_clock_error_ns": it.after.wall_clock_error_ns},
-        lambda wall_clock_error_ns: f"{_ms(wall_clock_error_ns)}",
+        lambda wall_clock_error_ns: about_ns(wall_clock_error_ns),
         _wall_clock_is_right,
     ),
 )
@@ -178,10 +185,6 @@ ROWS: Final = (
 
 def _versions(pages: Iterable[TimeInfo]) -> list[int]:
     return [page.version for page in pages]
-
-
-def _ms(ns: int) -> str:
-    return f"{ns / 1e6:+.3f} ms"
 
 
 def _each(texts: Iterable[str]) -> str:
