@@ -177,7 +177,7 @@ ROWS: Final = (
     Row(
         "wall clock afterwards",
         lambda it: {"wall_clock_error_ns": it.after.wall_clock_error_ns},
-        lambda wall_clock_error_ns: about_ns(wall_clock_error_ns),
+        lambda **it: about_ns(it["wall_clock_error_ns"]),
         _wall_clock_is_right,
     ),
 )
