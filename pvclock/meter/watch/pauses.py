@@ -23,8 +23,8 @@ __all__ = ["Pause", "Pauses", "Stopped", "with_seen"]
 
 STAMP_BOUND_NS: Final = 1000
 """A stamp is a whole us, cut off."""
-POLLS_AROUND: Final = 3
-"""An event is told with the next poll, or that after it."""
+POLLS_KEPT: Final = 256
+"""An event is told some ms late, which may be many polls."""
 DELAYS_NS: Final = 10_000_000
 """A clock that stood goes on by less from STOP to RESUME, or by less than half of the pause on a busy host."""
 
@@ -72,7 +72,7 @@ class Pauses:
         self._host_tsc_hz = host_tsc_hz
         self._is_stopped = is_paused
         self._stop: _Instant | None = None
-        self._clocks: deque[_Clocks] = deque(maxlen=POLLS_AROUND)
+        self._clocks: deque[_Clocks] = deque(maxlen=POLLS_KEPT)
 
     def take(self, poll: Poll) -> Stopped:
         """Take what was told with a poll."""
@@ -93,13 +93,15 @@ class Pauses:
         return ticks * NS_PER_S // self._host_tsc_hz
 
     def _instant(self, event: VmEvent) -> _Instant:
-        """By UTC at the poll before, and at this one; they differ by what UTC did between, at one go or by and by."""
+        """By UTC at the polls before and after it; they differ by what UTC did between, if that went one way."""
         utc_ns = event.utc_ns
-        if not self._clocks or not self._clocks[0].utc_ns <= utc_ns <= self._clocks[-1].utc_ns:
+        pairs = [pair for pair in pairwise(self._clocks) if pair[0].utc_ns <= utc_ns <= pair[1].utc_ns]
+        around = [clocks for pair in pairs for clocks in pair]  # of more than one pair, if UTC was set back
+        if not around:
             return _Instant(utc_ns)
-        early, late = (clocks.host_ns + utc_ns - clocks.utc_ns for clocks in (self._clocks[0], self._clocks[-1]))
-        read_bound_ns = max(self._clocks[0].bound_ns, self._clocks[-1].bound_ns)
-        return _Instant(utc_ns, (early + late) // 2, abs(late - early) // 2 + 1 + read_bound_ns)
+        instants = [clocks.host_ns + utc_ns - clocks.utc_ns for clocks in around]
+        early, late = min(instants), max(instants)
+        return _Instant(utc_ns, (early + late) // 2, (late - early) // 2 + 1 + max(each.bound_ns for each in around))
 
 
 def with_seen(step: Step, pauses: Sequence[Pause], speed: Fraction | None) -> Step:
