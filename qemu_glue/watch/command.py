@@ -128,10 +128,8 @@ def _view(
     for lacking, why in (("clock readings", vm.why_no_offsets), ("causes of steps", vm.why_no_events)):
         if why is not None:
             screen.show(Text(f"No {lacking}: {why}", "yellow"))
-    if not loop.finder.is_sure:
-        screen.show(
-            Text("Perhaps firmware left that: it does not lie as Linux's pages do.  Others are searched.", "yellow")
-        )
+    if loop.finder.doubt is not None:
+        screen.show(Text(f"Perhaps not the guest's: {loop.finder.doubt}", "yellow"))
     if screen.can_redraw:
         return LiveView(loop, instants, resources.enter_context(screen.redrawing()))
     return LinesView(screen, instants)

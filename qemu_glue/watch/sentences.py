@@ -43,7 +43,7 @@ def pages_in_words(found: PagesFound) -> str:
     """Where the pages are, and how they were found."""
     if found.searched_bytes:
         return f"found in {found.searched_bytes >> 20} MiB of its memory in {found.seconds:.2f} s: {found.why}"
-    return f"pages {found.why}: {', '.join(map(hex, found.pages))}"
+    return f"pages {found.why}: {', '.join(hex(gpa) for gpa in found.pages if gpa is not None)}"
 
 
 def _all_but_vcpu(finding: Finding) -> object:

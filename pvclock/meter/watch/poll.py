@@ -25,6 +25,7 @@ class Poll(NamedTuple):
     pages: each vCPU's as it lay there at `middle`; None if it was changed during the poll, or is being written.
     tsc_offsets: each vCPU's at `middle`; None if it was changed during the poll, or cannot be read.
     events: what the VMM told since the last poll.
+    absent: the vCPUs that have no page now, as far as is known; theirs is None.
     """
 
     begin: HostTsc
@@ -33,6 +34,7 @@ class Poll(NamedTuple):
     pages: tuple[TimeInfo | None, ...]
     tsc_offsets: tuple[int | None, ...]
     events: tuple[VmEvent, ...]
+    absent: frozenset[int] = frozenset()
 
 
 def take_poll(vm: WatchedVm, addresses: Sequence[Gpa]) -> Poll:
