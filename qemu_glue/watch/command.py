@@ -115,7 +115,7 @@ def _begun(
             progress=progress,
         )
         try:
-            return loop, patience.have(loop.begin, lambda _found: loop.finder.is_sure)
+            return loop, patience.have(loop.begin, lambda _found: loop.finder.doubt is None)
         except PagesNotFound as error:
             if vm.is_paused:
                 raise PagesNotFound(error.searched_bytes, error.looked_for, STOPPED) from None
@@ -171,9 +171,8 @@ def _view(
     for lacking, why in (("clock readings", vm.why_no_offsets), ("causes of steps", vm.why_no_events)):
         if why is not None:
             screen.show(Text(f"No {lacking}: {why}", "yellow"))
-    if not loop.finder.is_sure:
-        perhaps = "Perhaps firmware left that, for it does not lie as Linux's pages do; others are searched"
-        screen.show(Text(f"{perhaps}: {found.why}", "yellow"))
+    if loop.finder.doubt is not None:
+        screen.show(Text(f"Perhaps not the guest's: {loop.finder.doubt}", "yellow"))
     if screen.can_redraw:
         return LiveView(loop, instants, resources.enter_context(screen.redrawing()))
     return LinesView(screen, instants)

@@ -58,12 +58,13 @@ def pages_in_words(found: PagesFound) -> str:
     return f"{addresses_in_words(found.pages)}, {found.why}"
 
 
-def addresses_in_words(pages: Sequence[Gpa]) -> str:
+def addresses_in_words(pages: Sequence[Gpa | None]) -> str:
     """Such as "2 pages at 0x201000, 0x201040"; of many, the first and the last."""
-    shown = list(map(hex, pages))
+    places = [gpa for gpa in pages if gpa is not None]
+    shown = list(map(hex, places))
     if len(shown) > PAGES_SHOWN:
         shown[2:-1] = ["..."]
-    return f"{counted(len(pages), 'page')} at {', '.join(shown)}"
+    return f"{counted(len(places), 'page')} at {', '.join(shown)}"
 
 
 def _all_but_vcpu(finding: Finding) -> object:

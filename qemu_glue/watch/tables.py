@@ -24,7 +24,7 @@ def vcpu_table(loop: WatchLoop, look: Look, last_steps: dict[int, Step], rows: i
     for vcpu, (gpa, ns) in list(enumerate(zip(loop.finder.pages, readings, strict=True)))[:rows]:
         info, rate = loop.infos.get(vcpu), rates.get(vcpu)
         table.add_row(
-            *(f"{vcpu}", f"{gpa:#x}"),
+            *(f"{vcpu}", "-" if gpa is None else f"{gpa:#x}"),
             *(("-", "-") if info is None else (f"{info.version}", flags_in_words(info.flags))),
             "-" if ns is None else reading(GuestNs(ns)),
             _rate(rate),

@@ -12,7 +12,6 @@ from pvclock.meter.watch.loop import WatchLoop
 
 __all__ = ["EXIT_STATUSES", "NEVER_RAN", "judged", "verdict_in_words"]
 
-PERHAPS_FIRMWARES: Final = "what was watched may be a page that firmware left, for it does not lie as Linux's do"
 NEVER_RAN: Final = "the guest was stopped all the while"
 EXIT_STATUSES: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, VerdictStatus.UNDECIDED: 2}
 
@@ -51,6 +50,7 @@ def _doubts(loop: WatchLoop) -> Iterator[str]:
         yield NEVER_RAN
     if loop.finder.is_searching:
         yield "the pages were not found again before the end"
-    elif not loop.finder.is_sure:
-        yield f"{PERHAPS_FIRMWARES}; if you know that it is the guest's, say --page {loop.finder.pages[0]:#x}"
+    elif loop.finder.doubt is not None:
+        known = f"if you know where the guest's pages are, say so, such as --page {loop.finder.places[0]:#x}"
+        yield f"{loop.finder.doubt}; {known}"
     yield from (f"the host's TSC could not be trusted: {trouble.why}" for trouble in loop.troubles if trouble.unstable)

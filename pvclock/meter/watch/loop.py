@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import PvclockError
 from pvclock.host.this_host import bracketed, measure_tsc_hz
 from pvclock.host.watch import HostWatch, TroubleKind
 from pvclock.meter.findings import TIME_INFO
-from pvclock.meter.watch.changes import Change, PageLost, Step
-from pvclock.meter.watch.lines import is_legal
+from pvclock.meter.watch.changes import Change, PageLost
 from pvclock.meter.watch.page_finder import PageFinder, PagesFound, Progress
+from pvclock.meter.watch.page_layout import Pages
+from pvclock.meter.watch.page_search import is_legal
 from pvclock.meter.watch.poll import Poll, take_poll
 from pvclock.meter.watch.rate import PageRate, RateMeter
 from pvclock.meter.watch.vm import VmEvent, VmEventKind, WatchedVm
@@ -98,7 +99,7 @@ class WatchLoop:
         found = self.finder.find()
         self.interval_s = self._wanted_s or self._affordable_s()
         self.watcher = Watcher(
-            len(self.finder.pages),
+            self.vm.vcpus,
             host_tsc_hz=self.host_tsc_hz,
             interval_ns=int(self.interval_s * NS_PER_S),
             guest_tsc_hz=self.vm.tsc_hz,
@@ -127,7 +128,8 @@ class WatchLoop:
                     raise
                 return
             yield look
-            due_s = max(due_s + self.interval_s, time.monotonic())
+            pause_s = min(self.vm.ram.pause_s, self.interval_s) if self.finder.is_amid_search else self.interval_s
+            due_s = max(due_s + pause_s, time.monotonic())
             until_s = due_s if end_s is None else min(due_s, end_s)
             if self._wait(until_s - time.monotonic()) or until_s == end_s:
                 break
@@ -141,25 +143,37 @@ class WatchLoop:
     # Inside
 
     def _look(self) -> Look:
-        whole = take_poll(self.vm, self.finder.places)
-        pages = self.finder.pages
-        poll = whole._replace(pages=whole.pages[: len(pages)], tsc_offsets=whole.tsc_offsets[: len(pages)])
-        self.infos |= {vcpu: info for vcpu, info in enumerate(poll.pages) if info is not None and is_legal(info)}
+        before = self.finder.pages
+        elsewhere = self.finder.search_on()
+        places = self.finder.places
+        whole = take_poll(self.vm, places)
+        elsewhere = self.finder.take(whole) or elsewhere
+        told = [*self._moved_from(before), elsewhere] if elsewhere is not None else []
+        poll = self._of_vcpus(whole, dict(zip(places, whole.pages, strict=True)))
         self._note_state(poll.events)
         changes = self.watcher.take(poll)
-        findings: list[Finding] = [*poll.events, *changes, *self._look_at_host()]
-        is_lost = any(isinstance(change, PageLost) for change in changes)
-        is_reset = self.vm.why_no_events is not None and any(map(_may_be_reset, changes))
-        elsewhere = self.finder.take(whole, is_lost=is_lost, is_reset=is_reset) or self.finder.search_if_due()
-        if elsewhere is not None:
-            findings += [*self._moved_from(pages), elsewhere]
-        return Look(poll, tuple(findings))
+        if any(isinstance(change, PageLost) for change in changes):
+            self.finder.lose()
+        return Look(poll, (*poll.events, *told, *changes, *self._look_at_host()))
 
-    def _moved_from(self, pages: Sequence[Gpa]) -> list[Change]:
-        if self.finder.pages == pages:
+    def _of_vcpus(self, whole: Poll, seen: Mapping[Gpa, TimeInfo | None]) -> Poll:
+        """The poll, of the vCPUs' pages alone."""
+        absent = self.finder.absent
+        pages = tuple(
+            None if gpa is None or vcpu in absent else seen[gpa] for vcpu, gpa in enumerate(self.finder.pages)
+        )
+        for vcpu, info in enumerate(pages):
+            if info is not None and info != self.infos.get(vcpu) and is_legal(info, self.finder.terms):
+                self.infos[vcpu] = info
+        return whole._replace(pages=pages, absent=absent)
+
+    def _moved_from(self, pages: Pages) -> list[Change]:
+        """What is left to tell of the old pages, if a vCPU has another than it had."""
+        both = zip(pages, self.finder.pages, strict=True)
+        if all(old in {None, new} for old, new in both):
             return []
         self.infos = {}
-        return self.watcher.restart(len(self.finder.pages))
+        return self.watcher.restart()
 
     def _look_at_host(self) -> list[HostTrouble]:
         """Sample the reference and look at the host, if it is time to."""
@@ -201,11 +215,6 @@ class WatchLoop:
             self.vm.tsc_offsets()
             self.vm.ram.read_many(self.finder.places, TIME_INFO.size)
         return time.monotonic() - begin_s
-
-
-def _may_be_reset(change: Change) -> bool:
-    """Was the TSC written, and the page's line is still the old one?"""
-    return isinstance(change, Step) and change.lines == 0 and change.step_ns is None
 
 
 def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:

@@ -102,6 +102,8 @@ class PageWatch:
         return not (is_open or poll.events)
 
     def _lost(self, poll: Poll, page: TimeInfo | None) -> list[Change]:
+        if self._vcpu in poll.absent:
+            return []
         self._illegal_polls += 1
         if self._illegal_polls != LOST_POLLS:
             return []

@@ -35,6 +35,7 @@ class Poll(NamedTuple):
     pages: each vCPU's as it lay there at `middle`; None if it was changed during the poll, or is being written.
     tsc_offsets: each vCPU's at `middle`; None if it was changed during the poll, or cannot be read.
     events: what the VMM told since the last poll.  utc: after that; None if it was not read.
+    absent: the vCPUs that have no page now, as far as is known; theirs is None.
     """
 
     begin: HostTsc
@@ -44,6 +45,7 @@ class Poll(NamedTuple):
     tsc_offsets: tuple[int | None, ...]
     events: tuple[VmEvent, ...]
     utc: Utc | None = None
+    absent: frozenset[int] = frozenset()
 
 
 def take_poll(vm: WatchedVm, addresses: Sequence[Gpa]) -> Poll:
