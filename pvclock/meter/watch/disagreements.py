@@ -85,7 +85,7 @@ class Disagreements:
         """Take the lines that lay there at a poll, None where that is not known; those that have ended."""
         self._polls += 1
         self._events.extend((self._polls, event) for event in poll.events)
-        self._note_missed(lines)
+        self._note_missed(poll.pages)
         first = lines[0]
         if first is None:
             return []
@@ -110,11 +110,11 @@ class Disagreements:
 
     # Inside
 
-    def _note_missed(self, lines: Sequence[Line | None]) -> None:
-        moved = [vcpu for vcpu, line in enumerate(lines) if line and self._pages.get(vcpu, line.info) != line.info]
-        self._pages |= {vcpu: line.info for vcpu, line in enumerate(lines) if line}
+    def _note_missed(self, pages: Sequence[TimeInfo | None]) -> None:
+        moved = [vcpu for vcpu, page in enumerate(pages) if page and self._pages.get(vcpu, page) != page]
+        self._pages |= {vcpu: page for vcpu, page in enumerate(pages) if page}
         if 0 in moved:
-            self._missed.update(range(1, len(lines)))
+            self._missed.update(range(1, len(pages)))
         for vcpu in moved:
             self._missed[vcpu] = 0
 
