@@ -16,7 +16,7 @@ import pytest
 
 from pvclock import Reference, read_tsc
 from pvclock.commands import main
-from pvclock.meter.findings import shown_by, vcpu0_reading
+from pvclock.meter.findings import await_reading, shown_by, vcpu0_reading
 from pvclock.meter.watch.changes import Step
 from pvclock.meter.watch.loop import Finding, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
@@ -252,6 +252,18 @@ def test_what_is_no_page(running: RunningQemu, capsys: pytest.CaptureFixture[str
     )
     assert main([*watch, "0", "--page", "0", "--page", "0"]) == 2
     assert "3 pages of 2 vCPUs" in capsys.readouterr().err
+
+
+def test_a_page_above_2_gib_by_the_process_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """A guest with more RAM is watched by its process; an address above is refused, with who knows where that is."""
+    with Qemu(clockprobe(), features=FEATURES, vcpus=2, cmdline="cpus=2", memory_bytes=3 << 30) as qemu:
+        await_reading(qemu.memory, 2, lambda: False, lambda: qemu.console)
+        watch = ["watch", "--pid", str(qemu.pid)]
+        assert main([*watch, "--page", "0x100000000"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("where a process alone does not tell what lies; name its VM by QMP or libvirt")
+        assert main([*watch, "--seconds", "0.1"]) == 0
+        assert f"2 pages 64 bytes apart from {PAGES[0]:#x}" in capsys.readouterr().out
 
 
 OUR_MACHINE = """
