@@ -87,6 +87,8 @@ def step_in_words(step: Step) -> str:
 
 
 def _against_tsc(step: Step) -> str:
+    if step.lines == 0 and step.step_ns is None:
+        return "has its line still, but its TSC was written: perhaps the guest was reset, and reads others"
     if step.lines == 0:
         return f"has its line still, but its TSC was written: that is {exact_ns(step.step_ns or 0)}"
     if step.step_ns is None:
@@ -99,10 +101,10 @@ def disagreement_in_words(found: Disagreement) -> str:
     """Which page was ahead, by how much, for how long, and what that was for a reader."""
     ahead = exact_ns(found.by_ns, found.bound_ns).removeprefix("+")
     how_long = f"for at least {duration(found.least_ns)}" if found.least_ns else "at one look"
-    said = (
-        f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, {how_long}: "
-        "a clock that was read by it went back by as much"
-    )
+    reader = "a clock that was read by it went back by as much"
+    if found.is_stale:
+        reader = f"vCPU {found.behind or found.ahead} does not run, so its page is stale, and nobody reads it"
+    said = f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, {how_long}: {reader}"
     return "; ".join([said, *_causes(found.events)])
 
 

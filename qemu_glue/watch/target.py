@@ -49,6 +49,7 @@ class QemuVm:
         self.name = _name(program, vmm, vcpus)
         self.vcpus = vcpus
         self.tsc_hz = tsc_hz
+        self.is_paused = None if session is None else not session.execute("query-status")["running"]
         self.ram = ram
         self._offset_files, self.why_no_offsets = _offset_files(vmm, vcpus)
         self.why_no_events = NO_MONITOR if session is None else session.why_no_events

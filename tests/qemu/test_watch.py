@@ -73,7 +73,9 @@ def test_the_step_at_a_pause_is_what_the_guest_saw(running: RunningQemu) -> None
     with open_vm(qmp=str(running.qmp)) as vm:
         loop = WatchLoop(vm, Reference.RAW, wait=no_wait)
         assert loop.begin().pages == tuple(PAGES)
-        findings = findings_of(loop)
+        looks = loop.looks()
+        next(looks)
+        findings = (finding for look in looks for finding in look.findings)
         memory = running.qemu.memory
         page = running.pages()[0]
         tsc, ns = vcpu0_reading(memory, nullcontext)

@@ -34,9 +34,9 @@ def a_step(step_ns: int | None, basis: TscBasis = TscBasis.OFFSETS, lines: int =
     return Step(HostTsc(9), HostTsc(8), 1, LINE, OTHER, lines, basis, step_ns, bound_ns, None, None, (STOP,))
 
 
-def apart(by_ns: int, basis: TscBasis = TscBasis.OFFSETS) -> Disagreement:
+def apart(by_ns: int, basis: TscBasis = TscBasis.OFFSETS, bound_ns: int = 2) -> Disagreement:
     """Return a disagreement of vCPUs 0 and 1."""
-    return Disagreement(HostTsc(9), 0, 1, by_ns, 2, 70, (), basis)
+    return Disagreement(HostTsc(9), 0, 1, by_ns, bound_ns, 70, (), basis)
 
 
 def summary_of(*changes: Step | Disagreement | PageLost, polls: int = 2) -> WatchSummary:
@@ -105,6 +105,11 @@ def test_what_is_no_rate(text: str) -> None:
         ([a_step(10**9, TscBasis.ASSUMED)], UNDECIDED),
         ([a_step(0, TscBasis.ASSUMED)._replace(after=LINE._replace(version=4))], PASSED),
         ([a_step(103, lines=0)], BROKEN),
+        ([a_step(40, bound_ns=500), a_step(50)], UNDECIDED),
+        ([a_step(-40, bound_ns=500), a_step(-50)], UNDECIDED),
+        ([a_step(300, bound_ns=1), a_step(400, bound_ns=390)], BROKEN),
+        ([apart(40, bound_ns=500), apart(50)], UNDECIDED),
+        ([apart(300, bound_ns=1), apart(400, bound_ns=390)], BROKEN),
         ([PageLost(HostTsc(9), 1, "")], UNDECIDED),
         ([apart(98)], PASSED),
         ([apart(99)], UNDECIDED),

@@ -18,7 +18,7 @@ from pvclock.errors import ConfigError, MemoryNotReadable, PagesNotFound, Pvcloc
 from pvclock.host.watch import TroubleKind
 from pvclock.meter.findings import TIME_INFO
 from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus
-from pvclock.meter.watch.changes import Disagreement, PageLost
+from pvclock.meter.watch.changes import Disagreement, PageLost, Step, TscBasis
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, WatchLoop
 from pvclock.meter.watch.loop import VmEnded as Ended
 from pvclock.meter.watch.page_finder import PagesFound
@@ -42,9 +42,11 @@ class HandMadeVm:
 
     name = "a VM"
     tsc_hz: int | None = TSC_HZ
+    is_paused: bool | None = False
     ram: GuestRam
     why_no_offsets: str | None = "by hand"
     why_no_events: str | None = None
+    offset: int | None = None
 
     def __init__(self, vcpus: int = 1) -> None:
         self.vcpus = vcpus
@@ -64,10 +66,10 @@ class HandMadeVm:
         self.contents.memory.write(gpa, bytes(TIME_INFO.size))
 
     def tsc_offsets(self) -> tuple[int | None, ...]:
-        """None can be read."""
+        """None can be read, unless a test gives one."""
         if self.fault is not None:
             raise self.fault
-        return (None,) * self.vcpus
+        return (self.offset,) * self.vcpus
 
     def take_events(self) -> list[VmEvent]:
         """Those that a test has put there."""
@@ -133,6 +135,39 @@ def test_old_pages_are_not_found_after_a_reset() -> None:
     assert isinstance(found, PagesFound)
     assert (found.pages, loop.finder.pages, loop.finder.is_searching) == ((ELSEWHERE,), (ELSEWHERE,), False)
     assert loop.watcher.summary.restarts == 1
+
+
+def test_a_reboot_that_nobody_tells_of() -> None:
+    """Another TSC beside the old line: that step is unknown, and pages are searched as after a reset."""
+    vm = HandMadeVm()
+    vm.why_no_events, vm.offset = "by hand", 0
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    vm.offset = -read_tsc()
+    found = until(looks, lambda it: isinstance(it, Step))
+    assert isinstance(found, Step)
+    assert (found.basis, found.lines, loop.finder.is_searching) == (TscBasis.CHANGED, 0, True)
+    vm.offset = 0  # where put() begins its lines
+    vm.put(ELSEWHERE)
+    found_again = until(looks, is_found)
+    assert isinstance(found_again, PagesFound)
+    assert found_again.pages == (ELSEWHERE,)
+
+
+def test_a_guest_that_is_paused_from_the_beginning() -> None:
+    """What its VMM does to its TSC meanwhile counts with the line that it continues with."""
+    vm = HandMadeVm()
+    vm.is_paused, vm.offset = True, 0
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    vm.offset = -(10**12)
+    for _ in range(20):
+        next(looks)
+    assert loop.watcher.summary.steps == 0
+    vm.events = [VmEvent(VmEventKind.RESUME, 0)]
+    assert any(isinstance(each, Step) for _ in range(3) for each in next(looks).findings)
 
 
 def test_new_pages_where_the_old_ones_were() -> None:
@@ -440,6 +475,18 @@ def test_what_firmware_may_have_left_is_no_verdict() -> None:
     assert loop.finder.doubt is None
     verdict = judged(Budgets(Fraction(1000), tsc_unchanged=True), loop)
     assert verdict == Verdict(VerdictStatus.PASSED, [])
+
+
+def test_a_host_whose_tsc_is_not_trusted_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its verdict is undecided, too, though nothing changed."""
+    monkeypatch.setattr("pvclock.host.linux.host_clocksource", lambda: "hpet")
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    for _ in range(2):
+        next(looks)
+    why = "the host's TSC could not be trusted: the host's clocksource is hpet, not tsc"
+    assert judged(Budgets(Fraction(1000)), loop) == Verdict(VerdictStatus.UNDECIDED, [why])
 
 
 @pytest.mark.parametrize("doubt", ["searching", "unstable"])

@@ -111,12 +111,23 @@ SENTENCES = [
         STEP._replace(step_ns=None, bound_ns=None, basis=TscBasis.CHANGED),
         "vCPU 0 got a new line: by how much it stepped is unknown, for the guest's TSC was changed",
     ),
+    (
+        STEP._replace(lines=0, step_ns=None, bound_ns=None, basis=TscBasis.CHANGED),
+        "vCPU 0 has its line still, but its TSC was written: perhaps the guest was reset, and reads others",
+    ),
     (STEP._replace(lines=0, step_ns=5000), "vCPU 0 has its line still, but its TSC was written: that is +5.000 us"),
     (
         Disagreement(HostTsc(9), 0, 1, 115_700_000, 2, 3_100_000, (STOP, RESUME), TscBasis.OFFSETS),
         (
             "vCPU 0's page gave up to 115.700 000 ms more than vCPU 1's, for at least 3.100 ms: a clock that was read "
             "by it went back by as much; STOP, RESUME 1.035 s later"
+        ),
+    ),
+    (
+        Disagreement(HostTsc(9), 0, 1, 115, 2, 3_100_000, (), TscBasis.OFFSETS, is_stale=True),
+        (
+            "vCPU 0's page gave up to 115 ns more than vCPU 1's, for at least 3.100 ms: vCPU 1 does not run, so its "
+            "page is stale, and nobody reads it"
         ),
     ),
     (FlagsChange(HostTsc(9), 1, 1, 3), "vCPU 1: flags stable -> stable, stopped"),

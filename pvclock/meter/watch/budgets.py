@@ -2,7 +2,7 @@
 
 A budget is broken only if a finding is beyond it at the better end of its bound, and undecided if a bound, an
 assumption or something unknown leaves it open.  Disagreements of pages count as steps: a reader of the page that is
-ahead goes back by that when it is brought up to date.
+ahead goes back by that when it is brought up to date.  A stale page, of a vCPU that does not run, has no reader.
 
 A page that does not change is a clock that does not step, unless the guest writes its TSC: KVM makes a new page when a
 guest writes IA32_TSC_ADJUST, and none when it writes IA32_TSC.  That is seen where TSC offsets can be read, and nowhere
@@ -140,14 +140,10 @@ def _open_steps(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -> l
         found.append(f"the pages were searched again {summary.restarts} times, and what was between is unknown")
     if summary.pages_lost:
         found.append(f"a page was lost {summary.pages_lost} times")
-    near = [step for step in (summary.forward, summary.backward) if step and _is_near(step, most_ns)]
-    found += [_step_told(step, most_ns) for step in near]
+    step = summary.possible_step
+    if step and abs(step.step_ns or 0) + (step.bound_ns or 0) > most_ns:
+        found.append(_step_told(step, most_ns))
     return [_undecided(each) for each in found]
-
-
-def _is_near(step: Step, most_ns: Fraction) -> bool:
-    """Is the step beyond the budget at the worse end of its bound?"""
-    return abs(step.step_ns or 0) + (step.bound_ns or 0) > most_ns
 
 
 def _step_told(step: Step, most_ns: Fraction) -> str:
@@ -163,10 +159,10 @@ def _disagreements(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -
     sure, assumed = summary.sure_disagreement, summary.assumed_disagreement
     trusted = [sure, assumed if budgets.tsc_unchanged else None]
     found = [_broken(_apart(it, most_ns)) for it in trusted if it and it.by_ns - it.bound_ns > most_ns]
-    if found:
-        return found
-    near = [_apart(it, most_ns) for it in (sure, assumed) if it and it.by_ns + it.bound_ns > most_ns]
-    return [_undecided(each) for each in near]
+    possible = summary.possible_disagreement
+    if not found and possible and possible.by_ns + possible.bound_ns > most_ns:
+        return [_undecided(_apart(possible, most_ns))]
+    return found
 
 
 def _apart(found: Disagreement, most_ns: Fraction) -> str:

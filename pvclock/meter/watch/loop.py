@@ -10,7 +10,7 @@ from pvclock.errors import PvclockError
 from pvclock.host.this_host import bracketed, measure_tsc_hz
 from pvclock.host.watch import HostWatch, TroubleKind
 from pvclock.meter.findings import TIME_INFO
-from pvclock.meter.watch.changes import Change, PageLost
+from pvclock.meter.watch.changes import Change, PageLost, Step
 from pvclock.meter.watch.page_finder import PageFinder, PagesFound, Progress
 from pvclock.meter.watch.page_layout import Pages
 from pvclock.meter.watch.page_search import is_legal
@@ -79,14 +79,14 @@ class WatchLoop:
         self.vm, self.reference = vm, reference
         self.host_tsc_hz = measure_tsc_hz()
         self.finder = PageFinder(vm, self.host_tsc_hz, given, progress)
-        self.troubles: list[HostTrouble] = []
-        """Those of the host so far."""
         self.interval_s = 0.0
         """As it is chosen when the pages are found."""
         self.infos: dict[int, TimeInfo] = {}
         """Each vCPU's page as it was last seen, where there was one."""
         self._wait, self._wanted_s = wait, interval_s
         self._host = HostWatch(self.host_tsc_hz, interval_ns=int(SAMPLE_S * NS_PER_S))
+        self.troubles = _from_the_beginning(self._host)
+        """Those of the host so far."""
         self._meter = RateMeter(lambda: bracketed(reference, self.host_tsc_hz), self.host_tsc_hz, vm.tsc_hz)
         self._sampled_s = 0.0
 
@@ -99,6 +99,8 @@ class WatchLoop:
             host_tsc_hz=self.host_tsc_hz,
             interval_ns=int(self.interval_s * NS_PER_S),
             guest_tsc_hz=self.vm.tsc_hz,
+            is_paused=bool(self.vm.is_paused),
+            tells_events=self.vm.why_no_events is None,
         )
         return found
 
@@ -142,8 +144,9 @@ class WatchLoop:
         told = [*self._moved_from(before), elsewhere] if elsewhere is not None else []
         poll = self._of_vcpus(whole, dict(zip(places, whole.pages, strict=True)))
         changes = self.watcher.take(poll)
-        if any(isinstance(change, PageLost) for change in changes):
-            self.finder.lose()
+        is_reset = self.vm.why_no_events is not None and any(map(_may_be_reset, changes))
+        if is_reset or any(isinstance(change, PageLost) for change in changes):
+            self.finder.lose(is_reset=is_reset)
         return Look(poll, (*poll.events, *told, *changes, *self._look_at_host()))
 
     def _of_vcpus(self, whole: Poll, seen: Mapping[Gpa, TimeInfo | None]) -> Poll:
@@ -199,3 +202,14 @@ class WatchLoop:
             self.vm.tsc_offsets()
             self.vm.ram.read_many(self.finder.places, TIME_INFO.size)
         return time.monotonic() - begin_s
+
+
+def _may_be_reset(change: Change) -> bool:
+    """Was the TSC written, and the page's line is still the old one?"""
+    return isinstance(change, Step) and change.lines == 0 and change.step_ns is None
+
+
+def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:
+    """What is wrong before anything has changed."""
+    why = f"the host's clocksource is {host.last.clocksource}, not tsc"
+    return [] if host.tsc_trusted else [HostTrouble(TroubleKind.CLOCKSOURCE, True, why)]

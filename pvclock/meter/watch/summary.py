@@ -23,8 +23,10 @@ class WatchSummary(NamedTuple):
     forward, backward: the greatest of either direction.  sum_ns: of all known steps of a vCPU, and of the vCPU whose
     sum is furthest from 0.
     sure_step, assumed_step: the one that is surely greatest, see surely_ns(), among those that rest on no assumption,
-    and on one.  least_seen, most_seen: by seen_ns.
-    sure_disagreement, assumed_disagreement: the greatest.
+    and on one.  possible_step: the one that is greatest at the worse end of its bound.  least_seen, most_seen: by
+    seen_ns.
+    stale: disagreements with a page that nobody reads, which count no further.  sure_disagreement,
+    assumed_disagreement, possible_disagreement: as of steps.
     restarts: the pages were searched again so often, and what was between is unknown.
     """
 
@@ -40,11 +42,14 @@ class WatchSummary(NamedTuple):
     sum_ns: int = 0
     sure_step: Step | None = None
     assumed_step: Step | None = None
+    possible_step: Step | None = None
     least_seen: Step | None = None
     most_seen: Step | None = None
     disagreements: int = 0
+    stale: int = 0
     sure_disagreement: Disagreement | None = None
     assumed_disagreement: Disagreement | None = None
+    possible_disagreement: Disagreement | None = None
     flags_changes: int = 0
     pages_lost: int = 0
     restarts: int = 0
@@ -94,6 +99,7 @@ class Tally:
             split=now.split + (step.lines > 1),
             forward=_greater(now.forward, step if step.step_ns > 0 else None, lambda it: it.step_ns or 0),
             backward=_greater(now.backward, step if step.step_ns < 0 else None, lambda it: -(it.step_ns or 0)),
+            possible_step=_greater(now.possible_step, step, lambda it: abs(it.step_ns or 0) + (it.bound_ns or 0)),
         )
         if step.seen_ns is not None:
             now = now._replace(
@@ -119,9 +125,18 @@ def surely_ns(step: Step) -> Fraction:
 
 def _with_disagreement(now: WatchSummary, found: Disagreement) -> WatchSummary:
     now = now._replace(disagreements=now.disagreements + 1)
+    if found.is_stale:
+        return now._replace(stale=now.stale + 1)
+    now = now._replace(
+        possible_disagreement=_greater(now.possible_disagreement, found, lambda it: it.by_ns + it.bound_ns),
+    )
     if found.basis is TscBasis.OFFSETS:
-        return now._replace(sure_disagreement=_greater(now.sure_disagreement, found, lambda it: it.by_ns))
-    return now._replace(assumed_disagreement=_greater(now.assumed_disagreement, found, lambda it: it.by_ns))
+        return now._replace(sure_disagreement=_greater(now.sure_disagreement, found, _surely_apart_ns))
+    return now._replace(assumed_disagreement=_greater(now.assumed_disagreement, found, _surely_apart_ns))
+
+
+def _surely_apart_ns(found: Disagreement) -> int:
+    return found.by_ns - found.bound_ns
 
 
 def _greater(now: T | None, other: T | None, key: Callable[[T], float | Fraction]) -> T | None:
