@@ -264,6 +264,21 @@ def test_a_page_that_is_lost_is_searched() -> None:
     assert found.pages == (ELSEWHERE,)
 
 
+@pytest.mark.parametrize("bit", range(31))
+def test_a_line_of_another_rate_is_no_line(bit: int) -> None:
+    """As when one bit of mul has flipped: beyond 300 ppm of the guest's TSC the page is lost, and makes no step."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    flipped = SCALE.mul ^ 1 << bit
+    vm.contents.memory.write(ARRAY, TIME_INFO.pack(4, read_tsc(), 10**18, flipped, SCALE.shift, 1))
+    seen = passes(looks, 12)
+    is_near = abs(flipped - SCALE.mul) * 10**6 <= 300 * SCALE.mul
+    assert [type(it) for it in seen if isinstance(it, PageLost | Step)] == [Step if is_near else PageLost]
+    assert loop.finder.is_searching != is_near
+
+
 def passes(looks: Iterator[Look], count: int) -> list[Finding]:
     """What so many looks find."""
     return [finding for _ in range(count) for finding in next(looks).findings]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import PvclockError
@@ -99,6 +100,7 @@ class WatchLoop:
             host_tsc_hz=self.host_tsc_hz,
             interval_ns=int(self.interval_s * NS_PER_S),
             guest_tsc_hz=self.vm.tsc_hz,
+            is_legal=partial(is_legal, terms=self.finder.terms),
             is_paused=bool(self.vm.is_paused),
             tells_events=self.vm.why_no_events is None,
         )
