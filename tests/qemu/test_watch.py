@@ -24,7 +24,7 @@ from pvclock import Reference, read_tsc
 from pvclock.commands import main
 from pvclock.commands.screen import write
 from pvclock.host.vmm_process import running_vms
-from pvclock.meter.findings import shown_by, vcpu0_reading
+from pvclock.meter.findings import await_reading, shown_by, vcpu0_reading
 from pvclock.meter.watch.changes import Step
 from pvclock.meter.watch.loop import Finding, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
@@ -363,6 +363,18 @@ def test_what_is_no_page(running: RunningQemu, capsys: pytest.CaptureFixture[str
     assert "3 pages of 2 vCPUs" in capsys.readouterr().err
     assert main([*watch, hex(PAGES[0])]) == 2
     assert "1 page of 2 vCPUs; give each vCPU's, or none" in capsys.readouterr().err
+
+
+def test_a_page_above_2_gib_by_the_process_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """A guest with more RAM is watched by its process; an address above is refused, with who knows where that is."""
+    with Qemu(clockprobe(), features=FEATURES, vcpus=2, cmdline="cpus=2", memory_bytes=3 << 30) as qemu:
+        await_reading(qemu.memory, 2, lambda: False, lambda: qemu.console)
+        watch = ["watch", "--pid", str(qemu.pid)]
+        assert main([*watch, "--page", "0x100000000", "--page", "0x100000040"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("where a process alone does not tell what lies; name its VM by QMP or libvirt")
+        assert main([*watch, "--seconds", "0.1"]) == 0
+        assert f"watching 2 pages at {PAGES[0]:#x}" in capsys.readouterr().out
 
 
 OUR_MACHINE = """

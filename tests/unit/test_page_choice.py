@@ -91,7 +91,7 @@ OLD, NEW = Gpa(0x20_1000), Gpa(0x30_0000)
 
 
 def test_pages_of_the_boot_before() -> None:
-    """RAM is not cleared by a reboot: of two that lie as Linux's do the one that moves is live, whatever its line."""
+    """RAM is not cleared by a reboot: of two that lie as Linux's do the one that moves is live."""
     ram = ram_with({OLD: line(8, 10**11)._replace(system_time=GuestNs(10**12)), NEW: line(2, 10**9)})
     choice = PageChoice.of(find_pages(ram, 1, TERMS), TERMS)
     assert (choice.pages, [each.places for each in choice.rivals]) == ((OLD,), [(NEW,)])
