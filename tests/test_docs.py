@@ -53,6 +53,12 @@ def test_readme_is_short_and_the_index_whole() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_placeholder_is_left(document: Path) -> None:
+    """A figure that was still to be measured stood as @@."""
+    assert "@@" not in document.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each Python block runs after those above it, and prints what its `>>>` lines say."""
     monkeypatch.chdir(tmp_path)
