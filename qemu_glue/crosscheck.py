@@ -22,6 +22,7 @@ from pvclock.meter.comparison import Check, compare
 from pvclock.meter.figure import Figure
 from pvclock.meter.machine_guest import MachineGuest
 from pvclock.meter.observe import ClockObservation, observe_clock, observe_following
+from pvclock.meter.watch.words import duration
 from pvclock.payloads import probe
 from qemu_glue.errors import QemuMissing
 
@@ -73,7 +74,7 @@ def _lifecycle(arguments: argparse.Namespace, screen: Screen) -> Report:
     require_programs()
     rows: list[tuple[str, Check]] = []
     for operation, checks in cross_check_lifecycle(arguments.vcpus, screen):
-        screen.show(table(checks, operation, explained=arguments.why))
+        screen.show(table(checks, operation, "as it should be", explained=arguments.why))
         rows += ((operation, check) for check in checks)
     found = {
         "vcpus": arguments.vcpus,
@@ -83,10 +84,18 @@ def _lifecycle(arguments: argparse.Namespace, screen: Screen) -> Report:
         "lifecycle": [{"operation": operation, **as_json(check)} for operation, check in rows],
     }
     named = [(f"{operation}: {check.name}", check) for operation, check in rows]
-    return Report(_show_wrong(named, screen), found)
+    return Report(_show_wrong(named, screen, _all_right(rows)), found)
 
 
-def _show_wrong(checks: list[tuple[str, Check]], screen: Screen) -> bool:
+def _all_right(rows: list[tuple[str, Check]]) -> str:
+    """What is to be said of rows that are as they should be: of QEMU that is not always what a guest wants."""
+    values = (check.figures["qemu"].values for _, check in rows)
+    back_ns = max(worst_ns for each in values if isinstance(worst_ns := each.get("worst_ns", 0), int))
+    seen = f"; QEMU's guest saw its clock go back by up to {duration(back_ns)}" if back_ns else ""
+    return f"All is as it should be{seen}."
+
+
+def _show_wrong(checks: list[tuple[str, Check]], screen: Screen, all_right: str = "All three agree.") -> bool:
     """Show by name which of them disagree, and why they should not; do none?"""
     wrong = [(name, check) for name, check in checks if not check.ok]
     for name, check in wrong:
@@ -94,7 +103,7 @@ def _show_wrong(checks: list[tuple[str, Check]], screen: Screen) -> bool:
     if wrong:
         screen.show(Text(f"{len(wrong)} of {len(checks)} disagree.", style="red"))
     else:
-        screen.show(Text("All three agree.", style="green"))
+        screen.show(Text(all_right, style="green"))
     return not wrong
 
 
@@ -173,9 +182,9 @@ def obstacle() -> str | None:
     return None
 
 
-def table(checks: list[Check], title: str = "", *, explained: bool = False) -> Table:
-    """The rows, with their rules if `explained`."""
-    rows = Table(title, "engine", "kernel", "QEMU", "agree", *["why"] * explained)
+def table(checks: list[Check], title: str = "", judged: str = "agree", *, explained: bool = False) -> Table:
+    """The rows, with their rules if `explained`.  judged: heads the column that says whether they are right."""
+    rows = Table(title, "engine", "kernel", "QEMU", judged, *["why"] * explained)
     for check in checks:
         rows.add_row(check.name, *_texts(check), verdict(check.ok), *[check.why] * explained)
     return rows

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
-from pvclock.errors import VmNotObservable
+from pvclock.errors import VmEnded, VmNotObservable
 from pvclock.host.process import Process
 
-__all__ = ["VmmProcess", "open_vmm"]
+__all__ = ["RunningVm", "VmmProcess", "open_vmm", "running_vms"]
 
 VM: Final = "anon_inode:kvm-vm"
 VCPU: Final = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
@@ -39,6 +40,23 @@ class VmmProcess(NamedTuple):
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.process.close()
+
+
+class RunningVm(NamedTuple):
+    """A VM that runs on this host.  name: its process's."""
+
+    pid: int
+    name: str
+    vcpus: int
+
+
+def running_vms() -> list[RunningVm]:
+    """Those of processes that open_vmm() takes, by pid."""
+    found = []
+    for pid in sorted(int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()):
+        with suppress(VmNotObservable, VmEnded), open_vmm(pid) as vmm:
+            found.append(RunningVm(pid, vmm.process.name, vmm.vcpus))
+    return found
 
 
 def open_vmm(pid: int) -> VmmProcess:

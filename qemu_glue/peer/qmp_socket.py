@@ -21,7 +21,9 @@ BUSY: Final = (
     "another client may have it, for QEMU serves one at a time: start QEMU with a second -qmp, or use --pid, "
     "which needs no monitor; a guest of libvirt: --libvirt"
 )
-NO_FILE: Final = "there is no such file; it is the PATH of QEMU's -qmp unix:PATH,server=on,wait=off"
+NO_FILE: Final = (
+    "there is no such file; it is the PATH of QEMU's -qmp unix:PATH,server=on,wait=off, for only UNIX sockets are taken"
+)
 NOBODY_LISTENS: Final = "nobody listens there: the QEMU that made it has ended"
 NOT_A_SOCKET: Final = "it is not a socket; give the PATH of QEMU's -qmp unix:PATH,server=on,wait=off"
 NOT_QMP: Final = "it is no QMP socket; -monitor makes one for people, -qmp one for programs"

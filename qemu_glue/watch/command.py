@@ -15,14 +15,16 @@ from rich.text import Text
 
 from pvclock import ConfigError, Gpa, Reference
 from pvclock.commands.arguments import duration_s
-from pvclock.commands.report import Report
-from pvclock.commands.screen import Screen
+from pvclock.commands.report import Report, line_json
+from pvclock.commands.screen import Screen, write
+from pvclock.errors import PagesNotFound, PvclockError
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
-    from pvclock.meter.watch.budgets import Budgets
     from pvclock.meter.watch.loop import WatchLoop
     from pvclock.meter.watch.page_finder import PagesFound
     from pvclock.meter.watch.vm import WatchedVm
+    from qemu_glue.watch.beginning import Patience
+    from qemu_glue.watch.instants import Instants
     from qemu_glue.watch.interrupts import Interrupts
     from qemu_glue.watch.views import View
 
@@ -31,20 +33,26 @@ __all__ = ["EXAMPLES", "JSON_LINES", "add_arguments", "run"]
 JSON_LINES: Final = True
 
 EXAMPLES: Final = """\
-  pvclock watch --pid $(pidof -s qemu-system-x86_64)
+  pvclock watch --pid             the only QEMU here
   pvclock watch --qmp SOCKET      QEMU's -qmp unix:SOCKET,server=on,wait=off
   pvclock watch --libvirt DOMAIN  through virsh
   pvclock watch --qmp SOCKET --seconds 60 --max-step 1us --max-drift 100ppb"""
 
 INTERVAL_MAX_MS: Final = 60_000
+THE_ONLY_PID: Final = 0
+"""Stands for the pid of the only VM here."""
+
 GPA_MAX: Final = 1 << 52
+STOPPED: Final = "the guest was stopped when the watch began; if it has not booted so far, have it go on"
+US_PER_S: Final = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     vm = parser.add_mutually_exclusive_group(required=True)
     vm.add_argument("--qmp", metavar="SOCKET", help="the QEMU with this QMP socket")
-    vm.add_argument("--pid", type=_pid, help="the QEMU that is this process; causes of steps are not known then")
+    pid = "the QEMU that is this process (default: the only one here); causes of steps are not known then"
+    vm.add_argument("--pid", type=_pid, nargs="?", const=THE_ONLY_PID, help=pid)
     vm.add_argument("--libvirt", metavar="DOMAIN", help="the QEMU of this domain of libvirt")
     parser.add_argument(
         "--reference",
@@ -53,92 +61,136 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the clock of this host that the guest's is held against (default raw)",
     )
     parser.add_argument("--seconds", type=duration_s, help="how long (default: until Ctrl-C)")
+    wait = "how long to wait for QEMU, its socket and the pages of a guest that boots (default: not at all)"
+    parser.add_argument("--wait", type=duration_s, default=0.0, metavar="SECONDS", help=wait)
     interval = "how often the pages are looked at (default 10; less often where that costs much)"
     parser.add_argument("--interval", type=_interval_s, metavar="MS", help=interval)
     pages = "where a vCPU's page is, vCPU 0's first, if you know it: nothing is searched then"
     parser.add_argument("--page", type=_address, action="append", default=[], metavar="GPA", help=pages)
     parser.add_argument("--max-step", type=_step_ns, metavar="TIME", help="how far a clock may step, such as 1us")
     parser.add_argument("--max-drift", type=_drift_ppb, metavar="RATE", help="how fast it may drift, such as 10ppb")
+    pauses = "a step at a pause that QEMU tells counts by what the guest saw of it"
+    parser.add_argument("--allow-pauses", action="store_true", help=pauses)
     unchanged = "you know that nobody changes the guest's TSC; counts where its offset cannot be read"
     parser.add_argument("--tsc-unchanged", action="store_true", help=unchanged)
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> Report:
     """Watch, show, and hold what was found against the budgets."""
-    from pvclock.meter.watch.budgets import Budgets
+    from qemu_glue.watch.beginning import Interrupted, Patience, opened
     from qemu_glue.watch.interrupts import Interrupts
-    from qemu_glue.watch.target import open_vm
 
-    budgets = Budgets(arguments.max_step, arguments.max_drift, arguments.tsc_unchanged)
-    interrupts = Interrupts()
-    with open_vm(qmp=arguments.qmp, pid=arguments.pid, libvirt=arguments.libvirt) as vm:
-        loop, found = _begun(arguments, screen, vm, interrupts)
-        why_ended = _watched(arguments, screen, loop, found, interrupts)
-        return _report(screen, loop, budgets, why_ended)
+    with Interrupts() as interrupts:
+        patience = Patience(arguments.wait, interrupts)
+        try:
+            with patience.have(lambda: opened(arguments.qmp, arguments.pid, arguments.libvirt)) as vm:
+                loop, found = _begun(arguments, screen, vm, patience, interrupts)
+                return _watched(arguments, screen, loop, found)
+        except Interrupted:
+            screen.tell("pvclock watch: interrupted before the guest's pages were found")
+            raise KeyboardInterrupt from None
 
 
 # Inside
 
 
 def _begun(
-    arguments: argparse.Namespace, screen: Screen, vm: WatchedVm, interrupts: Interrupts
+    arguments: argparse.Namespace, screen: Screen, vm: WatchedVm, patience: Patience, interrupts: Interrupts
 ) -> tuple[WatchLoop, PagesFound]:
     """The watch, with its pages found."""
     from pvclock.meter.watch.loop import WatchLoop
 
     with screen.progress(1.0, "searching the guest's memory") as update:
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            patience.check()
+            update(done_bytes / total_bytes, f"searching {total_bytes >> 20} MiB of guest memory")
+
         loop = WatchLoop(
             vm,
             Reference(arguments.reference),
             wait=interrupts.wait,
             interval_s=arguments.interval,
             given=arguments.page,
-            progress=lambda done, total: update(done / total, f"searching {total >> 20} MiB of guest memory"),
+            progress=progress,
         )
-        return loop, loop.begin()
+        try:
+            return loop, patience.have(loop.begin, lambda _found: loop.finder.doubt is None)
+        except PagesNotFound as error:
+            if vm.is_paused:
+                raise PagesNotFound(error.searched_bytes, error.looked_for, STOPPED) from None
+            raise
 
 
-def _watched(
-    arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound, interrupts: Interrupts
-) -> str | None:
-    """Watch to the end; why the VM ended, if it did."""
+def _watched(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound) -> Report:
+    """Watch to the end, and show what it came to; after an error of a VM that runs, too."""
+    try:
+        why_ended = _looked(arguments, screen, loop, found)
+    except PvclockError:
+        _show_summary(arguments, screen, loop)
+        raise
+    return _report(arguments, screen, loop, why_ended)
+
+
+def _looked(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound) -> str | None:
+    """Show each look; why the VM ended, if it did."""
     from pvclock.meter.watch.loop import VmEnded
+    from qemu_glue.watch.instants import Instants
 
     why_ended = None
-    with interrupts, ExitStack() as resources:
-        view = _view(arguments, screen, loop, found, resources)
+    instants = Instants(loop.host_tsc_hz)
+    with ExitStack() as resources:
+        view = None
         for look in loop.looks(arguments.seconds):
+            # From the line on that tells of the pages, all is seen that becomes of them.
+            view = view or _view(arguments, screen, loop, found, instants, resources)
             view.show(look)
             why_ended = next((each.why for each in look.findings if isinstance(each, VmEnded)), None)
     return why_ended
 
 
 def _view(
-    arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound, resources: ExitStack
+    arguments: argparse.Namespace,
+    screen: Screen,
+    loop: WatchLoop,
+    found: PagesFound,
+    instants: Instants,
+    resources: ExitStack,
 ) -> View:
-    from qemu_glue.watch.instants import Instants
-    from qemu_glue.watch.sentences import pages_in_words
+    from pvclock.meter.watch.words import plain_ns
+    from qemu_glue.watch.sentences import addresses_in_words
     from qemu_glue.watch.views import JsonView, LinesView, LiveView
 
-    instants = Instants(loop.host_tsc_hz)
     if arguments.json:
         return JsonView(loop, instants, found)
     vm = loop.vm
-    screen.show(f"{vm.name}: {pages_in_words(found)}; read by {vm.ram.means} every {loop.interval_s * 1000:.3g} ms")
+    interval = plain_ns(round(loop.interval_s * US_PER_S) * 1000)
+    screen.show(f"{vm.name}: watching {addresses_in_words(found.pages)}, every {interval}")
+    if loop.is_paused:
+        screen.show(Text("The guest is stopped.", "yellow"))
     for lacking, why in (("clock readings", vm.why_no_offsets), ("causes of steps", vm.why_no_events)):
         if why is not None:
             screen.show(Text(f"No {lacking}: {why}", "yellow"))
-    if not loop.finder.is_sure:
-        screen.show(
-            Text("Perhaps firmware left that: it does not lie as Linux's pages do.  Others are searched.", "yellow")
-        )
+    if loop.finder.doubt is not None:
+        screen.show(Text(f"Perhaps not the guest's: {loop.finder.doubt}", "yellow"))
     if screen.can_redraw:
         return LiveView(loop, instants, resources.enter_context(screen.redrawing()))
     return LinesView(screen, instants)
 
 
-def _report(screen: Screen, loop: WatchLoop, budgets: Budgets, why_ended: str | None) -> Report:
+def _show_summary(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop) -> None:
+    """Where there is no report: for people, and as a line of JSON."""
+    from qemu_glue.watch.records import summary_record
+    from qemu_glue.watch.tables import summary_table
+
+    screen.show(summary_table(loop))
+    if arguments.json:
+        write(line_json("watch", {"kind": "summary", **summary_record(loop.watcher.summary)}) + "\n")
+
+
+def _report(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, why_ended: str | None) -> Report:
     """Show what the watch came to, and how its budgets fared."""
+    from pvclock.meter.watch.budgets import Budgets
     from qemu_glue.watch.records import budgets_record, finding_record, rate_records, summary_record, vm_record
     from qemu_glue.watch.tables import summary_table
     from qemu_glue.watch.verdict import EXIT_STATUSES, judged, verdict_in_words
@@ -146,6 +198,9 @@ def _report(screen: Screen, loop: WatchLoop, budgets: Budgets, why_ended: str | 
     screen.show(summary_table(loop))
     if why_ended is not None:
         screen.show(Text("The VM has ended.", "yellow"))
+    if not loop.has_run:
+        screen.show(Text("The guest was stopped all the while.", "yellow"))
+    budgets = Budgets(arguments.max_step, arguments.max_drift, arguments.tsc_unchanged, arguments.allow_pauses)
     verdict = judged(budgets, loop)
     screen.show(*verdict_in_words(verdict))
     found = {

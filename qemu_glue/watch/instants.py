@@ -19,15 +19,15 @@ class Instants:
 
     def __init__(self, tsc_hz: int) -> None:
         self._tsc_hz = tsc_hz
-        self._begin_utc_ns = time.time_ns()
+        self._begin_s = time.monotonic()
 
     def utc_ns(self, at: HostTsc) -> int:
         """UTC at an instant of a moment ago."""
         return time.time_ns() - (read_tsc() - at) * NS_PER_S // self._tsc_hz
 
     def since_begin_s(self, utc_ns: int) -> float:
-        """The time since the watch began."""
-        return (utc_ns - self._begin_utc_ns) / NS_PER_S
+        """The time since the watch began, at an instant of a moment ago; UTC that is set before that does not count."""
+        return time.monotonic() - self._begin_s - (time.time_ns() - utc_ns) / NS_PER_S
 
 
 def utc_text(utc_ns: int) -> str:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from pvclock import Gpa
 from qemu_glue.errors import QmpFailed
-from qemu_glue.watch.session import Session, by_hand
+from qemu_glue.watch.session import Session, hmp
 
 __all__ = ["MtreeRange", "host_address", "ram_ranges", "read_ram_ranges"]
 
@@ -42,7 +42,7 @@ class MtreeRange(NamedTuple):
 
 def read_ram_ranges(session: Session) -> list[MtreeRange]:
     """The RAM of the guest as QEMU has it now; QmpFailed if QEMU does not tell."""
-    ranges = ram_ranges(by_hand(session, "info mtree -f"))
+    ranges = ram_ranges(hmp(session, "info mtree -f"))
     if not ranges:
         raise QmpFailed("info mtree -f", "no RAM in what QEMU says of its guest's memory")
     return ranges
@@ -57,7 +57,7 @@ def ram_ranges(mtree: str) -> list[MtreeRange]:
 
 def host_address(session: Session, gpa: Gpa) -> int:
     """Where in QEMU's own address space the guest's RAM at `gpa` is; QmpFailed if QEMU does not tell."""
-    answer = by_hand(session, f"gpa2hva {gpa:#x}")
+    answer = hmp(session, f"gpa2hva {gpa:#x}")
     found = HOST_ADDRESS.search(answer)
     if found is None:
         raise QmpFailed("gpa2hva", f"QEMU says {answer.strip()!r} of {gpa:#x}")

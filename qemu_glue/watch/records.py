@@ -47,6 +47,7 @@ def vm_record(loop: WatchLoop) -> Mapping[str, object]:
         "vcpus": loop.vm.vcpus,
         "means": loop.vm.ram.means,
         "interval_s": loop.interval_s,
+        "is_paused": loop.is_paused,
         "tsc_hz": loop.vm.tsc_hz,
         "host_tsc_hz": loop.host_tsc_hz,
         "reference": loop.reference,
@@ -77,6 +78,7 @@ def budgets_record(budgets: Budgets, verdict: Verdict | None) -> Mapping[str, ob
         "max_step_ns": _number(budgets.max_step_ns),
         "max_drift_ppb": _number(budgets.max_drift_ppb),
         "tsc_unchanged": budgets.tsc_unchanged,
+        "allow_pauses": budgets.allow_pauses,
         "verdict": None if verdict is None else verdict.status,
         "reasons": [] if verdict is None else verdict.findings,
     }

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
+from typing import Final
 
+from pvclock import Gpa
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
 from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
-from qemu_glue.watch.words import bounded_ns, duration, exact_ns, flags_in_words
+from pvclock.meter.watch.words import bounded_ns, counted, duration, exact_ns, flags_in_words
 
-__all__ = ["cause", "disagreement_in_words", "pages_in_words", "sentences", "step_in_words", "vcpus_in_words"]
+__all__ = [
+    "addresses_in_words",
+    "cause",
+    "disagreement_in_words",
+    "pages_in_words",
+    "sentences",
+    "step_in_words",
+    "vcpus_in_words",
+]
+
+PAGES_SHOWN: Final = 4
 
 
 def sentences(findings: Sequence[Finding]) -> Iterator[tuple[Finding, str]]:
@@ -43,7 +55,16 @@ def pages_in_words(found: PagesFound) -> str:
     """Where the pages are, and how they were found."""
     if found.searched_bytes:
         return f"found in {found.searched_bytes >> 20} MiB of its memory in {found.seconds:.2f} s: {found.why}"
-    return f"pages {found.why}: {', '.join(map(hex, found.pages))}"
+    return f"{addresses_in_words(found.pages)}, {found.why}"
+
+
+def addresses_in_words(pages: Sequence[Gpa | None]) -> str:
+    """Such as "2 pages at 0x201000, 0x201040"; of many, the first and the last."""
+    places = [gpa for gpa in pages if gpa is not None]
+    shown = list(map(hex, places))
+    if len(shown) > PAGES_SHOWN:
+        shown[2:-1] = ["..."]
+    return f"{counted(len(places), 'page')} at {', '.join(shown)}"
 
 
 def _all_but_vcpu(finding: Finding) -> object:
@@ -87,10 +108,14 @@ def step_in_words(step: Step) -> str:
 
 
 def _against_tsc(step: Step) -> str:
+    if step.lines == 0 and step.step_ns is None:
+        return "has its line still, but its TSC was written: perhaps the guest was reset, and reads others"
     if step.lines == 0:
         return f"has its line still, but its TSC was written: that is {exact_ns(step.step_ns or 0)}"
     if step.step_ns is None:
-        return "got a new line: by how much it stepped is unknown, for the guest's TSC was changed"
+        return "got a new line: by how much it stepped is unknown, for the guest's TSC was changed, or may have been"
+    if step.step_ns == 0:
+        return "has its line written anew, without a step"
     said = f"stepped by {exact_ns(step.step_ns, step.bound_ns or 1)} against the TSC"
     return said if step.basis is TscBasis.OFFSETS else f"{said} (if its TSC was not changed)"
 
@@ -99,10 +124,10 @@ def disagreement_in_words(found: Disagreement) -> str:
     """Which page was ahead, by how much, for how long, and what that was for a reader."""
     ahead = exact_ns(found.by_ns, found.bound_ns).removeprefix("+")
     how_long = f"for at least {duration(found.least_ns)}" if found.least_ns else "at one look"
-    said = (
-        f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, {how_long}: "
-        "a clock that was read by it went back by as much"
-    )
+    reader = "a clock that was read by it went back by as much"
+    if found.is_stale:
+        reader = f"vCPU {found.behind or found.ahead} does not run, so its page is stale, and nobody reads it"
+    said = f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, {how_long}: {reader}"
     return "; ".join([said, *_causes(found.events)])
 
 

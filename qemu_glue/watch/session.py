@@ -1,4 +1,4 @@
-"""A talk with the monitor of a running QEMU, however it is reached: its QMP socket, or libvirt."""
+"""A session with the monitor of a running QEMU, however it is reached: its QMP socket, or libvirt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from qemu_glue.peer.monitor import QmpEvent
 
-__all__ = ["Session", "by_hand"]
+__all__ = ["Session", "hmp"]
 
 
 class Session(Protocol):
@@ -24,9 +24,9 @@ class Session(Protocol):
         """What QEMU told since the last call, oldest first."""
 
     def close(self) -> None:
-        """End the talk; QEMU runs on."""
+        """End the session; QEMU runs on."""
 
 
-def by_hand(session: Session, line: str) -> str:
+def hmp(session: Session, line: str) -> str:
     """What QEMU answers to a line of its monitor for people (HMP)."""
     return str(session.execute("human-monitor-command", {"command-line": line}))

@@ -10,8 +10,8 @@ from pvclock.meter.watch.changes import Disagreement, Step
 from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.rate import PageRate
 from pvclock.meter.watch.summary import WatchSummary
+from pvclock.meter.watch.words import about_ns, bounded_ns, counted, duration, flags_in_words, rate_in_words, reading
 from qemu_glue.watch.sentences import disagreement_in_words, step_in_words
-from qemu_glue.watch.words import about_ns, bounded_ns, duration, flags_in_words, rate_in_words, reading
 
 __all__ = ["rates_in_words", "summary_table", "vcpu_table"]
 
@@ -24,7 +24,7 @@ def vcpu_table(loop: WatchLoop, look: Look, last_steps: dict[int, Step], rows: i
     for vcpu, (gpa, ns) in list(enumerate(zip(loop.finder.pages, readings, strict=True)))[:rows]:
         info, rate = loop.infos.get(vcpu), rates.get(vcpu)
         table.add_row(
-            *(f"{vcpu}", f"{gpa:#x}"),
+            *(f"{vcpu}", "-" if gpa is None else f"{gpa:#x}"),
             *(("-", "-") if info is None else (f"{info.version}", flags_in_words(info.flags))),
             "-" if ns is None else reading(GuestNs(ns)),
             _rate(rate),
@@ -51,13 +51,14 @@ def rates_in_words(rates: dict[int, PageRate]) -> str:
 
 
 def _counts(summary: WatchSummary) -> Iterator[tuple[str, str]]:
-    yield "watched for", f"{duration(summary.duration_ns)}, {summary.polls:,} polls"
+    yield "watched for", f"{duration(summary.duration_ns)}, {counted(summary.polls, 'poll')}"
     if summary.stalls:
         yield "stalls", f"{summary.stalls}, {duration(summary.longest_stall_ns)} the longest"
     unknown = f", {summary.unknown} of them unknown" * bool(summary.unknown)
-    yield "new lines", f"{summary.lines:,}, in {summary.steps:,} steps{unknown}" if summary.steps else "none: no step"
+    steps = f"{summary.lines:,}, in {counted(summary.steps, 'step')}{unknown}"
+    yield "new lines", steps if summary.steps else "none: no step"
     if summary.restarts or summary.pages_lost:
-        yield "pages", f"lost {summary.pages_lost} times, found again in other places {summary.restarts} times"
+        yield "pages", f"lost {counted(summary.pages_lost, 'time')}, others found {counted(summary.restarts, 'time')}"
 
 
 def _greatest(summary: WatchSummary) -> Iterator[tuple[str, str]]:

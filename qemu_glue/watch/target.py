@@ -27,7 +27,7 @@ OUT_OF_SIGHT: Final = VmNotObservable(0, "QEMU's own number is not known here: i
 class QemuVm:
     """A WatchedVm that is a QEMU; open_vm() makes it.
 
-    resources: all that it lets go of at its end.  session: a talk with its monitor, if there is one.  vmm: its process,
+    resources: all that it lets go of at its end.  session: with its monitor, if there is one.  vmm: its process,
     or why that cannot be looked at.  program: of what version, for people.
     """
 
@@ -49,6 +49,7 @@ class QemuVm:
         self.name = _name(program, vmm, vcpus)
         self.vcpus = vcpus
         self.tsc_hz = tsc_hz
+        self.is_paused = None if session is None else not session.execute("query-status")["running"]
         self.ram = ram
         self._offset_files, self.why_no_offsets = _offset_files(vmm, vcpus)
         self.why_no_events = NO_MONITOR if session is None else session.why_no_events

@@ -10,21 +10,22 @@ from rich.text import Text
 from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus, judge
 from pvclock.meter.watch.loop import WatchLoop
 
-__all__ = ["EXIT_STATUSES", "judged", "verdict_in_words"]
+__all__ = ["EXIT_STATUSES", "NEVER_RAN", "judged", "verdict_in_words"]
 
-PERHAPS_FIRMWARES: Final = "what was watched may be a page that firmware left, for it does not lie as Linux's do"
+NEVER_RAN: Final = "the guest was stopped all the while"
 EXIT_STATUSES: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, VerdictStatus.UNDECIDED: 2}
 
 
 def judged(budgets: Budgets, loop: WatchLoop) -> Verdict | None:
     """The verdict; None without budgets.
 
-    What was passed is undecided if the guest's pages were not to be seen at the end, or may not have been those, or if
-    the host's TSC, by which all is measured, was wrong.
+    What was passed is undecided if the guest never ran, if its pages were not to be seen at the end, or may not have
+    been those, or if the host's TSC, by which all is measured, was wrong.
     """
     if budgets.max_step_ns is None and budgets.max_drift_ppb is None:
         return None
-    verdict = judge(budgets, loop.watcher.summary, loop.rates())
+    watcher = loop.watcher
+    verdict = judge(budgets, watcher.summary_as_seen if budgets.allow_pauses else watcher.summary, loop.rates())
     doubts = list(_doubts(loop))
     if verdict.status is VerdictStatus.BROKEN or not doubts:
         return verdict
@@ -45,8 +46,11 @@ def verdict_in_words(verdict: Verdict | None) -> Iterator[Text]:
 
 
 def _doubts(loop: WatchLoop) -> Iterator[str]:
+    if not loop.has_run:
+        yield NEVER_RAN
     if loop.finder.is_searching:
         yield "the pages were not found again before the end"
-    elif not loop.finder.is_sure:
-        yield f"{PERHAPS_FIRMWARES}; if you know that it is the guest's, say --page {loop.finder.pages[0]:#x}"
+    elif loop.finder.doubt is not None:
+        known = f"if you know where the guest's pages are, say so, such as --page {loop.finder.places[0]:#x}"
+        yield f"{loop.finder.doubt}; {known}"
     yield from (f"the host's TSC could not be trusted: {trouble.why}" for trouble in loop.troubles if trouble.unstable)

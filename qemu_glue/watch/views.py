@@ -16,12 +16,12 @@ from pvclock.commands.screen import Screen, write
 from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
-from pvclock.meter.watch.vm import VmEvent, VmEventKind
+from pvclock.meter.watch.vm import VmEvent
+from pvclock.meter.watch.words import counted, duration, time_of_day
 from qemu_glue.watch.instants import Instants, utc_text
 from qemu_glue.watch.records import finding_record, rate_records, vm_record
 from qemu_glue.watch.sentences import sentences
 from qemu_glue.watch.tables import vcpu_table
-from qemu_glue.watch.words import duration, time_of_day
 
 __all__ = ["JsonView", "LinesView", "LiveView", "View"]
 
@@ -47,6 +47,7 @@ class JsonView:
 
     def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound) -> None:
         self._loop, self._instants = loop, instants
+        self._begin_s = time.monotonic()
         self._next_rates_s = RATES_FIRST_S
         self._write({**finding_record(found), **vm_record(loop)}, time.time_ns())
 
@@ -54,10 +55,11 @@ class JsonView:
         """See View."""
         for finding in look.findings:
             self._write(finding_record(finding), _utc_ns(finding, look.poll.end, self._instants))
-        now_ns = time.time_ns()
-        if self._instants.since_begin_s(now_ns) >= self._next_rates_s:
+        if time.monotonic() - self._begin_s >= self._next_rates_s:
             self._next_rates_s += min(self._next_rates_s, RATES_MAX_S)
-            self._write({"kind": "rate", "reference": self._loop.reference, "rates": rate_records(self._loop)}, now_ns)
+            self._write(
+                {"kind": "rate", "reference": self._loop.reference, "rates": rate_records(self._loop)}, time.time_ns()
+            )
 
     def _write(self, record: Mapping[str, object], at_utc_ns: int) -> None:
         when = {"at_s": self._instants.since_begin_s(at_utc_ns), "utc": utc_text(at_utc_ns)}
@@ -84,13 +86,9 @@ class LiveView:
         self._told: deque[Text] = deque(maxlen=KEPT)
         self._last_steps: dict[int, Step] = {}
         self._next_draw_s = 0.0
-        self._is_stopped = False
 
     def show(self, look: Look) -> None:
         """See View."""
-        for event in look.poll.events:
-            if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
-                self._is_stopped = event.kind is VmEventKind.STOP
         self._told += _told(look, self._instants)
         if any(isinstance(finding, PagesFound) for finding in look.findings):
             self._last_steps, self._next_draw_s = {}, 0.0  # other pages than this look's
@@ -105,14 +103,14 @@ class LiveView:
         yield vcpu_table(self._loop, look, self._last_steps, rows)
         hidden = len(self._loop.finder.pages) - rows
         if hidden > 0:
-            yield f"and {hidden} vCPUs more"
+            yield f"and {counted(hidden, 'vCPU')} more"
         yield from self._told
         yield Text("; ".join(self._state()), "dim")
 
     def _state(self) -> Iterator[str]:
         summary = self._loop.watcher.summary
-        yield f"watched for {duration(summary.duration_ns)}, {summary.polls:,} polls"
-        yield from ["the guest is stopped"] * self._is_stopped
+        yield f"watched for {duration(summary.duration_ns)}, {counted(summary.polls, 'poll')}"
+        yield from ["the guest is stopped"] * bool(self._loop.is_paused)
         yield from ["its pages are searched again"] * self._loop.finder.is_searching
         yield "Ctrl-C ends"
 
@@ -131,7 +129,8 @@ def _utc_ns(finding: Finding, now: HostTsc, instants: Instants) -> int:
         return finding.utc_ns
     if isinstance(finding, PagesFound | HostTrouble | VmEnded):
         return instants.utc_ns(now)
-    return instants.utc_ns(finding.at)
+    begin_ns = finding.least_ns if isinstance(finding, Disagreement) else 0
+    return instants.utc_ns(finding.at) - begin_ns
 
 
 def _style(finding: Finding) -> str:

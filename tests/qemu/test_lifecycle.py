@@ -18,6 +18,7 @@ from pvclock.meter.lifecycle.measures import is_stable, offset_changes, steps_ns
 from pvclock.meter.lifecycle.observe import Look, Observed, observe_operation
 from pvclock.meter.lifecycle.operations import Operation, operations
 from pvclock.meter.machine_guest import MachineGuest
+from pvclock.meter.watch.words import duration
 from pvclock.payloads import clockprobe
 from qemu_glue import QemuExited, QmpFailed, lifecycle
 from qemu_glue.guest import QemuGuest
@@ -114,6 +115,22 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         assert row["operation"] == "save, load in a new VM, cont"
         assert row["kernel"]["text"] == "-"
         assert "our machine saves the engine's clock only" in row["why"]
+
+
+@pytest.mark.row("E3")
+def test_a_clock_of_qemu_that_went_back_is_told(
+    observed: dict[str, dict[str, Observed]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is as it should be with KVM's clock, so no row is wrong; and the last line is the place where it is read."""
+    seen = observed[STOP.name]
+    back = record(backward_cross=7, worst_back_ns=1_234_500)(seen["qemu"])
+    checks = compare_operation(STOP.kind, [seen["engine"], seen["kernel"], back], {})
+    monkeypatch.setattr(lifecycle, "cross_check_lifecycle", lambda *_: [(STOP.name, checks)])
+    assert crosscheck(monkeypatch, "--lifecycle") == 0
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert "as it should be" in first
+    furthest = duration(max(it.worst_back_ns for it in back.after.records))
+    assert last == f"All is as it should be; QEMU's guest saw its clock go back by up to {furthest}."
 
 
 @pytest.mark.row("E3")

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pvclock import Reference, read_tsc
 from pvclock.commands import main
+from pvclock.commands.screen import write
+from pvclock.host.vmm_process import running_vms
 from pvclock.meter.findings import await_reading, shown_by, vcpu0_reading
 from pvclock.meter.watch.changes import Step
 from pvclock.meter.watch.loop import Finding, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.payloads import clockprobe, probe
+from qemu_glue import QmpFailed
 from qemu_glue.peer.launch import Qemu
 from qemu_glue.watch.interrupts import Interrupts
-from qemu_glue.watch.target import open_vm
+from qemu_glue.watch.target import QemuVm, open_vm
 from tests.command_line import ROOT, in_terminal
 from tests.qemu.running_qemu import FEATURES, RunningQemu, running_qemu
 from tests.qemu.watch_process import watching
@@ -60,8 +69,9 @@ def first(findings: Iterator[Finding], wanted: Callable[[Finding], bool]) -> Fin
 
 
 def findings_of(loop: WatchLoop) -> Iterator[Finding]:
-    """Give all findings, as they are made; each look is made when it is asked for."""
-    return (finding for look in loop.looks() for finding in look.findings)
+    """Give all findings, as they are made; the first look is made now, and each other when it is asked for."""
+    looks = loop.looks()
+    return (finding for look in chain([next(looks)], looks) for finding in look.findings)
 
 
 def test_the_step_at_a_pause_is_what_the_guest_saw(running: RunningQemu) -> None:
@@ -73,7 +83,9 @@ def test_the_step_at_a_pause_is_what_the_guest_saw(running: RunningQemu) -> None
     with open_vm(qmp=str(running.qmp)) as vm:
         loop = WatchLoop(vm, Reference.RAW, wait=no_wait)
         assert loop.begin().pages == tuple(PAGES)
-        findings = findings_of(loop)
+        looks = loop.looks()
+        next(looks)
+        findings = (finding for look in looks for finding in look.findings)
         memory = running.qemu.memory
         page = running.pages()[0]
         tsc, ns = vcpu0_reading(memory, nullcontext)
@@ -189,7 +201,7 @@ def test_a_budget_for_steps(
     assert main([*watch, *(text for gpa in PAGES for text in ("--page", hex(gpa)))]) == status
     output = capsys.readouterr().out
     assert said in output
-    assert "pages as given: 0x201000, 0x201040" in output
+    assert "watching 2 pages at 0x201000, 0x201040, every 10 ms" in output
 
 
 def await_version(running: RunningQemu, version: int) -> None:
@@ -215,7 +227,99 @@ def test_a_guest_without_a_clock(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert main(["watch", "--qmp", str(qmp)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pvclock watch: no pvclock page in ")
-    assert "the guest has no kvmclock" in line
+    assert line.endswith("the guest was stopped when the watch began; if it has not booted so far, have it go on")
+
+
+def test_a_guest_that_is_stopped(running: RunningQemu, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said, and no budget is kept by it."""
+    running.qemu.pause()
+    watch = ["watch", "--qmp", str(running.qmp), "--seconds", "0.05", "--max-step", "1s"]
+    assert main(watch) == 2
+    output = capsys.readouterr().out
+    assert "The guest is stopped." in output
+    assert "  the guest was stopped all the while" in output
+    assert main([*watch, "--json"]) == 2
+    found, *_, report = map(json.loads, capsys.readouterr().out.splitlines())
+    assert found["is_paused"] is report["result"]["is_paused"] is True
+
+
+def test_what_follows_the_first_line_is_seen(
+    running: RunningQemu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line that tells of the pages comes after the first look at them: a step at that moment is one."""
+    script(monkeypatch, lambda: await_version(running, 4))
+
+    def pausing(text: str) -> None:
+        write(text)
+        if '"kind": "found"' in text:
+            running.qemu.pause()
+            running.qemu.resume()
+
+    monkeypatch.setattr("qemu_glue.watch.views.write", pausing)
+    assert main(["watch", "--qmp", str(running.qmp), "--json"]) == 0
+    *_, report = map(json.loads, capsys.readouterr().out.splitlines())
+    assert report["result"]["summary"]["backward"]["step_ns"] < 0
+
+
+def test_an_error_amid_a_watch(
+    running: RunningQemu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was found so far is told before it, in JSON, too; exit status 2."""
+    monkeypatch.setattr("pvclock.meter.watch.loop.END_LIMIT_S", 0.05)
+
+    def fail(_vm: object) -> None:
+        raise QmpFailed("query-status", "no answer within 10 s")
+
+    for as_json in ([], ["--json"]):
+        with monkeypatch.context() as patch:
+            script(patch, running.qemu.pause, partial(patch.setattr, QemuVm, "take_events", fail))
+            assert main(["watch", "--qmp", str(running.qmp), *as_json]) == 2
+        running.qemu.resume()
+        told = capsys.readouterr()
+        if as_json:
+            *_, summary, report = map(json.loads, told.out.splitlines())
+            assert summary.keys() - {"schema", "kind"} == documented_keys()["summary"]
+            assert summary["polls"] == 2
+            assert report["error"]["message"] == "QMP query-status: no answer within 10 s"
+        else:
+            assert "2 polls" in told.out
+            assert told.err == "pvclock watch: QMP query-status: no answer within 10 s\n"
+
+
+def test_a_watch_may_be_there_first(tmp_path: Path) -> None:
+    """With --wait it waits for the socket and for the guest's pages."""
+    with ExitStack() as resources, ThreadPoolExecutor(1) as beside:
+        begun = beside.submit(lambda: resources.enter_context(running_qemu(tmp_path)))
+        assert main(["watch", "--qmp", str(tmp_path / "qmp"), "--wait", f"{HANG_S:g}", "--seconds", "0.05"]) == 0
+        begun.result()
+
+
+def test_ctrl_c_before_the_pages_are_found(
+    running: RunningQemu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A search ends then, in one sentence."""
+
+    def interrupted(**names: Any) -> QemuVm:  # noqa: ANN401  # as open_vm() has them
+        os.kill(os.getpid(), signal.SIGTERM)
+        return open_vm(**names)
+
+    monkeypatch.setattr("qemu_glue.watch.beginning.open_vm", interrupted)
+    assert main(["watch", "--qmp", str(running.qmp)]) == 130
+    assert capsys.readouterr().err == "pvclock watch: interrupted before the guest's pages were found\n"
+
+
+def test_which_process(
+    running: RunningQemu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong one brings the list of those that there are; of only one, no number is needed."""
+    ours = f"{running.qemu.pid} (qemu-system-x86, 2 vCPUs)"
+    assert main(["watch", "--pid", str(os.getpid())]) == 2
+    assert ours in capsys.readouterr().err
+    (vm,) = (vm for vm in running_vms() if vm.pid == running.qemu.pid)
+    for vms, status, said in (([vm], 0, "watching 2 pages"), ([vm, vm], 2, f"{ours}, {ours}"), ([], 2, "no process")):
+        monkeypatch.setattr("qemu_glue.watch.beginning.running_vms", lambda vms=vms: vms)
+        assert main(["watch", "--seconds", "0.05", "--pid"]) == status
+        assert said in "".join(capsys.readouterr())
 
 
 def spinning_image() -> bytes:
@@ -244,14 +348,16 @@ def test_a_running_guest_that_has_no_kvmclock(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_what_is_no_page(running: RunningQemu, capsys: pytest.CaptureFixture[str]) -> None:
-    """An address at which there is none is refused, as are more pages than vCPUs."""
+    """An address at which there is none is refused, as are more pages than vCPUs, and fewer."""
     watch = ["watch", "--qmp", str(running.qmp), "--page"]
-    assert main([*watch, "0x200000"]) == 2
+    assert main([*watch, "0x200000", "--page", "0x200040"]) == 2
     assert (
         "there is no pvclock page at 0x200000; without --page the guest's memory is searched" in capsys.readouterr().err
     )
     assert main([*watch, "0", "--page", "0", "--page", "0"]) == 2
     assert "3 pages of 2 vCPUs" in capsys.readouterr().err
+    assert main([*watch, hex(PAGES[0])]) == 2
+    assert "1 page of 2 vCPUs; give each vCPU's, or none" in capsys.readouterr().err
 
 
 def test_a_page_above_2_gib_by_the_process_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,11 +365,11 @@ def test_a_page_above_2_gib_by_the_process_alone(capsys: pytest.CaptureFixture[s
     with Qemu(clockprobe(), features=FEATURES, vcpus=2, cmdline="cpus=2", memory_bytes=3 << 30) as qemu:
         await_reading(qemu.memory, 2, lambda: False, lambda: qemu.console)
         watch = ["watch", "--pid", str(qemu.pid)]
-        assert main([*watch, "--page", "0x100000000"]) == 2
+        assert main([*watch, "--page", "0x100000000", "--page", "0x100000040"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith("where a process alone does not tell what lies; name its VM by QMP or libvirt")
         assert main([*watch, "--seconds", "0.1"]) == 0
-        assert f"2 pages 64 bytes apart from {PAGES[0]:#x}" in capsys.readouterr().out
+        assert f"2 vCPUs' pages at {PAGES[0]:#x}" in capsys.readouterr().out
 
 
 OUR_MACHINE = """
@@ -292,9 +398,15 @@ def test_a_machine_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_in_a_terminal(tmp_path: Path) -> None:
-    """A table that is redrawn, and the summary in its place; within the terminal's width, and no word cut."""
+    """A table that is redrawn, and the summary in its place; within the terminal's width, and no word cut.
+
+    A terminal that cannot redraw gets lines, as a pipe does.
+    """
     with running_qemu(tmp_path, vcpus=1) as running:
         shown = in_terminal("watch", "--qmp", str(running.qmp), "--seconds", "0.6", columns=80, TERM="xterm")
+        lines_only = in_terminal("watch", "--qmp", str(running.qmp), "--seconds", "0.1")
+    assert "\x1b" not in lines_only
+    assert "none: no step" in lines_only
     shown = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     drawn, _, summary = shown.rpartition(SHOW_CURSOR)
     assert "Ctrl-C ends" in drawn
@@ -303,11 +415,3 @@ def test_in_a_terminal(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 80
     for word in ("vCPU", "version", "reading", "0x201000", "stable"):
         assert re.search(rf"[│┃] *{word} *[│┃]", drawn)
-
-
-def test_in_a_terminal_that_takes_lines_only(tmp_path: Path) -> None:
-    """What cannot be redrawn gets lines, as a pipe does."""
-    with running_qemu(tmp_path, vcpus=1) as running:
-        shown = in_terminal("watch", "--qmp", str(running.qmp), "--seconds", "0.3")
-    assert "\x1b" not in shown
-    assert "none: no step" in shown

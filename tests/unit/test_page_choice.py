@@ -87,6 +87,22 @@ def test_a_page_that_changes_while_it_is_polled() -> None:
     assert (choice.pages, choice.is_settled) == ((LINUX,), True)
 
 
+OLD, NEW = Gpa(0x20_1000), Gpa(0x30_0000)
+
+
+def test_pages_of_the_boot_before() -> None:
+    """RAM is not cleared by a reboot: of two that lie as Linux's do the one that moves is live, whatever its line."""
+    ram = ram_with({OLD: line(8, 10**11)._replace(system_time=GuestNs(10**12)), NEW: line(2, 10**9)})
+    choice = PageChoice.of(find_pages(ram, 1, TERMS), TERMS)
+    assert (choice.pages, [each.places for each in choice.rivals]) == ((OLD,), [(NEW,)])
+    old = line(8, 10**11)._replace(system_time=GuestNs(10**12))
+    choice = choice.after([old, line(2, 10**9)])
+    assert not choice.has_moved
+    choice = choice.after([old, line(4, 2 * 10**9)])
+    assert (choice.pages, choice.rivals, choice.has_moved) == ((NEW,), (), True)
+    assert not choice.anew().has_moved
+
+
 def test_several_others_move() -> None:
     """Those stay possible, in their order, until the first of them moves again."""
     choice = chosen_of([SEABIOS, Gpa(0x5000), Gpa(0x9000)])

@@ -15,9 +15,9 @@ SEABIOS = 0xE8C20
 LINUX = 0x1_3A7D_B000
 
 
-def candidates(*places: int, tsc: int = 100) -> list[Candidate]:
+def candidates(*places: int, ns: int = 100, tsc: int = 5) -> list[Candidate]:
     """Places that hold one line."""
-    info = TimeInfo(2, GuestTsc(tsc), GuestNs(5), 1 << 31, 0, 1)
+    info = TimeInfo(2, GuestTsc(tsc), GuestNs(ns), 1 << 31, 0, 1)
     return [Candidate(Gpa(gpa), info) for gpa in places]
 
 
@@ -26,17 +26,22 @@ def array(gpa: int, count: int, stride: int = 64) -> list[int]:
     return [gpa + number * stride for number in range(count)]
 
 
-def likeliest(found: list[Candidate], vcpus: int) -> list[int]:
-    """The first set."""
-    return list(page_sets(found, vcpus)[0].pages)
+def likeliest(found: list[Candidate], vcpus: int) -> list[int | None]:
+    """The first set, as far as its last vCPU that has a page."""
+    pages: list[int | None] = list(page_sets(found, vcpus)[0].pages)
+    assert len(pages) == vcpus
+    while pages[-1] is None:
+        pages.pop()
+    return pages
 
 
 @pytest.mark.parametrize("vcpus", [1, 2, 3, 63, 64])
 def test_linuxs_array_and_seabioss_place(vcpus: int) -> None:
     """One entry for each vCPU from the beginning of a memory page; what the firmware left is the other set."""
     sets = page_sets(candidates(SEABIOS, *array(LINUX, vcpus)), vcpus)
-    assert [list(each.pages) for each in sets] == [array(LINUX, vcpus), [SEABIOS]]
-    assert sets[1].how_they_lie == "one page at 0xe8c20, aligned to 32 bytes"
+    assert [list(each.places) for each in sets] == [array(LINUX, vcpus), [SEABIOS]]
+    assert [each.is_as_linuxs for each in sets] == [True, False]
+    assert sets[1].how_it_lies == "one page at 0xe8c20, aligned to 32 bytes"
 
 
 @pytest.mark.parametrize("vcpus", [65, 66, 128, 200])
@@ -54,6 +59,32 @@ def test_some_of_the_vcpus_are_not_up() -> None:
     assert likeliest(candidates(SEABIOS, *array(LINUX, 64), 0x5040), 70) == array(LINUX, 64)
 
 
+@pytest.mark.parametrize("vcpus", [4, 64, 65, 70, 200])
+def test_a_vcpu_that_is_off_leaves_a_hole(vcpus: int) -> None:
+    """Whichever it is but vCPU 0, and in a second array, too: the others keep their numbers."""
+    whole = array(LINUX, min(vcpus, 64)) + array(0x8000_0000, max(vcpus - 64, 0))
+    for off in {1, 2, 63, 64, 66, vcpus - 2} & set(range(1, vcpus - 1)):
+        pages = [None if vcpu == off else gpa for vcpu, gpa in enumerate(whole)]
+        assert likeliest(candidates(SEABIOS, *(gpa for gpa in pages if gpa is not None)), vcpus) == pages
+
+
+def test_a_copy_is_no_page_of_a_vcpu_that_is_off() -> None:
+    """However it is aligned, and of one line with vCPU 0's page."""
+    for copy in (0x10_0000, 0x10_0040, LINUX + 2 * 4096):
+        first = min(copy - copy % 4096, LINUX) if copy % 4096 == 0 else LINUX
+        assert likeliest(candidates(LINUX, copy), 2) == [first]
+    assert page_sets(candidates(LINUX, LINUX + 128, LINUX + 192), 4)[0].how_it_lies.startswith(
+        "3 pages 64 bytes apart from 0x13a7db000"
+    )
+
+
+def test_both_arrays_are_of_one_boot() -> None:
+    """That of an earlier kernel may lie nearer, and be the fuller one."""
+    old = candidates(*array(0x5000, 64), *array(0x9000, 64), ns=50)
+    new = array(LINUX, 64), array(0x8000_0000, 6)
+    assert likeliest(old + candidates(*new[0], *new[1]), 70) == new[0] + new[1]
+
+
 @pytest.mark.parametrize("stride", [64, 32, 4096])
 @pytest.mark.parametrize("gpa", [0x5000, 0x5040, 0x5008])
 def test_other_arrays(gpa: int, stride: int) -> None:
@@ -69,26 +100,26 @@ def test_an_aligned_array_comes_first() -> None:
 
 
 def test_of_two_alike_that_with_the_newest_line() -> None:
-    """What the kernel before a kexec left is older; without a newer one, the first."""
+    """What the kernel before a reboot left is older, though its TSC was further; without a newer one, the first."""
     old, new = array(0x5000, 2), array(0x9000, 2)
-    assert likeliest(candidates(*old) + candidates(*new, tsc=101), 2) == new
-    assert likeliest(candidates(*old, tsc=101) + candidates(*new), 2) == old
+    assert likeliest(candidates(*old, tsc=10**12) + candidates(*new, ns=101), 2) == new
+    assert likeliest(candidates(*old, ns=101) + candidates(*new, tsc=10**12), 2) == old
     assert likeliest(candidates(*new, *old), 2) == old
 
 
 def test_places_without_order() -> None:
-    """As many as there are vCPUs, of one alignment: each is one's; else nothing says so, and the best is vCPU 0's."""
-    assert likeliest(candidates(SEABIOS, 0x5000, 0x9000, 0xF000), 3) == [0x5000, 0x9000, 0xF000]
+    """Nothing says whose each is, so the best is vCPU 0's."""
+    assert likeliest(candidates(SEABIOS, 0x5000, 0x9000, 0xF000), 3) == [0x5000]
     assert likeliest(candidates(SEABIOS, 0x5000, 0x9000), 3) == [0x5000]
     assert likeliest(candidates(SEABIOS, 0x5004), 1) == [SEABIOS]
 
 
 @settings(max_examples=50)
-@given(st.sets(st.integers(0, 300).map(lambda word: word * 32), max_size=40), st.integers(1, 70))
+@given(st.sets(st.integers(0, 300).map(lambda word: word * 32), max_size=40), st.integers(1, 200))
 def test_no_place_is_in_two_sets(places: set[int], vcpus: int) -> None:
     """Whatever there is, each set is of places that are there and of no more than there are vCPUs."""
     sets = page_sets(candidates(*places), vcpus)
-    chosen = [gpa for each in sets for gpa in each.pages]
+    chosen = [gpa for each in sets for gpa in each.places]
     assert len(chosen) == len(set(chosen))
     assert set(chosen) <= places
     assert all(0 < len(each.pages) <= vcpus for each in sets)
@@ -98,6 +129,6 @@ def test_no_place_is_in_two_sets(places: set[int], vcpus: int) -> None:
 def test_how_pages_lie_is_told() -> None:
     """For people."""
     (two,) = page_sets(candidates(*array(LINUX, 2)), 2)
-    assert two.how_they_lie == "2 pages 64 bytes apart from 0x13a7db000, aligned to 4096 bytes"
+    assert two.how_it_lies == "2 pages 64 bytes apart from 0x13a7db000, aligned to 4096 bytes"
     (many,) = page_sets(candidates(*array(LINUX, 64), 0x8000), 65)
-    assert many.how_they_lie.startswith("65 pages in more than one place from 0x13a7db000")
+    assert many.how_it_lies.startswith("65 pages in more than one place from 0x13a7db000")

@@ -34,9 +34,9 @@ def a_step(step_ns: int | None, basis: TscBasis = TscBasis.OFFSETS, lines: int =
     return Step(HostTsc(9), HostTsc(8), 1, LINE, OTHER, lines, basis, step_ns, bound_ns, None, None, (STOP,))
 
 
-def apart(by_ns: int, basis: TscBasis = TscBasis.OFFSETS) -> Disagreement:
+def apart(by_ns: int, basis: TscBasis = TscBasis.OFFSETS, bound_ns: int = 2) -> Disagreement:
     """Return a disagreement of vCPUs 0 and 1."""
-    return Disagreement(HostTsc(9), 0, 1, by_ns, 2, 70, (), basis)
+    return Disagreement(HostTsc(9), 0, 1, by_ns, bound_ns, 70, (), basis)
 
 
 def summary_of(*changes: Step | Disagreement | PageLost, polls: int = 2) -> WatchSummary:
@@ -105,6 +105,11 @@ def test_what_is_no_rate(text: str) -> None:
         ([a_step(10**9, TscBasis.ASSUMED)], UNDECIDED),
         ([a_step(0, TscBasis.ASSUMED)._replace(after=LINE._replace(version=4))], PASSED),
         ([a_step(103, lines=0)], BROKEN),
+        ([a_step(40, bound_ns=500), a_step(50)], UNDECIDED),
+        ([a_step(-40, bound_ns=500), a_step(-50)], UNDECIDED),
+        ([a_step(300, bound_ns=1), a_step(400, bound_ns=390)], BROKEN),
+        ([apart(40, bound_ns=500), apart(50)], UNDECIDED),
+        ([apart(300, bound_ns=1), apart(400, bound_ns=390)], BROKEN),
         ([PageLost(HostTsc(9), 1, "")], UNDECIDED),
         ([apart(98)], PASSED),
         ([apart(99)], UNDECIDED),
@@ -154,9 +159,45 @@ def test_the_finding_says_what_broke_it_and_by_how_much() -> None:
     judged = step_verdict(1000, a_step(5000), a_step(-1_035_000_123), a_step(None, TscBasis.CHANGED), apart(4000))
     assert judged.status is BROKEN
     assert judged.findings == [
-        "vCPU 1's clock stepped by -1035000123 ns (within 2 ns), at stop: 1.034999123 s more than 1 us",
-        "vCPU 0's page was 4000 ns (within 2 ns) ahead of vCPU 1's, for 70 ns at least: 3 us more than 1 us",
+        "vCPU 1's clock stepped by -1.035 000 123 s (within 2 ns), at stop: 1.035 s more than 1 us",
+        "vCPU 0's page was 4.000 us (within 2 ns) ahead of vCPU 1's, for 70 ns at least: 3.000 us more than 1 us",
     ]
+
+
+RESUME = VmEvent(VmEventKind.RESUME, 10**9)
+PAUSE = a_step(-(10**9))._replace(seen_ns=-70, seen_bound_ns=20, events=(STOP, RESUME))
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ([PAUSE], PASSED),
+        ([PAUSE._replace(seen_ns=-90)], UNDECIDED),
+        ([PAUSE._replace(seen_ns=-130)], BROKEN),
+        ([PAUSE._replace(seen_ns=None, seen_bound_ns=None)], UNDECIDED),
+        ([PAUSE, a_step(103)._replace(events=())], BROKEN),
+        ([PAUSE, apart(103)], BROKEN),
+        ([PAUSE._replace(basis=TscBasis.ASSUMED)], UNDECIDED),
+    ],
+)
+def test_pauses_may_be_allowed(changes: list[Step | Disagreement], status: VerdictStatus) -> None:
+    """By what the guest saw of each; all else counts as ever, and a pause by the TSC where they are not."""
+    tally = Tally()
+    for _ in range(2):
+        tally.note_poll(0)
+    tally.note(changes)
+    assert judge(Budgets(Fraction(100), allow_pauses=True), tally.as_seen, {}).status is status
+    assert judge(Budgets(Fraction(100), tsc_unchanged=True), tally.summary, {}).status is BROKEN
+
+
+@pytest.mark.row("E3")
+def test_a_pause_that_breaks_a_budget_names_the_option() -> None:
+    """For a guest that was stopped and continued as it should be breaks each budget."""
+    (told,) = step_verdict(100, PAUSE).findings
+    assert told.endswith(
+        "; a pause counts by the TSC, with --allow-pauses by what the guest saw, -70 ns (within 20 ns)"
+    )
 
 
 @pytest.mark.row("E3")

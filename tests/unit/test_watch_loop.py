@@ -18,13 +18,13 @@ from pvclock.errors import ConfigError, MemoryNotReadable, PagesNotFound, Pvcloc
 from pvclock.host.watch import TroubleKind
 from pvclock.meter.findings import TIME_INFO
 from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus
-from pvclock.meter.watch.changes import Disagreement, PageLost
+from pvclock.meter.watch.changes import Disagreement, PageLost, Step, TscBasis
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, WatchLoop
 from pvclock.meter.watch.loop import VmEnded as Ended
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
 from qemu_glue.watch.instants import Instants
-from qemu_glue.watch.verdict import EXIT_STATUSES, judged
+from qemu_glue.watch.verdict import EXIT_STATUSES, NEVER_RAN, judged
 from qemu_glue.watch.views import LiveView
 from tests.guest_ram import MemoryRam, made_of
 from tests.waiting import HANG_S
@@ -42,9 +42,11 @@ class HandMadeVm:
 
     name = "a VM"
     tsc_hz: int | None = TSC_HZ
+    is_paused: bool | None = False
     ram: GuestRam
     why_no_offsets: str | None = "by hand"
     why_no_events: str | None = None
+    offset: int | None = None
 
     def __init__(self, vcpus: int = 1) -> None:
         self.vcpus = vcpus
@@ -55,7 +57,7 @@ class HandMadeVm:
 
     def put(self, gpa: Gpa, version: int = 2, step_ns: int = 0) -> None:
         """Have a page there, with a line that begins now, and gives so much more than those without a step."""
-        tsc = read_tsc()
+        tsc = read_tsc() & ~1  # whole ns
         info = TimeInfo(version, GuestTsc(tsc), GuestNs(tsc // 2 + step_ns), SCALE.mul, SCALE.shift, 1)
         self.contents.memory.write(gpa, TIME_INFO.pack(*info))
 
@@ -64,10 +66,10 @@ class HandMadeVm:
         self.contents.memory.write(gpa, bytes(TIME_INFO.size))
 
     def tsc_offsets(self) -> tuple[int | None, ...]:
-        """None can be read."""
+        """None can be read, unless a test gives one."""
         if self.fault is not None:
             raise self.fault
-        return (None,) * self.vcpus
+        return (self.offset,) * self.vcpus
 
     def take_events(self) -> list[VmEvent]:
         """Those that a test has put there."""
@@ -135,6 +137,42 @@ def test_old_pages_are_not_found_after_a_reset() -> None:
     assert loop.watcher.summary.restarts == 1
 
 
+def test_a_reboot_that_nobody_tells_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another TSC beside the old line: that step is unknown, and pages are searched soon."""
+    monkeypatch.setattr("pvclock.meter.watch.due_move.LIMIT_S", 0.05)
+    vm = HandMadeVm()
+    vm.why_no_events, vm.offset = "by hand", 0
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    vm.offset = -read_tsc()
+    found = until(looks, lambda it: isinstance(it, Step))
+    assert isinstance(found, Step)
+    assert (found.basis, found.lines) == (TscBasis.CHANGED, 0)
+    while not loop.finder.is_searching:
+        next(looks)
+    vm.offset = 0  # where put() begins its lines
+    vm.put(ELSEWHERE)
+    found_again = until(looks, is_found)
+    assert isinstance(found_again, PagesFound)
+    assert found_again.pages == (ELSEWHERE,)
+
+
+def test_a_guest_that_is_paused_from_the_beginning() -> None:
+    """What its VMM does to its TSC meanwhile counts with the line that it continues with."""
+    vm = HandMadeVm()
+    vm.is_paused, vm.offset = True, 0
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    vm.offset = -(10**12)
+    for _ in range(20):
+        next(looks)
+    assert loop.watcher.summary.steps == 0
+    vm.events = [VmEvent(VmEventKind.RESUME, 0)]
+    assert any(isinstance(each, Step) for _ in range(3) for each in next(looks).findings)
+
+
 def test_new_pages_where_the_old_ones_were() -> None:
     """They are seen without a search, and their step is not known; the same line after something else is new, too."""
     vm = HandMadeVm()
@@ -150,8 +188,7 @@ def test_new_pages_where_the_old_ones_were() -> None:
         vm.wipe(ARRAY)
         next(looks)
         change()
-        found = next(looks).findings[-1]
-        assert found == PagesFound((ARRAY,), "in the same places as before")
+        assert PagesFound((ARRAY,), "in the same places as before") in next(looks).findings
     assert loop.watcher.summary.restarts == 0
     assert loop.watcher.summary.unknown == loop.watcher.summary.steps > 0
 
@@ -161,7 +198,7 @@ def test_what_firmware_left_gives_way_to_an_array() -> None:
     vm = HandMadeVm(vcpus=2)
     vm.put(FIRMWARE)
     loop, looks = loop_of(vm)
-    assert loop.finder.pages == (FIRMWARE,)
+    assert loop.finder.pages == (FIRMWARE, None)
     vm.put(ARRAY)
     vm.put(Gpa(ARRAY + 64))
     found = until(looks, is_found)
@@ -188,15 +225,15 @@ def test_the_live_view_goes_over_to_other_pages() -> None:
         if loop.finder.pages == (ARRAY, ARRAY + 64):
             break
     view.show(next(looks))
-    vm.put(ARRAY, 4, 5000)
+    vm.put(ARRAY, 4, 5_000_000)
     view.show(next(looks))
     tables = [_drawn(table, None) for table, *_ in (drawn[0], drawn[-1]) if isinstance(table, Table)]
     assert ["0xe8c20" in table for table in tables] == [True, False]
     assert ["0x201040" in table for table in tables] == [False, True]
-    assert "+5.000 us" in tables[-1]
+    assert "+5.000 ms" in tables[-1]
     told = [str(part) for part in drawn[-1][1:]]
     assert any("2 pages 64 bytes apart from 0x201000" in each for each in told)
-    assert any("vCPU 0 stepped by +5.000 us against the TSC" in each for each in told)
+    assert any("vCPU 0 stepped by +5.000 " in each and "the TSC" in each for each in told)
     assert told[-1].endswith("; Ctrl-C ends")
 
 
@@ -212,7 +249,7 @@ def test_the_place_that_moves() -> None:
     found = until(looks, is_found)
     assert isinstance(found, PagesFound)
     assert found.pages == (FIRMWARE,)
-    assert loop.finder.is_sure
+    assert loop.finder.doubt is None
 
 
 def test_a_page_that_is_lost_is_searched() -> None:
@@ -230,22 +267,130 @@ def test_a_page_that_is_lost_is_searched() -> None:
     assert found.pages == (ELSEWHERE,)
 
 
+def passes(looks: Iterator[Look], count: int) -> list[Finding]:
+    """What so many looks find."""
+    return [finding for _ in range(count) for finding in next(looks).findings]
+
+
+def test_vcpus_that_come_later_after_a_reset() -> None:
+    """What lies in their places is of before, and not held against vCPU 0's new page; theirs are taken as they come."""
+    vm = HandMadeVm(vcpus=2)
+    vm.put(ARRAY)
+    vm.put(Gpa(ARRAY + 64))
+    vm.put(ARRAY, 4)
+    loop, looks = loop_of(vm)
+    passes(looks, 2)
+    vm.events = [RESET]
+    next(looks)
+    vm.put(ARRAY, 2, 6_081 * 10**9)
+    seen = passes(looks, 20)
+    assert [it.pages for it in seen if isinstance(it, PagesFound)] == [(ARRAY, ARRAY + 64)]
+    assert loop.finder.absent == {1}
+    assert not any(isinstance(it, Disagreement | PageLost) for it in seen)
+    vm.put(Gpa(ARRAY + 64), 2, 6_081 * 10**9)
+    seen = passes(looks, 20)
+    assert not any(isinstance(it, Disagreement | PageLost | PagesFound) for it in seen)
+    assert (loop.finder.absent, loop.watcher.summary.restarts) == (frozenset(), 0)
+
+
+def test_a_vcpu_that_is_off_is_searched_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others keep their numbers; the watch looks at the pages and asks whether it is to end meanwhile."""
+    monkeypatch.setattr("pvclock.meter.watch.page_finder.SEARCHES_MAX", 2)
+    vm = HandMadeVm(vcpus=3)
+    vm.contents.chunk_bytes = 1 << 18
+    vm.put(ARRAY)
+    vm.put(Gpa(ARRAY + 128))
+    loop, looks = loop_of(vm)
+    assert loop.finder.pages == (ARRAY, None, ARRAY + 128)
+    vm.contents.reads.clear()
+    at_looks: list[int] = []
+    while len(at_looks) < 2 * 17:
+        before = len(vm.contents.reads)
+        look = next(looks)
+        assert look.poll.absent == {1}
+        assert not any(isinstance(it, PageLost | PagesFound) for it in look.findings)
+        at_looks += [len(vm.contents.reads) - before] * (len(vm.contents.reads) > before)
+    assert set(at_looks) == {1}  # piece by piece
+    passes(looks, 200)
+    assert len(vm.contents.reads) == 2 * 17
+    verdict = judged(Budgets(Fraction(1000)), loop)
+    assert verdict == Verdict(VerdictStatus.PASSED, [])
+
+
+def test_a_vcpu_that_comes_late() -> None:
+    """Its page is taken, and the watch of the others goes on."""
+    vm = HandMadeVm(vcpus=2)
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    vm.put(ARRAY, 4)
+    next(looks)
+    vm.put(Gpa(ARRAY + 64))
+    found = until(looks, is_found)
+    assert isinstance(found, PagesFound)
+    assert found.pages == (ARRAY, ARRAY + 64)
+    assert (loop.watcher.summary.restarts, loop.finder.doubt) == (0, None)
+
+
+def test_a_kernel_that_gave_way_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages stay as they are when the VM goes on after a stop: they are dead, and those of the other are found."""
+    monkeypatch.setattr("pvclock.meter.watch.due_move.LIMIT_S", 0.3)
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    vm.put(ELSEWHERE)  # by kexec
+    vm.events = [VmEvent(VmEventKind.STOP, 1), VmEvent(VmEventKind.RESUME, 2)]
+    vm.put(ELSEWHERE, 4)
+    next(looks)
+    assert loop.finder.doubt is not None
+    verdict = judged(Budgets(Fraction(1000)), loop)
+    assert verdict is not None
+    assert verdict.status is VerdictStatus.UNDECIDED
+    found = until(looks, is_found)
+    assert isinstance(found, PagesFound)
+    assert found.pages == (ELSEWHERE,)
+    assert loop.watcher.summary.restarts == 1
+
+
+def test_two_arrays_of_which_none_has_moved() -> None:
+    """One is of the boot before, and a verdict is open until a move tells which."""
+    vm = HandMadeVm()
+    vm.put(ARRAY, 6)
+    vm.put(ELSEWHERE)
+    loop, looks = loop_of(vm)
+    passes(looks, 2)
+    verdict = judged(Budgets(Fraction(1000)), loop)
+    assert verdict is not None
+    assert verdict.status is VerdictStatus.UNDECIDED
+    assert "0x201000 looks like Linux's pages, too" in verdict.findings[0]
+    vm.put(ELSEWHERE, 4)
+    next(looks)
+    assert loop.finder.doubt is None
+
+
 def test_given_pages_are_not_searched() -> None:
-    """Not at first, and not after a reset; they must be pages, of as many vCPUs as there are at most."""
+    """Not at first, and not after a reset; they must be pages, one of each vCPU."""
     vm = HandMadeVm()
     with pytest.raises(PagesNotFound):
         loop_of(vm)
     with pytest.raises(ConfigError, match="no pvclock page at 0x201000"):
         loop_of(vm, [ARRAY])
-    with pytest.raises(ConfigError, match="2 pages of 1 vCPUs"):
+    with pytest.raises(ConfigError, match="1 page of 2 vCPUs"):
+        loop_of(HandMadeVm(vcpus=2), [ARRAY])
+    with pytest.raises(ConfigError, match="2 pages of 1 vCPU; give each vCPU's, or none"):
         loop_of(vm, [ARRAY, ELSEWHERE])
     vm.put(ARRAY)
     vm.contents.reads.clear()
-    _, looks = loop_of(vm, [ARRAY])
-    vm.events = [RESET]
-    end_s = time.monotonic() + 0.5  # two searches' time
-    while time.monotonic() < end_s:
-        assert not any(map(is_found, next(looks).findings))
+    loop, looks = loop_of(vm, [ARRAY])
+    other = HandMadeVm()
+    other.put(ARRAY)
+    _, others_looks = loop_of(other)
+    other.contents.reads.clear()
+    vm.events, other.events = [RESET], [RESET]
+    while len(other.contents.reads) < 8:  # two searches of its 4 MiB
+        assert not any(map(is_found, [*next(looks).findings, *next(others_looks).findings]))
+    assert loop.finder.is_searching
     assert vm.contents.reads == []
 
 
@@ -264,13 +409,15 @@ def test_the_end_of_the_vm() -> None:
 
 
 def test_an_error_of_a_vm_that_runs_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So is one before the first look."""
+    """What had not ended so far is told before it; one before the first look is one, too."""
     monkeypatch.setattr("pvclock.meter.watch.loop.END_LIMIT_S", 0.05)
-    vm = HandMadeVm()
-    vm.put(ARRAY)
+    vm = HandMadeVm(vcpus=2)
+    vm.put(Gpa(ARRAY + 64))
+    vm.put(ARRAY, 2, 5000)
     _, looks = loop_of(vm)
     next(looks)
     vm.fault = MemoryNotReadable(1, "gone")
+    assert [type(finding) for finding in next(looks).findings] == [Disagreement]
     with pytest.raises(MemoryNotReadable):
         next(looks)
     vm.fault = None
@@ -330,12 +477,43 @@ def test_what_firmware_may_have_left_is_no_verdict() -> None:
     assert verdict is not None
     assert verdict.status is VerdictStatus.UNDECIDED
     assert "--page 0xe8c20" in verdict.findings[0]
-    assert loop_of(vm, [FIRMWARE])[0].finder.is_sure
+    assert loop_of(vm, [FIRMWARE])[0].finder.doubt is None
     vm.put(FIRMWARE, 4)
     next(looks)
-    assert loop.finder.is_sure
+    assert loop.finder.doubt is None
     verdict = judged(Budgets(Fraction(1000), tsc_unchanged=True), loop)
     assert verdict == Verdict(VerdictStatus.PASSED, [])
+
+
+def test_a_host_whose_tsc_is_not_trusted_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its verdict is undecided, too, though nothing changed."""
+    monkeypatch.setattr("pvclock.host.linux.host_clocksource", lambda: "hpet")
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    for _ in range(2):
+        next(looks)
+    why = "the host's TSC could not be trusted: the host's clocksource is hpet, not tsc"
+    assert judged(Budgets(Fraction(1000)), loop) == Verdict(VerdictStatus.UNDECIDED, [why])
+
+
+def test_a_guest_that_is_stopped_all_the_while_is_no_verdict() -> None:
+    """Until it runs; where the VMM tells nothing of that, it is taken to run."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    vm.is_paused = True
+    loop, looks = loop_of(vm)
+    for _ in range(2):
+        next(looks)
+    told = [loop.is_paused]
+    assert judged(Budgets(Fraction(1000)), loop) == Verdict(VerdictStatus.UNDECIDED, [NEVER_RAN])
+    vm.events = [VmEvent(VmEventKind.RESUME, 0)]
+    vm.put(ARRAY, 4)
+    next(looks)
+    assert [*told, loop.is_paused] == [True, False]
+    assert judged(Budgets(Fraction(1000), tsc_unchanged=True), loop) == Verdict(VerdictStatus.PASSED, [])
+    vm.is_paused = None
+    assert loop_of(vm)[0].is_paused is None
 
 
 @pytest.mark.parametrize("doubt", ["searching", "unstable"])

@@ -20,7 +20,7 @@ class ChangingVm:
     """A VM of which each read of RAM, and of the offsets, gives the next of those that it was made with."""
 
     name, vcpus, tsc_hz, chunk_bytes, pause_s, means = "a VM", 3, None, 1, 0.0, "by hand"
-    why_no_offsets = why_no_events = None
+    why_no_offsets = why_no_events = is_paused = None
 
     def __init__(self, looks: list[list[bytes]], offsets: list[tuple[int | None, ...]]) -> None:
         self.looks, self.offsets, self.asked = looks, offsets, list[tuple[Sequence[Gpa], int]]()

@@ -9,6 +9,7 @@ from math import floor
 
 import pytest
 
+from pvclock.meter.watch.lines import TscRates
 from pvclock.meter.watch.rate import PageRate, RateMeter
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc
 from pvclock.readings import Sample, TimeInfo
@@ -122,3 +123,19 @@ def test_no_rate_without_a_measurement_or_for_a_scaled_tsc() -> None:
     assert "not sampled twice" in (once.why or "")
     assert "scaled" in (other.why or "")
     assert "scaled" in (known.why or "")
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize(
+    ("off_ppm", "is_known"), [(190, True), (-190, True), (220, False), (-220, False), (280, False)]
+)
+def test_no_rate_where_it_cannot_be_told_whether_kvm_scales(off_ppm: int, *, is_known: bool) -> None:
+    """It does so for a guest that is 250 ppm off its host, of which both are not known exactly."""
+    drifting = Drifting(6)
+    meter = drifting.measured()
+    guest_hz = drifting.khz * (10**6 + off_ppm) // 1000
+    mul, shift = time_scale(NS_PER_S, guest_hz)
+    line = drifting.line._replace(tsc_to_system_mul=mul, tsc_shift=shift)
+    for rates in (TscRates(drifting.khz * 1000, guest_hz), TscRates(drifting.khz * 1000)):
+        assert (rates.speed(line) is not None) is is_known
+    assert (meter.rate_of(line).ppb is not None) is is_known

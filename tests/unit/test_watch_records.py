@@ -66,6 +66,7 @@ def test_budgets_are_numbers() -> None:
         "max_step_ns": 1000,
         "max_drift_ppb": 0.5,
         "tsc_unchanged": False,
+        "allow_pauses": False,
         "verdict": "broken",
         "reasons": ["it stepped"],
     }

@@ -11,7 +11,7 @@ import pytest
 from pvclock.meter.watch.changes import Change, Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
 from pvclock.meter.watch.lines import Line, difference, floor_ns, is_legal, step_between, step_within, value_at
 from pvclock.meter.watch.page_watch import LOST_POLLS
-from pvclock.meter.watch.poll import Poll
+from pvclock.meter.watch.poll import Poll, Utc
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.meter.watch.watcher import Watcher
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc
@@ -34,9 +34,14 @@ def line(tsc: int, ns: int, version: int = 2, *, flags: int = 1, scale: tuple[in
 class Watched:
     """A watcher, and the host's time at its polls."""
 
-    def __init__(self, vcpus: int = 1, now: int = 2 * LONG) -> None:
-        self.watcher = Watcher(vcpus, host_tsc_hz=HZ, interval_ns=10 * MS)
+    def __init__(
+        self, vcpus: int = 1, now: int = 2 * LONG, *, is_paused: bool = False, tells_events: bool = True
+    ) -> None:
+        self.watcher = Watcher(
+            vcpus, host_tsc_hz=HZ, interval_ns=10 * MS, is_paused=is_paused, tells_events=tells_events
+        )
         self.now = now
+        self.utc_ahead = 0
 
     def poll(
         self,
@@ -49,7 +54,8 @@ class Watched:
         self.now += after
         instants = HostTsc(self.now - 1), HostTsc(self.now), HostTsc(self.now + 1)
         told = tuple(VmEvent(kind, utc_ns) for kind, utc_ns in events)
-        return self.watcher.take(Poll(*instants, pages, tuple(offsets) or (None,) * len(pages), told))
+        utc = Utc(instants[-1], self.now + 1 + self.utc_ahead, 0)
+        return self.watcher.take(Poll(*instants, pages, tuple(offsets) or (None,) * len(pages), told, utc))
 
     def steps(
         self, *pages: TimeInfo | None, offsets: Sequence[int | None] = (), after: int = 10 * MS
@@ -228,6 +234,40 @@ def test_a_tsc_that_is_written_at_a_reset_is_unknown() -> None:
     assert watched.steps(line(2 * LONG + 50, 57, 4), offsets=[OFFSET + LONG]) == [(7, 1, TscBasis.OFFSETS)]
 
 
+@pytest.mark.row("E3")
+def test_a_tsc_that_is_written_is_unknown_where_a_reset_would_not_be_told() -> None:
+    """A reboot leaves the old line in a memory that no guest reads any more, and its TSC begins anew."""
+    watched = Watched(tells_events=False)
+    found = [watched.steps(line(LONG, 0), offsets=[offset]) for offset in (0, 0, -LONG, -LONG, -LONG, -LONG)]
+    assert found == [[], [], [], [(None, 0, TscBasis.CHANGED)], [], []]
+    assert watched.steps(line(50, 57, 4), offsets=[-LONG]) == [(7, 1, TscBasis.OFFSETS)]
+
+
+@pytest.mark.row("E3")
+def test_a_tsc_that_is_another_at_each_poll_is_unknown() -> None:
+    """Which line was read with which TSC is open then; after ten polls that is told, again and again."""
+    watched = Watched()
+    found = []
+    for poll in range(101):
+        page = line(watched.now + 1000 * poll, watched.now + MS * poll, 2 + 2 * poll)
+        found += watched.steps(page, offsets=[1000 * poll])
+    assert found == [(None, 10, TscBasis.CHANGED)] * 10
+    assert watched.watcher.summary.lines == 100
+
+
+@pytest.mark.row("E3")
+def test_a_tsc_that_is_written_while_the_guest_is_paused_from_the_beginning() -> None:
+    """An old line is read with it by nobody: KVM replaces that before the guest runs."""
+    watched = Watched(is_paused=True)
+    page = line(LONG, 0)
+    assert [watched.steps(page, offsets=[offset]) for offset in (0, 0, *[-LONG] * 5)] == [[]] * 7
+    (step,) = watched.poll(line(LONG, LONG, 4), offsets=[-LONG], events=[(VmEventKind.RESUME, 0)])
+    assert isinstance(step, Step)
+    assert (step.step_ns, step.basis, step.seen_ns) == (0, TscBasis.OFFSETS, None)
+    assert watched.steps(line(LONG, LONG, 4), offsets=[-LONG + 9]) == []
+    assert watched.steps(line(LONG, LONG, 4), offsets=[-LONG + 9]) == [(9, 0, TscBasis.OFFSETS)]
+
+
 # Pauses
 
 
@@ -236,12 +276,13 @@ def test_a_pause_as_the_guest_saw_it() -> None:
     """Its clock's progress, by the VMM's own stamps; and what was told is the cause."""
     watched = Watched()
     watched.poll(line(LONG, 0), offsets=[OFFSET])
-    watched.poll(line(LONG, 0), offsets=[OFFSET], events=[(VmEventKind.STOP, 10**9)])
-    events = [(VmEventKind.RESUME, 2 * 10**9)]
-    (step,) = watched.poll(line(LONG + 10**9, 3000, 4), offsets=[OFFSET], events=events)
+    stop = watched.now + 5 * MS
+    watched.poll(line(LONG, 0), offsets=[OFFSET], events=[(VmEventKind.STOP, stop)])
+    events = [(VmEventKind.RESUME, stop + 10**9)]
+    step = watched.poll(line(LONG + 10**9, 3000, 4), offsets=[OFFSET], events=events, after=10**9)[-1]
     assert isinstance(step, Step)
     assert (step.step_ns, step.seen_ns) == (3000 - 10**9, 3000)
-    assert step.seen_bound_ns == 1 + 1000 + 10**9 * 500 // 10**6 + 1
+    assert step.seen_bound_ns == 1 + 1000 + 2 * 2 + 1
     assert [event.kind for event in step.events] == [VmEventKind.STOP, VmEventKind.RESUME]
     assert watched.watcher.summary.most_seen == step
 
@@ -249,14 +290,16 @@ def test_a_pause_as_the_guest_saw_it() -> None:
 @pytest.mark.row("E3")
 def test_a_step_waits_for_a_resume_that_is_late() -> None:
     """One poll: then it is told as it is."""
-    for told in ([(VmEventKind.RESUME, 2000)], []):
+    for is_told in (True, False):
         watched = Watched()
-        watched.poll(line(LONG, 0), offsets=[OFFSET], events=[(VmEventKind.STOP, 1000)])
-        after = line(LONG + 1000, 0, 4)
+        watched.poll(line(LONG, 0), offsets=[OFFSET])
+        stop = watched.now + 1000
+        watched.poll(line(LONG, 0), offsets=[OFFSET], events=[(VmEventKind.STOP, stop)])
+        after = line(LONG + 10 * MS, 0, 4)
         assert watched.poll(after, offsets=[OFFSET]) == []
-        (step,) = watched.poll(after, offsets=[OFFSET], events=told)
+        (step,) = watched.poll(after, offsets=[OFFSET], events=[(VmEventKind.RESUME, stop + 10 * MS)] * is_told)
         assert isinstance(step, Step)
-        assert step.seen_ns == (0 if told else None)
+        assert step.seen_ns == (0 if is_told else None)
 
 
 @pytest.mark.row("E3")
@@ -271,6 +314,69 @@ def test_a_pause_that_is_over_belongs_to_no_later_step() -> None:
     assert isinstance(late, Step)
     assert isinstance(twice, Step)
     assert (late.seen_ns, twice.seen_ns) == (None, None)
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize("by_ns", [80 * MS, 3600 * 10**9, -3600 * 10**9], ids=["slewed", "set", "set back"])
+def test_utc_does_what_it_likes_in_a_pause(by_ns: int) -> None:
+    """Its stamps are taken for what they were by the host's TSC."""
+    watched = Watched()
+    watched.poll(line(LONG, 0), offsets=[OFFSET])
+    stop = watched.now + 5 * MS
+    watched.poll(line(LONG, 0), offsets=[OFFSET], events=[(VmEventKind.STOP, stop)])
+    watched.utc_ahead = by_ns
+    for _ in range(4):
+        watched.poll(line(LONG, 0), offsets=[OFFSET], after=10**9)
+    resume = watched.now + 5 * MS
+    events = [(VmEventKind.RESUME, resume + by_ns)]
+    (step,) = watched.poll(line(LONG + 10**9, stop - resume + 10**9, 4), offsets=[OFFSET], events=events)
+    assert isinstance(step, Step)
+    assert (step.seen_ns, step.seen_bound_ns) == (0, 1006)
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize("by_ns", [3600 * 10**9, -3600 * 10**9])
+def test_utc_is_set_beside_a_stamp(by_ns: int) -> None:
+    """Then it is open when that was: within that hour, or unknown."""
+    watched = Watched()
+    watched.poll(line(LONG, 0), offsets=[OFFSET])
+    stop = watched.now + 5 * MS
+    watched.utc_ahead = by_ns
+    watched.poll(line(LONG, 0), offsets=[OFFSET], events=[(VmEventKind.STOP, stop)])
+    resume = watched.now + 5 * MS
+    events = [(VmEventKind.RESUME, resume + by_ns)]
+    (step,) = watched.poll(line(LONG + MS, stop - resume + MS, 4), offsets=[OFFSET], events=events)
+    assert isinstance(step, Step)
+    assert step.seen_ns is None or abs(step.seen_ns) <= (step.seen_bound_ns or 0)
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize(
+    ("step_ns", "basis"),
+    [
+        (-200 * MS, TscBasis.ASSUMED),
+        (-105 * MS, TscBasis.ASSUMED),
+        (0, TscBasis.CHANGED),
+        (-500 * MS, TscBasis.CHANGED),
+        (LONG, TscBasis.CHANGED),
+    ],
+)
+@pytest.mark.parametrize("polls", [0, 5], ids=["at once", "late"])
+def test_a_step_that_no_stopped_clock_makes_is_that_of_another_tsc(step_ns: int, basis: TscBasis, polls: int) -> None:
+    """QEMU tells of STOP and RESUME at a loadvm, and no more; also where a vCPU enters late."""
+    watched = Watched()
+    for _ in range(2):
+        watched.poll(line(LONG, 0))
+    stop = watched.now + 5 * MS
+    pause = [(VmEventKind.STOP, stop), (VmEventKind.RESUME, stop + 200 * MS)]
+    found = watched.poll(line(LONG, 0), events=pause, after=210 * MS)
+    for _ in range(polls):
+        found += watched.poll(line(LONG, 0))
+    after = line(LONG + 10**9, 10**9 + step_ns, 4)
+    found += watched.poll(after)
+    found += watched.poll(after)
+    (step,) = (each for each in found if isinstance(each, Step))
+    assert (step.basis, step.step_ns) == (basis, step_ns if basis is TscBasis.ASSUMED else None)
 
 
 # Pages of a VM
@@ -292,6 +398,35 @@ def test_a_late_page_of_vcpu_0_is_one_finding() -> None:
     assert [event.kind for event in told.events] == [VmEventKind.RESUME]
     assert told.at == watched.now - 10 * MS
     assert watched.watcher.open_disagreements == []
+
+
+@pytest.mark.row("E3")
+@pytest.mark.parametrize("offline", [0, 1])
+def test_a_vcpu_that_does_not_run_has_a_stale_page(offline: int) -> None:
+    """It has missed some of vCPU 0's lines, and nobody reads it; told once.  vCPU 0's own page is read by all."""
+    watched = Watched(2)
+    old = line(LONG, 0)
+    for poll in range(100):
+        new = line(watched.now, watched.now - LONG + 30 * poll, 2 + 2 * poll)
+        watched.poll(*([new, old] if offline else [old, new]), offsets=[0, 0])
+    watched.watcher.finish()
+    summary = watched.watcher.summary
+    widest = summary.possible_disagreement
+    assert (summary.disagreements, summary.stale) == (1, offline)
+    assert (widest.by_ns if widest else None) == (None if offline else 2970)
+
+
+@pytest.mark.row("E3")
+def test_a_vcpu_that_runs_again_is_held_against_the_others() -> None:
+    """From its next line on."""
+    watched = Watched(2)
+    pages = [line(LONG + poll, 31 * poll, 2 + 2 * poll) for poll in range(5)]
+    for page in pages:
+        watched.poll(page, pages[0], offsets=[0, 0])
+    assert watched.watcher.open_disagreements == []
+    watched.poll(pages[4], pages[3], offsets=[0, 0])
+    (found,) = watched.watcher.open_disagreements
+    assert (found.ahead, found.behind, found.by_ns, found.is_stale) == (0, 1, 30, False)
 
 
 @pytest.mark.row("E3")

@@ -15,10 +15,20 @@ from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Sta
 from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
+from pvclock.meter.watch.words import (
+    about_ns,
+    counted,
+    duration,
+    exact_ns,
+    flags_in_words,
+    plain_ns,
+    rate_in_words,
+    reading,
+    time_of_day,
+)
 from pvclock.quantities import Gpa, GuestNs, HostTsc
 from pvclock.readings import TimeInfo
 from qemu_glue.watch.sentences import sentences, vcpus_in_words
-from qemu_glue.watch.words import about_ns, duration, exact_ns, flags_in_words, rate_in_words, reading, time_of_day
 
 pytestmark = pytest.mark.row("E3")
 
@@ -82,6 +92,12 @@ def test_a_rate_with_its_bound(ppb: float, bound_ppb: float, text: str) -> None:
     assert rate_in_words(ppb, bound_ppb) == text
 
 
+def test_what_is_counted_and_chosen() -> None:
+    """One is no plural, and a time that somebody chose is as it was written."""
+    assert [counted(number, "poll") for number in (0, 1, 1234)] == ["0 polls", "1 poll", "1,234 polls"]
+    assert [plain_ns(ns) for ns in (60 * 10**9, 10**7, 1500, Fraction(1, 2))] == ["60 s", "10 ms", "1.5 us", "0.5 ns"]
+
+
 def test_what_stands_in_a_row() -> None:
     """A reading is s as in a kernel's messages, flags have names, and a time of day is UTC to the ms."""
     assert reading(GuestNs(12_345_678_901_234)) == "12345.678901 s"
@@ -109,7 +125,12 @@ SENTENCES = [
     ),
     (
         STEP._replace(step_ns=None, bound_ns=None, basis=TscBasis.CHANGED),
-        "vCPU 0 got a new line: by how much it stepped is unknown, for the guest's TSC was changed",
+        "vCPU 0 got a new line: by how much it stepped is unknown, for the guest's TSC was changed, or may have been",
+    ),
+    (STEP._replace(step_ns=0), "vCPU 0 has its line written anew, without a step"),
+    (
+        STEP._replace(lines=0, step_ns=None, bound_ns=None, basis=TscBasis.CHANGED),
+        "vCPU 0 has its line still, but its TSC was written: perhaps the guest was reset, and reads others",
     ),
     (STEP._replace(lines=0, step_ns=5000), "vCPU 0 has its line still, but its TSC was written: that is +5.000 us"),
     (
@@ -119,13 +140,24 @@ SENTENCES = [
             "by it went back by as much; STOP, RESUME 1.035 s later"
         ),
     ),
+    (
+        Disagreement(HostTsc(9), 0, 1, 115, 2, 3_100_000, (), TscBasis.OFFSETS, is_stale=True),
+        (
+            "vCPU 0's page gave up to 115 ns more than vCPU 1's, for at least 3.100 ms: vCPU 1 does not run, so its "
+            "page is stale, and nobody reads it"
+        ),
+    ),
     (FlagsChange(HostTsc(9), 1, 1, 3), "vCPU 1: flags stable -> stable, stopped"),
     (PageLost(HostTsc(9), 1, "mul is 0"), "vCPU 1: the page is gone: mul is 0"),
     (Stall(HostTsc(9), 1_500_000_000), "not watched for 1.500 s: what came and went meanwhile was not seen"),
-    (PagesFound((Gpa(0x1000), Gpa(0x1040)), "as given"), "pages as given: 0x1000, 0x1040"),
+    (PagesFound((Gpa(0x1000), Gpa(0x1040)), "as given"), "2 pages at 0x1000, 0x1040, as given"),
     (
         PagesFound((Gpa(0x1000),), "one page at 0x1000", 192 << 20, 0.25),
         "found in 192 MiB of its memory in 0.25 s: one page at 0x1000",
+    ),
+    (
+        PagesFound(tuple(Gpa(0x1000 + 64 * vcpu) for vcpu in range(5)), "as given"),
+        "5 pages at 0x1000, 0x1040, ..., 0x1100, as given",
     ),
     (RESUME, "the VMM says RESUME"),
     (HostTrouble(TroubleKind.SUSPEND, False, "it slept"), "the host: it slept"),

@@ -13,11 +13,12 @@ from math import ceil
 from typing import NamedTuple, Protocol
 
 from pvclock.meter.watch.changes import Change, Disagreement, Step, TscBasis
+from pvclock.meter.watch.disagreements import STALE_LINES
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEventKind
 from pvclock.meter.watch.watcher import Watcher
 from tests.oracle import NS_PER_S
-from tests.unit.watched_guest import NS_PER_HOUR, State, WatchedGuest, apart, log_uniform
+from tests.unit.watched_guest import NS_PER_HOUR, State, Told, WatchedGuest, apart, log_uniform
 
 INTERVAL_NS = 10**7
 STOPPED_MAX = 5
@@ -47,7 +48,7 @@ MakesWatcher = Callable[[WatchedGuest], Watches]
 
 def watcher_of(guest: WatchedGuest) -> Watches:
     """Return the real one."""
-    return Watcher(len(guest.vcpus), host_tsc_hz=guest.khz * 1000, interval_ns=INTERVAL_NS)
+    return Watcher(len(guest.vcpus), host_tsc_hz=guest.khz * 1000, interval_ns=INTERVAL_NS, tells_events=guest.tells)
 
 
 class Found(NamedTuple):
@@ -63,19 +64,24 @@ class Life:
 
     def __init__(self, seed: int, make: MakesWatcher = watcher_of) -> None:
         self.rng = rng = random.Random(seed)  # noqa: S311  # no secret
-        self.reads_offsets, self.tells = rng.random() < 0.6, rng.random() < 0.7
+        self.reads_offsets, tells = rng.random() < 0.6, rng.random() < 0.7
         khz, uptime_s = rng.randint(800_000, 5_000_000), rng.randint(1, 10**7)
         now = khz * 1000 * uptime_s
-        offset = rng.choice([0, -rng.randrange(now), rng.randrange(10**12)])
+        offset, apart_max = rng.choice([0, -rng.randrange(now), rng.randrange(10**12)]), rng.choice([1, 1, 1, 10**9])
+        offsets = [offset + rng.randrange(apart_max) for _ in range(rng.choice([1, 2, 2, 4]))]
         self.guest = WatchedGuest(
             khz,
-            [offset] * rng.choice([1, 2, 2, 4]),
+            offsets,
             now=now,
             ns=100 * NS_PER_HOUR + rng.randrange(NS_PER_HOUR),
             is_stable=rng.random() < 0.8,
-            utc_ppm=rng.randint(-400, 400),
+            tells=tells,
+            ratio=rng.choice([1, 1, 1, 2]),
         )
         self.late: dict[int, int] = {}  # vCPUs that have not entered, and for how many polls they will not
+        self.offline: set[int] = set()
+        self.loads: list[int] = []  # when the guest was put back to a snapshot
+        self.has_plain_utc, self.utc_way = True, rng.choice([1, -1])
         self.is_stopped = False
         self.watcher = make(self.guest)
         self.found: list[Found] = []
@@ -100,7 +106,7 @@ class Life:
 
     def poll(self, between: Callable[[], object] = int) -> None:
         """Take a poll, and hand it to the watcher."""
-        poll = self.guest.look(reads_offsets=self.reads_offsets, tells=self.tells, between=between)
+        poll = self.guest.look(reads_offsets=self.reads_offsets, between=between)
         self.found.append(Found(poll, self.watcher.take(poll), self.watcher.open_disagreements))
         if not self.is_stopped:
             for vcpu in [vcpu for vcpu, polls in self.late.items() if polls <= 0]:
@@ -116,8 +122,10 @@ class Life:
             self.poll()
 
     def enter(self, vcpu: int) -> None:
-        """A vCPU enters, and time passes."""
+        """A vCPU enters, unless it is offline, and time passes."""
         self.late.pop(vcpu, None)
+        if vcpu in self.offline:
+            return
         self.guest.enter(vcpu)
         self.guest.pass_time(self.rng.randint(1, 2000))
 
@@ -186,6 +194,8 @@ def many_steps(life: Life) -> None:
 def drift(life: Life) -> None:
     """The clock runs at another rate from here on, by 1 to 200 ppm."""
     khz = life.guest.khz
+    if life.guest.line.ratio > 1:
+        return  # how far pages of two rates are apart is not known where the TSC is scaled
     life.guest.anchor(khz=khz + life.rng.choice([1, -1]) * life.rng.randint(1, khz // 5000))
     life.enter_all()
 
@@ -193,7 +203,7 @@ def drift(life: Life) -> None:
 def adjust_tsc(life: Life) -> None:
     """A guest writes IA32_TSC_ADJUST of some vCPUs, and KVM brings their pages anew: the clock goes on."""
     offset = moved_offset(life)
-    for vcpu in life.rng.sample(life.guest.vcpus, life.rng.randint(1, len(life.guest.vcpus))):
+    for vcpu in set(life.rng.sample(life.guest.vcpus, life.rng.randint(1, len(life.guest.vcpus)))) - life.offline:
         life.guest.write_tsc(vcpu, offset)
         life.enter(vcpu)
 
@@ -220,15 +230,45 @@ def reset_unsaid(life: Life) -> None:
 
 def stop(life: Life, step_ns: int = 0) -> None:
     """The VMM stops the guest for some polls, and its clock stands meanwhile, as QEMU's does."""
+    stand(life)
+    life.guest.resume(step_ns)
+    life.is_stopped = False
+    life.enter_all()
+
+
+def stand(life: Life) -> None:
+    """The VMM stops the guest, and some polls see that; UTC may be steered meanwhile."""
     life.guest.stop()
     life.is_stopped = True
     for _ in range(life.rng.randrange(STOPPED_MAX)):
         life.guest.pass_time(life.rng.randint(10**5, INTERVAL_NS))
+        if life.rng.random() < 0.1:
+            steer_utc(life)
         life.poll()
     life.guest.pass_time(life.rng.randint(10**5, INTERVAL_NS))
-    life.guest.resume(step_ns)
+
+
+def loadvm(life: Life) -> None:
+    """The VMM stops the guest, puts it back to what it was some time ago, and continues it; it tells no more."""
+    at = life.rng.randint(max([life.found[0].poll.middle, *life.loads]), life.guest.now)
+    stand(life)
+    life.guest.load(at)
+    life.loads.append(life.guest.now)
+    life.guest.resume()
     life.is_stopped = False
-    life.enter_all()
+    life.enter_all(some_late=False)
+
+
+def steer_utc(life: Life) -> None:
+    """The host's UTC is slewed, as fast as adjtimex() can, and at times set; one way in a life."""
+    set_by_ns = abs(stepped_ns(life)) if life.rng.random() < 0.3 else 0
+    life.guest.steer_utc(life.rng.randint(0, 100_000) * life.utc_way, set_by_ns * life.utc_way)
+    life.has_plain_utc = False
+
+
+def go_offline(life: Life) -> None:
+    """A vCPU does not enter any more; but vCPU 0 does."""
+    life.offline |= set(life.rng.sample(life.guest.vcpus[1:], min(1, len(life.guest.vcpus) - 1)))
 
 
 def stop_and_go_on(life: Life) -> None:
@@ -274,8 +314,11 @@ INJECTED: list[Callable[[Life], object]] = [
     reset,
     reset_unsaid,
     stop,
+    loadvm,
+    steer_utc,
+    go_offline,
 ]
-CLEAN: list[Callable[[Life], object]] = [*[nothing] * 8, reanchor, reanchor_at_once, watcher_sleeps]
+CLEAN: list[Callable[[Life], object]] = [*[nothing] * 8, reanchor, reanchor_at_once, watcher_sleeps, steer_utc]
 CLEAN_WITH_OFFSETS = [*CLEAN, adjust_tsc]
 CLEAN_WITH_EVENTS = [*CLEAN_WITH_OFFSETS, stop_and_go_on]
 
@@ -288,7 +331,7 @@ def injected(seed: int, make: MakesWatcher = watcher_of, polls: int = 10) -> Lif
 def clean(seed: int, make: MakesWatcher = watcher_of, polls: int = 10) -> Life:
     """Return a life in which nothing happened to the clock."""
     life = Life(seed, make)
-    acts = CLEAN if not life.reads_offsets else CLEAN_WITH_EVENTS if life.tells else CLEAN_WITH_OFFSETS
+    acts = CLEAN if not life.reads_offsets else CLEAN_WITH_EVENTS if life.guest.tells else CLEAN_WITH_OFFSETS
     return life.live(acts, polls)
 
 
@@ -309,7 +352,8 @@ def untrue_of_step(life: Life, found: Step) -> Iterator[str]:
     """Say what is not true of a step."""
     states = life.guest.between(found.vcpu, found.since, found.at)
     old, new = states[0], states[-1]
-    if new.published - old.published != found.lines:
+    is_counted = not any(found.since < at <= found.at for at in life.loads)  # else versions have gone back
+    if is_counted and new.published - old.published != found.lines:
         yield f"{new.published - old.published} lines"
     if (old.page, new.page) != (found.before, found.after):
         yield "other pages"
@@ -324,6 +368,8 @@ def untrue_of_step(life: Life, found: Step) -> Iterator[str]:
             yield f"truly {[float(each) for each in true_ns]}"
         if not is_moved:
             yield from untrue_of_pause(life, found, old, new)
+    if found.basis is TscBasis.ASSUMED and not is_likely(life, found):
+        yield "assumed, against what the pause tells"
 
 
 def with_page_of(life: Life, vcpu: int, old: State) -> list[State]:
@@ -334,23 +380,44 @@ def with_page_of(life: Life, vcpu: int, old: State) -> list[State]:
 def allowed(life: Life, found: Step) -> set[TscBasis]:
     """Return what may be said of the TSC between two lines."""
     told = [
-        each.at for each in life.guest.told if life.tells and each.event.kind in CHANGES_TSC and each.at <= found.at
+        each.at
+        for each in life.guest.told
+        if life.guest.tells and each.event.kind in CHANGES_TSC and each.at <= found.at
     ]
     if life.reads_offsets:
-        return {TscBasis.OFFSETS, TscBasis.CHANGED} if found.lines == 0 and told else {TscBasis.OFFSETS}
+        if found.lines == 0 and not life.guest.tells:
+            return {TscBasis.CHANGED}
+        return (
+            {TscBasis.OFFSETS, TscBasis.CHANGED}
+            if found.lines == 0 and (told or pauses_of(life, found))
+            else {TscBasis.OFFSETS}
+        )
     if any(found.since < at for at in told):
         return {TscBasis.CHANGED}
     offsets = {state.offset for state in life.guest.history[found.vcpu] if state.since <= found.at}
-    return {TscBasis.ASSUMED, TscBasis.CHANGED} if told or len(offsets) > 1 else {TscBasis.ASSUMED}
+    may_be_changed = told or len(offsets) > 1 or pauses_of(life, found)
+    return {TscBasis.ASSUMED, TscBasis.CHANGED} if may_be_changed else {TscBasis.ASSUMED}
+
+
+def pauses_of(life: Life, found: Step) -> list[tuple[Told, Told]]:
+    """Return the pauses that were told with a step, and when they truly were."""
+    stopping = [each for each in life.guest.told if each.event.kind in {VmEventKind.STOP, VmEventKind.RESUME}]
+    pairs = [pair for pair in pairwise(stopping) if pair[1].event.kind is VmEventKind.RESUME]
+    return [pair for pair in pairs if pair[1].event in found.events]
+
+
+def is_likely(life: Life, found: Step) -> bool:
+    """Can its clock have stood in its pauses, but for the half of them?  Given a plain UTC."""
+    stopped_ns = sum(resume.at - stop.at for stop, resume in pauses_of(life, found)) * 10**6 // life.guest.khz
+    slack_ns = max(10**7, stopped_ns // 2) + (found.bound_ns or 0) + 10**5
+    return not stopped_ns or not life.has_plain_utc or abs((found.step_ns or 0) + stopped_ns) <= slack_ns
 
 
 def untrue_of_pause(life: Life, found: Step, old: State, new: State) -> Iterator[str]:
     """Say what is not true of what the guest saw of a pause."""
     if found.seen_ns is None or found.seen_bound_ns is None:
         return
-    stopping = [each for each in life.guest.told if each.event.kind in {VmEventKind.STOP, VmEventKind.RESUME}]
-    pairs = [pair for pair in pairwise(stopping) if pair[1].event.kind is VmEventKind.RESUME]
-    ended = [pair for pair in pairs if pair[1].event in found.events][-1:]
+    ended = pauses_of(life, found)[-1:]
     true_ns = [new.at(resume.at) - old.at(stop.at) for stop, resume in ended]
     if found.lines == 1 and any(abs(found.seen_ns - each) > found.seen_bound_ns for each in true_ns):
         yield f"truly {float(true_ns[0])} ns seen"
@@ -362,7 +429,7 @@ def missing_steps(life: Life) -> Iterator[str]:
         steps = [each for each in life.steps if each.vcpu == vcpu]
         states = life.guest.history[vcpu]
         lines = states[-1].published - states[0].published
-        if sum(each.lines for each in steps) != lines:
+        if not life.loads and sum(each.lines for each in steps) != lines:
             yield f"vCPU {vcpu}: {sum(each.lines for each in steps)} lines, not {lines}: {steps}"
         rates = {state.page[3:5] for state in states}
         is_known = all(each.step_ns is not None for each in steps)
@@ -384,6 +451,10 @@ def untrue_of_disagreement(life: Life, found: Disagreement) -> Iterator[str]:
     """Say what is not true of a disagreement."""
     if (found.basis is TscBasis.OFFSETS) != life.reads_offsets:
         yield "another basis"
+    if found.is_stale and not life.loads:
+        told_at = next(each.poll.middle for each in life.found if found in each.changes)
+        if all(missed(life, vcpu, told_at) < STALE_LINES for vcpu in (found.ahead, found.behind)):
+            yield "not stale"
     if not share_tsc(life, found.ahead, found.behind):
         return
     begin = life.found[0].poll.middle
@@ -414,13 +485,20 @@ def missing_disagreements(life: Life) -> Iterator[str]:
             continue
         if any(state_moves(life, vcpu, poll) for vcpu in life.guest.vcpus) or was_stopped(life, poll):
             continue
-        leads = [vcpu_lead(life, vcpu, poll) for vcpu in life.guest.vcpus]
+        leads = {vcpu: vcpu_lead(life, vcpu, poll) for vcpu in life.guest.vcpus}
+        read = [lead for vcpu, lead in leads.items() if missed(life, vcpu, poll.middle) < STALE_LINES]
         told_ns = max((each.by_ns for each in found.open), default=0)
-        widest_ns = max(max(leads), -min(leads), key=abs)
+        widest_ns = max(*read, -min(read))
         if widest_ns > told_ns + 4:
             yield f"at {poll.middle}: {told_ns} told, truly {float(widest_ns)}"
-        if widest_ns <= 1 and found.open:
+        if max(map(abs, leads.values())) <= 1 and found.open:
             yield f"at {poll.middle}: pages agree, and it says {found.open}"
+
+
+def missed(life: Life, vcpu: int, at: int) -> int:
+    """Return how many lines vCPU 0 has got since a vCPU's last."""
+    since = with_page_of(life, vcpu, life.guest.state(vcpu, at))[0].since
+    return life.guest.state(0, at).published - life.guest.state(0, since).published
 
 
 def vcpu_lead(life: Life, vcpu: int, poll: Poll) -> Fraction:

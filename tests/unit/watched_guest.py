@@ -16,7 +16,7 @@ from itertools import pairwise
 from math import ceil, floor
 from typing import NamedTuple
 
-from pvclock.meter.watch.poll import Poll
+from pvclock.meter.watch.poll import Poll, Utc
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.quantities import HostTsc
 from pvclock.readings import TimeInfo
@@ -28,15 +28,16 @@ NS_PER_HOUR = 3600 * NS_PER_S
 
 
 class VmLine(NamedTuple):
-    """The VM's clock from a host instant on: whole ns there."""
+    """The VM's clock from a host instant on: whole ns there.  ratio: guest ticks in a tick of the host."""
 
     host_tsc: int
     ns: int
     scale: Scale
+    ratio: int
 
     def at(self, host_tsc: int) -> Fraction:
         """Return the exact ns at a host instant."""
-        return ExactLine(self.host_tsc, Fraction(self.ns), rate(*self.scale)).at(host_tsc)
+        return ExactLine(self.host_tsc, Fraction(self.ns), rate(*self.scale) * self.ratio).at(host_tsc)
 
 
 class State(NamedTuple):
@@ -46,10 +47,11 @@ class State(NamedTuple):
     offset: int
     page: TimeInfo
     published: int
+    ratio: int
 
     def at(self, host_tsc: int) -> Fraction:
         """Return what its clock shows at a host instant, exactly, without the floor."""
-        ticks = (host_tsc + self.offset - self.page.tsc_timestamp + U64 // 2) % U64 - U64 // 2
+        ticks = (host_tsc * self.ratio + self.offset - self.page.tsc_timestamp + U64 // 2) % U64 - U64 // 2
         return self.page.system_time + ticks * rate(self.page.tsc_to_system_mul, self.page.tsc_shift)
 
 
@@ -63,12 +65,24 @@ class Told(NamedTuple):
 class WatchedGuest:
     """`vcpus` vCPUs, whose TSC offsets are `offsets`, on a host whose TSC has `khz`.
 
-    is_stable: a master clock's pages.  utc_ppm: how much too fast the VMM's stamps are.
+    is_stable: a master clock's pages.  tells: does its VMM, of what it does?  ratio: the guest's TSC is scaled by
+    it.  utc: the host's UTC, ns by its TSC.
     """
 
-    def __init__(self, khz: int, offsets: list[int], *, now: int, ns: int, is_stable: bool, utc_ppm: int = 0) -> None:
-        self.khz, self.now, self.is_stable, self.utc_ppm = khz, now, is_stable, utc_ppm
-        self.line = VmLine(now, ns, time_scale(NS_PER_S, khz * 1000))
+    def __init__(
+        self,
+        khz: int,
+        offsets: list[int],
+        *,
+        now: int,
+        ns: int,
+        is_stable: bool,
+        tells: bool = True,
+        ratio: int = 1,
+    ) -> None:
+        self.khz, self.now, self.is_stable, self.tells = khz, now, is_stable, tells
+        self.utc = ExactLine(now, Fraction(17 * 10**17), Fraction(10**6, khz))
+        self.line = VmLine(now, ns, time_scale(NS_PER_S, khz * ratio * 1000), ratio)
         self.told: list[Told] = []
         self.history: list[list[State]] = [[] for _ in offsets]
         self._stopped_at: int | None = None
@@ -91,8 +105,8 @@ class WatchedGuest:
 
     def anchor(self, step_ns: int = 0, khz: int | None = None) -> None:
         """Give the VM a new line that begins now, `step_ns` (and 0 to 1) beyond the old one; no page has it yet."""
-        scale = self.line.scale if khz is None else time_scale(NS_PER_S, khz * 1000)
-        self.line = VmLine(self.now, ceil(self.line.at(self.now)) + step_ns, scale)
+        scale = self.line.scale if khz is None else time_scale(NS_PER_S, khz * self.line.ratio * 1000)
+        self.line = VmLine(self.now, ceil(self.line.at(self.now)) + step_ns, scale, self.line.ratio)
 
     def enter(self, vcpu: int) -> None:
         """A vCPU takes the VM's line."""
@@ -112,18 +126,30 @@ class WatchedGuest:
     def resume(self, step_ns: int = 0) -> None:
         """The VMM continues the guest: its clock goes on from where it was stopped, and `step_ns` further."""
         assert self._stopped_at is not None
-        self.line = VmLine(self.now, ceil(self.line.at(self._stopped_at)) + step_ns, self.line.scale)
+        self.line = self.line._replace(host_tsc=self.now, ns=ceil(self.line.at(self._stopped_at)) + step_ns)
         self._stopped_at = None
         self.tell(VmEventKind.RESUME)
 
+    def load(self, at: int) -> None:
+        """The VMM puts the stopped guest back to what it was at a host instant: TSCs, pages and clock."""
+        assert self._stopped_at is not None
+        self.line = self.line._replace(host_tsc=self._stopped_at, ns=ceil(self.state(0, at).at(at)))
+        for vcpu in self.vcpus:
+            was, now = self.state(vcpu, at), self.history[vcpu][-1]
+            self._set(vcpu, was.offset + (at - self.now) * self.line.ratio, was.page, now.published)
+
+    def steer_utc(self, ppm: int, set_by_ns: int = 0) -> None:
+        """Somebody slews the host's UTC from now on, and sets it."""
+        ns_per_tick = Fraction(10**6, self.khz) * (1 + Fraction(ppm, 10**6))
+        self.utc = ExactLine(self.now, self.utc.at(self.now) + set_by_ns, ns_per_tick)
+
     def tell(self, kind: VmEventKind) -> None:
         """The VMM tells something."""
-        utc_ns = floor(Fraction(self.now * 10**6, self.khz) * (1 + Fraction(self.utc_ppm, 10**6)))
-        told = Told(self.now, VmEvent(kind, utc_ns // 1000 * 1000))
+        told = Told(self.now, VmEvent(kind, floor(self.utc.at(self.now)) // 1000 * 1000))
         self.told.append(told)
         self._untold.append(told)
 
-    def look(self, *, reads_offsets: bool = True, tells: bool = True, between: Callable[[], object] = int) -> Poll:
+    def look(self, *, reads_offsets: bool = True, between: Callable[[], object] = int) -> Poll:
         """Take a poll; `between` happens between its two looks."""
         begin, first = self.now, [states[-1] for states in self.history]
         self.pass_time(3000)
@@ -139,7 +165,8 @@ class WatchedGuest:
             HostTsc(self.now),
             tuple(one.page if one.page == other.page else None for one, other in pairs),
             tuple(one.offset if reads_offsets and one.offset == other.offset else None for one, other in pairs),
-            tuple(each.event for each in events if tells),
+            tuple(each.event for each in events if self.tells),
+            Utc(HostTsc(self.now), floor(self.utc.at(self.now)), 0),
         )
 
     def state(self, vcpu: int, at: int) -> State:
@@ -154,12 +181,12 @@ class WatchedGuest:
     def _page(self, offset: int, version: int) -> TimeInfo:
         line = self.line
         if not self.is_stable:
-            line = VmLine(self.now, ceil(line.at(self.now)), line.scale)
-        tsc = (line.host_tsc + offset) % U64
+            line = line._replace(host_tsc=self.now, ns=ceil(line.at(self.now)))
+        tsc = (line.host_tsc * line.ratio + offset) % U64
         return TimeInfo(version, tsc, line.ns, *line.scale, TSC_STABLE if self.is_stable else 0)  # type: ignore[arg-type]  # units
 
     def _set(self, vcpu: int, offset: int, page: TimeInfo, published: int) -> None:
-        self.history[vcpu].append(State(self.now, offset, page, published))
+        self.history[vcpu].append(State(self.now, offset, page, published, self.line.ratio))
 
 
 def apart(

@@ -15,6 +15,7 @@ from pvclock.meter.lifecycle import measures
 from pvclock.meter.lifecycle.observe import Observed
 from pvclock.meter.lifecycle.operations import Kind
 from pvclock.meter.lifecycle.reasons import REASONS
+from pvclock.meter.watch.words import about_ns, duration
 from pvclock.readings import TimeInfo
 
 __all__ = ["compare_operation"]
@@ -119,7 +120,7 @@ ROWS: Final = (
     Row(
         "step against the TSC",
         lambda it: {"steps_ns": measures.steps_ns(it), "apart_ns": measures.apart_ns(it)},
-        lambda steps_ns, **_: _each("unknown" if step_ns is None else _ms(step_ns) for step_ns in steps_ns),
+        lambda steps_ns, **_: _each("unknown" if step_ns is None else about_ns(step_ns) for step_ns in steps_ns),
         _judged_if_stable(_steps_are_right),
     ),
     Row(
@@ -132,19 +133,19 @@ ROWS: Final = (
             "stopped_least_ns": it.stopped.least_ns,
             "stopped_most_ns": it.stopped.most_ns,
         },
-        lambda went_on_least_ns, went_on_most_ns, **_: f"{_ms(went_on_least_ns)} to {_ms(went_on_most_ns)}",
+        lambda went_on_least_ns, went_on_most_ns, **_: f"{about_ns(went_on_least_ns)} to {about_ns(went_on_most_ns)}",
         _judged_if_stable(_went_on_right),
     ),
     Row(
         "largest gap between readings",
         lambda it: {"gaps_ns": measures.gaps_ns(it)},
-        lambda gaps_ns: ", ".join(map(_ms, gaps_ns)),
+        lambda gaps_ns: ", ".join(map(about_ns, gaps_ns)),
         _gaps_are_right,
     ),
     Row(
         "readings that went back",
         lambda it: measures.steps_back(it)._asdict(),
-        lambda own, cross, worst_ns: f"{own:,} own, {cross:,} cross, up to {worst_ns / 1e6:.3f} ms" if cross else "0",
+        lambda own, cross, worst_ns: f"{own:,} own, {cross:,} cross, up to {duration(worst_ns)}" if cross else "0",
         _steps_back_are_allowed,
     ),
     Row(
@@ -176,7 +177,7 @@ ROWS: Final = (
     Row(
         "wall clock afterwards",
         lambda it: {"wall_clock_error_ns": it.after.wall_clock_error_ns},
-        lambda wall_clock_error_ns: f"{_ms(wall_clock_error_ns)}",
+        lambda **it: about_ns(it["wall_clock_error_ns"]),
         _wall_clock_is_right,
     ),
 )
@@ -184,10 +185,6 @@ ROWS: Final = (
 
 def _versions(pages: Iterable[TimeInfo]) -> list[int]:
     return [page.version for page in pages]
-
-
-def _ms(ns: int) -> str:
-    return f"{ns / 1e6:+.3f} ms"
 
 
 def _each(texts: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 A budget is broken only if a finding is beyond it at the better end of its bound, and undecided if a bound, an
 assumption or something unknown leaves it open.  Disagreements of pages count as steps: a reader of the page that is
-ahead goes back by that when it is brought up to date.
+ahead goes back by that when it is brought up to date.  A stale page, of a vCPU that does not run, has no reader.
 
 A page that does not change is a clock that does not step, unless the guest writes its TSC: KVM makes a new page when a
 guest writes IA32_TSC_ADJUST, and none when it writes IA32_TSC.  That is seen where TSC offsets can be read, and nowhere
@@ -22,6 +22,7 @@ from pvclock.meter.watch.changes import Disagreement, Step
 from pvclock.meter.watch.disagreements import AGREE_NS
 from pvclock.meter.watch.rate import PageRate
 from pvclock.meter.watch.summary import WatchSummary, surely_ns
+from pvclock.meter.watch.words import counted, duration, exact_ns, plain_ns, rate_in_words
 from pvclock.quantities import quoted
 
 __all__ = ["Budgets", "Verdict", "VerdictStatus", "judge", "parse_drift_ppb", "parse_step_ns"]
@@ -44,12 +45,13 @@ class Budgets(NamedTuple):
 
     max_step_ns: of a clock's steps against the TSC, either way, and of pages' disagreements.  max_drift_ppb: of its
     rate against the reference, either way.  tsc_unchanged: the user knows that nobody changed the guest's TSC where
-    its offset cannot be read.
+    its offset cannot be read.  allow_pauses: a step at a pause that the VMM told counts by what the guest saw of it.
     """
 
     max_step_ns: Fraction | None = None
     max_drift_ppb: Fraction | None = None
     tsc_unchanged: bool = False
+    allow_pauses: bool = False
 
 
 class Verdict(NamedTuple):
@@ -77,7 +79,7 @@ def parse_drift_ppb(text: str) -> Fraction:
 def judge(budgets: Budgets, summary: WatchSummary, rates: Mapping[int, PageRate]) -> Verdict:
     """Hold what a watch found against its budgets.
 
-    rates: each vCPU's, of its page's present line.
+    summary: the watcher's summary_as_seen, if pauses are allowed.  rates: each vCPU's, of its page's present line.
     """
     found = []
     if budgets.max_step_ns is not None:
@@ -122,40 +124,47 @@ def _open_steps(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -> l
     if summary.polls < 2:
         found.append("the pages were not polled twice")
     if most_ns < AGREE_NS:
-        found.append(f"a budget of {_ns(most_ns)} is below what can be measured, {AGREE_NS} ns")
+        found.append(f"a budget of {plain_ns(most_ns)} is below what can be measured, {AGREE_NS} ns")
     if summary.unknown:
-        found.append(
-            f"{summary.unknown} steps are unknown: the guest's TSC was changed, or what cannot be told from it"
-        )
+        seen = ", or what it saw of a pause is unknown" * budgets.allow_pauses
+        found.append(f"{counted(summary.unknown, 'unknown step')}: the guest's TSC was changed, or may have been{seen}")
     if summary.assumed and not budgets.tsc_unchanged:
         found.append(
-            f"{summary.assumed} steps are known only if nobody changed the guest's TSC, whose offset cannot be read; "
-            "if you know that, say --tsc-unchanged"
+            f"{counted(summary.assumed, 'step')} known only if nobody changed the guest's TSC, whose offset cannot be "
+            "read; if you know that, say --tsc-unchanged"
         )
     if summary.split:
         found.append(
-            f"at {summary.split} polls more than one line had come, so that only the sum of their steps is known"
+            f"at {counted(summary.split, 'poll')} more than one line had come: only the sum of their steps is known"
         )
     if summary.restarts:
-        found.append(f"the pages were searched again {summary.restarts} times, and what was between is unknown")
+        found.append(f"other pages were found {counted(summary.restarts, 'time')}, and what was between is unknown")
     if summary.pages_lost:
-        found.append(f"a page was lost {summary.pages_lost} times")
-    near = [step for step in (summary.forward, summary.backward) if step and _is_near(step, most_ns)]
-    found += [_step_told(step, most_ns) for step in near]
+        found.append(f"a page was lost {counted(summary.pages_lost, 'time')}")
+    step = summary.possible_step
+    if step and abs(step.step_ns or 0) + (step.bound_ns or 0) > most_ns:
+        found.append(_step_told(step, most_ns))
     return [_undecided(each) for each in found]
-
-
-def _is_near(step: Step, most_ns: Fraction) -> bool:
-    """Is the step beyond the budget at the worse end of its bound?"""
-    return abs(step.step_ns or 0) + (step.bound_ns or 0) > most_ns
 
 
 def _step_told(step: Step, most_ns: Fraction) -> str:
     many = f" in {step.lines} lines" if step.lines > 1 else ""
     causes = " and ".join(dict.fromkeys(event.kind for event in step.events))
     return (
-        f"vCPU {step.vcpu}'s clock stepped by {step.step_ns:+d} ns (within {step.bound_ns} ns){many}"
-        f"{f', at {causes}' if causes else ''}: {_more(abs(step.step_ns or 0), most_ns)}"
+        f"vCPU {step.vcpu}'s clock stepped by {_within(step.step_ns or 0, step.bound_ns or 0)}{many}"
+        f"{f', at {causes}' if causes else ''}: {_more(abs(step.step_ns or 0), most_ns)}{_of_pause(step)}"
+    )
+
+
+def _of_pause(step: Step) -> str:
+    """What a user may not know: a pause that its guest does not see is a step, too."""
+    if step.seen_ns is None or step.seen_bound_ns is None:
+        return ""
+    if step.seen_ns == step.step_ns:
+        return ", as its guest saw it"
+    return (
+        f"; a pause counts by the TSC, with --allow-pauses by what the guest saw, "
+        f"{_within(step.seen_ns, step.seen_bound_ns)}"
     )
 
 
@@ -163,16 +172,16 @@ def _disagreements(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -
     sure, assumed = summary.sure_disagreement, summary.assumed_disagreement
     trusted = [sure, assumed if budgets.tsc_unchanged else None]
     found = [_broken(_apart(it, most_ns)) for it in trusted if it and it.by_ns - it.bound_ns > most_ns]
-    if found:
-        return found
-    near = [_apart(it, most_ns) for it in (sure, assumed) if it and it.by_ns + it.bound_ns > most_ns]
-    return [_undecided(each) for each in near]
+    possible = summary.possible_disagreement
+    if not found and possible and possible.by_ns + possible.bound_ns > most_ns:
+        return [_undecided(_apart(possible, most_ns))]
+    return found
 
 
 def _apart(found: Disagreement, most_ns: Fraction) -> str:
     return (
-        f"vCPU {found.ahead}'s page was {found.by_ns} ns (within {found.bound_ns} ns) ahead of vCPU {found.behind}'s, "
-        f"for {found.least_ns} ns at least: {_more(found.by_ns, most_ns)}"
+        f"vCPU {found.ahead}'s page was {_within(found.by_ns, found.bound_ns).removeprefix('+')} ahead of "
+        f"vCPU {found.behind}'s, for {duration(found.least_ns)} at least: {_more(found.by_ns, most_ns)}"
     )
 
 
@@ -187,20 +196,18 @@ def _drifts(most_ppb: Fraction, rates: Mapping[int, PageRate]) -> list[_Finding]
 def _drift(vcpu: int, rate: PageRate, most_ppb: Fraction) -> _Finding | None:
     if rate.ppb is None or rate.bound_ppb is None:
         return _undecided(f"vCPU {vcpu}'s rate is unknown: {rate.why}")
-    told = f"vCPU {vcpu}'s clock is {rate.ppb:+.3f} ppb off the reference (within {rate.bound_ppb:.3f} ppb)"
+    told = f"vCPU {vcpu}'s rate is {rate_in_words(rate.ppb, rate.bound_ppb)}"
     if abs(rate.ppb) - rate.bound_ppb > most_ppb:
-        return _broken(f"{told}: {abs(rate.ppb) - float(most_ppb):.3f} ppb more than {float(most_ppb):g} ppb")
+        return _broken(f"{told}: more than {float(most_ppb):g} ppb")
     if abs(rate.ppb) + rate.bound_ppb > most_ppb:
         return _undecided(f"{told}, which leaves {float(most_ppb):g} ppb open; a longer watch knows it better")
     return None
 
 
+def _within(ns: int, bound_ns: int) -> str:
+    return f"{exact_ns(ns, bound_ns)} (within {duration(bound_ns)})"
+
+
 def _more(found_ns: int, most_ns: Fraction) -> str:
-    more_ns = found_ns - most_ns
-    return f"{_ns(more_ns)} more than {_ns(most_ns)}" if more_ns > 0 else f"too near to {_ns(most_ns)} to tell"
-
-
-def _ns(ns: Fraction) -> str:
-    """A time in ns, for people."""
-    unit = max((unit for unit in NS_IN if ns >= NS_IN[unit]), key=NS_IN.__getitem__, default="ns")
-    return f"{float(ns / NS_IN[unit]):.10g} {unit}"
+    more_ns, budget = found_ns - most_ns, plain_ns(most_ns)
+    return f"{duration(round(more_ns))} more than {budget}" if more_ns > 0 else f"too near to {budget} to tell"

@@ -23,8 +23,7 @@ class TscBasis(StrEnum):
     ASSUMED = "assumed"
     """Offsets cannot be read, and nothing says that it was changed: the step is right if it was not."""
     CHANGED = "changed"
-    """It was changed, and by how much is unknown: a reset, an incoming migration, a guest's write, or what cannot be
-    told from one."""
+    """It was changed, or may have been, and by how much is unknown: a reset, an incoming migration, a guest's write."""
 
 
 class Step(NamedTuple):
@@ -60,6 +59,9 @@ class Disagreement(NamedTuple):
     first poll to the last that saw it; at: the last.  A reader that used vCPU `ahead`'s page meanwhile saw its clock go
     back by up to by_ns when that page was brought up to date.
     basis: OFFSETS: by each vCPU's TSC at one host instant; ASSUMED: as if they all read the same TSC.
+    is_stale: it ended because one of them is not vCPU 0, and has missed so many of vCPU 0's lines that it does not run:
+    it is offline, or idle for long.  KVM brings its page up to date before it runs again; so nobody reads it, and it is
+    no longer held against the others meanwhile.
     """
 
     at: HostTsc
@@ -70,6 +72,7 @@ class Disagreement(NamedTuple):
     least_ns: int
     events: tuple[VmEvent, ...]
     basis: TscBasis
+    is_stale: bool = False
 
 
 class FlagsChange(NamedTuple):

@@ -7,7 +7,7 @@ and others behind it, the two that were furthest apart are told, too.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -16,8 +16,12 @@ from pvclock.meter.watch.lines import Line, difference, is_same_line
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.quantities import NS_PER_S, U32_MASK, HostTsc
+from pvclock.readings import TimeInfo
 
 __all__ = ["AGREE_NS", "Disagreements"]
+
+STALE_LINES: Final = 3
+"""A vCPU that missed as many of vCPU 0's lines does not run."""
 
 AGREE_NS: Final = 2
 """Up to this pages agree: each is floored to whole ns when it is made, and when it is read."""
@@ -46,6 +50,10 @@ class _Episode:
         self._since = self.at = at
         self._longest_ticks = 0
 
+    def goes_on_with(self, lead: _Lead) -> bool:
+        """Is it the same vCPU that is ahead, and known as well?  So the widest lead says all of an episode."""
+        return lead[:2] + lead[3:5] == self.widest[:2] + self.widest[3:5]
+
     def extend(self, lead: _Lead, at: HostTsc) -> None:
         """Another poll saw it.  The time counts unless the pages may have agreed in between."""
         if not _is_gapless(self._last, self.at, lead, at):
@@ -54,11 +62,11 @@ class _Episode:
         self.widest = max(self.widest, lead, key=lambda it: it.by_ns)
         self._last, self.at = lead, at
 
-    def told(self, host_tsc_hz: int, events: tuple[VmEvent, ...]) -> Disagreement:
+    def told(self, host_tsc_hz: int, events: tuple[VmEvent, ...], *, is_stale: bool) -> Disagreement:
         """What there is to tell of it."""
         ahead, behind, by_ns, bound_ns, basis, _ = self.widest
         least_ns = self._longest_ticks * NS_PER_S // host_tsc_hz
-        return Disagreement(self.at, ahead, behind, by_ns, bound_ns, least_ns, events, basis)
+        return Disagreement(self.at, ahead, behind, by_ns, bound_ns, least_ns, events, basis, is_stale)
 
 
 class Disagreements:
@@ -69,17 +77,20 @@ class Disagreements:
         self._polls = 0
         self._with_vcpu0: dict[int, _Episode] = {}
         self._of_others: _Episode | None = None
+        self._pages: dict[int, TimeInfo] = {}
+        self._missed: Counter[int] = Counter()  # lines of vCPU 0, by each other vCPU
         self._events: deque[tuple[int, VmEvent]] = deque(maxlen=POLLS_KEPT)
 
     def take(self, poll: Poll, lines: Sequence[Line | None]) -> list[Disagreement]:
         """Take the lines that lay there at a poll, None where that is not known; those that have ended."""
         self._polls += 1
         self._events.extend((self._polls, event) for event in poll.events)
+        self._note_missed(poll.pages)
         first = lines[0]
         if first is None:
             return []
         leads = {
-            vcpu: _lead(0, first, vcpu, line, poll.middle)
+            vcpu: None if self._is_stale(vcpu) else _lead(0, first, vcpu, line, poll.middle)
             for vcpu, line in enumerate(lines)
             if vcpu and line is not None
         }
@@ -99,10 +110,21 @@ class Disagreements:
 
     # Inside
 
+    def _note_missed(self, pages: Sequence[TimeInfo | None]) -> None:
+        moved = [vcpu for vcpu, page in enumerate(pages) if page and self._pages.get(vcpu, page) != page]
+        self._pages |= {vcpu: page for vcpu, page in enumerate(pages) if page}
+        if 0 in moved:
+            self._missed.update(range(1, len(pages)))
+        for vcpu in moved:
+            self._missed[vcpu] = 0
+
+    def _is_stale(self, vcpu: int) -> bool:
+        return self._missed[vcpu] >= STALE_LINES
+
     def _follow(self, vcpu: int, lead: _Lead | None, at: HostTsc) -> _Episode | None:
         """Hold a vCPU against vCPU 0; the episode that ended, if any."""
         episode = self._with_vcpu0.get(vcpu)
-        if episode and lead and lead.ahead == episode.widest.ahead:
+        if episode and lead and episode.goes_on_with(lead):
             episode.extend(lead, at)
             return None
         if episode:
@@ -120,18 +142,22 @@ class Disagreements:
         if lead is None:
             self._of_others = None
             return episode
-        if episode and (lead.ahead, lead.behind) == (episode.widest.ahead, episode.widest.behind):
+        if episode and episode.goes_on_with(lead):
             episode.extend(lead, at)
         elif episode is None or lead.by_ns > episode.widest.by_ns:
             self._of_others = _Episode(lead, self._polls, at)
         return None
 
     def _told(self, episodes: list[_Episode]) -> list[Disagreement]:
-        together: dict[tuple[int, HostTsc, bool], _Episode] = {}
+        together: dict[tuple[int, HostTsc, bool, bool], _Episode] = {}
         for episode in episodes:
-            key = episode.first_poll, episode.at, episode.widest.ahead == 0
+            is_stale = any(map(self._is_stale, episode.widest[:2]))
+            key = episode.first_poll, episode.at, episode.widest.ahead == 0, is_stale
             together[key] = max(together.get(key, episode), episode, key=lambda it: it.widest.by_ns)
-        return [episode.told(self._host_tsc_hz, self._events_of(episode)) for episode in together.values()]
+        return [
+            episode.told(self._host_tsc_hz, self._events_of(episode), is_stale=is_stale)
+            for (*_, is_stale), episode in together.items()
+        ]
 
     def _events_of(self, episode: _Episode) -> tuple[VmEvent, ...]:
         """What was told from the poll before it on."""

@@ -39,8 +39,11 @@ Source: pvclock_exact_backdate().
 SHIFT_BITS: Final = 128
 """A shift is a signed byte."""
 ONE_TO_ONE: Final = NS_PER_S << 32 + SHIFT_BITS
+UNSCALED_PPM: Final = 200
 SCALED_PPM: Final = 300
-"""KVM takes a guest's TSC frequency for the host's within 250 ppm; what is further off than this is scaled."""
+"""KVM takes a guest's TSC frequency for the host's within 250 ppm, and scales what is further off.  Both are known to
+less than 50 ppm: what is between these two may be either.
+"""
 
 
 class Line(NamedTuple):
@@ -57,16 +60,21 @@ class TscRates(NamedTuple):
     guest_hz: int | None = None
 
     def is_scaled(self, line: TimeInfo) -> bool:
-        """Does the guest's TSC not count as the host's does?"""
-        if self.guest_hz is not None:
-            return abs(self.guest_hz - self.host_hz) * 10**6 > SCALED_PPM * self.host_hz
-        counted = line.tsc_to_system_mul * self.host_hz << SHIFT_BITS + line.tsc_shift
-        return abs(counted - ONE_TO_ONE) * 10**6 > SCALED_PPM * ONE_TO_ONE
+        """May it be that the guest's TSC does not count as the host's does?"""
+        return self._off_ppm(line) >= UNSCALED_PPM
 
     def speed(self, line: TimeInfo) -> Fraction | None:
         """The guest's seconds in a nominal second of its host; None if its TSC is scaled by an unknown ratio."""
-        tsc_hz = self.guest_hz if self.is_scaled(line) else self.host_hz
-        return None if tsc_hz is None else ns_per_tick(line) * tsc_hz / NS_PER_S
+        off_ppm = self._off_ppm(line)
+        if off_ppm < UNSCALED_PPM:
+            return ns_per_tick(line) * self.host_hz / NS_PER_S
+        return ns_per_tick(line) * self.guest_hz / NS_PER_S if self.guest_hz and off_ppm >= SCALED_PPM else None
+
+    def _off_ppm(self, line: TimeInfo) -> int:
+        if self.guest_hz is not None:
+            return abs(self.guest_hz - self.host_hz) * 10**6 // self.host_hz
+        counted = line.tsc_to_system_mul * self.host_hz << SHIFT_BITS + line.tsc_shift
+        return abs(counted - ONE_TO_ONE) * 10**6 // ONE_TO_ONE
 
 
 def is_legal(page: TimeInfo) -> bool:

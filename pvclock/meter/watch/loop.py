@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import PvclockError
@@ -11,11 +11,12 @@ from pvclock.host.this_host import bracketed, measure_tsc_hz
 from pvclock.host.watch import HostWatch, TroubleKind
 from pvclock.meter.findings import TIME_INFO
 from pvclock.meter.watch.changes import Change, PageLost
-from pvclock.meter.watch.lines import is_legal
 from pvclock.meter.watch.page_finder import PageFinder, PagesFound, Progress
+from pvclock.meter.watch.page_layout import Pages
+from pvclock.meter.watch.page_search import is_legal
 from pvclock.meter.watch.poll import Poll, take_poll
 from pvclock.meter.watch.rate import PageRate, RateMeter
-from pvclock.meter.watch.vm import VmEvent, WatchedVm
+from pvclock.meter.watch.vm import VmEvent, VmEventKind, WatchedVm
 from pvclock.meter.watch.watcher import Watcher
 from pvclock.quantities import NS_PER_S, Gpa
 from pvclock.readings import Reference, TimeInfo
@@ -78,14 +79,18 @@ class WatchLoop:
         self.vm, self.reference = vm, reference
         self.host_tsc_hz = measure_tsc_hz()
         self.finder = PageFinder(vm, self.host_tsc_hz, given, progress)
-        self.troubles: list[HostTrouble] = []
-        """Those of the host so far."""
         self.interval_s = 0.0
         """As it is chosen when the pages are found."""
         self.infos: dict[int, TimeInfo] = {}
         """Each vCPU's page as it was last seen, where there was one."""
+        self.is_paused = vm.is_paused
+        """Is the guest stopped, as far as its VMM told?  None if it does not tell."""
+        self.has_run = False
+        """Was there a look at a guest that ran, or may have?"""
         self._wait, self._wanted_s = wait, interval_s
         self._host = HostWatch(self.host_tsc_hz, interval_ns=int(SAMPLE_S * NS_PER_S))
+        self.troubles = _from_the_beginning(self._host)
+        """Those of the host so far."""
         self._meter = RateMeter(lambda: bracketed(reference, self.host_tsc_hz), self.host_tsc_hz, vm.tsc_hz)
         self._sampled_s = 0.0
 
@@ -94,17 +99,19 @@ class WatchLoop:
         found = self.finder.find()
         self.interval_s = self._wanted_s or self._affordable_s()
         self.watcher = Watcher(
-            len(self.finder.pages),
+            self.vm.vcpus,
             host_tsc_hz=self.host_tsc_hz,
             interval_ns=int(self.interval_s * NS_PER_S),
             guest_tsc_hz=self.vm.tsc_hz,
+            is_paused=bool(self.vm.is_paused),
+            tells_events=self.vm.why_no_events is None,
         )
         return found
 
     def looks(self, seconds: float | None = None) -> Iterator[Look]:
         """Look at the pages for `seconds` (None: for ever), until `wait` says so or the VM ends.
 
-        Errors of the VM and its RAM while it runs.
+        Errors of the VM and its RAM while it runs, after what is left to tell.
         """
         end_s = None if seconds is None else time.monotonic() + seconds
         due_s = time.monotonic()
@@ -112,13 +119,17 @@ class WatchLoop:
         while True:
             try:
                 look = self._look()
-            except PvclockError as error:
+            except PvclockError:
                 if look is None:
                     raise
-                yield look._replace(findings=(*self.watcher.finish(), self._ended(error)))
+                end = self._end()
+                yield look._replace(findings=(*self.watcher.finish(), *([end] if end else [])))
+                if end is None:
+                    raise
                 return
             yield look
-            due_s = max(due_s + self.interval_s, time.monotonic())
+            pause_s = min(self.vm.ram.pause_s, self.interval_s) if self.finder.is_amid_search else self.interval_s
+            due_s = max(due_s + pause_s, time.monotonic())
             until_s = due_s if end_s is None else min(due_s, end_s)
             if self._wait(until_s - time.monotonic()) or until_s == end_s:
                 break
@@ -132,23 +143,37 @@ class WatchLoop:
     # Inside
 
     def _look(self) -> Look:
-        whole = take_poll(self.vm, self.finder.places)
-        pages = self.finder.pages
-        poll = whole._replace(pages=whole.pages[: len(pages)], tsc_offsets=whole.tsc_offsets[: len(pages)])
-        self.infos |= {vcpu: info for vcpu, info in enumerate(poll.pages) if info is not None and is_legal(info)}
+        before = self.finder.pages
+        elsewhere = self.finder.search_on()
+        places = self.finder.places
+        whole = take_poll(self.vm, places)
+        elsewhere = self.finder.take(whole) or elsewhere
+        told = [*self._moved_from(before), elsewhere] if elsewhere is not None else []
+        poll = self._of_vcpus(whole, dict(zip(places, whole.pages, strict=True)))
+        self._note_state(poll.events)
         changes = self.watcher.take(poll)
-        findings: list[Finding] = [*poll.events, *changes, *self._look_at_host()]
-        is_lost = any(isinstance(change, PageLost) for change in changes)
-        elsewhere = self.finder.take(whole, is_lost=is_lost) or self.finder.search_if_due()
-        if elsewhere is not None:
-            findings += [*self._moved_from(pages), elsewhere]
-        return Look(poll, tuple(findings))
+        if any(isinstance(change, PageLost) for change in changes):
+            self.finder.lose()
+        return Look(poll, (*poll.events, *told, *changes, *self._look_at_host()))
 
-    def _moved_from(self, pages: Sequence[Gpa]) -> list[Change]:
-        if self.finder.pages == pages:
+    def _of_vcpus(self, whole: Poll, seen: Mapping[Gpa, TimeInfo | None]) -> Poll:
+        """The poll, of the vCPUs' pages alone."""
+        absent = self.finder.absent
+        pages = tuple(
+            None if gpa is None or vcpu in absent else seen[gpa] for vcpu, gpa in enumerate(self.finder.pages)
+        )
+        for vcpu, info in enumerate(pages):
+            if info is not None and info != self.infos.get(vcpu) and is_legal(info, self.finder.terms):
+                self.infos[vcpu] = info
+        return whole._replace(pages=pages, absent=absent)
+
+    def _moved_from(self, pages: Pages) -> list[Change]:
+        """What is left to tell of the old pages, if a vCPU has another than it had."""
+        both = zip(pages, self.finder.pages, strict=True)
+        if all(old in {None, new} for old, new in both):
             return []
         self.infos = {}
-        return self.watcher.restart(len(self.finder.pages))
+        return self.watcher.restart()
 
     def _look_at_host(self) -> list[HostTrouble]:
         """Sample the reference and look at the host, if it is time to."""
@@ -161,8 +186,14 @@ class WatchLoop:
         self.troubles += troubles
         return troubles
 
-    def _ended(self, error: PvclockError) -> VmEnded:
-        """The VM's end, if that is why `error` came; else that error."""
+    def _note_state(self, events: Iterable[VmEvent]) -> None:
+        for event in events:
+            if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
+                self.is_paused = event.kind is VmEventKind.STOP
+        self.has_run |= not self.is_paused
+
+    def _end(self) -> VmEnded | None:
+        """The VM's end, if that is why an error came; None if it runs."""
         limit_s = time.monotonic() + END_LIMIT_S
         while time.monotonic() < limit_s:
             try:
@@ -170,7 +201,7 @@ class WatchLoop:
             except PvclockError as end:
                 return VmEnded(str(end))
             time.sleep(INTERVAL_S)
-        raise error
+        return None
 
     def _affordable_s(self) -> float:
         """As often as polls of these pages leave the VM and this host alone."""
@@ -184,3 +215,9 @@ class WatchLoop:
             self.vm.tsc_offsets()
             self.vm.ram.read_many(self.finder.places, TIME_INFO.size)
         return time.monotonic() - begin_s
+
+
+def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:
+    """What is wrong before anything has changed."""
+    why = f"the host's clocksource is {host.last.clocksource}, not tsc"
+    return [] if host.tsc_trusted else [HostTrouble(TroubleKind.CLOCKSOURCE, True, why)]

@@ -10,6 +10,7 @@ from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from pvclock.meter.watch.page_layout import Pages, PageSet
 from pvclock.meter.watch.page_search import FoundPages, SearchTerms, is_legal
 from pvclock.quantities import Gpa
 from pvclock.readings import TimeInfo
@@ -25,15 +26,16 @@ class PageChoice(NamedTuple):
         choice = PageChoice.of(found, terms)
         while ...:
             poll = take_poll(vm, choice.places)
-            ...  # poll.pages[:len(choice.pages)] are those of vCPU 0, 1, ...
             choice = choice.after(poll.pages)  # where its `pages` are others, these are the VM's, and were all along
 
-    sets: those that it can be, the likeliest first.  versions: of each place, as it was first seen.
+    sets: those that it can be, the likeliest first.  versions: of each place, as it was first seen.  has_moved: was it
+    seen that `pages` are live?
     """
 
-    sets: tuple[tuple[Gpa, ...], ...]
+    sets: tuple[PageSet, ...]
     terms: SearchTerms
     versions: Mapping[Gpa, int] = NONE_SEEN
+    has_moved: bool = False
 
     @classmethod
     def of(cls, found: FoundPages, terms: SearchTerms) -> PageChoice:
@@ -41,48 +43,64 @@ class PageChoice(NamedTuple):
         return cls(found.sets, terms._replace(newest_tsc=None))  # a later line is newer
 
     @property
-    def pages(self) -> tuple[Gpa, ...]:
+    def pages(self) -> Pages:
         """The pages of vCPU 0, 1, ..., as far as is known."""
-        return self.sets[0]
+        return self.sets[0].pages
 
     @property
     def places(self) -> tuple[Gpa, ...]:
-        """What is to be polled: `pages`, and then all other places that it can be."""
-        return tuple(gpa for each in self.sets for gpa in each)
+        """What is to be polled: those of `pages`, and then all other places that it can be."""
+        return tuple(gpa for each in self.sets for gpa in each.places)
+
+    @property
+    def rivals(self) -> tuple[PageSet, ...]:
+        """The others that lie as Linux's do, if `pages` do: only a move tells which of them are live."""
+        return tuple(each for each in self.sets[1:] if each.is_as_linuxs and self.sets[0].is_as_linuxs)
 
     @property
     def is_settled(self) -> bool:
         """Is there nothing left to choose from?"""
         return len(self.sets) == 1
 
+    def anew(self) -> PageChoice:
+        """The choice after a reset: what moved before says nothing of now."""
+        return self._replace(versions=NONE_SEEN, has_moved=False)
+
     def after(self, seen: Sequence[TimeInfo | None]) -> PageChoice:
         """The choice after a poll of `places`, each as it was seen; None does not count.
 
         Where a version of `pages` has moved they are live, and there is no choice left.  Another set takes their place
-        if one of its versions has moved to a line newer than theirs: a copy that the guest keeps of its pages moves,
-        too, but after them.  A set of which a place holds something else by now is none.
+        if one of its versions has moved, and it is a rival or the line is newer than theirs: a copy that the guest
+        keeps of its pages moves, too, but after them.  A set of which a place holds something else by now is none.
         """
         infos = {gpa: info for gpa, info in zip(self.places, seen, strict=True) if info is not None}
         moved = {gpa: info for gpa, info in infos.items() if self.versions.get(gpa, info.version) != info.version}
         live = {gpa: info for gpa, info in moved.items() if is_legal(info, self.terms)}
         first_seen = {gpa: info.version for gpa, info in infos.items()}
         sets = self._sets_after(infos, live, moved.keys() - live.keys())
-        return self._replace(sets=sets, versions={**first_seen, **self.versions})
+        has_moved = self.has_moved or not live.keys().isdisjoint(sets[0].places)
+        return PageChoice(sets, self.terms, {**first_seen, **self.versions}, has_moved)
 
     def _sets_after(
         self, infos: Mapping[Gpa, TimeInfo], live: Mapping[Gpa, TimeInfo], gone: AbstractSet[Gpa]
-    ) -> tuple[tuple[Gpa, ...], ...]:
-        if not live.keys().isdisjoint(self.pages):
-            return (self.pages,)
-        others = tuple(each for each in self.sets[1:] if gone.isdisjoint(each))
-        if infos.keys() >= set(self.pages):
-            newest = _newest_tsc(infos, [gpa for gpa in self.pages if gpa not in gone])
-            better = tuple(each for each in others if _newest_tsc(live, each) > newest)
+    ) -> tuple[PageSet, ...]:
+        own = self.sets[0]
+        if not live.keys().isdisjoint(own.places):
+            return (own,)
+        others = tuple(each for each in self.sets[1:] if gone.isdisjoint(each.places))
+        if infos.keys() >= set(own.places):
+            newest = _newest(infos, [gpa for gpa in own.places if gpa not in gone])
+            better = tuple(
+                each
+                for each in others
+                if not live.keys().isdisjoint(each.places)
+                and (each in self.rivals or _newest(live, each.places) > newest)
+            )
             if better:
                 return better
-        return (self.pages, *others)
+        return (own, *others)
 
 
-def _newest_tsc(infos: Mapping[Gpa, TimeInfo], places: Iterable[Gpa]) -> int:
-    """The newest tsc_timestamp of the places that are there; 0 if none is."""
-    return max((infos[gpa].tsc_timestamp for gpa in places if gpa in infos), default=0)
+def _newest(infos: Mapping[Gpa, TimeInfo], places: Iterable[Gpa]) -> int:
+    """The newest system_time of the places that are there; 0 if none is.  The TSC begins anew at a reboot."""
+    return max((infos[gpa].system_time for gpa in places if gpa in infos), default=0)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from pvclock._counter import read_tsc
-from pvclock.errors import ConfigError, PagesNotFound
+from pvclock.errors import ConfigError
 from pvclock.meter.findings import TIME_INFO, time_info
-from pvclock.meter.watch.lines import is_legal
+from pvclock.meter.watch.due_move import DueMove
+from pvclock.meter.watch.paced_search import PacedSearch
 from pvclock.meter.watch.page_choice import PageChoice
-from pvclock.meter.watch.page_search import FoundPages, SearchTerms, find_pages
+from pvclock.meter.watch.page_layout import Pages
+from pvclock.meter.watch.page_search import FoundPages, SearchTerms, find_pages, is_legal, search_in_pieces
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEventKind, WatchedVm
+from pvclock.meter.watch.words import counted
 from pvclock.quantities import U64_MASK, Gpa, GuestTsc
 from pvclock.readings import TimeInfo
 
@@ -22,20 +25,17 @@ __all__ = ["PageFinder", "PagesFound", "Progress"]
 Progress = Callable[[int, int], object]
 """Is told the bytes searched, and their total."""
 
-PAGE_BYTES: Final = 4096
-PAUSE_S: Final = 0.2
-PAUSE_MAX_S: Final = 30.0
-SEARCH_SHARE: Final = 20
-"""Searches take at most this part of the time."""
+SEARCHES_MAX: Final = 12
+"""For what may never be there, such as the page of a vCPU that the guest leaves off: some minutes."""
 
 
 class PagesFound(NamedTuple):
-    """The pages that are watched from now on, vCPU 0's first.
+    """The pages that are watched from now on, vCPU 0's first; None: that vCPU has none, as far as is known.
 
     why: for people, how they were found.  searched_bytes, seconds: of the search, 0 if there was none.
     """
 
-    pages: tuple[Gpa, ...]
+    pages: Pages
     why: str
     searched_bytes: int = 0
     seconds: float = 0.0
@@ -45,83 +45,114 @@ class PageFinder:
     """Finds the pages of `vm`; given: their addresses, if they are known, and then nothing is searched."""
 
     def __init__(self, vm: WatchedVm, host_tsc_hz: int, given: Sequence[Gpa], progress: Progress) -> None:
-        if len(given) > vm.vcpus:
-            raise ConfigError(f"{len(given)} pages of {vm.vcpus} vCPUs; a vCPU has one")
+        if given and len(given) != vm.vcpus:
+            raise ConfigError(
+                f"{counted(len(given), 'page')} of {counted(vm.vcpus, 'vCPU')}; give each vCPU's, or none"
+            )
         self.is_searching = False
-        """Are those of before a reset, or lost, and others not found so far?"""
-        self._has_moved = False
+        """Are those of before a reset, dead or lost, and others not found so far?"""
         self._vm, self._progress, self._given = vm, progress, tuple(given)
-        self._terms = SearchTerms(vm.tsc_hz or host_tsc_hz)
+        self.terms = SearchTerms(vm.tsc_hz or host_tsc_hz)
+        """What a page must show, whenever it was written."""
         self._choice: PageChoice | None = None
+        self._due = DueMove()
+        self._searches = PacedSearch(self._search)
         self._seen: dict[Gpa, TimeInfo] = {}
         self._old: dict[Gpa, TimeInfo] = {}  # what lies there from before a reset, as far as nothing else did since
-        self._pause_s, self._next_s = PAUSE_S, 0.0
 
     @property
-    def pages(self) -> tuple[Gpa, ...]:
+    def pages(self) -> Pages:
         """The pages of vCPU 0, 1, ..., as far as is known."""
-        return self._given if self._choice is None else self._choice.pages
+        if self._choice is None:
+            return self._given + (None,) * (self._vm.vcpus - len(self._given))
+        return self._choice.pages
 
     @property
     def places(self) -> tuple[Gpa, ...]:
-        """What is to be polled: `pages`, and then other places that may turn out to be them."""
+        """What is to be polled: those of `pages`, and then other places that may turn out to be them."""
         return self._given if self._choice is None else self._choice.places
 
     @property
-    def is_sure(self) -> bool:
-        """Are these the guest's: given, an array as Linux has it, or moving?  What firmware left looks like none."""
-        is_array = len(self.pages) == self._vm.vcpus and self.pages[0] % PAGE_BYTES == 0
-        return bool(self._given) or is_array or self._has_moved
+    def absent(self) -> frozenset[int]:
+        """The vCPUs that have no page now: none is known, or it is one of before a reset."""
+        return frozenset(vcpu for vcpu, gpa in enumerate(self.pages) if gpa is None or gpa in self._old)
+
+    @property
+    def is_amid_search(self) -> bool:
+        """Is a search under way?"""
+        return self._searches.is_under_way
+
+    @property
+    def doubt(self) -> str | None:
+        """Why `pages` may not be the guest's, for people; None if they are, by all that is known."""
+        if self._due.is_open:
+            return "the VM has gone on, or its TSC was written, and KVM has not written these pages anew so far"
+        return self._doubt_of_places()
 
     def find(self) -> PagesFound:
         """Find the pages when the watch begins.  PagesNotFound, ConfigError; errors of the VM and its RAM."""
         if not self._given:
-            return self._take(self._search())
-        for gpa, contents in zip(self._given, self._vm.ram.read_many(self._given, TIME_INFO.size), strict=True):
-            if not is_legal(time_info(contents)._replace(version=0)):
+            found = find_pages(self._vm.ram, self._vm.vcpus, self._terms_now(), self._progress)
+            self._searches.renew()
+            return self._take(found)
+        infos = [time_info(contents) for contents in self._vm.ram.read_many(self._given, TIME_INFO.size)]
+        if self._vm.tsc_hz is None and infos[0].tsc_to_system_mul:
+            self.terms = SearchTerms(max(infos[0].shown_khz * 1000, 1))  # whatever the guest's TSC is scaled to
+        for gpa, info in zip(self._given, infos, strict=True):
+            if not is_legal(info._replace(version=2), self.terms):  # it may be being written
                 raise ConfigError(
                     f"there is no pvclock page at {gpa:#x}; without --page the guest's memory is searched"
                 )
-        return PagesFound(self._given, "as given")
+        return PagesFound(self.pages, "as given")
 
-    def take(self, poll: Poll, *, is_lost: bool) -> PagesFound | None:
-        """Take a poll of `places`; the pages if they are others than was thought, or come again where they were.
-
-        is_lost: a page holds no line any more.
-        """
+    def take(self, poll: Poll) -> PagesFound | None:
+        """Take a poll of `places`; the pages if they are others than was thought, or come again where they were."""
         infos = {gpa: info for gpa, info in zip(self.places, poll.pages, strict=True) if info is not None}
+        pages = [infos.get(gpa) if gpa is not None else None for gpa in self.pages]
+        is_dead = self._due.take(pages, poll.tsc_offsets[0], poll.events, time.monotonic())
         is_reset = any(event.kind is VmEventKind.RESET for event in poll.events)
-        if is_reset:
+        if is_reset or (is_dead and not self.is_searching):
             self._old = {**infos, **self._seen}
-        if is_reset or is_lost:
-            self.is_searching, self._pause_s, self._next_s = True, PAUSE_S, time.monotonic() + PAUSE_S
+            self._choice = self._choice and self._choice.anew()
+            self.lose()
         self._seen |= infos
         self._forget_changed(infos)
-        if self._choice is not None:
-            first = self._choice.versions
-            before, self._choice = self.pages, self._choice.after(poll.pages)
-            self._has_moved |= any(infos[gpa].version != first[gpa] for gpa in before if gpa in infos and gpa in first)
-            if self.pages != before:
-                self._has_moved = True
-                return PagesFound(self.pages, "another place than was thought: the versions there move")
-        if self.is_searching and all(_is_new(gpa, infos.get(gpa), self._old) for gpa in self.pages):
-            self.is_searching = False
-            return PagesFound(self.pages, "in the same places as before")
-        return None
+        return self._chosen(infos) or self._come_again(infos)
 
-    def search_if_due(self) -> PagesFound | None:
-        """Search again if that may find more, and the last search is long enough ago; the pages if they are others."""
-        if self._given or (self.is_sure and not self.is_searching) or time.monotonic() < self._next_s:
+    def lose(self) -> None:
+        """A page holds no line any more: search."""
+        self.is_searching = True
+        self._searches.renew()
+
+    def search_on(self) -> PagesFound | None:
+        """Search a piece more, if that may find more and it is time to; the pages if they are others."""
+        if not self._may_find_more():
+            self._searches.stop()
             return None
-        try:
-            found = self._without_old(self._search())
-        except PagesNotFound:
-            found = None
-        if found is None or (found.pages == self.pages and not self.is_searching):
-            return None
-        return self._take(found)
+        found = self._searches.go_on()
+        better = None if found is None else self._better(found)
+        return None if better is None else self._take(better)
 
     # Inside
+
+    def _doubt_of_places(self) -> str | None:
+        if self._choice is None or self._choice.has_moved:
+            return None
+        if self._choice.rivals:
+            others = ", ".join(f"{each.places[0]:#x}" for each in self._choice.rivals)
+            return (
+                f"what lies at {others} looks like Linux's pages, too, and none has moved so far: "
+                "some may be those of the kernel before a reboot"
+            )
+        if not self._choice.sets[0].is_as_linuxs:
+            return "what was watched may be a page that firmware left, for it does not lie as Linux's do"
+        return None
+
+    def _may_find_more(self) -> bool:
+        if self._given or self.is_searching:
+            return not self._given
+        is_open = bool(self.absent) or self._doubt_of_places() is not None
+        return is_open and self._searches.ended < SEARCHES_MAX
 
     def _forget_changed(self, infos: Mapping[Gpa, TimeInfo]) -> None:
         """Whatever is seen of these places that is not what was there: no page there is an old one any more."""
@@ -129,34 +160,58 @@ class PageFinder:
             if gpa not in infos or not _is_same(infos[gpa], self._old[gpa]):
                 del self._old[gpa]
 
-    def _search(self) -> FoundPages:
-        begin_s = time.monotonic()
+    def _chosen(self, infos: Mapping[Gpa, TimeInfo]) -> PagesFound | None:
+        """The pages if a move shows that they are others.  A place that comes anew after a reset has not moved."""
+        if self._choice is None:
+            return None
+        seen = [None if gpa in self._old else infos.get(gpa) for gpa in self.places]
+        before, self._choice = self.pages, self._choice.after(seen)
+        if self.pages == before:
+            return None
+        self._due = DueMove()
+        return PagesFound(self.pages, "another place than was thought: the versions there move")
+
+    def _come_again(self, infos: Mapping[Gpa, TimeInfo]) -> PagesFound | None:
+        first = self.places[0]
+        if not self.is_searching or first in self._old or first not in infos or not is_legal(infos[first], self.terms):
+            return None
+        self.is_searching = False
+        self._searches.renew()
+        return PagesFound(self.pages, "in the same places as before")
+
+    def _search(self) -> Generator[tuple[int, int], None, FoundPages]:
+        return search_in_pieces(self._vm.ram, self._vm.vcpus, self._terms_now())
+
+    def _terms_now(self) -> SearchTerms:
         offsets = [offset for offset in self._vm.tsc_offsets() if offset is not None]
         newest = GuestTsc(max((read_tsc() + offset) & U64_MASK for offset in offsets)) if offsets else None
-        try:
-            return find_pages(self._vm.ram, self._vm.vcpus, self._terms._replace(newest_tsc=newest), self._progress)
-        finally:
-            took_s = time.monotonic() - begin_s
-            self._next_s = begin_s + took_s + max(self._pause_s, SEARCH_SHARE * took_s)
-            self._pause_s = min(2 * self._pause_s, PAUSE_MAX_S)
+        return self.terms._replace(newest_tsc=newest)
 
-    def _without_old(self, found: FoundPages) -> FoundPages | None:
-        """The sets that are not just what was there before the reset; None if there are no others."""
-        places = [gpa for each in found.sets for gpa in each]
-        contents = self._vm.ram.read_many(places, TIME_INFO.size)
-        infos = {gpa: time_info(data) for gpa, data in zip(places, contents, strict=True)}
-        sets = tuple(each for each in found.sets if any(_is_new(gpa, infos[gpa], self._old) for gpa in each))
-        return found._replace(sets=sets, pages=sets[0]) if sets else None
+    def _better(self, found: FoundPages) -> FoundPages | None:
+        """What was found without what is known to be none of it; None if that is what is known already.
+
+        That is a set whose vCPU 0 has what was there before a reset, or another page than one that has moved.
+        """
+        contents = self._vm.ram.read_many([each.places[0] for each in found.sets], TIME_INFO.size)
+        sets = [each for each, data in zip(found.sets, contents, strict=True) if self._is_new(each.places[0], data)]
+        if not self.is_searching and self._choice is not None and self._choice.has_moved:
+            sets = [each for each in sets if each.places[0] == self.places[0]]
+        if not sets or (not self.is_searching and {*sets[0].places} <= {*self.pages}):
+            return None
+        return found._replace(sets=tuple(sets))
+
+    def _is_new(self, gpa: Gpa, contents: bytes) -> bool:
+        return gpa not in self._old or not _is_same(time_info(contents), self._old[gpa])
 
     def _take(self, found: FoundPages) -> PagesFound:
-        self._choice = PageChoice.of(found, self._terms)
-        self.is_searching, self._has_moved, self._pause_s = False, False, PAUSE_S
+        is_same = self._choice is not None and self.places[0] == found.sets[0].places[0]
+        has_moved = is_same and self._choice is not None and self._choice.has_moved
+        self._choice = PageChoice.of(found, self.terms)._replace(has_moved=has_moved)
+        self._due = DueMove()
+        if self.is_searching:
+            self._searches.renew()
+        self.is_searching = False
         return PagesFound(found.pages, found.why, found.searched_bytes, found.seconds)
-
-
-def _is_new(gpa: Gpa, info: TimeInfo | None, old: Mapping[Gpa, TimeInfo]) -> bool:
-    """Does a page lie there that is not just left from before?"""
-    return info is not None and is_legal(info) and not (gpa in old and _is_same(info, old[gpa]))
 
 
 def _is_same(one: TimeInfo, other: TimeInfo) -> bool:

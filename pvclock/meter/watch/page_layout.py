@@ -1,29 +1,34 @@
 """Which of the places that hold a legal page are a VM's pages, one for each vCPU: by how they lie to each other.
 
-Linux has an array of 64-byte entries from the beginning of a memory page, vCPU 0's first.  From 65 vCPUs on the others
-are in a second one; with 128 nothing says which is the first, and the one at the lower address is taken.  FreeBSD's
-entries are 32 bytes apart, and some guests give each vCPU a memory page.
-A place that is no vCPU's has been one's, as SeaBIOS's is after Linux has booted, or is a copy that the guest keeps, or
-belongs to a guest of this guest.
+Linux has an array of 64-byte entries from the beginning of a memory page, vCPU 0's first; an entry is empty while its
+vCPU is off.  From 65 vCPUs on the others are in a second one; with 128 nothing says which is the first, and the one at
+the lower address is taken.  FreeBSD's entries are 32 bytes apart, and some guests give each vCPU a memory page.
+A place that is no vCPU's has been one's, as SeaBIOS's is after Linux has booted, and as those of the kernel before a
+reboot are; or is a copy that the guest keeps, or belongs to a guest of this guest.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.quantities import Gpa
 from pvclock.readings import TimeInfo
 
-__all__ = ["Candidate", "PageSet", "page_sets"]
+__all__ = ["Candidate", "PageSet", "Pages", "page_sets"]
 
-LINUX_ARRAY_VCPUS: Final = 64
+Pages: TypeAlias = tuple[Gpa | None, ...]
+"""The pages of vCPU 0, 1, ...; None: that vCPU has none, as far as is known.  vCPU 0 has one."""
+
+MEMORY_PAGE_BYTES: Final = 4096
 LINUX_STRIDE_BYTES: Final = 64
-STRIDES_BYTES: Final = (LINUX_STRIDE_BYTES, 32, 4096)
+LINUX_ARRAY_VCPUS: Final = MEMORY_PAGE_BYTES // LINUX_STRIDE_BYTES
+STRIDES_BYTES: Final = (LINUX_STRIDE_BYTES, 32, MEMORY_PAGE_BYTES)
 """How far apart the entries of an array are, the usual first."""
 
-ALIGNMENTS_BYTES: Final = (4096, 64, 32, 4)
+ALIGNMENTS_BYTES: Final = (MEMORY_PAGE_BYTES, 64, 32, 4)
 SETS_MAX: Final = 16
 
 
@@ -35,81 +40,102 @@ class Candidate(NamedTuple):
 
 
 class PageSet(NamedTuple):
-    """Places that can be the pages of vCPU 0, 1, ...; fewer than there are vCPUs if some have none."""
+    """Places that can be the VM's pages."""
 
-    pages: tuple[Gpa, ...]
-    how_they_lie: str
+    pages: Pages
+
+    @property
+    def places(self) -> tuple[Gpa, ...]:
+        """Those that there are."""
+        return tuple(gpa for gpa in self.pages if gpa is not None)
+
+    @property
+    def is_as_linuxs(self) -> bool:
+        """Does it lie as Linux's pages do?"""
+        return alignment_bytes(self.places[0]) == MEMORY_PAGE_BYTES
+
+    @property
+    def how_it_lies(self) -> str:
+        """For people."""
+        first, *others = self.places
+        aligned = f"aligned to {alignment_bytes(first)} bytes"
+        if not others:
+            return f"one page at {first:#x}, {aligned}"
+        entries = [(vcpu, gpa) for vcpu, gpa in enumerate(self.pages) if gpa is not None]
+        strides = {(after - before) // (vcpu - of) for (of, before), (vcpu, after) in pairwise(entries)}
+        apart = f"{strides.pop()} bytes apart" if len(strides) == 1 else "in more than one place"
+        return f"{len(self.places)} pages {apart} from {first:#x}, {aligned}"
 
 
 def page_sets(candidates: Iterable[Candidate], vcpus: int) -> list[PageSet]:
     """The sets that candidates form, the likeliest first, no place in two of them; 16 sets at most.
 
     The one of more vCPUs is the likelier one, then the one of the better alignment, of the usual stride, of the newest
-    line.
+    line: the VM's clock goes on at a reboot, and its TSC begins anew.
     """
     left = dict(candidates)
     sets: list[PageSet] = []
     while left and len(sets) < SETS_MAX:
-        likeliest = _likeliest(left, vcpus)
-        sets.append(PageSet(likeliest, _how_they_lie(likeliest)))
-        left = _without(left, likeliest)
+        sets.append(PageSet(_likeliest(left, vcpus)))
+        left = {gpa: info for gpa, info in left.items() if gpa not in sets[-1].pages}
     return sets
 
 
-def _likeliest(infos: Mapping[Gpa, TimeInfo], vcpus: int) -> tuple[Gpa, ...]:
-    array = _best_array(infos, vcpus)
-    if len(array) < vcpus and vcpus > LINUX_ARRAY_VCPUS:
-        return _linux_arrays(infos, vcpus) or array
-    if len(array) == 1 < vcpus:
-        alike = sorted(gpa for gpa in infos if _alignment_bytes(gpa) == _alignment_bytes(array[0]))
-        return tuple(alike) if len(alike) == vcpus else array
-    return array
+def alignment_bytes(gpa: Gpa) -> int:
+    """The greatest of 4096, 64, 32 and 4 that the address is a multiple of."""
+    return next(alignment for alignment in ALIGNMENTS_BYTES if gpa % alignment == 0)
 
 
-def _linux_arrays(infos: Mapping[Gpa, TimeInfo], vcpus: int) -> tuple[Gpa, ...]:
-    """An array that fills a memory page, and one of all other vCPUs; () if there are no two such."""
-    for gpa in sorted(gpa for gpa in infos if _alignment_bytes(gpa) == LINUX_ARRAY_VCPUS * LINUX_STRIDE_BYTES):
-        first = tuple(_entries(infos, gpa, LINUX_STRIDE_BYTES, vcpus))
-        if len(first) == LINUX_ARRAY_VCPUS:
-            others = _best_array(_without(infos, first), vcpus - LINUX_ARRAY_VCPUS)
-            if len(others) == vcpus - LINUX_ARRAY_VCPUS:
-                return first + others
-    return ()
+# Inside
 
 
-def _best_array(infos: Mapping[Gpa, TimeInfo], vcpus: int) -> tuple[Gpa, ...]:
-    """The best array of at least one entry, and of one for each vCPU at most; () of no places."""
+def _likeliest(infos: Mapping[Gpa, TimeInfo], vcpus: int) -> Pages:
+    arrays = [(pages, LINUX_STRIDE_BYTES) for pages in _linux_arrays(infos, vcpus)]
+    arrays += [(tuple(_entries(infos, gpa, stride, vcpus)), stride) for stride in STRIDES_BYTES for gpa in infos]
 
-    def rank(array: tuple[Gpa, ...], stride_bytes: int) -> tuple[int, int, int, int, int]:
-        newest = max(infos[gpa].tsc_timestamp for gpa in array)
-        return len(array), _alignment_bytes(array[0]), -STRIDES_BYTES.index(stride_bytes), newest, -array[0]
+    def rank(pages: Pages, stride_bytes: int) -> tuple[int, int, int, int, int]:
+        places = [gpa for gpa in pages if gpa is not None]
+        newest = max(infos[gpa].system_time for gpa in places)
+        return len(places), alignment_bytes(places[0]), -STRIDES_BYTES.index(stride_bytes), newest, -places[0]
 
-    arrays = ((tuple(_entries(infos, gpa, stride, vcpus)), stride) for stride in STRIDES_BYTES for gpa in infos)
-    return max(arrays, key=lambda each: rank(*each), default=((), 0))[0]
+    pages, _ = max(arrays, key=lambda each: rank(*each))
+    return pages + (None,) * (vcpus - len(pages))
+
+
+def _linux_arrays(infos: Mapping[Gpa, TimeInfo], vcpus: int) -> Iterator[Pages]:
+    """Arrays from the beginning of a memory page, and with more vCPUs than fill one, each with a second one."""
+    entries = Counter(Gpa(gpa - gpa % MEMORY_PAGE_BYTES) for gpa in infos if gpa % LINUX_STRIDE_BYTES == 0)
+    firsts = [base for base, _ in entries.most_common() if base in infos]
+    for base in firsts:
+        yield _with_holes(infos, base, min(vcpus, LINUX_ARRAY_VCPUS))
+    if vcpus > LINUX_ARRAY_VCPUS:
+        # A second one may begin with an empty entry, if two others say that it is one.
+        seconds = [base for base, count in entries.most_common(SETS_MAX) if base in infos or count > 1]
+        for base in firsts[:SETS_MAX]:
+            first = _with_holes(infos, base, LINUX_ARRAY_VCPUS)
+            left = {gpa: info for gpa, info in infos.items() if gpa not in first}
+            yield first + _likeliest_second(left, seconds, vcpus - LINUX_ARRAY_VCPUS, infos[base])
+
+
+def _likeliest_second(infos: Mapping[Gpa, TimeInfo], bases: Iterable[Gpa], vcpus: int, line: TimeInfo) -> Pages:
+    """Of most pages with the line of the first array: the kernel before a reboot had one, too."""
+
+    def rank(pages: Pages) -> tuple[int, int]:
+        times = [infos[gpa].system_time for gpa in pages if gpa is not None]
+        return times.count(line.system_time), len(times)
+
+    return max((_with_holes(infos, base, vcpus) for base in bases), key=rank, default=())
+
+
+def _with_holes(infos: Mapping[Gpa, TimeInfo], base: Gpa, vcpus: int) -> Pages:
+    entries = (Gpa(base + vcpu * LINUX_STRIDE_BYTES) for vcpu in range(vcpus))
+    return tuple(gpa if gpa in infos else None for gpa in entries)
 
 
 def _entries(infos: Mapping[Gpa, TimeInfo], gpa: Gpa, stride_bytes: int, most: int) -> Iterator[Gpa]:
+    """Those of an array without holes."""
     for vcpu in range(most):
         entry = Gpa(gpa + vcpu * stride_bytes)
         if entry not in infos:
             return
         yield entry
-
-
-def _alignment_bytes(gpa: Gpa) -> int:
-    return next(alignment for alignment in ALIGNMENTS_BYTES if gpa % alignment == 0)
-
-
-def _without(infos: Mapping[Gpa, TimeInfo], places: Iterable[Gpa]) -> dict[Gpa, TimeInfo]:
-    gone = set(places)
-    return {gpa: info for gpa, info in infos.items() if gpa not in gone}
-
-
-def _how_they_lie(pages: tuple[Gpa, ...]) -> str:
-    """For people."""
-    aligned = f"aligned to {_alignment_bytes(pages[0])} bytes"
-    if len(pages) == 1:
-        return f"one page at {pages[0]:#x}, {aligned}"
-    strides = {after - before for before, after in pairwise(pages)}
-    apart = f"{strides.pop()} bytes apart" if len(strides) == 1 else "in more than one place"
-    return f"{len(pages)} pages {apart} from {pages[0]:#x}, {aligned}"

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from pvclock._search import search_pages
 from pvclock.errors import PagesNotFound
 from pvclock.meter.findings import TIME_INFO, time_info
-from pvclock.meter.watch.page_layout import Candidate, PageSet, page_sets
+from pvclock.meter.watch.page_layout import Candidate, Pages, PageSet, alignment_bytes, page_sets
 from pvclock.meter.watch.poll import steady
 from pvclock.meter.watch.vm import GuestRam, RamRange
 from pvclock.quantities import U64_MASK, Gpa, GuestTsc
 from pvclock.readings import TimeInfo
 
-__all__ = ["Candidate", "FoundPages", "SearchTerms", "find_pages", "is_legal"]
+__all__ = ["Candidate", "FoundPages", "SearchTerms", "find_pages", "is_legal", "search_in_pieces"]
 
 STEP_BYTES: Final = 4
 OVERLAP_BYTES: Final = TIME_INFO.size - STEP_BYTES
 CANDIDATES_MAX: Final = 1024
+PLACES_MAX: Final = 1 << 20
+"""A chunk has no more: a page holds zeros, and no other begins there."""
+
 LOOKS: Final = 50
 LOOK_PAUSE_S: Final = 0.002
 """A page's writer may lose its CPU with the version odd: it has a tenth of a second to get it back."""
 
 PLAUSIBLE_KHZ: Final = range(100_000, 20_000_000)
 PLAUSIBLE_ALIGNMENT_BYTES: Final = 32
+KINDS_MAX: Final = 1024
 KINDS_SHOWN: Final = 3
 
 
@@ -44,19 +48,23 @@ class SearchTerms(NamedTuple):
 class FoundPages(NamedTuple):
     """The pages of a guest, and what the search saw.
 
-    pages: of vCPU 0, 1, ...; fewer than there are vCPUs if only so many have a page now.  others: places that hold a
-    legal page, too.  sets: `pages`, and the sets that others form, the likeliest first (PageChoice takes them).
-    why: for people, how they were chosen.  even_and_zero_pads, legal: places, as pvclock._search.Places has them.
+    sets: the pages, and the sets that others form, the likeliest first (PageChoice takes them).  others: all places
+    that hold a legal page, too.  why: for people, how they were chosen.  even_and_zero_pads, legal: places, as
+    pvclock._search.Places has them.
     """
 
-    pages: tuple[Gpa, ...]
+    sets: tuple[PageSet, ...]
     others: tuple[Candidate, ...]
-    sets: tuple[tuple[Gpa, ...], ...]
     why: str
     searched_bytes: int
     even_and_zero_pads: int
     legal: int
     seconds: float
+
+    @property
+    def pages(self) -> Pages:
+        """The pages of vCPU 0, 1, ...; None where one has none now."""
+        return self.sets[0].pages
 
 
 def find_pages(
@@ -69,33 +77,44 @@ def find_pages(
 
     progress: called with the bytes searched and their total after each chunk.  Errors of the RAM.
     """
-    begin = time.monotonic()
-    scan = _Scan(terms, begin)
+    search = search_in_pieces(ram, vcpus, terms)
+    while True:
+        try:
+            done_bytes, total_bytes = next(search)
+        except StopIteration as end:
+            found: FoundPages = end.value
+            return found
+        progress(done_bytes, total_bytes)
+        if done_bytes < total_bytes:
+            time.sleep(ram.pause_s)
+
+
+def search_in_pieces(ram: GuestRam, vcpus: int, terms: SearchTerms) -> Generator[tuple[int, int], None, FoundPages]:
+    """find_pages() by the piece: the bytes searched and their total whenever the VMM is to be left alone a while."""
+    begin_s = time.monotonic()
+    scan = _Scan(terms, begin_s)
     ranges = ram.ranges()
     total_bytes = sum(each.length for each in ranges)
+    since_pause_bytes = 0
     for gpa, data, done_bytes in _chunks(ram, ranges):
         scan.take(gpa, data)
-        progress(done_bytes, total_bytes)
+        since_pause_bytes += len(data)
+        if since_pause_bytes >= _stride_bytes(ram) or done_bytes == total_bytes:
+            since_pause_bytes = 0
+            yield done_bytes, total_bytes
     candidates = list(_steady_pages(ram, scan.places, scan.terms_now))
     if not candidates:
         raise PagesNotFound(total_bytes, _described(terms), scan.why_none())
-    sets = page_sets(candidates, vcpus)
+    sets = tuple(page_sets(candidates, vcpus))
     others = tuple(each for each in candidates if each.gpa not in sets[0].pages)
-    return FoundPages(
-        sets[0].pages,
-        others,
-        tuple(each.pages for each in sets),
-        _why(sets, vcpus, others, scan),
-        total_bytes,
-        scan.even_and_zero_pads,
-        scan.legal,
-        time.monotonic() - begin,
-    )
+    why = _why(sets, vcpus, others, scan)
+    seconds = time.monotonic() - begin_s
+    return FoundPages(sets, others, why, total_bytes, scan.even_and_zero_pads, scan.legal, seconds)
 
 
 def is_legal(info: TimeInfo, terms: SearchTerms) -> bool:
     """Can a vCPU's page hold this, now that it is not being written?  By what find_pages() goes by."""
-    return info.version % 2 == 0 and search_pages(TIME_INFO.pack(*info), *terms).right_rate == 1
+    return info.version % 2 == 0 and search_pages(TIME_INFO.pack(*info), *terms, places_max=1).right_rate == 1
 
 
 class _Scan:
@@ -109,15 +128,20 @@ class _Scan:
 
     def take(self, gpa: Gpa, data: bytes) -> None:
         """Search one chunk, which lies at `gpa`."""
-        found = search_pages(data, *self.terms_now(), places_max=CANDIDATES_MAX)
+        found = search_pages(data, *self.terms_now(), places_max=PLACES_MAX)
         self.even_and_zero_pads += found.even_and_zero_pads
         self.legal += found.legal
         self.right_rate += found.right_rate
-        self.places += [Gpa(gpa + offset) for offset in found.pages[: CANDIDATES_MAX - len(self.places)]]
-        for offset in found.other_rate:
-            khz = time_info(data[offset : offset + TIME_INFO.size]).shown_khz
-            if khz in PLAUSIBLE_KHZ and (gpa + offset) % PLAUSIBLE_ALIGNMENT_BYTES == 0:
-                self.other_khz[khz] += 1
+        self.places += [Gpa(gpa + offset) for offset in found.pages]
+        if len(self.places) > CANDIDATES_MAX:
+            self.places = sorted(self.places, key=lambda place: (-alignment_bytes(place), place))[:CANDIDATES_MAX]
+        for offset in found.other_rate[:CANDIDATES_MAX]:
+            self._note_other(Gpa(gpa + offset), time_info(data[offset : offset + TIME_INFO.size]).shown_khz)
+
+    def _note_other(self, gpa: Gpa, khz: int) -> None:
+        is_plausible = khz in PLAUSIBLE_KHZ and gpa % PLAUSIBLE_ALIGNMENT_BYTES == 0
+        if is_plausible and (khz in self.other_khz or len(self.other_khz) < KINDS_MAX):
+            self.other_khz[khz] += 1
 
     def terms_now(self) -> SearchTerms:
         """The terms, with all that the guest's TSC can have done since the search began, and a second more."""
@@ -141,21 +165,17 @@ class _Scan:
 
 
 def _chunks(ram: GuestRam, ranges: Iterable[RamRange]) -> Iterator[tuple[Gpa, bytes, int]]:
-    """Each chunk with its address and the bytes searched with it; a place across the border of two is in the second.
-
-    It pauses whenever a chunk's worth was read, be it in many small ranges.
-    """
-    stride = max(ram.chunk_bytes - OVERLAP_BYTES, STEP_BYTES) // STEP_BYTES * STEP_BYTES
-    before = since_pause_bytes = 0
+    """Each chunk with its address and the bytes searched with it; a place across the border of two is in the second."""
+    before = 0
     for gpa, length in ranges:
-        for at in range(0, max(length - OVERLAP_BYTES, 0), stride):
-            read_bytes = min(stride + OVERLAP_BYTES, length - at)
+        for at in range(0, max(length - OVERLAP_BYTES, 0), _stride_bytes(ram)):
+            read_bytes = min(_stride_bytes(ram) + OVERLAP_BYTES, length - at)
             yield Gpa(gpa + at), ram.read(Gpa(gpa + at), read_bytes), before + at + read_bytes
-            since_pause_bytes += read_bytes
-            if since_pause_bytes >= stride:
-                time.sleep(ram.pause_s)
-                since_pause_bytes = 0
         before += length
+
+
+def _stride_bytes(ram: GuestRam) -> int:
+    return max(ram.chunk_bytes - OVERLAP_BYTES, STEP_BYTES) // STEP_BYTES * STEP_BYTES
 
 
 def _steady_pages(ram: GuestRam, places: Sequence[Gpa], terms_now: Callable[[], SearchTerms]) -> Iterator[Candidate]:
@@ -183,12 +203,13 @@ def _described(terms: SearchTerms) -> str:
 
 
 def _why(sets: Sequence[PageSet], vcpus: int, others: Sequence[Candidate], scan: _Scan) -> str:
-    chosen = sets[0]
-    parts = [chosen.how_they_lie]
-    if len(chosen.pages) < vcpus:
-        parts.append(f"for {vcpus - len(chosen.pages)} of {vcpus} vCPUs there is none")
-    if others:
-        parts.append(f"legal pages in {len(others)} more places, the likeliest of them {sets[1].how_they_lie}")
+    chosen, *left = sets
+    parts = [chosen.how_it_lies]
+    lacking = vcpus - len(chosen.places)
+    if lacking:
+        parts.append(f"for {lacking} of {vcpus} vCPUs there is none")
+    if left:
+        parts.append(f"legal pages in {len(others)} more places, the likeliest of them {left[0].how_it_lies}")
     if scan.right_rate > len(scan.places):
-        parts.append(f"the first {len(scan.places)} of {scan.right_rate} such places were looked at")
+        parts.append(f"the {len(scan.places)} best aligned of {scan.right_rate} such places were looked at")
     return "; ".join(parts)

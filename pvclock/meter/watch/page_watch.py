@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 
 from pvclock.meter.watch.changes import Change, FlagsChange, PageLost, Step, TscBasis
 from pvclock.meter.watch.lines import Line, TscRates, step_within
-from pvclock.meter.watch.pauses import Stopped, with_seen
+from pvclock.meter.watch.pauses import Pause, Stopped, with_seen
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.tsc_account import TscAccount
-from pvclock.meter.watch.vm import VmEvent
+from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.quantities import U32_MASK, HostTsc
 from pvclock.readings import TimeInfo
 
@@ -25,29 +25,37 @@ LOST_POLLS: Final = 10
 MOVED_POLLS: Final = 2
 """Polls in a row that see a line with another TSC, after which they count."""
 
+OFFSETS_MAX: Final = 10
+"""Polls in a row that each see another TSC offset, after which it is unknown what the guest read meanwhile."""
+
 VERSION_BACK: Final = 1 << 31
 EVENTS_KEPT: Final = 64
 
 
 class _Move(NamedTuple):
-    """A line as it was first seen with another TSC offset, and how many polls in a row saw that."""
+    """A line as it was first seen with another TSC offset, and how many polls in a row saw that.
+
+    offsets: how many there were in a row that did not come to count.
+    """
 
     line: Line
     polls: int
+    offsets: int
 
 
 class PageWatch:
-    """vCPU `vcpu`'s page, poll by poll."""
+    """vCPU `vcpu`'s page, poll by poll.  tells_events: would the VMM tell of a reset?"""
 
-    def __init__(self, vcpu: int, rates: TscRates, is_legal: Callable[[TimeInfo], bool]) -> None:
+    def __init__(self, vcpu: int, rates: TscRates, is_legal: Callable[[TimeInfo], bool], *, tells_events: bool) -> None:
         self._vcpu = vcpu
         self._rates = rates
         self._is_legal = is_legal
+        self._tells_events = tells_events
         self._line: Line | None = None
         self._since = HostTsc(0)  # the last poll that saw it, with its offset
         self._account = TscAccount(rates, HostTsc(0))
         self._events: tuple[VmEvent, ...] = ()  # since the last step
-        self._pauses_ns: tuple[int, ...] = ()  # of those that ended, as was told from that poll on
+        self._pauses: tuple[Pause, ...] = ()  # those that ended, as was told from that poll on
         self._waiting: Step | None = None  # for the RESUME that belongs to it
         self._flags = 0
         self._move: _Move | None = None
@@ -59,7 +67,7 @@ class PageWatch:
             self._since = poll.middle
             return self._line, []
         self._events = (*self._events, *poll.events)[-EVENTS_KEPT:]
-        self._pauses_ns += stopped.ended_ns
+        self._pauses += stopped.ended
         changes = self.finish()
         page = poll.pages[self._vcpu]
         if page is None or not self._is_legal(page):
@@ -90,10 +98,12 @@ class PageWatch:
         line = self._line
         if line is None or poll.pages[self._vcpu] != line.info or poll.tsc_offsets[self._vcpu] != line.offset:
             return False
-        is_open = self._waiting or self._move or self._pauses_ns or self._illegal_polls or self._polls_without_offset
+        is_open = self._waiting or self._move or self._pauses or self._illegal_polls or self._polls_without_offset
         return not (is_open or poll.events)
 
     def _lost(self, poll: Poll, page: TimeInfo | None) -> list[Change]:
+        if self._vcpu in poll.absent:
+            return []
         self._illegal_polls += 1
         if self._illegal_polls != LOST_POLLS:
             return []
@@ -117,48 +127,53 @@ class PageWatch:
 
     def _compared(self, before: Line, line: Line, poll: Poll, stopped: Stopped) -> list[Change]:
         """What the line is after the one before."""
-        if self._is_moving(before, line, stopped):
+        self._move = self._moving(before, line, stopped)
+        if self._move is not None:
             self._account.note(poll.events)
-            return self._unknown_move(before, line, poll)
+            return self._unknown_move(self._move, before, line, poll)
         step = self._step(before, line, poll)
         self._line, self._since = line, poll.middle
         if step is None:
             self._account.note(poll.events)
-            self._pauses_ns = stopped.ended_ns
+            self._pauses = stopped.ended
             return []
         self._events = ()
-        if stopped.is_late and len(self._pauses_ns) < step.lines:
+        if stopped.is_late and len(self._pauses) < step.lines:
             self._waiting = step
             return []
         return [self._with_pauses(step)]
 
-    def _is_moving(self, before: Line, line: Line, stopped: Stopped) -> bool:
-        """Was the TSC written, and is it open whether the guest runs by this line with that TSC?
+    def _moving(self, before: Line, line: Line, stopped: Stopped) -> _Move | None:
+        """The TSC's write, if it is open whether the guest runs by this line with that TSC.
 
         A VMM writes the TSC of a guest that stands, and KVM replaces the line before the guest runs; then what lies
         there meanwhile is no clock of anyone.  So a line counts with another TSC if it came after it, or if some polls
-        saw both while the guest was not stopped; but not the old line after a reset, where no guest may look at that
-        page any more.
+        saw both while the guest was not stopped; but not the old line after what may be a reset, where no guest may
+        look at that page any more.
         """
-        move, self._move = self._move, None
+        move = self._move
         if before.offset is None or line.offset is None or line.offset == before.offset:
-            return False
+            return None
         if move is None or move.line.offset != line.offset:
-            self._move = _Move(line, 1)
-            return True
+            return _Move(line, 1, 1 if move is None else move.offsets + 1)
         if _is_new(move.line.info, line.info):
-            return False
+            return None
         polls = 1 if stopped.is_stopped else move.polls + 1
-        is_open = self._account.is_doubted and not _is_new(before.info, line.info)
-        if polls >= MOVED_POLLS and not is_open:
-            return False
-        self._move = _Move(line, polls)
-        return True
+        was_paused = any(event.kind is VmEventKind.RESUME for event in self._events)  # and put back to a snapshot
+        may_be_reset = self._account.is_doubted or was_paused or not self._tells_events
+        if polls >= MOVED_POLLS and (_is_new(before.info, line.info) or not may_be_reset):
+            return None
+        return _Move(line, polls, move.offsets)
 
-    def _unknown_move(self, before: Line, line: Line, poll: Poll) -> list[Change]:
-        """What is told, once, of a TSC that was written at a reset."""
-        is_due = self._move is not None and self._move.polls == MOVED_POLLS
-        return [self._made(before, line, poll, 0, TscBasis.CHANGED)] if is_due else []
+    def _unknown_move(self, move: _Move, before: Line, line: Line, poll: Poll) -> list[Change]:
+        """What is told of a TSC that was written at a reset, once; and of one that is another all the time."""
+        if move.offsets == OFFSETS_MAX:
+            lines = self._lines(before.info, line.info) if _is_new(before.info, line.info) else 0
+            step = self._made(before, line, poll, lines, TscBasis.CHANGED)
+            self._begin_with(line, poll)
+            self._move, self._events, self._pauses = None, (), ()
+            return [step]
+        return [self._made(before, line, poll, 0, TscBasis.CHANGED)] if move.polls == MOVED_POLLS else []
 
     def _step(self, before: Line, line: Line, poll: Poll) -> Step | None:
         """The step from one line to the other; None if nothing is new."""
@@ -203,8 +218,11 @@ class PageWatch:
         return TscBasis.OFFSETS
 
     def _with_pauses(self, step: Step) -> Step:
-        pauses_ns, self._pauses_ns = self._pauses_ns, ()
-        return with_seen(step, pauses_ns, self._rates.speed(step.before))
+        pauses, self._pauses = self._pauses, ()
+        told = with_seen(step, pauses, self._rates.speed(step.before))
+        if told.basis is not step.basis:
+            self._account = TscAccount(self._rates, step.at)
+        return told
 
 
 def _is_new(before: TimeInfo, after: TimeInfo) -> bool:

@@ -1,64 +1,140 @@
-"""How long a guest was stopped, by what its VMM tells, and what its clock did meanwhile."""
+"""How long a guest was stopped, by what its VMM tells, and what its clock did meanwhile.
+
+A VMM stamps its events by CLOCK_REALTIME, which may be slewed or set meanwhile.  Each stamp is taken for an instant of
+the host's TSC by the polls around it, which know both; so what UTC did between STOP and RESUME does not matter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil
 from typing import Final, NamedTuple
 
-from pvclock.meter.watch.changes import Step
+from pvclock.meter.watch.changes import Step, TscBasis
 from pvclock.meter.watch.lines import ns_per_tick
+from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
+from pvclock.quantities import NS_PER_S
 
-__all__ = ["Pauses", "Stopped", "with_seen"]
+__all__ = ["Pause", "Pauses", "Stopped", "with_seen"]
 
-UTC_BOUND_NS: Final = 1000
-"""A pause lies between two stamps of whole us."""
+STAMP_BOUND_NS: Final = 1000
+"""A stamp is a whole us, cut off."""
+POLLS_KEPT: Final = 256
+"""An event is told some ms late, which may be many polls."""
+DELAYS_NS: Final = 10_000_000
+"""A clock that stood goes on by less from STOP to RESUME, or by less than half of the pause on a busy host."""
 
-UTC_PPM: Final = 500
-"""How far NTP slews UTC at most."""
+
+class Pause(NamedTuple):
+    """How long a guest was stopped, by the host's TSC; bound_ns: None if that is known by the VMM's stamps only."""
+
+    ns: int
+    bound_ns: int | None
 
 
 class Stopped(NamedTuple):
     """What is known at a poll.
 
-    ended_ns: the lengths of the pauses of which the end was told with this poll.  is_stopped: a STOP was told, and no
-    RESUME since.  is_late: that STOP was told with an earlier poll, so that a line that is new now tells of a RESUME
-    that is still on its way.
+    ended: the pauses of which the end was told with this poll.  is_stopped: a STOP was told, and no RESUME since.
+    is_late: that STOP was told with an earlier poll, so that a line that is new now tells of a RESUME that is still on
+    its way.
     """
 
-    ended_ns: tuple[int, ...] = ()
+    ended: tuple[Pause, ...] = ()
     is_stopped: bool = False
     is_late: bool = False
 
 
+class _Clocks(NamedTuple):
+    """The host's clocks at one instant, in ns: its TSC, and UTC to bound_ns."""
+
+    host_ns: int
+    utc_ns: int
+    bound_ns: int
+
+
+class _Instant(NamedTuple):
+    """An event, and when it was: ns of the host's TSC, true to bound_ns; None if that is unknown."""
+
+    utc_ns: int
+    host_ns: int | None = None
+    bound_ns: int = 0
+
+
 class Pauses:
-    """STOP and RESUME as they come in pairs."""
+    """STOP and RESUME as they come in pairs.  is_paused: was there a STOP already, of which nothing is known?"""
 
-    def __init__(self) -> None:
-        self._stop: VmEvent | None = None
+    def __init__(self, host_tsc_hz: int, *, is_paused: bool = False) -> None:
+        self._host_tsc_hz = host_tsc_hz
+        self._is_stopped = is_paused
+        self._stop: _Instant | None = None
+        self._clocks: deque[_Clocks] = deque(maxlen=POLLS_KEPT)
 
-    def take(self, events: Iterable[VmEvent]) -> Stopped:
+    def take(self, poll: Poll) -> Stopped:
         """Take what was told with a poll."""
-        before, ended_ns = self._stop, []
-        for event in events:
+        if poll.utc is not None:
+            self._clocks.append(_Clocks(self._ns(poll.utc.tsc), poll.utc.ns, self._ns(poll.utc.width_ticks) + 1))
+        before, ended = self._stop, []
+        for event in poll.events:
             if event.kind is VmEventKind.STOP:
-                self._stop = self._stop or event
-            elif event.kind is VmEventKind.RESUME and self._stop is not None:
-                ended_ns.append(event.utc_ns - self._stop.utc_ns)
-                self._stop = None
-        return Stopped(tuple(ended_ns), self._stop is not None, self._stop is not None and self._stop is before)
+                self._stop, self._is_stopped = self._stop or self._instant(event), True
+            elif event.kind is VmEventKind.RESUME:
+                ended += [] if self._stop is None else [_pause(self._stop, self._instant(event))]
+                self._stop, self._is_stopped = None, False
+        return Stopped(tuple(ended), self._is_stopped, self._stop is not None and self._stop is before)
+
+    # Inside
+
+    def _ns(self, ticks: int) -> int:
+        return ticks * NS_PER_S // self._host_tsc_hz
+
+    def _instant(self, event: VmEvent) -> _Instant:
+        """By UTC at the polls before and after it; they differ by what UTC did between, if that went one way."""
+        utc_ns = event.utc_ns
+        pairs = [pair for pair in pairwise(self._clocks) if pair[0].utc_ns <= utc_ns <= pair[1].utc_ns]
+        around = [clocks for pair in pairs for clocks in pair]  # of more than one pair, if UTC was set back
+        if not around:
+            return _Instant(utc_ns)
+        instants = [clocks.host_ns + utc_ns - clocks.utc_ns for clocks in around]
+        early, late = min(instants), max(instants)
+        return _Instant(utc_ns, (early + late) // 2, (late - early) // 2 + 1 + max(each.bound_ns for each in around))
 
 
-def with_seen(step: Step, pauses_ns: tuple[int, ...], speed: Fraction | None) -> Step:
+def with_seen(step: Step, pauses: Sequence[Pause], speed: Fraction | None) -> Step:
     """The step with what the guest saw of it, if as many pauses ended meanwhile as there are new lines.
 
-    speed: guest seconds in a second of its host, by the line of before.
+    speed: guest seconds in a nominal second of its host, by the line of before.  A clock that stood, and seems to have
+    gone on or back meanwhile, is that of a guest whose TSC was changed, too: QEMU tells no more of a `loadvm`.
     """
-    if step.step_ns is None or step.bound_ns is None or speed is None or len(pauses_ns) != step.lines or not pauses_ns:
+    if step.step_ns is None or step.bound_ns is None:
         return step
-    stopped_ns = sum(pauses_ns)
+    pauses = max(pauses, _by_stamps(step.events), key=len)  # those of which a late vCPU took no line count, too
+    stopped_ns = sum(pause.ns for pause in pauses)
+    seen_ns = step.step_ns + round(stopped_ns * (speed or 1))
     bend_ns = ceil(abs(ns_per_tick(step.after) - ns_per_tick(step.before)) * (step.at - step.since))
-    bound_ns = step.bound_ns + bend_ns + UTC_BOUND_NS * len(pauses_ns) + abs(stopped_ns) * UTC_PPM // 10**6 + 1
-    return step._replace(seen_ns=step.step_ns + round(stopped_ns * speed), seen_bound_ns=bound_ns)
+    bound_ns = step.bound_ns + bend_ns + sum(pause.bound_ns or 0 for pause in pauses) + 1
+    is_likely = abs(seen_ns) <= max(DELAYS_NS, abs(stopped_ns) // 2) + bound_ns
+    if stopped_ns and step.basis is TscBasis.ASSUMED and not is_likely:
+        return step._replace(basis=TscBasis.CHANGED, step_ns=None, bound_ns=None)
+    if speed is None or not pauses or len(pauses) != step.lines or any(pause.bound_ns is None for pause in pauses):
+        return step
+    return step._replace(seen_ns=seen_ns, seen_bound_ns=bound_ns)
+
+
+def _pause(stop: _Instant, resume: _Instant) -> Pause:
+    if stop.host_ns is None or resume.host_ns is None:
+        return Pause(resume.utc_ns - stop.utc_ns, None)
+    return Pause(resume.host_ns - stop.host_ns, stop.bound_ns + resume.bound_ns + STAMP_BOUND_NS)
+
+
+def _by_stamps(events: Iterable[VmEvent]) -> list[Pause]:
+    told = [event for event in events if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}]
+    return [
+        Pause(after.utc_ns - before.utc_ns, None)
+        for before, after in pairwise(told)
+        if (before.kind, after.kind) == (VmEventKind.STOP, VmEventKind.RESUME)
+    ]

@@ -6,16 +6,26 @@ with each other; and TSC offsets that were the same before and after were those 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from pvclock._counter import read_tsc
+from pvclock._sampling import sample_clock
 from pvclock.meter.findings import TIME_INFO, time_info
 from pvclock.meter.watch.vm import VmEvent, WatchedVm
 from pvclock.quantities import Gpa, HostTsc
 from pvclock.readings import TimeInfo
 
-__all__ = ["Poll", "steady", "take_poll"]
+__all__ = ["Poll", "Utc", "steady", "take_poll"]
+
+
+class Utc(NamedTuple):
+    """CLOCK_REALTIME (ns) at an instant of the host's TSC that is known to half of width_ticks."""
+
+    tsc: HostTsc
+    ns: int
+    width_ticks: int
 
 
 class Poll(NamedTuple):
@@ -24,7 +34,8 @@ class Poll(NamedTuple):
     begin, middle, end: the host's TSC before the first look, between both, and after the second.
     pages: each vCPU's as it lay there at `middle`; None if it was changed during the poll, or is being written.
     tsc_offsets: each vCPU's at `middle`; None if it was changed during the poll, or cannot be read.
-    events: what the VMM told since the last poll.
+    events: what the VMM told since the last poll.  utc: after that; None if it was not read.
+    absent: the vCPUs that have no page now, as far as is known; theirs is None.
     """
 
     begin: HostTsc
@@ -33,6 +44,8 @@ class Poll(NamedTuple):
     pages: tuple[TimeInfo | None, ...]
     tsc_offsets: tuple[int | None, ...]
     events: tuple[VmEvent, ...]
+    utc: Utc | None = None
+    absent: frozenset[int] = frozenset()
 
 
 def take_poll(vm: WatchedVm, addresses: Sequence[Gpa]) -> Poll:
@@ -44,13 +57,16 @@ def take_poll(vm: WatchedVm, addresses: Sequence[Gpa]) -> Poll:
     second = vm.ram.read_many(addresses, TIME_INFO.size)
     end = HostTsc(read_tsc())
     offsets_after = vm.tsc_offsets()
+    events = tuple(vm.take_events())
+    tsc, utc_ns, width_ticks = sample_clock(time.CLOCK_REALTIME)
     return Poll(
         begin,
         middle,
         end,
         tuple(steady(*pair) for pair in zip(first, second, strict=True)),
         tuple(one if one == other else None for one, other in zip(offsets, offsets_after, strict=True)),
-        tuple(vm.take_events()),
+        events,
+        Utc(HostTsc(tsc), utc_ns, width_ticks),
     )
 
 

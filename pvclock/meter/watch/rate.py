@@ -68,7 +68,7 @@ class RateMeter:
         """The rate of a page's line: mul and shift are exact, so the bound is the host's rate's."""
         if self._rates.is_scaled(line):
             return PageRate(
-                None, None, f"its line is for a TSC of {line.shown_khz} kHz, and the host's is scaled for it"
+                None, None, f"its line is for a TSC of {line.shown_khz} kHz, and the host's may be scaled for it"
             )
         host = self.host_rate
         if host is None:

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from pvclock.meter.watch.changes import Change, Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
 from pvclock.meter.watch.lines import is_same_line
+from pvclock.meter.watch.vm import VmEventKind
 
 __all__ = ["WatchSummary", "is_sure", "surely_ns"]
 
@@ -23,8 +24,10 @@ class WatchSummary(NamedTuple):
     forward, backward: the greatest of either direction.  sum_ns: of all known steps of a vCPU, and of the vCPU whose
     sum is furthest from 0.
     sure_step, assumed_step: the one that is surely greatest, see surely_ns(), among those that rest on no assumption,
-    and on one.  least_seen, most_seen: by seen_ns.
-    sure_disagreement, assumed_disagreement: the greatest.
+    and on one.  possible_step: the one that is greatest at the worse end of its bound.  least_seen, most_seen: by
+    seen_ns.
+    stale: disagreements with a page that nobody reads, which count no further.  sure_disagreement,
+    assumed_disagreement, possible_disagreement: as of steps.
     restarts: the pages were searched again so often, and what was between is unknown.
     """
 
@@ -40,11 +43,14 @@ class WatchSummary(NamedTuple):
     sum_ns: int = 0
     sure_step: Step | None = None
     assumed_step: Step | None = None
+    possible_step: Step | None = None
     least_seen: Step | None = None
     most_seen: Step | None = None
     disagreements: int = 0
+    stale: int = 0
     sure_disagreement: Disagreement | None = None
     assumed_disagreement: Disagreement | None = None
+    possible_disagreement: Disagreement | None = None
     flags_changes: int = 0
     pages_lost: int = 0
     restarts: int = 0
@@ -57,7 +63,21 @@ class Tally:
 
     def __init__(self) -> None:
         self.summary = WatchSummary()
+        self._seen = WatchSummary()
         self._sums_ns: dict[int, int] = {}
+
+    @property
+    def as_seen(self) -> WatchSummary:
+        """The summary, but with steps at pauses as the guest saw them, or unknown, in all that budgets go by."""
+        seen = self._seen
+        return self.summary._replace(
+            unknown=seen.unknown,
+            split=seen.split,
+            assumed=seen.assumed,
+            possible_step=seen.possible_step,
+            sure_step=seen.sure_step,
+            assumed_step=seen.assumed_step,
+        )
 
     def note_poll(self, duration_ns: int) -> None:
         """A poll was taken, so long after the first."""
@@ -74,6 +94,7 @@ class Tally:
             match change:
                 case Step():
                     self.summary = self._with_step(now, change)
+                    self._seen = _with_known(self._seen, _as_seen(change))
                 case Disagreement():
                     self.summary = _with_disagreement(now, change)
                 case FlagsChange():
@@ -85,24 +106,21 @@ class Tally:
                     self.summary = now._replace(stalls=now.stalls + 1, longest_stall_ns=longest_ns)
 
     def _with_step(self, now: WatchSummary, step: Step) -> WatchSummary:
-        now = now._replace(lines=now.lines + step.lines, steps=now.steps + 1)
+        now = _with_known(now._replace(lines=now.lines + step.lines, steps=now.steps + 1), step)
         if step.step_ns is None:
-            return now._replace(unknown=now.unknown + 1)
+            return now
         self._sums_ns[step.vcpu] = self._sums_ns.get(step.vcpu, 0) + step.step_ns
         now = now._replace(
             sum_ns=max(self._sums_ns.values(), key=abs),
-            split=now.split + (step.lines > 1),
             forward=_greater(now.forward, step if step.step_ns > 0 else None, lambda it: it.step_ns or 0),
             backward=_greater(now.backward, step if step.step_ns < 0 else None, lambda it: -(it.step_ns or 0)),
         )
-        if step.seen_ns is not None:
-            now = now._replace(
-                least_seen=_greater(now.least_seen, step, lambda it: -(it.seen_ns or 0)),
-                most_seen=_greater(now.most_seen, step, lambda it: it.seen_ns or 0),
-            )
-        if is_sure(step):
-            return now._replace(sure_step=_greater(now.sure_step, step, surely_ns))
-        return now._replace(assumed=now.assumed + 1, assumed_step=_greater(now.assumed_step, step, surely_ns))
+        if step.seen_ns is None:
+            return now
+        return now._replace(
+            least_seen=_greater(now.least_seen, step, lambda it: -(it.seen_ns or 0)),
+            most_seen=_greater(now.most_seen, step, lambda it: it.seen_ns or 0),
+        )
 
 
 def is_sure(step: Step) -> bool:
@@ -117,11 +135,39 @@ def surely_ns(step: Step) -> Fraction:
     return Fraction(max(abs(step.step_ns) - step.bound_ns, 0), max(step.lines, 1))
 
 
+def _as_seen(step: Step) -> Step:
+    """A step at a pause as the guest saw it, or as one that is unknown; any other as it is."""
+    is_at_pause = any(event.kind in {VmEventKind.STOP, VmEventKind.RESUME} for event in step.events)
+    return step._replace(step_ns=step.seen_ns, bound_ns=step.seen_bound_ns) if is_at_pause else step
+
+
+def _with_known(now: WatchSummary, step: Step) -> WatchSummary:
+    """With how far a step is known, and the greatest by that."""
+    if step.step_ns is None:
+        return now._replace(unknown=now.unknown + 1)
+    now = now._replace(
+        split=now.split + (step.lines > 1),
+        possible_step=_greater(now.possible_step, step, lambda it: abs(it.step_ns or 0) + (it.bound_ns or 0)),
+    )
+    if is_sure(step):
+        return now._replace(sure_step=_greater(now.sure_step, step, surely_ns))
+    return now._replace(assumed=now.assumed + 1, assumed_step=_greater(now.assumed_step, step, surely_ns))
+
+
 def _with_disagreement(now: WatchSummary, found: Disagreement) -> WatchSummary:
     now = now._replace(disagreements=now.disagreements + 1)
+    if found.is_stale:
+        return now._replace(stale=now.stale + 1)
+    now = now._replace(
+        possible_disagreement=_greater(now.possible_disagreement, found, lambda it: it.by_ns + it.bound_ns),
+    )
     if found.basis is TscBasis.OFFSETS:
-        return now._replace(sure_disagreement=_greater(now.sure_disagreement, found, lambda it: it.by_ns))
-    return now._replace(assumed_disagreement=_greater(now.assumed_disagreement, found, lambda it: it.by_ns))
+        return now._replace(sure_disagreement=_greater(now.sure_disagreement, found, _surely_apart_ns))
+    return now._replace(assumed_disagreement=_greater(now.assumed_disagreement, found, _surely_apart_ns))
+
+
+def _surely_apart_ns(found: Disagreement) -> int:
+    return found.by_ns - found.bound_ns
 
 
 def _greater(now: T | None, other: T | None, key: Callable[[T], float | Fraction]) -> T | None:

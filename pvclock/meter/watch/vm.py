@@ -68,12 +68,14 @@ class WatchedVm(Protocol):
     """A running VM; a context manager that lets go of it, and leaves it running.
 
     name: for people.  vcpus: how many it has.  tsc_hz: its guest's TSC frequency; None if the VMM does not tell.
+    is_paused: was it stopped when it was opened?  None if the VMM does not tell.
     why_no_offsets, why_no_events: why tsc_offsets() or take_events() have nothing; None if they have.
     """
 
     name: str
     vcpus: int
     tsc_hz: int | None
+    is_paused: bool | None
     ram: GuestRam
     why_no_offsets: str | None
     why_no_events: str | None

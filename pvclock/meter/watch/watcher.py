@@ -25,8 +25,9 @@ class Watcher:
     """Watches the pages of `vcpus` vCPUs.
 
     host_tsc_hz: the host's TSC frequency.  interval_ns: how far apart polls are wanted.  guest_tsc_hz: the guest's, if
-    its VMM tells; else a line that is for another than the host's means that the guest's TSC is scaled.  is_legal: can
-    that be a clock's page?
+    its VMM tells; else a line that is for another than the host's means that the guest's TSC is scaled.  is_paused: is
+    the guest, when the watch begins?  tells_events: would its VMM tell of a reset?  is_legal: can that be a clock's
+    page?
     """
 
     def __init__(
@@ -36,13 +37,15 @@ class Watcher:
         host_tsc_hz: int,
         interval_ns: int,
         guest_tsc_hz: int | None = None,
+        is_paused: bool = False,
+        tells_events: bool = False,
         is_legal: Callable[[TimeInfo], bool] = is_legal,
     ) -> None:
         self._vcpus = vcpus
         self._rates = TscRates(host_tsc_hz, guest_tsc_hz)
         self._interval_ns = interval_ns
-        self._is_legal = is_legal
-        self._pauses = Pauses()
+        self._tells_events, self._is_legal = tells_events, is_legal
+        self._pauses = Pauses(host_tsc_hz, is_paused=is_paused)
         self._tally = Tally()
         self._first: HostTsc | None = None
         self._last: Poll | None = None
@@ -54,6 +57,11 @@ class Watcher:
         return self._tally.summary
 
     @property
+    def summary_as_seen(self) -> WatchSummary:
+        """The summary for budgets that allow pauses."""
+        return self._tally.as_seen
+
+    @property
     def open_disagreements(self) -> list[Disagreement]:
         """Those that have not ended, as they are; take() tells them when they end."""
         return self._disagreements.open()
@@ -61,7 +69,7 @@ class Watcher:
     def take(self, poll: Poll) -> list[Change]:
         """What is found by one more poll, in the order of polls."""
         changes: list[Change] = [*self._stall(poll)]
-        stopped = self._pauses.take(poll.events)
+        stopped = self._pauses.take(poll)
         lines = []
         for page in self._pages:
             line, found = page.take(poll, stopped)
@@ -102,7 +110,9 @@ class Watcher:
     # Inside
 
     def _begin(self) -> None:
-        self._pages = [PageWatch(vcpu, self._rates, self._is_legal) for vcpu in range(self._vcpus)]
+        self._pages = [
+            PageWatch(vcpu, self._rates, self._is_legal, tells_events=self._tells_events) for vcpu in range(self._vcpus)
+        ]
         self._disagreements = Disagreements(self._rates.host_hz)
 
     def _ns(self, ticks: int) -> int:

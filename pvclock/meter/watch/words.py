@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from fractions import Fraction
 from typing import Final
 
-from pvclock import GuestNs
+from pvclock.quantities import GuestNs
 
 __all__ = [
     "about_ns",
     "bounded_ns",
+    "counted",
     "duration",
     "exact_ns",
     "flags_in_words",
+    "plain_ns",
     "rate_in_words",
     "reading",
     "time_of_day",
@@ -50,6 +53,12 @@ def duration(ns: int) -> str:
     return about_ns(abs(ns)).removeprefix("+")
 
 
+def plain_ns(ns: Fraction | int) -> str:
+    """A time that somebody chose, without a sign, such as 1 ms or 0.5 ns."""
+    size, unit = next(((size, unit) for size, unit in UNITS if ns >= size), UNITS[-1])
+    return f"{float(Fraction(ns, size)):.10g} {unit}"
+
+
 def rate_in_words(ppb: float, bound_ppb: float) -> str:
     """A signed rate with its bound, to the digit that this leaves: -64.67 ppb, within 0.08."""
     size, unit = (1000, "ppm") if max(abs(ppb), bound_ppb) >= 10_000 else (1, "ppb")
@@ -60,6 +69,11 @@ def rate_in_words(ppb: float, bound_ppb: float) -> str:
 def reading(ns: GuestNs) -> str:
     """A guest's clock as its kernel's messages show it, in s since it began."""
     return f"{ns // 1_000_000_000}.{ns // 1000 % 1_000_000:06d} s"
+
+
+def counted(number: int, what: str) -> str:
+    """Such as "1 poll" or "1,234 polls"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def flags_in_words(flags: int) -> str:

@@ -1,0 +1,78 @@
+"""How a watch begins: its VM is opened and its pages are found, at once or as soon as they are there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from pvclock import ConfigError
+from pvclock.errors import PagesNotFound, VmNotObservable
+from pvclock.host.vmm_process import running_vms
+from pvclock.meter.watch.words import counted
+from qemu_glue.errors import QmpFailed, VirshFailed
+from qemu_glue.watch.interrupts import Interrupts
+from qemu_glue.watch.target import QemuVm, open_vm
+
+__all__ = ["Interrupted", "Patience", "opened"]
+
+RETRY_S: Final = 0.5
+NOT_YET: Final = (PagesNotFound, QmpFailed, VirshFailed, VmNotObservable)
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):  # no error: the user wants it
+    """Ctrl-C or SIGTERM, before the watch began."""
+
+
+class Patience:
+    """Tries again, for wait_s in all."""
+
+    def __init__(self, wait_s: float, interrupts: Interrupts) -> None:
+        self._end_s = time.monotonic() + wait_s
+        self._interrupts = interrupts
+
+    def check(self) -> None:
+        """Interrupted if Ctrl-C came."""
+        if self._interrupts.came:
+            raise Interrupted
+
+    def have(self, make: Callable[[], T], is_good: Callable[[T], bool] = lambda _made: True) -> T:
+        """What `make` makes, as soon as it is good; at last whatever it makes, or its error.  Interrupted."""
+        while True:
+            begin_s = time.monotonic()
+            is_last = begin_s >= self._end_s
+            try:
+                made = make()
+            except NOT_YET:
+                if is_last:
+                    raise
+            else:
+                if is_last or is_good(made):
+                    return made
+            self._interrupts.wait(max(RETRY_S, time.monotonic() - begin_s))
+            self.check()
+
+
+def opened(qmp: str | None, pid: int | None, libvirt: str | None) -> QemuVm:
+    """As open_vm(), with the VMs that there are where `pid` is none of them.  pid: 0: the only one."""
+    if pid == 0:
+        pid = _only_pid()
+    try:
+        return open_vm(qmp=qmp, pid=pid, libvirt=libvirt)
+    except VmNotObservable as error:
+        raise VmNotObservable(error.pid, f"{error.why}; {_running_in_words()}") from None
+
+
+def _only_pid() -> int:
+    pids = [vm.pid for vm in running_vms()]
+    if len(pids) != 1:
+        raise ConfigError(f"--pid is which? {_running_in_words()}")
+    return pids[0]
+
+
+def _running_in_words() -> str:
+    """The VMs that --pid can be."""
+    told = [f"{vm.pid} ({vm.name}, {counted(vm.vcpus, 'vCPU')})" for vm in running_vms()]
+    return f"KVM guests run in {', '.join(told)}" if told else "no process that can be looked at here runs a KVM guest"
