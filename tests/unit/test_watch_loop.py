@@ -127,7 +127,7 @@ def test_old_pages_are_not_found_after_a_reset() -> None:
     next(looks)
     assert loop.finder.is_searching
     vm.contents.reads.clear()
-    while not vm.contents.reads:  # until it has searched again
+    while len(vm.contents.reads) < 8:  # until it has searched twice
         assert not any(map(is_found, next(looks).findings))
     assert loop.finder.is_searching
     vm.put(ELSEWHERE)
@@ -267,6 +267,21 @@ def test_a_page_that_is_lost_is_searched() -> None:
     assert found.pages == (ELSEWHERE,)
 
 
+@pytest.mark.parametrize("bit", range(31))
+def test_a_line_of_another_rate_is_no_line(bit: int) -> None:
+    """As when one bit of mul has flipped: beyond 300 ppm of the guest's TSC the page is lost, and makes no step."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    flipped = SCALE.mul ^ 1 << bit
+    vm.contents.memory.write(ARRAY, TIME_INFO.pack(4, read_tsc(), 10**18, flipped, SCALE.shift, 1))
+    seen = passes(looks, 12)
+    is_near = abs(flipped - SCALE.mul) * 10**6 <= 300 * SCALE.mul
+    assert [type(it) for it in seen if isinstance(it, PageLost | Step)] == [Step if is_near else PageLost]
+    assert loop.finder.is_searching != is_near
+
+
 def passes(looks: Iterator[Look], count: int) -> list[Finding]:
     """What so many looks find."""
     return [finding for _ in range(count) for finding in next(looks).findings]
@@ -296,6 +311,8 @@ def test_vcpus_that_come_later_after_a_reset() -> None:
 def test_a_vcpu_that_is_off_is_searched_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others keep their numbers; the watch looks at the pages and asks whether it is to end meanwhile."""
     monkeypatch.setattr("pvclock.meter.watch.page_finder.SEARCHES_MAX", 2)
+    monkeypatch.setattr("pvclock.meter.watch.paced_search.PAUSE_S", 0)
+    monkeypatch.setattr("pvclock.meter.watch.paced_search.SEARCH_SHARE", 0)
     vm = HandMadeVm(vcpus=3)
     vm.contents.chunk_bytes = 1 << 18
     vm.put(ARRAY)
@@ -303,15 +320,12 @@ def test_a_vcpu_that_is_off_is_searched_a_limited_time(monkeypatch: pytest.Monke
     loop, looks = loop_of(vm)
     assert loop.finder.pages == (ARRAY, None, ARRAY + 128)
     vm.contents.reads.clear()
-    at_looks: list[int] = []
-    while len(at_looks) < 2 * 17:
+    for _ in range(200):
         before = len(vm.contents.reads)
         look = next(looks)
         assert look.poll.absent == {1}
         assert not any(isinstance(it, PageLost | PagesFound) for it in look.findings)
-        at_looks += [len(vm.contents.reads) - before] * (len(vm.contents.reads) > before)
-    assert set(at_looks) == {1}  # piece by piece
-    passes(looks, 200)
+        assert len(vm.contents.reads) <= before + 1  # piece by piece
     assert len(vm.contents.reads) == 2 * 17
     verdict = judged(Budgets(Fraction(1000)), loop)
     assert verdict == Verdict(VerdictStatus.PASSED, [])

@@ -17,7 +17,7 @@ from pvclock.meter.watch.watcher import Watcher
 from pvclock.quantities import HostTsc
 from tests.unit.clocks import NS_PER_S, PAGES, a_clock
 from tests.unit.watched_cases import INTERVAL_NS, Life, clean, injected, untrue, watcher_of
-from tests.unit.watched_guest import NS_PER_HOUR, WatchedGuest, log_uniform
+from tests.unit.watched_guest import NS_PER_HOUR, WatchedGuest, is_any_page, log_uniform
 
 JUST_ABOVE_THE_BOUND_NS = 5
 """A re-anchoring of 1 ns, the floor of a reading, and a step's bound of 2 ns."""
@@ -167,7 +167,9 @@ class EngineLife:
         self.rng = random.Random(seed)  # noqa: S311  # no secret
         self.hz = self.rng.randint(8 * 10**8, 5 * 10**9)
         self.clock, self.backend, self.memory = a_clock(self.hz, self.rng.randrange(2**62), vcpus=2)
-        self.watcher = Watcher(2, host_tsc_hz=self.hz, guest_tsc_hz=self.hz, interval_ns=INTERVAL_NS)
+        self.watcher = Watcher(
+            2, host_tsc_hz=self.hz, guest_tsc_hz=self.hz, interval_ns=INTERVAL_NS, is_legal=is_any_page
+        )
         self.advance()
         self.poll()
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 
 from pvclock.meter.watch.changes import Change, Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
-from pvclock.meter.watch.lines import Line, difference, floor_ns, is_legal, step_between, step_within, value_at
+from pvclock.meter.watch.lines import Line, difference, floor_ns, step_between, step_within, value_at
 from pvclock.meter.watch.page_watch import LOST_POLLS
 from pvclock.meter.watch.poll import Poll, Utc
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
@@ -17,6 +17,7 @@ from pvclock.meter.watch.watcher import Watcher
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc
 from pvclock.readings import TimeInfo
 from tests import oracle
+from tests.unit.watched_guest import is_any_page
 
 HZ = 10**9
 MS = 10**6
@@ -38,7 +39,12 @@ class Watched:
         self, vcpus: int = 1, now: int = 2 * LONG, *, is_paused: bool = False, tells_events: bool = True
     ) -> None:
         self.watcher = Watcher(
-            vcpus, host_tsc_hz=HZ, interval_ns=10 * MS, is_paused=is_paused, tells_events=tells_events
+            vcpus,
+            host_tsc_hz=HZ,
+            interval_ns=10 * MS,
+            is_legal=is_any_page,
+            is_paused=is_paused,
+            tells_events=tells_events,
         )
         self.now = now
         self.utc_ahead = 0
@@ -112,17 +118,6 @@ def test_pages_of_one_pair_agree() -> None:
     assert difference(one, other._replace(info=line(5000, 7, flags=0)), HostTsc(0))[0] == 4000
     assert difference(one._replace(offset=0), other._replace(offset=4000), HostTsc(9))[0] == 0
     assert difference(one._replace(offset=0), other._replace(offset=0), HostTsc(9))[0] == 4000
-
-
-@pytest.mark.row("E3")
-@pytest.mark.parametrize(
-    "page",
-    [line(0, 0, 3), line(0, 0, flags=4), line(0, 0, scale=(2**31 - 1, 0)), line(0, 0, scale=(2**31, 32))],
-)
-def test_what_is_no_page(page: TimeInfo) -> None:
-    """An odd version, unknown flags, a mul or a shift that no clock has."""
-    assert is_legal(line(0, 0))
-    assert not is_legal(page)
 
 
 # Steps and the TSC
@@ -515,10 +510,10 @@ def test_a_restart_leads_to_no_step() -> None:
 @pytest.mark.row("E3")
 def test_absolute_readings() -> None:
     """At the host's instant, where page and offset are known and the TSC is not scaled."""
-    watcher = Watcher(4, host_tsc_hz=HZ, interval_ns=MS)
+    watcher = Watcher(4, host_tsc_hz=HZ, is_legal=is_any_page, interval_ns=MS)
     fast = line(0, 0, scale=(1 << 31, 2))
     pages = line(0, 1000), line(0, 1000), None, fast
     poll = Poll(HostTsc(8), HostTsc(9), HostTsc(10), pages, (5, None, 5, 5), ())
     assert watcher.readings(poll) == (1014, None, None, None)
-    known = Watcher(4, host_tsc_hz=HZ, interval_ns=MS, guest_tsc_hz=HZ)
+    known = Watcher(4, host_tsc_hz=HZ, is_legal=is_any_page, interval_ns=MS, guest_tsc_hz=HZ)
     assert known.readings(poll) == (1014, None, None, 28)

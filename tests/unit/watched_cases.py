@@ -18,7 +18,7 @@ from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEventKind
 from pvclock.meter.watch.watcher import Watcher
 from tests.oracle import NS_PER_S
-from tests.unit.watched_guest import NS_PER_HOUR, State, Told, WatchedGuest, apart, log_uniform
+from tests.unit.watched_guest import NS_PER_HOUR, State, Told, WatchedGuest, apart, is_any_page, log_uniform
 
 INTERVAL_NS = 10**7
 STOPPED_MAX = 5
@@ -48,7 +48,13 @@ MakesWatcher = Callable[[WatchedGuest], Watches]
 
 def watcher_of(guest: WatchedGuest) -> Watches:
     """Return the real one."""
-    return Watcher(len(guest.vcpus), host_tsc_hz=guest.khz * 1000, interval_ns=INTERVAL_NS, tells_events=guest.tells)
+    return Watcher(
+        len(guest.vcpus),
+        host_tsc_hz=guest.khz * 1000,
+        interval_ns=INTERVAL_NS,
+        is_legal=is_any_page,
+        tells_events=guest.tells,
+    )
 
 
 class Found(NamedTuple):

@@ -189,6 +189,11 @@ class WatchedGuest:
         self.history[vcpu].append(State(self.now, offset, page, published, self.line.ratio))
 
 
+def is_any_page(page: TimeInfo) -> bool:
+    """Can that be a page of any clock, whatever its rate and its timestamp?"""
+    return page.version % 2 == 0 and page.flags in range(4) and page.tsc_to_system_mul >> 31 == 1
+
+
 def apart(
     guest: WatchedGuest, one: int, other: int, since: int, until: int
 ) -> Iterator[tuple[int, int, Fraction, Fraction]]:

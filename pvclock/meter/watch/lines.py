@@ -19,7 +19,6 @@ __all__ = [
     "difference",
     "floor_ns",
     "host_instant",
-    "is_legal",
     "is_one_pair",
     "is_same_line",
     "ns_per_tick",
@@ -28,9 +27,7 @@ __all__ = [
     "value_at",
 ]
 
-TSC_STABLE, GUEST_STOPPED = 1, 2
-LEAST_MUL: Final = 1 << 31
-SHIFT_MAX: Final = 31
+TSC_STABLE: Final = 1
 BACKDATED_TICKS: Final = (1 << 34) + (1 << 15)
 """This engine dates its lines back, so that they are exact to fractions: by less than 2^34 ticks up to 8 GHz, and 2^14.
 Source: pvclock_exact_backdate().
@@ -75,12 +72,6 @@ class TscRates(NamedTuple):
             return abs(self.guest_hz - self.host_hz) * 10**6 // self.host_hz
         counted = line.tsc_to_system_mul * self.host_hz << SHIFT_BITS + line.tsc_shift
         return abs(counted - ONE_TO_ONE) * 10**6 // ONE_TO_ONE
-
-
-def is_legal(page: TimeInfo) -> bool:
-    """Can KVM, or this engine, have written that?  An even version, a normalised mul, and flags that there are."""
-    is_rate = page.tsc_to_system_mul >= LEAST_MUL and abs(page.tsc_shift) <= SHIFT_MAX
-    return page.version % 2 == 0 and is_rate and page.flags | TSC_STABLE | GUEST_STOPPED == TSC_STABLE | GUEST_STOPPED
 
 
 def value_at(line: TimeInfo, tsc: int) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import PvclockError
 from pvclock.host.this_host import bracketed, measure_tsc_hz
 from pvclock.host.watch import HostWatch, TroubleKind
 from pvclock.meter.findings import TIME_INFO
-from pvclock.meter.watch.changes import Change, PageLost
+from pvclock.meter.watch.changes import Change, PageLost, Step
 from pvclock.meter.watch.page_finder import PageFinder, PagesFound, Progress
 from pvclock.meter.watch.page_layout import Pages
 from pvclock.meter.watch.page_search import is_legal
@@ -103,6 +104,7 @@ class WatchLoop:
             host_tsc_hz=self.host_tsc_hz,
             interval_ns=int(self.interval_s * NS_PER_S),
             guest_tsc_hz=self.vm.tsc_hz,
+            is_legal=partial(is_legal, terms=self.finder.terms),
             is_paused=bool(self.vm.is_paused),
             tells_events=self.vm.why_no_events is None,
         )
@@ -152,8 +154,9 @@ class WatchLoop:
         poll = self._of_vcpus(whole, dict(zip(places, whole.pages, strict=True)))
         self._note_state(poll.events)
         changes = self.watcher.take(poll)
-        if any(isinstance(change, PageLost) for change in changes):
-            self.finder.lose()
+        is_reset = self.vm.why_no_events is not None and any(map(_may_be_reset, changes))
+        if is_reset or any(isinstance(change, PageLost) for change in changes):
+            self.finder.lose(is_reset=is_reset)
         return Look(poll, (*poll.events, *told, *changes, *self._look_at_host()))
 
     def _of_vcpus(self, whole: Poll, seen: Mapping[Gpa, TimeInfo | None]) -> Poll:
@@ -221,3 +224,8 @@ def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:
     """What is wrong before anything has changed."""
     why = f"the host's clocksource is {host.last.clocksource}, not tsc"
     return [] if host.tsc_trusted else [HostTrouble(TroubleKind.CLOCKSOURCE, True, why)]
+
+
+def _may_be_reset(change: Change) -> bool:
+    """Was the TSC written, and the page's line is still the old one?"""
+    return isinstance(change, Step) and change.lines == 0 and change.step_ns is None

@@ -112,15 +112,17 @@ class PageFinder:
         is_dead = self._due.take(pages, poll.tsc_offsets[0], poll.events, time.monotonic())
         is_reset = any(event.kind is VmEventKind.RESET for event in poll.events)
         if is_reset or (is_dead and not self.is_searching):
-            self._old = {**infos, **self._seen}
-            self._choice = self._choice and self._choice.anew()
-            self.lose()
+            self._seen = {**infos, **self._seen}
+            self.lose(is_reset=True)
         self._seen |= infos
         self._forget_changed(infos)
         return self._chosen(infos) or self._come_again(infos)
 
-    def lose(self) -> None:
-        """A page holds no line any more: search."""
+    def lose(self, *, is_reset: bool = False) -> None:
+        """A page holds no line any more, or the guest was reset, and what was seen is of before: search."""
+        if is_reset:
+            self._old = dict(self._seen)
+            self._choice = self._choice and self._choice.anew()
         self.is_searching = True
         self._searches.renew()
 

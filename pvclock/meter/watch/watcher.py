@@ -7,7 +7,7 @@ from typing import Final
 
 from pvclock.meter.watch.changes import Change, Disagreement, Stall
 from pvclock.meter.watch.disagreements import Disagreements
-from pvclock.meter.watch.lines import TscRates, is_legal, value_at
+from pvclock.meter.watch.lines import TscRates, value_at
 from pvclock.meter.watch.page_watch import PageWatch
 from pvclock.meter.watch.pauses import Pauses
 from pvclock.meter.watch.poll import Poll
@@ -39,7 +39,7 @@ class Watcher:
         guest_tsc_hz: int | None = None,
         is_paused: bool = False,
         tells_events: bool = False,
-        is_legal: Callable[[TimeInfo], bool] = is_legal,
+        is_legal: Callable[[TimeInfo], bool],
     ) -> None:
         self._vcpus = vcpus
         self._rates = TscRates(host_tsc_hz, guest_tsc_hz)
