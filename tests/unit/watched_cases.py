@@ -414,7 +414,8 @@ def pauses_of(life: Life, found: Step) -> list[tuple[Told, Told]]:
 
 def is_likely(life: Life, found: Step) -> bool:
     """Can its clock have stood in its pauses, but for the half of them?  Given a plain UTC."""
-    stopped_ns = sum(resume.at - stop.at for stop, resume in pauses_of(life, found)) * 10**6 // life.guest.khz
+    pauses = [pause for pause in pauses_of(life, found) if pause[0].event in found.events]  # not of the step before
+    stopped_ns = sum(resume.at - stop.at for stop, resume in pauses) * 10**6 // life.guest.khz
     slack_ns = max(10**7, stopped_ns // 2) + (found.bound_ns or 0) + 10**5
     return not stopped_ns or not life.has_plain_utc or abs((found.step_ns or 0) + stopped_ns) <= slack_ns
 
