@@ -11,7 +11,7 @@
  *   sampling CPU
  *   alive CPU TSC CLOCK TSC TRIPLES            the newest triple, and how many there were: 4 times a second
  *   gap CPU TSC CLOCK TSC TSC CLOCK TSC        two triples in succession, of which the clock went on unlike the TSC
- *   back CPU CLOCK CLOCK                       a clock read before this one began, on whatever CPU, and this one
+ *   back CPU CLOCK TSC CLOCK TSC               what a read that had ended, on whatever CPU, gave, and this triple
  */
 #define _GNU_SOURCE
 #include <elf.h>
@@ -136,14 +136,15 @@ static int is_gap(const struct triple *old, const struct triple *new)
 }
 
 /* A reading against the highest before it; a step back is told once, for the next readings are held against this one. */
-static void check_order(unsigned cpu, uint64_t highest, uint64_t ns)
+static void check_order(unsigned cpu, uint64_t highest, const struct triple *new)
 {
-	if (ns < highest) {
-		tell("back %u %" PRIu64 " %" PRIu64 "\n", cpu, highest, ns);
-		atomic_store(&highest_ns, ns);
+	if (new->ns < highest) {
+		tell("back %u %" PRIu64 " %" PRIu64 " %" PRIu64 " %" PRIu64 "\n", cpu, highest, new->before, new->ns,
+		     new->after);
+		atomic_store(&highest_ns, new->ns);
 		return;
 	}
-	while (highest < ns && !atomic_compare_exchange_weak(&highest_ns, &highest, ns))
+	while (highest < new->ns && !atomic_compare_exchange_weak(&highest_ns, &highest, new->ns))
 		;
 }
 
@@ -158,7 +159,7 @@ static _Noreturn void *sample(void *argument)
 		uint64_t highest = atomic_load(&highest_ns);
 		struct triple new = take();
 
-		check_order(cpu, highest, new.ns);
+		check_order(cpu, highest, &new);
 		if (new.after - new.before > widest_ticks)
 			continue; /* interrupted: says too little of where the TSC was */
 		if (triples++ && is_gap(&old, &new))

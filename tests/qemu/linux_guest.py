@@ -19,7 +19,17 @@ from pvclock.lab.kernel import Kernel
 from qemu_glue.peer.launch import CPU_MODEL, find_program
 from qemu_glue.peer.monitor import Monitor
 
-__all__ = ["Back", "Gap", "LinuxGuest", "Triple", "compiled_sampler", "initramfs", "runs_linux"]
+__all__ = [
+    "BOOT_LIMIT_S",
+    "Back",
+    "Gap",
+    "LinuxGuest",
+    "SamplerLog",
+    "Triple",
+    "compiled_sampler",
+    "initramfs",
+    "runs_linux",
+]
 
 SOURCE: Final = Path(__file__).with_name("guest_sampler.c")
 PROGRAM: Final = Path(__file__).parents[2] / "build" / "guest_sampler"
@@ -57,11 +67,16 @@ class Gap(NamedTuple):
 
 
 class Back(NamedTuple):
-    """On `cpu` the clock read `ns` although a read that had ended, on whatever CPU, gave highest_ns."""
+    """On `cpu` the clock gave `triple` after a read that had ended, on whatever CPU, had given highest_ns."""
 
     cpu: int
     highest_ns: int
-    ns: int
+    triple: Triple
+
+    @property
+    def by_ns(self) -> int:
+        """How far back."""
+        return self.highest_ns - self.triple.ns
 
 
 def runs_linux() -> bool:
@@ -83,11 +98,45 @@ def initramfs() -> bytes:
     return _archive({"dev": b"", "init": compiled_sampler().read_bytes()})
 
 
+class SamplerLog:
+    """What the sampler said so far, in lines that it ended.  after: only what is beyond so many lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __len__(self) -> int:
+        return len(self._lines())
+
+    def of(self, kind: str, after: int = 0) -> list[list[str]]:
+        """The words after `kind` of all lines that begin with it."""
+        return [words[1:] for words in self._lines()[after:] if words[0] == kind]
+
+    def gaps(self, after: int = 0) -> list[Gap]:
+        """Where the clock did not go on as the TSC did."""
+        return [Gap(int(words[0]), _triple(words[1:4]), _triple(words[4:7])) for words in self.of("gap", after)]
+
+    def backs(self, after: int = 0) -> list[Back]:
+        """Where the clock went back."""
+        return [Back(int(words[0]), int(words[1]), _triple(words[2:5])) for words in self.of("back", after)]
+
+    def triples(self, after: int = 0) -> list[Triple]:
+        """A few of them."""
+        return [_triple(words[1:4]) for words in self.of("alive", after)]
+
+    def tail(self) -> list[list[str]]:
+        """The last lines, for people."""
+        return self._lines()[-5:]
+
+    def _lines(self) -> list[list[str]]:
+        return [line.split() for line in self._path.read_text().split("\n")[:-1]]
+
+
 class LinuxGuest:
     """A running guest; a context manager.
 
     folder: an empty one for its files.  machine: QEMU's "q35" or "microvm".  sample_on: the CPUs to sample on, such as
-    "0,1"; the others are left idle.  cpu_flags: more of -cpu.  qmp_path: a monitor for others; it has one of its own.
+    "0,1"; the others are left idle.  cpu_flags: more of -cpu.
+    log: what the sampler said.  qmp_path: a monitor for others; the guest has one of its own.
     """
 
     def __init__(
@@ -100,9 +149,10 @@ class LinuxGuest:
         sample_on: str = "",
         cpu_flags: tuple[str, ...] = (),
     ) -> None:
-        self.vcpus = vcpus
+        self.machine, self.vcpus = machine, vcpus
         self.qmp_path = folder / "qmp"
-        self._findings, self._console, self._output = folder / "findings", folder / "console", folder / "output"
+        self.log = SamplerLog(folder / "log")
+        self._console, self._output = folder / "console", folder / "output"
         (folder / "initramfs").write_bytes(initramfs())
         with ExitStack() as resources:
             ours, theirs = (resources.enter_context(end) for end in socket.socketpair())
@@ -114,8 +164,8 @@ class LinuxGuest:
                 *("-kernel", str(kernel.image), "-initrd", str(folder / "initramfs")),
                 *("-append", " ".join((*CMDLINE, *((f"SAMPLE_ON={sample_on}",) if sample_on else ())))),
                 *("-serial", f"file:{self._console}"),
-                *("-chardev", f"file,id=findings,path={self._findings}"),
-                *("-device", "isa-debugcon,iobase=0xe9,chardev=findings"),
+                *("-chardev", f"file,id=log,path={folder / 'log'}"),
+                *("-device", "isa-debugcon,iobase=0xe9,chardev=log"),
                 *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
                 *("-chardev", f"socket,id=own,fd={theirs.fileno()}", "-mon", "chardev=own,mode=control"),
             ]
@@ -132,46 +182,9 @@ class LinuxGuest:
         """QEMU's answer to a QMP command."""
         return self._monitor.execute(command, arguments)
 
-    def interrupt(self, seconds: float) -> None:
-        """QMP stop, and cont after so long."""
-        self.execute("stop")
-        time.sleep(seconds)
-        self.execute("cont")
-
-    # What the sampler says
-
     def fact(self, name: str, after: int = 0) -> str:
-        """What it says once of itself, as soon as it does: clocksource, cpus, pages; the first beyond `after` lines."""
-        return self.await_line(name, after)[0]
-
-    def lines(self) -> list[list[str]]:
-        """All whole lines so far, in words."""
-        return [line.split() for line in self._findings.read_text().split("\n")[:-1]]
-
-    def gaps(self, after: int = 0) -> list[Gap]:
-        """Its gaps, beyond `after` lines."""
-        return [
-            Gap(int(words[1]), _triple(words[2:5]), _triple(words[5:8]))
-            for words in self.lines()[after:]
-            if words[0] == "gap"
-        ]
-
-    def backs(self, after: int = 0) -> list[Back]:
-        """Its steps back, beyond `after` lines."""
-        return [Back._make(map(int, words[1:])) for words in self.lines()[after:] if words[0] == "back"]
-
-    def newest_triple(self, after: int = 0) -> Triple:
-        """The newest that was told, on whatever CPU; waits for one beyond `after` lines."""
-        self.await_line("alive", after)
-        return _triple([words for words in self.lines()[after:] if words[0] == "alive"][-1][2:5])
-
-    def await_line(self, kind: str, after: int = 0) -> list[str]:
-        """The words of the first line of that kind beyond `after` lines."""
-
-        def first() -> list[str] | None:
-            return next((words[1:] for words in self.lines()[after:] if words[0] == kind), None)
-
-        return self.wait_for(first, f"{kind!r} beyond line {after}")
+        """What the sampler says once a boot, as soon as it does: its clocksource, cpus, pages; beyond `after` lines."""
+        return self.wait_for(lambda: next((words[0] for words in self.log.of(name, after)), None), name)
 
     def wait_for(self, look: Callable[[], T | None], what: str) -> T:
         """What look() gives, once it gives something; AssertionError with the guest's words if it never does."""
@@ -179,7 +192,7 @@ class LinuxGuest:
         while (found := look()) is None:
             ended = self._process.poll() is not None
             assert not ended, f"QEMU has ended: {self._output.read_text()}"
-            assert time.monotonic() < deadline, f"no {what}: {self.lines()[-5:]}\n{self._console.read_text()[-2000:]}"
+            assert time.monotonic() < deadline, f"no {what}: {self.log.tail()}\n{self._console.read_text()[-2000:]}"
             time.sleep(POLL_S)
         return found
 

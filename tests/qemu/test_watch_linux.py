@@ -1,0 +1,272 @@
+"""A stock Linux guest that is watched from outside, held against what its own sampler saw: where KVM runs it.
+
+A step is the watch's, from two lines of a page; the guest's, from two triples, is known but for the triples' widths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeVar
+
+import pytest
+
+from pvclock import LabError, PagesNotFound, Reference
+from pvclock.lab.kernel import Kernel, find_kernel
+from pvclock.meter.watch.changes import Disagreement, Step, TscBasis
+from pvclock.meter.watch.lines import ns_per_tick, value_at
+from pvclock.meter.watch.loop import Finding, WatchLoop
+from pvclock.meter.watch.poll import Poll
+from pvclock.meter.watch.vm import VmEvent, VmEventKind
+from pvclock.readings import TimeInfo
+from qemu_glue.watch.target import open_vm
+from tests.qemu.linux_guest import BOOT_LIMIT_S, Gap, LinuxGuest, runs_linux
+
+pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.row("E3")]
+
+SETUPS: Final = [("q35", 1), ("microvm", 1), ("microvm", 2), ("q35", 2)]
+ids = [f"{machine}-{vcpus}" for machine, vcpus in SETUPS]
+everywhere = pytest.mark.parametrize("guest", SETUPS, indirect=True, ids=ids)
+on_q35 = pytest.mark.parametrize("guest", SETUPS[:1], indirect=True, ids=ids[:1])
+two_vcpus = pytest.mark.parametrize("guest", SETUPS[2:], indirect=True, ids=ids[2:])
+
+PAGE_BYTES: Final = 64
+"""Of Linux's array, from one vCPU's page to the next."""
+FIRMWARE_END: Final = 1 << 20
+STOPPED_NS: Final = 900_000_000
+STOPPED_LOOKS: Final = 100
+LAG_LOOKS: Final = 15
+LAG_TRIES: Final = 40
+FLOORS_NS: Final = 4
+"""Readings are cut to whole ns: two of the guest's, and two of a line."""
+DEBUGFS: Final = Path("/sys/kernel/debug")
+
+ROOT: Final = Path(__file__).parents[2]
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    """The lab's kernel; skip where KVM cannot run it."""
+    if not runs_linux():
+        pytest.skip("KVM here does not run a stock Linux: the CPU has neither vmx nor svm; `make test-lab` does it")
+    try:
+        return find_kernel(None, lambda _text: None)
+    except LabError as error:
+        pytest.skip(f"no kernel for the guest: {error}")
+
+
+@pytest.fixture(scope="module")
+def debugfs() -> Iterator[None]:
+    """TSC offsets can be read; skip where they cannot."""
+    if os.geteuid():
+        pytest.skip("only root reads TSC offsets; run this as root")
+    mounted = (DEBUGFS / "kvm").exists()
+    if not mounted:
+        subprocess.run(["mount", "-t", "debugfs", "debugfs", DEBUGFS], check=True)
+    yield
+    if not mounted:
+        subprocess.run(["umount", DEBUGFS], check=True)
+
+
+@pytest.fixture(scope="module")
+def guest(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernel: Kernel, debugfs: None
+) -> Iterator[LinuxGuest]:
+    """A guest that samples; of two vCPUs the first is left idle, so that its page is brought up to date late."""
+    machine, vcpus = request.param
+    folder = tmp_path_factory.mktemp("linux")
+    sample_on = "1" if vcpus > 1 else "0"
+    with LinuxGuest(folder, kernel, machine=machine, vcpus=vcpus, sample_on=sample_on) as guest:
+        guest.fact("alive")
+        yield guest
+
+
+class Watching:
+    """A watch that goes on look by look, and all that it found."""
+
+    def __init__(self, loop: WatchLoop) -> None:
+        self.found = loop.begin()
+        self.loop = loop
+        self.findings: list[Finding] = []
+        self._looks = loop.looks()
+
+    def look(self, times: int = 1) -> Poll:
+        """Look so often; the last poll."""
+        for _ in range(times):
+            look = next(self._looks)
+            self.findings += look.findings
+        return look.poll
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Look until it is done."""
+        deadline = time.monotonic() + BOOT_LIMIT_S
+        while not done():
+            assert time.monotonic() < deadline, self.findings
+            self.look()
+
+    def of(self, kind: type[T]) -> list[T]:
+        """What it found of that kind."""
+        return [finding for finding in self.findings if isinstance(finding, kind)]
+
+
+def rest(seconds: float) -> bool:
+    """Wait, as a watch that nobody ends."""
+    time.sleep(max(seconds, 0))
+    return False
+
+
+@contextmanager
+def watching(guest: LinuxGuest) -> Iterator[Watching]:
+    """Watch a guest by its QMP socket, and by what that leads to."""
+    with open_vm(qmp=str(guest.qmp_path)) as vm:
+        yield Watching(WatchLoop(vm, Reference.RAW, wait=rest))
+
+
+def stop_and_continue(guest: LinuxGuest, watch: Watching, looks: int) -> None:
+    """QMP stop, and cont after so many looks."""
+    guest.execute("stop")
+    watch.look(looks)
+    guest.execute("cont")
+
+
+def pages_of(guest: LinuxGuest, after: int = 0) -> tuple[int, ...]:
+    """Where the guest says that its pages are."""
+    first = int(guest.fact("pages", after))
+    return tuple(first + PAGE_BYTES * vcpu for vcpu in range(guest.vcpus))
+
+
+def guest_step_ns(gaps: Sequence[Gap], line: TimeInfo) -> tuple[int, int]:
+    """The least and the most that the guest's clock stepped against its TSC in these gaps, at the rate of `line`."""
+    rate = ns_per_tick(line)
+    ahead_ns = sum(gap.newer.ns - gap.older.ns for gap in gaps)
+    most = sum((gap.newer.after - gap.older.before) * rate for gap in gaps)
+    least = sum((gap.newer.before - gap.older.after) * rate for gap in gaps)
+    return int(ahead_ns - most) - FLOORS_NS * len(gaps), int(ahead_ns - least) + FLOORS_NS * len(gaps)
+
+
+def sampled_beyond(guest: LinuxGuest, tsc: int) -> None:
+    """Wait until the guest has sampled its clock at a later TSC."""
+    guest.wait_for(lambda: any(it.before > tsc for it in guest.log.triples()) or None, f"triple beyond {tsc}")
+
+
+@everywhere
+def test_pages_are_found(guest: LinuxGuest) -> None:
+    """The pages of a guest of which nothing is known are where it says; not that which SeaBIOS leaves on q35."""
+    assert guest.fact("clocksource") == "kvm-clock"
+    with watching(guest) as watch:
+        assert watch.loop.vm.why_no_offsets is None
+        assert watch.found.pages == pages_of(guest)
+        left = [gpa for gpa in watch.loop.finder.places if gpa < FIRMWARE_END]
+        assert bool(left) == (guest.machine == "q35")
+        print(f"found in {watch.found.seconds:.2f} s: {watch.found}")
+
+
+@everywhere
+def test_step_is_the_guests(guest: LinuxGuest) -> None:
+    """The step at stop and cont, against the TSC, is what the guest saw, within the widths of its triples."""
+    with watching(guest) as watch:
+        watch.look()
+        said = len(guest.log)
+        stop_and_continue(guest, watch, STOPPED_LOOKS)
+        watch.until(lambda: {step.vcpu for step in watch.of(Step)} == set(range(guest.vcpus)))
+        sampled_beyond(guest, max(step.after.tsc_timestamp for step in watch.of(Step)))
+        watch.look()
+    steps = [step for step in watch.of(Step) if step.vcpu == 0]
+    assert {step.basis for step in steps} == {TscBasis.OFFSETS}
+    step_ns = sum(step.step_ns or 0 for step in steps)
+    gaps = guest.log.gaps(said)
+    least_ns, most_ns = guest_step_ns(gaps, steps[0].before)
+    print(f"step {step_ns}, by the guest {least_ns} to {most_ns}, {steps}")
+    assert step_ns < -STOPPED_NS
+    assert least_ns <= step_ns <= most_ns
+    seen = next(step for step in steps if step.seen_ns is not None)
+    assert seen.seen_ns - seen.seen_bound_ns <= gaps[-1].newer.ns - gaps[0].older.ns
+
+
+@everywhere
+def test_reading_is_the_guests(guest: LinuxGuest) -> None:
+    """The absolute reading is the guest's CLOCK_MONOTONIC, which had 0 when Linux began."""
+    with watching(guest) as watch:
+        first = watch.look()
+        said = len(guest.log)
+        base, triple = guest.wait_for(lambda: two_of(guest.log.triples(said)), "two triples")
+        second = watch.look()
+        before_ns, after_ns = (watch.loop.watcher.readings(poll)[0] for poll in (first, second))
+    page = second.pages[0]
+    assert page is not None and page == first.pages[0]
+    assert before_ns is not None and after_ns is not None
+    least_ns, most_ns = base.ns - value_at(page, base.after), base.ns - value_at(page, base.before)
+    # `base` may have been taken before the first look, and was told after it; `triple` was taken after that.
+    assert before_ns + least_ns - FLOORS_NS <= triple.ns <= after_ns + most_ns + FLOORS_NS
+    print(f"reading {before_ns + least_ns} to {after_ns + most_ns}, the guest's {triple.ns}, boot {least_ns}")
+
+
+def two_of(triples: list[Triple]) -> tuple[Triple, Triple] | None:
+    """The first two, once there are two."""
+    return (triples[0], triples[1]) if len(triples) > 1 else None
+
+
+@two_vcpus
+def test_lagging_page(guest: LinuxGuest) -> None:
+    """The page of an idle vCPU 0 lags after cont: the guest's clock goes back, and the watch tells by how much."""
+    with watching(guest) as watch:
+        watch.look()
+        said = len(guest.log)
+        for _ in range(LAG_TRIES):
+            stop_and_continue(guest, watch, LAG_LOOKS)
+            watch.look(4 * LAG_LOOKS)
+            if watch.of(Disagreement) and guest.log.backs(said):
+                break
+        offset = watch.look().tsc_offsets[0]
+    print(offset, watch.of(Disagreement), [(b, b.by_ns) for b in guest.log.backs(said)], watch.of(Step))
+
+
+@on_q35
+def test_command(guest: LinuxGuest) -> None:
+    """The command finds pages and step, and Ctrl-C ends it with a summary."""
+    command = [sys.executable, "-m", "pvclock", "watch", "--qmp", str(guest.qmp_path), "--json"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watch:
+        assert watch.stdout is not None
+        records = map(json.loads, watch.stdout)
+        found = next(records)
+        said = len(guest.log)
+        guest.execute("stop")
+        guest.execute("cont")
+        step = next(record for record in records if record["kind"] == "step")
+        watch.send_signal(signal.SIGINT)
+        *_, summary = records
+    assert watch.returncode == 0
+    print(found, step, summary)
+    assert tuple(found["pages"]) == pages_of(guest)
+
+
+@on_q35
+def test_reset(guest: LinuxGuest) -> None:
+    """A reset is told, the pages of the system that boots then are found, and no step leads to them."""
+    with watching(guest) as watch:
+        watch.look()
+        said = len(guest.log)
+        guest.execute("system_reset")
+        watch.until(lambda: bool(guest.log.of("pages", said)))
+        pages = pages_of(guest, said)
+        watch.until(lambda: watch.loop.finder.pages == pages and not watch.loop.finder.is_searching)
+    assert VmEventKind.RESET in [event.kind for event in watch.of(VmEvent)]
+    print(watch.findings)
+    assert all(step.basis is not TscBasis.ASSUMED for step in watch.of(Step))
+
+
+def test_without_kvmclock(kernel: Kernel, tmp_path: Path) -> None:
+    """A guest that has no kvmclock ends a watch before it begins, with the reason."""
+    with LinuxGuest(tmp_path, kernel, cpu_flags=("-kvmclock",)) as guest:
+        assert guest.fact("clocksource") != "kvm-clock"
+        with pytest.raises(PagesNotFound, match="no kvmclock"), watching(guest):
+            pass
