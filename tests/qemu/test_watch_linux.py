@@ -18,7 +18,8 @@ from typing import Final, TypeVar
 
 import pytest
 
-from pvclock import LabError, PagesNotFound, Reference
+from pvclock import Reference
+from pvclock.errors import LabError, PagesNotFound
 from pvclock.lab.kernel import Kernel, find_kernel
 from pvclock.meter.watch.changes import Disagreement, Step, TscBasis
 from pvclock.meter.watch.lines import ns_per_tick, value_at
@@ -27,7 +28,7 @@ from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.readings import TimeInfo
 from qemu_glue.watch.target import open_vm
-from tests.qemu.linux_guest import BOOT_LIMIT_S, Gap, LinuxGuest, runs_linux
+from tests.qemu.linux_guest import BOOT_LIMIT_S, Gap, LinuxGuest, Triple, runs_linux
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.row("E3")]
 
@@ -188,8 +189,8 @@ def test_step_is_the_guests(guest: LinuxGuest) -> None:
     print(f"step {step_ns}, by the guest {least_ns} to {most_ns}, {steps}")
     assert step_ns < -STOPPED_NS
     assert least_ns <= step_ns <= most_ns
-    seen = next(step for step in steps if step.seen_ns is not None)
-    assert seen.seen_ns - seen.seen_bound_ns <= gaps[-1].newer.ns - gaps[0].older.ns
+    seen_ns = max(step.seen_ns - step.seen_bound_ns for step in steps if step.seen_ns is not None)
+    assert seen_ns <= gaps[-1].newer.ns - gaps[0].older.ns
 
 
 @everywhere
