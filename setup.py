@@ -76,6 +76,8 @@ setup(
         module("pvclock._transaction"),
         module("pvclock._bulk"),
         module("pvclock._sampling"),
+        module("pvclock._search"),
+        module("pvclock._process_memory"),
         module("pvclock.kvm._gate"),
         module("pvclock.kvm._fd"),
         module("pvclock.kvm._system"),

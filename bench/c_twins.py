@@ -88,6 +88,7 @@ class Twins:
         self._publish = function(library, "publish_loop", ctypes.c_int, layout, rate, u64)
         self._windows = function(library, "measure_windows", ctypes.c_int, *windows)
         self._read = function(library, "pvclock_read_loop", u64, ctypes.c_void_p, u64)
+        self._sum = function(library, "sum_of_words", u64, ctypes.c_void_p, size)
         self.vdso = function(library, "vdso_loop", u64, u64)
         self.fenced_rdtsc = function(library, "fenced_rdtsc_loop", u64, u64)
 
@@ -100,6 +101,11 @@ class Twins:
         """Read the clock in the page at `address` over and over."""
         if self._read(address, reads) == 0:
             raise RuntimeError("the page is always odd or changing")
+
+    def sum_of_words(self, memory: memoryview) -> int:
+        """The sum of a writable memory's 64-bit words, modulo 2^64."""
+        words = (u64 * (memory.nbytes // 8)).from_buffer(memory)
+        return int(self._sum(words, len(words)))
 
     def windows(
         self, layout: Layout, rate: RateOfTime, count: int, *, rest_ticks: int, readers: int
@@ -149,7 +155,7 @@ def function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> C
 def compile_twins(folder: Path) -> Twins:
     """Compile bench/native into `folder` and load it."""
     library = folder / "twins.so"
-    sources = [NATIVE / name for name in ("publish.c", "window.c", "reader.c", "exits.c")]
+    sources = [NATIVE / name for name in ("publish.c", "window.c", "reader.c", "exits.c", "search.c")]
     subprocess.run([*COMPILE, f"-I{pvclock.get_include()}", *sources, "-o", library], check=True)
     return Twins(ctypes.CDLL(str(library)))
 

@@ -13,6 +13,8 @@ PvclockError
 ├── GuestCrashed                  .vcpu .reason; the guest cannot go on
 ├── PagesNotFound                 .searched_bytes .looked_for; no pvclock page is in a guest's memory
 ├── MemoryNotReadable             .pid; a guest's memory cannot be read from outside
+│   └── VmEnded                   the process that ran a watched VM has ended
+├── VmNotObservable               .pid .why; a process that cannot be looked at, or runs no KVM guest
 ├── LabError                      .console_tail; the lab lacks something, did not boot, or timed out
 └── KvmError (OSError)            .errno .call; a failed KVM system call
     ├── KvmUnavailable            /dev/kvm cannot be used; the message says what to do
@@ -41,6 +43,8 @@ __all__ = [
     "StateError",
     "StateFileError",
     "TscOffsetNotHonoured",
+    "VmEnded",
+    "VmNotObservable",
     "WrongType",
 ]
 
@@ -183,6 +187,22 @@ class MemoryNotReadable(PvclockError):
     def __init__(self, pid: int | None, why: str) -> None:
         super().__init__(f"guest memory of process {pid}: {why}" if pid is not None else f"guest memory: {why}")
         self.pid = pid
+
+
+class VmEnded(MemoryNotReadable):
+    """The process that ran a watched VM has ended, and its guest's memory is gone."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid, "the process has ended")
+
+
+class VmNotObservable(PvclockError):
+    """Process `pid` cannot be looked at, is not there, or runs no KVM guest; the message says what helps."""
+
+    def __init__(self, pid: int, why: str) -> None:
+        super().__init__(f"process {pid}: {why}")
+        self.pid = pid
+        self.why = why
 
 
 class LabError(PvclockError):

@@ -1,6 +1,7 @@
 """Compare the engine's clock with the kernel's and QEMU's: the same guest on each, left alone, stopped and continued.
 
-Takes about 15 s.  Exit status 1 if something disagrees, 2 if it cannot run.
+Takes about 15 s; the life cycle instead, with resets, save and load, about a minute.  Exit status 1 if something
+disagrees, 2 if it cannot run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ __all__ = ["EXAMPLES", "add_arguments", "as_json", "compare_three", "crosscheck"
 
 EXAMPLES: Final = """\
   pvclock crosscheck                15 s, two vCPUs
-  pvclock crosscheck --why          each row with its rule and bound"""
+  pvclock crosscheck --why          each row with its rule and bound
+  pvclock crosscheck --lifecycle    a minute: stops, a reset, save and load"""
 
 OBSERVE_S = 2.0
 LEAST_S: Final = 0.1
@@ -41,28 +43,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     seconds = f"how long each is left alone (default {OBSERVE_S:g}; {LEAST_S:g} or more)"
     parser.add_argument("--vcpus", type=vcpus, default=2, help="how many vCPUs each guest has (default 2)")
     parser.add_argument("--seconds", type=duration_s, default=OBSERVE_S, help=seconds)
+    lifecycle = "instead, what becomes of each as it is stopped, reset, saved and loaded; about a minute"
+    parser.add_argument("--lifecycle", action="store_true", help=lifecycle)
     parser.add_argument("--why", action="store_true", help="print each row's rule and bound, too")
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> Report:
     """Show the rows; a finding if one disagrees."""
+    if arguments.lifecycle:
+        return _lifecycle(arguments, screen)
     checks = crosscheck(arguments.vcpus, arguments.seconds, screen)
     screen.show(table(checks, explained=arguments.why))
     reference_checks, why_no_hyperv = _reference_time(arguments, screen)
-    wrong = [check for check in (*checks, *reference_checks) if not check.ok]
-    for check in wrong:
-        screen.show(Text.assemble((check.name, "red"), f": {check.why}"))
-    if wrong:
-        screen.show(Text(f"{len(wrong)} of {len(checks) + len(reference_checks)} disagree.", style="red"))
-    else:
-        screen.show(Text("All three agree.", style="green"))
     found = {
         "vcpus": arguments.vcpus,
         "checks": list(map(as_json, checks)),
         "reference_time": list(map(as_json, reference_checks)),
         "why_no_hyperv": why_no_hyperv,
+        "lifecycle": [],
     }
-    return Report(not wrong, found)
+    return Report(_show_wrong([(check.name, check) for check in (*checks, *reference_checks)], screen), found)
+
+
+def _lifecycle(arguments: argparse.Namespace, screen: Screen) -> Report:
+    """Show each operation's rows as they come."""
+    from qemu_glue.lifecycle import cross_check_lifecycle  # here, as in crosscheck()
+    from qemu_glue.peer.launch import require_programs
+
+    require_programs()
+    rows: list[tuple[str, Check]] = []
+    for operation, checks in cross_check_lifecycle(arguments.vcpus, screen):
+        screen.show(table(checks, operation, explained=arguments.why))
+        rows += ((operation, check) for check in checks)
+    found = {
+        "vcpus": arguments.vcpus,
+        "checks": [],
+        "reference_time": [],
+        "why_no_hyperv": None,
+        "lifecycle": [{"operation": operation, **as_json(check)} for operation, check in rows],
+    }
+    named = [(f"{operation}: {check.name}", check) for operation, check in rows]
+    return Report(_show_wrong(named, screen), found)
+
+
+def _show_wrong(checks: list[tuple[str, Check]], screen: Screen) -> bool:
+    """Show by name which of them disagree, and why they should not; do none?"""
+    wrong = [(name, check) for name, check in checks if not check.ok]
+    for name, check in wrong:
+        screen.show(Text.assemble((name, "red"), f": {check.why}"))
+    if wrong:
+        screen.show(Text(f"{len(wrong)} of {len(checks)} disagree.", style="red"))
+    else:
+        screen.show(Text("All three agree.", style="green"))
+    return not wrong
 
 
 def _reference_time(arguments: argparse.Namespace, screen: Screen) -> tuple[list[Check], str | None]:
@@ -140,9 +173,9 @@ def obstacle() -> str | None:
     return None
 
 
-def table(checks: list[Check], *, explained: bool = False) -> Table:
+def table(checks: list[Check], title: str = "", *, explained: bool = False) -> Table:
     """The rows, with their rules if `explained`."""
-    rows = Table("", "engine", "kernel", "QEMU", "agree", *["why"] * explained)
+    rows = Table(title, "engine", "kernel", "QEMU", "agree", *["why"] * explained)
     for check in checks:
         rows.add_row(check.name, *_texts(check), verdict(check.ok), *[check.why] * explained)
     return rows

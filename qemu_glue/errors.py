@@ -4,7 +4,9 @@ PvclockError
 └── QemuError
     ├── QemuMissing     .program .package; says how to get it
     ├── QemuExited      .exit_code .command .output; it ended unexpectedly
-    └── QmpFailed       .operation; its monitor refused, did not answer or sent something else than QMP
+    ├── NotKvm          a QEMU that runs its guest without KVM, so without kvmclock
+    ├── QmpFailed       .operation .why; its monitor refused, did not answer or sent something else than QMP
+    └── VirshFailed     .operation .why; virsh could not do it
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import signal
 
 from pvclock import PvclockError
 
-__all__ = ["QemuError", "QemuExited", "QemuMissing", "QmpFailed"]
+__all__ = ["NotKvm", "QemuError", "QemuExited", "QemuMissing", "QmpFailed", "VirshFailed"]
 
 
 class QemuError(PvclockError):
@@ -45,9 +47,26 @@ class QemuExited(QemuError):
         self.output = output
 
 
+class NotKvm(QemuError):
+    """A QEMU whose guest does not run on KVM."""
+
+    def __init__(self) -> None:
+        super().__init__("this QEMU runs without KVM: its guests have no kvmclock; start it with -accel kvm")
+
+
 class QmpFailed(QemuError):
     """QMP `operation` (a command, or "connect") was refused, not answered in time, or not answered in QMP."""
 
     def __init__(self, operation: str, why: str) -> None:
         super().__init__(f"QMP {operation}: {why}")
         self.operation = operation
+        self.why = why
+
+
+class VirshFailed(QemuError):
+    """virsh could not do `operation`: there is no such domain, it does not run, no connection, or QEMU refused."""
+
+    def __init__(self, operation: str, why: str) -> None:
+        super().__init__(f"virsh {operation}: {why}")
+        self.operation = operation
+        self.why = why

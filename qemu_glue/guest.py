@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Final, Self
 
-from pvclock import GuestNs, GuestTsc, HostTsc, StateError, TimeInfo, read_tsc
+from pvclock import GuestMemory, GuestNs, GuestTsc, HostTsc, StateError, TimeInfo, read_tsc
 from pvclock.meter.findings import (
     EXIT_LIMIT_S,
     READING_TRIES,
@@ -24,6 +24,7 @@ from pvclock.meter.guest import ClockServer, GuestReading
 from pvclock.payloads import clockprobe, probe
 from pvclock.payloads.probe import ProbeRecord
 from qemu_glue.peer.launch import Qemu
+from qemu_glue.peer.lifecycle import reset, saved, tsc_offsets, wait_until_loaded
 
 __all__ = ["QEMU", "QemuGuest"]
 
@@ -40,7 +41,8 @@ class QemuGuest:
     """
 
     def __init__(self, features: int, vcpus: int = 2) -> None:
-        self.qemu = Qemu(clockprobe(), features=features, vcpus=vcpus, cmdline=f"cpus={vcpus}")
+        self._launch = partial(Qemu, clockprobe(), features=features, vcpus=vcpus, cmdline=f"cpus={vcpus}")
+        self.qemu = self._launch()
 
     @property
     def server(self) -> ClockServer:
@@ -51,6 +53,11 @@ class QemuGuest:
     def vcpus(self) -> int:
         """How many read."""
         return self.qemu.vcpus
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The RAM that QEMU shares."""
+        return self.qemu.memory
 
     @cached_property
     def tsc_hz(self) -> int:
@@ -72,6 +79,23 @@ class QemuGuest:
     def resume(self) -> None:
         """QMP cont."""
         self.qemu.resume()
+
+    def tsc_offsets(self) -> tuple[int | None, ...]:
+        """As debugfs has them."""
+        return tsc_offsets(self.qemu.pid, self.vcpus)
+
+    def reset(self) -> None:
+        """QMP system_reset; return when every vCPU reads again."""
+        probe.forget(self.qemu.memory)  # QEMU leaves RAM as it is
+        reset(self.qemu)
+        self.start()
+
+    def save_and_load(self) -> None:
+        """Save it as a stream, end QEMU, and load that in another QEMU, which is paused then."""
+        with saved(self.qemu) as incoming:
+            self.qemu.close()
+            self.qemu = self._launch(arguments=incoming)
+            wait_until_loaded(self.qemu)
 
     def finish(self) -> list[ProbeRecord]:
         """Let clockprobe end; its findings.  StateError if it did not end well."""

@@ -151,6 +151,38 @@ class TimeInfo:
         return (self.system_time + scale_delta(delta, self.tsc_to_system_mul, self.tsc_shift)) % U64
 
 
+class PagePlaces(NamedTuple):
+    """What a search of memory is to find: a count and two lists of offsets."""
+
+    even_and_zero_pads: int
+    pages: list[int]
+    other_rate: list[int]
+
+
+LINUX_SHIFTS = range(-34, 31)
+
+
+def page_places(memory: bytes, tsc_hz: int, within_ppm: int, newest_tsc: int) -> PagePlaces:
+    """Return where time pages can be, every 4 bytes, and legal ones of another rate.
+
+    An odd version is a page in the middle of an update, whose tsc_timestamp may be anything.
+    """
+    found = PagePlaces(0, [], [])
+    for offset in range(0, len(memory) - 31, 4):
+        page = TimeInfo.parse(memory[offset : offset + 32])
+        if page.version == 0 or page.pad0 != 0 or page.pad != 0:
+            continue
+        if not page.is_being_updated:
+            found = found._replace(even_and_zero_pads=found.even_and_zero_pads + 1)
+        is_scale = page.tsc_to_system_mul >= 2**31 and page.tsc_shift in LINUX_SHIFTS
+        is_past = page.is_being_updated or 0 < page.tsc_timestamp <= newest_tsc
+        if page.flags not in range(4) or not is_scale or not is_past:
+            continue
+        error_ppb = abs(rate_error_ppb(NS_PER_S, tsc_hz, page.tsc_to_system_mul, page.tsc_shift))
+        (found.pages if error_ppb <= within_ppm * 1000 else found.other_rate).append(offset)
+    return found
+
+
 def version_odd(version: int) -> int:
     """Return what KVM stores before it changes a time page."""
     return (version + 1 | 1) % U32

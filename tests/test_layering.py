@@ -20,7 +20,8 @@ PACKAGE = ROOT / "pvclock"
 LAYERS: tuple[set[str], ...] = (
     {"errors", "arguments", "quantities", "readings", "msr_ranges", "guest_layout", "threads"}
     | {"_abi", "_math", "_publish", "_hyperv"},
-    {"_memory", "_scale", "_core", "_counter", "_records", "_transaction", "_bulk", "_sampling", "_stress"},
+    {"_memory", "_scale", "_core", "_counter", "_records", "_transaction", "_bulk", "_sampling", "_stress"}
+    | {"_search", "_process_memory"},
     {"timekeeping", "tsc", "host", "kvm", "boot", "payloads"},
     {"providers"},
     {"clock", "state"},
@@ -59,6 +60,8 @@ CLOCK_READERS = {"host", "kvm"}
 # What qemu_glue may use beside the names in pvclock.__all__.
 PUBLIC_SUBPACKAGES = (
     "pvclock.commands",
+    "pvclock.errors",
+    "pvclock.host",
     "pvclock.kvm",
     "pvclock.machine",
     "pvclock.meter",

@@ -2,6 +2,7 @@
 
 A command is a module: its docstring is its help, EXAMPLES the lines that say what to type, `add_arguments(parser)`
 declares its arguments, and `run(arguments, screen)` does its work, shows it on the `Screen` and returns a `Report`.
+With `JSON_LINES = True` its --json is lines: those that it writes itself while it works, and the report on one line.
 This module does what all commands share: --json, errors in one line, standard streams that are closed or full,
 and the exit status: 0 done, 1 a finding, 2 failed, 130 interrupted, 141 standard output was closed by its reader.
 """
@@ -101,10 +102,16 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        choice.add_argument("--json", action="store_true", help="print one JSON object")
+        as_lines = _prints_lines(module)
+        said = "print JSON lines, one object a line" if as_lines else "print one JSON object"
+        choice.add_argument("--json", action="store_true", help=said)
         module.add_arguments(choice)
-        choice.set_defaults(run=module.run)
+        choice.set_defaults(run=module.run, json_lines=as_lines)
     return parser
+
+
+def _prints_lines(module: ModuleType | None) -> bool:
+    return getattr(module, "JSON_LINES", False)
 
 
 def _names() -> set[str]:
@@ -122,7 +129,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except (PvclockError, OSError) as error:
         return _fail(arguments.command, error, as_json=arguments.json)
     if arguments.json:
-        write(report_json(arguments.command, report) + "\n")
+        write(report_json(arguments.command, report, on_one_line=arguments.json_lines) + "\n")
     return int(report.exit_status)
 
 
@@ -132,7 +139,7 @@ def _fail(command: str, error: Exception, *, as_json: bool) -> int:
     from pvclock.commands.screen import write
 
     if as_json:
-        write(error_json(command, error) + "\n")
+        write(error_json(command, error, on_one_line=_prints_lines(find_command(command))) + "\n")
         return CANNOT
     return _complain(f"pvclock {command}" if command in _names() else "pvclock", error)
 

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from pvclock import __version__
 from pvclock.state.json_schema import plain
 
-__all__ = ["Report", "error_json", "report_json"]
+__all__ = ["Report", "error_json", "line_json", "report_json"]
 
 SHAPE: Final = 1
 """The number in `schema`: changes when a key goes or changes its meaning, not when one is added."""
@@ -36,17 +36,18 @@ class Report(NamedTuple):
         return int(not self.ok) if self.status is None else self.status
 
 
-def report_json(command: str, report: Report) -> str:
+def report_json(command: str, report: Report, *, on_one_line: bool = False) -> str:
     """A command's report as its JSON document."""
-    return _document(command, report.ok, result=plain(report.result))
+    return _document(command, report.ok, on_one_line, result=plain(report.result))
 
 
-def error_json(command: str, error: Exception) -> str:
+def error_json(command: str, error: Exception, *, on_one_line: bool = False) -> str:
     """The JSON document of a command that failed: the error's kind, its message and its numbers."""
     told = {name: _telling(value) for name, value in vars(error).items() if not name.startswith("_")}
     if isinstance(error, OSError):
         told = {"errno": error.errno, "path": _telling(error.filename), **told}
-    return _document(command, ok=False, error={"kind": type(error).__name__, "message": message_of(error), **told})
+    said = {"kind": type(error).__name__, "message": message_of(error), **told}
+    return _document(command, False, on_one_line, error=said)
 
 
 def message_of(error: Exception) -> str:
@@ -57,9 +58,18 @@ def message_of(error: Exception) -> str:
     return LONG_WORD.sub(r"\1...", said)
 
 
-def _document(command: str, ok: bool, **content: object) -> str:
-    document = {"schema": f"pvclock.{command}/{SHAPE}", "version": __version__, "ok": ok, **content}
-    return json.dumps(document, indent=2, allow_nan=False)
+def line_json(command: str, content: Mapping[str, object]) -> str:
+    """One of the lines that a command with JSON_LINES writes while it works, without its end."""
+    return json.dumps(plain({"schema": _schema(command), **content}), allow_nan=False)
+
+
+def _document(command: str, ok: bool, on_one_line: bool, **content: object) -> str:
+    document = {"schema": _schema(command), "version": __version__, "ok": ok, **content}
+    return json.dumps(document, indent=None if on_one_line else 2, allow_nan=False)
+
+
+def _schema(command: str) -> str:
+    return f"pvclock.{command}/{SHAPE}"
 
 
 def _telling(value: object) -> object:

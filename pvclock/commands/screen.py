@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -39,6 +40,27 @@ class Screen:
             return
         for part in parts:
             write(_drawn(part, self._columns))
+
+    @property
+    def can_redraw(self) -> bool:
+        """Is standard output a terminal on which what was drawn can be replaced, and for people?"""
+        return not self._quiet and sys.stdout.isatty() and not Console(file=sys.stdout).is_dumb_terminal
+
+    @contextmanager
+    def redrawing(self) -> Iterator[Callable[..., None]]:
+        """Draw on standard output what is replaced; yields a function that takes what show() takes.
+
+        At the end nothing of it is left.  Only if can_redraw.
+        """
+        console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+
+            def draw(*parts: Table | Text | str) -> None:
+                columns = _columns()
+                fitted = (part.fitted(columns) if isinstance(part, Table) else part for part in parts)
+                live.update(Group(*fitted), refresh=True)
+
+            yield draw
 
     def tell(self, text: str) -> None:
         """Print a line on standard error, with --json too."""

@@ -23,8 +23,9 @@ from pvclock.quantities import U64_MASK
 from pvclock.readings import RunReport
 from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.catchup import Policy, as_policy
+from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC
 
-__all__ = ["BackendWrapper", "ClockService", "EngineClockService", "KernelClockService", "make_clock"]
+__all__ = ["BackendWrapper", "ClockService", "EngineClockService", "KernelClockService", "engine_clock"]
 
 BackendWrapper: TypeAlias = Callable[[KvmBackend | SteeredTscBackend], Backend]
 """Makes the backend of a machine's clock from the one for its vCPUs, as ExecutionTimeBackend does.
@@ -32,26 +33,6 @@ BackendWrapper: TypeAlias = Callable[[KvmBackend | SteeredTscBackend], Backend]
 What it returns must have that one's tsc_hz and its answer whether the vCPUs are kept out; any other would be a clock of
 other vCPUs.
 """
-
-
-def make_clock(
-    memory: GuestMemory,
-    vcpus: int,
-    inner: KvmBackend | SteeredTscBackend,
-    *,
-    wrap: BackendWrapper | None = None,
-    restore: ClockState | None = None,
-    options: dict[str, Any],
-) -> GuestClock:
-    """The clock of a machine whose vCPUs' backend is `inner`: a new one, or the one saved as `restore`.
-
-    options: GuestClock's, or those of GuestClock.restore().
-    """
-    backend = inner if wrap is None else _wrapped(wrap, inner, vcpus)
-    if restore is not None:
-        return GuestClock.restore(restore, memory, backend=backend, vcpu_host="kvm", **options)
-    options.setdefault("tsc_offset", inner.initial_tsc_offset if backend.counter_follows_host else 0)
-    return GuestClock(memory, vcpus, backend=backend, vcpu_host="kvm", **options)
 
 
 def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus: int) -> Backend:
@@ -153,12 +134,15 @@ class ClockService(Protocol):
 class EngineClockService:
     """The engine's clock, its ticker and its timers' thread: what is done with them as the vCPUs start, pause and end.
 
-    tick_interval_s: the ticker's; None for no ticker.  A clock that is paused, as a restored one is, keeps the vCPUs
-    out until start() or resume().
+    tick_interval_s: the ticker's; None for no ticker.  resets_tscs: TSCs begin at 0 again with a reset, as hardware's.
+    A clock that is paused, as a restored one is, keeps the vCPUs out until start() or resume().
     """
 
-    def __init__(self, runner: Runner, clock: GuestClock, tick_interval_s: float | None) -> None:
+    def __init__(
+        self, runner: Runner, clock: GuestClock, tick_interval_s: float | None, *, resets_tscs: bool = False
+    ) -> None:
         self._serve(clock)
+        self._resets_tscs = resets_tscs
         self.ticker = None if tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
         self._runner = runner
         self._execution_time = clock.backend if isinstance(clock.backend, ExecutionTimeBackend) else None
@@ -262,6 +246,8 @@ class EngineClockService:
         """See ClockService; a clock that is paused, or vCPUs that are, go on at start()."""
         with self._changing:
             self.clock.reset()
+            if self._resets_tscs:
+                self._reset_tscs()
             # One without the other after a pause() that was interrupted.
             self.starts_paused = self.clock.is_paused or self._runner.gate.is_paused()
 
@@ -290,6 +276,13 @@ class EngineClockService:
         self.clock = clock
         self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
         self.timer_thread = TimerThread(clock) if clock.timers.exist else None
+
+    def _reset_tscs(self) -> None:
+        """Let all vCPUs' TSCs begin at 0, with one offset; they go on where the host lets them not go back."""
+        with suppress(TscOffsetNotHonoured, StateError):  # StateError: this CPU's TSC is behind
+            for vcpu in range(self.clock.vcpus):
+                self.clock.host_write_msr(vcpu, MSR_IA32_TSC, 0)
+            self.clock.repair_tsc()
 
     @property
     def _is_running(self) -> bool:
@@ -337,6 +330,31 @@ class EngineClockService:
         finally:
             if self.ticker is not None:
                 self.ticker.stop()
+
+
+def engine_clock(
+    runner: Runner,
+    memory: GuestMemory,
+    vcpus: int,
+    inner: KvmBackend | SteeredTscBackend,
+    tick_interval_s: float | None,
+    *,
+    wrap: BackendWrapper | None = None,
+    restore: ClockState | None = None,
+    options: dict[str, Any],
+) -> EngineClockService:
+    """The clock of a machine whose vCPUs' backend is `inner`: a new one, or the one saved as `restore`.
+
+    tick_interval_s: see EngineClockService.  options: GuestClock's, or those of GuestClock.restore().
+    """
+    backend = inner if wrap is None else _wrapped(wrap, inner, vcpus)
+    resets_tscs = wrap is None and "tsc_offset" not in options
+    if restore is not None:
+        clock = GuestClock.restore(restore, memory, backend=backend, vcpu_host="kvm", **options)
+    else:
+        options.setdefault("tsc_offset", inner.initial_tsc_offset if backend.counter_follows_host else 0)
+        clock = GuestClock(memory, vcpus, backend=backend, vcpu_host="kvm", **options)
+    return EngineClockService(runner, clock, tick_interval_s, resets_tscs=resets_tscs)
 
 
 class KernelClockService:

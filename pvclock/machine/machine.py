@@ -26,9 +26,8 @@ from pvclock.machine.bus import Bus, CoalescedRing
 from pvclock.machine.clock_service import (
     BackendWrapper,
     ClockService,
-    EngineClockService,
     KernelClockService,
-    make_clock,
+    engine_clock,
 )
 from pvclock.machine.cpuid import set_guest_cpuid
 from pvclock.machine.devices import CONSOLE_PORT, EXIT_PORT, Console, ExitPort
@@ -260,9 +259,10 @@ class Machine:
     def reset(self) -> None:
         """Boot anew: vCPUs, interrupt controllers, RAM, devices and the clock's MSRs are as when the machine was made.
 
-        A machine that runs goes on running; any other is in state prelaunch then, until start().  Guest time goes on,
-        and so do the vCPUs' TSCs (see GuestClock.reset); a paused clock goes on at start().  StateError on a vCPU's
-        own thread, and once the machine is closed.  After an error or an interrupt, call it again.
+        A machine that runs goes on running; any other is in state prelaunch then, until start().  Guest time goes on;
+        a paused clock goes on at start().  With the engine's clock the vCPUs' TSCs begin at 0, unless `tsc_offset` or
+        `backend` was given or the host honours no offsets; with the kernel's they go on.  StateError on a vCPU's own
+        thread, and once the machine is closed.  After an error or an interrupt, call it again.
 
         A guest whose clock interface has a way to ask for a reset gets one, too, while it runs; what fails in that one
         is raised by wait().
@@ -429,10 +429,10 @@ class Machine:
         # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.
         self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
 
-    def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # make_clock()'s
+    def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # engine_clock()'s
         how["options"].setdefault("vmm", MachineServices(self.vm, self.vcpus, self.runner, self._guest_reset.request))
-        clock = make_clock(self.memory, len(self.vcpus), kvm_backend(self._kvm, self.vcpus, self.runner), **how)
-        return EngineClockService(self.runner, clock, tick_interval_s)
+        backend = kvm_backend(self._kvm, self.vcpus, self.runner)
+        return engine_clock(self.runner, self.memory, len(self.vcpus), backend, tick_interval_s, **how)
 
     def _kernel_clock(self, features: int | None = None) -> ClockService:
         offered = kernel_clock_features(kernel_features(self._kvm)) if features is None else features

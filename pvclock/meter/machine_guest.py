@@ -7,10 +7,12 @@ from functools import cached_property, partial
 from types import TracebackType
 from typing import Final, Literal, Self
 
+from pvclock._memory import GuestMemory
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.kvm.capabilities import open_kvm
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.machine.machine import Machine
+from pvclock.machine.run_state import RunState
 from pvclock.meter.findings import (
     EXIT_LIMIT_S,
     await_reading,
@@ -23,8 +25,10 @@ from pvclock.meter.findings import (
 from pvclock.meter.guest import ENGINE, KERNEL, ClockServer, GuestReading
 from pvclock.payloads import clockprobe, probe
 from pvclock.payloads.probe import ProbeRecord
-from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc
+from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, signed64
 from pvclock.readings import Reference, TimeInfo
+from pvclock.state import clock_state
+from pvclock.state.clock_state import ClockState
 
 __all__ = ["MachineGuest", "engine_epoch_ns", "finish", "newest_reading", "probe_machine", "wait_until_reading"]
 
@@ -64,6 +68,11 @@ class MachineGuest:
         """As KVM_GET_TSC_KHZ has it."""
         return self._tsc_hz
 
+    @property
+    def memory(self) -> GuestMemory:
+        """The machine's RAM."""
+        return self.machine.memory
+
     def start(self) -> None:
         """Boot clockprobe, and return when every vCPU reads."""
         self.machine.start()
@@ -78,8 +87,26 @@ class MachineGuest:
         self.machine.pause()
 
     def resume(self) -> None:
-        """Continue."""
-        self.machine.resume()
+        """Continue; a machine that was loaded boots, and this returns when every vCPU reads."""
+        if self.machine.run_state.current is RunState.PRELAUNCH:
+            self.start()
+        else:
+            self.machine.resume()
+
+    def reset(self) -> None:
+        """Machine.reset(); return when every vCPU reads again."""
+        self.machine.reset()
+        wait_until_reading(self.machine)
+
+    def save_and_load(self) -> None:
+        """Machine.save(), through its document, into another machine, which is to boot clockprobe anew.
+
+        Guest time and TSCs go on from there; vCPUs' registers and RAM are not part of a saved clock.  StateError with
+        the kernel's clock.
+        """
+        document = clock_state.to_json(self.machine.save())
+        self.machine.close()
+        self.machine = probe_machine("engine", self.vcpus, restore=clock_state.from_json(document))
 
     def finish(self) -> list[ProbeRecord]:
         """Let clockprobe end; its findings."""
@@ -122,6 +149,12 @@ class MachineGuest:
     ) -> None:
         self.machine.close()
 
+    def tsc_offsets(self) -> tuple[int, ...]:
+        """By the engine, or as the kernel has them: all vCPUs' are one there, as clockprobe does not write its TSC."""
+        if self._server is ENGINE:
+            return tuple(signed64(self.engine_clock.tsc(vcpu).offset) for vcpu in range(self.vcpus))
+        return (signed64(self._kernel_tsc_offset),) * self.vcpus
+
     def _tsc_offset(self) -> int:
         """Guest TSC less host TSC, modulo 2^64."""
         return self.engine_clock.tsc(0).offset if self._server is ENGINE else self._kernel_tsc_offset
@@ -136,9 +169,10 @@ class MachineGuest:
             return self.machine.vcpus[0].get_tsc_offset()
 
 
-def probe_machine(clock: Literal["engine", "kernel"], vcpus: int) -> Machine:
-    """A machine with clockprobe in it, not started yet; nothing ticks its clock."""
-    return Machine(clockprobe(), vcpus=vcpus, clock=clock, cmdline=f"cpus={vcpus}", tick_interval_s=None)
+def probe_machine(clock: Literal["engine", "kernel"], vcpus: int, restore: ClockState | None = None) -> Machine:
+    """A machine with clockprobe in it, not started yet; nothing ticks its clock.  restore: a saved engine's clock."""
+    command = f"cpus={vcpus}"
+    return Machine(clockprobe(), vcpus=vcpus, clock=clock, cmdline=command, tick_interval_s=None, restore=restore)
 
 
 def wait_until_reading(machine: Machine) -> None:

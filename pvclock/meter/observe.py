@@ -32,6 +32,7 @@ __all__ = [
     "observe_clock",
     "observe_following",
     "observe_undisturbed",
+    "wait_until_all_read",
 ]
 
 SAMPLES: Final = 10
@@ -215,10 +216,15 @@ def _wait_for_more_reads(guest: Guest) -> None:
     Right after a resume the newest reading can be ahead: a vCPU that reads a page not set yet is ahead of all that read
     later.  StateError if they do not read on.
     """
-    goals = [record.reads + 2 * READS_PER_FLUSH for record in guest.records()]
-    _wait_until(lambda: all(record.reads >= goal for record, goal in zip(guest.records(), goals, strict=True)))
+    wait_until_all_read(guest)
     newest = guest.newest_ns()
     _wait_until(lambda: guest.newest_ns() > newest)
+
+
+def wait_until_all_read(guest: Guest) -> None:
+    """Return when every vCPU has read its own page many times more; StateError if they do not."""
+    goals = [record.reads + 2 * READS_PER_FLUSH for record in guest.records()]
+    _wait_until(lambda: all(record.reads >= goal for record, goal in zip(guest.records(), goals, strict=True)))
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:

@@ -27,6 +27,8 @@ __all__ = [
     "ProbeBlock",
     "ProbeRecord",
     "State",
+    "clear_largest_gaps",
+    "forget",
     "read_block",
     "read_record",
     "stop",
@@ -56,6 +58,7 @@ _MAGIC = int.from_bytes(b"PVCPROBE", "little")
 _STOP = PROBE_BASE + 16
 _TIME_PAGE_STRIDE = 64
 _RECORD_STRIDE = 256
+_LARGEST_GAP = 112
 _BLOCK = struct.Struct("<QIIIIQQI20xQ56xQ")
 _RECORD = struct.Struct("<27Q")
 
@@ -195,6 +198,17 @@ def time_page_address(vcpu: int) -> int:
 def stop(memory: GuestWriter) -> None:
     """Tell all vCPUs to finish; the last one to do so writes the exit port."""
     memory.write(_STOP, struct.pack("<I", 1))
+
+
+def clear_largest_gaps(memory: GuestWriter, vcpus: int) -> None:
+    """Let each vCPU's ``largest_gap_ns`` begin anew; for vCPUs that are out of the guest."""
+    for vcpu in range(vcpus):
+        memory.write(RECORDS + _RECORD_STRIDE * vcpu + _LARGEST_GAP, bytes(8))
+
+
+def forget(memory: GuestWriter) -> None:
+    """Make read_block() return None until a guest that boots anew has set the run up; it may be running."""
+    memory.write(PROBE_BASE, bytes(8))
 
 
 def _check_vcpu(vcpu: int) -> None:

@@ -22,7 +22,7 @@ from qemu_glue.errors import QemuExited, QemuMissing, QmpFailed
 from qemu_glue.peer.cpu_model import cpu_property
 from qemu_glue.peer.monitor import Monitor
 
-__all__ = ["PROGRAM", "Qemu", "find_program", "require_programs"]
+__all__ = ["LAUNCHER", "PROGRAM", "Qemu", "find_program", "require_programs"]
 
 PROGRAM: Final = "qemu-system-x86_64"
 PACKAGE: Final = "qemu-system-x86"

@@ -9,20 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import socket
 from collections.abc import Coroutine, Mapping
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecuteError, Message, QMPClient, QMPError, StateError
 from qemu.qmp.protocol import Runstate
 
 from qemu_glue.errors import QmpFailed
 
-__all__ = ["ANSWER_LIMIT_S", "Monitor"]
+__all__ = ["ANSWER_LIMIT_S", "Monitor", "QmpEvent"]
 
 ANSWER_LIMIT_S: Final = 30.0
 """A QEMU that starts within an emulated machine, on a busy host, was seen to take more than 10 s until it answers."""
+
+ROUNDS_TO_READ: Final = 10
+"""Turns of the event loop from a message in the socket to its event in the queue: 2 were seen."""
+
+
+class QmpEvent(NamedTuple):
+    """An event as QEMU sent it.  name: such as "STOP".  utc_ns: by QEMU's stamp, a whole us of CLOCK_REALTIME."""
+
+    name: str
+    utc_ns: int
+
 
 # Our errors carry what qemu.qmp logs; without a handler Python would print it to stderr as well.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -34,8 +46,14 @@ class Monitor:
     limit_s: the time limit of an answer.  QmpFailed if the other end does not speak QMP.
     """
 
+    why_no_events: str | None = None
+    """Why take_events() has nothing: it has what QEMU tells."""
+
     def __init__(self, connection: socket.socket, limit_s: float = ANSWER_LIMIT_S) -> None:
         self._limit_s = limit_s
+        self._unread = select.poll()
+        self._unread.register(connection, select.POLLIN)
+        self._may_have_read_more = True
         self._runner = asyncio.Runner()
         self._client = QMPClient()
         try:
@@ -46,11 +64,30 @@ class Monitor:
             raise
 
     def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, limit_s: float | None = None
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        limit_s: float | None = None,
+        fd: int | None = None,
     ) -> Any:  # noqa: ANN401  # JSON
-        """QEMU's answer to `command`; QmpFailed without one within `limit_s` (the session's limit by default)."""
-        talk = self._client.execute(command, dict(arguments or {}))
+        """QEMU's answer to `command`; QmpFailed without one within `limit_s` (the session's limit by default).
+
+        fd: a descriptor that goes with it, for add-fd and the like; QEMU gets its own copy.
+        """
+        self._may_have_read_more = True
+        talk = self._execute(command, dict(arguments or {}), fd)
         return self._run(command, talk, self._limit_s if limit_s is None else limit_s)
+
+    def take_events(self) -> list[QmpEvent]:
+        """What QEMU told since the last call, oldest first; it is not asked.  QmpFailed once the session has ended."""
+        if self.is_connected and not self._may_have_read_more and not self._unread.poll(0):
+            return []
+        events = self._runner.run(self._arrived())
+        self._may_have_read_more = False
+        if not events and not self.is_connected:
+            raise QmpFailed("events", _in_words(self._runner.run(self._disconnect()) or EOFError()))
+        return [_event(message) for message in events]
 
     @property
     def is_connected(self) -> bool:
@@ -84,6 +121,22 @@ class Monitor:
         except QMPError as failure:
             raise QmpFailed(operation, _in_words(self._runner.run(self._disconnect()) or failure)) from None
 
+    async def _execute(self, command: str, arguments: dict[str, object], fd: int | None) -> object:
+        if fd is not None:
+            self._client.send_fd_scm(fd)
+        return await self._client.execute(command, arguments)
+
+    async def _arrived(self) -> list[Message]:
+        """The events in the queue, and those still in the socket, which this loop's reader takes from there."""
+        arrived: list[Message] = []
+        while True:
+            for _ in range(ROUNDS_TO_READ):
+                await asyncio.sleep(0)
+            new = self._client.events.clear()
+            if not new:
+                return arrived
+            arrived += new
+
     async def _disconnect(self) -> Exception | None:
         """End the session if there is one; the error that had ended it before, or None."""
         if self._client.runstate != Runstate.IDLE:
@@ -99,7 +152,14 @@ async def _within(limit_s: float, talk: Coroutine[Any, Any, object]) -> object:
         return await talk
 
 
+def _event(message: Mapping[str, Any]) -> QmpEvent:
+    stamp = message["timestamp"]
+    return QmpEvent(message["event"], (stamp["seconds"] * 10**6 + stamp["microseconds"]) * 1000)
+
+
 def _in_words(cause: Exception) -> str:
     if isinstance(cause, (EOFError, ConnectionError)):
         return "the other end hung up"
+    if isinstance(cause, StateError):
+        return "the session has ended"
     return f"not QMP: {' '.join(str(cause).split()) or type(cause).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,11 @@ class Held(NamedTuple):
     descriptors: list[str]
     threads: list[str]
     ram_mappings: int
+
+    def is_no_more_than(self, before: Held) -> bool:
+        """Is nothing here that was not there before?  A thread of an earlier test may have ended since."""
+        lists = ((self.descriptors, before.descriptors), (self.threads, before.threads))
+        return not any(Counter(now) - Counter(then) for now, then in lists) and self.ram_mappings <= before.ram_mappings
 
 
 def open_descriptors() -> list[str]:

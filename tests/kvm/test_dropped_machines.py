@@ -42,7 +42,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 def comes_back_to(before: Held) -> None:
     """Return once no more is held than before; a failure if that takes for ever."""
-    eventually(lambda: held() == before)
+    eventually(lambda: held().is_no_more_than(before))
 
 
 def paused(machine: Machine) -> None:

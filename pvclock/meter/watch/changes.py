@@ -23,16 +23,18 @@ class TscBasis(StrEnum):
     ASSUMED = "assumed"
     """Offsets cannot be read, and nothing says that it was changed: the step is right if it was not."""
     CHANGED = "changed"
-    """It was changed, and by how much is unknown: a reset, an incoming migration, a guest's write."""
+    """It was changed, and by how much is unknown: a reset, an incoming migration, a guest's write, or what cannot be
+    told from one."""
 
 
 class Step(NamedTuple):
     """A page's line gave way to another; of no length, most of the time.
 
     at: the change was seen at, and it happened after `since`.  lines: how many lines followed each other meanwhile, by
-    the version: their steps' sum is exact, the single ones are unknown.
-    step_ns: *against the TSC*: what the newer line gives more, at its tsc_timestamp, than the older line gives there;
-    true to bound_ns.  Both None if `basis` is CHANGED.
+    the version: their steps' sum is exact, the single ones are unknown.  1 if the version went back, or stayed.  0: the
+    line is the same, and the guest's TSC was written: its clock reads as much more or less.
+    step_ns: *against the TSC*: what the newer line gives more than the older one when it took its place; true to
+    bound_ns.  Both None if `basis` is CHANGED.
     seen_ns: *seen by the guest*, if it was stopped and continued meanwhile and the VMM told when: its clock's progress
     from STOP to RESUME, true to seen_bound_ns; else both None.
     """
@@ -57,6 +59,7 @@ class Disagreement(NamedTuple):
     ahead, behind: the vCPUs.  by_ns: by how much at most, true to bound_ns.  least_ns: for how long at least, from the
     first poll to the last that saw it; at: the last.  A reader that used vCPU `ahead`'s page meanwhile saw its clock go
     back by up to by_ns when that page was brought up to date.
+    basis: OFFSETS: by each vCPU's TSC at one host instant; ASSUMED: as if they all read the same TSC.
     """
 
     at: HostTsc
@@ -66,6 +69,7 @@ class Disagreement(NamedTuple):
     bound_ns: int
     least_ns: int
     events: tuple[VmEvent, ...]
+    basis: TscBasis
 
 
 class FlagsChange(NamedTuple):

@@ -15,7 +15,7 @@ from pvclock.meter.watch.vm import VmEvent, WatchedVm
 from pvclock.quantities import Gpa, HostTsc
 from pvclock.readings import TimeInfo
 
-__all__ = ["Poll", "take_poll"]
+__all__ = ["Poll", "steady", "take_poll"]
 
 
 class Poll(NamedTuple):
@@ -48,12 +48,13 @@ def take_poll(vm: WatchedVm, addresses: Sequence[Gpa]) -> Poll:
         begin,
         middle,
         end,
-        tuple(_steady(*pair) for pair in zip(first, second, strict=True)),
+        tuple(steady(*pair) for pair in zip(first, second, strict=True)),
         tuple(one if one == other else None for one, other in zip(offsets, offsets_after, strict=True)),
         tuple(vm.take_events()),
     )
 
 
-def _steady(first: bytes, second: bytes) -> TimeInfo | None:
+def steady(first: bytes, second: bytes) -> TimeInfo | None:
+    """A page that was looked at twice; None if it was changed between, or is being written."""
     info = time_info(second)
     return info if first == second and info.version % 2 == 0 else None

@@ -1,0 +1,206 @@
+"""Budgets for a guest's clock: how far it may step and drift, and whether a watch shows that it kept to them.
+
+A budget is broken only if a finding is beyond it at the better end of its bound, and undecided if a bound, an
+assumption or something unknown leaves it open.  Disagreements of pages count as steps: a reader of the page that is
+ahead goes back by that when it is brought up to date.
+
+A page that does not change is a clock that does not step, unless the guest writes its TSC: KVM makes a new page when a
+guest writes IA32_TSC_ADJUST, and none when it writes IA32_TSC.  That is seen where TSC offsets can be read, and nowhere
+else; Linux does not do it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from fractions import Fraction
+from typing import Final, NamedTuple
+
+from pvclock.errors import ConfigError
+from pvclock.meter.watch.changes import Disagreement, Step
+from pvclock.meter.watch.disagreements import AGREE_NS
+from pvclock.meter.watch.rate import PageRate
+from pvclock.meter.watch.summary import WatchSummary, surely_ns
+from pvclock.quantities import quoted
+
+__all__ = ["Budgets", "Verdict", "VerdictStatus", "judge", "parse_drift_ppb", "parse_step_ns"]
+
+NS_IN: Final = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+PPB_IN: Final = {"ppb": 1, "ppm": 10**3}
+QUANTITY: Final = re.compile(r"(\d{1,12}(?:\.\d{1,12})?) ?([a-z]+)")
+
+
+class VerdictStatus(StrEnum):
+    """What a watch says of its budgets."""
+
+    PASSED = "passed"
+    BROKEN = "broken"
+    UNDECIDED = "undecided"
+
+
+class Budgets(NamedTuple):
+    """What is allowed; None: anything.
+
+    max_step_ns: of a clock's steps against the TSC, either way, and of pages' disagreements.  max_drift_ppb: of its
+    rate against the reference, either way.  tsc_unchanged: the user knows that nobody changed the guest's TSC where
+    its offset cannot be read.
+    """
+
+    max_step_ns: Fraction | None = None
+    max_drift_ppb: Fraction | None = None
+    tsc_unchanged: bool = False
+
+
+class Verdict(NamedTuple):
+    """How the budgets fared, and each reason for it, in words."""
+
+    status: VerdictStatus
+    findings: list[str]
+
+
+class _Finding(NamedTuple):
+    status: VerdictStatus
+    what: str
+
+
+def parse_step_ns(text: str) -> Fraction:
+    """A length of time such as 250ns, 1us, 1ms or 0.5s, in ns; ConfigError for anything else."""
+    return _parsed(text, NS_IN, "a length of time, such as 250ns, 1us, 1ms or 0.5s")
+
+
+def parse_drift_ppb(text: str) -> Fraction:
+    """A relative rate such as 10ppb or 1ppm, in ppb; ConfigError for anything else."""
+    return _parsed(text, PPB_IN, "a rate, such as 10ppb, 0.5ppb or 1ppm")
+
+
+def judge(budgets: Budgets, summary: WatchSummary, rates: Mapping[int, PageRate]) -> Verdict:
+    """Hold what a watch found against its budgets.
+
+    rates: each vCPU's, of its page's present line.
+    """
+    found = []
+    if budgets.max_step_ns is not None:
+        found += _steps(budgets.max_step_ns, budgets, summary)
+        found += _disagreements(budgets.max_step_ns, budgets, summary)
+    if budgets.max_drift_ppb is not None:
+        found += _drifts(budgets.max_drift_ppb, rates)
+    for status in (VerdictStatus.BROKEN, VerdictStatus.UNDECIDED):
+        told = [each.what for each in found if each.status is status]
+        if told:
+            return Verdict(status, told)
+    return Verdict(VerdictStatus.PASSED, [])
+
+
+# Inside
+
+
+def _parsed(text: str, units: Mapping[str, int], wanted: str) -> Fraction:
+    match = QUANTITY.fullmatch(text.strip())
+    if match is None or match[2] not in units:
+        raise ConfigError(f"{quoted(text)} is not {wanted}; units are {', '.join(units)}")
+    return Fraction(match[1]) * units[match[2]]
+
+
+def _broken(what: str) -> _Finding:
+    return _Finding(VerdictStatus.BROKEN, what)
+
+
+def _undecided(what: str) -> _Finding:
+    return _Finding(VerdictStatus.UNDECIDED, what)
+
+
+def _steps(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -> list[_Finding]:
+    trusted = [summary.sure_step, summary.assumed_step if budgets.tsc_unchanged else None]
+    found = [_broken(_step_told(step, most_ns)) for step in trusted if step and surely_ns(step) > most_ns]
+    return found or _open_steps(most_ns, budgets, summary)
+
+
+def _open_steps(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -> list[_Finding]:
+    """What leaves open whether a step was longer."""
+    found = []
+    if summary.polls < 2:
+        found.append("the pages were not polled twice")
+    if most_ns < AGREE_NS:
+        found.append(f"a budget of {_ns(most_ns)} is below what can be measured, {AGREE_NS} ns")
+    if summary.unknown:
+        found.append(
+            f"{summary.unknown} steps are unknown: the guest's TSC was changed, or what cannot be told from it"
+        )
+    if summary.assumed and not budgets.tsc_unchanged:
+        found.append(
+            f"{summary.assumed} steps are known only if nobody changed the guest's TSC, whose offset cannot be read; "
+            "if you know that, say --tsc-unchanged"
+        )
+    if summary.split:
+        found.append(
+            f"at {summary.split} polls more than one line had come, so that only the sum of their steps is known"
+        )
+    if summary.restarts:
+        found.append(f"the pages were searched again {summary.restarts} times, and what was between is unknown")
+    if summary.pages_lost:
+        found.append(f"a page was lost {summary.pages_lost} times")
+    near = [step for step in (summary.forward, summary.backward) if step and _is_near(step, most_ns)]
+    found += [_step_told(step, most_ns) for step in near]
+    return [_undecided(each) for each in found]
+
+
+def _is_near(step: Step, most_ns: Fraction) -> bool:
+    """Is the step beyond the budget at the worse end of its bound?"""
+    return abs(step.step_ns or 0) + (step.bound_ns or 0) > most_ns
+
+
+def _step_told(step: Step, most_ns: Fraction) -> str:
+    many = f" in {step.lines} lines" if step.lines > 1 else ""
+    causes = " and ".join(dict.fromkeys(event.kind for event in step.events))
+    return (
+        f"vCPU {step.vcpu}'s clock stepped by {step.step_ns:+d} ns (within {step.bound_ns} ns){many}"
+        f"{f', at {causes}' if causes else ''}: {_more(abs(step.step_ns or 0), most_ns)}"
+    )
+
+
+def _disagreements(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -> list[_Finding]:
+    sure, assumed = summary.sure_disagreement, summary.assumed_disagreement
+    trusted = [sure, assumed if budgets.tsc_unchanged else None]
+    found = [_broken(_apart(it, most_ns)) for it in trusted if it and it.by_ns - it.bound_ns > most_ns]
+    if found:
+        return found
+    near = [_apart(it, most_ns) for it in (sure, assumed) if it and it.by_ns + it.bound_ns > most_ns]
+    return [_undecided(each) for each in near]
+
+
+def _apart(found: Disagreement, most_ns: Fraction) -> str:
+    return (
+        f"vCPU {found.ahead}'s page was {found.by_ns} ns (within {found.bound_ns} ns) ahead of vCPU {found.behind}'s, "
+        f"for {found.least_ns} ns at least: {_more(found.by_ns, most_ns)}"
+    )
+
+
+def _drifts(most_ppb: Fraction, rates: Mapping[int, PageRate]) -> list[_Finding]:
+    if not rates:
+        return [_undecided("no rate was measured")]
+    distinct = {rate: vcpu for vcpu, rate in sorted(rates.items(), reverse=True)}  # most often all vCPUs have one
+    found = [_drift(vcpu, rate, most_ppb) for rate, vcpu in reversed(distinct.items())]
+    return [each for each in found if each]
+
+
+def _drift(vcpu: int, rate: PageRate, most_ppb: Fraction) -> _Finding | None:
+    if rate.ppb is None or rate.bound_ppb is None:
+        return _undecided(f"vCPU {vcpu}'s rate is unknown: {rate.why}")
+    told = f"vCPU {vcpu}'s clock is {rate.ppb:+.3f} ppb off the reference (within {rate.bound_ppb:.3f} ppb)"
+    if abs(rate.ppb) - rate.bound_ppb > most_ppb:
+        return _broken(f"{told}: {abs(rate.ppb) - float(most_ppb):.3f} ppb more than {float(most_ppb):g} ppb")
+    if abs(rate.ppb) + rate.bound_ppb > most_ppb:
+        return _undecided(f"{told}, which leaves {float(most_ppb):g} ppb open; a longer watch knows it better")
+    return None
+
+
+def _more(found_ns: int, most_ns: Fraction) -> str:
+    more_ns = found_ns - most_ns
+    return f"{_ns(more_ns)} more than {_ns(most_ns)}" if more_ns > 0 else f"too near to {_ns(most_ns)} to tell"
+
+
+def _ns(ns: Fraction) -> str:
+    """A time in ns, for people."""
+    unit = max((unit for unit in NS_IN if ns >= NS_IN[unit]), key=NS_IN.__getitem__, default="ns")
+    return f"{float(ns / NS_IN[unit]):.10g} {unit}"

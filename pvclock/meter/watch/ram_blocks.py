@@ -1,0 +1,104 @@
+"""Where the pieces of a guest's RAM are in the process that runs it."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import accumulate
+from typing import Final, NamedTuple
+
+from pvclock.errors import GuestAddressError, MemoryNotReadable
+from pvclock.host.process import Mapping, Process
+from pvclock.quantities import Gpa
+
+__all__ = ["BlockTable", "RamBlock", "blocks_of", "joined"]
+
+PRIVATE_LEAST_BYTES: Final = 64 << 20
+SHARED_LEAST_BYTES: Final = 1 << 20
+"""From here on a mapping that is not the biggest is taken for RAM, too: of another NUMA node, of a DIMM.  Video memory
+is private and smaller, and so are threads' stacks."""
+
+FINDS_KEPT: Final = 1024
+
+NO_RAM: Final = re.compile(r"\[(?!anon)|anon_inode:|socket:|/dmabuf|/SYSV|/dev/(?!shm/|hugepages|zero)")
+"""How the path of a mapping begins that is no guest's RAM: a stack, registers of a device."""
+
+
+class RamBlock(NamedTuple):
+    """`length` bytes of guest RAM from `gpa`, which are from host_address in the process."""
+
+    gpa: Gpa
+    length: int
+    host_address: int
+
+
+class BlockTable:
+    """Blocks, which do not overlap.
+
+    find(gpa, length): (index of its block, offset there) of the range; GuestAddressError if no single block holds it.
+    """
+
+    def __init__(self, blocks: Iterable[RamBlock]) -> None:
+        self.blocks = sorted(blocks)
+        self._begins = [block.gpa for block in self.blocks]
+        self.find = lru_cache(FINDS_KEPT)(self._find)  # a watch asks for the same pages again and again
+
+    def _find(self, gpa: Gpa, length: int) -> tuple[int, int]:
+        index = bisect_right(self._begins, gpa) - 1
+        if index >= 0:
+            offset = gpa - self._begins[index]
+            if 0 <= length <= self.blocks[index].length - offset:
+                return index, offset
+        raise GuestAddressError(gpa, length, "is not in one block of the guest's RAM")
+
+
+def blocks_of(process: Process) -> list[RamBlock]:
+    """The mappings of a VMM that look like guest RAM, where nothing but the process is known; the biggest comes first.
+
+    **Their addresses are offsets in that memory**, block after block, and no guest-physical ones.  In the low part of
+    the first they are the same.  An x86 VMM leaves a hole for devices somewhere below 4 GiB and puts the rest of RAM
+    above it; where, depends on the machine type and its options (QEMU: from 2, 2.75, 3 or 3.5 GiB on), which the
+    process does not tell.  For guest-physical addresses ask the VMM (--qmp).
+
+    MemoryNotReadable if no mapping looks like RAM; errors of Process.mappings().
+    """
+    found = sorted(filter(_may_be_ram, joined(process.mappings())), key=lambda each: -each.length)
+    chosen = [each for each in found if each is found[0] or each.length >= _least_bytes(each)]
+    if not chosen:
+        raise MemoryNotReadable(process.pid, "no mapping of it looks like a guest's RAM")
+    ends = accumulate(each.length for each in chosen)
+    return [RamBlock(Gpa(end - each.length), each.length, each.start) for each, end in zip(chosen, ends, strict=True)]
+
+
+def _least_bytes(mapping: Mapping) -> int:
+    return SHARED_LEAST_BYTES if mapping.is_shared else PRIVATE_LEAST_BYTES
+
+
+def joined(mappings: Iterable[Mapping]) -> list[Mapping]:
+    """Mappings, the pieces into which Linux has split that of a file being one again."""
+    found: list[Mapping] = []
+    for each in mappings:
+        if found and _continues(found[-1], each):
+            found[-1] = found[-1]._replace(length=found[-1].length + each.length)
+        else:
+            found.append(each)
+    return found
+
+
+def _may_be_ram(mapping: Mapping) -> bool:
+    return mapping.is_readable and mapping.is_writable and not NO_RAM.match(mapping.path)
+
+
+def _continues(before: Mapping, after: Mapping) -> bool:
+    """Does `after` go on in memory and in their file where `before` ends?"""
+    return (
+        before.inode != 0
+        and _kind(before) == _kind(after)
+        and (before.start + before.length, before.offset + before.length) == (after.start, after.offset)
+    )
+
+
+def _kind(mapping: Mapping) -> tuple[object, ...]:
+    return mapping.device, mapping.inode, mapping.is_shared, mapping.is_readable, mapping.is_writable

@@ -1,0 +1,74 @@
+"""What a QEMU does to its guest beside stop and cont: reset, save and load; and the TSC offsets that this changes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from pvclock import StateError
+from qemu_glue.errors import QmpFailed
+from qemu_glue.peer.launch import Qemu
+
+__all__ = ["reset", "saved", "tsc_offsets", "wait_until_loaded"]
+
+DEBUGFS: Final = Path("/sys/kernel/debug/kvm")
+STREAM_LIMIT_S: Final = 60.0
+
+
+def reset(qemu: Qemu) -> None:
+    """QMP system_reset; errors of Qemu.execute()."""
+    qemu.execute("set-action", reboot="reset")  # else QEMU ends, as it is launched with -no-reboot
+    qemu.execute("system_reset")
+
+
+@contextmanager
+def saved(qemu: Qemu) -> Iterator[tuple[str, str]]:
+    """The paused VM of `qemu` as a stream in memory, and the arguments with which another QEMU loads it.
+
+    QEMU before 8.2 writes it to no file by itself, so a shell does.  QmpFailed, StateError if it cannot be saved.
+    """
+    fd = os.memfd_create("pvclock-stream", os.MFD_CLOEXEC)
+    try:
+        path = f"/proc/{os.getpid()}/fd/{fd}"
+        qemu.execute("migrate", uri=f"exec:cat > {path}")
+        _wait_until(lambda: _has_saved(qemu), "saved")
+        yield "-incoming", f"exec:cat {path}"
+    finally:
+        os.close(fd)
+
+
+def wait_until_loaded(qemu: Qemu) -> None:
+    """Return when a QEMU with -incoming has its VM; QemuExited if that failed, StateError if it does not come."""
+    _wait_until(lambda: qemu.execute("query-status")["status"] != "inmigrate", "loaded")
+
+
+def tsc_offsets(pid: int, vcpus: int) -> tuple[int | None, ...]:
+    """Guest TSC less host TSC of each vCPU of QEMU's process, signed; None where debugfs cannot be read."""
+    return tuple(_tsc_offset(pid, vcpu) for vcpu in range(vcpus))
+
+
+def _tsc_offset(pid: int, vcpu: int) -> int | None:
+    try:
+        files = list(DEBUGFS.glob(f"{pid}-*/vcpu{vcpu}/tsc-offset"))
+        return int(files[0].read_text()) if len(files) == 1 else None
+    except OSError:
+        return None
+
+
+def _has_saved(qemu: Qemu) -> bool:
+    answer = qemu.execute("query-migrate")
+    if answer["status"] == "failed":
+        raise QmpFailed("migrate", answer.get("error-desc", "it failed"))
+    return bool(answer["status"] == "completed")
+
+
+def _wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + STREAM_LIMIT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise StateError("save", f"QEMU has not {what} its VM after {STREAM_LIMIT_S:g} s", "try again")
+        time.sleep(0.001)

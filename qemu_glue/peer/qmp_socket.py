@@ -1,0 +1,93 @@
+"""A QMP socket by its path: connected to, or why that is not possible and what to do; and who listens there."""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from qemu_glue.errors import QmpFailed
+from qemu_glue.peer.monitor import Monitor
+
+__all__ = ["GREETING_LIMIT_S", "connect"]
+
+GREETING_LIMIT_S: Final = 2.0
+"""QEMU greets at once, unless it talks to another client: it serves one at a time."""
+
+BUSY: Final = (
+    "another client may have it, for QEMU serves one at a time: start QEMU with a second -qmp, or use --pid, "
+    "which needs no monitor; a guest of libvirt: --libvirt"
+)
+NO_FILE: Final = "there is no such file; it is the PATH of QEMU's -qmp unix:PATH,server=on,wait=off"
+NOBODY_LISTENS: Final = "nobody listens there: the QEMU that made it has ended"
+NOT_A_SOCKET: Final = "it is not a socket; give the PATH of QEMU's -qmp unix:PATH,server=on,wait=off"
+NOT_QMP: Final = "it is no QMP socket; -monitor makes one for people, -qmp one for programs"
+
+PEER: Final = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
+
+
+def connect(path: str) -> tuple[Monitor, int | None]:
+    """A session at the QMP socket `path`, and the process that listens there (None: of another PID namespace).
+
+    QmpFailed says in one line why there is none.
+    """
+    with ExitStack() as resources:
+        connection = resources.enter_context(_opened(path))
+        if not _has_greeting(connection):
+            raise _failed(path, f"no greeting within {GREETING_LIMIT_S:g} s; {BUSY}")
+        try:
+            monitor = Monitor(connection)
+        except QmpFailed as failure:
+            raise _failed(path, f"{failure.why}; {NOT_QMP}") from None
+        resources.pop_all()
+        return monitor, _listener(connection)
+
+
+def _opened(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(GREETING_LIMIT_S)
+    try:
+        connection.connect(path)
+    except OSError as error:
+        connection.close()
+        raise _failed(path, _why_not_opened(path, error)) from None
+    return connection
+
+
+def _has_greeting(connection: socket.socket) -> bool:
+    greeting = select.poll()
+    greeting.register(connection, select.POLLIN)
+    return bool(greeting.poll(GREETING_LIMIT_S * 1000))
+
+
+def _why_not_opened(path: str, error: OSError) -> str:
+    match error:
+        case FileNotFoundError():
+            return NO_FILE
+        case ConnectionRefusedError():
+            return NOBODY_LISTENS if Path(path).is_socket() else NOT_A_SOCKET
+        case PermissionError():
+            return f"permission denied{_owner(path)}; be the user who runs QEMU, or root"
+        case BlockingIOError() | TimeoutError():  # as many wait as it lets wait
+            return f"it takes no more clients; {BUSY}"
+    return error.strerror or str(error)
+
+
+def _owner(path: str) -> str:
+    try:
+        return f", it belongs to {Path(path).owner()}"
+    except (OSError, KeyError):
+        return ""
+
+
+def _listener(connection: socket.socket) -> int | None:
+    pid, _, _ = PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+    return pid or None
+
+
+def _failed(path: str, why: str) -> QmpFailed:
+    return QmpFailed("connect", f"{path}: {why}")

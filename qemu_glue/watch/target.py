@@ -1,0 +1,165 @@
+"""A running QEMU to watch: by its QMP socket, by its process, or as a domain of libvirt."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import Final, Self
+
+from pvclock import ConfigError
+from pvclock.errors import VmNotObservable
+from pvclock.host.kvm_debugfs import TscOffsetFiles
+from pvclock.host.vmm_process import VmmProcess, open_vmm
+from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
+from qemu_glue.errors import NotKvm, QemuError
+from qemu_glue.peer.qmp_socket import connect
+from qemu_glue.watch.ram import Means, open_guest_ram
+from qemu_glue.watch.session import Session
+from qemu_glue.watch.virsh import Virsh
+
+__all__ = ["QemuVm", "open_vm"]
+
+EVENTS: Final = {kind.upper(): kind for kind in VmEventKind}
+"""By QEMU's names."""
+NO_MONITOR: Final = "only QEMU's monitor tells of events; --qmp or --libvirt reach it"
+OUT_OF_SIGHT: Final = VmNotObservable(0, "QEMU's is not to be seen from here, as in another PID namespace")
+
+
+class QemuVm:
+    """A WatchedVm that is a QEMU; open_vm() makes it.
+
+    resources: all that it lets go of at its end.  session: a talk with its monitor, if there is one.  vmm: its process,
+    or why that cannot be looked at.  program: of what version, for people.
+    """
+
+    def __init__(
+        self,
+        resources: ExitStack,
+        session: Session | None,
+        vmm: VmmProcess | VmNotObservable,
+        ram: GuestRam,
+        program: str,
+        vcpus: int,
+        tsc_hz: int | None,
+    ) -> None:
+        self._session = session
+        self._vmm = vmm
+        self.name = _name(program, vmm, vcpus)
+        self.vcpus = vcpus
+        self.tsc_hz = tsc_hz
+        self.ram = ram
+        self._offset_files, self.why_no_offsets = _offset_files(vmm, vcpus)
+        self.why_no_events = NO_MONITOR if session is None else session.why_no_events
+        self._resources = resources.pop_all()
+
+    def tsc_offsets(self) -> tuple[int | None, ...]:
+        """Each vCPU's by debugfs."""
+        return (None,) * self.vcpus if self._offset_files is None else self._offset_files.read()
+
+    def take_events(self) -> list[VmEvent]:
+        """What QEMU told since the last call; VmEnded, QmpFailed or VirshFailed once it tells no more."""
+        if self._session is None or self.why_no_events is not None:
+            return []
+        try:
+            told = self._session.take_events()
+        except QemuError:
+            self.check_running()  # says more, if QEMU has ended
+            raise
+        return [VmEvent(EVENTS[event.name], event.utc_ns) for event in told if event.name in EVENTS]
+
+    def check_running(self) -> None:
+        """VmEnded, QmpFailed or VirshFailed if QEMU has ended."""
+        if isinstance(self._vmm, VmmProcess):
+            self._vmm.process.check_running()
+        elif self._session is not None:
+            self._session.execute("query-status")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._resources.close()
+
+
+def open_vm(
+    *, qmp: str | None = None, pid: int | None = None, libvirt: str | None = None, ram: Means | None = None
+) -> QemuVm:
+    """The QEMU with the QMP socket `qmp`, or of process `pid`, or of libvirt's domain `libvirt`: one of the three.
+
+    ram: read the guest's memory in this way or not at all; by default, the best that works.
+    ConfigError; QmpFailed, VirshFailed or QemuMissing if its monitor cannot be talked to; NotKvm; VmNotObservable if
+    `pid` is no process with a KVM guest; MemoryNotReadable; VmEnded.
+    """
+    if [qmp, pid, libvirt].count(None) != 2:
+        raise ConfigError("a QEMU to watch is named in one way: by qmp, by pid or by libvirt")
+    with ExitStack() as resources:
+        if pid is not None:
+            return _by_process(resources, pid, ram)
+        if qmp is not None:
+            monitor, listener = connect(qmp)
+            resources.callback(monitor.close)
+            return _by_monitor(resources, monitor, listener, ram)
+        assert libvirt is not None  # noqa: S101  # the third of three
+        virsh = Virsh(libvirt)
+        resources.callback(virsh.close)
+        return _by_monitor(resources, virsh, virsh.pid(), ram)
+
+
+def _by_process(resources: ExitStack, pid: int, means: Means | None) -> QemuVm:
+    vmm = resources.enter_context(open_vmm(pid))
+    ram = open_guest_ram(resources, None, vmm, means)
+    return QemuVm(resources, None, vmm, ram, vmm.process.name, vmm.vcpus, tsc_hz=None)
+
+
+def _by_monitor(resources: ExitStack, session: Session, pid: int | None, means: Means | None) -> QemuVm:
+    if not session.execute("query-kvm")["enabled"]:
+        raise NotKvm
+    vmm = _process(resources, pid)
+    ram = open_guest_ram(resources, session, vmm, means)
+    _have_migration_told(resources, session)
+    version = session.execute("query-version")["qemu"]
+    cpus = session.execute("query-cpus-fast")
+    program = f"QEMU {version['major']}.{version['minor']}.{version['micro']}"
+    return QemuVm(resources, session, vmm, ram, program, len(cpus), _tsc_hz(session, cpus[0]["qom-path"]))
+
+
+def _process(resources: ExitStack, pid: int | None) -> VmmProcess | VmNotObservable:
+    """QEMU's process; or why not: what listens at its socket may be a proxy, or another user's."""
+    try:
+        return OUT_OF_SIGHT if pid is None else resources.enter_context(open_vmm(pid))
+    except VmNotObservable as obstacle:
+        return obstacle
+
+
+def _have_migration_told(resources: ExitStack, session: Session) -> None:
+    """Have QEMU send MIGRATION events, until `resources` ends, if it does not; it refuses during a migration."""
+
+    def tell(state: bool) -> None:
+        with suppress(QemuError):
+            session.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": state}]})
+
+    if {"capability": "events", "state": False} in session.execute("query-migrate-capabilities"):
+        tell(True)
+        resources.callback(tell, False)
+
+
+def _tsc_hz(session: Session, cpu: str) -> int | None:
+    hz = int(session.execute("qom-get", {"path": cpu, "property": "tsc-frequency"}))
+    return hz or None
+
+
+def _offset_files(vmm: VmmProcess | VmNotObservable, vcpus: int) -> tuple[TscOffsetFiles | None, str | None]:
+    """Where the offsets are read, or why they cannot be."""
+    if isinstance(vmm, VmNotObservable):
+        return None, str(vmm)
+    if vmm.vcpus != vcpus:
+        return None, f"KVM has {vmm.vcpus} vCPUs in process {vmm.process.pid} and QEMU {vcpus}: one was unplugged"
+    files = TscOffsetFiles(vmm)
+    return (None, files.why) if files.why else (files, None)
+
+
+def _name(program: str, vmm: VmmProcess | VmNotObservable, vcpus: int) -> str:
+    process = f"process {vmm.process.pid}, " if isinstance(vmm, VmmProcess) else ""
+    return f"{program}, {process}{vcpus} vCPU{'s' if vcpus > 1 else ''}"

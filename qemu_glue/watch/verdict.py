@@ -1,0 +1,49 @@
+"""How the budgets of a watch fared, in words and as an exit status; what else leaves them open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from rich.text import Text
+
+from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus, judge
+from pvclock.meter.watch.loop import WatchLoop
+
+__all__ = ["EXIT_STATUSES", "judged", "verdict_in_words"]
+
+EXIT_STATUSES: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, VerdictStatus.UNDECIDED: 2}
+
+
+def judged(budgets: Budgets, loop: WatchLoop) -> Verdict | None:
+    """The verdict; None without budgets.
+
+    What was passed is undecided if the guest's pages were not to be seen at the end, or the host's TSC, by which all is
+    measured, was wrong.
+    """
+    if budgets.max_step_ns is None and budgets.max_drift_ppb is None:
+        return None
+    verdict = judge(budgets, loop.watcher.summary, loop.rates())
+    doubts = list(_doubts(loop))
+    if verdict.status is VerdictStatus.BROKEN or not doubts:
+        return verdict
+    return Verdict(VerdictStatus.UNDECIDED, [*verdict.findings, *doubts])
+
+
+def verdict_in_words(verdict: Verdict | None) -> Iterator[Text]:
+    """A line for the verdict, and one for each reason."""
+    match verdict:
+        case Verdict(VerdictStatus.PASSED):
+            yield Text("Within its budgets.", "green")
+        case Verdict(VerdictStatus.BROKEN, findings):
+            yield Text("A budget is broken:", "red")
+            yield from (Text(f"  {finding}", "red") for finding in findings)
+        case Verdict(VerdictStatus.UNDECIDED, findings):
+            yield Text("Undecided whether it keeps its budgets:", "yellow")
+            yield from (Text(f"  {finding}", "yellow") for finding in findings)
+
+
+def _doubts(loop: WatchLoop) -> Iterator[str]:
+    if loop.finder.is_searching:
+        yield "the pages were not found again before the end"
+    yield from (f"the host's TSC could not be trusted: {trouble.why}" for trouble in loop.troubles if trouble.unstable)

@@ -1,0 +1,142 @@
+"""What a watch shows while it goes on: a table that is redrawn, a line a finding in a pipe, or lines of JSON."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, Protocol
+
+from rich.text import Text
+
+from pvclock import HostTsc
+from pvclock.commands.report import line_json
+from pvclock.commands.screen import Screen, write
+from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
+from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
+from pvclock.meter.watch.page_finder import PagesFound
+from pvclock.meter.watch.vm import VmEvent, VmEventKind
+from qemu_glue.watch.instants import Instants, utc_text
+from qemu_glue.watch.records import finding_record, rate_records, vm_record
+from qemu_glue.watch.sentences import sentences
+from qemu_glue.watch.tables import vcpu_table
+from qemu_glue.watch.words import duration, time_of_day
+
+__all__ = ["JsonView", "LinesView", "LiveView", "View"]
+
+REDRAW_S: Final = 0.5
+STALL_NS: Final = 250_000_000
+"""Shorter ones are told in the summary, and in JSON: a busy host has many."""
+KEPT: Final = 8
+"""Findings that stay below the table."""
+AROUND_ROWS: Final = 16
+"""Lines of a terminal that are not the table's rows."""
+RATES_FIRST_S, RATES_MAX_S = 2.0, 60.0
+
+
+class View(Protocol):
+    """Shows a watch while it goes on."""
+
+    def show(self, look: Look) -> None:
+        """Show what a look brought."""
+
+
+class JsonView:
+    """A line of JSON for each finding, and now and then one of the rates."""
+
+    def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound) -> None:
+        self._loop, self._instants = loop, instants
+        self._next_rates_s = RATES_FIRST_S
+        self._write({**finding_record(found), **vm_record(loop)}, time.time_ns())
+
+    def show(self, look: Look) -> None:
+        """See View."""
+        for finding in look.findings:
+            self._write(finding_record(finding), _utc_ns(finding, look.poll.end, self._instants))
+        now_ns = time.time_ns()
+        if self._instants.since_begin_s(now_ns) >= self._next_rates_s:
+            self._next_rates_s += min(self._next_rates_s, RATES_MAX_S)
+            self._write({"kind": "rate", "reference": self._loop.reference, "rates": rate_records(self._loop)}, now_ns)
+
+    def _write(self, record: Mapping[str, object], at_utc_ns: int) -> None:
+        when = {"at_s": self._instants.since_begin_s(at_utc_ns), "utc": utc_text(at_utc_ns)}
+        write(line_json("watch", {"kind": record["kind"], **when, **record}) + "\n")
+
+
+class LinesView:
+    """A line for each finding, as it is made."""
+
+    def __init__(self, screen: Screen, instants: Instants) -> None:
+        self._screen, self._instants = screen, instants
+
+    def show(self, look: Look) -> None:
+        """See View."""
+        for line in _told(look, self._instants):
+            self._screen.show(line)
+
+
+class LiveView:
+    """A table of the vCPUs as they are, and the last findings below it; `draw` replaces what was drawn before."""
+
+    def __init__(self, loop: WatchLoop, instants: Instants, draw: Callable[..., None]) -> None:
+        self._loop, self._instants, self._draw = loop, instants, draw
+        self._told: deque[Text] = deque(maxlen=KEPT)
+        self._last_steps: dict[int, Step] = {}
+        self._next_draw_s = 0.0
+        self._is_stopped = False
+
+    def show(self, look: Look) -> None:
+        """See View."""
+        for event in look.poll.events:
+            if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
+                self._is_stopped = event.kind is VmEventKind.STOP
+        self._told += _told(look, self._instants)
+        if any(isinstance(finding, PagesFound) for finding in look.findings):
+            self._last_steps = {}
+        self._last_steps |= {finding.vcpu: finding for finding in look.findings if isinstance(finding, Step)}
+        if look.findings or time.monotonic() >= self._next_draw_s:
+            self._next_draw_s = time.monotonic() + REDRAW_S
+            self._draw(*self._parts(look))
+
+    def _parts(self, look: Look) -> Iterator[object]:
+        rows = max(shutil.get_terminal_size().lines - AROUND_ROWS, 1)
+        yield vcpu_table(self._loop, look, self._last_steps, rows)
+        hidden = len(self._loop.finder.pages) - rows
+        if hidden > 0:
+            yield f"and {hidden} vCPUs more"
+        yield from self._told
+        yield Text("; ".join(self._state()), "dim")
+
+    def _state(self) -> Iterator[str]:
+        summary = self._loop.watcher.summary
+        yield f"watched for {duration(summary.duration_ns)}, {summary.polls:,} polls"
+        yield from ["the guest is stopped"] * self._is_stopped
+        yield from ["its pages are searched again"] * self._loop.finder.is_searching
+        yield "Ctrl-C ends"
+
+
+def _told(look: Look, instants: Instants) -> Iterator[Text]:
+    """Each finding as a line for people, with the time of day."""
+    told = [each for each in look.findings if not (isinstance(each, Stall) and each.gap_ns < STALL_NS)]
+    for finding, sentence in sentences(told):
+        when = time_of_day(_utc_ns(finding, look.poll.end, instants))
+        yield Text.assemble((f"{when} ", "dim"), (sentence, _style(finding)))
+
+
+def _utc_ns(finding: Finding, now: HostTsc, instants: Instants) -> int:
+    """When it was, as far as it says; else now."""
+    if isinstance(finding, VmEvent):
+        return finding.utc_ns
+    if isinstance(finding, PagesFound | HostTrouble | VmEnded):
+        return instants.utc_ns(now)
+    return instants.utc_ns(finding.at)
+
+
+def _style(finding: Finding) -> str:
+    match finding:
+        case Disagreement() | PageLost() | HostTrouble():
+            return "red"
+        case Step(step_ns=step_ns) if step_ns is None or abs(step_ns) > 1:
+            return "yellow"
+    return ""

@@ -1,0 +1,272 @@
+"""`pvclock watch` beside a real QEMU of which it knows nothing: what it finds, tells, and ends with."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from pvclock import Reference, read_tsc
+from pvclock.commands import main
+from pvclock.meter.findings import shown_by, vcpu0_reading
+from pvclock.meter.watch.changes import Step
+from pvclock.meter.watch.loop import Finding, VmEnded, WatchLoop
+from pvclock.meter.watch.page_finder import PagesFound
+from pvclock.meter.watch.vm import VmEvent
+from pvclock.payloads import clockprobe, probe
+from qemu_glue.peer.launch import Qemu
+from qemu_glue.watch.interrupts import Interrupts
+from qemu_glue.watch.target import open_vm
+from tests.command_line import ROOT, in_terminal
+from tests.qemu.running_qemu import FEATURES, RunningQemu, running_qemu
+from tests.qemu.watch_process import watching
+from tests.watch_document import documented_keys, keys_of
+
+pytestmark = [pytest.mark.row("E3"), pytest.mark.kvm, pytest.mark.qemu]
+
+REBOOTS = ("-action", "reboot=reset")
+"""Else our QEMU ends when it is reset."""
+PAGES = [probe.time_page_address(vcpu) for vcpu in range(2)]
+SHOW_CURSOR = "\x1b[?25h"
+STEP_FLOORS_NS = 4
+"""clockprobe's two readings, the older line's and the newer one's are each floored."""
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[RunningQemu]:
+    """A QEMU whose two vCPUs read their clock."""
+    with running_qemu(tmp_path, arguments=REBOOTS) as made:
+        yield made
+
+
+def no_wait(_seconds: float) -> bool:
+    """Look again at once, for ever."""
+    return False
+
+
+def first(findings: Iterator[Finding], wanted: Callable[[Finding], bool]) -> Finding:
+    """Wait for a finding."""
+    return next(finding for finding in findings if wanted(finding))
+
+
+def findings_of(loop: WatchLoop) -> Iterator[Finding]:
+    """Give all findings, as they are made; each look is made when it is asked for."""
+    return (finding for look in loop.looks() for finding in look.findings)
+
+
+def test_the_step_at_a_pause_is_what_the_guest_saw(running: RunningQemu) -> None:
+    """Both pages are found; at stop and cont the step against the TSC is the guest's own, and the other what is left.
+
+    clockprobe's readings of its TSC and clock, before and after, give the step to some ns.  What the guest saw of it
+    lies between the pauses that the host's TSC allows.
+    """
+    with open_vm(qmp=str(running.qmp)) as vm:
+        loop = WatchLoop(vm, Reference.RAW, wait=no_wait)
+        assert loop.begin().pages == tuple(PAGES)
+        findings = findings_of(loop)
+        memory = running.qemu.memory
+        page = running.pages()[0]
+        tsc, ns = vcpu0_reading(memory, nullcontext)
+        stopping = read_tsc()
+        running.qemu.pause()
+        stopped = read_tsc()
+        first(findings, lambda it: isinstance(it, VmEvent))
+        continuing = read_tsc()
+        running.qemu.resume()
+        continued = read_tsc()
+        step = first(findings, lambda it: isinstance(it, Step) and it.vcpu == 0)
+        tsc_after, ns_after = vcpu0_reading(memory, nullcontext)
+    assert shown_by(page, tsc) == ns
+    assert isinstance(step, Step)
+    assert step.step_ns is not None
+    assert step.seen_ns is not None
+    assert step.seen_bound_ns is not None
+    assert abs(step.step_ns - (ns_after - shown_by(page, tsc_after))) <= STEP_FLOORS_NS
+    paused_ns = step.seen_ns - step.step_ns
+    assert (continuing - stopped) * 10**9 <= (paused_ns + step.seen_bound_ns) * loop.host_tsc_hz
+    assert (continued - stopping) * 10**9 >= (paused_ns - step.seen_bound_ns) * loop.host_tsc_hz
+    assert [event.kind for event in step.events] == ["stop", "resume"]
+
+
+def test_the_pages_are_found_again_after_a_reset(running: RunningQemu) -> None:
+    """What lies there from before does not count: the pages that are found have begun anew."""
+    for _ in range(2):
+        running.qemu.pause()
+        running.qemu.resume()
+    with open_vm(qmp=str(running.qmp)) as vm:
+        loop = WatchLoop(vm, Reference.RAW, wait=no_wait)
+        loop.begin()
+        findings = findings_of(loop)
+        before = running.pages()
+        running.qemu.execute("system_reset")
+        first(findings, lambda it: isinstance(it, VmEvent) and it.kind == "reset")
+        assert loop.finder.is_searching
+        found = first(findings, lambda it: isinstance(it, PagesFound))
+        assert isinstance(found, PagesFound)
+        assert set(found.pages) <= set(PAGES)
+        assert loop.infos[0].version < before[0].version
+        assert not loop.finder.is_searching
+
+
+def test_the_vm_ends(running: RunningQemu) -> None:
+    """That ends the watch, and is said; what was found so far is told."""
+    with open_vm(qmp=str(running.qmp)) as vm:
+        loop = WatchLoop(vm, Reference.RAW, wait=no_wait)
+        loop.begin()
+        findings = findings_of(loop)
+        running.qemu.pause()
+        first(findings, lambda it: isinstance(it, VmEvent))
+        running.qemu.close()
+        *_, last = findings
+    assert isinstance(last, VmEnded)
+    assert loop.watcher.summary.polls > 0
+
+
+def test_lines_of_json(running: RunningQemu) -> None:
+    """As a user has it: what is found, each event and step as it happens, and after Ctrl-C the report, status 0."""
+    with watching("--qmp", str(running.qmp)) as watch:
+        assert watch.found["kind"] == "found"
+        assert watch.found["pages"] == PAGES
+        assert watch.found["vcpus"] == 2
+        running.qemu.pause()
+        running.qemu.resume()
+        lines = watch.lines_until("step", 2)
+        watch.interrupt()
+        more, result, status = watch.end()
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert sorted(step["vcpu"] for step in steps) == [0, 1]
+    assert [line["what"] for line in lines if line["kind"] == "event"] == ["stop", "resume"]
+    for line in (watch.found, *lines, *more):
+        assert set(keys_of(line)) <= documented_keys()[line["kind"]] | {"schema", "kind", "at_s", "utc"}
+    assert {line["schema"] for line in (watch.found, *lines, *more)} == {"pvclock.watch/1"}
+    assert status == 0
+    assert result["summary"]["steps"] >= 2
+    assert result["summary"]["backward"]["step_ns"] == min(step["step_ns"] for step in steps)
+    assert result["budgets"]["verdict"] is None
+
+
+def script(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], object]) -> None:
+    """Have the watch do these in its waits between two looks, and end after them."""
+    left: list[Callable[[], object]] = [*actions, bool]
+
+    def wait(_interrupts: Interrupts, _seconds: float) -> bool:
+        left.pop(0)()
+        return not left
+
+    monkeypatch.setattr(Interrupts, "wait", wait)
+
+
+@pytest.mark.parametrize(
+    ("budget", "status", "said"),
+    [
+        ("1ns", 2, "a budget of 1 ns is below what can be measured, 2 ns"),
+        ("1us", 1, "vCPU 0's clock stepped by -"),
+        ("100s", 0, "Within its budgets."),
+    ],
+)
+def test_a_budget_for_steps(
+    running: RunningQemu,
+    budget: str,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A pause is a step: too long for one budget, and not for another; what is below the arithmetic's floor is open."""
+    actions = [] if status == 2 else [running.qemu.pause, running.qemu.resume, lambda: await_version(running, 4)]
+    script(monkeypatch, *actions)
+    watch = ["watch", "--qmp", str(running.qmp), "--tsc-unchanged", "--max-step", budget]
+    assert main([*watch, *(text for gpa in PAGES for text in ("--page", hex(gpa)))]) == status
+    output = capsys.readouterr().out
+    assert said in output
+    assert "pages as given: 0x201000, 0x201040" in output
+
+
+def await_version(running: RunningQemu, version: int) -> None:
+    """Wait until all pages have it, or a later one."""
+    while any(page.version < version for page in running.pages()):
+        running.qemu.check_running()
+
+
+def test_a_budget_for_the_drift(running: RunningQemu, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a short watch cannot know is undecided, and what it does is within."""
+    watch = ["watch", "--qmp", str(running.qmp), "--seconds", "0.2", "--max-drift"]
+    assert main([*watch, "0.001ppb"]) == 2
+    assert "a longer watch knows it better" in capsys.readouterr().out
+    assert main([*watch, "300ppm"]) == 0
+    assert "Within its budgets." in capsys.readouterr().out
+
+
+def test_a_guest_without_a_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A guest that has registered no page, for it has not begun: one line says what was looked for, and why not."""
+    qmp = tmp_path / "qmp"
+    arguments = ("-qmp", f"unix:{qmp},server=on,wait=off", "-S")
+    with Qemu(clockprobe(), features=FEATURES, arguments=arguments):
+        assert main(["watch", "--qmp", str(qmp)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pvclock watch: no pvclock page in ")
+    assert "the guest has no kvmclock" in line
+
+
+def test_what_is_no_page(running: RunningQemu, capsys: pytest.CaptureFixture[str]) -> None:
+    """An address at which there is none is refused, as are more pages than vCPUs."""
+    watch = ["watch", "--qmp", str(running.qmp), "--page"]
+    assert main([*watch, "0x200000"]) == 2
+    assert (
+        "there is no pvclock page at 0x200000; without --page the guest's memory is searched" in capsys.readouterr().err
+    )
+    assert main([*watch, "0", "--page", "0", "--page", "0"]) == 2
+    assert "3 pages of 2 vCPUs" in capsys.readouterr().err
+
+
+OUR_MACHINE = """
+import os, sys
+from pvclock.meter.machine_guest import MachineGuest
+with MachineGuest("engine", 2) as guest:
+    guest.start()
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_machine_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside a VM without a monitor: its process is enough; steps of the engine's clock are 0 or +1 ns."""
+    command = [sys.executable, "-c", OUR_MACHINE]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = process.stdout.readline().strip()
+        assert main(["watch", "--pid", pid, "--seconds", "0.5", "--json"]) == 0
+        process.communicate()
+    found, *_, report = map(json.loads, capsys.readouterr().out.splitlines())
+    assert found["pages"] == PAGES
+    assert found["why_no_events"]
+    assert report["result"]["summary"]["polls"] > 1
+    assert report["result"]["summary"]["backward"] is None
+
+
+def test_in_a_terminal(tmp_path: Path) -> None:
+    """A table that is redrawn, and the summary in its place; within the terminal's width, and no word cut."""
+    with running_qemu(tmp_path, vcpus=1) as running:
+        shown = in_terminal("watch", "--qmp", str(running.qmp), "--seconds", "0.6", columns=80, TERM="xterm")
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    drawn, _, summary = shown.rpartition(SHOW_CURSOR)
+    assert "Ctrl-C ends" in drawn
+    assert "none: no step" in summary
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", shown).splitlines()
+    assert max(map(len, lines)) <= 80
+    for word in ("vCPU", "version", "reading", "0x201000", "stable"):
+        assert re.search(rf"[│┃] *{word} *[│┃]", drawn)
+
+
+def test_in_a_terminal_that_takes_lines_only(tmp_path: Path) -> None:
+    """What cannot be redrawn gets lines, as a pipe does."""
+    with running_qemu(tmp_path, vcpus=1) as running:
+        shown = in_terminal("watch", "--qmp", str(running.qmp), "--seconds", "0.3")
+    assert "\x1b" not in shown
+    assert "none: no step" in shown

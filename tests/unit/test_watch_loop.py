@@ -1,0 +1,315 @@
+"""A watch from beginning to end, of a VM that is made by hand: its pages, again after a reset, and its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+from pvclock import ClockScale, Gpa, GuestNs, GuestTsc, Reference, TimeInfo, read_tsc
+from pvclock.errors import ConfigError, MemoryNotReadable, PagesNotFound, PvclockError, VmEnded
+from pvclock.host.watch import TroubleKind
+from pvclock.meter.findings import TIME_INFO
+from pvclock.meter.watch.budgets import Budgets, VerdictStatus
+from pvclock.meter.watch.changes import Disagreement, PageLost
+from pvclock.meter.watch.loop import Finding, HostTrouble, Look, WatchLoop
+from pvclock.meter.watch.loop import VmEnded as Ended
+from pvclock.meter.watch.page_finder import PagesFound
+from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
+from qemu_glue.watch.verdict import EXIT_STATUSES, judged
+from tests.guest_ram import MemoryRam, made_of
+from tests.waiting import HANG_S
+
+pytestmark = pytest.mark.row("E3")
+
+TSC_HZ = 2_000_000_000
+SCALE = ClockScale.from_hz(TSC_HZ)
+FIRMWARE, ARRAY, ELSEWHERE = Gpa(0xE8C20), Gpa(0x20_1000), Gpa(0x30_0000)
+RESET = VmEvent(VmEventKind.RESET, 0)
+
+
+class HandMadeVm:
+    """A WatchedVm whose memory, events and end are a test's to make."""
+
+    name = "a VM"
+    tsc_hz: int | None = TSC_HZ
+    ram: GuestRam
+    why_no_offsets: str | None = "by hand"
+    why_no_events: str | None = None
+
+    def __init__(self, vcpus: int = 1) -> None:
+        self.vcpus = vcpus
+        self.ram = self.contents = made_of({}, 4 << 20)
+        self.events: list[VmEvent] = []
+        self.fault: PvclockError | None = None
+        self.has_ended = False
+
+    def put(self, gpa: Gpa, version: int = 2, step_ns: int = 0) -> None:
+        """Have a page there, with a line that begins now, and gives so much more than those without a step."""
+        tsc = read_tsc()
+        info = TimeInfo(version, GuestTsc(tsc), GuestNs(tsc // 2 + step_ns), SCALE.mul, SCALE.shift, 1)
+        self.contents.memory.write(gpa, TIME_INFO.pack(*info))
+
+    def wipe(self, gpa: Gpa) -> None:
+        """Have nothing there."""
+        self.contents.memory.write(gpa, bytes(TIME_INFO.size))
+
+    def tsc_offsets(self) -> tuple[int | None, ...]:
+        """None can be read."""
+        if self.fault is not None:
+            raise self.fault
+        return (None,) * self.vcpus
+
+    def take_events(self) -> list[VmEvent]:
+        """Those that a test has put there."""
+        events, self.events = self.events, []
+        return events
+
+    def check_running(self) -> None:
+        """VmEnded if it has."""
+        if self.has_ended:
+            raise VmEnded(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+
+def no_wait(_seconds: float) -> bool:
+    """Look again at once, for ever."""
+    return False
+
+
+def loop_of(vm: HandMadeVm, given: Sequence[Gpa] = ()) -> tuple[WatchLoop, Iterator[Look]]:
+    """A watch that has begun, and its looks."""
+    loop = WatchLoop(vm, Reference.RAW, wait=no_wait, given=given)
+    loop.begin()
+    return loop, loop.looks()
+
+
+def until(looks: Iterator[Look], wanted: Callable[[Finding], bool]) -> Finding:
+    """The first finding that is wanted."""
+    deadline = time.monotonic() + HANG_S
+    for look in looks:
+        assert time.monotonic() < deadline
+        if found := [finding for finding in look.findings if wanted(finding)]:
+            return found[0]
+    raise AssertionError("the watch has ended")
+
+
+def is_found(finding: Finding) -> bool:
+    """Were pages found?"""
+    return isinstance(finding, PagesFound)
+
+
+def test_old_pages_are_not_found_after_a_reset() -> None:
+    """They lie there still, and are not taken for the guest's; its new ones are, wherever they are."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    vm.events = [RESET]
+    next(looks)
+    vm.contents.reads.clear()
+    while not vm.contents.reads:  # until it has searched again
+        assert not any(map(is_found, next(looks).findings))
+    assert loop.finder.is_searching
+    vm.put(ELSEWHERE)
+    found = until(looks, is_found)
+    assert isinstance(found, PagesFound)
+    assert (found.pages, loop.finder.pages, loop.finder.is_searching) == ((ELSEWHERE,), (ELSEWHERE,), False)
+    assert loop.watcher.summary.restarts == 1
+
+
+def test_new_pages_where_the_old_ones_were() -> None:
+    """They are seen without a search, and their step is not known; the same line after something else is new, too."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    same = vm.contents.memory.read(ARRAY, TIME_INFO.size)
+    newer: Callable[[], None] = partial(vm.put, ARRAY, 4)
+    for change in (newer, partial(vm.contents.memory.write, ARRAY, same)):
+        vm.events = [RESET]
+        next(looks)
+        assert loop.finder.is_searching
+        vm.wipe(ARRAY)
+        next(looks)
+        change()
+        found = next(looks).findings[-1]
+        assert found == PagesFound((ARRAY,), "in the same places as before")
+    assert loop.watcher.summary.restarts == 0
+    assert loop.watcher.summary.unknown == loop.watcher.summary.steps > 0
+
+
+def test_what_firmware_left_gives_way_to_an_array() -> None:
+    """A page that does not lie as Linux's do is watched, and others are searched for meanwhile."""
+    vm = HandMadeVm(vcpus=2)
+    vm.put(FIRMWARE)
+    loop, looks = loop_of(vm)
+    assert loop.finder.pages == (FIRMWARE,)
+    vm.put(ARRAY)
+    vm.put(Gpa(ARRAY + 64))
+    found = until(looks, is_found)
+    assert isinstance(found, PagesFound)
+    assert found.pages == (ARRAY, ARRAY + 64)
+    vm.contents.reads.clear()
+    for _ in range(100):
+        next(looks)
+    assert vm.contents.reads == []
+
+
+def test_the_place_that_moves() -> None:
+    """Where the likeliest place stays as it is and another moves, the watch goes over to that."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    vm.put(FIRMWARE)
+    loop, looks = loop_of(vm)
+    assert loop.finder.places == (ARRAY, FIRMWARE)
+    next(looks)
+    vm.put(FIRMWARE, 4)
+    found = until(looks, is_found)
+    assert isinstance(found, PagesFound)
+    assert found.pages == (FIRMWARE,)
+
+
+def test_a_page_that_is_lost_is_searched() -> None:
+    """Until there is one again."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    next(looks)
+    vm.wipe(ARRAY)
+    assert until(looks, lambda it: isinstance(it, PageLost))
+    assert loop.finder.is_searching
+    vm.put(ELSEWHERE)
+    found = until(looks, is_found)
+    assert isinstance(found, PagesFound)
+    assert found.pages == (ELSEWHERE,)
+
+
+def test_given_pages_are_not_searched() -> None:
+    """Not at first, and not after a reset; they must be pages, of as many vCPUs as there are at most."""
+    vm = HandMadeVm()
+    with pytest.raises(PagesNotFound):
+        loop_of(vm)
+    with pytest.raises(ConfigError, match="no pvclock page at 0x201000"):
+        loop_of(vm, [ARRAY])
+    with pytest.raises(ConfigError, match="2 pages of 1 vCPUs"):
+        loop_of(vm, [ARRAY, ELSEWHERE])
+    vm.put(ARRAY)
+    vm.contents.reads.clear()
+    _, looks = loop_of(vm, [ARRAY])
+    vm.events = [RESET]
+    end_s = time.monotonic() + 0.5  # two searches' time
+    while time.monotonic() < end_s:
+        assert not any(map(is_found, next(looks).findings))
+    assert vm.contents.reads == []
+
+
+def test_the_end_of_the_vm() -> None:
+    """An error of a VM that has ended is its end; what had not ended so far is told then."""
+    vm = HandMadeVm(vcpus=2)
+    vm.put(ARRAY)
+    vm.put(Gpa(ARRAY + 64))
+    vm.put(ARRAY, 4, 5000)
+    loop, looks = loop_of(vm)
+    next(looks)
+    assert loop.watcher.open_disagreements
+    vm.fault, vm.has_ended = MemoryNotReadable(1, "gone"), True
+    (last,) = looks
+    assert [type(finding) for finding in last.findings] == [Disagreement, Ended]
+
+
+def test_an_error_of_a_vm_that_runs_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is one before the first look."""
+    monkeypatch.setattr("pvclock.meter.watch.loop.END_LIMIT_S", 0.05)
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    _, looks = loop_of(vm)
+    next(looks)
+    vm.fault = MemoryNotReadable(1, "gone")
+    with pytest.raises(MemoryNotReadable):
+        next(looks)
+    vm.fault = None
+    _, looks = loop_of(vm)
+    vm.fault, vm.has_ended = MemoryNotReadable(1, "gone"), True
+    with pytest.raises(MemoryNotReadable):
+        next(looks)
+
+
+def test_looks_that_are_expensive_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look takes a twentieth of the time at most, unless the user says how often."""
+
+    def slow(ram: MemoryRam, addresses: Sequence[Gpa], length: int) -> list[bytes]:
+        time.sleep(0.002)
+        return [ram.memory.read(gpa, length) for gpa in addresses]
+
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    cheap, _ = loop_of(vm)
+    assert cheap.interval_s < 0.08
+    monkeypatch.setattr(MemoryRam, "read_many", slow)
+    dear, _ = loop_of(vm)
+    assert dear.interval_s >= 0.08
+    asked = WatchLoop(vm, Reference.RAW, wait=no_wait, interval_s=0.001)
+    asked.begin()
+    assert asked.interval_s == 0.001
+
+
+def test_the_watch_is_as_long_as_it_is_wanted() -> None:
+    """It waits for the interval between looks, and ends after the seconds, or when the wait says so."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    waits: list[float] = []
+
+    def third(seconds: float) -> bool:
+        waits.append(seconds)
+        return len(waits) == 3
+
+    loop = WatchLoop(vm, Reference.RAW, wait=third, interval_s=50.0)
+    loop.begin()
+    assert len(list(loop.looks())) == 4  # and what is left to tell
+    assert [-(-seconds // 50) for seconds in waits] == [1, 2, 3]  # nothing has passed meanwhile
+    waits.clear()
+    assert len(list(loop.looks(1.0))) == 2
+    assert len(waits) == 1
+    assert waits[0] <= 1
+
+
+@pytest.mark.parametrize("doubt", ["searching", "unstable"])
+def test_what_leaves_a_verdict_open(doubt: str) -> None:
+    """Pages that were not found again, or a host's TSC that was wrong; what is broken is broken all the same."""
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    for _ in range(2):
+        next(looks)
+    within = Budgets(Fraction(1000))
+    assert judged(Budgets(), loop) is None
+    passed = judged(within, loop)
+    assert passed is not None
+    assert passed.status is VerdictStatus.PASSED
+    if doubt == "searching":
+        vm.events = [RESET]
+        next(looks)
+    else:
+        loop.troubles.append(HostTrouble(TroubleKind.TSC_STEP, True, "it went back"))
+    undecided = judged(within, loop)
+    assert undecided is not None
+    assert EXIT_STATUSES[undecided.status] == 2
+    assert len(undecided.findings) == 1
+    vm.put(ARRAY, 4, 5000)
+    next(looks)
+    broken = judged(Budgets(Fraction(1000), tsc_unchanged=True), loop)
+    assert broken is not None
+    assert EXIT_STATUSES[broken.status] == (1 if doubt == "unstable" else 2)
