@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import pytest
 
@@ -80,9 +80,10 @@ def debugfs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def guest(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernel: Kernel, debugfs: None
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernel: Kernel
 ) -> Iterator[LinuxGuest]:
     """A guest that samples; of two vCPUs the first is left idle, so that its page is brought up to date late."""
+    request.getfixturevalue("debugfs")
     machine, vcpus = request.param
     folder = tmp_path_factory.mktemp("linux")
     sample_on = "1" if vcpus > 1 else "0"
@@ -189,8 +190,8 @@ def test_step_is_the_guests(guest: LinuxGuest) -> None:
     print(f"step {step_ns}, by the guest {least_ns} to {most_ns}, {steps}")
     assert step_ns < -STOPPED_NS
     assert least_ns <= step_ns <= most_ns
-    seen_ns = max(step.seen_ns - step.seen_bound_ns for step in steps if step.seen_ns is not None)
-    assert seen_ns <= gaps[-1].newer.ns - gaps[0].older.ns
+    went_on_ns = gaps[-1].newer.ns - gaps[0].older.ns
+    assert max((step.seen_ns or 0) - (step.seen_bound_ns or 0) for step in steps) <= went_on_ns
 
 
 @everywhere
@@ -203,8 +204,10 @@ def test_reading_is_the_guests(guest: LinuxGuest) -> None:
         second = watch.look()
         before_ns, after_ns = (watch.loop.watcher.readings(poll)[0] for poll in (first, second))
     page = second.pages[0]
-    assert page is not None and page == first.pages[0]
-    assert before_ns is not None and after_ns is not None
+    assert page is not None
+    assert page == first.pages[0]
+    assert before_ns is not None
+    assert after_ns is not None
     least_ns, most_ns = base.ns - value_at(page, base.after), base.ns - value_at(page, base.before)
     # `base` may have been taken before the first look, and was told after it; `triple` was taken after that.
     assert before_ns + least_ns - FLOORS_NS <= triple.ns <= after_ns + most_ns + FLOORS_NS
@@ -216,38 +219,75 @@ def two_of(triples: list[Triple]) -> tuple[Triple, Triple] | None:
     return (triples[0], triples[1]) if len(triples) > 1 else None
 
 
+class Lag(NamedTuple):
+    """What a pause brought.  back_ns: how far the guest's clock went back at most.  step_ns: of vCPU 0's page.
+
+    told: that the pages of the two vCPUs disagreed.
+    """
+
+    back_ns: int
+    step_ns: int
+    told: list[Disagreement]
+
+
+def pause(guest: LinuxGuest, watch: Watching) -> Lag:
+    """Stop and continue a guest with two vCPUs, and look until its pages are up to date, and it has read them."""
+    said, known = len(guest.log), len(watch.findings)
+
+    def steps(vcpu: int) -> list[Step]:
+        return [it for it in watch.findings[known:] if isinstance(it, Step) and it.vcpu == vcpu]
+
+    stop_and_continue(guest, watch, LAG_LOOKS)
+    watch.until(lambda: bool(steps(0) and steps(1)) and not watch.loop.watcher.open_disagreements)
+    poll = watch.look()
+    offset = poll.tsc_offsets[0]
+    assert offset is not None
+    sampled_beyond(guest, poll.end + offset)
+    return Lag(
+        max((back.by_ns for back in guest.log.backs(said)), default=0),
+        sum(step.step_ns or 0 for step in steps(0)),
+        [it for it in watch.findings[known:] if isinstance(it, Disagreement)],
+    )
+
+
 @two_vcpus
 def test_lagging_page(guest: LinuxGuest) -> None:
     """The page of an idle vCPU 0 lags after cont: the guest's clock goes back, and the watch tells by how much."""
+    lags = []
     with watching(guest) as watch:
         watch.look()
-        said = len(guest.log)
         for _ in range(LAG_TRIES):
-            stop_and_continue(guest, watch, LAG_LOOKS)
-            watch.look(4 * LAG_LOOKS)
-            if watch.of(Disagreement) and guest.log.backs(said):
+            lags.append(pause(guest, watch))
+            print(lags[-1])
+            if lags[-1].back_ns and lags[-1].told:
                 break
-        offset = watch.look().tsc_offsets[0]
-    print(offset, watch.of(Disagreement), [(b, b.by_ns) for b in guest.log.backs(said)], watch.of(Step))
+    assert all(lag.back_ns <= FLOORS_NS - lag.step_ns for lag in lags)
+    widest = max(lags[-1].told, key=lambda it: it.by_ns)
+    assert (widest.ahead, widest.behind) == (0, 1)
+    assert 0 < lags[-1].back_ns <= widest.by_ns + widest.bound_ns + FLOORS_NS
 
 
 @on_q35
 def test_command(guest: LinuxGuest) -> None:
     """The command finds pages and step, and Ctrl-C ends it with a summary."""
+    said = len(guest.log)
     command = [sys.executable, "-m", "pvclock", "watch", "--qmp", str(guest.qmp_path), "--json"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watch:
         assert watch.stdout is not None
         records = map(json.loads, watch.stdout)
         found = next(records)
-        said = len(guest.log)
         guest.execute("stop")
         guest.execute("cont")
         step = next(record for record in records if record["kind"] == "step")
         watch.send_signal(signal.SIGINT)
         *_, summary = records
     assert watch.returncode == 0
-    print(found, step, summary)
     assert tuple(found["pages"]) == pages_of(guest)
+    assert tuple(summary["pages"]) == pages_of(guest)
+    line = TimeInfo(**step["after"])
+    sampled_beyond(guest, line.tsc_timestamp)
+    least_ns, most_ns = guest_step_ns(guest.log.gaps(said), line)
+    assert least_ns <= step["step_ns"] <= most_ns
 
 
 @on_q35
