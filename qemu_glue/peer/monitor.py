@@ -22,8 +22,8 @@ from qemu_glue.errors import QmpFailed
 
 __all__ = ["ANSWER_LIMIT_S", "Monitor", "QmpEvent"]
 
-ANSWER_LIMIT_S: Final = 30.0
-"""A QEMU that starts within an emulated machine, on a busy host, was seen to take more than 10 s until it answers."""
+ANSWER_LIMIT_S: Final = 90.0
+"""A QEMU that starts within an emulated machine, on a busy host, was seen to take more than 30 s until it answers."""
 
 ROUNDS_TO_READ: Final = 10
 """Turns of the event loop from a message in the socket to its event in the queue: 2 were seen."""

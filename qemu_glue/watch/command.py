@@ -31,7 +31,7 @@ __all__ = ["EXAMPLES", "JSON_LINES", "add_arguments", "run"]
 JSON_LINES: Final = True
 
 EXAMPLES: Final = """\
-  pvclock watch --pid $(pidof qemu-system-x86_64)
+  pvclock watch --pid $(pidof -s qemu-system-x86_64)
   pvclock watch --qmp SOCKET      QEMU's -qmp unix:SOCKET,server=on,wait=off
   pvclock watch --libvirt DOMAIN  through virsh
   pvclock watch --qmp SOCKET --seconds 60 --max-step 1us --max-drift 100ppb"""
@@ -128,6 +128,10 @@ def _view(
     for lacking, why in (("clock readings", vm.why_no_offsets), ("causes of steps", vm.why_no_events)):
         if why is not None:
             screen.show(Text(f"No {lacking}: {why}", "yellow"))
+    if not loop.finder.is_sure:
+        screen.show(
+            Text("Perhaps firmware left that: it does not lie as Linux's pages do.  Others are searched.", "yellow")
+        )
     if screen.can_redraw:
         return LiveView(loop, instants, resources.enter_context(screen.redrawing()))
     return LinesView(screen, instants)

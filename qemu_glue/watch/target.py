@@ -22,7 +22,7 @@ __all__ = ["QemuVm", "open_vm"]
 EVENTS: Final = {kind.upper(): kind for kind in VmEventKind}
 """By QEMU's names."""
 NO_MONITOR: Final = "only QEMU's monitor tells of events; --qmp or --libvirt reach it"
-OUT_OF_SIGHT: Final = VmNotObservable(0, "QEMU's is not to be seen from here, as in another PID namespace")
+OUT_OF_SIGHT: Final = VmNotObservable(0, "QEMU's own number is not known here: it is in another PID namespace")
 
 
 class QemuVm:

@@ -10,16 +10,17 @@ from rich.text import Text
 from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus, judge
 from pvclock.meter.watch.loop import WatchLoop
 
-__all__ = ["EXIT_STATUSES", "judged", "verdict_in_words"]
+__all__ = ["EXIT_STATUSES", "PERHAPS_FIRMWARES", "judged", "verdict_in_words"]
 
+PERHAPS_FIRMWARES: Final = "what was watched may be a page that firmware left, for it does not lie as Linux's do"
 EXIT_STATUSES: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, VerdictStatus.UNDECIDED: 2}
 
 
 def judged(budgets: Budgets, loop: WatchLoop) -> Verdict | None:
     """The verdict; None without budgets.
 
-    What was passed is undecided if the guest's pages were not to be seen at the end, or the host's TSC, by which all is
-    measured, was wrong.
+    What was passed is undecided if the guest's pages were not to be seen at the end, if it is not sure which they are, or
+    if the host's TSC, by which all is measured, was wrong.
     """
     if budgets.max_step_ns is None and budgets.max_drift_ppb is None:
         return None
@@ -46,4 +47,6 @@ def verdict_in_words(verdict: Verdict | None) -> Iterator[Text]:
 def _doubts(loop: WatchLoop) -> Iterator[str]:
     if loop.finder.is_searching:
         yield "the pages were not found again before the end"
+    elif not loop.finder.is_sure:
+        yield f"{PERHAPS_FIRMWARES}; if you know that it is the guest's, say --page {loop.finder.pages[0]:#x}"
     yield from (f"the host's TSC could not be trusted: {trouble.why}" for trouble in loop.troubles if trouble.unstable)

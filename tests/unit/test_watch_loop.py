@@ -15,7 +15,7 @@ from pvclock import ClockScale, Gpa, GuestNs, GuestTsc, Reference, TimeInfo, rea
 from pvclock.errors import ConfigError, MemoryNotReadable, PagesNotFound, PvclockError, VmEnded
 from pvclock.host.watch import TroubleKind
 from pvclock.meter.findings import TIME_INFO
-from pvclock.meter.watch.budgets import Budgets, VerdictStatus
+from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus
 from pvclock.meter.watch.changes import Disagreement, PageLost
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, WatchLoop
 from pvclock.meter.watch.loop import VmEnded as Ended
@@ -284,6 +284,25 @@ def test_the_watch_is_as_long_as_it_is_wanted() -> None:
     assert len(list(loop.looks(1.0))) == 2
     assert len(waits) == 1
     assert waits[0] <= 1
+
+
+def test_what_firmware_may_have_left_is_no_verdict() -> None:
+    """Until it moves, which only a page that KVM knows does, or is given."""
+    vm = HandMadeVm()
+    vm.put(FIRMWARE)
+    loop, looks = loop_of(vm)
+    for _ in range(2):
+        next(looks)
+    verdict = judged(Budgets(Fraction(1000)), loop)
+    assert verdict is not None
+    assert verdict.status is VerdictStatus.UNDECIDED
+    assert "--page 0xe8c20" in verdict.findings[0]
+    assert loop_of(vm, [FIRMWARE])[0].finder.is_sure
+    vm.put(FIRMWARE, 4)
+    next(looks)
+    assert loop.finder.is_sure
+    verdict = judged(Budgets(Fraction(1000), tsc_unchanged=True), loop)
+    assert verdict == Verdict(VerdictStatus.PASSED, [])
 
 
 @pytest.mark.parametrize("doubt", ["searching", "unstable"])

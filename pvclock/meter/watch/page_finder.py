@@ -49,6 +49,7 @@ class PageFinder:
             raise ConfigError(f"{len(given)} pages of {vm.vcpus} vCPUs; a vCPU has one")
         self.is_searching = False
         """Are those of before a reset, or lost, and others not found so far?"""
+        self._has_moved = False
         self._vm, self._progress, self._given = vm, progress, tuple(given)
         self._terms = SearchTerms(vm.tsc_hz or host_tsc_hz)
         self._choice: PageChoice | None = None
@@ -65,6 +66,12 @@ class PageFinder:
     def places(self) -> tuple[Gpa, ...]:
         """What is to be polled: `pages`, and then other places that may turn out to be them."""
         return self._given if self._choice is None else self._choice.places
+
+    @property
+    def is_sure(self) -> bool:
+        """Are these the guest's: given, an array as Linux has it, or moving?  What firmware left looks like none."""
+        is_array = len(self.pages) == self._vm.vcpus and self.pages[0] % PAGE_BYTES == 0
+        return bool(self._given) or is_array or self._has_moved
 
     def find(self) -> PagesFound:
         """Find the pages when the watch begins.  PagesNotFound, ConfigError; errors of the VM and its RAM."""
@@ -91,7 +98,9 @@ class PageFinder:
         self._seen |= infos
         self._forget_changed(infos)
         if self._choice is not None:
+            first = self._choice.versions
             before, self._choice = self.pages, self._choice.after(poll.pages)
+            self._has_moved |= any(infos[gpa].version != first[gpa] for gpa in before if gpa in infos and gpa in first)
             if self.pages != before:
                 return PagesFound(self.pages, "another place than was thought: the versions there move")
         if self.is_searching and all(_is_new(gpa, infos.get(gpa), self._old) for gpa in self.pages):
@@ -101,7 +110,7 @@ class PageFinder:
 
     def search_if_due(self) -> PagesFound | None:
         """Search again if that may find more, and the last search is long enough ago; the pages if they are others."""
-        if self._given or self._is_firm() or time.monotonic() < self._next_s:
+        if self._given or (self.is_sure and not self.is_searching) or time.monotonic() < self._next_s:
             return None
         try:
             found = self._without_old(self._search())
@@ -118,11 +127,6 @@ class PageFinder:
         for gpa in self._old.keys() & set(self.places):
             if gpa not in infos or not _is_same(infos[gpa], self._old[gpa]):
                 del self._old[gpa]
-
-    def _is_firm(self) -> bool:
-        """Are these all pages, in an array as Linux has it?  What firmware left does not look like that."""
-        is_array = len(self.pages) == self._vm.vcpus and self.pages[0] % PAGE_BYTES == 0
-        return is_array and not self.is_searching
 
     def _search(self) -> FoundPages:
         begin_s = time.monotonic()
@@ -145,7 +149,7 @@ class PageFinder:
 
     def _take(self, found: FoundPages) -> PagesFound:
         self._choice = PageChoice.of(found, self._terms)
-        self.is_searching, self._pause_s = False, PAUSE_S
+        self.is_searching, self._has_moved, self._pause_s = False, False, PAUSE_S
         return PagesFound(found.pages, found.why, found.searched_bytes, found.seconds)
 
 
