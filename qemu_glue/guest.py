@@ -9,6 +9,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from pvclock import GuestMemory, GuestNs, GuestTsc, HostTsc, StateError, TimeInfo, read_tsc
+from pvclock.host.kvm_debugfs import TscOffsetFiles
+from pvclock.host.vmm_process import open_vmm
 from pvclock.meter.findings import (
     EXIT_LIMIT_S,
     READING_TRIES,
@@ -24,7 +26,7 @@ from pvclock.meter.guest import ClockServer, GuestReading
 from pvclock.payloads import clockprobe, probe
 from pvclock.payloads.probe import ProbeRecord
 from qemu_glue.peer.launch import Qemu
-from qemu_glue.peer.lifecycle import reset, saved, tsc_offsets, wait_until_loaded
+from qemu_glue.peer.lifecycle import reset, saved, wait_until_loaded
 
 __all__ = ["QEMU", "QemuGuest"]
 
@@ -82,7 +84,8 @@ class QemuGuest:
 
     def tsc_offsets(self) -> tuple[int | None, ...]:
         """As debugfs has them."""
-        return tsc_offsets(self.qemu.pid, self.vcpus)
+        with open_vmm(self.qemu.pid) as vmm:
+            return TscOffsetFiles(vmm).read()
 
     def reset(self) -> None:
         """QMP system_reset; return when every vCPU reads again."""

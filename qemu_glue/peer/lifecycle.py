@@ -1,4 +1,4 @@
-"""What a QEMU does to its guest beside stop and cont: reset, save and load; and the TSC offsets that this changes."""
+"""What a QEMU does to its guest beside stop and cont: reset, save and load."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 from pvclock import StateError
 from qemu_glue.errors import QmpFailed
 from qemu_glue.peer.launch import Qemu
 
-__all__ = ["reset", "saved", "tsc_offsets", "wait_until_loaded"]
+__all__ = ["reset", "saved", "wait_until_loaded"]
 
-DEBUGFS: Final = Path("/sys/kernel/debug/kvm")
 STREAM_LIMIT_S: Final = 60.0
 
 
@@ -44,19 +42,6 @@ def saved(qemu: Qemu) -> Iterator[tuple[str, str]]:
 def wait_until_loaded(qemu: Qemu) -> None:
     """Return when a QEMU with -incoming has its VM; QemuExited if that failed, StateError if it does not come."""
     _wait_until(lambda: qemu.execute("query-status")["status"] != "inmigrate", "loaded")
-
-
-def tsc_offsets(pid: int, vcpus: int) -> tuple[int | None, ...]:
-    """Guest TSC less host TSC of each vCPU of QEMU's process, signed; None where debugfs cannot be read."""
-    return tuple(_tsc_offset(pid, vcpu) for vcpu in range(vcpus))
-
-
-def _tsc_offset(pid: int, vcpu: int) -> int | None:
-    try:
-        files = list(DEBUGFS.glob(f"{pid}-*/vcpu{vcpu}/tsc-offset"))
-        return int(files[0].read_text()) if len(files) == 1 else None
-    except OSError:
-        return None
 
 
 def _has_saved(qemu: Qemu) -> bool:

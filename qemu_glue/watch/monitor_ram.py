@@ -31,7 +31,8 @@ SPAN_BYTES: Final = 4096
 class MonitorRam:
     """GuestRam over `session`, which it does not close; a MemoryNotReadable if QEMU does not take the memfd.
 
-    RAM in a file is not searched in this way, unless it was preallocated: reading a hole of a file allocates memory.
+    Shared RAM is not searched in this way, unless it was preallocated: reading a hole of a file, or of anonymous memory
+    that is shared, allocates memory.
     """
 
     def __init__(self, session: Session) -> None:
@@ -92,17 +93,20 @@ def _spans(addresses: list[Gpa], length: int) -> Iterator[list[Gpa]]:
 
 
 def _refuse_to_allocate(session: Session, regions: set[str]) -> None:
-    """MemoryNotReadable if one of `regions` is a file (tmpfs, a memfd) with holes: reading these allocates memory."""
+    """MemoryNotReadable if one of `regions` has holes that reading fills: it is a file (tmpfs, a memfd), or shared."""
     for backend in session.execute("query-memdev"):
         name = backend.get("id", "")
-        if name in regions and not backend["prealloc"] and _is_file(session, name):
-            why = f"{name} is a file with holes, which QMP would fill; run as root, or as the user that runs QEMU"
+        if name in regions and not backend["prealloc"] and _has_holes(session, name):
+            why = f"{name} is shared memory with holes, which QMP would fill; run as root, or as QEMU's user"
             raise MemoryNotReadable(None, why)
 
 
-def _is_file(session: Session, backend: str) -> bool:
-    kind = session.execute("qom-get", {"path": f"/objects/{backend}", "property": "type"})
-    return bool(kind != "memory-backend-ram")
+def _has_holes(session: Session, backend: str) -> bool:
+    """Not private anonymous memory, whose holes all read as one page of zeros."""
+    kind, is_shared = (
+        session.execute("qom-get", {"path": f"/objects/{backend}", "property": each}) for each in ("type", "share")
+    )
+    return bool(kind != "memory-backend-ram" or is_shared)
 
 
 @contextmanager

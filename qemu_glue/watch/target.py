@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Final, Self
 
@@ -10,17 +10,16 @@ from pvclock import ConfigError
 from pvclock.errors import VmNotObservable
 from pvclock.host.kvm_debugfs import TscOffsetFiles
 from pvclock.host.vmm_process import VmmProcess, open_vmm
-from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
+from pvclock.meter.watch.vm import GuestRam, VmEvent
 from qemu_glue.errors import NotKvm, QemuError
 from qemu_glue.peer.qmp_socket import connect
+from qemu_glue.watch.events import QemuEvents
 from qemu_glue.watch.ram import Means, open_guest_ram
 from qemu_glue.watch.session import Session
 from qemu_glue.watch.virsh import Virsh
 
 __all__ = ["QemuVm", "open_vm"]
 
-EVENTS: Final = {kind.upper(): kind for kind in VmEventKind}
-"""By QEMU's names."""
 NO_MONITOR: Final = "only QEMU's monitor tells of events; --qmp or --libvirt reach it"
 OUT_OF_SIGHT: Final = VmNotObservable(0, "QEMU's own number is not known here: it is in another PID namespace")
 
@@ -43,6 +42,9 @@ class QemuVm:
         tsc_hz: int | None,
     ) -> None:
         self._session = session
+        self._events = None if session is None else QemuEvents(session)
+        if self._events is not None:
+            resources.callback(self._events.close)
         self._vmm = vmm
         self.name = _name(program, vmm, vcpus)
         self.vcpus = vcpus
@@ -58,14 +60,13 @@ class QemuVm:
 
     def take_events(self) -> list[VmEvent]:
         """What QEMU told since the last call; VmEnded, QmpFailed or VirshFailed once it tells no more."""
-        if self._session is None or self.why_no_events is not None:
+        if self._events is None or self.why_no_events is not None:
             return []
         try:
-            told = self._session.take_events()
+            return self._events.take()
         except QemuError:
             self.check_running()  # says more, if QEMU has ended
             raise
-        return [VmEvent(EVENTS[event.name], event.utc_ns) for event in told if event.name in EVENTS]
 
     def check_running(self) -> None:
         """VmEnded, QmpFailed or VirshFailed if QEMU has ended."""
@@ -118,7 +119,6 @@ def _by_monitor(resources: ExitStack, session: Session, pid: int | None, means: 
         raise NotKvm
     vmm = _process(resources, pid)
     ram = open_guest_ram(resources, session, vmm, means)
-    _have_migration_told(resources, session)
     version = session.execute("query-version")["qemu"]
     cpus = session.execute("query-cpus-fast")
     program = f"QEMU {version['major']}.{version['minor']}.{version['micro']}"
@@ -131,18 +131,6 @@ def _process(resources: ExitStack, pid: int | None) -> VmmProcess | VmNotObserva
         return OUT_OF_SIGHT if pid is None else resources.enter_context(open_vmm(pid))
     except VmNotObservable as obstacle:
         return obstacle
-
-
-def _have_migration_told(resources: ExitStack, session: Session) -> None:
-    """Have QEMU send MIGRATION events, until `resources` ends, if it does not; it refuses during a migration."""
-
-    def tell(state: bool) -> None:
-        with suppress(QemuError):
-            session.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": state}]})
-
-    if {"capability": "events", "state": False} in session.execute("query-migrate-capabilities"):
-        tell(True)
-        resources.callback(tell, False)
 
 
 def _tsc_hz(session: Session, cpu: str) -> int | None:

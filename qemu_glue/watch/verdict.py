@@ -10,7 +10,7 @@ from rich.text import Text
 from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus, judge
 from pvclock.meter.watch.loop import WatchLoop
 
-__all__ = ["EXIT_STATUSES", "PERHAPS_FIRMWARES", "judged", "verdict_in_words"]
+__all__ = ["EXIT_STATUSES", "judged", "verdict_in_words"]
 
 PERHAPS_FIRMWARES: Final = "what was watched may be a page that firmware left, for it does not lie as Linux's do"
 EXIT_STATUSES: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, VerdictStatus.UNDECIDED: 2}
@@ -19,8 +19,8 @@ EXIT_STATUSES: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, Verdic
 def judged(budgets: Budgets, loop: WatchLoop) -> Verdict | None:
     """The verdict; None without budgets.
 
-    What was passed is undecided if the guest's pages were not to be seen at the end, if it is not sure which they are, or
-    if the host's TSC, by which all is measured, was wrong.
+    What was passed is undecided if the guest's pages were not to be seen at the end, or may not have been those, or if
+    the host's TSC, by which all is measured, was wrong.
     """
     if budgets.max_step_ns is None and budgets.max_drift_ppb is None:
         return None

@@ -93,7 +93,8 @@ class LiveView:
                 self._is_stopped = event.kind is VmEventKind.STOP
         self._told += _told(look, self._instants)
         if any(isinstance(finding, PagesFound) for finding in look.findings):
-            self._last_steps = {}
+            self._last_steps, self._next_draw_s = {}, 0.0  # other pages than this look's
+            return
         self._last_steps |= {finding.vcpu: finding for finding in look.findings if isinstance(finding, Step)}
         if look.findings or time.monotonic() >= self._next_draw_s:
             self._next_draw_s = time.monotonic() + REDRAW_S

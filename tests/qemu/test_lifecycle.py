@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import TypeAlias
 
 import pytest
@@ -182,7 +181,22 @@ def offsets(*moved_by: int) -> Change:
 
 def without_offsets(it: Observed) -> Observed:
     """TSC offsets that cannot be read."""
-    return it._replace(after=it.after._replace(tsc_offsets=(None, None)))
+    return offsets_of(it, (None, None), (None, None))
+
+
+def unreadable(before: bool = True, vcpu_1: bool = True) -> Change:
+    """TSC offsets that cannot be read afterwards: before, too?  Of both vCPUs?"""
+    return lambda it: offsets_of(it, (None,) * 2 if before else (0, 0), (None if vcpu_1 else 0, None))
+
+
+def offsets_of(it: Observed, before: tuple[int | None, ...], after: tuple[int | None, ...]) -> Observed:
+    """Other TSC offsets."""
+    return it._replace(before=it.before._replace(tsc_offsets=before), after=it.after._replace(tsc_offsets=after))
+
+
+def unknown_and(change: Change) -> Change:
+    """TSC offsets that cannot be read, so no step is known; and something else."""
+    return lambda it: change(without_offsets(it))
 
 
 def as_version_before(it: Observed) -> Observed:
@@ -201,11 +215,18 @@ WRONG: list[tuple[Operation, str, str, Change]] = [
     (RESET, "qemu", STEP, stepped(1_000_000)),
     (LOAD, "engine", STEP, stepped(60_000_000_000)),
     (LOAD, "qemu", STEP, stepped(60_000_000_000)),
+    (RESET, "qemu", STEP, unknown_and(stepped(1_000_000))),
+    (LOAD, "qemu", STEP, unknown_and(stepped(-60_000_000_000))),
     (STOP, "engine", MEANWHILE, read(5_000_000_000)),
     (STOP, "kernel", MEANWHILE, read(500_000_000)),
     (STOP, "qemu", MEANWHILE, read(5_000_000_000)),
     (STOP, "kernel", GAP, record(largest_gap_ns=50_000_000)),
+    (STOP, "engine", GAP, record(largest_gap_ns=60_000_000_000)),
+    (STOP, "kernel", GAP, record(largest_gap_ns=60_000_000_000)),
+    (STOP, "qemu", GAP, record(largest_gap_ns=60_000_000_000)),
+    (LOAD, "qemu", GAP, record(largest_gap_ns=60_000_000_000)),
     (RESET, "engine", GAP, record(first_ns=1)),
+    (RESET, "engine", GAP, record(first_ns=60_000_000_000)),
     (RESET, "qemu", GAP, record(first_ns=1)),
     (LOAD, "engine", GAP, record(first_ns=1)),
     (STOP, "engine", BACK, ONE_BACK),
@@ -225,6 +246,11 @@ WRONG: list[tuple[Operation, str, str, Change]] = [
     (RESET, "qemu", VERSIONS, page(version=3)),
     (STOP, "qemu", OFFSET, offsets(1, 1)),
     (RESET, "engine", OFFSET, offsets(0, 1)),
+    (STOP, "engine", OFFSET, unreadable()),
+    (STOP, "kernel", OFFSET, unreadable()),
+    (STOP, "qemu", OFFSET, unreadable(before=False)),
+    (STOP, "qemu", OFFSET, unreadable(vcpu_1=False)),
+    (RESET, "qemu", OFFSET, unreadable(before=False)),
     (STOP, "engine", WALL, wall_clock(-1_200_000)),
     (STOP, "qemu", WALL, wall_clock(500_000_000)),
     (RESET, "kernel", WALL, wall_clock(-60_000_000)),
@@ -296,19 +322,6 @@ def test_pages_without_stable_are_not_judged_by_the_tsc(observed: dict[str, dict
 
 
 # A QEMU's own part
-
-
-@pytest.mark.row("E3")
-def test_offsets_of_qemu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As debugfs has them; None for a process that is no VM, and where debugfs does not show KVM's VMs."""
-    for vcpu, text in enumerate(("0", "-2953090944125\n")):
-        (tmp_path / f"7-12/vcpu{vcpu}").mkdir(parents=True)
-        (tmp_path / f"7-12/vcpu{vcpu}/tsc-offset").write_text(text)
-    monkeypatch.setattr(peer, "DEBUGFS", tmp_path)
-    assert peer.tsc_offsets(7, 2) == (0, -2953090944125)
-    assert peer.tsc_offsets(71, 2) == (None, None)
-    monkeypatch.setattr(peer, "DEBUGFS", tmp_path / "none")
-    assert peer.tsc_offsets(7, 1) == (None,)
 
 
 @pytest.mark.row("E3")

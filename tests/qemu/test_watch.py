@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from pvclock import Reference, read_tsc
 from pvclock.commands import main
-from pvclock.meter.findings import shown_by, vcpu0_reading
+from pvclock.meter.findings import await_reading, shown_by, vcpu0_reading
 from pvclock.meter.watch.changes import Step
 from pvclock.meter.watch.loop import Finding, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
@@ -26,6 +28,7 @@ from qemu_glue.watch.target import open_vm
 from tests.command_line import ROOT, in_terminal
 from tests.qemu.running_qemu import FEATURES, RunningQemu, running_qemu
 from tests.qemu.watch_process import watching
+from tests.waiting import HANG_S
 from tests.watch_document import documented_keys, keys_of
 
 pytestmark = [pytest.mark.row("E3"), pytest.mark.kvm, pytest.mark.qemu]
@@ -33,6 +36,7 @@ pytestmark = [pytest.mark.row("E3"), pytest.mark.kvm, pytest.mark.qemu]
 REBOOTS = ("-action", "reboot=reset")
 """Else our QEMU ends when it is reset."""
 PAGES = [probe.time_page_address(vcpu) for vcpu in range(2)]
+COUNT_GPA = 0x200000
 SHOW_CURSOR = "\x1b[?25h"
 STEP_FLOORS_NS = 4
 """clockprobe's two readings, the older line's and the newer one's are each floored."""
@@ -214,6 +218,31 @@ def test_a_guest_without_a_clock(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "the guest has no kvmclock" in line
 
 
+def spinning_image() -> bytes:
+    """A multiboot guest that counts in memory at COUNT_GPA, and uses no clock."""
+    code = b"\xff\x05" + struct.pack("<I", COUNT_GPA) + b"\xeb\xf8"  # 1: incl COUNT_GPA; jmp 1b
+    magic, has_addresses, at, header_bytes = 0x1BADB002, 1 << 16, 0x100000, 32
+    end = at + header_bytes + len(code)
+    checksum = -(magic + has_addresses) % (1 << 32)
+    return struct.pack("<8I", magic, has_addresses, checksum, at, at, end, end, at + header_bytes) + code
+
+
+def test_a_running_guest_that_has_no_kvmclock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that is offered none (-cpu ...,-kvmclock) and runs, also by its process alone: the same line, and at once."""
+    qmp = tmp_path / "qmp"
+    with Qemu(spinning_image(), features=0, vcpus=2, arguments=("-qmp", f"unix:{qmp},server=on,wait=off")) as qemu:
+        assert "-kvmclock" in " ".join(qemu.command)
+        deadline = time.monotonic() + HANG_S
+        while not any(qemu.memory.read(COUNT_GPA, 4)):
+            assert time.monotonic() < deadline
+        for way in (["--qmp", str(qmp)], ["--pid", str(qemu.pid)]):
+            assert main(["watch", *way]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("pvclock watch: no pvclock page in ")
+            assert "the guest has no kvmclock" in line
+        qemu.check_running()
+
+
 def test_what_is_no_page(running: RunningQemu, capsys: pytest.CaptureFixture[str]) -> None:
     """An address at which there is none is refused, as are more pages than vCPUs."""
     watch = ["watch", "--qmp", str(running.qmp), "--page"]
@@ -223,6 +252,18 @@ def test_what_is_no_page(running: RunningQemu, capsys: pytest.CaptureFixture[str
     )
     assert main([*watch, "0", "--page", "0", "--page", "0"]) == 2
     assert "3 pages of 2 vCPUs" in capsys.readouterr().err
+
+
+def test_a_page_above_2_gib_by_the_process_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """A guest with more RAM is watched by its process; an address above is refused, with who knows where that is."""
+    with Qemu(clockprobe(), features=FEATURES, vcpus=2, cmdline="cpus=2", memory_bytes=3 << 30) as qemu:
+        await_reading(qemu.memory, 2, lambda: False, lambda: qemu.console)
+        watch = ["watch", "--pid", str(qemu.pid)]
+        assert main([*watch, "--page", "0x100000000"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("where a process alone does not tell what lies; name its VM by QMP or libvirt")
+        assert main([*watch, "--seconds", "0.1"]) == 0
+        assert f"2 pages 64 bytes apart from {PAGES[0]:#x}" in capsys.readouterr().out
 
 
 OUR_MACHINE = """

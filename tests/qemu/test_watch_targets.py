@@ -25,21 +25,71 @@ from pvclock.readings import TimeInfo
 from qemu_glue import NotKvm, QemuExited, QmpFailed
 from qemu_glue.peer import qmp_socket
 from qemu_glue.peer.launch import find_program
+from qemu_glue.watch import events
 from qemu_glue.watch.ram import Means
 from qemu_glue.watch.target import QemuVm, open_vm
 from tests.qemu.another_user import as_another_user
 from tests.qemu.running_qemu import PRIVATE_RAM, RunningQemu, running_qemu
+from tests.qemu.test_qmp_socket import listener
 from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.qemu, pytest.mark.row("E3")]
 
 REBOOTS = ("-action", "reboot=reset")
 """A reset resets, where Qemu has QEMU end at it."""
+SHARED_RAM = ("-object", "memory-backend-ram,id=both,size=16M,share=on", "-machine", "memory-backend=both")
+"""In no file, but shared all the same."""
 PREALLOCATED = ("-object", "memory-backend-memfd,id=full,size=16M,prealloc=on", "-machine", "memory-backend=full")
 
 IMAGE_GPA, LOW_GPA, COMPARED_BYTES = Gpa(0x100000), Gpa(0x6000), 1 << 15
 """Where clockprobe's code is, which does not change, and empty memory."""
+FREE_GPA, FREE_BYTES = Gpa(0x800000), 4 << 20
 OFFSETS, PIECE_BYTES = (4096, 64, 0, 64, 9000), 32
+
+
+@pytest.fixture(scope="module")
+def long_lived_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningQemu]:
+    """A QEMU whose RAM is in a file."""
+    with running_qemu(tmp_path_factory.mktemp("shared")) as running:
+        running.qemu.pause()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def long_lived_private() -> Iterator[RunningQemu]:
+    """One whose RAM is its own, in a folder that every user can enter."""
+    with TemporaryDirectory(dir="/run") as name, running_qemu(Path(name), arguments=PRIVATE_RAM) as running:
+        running.qemu.pause()
+        yield running
+
+
+@pytest.fixture
+def shared(long_lived_shared: RunningQemu) -> Iterator[RunningQemu]:
+    """The same, running; for tests that leave it as it was."""
+    with while_running(long_lived_shared) as running:
+        yield running
+
+
+@pytest.fixture
+def private(long_lived_private: RunningQemu) -> Iterator[RunningQemu]:
+    """The same, running; for tests that leave it as it was."""
+    with while_running(long_lived_private) as running:
+        yield running
+
+
+@contextmanager
+def while_running(paused: RunningQemu) -> Iterator[RunningQemu]:
+    """A guest that takes no CPU from other tests."""
+    paused.qemu.resume()
+    yield paused
+    paused.qemu.pause()
+
+
+@pytest.fixture
+def preallocated(tmp_path: Path) -> Iterator[RunningQemu]:
+    """One that has all of its RAM from the beginning."""
+    with running_qemu(tmp_path, arguments=PREALLOCATED) as running:
+        yield running
 
 
 def open_qmp(running: RunningQemu, means: Means | None = None) -> QemuVm:
@@ -88,40 +138,41 @@ def state(running: RunningQemu) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "works", "best"),
+    ("kind", "works", "best"),
     [
-        ((), (Means.SHARED, Means.PROCESS), "shared memory"),
-        (PREALLOCATED, (Means.SHARED, Means.PROCESS, Means.PMEMSAVE), "shared memory"),
-        (PRIVATE_RAM, (Means.PROCESS, Means.PMEMSAVE), "process_vm_readv"),
+        ("shared", (Means.SHARED, Means.PROCESS), "shared memory"),
+        ("preallocated", (Means.SHARED, Means.PROCESS, Means.PMEMSAVE), "shared memory"),
+        ("private", (Means.PROCESS, Means.PMEMSAVE), "process_vm_readv"),
     ],
-    ids=["shared", "preallocated", "private"],
 )
+@pytest.mark.usefixtures("long_lived_shared", "long_lived_private")  # before what counts processes
 def test_each_means_reads_the_same(
-    tmp_path: Path, arguments: tuple[str, ...], works: tuple[Means, ...], best: str
+    request: pytest.FixtureRequest, kind: str, works: tuple[Means, ...], best: str
 ) -> None:
     """Whatever reads the RAM finds what QEMU does; the best means is the default, and QEMU is left as it was."""
-    with running_qemu(tmp_path, arguments=arguments) as running:
-        before = state(running)
-        for means in (None, *works):
-            with open_qmp(running, means) as vm:
-                assert vm.tsc_hz == running.qemu.tsc_hz()
-                assert means is not None or vm.ram.means == best
-                check_against_qemu(vm, running)
-                check_ranges(vm)
-                vm.check_running()
-            assert state(running) == before
+    running: RunningQemu = request.getfixturevalue(kind)
+    before = state(running)
+    for means in (None, *works):
+        with open_qmp(running, means) as vm:
+            assert vm.tsc_hz == running.qemu.tsc_hz()
+            assert means is not None or vm.ram.means == best
+            check_against_qemu(vm, running)
+            check_ranges(vm)
+            vm.check_running()
+        assert state(running) == before
 
 
-def test_by_process(tmp_path: Path) -> None:
+def test_by_process(shared: RunningQemu) -> None:
     """A process alone shows vCPUs and RAM, but neither events nor the guest's TSC frequency."""
-    with running_qemu(tmp_path) as running, open_vm(pid=running.qemu.pid) as vm:
-        check_against_qemu(vm, running)
+    with open_vm(pid=shared.qemu.pid) as vm:
+        check_against_qemu(vm, shared)
         assert vm.tsc_hz is None
         assert vm.why_no_events is not None
-        running.qemu.pause()
+        shared.qemu.pause()
+        shared.qemu.resume()
         assert vm.take_events() == []
         with pytest.raises(MemoryNotReadable, match="no monitor"):
-            open_vm(pid=running.qemu.pid, ram=Means.PMEMSAVE)
+            open_vm(pid=shared.qemu.pid, ram=Means.PMEMSAVE)
 
 
 @pytest.mark.long
@@ -137,36 +188,38 @@ def test_pc_and_q35(tmp_path: Path, machine: str) -> None:
             check_pages(vm, running)
 
 
-def test_reading_fills_no_holes(tmp_path: Path) -> None:
-    """A file that QMP would fill by reading is not searched by it; and no other way allocates memory for the guest."""
-    with running_qemu(tmp_path) as running:
-        before = allocated_bytes(running)
+@pytest.mark.parametrize(("arguments", "name"), [((), "ram"), (SHARED_RAM, "both")], ids=["file", "anonymous"])
+def test_reading_fills_no_holes(tmp_path: Path, arguments: tuple[str, ...], name: str) -> None:
+    """Shared memory that QMP would fill by reading is not searched by it, and no other way allocates any."""
+    with running_qemu(tmp_path, arguments=arguments) as running:
+        before = shared_kib(running)
         with open_qmp(running, Means.PMEMSAVE) as vm:
             check_pages(vm, running)
-            with pytest.raises(MemoryNotReadable, match="ram is a file with holes"):
+            with pytest.raises(MemoryNotReadable, match=f"{name} is shared memory with holes"):
                 vm.ram.ranges()
         for means in (Means.SHARED, Means.PROCESS):
             with open_qmp(running, means) as vm:
                 for found in vm.ram.ranges():
                     vm.ram.read(found.gpa, found.length)
-        assert allocated_bytes(running) == before
+        assert shared_kib(running) == before
+        running.qemu.read_by_monitor(FREE_GPA, FREE_BYTES)
+        assert shared_kib(running) > before, "reading by QMP does fill them"
 
 
-def allocated_bytes(running: RunningQemu) -> int:
-    """What the file of the guest's RAM has of memory."""
-    files = Path(f"/proc/{running.qemu.pid}/fd").iterdir()
-    (blocks,) = {file.stat().st_blocks for file in files if "pvclock-ram" in str(file.readlink())}
-    return blocks * 512
+def shared_kib(running: RunningQemu) -> int:
+    """What QEMU has of shared memory."""
+    status = Path(f"/proc/{running.qemu.pid}/status").read_text(encoding="utf-8")
+    return int(status.partition("RssShmem:")[2].split()[0])
 
 
 def await_events(vm: WatchedVm, *kinds: VmEventKind) -> list[VmEvent]:
     """All events until they are of these kinds, one after the other."""
-    events: list[VmEvent] = []
+    told: list[VmEvent] = []
     deadline = time.monotonic() + HANG_S
-    while tuple(kind for kind, _ in itertools.groupby(event.kind for event in events)) != kinds:
-        assert time.monotonic() < deadline, events
-        events += vm.take_events()
-    return events
+    while tuple(kind for kind, _ in itertools.groupby(event.kind for event in told)) != kinds:
+        assert time.monotonic() < deadline, told
+        told += vm.take_events()
+    return told
 
 
 def test_events(tmp_path: Path) -> None:
@@ -179,31 +232,61 @@ def test_events(tmp_path: Path) -> None:
             running.qemu.pause()
             running.qemu.resume()
             running.qemu.execute("system_reset")
-            events = await_events(vm, VmEventKind.STOP, VmEventKind.RESUME, VmEventKind.RESET)
-            stamps_us = [begin_us, *(event.utc_ns // 1000 for event in events), time.time_ns() // 1000]
+            told = await_events(vm, VmEventKind.STOP, VmEventKind.RESUME, VmEventKind.RESET)
+            stamps_us = [begin_us, *(event.utc_ns // 1000 for event in told), time.time_ns() // 1000]
     assert stamps_us == sorted(stamps_us)
 
 
 def test_a_migration_is_told(tmp_path: Path) -> None:
     """QEMU is asked to tell of it, which it does not do by itself; and of its guest's end."""
     with running_qemu(tmp_path) as running, open_qmp(running) as vm:
-        assert {"capability": "events", "state": True} in running.qemu.execute("query-migrate-capabilities")
+        assert tells_of_migrations(running)
         running.qemu.execute("migrate", uri=f"exec:cat >{os.devnull}")
         await_events(vm, VmEventKind.MIGRATION, VmEventKind.STOP, VmEventKind.MIGRATION)
         running.qemu.execute("system_reset")  # Qemu has QEMU end at it
         await_events(vm, VmEventKind.SHUTDOWN)
 
 
-def test_a_second_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watch_that_begins_during_a_migration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU refuses to tell of it then, and is asked again: what comes of the migration after this one is told."""
+    monkeypatch.setattr(events, "AGAIN_S", 0.0)
+    with running_qemu(tmp_path) as running, listener(tmp_path / "nobody reads"):
+        running.qemu.memory.write(FREE_GPA, os.urandom(FREE_BYTES))  # more than a socket holds, so it does not end
+        running.qemu.execute("migrate", uri=f"unix:{tmp_path / 'nobody reads'}")
+        with open_qmp(running) as vm:
+            assert vm.take_events() == []
+            assert not tells_of_migrations(running)
+            running.qemu.execute("migrate_cancel")
+            await_told(vm, running)
+            running.qemu.execute("migrate", uri=f"exec:cat >{os.devnull}")
+            await_events(vm, VmEventKind.MIGRATION, VmEventKind.STOP, VmEventKind.MIGRATION)
+        assert not tells_of_migrations(running)
+
+
+def tells_of_migrations(running: RunningQemu) -> bool:
+    """Does QEMU?"""
+    return {"capability": "events", "state": True} in running.qemu.execute("query-migrate-capabilities")
+
+
+def await_told(vm: WatchedVm, running: RunningQemu) -> None:
+    """Return when QEMU tells of migrations; it tells nothing before."""
+    deadline = time.monotonic() + HANG_S
+    while not tells_of_migrations(running):
+        assert time.monotonic() < deadline
+        assert vm.take_events() == []
+
+
+def test_a_second_client(shared: RunningQemu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who comes second is told so, and how to watch all the same; the first goes on, and --pid works beside it."""
     monkeypatch.setattr(qmp_socket, "GREETING_LIMIT_S", 0.2)
-    with running_qemu(tmp_path) as running, open_qmp(running) as first:
+    with open_qmp(shared) as first:
         with pytest.raises(QmpFailed, match=r"no greeting within 0\.2 s; another client .* second -qmp, or use --pid"):
-            open_qmp(running)
-        with open_vm(pid=running.qemu.pid) as beside:
-            check_pages(beside, running)
-        running.qemu.pause()
-        await_events(first, VmEventKind.STOP)
+            open_qmp(shared)
+        with open_vm(pid=shared.qemu.pid) as beside:
+            check_pages(beside, shared)
+        shared.qemu.pause()
+        shared.qemu.resume()
+        await_events(first, VmEventKind.STOP, VmEventKind.RESUME)
 
 
 @pytest.mark.parametrize("means", [Means.SHARED, Means.PMEMSAVE])
@@ -221,17 +304,16 @@ def test_killed_while_watched(tmp_path: Path, means: Means) -> None:
         assert len(vm.tsc_offsets()) == vm.vcpus
 
 
-def test_one_who_has_the_socket_only() -> None:
+def test_one_who_has_the_socket_only(private: RunningQemu) -> None:
     """Another user than QEMU's cannot look at its process, and reads by QMP."""
-    with TemporaryDirectory(dir="/run") as name, running_qemu(Path(name), arguments=PRIVATE_RAM) as running:
-        open_to_all(running)
-        with as_another_user(), open_qmp(running) as vm:
-            assert vm.ram.means == "QMP pmemsave"
-            assert vm.why_no_offsets is not None
-            assert vm.tsc_offsets() == (None, None)
-            check_ranges(vm)
-            check_pages(vm, running)
-            vm.check_running()
+    open_to_all(private)
+    with as_another_user(), open_qmp(private) as vm:
+        assert vm.ram.means == "QMP pmemsave"
+        assert vm.why_no_offsets is not None
+        assert vm.tsc_offsets() == (None, None)
+        check_ranges(vm)
+        check_pages(vm, private)
+        vm.check_running()
 
 
 def open_to_all(running: RunningQemu) -> None:
@@ -240,9 +322,9 @@ def open_to_all(running: RunningQemu) -> None:
     running.qmp.chmod(0o777)
 
 
-def test_through_a_proxy(tmp_path: Path) -> None:
+def test_through_a_proxy(private: RunningQemu, tmp_path: Path) -> None:
     """Where descriptors are not passed on, and who listens is no QEMU, one line says what does not work."""
-    with running_qemu(tmp_path, arguments=PRIVATE_RAM) as running, proxy(running.qmp, tmp_path / "proxy"):
+    with proxy(private.qmp, tmp_path / "proxy"):
         with pytest.raises(MemoryNotReadable, match=r"runs no KVM guest.*; and by QMP: .*file descriptor") as caught:
             open_vm(qmp=str(tmp_path / "proxy"))
         assert "\n" not in str(caught.value)

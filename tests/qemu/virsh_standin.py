@@ -6,12 +6,13 @@ as of virsh 9.0; and a file STANDIN_EVENTS.listening, once it hears events.  It 
 
 from __future__ import annotations
 
-import json
+import _socket  # socket and json are most of what a call would take
 import os
-import socket
 import struct
 import sys
-from collections.abc import Iterator
+
+EVENT = '{"timestamp"'
+"""How a line begins that is no answer."""
 
 
 def main(command: str, *options: str) -> int:
@@ -24,27 +25,29 @@ def main(command: str, *options: str) -> int:
         return 1
     if command == "qemu-monitor-command":
         assert options[2] == "--cmd"
-        sys.stdout.write(json.dumps(answer(*options[3:])) + "\n\n")
+        sys.stdout.write(answer(*options[3:]) + "\n")
     else:
         assert (command, *options[2:]) == ("qemu-monitor-event", "--loop")
         print_events(options[1])
     return 0
 
 
-def answer(question: str, descriptor: str = "") -> object:
+def answer(question: str, descriptor: str = "") -> str:
     """QEMU's answer to a command."""
-    connection, messages = talk(os.environ["STANDIN_QMP"])
+    talk = Talk(os.environ["STANDIN_QMP"])
     fds = [struct.pack("i", int(descriptor.removeprefix("--pass-fds=")))] if descriptor else []
-    connection.sendmsg([question.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd) for fd in fds])
-    return next(message for message in messages if "event" not in message)
+    talk.connection.sendmsg([question.encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, fd) for fd in fds])
+    return next(line for line in talk.lines if not line.startswith(EVENT))
 
 
 def print_events(domain: str) -> None:
     """Print the events as they come, until QEMU hangs up."""
+    import json
+
     path = os.environ["STANDIN_EVENTS"]
-    _connection, messages = talk(path)
+    talk = Talk(path)
     os.close(os.open(f"{path}.listening", os.O_CREAT))
-    for event in messages:
+    for event in map(json.loads, talk.lines):
         stamp = event["timestamp"]
         when = f"{stamp['seconds']}.{stamp['microseconds']:06}"
         data = json.dumps(event["data"]) if "data" in event else "<null>"
@@ -52,15 +55,16 @@ def print_events(domain: str) -> None:
         sys.stdout.flush()
 
 
-def talk(path: str) -> tuple[socket.socket, Iterator[dict]]:  # type: ignore[type-arg]  # JSON
-    """A connection to QEMU, ready for commands, and what it says from then on."""
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
-    messages = map(json.loads, connection.makefile())
-    next(messages)
-    connection.sendall(b'{"execute": "qmp_capabilities"}')
-    next(messages)
-    return connection, messages
+class Talk:
+    """A connection to QEMU, ready for commands, and the lines that it says from then on."""
+
+    def __init__(self, path: str) -> None:
+        self.connection = _socket.socket(_socket.AF_UNIX)
+        self.connection.connect(path)
+        self.lines = os.fdopen(self.connection.fileno(), closefd=False)
+        self.lines.readline()
+        self.connection.sendall(b'{"execute": "qmp_capabilities"}')
+        self.lines.readline()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from mmap import PAGESIZE
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvclock._process_memory import read_process
@@ -58,6 +58,7 @@ def written_places(draw: st.DrawFn) -> int:
     return first * PAGESIZE + draw(st.integers(0, count * PAGESIZE - 32))
 
 
+@settings(max_examples=40)
 @given(st.lists(written_places(), max_size=20))
 def test_reads_are_what_is_there(ram: GuestRam, places: list[int]) -> None:
     """Wherever in the block, in order."""
@@ -289,14 +290,33 @@ def test_ram_is_told_from_what_is_none(ram: Mapping, larger: Mapping) -> None:
 
 
 def test_ram_in_several_pieces() -> None:
-    """The nodes of a NUMA guest are blocks one after the other, the biggest first; video memory is none."""
+    """The nodes of a NUMA guest are blocks, the biggest at 0 and the others at what are no addresses; video is none."""
     nodes = [mapping(0x7F20_0000_0000, 1024 * MIB), mapping(0x7F30_0000_0000, 64 * MIB)]
     video = mapping(0x7F40_0000_0000, 16 * MIB)
     assert blocks_of(OtherProcess(video, RAM, *nodes)) == [  # type: ignore[arg-type]
         RamBlock(Gpa(0), 1024 * MIB, nodes[0].start),
-        RamBlock(Gpa(1024 * MIB), 512 * MIB, RAM.start),
-        RamBlock(Gpa(1536 * MIB), 64 * MIB, nodes[1].start),
+        RamBlock(Gpa((1 << 52) + 1024 * MIB), 512 * MIB, RAM.start),
+        RamBlock(Gpa((1 << 52) + 1536 * MIB), 64 * MIB, nodes[1].start),
     ]
+
+
+@pytest.mark.parametrize("bytes_above", [0, PAGESIZE, 4 << 30])
+def test_ram_above_the_hole_for_devices(bytes_above: int) -> None:
+    """Of 6 GiB those above 2 GiB may be at 2 GiB, or above 4 GiB: offsets, that nobody can take for addresses."""
+    (low, *above) = blocks_of(OtherProcess(RAM._replace(length=(2 << 30) + bytes_above)))  # type: ignore[arg-type]
+    assert low == RamBlock(Gpa(0), 2 << 30, RAM.start)
+    assert above == [RamBlock(Gpa((1 << 52) + (2 << 30)), bytes_above, RAM.start + (2 << 30))] * bool(bytes_above)
+
+
+@pytest.mark.parametrize("gpa", [2 << 30, 0xC000_0000, 0x1_4000_0000, (1 << 52) - 64])
+def test_an_address_above_the_hole_for_devices_is_refused(gpa: int) -> None:
+    """q35 has 0x140000000 at offset 0xC0000000: nothing is read there, and the error says who knows the place."""
+    table = BlockTable(blocks_of(OtherProcess(RAM._replace(length=6 << 30))))  # type: ignore[arg-type]
+    with pytest.raises(GuestAddressError, match=r"at 2 GiB or above, where a process alone .* by QMP or libvirt"):
+        table.find(Gpa(gpa), 32)
+    assert table.find(Gpa((1 << 52) + 0xC000_0000), 32) == (1, 1 << 30)
+    with pytest.raises(GuestAddressError, match="is not in one block of the guest's RAM"):
+        table.find(Gpa((1 << 52) + (6 << 30)), 32)
 
 
 def test_a_process_without_ram() -> None:

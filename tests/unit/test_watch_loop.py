@@ -12,6 +12,8 @@ from typing import Self
 import pytest
 
 from pvclock import ClockScale, Gpa, GuestNs, GuestTsc, Reference, TimeInfo, read_tsc
+from pvclock.commands.screen import _drawn
+from pvclock.commands.tables import Table
 from pvclock.errors import ConfigError, MemoryNotReadable, PagesNotFound, PvclockError, VmEnded
 from pvclock.host.watch import TroubleKind
 from pvclock.meter.findings import TIME_INFO
@@ -21,7 +23,9 @@ from pvclock.meter.watch.loop import Finding, HostTrouble, Look, WatchLoop
 from pvclock.meter.watch.loop import VmEnded as Ended
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
+from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.verdict import EXIT_STATUSES, judged
+from qemu_glue.watch.views import LiveView
 from tests.guest_ram import MemoryRam, made_of
 from tests.waiting import HANG_S
 
@@ -119,6 +123,7 @@ def test_old_pages_are_not_found_after_a_reset() -> None:
     next(looks)
     vm.events = [RESET]
     next(looks)
+    assert loop.finder.is_searching
     vm.contents.reads.clear()
     while not vm.contents.reads:  # until it has searched again
         assert not any(map(is_found, next(looks).findings))
@@ -138,7 +143,7 @@ def test_new_pages_where_the_old_ones_were() -> None:
     next(looks)
     same = vm.contents.memory.read(ARRAY, TIME_INFO.size)
     newer: Callable[[], None] = partial(vm.put, ARRAY, 4)
-    for change in (newer, partial(vm.contents.memory.write, ARRAY, same)):
+    for change in (partial(vm.contents.memory.write, ARRAY, same), newer):
         vm.events = [RESET]
         next(looks)
         assert loop.finder.is_searching
@@ -168,6 +173,33 @@ def test_what_firmware_left_gives_way_to_an_array() -> None:
     assert vm.contents.reads == []
 
 
+def test_the_live_view_goes_over_to_other_pages() -> None:
+    """One row for the page that firmware left, and then one for each vCPU's own, with what was found below them."""
+    vm = HandMadeVm(vcpus=2)
+    vm.put(FIRMWARE)
+    loop, looks = loop_of(vm)
+    drawn: list[tuple[object, ...]] = []
+    view = LiveView(loop, Instants(loop.host_tsc_hz), lambda *parts: drawn.append(parts))
+    view.show(next(looks))
+    vm.put(ARRAY)
+    vm.put(Gpa(ARRAY + 64))
+    for look in looks:
+        view.show(look)
+        if loop.finder.pages == (ARRAY, ARRAY + 64):
+            break
+    view.show(next(looks))
+    vm.put(ARRAY, 4, 5000)
+    view.show(next(looks))
+    tables = [_drawn(table, None) for table, *_ in (drawn[0], drawn[-1]) if isinstance(table, Table)]
+    assert ["0xe8c20" in table for table in tables] == [True, False]
+    assert ["0x201040" in table for table in tables] == [False, True]
+    assert "+5.000 us" in tables[-1]
+    told = [str(part) for part in drawn[-1][1:]]
+    assert any("2 pages 64 bytes apart from 0x201000" in each for each in told)
+    assert any("vCPU 0 stepped by +5.000 us against the TSC" in each for each in told)
+    assert told[-1].endswith("; Ctrl-C ends")
+
+
 def test_the_place_that_moves() -> None:
     """Where the likeliest place stays as it is and another moves, the watch goes over to that."""
     vm = HandMadeVm()
@@ -180,6 +212,7 @@ def test_the_place_that_moves() -> None:
     found = until(looks, is_found)
     assert isinstance(found, PagesFound)
     assert found.pages == (FIRMWARE,)
+    assert loop.finder.is_sure
 
 
 def test_a_page_that_is_lost_is_searched() -> None:

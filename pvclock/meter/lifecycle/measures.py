@@ -16,8 +16,11 @@ from pvclock.readings import TimeInfo
 __all__ = [
     "Span",
     "StepsBack",
+    "apart_ns",
     "gaps_ns",
+    "is_set_at_cont",
     "is_stable",
+    "largest_gaps_ns",
     "offset_changes",
     "steps_back",
     "steps_ns",
@@ -64,6 +67,11 @@ def is_stable(seen: Observed) -> bool:
     return all(page.flags & STABLE for look in (seen.before, seen.after) for page in look.pages)
 
 
+def is_set_at_cont(seen: Observed) -> bool:
+    """Is it KVM's clock, of another VMM that sets it back at cont: QEMU's?"""
+    return seen.server.is_kvm and seen.server.stops_when_paused
+
+
 def stood_still(seen: Observed) -> Span:
     """For how long the server's clock is to have stood still."""
     if seen.server.stops_when_paused:
@@ -93,6 +101,12 @@ def _step_ns(kind: Kind, before: TimeInfo, after: TimeInfo, offset: int | None, 
     return step_between(before, offset, after, offset_after)[0] if is_known else None
 
 
+def apart_ns(seen: Observed) -> int:
+    """How far the vCPUs' lines are apart afterwards, at most; a TSC that all have, whatever it is by now, shows it."""
+    first, *others = seen.after.pages
+    return max((abs(step_between(first, None, other, None)[0]) for other in others), default=0)
+
+
 def went_on(seen: Observed) -> Span:
     """How far guest time went on while no vCPU ran, by the guest's readings before and after."""
     left_out = Span(-seen.left_out_ns, -seen.left_out_ns).wider(seen.left_out_bound_ns)
@@ -108,6 +122,13 @@ def gaps_ns(seen: Observed) -> list[int]:
     if not seen.booted_anew:
         return [record.largest_gap_ns for record in after]
     return [now.first_ns - then.last_ns for then, now in zip(seen.before.records, after, strict=True)]
+
+
+def largest_gaps_ns(seen: Observed) -> list[int]:
+    """What each vCPU's gap can be: what it counted in all, and in QEMU the stop, by which a late page may be ahead."""
+    ahead_ns = seen.stopped.most_ns if is_set_at_cont(seen) else 0
+    pairs = zip(seen.before.records, seen.after.records, strict=True)
+    return [after.last_ns - before.last_ns + ahead_ns + tolerance_ns(seen) for before, after in pairs]
 
 
 def steps_back(seen: Observed) -> StepsBack:

@@ -8,6 +8,7 @@ from pvclock.meter.lifecycle.operations import Kind
 
 __all__ = ["REASONS"]
 
+ONE_LINE: Final = "Afterwards all vCPUs' lines are one"
 UNSTABLE: Final = "Not judged without STABLE, where KVM moves guests' TSCs"
 BOOTED_ANEW: Final = "from the last reading before to the first one after, the boot included, and never below 0"
 ALL_ALIKE: Final = "the same for all vCPUs, as their TSCs are to agree"
@@ -18,14 +19,14 @@ STOP: Final = {
     "step against the TSC": "new line less old line at the new tsc_timestamp.  Engine and QEMU take out the time "
     "stopped: at least from stop answered to cont asked for, at most from stop asked for to cont answered.  The "
     "kernel's clock goes on, for it leaves that to its VMM: a difference by design.  KVM's clocks also drift by up "
-    f"to 1 ppm between two anchors.  {UNSTABLE}",
+    f"to 1 ppm between two anchors.  {ONE_LINE}.  {UNSTABLE}",
     "guest time meanwhile": "how far the guest's clock went on while no vCPU ran: the stop, which took at least and "
     "at most so long, less what the guest's readings before and after left out of the host's time.  Engine and QEMU: "
     f"0 is within; the kernel's: the whole stop.  {UNSTABLE}",
     "largest gap between readings": "of each vCPU since it was stopped, by the guest's clock.  The kernel's: at "
     "least the longest stop.  In QEMU a vCPU that enters before vCPU 0 reads that one's page as it was before the "
-    "stop, and jumps ahead by the whole stop; the engine changes all pages before any vCPU enters.  No upper bound: "
-    "on a busy host vCPUs wait",
+    "stop, and jumps ahead by the whole stop; the engine changes all pages before any vCPU enters.  On a busy host "
+    "vCPUs wait, so at most what the vCPU's clock counted in all, and in QEMU the stop",
     "readings that went back": "none with engine and kernel, nor with one vCPU.  In QEMU up to the time stopped: KVM "
     "brings a page up to date when its vCPU next enters the guest, so another that entered before it has read vCPU "
     "0's old page (as every vDSO does), ahead by the stop, and then goes back.  `own` counts readings below the "
@@ -36,14 +37,14 @@ STOP: Final = {
     "clock in our machine: never, for that does not make this call",
     "versions": "even.  The engine's and QEMU's advance, by 2 for each publish; in QEMU less often than it was "
     "stopped, for KVM publishes when the vCPU enters, and it may not have entered between two stops",
-    "TSC offset moved by": "0: neither stop nor cont writes a guest's TSC",
+    "TSC offset moved by": "0: neither stop nor cont writes a guest's TSC.  Of QEMU it is debugfs that tells, or not",
     "wall clock afterwards": "wall clock record and guest's time against CLOCK_REALTIME: late by what was left out, "
     "for neither engine nor KVM writes a record that the guest has not registered again",
 }
 RESET: Final = {
     "step against the TSC": "none by the host's TSC: guest time goes on, in QEMU, too, for KVM's clock is the VM's "
     "and not the boot's.  That the guest's TSC begins anew is taken out where offsets can be read, else the step is "
-    f"unknown.  {UNSTABLE}",
+    f"unknown.  {ONE_LINE}.  {UNSTABLE}",
     "guest time meanwhile": "how much more than the host's time the guest's clock counted over the reset, by its "
     f"readings: 0 is within.  {UNSTABLE}",
     "largest gap between readings": BOOTED_ANEW,
@@ -63,7 +64,7 @@ RESET: Final = {
 LOAD: Final = {
     "step against the TSC": "engine and QEMU leave out the time from stop to cont, saving and loading included; QEMU "
     "sets the saved clock at cont.  Unknown where offsets cannot be read, for the load sets the TSC, too.  "
-    f"{UNSTABLE}",
+    f"{ONE_LINE}.  {UNSTABLE}",
     "guest time meanwhile": "0 is within, as with stop and cont.  QEMU's guest runs on where it was; Machine.save() "
     f"has the clock and not the vCPUs, so the loaded clock serves a clockprobe that boots anew.  {UNSTABLE}",
     "largest gap between readings": f"QEMU's: as with stop and cont.  The engine's: {BOOTED_ANEW}",

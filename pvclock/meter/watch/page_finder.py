@@ -102,6 +102,7 @@ class PageFinder:
             before, self._choice = self.pages, self._choice.after(poll.pages)
             self._has_moved |= any(infos[gpa].version != first[gpa] for gpa in before if gpa in infos and gpa in first)
             if self.pages != before:
+                self._has_moved = True
                 return PagesFound(self.pages, "another place than was thought: the versions there move")
         if self.is_searching and all(_is_new(gpa, infos.get(gpa), self._old) for gpa in self.pages):
             self.is_searching = False

@@ -20,6 +20,13 @@ SHARED_LEAST_BYTES: Final = 1 << 20
 """From here on a mapping that is not the biggest is taken for RAM, too: of another NUMA node, of a DIMM.  Video memory
 is private and smaller, and so are threads' stacks."""
 
+KNOWN_BYTES: Final = 2 << 30
+"""An x86 VMM has RAM from 0 to there or further, then a hole for devices, and above 4 GiB the rest: QEMU's hole begins
+at 2, 2.75, 3 or 3.5 GiB, by machine type and options."""
+
+OFFSETS_FROM: Final = 1 << 52
+"""Beyond any guest-physical address."""
+
 FINDS_KEPT: Final = 1024
 
 NO_RAM: Final = re.compile(r"\[(?!anon)|anon_inode:|socket:|/dmabuf|/SYSV|/dev/(?!shm/|hugepages|zero)")
@@ -51,16 +58,19 @@ class BlockTable:
             offset = gpa - self._begins[index]
             if 0 <= length <= self.blocks[index].length - offset:
                 return index, offset
-        raise GuestAddressError(gpa, length, "is not in one block of the guest's RAM")
+        raise GuestAddressError(gpa, length, self._why_not(gpa))
+
+    def _why_not(self, gpa: int) -> str:
+        if KNOWN_BYTES <= gpa < OFFSETS_FROM <= max(self._begins, default=0):
+            return "is at 2 GiB or above, where a process alone does not tell what lies; name its VM by QMP or libvirt"
+        return "is not in one block of the guest's RAM"
 
 
 def blocks_of(process: Process) -> list[RamBlock]:
     """The mappings of a VMM that look like guest RAM, where nothing but the process is known; the biggest comes first.
 
-    **Their addresses are offsets in that memory**, block after block, and no guest-physical ones.  In the low part of
-    the first they are the same.  An x86 VMM leaves a hole for devices somewhere below 4 GiB and puts the rest of RAM
-    above it; where, depends on the machine type and its options (QEMU: from 2, 2.75, 3 or 3.5 GiB on), which the
-    process does not tell.  For guest-physical addresses ask the VMM (--qmp).
+    Its first KNOWN_BYTES are at guest-physical address 0.  Where the rest is, and other mappings, the process does not
+    tell: their addresses are offsets in this memory, mapping after mapping, from OFFSETS_FROM on.  The VMM knows (QMP).
 
     MemoryNotReadable if no mapping looks like RAM; errors of Process.mappings().
     """
@@ -68,8 +78,12 @@ def blocks_of(process: Process) -> list[RamBlock]:
     chosen = [each for each in found if each is found[0] or each.length >= _least_bytes(each)]
     if not chosen:
         raise MemoryNotReadable(process.pid, "no mapping of it looks like a guest's RAM")
-    ends = accumulate(each.length for each in chosen)
-    return [RamBlock(Gpa(end - each.length), each.length, each.start) for each, end in zip(chosen, ends, strict=True)]
+    biggest, *others = chosen
+    known = min(biggest.length, KNOWN_BYTES)
+    rest = [(biggest.start + known, biggest.length - known), *((each.start, each.length) for each in others)]
+    offsets = accumulate((length for _, length in rest), initial=OFFSETS_FROM + known)
+    unknown = [RamBlock(Gpa(at), length, start) for at, (start, length) in zip(offsets, rest, strict=False) if length]
+    return [RamBlock(Gpa(0), known, biggest.start), *unknown]
 
 
 def _least_bytes(mapping: Mapping) -> int:
