@@ -63,6 +63,12 @@ def no_wait(_seconds: float) -> bool:
     return False
 
 
+def at_its_pace(seconds: float) -> bool:
+    """Look as often as a watch does, for ever: events may be told some looks late, and not any number of looks."""
+    time.sleep(max(seconds, 0))
+    return False
+
+
 def first(findings: Iterator[Finding], wanted: Callable[[Finding], bool]) -> Finding:
     """Wait for a finding."""
     return next(finding for finding in findings if wanted(finding))
@@ -81,7 +87,7 @@ def test_the_step_at_a_pause_is_what_the_guest_saw(running: RunningQemu) -> None
     lies between the pauses that the host's TSC allows.
     """
     with open_vm(qmp=str(running.qmp)) as vm:
-        loop = WatchLoop(vm, Reference.RAW, wait=no_wait)
+        loop = WatchLoop(vm, Reference.RAW, wait=at_its_pace)
         assert loop.begin().pages == tuple(PAGES)
         looks = loop.looks()
         next(looks)
@@ -272,17 +278,16 @@ def test_an_error_amid_a_watch(
 
     for as_json in ([], ["--json"]):
         with monkeypatch.context() as patch:
-            script(patch, running.qemu.pause, partial(patch.setattr, QemuVm, "take_events", fail))
+            script(patch, partial(patch.setattr, QemuVm, "take_events", fail))
             assert main(["watch", "--qmp", str(running.qmp), *as_json]) == 2
-        running.qemu.resume()
         told = capsys.readouterr()
         if as_json:
             *_, summary, report = map(json.loads, told.out.splitlines())
             assert summary.keys() - {"schema", "kind"} == documented_keys()["summary"]
-            assert summary["polls"] == 2
+            assert summary["polls"] == 1
             assert report["error"]["message"] == "QMP query-status: no answer within 10 s"
         else:
-            assert "2 polls" in told.out
+            assert "1 poll\n" in told.out
             assert told.err == "pvclock watch: QMP query-status: no answer within 10 s\n"
 
 

@@ -22,7 +22,7 @@ from pvclock.meter.watch.changes import Disagreement, Step
 from pvclock.meter.watch.disagreements import AGREE_NS
 from pvclock.meter.watch.rate import PageRate
 from pvclock.meter.watch.summary import WatchSummary, surely_ns
-from pvclock.meter.watch.words import counted, duration, exact_ns, plain_ns, rate_in_words
+from pvclock.meter.watch.words import bounded_ns, counted, duration, plain_ns, rate_in_words
 from pvclock.quantities import quoted
 
 __all__ = ["Budgets", "Verdict", "VerdictStatus", "judge", "parse_drift_ppb", "parse_step_ns"]
@@ -151,7 +151,7 @@ def _step_told(step: Step, most_ns: Fraction) -> str:
     many = f" in {step.lines} lines" if step.lines > 1 else ""
     causes = " and ".join(dict.fromkeys(event.kind for event in step.events))
     return (
-        f"vCPU {step.vcpu}'s clock stepped by {_within(step.step_ns or 0, step.bound_ns or 0)}{many}"
+        f"vCPU {step.vcpu}'s clock stepped by {bounded_ns(step.step_ns or 0, step.bound_ns or 0)}{many}"
         f"{f', at {causes}' if causes else ''}: {_more(abs(step.step_ns or 0), most_ns)}{_of_pause(step)}"
     )
 
@@ -164,7 +164,7 @@ def _of_pause(step: Step) -> str:
         return ", as its guest saw it"
     return (
         f"; a pause counts by the TSC, with --allow-pauses by what the guest saw, "
-        f"{_within(step.seen_ns, step.seen_bound_ns)}"
+        f"{bounded_ns(step.seen_ns, step.seen_bound_ns)}"
     )
 
 
@@ -180,7 +180,7 @@ def _disagreements(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -
 
 def _apart(found: Disagreement, most_ns: Fraction) -> str:
     return (
-        f"vCPU {found.ahead}'s page was {_within(found.by_ns, found.bound_ns).removeprefix('+')} ahead of "
+        f"vCPU {found.ahead}'s page was {bounded_ns(found.by_ns, found.bound_ns).removeprefix('+')} ahead of "
         f"vCPU {found.behind}'s, for {duration(found.least_ns)} at least: {_more(found.by_ns, most_ns)}"
     )
 
@@ -202,10 +202,6 @@ def _drift(vcpu: int, rate: PageRate, most_ppb: Fraction) -> _Finding | None:
     if abs(rate.ppb) + rate.bound_ppb > most_ppb:
         return _undecided(f"{told}, which leaves {float(most_ppb):g} ppb open; a longer watch knows it better")
     return None
-
-
-def _within(ns: int, bound_ns: int) -> str:
-    return f"{exact_ns(ns, bound_ns)} (within {duration(bound_ns)})"
 
 
 def _more(found_ns: int, most_ns: Fraction) -> str:
