@@ -374,7 +374,7 @@ def test_a_page_above_2_gib_by_the_process_alone(capsys: pytest.CaptureFixture[s
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith("where a process alone does not tell what lies; name its VM by QMP or libvirt")
         assert main([*watch, "--seconds", "0.1"]) == 0
-        assert f"2 vCPUs' pages at {PAGES[0]:#x}" in capsys.readouterr().out
+        assert f"watching 2 pages at {PAGES[0]:#x}" in capsys.readouterr().out
 
 
 OUR_MACHINE = """
