@@ -229,8 +229,3 @@ def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:
     """What is wrong before anything has changed."""
     why = f"the host's clocksource is {host.last.clocksource}, not tsc"
     return [] if host.tsc_trusted else [HostTrouble(TroubleKind.CLOCKSOURCE, True, why)]
-
-
-def _may_be_reset(change: Change) -> bool:
-    """Was the TSC written, and the page's line is still the old one?"""
-    return isinstance(change, Step) and change.lines == 0 and change.step_ns is None
