@@ -25,6 +25,8 @@ STAMP_BOUND_NS: Final = 1000
 """A stamp is a whole us, cut off."""
 POLLS_KEPT: Final = 256
 """An event is told some ms late, which may be many polls."""
+SLEW_SHARE: Final = 8
+"""UTC that gains or loses more than this part of the time that passes was set: adjtimex() slews by a tenth at most."""
 DELAYS_NS: Final = 10_000_000
 """A clock that stood goes on by less from STOP to RESUME, or by less than half of the pause on a busy host."""
 
@@ -93,15 +95,31 @@ class Pauses:
         return ticks * NS_PER_S // self._host_tsc_hz
 
     def _instant(self, event: VmEvent) -> _Instant:
-        """By UTC at the polls before and after it; they differ by what UTC did between, if that went one way."""
+        """By UTC at the polls before and after it; of more than one pair of them, if UTC was set back."""
         utc_ns = event.utc_ns
-        pairs = [pair for pair in pairwise(self._clocks) if pair[0].utc_ns <= utc_ns <= pair[1].utc_ns]
-        around = [clocks for pair in pairs for clocks in pair]  # of more than one pair, if UTC was set back
-        if not around:
+        spans = [span for pair in pairwise(self._clocks) if (span := _span(*pair, utc_ns)) is not None]
+        if not spans:
             return _Instant(utc_ns)
-        instants = [clocks.host_ns + utc_ns - clocks.utc_ns for clocks in around]
-        early, late = min(instants), max(instants)
-        return _Instant(utc_ns, (early + late) // 2, (late - early) // 2 + 1 + max(each.bound_ns for each in around))
+        early, late = min(span[0] for span in spans), max(span[1] for span in spans)
+        return _Instant(utc_ns, (early + late) // 2, (late - early) // 2 + 1 + max(span[2] for span in spans))
+
+
+def _span(before: _Clocks, after: _Clocks, utc_ns: int) -> tuple[int, int, int] | None:
+    """(earliest, latest, bound) of a stamp between two polls, in ns of the host's TSC; None if it is not of then.
+
+    The polls differ by what UTC did between, if it was slewed one way.  If it was set, that may have been at any
+    instant; it had all values soon after the first poll's, and soon before the second's.
+    """
+    passed_ns, bound_ns = after.host_ns - before.host_ns, max(before.bound_ns, after.bound_ns)
+    slewed_ns = passed_ns // SLEW_SHARE + before.bound_ns + after.bound_ns
+    if abs(after.utc_ns - before.utc_ns - passed_ns) > slewed_ns:
+        reach_ns = passed_ns + slewed_ns + STAMP_BOUND_NS
+        is_near = -STAMP_BOUND_NS < utc_ns - before.utc_ns < reach_ns or 0 <= after.utc_ns - utc_ns < reach_ns
+        return (before.host_ns, after.host_ns, bound_ns) if is_near else None
+    if not before.utc_ns - STAMP_BOUND_NS < utc_ns <= after.utc_ns:
+        return None
+    instants = [clocks.host_ns + utc_ns - clocks.utc_ns for clocks in (before, after)]
+    return min(instants), max(instants), bound_ns
 
 
 def with_seen(step: Step, pauses: Sequence[Pause], speed: Fraction | None) -> Step:
