@@ -32,10 +32,14 @@ DELAYS_NS: Final = 10_000_000
 
 
 class Pause(NamedTuple):
-    """How long a guest was stopped, by the host's TSC; bound_ns: None if that is known by the VMM's stamps only."""
+    """How long a guest was stopped, by the host's TSC; bound_ns: None if that is known by the VMM's stamps only.
+
+    resumed: the host's TSC at its end; None if unknown.
+    """
 
     ns: int
     bound_ns: int | None
+    resumed: int | None = None
 
 
 class Stopped(NamedTuple):
@@ -85,7 +89,7 @@ class Pauses:
             if event.kind is VmEventKind.STOP:
                 self._stop, self._is_stopped = self._stop or self._instant(event), True
             elif event.kind is VmEventKind.RESUME:
-                ended += [] if self._stop is None else [_pause(self._stop, self._instant(event))]
+                ended += [] if self._stop is None else [self._pause(self._stop, self._instant(event))]
                 self._stop, self._is_stopped = None, False
         return Stopped(tuple(ended), self._is_stopped, self._stop is not None and self._stop is before)
 
@@ -93,6 +97,12 @@ class Pauses:
 
     def _ns(self, ticks: int) -> int:
         return ticks * NS_PER_S // self._host_tsc_hz
+
+    def _pause(self, stop: _Instant, resume: _Instant) -> Pause:
+        if stop.host_ns is None or resume.host_ns is None:
+            return Pause(resume.utc_ns - stop.utc_ns, None)
+        bound_ns = stop.bound_ns + resume.bound_ns + STAMP_BOUND_NS
+        return Pause(resume.host_ns - stop.host_ns, bound_ns, resume.host_ns * self._host_tsc_hz // NS_PER_S)
 
     def _instant(self, event: VmEvent) -> _Instant:
         """By UTC at the polls before and after it; of more than one pair of them, if UTC was set back."""
@@ -133,7 +143,9 @@ def with_seen(step: Step, pauses: Sequence[Pause], speed: Fraction | None) -> St
     pauses = max(pauses, _by_stamps(step.events), key=len)  # those of which a late vCPU took no line count, too
     stopped_ns = sum(pause.ns for pause in pauses)
     seen_ns = step.step_ns + round(stopped_ns * (speed or 1))
-    bend_ns = ceil(abs(ns_per_tick(step.after) - ns_per_tick(step.before)) * (step.at - step.since))
+    # A late vCPU took its line some time after the RESUME, and two lines of different rates had come apart by then.
+    since = min([step.since, *(pause.resumed for pause in pauses if pause.resumed is not None)])
+    bend_ns = ceil(abs(ns_per_tick(step.after) - ns_per_tick(step.before)) * (step.at - since))
     bound_ns = step.bound_ns + bend_ns + sum(pause.bound_ns or 0 for pause in pauses) + 1
     is_likely = abs(seen_ns) <= max(DELAYS_NS, abs(stopped_ns) // 2) + bound_ns
     if stopped_ns and step.basis is TscBasis.ASSUMED and not is_likely:
@@ -141,12 +153,6 @@ def with_seen(step: Step, pauses: Sequence[Pause], speed: Fraction | None) -> St
     if speed is None or not pauses or len(pauses) != step.lines or any(pause.bound_ns is None for pause in pauses):
         return step
     return step._replace(seen_ns=seen_ns, seen_bound_ns=bound_ns)
-
-
-def _pause(stop: _Instant, resume: _Instant) -> Pause:
-    if stop.host_ns is None or resume.host_ns is None:
-        return Pause(resume.utc_ns - stop.utc_ns, None)
-    return Pause(resume.host_ns - stop.host_ns, stop.bound_ns + resume.bound_ns + STAMP_BOUND_NS)
 
 
 def _by_stamps(events: Iterable[VmEvent]) -> list[Pause]:
