@@ -102,7 +102,7 @@ def step_in_words(step: Step) -> str:
     """What follows the vCPU's name."""
     numbers = [_against_tsc(step)]
     if step.seen_ns is not None:
-        numbers.append(f"{bounded_ns(step.seen_ns, step.seen_bound_ns or 0)} seen by the guest")
+        numbers.append(f"{bounded_ns(step.seen_ns, step.seen_bound_ns or 0)} from STOP to RESUME")
     several = [f"{step.lines} lines followed each other"] * (step.lines > 1)
     return "; ".join([", ".join(numbers), *several, *_causes(step.events)])
 

@@ -66,7 +66,7 @@ def _greatest(summary: WatchSummary) -> Iterator[tuple[str, str]]:
         if step is not None:
             yield name, f"vCPU {step.vcpu} {step_in_words(step)}"
     if summary.least_seen is not None and summary.most_seen is not None:
-        yield "seen by the guest", " to ".join(dict.fromkeys(map(_seen, (summary.least_seen, summary.most_seen))))
+        yield "from STOP to RESUME", " to ".join(dict.fromkeys(map(_seen, (summary.least_seen, summary.most_seen))))
     for found in (summary.sure_disagreement, summary.assumed_disagreement):
         if found is not None:
             yield f"disagreements: {summary.disagreements}", _disagreement(found)

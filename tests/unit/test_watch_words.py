@@ -115,7 +115,7 @@ SENTENCES = [
     (
         STEP._replace(seen_ns=2_100_000, seen_bound_ns=500_000, events=(STOP, RESUME)),
         (
-            "vCPU 0 stepped by -1.035 012 345 s against the TSC, +2.10 ms (within 500 us) seen by the guest; "
+            "vCPU 0 stepped by -1.035 012 345 s against the TSC, +2.10 ms (within 500 us) from STOP to RESUME; "
             "STOP, RESUME 1.035 s later"
         ),
     ),

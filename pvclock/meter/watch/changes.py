@@ -35,7 +35,8 @@ class Step(NamedTuple):
     step_ns: *against the TSC*: what the newer line gives more than the older one when it took its place; true to
     bound_ns.  Both None if `basis` is CHANGED.
     seen_ns: *seen by the guest*, if it was stopped and continued meanwhile and the VMM told when: its clock's progress
-    from STOP to RESUME, true to seen_bound_ns; else both None.
+    from STOP to RESUME, true to seen_bound_ns; else both None.  vCPUs may stand for longer than that: a little below 0
+    is the VMM's own work, of which the guest saw nothing.
     """
 
     at: HostTsc
