@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +13,18 @@ from tests.kvm.leaks import open_descriptors
 from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.row("E3")
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and so would its tests."""
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -29,7 +42,6 @@ def test_the_first_is_kept(number: signal.Signals) -> None:
 
 def test_a_second_is_one() -> None:
     """Who is in a hurry presses it again."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupts.wait(HANG_S)
@@ -39,10 +51,7 @@ def test_a_second_is_one() -> None:
 
 def test_what_is_ignored_stays_ignored() -> None:
     """As nohup and a shell's background jobs have it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with Interrupts() as interrupts:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert not interrupts.wait(0)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupts.wait(0)
