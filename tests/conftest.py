@@ -1,6 +1,8 @@
 """What holds for every test: it names the rows it proves, and it is skipped only with a reason that helps."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +19,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 ROOT = Path(__file__).parents[1]
 ROWS_TSV = ROOT / "docs" / "rows.tsv"
+DEBUGFS = Path("/sys/kernel/debug")
 
 
 @cache
@@ -40,6 +43,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     complaints = {item.nodeid.partition("[")[0]: complaint for item in items if (complaint := row_complaint(item))}
     if complaints:
         raise pytest.UsageError("\n".join(f"{test}: {complaint}" for test, complaint in complaints.items()))
+
+
+@pytest.fixture(scope="module")
+def debugfs() -> Iterator[None]:
+    """TSC offsets can be read; mounted for these tests only where it was not; skip where that is not permitted."""
+    if os.geteuid():
+        pytest.skip("only root reads TSC offsets; run this as root")
+    if (DEBUGFS / "kvm").exists():
+        yield
+        return
+    mount = ["mount", "-t", "debugfs", "debugfs", str(DEBUGFS)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"TSC offsets are in debugfs, which cannot be mounted here: {mounted.stderr.strip()}")
+    yield
+    subprocess.run(["umount", DEBUGFS], check=True)
 
 
 def scope_of(nodeid: str) -> str:

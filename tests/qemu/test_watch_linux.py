@@ -51,7 +51,6 @@ LAG_INTERVAL_S: Final = 0.003
 LAG_TRIES: Final = 40
 FLOORS_NS: Final = 4
 """Readings are cut to whole ns: two of the guest's, and two of a line."""
-DEBUGFS: Final = Path("/sys/kernel/debug")
 
 ROOT: Final = Path(__file__).parents[2]
 
@@ -67,19 +66,6 @@ def kernel() -> Kernel:
         return find_kernel(None, lambda _text: None)
     except LabError as error:
         pytest.skip(f"no kernel for the guest: {error}")
-
-
-@pytest.fixture(scope="module")
-def debugfs() -> Iterator[None]:
-    """TSC offsets can be read; skip where they cannot."""
-    if os.geteuid():
-        pytest.skip("only root reads TSC offsets; run this as root")
-    mounted = (DEBUGFS / "kvm").exists()
-    if not mounted:
-        subprocess.run(["mount", "-t", "debugfs", "debugfs", DEBUGFS], check=True)
-    yield
-    if not mounted:
-        subprocess.run(["umount", DEBUGFS], check=True)
 
 
 @pytest.fixture(scope="module")
