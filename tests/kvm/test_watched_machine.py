@@ -59,10 +59,10 @@ def test_the_vm_is_found(vmm: VmmProcess) -> None:
 def test_pages_are_as_they_are_there(machine: WatchedMachine, ram: GuestRam) -> None:
     """What is read here is what the process has in its own memory; and the guest goes on."""
     before = machine.ask("reads")
-    assert [page.hex() for page in ram.read_many(PAGES, 32)] == machine.ask("pages")
-    machine.ask("pause")
-    machine.ask("resume")
-    assert [page.hex() for page in ram.read_many(PAGES, 32)] == machine.ask("pages")
+    for _ in range(2):  # a resume writes them anew, and a guest that runs clears their flags
+        machine.ask("pause")
+        assert [page.hex() for page in ram.read_many(PAGES, 32)] == machine.ask("pages")
+        machine.ask("resume")
     while min(now - then for now, then in zip(machine.ask("reads"), before, strict=True)) == 0:
         pass
 
