@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: Apache-2.0 OR MIT
+ *
+ * What a guest is told about its clocks: CPUID's leaves, and the pvclock records that it can see.
+ */
+#ifndef PVCLOCK_PROBE_FACTS_H
+#define PVCLOCK_PROBE_FACTS_H
+
+#include <stdint.h>
+
+enum { PROBE_LEAVES_MAX = 48 };
+
+struct probe_leaf {
+    uint32_t leaf, subleaf, eax, ebx, ecx, edx;
+};
+
+/* Read the leaves that say something about time or the hypervisor (0, 1, 7, 0x15, 0x16, 0x80000000 and ...0007, each
+ * hypervisor's signature leaf from 0x40000000 in steps of 0x100, and what follows it as far as it says); the count. */
+unsigned probe_leaves(struct probe_leaf leaves[PROBE_LEAVES_MAX]);
+
+/* One pvclock record as seen now, and how often of `looks` its GUEST_STOPPED flag was set. */
+struct probe_page {
+    unsigned cpu;
+    uint32_t version, mul;
+    int32_t shift;
+    uint32_t flags;
+    unsigned looks, stopped_looks;
+};
+
+#endif
