@@ -15,6 +15,7 @@ PvclockError
 ├── MemoryNotReadable             .pid; a guest's memory cannot be read from outside
 │   └── VmEnded                   the process that ran a watched VM has ended
 ├── VmNotObservable               .pid .why; a process that cannot be looked at, or runs no KVM guest
+├── ProbeFailed                   .status .said; the probe could not be run, or ended without a result
 ├── LabError                      .console_tail; the lab lacks something, did not boot, or timed out
 └── KvmError (OSError)            .errno .call; a failed KVM system call
     ├── KvmUnavailable            /dev/kvm cannot be used; the message says what to do
@@ -38,6 +39,7 @@ __all__ = [
     "MissingCapability",
     "MsrFault",
     "PagesNotFound",
+    "ProbeFailed",
     "PvclockError",
     "RangeError",
     "StateError",
@@ -203,6 +205,18 @@ class VmNotObservable(PvclockError):
         super().__init__(f"process {pid}: {why}")
         self.pid = pid
         self.why = why
+
+
+class ProbeFailed(PvclockError):
+    """The probe could not be run here, or ended without a result.
+
+    status: its exit status, below 0 the signal that ended it, None if it was not started.  said: what it said last.
+    """
+
+    def __init__(self, why: str, status: int | None = None, said: str = "") -> None:
+        super().__init__(why + (f": {said}" if said else ""))
+        self.status = status
+        self.said = said
 
 
 class LabError(PvclockError):
