@@ -15,7 +15,7 @@ PvclockError
 ├── MemoryNotReadable             .pid; a guest's memory cannot be read from outside
 │   └── VmEnded                   the process that ran a watched VM has ended
 ├── VmNotObservable               .pid .why; a process that cannot be looked at, or runs no KVM guest
-├── ProbeFailed                   .status .said; the probe could not be run, or ended without a result
+├── ProbeNotRun                   .status .said; the probe could not be run, or ended without a result
 ├── LabError                      .console_tail; the lab lacks something, did not boot, or timed out
 └── KvmError (OSError)            .errno .call; a failed KVM system call
     ├── KvmUnavailable            /dev/kvm cannot be used; the message says what to do
@@ -39,7 +39,7 @@ __all__ = [
     "MissingCapability",
     "MsrFault",
     "PagesNotFound",
-    "ProbeFailed",
+    "ProbeNotRun",
     "PvclockError",
     "RangeError",
     "StateError",
@@ -207,7 +207,7 @@ class VmNotObservable(PvclockError):
         self.why = why
 
 
-class ProbeFailed(PvclockError):
+class ProbeNotRun(PvclockError):
     """The probe could not be run here, or ended without a result.
 
     status: its exit status, below 0 the signal that ended it, None if it was not started.  said: what it said last.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Final
 
-from pvclock.errors import ProbeFailed
+from pvclock.errors import ProbeNotRun
 
 __all__ = ["run_probe"]
 
@@ -36,7 +36,7 @@ ELSEWHERE: Final = (
 def run_probe(
     program: bytes, options: Sequence[str], seconds: float, progress: Callable[[float], None] = lambda _done_s: None
 ) -> bytes:
-    """What `program`, an executable, prints when it is run with `options`; ProbeFailed if that is not to be had.
+    """What `program`, an executable, prints when it is run with `options`; ProbeNotRun if that is not to be had.
 
     seconds: how long it will measure.  progress: is told every 0.1 s for how long it has run.
     """
@@ -44,7 +44,7 @@ def run_probe(
         status = _run_to_end(executable, options, seconds, progress, output, errors)
         said = _content(errors)[-SAID_MAX:].decode(errors="replace").strip()
         if status != 0:
-            raise ProbeFailed(_why_ended(status), status, said)
+            raise ProbeNotRun(_why_ended(status), status, said)
         return _content(output)
 
 
@@ -57,7 +57,7 @@ def _in_memory(name: str, program: bytes) -> Iterator[int]:
     try:
         file = _executable_memfd(name)
     except OSError as error:
-        raise ProbeFailed(f"no program may be made in memory here ({_named(error)}); {ELSEWHERE}") from None
+        raise ProbeNotRun(f"no program may be made in memory here ({_named(error)}); {ELSEWHERE}") from None
     with os.fdopen(file, "wb") as content:
         content.write(program)
         content.flush()
@@ -99,7 +99,7 @@ def _run_to_end(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, pass_fds=[executable]
         )
     except OSError as error:
-        raise ProbeFailed(f"a program in memory may not be run here ({_named(error)}); {ELSEWHERE}") from None
+        raise ProbeNotRun(f"a program in memory may not be run here ({_named(error)}); {ELSEWHERE}") from None
     try:
         return _awaited(process, seconds, progress)
     finally:
@@ -114,7 +114,7 @@ def _awaited(process: subprocess.Popen[bytes], seconds: float, progress: Callabl
             return process.wait(POLL_S)
         except subprocess.TimeoutExpired:
             progress(done_s)
-    raise ProbeFailed(f"the probe was to measure for {seconds:g} s, and did not end within {done_s:.0f} s")
+    raise ProbeNotRun(f"the probe was to measure for {seconds:g} s, and did not end within {done_s:.0f} s")
 
 
 def _why_ended(status: int) -> str:

@@ -1,0 +1,76 @@
+"""The probe's Linux executable in a stock Debian guest without Python, its console's capture judged outside."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from pvclock.commands import main
+from pvclock.errors import LabError
+from pvclock.lab.kernel import Kernel, find_kernel
+from pvclock.meter.inside.record import ProbeRecord, parse_record
+from pvclock.probe import linux_executable
+from tests.qemu.linux_guest import LinuxGuest, runs_linux
+
+pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.row("E18")]
+
+INIT: Final = b"""\
+#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+exec </dev/console >/dev/console 2>&1
+echo "ready to measure"
+/probe --seconds 2
+echo "status $?"
+exec /bin/busybox sleep 1000000
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    """The lab's kernel, as Debian built it; skip where KVM cannot run it."""
+    if not runs_linux():
+        pytest.skip("KVM here does not run a stock Linux: the CPU has neither vmx nor svm; `make test-lab` does it")
+    try:
+        return find_kernel(None, lambda _text: None)
+    except LabError as error:
+        pytest.skip(f"no kernel for the guest: {error}")
+
+
+@pytest.fixture(scope="module")
+def console(tmp_path_factory: pytest.TempPathFactory, kernel: Kernel) -> Path:
+    """What such a guest's console said, kernel and all."""
+    busybox = shutil.which("busybox")
+    assert busybox, "apt-get install busybox-static, which the lab needs, too"
+    files = {
+        **{folder: b"" for folder in ("bin", "dev", "proc", "sys")},
+        "bin/busybox": Path(busybox).read_bytes(),
+        "probe": linux_executable(),
+        "init": INIT,
+    }
+    with LinuxGuest(tmp_path_factory.mktemp("debian"), kernel, vcpus=2, files=files) as guest:
+        guest.wait_for(lambda: "\nstatus " in guest.console.read_text(errors="replace") or None, "end of the probe")
+    return guest.console
+
+
+@pytest.fixture(scope="module")
+def record(console: Path) -> ProbeRecord:
+    """The line in it."""
+    return parse_record(console.read_bytes())
+
+
+def test_the_guest_says_what_it_has(record: ProbeRecord) -> None:
+    """KVM's signature, its own choice of kvm-clock and both CPUs stand in the record of a stock Debian."""
+    assert record.form == "linux"
+    assert len(record.cpus) == 2
+
+
+def test_the_capture_of_a_console_is_judged(console: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`pvclock probe --judge` finds the line among the kernel's, and no fault in KVM's master clock."""
+    assert main(["probe", "--judge", str(console), "--max-warp", "10ms"]) == 0
+    shown = capsys.readouterr().out
+    assert "kvm-clock" in shown
