@@ -80,7 +80,7 @@ def folder(text: str) -> Path:
 
 def time_ns(text: str) -> Fraction:
     """An argument that is a length of time such as 200ns or 1us, in ns."""
-    from pvclock.meter.watch.budgets import parse_step_ns
+    from pvclock.meter.quantity_text import parse_step_ns
 
     try:
         return parse_step_ns(text)
@@ -90,7 +90,7 @@ def time_ns(text: str) -> Fraction:
 
 def rate_ppb(text: str) -> Fraction:
     """An argument that is a relative rate such as 10ppb or 1ppm, in ppb."""
-    from pvclock.meter.watch.budgets import parse_drift_ppb
+    from pvclock.meter.quantity_text import parse_drift_ppb
 
     try:
         return parse_drift_ppb(text)
