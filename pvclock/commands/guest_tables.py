@@ -1,4 +1,4 @@
-"""The tables of a measurement from inside a guest: its clocks in numbers, and what it was promised against the facts."""
+"""The tables of a measurement from inside a guest: its clocks in numbers, and what it was promised beside the facts."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def _row(record: ProbeRecord, clock: ClockRecord) -> ClockRow:
         apart_cpus=apart and (record.cpus[apart.a].cpu, record.cpus[apart.b].cpu),
         apart_low_ns=apart and _ns(apart.low, clock),
         apart_high_ns=apart and _ns(apart.high, clock),
-        warps=sum(each.count for each in clock.warps),
+        warps=sum(each.times for each in clock.warps),
         largest_warp_ns=warp and _ns(warp.largest, clock),
         largest_warp_cpus=warp and (record.cpus[warp.writer].cpu, record.cpus[warp.reader].cpu),
         cell_reads=clock.cell_reads,
-        steps=clock.steps.count,
+        steps=clock.steps.beyond_floor,
         step_floor_ns=_ns(clock.steps.floor, clock),
         largest_forward_ns=_step_ns(clock.steps.forward, clock),
         largest_backward_ns=_step_ns(clock.steps.backward, clock),

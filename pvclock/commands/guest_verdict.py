@@ -53,24 +53,24 @@ def budgets_of(arguments: argparse.Namespace) -> Budgets:
 
 
 def report_of(
-    record: ProbeRecord,
+    measured: ProbeRecord,
     budgets: Budgets,
     screen: Screen,
     next_commands: Mapping[str, list[NextCommand]],
     **also: object,
 ) -> Report:
-    """Judge a record; show what it comes to and, by the verdict's status, what to type next.  also: more for JSON."""
+    """Judge what was measured; show what it comes to and, by the verdict's status, what to type next.  also: more for JSON."""
     from pvclock.commands.guest_tables import clock_rows, clocks_table, promises_table
     from pvclock.meter.inside import judge, verdict_document
 
-    verdict = judge(record, budgets)
+    verdict = judge(measured, budgets)
     following = next_commands[verdict.status]
     screen.show(Text(_in_one_line(verdict), f"bold {COLOURS[verdict.status]}"), *_reasons(verdict))
     if verdict.findings:
         screen.show(_findings_table(verdict.findings))
-    screen.show(*verdict.story, clocks_table(record), promises_table(record, verdict))
+    screen.show(*verdict.story, clocks_table(measured), promises_table(measured, verdict))
     screen.show(*(f"Type next:  {each.command}  ({each.why})" for each in following))
-    found = {**verdict_document(verdict), "clocks": clock_rows(record), "next": following, **also}
+    found = {**verdict_document(verdict), "clocks": clock_rows(measured), "next": following, **also}
     return Report(verdict.exit_status == 0, found, verdict.exit_status)
 
 

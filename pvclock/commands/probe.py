@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from pathlib import Path
 from typing import Final
 
 from pvclock.commands.guest_verdict import NextCommand, add_budgets, budgets_given, budgets_of, report_of

@@ -47,7 +47,7 @@ def console(tmp_path_factory: pytest.TempPathFactory, kernel: Kernel) -> Path:
     busybox = shutil.which("busybox")
     assert busybox, "apt-get install busybox-static, which the lab needs, too"
     files = {
-        **{folder: b"" for folder in ("bin", "dev", "proc", "sys")},
+        **dict.fromkeys(("bin", "dev", "proc", "sys"), b""),
         "bin/busybox": Path(busybox).read_bytes(),
         "probe": linux_executable(),
         "init": INIT,
