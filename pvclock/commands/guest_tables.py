@@ -113,6 +113,8 @@ def _how_far(window: _Window) -> tuple[int, int]:
 
 def _rate_ppb(record: ProbeRecord, clock: ClockRecord) -> tuple[Fraction, Fraction] | None:
     """How much faster than its frequency the clock runs by the TSC's, and the bound of that."""
+    if not clock.samples:
+        return None
     first, last = clock.samples[0], clock.samples[-1]
     least, most = last.tsc_before - first.tsc_after, last.tsc_after - first.tsc_before
     if least <= 0:

@@ -59,7 +59,10 @@ def report_of(
     next_commands: Mapping[str, list[NextCommand]],
     **also: object,
 ) -> Report:
-    """Judge what was measured; show what it comes to and, by the verdict's status, what to type next.  also: more for JSON."""
+    """Judge what was measured; show what it comes to and, by the verdict's status, what to type next.
+
+    also: more for JSON.
+    """
     from pvclock.commands.guest_tables import clock_rows, clocks_table, promises_table
     from pvclock.meter.inside import judge, verdict_document
 
