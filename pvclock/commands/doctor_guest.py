@@ -23,6 +23,7 @@ SECONDS: Final = 10.0
 
 CPUS_MAX: Final = 64
 """As many as the probe takes."""
+SECONDS_MIN: Final = 0.1
 MEASURING: Final = "measuring this guest's clocks"
 ADDED_NS_MAX: Final = 10**12
 CPU_RANGE: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
@@ -43,7 +44,7 @@ NEXT: Final = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what goes with --guest."""
-    parser.add_argument("--seconds", type=duration_s, help=f"how long to measure (default {SECONDS:g})")
+    parser.add_argument("--seconds", type=_seconds, help=f"how long to measure (default {SECONDS:g})")
     parser.add_argument(
         "--cpus", type=_cpus, metavar="LIST", help="on which CPUs, such as 0,2-3 (default: all, up to 64)"
     )
@@ -66,8 +67,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
 
     seconds = arguments.seconds or SECONDS
     options = _probe_options(seconds, _measurable(arguments.cpus), arguments.add)
-    with screen.progress(seconds, MEASURING) as update:
-        line = run_probe(linux_executable(), options, seconds, lambda done_s: update(done_s, MEASURING))
+    with screen.progress(100, MEASURING) as update:
+        line = run_probe(linux_executable(), options, seconds, lambda percent: update(percent, MEASURING))
     return report_of(parse_record(line), budgets_of(arguments), screen, NEXT, record=json.loads(line))
 
 
@@ -87,12 +88,19 @@ def _probe_options(seconds: float, cpus: list[int], added: list[tuple[int, int]]
     for cpu, _ns in added:
         if cpu not in cpus:
             raise ConfigError(f"--add {cpu}:...: CPU {cpu} is not measured; {_listed(cpus)} are")
-    options = ["--seconds", f"{seconds:g}", "--cpus", ",".join(map(str, cpus))]
+    options = ["--progress", "--seconds", f"{seconds:g}", "--cpus", ",".join(map(str, cpus))]
     return options + [text for cpu, ns in added for text in ("--add", f"{cpu}:{ns}")]
 
 
 def _listed(cpus: Iterable[int]) -> str:
     return ",".join(map(str, sorted(cpus)))
+
+
+def _seconds(text: str) -> float:
+    seconds = duration_s(text)
+    if seconds < SECONDS_MIN:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is too short a time; {SECONDS_MIN:g} s is the least")
+    return seconds
 
 
 def _cpus(text: str) -> list[int]:

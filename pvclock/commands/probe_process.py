@@ -1,18 +1,21 @@
 """Runs the probe's Linux executable in a process of its own, from memory: no file is written, and no right is needed.
 
-It ends with this process's wait for it: at Ctrl-C, and if it goes on for much longer than it was to.
+It ends with the wait for it: at Ctrl-C, and if it goes on for much longer than it was to.  If this process is killed,
+SIGPIPE ends the probe when it next says how far it is.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import selectors
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, Final
+from typing import IO, Final, cast
 
 from pvclock.errors import ProbeNotRun
 
@@ -21,12 +24,13 @@ __all__ = ["run_probe"]
 MFD_EXEC: Final = 0x10
 """Of Linux 6.3 on: the file may be executed, where vm.memfd_noexec is 1, too."""
 
-POLL_S: Final = 0.1
 GRACE_S: Final = 120.0
 """How much longer than asked it may take to begin and end, on a busy machine or an emulated one."""
 
+CHUNK_BYTES: Final = 1 << 16
 SAID_MAX: Final = 2000
 
+PROGRESS: Final = re.compile(r"[\r\n]*[^\r\n]*?(\d{1,3}) ?%[^\r\n]*[\r\n]*")
 ELSEWHERE: Final = (
     "write it to a folder whose programs may run, and run it there: pvclock probe --linux --output ./pvclock-probe "
     "&& ./pvclock-probe | pvclock probe --judge -"
@@ -34,18 +38,24 @@ ELSEWHERE: Final = (
 
 
 def run_probe(
-    program: bytes, options: Sequence[str], seconds: float, progress: Callable[[float], None] = lambda _done_s: None
+    program: bytes, options: Sequence[str], seconds: float, progress: Callable[[int], None] = lambda _percent: None
 ) -> bytes:
     """What `program`, an executable, prints when it is run with `options`; ProbeNotRun if that is not to be had.
 
-    seconds: how long it will measure.  progress: is told every 0.1 s for how long it has run.
+    seconds: how long it will measure.  progress: is told how many percent are done.
     """
-    with _in_memory("pvclock-probe", program) as executable, _output("stdout") as output, _output("stderr") as errors:
-        status = _run_to_end(executable, options, seconds, progress, output, errors)
-        said = _content(errors)[-SAID_MAX:].decode(errors="replace").strip()
-        if status != 0:
-            raise ProbeNotRun(_why_ended(status), status, said)
-        return _content(output)
+    with _in_memory("pvclock-probe", program) as executable, _unnamed_file("output") as output:
+        process = _started(executable, options, output)
+        with process:
+            try:
+                said = _heard_to_end(cast(IO[bytes], process.stderr), seconds, progress)
+                process.wait()
+            finally:
+                process.kill()
+        if process.returncode != 0:
+            raise ProbeNotRun(_why_ended(process.returncode), process.returncode, said)
+        output.seek(0)
+        return output.read()
 
 
 # Inside
@@ -74,47 +84,36 @@ def _executable_memfd(name: str) -> int:
 
 
 @contextmanager
-def _output(name: str) -> Iterator[IO[bytes]]:
+def _unnamed_file(name: str) -> Iterator[IO[bytes]]:
     with os.fdopen(os.memfd_create(name, os.MFD_CLOEXEC), "w+b") as file:
         yield file
 
 
-def _content(file: IO[bytes]) -> bytes:
-    file.seek(0)
-    return file.read()
-
-
-def _run_to_end(
-    executable: int,
-    options: Sequence[str],
-    seconds: float,
-    progress: Callable[[float], None],
-    output: IO[bytes],
-    errors: IO[bytes],
-) -> int:
-    """Its exit status, or the signal that ended it, below 0."""
+def _started(executable: int, options: Sequence[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
     command = [f"/proc/self/fd/{executable}", *options]
     try:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, pass_fds=[executable]
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, pass_fds=[executable]
         )
     except OSError as error:
         raise ProbeNotRun(f"a program in memory may not be run here ({_named(error)}); {ELSEWHERE}") from None
-    try:
-        return _awaited(process, seconds, progress)
-    finally:
-        process.kill()
-        process.wait()
 
 
-def _awaited(process: subprocess.Popen[bytes], seconds: float, progress: Callable[[float], None]) -> int:
-    began_s = time.monotonic()
-    while (done_s := time.monotonic() - began_s) < seconds + GRACE_S:
-        try:
-            return process.wait(POLL_S)
-        except subprocess.TimeoutExpired:
-            progress(done_s)
-    raise ProbeNotRun(f"the probe was to measure for {seconds:g} s, and did not end within {done_s:.0f} s")
+def _heard_to_end(errors: IO[bytes], seconds: float, progress: Callable[[int], None]) -> str:
+    """Hear how far it is until its standard error ends; what else it said there, the last of it."""
+    end_s = time.monotonic() + seconds + GRACE_S
+    said = ""
+    with selectors.DefaultSelector() as selector:
+        selector.register(errors, selectors.EVENT_READ)
+        while selector.select(end_s - time.monotonic()):
+            chunk = os.read(errors.fileno(), CHUNK_BYTES)
+            if not chunk:
+                return said.strip()
+            said += chunk.decode(errors="replace")
+            for percent in PROGRESS.findall(said):
+                progress(int(percent))
+            said = PROGRESS.sub("", said)[-SAID_MAX:]
+    raise ProbeNotRun(f"the probe was to measure for {seconds:g} s, and did not end within {GRACE_S:g} s more")
 
 
 def _why_ended(status: int) -> str:
