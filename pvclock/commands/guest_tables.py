@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from math import ceil, floor
 from typing import Final, NamedTuple
 
 from rich.text import Text
 
 from pvclock.commands.tables import Table
 from pvclock.meter.inside import FindingCode, ProbeRecord, Verdict
-from pvclock.meter.inside.record import ClockRecord, PairRecord, StepRecord
-from pvclock.meter.watch.words import about_ns, counted, duration, rate_in_words
-from pvclock.quantities import NS_PER_S
+from pvclock.meter.inside.rates import Interval, tsc_hz_by
+from pvclock.meter.inside.record import ClockRecord, StepRecord
+from pvclock.meter.inside.windows import Window, all_windows, unit_ns
+from pvclock.meter.inside.words import at_least, floor_in_words, ppm_between
+from pvclock.meter.watch.words import about_ns, counted
 
 __all__ = ["ClockRow", "clock_rows", "clocks_table", "promises_table"]
 
@@ -24,7 +27,7 @@ class ClockRow(NamedTuple):
 
     apart_cpus: the two CPUs that are furthest apart for sure, or else whose window is the widest; b's reading less a's
     is from apart_low_ns to apart_high_ns.  None: no two CPUs were compared; low above high: it moved.
-    rate_ppb: against the first CPU's TSC and its frequency as it was taken; None for the TSC.
+    rate_low_ppb, rate_high_ppb: against the first CPU's TSC and its frequency as it was taken; None for the TSC.
     """
 
     name: str
@@ -40,8 +43,8 @@ class ClockRow(NamedTuple):
     largest_forward_ns: float | None
     largest_backward_ns: float | None
     step_reads: int
-    rate_ppb: float | None
-    rate_bound_ppb: float | None
+    rate_low_ppb: float | None
+    rate_high_ppb: float | None
 
 
 def clock_rows(record: ProbeRecord) -> list[ClockRow]:
@@ -69,59 +72,55 @@ def promises_table(record: ProbeRecord, verdict: Verdict) -> Table:
 
 
 def _row(record: ProbeRecord, clock: ClockRecord) -> ClockRow:
-    apart = max(filter(None, map(_window, clock.pairs)), key=_how_far, default=None)
+    apart = _furthest(clock, len(record.cpus))
     warp = max(clock.warps, key=lambda each: each.largest, default=None)
     rate = None if clock is record.tsc else _rate_ppb(record, clock)
     return ClockRow(
         name=clock.name,
-        apart_cpus=apart and (record.cpus[apart.a].cpu, record.cpus[apart.b].cpu),
-        apart_low_ns=apart and _ns(apart.low, clock),
-        apart_high_ns=apart and _ns(apart.high, clock),
+        apart_cpus=apart and _numbers(record, *apart.cpus),
+        apart_low_ns=apart and float(apart.window.low),
+        apart_high_ns=apart and float(apart.window.high),
         warps=sum(each.times for each in clock.warps),
         largest_warp_ns=warp and _ns(warp.largest, clock),
-        largest_warp_cpus=warp and (record.cpus[warp.writer].cpu, record.cpus[warp.reader].cpu),
+        largest_warp_cpus=warp and _numbers(record, warp.writer, warp.reader),
         cell_reads=clock.cell_reads,
         steps=clock.steps.beyond_floor,
         step_floor_ns=_ns(clock.steps.floor, clock),
         largest_forward_ns=_step_ns(clock.steps.forward, clock),
         largest_backward_ns=_step_ns(clock.steps.backward, clock),
         step_reads=clock.steps.reads,
-        rate_ppb=rate and float(rate[0]),
-        rate_bound_ppb=rate and float(rate[1]),
+        rate_low_ppb=rate and float(rate.low),
+        rate_high_ppb=rate and float(rate.high),
     )
 
 
-class _Window(NamedTuple):
-    """The offset of CPU b from CPU a over the whole run."""
-
-    a: int
-    b: int
-    low: int
-    high: int
+class _Apart(NamedTuple):
+    cpus: tuple[int, int]
+    window: Window
 
 
-def _window(pair: PairRecord) -> _Window | None:
-    lows = [each.low for each in pair.slices if each.low is not None]
-    highs = [each.high for each in pair.slices if each.high is not None]
-    return _Window(pair.a, pair.b, max(lows), min(highs)) if lows and highs else None
+def _furthest(clock: ClockRecord, cpus: int) -> _Apart | None:
+    """The two CPUs that are furthest apart for sure, else those that may be."""
+    windows = [_Apart(pair, window) for pair, window in all_windows(clock, cpus).items() if window is not None]
+    return max(windows, key=lambda each: _how_far(each.window), default=None)
 
 
-def _how_far(window: _Window) -> tuple[int, int]:
-    """First by how far for sure, then by how far perhaps."""
-    return max(window.low, -window.high, 0), max(abs(window.low), abs(window.high))
+def _how_far(window: Window) -> tuple[Fraction, Fraction]:
+    return max(window.low, -window.high, Fraction(0)), max(map(abs, window.edges))
 
 
-def _rate_ppb(record: ProbeRecord, clock: ClockRecord) -> tuple[Fraction, Fraction] | None:
-    """How much faster than its frequency the clock runs by the TSC's, and the bound of that."""
-    if not clock.samples:
-        return None
-    first, last = clock.samples[0], clock.samples[-1]
-    least, most = last.tsc_before - first.tsc_after, last.tsc_after - first.tsc_before
-    if least <= 0:
-        return None
-    ticks_at_its_rate = Fraction((last.clock - first.clock) * record.tsc_hz, clock.hz)
-    fastest, slowest = ticks_at_its_rate / least - 1, ticks_at_its_rate / most - 1
-    return (fastest + slowest) / 2 * PPB, abs(fastest - slowest) / 2 * PPB
+def _numbers(record: ProbeRecord, a: int, b: int) -> tuple[int, int]:
+    return record.cpus[a].cpu, record.cpus[b].cpu
+
+
+def _rate_ppb(record: ProbeRecord, clock: ClockRecord) -> Interval | None:
+    """How much faster than its frequency the clock runs by the TSC's."""
+    hz = tsc_hz_by(clock)
+    return hz and Interval(_ppb(record.tsc_hz, hz.high), _ppb(record.tsc_hz, hz.low))
+
+
+def _ppb(hz: int | Fraction, of_hz: int | Fraction) -> Fraction:
+    return (Fraction(hz) / of_hz - 1) * PPB
 
 
 def _step_ns(step: StepRecord | None, clock: ClockRecord) -> float | None:
@@ -130,7 +129,7 @@ def _step_ns(step: StepRecord | None, clock: ClockRecord) -> float | None:
 
 
 def _ns(units: int, clock: ClockRecord) -> float:
-    return float(Fraction(units * NS_PER_S, clock.hz))
+    return float(units * unit_ns(clock))
 
 
 # The clocks, in words
@@ -142,7 +141,7 @@ def _apart(row: ClockRow) -> str:
     pair = f"CPU {row.apart_cpus[1]} less CPU {row.apart_cpus[0]}"
     if row.apart_low_ns > row.apart_high_ns:
         return f"{pair}: moves, by {_plain(row.apart_low_ns - row.apart_high_ns)} or more"
-    return f"{pair}: {_signed(row.apart_low_ns)} to {_signed(row.apart_high_ns)}"
+    return f"{pair}: {about_ns(floor(row.apart_low_ns))} to {about_ns(ceil(row.apart_high_ns))}"
 
 
 def _warps(row: ClockRow) -> str:
@@ -151,29 +150,26 @@ def _warps(row: ClockRow) -> str:
     if row.largest_warp_cpus is None or row.largest_warp_ns is None:
         return f"never, in {counted(row.cell_reads, 'reading')}"
     earlier, later = row.largest_warp_cpus
-    return f"{row.warps:,} times, by up to {_plain(row.largest_warp_ns)}: CPU {later} after CPU {earlier}"
+    return f"{counted(row.warps, 'time')}, by up to {_plain(row.largest_warp_ns)}: CPU {later} after CPU {earlier}"
 
 
 def _steps(row: ClockRow) -> str:
     if not row.step_reads:
         return "-"
     if not row.steps:
-        return f"none beyond {_plain(row.step_floor_ns)}"
-    greatest = [_signed(each) for each in (row.largest_forward_ns, row.largest_backward_ns) if each is not None]
+        return f"none beyond {floor_in_words(Fraction(row.step_floor_ns))}"
+    greatest = [about_ns(round(each)) for each in (row.largest_forward_ns, row.largest_backward_ns) if each is not None]
     return f"{row.steps:,}, the greatest {' and '.join(greatest)}"
 
 
 def _rate(row: ClockRow) -> str:
-    known = row.rate_ppb is not None and row.rate_bound_ppb is not None
-    return rate_in_words(row.rate_ppb or 0.0, row.rate_bound_ppb or 0.0) if known else "-"
-
-
-def _signed(ns: float) -> str:
-    return about_ns(round(ns))
+    if row.rate_low_ppb is None or row.rate_high_ppb is None:
+        return "-"
+    return ppm_between(Fraction(row.rate_low_ppb), Fraction(row.rate_high_ppb))
 
 
 def _plain(ns: float) -> str:
-    return duration(round(ns))
+    return at_least(Fraction(ns))
 
 
 # Promises and facts
@@ -218,8 +214,9 @@ def _kept(verdict: Verdict, promise: str, is_offered: bool) -> str | Text:
 
 
 def _off(record: ProbeRecord, hz: Fraction) -> str:
-    ppm = float((hz - record.tsc_hz) / record.tsc_hz) * 1e6
-    return f"{ppm:+.2f} ppm of {_mhz(Fraction(record.tsc_hz))} by {record.tsc_hz_from}"
+    return (
+        f"{float(_ppb(hz, record.tsc_hz)) / 1000:+.2f} ppm of {_mhz(Fraction(record.tsc_hz))} by {record.tsc_hz_from}"
+    )
 
 
 def _mhz(hz: Fraction) -> str:
