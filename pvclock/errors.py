@@ -226,8 +226,8 @@ class ProbeNotRun(PvclockError):
 class ProbeRecordError(PvclockError, ValueError):
     """A measurement from inside a guest that cannot be read.
 
-    field: a dotted path such as "clocks[0].pairs[2].a", or "file" for the whole output.  found, supported: what is there,
-    shortened, and what can be, in words.
+    field: a dotted path such as "clocks[0].pairs[2].cpus", or "file" for the whole output.  found, supported: what is
+    there, shortened, and what can be, in words.
     """
 
     def __init__(self, field: str, found: str, supported: str) -> None:

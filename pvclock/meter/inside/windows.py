@@ -1,0 +1,101 @@
+"""How far apart CPUs' readings of one clock are: windows that hold the offset, from exchanges, exactly.
+
+An exchange proves low <= b - a <= high for an offset that stands still.  Where the windows of two eighths of the run
+have nothing in common, or one of them is empty, the offset moved; then low and high are what it had at some time each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from itertools import combinations
+from typing import NamedTuple
+
+from pvclock.meter.inside.record import ClockRecord, PairRecord
+from pvclock.quantities import NS_PER_S
+
+__all__ = ["Window", "all_windows", "far_edge", "unit_ns"]
+
+
+class Window(NamedTuple):
+    """The bounds of b's reading minus a's, in ns.
+
+    low, high: b was ahead by `low` at least, and by no more than `high`; if it moved, each at some time.  least, most:
+    the outermost edges of all eighths, between which everything seen lies.  moved: it did not stand still.  is_direct:
+    the two were compared, not each with the first CPU.
+    """
+
+    low: Fraction
+    high: Fraction
+    least: Fraction
+    most: Fraction
+    moved: bool
+    is_direct: bool
+
+    @property
+    def is_apart(self) -> bool:
+        """Proven: the two did not agree at some time."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def edges(self) -> tuple[Fraction, Fraction]:
+        """What holds all offsets that the measurement leaves possible."""
+        return (self.least, self.most) if self.moved else (self.low, self.high)
+
+    def turned(self) -> Window:
+        """The same of a's reading minus b's."""
+        return Window(-self.high, -self.low, -self.most, -self.least, self.moved, self.is_direct)
+
+
+def unit_ns(clock: ClockRecord) -> Fraction:
+    """How many ns a unit of that clock is."""
+    return Fraction(NS_PER_S, clock.hz)
+
+
+def all_windows(clock: ClockRecord, cpus: int) -> dict[tuple[int, int], Window | None]:
+    """The window of every two CPUs a < b: their own, else the sum through the first CPU; None if there is neither."""
+    direct = _direct_windows(clock)
+    found: dict[tuple[int, int], Window | None] = {}
+    for a, b in combinations(range(cpus), 2):
+        found[a, b] = direct.get((a, b)) or _through_first(direct, a, b)
+    return found
+
+
+def far_edge(windows: Mapping[tuple[int, int], Window | None]) -> Fraction | None:
+    """The largest edge of any window, without its sign; None if two CPUs have none."""
+    edges = [max(abs(edge) for edge in window.edges) if window else None for window in windows.values()]
+    return max((edge or Fraction(0) for edge in edges), default=Fraction(0)) if None not in edges else None
+
+
+# Inside
+
+
+def _direct_windows(clock: ClockRecord) -> dict[tuple[int, int], Window]:
+    found: dict[tuple[int, int], Window] = {}
+    for pair in clock.pairs:
+        window = _window(pair, unit_ns(clock))
+        if window is not None:
+            a, b = sorted((pair.a, pair.b))
+            found[a, b] = window if pair.a == a else window.turned()
+    return found
+
+
+def _window(pair: PairRecord, unit: Fraction) -> Window | None:
+    lows = [each.low for each in pair.slices if each.low is not None]
+    highs = [each.high for each in pair.slices if each.high is not None]
+    if not lows or not highs:
+        return None
+    low, high = max(lows), min(highs)
+    least, most = min(*lows, *highs), max(*lows, *highs)
+    return Window(low * unit, high * unit, least * unit, most * unit, low > high, is_direct=True)
+
+
+def _through_first(direct: Mapping[tuple[int, int], Window], a: int, b: int) -> Window | None:
+    """b - a as (b - first) - (a - first); one that moved proves nothing of these two, and bounds what was seen."""
+    to_a, to_b = direct.get((0, a)), direct.get((0, b))
+    if a == 0 or to_a is None or to_b is None:
+        return None
+    least, most = to_b.least - to_a.most, to_b.most - to_a.least
+    if to_a.moved or to_b.moved:
+        return Window(least, most, least, most, moved=True, is_direct=False)
+    return Window(to_b.low - to_a.high, to_b.high - to_a.low, least, most, moved=False, is_direct=False)
