@@ -32,11 +32,9 @@ ADDED: Final = re.compile(r"(\d{1,5}):([+-]?\d{1,13})")
 NEXT: Final = {
     "passed": [
         NextCommand("pvclock doctor --guest --seconds 600", "while the fault that sent you here happens"),
-        NextCommand("pvclock watch --pid", "on the host, if that is QEMU: the same clock from outside"),
     ],
     "broken": [
         NextCommand("pvclock doctor --guest --json >clock.json", "all numbers, for who runs the host"),
-        NextCommand("pvclock watch --pid", "on the host, if that is QEMU: the same clock from outside"),
     ],
     "undecided": [NextCommand("pvclock doctor --guest --seconds 60", "a longer run knows steps and rates better")],
 }

@@ -15,7 +15,7 @@ from pvclock.meter.inside.rates import Interval, tsc_hz_by
 from pvclock.meter.inside.record import ClockRecord, StepRecord
 from pvclock.meter.inside.windows import Window, all_windows, unit_ns
 from pvclock.meter.inside.words import at_least, floor_in_words, ppm_between
-from pvclock.meter.watch.words import about_ns, counted
+from pvclock.meter.watch.words import about_ns, counted, exact_ns
 
 __all__ = ["ClockRow", "clock_rows", "clocks_table", "promises_table"]
 
@@ -141,7 +141,9 @@ def _apart(row: ClockRow) -> str:
     pair = f"CPU {row.apart_cpus[1]} less CPU {row.apart_cpus[0]}"
     if row.apart_low_ns > row.apart_high_ns:
         return f"{pair}: moves, by {_plain(row.apart_low_ns - row.apart_high_ns)} or more"
-    return f"{pair}: {about_ns(floor(row.apart_low_ns))} to {about_ns(ceil(row.apart_high_ns))}"
+    low_ns, high_ns = floor(row.apart_low_ns), ceil(row.apart_high_ns)
+    grain_ns = (high_ns - low_ns) // 100
+    return f"{pair}: {exact_ns(low_ns, grain_ns)} to {exact_ns(high_ns, grain_ns)}"
 
 
 def _warps(row: ClockRow) -> str:
@@ -178,7 +180,7 @@ def _plain(ns: float) -> str:
 def _promises(record: ProbeRecord, verdict: Verdict) -> Iterator[tuple[str, str, str | Text]]:
     told = verdict.promises
     yield "hypervisor", told.hypervisor, ", ".join(f"{it.signature} at {it.leaf:#x}" for it in told.hypervisors) or "-"
-    yield "clocks", ", ".join(told.clocks) or "none", _taken(record)
+    yield "clocks", "; ".join(told.clocks) or "none", _taken(record)
     yield "STABLE: vCPUs' clocks agree", _stable(verdict), _kept(verdict, "STABLE", told.kvm_stable)
     yield "invariant TSC", _offered(told.invariant_tsc), _kept(verdict, "invariant", told.invariant_tsc)
     for claim in told.frequencies:

@@ -24,7 +24,6 @@ BUDGETS: Final = (
     ("max_drift", rate_ppb, "RATE", "how fast clocks may drift, such as 10ppb"),
 )
 COLOURS: Final = {"passed": "green", "broken": "red", "undecided": "yellow"}
-LOOSE_BOUND: Final = "a longer run or a quieter machine lowers the floor"
 
 
 class NextCommand(NamedTuple):
@@ -32,6 +31,9 @@ class NextCommand(NamedTuple):
 
     command: str
     why: str
+
+
+ON_THE_HOST: Final = NextCommand("pvclock watch --pid", "on the host, if that runs QEMU: the same clock from outside")
 
 
 def add_budgets(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +69,10 @@ def report_of(
     from pvclock.meter.inside import judge, verdict_document
 
     verdict = judge(measured, budgets)
-    following = next_commands[verdict.status]
+    following = next_commands[verdict.status] + ([ON_THE_HOST] if verdict.promises.hypervisor == "KVM" else [])
     screen.show(Text(_in_one_line(verdict), f"bold {COLOURS[verdict.status]}"), *_reasons(verdict))
     if verdict.findings:
-        screen.show(_findings_table(verdict.findings))
+        screen.show(_findings_table(sorted(verdict.findings, key=_place)))
     screen.show(*verdict.story, clocks_table(measured), promises_table(measured, verdict))
     screen.show(*(f"Type next:  {each.command}  ({each.why})" for each in following))
     found = {**verdict_document(verdict), "clocks": clock_rows(measured), "next": following, **also}
@@ -86,49 +88,55 @@ def _option(name: str) -> str:
 
 def _in_one_line(verdict: Verdict) -> str:
     """The verdict for who reads no further."""
-    reasons = (*verdict.broken, *verdict.open, *(finding.what for finding in _faults(verdict)))
+    faults = sorted((finding for finding in verdict.findings if _is_fault(finding)), key=_place)
     match str(verdict.status):
         case "broken":
-            return f"This guest's clock is wrong: {reasons[0]}"
+            more = f"; {len(faults) - 1} more below" if len(faults) > 1 else ""
+            return f"This guest's clock is wrong: {_beginning(faults[0].what if faults else verdict.broken[0])}{more}."
         case "undecided":
-            return f"Undecided whether this guest's clock is right: {reasons[0]}"
-    if _faults(verdict):
-        return "This guest's clock is within the budgets given; its faults are below."
+            return f"Undecided whether this guest's clock keeps its budgets: {_beginning(verdict.open[0])}."
+    if faults:
+        return "This guest's clock keeps the budgets given; what is wrong within them is below."
     return f"Nothing is wrong with this guest's clock, as far as can be told from inside{_floors(verdict)}."
 
 
-def _faults(verdict: Verdict) -> list[Finding]:
-    return [finding for finding in verdict.findings if finding.weight == "fault"]
+def _is_fault(finding: Finding) -> bool:
+    return finding.weight == "fault"
+
+
+def _place(finding: Finding) -> tuple[bool, bool]:
+    """Faults first, and a promise that is broken by another fault after that."""
+    return not _is_fault(finding), finding.code == "broken-promise"
+
+
+def _beginning(sentence: str) -> str:
+    return sentence.partition(";")[0]
 
 
 def _floors(verdict: Verdict) -> str:
     """What was too small to be seen."""
-    from pvclock.meter.watch.words import duration
+    from pvclock.meter.inside.words import floor_in_words
 
-    known = [floor for floor in verdict.floors if floor.ns is not None]
-    if not known:
-        return ""
-    each = ", ".join(f"{duration(round(floor.ns or 0))} ({floor.clock})" for floor in known)
-    return f"; CPUs that are apart by less than {each} would not be seen"
+    known = [f"{floor_in_words(floor.ns)} ({floor.clock})" for floor in verdict.floors if floor.ns is not None]
+    return f"; CPUs that are apart by less than {', '.join(known)} would not be seen" if known else ""
 
 
 def _reasons(verdict: Verdict) -> Iterator[Text]:
-    """What broke a budget, or leaves it open, beyond what the first line said."""
-    for reason in (*verdict.broken, *verdict.open)[1:]:
+    """What broke a budget, or leaves it open."""
+    for reason in (*verdict.broken, *verdict.open):
         yield Text(f"  {reason}", COLOURS[verdict.status])
-    if verdict.status == "undecided":
-        yield Text(f"  {LOOSE_BOUND}", "yellow")
 
 
-def _findings_table(findings: tuple[Finding, ...]) -> Table:
-    """Each finding in three rows: what it is, what follows from it, and what to do."""
+def _findings_table(findings: list[Finding]) -> Table:
+    """What was found, and what software sees of it; then each thing to change, once."""
     table = Table("", "what was found")
+    told: list[str] = []
     for finding in findings:
-        is_fault = finding.weight == "fault"
-        table.add_row(Text("what is wrong", "red") if is_fault else "worth knowing", finding.what)
-        if finding.software_sees:
+        table.add_row(Text("what is wrong", "red") if _is_fault(finding) else "worth knowing", finding.what)
+        if finding.software_sees and not any(sentence in finding.software_sees for sentence in told):
+            told.append(finding.software_sees)
             table.add_row("software sees", finding.software_sees)
-        if finding.change:
-            table.add_row("what to change", "\n".join(finding.change))
         table.end_section()
+    for remedy in dict.fromkeys(remedy for finding in findings for remedy in finding.change):
+        table.add_row("what to change", remedy)
     return table

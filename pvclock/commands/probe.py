@@ -35,12 +35,6 @@ QEMU: Final = (
     "-device isa-debug-exit,iobase=0xf4,iosize=0x04 -serial stdio -kernel {file} | pvclock probe --judge -"
 )
 
-JUDGED: Final = {
-    "passed": [NextCommand("pvclock watch --pid", "on the host, if that is QEMU: the same clock from outside")],
-    "broken": [NextCommand("pvclock probe --judge {file} --json", "all numbers, for who runs the host")],
-    "undecided": [NextCommand("pvclock probe --linux --output probe && ./probe --seconds 60", "a longer measurement")],
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -99,8 +93,20 @@ def _judged(arguments: argparse.Namespace, screen: Screen) -> Report:
 
     if arguments.linux:
         raise ConfigError("--linux goes with --output: --judge reads what either form printed")
-    record = parse_record(_console(arguments.judge))
-    return report_of(record, budgets_of(arguments), screen, JUDGED, file=arguments.judge)
+    file = arguments.judge
+    record = parse_record(_console(file))
+    return report_of(record, budgets_of(arguments), screen, _judged_next(file, record.form), file=file)
+
+
+def _judged_next(file: str, form: str) -> dict[str, list[NextCommand]]:
+    """What to type next, by the verdict's status."""
+    again = NextCommand(f"pvclock probe --judge {shlex.quote(file)} --json", "all numbers, for who runs the host")
+    longer = NextCommand("./probe --seconds 60", "in the guest: a longer run knows steps and rates better")
+    return {
+        "passed": [],
+        "broken": [again] if file != STDIN else [],
+        "undecided": [longer] if form == "linux" else [],
+    }
 
 
 def _console(name: str) -> bytes:
@@ -121,5 +127,5 @@ def _stdin() -> bytes:
 
 
 def _about(name: str, error: OSError) -> Exception:
-    """The error with the file's name, which atomic_file's own refusals of what is no regular file lack."""
-    return error if error.errno is not None else ConfigError(f"{name}: {error}, not a regular file")
+    """The error with the file's name, which atomic_file's refusals lack, and else is that of a file beside it."""
+    return OSError(error.errno, error.strerror, name) if error.errno else ConfigError(f"{name}: {error}")

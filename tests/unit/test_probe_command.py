@@ -53,11 +53,13 @@ def judged(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, di
 # What is written
 
 
-@pytest.mark.parametrize(("options", "program", "mode"), [([], bootable_image, 0o644), (["--linux"], linux_executable, 0o755)])
+@pytest.mark.parametrize(
+    ("options", "program", "mode"), [([], bootable_image, 0o644), (["--linux"], linux_executable, 0o755)]
+)
 def test_what_is_written(
     options: list[str], program: Callable[[], bytes], mode: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """--output writes the image, or with --linux the executable, with its mode, over what was there; and says what next."""
+    """--output writes the image, or with --linux the executable, over what was there, and says what next."""
     file = tmp_path / "probe"
     file.write_bytes(b"older, and private")
     file.chmod(0o600)
@@ -107,7 +109,7 @@ def test_exit_statuses(
 
 
 def test_the_verdict_comes_first(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first line is the verdict; what is wrong, what software sees of it and what to change follow, then the tables."""
+    """The first line is the verdict; what is wrong, what software sees and what to change follow, then the tables."""
     assert main(["probe", "--judge", console(FAULTY)]) == 1
     first, *rest = capsys.readouterr().out.splitlines()
     assert first.startswith("This guest's clock is wrong:")
@@ -197,7 +199,8 @@ def test_a_file_of_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\n", "no probe here\n", "{}", "[" * 100_000, CLEAN[:-100], '{"schema":"pvclock.other/1"}', "\0" * 1000]
+    "text",
+    ["", "\n", "no probe here\n", "{}", "[" * 100_000, CLEAN[:-100], '{"schema":"pvclock.other/1"}', "\0" * 1000],
 )
 def test_what_no_probe_printed(text: str, console: Console, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever a file holds, what is not a probe's whole line is an error in one line."""
