@@ -89,15 +89,24 @@ def _option(name: str) -> str:
 def _in_one_line(verdict: Verdict) -> str:
     """The verdict for who reads no further."""
     faults = sorted((finding for finding in verdict.findings if _is_fault(finding)), key=_place)
-    match str(verdict.status):
-        case "broken":
-            more = f"; {len(faults) - 1} more below" if len(faults) > 1 else ""
-            return f"This guest's clock is wrong: {_beginning(faults[0].what if faults else verdict.broken[0])}{more}."
-        case "undecided":
-            return f"Undecided whether this guest's clock keeps its budgets: {_beginning(verdict.open[0])}."
+    if verdict.broken:
+        return f"This guest's clock breaks a budget: {verdict.broken[0]}."
+    if verdict.status == "broken":
+        put_in = "With the fault that --add put in, this" if _has_added_fault(verdict) else "This"
+        return f"{put_in} guest's clock is wrong: {faults[0].what.partition(';')[0]}{_more(faults)}."
+    if verdict.open:
+        return f"Undecided whether this guest's clock is right: {verdict.open[0]}."
     if faults:
         return "This guest's clock keeps the budgets given; what is wrong within them is below."
-    return f"Nothing is wrong with this guest's clock, as far as can be told from inside{_floors(verdict)}."
+    return f"Nothing is wrong with this guest's clock, as far as can be told from inside; {_floors(verdict)}."
+
+
+def _has_added_fault(verdict: Verdict) -> bool:
+    return any(finding.code == "added-fault" for finding in verdict.findings)
+
+
+def _more(faults: list[Finding]) -> str:
+    return f"; {len(faults) - 1} more below" if len(faults) > 1 else ""
 
 
 def _is_fault(finding: Finding) -> bool:
@@ -109,21 +118,19 @@ def _place(finding: Finding) -> tuple[bool, bool]:
     return not _is_fault(finding), finding.code == "broken-promise"
 
 
-def _beginning(sentence: str) -> str:
-    return sentence.partition(";")[0]
-
-
 def _floors(verdict: Verdict) -> str:
     """What was too small to be seen."""
     from pvclock.meter.inside.words import floor_in_words
 
     known = [f"{floor_in_words(floor.ns)} ({floor.clock})" for floor in verdict.floors if floor.ns is not None]
-    return f"; CPUs that are apart by less than {', '.join(known)} would not be seen" if known else ""
+    return (
+        f"CPUs that are apart by less than {', '.join(known)} would not be seen" if known else "no CPUs were compared"
+    )
 
 
 def _reasons(verdict: Verdict) -> Iterator[Text]:
-    """What broke a budget, or leaves it open."""
-    for reason in (*verdict.broken, *verdict.open):
+    """What else broke a budget, or leaves one open."""
+    for reason in (*verdict.broken, *verdict.open)[1:]:
         yield Text(f"  {reason}", COLOURS[verdict.status])
 
 
