@@ -100,9 +100,9 @@ def test_a_segment_that_is_not_in_the_file(bits: int, far: bool) -> None:
 @pytest.mark.parametrize("size", [4, 8])
 def test_a_pvh_note_among_others(bits: int, size: int) -> None:
     """It is found by name and type, behind notes of odd lengths, with an entry of 4 or 8 bytes."""
-    others = note(b"GNU\0", 18, b"12345") + note(b"Xen\0", 5, b"") + note(b"", 18, b"1")
+    others = note(b"GNU\0", 18, b"12345") + note(b"Xen\0", 5, b"") + note(b"", 18, b"1") + note(b"Linux\0", 18, b"12")
     image = with_notes(others + note(content=ENTRY.to_bytes(size, "little")), bits)
-    assert [each.kind for each in notes(elf.parse(image))] == [18, 5, 18, 18]
+    assert [each.kind for each in notes(elf.parse(image))] == [18, 5, 18, 18, 18]
     assert find_entry(elf.parse(image)) == ENTRY
 
 
