@@ -37,7 +37,7 @@
 #define TSS_IO_BASE 102
 #define TSS_AVAILABLE 0x89
 
-#define VECTORS 32
+#define VECTORS (BARE_WAKE_VECTOR + 1)
 #define VECTORS_WITH_ERROR_CODE 0x60227d00 /* 8, 10 to 14, 17, 21, 29, 30 */
 
 /* What the CPU and the stubs leave on ring 0's stack. */
@@ -293,6 +293,12 @@ gate_cpuid:                             /* leaf, subleaf, where the four registe
         mov     %r9, %rbx
         jmp     gate_succeeded
 
+gate_sleep:
+        sti                             /* takes effect after the next instruction: no wake-up is missed */
+        hlt
+        cli
+        jmp     gate_succeeded
+
 gate_halt:
         hlt
         jmp     gate_succeeded
@@ -324,6 +330,8 @@ fault:
         je      gate_failed
         cmpq    $write_msr_instruction, FRAME_RIP(%rsp)
         je      gate_failed
+        cmpq    $BARE_WAKE_VECTOR, FRAME_VECTOR(%rsp)
+        je      woken
 
 /* Nothing is returned to: the first vCPU that faults tells it, in ring 3 on a stack of its own. */
         cmpq    $fault_stack, FRAME_RSP(%rsp)
@@ -343,6 +351,10 @@ fault:
         jmp     enter_ring3
 2:      hlt
         jmp     2b
+
+woken:                                  /* out of gate_sleep */
+        add     $FRAME_RIP, %rsp
+        iretq
 
 /* ---- 7. Tables ---- */
 
@@ -399,9 +411,9 @@ no_idt_pointer:
         .balign 8
 gate_services:
         .quad   gate_read_msr, gate_write_msr, gate_read_port, gate_write_port, gate_write_string
-        .quad   gate_read_mmio, gate_write_mmio, gate_cpuid, gate_halt, triple_fault
+        .quad   gate_read_mmio, gate_write_mmio, gate_cpuid, gate_sleep, gate_halt, triple_fault
 
-        .globl  slots_taken, boot_protocol, boot_information
+        .globl  boot_protocol, boot_information
 slots_taken:
         .long   1                       /* the boot processor has number 0 */
 boot_protocol:

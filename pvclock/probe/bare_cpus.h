@@ -7,7 +7,7 @@
 
 #include "measure.h"
 
-/* Start all others and make a team of the first `most`; the rest halts.
+/* Start all others and make a team of the first `most`; the rest sleeps.
  *
  * expected: how many there are, by firmware's tables; 0: not told, and then nobody is awaited any more once none has
  * come for a fifth of a second. */
