@@ -63,19 +63,10 @@ static void read_apic_ids(struct probe_team *team, int64_t *apic_id)
     team->run(team, UINT64_MAX >> (PROBE_CPUS_MAX - team->cpus), read_apic_id, apic_id);
 }
 
-static void end_if_a_cpu_was_lost(struct probe_team *team)
-{
-    int lost = lost_cpu(team);
-
-    if (lost >= 0)
-        fail("CPU %d could not be had to the end: it went offline, or this process may not run on it any more", lost);
-}
-
 static uint64_t tsc_hz_of(struct probe_team *team)
 {
     uint64_t hz = tsc_hz_by_monotonic_raw(team);
 
-    end_if_a_cpu_was_lost(team);
     if (!hz)
         fail("the TSC or CLOCK_MONOTONIC_RAW stands still");
     return hz;
@@ -117,7 +108,6 @@ static void print_all(struct probe_team *team, const struct probe_plan *plan, co
     for (unsigned cpu = 0; cpu < cpus->count; cpu++)
         cpu_number[cpu] = cpus->number[cpu];
     read_apic_ids(team, apic_id);
-    end_if_a_cpu_was_lost(team);
     print_line(&report);
     print_summary(&report);
 }
@@ -125,13 +115,12 @@ static void print_all(struct probe_team *team, const struct probe_plan *plan, co
 int main(int count, char *arguments[])
 {
     struct linux_options options = linux_options(count, arguments);
-    struct linux_team state;
     struct probe_team team = {0};
     struct probe_plan plan = {.milliseconds = options.milliseconds, .progress = on_progress};
     struct probe_clock clocks[LINUX_CLOCKS];
 
     shows_progress = options.progress;
-    linux_team_begin(&team, &state, &options.cpus);
+    linux_team_begin(&team, &options.cpus);
     memcpy(team.added_ns, options.added_ns, sizeof(team.added_ns));
     plan.tsc_hz = tsc_hz_of(&team);
     linux_clocks(clocks, plan.tsc_hz);

@@ -4,19 +4,23 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <stdbool.h>
+#include <stdatomic.h>
 #include <stddef.h>
+#include <string.h>
+
+#include "linux_fail.h"
 
 enum { STACK_BYTES = 256 << 10 };
 
 /* One call of run(). */
 struct joint_work {
-    struct linux_team *team;
+    const struct cpu_list *cpus;
     void (*work)(void *argument, unsigned cpu);
     void *argument;
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    unsigned pinned;                    /* threads that are on their CPU, or could not get there */
+    unsigned ready;                      /* threads that are on their CPU, or could not get there */
+    atomic_int lost_cpu;                 /* the number of a CPU that could not be had, or -1 */
     enum { WAIT, BEGIN, ABANDON } order; /* a thread without its partner would wait for it forever */
 };
 
@@ -81,7 +85,7 @@ static bool all_are_pinned(struct joint_work *joint)
     bool begin;
 
     pthread_mutex_lock(&joint->lock);
-    joint->pinned++;
+    joint->ready++;
     pthread_cond_broadcast(&joint->changed);
     while (joint->order == WAIT)
         pthread_cond_wait(&joint->changed, &joint->lock);
@@ -95,19 +99,27 @@ static void *thread_of(void *argument)
 {
     struct member *member = argument;
     struct joint_work *joint = member->joint;
-    int number = joint->team->cpus->number[member->cpu];
+    int number = joint->cpus->number[member->cpu];
 
     if (!pin(number))
-        joint->team->lost_cpu = number;
+        joint->lost_cpu = number;
     if (all_are_pinned(joint)) {
         joint->work(joint->argument, member->cpu);
         if (sched_getcpu() != number)
-            joint->team->lost_cpu = number;
+            joint->lost_cpu = number;
     }
     return NULL;
 }
 
-/* Start a thread for each of `members`; the count of those that there are. */
+static void start_thread(struct member *member, const pthread_attr_t *attributes)
+{
+    int error = pthread_create(&member->thread, attributes, thread_of, member);
+
+    if (error)
+        fail("no thread for CPU %d: %s", member->joint->cpus->number[member->cpu], strerror(error));
+}
+
+/* Start a thread for each of `members`; their count. */
 static unsigned start_threads(struct joint_work *joint, uint64_t members, struct member *threads)
 {
     pthread_attr_t attributes;
@@ -115,15 +127,11 @@ static unsigned start_threads(struct joint_work *joint, uint64_t members, struct
 
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
-    for (unsigned cpu = 0; cpu < joint->team->cpus->count; cpu++) {
-        if (!(members >> cpu & 1))
-            continue;
-        threads[count] = (struct member){.joint = joint, .cpu = cpu};
-        if (pthread_create(&threads[count].thread, &attributes, thread_of, &threads[count]))
-            joint->team->lost_cpu = joint->team->cpus->number[cpu];
-        else
-            count++;
-    }
+    for (unsigned cpu = 0; cpu < joint->cpus->count; cpu++)
+        if (members >> cpu & 1) {
+            threads[count] = (struct member){.joint = joint, .cpu = cpu};
+            start_thread(&threads[count++], &attributes);
+        }
     pthread_attr_destroy(&attributes);
     return count;
 }
@@ -131,43 +139,35 @@ static unsigned start_threads(struct joint_work *joint, uint64_t members, struct
 static void give_order(struct joint_work *joint, unsigned threads)
 {
     pthread_mutex_lock(&joint->lock);
-    while (joint->pinned < threads)
+    while (joint->ready < threads)
         pthread_cond_wait(&joint->changed, &joint->lock);
-    joint->order = joint->team->lost_cpu < 0 ? BEGIN : ABANDON;
+    joint->order = joint->lost_cpu < 0 ? BEGIN : ABANDON;
     pthread_cond_broadcast(&joint->changed);
     pthread_mutex_unlock(&joint->lock);
 }
 
 static void run(struct probe_team *team, uint64_t members, void (*work)(void *argument, unsigned cpu), void *argument)
 {
-    struct joint_work joint = {.team = team->state,
+    struct joint_work joint = {.cpus = team->state,
                                .work = work,
                                .argument = argument,
                                .lock = PTHREAD_MUTEX_INITIALIZER,
-                               .changed = PTHREAD_COND_INITIALIZER};
+                               .changed = PTHREAD_COND_INITIALIZER,
+                               .lost_cpu = -1};
     struct member threads[PROBE_CPUS_MAX];
-    unsigned count;
+    unsigned count = start_threads(&joint, members, threads);
 
-    if (joint.team->lost_cpu >= 0)
-        return;
-    count = start_threads(&joint, members, threads);
     give_order(&joint, count);
     for (unsigned i = 0; i < count; i++)
         pthread_join(threads[i].thread, NULL);
+    if (joint.lost_cpu >= 0)
+        fail("CPU %d was not to be had to the end: it went offline, or this process may not run on it any more",
+             joint.lost_cpu);
 }
 
-void linux_team_begin(struct probe_team *team, struct linux_team *state, const struct cpu_list *cpus)
+void linux_team_begin(struct probe_team *team, const struct cpu_list *cpus)
 {
-    state->cpus = cpus;
-    state->lost_cpu = -1;
     team->cpus = cpus->count;
     team->run = run;
-    team->state = state;
-}
-
-int lost_cpu(const struct probe_team *team)
-{
-    const struct linux_team *state = team->state;
-
-    return state->lost_cpu;
+    team->state = (void *)cpus;
 }

@@ -5,7 +5,7 @@
 #ifndef PVCLOCK_PROBE_LINUX_TEAM_H
 #define PVCLOCK_PROBE_LINUX_TEAM_H
 
-#include <stdatomic.h>
+#include <stdbool.h>
 
 #include "measure.h"
 
@@ -25,17 +25,8 @@ struct cpu_list allowed_cpus(void);
 /* The place of a CPU's number in a list, or -1. */
 int cpu_place(const struct cpu_list *cpus, int number);
 
-/* What stands behind probe_team.state. */
-struct linux_team {
-    const struct cpu_list *cpus;
-    atomic_int lost_cpu; /* see below */
-};
-
-/* Have `team` run threads on `cpus`; the process' own affinity is left alone. */
-void linux_team_begin(struct probe_team *team, struct linux_team *state, const struct cpu_list *cpus);
-
-/* The number of a CPU that went away or could not be had, or -1.  No work is done after that: what waits for another
- * CPU would wait forever. */
-int lost_cpu(const struct probe_team *team);
+/* Have `team` run threads on `cpus`; the process' own affinity is left alone.  Where a CPU cannot be had to the end of
+ * what it is to do, the program ends with a message: whoever waits for that CPU would wait forever. */
+void linux_team_begin(struct probe_team *team, const struct cpu_list *cpus);
 
 #endif
