@@ -5,7 +5,10 @@
 #ifndef PVCLOCK_PROBE_FACTS_H
 #define PVCLOCK_PROBE_FACTS_H
 
+#include <stdbool.h>
 #include <stdint.h>
+
+#include "../include/pvclock_abi.h"
 
 enum { PROBE_LEAVES_MAX = 48 };
 
@@ -25,5 +28,9 @@ struct probe_page {
     uint32_t flags;
     unsigned looks, stopped_looks;
 };
+
+/* Look at a CPU's record once more, between two changes of it.  `page` begins zeroed, with its `cpu` set.  False, and
+ * no look, where the record does not stand still for as long as a host takes to write it. */
+bool probe_look(struct probe_page *page, const volatile struct pvclock_vcpu_time_info *record);
 
 #endif

@@ -46,13 +46,6 @@ struct probe_pair {
     uint64_t at_tsc[PROBE_SLICES];             /* the first CPU's TSC in the middle of that slice's exchange */
 };
 
-/* The clock of one instant: read between two readings of the TSC. */
-struct probe_sample {
-    uint64_t tsc_before;
-    int64_t clock;
-    uint64_t tsc_after;
-};
-
 struct probe_warp {
     uint64_t count;
     int64_t largest;
