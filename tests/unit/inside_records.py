@@ -12,18 +12,6 @@ from typing import Any, Final
 
 from pvclock.meter.inside import ProbeRecord, parse_record
 
-__all__ = [
-    "KVM_LEAVES",
-    "a_clock",
-    "a_record",
-    "leaf",
-    "line",
-    "record_of",
-    "signature_leaf",
-    "simulated_pairs",
-    "text_words",
-]
-
 TSC_HZ: Final = 2_900_000_000
 BEGAN: Final = 5_000_000_000_000
 INVARIANT: Final = [0x80000007, 0, 0, 0, 0, 1 << 8]

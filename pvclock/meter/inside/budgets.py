@@ -18,7 +18,7 @@ from pvclock.meter.inside.rates import Interval, rate_change
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord
 from pvclock.meter.inside.verdict import Budgets
 from pvclock.meter.inside.windows import unit_ns
-from pvclock.meter.inside.words import between, floor_in_words, ppm_between
+from pvclock.meter.inside.words import between, floor_in_words, ppm_between, rate_in_words
 
 __all__ = ["Held", "held"]
 
@@ -131,8 +131,8 @@ def _hold_drifts(found: Held, record: ProbeRecord, most_ppb: Fraction) -> None:
         bounds += len(ranges)
         for told, bucket in _worst(ranges, most_ppb, found):
             enough = _seconds_enough(record, told, most_ppb) if bucket is found.open else ""
-            budget = ppm_between(most_ppb, most_ppb).removeprefix("+")
-            bucket.append(f"{title(clock.name)}: {told.whose} {_span_ppb(told)}; the budget is {budget}{enough}")
+            budget = rate_in_words(most_ppb)
+            bucket.append(f"{title(clock.name)}, {told.whose}: {_span_ppb(told)}; the budget is {budget}{enough}")
     if not bounds:
         found.open.append("no drift was measured, so --max-drift is open")
 
@@ -140,7 +140,7 @@ def _hold_drifts(found: Held, record: ProbeRecord, most_ppb: Fraction) -> None:
 def _drift_ranges(record: ProbeRecord, clock: ClockRecord) -> list[_Range]:
     ranges = []
     for pair in clock.pairs:
-        whose = f"CPU {record.cpus[pair.b].cpu} drifts from CPU {record.cpus[pair.a].cpu} at"
+        whose = f"CPU {record.cpus[pair.b].cpu} against CPU {record.cpus[pair.a].cpu}"
         drift = drift_of(pair, unit_ns(clock), record.tsc_hz)
         if drift is None or drift.low is None or drift.high is None:
             ranges.append(_Range(whose, Fraction(0), None))
@@ -154,7 +154,7 @@ def _rate_ranges(clock: ClockRecord) -> list[_Range]:
     if clock.name in DISCIPLINED | COARSE | {"tsc"}:
         return []
     change = rate_change(clock, halves=True)
-    whose = "its rate against the TSC changed between the run's halves by"
+    whose = "the run's halves against each other, by the TSC"
     return [_without_sign(whose, change.ppb) if change else _Range(whose, Fraction(0), None)]
 
 
@@ -198,7 +198,7 @@ def _span_ns(told: _Range, is_so: str, may_be: str) -> str:
 
 def _span_ppb(told: _Range) -> str:
     if told.most is None:
-        return "any rate"
+        return "a drift that is not known"
     if not told.least:
-        return f"up to {ppm_between(told.most, told.most).replace('+', '')}"
-    return ppm_between(told.least, told.most).replace("+", "")
+        return f"a drift of up to {rate_in_words(told.most)}"
+    return f"a drift of {ppm_between(told.least, told.most).replace('+', '')}"
