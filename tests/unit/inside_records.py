@@ -50,6 +50,11 @@ def still(ns: float) -> Offset:
     return lambda _: Fraction(ns)
 
 
+def drifting(ppb: int, ns: int = 0) -> Offset:
+    """An offset that grows by so many ns a second."""
+    return lambda at: ns + at * ppb
+
+
 def simulated_pairs(
     offsets: Sequence[Offset],
     hz: int = TSC_HZ,

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 
 from pvclock.meter.inside import Promises, promises
+from pvclock.meter.inside.promises import FrequencyClaim
 from tests.unit.inside_records import (
     HYPERVISOR,
     INVARIANT,
@@ -99,7 +100,7 @@ def test_the_timing_leaf() -> None:
     """In kHz, if the first hypervisor's leaves reach it; Hyper-V's leaf of that number means something else."""
     timing = leaf(0x40000010, 2_900_000, 1_000_000)
     (claim,) = told_by(HYPERVISOR, signature_leaf("KVMKVMKVM", last=0x40000010), timing).frequencies
-    assert (claim.source, claim.hz, claim.grain_hz) == ("CPUID 0x40000010", 2_900_000_000, 1000)
+    assert claim == FrequencyClaim("CPUID 0x40000010", Fraction(2_900_000_000), Fraction(1000))
     assert not told_by(HYPERVISOR, signature_leaf("KVMKVMKVM"), timing).frequencies
     assert not told_by(HYPERVISOR, signature_leaf("Microsoft Hv", last=0x40000010), timing).frequencies
 
@@ -107,8 +108,8 @@ def test_the_timing_leaf() -> None:
 def test_the_cpus_frequency_leaves() -> None:
     """0x15 is a ratio of the crystal, exactly; without the crystal it says nothing.  0x16 is a name, in MHz."""
     ratio, base = told_by(leaf(0x15, 2, 250, 24_000_000), leaf(0x16, 2904)).frequencies
-    assert (ratio.source, ratio.hz, ratio.is_nominal) == ("CPUID 0x15", 3_000_000_000, False)
-    assert (base.source, base.hz, base.grain_hz, base.is_nominal) == ("CPUID 0x16", 2_904_000_000, 10**6, True)
+    assert ratio == FrequencyClaim("CPUID 0x15", Fraction(3_000_000_000), Fraction(0))
+    assert base == FrequencyClaim("CPUID 0x16", Fraction(2_904_000_000), Fraction(10**6), is_nominal=True)
     assert not told_by(leaf(0x15, 2, 250, 0)).frequencies
 
 
@@ -117,8 +118,7 @@ def test_the_frequency_of_a_page() -> None:
     (claim,) = told_by(
         pages=[{**PAGE, "mul": 1 << 31, "shift": 0}, {**PAGE, "cpu": 1, "mul": 1 << 31, "shift": 0}]
     ).frequencies
-    assert (claim.source, claim.hz) == ("the pvclock page of CPU 0", 2 * 10**9)
-    assert claim.grain_hz == Fraction(2 * 10**9, 1 << 31)
+    assert claim == FrequencyClaim("the pvclock page of CPU 0", Fraction(2 * 10**9), Fraction(2 * 10**9, 1 << 31))
     (halved,) = told_by(pages=[{**PAGE, "mul": 1 << 31, "shift": -1}]).frequencies
     assert halved.hz == 4 * 10**9
 

@@ -141,7 +141,7 @@ def _drift_ranges(record: ProbeRecord, clock: ClockRecord) -> list[_Range]:
     ranges = []
     for pair in clock.pairs:
         whose = f"CPU {record.cpus[pair.b].cpu} against CPU {record.cpus[pair.a].cpu}"
-        drift = drift_of(pair, unit_ns(clock), record.tsc_hz)
+        drift = drift_of(pair, clock, record.tsc_hz)
         if drift is None or drift.low is None or drift.high is None:
             ranges.append(_Range(whose, Fraction(0), None))
         else:

@@ -22,7 +22,7 @@ DISCIPLINED = frozenset({"monotonic"})
 def drift_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, hypervisor: str) -> list[Finding]:
     """One finding of the pair that moved most, which names the CPU that moved if most others stood still."""
     moved = [pair for pair in clock.pairs if _is_moved(windows, pair)]
-    drifts = [(pair, drift) for pair in moved if (drift := drift_of(pair, unit_ns(clock), record.tsc_hz))]
+    drifts = [(pair, drift) for pair in moved if (drift := drift_of(pair, clock, record.tsc_hz))]
     proven = [(pair, drift) for pair, drift in drifts if drift.moved_ns]
     if proven:
         pair, drift = max(proven, key=lambda each: abs(each[1].moved_ns))
