@@ -12,18 +12,6 @@ from typing import Any, Final
 
 from pvclock.meter.inside import ProbeRecord, parse_record
 
-__all__ = [
-    "KVM_LEAVES",
-    "a_clock",
-    "a_record",
-    "leaf",
-    "line",
-    "record_of",
-    "signature_leaf",
-    "simulated_pairs",
-    "text_words",
-]
-
 TSC_HZ: Final = 2_900_000_000
 BEGAN: Final = 5_000_000_000_000
 INVARIANT: Final = [0x80000007, 0, 0, 0, 0, 1 << 8]
@@ -60,6 +48,11 @@ Offset = Callable[[Fraction], Fraction]
 def still(ns: float) -> Offset:
     """An offset that stands still."""
     return lambda _: Fraction(ns)
+
+
+def drifting(ppb: int, ns: int = 0) -> Offset:
+    """An offset that grows by so many ns a second."""
+    return lambda at: ns + at * ppb
 
 
 def simulated_pairs(

@@ -1,7 +1,7 @@
 """What software in the guest sees of a fault, and what to change: on the host, or in the guest until then.
 
 Sources: QEMU's CPU properties and docs/system/i386/hyperv.rst; libvirt's "Time keeping" and "CPU features"; Linux's
-kernel-parameters.txt; VirtualBox's manual, 9; xl.cfg(5), tsc_mode; Apple's hv_vm_sync_tsc(); VMware's "Timekeeping".
+kernel-parameters.txt; VirtualBox's manual, 9; xl.cfg(5), tsc_mode; VMware's "Timekeeping".
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ KVM_SYNC: Final = (
 )
 TCG_SYNC: Final = "QEMU: -accel tcg,thread=single, or -icount shift=auto: all vCPUs then have one clock"
 HVF_SYNC: Final = (
-    "VMM (QEMU, UTM, Docker Desktop, Multipass): one that sets all vCPUs' TSCs alike, by hv_vm_sync_tsc(): try a newer "
-    "version; or give the guest one vCPU"
+    "VMM (QEMU, UTM, Docker Desktop, Multipass) and macOS: try newer versions, for they have set vCPUs' TSCs apart; or "
+    "give the guest one vCPU"
 )
 VIRTUALBOX_SYNC: Final = (
     "VirtualBox: VBoxManage modifyvm NAME --paravirt-provider=kvm; if the TSCs stay apart: VBoxManage setextradata "

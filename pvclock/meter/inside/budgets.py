@@ -18,12 +18,14 @@ from pvclock.meter.inside.rates import Interval, rate_change
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord
 from pvclock.meter.inside.verdict import Budgets
 from pvclock.meter.inside.windows import unit_ns
-from pvclock.meter.inside.words import at_least, floor_in_words, ppm_between
+from pvclock.meter.inside.words import between, floor_in_words, ppm_between, rate_in_words
 
 __all__ = ["Held", "held"]
 
 COARSE: Final = {"pit", "acpi_pm"}
 """Clocks that others are measured by: their units leave a budget open, and only what they prove counts."""
+FLOOR_UNKNOWN: Final = (1 << 63) - 1
+"""The probe's word for a clock whose rate it did not learn in the time."""
 
 
 class Held(NamedTuple):
@@ -65,15 +67,14 @@ def _hold_warps(found: Held, record: ProbeRecord, windows: Mapping[str, Windows]
             *_warp_ranges(record, clock),
         ]
         for told, bucket in _worst(ranges, most_ns, found):
-            bucket.append(
-                f"{told.whose} {title(clock.name)}: apart by {_span_ns(told)}; the budget is {floor_in_words(most_ns)}"
-            )
+            apart = f"{title(clock.name)}: {told.whose} {_span_ns(told, 'are', 'may be')} apart"
+            bucket.append(f"{apart}; the budget is {floor_in_words(most_ns)}")
 
 
 def _offset_ranges(record: ProbeRecord, windows: Windows) -> list[_Range]:
     ranges = []
     for (a, b), window in windows.items():
-        whose = f"CPUs {record.cpus[a].cpu} and {record.cpus[b].cpu},"
+        whose = f"CPUs {record.cpus[a].cpu} and {record.cpus[b].cpu}"
         if window is None:
             ranges.append(_Range(whose, Fraction(0), None))
         else:
@@ -86,7 +87,7 @@ def _warp_ranges(record: ProbeRecord, clock: ClockRecord) -> list[_Range]:
     """A warp proves what it is, and bounds nothing from above: the windows do."""
     return [
         _Range(
-            f"CPUs {record.cpus[warp.writer].cpu} and {record.cpus[warp.reader].cpu},",
+            f"CPUs {record.cpus[warp.writer].cpu} and {record.cpus[warp.reader].cpu}",
             warp.largest * unit_ns(clock),
             warp.largest * unit_ns(clock),
         )
@@ -104,17 +105,19 @@ def _hold_steps(found: Held, record: ProbeRecord, most_ns: Fraction) -> None:
         found.open.append("no clock was searched for steps, so --max-step is open")
     for clock in searched:
         for told, bucket in _worst(_step_ranges(clock), most_ns, found):
-            bucket.append(f"{title(clock.name)}: a step of {_span_ns(told)}; the budget is {floor_in_words(most_ns)}")
+            stepped = f"{title(clock.name)} {_span_ns(told, 'stepped by', 'may have stepped by')}"
+            bucket.append(f"{stepped}; the budget is {floor_in_words(most_ns)}")
 
 
 def _step_ranges(clock: ClockRecord) -> list[_Range]:
     """The steps found, and the one that the floor can hide."""
     unit, steps = unit_ns(clock), clock.steps
-    ranges = [] if clock.name in COARSE else [_Range(clock.name, Fraction(0), steps.floor * unit)]
+    hidden = steps.floor * unit if steps.floor < FLOOR_UNKNOWN else None
+    ranges = [] if clock.name in COARSE else [_Range(clock.name, Fraction(0), hidden)]
     for step in (steps.forward, steps.backward):
         if step:
             low, high = sorted((abs(step.low) * unit, abs(step.high) * unit))
-            ranges.append(_Range(clock.name, low if low > steps.floor * unit else Fraction(0), high))
+            ranges.append(_Range(clock.name, low, high))
     return ranges
 
 
@@ -128,8 +131,8 @@ def _hold_drifts(found: Held, record: ProbeRecord, most_ppb: Fraction) -> None:
         bounds += len(ranges)
         for told, bucket in _worst(ranges, most_ppb, found):
             enough = _seconds_enough(record, told, most_ppb) if bucket is found.open else ""
-            budget = ppm_between(most_ppb, most_ppb).removeprefix("+")
-            bucket.append(f"{title(clock.name)}: {told.whose} {_span_ppb(told)}; the budget is {budget}{enough}")
+            budget = rate_in_words(most_ppb)
+            bucket.append(f"{title(clock.name)}, {told.whose}: {_span_ppb(told)}; the budget is {budget}{enough}")
     if not bounds:
         found.open.append("no drift was measured, so --max-drift is open")
 
@@ -137,8 +140,8 @@ def _hold_drifts(found: Held, record: ProbeRecord, most_ppb: Fraction) -> None:
 def _drift_ranges(record: ProbeRecord, clock: ClockRecord) -> list[_Range]:
     ranges = []
     for pair in clock.pairs:
-        whose = f"CPU {record.cpus[pair.b].cpu} drifts from CPU {record.cpus[pair.a].cpu} by"
-        drift = drift_of(pair, unit_ns(clock), record.tsc_hz)
+        whose = f"CPU {record.cpus[pair.b].cpu} against CPU {record.cpus[pair.a].cpu}"
+        drift = drift_of(pair, clock, record.tsc_hz)
         if drift is None or drift.low is None or drift.high is None:
             ranges.append(_Range(whose, Fraction(0), None))
         else:
@@ -151,7 +154,7 @@ def _rate_ranges(clock: ClockRecord) -> list[_Range]:
     if clock.name in DISCIPLINED | COARSE | {"tsc"}:
         return []
     change = rate_change(clock, halves=True)
-    whose = "its rate against the TSC changed between the run's halves by"
+    whose = "the run's halves against each other, by the TSC"
     return [_without_sign(whose, change.ppb) if change else _Range(whose, Fraction(0), None)]
 
 
@@ -185,11 +188,17 @@ def _worst(ranges: list[_Range], most: Fraction, found: Held) -> list[tuple[_Ran
     return [(max(possible, key=lambda each: each.most or Fraction(0)), found.open)] if possible else []
 
 
-def _span_ns(told: _Range) -> str:
+def _span_ns(told: _Range, is_so: str, may_be: str) -> str:
     if told.most is None:
-        return "an unknown time"
-    return f"{at_least(told.least)} to {floor_in_words(told.most)}"
+        return f"{may_be} any time"
+    if not told.least:
+        return f"{may_be} up to {floor_in_words(told.most)}"
+    return f"{is_so} {between(told.least, told.most)}"
 
 
 def _span_ppb(told: _Range) -> str:
-    return "an unknown rate" if told.most is None else ppm_between(told.least, told.most).replace("+", "")
+    if told.most is None:
+        return "a drift that is not known"
+    if not told.least:
+        return f"a drift of up to {rate_in_words(told.most)}"
+    return f"a drift of {ppm_between(told.least, told.most).replace('+', '')}"

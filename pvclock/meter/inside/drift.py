@@ -10,7 +10,8 @@ from fractions import Fraction
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
-from pvclock.meter.inside.record import PairRecord, Slice
+from pvclock.meter.inside.record import ClockRecord, PairRecord, Slice
+from pvclock.meter.inside.windows import slice_edges
 
 __all__ = ["Drift", "drift_of"]
 
@@ -35,9 +36,9 @@ class _Seen(NamedTuple):
     reach: int
 
 
-def drift_of(pair: PairRecord, unit: Fraction, tsc_hz: int) -> Drift | None:
+def drift_of(pair: PairRecord, clock: ClockRecord, tsc_hz: int) -> Drift | None:
     """The bounds of a pair's drift; None where fewer than two eighths had a round, or their order is not known."""
-    seen = _seen(pair.slices, unit)
+    seen = _seen(pair.slices, clock)
     if len(seen) < 2:
         return None
     lows, highs, moves = [], [], [Fraction(0)]
@@ -56,16 +57,16 @@ def drift_of(pair: PairRecord, unit: Fraction, tsc_hz: int) -> Drift | None:
 # Inside
 
 
-def _seen(slices: tuple[Slice, ...], unit: Fraction) -> list[_Seen]:
+def _seen(slices: tuple[Slice, ...], clock: ClockRecord) -> list[_Seen]:
     middles = [each.at_tsc for each in slices]
     gaps = [after - before for before, after in pairwise(middles)]
     if not gaps or min(gaps) <= 0:
         return []
     reaches = [min(around) for around in zip([gaps[0], *gaps], [*gaps, gaps[-1]], strict=True)]
     return [
-        _Seen(each.low * unit, each.high * unit, each.at_tsc, reach)
+        _Seen(*edges, each.at_tsc, reach)
         for each, reach in zip(slices, reaches, strict=True)
-        if each.low is not None and each.high is not None
+        if (edges := slice_edges(clock, each))
     ]
 
 

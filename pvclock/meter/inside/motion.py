@@ -11,7 +11,7 @@ from pvclock.meter.inside.rates import rate_change
 from pvclock.meter.inside.record import ClockRecord, PairRecord, ProbeRecord, StepRecord
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.windows import Window, unit_ns
-from pvclock.meter.inside.words import at_least, between, cpus_in_words, floor_in_words, ppm_between
+from pvclock.meter.inside.words import at_least, between, cpus_in_words, ppm_between
 
 __all__ = ["DISCIPLINED", "drift_findings", "rate_findings", "step_findings"]
 
@@ -22,7 +22,7 @@ DISCIPLINED = frozenset({"monotonic"})
 def drift_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, hypervisor: str) -> list[Finding]:
     """One finding of the pair that moved most, which names the CPU that moved if most others stood still."""
     moved = [pair for pair in clock.pairs if _is_moved(windows, pair)]
-    drifts = [(pair, drift) for pair in moved if (drift := drift_of(pair, unit_ns(clock), record.tsc_hz))]
+    drifts = [(pair, drift) for pair in moved if (drift := drift_of(pair, clock, record.tsc_hz))]
     proven = [(pair, drift) for pair, drift in drifts if drift.moved_ns]
     if proven:
         pair, drift = max(proven, key=lambda each: abs(each[1].moved_ns))
@@ -31,12 +31,12 @@ def drift_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, hy
 
 
 def step_findings(clock: ClockRecord, tsc_hz: int, hypervisor: str) -> list[Finding]:
-    """The largest step each way, if it is beyond what can be told from the readings' width."""
+    """The largest step each way: proven, also where the floor, which is of the widest readings, is above it."""
     steps = clock.steps
     return [
         _step_told(clock, step, tsc_hz, hypervisor, is_back=is_back)
         for step, is_back in ((steps.backward, True), (steps.forward, False))
-        if step and min(abs(step.low), abs(step.high)) > steps.floor
+        if step
     ]
 
 
@@ -145,11 +145,9 @@ def _step_told(clock: ClockRecord, step: StepRecord, tsc_hz: int, hypervisor: st
         if samples and samples[0].tsc_before
         else "an unknown time"
     )
-    way, floor, times = ("back" if is_back else "forward"), clock.steps.floor * unit, clock.steps.beyond_floor
-    what = (
-        f"{title(clock.name)} stepped {way} by {between(low, high)} against the TSC, {when} into the run; "
-        f"{times:,} step{'s' * (times != 1)} went beyond the floor of {floor_in_words(floor)}"
-    )
+    way, times = ("back" if is_back else "forward"), clock.steps.beyond_floor
+    more = f"; it was the largest of {times:,} steps" if times > 1 else ""
+    what = f"{title(clock.name)} stepped {way} by {between(low, high)} against the TSC, {when} into the run{more}"
     return Finding(
         FindingCode.STEP_BACK if is_back else FindingCode.STEP_FORWARD,
         Weight.FAULT,

@@ -29,7 +29,7 @@ INVARIANT_TSC: Final = 1 << 8
 KVM_SIGNATURE: Final = "KVMKVMKVM"
 HYPERV_SIGNATURE: Final = "Microsoft Hv"
 TIMING_LEAF: Final = 0x40000010
-TIMING_LEAF_OF: Final = {"VMwareVMware", KVM_SIGNATURE, "HVFAppleHVF", "VBoxVBoxVBox", "bhyve bhyve", "TCGTCGTCGTCG"}
+TIMING_LEAF_OF: Final = {"VMwareVMware", KVM_SIGNATURE, "HVFHVFHVFHVF", "VBoxVBoxVBox", "bhyve bhyve", "TCGTCGTCGTCG"}
 """Whose leaf 0x40000010, if they have one, is VMware's timing leaf; Hyper-V's and Xen's leaves there mean others."""
 
 NAMES: Final = {
@@ -40,7 +40,9 @@ NAMES: Final = {
     "XenVMMXenVMM": "Xen",
     "VBoxVBoxVBox": "VirtualBox",
     "bhyve bhyve": "bhyve",
-    "HVFAppleHVF": "Apple's Hypervisor.framework (HVF)",
+    "Linux KVM Hv": "KVM",
+    "HVFHVFHVFHVF": "Apple's Hypervisor.framework (HVF)",
+    "Apple VZ": "Apple's Hypervisor.framework (HVF)",
     "ACRNACRNACRN": "ACRN",
     "QNXQVMBSQG": "QNX",
     "NVMMNVMMNVMM": "NVMM",

@@ -2,6 +2,9 @@
 
 An exchange proves low <= b - a <= high for an offset that stands still.  Where the windows of two eighths of the run
 have nothing in common, or one of them is empty, the offset moved; then low and high are what it had at some time each.
+
+A reading is cut to a whole unit, so the difference of two may be off by one: a window is wider by that on both sides.
+TSCs are whole themselves, and so are their differences.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ from fractions import Fraction
 from itertools import combinations
 from typing import NamedTuple
 
-from pvclock.meter.inside.record import ClockRecord, PairRecord
+from pvclock.meter.inside.record import ClockRecord, PairRecord, Slice
 from pvclock.quantities import NS_PER_S
 
-__all__ = ["Window", "all_windows", "far_edge", "unit_ns"]
+__all__ = ["Window", "all_windows", "far_edge", "slice_edges", "unit_ns"]
 
 
 class Window(NamedTuple):
@@ -52,6 +55,14 @@ def unit_ns(clock: ClockRecord) -> Fraction:
     return Fraction(NS_PER_S, clock.hz)
 
 
+def slice_edges(clock: ClockRecord, seen: Slice) -> tuple[Fraction, Fraction] | None:
+    """The bounds in ns that an eighth of the run gives; None if no round of it ended."""
+    if seen.low is None or seen.high is None:
+        return None
+    cut = 0 if clock.name == "tsc" else 1
+    return (seen.low - cut) * unit_ns(clock), (seen.high + cut) * unit_ns(clock)
+
+
 def all_windows(clock: ClockRecord, cpus: int) -> dict[tuple[int, int], Window | None]:
     """The window of every two CPUs a < b: their own, else the sum through the first CPU; None if there is neither."""
     direct = _direct_windows(clock)
@@ -73,21 +84,20 @@ def far_edge(windows: Mapping[tuple[int, int], Window | None]) -> Fraction | Non
 def _direct_windows(clock: ClockRecord) -> dict[tuple[int, int], Window]:
     found: dict[tuple[int, int], Window] = {}
     for pair in clock.pairs:
-        window = _window(pair, unit_ns(clock))
+        window = _window(pair, clock)
         if window is not None:
             a, b = sorted((pair.a, pair.b))
             found[a, b] = window if pair.a == a else window.turned()
     return found
 
 
-def _window(pair: PairRecord, unit: Fraction) -> Window | None:
-    lows = [each.low for each in pair.slices if each.low is not None]
-    highs = [each.high for each in pair.slices if each.high is not None]
-    if not lows or not highs:
+def _window(pair: PairRecord, clock: ClockRecord) -> Window | None:
+    edges = [found for each in pair.slices if (found := slice_edges(clock, each))]
+    if not edges:
         return None
-    low, high = max(lows), min(highs)
-    least, most = min(*lows, *highs), max(*lows, *highs)
-    return Window(low * unit, high * unit, least * unit, most * unit, low > high, is_direct=True)
+    low, high = max(low for low, _ in edges), min(high for _, high in edges)
+    every = [edge for both in edges for edge in both]
+    return Window(low, high, min(every), max(every), low > high, is_direct=True)
 
 
 def _through_first(direct: Mapping[tuple[int, int], Window], a: int, b: int) -> Window | None:

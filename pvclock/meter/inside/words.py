@@ -7,7 +7,16 @@ from fractions import Fraction
 from math import ceil, floor
 from typing import Final
 
-__all__ = ["at_least", "between", "cpus_in_words", "floor_in_words", "hz_in_words", "listed", "ppm_between"]
+__all__ = [
+    "at_least",
+    "between",
+    "cpus_in_words",
+    "floor_in_words",
+    "hz_in_words",
+    "listed",
+    "ppm_between",
+    "rate_in_words",
+]
 
 UNITS: Final = ((10**9, "s"), (10**6, "ms"), (10**3, "us"), (1, "ns"))
 DIGITS: Final = 4
@@ -39,6 +48,12 @@ def ppm_between(low: Fraction, high: Fraction) -> str:
     low_text = f"{_signed(low / size, up=False)}"
     high_text = f"{_signed(high / size, up=True)}"
     return f"{low_text} {unit}" if low_text == high_text else f"{low_text} to {high_text} {unit}"
+
+
+def rate_in_words(ppb: Fraction) -> str:
+    """A rate without its sign, rounded up."""
+    size, unit = (1000, "ppm") if abs(ppb) >= PPM_FROM else (1, "ppb")
+    return f"{_signed(abs(ppb) / size, up=True).removeprefix('+')} {unit}"
 
 
 def hz_in_words(hz: Fraction, *, up: bool = False) -> str:
