@@ -4,19 +4,12 @@
 
 #include <time.h>
 
+#include "fenced_tsc.h"
+
 static const int64_t NS_PER_S = 1000000000;
 static const int64_t CALIBRATION_NS = 100000000; /* two readings 50 ns wide then say the rate to 1 ppm */
 
 enum { CALIBRATION_TRIES = 100 };
-
-/* Neither the code before nor after moves across; the memory clobber keeps the compiler to it. */
-static inline uint64_t fenced_tsc(void)
-{
-    uint32_t low, high;
-
-    __asm__ volatile("lfence\n\trdtsc\n\tlfence" : "=a"(low), "=d"(high) : : "memory");
-    return (uint64_t)high << 32 | low;
-}
 
 /* Through the vDSO, which reads the TSC or the pvclock page without a system call. */
 static inline int64_t fenced_time(clockid_t id)
