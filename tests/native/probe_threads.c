@@ -6,7 +6,7 @@
  *   probe_threads [--milliseconds N] [--runs N] [--threads N] [--add THREAD:NS] [--step NS] [--absent THREAD]
  *
  * Threads are pinned to the CPUs that this process may use, in turn.  An absent one never does its work.  A step is put
- * into what the first thread reads of CLOCK_MONOTONIC, in the middle of the run.
+ * into what the first thread reads of CLOCK_MONOTONIC, in the middle of the slices.
  */
 #define _GNU_SOURCE
 #include <inttypes.h>
@@ -27,8 +27,13 @@ enum { TSC, MONOTONIC, CLOCKS };
 
 /* ---- The clocks. ---- */
 
-static uint64_t step_tsc = UINT64_MAX; /* from which on the step is in */
 static int64_t step_ns;
+static bool has_stepped;
+
+static void step_in_the_middle(unsigned percent)
+{
+	has_stepped = percent >= 50;
+}
 
 static int64_t read_tsc(const struct probe_clock *clock, unsigned cpu)
 {
@@ -53,7 +58,7 @@ static int64_t read_monotonic(const struct probe_clock *clock, unsigned cpu)
 	__asm__ volatile("lfence" : : : "memory");
 	ns = now_ns(CLOCK_MONOTONIC);
 	__asm__ volatile("lfence" : : : "memory");
-	return ns + (cpu == 0 && step_ns && fenced_tsc() >= step_tsc ? step_ns : 0);
+	return ns + (cpu == 0 && has_stepped ? step_ns : 0);
 }
 
 static uint64_t measured_tsc_hz(void)
@@ -200,7 +205,7 @@ static void print_clock(const struct probe_clock *clock, const struct probe_cloc
 
 static unsigned runs = 1;
 static struct probe_team team = { .cpus = 2, .run = run_on_threads };
-static struct probe_plan plan = { .milliseconds = 200 };
+static struct probe_plan plan = { .milliseconds = 200, .progress = step_in_the_middle };
 
 static int take_option(const char *option, const char *value)
 {
@@ -227,7 +232,7 @@ static int take_option(const char *option, const char *value)
 static void measure_once(const struct probe_clock *clocks, struct probe_clock_result *results)
 {
 	memset(results, 0, CLOCKS * sizeof *results);
-	step_tsc = fenced_tsc() + plan.tsc_hz / 1000 * plan.milliseconds / 2;
+	has_stepped = false;
 	measure(&team, &plan, clocks, CLOCKS, results);
 	printf("{\"tsc_hz\": %" PRIu64 ", ", plan.tsc_hz);
 	for (unsigned clock = 0; clock < CLOCKS; clock++) {
