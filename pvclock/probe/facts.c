@@ -17,7 +17,8 @@ struct leaf_list {
     unsigned count;
 };
 
-static struct probe_leaf cpuid(uint32_t leaf)
+/* Weak: the bare form has another, because CPUID is not the same in every ring of every host. */
+__attribute__((weak)) struct probe_leaf probe_cpuid(uint32_t leaf)
 {
     struct probe_leaf found = {.leaf = leaf};
 
@@ -34,21 +35,21 @@ static void keep(struct leaf_list *list, struct probe_leaf leaf)
 static void keep_basic(struct leaf_list *list)
 {
     static const uint32_t basic[] = {1, 7, 0x15, 0x16};
-    struct probe_leaf first = cpuid(0);
+    struct probe_leaf first = probe_cpuid(0);
 
     keep(list, first);
     for (unsigned i = 0; i < sizeof(basic) / sizeof(*basic); i++)
         if (basic[i] <= first.eax)
-            keep(list, cpuid(basic[i]));
+            keep(list, probe_cpuid(basic[i]));
 }
 
 static void keep_extended(struct leaf_list *list)
 {
-    struct probe_leaf first = cpuid(EXTENDED_BASE);
+    struct probe_leaf first = probe_cpuid(EXTENDED_BASE);
 
     keep(list, first);
     if (first.eax >= EXTENDED_BASE + 7)
-        keep(list, cpuid(EXTENDED_BASE + 7));
+        keep(list, probe_cpuid(EXTENDED_BASE + 7));
 }
 
 /* Old KVM says 0 for its last leaf, and means the first after the signature. */
@@ -64,14 +65,14 @@ static uint32_t last_of_hypervisor(const struct probe_leaf *signature)
 /* A leaf that nobody answers may say what some other leaf does: what it names as the last must be of this block. */
 static void keep_hypervisor(struct leaf_list *list, uint32_t base)
 {
-    struct probe_leaf signature = cpuid(base);
+    struct probe_leaf signature = probe_cpuid(base);
     uint32_t last = last_of_hypervisor(&signature);
 
     if (last < base || last >= base + HYPERVISOR_STEP)
         return;
     keep(list, signature);
     for (uint32_t leaf = base + 1; leaf <= last && leaf <= base + FOLLOWING_MAX; leaf++)
-        keep(list, cpuid(leaf));
+        keep(list, probe_cpuid(leaf));
 }
 
 unsigned probe_leaves(struct probe_leaf leaves[PROBE_LEAVES_MAX])
@@ -80,7 +81,7 @@ unsigned probe_leaves(struct probe_leaf leaves[PROBE_LEAVES_MAX])
 
     keep_basic(&list);
     keep_extended(&list);
-    if (cpuid(1).ecx >> HYPERVISOR_BIT & 1)
+    if (probe_cpuid(1).ecx >> HYPERVISOR_BIT & 1)
         for (uint32_t base = HYPERVISOR_BASE; base <= HYPERVISOR_LAST; base += HYPERVISOR_STEP)
             keep_hypervisor(&list, base);
     return list.count;

@@ -16,6 +16,9 @@ struct probe_leaf {
     uint32_t leaf, subleaf, eax, ebx, ecx, edx;
 };
 
+/* CPUID's subleaf 0 as this form can read it. */
+struct probe_leaf probe_cpuid(uint32_t leaf);
+
 /* Read the leaves that say something about time or the hypervisor (0, 1, 7, 0x15, 0x16, 0x80000000 and ...0007, each
  * hypervisor's signature leaf from 0x40000000 in steps of 0x100, and what follows it as far as it says); the count. */
 unsigned probe_leaves(struct probe_leaf leaves[PROBE_LEAVES_MAX]);
