@@ -62,32 +62,41 @@ def simulated_pairs(
     seed: int = 1,
     travel_ns: tuple[int, int] = (30, 90),
     rounds: int = 12,
+    lasts: Fraction = Fraction(0),
 ) -> list[dict[str, object]]:
-    """What exchanges find between clocks of these offsets: each way of a cache line takes its own time."""
+    """What exchanges find between clocks of these offsets: each way of a cache line takes its own time.
+
+    lasts: how much of its eighth an exchange takes; its rounds are anywhere in it.
+    """
     chance = random.Random(seed)  # noqa: S311  # no secret
     pairs = []
     for a, b in combinations(range(len(offsets)), 2):
         slices: list[list[int]] = []
         for eighth in range(8):
             middle = Fraction(seconds * (2 * eighth + 1), 16)
-            low, high = _window(chance, offsets[a], offsets[b], hz, middle, travel_ns, rounds)
+            reach = int(lasts * seconds * 10**9 / 16)
+            begun = [middle + Fraction(chance.randint(-reach, reach), 10**9) for _ in range(rounds)]
+            low, high = _window(chance, (offsets[a], offsets[b]), hz, begun, travel_ns)
             slices.append([floor(BEGAN + middle * TSC_HZ), low, high])
         pairs.append({"cpus": [a, b], "rounds": 8 * rounds, "slices": slices})
     return pairs
 
 
 def _window(
-    chance: random.Random, a: Offset, b: Offset, hz: int, middle: Fraction, travel_ns: tuple[int, int], rounds: int
+    chance: random.Random,
+    offsets: tuple[Offset, Offset],
+    hz: int,
+    begun: Sequence[Fraction],
+    travel_ns: tuple[int, int],
 ) -> tuple[int, int]:
     def reading(offset: Offset, at: Fraction) -> int:
         return floor((at * 10**9 + offset(at)) * hz / 10**9)
 
-    low, high, now = -(1 << 63), (1 << 63) - 1, middle
-    for _ in range(rounds):
+    (a, b), low, high = offsets, -(1 << 63), (1 << 63) - 1
+    for now in begun:
         there, back = (Fraction(chance.randint(*travel_ns), 10**9) for _ in range(2))
         before, remote, after = reading(a, now), reading(b, now + there), reading(a, now + there + back)
         low, high = max(low, remote - after), min(high, remote - before)
-        now += there + back
     return low, high
 
 

@@ -22,13 +22,12 @@ from tests.unit.inside_records import (
 pytestmark = pytest.mark.row("E18")
 
 PASSED, BROKEN, UNDECIDED = VerdictStatus.PASSED, VerdictStatus.BROKEN, VerdictStatus.UNDECIDED
-WINDOW = [[BEGAN + (2 * at + 1) * TSC_HZ // 16, 290, 580] for at in range(8)]
-"""CPU 1 is 100 to 200 ns ahead of CPU 0."""
+MIDDLES = [BEGAN + (2 * at + 1) * TSC_HZ // 16 for at in range(8)]
 
 
 def window_of(low: int, high: int) -> list[dict[str, object]]:
-    """Return an exchange that gives that window in each eighth of the run, in ticks."""
-    return [{"cpus": [0, 1], "rounds": 9, "slices": [[at, low, high] for at, _, _ in WINDOW]}]
+    """Return an exchange that leaves that window in each eighth, in ticks: a reading is cut to a whole one."""
+    return [{"cpus": [0, 1], "rounds": 9, "slices": [[at, low + 1, high - 1] for at in MIDDLES]}]
 
 
 def judged(budgets: Budgets, *clocks: dict[str, object], cpus: int = 2, **more: object) -> Verdict:
@@ -86,7 +85,7 @@ def test_a_warp_counts_for_its_budget() -> None:
 
 def test_an_offset_that_moved_within_a_budget() -> None:
     """All that was seen counts, not what is common to all eighths, which is nothing."""
-    slices = [[at, 290 * place, 290 * place + 58] for place, (at, _, _) in enumerate(WINDOW)]
+    slices = [[at, 290 * place + 1, 290 * place + 57] for place, at in enumerate(MIDDLES)]
     clock = a_clock(pairs=[{"cpus": [0, 1], "rounds": 9, "slices": slices}])
     allowed = Budgets(max_warp_ns=Fraction(720), max_drift_ppb=Fraction(10**6))
     assert judged(allowed, clock).status is PASSED

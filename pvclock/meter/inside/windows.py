@@ -4,7 +4,6 @@ An exchange proves low <= b - a <= high for an offset that stands still.  Where 
 have nothing in common, or one of them is empty, the offset moved; then low and high are what it had at some time each.
 
 A reading is cut to a whole unit, so the difference of two may be off by one: a window is wider by that on both sides.
-TSCs are whole themselves, and so are their differences.
 """
 
 from __future__ import annotations
@@ -59,8 +58,7 @@ def slice_edges(clock: ClockRecord, seen: Slice) -> tuple[Fraction, Fraction] | 
     """The bounds in ns that an eighth of the run gives; None if no round of it ended."""
     if seen.low is None or seen.high is None:
         return None
-    cut = 0 if clock.name == "tsc" else 1
-    return (seen.low - cut) * unit_ns(clock), (seen.high + cut) * unit_ns(clock)
+    return (seen.low - 1) * unit_ns(clock), (seen.high + 1) * unit_ns(clock)
 
 
 def all_windows(clock: ClockRecord, cpus: int) -> dict[tuple[int, int], Window | None]:

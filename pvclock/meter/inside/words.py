@@ -94,7 +94,8 @@ def _rounded(number: Fraction, digits: int = DIGITS, *, up: bool) -> Fraction:
 
 def _length(ns: Fraction) -> str:
     size, unit = next(((size, unit) for size, unit in UNITS if ns >= size), UNITS[-1])
-    return f"{float(ns / size):.10g} {unit}"
+    whole, rest = divmod(int(ns * 10), size * 10)
+    return f"{whole}.{rest:0{len(str(size))}}".rstrip("0").rstrip(".") + f" {unit}"
 
 
 def _signed(number: Fraction, *, up: bool) -> str:
