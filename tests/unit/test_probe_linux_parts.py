@@ -174,6 +174,65 @@ def test_a_result_in_its_line(compiled: Compiled) -> None:
     assert clock == {"name": "tsc", "hz": 1000, "warps": warps, "cell_reads": 12, "steps": steps}
 
 
+SUMMARY = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+#include "linux_summary.h"
+
+static struct probe_clock_result results[2];
+
+/* CPUs, then 16 windows, low and high: of the one pair and each slice, tsc's and then monotonic's; then a warp. */
+int main(int count, char *argument[])
+{
+    struct probe_team team = {.cpus = (unsigned)atoi(argument[1])};
+    int64_t numbers[] = {4, 7};
+    struct probe_plan plan = {.tsc_hz = 2000000000, .milliseconds = 1250};
+    struct probe_clock clocks[] = {{.name = "tsc", .hz = 2000000000}, {.name = "monotonic", .hz = 1000000000}};
+    struct probe_report report = {.team = &team, .cpu_number = numbers, .plan = &plan, .clocks = clocks,
+                                  .results = results, .clock_count = 2};
+
+    for (int i = 2; i + 1 < count && i < 34; i += 2) {
+        struct probe_clock_result *result = &results[(i - 2) / 16];
+
+        result->pairs = 1;
+        result->pair[0].b = 1;
+        result->pair[0].slices[(i - 2) / 2 % 8] = (struct offset_window){atoll(argument[i]), atoll(argument[i + 1]), 9};
+    }
+    if (count > 34)
+        results[1].warp[1][0] = (struct probe_warp){3, atoll(argument[34])};
+    dup2(1, 2);
+    print_summary(&report);
+    return 0;
+}
+"""
+A_WARP = "monotonic goes back by up to 33 ns from CPU 7 to CPU 4"
+NARROW, WIDE = ("-60", "40"), ("-900", "900")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "finding"),
+    [
+        (["1"], "1 CPU, 1.2 s: one CPU has no other to differ from."),
+        (["2", *WIDE * 3, *NARROW, *WIDE * 3, *WIDE, *NARROW * 8], "60 ns"),
+        (["2", *NARROW * 7, "200", "300", *NARROW * 8], "tsc of CPU 7 is ahead of CPU 4's by at least 100 ns."),
+        (
+            ["2", *NARROW * 12, "-300", "-200", *NARROW * 3],
+            "monotonic of CPU 4 is ahead of CPU 7's by at least 200 ns.",
+        ),
+        (["2", *NARROW * 16, "33"], f"{A_WARP}."),
+        (["2", "500", "700", *NARROW * 15, "33"], f"{A_WARP}; tsc of CPU 7 is ahead of CPU 4's by at least 250 ns."),
+    ],
+)
+def test_the_summary_names_the_worst(compiled: Compiled, arguments: list[str], finding: str) -> None:
+    """The largest warp and the largest proven offset, in ns, with their CPUs; else what none differs by more than."""
+    first, second = compiled.prints(SUMMARY, ("linux_summary.c",), *arguments)
+    bound = "no clock is seen to differ between CPUs, and none does by more than {}."
+    what = bound.format(finding) if finding == "60 ns" else finding
+    assert first == f"pvclock probe: {'' if what.startswith('1 CPU') else '2 CPUs, 1.2 s: '}{what}"
+    assert second.endswith("pvclock probe --judge FILE")
+
+
 OPTIONS = r"""
 #define _GNU_SOURCE
 #include <sched.h>
