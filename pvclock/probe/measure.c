@@ -14,7 +14,7 @@
 
 enum {
     TIGHTEST_TRIES = 32,
-    LEARNING_MS = 400,         /* for the clocks' rates, at most, before the first slice; some 30 do, undisturbed */
+    LEARNING_SHARE = 4,        /* before the slices, for the clocks' rates, at most a quarter; some 150 ms do */
     LATE_MS = 100,             /* how late another CPU may come at most, or by a slice, before it is given up */
     LINES_HZ = 20000,          /* the lines are read so often, */
     LINES_LEAST_HZ = 200,      /* but clocks that take long to read only so often that */
@@ -163,7 +163,7 @@ static void learn_rates(void *argument, unsigned cpu)
 
     (void)cpu;
     stopwatch_start(&it->until_lines, 0);
-    stopwatch_start(&learning, ticks_of_ms(it, LEARNING_MS));
+    stopwatch_start(&learning, ticks_of_ms(it, it->plan->milliseconds) / LEARNING_SHARE);
     while (!knows_all_rates(it) && stopwatch_runs(&learning))
         read_lines(it);
 }
@@ -366,7 +366,7 @@ void measure(struct probe_team *team, const struct probe_plan *plan, const struc
     it.began_tsc = it.ended_tsc = 0; /* should the first CPU never come */
     for (unsigned clock = 0; clock < count; clock++) {
         it.exchanged += clocks[clock].exchanged;
-        step_search_begin(&results[clock].steps, plan->tsc_hz, clocks[clock].hz);
+        step_search_begin(&results[clock].steps, plan->tsc_hz, clocks[clock].hz, clocks[clock].unslewed);
         choose_pairs(team, &results[clock]);
         for (unsigned cpu = 0; cpu < team->cpus; cpu++)
             it.added[clock][cpu] = clocks[clock].exchanged ? units_of_ns(team->added_ns[cpu], clocks[clock].hz) : 0;

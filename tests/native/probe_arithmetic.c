@@ -40,11 +40,11 @@ static void put_step(const struct clock_step *step, int64_t found[4])
 }
 
 /* The search over `count` readings, each tsc_before, clock and tsc_after: reads, floor, count, and the two steps. */
-void steps_of(uint64_t tsc_hz, uint64_t clock_hz, const int64_t *readings, size_t count, int64_t found[11])
+void steps_of(uint64_t tsc_hz, uint64_t clock_hz, bool unslewed, const int64_t *readings, size_t count, int64_t found[11])
 {
 	struct step_search search;
 
-	step_search_begin(&search, tsc_hz, clock_hz);
+	step_search_begin(&search, tsc_hz, clock_hz, unslewed);
 	for (size_t i = 0; i < count; i++)
 		step_search_add(&search, (uint64_t)readings[3 * i], readings[3 * i + 1],
 				(uint64_t)readings[3 * i + 2]);

@@ -202,6 +202,7 @@ struct line {
 	uint64_t tsc, hz, true_tsc_hz;
 	fixed clock, nominal_rate, rate; /* with FRACTION_BITS */
 	int64_t grain;
+	bool is_unslewed;
 };
 
 static void let_pass(struct line *line, int64_t ticks)
@@ -220,9 +221,9 @@ static int64_t ticks_of_ns(const struct line *line, int64_t ns)
 	return ns * (int64_t)(line->true_tsc_hz / 1000) / 1000000;
 }
 
-static int64_t any_slew_ppb(void)
+static int64_t any_slew_ppb(const struct line *line)
 {
-	return between(-500000, 500000);
+	return line->is_unslewed ? 0 : between(-500000, 500000);
 }
 
 /* A slew of a kind that the kernel makes by its ticks: up to a tenth, and it lasts. */
@@ -242,14 +243,14 @@ static struct fast_slew any_fast_slew(void)
 /* What happens in one go between two readings; NTP may change the rate at any point of it. */
 static void pass_between_readings(struct line *line, const struct fast_slew *slew, unsigned reading, int64_t step)
 {
-	int64_t ns = once_in(100) ? of_any_size(8) / 10 : between(1000, 60000), until = between(0, ns);
+	int64_t ns = once_in(100) ? of_any_size(8) / 10 : between(1000, 200000), until = between(0, ns);
 
 	let_pass(line, ticks_of_ns(line, until));
 	line->clock += (fixed)step * ((fixed)1 << FRACTION_BITS);
 	if (slew->from <= reading && reading < slew->to)
 		change_rate(line, slew->ppb);
 	else if (reading == slew->to || once_in(50))
-		change_rate(line, any_slew_ppb());
+		change_rate(line, any_slew_ppb(line));
 	let_pass(line, ticks_of_ns(line, ns - until));
 }
 
@@ -273,9 +274,10 @@ static struct line any_line(uint64_t *stated_tsc_hz)
 	*stated_tsc_hz = (uint64_t)between(1000000000, 5000000000);
 	line.true_tsc_hz = *stated_tsc_hz + *stated_tsc_hz / 10000 * (uint64_t)between(0, 200);
 	line.grain = line.hz == 1000000000 && once_in(2) ? 100 : 1;
+	line.is_unslewed = once_in(2);
 	line.clock = (fixed)between(0, INT64_MAX / 4) << FRACTION_BITS;
 	line.nominal_rate = ((fixed)line.hz << FRACTION_BITS) / (fixed)line.true_tsc_hz;
-	change_rate(&line, any_slew_ppb());
+	change_rate(&line, any_slew_ppb(&line));
 	return line;
 }
 
@@ -303,7 +305,7 @@ static void try_line(void)
 	unsigned step_at = (unsigned)between(READINGS * 7 / 10, READINGS * 9 / 10);
 	struct step_search search;
 
-	step_search_begin(&search, stated_tsc_hz, line.hz);
+	step_search_begin(&search, stated_tsc_hz, line.hz, line.is_unslewed);
 	for (unsigned reading = 0; reading < READINGS; reading++) {
 		pass_between_readings(&line, &slew, reading, reading == step_at ? step : 0);
 		add_reading(&line, &search);

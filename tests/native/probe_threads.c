@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT
  *
- * Runs pvclock/probe/measure.c on a team of pinned threads, with the TSC and CLOCK_MONOTONIC, and prints what it found,
- * one JSON object a run.
+ * Runs pvclock/probe/measure.c on a team of pinned threads, with the TSC and the kernel's clocks, of which the raw one is
+ * not exchanged, and prints what it found, one JSON object a run.
  *
  *   probe_threads [--milliseconds N] [--runs N] [--threads N] [--add THREAD:NS] [--step NS] [--absent THREAD]
  *
  * Threads are pinned to the CPUs that this process may use, in turn.  An absent one never does its work.  A step is put
- * into what the first thread reads of CLOCK_MONOTONIC, in the middle of the slices.
+ * into what the first thread reads of the kernel's clocks, in the middle of the slices.
  */
 #define _GNU_SOURCE
 #include <inttypes.h>
@@ -23,7 +23,7 @@
 
 #define NS_PER_SECOND INT64_C(1000000000)
 
-enum { TSC, MONOTONIC, CLOCKS };
+enum { TSC, MONOTONIC, RAW, CLOCKS };
 
 /* ---- The clocks. ---- */
 
@@ -50,13 +50,12 @@ static int64_t now_ns(clockid_t id)
 	return now.tv_sec * NS_PER_SECOND + now.tv_nsec;
 }
 
-static int64_t read_monotonic(const struct probe_clock *clock, unsigned cpu)
+static int64_t read_kernels(const struct probe_clock *clock, unsigned cpu)
 {
 	int64_t ns;
 
-	(void)clock;
 	__asm__ volatile("lfence" : : : "memory");
-	ns = now_ns(CLOCK_MONOTONIC);
+	ns = now_ns(clock->unslewed ? CLOCK_MONOTONIC_RAW : CLOCK_MONOTONIC);
 	__asm__ volatile("lfence" : : : "memory");
 	return ns + (cpu == 0 && has_stepped ? step_ns : 0);
 }
@@ -247,8 +246,9 @@ int main(int count, char **arguments)
 {
 	struct probe_clock_result *results = calloc(CLOCKS, sizeof *results);
 	struct probe_clock clocks[CLOCKS] = {
-		{ .name = "tsc", .exchanged = true, .read = read_tsc },
-		{ .name = "monotonic", .hz = NS_PER_SECOND, .exchanged = true, .read = read_monotonic },
+		{ .name = "tsc", .exchanged = true, .unslewed = true, .read = read_tsc },
+		{ .name = "monotonic", .hz = NS_PER_SECOND, .exchanged = true, .read = read_kernels },
+		{ .name = "monotonic_raw", .hz = NS_PER_SECOND, .unslewed = true, .read = read_kernels },
 	};
 
 	for (int i = 1; i < count; i += 2) {

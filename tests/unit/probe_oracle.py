@@ -9,10 +9,12 @@ U64: Final = 1 << 64
 FAR: Final = (2**63 - 1) // 8
 """What step_search.h cuts advances to."""
 SPANS: Final = 15
-SPAN_HZ: Final = 500
+SPAN_HZ: Final = 100
 GRAIN_HZ: Final = 10**7
 RATE_BITS: Final = 56
 SLEW_PPM: Final = 1001
+UNSLEWED_PPM: Final = 1
+PASTS: Final = 16
 CELL_FAR: Final = 2**57 - 2
 
 
@@ -85,13 +87,26 @@ def rate_of(units: int, ticks: int) -> int:
     return min((units << RATE_BITS) // ticks, U64 - 1) if units > 0 and ticks > 0 else (U64 - 1) * (units > 0)
 
 
+def is_as_sharp(span: Span, candidate: Span) -> bool:
+    """Does a span say as much of the rate as the candidate's?"""
+    return (span.high - span.low) * candidate.ticks_most <= (candidate.high - candidate.low) * span.ticks_least
+
+
+def goes_on(span: Span, candidate: Span) -> bool:
+    """May the clock have gone as fast, or as slow, in this span as in the candidate's?"""
+    most = span.high if candidate.is_forward else -span.low
+    return most > 0 and most * candidate.ticks_most >= candidate.least * span.ticks_least
+
+
 class StepSearch:
     """step_search.h's."""
 
-    def __init__(self, tsc_hz: int, clock_hz: int) -> None:
+    def __init__(self, tsc_hz: int, clock_hz: int, *, unslewed: bool) -> None:
+        self.tsc_hz = tsc_hz
         self.span_ticks = tsc_hz // SPAN_HZ
         self.twice_span_ticks = 2 * tsc_hz // SPAN_HZ
         self.grain = clock_hz // GRAIN_HZ + 1
+        self.slew_ppm = UNSLEWED_PPM if unslewed else SLEW_PPM
         self.reads = 0
         self.floor = 2**63 - 1
         self.steps: list[Step] = []
@@ -99,13 +114,15 @@ class StepSearch:
         self.narrowest = U64
         self.rates: list[tuple[int, int]] = []
         self.candidate: tuple[Span, int] | None = None
+        self.past: list[Reading] = []
+        self.past_ticks = 0
 
     def add(self, reading: Reading) -> None:
         """Take one more reading."""
         self.reads += 1
         self.narrowest = min(self.narrowest, reading.width)
         if self.last is None or signed64(reading.before - self.last.after) < 0:
-            self.last, self.candidate = reading, None
+            self.last, self.candidate, self.past = reading, None, []
         elif not self._is_wide(reading, self.last):
             if len(self.rates) < SPANS:
                 self._learn(reading, self.last)
@@ -119,8 +136,8 @@ class StepSearch:
 
     def _bounds(self) -> tuple[int, int]:
         low, high = (sorted(rates)[SPANS // 2] for rates in zip(*self.rates, strict=True))
-        low -= min(low, (low // 10**6 + 1) * SLEW_PPM)
-        return low, min(high + (high // 10**6 + 1) * SLEW_PPM, U64 - 1)
+        low -= min(low, (low // 10**6 + 1) * self.slew_ppm)
+        return low, min(high + (high // 10**6 + 1) * self.slew_ppm, U64 - 1)
 
     def _is_wide(self, reading: Reading, last: Reading) -> bool:
         ticks = (reading.before - last.after) % U64
@@ -156,22 +173,46 @@ class StepSearch:
         span = self._span(reading, last)
         if self.candidate is not None and not self._decide(span, *self.candidate):
             return
+        if len(self.rates) == SPANS:
+            self.floor = max(self.floor, 2 * (span.high - span.low))
+            self._sort(span, reading, last)
         self.last = reading
-        if len(self.rates) < SPANS:
-            return
-        self.floor = max(self.floor, 2 * (span.high - span.low))
-        if span.least > cut(self._bounds()[1] * span.ticks_most >> RATE_BITS) // 4:
+
+    def _sort(self, span: Span, reading: Reading, last: Reading) -> None:
+        if span.least == 0:
+            self._keep(reading)
+        elif span.least > cut(self._bounds()[1] * span.ticks_most >> RATE_BITS) // 4:
             self.steps.append(Step(span.low, span.high, reading.before))
-        elif span.least > 0:
+            self.past = []
+        elif self._was_so_before(span, last):
+            self._forget_rate(span)
+        else:
             self.candidate = span, reading.before
+            self.past = []
+
+    def _keep(self, reading: Reading) -> None:
+        if not self.past:
+            self.past_ticks = self.tsc_hz // 1000
+        elif (reading.before - self.past[-1].before) % U64 < self.past_ticks:
+            return
+        if len(self.past) == PASTS:
+            self.past = self.past[::2]
+            self.past_ticks *= 2
+        self.past.append(reading)
+
+    def _was_so_before(self, span: Span, last: Reading) -> bool:
+        before = [self._span(last, past) for past in reversed(self.past) if signed64(last.before - past.after) > 0]
+        return next((goes_on(each, span) for each in before if is_as_sharp(each, span)), True)
+
+    def _forget_rate(self, span: Span) -> None:
+        self.floor = max(self.floor, span.high if span.is_forward else -span.low)
+        self.rates, self.past = [], []
 
     def _decide(self, span: Span, candidate: Span, at_tsc: int) -> bool:
-        if (span.high - span.low) * candidate.ticks_most > (candidate.high - candidate.low) * span.ticks_least:
+        if not is_as_sharp(span, candidate):
             return False
-        most = span.high if candidate.is_forward else -span.low
-        if most > 0 and most * candidate.ticks_most >= candidate.least * span.ticks_least:
-            self.floor = max(self.floor, candidate.high if candidate.is_forward else -candidate.low)
-            self.rates = []
+        if goes_on(span, candidate):
+            self._forget_rate(candidate)
         else:
             self.steps.append(Step(candidate.low, candidate.high, at_tsc))
         self.candidate = None

@@ -125,11 +125,11 @@ class Arithmetic:
         self._functions.warp_of(ctypes.c_int64(base), *readings[0], *readings[1], found)
         return found[0], found[1]
 
-    def steps(self, tsc_hz: int, clock_hz: int, readings: list[tuple[int, int, int]]) -> list[int]:
+    def steps(self, hz: tuple[int, int], readings: list[tuple[int, int, int]], *, unslewed: bool) -> list[int]:
         """Return what a step_search has in the end."""
         found = (ctypes.c_int64 * 11)()
-        hz = ctypes.c_uint64(tsc_hz), ctypes.c_uint64(clock_hz)
-        self._functions.steps_of(*hz, self._array(readings), ctypes.c_size_t(len(readings)), found)
+        clock = *map(ctypes.c_uint64, hz), ctypes.c_bool(unslewed)
+        self._functions.steps_of(*clock, self._array(readings), ctypes.c_size_t(len(readings)), found)
         return list(found)
 
     @staticmethod
@@ -161,35 +161,40 @@ def test_warps_are_exact(arithmetic: Arithmetic, base: int, earlier: int, later:
 
 @st.composite
 def readings_of_a_line(draw: st.DrawFn) -> list[tuple[int, int, int]]:
-    """Return readings at 3 GHz of a clock in ns: a few ms apart, some wide, some stepped, some at a tenth more."""
-    tsc, clock, readings = draw(st.integers(0, 2**64 - 1)), draw(i64s), []
-    for _ in range(draw(st.integers(1, 60))):
-        ticks = draw(st.sampled_from([3_000, 60_000, 6_000_000, 7_000_000, 30_000_000]))
-        width = draw(st.sampled_from([90, 300, 600, 3_000_000]))
+    """Return readings at 3 GHz of a clock in ns: steady until its rate is known, then stepped, slewed, or wide."""
+    tsc, clock, readings = draw(st.integers(0, 2**64 - 1)), draw(st.integers(-(2**63), 2**63 - 1)), []
+    slews = draw(st.sampled_from([(0,), (0, 0, 0, 900), (0, 40)]))
+    steps = draw(st.sampled_from([(0,), (0, 0, 0, 0, 5_000, -5_000), (0, 0, 700, 20_000, 10**7, -(2**62))]))
+    steady = draw(st.integers(14, 40))
+    for number in range(steady + draw(st.integers(0, 40))):
+        is_steady = number < steady
+        ticks = 31_000_000 if is_steady else draw(st.sampled_from([3_000, 60_000, 3_000_000, 31_000_000]))
+        width = draw(st.sampled_from([90, 300] if is_steady else [90, 300, 600, 3_000_000]))
         tsc += ticks + width
-        clock += (ticks + width) // 3 * draw(st.sampled_from([10, 10, 10, 11])) // 10
-        clock += draw(st.sampled_from([0] * 8 + [300, 20_000, -20_000, 10**7, -(2**62)]))
+        clock += (ticks + width) // 3
+        if not is_steady:
+            clock += ticks // 3 * draw(st.sampled_from(slews)) // 10**6 + draw(st.sampled_from(steps))
         readings.append((tsc % 2**64, oracle.signed64(clock), (tsc + width) % 2**64))
     return readings
 
 
 def assert_steps_are_exact(
-    arithmetic: Arithmetic, tsc_hz: int, clock_hz: int, readings: list[tuple[int, int, int]]
+    arithmetic: Arithmetic, hz: tuple[int, int], readings: list[tuple[int, int, int]], *, unslewed: bool
 ) -> None:
     """The header finds what the oracle does, to the unit."""
-    search = oracle.StepSearch(tsc_hz, clock_hz)
+    search = oracle.StepSearch(*hz, unslewed=unslewed)
     for reading in readings:
         search.add(oracle.Reading(*reading))
     expected = [search.reads, search.floor, len(search.steps)]
     for step in (search.largest(1), search.largest(-1)):
         expected += [1, step.low, step.high, oracle.signed64(step.at_tsc)] if step else [0] * 4
-    assert arithmetic.steps(tsc_hz, clock_hz, readings) == expected
+    assert arithmetic.steps(hz, readings, unslewed=unslewed) == expected
 
 
-@given(readings=readings_of_a_line())
-def test_steps_are_exact(arithmetic: Arithmetic, readings: list[tuple[int, int, int]]) -> None:
+@given(readings=readings_of_a_line(), unslewed=st.booleans())
+def test_steps_are_exact(arithmetic: Arithmetic, readings: list[tuple[int, int, int]], *, unslewed: bool) -> None:
     """On lines with steps, slews and wide readings."""
-    assert_steps_are_exact(arithmetic, 3 * 10**9, 10**9, readings)
+    assert_steps_are_exact(arithmetic, (3 * 10**9, 10**9), readings, unslewed=unslewed)
 
 
 @given(
@@ -200,7 +205,7 @@ def test_no_reading_overflows(
     arithmetic: Arithmetic, hz: tuple[int, int], readings: list[tuple[int, int, int]]
 ) -> None:
     """Whatever a clock and a TSC may say."""
-    assert_steps_are_exact(arithmetic, *hz, readings)
+    assert_steps_are_exact(arithmetic, hz, readings, unslewed=False)
 
 
 # ---- This host's threads. ----
@@ -214,7 +219,7 @@ def measure(tmp_path_factory: pytest.TempPathFactory) -> Measure:
 
 
 def clocks_of(result: Result) -> Iterator[Result]:
-    """Give the clocks of a result."""
+    """Give the clocks of a result that are compared between CPUs."""
     return (result[name] for name in ("tsc", "monotonic"))
 
 
@@ -225,7 +230,7 @@ def windows(clock: Result) -> list[tuple[int, int]]:
 
 def assert_no_alarm(result: Result) -> None:
     """No warp, no step, and no window that excludes 0."""
-    for clock in clocks_of(result):
+    for clock in (*clocks_of(result), result["monotonic_raw"]):
         assert clock["warps"] == []
         assert (clock["steps"]["count"], clock["steps"]["forward"], clock["steps"]["backward"]) == (0, None, None)
         assert all(low <= 0 <= high for low, high in windows(clock))
@@ -280,13 +285,14 @@ def test_an_added_offset_is_found(measure: Measure, added_ns: int) -> None:
 def test_a_step_is_found(measure: Measure) -> None:
     """Of what the first thread reads, within its bounds, if it is beyond the floor; an hour is."""
     for step_ns in (-3_600_000_000_000, 3_600_000_000_000, 50_000, -2_000):
-        (result,) = measure(milliseconds=80, threads=1, step=step_ns)
-        steps = result["monotonic"]["steps"]
-        found, other = (steps["forward"], steps["backward"])[:: 1 if step_ns > 0 else -1]
-        assert other is None
-        assert found is not None or steps["floor"] >= abs(step_ns)
-        assert found is None or found[0] <= step_ns <= found[1]
-        assert abs(step_ns) < 10**12 or steps["count"] == 1
+        (result,) = measure(milliseconds=640, threads=1, step=step_ns)
+        for steps in (result["monotonic"]["steps"], result["monotonic_raw"]["steps"]):
+            found, other = (steps["forward"], steps["backward"])[:: 1 if step_ns > 0 else -1]
+            assert other is None
+            assert found is not None or steps["floor"] >= abs(step_ns)
+            assert found is None or found[0] <= step_ns <= found[1]
+            assert abs(step_ns) < 10**12 or steps["count"] == 1
+        assert result["monotonic_raw"]["pairs"] == []
 
 
 @pytest.mark.parametrize("absent", [0, 1])
