@@ -79,8 +79,12 @@ def test_a_promise_is_broken_by_no_more_than_its_proof() -> None:
 def test_a_warp_counts_for_its_budget() -> None:
     """A reading that went back by 100 ns breaks 99 ns, whatever the windows leave open."""
     clock = a_clock(pairs=window_of(-58, 58), warps=[{"from": 0, "to": 1, "count": 1, "largest": 290}])
-    assert judged(Budgets(max_warp_ns=Fraction(99)), clock).status is BROKEN
+    verdict = judged(Budgets(max_warp_ns=Fraction(99)), clock)
+    assert verdict.broken == ("TSC: CPUs 0 and 1 are 100 ns or more apart; the budget is 99 ns",)
     assert judged(Budgets(max_warp_ns=Fraction(100)), clock).status is PASSED
+    own = a_clock(pairs=window_of(-58, 58), warps=[{"from": 1, "to": 1, "count": 1, "largest": 290}])
+    verdict = judged(Budgets(max_warp_ns=Fraction(99)), own)
+    assert verdict.broken == ("TSC: two readings of CPU 1 are 100 ns or more apart; the budget is 99 ns",)
 
 
 def test_an_offset_that_moved_within_a_budget() -> None:

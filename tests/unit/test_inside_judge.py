@@ -142,6 +142,20 @@ def test_an_added_fault_is_found_and_told() -> None:
     assert "+500 ns on CPU 1" in only(verdict, FindingCode.ADDED_FAULT).what
 
 
+def test_an_added_fault_breaks_no_promise() -> None:
+    """The guest's clock kept its word: the probe changed its own readings."""
+    verdict = verdict_of(exchanged(0, 500), added_ns=[0, 500], pages=[PAGE], leaves=[*KVM_LEAVES, INVARIANT])
+    assert codes(verdict) == [FindingCode.OFFSET]
+
+
+def test_a_clock_whose_tsc_is_the_cause() -> None:
+    """Where the TSC is apart on the same CPUs, the clock's finding says so."""
+    verdict = verdict_of(exchanged(0, 0, 900), exchanged(0, 0, 900, name="monotonic", hz=10**9), cpus=3)
+    tsc, monotonic = verdict.findings
+    assert (tsc.clock, monotonic.clock) == ("tsc", "monotonic")
+    assert monotonic.what.endswith("; so is the TSC there")
+
+
 # Between CPUs
 
 
@@ -281,10 +295,13 @@ def two_rates(hz: int, ppm: int) -> list[list[int]]:
 
 
 def test_a_rate_that_changed() -> None:
-    """50 ppm from one half of the run to the other is proven of a raw clock."""
+    """50 ppm from one half of the run to the other is told of a raw clock; more than any NTP makes is a fault."""
     raw = a_clock("monotonic_raw", 10**9, samples=two_rates(10**9, 50))
     found = only(verdict_of(a_clock(), raw, cpus=1), FindingCode.RATE_CHANGED)
     assert "CLOCK_MONOTONIC_RAW changed its rate against the TSC by +49" in found.what
+    assert found.weight is Weight.NOTE
+    far = a_clock("monotonic_raw", 10**9, samples=two_rates(10**9, 2000))
+    assert only(verdict_of(a_clock(), far, cpus=1), FindingCode.RATE_CHANGED).weight is Weight.FAULT
 
 
 def test_ntp_may_slew_its_clock() -> None:
@@ -398,6 +415,40 @@ def test_a_clock_that_stepped_tells_no_frequency() -> None:
     """Its samples are no measure of the TSC."""
     raw = a_clock("monotonic_raw", 10**9, samples=two_rates(10**9, 9000), steps=stepped(5, 9, "forward"))
     assert told_frequency(*timing(2_900_000), clocks=[raw]) == []
+
+
+PREFERRED = "the TSC is invariant, and Linux prefers that one to kvmclock"
+
+
+def test_the_story() -> None:
+    """Who the hypervisor is, what is offered and told, what the kernel took, what was measured, and the floor."""
+    leaves = [HYPERVISOR, *timing(2_900_000), leaf(0x40000001, 1 << 24 | 1 << 3), INVARIANT, leaf(7, ebx=2)]
+    verdict = verdict_of(exchanged(0, 0), leaves=leaves, kernel=a_kernel(clocksource="tsc"))
+    assert verdict.story[:-1] == (
+        "The hypervisor is KVM, which offers kvmclock, STABLE.",
+        "KVM's features: CLOCKSOURCE2|CLOCKSOURCE_STABLE.",
+        "The CPU offers an invariant TSC, no TSC-deadline timer and TSC_ADJUST.",
+        "The TSC's frequency is told by CPUID 0x40000010: 2,900,000,000 Hz.",
+        f"Linux 6.12.1 took the clock source tsc, of kvm-clock, tsc, acpi_pm: {PREFERRED}.",
+        "Measured for 1 s on CPUs 0 and 1: TSC; the TSC at 2,900,000,000 Hz, from monotonic_raw.",
+    )
+    assert verdict.story[-1].startswith("TSC: no two CPUs are further apart than ")
+
+
+@pytest.mark.parametrize(
+    ("leaves", "says"),
+    [
+        ([leaf(1)], "No hypervisor shows itself in CPUID, so there is no clock but the machine's."),
+        ([HYPERVISOR], "A hypervisor is there, without a signature, which offers no clock of its own."),
+        (
+            [HYPERVISOR, signature_leaf("Microsoft Hv"), signature_leaf("VBoxVBoxVBox", 0x40000100)],
+            "The hypervisor is VirtualBox, beside Hyper-V, which offers no clock of its own.",
+        ),
+    ],
+)
+def test_the_beginning_of_a_story(leaves: list[list[int]], says: str) -> None:
+    """Without a hypervisor, without a signature, with two."""
+    assert verdict_of(a_clock(), cpus=1, leaves=leaves).story[0] == says
 
 
 # For programs

@@ -18,7 +18,7 @@ from pvclock.meter.inside.rates import Interval, rate_change
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord
 from pvclock.meter.inside.verdict import Budgets
 from pvclock.meter.inside.windows import unit_ns
-from pvclock.meter.inside.words import between, floor_in_words, ppm_between, rate_in_words
+from pvclock.meter.inside.words import at_least, between, floor_in_words, ppm_between, rate_in_words
 
 __all__ = ["Held", "held"]
 
@@ -62,38 +62,32 @@ def _hold_warps(found: Held, record: ProbeRecord, windows: Mapping[str, Windows]
     if len(record.cpus) > 1 and not windows:
         found.open.append("no clock was compared between CPUs, so --max-warp is open")
     for clock in record.clocks:
-        ranges = [
-            *_offset_ranges(record, windows.get(clock.name, {})),
-            *_warp_ranges(record, clock),
-        ]
-        for told, bucket in _worst(ranges, most_ns, found):
+        for told, bucket in _worst(_apart_ranges(record, clock, windows.get(clock.name, {})), most_ns, found):
             apart = f"{title(clock.name)}: {told.whose} {_span_ns(told, 'are', 'may be')} apart"
             bucket.append(f"{apart}; the budget is {floor_in_words(most_ns)}")
 
 
-def _offset_ranges(record: ProbeRecord, windows: Windows) -> list[_Range]:
+def _apart_ranges(record: ProbeRecord, clock: ClockRecord, windows: Windows) -> list[_Range]:
+    """Of every two CPUs: a warp proves what it is, and the window alone bounds what may be."""
+    largest: dict[tuple[int, int], Fraction] = {}
+    for warp in clock.warps:
+        pair = min(warp.writer, warp.reader), max(warp.writer, warp.reader)
+        if warp.times:
+            largest[pair] = max(largest.get(pair, Fraction(0)), warp.largest * unit_ns(clock))
     ranges = []
-    for (a, b), window in windows.items():
-        whose = f"CPUs {record.cpus[a].cpu} and {record.cpus[b].cpu}"
+    for pair, window in windows.items():
+        least = largest.pop(pair, Fraction(0))
         if window is None:
-            ranges.append(_Range(whose, Fraction(0), None))
+            ranges.append(_Range(_both(record, *pair), least, None))
         else:
-            least = max(window.low, -window.high, Fraction(0))
-            ranges.append(_Range(whose, least, max(abs(edge) for edge in window.edges)))
-    return ranges
+            least = max(least, window.low, -window.high)
+            ranges.append(_Range(_both(record, *pair), least, max(least, *(abs(edge) for edge in window.edges))))
+    return ranges + [_Range(_both(record, *pair), size, size) for pair, size in largest.items()]
 
 
-def _warp_ranges(record: ProbeRecord, clock: ClockRecord) -> list[_Range]:
-    """A warp proves what it is, and bounds nothing from above: the windows do."""
-    return [
-        _Range(
-            f"CPUs {record.cpus[warp.writer].cpu} and {record.cpus[warp.reader].cpu}",
-            warp.largest * unit_ns(clock),
-            warp.largest * unit_ns(clock),
-        )
-        for warp in clock.warps
-        if warp.times
-    ]
+def _both(record: ProbeRecord, a: int, b: int) -> str:
+    first, second = record.cpus[a].cpu, record.cpus[b].cpu
+    return f"two readings of CPU {first}" if a == b else f"CPUs {first} and {second}"
 
 
 # Steps
@@ -190,7 +184,9 @@ def _worst(ranges: list[_Range], most: Fraction, found: Held) -> list[tuple[_Ran
 
 def _span_ns(told: _Range, is_so: str, may_be: str) -> str:
     if told.most is None:
-        return f"{may_be} any time"
+        return f"{may_be} any time" if not told.least else f"{is_so} {at_least(told.least)} or more"
+    if told.most == told.least:
+        return f"{is_so} {at_least(told.least)} or more"
     if not told.least:
         return f"{may_be} up to {floor_in_words(told.most)}"
     return f"{is_so} {between(told.least, told.most)}"

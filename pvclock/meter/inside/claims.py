@@ -23,7 +23,9 @@ BETWEEN_CPUS: Final = {FindingCode.OFFSET, FindingCode.WARP, FindingCode.DRIFT, 
 
 
 def promise_findings(record: ProbeRecord, told: Promises, faults: Sequence[Finding]) -> list[Finding]:
-    """STABLE or invariant TSC is promised, and a fault of that clock is proven."""
+    """STABLE or invariant TSC is promised, and a fault of that clock is proven that the probe did not put in."""
+    if any(record.added_ns):
+        return []
     own = [each for each in faults if each.code in BETWEEN_CPUS and each.weight is Weight.FAULT]
     found = []
     if told.invariant_tsc and (proof := [each for each in own if each.clock == "tsc"]):
@@ -107,8 +109,8 @@ def _broken(promise: str, proof: Finding, change: tuple[str, ...]) -> Finding:
         FindingCode.BROKEN_PROMISE,
         Weight.FAULT,
         proof.clock,
-        f"{promise}: {proof.what}",
-        f"software that checks the promise trusts {title(proof.clock)} on all CPUs: {proof.software_sees}",
+        f"{promise}: {proof.what.partition(';')[0]}",
+        f"what trusts the promise, Linux's vDSO among it, reads {title(proof.clock)} without a check of its own.",
         change,
         proof.cpus,
         proof.budget,

@@ -9,13 +9,14 @@ from pvclock.meter.inside.advice import title
 from pvclock.meter.inside.apart import Windows, apart_findings
 from pvclock.meter.inside.budgets import held
 from pvclock.meter.inside.claims import frequency_findings, promise_findings, stopped_findings
-from pvclock.meter.inside.kernel import clocksource_findings, clocksource_story, complaint_findings
+from pvclock.meter.inside.kernel import clocksource_findings, complaint_findings
 from pvclock.meter.inside.motion import drift_findings, rate_findings, step_findings
 from pvclock.meter.inside.promises import Promises, promises
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord
+from pvclock.meter.inside.story import story
 from pvclock.meter.inside.verdict import Budgets, Finding, FindingCode, Floor, Verdict, VerdictStatus, Weight
 from pvclock.meter.inside.windows import all_windows, far_edge
-from pvclock.meter.inside.words import cpus_in_words, floor_in_words, listed
+from pvclock.meter.inside.words import floor_in_words, listed
 
 __all__ = ["judge"]
 
@@ -40,7 +41,7 @@ def judge(record: ProbeRecord, budgets: Budgets | None = None) -> Verdict:
         tuple(against.broken),
         tuple(open_),
         tuple(floors),
-        tuple(_story(record, told, floors)),
+        tuple(story(record, told, floors)),
         told,
     )
 
@@ -82,7 +83,7 @@ def _findings(
         faults += rate_findings(clock, record.tsc_hz, told.hypervisor)
     found = [
         *promise_findings(record, told, faults),
-        *faults,
+        *_with_cause(faults),
         *frequency_findings(record, told),
         *stopped_findings(record),
         *complaint_findings(record.kernel, _of_tsc(faults, floors)),
@@ -90,6 +91,17 @@ def _findings(
         *_added(record),
     ]
     return sorted(found, key=lambda each: each.weight is Weight.NOTE)
+
+
+def _with_cause(faults: Sequence[Finding]) -> list[Finding]:
+    """A clock is apart on the CPUs whose TSC is: that is said with it."""
+    tsc = [each.cpus for each in faults if each.code is FindingCode.OFFSET and each.clock == "tsc"]
+    return [
+        each._replace(what=f"{each.what}; so is the TSC there")
+        if each.code is FindingCode.OFFSET and each.clock != "tsc" and each.cpus in tsc
+        else each
+        for each in faults
+    ]
 
 
 def _of_tsc(faults: Sequence[Finding], floors: Sequence[Floor]) -> str:
@@ -143,37 +155,3 @@ def _not_compared(record: ProbeRecord, floors: Sequence[Floor]) -> list[str]:
     if len(record.cpus) > 1 and not floors:
         return ["several CPUs, and no clock was compared between them"]
     return [each.what for each in floors if each.ns is None]
-
-
-# The story
-
-
-def _story(record: ProbeRecord, told: Promises, floors: Sequence[Floor]) -> list[str]:
-    cpus = cpus_in_words([each.cpu for each in record.cpus])
-    clocks = listed([title(clock.name) for clock in record.clocks])
-    hz = f"{record.tsc_hz:,} Hz, from {record.tsc_hz_from}"
-    return [
-        f"{_hypervisor_told(told)}, {_offer_told(told)}.",
-        *clocksource_story(record.kernel, told),
-        f"Measured for {record.milliseconds / 1000:g} s on {cpus}: {clocks}; the TSC at {hz}.",
-        *(f"{each.what}." for each in floors),
-    ]
-
-
-def _hypervisor_told(told: Promises) -> str:
-    match told.hypervisor:
-        case "none":
-            return "No hypervisor shows itself in CPUID"
-        case "unknown":
-            return "A hypervisor is there, without a signature"
-        case name:
-            others = [each.name for each in told.hypervisors if each.name != name]
-            return f"The hypervisor is {name}" + (f", beside {listed(others)}" if others else "")
-
-
-def _offer_told(told: Promises) -> str:
-    words = [f"KVM's features {'|'.join(told.kvm_features)}"] if told.kvm_features else []
-    clocks = f"which offers {listed(told.clocks)}" if told.clocks else "which offers no clock of its own"
-    return "; ".join(
-        [clocks if told.hypervisor != "none" else f"the CPU offers {listed(told.clocks) or 'the TSC'}", *words]
-    )

@@ -17,6 +17,8 @@ __all__ = ["DISCIPLINED", "drift_findings", "rate_findings", "step_findings"]
 
 DISCIPLINED = frozenset({"monotonic"})
 """Clocks whose rate the guest's own NTP changes, which is no fault."""
+NTP_SLEWS_PPB = 1_001_000
+"""From one end of NTP's 500 ppm to the other: what a host's may do to devices that it emulates."""
 
 
 def drift_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, hypervisor: str) -> list[Finding]:
@@ -45,7 +47,7 @@ def rate_findings(clock: ClockRecord, tsc_hz: int, hypervisor: str) -> list[Find
     change = rate_change(clock)
     if clock.name in DISCIPLINED or change is None or clock.steps.forward or clock.steps.backward:
         return []
-    if change.ppb.low <= 0 <= change.ppb.high:
+    if (proven := max(change.ppb.low, -change.ppb.high)) <= 0:
         return []
     began = clock.samples[0].tsc_before
     times = [_seconds(each - began, tsc_hz) for each in (*change.earlier, *change.later)]
@@ -53,14 +55,17 @@ def rate_findings(clock: ClockRecord, tsc_hz: int, hypervisor: str) -> list[Find
         f"{title(clock.name)} changed its rate against the TSC by {ppm_between(*change.ppb)}: from {times[2]} to "
         f"{times[3]} of the run it was another than from {times[0]} to {times[1]}; one of the two clocks did it"
     )
+    is_fault = proven > NTP_SLEWS_PPB
+    if not is_fault:
+        what += ", and a host whose NTP slews does as much to what it emulates by its own clock"
     return [
         Finding(
             FindingCode.RATE_CHANGED,
-            Weight.FAULT,
+            Weight.FAULT if is_fault else Weight.NOTE,
             clock.name,
             what,
             "what converts ticks to time by one factor is wrong from then on; NTP has to find the new rate.",
-            sync_change(hypervisor),
+            sync_change(hypervisor) if is_fault else (),
             budget="max_drift",
         )
     ]

@@ -170,7 +170,7 @@ def _kvm_features(leaves: _Leaves, found: tuple[Hypervisor, ...]) -> int:
 
 
 def _privileges(leaves: _Leaves, found: tuple[Hypervisor, ...]) -> int:
-    """Leaf 0x40000003's EAX and EBX: whoever answers 0x40000001 with "Hv#1" has them, whatever its signature is."""
+    """Leaf 0x40000003's EAX and EBX, if 0x40000001 answers with "Hv#1", whatever the signature is."""
     if not found or leaves.at(0x40000001)[0] != int.from_bytes(b"Hv#1", "little"):
         return 0
     eax, ebx, _, _ = leaves.at(0x40000003)
