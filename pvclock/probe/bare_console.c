@@ -2,6 +2,7 @@
 #include "bare_console.h"
 
 #include "bare_gate.h"
+#include "fenced_tsc.h"
 
 enum {
     COM1 = 0x3f8,
@@ -17,9 +18,11 @@ enum {
     DTR_AND_RTS = 3,
     TRANSMITTER_EMPTY = 0x20,
     NOBODY = 0xff,
-    POLLS_MAX = 1 << 20, /* seconds of them: a UART that never empties is given up */
     DEBUG_PORT = 0xe9
 };
+
+/* At any TSC's frequency longer than a slow line takes for what a FIFO holds; then the UART is given up. */
+static const uint64_t STUCK_TICKS = 1 << 28;
 
 static void put(struct json_out *out, char character)
 {
@@ -55,10 +58,12 @@ void console_open(struct bare_console *console)
 
 static bool com1_is_ready(void)
 {
-    for (unsigned polls = 0; polls < POLLS_MAX; polls++)
-        if (read_port(COM1 + LINE_STATUS, 1) & TRANSMITTER_EMPTY)
-            return true;
-    return false;
+    uint64_t begin = fenced_tsc();
+
+    while (!(read_port(COM1 + LINE_STATUS, 1) & TRANSMITTER_EMPTY))
+        if (fenced_tsc() - begin > STUCK_TICKS)
+            return false;
+    return true;
 }
 
 static void send_to_com1(struct bare_console *console)

@@ -17,7 +17,8 @@ enum {
     SPEAKER_DATA = 2,
     PM_TIMER_BITS = 24,
     LOOKS = 1000,      /* at a counter that may stand still */
-    CALIBRATIONS = 3,
+    CALIBRATIONS = 4,
+    TIGHTEST_TRIES = 4,
     CALIBRATION_HZ = 40 /* each takes 1/40 s: about half of the PIT's period */
 };
 
@@ -97,21 +98,40 @@ int64_t narrow_counter_read(const struct probe_clock *clock, unsigned cpu)
     return counter->total;
 }
 
-/* The lowest of some: a vCPU that is descheduled for more than the counter's period counts too many ticks of the TSC. */
+/* The raw count, and the TSC at that instant: the tightest of some, because a vCPU may be descheduled in between. */
+static uint32_t raw_at(const struct narrow_counter *counter, uint64_t *tsc)
+{
+    uint64_t tightest = UINT64_MAX;
+    uint32_t found = 0;
+
+    for (unsigned tries = 0; tries < TIGHTEST_TRIES; tries++) {
+        uint64_t before = fenced_tsc(), width;
+        uint32_t raw = counter->raw(counter);
+
+        width = fenced_tsc() - before;
+        if (width < tightest) {
+            tightest = width;
+            found = raw;
+            *tsc = before + width / 2;
+        }
+    }
+    return found;
+}
+
+/* The lowest of some: a vCPU that is descheduled for longer than the counter's period counts too many ticks of the TSC. */
 static uint64_t calibrate(const struct narrow_counter *counter)
 {
-    uint64_t lowest = UINT64_MAX;
+    uint64_t lowest = 0;
 
     for (unsigned i = 0; i < CALIBRATIONS; i++) {
-        uint32_t first = counter->raw(counter), passed;
-        uint64_t begin = fenced_tsc(), ticks, hz;
+        uint64_t begin, end, hz;
+        uint32_t first = raw_at(counter, &begin), passed;
 
-        do {
-            passed = (counter->raw(counter) - first) & mask_of(counter);
-            ticks = fenced_tsc() - begin;
-        } while (passed < counter->hz / CALIBRATION_HZ && ticks < CALIBRATION_TICKS_MAX);
-        hz = passed ? ticks * counter->hz / passed : UINT64_MAX;
-        if (hz < lowest)
+        do
+            passed = (raw_at(counter, &end) - first) & mask_of(counter);
+        while (passed < counter->hz / CALIBRATION_HZ && end - begin < CALIBRATION_TICKS_MAX);
+        hz = passed ? (end - begin) * counter->hz / passed : 0;
+        if (hz && (!lowest || hz < lowest))
             lowest = hz;
     }
     return lowest;
