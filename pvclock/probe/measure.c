@@ -14,8 +14,8 @@
 
 enum {
     TIGHTEST_TRIES = 32,
-    LEARNING_MS = 40,          /* for the rates, before the first slice: the search's spans, and some that are lost */
-    LATE_MS = 100,             /* how late another CPU may come before it is given up, in this exchange */
+    LEARNING_SHARE = 4,        /* before the slices, for the clocks' rates, at most a quarter; some 150 ms do */
+    LATE_MS = 100,             /* how late another CPU may come at most, or by a slice, before it is given up */
     LINES_HZ = 20000,          /* the lines are read so often, */
     LINES_LEAST_HZ = 200,      /* but clocks that take long to read only so often that */
     LINES_SHARE = 8,           /* it takes an eighth of the time */
@@ -35,6 +35,7 @@ struct measurement {
 
     unsigned slice, pair, clock; /* which are at work */
     uint64_t share_ticks;        /* for one clock of it */
+    uint64_t late_ticks;         /* how late another CPU may come to it */
     struct stopwatch until_lines;
     uint64_t began_tsc, ended_tsc; /* the first CPU's, of the latest piece of work */
 
@@ -63,7 +64,7 @@ static bool has_ended(const struct measurement *it)
 /* For those who do not lead: so long after its share the leader is given up. */
 static void start_patience(const struct measurement *it, struct stopwatch *patience)
 {
-    stopwatch_start(patience, it->exchanged * it->share_ticks + 2 * ticks_of_ms(it, LATE_MS));
+    stopwatch_start(patience, it->exchanged * it->share_ticks + 2 * it->late_ticks);
 }
 
 /* Run work on some CPUs, the first always among them: it says when. */
@@ -146,6 +147,15 @@ static void begin_slice(void *argument, unsigned cpu)
         sample_tightest(it, clock, &it->results[clock].sample[it->slice]);
 }
 
+static bool knows_all_rates(const struct measurement *it)
+{
+    for (unsigned clock = 0; clock < it->count; clock++) {
+        if (!step_search_knows_rate(&it->results[clock].steps))
+            return false;
+    }
+    return true;
+}
+
 static void learn_rates(void *argument, unsigned cpu)
 {
     struct measurement *it = argument;
@@ -153,8 +163,8 @@ static void learn_rates(void *argument, unsigned cpu)
 
     (void)cpu;
     stopwatch_start(&it->until_lines, 0);
-    stopwatch_start(&learning, ticks_of_ms(it, LEARNING_MS));
-    while (stopwatch_runs(&learning))
+    stopwatch_start(&learning, ticks_of_ms(it, it->plan->milliseconds) / LEARNING_SHARE);
+    while (!knows_all_rates(it) && stopwatch_runs(&learning))
         read_lines(it);
 }
 
@@ -185,7 +195,7 @@ static bool lead_clock(struct measurement *it, unsigned clock, unsigned cpu)
     int64_t before = reading(it, clock, cpu), remote, after;
 
     pair_exchange_ask(exchange, clock);
-    stopwatch_start(&late, ticks_of_ms(it, LATE_MS));
+    stopwatch_start(&late, it->late_ticks);
     if (!is_answered_in_time(it, cpu, &late))
         return false;
     stopwatch_start(&share, it->share_ticks);
@@ -198,7 +208,7 @@ static bool lead_clock(struct measurement *it, unsigned clock, unsigned cpu)
         if (cpu == FIRST)
             read_lines(it);
     } while (stopwatch_runs(&share) && is_answered_in_time(it, cpu, &share));
-    stopwatch_start(&late, ticks_of_ms(it, LATE_MS));
+    stopwatch_start(&late, it->late_ticks);
     return is_answered_in_time(it, cpu, &late);
 }
 
@@ -307,6 +317,7 @@ static void measure_slice(struct measurement *it)
     uint64_t slice_ticks = ticks_of_ms(it, it->plan->milliseconds) / PROBE_SLICES, begin_tsc, used_ticks;
     unsigned pairs = it->results[0].pairs;
 
+    it->late_ticks = ticks_of_ms(it, LATE_MS) < slice_ticks ? ticks_of_ms(it, LATE_MS) : slice_ticks;
     run(it, 0, begin_slice);
     begin_tsc = it->began_tsc;
     for (it->pair = 0; it->pair < pairs; it->pair++) {
@@ -355,7 +366,7 @@ void measure(struct probe_team *team, const struct probe_plan *plan, const struc
     it.began_tsc = it.ended_tsc = 0; /* should the first CPU never come */
     for (unsigned clock = 0; clock < count; clock++) {
         it.exchanged += clocks[clock].exchanged;
-        step_search_begin(&results[clock].steps, plan->tsc_hz, clocks[clock].hz);
+        step_search_begin(&results[clock].steps, plan->tsc_hz, clocks[clock].hz, clocks[clock].unslewed);
         choose_pairs(team, &results[clock]);
         for (unsigned cpu = 0; cpu < team->cpus; cpu++)
             it.added[clock][cpu] = clocks[clock].exchanged ? units_of_ns(team->added_ns[cpu], clocks[clock].hz) : 0;
