@@ -88,10 +88,13 @@ uint64_t tsc_hz_by_monotonic_raw(struct probe_team *team)
     return hz;
 }
 
-void linux_clocks(struct probe_clock clocks[LINUX_CLOCKS], uint64_t tsc_hz)
+void linux_clocks(struct probe_clock clocks[LINUX_CLOCKS], uint64_t tsc_hz, bool raw_is_tsc)
 {
-    clocks[0] = (struct probe_clock){.name = "tsc", .hz = tsc_hz, .exchanged = true, .read = read_tsc};
-    clocks[1] = (struct probe_clock){
-        .name = "monotonic", .hz = (uint64_t)NS_PER_S, .exchanged = true, .read = read_monotonic};
-    clocks[2] = (struct probe_clock){.name = "monotonic_raw", .hz = (uint64_t)NS_PER_S, .read = read_monotonic_raw};
+    static const uint64_t ns_hz = 1000000000;
+
+    clocks[0] = (struct probe_clock){
+        .name = "tsc", .hz = tsc_hz, .exchanged = true, .unslewed = true, .read = read_tsc};
+    clocks[1] = (struct probe_clock){.name = "monotonic", .hz = ns_hz, .exchanged = true, .read = read_monotonic};
+    clocks[2] = (struct probe_clock){
+        .name = "monotonic_raw", .hz = ns_hz, .unslewed = raw_is_tsc, .read = read_monotonic_raw};
 }
