@@ -5,6 +5,7 @@
 #include "bare_gate.h"
 #include "bare_lapic.h"
 #include "bare_memory.h"
+#include "bare_wait.h"
 #include "fenced_tsc.h"
 
 enum {
@@ -101,14 +102,6 @@ static unsigned count_arrived(void)
     for (unsigned number = 1; number < BARE_SLOTS; number++)
         arrived += __atomic_load_n(&slots[number].is_here, __ATOMIC_ACQUIRE);
     return arrived;
-}
-
-static void wait_ticks(uint64_t ticks)
-{
-    uint64_t begin = fenced_tsc();
-
-    while (fenced_tsc() - begin < ticks)
-        __builtin_ia32_pause();
 }
 
 /* Until `wanted` have come, or nobody new for `patience` ticks. */
