@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT */
 #include "bare_cpus.h"
 
-#include <stdbool.h>
 #include <stddef.h>
 
 #include "bare.h"
