@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT
  *
- * The schedule of a measurement: in each slice of it the tightest sample of each clock, then every pair's exchange, then
- * all CPUs at once on the shared cell.  The first CPU reads the lines of all clocks all the while.
+ * The schedule of a measurement: first the rates of all clocks; then in each slice the tightest sample of each clock,
+ * every pair's exchange, and all CPUs at once on the shared cell.  The first CPU reads the lines of all clocks all the
+ * while.
  *
  * A CPU may be preempted at any point and for any time, and a vCPU may be gone: nobody waits for another but by a
  * stopwatch of its own TSC.  One CPU leads, and tells the others by a shared word when it has ended.
@@ -14,7 +15,6 @@
 
 enum {
     TIGHTEST_TRIES = 32,
-    LEARNING_SHARE = 4,        /* before the slices, for the clocks' rates, at most a quarter; some 150 ms do */
     LATE_MS = 100,             /* how late another CPU may come at most, or by a slice, before it is given up */
     LINES_HZ = 20000,          /* the lines are read so often, */
     LINES_LEAST_HZ = 200,      /* but clocks that take long to read only so often that */
@@ -156,6 +156,7 @@ static bool knows_all_rates(const struct measurement *it)
     return true;
 }
 
+/* Before the slices: some 150 ms, and at most as long as they. */
 static void learn_rates(void *argument, unsigned cpu)
 {
     struct measurement *it = argument;
@@ -163,7 +164,7 @@ static void learn_rates(void *argument, unsigned cpu)
 
     (void)cpu;
     stopwatch_start(&it->until_lines, 0);
-    stopwatch_start(&learning, ticks_of_ms(it, it->plan->milliseconds) / LEARNING_SHARE);
+    stopwatch_start(&learning, ticks_of_ms(it, it->plan->milliseconds));
     while (!knows_all_rates(it) && stopwatch_runs(&learning))
         read_lines(it);
 }
