@@ -27,6 +27,7 @@ struct probe_clock {
     const char *name;                                              /* as the JSON has it */
     uint64_t hz;                                                   /* its units a second */
     bool exchanged;                                                /* compared between CPUs, too */
+    bool unslewed;                                                 /* NTP, a host's either, leaves its rate alone */
     int64_t (*read)(const struct probe_clock *clock, unsigned cpu); /* neither earlier nor later code moves across */
     void *state;
 };
@@ -44,13 +45,6 @@ struct probe_pair {
     unsigned a, b;                             /* the window is of b's reading minus a's */
     struct offset_window slices[PROBE_SLICES];
     uint64_t at_tsc[PROBE_SLICES];             /* the first CPU's TSC in the middle of that slice's exchange */
-};
-
-/* The clock of one instant: read between two readings of the TSC. */
-struct probe_sample {
-    uint64_t tsc_before;
-    int64_t clock;
-    uint64_t tsc_after;
 };
 
 struct probe_warp {

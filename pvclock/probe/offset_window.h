@@ -20,10 +20,18 @@ static inline void offset_window_begin(struct offset_window *window)
     window->rounds = 0;
 }
 
-/* One round: a read `before`, then b read `remote`, then a read `after`.  The difference of any two fits int64_t. */
+/* By how much one reading is ahead of another, of a clock that may wrap as the TSC does. */
+static inline int64_t reading_ahead(int64_t reading, int64_t of)
+{
+    return (int64_t)((uint64_t)reading - (uint64_t)of);
+}
+
+/* One round: a read `before`, then b read `remote`, then a read `after`.  b's clock was ahead of a's by no more than
+ * remote - before, for a's has only gone on since, and by no less than remote - after.
+ */
 static inline void offset_window_add(struct offset_window *window, int64_t before, int64_t remote, int64_t after)
 {
-    int64_t low = remote - after, high = remote - before;
+    int64_t low = reading_ahead(remote, after), high = reading_ahead(remote, before);
 
     if (low > window->low)
         window->low = low;
