@@ -15,7 +15,9 @@ BIN := $(VENV)/bin
 STEP := scripts/step.sh
 export PYTHON VENV
 
-SOURCES := $(shell find pvclock -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.s')
+# Cython's C, of modules that begin with "_", is none of them.
+SOURCES := $(shell find pvclock -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.[sS]' -o -name '*.ld' \
+	-o -name '[!_]*.c')
 CYTHON := $(filter %.pyx %.pxd,$(SOURCES))
 MODULES := $(subst /,.,$(basename $(filter %.pyx,$(SOURCES))))
 
@@ -60,7 +62,7 @@ lint: build ## check style and types
 
 clean: ## remove what was built; .venv stays
 	@rm -rf build dist *.egg-info $(VENV)/stamps/built-* .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
-	@find pvclock \( -name '*.so' -o -name '*.c' \) -delete
+	@find pvclock \( -name '*.so' -o -name '_*.c' \) -delete
 	@find pvclock qemu_glue tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## list the targets

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = [
+    "BOOT_CMDLINE",
+    "BOOT_CMDLINE_BYTES",
+    "BOOT_INFORMATION",
     "FLAT_BASE",
     "IDENTITY_MAP",
     "IOAPIC",
+    "LINUX_BOOT_PARAMS",
+    "LINUX_PAGE_TABLES",
+    "LINUX_PAGE_TABLES_BYTES",
     "LOCAL_APIC",
-    "MULTIBOOT_CMDLINE",
-    "MULTIBOOT_CMDLINE_BYTES",
-    "MULTIBOOT_INFO",
     "PROBE_CODE",
     "PROBE_RESULT",
     "RAM_END",
@@ -21,14 +24,23 @@ __all__ = [
 FLAT_BASE: Final = 0x7C00
 """Where a PC's firmware puts a boot sector."""
 
-MULTIBOOT_INFO: Final = 0x9000
-"""Above the real-mode vectors and a trampoline at 0x8000, below what images load at (1 MiB)."""
+BOOT_INFORMATION: Final = 0x9000
+"""What an image is told: above the real-mode vectors and a trampoline at 0x8000, below what images load at (1 MiB)."""
 
-MULTIBOOT_CMDLINE: Final = 0x9100
+BOOT_CMDLINE: Final = 0x9100
 """Behind the information structure and its memory map."""
 
-MULTIBOOT_CMDLINE_BYTES: Final = 0x0F00
+BOOT_CMDLINE_BYTES: Final = 0x0F00
 """Up to the end of that page, the final NUL included."""
+
+LINUX_BOOT_PARAMS: Final = 0xA000
+"""One page, the "zero page" of Linux's 64-bit protocol, behind the page above; its GDT is in that one."""
+
+LINUX_PAGE_TABLES: Final = 0xB000
+"""An image that is entered in long mode has paging on: a table of each level, behind one another."""
+
+LINUX_PAGE_TABLES_BYTES: Final = 0x3000
+"""PML4, PDPT and a directory of 2 MiB pages."""
 
 RAM_END: Final = 0xC0000000
 """RAM ends here at the latest: above are the IOAPIC, the LAPICs and the pages below."""

@@ -48,7 +48,7 @@ def tree(scratch: Path) -> Path:
     copy = scratch / "tree"
     made = (".git", ".venv", ".*_cache", ".hypothesis", ".benchmarks", "__pycache__", "*.so", "build", "*.egg-info")
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*made))
-    for generated in copy.glob("pvclock/**/*.c"):
+    for generated in copy.glob("pvclock/**/_*.c"):
         generated.unlink()
     return copy
 
@@ -194,6 +194,57 @@ def test_wheel_carries_what_others_compile_against(installed: Path, tmp_path: Pa
     }
     assert sources <= carried
     assert not [name for name in carried if name.endswith(".c")]
+
+
+def test_wheel_carries_the_probe(installed: Path, scratch: Path) -> None:
+    """Both of its forms: the program for Linux runs as nobody without a library, the image is an ELF64 file."""
+    write = "import sys, pvclock.probe; open(sys.argv[1], 'wb').write(pvclock.probe.linux_executable())"
+    run(installed, "-c", write, scratch / "probe", cwd=scratch)
+    (scratch / "probe").chmod(0o755)
+    status, stdout, _ = as_a_stranger(scratch / "probe", "--help", bin_folder=installed.parent, cwd=scratch)
+    assert status == 0
+    assert "--seconds" in stdout
+    show = "import sys, pvclock.probe; print(pvclock.probe.bootable_image()[:5])"
+    assert run(installed, "-c", show, cwd=scratch) == repr(b"\x7fELF\x02")
+
+
+def probe_form(compiler: Path | str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Have setup.py compile the probe's form for Linux, and do nothing else."""
+    program = f"""
+import runpy, setuptools, pathlib
+setuptools.setup = lambda **_: None
+runpy.run_path("setup.py")["build_form"]("linux", pathlib.Path({str(folder)!r}) / "linux")
+"""
+    given = os.environ | {"CC": str(compiler)}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=given, capture_output=True, text=True, check=False
+    )
+
+
+def test_no_static_c_library(tmp_path: Path) -> None:
+    """The build says which package has it, where a compiler finds none."""
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho libc.a\n")
+    compiler.chmod(0o755)
+    done = probe_form(compiler, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith(
+        "no static C library, libc.a: install libc6-dev (Debian), glibc-static (Fedora)"
+    )
+
+
+def test_the_probe_is_compiled_when_a_source_is_newer(tmp_path: Path) -> None:
+    """Not again where none is; the sources of each of its forms and the headers count."""
+    program = tmp_path / "linux"
+    for source in (ROOT / "pvclock" / "probe" / "report.c", ROOT / "pvclock" / "include" / "pvclock_abi.h"):
+        program.write_bytes(b"older")
+        newest = source.stat().st_mtime
+        os.utime(program, (newest - 1, newest - 1))
+        assert probe_form("cc", tmp_path).returncode == 0
+        built = program.stat().st_mtime
+        assert program.read_bytes()[:4] == b"\x7fELF"
+        assert probe_form("cc", tmp_path).returncode == 0
+        assert program.stat().st_mtime == built
 
 
 @pytest.mark.parametrize("standard", STANDARDS)

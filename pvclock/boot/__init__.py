@@ -1,6 +1,6 @@
 """Boot images: told apart by their content, put into guest memory, entered as their protocol says."""
 
 from pvclock.boot.entry import EntryState, enter
-from pvclock.boot.source import BootSource
+from pvclock.boot.source import PROTOCOLS, BootSource
 
-__all__ = ["BootSource", "EntryState", "enter"]
+__all__ = ["PROTOCOLS", "BootSource", "EntryState", "enter"]

@@ -22,4 +22,4 @@ def load(memory: GuestMemory, image: bytes, base: int = FLAT_BASE) -> EntryState
         memory.write(base, image)
     except GuestAddressError as error:
         raise ImageError(f"the image does not fit guest memory: {error}") from None
-    return EntryState(protected_mode=False, rip=base, registers={})
+    return EntryState("real", base, {})

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from pvclock.arguments import instance, number, text, whole
-from pvclock.boot import BootSource
+from pvclock.boot import PROTOCOLS, BootSource
 from pvclock.clock.guest_clock import MAX_AGE_S
 from pvclock.clock.ticker import SHORTEST_S
 from pvclock.errors import ConfigError, WrongType
@@ -41,10 +41,12 @@ def _check_boot_source(image: object, cmdline: object) -> None:
     if isinstance(image, BootSource):
         if cmdline:
             raise ConfigError("a BootSource has its own command line; leave out: cmdline")
-        image, cmdline, initrd = image
+        image, cmdline, initrd, protocol = image
         text("image.cmdline", cmdline)
         instance("image.initrd", initrd, bytes, "the bytes of an initrd")
-    instance("image", image, bytes, "the bytes of a multiboot-1 ELF or of a flat real-mode image, or a BootSource")
+        if protocol is not None and text("image.protocol", protocol) not in PROTOCOLS:
+            raise ConfigError(f"image.protocol {protocol!r}; choose {', '.join(PROTOCOLS)}, or None by its content")
+    instance("image", image, bytes, "the bytes of a multiboot-1, PVH or Linux image or of a flat one, or a BootSource")
 
 
 def check_vcpus(count: int, kvm: Kvm) -> None:

@@ -68,9 +68,9 @@ ResourceT = TypeVar("ResourceT", bound=Resource)
 class Machine:
     """A VM with `image` in it, ready to start; a context manager that always cleans up.
 
-    image: a multiboot-1 ELF or a flat real-mode image, or a BootSource with its command line.  clock: what serves
-    the guest's clock, "engine" (`self.clock`, a GuestClock, with the rest of the keywords as its options) or "kernel"
-    (in-kernel kvmclock, with `features` or as the engine's; `self.clock` is None).
+    image: a multiboot-1, PVH or 64-bit Linux image, a flat real-mode image, or a BootSource with its command line.
+    clock: what serves the guest's clock, "engine" (`self.clock`, a GuestClock, with the rest of the keywords as its
+    options) or "kernel" (in-kernel kvmclock, with `features` or as the engine's; `self.clock` is None).
 
     For the engine's clock:  tick_interval_s: from start() to stop() it is ticked every so many seconds, so that its
     pages do not age; None leaves that to the caller.  backend: called with the backend of the vCPUs, it returns the

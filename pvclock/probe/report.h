@@ -14,7 +14,7 @@
 /* Where the characters go. */
 struct json_out {
     void (*put)(struct json_out *out, char character);
-    bool after_value; /* the next value or key needs a comma */
+    bool after_value; /* the next value or key needs a comma; false at the beginning */
 };
 
 void json_open(struct json_out *out, const char *key, char bracket);  /* key: NULL in an array; '{' or '[' */
@@ -28,8 +28,9 @@ struct probe_report {
     const char *version;               /* pvclock's */
     const struct probe_team *team;
     const int64_t *cpu_number;         /* [team->cpus]: the operating system's, or the order of arrival */
-    const int64_t *apic_id;            /* [team->cpus], or NULL */
+    const int64_t *apic_id;            /* [team->cpus] */
     const struct probe_plan *plan;
+    const char *tsc_hz_from;           /* where plan->tsc_hz is from: "pvclock", "pit" and so on */
     const struct probe_leaf *leaves;
     unsigned leaf_count;
     const struct probe_page *pages;

@@ -196,7 +196,7 @@ def test_a_flood_from_two_vcpus(coalesces: bool, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr("pvclock.machine.bus.CoalescedRing.register", lambda *_, **__: None)
     with Machine(FLOOD, vcpus=2) as machine:
         for vcpu in machine.vcpus:
-            enter(vcpu, EntryState(False, IMAGE, {"rbx": 0x40 | vcpu.vcpu_id << 5}))
+            enter(vcpu, EntryState("real", IMAGE, {"rbx": 0x40 | vcpu.vcpu_id << 5}))
             vcpu.set_mp_state(RUNNABLE)
         machine.start()
         while not machine.runner.join(0.001):

@@ -102,7 +102,7 @@ def test_a_triple_fault_is_a_shutdown() -> None:
     with bare_vm(bytes.fromhex("0f0b")) as bare:
         vcpu = bare.vcpus[0]
         vcpu.set_sregs({**vcpu.get_sregs(), "idt": {"base": 0, "limit": 0}})
-        enter(vcpu, EntryState(protected_mode=True, rip=CODE, registers={}))
+        enter(vcpu, EntryState("protected", CODE, {}))
         assert vcpu.run() == Shutdown()
 
 

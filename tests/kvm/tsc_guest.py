@@ -70,7 +70,7 @@ def tsc_guest(clock: Literal["engine", "kernel"], *steps: Sequence[Step], **opti
             machine.memory.write(code, _program(vcpu, [*each, Step("wait", value=255)]))
             if hidden:
                 _hide_tsc_adjust(machine, vcpu)
-            enter(machine.vcpus[vcpu], EntryState(protected_mode=False, rip=code, registers={}))
+            enter(machine.vcpus[vcpu], EntryState("real", code, {}))
             machine.vcpus[vcpu].set_mp_state(MP_STATE_RUNNABLE)
         machine.start()
         yield TscGuest(machine, steps)

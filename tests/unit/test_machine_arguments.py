@@ -22,7 +22,7 @@ def a_state(vcpus: int) -> ClockState:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"image": "path"}, r"image is 'path', a str; it can be the bytes of a multiboot-1 ELF or of a flat"),
+        ({"image": "path"}, r"image is 'path', a str; it can be the bytes of a multiboot-1, PVH or Linux image"),
         ({"image": None}, r"image is None; it can be the bytes"),
         ({"vcpus": 1.5}, r"vcpus is 1\.5, a float; it can be a whole number"),
         ({"vcpus": True}, r"vcpus is True, a bool; it can be a whole number"),

@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
+#include "bare_cpus.h"
+
+#include "bare.h"
+#include "bare_gate.h"
+#include "bare_lapic.h"
+#include "bare_memory.h"
+#include "fenced_tsc.h"
+
+enum {
+    CPUID_TOPOLOGY = 0xb,
+    SPINS = 1 << 12 /* a fraction of a millisecond; then an idle vCPU leaves its host CPU to others */
+};
+
+/* A vCPU by its arrival: the boot processor is number 0. */
+struct slot {
+    _Alignas(64) void (*work)(void *argument, unsigned cpu);
+    void *argument;
+    unsigned cpu;      /* its number in the team */
+    uint32_t asked;    /* how often it was given work, ... */
+    uint32_t done;     /* ... and how often it did it */
+    uint32_t apic_id;
+    uint32_t is_here;
+};
+
+extern const char trampoline[], trampoline_end[]; /* of bare_boot.S */
+
+static struct slot slots[BARE_SLOTS];
+static struct slot *members[PROBE_CPUS_MAX];
+static int64_t apic_ids[PROBE_CPUS_MAX];
+
+_Static_assert(BARE_SLOTS == PROBE_CPUS_MAX, "a slot for each vCPU");
+
+static uint32_t own_apic_id(void)
+{
+    if (cpuid(0, 0).eax >= CPUID_TOPOLOGY && cpuid(CPUID_TOPOLOGY, 0).ebx)
+        return cpuid(CPUID_TOPOLOGY, 0).edx;
+    return cpuid(1, 0).ebx >> 24;
+}
+
+static void await_work(struct slot *slot, uint32_t done)
+{
+    unsigned spins = 0;
+
+    while (__atomic_load_n(&slot->asked, __ATOMIC_ACQUIRE) == done) {
+        if (++spins < SPINS)
+            __builtin_ia32_pause();
+        else
+            lapic_sleep();
+    }
+}
+
+/* What all but the boot processor do. */
+static void serve(struct slot *slot)
+{
+    uint32_t done = 0;
+
+    lapic_accept();
+    __atomic_store_n(&slot->is_here, 1, __ATOMIC_RELEASE);
+    for (;;) {
+        await_work(slot, done);
+        slot->work(slot->argument, slot->cpu);
+        __atomic_store_n(&slot->done, ++done, __ATOMIC_RELEASE);
+    }
+}
+
+void bare_enter(unsigned number)
+{
+    slots[number].apic_id = own_apic_id();
+    if (number == 0)
+        bare_main();
+    else
+        serve(&slots[number]);
+}
+
+static void ask(struct slot *slot, void (*work)(void *argument, unsigned cpu), void *argument)
+{
+    slot->work = work;
+    slot->argument = argument;
+    __atomic_store_n(&slot->asked, slot->asked + 1, __ATOMIC_RELEASE);
+}
+
+static void run(struct probe_team *team, uint64_t chosen, void (*work)(void *argument, unsigned cpu), void *argument)
+{
+    for (unsigned cpu = 1; cpu < team->cpus; cpu++)
+        if (chosen >> cpu & 1)
+            ask(members[cpu], work, argument);
+    if (chosen & ~UINT64_C(1))
+        lapic_send_wake();
+    if (chosen & 1)
+        work(argument, 0);
+    for (unsigned cpu = 1; cpu < team->cpus; cpu++)
+        while (__atomic_load_n(&members[cpu]->done, __ATOMIC_ACQUIRE) != members[cpu]->asked)
+            __builtin_ia32_pause();
+}
+
+static unsigned count_arrived(void)
+{
+    unsigned arrived = 0;
+
+    for (unsigned number = 1; number < BARE_SLOTS; number++)
+        arrived += __atomic_load_n(&slots[number].is_here, __ATOMIC_ACQUIRE);
+    return arrived;
+}
+
+static void wait_ticks(uint64_t ticks)
+{
+    uint64_t begin = fenced_tsc();
+
+    while (fenced_tsc() - begin < ticks)
+        __builtin_ia32_pause();
+}
+
+/* Until `wanted` have come, or nobody new for `patience` ticks. */
+static void await_others(unsigned wanted, uint64_t patience)
+{
+    uint64_t last_arrival = fenced_tsc();
+    unsigned arrived = count_arrived();
+
+    while (arrived < wanted && fenced_tsc() - last_arrival < patience) {
+        unsigned now = count_arrived();
+
+        if (now != arrived)
+            last_arrival = fenced_tsc();
+        arrived = now;
+        __builtin_ia32_pause();
+    }
+}
+
+static void call_others(unsigned expected, uint64_t tsc_hz)
+{
+    memcpy((void *)(uintptr_t)BARE_TRAMPOLINE, trampoline, (size_t)(trampoline_end - trampoline));
+    lapic_send_init();
+    wait_ticks(tsc_hz / 100);
+    lapic_send_start();
+    wait_ticks(tsc_hz / 5000);
+    lapic_send_start(); /* who runs already ignores it */
+    if (expected)
+        await_others((expected < BARE_SLOTS ? expected : BARE_SLOTS) - 1, 2 * tsc_hz);
+    else
+        await_others(BARE_SLOTS - 1, tsc_hz / 5);
+}
+
+/* Those that have come, the boot processor first and then by APIC id; how many. */
+static unsigned number_members(void)
+{
+    unsigned count = 1;
+
+    members[0] = &slots[0];
+    for (unsigned number = 1; number < BARE_SLOTS; number++) {
+        unsigned at = count;
+
+        if (!__atomic_load_n(&slots[number].is_here, __ATOMIC_ACQUIRE))
+            continue;
+        for (; at > 1 && members[at - 1]->apic_id > slots[number].apic_id; at--)
+            members[at] = members[at - 1];
+        members[at] = &slots[number];
+        count++;
+    }
+    return count;
+}
+
+void cpus_start(struct probe_team *team, unsigned expected, unsigned most, uint64_t tsc_hz)
+{
+    unsigned count;
+
+    if (most > 1 && expected != 1 && lapic_is_there())
+        call_others(expected, tsc_hz);
+    count = number_members();
+    team->cpus = count < most ? count : most;
+    team->run = run;
+    team->state = 0;
+    for (unsigned cpu = 0; cpu < count; cpu++) {
+        members[cpu]->cpu = cpu;
+        apic_ids[cpu] = members[cpu]->apic_id;
+    }
+}
+
+const int64_t *cpus_apic_ids(void)
+{
+    return apic_ids;
+}

@@ -1,0 +1,113 @@
+/* SPDX-License-Identifier: Apache-2.0 OR MIT
+ *
+ * Source: Linux Documentation/virt/kvm/x86/{cpuid,msr}.rst, and its reader's order of loads.
+ */
+#include "bare_pvclock.h"
+
+#include "../include/pvclock_abi.h"
+#include "../include/pvclock_math.h"
+#include "bare_cpuid.h"
+#include "bare_gate.h"
+#include "bare_memory.h"
+#include "fenced_tsc.h"
+
+enum {
+    HYPERVISOR_FIRST = 0x40000000,
+    HYPERVISOR_END = 0x40010000,
+    HYPERVISOR_STEP = 0x100,
+    HAS_CLOCKSOURCE = 1 << 0,
+    HAS_CLOCKSOURCE2 = 1 << 3,
+    MSR_SYSTEM_TIME = 0x12,
+    MSR_SYSTEM_TIME_NEW = 0x4b564d01,
+    ENABLE = 1,
+    TRIES_MAX = 1 << 24 /* a record that stays odd is taken as it is: the reader must end */
+};
+
+/* The host writes to the first line, the CPU itself to the second. */
+struct record {
+    _Alignas(64) struct pvclock_vcpu_time_info info;
+    _Alignas(64) unsigned looks;
+    unsigned stopped_looks;
+};
+
+static struct record records[PROBE_CPUS_MAX];
+static uint32_t msr;
+
+uint32_t pvclock_find_msr(void)
+{
+    static const char signature[12] = "KVMKVMKVM";
+    uint32_t base = has_hypervisor() ? HYPERVISOR_FIRST : HYPERVISOR_END;
+
+    for (; base < HYPERVISOR_END; base += HYPERVISOR_STEP) {
+        struct cpuid_registers leaf = cpuid(base, 0);
+        uint32_t features;
+
+        if (memcmp(&leaf.ebx, signature, sizeof signature))
+            continue;
+        features = cpuid(base + 1, 0).eax;
+        msr = features & HAS_CLOCKSOURCE2 ? MSR_SYSTEM_TIME_NEW : features & HAS_CLOCKSOURCE ? MSR_SYSTEM_TIME : 0;
+        break;
+    }
+    return msr;
+}
+
+void pvclock_enable(unsigned cpu)
+{
+    if (msr && !write_msr(msr, (uintptr_t)&records[cpu].info | ENABLE))
+        msr = 0;
+}
+
+uint64_t pvclock_tsc_hz(void)
+{
+    const struct pvclock_vcpu_time_info *info = &records[0].info;
+    uint64_t ticks, rest;
+
+    if (!info->tsc_to_system_mul)
+        return 0;
+    /* 10^9 ns in ticks: 10^9 * 2^32 / mul, shifted the other way; the product is below 2^62, the rest below 2^32. */
+    ticks = (PVCLOCK_NS_PER_SEC << 32) / info->tsc_to_system_mul;
+    rest = (PVCLOCK_NS_PER_SEC << 32) % info->tsc_to_system_mul;
+    if (info->tsc_shift >= 0)
+        return info->tsc_shift < 64 ? ticks >> info->tsc_shift : 0;
+    if (info->tsc_shift < -16)
+        return 0;
+    return (ticks << -info->tsc_shift) + (rest << -info->tsc_shift) / info->tsc_to_system_mul;
+}
+
+int64_t pvclock_read(const struct probe_clock *clock, unsigned cpu)
+{
+    struct record *record = &records[cpu];
+    volatile struct pvclock_vcpu_time_info *info = &record->info;
+    uint32_t version;
+    uint64_t time;
+    unsigned tries = 0;
+
+    (void)clock;
+    do {
+        struct pvclock_scale scale;
+        uint64_t tsc;
+
+        version = info->version;
+        tsc = fenced_tsc();
+        scale.mul = info->tsc_to_system_mul;
+        scale.shift = info->tsc_shift;
+        time = info->system_time + pvclock_scale_delta(tsc - info->tsc_timestamp, scale);
+        __asm__ volatile("lfence" : : : "memory");
+    } while ((version & 1 || version != info->version) && ++tries < TRIES_MAX);
+    record->looks++;
+    record->stopped_looks += (info->flags & PVCLOCK_GUEST_STOPPED) != 0;
+    return (int64_t)time;
+}
+
+unsigned pvclock_pages(struct probe_page pages[PROBE_CPUS_MAX], unsigned cpus)
+{
+    if (!msr)
+        return 0;
+    for (unsigned cpu = 0; cpu < cpus; cpu++) {
+        const struct record *record = &records[cpu];
+
+        pages[cpu] = (struct probe_page){ .cpu = cpu, .looks = record->looks, .stopped_looks = record->stopped_looks };
+        probe_look(&pages[cpu], &record->info);
+    }
+    return cpus;
+}

@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: Apache-2.0 OR MIT */
+#define _GNU_SOURCE
+#include "linux_kernel.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/klog.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#define CLOCKSOURCE "/sys/devices/system/clocksource/clocksource0/"
+
+enum {
+    SMALL_FILE_BYTES = 8192, /* a kernel's command line has up to 4096 */
+    AVAILABLE_MAX = 64,
+    COMPLAINTS_MAX = 64, /* the first: the others follow from them */
+    COMPLAINT_BYTES = 512,
+    RECORD_BYTES = 8192, /* of /dev/kmsg, no less than the kernel's largest */
+    RECORDS_MAX = 1 << 17,
+    KLOG_READ_ALL = 3,
+    KLOG_SIZE = 10,
+    KLOG_BYTES_MAX = 16 << 20
+};
+
+/* What the kernel says where a clock is wrong: what it gives up, repairs, or measured. */
+static const char *const COMPLAINTS[] = {
+    "unstable",                           /* a clocksource, the TSC, sched_clock */
+    "TSC warp",                           /* between CPUs, as they come up */
+    "TSC ADJUST",                         /* firmware, or a host, that set CPUs apart */
+    "skew is too large",                  /* by the watchdog */
+    "timekeeping watchdog",               /* the same, in other versions */
+    "clocksource: Long readout interval", /* the host took the watchdog's CPU away */
+    "read-back delay of",                 /* the same, in other versions */
+    "Unable to calibrate against PIT",
+    "TSC calibration failed",
+    "TSC frequency mismatch",
+    "hrtimer: interrupt took",
+    "time jumped",
+};
+
+struct complaints {
+    unsigned count;
+    char line[COMPLAINTS_MAX][COMPLAINT_BYTES];
+};
+
+/* A small file's first line, "" where it cannot be read. */
+static void read_line(const char *path, char line[SMALL_FILE_BYTES])
+{
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t length = file < 0 ? 0 : read(file, line, SMALL_FILE_BYTES - 1);
+
+    if (file >= 0)
+        close(file);
+    line[length > 0 ? length : 0] = '\0';
+    line[strcspn(line, "\n")] = '\0';
+}
+
+static bool is_complaint(const char *line)
+{
+    for (unsigned i = 0; i < sizeof(COMPLAINTS) / sizeof(*COMPLAINTS); i++)
+        if (strstr(line, COMPLAINTS[i]))
+            return true;
+    return false;
+}
+
+static void keep_complaint(struct complaints *complaints, const char *line)
+{
+    if (!is_complaint(line) || complaints->count == COMPLAINTS_MAX)
+        return;
+    strncpy(complaints->line[complaints->count], line, COMPLAINT_BYTES - 1);
+    complaints->count++;
+}
+
+/* A record is "priority,number,microseconds,flags;text\n" and more lines, of its device.  EPIPE: the next was
+ * overwritten before it was read.  EAGAIN: that was all. */
+static bool complaints_of_kmsg(struct complaints *complaints)
+{
+    int file = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    static char record[RECORD_BYTES];
+    ssize_t length;
+
+    if (file < 0)
+        return false;
+    for (unsigned records = 0; records < RECORDS_MAX; records++) {
+        length = read(file, record, sizeof(record) - 1);
+        if (length < 0 && (errno == EPIPE || errno == EINTR))
+            continue;
+        if (length <= 0)
+            break;
+        record[length] = '\0';
+        record[strcspn(record, "\n")] = '\0';
+        if (strchr(record, ';'))
+            keep_complaint(complaints, strchr(record, ';') + 1);
+    }
+    length = length < 0 && errno != EAGAIN ? -1 : 0;
+    close(file);
+    return length == 0;
+}
+
+/* The same by syslog(2), for a container has no /dev/kmsg: lines "<priority>[seconds] text". */
+static bool complaints_of_syslog(struct complaints *complaints)
+{
+    int size = klogctl(KLOG_SIZE, NULL, 0);
+    char *log = size > 0 && size <= KLOG_BYTES_MAX ? malloc((size_t)size + 1) : NULL;
+    int length = log ? klogctl(KLOG_READ_ALL, log, size) : -1;
+    char *rest = log;
+
+    if (length >= 0) {
+        log[length] = '\0';
+        for (char *line = strsep(&rest, "\n"); line; line = strsep(&rest, "\n"))
+            keep_complaint(complaints, line);
+    }
+    free(log);
+    return length >= 0;
+}
+
+static void print_complaints(struct json_out *out)
+{
+    static struct complaints complaints;
+
+    if (!complaints_of_kmsg(&complaints) && !complaints_of_syslog(&complaints)) {
+        json_string(out, "complaints", NULL);
+        return;
+    }
+    json_open(out, "complaints", '[');
+    for (unsigned i = 0; i < complaints.count; i++)
+        json_string(out, NULL, complaints.line[i]);
+    json_close(out, ']');
+}
+
+static void print_available(struct json_out *out)
+{
+    char names[SMALL_FILE_BYTES], *rest = NULL;
+    unsigned count = 0;
+
+    read_line(CLOCKSOURCE "available_clocksource", names);
+    json_open(out, "available", '[');
+    for (char *name = strtok_r(names, " ", &rest); name && count < AVAILABLE_MAX; name = strtok_r(NULL, " ", &rest)) {
+        json_string(out, NULL, name);
+        count++;
+    }
+    json_close(out, ']');
+}
+
+static void print_line_of(struct json_out *out, const char *key, const char *path)
+{
+    char line[SMALL_FILE_BYTES];
+
+    read_line(path, line);
+    json_string(out, key, line);
+}
+
+bool clocksource_is_tsc(void)
+{
+    char name[SMALL_FILE_BYTES];
+
+    read_line(CLOCKSOURCE "current_clocksource", name);
+    return !strcmp(name, "tsc");
+}
+
+void print_kernel(struct json_out *out)
+{
+    struct utsname name = {0};
+
+    uname(&name);
+    json_open(out, "kernel", '{');
+    json_string(out, "release", name.release);
+    print_line_of(out, "clocksource", CLOCKSOURCE "current_clocksource");
+    print_available(out);
+    print_line_of(out, "command_line", "/proc/cmdline");
+    print_complaints(out);
+    json_close(out, '}');
+}
