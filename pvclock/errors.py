@@ -15,6 +15,8 @@ PvclockError
 ├── MemoryNotReadable             .pid; a guest's memory cannot be read from outside
 │   └── VmEnded                   the process that ran a watched VM has ended
 ├── VmNotObservable               .pid .why; a process that cannot be looked at, or runs no KVM guest
+├── ProbeRecordError (ValueError) .field .found .supported; a measurement from inside a guest that cannot be read
+├── ProbeFailed                   .why; a probe printed an error instead of a measurement
 ├── LabError                      .console_tail; the lab lacks something, did not boot, or timed out
 └── KvmError (OSError)            .errno .call; a failed KVM system call
     ├── KvmUnavailable            /dev/kvm cannot be used; the message says what to do
@@ -38,6 +40,8 @@ __all__ = [
     "MissingCapability",
     "MsrFault",
     "PagesNotFound",
+    "ProbeFailed",
+    "ProbeRecordError",
     "PvclockError",
     "RangeError",
     "StateError",
@@ -202,6 +206,28 @@ class VmNotObservable(PvclockError):
     def __init__(self, pid: int, why: str) -> None:
         super().__init__(f"process {pid}: {why}")
         self.pid = pid
+        self.why = why
+
+
+class ProbeRecordError(PvclockError, ValueError):
+    """A measurement from inside a guest that cannot be read.
+
+    field: a dotted path such as "clocks[0].pairs[2].cpus", or "file" for the whole output.  found, supported: what is
+    there, shortened, and what can be, in words.
+    """
+
+    def __init__(self, field: str, found: str, supported: str) -> None:
+        super().__init__(f"{field}: found {found}; supported: {supported}")
+        self.field = field
+        self.found = found
+        self.supported = supported
+
+
+class ProbeFailed(PvclockError):
+    """A probe printed an error, `why`, instead of a measurement."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the probe could not measure: {why}")
         self.why = why
 
 

@@ -246,7 +246,7 @@ def _address(text: str) -> Gpa:
 
 
 def _step_ns(text: str) -> Fraction:
-    from pvclock.meter.watch.budgets import parse_step_ns
+    from pvclock.meter.quantity_text import parse_step_ns
 
     try:
         return parse_step_ns(text)
@@ -255,7 +255,7 @@ def _step_ns(text: str) -> Fraction:
 
 
 def _drift_ppb(text: str) -> Fraction:
-    from pvclock.meter.watch.budgets import parse_drift_ppb
+    from pvclock.meter.quantity_text import parse_drift_ppb
 
     try:
         return parse_drift_ppb(text)
