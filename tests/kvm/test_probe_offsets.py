@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from pvclock import Machine
 from pvclock.boot import BootSource
 from pvclock.probe import bootable_image
-from tests.probe_line import Line, one_line, vcpus_off, windows
+from tests.probe_line import ONE_CPU, Line, one_line, vcpus_off, windows
 
-pytestmark = [pytest.mark.kvm, pytest.mark.row("E18"), pytest.mark.usefixtures("offsets_are_honoured")]
+pytestmark = [
+    pytest.mark.kvm,
+    pytest.mark.row("E18"),
+    pytest.mark.usefixtures("offsets_are_honoured"),
+    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason=ONE_CPU),
+]
 
 LIMIT_S = 120.0
 """On an emulated CPU."""

@@ -6,6 +6,7 @@ instruction.
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Final
@@ -16,7 +17,7 @@ from pvclock.kvm import open_kvm
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.probe import bootable_image
 from qemu_glue.peer.launch import Qemu
-from tests.probe_line import Line, one_line, vcpus_off, windows
+from tests.probe_line import ONE_CPU, Line, one_line, vcpus_off, windows
 from tests.qemu.injected_call import injected
 from tests.qemu.running_qemu import FEATURES
 
@@ -25,6 +26,7 @@ pytestmark = [
     pytest.mark.kvm,
     pytest.mark.row("E18"),
     pytest.mark.usefixtures("_offsets_are_honoured"),
+    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason=ONE_CPU),
 ]
 
 LIMIT_S: Final = 240.0
