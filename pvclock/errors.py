@@ -15,6 +15,7 @@ PvclockError
 ├── MemoryNotReadable             .pid; a guest's memory cannot be read from outside
 │   └── VmEnded                   the process that ran a watched VM has ended
 ├── VmNotObservable               .pid .why; a process that cannot be looked at, or runs no KVM guest
+├── ProbeNotRun                   .status .said; the probe could not be run, or ended without a result
 ├── ProbeRecordError (ValueError) .field .found .supported; a measurement from inside a guest that cannot be read
 ├── ProbeFailed                   .why; a probe printed an error instead of a measurement
 ├── LabError                      .console_tail; the lab lacks something, did not boot, or timed out
@@ -41,6 +42,7 @@ __all__ = [
     "MsrFault",
     "PagesNotFound",
     "ProbeFailed",
+    "ProbeNotRun",
     "ProbeRecordError",
     "PvclockError",
     "RangeError",
@@ -207,6 +209,18 @@ class VmNotObservable(PvclockError):
         super().__init__(f"process {pid}: {why}")
         self.pid = pid
         self.why = why
+
+
+class ProbeNotRun(PvclockError):
+    """The probe could not be run here, or ended without a result.
+
+    status: its exit status, below 0 the signal that ended it, None if it was not started.  said: what it said last.
+    """
+
+    def __init__(self, why: str, status: int | None = None, said: str = "") -> None:
+        super().__init__(why + (f": {said}" if said else ""))
+        self.status = status
+        self.said = said
 
 
 class ProbeRecordError(PvclockError, ValueError):
