@@ -51,6 +51,7 @@ def test_each_row_that_must_be_has_three() -> None:
     assert count.keys() <= {row.row for row in verdicts.rows()}
 
 
+@pytest.mark.long
 def test_a_sample_dies(tmp_path: Path) -> None:
     """Some of those that take no build, others at each commit."""
     command = [sys.executable, "-m", "tests.mutants", f"--sample={SAMPLE}", "--jobs=1", "--json"]

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT */
 #include "bare_cpus.h"
 
+#include <stddef.h>
+
 #include "bare.h"
 #include "bare_gate.h"
 #include "bare_lapic.h"
@@ -17,9 +19,9 @@ enum {
 struct slot {
     _Alignas(64) void (*work)(void *argument, unsigned cpu);
     void *argument;
-    unsigned cpu;      /* its number in the team */
-    uint32_t asked;    /* how often it was given work, ... */
-    uint32_t done;     /* ... and how often it did it */
+    unsigned cpu;   /* its number in the team */
+    uint32_t asked; /* how often it was given work, ... */
+    uint32_t done;  /* ... and how often it did it */
     uint32_t apic_id;
     uint32_t is_here;
 };
@@ -162,7 +164,7 @@ void cpus_start(struct probe_team *team, unsigned expected, unsigned most, uint6
     count = number_members();
     team->cpus = count < most ? count : most;
     team->run = run;
-    team->state = 0;
+    team->state = NULL;
     for (unsigned cpu = 0; cpu < count; cpu++) {
         members[cpu]->cpu = cpu;
         apic_ids[cpu] = members[cpu]->apic_id;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT
  *
- * The schedule of a measurement: in each slice of it the tightest sample of each clock, then every pair's exchange, then
- * all CPUs at once on the shared cell.  The first CPU reads the lines of all clocks all the while.
+ * The schedule of a measurement: first the rates of all clocks; then in each slice the tightest sample of each clock,
+ * every pair's exchange, and all CPUs at once on the shared cell.  The first CPU reads the lines of all clocks all the
+ * while.
  *
  * A CPU may be preempted at any point and for any time, and a vCPU may be gone: nobody waits for another but by a
  * stopwatch of its own TSC.  One CPU leads, and tells the others by a shared word when it has ended.
@@ -14,12 +15,11 @@
 
 enum {
     TIGHTEST_TRIES = 32,
-    LEARNING_SHARE = 4,        /* before the slices, for the clocks' rates, at most a quarter; some 150 ms do */
     LATE_MS = 100,             /* how late another CPU may come at most, or by a slice, before it is given up */
     LINES_HZ = 20000,          /* the lines are read so often, */
     LINES_LEAST_HZ = 200,      /* but clocks that take long to read only so often that */
     LINES_SHARE = 8,           /* it takes an eighth of the time */
-    LOOKS_BETWEEN_TIMES = 16   /* at the shared cell */
+    TURNS_BETWEEN_TIMES = 16   /* rounds, or looks at the shared cell: where RDTSC exits to the host, it takes long */
 };
 
 static const unsigned FIRST = 0; /* the CPU that reads the lines */
@@ -156,6 +156,7 @@ static bool knows_all_rates(const struct measurement *it)
     return true;
 }
 
+/* Before the slices: some 150 ms, and at most as long as they. */
 static void learn_rates(void *argument, unsigned cpu)
 {
     struct measurement *it = argument;
@@ -163,7 +164,7 @@ static void learn_rates(void *argument, unsigned cpu)
 
     (void)cpu;
     stopwatch_start(&it->until_lines, 0);
-    stopwatch_start(&learning, ticks_of_ms(it, it->plan->milliseconds) / LEARNING_SHARE);
+    stopwatch_start(&learning, ticks_of_ms(it, it->plan->milliseconds));
     while (!knows_all_rates(it) && stopwatch_runs(&learning))
         read_lines(it);
 }
@@ -205,9 +206,10 @@ static bool lead_clock(struct measurement *it, unsigned clock, unsigned cpu)
         pair_exchange_ask(exchange, clock); /* at once: one reading ends this round and begins the next */
         offset_window_add(window, before, remote, after);
         before = after;
-        if (cpu == FIRST)
+        if (cpu == FIRST && window->rounds % TURNS_BETWEEN_TIMES == 0)
             read_lines(it);
-    } while (stopwatch_runs(&share) && is_answered_in_time(it, cpu, &share));
+    } while ((window->rounds % TURNS_BETWEEN_TIMES != 0 || stopwatch_runs(&share)) &&
+             is_answered_in_time(it, cpu, &share));
     stopwatch_start(&late, it->late_ticks);
     return is_answered_in_time(it, cpu, &late);
 }
@@ -284,7 +286,7 @@ static void find_warps(void *argument, unsigned cpu)
     start_patience(it, &time);
     if (cpu == FIRST)
         stopwatch_start(&time, it->share_ticks);
-    while (!has_ended(it) && (reads % LOOKS_BETWEEN_TIMES != 0 || stopwatch_runs(&time))) {
+    while (!has_ended(it) && (reads % TURNS_BETWEEN_TIMES != 0 || stopwatch_runs(&time))) {
         int64_t seen = warp_cell_look(&it->cell);
         int64_t less = warp_cell_tell(&it->cell, seen, cpu, reading(it, it->clock, cpu));
 
@@ -295,7 +297,7 @@ static void find_warps(void *argument, unsigned cpu)
             if (less > warp->largest)
                 warp->largest = less;
         }
-        if (reads++ % LOOKS_BETWEEN_TIMES == 0 && cpu == FIRST)
+        if (reads++ % TURNS_BETWEEN_TIMES == 0 && cpu == FIRST)
             read_lines(it);
     }
     if (cpu == FIRST)

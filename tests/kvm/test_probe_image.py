@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from collections.abc import Callable
+from threading import Event
 from typing import Any, Final
 
 import pytest
@@ -23,6 +24,7 @@ DONE: Final = 0
 FAILED: Final = 1
 SYSTEM_TIME: Final = 0x4B564D01
 REFERENCE_TSC: Final = 0x40000021
+GUEST_STOPPED: Final = 1 << 1
 RSDP: Final = 0xF0000
 """In the BIOS area, where a guest looks for it; other tables follow."""
 PAGE_BYTES: Final = 0x200000
@@ -139,6 +141,44 @@ def test_clocks_are_those_that_cpuid_offers(
 def test_without_a_frequency_it_fails() -> None:
     """Where neither CPUID nor a timer tells the TSC's frequency, that is what the line says."""
     assert "frequency" in probe(provider="None", status=FAILED)["error"]
+
+
+class Speaker:
+    """The port that gates the PIT: its first write, behind which the measurement begins, waits for a pause to end."""
+
+    name = "speaker"
+
+    def __init__(self) -> None:
+        self.is_reached, self.may_go_on = Event(), Event()
+
+    def read(self, _offset: int, _length: int) -> bytes:
+        """Nothing is on."""
+        return b"\x00"
+
+    def write(self, _offset: int, _data: bytes) -> None:
+        """Wait; the vCPU is out of the guest meanwhile."""
+        self.is_reached.set()
+        assert self.may_go_on.wait(LIMIT_S)
+
+    def reset(self) -> None:
+        """It has no state."""
+
+
+def test_a_pause_shows_in_the_records() -> None:
+    """Every look at a record whose GUEST_STOPPED flag is set and never cleared counts it."""
+    speaker = Speaker()
+    with Machine(bootable_image(), vcpus=2, cmdline=SHORT) as machine:
+        machine.bus.add_ports(0x61, 1, speaker)
+        machine.start()
+        assert speaker.is_reached.wait(LIMIT_S)
+        machine.pause()
+        machine.resume()
+        speaker.may_go_on.set()
+        assert machine.wait(LIMIT_S) == DONE
+        found = json.loads(machine.console)
+    for page in found["pages"]:
+        assert page["flags"] & GUEST_STOPPED
+        assert page["looks"] == page["stopped_looks"] > 1
 
 
 # What it is told

@@ -26,8 +26,8 @@ MIDDLES = [BEGAN + (2 * at + 1) * TSC_HZ // 16 for at in range(8)]
 
 
 def window_of(low: int, high: int) -> list[dict[str, object]]:
-    """Return an exchange that leaves that window in each eighth, in ticks: a reading is cut to a whole one."""
-    return [{"cpus": [0, 1], "rounds": 9, "slices": [[at, low + 1, high - 1] for at in MIDDLES]}]
+    """Return an exchange that gives that window in each eighth of the run, in ticks."""
+    return [{"cpus": [0, 1], "rounds": 9, "slices": [[at, low, high] for at in MIDDLES]}]
 
 
 def judged(budgets: Budgets, *clocks: dict[str, object], cpus: int = 2, **more: object) -> Verdict:

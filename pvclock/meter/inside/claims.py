@@ -110,7 +110,7 @@ def _broken(promise: str, proof: Finding, change: tuple[str, ...]) -> Finding:
         Weight.FAULT,
         proof.clock,
         f"{promise}: {proof.what.partition(';')[0]}",
-        f"what trusts the promise, Linux's vDSO among it, reads {title(proof.clock)} without a check of its own.",
+        f"what trusts the promise reads {title(proof.clock)} without a check of its own: {proof.software_sees}",
         change,
         proof.cpus,
         proof.budget,

@@ -4,6 +4,7 @@ An exchange proves low <= b - a <= high for an offset that stands still.  Where 
 have nothing in common, or one of them is empty, the offset moved; then low and high are what it had at some time each.
 
 A reading is cut to a whole unit, so the difference of two may be off by one: a window is wider by that on both sides.
+TSCs are whole themselves, and so is the difference of two that stands still.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ def unit_ns(clock: ClockRecord) -> Fraction:
     return Fraction(NS_PER_S, clock.hz)
 
 
-def slice_edges(clock: ClockRecord, seen: Slice) -> tuple[Fraction, Fraction] | None:
-    """The bounds in ns that an eighth of the run gives; None if no round of it ended."""
+def slice_edges(clock: ClockRecord, seen: Slice, cut: int = 1) -> tuple[Fraction, Fraction] | None:
+    """The bounds in ns that an eighth of the run gives, wider by `cut` units; None if no round of it ended."""
     if seen.low is None or seen.high is None:
         return None
-    return (seen.low - 1) * unit_ns(clock), (seen.high + 1) * unit_ns(clock)
+    return (seen.low - cut) * unit_ns(clock), (seen.high + cut) * unit_ns(clock)
 
 
 def all_windows(clock: ClockRecord, cpus: int) -> dict[tuple[int, int], Window | None]:
@@ -82,15 +83,17 @@ def far_edge(windows: Mapping[tuple[int, int], Window | None]) -> Fraction | Non
 def _direct_windows(clock: ClockRecord) -> dict[tuple[int, int], Window]:
     found: dict[tuple[int, int], Window] = {}
     for pair in clock.pairs:
-        window = _window(pair, clock)
+        window = _window(pair, clock, cut=0) if clock.name == "tsc" else None
+        if window is None or window.moved:
+            window = _window(pair, clock, cut=1)
         if window is not None:
             a, b = sorted((pair.a, pair.b))
             found[a, b] = window if pair.a == a else window.turned()
     return found
 
 
-def _window(pair: PairRecord, clock: ClockRecord) -> Window | None:
-    edges = [found for each in pair.slices if (found := slice_edges(clock, each))]
+def _window(pair: PairRecord, clock: ClockRecord, cut: int) -> Window | None:
+    edges = [found for each in pair.slices if (found := slice_edges(clock, each, cut))]
     if not edges:
         return None
     low, high = max(low for low, _ in edges), min(high for _, high in edges)
