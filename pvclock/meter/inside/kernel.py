@@ -54,9 +54,21 @@ COMPLAINTS: Final = (
         is_of_tsc=True,
     ),
     Complaint(
-        re.compile(r"TSC warp between CPUs|Measured \d+ cycles TSC warp"),
+        re.compile(r"TSC warp between CPUs|Measured \d+ cycles TSC warp|due to check_tsc_sync_source failed"),
         "the kernel's own test at boot read a TSC that went back between two CPUs, and turned the TSC off as a clock",
         "a slower clock source is taken.",
+        is_of_tsc=True,
+    ),
+    Complaint(
+        re.compile(r"due to TSCs unsynchronized"),
+        "the kernel did not measure that: without a constant TSC it takes several CPUs' TSCs to be apart",
+        "the TSC is no clock source here, whatever it does.",
+        is_of_tsc=True,
+    ),
+    Complaint(
+        re.compile(r"TSC unstable due to boot parameter"),
+        "its command line says so (tsc=unstable)",
+        "the TSC is no clock source here, whatever it does.",
         is_of_tsc=True,
     ),
     Complaint(
