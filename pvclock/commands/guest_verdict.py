@@ -88,17 +88,18 @@ def _option(name: str) -> str:
 
 def _in_one_line(verdict: Verdict) -> str:
     """The verdict for who reads no further."""
+    clock = "machine's clock" if verdict.promises.hypervisor == "none" else "guest's clock"
     faults = sorted((finding for finding in verdict.findings if _is_fault(finding)), key=_place)
     if verdict.broken:
-        return f"This guest's clock breaks a budget: {verdict.broken[0]}."
+        return f"This {clock} breaks a budget: {verdict.broken[0]}."
     if verdict.status == "broken":
         put_in = "With the fault that --add put in, this" if _has_added_fault(verdict) else "This"
-        return f"{put_in} guest's clock is wrong: {faults[0].what.partition(';')[0]}{_more(faults)}."
+        return f"{put_in} {clock} is wrong: {faults[0].what.partition(';')[0]}{_more(faults)}."
     if verdict.open:
-        return f"Undecided whether this guest's clock is right: {verdict.open[0]}."
+        return f"Undecided whether this {clock} is right: {verdict.open[0]}."
     if faults:
-        return "This guest's clock keeps the budgets given; what is wrong within them is below."
-    return f"Nothing is wrong with this guest's clock, as far as can be told from inside; {_floors(verdict)}."
+        return f"This {clock} keeps the budgets given; what is wrong within them is below."
+    return f"Nothing is wrong with this {clock}, as far as can be told from inside; {_floors(verdict)}."
 
 
 def _has_added_fault(verdict: Verdict) -> bool:
