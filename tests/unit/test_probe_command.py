@@ -19,15 +19,20 @@ from pvclock.commands import main
 from pvclock.commands.probe import CONSOLE_BYTES_MAX
 from pvclock.commands.probe_process import run_probe
 from pvclock.errors import ProbeNotRun
+from pvclock.host.vmm_process import RunningVm
 from pvclock.meter.inside import parse_record
 from pvclock.probe import bootable_image, linux_executable
 from tests.command_line import run_pvclock
-from tests.unit.probe_lines import CLEAN, FAULTY, document, line
+from tests.unit.probe_lines import CLEAN, FAULTY, KVM_LEAVES, document, faulty_document, line
 
 pytestmark = pytest.mark.row("E18")
 
 SHELL = Path("/bin/sh").read_bytes()
 """Stands for the probe where it has to misbehave."""
+
+FALSE_FREQUENCY = [0x15, 0, 1, 84, 25_000_000, 0]
+WITH_FALSE_FREQUENCY = line(faulty_document() | {"cpuid": [*KVM_LEAVES, FALSE_FREQUENCY]})
+"""A fault that no budget decides, beside one that --max-warp does: CPUID says 2.1 GHz."""
 
 Console = Callable[[str], str]
 
@@ -119,6 +124,24 @@ def test_the_verdict_comes_first(console: Console, capsys: pytest.CaptureFixture
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize(
+    ("text", "budgets", "first"),
+    [
+        (FAULTY, ["--max-warp", "200ns"], "This guest's clock breaks a budget: "),
+        (FAULTY, ["--max-warp", "2ms"], "This guest's clock keeps the budgets given; "),
+        (WITH_FALSE_FREQUENCY, ["--max-warp", "2ms"], "This guest's clock is wrong: CPUID 0x15 says "),
+        (CLEAN, ["--max-warp", "10ns"], "Undecided whether this guest's clock is right: "),
+        (line(faulty_document() | {"added_ns": [0, -1_200_000]}), [], "With the fault that --add put in, this guest's"),
+    ],
+)
+def test_first_lines(
+    text: str, budgets: list[str], first: str, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first line says which kind of verdict it is, and names what decides it."""
+    main(["probe", "--judge", console(text), *budgets])
+    assert capsys.readouterr().out.startswith(first)
+
+
 def test_the_tables_say_which_cpu_is_behind(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
     """The table of clocks has the window and the CPUs by their sign, and the largest warp with who read less."""
     assert main(["probe", "--judge", console(FAULTY)]) == 1
@@ -164,7 +187,7 @@ def test_the_numbers_of_a_verdict(console: Console, capsys: pytest.CaptureFixtur
     assert fault["clock"] == "monotonic"
     assert fault["low_ns"] <= 1_200_000 <= fault["high_ns"]
     assert fault["change"]
-    tsc, monotonic = result["clocks"]
+    tsc, monotonic, _raw = result["clocks"]
     assert tsc["apart_cpus"] == [0, 1]
     assert (tsc["apart_low_ns"], tsc["apart_high_ns"]) == pytest.approx((-60, 65), abs=1)
     assert tsc["rate_low_ppb"] is None
@@ -357,6 +380,24 @@ def test_doctor_in_a_vm_names_the_measurement(
     monkeypatch.setattr("pvclock.commands.doctor.cpu_flags", lambda: frozenset({"hypervisor"} if is_guest else ()))
     main(["doctor"])
     assert ("pvclock doctor --guest" in capsys.readouterr().out) == is_guest
+
+
+@pytest.mark.parametrize("vms", [[RunningVm(4711, "qemu", 2)], []])
+def test_doctor_where_a_vm_runs_names_the_watch(
+    vms: list[RunningVm], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a VM runs doctor says that its clock can be watched, and nowhere else."""
+    monkeypatch.setattr("pvclock.commands.doctor.running_vms", lambda: vms)
+    main(["doctor", "--json"])
+    also = json.loads(capsys.readouterr().out)["result"]["also"]
+    assert ("pvclock watch --pid" in [each["command"] for each in also]) == bool(vms)
+
+
+def test_no_right_is_needed() -> None:
+    """A user without rights measures as root does."""
+    done = run_pvclock("doctor", "--guest", "--seconds", "0.1", nobody=True)
+    assert (done.status in {0, 1}, done.stderr) == (True, "")
+    assert "rate against the TSC" in done.stdout
 
 
 def test_the_executable_runs_by_itself(tmp_path: Path) -> None:
