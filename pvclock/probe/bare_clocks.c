@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT */
 #include "bare_clocks.h"
 
+#include <stddef.h>
+
 #include "bare_hyperv.h"
 #include "bare_pvclock.h"
 #include "fenced_tsc.h"
@@ -27,20 +29,19 @@ static void enable_record(void *argument, unsigned cpu)
 
 void clocks_enable(struct bare_clocks *clocks)
 {
-    clocks->pvclock_msr = pvclock_find_msr();
-    pvclock_enable(0);
+    clocks->pvclock_msr = pvclock_find();
     clocks->hyperv_msr = hyperv_enable();
 }
 
 void clocks_open(struct bare_clocks *clocks, struct probe_team *team, const struct acpi_facts *acpi, uint64_t tsc_hz)
 {
     if (clocks->pvclock_msr)
-        team->run(team, UINT64_MAX, enable_record, 0);
-    add(clocks, (struct probe_clock){ "tsc", tsc_hz, true, read_tsc, 0 });
+        team->run(team, UINT64_MAX, enable_record, NULL);
+    add(clocks, (struct probe_clock){ "tsc", tsc_hz, true, read_tsc, NULL });
     if (clocks->pvclock_msr)
-        add(clocks, (struct probe_clock){ "pvclock", PVCLOCK_HZ, true, pvclock_read, 0 });
+        add(clocks, (struct probe_clock){ "pvclock", PVCLOCK_HZ, true, pvclock_read, NULL });
     if (clocks->hyperv_msr)
-        add(clocks, (struct probe_clock){ "hyperv", HYPERV_HZ, true, hyperv_read, 0 });
+        add(clocks, (struct probe_clock){ "hyperv", HYPERV_HZ, true, hyperv_read, NULL });
     if (pit_open(&clocks->pit, tsc_hz))
         add(clocks, (struct probe_clock){ "pit", PIT_HZ, false, narrow_counter_read, &clocks->pit });
     if (pm_timer_open(&clocks->pm_timer, tsc_hz, acpi))

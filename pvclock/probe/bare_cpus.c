@@ -1,10 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT */
 #include "bare_cpus.h"
 
+#include <stddef.h>
+
 #include "bare.h"
 #include "bare_gate.h"
 #include "bare_lapic.h"
 #include "bare_memory.h"
+#include "bare_wait.h"
 #include "fenced_tsc.h"
 
 enum {
@@ -16,9 +19,9 @@ enum {
 struct slot {
     _Alignas(64) void (*work)(void *argument, unsigned cpu);
     void *argument;
-    unsigned cpu;      /* its number in the team */
-    uint32_t asked;    /* how often it was given work, ... */
-    uint32_t done;     /* ... and how often it did it */
+    unsigned cpu;   /* its number in the team */
+    uint32_t asked; /* how often it was given work, ... */
+    uint32_t done;  /* ... and how often it did it */
     uint32_t apic_id;
     uint32_t is_here;
 };
@@ -103,14 +106,6 @@ static unsigned count_arrived(void)
     return arrived;
 }
 
-static void wait_ticks(uint64_t ticks)
-{
-    uint64_t begin = fenced_tsc();
-
-    while (fenced_tsc() - begin < ticks)
-        __builtin_ia32_pause();
-}
-
 /* Until `wanted` have come, or nobody new for `patience` ticks. */
 static void await_others(unsigned wanted, uint64_t patience)
 {
@@ -169,7 +164,7 @@ void cpus_start(struct probe_team *team, unsigned expected, unsigned most, uint6
     count = number_members();
     team->cpus = count < most ? count : most;
     team->run = run;
-    team->state = 0;
+    team->state = NULL;
     for (unsigned cpu = 0; cpu < count; cpu++) {
         members[cpu]->cpu = cpu;
         apic_ids[cpu] = members[cpu]->apic_id;

@@ -11,7 +11,7 @@
 
 enum { BARE_DONE = 0, BARE_FAILED = 1 };
 
-/* status: for the debug exit.  acpi: NULL if that was not looked for. */
+/* status: for the debug exit.  acpi: of zeroes if that was not looked for. */
 _Noreturn void end_machine(uint8_t status, const struct acpi_facts *acpi);
 
 #endif

@@ -11,8 +11,8 @@
 #define BARE_SLOTS 64             /* vCPUs: as PROBE_CPUS_MAX */
 #define BARE_STACK_BYTES 0x4000   /* of ring 3 */
 #define BARE_STACK0_BYTES 0x400   /* of ring 0 */
-#define BARE_TRAMPOLINE 0x8000    /* a start-up IPI takes a page below 1 MiB; what the loader left there is read before */
-#define BARE_WAKE_VECTOR 0x2f     /* of interrupts, the spurious ones among them: old CPUs want these ones at its end */
+#define BARE_TRAMPOLINE 0x8000    /* a start-up IPI takes a page below 1 MiB; what a loader left there is read before */
+#define BARE_WAKE_VECTOR 0x2f     /* of all interrupts; a spurious one's ends in four ones on old CPUs */
 
 #define BOOT_MULTIBOOT 1
 #define BOOT_PVH 2

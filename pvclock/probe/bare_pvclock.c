@@ -33,7 +33,7 @@ struct record {
 static struct record records[PROBE_CPUS_MAX];
 static uint32_t msr;
 
-uint32_t pvclock_find_msr(void)
+static uint32_t offered_msr(void)
 {
     static const char signature[12] = "KVMKVMKVM";
     uint32_t base = has_hypervisor() ? HYPERVISOR_FIRST : HYPERVISOR_END;
@@ -45,16 +45,27 @@ uint32_t pvclock_find_msr(void)
         if (memcmp(&leaf.ebx, signature, sizeof signature))
             continue;
         features = cpuid(base + 1, 0).eax;
-        msr = features & HAS_CLOCKSOURCE2 ? MSR_SYSTEM_TIME_NEW : features & HAS_CLOCKSOURCE ? MSR_SYSTEM_TIME : 0;
-        break;
+        return features & HAS_CLOCKSOURCE2 ? MSR_SYSTEM_TIME_NEW : features & HAS_CLOCKSOURCE ? MSR_SYSTEM_TIME : 0;
     }
+    return 0;
+}
+
+static bool ask_for_record(unsigned cpu)
+{
+    return write_msr(msr, (uintptr_t)&records[cpu].info | ENABLE);
+}
+
+uint32_t pvclock_find(void)
+{
+    msr = offered_msr();
+    if (msr && !ask_for_record(0))
+        msr = 0;
     return msr;
 }
 
 void pvclock_enable(unsigned cpu)
 {
-    if (msr && !write_msr(msr, (uintptr_t)&records[cpu].info | ENABLE))
-        msr = 0;
+    ask_for_record(cpu); /* if this one is refused its record stays empty, and its clock at 0, which shows */
 }
 
 uint64_t pvclock_tsc_hz(void)

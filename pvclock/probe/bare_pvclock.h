@@ -10,8 +10,8 @@
 #include "facts.h"
 #include "measure.h"
 
-/* The MSR by which records are enabled, or 0 if CPUID offers none. */
-uint32_t pvclock_find_msr(void);
+/* Have the first CPU, which this is, get its record: the MSR that does it, or 0 if CPUID offers none that works. */
+uint32_t pvclock_find(void);
 
 /* Have `cpu`, which this is, get its record. */
 void pvclock_enable(unsigned cpu);

@@ -57,7 +57,9 @@ static bool counts(const struct narrow_counter *counter)
 
 bool pit_open(struct narrow_counter *counter, uint64_t tsc_hz)
 {
-    *counter = (struct narrow_counter){ .raw = pit_raw, .port = PIT_CHANNEL_2, .bits = 16, .hz = PIT_HZ, .tsc_hz = tsc_hz };
+    *counter = (struct narrow_counter){
+        .raw = pit_raw, .port = PIT_CHANNEL_2, .bits = 16, .hz = PIT_HZ, .tsc_hz = tsc_hz
+    };
     write_port(SPEAKER, 1, (read_port(SPEAKER, 1) & ~(uint32_t)SPEAKER_DATA) | SPEAKER_GATE);
     write_port(PIT_COMMAND, 1, PIT_RATE_GENERATOR);
     write_port(PIT_CHANNEL_2, 1, 0); /* 65536 */
@@ -75,8 +77,8 @@ bool pm_timer_open(struct narrow_counter *counter, uint64_t tsc_hz, const struct
     return counter->port && counts(counter);
 }
 
-/* How many units passed since the last reading: of all numbers that agree with the counter, the one next to what the TSC
- * says. */
+/* How many units passed since the last reading: of all numbers that agree with the counter, the one next to what the
+ * TSC says. */
 static int64_t passed_units(const struct narrow_counter *counter, uint32_t raw, uint64_t tsc)
 {
     uint64_t expected = (tsc - counter->tsc) / 1024 * counter->hz / (counter->tsc_hz / 1024);
@@ -118,7 +120,7 @@ static uint32_t raw_at(const struct narrow_counter *counter, uint64_t *tsc)
     return found;
 }
 
-/* The lowest of some: a vCPU that is descheduled for longer than the counter's period counts too many ticks of the TSC. */
+/* The lowest of some: a vCPU that is descheduled for longer than the counter's period counts too many ticks. */
 static uint64_t calibrate(const struct narrow_counter *counter)
 {
     uint64_t lowest = 0;

@@ -27,7 +27,7 @@ struct probe_report {
     const char *form;                  /* "linux" or "bare" */
     const char *version;               /* pvclock's */
     const struct probe_team *team;
-    const int64_t *cpu_number;         /* [team->cpus]: the operating system's, or the order of arrival */
+    const int64_t *cpu_number;         /* [team->cpus]: the operating system's, or 0, 1, ... (bare) */
     const int64_t *apic_id;            /* [team->cpus] */
     const struct probe_plan *plan;
     const char *tsc_hz_from;           /* where plan->tsc_hz is from: "pvclock", "pit" and so on */

@@ -139,6 +139,7 @@ def counts_on(machine: Machine) -> None:
         assert not machine.runner.join(0)
 
 
+@pytest.mark.each_line
 @pytest.mark.parametrize("name", CALLS)
 def test_an_interrupted_call_leaves_a_machine_that_works(name: str) -> None:
     """After an interrupt at any line, pause(), resume() and close() do what they say, and nothing is left."""
@@ -168,6 +169,7 @@ def works(machine: Machine) -> None:
         counts_on(machine)
 
 
+@pytest.mark.each_line
 def test_an_interrupted_start_of_a_restored_machine() -> None:
     """At any line: no vCPU runs on a clock that stands still, and resume() is all it takes."""
     with Machine(SPIN, vcpus=2) as machine:
@@ -187,10 +189,11 @@ def test_an_interrupted_start_of_a_restored_machine() -> None:
     assert line > 10
 
 
+@pytest.mark.each_line
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=(pytest.mark.each_line, pytest.mark.long)) if name in OF_MANY_LINES else name
+        pytest.param(name, marks=pytest.mark.long) if name in OF_MANY_LINES else name
         for name in CALLS
         if name not in RESETS
     ],
@@ -209,6 +212,7 @@ def test_close_ends_whatever_was_interrupted(name: str) -> None:
     assert line > 3
 
 
+@pytest.mark.each_line
 @pytest.mark.parametrize(
     "name",
     ["start", "pause", *(pytest.param(name, marks=pytest.mark.long) for name in ("stop", "close", "start again"))],

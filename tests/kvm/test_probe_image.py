@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from collections.abc import Callable
+from threading import Event
 from typing import Any, Final
 
 import pytest
@@ -23,6 +24,7 @@ DONE: Final = 0
 FAILED: Final = 1
 SYSTEM_TIME: Final = 0x4B564D01
 REFERENCE_TSC: Final = 0x40000021
+GUEST_STOPPED: Final = 1 << 1
 RSDP: Final = 0xF0000
 """In the BIOS area, where a guest looks for it; other tables follow."""
 PAGE_BYTES: Final = 0x200000
@@ -63,6 +65,15 @@ def clock(found: Result, name: str) -> Result:
     return it
 
 
+def keeps_time(found: Result, it: Result) -> bool:
+    """Whether as many of the clock's seconds went by between its first and last sample as of the TSC's."""
+    (first_before, first, first_after), (last_before, last, last_after) = it["samples"][0], it["samples"][-1]
+    seconds = (last - first) / it["hz"]
+    shortest, longest = (ticks / found["tsc_hz"] for ticks in (last_before - first_after, last_after - first_before))
+    rounding = 1 / it["hz"] + 1e-6 * longest
+    return bool(shortest - rounding <= seconds <= longest + rounding)
+
+
 # What it finds
 
 
@@ -72,7 +83,7 @@ def test_every_vcpu_takes_part(vcpus: int) -> None:
     found = probe(vcpus=vcpus)
     assert found["cpus"] == [{"cpu": number, "apic_id": number} for number in range(vcpus)]
     assert [page["cpu"] for page in found["pages"]] == [*range(vcpus)]
-    assert all(page["version"] % 2 == 0 and page["looks"] > page["stopped_looks"] == 0 for page in found["pages"])
+    assert all(page["mul"] > 0 and page["looks"] > page["stopped_looks"] == 0 for page in found["pages"])
     assert [each["name"] for each in found["clocks"]] == ["tsc", "pvclock"]
     for each in found["clocks"]:
         assert [pair["cpus"] for pair in each["pairs"]] == [[a, b] for a in range(vcpus) for b in range(a + 1, vcpus)]
@@ -123,12 +134,51 @@ def test_clocks_are_those_that_cpuid_offers(
     assert found["tsc_hz_from"] == hz_from
     assert found["tsc_hz"] == pytest.approx(hz[0], rel=1e-6)  # MSRs and leaves are in kHz
     assert [each["name"] for each in found["clocks"]] == clocks
+    assert all(keeps_time(found, each) for each in found["clocks"])
     assert (found["console"]["pvclock_msr"], found["console"]["hyperv_msr"]) == msrs
 
 
 def test_without_a_frequency_it_fails() -> None:
     """Where neither CPUID nor a timer tells the TSC's frequency, that is what the line says."""
     assert "frequency" in probe(provider="None", status=FAILED)["error"]
+
+
+class Speaker:
+    """The port that gates the PIT: its first write, behind which the measurement begins, waits for a pause to end."""
+
+    name = "speaker"
+
+    def __init__(self) -> None:
+        self.is_reached, self.may_go_on = Event(), Event()
+
+    def read(self, _offset: int, _length: int) -> bytes:
+        """Nothing is on."""
+        return b"\x00"
+
+    def write(self, _offset: int, _data: bytes) -> None:
+        """Wait; the vCPU is out of the guest meanwhile."""
+        self.is_reached.set()
+        assert self.may_go_on.wait(LIMIT_S)
+
+    def reset(self) -> None:
+        """It has no state."""
+
+
+def test_a_pause_shows_in_the_records() -> None:
+    """Every look at a record whose GUEST_STOPPED flag is set and never cleared counts it."""
+    speaker = Speaker()
+    with Machine(bootable_image(), vcpus=2, cmdline=SHORT) as machine:
+        machine.bus.add_ports(0x61, 1, speaker)
+        machine.start()
+        assert speaker.is_reached.wait(LIMIT_S)
+        machine.pause()
+        machine.resume()
+        speaker.may_go_on.set()
+        assert machine.wait(LIMIT_S) == DONE
+        found = json.loads(machine.console)
+    for page in found["pages"]:
+        assert page["flags"] & GUEST_STOPPED
+        assert page["looks"] == page["stopped_looks"] > 1
 
 
 # What it is told
