@@ -10,7 +10,7 @@ import pytest
 from pvclock import Machine
 from pvclock.boot import BootSource
 from pvclock.probe import bootable_image
-from tests.probe_line import ONE_CPU, Line, one_line, vcpus_off, windows
+from tests.probe_line import ONE_CPU, Line, one_line, vcpus_named, vcpus_off, windows
 
 pytestmark = [
     pytest.mark.kvm,
@@ -42,7 +42,7 @@ def test_of_three_the_vcpu_is_named(moved: int) -> None:
     """50 ms on one vCPU: both its pairs exclude 0 and hold that offset, and the third pair does neither."""
     line, ticks = measured(3, moved)
     found = windows(line)
-    assert vcpus_off(line) == {moved}
+    assert vcpus_off(line) == vcpus_named(line) == {moved}
     for (a, b), window in found.items():
         offset = ticks * ((b == moved) - (a == moved))
         assert offset in window, (a, b)
@@ -51,7 +51,7 @@ def test_of_three_the_vcpu_is_named(moved: int) -> None:
 def test_of_two_the_pair_is_named() -> None:
     """50 ms between two vCPUs: nobody can say which is off, only that they differ, by how much and which way."""
     line, ticks = measured(2, 1)
-    assert vcpus_off(line) == {0, 1}
+    assert vcpus_off(line) == vcpus_named(line) == {0, 1}
     assert ticks in windows(line)[0, 1]
     assert 0 not in windows(line)[0, 1]
 
@@ -59,6 +59,6 @@ def test_of_two_the_pair_is_named() -> None:
 def test_nothing_is_found_where_nothing_was_moved() -> None:
     """Three vCPUs with one offset: all windows hold 0, and no warp is seen."""
     line, _ = measured(3, None)
-    assert vcpus_off(line) == set()
+    assert vcpus_off(line) == vcpus_named(line) == set()
     assert all(0 in window for window in windows(line).values())
     assert not any(clock["warps"] for clock in line["clocks"] if clock["name"] == "tsc")

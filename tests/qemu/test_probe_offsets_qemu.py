@@ -17,7 +17,7 @@ from pvclock.kvm import open_kvm
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.probe import bootable_image
 from qemu_glue.peer.launch import Qemu
-from tests.probe_line import ONE_CPU, Line, one_line, vcpus_off, windows
+from tests.probe_line import ONE_CPU, Line, one_line, vcpus_named, vcpus_off, windows
 from tests.qemu.injected_call import injected
 from tests.qemu.running_qemu import FEATURES
 
@@ -84,7 +84,7 @@ def measured(vcpus: int, moved: int) -> tuple[Line, int]:
 def test_of_three_the_vcpu_is_named(moved: int) -> None:
     """50 ms on one vCPU: both its pairs exclude 0 and hold that offset, and the third pair does neither."""
     line, ticks = measured(3, moved)
-    assert vcpus_off(line) == {moved}
+    assert vcpus_off(line) == vcpus_named(line) == {moved}
     for (a, b), window in windows(line).items():
         assert ticks * ((b == moved) - (a == moved)) in window, (a, b)
 
@@ -92,5 +92,5 @@ def test_of_three_the_vcpu_is_named(moved: int) -> None:
 def test_of_two_the_pair_is_named() -> None:
     """50 ms between two vCPUs: they differ, by so much and that way."""
     line, ticks = measured(2, 1)
-    assert vcpus_off(line) == {0, 1}
+    assert vcpus_off(line) == vcpus_named(line) == {0, 1}
     assert ticks in windows(line)[0, 1]
