@@ -15,6 +15,9 @@ PvclockError
 ├── MemoryNotReadable             .pid; a guest's memory cannot be read from outside
 │   └── VmEnded                   the process that ran a watched VM has ended
 ├── VmNotObservable               .pid .why; a process that cannot be looked at, or runs no KVM guest
+├── ProbeNotRun                   .status .said; the probe could not be run, or ended without a result
+├── ProbeRecordError (ValueError) .field .found .supported; a measurement from inside a guest that cannot be read
+├── ProbeFailed                   .why; a probe printed an error instead of a measurement
 ├── LabError                      .console_tail; the lab lacks something, did not boot, or timed out
 └── KvmError (OSError)            .errno .call; a failed KVM system call
     ├── KvmUnavailable            /dev/kvm cannot be used; the message says what to do
@@ -38,6 +41,9 @@ __all__ = [
     "MissingCapability",
     "MsrFault",
     "PagesNotFound",
+    "ProbeFailed",
+    "ProbeNotRun",
+    "ProbeRecordError",
     "PvclockError",
     "RangeError",
     "StateError",
@@ -202,6 +208,40 @@ class VmNotObservable(PvclockError):
     def __init__(self, pid: int, why: str) -> None:
         super().__init__(f"process {pid}: {why}")
         self.pid = pid
+        self.why = why
+
+
+class ProbeNotRun(PvclockError):
+    """The probe could not be run here, or ended without a result.
+
+    status: its exit status, below 0 the signal that ended it, None if it was not started.  said: what it said last.
+    """
+
+    def __init__(self, why: str, status: int | None = None, said: str = "") -> None:
+        super().__init__(why + (f": {said}" if said else ""))
+        self.status = status
+        self.said = said
+
+
+class ProbeRecordError(PvclockError, ValueError):
+    """A measurement from inside a guest that cannot be read.
+
+    field: a dotted path such as "clocks[0].pairs[2].cpus", or "file" for the whole output.  found, supported: what is
+    there, shortened, and what can be, in words.
+    """
+
+    def __init__(self, field: str, found: str, supported: str) -> None:
+        super().__init__(f"{field}: found {found}; supported: {supported}")
+        self.field = field
+        self.found = found
+        self.supported = supported
+
+
+class ProbeFailed(PvclockError):
+    """A probe printed an error, `why`, instead of a measurement."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the probe could not measure: {why}")
         self.why = why
 
 

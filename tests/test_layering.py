@@ -22,7 +22,7 @@ LAYERS: tuple[set[str], ...] = (
     | {"_abi", "_math", "_publish", "_hyperv"},
     {"_memory", "_scale", "_core", "_counter", "_records", "_transaction", "_bulk", "_sampling", "_stress"}
     | {"_search", "_process_memory"},
-    {"timekeeping", "tsc", "host", "kvm", "boot", "payloads"},
+    {"timekeeping", "tsc", "host", "kvm", "boot", "payloads", "probe"},
     {"providers"},
     {"clock", "state"},
     {"machine"},
@@ -36,7 +36,8 @@ STRANGERS = {
     "kvm": POLICY | {"boot", "payloads"},  # runs vCPUs, calls the handler that it is given
     "boot": POLICY | {"payloads"},  # loads images and sets a vCPU to their entry
     "payloads": POLICY,  # are images
-    **{policy: {"kvm", "boot", "payloads"} for policy in POLICY},  # pure: no I/O, no machine
+    "probe": POLICY | {"host", "kvm", "boot", "payloads"},  # is an image and an executable, which run without pvclock
+    **{policy: {"kvm", "boot", "payloads", "probe"} for policy in POLICY},  # pure: no I/O, no machine
 }
 
 # What is in providers/: the providers, what these may know beside themselves, and the rest.

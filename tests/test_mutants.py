@@ -292,8 +292,18 @@ def test_that_fails_anyway():
 @pytest.mark.row("K-10")
 def test_of_compiled():
     assert os.environ["PVCLOCK_MUTANT"] == "0"
+
+@pytest.mark.row("K-10")
+def test_of_the_probe():
+    with open("pvclock/probe/built") as program:
+        assert program.read() == "x = 1"
 """
-SETUP = "import pathlib, sys\nsys.exit('nonsense' in pathlib.Path('pvclock/it.pyx').read_text())\n"
+SETUP = """\
+import pathlib, sys
+sources = [pathlib.Path(name).read_text() for name in ("pvclock/it.pyx", "pvclock/probe/it.c")]
+pathlib.Path("pvclock/probe/built").write_text(sources[1])
+sys.exit(any("nonsense" in source for source in sources))
+"""
 CYTHON = '"""Doc."""\n\na = 1\nb = 2\nc = 3\n'
 
 
@@ -305,6 +315,8 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "pvclock/__init__.py": "",
         "pvclock/it.py": MODULE,
         "pvclock/it.pyx": CYTHON,
+        "pvclock/probe/it.c": "x = 1",
+        "pvclock/probe/built": "x = 1",
         "tests/unit/test_it.py": TESTS_OF_MODULE,
         "tests/mutants/worker.py": (ROOT / "tests" / "mutants" / "worker.py").read_text(),
         "setup.py": SETUP,
@@ -329,6 +341,7 @@ def campaign_of(mutants: list[Mutant], work: Path, jobs: int = 1) -> Generator[c
 def test_a_campaign_tells_each_end(tree: Path, tmp_path: Path) -> None:
     """One that ends its worker or does not compile takes no other with it; the tree itself stays as it is."""
     cython = {"test": "test_of_compiled", "file": "pvclock/it.pyx"}
+    probe = {"test": "test_of_the_probe", "file": "pvclock/probe/it.c"}
     verdicts_of = {
         changed("value = 1", "value = 2"): campaign.DIED,
         changed("value = 1", "value = 1 + 0"): campaign.SURVIVED,
@@ -343,6 +356,9 @@ def test_a_campaign_tells_each_end(tree: Path, tmp_path: Path) -> None:
         changed("a = 1", "a = 2", **cython): campaign.DIED,
         changed("b = 2", "nonsense", **cython): campaign.TRIVIAL,
         changed("c = 3", "a = 1", **cython): campaign.DIED,
+        changed("x = 1", "x = 2", **probe): campaign.DIED,
+        changed("x = 1", "x = 1 + nonsense", **probe): campaign.STALE,
+        changed("x = 1", "x = 3", **probe): campaign.DIED,
     }
     with closing(campaign_of(list(verdicts_of), tmp_path)) as results:
         found = {result.mutant: result.verdict for result in results}
@@ -390,10 +406,10 @@ def test_mutants_that_do_not_compile_together_are_divided(why: str, suspects: st
 def test_what_a_result_is_of(tree: Path) -> None:
     """Sources, tests and how they are built; not what the build makes, nor what a person judged."""
     before = campaign.tree_hash()
-    for made in ("pvclock/it.c", "pvclock/it.so", "tests/judged.tsv"):
+    for made in ("pvclock/_it.c", "pvclock/it.so", "tests/judged.tsv"):
         (tree / made).write_text("made")
         assert campaign.tree_hash() == before
-    for written in ("pvclock/it.pyx", "tests/unit/test_it.py", "setup.py", "tests/native.c"):
+    for written in ("pvclock/it.pyx", "pvclock/probe/it.c", "tests/unit/test_it.py", "setup.py", "tests/native.c"):
         (tree / written).write_text("changed")
         assert campaign.tree_hash() != before
         before = campaign.tree_hash()

@@ -31,8 +31,9 @@ READER_GONE: Final = 141
 DESCRIPTION: Final = """Time inside virtual machines: what a guest's clock shows, and who serves it.
 
 Type first:
-  pvclock doctor     what works on this host, and what to type next
-  pvclock demo       a guest's clock at work, in half a minute"""
+  pvclock doctor           what works on this host, and what to type next
+  pvclock doctor --guest   inside a VM: what is wrong with its clock
+  pvclock demo             a guest's clock at work, in half a minute"""
 
 
 def find_command(name: str) -> ModuleType | None:

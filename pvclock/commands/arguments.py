@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Final, NoReturn
 
 from pvclock.commands.screen import write
 from pvclock.errors import ConfigError
 
-__all__ = ["Parser", "duration_s", "filled", "folder", "whole_number"]
+__all__ = ["Parser", "duration_s", "filled", "folder", "rate_ppb", "time_ns", "whole_number"]
 
 DURATION_MAX_S: Final = 86_400
 """A day: a longer duration is a mistake."""
@@ -75,3 +76,23 @@ def folder(text: str) -> Path:
     if not is_folder:
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
     return path
+
+
+def time_ns(text: str) -> Fraction:
+    """An argument that is a length of time such as 200ns or 1us, in ns."""
+    from pvclock.meter.quantity_text import parse_step_ns
+
+    try:
+        return parse_step_ns(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def rate_ppb(text: str) -> Fraction:
+    """An argument that is a relative rate such as 10ppb or 1ppm, in ppb."""
+    from pvclock.meter.quantity_text import parse_drift_ppb
+
+    try:
+        return parse_drift_ppb(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

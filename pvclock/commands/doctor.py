@@ -1,6 +1,9 @@
 """Say what works on this host, what to type next, and what to install or enable for the rest.
 
 Exit status 1 if something is missing that is needed to run guests.
+
+With --guest: what is wrong with the clock of the Linux guest that this is, by a measurement on all its CPUs.  It needs
+no rights.  Exit status 1 if the clock is wrong or a budget is broken, 2 if that is undecided.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ from typing import Final, NamedTuple
 
 from rich.text import Text
 
-from pvclock.commands import find_command
+from pvclock.commands import doctor_guest, find_command
+from pvclock.commands.guest_verdict import NextCommand
 from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
-from pvclock.errors import KvmError, LabError
-from pvclock.host.linux import host_clocksource
+from pvclock.errors import ConfigError, KvmError, LabError
+from pvclock.host.linux import cpu_flags, host_clocksource
 from pvclock.host.this_host import measure_tsc_hz
+from pvclock.host.vmm_process import running_vms
 from pvclock.kvm._system import Kvm
 from pvclock.kvm.capabilities import OPTIONAL, REQUIRED, open_kvm
 from pvclock.kvm.cpuid_probe import probe_cpuid
@@ -34,7 +39,9 @@ __all__ = ["EXAMPLES", "Finding", "add_arguments", "examine", "next_command", "r
 
 EXAMPLES: Final = """\
   pvclock doctor                    what works, what to type next, and a table
-  pvclock doctor | grep KVM_CAP     a row is one line in a pipe"""
+  pvclock doctor | grep KVM_CAP     a row is one line in a pipe
+  pvclock doctor --guest            inside a VM: what is wrong with its clock
+  pvclock doctor --guest --seconds 60 --max-warp 200ns --max-drift 100ppb"""
 
 NAMES: Final = {
     "engine_clock": "engine clock",
@@ -55,18 +62,33 @@ class Finding(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments: none of its own."""
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--guest", action="store_true", help="measure the clock of the guest that this is, and judge it"
+    )
+    doctor_guest.add_arguments(parser)
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:  # noqa: ARG001  # as all commands'
-    """Show what works, the next command and the findings."""
+def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+    """Show what works, the next command and the findings; or the verdict on this guest's clock."""
+    if arguments.guest:
+        return doctor_guest.run(arguments, screen)
+    if given := doctor_guest.options_given(arguments):
+        raise ConfigError(f"{given[0]} goes with --guest")
+    return _host_report(screen)
+
+
+def _host_report(screen: Screen) -> Report:
     findings = list(examine())
     working = works(findings)
     command, why = next_command(working)
-    screen.show(_summary(working), f"Type next:  {command}  ({why})", _table(findings))
+    also = list(_also())
+    screen.show(_summary(working), f"Type next:  {command}  ({why})")
+    screen.show(*(f"And:        {each.command}  ({each.why})" for each in also))
+    screen.show(_table(findings))
     return Report(
         not any(finding.needed and not finding.ok for finding in findings),
-        {"works": working, "next": {"command": command, "why": why}, "findings": findings},
+        {"works": working, "next": {"command": command, "why": why}, "also": also, "findings": findings},
     )
 
 
@@ -92,6 +114,14 @@ def next_command(working: Mapping[str, bool]) -> tuple[str, str]:
         sudo = "sudo " if os.geteuid() and commands[0].startswith("apt-get") else ""
         return sudo + " && ".join(commands), "for the lab, which has a KVM of its own"
     return "pvclock demo", "the engine's clock in this process, without a guest"
+
+
+def _also() -> Iterator[NextCommand]:
+    """Commands for what this host is beside a host: a guest itself, and one that runs guests."""
+    if "hypervisor" in cpu_flags():
+        yield NextCommand("pvclock doctor --guest", "this is a VM itself: what is wrong with its clock")
+    if find_command("watch") and running_vms():
+        yield NextCommand("pvclock watch --pid", "a VM runs here: the steps and the rate of its clock, from outside")
 
 
 def _summary(working: Mapping[str, bool]) -> str:

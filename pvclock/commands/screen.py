@@ -90,6 +90,7 @@ def _drawn(part: Table | Text | str, columns: int | None) -> str:
             file=file,
             force_terminal=sys.stdout.isatty() or None,
             width=UNBOUNDED,
+            height=UNBOUNDED,  # else a dumb terminal has 80 columns
             markup=False,
             highlight=False,
             emoji=False,

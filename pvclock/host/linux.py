@@ -16,6 +16,7 @@ __all__ = [
     "LinuxHost",
     "asleep_bounds_ns",
     "boot_id",
+    "cpu_flags",
     "host_clocksource",
     "read_boot_id",
     "tsc_of_each_cpu",
@@ -24,6 +25,7 @@ __all__ = [
 BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 CURRENT_CLOCKSOURCE: Final = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
 AVAILABLE_CLOCKSOURCES: Final = "/sys/devices/system/clocksource/clocksource0/available_clocksource"
+CPUINFO: Final = "/proc/cpuinfo"
 SCHEDSTAT: Final = "/proc/thread-self/schedstat"
 OWN_CGROUPS: Final = "/proc/self/cgroup"
 CGROUP2_MOUNTS: Final = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
@@ -60,6 +62,12 @@ class HostReading(NamedTuple):
 def host_clocksource() -> str:
     """The host kernel's clocksource, "unknown" if unreadable; "tsc" means that it trusts its TSCs to be in step."""
     return _text(CURRENT_CLOCKSOURCE).strip() or "unknown"
+
+
+def cpu_flags() -> frozenset[str]:
+    """The CPU's features by the kernel's names; "hypervisor": this is a VM.  Empty if unreadable."""
+    _, _, rest = _text(CPUINFO).partition("\nflags\t\t: ")
+    return frozenset(rest.partition("\n")[0].split())
 
 
 def asleep_bounds_ns() -> tuple[int, int]:

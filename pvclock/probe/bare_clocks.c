@@ -37,15 +37,20 @@ void clocks_open(struct bare_clocks *clocks, struct probe_team *team, const stru
 {
     if (clocks->pvclock_msr)
         team->run(team, UINT64_MAX, enable_record, NULL);
-    add(clocks, (struct probe_clock){ "tsc", tsc_hz, true, read_tsc, NULL });
+    add(clocks, (struct probe_clock){ .name = "tsc", .hz = tsc_hz, .exchanged = true, .unslewed = true,
+                                      .read = read_tsc });
     if (clocks->pvclock_msr)
-        add(clocks, (struct probe_clock){ "pvclock", PVCLOCK_HZ, true, pvclock_read, NULL });
+        add(clocks, (struct probe_clock){ .name = "pvclock", .hz = PVCLOCK_HZ, .exchanged = true,
+                                          .read = pvclock_read });
     if (clocks->hyperv_msr)
-        add(clocks, (struct probe_clock){ "hyperv", HYPERV_HZ, true, hyperv_read, NULL });
+        add(clocks, (struct probe_clock){ .name = "hyperv", .hz = HYPERV_HZ, .exchanged = true,
+                                          .read = hyperv_read });
     if (pit_open(&clocks->pit, tsc_hz))
-        add(clocks, (struct probe_clock){ "pit", PIT_HZ, false, narrow_counter_read, &clocks->pit });
+        add(clocks, (struct probe_clock){ .name = "pit", .hz = PIT_HZ, .read = narrow_counter_read,
+                                          .state = &clocks->pit });
     if (pm_timer_open(&clocks->pm_timer, tsc_hz, acpi))
-        add(clocks, (struct probe_clock){ "acpi_pm", PM_TIMER_HZ, false, narrow_counter_read, &clocks->pm_timer });
+        add(clocks, (struct probe_clock){ .name = "acpi_pm", .hz = PM_TIMER_HZ, .read = narrow_counter_read,
+                                          .state = &clocks->pm_timer });
 }
 
 unsigned clocks_pages(const struct bare_clocks *clocks, struct probe_page pages[PROBE_CPUS_MAX], unsigned cpus)

@@ -17,15 +17,6 @@ struct leaf_list {
     unsigned count;
 };
 
-/* Weak: the bare form has another, because CPUID is not the same in every ring of every host. */
-__attribute__((weak)) struct probe_leaf probe_cpuid(uint32_t leaf)
-{
-    struct probe_leaf found = {.leaf = leaf};
-
-    __asm__ volatile("cpuid" : "=a"(found.eax), "=b"(found.ebx), "=c"(found.ecx), "=d"(found.edx) : "a"(leaf), "c"(0));
-    return found;
-}
-
 static void keep(struct leaf_list *list, struct probe_leaf leaf)
 {
     if (list->count < PROBE_LEAVES_MAX)

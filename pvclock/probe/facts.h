@@ -16,7 +16,7 @@ struct probe_leaf {
     uint32_t leaf, subleaf, eax, ebx, ecx, edx;
 };
 
-/* CPUID's subleaf 0 as this form can read it. */
+/* A leaf's subleaf 0.  Each form has its own: CPUID is not the same in every ring of every host. */
 struct probe_leaf probe_cpuid(uint32_t leaf);
 
 /* Read the leaves that say something about time or the hypervisor (0, 1, 7, 0x15, 0x16, 0x80000000 and ...0007, each

@@ -4,19 +4,12 @@
 
 #include <time.h>
 
+#include "fenced_tsc.h"
+
 static const int64_t NS_PER_S = 1000000000;
 static const int64_t CALIBRATION_NS = 100000000; /* two readings 50 ns wide then say the rate to 1 ppm */
 
 enum { CALIBRATION_TRIES = 100 };
-
-/* Neither the code before nor after moves across; the memory clobber keeps the compiler to it. */
-static inline uint64_t fenced_tsc(void)
-{
-    uint32_t low, high;
-
-    __asm__ volatile("lfence\n\trdtsc\n\tlfence" : "=a"(low), "=d"(high) : : "memory");
-    return (uint64_t)high << 32 | low;
-}
 
 /* Through the vDSO, which reads the TSC or the pvclock page without a system call. */
 static inline int64_t fenced_time(clockid_t id)
@@ -95,10 +88,13 @@ uint64_t tsc_hz_by_monotonic_raw(struct probe_team *team)
     return hz;
 }
 
-void linux_clocks(struct probe_clock clocks[LINUX_CLOCKS], uint64_t tsc_hz)
+void linux_clocks(struct probe_clock clocks[LINUX_CLOCKS], uint64_t tsc_hz, bool raw_is_tsc)
 {
-    clocks[0] = (struct probe_clock){.name = "tsc", .hz = tsc_hz, .exchanged = true, .read = read_tsc};
-    clocks[1] = (struct probe_clock){
-        .name = "monotonic", .hz = (uint64_t)NS_PER_S, .exchanged = true, .read = read_monotonic};
-    clocks[2] = (struct probe_clock){.name = "monotonic_raw", .hz = (uint64_t)NS_PER_S, .read = read_monotonic_raw};
+    static const uint64_t ns_hz = 1000000000;
+
+    clocks[0] = (struct probe_clock){
+        .name = "tsc", .hz = tsc_hz, .exchanged = true, .unslewed = true, .read = read_tsc};
+    clocks[1] = (struct probe_clock){.name = "monotonic", .hz = ns_hz, .exchanged = true, .read = read_monotonic};
+    clocks[2] = (struct probe_clock){
+        .name = "monotonic_raw", .hz = ns_hz, .unslewed = raw_is_tsc, .read = read_monotonic_raw};
 }

@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/klog.h>
@@ -151,6 +150,14 @@ static void print_line_of(struct json_out *out, const char *key, const char *pat
 
     read_line(path, line);
     json_string(out, key, line);
+}
+
+bool clocksource_is_tsc(void)
+{
+    char name[SMALL_FILE_BYTES];
+
+    read_line(CLOCKSOURCE "current_clocksource", name);
+    return !strcmp(name, "tsc");
 }
 
 void print_kernel(struct json_out *out)

@@ -7,6 +7,9 @@
 
 #include "report.h"
 
+/* Whether the kernel reads the TSC itself for its clocks, and not one that a host steers. */
+bool clocksource_is_tsc(void);
+
 /* The key `kernel` of the JSON line. */
 void print_kernel(struct json_out *out);
 

@@ -60,31 +60,31 @@ static struct largest largest_offset(const struct probe_report *report)
     return largest;
 }
 
-/* Half the width of a pair's tightest window, in ns; -1 where it had no round. */
-static int64_t half_width_ns(const struct probe_pair *pair, const struct probe_clock *clock)
+/* What a pair's clocks differ by at most, in ns, by the slice that says most; -1 where no round ended. */
+static int64_t bound_ns(const struct probe_pair *pair, const struct probe_clock *clock)
 {
-    int64_t tightest = -1;
+    int64_t least = -1;
 
     for (unsigned slice = 0; slice < PROBE_SLICES; slice++) {
         const struct offset_window *window = &pair->slices[slice];
-        int64_t half = window->rounds ? ns_of(window->high - window->low, clock) / 2 + 1 : -1;
+        int64_t bound = window->high > -window->low ? window->high : -window->low;
 
-        if (half >= 0 && (tightest < 0 || half < tightest))
-            tightest = half;
+        if (window->rounds && (least < 0 || bound < least))
+            least = bound;
     }
-    return tightest;
+    return least < 0 ? least : ns_of(least, clock);
 }
 
-/* What has not been told from 0: that of the worst pair. */
-static int64_t floor_ns(const struct probe_report *report)
+/* The same of all pairs: that of the worst. */
+static int64_t worst_bound_ns(const struct probe_report *report)
 {
     int64_t worst = 0;
 
     for (unsigned i = 0; i < report->clock_count; i++)
         for (unsigned p = 0; p < report->results[i].pairs; p++) {
-            int64_t half = half_width_ns(&report->results[i].pair[p], &report->clocks[i]);
+            int64_t bound = bound_ns(&report->results[i].pair[p], &report->clocks[i]);
 
-            worst = half > worst ? half : worst;
+            worst = bound > worst ? bound : worst;
         }
     return worst;
 }
@@ -103,8 +103,8 @@ static void print_findings(const struct probe_report *report)
         fprintf(stderr, "%s of CPU %" PRId64 " is ahead of CPU %" PRId64 "'s by at least %" PRId64 " ns", offset.clock,
                 number[offset.b], number[offset.a], offset.ns);
     if (!warp.found && !offset.found)
-        fprintf(stderr, "no clock is seen to differ between CPUs; less than %" PRId64 " ns would not show",
-                floor_ns(report));
+        fprintf(stderr, "no clock is seen to differ between CPUs, and none does by more than %" PRId64 " ns",
+                worst_bound_ns(report));
     fputs(".\n", stderr);
 }
 

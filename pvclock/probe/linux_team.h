@@ -26,7 +26,7 @@ struct cpu_list allowed_cpus(void);
 int cpu_place(const struct cpu_list *cpus, int number);
 
 /* Have `team` run threads on `cpus`; the process' own affinity is left alone.  Where a CPU cannot be had to the end of
- * what it is to do, the program ends with a message: whoever waits for that CPU would wait forever. */
+ * what it is to do, the program ends with a message: the others would wait for it forever. */
 void linux_team_begin(struct probe_team *team, const struct cpu_list *cpus);
 
 #endif

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT
  *
- * The schedule of a measurement: in each slice of it the tightest sample of each clock, then every pair's exchange, then
- * all CPUs at once on the shared cell.  The first CPU reads the lines of all clocks all the while.
+ * The schedule of a measurement: first the rates of all clocks; then in each slice the tightest sample of each clock,
+ * every pair's exchange, and all CPUs at once on the shared cell.  The first CPU reads the lines of all clocks all the
+ * while.
  *
  * A CPU may be preempted at any point and for any time, and a vCPU may be gone: nobody waits for another but by a
  * stopwatch of its own TSC.  One CPU leads, and tells the others by a shared word when it has ended.
@@ -14,12 +15,11 @@
 
 enum {
     TIGHTEST_TRIES = 32,
-    LEARNING_MS = 40,          /* for the rates, before the first slice: the search's spans, and some that are lost */
-    LATE_MS = 100,             /* how late another CPU may come before it is given up, in this exchange */
+    LATE_MS = 100,             /* how late another CPU may come at most, or by a slice, before it is given up */
     LINES_HZ = 20000,          /* the lines are read so often, */
     LINES_LEAST_HZ = 200,      /* but clocks that take long to read only so often that */
     LINES_SHARE = 8,           /* it takes an eighth of the time */
-    LOOKS_BETWEEN_TIMES = 16   /* at the shared cell */
+    TURNS_BETWEEN_TIMES = 16   /* rounds, or looks at the shared cell: where RDTSC exits to the host, it takes long */
 };
 
 static const unsigned FIRST = 0; /* the CPU that reads the lines */
@@ -35,6 +35,7 @@ struct measurement {
 
     unsigned slice, pair, clock; /* which are at work */
     uint64_t share_ticks;        /* for one clock of it */
+    uint64_t late_ticks;         /* how late another CPU may come to it */
     struct stopwatch until_lines;
     uint64_t began_tsc, ended_tsc; /* the first CPU's, of the latest piece of work */
 
@@ -63,7 +64,7 @@ static bool has_ended(const struct measurement *it)
 /* For those who do not lead: so long after its share the leader is given up. */
 static void start_patience(const struct measurement *it, struct stopwatch *patience)
 {
-    stopwatch_start(patience, it->exchanged * it->share_ticks + 2 * ticks_of_ms(it, LATE_MS));
+    stopwatch_start(patience, it->exchanged * it->share_ticks + 2 * it->late_ticks);
 }
 
 /* Run work on some CPUs, the first always among them: it says when. */
@@ -146,6 +147,16 @@ static void begin_slice(void *argument, unsigned cpu)
         sample_tightest(it, clock, &it->results[clock].sample[it->slice]);
 }
 
+static bool knows_all_rates(const struct measurement *it)
+{
+    for (unsigned clock = 0; clock < it->count; clock++) {
+        if (!step_search_knows_rate(&it->results[clock].steps))
+            return false;
+    }
+    return true;
+}
+
+/* Before the slices: some 150 ms, and at most as long as they. */
 static void learn_rates(void *argument, unsigned cpu)
 {
     struct measurement *it = argument;
@@ -153,8 +164,8 @@ static void learn_rates(void *argument, unsigned cpu)
 
     (void)cpu;
     stopwatch_start(&it->until_lines, 0);
-    stopwatch_start(&learning, ticks_of_ms(it, LEARNING_MS));
-    while (stopwatch_runs(&learning))
+    stopwatch_start(&learning, ticks_of_ms(it, it->plan->milliseconds));
+    while (!knows_all_rates(it) && stopwatch_runs(&learning))
         read_lines(it);
 }
 
@@ -185,7 +196,7 @@ static bool lead_clock(struct measurement *it, unsigned clock, unsigned cpu)
     int64_t before = reading(it, clock, cpu), remote, after;
 
     pair_exchange_ask(exchange, clock);
-    stopwatch_start(&late, ticks_of_ms(it, LATE_MS));
+    stopwatch_start(&late, it->late_ticks);
     if (!is_answered_in_time(it, cpu, &late))
         return false;
     stopwatch_start(&share, it->share_ticks);
@@ -195,10 +206,11 @@ static bool lead_clock(struct measurement *it, unsigned clock, unsigned cpu)
         pair_exchange_ask(exchange, clock); /* at once: one reading ends this round and begins the next */
         offset_window_add(window, before, remote, after);
         before = after;
-        if (cpu == FIRST)
+        if (cpu == FIRST && window->rounds % TURNS_BETWEEN_TIMES == 0)
             read_lines(it);
-    } while (stopwatch_runs(&share) && is_answered_in_time(it, cpu, &share));
-    stopwatch_start(&late, ticks_of_ms(it, LATE_MS));
+    } while ((window->rounds % TURNS_BETWEEN_TIMES != 0 || stopwatch_runs(&share)) &&
+             is_answered_in_time(it, cpu, &share));
+    stopwatch_start(&late, it->late_ticks);
     return is_answered_in_time(it, cpu, &late);
 }
 
@@ -274,7 +286,7 @@ static void find_warps(void *argument, unsigned cpu)
     start_patience(it, &time);
     if (cpu == FIRST)
         stopwatch_start(&time, it->share_ticks);
-    while (!has_ended(it) && (reads % LOOKS_BETWEEN_TIMES != 0 || stopwatch_runs(&time))) {
+    while (!has_ended(it) && (reads % TURNS_BETWEEN_TIMES != 0 || stopwatch_runs(&time))) {
         int64_t seen = warp_cell_look(&it->cell);
         int64_t less = warp_cell_tell(&it->cell, seen, cpu, reading(it, it->clock, cpu));
 
@@ -285,7 +297,7 @@ static void find_warps(void *argument, unsigned cpu)
             if (less > warp->largest)
                 warp->largest = less;
         }
-        if (reads++ % LOOKS_BETWEEN_TIMES == 0 && cpu == FIRST)
+        if (reads++ % TURNS_BETWEEN_TIMES == 0 && cpu == FIRST)
             read_lines(it);
     }
     if (cpu == FIRST)
@@ -307,6 +319,7 @@ static void measure_slice(struct measurement *it)
     uint64_t slice_ticks = ticks_of_ms(it, it->plan->milliseconds) / PROBE_SLICES, begin_tsc, used_ticks;
     unsigned pairs = it->results[0].pairs;
 
+    it->late_ticks = ticks_of_ms(it, LATE_MS) < slice_ticks ? ticks_of_ms(it, LATE_MS) : slice_ticks;
     run(it, 0, begin_slice);
     begin_tsc = it->began_tsc;
     for (it->pair = 0; it->pair < pairs; it->pair++) {
@@ -355,7 +368,7 @@ void measure(struct probe_team *team, const struct probe_plan *plan, const struc
     it.began_tsc = it.ended_tsc = 0; /* should the first CPU never come */
     for (unsigned clock = 0; clock < count; clock++) {
         it.exchanged += clocks[clock].exchanged;
-        step_search_begin(&results[clock].steps, plan->tsc_hz, clocks[clock].hz);
+        step_search_begin(&results[clock].steps, plan->tsc_hz, clocks[clock].hz, clocks[clock].unslewed);
         choose_pairs(team, &results[clock]);
         for (unsigned cpu = 0; cpu < team->cpus; cpu++)
             it.added[clock][cpu] = clocks[clock].exchanged ? units_of_ns(team->added_ns[cpu], clocks[clock].hz) : 0;

@@ -27,6 +27,7 @@ struct probe_clock {
     const char *name;                                              /* as the JSON has it */
     uint64_t hz;                                                   /* its units a second */
     bool exchanged;                                                /* compared between CPUs, too */
+    bool unslewed;                                                 /* NTP, a host's either, leaves its rate alone */
     int64_t (*read)(const struct probe_clock *clock, unsigned cpu); /* neither earlier nor later code moves across */
     void *state;
 };

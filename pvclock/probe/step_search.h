@@ -4,8 +4,9 @@
  *
  * Between two readings the clock advances by its rate times the ticks.  The rate is learned first, as bounds: the
  * medians of those of a few short spans, so steps in fewer than half of them do no harm.  From then on it may be any
- * that NTP can make of it, at any moment.  What an advance has beyond these bounds is a step; or the beginning of a
- * faster slew (an adjtimex tick, chrony), which lasts: so a step counts when the next span did not go on like that.
+ * that NTP can make of it, at any moment; of a clock that NTP leaves alone, it stays.  What an advance has beyond these
+ * bounds is a step; or a faster slew (an adjtimex tick, chrony), which lasts: so a step counts only when neither the
+ * span before, nor the one after, was like that, each long enough to tell.
  */
 #ifndef PVCLOCK_PROBE_STEP_SEARCH_H
 #define PVCLOCK_PROBE_STEP_SEARCH_H
@@ -29,10 +30,12 @@ struct clock_step {
 
 enum {
     STEP_SEARCH_SPANS = 15,          /* from which the rate is learned */
-    STEP_SEARCH_SPANS_HZ = 500,      /* each lasts 2 ms or more */
+    STEP_SEARCH_SPANS_HZ = 100,      /* each lasts 10 ms or more */
     STEP_SEARCH_GRAIN_HZ = 10000000, /* a clock may advance by 100 ns at once, as Hyper-V's does */
     STEP_SEARCH_SLEW_PPM = 1001,     /* from one end of NTP's +-500 ppm to the other: 1.0005 / 0.9995 */
-    STEP_SEARCH_RATE_BITS = 56       /* of a rate's fraction */
+    STEP_SEARCH_UNSLEWED_PPM = 1,    /* a kernel that scales by 32 bits changes the last of them now and then */
+    STEP_SEARCH_RATE_BITS = 56,      /* of a rate's fraction */
+    STEP_SEARCH_PASTS = 16           /* readings that are kept of those judged */
 };
 
 /* Advances are cut to this, so that sums of a few fit. */
@@ -45,7 +48,7 @@ struct step_excess {
 };
 
 struct step_search {
-    uint64_t tsc_hz, clock_hz;
+    uint64_t tsc_hz, clock_hz, slew_ppm;
     uint64_t reads;
     int64_t floor;  /* units: a step within it cannot be told from the readings' width and the rate's freedom */
     uint64_t count; /* of steps beyond the floor */
@@ -58,14 +61,18 @@ struct step_search {
     uint64_t rate_low, rate_high;
     struct step_excess candidate;        /* a step unless the next span goes on like that; low == high == 0: none */
     uint64_t candidate_tsc;
+    struct probe_sample past[STEP_SEARCH_PASTS]; /* since the last step, evenly apart: `past_ticks` or more */
+    unsigned pasts;
+    uint64_t past_ticks;
 };
 
 __extension__ typedef unsigned __int128 step_search_u128;
 
-static inline void step_search_begin(struct step_search *search, uint64_t tsc_hz, uint64_t clock_hz)
+static inline void step_search_begin(struct step_search *search, uint64_t tsc_hz, uint64_t clock_hz, bool unslewed)
 {
     search->tsc_hz = tsc_hz;
     search->clock_hz = clock_hz;
+    search->slew_ppm = unslewed ? STEP_SEARCH_UNSLEWED_PPM : STEP_SEARCH_SLEW_PPM;
     search->reads = 0;
     search->floor = INT64_MAX; /* nothing can be told before the rate is known */
     search->count = 0;
@@ -73,6 +80,7 @@ static inline void step_search_begin(struct step_search *search, uint64_t tsc_hz
     search->narrowest = UINT64_MAX;
     search->spans = 0;
     search->candidate.low = search->candidate.high = 0;
+    search->pasts = 0;
 }
 
 /* ---- Rates: bounds of the clock's units in a tick, as a binary fraction. ---- */
@@ -123,19 +131,20 @@ static inline void step_search_insert(uint64_t *sorted, unsigned count, uint64_t
     sorted[count] = rate;
 }
 
-/* How far a rate may be from another, if NTP slews both. */
-static inline uint64_t step_search_slew(uint64_t rate)
+/* How far the rate may be from what it was. */
+static inline uint64_t step_search_slew(const struct step_search *search, uint64_t rate)
 {
-    return (rate / 1000000 + 1) * STEP_SEARCH_SLEW_PPM;
+    return (rate / 1000000 + 1) * search->slew_ppm;
 }
 
 /* More than half of the spans had no step, so one of them at least is on either side of each median. */
 static inline void step_search_take_medians(struct step_search *search)
 {
     uint64_t low = search->slowest[STEP_SEARCH_SPANS / 2], high = search->fastest[STEP_SEARCH_SPANS / 2];
+    uint64_t less = step_search_slew(search, low), more = step_search_slew(search, high);
 
-    search->rate_low = low > step_search_slew(low) ? low - step_search_slew(low) : 0;
-    search->rate_high = high < UINT64_MAX - step_search_slew(high) ? high + step_search_slew(high) : UINT64_MAX;
+    search->rate_low = low > less ? low - less : 0;
+    search->rate_high = high < UINT64_MAX - more ? high + more : UINT64_MAX;
     if (search->floor == INT64_MAX)
         search->floor = 0;
 }
@@ -152,9 +161,9 @@ static inline uint64_t step_search_width(const struct probe_sample *reading)
     return reading->tsc_after - reading->tsc_before;
 }
 
-static inline int64_t step_search_advance(const struct step_search *search, int64_t clock)
+static inline int64_t step_search_advance(const struct probe_sample *from, const struct probe_sample *to)
 {
-    return step_search_cut((int64_t)((uint64_t)clock - (uint64_t)search->last.clock));
+    return step_search_cut((int64_t)((uint64_t)to->clock - (uint64_t)from->clock));
 }
 
 /* Was this thread preempted between the TSCs?  Then the next reading says more, unless it is long in coming: the rate
@@ -176,7 +185,7 @@ static inline void step_search_learn(struct step_search *search, const struct pr
 {
     uint64_t ticks_least = reading->tsc_before - search->last.tsc_after;
     uint64_t ticks_most = reading->tsc_after - search->last.tsc_before;
-    int64_t advance = step_search_advance(search, reading->clock), grain = step_search_grain(search);
+    int64_t advance = step_search_advance(&search->last, reading), grain = step_search_grain(search);
     uint64_t fastest;
 
     if (ticks_least < search->tsc_hz / STEP_SEARCH_SPANS_HZ)
@@ -190,17 +199,33 @@ static inline void step_search_learn(struct step_search *search, const struct pr
         step_search_take_medians(search);
 }
 
-static inline struct step_excess step_search_excess(const struct step_search *search,
-                                                    const struct probe_sample *reading)
+static inline struct step_excess step_search_excess(const struct step_search *search, const struct probe_sample *from,
+                                                    const struct probe_sample *to)
 {
-    int64_t advance = step_search_advance(search, reading->clock), grain = step_search_grain(search);
+    int64_t advance = step_search_advance(from, to), grain = step_search_grain(search);
     struct step_excess excess;
 
-    excess.ticks_least = reading->tsc_before - search->last.tsc_after;
-    excess.ticks_most = reading->tsc_after - search->last.tsc_before;
+    excess.ticks_least = to->tsc_before - from->tsc_after;
+    excess.ticks_most = to->tsc_after - from->tsc_before;
     excess.low = advance - grain - step_search_units(search->rate_high, excess.ticks_most) - 1;
     excess.high = advance + grain - step_search_units(search->rate_low, excess.ticks_least);
     return excess;
+}
+
+/* Keep a reading of the past, if it is time to; when there is no room, every second one goes. */
+static inline void step_search_keep(struct step_search *search, const struct probe_sample *reading)
+{
+    if (search->pasts == 0)
+        search->past_ticks = search->tsc_hz / 1000;
+    else if (reading->tsc_before - search->past[search->pasts - 1].tsc_before < search->past_ticks)
+        return;
+    if (search->pasts == STEP_SEARCH_PASTS) {
+        search->pasts /= 2;
+        search->past_ticks *= 2;
+        for (unsigned i = 1; i < search->pasts; i++)
+            search->past[i] = search->past[2 * i];
+    }
+    search->past[search->pasts++] = *reading;
 }
 
 /* ---- Steps. ---- */
@@ -247,14 +272,27 @@ static inline bool step_search_goes_on(const struct step_excess *next, const str
                            (step_search_u128)(uint64_t)step_search_least(candidate) * next->ticks_least;
 }
 
-/* It was a change of rate: learn the new one, and say that a step as large would not have been told from it. */
-static inline void step_search_forget_rate(struct step_search *search)
+/* Was the clock as fast, or as slow, before the candidate's span?  Where that is not known, it may have been. */
+static inline bool step_search_was_so_before(const struct step_search *search, const struct step_excess *candidate)
 {
-    int64_t largest = search->candidate.low > 0 ? search->candidate.high : -search->candidate.low;
+    for (unsigned i = search->pasts; i-- > 0;) {
+        struct step_excess before = step_search_excess(search, &search->past[i], &search->last);
+
+        if ((int64_t)before.ticks_least > 0 && step_search_is_as_sharp(&before, candidate))
+            return step_search_goes_on(&before, candidate);
+    }
+    return true;
+}
+
+/* It was a change of rate: learn the new one, and say that a step as large would not have been told from it. */
+static inline void step_search_forget_rate(struct step_search *search, const struct step_excess *candidate)
+{
+    int64_t largest = candidate->low > 0 ? candidate->high : -candidate->low;
 
     if (largest > search->floor)
         search->floor = largest;
     search->spans = 0;
+    search->pasts = 0;
 }
 
 /* Decide on the candidate by the span after it; false: that one is too short yet. */
@@ -265,31 +303,43 @@ static inline bool step_search_decide(struct step_search *search, const struct s
     if (!step_search_is_as_sharp(next, &search->candidate))
         return false;
     if (step_search_goes_on(next, &search->candidate))
-        step_search_forget_rate(search);
+        step_search_forget_rate(search, &search->candidate);
     else
         step_search_count(search, &search->candidate, search->candidate_tsc);
     search->candidate.low = search->candidate.high = 0;
     return true;
 }
 
+/* Take the span from the last reading to this one for what it is. */
+static inline void step_search_sort(struct step_search *search, const struct step_excess *excess,
+                                    const struct probe_sample *reading)
+{
+    /* What is left of a step beyond twice the width is beyond the width, and so beyond what spans as sharp may have. */
+    if (2 * (excess->high - excess->low) > search->floor)
+        search->floor = 2 * (excess->high - excess->low);
+    if (step_search_least(excess) == 0) {
+        step_search_keep(search, reading);
+    } else if (step_search_is_no_slew(search, excess)) {
+        step_search_count(search, excess, reading->tsc_before);
+        search->pasts = 0;
+    } else if (step_search_was_so_before(search, excess)) {
+        step_search_forget_rate(search, excess);
+    } else {
+        search->candidate = *excess;
+        search->candidate_tsc = reading->tsc_before;
+        search->pasts = 0;
+    }
+}
+
 static inline void step_search_judge(struct step_search *search, const struct probe_sample *reading)
 {
-    struct step_excess excess = step_search_excess(search, reading);
+    struct step_excess excess = step_search_excess(search, &search->last, reading);
 
     if (!step_search_decide(search, &excess))
         return;
+    if (step_search_knows_rate(search))
+        step_search_sort(search, &excess, reading);
     search->last = *reading;
-    if (!step_search_knows_rate(search))
-        return;
-    /* What is left of a step beyond twice the width is beyond the width, and so beyond what the next span may have. */
-    if (2 * (excess.high - excess.low) > search->floor)
-        search->floor = 2 * (excess.high - excess.low);
-    if (step_search_is_no_slew(search, &excess)) {
-        step_search_count(search, &excess, reading->tsc_before);
-    } else if (step_search_least(&excess) > 0) {
-        search->candidate = excess;
-        search->candidate_tsc = reading->tsc_before;
-    }
 }
 
 static inline void step_search_add(struct step_search *search, uint64_t tsc_before, int64_t clock, uint64_t tsc_after)
@@ -305,6 +355,7 @@ static inline void step_search_add(struct step_search *search, uint64_t tsc_befo
     if (first || (int64_t)(tsc_before - search->last.tsc_after) < 0) { /* a TSC that went back tells nothing of others */
         search->last = reading;
         search->candidate.low = search->candidate.high = 0;
+        search->pasts = 0;
     } else if (step_search_is_wide(search, &reading)) {
         return;
     } else if (step_search_knows_rate(search)) {

@@ -63,8 +63,10 @@ def read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
     return bytes(content[:bytes_max])
 
 
-def replace(path: str | os.PathLike[str], content: Iterable[bytes]) -> None:
+def replace(path: str | os.PathLike[str], content: Iterable[bytes], mode: int | None = None) -> None:
     """Replace the content of file `path` by the chunks of `content`, synced to disk; follows a symbolic link.
+
+    mode: the file's access rights afterwards, for what is no secret; by default they stay as they were.
 
     Writes each chunk before it asks for the next, so a VM's RAM is not copied as a whole.
 
@@ -86,6 +88,8 @@ def replace(path: str | os.PathLike[str], content: Iterable[bytes]) -> None:
         for chunk in content:
             _write(file, chunk)
         _permit(file, access)
+        if mode is not None:
+            os.fchmod(file, mode)
         os.fsync(file)
         temporary.rename(target)
     finally:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from pvclock import ConfigError, Gpa, Reference
-from pvclock.commands.arguments import duration_s
+from pvclock import Gpa, Reference
+from pvclock.commands.arguments import duration_s, rate_ppb, time_ns
 from pvclock.commands.report import Report, line_json
 from pvclock.commands.screen import Screen, write
 from pvclock.errors import PagesNotFound, PvclockError
@@ -67,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interval", type=_interval_s, metavar="MS", help=interval)
     pages = "where a vCPU's page is, vCPU 0's first, if you know it: nothing is searched then"
     parser.add_argument("--page", type=_address, action="append", default=[], metavar="GPA", help=pages)
-    parser.add_argument("--max-step", type=_step_ns, metavar="TIME", help="how far a clock may step, such as 1us")
-    parser.add_argument("--max-drift", type=_drift_ppb, metavar="RATE", help="how fast it may drift, such as 10ppb")
+    parser.add_argument("--max-step", type=time_ns, metavar="TIME", help="how far a clock may step, such as 1us")
+    parser.add_argument("--max-drift", type=rate_ppb, metavar="RATE", help="how fast it may drift, such as 10ppb")
     pauses = "a step at a pause that QEMU tells counts by what the guest saw of it"
     parser.add_argument("--allow-pauses", action="store_true", help=pauses)
     unchanged = "you know that nobody changes the guest's TSC; counts where its offset cannot be read"
@@ -243,21 +242,3 @@ def _address(text: str) -> Gpa:
     if not 0 <= gpa < GPA_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is not a guest-physical address, such as 0x1f3a000")
     return Gpa(gpa)
-
-
-def _step_ns(text: str) -> Fraction:
-    from pvclock.meter.watch.budgets import parse_step_ns
-
-    try:
-        return parse_step_ns(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _drift_ppb(text: str) -> Fraction:
-    from pvclock.meter.watch.budgets import parse_drift_ppb
-
-    try:
-        return parse_drift_ppb(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

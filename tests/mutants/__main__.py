@@ -84,7 +84,7 @@ def chosen(arguments: argparse.Namespace) -> list[Mutant]:
     if names:
         mutants = [mutant for mutant in mutants if mutant.name in names or mutant.row in names]
     if arguments.sample is not None:
-        quick = [mutant for mutant in mutants if not (mutant.is_compiled or mutant.needs_machine)]
+        quick = [each for each in mutants if not (each.is_compiled or each.is_of_the_probe or each.needs_machine)]
         mutants = random.Random(commit()).sample(quick, min(arguments.sample, len(quick)))  # noqa: S311 - no secret
     return mutants
 

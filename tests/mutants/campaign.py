@@ -33,7 +33,7 @@ LEFT_OUT = {
     ".pytest_cache",
     ".benchmarks",
 }
-SOURCES = {".py", ".pyx", ".pxd", ".h", ".s", ".c", ".toml", ".pml", ".json"}
+SOURCES = {".py", ".pyx", ".pxd", ".h", ".s", ".S", ".c", ".ld", ".toml", ".pml", ".json"}
 SECONDS_MAX = 120.0
 """How long the tests that are to notice a mutant may take, which hangs else."""
 
@@ -160,7 +160,11 @@ class Copy:
 
     @contextmanager
     def holding(self, mutant: Mutant) -> Iterator[None]:
-        """Have a mutant's file hold the mistake; errors as Mutant.source() and Mutant.applied()."""
+        """Have a mutant's file hold the mistake, and the probe be built of it if it is a source of that.
+
+        Raises:
+            BadMutant: as Mutant.source() and Mutant.applied(), or it does not compile.
+        """
         source = mutant.source(self.root)
         changed = mutant.applied(source)
         file = self.root / mutant.file
@@ -169,10 +173,14 @@ class Copy:
             file.write_text(changed, encoding="utf-8")
             self.mtime += 1  # Python knows a compiled source by its size and second: each is to be another
             os.utime(file, (self.mtime, self.mtime))
+            if mutant.is_of_the_probe:
+                self.build_probe(mutant)
             yield
         finally:
             file.write_text(source, encoding="utf-8")
             os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+            if mutant.is_of_the_probe:
+                self.build_probe(mutant)
 
     def run(self, mutant: Mutant, number: int, arguments: list[str], seconds: float, unsound: set[str]) -> Result:
         """Run a mutant's tests on it, for that long at most; `number` chooses it where it was built in.
@@ -210,10 +218,23 @@ class Copy:
         schemata.write(self.root, chosen)
         setup = self.root / "setup.py"  # a mistake may be one that a compiler warns of
         setup.write_text(setup.read_text(encoding="utf-8").replace(', "-Werror"', ""), encoding="utf-8")
+        self.build_modules(", ".join(mutant.name for mutant in chosen.values()))
+
+    def build_probe(self, mutant: Mutant) -> None:
+        """Build the probe of its sources as they are, whenever they were changed."""
+        for product in (*self.root.glob("build/temp*/probe/*"), *self.root.glob("pvclock/probe/_images*.so")):
+            product.unlink()
+        self.build_modules(mutant.name)
+
+    def build_modules(self, names: str) -> None:
+        """Build what is older than its sources.
+
+        Raises:
+            BadMutant: one of the mutants of these names does not compile.
+        """
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", f"--parallel={os.cpu_count()}"]
         built = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
         if built.returncode:
-            names = ", ".join(mutant.name for mutant in chosen.values())
             raise BadMutant(f"does not compile: {names}\n{built.stderr[-3000:]}")
 
     def take_build(self, other: Copy) -> None:
@@ -235,7 +256,7 @@ def tree_hash() -> str:
     folders = [(ROOT / folder).rglob("*") for folder in ("pvclock", "qemu_glue", "tests")]
     for file in sorted(chain(ROOT.glob("*"), *folders)):
         name = str(file.relative_to(ROOT))
-        is_generated = name.startswith("pvclock/") and file.suffix == ".c"
+        is_generated = name.startswith("pvclock/") and file.match("_*.c")
         if file.suffix in SOURCES and not is_generated:
             digest.update(f"{name}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]

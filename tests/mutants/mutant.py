@@ -9,7 +9,8 @@ They stand in the *.toml files beside this one, a file for each source of rows. 
     replacement = 'if False:'
     dies_in = ["unit/test_kvm_provider.py::test_clearing_bit_0_ends_updates"]
 
-`text` stands in `file` exactly once; the tests name the row.  How a compiled file is mutated: schemata.py.
+`text` stands in `file` exactly once; the tests name the row.  How a compiled file is mutated: schemata.py; the probe,
+which has no environment where it is a guest, is built anew for each mutant.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FIELDS = {"breaks", "file", "text", "replacement", "dies_in"}
 COMPILED = {".pyx", ".h", ".s"}
+PROBE = "pvclock/probe/"
+PROBE_SOURCES = {".c", ".h", ".S", ".ld"}
 
 
 class BadMutant(ValueError):
@@ -46,8 +49,13 @@ class Mutant(NamedTuple):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether its file needs a compiler."""
-        return Path(self.file).suffix in COMPILED
+        """Whether its file needs a compiler, and the mistake can be chosen at run time."""
+        return Path(self.file).suffix in COMPILED and not self.is_of_the_probe
+
+    @property
+    def is_of_the_probe(self) -> bool:
+        """Whether its file is of the programs in C that pvclock.probe carries."""
+        return self.file.startswith(PROBE) and Path(self.file).suffix in PROBE_SOURCES
 
     @property
     def needs_machine(self) -> bool:

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT
  *
- * Runs pvclock/probe/measure.c on a team of pinned threads, with the TSC and CLOCK_MONOTONIC, and prints what it found,
- * one JSON object a run.
+ * Runs pvclock/probe/measure.c on a team of pinned threads, with the TSC and the kernel's clocks, of which the raw one is
+ * not exchanged, and prints what it found, one JSON object a run.
  *
  *   probe_threads [--milliseconds N] [--runs N] [--threads N] [--add THREAD:NS] [--step NS] [--absent THREAD]
  *
  * Threads are pinned to the CPUs that this process may use, in turn.  An absent one never does its work.  A step is put
- * into what the first thread reads of CLOCK_MONOTONIC, in the middle of the run.
+ * into what the first thread reads of the kernel's clocks, in the middle of the slices.
  */
 #define _GNU_SOURCE
 #include <inttypes.h>
@@ -23,12 +23,17 @@
 
 #define NS_PER_SECOND INT64_C(1000000000)
 
-enum { TSC, MONOTONIC, CLOCKS };
+enum { TSC, MONOTONIC, RAW, CLOCKS };
 
 /* ---- The clocks. ---- */
 
-static uint64_t step_tsc = UINT64_MAX; /* from which on the step is in */
 static int64_t step_ns;
+static bool has_stepped;
+
+static void step_in_the_middle(unsigned percent)
+{
+	has_stepped = percent >= 50;
+}
 
 static int64_t read_tsc(const struct probe_clock *clock, unsigned cpu)
 {
@@ -45,15 +50,14 @@ static int64_t now_ns(clockid_t id)
 	return now.tv_sec * NS_PER_SECOND + now.tv_nsec;
 }
 
-static int64_t read_monotonic(const struct probe_clock *clock, unsigned cpu)
+static int64_t read_kernels(const struct probe_clock *clock, unsigned cpu)
 {
 	int64_t ns;
 
-	(void)clock;
 	__asm__ volatile("lfence" : : : "memory");
-	ns = now_ns(CLOCK_MONOTONIC);
+	ns = now_ns(clock->unslewed ? CLOCK_MONOTONIC_RAW : CLOCK_MONOTONIC);
 	__asm__ volatile("lfence" : : : "memory");
-	return ns + (cpu == 0 && step_ns && fenced_tsc() >= step_tsc ? step_ns : 0);
+	return ns + (cpu == 0 && has_stepped ? step_ns : 0);
 }
 
 static uint64_t measured_tsc_hz(void)
@@ -200,7 +204,7 @@ static void print_clock(const struct probe_clock *clock, const struct probe_cloc
 
 static unsigned runs = 1;
 static struct probe_team team = { .cpus = 2, .run = run_on_threads };
-static struct probe_plan plan = { .milliseconds = 200 };
+static struct probe_plan plan = { .milliseconds = 200, .progress = step_in_the_middle };
 
 static int take_option(const char *option, const char *value)
 {
@@ -227,7 +231,7 @@ static int take_option(const char *option, const char *value)
 static void measure_once(const struct probe_clock *clocks, struct probe_clock_result *results)
 {
 	memset(results, 0, CLOCKS * sizeof *results);
-	step_tsc = fenced_tsc() + plan.tsc_hz / 1000 * plan.milliseconds / 2;
+	has_stepped = false;
 	measure(&team, &plan, clocks, CLOCKS, results);
 	printf("{\"tsc_hz\": %" PRIu64 ", ", plan.tsc_hz);
 	for (unsigned clock = 0; clock < CLOCKS; clock++) {
@@ -240,10 +244,11 @@ static void measure_once(const struct probe_clock *clocks, struct probe_clock_re
 
 int main(int count, char **arguments)
 {
-	struct probe_clock_result *results = calloc(CLOCKS, sizeof *results);
+	static struct probe_clock_result results[CLOCKS];
 	struct probe_clock clocks[CLOCKS] = {
-		{ .name = "tsc", .exchanged = true, .read = read_tsc },
-		{ .name = "monotonic", .hz = NS_PER_SECOND, .exchanged = true, .read = read_monotonic },
+		{ .name = "tsc", .exchanged = true, .unslewed = true, .read = read_tsc },
+		{ .name = "monotonic", .hz = NS_PER_SECOND, .exchanged = true, .read = read_kernels },
+		{ .name = "monotonic_raw", .hz = NS_PER_SECOND, .unslewed = true, .read = read_kernels },
 	};
 
 	for (int i = 1; i < count; i += 2) {

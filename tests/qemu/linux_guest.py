@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ __all__ = [
     "LinuxGuest",
     "SamplerLog",
     "Triple",
+    "archive",
     "compiled_sampler",
     "initramfs",
     "runs_linux",
@@ -100,7 +101,7 @@ def compiled_sampler() -> Path:
 
 def initramfs() -> bytes:
     """One with the sampler as /init."""
-    return _archive({"dev": b"", "init": compiled_sampler().read_bytes()})
+    return archive({"dev": b"", "init": compiled_sampler().read_bytes()})
 
 
 class SamplerLog:
@@ -140,8 +141,9 @@ class LinuxGuest:
     """A running guest; a context manager.
 
     folder: an empty one for its files.  machine: of MACHINES.  sample_on: the CPUs to sample on, such as
-    "0,1"; the others are left idle.  cpu_flags: more of -cpu.
-    log: what the sampler said.  qmp_path: a monitor for others; the guest has one of its own.
+    "0,1"; the others are left idle.  cpu_flags: more of -cpu.  files: what its initramfs has instead of the sampler.
+    log: what the sampler said.  console: its console's output, a file.
+    qmp_path: a monitor for others; the guest has one of its own.
     """
 
     def __init__(
@@ -153,12 +155,13 @@ class LinuxGuest:
         vcpus: int = 1,
         sample_on: str = "",
         cpu_flags: tuple[str, ...] = (),
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         self.machine, self.vcpus = machine, vcpus
         self.qmp_path = folder / "qmp"
         self.log = SamplerLog(folder / "log")
-        self._console, self._output = folder / "console", folder / "output"
-        (folder / "initramfs").write_bytes(initramfs())
+        self.console, self._output = folder / "console", folder / "output"
+        (folder / "initramfs").write_bytes(archive(files) if files else initramfs())
         with ExitStack() as resources:
             ours, theirs = (resources.enter_context(end) for end in socket.socketpair())
             command = [
@@ -168,7 +171,7 @@ class LinuxGuest:
                 *("-cpu", ",".join((CPU_MODEL, *cpu_flags))),
                 *("-kernel", str(kernel.image), "-initrd", str(folder / "initramfs")),
                 *("-append", " ".join((*CMDLINE, *((f"SAMPLE_ON={sample_on}",) if sample_on else ())))),
-                *("-serial", f"file:{self._console}"),
+                *("-serial", f"file:{self.console}"),
                 *("-chardev", f"file,id=log,path={folder / 'log'}"),
                 *("-device", "isa-debugcon,iobase=0xe9,chardev=log"),
                 *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
@@ -196,7 +199,7 @@ class LinuxGuest:
         deadline = time.monotonic() + BOOT_LIMIT_S
         while (found := look()) is None:
             assert self._process.poll() is None, self._output.read_text()
-            console = self._console.read_text(errors="replace")
+            console = self.console.read_text(errors="replace")
             in_time = "Kernel panic" not in console and time.monotonic() < deadline
             assert in_time, f"no {what}: {self.log.tail()}\n{console[-CONSOLE_TOLD:]}"
             time.sleep(POLL_S)
@@ -237,7 +240,7 @@ def _triple(words: list[str]) -> Triple:
     return Triple._make(map(int, words))
 
 
-def _archive(files: dict[str, bytes]) -> bytes:
+def archive(files: Mapping[str, bytes]) -> bytes:
     """A cpio archive as Documentation/driver-api/early-userspace/buffer-format.rst has it; b"": a folder."""
     entries = [(name, 0o100755 if contents else 0o40755, contents) for name, contents in files.items()]
     return b"".join(

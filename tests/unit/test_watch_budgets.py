@@ -7,14 +7,8 @@ from fractions import Fraction
 import pytest
 
 from pvclock import ConfigError
-from pvclock.meter.watch.budgets import (
-    Budgets,
-    Verdict,
-    VerdictStatus,
-    judge,
-    parse_drift_ppb,
-    parse_step_ns,
-)
+from pvclock.meter.quantity_text import parse_drift_ppb, parse_step_ns
+from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus, judge
 from pvclock.meter.watch.changes import Disagreement, PageLost, Step, TscBasis
 from pvclock.meter.watch.rate import PageRate
 from pvclock.meter.watch.summary import Tally, WatchSummary

@@ -1,0 +1,149 @@
+"""A measurement from inside a guest, judged and shown: what `doctor --guest` and `probe --judge` have in common."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from rich.text import Text
+
+from pvclock.commands.arguments import rate_ppb, time_ns
+from pvclock.commands.report import Report
+from pvclock.commands.screen import Screen
+from pvclock.commands.tables import Table
+
+if TYPE_CHECKING:  # each command is loaded by every start of pvclock
+    from pvclock.meter.inside import Budgets, Finding, ProbeRecord, Verdict
+
+__all__ = ["NextCommand", "add_budgets", "budgets_given", "budgets_of", "report_of"]
+
+BUDGETS: Final = (
+    ("max_warp", time_ns, "TIME", "how far CPUs' clocks may be apart, such as 200ns"),
+    ("max_step", time_ns, "TIME", "how far a clock may step, such as 1us"),
+    ("max_drift", rate_ppb, "RATE", "how fast clocks may drift, such as 10ppb"),
+)
+COLOURS: Final = {"passed": "green", "broken": "red", "undecided": "yellow"}
+
+
+class NextCommand(NamedTuple):
+    """What to type next, and what for."""
+
+    command: str
+    why: str
+
+
+ON_THE_HOST: Final = NextCommand("pvclock watch --pid", "on the host, if that runs QEMU: the same clock from outside")
+
+
+def add_budgets(parser: argparse.ArgumentParser) -> None:
+    """Declare the budgets."""
+    for name, kind, metavar, help_text in BUDGETS:
+        parser.add_argument(_option(name), type=kind, metavar=metavar, help=help_text)
+
+
+def budgets_given(arguments: argparse.Namespace) -> list[str]:
+    """The options of budgets on the command line."""
+    return [_option(name) for name, *_ in BUDGETS if getattr(arguments, name) is not None]
+
+
+def budgets_of(arguments: argparse.Namespace) -> Budgets:
+    """The budgets on the command line."""
+    from pvclock.meter.inside import Budgets
+
+    return Budgets(arguments.max_warp, arguments.max_step, arguments.max_drift)
+
+
+def report_of(
+    measured: ProbeRecord,
+    budgets: Budgets,
+    screen: Screen,
+    next_commands: Mapping[str, list[NextCommand]],
+    **also: object,
+) -> Report:
+    """Judge what was measured; show what it comes to and, by the verdict's status, what to type next.
+
+    also: more for JSON.
+    """
+    from pvclock.commands.guest_tables import clock_rows, clocks_table, promises_table
+    from pvclock.meter.inside import judge, verdict_document
+
+    verdict = judge(measured, budgets)
+    following = next_commands[verdict.status] + ([ON_THE_HOST] if verdict.promises.hypervisor == "KVM" else [])
+    screen.show(Text(_in_one_line(verdict), f"bold {COLOURS[verdict.status]}"), *_reasons(verdict))
+    if verdict.findings:
+        screen.show(_findings_table(sorted(verdict.findings, key=_place)))
+    screen.show(*verdict.story, clocks_table(measured), promises_table(measured, verdict))
+    screen.show(*(f"Type next:  {each.command}  ({each.why})" for each in following))
+    found = {**verdict_document(verdict), "clocks": clock_rows(measured), "next": following, **also}
+    return Report(verdict.exit_status == 0, found, verdict.exit_status)
+
+
+# Inside
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _in_one_line(verdict: Verdict) -> str:
+    """The verdict for who reads no further."""
+    faults = sorted((finding for finding in verdict.findings if _is_fault(finding)), key=_place)
+    if verdict.broken:
+        return f"This guest's clock breaks a budget: {verdict.broken[0]}."
+    if verdict.status == "broken":
+        put_in = "With the fault that --add put in, this" if _has_added_fault(verdict) else "This"
+        return f"{put_in} guest's clock is wrong: {faults[0].what.partition(';')[0]}{_more(faults)}."
+    if verdict.open:
+        return f"Undecided whether this guest's clock is right: {verdict.open[0]}."
+    if faults:
+        return "This guest's clock keeps the budgets given; what is wrong within them is below."
+    return f"Nothing is wrong with this guest's clock, as far as can be told from inside; {_floors(verdict)}."
+
+
+def _has_added_fault(verdict: Verdict) -> bool:
+    return any(finding.code == "added-fault" for finding in verdict.findings)
+
+
+def _more(faults: list[Finding]) -> str:
+    return f"; {len(faults) - 1} more below" if len(faults) > 1 else ""
+
+
+def _is_fault(finding: Finding) -> bool:
+    return finding.weight == "fault"
+
+
+def _place(finding: Finding) -> tuple[bool, bool]:
+    """Faults first, and a promise that is broken by another fault after that."""
+    return not _is_fault(finding), finding.code == "broken-promise"
+
+
+def _floors(verdict: Verdict) -> str:
+    """What was too small to be seen."""
+    from pvclock.meter.inside.words import floor_in_words
+
+    known = [f"{floor_in_words(floor.ns)} ({floor.clock})" for floor in verdict.floors if floor.ns is not None]
+    return (
+        f"CPUs that are apart by less than {', '.join(known)} would not be seen" if known else "no CPUs were compared"
+    )
+
+
+def _reasons(verdict: Verdict) -> Iterator[Text]:
+    """What else broke a budget, or leaves one open."""
+    for reason in (*verdict.broken, *verdict.open)[1:]:
+        yield Text(f"  {reason}", COLOURS[verdict.status])
+
+
+def _findings_table(findings: list[Finding]) -> Table:
+    """What was found, and what software sees of it; then each thing to change, once."""
+    table = Table("", "what was found")
+    told: list[str] = []
+    for finding in findings:
+        table.add_row(Text("what is wrong", "red") if _is_fault(finding) else "worth knowing", finding.what)
+        if finding.software_sees and not any(sentence in finding.software_sees for sentence in told):
+            told.append(finding.software_sees)
+            table.add_row("software sees", finding.software_sees)
+        table.end_section()
+    for remedy in dict.fromkeys(remedy for finding in findings for remedy in finding.change):
+        table.add_row("what to change", remedy)
+    return table

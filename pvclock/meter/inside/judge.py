@@ -1,0 +1,157 @@
+"""The verdict on a measurement from inside: every finding that it proves, and how the budgets fared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from pvclock.meter.inside.advice import title
+from pvclock.meter.inside.apart import Windows, apart_findings
+from pvclock.meter.inside.budgets import held
+from pvclock.meter.inside.claims import frequency_findings, promise_findings, stopped_findings
+from pvclock.meter.inside.kernel import clocksource_findings, complaint_findings
+from pvclock.meter.inside.motion import drift_findings, rate_findings, step_findings
+from pvclock.meter.inside.promises import Promises, promises
+from pvclock.meter.inside.record import ClockRecord, ProbeRecord
+from pvclock.meter.inside.story import story
+from pvclock.meter.inside.verdict import Budgets, Finding, FindingCode, Floor, Verdict, VerdictStatus, Weight
+from pvclock.meter.inside.windows import all_windows, far_edge
+from pvclock.meter.inside.words import floor_in_words, listed
+
+__all__ = ["judge"]
+
+
+def judge(record: ProbeRecord, budgets: Budgets | None = None) -> Verdict:
+    """Hold a record against what its guest was promised, and against budgets.
+
+    Without budgets each proven fault breaks.  A budget takes the place of the faults of its kind: a fault within it is
+    told and breaks nothing.
+    """
+    budgets = budgets or Budgets()
+    told = promises(record)
+    windows = {clock.name: all_windows(clock, len(record.cpus)) for clock in record.clocks if _is_compared(clock)}
+    floors = [_floor(record, clock, windows[clock.name]) for clock in record.clocks if clock.name in windows]
+    found = _findings(record, told, windows, floors)
+    against = held(record, windows, budgets)
+    broken = [each.what for each in found if each.weight is Weight.FAULT and not _is_budgeted(each, budgets)]
+    open_ = [*_not_compared(record, floors), *against.open]
+    return Verdict(
+        _status([*broken, *against.broken], open_),
+        tuple(found),
+        tuple(against.broken),
+        tuple(open_),
+        tuple(floors),
+        tuple(story(record, told, floors)),
+        told,
+    )
+
+
+# Inside
+
+
+def _is_compared(clock: ClockRecord) -> bool:
+    return bool(clock.pairs)
+
+
+def _is_budgeted(finding: Finding, budgets: Budgets) -> bool:
+    of_kind: Mapping[str, Fraction | None] = {
+        "max_warp": budgets.max_warp_ns,
+        "max_step": budgets.max_step_ns,
+        "max_drift": budgets.max_drift_ppb,
+    }
+    return of_kind.get(finding.budget) is not None
+
+
+def _status(broken: Sequence[str], open_: Sequence[str]) -> VerdictStatus:
+    if broken:
+        return VerdictStatus.BROKEN
+    return VerdictStatus.UNDECIDED if open_ else VerdictStatus.PASSED
+
+
+def _findings(
+    record: ProbeRecord, told: Promises, windows: Mapping[str, Windows], floors: Sequence[Floor]
+) -> list[Finding]:
+    """All of them, faults first."""
+    faults: list[Finding] = []
+    for clock in record.clocks:
+        if clock.name in windows:
+            faults += apart_findings(record, clock, windows[clock.name], told.hypervisor)
+            faults += drift_findings(record, clock, windows[clock.name], told.hypervisor)
+        else:
+            faults += apart_findings(record, clock, {}, told.hypervisor)
+        faults += step_findings(clock, record.tsc_hz, told.hypervisor)
+        faults += rate_findings(clock, record.tsc_hz, told.hypervisor)
+    found = [
+        *promise_findings(record, told, faults),
+        *_with_cause(faults),
+        *frequency_findings(record, told),
+        *stopped_findings(record),
+        *complaint_findings(record.kernel, _of_tsc(faults, floors)),
+        *clocksource_findings(record.kernel, told),
+        *_added(record),
+    ]
+    return sorted(found, key=lambda each: each.weight is Weight.NOTE)
+
+
+def _with_cause(faults: Sequence[Finding]) -> list[Finding]:
+    """A clock is apart on the CPUs whose TSC is: that is said with it."""
+    tsc = [each.cpus for each in faults if each.code is FindingCode.OFFSET and each.clock == "tsc"]
+    return [
+        each._replace(what=f"{each.what}; so is the TSC there")
+        if each.code is FindingCode.OFFSET and each.clock != "tsc" and each.cpus in tsc
+        else each
+        for each in faults
+    ]
+
+
+def _of_tsc(faults: Sequence[Finding], floors: Sequence[Floor]) -> str:
+    """What a kernel's complaint of the TSC is held against."""
+    if proven := [each for each in faults if each.clock == "tsc"]:
+        return f"this run agrees: {proven[0].what}"
+    floor = next((each.ns for each in floors if each.clock == "tsc"), None)
+    within = f" beyond its floor of {floor_in_words(floor)} between CPUs" if floor is not None else ""
+    return f"this run found nothing wrong with the TSC{within}"
+
+
+def _added(record: ProbeRecord) -> list[Finding]:
+    added = [(cpu.cpu, ns) for cpu, ns in zip(record.cpus, record.added_ns, strict=False) if ns]
+    if not added:
+        return []
+    told = listed([f"{ns:+,} ns on CPU {cpu}" for cpu, ns in added])
+    return [
+        Finding(
+            FindingCode.ADDED_FAULT,
+            Weight.NOTE,
+            "",
+            f"a fault was put in by --add: {told}; what is found of it is no fault of this guest's clock",
+            "nothing: only the probe's own readings were changed.",
+            (),
+            tuple(cpu for cpu, _ in added),
+        )
+    ]
+
+
+# Floors
+
+
+def _floor(record: ProbeRecord, clock: ClockRecord, windows: Windows) -> Floor:
+    edge = far_edge(windows)
+    if edge is None:
+        never = [pair for pair, window in windows.items() if window is None]
+        a, b = (record.cpus[place].cpu for place in never[0])
+        return Floor(
+            clock.name, None, f"{title(clock.name)}: CPUs {a} and {b} were never compared{_more(len(never) - 1)}"
+        )
+    words = f"no two CPUs are further apart than {floor_in_words(edge)}, and nothing below that is called clean"
+    return Floor(clock.name, edge, f"{title(clock.name)}: {words}")
+
+
+def _more(pairs: int) -> str:
+    return f", nor were {pairs:,} other pairs" if pairs else ""
+
+
+def _not_compared(record: ProbeRecord, floors: Sequence[Floor]) -> list[str]:
+    """What leaves the whole verdict open, budgets or not."""
+    if len(record.cpus) > 1 and not floors:
+        return ["several CPUs, and no clock was compared between them"]
+    return [each.what for each in floors if each.ns is None]

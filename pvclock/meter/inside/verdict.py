@@ -1,0 +1,145 @@
+"""What a measurement from inside comes to: findings with their proof, floors, budgets, and an exit status."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from fractions import Fraction
+from typing import Final, NamedTuple
+
+from pvclock.meter.inside.promises import Promises
+
+__all__ = [
+    "Budgets",
+    "Finding",
+    "FindingCode",
+    "Floor",
+    "Verdict",
+    "VerdictStatus",
+    "Weight",
+    "verdict_document",
+]
+
+
+class VerdictStatus(StrEnum):
+    """passed: nothing is proven wrong.  broken: a fault is, or a budget.  undecided: the measurement leaves it open."""
+
+    PASSED = "passed"
+    BROKEN = "broken"
+    UNDECIDED = "undecided"
+
+
+EXIT_STATUS: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, VerdictStatus.UNDECIDED: 2}
+
+
+class Weight(StrEnum):
+    """fault: this measurement proves it.  note: worth knowing, and no reason to fail."""
+
+    FAULT = "fault"
+    NOTE = "note"
+
+
+class FindingCode(StrEnum):
+    """What a finding is about, for programs."""
+
+    OFFSET = "offset"
+    """CPUs' readings of one clock are apart."""
+    WARP = "warp"
+    """A CPU read less than another, or itself, had read before; told with the offset where that is proven, too."""
+    DRIFT = "drift"
+    """The offset of two CPUs moved during the run."""
+    STEP_BACK = "step-back"
+    STEP_FORWARD = "step-forward"
+    RATE_CHANGED = "rate-changed"
+    BROKEN_PROMISE = "broken-promise"
+    """STABLE or invariant TSC is offered, and not kept."""
+    FREQUENCY = "frequency"
+    """A frequency that the guest is told is not the TSC's."""
+    STOPPED_FLAG = "stopped-flag"
+    """GUEST_STOPPED was set at all looks."""
+    COMPLAINT = "complaint"
+    """A line of the kernel's."""
+    CLOCKSOURCE = "clocksource"
+    """The kernel took a slow clock."""
+    ADDED_FAULT = "added-fault"
+    """--add put it in."""
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong or worth knowing.
+
+    clock: its name, or "".  what: with its numbers and bounds.  software_sees, change: what follows inside, and what to
+    change on the host or in the guest, a remedy each; may be empty.  cpus: those named by it, by their numbers.
+    budget: the budget that decides instead of the weight, if it is given: "max_warp", "max_step", "max_drift" or "".
+    low_ns, high_ns: the size's bounds, where it has one in time.
+    """
+
+    code: FindingCode
+    weight: Weight
+    clock: str
+    what: str
+    software_sees: str
+    change: tuple[str, ...] = ()
+    cpus: tuple[int, ...] = ()
+    budget: str = ""
+    low_ns: Fraction | None = None
+    high_ns: Fraction | None = None
+
+
+class Floor(NamedTuple):
+    """What was not told apart: `ns`, the largest edge of any two CPUs' window (None: two were never compared)."""
+
+    clock: str
+    ns: Fraction | None
+    what: str
+
+
+class Budgets(NamedTuple):
+    """What is allowed; None: not asked.
+
+    max_warp_ns: between CPUs, of every clock that was compared.  max_step_ns: of a clock against the TSC, either way.
+    max_drift_ppb: of a CPU's clock against another's, and of a clock's rate during the run.
+    """
+
+    max_warp_ns: Fraction | None = None
+    max_step_ns: Fraction | None = None
+    max_drift_ppb: Fraction | None = None
+
+
+class Verdict(NamedTuple):
+    """findings: faults first.  broken, open: what broke a budget, or leaves it open.  story: which clocks, and why."""
+
+    status: VerdictStatus
+    findings: tuple[Finding, ...]
+    broken: tuple[str, ...]
+    open: tuple[str, ...]
+    floors: tuple[Floor, ...]
+    story: tuple[str, ...]
+    promises: Promises
+
+    @property
+    def exit_status(self) -> int:
+        """0 passed, 1 broken, 2 undecided."""
+        return EXIT_STATUS[self.status]
+
+
+def verdict_document(verdict: Verdict) -> dict[str, object]:
+    """The verdict for JSON: plain values only, lengths of time as floats in ns."""
+    return {
+        "status": str(verdict.status),
+        "findings": [_plain(each) for each in verdict.findings],
+        "broken": list(verdict.broken),
+        "open": list(verdict.open),
+        "floors": [_plain(each) for each in verdict.floors],
+        "story": list(verdict.story),
+        "promises": _plain(verdict.promises),
+    }
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Fraction):
+        return float(value)
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _plain(each) for name, each in value._asdict().items()}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return value
