@@ -31,8 +31,8 @@ FASTER_BY_QEMU: Final = (
     "tsc-frequency=HZ)"
 )
 FASTER_BY_LIBVIRT: Final = (
-    "libvirt: <timer name='kvmclock' present='yes'/>, <timer name='tsc' mode='native'/> and <feature policy='require' "
-    "name='invtsc'/>"
+    "libvirt: <timer name='kvmclock' present='yes'/>, and where the host's TSC is sound, <feature policy='require' "
+    "name='invtsc'/> (with <timer name='tsc' frequency='HZ'/>)"
 )
 PARAMETERS: Final = re.compile(r"(?:clocksource|tsc)=\S+|notsc|no-kvmclock(?:-vsyscall)?|hv_nopvtsc\S*|no_timer_check")
 
