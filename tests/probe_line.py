@@ -30,7 +30,7 @@ def one_line(console: str) -> Line:
     """The object of the only line that is one."""
     (line,) = [line for line in console.splitlines() if line.startswith("{")]
     parsed: Line = json.loads(line)
-    assert parsed["schema"] == "pvclock.probe/1"
+    assert parsed["schema"] == "pvclock.probe-record/1"
     return parsed
 
 

@@ -137,11 +137,11 @@ def _reasons(verdict: Verdict) -> Iterator[Text]:
 def _findings_table(findings: list[Finding]) -> Table:
     """What was found, and what software sees of it; then each thing to change, once."""
     table = Table("", "what was found")
-    told: list[str] = []
+    told = {""}
     for finding in findings:
         table.add_row(Text("what is wrong", "red") if _is_fault(finding) else "worth knowing", finding.what)
-        if finding.software_sees and not any(sentence in finding.software_sees for sentence in told):
-            told.append(finding.software_sees)
+        if finding.software_sees not in told:
+            told.add(finding.software_sees)
             table.add_row("software sees", finding.software_sees)
         table.end_section()
     for remedy in dict.fromkeys(remedy for finding in findings for remedy in finding.change):

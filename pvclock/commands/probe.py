@@ -20,7 +20,7 @@ from pvclock.errors import ConfigError
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES: Final = """\
-  pvclock probe --output probe.elf       an image that any VMM boots
+  pvclock probe --output probe.img       an image that any VMM boots
   pvclock probe --linux --output probe   an executable for any x86-64 Linux
   pvclock probe --judge console.log      what either printed, judged"""
 
@@ -31,8 +31,8 @@ CONSOLE_BYTES_MAX: Final = 16 << 20
 IMAGE_MODE, EXECUTABLE_MODE = 0o644, 0o755
 
 QEMU: Final = (
-    "qemu-system-x86_64 -accel kvm -cpu host -smp 2 -m 128 -nodefaults -display none -no-reboot "
-    "-device isa-debug-exit,iobase=0xf4,iosize=0x04 -serial stdio -kernel {file} | pvclock probe --judge -"
+    "qemu-system-x86_64 -accel kvm -cpu host -smp 2 -m 64 -nodefaults -display none -no-reboot -serial stdio "
+    "-device isa-debug-exit,iobase=0xf4,iosize=1 -kernel {file} -append seconds=10 | pvclock probe --judge -"
 )
 
 
@@ -101,12 +101,9 @@ def _judged(arguments: argparse.Namespace, screen: Screen) -> Report:
 def _judged_next(file: str, form: str) -> dict[str, list[NextCommand]]:
     """What to type next, by the verdict's status."""
     again = NextCommand(f"pvclock probe --judge {shlex.quote(file)} --json", "all numbers, for who runs the host")
-    longer = NextCommand("./probe --seconds 60", "in the guest: a longer run knows steps and rates better")
-    return {
-        "passed": [],
-        "broken": [again] if file != STDIN else [],
-        "undecided": [longer] if form == "linux" else [],
-    }
+    options = "--seconds 60" if form == "linux" else "seconds=60 on its command line"
+    longer = NextCommand(f"the probe again, with {options}", "a longer run knows steps and rates better")
+    return {"passed": [], "broken": [again] if file != STDIN else [], "undecided": [longer]}
 
 
 def _console(name: str) -> bytes:

@@ -24,6 +24,9 @@ __all__ = ["run_probe"]
 MFD_EXEC: Final = 0x10
 """Of Linux 6.3 on: the file may be executed, where vm.memfd_noexec is 1, too."""
 
+NAME: Final = "pvclock-probe"
+"""As process lists have it: it keeps all CPUs busy."""
+
 GRACE_S: Final = 120.0
 """How much longer than asked it may take to begin and end, on a busy machine or an emulated one."""
 
@@ -44,7 +47,7 @@ def run_probe(
 
     seconds: how long it will measure.  progress: is told how many percent are done.
     """
-    with _in_memory("pvclock-probe", program) as executable, _unnamed_file("output") as output:
+    with _in_memory(program) as executable, _unnamed_file() as output:
         process = _started(executable, options, output)
         with process:
             try:
@@ -62,10 +65,10 @@ def run_probe(
 
 
 @contextmanager
-def _in_memory(name: str, program: bytes) -> Iterator[int]:
+def _in_memory(program: bytes) -> Iterator[int]:
     """A descriptor of an unnamed file with `program`, which may be executed."""
     try:
-        file = _executable_memfd(name)
+        file = _executable_memfd()
     except OSError as error:
         raise ProbeNotRun(f"no program may be made in memory here ({_named(error)}); {ELSEWHERE}") from None
     with os.fdopen(file, "wb") as content:
@@ -74,26 +77,30 @@ def _in_memory(name: str, program: bytes) -> Iterator[int]:
         yield file
 
 
-def _executable_memfd(name: str) -> int:
+def _executable_memfd() -> int:
     try:
-        return os.memfd_create(name, os.MFD_CLOEXEC | MFD_EXEC)
+        return os.memfd_create(NAME, os.MFD_CLOEXEC | MFD_EXEC)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return os.memfd_create(name, os.MFD_CLOEXEC)  # a kernel that does not know the flag, and needs none
+    return os.memfd_create(NAME, os.MFD_CLOEXEC)  # a kernel that does not know the flag, and needs none
 
 
 @contextmanager
-def _unnamed_file(name: str) -> Iterator[IO[bytes]]:
-    with os.fdopen(os.memfd_create(name, os.MFD_CLOEXEC), "w+b") as file:
+def _unnamed_file() -> Iterator[IO[bytes]]:
+    with os.fdopen(os.memfd_create("output", os.MFD_CLOEXEC), "w+b") as file:
         yield file
 
 
 def _started(executable: int, options: Sequence[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
-    command = [f"/proc/self/fd/{executable}", *options]
     try:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE, pass_fds=[executable]
+            [NAME, *options],
+            executable=f"/proc/self/fd/{executable}",
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            pass_fds=[executable],
         )
     except OSError as error:
         raise ProbeNotRun(f"a program in memory may not be run here ({_named(error)}); {ELSEWHERE}") from None

@@ -76,7 +76,7 @@ _Noreturn static void end_with_error(const char *text)
 
     console_open(&own);
     json_open(&own.out, NULL, '{');
-    json_string(&own.out, "schema", "pvclock.probe/1");
+    json_string(&own.out, "schema", "pvclock.probe-record/1");
     json_string(&own.out, "version", PVCLOCK_VERSION);
     json_string(&own.out, "form", "bare");
     json_string(&own.out, "error", text);

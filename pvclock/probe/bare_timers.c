@@ -16,7 +16,7 @@ enum {
     SPEAKER_GATE = 1,
     SPEAKER_DATA = 2,
     PM_TIMER_BITS = 24,
-    LOOKS = 1000,      /* at a counter that may stand still */
+    LOOKS = 16, /* at a counter that may stand still: each takes longer than it takes to count one */
     CALIBRATIONS = 4,
     TIGHTEST_TRIES = 4,
     CALIBRATION_HZ = 40 /* each takes 1/40 s: about half of the PIT's period */

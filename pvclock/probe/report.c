@@ -285,7 +285,7 @@ static void print_clocks(struct json_out *out, const struct probe_report *report
 void probe_print(struct json_out *out, const struct probe_report *report)
 {
     json_open(out, NULL, '{');
-    json_string(out, "schema", "pvclock.probe/1");
+    json_string(out, "schema", "pvclock.probe-record/1");
     json_string(out, "version", report->version);
     json_string(out, "form", report->form);
     json_unsigned(out, "tsc_hz", report->plan->tsc_hz);

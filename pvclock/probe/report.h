@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT
  *
- * The probe's result as one line of JSON, `pvclock.probe/1` (docs/probe.md): whole numbers and escaped strings only.
+ * The probe's result as one line of JSON, `pvclock.probe-record/1` (docs/probe.md): whole numbers and escaped strings only.
  */
 #ifndef PVCLOCK_PROBE_REPORT_H
 #define PVCLOCK_PROBE_REPORT_H

@@ -54,7 +54,7 @@ def probe(
         assert machine.wait(LIMIT_S) == status
         (line,) = machine.console.splitlines()
     found: Result = json.loads(line)
-    assert (found["schema"], found["form"]) == ("pvclock.probe/1", "bare")
+    assert (found["schema"], found["form"]) == ("pvclock.probe-record/1", "bare")
     return found
 
 

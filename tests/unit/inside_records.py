@@ -123,7 +123,7 @@ def a_record(
 ) -> dict[str, Any]:
     """A whole record, as the probe would print it."""
     return {
-        "schema": "pvclock.probe/1",
+        "schema": "pvclock.probe-record/1",
         "version": "0.9",
         "form": "linux",
         "tsc_hz": TSC_HZ,

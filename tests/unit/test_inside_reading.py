@@ -95,7 +95,9 @@ def test_what_the_probe_reports_instead() -> None:
 
 def test_an_image_that_could_not_measure() -> None:
     """Its line has the schema and an error; what an earlier boot measured does not stand in for it."""
-    failed = line({"schema": "pvclock.probe/1", "version": "1", "form": "bare", "error": "nothing tells the frequency"})
+    failed = line(
+        {"schema": "pvclock.probe-record/1", "version": "1", "form": "bare", "error": "nothing tells the frequency"}
+    )
     with pytest.raises(ProbeFailed, match="nothing tells the frequency"):
         parse_record(f"{LINE}\n{NOISE}{failed}\n")
 
@@ -118,8 +120,11 @@ def test_another_programs_error_beside_a_record() -> None:
             LINE.replace('"cpus"', '"cpus"!', 1),
             r'in the record that begins at line 1 of the output, \d+ characters on, at "!',
         ),
-        ('{"schema":"pvclock.probe/1","x":' + "[" * 100_000, "nested too deeply"),
-        (LINE.replace("probe/1", "probe/2"), r'schema: found "pvclock.probe/2"; supported: "pvclock.probe/1"'),
+        ('{"schema":"pvclock.probe-record/1","x":' + "[" * 100_000, "nested too deeply"),
+        (
+            LINE.replace("probe-record/1", "probe-record/2"),
+            r'schema: found "pvclock.probe-record/2"; supported: "pvclock.probe-record/1"',
+        ),
         (LINE.replace('"tsc_hz":2900000000', '"tsc_hz":0'), "tsc_hz: found 0; supported: whole numbers from 1"),
         (LINE.replace('"tsc_hz":2900000000', '"tsc_hz":' + "9" * 9000), "tsc_hz: found a number of 9000 digits"),
         (LINE.replace('"cell_reads":1000000', '"cell_reads":1.5'), r"clocks\[0\].cell_reads: found 1.5"),
@@ -152,7 +157,7 @@ def test_more_than_a_console_prints() -> None:
 def test_thousands_of_beginnings() -> None:
     """Only so many are tried, so a hostile output is refused in no time."""
     with pytest.raises(ProbeRecordError, match="begins at line 20000"):
-        parse_record('{"schema":"pvclock.probe/1",\n' * 20_000)
+        parse_record('{"schema":"pvclock.probe-record/1",\n' * 20_000)
 
 
 @given(st.integers(0, 2**32), st.sampled_from(["cut", "byte", "digits", "swap"]))

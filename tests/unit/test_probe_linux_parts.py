@@ -156,7 +156,7 @@ def test_a_result_in_its_line(compiled: Compiled) -> None:
     (clock,) = found.pop("clocks")
     (pair,) = clock.pop("pairs")
     assert found == {
-        "schema": "pvclock.probe/1",
+        "schema": "pvclock.probe-record/1",
         "version": "0",
         "form": "bare",
         "tsc_hz": 1000,

@@ -62,7 +62,7 @@ VMWARE_SYNC: Final = 'VMware: leave monitor_control.virtual_rdtsc at its default
 XEN_SYNC: Final = 'Xen: tsc_mode="always_emulate" in the domain\'s configuration'
 HYPERV_SYNC: Final = (
     "QEMU as Hyper-V: -cpu host,hv-time,hv-frequencies; libvirt: <timer name='hypervclock' present='yes'/>; on Hyper-V "
-    "itself it is the host's to mend"
+    "itself the host has to be put right"
 )
 SYNC: Final = {
     "KVM": (HOST_TSC, KVM_SYNC, GUEST_SLOW),

@@ -11,7 +11,7 @@ import re
 from typing import Final
 
 from pvclock.errors import ProbeFailed, ProbeRecordError, StateFileError
-from pvclock.meter.inside.record import ProbeRecord
+from pvclock.meter.inside.record import SCHEMA, ProbeRecord
 from pvclock.meter.inside.schema import RECORD, printable
 from pvclock.state.json_schema import parse
 
@@ -25,7 +25,7 @@ TRIED_MAX: Final = 32
 
 # CSI, OSC and two-character sequences, and what serial lines and terminals add.
 CONTROL: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]{0,256}(?:\x07|\x1b\\)|[@-Z\\-_])|[\x00\r\x7f]")
-RECORD_BEGINS: Final = re.compile(r'\{\s{0,8}"schema"\s{0,8}:\s{0,8}"pvclock\.probe/')
+RECORD_BEGINS: Final = re.compile(r'\{\s{0,8}"schema"\s{0,8}:\s{0,8}"pvclock\.probe-record/')
 ERROR_BEGINS: Final = re.compile(r'\{\s{0,8}"error"\s{0,8}:')
 DECODER: Final = json.JSONDecoder(parse_int=len)
 """Finds where an object ends; numbers of any length are left to parse()."""
@@ -46,7 +46,7 @@ def parse_record(text: str | bytes) -> ProbeRecord:
     _tell_of_an_error(output)
     if begun:
         raise _damaged(output, begun[-1])
-    raise ProbeRecordError("file", _without_record(output), 'a line that begins with {"schema":"pvclock.probe/1"')
+    raise ProbeRecordError("file", _without_record(output), f'a line that begins with {{"schema":"{SCHEMA}"')
 
 
 # Inside

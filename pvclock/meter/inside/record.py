@@ -1,4 +1,4 @@
-"""The measurement from inside a guest as values: `pvclock.probe/1`, whose keys docs/probe.md explains.
+"""The measurement from inside a guest as values: `pvclock.probe-record/1`, whose keys docs/probe.md explains.
 
 All numbers are whole, and a clock's are in its own units, of which `hz` make a second.
 """
@@ -26,7 +26,7 @@ __all__ = [
     "WarpRecord",
 ]
 
-SCHEMA: Final = "pvclock.probe/1"
+SCHEMA: Final = "pvclock.probe-record/1"
 CPUS_MAX: Final = 64
 SLICES: Final = 8
 """The run, cut: an offset that moves shows between the first and the last."""

@@ -1,4 +1,4 @@
-"""The keys of `pvclock.probe/1` as a schema: bounds on every size and number, for a guest may print anything.
+"""The keys of `pvclock.probe-record/1` as a schema: bounds on every size and number, for a guest may print anything.
 
 A key that is not known here is passed over, so that a later probe may say more.
 """
