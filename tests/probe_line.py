@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any, Final, NamedTuple
 
-__all__ = ["ONE_CPU", "Window", "clock_of", "one_line", "vcpus_off", "windows"]
+from pvclock.meter.inside import FindingCode, judge, parse_record
+
+__all__ = ["ONE_CPU", "Window", "clock_of", "one_line", "vcpus_named", "vcpus_off", "windows"]
 
 Line = dict[str, Any]
 
@@ -54,3 +56,9 @@ def vcpus_off(line: Line) -> set[int]:
     vcpus = range(len(line["cpus"]))
     differ = {pair for pair, window in windows(line).items() if 0 not in window}
     return {one for one in vcpus if all(tuple(sorted((one, other))) in differ for other in vcpus if other != one)}
+
+
+def vcpus_named(line: Line) -> set[int]:
+    """The vCPUs that the judge's findings about the TSC's offsets name."""
+    findings = judge(parse_record(json.dumps(line))).findings
+    return {cpu for each in findings if (each.code, each.clock) == (FindingCode.OFFSET, "tsc") for cpu in each.cpus}

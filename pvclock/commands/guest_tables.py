@@ -27,7 +27,8 @@ class ClockRow(NamedTuple):
 
     apart_cpus: the two CPUs that are furthest apart for sure, or else whose window is the widest; b's reading less a's
     is from apart_low_ns to apart_high_ns.  None: no two CPUs were compared; low above high: it moved.
-    rate_low_ppb, rate_high_ppb: against the first CPU's TSC and its frequency as it was taken; None for the TSC.
+    rate_low_ppb, rate_high_ppb: against the first CPU's TSC and its frequency as it was taken; None for the TSC, of
+    which there are no steps either: step_reads is 0.
     """
 
     name: str
@@ -88,7 +89,7 @@ def _row(record: ProbeRecord, clock: ClockRecord) -> ClockRow:
         step_floor_ns=_ns(clock.steps.floor, clock),
         largest_forward_ns=_step_ns(clock.steps.forward, clock),
         largest_backward_ns=_step_ns(clock.steps.backward, clock),
-        step_reads=clock.steps.reads,
+        step_reads=0 if clock is record.tsc else clock.steps.reads,
         rate_low_ppb=rate and float(rate.low),
         rate_high_ppb=rate and float(rate.high),
     )

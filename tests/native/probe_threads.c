@@ -244,7 +244,7 @@ static void measure_once(const struct probe_clock *clocks, struct probe_clock_re
 
 int main(int count, char **arguments)
 {
-	struct probe_clock_result *results = calloc(CLOCKS, sizeof *results);
+	static struct probe_clock_result results[CLOCKS];
 	struct probe_clock clocks[CLOCKS] = {
 		{ .name = "tsc", .exchanged = true, .unslewed = true, .read = read_tsc },
 		{ .name = "monotonic", .hz = NS_PER_SECOND, .exchanged = true, .read = read_kernels },

@@ -17,7 +17,7 @@ from pvclock.kvm import open_kvm
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
 from pvclock.probe import bootable_image
 from qemu_glue.peer.launch import Qemu
-from tests.probe_line import ONE_CPU, Line, one_line, vcpus_off, windows
+from tests.probe_line import ONE_CPU, Line, one_line, vcpus_named, vcpus_off, windows
 from tests.qemu.injected_call import injected
 from tests.qemu.running_qemu import FEATURES
 
@@ -35,8 +35,8 @@ KVM_SET_DEVICE_ATTR: Final = 0x4018AEE1
 KVM_GET_DEVICE_ATTR: Final = 0x4018AEE2
 DEVICE_ATTR: Final = struct.Struct("<IIQQ")
 """struct kvm_device_attr: flags, group, attr, addr.  KVM_VCPU_TSC_CTRL is group 0, KVM_VCPU_TSC_OFFSET its 0."""
-OFFSETS_MS: Final = {2: 1, 3: 50}
-"""By the number of vCPUs: where three share two CPUs, an exchange may take some time slices of 4 ms."""
+OFFSET_MS: Final = 50
+"""An exchange of vCPUs that share a CPU may take some time slices of 4 ms."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def measured(vcpus: int, moved: int) -> tuple[Line, int]:
     """What the probe prints where vCPU `moved` was put forward, and by how many ticks."""
     stopped = ("-S",)
     with Qemu(bootable_image(), features=FEATURES, vcpus=vcpus, cmdline="seconds=1", arguments=stopped) as qemu:
-        ticks = qemu.tsc_hz() // 1000 * OFFSETS_MS[vcpus]
+        ticks = qemu.tsc_hz() // 1000 * OFFSET_MS
         put_forward(qemu.pid, moved, ticks)
         qemu.resume()
         assert qemu.wait(LIMIT_S) == 0
@@ -84,13 +84,13 @@ def measured(vcpus: int, moved: int) -> tuple[Line, int]:
 def test_of_three_the_vcpu_is_named(moved: int) -> None:
     """50 ms on one vCPU: both its pairs exclude 0 and hold that offset, and the third pair does neither."""
     line, ticks = measured(3, moved)
-    assert vcpus_off(line) == {moved}
+    assert vcpus_off(line) == vcpus_named(line) == {moved}
     for (a, b), window in windows(line).items():
         assert ticks * ((b == moved) - (a == moved)) in window, (a, b)
 
 
 def test_of_two_the_pair_is_named() -> None:
-    """1 ms between two vCPUs: they differ, by so much and that way."""
+    """50 ms between two vCPUs: they differ, by so much and that way."""
     line, ticks = measured(2, 1)
-    assert vcpus_off(line) == {0, 1}
+    assert vcpus_off(line) == vcpus_named(line) == {0, 1}
     assert ticks in windows(line)[0, 1]

@@ -17,6 +17,8 @@ EXAMPLES = [
     errors.MsrFault(0x4B564D01, 5),
     errors.TscOffsetNotHonoured(7),
     errors.GuestCrashed(1, "Shutdown()"),
+    errors.ProbeRecordError("clocks[0].hz", "0", "whole numbers from 1"),
+    errors.ProbeFailed("no TSC"),
     errors.KvmError("KVM_RUN", errno.EINVAL, "try again"),
     errors.KvmUnavailable("open /dev/kvm", errno.EACCES),
     errors.MissingCapability("KVM_CAP_IRQCHIP", "for other vCPUs"),
@@ -38,5 +40,5 @@ def test_errors_go_through_pickle(error: errors.PvclockError) -> None:
 def test_kvm_errors_are_os_errors() -> None:
     """A failed system call can be caught as OSError, with errno, and names the call."""
     with pytest.raises(OSError, match="KVM_RUN: EINVAL") as caught:
-        raise EXAMPLES[7]
+        raise EXAMPLES[9]
     assert caught.value.errno == errno.EINVAL

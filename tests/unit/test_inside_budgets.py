@@ -118,35 +118,45 @@ def clock_with(low: int, high: int, floor: int = 500, name: str = "monotonic") -
 )
 def test_a_step_of_900_to_1100_ns(max_step_ns: int, status: VerdictStatus) -> None:
     """By its better and its worse end."""
-    verdict = judged(Budgets(max_step_ns=Fraction(max_step_ns)), clock_first(clock_with(900, 1100)), cpus=1)
+    verdict = judged(Budgets(max_step_ns=Fraction(max_step_ns)), a_clock(), clock_with(900, 1100), cpus=1)
     assert verdict.status is status
-
-
-def clock_first(clock: dict[str, object]) -> dict[str, object]:
-    """Return that clock as the first, by the first one's name, for the record to have no other."""
-    return {**clock, "name": "tsc"}
 
 
 def test_a_budget_below_the_floor_is_undecided() -> None:
     """A step within the floor cannot be told."""
-    clock = clock_first(clock_with(0, 0, floor=500))
-    assert judged(Budgets(max_step_ns=Fraction(500)), clock, cpus=1).status is PASSED
-    verdict = judged(Budgets(max_step_ns=Fraction(499)), clock, cpus=1)
+    tsc, clock = a_clock(), clock_with(0, 0, floor=500)
+    assert judged(Budgets(max_step_ns=Fraction(500)), tsc, clock, cpus=1).status is PASSED
+    verdict = judged(Budgets(max_step_ns=Fraction(499)), tsc, clock, cpus=1)
     assert (verdict.status, verdict.exit_status) == (UNDECIDED, 2)
-    assert verdict.open == ("TSC may have stepped by up to 500 ns; the budget is 499 ns",)
+    assert verdict.open == ("CLOCK_MONOTONIC may have stepped by up to 500 ns; the budget is 499 ns",)
 
 
 def test_a_floor_that_is_not_known() -> None:
     """The probe did not learn the clock's rate in its time: anything may have been."""
-    clock = clock_first(clock_with(0, 0, floor=(1 << 63) - 1))
-    assert "any time" in judged(Budgets(max_step_ns=Fraction(10**18)), clock, cpus=1).open[0]
+    clock = clock_with(0, 0, floor=(1 << 63) - 1)
+    assert "any time" in judged(Budgets(max_step_ns=Fraction(10**18)), a_clock(), clock, cpus=1).open[0]
 
 
 def test_coarse_clocks_leave_no_budget_open() -> None:
     """PIT and ACPI PM timer prove what they prove, and their units are no reason to stay undecided."""
-    budgets, tsc = Budgets(max_step_ns=Fraction(1000)), clock_first(clock_with(0, 0))
-    assert judged(budgets, tsc, clock_with(0, 0, 10**6, "pit"), cpus=1).status is PASSED
-    assert judged(budgets, tsc, clock_with(10**6, 10**6, 10**5, "pit"), cpus=1).status is BROKEN
+    budgets, sound = Budgets(max_step_ns=Fraction(1000)), (a_clock(), clock_with(0, 0))
+    assert judged(budgets, *sound, clock_with(0, 0, 10**6, "pit"), cpus=1).status is PASSED
+    assert judged(budgets, *sound, clock_with(10**6, 10**6, 10**5, "pit"), cpus=1).status is BROKEN
+
+
+def test_a_clock_that_ntp_slews_is_bounded_by_the_one_that_it_does_not() -> None:
+    """Linux makes both of one counter, and tells steps of CLOCK_MONOTONIC_RAW far better; what is proven counts."""
+    budgets, sharp = Budgets(max_step_ns=Fraction(1000)), clock_with(0, 0, 500, "monotonic_raw")
+    assert judged(budgets, a_clock(), clock_with(0, 0, 10**6), cpus=1).status is UNDECIDED
+    assert judged(budgets, a_clock(), clock_with(0, 0, 10**6), sharp, cpus=1).status is PASSED
+    assert judged(budgets, a_clock(), clock_with(10**6, 10**6), sharp, cpus=1).status is BROKEN
+
+
+def test_the_tsc_makes_no_steps_against_itself() -> None:
+    """The floor of its own readings leaves no budget open, and nothing else is nothing searched."""
+    tsc = {**clock_with(0, 0, 10**6), "name": "tsc"}
+    assert judged(Budgets(max_step_ns=Fraction(1000)), tsc, clock_with(0, 0), cpus=1).status is PASSED
+    assert judged(Budgets(max_step_ns=Fraction(1000)), tsc, cpus=1).status is UNDECIDED
 
 
 def test_no_reading_for_steps() -> None:

@@ -411,6 +411,15 @@ def test_a_page_that_is_far_off() -> None:
     assert told_frequency(pages=[near]) == []
 
 
+def test_a_frequency_that_hyperv_told() -> None:
+    """The probe took the TSC's frequency from Hyper-V's MSR: its own reference time shows that it is not so."""
+    hyperv = a_clock("hyperv", 10**7, samples=samples(10**7, Fraction(TSC_HZ, 2_800_000_000)))
+    (found,) = told_frequency(clocks=[hyperv], tsc_hz_from="hyperv")
+    assert found.weight is Weight.FAULT
+    assert found.what.startswith("Hyper-V's HV_X64_MSR_TSC_FREQUENCY says that the TSC has 2,900,000,000 Hz")
+    assert told_frequency(clocks=[a_clock("hyperv", 10**7)], tsc_hz_from="hyperv") == []
+
+
 def test_a_clock_that_stepped_tells_no_frequency() -> None:
     """Its samples are no measure of the TSC."""
     raw = a_clock("monotonic_raw", 10**9, samples=two_rates(10**9, 9000), steps=stepped(5, 9, "forward"))

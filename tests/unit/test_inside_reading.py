@@ -93,6 +93,13 @@ def test_what_the_probe_reports_instead() -> None:
     assert caught.value.why == r"no \x1bTSC"
 
 
+def test_an_image_that_could_not_measure() -> None:
+    """Its line has the schema and an error; what an earlier boot measured does not stand in for it."""
+    failed = line({"schema": "pvclock.probe/1", "version": "1", "form": "bare", "error": "nothing tells the frequency"})
+    with pytest.raises(ProbeFailed, match="nothing tells the frequency"):
+        parse_record(f"{LINE}\n{NOISE}{failed}\n")
+
+
 def test_another_programs_error_beside_a_record() -> None:
     """It does not count: a whole record does."""
     assert parse_record(f'{LINE}\n{{"error":"disk full"}}') == parse_record(LINE)

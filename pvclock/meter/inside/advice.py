@@ -46,8 +46,8 @@ HOST_TSC: Final = (
     "dmesg has no `TSC ADJUST` and no `unstable`; do not silence that with tsc=reliable"
 )
 KVM_SYNC: Final = (
-    "QEMU: one frequency for all vCPUs, -cpu host,tsc-frequency=HZ; libvirt: <timer name='tsc' frequency='HZ' "
-    "mode='native'/>; any VMM: after a migration or a restore one TSC offset for all vCPUs"
+    "QEMU: one frequency for all vCPUs, -cpu host,tsc-frequency=HZ; libvirt: <timer name='tsc' "
+    "frequency='HZ'/>; any VMM: after a migration or a restore one TSC offset for all vCPUs"
 )
 TCG_SYNC: Final = "QEMU: -accel tcg,thread=single, or -icount shift=auto: all vCPUs then have one clock"
 HVF_SYNC: Final = (

@@ -22,8 +22,10 @@ from pvclock.meter.inside.words import at_least, between, floor_in_words, ppm_be
 
 __all__ = ["Held", "held"]
 
-COARSE: Final = {"pit", "acpi_pm"}
+COARSE: Final = frozenset({"pit", "acpi_pm"})
 """Clocks that others are measured by: their units leave a budget open, and only what they prove counts."""
+UNDISCIPLINED: Final = "monotonic_raw"
+"""Linux makes it and CLOCK_MONOTONIC of the same counter: a step of that is in both, and told better in this."""
 FLOOR_UNKNOWN: Final = (1 << 63) - 1
 """The probe's word for a clock whose rate it did not learn in the time."""
 
@@ -94,20 +96,21 @@ def _both(record: ProbeRecord, a: int, b: int) -> str:
 
 
 def _hold_steps(found: Held, record: ProbeRecord, most_ns: Fraction) -> None:
-    searched = [clock for clock in record.clocks if clock.steps.reads]
-    if not any(clock.name not in COARSE for clock in searched):
+    searched = [clock for clock in record.clocks if clock.steps.reads and clock is not record.tsc]
+    blunt = COARSE | (DISCIPLINED if any(clock.name == UNDISCIPLINED for clock in searched) else frozenset())
+    if not any(clock.name not in blunt for clock in searched):
         found.open.append("no clock was searched for steps, so --max-step is open")
     for clock in searched:
-        for told, bucket in _worst(_step_ranges(clock), most_ns, found):
+        for told, bucket in _worst(_step_ranges(clock, is_blunt=clock.name in blunt), most_ns, found):
             stepped = f"{title(clock.name)} {_span_ns(told, 'stepped by', 'may have stepped by')}"
             bucket.append(f"{stepped}; the budget is {floor_in_words(most_ns)}")
 
 
-def _step_ranges(clock: ClockRecord) -> list[_Range]:
-    """The steps found, and the one that the floor can hide."""
+def _step_ranges(clock: ClockRecord, *, is_blunt: bool) -> list[_Range]:
+    """The steps found, and the one that the floor can hide, unless another clock says more of that."""
     unit, steps = unit_ns(clock), clock.steps
     hidden = steps.floor * unit if steps.floor < FLOOR_UNKNOWN else None
-    ranges = [] if clock.name in COARSE else [_Range(clock.name, Fraction(0), hidden)]
+    ranges = [] if is_blunt else [_Range(clock.name, Fraction(0), hidden)]
     for step in (steps.forward, steps.backward):
         if step:
             low, high = sorted((abs(step.low) * unit, abs(step.high) * unit))

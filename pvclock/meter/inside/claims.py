@@ -152,7 +152,7 @@ def _own_claim(record: ProbeRecord) -> list[FrequencyClaim]:
     """What Hyper-V told the probe: its MSR is in Hz, KVM fills it in whole kHz."""
     if record.tsc_hz_from != "hyperv":
         return []
-    return [FrequencyClaim("hyperv's HV_X64_MSR_TSC_FREQUENCY", Fraction(record.tsc_hz), Fraction(1000))]
+    return [FrequencyClaim("Hyper-V's HV_X64_MSR_TSC_FREQUENCY", Fraction(record.tsc_hz), Fraction(1000))]
 
 
 def _off_ppb(claim: FrequencyClaim, hz: Interval) -> Interval:

@@ -31,8 +31,8 @@ FASTER_BY_QEMU: Final = (
     "tsc-frequency=HZ)"
 )
 FASTER_BY_LIBVIRT: Final = (
-    "libvirt: <timer name='kvmclock' present='yes'/>, <timer name='tsc' mode='native'/> and <feature policy='require' "
-    "name='invtsc'/>"
+    "libvirt: <timer name='kvmclock' present='yes'/>, and where the host's TSC is sound, <feature policy='require' "
+    "name='invtsc'/> (with <timer name='tsc' frequency='HZ'/>)"
 )
 PARAMETERS: Final = re.compile(r"(?:clocksource|tsc)=\S+|notsc|no-kvmclock(?:-vsyscall)?|hv_nopvtsc\S*|no_timer_check")
 
@@ -54,9 +54,21 @@ COMPLAINTS: Final = (
         is_of_tsc=True,
     ),
     Complaint(
-        re.compile(r"TSC warp between CPUs|Measured \d+ cycles TSC warp"),
+        re.compile(r"TSC warp between CPUs|Measured \d+ cycles TSC warp|due to check_tsc_sync_source failed"),
         "the kernel's own test at boot read a TSC that went back between two CPUs, and turned the TSC off as a clock",
         "a slower clock source is taken.",
+        is_of_tsc=True,
+    ),
+    Complaint(
+        re.compile(r"due to TSCs unsynchronized"),
+        "the kernel did not measure that: without a constant TSC it takes several CPUs' TSCs to be apart",
+        "the TSC is no clock source here, whatever it does.",
+        is_of_tsc=True,
+    ),
+    Complaint(
+        re.compile(r"TSC unstable due to boot parameter"),
+        "its command line says so (tsc=unstable)",
+        "the TSC is no clock source here, whatever it does.",
         is_of_tsc=True,
     ),
     Complaint(
