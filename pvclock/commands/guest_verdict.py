@@ -133,7 +133,7 @@ def _floors(verdict: Verdict) -> str:
 
     known = [f"{floor_in_words(floor.ns)} ({floor.clock})" for floor in verdict.floors if floor.ns is not None]
     return (
-        f"CPUs that are apart by less than {', '.join(known)} would not be seen" if known else "no CPUs were compared"
+        f"CPUs that are apart by less than {', '.join(known)} may not be seen" if known else "no CPUs were compared"
     )
 
 
