@@ -34,7 +34,10 @@ NEXT: Final = {
         NextCommand("pvclock doctor --guest --seconds 600", "while the fault that sent you here happens"),
     ],
     "broken": [
-        NextCommand("pvclock doctor --guest --json >clock.json", "all numbers, for who runs the host"),
+        NextCommand(
+            "pvclock doctor --guest --json >clock.json",
+            "for the host's people: pvclock probe --judge clock.json reads it",
+        ),
     ],
     "undecided": [NextCommand("pvclock doctor --guest --seconds 60", "a longer run knows steps and rates better")],
 }

@@ -70,7 +70,9 @@ def report_of(
 
     verdict = judge(measured, budgets)
     following = next_commands[verdict.status] + ([ON_THE_HOST] if verdict.promises.hypervisor == "KVM" else [])
-    screen.show(Text(_in_one_line(verdict), f"bold {COLOURS[verdict.status]}"), *_reasons(verdict))
+    screen.show(
+        Text(_in_one_line(verdict, _decided_by(budgets)), f"bold {COLOURS[verdict.status]}"), *_reasons(verdict)
+    )
     if verdict.findings:
         screen.show(_findings_table(sorted(verdict.findings, key=_place)))
     screen.show(*verdict.story, clocks_table(measured), promises_table(measured, verdict))
@@ -86,19 +88,26 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _in_one_line(verdict: Verdict) -> str:
+def _decided_by(budgets: Budgets) -> set[str]:
+    """The budgets that were given, as findings name those that decide them."""
+    return {name for (name, *_), limit in zip(BUDGETS, budgets, strict=True) if limit is not None}
+
+
+def _in_one_line(verdict: Verdict, decided_by: set[str]) -> str:
     """The verdict for who reads no further."""
-    faults = sorted((finding for finding in verdict.findings if _is_fault(finding)), key=_place)
+    clock = "machine's clock" if verdict.promises.hypervisor == "none" else "guest's clock"
+    all_faults = sorted((finding for finding in verdict.findings if _is_fault(finding)), key=_place)
+    faults = [finding for finding in all_faults if finding.budget not in decided_by]
     if verdict.broken:
-        return f"This guest's clock breaks a budget: {verdict.broken[0]}."
+        return f"This {clock} breaks a budget: {verdict.broken[0]}."
     if verdict.status == "broken":
         put_in = "With the fault that --add put in, this" if _has_added_fault(verdict) else "This"
-        return f"{put_in} guest's clock is wrong: {faults[0].what.partition(';')[0]}{_more(faults)}."
+        return f"{put_in} {clock} is wrong: {faults[0].what.partition(';')[0]}{_more(faults)}."
     if verdict.open:
-        return f"Undecided whether this guest's clock is right: {verdict.open[0]}."
-    if faults:
-        return "This guest's clock keeps the budgets given; what is wrong within them is below."
-    return f"Nothing is wrong with this guest's clock, as far as can be told from inside; {_floors(verdict)}."
+        return f"Undecided whether this {clock} is right: {verdict.open[0]}."
+    if all_faults:
+        return f"This {clock} keeps the budgets given; what is wrong within them is below."
+    return f"Nothing is wrong with this {clock}, as far as can be told from inside; {_floors(verdict)}."
 
 
 def _has_added_fault(verdict: Verdict) -> bool:

@@ -61,7 +61,8 @@ def faulty_document() -> dict[str, Any]:
     """CPU 1's CLOCK_MONOTONIC is 1.2 ms behind, and went back for who had read CPU 0's."""
     warps = [{"from": 0, "to": 1, "count": 5000, "largest": 1_199_950}]
     behind = clock("monotonic", 10**9, -1_200_060, -1_199_940, warps=warps)
-    return document(clocks=[clock("tsc", TSC_HZ, -120, 130), behind])
+    raw = clock("monotonic_raw", 10**9, pairs=[], cell_reads=0)
+    return document(clocks=[clock("tsc", TSC_HZ, -120, 130), behind, raw])
 
 
 def line(of: dict[str, Any]) -> str:

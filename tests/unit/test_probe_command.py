@@ -19,15 +19,20 @@ from pvclock.commands import main
 from pvclock.commands.probe import CONSOLE_BYTES_MAX
 from pvclock.commands.probe_process import run_probe
 from pvclock.errors import ProbeNotRun
+from pvclock.host.vmm_process import RunningVm
 from pvclock.meter.inside import parse_record
 from pvclock.probe import bootable_image, linux_executable
 from tests.command_line import run_pvclock
-from tests.unit.probe_lines import CLEAN, FAULTY
+from tests.unit.probe_lines import CLEAN, FAULTY, KVM_LEAVES, document, faulty_document, line
 
 pytestmark = pytest.mark.row("E18")
 
 SHELL = Path("/bin/sh").read_bytes()
 """Stands for the probe where it has to misbehave."""
+
+FALSE_FREQUENCY = [0x15, 0, 1, 84, 25_000_000, 0]
+WITH_FALSE_FREQUENCY = line(faulty_document() | {"cpuid": [*KVM_LEAVES, FALSE_FREQUENCY]})
+"""A fault that no budget decides, beside one that --max-warp does: CPUID says 2.1 GHz."""
 
 Console = Callable[[str], str]
 
@@ -47,8 +52,8 @@ def console(tmp_path: Path) -> Console:
 def judged(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     """The exit status of `probe --judge` and its JSON."""
     status = main(["probe", "--json", "--judge", *arguments])
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return status, document
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return status, told
 
 
 # What is written
@@ -77,9 +82,9 @@ def test_what_was_written_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[
     """The JSON of --output names the file, its form and its size."""
     file = tmp_path / "a probe"
     assert main(["probe", "--json", "--linux", "--output", str(file)]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["schema"] == "pvclock.probe/1"
-    result = document["result"]
+    told = json.loads(capsys.readouterr().out)
+    assert told["schema"] == "pvclock.probe/1"
+    result = told["result"]
     assert (result["file"], result["form"], result["size_bytes"]) == (str(file), "linux", file.stat().st_size)
     assert f"'{file}'" in result["next"][0]["command"]
 
@@ -105,8 +110,8 @@ def test_exit_statuses(
     text: str, budgets: list[str], status: int, word: str, console: Console, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """0: right, as far as can be told, or within its budgets; 1: proven wrong; 2: finer than the measurement."""
-    found, document = judged(capsys, console(text), *budgets)
-    assert (found, document["ok"], document["result"]["status"]) == (status, status == 0, word)
+    found, told = judged(capsys, console(text), *budgets)
+    assert (found, told["ok"], told["result"]["status"]) == (status, status == 0, word)
 
 
 def test_the_verdict_comes_first(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,8 +120,26 @@ def test_the_verdict_comes_first(console: Console, capsys: pytest.CaptureFixture
     first, *rest = capsys.readouterr().out.splitlines()
     assert first.startswith("This guest's clock is wrong: CPU 0's CLOCK_MONOTONIC is 1.1999")
     labels = ["what is wrong", "software sees", "what to change", "clock ", "promise", "Type next:"]
-    places = [next(at for at, line in enumerate(rest) if line.startswith(label)) for label in labels]
+    places = [next(at for at, each in enumerate(rest) if each.startswith(label)) for label in labels]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("text", "budgets", "first"),
+    [
+        (FAULTY, ["--max-warp", "200ns"], "This guest's clock breaks a budget: "),
+        (FAULTY, ["--max-warp", "2ms"], "This guest's clock keeps the budgets given; "),
+        (WITH_FALSE_FREQUENCY, ["--max-warp", "2ms"], "This guest's clock is wrong: CPUID 0x15 says "),
+        (CLEAN, ["--max-warp", "10ns"], "Undecided whether this guest's clock is right: "),
+        (line(faulty_document() | {"added_ns": [0, -1_200_000]}), [], "With the fault that --add put in, this guest's"),
+    ],
+)
+def test_first_lines(
+    text: str, budgets: list[str], first: str, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first line says which kind of verdict it is, and names what decides it."""
+    main(["probe", "--judge", console(text), *budgets])
+    assert capsys.readouterr().out.startswith(first)
 
 
 def test_the_tables_say_which_cpu_is_behind(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +156,7 @@ def test_remedies_are_told_once(console: Console, capsys: pytest.CaptureFixture[
     assert main(["probe", "--judge", console(FAULTY)]) == 1
     lines = capsys.readouterr().out.splitlines()
     for label in ("what to change", "what is wrong", "software sees"):
-        told = [line for line in lines if line.startswith(label)]
+        told = [each for each in lines if each.startswith(label)]
         assert len(told) > 1
         assert len(set(told)) == len(told)
 
@@ -148,23 +171,23 @@ def test_a_row_is_a_line_in_a_pipe(console: Console) -> None:
     """In a pipe nothing is drawn or wrapped, whatever COLUMNS is: each finding's sentence stands in one line."""
     file = console(FAULTY)
     shown = run_pvclock("probe", "--judge", file, COLUMNS="40")
-    document = json.loads(run_pvclock("probe", "--json", "--judge", file).stdout)
+    told = json.loads(run_pvclock("probe", "--json", "--judge", file).stdout)
     assert shown.status == 1
     lines = shown.stdout.splitlines()
-    for finding in document["result"]["findings"]:
-        assert any(finding["what"] in line for line in lines)
+    for finding in told["result"]["findings"]:
+        assert any(finding["what"] in each for each in lines)
     assert not set("┃│━┏┓") & set(shown.stdout)
 
 
 def test_the_numbers_of_a_verdict(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON has findings with bounds, each clock in numbers, promises, and what to type next."""
-    _, document = judged(capsys, console(FAULTY))
-    result = document["result"]
+    _, told = judged(capsys, console(FAULTY))
+    result = told["result"]
     fault = next(each for each in result["findings"] if each["weight"] == "fault")
     assert fault["clock"] == "monotonic"
     assert fault["low_ns"] <= 1_200_000 <= fault["high_ns"]
     assert fault["change"]
-    tsc, monotonic = result["clocks"]
+    tsc, monotonic, _raw = result["clocks"]
     assert tsc["apart_cpus"] == [0, 1]
     assert (tsc["apart_low_ns"], tsc["apart_high_ns"]) == pytest.approx((-60, 65), abs=1)
     assert tsc["rate_low_ppb"] is None
@@ -172,6 +195,14 @@ def test_the_numbers_of_a_verdict(console: Console, capsys: pytest.CaptureFixtur
     assert (monotonic["largest_warp_cpus"], monotonic["largest_warp_ns"]) == ([0, 1], 1_199_950)
     assert result["promises"]["hypervisor"] == "KVM"
     assert result["next"][0]["command"].startswith("pvclock ")
+
+
+def test_a_machine_that_is_no_guest(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where CPUID shows no hypervisor nobody is sent to its host."""
+    assert main(["probe", "--judge", console(line(document(cpuid=[[1, 0, 0x50654, 0x20800, 0x01202000, 0]])))]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Nothing is wrong with this machine's clock")
+    assert "pvclock watch" not in shown
 
 
 def test_standard_input_is_judged(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,8 +236,8 @@ def test_standard_input_is_judged(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_what_probe_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """What cannot be is told in one line, and the exit status is 2."""
     assert main(["probe", *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    (told,) = capsys.readouterr().err.splitlines()
+    assert said in told
 
 
 def test_a_file_of_any_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,24 +276,26 @@ def test_what_no_probe_printed(text: str, console: Console, capsys: pytest.Captu
 def test_what_doctor_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Options of the measurement need --guest, and name CPUs that there are."""
     assert main(["doctor", *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    (told,) = capsys.readouterr().err.splitlines()
+    assert said in told
 
 
 # How it is run
 
 
-def test_a_fault_that_is_put_in_is_found(capsys: pytest.CaptureFixture[str]) -> None:
-    """doctor --guest measures on this machine: a CPU that is put ahead by 1 ms is found where there is another one."""
+def test_a_fault_that_is_put_in_is_found(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    """A CPU of this machine that is put ahead by 1 ms is found where there is another; --judge reads that report."""
     *others, last = sorted(os.sched_getaffinity(0))[-2:]
     status = main(["doctor", "--guest", "--json", "--seconds", "0.3", "--add", f"{last}:1000000"])
-    result = json.loads(capsys.readouterr().out)["result"]
+    text = capsys.readouterr().out
+    result = json.loads(text)["result"]
     offsets = [each for each in result["findings"] if each["code"] == "offset"]
     assert bool(offsets) == bool(others)
     assert all(last in each["cpus"] for each in offsets)
     assert status == (1 if others else 0)
     assert "added-fault" in {each["code"] for each in result["findings"]}
-    assert parse_record(json.dumps(result["record"])).form == "linux"
+    again, told = judged(capsys, console(text))
+    assert (again, told["result"]["findings"]) == (status, result["findings"])
 
 
 def test_what_the_executable_prints_is_heard() -> None:
@@ -347,6 +380,24 @@ def test_doctor_in_a_vm_names_the_measurement(
     monkeypatch.setattr("pvclock.commands.doctor.cpu_flags", lambda: frozenset({"hypervisor"} if is_guest else ()))
     main(["doctor"])
     assert ("pvclock doctor --guest" in capsys.readouterr().out) == is_guest
+
+
+@pytest.mark.parametrize("vms", [[RunningVm(4711, "qemu", 2)], []])
+def test_doctor_where_a_vm_runs_names_the_watch(
+    vms: list[RunningVm], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a VM runs doctor says that its clock can be watched, and nowhere else."""
+    monkeypatch.setattr("pvclock.commands.doctor.running_vms", lambda: vms)
+    main(["doctor", "--json"])
+    also = json.loads(capsys.readouterr().out)["result"]["also"]
+    assert ("pvclock watch --pid" in [each["command"] for each in also]) == bool(vms)
+
+
+def test_no_right_is_needed() -> None:
+    """A user without rights measures as root does."""
+    done = run_pvclock("doctor", "--guest", "--seconds", "0.1", nobody=True)
+    assert (done.status in {0, 1}, done.stderr) == (True, "")
+    assert "rate against the TSC" in done.stdout
 
 
 def test_the_executable_runs_by_itself(tmp_path: Path) -> None:
