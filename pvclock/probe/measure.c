@@ -267,8 +267,6 @@ static void exchange_pair(struct measurement *it)
     const struct probe_pair *pair = pair_of(it, 0);
 
     it->exchange.asked = it->exchange.answered = 0;
-    for (unsigned clock = 0; clock < it->count; clock++)
-        offset_window_begin(&pair_of(it, clock)->slices[it->slice]);
     run(it, UINT64_C(1) << pair->a | UINT64_C(1) << pair->b, exchange);
     for (unsigned clock = 0; clock < it->count; clock++)
         pair_of(it, clock)->at_tsc[it->slice] = it->began_tsc + (it->ended_tsc - it->began_tsc) / 2;
@@ -313,19 +311,34 @@ static void progress(const struct measurement *it, unsigned half_slices)
         it->plan->progress(half_slices * 100 / (2 * PROBE_SLICES));
 }
 
+/* Where more vCPUs than host CPUs take their time to answer, each slice goes on with the pairs where the last one ended. */
+static void exchange_pairs(struct measurement *it, uint64_t slice_ticks)
+{
+    unsigned pairs = it->results[0].pairs;
+    uint64_t begin_tsc = it->began_tsc;
+
+    for (unsigned clock = 0; clock < it->count; clock++) {
+        for (unsigned pair = 0; pair < pairs; pair++) {
+            offset_window_begin(&it->results[clock].pair[pair].slices[it->slice]);
+            it->results[clock].pair[pair].at_tsc[it->slice] = begin_tsc;
+        }
+    }
+    it->share_ticks = pairs ? slice_ticks / 2 / pairs / it->exchanged : 0;
+    for (unsigned done = 0; done < pairs && it->ended_tsc - begin_tsc < slice_ticks / 4 * 3; done++) {
+        exchange_pair(it);
+        it->pair = (it->pair + 1) % pairs;
+    }
+}
+
 /* The pairs first, and then the shared cell for what they left of the slice, but a quarter at least. */
 static void measure_slice(struct measurement *it)
 {
     uint64_t slice_ticks = ticks_of_ms(it, it->plan->milliseconds) / PROBE_SLICES, begin_tsc, used_ticks;
-    unsigned pairs = it->results[0].pairs;
 
     it->late_ticks = ticks_of_ms(it, LATE_MS) < slice_ticks ? ticks_of_ms(it, LATE_MS) : slice_ticks;
     run(it, 0, begin_slice);
     begin_tsc = it->began_tsc;
-    for (it->pair = 0; it->pair < pairs; it->pair++) {
-        it->share_ticks = slice_ticks / 2 / pairs / it->exchanged;
-        exchange_pair(it);
-    }
+    exchange_pairs(it, slice_ticks);
     progress(it, 2 * it->slice + 1);
 
     used_ticks = it->ended_tsc - begin_tsc; /* of a TSC that went back: very many */
@@ -364,7 +377,7 @@ void measure(struct probe_team *team, const struct probe_plan *plan, const struc
     it.clocks = clocks;
     it.count = count;
     it.results = results;
-    it.exchanged = 0;
+    it.exchanged = it.pair = 0;
     it.began_tsc = it.ended_tsc = 0; /* should the first CPU never come */
     for (unsigned clock = 0; clock < count; clock++) {
         it.exchanged += clocks[clock].exchanged;

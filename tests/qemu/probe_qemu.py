@@ -26,7 +26,7 @@ class Ended(NamedTuple):
 
 def run_probe(place: Path, image: bytes, *arguments: str, cmdline: str = "seconds=0.1", vcpus: int = 2) -> Ended:
     """Run `image` in a QEMU with these arguments, among them its `-machine`, until that ends; files are in `place`."""
-    kernel, serial = place / "probe.elf", place / "serial"
+    kernel, serial = place / "probe.img", place / "serial"
     kernel.write_bytes(image)
     command = [
         *(LAUNCHER[0], "--pdeathsig", "KILL", "--", PROGRAM),

@@ -101,7 +101,7 @@ def shell_blocks(word: str) -> list[str]:
 @pytest.mark.long
 def test_documented_command_lines(tmp_path: Path) -> None:
     """QEMU's command lines as they stand, but for the time and a CPU flag that some hosts want, print the line."""
-    (tmp_path / "probe.elf").write_bytes(bootable_image())
+    (tmp_path / "probe.img").write_bytes(bootable_image())
     commands = shell_blocks("qemu-system-x86_64")
     assert [re.findall(r"-machine (\w+)", command) for command in commands] == [["pc"], ["q35"], ["microvm"]]
     for command in commands:
@@ -118,7 +118,7 @@ def test_documented_grub_iso(tmp_path: Path) -> None:
     """The ISO that the document makes boots from a CD-ROM; under TCG, for real mode is slow in some KVMs."""
     if not shutil.which("grub-mkrescue"):
         pytest.skip("no grub-mkrescue; to get it: apt-get install grub-pc-bin grub-common xorriso mtools")
-    (tmp_path / "probe.elf").write_bytes(bootable_image())
+    (tmp_path / "probe.img").write_bytes(bootable_image())
     (commands,) = shell_blocks("mkdir")
     subprocess.run(["sh", "-ec", commands.replace("seconds=10", "seconds=0.1")], cwd=tmp_path, check=True)
     serial = tmp_path / "serial"
