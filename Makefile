@@ -3,9 +3,9 @@
 PYTHON ?= python3
 
 # Debian packages that tests and the demo want and the build does not: QEMU to check against, clang for the headers,
-# spin for the models, the rest for the lab.
+# spin for the models, GRUB and its companions for the probe on a CD, the rest for the lab.
 # What the build needs, scripts/make-venv.sh knows.
-DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file spin clang
+DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file spin clang grub-pc-bin grub-common xorriso mtools
 
 # The tests of `make test`; those of `make test-lab` are the others.
 QUICK := not (lab or long) or smoke

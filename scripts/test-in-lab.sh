@@ -16,9 +16,9 @@ mapfile -t files < <(
 # How QEMU is reached, and what a watch says to its user, does not depend on the host's KVM; a life cycle takes a minute.
 # A stock Linux hangs in a lab with two CPUs more often than not, and has a lab of its own.
 # On two CPUs, what meets there and not on one: not what compiles programs, starts commands or calls from one thread.
-linux=tests/qemu/test_watch_linux.py
-files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/qemu/test_(qmp_socket|watch.*)\.py'))
-alone='kvm/test_(c_vmm|demo|embedding|examples|execution_time_machine|wrong_types)|qemu/test_(every_guest|hvprobe_qemu|launch|lifecycle|outside_qemu|page_search)|unit/'
+linux=(tests/qemu/test_{watch_linux,doctor_guest_linux}.py)
+files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/qemu/test_(qmp_socket|watch.*|doctor_guest_linux)\.py'))
+alone='kvm/test_(c_vmm|demo|embedding|examples|execution_time_machine|probe_image|probe_entries|wrong_types)|qemu/test_(every_guest|hvprobe_qemu|launch|lifecycle|outside_qemu|page_search|probe_qemu)|unit/'
 on_two=($(printf '%s\n' "${files[@]}" | grep -vE "tests/($alone)"))
 "$bin/python" -m compileall -q pvclock qemu_glue
 "$bin/python" -c "from tests.qemu.linux_guest import compiled_sampler; compiled_sampler()"
@@ -34,7 +34,7 @@ trap 'rm -f "$output"' EXIT
 {
     in_lab --cpus 2 --tsc-reliable -- -k "not clang" "${on_two[@]}"
     on_two_status=$?
-    in_lab -- "$linux" && (exit "$on_two_status")
+    in_lab -- "${linux[@]}" && (exit "$on_two_status")
 } >"$output" 2>&1 &
 status=0
 # Long tests, and clang's twins of gcc's, are left to the other lab at most: after this one comes the third regime.
