@@ -132,9 +132,7 @@ def _floors(verdict: Verdict) -> str:
     from pvclock.meter.inside.words import floor_in_words
 
     known = [f"{floor_in_words(floor.ns)} ({floor.clock})" for floor in verdict.floors if floor.ns is not None]
-    return (
-        f"CPUs that are apart by less than {', '.join(known)} may not be seen" if known else "no CPUs were compared"
-    )
+    return f"CPUs that are apart by less than {', '.join(known)} may not be seen" if known else "no CPUs were compared"
 
 
 def _reasons(verdict: Verdict) -> Iterator[Text]:
