@@ -77,6 +77,8 @@ def module(name: str, *flags: str, depends: Iterable[Path] = ()) -> Extension:
 class BuildExtensions(build_ext):
     """Compiles the forms of the probe before the module that has them inside."""
 
+    command_name = "build_ext"  # an editable install looks up the options below anew, by this
+
     def build_extension(self, extension: Extension) -> None:
         """Have the assembler look for the forms where they are built."""
         if extension.name == "pvclock.probe._images":
