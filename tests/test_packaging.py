@@ -17,7 +17,8 @@ import pytest
 import pvclock
 from tests.waiting import HANG_S
 
-pytestmark = pytest.mark.row("style")
+# One worker builds the wheel, and not each of them its own.
+pytestmark = [pytest.mark.row("style"), pytest.mark.xdist_group("wheel")]
 
 ROOT = Path(__file__).parents[1]
 HEADERS = sorted(header.name for header in ROOT.glob("pvclock/include/*.h"))

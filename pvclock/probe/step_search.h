@@ -4,7 +4,8 @@
  *
  * Between two readings the clock advances by its rate times the ticks.  The rate is learned first, as bounds: the
  * medians of those of a few short spans, so steps in fewer than half of them do no harm.  From then on it may be any
- * that NTP can make of it, at any moment; of a clock that NTP leaves alone, it stays.  What an advance has beyond these
+ * that NTP can make of it, at any moment; of a clock that NTP leaves alone, it stays, and longer spans tell it ever
+ * better, which matters where the CPU that reads is preempted for long.  What an advance has beyond these
  * bounds is a step; or a faster slew (an adjtimex tick, chrony), which lasts: so a step counts only when neither the
  * span before, nor the one after, was like that, each long enough to tell.
  */
@@ -30,7 +31,8 @@ struct clock_step {
 
 enum {
     STEP_SEARCH_SPANS = 15,          /* from which the rate is learned */
-    STEP_SEARCH_SPANS_HZ = 100,      /* each lasts 10 ms or more */
+    STEP_SEARCH_SPANS_HZ = 100,      /* each lasts 10 ms or more, */
+    STEP_SEARCH_SPANS_GROW = 4,      /* and then so many times as long, of a clock whose rate stays */
     STEP_SEARCH_GRAIN_HZ = 10000000, /* a clock may advance by 100 ns at once, as Hyper-V's does */
     STEP_SEARCH_SLEW_PPM = 1001,     /* from one end of NTP's +-500 ppm to the other: 1.0005 / 0.9995 */
     STEP_SEARCH_UNSLEWED_PPM = 1,    /* a kernel that scales by 32 bits changes the last of them now and then */
@@ -56,8 +58,11 @@ struct step_search {
 
     struct probe_sample last;            /* the reading from which the next one's advance is taken */
     uint64_t narrowest;                  /* ticks between the two TSCs of a reading */
-    unsigned spans;                      /* learned from; the rate is known when it has all */
+    struct probe_sample span_begin;      /* of the span that is learned from next */
+    uint64_t span_ticks;
+    unsigned spans;                      /* learned from */
     uint64_t slowest[STEP_SEARCH_SPANS], fastest[STEP_SEARCH_SPANS]; /* sorted bounds of their rates */
+    bool knows_rate;                     /* since it had all of them once */
     uint64_t rate_low, rate_high;
     struct step_excess candidate;        /* a step unless the next span goes on like that; low == high == 0: none */
     uint64_t candidate_tsc;
@@ -78,7 +83,9 @@ static inline void step_search_begin(struct step_search *search, uint64_t tsc_hz
     search->count = 0;
     search->forward.found = search->backward.found = false;
     search->narrowest = UINT64_MAX;
+    search->span_ticks = tsc_hz / STEP_SEARCH_SPANS_HZ;
     search->spans = 0;
+    search->knows_rate = false;
     search->candidate.low = search->candidate.high = 0;
     search->pasts = 0;
 }
@@ -137,21 +144,32 @@ static inline uint64_t step_search_slew(const struct step_search *search, uint64
     return (rate / 1000000 + 1) * search->slew_ppm;
 }
 
-/* More than half of the spans had no step, so one of them at least is on either side of each median. */
+static inline bool step_search_knows_rate(const struct step_search *search)
+{
+    return search->knows_rate;
+}
+
+/* More than half of the spans had no step, so one of them at least is on either side of each median.  Bounds that
+ * contradict those of shorter spans had steps in most of their own.
+ */
 static inline void step_search_take_medians(struct step_search *search)
 {
     uint64_t low = search->slowest[STEP_SEARCH_SPANS / 2], high = search->fastest[STEP_SEARCH_SPANS / 2];
     uint64_t less = step_search_slew(search, low), more = step_search_slew(search, high);
 
-    search->rate_low = low > less ? low - less : 0;
-    search->rate_high = high < UINT64_MAX - more ? high + more : UINT64_MAX;
+    low = low > less ? low - less : 0;
+    high = high < UINT64_MAX - more ? high + more : UINT64_MAX;
+    if (search->knows_rate) {
+        low = low > search->rate_low ? low : search->rate_low;
+        high = high < search->rate_high ? high : search->rate_high;
+        if (low > high)
+            return;
+    }
+    search->rate_low = low;
+    search->rate_high = high;
+    search->knows_rate = true;
     if (search->floor == INT64_MAX)
         search->floor = 0;
-}
-
-static inline bool step_search_knows_rate(const struct step_search *search)
-{
-    return search->spans == STEP_SEARCH_SPANS;
 }
 
 /* ---- Spans: from one reading to a later one. ---- */
@@ -173,30 +191,35 @@ static inline bool step_search_is_wide(const struct step_search *search, const s
 {
     uint64_t width = step_search_width(reading), ticks = reading->tsc_before - search->last.tsc_after;
 
-    if (width / 4 <= search->narrowest)
+    if (width / 2 <= search->narrowest)
         return false;
-    if (!step_search_knows_rate(search))
+    if (!search->knows_rate)
         return ticks < 2 * search->tsc_hz / STEP_SEARCH_SPANS_HZ;
     return step_search_units(search->rate_high, width) >
            step_search_units(search->rate_high - search->rate_low, ticks);
 }
 
-static inline void step_search_learn(struct step_search *search, const struct probe_sample *reading)
+/* Learn from the span that ends with this reading, if it is long enough; true: it was. */
+static inline bool step_search_learn(struct step_search *search, const struct probe_sample *reading)
 {
-    uint64_t ticks_least = reading->tsc_before - search->last.tsc_after;
-    uint64_t ticks_most = reading->tsc_after - search->last.tsc_before;
-    int64_t advance = step_search_advance(&search->last, reading), grain = step_search_grain(search);
+    uint64_t ticks_least = reading->tsc_before - search->span_begin.tsc_after;
+    uint64_t ticks_most = reading->tsc_after - search->span_begin.tsc_before;
+    int64_t advance = step_search_advance(&search->span_begin, reading), grain = step_search_grain(search);
     uint64_t fastest;
 
-    if (ticks_least < search->tsc_hz / STEP_SEARCH_SPANS_HZ)
-        return;
+    if (ticks_least < search->span_ticks)
+        return false;
     fastest = step_search_rate(advance + grain, ticks_least);
     step_search_insert(search->slowest, search->spans, step_search_rate(advance - grain, ticks_most));
     step_search_insert(search->fastest, search->spans, fastest == UINT64_MAX ? fastest : fastest + 1);
-    search->spans++;
-    search->last = *reading;
-    if (step_search_knows_rate(search))
+    search->span_begin = *reading;
+    if (++search->spans == STEP_SEARCH_SPANS) {
         step_search_take_medians(search);
+        search->spans = 0;
+        if (search->span_ticks < search->tsc_hz) /* a second */
+            search->span_ticks *= STEP_SEARCH_SPANS_GROW;
+    }
+    return true;
 }
 
 static inline struct step_excess step_search_excess(const struct step_search *search, const struct probe_sample *from,
@@ -291,6 +314,8 @@ static inline void step_search_forget_rate(struct step_search *search, const str
 
     if (largest > search->floor)
         search->floor = largest;
+    search->knows_rate = false;
+    search->span_ticks = search->tsc_hz / STEP_SEARCH_SPANS_HZ;
     search->spans = 0;
     search->pasts = 0;
 }
@@ -337,9 +362,11 @@ static inline void step_search_judge(struct step_search *search, const struct pr
 
     if (!step_search_decide(search, &excess))
         return;
-    if (step_search_knows_rate(search))
+    if (search->knows_rate)
         step_search_sort(search, &excess, reading);
     search->last = *reading;
+    if (!search->knows_rate)
+        search->span_begin = *reading;
 }
 
 static inline void step_search_add(struct step_search *search, uint64_t tsc_before, int64_t clock, uint64_t tsc_after)
@@ -353,15 +380,18 @@ static inline void step_search_add(struct step_search *search, uint64_t tsc_befo
     if (step_search_width(&reading) < search->narrowest)
         search->narrowest = step_search_width(&reading);
     if (first || (int64_t)(tsc_before - search->last.tsc_after) < 0) { /* a TSC that went back tells nothing of others */
-        search->last = reading;
+        search->last = search->span_begin = reading;
         search->candidate.low = search->candidate.high = 0;
         search->pasts = 0;
     } else if (step_search_is_wide(search, &reading)) {
         return;
-    } else if (step_search_knows_rate(search)) {
-        step_search_judge(search, &reading);
+    } else if (!search->knows_rate) {
+        if (step_search_learn(search, &reading))
+            search->last = reading;
     } else {
-        step_search_learn(search, &reading);
+        step_search_judge(search, &reading);
+        if (search->knows_rate && search->slew_ppm == STEP_SEARCH_UNSLEWED_PPM)
+            step_search_learn(search, &reading);
     }
 }
 

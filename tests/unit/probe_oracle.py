@@ -10,6 +10,7 @@ FAR: Final = (2**63 - 1) // 8
 """What step_search.h cuts advances to."""
 SPANS: Final = 15
 SPAN_HZ: Final = 100
+SPANS_GROW: Final = 4
 GRAIN_HZ: Final = 10**7
 RATE_BITS: Final = 56
 SLEW_PPM: Final = 1001
@@ -103,7 +104,7 @@ class StepSearch:
 
     def __init__(self, tsc_hz: int, clock_hz: int, *, unslewed: bool) -> None:
         self.tsc_hz = tsc_hz
-        self.span_ticks = tsc_hz // SPAN_HZ
+        self.first_span_ticks = self.span_ticks = tsc_hz // SPAN_HZ
         self.twice_span_ticks = 2 * tsc_hz // SPAN_HZ
         self.grain = clock_hz // GRAIN_HZ + 1
         self.slew_ppm = UNSLEWED_PPM if unslewed else SLEW_PPM
@@ -112,7 +113,10 @@ class StepSearch:
         self.steps: list[Step] = []
         self.last: Reading | None = None
         self.narrowest = U64
+        self.is_unslewed = unslewed
+        self.span_begin: Reading | None = None
         self.rates: list[tuple[int, int]] = []
+        self.bounds: tuple[int, int] | None = None
         self.candidate: tuple[Span, int] | None = None
         self.past: list[Reading] = []
         self.past_ticks = 0
@@ -121,43 +125,59 @@ class StepSearch:
         """Take one more reading."""
         self.reads += 1
         self.narrowest = min(self.narrowest, reading.width)
-        if self.last is None or signed64(reading.before - self.last.after) < 0:
-            self.last, self.candidate, self.past = reading, None, []
-        elif not self._is_wide(reading, self.last):
-            if len(self.rates) < SPANS:
-                self._learn(reading, self.last)
-            else:
-                self._judge(reading, self.last)
+        if self.last is None or self.span_begin is None or signed64(reading.before - self.last.after) < 0:
+            self.last, self.span_begin, self.candidate, self.past = reading, reading, None, []
+        elif self._is_wide(reading, self.last):
+            return
+        elif self.bounds is None:
+            if self._learn(reading, self.span_begin):
+                self.last = reading
+        else:
+            self._judge(reading, self.last)
+            if self.bounds is not None and self.is_unslewed:
+                self._learn(reading, self.span_begin)
 
     def largest(self, sign: int) -> Step | None:
         """Return the largest step that way, the earliest of those alike."""
         steps = [step for step in self.steps if (step.low > 0) == (sign > 0)]
         return max(steps, key=lambda step: step.low if sign > 0 else -step.high, default=None)
 
-    def _bounds(self) -> tuple[int, int]:
+    def _take_medians(self) -> None:
         low, high = (sorted(rates)[SPANS // 2] for rates in zip(*self.rates, strict=True))
         low -= min(low, (low // 10**6 + 1) * self.slew_ppm)
-        return low, min(high + (high // 10**6 + 1) * self.slew_ppm, U64 - 1)
+        high = min(high + (high // 10**6 + 1) * self.slew_ppm, U64 - 1)
+        if self.bounds is not None:
+            low, high = max(low, self.bounds[0]), min(high, self.bounds[1])
+        if low <= high:
+            self.bounds = low, high
+            self.floor = 0 if self.floor == 2**63 - 1 else self.floor
+
+    def _bounds(self) -> tuple[int, int]:
+        assert self.bounds is not None
+        return self.bounds
 
     def _is_wide(self, reading: Reading, last: Reading) -> bool:
         ticks = (reading.before - last.after) % U64
-        if reading.width // 4 <= self.narrowest:
+        if reading.width // 2 <= self.narrowest:
             return False
-        if len(self.rates) < SPANS:
+        if self.bounds is None:
             return ticks < self.twice_span_ticks
         low, high = self._bounds()
         return cut(high * reading.width >> RATE_BITS) > cut((high - low) * ticks >> RATE_BITS)
 
-    def _learn(self, reading: Reading, last: Reading) -> None:
-        least, most = (reading.before - last.after) % U64, (reading.after - last.before) % U64
+    def _learn(self, reading: Reading, begin: Reading) -> bool:
+        least, most = (reading.before - begin.after) % U64, (reading.after - begin.before) % U64
         if least < self.span_ticks:
-            return
-        advance = cut(signed64(reading.clock - last.clock))
+            return False
+        advance = cut(signed64(reading.clock - begin.clock))
         fastest = rate_of(advance + self.grain, least)
         self.rates.append((rate_of(advance - self.grain, most), min(fastest + 1, U64 - 1)))
-        self.last = reading
-        if len(self.rates) == SPANS and self.floor == 2**63 - 1:
-            self.floor = 0
+        self.span_begin = reading
+        if len(self.rates) == SPANS:
+            self._take_medians()
+            self.rates = []
+            self.span_ticks *= SPANS_GROW if self.span_ticks < self.tsc_hz else 1
+        return True
 
     def _span(self, reading: Reading, last: Reading) -> Span:
         least, most = (reading.before - last.after) % U64, (reading.after - last.before) % U64
@@ -173,10 +193,12 @@ class StepSearch:
         span = self._span(reading, last)
         if self.candidate is not None and not self._decide(span, *self.candidate):
             return
-        if len(self.rates) == SPANS:
+        if self.bounds is not None:
             self.floor = max(self.floor, 2 * (span.high - span.low))
             self._sort(span, reading, last)
         self.last = reading
+        if self.bounds is None:
+            self.span_begin = reading
 
     def _sort(self, span: Span, reading: Reading, last: Reading) -> None:
         if span.least == 0:
@@ -206,7 +228,8 @@ class StepSearch:
 
     def _forget_rate(self, span: Span) -> None:
         self.floor = max(self.floor, span.high if span.is_forward else -span.low)
-        self.rates, self.past = [], []
+        self.bounds, self.rates, self.past = None, [], []
+        self.span_ticks = self.first_span_ticks
 
     def _decide(self, span: Span, candidate: Span, at_tsc: int) -> bool:
         if not is_as_sharp(span, candidate):
