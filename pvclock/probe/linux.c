@@ -123,7 +123,7 @@ int main(int count, char *arguments[])
     linux_team_begin(&team, &options.cpus);
     memcpy(team.added_ns, options.added_ns, sizeof(team.added_ns));
     plan.tsc_hz = tsc_hz_of(&team);
-    linux_clocks(clocks, plan.tsc_hz, clocksource_is_tsc());
+    linux_clocks(clocks, plan.tsc_hz);
     find_visible_pages(&pages, &options.cpus, plan.tsc_hz);
     measure(&team, &plan, clocks, LINUX_CLOCKS, results);
     look_at_visible_pages(&pages);

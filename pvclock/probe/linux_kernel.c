@@ -152,12 +152,12 @@ static void print_line_of(struct json_out *out, const char *key, const char *pat
     json_string(out, key, line);
 }
 
-bool clocksource_is_tsc(void)
+bool clocksource_is(const char *name)
 {
-    char name[SMALL_FILE_BYTES];
+    char current[SMALL_FILE_BYTES];
 
-    read_line(CLOCKSOURCE "current_clocksource", name);
-    return !strcmp(name, "tsc");
+    read_line(CLOCKSOURCE "current_clocksource", current);
+    return !strcmp(current, name);
 }
 
 void print_kernel(struct json_out *out)
