@@ -256,6 +256,16 @@ def test_the_tables_say_which_cpu_is_behind(console: Console, capsys: pytest.Cap
     assert "5,000 times, by up to 1.199 ms: CPU 1 after CPU 0" in shown
 
 
+def test_a_bound_is_one_number(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first line, what software sees and the table round it alike; the guest's own way out comes last."""
+    assert main(["probe", "--judge", console(FAULTY)]) == 1
+    first, *rest = capsys.readouterr().out.splitlines()
+    told = [first, *(each for each in rest if each.startswith(("software sees", "monotonic ")))]
+    assert all("1.20007 ms" in each for each in told)
+    changes = [each for each in rest if each.startswith("what to change")]
+    assert [each for each in changes if "guest, until then" in each] == changes[-1:]
+
+
 def test_remedies_are_told_once(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
     """Faults of one cause have one remedy: each stands in one line, and what software sees of them, too."""
     assert main(["probe", "--judge", console(FAULTY)]) == 1

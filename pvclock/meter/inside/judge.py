@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+from pvclock.meter.inside.advice import Remedies
 from pvclock.meter.inside.apart import Windows, apart_findings
 from pvclock.meter.inside.budgets import check_budgets
 from pvclock.meter.inside.claims import frequency_findings, promise_findings, stopped_findings
@@ -12,7 +13,6 @@ from pvclock.meter.inside.kernel import clocksource_findings, complaint_findings
 from pvclock.meter.inside.motion import drift_findings, rate_findings, step_findings
 from pvclock.meter.inside.promises import Promises, promises
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord
-from pvclock.meter.inside.remedies import Remedies
 from pvclock.meter.inside.story import story
 from pvclock.meter.inside.symptoms import title
 from pvclock.meter.inside.verdict import (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from pvclock.meter.inside.advice import Remedies
 from pvclock.meter.inside.apart import Windows, groups_of
 from pvclock.meter.inside.drift import Drift, drift_of
 from pvclock.meter.inside.rates import rate_change
 from pvclock.meter.inside.record import ClockRecord, PairRecord, ProbeRecord, StepRecord
-from pvclock.meter.inside.remedies import Remedies
 from pvclock.meter.inside.symptoms import sees_drift, sees_step, title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.windows import Window, unit_ns
