@@ -26,7 +26,7 @@ from pvclock.host.vmm_process import RunningVm
 from pvclock.meter.inside import parse_record
 from pvclock.probe import bootable_image, linux_executable
 from tests.command_line import run_pvclock
-from tests.unit.inside_records import a_kernel
+from tests.unit.inside_records import a_clock, a_kernel
 from tests.unit.probe_lines import CLEAN, FAULTY, KVM_LEAVES, clock, document, faulty_document, line, one_cpu_document
 
 pytestmark = pytest.mark.row("E18")
@@ -41,6 +41,8 @@ WITH_FALSE_FREQUENCY = line(faulty_document() | {"cpuid": [*KVM_LEAVES, FALSE_FR
 ADDED = faulty_document() | {"added_ns": [0, -1_200_000]}
 UNDECIDED = "Undecided whether this guest's clock is right:"
 
+FOUR_CPUS = [{"cpu": cpu, "apic_id": cpu} for cpu in range(4)]
+FOUR_CLOCKS = [a_clock("tsc"), clock("pvclock", 10**9, pairs=[])]
 LONGEST_S = 30
 """The longest run that has to end a round on a busy machine."""
 
@@ -222,6 +224,23 @@ def test_what_to_type_next_is_a_command(
     for each in typed:
         assert each.startswith("pvclock probe ")
         subprocess.run(["sh", "-n", "-c", each], check=True)
+
+
+@pytest.mark.parametrize(("milliseconds", "seconds"), [(0, "0.1"), (10**9, "86400")])
+def test_a_probe_is_asked_for_no_time_that_it_refuses(
+    milliseconds: int, seconds: str, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line may hold any length of a run; what is typed next may not."""
+    text = line(document(milliseconds=milliseconds))
+    _, told = judged(capsys, console(text), "--max-step", "1ns")
+    assert f"./probe --seconds {seconds} |" in told["result"]["next"][0]["command"]
+
+
+def test_an_image_is_booted_with_as_many_cpus(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two at least, for one has none to be compared with."""
+    for text, cpus in ((document(form="bare"), 2), (document(form="bare", cpus=FOUR_CPUS, clocks=FOUR_CLOCKS), 4)):
+        _, told = judged(capsys, console(line(text)), "--max-step", "1ns")
+        assert f" -smp {cpus} " in told["result"]["next"][0]["command"]
 
 
 def test_the_options_are_typed_again() -> None:
