@@ -1,53 +1,23 @@
-"""What software in the guest sees of a fault, and what to change: on the host, or in the guest until then.
+"""What to change on the host for a fault that was found, or in the guest until then.
 
 Sources: QEMU's CPU properties and docs/system/i386/hyperv.rst; libvirt's "Time keeping" and "CPU features"; Linux's
-kernel-parameters.txt; VirtualBox's manual, 9; xl.cfg(5), tsc_mode; VMware's "Timekeeping".
+kernel-parameters.txt, Documentation/virt/kvm/x86/timekeeping.rst and arch/x86/kvm/x86.c; VirtualBox's manual, 9;
+xl.cfg(5), tsc_mode; VMware's "Timekeeping".
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
-__all__ = [
-    "STOPPED_CHANGE",
-    "frequency_change",
-    "promise_change",
-    "sees_apart",
-    "sees_drift",
-    "sees_step",
-    "sync_change",
-    "title",
-]
+__all__ = ["STOPPED_CHANGE", "STOPPED_CLEARED", "Remedies", "frequency_change"]
 
-TITLES: Final = {
-    "tsc": "TSC",
-    "monotonic": "CLOCK_MONOTONIC",
-    "monotonic_raw": "CLOCK_MONOTONIC_RAW",
-    "pvclock": "kvmclock",
-    "hyperv": "Hyper-V reference time",
-    "pit": "PIT",
-    "acpi_pm": "ACPI PM timer",
-}
-
-WHO_FAILS: Final = {
-    "tsc": "what reads RDTSC itself (profilers, tracers, databases, DPDK), and every clock that Linux makes of it,",
-    "monotonic": "std::chrono::steady_clock, Java's nanoTime(), Go's and Rust's monotonic time and Erlang's clock",
-    "monotonic_raw": "what reads CLOCK_MONOTONIC_RAW (time daemons, tracers)",
-    "pvclock": "every clock that a guest's kernel makes of kvmclock",
-    "hyperv": "every clock that a guest's kernel makes of Hyper-V's reference time",
-}
-CRASHES: Final = " Programs that take that for impossible end themselves: Erlang's runtime and Chromium do."
-
-GUEST_SLOW: Final = (
-    "guest, until then: boot with clocksource=hpet or clocksource=acpi_pm: slow, and the same on all CPUs"
-)
 HOST_TSC: Final = (
     "host: its own TSC must be sound: current_clocksource in /sys/devices/system/clocksource/clocksource0 is tsc, and "
     "dmesg has no `TSC ADJUST` and no `unstable`; do not silence that with tsc=reliable"
 )
 KVM_SYNC: Final = (
-    "QEMU: one frequency for all vCPUs, -cpu host,tsc-frequency=HZ; libvirt: <timer name='tsc' "
-    "frequency='HZ'/>; any VMM: after a migration or a restore one TSC offset for all vCPUs"
+    "any VMM: one TSC offset for all vCPUs; what makes them differ: a migration or a restore that sets each vCPU's TSC "
+    "by itself, a guest or its firmware that writes IA32_TSC on one CPU, a host whose TSCs are not synchronised"
 )
 TCG_SYNC: Final = "QEMU: -accel tcg,thread=single, or -icount shift=auto: all vCPUs then have one clock"
 HVF_SYNC: Final = (
@@ -65,15 +35,15 @@ HYPERV_SYNC: Final = (
     "itself the host has to be put right"
 )
 SYNC: Final = {
-    "KVM": (HOST_TSC, KVM_SYNC, GUEST_SLOW),
-    "QEMU's TCG": (TCG_SYNC, GUEST_SLOW),
-    "Apple's Hypervisor.framework (HVF)": (HVF_SYNC, GUEST_SLOW),
-    "VirtualBox": (VIRTUALBOX_SYNC, GUEST_SLOW),
-    "VMware": (VMWARE_SYNC, GUEST_SLOW),
-    "Xen": (XEN_SYNC, GUEST_SLOW),
-    "Hyper-V": (HYPERV_SYNC, GUEST_SLOW),
+    "KVM": (HOST_TSC, KVM_SYNC),
+    "QEMU's TCG": (TCG_SYNC,),
+    "Apple's Hypervisor.framework (HVF)": (HVF_SYNC,),
+    "VirtualBox": (VIRTUALBOX_SYNC,),
+    "VMware": (VMWARE_SYNC,),
+    "Xen": (XEN_SYNC,),
+    "Hyper-V": (HYPERV_SYNC,),
 }
-"""By hypervisor, how all CPUs come to have one TSC; the guest's own way out is the last."""
+"""By hypervisor, how all CPUs come to have one TSC."""
 
 STABLE_CHANGE: Final = (
     "QEMU: take the promise back, -cpu host,kvmclock-stable-bit=off: Linux then keeps all CPUs in order by itself, at "
@@ -89,48 +59,58 @@ TIMING_LEAF_CHANGE: Final = (
 CPU_LEAF_CHANGE: Final = "VMM: hide leaves 0x15 and 0x16, or fill them in for the guest's own TSC where that is scaled"
 PAGE_CHANGE: Final = "host: compare its own tsc clock with another one; QEMU: tsc-frequency=HZ with the true one"
 GUEST_FREQUENCY: Final = "guest, until then: boot with tsc_early_khz=KHZ, the true one"
+STOPPED_CLEARED: Final = "Linux clears it when its lockup watchdog next looks"
 STOPPED_CHANGE: Final = (
-    "Linux clears it when its lockup watchdog next has something to say; if it is set again after that, the VMM calls "
-    "KVM_KVMCLOCK_CTRL without a pause"
+    f"{STOPPED_CLEARED}; if it is set again after that, the VMM calls KVM_KVMCLOCK_CTRL without a pause"
 )
 
-
-def title(clock: str) -> str:
-    """A clock as software calls it."""
-    return TITLES.get(clock, clock)
-
-
-def sees_apart(clock: str, most: str) -> str:
-    """What software sees where two CPUs' readings of a clock differ by `most`, in words."""
-    crashes = CRASHES if clock in {"monotonic", "pvclock", "hyperv"} else ""
-    return f"{_who(clock)} can see time go back by {most} when a thread moves from one CPU to another.{crashes}"
-
-
-def sees_step(clock: str, size: str, *, is_back: bool) -> str:
-    """What software sees of a step."""
-    if is_back:
-        return (
-            f"{_who(clock)} see time go back by {size}.{CRASHES if clock in {'monotonic', 'pvclock', 'hyperv'} else ''}"
-        )
-    return f"{_who(clock)} see {size} pass at once: timeouts expire, leases end, watchdogs may fire."
+EVENTS: Final = "a pause and resume, a migration, a snapshot or restore"
+KVM_STEP: Final = (
+    f"host: what was done to the VM at that moment: {EVENTS}, each of which sets its clock (KVM_SET_CLOCK); the host's "
+    "suspend; or a refresh of KVM's master clock (the host left clocksource tsc, or a vCPU's TSC was written)"
+)
+VMM_STEP: Final = f"host: what was done to the VM at that moment: {EVENTS}, or the host's suspend"
+HOST_RATE: Final = (
+    "host: what its NTP did at that moment (chronyc tracking; journalctl -u chrony): devices that a host emulates go "
+    "by its own clock, which NTP steers"
+)
+KVM_RATE: Final = (
+    "host: whether KVM took up or lost its master clock then (the host left clocksource tsc, or a vCPU's TSC was "
+    "written), or a migration brought another host, whose TSC has another rate"
+)
+BY_KVM: Final = frozenset({"KVM"})
+BY_QEMU: Final = frozenset({"KVM", "QEMU's TCG"})
+SLOW_CLOCKS: Final = ("hpet", "acpi_pm")
 
 
-def sees_drift(clock: str) -> str:
-    """What software sees of an offset that moves."""
-    return (
-        f"{_who(clock)} can see time go back when a thread moves between these CPUs, by more the longer the guest runs."
-    )
+class Remedies(NamedTuple):
+    """What can be changed under that hypervisor; clocksources: those that the guest's kernel has, if it is known."""
 
+    hypervisor: str
+    clocksources: tuple[str, ...] = ()
 
-def sync_change(hypervisor: str) -> tuple[str, ...]:
-    """How all CPUs come to have one TSC."""
-    return SYNC.get(hypervisor, (HOST_TSC, GUEST_SLOW))
+    def for_offset(self) -> tuple[str, ...]:
+        """How all CPUs come to have one TSC."""
+        return (*SYNC.get(self.hypervisor, (HOST_TSC,)), *self._in_the_guest())
 
+    def for_promise(self, *, is_stable: bool) -> tuple[str, ...]:
+        """How a promise is kept, or taken back."""
+        back = (STABLE_CHANGE if is_stable else INVARIANT_CHANGE,) if self.hypervisor in BY_QEMU else ()
+        return (*SYNC.get(self.hypervisor, (HOST_TSC,)), *back, *self._in_the_guest())
 
-def promise_change(hypervisor: str, *, is_stable: bool) -> tuple[str, ...]:
-    """How a promise is kept, or taken back."""
-    back = (STABLE_CHANGE if is_stable else INVARIANT_CHANGE,) if hypervisor in {"KVM", "QEMU's TCG"} else ()
-    return (*sync_change(hypervisor)[:-1], *back, GUEST_SLOW)
+    def for_step(self) -> tuple[str, ...]:
+        """What makes a clock step."""
+        return (KVM_STEP if self.hypervisor in BY_KVM else VMM_STEP,)
+
+    def for_rate(self) -> tuple[str, ...]:
+        """What makes a clock change its rate."""
+        return (HOST_RATE, KVM_RATE) if self.hypervisor in BY_KVM else (HOST_RATE,)
+
+    def _in_the_guest(self) -> tuple[str, ...]:
+        """A clock that all CPUs share, if its kernel has one."""
+        shared = [name for name in SLOW_CLOCKS if name in self.clocksources]
+        words = " or ".join(f"clocksource={name}" for name in shared)
+        return (f"guest, until then: boot with {words}: slow, and the same on all CPUs",) if shared else ()
 
 
 def frequency_change(source: str) -> tuple[str, ...]:
@@ -138,7 +118,3 @@ def frequency_change(source: str) -> tuple[str, ...]:
     if "0x40000010" in source:
         return (TIMING_LEAF_CHANGE, GUEST_FREQUENCY)
     return (CPU_LEAF_CHANGE, GUEST_FREQUENCY) if "CPUID" in source else (PAGE_CHANGE,)
-
-
-def _who(clock: str) -> str:
-    return WHO_FAILS.get(clock, f"what reads {title(clock)}")
