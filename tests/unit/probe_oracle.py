@@ -134,14 +134,14 @@ class StepSearch:
             self._begin_line(reading)
         elif self._is_wide(reading, self.last):
             return
-        elif self.bounds is None:
+        elif not self._knows_rate():
             if self._learn(reading, self.span_begin):
                 self.last = reading
-                if self.bounds is not None:
+                if self._knows_rate():
                     self._judge_learned()
         else:
             self._judge(reading, self.last)
-            if self.bounds is not None and self.is_unslewed:
+            if self._knows_rate() and self.is_unslewed:
                 self._learn(reading, self.span_begin)
 
     def end(self) -> None:
@@ -151,6 +151,9 @@ class StepSearch:
             self.floor = max(self.floor, span.high if span.is_forward else -span.low)
         if self.bounds is None or self.has_lost_line:
             self.floor = 2**63 - 1
+
+    def _knows_rate(self) -> bool:
+        return self.bounds is not None
 
     def _begin_line(self, reading: Reading) -> None:
         self.last, self.span_begin, self.candidate, self.past = reading, reading, None, []
@@ -165,7 +168,7 @@ class StepSearch:
         first, *rest = self.learned
         self.last = first
         for reading in rest:
-            if self.bounds is None:
+            if not self._knows_rate():
                 break
             self._judge(reading, self.last)
 
