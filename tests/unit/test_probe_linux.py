@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import pvclock
 from pvclock.probe import linux_executable
 from tests.probe_line import Line, clock_of, slices_ns
 from tests.unit.probe_program import Result, line_of, run_executable
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.row("E18")
 
@@ -235,6 +236,7 @@ def move_threads(process: int, cpu: int) -> None:
 
 # Its parent
 
+SOONER_THAN_A_PERCENT_S = 20
 STARTS_IT = """
 import os, subprocess, sys
 print(subprocess.Popen([*sys.argv[1:], "--parent", str(os.getpid())]).pid, flush=True)
@@ -255,6 +257,21 @@ def test_it_ends_with_its_parent(program: Path) -> None:
         parent.kill()
         said = parent.stderr.read()  # until both have ended
     assert b"100%" not in said
+
+
+def test_it_ends_with_a_doctor_that_is_killed() -> None:
+    """`pvclock doctor --guest` leaves no probe behind that would keep the CPUs busy until its next percent."""
+    with subprocess.Popen([sys.executable, "-m", "pvclock", "doctor", "--guest", "--seconds=600"], cwd=ROOT) as doctor:
+        children = Path(f"/proc/{doctor.pid}/task/{doctor.pid}/children")
+        with alarm_after(int(HANG_S)):
+            while not (probe := children.read_text(encoding="ascii").split()):
+                pass
+            descriptor = os.pidfd_open(int(probe[0]))
+            while len(list(Path(f"/proc/{probe[0]}/task").iterdir())) < 2:
+                pass
+        doctor.kill()
+        with os.fdopen(descriptor, "rb") as ended:
+            assert select.select([ended], [], [], SOONER_THAN_A_PERCENT_S)[0]
 
 
 def test_a_parent_that_has_ended_before(program: Path) -> None:
