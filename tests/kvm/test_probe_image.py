@@ -239,17 +239,16 @@ def test_a_fault_is_told() -> None:
 
 
 class Uart:
-    """A serial port as far as a sender sees it: with a FIFO that is always empty, or never."""
+    """A serial port as far as a sender sees it: with a FIFO that is always empty."""
 
     name = "COM1"
 
-    def __init__(self, *, is_stuck: bool = False) -> None:
-        self.is_stuck = is_stuck
+    def __init__(self) -> None:
         self.sent = b""
 
     def read(self, offset: int, _length: int) -> bytes:
         """Interrupt identification: FIFOs are on; line status: empty."""
-        return {2: b"\xc1", 5: b"\x00" if self.is_stuck else b"\x60"}.get(offset, b"\x00")
+        return {2: b"\xc1", 5: b"\x60"}.get(offset, b"\x00")
 
     def write(self, offset: int, data: bytes) -> None:
         """Keep what is sent."""
@@ -268,13 +267,6 @@ def test_the_line_goes_to_a_serial_port_too() -> None:
     assert uart.sent.endswith(b"}\n")
     assert json.loads(uart.sent) == found
     assert found["console"]["com1"] == 1
-
-
-def test_a_serial_port_that_never_empties_is_given_up() -> None:
-    """The debug console still gets the line."""
-    uart = Uart(is_stuck=True)
-    assert probe(prepare=lambda machine: machine.bus.add_ports(0x3F8, 8, uart))["clocks"]
-    assert uart.sent == b"\n"
 
 
 # Firmware's tables and old timers
@@ -317,28 +309,9 @@ def write_tables(machine: Machine, *tables: bytes) -> None:
     machine.memory.write(RSDP, with_checksum(struct.pack("<8sB6sBI", b"RSD PTR ", 0, b"", 0, at), 8))
 
 
-def mp_table(*is_enabled: bool) -> tuple[bytes, bytes]:
-    """An MP floating pointer, and the table that it points to, one page behind it."""
-    entries = b"".join(struct.pack("<BBBB16s", 0, number, 0, flag, b"") for number, flag in enumerate(is_enabled))
-    header = struct.pack("<4sHBB20sIHHIHBB", b"PCMP", 44 + len(entries), 4, 0, b"", 0, 0, len(is_enabled), 0, 0, 0, 0)
-    pointer = struct.pack("<4sIBBB5s", b"_MP_", RSDP + 0x1000, 1, 4, 0, b"")
-    return with_checksum(pointer, 10), with_checksum(header + entries, 7)
-
-
 def test_a_madt_says_how_many_vcpus_to_wait_for() -> None:
     """Where its one enabled vCPU is the boot processor nobody else is started."""
     assert len(probe(vcpus=2, prepare=lambda machine: write_tables(machine, madt(True, False)))["cpus"]) == 1
-
-
-def test_an_mp_table_says_how_many_vcpus_to_wait_for() -> None:
-    """As a MADT does, on machines without ACPI."""
-
-    def write(machine: Machine) -> None:
-        pointer, table = mp_table(True, False)
-        machine.memory.write(RSDP, pointer)
-        machine.memory.write(RSDP + 0x1000, table)
-
-    assert len(probe(vcpus=2, prepare=write)["cpus"]) == 1
 
 
 @pytest.mark.parametrize(
