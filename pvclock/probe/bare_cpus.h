@@ -8,7 +8,8 @@
 #include "bare_acpi.h"
 #include "measure.h"
 
-/* Start all others and make a team of the first `most`; the rest sleeps.
+/* Start all others and make a team of the first `most`; the rest sleeps.  Where a member does not end its work within
+ * a minute after the first one, the team's run() ends the machine with an error.
  *
  * Those that firmware's tables tell of are awaited, until none has come for ten seconds.  Where there is no MADT others
  * may come behind them, until none has for a fifth of a second. */

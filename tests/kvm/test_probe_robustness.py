@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
 from pvclock import Machine
-from pvclock.boot import BootSource
 from pvclock.errors import MsrFault
-from pvclock.probe import bootable_image
+from tests.kvm.probe_machine import DONE, FAILED, run_on_machine
+from tests.probe_line import Line
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E18")]
 
-LIMIT_S: Final = 60.0
-DONE: Final = 0
-FAILED: Final = 1
 SYSTEM_TIME: Final = 0x4B564D01
 LOCAL_APIC: Final = 0xFEE00000
 RSDP: Final = 0xF0000
@@ -27,21 +23,13 @@ TABLES: Final = RSDP + 0x1000
 FAR_TABLES: Final = 0x800000
 """Beyond the image, with room for large ones."""
 
-Result = dict[str, Any]
 
-
-def probe(prepare: Callable[[Machine], object], *, vcpus: int = 2, status: int = DONE) -> Result:
+def probe(prepare: Callable[[Machine], object], *, vcpus: int = 2, status: int = DONE) -> Line:
     """What the image printed on a machine that `prepare` was called with."""
-    with Machine(BootSource(bootable_image(), "seconds=0.1"), vcpus=vcpus, timing_leaf=True) as machine:
-        prepare(machine)
-        machine.start()
-        assert machine.wait(LIMIT_S) == status
-        (line,) = machine.console.splitlines()
-    found: Result = json.loads(line)
-    return found
+    return run_on_machine(prepare=prepare, status=status, vcpus=vcpus, timing_leaf=True)
 
 
-def counts(found: Result) -> tuple[int, int]:
+def counts(found: Line) -> tuple[int, int]:
     """How many CPUs there are, and how many were measured."""
     return found["cpus_present"], len(found["cpus"])
 
