@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Final
 
@@ -10,6 +9,7 @@ import pytest
 
 from pvclock import Machine
 from pvclock.errors import MsrFault
+from tests.firmware_tables import LAPIC, POINTER, PROCESSOR, madt, mp_tables, root_pointer, rsdt
 from tests.kvm.probe_machine import DONE, FAILED, run_on_machine
 from tests.probe_line import Line
 
@@ -17,9 +17,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.row("E18")]
 
 SYSTEM_TIME: Final = 0x4B564D01
 LOCAL_APIC: Final = 0xFEE00000
-RSDP: Final = 0xF0000
-"""In the BIOS area, where a guest looks for it and for an MP table; other tables follow."""
-TABLES: Final = RSDP + 0x1000
+TABLES: Final = POINTER + 0x1000
 FAR_TABLES: Final = 0x800000
 """Beyond the image, with room for large ones."""
 
@@ -37,41 +35,23 @@ def counts(found: Line) -> tuple[int, int]:
 # Firmware's tables
 
 
-def with_checksum(table: bytes, at: int) -> bytes:
-    """A table whose bytes sum to 0."""
-    return table[:at] + bytes([-sum(table) & 0xFF]) + table[at + 1 :]
-
-
-def acpi_table(signature: bytes, body: bytes) -> bytes:
-    """An ACPI table with its header."""
-    header = struct.pack("<4sIBB6s8sI4sI", signature, 36 + len(body), 1, 0, b"", b"", 0, b"", 0)
-    return with_checksum(header + body, 9)
-
-
-def madt(vcpus: int) -> bytes:
-    """A MADT with so many local APICs, all of them enabled."""
-    return acpi_table(b"APIC", bytes(8) + b"".join(struct.pack("<BBBBI", 0, 8, each, each, 1) for each in range(vcpus)))
-
-
 def write_root(machine: Machine, at: int, *addresses: int) -> None:
     """Put a root pointer where a guest looks for it, and at `at` an RSDT of those addresses."""
-    machine.memory.write(at, acpi_table(b"RSDT", struct.pack(f"<{len(addresses)}I", *addresses)))
-    machine.memory.write(RSDP, with_checksum(struct.pack("<8sB6sBI", b"RSD PTR ", 0, b"", 0, at), 8))
+    machine.memory.write(at, rsdt(*addresses))
+    machine.memory.write(POINTER, root_pointer(at))
 
 
 def write_madt(machine: Machine, vcpus: int) -> None:
     """Firmware that tells of so many vCPUs."""
-    machine.memory.write(TABLES, madt(vcpus))
+    machine.memory.write(TABLES, madt(LAPIC * vcpus))
     write_root(machine, TABLES + 0x1000, TABLES)
 
 
 def write_mp_table(machine: Machine, vcpus: int) -> None:
     """An MP floating pointer, and a table that lists so many vCPUs."""
-    entries = b"".join(struct.pack("<BBBB16s", 0, number, 0, 1, b"") for number in range(vcpus))
-    header = struct.pack("<4sHBB20sIHHIHBB", b"PCMP", 44 + len(entries), 4, 0, b"", 0, 0, vcpus, 0, 0, 0, 0)
-    pointer = struct.pack("<4sIBBB5s", b"_MP_", TABLES, 1, 4, 0, b"")
-    machine.memory.write(RSDP, with_checksum(pointer, 10))
-    machine.memory.write(TABLES, with_checksum(header + entries, 7))
+    pointer, table = mp_tables(TABLES, vcpus, PROCESSOR * vcpus)
+    machine.memory.write(POINTER, pointer)
+    machine.memory.write(TABLES, table)
 
 
 def test_an_mp_table_lists_some_of_the_vcpus() -> None:
@@ -95,7 +75,7 @@ def test_tables_in_the_local_apic() -> None:
     """Ring 3 may not touch that page: what is said to be there is passed over, and what is behind it is read."""
 
     def write(machine: Machine) -> None:
-        machine.memory.write(TABLES, madt(1))
+        machine.memory.write(TABLES, madt(LAPIC))
         write_root(machine, TABLES + 0x1000, LOCAL_APIC - 8, LOCAL_APIC, LOCAL_APIC + 0x1FFFFF, TABLES)
 
     assert counts(probe(write)) == (1, 1)
@@ -105,7 +85,7 @@ def test_a_root_of_large_tables_without_end() -> None:
     """A table of 1 MiB, listed a quarter of a million times by another one: neither is summed up, and both ignored."""
 
     def write(machine: Machine) -> None:
-        machine.memory.write(FAR_TABLES, acpi_table(b"APIC", bytes((1 << 20) - 36)))
+        machine.memory.write(FAR_TABLES, madt(bytes((1 << 20) - 44)))
         write_root(machine, FAR_TABLES + (1 << 21), *[FAR_TABLES] * (((1 << 20) - 36) // 4))
 
     assert counts(probe(write)) == (2, 2)

@@ -9,6 +9,7 @@ from typing import Final
 
 import pytest
 
+from tests.firmware_tables import LAPIC, POINTER, PROCESSOR, acpi_table, madt, mp_tables, root_pointer, rsdt
 from tests.unit.c_program import FLAGS
 from tests.waiting import HANG_S
 
@@ -16,8 +17,6 @@ pytestmark = pytest.mark.row("E18")
 
 PROBE: Final = Path(__file__).parents[2] / "pvclock" / "probe"
 MEMORY_BYTES: Final = 4 << 20
-POINTER: Final = 0xF0000
-"""In the BIOS area, where a guest looks for both of them."""
 TABLE: Final = 0xF1000
 FAR: Final = 0x100000
 RUBBISH: Final = 0xCC
@@ -94,32 +93,17 @@ def found(program: Path, tables: dict[int, bytes]) -> tuple[str, int]:
     return facts, int(loads)
 
 
-def with_checksum(table: bytes, at: int) -> bytes:
-    """A table whose bytes sum to 0."""
-    return table[:at] + bytes([-sum(table[:at] + table[at + 1 :]) & 0xFF]) + table[at + 1 :]
-
-
-def mp_tables(listed: int, entries: bytes, *, length: int | None = None) -> dict[int, bytes]:
+def mp(listed: int, entries: bytes, *, length: int | None = None) -> dict[int, bytes]:
     """A pointer, and an MP table whose header says that it lists so many, and how long it is."""
-    length = 44 + len(entries) if length is None else length
-    header = struct.pack("<4sHBB20sIHHIHBB", b"PCMP", length, 4, 0, b"", 0, 0, listed, 0, 0, 0, 0)
-    pointer = with_checksum(struct.pack("<4sIBBB5s", b"_MP_", TABLE, 1, 4, 0, b""), 10)
-    table = header + entries
-    return {POINTER: pointer, TABLE: with_checksum(table[:length], 7) + table[length:]}
+    pointer, table = mp_tables(TABLE, listed, entries, length=length)
+    return {POINTER: pointer, TABLE: table}
 
 
-def acpi_table(signature: bytes, body: bytes) -> bytes:
-    """An ACPI table with its header."""
-    header = struct.pack("<4sIBB6s8sI4sI", signature, 36 + len(body), 1, 0, b"", b"", 0, b"", 0)
-    return with_checksum(header + body, 9)
+def acpi(root: bytes, table: bytes, *, root_at: int = TABLE) -> dict[int, bytes]:
+    """A pointer, a root and one other table."""
+    return {POINTER: root_pointer(root_at), root_at: root, FAR: table}
 
 
-def acpi_tables(root: bytes, tables: dict[int, bytes]) -> dict[int, bytes]:
-    """A pointer, an RSDT and the others."""
-    return {POINTER: with_checksum(struct.pack("<8sB6sBI", b"RSD PTR ", 0, b"", 0, TABLE), 8), TABLE: root, **tables}
-
-
-PROCESSOR: Final = struct.pack("<BBBB16s", 0, 0, 0, 1, b"")
 DISABLED: Final = struct.pack("<BBBB16s", 0, 0, 0, 0, b"")
 BUS: Final = struct.pack("<BB6s", 1, 0, b"ISA   ")
 
@@ -127,13 +111,13 @@ BUS: Final = struct.pack("<BB6s", 1, 0, b"ISA   ")
 @pytest.mark.parametrize(
     ("tables", "cpus"),
     [
-        pytest.param(mp_tables(3, PROCESSOR + DISABLED + PROCESSOR), 2, id="whole"),
-        pytest.param(mp_tables(4, PROCESSOR * 2 + BUS + PROCESSOR), 2, id="processors come first"),
-        pytest.param(mp_tables(1, PROCESSOR * 2), 1, id="fewer are listed"),
-        pytest.param(mp_tables(0xFFFF, PROCESSOR * 9, length=44 + 2 * 20), 2, id="more are listed than it has"),
-        pytest.param(mp_tables(9, PROCESSOR * 9, length=44 + 2 * 20 + 19), 2, id="the last is cut"),
-        pytest.param(mp_tables(1, PROCESSOR, length=43), 0, id="no whole header"),
-        pytest.param(mp_tables(1, PROCESSOR, length=0), 0, id="empty"),
+        pytest.param(mp(3, PROCESSOR + DISABLED + PROCESSOR), 2, id="whole"),
+        pytest.param(mp(4, PROCESSOR * 2 + BUS + PROCESSOR), 2, id="processors come first"),
+        pytest.param(mp(1, PROCESSOR * 2), 1, id="fewer are listed"),
+        pytest.param(mp(0xFFFF, PROCESSOR * 9, length=44 + 2 * 20), 2, id="more are listed than it has"),
+        pytest.param(mp(9, PROCESSOR * 9, length=44 + 2 * 20 + 19), 2, id="the last is cut"),
+        pytest.param(mp(1, PROCESSOR, length=43), 0, id="no whole header"),
+        pytest.param(mp(1, PROCESSOR, length=0), 0, id="empty"),
     ],
 )
 def test_an_mp_table_says_how_many_cpus_there_are_at_least(program: Path, tables: dict[int, bytes], cpus: int) -> None:
@@ -141,7 +125,6 @@ def test_an_mp_table_says_how_many_cpus_there_are_at_least(program: Path, tables
     assert found(program, tables)[0] == f"0 CPUs, at least {cpus}"
 
 
-LAPIC: Final = struct.pack("<BBBBI", 0, 8, 0, 0, 1)
 X2APIC: Final = struct.pack("<BBHIII", 9, 16, 0, 0, 1, 0)
 NMI: Final = struct.pack("<BBBHB", 4, 6, 0, 0, 0)
 
@@ -152,31 +135,21 @@ NMI: Final = struct.pack("<BBBHB", 4, 6, 0, 0, 0)
     ids=["whole", "entry of 0 bytes", "entry cut off", "half a header"],
 )
 def test_a_madt_says_how_many_cpus_there_are(program: Path, entries: bytes, cpus: int) -> None:
-    """Whatever an MP table says, and what lies behind its end."""
-    root = acpi_table(b"RSDT", struct.pack("<I", FAR))
-    tables = acpi_tables(root, {FAR: acpi_table(b"APIC", bytes(8) + entries) + LAPIC * 9})
-    mp = {POINTER + 0x100: mp_tables(0, b"")[POINTER], TABLE + 0x800: b""}
-    assert found(program, {**tables, **mp})[0] == f"{cpus} CPUs, at least 0"
-
-
-LARGE: Final = acpi_table(b"APIC", bytes((1 << 20) - 36))
-BROKEN: Final = acpi_table(b"APIC", bytes((1 << 16) - 36))[:-1] + b"\xff"
+    """Its enabled ones within its length, whatever lies behind its end."""
+    tables = acpi(rsdt(FAR), madt(entries) + LAPIC * 9)
+    assert found(program, tables)[0] == f"{cpus} CPUs, at least 0"
 
 
 @pytest.mark.parametrize(
     "tables",
     [
-        acpi_tables(acpi_table(b"RSDT", struct.pack("<I", FAR) * 512), {FAR: LARGE}),
-        acpi_tables(acpi_table(b"RSDT", struct.pack("<I", FAR) * 512), {FAR: acpi_table(b"JUNK", LARGE)}),
-        acpi_tables(b"", {FAR: LARGE, 0x200000: acpi_table(b"RSDT", struct.pack("<I", FAR) * 0x3FFF0)}),
+        pytest.param(acpi(rsdt(*[FAR] * 512), madt(bytes((1 << 20) - 44))), id="large tables"),
+        pytest.param(acpi(rsdt(*[FAR] * 512), acpi_table(b"JUNK", bytes(1 << 15))), id="of other names"),
+        pytest.param(acpi(rsdt(*[FAR] * 0x3FFF0), madt(LAPIC), root_at=2 * FAR), id="a large root"),
     ],
-    ids=["large tables", "of other names", "a large root"],
 )
 def test_tables_that_would_take_for_ever_to_sum_up(program: Path, tables: dict[int, bytes]) -> None:
     """They are passed over: no more is read than a look for pointers takes, which is 8192 places."""
-    if not tables[TABLE]:
-        pointer = struct.pack("<8sB6sBI", b"RSD PTR ", 0, b"", 0, 0x200000)
-        tables = {**tables, POINTER: with_checksum(pointer, 8)}
     facts, loads = found(program, tables)
     assert facts == "0 CPUs, at least 0"
     assert loads < 1 << 17
