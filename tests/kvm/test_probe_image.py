@@ -45,7 +45,7 @@ def keeps_time(found: Line, it: Line) -> bool:
 # What it finds
 
 
-@pytest.mark.parametrize("vcpus", [1, 2, 4])
+@pytest.mark.parametrize("vcpus", [1, 3, pytest.param(4, marks=pytest.mark.long)])
 def test_every_vcpu_takes_part(vcpus: int) -> None:
     """All vCPUs are in the line, by their APIC ids, with their pvclock records, each pair and each clock's samples."""
     found = run_on_machine(vcpus=vcpus)
@@ -268,9 +268,8 @@ def write_tables(machine: Machine, *tables: bytes) -> None:
 
 def test_a_madt_says_how_many_vcpus_to_wait_for() -> None:
     """Where its one enabled vCPU is the boot processor nobody else is started."""
-    assert (
-        len(run_on_machine(vcpus=2, prepare=lambda machine: write_tables(machine, madt(LAPIC + DISABLED)))["cpus"]) == 1
-    )
+    found = run_on_machine(vcpus=2, prepare=lambda machine: write_tables(machine, madt(LAPIC + DISABLED)))
+    assert len(found["cpus"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -280,11 +279,11 @@ def test_a_madt_says_how_many_vcpus_to_wait_for() -> None:
             madt(LAPIC)[:-1] + b"\xff",
             struct.pack("<4sI", b"APIC", 0xFFFFFFFF) + bytes(28),
             struct.pack("<4sI", b"APIC", 0) + bytes(28),
+            madt(bytes(8)),
         ],
-        [madt(bytes(8))],
         [madt(b"\x00\xff")],
     ],
-    ids=["not whole", "entry of 0 bytes", "entry cut off"],
+    ids=["not whole, and an entry of 0 bytes", "entry cut off"],
 )
 def test_damaged_tables_are_passed_over(tables: list[bytes]) -> None:
     """They say nothing then, and those vCPUs take part that come."""
