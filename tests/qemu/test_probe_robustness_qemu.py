@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 from typing import Final
@@ -50,14 +51,21 @@ def test_firmware_without_acpi(tmp_path: Path) -> None:
     assert (line["cpus_present"], [cpu["apic_id"] for cpu in line["cpus"]]) == (4, [0, 1, 2, 3])
 
 
+def kept_bytes(pipe: int) -> int:
+    """How many a pipe has for its reader."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def unread(image: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """A QEMU that has begun to print into a pipe, and is not read any more; and where to read."""
+    """A QEMU that prints into a pipe which is full; and where to read."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     qemu = command(image, *KVM, "-machine", "microvm", "-smp", "4")
     process = subprocess.Popen(qemu, stdin=subprocess.DEVNULL, stdout=writing)
     os.close(writing)
-    select.select([reading], [], [], HANG_S)
+    deadline = time.monotonic() + HANG_S
+    while kept_bytes(reading) < PIPE_BYTES and time.monotonic() < deadline:
+        time.sleep(0.01)
     return process, reading
 
 
