@@ -13,6 +13,7 @@
 #include "bare_cpus.h"
 #include "bare_end.h"
 #include "bare_options.h"
+#include "bare_pvclock.h"
 #include "bare_tsc.h"
 #include "facts.h"
 #include "measure.h"
@@ -30,14 +31,24 @@ static struct probe_leaf leaves[PROBE_LEAVES_MAX];
 static struct probe_page pages[PROBE_CPUS_MAX];
 static int64_t cpu_numbers[PROBE_CPUS_MAX];
 
+/* The CPUs whose pvclock was refused. */
+static void print_refused(struct json_out *out, const struct probe_team *members)
+{
+    json_open(out, "pvclock_refused", '[');
+    for (unsigned cpu = 0; cpu < members->cpus; cpu++)
+        if (pvclock_is_refused(cpu))
+            json_unsigned(out, NULL, cpu);
+    json_close(out, ']');
+}
+
 /* The keys that only this form has. */
 static void print_more(struct json_out *out, const struct probe_report *report)
 {
-    (void)report;
     json_open(out, "console", '{');
     json_unsigned(out, "com1", console.com1);
     json_unsigned(out, "debug_port", console.debug_port);
     json_unsigned(out, "pvclock_msr", clocks.pvclock_msr);
+    print_refused(out, report->team);
     json_unsigned(out, "hyperv_msr", clocks.hyperv_msr);
     json_close(out, '}');
     json_open(out, "ignored_options", '[');
@@ -46,12 +57,14 @@ static void print_more(struct json_out *out, const struct probe_report *report)
     json_close(out, ']');
 }
 
-static void print_result(const struct probe_plan *plan)
+/* False where what was to print it has not taken all. */
+static bool print_result(const struct probe_plan *plan)
 {
     struct probe_report report = {
         .form = "bare",
         .version = PVCLOCK_VERSION,
         .team = &team,
+        .cpus_present = cpus_present(&acpi),
         .cpu_number = cpu_numbers,
         .apic_id = cpus_apic_ids(),
         .tsc_hz_from = tsc_rate.from,
@@ -70,7 +83,7 @@ static void print_result(const struct probe_plan *plan)
         cpu_numbers[cpu] = cpu;
     probe_print(&console.out, &report);
     console.out.put(&console.out, '\n');
-    console_flush(&console);
+    return console_end(&console);
 }
 
 /* The line that stands in place of the result. */
@@ -86,7 +99,7 @@ _Noreturn static void end_with_error(const char *text)
     json_string(&own.out, "error", text);
     json_close(&own.out, '}');
     own.out.put(&own.out, '\n');
-    console_flush(&own);
+    console_end(&own);
     end_machine(BARE_FAILED, &acpi);
 }
 
@@ -104,13 +117,12 @@ _Noreturn void bare_main(void)
         end_with_error("nothing here tells the TSC's frequency");
     for (unsigned cpu = 0; cpu < PROBE_CPUS_MAX; cpu++)
         team.added_ns[cpu] = options.added_ns[cpu];
-    cpus_start(&team, acpi.cpus, options.cpus, tsc_rate.hz);
+    cpus_start(&team, &acpi, options.cpus, tsc_rate.hz);
     ignore_faults_beyond(&options, team.cpus);
     clocks_open(&clocks, &team, &acpi, tsc_rate.hz);
     plan = (struct probe_plan){ .tsc_hz = tsc_rate.hz, .milliseconds = options.milliseconds };
     measure(&team, &plan, clocks.clock, clocks.count, results);
-    print_result(&plan);
-    end_machine(BARE_DONE, &acpi);
+    end_machine(print_result(&plan) ? BARE_DONE : BARE_FAILED, &acpi);
 }
 
 /* Append `word` and `number` in hexadecimal; where that ends. */

@@ -15,7 +15,8 @@ struct acpi_register {
 };
 
 struct acpi_facts {
-    unsigned cpus;                        /* enabled, by the MADT or the MP table; 0: not told */
+    unsigned cpus;                        /* enabled, by the MADT; 0: not told */
+    unsigned cpus_at_least;               /* by an MP table, where no MADT tells: some list one CPU of each package */
     uint16_t pm_timer_port;               /* 0: none */
     bool pm_timer_has_32_bits;
     struct acpi_register pm1a_control;    /* sleep by it, ... */

@@ -413,7 +413,7 @@ gate_services:
         .quad   gate_read_msr, gate_write_msr, gate_read_port, gate_write_port, gate_write_string
         .quad   gate_read_mmio, gate_write_mmio, gate_cpuid, gate_sleep, gate_halt, triple_fault
 
-        .globl  boot_protocol, boot_information
+        .globl  boot_protocol, boot_information, slots_taken
 slots_taken:
         .long   1                       /* the boot processor has number 0 */
 boot_protocol:

@@ -27,6 +27,14 @@ static void enable_record(void *argument, unsigned cpu)
     pvclock_enable(cpu);
 }
 
+static bool any_is_refused(const struct probe_team *team)
+{
+    for (unsigned cpu = 0; cpu < team->cpus; cpu++)
+        if (pvclock_is_refused(cpu))
+            return true;
+    return false;
+}
+
 void clocks_enable(struct bare_clocks *clocks)
 {
     clocks->pvclock_msr = pvclock_find();
@@ -39,7 +47,7 @@ void clocks_open(struct bare_clocks *clocks, struct probe_team *team, const stru
         team->run(team, UINT64_MAX, enable_record, NULL);
     add(clocks, (struct probe_clock){ .name = "tsc", .hz = tsc_hz, .exchanged = true, .unslewed = true,
                                       .read = read_tsc });
-    if (clocks->pvclock_msr)
+    if (clocks->pvclock_msr && !any_is_refused(team))
         add(clocks, (struct probe_clock){ .name = "pvclock", .hz = PVCLOCK_HZ, .exchanged = true,
                                           .read = pvclock_read });
     if (clocks->hyperv_msr)

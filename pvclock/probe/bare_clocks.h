@@ -13,7 +13,7 @@
 struct bare_clocks {
     unsigned count;
     struct probe_clock clock[PROBE_CLOCKS_MAX]; /* the first is the TSC */
-    uint32_t pvclock_msr, hyperv_msr;           /* by which they were enabled; 0: not offered */
+    uint32_t pvclock_msr, hyperv_msr;           /* by which they are enabled; 0: not offered */
     struct narrow_counter pit, pm_timer;
 };
 

@@ -13,6 +13,7 @@
 enum {
     CPUID_TOPOLOGY = 0xb,
     SPINS = 1 << 12, /* a fraction of a millisecond; then an idle vCPU leaves its host CPU to others */
+    LATE_S = 10,     /* a vCPU that firmware tells of and that has not come by then is there in its tables only */
     LOST_S = 60      /* later than any host schedules a vCPU that it still has */
 };
 
@@ -28,6 +29,7 @@ struct slot {
 };
 
 extern const char trampoline[], trampoline_end[]; /* of bare_boot.S */
+extern unsigned slots_taken;                      /* there, too: by every vCPU that comes */
 
 static struct slot slots[BARE_SLOTS];
 static struct slot *members[PROBE_CPUS_MAX];
@@ -128,34 +130,37 @@ static unsigned count_arrived(void)
     return arrived;
 }
 
-/* Until `wanted` have come, or nobody new for `patience` ticks. */
-static void await_others(unsigned wanted, uint64_t patience)
+/* Until nobody new has come for `patience` ticks, or `enough` have. */
+static void await_others(unsigned enough, uint64_t patience)
 {
-    uint64_t last_arrival = fenced_tsc();
     unsigned arrived = count_arrived();
+    struct stopwatch silence;
 
-    while (arrived < wanted && fenced_tsc() - last_arrival < patience) {
+    stopwatch_start(&silence, patience);
+    while (arrived < enough && stopwatch_runs(&silence)) {
         unsigned now = count_arrived();
 
         if (now != arrived)
-            last_arrival = fenced_tsc();
+            stopwatch_start(&silence, patience);
         arrived = now;
         __builtin_ia32_pause();
     }
 }
 
-static void call_others(unsigned expected, uint64_t tsc_hz)
+static void call_others(const struct acpi_facts *told, uint64_t tsc_hz)
 {
+    unsigned most = told->cpus && told->cpus < BARE_SLOTS ? told->cpus : BARE_SLOTS;
+    unsigned least = told->cpus ? most : told->cpus_at_least < most ? told->cpus_at_least : most;
+
     memcpy((void *)(uintptr_t)BARE_TRAMPOLINE, trampoline, (size_t)(trampoline_end - trampoline));
     lapic_send_init();
     wait_ticks(tsc_hz / 100);
     lapic_send_start();
     wait_ticks(tsc_hz / 5000);
     lapic_send_start(); /* who runs already ignores it */
-    if (expected)
-        await_others((expected < BARE_SLOTS ? expected : BARE_SLOTS) - 1, 2 * tsc_hz);
-    else
-        await_others(BARE_SLOTS - 1, tsc_hz / 5);
+    if (least)
+        await_others(least - 1, LATE_S * tsc_hz);
+    await_others(most - 1, tsc_hz / 5);
 }
 
 /* Those that have come, the boot processor first and then by APIC id; how many. */
@@ -177,12 +182,12 @@ static unsigned number_members(void)
     return count;
 }
 
-void cpus_start(struct probe_team *team, unsigned expected, unsigned most, uint64_t tsc_hz)
+void cpus_start(struct probe_team *team, const struct acpi_facts *told, unsigned most, uint64_t tsc_hz)
 {
     unsigned count;
 
-    if (most > 1 && expected != 1 && lapic_is_there())
-        call_others(expected, tsc_hz);
+    if (told->cpus != 1 && lapic_is_there())
+        call_others(told, tsc_hz);
     count = number_members();
     second_ticks = tsc_hz;
     team->cpus = count < most ? count : most;
@@ -192,6 +197,13 @@ void cpus_start(struct probe_team *team, unsigned expected, unsigned most, uint6
         members[cpu]->cpu = cpu;
         apic_ids[cpu] = members[cpu]->apic_id;
     }
+}
+
+unsigned cpus_present(const struct acpi_facts *told)
+{
+    unsigned arrived = __atomic_load_n(&slots_taken, __ATOMIC_ACQUIRE); /* more than there are slots, too */
+
+    return told->cpus > arrived ? told->cpus : arrived;
 }
 
 const int64_t *cpus_apic_ids(void)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT
  *
- * Guest-physical memory by its address: the lowest 4 GiB are mapped to themselves.
+ * Guest-physical memory by its address: the lowest 4 GiB are mapped to themselves, but for the local APIC's page, which
+ * ring 3 may not touch.
  */
 #ifndef PVCLOCK_PROBE_BARE_PHYSICAL_H
 #define PVCLOCK_PROBE_BARE_PHYSICAL_H
@@ -9,10 +10,14 @@
 #include <stdint.h>
 
 #define MAPPED_END 0x100000000ull
+#define LAPIC_PAGE 0xfee00000ull /* of 2 MiB, as all are */
+#define LAPIC_PAGE_END 0xff000000ull
 
 static inline bool is_mapped(uint64_t address, uint64_t bytes)
 {
-    return address < MAPPED_END && bytes <= MAPPED_END - address;
+    if (address >= MAPPED_END || bytes > MAPPED_END - address)
+        return false;
+    return address >= LAPIC_PAGE_END || address + bytes <= LAPIC_PAGE;
 }
 
 /* Little-endian, at any alignment; volatile, because the compiler knows of no object there. */

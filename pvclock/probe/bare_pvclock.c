@@ -31,6 +31,7 @@ struct record {
 };
 
 static struct record records[PROBE_CPUS_MAX];
+static bool is_refused[PROBE_CPUS_MAX];
 static uint32_t msr;
 
 static uint32_t offered_msr(void)
@@ -49,22 +50,29 @@ static uint32_t offered_msr(void)
     return 0;
 }
 
-static bool ask_for_record(unsigned cpu)
+static bool is_filled(unsigned cpu)
 {
-    return write_msr(msr, (uintptr_t)&records[cpu].info | ENABLE);
+    const volatile struct pvclock_vcpu_time_info *info = &records[cpu].info;
+
+    return info->tsc_to_system_mul != 0;
+}
+
+void pvclock_enable(unsigned cpu)
+{
+    is_refused[cpu] = !write_msr(msr, (uintptr_t)&records[cpu].info | ENABLE) || !is_filled(cpu);
 }
 
 uint32_t pvclock_find(void)
 {
     msr = offered_msr();
-    if (msr && !ask_for_record(0))
-        msr = 0;
+    if (msr)
+        pvclock_enable(0);
     return msr;
 }
 
-void pvclock_enable(unsigned cpu)
+bool pvclock_is_refused(unsigned cpu)
 {
-    ask_for_record(cpu); /* if this one is refused its record stays empty, and its clock at 0, which shows */
+    return is_refused[cpu];
 }
 
 uint64_t pvclock_tsc_hz(void)
@@ -99,13 +107,18 @@ int64_t pvclock_read(const struct probe_clock *clock, unsigned cpu)
 
 unsigned pvclock_pages(struct probe_page pages[PROBE_CPUS_MAX], unsigned cpus)
 {
+    unsigned count = 0;
+
     if (!msr)
         return 0;
     for (unsigned cpu = 0; cpu < cpus; cpu++) {
         const struct record *record = &records[cpu];
+        struct probe_page page = { .cpu = cpu, .looks = record->looks, .stopped_looks = record->stopped_looks };
 
-        pages[cpu] = (struct probe_page){ .cpu = cpu, .looks = record->looks, .stopped_looks = record->stopped_looks };
-        probe_look(&pages[cpu], &record->info);
+        if (is_refused[cpu])
+            continue;
+        probe_look(&page, &record->info);
+        pages[count++] = page;
     }
-    return cpus;
+    return count;
 }

@@ -66,6 +66,14 @@ static void read_apic_ids(struct probe_team *team, int64_t *apic_id)
     team->run(team, UINT64_MAX >> (PROBE_CPUS_MAX - team->cpus), read_apic_id, apic_id);
 }
 
+/* As many as were measured at least: some may have gone offline since. */
+static unsigned online_cpus(unsigned measured)
+{
+    long online = sysconf(_SC_NPROCESSORS_ONLN);
+
+    return online > (long)measured ? (unsigned)online : measured;
+}
+
 static uint64_t tsc_hz_of(struct probe_team *team)
 {
     uint64_t hz = tsc_hz_by_monotonic_raw(team);
@@ -94,6 +102,7 @@ static void print_all(struct probe_team *team, const struct probe_plan *plan, co
         .form = "linux",
         .version = PVCLOCK_VERSION,
         .team = team,
+        .cpus_present = online_cpus(cpus->count),
         .cpu_number = cpu_number,
         .apic_id = apic_id,
         .plan = plan,

@@ -291,6 +291,7 @@ void probe_print(struct json_out *out, const struct probe_report *report)
     json_unsigned(out, "tsc_hz", report->plan->tsc_hz);
     json_string(out, "tsc_hz_from", report->tsc_hz_from);
     json_unsigned(out, "milliseconds", report->plan->milliseconds);
+    json_unsigned(out, "cpus_present", report->cpus_present);
     print_cpus(out, report);
     print_added(out, report->team);
     print_cpuid(out, report);

@@ -27,6 +27,7 @@ struct probe_report {
     const char *form;                  /* "linux" or "bare" */
     const char *version;               /* pvclock's */
     const struct probe_team *team;
+    unsigned cpus_present;             /* how many the system has, team->cpus of them measured */
     const int64_t *cpu_number;         /* [team->cpus]: the operating system's, or 0, 1, ... (bare) */
     const int64_t *apic_id;            /* [team->cpus] */
     const struct probe_plan *plan;

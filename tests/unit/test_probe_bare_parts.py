@@ -87,6 +87,7 @@ CPUS = r"""
 
 /* A machine whose second vCPU is a thread, and runs already. */
 const char trampoline[1], trampoline_end[1];
+unsigned slots_taken = 2;
 static const char *how;
 
 struct gate_result bare_gate(uint64_t operation, uint64_t first, uint64_t second, uint64_t third)
@@ -128,11 +129,12 @@ static void *second_vcpu(void *argument)
 _Noreturn void bare_main(void)
 {
     struct probe_team team = {0};
+    struct acpi_facts told = {.cpus = 2};
     pthread_t thread;
 
     pthread_create(&thread, NULL, second_vcpu, NULL);
     while (team.cpus < 2)
-        cpus_start(&team, 2, 2, strcmp(how, "never") ? 1ull << 40 : 100000); /* ticks a second: hours or some ms */
+        cpus_start(&team, &told, 2, strcmp(how, "never") ? 1ull << 40 : 100000); /* ticks a second: hours or some ms */
     for (int i = 0; i < 3; i++)
         team.run(&team, 3, work, NULL);
     printf("done\n");

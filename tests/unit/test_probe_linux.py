@@ -105,6 +105,7 @@ def test_what_the_line_says_of_this_machine(measured: Line) -> None:
     assert (measured["form"], measured["tsc_hz_from"]) == ("linux", "monotonic_raw")
     assert measured["milliseconds"] == 100
     assert [each["cpu"] for each in measured["cpus"]] == CPUS[:64]
+    assert measured["cpus_present"] == os.cpu_count()  # of those that are online, whatever this process may run on
     leaves = {leaf: (eax, ebx, ecx, edx) for leaf, _, eax, ebx, ecx, edx in measured["cpuid"]}
     vendor = b"".join(leaves[0][at].to_bytes(4, "little") for at in (1, 3, 2)).decode()
     assert re.search(rf"^vendor_id\s*: {vendor}$", Path("/proc/cpuinfo").read_text(encoding="ascii"), re.MULTILINE)

@@ -98,7 +98,7 @@ int main(void)
         .cpu = 4, .version = 2, .mul = 3, .shift = -1, .flags = 3, .looks = 9, .stopped_looks = 8};
     struct probe_clock clock = {.name = "tsc", .hz = 1000};
     struct probe_report report = {
-        "bare", "0", &team, numbers, apic_ids, &plan, "pit", &leaf, 1, &page, 1, &clock, &result, 1, NULL};
+        "bare", "0", &team, 5, numbers, apic_ids, &plan, "pit", &leaf, 1, &page, 1, &clock, &result, 1, NULL};
 
     result.pairs = 1;
     result.pair[0].a = 2;
@@ -131,6 +131,7 @@ def test_a_result_in_its_line(compiled: Compiled) -> None:
         "tsc_hz": 1000,
         "tsc_hz_from": "pit",
         "milliseconds": 7,
+        "cpus_present": 5,
         "cpus": [{"cpu": 4, "apic_id": 8}, {"cpu": 5, "apic_id": 10}, {"cpu": 9, "apic_id": 300}],
         "added_ns": [0, -5, 0],
         "cpuid": [[1, 2, 3, 4, 5, 2**32 - 1]],
