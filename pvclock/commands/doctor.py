@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 from rich.text import Text
 
 from pvclock.commands import doctor_guest, find_command
-from pvclock.commands.guest_verdict import NextCommand
+from pvclock.commands.guest_next import NextCommand
 from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict

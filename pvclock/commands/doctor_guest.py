@@ -6,17 +6,20 @@ import argparse
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Final
 
+from pvclock.commands import probe_files
 from pvclock.commands.arguments import duration_s
-from pvclock.commands.guest_verdict import NextCommand, add_budgets, budgets_given, budgets_of, report_of
+from pvclock.commands.guest_next import NextCommand, Options, Rerun, budget_words
+from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, report_of
 from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.errors import ConfigError
 from pvclock.quantities import quoted
 
-__all__ = ["add_arguments", "options_given", "run"]
+__all__ = ["add_arguments", "doctor_rerun", "options_given", "run"]
 
 SECONDS: Final = 10.0
 """By default: steps and rates show, and nobody has given up waiting."""
@@ -27,20 +30,9 @@ SECONDS_MIN: Final = 0.1
 MEASURING: Final = "measuring this guest's clocks"
 ADDED_NS_MAX: Final = 10**12
 CPU_RANGE: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
+SAVED: Final = "guest-clock.json"
+"""Where the next measurement of a fault is kept, unless --save says another place."""
 ADDED: Final = re.compile(r"(\d{1,5}):([+-]?\d{1,13})")
-
-NEXT: Final = {
-    "passed": [
-        NextCommand("pvclock doctor --guest --seconds 600", "while the fault that sent you here happens"),
-    ],
-    "broken": [
-        NextCommand(
-            "pvclock doctor --guest --json >clock.json",
-            "for the host's people: pvclock probe --judge clock.json reads it",
-        ),
-    ],
-    "undecided": [NextCommand("pvclock doctor --guest --seconds 60", "a longer run knows steps and rates better")],
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,29 +43,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     added = "put a fault in, to see it found: what CPU reads is so many ns ahead"
     parser.add_argument("--add", type=_added, action="append", default=[], metavar="CPU:NS", help=added)
+    save = "keep the measurement in FILE, as one line: pvclock probe --judge FILE shows the same again"
+    parser.add_argument("--save", metavar="FILE", type=_file, help=save)
     add_budgets(parser)
 
 
 def options_given(arguments: argparse.Namespace) -> list[str]:
     """Those of these options that are on the command line."""
-    own = {"--seconds": arguments.seconds, "--cpus": arguments.cpus, "--add": arguments.add or None}
+    own = {
+        "--seconds": arguments.seconds,
+        "--cpus": arguments.cpus,
+        "--add": arguments.add or None,
+        "--save": arguments.save,
+    }
     return [option for option, value in own.items() if value is not None] + budgets_given(arguments)
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> Report:
-    """Measure, judge, and show."""
+    """Measure, keep the measurement if that is asked for, judge, and show."""
     from pvclock.commands.probe_process import run_probe
     from pvclock.meter.inside import parse_record
     from pvclock.probe import linux_executable
 
-    seconds = arguments.seconds or SECONDS
-    options = _probe_options(seconds, _measurable(arguments.cpus), arguments.add)
+    options = Options(
+        arguments.seconds or SECONDS,
+        arguments.cpus and tuple(arguments.cpus),
+        tuple(arguments.add),
+        tuple(budgets_of(arguments)),
+    )
+    told = _probe_options(options.seconds, _measurable(arguments.cpus), arguments.add)
     with screen.progress(100, MEASURING) as update:
-        line = run_probe(linux_executable(), options, seconds, lambda percent: update(percent, MEASURING))
-    return report_of(parse_record(line), budgets_of(arguments), screen, NEXT, record=json.loads(line))
+        line = run_probe(linux_executable(), told, options.seconds, lambda percent: update(percent, MEASURING))
+    if arguments.save is not None:
+        probe_files.write(arguments.save, line)
+    rerun = doctor_rerun(options, arguments.save)
+    return report_of(parse_record(line), budgets_of(arguments), screen, rerun, record=json.loads(line))
+
+
+def doctor_rerun(options: Options, saved: str | None) -> Rerun:
+    """The same command again, and how those who run the host get the measurement."""
+    return Rerun(options, _command, _on_all_cpus(options), _of_a_fault(options, saved), can_wait_for_it=True)
 
 
 # Inside
+
+
+def _command(options: Options, *more: str) -> str:
+    words = ["pvclock", "doctor", "--guest"]
+    if options.seconds != SECONDS:
+        words += ["--seconds", f"{options.seconds:.15g}"]
+    if options.cpus:
+        words += ["--cpus", _listed(options.cpus)]
+    for cpu, ns in options.added:
+        words += ["--add", f"{cpu}:{ns}"]
+    return shlex.join([*words, *budget_words(options.budgets), *more])
+
+
+def _on_all_cpus(options: Options) -> str:
+    """The command on all CPUs, whatever this process was left; "" in a guest with one."""
+    there = os.cpu_count() or 1
+    if there == 1:
+        return ""
+    command = _command(options._replace(cpus=None))
+    return command if len(os.sched_getaffinity(0)) > 1 else f"taskset -c 0-{there - 1} {command}"
+
+
+def _of_a_fault(options: Options, saved: str | None) -> NextCommand:
+    if saved is None:
+        command = _command(options, "--save", SAVED)
+        return NextCommand(command, f"keeps it in {SAVED} for the host's people, whose pvclock probe --judge reads it")
+    judge = shlex.join(["pvclock", "probe", "--judge", saved, *budget_words(options.budgets)])
+    return NextCommand(judge, f"shows the same to the host's people: give them {saved}")
 
 
 def _measurable(cpus: list[int] | None) -> list[int]:
@@ -115,6 +155,12 @@ def _cpus(text: str) -> list[int]:
     if len(cpus) > CPUS_MAX:
         raise argparse.ArgumentTypeError(f"{quoted(text)} names {len(cpus)} CPUs; {CPUS_MAX} can be measured at once")
     return sorted(cpus)
+
+
+def _file(text: str) -> str:
+    if text in {"", probe_files.STDIN}:
+        raise argparse.ArgumentTypeError("--save takes the name of a file")
+    return text
 
 
 def _added(text: str) -> tuple[int, int]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from math import ceil, floor
 from typing import Final, NamedTuple
 
 from rich.text import Text
 
 from pvclock.commands.tables import Table
-from pvclock.meter.inside import FindingCode, ProbeRecord, Verdict
+from pvclock.meter.inside import ProbeRecord, Verdict
+from pvclock.meter.inside.promises import FrequencyClaim
 from pvclock.meter.inside.rates import Interval, tsc_hz_by
-from pvclock.meter.inside.record import ClockRecord, StepRecord
+from pvclock.meter.inside.record import FLOOR_UNKNOWN, ClockRecord, StepRecord
+from pvclock.meter.inside.references import independent_references, off_ppb
+from pvclock.meter.inside.remedies import STOPPED_CLEARED
 from pvclock.meter.inside.windows import Window, all_windows, unit_ns
-from pvclock.meter.inside.words import at_least, floor_in_words, ppm_between
-from pvclock.meter.watch.words import about_ns, counted, exact_ns
+from pvclock.meter.inside.words import at_least, between, floor_in_words, hz_in_words, ppm_between, signed_between
+from pvclock.meter.watch.words import counted
 
 __all__ = ["ClockRow", "clock_rows", "clocks_table", "promises_table"]
 
@@ -25,7 +27,7 @@ PPB: Final = 10**9
 class ClockRow(NamedTuple):
     """One clock in numbers.
 
-    apart_cpus: the two CPUs that are furthest apart for sure, or else whose window is the widest; b's reading less a's
+    apart_cpus: the two CPUs that are furthest apart for sure, or else whose window is the widest; b's reading minus a's
     is from apart_low_ns to apart_high_ns.  None: no two CPUs were compared; low above high: it moved.
     rate_low_ppb, rate_high_ppb: against the first CPU's TSC and its frequency as it was taken; None for the TSC, of
     which there are no steps either: step_reads is 0.
@@ -56,8 +58,10 @@ def clock_rows(record: ProbeRecord) -> list[ClockRow]:
 def clocks_table(record: ProbeRecord) -> Table:
     """A row a clock: how far CPUs are apart by it, where it went back, its steps and its rate."""
     table = Table("clock", "CPUs apart by", "went back between CPUs", "steps against the TSC", "rate against the TSC")
-    for row in clock_rows(record):
-        table.add_row(row.name, _apart(row), _warps(row), _steps(row), _rate(row))
+    for clock in record.clocks:
+        table.add_row(
+            clock.name, _apart(record, clock), _warps(record, clock), _steps(record, clock), _rate(record, clock)
+        )
     return table
 
 
@@ -136,43 +140,47 @@ def _ns(units: int, clock: ClockRecord) -> float:
 # The clocks, in words
 
 
-def _apart(row: ClockRow) -> str:
-    if row.apart_cpus is None or row.apart_low_ns is None or row.apart_high_ns is None:
+def _apart(record: ProbeRecord, clock: ClockRecord) -> str:
+    apart = _furthest(clock, len(record.cpus))
+    if apart is None:
         return "not compared"
-    pair = f"CPU {row.apart_cpus[1]} less CPU {row.apart_cpus[0]}"
-    if row.apart_low_ns > row.apart_high_ns:
-        return f"{pair}: moves, by {_plain(row.apart_low_ns - row.apart_high_ns)} or more"
-    low_ns, high_ns = floor(row.apart_low_ns), ceil(row.apart_high_ns)
-    grain_ns = (high_ns - low_ns) // 100
-    return f"{pair}: {exact_ns(low_ns, grain_ns)} to {exact_ns(high_ns, grain_ns)}"
+    first, second = _numbers(record, *apart.cpus)
+    pair, window = f"CPU {second} minus CPU {first}", apart.window
+    if window.low > window.high:
+        return f"{pair}: moves, by {at_least(window.low - window.high)} or more"
+    return f"{pair}: {signed_between(window.low, window.high)}"
 
 
-def _warps(row: ClockRow) -> str:
-    if not row.cell_reads:
+def _warps(record: ProbeRecord, clock: ClockRecord) -> str:
+    if not clock.cell_reads:
         return "not compared"
-    if row.largest_warp_cpus is None or row.largest_warp_ns is None:
-        return f"never, in {counted(row.cell_reads, 'reading')}"
-    earlier, later = row.largest_warp_cpus
-    return f"{counted(row.warps, 'time')}, by up to {_plain(row.largest_warp_ns)}: CPU {later} after CPU {earlier}"
+    largest = max(clock.warps, key=lambda each: each.largest, default=None)
+    if largest is None:
+        return f"never, in {counted(clock.cell_reads, 'reading')}"
+    earlier, later = _numbers(record, largest.writer, largest.reader)
+    times, size = sum(each.times for each in clock.warps), at_least(largest.largest * unit_ns(clock))
+    return f"{counted(times, 'time')}, by up to {size}: CPU {later} after CPU {earlier}"
 
 
-def _steps(row: ClockRow) -> str:
-    if not row.step_reads:
+def _steps(record: ProbeRecord, clock: ClockRecord) -> str:
+    steps = clock.steps
+    if clock is record.tsc or not steps.reads:
         return "-"
-    if not row.steps:
-        return f"none beyond {floor_in_words(Fraction(row.step_floor_ns))}"
-    greatest = [about_ns(round(each)) for each in (row.largest_forward_ns, row.largest_backward_ns) if each is not None]
-    return f"{row.steps:,}, the greatest {' and '.join(greatest)}"
+    largest = [
+        f"{way} by {between(abs(step.low) * unit_ns(clock), abs(step.high) * unit_ns(clock))}"
+        for way, step in (("forward", steps.forward), ("back", steps.backward))
+        if step
+    ]
+    if largest:
+        return f"{steps.beyond_floor:,}, the largest {' and '.join(largest)}"
+    if steps.floor >= FLOOR_UNKNOWN:
+        return "the run was too short to tell"
+    return f"none beyond {floor_in_words(steps.floor * unit_ns(clock))}"
 
 
-def _rate(row: ClockRow) -> str:
-    if row.rate_low_ppb is None or row.rate_high_ppb is None:
-        return "-"
-    return ppm_between(Fraction(row.rate_low_ppb), Fraction(row.rate_high_ppb))
-
-
-def _plain(ns: float) -> str:
-    return at_least(Fraction(ns))
+def _rate(record: ProbeRecord, clock: ClockRecord) -> str:
+    rate = None if clock is record.tsc else _rate_ppb(record, clock)
+    return ppm_between(*rate) if rate else "-"
 
 
 # Promises and facts
@@ -180,47 +188,41 @@ def _plain(ns: float) -> str:
 
 def _promises(record: ProbeRecord, verdict: Verdict) -> Iterator[tuple[str, str, str | Text]]:
     told = verdict.promises
-    yield "hypervisor", told.hypervisor, ", ".join(f"{it.signature} at {it.leaf:#x}" for it in told.hypervisors) or "-"
-    yield "clocks", "; ".join(told.clocks) or "none", _taken(record)
-    yield "STABLE: vCPUs' clocks agree", _stable(verdict), _kept(verdict, "STABLE", told.kvm_stable)
-    yield "invariant TSC", _offered(told.invariant_tsc), _kept(verdict, "invariant", told.invariant_tsc)
+    yield "STABLE: vCPUs' clocks agree", _stable(verdict), _kept(verdict, "stable", told.kvm_stable)
+    yield "invariant TSC", _invariant(verdict), _kept(verdict, "invariant-tsc", told.invariant_tsc)
     for claim in told.frequencies:
-        yield f"TSC frequency by {claim.source}", _mhz(claim.hz), _off(record, claim.hz)
+        yield f"TSC frequency by {claim.source}", hz_in_words(claim.hz), _off(record, claim)
     for page in record.pages:
         if page.stopped_looks:
             looks = f"set at {page.stopped_looks} of {counted(page.looks, 'look')}"
-            yield f"GUEST_STOPPED, vCPU {page.cpu}", "cleared by the kernel once it has seen it", looks
-    if record.kernel is not None and record.kernel.complaints is None:
-        yield "the kernel's complaints", "-", "may not be read (kernel.dmesg_restrict); look with: sudo dmesg"
+            yield f"GUEST_STOPPED, vCPU {page.cpu}", STOPPED_CLEARED, looks
 
 
-def _taken(record: ProbeRecord) -> str:
-    if record.kernel is None:
-        return f"read by the probe: {', '.join(clock.name for clock in record.clocks)}"
-    return f"the kernel took {record.kernel.clocksource} of {', '.join(record.kernel.available)}"
-
-
-def _offered(is_offered: bool) -> str:
-    return "offered" if is_offered else "not offered"
+def _invariant(verdict: Verdict) -> str:
+    if verdict.promises.invariant_tsc:
+        return "offered"
+    return "not offered, but constant" if verdict.promises.constant_tsc else "not offered"
 
 
 def _stable(verdict: Verdict) -> str:
     in_pages = {None: "", True: "; set in every page", False: "; not set in every page"}
-    return _offered(verdict.promises.kvm_stable) + in_pages[verdict.promises.has_stable_pages]
+    offered = "offered" if verdict.promises.kvm_stable else "not offered"
+    return offered + in_pages[verdict.promises.has_stable_pages]
 
 
 def _kept(verdict: Verdict, promise: str, is_offered: bool) -> str | Text:
-    broken = [it for it in verdict.findings if it.code is FindingCode.BROKEN_PROMISE and promise in it.what]
-    if broken:
+    if any(finding.promise == promise for finding in verdict.findings):
         return Text("NOT kept", "red")
+    if verdict.is_added:
+        return "not judged with --add"
+    if len(verdict.cpus) == 1:
+        return "one CPU cannot tell"
     return "nothing against it" if is_offered else "-"
 
 
-def _off(record: ProbeRecord, hz: Fraction) -> str:
-    return (
-        f"{float(_ppb(hz, record.tsc_hz)) / 1000:+.2f} ppm of {_mhz(Fraction(record.tsc_hz))} by {record.tsc_hz_from}"
-    )
-
-
-def _mhz(hz: Fraction) -> str:
-    return f"{float(hz / 10**6):.3f} MHz"
+def _off(record: ProbeRecord, claim: FrequencyClaim) -> str:
+    """Against a clock that does not go by what the guest is told of the TSC."""
+    best = next(iter(independent_references(record)), None)
+    if best is None:
+        return "nothing independent here"
+    return f"{ppm_between(*off_ppb(claim, best.hz))} by {best.words}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
 from pvclock.commands.arguments import rate_ppb, time_ns
+from pvclock.commands.guest_next import Rerun, next_commands
 from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
@@ -16,7 +17,7 @@ from pvclock.commands.tables import Table
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
     from pvclock.meter.inside import Budgets, Finding, ProbeRecord, Verdict
 
-__all__ = ["NextCommand", "add_budgets", "budgets_given", "budgets_of", "report_of"]
+__all__ = ["add_budgets", "budgets_given", "budgets_of", "first_line", "report_of"]
 
 BUDGETS: Final = (
     ("max_warp", time_ns, "TIME", "how far CPUs' clocks may be apart, such as 200ns"),
@@ -24,16 +25,6 @@ BUDGETS: Final = (
     ("max_drift", rate_ppb, "RATE", "how fast clocks may drift, such as 10ppb"),
 )
 COLOURS: Final = {"passed": "green", "broken": "red", "undecided": "yellow"}
-
-
-class NextCommand(NamedTuple):
-    """What to type next, and what for."""
-
-    command: str
-    why: str
-
-
-ON_THE_HOST: Final = NextCommand("pvclock watch --pid", "on the host, if that runs QEMU: the same clock from outside")
 
 
 def add_budgets(parser: argparse.ArgumentParser) -> None:
@@ -54,31 +45,26 @@ def budgets_of(arguments: argparse.Namespace) -> Budgets:
     return Budgets(arguments.max_warp, arguments.max_step, arguments.max_drift)
 
 
-def report_of(
-    measured: ProbeRecord,
-    budgets: Budgets,
-    screen: Screen,
-    next_commands: Mapping[str, list[NextCommand]],
-    **also: object,
-) -> Report:
-    """Judge what was measured; show what it comes to and, by the verdict's status, what to type next.
-
-    also: more for JSON.
-    """
+def report_of(measured: ProbeRecord, budgets: Budgets, screen: Screen, rerun: Rerun, **also: object) -> Report:
+    """Judge what was measured; show what it comes to and what to type next.  also: more for JSON."""
     from pvclock.commands.guest_tables import clock_rows, clocks_table, promises_table
     from pvclock.meter.inside import judge, verdict_document
 
     verdict = judge(measured, budgets)
-    following = next_commands[verdict.status] + ([ON_THE_HOST] if verdict.promises.hypervisor == "KVM" else [])
-    screen.show(
-        Text(_in_one_line(verdict, _decided_by(budgets)), f"bold {COLOURS[verdict.status]}"), *_reasons(verdict)
-    )
+    following = next_commands(verdict, rerun)
+    screen.show(Text(first_line(verdict, budgets), f"bold {COLOURS[verdict.status]}"), *_reasons(verdict))
     if verdict.findings:
         screen.show(_findings_table(sorted(verdict.findings, key=_place)))
     screen.show(*verdict.story, clocks_table(measured), promises_table(measured, verdict))
     screen.show(*(f"Type next:  {each.command}  ({each.why})" for each in following))
     found = {**verdict_document(verdict), "clocks": clock_rows(measured), "next": following, **also}
     return Report(verdict.exit_status == 0, found, verdict.exit_status)
+
+
+def first_line(verdict: Verdict, budgets: Budgets) -> str:
+    """The verdict for who reads no further."""
+    said = f"{_sentence(verdict, _decided_by(budgets))}{_only_one(verdict)}."
+    return f"With the fault that --add put in, {said}" if verdict.is_added else said[0].upper() + said[1:]
 
 
 # Inside
@@ -93,25 +79,26 @@ def _decided_by(budgets: Budgets) -> set[str]:
     return {name for (name, *_), limit in zip(BUDGETS, budgets, strict=True) if limit is not None}
 
 
-def _in_one_line(verdict: Verdict, decided_by: set[str]) -> str:
-    """The verdict for who reads no further."""
-    clock = "machine's clock" if verdict.promises.hypervisor == "none" else "guest's clock"
+def _sentence(verdict: Verdict, decided_by: set[str]) -> str:
+    """The verdict as a sentence, without its full stop."""
+    clock = "this machine's clock" if verdict.promises.hypervisor == "none" else "this guest's clock"
     all_faults = sorted((finding for finding in verdict.findings if _is_fault(finding)), key=_place)
-    faults = [finding for finding in all_faults if finding.budget not in decided_by]
     if verdict.broken:
-        return f"This {clock} breaks a budget: {verdict.broken[0]}."
+        return f"{clock} breaks a budget: {verdict.broken[0]}"
     if verdict.status == "broken":
-        put_in = "With the fault that --add put in, this" if _has_added_fault(verdict) else "This"
-        return f"{put_in} {clock} is wrong: {faults[0].what.partition(';')[0]}{_more(faults)}."
+        faults = [finding for finding in all_faults if finding.budget not in decided_by]
+        return f"{clock} is wrong: {faults[0].headline}{_more(faults)}"
     if verdict.open:
-        return f"Undecided whether this {clock} is right: {verdict.open[0]}."
+        return f"undecided whether {clock} is right: {verdict.open[0].what}"
     if all_faults:
-        return f"This {clock} keeps the budgets given; what is wrong within them is below."
-    return f"Nothing is wrong with this {clock}, as far as can be told from inside; {_floors(verdict)}."
+        return f"{clock} keeps the budgets given; what is wrong within them is below"
+    return f"nothing is wrong with {clock}, as far as can be told from inside; {_floors(verdict)}"
 
 
-def _has_added_fault(verdict: Verdict) -> bool:
-    return any(finding.code == "added-fault" for finding in verdict.findings)
+def _only_one(verdict: Verdict) -> str:
+    """That nothing was compared, for whatever the verdict is, it is of one CPU alone."""
+    is_told = any(question.reason == "one-cpu" for question in verdict.open) and not verdict.broken
+    return f"; only CPU {verdict.cpus[0]} was measured" if len(verdict.cpus) == 1 and not is_told else ""
 
 
 def _more(faults: list[Finding]) -> str:
@@ -137,7 +124,7 @@ def _floors(verdict: Verdict) -> str:
 
 def _reasons(verdict: Verdict) -> Iterator[Text]:
     """What else broke a budget, or leaves one open."""
-    for reason in (*verdict.broken, *verdict.open)[1:]:
+    for reason in (*verdict.broken, *(question.what for question in verdict.open))[1:]:
         yield Text(f"  {reason}", COLOURS[verdict.status])
 
 

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from pvclock.commands.guest_verdict import NextCommand, add_budgets, budgets_given, budgets_of, report_of
+from pvclock.commands import probe_files
+from pvclock.commands.guest_next import NextCommand, Options, Rerun, budget_words
+from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, report_of
+from pvclock.commands.probe_files import STDIN
 from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.errors import ConfigError
+
+if TYPE_CHECKING:  # each command is loaded by every start of pvclock
+    from pvclock.meter.inside import Budgets, ProbeRecord
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -24,15 +29,11 @@ EXAMPLES: Final = """\
   pvclock probe --linux --output probe   an executable for any x86-64 Linux
   pvclock probe --judge console.log      what either printed, judged"""
 
-STDIN: Final = "-"
-CONSOLE_BYTES_MAX: Final = 16 << 20
-"""The line of 64 CPUs has some 100 KB; the rest is for what else a console says."""
-
 IMAGE_MODE, EXECUTABLE_MODE = 0o644, 0o755
 
 QEMU: Final = (
     "qemu-system-x86_64 -accel kvm -cpu host -smp 2 -m 64 -nodefaults -display none -no-reboot -serial stdio "
-    "-device isa-debug-exit,iobase=0xf4,iosize=1 -kernel {file} -append seconds=10 | pvclock probe --judge -"
+    "-device isa-debug-exit,iobase=0xf4,iosize=1 -kernel {file} -append seconds={seconds}"
 )
 
 
@@ -61,15 +62,11 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
 def _written(name: str, screen: Screen, *, is_linux: bool) -> Report:
     """Write the probe, and say how to run it."""
     from pvclock.probe import bootable_image, linux_executable
-    from pvclock.state import atomic_file
 
     if name in {"", STDIN}:
         raise ConfigError("--output takes the name of a file")
     program = linux_executable() if is_linux else bootable_image()
-    try:
-        atomic_file.replace(name, [program], EXECUTABLE_MODE if is_linux else IMAGE_MODE)
-    except OSError as error:
-        raise _about(name, error) from None
+    probe_files.write(name, program, EXECUTABLE_MODE if is_linux else IMAGE_MODE)
     what, following = _linux_next(name) if is_linux else _image_next(name)
     screen.show(f"{name}: {what}, {len(program):,} bytes", f"Type next:  {following.command}  ({following.why})")
     form = "linux" if is_linux else "bare"
@@ -83,46 +80,40 @@ def _linux_next(name: str) -> tuple[str, NextCommand]:
 
 
 def _image_next(name: str) -> tuple[str, NextCommand]:
-    command = QEMU.format(file=shlex.quote(name))
+    command = f"{QEMU.format(file=shlex.quote(name), seconds=10)} | pvclock probe --judge -"
     return "the probe as an image", NextCommand(command, "other VMMs: docs/probe-vmms.md")
 
 
 def _judged(arguments: argparse.Namespace, screen: Screen) -> Report:
     """Judge what a file, or standard input, has of a probe."""
-    from pvclock.meter.inside import parse_record
-
     if arguments.linux:
         raise ConfigError("--linux goes with --output: --judge reads what either form printed")
     file = arguments.judge
-    record = parse_record(_console(file))
-    return report_of(record, budgets_of(arguments), screen, _judged_next(file, record.form), file=file)
+    record = probe_files.record_in(file)
+    budgets = budgets_of(arguments)
+    return report_of(record, budgets, screen, _rerun(file, record, budgets), file=file)
 
 
-def _judged_next(file: str, form: str) -> dict[str, list[NextCommand]]:
-    """What to type next, by the verdict's status."""
-    again = NextCommand(f"pvclock probe --judge {shlex.quote(file)} --json", "all numbers, for who runs the host")
-    options = "--seconds 60" if form == "linux" else "seconds=60 on its command line"
-    longer = NextCommand(f"the probe again, with {options}", "a longer run knows steps and rates better")
-    return {"passed": [], "broken": [again] if file != STDIN else [], "undecided": [longer]}
+def _rerun(file: str, record: ProbeRecord, budgets: Budgets) -> Rerun:
+    """Another run of the same form, and all numbers of this one."""
+    options = Options(record.milliseconds / 1000, budgets=tuple(budgets))
+    command = _linux_again if record.form == "linux" else _image_again
+    words = ["pvclock", "probe", "--judge", file, *budget_words(options.budgets), "--json"]
+    numbers = NextCommand(shlex.join(words), "all numbers, for who runs the host")
+    of_a_fault = None if file == STDIN else numbers
+    return Rerun(options, command, command(options), of_a_fault, can_wait_for_it=False)
 
 
-def _console(name: str) -> bytes:
-    """What a file or standard input holds; ConfigError if that is more than a console says."""
-    from pvclock.state import atomic_file
-
-    try:
-        content = _stdin() if name == STDIN else atomic_file.read(name, CONSOLE_BYTES_MAX + 1)
-    except OSError as error:
-        raise _about(name, error) from None
-    if len(content) > CONSOLE_BYTES_MAX:
-        raise ConfigError(f"{name} has more than {CONSOLE_BYTES_MAX >> 20} MiB; give the part with the probe's line")
-    return content
+def _linux_again(options: Options) -> str:
+    """In a guest that has this package; else the file goes there and its line comes back."""
+    return f"pvclock probe --linux --output probe && ./probe --seconds {options.seconds:.15g} | {_judge(options)}"
 
 
-def _stdin() -> bytes:
-    return sys.stdin.buffer.read(CONSOLE_BYTES_MAX + 1)
+def _image_again(options: Options) -> str:
+    """In QEMU; other VMMs have the image and its command line in ways of their own."""
+    boot = QEMU.format(file="probe.img", seconds=f"{options.seconds:.15g}")
+    return f"pvclock probe --output probe.img && {boot} | {_judge(options)}"
 
 
-def _about(name: str, error: OSError) -> Exception:
-    """The error with the file's name, which atomic_file's refusals lack, and else is that of a file beside it."""
-    return OSError(error.errno, error.strerror, name) if error.errno else ConfigError(f"{name}: {error}")
+def _judge(options: Options) -> str:
+    return shlex.join(["pvclock", "probe", "--judge", STDIN, *budget_words(options.budgets)])

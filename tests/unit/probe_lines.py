@@ -2,59 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
-from pvclock.meter.inside.record import SCHEMA
+from tests.unit.inside_records import BEGAN, TSC_HZ, a_clock, a_kernel, a_record, leaf, line, samples, signature_leaf
 
-TSC_HZ: Final = 2_000_000_000
-BEGUN: Final = 10**12
+__all__ = ["CLEAN", "FAULTY", "KVM_LEAVES", "clock", "document", "faulty_document", "line", "one_cpu_document"]
+
 SECONDS: Final = 10
-EIGHTH: Final = TSC_HZ * SECONDS // 8
-
 KVM_LEAVES: Final = [
-    [1, 0, 0x50654, 0x20800, 0x81202000, 0x178BFBFF],
-    [0x40000000, 0, 0x40000001, 0x4B4D564B, 0x564B4D56, 0x4D],
-    [0x40000001, 0, 0x01000009, 0, 0, 0],
-    [0x80000000, 0, 0x80000008, 0, 0, 0],
-    [0x80000007, 0, 0, 0, 0, 0x100],
+    leaf(1, 0x50654, 0x20800, 0x81202000, 0x178BFBFF),
+    signature_leaf("KVMKVMKVM"),
+    leaf(0x40000001, 0x01000009),
+    leaf(0x80000007, edx=0x100),
 ]
 NO_STEPS: Final = {"reads": 1000, "floor": 100, "forward": None, "backward": None, "count": 0}
 
 
 def clock(name: str, hz: int, low: int = -60, high: int = 65, **changes: object) -> dict[str, Any]:
-    """One clock's part: CPU 1's reading less CPU 0's is from low to high, at all times."""
-    samples = [
-        [BEGUN + EIGHTH * eighth, EIGHTH * eighth * hz // TSC_HZ, BEGUN + EIGHTH * eighth + 40] for eighth in range(9)
-    ]
-    slices = [[BEGUN + EIGHTH * eighth + EIGHTH // 2, low, high] for eighth in range(8)]
+    """One clock's part: CPU 1's reading minus CPU 0's is from low to high, at all times."""
+    slices = [[BEGAN + TSC_HZ * SECONDS * (2 * eighth + 1) // 16, low, high] for eighth in range(8)]
     pairs = [{"cpus": [0, 1], "rounds": 80_000, "slices": slices}]
-    found = {"pairs": pairs, "warps": [], "cell_reads": 1_000_000, "steps": NO_STEPS}
-    return {"name": name, "hz": hz, "samples": samples, **found, **changes}
+    more = {"samples": samples(hz, seconds=SECONDS), "steps": NO_STEPS, **changes}
+    return a_clock(name, hz, more.pop("pairs", pairs), **more)  # type: ignore[arg-type]  # keys of the record
 
 
 def document(**changes: object) -> dict[str, Any]:
     """A whole line as an object: nothing is wrong."""
-    return {
-        "schema": SCHEMA,
-        "version": "0.1.0",
-        "form": "linux",
-        "tsc_hz": TSC_HZ,
-        "tsc_hz_from": "monotonic_raw",
-        "milliseconds": SECONDS * 1000,
-        "cpus": [{"cpu": 0, "apic_id": 0}, {"cpu": 1, "apic_id": 1}],
-        "cpuid": KVM_LEAVES,
-        "pages": [],
-        "clocks": [clock("tsc", TSC_HZ, -120, 130), clock("monotonic", 10**9)],
-        "kernel": {
-            "release": "6.1.0-56-amd64",
-            "clocksource": "kvm-clock",
-            "available": ["kvm-clock", "tsc", "acpi_pm"],
-            "command_line": "quiet",
-            "complaints": None,
-        },
-        **changes,
-    }
+    clocks = [clock("tsc", TSC_HZ, -174, 188), clock("monotonic", 10**9)]
+    found = {"milliseconds": SECONDS * 1000, "kernel": a_kernel(complaints=None), "leaves": KVM_LEAVES}
+    return a_record(clocks, **found) | changes  # type: ignore[arg-type]  # keys of the record
+
+
+def one_cpu_document() -> dict[str, Any]:
+    """What `taskset -c 0` leaves to measure: nothing was compared, and nothing is wrong."""
+    clocks = [clock("tsc", TSC_HZ, pairs=[]), clock("monotonic", 10**9, pairs=[])]
+    return document(cpus=[{"cpu": 0, "apic_id": 0}], clocks=clocks)
 
 
 def faulty_document() -> dict[str, Any]:
@@ -62,13 +44,8 @@ def faulty_document() -> dict[str, Any]:
     warps = [{"from": 0, "to": 1, "count": 5000, "largest": 1_199_950}]
     behind = clock("monotonic", 10**9, -1_200_060, -1_199_940, warps=warps)
     raw = clock("monotonic_raw", 10**9, pairs=[], cell_reads=0)
-    return document(clocks=[clock("tsc", TSC_HZ, -120, 130), behind, raw])
+    return document(clocks=[clock("tsc", TSC_HZ, -174, 188), behind, raw])
 
 
-def line(of: dict[str, Any]) -> str:
-    """As it is printed."""
-    return json.dumps(of, separators=(",", ":")) + "\n"
-
-
-CLEAN: Final = line(document())
-FAULTY: Final = line(faulty_document())
+CLEAN: Final = line(document()) + "\n"
+FAULTY: Final = line(faulty_document()) + "\n"

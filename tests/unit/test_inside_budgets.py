@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from pvclock.meter.inside import Budgets, FindingCode, Verdict, VerdictStatus, judge
+from pvclock.meter.inside import Budgets, FindingCode, OpenReason, Verdict, VerdictStatus, judge
 from tests.unit.inside_records import (
     BEGAN,
     PAGE,
@@ -54,7 +54,9 @@ def test_what_breaks_a_budget_is_told_with_its_bounds() -> None:
     verdict = judged(Budgets(max_warp_ns=Fraction(50)), a_clock(pairs=window_of(290, 580)))
     assert verdict.broken == ("TSC: CPUs 0 and 1 are 100 ns to 200 ns apart; the budget is 50 ns",)
     verdict = judged(Budgets(max_warp_ns=Fraction(50)), a_clock(pairs=window_of(-290, 580)))
-    assert verdict.open == ("TSC: CPUs 0 and 1 may be up to 200 ns apart; the budget is 50 ns",)
+    (open_,) = verdict.open
+    assert open_.what == "TSC: CPUs 0 and 1 may be up to 200 ns apart; the budget is 50 ns"
+    assert open_.reason is OpenReason.FLOOR_BETWEEN_CPUS
 
 
 def test_without_budgets_a_fault_breaks() -> None:
@@ -103,6 +105,15 @@ def test_cpus_that_were_not_compared() -> None:
         assert judged(budgets, a_clock()).status is UNDECIDED
 
 
+def test_one_cpu_keeps_no_budget_between_cpus() -> None:
+    """`taskset -c 0` leaves nothing to compare: undecided, whatever the budget allows."""
+    verdict = judged(Budgets(max_warp_ns=Fraction(10**9)), a_clock(), cpus=1)
+    assert (verdict.status, verdict.exit_status) == (UNDECIDED, 2)
+    (open_,) = verdict.open
+    assert open_.reason is OpenReason.ONE_CPU
+    assert open_.what.startswith("only CPU 0 was measured")
+
+
 # Steps
 
 
@@ -128,13 +139,17 @@ def test_a_budget_below_the_floor_is_undecided() -> None:
     assert judged(Budgets(max_step_ns=Fraction(500)), tsc, clock, cpus=1).status is PASSED
     verdict = judged(Budgets(max_step_ns=Fraction(499)), tsc, clock, cpus=1)
     assert (verdict.status, verdict.exit_status) == (UNDECIDED, 2)
-    assert verdict.open == ("CLOCK_MONOTONIC may have stepped by up to 500 ns; the budget is 499 ns",)
+    (open_,) = verdict.open
+    assert open_.what == "CLOCK_MONOTONIC may have stepped by up to 500 ns; the budget is 499 ns"
+    assert open_.reason is OpenReason.FLOOR_OF_STEPS
 
 
 def test_a_floor_that_is_not_known() -> None:
     """The probe did not learn the clock's rate in its time: anything may have been."""
     clock = clock_with(0, 0, floor=(1 << 63) - 1)
-    assert "any time" in judged(Budgets(max_step_ns=Fraction(10**18)), a_clock(), clock, cpus=1).open[0]
+    (open_,) = judged(Budgets(max_step_ns=Fraction(10**18)), a_clock(), clock, cpus=1).open
+    assert "any time" in open_.what
+    assert open_.reason is OpenReason.SHORT_RUN
 
 
 def test_coarse_clocks_leave_no_budget_open() -> None:
@@ -181,8 +196,10 @@ def test_how_long_a_run_would_tell() -> None:
     verdict = judged(Budgets(max_drift_ppb=Fraction(10)), short)
     assert verdict.status is UNDECIDED
     (said,) = verdict.open
-    assert said.startswith("TSC, CPU 1 against CPU 0: a drift of up to ")
-    seconds = int(said.rpartition("a run of ")[2].removesuffix(" s can tell"))
+    assert said.what.startswith("TSC, CPU 1 against CPU 0: a drift of up to ")
+    seconds = said.seconds
+    assert seconds is not None
+    assert said.what.endswith(f"a run of {seconds} s can tell")
     assert 5 < seconds < 50
     long = a_clock(pairs=simulated_pairs([still(0), still(0)], seconds=seconds))
     assert judged(Budgets(max_drift_ppb=Fraction(10)), long, milliseconds=seconds * 1000).status is PASSED

@@ -69,7 +69,26 @@ def test_a_clean_guest_passes_and_states_its_floor() -> None:
     assert [floor.clock for floor in verdict.floors] == ["tsc", "monotonic"]
     assert verdict.floors[0].ns is not None
     assert 15 < verdict.floors[0].ns < 90
-    assert all("nothing below that is called clean" in floor.what for floor in verdict.floors)
+    for floor in verdict.floors:
+        assert floor.apart_at_most_ns == floor.ns
+        assert "no two CPUs are further apart than " in floor.what
+
+
+def test_the_floor_beside_an_offset() -> None:
+    """What else may go unseen is half a window's width; how far CPUs may be apart is another number."""
+    middles = [BEGAN + (2 * at + 1) * TSC_HZ // 16 for at in range(8)]
+    pairs = [{"cpus": [0, 1], "rounds": 9, "slices": [[at, 2900 - 58, 2900 + 58] for at in middles]}]
+    (floor,) = verdict_of(a_clock(pairs=pairs)).floors
+    assert (floor.ns, floor.apart_at_most_ns) == (Fraction(20), Fraction(1020))
+    assert "an offset of less than 20 ns may go unseen; no two CPUs are further apart than 1.02 us" in floor.what
+
+
+def test_the_floor_where_no_offset_is_proven() -> None:
+    """An offset of the larger edge may be there, for a window need not lie around 0."""
+    middles = [BEGAN + (2 * at + 1) * TSC_HZ // 16 for at in range(8)]
+    pairs = [{"cpus": [0, 1], "rounds": 9, "slices": [[at, -29, 290] for at in middles]}]
+    (floor,) = verdict_of(a_clock(pairs=pairs)).floors
+    assert (floor.ns, floor.apart_at_most_ns) == (Fraction(100), Fraction(100))
 
 
 def test_1_2_ms_back_between_vcpus_although_stable() -> None:
@@ -107,7 +126,7 @@ def test_1_5_ms_under_a_macos_host() -> None:
     offset = only(verdict, FindingCode.OFFSET)
     assert offset.cpus == (0, 1)
     assert offset.what.startswith("CPU 0's TSC is 1.4999")
-    assert offset.what.endswith("ahead of that of CPU 1; which of the two is off, two cannot tell")
+    assert offset.what.endswith("ahead of that of CPU 1; two CPUs cannot tell which of them is off")
     assert "macOS" in offset.change[0]
     complaint, source = only(verdict, FindingCode.COMPLAINT), only(verdict, FindingCode.CLOCKSOURCE)
     assert "(2 such lines)" in complaint.what
@@ -206,7 +225,7 @@ def test_a_cpu_that_never_answered() -> None:
     lone = [{**pair, "slices": [each[:1] for each in pair["slices"]]} if 2 in pair["cpus"] else pair for pair in pairs]
     verdict = verdict_of({**clock, "pairs": lone}, cpus=3)
     assert (verdict.status, verdict.exit_status, verdict.findings) == (UNDECIDED, 2, ())
-    assert verdict.open == ("TSC: CPUs 0 and 2 were never compared, nor were 1 other pairs",)
+    assert [each.what for each in verdict.open] == ["TSC: CPUs 0 and 2 were never compared, nor was one other pair"]
 
 
 def test_one_cpu() -> None:
@@ -239,7 +258,7 @@ def test_an_offset_that_moves() -> None:
     drift = only(verdict, FindingCode.DRIFT)
     assert drift.what.startswith("CPU 1's TSC went 4.3")
     assert "further ahead of CPU 0's" in drift.what
-    assert "two cannot tell" in drift.what
+    assert "two CPUs cannot tell which of them moved" in drift.what
     assert "at times" in only(verdict, FindingCode.OFFSET).what
     assert FindingCode.BROKEN_PROMISE in codes(verdict)
 
@@ -346,6 +365,7 @@ def test_a_paused_flag_that_stays() -> None:
     found = only(verdict, FindingCode.STOPPED_FLAG)
     assert (verdict.status, found.cpus) == (PASSED, (0,))
     assert "at all of 9 looks" in found.what
+    assert all("Linux clears it when its lockup watchdog next looks" in each for each in found.change)
     assert not verdict_of(exchanged(0, 0), pages=[{**PAGE, "looks": 1, "stopped_looks": 1}]).findings
 
 
@@ -394,6 +414,16 @@ def test_a_frequency_against_the_pages_scale() -> None:
     assert "by the pvclock page of CPU 0 (mul 2962046411, shift -1) it has" in found.what
 
 
+def test_a_headline_has_the_fault() -> None:
+    """By how much a frequency is off stands in it, and so does what proves that a promise is broken."""
+    (found,) = told_frequency(*timing(2_929_000), clocks=[a_clock("acpi_pm", 3_579_545)])
+    assert found.headline.startswith("CPUID 0x40000010 says that the TSC has 2,929,000,000 Hz, which is off by +")
+    assert found.headline.endswith(" %")
+    promise = only(verdict_of(exchanged(0, 9000), pages=[PAGE]), FindingCode.BROKEN_PROMISE)
+    assert promise.headline.endswith("ahead of that of CPU 0")
+    assert promise.promise == "stable"
+
+
 def test_a_nominal_frequency_is_never_a_fault() -> None:
     """Leaf 0x16 tells what a CPU is sold as."""
     (found,) = told_frequency(leaf(0x16, 2600))
@@ -402,13 +432,22 @@ def test_a_nominal_frequency_is_never_a_fault() -> None:
 
 
 def test_a_page_that_is_far_off() -> None:
-    """A pvclock scale for another TSC makes kvmclock run wrong: a fault; a few ppm are the host's calibration."""
+    """A page's scale that a clock with its own oscillator proves to be 1 % off is a fault; 10 ppm are none."""
+    own, hpet = [a_clock("acpi_pm", 3_579_545)], a_kernel(clocksource="hpet")
     wrong = {**PAGE, "mul": (10**9 << 33) // (TSC_HZ * 101 // 100), "shift": -1}
-    (found,) = told_frequency(pages=[wrong])
-    assert found.weight is Weight.FAULT
-    assert found.what.startswith("the pvclock page of CPU 0 says")
     near = {**PAGE, "mul": (10**9 << 33) // (TSC_HZ + 29_000), "shift": -1}
-    assert told_frequency(pages=[near]) == []
+    for clocks, more in ((own, {}), ([], {"kernel": hpet})):
+        (found,) = told_frequency(pages=[wrong], clocks=clocks, **more)
+        assert found.weight is Weight.FAULT
+        assert found.what.startswith("the pvclock page of CPU 0 says")
+        assert told_frequency(pages=[near], clocks=clocks, **more) == []
+
+
+@pytest.mark.parametrize("clocksource", ["kvm-clock", "tsc", "tsc-early"])
+def test_a_page_is_not_held_against_itself(clocksource: str) -> None:
+    """Linux scales CLOCK_MONOTONIC_RAW by that page: what differs from it is no proof, and what agrees none either."""
+    wrong = {**PAGE, "mul": (10**9 << 33) // (TSC_HZ * 101 // 100), "shift": -1}
+    assert told_frequency(pages=[wrong], kernel=a_kernel(clocksource=clocksource)) == []
 
 
 def test_a_frequency_that_hyperv_told() -> None:
@@ -430,18 +469,14 @@ PREFERRED = "the TSC is invariant, and Linux prefers that one to kvmclock"
 
 
 def test_the_story() -> None:
-    """Who the hypervisor is, what is offered and told, what the kernel took, what was measured, and the floor."""
+    """Who the hypervisor is, which clocks it offers, what the kernel took, and what was measured."""
     leaves = [HYPERVISOR, *timing(2_900_000), leaf(0x40000001, 1 << 24 | 1 << 3), INVARIANT, leaf(7, ebx=2)]
     verdict = verdict_of(exchanged(0, 0), leaves=leaves, kernel=a_kernel(clocksource="tsc"))
-    assert verdict.story[:-1] == (
+    assert verdict.story == (
         "The hypervisor is KVM, which offers kvmclock, STABLE.",
-        "KVM's features: CLOCKSOURCE2|CLOCKSOURCE_STABLE.",
-        "The CPU offers an invariant TSC, no TSC-deadline timer and TSC_ADJUST.",
-        "The TSC's frequency is told by CPUID 0x40000010: 2,900,000,000 Hz.",
         f"Linux 6.12.1 took the clock source tsc, of kvm-clock, tsc, acpi_pm: {PREFERRED}.",
         "Measured for 1 s on CPUs 0 and 1: TSC; the TSC at 2,900,000,000 Hz, from monotonic_raw.",
     )
-    assert verdict.story[-1].startswith("TSC: no two CPUs are further apart than ")
 
 
 @pytest.mark.parametrize(
@@ -460,6 +495,54 @@ def test_the_beginning_of_a_story(leaves: list[list[int]], says: str) -> None:
     assert verdict_of(a_clock(), cpus=1, leaves=leaves).story[0] == says
 
 
+# What to change
+
+
+def test_what_to_change_where_a_clock_stepped() -> None:
+    """What was done to the VM at that moment, and nothing of its CPUs' TSCs."""
+    clock = a_clock("monotonic", 10**9, steps=stepped(-3100, -2900, "backward"))
+    told = " ".join(only(verdict_of(a_clock(), clock, cpus=1), FindingCode.STEP_BACK).change)
+    for event in ("pause", "resume", "migration", "snapshot", "restore", "KVM_SET_CLOCK", "suspend", "master clock"):
+        assert event in told
+    assert "offset" not in told
+    macos = verdict_of(a_clock(), clock, cpus=1, leaves=HVF)
+    assert "KVM" not in " ".join(only(macos, FindingCode.STEP_BACK).change)
+
+
+def test_what_to_change_where_a_rate_changed() -> None:
+    """The host's NTP, and KVM's master clock."""
+    raw = a_clock("monotonic_raw", 10**9, samples=two_rates(10**9, 2000))
+    told = " ".join(only(verdict_of(a_clock(), raw, cpus=1), FindingCode.RATE_CHANGED).change)
+    assert "NTP" in told
+    assert "master clock" in told
+    assert "offset" not in told
+
+
+@pytest.mark.parametrize(
+    ("available", "boot"),
+    [
+        (["kvm-clock", "tsc"], ""),
+        (["tsc", "acpi_pm"], "clocksource=acpi_pm:"),
+        (["tsc", "hpet", "acpi_pm"], "clocksource=hpet or clocksource=acpi_pm:"),
+    ],
+)
+def test_a_guest_is_sent_to_no_clock_source_that_it_lacks(available: list[str], boot: str) -> None:
+    """The way out in the guest names what its kernel has; an offset's cause is told, and no frequency is set for it."""
+    verdict = verdict_of(exchanged(0, 9000), kernel=a_kernel(available=available))
+    told = " ".join(only(verdict, FindingCode.OFFSET).change)
+    assert (boot in told, "boot with" in told) == (True, bool(boot))
+    assert "one TSC offset for all vCPUs" in told
+    assert "IA32_TSC" in told
+    assert "tsc-frequency" not in told
+
+
+def test_nothing_is_to_be_changed_for_a_fault_that_was_put_in() -> None:
+    """Nobody's host is at fault."""
+    verdict = verdict_of(exchanged(0, 9000), added_ns=[0, 9000])
+    assert verdict.is_added
+    assert all(each.change == () for each in verdict.findings)
+
+
 # For programs
 
 
@@ -470,4 +553,4 @@ def test_a_verdict_is_plain_json() -> None:
     assert document["findings"][0]["code"] == "offset"
     assert document["findings"][0]["weight"] == "fault"
     assert document["findings"][0]["low_ns"] == pytest.approx(1500, abs=60)
-    assert Fraction(document["floors"][0]["ns"]) > 1000
+    assert document["floors"][0]["apart_at_most_ns"] > 1000 > document["floors"][0]["ns"] > 0

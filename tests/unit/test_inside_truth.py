@@ -95,7 +95,9 @@ def test_what_is_found_is_true_and_what_is_large_is_found(
         assert any(found.low_ns <= each <= found.high_ns for each in differences)
     (floor,) = verdict.floors
     assert floor.ns is not None
-    assert floor.ns >= apart
+    assert floor.apart_at_most_ns is not None
+    assert floor.apart_at_most_ns >= apart
+    assert floor.ns >= apart or verdict.findings
 
 
 @given(st.integers(3, 5), st.integers(0, 4), st.sampled_from([-5000, 900, 1_200_000]), WAYS, SEEDS)

@@ -17,6 +17,7 @@ from pvclock.meter.inside.words import (
     listed,
     ppm_between,
     rate_in_words,
+    signed_between,
 )
 
 pytestmark = pytest.mark.row("E18")
@@ -69,7 +70,7 @@ def test_spans(low: Fraction, high: Fraction, says: str) -> None:
     [
         (Fraction(-20), Fraction(30), "-20 to +30 ppb"),
         (Fraction(19_999), Fraction(20_001), "+19.9 to +20.1 ppm"),
-        (Fraction(-34_490_000), Fraction(-34_480_123), "-34490 to -34480 ppm"),
+        (Fraction(-34_490_000), Fraction(-34_480_123), "-3.449 to -3.448 %"),
         (Fraction(0), Fraction(5), "0 to +5 ppb"),
     ],
 )
@@ -81,6 +82,14 @@ def test_rates(low: Fraction, high: Fraction, says: str) -> None:
 def test_a_rate_without_its_sign() -> None:
     """Rounded up."""
     assert (rate_in_words(Fraction(-10)), rate_in_words(Fraction(123456, 10))) == ("10 ppb", "12.4 ppm")
+    assert rate_in_words(Fraction(50_000_001)) == "5.001 %"
+
+
+@given(LENGTHS, LENGTHS)
+def test_a_signed_span_has_the_digits_of_its_lengths(low: Fraction, width: Fraction) -> None:
+    """The same bound is the same number in a sentence and in a table, whatever its sign."""
+    assert signed_between(low, low + width).replace("+", "") == between(low, low + width)
+    assert signed_between(-low, low + 1) == f"-{floor_in_words(low)} to +{floor_in_words(low + 1)}".replace("-0 ", "0 ")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from pvclock.meter.inside.verdict import (
     Finding,
     FindingCode,
     Floor,
+    OpenQuestion,
+    OpenReason,
     Verdict,
     VerdictStatus,
     Weight,
@@ -35,6 +37,8 @@ __all__ = [
     "FindingCode",
     "Weight",
     "Floor",
+    "OpenQuestion",
+    "OpenReason",
     "ProbeRecord",
     "Promises",
 ]

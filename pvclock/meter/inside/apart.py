@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Final, NamedTuple
 
-from pvclock.meter.inside.advice import sees_apart, sync_change, title
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord, WarpRecord
+from pvclock.meter.inside.remedies import Remedies
+from pvclock.meter.inside.symptoms import sees_apart, title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.windows import Window, unit_ns
 from pvclock.meter.inside.words import at_least, between, cpus_in_words, floor_in_words, listed
@@ -31,15 +32,15 @@ def groups_of(windows: Windows, cpus: int) -> list[list[int]]:
     return sorted(groups, key=len, reverse=True)
 
 
-def apart_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, hypervisor: str) -> list[Finding]:
+def apart_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, remedies: Remedies) -> list[Finding]:
     """Every offset that is proven, and every warp between CPUs of which no offset is."""
     groups = groups_of(windows, len(record.cpus))
     group_of = {cpu: at for at, group in enumerate(groups) for cpu in group}
-    told = _Told(record, clock, windows, hypervisor)
+    comparison = _Comparison(record, clock, windows, remedies)
     apart = [warp for warp in clock.warps if group_of[warp.writer] != group_of[warp.reader]]
-    found = told.offsets(groups, apart) if len(groups) > 1 else []
+    found = comparison.offsets(groups, apart) if len(groups) > 1 else []
     rest = [warp for warp in clock.warps if warp not in apart and warp.times and warp.largest]
-    return found + ([told.warps(rest)] if rest else [])
+    return found + ([comparison.warp_finding(rest)] if rest else [])
 
 
 # Inside
@@ -58,100 +59,104 @@ def _is_apart(windows: Windows, a: int, b: int) -> bool:
     return window is not None and window.is_apart
 
 
-class _Told(NamedTuple):
-    """What is needed to put a clock's faults into words."""
+class _Comparison(NamedTuple):
+    """A clock on all CPUs, and what its faults are called."""
 
     record: ProbeRecord
     clock: ClockRecord
     windows: Windows
-    hypervisor: str
+    remedies: Remedies
 
     def offsets(self, groups: Sequence[Sequence[int]], warps: Sequence[WarpRecord]) -> list[Finding]:
         if len(groups[0]) * 2 > len(self.record.cpus) and len(self.record.cpus) > 2:
-            return [self.odd(groups[0], group, warps) for group in groups[1 : 1 + GROUPS_TOLD_MAX]]
-        return [self.parted(groups, warps)]
+            return [self.off_the_majority(groups[0], group, warps) for group in groups[1 : 1 + GROUPS_TOLD_MAX]]
+        return [self.without_majority(groups, warps)]
 
-    def odd(self, most: Sequence[int], group: Sequence[int], warps: Sequence[WarpRecord]) -> Finding:
+    def off_the_majority(self, most: Sequence[int], group: Sequence[int], warps: Sequence[WarpRecord]) -> Finding:
         """The majority agrees, and this group is apart from it."""
-        hull = self.hull(most, group)
-        side = "ahead of" if hull.low > 0 else "behind"
+        window = self.window_of_groups(most, group)
+        side = "ahead of" if window.low > 0 else "behind"
         own = [each for each in warps if each.reader in group or each.writer in group]
-        what = f"{self.whose(group)} {title(self.clock.name)} is {self.size(hull)} {side} that of {self.named(most)}"
-        return self.finding(what, group, own, hull)
+        headline = (
+            f"{self.whose(group)} {title(self.clock.name)} is {self.size(window)} {side} that of {self.named(most)}"
+        )
+        return self.offset_finding(headline, "", group, own, window)
 
-    def parted(self, groups: Sequence[Sequence[int]], warps: Sequence[WarpRecord]) -> Finding:
+    def without_majority(self, groups: Sequence[Sequence[int]], warps: Sequence[WarpRecord]) -> Finding:
         """No majority: the largest difference, and who agrees with whom."""
-        hulls = [self.hull(a, b) for at, a in enumerate(groups) for b in groups[at + 1 :]]
-        widest = max((each for each in hulls if each.is_apart), key=lambda each: max(each.low, -each.high))
+        windows = [self.window_of_groups(a, b) for at, a in enumerate(groups) for b in groups[at + 1 :]]
+        widest = max((each for each in windows if each.is_apart), key=lambda each: max(each.low, -each.high))
         behind, ahead = (widest.a, widest.b) if widest.low > 0 else (widest.b, widest.a)
-        what = (
+        headline = (
             f"{self.whose(ahead)} {title(self.clock.name)} is {self.size(widest)} ahead of that of {self.named(behind)}"
         )
-        if len(self.record.cpus) == 2:
-            what += "; which of the two is off, two cannot tell"
-        else:
-            told = [self.named(each) for each in groups[:GROUPS_TOLD_MAX]]
-            rest = [f"{len(groups) - len(told)} more groups"] if len(groups) > len(told) else []
-            what += f"; no majority agrees: {listed([*told, *rest])} are each apart from the others"
-        return self.finding(what, sorted([*ahead, *behind]), warps, widest)
+        return self.offset_finding(headline, self.who_agrees(groups), sorted([*ahead, *behind]), warps, widest)
 
-    def finding(self, what: str, cpus: Sequence[int], warps: Sequence[WarpRecord], hull: _Hull) -> Finding:
-        most = max(abs(hull.least), abs(hull.most))
+    def who_agrees(self, groups: Sequence[Sequence[int]]) -> str:
+        if len(self.record.cpus) == 2:
+            return "; two CPUs cannot tell which of them is off"
+        told = [self.named(each) for each in groups[:GROUPS_TOLD_MAX]]
+        rest = [f"{len(groups) - len(told)} more groups"] if len(groups) > len(told) else []
+        return f"; no majority agrees: {listed([*told, *rest])} are each apart from the others"
+
+    def offset_finding(
+        self, headline: str, remark: str, cpus: Sequence[int], warps: Sequence[WarpRecord], window: _GroupWindow
+    ) -> Finding:
+        most = max(abs(window.least), abs(window.most))
         return Finding(
             FindingCode.OFFSET,
             Weight.FAULT,
             self.clock.name,
-            what + self.proof(warps),
+            headline,
+            headline + remark + self.proof(warps),
             sees_apart(self.clock.name, floor_in_words(most)),
-            sync_change(self.hypervisor),
+            self.remedies.for_offset(),
             tuple(self.record.cpus[cpu].cpu for cpu in cpus),
             "max_warp",
-            max(hull.low, -hull.high),
+            max(window.low, -window.high),
             most,
         )
 
-    def warps(self, warps: Sequence[WarpRecord]) -> Finding:
+    def warp_finding(self, warps: Sequence[WarpRecord]) -> Finding:
         """Warps where no window proves an offset: it is smaller than a cache line's way, or does not last."""
         largest = max(warps, key=lambda warp: warp.largest)
         size = largest.largest * unit_ns(self.clock)
         times, name = sum(warp.times for warp in warps), title(self.clock.name)
         if largest.writer == largest.reader:
-            what = f"{self.named([largest.reader])} read {at_least(size)} less of {name} than it had read before itself"
+            before = "it had read before itself"
         else:
-            what = (
-                f"{self.named([largest.reader])} read {at_least(size)} less of {name} than "
-                f"{self.named([largest.writer])} had read before"
-            )
-        what += f"; {times:,} such reading{'s' * (times != 1)} of {self.clock.cell_reads:,}"
+            before = f"{self.named([largest.writer])} had read before"
+        headline = f"{self.named([largest.reader])} read {at_least(size)} less of {name} than {before}"
         cpus = sorted({cpu for warp in warps for cpu in (warp.reader, warp.writer)})
         return Finding(
             FindingCode.WARP,
             Weight.FAULT,
             self.clock.name,
-            what,
+            headline,
+            f"{headline}; {times:,} such reading{'s' * (times != 1)} of {self.clock.cell_reads:,}",
             sees_apart(self.clock.name, f"{at_least(size)} or more"),
-            sync_change(self.hypervisor),
+            self.remedies.for_offset(),
             tuple(self.record.cpus[cpu].cpu for cpu in cpus),
             "max_warp",
             size,
             None,
         )
 
-    def hull(self, a: Sequence[int], b: Sequence[int]) -> _Hull:
+    def window_of_groups(self, a: Sequence[int], b: Sequence[int]) -> _GroupWindow:
         """What is true of each of b against each of a; where that has no one sign, of the two that are most apart."""
         pairs = [(one, other, window) for one in a for other in b if (window := _window(self.windows, one, other))]
         low, high = min(window.low for *_, window in pairs), max(window.high for *_, window in pairs)
         if low > 0 or high < 0:
             least, most = min(each.least for *_, each in pairs), max(each.most for *_, each in pairs)
             moved = any(window.moved for *_, window in pairs)
-            return _Hull(a, b, low, high, *((least, most) if moved else (low, high)), moved)
+            return _GroupWindow(a, b, low, high, *((least, most) if moved else (low, high)), moved)
         one, other, window = max(pairs, key=lambda pair: max(pair[2].low, -pair[2].high))
-        return _Hull([one], [other], window.low, window.high, *window.edges, window.moved)
+        return _GroupWindow([one], [other], window.low, window.high, *window.edges, window.moved)
 
-    def size(self, hull: _Hull) -> str:
-        if hull.moved:
-            return f"at times {at_least(max(hull.low, -hull.high))} or more, and never the same,"
-        return between(hull.low, hull.high)
+    def size(self, window: _GroupWindow) -> str:
+        if window.moved:
+            return f"at times {at_least(max(window.low, -window.high))} or more, and never the same,"
+        return between(window.low, window.high)
 
     def proof(self, warps: Sequence[WarpRecord]) -> str:
         times = sum(warp.times for warp in warps)
@@ -169,7 +174,7 @@ class _Told(NamedTuple):
         return f"{self.named(cpus)}{chr(39)}{'s' * (len(cpus) == 1)}"
 
 
-class _Hull(NamedTuple):
+class _GroupWindow(NamedTuple):
     """A window of every one of b against every one of a."""
 
     a: Sequence[int]

@@ -10,31 +10,33 @@ from fractions import Fraction
 from math import ceil
 from typing import Final, NamedTuple
 
-from pvclock.meter.inside.advice import title
 from pvclock.meter.inside.apart import Windows
 from pvclock.meter.inside.drift import drift_of
 from pvclock.meter.inside.motion import DISCIPLINED
 from pvclock.meter.inside.rates import Interval, rate_change
-from pvclock.meter.inside.record import ClockRecord, ProbeRecord
-from pvclock.meter.inside.verdict import Budgets
+from pvclock.meter.inside.record import FLOOR_UNKNOWN, ClockRecord, ProbeRecord
+from pvclock.meter.inside.symptoms import title
+from pvclock.meter.inside.verdict import Budgets, OpenQuestion, OpenReason
 from pvclock.meter.inside.windows import unit_ns
 from pvclock.meter.inside.words import at_least, between, floor_in_words, ppm_between, rate_in_words
 
-__all__ = ["Held", "held"]
+__all__ = ["BudgetsOutcome", "check_budgets"]
 
 COARSE: Final = frozenset({"pit", "acpi_pm"})
 """Clocks that others are measured by: their units leave a budget open, and only what they prove counts."""
 UNDISCIPLINED: Final = "monotonic_raw"
 """Linux makes it and CLOCK_MONOTONIC of the same counter: a step of that is in both, and told better in this."""
-FLOOR_UNKNOWN: Final = (1 << 63) - 1
-"""The probe's word for a clock whose rate it did not learn in the time."""
 
 
-class Held(NamedTuple):
+class BudgetsOutcome(NamedTuple):
     """What broke a budget, and what leaves one open."""
 
     broken: list[str]
-    open: list[str]
+    open: list[OpenQuestion]
+
+    def leave_open(self, reason: OpenReason, what: str, seconds: int | None = None) -> None:
+        """Note one more open question."""
+        self.open.append(OpenQuestion(reason, what, seconds))
 
 
 class _Range(NamedTuple):
@@ -45,28 +47,44 @@ class _Range(NamedTuple):
     most: Fraction | None
 
 
-def held(record: ProbeRecord, windows: Mapping[str, Windows], budgets: Budgets) -> Held:
-    """Hold all three budgets."""
-    found = Held([], [])
+class _Worst(NamedTuple):
+    """The worst range of a budget, proven to be beyond it or not."""
+
+    range: _Range
+    is_broken: bool
+
+
+def check_budgets(record: ProbeRecord, windows: Mapping[str, Windows], budgets: Budgets) -> BudgetsOutcome:
+    """Hold the measurement against all three budgets."""
+    found = BudgetsOutcome([], [])
     if budgets.max_warp_ns is not None:
-        _hold_warps(found, record, windows, budgets.max_warp_ns)
+        _check_warps(found, record, windows, budgets.max_warp_ns)
     if budgets.max_step_ns is not None:
-        _hold_steps(found, record, budgets.max_step_ns)
+        _check_steps(found, record, budgets.max_step_ns)
     if budgets.max_drift_ppb is not None:
-        _hold_drifts(found, record, budgets.max_drift_ppb)
+        _check_drifts(found, record, budgets.max_drift_ppb)
     return found
 
 
 # Warps
 
 
-def _hold_warps(found: Held, record: ProbeRecord, windows: Mapping[str, Windows], most_ns: Fraction) -> None:
-    if len(record.cpus) > 1 and not windows:
-        found.open.append("no clock was compared between CPUs, so --max-warp is open")
+def _check_warps(found: BudgetsOutcome, record: ProbeRecord, windows: Mapping[str, Windows], most_ns: Fraction) -> None:
+    if len(record.cpus) == 1:
+        only = f"only CPU {record.cpus[0].cpu} was measured, and --max-warp is for two or more"
+        found.leave_open(OpenReason.ONE_CPU, only)
+    elif not windows:
+        found.leave_open(OpenReason.NOT_COMPARED, "no clock was compared between CPUs, so --max-warp is open")
     for clock in record.clocks:
-        for told, bucket in _worst(_apart_ranges(record, clock, windows.get(clock.name, {})), most_ns, found):
+        if worst := _worst(_apart_ranges(record, clock, windows.get(clock.name, {})), most_ns):
+            told = worst.range
             apart = f"{title(clock.name)}: {told.whose} {_span_ns(told, 'are', 'may be')} apart"
-            bucket.append(f"{apart}; the budget is {floor_in_words(most_ns)}")
+            what = f"{apart}; the budget is {floor_in_words(most_ns)}"
+            if worst.is_broken:
+                found.broken.append(what)
+            else:
+                unknown = told.most is None
+                found.leave_open(OpenReason.NOT_COMPARED if unknown else OpenReason.FLOOR_BETWEEN_CPUS, what)
 
 
 def _apart_ranges(record: ProbeRecord, clock: ClockRecord, windows: Windows) -> list[_Range]:
@@ -95,15 +113,21 @@ def _both(record: ProbeRecord, a: int, b: int) -> str:
 # Steps
 
 
-def _hold_steps(found: Held, record: ProbeRecord, most_ns: Fraction) -> None:
+def _check_steps(found: BudgetsOutcome, record: ProbeRecord, most_ns: Fraction) -> None:
     searched = [clock for clock in record.clocks if clock.steps.reads and clock is not record.tsc]
     blunt = COARSE | (DISCIPLINED if any(clock.name == UNDISCIPLINED for clock in searched) else frozenset())
     if not any(clock.name not in blunt for clock in searched):
-        found.open.append("no clock was searched for steps, so --max-step is open")
+        found.leave_open(OpenReason.SHORT_RUN, "no clock was searched for steps, so --max-step is open")
     for clock in searched:
-        for told, bucket in _worst(_step_ranges(clock, is_blunt=clock.name in blunt), most_ns, found):
+        if worst := _worst(_step_ranges(clock, is_blunt=clock.name in blunt), most_ns):
+            told = worst.range
             stepped = f"{title(clock.name)} {_span_ns(told, 'stepped by', 'may have stepped by')}"
-            bucket.append(f"{stepped}; the budget is {floor_in_words(most_ns)}")
+            what = f"{stepped}; the budget is {floor_in_words(most_ns)}"
+            if worst.is_broken:
+                found.broken.append(what)
+            else:
+                unknown = told.most is None
+                found.leave_open(OpenReason.SHORT_RUN if unknown else OpenReason.FLOOR_OF_STEPS, what)
 
 
 def _step_ranges(clock: ClockRecord, *, is_blunt: bool) -> list[_Range]:
@@ -121,17 +145,22 @@ def _step_ranges(clock: ClockRecord, *, is_blunt: bool) -> list[_Range]:
 # Drifts
 
 
-def _hold_drifts(found: Held, record: ProbeRecord, most_ppb: Fraction) -> None:
+def _check_drifts(found: BudgetsOutcome, record: ProbeRecord, most_ppb: Fraction) -> None:
     bounds = 0
     for clock in record.clocks:
         ranges = [*_drift_ranges(record, clock), *_rate_ranges(clock)]
         bounds += len(ranges)
-        for told, bucket in _worst(ranges, most_ppb, found):
-            enough = _seconds_enough(record, told, most_ppb) if bucket is found.open else ""
-            budget = rate_in_words(most_ppb)
-            bucket.append(f"{title(clock.name)}, {told.whose}: {_span_ppb(told)}; the budget is {budget}{enough}")
+        if worst := _worst(ranges, most_ppb):
+            told, budget = worst.range, rate_in_words(most_ppb)
+            what = f"{title(clock.name)}, {told.whose}: {_span_ppb(told)}; the budget is {budget}"
+            if worst.is_broken:
+                found.broken.append(what)
+            else:
+                seconds = _seconds_enough(record, told, most_ppb)
+                enough = f"; a run of {seconds:,} s can tell" if seconds else ""
+                found.leave_open(OpenReason.SHORT_RUN, what + enough, seconds)
     if not bounds:
-        found.open.append("no drift was measured, so --max-drift is open")
+        found.leave_open(OpenReason.SHORT_RUN, "no drift was measured, so --max-drift is open")
 
 
 def _drift_ranges(record: ProbeRecord, clock: ClockRecord) -> list[_Range]:
@@ -162,27 +191,28 @@ def _without_sign(whose: str, span: Interval) -> _Range:
     return _Range(whose, least, max(abs(low), abs(high)))
 
 
-def _seconds_enough(record: ProbeRecord, told: _Range, most_ppb: Fraction) -> str:
+def _seconds_enough(record: ProbeRecord, told: _Range, most_ppb: Fraction) -> int | None:
     """A bound goes down as the run's length goes up, if nothing really drifts."""
     if told.most is None or not most_ppb or told.least or not record.milliseconds:
-        return ""
-    seconds = ceil(Fraction(record.milliseconds, 1000) * told.most / most_ppb)
-    return f"; a run of {seconds:,} s can tell"
+        return None
+    return ceil(Fraction(record.milliseconds, 1000) * told.most / most_ppb)
 
 
 # All
 
 
-def _worst(ranges: list[_Range], most: Fraction, found: Held) -> list[tuple[_Range, list[str]]]:
-    """The worst that is proven beyond the budget; else the worst that may be."""
+def _worst(ranges: list[_Range], most: Fraction) -> _Worst | None:
+    """The worst that is proven beyond the budget; else the worst that may be; None if all are within."""
     proven = [each for each in ranges if each.least > most]
     if proven:
-        return [(max(proven, key=lambda each: each.least), found.broken)]
+        return _Worst(max(proven, key=lambda each: each.least), is_broken=True)
     unknown = [each for each in ranges if each.most is None]
     if unknown:
-        return [(unknown[0], found.open)]
+        return _Worst(unknown[0], is_broken=False)
     possible = [each for each in ranges if each.most is not None and each.most > most]
-    return [(max(possible, key=lambda each: each.most or Fraction(0)), found.open)] if possible else []
+    if not possible:
+        return None
+    return _Worst(max(possible, key=lambda each: each.most or Fraction(0)), is_broken=False)
 
 
 def _span_ns(told: _Range, is_so: str, may_be: str) -> str:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Final, NamedTuple
+from typing import Final
 
-from pvclock.meter.inside.advice import STOPPED_CHANGE, frequency_change, promise_change, title
-from pvclock.meter.inside.promises import FrequencyClaim, Promises, page_hz
-from pvclock.meter.inside.rates import Interval, tsc_hz_by
-from pvclock.meter.inside.record import ClockRecord, ProbeRecord
+from pvclock.meter.inside.promises import FrequencyClaim, Promises
+from pvclock.meter.inside.rates import Interval
+from pvclock.meter.inside.record import ProbeRecord
+from pvclock.meter.inside.references import Reference, off_ppb, references
+from pvclock.meter.inside.remedies import STOPPED_CHANGE, STOPPED_CLEARED, Remedies, frequency_change
+from pvclock.meter.inside.symptoms import title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.words import cpus_in_words, hz_in_words, ppm_between
 
 __all__ = ["frequency_findings", "promise_findings", "stopped_findings"]
 
-REFERENCES: Final = ("acpi_pm", "pit", "hyperv", "monotonic_raw", "pvclock")
-"""Clocks that tell the TSC's frequency, none of which the guest's NTP changes."""
 NTP_CORRECTS_PPB: Final = 500_000
 """What a guest's NTP can correct; a frequency that is further off makes its clock wrong for good."""
 BETWEEN_CPUS: Final = {FindingCode.OFFSET, FindingCode.WARP, FindingCode.DRIFT, FindingCode.STEP_BACK}
 
 
-def promise_findings(record: ProbeRecord, told: Promises, faults: Sequence[Finding]) -> list[Finding]:
+def promise_findings(
+    record: ProbeRecord, told: Promises, faults: Sequence[Finding], remedies: Remedies
+) -> list[Finding]:
     """STABLE or invariant TSC is promised, and a fault of that clock is proven that the probe did not put in."""
     if any(record.added_ns):
         return []
@@ -34,7 +36,8 @@ def promise_findings(record: ProbeRecord, told: Promises, faults: Sequence[Findi
                 "CPUID promises an invariant TSC (0x80000007 EDX bit 8), and Linux takes one to be the same on all "
                 "CPUs; it is not",
                 proof[0],
-                promise_change(told.hypervisor, is_stable=False),
+                remedies.for_promise(is_stable=False),
+                "invariant-tsc",
             )
         )
     if proof := [each for each in own if each.clock in _under_stable(record, told)]:
@@ -42,7 +45,8 @@ def promise_findings(record: ProbeRecord, told: Promises, faults: Sequence[Findi
             _broken(
                 f"{_stable_from(told)} promises that readings of kvmclock on different CPUs are in order; they are not",
                 proof[0],
-                promise_change(told.hypervisor, is_stable=True),
+                remedies.for_promise(is_stable=True),
+                "stable",
             )
         )
     return found
@@ -50,10 +54,10 @@ def promise_findings(record: ProbeRecord, told: Promises, faults: Sequence[Findi
 
 def frequency_findings(record: ProbeRecord, told: Promises) -> list[Finding]:
     """Each frequency that the guest is told, against the clock that proves best that it is another."""
-    references = _references(record)
+    clocks = references(record)
     found = []
     for claim in (*told.frequencies, *_own_claim(record)):
-        offs = [(_off_ppb(claim, each.hz), each) for each in references if each.name not in claim.source]
+        offs = [(off_ppb(claim, each.hz), each) for each in clocks if _can_judge(each, claim)]
         if not offs:
             continue
         off, reference = max(offs, key=lambda each: _proven(each[0]))
@@ -76,8 +80,9 @@ def stopped_findings(record: ProbeRecord) -> list[Finding]:
             FindingCode.STOPPED_FLAG,
             Weight.NOTE,
             "pvclock",
+            f"GUEST_STOPPED stays set on the pvclock page of {whose}",
             f"GUEST_STOPPED stayed set on the pvclock page of {whose} at all of {looks:,} looks: a pause was told, "
-            "and its flag never cleared",
+            f"and its flag not cleared yet: {STOPPED_CLEARED}",
             "the next lockup that the guest's watchdogs find is taken for that pause, and not reported.",
             (STOPPED_CHANGE,),
             tuple(stuck),
@@ -104,48 +109,31 @@ def _stable_from(told: Promises) -> str:
     return "STABLE in every pvclock page" if told.has_stable_pages else "KVM's feature CLOCKSOURCE_STABLE"
 
 
-def _broken(promise: str, proof: Finding, change: tuple[str, ...]) -> Finding:
+def _broken(promise: str, proof: Finding, change: tuple[str, ...], name: str) -> Finding:
     return Finding(
         FindingCode.BROKEN_PROMISE,
         Weight.FAULT,
         proof.clock,
-        f"{promise}: {proof.what.partition(';')[0]}",
+        f"{promise}: {proof.headline}",
+        f"{promise}: {proof.headline}",
         f"what trusts the promise reads {title(proof.clock)} without a check of its own: {proof.software_sees}",
         change,
         proof.cpus,
         proof.budget,
         proof.low_ns,
         proof.high_ns,
+        name,
     )
 
 
 # Frequencies
 
 
-class _Reference(NamedTuple):
-    name: str
-    words: str
-    hz: Interval
-
-
-def _references(record: ProbeRecord) -> list[_Reference]:
-    """What the TSC's frequency is by the clocks measured, and by the pvclock pages."""
-    found = [
-        _Reference(clock.name, f"{title(clock.name)} over this run", hz)
-        for clock in record.clocks
-        if clock.name in REFERENCES and not _has_stepped(clock) and (hz := tsc_hz_by(clock))
-    ]
-    for page in record.pages[:1]:
-        if page.mul:
-            scaled = page_hz(page)
-            words = f"the pvclock page of CPU {page.cpu} (mul {page.mul}, shift {page.shift})"
-            grain = scaled / page.mul
-            found.append(_Reference("pvclock", words, Interval(scaled - grain, scaled + grain)))
-    return found
-
-
-def _has_stepped(clock: ClockRecord) -> bool:
-    return clock.steps.forward is not None or clock.steps.backward is not None
+def _can_judge(reference: Reference, claim: FrequencyClaim) -> bool:
+    """A page's scale is what Linux makes its clocks by, so only a clock with its own oscillator can tell it wrong."""
+    if "pvclock" in claim.source:
+        return reference.is_independent
+    return reference.name not in claim.source
 
 
 def _own_claim(record: ProbeRecord) -> list[FrequencyClaim]:
@@ -155,24 +143,21 @@ def _own_claim(record: ProbeRecord) -> list[FrequencyClaim]:
     return [FrequencyClaim("Hyper-V's HV_X64_MSR_TSC_FREQUENCY", Fraction(record.tsc_hz), Fraction(1000))]
 
 
-def _off_ppb(claim: FrequencyClaim, hz: Interval) -> Interval:
-    """By how much the claim is above the TSC's frequency: claim over measured, minus 1."""
-    low, high = claim.hz - claim.grain_hz, claim.hz + claim.grain_hz
-    return Interval((low / hz.high - 1) * 10**9, (high / hz.low - 1) * 10**9)
-
-
 def _proven(off: Interval) -> Fraction:
     """How far off it is at least; negative where it may be right."""
     return max(off.low, -off.high)
 
 
-def _frequency_told(claim: FrequencyClaim, off: Interval, reference: _Reference, *, is_fault: bool) -> Finding:
+def _frequency_told(claim: FrequencyClaim, off: Interval, reference: Reference, *, is_fault: bool) -> Finding:
     grain = f", in steps of {hz_in_words(claim.grain_hz)}" if claim.grain_hz >= 1 else ""
     has = f"{hz_in_words(reference.hz.low)} to {hz_in_words(reference.hz.high, up=True)}"
     what = (
         f"{claim.source} says that the TSC has {hz_in_words(claim.hz)}{grain}; by {reference.words} it has {has}: "
         f"it is off by {ppm_between(*off)}"
     )
+    headline = f"{claim.source} says that the TSC has {hz_in_words(claim.hz)}, which is off by {ppm_between(*off)}"
+    if not reference.is_independent:
+        what += "; that clock goes by what the kernel was told or measured when it booted, and one of the two is wrong"
     if claim.is_nominal:
         what += "; this leaf tells what the CPU is sold as, by its definition, and not its TSC's frequency"
     sees = (
@@ -184,6 +169,7 @@ def _frequency_told(claim: FrequencyClaim, off: Interval, reference: _Reference,
         FindingCode.FREQUENCY,
         Weight.FAULT if is_fault else Weight.NOTE,
         "tsc",
+        headline,
         what,
         sees,
         frequency_change(claim.source) if is_fault else (),

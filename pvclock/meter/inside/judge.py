@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from pvclock.meter.inside.advice import title
 from pvclock.meter.inside.apart import Windows, apart_findings
-from pvclock.meter.inside.budgets import held
+from pvclock.meter.inside.budgets import check_budgets
 from pvclock.meter.inside.claims import frequency_findings, promise_findings, stopped_findings
 from pvclock.meter.inside.kernel import clocksource_findings, complaint_findings
 from pvclock.meter.inside.motion import drift_findings, rate_findings, step_findings
 from pvclock.meter.inside.promises import Promises, promises
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord
+from pvclock.meter.inside.remedies import Remedies
 from pvclock.meter.inside.story import story
-from pvclock.meter.inside.verdict import Budgets, Finding, FindingCode, Floor, Verdict, VerdictStatus, Weight
-from pvclock.meter.inside.windows import all_windows, far_edge
+from pvclock.meter.inside.symptoms import title
+from pvclock.meter.inside.verdict import (
+    Budgets,
+    Finding,
+    FindingCode,
+    Floor,
+    OpenQuestion,
+    OpenReason,
+    Verdict,
+    VerdictStatus,
+    Weight,
+)
+from pvclock.meter.inside.windows import all_windows, far_edge, is_any_apart, widest_half
 from pvclock.meter.inside.words import floor_in_words, listed
 
 __all__ = ["judge"]
@@ -32,7 +43,7 @@ def judge(record: ProbeRecord, budgets: Budgets | None = None) -> Verdict:
     windows = {clock.name: all_windows(clock, len(record.cpus)) for clock in record.clocks if _is_compared(clock)}
     floors = [_floor(record, clock, windows[clock.name]) for clock in record.clocks if clock.name in windows]
     found = _findings(record, told, windows, floors)
-    against = held(record, windows, budgets)
+    against = check_budgets(record, windows, budgets)
     broken = [each.what for each in found if each.weight is Weight.FAULT and not _is_budgeted(each, budgets)]
     open_ = [*_not_compared(record, floors), *against.open]
     return Verdict(
@@ -41,8 +52,10 @@ def judge(record: ProbeRecord, budgets: Budgets | None = None) -> Verdict:
         tuple(against.broken),
         tuple(open_),
         tuple(floors),
-        tuple(story(record, told, floors)),
+        tuple(story(record, told)),
         told,
+        any(record.added_ns),
+        tuple(each.cpu for each in record.cpus),
     )
 
 
@@ -62,7 +75,7 @@ def _is_budgeted(finding: Finding, budgets: Budgets) -> bool:
     return of_kind.get(finding.budget) is not None
 
 
-def _status(broken: Sequence[str], open_: Sequence[str]) -> VerdictStatus:
+def _status(broken: Sequence[str], open_: Sequence[OpenQuestion]) -> VerdictStatus:
     if broken:
         return VerdictStatus.BROKEN
     return VerdictStatus.UNDECIDED if open_ else VerdictStatus.PASSED
@@ -71,18 +84,19 @@ def _status(broken: Sequence[str], open_: Sequence[str]) -> VerdictStatus:
 def _findings(
     record: ProbeRecord, told: Promises, windows: Mapping[str, Windows], floors: Sequence[Floor]
 ) -> list[Finding]:
-    """All of them, faults first."""
+    """All of them, faults first; with a fault that was put in nothing is to be changed."""
+    remedies = Remedies(told.hypervisor, record.kernel.available if record.kernel else ())
     faults: list[Finding] = []
     for clock in record.clocks:
         if clock.name in windows:
-            faults += apart_findings(record, clock, windows[clock.name], told.hypervisor)
-            faults += drift_findings(record, clock, windows[clock.name], told.hypervisor)
+            faults += apart_findings(record, clock, windows[clock.name], remedies)
+            faults += drift_findings(record, clock, windows[clock.name], remedies)
         else:
-            faults += apart_findings(record, clock, {}, told.hypervisor)
-        faults += step_findings(clock, record.tsc_hz, told.hypervisor)
-        faults += rate_findings(clock, record.tsc_hz, told.hypervisor)
+            faults += apart_findings(record, clock, {}, remedies)
+        faults += step_findings(clock, record.tsc_hz, remedies)
+        faults += rate_findings(clock, record.tsc_hz, remedies)
     found = [
-        *promise_findings(record, told, faults),
+        *promise_findings(record, told, faults, remedies),
         *_with_cause(faults),
         *frequency_findings(record, told),
         *stopped_findings(record),
@@ -90,6 +104,8 @@ def _findings(
         *clocksource_findings(record.kernel, told),
         *_added(record),
     ]
+    if any(record.added_ns):
+        found = [each._replace(change=()) for each in found]
     return sorted(found, key=lambda each: each.weight is Weight.NOTE)
 
 
@@ -123,6 +139,7 @@ def _added(record: ProbeRecord) -> list[Finding]:
             FindingCode.ADDED_FAULT,
             Weight.NOTE,
             "",
+            f"a fault was put in by --add: {told}",
             f"a fault was put in by --add: {told}; what is found of it is no fault of this guest's clock",
             "nothing: only the probe's own readings were changed.",
             (),
@@ -135,23 +152,29 @@ def _added(record: ProbeRecord) -> list[Finding]:
 
 
 def _floor(record: ProbeRecord, clock: ClockRecord, windows: Windows) -> Floor:
-    edge = far_edge(windows)
+    name, edge = title(clock.name), far_edge(windows)
     if edge is None:
         never = [pair for pair, window in windows.items() if window is None]
         a, b = (record.cpus[place].cpu for place in never[0])
-        return Floor(
-            clock.name, None, f"{title(clock.name)}: CPUs {a} and {b} were never compared{_more(len(never) - 1)}"
-        )
-    words = f"no two CPUs are further apart than {floor_in_words(edge)}, and nothing below that is called clean"
-    return Floor(clock.name, edge, f"{title(clock.name)}: {words}")
+        return Floor(clock.name, None, None, f"{name}: CPUs {a} and {b} were never compared{_more(len(never) - 1)}")
+    if not is_any_apart(windows):
+        words = f"no two CPUs are further apart than {floor_in_words(edge)}, and what is less may go unseen"
+        return Floor(clock.name, edge, edge, f"{name}: {words}")
+    unseen = widest_half(windows)
+    words = f"beside what was found an offset of less than {floor_in_words(unseen)} may go unseen"
+    return Floor(
+        clock.name, unseen, edge, f"{name}: {words}; no two CPUs are further apart than {floor_in_words(edge)}"
+    )
 
 
 def _more(pairs: int) -> str:
+    if pairs == 1:
+        return ", nor was one other pair"
     return f", nor were {pairs:,} other pairs" if pairs else ""
 
 
-def _not_compared(record: ProbeRecord, floors: Sequence[Floor]) -> list[str]:
+def _not_compared(record: ProbeRecord, floors: Sequence[Floor]) -> list[OpenQuestion]:
     """What leaves the whole verdict open, budgets or not."""
     if len(record.cpus) > 1 and not floors:
-        return ["several CPUs, and no clock was compared between them"]
-    return [each.what for each in floors if each.ns is None]
+        return [OpenQuestion(OpenReason.NOT_COMPARED, "several CPUs, and no clock was compared between them")]
+    return [OpenQuestion(OpenReason.NOT_COMPARED, each.what) for each in floors if each.ns is None]

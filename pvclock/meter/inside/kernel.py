@@ -124,9 +124,9 @@ def complaint_findings(kernel: KernelRecord | None, measured: str) -> list[Findi
         else:
             others.append(line)
     for kind, said in by_kind.items():
-        held = f"; {measured}" if kind.is_of_tsc else ""
-        found.append(_note(f"{_quoted(said)}: {kind.meaning}{held}", kind.sees))
-    return found + [_note(f"{_quoted([line])}, which is not explained here", "") for line in others[-OTHERS_TOLD_MAX:]]
+        beside = f"; {measured}" if kind.is_of_tsc else ""
+        found.append(_note(_quoted(said), f": {kind.meaning}{beside}", kind.sees))
+    return found + [_note(_quoted([line]), ", which is not explained here", "") for line in others[-OTHERS_TOLD_MAX:]]
 
 
 def clocksource_findings(kernel: KernelRecord | None, told: Promises) -> list[Finding]:
@@ -138,6 +138,7 @@ def clocksource_findings(kernel: KernelRecord | None, told: Promises) -> list[Fi
             FindingCode.CLOCKSOURCE,
             Weight.NOTE,
             "monotonic",
+            f"the kernel's clock source is {kernel.clocksource}, which is slow",
             f"the kernel's clock source is {kernel.clocksource}: {_listed(_why_slow(kernel, told))}",
             f"{READS[kernel.clocksource]}.",
             tuple(_faster(told)),
@@ -160,8 +161,8 @@ def clocksource_story(kernel: KernelRecord | None, told: Promises) -> list[str]:
 # Inside
 
 
-def _note(what: str, sees: str) -> Finding:
-    return Finding(FindingCode.COMPLAINT, Weight.NOTE, "", what, sees)
+def _note(said: str, meaning: str, sees: str) -> Finding:
+    return Finding(FindingCode.COMPLAINT, Weight.NOTE, "", said, said + meaning, sees)
 
 
 def _quoted(lines: Sequence[str]) -> str:
@@ -190,7 +191,7 @@ def _why_slow(kernel: KernelRecord, told: Promises) -> list[str]:
         reasons.append(
             "CPUID has no invariant TSC (0x80000007 EDX bit 8), so the kernel watches the TSC and may drop it"
         )
-    return reasons or ["why, neither its command line nor CPUID says"]
+    return reasons or ["neither its command line nor CPUID says why"]
 
 
 def _why_fast(kernel: KernelRecord, told: Promises) -> list[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from pvclock.meter.inside.advice import sees_drift, sees_step, sync_change, title
 from pvclock.meter.inside.apart import Windows, groups_of
 from pvclock.meter.inside.drift import Drift, drift_of
 from pvclock.meter.inside.rates import rate_change
 from pvclock.meter.inside.record import ClockRecord, PairRecord, ProbeRecord, StepRecord
+from pvclock.meter.inside.remedies import Remedies
+from pvclock.meter.inside.symptoms import sees_drift, sees_step, title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.windows import Window, unit_ns
 from pvclock.meter.inside.words import at_least, between, cpus_in_words, ppm_between
@@ -21,28 +22,28 @@ NTP_SLEWS_PPB = 1_001_000
 """From one end of NTP's 500 ppm to the other: what a host's may do to devices that it emulates."""
 
 
-def drift_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, hypervisor: str) -> list[Finding]:
+def drift_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, remedies: Remedies) -> list[Finding]:
     """One finding of the pair that moved most, which names the CPU that moved if most others stood still."""
     moved = [pair for pair in clock.pairs if _is_moved(windows, pair)]
     drifts = [(pair, drift) for pair in moved if (drift := drift_of(pair, clock, record.tsc_hz))]
     proven = [(pair, drift) for pair, drift in drifts if drift.moved_ns]
     if proven:
         pair, drift = max(proven, key=lambda each: abs(each[1].moved_ns))
-        return [_drift_told(record, clock, pair, drift, _odd_ones(windows, len(record.cpus)), hypervisor)]
-    return [_unsteady(record, clock, moved[0], hypervisor)] if moved else []
+        return [_drift_told(record, clock, pair, drift, _who_moved(windows, len(record.cpus)), remedies)]
+    return [_unsteady(record, clock, moved[0], remedies)] if moved else []
 
 
-def step_findings(clock: ClockRecord, tsc_hz: int, hypervisor: str) -> list[Finding]:
+def step_findings(clock: ClockRecord, tsc_hz: int, remedies: Remedies) -> list[Finding]:
     """The largest step each way: proven, also where the floor, which is of the widest readings, is above it."""
     steps = clock.steps
     return [
-        _step_told(clock, step, tsc_hz, hypervisor, is_back=is_back)
+        _step_told(clock, step, tsc_hz, remedies, is_back=is_back)
         for step, is_back in ((steps.backward, True), (steps.forward, False))
         if step
     ]
 
 
-def rate_findings(clock: ClockRecord, tsc_hz: int, hypervisor: str) -> list[Finding]:
+def rate_findings(clock: ClockRecord, tsc_hz: int, remedies: Remedies) -> list[Finding]:
     """The rate against the TSC changed, and no step explains it."""
     change = rate_change(clock)
     if clock.name in DISCIPLINED or change is None or clock.steps.forward or clock.steps.backward:
@@ -51,9 +52,10 @@ def rate_findings(clock: ClockRecord, tsc_hz: int, hypervisor: str) -> list[Find
         return []
     began = clock.samples[0].tsc_before
     times = [_seconds(each - began, tsc_hz) for each in (*change.earlier, *change.later)]
+    headline = f"{title(clock.name)} changed its rate against the TSC by {ppm_between(*change.ppb)}"
     what = (
-        f"{title(clock.name)} changed its rate against the TSC by {ppm_between(*change.ppb)}: from {times[2]} to "
-        f"{times[3]} of the run it was another than from {times[0]} to {times[1]}; one of the two clocks did it"
+        f"{headline}: from {times[2]} to {times[3]} of the run it was another than from {times[0]} to {times[1]}; one "
+        "of the two clocks did it"
     )
     is_fault = proven > NTP_SLEWS_PPB
     if not is_fault:
@@ -63,9 +65,10 @@ def rate_findings(clock: ClockRecord, tsc_hz: int, hypervisor: str) -> list[Find
             FindingCode.RATE_CHANGED,
             Weight.FAULT if is_fault else Weight.NOTE,
             clock.name,
+            headline,
             what,
             "what converts ticks to time by one factor is wrong from then on; NTP has to find the new rate.",
-            sync_change(hypervisor) if is_fault else (),
+            remedies.for_rate(),
             budget="max_drift",
         )
     ]
@@ -79,7 +82,7 @@ def _is_moved(windows: Windows, pair: PairRecord) -> bool:
     return window is not None and window.moved
 
 
-def _odd_ones(windows: Windows, cpus: int) -> list[int]:
+def _who_moved(windows: Windows, cpus: int) -> list[int]:
     """The CPUs that moved against a majority, in which none did against another; none if there is no majority."""
     still = groups_of({pair: _only_moved(window) for pair, window in windows.items()}, cpus)
     if cpus < 3 or len(still) < 2 or len(still[0]) * 2 <= cpus:
@@ -95,27 +98,28 @@ def _only_moved(window: Window | None) -> Window | None:
 
 
 def _drift_told(
-    record: ProbeRecord, clock: ClockRecord, pair: PairRecord, drift: Drift, odd: list[int], hypervisor: str
+    record: ProbeRecord, clock: ClockRecord, pair: PairRecord, drift: Drift, who: list[int], remedies: Remedies
 ) -> Finding:
     a, b = (record.cpus[place].cpu for place in (pair.a, pair.b))
     way = "ahead of" if drift.moved_ns > 0 else "behind"
-    what = (
+    headline = (
         f"CPU {b}'s {title(clock.name)} went {at_least(drift.moved_ns)} or more further {way} CPU {a}'s during the run"
-        f"{_rate_told(drift)}"
     )
-    if odd:
-        named = cpus_in_words([record.cpus[place].cpu for place in odd])
+    what = headline + _rate_told(drift)
+    if who:
+        named = cpus_in_words([record.cpus[place].cpu for place in who])
         what += f"; it is {named} that moved: the others stood still to each other"
     elif len(record.cpus) == 2:
-        what += "; which of the two moved, two cannot tell"
+        what += "; two CPUs cannot tell which of them moved"
     return Finding(
         FindingCode.DRIFT,
         Weight.FAULT,
         clock.name,
+        headline,
         what,
         sees_drift(clock.name),
-        sync_change(hypervisor),
-        tuple(record.cpus[place].cpu for place in odd) or (a, b),
+        remedies.for_offset(),
+        tuple(record.cpus[place].cpu for place in who) or (a, b),
         "max_drift",
         abs(drift.moved_ns),
     )
@@ -127,21 +131,23 @@ def _rate_told(drift: Drift) -> str:
     return ", and not at one rate: it was changed"
 
 
-def _unsteady(record: ProbeRecord, clock: ClockRecord, pair: PairRecord, hypervisor: str) -> Finding:
+def _unsteady(record: ProbeRecord, clock: ClockRecord, pair: PairRecord, remedies: Remedies) -> Finding:
     a, b = (record.cpus[place].cpu for place in (pair.a, pair.b))
+    headline = f"the offset of CPU {b}'s {title(clock.name)} from CPU {a}'s did not stand still during the run"
     return Finding(
         FindingCode.DRIFT,
         Weight.FAULT,
         clock.name,
-        f"the offset of CPU {b}'s {title(clock.name)} from CPU {a}'s did not stand still during the run",
+        headline,
+        headline,
         sees_drift(clock.name),
-        sync_change(hypervisor),
+        remedies.for_offset(),
         (a, b),
         "max_drift",
     )
 
 
-def _step_told(clock: ClockRecord, step: StepRecord, tsc_hz: int, hypervisor: str, *, is_back: bool) -> Finding:
+def _step_told(clock: ClockRecord, step: StepRecord, tsc_hz: int, remedies: Remedies, *, is_back: bool) -> Finding:
     unit = unit_ns(clock)
     low, high = sorted((abs(step.low) * unit, abs(step.high) * unit))
     samples = clock.samples
@@ -152,14 +158,15 @@ def _step_told(clock: ClockRecord, step: StepRecord, tsc_hz: int, hypervisor: st
     )
     way, times = ("back" if is_back else "forward"), clock.steps.beyond_floor
     more = f"; it was the largest of {times:,} steps" if times > 1 else ""
-    what = f"{title(clock.name)} stepped {way} by {between(low, high)} against the TSC, {when} into the run{more}"
+    headline = f"{title(clock.name)} stepped {way} by {between(low, high)} against the TSC, {when} into the run"
     return Finding(
         FindingCode.STEP_BACK if is_back else FindingCode.STEP_FORWARD,
         Weight.FAULT,
         clock.name,
-        what,
+        headline,
+        headline + more,
         sees_step(clock.name, between(low, high), is_back=is_back),
-        sync_change(hypervisor),
+        remedies.for_step(),
         budget="max_step",
         low_ns=low,
         high_ns=high,

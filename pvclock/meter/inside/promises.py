@@ -15,11 +15,10 @@ from pvclock.meter.inside.record import PageRecord, ProbeRecord
 from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.kvm.features import KvmFeature
 
-__all__ = ["PAGE_STABLE", "PAGE_STOPPED", "FrequencyClaim", "Hypervisor", "Promises", "page_hz", "promises"]
+__all__ = ["FrequencyClaim", "Hypervisor", "Promises", "page_hz", "promises"]
 
 PAGE_STABLE: Final = 1 << 0
-PAGE_STOPPED: Final = 1 << 1
-"""PVCLOCK_TSC_STABLE_BIT and PVCLOCK_GUEST_STOPPED of the pvclock ABI."""
+"""PVCLOCK_TSC_STABLE_BIT of the pvclock ABI."""
 
 HYPERVISOR_PRESENT: Final = 1 << 31
 TSC_DEADLINE: Final = 1 << 24

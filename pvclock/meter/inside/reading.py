@@ -15,7 +15,7 @@ from pvclock.meter.inside.record import SCHEMA, ProbeRecord
 from pvclock.meter.inside.schema import RECORD, printable
 from pvclock.state.json_schema import parse
 
-__all__ = ["parse_record"]
+__all__ = ["begins_a_record", "parse_record"]
 
 OUTPUT_MAX: Final = 64 << 20
 LINE_MAX: Final = 4 << 20
@@ -38,7 +38,7 @@ def parse_record(text: str | bytes) -> ProbeRecord:
     """
     if len(text) > OUTPUT_MAX:
         raise ProbeRecordError("file", f"{len(text)} bytes or more", f"up to {OUTPUT_MAX} bytes of a console's output")
-    output = CONTROL.sub("", text if isinstance(text, str) else text.decode("utf-8", "replace"))
+    output = _plain_text(text)
     begun = [match.start() for match in RECORD_BEGINS.finditer(output)]
     for start in reversed(begun[-TRIED_MAX:]):
         if (line := _whole(output, start)) is not None:
@@ -49,7 +49,16 @@ def parse_record(text: str | bytes) -> ProbeRecord:
     raise ProbeRecordError("file", _without_record(output), f'a line that begins with {{"schema":"{SCHEMA}"')
 
 
+def begins_a_record(text: str | bytes) -> bool:
+    """Does any record begin in it, whole or not?"""
+    return RECORD_BEGINS.search(_plain_text(text)) is not None
+
+
 # Inside
+
+
+def _plain_text(text: str | bytes) -> str:
+    return CONTROL.sub("", text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
 def _whole(output: str, start: int) -> str | None:

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 __all__ = [
     "CPUS_MAX",
+    "FLOOR_UNKNOWN",
     "SCHEMA",
     "SLICES",
     "ClockRecord",
@@ -30,6 +31,8 @@ SCHEMA: Final = "pvclock.probe-record/1"
 CPUS_MAX: Final = 64
 SLICES: Final = 8
 """The run, cut: an offset that moves shows between the first and the last."""
+FLOOR_UNKNOWN: Final = (1 << 63) - 1
+"""A step's floor where the probe did not learn the clock's rate in the time."""
 
 
 class Cpu(NamedTuple):

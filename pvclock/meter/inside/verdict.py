@@ -13,9 +13,12 @@ __all__ = [
     "Finding",
     "FindingCode",
     "Floor",
+    "OpenQuestion",
+    "OpenReason",
     "Verdict",
     "VerdictStatus",
     "Weight",
+    "plain_values",
     "verdict_document",
 ]
 
@@ -67,15 +70,18 @@ class FindingCode(StrEnum):
 class Finding(NamedTuple):
     """One thing that is wrong or worth knowing.
 
-    clock: its name, or "".  what: with its numbers and bounds.  software_sees, change: what follows inside, and what to
+    clock: its name, or "".  headline: the fault in a few words, which stand by themselves.  what: with its proof, and
+    what else there is to say of it.  software_sees, change: what follows inside, and what to
     change on the host or in the guest, a remedy each; may be empty.  cpus: those named by it, by their numbers.
     budget: the budget that decides instead of the weight, if it is given: "max_warp", "max_step", "max_drift" or "".
-    low_ns, high_ns: the size's bounds, where it has one in time.
+    low_ns, high_ns: the size's bounds, where it has one in time.  promise: the one that is broken: "stable",
+    "invariant-tsc" or "".
     """
 
     code: FindingCode
     weight: Weight
     clock: str
+    headline: str
     what: str
     software_sees: str
     change: tuple[str, ...] = ()
@@ -83,13 +89,43 @@ class Finding(NamedTuple):
     budget: str = ""
     low_ns: Fraction | None = None
     high_ns: Fraction | None = None
+    promise: str = ""
+
+
+class OpenReason(StrEnum):
+    """What leaves a verdict open, for who chooses the next step."""
+
+    ONE_CPU = "one-cpu"
+    """Only one was measured, and nothing is to be compared."""
+    NOT_COMPARED = "not-compared"
+    """CPUs of which no exchange ended."""
+    FLOOR_BETWEEN_CPUS = "floor-between-cpus"
+    """CPUs may be apart by more than the budget."""
+    FLOOR_OF_STEPS = "floor-of-steps"
+    """A step beyond the budget may be hidden: a longer run does not help."""
+    SHORT_RUN = "short-run"
+    """A longer run can tell."""
+
+
+class OpenQuestion(NamedTuple):
+    """What is not decided, in words; seconds: a run of which length can tell, where that is known."""
+
+    reason: OpenReason
+    what: str
+    seconds: int | None = None
 
 
 class Floor(NamedTuple):
-    """What was not told apart: `ns`, the largest edge of any two CPUs' window (None: two were never compared)."""
+    """How well CPUs were told apart by one clock.
+
+    ns: CPUs that are apart by less than that may go unseen; None: two were never compared.  apart_at_most_ns: no two
+    CPUs are further apart.  Both are the largest edge of any window, unless an offset is proven: then `ns` is half the
+    width of the widest window.
+    """
 
     clock: str
     ns: Fraction | None
+    apart_at_most_ns: Fraction | None
     what: str
 
 
@@ -106,15 +142,20 @@ class Budgets(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """findings: faults first.  broken, open: what broke a budget, or leaves it open.  story: which clocks, and why."""
+    """findings: faults first.  broken, open: what broke a budget, or leaves it open.  story: which clocks, and why.
+
+    is_added: a fault was put in (--add).  cpus: those that were measured, by their numbers.
+    """
 
     status: VerdictStatus
     findings: tuple[Finding, ...]
     broken: tuple[str, ...]
-    open: tuple[str, ...]
+    open: tuple[OpenQuestion, ...]
     floors: tuple[Floor, ...]
     story: tuple[str, ...]
     promises: Promises
+    is_added: bool
+    cpus: tuple[int, ...]
 
     @property
     def exit_status(self) -> int:
@@ -126,20 +167,23 @@ def verdict_document(verdict: Verdict) -> dict[str, object]:
     """The verdict for JSON: plain values only, lengths of time as floats in ns."""
     return {
         "status": str(verdict.status),
-        "findings": [_plain(each) for each in verdict.findings],
+        "findings": plain_values(verdict.findings),
         "broken": list(verdict.broken),
-        "open": list(verdict.open),
-        "floors": [_plain(each) for each in verdict.floors],
+        "open": plain_values(verdict.open),
+        "floors": plain_values(verdict.floors),
         "story": list(verdict.story),
-        "promises": _plain(verdict.promises),
+        "promises": plain_values(verdict.promises),
+        "is_added": verdict.is_added,
+        "cpus": list(verdict.cpus),
     }
 
 
-def _plain(value: object) -> object:
+def plain_values(value: object) -> object:
+    """Named tuples as objects, other tuples as lists, exact numbers as floats."""
     if isinstance(value, Fraction):
         return float(value)
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: _plain(each) for name, each in value._asdict().items()}
+        return {name: plain_values(each) for name, each in value._asdict().items()}
     if isinstance(value, tuple):
-        return [_plain(each) for each in value]
+        return [plain_values(each) for each in value]
     return value

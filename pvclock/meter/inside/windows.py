@@ -17,7 +17,7 @@ from typing import NamedTuple
 from pvclock.meter.inside.record import ClockRecord, PairRecord, Slice
 from pvclock.quantities import NS_PER_S
 
-__all__ = ["Window", "all_windows", "far_edge", "slice_edges", "unit_ns"]
+__all__ = ["Window", "all_windows", "far_edge", "is_any_apart", "slice_edges", "unit_ns", "widest_half"]
 
 
 class Window(NamedTuple):
@@ -75,6 +75,17 @@ def far_edge(windows: Mapping[tuple[int, int], Window | None]) -> Fraction | Non
     """The largest edge of any window, without its sign; None if two CPUs have none."""
     edges = [max(abs(edge) for edge in window.edges) if window else None for window in windows.values()]
     return max((edge or Fraction(0) for edge in edges), default=Fraction(0)) if None not in edges else None
+
+
+def is_any_apart(windows: Mapping[tuple[int, int], Window | None]) -> bool:
+    """Are two CPUs proven to be apart?"""
+    return any(window.is_apart for window in windows.values() if window)
+
+
+def widest_half(windows: Mapping[tuple[int, int], Window | None]) -> Fraction:
+    """Half the width of the widest window."""
+    edges = [window.edges for window in windows.values() if window]
+    return max((high - low for low, high in edges), default=Fraction(0)) / 2
 
 
 # Inside

@@ -16,12 +16,18 @@ __all__ = [
     "listed",
     "ppm_between",
     "rate_in_words",
+    "signed_between",
 ]
 
 UNITS: Final = ((10**9, "s"), (10**6, "ms"), (10**3, "us"), (1, "ns"))
 DIGITS: Final = 4
-PPM_FROM: Final = 10_000
-"""ppb from which a rate is told in ppm."""
+TENTH: Final = Fraction(1, 10)
+RATE_UNITS: Final = (
+    (10**7, 10**7, "%", Fraction(1, 1000)),
+    (10_000, 1000, "ppm", TENTH),
+    (0, 1, "ppb", TENTH),
+)
+"""From how many ppb on a rate is told in a unit, how many ppb that is, its name, and its finest grain."""
 
 
 def at_least(ns: Fraction) -> str:
@@ -37,23 +43,29 @@ def floor_in_words(ns: Fraction) -> str:
 def between(low: Fraction, high: Fraction) -> str:
     """A length of time by its bounds, both of one sign, without it."""
     near, far = sorted((abs(low), abs(high)))
-    digits = max(DIGITS, len(str(floor(far))) - len(str(floor(far - near))) + 2)
+    digits = _digits_for(near, far)
     low_text, high_text = _length(_rounded(near, digits, up=False)), _length(_rounded(far, digits, up=True))
     return low_text if low_text == high_text else f"{low_text} to {high_text}"
 
 
+def signed_between(low: Fraction, high: Fraction) -> str:
+    """A difference by its bounds, signed, with the digits that between() and floor_in_words() have."""
+    digits = _digits_for(*sorted((abs(low), abs(high)))) if low * high > 0 else DIGITS
+    low_text, high_text = _signed_length(low, digits, up=False), _signed_length(high, digits, up=True)
+    return low_text if low_text == high_text else f"{low_text} to {high_text}"
+
+
 def ppm_between(low: Fraction, high: Fraction) -> str:
-    """A rate in ppb by its bounds, rounded outwards, in ppb or ppm as fits; signed."""
-    size, unit = (1000, "ppm") if max(abs(low), abs(high)) >= PPM_FROM else (1, "ppb")
-    low_text = f"{_signed(low / size, up=False)}"
-    high_text = f"{_signed(high / size, up=True)}"
+    """A rate in ppb by its bounds, rounded outwards, in ppb, ppm or % as fits; signed."""
+    size, unit, grain = _rate_unit(max(abs(low), abs(high)))
+    low_text, high_text = _signed(low / size, grain, up=False), _signed(high / size, grain, up=True)
     return f"{low_text} {unit}" if low_text == high_text else f"{low_text} to {high_text} {unit}"
 
 
 def rate_in_words(ppb: Fraction) -> str:
     """A rate without its sign, rounded up."""
-    size, unit = (1000, "ppm") if abs(ppb) >= PPM_FROM else (1, "ppb")
-    return f"{_signed(abs(ppb) / size, up=True).removeprefix('+')} {unit}"
+    size, unit, grain = _rate_unit(abs(ppb))
+    return f"{_signed(abs(ppb) / size, grain, up=True).removeprefix('+')} {unit}"
 
 
 def hz_in_words(hz: Fraction, *, up: bool = False) -> str:
@@ -85,10 +97,14 @@ def listed(parts: Sequence[str], last: str = "and") -> str:
 # Inside
 
 
-def _rounded(number: Fraction, digits: int = DIGITS, *, up: bool) -> Fraction:
-    """To so many digits, and to a tenth where there are fewer before the point."""
-    places = len(str(floor(number))) - digits
-    grain = Fraction(10**places) if places >= 0 else Fraction(1, 10)
+def _digits_for(near: Fraction, far: Fraction) -> int:
+    """So many that two bounds far from 0 and close to each other differ in two of them."""
+    return max(DIGITS, len(str(floor(far))) - len(str(floor(far - near))) + 2)
+
+
+def _rounded(number: Fraction, digits: int = DIGITS, *, up: bool, finest: Fraction = TENTH) -> Fraction:
+    """To so many digits, and no finer than that, where there are fewer before the point."""
+    grain = max(Fraction(10) ** (len(str(floor(number))) - digits), finest)
     return (ceil if up else floor)(number / grain) * grain
 
 
@@ -98,6 +114,16 @@ def _length(ns: Fraction) -> str:
     return f"{whole}.{rest:0{len(str(size))}}".rstrip("0").rstrip(".") + f" {unit}"
 
 
-def _signed(number: Fraction, *, up: bool) -> str:
-    rounded = _rounded(abs(number), up=up == (number >= 0))
+def _signed_length(ns: Fraction, digits: int, *, up: bool) -> str:
+    rounded = _rounded(abs(ns), digits, up=up == (ns >= 0))
+    return f"{'-' if ns < 0 and rounded else '+' if rounded else ''}{_length(rounded)}"
+
+
+def _rate_unit(ppb: Fraction) -> tuple[int, str, Fraction]:
+    """Of how many ppb it is one, its name, and its finest grain."""
+    return next((size, unit, grain) for least, size, unit, grain in RATE_UNITS if ppb >= least)
+
+
+def _signed(number: Fraction, grain: Fraction, *, up: bool) -> str:
+    rounded = _rounded(abs(number), up=up == (number >= 0), finest=grain)
     return f"{'-' if number < 0 and rounded else '+' if rounded else ''}{float(rounded):.10g}"
