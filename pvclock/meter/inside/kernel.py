@@ -72,11 +72,25 @@ COMPLAINTS: Final = (
         is_of_tsc=True,
     ),
     Complaint(
-        re.compile(r"as unstable because the skew is too large|wd_nsec:|cs_nsec:|Clocksource .* skewed"),
+        re.compile(
+            r"clocksource '?tsc(?:-early)?'? as unstable because|'tsc(?:-early)?' cs_nsec:"
+            r"|Clocksource '?tsc(?:-early)?'? skewed"
+        ),
         "the clock source watchdog compared the TSC with another clock over half a second, and they went apart by more "
         "than 62.5 us or so: the TSC or that clock was wrong, or this vCPU was held up between the two readings",
         "a slower clock source is taken, from one moment to the next.",
         is_of_tsc=True,
+    ),
+    Complaint(
+        re.compile(r"as unstable because the skew is too large|cs_nsec:|Clocksource .* skewed"),
+        "the clock source watchdog compared that clock source, which is not the TSC, with another one over half a "
+        "second, and they went apart: one of the two was wrong, or this vCPU was held up between the two readings",
+        "another clock source is taken, if that one was in use.",
+    ),
+    Complaint(
+        re.compile(r"wd_nsec:"),
+        "numbers of the clock source watchdog's own clock, which it held another one against",
+        "nothing of this line alone.",
     ),
     Complaint(
         re.compile(r"read-back delay|Long readout interval|excessive clock-?read delays"),
