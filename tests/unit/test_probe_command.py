@@ -35,7 +35,9 @@ SHELL = Path("/bin/sh").read_bytes()
 """Stands for the probe where it has to misbehave."""
 
 FALSE_FREQUENCY = [0x15, 0, 1, 84, 25_000_000, 0]
-WITH_FALSE_FREQUENCY = line(faulty_document() | {"cpuid": [*KVM_LEAVES, FALSE_FREQUENCY]})
+WITH_FALSE_FREQUENCY = line(
+    faulty_document() | {"cpuid": [*KVM_LEAVES, FALSE_FREQUENCY], "kernel": a_kernel(clocksource="acpi_pm")}
+)
 """A fault that no budget decides, beside one that --max-warp does: CPUID says 2.1 GHz."""
 
 ADDED = faulty_document() | {"added_ns": [0, -1_200_000]}

@@ -102,7 +102,7 @@ def _apart_ranges(record: ProbeRecord, clock: ClockRecord, windows: Windows) -> 
         else:
             least = max(least, window.low, -window.high)
             ranges.append(_Range(_both(record, *pair), least, max(least, *(abs(edge) for edge in window.edges))))
-    return ranges + [_Range(_both(record, *pair), size, size) for pair, size in largest.items()]
+    return ranges + [_Range(_both(record, *pair), size, None) for pair, size in largest.items()]
 
 
 def _both(record: ProbeRecord, a: int, b: int) -> str:
