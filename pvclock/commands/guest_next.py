@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
     from pvclock.meter.inside import OpenQuestion, Verdict
 
-__all__ = ["BUDGET_OPTIONS", "NextCommand", "Options", "Rerun", "budget_words", "next_commands"]
+__all__ = ["SECONDS_MAX", "NextCommand", "Options", "Rerun", "budget_words", "next_commands"]
 
 BUDGET_OPTIONS: Final = ("--max-warp", "--max-step", "--max-drift")
 """In the order of Budgets."""

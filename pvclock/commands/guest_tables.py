@@ -10,11 +10,11 @@ from rich.text import Text
 
 from pvclock.commands.tables import Table
 from pvclock.meter.inside import ProbeRecord, Verdict
+from pvclock.meter.inside.advice import STOPPED_CLEARED
 from pvclock.meter.inside.promises import FrequencyClaim
 from pvclock.meter.inside.rates import Interval, tsc_hz_by
 from pvclock.meter.inside.record import FLOOR_UNKNOWN, ClockRecord, StepRecord
 from pvclock.meter.inside.references import independent_references, off_ppb
-from pvclock.meter.inside.remedies import STOPPED_CLEARED
 from pvclock.meter.inside.windows import Window, all_windows, unit_ns
 from pvclock.meter.inside.words import at_least, between, floor_in_words, hz_in_words, ppm_between, signed_between
 from pvclock.meter.watch.words import counted

@@ -17,7 +17,7 @@ from pvclock.commands.tables import Table
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
     from pvclock.meter.inside import Budgets, Finding, ProbeRecord, Verdict
 
-__all__ = ["add_budgets", "budgets_given", "budgets_of", "first_line", "report_of"]
+__all__ = ["add_budgets", "budgets_given", "budgets_of", "report_of"]
 
 BUDGETS: Final = (
     ("max_warp", time_ns, "TIME", "how far CPUs' clocks may be apart, such as 200ns"),
@@ -52,22 +52,22 @@ def report_of(measured: ProbeRecord, budgets: Budgets, screen: Screen, rerun: Re
 
     verdict = judge(measured, budgets)
     following = next_commands(verdict, rerun)
-    screen.show(Text(first_line(verdict, budgets), f"bold {COLOURS[verdict.status]}"), *_reasons(verdict))
+    screen.show(Text(_first_line(verdict, budgets), f"bold {COLOURS[verdict.status]}"), *_reasons(verdict))
     if verdict.findings:
-        screen.show(_findings_table(sorted(verdict.findings, key=_place)))
+        screen.show(_findings_table(verdict))
     screen.show(*verdict.story, clocks_table(measured), promises_table(measured, verdict))
     screen.show(*(f"Type next:  {each.command}  ({each.why})" for each in following))
     found = {**verdict_document(verdict), "clocks": clock_rows(measured), "next": following, **also}
     return Report(verdict.exit_status == 0, found, verdict.exit_status)
 
 
-def first_line(verdict: Verdict, budgets: Budgets) -> str:
+# Inside
+
+
+def _first_line(verdict: Verdict, budgets: Budgets) -> str:
     """The verdict for who reads no further."""
     said = f"{_sentence(verdict, _decided_by(budgets))}{_only_one(verdict)}."
     return f"With the fault that --add put in, {said}" if verdict.is_added else said[0].upper() + said[1:]
-
-
-# Inside
 
 
 def _option(name: str) -> str:
@@ -128,16 +128,16 @@ def _reasons(verdict: Verdict) -> Iterator[Text]:
         yield Text(f"  {reason}", COLOURS[verdict.status])
 
 
-def _findings_table(findings: list[Finding]) -> Table:
+def _findings_table(verdict: Verdict) -> Table:
     """What was found, and what software sees of it; then each thing to change, once."""
     table = Table("", "what was found")
     told = {""}
-    for finding in findings:
+    for finding in sorted(verdict.findings, key=_place):
         table.add_row(Text("what is wrong", "red") if _is_fault(finding) else "worth knowing", finding.what)
         if finding.software_sees not in told:
             told.add(finding.software_sees)
             table.add_row("software sees", finding.software_sees)
         table.end_section()
-    for remedy in dict.fromkeys(remedy for finding in findings for remedy in finding.change):
+    for remedy in dict.fromkeys(remedy for finding in verdict.findings for remedy in finding.change):
         table.add_row("what to change", remedy)
     return table

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pvclock.commands import probe_files
-from pvclock.commands.guest_next import NextCommand, Options, Rerun, budget_words
+from pvclock.commands.guest_next import SECONDS_MAX, NextCommand, Options, Rerun, budget_words
 from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, report_of
 from pvclock.commands.probe_files import STDIN
 from pvclock.commands.report import Report
@@ -29,10 +30,12 @@ EXAMPLES: Final = """\
   pvclock probe --linux --output probe   an executable for any x86-64 Linux
   pvclock probe --judge console.log      what either printed, judged"""
 
+CPUS_COMPARED_MIN: Final = 2
+SECONDS_MIN: Final = 0.1
 IMAGE_MODE, EXECUTABLE_MODE = 0o644, 0o755
 
 QEMU: Final = (
-    "qemu-system-x86_64 -accel kvm -cpu host -smp 2 -m 64 -nodefaults -display none -no-reboot -serial stdio "
+    "qemu-system-x86_64 -accel kvm -cpu host -smp {cpus} -m 64 -nodefaults -display none -no-reboot -serial stdio "
     "-device isa-debug-exit,iobase=0xf4,iosize=1 -kernel {file} -append seconds={seconds}"
 )
 
@@ -80,7 +83,7 @@ def _linux_next(name: str) -> tuple[str, NextCommand]:
 
 
 def _image_next(name: str) -> tuple[str, NextCommand]:
-    command = f"{QEMU.format(file=shlex.quote(name), seconds=10)} | pvclock probe --judge -"
+    command = f"{QEMU.format(file=shlex.quote(name), cpus=CPUS_COMPARED_MIN, seconds=10)} | pvclock probe --judge -"
     return "the probe as an image", NextCommand(command, "other VMMs: docs/probe-vmms.md")
 
 
@@ -96,8 +99,10 @@ def _judged(arguments: argparse.Namespace, screen: Screen) -> Report:
 
 def _rerun(file: str, record: ProbeRecord, budgets: Budgets) -> Rerun:
     """Another run of the same form, and all numbers of this one."""
-    options = Options(record.milliseconds / 1000, budgets=tuple(budgets))
-    command = _linux_again if record.form == "linux" else _image_again
+    seconds = min(max(record.milliseconds / 1000, SECONDS_MIN), SECONDS_MAX)  # as a probe may be asked for
+    options = Options(seconds, budgets=tuple(budgets))
+    on_image = partial(_image_again, max(len(record.cpus), CPUS_COMPARED_MIN))
+    command = _linux_again if record.form == "linux" else on_image
     words = ["pvclock", "probe", "--judge", file, *budget_words(options.budgets), "--json"]
     numbers = NextCommand(shlex.join(words), "all numbers, for who runs the host")
     of_a_fault = None if file == STDIN else numbers
@@ -109,9 +114,9 @@ def _linux_again(options: Options) -> str:
     return f"pvclock probe --linux --output probe && ./probe --seconds {options.seconds:.15g} | {_judge(options)}"
 
 
-def _image_again(options: Options) -> str:
+def _image_again(cpus: int, options: Options) -> str:
     """In QEMU; other VMMs have the image and its command line in ways of their own."""
-    boot = QEMU.format(file="probe.img", seconds=f"{options.seconds:.15g}")
+    boot = QEMU.format(file="probe.img", cpus=cpus, seconds=f"{options.seconds:.15g}")
     return f"pvclock probe --output probe.img && {boot} | {_judge(options)}"
 
 

@@ -422,6 +422,7 @@ def test_a_headline_has_the_fault() -> None:
     assert found.headline.startswith("CPUID 0x40000010 says that the TSC has 2,929,000,000 Hz, which is off by +")
     assert found.headline.endswith(" %")
     promise = only(verdict_of(exchanged(0, 9000), pages=[PAGE]), FindingCode.BROKEN_PROMISE)
+    assert promise.headline.startswith("STABLE in every pvclock page is not kept: CPU 1's TSC is ")
     assert promise.headline.endswith("ahead of that of CPU 0")
     assert promise.promise == "stable"
 

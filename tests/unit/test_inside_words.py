@@ -12,6 +12,7 @@ from pvclock.meter.inside.words import (
     at_least,
     between,
     cpus_in_words,
+    far_end,
     floor_in_words,
     hz_in_words,
     listed,
@@ -89,6 +90,7 @@ def test_a_rate_without_its_sign() -> None:
 def test_a_signed_span_has_the_digits_of_its_lengths(low: Fraction, width: Fraction) -> None:
     """The same bound is the same number in a sentence and in a table, whatever its sign."""
     assert signed_between(low, low + width).replace("+", "") == between(low, low + width)
+    assert between(low, low + width).endswith(far_end(low, low + width))
     assert signed_between(-low, low + 1) == f"-{floor_in_words(low)} to +{floor_in_words(low + 1)}".replace("-0 ", "0 ")
 
 

@@ -26,7 +26,7 @@ from pvclock.host.vmm_process import RunningVm
 from pvclock.meter.inside import parse_record
 from pvclock.probe import bootable_image, linux_executable
 from tests.command_line import run_pvclock
-from tests.unit.inside_records import a_kernel
+from tests.unit.inside_records import a_clock, a_kernel
 from tests.unit.probe_lines import CLEAN, FAULTY, KVM_LEAVES, clock, document, faulty_document, line, one_cpu_document
 
 pytestmark = pytest.mark.row("E18")
@@ -43,6 +43,8 @@ WITH_FALSE_FREQUENCY = line(
 ADDED = faulty_document() | {"added_ns": [0, -1_200_000]}
 UNDECIDED = "Undecided whether this guest's clock is right:"
 
+FOUR_CPUS = [{"cpu": cpu, "apic_id": cpu} for cpu in range(4)]
+FOUR_CLOCKS = [a_clock("tsc"), clock("pvclock", 10**9, pairs=[])]
 LONGEST_S = 30
 """The longest run that has to end a round on a busy machine."""
 
@@ -226,6 +228,23 @@ def test_what_to_type_next_is_a_command(
         subprocess.run(["sh", "-n", "-c", each], check=True)
 
 
+@pytest.mark.parametrize(("milliseconds", "seconds"), [(0, "0.1"), (10**9, "86400")])
+def test_a_probe_is_asked_for_no_time_that_it_refuses(
+    milliseconds: int, seconds: str, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line may hold any length of a run; what is typed next may not."""
+    text = line(document(milliseconds=milliseconds))
+    _, told = judged(capsys, console(text), "--max-step", "1ns")
+    assert f"./probe --seconds {seconds} |" in told["result"]["next"][0]["command"]
+
+
+def test_an_image_is_booted_with_as_many_cpus(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two at least, for one has none to be compared with."""
+    for text, cpus in ((document(form="bare"), 2), (document(form="bare", cpus=FOUR_CPUS, clocks=FOUR_CLOCKS), 4)):
+        _, told = judged(capsys, console(line(text)), "--max-step", "1ns")
+        assert f" -smp {cpus} " in told["result"]["next"][0]["command"]
+
+
 def test_the_options_are_typed_again() -> None:
     """What doctor suggests has the user's own options, and keeps a fault that it has found."""
     budgets = (Fraction(200), None, Fraction(1, 10))
@@ -256,6 +275,16 @@ def test_the_tables_say_which_cpu_is_behind(console: Console, capsys: pytest.Cap
     assert re.search(r"tsc +CPU 1 minus CPU 0: -60 ns to \+64\.9 ns", shown)
     assert "CPU 1 minus CPU 0: -1.20007 ms to -1.19993 ms" in shown
     assert "5,000 times, by up to 1.199 ms: CPU 1 after CPU 0" in shown
+
+
+def test_a_bound_is_one_number(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first line, what software sees and the table round it alike; the guest's own way out comes last."""
+    assert main(["probe", "--judge", console(FAULTY)]) == 1
+    first, *rest = capsys.readouterr().out.splitlines()
+    told = [first, *(each for each in rest if each.startswith(("software sees", "monotonic ")))]
+    assert all("1.20007 ms" in each for each in told)
+    changes = [each for each in rest if each.startswith("what to change")]
+    assert [each for each in changes if "guest, until then" in each] == changes[-1:]
 
 
 def test_remedies_are_told_once(console: Console, capsys: pytest.CaptureFixture[str]) -> None:

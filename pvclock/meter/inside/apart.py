@@ -7,13 +7,13 @@ from fractions import Fraction
 from itertools import combinations
 from typing import Final, NamedTuple
 
+from pvclock.meter.inside.advice import Remedies
 from pvclock.meter.inside.majority import Outlier, groups_of, outliers
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord, WarpRecord
-from pvclock.meter.inside.remedies import Remedies
 from pvclock.meter.inside.symptoms import sees_apart, title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.windows import Window, unit_ns
-from pvclock.meter.inside.words import at_least, between, cpus_in_words, floor_in_words, listed
+from pvclock.meter.inside.words import at_least, between, cpus_in_words, far_end, listed
 
 __all__ = ["Windows", "apart_findings"]
 
@@ -135,7 +135,7 @@ class _Comparison(NamedTuple):
             self.clock.name,
             headline,
             headline + remark + self.proof(warps),
-            sees_apart(self.clock.name, floor_in_words(most)),
+            sees_apart(self.clock.name, far_end(window.least, window.most)),
             self.remedies.for_offset(),
             tuple(self.record.cpus[cpu].cpu for cpu in cpus),
             "max_warp",

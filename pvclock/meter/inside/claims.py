@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Final
 
+from pvclock.meter.inside.advice import STOPPED_CHANGE, STOPPED_CLEARED, Remedies, frequency_change
 from pvclock.meter.inside.pages import stable_clocks
 from pvclock.meter.inside.promises import FrequencyClaim, Promises
 from pvclock.meter.inside.rates import Interval
 from pvclock.meter.inside.record import ProbeRecord
 from pvclock.meter.inside.references import Reference, off_ppb, references
-from pvclock.meter.inside.remedies import STOPPED_CHANGE, STOPPED_CLEARED, Remedies, frequency_change
 from pvclock.meter.inside.symptoms import title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.words import cpus_in_words, hz_in_words, listed, ppm_between
@@ -47,6 +47,7 @@ def promise_findings(
                 "CPUs; it is not",
                 proof[0],
                 remedies.for_promise(is_stable=False),
+                "the invariant TSC that CPUID promises is not kept",
                 "invariant-tsc",
             )
         )
@@ -56,6 +57,7 @@ def promise_findings(
                 f"{_stable_from(told)} promises that readings of kvmclock on different CPUs are in order; they are not",
                 proof[0],
                 remedies.for_promise(is_stable=True),
+                f"{_stable_from(told)} is not kept",
                 "stable",
             )
         )
@@ -118,12 +120,12 @@ def _stable_from(told: Promises) -> str:
     return "STABLE in every pvclock page" if told.has_stable_pages else "KVM's feature CLOCKSOURCE_STABLE"
 
 
-def _broken(promise: str, proof: Finding, change: tuple[str, ...], name: str) -> Finding:
+def _broken(promise: str, proof: Finding, change: tuple[str, ...], headline: str, name: str) -> Finding:
     return Finding(
         FindingCode.BROKEN_PROMISE,
         Weight.FAULT,
         proof.clock,
-        f"{promise}: {proof.headline}",
+        f"{headline}: {proof.headline}",
         f"{promise}: {proof.headline}",
         f"what trusts the promise reads {title(proof.clock)} without a check of its own: {proof.software_sees}",
         change,

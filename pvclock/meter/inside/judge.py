@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Final
 
+from pvclock.meter.inside.advice import Remedies
 from pvclock.meter.inside.apart import Windows, apart_findings
 from pvclock.meter.inside.budgets import check_budgets
 from pvclock.meter.inside.claims import BETWEEN_CPUS, frequency_findings, promise_findings, stopped_findings
@@ -14,7 +15,6 @@ from pvclock.meter.inside.motion import drift_findings, rate_findings
 from pvclock.meter.inside.pages import no_page_findings, stable_clocks, without_unwritten_pages
 from pvclock.meter.inside.promises import Promises, promises
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord
-from pvclock.meter.inside.remedies import Remedies
 from pvclock.meter.inside.steps import step_findings, step_floors
 from pvclock.meter.inside.story import story
 from pvclock.meter.inside.symptoms import title

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 
+from pvclock.meter.inside.advice import Remedies
 from pvclock.meter.inside.apart import Windows
 from pvclock.meter.inside.drift import Drift, drift_of
 from pvclock.meter.inside.majority import outliers
 from pvclock.meter.inside.rates import rate_change
 from pvclock.meter.inside.record import ClockRecord, PairRecord, ProbeRecord
-from pvclock.meter.inside.remedies import Remedies
 from pvclock.meter.inside.symptoms import sees_drift, title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.words import at_least, cpus_in_words, ppm_between

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from pvclock.meter.inside.advice import Remedies
 from pvclock.meter.inside.record import FLOOR_UNKNOWN, ClockRecord, ProbeRecord, StepRecord, WarpRecord
-from pvclock.meter.inside.remedies import Remedies
 from pvclock.meter.inside.symptoms import sees_behind, sees_step, title
 from pvclock.meter.inside.verdict import Finding, FindingCode, StepFloor, Weight
 from pvclock.meter.inside.windows import all_windows, unit_ns

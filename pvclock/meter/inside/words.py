@@ -11,6 +11,7 @@ __all__ = [
     "at_least",
     "between",
     "cpus_in_words",
+    "far_end",
     "floor_in_words",
     "hz_in_words",
     "listed",
@@ -46,6 +47,12 @@ def between(low: Fraction, high: Fraction) -> str:
     digits = _digits_for(near, far)
     low_text, high_text = _length(_rounded(near, digits, up=False)), _length(_rounded(far, digits, up=True))
     return low_text if low_text == high_text else f"{low_text} to {high_text}"
+
+
+def far_end(low: Fraction, high: Fraction) -> str:
+    """The greater of two bounds of a length, as between() has it."""
+    near, far = sorted((abs(low), abs(high)))
+    return _length(_rounded(far, _digits_for(near, far), up=True))
 
 
 def signed_between(low: Fraction, high: Fraction) -> str:
