@@ -216,6 +216,14 @@ def test_a_timer_that_lost_time_tells_no_frequency(name: str) -> None:
     assert frequency(TRUE_LEAF, clocks=[a_clock(name, hz, samples=held_up(hz, 20))])
 
 
+def test_a_pause_is_no_other_rate_of_a_timer() -> None:
+    """A PIT that lost whole rounds while the VM stood still seems to run slower there: the step is the finding."""
+    pit = a_clock("pit", PIT_HZ, samples=lost(PIT_HZ, 5))
+    assert codes(verdict_of(a_clock(), pit, cpus=1)) == [FindingCode.RATE_CHANGED]
+    paused = a_clock("pvclock", NS_HZ, steps=steps(backward=-55))
+    assert codes(verdict_of(a_clock(), paused, pit, cpus=1)) == [FindingCode.STEP_BACK]
+
+
 def test_one_timer_against_others() -> None:
     """What another clock bears out is no fault on the word of one."""
     (told,) = frequency(TRUE_LEAF, clocks=[wrong("pit", PIT_HZ), a_clock("acpi_pm", ACPI_HZ)])

@@ -102,7 +102,7 @@ def _findings(
         else:
             faults += apart_findings(record, clock, {}, remedies)
         faults += step_findings(record, clock, remedies)
-        faults += rate_findings(clock, record.tsc_hz, remedies)
+        faults += rate_findings(record, clock, remedies)
     faults = [_allowed(each) if _is_allowed(each, told) else each for each in faults]
     found = [
         *promise_findings(record, told, faults, remedies),

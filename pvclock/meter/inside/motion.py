@@ -11,6 +11,7 @@ from pvclock.meter.inside.drift import Drift, drift_of
 from pvclock.meter.inside.majority import outliers
 from pvclock.meter.inside.rates import rate_change
 from pvclock.meter.inside.record import ClockRecord, PairRecord, ProbeRecord
+from pvclock.meter.inside.references import may_have_lost_time
 from pvclock.meter.inside.symptoms import sees_drift, title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.words import at_least, cpus_in_words, ppm_between
@@ -37,15 +38,17 @@ def drift_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, re
     return [_unsteady(record, clock, next(iter(moves.values())), remedies), *found] if moves else found
 
 
-def rate_findings(clock: ClockRecord, tsc_hz: int, remedies: Remedies) -> list[Finding]:
-    """The rate against the TSC changed, and no step explains it."""
+def rate_findings(record: ProbeRecord, clock: ClockRecord, remedies: Remedies) -> list[Finding]:
+    """The rate against the TSC changed, and no step explains it, nor that a timer was not read for long."""
+    if may_have_lost_time(record, clock):
+        return []
     change = rate_change(clock)
     if clock.name in DISCIPLINED or change is None or clock.steps.forward or clock.steps.backward:
         return []
     if (proven := max(change.ppb.low, -change.ppb.high)) <= 0:
         return []
     began = clock.samples[0].tsc_before
-    times = [_seconds(each - began, tsc_hz) for each in (*change.earlier, *change.later)]
+    times = [_seconds(each - began, record.tsc_hz) for each in (*change.earlier, *change.later)]
     headline = f"{title(clock.name)} changed its rate against the TSC by {ppm_between(*change.ppb)}"
     what = (
         f"{headline}: from {times[2]} to {times[3]} of the run it was another than from {times[0]} to {times[1]}; one "

@@ -11,7 +11,7 @@ from pvclock.meter.inside.rates import Interval, rate_change, tsc_hz_by
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord
 from pvclock.meter.inside.symptoms import title
 
-__all__ = ["Reference", "independent_references", "off_ppb", "references"]
+__all__ = ["Reference", "independent_references", "may_have_lost_time", "off_ppb", "references"]
 
 UNSLEWED: Final = ("acpi_pm", "pit", "hyperv", "monotonic_raw", "pvclock")
 """Clocks whose rate the guest's NTP does not change."""
@@ -50,6 +50,13 @@ def independent_references(record: ProbeRecord) -> list[Reference]:
     return sorted(found, key=lambda each: each.hz.high - each.hz.low)
 
 
+def may_have_lost_time(record: ProbeRecord, clock: ClockRecord) -> bool:
+    """A timer that counts round loses whole rounds where the VM, or the CPU that reads it, stood still."""
+    if clock.name not in OWN_OSCILLATORS:
+        return False
+    return any(_has_stepped(each) for each in record.clocks) or _has_gap(record)
+
+
 def off_ppb(claim: FrequencyClaim, hz: Interval) -> Interval:
     """By how much a claim is above the TSC's frequency: claim over measured, minus 1."""
     low, high = claim.hz - claim.grain_hz, claim.hz + claim.grain_hz
@@ -80,7 +87,7 @@ def _is_sound(record: ProbeRecord, clock: ClockRecord) -> bool:
     """Its samples measure the TSC; PIT and ACPI PM timer lose time where the VM, or this CPU, stood still."""
     if clock.name not in OWN_OSCILLATORS:
         return not _has_stepped(clock)
-    if any(_has_stepped(each) for each in record.clocks) or _has_gap(record):
+    if may_have_lost_time(record, clock):
         return False
     change = rate_change(clock)
     return change is None or change.ppb.low <= 0 <= change.ppb.high
