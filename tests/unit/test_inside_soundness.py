@@ -320,6 +320,7 @@ def test_a_drift_whose_cpu_is_not_proven() -> None:
     told = the(verdict_of(windowed({(0, 1): moving, **wide}), cpus=3), FindingCode.DRIFT)
     assert told.cpus == (0, 1)
     assert "that moved" not in told.what
+    assert "which of the two moved is open" in told.what
     proven = a_clock(pairs=simulated_pairs([drifting(9000), still(0), still(0)]))
     named = the(verdict_of(proven, cpus=3), FindingCode.DRIFT)
     assert named.cpus == (0,)

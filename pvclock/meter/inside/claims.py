@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Final
 
-from pvclock.meter.inside.advice import STOPPED_CHANGE, STOPPED_CLEARED, Remedies, frequency_change
+from pvclock.meter.inside.advice import CALIBRATION_CHANGE, STOPPED_CHANGE, STOPPED_CLEARED, Remedies, frequency_change
 from pvclock.meter.inside.pages import stable_clocks
 from pvclock.meter.inside.promises import FrequencyClaim, Promises
 from pvclock.meter.inside.rates import Interval
@@ -22,10 +22,6 @@ NTP_CORRECTS_PPB: Final = 500_000
 """What a guest's NTP can correct; a frequency that is further off makes its clock wrong for good."""
 ONE_FREQUENCY_PPB: Final = 20_000
 """Within which a page and a leaf tell one frequency: each is rounded in its own way."""
-GUEST_CALIBRATION: Final = (
-    "guest: take tsc_early_khz= off its command line; let it ask the hypervisor or CPUID instead of a PIT or an HPET "
-    "that is held up (a newer kernel, or kvmclock)"
-)
 KERNELS_BELIEF: Final = "monotonic_raw"
 """What Linux makes by the frequency that it was told or measured at boot, where it counts the TSC."""
 BETWEEN_CPUS: Final = frozenset({FindingCode.OFFSET, FindingCode.WARP, FindingCode.DRIFT})
@@ -201,7 +197,7 @@ def _miscalibrated(told: Sequence[FrequencyClaim], claim: FrequencyClaim, off: I
         headline,
         f"{headline}: by {belief.words} the TSC has {has}; {sources} agree on {hz_in_words(claim.hz)}",
         f"the kernel's clocks run wrong by so much, {corrects}.",
-        (GUEST_CALIBRATION,) if is_fault else (),
+        (CALIBRATION_CHANGE,) if is_fault else (),
     )
 
 

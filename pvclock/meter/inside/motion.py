@@ -114,6 +114,8 @@ def _drift_told(
         )
     elif len(record.cpus) == 2:
         what += "; two CPUs cannot tell which of them moved"
+    else:
+        what += "; which of the two moved is open, for neither is proven to have moved against most CPUs"
     return Finding(
         FindingCode.DRIFT,
         Weight.FAULT,
