@@ -34,10 +34,10 @@ build: $(BUILT) ## build the extension modules in place (the default)
 demo: build $(PACKAGES) ## show a guest's clock at work, in the lab where there is no /dev/kvm
 	@scripts/demo.sh
 
-test: lint $(PACKAGES) ## build, lint, and run every test that this machine can run, with a smoke of the lab
+test: lint $(PACKAGES) ## build, lint, and run the quick tests, all that this machine can run, with a smoke of the lab
 	@$(BIN)/python -m pytest -n auto --dist loadgroup -m '$(QUICK)'
 
-test-lab: build $(PACKAGES) ## test the lab, and in it all that has to do with KVM; 30 minutes
+test-lab: build $(PACKAGES) ## run the long tests and those of the lab, and in the lab all that has to do with KVM
 	@$(BIN)/python -m pytest -n auto --dist loadgroup -m 'lab or long'
 	@scripts/test-in-lab.sh
 

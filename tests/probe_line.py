@@ -1,4 +1,4 @@
-"""The probe's line of JSON, found in what a console printed, and what it says of offsets between vCPUs."""
+"""The probe's line of JSON, found in what was printed, and what it says of clocks and of offsets between CPUs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from typing import Any, Final, NamedTuple
 
 from pvclock.meter.inside import FindingCode, judge, parse_record
 
-__all__ = ["ONE_CPU", "Window", "clock_of", "one_line", "vcpus_named", "vcpus_off", "windows"]
+__all__ = [
+    "ONE_CPU",
+    "Line",
+    "Window",
+    "clock_of",
+    "one_line",
+    "slices",
+    "slices_ns",
+    "vcpus_named",
+    "vcpus_off",
+    "windows",
+]
 
 Line = dict[str, Any]
 
@@ -41,14 +52,25 @@ def clock_of(line: Line, name: str = "tsc") -> Line:
     return found
 
 
+def slices(line: Line, name: str = "tsc") -> dict[tuple[int, int], list[Window]]:
+    """Of each pair of CPUs, what each slice of the run that has a round leaves of the offset."""
+    pairs = {tuple(pair["cpus"]): pair["slices"] for pair in clock_of(line, name)["pairs"]}
+    return {(a, b): [Window(*bounds) for _, *bounds in each if bounds] for (a, b), each in pairs.items()}
+
+
+def slices_ns(line: Line, name: str = "tsc") -> list[Window]:
+    """The same of all pairs, in ns."""
+    hz = clock_of(line, name)["hz"]
+    every = [window for of_pair in slices(line, name).values() for window in of_pair]
+    return [Window(low * 10**9 // hz, high * 10**9 // hz) for low, high in every]
+
+
 def windows(line: Line, name: str = "tsc") -> dict[tuple[int, int], Window]:
-    """Of each pair of vCPUs, what all slices of the run together leave of the offset."""
-    result = {}
-    for pair in clock_of(line, name)["pairs"]:
-        bounds = [(low, high) for _, low, high in (each for each in pair["slices"] if len(each) == 3)]
-        a, b = pair["cpus"]
-        result[a, b] = Window(max(low for low, _ in bounds), min(high for _, high in bounds))
-    return result
+    """Of each pair of CPUs, what all slices of the run together leave of the offset."""
+    return {
+        pair: Window(max(low for low, _ in found), min(high for _, high in found))
+        for pair, found in slices(line, name).items()
+    }
 
 
 def vcpus_off(line: Line) -> set[int]:

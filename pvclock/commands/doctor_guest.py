@@ -129,7 +129,8 @@ def _probe_options(seconds: float, cpus: list[int], added: list[tuple[int, int]]
     for cpu, _ns in added:
         if cpu not in cpus:
             raise ConfigError(f"--add {cpu}:...: CPU {cpu} is not measured; {_listed(cpus)} are")
-    options = ["--progress", "--seconds", f"{seconds:g}", "--cpus", ",".join(map(str, cpus))]
+    told = ["--progress", "--parent", str(os.getpid())]
+    options = [*told, "--seconds", f"{seconds:g}", "--cpus", ",".join(map(str, cpus))]
     return options + [text for cpu, ns in added for text in ("--add", f"{cpu}:{ns}")]
 
 

@@ -26,10 +26,11 @@ if TYPE_CHECKING:  # each command is loaded by every start of pvclock
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES: Final = """\
-  pvclock probe --output probe.img       an image that any VMM boots
+  pvclock probe --output probe.img       an image that VMMs boot: QEMU, and others
   pvclock probe --linux --output probe   an executable for any x86-64 Linux
   pvclock probe --judge console.log      what either printed, judged"""
 
+OTHER_VMMS: Final = "https://github.com/pvclock/pvclock/blob/main/docs/probe-vmms.md"
 CPUS_COMPARED_MIN: Final = 2
 SECONDS_MIN: Final = 0.1
 IMAGE_MODE, EXECUTABLE_MODE = 0o644, 0o755
@@ -84,7 +85,7 @@ def _linux_next(name: str) -> tuple[str, NextCommand]:
 
 def _image_next(name: str) -> tuple[str, NextCommand]:
     command = f"{QEMU.format(file=shlex.quote(name), cpus=CPUS_COMPARED_MIN, seconds=10)} | pvclock probe --judge -"
-    return "the probe as an image", NextCommand(command, "other VMMs: docs/probe-vmms.md")
+    return "the probe as an image", NextCommand(command, f"other VMMs: {OTHER_VMMS}")
 
 
 def _judged(arguments: argparse.Namespace, screen: Screen) -> Report:

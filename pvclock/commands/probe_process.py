@@ -1,7 +1,7 @@
 """Runs the probe's Linux executable in a process of its own, from memory: no file is written, and no right is needed.
 
 It ends with the wait for it: at Ctrl-C, and if it goes on for much longer than it was to.  If this process is killed,
-SIGPIPE ends the probe when it next says how far it is.
+the kernel kills a probe that was told of it (--parent), and SIGPIPE ends any when it next says how far it is.
 """
 
 from __future__ import annotations

@@ -40,6 +40,10 @@ static void print_more(struct json_out *out, const struct probe_report *report)
     json_unsigned(out, "pvclock_msr", clocks.pvclock_msr);
     json_unsigned(out, "hyperv_msr", clocks.hyperv_msr);
     json_close(out, '}');
+    json_open(out, "ignored_options", '[');
+    for (unsigned i = 0; i < options.ignored_count; i++)
+        json_string(out, NULL, options.ignored[i]);
+    json_close(out, ']');
 }
 
 static void print_result(const struct probe_plan *plan)
@@ -101,6 +105,7 @@ _Noreturn void bare_main(void)
     for (unsigned cpu = 0; cpu < PROBE_CPUS_MAX; cpu++)
         team.added_ns[cpu] = options.added_ns[cpu];
     cpus_start(&team, acpi.cpus, options.cpus, tsc_rate.hz);
+    ignore_faults_beyond(&options, team.cpus);
     clocks_open(&clocks, &team, &acpi, tsc_rate.hz);
     plan = (struct probe_plan){ .tsc_hz = tsc_rate.hz, .milliseconds = options.milliseconds };
     measure(&team, &plan, clocks.clock, clocks.count, results);
@@ -121,6 +126,14 @@ static char *put_number(char *at, const char *word, uint64_t number)
         *at++ = "0123456789abcdef"[number >> shift & 15];
     *at = '\0';
     return at;
+}
+
+_Noreturn void bare_lost_vcpu(unsigned cpu)
+{
+    char text[64];
+
+    put_number(text, "no answer from vCPU 0x", cpu);
+    end_with_error(text);
 }
 
 _Noreturn void bare_fault(uint64_t vector, uint64_t error_code, uint64_t instruction, uint64_t address)

@@ -13,6 +13,9 @@ void bare_enter(unsigned number);
 /* The boot processor, from there. */
 _Noreturn void bare_main(void);
 
+/* The boot processor, where another vCPU does not end what it was given to do. */
+_Noreturn void bare_lost_vcpu(unsigned cpu);
+
 /* The first vCPU that faults where none is expected to. */
 _Noreturn void bare_fault(uint64_t vector, uint64_t error_code, uint64_t instruction, uint64_t address);
 

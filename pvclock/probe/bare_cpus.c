@@ -12,7 +12,8 @@
 
 enum {
     CPUID_TOPOLOGY = 0xb,
-    SPINS = 1 << 12 /* a fraction of a millisecond; then an idle vCPU leaves its host CPU to others */
+    SPINS = 1 << 12, /* a fraction of a millisecond; then an idle vCPU leaves its host CPU to others */
+    LOST_S = 60      /* later than any host schedules a vCPU that it still has */
 };
 
 /* A vCPU by its arrival: the boot processor is number 0. */
@@ -31,6 +32,7 @@ extern const char trampoline[], trampoline_end[]; /* of bare_boot.S */
 static struct slot slots[BARE_SLOTS];
 static struct slot *members[PROBE_CPUS_MAX];
 static int64_t apic_ids[PROBE_CPUS_MAX];
+static uint64_t second_ticks;
 
 _Static_assert(BARE_SLOTS == PROBE_CPUS_MAX, "a slot for each vCPU");
 
@@ -83,6 +85,27 @@ static void ask(struct slot *slot, void (*work)(void *argument, unsigned cpu), v
     __atomic_store_n(&slot->asked, slot->asked + 1, __ATOMIC_RELEASE);
 }
 
+static bool is_done(const struct slot *slot)
+{
+    return __atomic_load_n(&slot->done, __ATOMIC_ACQUIRE) == slot->asked;
+}
+
+/* A minute second by second: a TSC that steps forward, as at the VM's resume, cuts one of them short. */
+static void await_done(unsigned cpu)
+{
+    for (unsigned second = 0; second < LOST_S; second++) {
+        struct stopwatch rest;
+
+        stopwatch_start(&rest, second_ticks);
+        do {
+            if (is_done(members[cpu]))
+                return;
+            __builtin_ia32_pause();
+        } while (stopwatch_runs(&rest));
+    }
+    bare_lost_vcpu(cpu);
+}
+
 static void run(struct probe_team *team, uint64_t chosen, void (*work)(void *argument, unsigned cpu), void *argument)
 {
     for (unsigned cpu = 1; cpu < team->cpus; cpu++)
@@ -93,8 +116,7 @@ static void run(struct probe_team *team, uint64_t chosen, void (*work)(void *arg
     if (chosen & 1)
         work(argument, 0);
     for (unsigned cpu = 1; cpu < team->cpus; cpu++)
-        while (__atomic_load_n(&members[cpu]->done, __ATOMIC_ACQUIRE) != members[cpu]->asked)
-            __builtin_ia32_pause();
+        await_done(cpu);
 }
 
 static unsigned count_arrived(void)
@@ -162,6 +184,7 @@ void cpus_start(struct probe_team *team, unsigned expected, unsigned most, uint6
     if (most > 1 && expected != 1 && lapic_is_there())
         call_others(expected, tsc_hz);
     count = number_members();
+    second_ticks = tsc_hz;
     team->cpus = count < most ? count : most;
     team->run = run;
     team->state = NULL;

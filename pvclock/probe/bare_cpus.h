@@ -7,7 +7,8 @@
 
 #include "measure.h"
 
-/* Start all others and make a team of the first `most`; the rest sleeps.
+/* Start all others and make a team of the first `most`; the rest sleeps.  Where a member does not end its work within
+ * a minute after the first one, the team's run() ends the machine with an error.
  *
  * expected: how many there are, by firmware's tables; 0: not told, and then nobody is awaited any more once none has
  * come for a fifth of a second. */

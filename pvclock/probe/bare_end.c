@@ -19,7 +19,7 @@ enum {
     KEYBOARD_PULSE_RESET = 0xfe
 };
 
-/* A VMM may take a while to heed one way, and would take the next one for a reboot. */
+/* A VMM may take a while to end the machine one way, and would take the next way for a reboot. */
 static const uint64_t PATIENCE_TICKS = 1 << 29;
 
 /* By the register that ACPI names; where there is no ACPI, by those that are known. */

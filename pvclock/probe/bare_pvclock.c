@@ -8,8 +8,8 @@
 #include "../include/pvclock_math.h"
 #include "bare_cpuid.h"
 #include "bare_gate.h"
-#include "bare_memory.h"
 #include "fenced_tsc.h"
+#include "record_hz.h"
 
 enum {
     HYPERVISOR_FIRST = 0x40000000,
@@ -35,14 +35,13 @@ static uint32_t msr;
 
 static uint32_t offered_msr(void)
 {
-    static const char signature[12] = "KVMKVMKVM";
     uint32_t base = has_hypervisor() ? HYPERVISOR_FIRST : HYPERVISOR_END;
 
     for (; base < HYPERVISOR_END; base += HYPERVISOR_STEP) {
-        struct cpuid_registers leaf = cpuid(base, 0);
+        struct probe_leaf signature = probe_cpuid(base);
         uint32_t features;
 
-        if (memcmp(&leaf.ebx, signature, sizeof signature))
+        if (!probe_is_kvm(&signature))
             continue;
         features = cpuid(base + 1, 0).eax;
         return features & HAS_CLOCKSOURCE2 ? MSR_SYSTEM_TIME_NEW : features & HAS_CLOCKSOURCE ? MSR_SYSTEM_TIME : 0;
@@ -70,19 +69,7 @@ void pvclock_enable(unsigned cpu)
 
 uint64_t pvclock_tsc_hz(void)
 {
-    const struct pvclock_vcpu_time_info *info = &records[0].info;
-    uint64_t ticks, rest;
-
-    if (!info->tsc_to_system_mul)
-        return 0;
-    /* 10^9 ns in ticks: 10^9 * 2^32 / mul, shifted the other way; the product is below 2^62, the rest below 2^32. */
-    ticks = (PVCLOCK_NS_PER_SEC << 32) / info->tsc_to_system_mul;
-    rest = (PVCLOCK_NS_PER_SEC << 32) % info->tsc_to_system_mul;
-    if (info->tsc_shift >= 0)
-        return info->tsc_shift < 64 ? ticks >> info->tsc_shift : 0;
-    if (info->tsc_shift < -16)
-        return 0;
-    return (ticks << -info->tsc_shift) + (rest << -info->tsc_shift) / info->tsc_to_system_mul;
+    return record_hz(records[0].info.tsc_to_system_mul, records[0].info.tsc_shift);
 }
 
 int64_t pvclock_read(const struct probe_clock *clock, unsigned cpu)

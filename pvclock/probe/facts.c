@@ -8,8 +8,7 @@ enum {
     HYPERVISOR_STEP = 0x100,
     FOLLOWING_MAX = 0x10, /* the frequency leaf, 0x40000010: what lies beyond says nothing of time */
     HYPERVISOR_BIT = 31,  /* of leaf 1's ECX */
-    LOOK_TRIES = 1000,
-    GUEST_STOPPED_BIT = 1
+    LOOK_TRIES = 1000
 };
 
 struct leaf_list {
@@ -43,14 +42,17 @@ static void keep_extended(struct leaf_list *list)
         keep(list, probe_cpuid(EXTENDED_BASE + 7));
 }
 
-/* Old KVM says 0 for its last leaf, and means the first after the signature. */
-static uint32_t last_of_hypervisor(const struct probe_leaf *signature)
+bool probe_is_kvm(const struct probe_leaf *signature)
 {
     const uint32_t kvm[] = {0x4b4d564b, 0x564b4d56, 0x4d}; /* "KVMKVMKVM" */
 
-    if (signature->eax == 0 && signature->ebx == kvm[0] && signature->ecx == kvm[1] && signature->edx == kvm[2])
-        return signature->leaf + 1;
-    return signature->eax;
+    return signature->ebx == kvm[0] && signature->ecx == kvm[1] && signature->edx == kvm[2];
+}
+
+/* Old KVM says 0 for its last leaf, and means the first after the signature. */
+static uint32_t last_of_hypervisor(const struct probe_leaf *signature)
+{
+    return signature->eax == 0 && probe_is_kvm(signature) ? signature->leaf + 1 : signature->eax;
 }
 
 /* A leaf that nobody answers may say what some other leaf does: what it names as the last must be of this block. */
@@ -93,7 +95,7 @@ bool probe_look(struct probe_page *page, const volatile struct pvclock_vcpu_time
     for (unsigned try = 0; try < LOOK_TRIES; try++)
         if (read_once(page, record)) {
             page->looks++;
-            page->stopped_looks += page->flags >> GUEST_STOPPED_BIT & 1;
+            page->stopped_looks += (page->flags & PVCLOCK_GUEST_STOPPED) != 0;
             return true;
         }
     return false;

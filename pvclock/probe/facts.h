@@ -23,6 +23,9 @@ struct probe_leaf probe_cpuid(uint32_t leaf);
  * hypervisor's signature leaf from 0x40000000 in steps of 0x100, and what follows it as far as it says); the count. */
 unsigned probe_leaves(struct probe_leaf leaves[PROBE_LEAVES_MAX]);
 
+/* Whether a hypervisor's first leaf is KVM's. */
+bool probe_is_kvm(const struct probe_leaf *signature);
+
 /* One pvclock record as seen now, and how often of `looks` its GUEST_STOPPED flag was set. */
 struct probe_page {
     unsigned cpu;

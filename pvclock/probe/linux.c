@@ -5,9 +5,12 @@
 #define _GNU_SOURCE
 #include <cpuid.h>
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <unistd.h>
 
 #include "facts.h"
 #include "linux_clocks.h"
@@ -112,6 +115,16 @@ static void print_all(struct probe_team *team, const struct probe_plan *plan, co
     print_summary(&report);
 }
 
+/* The kernel kills this process when the parent ends.  One that had ended before it was told so is nobody's parent
+ * any more, and this process has another. */
+static void end_with_parent(pid_t parent)
+{
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL))
+        fail("--parent: %s", strerror(errno));
+    if (getppid() != parent)
+        fail("--parent %d: has ended, or did not start this process", (int)parent);
+}
+
 int main(int count, char *arguments[])
 {
     struct linux_options options = linux_options(count, arguments);
@@ -119,11 +132,13 @@ int main(int count, char *arguments[])
     struct probe_plan plan = {.milliseconds = options.milliseconds, .progress = on_progress};
     struct probe_clock clocks[LINUX_CLOCKS];
 
+    if (options.parent)
+        end_with_parent(options.parent);
     shows_progress = options.progress;
     linux_team_begin(&team, &options.cpus);
     memcpy(team.added_ns, options.added_ns, sizeof(team.added_ns));
     plan.tsc_hz = tsc_hz_of(&team);
-    linux_clocks(clocks, plan.tsc_hz, clocksource_is_tsc());
+    linux_clocks(clocks, plan.tsc_hz);
     find_visible_pages(&pages, &options.cpus, plan.tsc_hz);
     measure(&team, &plan, clocks, LINUX_CLOCKS, results);
     look_at_visible_pages(&pages);

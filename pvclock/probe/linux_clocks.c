@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include "fenced_tsc.h"
+#include "linux_kernel.h"
 
 static const int64_t NS_PER_S = 1000000000;
 static const int64_t CALIBRATION_NS = 100000000; /* two readings 50 ns wide then say the rate to 1 ppm */
@@ -88,13 +89,32 @@ uint64_t tsc_hz_by_monotonic_raw(struct probe_team *team)
     return hz;
 }
 
-void linux_clocks(struct probe_clock clocks[LINUX_CLOCKS], uint64_t tsc_hz, bool raw_is_tsc)
+/* How long the kernel's clocks stand still between two counts of their source; 0: 100 ns at most. */
+static int64_t clocksource_grain_ns(void)
+{
+    static const int64_t acpi_pm_ns = 280, pit_ns = 839;
+    struct timespec tick;
+
+    if (clocksource_is("acpi_pm"))
+        return acpi_pm_ns;
+    if (clocksource_is("pit"))
+        return pit_ns;
+    if (!clocksource_is("jiffies") && !clocksource_is("refined-jiffies"))
+        return 0;
+    clock_getres(CLOCK_MONOTONIC_COARSE, &tick);
+    return tick.tv_sec * NS_PER_S + tick.tv_nsec;
+}
+
+void linux_clocks(struct probe_clock clocks[LINUX_CLOCKS], uint64_t tsc_hz)
 {
     static const uint64_t ns_hz = 1000000000;
+    int64_t grain_ns = clocksource_grain_ns();
+    bool raw_is_tsc = clocksource_is("tsc"); /* and not one that a host steers */
 
     clocks[0] = (struct probe_clock){
         .name = "tsc", .hz = tsc_hz, .exchanged = true, .unslewed = true, .read = read_tsc};
-    clocks[1] = (struct probe_clock){.name = "monotonic", .hz = ns_hz, .exchanged = true, .read = read_monotonic};
+    clocks[1] = (struct probe_clock){.name = "monotonic", .hz = ns_hz, .exchanged = true, .grain = grain_ns,
+                                     .read = read_monotonic};
     clocks[2] = (struct probe_clock){
-        .name = "monotonic_raw", .hz = ns_hz, .unslewed = raw_is_tsc, .read = read_monotonic_raw};
+        .name = "monotonic_raw", .hz = ns_hz, .unslewed = raw_is_tsc, .grain = grain_ns, .read = read_monotonic_raw};
 }

@@ -12,7 +12,7 @@ enum { LINUX_CLOCKS = 3 };
 /* How fast the first CPU's TSC runs by CLOCK_MONOTONIC_RAW, which nobody steers; 0 where it stands still. */
 uint64_t tsc_hz_by_monotonic_raw(struct probe_team *team);
 
-/* The TSC, monotonic as programs read it, and monotonic_raw for its rate.  `raw_is_tsc`: the kernel counts the TSC. */
-void linux_clocks(struct probe_clock clocks[LINUX_CLOCKS], uint64_t tsc_hz, bool raw_is_tsc);
+/* The TSC, monotonic as programs read it, and monotonic_raw for its rate. */
+void linux_clocks(struct probe_clock clocks[LINUX_CLOCKS], uint64_t tsc_hz);
 
 #endif

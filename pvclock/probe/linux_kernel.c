@@ -4,6 +4,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/klog.h>
@@ -24,20 +26,23 @@ enum {
     KLOG_BYTES_MAX = 16 << 20
 };
 
-/* What the kernel says where a clock is wrong: what it gives up, repairs, or measured. */
+/* What the kernel says where a clock is wrong: what it gives up, repairs, or measured.  pvclock.meter.inside explains
+ * each; a space keeps "tsc=unstable" out, of the command line that the kernel repeats. */
 static const char *const COMPLAINTS[] = {
-    "unstable",                           /* a clocksource, the TSC, sched_clock */
-    "TSC warp",                           /* between CPUs, as they come up */
-    "TSC ADJUST",                         /* firmware, or a host, that set CPUs apart */
-    "skew is too large",                  /* by the watchdog */
-    "timekeeping watchdog",               /* the same, in other versions */
-    "clocksource: Long readout interval", /* the host took the watchdog's CPU away */
-    "read-back delay of",                 /* the same, in other versions */
-    "Unable to calibrate against PIT",
-    "TSC calibration failed",
-    "TSC frequency mismatch",
+    " unstable",              /* a clocksource, the TSC, sched_clock */
+    " wd_nsec:",              /* by the watchdog: what its own clock made of a span, ... */
+    " cs_nsec:",              /* ... what the watched one made of it, ... */
+    " skewed ",               /* ... and the difference */
+    "Long readout interval",  /* the host took the watchdog's CPU away */
+    "read-back delay of",     /* the same, in other versions */
+    "TSC warp",               /* between CPUs, as they come up */
+    "TSC ADJUST",             /* firmware, or a host, that set CPUs apart */
+    "Unable to calibrate",    /* the TSC, by any timer */
+    "TSC calibration failed", /* the same, quickly */
     "hrtimer: interrupt took",
-    "time jumped",
+    "soft lockup",
+    "hard LOCKUP",
+    "detected stall", /* by RCU */
 };
 
 struct complaints {
@@ -65,16 +70,30 @@ static bool is_complaint(const char *line)
     return false;
 }
 
-static void keep_complaint(struct complaints *complaints, const char *line)
+static void keep_complaint(struct complaints *complaints, const char *before, const char *line)
 {
     if (!is_complaint(line) || complaints->count == COMPLAINTS_MAX)
         return;
-    strncpy(complaints->line[complaints->count], line, COMPLAINT_BYTES - 1);
+    snprintf(complaints->line[complaints->count], COMPLAINT_BYTES, "%s%s", before, line);
     complaints->count++;
 }
 
-/* A record is "priority,number,microseconds,flags;text\n" and more lines, of its device.  EPIPE: the next was
- * overwritten before it was read.  EAGAIN: that was all. */
+/* Of "priority,number,microseconds,flags;text", in the form that dmesg prints. */
+static void keep_record(struct complaints *complaints, const char *record)
+{
+    char seconds[32] = "";
+    const char *text = strchr(record, ';');
+    uint64_t us;
+
+    if (!text)
+        return;
+    if (sscanf(record, "%*u,%*u,%" SCNu64, &us) == 1)
+        snprintf(seconds, sizeof(seconds), "[%5" PRIu64 ".%06" PRIu64 "] ", us / 1000000, us % 1000000);
+    keep_complaint(complaints, seconds, text + 1);
+}
+
+/* A record has more lines behind the first, of its device.  EPIPE: the next was overwritten before it was read.
+ * EAGAIN: that was all. */
 static bool complaints_of_kmsg(struct complaints *complaints)
 {
     int file = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
@@ -91,12 +110,19 @@ static bool complaints_of_kmsg(struct complaints *complaints)
             break;
         record[length] = '\0';
         record[strcspn(record, "\n")] = '\0';
-        if (strchr(record, ';'))
-            keep_complaint(complaints, strchr(record, ';') + 1);
+        keep_record(complaints, record);
     }
     length = length < 0 && errno != EAGAIN ? -1 : 0;
     close(file);
     return length == 0;
+}
+
+/* What follows "<priority>". */
+static const char *without_priority(const char *line)
+{
+    const char *end = *line == '<' ? strchr(line, '>') : NULL;
+
+    return end ? end + 1 : line;
 }
 
 /* The same by syslog(2), for a container has no /dev/kmsg: lines "<priority>[seconds] text". */
@@ -110,7 +136,7 @@ static bool complaints_of_syslog(struct complaints *complaints)
     if (length >= 0) {
         log[length] = '\0';
         for (char *line = strsep(&rest, "\n"); line; line = strsep(&rest, "\n"))
-            keep_complaint(complaints, line);
+            keep_complaint(complaints, "", without_priority(line));
     }
     free(log);
     return length >= 0;
@@ -152,12 +178,12 @@ static void print_line_of(struct json_out *out, const char *key, const char *pat
     json_string(out, key, line);
 }
 
-bool clocksource_is_tsc(void)
+bool clocksource_is(const char *name)
 {
-    char name[SMALL_FILE_BYTES];
+    char current[SMALL_FILE_BYTES];
 
-    read_line(CLOCKSOURCE "current_clocksource", name);
-    return !strcmp(name, "tsc");
+    read_line(CLOCKSOURCE "current_clocksource", current);
+    return !strcmp(current, name);
 }
 
 void print_kernel(struct json_out *out)

@@ -7,8 +7,8 @@
 
 #include "report.h"
 
-/* Whether the kernel reads the TSC itself for its clocks, and not one that a host steers. */
-bool clocksource_is_tsc(void);
+/* Whether the kernel makes its clocks of that source. */
+bool clocksource_is(const char *name);
 
 /* The key `kernel` of the JSON line. */
 void print_kernel(struct json_out *out);

@@ -4,6 +4,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <getopt.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -22,6 +23,7 @@ static const char HELP[] =
     "  --cpus LIST    on which CPUs, such as 0,2-3 (default: all that it may run on, up to 64)\n"
     "  --add CPU:NS   put a fault in, to see it found: what that CPU reads is so many ns ahead\n"
     "  --progress     say on standard error how many percent are done\n"
+    "  --parent PID   end when this process, which has started it, does\n"
     "  --help         this text\n"
     "\n"
     "The exit status is 0 after a measurement, whatever it found, and 2 where there was none.\n";
@@ -103,12 +105,23 @@ static void add_fault(struct linux_options *options, const char *text)
     options->added_ns[place] = nanoseconds;
 }
 
+static pid_t parent_of(const char *text)
+{
+    const char *at = text;
+    long long process;
+
+    if (!take_number(&at, INT_MAX, &process) || *at || process < 1)
+        fail("--parent %s: the number of a process", text);
+    return (pid_t)process;
+}
+
 struct linux_options linux_options(int count, char *const arguments[])
 {
     static const struct option known[] = {
         {"seconds", required_argument, NULL, 's'}, {"cpus", required_argument, NULL, 'c'},
         {"add", required_argument, NULL, 'a'},     {"progress", no_argument, NULL, 'p'},
-        {"help", no_argument, NULL, 'h'},          {NULL, 0, NULL, 0},
+        {"parent", required_argument, NULL, 'P'},  {"help", no_argument, NULL, 'h'},
+        {NULL, 0, NULL, 0},
     };
     struct linux_options options = {.milliseconds = (uint64_t)(SECONDS_DEFAULT * 1000), .cpus = allowed_cpus()};
     const char *faults[PROBE_CPUS_MAX];
@@ -125,6 +138,8 @@ struct linux_options linux_options(int count, char *const arguments[])
             faults[fault_count++] = optarg;
         else if (option == 'p')
             options.progress = true;
+        else if (option == 'P')
+            options.parent = parent_of(optarg);
         else if (option == 'h')
             exit(fputs(HELP, stdout) < 0 || fflush(stdout) ? EXIT_CANNOT : EXIT_SUCCESS);
         else

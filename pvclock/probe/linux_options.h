@@ -7,6 +7,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "linux_team.h"
 
@@ -15,6 +16,7 @@ struct linux_options {
     struct cpu_list cpus;             /* to measure on */
     int64_t added_ns[PROBE_CPUS_MAX]; /* as `cpus` */
     bool progress;
+    pid_t parent; /* that this process is not to outlive; 0: none was named */
 };
 
 /* Read the options.  Ends the program after --help, and with a message and status 2 where they cannot be followed. */

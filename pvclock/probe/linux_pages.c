@@ -9,6 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "record_hz.h"
+
 enum {
     PAGE_BYTES = 4096,
     RECORD_BYTES = 64, /* Linux pads each CPU's to a cache line, in the order of their numbers */
@@ -31,29 +33,17 @@ static bool can_be_read(const void *page)
     return can;
 }
 
-/* The TSC's frequency that a record stands for: 10^9 * 2^32 / (mul * 2^shift). */
-static double hz_of(const struct probe_page *page)
-{
-    double hz = 1e9 * 4294967296.0 / page->mul;
-
-    for (int32_t shift = page->shift; shift > 0; shift--)
-        hz /= 2;
-    for (int32_t shift = page->shift; shift < 0; shift++)
-        hz *= 2;
-    return hz;
-}
-
 /* The pages beside it are the kernel's own and Hyper-V's.  A record has zeros for padding, and the TSC's frequency
  * somehow: one that is off by less than half is the finding of who judges this. */
 static bool is_record(const volatile struct pvclock_vcpu_time_info *record, uint64_t tsc_hz)
 {
     struct probe_page page = {0};
-    double hz;
+    uint64_t hz;
 
-    if (record->pad0 || record->pad[0] || record->pad[1] || !probe_look(&page, record) || !page.version || !page.mul)
+    if (record->pad0 || record->pad[0] || record->pad[1] || !probe_look(&page, record) || !page.version)
         return false;
-    hz = hz_of(&page);
-    return hz > (double)tsc_hz / 2 && hz < (double)tsc_hz * 2;
+    hz = record_hz(page.mul, page.shift);
+    return hz > tsc_hz / 2 && hz < tsc_hz * 2;
 }
 
 static void keep_records(struct visible_pages *pages, const char *page, const struct cpu_list *cpus, uint64_t tsc_hz)

@@ -110,8 +110,8 @@ static void print_findings(const struct probe_report *report)
 
 void print_summary(const struct probe_report *report)
 {
-    fprintf(stderr, "pvclock probe: %u CPU%s, %.1f s: ", report->team->cpus, report->team->cpus == 1 ? "" : "s",
-            (double)report->plan->milliseconds / 1000);
+    fprintf(stderr, "pvclock probe: %u CPU%s, %.1f s%s: ", report->team->cpus, report->team->cpus == 1 ? "" : "s",
+            (double)report->plan->milliseconds / 1000, probe_fault_was_added(report->team) ? " (with --add)" : "");
     if (report->team->cpus == 1)
         fputs("one CPU has no other to differ from.\n", stderr);
     else

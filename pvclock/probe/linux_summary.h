@@ -7,7 +7,8 @@
 
 #include "report.h"
 
-/* The largest warp or offset and its CPUs, and how to have all of it judged; on standard error. */
+/* The largest warp or offset and its CPUs, whether a fault was put in, and how to have all of it judged; on standard
+ * error. */
 void print_summary(const struct probe_report *report);
 
 #endif

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "linux_team.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -21,6 +22,7 @@ struct joint_work {
     pthread_cond_t changed;
     unsigned ready;                      /* threads that are on their CPU, or could not get there */
     atomic_int lost_cpu;                 /* the number of a CPU that could not be had, or -1 */
+    atomic_int refusal;                  /* the error number by which no thread may be pinned, or 0 */
     enum { WAIT, BEGIN, ABANDON } order; /* a thread without its partner would wait for it forever */
 };
 
@@ -71,12 +73,23 @@ int cpu_place(const struct cpu_list *cpus, int number)
     return -1;
 }
 
-static bool pin(int cpu)
+/* 0, or an error number: EINVAL is of a CPU that is offline or forbidden. */
+static int pin(int cpu)
 {
     large_cpu_set set = {0};
 
     CPU_SET_S((size_t)cpu, sizeof(set), set.part);
-    return !sched_setaffinity(0, sizeof(set), set.part);
+    return sched_setaffinity(0, sizeof(set), set.part) ? errno : 0;
+}
+
+static void pin_member(struct joint_work *joint, int number)
+{
+    int error = pin(number);
+
+    if (error == EINVAL)
+        joint->lost_cpu = number;
+    else if (error)
+        joint->refusal = error;
 }
 
 /* Say that this thread is where it is to be, and wait for the others; whether all are. */
@@ -101,8 +114,7 @@ static void *thread_of(void *argument)
     struct joint_work *joint = member->joint;
     int number = joint->cpus->number[member->cpu];
 
-    if (!pin(number))
-        joint->lost_cpu = number;
+    pin_member(joint, number);
     if (all_are_pinned(joint)) {
         joint->work(joint->argument, member->cpu);
         if (sched_getcpu() != number)
@@ -141,7 +153,7 @@ static void give_order(struct joint_work *joint, unsigned threads)
     pthread_mutex_lock(&joint->lock);
     while (joint->ready < threads)
         pthread_cond_wait(&joint->changed, &joint->lock);
-    joint->order = joint->lost_cpu < 0 ? BEGIN : ABANDON;
+    joint->order = joint->lost_cpu < 0 && !joint->refusal ? BEGIN : ABANDON;
     pthread_cond_broadcast(&joint->changed);
     pthread_mutex_unlock(&joint->lock);
 }
@@ -160,6 +172,9 @@ static void run(struct probe_team *team, uint64_t members, void (*work)(void *ar
     give_order(&joint, count);
     for (unsigned i = 0; i < count; i++)
         pthread_join(threads[i].thread, NULL);
+    if (joint.refusal)
+        fail("no thread may be pinned to a CPU here (sched_setaffinity: %s); a seccomp filter may be why",
+             strerror(joint.refusal));
     if (joint.lost_cpu >= 0)
         fail("CPU %d was not to be had to the end: it went offline, or this process may not run on it any more",
              joint.lost_cpu);

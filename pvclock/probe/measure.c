@@ -23,6 +23,7 @@ enum {
 };
 
 static const unsigned FIRST = 0; /* the CPU that reads the lines */
+static const unsigned TSC = 0;   /* the clock that all others are read against */
 
 struct measurement {
     struct probe_team *team;
@@ -103,7 +104,12 @@ static struct probe_sample sample(struct measurement *it, unsigned clock)
     taken.tsc_before = fenced_tsc();
     taken.clock = reading(it, clock, FIRST);
     taken.tsc_after = fenced_tsc();
-    step_search_add(&it->results[clock].steps, taken.tsc_before, taken.clock, taken.tsc_after);
+    if (clock == TSC) {
+        step_search_add_tsc(&it->results[TSC].steps, taken.tsc_before);
+        step_search_add_tsc(&it->results[TSC].steps, taken.tsc_after);
+    } else {
+        step_search_add(&it->results[clock].steps, taken.tsc_before, taken.clock, taken.tsc_after);
+    }
     return taken;
 }
 
@@ -149,7 +155,7 @@ static void begin_slice(void *argument, unsigned cpu)
 
 static bool knows_all_rates(const struct measurement *it)
 {
-    for (unsigned clock = 0; clock < it->count; clock++) {
+    for (unsigned clock = TSC + 1; clock < it->count; clock++) {
         if (!step_search_knows_rate(&it->results[clock].steps))
             return false;
     }
@@ -204,7 +210,8 @@ static bool lead_clock(struct measurement *it, unsigned clock, unsigned cpu)
         remote = exchange->reading;
         after = reading(it, clock, cpu);
         pair_exchange_ask(exchange, clock); /* at once: one reading ends this round and begins the next */
-        offset_window_add(window, before, remote, after);
+        if (after >= before) /* else time went back meanwhile, which says nothing of the other CPU */
+            offset_window_add(window, before, remote, after);
         before = after;
         if (cpu == FIRST && window->rounds % TURNS_BETWEEN_TIMES == 0)
             read_lines(it);
@@ -381,7 +388,8 @@ void measure(struct probe_team *team, const struct probe_plan *plan, const struc
     it.began_tsc = it.ended_tsc = 0; /* should the first CPU never come */
     for (unsigned clock = 0; clock < count; clock++) {
         it.exchanged += clocks[clock].exchanged;
-        step_search_begin(&results[clock].steps, plan->tsc_hz, clocks[clock].hz, clocks[clock].unslewed);
+        step_search_begin(&results[clock].steps, plan->tsc_hz, clocks[clock].hz, clocks[clock].unslewed,
+                          clocks[clock].grain);
         choose_pairs(team, &results[clock]);
         for (unsigned cpu = 0; cpu < team->cpus; cpu++)
             it.added[clock][cpu] = clocks[clock].exchanged ? units_of_ns(team->added_ns[cpu], clocks[clock].hz) : 0;
@@ -390,6 +398,8 @@ void measure(struct probe_team *team, const struct probe_plan *plan, const struc
     for (it.slice = 0; it.slice < PROBE_SLICES; it.slice++)
         measure_slice(&it);
     run(&it, 0, begin_slice); /* the sample at the end */
+    for (unsigned clock = TSC + 1; clock < count; clock++)
+        step_search_end(&results[clock].steps);
     for (unsigned clock = 0; clock < count; clock++)
         results[clock].pairs = clocks[clock].exchanged ? results[clock].pairs : 0;
 }

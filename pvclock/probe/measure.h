@@ -28,6 +28,7 @@ struct probe_clock {
     uint64_t hz;                                                   /* its units a second */
     bool exchanged;                                                /* compared between CPUs, too */
     bool unslewed;                                                 /* NTP, a host's either, leaves its rate alone */
+    int64_t grain;                                                 /* units that it stands still for; 0: 100 ns at most */
     int64_t (*read)(const struct probe_clock *clock, unsigned cpu); /* neither earlier nor later code moves across */
     void *state;
 };

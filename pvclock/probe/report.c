@@ -107,7 +107,7 @@ static void print_cpus(struct json_out *out, const struct probe_report *report)
     json_close(out, ']');
 }
 
-static bool fault_was_added(const struct probe_team *team)
+bool probe_fault_was_added(const struct probe_team *team)
 {
     for (unsigned cpu = 0; cpu < team->cpus; cpu++)
         if (team->added_ns[cpu])
@@ -117,7 +117,7 @@ static bool fault_was_added(const struct probe_team *team)
 
 static void print_added(struct json_out *out, const struct probe_team *team)
 {
-    if (!fault_was_added(team))
+    if (!probe_fault_was_added(team))
         return;
     json_open(out, "added_ns", '[');
     for (unsigned cpu = 0; cpu < team->cpus; cpu++)

@@ -41,6 +41,9 @@ struct probe_report {
     void (*more)(struct json_out *out, const struct probe_report *report); /* the form's own keys, or NULL */
 };
 
+/* Whether any CPU's readings had a fault put in. */
+bool probe_fault_was_added(const struct probe_team *team);
+
 /* Print the whole object, without a newline. */
 void probe_print(struct json_out *out, const struct probe_report *report);
 

@@ -33,7 +33,7 @@ enum {
     STEP_SEARCH_SPANS = 15,          /* from which the rate is learned */
     STEP_SEARCH_SPANS_HZ = 100,      /* each lasts 10 ms or more, */
     STEP_SEARCH_SPANS_GROW = 4,      /* and then so many times as long, of a clock whose rate stays */
-    STEP_SEARCH_GRAIN_HZ = 10000000, /* a clock may advance by 100 ns at once, as Hyper-V's does */
+    STEP_SEARCH_GRAIN_HZ = 10000000, /* any clock may advance by 100 ns at once, as Hyper-V's does */
     STEP_SEARCH_SLEW_PPM = 1001,     /* from one end of NTP's +-500 ppm to the other: 1.0005 / 0.9995 */
     STEP_SEARCH_UNSLEWED_PPM = 1,    /* a kernel that scales by 32 bits changes the last of them now and then */
     STEP_SEARCH_RATE_BITS = 56,      /* of a rate's fraction */
@@ -50,7 +50,8 @@ struct step_excess {
 };
 
 struct step_search {
-    uint64_t tsc_hz, clock_hz, slew_ppm;
+    uint64_t tsc_hz, slew_ppm;
+    int64_t grain; /* a reading is that of its instant, or up to so many units less */
     uint64_t reads;
     int64_t floor;  /* units: a step within it cannot be told from the readings' width and the rate's freedom */
     uint64_t count; /* of steps beyond the floor */
@@ -61,9 +62,11 @@ struct step_search {
     struct probe_sample span_begin;      /* of the span that is learned from next */
     uint64_t span_ticks;
     unsigned spans;                      /* learned from */
+    struct probe_sample learned[STEP_SEARCH_SPANS + 1]; /* the ends of the first ones: they are judged afterwards */
     uint64_t slowest[STEP_SEARCH_SPANS], fastest[STEP_SEARCH_SPANS]; /* sorted bounds of their rates */
     bool knows_rate;                     /* since it had all of them once */
     uint64_t rate_low, rate_high;
+    bool has_lost_line;                  /* the TSC went back: what the clock did there is not known */
     struct step_excess candidate;        /* a step unless the next span goes on like that; low == high == 0: none */
     uint64_t candidate_tsc;
     struct probe_sample past[STEP_SEARCH_PASTS]; /* since the last step, evenly apart: `past_ticks` or more */
@@ -73,19 +76,23 @@ struct step_search {
 
 __extension__ typedef unsigned __int128 step_search_u128;
 
-static inline void step_search_begin(struct step_search *search, uint64_t tsc_hz, uint64_t clock_hz, bool unslewed)
+/* grain: of clocks that stand still for more than 100 ns between two counts; 0: this one does not. */
+static inline void step_search_begin(struct step_search *search, uint64_t tsc_hz, uint64_t clock_hz, bool unslewed,
+                                     int64_t grain)
 {
+    int64_t least_grain = (int64_t)(clock_hz / STEP_SEARCH_GRAIN_HZ + 1);
+    struct clock_step none = {false, 0, 0, 0};
+
     search->tsc_hz = tsc_hz;
-    search->clock_hz = clock_hz;
     search->slew_ppm = unslewed ? STEP_SEARCH_UNSLEWED_PPM : STEP_SEARCH_SLEW_PPM;
+    search->grain = grain > least_grain ? grain : least_grain;
     search->reads = 0;
     search->floor = INT64_MAX; /* nothing can be told before the rate is known */
     search->count = 0;
-    search->forward.found = search->backward.found = false;
+    search->forward = search->backward = none;
     search->narrowest = UINT64_MAX;
-    search->span_ticks = tsc_hz / STEP_SEARCH_SPANS_HZ;
-    search->spans = 0;
     search->knows_rate = false;
+    search->has_lost_line = false;
     search->candidate.low = search->candidate.high = 0;
     search->pasts = 0;
 }
@@ -122,12 +129,6 @@ static inline int64_t step_search_units(uint64_t rate, uint64_t ticks)
     step_search_u128 units = (step_search_u128)rate * ticks >> STEP_SEARCH_RATE_BITS;
 
     return units > (step_search_u128)STEP_SEARCH_FAR ? STEP_SEARCH_FAR : (int64_t)units;
-}
-
-/* A reading is that of an instant, or up to so much less. */
-static inline int64_t step_search_grain(const struct step_search *search)
-{
-    return (int64_t)(search->clock_hz / STEP_SEARCH_GRAIN_HZ + 1);
 }
 
 /* Put a rate into `count` sorted ones. */
@@ -199,21 +200,31 @@ static inline bool step_search_is_wide(const struct step_search *search, const s
            step_search_units(search->rate_high - search->rate_low, ticks);
 }
 
+static inline void step_search_begin_learning(struct step_search *search, const struct probe_sample *reading)
+{
+    search->span_ticks = search->tsc_hz / STEP_SEARCH_SPANS_HZ;
+    search->spans = 0;
+    search->span_begin = search->learned[0] = *reading;
+}
+
 /* Learn from the span that ends with this reading, if it is long enough; true: it was. */
 static inline bool step_search_learn(struct step_search *search, const struct probe_sample *reading)
 {
     uint64_t ticks_least = reading->tsc_before - search->span_begin.tsc_after;
     uint64_t ticks_most = reading->tsc_after - search->span_begin.tsc_before;
-    int64_t advance = step_search_advance(&search->span_begin, reading), grain = step_search_grain(search);
+    int64_t advance = step_search_advance(&search->span_begin, reading);
     uint64_t fastest;
 
     if (ticks_least < search->span_ticks)
         return false;
-    fastest = step_search_rate(advance + grain, ticks_least);
-    step_search_insert(search->slowest, search->spans, step_search_rate(advance - grain, ticks_most));
+    fastest = step_search_rate(advance + search->grain, ticks_least);
+    step_search_insert(search->slowest, search->spans, step_search_rate(advance - search->grain, ticks_most));
     step_search_insert(search->fastest, search->spans, fastest == UINT64_MAX ? fastest : fastest + 1);
     search->span_begin = *reading;
-    if (++search->spans == STEP_SEARCH_SPANS) {
+    search->spans++;
+    if (!search->knows_rate)
+        search->learned[search->spans] = *reading;
+    if (search->spans == STEP_SEARCH_SPANS) {
         step_search_take_medians(search);
         search->spans = 0;
         if (search->span_ticks < search->tsc_hz) /* a second */
@@ -225,13 +236,13 @@ static inline bool step_search_learn(struct step_search *search, const struct pr
 static inline struct step_excess step_search_excess(const struct step_search *search, const struct probe_sample *from,
                                                     const struct probe_sample *to)
 {
-    int64_t advance = step_search_advance(from, to), grain = step_search_grain(search);
+    int64_t advance = step_search_advance(from, to);
     struct step_excess excess;
 
     excess.ticks_least = to->tsc_before - from->tsc_after;
     excess.ticks_most = to->tsc_after - from->tsc_before;
-    excess.low = advance - grain - step_search_units(search->rate_high, excess.ticks_most) - 1;
-    excess.high = advance + grain - step_search_units(search->rate_low, excess.ticks_least);
+    excess.low = advance - search->grain - step_search_units(search->rate_high, excess.ticks_most) - 1;
+    excess.high = advance + search->grain - step_search_units(search->rate_low, excess.ticks_least);
     return excess;
 }
 
@@ -315,8 +326,6 @@ static inline void step_search_forget_rate(struct step_search *search, const str
     if (largest > search->floor)
         search->floor = largest;
     search->knows_rate = false;
-    search->span_ticks = search->tsc_hz / STEP_SEARCH_SPANS_HZ;
-    search->spans = 0;
     search->pasts = 0;
 }
 
@@ -366,7 +375,24 @@ static inline void step_search_judge(struct step_search *search, const struct pr
         step_search_sort(search, &excess, reading);
     search->last = *reading;
     if (!search->knows_rate)
-        search->span_begin = *reading;
+        step_search_begin_learning(search, reading);
+}
+
+/* The rate is known: were there steps while it was learned? */
+static inline void step_search_judge_learned(struct step_search *search)
+{
+    search->last = search->learned[0];
+    for (unsigned i = 1; i <= STEP_SEARCH_SPANS && search->knows_rate; i++)
+        step_search_judge(search, &search->learned[i]);
+}
+
+static inline void step_search_begin_line(struct step_search *search, const struct probe_sample *reading)
+{
+    search->last = search->span_begin = *reading;
+    search->candidate.low = search->candidate.high = 0;
+    search->pasts = 0;
+    if (!search->knows_rate)
+        step_search_begin_learning(search, reading);
 }
 
 static inline void step_search_add(struct step_search *search, uint64_t tsc_before, int64_t clock, uint64_t tsc_after)
@@ -379,20 +405,48 @@ static inline void step_search_add(struct step_search *search, uint64_t tsc_befo
     reading.tsc_after = tsc_after;
     if (step_search_width(&reading) < search->narrowest)
         search->narrowest = step_search_width(&reading);
-    if (first || (int64_t)(tsc_before - search->last.tsc_after) < 0) { /* a TSC that went back tells nothing of others */
-        search->last = search->span_begin = reading;
-        search->candidate.low = search->candidate.high = 0;
-        search->pasts = 0;
+    if (first) {
+        step_search_begin_line(search, &reading);
+    } else if ((int64_t)(tsc_before - search->last.tsc_after) < 0) { /* it tells nothing of other clocks */
+        search->has_lost_line = true;
+        step_search_begin_line(search, &reading);
     } else if (step_search_is_wide(search, &reading)) {
         return;
     } else if (!search->knows_rate) {
-        if (step_search_learn(search, &reading))
-            search->last = reading;
+        if (!step_search_learn(search, &reading))
+            return;
+        search->last = reading;
+        if (search->knows_rate)
+            step_search_judge_learned(search);
     } else {
         step_search_judge(search, &reading);
         if (search->knows_rate && search->slew_ppm == STEP_SEARCH_UNSLEWED_PPM)
             step_search_learn(search, &reading);
     }
+}
+
+/* After the last reading: what has not been decided may have been a step, and what was not seen may have been any. */
+static inline void step_search_end(struct step_search *search)
+{
+    int64_t largest = search->candidate.low > 0 ? search->candidate.high : -search->candidate.low;
+
+    if (step_search_least(&search->candidate) > 0 && largest > search->floor)
+        search->floor = largest;
+    if (!search->knows_rate || search->has_lost_line)
+        search->floor = INT64_MAX;
+}
+
+/* The TSC itself, in its own ticks.  All that can be told of it without another clock is that it went back. */
+static inline void step_search_add_tsc(struct step_search *search, uint64_t tsc)
+{
+    struct step_excess back;
+
+    if (search->reads++ > 0 && (int64_t)(tsc - search->last.tsc_after) < 0) {
+        back.low = back.high = (int64_t)(tsc - search->last.tsc_after);
+        step_search_count(search, &back, tsc);
+    }
+    search->last.tsc_after = tsc;
+    search->floor = 0;
 }
 
 #endif

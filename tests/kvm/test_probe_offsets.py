@@ -8,9 +8,8 @@ from typing import Final
 import pytest
 
 from pvclock import Machine
-from pvclock.boot import BootSource
-from pvclock.probe import bootable_image
-from tests.probe_line import ONE_CPU, Line, one_line, vcpus_named, vcpus_off, windows
+from tests.kvm.probe_machine import run_on_machine
+from tests.probe_line import ONE_CPU, Line, vcpus_named, vcpus_off, windows
 
 pytestmark = [
     pytest.mark.kvm,
@@ -19,22 +18,21 @@ pytestmark = [
     pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason=ONE_CPU),
 ]
 
-LIMIT_S = 120.0
-"""On an emulated CPU."""
 OFFSET_MS: Final = 50
 """An exchange of vCPUs that share a CPU may take some time slices of 4 ms."""
 
 
 def measured(vcpus: int, moved: int | None, seconds: float = 1.0) -> tuple[Line, int]:
     """What the probe prints where vCPU `moved` was put forward, and by how many ticks."""
-    with Machine(BootSource(bootable_image(), f"seconds={seconds}"), vcpus=vcpus) as machine:
-        ticks = machine.vcpus[0].get_tsc_khz() * OFFSET_MS
+    ticks = []
+
+    def put_forward(machine: Machine) -> None:
+        ticks.append(machine.vcpus[0].get_tsc_khz() * OFFSET_MS)
         if moved is not None:
             vcpu = machine.vcpus[moved]
-            vcpu.set_tsc_offset((vcpu.get_tsc_offset() + ticks) % 2**64)
-        machine.start()
-        assert machine.wait(LIMIT_S) == 0
-        return one_line(machine.console), ticks
+            vcpu.set_tsc_offset((vcpu.get_tsc_offset() + ticks[0]) % 2**64)
+
+    return run_on_machine(f"seconds={seconds}", vcpus=vcpus, prepare=put_forward), ticks[0]
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])

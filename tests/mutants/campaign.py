@@ -222,7 +222,8 @@ class Copy:
 
     def build_probe(self, mutant: Mutant) -> None:
         """Build the probe of its sources as they are, whenever they were changed."""
-        for product in (*self.root.glob("build/temp*/probe/*"), *self.root.glob("pvclock/probe/_images*.so")):
+        products = ("build/temp*/probe/*", "build/lib*/pvclock/probe/_images*.so", "pvclock/probe/_images*.so")
+        for product in (found for pattern in products for found in self.root.glob(pattern)):
             product.unlink()
         self.build_modules(mutant.name)
 

@@ -40,17 +40,32 @@ static void put_step(const struct clock_step *step, int64_t found[4])
 }
 
 /* The search over `count` readings, each tsc_before, clock and tsc_after: reads, floor, count, and the two steps. */
-void steps_of(uint64_t tsc_hz, uint64_t clock_hz, bool unslewed, const int64_t *readings, size_t count, int64_t found[11])
+void steps_of(uint64_t tsc_hz, uint64_t clock_hz, bool unslewed, int64_t grain, const int64_t *readings, size_t count, int64_t found[11])
 {
 	struct step_search search;
 
-	step_search_begin(&search, tsc_hz, clock_hz, unslewed);
+	step_search_begin(&search, tsc_hz, clock_hz, unslewed, grain);
 	for (size_t i = 0; i < count; i++)
 		step_search_add(&search, (uint64_t)readings[3 * i], readings[3 * i + 1],
 				(uint64_t)readings[3 * i + 2]);
+	step_search_end(&search);
 	found[0] = (int64_t)search.reads;
 	found[1] = search.floor;
 	found[2] = (int64_t)search.count;
 	put_step(&search.forward, found + 3);
 	put_step(&search.backward, found + 7);
+}
+
+/* Readings of the TSC itself: reads, floor, count, and the largest step back and when. */
+void tsc_steps_of(const uint64_t *readings, size_t count, int64_t found[7])
+{
+	struct step_search search;
+
+	step_search_begin(&search, 1000000000, 1000000000, true, 0);
+	for (size_t i = 0; i < count; i++)
+		step_search_add_tsc(&search, readings[i]);
+	found[0] = (int64_t)search.reads;
+	found[1] = search.floor;
+	found[2] = (int64_t)search.count;
+	put_step(&search.backward, found + 3);
 }

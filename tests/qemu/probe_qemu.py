@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import subprocess
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -10,10 +9,9 @@ from typing import Final, NamedTuple
 from qemu_glue.peer.launch import CPU_MODEL, LAUNCHER, PROGRAM
 from tests.waiting import HANG_S
 
-__all__ = ["DEBUG_EXIT", "Ended", "run_probe", "without_multiboot"]
+__all__ = ["DEBUG_EXIT", "Ended", "run_in_qemu"]
 
 DEBUG_EXIT: Final = ("-device", "isa-debug-exit,iobase=0xf4,iosize=1")
-MULTIBOOT_MAGIC: Final = struct.pack("<I", 0x1BADB002)
 
 
 class Ended(NamedTuple):
@@ -24,7 +22,7 @@ class Ended(NamedTuple):
     serial: str
 
 
-def run_probe(place: Path, image: bytes, *arguments: str, cmdline: str = "seconds=0.1", vcpus: int = 2) -> Ended:
+def run_in_qemu(place: Path, image: bytes, *arguments: str, cmdline: str = "seconds=0.1", vcpus: int = 2) -> Ended:
     """Run `image` in a QEMU with these arguments, among them its `-machine`, until that ends; files are in `place`."""
     kernel, serial = place / "probe.img", place / "serial"
     kernel.write_bytes(image)
@@ -38,9 +36,3 @@ def run_probe(place: Path, image: bytes, *arguments: str, cmdline: str = "second
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=HANG_S, check=False
     )
     return Ended(done.returncode, done.stderr, serial.read_text(errors="replace"))
-
-
-def without_multiboot(image: bytes) -> bytes:
-    """A copy without the multiboot header's magic number: QEMU takes the PVH note then."""
-    assert image[:8192].count(MULTIBOOT_MAGIC) == 1
-    return image.replace(MULTIBOOT_MAGIC, bytes(4), 1)

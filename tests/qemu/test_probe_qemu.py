@@ -16,8 +16,9 @@ import pytest
 
 from pvclock.probe import bootable_image
 from qemu_glue.peer.launch import CPU_MODEL, PROGRAM
+from tests.probe_image import pvh_image
 from tests.probe_line import clock_of, one_line, windows
-from tests.qemu.probe_qemu import DEBUG_EXIT, run_probe, without_multiboot
+from tests.qemu.probe_qemu import DEBUG_EXIT, run_in_qemu
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.row("E18")]
 
@@ -26,11 +27,6 @@ DONE: Final = 1
 POWERED_OFF: Final = 0
 QBOOT: Final = ("-bios", "qboot.rom")
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "probe-vmms.md"
-
-
-def pvh_image() -> bytes:
-    """The image as QEMU enters it by its PVH note."""
-    return without_multiboot(bootable_image())
 
 
 entries = pytest.mark.parametrize("image", [bootable_image, pvh_image], ids=["multiboot", "pvh"])
@@ -48,7 +44,7 @@ def assert_measured(serial: str, vcpus: int) -> None:
 @entries
 def test_microvm(image: Callable[[], bytes], tmp_path: Path) -> None:
     """With both entries."""
-    ended = run_probe(tmp_path, image(), "-machine", "microvm", *DEBUG_EXIT)
+    ended = run_in_qemu(tmp_path, image(), "-machine", "microvm", *DEBUG_EXIT)
     assert ended.status == DONE, ended
     assert_measured(ended.serial, 2)
 
@@ -56,7 +52,7 @@ def test_microvm(image: Callable[[], bytes], tmp_path: Path) -> None:
 @pytest.mark.parametrize(("machine", "image"), [("pc", bootable_image), ("q35", pvh_image)])
 def test_pc_and_q35_with_a_quick_firmware(machine: str, image: Callable[[], bytes], tmp_path: Path) -> None:
     """Both have the devices of a PC, and the one is entered by multiboot, the other by PVH."""
-    ended = run_probe(tmp_path, image(), "-machine", machine, *QBOOT, *DEBUG_EXIT)
+    ended = run_in_qemu(tmp_path, image(), "-machine", machine, *QBOOT, *DEBUG_EXIT)
     assert ended.status == DONE, ended
     assert_measured(ended.serial, 2)
     assert {"pit", "acpi_pm"} <= {clock["name"] for clock in one_line(ended.serial)["clocks"]}
@@ -67,7 +63,7 @@ def test_pc_and_q35_with_a_quick_firmware(machine: str, image: Callable[[], byte
 @entries
 def test_pc_and_q35(machine: str, image: Callable[[], bytes], tmp_path: Path) -> None:
     """With the firmware that QEMU has by default."""
-    ended = run_probe(tmp_path, image(), "-machine", machine, *DEBUG_EXIT)
+    ended = run_in_qemu(tmp_path, image(), "-machine", machine, *DEBUG_EXIT)
     assert ended.status == DONE, ended
     assert_measured(ended.serial, 2)
 
@@ -76,14 +72,14 @@ def test_the_debug_console_has_the_same_line(tmp_path: Path) -> None:
     """Port 0xe9 prints what the serial port does, and a machine without a serial port has the line there."""
     console = tmp_path / "console"
     port = ("-chardev", f"file,id=e9,path={console}", "-device", "isa-debugcon,iobase=0xe9,chardev=e9")
-    ended = run_probe(tmp_path, bootable_image(), "-machine", "microvm", *port, *DEBUG_EXIT, vcpus=1)
+    ended = run_in_qemu(tmp_path, bootable_image(), "-machine", "microvm", *port, *DEBUG_EXIT, vcpus=1)
     assert one_line(console.read_text()) == one_line(ended.serial)
 
 
 @pytest.mark.long
 def test_many_vcpus(tmp_path: Path) -> None:
     """Eight vCPUs are found and all 28 pairs of them, however few CPUs they share."""
-    ended = run_probe(tmp_path, bootable_image(), "-machine", "microvm", *DEBUG_EXIT, vcpus=8)
+    ended = run_in_qemu(tmp_path, bootable_image(), "-machine", "microvm", *DEBUG_EXIT, vcpus=8)
     assert ended.status == DONE, ended
     line = one_line(ended.serial)
     assert (len(line["cpus"]), len(clock_of(line)["pairs"])) == (8, 28)
@@ -141,13 +137,13 @@ def test_documented_grub_iso(tmp_path: Path) -> None:
 )
 def test_it_ends_by_power_off(machine: tuple[str, ...], tmp_path: Path) -> None:
     """Without isa-debug-exit ACPI's power-off ends QEMU: a reset would have begun another run, and printed again."""
-    ended = run_probe(tmp_path, bootable_image(), "-machine", *machine)
+    ended = run_in_qemu(tmp_path, bootable_image(), "-machine", *machine)
     assert ended.status == POWERED_OFF, ended
     assert_measured(ended.serial, 2)
 
 
 def test_it_ends_by_a_reset(tmp_path: Path) -> None:
     """A machine that has neither isa-debug-exit nor ACPI is reset, which ends a QEMU with -no-reboot."""
-    ended = run_probe(tmp_path, bootable_image(), "-machine", "microvm,acpi=off", "-no-reboot")
+    ended = run_in_qemu(tmp_path, bootable_image(), "-machine", "microvm,acpi=off", "-no-reboot")
     assert ended.status == POWERED_OFF, ended
     assert_measured(ended.serial, 2)

@@ -102,11 +102,13 @@ def goes_on(span: Span, candidate: Span) -> bool:
 class StepSearch:
     """step_search.h's."""
 
-    def __init__(self, tsc_hz: int, clock_hz: int, *, unslewed: bool) -> None:
+    def __init__(self, tsc_hz: int, clock_hz: int, *, unslewed: bool, grain: int = 0) -> None:
         self.tsc_hz = tsc_hz
         self.first_span_ticks = self.span_ticks = tsc_hz // SPAN_HZ
+        self.learned: list[Reading] = []
+        self.has_lost_line = False
         self.twice_span_ticks = 2 * tsc_hz // SPAN_HZ
-        self.grain = clock_hz // GRAIN_HZ + 1
+        self.grain = max(grain, clock_hz // GRAIN_HZ + 1)
         self.slew_ppm = UNSLEWED_PPM if unslewed else SLEW_PPM
         self.reads = 0
         self.floor = 2**63 - 1
@@ -125,17 +127,50 @@ class StepSearch:
         """Take one more reading."""
         self.reads += 1
         self.narrowest = min(self.narrowest, reading.width)
-        if self.last is None or self.span_begin is None or signed64(reading.before - self.last.after) < 0:
-            self.last, self.span_begin, self.candidate, self.past = reading, reading, None, []
+        if self.last is None or self.span_begin is None:
+            self._begin_line(reading)
+        elif signed64(reading.before - self.last.after) < 0:
+            self.has_lost_line = True
+            self._begin_line(reading)
         elif self._is_wide(reading, self.last):
             return
-        elif self.bounds is None:
+        elif not self._knows_rate():
             if self._learn(reading, self.span_begin):
                 self.last = reading
+                if self._knows_rate():
+                    self._judge_learned()
         else:
             self._judge(reading, self.last)
-            if self.bounds is not None and self.is_unslewed:
+            if self._knows_rate() and self.is_unslewed:
                 self._learn(reading, self.span_begin)
+
+    def end(self) -> None:
+        """Take what is not decided, and what was not seen, into the floor."""
+        if self.candidate is not None:
+            span, _ = self.candidate
+            self.floor = max(self.floor, span.high if span.is_forward else -span.low)
+        if self.bounds is None or self.has_lost_line:
+            self.floor = 2**63 - 1
+
+    def _knows_rate(self) -> bool:
+        return self.bounds is not None
+
+    def _begin_line(self, reading: Reading) -> None:
+        self.last, self.span_begin, self.candidate, self.past = reading, reading, None, []
+        if self.bounds is None:
+            self._begin_learning(reading)
+
+    def _begin_learning(self, reading: Reading) -> None:
+        self.span_ticks, self.rates = self.first_span_ticks, []
+        self.span_begin, self.learned = reading, [reading]
+
+    def _judge_learned(self) -> None:
+        first, *rest = self.learned
+        self.last = first
+        for reading in rest:
+            if not self._knows_rate():
+                break
+            self._judge(reading, self.last)
 
     def largest(self, sign: int) -> Step | None:
         """Return the largest step that way, the earliest of those alike."""
@@ -173,6 +208,8 @@ class StepSearch:
         fastest = rate_of(advance + self.grain, least)
         self.rates.append((rate_of(advance - self.grain, most), min(fastest + 1, U64 - 1)))
         self.span_begin = reading
+        if self.bounds is None:
+            self.learned.append(reading)
         if len(self.rates) == SPANS:
             self._take_medians()
             self.rates = []
@@ -198,7 +235,7 @@ class StepSearch:
             self._sort(span, reading, last)
         self.last = reading
         if self.bounds is None:
-            self.span_begin = reading
+            self._begin_learning(reading)
 
     def _sort(self, span: Span, reading: Reading, last: Reading) -> None:
         if span.least == 0:
@@ -228,8 +265,7 @@ class StepSearch:
 
     def _forget_rate(self, span: Span) -> None:
         self.floor = max(self.floor, span.high if span.is_forward else -span.low)
-        self.bounds, self.rates, self.past = None, [], []
-        self.span_ticks = self.first_span_ticks
+        self.bounds, self.past = None, []
 
     def _decide(self, span: Span, candidate: Span, at_tsc: int) -> bool:
         if not is_as_sharp(span, candidate):

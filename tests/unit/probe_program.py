@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from tests.probe_line import Line, one_line
 from tests.waiting import HANG_S
 
-__all__ = ["NOBODY", "Result", "line_of", "run_probe"]
+__all__ = ["NOBODY", "Result", "line_of", "run_executable"]
 
 NOBODY: Final = 65534
 HERE_FIRST: Final = "import os, sys\n{}\nos.execv(sys.argv[1], sys.argv[1:])"
@@ -26,7 +26,7 @@ class Result(NamedTuple):
     stderr: str
 
 
-def run_probe(program: Path, *options: str, first: str = "", nobody: bool = False) -> Result:
+def run_executable(program: Path, *options: str, first: str = "", nobody: bool = False) -> Result:
     """Run the probe with options.
 
     first: Python that its process runs before.
@@ -47,9 +47,8 @@ def run_probe(program: Path, *options: str, first: str = "", nobody: bool = Fals
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def line_of(result: Result) -> dict[str, Any]:
+def line_of(result: Result) -> Line:
     """The JSON object that is all of standard output, in one line."""
     assert result.status == 0, result.stderr
     (line,) = result.stdout.splitlines()
-    found: dict[str, Any] = json.loads(line)
-    return found
+    return one_line(line)

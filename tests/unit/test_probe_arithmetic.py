@@ -125,11 +125,20 @@ class Arithmetic:
         self._functions.warp_of(ctypes.c_int64(base), *readings[0], *readings[1], found)
         return found[0], found[1]
 
-    def steps(self, hz: tuple[int, int], readings: list[tuple[int, int, int]], *, unslewed: bool) -> list[int]:
+    def steps(
+        self, hz: tuple[int, int], readings: list[tuple[int, int, int]], *, unslewed: bool, grain: int = 0
+    ) -> list[int]:
         """Return what a step_search has in the end."""
         found = (ctypes.c_int64 * 11)()
-        clock = *map(ctypes.c_uint64, hz), ctypes.c_bool(unslewed)
+        clock = *map(ctypes.c_uint64, hz), ctypes.c_bool(unslewed), ctypes.c_int64(grain)
         self._functions.steps_of(*clock, self._array(readings), ctypes.c_size_t(len(readings)), found)
+        return list(found)
+
+    def tsc_steps(self, reads: list[int]) -> list[int]:
+        """Return what is told of the TSC itself: readings, floor, count, and the largest step back and when."""
+        found = (ctypes.c_int64 * 7)()
+        readings = (ctypes.c_uint64 * len(reads))(*reads)
+        self._functions.tsc_steps_of(readings, ctypes.c_size_t(len(reads)), found)
         return list(found)
 
     @staticmethod
@@ -166,12 +175,14 @@ def readings_of_a_line(draw: st.DrawFn) -> list[tuple[int, int, int]]:
     slews = draw(st.sampled_from([(0,), (0, 0, 0, 900), (0, 40)]))
     steps = draw(st.sampled_from([(0,), (0, 0, 0, 0, 5_000, -5_000), (0, 0, 700, 20_000, 10**7, -(2**62))]))
     steady = draw(st.integers(14, 40))
+    stepped = draw(st.integers(0, 80))  # while the rate is learned, or later
     for number in range(steady + draw(st.integers(0, 40))):
         is_steady = number < steady
         ticks = 31_000_000 if is_steady else draw(st.sampled_from([3_000, 60_000, 3_000_000, 31_000_000]))
         width = draw(st.sampled_from([90, 300] if is_steady else [90, 300, 600, 3_000_000]))
         tsc += ticks + width
         clock += (ticks + width) // 3
+        clock += 40_000 if number == stepped else 0
         if not is_steady:
             clock += ticks // 3 * draw(st.sampled_from(slews)) // 10**6 + draw(st.sampled_from(steps))
         readings.append((tsc % 2**64, oracle.signed64(clock), (tsc + width) % 2**64))
@@ -179,22 +190,79 @@ def readings_of_a_line(draw: st.DrawFn) -> list[tuple[int, int, int]]:
 
 
 def assert_steps_are_exact(
-    arithmetic: Arithmetic, hz: tuple[int, int], readings: list[tuple[int, int, int]], *, unslewed: bool
+    arithmetic: Arithmetic, hz: tuple[int, int], readings: list[tuple[int, int, int]], *, unslewed: bool, grain: int = 0
 ) -> None:
     """The header finds what the oracle does, to the unit."""
-    search = oracle.StepSearch(*hz, unslewed=unslewed)
+    search = oracle.StepSearch(*hz, unslewed=unslewed, grain=grain)
     for reading in readings:
         search.add(oracle.Reading(*reading))
+    search.end()
     expected = [search.reads, search.floor, len(search.steps)]
     for step in (search.largest(1), search.largest(-1)):
         expected += [1, step.low, step.high, oracle.signed64(step.at_tsc)] if step else [0] * 4
-    assert arithmetic.steps(hz, readings, unslewed=unslewed) == expected
+    assert arithmetic.steps(hz, readings, unslewed=unslewed, grain=grain) == expected
 
 
-@given(readings=readings_of_a_line(), unslewed=st.booleans())
-def test_steps_are_exact(arithmetic: Arithmetic, readings: list[tuple[int, int, int]], *, unslewed: bool) -> None:
+@given(readings=readings_of_a_line(), unslewed=st.booleans(), grain=st.sampled_from([0, 280, 4_000_000]))
+def test_steps_are_exact(
+    arithmetic: Arithmetic, readings: list[tuple[int, int, int]], *, unslewed: bool, grain: int
+) -> None:
     """On lines with steps, slews and wide readings."""
-    assert_steps_are_exact(arithmetic, (3 * 10**9, 10**9), readings, unslewed=unslewed)
+    assert_steps_are_exact(arithmetic, (3 * 10**9, 10**9), readings, unslewed=unslewed, grain=grain)
+
+
+MS = 3_000_000
+"""Ticks at 3 GHz."""
+
+
+def steady_line(readings: int, ms: int = 11) -> list[tuple[int, int, int]]:
+    """Return readings of a clock in ns without a step."""
+    return [(at * ms * MS, at * ms * 10**6, at * ms * MS + 90) for at in range(readings)]
+
+
+def moved(
+    readings: list[tuple[int, int, int]], at: int, clock_ns: int = 0, ticks: int = 0
+) -> list[tuple[int, int, int]]:
+    """Return them with the clock, or the TSC, moved from the reading `at` on."""
+    later = [(before + ticks, clock + clock_ns, after + ticks) for before, clock, after in readings[at:]]
+    return readings[:at] + later
+
+
+@pytest.mark.parametrize("at", [1, 8, 15, 16, 30])
+def test_a_step_while_the_rate_is_learned_is_found(arithmetic: Arithmetic, at: int) -> None:
+    """A second back, in the first 150 ms or later: found once, with its size in its bounds."""
+    found = arithmetic.steps((3 * 10**9, 10**9), moved(steady_line(40), at, clock_ns=-(10**9)), unslewed=True)
+    assert (found[2], found[7]) == (1, 1)
+    assert found[8] <= -(10**9) <= found[9]
+
+
+def test_what_is_not_decided_at_the_end_is_in_the_floor(arithmetic: Arithmetic) -> None:
+    """5 us at the last reading may be a slew's beginning, or a step: none is told, and none so small is excluded."""
+    found = arithmetic.steps((3 * 10**9, 10**9), moved(steady_line(40), 39, clock_ns=5_000), unslewed=True)
+    assert found[2] == 0
+    assert found[1] >= 5_000
+
+
+def test_a_tsc_that_went_back_leaves_nothing_known_of_other_clocks(arithmetic: Arithmetic) -> None:
+    """The clock may have done anything there: no step, and a floor that says so."""
+    found = arithmetic.steps((3 * 10**9, 10**9), moved(steady_line(40), 30, ticks=-500 * MS), unslewed=True)
+    assert (found[1], found[2]) == (2**63 - 1, 0)
+
+
+def test_a_tsc_that_goes_back_is_told_by_the_largest(arithmetic: Arithmetic) -> None:
+    """Each time counts; forward it may go as far as it likes, and 2^64 is followed by 0."""
+    reads = [2**64 - 5, 5, 1000, 400, 10**15, 10**15 - 5000, 10**15]
+    assert arithmetic.tsc_steps(reads) == [7, 0, 2, 1, -5000, -5000, 10**15 - 5000]
+
+
+@pytest.mark.parametrize("tick_ms", [1, 4, 10])
+def test_a_clock_of_ticks_steps_only_beyond_them(arithmetic: Arithmetic, tick_ms: int) -> None:
+    """Linux on clocksource jiffies stands still between ticks: no step is seen in that, and one of a second is."""
+    tick = tick_ms * 10**6
+    readings = [(at * MS // 20, at * 50_000 // tick * tick, at * MS // 20 + 90) for at in range(20_000)]
+    assert arithmetic.steps((3 * 10**9, 10**9), readings, unslewed=False, grain=tick)[2] == 0
+    stepped = moved(readings, 15_000, clock_ns=-(10**9))
+    assert arithmetic.steps((3 * 10**9, 10**9), stepped, unslewed=False, grain=tick)[2] == 1
 
 
 @given(

@@ -3,45 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from pathlib import Path
+import re
 
 import pytest
 
-from tests.unit.c_program import FLAGS
-from tests.waiting import HANG_S
+from pvclock.meter.inside.kernel import COMPLAINTS
+from tests.unit.probe_parts import PROBE, Compiled
 
 pytestmark = pytest.mark.row("E18")
-
-PROBE = Path(__file__).parents[2] / "pvclock" / "probe"
-
-
-class Compiled:
-    """Programs in C that have sources of the probe and stand in for functions of the C library; each compiled once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.made: dict[str, Path] = {}
-
-    def prints(self, program: str, sources: tuple[str, ...], *arguments: str) -> list[str]:
-        """The lines that such a program prints when it is run with these arguments."""
-        if program not in self.made:
-            self.made[program] = self.compile(program, sources)
-        done = subprocess.run(
-            [self.made[program], *arguments], capture_output=True, text=True, check=True, timeout=HANG_S
-        )
-        return done.stdout.splitlines()
-
-    def compile(self, program: str, sources: tuple[str, ...]) -> Path:
-        """The program, in a file."""
-        binary = self.folder / f"{len(self.made)}"
-        source = binary.with_suffix(".c")
-        source.write_text(program, encoding="utf-8")
-        files = [source, *(PROBE / each for each in sources)]
-        subprocess.run(
-            ["cc", *FLAGS, f"-I{PROBE}", '-DPVCLOCK_VERSION="0"', "-pthread", *files, "-o", binary], check=True
-        )
-        return binary
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +151,8 @@ SUMMARY = r"""
 
 static struct probe_clock_result results[2];
 
-/* CPUs, then 16 windows, low and high: of the one pair and each slice, tsc's and then monotonic's; then a warp. */
+/* CPUs, then 16 windows, low and high: of the one pair and each slice, tsc's and then monotonic's; then a warp, and a
+ * fault that was put in. */
 int main(int count, char *argument[])
 {
     struct probe_team team = {.cpus = (unsigned)atoi(argument[1])};
@@ -201,6 +171,8 @@ int main(int count, char *argument[])
     }
     if (count > 34)
         results[1].warp[1][0] = (struct probe_warp){3, atoll(argument[34])};
+    if (count > 35)
+        team.added_ns[1] = atoll(argument[35]);
     dup2(1, 2);
     print_summary(&report);
     return 0;
@@ -226,11 +198,17 @@ NARROW, WIDE = ("-60", "40"), ("-900", "900")
 )
 def test_the_summary_names_the_worst(compiled: Compiled, arguments: list[str], finding: str) -> None:
     """The largest warp and the largest proven offset, in ns, with their CPUs; else what none differs by more than."""
-    first, second = compiled.prints(SUMMARY, ("linux_summary.c",), *arguments)
+    first, second = compiled.prints(SUMMARY, ("linux_summary.c", "report.c"), *arguments)
     bound = "no clock is seen to differ between CPUs, and none does by more than {}."
     what = bound.format(finding) if finding == "60 ns" else finding
     assert first == f"pvclock probe: {'' if what.startswith('1 CPU') else '2 CPUs, 1.2 s: '}{what}"
     assert second.endswith("pvclock probe --judge FILE")
+
+
+def test_the_summary_says_that_a_fault_was_put_in(compiled: Compiled) -> None:
+    """What it finds then is not the machine's."""
+    first, _ = compiled.prints(SUMMARY, ("linux_summary.c", "report.c"), "2", *NARROW * 16, "33", "-1")
+    assert first == f"pvclock probe: 2 CPUs, 1.2 s (with --add): {A_WARP}."
 
 
 OPTIONS = r"""
@@ -324,7 +302,7 @@ static int kmsg(void)
     }
     socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, ends);
     for (int i = 0; i < count; i++) {
-        int length = snprintf(record, sizeof(record), "4,%d,1000,-;%s\n SUBSYSTEM=unstable\n", i, lines[i]);
+        int length = snprintf(record, sizeof(record), "4,%d,%d,-;%s\n OF=new unstable\n", i, 12000000 + i, lines[i]);
         if (write(ends[1], record, (size_t)length) != length)
             perror("a record");
     }
@@ -356,7 +334,7 @@ int klogctl(int type, char *buffer, int size)
     if (type == 10)
         return 1 << 20;
     for (int i = 0; i < count; i++)
-        length += snprintf(buffer + length, (size_t)(size - length), "<4>[    1.0] %s\n", lines[i]);
+        length += snprintf(buffer + length, (size_t)(size - length), "<4>[   12.%06d] %s\n", i, lines[i]);
     return length;
 }
 
@@ -379,15 +357,40 @@ int main(int arguments, char *argument[])
     return 0;
 }
 """
-SKEW = "clocksource: timekeeping watchdog on CPU1: Marking clocksource 'tsc' as unstable because the skew is too large:"
-COMPLAINTS = [
-    SKEW,
-    "tsc: Marking TSC unstable due to clocksource watchdog",
-    "Measured 1234 cycles TSC warp between CPUs, turning off TSC clock.",
+SAID = [
     "[Firmware Bug]: TSC ADJUST differs: CPU0 0 -> -1",
+    "TSC ADJUST compensate: CPU1 observed 115 warp. Adjust: 115",
+    "Measured 1234 cycles TSC warp between CPUs, turning off TSC clock.",
+    "tsc: Marking TSC unstable due to check_tsc_sync_source failed",
+    "tsc: Marking TSC unstable due to TSCs unsynchronized",
+    "tsc: Marking TSC unstable due to boot parameter",
+    "clocksource: timekeeping watchdog on CPU1: Marking clocksource 'tsc' as unstable because the skew is too large:",
+    "clocksource:                       'hpet' wd_nsec: 499760653 wd_now: 1b8ad51 wd_last: 14b7d82 mask: ffffffff",
+    "clocksource:                       'tsc' cs_nsec: 496003478 cs_now: 66814158c cs_last: 629a40ae8 mask: ffffffff",
+    "clocksource:                       Clocksource 'tsc' skewed -3757175 ns (-3 ms) over watchdog 'hpet' interval",
+    "clocksource: timekeeping watchdog on CPU8: hpet wd-wd read-back delay of 92539ns",
+    "clocksource: Long readout interval, skipping watchdog check: cs_nsec: 3343956725 wd_nsec: 3343956627",
+    "TSC found unstable after boot, most likely due to broken BIOS. Use 'tsc=unstable'.",
     "hrtimer: interrupt took 1234567 ns",
+    "watchdog: BUG: soft lockup - CPU#1 stuck for 27s! [repro:2653]",
+    "watchdog: Watchdog detected hard LOCKUP on cpu 3",
+    "rcu: INFO: rcu_sched detected stalls on CPUs/tasks:",
+    "rcu: INFO: rcu_preempt self-detected stall on CPU",
+    "tsc: Fast TSC calibration failed",
+    "tsc: Unable to calibrate against PIT",
+    "tsc: Marking TSC unstable due to could not calculate TSC khz",
+    "sched_clock: Marking unstable (1, 2)<-(3, 4)",
 ]
-HARMLESS = ["tsc: Detected 2400.000 MHz processor", "clocksource: Switched to clocksource tsc", "usb 1-1: new device"]
+"""What kernels say, word by word, where a clock is wrong."""
+UNSAID = {"TSC_ADJUST", "excessive clock-?read delays"}
+"""Explained, although no kernel is known to say it."""
+HARMLESS = [
+    "tsc: Detected 2400.000 MHz processor",
+    "clocksource: Switched to clocksource tsc",
+    "Kernel command line: quiet tsc=unstable",
+    "systemd[1]: Installed a package",
+    "usb 1-1: new device",
+]
 
 
 def kernel(compiled: Compiled, lines: list[str], where: str) -> dict[str, object]:
@@ -397,16 +400,27 @@ def kernel(compiled: Compiled, lines: list[str], where: str) -> dict[str, object
     return found
 
 
-@pytest.mark.parametrize(("where", "before"), [("kmsg", ""), ("syslog", "<4>[    1.0] ")])
-def test_what_the_kernel_complains_of(compiled: Compiled, where: str, before: str) -> None:
-    """Its lines of a clock that is wrong, in their order, without what is no complaint and what a record has beside."""
-    found = kernel(compiled, [HARMLESS[0], *COMPLAINTS, *HARMLESS], where)
-    assert found["complaints"] == [before + line for line in COMPLAINTS]
+@pytest.mark.parametrize("where", ["kmsg", "syslog"])
+def test_what_the_kernel_complains_of(compiled: Compiled, where: str) -> None:
+    """Its lines of a clock that is wrong, as dmesg prints them, without what is no complaint or stands behind them."""
+    found = kernel(compiled, [*SAID, *HARMLESS], where)
+    assert found["complaints"] == [f"[   12.{number:06}] {line}" for number, line in enumerate(SAID)]
+
+
+def test_complaints_are_those_that_are_explained() -> None:
+    """What the probe looks for and what the judge explains are in step: SAID has a line for each part of both."""
+    source = (PROBE / "linux_kernel.c").read_text(encoding="utf-8")
+    kept = re.findall(r'^    "(.+)",', source.partition("COMPLAINTS[] = {")[2].partition("};")[0], re.MULTILINE)
+    explained = {part for each in COMPLAINTS for part in re.split(r"\|(?![^(]*\))", each.pattern.pattern)}
+    assert len(kept) > 10
+    assert [part for part in kept if not any(part in line for line in SAID)] == []
+    assert [part for part in explained - UNSAID if not any(re.search(part, line) for line in SAID)] == []
+    assert [line for line in SAID if not any(re.search(part, line) for part in explained)] == []
 
 
 def test_a_kernel_that_tells_nothing(compiled: Compiled) -> None:
     """Null says that the lines may not be read; an empty list, that there is none."""
-    assert kernel(compiled, COMPLAINTS, "nowhere")["complaints"] is None
+    assert kernel(compiled, SAID, "nowhere")["complaints"] is None
     assert kernel(compiled, HARMLESS, "kmsg")["complaints"] == []
 
 
@@ -415,7 +429,7 @@ def test_a_kernel_that_complains_without_end(compiled: Compiled) -> None:
     lines = [f"{number} unstable {'x' * 600}" for number in range(100)]
     found = kernel(compiled, lines, "syslog")["complaints"]
     assert isinstance(found, list)
-    assert [line[13:].split()[0] for line in found] == [str(number) for number in range(64)]
+    assert [line.split("] ")[1].split()[0] for line in found] == [str(number) for number in range(64)]
     assert {len(line) for line in found} == {511}
 
 
@@ -496,3 +510,30 @@ OF_CPU_0 = "CPU 0 2 80000000 0 3 2/2"
 def test_which_pages_hold_pvclock_records(compiled: Compiled, name: str, second: str, lines: list[str]) -> None:
     """Those of the vDSO that can be read, with a record's padding and nearly the TSC's rate; each CPU has 64 bytes."""
     assert compiled.prints(PAGES, ("linux_pages.c", "linux_facts.c", "facts.c"), name, *second.split()) == lines
+
+
+RECORD_HZ = r"""
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include "record_hz.h"
+
+int main(int count, char *argument[])
+{
+    for (int i = 1; i + 1 < count; i += 2)
+        printf("%" PRIu64 "\n", record_hz((uint32_t)strtoul(argument[i], NULL, 0), atoi(argument[i + 1])));
+    return 0;
+}
+"""
+
+
+def test_the_frequency_of_a_record(compiled: Compiled) -> None:
+    """10^9 * 2^32 / (mul * 2^shift), rounded down, wherever that is a number of 64 bits; of no mul, none."""
+    scales = [(mul, shift) for mul in (1, 3, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF) for shift in range(-40, 70, 3)]
+    printed = compiled.prints(RECORD_HZ, (), "0", "0", *(str(number) for scale in scales for number in scale))
+    exact = [(10**9 << 32 << max(-shift, 0)) // (mul << max(shift, 0)) for mul, shift in scales]
+    is_near = [-31 <= shift < 64 for _, shift in scales]
+    assert [int(line) for line in printed] == [
+        0,
+        *(hz if hz < 2**64 and near else 0 for hz, near in zip(exact, is_near, strict=True)),
+    ]
