@@ -66,7 +66,7 @@ def report_of(measured: ProbeRecord, budgets: Budgets, screen: Screen, rerun: Re
 
 def _first_line(verdict: Verdict, budgets: Budgets) -> str:
     """The verdict for who reads no further."""
-    said = f"{_sentence(verdict, _decided_by(budgets))}{_only_one(verdict)}."
+    said = f"{_sentence(verdict, _decided_by(budgets))}{_not_all(verdict)}."
     return f"With the fault that --add put in, {said}" if verdict.is_added else said[0].upper() + said[1:]
 
 
@@ -95,10 +95,13 @@ def _sentence(verdict: Verdict, decided_by: set[str]) -> str:
     return f"nothing is wrong with {clock}, as far as can be told from inside; {_floors(verdict)}"
 
 
-def _only_one(verdict: Verdict) -> str:
-    """That nothing was compared, for whatever the verdict is, it is of one CPU alone."""
+def _not_all(verdict: Verdict) -> str:
+    """That it is a verdict on some CPUs alone, whatever it is."""
+    measured, present = len(verdict.cpus), verdict.cpus_present
+    if present is not None and measured < present:
+        return f"; {measured} of {present} CPUs {'was' if measured == 1 else 'were'} measured"
     is_told = any(question.reason == "one-cpu" for question in verdict.open) and not verdict.broken
-    return f"; only CPU {verdict.cpus[0]} was measured" if len(verdict.cpus) == 1 and not is_told else ""
+    return f"; only CPU {verdict.cpus[0]} was measured" if measured == 1 and present is None and not is_told else ""
 
 
 def _more(faults: list[Finding]) -> str:
@@ -115,11 +118,17 @@ def _place(finding: Finding) -> tuple[bool, bool]:
 
 
 def _floors(verdict: Verdict) -> str:
-    """What was too small to be seen."""
+    """What was too small to be seen: by each clock between CPUs, and by the one that tells most against the TSC."""
     from pvclock.meter.inside.words import floor_in_words
 
-    known = [f"{floor_in_words(floor.ns)} ({floor.clock})" for floor in verdict.floors if floor.ns is not None]
-    return f"CPUs that are apart by less than {', '.join(known)} may not be seen" if known else "no CPUs were compared"
+    apart = [f"{floor_in_words(floor.ns)} ({floor.clock})" for floor in verdict.floors if floor.ns is not None]
+    steps = min(((floor.ns, floor.clock) for floor in verdict.step_floors if floor.ns is not None), default=None)
+    hidden = [f"CPUs that are apart by less than {', '.join(apart)}"] if apart else []
+    hidden += [f"steps below {floor_in_words(steps[0])} ({steps[1]})"] if steps else []
+    said = [f"{' and '.join(hidden)} may not be seen"] if hidden else []
+    said += [] if apart else ["no CPUs were compared"]
+    said += [] if steps else ["no steps were searched for"]
+    return "; ".join(said)
 
 
 def _reasons(verdict: Verdict) -> Iterator[Text]:

@@ -43,6 +43,7 @@ static const char *const COMPLAINTS[] = {
     "soft lockup",
     "hard LOCKUP",
     "detected stall", /* by RCU */
+    "detected expedited stall",
 };
 
 struct complaints {

@@ -114,6 +114,13 @@ def test_one_cpu_keeps_no_budget_between_cpus() -> None:
     assert open_.what.startswith("only CPU 0 was measured")
 
 
+def test_a_system_of_one_cpu_has_none_to_be_apart_from() -> None:
+    """Where the probe says that there is no other, a budget between CPUs is kept; of two, one tells nothing."""
+    budgets = Budgets(max_warp_ns=Fraction(200))
+    assert judged(budgets, a_clock(), cpus=1, cpus_present=1).status is PASSED
+    assert judged(budgets, a_clock(), cpus=1, cpus_present=2).status is UNDECIDED
+
+
 # Steps
 
 

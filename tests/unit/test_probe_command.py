@@ -35,7 +35,9 @@ SHELL = Path("/bin/sh").read_bytes()
 """Stands for the probe where it has to misbehave."""
 
 FALSE_FREQUENCY = [0x15, 0, 1, 84, 25_000_000, 0]
-WITH_FALSE_FREQUENCY = line(faulty_document() | {"cpuid": [*KVM_LEAVES, FALSE_FREQUENCY]})
+WITH_FALSE_FREQUENCY = line(
+    faulty_document() | {"cpuid": [*KVM_LEAVES, FALSE_FREQUENCY], "kernel": a_kernel(clocksource="acpi_pm")}
+)
 """A fault that no budget decides, beside one that --max-warp does: CPUID says 2.1 GHz."""
 
 ADDED = faulty_document() | {"added_ns": [0, -1_200_000]}
@@ -165,6 +167,9 @@ def test_the_first_line_has_the_fault(console: Console, capsys: pytest.CaptureFi
     assert re.search(r"which is off by -27\.59 to -27\.58 %", capsys.readouterr().out.splitlines()[0])
     assert main(["probe", "--judge", console(line(one_cpu_document()))]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("no CPUs were compared; only CPU 0 was measured.")
+    one_of_two = line({**one_cpu_document(), "cpus_present": 2})
+    assert main(["probe", "--judge", console(one_of_two)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("no CPUs were compared; 1 of 2 CPUs was measured.")
 
 
 def test_a_clean_verdict_is_short(console: Console, capsys: pytest.CaptureFixture[str]) -> None:

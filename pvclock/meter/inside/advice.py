@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["STOPPED_CHANGE", "STOPPED_CLEARED", "Remedies", "frequency_change"]
+__all__ = ["CALIBRATION_CHANGE", "STOPPED_CHANGE", "STOPPED_CLEARED", "Remedies", "frequency_change"]
 
 HOST_TSC: Final = (
     "host: its own TSC must be sound: current_clocksource in /sys/devices/system/clocksource/clocksource0 is tsc, and "
@@ -58,6 +58,10 @@ TIMING_LEAF_CHANGE: Final = (
 )
 CPU_LEAF_CHANGE: Final = "VMM: hide leaves 0x15 and 0x16, or fill them in for the guest's own TSC where that is scaled"
 PAGE_CHANGE: Final = "host: compare its own tsc clock with another one; QEMU: tsc-frequency=HZ with the true one"
+CALIBRATION_CHANGE: Final = (
+    "guest: take tsc_early_khz= off its command line; let it ask the hypervisor or CPUID instead of a PIT or an HPET "
+    "that is held up (a newer kernel, or kvmclock)"
+)
 GUEST_FREQUENCY: Final = "guest, until then: boot with tsc_early_khz=KHZ, the true one"
 STOPPED_CLEARED: Final = "Linux clears it when its lockup watchdog next looks"
 STOPPED_CHANGE: Final = (

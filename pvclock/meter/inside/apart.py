@@ -1,45 +1,37 @@
-"""Which CPUs' readings of a clock are apart: named by majority where there is one, as a pair where there are two."""
+"""Which CPUs' readings of a clock are apart: named where a majority proves it, else as a pair."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import combinations
 from typing import Final, NamedTuple
 
 from pvclock.meter.inside.advice import Remedies
+from pvclock.meter.inside.majority import Outlier, groups_of, outliers
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord, WarpRecord
 from pvclock.meter.inside.symptoms import sees_apart, title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
 from pvclock.meter.inside.windows import Window, unit_ns
 from pvclock.meter.inside.words import at_least, between, cpus_in_words, far_end, listed
 
-__all__ = ["Windows", "apart_findings", "groups_of"]
+__all__ = ["Windows", "apart_findings"]
 
 Windows = Mapping[tuple[int, int], Window | None]
 
-GROUPS_TOLD_MAX: Final = 8
-
-
-def groups_of(windows: Windows, cpus: int) -> list[list[int]]:
-    """CPUs of which no two are proven to be apart, the largest group first."""
-    groups: list[list[int]] = []
-    for cpu in range(cpus):
-        fitting = (group for group in groups if not any(_is_apart(windows, cpu, other) for other in group))
-        if (group := next(fitting, None)) is not None:
-            group.append(cpu)
-        else:
-            groups.append([cpu])
-    return sorted(groups, key=len, reverse=True)
+TOLD_MAX: Final = 8
+"""Groups, and CPUs that are off, in one verdict."""
 
 
 def apart_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, remedies: Remedies) -> list[Finding]:
     """Every offset that is proven, and every warp between CPUs of which no offset is."""
-    groups = groups_of(windows, len(record.cpus))
-    group_of = {cpu: at for at, group in enumerate(groups) for cpu in group}
     comparison = _Comparison(record, clock, windows, remedies)
-    apart = [warp for warp in clock.warps if group_of[warp.writer] != group_of[warp.reader]]
-    found = comparison.offsets(groups, apart) if len(groups) > 1 else []
-    rest = [warp for warp in clock.warps if warp not in apart and warp.times and warp.largest]
+    off = outliers(len(record.cpus), comparison.side, comparison.is_apart)
+    named = {cpu for each in off for cpu in each.cpus}
+    found = [comparison.off_the_majority(each) for each in off[:TOLD_MAX]]
+    if pairs := [pair for pair in comparison.apart_pairs() if named.isdisjoint(pair)]:
+        found.append(comparison.pair_finding(pairs))
+    rest = [warp for warp in clock.warps if warp.times and warp.largest and not comparison.is_told(warp)]
     return found + ([comparison.warp_finding(rest)] if rest else [])
 
 
@@ -54,9 +46,13 @@ def _window(windows: Windows, a: int, b: int) -> Window | None:
     return window.turned() if window else None
 
 
-def _is_apart(windows: Windows, a: int, b: int) -> bool:
-    window = _window(windows, a, b)
-    return window is not None and window.is_apart
+def _is_between(warp: WarpRecord, these: Sequence[int], those: Sequence[int]) -> bool:
+    return (warp.writer in these and warp.reader in those) or (warp.writer in those and warp.reader in these)
+
+
+def _others(pairs: Sequence[tuple[int, int]]) -> str:
+    more = len(pairs) - 1
+    return f"; {more:,} more pair{'s are' if more > 1 else ' is'} apart" if more else ""
 
 
 class _Comparison(NamedTuple):
@@ -67,37 +63,67 @@ class _Comparison(NamedTuple):
     windows: Windows
     remedies: Remedies
 
-    def offsets(self, groups: Sequence[Sequence[int]], warps: Sequence[WarpRecord]) -> list[Finding]:
-        if len(groups[0]) * 2 > len(self.record.cpus) and len(self.record.cpus) > 2:
-            return [self.off_the_majority(groups[0], group, warps) for group in groups[1 : 1 + GROUPS_TOLD_MAX]]
-        return [self.without_majority(groups, warps)]
+    def window(self, a: int, b: int) -> Window | None:
+        """Of b's reading minus a's."""
+        return _window(self.windows, a, b)
 
-    def off_the_majority(self, most: Sequence[int], group: Sequence[int], warps: Sequence[WarpRecord]) -> Finding:
-        """The majority agrees, and this group is apart from it."""
-        window = self.window_of_groups(most, group)
-        side = "ahead of" if window.low > 0 else "behind"
-        own = [each for each in warps if each.reader in group or each.writer in group]
+    def is_apart(self, a: int, b: int) -> bool:
+        """Proven, by any window."""
+        window = self.window(a, b)
+        return window is not None and window.is_apart
+
+    def side(self, a: int, b: int) -> int:
+        """1: b was proven ahead of a by their own window, and never behind; -1: the other way round; else 0."""
+        window = self.window(a, b)
+        if window is None or not window.is_direct:
+            return 0
+        return int(window.low > 0) - int(window.high < 0)
+
+    def is_told(self, warp: WarpRecord) -> bool:
+        """Is that warp what an offset makes?"""
+        return self.is_apart(warp.writer, warp.reader)
+
+    def apart_pairs(self) -> list[tuple[int, int]]:
+        """Those whose own windows prove it; those that follow from two others if there is none."""
+        apart = [(pair, window) for pair, window in self.windows.items() if window and window.is_apart]
+        return [pair for pair, window in apart if window.is_direct] or [pair for pair, _ in apart]
+
+    def off_the_majority(self, off: Outlier) -> Finding:
+        """Each of these CPUs is apart from each of the majority."""
+        window = self.window_of_groups(off.majority, off.cpus)
+        own = [warp for warp in self.clock.warps if _is_between(warp, off.cpus, off.majority)]
+        side = "ahead of" if off.side > 0 else "behind"
         headline = (
-            f"{self.whose(group)} {title(self.clock.name)} is {self.size(window)} {side} that of {self.named(most)}"
+            f"{self.whose(off.cpus)} {title(self.clock.name)} is {self.size(window)} {side} that of "
+            f"{self.named(off.majority)}"
         )
-        return self.offset_finding(headline, "", group, own, window)
+        return self.offset_finding(headline, "", off.cpus, own, window)
 
-    def without_majority(self, groups: Sequence[Sequence[int]], warps: Sequence[WarpRecord]) -> Finding:
-        """No majority: the largest difference, and who agrees with whom."""
-        windows = [self.window_of_groups(a, b) for at, a in enumerate(groups) for b in groups[at + 1 :]]
-        widest = max((each for each in windows if each.is_apart), key=lambda each: max(each.low, -each.high))
-        behind, ahead = (widest.a, widest.b) if widest.low > 0 else (widest.b, widest.a)
+    def pair_finding(self, pairs: Sequence[tuple[int, int]]) -> Finding:
+        """No CPU can be called the one that is off: the two that are furthest apart, and what else is."""
+        windows = [self.window_of_groups([a], [b]) for a, b in pairs]
+        widest = max(windows, key=lambda each: max(each.low, -each.high))
+        behind, ahead = (widest.a, widest.b) if widest.low >= -widest.high else (widest.b, widest.a)
+        own = [warp for warp in self.clock.warps if _is_between(warp, ahead, behind)]
         headline = (
             f"{self.whose(ahead)} {title(self.clock.name)} is {self.size(widest)} ahead of that of {self.named(behind)}"
         )
-        return self.offset_finding(headline, self.who_agrees(groups), sorted([*ahead, *behind]), warps, widest)
+        return self.offset_finding(headline, self.who_agrees(pairs), sorted([*ahead, *behind]), own, widest)
 
-    def who_agrees(self, groups: Sequence[Sequence[int]]) -> str:
-        if len(self.record.cpus) == 2:
+    def who_agrees(self, pairs: Sequence[tuple[int, int]]) -> str:
+        """Why none is named."""
+        cpus = range(len(self.record.cpus))
+        if len(cpus) == 2:
             return "; two CPUs cannot tell which of them is off"
-        told = [self.named(each) for each in groups[:GROUPS_TOLD_MAX]]
-        rest = [f"{len(groups) - len(told)} more groups"] if len(groups) > len(told) else []
-        return f"; no majority agrees: {listed([*told, *rest])} are each apart from the others"
+        if not all(window is None or window.is_direct for window in self.windows.values()):
+            first = self.named([0])
+            return f"; each CPU was compared with {first} alone, so it may be {first} that is off{_others(pairs)}"
+        groups = groups_of(cpus, self.is_apart)
+        if all(self.is_apart(a, b) for one, other in combinations(groups, 2) for a in one for b in other):
+            told = [self.named(each) for each in groups[:TOLD_MAX]]
+            rest = [f"{len(groups) - len(told)} more groups"] if len(groups) > len(told) else []
+            return f"; no majority agrees: {listed([*told, *rest])} are each apart from the others"
+        return f"; neither is proven to be apart from most CPUs, so which of them is off is open{_others(pairs)}"
 
     def offset_finding(
         self, headline: str, remark: str, cpus: Sequence[int], warps: Sequence[WarpRecord], window: _GroupWindow
@@ -143,15 +169,11 @@ class _Comparison(NamedTuple):
         )
 
     def window_of_groups(self, a: Sequence[int], b: Sequence[int]) -> _GroupWindow:
-        """What is true of each of b against each of a; where that has no one sign, of the two that are most apart."""
-        pairs = [(one, other, window) for one in a for other in b if (window := _window(self.windows, one, other))]
-        low, high = min(window.low for *_, window in pairs), max(window.high for *_, window in pairs)
-        if low > 0 or high < 0:
-            least, most = min(each.least for *_, each in pairs), max(each.most for *_, each in pairs)
-            moved = any(window.moved for *_, window in pairs)
-            return _GroupWindow(a, b, low, high, *((least, most) if moved else (low, high)), moved)
-        one, other, window = max(pairs, key=lambda pair: max(pair[2].low, -pair[2].high))
-        return _GroupWindow([one], [other], window.low, window.high, *window.edges, window.moved)
+        """What is true of each of b against each of a."""
+        pairs = [window for one in a for other in b if (window := self.window(one, other))]
+        low, high = min(window.low for window in pairs), max(window.high for window in pairs)
+        least, most = min(window.edges[0] for window in pairs), max(window.edges[1] for window in pairs)
+        return _GroupWindow(a, b, low, high, least, most, any(window.moved for window in pairs))
 
     def size(self, window: _GroupWindow) -> str:
         if window.moved:
@@ -184,7 +206,3 @@ class _GroupWindow(NamedTuple):
     least: Fraction
     most: Fraction
     moved: bool
-
-    @property
-    def is_apart(self) -> bool:
-        return self.low > 0 or self.high < 0

@@ -70,10 +70,10 @@ def check_budgets(record: ProbeRecord, windows: Mapping[str, Windows], budgets: 
 
 
 def _check_warps(found: BudgetsOutcome, record: ProbeRecord, windows: Mapping[str, Windows], most_ns: Fraction) -> None:
-    if len(record.cpus) == 1:
+    if len(record.cpus) == 1 and record.cpus_present != 1:
         only = f"only CPU {record.cpus[0].cpu} was measured, and --max-warp is for two or more"
         found.leave_open(OpenReason.ONE_CPU, only)
-    elif not windows:
+    elif len(record.cpus) > 1 and not windows:
         found.leave_open(OpenReason.NOT_COMPARED, "no clock was compared between CPUs, so --max-warp is open")
     for clock in record.clocks:
         if worst := _worst(_apart_ranges(record, clock, windows.get(clock.name, {})), most_ns):
@@ -102,7 +102,7 @@ def _apart_ranges(record: ProbeRecord, clock: ClockRecord, windows: Windows) -> 
         else:
             least = max(least, window.low, -window.high)
             ranges.append(_Range(_both(record, *pair), least, max(least, *(abs(edge) for edge in window.edges))))
-    return ranges + [_Range(_both(record, *pair), size, size) for pair, size in largest.items()]
+    return ranges + [_Range(_both(record, *pair), size, None) for pair, size in largest.items()]
 
 
 def _both(record: ProbeRecord, a: int, b: int) -> str:

@@ -11,7 +11,7 @@ from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from pvclock.meter.inside.record import ClockRecord, PairRecord, Slice
-from pvclock.meter.inside.windows import slice_edges
+from pvclock.meter.inside.windows import slice_edges, sound_edges
 
 __all__ = ["Drift", "drift_of"]
 
@@ -28,7 +28,7 @@ class Drift(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """A slice: its edges in ns, the TSC in its exchange's middle, and how far that can have reached."""
+    """An eighth: its edges in ns, the TSC in its exchange's middle, and how far that can have reached."""
 
     low: Fraction
     high: Fraction
@@ -42,11 +42,13 @@ def drift_of(pair: PairRecord, clock: ClockRecord, tsc_hz: int) -> Drift | None:
     if len(seen) < 2:
         return None
     lows, highs, moves = [], [], [Fraction(0)]
+    sound = sound_edges([(each.low, each.high) for each in seen])
     for first, last in combinations(seen, 2):
         least, most = last.low - first.high, last.high - first.low
         lows.append(_slowest(least, first, last, tsc_hz))
         highs.append(_negated(_slowest(-most, first, last, tsc_hz)))
-        moves += [max(least, Fraction(0)), min(most, Fraction(0))]
+        if (first.low, first.high) in sound and (last.low, last.high) in sound:
+            moves += [max(least, Fraction(0)), min(most, Fraction(0))]
     return Drift(
         max((each for each in lows if each is not None), default=None),
         min((each for each in highs if each is not None), default=None),

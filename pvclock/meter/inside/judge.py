@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Final
 
 from pvclock.meter.inside.advice import Remedies
 from pvclock.meter.inside.apart import Windows, apart_findings
 from pvclock.meter.inside.budgets import check_budgets
-from pvclock.meter.inside.claims import frequency_findings, promise_findings, stopped_findings
+from pvclock.meter.inside.claims import BETWEEN_CPUS, frequency_findings, promise_findings, stopped_findings
 from pvclock.meter.inside.kernel import clocksource_findings, complaint_findings
-from pvclock.meter.inside.motion import drift_findings, rate_findings, step_findings
+from pvclock.meter.inside.motion import drift_findings, rate_findings
+from pvclock.meter.inside.pages import no_page_findings, stable_clocks, without_unwritten_pages
 from pvclock.meter.inside.promises import Promises, promises
 from pvclock.meter.inside.record import ClockRecord, ProbeRecord
+from pvclock.meter.inside.steps import step_findings, step_floors
 from pvclock.meter.inside.story import story
 from pvclock.meter.inside.symptoms import title
 from pvclock.meter.inside.verdict import (
@@ -31,6 +34,9 @@ from pvclock.meter.inside.words import floor_in_words, listed
 
 __all__ = ["judge"]
 
+COMPARED: Final = frozenset({"tsc", "monotonic", "pvclock", "hyperv"})
+"""Clocks that a probe compares between CPUs; the others are one device, or one clock's other face."""
+
 
 def judge(record: ProbeRecord, budgets: Budgets | None = None) -> Verdict:
     """Hold a record against what its guest was promised, and against budgets.
@@ -39,10 +45,11 @@ def judge(record: ProbeRecord, budgets: Budgets | None = None) -> Verdict:
     told and breaks nothing.
     """
     budgets = budgets or Budgets()
-    told = promises(record)
+    told, unwritten = promises(record), no_page_findings(record)
+    record = without_unwritten_pages(record)
     windows = {clock.name: all_windows(clock, len(record.cpus)) for clock in record.clocks if _is_compared(clock)}
     floors = [_floor(record, clock, windows[clock.name]) for clock in record.clocks if clock.name in windows]
-    found = _findings(record, told, windows, floors)
+    found = [*_findings(record, told, windows, floors), *unwritten]
     against = check_budgets(record, windows, budgets)
     broken = [each.what for each in found if each.weight is Weight.FAULT and not _is_budgeted(each, budgets)]
     open_ = [*_not_compared(record, floors), *against.open]
@@ -56,6 +63,8 @@ def judge(record: ProbeRecord, budgets: Budgets | None = None) -> Verdict:
         told,
         any(record.added_ns),
         tuple(each.cpu for each in record.cpus),
+        record.cpus_present,
+        tuple(step_floors(record)),
     )
 
 
@@ -93,14 +102,15 @@ def _findings(
             faults += drift_findings(record, clock, windows[clock.name], remedies)
         else:
             faults += apart_findings(record, clock, {}, remedies)
-        faults += step_findings(clock, record.tsc_hz, remedies)
-        faults += rate_findings(clock, record.tsc_hz, remedies)
+        faults += step_findings(record, clock, remedies)
+        faults += rate_findings(record, clock, remedies)
+    faults = [_allowed(each) if _is_allowed(each, told) else each for each in faults]
     found = [
         *promise_findings(record, told, faults, remedies),
         *_with_cause(faults),
         *frequency_findings(record, told),
         *stopped_findings(record),
-        *complaint_findings(record.kernel, _of_tsc(faults, floors)),
+        *complaint_findings(record.kernel, _of_tsc(record, faults, floors)),
         *clocksource_findings(record.kernel, told),
         *_added(record),
     ]
@@ -120,13 +130,26 @@ def _with_cause(faults: Sequence[Finding]) -> list[Finding]:
     ]
 
 
-def _of_tsc(faults: Sequence[Finding], floors: Sequence[Floor]) -> str:
+def _of_tsc(record: ProbeRecord, faults: Sequence[Finding], floors: Sequence[Floor]) -> str:
     """What a kernel's complaint of the TSC is held against."""
+    if any(record.added_ns):
+        return "this run is no witness, for a fault was put in by --add"
     if proven := [each for each in faults if each.clock == "tsc"]:
         return f"this run agrees: {proven[0].what}"
     floor = next((each.ns for each in floors if each.clock == "tsc"), None)
     within = f" beyond its floor of {floor_in_words(floor)} between CPUs" if floor is not None else ""
     return f"this run found nothing wrong with the TSC{within}"
+
+
+def _is_allowed(fault: Finding, told: Promises) -> bool:
+    """Are CPUs' pages apart that nobody promised to be in order?  One that goes back by itself keeps no word at all."""
+    is_between = fault.code in {*BETWEEN_CPUS, FindingCode.UNSTEADY} and len(fault.cpus) > 1
+    return is_between and fault.clock == "pvclock" and "pvclock" not in stable_clocks(told)
+
+
+def _allowed(fault: Finding) -> Finding:
+    remark = "; without STABLE kvmclock's ABI allows that, and Linux puts its readings in order by itself"
+    return fault._replace(weight=Weight.NOTE, what=fault.what + remark, change=())
 
 
 def _added(record: ProbeRecord) -> list[Finding]:
@@ -177,4 +200,9 @@ def _not_compared(record: ProbeRecord, floors: Sequence[Floor]) -> list[OpenQues
     """What leaves the whole verdict open, budgets or not."""
     if len(record.cpus) > 1 and not floors:
         return [OpenQuestion(OpenReason.NOT_COMPARED, "several CPUs, and no clock was compared between them")]
-    return [OpenQuestion(OpenReason.NOT_COMPARED, each.what) for each in floors if each.ns is None]
+    never = [each.what for each in floors if each.ns is None]
+    if len(record.cpus) > 1:
+        told = {each.clock for each in floors}
+        left = [title(each.name) for each in record.clocks if each.name in COMPARED and each.name not in told]
+        never += [f"{name} was not compared between CPUs" for name in left]
+    return [OpenQuestion(OpenReason.NOT_COMPARED, each) for each in never]

@@ -48,13 +48,13 @@ class Complaint(NamedTuple):
 
 COMPLAINTS: Final = (
     Complaint(
-        re.compile(r"TSC ADJUST (?:differs|compensate)|TSC_ADJUST|TSC ADJUST"),
+        re.compile(r"TSC ADJUST"),
         "IA32_TSC_ADJUST differs between CPUs: firmware or a VMM wrote a CPU's TSC, and the kernel wrote it again",
         "until that line TSCs were apart; a kernel without this repair still sees it.",
         is_of_tsc=True,
     ),
     Complaint(
-        re.compile(r"TSC warp between CPUs|Measured \d+ cycles TSC warp|due to check_tsc_sync_source failed"),
+        re.compile(r"TSC warp between CPUs|TSC warped randomly|cycles TSC warp|due to check_tsc_sync_source failed"),
         "the kernel's own test at boot read a TSC that went back between two CPUs, and turned the TSC off as a clock",
         "a slower clock source is taken.",
         is_of_tsc=True,
@@ -72,16 +72,30 @@ COMPLAINTS: Final = (
         is_of_tsc=True,
     ),
     Complaint(
-        re.compile(r"as unstable because the skew is too large|wd_nsec:|cs_nsec:|Clocksource .* skewed"),
+        re.compile(r"read-back delay|Long readout interval"),
+        "reading two clocks after each other took too long for the watchdog to judge: this vCPU was held up",
+        "none by itself; timing in this guest is disturbed by its host.",
+    ),
+    Complaint(
+        re.compile(
+            r"clocksource '?tsc(?:-early)?'? as unstable because|'tsc(?:-early)?' cs_nsec:"
+            r"|Clocksource '?tsc(?:-early)?'? skewed"
+        ),
         "the clock source watchdog compared the TSC with another clock over half a second, and they went apart by more "
         "than 62.5 us or so: the TSC or that clock was wrong, or this vCPU was held up between the two readings",
         "a slower clock source is taken, from one moment to the next.",
         is_of_tsc=True,
     ),
     Complaint(
-        re.compile(r"read-back delay|Long readout interval|excessive clock-?read delays"),
-        "reading two clocks after each other took too long for the watchdog to judge: this vCPU was held up",
-        "none by itself; timing in this guest is disturbed by its host.",
+        re.compile(r"as unstable because the skew is too large|cs_nsec:|Clocksource .* skewed"),
+        "the clock source watchdog compared that clock source, which is not the TSC, with another one over half a "
+        "second, and they went apart: one of the two was wrong, or this vCPU was held up between the two readings",
+        "another clock source is taken, if that one was in use.",
+    ),
+    Complaint(
+        re.compile(r"wd_nsec:"),
+        "numbers of the clock source watchdog's own clock, which it held another one against",
+        "nothing of this line alone.",
     ),
     Complaint(
         re.compile(r"[Mm]arking (?:TSC|clocksource '?tsc'?) (?:as )?unstable|TSC .*unstable"),
@@ -95,7 +109,7 @@ COMPLAINTS: Final = (
         "timers are late by so much; the kernel makes its timers coarser once after that line.",
     ),
     Complaint(
-        re.compile(r"soft lockup|hard LOCKUP|detected stalls?|self-detected stall"),
+        re.compile(r"soft lockup|hard LOCKUP|detected (?:expedited )?stalls?"),
         "a CPU did nothing else for long: its host held it up, or time stepped forward and the watchdog believed it",
         "a false alarm where time has stepped.",
     ),

@@ -1,20 +1,22 @@
-"""What a clock did during the run that no clock may do: offsets that move, steps, and a rate that changes."""
+"""What a clock did during the run that no clock may do: offsets that move, and a rate that changes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 
 from pvclock.meter.inside.advice import Remedies
-from pvclock.meter.inside.apart import Windows, groups_of
+from pvclock.meter.inside.apart import Windows
 from pvclock.meter.inside.drift import Drift, drift_of
+from pvclock.meter.inside.majority import outliers
 from pvclock.meter.inside.rates import rate_change
-from pvclock.meter.inside.record import ClockRecord, PairRecord, ProbeRecord, StepRecord
-from pvclock.meter.inside.symptoms import sees_drift, sees_step, title
+from pvclock.meter.inside.record import ClockRecord, PairRecord, ProbeRecord
+from pvclock.meter.inside.references import may_have_lost_time
+from pvclock.meter.inside.symptoms import sees_drift, title
 from pvclock.meter.inside.verdict import Finding, FindingCode, Weight
-from pvclock.meter.inside.windows import Window, unit_ns
-from pvclock.meter.inside.words import at_least, between, cpus_in_words, ppm_between
+from pvclock.meter.inside.words import at_least, cpus_in_words, ppm_between
 
-__all__ = ["DISCIPLINED", "drift_findings", "rate_findings", "step_findings"]
+__all__ = ["DISCIPLINED", "drift_findings", "rate_findings"]
 
 DISCIPLINED = frozenset({"monotonic"})
 """Clocks whose rate the guest's own NTP changes, which is no fault."""
@@ -23,35 +25,30 @@ NTP_SLEWS_PPB = 1_001_000
 
 
 def drift_findings(record: ProbeRecord, clock: ClockRecord, windows: Windows, remedies: Remedies) -> list[Finding]:
-    """One finding of the pair that moved most, which names the CPU that moved if most others stood still."""
-    moved = [pair for pair in clock.pairs if _is_moved(windows, pair)]
-    drifts = [(pair, drift) for pair in moved if (drift := drift_of(pair, clock, record.tsc_hz))]
-    proven = [(pair, drift) for pair, drift in drifts if drift.moved_ns]
+    """One finding of the pair that moved most, which names the CPU that moved if it did against most others."""
+    moves = {(min(pair.a, pair.b), max(pair.a, pair.b)): pair for pair in clock.pairs if _is_moved(windows, pair)}
+    drifts = {both: drift for both, pair in moves.items() if (drift := drift_of(pair, clock, record.tsc_hz))}
+    proven = [both for both, drift in drifts.items() if drift.moved_ns]
+    torn = [pair for pair in clock.pairs if _is_torn(windows, pair)]
+    found = [_torn(record, clock, torn[0], remedies)] if torn else []
     if proven:
-        pair, drift = max(proven, key=lambda each: abs(each[1].moved_ns))
-        return [_drift_told(record, clock, pair, drift, _who_moved(windows, len(record.cpus)), remedies)]
-    return [_unsteady(record, clock, moved[0], remedies)] if moved else []
+        both = max(proven, key=lambda each: abs(drifts[each].moved_ns))
+        who = [cpu for cpu in both if cpu in _who_moved(moves, drifts, len(record.cpus))]
+        return [_drift_told(record, clock, moves[both], drifts[both], who, remedies), *found]
+    return [_unsteady(record, clock, next(iter(moves.values())), remedies), *found] if moves else found
 
 
-def step_findings(clock: ClockRecord, tsc_hz: int, remedies: Remedies) -> list[Finding]:
-    """The largest step each way: proven, also where the floor, which is of the widest readings, is above it."""
-    steps = clock.steps
-    return [
-        _step_told(clock, step, tsc_hz, remedies, is_back=is_back)
-        for step, is_back in ((steps.backward, True), (steps.forward, False))
-        if step
-    ]
-
-
-def rate_findings(clock: ClockRecord, tsc_hz: int, remedies: Remedies) -> list[Finding]:
-    """The rate against the TSC changed, and no step explains it."""
+def rate_findings(record: ProbeRecord, clock: ClockRecord, remedies: Remedies) -> list[Finding]:
+    """The rate against the TSC changed, and no step explains it, nor that a timer was not read for long."""
+    if may_have_lost_time(record, clock):
+        return []
     change = rate_change(clock)
     if clock.name in DISCIPLINED or change is None or clock.steps.forward or clock.steps.backward:
         return []
     if (proven := max(change.ppb.low, -change.ppb.high)) <= 0:
         return []
     began = clock.samples[0].tsc_before
-    times = [_seconds(each - began, tsc_hz) for each in (*change.earlier, *change.later)]
+    times = [_seconds(each - began, record.tsc_hz) for each in (*change.earlier, *change.later)]
     headline = f"{title(clock.name)} changed its rate against the TSC by {ppm_between(*change.ppb)}"
     what = (
         f"{headline}: from {times[2]} to {times[3]} of the run it was another than from {times[0]} to {times[1]}; one "
@@ -82,19 +79,23 @@ def _is_moved(windows: Windows, pair: PairRecord) -> bool:
     return window is not None and window.moved
 
 
-def _who_moved(windows: Windows, cpus: int) -> list[int]:
-    """The CPUs that moved against a majority, in which none did against another; none if there is no majority."""
-    still = groups_of({pair: _only_moved(window) for pair, window in windows.items()}, cpus)
-    if cpus < 3 or len(still) < 2 or len(still[0]) * 2 <= cpus:
-        return []
-    return sorted(cpu for group in still[1:] for cpu in group)
+def _is_torn(windows: Windows, pair: PairRecord) -> bool:
+    window = windows.get((min(pair.a, pair.b), max(pair.a, pair.b)))
+    return window is not None and window.is_torn
 
 
-def _only_moved(window: Window | None) -> Window | None:
-    """A window that is apart if, and only if, that one is a pair's own and moved."""
-    if window is None or not (window.moved and window.is_direct):
-        return None
-    return window._replace(low=Fraction(1), high=Fraction(2))
+def _who_moved(
+    moves: Mapping[tuple[int, int], PairRecord], drifts: Mapping[tuple[int, int], Drift], cpus: int
+) -> set[int]:
+    """The CPUs that moved one way against a majority, of which none did against another."""
+
+    def side(a: int, b: int) -> int:
+        both = min(a, b), max(a, b)
+        moved = drifts[both].moved_ns if both in drifts else Fraction(0)
+        way = (moved > 0) - (moved < 0)
+        return way if both in moves and moves[both].b == b else -way
+
+    return {cpu for each in outliers(cpus, side, lambda a, b: side(a, b) != 0) for cpu in each.cpus}
 
 
 def _drift_told(
@@ -108,9 +109,13 @@ def _drift_told(
     what = headline + _rate_told(drift)
     if who:
         named = cpus_in_words([record.cpus[place].cpu for place in who])
-        what += f"; it is {named} that moved: the others stood still to each other"
+        what += (
+            f"; it is {named} that moved, against most others, of which none is proven to have moved against another"
+        )
     elif len(record.cpus) == 2:
         what += "; two CPUs cannot tell which of them moved"
+    else:
+        what += "; which of the two moved is open, for neither is proven to have moved against most CPUs"
     return Finding(
         FindingCode.DRIFT,
         Weight.FAULT,
@@ -131,6 +136,23 @@ def _rate_told(drift: Drift) -> str:
     return ", and not at one rate: it was changed"
 
 
+def _torn(record: ProbeRecord, clock: ClockRecord, pair: PairRecord, remedies: Remedies) -> Finding:
+    a, b = (record.cpus[place].cpu for place in (pair.a, pair.b))
+    headline = f"the offset of CPU {b}'s {title(clock.name)} from CPU {a}'s moved, or both clocks went back"
+    return Finding(
+        FindingCode.UNSTEADY,
+        Weight.FAULT,
+        clock.name,
+        headline,
+        f"{headline}: within an eighth of the run their readings did not stand still to each other; which it was, and "
+        "which of them was ahead, they do not tell",
+        sees_drift(clock.name),
+        remedies.for_offset(),
+        (a, b),
+        "max_drift",
+    )
+
+
 def _unsteady(record: ProbeRecord, clock: ClockRecord, pair: PairRecord, remedies: Remedies) -> Finding:
     a, b = (record.cpus[place].cpu for place in (pair.a, pair.b))
     headline = f"the offset of CPU {b}'s {title(clock.name)} from CPU {a}'s did not stand still during the run"
@@ -144,32 +166,6 @@ def _unsteady(record: ProbeRecord, clock: ClockRecord, pair: PairRecord, remedie
         remedies.for_offset(),
         (a, b),
         "max_drift",
-    )
-
-
-def _step_told(clock: ClockRecord, step: StepRecord, tsc_hz: int, remedies: Remedies, *, is_back: bool) -> Finding:
-    unit = unit_ns(clock)
-    low, high = sorted((abs(step.low) * unit, abs(step.high) * unit))
-    samples = clock.samples
-    when = (
-        _seconds(step.at_tsc - samples[0].tsc_before, tsc_hz)
-        if samples and samples[0].tsc_before
-        else "an unknown time"
-    )
-    way, times = ("back" if is_back else "forward"), clock.steps.beyond_floor
-    more = f"; it was the largest of {times:,} steps" if times > 1 else ""
-    headline = f"{title(clock.name)} stepped {way} by {between(low, high)} against the TSC, {when} into the run"
-    return Finding(
-        FindingCode.STEP_BACK if is_back else FindingCode.STEP_FORWARD,
-        Weight.FAULT,
-        clock.name,
-        headline,
-        headline + more,
-        sees_step(clock.name, between(low, high), is_back=is_back),
-        remedies.for_step(),
-        budget="max_step",
-        low_ns=low,
-        high_ns=high,
     )
 
 

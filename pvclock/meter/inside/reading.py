@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 from pvclock.errors import ProbeFailed, ProbeRecordError, StateFileError
 from pvclock.meter.inside.record import SCHEMA, ProbeRecord
@@ -21,7 +21,7 @@ OUTPUT_MAX: Final = 64 << 20
 LINE_MAX: Final = 4 << 20
 """64 CPUs, six clocks and all their warps make less than 2 MiB."""
 TRIED_MAX: Final = 32
-"""Beginnings of a record that are tried, from the last: a hostile output has thousands."""
+"""Beginnings of an error that are tried, from the last: a hostile output has thousands."""
 
 # CSI, OSC and two-character sequences, and what serial lines and terminals add.
 CONTROL: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]{0,256}(?:\x07|\x1b\\)|[@-Z\\-_])|[\x00\r\x7f]")
@@ -32,17 +32,17 @@ DECODER: Final = json.JSONDecoder(parse_int=len)
 
 
 def parse_record(text: str | bytes) -> ProbeRecord:
-    """The last whole record in a console's output, amid other lines, escape sequences and carriage returns.
+    """The last record in a console's output, amid other lines, escape sequences and carriage returns.
 
+    If that one is damaged or cut, an older one does not stand in for it: that would tell of another boot.
     ProbeRecordError says what is wrong with a damaged one and where; ProbeFailed tells what a probe reported instead.
     """
     if len(text) > OUTPUT_MAX:
         raise ProbeRecordError("file", f"{len(text)} bytes or more", f"up to {OUTPUT_MAX} bytes of a console's output")
     output = _plain_text(text)
     begun = [match.start() for match in RECORD_BEGINS.finditer(output)]
-    for start in reversed(begun[-TRIED_MAX:]):
-        if (line := _whole(output, start)) is not None:
-            return _record(line)
+    if begun and (whole := _whole(output, begun[-1])) is not None:
+        return _record(whole.line)
     _tell_of_an_error(output)
     if begun:
         raise _damaged(output, begun[-1])
@@ -61,15 +61,20 @@ def _plain_text(text: str | bytes) -> str:
     return CONTROL.sub("", text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
-def _whole(output: str, start: int) -> str | None:
+class _Whole(NamedTuple):
+    line: str
+    document: object
+
+
+def _whole(output: str, start: int) -> _Whole | None:
     """The object that begins there, also if a terminal broke its line; None if it has no end."""
     piece = output[start : start + LINE_MAX]
     for line in (piece, piece.replace("\n", "")):
         try:
-            _, end = DECODER.raw_decode(line)
+            document, end = DECODER.raw_decode(line)
         except (json.JSONDecodeError, RecursionError):
             continue
-        return line[:end]
+        return _Whole(line[:end], document)
     return None
 
 
@@ -88,8 +93,8 @@ def _tell_of_an_error(output: str) -> None:
     """Raise what the probe printed instead of a record, if it did."""
     begun = [match.start() for match in ERROR_BEGINS.finditer(output)]
     for start in reversed(begun[-TRIED_MAX:]):
-        line = _whole(output, start)
-        document = json.loads(line, parse_int=len) if line is not None else None
+        whole = _whole(output, start)
+        document = whole.document if whole is not None else None
         if isinstance(document, dict) and isinstance(document.get("error"), str):
             raise ProbeFailed(printable(document["error"]))
 

@@ -149,7 +149,10 @@ class ConsoleRecord(NamedTuple):
 
 
 class ProbeRecord(NamedTuple):
-    """One measurement; clocks[0] is the TSC.  added_ns: a fault that was put in, one number a CPU."""
+    """One measurement; clocks[0] is the TSC.  added_ns: a fault that was put in, one number a CPU.
+
+    cpus_present: how many CPUs the system has, measured or not; None: an older probe, which does not say.
+    """
 
     version: str
     form: str
@@ -163,6 +166,7 @@ class ProbeRecord(NamedTuple):
     clocks: tuple[ClockRecord, ...]
     kernel: KernelRecord | None
     console: ConsoleRecord | None
+    cpus_present: int | None
 
     @property
     def tsc(self) -> ClockRecord:

@@ -236,7 +236,7 @@ def _check_names(made: ProbeRecord) -> None:
 
 
 def _check_places(made: ProbeRecord) -> None:
-    """Each pair and warp is of CPUs that there are, and a pair is of two."""
+    """Each pair and warp is of CPUs that there are, and a pair is of two, and told once."""
     count = len(made.cpus)
     words = f"places 0 to {count - 1} of the list cpus"
     if len(made.added_ns) not in {0, count}:
@@ -247,9 +247,20 @@ def _check_places(made: ProbeRecord) -> None:
                 raise StateFileError(
                     f"clocks[{at}].pairs[{place}].cpus", f"[{pair.a}, {pair.b}]", f"two different {words}"
                 )
+        _check_repeated(clock, f"clocks[{at}].pairs")
         for place, warp in enumerate(clock.warps):
             if max(warp.writer, warp.reader) >= count:
                 raise StateFileError(f"clocks[{at}].warps[{place}]", f"{warp.writer} to {warp.reader}", words)
+
+
+def _check_repeated(clock: ClockRecord, path: str) -> None:
+    """A pair that is told twice, either way round, has two windows that need not agree."""
+    seen = set()
+    for place, pair in enumerate(clock.pairs):
+        both = frozenset((pair.a, pair.b))
+        if both in seen:
+            raise StateFileError(f"{path}[{place}].cpus", f"[{pair.a}, {pair.b}] more than once", "each pair once")
+        seen.add(both)
 
 
 WHOLE: Final = _record(
@@ -273,7 +284,8 @@ WHOLE: Final = _record(
         "clocks": list_of(CLOCK, 1, 16, "a list of 1 to 16"),
         "kernel": optional(KERNEL),
         "console": optional(CONSOLE),
+        "cpus_present": optional(COUNT),
     },
-    may_lack=("added_ns", "kernel", "console"),
+    may_lack=("added_ns", "kernel", "console", "cpus_present"),
 )
 RECORD: Final = Kind(WHOLE.supported, _read_record)

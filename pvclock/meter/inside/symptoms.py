@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["sees_apart", "sees_drift", "sees_step", "title"]
+__all__ = ["sees_apart", "sees_behind", "sees_drift", "sees_step", "title"]
 
 TITLES: Final = {
     "tsc": "TSC",
@@ -50,6 +50,14 @@ def sees_drift(clock: str) -> str:
     """What software sees of an offset that moves."""
     return (
         f"{_who(clock)} can see time go back when a thread moves between these CPUs, by more the longer the guest runs."
+    )
+
+
+def sees_behind(size: str) -> str:
+    """What software sees of a clock that fell behind the TSC."""
+    return (
+        f"what reads this clock misses {size}: timeouts come late and leases last longer by so much; if the TSC jumped "
+        f"instead, what reads RDTSC itself sees {size} pass at once."
     )
 
 

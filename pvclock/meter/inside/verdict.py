@@ -15,6 +15,7 @@ __all__ = [
     "Floor",
     "OpenQuestion",
     "OpenReason",
+    "StepFloor",
     "Verdict",
     "VerdictStatus",
     "Weight",
@@ -50,7 +51,10 @@ class FindingCode(StrEnum):
     """A CPU read less than another, or itself, had read before; told with the offset where that is proven, too."""
     DRIFT = "drift"
     """The offset of two CPUs moved during the run."""
+    UNSTEADY = "unsteady"
+    """One exchange contradicts itself: the offset of two CPUs moved, or both clocks went back."""
     STEP_BACK = "step-back"
+    """A clock fell behind the TSC, or a CPU's TSC went back."""
     STEP_FORWARD = "step-forward"
     RATE_CHANGED = "rate-changed"
     BROKEN_PROMISE = "broken-promise"
@@ -63,6 +67,8 @@ class FindingCode(StrEnum):
     """A line of the kernel's."""
     CLOCKSOURCE = "clocksource"
     """The kernel took a slow clock."""
+    NO_PAGE = "no-page"
+    """A CPU has no kvmclock: its page was never written."""
     ADDED_FAULT = "added-fault"
     """--add put it in."""
 
@@ -129,6 +135,14 @@ class Floor(NamedTuple):
     what: str
 
 
+class StepFloor(NamedTuple):
+    """How small a step of a clock was looked for: `ns`; None: none was, or the run was too short to learn its rate."""
+
+    clock: str
+    ns: Fraction | None
+    what: str
+
+
 class Budgets(NamedTuple):
     """What is allowed; None: not asked.
 
@@ -144,7 +158,8 @@ class Budgets(NamedTuple):
 class Verdict(NamedTuple):
     """findings: faults first.  broken, open: what broke a budget, or leaves it open.  story: which clocks, and why.
 
-    is_added: a fault was put in (--add).  cpus: those that were measured, by their numbers.
+    is_added: a fault was put in (--add).  cpus: those that were measured, by their numbers.  cpus_present: how many the
+    system has; None where the record does not say.
     """
 
     status: VerdictStatus
@@ -156,6 +171,8 @@ class Verdict(NamedTuple):
     promises: Promises
     is_added: bool
     cpus: tuple[int, ...]
+    cpus_present: int | None
+    step_floors: tuple[StepFloor, ...]
 
     @property
     def exit_status(self) -> int:
@@ -175,6 +192,8 @@ def verdict_document(verdict: Verdict) -> dict[str, object]:
         "promises": plain_values(verdict.promises),
         "is_added": verdict.is_added,
         "cpus": list(verdict.cpus),
+        "cpus_present": verdict.cpus_present,
+        "step_floors": plain_values(verdict.step_floors),
     }
 
 

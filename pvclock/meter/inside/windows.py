@@ -1,7 +1,9 @@
 """How far apart CPUs' readings of one clock are: windows that hold the offset, from exchanges, exactly.
 
 An exchange proves low <= b - a <= high for an offset that stands still.  Where the windows of two eighths of the run
-have nothing in common, or one of them is empty, the offset moved; then low and high are what it had at some time each.
+have nothing in common, the offset moved; then low and high are what it had at some time each.  The window of one eighth
+that is empty by itself does not tell which way: the offset moved, or both clocks went back during an exchange.  Nothing
+else is taken from such an eighth, unless half of them or more are empty: that is an offset that moves all the time.
 
 A reading is cut to a whole unit, so the difference of two may be off by one: a window is wider by that on both sides.
 TSCs are whole themselves, and so is the difference of two that stands still.
@@ -9,7 +11,7 @@ TSCs are whole themselves, and so is the difference of two that stands still.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations
 from typing import NamedTuple
@@ -17,7 +19,7 @@ from typing import NamedTuple
 from pvclock.meter.inside.record import ClockRecord, PairRecord, Slice
 from pvclock.quantities import NS_PER_S
 
-__all__ = ["Window", "all_windows", "far_edge", "is_any_apart", "slice_edges", "unit_ns", "widest_half"]
+__all__ = ["Window", "all_windows", "far_edge", "is_any_apart", "slice_edges", "sound_edges", "unit_ns", "widest_half"]
 
 
 class Window(NamedTuple):
@@ -25,7 +27,7 @@ class Window(NamedTuple):
 
     low, high: b was ahead by `low` at least, and by no more than `high`; if it moved, each at some time.  least, most:
     the outermost edges of all eighths, between which everything seen lies.  moved: it did not stand still.  is_direct:
-    the two were compared, not each with the first CPU.
+    the two were compared, not each with the first CPU.  is_torn: an eighth contradicts itself.
     """
 
     low: Fraction
@@ -34,6 +36,7 @@ class Window(NamedTuple):
     most: Fraction
     moved: bool
     is_direct: bool
+    is_torn: bool = False
 
     @property
     def is_apart(self) -> bool:
@@ -43,11 +46,11 @@ class Window(NamedTuple):
     @property
     def edges(self) -> tuple[Fraction, Fraction]:
         """What holds all offsets that the measurement leaves possible."""
-        return (self.least, self.most) if self.moved else (self.low, self.high)
+        return (self.least, self.most) if self.moved or self.is_torn else (self.low, self.high)
 
     def turned(self) -> Window:
         """The same of a's reading minus b's."""
-        return Window(-self.high, -self.low, -self.most, -self.least, self.moved, self.is_direct)
+        return Window(-self.high, -self.low, -self.most, -self.least, self.moved, self.is_direct, self.is_torn)
 
 
 def unit_ns(clock: ClockRecord) -> Fraction:
@@ -60,6 +63,13 @@ def slice_edges(clock: ClockRecord, seen: Slice, cut: int = 1) -> tuple[Fraction
     if seen.low is None or seen.high is None:
         return None
     return (seen.low - cut) * unit_ns(clock), (seen.high + cut) * unit_ns(clock)
+
+
+def sound_edges(edges: Sequence[tuple[Fraction, Fraction]]) -> list[tuple[Fraction, Fraction]]:
+    """Those of eighths that do not contradict themselves; or all, if half of them do, and not one alone."""
+    sound = [(low, high) for low, high in edges if low <= high]
+    torn = len(edges) - len(sound)
+    return list(edges) if torn > 1 and torn * 2 >= len(edges) else sound
 
 
 def all_windows(clock: ClockRecord, cpus: int) -> dict[tuple[int, int], Window | None]:
@@ -95,7 +105,7 @@ def _direct_windows(clock: ClockRecord) -> dict[tuple[int, int], Window]:
     found: dict[tuple[int, int], Window] = {}
     for pair in clock.pairs:
         window = _window(pair, clock, cut=0) if clock.name == "tsc" else None
-        if window is None or window.moved:
+        if window is None or window.moved or window.is_torn:
             window = _window(pair, clock, cut=1)
         if window is not None:
             a, b = sorted((pair.a, pair.b))
@@ -107,9 +117,17 @@ def _window(pair: PairRecord, clock: ClockRecord, cut: int) -> Window | None:
     edges = [found for each in pair.slices if (found := slice_edges(clock, each, cut))]
     if not edges:
         return None
-    low, high = max(low for low, _ in edges), min(high for _, high in edges)
     every = [edge for both in edges for edge in both]
-    return Window(low, high, min(every), max(every), low > high, is_direct=True)
+    least, most = min(every), max(every)
+    sound = sound_edges(edges)
+    is_torn = len(sound) < len(edges)
+    if is_torn:  # one of its edges is of another time, and of which sign the offset was then is open
+        most = max(abs(least), abs(most))
+        least = -most
+    if not sound:
+        return Window(least, most, least, most, moved=False, is_direct=True, is_torn=True)
+    low, high = max(low for low, _ in sound), min(high for _, high in sound)
+    return Window(low, high, least, most, low > high, is_direct=True, is_torn=is_torn)
 
 
 def _through_first(direct: Mapping[tuple[int, int], Window], a: int, b: int) -> Window | None:
@@ -118,6 +136,6 @@ def _through_first(direct: Mapping[tuple[int, int], Window], a: int, b: int) -> 
     if a == 0 or to_a is None or to_b is None:
         return None
     least, most = to_b.least - to_a.most, to_b.most - to_a.least
-    if to_a.moved or to_b.moved:
+    if to_a.moved or to_b.moved or to_a.is_torn or to_b.is_torn:
         return Window(least, most, least, most, moved=True, is_direct=False)
     return Window(to_b.low - to_a.high, to_b.high - to_a.low, least, most, moved=False, is_direct=False)
