@@ -31,7 +31,7 @@ BARE: Final = (
 )
 TRAPS: Final = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
 HANG_S: Final = 300
-ATTEMPTS: Final = 20
+ATTEMPTS: Final = 100
 
 Result = dict[str, Any]
 Measure = Callable[..., list[Result]]
@@ -350,7 +350,7 @@ def test_a_thousand_clean_runs_give_no_alarm(measure: Measure) -> None:
 def test_an_added_offset_is_found(measure: Measure, added_ns: int) -> None:
     """Windows have it and warps are within it, always; a window narrower than it proves it, and one is.
 
-    How narrow they are is the machine's affair at the time: so the smallest offsets are tried until one is.
+    How narrow they are is the machine's affair at the time: so they are tried until one is.
     """
     proofs = 0
     for _ in range(ATTEMPTS):
@@ -365,7 +365,7 @@ def test_an_added_offset_is_found(measure: Measure, added_ns: int) -> None:
             proofs += len(clock["warps"]) + sum(low > 0 or high < 0 for low, high in windows(clock))
         if proofs:
             break
-    assert proofs or abs(added_ns) < 1000
+    assert proofs
 
 
 def test_a_step_is_found(measure: Measure) -> None:
