@@ -1,6 +1,6 @@
 """Write the probe, which measures a guest's clock wherever it boots or runs, or judge what it printed.
 
-As an image it boots in any VMM, without an operating system; with --linux it is one static executable, which needs no
+As an image a VMM boots it, without an operating system; with --linux it is one static executable, which needs no
 Python and no rights.  Either prints one line of JSON, and --judge says what that comes to.  Exit status 1 if the clock
 is wrong or a budget is broken, 2 if that is undecided.
 """
