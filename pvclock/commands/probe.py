@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # each command is loaded by every start of pvclock
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES: Final = """\
-  pvclock probe --output probe.img       an image for QEMU and other VMMs to boot
+  pvclock probe --output probe.img       an image for QEMU and other VMMs
   pvclock probe --linux --output probe   an executable for any x86-64 Linux
   pvclock probe --judge console.log      what either printed, judged"""
 
