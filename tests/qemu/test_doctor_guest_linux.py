@@ -9,12 +9,11 @@ from typing import Final
 import pytest
 
 from pvclock.commands import main
-from pvclock.errors import LabError
-from pvclock.lab.kernel import Kernel, find_kernel
+from pvclock.lab.kernel import Kernel
 from pvclock.meter.inside import ProbeRecord, parse_record, promises
 from pvclock.meter.inside.windows import all_windows
 from pvclock.probe import linux_executable
-from tests.qemu.linux_guest import LinuxGuest, runs_linux
+from tests.qemu.linux_guest import LinuxGuest
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.row("E18")]
 
@@ -29,17 +28,6 @@ echo "ready to measure"
 echo "status $?"
 exec /bin/busybox sleep 1000000
 """
-
-
-@pytest.fixture(scope="module")
-def kernel() -> Kernel:
-    """The lab's kernel, as Debian built it; skip where KVM cannot run it."""
-    if not runs_linux():
-        pytest.skip("KVM here does not run a stock Linux: the CPU has neither vmx nor svm; `make test-lab` does it")
-    try:
-        return find_kernel(None, lambda _text: None)
-    except LabError as error:
-        pytest.skip(f"no kernel for the guest: {error}")
 
 
 @pytest.fixture(scope="module")

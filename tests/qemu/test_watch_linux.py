@@ -19,8 +19,8 @@ from typing import Final, NamedTuple, TypeVar
 import pytest
 
 from pvclock import Gpa, Reference
-from pvclock.errors import LabError, PagesNotFound
-from pvclock.lab.kernel import Kernel, find_kernel
+from pvclock.errors import PagesNotFound
+from pvclock.lab.kernel import Kernel
 from pvclock.meter.watch.changes import Disagreement, Step, TscBasis
 from pvclock.meter.watch.lines import ns_per_tick, value_at
 from pvclock.meter.watch.loop import Finding, WatchLoop
@@ -29,7 +29,7 @@ from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.readings import TimeInfo
 from qemu_glue.watch.target import open_vm
-from tests.qemu.linux_guest import BOOT_LIMIT_S, Gap, LinuxGuest, Triple, runs_linux
+from tests.qemu.linux_guest import BOOT_LIMIT_S, Gap, LinuxGuest, Triple
 from tests.waiting import alarm_after
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.row("E3")]
@@ -55,17 +55,6 @@ FLOORS_NS: Final = 4
 ROOT: Final = Path(__file__).parents[2]
 
 T = TypeVar("T")
-
-
-@pytest.fixture(scope="module")
-def kernel() -> Kernel:
-    """The lab's kernel; skip where KVM cannot run it."""
-    if not runs_linux():
-        pytest.skip("KVM here does not run a stock Linux: the CPU has neither vmx nor svm; `make test-lab` does it")
-    try:
-        return find_kernel(None, lambda _text: None)
-    except LabError as error:
-        pytest.skip(f"no kernel for the guest: {error}")
 
 
 @pytest.fixture(scope="module")
