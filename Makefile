@@ -35,14 +35,14 @@ demo: build $(PACKAGES) ## show a guest's clock at work, in the lab where there 
 	@scripts/demo.sh
 
 test: lint $(PACKAGES) ## build, lint, and run the quick tests, all that this machine can run, with a smoke of the lab
-	@$(BIN)/python -m pytest -n auto --dist loadgroup -m '$(QUICK)'
+	@$(BIN)/python -m pytest -n auto -m '$(QUICK)'
 
 test-lab: build $(PACKAGES) ## run the long tests and those of the lab, and in the lab all that has to do with KVM
-	@$(BIN)/python -m pytest -n auto --dist loadgroup -m 'lab or long'
+	@$(BIN)/python -m pytest -n auto -m 'lab or long'
 	@scripts/test-in-lab.sh
 
 conformance: build $(PACKAGES) ## hold docs/verdicts.tsv against a run of the tests, and write docs/conformance.md
-	@$(BIN)/python -m pytest -n auto --dist loadgroup -q -m '$(QUICK)' -p tests.conformance.plugin --conformance docs
+	@$(BIN)/python -m pytest -n auto -q -m '$(QUICK)' -p tests.conformance.plugin --conformance docs
 
 mutants: build $(PACKAGES) ## apply every deliberate mistake in a copy, and see the tests of its row notice; resumable
 	@$(BIN)/python -m tests.mutants --summary docs/mutants.json

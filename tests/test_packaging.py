@@ -17,8 +17,7 @@ import pytest
 import pvclock
 from tests.waiting import HANG_S
 
-# One worker builds the wheel, and not each of them its own.
-pytestmark = [pytest.mark.row("style"), pytest.mark.xdist_group("wheel")]
+pytestmark = pytest.mark.row("style")
 
 ROOT = Path(__file__).parents[1]
 HEADERS = sorted(header.name for header in ROOT.glob("pvclock/include/*.h"))
