@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import struct
+from collections.abc import Callable
+
+from pvclock._memory import GuestMemory
+from pvclock.errors import ImageError
 
 RAM_BYTES = 4 << 20
 PATTERN = b"\xa5"
@@ -114,3 +119,33 @@ def with_addresses(*, before: bytes = b"", behind: bytes = b"", **addresses: int
     fields |= {"entry": GPA + 32} | addresses
     header = multiboot_header(1 << 16) + struct.pack("<IIIII", *fields.values())
     return before + header + TEXT + behind
+
+
+def assert_damage_is_loaded_or_refused(
+    load: Callable[[GuestMemory, bytes], object], image: bytes, *, seed: int, times: int, reach: int
+) -> None:
+    """Of `times` copies with damage in the first `reach` bytes, or cut: each loads within guest memory, or is refused.
+
+    Refused is an ImageError before anything is written.  Both happen.
+    """
+    rng = random.Random(seed)  # noqa: S311  # reproducible
+    guard, written = 4096, []
+    space = bytearray(guard + RAM_BYTES + guard)
+    memory = GuestMemory(memoryview(space)[guard:-guard])
+    memory.on_dirty = lambda gpa, length: written.append((gpa, length))
+    loaded = 0
+    for _ in range(times):
+        damaged = bytearray(image)
+        for _ in range(rng.randint(1, 3)):
+            # A good part of damage is a single odd field.
+            damaged[rng.randrange(min(reach, len(image)))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+        cut = rng.choice((len(image), len(image), rng.randrange(1, len(image))))
+        written.clear()
+        try:
+            load(memory, bytes(damaged[:cut]))
+        except ImageError:
+            assert written == []
+        else:
+            loaded += 1
+    assert 0 < loaded < times
+    assert not any(space[:guard] + space[-guard:])
