@@ -38,6 +38,13 @@ class BudgetsOutcome(NamedTuple):
         """Note one more open question."""
         self.open.append(OpenQuestion(reason, what, seconds))
 
+    def note(self, worst: _Worst, what: str, reason: OpenReason, seconds: int | None = None) -> None:
+        """Note what broke the budget, or, if that is not proven, what leaves it open and why."""
+        if worst.is_broken:
+            self.broken.append(what)
+        else:
+            self.leave_open(reason, what, seconds)
+
 
 class _Range(NamedTuple):
     """A quantity without its sign: `least` is proven, `most` is possible (None: anything), of `whose`."""
@@ -79,12 +86,8 @@ def _check_warps(found: BudgetsOutcome, record: ProbeRecord, windows: Mapping[st
         if worst := _worst(_apart_ranges(record, clock, windows.get(clock.name, {})), most_ns):
             told = worst.range
             apart = f"{title(clock.name)}: {told.whose} {_span_ns(told, 'are', 'may be')} apart"
-            what = f"{apart}; the budget is {floor_in_words(most_ns)}"
-            if worst.is_broken:
-                found.broken.append(what)
-            else:
-                unknown = told.most is None
-                found.leave_open(OpenReason.NOT_COMPARED if unknown else OpenReason.FLOOR_BETWEEN_CPUS, what)
+            reason = OpenReason.NOT_COMPARED if told.most is None else OpenReason.FLOOR_BETWEEN_CPUS
+            found.note(worst, f"{apart}; the budget is {floor_in_words(most_ns)}", reason)
 
 
 def _apart_ranges(record: ProbeRecord, clock: ClockRecord, windows: Windows) -> list[_Range]:
@@ -122,12 +125,8 @@ def _check_steps(found: BudgetsOutcome, record: ProbeRecord, most_ns: Fraction) 
         if worst := _worst(_step_ranges(clock, is_blunt=clock.name in blunt), most_ns):
             told = worst.range
             stepped = f"{title(clock.name)} {_span_ns(told, 'stepped by', 'may have stepped by')}"
-            what = f"{stepped}; the budget is {floor_in_words(most_ns)}"
-            if worst.is_broken:
-                found.broken.append(what)
-            else:
-                unknown = told.most is None
-                found.leave_open(OpenReason.SHORT_RUN if unknown else OpenReason.FLOOR_OF_STEPS, what)
+            reason = OpenReason.SHORT_RUN if told.most is None else OpenReason.FLOOR_OF_STEPS
+            found.note(worst, f"{stepped}; the budget is {floor_in_words(most_ns)}", reason)
 
 
 def _step_ranges(clock: ClockRecord, *, is_blunt: bool) -> list[_Range]:
@@ -152,13 +151,10 @@ def _check_drifts(found: BudgetsOutcome, record: ProbeRecord, most_ppb: Fraction
         bounds += len(ranges)
         if worst := _worst(ranges, most_ppb):
             told, budget = worst.range, rate_in_words(most_ppb)
-            what = f"{title(clock.name)}, {told.whose}: {_span_ppb(told)}; the budget is {budget}"
-            if worst.is_broken:
-                found.broken.append(what)
-            else:
-                seconds = _seconds_enough(record, told, most_ppb)
-                enough = f"; a run of {seconds:,} s can tell" if seconds else ""
-                found.leave_open(OpenReason.SHORT_RUN, what + enough, seconds)
+            seconds = _seconds_enough(record, told, most_ppb)
+            enough = f"; a run of {seconds:,} s can tell" if seconds else ""
+            what = f"{title(clock.name)}, {told.whose}: {_span_ppb(told)}; the budget is {budget}{enough}"
+            found.note(worst, what, OpenReason.SHORT_RUN, seconds)
     if not bounds:
         found.leave_open(OpenReason.SHORT_RUN, "no drift was measured, so --max-drift is open")
 

@@ -137,36 +137,32 @@ def _rate_told(drift: Drift) -> str:
 
 
 def _torn(record: ProbeRecord, clock: ClockRecord, pair: PairRecord, remedies: Remedies) -> Finding:
-    a, b = (record.cpus[place].cpu for place in (pair.a, pair.b))
-    headline = f"the offset of CPU {b}'s {title(clock.name)} from CPU {a}'s moved, or both clocks went back"
-    return Finding(
-        FindingCode.UNSTEADY,
-        Weight.FAULT,
-        clock.name,
-        headline,
-        f"{headline}: within an eighth of the run their readings did not stand still to each other; which it was, and "
-        "which of them was ahead, they do not tell",
-        sees_drift(clock.name),
-        remedies.for_offset(),
-        (a, b),
-        "max_drift",
+    why = (
+        ": within an eighth of the run their readings did not stand still to each other; which it was, and which of "
+        "them was ahead, they do not tell"
     )
+    how = "moved, or both clocks went back"
+    return _not_still(record, clock, pair, remedies, FindingCode.UNSTEADY, how, why)
 
 
 def _unsteady(record: ProbeRecord, clock: ClockRecord, pair: PairRecord, remedies: Remedies) -> Finding:
+    return _not_still(record, clock, pair, remedies, FindingCode.DRIFT, "did not stand still during the run")
+
+
+def _not_still(
+    record: ProbeRecord,
+    clock: ClockRecord,
+    pair: PairRecord,
+    remedies: Remedies,
+    code: FindingCode,
+    how: str,
+    why: str = "",
+) -> Finding:
+    """The offset of two CPUs was not one all the time, and which of them it was is not known."""
     a, b = (record.cpus[place].cpu for place in (pair.a, pair.b))
-    headline = f"the offset of CPU {b}'s {title(clock.name)} from CPU {a}'s did not stand still during the run"
-    return Finding(
-        FindingCode.DRIFT,
-        Weight.FAULT,
-        clock.name,
-        headline,
-        headline,
-        sees_drift(clock.name),
-        remedies.for_offset(),
-        (a, b),
-        "max_drift",
-    )
+    headline = f"the offset of CPU {b}'s {title(clock.name)} from CPU {a}'s {how}"
+    sees, change = sees_drift(clock.name), remedies.for_offset()
+    return Finding(code, Weight.FAULT, clock.name, headline, headline + why, sees, change, (a, b), "max_drift")
 
 
 def _seconds(ticks: int, tsc_hz: int) -> str:
