@@ -27,7 +27,7 @@ FAILED: Final = 3
 PIPE_BYTES: Final = 4096
 """The least that there is: the line does not fit."""
 BREAK_S: Final = 1.0
-"""Longer than a line takes at any speed."""
+"""How long the reader is away, at least: the image gave up after a tenth of that, once."""
 KVM: Final = ("-accel", "kvm", "-cpu", CPU_MODEL)
 EMULATED: Final = ("-accel", "tcg")
 """A PC's own firmware takes ten seconds in some KVMs, and a second here."""
@@ -64,7 +64,8 @@ def unread(image: Path) -> tuple[subprocess.Popen[bytes], int]:
     process = subprocess.Popen(qemu, stdin=subprocess.DEVNULL, stdout=writing)
     os.close(writing)
     deadline = time.monotonic() + HANG_S
-    while kept_bytes(reading) < PIPE_BYTES and time.monotonic() < deadline:
+    while kept_bytes(reading) < PIPE_BYTES:
+        assert time.monotonic() < deadline, "the pipe was never full"
         time.sleep(0.01)
     return process, reading
 
@@ -74,6 +75,7 @@ def test_a_reader_that_takes_a_break(tmp_path: Path) -> None:
     process, reading = unread(tmp_path / "probe.img")
     with process, os.fdopen(reading, "rb") as pipe:
         time.sleep(BREAK_S)
+        assert process.poll() is None
         line = one_line(pipe.read().decode())
     assert process.returncode == DONE
     assert len(line["cpus"]) == 4

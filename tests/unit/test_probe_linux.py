@@ -197,7 +197,7 @@ def test_no_system_call_reads_the_clock(program: Path) -> None:
     trial = f"{refusing}\nif time.monotonic() > 0: print('by the vDSO'); sys.exit()"
     first = run_executable(program, first=trial)
     if "by the vDSO" not in first.stdout:
-        pytest.skip("this kernel's clocksource is not read by the vDSO, or it has no seccomp")
+        pytest.skip("no seccomp, or a clocksource that the vDSO does not read: boot with clocksource=tsc or kvm-clock")
     line = line_of(run_executable(program, f"--seconds={BRIEF}", first=refusing))
     assert clock_of(line, "monotonic")["samples"][-1][1] > clock_of(line, "monotonic")["samples"][0][1] > 0
 
@@ -237,7 +237,8 @@ def move_threads(process: int, cpu: int) -> None:
 
 # Its parent
 
-SOONER_THAN_A_PERCENT_S = 20
+A_DAY_S = 86400
+"""The first percent of that takes longer than any test waits: nothing but the kernel ends the probe before."""
 STARTS_IT = """
 import os, subprocess, sys
 print(subprocess.Popen([*sys.argv[1:], "--parent", str(os.getpid())]).pid, flush=True)
@@ -253,8 +254,9 @@ def test_it_ends_with_its_parent(program: Path) -> None:
         assert parent.stdout is not None
         assert parent.stderr is not None
         tasks = Path(f"/proc/{int(parent.stdout.readline())}/task")
-        while len(list(tasks.iterdir())) < 2:  # it has no thread before it knows its parent
-            pass
+        with alarm_after(int(HANG_S)):
+            while len(list(tasks.iterdir())) < 2:  # it has no thread before it knows its parent
+                pass
         parent.kill()
         said = parent.stderr.read()  # until both have ended
     assert b"100%" not in said
@@ -262,7 +264,9 @@ def test_it_ends_with_its_parent(program: Path) -> None:
 
 def test_it_ends_with_a_doctor_that_is_killed() -> None:
     """`pvclock doctor --guest` leaves no probe behind that would keep the CPUs busy until its next percent."""
-    with subprocess.Popen([sys.executable, "-m", "pvclock", "doctor", "--guest", "--seconds=600"], cwd=ROOT) as doctor:
+    with subprocess.Popen(
+        [sys.executable, "-m", "pvclock", "doctor", "--guest", f"--seconds={A_DAY_S}"], cwd=ROOT
+    ) as doctor:
         children = Path(f"/proc/{doctor.pid}/task/{doctor.pid}/children")
         with alarm_after(int(HANG_S)):
             while not (probe := children.read_text(encoding="ascii").split()):
@@ -272,7 +276,7 @@ def test_it_ends_with_a_doctor_that_is_killed() -> None:
                 pass
         doctor.kill()
         with os.fdopen(descriptor, "rb") as ended:
-            assert select.select([ended], [], [], SOONER_THAN_A_PERCENT_S)[0]
+            assert select.select([ended], [], [], HANG_S)[0]
 
 
 def test_a_parent_that_has_ended_before(program: Path) -> None:
