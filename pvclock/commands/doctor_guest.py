@@ -12,7 +12,7 @@ from typing import Final
 
 from pvclock.commands import probe_files
 from pvclock.commands.arguments import duration_s
-from pvclock.commands.guest_next import NextCommand, Options, Rerun, budget_words
+from pvclock.commands.guest_next import SECONDS_MIN, NextCommand, Options, Rerun, budget_words
 from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, report_of
 from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
@@ -26,7 +26,6 @@ SECONDS: Final = 10.0
 
 CPUS_MAX: Final = 64
 """As many as the probe takes."""
-SECONDS_MIN: Final = 0.1
 MEASURING: Final = "measuring this guest's clocks"
 ADDED_NS_MAX: Final = 10**12
 CPU_RANGE: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")

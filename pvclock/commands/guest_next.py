@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
     from pvclock.meter.inside import OpenQuestion, Verdict
 
-__all__ = ["SECONDS_MAX", "NextCommand", "Options", "Rerun", "budget_words", "next_commands"]
+__all__ = ["SECONDS_MAX", "SECONDS_MIN", "NextCommand", "Options", "Rerun", "budget_words", "next_commands"]
 
 BUDGET_OPTIONS: Final = ("--max-warp", "--max-step", "--max-drift")
 """In the order of Budgets."""
@@ -21,8 +21,9 @@ UNITS: Final = {
 }
 SECONDS_WHILE_IT_HAPPENS: Final = 600.0
 SECONDS_LONGER: Final = 60.0
+SECONDS_MIN: Final = 0.1
 SECONDS_MAX: Final = 86400
-"""A day, which is as long as --seconds may be."""
+"""What --seconds may be: up to a day."""
 ON_ALL_CPUS: Final = "on all CPUs: one alone has none to be compared with"
 WHY: Final = {
     "floor-between-cpus": "when all CPUs are idle: the bounds are the best of all rounds, and this has more of them",

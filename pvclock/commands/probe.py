@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pvclock.commands import probe_files
-from pvclock.commands.guest_next import SECONDS_MAX, NextCommand, Options, Rerun, budget_words
+from pvclock.commands.guest_next import SECONDS_MAX, SECONDS_MIN, NextCommand, Options, Rerun, budget_words
 from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, report_of
 from pvclock.commands.probe_files import STDIN
 from pvclock.commands.report import Report
@@ -32,7 +32,6 @@ EXAMPLES: Final = """\
 
 OTHER_VMMS: Final = "https://github.com/pvclock/pvclock/blob/main/docs/probe-vmms.md"
 CPUS_COMPARED_MIN: Final = 2
-SECONDS_MIN: Final = 0.1
 IMAGE_MODE, EXECUTABLE_MODE = 0o644, 0o755
 
 QEMU: Final = (

@@ -192,7 +192,7 @@ def _report(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, why_
     from pvclock.meter.watch.budgets import Budgets
     from qemu_glue.watch.records import budgets_record, finding_record, rate_records, summary_record, vm_record
     from qemu_glue.watch.tables import summary_table
-    from qemu_glue.watch.verdict import EXIT_STATUSES, judged, verdict_in_words
+    from qemu_glue.watch.verdict import judged, verdict_in_words
 
     screen.show(summary_table(loop))
     if why_ended is not None:
@@ -212,7 +212,7 @@ def _report(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, why_
         "host_troubles": list(map(finding_record, loop.troubles)),
         "budgets": budgets_record(budgets, verdict),
     }
-    status = 0 if verdict is None else EXIT_STATUSES[verdict.status]
+    status = 0 if verdict is None else verdict.status.exit_status
     return Report(status == 0, found, status)
 
 

@@ -7,13 +7,13 @@ from typing import Final
 
 from rich.text import Text
 
-from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus, judge
+from pvclock.meter.verdict_status import VerdictStatus
+from pvclock.meter.watch.budgets import Budgets, Verdict, judge
 from pvclock.meter.watch.loop import WatchLoop
 
-__all__ = ["EXIT_STATUSES", "NEVER_RAN", "judged", "verdict_in_words"]
+__all__ = ["NEVER_RAN", "judged", "verdict_in_words"]
 
 NEVER_RAN: Final = "the guest was stopped all the while"
-EXIT_STATUSES: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, VerdictStatus.UNDECIDED: 2}
 
 
 def judged(budgets: Budgets, loop: WatchLoop) -> Verdict | None:

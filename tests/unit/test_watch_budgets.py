@@ -8,7 +8,8 @@ import pytest
 
 from pvclock import ConfigError
 from pvclock.meter.quantity_text import parse_drift_ppb, parse_step_ns
-from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus, judge
+from pvclock.meter.verdict_status import VerdictStatus
+from pvclock.meter.watch.budgets import Budgets, Verdict, judge
 from pvclock.meter.watch.changes import Disagreement, PageLost, Step, TscBasis
 from pvclock.meter.watch.rate import PageRate
 from pvclock.meter.watch.summary import Tally, WatchSummary

@@ -17,14 +17,15 @@ from pvclock.commands.tables import Table
 from pvclock.errors import ConfigError, MemoryNotReadable, PagesNotFound, PvclockError, VmEnded
 from pvclock.host.watch import TroubleKind
 from pvclock.meter.findings import TIME_INFO
-from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus
+from pvclock.meter.verdict_status import VerdictStatus
+from pvclock.meter.watch.budgets import Budgets, Verdict
 from pvclock.meter.watch.changes import Disagreement, PageLost, Step, TscBasis
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, WatchLoop
 from pvclock.meter.watch.loop import VmEnded as Ended
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
 from qemu_glue.watch.instants import Instants
-from qemu_glue.watch.verdict import EXIT_STATUSES, NEVER_RAN, judged
+from qemu_glue.watch.verdict import NEVER_RAN, judged
 from qemu_glue.watch.views import LiveView
 from tests.guest_ram import MemoryRam, made_of
 from tests.waiting import HANG_S
@@ -550,10 +551,10 @@ def test_what_leaves_a_verdict_open(doubt: str) -> None:
         loop.troubles.append(HostTrouble(TroubleKind.TSC_STEP, True, "it went back"))
     undecided = judged(within, loop)
     assert undecided is not None
-    assert EXIT_STATUSES[undecided.status] == 2
+    assert undecided.status.exit_status == 2
     assert len(undecided.findings) == 1
     vm.put(ARRAY, 4, 5000)
     next(looks)
     broken = judged(Budgets(Fraction(1000), tsc_unchanged=True), loop)
     assert broken is not None
-    assert EXIT_STATUSES[broken.status] == (1 if doubt == "unstable" else 2)
+    assert broken.status.exit_status == (1 if doubt == "unstable" else 2)

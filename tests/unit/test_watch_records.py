@@ -9,7 +9,8 @@ import pytest
 
 from pvclock.commands.report import line_json
 from pvclock.host.watch import TroubleKind
-from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus
+from pvclock.meter.verdict_status import VerdictStatus
+from pvclock.meter.watch.budgets import Budgets, Verdict
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
 from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound

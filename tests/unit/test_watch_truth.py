@@ -9,8 +9,9 @@ from fractions import Fraction
 import pytest
 
 from pvclock.meter.findings import time_info
+from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch import page_watch
-from pvclock.meter.watch.budgets import Budgets, Verdict, VerdictStatus, judge
+from pvclock.meter.watch.budgets import Budgets, Verdict, judge
 from pvclock.meter.watch.changes import Change, Disagreement, Step, TscBasis
 from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.watcher import Watcher

@@ -20,10 +20,10 @@ from pvclock.meter.inside.verdict import (
     OpenQuestion,
     OpenReason,
     Verdict,
-    VerdictStatus,
     Weight,
     verdict_document,
 )
+from pvclock.meter.verdict_status import VerdictStatus
 
 __all__ = [
     "parse_record",

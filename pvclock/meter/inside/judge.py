@@ -26,11 +26,11 @@ from pvclock.meter.inside.verdict import (
     OpenQuestion,
     OpenReason,
     Verdict,
-    VerdictStatus,
     Weight,
 )
 from pvclock.meter.inside.windows import all_windows, far_edge, is_any_apart, widest_half
 from pvclock.meter.inside.words import floor_in_words, listed
+from pvclock.meter.verdict_status import VerdictStatus
 
 __all__ = ["judge"]
 

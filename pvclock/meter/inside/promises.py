@@ -11,14 +11,14 @@ from enum import IntFlag
 from fractions import Fraction
 from typing import Final, NamedTuple
 
+from pvclock._core import TSC_STABLE_BIT
 from pvclock.meter.inside.record import PageRecord, ProbeRecord
 from pvclock.providers.hyperv.features import Privilege
 from pvclock.providers.kvm.features import KvmFeature
+from pvclock.providers.timing import CPUID_TIMING
 
 __all__ = ["FrequencyClaim", "Hypervisor", "Promises", "page_hz", "promises"]
 
-PAGE_STABLE: Final = 1 << 0
-"""PVCLOCK_TSC_STABLE_BIT of the pvclock ABI."""
 
 HYPERVISOR_PRESENT: Final = 1 << 31
 TSC_DEADLINE: Final = 1 << 24
@@ -27,7 +27,6 @@ INVARIANT_TSC: Final = 1 << 8
 
 KVM_SIGNATURE: Final = "KVMKVMKVM"
 HYPERV_SIGNATURE: Final = "Microsoft Hv"
-TIMING_LEAF: Final = 0x40000010
 TIMING_LEAF_OF: Final = {"VMwareVMware", KVM_SIGNATURE, "HVFHVFHVFHVF", "VBoxVBoxVBox", "bhyve bhyve", "TCGTCGTCGTCG"}
 """Whose leaf 0x40000010, if they have one, is VMware's timing leaf; Hyper-V's and Xen's leaves there mean others."""
 
@@ -125,7 +124,7 @@ def promises(record: ProbeRecord) -> Promises:
         tsc_deadline=bool(leaves.at(1)[2] & TSC_DEADLINE),
         tsc_adjust=bool(leaves.at(7)[1] & TSC_ADJUST),
         kvm_stable=bool(kvm & KvmFeature.CLOCKSOURCE_STABLE),
-        has_stable_pages=all(page.flags & PAGE_STABLE for page in pages) if pages else None,
+        has_stable_pages=all(page.flags & TSC_STABLE_BIT for page in pages) if pages else None,
         frequencies=(*_leaf_frequencies(leaves, found), *_page_frequencies(pages)),
     )
 
@@ -211,8 +210,8 @@ def _is_constant(leaves: _Leaves) -> bool:
 
 def _leaf_frequencies(leaves: _Leaves, found: tuple[Hypervisor, ...]) -> list[FrequencyClaim]:
     claims = []
-    last, khz = leaves.at(0x40000000)[0], leaves.at(TIMING_LEAF)[0]
-    if khz and last >= TIMING_LEAF and found and found[0].leaf == 0x40000000 and found[0].signature in TIMING_LEAF_OF:
+    last, khz = leaves.at(0x40000000)[0], leaves.at(CPUID_TIMING)[0]
+    if khz and last >= CPUID_TIMING and found and found[0].leaf == 0x40000000 and found[0].signature in TIMING_LEAF_OF:
         claims.append(FrequencyClaim("CPUID 0x40000010", Fraction(khz * 1000), Fraction(1000)))
     denominator, numerator, crystal_hz, _ = leaves.at(0x15)
     base_mhz = leaves.at(0x16)[0] & 0xFFFF

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from enum import StrEnum
 from fractions import Fraction
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from pvclock.meter.inside.promises import Promises
+from pvclock.meter.verdict_status import VerdictStatus
 
 __all__ = [
     "Budgets",
@@ -17,22 +18,10 @@ __all__ = [
     "OpenReason",
     "StepFloor",
     "Verdict",
-    "VerdictStatus",
     "Weight",
     "plain_values",
     "verdict_document",
 ]
-
-
-class VerdictStatus(StrEnum):
-    """passed: nothing is proven wrong.  broken: a fault is, or a budget.  undecided: the measurement leaves it open."""
-
-    PASSED = "passed"
-    BROKEN = "broken"
-    UNDECIDED = "undecided"
-
-
-EXIT_STATUS: Final = {VerdictStatus.PASSED: 0, VerdictStatus.BROKEN: 1, VerdictStatus.UNDECIDED: 2}
 
 
 class Weight(StrEnum):
@@ -177,7 +166,7 @@ class Verdict(NamedTuple):
     @property
     def exit_status(self) -> int:
         """0 passed, 1 broken, 2 undecided."""
-        return EXIT_STATUS[self.status]
+        return self.status.exit_status
 
 
 def verdict_document(verdict: Verdict) -> dict[str, object]:

@@ -12,25 +12,17 @@ else; Linux does not do it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
 from fractions import Fraction
 from typing import NamedTuple
 
+from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.changes import Disagreement, Step
 from pvclock.meter.watch.disagreements import AGREE_NS
 from pvclock.meter.watch.rate import PageRate
 from pvclock.meter.watch.summary import WatchSummary, surely_ns
 from pvclock.meter.watch.words import bounded_ns, counted, duration, plain_ns, rate_in_words
 
-__all__ = ["Budgets", "Verdict", "VerdictStatus", "judge"]
-
-
-class VerdictStatus(StrEnum):
-    """What a watch says of its budgets."""
-
-    PASSED = "passed"
-    BROKEN = "broken"
-    UNDECIDED = "undecided"
+__all__ = ["Budgets", "Verdict", "judge"]
 
 
 class Budgets(NamedTuple):
