@@ -56,7 +56,7 @@ class Process:
             self._ended.register(self._pidfd, select.POLLIN)
             with self._looking_at(""):
                 self._folder = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            resources.callback(os.close, self._folder)
+                resources.callback(os.close, self._folder)
             self.name = self.read("comm").rstrip("\n")
             self.uid = int(self.read("status").partition("\nUid:")[2].split(maxsplit=1)[0])
             self._resources = resources.pop_all()
@@ -84,7 +84,7 @@ class Process:
         """A descriptor of `name` in its folder, to read from, until close(); errors of read()."""
         with self._looking_at(name):
             fd = self._opened(name)
-        self._resources.callback(os.close, fd)
+            self._resources.callback(os.close, fd)  # also if the process has ended meanwhile
         return fd
 
     def stat(self, name: str) -> os.stat_result:

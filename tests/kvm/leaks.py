@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,12 @@ class Held(NamedTuple):
 
 
 def open_descriptors() -> list[str]:
-    """What every open descriptor but the one that looks refers to."""
-    links = (entry for entry in (PROCESS / "fd").iterdir() if entry.is_symlink())
-    return sorted(str(link.readlink()) for link in links)
+    """What every open descriptor refers to, but the one that looks, and what a thread closes at this moment."""
+    found = []
+    for entry in (PROCESS / "fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(entry.readlink()))
+    return sorted(found)
 
 
 def held() -> Held:

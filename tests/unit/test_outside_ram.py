@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from mmap import PAGESIZE
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pvclock._process_memory import read_process
@@ -126,6 +126,7 @@ def test_blocks_are_told_apart(known: KnownProcess) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), max_size=8), st.integers(0, 600), st.integers(0, 60))
+@example([(0, 1)], 1, 0)  # nothing, at the end of a block: that address is in none
 def test_a_block_is_found_by_address(gaps: list[tuple[int, int]], gpa: int, length: int) -> None:
     """The one that holds all of the range, if one does; against a walk over all of them."""
     blocks: list[RamBlock] = []

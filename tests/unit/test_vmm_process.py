@@ -157,6 +157,43 @@ def test_a_process_that_ends_while_it_is_looked_at(
     assert open_descriptors() == before
 
 
+def ends_when_opened(monkeypatch: pytest.MonkeyPatch, other: subprocess.Popen[bytes], name: str) -> None:
+    """Have the process end as soon as that name is opened."""
+    really_open = os.open
+
+    def open_and_end(path: str, flags: int, *, dir_fd: int | None = None) -> int:
+        fd = really_open(path, flags, dir_fd=dir_fd)
+        if path == name:
+            other.kill()
+            os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        return fd
+
+    monkeypatch.setattr(os, "open", open_and_end)
+
+
+def test_a_file_of_a_process_that_has_just_ended(
+    other: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptor was had, and is closed with the others."""
+    before = open_descriptors()
+    with Process(other.pid) as process:
+        ends_when_opened(monkeypatch, other, "pagemap")
+        with pytest.raises(VmEnded):
+            process.open("pagemap")
+    assert open_descriptors() == before
+
+
+def test_the_folder_of_a_process_that_has_just_ended(
+    other: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was had, and is closed."""
+    before = open_descriptors()
+    ends_when_opened(monkeypatch, other, f"/proc/{other.pid}")
+    with pytest.raises(VmEnded):
+        Process(other.pid)
+    assert open_descriptors() == before
+
+
 def look_for_ever(process: Process, look: Callable[[Process], object]) -> NoReturn:
     """Go on until that raises something."""
     while True:

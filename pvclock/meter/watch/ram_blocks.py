@@ -56,7 +56,8 @@ class BlockTable:
         index = bisect_right(self._begins, gpa) - 1
         if index >= 0:
             offset = gpa - self._begins[index]
-            if 0 <= length <= self.blocks[index].length - offset:
+            left = self.blocks[index].length - offset
+            if left > 0 and 0 <= length <= left:
                 return index, offset
         raise GuestAddressError(gpa, length, self._why_not(gpa))
 
