@@ -370,6 +370,13 @@ def test_without_kvm(tmp_path: Path) -> None:
             open_vm(pid=pid)
 
 
+def is_listened_at(path: Path) -> bool:
+    """Does somebody accept connections there?  A socket is bound, and so a file, before that."""
+    accepts = "00010000"  # __SO_ACCEPTCON
+    sockets = (line.split() for line in Path("/proc/net/unix").read_text(encoding="utf-8").splitlines())
+    return any(fields[3] == accepts and fields[-1] == str(path) for fields in sockets)
+
+
 @contextmanager
 def emulating_qemu(qmp: Path) -> Iterator[int]:
     """The process of a QEMU without KVM, and without a guest, that listens at `qmp`."""
@@ -377,7 +384,7 @@ def emulating_qemu(qmp: Path) -> Iterator[int]:
     process = subprocess.Popen([find_program(), *options, "-qmp", f"unix:{qmp},server=on,wait=off"])
     try:
         deadline = time.monotonic() + HANG_S
-        while not qmp.exists() or b"qemu" not in Path(f"/proc/{process.pid}/comm").read_bytes():
+        while not is_listened_at(qmp):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         yield process.pid
