@@ -211,14 +211,15 @@ def test_a_budget_for_steps(
 
 def pause_between_looks(running: RunningQemu) -> None:
     """Let all vCPUs enter again before the next look: KVM chooses which is first, and a look may come between."""
+    versions = [page.version for page in running.pages()]
     running.qemu.pause()
     running.qemu.resume()
-    await_version(running, 4)
+    await_later(running, versions)
 
 
-def await_version(running: RunningQemu, version: int) -> None:
-    """Wait until all pages have it, or a later one."""
-    while any(page.version < version for page in running.pages()):
+def await_later(running: RunningQemu, versions: list[int]) -> None:
+    """Wait until each vCPU's page has a later version than it had."""
+    while any(page.version <= version for page, version in zip(running.pages(), versions, strict=True)):
         running.qemu.check_running()
 
 
@@ -259,7 +260,8 @@ def test_what_follows_the_first_line_is_seen(
     running: RunningQemu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The line that tells of the pages comes after the first look at them: a step at that moment is one."""
-    script(monkeypatch, lambda: await_version(running, 4))
+    versions = [page.version for page in running.pages()]
+    script(monkeypatch, lambda: await_later(running, versions))
 
     def pausing(text: str) -> None:
         write(text)
