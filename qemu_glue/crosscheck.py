@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pvclock import ConfigError
 from pvclock.commands.arguments import duration_s, whole_number
-from pvclock.commands.report import Report
+from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
 from pvclock.meter.comparison import Check, compare
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--why", action="store_true", help="print each row's rule and bound, too")
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Show the rows; a finding if one disagrees."""
     if arguments.lifecycle:
         return _lifecycle(arguments, screen)
@@ -63,10 +63,10 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
         "why_no_hyperv": why_no_hyperv,
         "lifecycle": [],
     }
-    return Report(_show_wrong([(check.name, check) for check in (*checks, *reference_checks)], screen), found)
+    return Outcome(_show_wrong([(check.name, check) for check in (*checks, *reference_checks)], screen), found)
 
 
-def _lifecycle(arguments: argparse.Namespace, screen: Screen) -> Report:
+def _lifecycle(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Show each operation's rows as they come."""
     from qemu_glue.lifecycle import cross_check_lifecycle  # here, as in crosscheck()
     from qemu_glue.peer.launch import require_programs
@@ -84,7 +84,7 @@ def _lifecycle(arguments: argparse.Namespace, screen: Screen) -> Report:
         "lifecycle": [{"operation": operation, **as_json(check)} for operation, check in rows],
     }
     named = [(f"{operation}: {check.name}", check) for operation, check in rows]
-    return Report(_show_wrong(named, screen, _all_right(rows)), found)
+    return Outcome(_show_wrong(named, screen, _all_right(rows)), found)
 
 
 def _all_right(rows: list[tuple[str, Check]]) -> str:

@@ -1,7 +1,7 @@
 """The command line: `pvclock COMMAND`, one module a command, found by the entry-point group `pvclock.commands`.
 
 A command is a module: its docstring is its help, EXAMPLES the lines that say what to type, `add_arguments(parser)`
-declares its arguments, and `run(arguments, screen)` does its work, shows it on the `Screen` and returns a `Report`.
+declares its arguments, and `run(arguments, screen)` does its work, shows it on the `Screen` and returns a `Outcome`.
 With `JSON_LINES = True` its --json is lines: those that it writes itself while it works, and the report on one line.
 This module does what all commands share: --json, errors in one line, standard streams that are closed or full,
 and the exit status: 0 done, 1 a finding, 2 failed, 130 interrupted, 141 standard output was closed by its reader.
@@ -120,23 +120,23 @@ def _names() -> set[str]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pvclock.commands.report import report_json
+    from pvclock.commands.outcome import outcome_json
     from pvclock.commands.screen import Screen, write
 
     try:
-        report = arguments.run(arguments, Screen(quiet=arguments.json))
+        outcome = arguments.run(arguments, Screen(quiet=arguments.json))
     except BrokenPipeError:
         raise
     except (PvclockError, OSError) as error:
         return _fail(arguments.command, error, as_json=arguments.json)
     if arguments.json:
-        write(report_json(arguments.command, report, on_one_line=arguments.json_lines) + "\n")
-    return int(report.exit_status)
+        write(outcome_json(arguments.command, outcome, on_one_line=arguments.json_lines) + "\n")
+    return int(outcome.exit_status)
 
 
 def _fail(command: str, error: Exception, *, as_json: bool) -> int:
     """Report the error that ended a command."""
-    from pvclock.commands.report import error_json
+    from pvclock.commands.outcome import error_json
     from pvclock.commands.screen import write
 
     if as_json:
@@ -147,7 +147,7 @@ def _fail(command: str, error: Exception, *, as_json: bool) -> int:
 
 def _complain(program: str, error: Exception) -> int:
     """Print one line on standard error if it can be written; the exit status."""
-    from pvclock.commands.report import message_of
+    from pvclock.commands.outcome import message_of
 
     try:
         print(f"{program}: {message_of(error)}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 from pvclock.commands import find_command
 from pvclock.commands.arguments import duration_s, whole_number
 from pvclock.commands.doctor import Finding, examine
-from pvclock.commands.report import Report
+from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
 from pvclock.errors import KvmError
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Run the demonstration; a finding if a guest saw its clock misbehave, or the clocks disagree."""
     why_no_kvm = _why_no_kvm()
     findings = list(examine())
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
         "comparison": comparison,
         "reference_time": reference_time,
     }
-    return Report(ok, found)
+    return Outcome(ok, found)
 
 
 def _why_no_kvm() -> str | None:

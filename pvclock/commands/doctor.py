@@ -20,7 +20,7 @@ from rich.text import Text
 
 from pvclock.commands import doctor_guest, find_command
 from pvclock.commands.guest_next import NextCommand
-from pvclock.commands.report import Report
+from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table, verdict
 from pvclock.errors import ConfigError, KvmError, LabError
@@ -69,16 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     doctor_guest.add_arguments(parser)
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Show what works, the next command and the findings; or the verdict on this guest's clock."""
     if arguments.guest:
         return doctor_guest.run(arguments, screen)
     if given := doctor_guest.options_given(arguments):
         raise ConfigError(f"{given[0]} goes with --guest")
-    return _host_report(screen)
+    return _host_outcome(screen)
 
 
-def _host_report(screen: Screen) -> Report:
+def _host_outcome(screen: Screen) -> Outcome:
     findings = list(examine())
     working = works(findings)
     command, why = next_command(working)
@@ -86,7 +86,7 @@ def _host_report(screen: Screen) -> Report:
     screen.show(_summary(working), f"Type next:  {command}  ({why})")
     screen.show(*(f"And:        {each.command}  ({each.why})" for each in also))
     screen.show(_table(findings))
-    return Report(
+    return Outcome(
         not any(finding.needed and not finding.ok for finding in findings),
         {"works": working, "next": {"command": command, "why": why}, "also": also, "findings": findings},
     )

@@ -13,8 +13,8 @@ from typing import Final
 from pvclock.commands import probe_files
 from pvclock.commands.arguments import duration_s
 from pvclock.commands.guest_next import SECONDS_MIN, NextCommand, Options, Rerun, budget_words
-from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, report_of
-from pvclock.commands.report import Report
+from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, outcome_of
+from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from pvclock.errors import ConfigError
 from pvclock.quantities import quoted
@@ -58,7 +58,7 @@ def options_given(arguments: argparse.Namespace) -> list[str]:
     return [option for option, value in own.items() if value is not None] + budgets_given(arguments)
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Measure, keep the measurement if that is asked for, judge, and show."""
     from pvclock.commands.probe_process import run_probe
     from pvclock.meter.inside import parse_record
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
     if arguments.save is not None:
         probe_files.write(arguments.save, line)
     rerun = doctor_rerun(options, arguments.save)
-    return report_of(parse_record(line), budgets_of(arguments), screen, rerun, record=json.loads(line))
+    return outcome_of(parse_record(line), budgets_of(arguments), screen, rerun, record=json.loads(line))
 
 
 def doctor_rerun(options: Options, saved: str | None) -> Rerun:

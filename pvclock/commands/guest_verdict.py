@@ -10,14 +10,14 @@ from rich.text import Text
 
 from pvclock.commands.arguments import rate_ppb, time_ns
 from pvclock.commands.guest_next import Rerun, next_commands
-from pvclock.commands.report import Report
+from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
     from pvclock.meter.inside import Budgets, Finding, ProbeRecord, Verdict
 
-__all__ = ["add_budgets", "budgets_given", "budgets_of", "report_of"]
+__all__ = ["add_budgets", "budgets_given", "budgets_of", "outcome_of"]
 
 BUDGETS: Final = (
     ("max_warp", time_ns, "TIME", "how far CPUs' clocks may be apart, such as 200ns"),
@@ -45,7 +45,7 @@ def budgets_of(arguments: argparse.Namespace) -> Budgets:
     return Budgets(arguments.max_warp, arguments.max_step, arguments.max_drift)
 
 
-def report_of(measured: ProbeRecord, budgets: Budgets, screen: Screen, rerun: Rerun, **also: object) -> Report:
+def outcome_of(measured: ProbeRecord, budgets: Budgets, screen: Screen, rerun: Rerun, **also: object) -> Outcome:
     """Judge what was measured; show what it comes to and what to type next.  also: more for JSON."""
     from pvclock.commands.guest_tables import clock_rows, clocks_table, promises_table
     from pvclock.meter.inside import judge, verdict_document
@@ -58,7 +58,7 @@ def report_of(measured: ProbeRecord, budgets: Budgets, screen: Screen, rerun: Re
     screen.show(*verdict.story, clocks_table(measured), promises_table(measured, verdict))
     screen.show(*(f"Type next:  {each.command}  ({each.why})" for each in following))
     found = {**verdict_document(verdict), "clocks": clock_rows(measured), "next": following, **also}
-    return Report(verdict.exit_status == 0, found, verdict.exit_status)
+    return Outcome(verdict.exit_status == 0, found, verdict.exit_status)
 
 
 # Inside

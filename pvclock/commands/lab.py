@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Final, NoReturn
 
 from pvclock.commands.arguments import duration_s, folder, whole_number
-from pvclock.commands.report import Report
+from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from pvclock.errors import ConfigError
 from pvclock.lab import LabConfig, run_in_lab
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND", help="the command and its arguments")
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Run the command in the lab; its exit status is ours."""
     config = LabConfig(
         cpus=arguments.cpus,
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
     with _ended_by_signals():
         outcome = run_in_lab(command, config, stdout=stdout, tell=lambda text: screen.tell(f"pvclock lab: {text}"))
     result = {"kernel": outcome.kernel, "status": outcome.status, "duration_s": outcome.seconds}
-    return Report(outcome.status == 0, result, outcome.status)
+    return Outcome(outcome.status == 0, result, outcome.status)
 
 
 def _memory(text: str) -> str:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 from pvclock.commands import probe_files
 from pvclock.commands.guest_next import SECONDS_MAX, SECONDS_MIN, NextCommand, Options, Rerun, budget_words
-from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, report_of
+from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, outcome_of
+from pvclock.commands.outcome import Outcome
 from pvclock.commands.probe_files import STDIN
-from pvclock.commands.report import Report
 from pvclock.commands.screen import Screen
 from pvclock.errors import ConfigError
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_budgets(parser)
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Write the file, or judge one."""
     if arguments.judge is not None:
         return _judged(arguments, screen)
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
 # Inside
 
 
-def _written(name: str, screen: Screen, *, is_linux: bool) -> Report:
+def _written(name: str, screen: Screen, *, is_linux: bool) -> Outcome:
     """Write the probe, and say how to run it."""
     from pvclock.probe import bootable_image, linux_executable
 
@@ -73,7 +73,7 @@ def _written(name: str, screen: Screen, *, is_linux: bool) -> Report:
     what, following = _linux_next(name) if is_linux else _image_next(name)
     screen.show(f"{name}: {what}, {len(program):,} bytes", f"Type next:  {following.command}  ({following.why})")
     form = "linux" if is_linux else "bare"
-    return Report(True, {"file": name, "form": form, "size_bytes": len(program), "next": [following]})
+    return Outcome(True, {"file": name, "form": form, "size_bytes": len(program), "next": [following]})
 
 
 def _linux_next(name: str) -> tuple[str, NextCommand]:
@@ -87,14 +87,14 @@ def _image_next(name: str) -> tuple[str, NextCommand]:
     return "the probe as an image", NextCommand(command, f"other VMMs: {OTHER_VMMS}")
 
 
-def _judged(arguments: argparse.Namespace, screen: Screen) -> Report:
+def _judged(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Judge what a file, or standard input, has of a probe."""
     if arguments.linux:
         raise ConfigError("--linux goes with --output: --judge reads what either form printed")
     file = arguments.judge
     record = probe_files.record_in(file)
     budgets = budgets_of(arguments)
-    return report_of(record, budgets, screen, _rerun(file, record, budgets), file=file)
+    return outcome_of(record, budgets, screen, _rerun(file, record, budgets), file=file)
 
 
 def _rerun(file: str, record: ProbeRecord, budgets: Budgets) -> Rerun:

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Final, NamedTuple
 
 from pvclock._scale import ClockScale
-from pvclock.commands.report import Report
+from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 from pvclock.errors import RangeError
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hyperv", action="store_true", help="Hyper-V's reference time, whose unit is 100 ns")
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Show a row for each frequency; of reference time, one for each VMM."""
     scales = [ClockScale.from_hz(parse_hz(text), rounding=arguments.rounding) for text in arguments.hz]
     found: dict[str, object] = {"rounding": arguments.rounding, "scales": [_values(scale) for scale in scales]}
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Report:
         found["reference_times"] = [_reference_values(reference) for reference in references]
     else:
         screen.show(_pair_table(scales))
-    return Report(True, found)
+    return Outcome(True, found)
 
 
 def _pair_table(scales: list[ClockScale]) -> Table:

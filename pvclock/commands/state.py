@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from rich.text import Text
 
-from pvclock.commands.report import Report
+from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 from pvclock.errors import StateFileError
@@ -39,16 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="a saved state")
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Show or check the files; a finding if `check` finds one that is not valid."""
     return (_check if arguments.action == "check" else _show)(arguments.files, screen)
 
 
-def _check(files: list[str], screen: Screen) -> Report:
+def _check(files: list[str], screen: Screen) -> Outcome:
     reports = [_report(file) for file in files]
     for report in reports:
         screen.show(f"{_name(report['file'])}: {report['summary']}")
-    return Report(all(report["ok"] for report in reports), {"files": reports})
+    return Outcome(all(report["ok"] for report in reports), {"files": reports})
 
 
 def _report(file: str) -> dict[str, Any]:
@@ -69,11 +69,11 @@ def _summary(state: ClockState) -> str:
     return f"version {state.version}, {state.provider.name}, {vcpus}, guest time {guest_time}, saved {saved}"
 
 
-def _show(files: list[str], screen: Screen) -> Report:
+def _show(files: list[str], screen: Screen) -> Outcome:
     states = [(file, clock_state.read(file)) for file in files]
     for file, state in states:
         screen.show(_name(file), _table(state))
-    return Report(True, {"files": [_as_json(file, state) for file, state in states]})
+    return Outcome(True, {"files": [_as_json(file, state) for file, state in states]})
 
 
 def _as_json(file: str, state: ClockState) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pvclock import Gpa, Reference
 from pvclock.commands.arguments import duration_s, rate_ppb, time_ns
-from pvclock.commands.report import Report, line_json
+from pvclock.commands.outcome import Outcome, line_json
 from pvclock.commands.screen import Screen, write
 from pvclock.errors import PagesNotFound, PvclockError
 
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tsc-unchanged", action="store_true", help=unchanged)
 
 
-def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Watch, show, and hold what was found against the budgets."""
     from qemu_glue.watch.beginning import Interrupted, Patience, opened
     from qemu_glue.watch.interrupts import Interrupts
@@ -121,14 +121,14 @@ def _begun(
             raise
 
 
-def _watched(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound) -> Report:
+def _watched(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound) -> Outcome:
     """Watch to the end, and show what it came to; after an error of a VM that runs, too."""
     try:
         why_ended = _looked(arguments, screen, loop, found)
     except PvclockError:
         _show_summary(arguments, screen, loop)
         raise
-    return _report(arguments, screen, loop, why_ended)
+    return _outcome(arguments, screen, loop, why_ended)
 
 
 def _looked(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound) -> str | None:
@@ -178,7 +178,7 @@ def _view(
 
 
 def _show_summary(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop) -> None:
-    """Where there is no report: for people, and as a line of JSON."""
+    """Where there is no outcome: for people, and as a line of JSON."""
     from qemu_glue.watch.records import summary_record
     from qemu_glue.watch.tables import summary_table
 
@@ -187,7 +187,7 @@ def _show_summary(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop
         write(line_json("watch", {"kind": "summary", **summary_record(loop.watcher.summary)}) + "\n")
 
 
-def _report(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, why_ended: str | None) -> Report:
+def _outcome(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, why_ended: str | None) -> Outcome:
     """Show what the watch came to, and how its budgets fared."""
     from pvclock.meter.watch.budgets import Budgets
     from qemu_glue.watch.records import budgets_record, finding_record, rate_records, summary_record, vm_record
@@ -213,7 +213,7 @@ def _report(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, why_
         "budgets": budgets_record(budgets, verdict),
     }
     status = 0 if verdict is None else verdict.status.exit_status
-    return Report(status == 0, found, status)
+    return Outcome(status == 0, found, status)
 
 
 def _pid(text: str) -> int:

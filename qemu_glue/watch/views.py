@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from rich.text import Text
 
 from pvclock import HostTsc
-from pvclock.commands.report import line_json
+from pvclock.commands.outcome import line_json
 from pvclock.commands.screen import Screen, write
 from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop

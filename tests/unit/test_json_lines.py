@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from pvclock.commands import main
-from pvclock.commands.report import Report, line_json
+from pvclock.commands.outcome import Outcome, line_json
 from pvclock.commands.screen import Screen, write
 from pvclock.errors import StateError
 
@@ -32,10 +32,10 @@ def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def run(*_: object) -> Report:
+def run(*_: object) -> Outcome:
     """Write a line, and report a finding."""
     write(line_json("lines", {"kind": "step", "numbers": (1, 2)}) + "\n")
-    return Report(False, {"steps": 1})
+    return Outcome(False, {"steps": 1})
 
 
 @pytest.mark.usefixtures("command")
@@ -54,7 +54,7 @@ def test_an_error_is_a_line(
 ) -> None:
     """What keeps it from its work is one line, too."""
 
-    def fail(*_: object) -> Report:
+    def fail(*_: object) -> Outcome:
         raise StateError("watch", "it ended", "start it")
 
     monkeypatch.setattr(command, "run", fail)

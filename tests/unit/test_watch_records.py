@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from pvclock.commands.report import line_json
+from pvclock.commands.outcome import line_json
 from pvclock.host.watch import TroubleKind
 from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.budgets import Budgets, Verdict

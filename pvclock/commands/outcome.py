@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from pvclock import __version__
 from pvclock.state.json_schema import plain
 
-__all__ = ["Report", "error_json", "line_json", "report_json"]
+__all__ = ["Outcome", "error_json", "line_json", "outcome_json"]
 
 SHAPE: Final = 1
 """The number in `schema`: changes when a key goes or changes its meaning, not when one is added."""
@@ -19,7 +19,7 @@ LONG_WORD: Final = re.compile(r"(\S{60})\S{200,}")
 """A value from the user longer than most paths: its beginning is enough to recognise it."""
 
 
-class Report(NamedTuple):
+class Outcome(NamedTuple):
     """A command's result.
 
     ok: nothing is wrong.  result: all that was found, for JSON: numbers are numbers, and a key names their unit.
@@ -36,9 +36,9 @@ class Report(NamedTuple):
         return int(not self.ok) if self.status is None else self.status
 
 
-def report_json(command: str, report: Report, *, on_one_line: bool = False) -> str:
-    """A command's report as its JSON document."""
-    return _document(command, report.ok, on_one_line, result=plain(report.result))
+def outcome_json(command: str, outcome: Outcome, *, on_one_line: bool = False) -> str:
+    """A command's outcome as its JSON document."""
+    return _document(command, outcome.ok, on_one_line, result=plain(outcome.result))
 
 
 def error_json(command: str, error: Exception, *, on_one_line: bool = False) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from pvclock.commands import _parser, main
 from pvclock.commands.doctor import next_command
-from pvclock.commands.report import Report, error_json, report_json
+from pvclock.commands.outcome import Outcome, error_json, outcome_json
 from pvclock.errors import KvmUnavailable, LabError, MsrFault, PvclockError
 from pvclock.meter.figure import Figure
 from qemu_glue import QemuExited
@@ -69,14 +69,14 @@ def texts_that_are_numbers(value: Any, key: str = "") -> Any:  # noqa: ANN401  #
 def test_a_cell_has_its_text_and_its_numbers() -> None:
     """What a table shows stands beside the numbers that it is made of, whose keys have their unit."""
     shown = Figure("-25.9 us", {"wall_clock_error_ns": -25_912})
-    document = json.loads(report_json("x", Report(False, {"engine": shown})))
+    document = json.loads(outcome_json("x", Outcome(False, {"engine": shown})))
     assert document["result"] == {"engine": {"text": "-25.9 us", "values": {"wall_clock_error_ns": -25912}}}
 
 
 def test_a_status_of_its_own() -> None:
     """A report's exit status is 0 for ok and 1 for a finding, unless it has one of its own."""
-    assert [Report(ok, {}).exit_status for ok in (True, False)] == [0, 1]
-    assert Report(False, {}, 127).exit_status == 127
+    assert [Outcome(ok, {}).exit_status for ok in (True, False)] == [0, 1]
+    assert Outcome(False, {}, 127).exit_status == 127
 
 
 @pytest.mark.parametrize(
