@@ -7,8 +7,11 @@ PYTHON ?= python3
 # What the build needs, scripts/make-venv.sh knows.
 DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file spin clang grub-pc-bin grub-common xorriso mtools
 
-# The tests of `make test`; those of `make test-lab` are the others.
-QUICK := not (lab or long) or smoke
+# A browser to look at reports with, and what scrapes a watch.
+WEB_PACKAGES := chromium prometheus
+
+# The tests of `make test`; those of `make test-lab` and `make test-web` are the others.
+QUICK := not (lab or long or web) or smoke
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,8 +28,9 @@ MODULES := $(subst /,.,$(basename $(filter %.pyx,$(SOURCES))))
 INSTALLED := $(VENV)/stamps/installed-$(notdir $(PYTHON))
 BUILT := $(VENV)/stamps/built-$(notdir $(PYTHON))
 PACKAGES := $(VENV)/stamps/$(subst $() ,+,packages $(sort $(DEBIAN_PACKAGES)))
+WEB := $(VENV)/stamps/$(subst $() ,+,packages $(sort $(WEB_PACKAGES)))
 
-.PHONY: build demo test test-lab conformance mutants bench drift lint clean help
+.PHONY: build demo test test-lab test-web conformance mutants bench drift lint clean help
 
 build: $(BUILT) ## build the extension modules in place (the default)
 	@:
@@ -40,6 +44,9 @@ test: lint $(PACKAGES) ## build, lint, and run the quick tests, all that this ma
 test-lab: build $(PACKAGES) ## run the long tests and those of the lab, and in the lab all that has to do with KVM
 	@$(BIN)/python -m pytest -n auto -m 'lab or long'
 	@scripts/test-in-lab.sh
+
+test-web: build $(PACKAGES) $(WEB) ## look at reports in a browser, and have Prometheus scrape a watch
+	@$(BIN)/python -m pytest -n auto -m web
 
 conformance: build $(PACKAGES) ## hold docs/verdicts.tsv against a run of the tests, and write docs/conformance.md
 	@$(BIN)/python -m pytest -n auto -q -m '$(QUICK)' -p tests.conformance.plugin --conformance docs
@@ -76,5 +83,7 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	@$(STEP) "build $(words $(MODULES)) extension modules" $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
-$(PACKAGES): $(INSTALLED)
-	@if scripts/debian-packages.sh $(DEBIAN_PACKAGES); then touch $@; else echo "  going on without them: tests that need them are skipped"; fi
+$(PACKAGES): WANTED = $(DEBIAN_PACKAGES)
+$(WEB): WANTED = $(WEB_PACKAGES)
+$(PACKAGES) $(WEB): $(INSTALLED)
+	@if scripts/debian-packages.sh $(WANTED); then touch $@; else echo "  going on without them: tests that need them are skipped"; fi

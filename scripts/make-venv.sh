@@ -43,4 +43,4 @@ with open("pyproject.toml", "rb") as file:
 END
 )
 scripts/step.sh "install ${build_requires[*]}" "${pip[@]}" "${build_requires[@]}"
-scripts/step.sh "install pvclock and its tools" "${pip[@]}" --no-build-isolation --editable '.[test,lab,plot]'
+scripts/step.sh "install pvclock and its tools" "${pip[@]}" --no-build-isolation --editable '.[test,lab,plot,prometheus]'
