@@ -24,6 +24,7 @@ __all__ = ["HttpServer", "Page"]
 CLIENT_LIMIT_S: Final = 5.0
 CLIENTS_MAX: Final = 64
 REQUEST_BYTES_MAX: Final = 16 << 10
+TURNS_TO_END: Final = 3
 END_OF_REQUEST: Final = b"\r\n\r\n"
 PATH: Final = "/metrics"
 
@@ -58,9 +59,10 @@ class HttpServer:
         return f"http://{self.address}{PATH}"
 
     def close(self) -> None:
-        """Serve no more."""
-        self._loop.call_soon_threadsafe(self._is_over.set)
-        self._thread.join()
+        """Serve no more; again, nothing."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._is_over.set)
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -82,10 +84,12 @@ class HttpServer:
         server = await asyncio.start_server(self._take, sock=self._listener, limit=REQUEST_BYTES_MAX)
         await self._is_over.wait()
         server.close()
-        clients = list(self._clients)
-        for client in clients:
-            client.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
+        for _ in range(TURNS_TO_END):  # one that was let in just now has no task so far
+            await asyncio.sleep(0)
+            clients = asyncio.all_tasks() - {asyncio.current_task()}
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
 
     async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         client = asyncio.current_task()
