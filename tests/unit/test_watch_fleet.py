@@ -211,6 +211,20 @@ def test_one_ends_and_another_comes(hand_made: HandMadeFleet, capsys: pytest.Cap
     assert hand_made.opened == ["db", "web", "new"]
 
 
+def test_a_killed_vm_leaves_its_socket(hand_made: HandMadeFleet) -> None:
+    """Its series go; while the socket is there, the VM counts as one that cannot be watched."""
+    hand_made.add("web")
+    db = hand_made.add("db")
+
+    def kill() -> None:
+        hand_made.vms["db"] = QmpFailed("connect", "nobody listens there")
+        db.has_ended, db.fault = True, VmEnded(1)
+
+    fleet = hand_made.watch(hand_made.looked("db"), doing(kill), lambda: hand_made.opened.count("db") > 2)
+    assert (hand_made.series.of("db").vcpus, hand_made.series.of("db").is_up) == ((), False)
+    assert fleet.not_watched == {"db": "QMP connect: nobody listens there"}
+
+
 def test_what_cannot_be_watched_is_tried_again(hand_made: HandMadeFleet, capsys: pytest.CaptureFixture[str]) -> None:
     """It is told once, and watched once it can be; the others do not wait for it."""
     hand_made.add("web")
