@@ -28,9 +28,10 @@ SPAN_PARTS: Final = 3
 
 
 class Deviation(NamedTuple):
-    """The Allan deviation over tau_s, in ppb, and where it is by the number of samples, 68 times in 100.
+    """The Allan deviation over tau_s, in ppb.
 
-    terms: differences that it is made of, which overlap.
+    low_ppb, high_ppb: where it is by the number of samples, 68 times in 100 if the rate's noise is white.  terms:
+    differences that it is made of, which overlap.
     """
 
     tau_s: float
@@ -98,8 +99,17 @@ def _deviation(segments: Sequence[Sequence[float]], m: int, tau_s: float) -> Dev
         terms += len(squares)
         total += math.fsum(squares)
     ppb = math.sqrt(total / (2 * terms)) / tau_s
-    error = 1 / math.sqrt(2 * max(sum(counts) / m, 1))
+    error = 1 / math.sqrt(2 * _degrees_of_freedom(sum(counts) + 2 * m, m))
     return Deviation(tau_s, ppb, ppb / (1 + error), ppb * (1 + error), terms)
+
+
+def _degrees_of_freedom(readings: int, m: int) -> float:
+    """How many independent differences those of so many readings are worth, if the rate's noise is white.
+
+    Source: NIST SP 1065, table 5, white FM.
+    """
+    worth = (1.5 * (readings - 1) / m - 2 * (readings - 2) / readings) * 4 * m**2 / (4 * m**2 + 5)
+    return max(worth, 1.0)
 
 
 def _squares(x: Sequence[float], m: int, places: range) -> Iterator[float]:

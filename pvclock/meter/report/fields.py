@@ -127,6 +127,8 @@ class Fields:
 
 def safe_text(text: str) -> str:
     """A text that a terminal can show: what cannot be printed as its escape, and what is too long cut."""
+    if text.isprintable() and len(text) <= TEXT_MAX:  # the most common case, a million times
+        return text
     shown = "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text[:TEXT_MAX]
     )
