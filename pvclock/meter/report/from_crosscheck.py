@@ -13,11 +13,7 @@ __all__ = ["crosscheck_section"]
 
 ALL_THREE: Final = ("engine", "kernel", "qemu")
 NAMES: Final = {"engine": "engine", "kernel": "kernel", "qemu": "QEMU"}
-RATES: Final = {
-    "rate_ppb": "by its TSC",
-    "nominal_ppb": "by raw, at the nominal rate",
-    "steered_ppb": "by raw, following it",
-}
+RATES: Final = {"rate_ppb": "by its TSC", "nominal_ppb": "by raw, nominal", "steered_ppb": "by raw, steered"}
 LEAST, MOST = "went_on_least_ns", "went_on_most_ns"
 REASONS_SHOWN: Final = 20
 

@@ -190,7 +190,7 @@ def _budgets(log: WatchLog, budgets: Fields) -> Iterator[tuple[str, str, str, St
     own = standing if one_budget or standing is Standing.GOOD else Standing.PLAIN
     if (max_step_ns := budgets.number_or_none("max_step_ns")) is not None:
         pauses = ", pauses by what the guest saw" if budgets.truth("allow_pauses") else ""
-        greatest = log.steps.greatest.in_words() if log.steps.greatest else "no step"
+        greatest = log.steps.greatest.size_in_words() if log.steps.greatest else "no step"
         yield "no step of more than", f"{plain_ns(Fraction(max_step_ns))}{pauses}", greatest, own
     if (max_drift_ppb := budgets.number_or_none("max_drift_ppb")) is not None:
         yield "no rate of more than", f"{max_drift_ppb:,.10g} ppb", " ".join(_rates(log)) or "-", own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import Final
 
-from pvclock.meter.report.model import Mark
+from pvclock.meter.report.model import MARKS_MAX, Mark, Standing
 
 __all__ = ["MARKS_OF_A_KIND_MAX", "MarkCollection"]
 
@@ -14,6 +14,8 @@ MARKS_OF_A_KIND_MAX: Final = 2000
 
 KINDS_MAX: Final = 40
 """We have some 30; a file may name any number."""
+
+WEIGHTS: Final = {Standing.BAD: 2, Standing.OPEN: 1, Standing.GOOD: 0, Standing.PLAIN: 0}
 
 
 class MarkCollection:
@@ -29,21 +31,26 @@ class MarkCollection:
         kept = self._kinds.setdefault(mark.kind, [])
         kept.append(mark)
         if len(kept) > MARKS_OF_A_KIND_MAX:
-            pairs = zip(kept[::2], kept[1::2], strict=False)
-            self._kinds[mark.kind] = [_merged(*pair) for pair in pairs] + kept[len(kept) & ~1 :]
+            self._kinds[mark.kind] = _halved(kept)
 
     def marks(self) -> tuple[Mark, ...]:
-        """All that are kept, by x."""
-        return tuple(sorted(chain.from_iterable(self._kinds.values()), key=lambda mark: mark.x))
+        """As many as a page draws, by x: of the kinds that have most, neighbours are merged."""
+        kinds = dict(self._kinds)
+        while sum(map(len, kinds.values())) > MARKS_MAX:
+            most = max(kinds, key=lambda kind: len(kinds[kind]))
+            kinds[most] = _halved(kinds[most])
+        return tuple(sorted(chain.from_iterable(kinds.values()), key=lambda mark: mark.x))
 
 
-def _merged(one: Mark, other: Mark) -> Mark:
-    """The greater of two, for both; a span reaches over both."""
-    greater = other if other.size > one.size else one
-    ends = [mark.until for mark in (one, other) if mark.until is not None]
-    is_span = greater.until is not None
-    return greater._replace(
-        x=min(one.x, other.x) if is_span else greater.x,
-        until=max(ends) if is_span else None,
-        stands_for=one.stands_for + other.stands_for,
-    )
+def _halved(marks: list[Mark]) -> list[Mark]:
+    """Every two neighbours as the greater of them, which stands for both."""
+    merged = [
+        max(one, other, key=_weight)._replace(stands_for=one.stands_for + other.stands_for)
+        for one, other in zip(marks[::2], marks[1::2], strict=False)
+    ]
+    return merged + marks[len(marks) & ~1 :]
+
+
+def _weight(mark: Mark) -> tuple[int, float]:
+    """What is bad is told before what is great."""
+    return WEIGHTS[mark.standing], mark.size

@@ -66,8 +66,14 @@ class Step(NamedTuple):
         if self.step_ns is None:
             return "stepped by an unknown time, for the guest's TSC was changed, or may have been"
         assumed = f" ({BASES['assumed']})" if self.basis == "assumed" else ""
-        seen = f", {self.seen_in_words()} from STOP to RESUME" if self.seen_ns is not None else ""
-        return f"stepped by {exact_ns(self.step_ns, self.bound_ns)} against the TSC{assumed}{seen}"
+        return f"stepped by {exact_ns(self.step_ns, self.bound_ns)} against the TSC{assumed}{self._seen()}"
+
+    def size_in_words(self) -> str:
+        """How long it was, against the TSC and for the guest, and when."""
+        return f"{exact_ns(self.step_ns or 0, self.bound_ns)} at {self.at_s:,.3f} s{self._seen()}"
+
+    def _seen(self) -> str:
+        return f", {self.seen_in_words()} from STOP to RESUME" if self.seen_ns is not None else ""
 
     def seen_in_words(self) -> str:
         """What the guest saw of a pause; "-" if that is unknown."""
