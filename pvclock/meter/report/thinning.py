@@ -54,7 +54,7 @@ def _placeable(line: Line) -> Line:
         return line
     kept = [index for index, x in enumerate(line.x) if math.isfinite(x)]
     x, y, low, high = (
-        [column[it] for it in kept] if column else () for column in (line.x, line.y, line.low, line.high)
+        [column[it] for it in kept] if len(column) else () for column in (line.x, line.y, line.low, line.high)
     )
     return line._replace(x=x, y=y, low=low, high=high)
 
@@ -67,7 +67,7 @@ def _kept(line: Line, buckets_wanted: int) -> tuple[list[int], list[float], list
     for bucket in _buckets(line.x, buckets_wanted):
         indexes = _kept_of(line.y, bucket)
         kept += indexes
-        if line.low:
+        if len(line.low):
             least = _extreme(min, line.low[bucket.begin : bucket.end])
             most = _extreme(max, line.high[bucket.begin : bucket.end])
             low += [math.nan if math.isnan(line.low[it]) else least for it in indexes]
