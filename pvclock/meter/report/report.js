@@ -109,6 +109,7 @@
     for (let it = Math.ceil((least - base) / shown.factor / step - 1e-6); it <= end; it++) {
       ticks.push({ at: base + it * step * shown.factor, label: decimal(it * step, places) });
     }
+    if (ticks.length < 2) return linearTicks(unit, [least, most], wanted * 2);
     return [ticks, joined(shown.name, base ? `from ${plain(unit, base)}` : "")];
   }
 

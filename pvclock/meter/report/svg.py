@@ -25,6 +25,7 @@ __all__ = [
     "mark_text",
     "plot_svg",
     "ready_to_draw",
+    "shown_axis",
     "standalone",
     "style_of_plots",
     "svg_element",
@@ -94,10 +95,11 @@ def ready_to_draw(plot: Plot) -> Plot:
         notes.append(f"{shown:,} of {of:,} points are drawn, with the least and greatest of each place.")
     if len(marks) < len(plot.marks):
         notes.append(f"{len(marks):,} of {len(plot.marks):,} marks are drawn, the greatest of each kind.")
-    return Plot(plot.title, _shown_axis(plot.x), _shown_axis(plot.y), lines, marks, " ".join(notes))
+    return Plot(plot.title, shown_axis(plot.x), shown_axis(plot.y), lines, marks, " ".join(notes))
 
 
-def _shown_axis(axis: Axis) -> Axis:
+def shown_axis(axis: Axis) -> Axis:
+    """Return an axis with a label for which there is room."""
     return axis._replace(label=clipped(showable(axis.label), LABEL_MAX))
 
 
