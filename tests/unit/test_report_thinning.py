@@ -104,17 +104,18 @@ def is_covered(thin: Line, x: float, low: float, high: float) -> bool:
 def test_a_band_covers_between_all_neighbours(line: Line, limit: int) -> None:
     """A line without gaps: at each of its points, the straight band between the neighbours that are left covers it."""
     whole = [it for it, y in enumerate(line.y) if math.isfinite(y)]
-    line = Line("it", *([column[it] for it in whole] for column in (line.x, line.y, line.low, line.high)))
+    x, y, low, high = ([column[it] for it in whole] for column in (line.x, line.y, line.low, line.high))
+    line = Line("it", x, y, low, high)
     thin = thinned(line, limit)
     indexes = indexes_of(line, thin)
     for (place, before), after in zip(enumerate(indexes[:-1]), indexes[1:], strict=True):
         for it in range(before, after + 1):
             width = line.x[after] - line.x[before]
             part = (line.x[it] - line.x[before]) / width if width else 0.5
-            low = thin.low[place] + part * (thin.low[place + 1] - thin.low[place])
-            high = thin.high[place] + part * (thin.high[place + 1] - thin.high[place])
-            assert low <= line.low[it] + 1e-6 or after == before + 1
-            assert high >= line.high[it] - 1e-6 or after == before + 1
+            least = thin.low[place] + part * (thin.low[place + 1] - thin.low[place])
+            most = thin.high[place] + part * (thin.high[place + 1] - thin.high[place])
+            assert least <= line.low[it] + 1e-6 or after == before + 1
+            assert most >= line.high[it] - 1e-6 or after == before + 1
     assert len(thin.x) == len(indexes)
 
 
