@@ -14,13 +14,14 @@ from pvclock import HostTsc
 from pvclock.commands.outcome import line_json
 from pvclock.commands.screen import write
 from pvclock.commands.tables import Table
+from pvclock.meter.watch.ahead import Ahead
 from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.meter.watch.words import counted, duration, time_of_day
 from qemu_glue.watch.instants import Instants, utc_text
-from qemu_glue.watch.records import finding_record, rate_records, vm_record
+from qemu_glue.watch.records import finding_record, rate_records, reading_record, vm_record
 from qemu_glue.watch.sentences import sentences
 from qemu_glue.watch.tables import vcpu_table
 
@@ -51,7 +52,10 @@ class ShowsLines(Protocol):
 
 
 class JsonView:
-    """A line of JSON for each finding, and now and then one of the rates.  vm: the name of one of a fleet."""
+    """A line of JSON for each finding, once a second one of the readings, and now and then one of the rates.
+
+    vm: the name of one of a fleet.
+    """
 
     def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound, vm: str | None = None) -> None:
         self._loop, self._instants = loop, instants
@@ -64,6 +68,9 @@ class JsonView:
         """See View."""
         for finding in look.findings:
             self._write(finding_record(finding), _utc_ns(finding, look.poll.end, self._instants))
+        if look.readings:
+            at_utc_ns = self._instants.utc_ns(look.poll.end)
+            self._write(reading_record(self._loop.reference, look.readings), at_utc_ns)
         if time.monotonic() - self._begin_s >= self._next_rates_s:
             self._next_rates_s += min(self._next_rates_s, RATES_MAX_S)
             self._write(
@@ -94,11 +101,13 @@ class LiveView:
         self._loop, self._instants, self._draw = loop, instants, draw
         self._told: deque[Text] = deque(maxlen=KEPT)
         self._last_steps: dict[int, Step] = {}
+        self._readings: tuple[Ahead, ...] = ()
         self._next_draw_s = 0.0
 
     def show(self, look: Look) -> None:
         """See View."""
         self._told += _told(look, self._instants)
+        self._readings = look.readings or self._readings
         if any(isinstance(finding, PagesFound) for finding in look.findings):
             self._last_steps, self._next_draw_s = {}, 0.0  # other pages than this look's
             return
@@ -109,7 +118,7 @@ class LiveView:
 
     def _parts(self, look: Look) -> Iterator[object]:
         rows = max(shutil.get_terminal_size().lines - AROUND_ROWS, 1)
-        yield vcpu_table(self._loop, look, self._last_steps, rows)
+        yield vcpu_table(self._loop, look, self._last_steps, self._readings, rows)
         hidden = len(self._loop.finder.pages) - rows
         if hidden > 0:
             yield f"and {counted(hidden, 'vCPU')} more"

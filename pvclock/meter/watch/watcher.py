@@ -7,7 +7,7 @@ from typing import Final
 
 from pvclock.meter.watch.changes import Change, Disagreement, Stall
 from pvclock.meter.watch.disagreements import Disagreements
-from pvclock.meter.watch.lines import TscRates, value_at
+from pvclock.meter.watch.lines import Line, TscRates, value_at
 from pvclock.meter.watch.page_watch import PageWatch
 from pvclock.meter.watch.pauses import Pauses
 from pvclock.meter.watch.poll import Poll
@@ -50,6 +50,8 @@ class Watcher:
         self._tally = Tally()
         self._first: HostTsc | None = None
         self._last: Poll | None = None
+        self.lines: tuple[Line | None, ...] = ()
+        """The line of each vCPU that counts as of the last poll, with its TSC offset; None where that is not known."""
         self._begin()
 
     @property
@@ -76,6 +78,7 @@ class Watcher:
             line, found = page.take(poll, stopped)
             lines.append(line)
             changes += found
+        self.lines = tuple(lines)
         changes += self._disagreements.take(poll, lines)
         self._tally.note(changes)
         self._first = poll.middle if self._first is None else self._first
