@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -294,6 +295,9 @@ def test_a_vm_that_does_not_answer_at_the_end(hand_made: HandMadeFleet, monkeypa
         fleet = hand_made.watch(hand_made.looked("web"), hang, lambda: is_asked.came)
     finally:
         answers.come()
+        for thread in threading.enumerate():
+            if thread.name == "pvclock-watch-web":
+                thread.join(HANG_S)
     assert fleet.not_watched == {"web": "it did not answer within 0.05 s, and is left"}
 
 
