@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -505,3 +506,24 @@ def test_a_budget_of_a_fleet_is_a_number(hand_made: HandMadeFleet) -> None:
     fleet = hand_made.watch(hand_made.looked("web"), max_step=Fraction(10**9))
     (watched,) = fleet.watched
     assert watched.cells[-1] == "passed"
+
+
+def test_one_vm_is_served_too(
+    hand_made: HandMadeFleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The watch of one VM shows what it always does, and serves its metrics meanwhile, under its socket's name."""
+    hand_made.add("web")
+    monkeypatch.setattr("qemu_glue.watch.beginning.open_vm", lambda qmp, **_others: hand_made.open_vm(qmp))
+    served: list[str] = []
+
+    def wait(_interrupts: Interrupts, _seconds: float) -> bool:
+        url = capsys.readouterr().out.partition("metrics at ")[2].partition("\n")[0]
+        if not served:
+            with urlopen(url, timeout=HANG_S) as page:  # noqa: S310  # our own
+                served.append(page.read().decode())
+        return hand_made.looks["web"] > LOOKS
+
+    monkeypatch.setattr(Interrupts, "wait", wait)
+    assert main(["watch", "--qmp", f"{hand_made.place}/web.qmp", "--prometheus", "0"]) == 0
+    assert 'pvclock_watch_up{vm="web"} 1.0' in served[0]
+    assert "none: no step" in capsys.readouterr().out
