@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -148,7 +148,7 @@ def test_files_that_draw_it(tmp_path: Path) -> None:
     page, picture, lines = (file.read_text(encoding="utf-8") for file in files)
     assert page.startswith("<!DOCTYPE html>")
     assert "engine anew" in page
-    drawing = ElementTree.fromstring(picture)  # noqa: S314  # our own
+    drawing = ET.fromstring(picture)  # noqa: S314  # our own
     words = "".join(drawing.itertext())
     assert all(name in words for name in ("the engine", "the kernel", "Ahead of raw"))
     assert json.loads(lines.splitlines()[-1])["ok"] is True
