@@ -27,7 +27,6 @@ class DriftingGuest:
     """A SeriesGuest.  Each look at it takes LOOK_TICKS, a reading up to five times that.
 
     between: happens between a reading and the look at its page.
-
     ppb: how fast the reference is against the TSC's nominal rate.
     """
 
