@@ -83,6 +83,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
         (["--seconds", "19"], "19 s are too short for 10 readings at either end: at least 20 s"),
         (["--interval", "0.01"], "--interval 0.01 is too short: at least 0.05 s"),
         (["--interval", "9", "--seconds", "179"], "at least 180 s"),
+        (["--interval", "0.8", "--seconds", "86400"], "more than 100,000 readings; take a longer --interval"),
         (["--settle", "-1"], "'-1' is not a duration"),
         (["--reference", "tai"], "invalid choice: 'tai'"),
         (["qemu", "--pid", "x"], "'x' is not a process ID"),
