@@ -87,12 +87,13 @@ LEGEND_CHARACTER: Final = 6.6
 def ready_to_draw(plot: Plot) -> Plot:
     """Return a plot with no more points and marks than are drawn, and a note if some were left out."""
     points_max = max(min(POINTS_MAX, POINTS_ALL_MAX // max(len(plot.lines), 1)), 8)
-    lines = tuple(thinned(line, points_max) for line in plot.lines)
-    marks = thinned_marks([it._replace(kind=clipped(showable(it.kind), KIND_MAX)) for it in plot.marks], MARKS_MAX)
+    lines = tuple(thinned(line, points_max, is_log=plot.x.is_log) for line in plot.lines)
+    placed = [it for it in plot.marks if it.x > 0 or not plot.x.is_log]
+    marks = thinned_marks([it._replace(kind=clipped(showable(it.kind), KIND_MAX)) for it in placed], MARKS_MAX)
     shown, of = sum(len(it.x) for it in lines), sum(it.of or len(it.x) for it in lines)
     notes = [plot.note] if plot.note else []
     if shown < of:
-        notes.append(f"{shown:,} of {of:,} points are drawn, with the least and greatest of each place.")
+        notes.append(f"{shown:,} of {of:,} points are drawn: the extremes of each place, and the widest of its band.")
     if len(marks) < len(plot.marks):
         notes.append(f"{len(marks):,} of {len(plot.marks):,} marks are drawn, the greatest of each kind.")
     return Plot(plot.title, shown_axis(plot.x), shown_axis(plot.y), lines, marks, " ".join(notes))
