@@ -53,8 +53,9 @@ def area(page: Page, number: int = 0) -> tuple[float, float, float, float]:
     script = f"""(() => {{
         const svg = document.querySelectorAll('figure.plot .chart > svg')[{number}], box = svg.getBoundingClientRect();
         const size = box.width / svg.viewBox.baseVal.width;
-        const area = svg.querySelector('clipPath rect');
-        const [x, y, width, height] = ['x', 'y', 'width', 'height'].map(it => area.getAttribute(it) * size);
+        const all = svg.querySelector('.pointer'), lines = svg.querySelector('clipPath rect');
+        const of = [[all, 'x'], [all, 'y'], [all, 'width'], [lines, 'height']];
+        const [x, y, width, height] = of.map(([element, name]) => element.getAttribute(name) * size);
         return [box.left + x, box.top + y, width, height];
     }})()"""
     left, top, width, height = page.evaluate(script)

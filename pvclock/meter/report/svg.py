@@ -55,10 +55,14 @@ COLOURS: Final = 7
 DASHES: Final = 5
 DOTTED_MAX: Final = 60
 """Points of a line up to which each is shown by a dot."""
+DOT_ROOM: Final = 5
+"""Pixels that a dot at the end of a line reaches beyond it."""
 HAIRLINES_MAX: Final = 40
 """Marks up to which each has a line through the plot."""
 TRIMMED: Final = 0.1
 """The part of a band's bounds that may lie outside the plot: those of a first, short while would flatten all else."""
+FAR_OUT: Final = 2.5
+"""So many times higher the plot would be with them."""
 MARGIN: Final = 0.05
 LOG_MIN: Final = 1e-300
 POINTS_ALL_MAX: Final = 10 * POINTS_MAX
@@ -73,8 +77,10 @@ LIMITS: Final = {
     "colours": COLOURS,
     "dashes": DASHES,
     "dottedMax": DOTTED_MAX,
+    "dotRoom": DOT_ROOM,
     "hairlinesMax": HAIRLINES_MAX,
     "trimmed": TRIMMED,
+    "farOut": FAR_OUT,
     "margin": MARGIN,
     "kindShownMax": KIND_SHOWN_MAX,
     "titleShownMax": TITLE_SHOWN_MAX,
@@ -170,9 +176,19 @@ def x_span(plot: Plot) -> Span:
 
 
 def y_span(plot: Plot) -> Span:
-    """Return what is shown of the y axis: every point, and the bands but for their few widest places."""
-    bounds = chain.from_iterable((*_trimmed(it.low, TRIMMED, 0), *_trimmed(it.high, 0, TRIMMED)) for it in plot.lines)
+    """Return what is shown of the y axis: every point, and the bands, without their widest tenth if that is far out."""
+    whole = _y_span(plot, 0.0)
+    most = _y_span(plot, TRIMMED)
+    return most if _width(whole, plot.y) > FAR_OUT * _width(most, plot.y) else whole
+
+
+def _y_span(plot: Plot, trimmed: float) -> Span:
+    bounds = chain.from_iterable((*_trimmed(it.low, trimmed, 0), *_trimmed(it.high, 0, trimmed)) for it in plot.lines)
     return span_of(chain(chain.from_iterable(it.y for it in plot.lines), bounds), is_log=plot.y.is_log, margin=MARGIN)
+
+
+def _width(span: Span, axis: Axis) -> float:
+    return math.log10(span.most / span.least) if axis.is_log else span.most - span.least
 
 
 def _trimmed(bounds: Sequence[float], least: float, greatest: float) -> list[float]:
@@ -224,8 +240,8 @@ def _frame(plot: Plot, layout: Layout) -> Frame:
 
 
 def _clip(name: str) -> str:
-    width = LAYOUT.width - LAYOUT.left - LAYOUT.right
-    area = f'<rect x="{LAYOUT.left}" y="{LAYOUT.top}" width="{width}" height="{LAYOUT.height}"/>'
+    left, width = LAYOUT.left - DOT_ROOM, LAYOUT.width - LAYOUT.left - LAYOUT.right + 2 * DOT_ROOM
+    area = f'<rect x="{left}" y="{LAYOUT.top}" width="{width}" height="{LAYOUT.height}"/>'
     return f'<clipPath id="{name}-area">{area}</clipPath>'
 
 
