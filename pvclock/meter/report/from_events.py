@@ -220,7 +220,10 @@ def _verdict(log: _Log) -> tuple[str, Standing]:
     if trouble:
         return f"There was trouble: {', '.join(trouble)}.", Standing.BAD
     if log.series.lost:
-        return f"Guest time never went back, but {counted(log.series.lost, 'event')} are missing.", Standing.OPEN
+        return (
+            f"Guest time never went back, as far as is known: {counted(log.series.lost, 'event')} missing.",
+            Standing.OPEN,
+        )
     return "Guest time never went back.", Standing.GOOD
 
 
@@ -232,16 +235,16 @@ def _sentences(log: _Log) -> Iterator[str]:
     if rates := [rate for rate in series.rates if rate]:
         yield _rates_in_words(min(rates), max(rates))
     if series.lost:
-        yield f"{counted(series.lost, 'number')} between others are missing: the lines are broken there."
+        yield f"Missing between others: {counted(series.lost, 'number')}; the lines are broken there."
     if series.numberings:
         yield (
             f"The host's TSC became another one {counted(series.numberings, 'time')} (it went back, the clock was "
             "restored, or another log begins): the line is broken there, and goes on by the time of day."
         )
     if log.unplaced:
-        yield f"{counted(log.unplaced, 'event')} without a host TSC stand where the event before them does."
+        yield f"Without a host TSC: {counted(log.unplaced, 'event')}, shown where the event before stands."
     if log.unknown:
-        yield f"{counted(log.unknown, 'event')} of kinds that this pvclock does not know were passed over."
+        yield f"Passed over: {counted(log.unknown, 'event')} of kinds that this pvclock does not know."
 
 
 def _rates_in_words(least: float, most: float) -> str:

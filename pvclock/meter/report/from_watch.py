@@ -106,7 +106,7 @@ def _sentences(log: WatchLog) -> Iterator[str]:
     if not log.readings:
         yield "There are no readings in the file: a watch that writes some shows the clock over time."
     if log.unknown_kinds:
-        yield f"{counted(log.unknown_kinds, 'line')} of kinds that this pvclock does not know were passed over."
+        yield f"Passed over: {counted(log.unknown_kinds, 'line')} of kinds that this pvclock does not know."
 
 
 def _length(log: WatchLog) -> str:
