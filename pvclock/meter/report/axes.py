@@ -164,6 +164,8 @@ def _linear_ticks(unit: Unit, span: Span, wanted: int) -> tuple[tuple[Tick, ...]
     begin, end = (least - base) / shown.factor / step, (most - base) / shown.factor / step
     counts = range(math.ceil(begin - 1e-6), math.floor(end + 1e-6) + 1)
     ticks = tuple(Tick(base + it * step * shown.factor, _decimal(it * step, places)) for it in counts)
+    if len(ticks) < 2:
+        return _linear_ticks(unit, span, wanted * 2)
     return ticks, " ".join(filter(None, [shown.name, f"from {_plain(unit, base)}" if base else ""]))
 
 

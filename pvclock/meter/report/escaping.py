@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["escaped", "clipped", "json_in_script", "json_numbers"]
+__all__ = ["showable", "escaped", "clipped", "json_in_script", "json_numbers"]
 
 UNSHOWABLE: Final = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
@@ -20,9 +20,14 @@ REPLACEMENT: Final = "\ufffd"
 ELLIPSIS: Final = "\u2026"
 
 
+def showable(text: str) -> str:
+    """Return a text with U+FFFD for what cannot be shown."""
+    return UNSHOWABLE.sub(REPLACEMENT, text)
+
+
 def escaped(text: str) -> str:
-    """Return a text as it may stand in HTML and SVG, in an attribute too; what cannot be shown as U+FFFD."""
-    return html.escape(UNSHOWABLE.sub(REPLACEMENT, text))
+    """Return a text as it may stand in HTML and SVG, in an attribute too."""
+    return html.escape(showable(text))
 
 
 def clipped(text: str, characters_max: int) -> str:

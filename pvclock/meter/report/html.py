@@ -10,18 +10,22 @@ from itertools import count
 from typing import Final
 
 from pvclock.meter.report.axes import UNITS
-from pvclock.meter.report.escaping import clipped, escaped, json_in_script, json_numbers
+from pvclock.meter.report.escaping import clipped, escaped, json_in_script, json_numbers, showable
 from pvclock.meter.report.intervals import ROWS_MAX, SIGNS, intervals_svg
 from pvclock.meter.report.model import Axis, Intervals, Line, Part, Plot, Report, Section, Standing, Table
 from pvclock.meter.report.outlines import DOTS, SHAPES
-from pvclock.meter.report.svg import LAYOUT, legend_sample, mark_text, plot_svg, ready_to_draw, style_of_plots
+from pvclock.meter.report.svg import LAYOUT, LIMITS, legend_sample, mark_text, plot_svg, ready_to_draw, style_of_plots
 
 __all__ = ["document"]
 
 WORDS: Final = {Standing.GOOD: "good", Standing.BAD: "bad", Standing.OPEN: "not decided", Standing.PLAIN: ""}
+NARROW_BELOW: Final = 608
+"""Pixels that a plot has room for below which it is drawn anew; report.css has it as the least width without that."""
 TABLE_ROWS_MAX: Final = 2000
-KIND_MAX: Final = 60
 NAME_MAX: Final = 120
+TITLE_MAX: Final = 240
+SENTENCE_MAX: Final = 4000
+CELL_MAX: Final = 1000
 
 
 def document(report: Report) -> str:
@@ -30,7 +34,7 @@ def document(report: Report) -> str:
     script = _resource("report.js")
     names = (f"plot-{number}" for number in count(1))
     sections = "".join(_section(it, number, names) for number, it in enumerate(report.sections, start=1))
-    title = escaped(report.title)
+    title = _title(report.title)
     made = f"{escaped(report.made_at)}, by pvclock {escaped(report.version)}"
     contents = _contents(report.sections) if len(report.sections) > 1 else ""
     return f"""<!DOCTYPE html>
@@ -57,6 +61,14 @@ def document(report: Report) -> str:
 """
 
 
+def _title(text: str) -> str:
+    return escaped(clipped(text, TITLE_MAX))
+
+
+def _sentence(text: str) -> str:
+    return escaped(clipped(text, SENTENCE_MAX))
+
+
 def _resource(name: str) -> str:
     return resources.files("pvclock.meter.report").joinpath(name).read_text(encoding="utf-8")
 
@@ -75,8 +87,8 @@ def _hash(text: str) -> str:
 
 def _contents(sections: tuple[Section, ...]) -> str:
     items = "".join(
-        f'<li><a href="#section-{number}">{escaped(it.title)}</a> {_badge(it.standing)}'
-        f'<span class="source">{escaped(it.source)}</span></li>\n'
+        f'<li><a href="#section-{number}">{_title(it.title)}</a> {_badge(it.standing)}'
+        f'<span class="source">{_title(it.source)}</span></li>\n'
         for number, it in enumerate(sections, start=1)
     )
     return f'<nav aria-label="Contents">\n<ol>\n{items}</ol>\n</nav>\n'
@@ -92,14 +104,14 @@ def _badge(standing: Standing) -> str:
 
 def _section(section: Section, number: int, names: Iterator[str]) -> str:
     verdict = (
-        f'<p class="verdict">{_badge(section.standing)}{escaped(section.verdict)}</p>\n' if section.verdict else ""
+        f'<p class="verdict">{_badge(section.standing)}{_sentence(section.verdict)}</p>\n' if section.verdict else ""
     )
-    sentences = "".join(f"<p>{escaped(it)}</p>\n" for it in section.sentences)
+    sentences = "".join(f"<p>{_sentence(it)}</p>\n" for it in section.sentences)
     parts = "".join(_part(it, next(names)) for it in section.parts)
-    source = f'<p class="source">{escaped(section.source)}</p>\n' if section.source else ""
+    source = f'<p class="source">{_title(section.source)}</p>\n' if section.source else ""
     return (
         f'<section id="section-{number}" aria-labelledby="heading-{number}">\n'
-        f'<h2 id="heading-{number}">{escaped(section.title)}</h2>\n{source}{verdict}{sentences}{parts}</section>\n'
+        f'<h2 id="heading-{number}">{_title(section.title)}</h2>\n{source}{verdict}{sentences}{parts}</section>\n'
     )
 
 
@@ -121,7 +133,7 @@ def _plot(plot: Plot, name: str) -> str:
         for index, line in enumerate(plot.lines)
     )
     return (
-        f'<figure class="plot">\n<h3>{escaped(plot.title)}</h3>\n'
+        f'<figure class="plot">\n<h3>{_title(plot.title)}</h3>\n'
         + (f'<ul class="legend">{legend}</ul>\n' if legend else "")
         + f'<div class="chart">{plot_svg(plot, name)}</div>\n{_note(plot.note)}'
         + f'<script type="application/json" class="data">{_plot_data(plot)}</script>\n</figure>\n'
@@ -129,7 +141,7 @@ def _plot(plot: Plot, name: str) -> str:
 
 
 def _note(note: str) -> str:
-    return f"<figcaption>{escaped(note)}</figcaption>\n" if note else ""
+    return f"<figcaption>{_sentence(note)}</figcaption>\n" if note else ""
 
 
 def _plot_data(plot: Plot) -> str:
@@ -139,7 +151,7 @@ def _plot_data(plot: Plot) -> str:
         {
             "x": mark.x,
             "until": mark.until,
-            "kind": clipped(mark.kind, KIND_MAX),
+            "kind": mark.kind,
             "text": mark_text(mark),
             "look": mark.standing.value,
         }
@@ -155,21 +167,22 @@ def _axis_data(axis: Axis) -> str:
 
 def _line_data(line: Line) -> str:
     columns = ",".join(f'"{name}":{json_numbers(getattr(line, name))}' for name in ("x", "y", "low", "high"))
-    name = json_in_script(clipped(line.name, NAME_MAX))
+    name = json_in_script(clipped(showable(line.name), NAME_MAX))
     return f'{{"name":{name},"isStepped":{json_in_script(line.is_stepped)},{columns}}}'
 
 
 def _drawing_rules() -> str:
     """Return what report.js has to know to draw as svg.py does."""
     units = {unit.value: [it._asdict() for it in shown] for unit, shown in UNITS.items()}
-    return json_in_script({"layout": LAYOUT._asdict(), "units": units, "dots": DOTS, "shapes": SHAPES})
+    rules = {"layout": LAYOUT._asdict(), "limits": LIMITS, "units": units, "dots": DOTS, "shapes": SHAPES}
+    return json_in_script({**rules, "narrowBelow": NARROW_BELOW})
 
 
 def _intervals(intervals: Intervals, name: str) -> str:
     left_out = len(intervals.rows) - ROWS_MAX
     note = " ".join(filter(None, [intervals.note, f"{left_out:,} more are not shown." if left_out > 0 else ""]))
     return (
-        f'<figure class="intervals">\n<h3>{escaped(intervals.title)}</h3>\n'
+        f'<figure class="intervals">\n<h3>{_title(intervals.title)}</h3>\n'
         f'<div class="chart">{intervals_svg(intervals, name)}</div>\n{_note(note)}</figure>\n'
     )
 
@@ -178,7 +191,7 @@ def _table(table: Table) -> str:
     standings = table.standings or (Standing.PLAIN,) * len(table.rows)
     looks = [' class="number"' if _is_of_numbers(table, column) else "" for column in range(len(table.headings))]
     headings = "".join(
-        f'<th scope="col"{look}>{escaped(it)}</th>' for it, look in zip(table.headings, looks, strict=True)
+        f'<th scope="col"{look}>{_title(it)}</th>' for it, look in zip(table.headings, looks, strict=True)
     )
     has_signs = any(it != Standing.PLAIN for it in standings)
     if has_signs:
@@ -188,14 +201,14 @@ def _table(table: Table) -> str:
     left_out = len(table.rows) - len(shown)
     note = f"<p>{left_out:,} more rows are not shown.</p>\n" if left_out else ""
     return (
-        f"<h3>{escaped(table.title)}</h3>\n"
+        f"<h3>{_title(table.title)}</h3>\n"
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escaped(clipped(table.title, NAME_MAX))}">'
         f"<table><thead><tr>{headings}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n{note}"
     )
 
 
 def _row(row: tuple[str, ...], looks: list[str], sign: str) -> str:
-    cells = "".join(f"<td{look}>{escaped(it)}</td>" for it, look in zip(row, looks, strict=True))
+    cells = "".join(f"<td{look}>{escaped(clipped(it, CELL_MAX))}</td>" for it, look in zip(row, looks, strict=True))
     return f"<tr>{sign}{cells}</tr>\n"
 
 

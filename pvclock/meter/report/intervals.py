@@ -9,7 +9,7 @@ from pvclock.meter.report.axes import Scale, Span, position, scale_of, span_of
 from pvclock.meter.report.escaping import clipped, escaped
 from pvclock.meter.report.model import Axis, Interval, Intervals, Standing
 from pvclock.meter.report.outlines import DOTS, pixels
-from pvclock.meter.report.svg import svg_element
+from pvclock.meter.report.svg import shown_axis, svg_element
 
 __all__ = ["intervals_svg", "SIGNS"]
 
@@ -30,11 +30,12 @@ TICKS_WANTED: Final = 6
 def intervals_svg(intervals: Intervals, name: str) -> str:
     """Return the first 200 rows as an svg element.  name: unique in its page."""
     rows = intervals.rows[:ROWS_MAX]
-    scale = scale_of(intervals.axis, _span(intervals.axis, rows), TICKS_WANTED)
+    axis = shown_axis(intervals.axis)
+    scale = scale_of(axis, _span(axis, rows), TICKS_WANTED)
     bottom = TOP + ROW * len(rows)
     drawn = "".join(_row(row, TOP + ROW * index + ROW // 2, scale) for index, row in enumerate(rows))
     content = _grid(scale, bottom) + drawn + _labels(scale, bottom)
-    about = f"{intervals.axis.label}: {', '.join(clipped(it.name, NAME_SHOWN_MAX) for it in rows[:20])}."
+    about = f"{axis.label}: {', '.join(clipped(it.name, NAME_SHOWN_MAX) for it in rows[:20])}."
     return svg_element(intervals.title, about, name, (WIDTH, bottom + BOTTOM), content)
 
 
@@ -70,7 +71,8 @@ def _row(row: Interval, y: int, scale: Scale) -> str:
     begin, width = min(begin, end - 2), max(end - begin, 2.0)
     look = row.standing.value
     bar = f'<rect class="interval {look}" x="{pixels(begin)}" y="{y - 7}" width="{pixels(width)}" height="14"/>'
-    ends = f"M{pixels(begin)} {y - 7}v14M{pixels(begin + width)} {y - 7}v14"
+    places = ((begin, row.low), (begin + width, row.high))  # an end that is nowhere has no line
+    ends = "".join(f"M{pixels(x)} {y - 7}v14" for x, end in places if math.isfinite(end))
     return f'{said}<g>{_title(row)}{bar}<path class="whisker {look}" d="{ends}"/>{_value(row, y, scale)}</g>'
 
 

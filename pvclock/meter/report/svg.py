@@ -12,8 +12,8 @@ from itertools import chain
 from typing import Final, NamedTuple
 
 from pvclock.meter.report.axes import Scale, Span, position, scale_of, span_of
-from pvclock.meter.report.escaping import clipped, escaped
-from pvclock.meter.report.model import MARKS_MAX, POINTS_MAX, Line, Mark, Plot, Standing
+from pvclock.meter.report.escaping import clipped, escaped, showable
+from pvclock.meter.report.model import MARKS_MAX, POINTS_MAX, Axis, Line, Mark, Plot, Standing
 from pvclock.meter.report.outlines import DOTS, SHAPES, Point, band_path, line_path, pixels, stepped
 from pvclock.meter.report.thinning import thinned, thinned_marks
 
@@ -25,6 +25,7 @@ __all__ = [
     "mark_text",
     "plot_svg",
     "ready_to_draw",
+    "shown_axis",
     "standalone",
     "style_of_plots",
     "svg_element",
@@ -45,8 +46,8 @@ class Layout(NamedTuple):
     height: int = 300
     lane: int = 20
     bottom: int = 48
-    x_tick: int = 92
-    y_tick: int = 50
+    x_tick: int = 72
+    y_tick: int = 38
 
 
 LAYOUT: Final = Layout()
@@ -59,11 +60,26 @@ HAIRLINES_MAX: Final = 40
 TRIMMED: Final = 0.1
 """The part of a band's bounds that may lie outside the plot: those of a first, short while would flatten all else."""
 MARGIN: Final = 0.05
+LOG_MIN: Final = 1e-300
 POINTS_ALL_MAX: Final = 10 * POINTS_MAX
 """Points of all lines of a plot."""
 KIND_SHOWN_MAX: Final = 12
 NAME_SHOWN_MAX: Final = 60
 TEXT_MAX: Final = 400
+KIND_MAX: Final = 60
+LABEL_MAX: Final = 80
+TITLE_SHOWN_MAX: Final = 120
+LIMITS: Final = {
+    "colours": COLOURS,
+    "dashes": DASHES,
+    "dottedMax": DOTTED_MAX,
+    "hairlinesMax": HAIRLINES_MAX,
+    "trimmed": TRIMMED,
+    "margin": MARGIN,
+    "kindShownMax": KIND_SHOWN_MAX,
+    "titleShownMax": TITLE_SHOWN_MAX,
+}
+"""What report.js draws by, too."""
 LEGEND_CHARACTER: Final = 6.6
 """About the width of a character of a legend, in pixels."""
 
@@ -72,19 +88,24 @@ def ready_to_draw(plot: Plot) -> Plot:
     """Return a plot with no more points and marks than are drawn, and a note if some were left out."""
     points_max = max(min(POINTS_MAX, POINTS_ALL_MAX // max(len(plot.lines), 1)), 8)
     lines = tuple(thinned(line, points_max) for line in plot.lines)
-    marks = thinned_marks(plot.marks, MARKS_MAX)
+    marks = thinned_marks([it._replace(kind=clipped(showable(it.kind), KIND_MAX)) for it in plot.marks], MARKS_MAX)
     shown, of = sum(len(it.x) for it in lines), sum(it.of or len(it.x) for it in lines)
     notes = [plot.note] if plot.note else []
     if shown < of:
         notes.append(f"{shown:,} of {of:,} points are drawn, with the least and greatest of each place.")
     if len(marks) < len(plot.marks):
         notes.append(f"{len(marks):,} of {len(plot.marks):,} marks are drawn, the greatest of each kind.")
-    return plot._replace(lines=lines, marks=marks, note=" ".join(notes))
+    return Plot(plot.title, shown_axis(plot.x), shown_axis(plot.y), lines, marks, " ".join(notes))
+
+
+def shown_axis(axis: Axis) -> Axis:
+    """Return an axis with a label for which there is room."""
+    return axis._replace(label=clipped(showable(axis.label), LABEL_MAX))
 
 
 def plot_svg(plot: Plot, name: str) -> str:
     """Return a plot that is ready to draw as an svg element.  name: unique in its page."""
-    content = f"{_clip(plot, name)}{_drawing(plot, name, LAYOUT)}"
+    content = f"{_clip(name)}{_drawing(plot, name, LAYOUT)}"
     return svg_element(plot.title, description(plot), name, (LAYOUT.width, plot_height(plot, LAYOUT)), content)
 
 
@@ -96,7 +117,7 @@ def standalone(plot: Plot) -> str:
     height = begin + plot_height(plot, LAYOUT) + (26 if plot.note else 0)
     title = f'<text class="heading" x="0" y="18">{escaped(clipped(plot.title, 100))}</text>'
     note = f'<text class="note" x="0" y="{height - 8}">{escaped(clipped(plot.note, 150))}</text>' if plot.note else ""
-    inner = f'<g transform="translate(0 {begin})">{_clip(plot, "plot")}{_drawing(plot, "plot", LAYOUT)}</g>'
+    inner = f'<g transform="translate(0 {begin})">{_clip("plot")}{_drawing(plot, "plot", LAYOUT)}</g>'
     style = f'<style>{style_of_plots()}</style><rect class="paper" x="-16" y="-12" width="100%" height="100%"/>'
     box = f"-16 -12 {LAYOUT.width + 32} {height + 24}"
     body = style + title + legend + inner + note
@@ -201,17 +222,16 @@ def _frame(plot: Plot, layout: Layout) -> Frame:
     return Frame(layout, x, y)
 
 
-def _clip(plot: Plot, name: str) -> str:
-    height = LAYOUT.height + LAYOUT.lane * len(kinds_of(plot))
+def _clip(name: str) -> str:
     width = LAYOUT.width - LAYOUT.left - LAYOUT.right
-    area = f'<rect x="{LAYOUT.left}" y="{LAYOUT.top}" width="{width}" height="{height}"/>'
+    area = f'<rect x="{LAYOUT.left}" y="{LAYOUT.top}" width="{width}" height="{LAYOUT.height}"/>'
     return f'<clipPath id="{name}-area">{area}</clipPath>'
 
 
 def _drawing(plot: Plot, name: str, layout: Layout) -> str:
     """Return all of a plot's inside, from back to front."""
     frame = _frame(plot, layout)
-    bands = "".join(_band(line, index, frame) for index, line in enumerate(plot.lines) if line.low)
+    bands = "".join(_band(line, index, frame) for index, line in enumerate(plot.lines) if len(line.low))
     lines = "".join(_line(line, index, frame) for index, line in enumerate(plot.lines))
     inside = f'<g clip-path="url(#{name}-area)">{bands}{_hairlines(plot, frame)}{lines}</g>'
     return f'<g class="drawing">{_grid(frame)}{inside}{_axes(frame)}{_lanes(plot, frame)}{_labels(plot, frame)}</g>'
@@ -234,7 +254,8 @@ def _axes(frame: Frame) -> str:
 
 
 def _band(line: Line, index: int, frame: Frame) -> str:
-    lows = frame.points(line.x, line.low, is_stepped=line.is_stepped)
+    least = LOG_MIN if frame.y.is_log else -math.inf  # a bound of 0 is at the bottom of a logarithmic axis
+    lows = frame.points(line.x, [max(it, least) for it in line.low], is_stepped=line.is_stepped)
     highs = frame.points(line.x, line.high, is_stepped=line.is_stepped)
     return f'<path class="band colour-{index % COLOURS}" d="{band_path(lows, highs)}"/>'
 
@@ -258,14 +279,11 @@ def _shape(look: str, outline: str, x: float, y: float, title: str = "") -> str:
 
 def _hairlines(plot: Plot, frame: Frame) -> str:
     """A line through the plot at each mark, where they are few."""
-    if not 0 < len(plot.marks) <= HAIRLINES_MAX:
+    marks = [it for it in plot.marks if _is_placed(it, frame)]
+    if not 0 < len(marks) <= HAIRLINES_MAX:
         return ""
-    down = (
-        f"M{pixels(frame.x_pixel(it.x))} {frame.layout.top}V{frame.bottom}"
-        for it in plot.marks
-        if _is_placed(it, frame)
-    )
-    return f'<path class="hairline" d="{"".join(down)}"/>'
+    down = "".join(f"M{pixels(frame.x_pixel(it.x))} {frame.layout.top}V{frame.bottom}" for it in marks)
+    return f'<path class="hairline" d="{down}"/>'
 
 
 def _is_placed(mark: Mark, frame: Frame) -> bool:
@@ -302,7 +320,7 @@ def mark_text(mark: Mark) -> str:
     """Return what a mark says, with how many others it stands for and how it stands."""
     others = f" (and {mark.stands_for - 1:,} more up to the next)" if mark.stands_for > 1 else ""
     standing = {Standing.PLAIN: "", Standing.GOOD: "good: ", Standing.BAD: "bad: ", Standing.OPEN: "not decided: "}
-    return f"{standing[mark.standing]}{clipped(mark.text, TEXT_MAX)}{others}"
+    return f"{standing[mark.standing]}{clipped(showable(mark.text), TEXT_MAX)}{others}"
 
 
 def _labels(plot: Plot, frame: Frame) -> str:
@@ -323,13 +341,13 @@ def _labels(plot: Plot, frame: Frame) -> str:
 
 
 def _title(scale: Scale) -> str:
-    return escaped(clipped(scale.title, NAME_SHOWN_MAX * 2))
+    return escaped(clipped(scale.title, TITLE_SHOWN_MAX))
 
 
 def legend_sample(line: Line, index: int) -> str:
     """Return the drawing that stands for a line in a legend, 36 by 14 pixels."""
     colour = f"colour-{index % COLOURS}"
-    band = f'<rect class="band {colour}" x="0" y="1" width="36" height="12"/>' if line.low else ""
+    band = f'<rect class="band {colour}" x="0" y="1" width="36" height="12"/>' if len(line.low) else ""
     dot = _shape(f"dot {colour}", DOTS[index % len(DOTS)], 18, 7) if _is_dotted(line) else ""
     return f'{band}<path class="line {colour} dash-{index % DASHES}" d="M1 7H35"/>{dot}'
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -54,7 +54,7 @@ def _placeable(line: Line) -> Line:
         return line
     kept = [index for index, x in enumerate(line.x) if math.isfinite(x)]
     x, y, low, high = (
-        [column[it] for it in kept] if column else () for column in (line.x, line.y, line.low, line.high)
+        [column[it] for it in kept] if len(column) else () for column in (line.x, line.y, line.low, line.high)
     )
     return line._replace(x=x, y=y, low=low, high=high)
 
@@ -67,7 +67,7 @@ def _kept(line: Line, buckets_wanted: int) -> tuple[list[int], list[float], list
     for bucket in _buckets(line.x, buckets_wanted):
         indexes = _kept_of(line.y, bucket)
         kept += indexes
-        if line.low:
+        if len(line.low):
             least = _extreme(min, line.low[bucket.begin : bucket.end])
             most = _extreme(max, line.high[bucket.begin : bucket.end])
             low += [math.nan if math.isnan(line.low[it]) else least for it in indexes]
@@ -82,7 +82,8 @@ def _buckets(x: Sequence[float], wanted: int) -> Iterator[Bucket]:
     while begin < count:
         part = min(int((x[begin] / wanted - first / wanted) / ((last - first) / wanted or 1.0) * wanted), wanted - 1)
         limit = first + (last - first) * ((part + 1) / wanted)
-        end = count if part == wanted - 1 else max(bisect_left(x, limit, begin, count), begin + 1)
+        after = max(bisect_left(x, limit, begin, count), bisect_right(x, x[begin], begin, count))
+        end = count if part == wanted - 1 else after
         yield Bucket(begin, end)
         begin = end
 
@@ -95,26 +96,22 @@ def _kept_of(y: Sequence[float], bucket: Bucket) -> list[int]:
     part = y[begin:end]
     if not math.isnan(sum(part)):
         return sorted({begin, end - 1, begin + part.index(min(part)), begin + part.index(max(part))})
-    known = [it for it in range(begin, end) if not math.isnan(y[it])]
-    extremes = {min(known, key=y.__getitem__), max(known, key=y.__getitem__)} if known else set()
-    kept = sorted({begin, end - 1} | extremes)
-    return _with_gaps(y, kept)
+    known = [it for it in part if not math.isnan(it)]
+    extremes = {begin + part.index(min(known)), begin + part.index(max(known))} if known else set()
+    return _with_gaps(y, sorted({begin, end - 1} | extremes))
 
 
 def _with_gaps(y: Sequence[float], kept: list[int]) -> list[int]:
     """Add to kept points one that is NaN wherever the line is broken between two of them."""
-    gaps = [
-        next(it for it in range(before, after) if math.isnan(y[it]))
-        for before, after in pairwise(kept)
-        if _is_broken(y, before, after)
-    ]
-    return sorted([*kept, *gaps])
+    gaps = [_gap_between(y, before, after) for before, after in pairwise(kept)]
+    return sorted([*kept, *(it for it in gaps if it is not None)])
 
 
-def _is_broken(y: Sequence[float], before: int, after: int) -> bool:
-    """Is a line broken between two of its points, and at neither of them?"""
-    is_at_end = math.isnan(y[before]) or math.isnan(y[after])
-    return not is_at_end and any(math.isnan(it) for it in y[before:after])
+def _gap_between(y: Sequence[float], before: int, after: int) -> int | None:
+    """The first point that is NaN between two of a line that are not; None, if there is none."""
+    if math.isnan(y[before]) or math.isnan(y[after]) or not math.isnan(sum(y[before:after])):
+        return None
+    return next((it for it in range(before, after) if math.isnan(y[it])), None)
 
 
 def _extreme(choose: Callable[[Iterable[float]], float], values: Sequence[float]) -> float:
