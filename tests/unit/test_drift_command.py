@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -136,6 +137,21 @@ def test_the_lines_of_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert (engine["least_step_ns"], engine["most_step_ns"]) == (0, 0)
     assert (kernel["reanchors_ns"], engine["reanchors_ns"]) == ({"kernel anew": 3}, {"engine anew": 3})
     assert (kernel["clock"], kernel["name"]) == ("kernel", "the kernel")
+
+
+@pytest.mark.usefixtures("clocks")
+def test_files_that_draw_it(tmp_path: Path) -> None:
+    """A page of all of it and a picture of how far ahead each clock was, from the lines that a third file has."""
+    files = [tmp_path / f"drift{suffix}" for suffix in (".html", ".svg", ".jsonl")]
+    outputs = [argument for file in files for argument in ("--output", str(file))]
+    assert main([*BRIEF, *outputs]) == 0
+    page, picture, lines = (file.read_text(encoding="utf-8") for file in files)
+    assert page.startswith("<!DOCTYPE html>")
+    assert "engine anew" in page
+    drawing = ElementTree.fromstring(picture)  # noqa: S314  # our own
+    words = "".join(drawing.itertext())
+    assert all(name in words for name in ("the engine", "the kernel", "Ahead of raw"))
+    assert json.loads(lines.splitlines()[-1])["ok"] is True
 
 
 def test_a_step_is_in_its_reading(clocks: Clocks, capsys: pytest.CaptureFixture[str]) -> None:
