@@ -288,6 +288,30 @@ def test_appended_watches_are_sections_of_their_own(tmp_path: Path) -> None:
     ]
 
 
+def test_the_vms_of_a_fleet_are_sections_of_their_own(tmp_path: Path) -> None:
+    """Their lines come mixed, each with its VM's name; what is about the host is told of each that is watched then."""
+    began = [{**found(vm=vm, description=f"QEMU of {vm}"), "at_s": at_s} for at_s, vm in enumerate("ab")]
+    mixed = [{**reading(at_s, float(at_s * sign)), "vm": vm} for at_s in range(4) for vm, sign in (("a", 1), ("b", -1))]
+    host = watch_line("host", 5, what="clocksource", unstable=False, why="left clocksource tsc", vm=None)
+    left = watch_line("left", 6, vm="b", why="its QEMU has ended")
+    ended = watch_result("passed")["result"] | {"vm": "a", "description": "QEMU of a"}
+    end = watch_result() | {"result": {"vms": [ended], "not_watched": [{"vm": "b", "why": "x"}], "host_troubles": []}}
+    first, second = report_of(tmp_path / "x", [*began, *mixed, host, left, end]).sections
+    assert (first.title, second.title) == ("Watch of a (QEMU of a)", "Watch of b (QEMU of b)")
+    assert list(plot(first, AGAINST).lines[0].y) == [0, 1, 2, 3]
+    assert list(plot(second, AGAINST).lines[0].y) == [0, -1, -2, -3]
+    assert (first.verdict, second.standing) == ("Within its budgets.", Standing.OPEN)
+    assert all("The host: left clocksource tsc" in section.sentences for section in (first, second))
+    assert "Its QEMU has ended." in second.sentences
+
+
+def test_a_vm_that_comes_again_begins_anew(tmp_path: Path) -> None:
+    """A fleet's VM that was started again is another section; pages that were found again are not."""
+    lines = [found(vm="a"), {**reading(1, 0.0), "vm": "a"}, watch_line("found", 2, vm="a", why="in the same places")]
+    assert len(report_of(tmp_path / "x", lines).sections) == 1
+    assert len(report_of(tmp_path / "x", [*lines, found(vm="a")]).sections) == 2
+
+
 def test_a_vcpu_beyond_all_machines_is_refused(tmp_path: Path) -> None:
     """A file cannot make the page of a million vCPUs."""
     lines = [found(), step(1, 10**6, 5)]
@@ -303,4 +327,4 @@ def test_all_lines_of_a_real_watch_are_known() -> None:
     assert {"found", "reading", "rate", "step", "event", None} <= kinds
     assert not [sentence for sentence in section.sentences if "Passed over" in sentence]
     texts = list(chain.from_iterable(rows(section, "Steps, the greatest first")))
-    assert "STOP, RESUME 1.004 s later" in texts
+    assert "STOP, RESUME 1.002 s later" in texts
