@@ -208,15 +208,15 @@ def test_steps_stand_greatest_first_and_the_rest_is_counted(tmp_path: Path) -> N
 
 
 def test_a_steps_row(tmp_path: Path) -> None:
-    """When, on which vCPUs, how long, what the guest saw, how far that is known, and what the VMM told."""
+    """When, on which vCPUs, how long, what the guest saw, what the VMM told, and how far that is known."""
     (row,) = rows(section_of(tmp_path / "x", [found(), *paused(10)]), "Steps, the greatest first")
     assert row == (
         "11.020 s",
         "0-1",
         "-1.000 000 000 s",
         "-75.8 us (within 1.1 us)",
-        "TSC offsets read",
         "STOP, RESUME 1.000 s later",
+        "by TSC offsets",
     )
 
 
