@@ -12,7 +12,8 @@ from rich.text import Text
 
 from pvclock import HostTsc
 from pvclock.commands.outcome import line_json
-from pvclock.commands.screen import Screen, write
+from pvclock.commands.screen import write
+from pvclock.commands.tables import Table
 from pvclock.meter.watch.ahead import Ahead
 from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
@@ -43,14 +44,25 @@ class View(Protocol):
         """Show what a look brought."""
 
 
-class JsonView:
-    """A line of JSON for each finding, once a second one of the readings, and now and then one of the rates."""
+class ShowsLines(Protocol):
+    """A screen, or one that has a VM's name before each line."""
 
-    def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound) -> None:
+    def show(self, *parts: Table | Text | str) -> None:
+        """See Screen."""
+
+
+class JsonView:
+    """A line of JSON for each finding, once a second one of the readings, and now and then one of the rates.
+
+    vm: the name of one of a fleet.
+    """
+
+    def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound, vm: str | None = None) -> None:
         self._loop, self._instants = loop, instants
+        self._in_fleet = {} if vm is None else {"vm": vm}
         self._begin_s = time.monotonic()
         self._next_rates_s = RATES_FIRST_S
-        self._write({**finding_record(found), **vm_record(loop)}, time.time_ns())
+        self._write({**finding_record(found), **vm_record(loop), "description": loop.vm.name}, time.time_ns())
 
     def show(self, look: Look) -> None:
         """See View."""
@@ -67,13 +79,13 @@ class JsonView:
 
     def _write(self, record: Mapping[str, object], at_utc_ns: int) -> None:
         when = {"at_s": self._instants.since_begin_s(at_utc_ns), "utc": utc_text(at_utc_ns)}
-        write(line_json("watch", {"kind": record["kind"], **when, **record}) + "\n")
+        write(line_json("watch", {"kind": record["kind"], **when, **record, **self._in_fleet}) + "\n")
 
 
 class LinesView:
     """A line for each finding, as it is made."""
 
-    def __init__(self, screen: Screen, instants: Instants) -> None:
+    def __init__(self, screen: ShowsLines, instants: Instants) -> None:
         self._screen, self._instants = screen, instants
 
     def show(self, look: Look) -> None:

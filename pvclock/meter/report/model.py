@@ -76,7 +76,8 @@ class Mark(NamedTuple):
     """Something that happened at `x`, or from there to `until`; shown on the axis.
 
     kind: in a word or two ("step", "pause", "host"): marks of one kind look alike and share a row of the legend.
-    size: by which the greatest ones are kept where there are too many.  stands_for: so many
+    size: by which the greatest ones are kept where there are too many.  stands_for: so many are
+    shown by it.
     """
 
     x: float

@@ -43,7 +43,8 @@ class Watcher:
     ) -> None:
         self._vcpus = vcpus
         self._rates = TscRates(host_tsc_hz, guest_tsc_hz)
-        self._interval_ns = interval_ns
+        self.interval_ns = interval_ns
+        """How far apart polls are wanted; may change between two of them."""
         self._tells_events, self._is_legal = tells_events, is_legal
         self._pauses = Pauses(host_tsc_hz, is_paused=is_paused)
         self._tally = Tally()
@@ -123,7 +124,7 @@ class Watcher:
 
     def _stall(self, poll: Poll) -> list[Stall]:
         gap_ns = 0 if self._last is None else self._ns(poll.middle - self._last.middle)
-        return [Stall(poll.middle, gap_ns)] if gap_ns > STALL_INTERVALS * self._interval_ns else []
+        return [Stall(poll.middle, gap_ns)] if gap_ns > STALL_INTERVALS * self.interval_ns else []
 
     def _reading(self, page: TimeInfo | None, offset: int | None, at: HostTsc) -> int | None:
         if page is None or offset is None or not self._is_legal(page) or self._rates.is_scaled(page):
