@@ -34,12 +34,14 @@ def told(path: Path, content: dict[str, Any]) -> Section:
 
 
 def test_each_row_stands_with_its_rule(tmp_path: Path) -> None:
-    """The texts of all three clocks, agree or disagree, and the rule."""
+    """The texts of all three clocks, agree or disagree; the rules follow, each with its row's name."""
     content = document("crosscheck")
     shown = rows(told(tmp_path, content), "The same guest on each")
     for row, check in zip(shown, content["result"]["checks"], strict=True):
         texts = [check[clock]["text"] for clock in ("engine", "kernel", "qemu")]
-        assert row == (check["name"], *texts, "agree", check["why"])
+        assert row == (check["name"], *texts, "agree")
+    every = content["result"]["checks"] + content["result"]["reference_time"]
+    assert rows(told(tmp_path, content), "Rules") == tuple((check["name"], check["why"]) for check in every)
     assert len(rows(told(tmp_path, content), "Hyper-V's reference time")) == len(content["result"]["reference_time"])
 
 
@@ -76,8 +78,11 @@ def test_a_life_cycle_has_a_table_an_operation(tmp_path: Path) -> None:
     operations = list(dict.fromkeys(row["operation"] for row in content["result"]["lifecycle"]))
     section = told(tmp_path, content)
     assert [part.title for part in section.parts if isinstance(part, Table)] == [
-        f"{operation[:1].upper()}{operation[1:]}" for operation in operations
+        *(f"{operation[:1].upper()}{operation[1:]}" for operation in operations),
+        "Rules",
     ]
+    rules = {(name, why): those for name, those, why in rows(section, "Rules")}
+    assert all(row["operation"] in rules[row["name"], row["why"]] for row in content["result"]["lifecycle"])
     (step, *_), (meanwhile, *_) = (
         of_kind(section, Intervals, title).rows for title in ("Steps against the TSC", "Guest time while no vCPU ran")
     )
