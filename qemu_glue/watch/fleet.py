@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import Final, NamedTuple
 
@@ -22,7 +23,7 @@ from qemu_glue.prometheus.series import Series
 from qemu_glue.watch.ending import Ending, ending_of
 from qemu_glue.watch.fleet_views import FleetView, fleet_row
 from qemu_glue.watch.member import FleetEnd, Member
-from qemu_glue.watch.sockets import VmNames, sockets_now
+from qemu_glue.watch.sockets import VmNames, is_pattern, sockets_now
 
 __all__ = ["Fleet", "Watched"]
 
@@ -37,6 +38,7 @@ WATCHED_MAX: Final = 1000
 """Watches of which all is kept that they came to, the last ones."""
 TROUBLES_MAX: Final = 1000
 NS_PER_S: Final = 1_000_000_000
+NO_SOCKET: Final = "there was no such socket all the while"
 TOO_EARLY: Final = "the watch ended before the guest's pages were found"
 
 
@@ -84,13 +86,16 @@ class Fleet:
         self._members: dict[str, Member] = {}
         self._obstacles: dict[str, _Obstacle] = {}
         self._names = VmNames()
+        self._missing = {path for path in named if not is_pattern(path)}
         self._host = HostWatch(measure_tsc_hz(), interval_ns=int(LOOK_AGAIN_S * NS_PER_S))
         self._note_host(_from_the_beginning(self._host))
 
     @property
     def not_watched(self) -> dict[str, str]:
-        """The VMs whose sockets there are and that cannot be watched, by their names, and why."""
-        return {self._names.of(path): each.why for path, each in self._obstacles.items() if each.why is not None}
+        """The VMs that cannot be watched, although their sockets are there or were named, and why."""
+        missing = {path: NO_SOCKET for path in self._missing if not Path(path).exists()}
+        obstacles = {self._names.of(path): each.why for path, each in self._obstacles.items() if each.why is not None}
+        return missing | obstacles
 
     @property
     def is_empty(self) -> bool:
@@ -140,6 +145,7 @@ class Fleet:
             series=None if self._series is None else self._series.of(name),
         )
         self._members[path] = member
+        self._missing.discard(path)
         member.start()
 
     def _reap(self) -> None:
@@ -157,7 +163,7 @@ class Fleet:
             ending = ending_of(member.loop, self._arguments, member.why_ended)
             cells = fleet_row(member.name, member.loop, ending.verdict)
             self.watched.append(Watched(member.name, ending, cells, error))
-            self.statuses.add(VerdictStatus.UNDECIDED.exit_status if error else ending.exit_status)
+            self.statuses |= {ending.exit_status, *([VerdictStatus.UNDECIDED.exit_status] if error else [])}
         before = self._obstacles.get(member.path)
         if member.error is not None and (before is None or before.why != error):
             self._view.left(member.name, str(error))

@@ -414,6 +414,16 @@ def test_no_vm_is_an_error_unless_somebody_waits(
     assert "metrics at http://127.0.0.1:" in capsys.readouterr().out
 
 
+def test_a_socket_that_was_named_and_never_came(
+    hand_made: HandMadeFleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is waited for, and no success without it; one that matches no pattern is nobody's."""
+    hand_made.add("web")
+    absent = f"{hand_made.place}/absent.qmp"
+    assert fleet_command(hand_made, monkeypatch, "--qmp", absent, looked=("web",)) == 2
+    assert f"{absent}: not watched at the end: there was no such socket all the while" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
