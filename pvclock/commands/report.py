@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # each command is loaded by every start of pvclock
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES: Final = """\
-  pvclock watch --pid --json >clock.jsonl   for as long as you like, then
-  pvclock report clock.jsonl                clock.html, for a browser
-  pvclock report --output all.html before.jsonl after.jsonl crosscheck.json
-  pvclock crosscheck --json | pvclock report - --output crosscheck.html"""
+  pvclock report clock.jsonl                 clock.html, of a watch --json
+  pvclock report before.jsonl after.jsonl    several files, a section each
+  pvclock crosscheck --json | pvclock report -
+  pvclock report clock.jsonl --svg clock.svg"""
 
 STREAM: Final = "-"
 """As a FILE standard input, as --output standard output."""
@@ -67,11 +67,11 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
 
 
 def _page_of(arguments: argparse.Namespace) -> str:
-    """Where the page goes: beside the first file, or in this folder if that is standard input."""
+    """Where the page goes: beside the first file, or in this folder if that is a stream or a pipe."""
     if arguments.output is not None:
         return str(arguments.output)
-    first = arguments.files[0]
-    return "report.html" if first == STREAM else str(Path(first).with_suffix(".html"))
+    first = Path(arguments.files[0])
+    return str(first.with_suffix(".html")) if first.is_file() else "report.html"
 
 
 def _refuse(arguments: argparse.Namespace, page: str) -> None:
@@ -84,6 +84,8 @@ def _refuse(arguments: argparse.Namespace, page: str) -> None:
         raise ConfigError("standard input can be read once; give - once")
     if arguments.title is not None and not 0 < len(arguments.title) <= TITLE_MAX:
         raise ConfigError(f"a title has 1 to {TITLE_MAX} characters; this one has {len(arguments.title)}")
+    if page == "" or arguments.svg in {"", STREAM}:
+        raise ConfigError(f"{'--output' if page == '' else '--svg'} takes the name of a file")
     outputs = [name for name in (page, arguments.svg) if name not in {None, STREAM}]
     for name in outputs:
         if any(_is_same(name, file) for file in arguments.files):

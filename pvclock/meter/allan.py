@@ -4,7 +4,8 @@ Phase is what a clock is ahead of its reference, in ns, at an even interval.  A 
 has a deviation of 0; white noise of the readings falls as 1/tau; a rate that wanders rises with tau.
 
 A gap, a step or a pause is no noise: the samples on its two sides are separate segments, and no difference is taken
-across.  A single reading that is missing is put in half way between its neighbours, for it changes no sum by more than
+across.  A reading that came a little late or early is moved to its place by the mean rate of its segment.  A single
+reading that is missing is put in half way between its neighbours, for it changes no sum by more than
 the noise of one reading; of two or more that are missing nothing is known, and the segment ends.
 """
 
@@ -48,7 +49,7 @@ def even_segments(
 
     breaks: places in at_s before which something happened that is no noise.
     """
-    segments: list[array[float]] = []
+    runs: list[_Run] = []
     last_s, is_cut = -math.inf, True
     for place, (now_s, now_ns) in enumerate(zip(at_s, phase_ns, strict=True)):
         is_cut = is_cut or place in breaks
@@ -56,12 +57,10 @@ def even_segments(
             continue
         intervals = _intervals(now_s - last_s, interval_s)
         if is_cut or intervals not in {1, 2}:
-            segments.append(array("d"))
-        elif intervals == 2:
-            segments[-1].append((segments[-1][-1] + now_ns) / 2)
-        segments[-1].append(now_ns)
+            runs.append(_Run(array("d"), array("d"), array("q")))
+        runs[-1].take(now_s, now_ns, intervals or 0)
         last_s, is_cut = now_s, False
-    return segments
+    return [run.evenly(interval_s) for run in runs]
 
 
 def allan_deviations(segments: Sequence[Sequence[float]], interval_s: float) -> list[Deviation]:
@@ -80,6 +79,33 @@ def allan_deviations(segments: Sequence[Sequence[float]], interval_s: float) -> 
 
 
 # Inside
+
+
+class _Run(NamedTuple):
+    """Readings of which no more than one is missing between two; places: as intervals since the first."""
+
+    at_s: array[float]
+    ns: array[float]
+    places: array[int]
+
+    def take(self, at_s: float, ns: float, intervals: int) -> None:
+        """Take a reading, so many intervals after the last."""
+        self.places.append(self.places[-1] + intervals if self.places else 0)
+        self.at_s.append(at_s)
+        self.ns.append(ns)
+
+    def evenly(self, interval_s: float) -> array[float]:
+        """The readings moved to their places by the mean rate, for a late one shows the rate and no noise."""
+        begin_s = self.at_s[0]
+        length_s = self.at_s[-1] - begin_s
+        rate = (self.ns[-1] - self.ns[0]) / length_s if length_s else 0.0
+        even = array("d")
+        for at_s, ns, place in zip(self.at_s, self.ns, self.places, strict=True):
+            moved_ns = ns + rate * (place * interval_s - (at_s - begin_s))
+            if len(even) < place:
+                even.append((even[-1] + moved_ns) / 2)
+            even.append(moved_ns)
+        return even
 
 
 def _intervals(passed_s: float, interval_s: float) -> int | None:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-__all__ = ["FORMATS", "write_outputs"]
+from pvclock.meter import drift_drawing
 
-FORMATS: Final = (".html", ".svg", ".jsonl")
+__all__ = ["FORMATS", "write_outputs"]
 
 
 def write_outputs(paths: Sequence[Path], lines: Sequence[str]) -> None:
-    """Write all of them; OSError."""
+    """Write each, by its suffix; lines: as `--json` prints them.  OSError."""
     for path in paths:
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
+        path.write_text(FORMATS[path.suffix](lines), encoding="utf-8")
+
+
+def _text(lines: Sequence[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+FORMATS: Final[dict[str, Callable[[Sequence[str]], str]]] = {
+    ".html": drift_drawing.page,
+    ".svg": drift_drawing.picture,
+    ".jsonl": _text,
+}
+"""What makes the content of a file with this suffix."""

@@ -120,9 +120,9 @@ def drift_reading(at_s: float, ahead_ns: Mapping[str, float | None], step_ns: fl
 def drift_result(**changes: object) -> dict[str, Any]:
     """A drift's last line."""
     clocks = [
-        {"clock": "engine", "name": "pvclock, raw", "rate_ppb": 0.1, "bound_ppb": 0.4, "least_step_ns": 0}
+        {"clock": "engine", "name": "pvclock, raw", "rate_ppb": 0.25, "bound_ppb": 0.5, "least_step_ns": 0}
         | {"most_step_ns": 1, "reanchors_ns": {"MSR written again": 1}},
-        {"clock": "kernel", "name": "kernel kvmclock", "rate_ppb": -52.0, "bound_ppb": 0.4, "least_step_ns": -1}
+        {"clock": "kernel", "name": "kernel kvmclock", "rate_ppb": -52.0, "bound_ppb": 0.5, "least_step_ns": -1}
         | {"most_step_ns": 1, "reanchors_ns": {"MSR written again": -1400, "KVM_SET_CLOCK": 12}},
     ]
     result = {"reference": "raw", "seconds": 8.0, "settle_s": 2.0, "clocks": clocks, **changes}

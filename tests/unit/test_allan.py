@@ -145,6 +145,17 @@ def test_a_break_at_an_unknown_reading_counts() -> None:
 
 
 def test_readings_may_be_a_little_off_their_place() -> None:
-    """A reading that came up to 0.4 of the interval late or early is at its place."""
-    segments = even_segments([0, 1.3, 2.1, 2.8, 3.9], [0, 1, 2, 3, 4], 1.0)
-    assert [list(segment) for segment in segments] == [[0, 1, 2, 3, 4]]
+    """A reading that came up to 0.4 of the interval late or early is moved to its place by the mean rate."""
+    at_s = [0, 1.3, 2.1, 2.8, 4]
+    (segment,) = even_segments(at_s, [50 * s for s in at_s], 1.0)
+    assert list(segment) == pytest.approx([0, 50, 100, 150, 200], rel=1e-12)
+    assert len(even_segments([0, 1.5, 3], [0, 1, 2], 1.0)) == 3
+
+
+def test_late_readings_of_a_steady_clock_are_no_noise() -> None:
+    """However late each reading of a clock of constant rate came, its deviation stays that of floats' rounding."""
+    source = random.Random(SEED)  # noqa: S311  # no secret
+    at_s = [second + source.uniform(-0.19, 0.19) for second in range(300)]
+    found = allan_deviations(even_segments(at_s, [-51.4 * s for s in at_s], 1.0), 1.0)
+    assert len(found) == 7
+    assert max(each.ppb for each in found) < 1e-9

@@ -280,7 +280,7 @@ def test_lines_of_unknown_kinds_are_counted(tmp_path: Path) -> None:
     """A newer pvclock may write more; what is known of it is shown."""
     newer = {**reading(1), "kind": "temperature"}
     (section,) = told(written(tmp_path / "x", [*WATCH[:2], newer, newer, *WATCH[2:]])).sections
-    assert "2 lines of kinds that this pvclock does not know were passed over." in section.sentences
+    assert "Passed over: 2 lines of kinds that this pvclock does not know." in section.sentences
 
 
 def test_texts_of_a_guest_are_safe_to_print(tmp_path: Path) -> None:

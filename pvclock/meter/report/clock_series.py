@@ -153,12 +153,12 @@ def stability_plot(series: Sequence[ClockSeries], interval_s: float | None = Non
         if (bound_ns := each.usual_bound_ns) is not None:
             for deviation in found:
                 floors[deviation.tau_s] = max(floors.get(deviation.tau_s, 0.0), bound_ns / deviation.tau_s)
-    if not lines:
-        return None
     drawn_floor = [(tau_s, floor) for tau_s, floor in sorted(floors.items()) if floor > 0]
     if drawn_floor:
         tau_s, ppb = (array("d", column) for column in zip(*drawn_floor, strict=True))
         lines.append(Line("by the readings' bounds alone", tau_s, ppb))
+    if not lines:
+        return None
     note = (
         "How much the rate over a time tau differs from that over the next one; a constant rate is 0.  The band is "
         "what the number of readings leaves open, 68 times in 100.  Readings before and after a step, a pause or a gap "

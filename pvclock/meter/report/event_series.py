@@ -12,7 +12,7 @@ from array import array
 from fractions import Fraction
 from typing import Final, NamedTuple, TypeAlias
 
-from pvclock.quantities import NS_PER_S, signed64
+from pvclock.quantities import NS_PER_S
 
 __all__ = ["EventSeries", "Point"]
 
@@ -73,50 +73,55 @@ class EventSeries:
         last = self._last
         if last is None:
             self._begin = _Begin(point.host_tsc, point.tsc_hz, Fraction(*point.before), Fraction(0))
-        elif self._is_renumbered(last, point):
+        before_ns = self._begin.ahead_ns(point.host_tsc, point.before)
+        if last is not None and self._is_renumbered(last, point, before_ns):
             self._begin_anew(last, point)
-        elif point.sequence != last.sequence + 1:
+            before_ns = self._begin.ahead_ns(point.host_tsc, point.before)
+        elif last is not None and point.sequence != last.sequence + 1:
             self.lost += point.sequence - last.sequence - 1
             self._break()
-        self._add(point)
+        self._add(point, before_ns)
         self._last = point
-        return self.now_s
+        return self.x_s[-1]
 
     def end(self) -> None:
         """Let the last rate reach to the end of the line."""
         if self.rate_x_s and self.rate_x_s[-1] < self.now_s:
             self._add_rate(self.now_s, self.rates[-1], self.rate_ppb[-1])
 
-    def _add(self, point: Point) -> None:
-        ticks = point.host_tsc - self._begin.tsc
-        x_s = max(self._begin.host_s(ticks), self.now_s)
-        before_ns, after_ns = (self._begin.ahead_ns(ticks, guest_ns) for guest_ns in (point.before, point.after))
-        if max(abs(before_ns), abs(after_ns)) > AHEAD_MAX_NS or abs(point.rate[0]) > RATE_MAX * point.rate[1]:
-            raise OverflowError
-        self.x_s.append(x_s)
-        self.ahead_ns.append(before_ns)
+    def _add(self, point: Point, before_ns: float) -> None:
+        x_s = self._begin.host_s(point.host_tsc)
+        if self.x_s and x_s < self.x_s[-1]:  # stamped on another CPU
+            x_s = self.x_s[-1]
+        self._add_ahead(x_s, before_ns)
         if point.after != point.before:
-            self.x_s.append(x_s)
-            self.ahead_ns.append(after_ns)
+            self._add_ahead(x_s, self._begin.ahead_ns(point.host_tsc, point.after))
         if self._last is None or point.rate != self._last.rate:
             numerator, denominator = point.rate
+            if abs(numerator) > RATE_MAX * denominator:
+                raise OverflowError
             ppb = (numerator - denominator) * PPB / denominator if numerator else math.nan
             self._add_rate(x_s, numerator / denominator, ppb)
         self._ahead_ns, self._gain = self.ahead_ns[-1], self.rates[-1] - 1
+
+    def _add_ahead(self, x_s: float, ahead_ns: float) -> None:
+        if abs(ahead_ns) > AHEAD_MAX_NS:
+            raise OverflowError
+        self.x_s.append(x_s)
+        self.ahead_ns.append(ahead_ns)
 
     def _add_rate(self, x_s: float, rate: float, ppb: float) -> None:
         self.rate_x_s.append(x_s)
         self.rates.append(rate)
         self.rate_ppb.append(ppb)
 
-    def _is_renumbered(self, last: Point, point: Point) -> bool:
+    def _is_renumbered(self, last: Point, point: Point, ahead_ns: float) -> bool:
         """Is the TSC another one?  It went back, has another frequency, or a next event that contradicts this one."""
-        passed = signed64(point.host_tsc - last.host_tsc)
+        passed = point.host_tsc - last.host_tsc
         is_next = point.sequence == last.sequence + 1
         if point.tsc_hz != last.tsc_hz or point.sequence <= last.sequence or (passed < 0 and not is_next):
             return True
         passed_ns = passed * NS_PER_S / point.tsc_hz
-        ahead_ns = self._begin.ahead_ns(point.host_tsc - self._begin.tsc, point.before)
         off_ns = abs(ahead_ns - self._ahead_ns - self._gain * passed_ns)
         return is_next and off_ns > CONTRADICTION_NS + CONTRADICTION_PART * abs(passed_ns)
 
@@ -149,12 +154,12 @@ class _Begin:
         self._taken_out = taken_out.numerator * tsc_hz
         self._tick = taken_out.denominator * NS_PER_S
 
-    def host_s(self, ticks: int) -> float:
-        """Host time in s, so many ticks later."""
-        return self._host_s + ticks / self._tsc_hz
+    def host_s(self, tsc: int) -> float:
+        """Host time in s, at the host's TSC."""
+        return self._host_s + (tsc - self.tsc) / self._tsc_hz
 
-    def ahead_ns(self, ticks: int, guest_ns: Ratio) -> float:
+    def ahead_ns(self, tsc: int, guest_ns: Ratio) -> float:
         """Guest time less host time then, less the first: guest - taken_out - ticks / tsc_hz, as one division."""
         numerator, denominator = guest_ns
-        ahead = numerator * self._scale - denominator * (self._taken_out + ticks * self._tick)
+        ahead = numerator * self._scale - denominator * (self._taken_out + (tsc - self.tsc) * self._tick)
         return ahead / (denominator * self._scale)

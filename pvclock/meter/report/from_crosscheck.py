@@ -32,6 +32,7 @@ def crosscheck_section(source: str, result: Fields) -> Section:
         _steps(lifecycle),
         _went_on(lifecycle),
         *_operations(lifecycle),
+        _rules(every),
     ]
     title = "Cross-check of a guest's life" if lifecycle else "Cross-check of three clocks"
     verdict, standing = _verdict(every, wrong)
@@ -65,14 +66,28 @@ def _name(row: Fields) -> str:
 def _table(title: str, rows: Sequence[Fields], clocks: Sequence[str]) -> Table | None:
     if not rows:
         return None
-    headings = ("row", *(NAMES[clock] for clock in clocks), "result", "rule")
+    headings = ("row", *(NAMES[clock] for clock in clocks), "result")
     texts = tuple(_row(row, clocks) for row in rows)
     return Table(title, headings, texts, tuple(_standing(row) for row in rows))
 
 
 def _row(row: Fields, clocks: Sequence[str]) -> tuple[str, ...]:
     cells = (row.fields(clock).text("text") for clock in clocks)
-    return row.text("name"), *cells, "agree" if row.truth("ok") else "disagree", row.text("why")
+    return row.text("name"), *cells, "agree" if row.truth("ok") else "disagree"
+
+
+def _rules(rows: Iterable[Fields]) -> Table | None:
+    """The rule of each row, in a table of its own, for they are long; of a life cycle with its operations."""
+    operations: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        place = operations.setdefault((row.text("name"), row.text("why")), [])
+        place += [operation] if (operation := row.text_or_none("operation")) else []
+    if not operations:
+        return None
+    if any(operations.values()):
+        told = tuple((name, "; ".join(those), why) for (name, why), those in operations.items())
+        return Table("Rules", ("row", "operations", "rule"), told)
+    return Table("Rules", ("row", "rule"), tuple(operations))
 
 
 def _standing(row: Fields) -> Standing:

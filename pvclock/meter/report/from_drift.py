@@ -127,7 +127,7 @@ def _sentences(drift: _Drift) -> Iterator[str]:
     settled = f", of which the first {drift.settle_s:g} s do not count" if drift.settle_s else ""
     yield f"{counted(readings, 'reading')}, one in {drift.interval_s:g} s, in {drift.last_s:,.3f} s{settled}."
     if drift.unknown_kinds:
-        yield f"{counted(drift.unknown_kinds, 'line')} of kinds that this pvclock does not know were passed over."
+        yield f"Passed over: {counted(drift.unknown_kinds, 'line')} of kinds that this pvclock does not know."
 
 
 def _settled(series: ClockSeries, settle_s: float) -> ClockSeries:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from pvclock.meter.report.event_series import EventSeries, Point, Ratio
 from pvclock.meter.report.fields import Fields, Place, safe_text
@@ -28,6 +28,7 @@ JUMP_MAX_NS: Final = 1e30
 """More is no time."""
 NAMES_MAX: Final = 64
 """Policies and providers that are told apart: we have some ten; a file may name any number."""
+OTHERS: Final = "others"
 STEADY_PPB: Final = 1e6
 """A clock whose rates are all that close to 1 is drawn by its difference from it."""
 
@@ -49,11 +50,18 @@ def event_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) 
     return [_section(source, log)]
 
 
-class _Count(NamedTuple):
-    times: int
-    stepped_ns: float
-    first_s: float
-    last_s: float
+class _Count:
+    """How often something was, what it stepped guest time by in all, and when it was first and last."""
+
+    def __init__(self, at_s: float) -> None:
+        self.times, self.stepped_ns = 0, 0.0
+        self.first_s = self.last_s = at_s
+
+    def add(self, at_s: float, jump_ns: float) -> None:
+        """It was once more."""
+        self.times += 1
+        self.stepped_ns += jump_ns
+        self.last_s = at_s
 
 
 class _Log:
@@ -86,8 +94,8 @@ class _Log:
         if abs(jump_ns) > JUMP_MAX_NS:
             raise OverflowError
         self.events += 1
-        self.first = self.first or _whole(record["sequence"])
         self.last = _whole(record["sequence"])
+        self.first = self.first or self.last
         self._count(str(kind), record, at_s, jump_ns)
         if kind != DRAWN_AS_RATE:
             self._mark(str(kind), record, at_s, jump_ns)
@@ -102,7 +110,8 @@ class _Log:
 
     def _count(self, kind: str, record: Mapping[str, object], at_s: float, jump_ns: float) -> None:
         _add(self.kinds, kind, at_s, jump_ns)
-        self.forward_ns, self.back_ns = max(self.forward_ns, jump_ns), min(self.back_ns, jump_ns)
+        if jump_ns:
+            self.forward_ns, self.back_ns = max(self.forward_ns, jump_ns), min(self.back_ns, jump_ns)
         if (policy := record.get("policy")) is not None:
             _add(self.policies, safe_text(_text(policy)), at_s, jump_ns)
         if (provider := record.get("provider")) and len(self.providers) < NAMES_MAX:
@@ -186,12 +195,10 @@ def _refuse(record: Mapping[str, object], place: Place) -> None:
 
 
 def _add(counts: dict[str, _Count], name: str, at_s: float, jump_ns: float) -> None:
-    name = name if len(counts) < NAMES_MAX else "others"
-    had = counts.get(name)
-    if had is None:
-        counts[name] = _Count(1, jump_ns, at_s, at_s)
-    else:
-        counts[name] = _Count(had.times + 1, had.stepped_ns + jump_ns, had.first_s, at_s)
+    if name not in counts:
+        name = name if len(counts) < NAMES_MAX else OTHERS
+        counts.setdefault(name, _Count(at_s))
+    counts[name].add(at_s, jump_ns)
 
 
 def _standing_of(kind: str) -> Standing:
@@ -220,7 +227,10 @@ def _verdict(log: _Log) -> tuple[str, Standing]:
     if trouble:
         return f"There was trouble: {', '.join(trouble)}.", Standing.BAD
     if log.series.lost:
-        return f"Guest time never went back, but {counted(log.series.lost, 'event')} are missing.", Standing.OPEN
+        return (
+            f"Guest time never went back, as far as is known: {counted(log.series.lost, 'event')} missing.",
+            Standing.OPEN,
+        )
     return "Guest time never went back.", Standing.GOOD
 
 
@@ -232,16 +242,16 @@ def _sentences(log: _Log) -> Iterator[str]:
     if rates := [rate for rate in series.rates if rate]:
         yield _rates_in_words(min(rates), max(rates))
     if series.lost:
-        yield f"{counted(series.lost, 'number')} between others are missing: the lines are broken there."
+        yield f"Missing between others: {counted(series.lost, 'number')}; the lines are broken there."
     if series.numberings:
         yield (
             f"The host's TSC became another one {counted(series.numberings, 'time')} (it went back, the clock was "
             "restored, or another log begins): the line is broken there, and goes on by the time of day."
         )
     if log.unplaced:
-        yield f"{counted(log.unplaced, 'event')} without a host TSC stand where the event before them does."
+        yield f"Without a host TSC: {counted(log.unplaced, 'event')}, shown where the event before stands."
     if log.unknown:
-        yield f"{counted(log.unknown, 'event')} of kinds that this pvclock does not know were passed over."
+        yield f"Passed over: {counted(log.unknown, 'event')} of kinds that this pvclock does not know."
 
 
 def _rates_in_words(least: float, most: float) -> str:

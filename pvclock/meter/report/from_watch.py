@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Final
 
@@ -10,6 +10,7 @@ from pvclock.meter.report.clock_series import LINES_MAX, distinct, readings_plot
 from pvclock.meter.report.fields import Fields, Place
 from pvclock.meter.report.model import Axis, Part, Plot, Section, Standing, Table, Unit
 from pvclock.meter.report.watch_log import WatchLog
+from pvclock.meter.report.watch_sessions import WatchSessions
 from pvclock.meter.watch.words import counted, duration, plain_ns, rate_in_words
 
 __all__ = ["watch_sections"]
@@ -21,25 +22,13 @@ REASONS_SHOWN: Final = 8
 
 def watch_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) -> list[Section]:
     """What each watch in a file tells: one, or several that were appended, or one a VM of a fleet."""
-    logs: list[WatchLog] = []
-    current: dict[str, WatchLog] = {}
+    sessions = WatchSessions()
     for number, content in lines:
         record = Fields(content, Place(source, number))
         if content.get("schema") != SCHEMA:
             raise record.place.error(f"schema {content.get('schema')!s:.60}", f"{SCHEMA}, as in the lines before")
-        key = _vm_of(content)
-        log = current.get(key)
-        if log is None or (log.has_ended and "kind" in record):
-            log = current[key] = WatchLog()
-            logs.append(log)
-        log.take(record)
-    return [_section(source, log) for log in logs]
-
-
-def _vm_of(content: Mapping[str, object]) -> str:
-    """The VM of a line of a fleet; the lines of one VM name none, but for the first, which begins the watch."""
-    vm = content.get("vm")
-    return vm if isinstance(vm, str) and content.get("kind") != "found" else ""
+        sessions.take(record)
+    return [_section(source, log) for log in sessions.logs]
 
 
 def _section(source: str, log: WatchLog) -> Section:
@@ -58,8 +47,11 @@ def _section(source: str, log: WatchLog) -> Section:
 
 
 def _title(log: WatchLog) -> str:
-    vm = log.begin.text_or_none("vm") if log.begin else log.end and log.end.text_or_none("vm")
-    return f"Watch of {vm}" if vm else "Watch of a virtual machine"
+    """By the VM's name, and in a fleet what it is, too."""
+    began = log.begin or log.end
+    vm, description = (began.text_or_none(name) for name in ("vm", "description")) if began else (None, None)
+    more = f" ({description})" if description and description != vm else ""
+    return f"Watch of {vm}{more}" if vm else "Watch of a virtual machine"
 
 
 def _reference(log: WatchLog) -> str:
@@ -106,7 +98,7 @@ def _sentences(log: WatchLog) -> Iterator[str]:
     if not log.readings:
         yield "There are no readings in the file: a watch that writes some shows the clock over time."
     if log.unknown_kinds:
-        yield f"{counted(log.unknown_kinds, 'line')} of kinds that this pvclock does not know were passed over."
+        yield f"Passed over: {counted(log.unknown_kinds, 'line')} of kinds that this pvclock does not know."
 
 
 def _length(log: WatchLog) -> str:

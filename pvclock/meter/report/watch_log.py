@@ -71,18 +71,14 @@ class WatchLog:
             "stall": self._stall,
             "host": self._host,
             "ended": self._ended,
+            "left": self._ended,
             "summary": self._summary,
         }
 
-    @property
-    def has_ended(self) -> bool:
-        """Was the last line there?"""
-        return self.end is not None or self.error is not None
-
     def take(self, record: Fields) -> None:
         """Take a line; ReportSourceError if a field is not as it must be."""
-        if "result" in record or "error" in record:
-            self._last(record)
+        if "error" in record:
+            self.error = record.fields("error").text("message")
             return
         self.last_s = max(self.last_s, record.number("at_s"))
         taker = self._takers.get(record.text("kind"))
@@ -99,12 +95,6 @@ class WatchLog:
             self._stopped_s = None
 
     # Lines
-
-    def _last(self, record: Fields) -> None:
-        if "error" in record:
-            self.error = record.fields("error").text("message")
-        else:
-            self.end = record.fields("result")
 
     def _found(self, record: Fields) -> None:
         if self.begin is None:
@@ -201,7 +191,7 @@ class WatchLog:
             self.troubles.append(why)
 
     def _ended(self, record: Fields) -> None:
-        self.ended = record.text_or_none("why") or "the VM has ended"
+        self.ended = record.text("why")
         self._mark(record, "end", self.ended)
 
     def _summary(self, _record: Fields) -> None:

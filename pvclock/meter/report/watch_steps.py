@@ -21,6 +21,7 @@ BASES: Final = {
     "assumed": "if the guest's TSC was not changed",
     "changed": "the guest's TSC was changed, or may have been",
 }
+IN_SHORT: Final = {"offsets": "by TSC offsets", "assumed": "if the TSC was unchanged", "changed": "the TSC changed"}
 
 
 class Step(NamedTuple):
@@ -113,7 +114,7 @@ class StepTable:
         title = (
             f"Steps, the greatest first; {more:,} smaller ones are not shown" if more else "Steps, the greatest first"
         )
-        headings = ("at", "vCPUs", "against the TSC", "from STOP to RESUME", "how far known", "what the VMM told")
+        headings = ("at", "vCPUs", "against the TSC", "seen by the guest", "the VMM told", "known")
         return Table(title, headings, tuple(map(_row, steps)), tuple(step.standing for step in steps))
 
 
@@ -159,8 +160,8 @@ def disagreement_in_words(record: Fields) -> str:
 def _row(step: Step) -> tuple[str, ...]:
     against = "unknown" if step.step_ns is None else exact_ns(step.step_ns, step.bound_ns)
     split = f"; sum of {counted(step.lines, 'line')}" if step.lines > 1 else ""
-    known = f"{BASES.get(step.basis, step.basis)}{split}"
-    return f"{step.at_s:,.3f} s", runs_in_words(step.vcpus), against, step.seen_in_words(), known, step.cause or "-"
+    known = f"{IN_SHORT.get(step.basis, step.basis)}{split}"
+    return f"{step.at_s:,.3f} s", runs_in_words(step.vcpus), against, step.seen_in_words(), step.cause or "-", known
 
 
 def _vcpus(vcpus: Sequence[int]) -> str:
