@@ -173,7 +173,7 @@ def test_data_of_a_plot() -> None:
     """The page's program is given the points as they are, NaN as null, and what each mark says."""
     (data,) = page_data(document(of_one_plot(watched())))
     first, second = data["lines"]
-    assert first["y"] == list(watched().lines[0].y)
+    assert first["y"] == pytest.approx(list(watched().lines[0].y), rel=1e-12)
     assert [it is None for it in second["y"]] == [math.isnan(it) for it in watched().lines[1].y]
     assert data["marks"][1] == {
         "x": 210.0,

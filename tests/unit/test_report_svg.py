@@ -142,6 +142,20 @@ def test_only_few_points_have_dots() -> None:
     assert (len(of_look(drawn(few), "dot")), len(of_look(drawn(many), "dot"))) == (60, 0)
 
 
+def test_nothing_to_draw() -> None:
+    """A plot without points and marks has its axes, and a note that there are no data."""
+    assert ready_to_draw(simple(Line("it", [], []))).note == "There are no data."
+    assert len(of_look(drawn(simple()), "tick")) >= 4
+    assert ready_to_draw(simple(Line("it", [0], [NAN]))).note == ""
+
+
+def test_numbers_are_as_long_as_they_are_of_use() -> None:
+    """A line keeps 13 digits of its numbers: the last one of an hour is a ns."""
+    line = ready_to_draw(simple(Line("it", [0.1 + 0.2], [-1e9 - 1 / 3], [-math.inf], [NAN]))).lines[0]
+    assert (line.x, line.y, line.low) == ([0.3], [-1000000000.333], [-math.inf])
+    assert math.isnan(line.high[0])
+
+
 def test_marks_have_a_row_and_a_shape_for_each_kind() -> None:
     """Marks of one kind are of one shape on one row, below the lines, at their x; each says what it is."""
     svg = drawn(watched())

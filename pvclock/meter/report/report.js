@@ -525,9 +525,9 @@
     tools.className = "tools";
     view.tools = {};
     const actions = [
-      ["closer", "+", "Zoom in", () => zoom(view, STEP)],
-      ["out", MINUS, "Zoom out", () => zoom(view, 1 / STEP)],
-      ["all", "all", "Show all", () => showAll(view)],
+      ["closer", "+", "Zoom in (+)", () => zoom(view, STEP)],
+      ["out", MINUS, "Zoom out (-)", () => zoom(view, 1 / STEP)],
+      ["all", "all", "Show all (Escape)", () => showAll(view)],
     ];
     for (const [name, text, title, act] of actions) {
       const button = document.createElement("button");
@@ -542,6 +542,7 @@
     }
     view.figure.querySelector("h3").after(tools);
     view.svg.setAttribute("tabindex", "0");
+    view.svg.setAttribute("aria-keyshortcuts", "+ - 0 Escape ArrowLeft ArrowRight Shift+ArrowLeft Shift+ArrowRight");
   }
 
   // --- Pointer and keys ----------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ MARGIN: Final = 0.05
 LOG_MIN: Final = 1e-300
 POINTS_ALL_MAX: Final = 10 * POINTS_MAX
 """Points of all lines of a plot."""
+DIGITS: Final = 13
 KIND_SHOWN_MAX: Final = 12
 NAME_SHOWN_MAX: Final = 60
 TEXT_MAX: Final = 400
@@ -93,16 +94,28 @@ LEGEND_CHARACTER: Final = 6.6
 def ready_to_draw(plot: Plot) -> Plot:
     """Return a plot with no more points and marks than are drawn, and a note if some were left out."""
     points_max = max(min(POINTS_MAX, POINTS_ALL_MAX // max(len(plot.lines), 1)), 8)
-    lines = tuple(thinned(line, points_max, is_log=plot.x.is_log) for line in plot.lines)
+    lines = tuple(_rounded(thinned(line, points_max, is_log=plot.x.is_log)) for line in plot.lines)
     placed = [it for it in plot.marks if it.x > 0 or not plot.x.is_log]
     marks = thinned_marks([it._replace(kind=clipped(showable(it.kind), KIND_MAX)) for it in placed], MARKS_MAX)
     shown, of = sum(len(it.x) for it in lines), sum(it.of or len(it.x) for it in lines)
     notes = [plot.note] if plot.note else []
     if shown < of:
-        notes.append(f"{shown:,} of {of:,} points are drawn: the extremes of each place, and the widest of its band.")
+        notes.append(
+            f"{shown:,} of {of:,} points are drawn, the extremes among them, with the widest band of those around."
+        )
     if len(marks) < len(plot.marks):
-        notes.append(f"{len(marks):,} of {len(plot.marks):,} marks are drawn, the greatest of each kind.")
+        notes.append(
+            f"{len(marks):,} of {len(plot.marks):,} marks are drawn, of each kind the bad ones and the greatest."
+        )
+    if not of and not marks:
+        notes.append("There are no data.")
     return Plot(plot.title, shown_axis(plot.x), shown_axis(plot.y), lines, marks, " ".join(notes))
+
+
+def _rounded(line: Line) -> Line:
+    """Return a line with numbers of DIGITS digits: more are of no use, and make a page a third longer."""
+    x, y, low, high = ([float(f"{it:.{DIGITS}g}") for it in each] for each in (line.x, line.y, line.low, line.high))
+    return line._replace(x=x, y=y, low=low, high=high)
 
 
 def shown_axis(axis: Axis) -> Axis:
