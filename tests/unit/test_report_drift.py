@@ -10,6 +10,7 @@ import pytest
 
 from pvclock.errors import ReportSourceError
 from pvclock.meter.report.model import Interval, Intervals, Plot, Standing
+from pvclock.meter.report.sources import read
 from tests.unit.report_lines import drift_begin, drift_reading, drift_result, of_kind, plot, report_of, rows, section_of
 
 pytestmark = pytest.mark.row("E10")
@@ -115,3 +116,14 @@ def test_what_is_wrong_is_named(lines: list[dict[str, Any]], line: int, found: s
     error = error_of(lines, tmp_path)
     assert error.line == line
     assert error.found.startswith(found)
+
+
+def test_all_lines_of_a_real_drift_are_known() -> None:
+    """What `pvclock drift --json` wrote on a host: the engine's clock stays with raw, the kernel's does not."""
+    file = Path(__file__).parents[1] / "reports" / "drift.jsonl"
+    (section,) = read([str(file)], lambda _bytes, _name: None).sections
+    assert not [sentence for sentence in section.sentences if "Passed over" in sentence]
+    engine, kernel = plot(section, "Clock against raw").lines
+    assert max(map(abs, engine.y)) < 100
+    assert kernel.y[-1] < -1000
+    assert len(rows(section, "Steps at a new anchor")) == 7

@@ -158,7 +158,8 @@ def _promises(log: WatchLog) -> Table | None:
 
 
 def _promised(log: WatchLog, begin: Fields) -> Iterator[tuple[str, str, str, Standing]]:
-    yield "vCPUs' pages agree", "by KVM, if the pages are STABLE", *_agreement(log)
+    if begin.whole_or_none("vcpus") != 1:
+        yield "vCPUs' pages agree", "by KVM, if the pages are STABLE", *_agreement(log)
     offsets = begin.text_or_none("why_no_offsets")
     assumed = "steps rest on what was read" if offsets is None else "steps count if nobody changed the guest's TSC"
     yield "TSC offsets", "readable" if offsets is None else f"not readable: {offsets}", assumed, Standing.PLAIN
