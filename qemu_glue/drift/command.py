@@ -41,6 +41,8 @@ SETTLE_S: Final = 20.0
 INTERVAL_S: Final = 1.0
 INTERVAL_LEAST_S: Final = 0.05
 """Readings of three clocks take some ms."""
+READINGS_MAX: Final = 100_000
+"""All are kept; a day has 86400 s."""
 THE_ONLY_PID: Final = 0
 """Stands for the pid of the only VM here."""
 
@@ -104,12 +106,14 @@ def _checked_settle_s(arguments: argparse.Namespace, words: Sequence[str]) -> fl
         raise ConfigError(f"--interval {arguments.interval:g} is too short: at least {INTERVAL_LEAST_S:g} s")
     least_s = 2 * ENDS * arguments.interval
     if arguments.seconds < least_s:
-        raise ConfigError(
-            f"{arguments.seconds:g} s are too short for {ENDS} readings at either end: at least {least_s:g} s"
-        )
-    if arguments.settle is not None:
-        return float(arguments.settle)
-    return SETTLE_S if "engine" in words else 0.0
+        why = f"{arguments.seconds:g} s are too short for {ENDS} readings at either end"
+        raise ConfigError(f"{why}: at least {least_s:g} s")
+    settle_s = arguments.settle
+    if settle_s is None:
+        settle_s = SETTLE_S if "engine" in words else 0.0
+    if (settle_s + arguments.seconds) / arguments.interval > READINGS_MAX:
+        raise ConfigError(f"more than {READINGS_MAX:,} readings; take a longer --interval")
+    return float(settle_s)
 
 
 def _started(

@@ -18,12 +18,20 @@ __all__ = ["rates_in_words", "summary_table", "vcpu_table"]
 
 
 def vcpu_table(
-    loop: WatchLoop, look: Look, last_steps: dict[int, Step], ahead: Sequence[Ahead] = (), rows: int | None = None
+    loop: WatchLoop,
+    look: Look,
+    last_steps: dict[int, Step],
+    rows: int | None = None,
+    ahead: Sequence[Ahead] | None = None,
 ) -> Table:
-    """A row a vCPU, the first `rows` of them: its page, what it shows, how fast, how far ahead, and its last step."""
-    table = Table("vCPU", "page", "version", "flags", "reading", f"rate against {loop.reference}", "ahead", "last step")
+    """A row a vCPU, the first `rows` of them: its page, what it shows, how fast, and its last step.
+
+    ahead: how far each is ahead of the reference, in a column more; None: without it.
+    """
+    more = [] if ahead is None else ["ahead"]
+    table = Table("vCPU", "page", "version", "flags", "reading", f"rate against {loop.reference}", *more, "last step")
     readings = loop.watcher.readings(look.poll)
-    rates, aheads = loop.rates(), {each.vcpu: each for each in ahead}
+    rates, aheads = loop.rates(), {each.vcpu: each for each in ahead or ()}
     for vcpu, (gpa, ns) in list(enumerate(zip(loop.finder.pages, readings, strict=True)))[:rows]:
         info, rate = loop.infos.get(vcpu), rates.get(vcpu)
         table.add_row(
@@ -31,7 +39,7 @@ def vcpu_table(
             *(("-", "-") if info is None else (f"{info.version}", flags_in_words(info.flags))),
             "-" if ns is None else reading(GuestNs(ns)),
             _rate(rate),
-            _ahead(aheads.get(vcpu)),
+            *[_ahead(aheads.get(vcpu))] * len(more),
             _last_step(last_steps.get(vcpu)),
         )
     return table

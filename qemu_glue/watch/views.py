@@ -34,6 +34,8 @@ KEPT: Final = 8
 """Findings that stay below the table."""
 AROUND_ROWS: Final = 16
 """Lines of a terminal that are not the table's rows."""
+AHEAD_COLUMNS: Final = 100
+"""A terminal that has room for one column of the table more."""
 RATES_FIRST_S, RATES_MAX_S = 2.0, 60.0
 
 
@@ -117,8 +119,10 @@ class LiveView:
             self._draw(*self._parts(look))
 
     def _parts(self, look: Look) -> Iterator[object]:
-        rows = max(shutil.get_terminal_size().lines - AROUND_ROWS, 1)
-        yield vcpu_table(self._loop, look, self._last_steps, self._readings, rows)
+        columns, lines = shutil.get_terminal_size()
+        rows = max(lines - AROUND_ROWS, 1)
+        ahead = self._readings if columns >= AHEAD_COLUMNS else None
+        yield vcpu_table(self._loop, look, self._last_steps, rows, ahead)
         hidden = len(self._loop.finder.pages) - rows
         if hidden > 0:
             yield f"and {counted(hidden, 'vCPU')} more"

@@ -24,8 +24,9 @@ LOOK_TICKS = 3000
 
 
 class DriftingGuest:
-    """A SeriesGuest.  Each look at it takes LOOK_TICKS; `between` happens between a reading and the look at its page.
+    """A SeriesGuest.  Each look at it takes LOOK_TICKS, a reading up to five times that.
 
+    between: happens between a reading and the look at its page.
     ppb: how fast the reference is against the TSC's nominal rate.
     """
 
@@ -52,7 +53,7 @@ class DriftingGuest:
 
     def reading(self) -> GuestReading:
         """See SeriesGuest."""
-        self.now += LOOK_TICKS
+        self.now += LOOK_TICKS * (1 + self.samples % 5)
         seen = GuestReading(
             GuestTsc(self.tsc), GuestNs(value_at(self.page, self.tsc)), HostTsc(self.now), self.bound_ticks
         )

@@ -13,6 +13,7 @@ import pytest
 from pvclock import Gpa, Reference
 from pvclock.commands.outcome import line_json
 from pvclock.commands.screen import _drawn
+from pvclock.commands.tables import Table
 from pvclock.meter.watch.ahead import (
     ABSENT,
     BASIS_LOST,
@@ -33,7 +34,7 @@ from pvclock.readings import Sample, TimeInfo
 from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.records import reading_record
 from qemu_glue.watch.tables import vcpu_table
-from qemu_glue.watch.views import JsonView
+from qemu_glue.watch.views import JsonView, LiveView
 from tests.oracle import NS_PER_S, ExactLine
 from tests.unit import watched_cases
 from tests.unit.test_watch_loop import ARRAY, ELSEWHERE, RESET, HandMadeVm, loop_of
@@ -310,5 +311,22 @@ def test_the_line_of_readings_is_as_documented(
     assert set(keys_of(json.loads(line_json("watch", reading_record(Reference.RAW, look.readings))))) <= (
         documented_keys()["reading"] | {"schema", "kind"}
     )
-    table = vcpu_table(loop, look, {}, [Ahead(0, -1_035_012_345, 4.0)])
+    table = vcpu_table(loop, look, {}, ahead=[Ahead(0, -1_035_012_345, 4.0)])
     assert "-1.035 s" in _drawn(table, None)
+    assert "ahead" not in _drawn(vcpu_table(loop, look, {}), None)
+
+
+@pytest.mark.parametrize(("columns", "has_ahead"), [("99", False), ("100", True)])
+def test_the_live_table_has_a_column_more_where_there_is_room(
+    columns: str, monkeypatch: pytest.MonkeyPatch, *, has_ahead: bool
+) -> None:
+    """In a narrow terminal the others would be folded."""
+    monkeypatch.setenv("COLUMNS", columns)
+    vm = HandMadeVm()
+    vm.put(ARRAY)
+    loop, looks = loop_of(vm)
+    drawn: list[tuple[object, ...]] = []
+    LiveView(loop, Instants(loop.host_tsc_hz), lambda *parts: drawn.append(parts)).show(next(looks))
+    table = drawn[0][0]
+    assert isinstance(table, Table)
+    assert ("ahead" in _drawn(table, None)) == has_ahead

@@ -77,6 +77,11 @@ class Chromium:
         self._number = 0
         self.events: list[dict[str, Any]] = []
 
+    @property
+    def group(self) -> int:
+        """The process group of the browser and all its processes."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the browser and all its processes."""
         os.close(self._output)
@@ -166,11 +171,22 @@ class Page:
         self._browser.wait_for("Page.loadEventFired", self._session)
         return self
 
+    def reload(self) -> None:
+        """Load the file again."""
+        self.ask("Page.reload")
+        self._browser.wait_for("Page.loadEventFired", self._session)
+
     def resize(self, width: int, height: int) -> None:
         """Give the page a window of so many pixels."""
         self.ask(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until what was done so far has been drawn, and the events that come of it have been handled."""
+        frame = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+        self.evaluate(frame)
 
     def touch(self) -> None:
         """Give the page a touch screen."""
@@ -189,8 +205,7 @@ class Page:
         return answer["result"].get("value")
 
     def _events(self, *methods: str) -> list[dict[str, Any]]:
-        # The browser's answer comes after what happened before it was asked.
-        self.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+        self.settle()
         mine = [it for it in self._browser.events if it.get("sessionId") == self._session]
         return [it for it in mine if it.get("method") in methods]
 

@@ -26,6 +26,8 @@ NAME_MAX: Final = 120
 TITLE_MAX: Final = 240
 SENTENCE_MAX: Final = 4000
 CELL_MAX: Final = 1000
+NO_VALUE: Final = ("", "-")
+"""What stands in a cell that has none."""
 
 
 def document(report: Report) -> str:
@@ -214,7 +216,7 @@ def _row(row: tuple[str, ...], looks: list[str], sign: str) -> str:
 
 def _is_of_numbers(table: Table, column: int) -> bool:
     """Are most cells of a column numbers, so that their digits are to be below each other?"""
-    cells = [row[column] for row in table.rows]
+    cells = [row[column] for row in table.rows if row[column] not in NO_VALUE]
     return sum(map(_is_number, cells)) * 2 > len(cells)
 
 

@@ -243,7 +243,8 @@
 
   // --- svg.py: the drawing ---------------------------------------------------------------------------------------
 
-  const { colours, dashes, dottedMax, hairlinesMax, trimmed, margin, kindShownMax, titleShownMax } = rules.limits;
+  const { colours, dashes, dottedMax, dotRoom, hairlinesMax } = rules.limits;
+  const { trimmed, margin, farOut, kindShownMax, titleShownMax } = rules.limits;
 
   function make(name, attributes, content) {
     const element = document.createElementNS(SVG, name);
@@ -270,22 +271,28 @@
     return spanOf([...plot.lines.flatMap((it) => it.x), ...ends], plot.x.isLog, 0);
   }
 
-  function yValues(parts) {
-    const bounds = parts.flatMap((it) => [...trimmedBounds(it.low, trimmed, 0), ...trimmedBounds(it.high, 0, trimmed)]);
-    return [...parts.flatMap((it) => it.y), ...bounds];
+  function ySpan(parts, axis) {
+    const whole = ySpanWithout(0, parts, axis), most = ySpanWithout(trimmed, parts, axis);
+    return widthOf(whole, axis) > farOut * widthOf(most, axis) ? most : whole;
   }
+
+  function ySpanWithout(part, parts, axis) {
+    const bounds = parts.flatMap((it) => [...trimmedBounds(it.low, part, 0), ...trimmedBounds(it.high, 0, part)]);
+    return spanOf([...parts.flatMap((it) => it.y), ...bounds], axis.isLog, margin);
+  }
+
+  const widthOf = ([least, most], axis) => (axis.isLog ? Math.log10(most / least) : most - least);
 
   /* Both axes of what is shown, from numbers to pixels. */
   function frameOf(plot, layout, span) {
     const parts = plot.lines.map((it) => within(it, span, plot));
-    let values = yValues(parts);
-    if (!knownOf(values, plot.y.isLog).length) values = yValues(plot.lines);
+    const isKnown = parts.some((it) => knownOf([...it.y, ...it.low, ...it.high], plot.y.isLog).length);
     const width = layout.width - layout.left - layout.right;
     const frame = {
       layout, parts, left: layout.left, right: layout.width - layout.right,
       top: layout.top, bottom: layout.top + layout.height,
       x: scaleOf(plot.x, span, Math.max(2, Math.floor(width / layout.x_tick))),
-      y: scaleOf(plot.y, spanOf(values, plot.y.isLog, margin), Math.max(2, Math.floor(layout.height / layout.y_tick))),
+      y: scaleOf(plot.y, ySpan(isKnown ? parts : plot.lines, plot.y), Math.max(2, Math.floor(layout.height / layout.y_tick))),
     };
     frame.xPixel = (value) => position(frame.x, value, frame.left, frame.right);
     frame.yPixel = (value) => {
@@ -387,7 +394,8 @@
       make("text", { class: "tick x", x: pixels(frame.xPixel(it.at)), y: frame.lanesBottom + 18 }, it.label));
     const middle = pixels((frame.left + frame.right) / 2);
     const yTitle = make("text", { class: "title y", x: 0, y: 16 }, clipped(frame.y.title, titleShownMax));
-    const xTitle = make("text", { class: "title x", x: middle, y: frame.lanesBottom + 40 }, clipped(frame.x.title, titleShownMax));
+    const place = { class: "title x", x: middle, y: frame.lanesBottom + 40 };
+    const xTitle = make("text", place, clipped(frame.x.title, titleShownMax));
     return [...beside, ...below, yTitle, xTitle];
   }
 
@@ -448,10 +456,10 @@
 
   function place(view) {
     const { frame, svg } = view;
-    const area = { x: frame.left, y: frame.top, width: frame.right - frame.left };
-    const heights = [[view.pointer, frame.lanesBottom - frame.top], [svg.querySelector("clipPath rect"), frame.layout.height]];
-    for (const [element, height] of heights) {
-      for (const [key, value] of Object.entries({ ...area, height })) element.setAttribute(key, value);
+    const clip = svg.querySelector("clipPath rect");
+    for (const [element, room, height] of [[view.pointer, 0, frame.lanesBottom - frame.top], [clip, dotRoom, frame.layout.height]]) {
+      const area = { x: frame.left - room, y: frame.top, width: frame.right - frame.left + 2 * room, height };
+      for (const [key, value] of Object.entries(area)) element.setAttribute(key, value);
     }
   }
 
@@ -617,9 +625,11 @@
 
   function select(view, event) {
     const { left, right, top, bottom } = view.frame;
-    const [begin, end] = [view.dragFrom, pointOf(view, event)[0]].map((it) => Math.min(Math.max(it, left), right)).sort((a, b) => a - b);
+    const ends = [view.dragFrom, pointOf(view, event)[0]].map((it) => Math.min(Math.max(it, left), right));
+    const [begin, end] = ends.sort((a, b) => a - b);
     tooltip.hidden = true;
-    view.over.replaceChildren(make("rect", { class: "selection", x: begin, y: top, width: end - begin, height: bottom - top }));
+    const area = { class: "selection", x: begin, y: top, width: end - begin, height: bottom - top };
+    view.over.replaceChildren(make("rect", area));
   }
 
   function hover(view, event) {
@@ -674,10 +684,12 @@
     view.at = x;
     const found = readings.filter((it) => !Number.isNaN(it.pixel)).map(({ line, index, at, pixel }) =>
       shape(`dot colour-${index % colours}`, dots[index % dots.length], frame.xPixel(line.x[at]), pixel));
-    view.over.replaceChildren(make("path", { class: "crosshair", d: `M${pixels(x)} ${frame.top}V${frame.lanesBottom}` }), ...found);
+    const crosshair = make("path", { class: "crosshair", d: `M${pixels(x)} ${frame.top}V${frame.lanesBottom}` });
+    view.over.replaceChildren(crosshair, ...found);
     const paragraphs = [paragraph("at", `${plot.x.label}: ${written(plot.x, back(view, measureAt(view, x)), grainOf(frame.x))}`)];
     paragraphs.push(...readings.map((it) => readingText(view, it)));
-    if (plot.lines.length > readings.length) paragraphs.push(paragraph("at", `${plot.lines.length - readings.length} more lines`));
+    const left = plot.lines.length - readings.length;
+    if (left > 0) paragraphs.push(paragraph("at", `${left} more lines`));
     paragraphs.push(...marks.slice(0, HAPPENED_MAX).map((it) => paragraph("happened", `${it.kind}: ${it.text}`)));
     if (marks.length > HAPPENED_MAX) paragraphs.push(paragraph("happened", `${marks.length - HAPPENED_MAX} more marks`));
     tooltip.replaceChildren(...paragraphs);

@@ -55,10 +55,14 @@ COLOURS: Final = 7
 DASHES: Final = 5
 DOTTED_MAX: Final = 60
 """Points of a line up to which each is shown by a dot."""
+DOT_ROOM: Final = 5
+"""Pixels that a dot at the end of a line reaches beyond it."""
 HAIRLINES_MAX: Final = 40
 """Marks up to which each has a line through the plot."""
 TRIMMED: Final = 0.1
 """The part of a band's bounds that may lie outside the plot: those of a first, short while would flatten all else."""
+FAR_OUT: Final = 2.5
+"""So many times higher the plot would be with them."""
 MARGIN: Final = 0.05
 LOG_MIN: Final = 1e-300
 POINTS_ALL_MAX: Final = 10 * POINTS_MAX
@@ -73,8 +77,10 @@ LIMITS: Final = {
     "colours": COLOURS,
     "dashes": DASHES,
     "dottedMax": DOTTED_MAX,
+    "dotRoom": DOT_ROOM,
     "hairlinesMax": HAIRLINES_MAX,
     "trimmed": TRIMMED,
+    "farOut": FAR_OUT,
     "margin": MARGIN,
     "kindShownMax": KIND_SHOWN_MAX,
     "titleShownMax": TITLE_SHOWN_MAX,
@@ -87,12 +93,13 @@ LEGEND_CHARACTER: Final = 6.6
 def ready_to_draw(plot: Plot) -> Plot:
     """Return a plot with no more points and marks than are drawn, and a note if some were left out."""
     points_max = max(min(POINTS_MAX, POINTS_ALL_MAX // max(len(plot.lines), 1)), 8)
-    lines = tuple(thinned(line, points_max) for line in plot.lines)
-    marks = thinned_marks([it._replace(kind=clipped(showable(it.kind), KIND_MAX)) for it in plot.marks], MARKS_MAX)
+    lines = tuple(thinned(line, points_max, is_log=plot.x.is_log) for line in plot.lines)
+    placed = [it for it in plot.marks if it.x > 0 or not plot.x.is_log]
+    marks = thinned_marks([it._replace(kind=clipped(showable(it.kind), KIND_MAX)) for it in placed], MARKS_MAX)
     shown, of = sum(len(it.x) for it in lines), sum(it.of or len(it.x) for it in lines)
     notes = [plot.note] if plot.note else []
     if shown < of:
-        notes.append(f"{shown:,} of {of:,} points are drawn, with the least and greatest of each place.")
+        notes.append(f"{shown:,} of {of:,} points are drawn: the extremes of each place, and the widest of its band.")
     if len(marks) < len(plot.marks):
         notes.append(f"{len(marks):,} of {len(plot.marks):,} marks are drawn, the greatest of each kind.")
     return Plot(plot.title, shown_axis(plot.x), shown_axis(plot.y), lines, marks, " ".join(notes))
@@ -169,9 +176,19 @@ def x_span(plot: Plot) -> Span:
 
 
 def y_span(plot: Plot) -> Span:
-    """Return what is shown of the y axis: every point, and the bands but for their few widest places."""
-    bounds = chain.from_iterable((*_trimmed(it.low, TRIMMED, 0), *_trimmed(it.high, 0, TRIMMED)) for it in plot.lines)
+    """Return what is shown of the y axis: every point, and the bands, without their widest tenth if that is far out."""
+    whole = _y_span(plot, 0.0)
+    most = _y_span(plot, TRIMMED)
+    return most if _width(whole, plot.y) > FAR_OUT * _width(most, plot.y) else whole
+
+
+def _y_span(plot: Plot, trimmed: float) -> Span:
+    bounds = chain.from_iterable((*_trimmed(it.low, trimmed, 0), *_trimmed(it.high, 0, trimmed)) for it in plot.lines)
     return span_of(chain(chain.from_iterable(it.y for it in plot.lines), bounds), is_log=plot.y.is_log, margin=MARGIN)
+
+
+def _width(span: Span, axis: Axis) -> float:
+    return math.log10(span.most / span.least) if axis.is_log else span.most - span.least
 
 
 def _trimmed(bounds: Sequence[float], least: float, greatest: float) -> list[float]:
@@ -223,8 +240,8 @@ def _frame(plot: Plot, layout: Layout) -> Frame:
 
 
 def _clip(name: str) -> str:
-    width = LAYOUT.width - LAYOUT.left - LAYOUT.right
-    area = f'<rect x="{LAYOUT.left}" y="{LAYOUT.top}" width="{width}" height="{LAYOUT.height}"/>'
+    left, width = LAYOUT.left - DOT_ROOM, LAYOUT.width - LAYOUT.left - LAYOUT.right + 2 * DOT_ROOM
+    area = f'<rect x="{left}" y="{LAYOUT.top}" width="{width}" height="{LAYOUT.height}"/>'
     return f'<clipPath id="{name}-area">{area}</clipPath>'
 
 

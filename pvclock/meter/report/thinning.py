@@ -27,13 +27,14 @@ class Bucket(NamedTuple):
     end: int
 
 
-def thinned(line: Line, points_max: int = POINTS_MAX) -> Line:
+def thinned(line: Line, points_max: int = POINTS_MAX, *, is_log: bool = False) -> Line:
     """Return a line of no more than so many points (8 at least) that looks the same.
 
     Of each bucket, an equal part of the x axis, the first and last point and those of the least and greatest y are
     kept.  Two points that have NaN between them still have.  The band of a kept point is that of its whole bucket.
+    is_log: the x axis is logarithmic, so points that are not right of 0 are left out.
     """
-    line = _placeable(line)
+    line = _placeable(line, is_log=is_log)
     if len(line.x) <= points_max:
         return line
     buckets_wanted = points_max // POINTS_A_BUCKET
@@ -48,11 +49,12 @@ def thinned(line: Line, points_max: int = POINTS_MAX) -> Line:
     return line._replace(x=x, y=y, low=low, high=high, of=line.of or len(line.x))
 
 
-def _placeable(line: Line) -> Line:
+def _placeable(line: Line, *, is_log: bool) -> Line:
     """Return a line without the points that are nowhere along x."""
-    if math.isfinite(sum(line.x)):
+    least = 0.0 if is_log else -math.inf
+    if math.isfinite(sum(line.x)) and (not len(line.x) or line.x[0] > least):
         return line
-    kept = [index for index, x in enumerate(line.x) if math.isfinite(x)]
+    kept = [index for index, x in enumerate(line.x) if math.isfinite(x) and x > least]
     x, y, low, high = (
         [column[it] for it in kept] if len(column) else () for column in (line.x, line.y, line.low, line.high)
     )
