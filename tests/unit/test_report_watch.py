@@ -181,6 +181,14 @@ def test_disagreements_stalls_and_the_host(tmp_path: Path) -> None:
     assert "The VM has ended." in section.sentences
 
 
+def test_an_event_of_another_name_is_one_of_many(tmp_path: Path) -> None:
+    """A file cannot make a legend of its own: what no VMM of ours tells is an event."""
+    (mark,) = marks("event", vmm_event(5, "x" * 500), tmp_path=tmp_path)
+    assert mark.text == f"the VMM said {'X' * 500}"
+    (mark,) = marks("migration", vmm_event(5, "migration"), tmp_path=tmp_path)
+    assert mark.text == "the VMM said MIGRATION"
+
+
 def test_many_marks_are_merged_with_the_greatest_kept(tmp_path: Path) -> None:
     """Of 5,000 steps no more than a page draws are left, the greatest of them; they stand for all, at all times."""
     steps = [step(at / 10, 0, 1000 + (at == 2345) * 10**6, "stop") for at in range(5000)]

@@ -11,6 +11,7 @@ from pvclock.meter.report.fields import Fields
 from pvclock.meter.report.mark_collection import MarkCollection
 from pvclock.meter.report.model import Line, Mark, Standing
 from pvclock.meter.report.watch_steps import Step, StepTable, disagreement_in_words, step_of
+from pvclock.meter.watch.vm import VmEventKind
 from pvclock.meter.watch.words import duration, flags_in_words
 
 __all__ = ["RateSeries", "WatchLog"]
@@ -21,6 +22,7 @@ ALIKE_S: Final = 0.25
 STALL_NS: Final = 100_000_000
 """Shorter ones are counted: a busy host has many."""
 REASONS_MAX: Final = 16
+VM_EVENTS: Final = frozenset(map(str, VmEventKind))
 
 
 class RateSeries:
@@ -168,7 +170,7 @@ class WatchLog:
             lasted = f"the VMM said STOP, and RESUME {duration(round((at_s - begin_s) * 1e9))} later"
             self.marks.add(Mark(begin_s, "pause", lasted, until=at_s, size=at_s - begin_s))
         else:
-            self._mark(record, what, f"the VMM said {what.upper()}")
+            self._mark(record, what if what in VM_EVENTS else "event", f"the VMM said {what.upper()}")
 
     def _page_lost(self, record: Fields) -> None:
         why = f"vCPU {record.whole('vcpu')}: the page is gone: {record.text('why')}"
