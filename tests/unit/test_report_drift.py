@@ -107,7 +107,7 @@ def test_appended_drifts_are_sections_of_their_own(tmp_path: Path) -> None:
         ([drift_begin(clocks=[])], 1, "0 clocks"),
         ([drift_begin(interval_s=0)], 1, "an interval of 0 s"),
         ([drift_begin(), drift_reading(0, {"third": 0})], 2, "a reading of clock third"),
-        ([drift_begin(), {**READINGS[0], "schema": "pvclock.watch/1"}], 2, "schema pvclock.watch/1"),
+        ([drift_begin(), {**READINGS[0], "schema": "pvclock.watch/1"}], 2, "schema 'pvclock.watch/1'"),
         ([drift_begin(), {**READINGS[0], "at_s": "1"}], 2, "at_s: '1'"),
     ],
 )

@@ -12,6 +12,7 @@ from pvclock.meter.report.clock_series import ClockSeries, readings_plots, stabi
 from pvclock.meter.report.fields import Fields, Place, safe_text
 from pvclock.meter.report.model import Axis, Interval, Intervals, Line, Mark, Part, Plot, Section, Standing, Table, Unit
 from pvclock.meter.watch.words import about_ns, counted, rate_in_words
+from pvclock.quantities import quoted
 
 __all__ = ["drift_sections"]
 
@@ -84,7 +85,7 @@ def drift_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) 
     for number, content in lines:
         record = Fields(content, Place(source, number))
         if content.get("schema") != SCHEMA:
-            raise record.place.error(f"schema {content.get('schema')!s:.60}", f"{SCHEMA}, as in the lines before")
+            raise record.place.error(f"schema {quoted(content.get('schema'))}", f"{SCHEMA}, as in the lines before")
         if content.get("kind") == "begin":
             drifts.append(_Drift(record))
         elif drifts:

@@ -12,6 +12,7 @@ from pvclock.meter.report.model import Axis, Part, Plot, Section, Standing, Tabl
 from pvclock.meter.report.watch_log import WatchLog
 from pvclock.meter.report.watch_sessions import WatchSessions
 from pvclock.meter.watch.words import counted, duration, plain_ns, rate_in_words
+from pvclock.quantities import quoted
 
 __all__ = ["watch_sections"]
 
@@ -26,7 +27,7 @@ def watch_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) 
     for number, content in lines:
         record = Fields(content, Place(source, number))
         if content.get("schema") != SCHEMA:
-            raise record.place.error(f"schema {content.get('schema')!s:.60}", f"{SCHEMA}, as in the lines before")
+            raise record.place.error(f"schema {quoted(content.get('schema'))}", f"{SCHEMA}, as in the lines before")
         sessions.take(record)
     return [_section(source, log) for log in sessions.logs]
 
