@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 __all__ = ["DEFAULT_HOST", "Address", "parsed_address"]
 
 DEFAULT_HOST: Final = "127.0.0.1"
-"""Metrics are for this host, unless the user says otherwise: nobody is asked who he is."""
+"""Metrics are for this host, unless the user says otherwise: there is no authentication."""
 PORT_MAX: Final = 65535
 FORM: Final = re.compile(r"(?:(?:\[(?P<ipv6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:\[\]/]+)):)?(?P<port>[0-9]{1,5})")
 

@@ -96,14 +96,16 @@ class HttpServer:
         assert client is not None  # noqa: S101  # a server's callback is a task
         self._clients[client] = None
         if len(self._clients) > CLIENTS_MAX:
-            next(iter(self._clients)).cancel()
+            oldest = next(iter(self._clients))
+            del self._clients[oldest]  # at once, for several may come in one turn of the loop
+            oldest.cancel()
         try:
             async with asyncio.timeout(CLIENT_LIMIT_S):
                 await self._answer(reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client is gone, or has had its time
         finally:
-            del self._clients[client]
+            self._clients.pop(client, None)
             writer.transport.abort()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

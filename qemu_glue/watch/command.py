@@ -9,6 +9,7 @@ looked at every 10 ms, until --seconds, Ctrl-C or its end.  Exit status 1 if a b
 from __future__ import annotations
 
 import argparse
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
@@ -117,12 +118,14 @@ def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack)
             raise
         raise ConfigError("--prometheus needs prometheus_client: pip install 'pvclock[prometheus]'") from None
     from qemu_glue.prometheus.series import Series
+    from qemu_glue.watch.instants import utc_text
 
     series = Series()
     server = resources.enter_context(serve(arguments.prometheus, series))
     screen.show(f"metrics at {server.url}")
     if arguments.json:
-        write(line_json("watch", {"kind": "metrics", "url": server.url}) + "\n")
+        when = {"at_s": 0.0, "utc": utc_text(time.time_ns())}
+        write(line_json("watch", {"kind": "metrics", **when, "url": server.url}) + "\n")
     return series
 
 

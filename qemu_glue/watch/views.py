@@ -62,9 +62,10 @@ class JsonView:
     def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound, vm: str | None = None) -> None:
         self._loop, self._instants = loop, instants
         self._in_fleet = {} if vm is None else {"vm": vm}
+        described = {} if vm is None else {"description": loop.vm.name}
         self._begin_s = time.monotonic()
         self._next_rates_s = RATES_FIRST_S
-        self._write({**finding_record(found), **vm_record(loop), "description": loop.vm.name}, time.time_ns())
+        self._write({**finding_record(found), **vm_record(loop), **described}, time.time_ns())
 
     def show(self, look: Look) -> None:
         """See View."""

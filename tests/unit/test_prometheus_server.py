@@ -63,11 +63,13 @@ def test_what_it_answers(server: HttpServer) -> None:
     assert asked(server, method="POST")[0] == 405
 
 
-def test_clients_that_say_nothing_keep_no_other_out(server: HttpServer) -> None:
+def test_clients_that_say_nothing_keep_no_other_out(server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a hundred the oldest give way, and a scrape is answered while the others are still there."""
+    monkeypatch.setattr("qemu_glue.prometheus.http_server.CLIENT_LIMIT_S", HANG_S)
     with ExitStack() as clients:
         silent = [clients.enter_context(connected(server)) for _ in range(CLIENTS_MAX + 36)]
         assert asked(server)[0] == 200
+        assert len(server._clients) <= CLIENTS_MAX
         assert has_hung_up(silent[0])
         silent[-1].sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         assert silent[-1].recv(15) == b"HTTP/1.1 200 OK"
