@@ -50,7 +50,8 @@ def _section(source: str, log: WatchLog) -> Section:
 def _title(log: WatchLog) -> str:
     """By the VM's name, and in a fleet what it is, too."""
     began = log.begin or log.end
-    vm, description = (began.text_or_none(name) for name in ("vm", "description")) if began else (None, None)
+    told, description = (began.text_or_none(name) for name in ("vm", "description")) if began else (None, None)
+    vm = told or log.vm
     more = f" ({description})" if description and description != vm else ""
     return f"Watch of {vm}{more}" if vm else "Watch of a virtual machine"
 
@@ -66,6 +67,8 @@ def _reference(log: WatchLog) -> str:
 def _verdict(log: WatchLog) -> tuple[str, Standing]:
     if log.error is not None:
         return f"The watch was ended by an error: {log.error}", Standing.OPEN
+    if log.end is None and log.ended is not None:
+        return f"Not watched to the end, so there is no verdict: {log.ended}.", Standing.OPEN
     if log.end is None:
         return "The file does not have the watch's last line: there is no verdict.", Standing.OPEN
     budgets = log.end.fields("budgets")
@@ -92,7 +95,7 @@ def _sentences(log: WatchLog) -> Iterator[str]:
         yield f"Pages disagreed {counted(log.disagreements, 'time')}; the most: {log.worst_disagreement[1]}."
     yield from _rates(log)
     yield from (f"The host: {why}" for why in log.troubles)
-    if log.ended:
+    if log.ended and log.end:
         yield f"{log.ended[0].upper()}{log.ended[1:]}."
     if log.begin and (why := log.begin.text_or_none("why_no_events")):
         yield f"The VMM's events are not told: {why}."

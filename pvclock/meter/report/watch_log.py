@@ -44,9 +44,14 @@ class RateSeries:
 
 
 class WatchLog:
-    """A watch of one VM.  begin: its first line; end: the `result` of its last one; None until they are there."""
+    """A watch of one VM.
 
-    def __init__(self) -> None:
+    vm: its name, None if the lines have not told it.  begin: its first line; end: the `result` of its last one; None
+    until they are there.
+    """
+
+    def __init__(self, vm: str | None) -> None:
+        self.vm = vm
         self.begin: Fields | None = None
         self.end: Fields | None = None
         self.error: str | None = None
