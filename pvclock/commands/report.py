@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,7 @@ from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen, write
 from pvclock.commands.tables import Table
 from pvclock.errors import ConfigError
+from pvclock.meter.watch.words import counted
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
     from pvclock.meter.report.model import Plot, Report, Section
@@ -37,6 +39,7 @@ FILES_MAX: Final = 100
 TITLE_MAX: Final = 200
 PAGE_MODE: Final = 0o644
 COLOURS: Final = {"good": "green", "bad": "red", "open": "yellow", "plain": ""}
+SENTENCES_SHOWN: Final = 5
 BYTES_PER_MIB: Final = 1 << 20
 
 
@@ -146,12 +149,20 @@ def _first_plot(report: Report) -> Plot:
 
 
 def _show(report: Report, page: str, picture: str | None, screen: Screen) -> None:
-    table = Table("file", "what it is", "what it told")
+    table = Table("file", "what it told")
     for section in report.sections:
-        told = Text("\n").join([Text(section.verdict, COLOURS[section.standing]), *map(Text, section.sentences)])
-        table.add_row(section.source, section.title, told)
+        table.add_row(f"{section.source}\n{section.title}", Text("\n").join(_in_short(section)))
         table.end_section()
     screen.show(table, f"The page: {page}", *[f"The first plot: {picture}"] * (picture is not None))
+
+
+def _in_short(section: Section) -> Iterator[Text]:
+    """The verdict, and the first sentences: the page has all."""
+    yield Text(section.verdict, COLOURS[section.standing])
+    yield from map(Text, section.sentences[:SENTENCES_SHOWN])
+    more = len(section.sentences) - SENTENCES_SHOWN
+    if more > 0:
+        yield Text(f"and {counted(more, 'sentence')} more on the page", "dim")
 
 
 def _told(section: Section) -> dict[str, object]:

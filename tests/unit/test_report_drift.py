@@ -10,6 +10,7 @@ import pytest
 
 from pvclock.errors import ReportSourceError
 from pvclock.meter.report.model import Interval, Intervals, Plot, Standing
+from pvclock.meter.report.sources import read
 from tests.unit.report_lines import drift_begin, drift_reading, drift_result, of_kind, plot, report_of, rows, section_of
 
 pytestmark = pytest.mark.row("E10")
@@ -106,7 +107,7 @@ def test_appended_drifts_are_sections_of_their_own(tmp_path: Path) -> None:
         ([drift_begin(clocks=[])], 1, "0 clocks"),
         ([drift_begin(interval_s=0)], 1, "an interval of 0 s"),
         ([drift_begin(), drift_reading(0, {"third": 0})], 2, "a reading of clock third"),
-        ([drift_begin(), {**READINGS[0], "schema": "pvclock.watch/1"}], 2, "schema pvclock.watch/1"),
+        ([drift_begin(), {**READINGS[0], "schema": "pvclock.watch/1"}], 2, "schema 'pvclock.watch/1'"),
         ([drift_begin(), {**READINGS[0], "at_s": "1"}], 2, "at_s: '1'"),
     ],
 )
@@ -115,3 +116,14 @@ def test_what_is_wrong_is_named(lines: list[dict[str, Any]], line: int, found: s
     error = error_of(lines, tmp_path)
     assert error.line == line
     assert error.found.startswith(found)
+
+
+def test_all_lines_of_a_real_drift_are_known() -> None:
+    """What `pvclock drift --json` wrote on a host: the engine's clock stays with raw, the kernel's does not."""
+    file = Path(__file__).parents[1] / "reports" / "drift.jsonl"
+    (section,) = read([str(file)], lambda _bytes, _name: None).sections
+    assert not [sentence for sentence in section.sentences if "Passed over" in sentence]
+    engine, kernel = plot(section, "Clock against raw").lines
+    assert max(map(abs, engine.y)) < 100
+    assert kernel.y[-1] < -1000
+    assert len(rows(section, "Steps at a new anchor")) == 7

@@ -181,6 +181,14 @@ def test_disagreements_stalls_and_the_host(tmp_path: Path) -> None:
     assert "The VM has ended." in section.sentences
 
 
+def test_an_event_of_another_name_is_one_of_many(tmp_path: Path) -> None:
+    """A file cannot make a legend of its own: what no VMM of ours tells is an event."""
+    (mark,) = marks("event", vmm_event(5, "x" * 500), tmp_path=tmp_path)
+    assert mark.text == f"the VMM said {'X' * 500}"
+    (mark,) = marks("migration", vmm_event(5, "migration"), tmp_path=tmp_path)
+    assert mark.text == "the VMM said MIGRATION"
+
+
 def test_many_marks_are_merged_with_the_greatest_kept(tmp_path: Path) -> None:
     """Of 5,000 steps no more than a page draws are left, the greatest of them; they stand for all, at all times."""
     steps = [step(at / 10, 0, 1000 + (at == 2345) * 10**6, "stop") for at in range(5000)]
@@ -302,7 +310,24 @@ def test_the_vms_of_a_fleet_are_sections_of_their_own(tmp_path: Path) -> None:
     assert list(plot(second, AGAINST).lines[0].y) == [0, -1, -2, -3]
     assert (first.verdict, second.standing) == ("Within its budgets.", Standing.OPEN)
     assert all("The host: left clocksource tsc" in section.sentences for section in (first, second))
-    assert "Its QEMU has ended." in second.sentences
+    assert second.verdict == "Not watched to the end, so there is no verdict: its QEMU has ended."
+
+
+@pytest.mark.parametrize("kind", ["metrics", "weather"])
+def test_what_stands_before_the_first_line_makes_no_section(kind: str, tmp_path: Path) -> None:
+    """Where metrics are served is told before all else; so may be what a newer pvclock tells."""
+    first = watch_line(kind, 0, url="http://localhost:9911/metrics")
+    section = section_of(tmp_path / "x", [first, found(), reading(1, 0.0), watch_result("passed")])
+    assert section.title == "Watch of QEMU 7.2.22, process 17, 2 vCPUs"
+    assert any("Passed over" in sentence for sentence in section.sentences) == (kind == "weather")
+
+
+def test_a_vm_that_was_never_watched_has_its_section(tmp_path: Path) -> None:
+    """A fleet tells why, and which one it was; the lines of the next VM are not its."""
+    lines = [watch_line("left", 0, vm="a", why="its socket is in use"), found(vm="b"), {**reading(1, 0.0), "vm": "b"}]
+    first, second = report_of(tmp_path / "x", lines).sections
+    assert (first.title, second.title) == ("Watch of a", "Watch of b")
+    assert first.verdict == "Not watched to the end, so there is no verdict: its socket is in use."
 
 
 def test_a_vm_that_comes_again_begins_anew(tmp_path: Path) -> None:

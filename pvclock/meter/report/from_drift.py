@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Final
 
 from pvclock.meter.report.clock_series import ClockSeries, readings_plots, stability_plot
-from pvclock.meter.report.fields import Fields, Place
+from pvclock.meter.report.fields import Fields, Place, safe_text
 from pvclock.meter.report.model import Axis, Interval, Intervals, Line, Mark, Part, Plot, Section, Standing, Table, Unit
 from pvclock.meter.watch.words import about_ns, counted, rate_in_words
+from pvclock.quantities import quoted
 
 __all__ = ["drift_sections"]
 
 SCHEMA: Final = "pvclock.drift/1"
 CLOCKS_MAX: Final = 64
+WAYS_MAX: Final = 100
 
 
 class _Steps:
@@ -82,7 +85,7 @@ def drift_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) 
     for number, content in lines:
         record = Fields(content, Place(source, number))
         if content.get("schema") != SCHEMA:
-            raise record.place.error(f"schema {content.get('schema')!s:.60}", f"{SCHEMA}, as in the lines before")
+            raise record.place.error(f"schema {quoted(content.get('schema'))}", f"{SCHEMA}, as in the lines before")
         if content.get("kind") == "begin":
             drifts.append(_Drift(record))
         elif drifts:
@@ -178,7 +181,7 @@ def _reanchors(drift: _Drift) -> Table | None:
     ways = dict.fromkeys(way for each in steps.values() for way in each.content)
     if not ways:
         return None
-    rows = tuple((way, *(_ns(each, way) for each in steps.values())) for way in ways)
+    rows = tuple((safe_text(way), *(_ns(each, way) for each in steps.values())) for way in islice(ways, WAYS_MAX))
     return Table("Steps at a new anchor", ("what made it", *steps), rows)
 
 

@@ -12,6 +12,7 @@ from pvclock.meter.report.model import Axis, Part, Plot, Section, Standing, Tabl
 from pvclock.meter.report.watch_log import WatchLog
 from pvclock.meter.report.watch_sessions import WatchSessions
 from pvclock.meter.watch.words import counted, duration, plain_ns, rate_in_words
+from pvclock.quantities import quoted
 
 __all__ = ["watch_sections"]
 
@@ -26,7 +27,7 @@ def watch_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) 
     for number, content in lines:
         record = Fields(content, Place(source, number))
         if content.get("schema") != SCHEMA:
-            raise record.place.error(f"schema {content.get('schema')!s:.60}", f"{SCHEMA}, as in the lines before")
+            raise record.place.error(f"schema {quoted(content.get('schema'))}", f"{SCHEMA}, as in the lines before")
         sessions.take(record)
     return [_section(source, log) for log in sessions.logs]
 
@@ -49,7 +50,8 @@ def _section(source: str, log: WatchLog) -> Section:
 def _title(log: WatchLog) -> str:
     """By the VM's name, and in a fleet what it is, too."""
     began = log.begin or log.end
-    vm, description = (began.text_or_none(name) for name in ("vm", "description")) if began else (None, None)
+    told, description = (began.text_or_none(name) for name in ("vm", "description")) if began else (None, None)
+    vm = told or log.vm
     more = f" ({description})" if description and description != vm else ""
     return f"Watch of {vm}{more}" if vm else "Watch of a virtual machine"
 
@@ -65,6 +67,8 @@ def _reference(log: WatchLog) -> str:
 def _verdict(log: WatchLog) -> tuple[str, Standing]:
     if log.error is not None:
         return f"The watch was ended by an error: {log.error}", Standing.OPEN
+    if log.end is None and log.ended is not None:
+        return f"Not watched to the end, so there is no verdict: {log.ended}.", Standing.OPEN
     if log.end is None:
         return "The file does not have the watch's last line: there is no verdict.", Standing.OPEN
     budgets = log.end.fields("budgets")
@@ -91,7 +95,7 @@ def _sentences(log: WatchLog) -> Iterator[str]:
         yield f"Pages disagreed {counted(log.disagreements, 'time')}; the most: {log.worst_disagreement[1]}."
     yield from _rates(log)
     yield from (f"The host: {why}" for why in log.troubles)
-    if log.ended:
+    if log.ended and log.end:
         yield f"{log.ended[0].upper()}{log.ended[1:]}."
     if log.begin and (why := log.begin.text_or_none("why_no_events")):
         yield f"The VMM's events are not told: {why}."
@@ -158,7 +162,8 @@ def _promises(log: WatchLog) -> Table | None:
 
 
 def _promised(log: WatchLog, begin: Fields) -> Iterator[tuple[str, str, str, Standing]]:
-    yield "vCPUs' pages agree", "by KVM, if the pages are STABLE", *_agreement(log)
+    if begin.whole_or_none("vcpus") != 1:
+        yield "vCPUs' pages agree", "by KVM, if the pages are STABLE", *_agreement(log)
     offsets = begin.text_or_none("why_no_offsets")
     assumed = "steps rest on what was read" if offsets is None else "steps count if nobody changed the guest's TSC"
     yield "TSC offsets", "readable" if offsets is None else f"not readable: {offsets}", assumed, Standing.PLAIN

@@ -176,7 +176,7 @@ def _of_object(command: str, document: Fields, content: bytes) -> Section:
             return host_section(source, result)
         case "doctor" | "probe" if "status" in result:
             return guest_section(source, result)
-    raise document.place.error(f"the JSON of pvclock {command}, which shows no clock", EXPECTED)
+    raise document.place.error(f"the JSON of pvclock {command}, of which there is no report", EXPECTED)
 
 
 def _of_console(source: str, content: bytes) -> Section:

@@ -11,6 +11,7 @@ from pvclock.meter.report.fields import Fields
 from pvclock.meter.report.mark_collection import MarkCollection
 from pvclock.meter.report.model import Line, Mark, Standing
 from pvclock.meter.report.watch_steps import Step, StepTable, disagreement_in_words, step_of
+from pvclock.meter.watch.vm import VmEventKind
 from pvclock.meter.watch.words import duration, flags_in_words
 
 __all__ = ["RateSeries", "WatchLog"]
@@ -21,6 +22,7 @@ ALIKE_S: Final = 0.25
 STALL_NS: Final = 100_000_000
 """Shorter ones are counted: a busy host has many."""
 REASONS_MAX: Final = 16
+VM_EVENTS: Final = frozenset(map(str, VmEventKind))
 
 
 class RateSeries:
@@ -42,9 +44,14 @@ class RateSeries:
 
 
 class WatchLog:
-    """A watch of one VM.  begin: its first line; end: the `result` of its last one; None until they are there."""
+    """A watch of one VM.
 
-    def __init__(self) -> None:
+    vm: its name, None if the lines have not told it.  begin: its first line; end: the `result` of its last one; None
+    until they are there.
+    """
+
+    def __init__(self, vm: str | None) -> None:
+        self.vm = vm
         self.begin: Fields | None = None
         self.end: Fields | None = None
         self.error: str | None = None
@@ -168,7 +175,7 @@ class WatchLog:
             lasted = f"the VMM said STOP, and RESUME {duration(round((at_s - begin_s) * 1e9))} later"
             self.marks.add(Mark(begin_s, "pause", lasted, until=at_s, size=at_s - begin_s))
         else:
-            self._mark(record, what, f"the VMM said {what.upper()}")
+            self._mark(record, what if what in VM_EVENTS else "event", f"the VMM said {what.upper()}")
 
     def _page_lost(self, record: Fields) -> None:
         why = f"vCPU {record.whole('vcpu')}: the page is gone: {record.text('why')}"

@@ -10,6 +10,8 @@ from pvclock.meter.report.watch_log import WatchLog
 __all__ = ["WatchSessions"]
 
 SESSIONS_MAX: Final = 1000
+NO_WATCH: Final = frozenset({"metrics"})
+"""Lines that tell of no VM's clock: where the metrics are served."""
 
 
 class WatchSessions:
@@ -26,6 +28,8 @@ class WatchSessions:
 
     def take(self, record: Fields) -> None:
         """Take a line; ReportSourceError if a field is not as it must be."""
+        if record.content.get("kind") in NO_WATCH:
+            return
         if "error" in record:
             self._all_take(record)
         elif "result" in record:
@@ -43,9 +47,13 @@ class WatchSessions:
     def _begin(self, record: Fields) -> WatchLog:
         if len(self.logs) >= SESSIONS_MAX:
             raise record.place.error(f"more than {SESSIONS_MAX} watches in one file", "less")
-        log = self._last = WatchLog()
-        self.logs.append(log)
-        self._of_vm[record.text_or_none("vm")] = log
+        nameless = self._of_vm.get(None)
+        if nameless is not None and nameless.begin is None:
+            log = nameless  # a newer pvclock may tell something before the first line that is known
+        else:
+            log = WatchLog(record.text_or_none("vm"))
+            self.logs.append(log)
+        self._last = self._of_vm[record.text_or_none("vm")] = log
         return log
 
     def _end(self, record: Fields) -> None:
