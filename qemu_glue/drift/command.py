@@ -29,7 +29,7 @@ __all__ = ["EXAMPLES", "JSON_LINES", "add_arguments", "run"]
 JSON_LINES: Final = True
 
 EXAMPLES: Final = """\
-  pvclock drift                             the engine's clock and the kernel's, for a minute
+  pvclock drift                             the engine's and the kernel's
   pvclock drift qemu --pid                  that of the only QEMU here
   pvclock drift engine qemu --qmp SOCKET
   pvclock drift --seconds 600 --output drift.html"""
