@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from time import monotonic
+from typing import Final, NamedTuple
 
 from pvclock.host.this_host import HostBackend
 from pvclock.meter.machine_guest import MachineGuest
 from pvclock.meter.reanchor import engine_reanchors, kernel_reanchors
-from pvclock.meter.series import Reanchor, Series, SeriesGuest
-from pvclock.readings import Reference
+from pvclock.meter.series import SLEW_SHARE, Reanchor, Series, SeriesGuest
+from pvclock.quantities import NS_PER_S
+from pvclock.readings import Reference, Sample
 from pvclock.timekeeping.sampling import Sampler
 
 __all__ = ["DriftingClock", "HostReference", "engine_clock", "kernel_clock", "take_readings"]
+
+OFFSET_TRIES: Final = 4
+"""One of them is not interrupted between its two samples."""
 
 
 class DriftingClock(NamedTuple):
@@ -32,17 +36,45 @@ class DriftingClock(NamedTuple):
 
 
 class HostReference:
-    """A clock of this host that guests' clocks are held against."""
+    """A clock of this host that guests' clocks are held against: a ReferenceClock."""
 
     def __init__(self, reference: Reference) -> None:
-        backend = HostBackend()
+        self._backend = HostBackend()
         self.reference = reference
-        self._tsc_hz = backend.tsc_hz
-        self._sampler = Sampler(lambda: backend.sample(reference))
+        self.tsc_hz = self._backend.tsc_hz
+        self._sampler = Sampler(lambda: self._backend.sample(reference))
+        self._offset: _Offset | None = None
 
-    def series(self, name: str, guest: SeriesGuest, settle_s: float) -> Series:
+    def sample(self) -> Sample:
+        """See ReferenceClock."""
+        return self._sampler.sample()
+
+    def set_by_ns(self) -> int:
+        """See ReferenceClock.  UTC is slewed as CLOCK_MONOTONIC is, which nobody can set."""
+        if self.reference is not Reference.REALTIME:
+            return 0
+        now = min((self._utc_offset() for _ in range(OFFSET_TRIES)), key=lambda it: it.bound_ns)
+        first = self._offset = self._offset or now
+        return now.ns - first.ns if abs(now.ns - first.ns) > now.bound_ns + first.bound_ns else 0
+
+    def series(
+        self, name: str, guest: SeriesGuest, settle_s: float, is_stopped: Callable[[], bool | None] = lambda: False
+    ) -> Series:
         """The readings of a started guest against it."""
-        return Series(name, guest, self._sampler, self._tsc_hz, settle_s)
+        return Series(name, guest, self, settle_s, is_stopped)
+
+    def _utc_offset(self) -> _Offset:
+        utc, monotonic = self._backend.sample(Reference.REALTIME), self._backend.sample(Reference.MONOTONIC)
+        between_ns = (monotonic.tsc - utc.tsc) * NS_PER_S // self.tsc_hz
+        bound_ns = utc.bound_ns + monotonic.bound_ns + between_ns * SLEW_SHARE
+        return _Offset(utc.ns + between_ns - monotonic.ns, bound_ns)
+
+
+class _Offset(NamedTuple):
+    """UTC less CLOCK_MONOTONIC, true to bound_ns."""
+
+    ns: int
+    bound_ns: float
 
 
 def engine_clock(host: HostReference, settle_s: float, resources: ExitStack) -> DriftingClock:
@@ -74,14 +106,14 @@ def take_readings(
 
     wait: sleeps for some seconds; True if that was the last round.  A guest's end is its error.
     """
-    begin_s = due_s = time.monotonic()
+    begin_s = due_s = monotonic()
     while True:
         for each in clocks:
             _take(each)
-        passed_s = time.monotonic() - begin_s
+        passed_s = monotonic() - begin_s
         yield passed_s
-        due_s = max(due_s + interval_s, time.monotonic())
-        if passed_s >= seconds or wait(due_s - time.monotonic()):
+        due_s = max(due_s + interval_s, monotonic())
+        if passed_s >= seconds or wait(due_s - monotonic()):
             return
 
 

@@ -15,16 +15,21 @@ from typing import Final, NamedTuple, Protocol
 from pvclock._counter import read_tsc
 from pvclock.meter.guest import GuestReading
 from pvclock.meter.watch.lines import floor_ns, ns_per_tick, value_at
+from pvclock.meter.watch.words import exact_ns
 from pvclock.quantities import NS_PER_S, HostTsc, signed64
 from pvclock.readings import Sample, TimeInfo
-from pvclock.timekeeping.sampling import Sampler
 
-__all__ = ["ENDS", "DriftRate", "PageThen", "Reanchor", "Series", "SeriesGuest", "SeriesPoint"]
+__all__ = ["ENDS", "DriftRate", "PageThen", "Reanchor", "ReferenceClock", "Series", "SeriesGuest", "SeriesPoint"]
 
 ENDS: Final = 10
 """Readings at either end, whose median counts."""
 READING_TRIES: Final = 10
 """A page may change between a reading and the look at it."""
+FRESH_TRIES: Final = 100
+FRESH_WAIT_S: Final = 0.001
+"""A guest whose vCPU waits for a CPU has no reading of now for so long, time and again."""
+SLEW_SHARE: Final = 0.1
+"""A reference that gains or loses more than this part of the time that passes was set: adjtimex() slews by a tenth."""
 
 
 class SeriesGuest(Protocol):
@@ -35,6 +40,18 @@ class SeriesGuest(Protocol):
 
     def pages(self) -> Sequence[TimeInfo]:
         """Each vCPU's page, vCPU 0's first."""
+
+
+class ReferenceClock(Protocol):
+    """A clock that readings are held against.  tsc_hz: the nominal rate of the host's TSC."""
+
+    tsc_hz: int
+
+    def sample(self) -> Sample:
+        """One instant on it and on the host's TSC."""
+
+    def set_by_ns(self) -> int:
+        """By how much somebody has set it since it was first asked; 0: not at all, as far as that can be told."""
 
 
 class PageThen(NamedTuple):
@@ -49,6 +66,7 @@ class SeriesPoint(NamedTuple):
 
     ahead_ns: how far the guest's clock is ahead of the reference since then; bound_ns: how far that can be wrong.
     step_ns: what the guest's clock had more than the page of before would have given, true to step_bound_ns.
+    is_stopped: did its vCPUs stand?  None if its VMM does not tell.
     """
 
     s: float
@@ -56,10 +74,16 @@ class SeriesPoint(NamedTuple):
     bound_ns: float
     step_ns: int
     step_bound_ns: float
+    is_stopped: bool | None
+
+    @property
+    def has_stepped(self) -> bool:
+        """Is it sure that its clock has stepped?"""
+        return abs(self.step_ns) > self.step_bound_ns
 
 
 class DriftRate(NamedTuple):
-    """How much faster than the reference a clock was, and how far that can be wrong."""
+    """How much faster than the reference a clock was between its steps, and how far that can be wrong."""
 
     ppb: float
     bound_ppb: float
@@ -79,17 +103,17 @@ class Reanchor(NamedTuple):
 class Series:
     """The readings of one started guest against a reference, and the steps between them.
 
-    sampler: of the reference.  tsc_hz: the host's, for the first reading only.  settle_s: readings from before are
-    shown and not counted.  host_tsc: reads the host's.
+    settle_s: readings from before are shown and not counted.  is_stopped: do the guest's vCPUs stand?  None if its VMM
+    does not tell.  host_tsc: reads the host's.
     """
 
     def __init__(
         self,
         name: str,
         guest: SeriesGuest,
-        sampler: Sampler,
-        tsc_hz: int,
+        reference: ReferenceClock,
         settle_s: float = 0.0,
+        is_stopped: Callable[[], bool | None] = lambda: False,
         host_tsc: Callable[[], int] = read_tsc,
     ) -> None:
         self.name = name
@@ -97,31 +121,27 @@ class Series:
         self.points: list[SeriesPoint] = []
         self.reanchors: dict[str, int] = {}
         """The step in ns of each way to re-anchor the clock."""
-        self._sampler = sampler
-        self._tsc_hz = tsc_hz
+        self._reference = reference
         self._settle_s = settle_s
-        self._host_tsc = host_tsc
-        self._first: tuple[int, int, float] | None = None
-        self._last: Sample | None = None
+        self._is_stopped, self._host_tsc = is_stopped, host_tsc
+        self._first: tuple[int, _Instant] | None = None
+        self._set_by_ns = reference.set_by_ns()
         self._offset: int | None = None
         """Guest TSC less host TSC, where readings tell it to the tick: its change is a step, too."""
         self._page = self.page()
 
     def take(self, before: PageThen | None = None) -> None:
         """Take a reading; its step is against the page `before`, by default that of the reading before."""
-        sample = self._sampler.sample()
-        seen, page = self._reading()
-        last, self._last = self._last, sample
-        # The reference's own rate, by the last second: far from nominal, a ms between sample and reading would show.
-        ns_per_host_tick = (sample.ns - last.ns) / (sample.tsc - last.tsc) if last else NS_PER_S / self._tsc_hz
-        since_ns = (seen.host_tsc - sample.tsc) * ns_per_host_tick
-        first_ns, first_sample_ns, first_since_ns = self._first = self._first or (seen.ns, sample.ns, since_ns)
-        reference_ns = sample.ns - first_sample_ns + since_ns - first_since_ns
-        bound_ns = sample.bound_ns + 1 + seen.bound_ticks * ns_per_host_tick
+        seen, page, at = self._placed_reading()
+        first_ns, first = self._first = self._first or (seen.ns, at)
+        reference_ns = at.ns - first.ns + at.since_ns - first.since_ns
+        bound_ns = at.bound_ns + floor_ns(page.info) + seen.bound_ticks * NS_PER_S / self._reference.tsc_hz
         step_ns, step_bound_ns = _step(before or self._page, page.info, seen, self._tsc_then(seen))
         ahead_ns = seen.ns - first_ns - reference_ns
-        self.points.append(SeriesPoint(reference_ns / NS_PER_S, ahead_ns, bound_ns, step_ns, step_bound_ns))
+        s, is_stopped = reference_ns / NS_PER_S, self._is_stopped()
+        self.points.append(SeriesPoint(s, ahead_ns, bound_ns, step_ns, step_bound_ns, is_stopped))
         self._page = page
+        self._set_by_ns = self._set_by_ns or self._reference.set_by_ns()
 
     def reanchor(self, way: Reanchor) -> None:
         """Re-anchor the clock, and keep the step that the guest sees."""
@@ -132,26 +152,48 @@ class Series:
         self.reanchors[way.name], _ = _step(before, page.info, seen, seen.tsc)
 
     @property
-    def steps_ns(self) -> list[int]:
-        """The step at each reading."""
-        return [point.step_ns for point in self.points]
-
-    @property
     def settled(self) -> list[SeriesPoint]:
-        """The points after settle_s."""
+        """The points after settle_s: those that count."""
         return [point for point in self.points if point.s >= self._settle_s]
 
     @property
-    def rate(self) -> DriftRate | None:
-        """By the medians of both ends, of as many readings as do not overlap; None before two readings have settled."""
+    def steps_ns(self) -> list[int]:
+        """The step at each reading that counts."""
+        return [point.step_ns for point in self.settled]
+
+    @property
+    def sure_steps_ns(self) -> list[int]:
+        """Those of them that are sure."""
+        return [point.step_ns for point in self.settled if point.has_stepped]
+
+    @property
+    def stopped_readings(self) -> int | None:
+        """At how many of them the guest was stopped; None if its VMM does not tell."""
+        told = [point.is_stopped for point in self.settled]
+        return None if None in told else sum(map(bool, told))
+
+    @property
+    def why_no_rate(self) -> str | None:
+        """Why there is no rate; None if there is one."""
+        if self._set_by_ns:
+            return f"the reference was set meanwhile, by {exact_ns(self._set_by_ns, 1000)}"
         settled = self.settled
-        ends = min(ENDS, len(settled) // 2)
-        if not ends:
+        if len(settled) < 2:
+            return "not settled"
+        return "the guest was stopped all the while" if all(point.is_stopped for point in settled) else None
+
+    @property
+    def rate(self) -> DriftRate | None:
+        """That between the steps that are sure, by the medians of both ends, of readings that do not overlap."""
+        if self.why_no_rate is not None:
             return None
-        begin, end = settled[:ends], settled[-ends:]
+        points, bound_ns = _without_steps(self.settled)
+        ends = min(ENDS, len(points) // 2)
+        begin, end = points[:ends], points[-ends:]
         span_s = _median(end, "s") - _median(begin, "s")
         rise_ns = _median(end, "ahead_ns") - _median(begin, "ahead_ns")
-        return DriftRate(rise_ns / span_s, (_median(end, "bound_ns") + _median(begin, "bound_ns")) / span_s)
+        bound_ns += _median(end, "bound_ns") + _median(begin, "bound_ns")
+        return DriftRate(rise_ns / span_s, bound_ns / span_s)
 
     def page(self) -> PageThen:
         """vCPU 0's page as it is."""
@@ -159,6 +201,25 @@ class Series:
         return PageThen(info, HostTsc(self._host_tsc()))
 
     # Inside
+
+    def _placed_reading(self) -> tuple[GuestReading, PageThen, _Instant]:
+        """A reading, the page that it was taken by, and when it was by the reference."""
+        before = self._reference.sample()
+        for _ in range(FRESH_TRIES):
+            seen, page = self._reading()
+            after = self._reference.sample()
+            if not self._went_on(before, after):
+                before, after = after, self._reference.sample()
+            elif seen.host_tsc >= before.tsc:
+                break
+            time.sleep(FRESH_WAIT_S)
+        return seen, page, _instant(before, after, seen.host_tsc)
+
+    def _went_on(self, before: Sample, after: Sample) -> bool:
+        """May the reference have passed the time between two samples, without having been set?"""
+        passed_ns = (after.tsc - before.tsc) * NS_PER_S / self._reference.tsc_hz
+        slewed_ns = passed_ns * SLEW_SHARE + before.bound_ns + after.bound_ns
+        return abs(after.ns - before.ns - passed_ns) <= slewed_ns
 
     def _reading(self) -> tuple[GuestReading, PageThen]:
         """A reading and the page that it was taken by, so that no change falls between them."""
@@ -174,6 +235,33 @@ class Series:
             return seen.tsc
         before, self._offset = self._offset, signed64(seen.tsc - seen.host_tsc)
         return seen.tsc if before is None else seen.host_tsc + before
+
+
+class _Instant(NamedTuple):
+    """What the reference was: ns + since_ns, true to bound_ns."""
+
+    ns: int
+    since_ns: float
+    bound_ns: float
+
+
+def _instant(before: Sample, after: Sample, tsc: int) -> _Instant:
+    """By the line through two samples, at best around it: so its own rate counts, and no nominal one."""
+    share = (tsc - before.tsc) / (after.tsc - before.tsc)
+    bound_ns = abs(1 - share) * before.bound_ns + abs(share) * after.bound_ns
+    return _Instant(before.ns, share * (after.ns - before.ns), bound_ns)
+
+
+def _without_steps(points: Sequence[SeriesPoint]) -> tuple[list[SeriesPoint], float]:
+    """The points as if their clock had not stepped after the first, and how far that can put them wrong."""
+    stepped_ns, bound_ns = 0, 0.0
+    stepless = list(points[:1])
+    for point in points[1:]:
+        if point.has_stepped:
+            stepped_ns += point.step_ns
+            bound_ns += point.step_bound_ns
+        stepless.append(point._replace(ahead_ns=point.ahead_ns - stepped_ns))
+    return stepless, bound_ns
 
 
 def _step(before: PageThen, after: TimeInfo, seen: GuestReading, tsc_then: int) -> tuple[int, float]:

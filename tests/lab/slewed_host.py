@@ -10,10 +10,9 @@ import json
 import time
 
 from pvclock import Reference
+from pvclock.meter.drift import HostReference
 from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import MachineGuest
-from pvclock.meter.series import Series
-from pvclock.timekeeping.sampling import Sampler
 
 PHASES_PPM = (0, 200, -300, 0)
 PHASE_TICKS = 88
@@ -48,9 +47,8 @@ def main() -> None:
     ticks: list[dict[str, object]] = []
     with MachineGuest("engine", 1) as guest:
         clock = guest.engine_clock
-        backend = clock.backend
         guest.start()
-        series = Series("guest", guest, Sampler(lambda: backend.sample(Reference.MONOTONIC)), backend.tsc_hz)
+        series = HostReference(Reference.MONOTONIC).series("guest", guest, 0.0)
         clock.follow(Reference.MONOTONIC)
         for ppm in PHASES_PPM:
             slew_host(ppm)

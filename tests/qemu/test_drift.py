@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pvclock.commands import main
 from pvclock.meter.drift import DriftingClock, HostReference, take_readings
 from pvclock.meter.watch.outside_clock import OutsideClock
 from pvclock.payloads import probe
@@ -79,6 +80,17 @@ def test_the_command_beside_a_running_guest(running: RunningQemu) -> None:
     assert (clock["least_step_ns"], clock["most_step_ns"], clock["reanchors_ns"]) == (0, 0, {})
     assert running.pages() == before
     running.qemu.check_running()
+
+
+def test_a_stopped_guest(running: RunningQemu, capsys: pytest.CaptureFixture[str]) -> None:
+    """Is told as stopped before its clock is read and after, and has no drift."""
+    running.qemu.pause()
+    assert main(["drift", "qemu", "--qmp", str(running.qmp), "--seconds", "1", "--interval", "0.05"]) == 0
+    running.qemu.resume()
+    shown = capsys.readouterr().out
+    assert "The guest is stopped" in shown
+    assert "the guest was stopped all the while" in shown
+    assert "ppb" not in shown
 
 
 def test_a_guest_that_ends(tmp_path: Path) -> None:

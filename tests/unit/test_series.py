@@ -50,7 +50,7 @@ def test_the_bound_of_a_reading() -> None:
         guest = DriftingGuest(bound_ticks=bound_ticks)
         series = series_of(guest)
         series.take()
-        assert series.points[0] == (0.0, 0.0, bound_ns, 0, 1.0)
+        assert series.points[0] == (0.0, 0.0, bound_ns, 0, 1.0, False)
 
 
 def test_the_bound_of_a_step_between_two_rates() -> None:
@@ -65,7 +65,7 @@ def test_the_bound_of_a_step_between_two_rates() -> None:
     assert point.step_bound_ns == pytest.approx(1 + 2**12 / 2**32 * HZ, rel=1e-3)
     guest.step(70, MUL + 2**12)
     series.take()
-    assert series.points[-1][3:] == (70, 1.0)
+    assert series.points[-1][3:5] == (70, 1.0)
 
 
 def test_a_step_is_counted_once() -> None:
@@ -123,6 +123,117 @@ def test_the_rate_is_by_the_medians_of_both_ends() -> None:
     assert rate.ppb == pytest.approx(-1000, abs=1)
     assert len(series.settled) == 2 * ENDS + 30
     assert rate.bound_ppb == pytest.approx(2 * (BOUND_NS + 1) / 40, rel=0.01)
+
+
+def test_a_rate_leaves_steps_out() -> None:
+    """A pause of a minute, wherever it was; what it leaves open is in the bound."""
+    for place in (2, 12, 17):
+        guest = DriftingGuest(ppb=1000)
+        series = series_of(guest)
+        seconds_of(series, guest, place)
+        guest.step(-65_932_000_001)
+        seconds_of(series, guest, 2 * ENDS - place)
+        assert (series.why_no_rate, series.sure_steps_ns) == (None, [-65_932_000_001])
+        assert series.rate is not None
+        assert series.rate.ppb == pytest.approx(-1000, abs=1)
+        assert series.rate.bound_ppb == pytest.approx((2 * (BOUND_NS + 1) + 1) / ENDS, rel=0.01)
+
+
+def test_steps_count_as_readings_do() -> None:
+    """Those of before the clock had settled are left out."""
+    guest = DriftingGuest()
+    series = series_of(guest, settle_s=3)
+    guest.step(700)
+    seconds_of(series, guest, 4)
+    guest.step(40)
+    seconds_of(series, guest, 4)
+    assert [point.step_ns for point in series.points if point.has_stepped] == [700, 40]
+    assert (series.sure_steps_ns, max(series.steps_ns)) == ([40], 40)
+
+
+def test_a_reading_that_is_late_is_as_true_as_others() -> None:
+    """10 ms may pass between the samples around it, at the first one too, and the reference be far from nominal."""
+    for late in range(3):
+        guest = DriftingGuest(ppb=20_000)
+        series = series_of(guest)
+        truth: list[Fraction] = []
+        for place in range(3):
+            if place == late:
+                guest.pass_before_reading(0.01)
+            series.take()
+            truth.append(guest.ahead_ns())
+            guest.pass_s(1)
+        for point, ahead_ns in zip(series.points, truth, strict=True):
+            assert abs(Fraction(point.ahead_ns) - (ahead_ns - truth[0])) <= point.bound_ns + series.points[0].bound_ns
+
+
+def test_a_guest_without_a_cpu_is_waited_for() -> None:
+    """Its newest reading is of before: the reference is known between two samples only."""
+    guest = DriftingGuest(ppb=20_000)
+    series = series_of(guest)
+    stale = [guest.reading(), guest.reading()]
+    read = guest.reading
+    guest.pass_s(0.5)
+    guest.reading = lambda: stale.pop() if stale else read()  # type: ignore[method-assign]
+    series.take()
+    assert (stale, series.points[0].bound_ns) == ([], BOUND_NS + 1)
+
+
+def test_a_stale_reading_has_the_bound_that_it_deserves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If there is no other, the reference of then is that of now by a rate that two near samples hardly tell."""
+    monkeypatch.setattr("pvclock.meter.series.FRESH_TRIES", 2)
+    guest = DriftingGuest()
+    series = series_of(guest)
+    stale = guest.reading()
+    guest.pass_s(0.01)
+    guest.reading = lambda: stale  # type: ignore[method-assign]
+    series.take()
+    assert series.points[0].bound_ns > 1000 * BOUND_NS
+
+
+def test_no_rate_against_a_reference_that_was_set() -> None:
+    """Between two readings, or between the samples around one; and a second later all are right again."""
+    guest = DriftingGuest()
+    series = series_of(guest)
+    seconds_of(series, guest, 3)
+    guest.between = lambda: set_back(guest)
+    seconds_of(series, guest, 3)
+    assert series.rate is None
+    assert series.why_no_rate == "the reference was set meanwhile, by -10.000 000 s"
+    for place, point in enumerate(series.points):
+        assert abs(point.ahead_ns - 10**10 * (place >= 3)) <= 2 * point.bound_ns
+
+
+def set_back(guest: DriftingGuest) -> None:
+    """Set the reference back by 10 s, once."""
+    guest.between = int
+    guest.set_ns -= 10**10
+
+
+def test_the_reference_may_be_set_to_where_no_time_passed() -> None:
+    """Also then there is no rate, and nothing is divided by 0."""
+    guest = DriftingGuest()
+    series = series_of(guest)
+    series.take()
+    guest.pass_s(1)
+    guest.set_ns = -(10**9)
+    series.take()
+    assert series.rate is None
+
+
+def test_a_stopped_guest_has_no_rate() -> None:
+    """Its page would go on as it does: nobody reads it.  One that ran at some readings has one."""
+    guest = DriftingGuest()
+    series = series_of(guest)
+    guest.is_stopped = True
+    seconds_of(series, guest, 5)
+    assert series.why_no_rate == "the guest was stopped all the while"
+    known = [(series.rate is not None, series.stopped_readings)]
+    for is_stopped in (False, None):
+        guest.is_stopped = is_stopped
+        series.take()
+        known.append((series.rate is not None, series.stopped_readings))
+    assert known == [(False, 5), (True, 5), (True, None)]
 
 
 def test_a_short_series_has_a_rate() -> None:
