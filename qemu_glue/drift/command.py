@@ -19,7 +19,7 @@ from pvclock.commands.screen import Screen
 from pvclock.errors import PvclockError
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
-    from pvclock.meter.drift import DriftingClock
+    from pvclock.meter.drift.clocks import DriftingClock
     from qemu_glue.drift.plan import DriftPlan
     from qemu_glue.drift.records import DriftRecords
     from qemu_glue.drift.views import DriftView
@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
 
 
 def _started(plan: DriftPlan, screen: Screen, interrupts: Interrupts, resources: ExitStack) -> list[DriftingClock]:
-    from pvclock.meter.drift import HostReference, engine_clock, kernel_clock
+    from pvclock.meter.drift.clocks import engine_clock, kernel_clock
+    from pvclock.meter.drift.host_reference import HostReference
     from qemu_glue.drift.qemu_clock import qemu_clock
 
     host, settle_s = HostReference(plan.reference), plan.settle_s
@@ -100,7 +101,7 @@ def _started(plan: DriftPlan, screen: Screen, interrupts: Interrupts, resources:
 
 def _measured(plan: DriftPlan, screen: Screen, clocks: Sequence[DriftingClock], interrupts: Interrupts) -> Outcome:
     """Take readings, re-anchor, and tell what came of it: after an error, what came before."""
-    from pvclock.meter.drift import take_readings
+    from pvclock.meter.drift.clocks import take_readings
     from qemu_glue.drift.records import DriftRecords
 
     records = DriftRecords(clocks, plan)
@@ -147,7 +148,7 @@ def _view(screen: Screen, records: DriftRecords, drawing: ExitStack) -> DriftVie
 def _reanchor(clocks: Sequence[DriftingClock]) -> None:
     for clock in clocks:
         for way in clock.ways:
-            clock.series.reanchor(way)
+            clock.readings.reanchor(way)
 
 
 def _clock(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Final
 
 from pvclock.commands.probe_files import write
 from pvclock.errors import PvclockError
-from pvclock.meter import drift_drawing
+from pvclock.meter.drift import drawing
 
 __all__ = ["FORMATS", "why_not_writable", "write_outputs"]
 
@@ -47,8 +47,8 @@ def _text(lines: Sequence[str]) -> str:
 
 
 FORMATS: Final[dict[str, Callable[[Sequence[str]], str]]] = {
-    ".html": drift_drawing.page,
-    ".svg": drift_drawing.picture,
+    ".html": drawing.page,
+    ".svg": drawing.picture,
     ".jsonl": _text,
 }
 """What makes the content of a file with this suffix."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from pvclock import ConfigError, Reference
-from pvclock.meter.series import ENDS
+from pvclock.meter.drift.readings import ENDS
 from qemu_glue.watch.target import Target
 
 __all__ = ["DriftPlan", "plan_of"]

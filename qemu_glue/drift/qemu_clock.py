@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from rich.text import Text
 
 from pvclock.commands.screen import Screen
-from pvclock.meter.drift import DriftingClock, HostReference
+from pvclock.meter.drift.clocks import DriftingClock
+from pvclock.meter.drift.host_reference import HostReference
 from pvclock.meter.watch.outside_clock import OutsideClock
 from qemu_glue.watch.beginning import Interrupted, Patience, opened
 from qemu_glue.watch.interrupts import Interrupts
@@ -45,5 +46,5 @@ def qemu_clock(
         screen.show(Text(f"Perhaps not the guest's: {guest.doubt}", "yellow"))
     if guest.is_stopped:
         screen.show(Text("The guest is stopped: how its clock goes on is known once it runs", "yellow"))
-    series = host.series(vm.name, guest, settle_s, lambda: guest.is_stopped)
-    return DriftingClock("qemu", series, guest.check_running)
+    readings = host.readings(vm.name, guest, settle_s, lambda: guest.is_stopped)
+    return DriftingClock("qemu", readings, guest.check_running)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from pvclock.commands.outcome import Outcome, error_json, line_json, outcome_json
-from pvclock.meter.drift import DriftingClock
+from pvclock.meter.drift.clocks import DriftingClock
 from qemu_glue.drift.plan import DriftPlan
 from qemu_glue.watch.instants import utc_text
 
@@ -24,7 +24,7 @@ class DriftRecords:
             "reference": plan.reference,
             "interval_s": plan.interval_s,
             "settle_s": plan.settle_s,
-            "clocks": [{"clock": clock.word, "name": clock.series.name} for clock in clocks],
+            "clocks": [{"clock": clock.word, "name": clock.readings.name} for clock in clocks],
         }
         self.lines = [line_json("drift", begin)]
 
@@ -58,24 +58,24 @@ def _when(at_s: float) -> Mapping[str, object]:
 
 
 def _reading(clock: DriftingClock) -> Mapping[str, object]:
-    point = clock.series.points[-1]._asdict()
+    point = clock.readings.points[-1]._asdict()
     del point["s"]
     return point
 
 
 def _outcome(clock: DriftingClock) -> Mapping[str, object]:
-    series = clock.series
-    rate, steps = series.rate, series.steps_ns
+    readings = clock.readings
+    rate, steps = readings.rate, readings.steps_ns
     return {
         "clock": clock.word,
-        "name": series.name,
+        "name": readings.name,
         "rate_ppb": None if rate is None else rate.ppb,
         "bound_ppb": None if rate is None else rate.bound_ppb,
-        "why": series.why_no_rate,
-        "steps": len(series.sure_steps_ns),
-        "stepped_ns": sum(series.sure_steps_ns),
+        "why": readings.why_no_rate,
+        "steps": len(readings.sure_steps_ns),
+        "stepped_ns": sum(readings.sure_steps_ns),
         "least_step_ns": min(steps, default=None),
         "most_step_ns": max(steps, default=None),
-        "stopped_readings": series.stopped_readings,
-        "reanchors_ns": series.reanchors,
+        "stopped_readings": readings.stopped_readings,
+        "reanchors_ns": readings.reanchors,
     }

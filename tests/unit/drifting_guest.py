@@ -6,15 +6,15 @@ from collections.abc import Callable
 from fractions import Fraction
 from math import floor
 
-from pvclock.meter.drift import DriftingClock
+from pvclock.meter.drift.clocks import DriftingClock
+from pvclock.meter.drift.readings import ClockReadings
 from pvclock.meter.guest import GuestReading
-from pvclock.meter.series import Series
 from pvclock.meter.watch.lines import value_at
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc
 from pvclock.readings import Sample, TimeInfo
 from tests.oracle import U64, ExactLine
 
-__all__ = ["BOUND_NS", "HZ", "DriftingGuest", "clock_of", "series_of"]
+__all__ = ["BOUND_NS", "HZ", "DriftingGuest", "clock_of", "readings_of"]
 
 HZ = 2_000_000_000
 BOUND_NS = 5.0
@@ -23,7 +23,7 @@ LOOK_TICKS = 3000
 
 
 class DriftingGuest:
-    """A SeriesGuest and its ReferenceClock.  Each look at either takes LOOK_TICKS, a reading up to five times that.
+    """A ReadableGuest and its ReferenceClock.  Each look at either takes LOOK_TICKS, a reading up to five times that.
 
     between: happens between a reading and the look at its page.
     ppb: how fast the reference is against the TSC's nominal rate.
@@ -61,7 +61,7 @@ class DriftingGuest:
         self.page = TimeInfo(self.page.version + 2, GuestTsc(self.tsc), shown, mul, 0, 0)
 
     def reading(self) -> GuestReading:
-        """See SeriesGuest."""
+        """See ReadableGuest."""
         self.now += LOOK_TICKS * (1 + self.samples % 5) + self.late_ticks
         self.late_ticks = 0
         seen = GuestReading(
@@ -71,7 +71,7 @@ class DriftingGuest:
         return seen
 
     def pages(self) -> list[TimeInfo]:
-        """See SeriesGuest."""
+        """See ReadableGuest."""
         self.now += LOOK_TICKS
         return [self.page]
 
@@ -91,11 +91,11 @@ class DriftingGuest:
         return value_at(self.page, self.tsc) - self.reference.at(self.now)
 
 
-def series_of(guest: DriftingGuest, settle_s: float = 0.0, name: str = "a guest") -> Series:
+def readings_of(guest: DriftingGuest, settle_s: float = 0.0, name: str = "a guest") -> ClockReadings:
     """Its readings."""
-    return Series(name, guest, guest, settle_s, lambda: guest.is_stopped, lambda: guest.now)
+    return ClockReadings(name, guest, guest, settle_s, lambda: guest.is_stopped, lambda: guest.now)
 
 
 def clock_of(word: str, guest: DriftingGuest, settle_s: float = 0.0) -> DriftingClock:
     """Its clock under a name."""
-    return DriftingClock(word, series_of(guest, settle_s, f"the {word}"))
+    return DriftingClock(word, readings_of(guest, settle_s, f"the {word}"))

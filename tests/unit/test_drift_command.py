@@ -18,9 +18,10 @@ from pvclock.commands import READER_GONE, main
 from pvclock.commands.screen import _drawn
 from pvclock.commands.tables import Table
 from pvclock.errors import KvmUnavailable, StateError, VmEnded
-from pvclock.meter import drift
-from pvclock.meter.drift import DriftingClock, HostReference, take_readings
-from pvclock.meter.series import Reanchor
+from pvclock.meter.drift import clocks as drift_clocks
+from pvclock.meter.drift.clocks import DriftingClock, take_readings
+from pvclock.meter.drift.host_reference import HostReference
+from pvclock.meter.drift.readings import Reanchor
 from pvclock.readings import Reference
 from pvclock.state import atomic_file
 from qemu_glue.drift import command
@@ -82,9 +83,9 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
         return interrupts.came
 
     monkeypatch.setattr(Interrupts, "wait", wait)
-    monkeypatch.setattr(drift, "monotonic", lambda: made.now_s)
+    monkeypatch.setattr(drift_clocks, "monotonic", lambda: made.now_s)
     for word in made.guests:
-        monkeypatch.setattr(drift, f"{word}_clock", made.made(word))
+        monkeypatch.setattr(drift_clocks, f"{word}_clock", made.made(word))
     return made
 
 
@@ -329,7 +330,7 @@ def test_without_kvm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def fail(*_: object) -> DriftingClock:
         raise KvmUnavailable("/dev/kvm", 2)
 
-    monkeypatch.setattr(drift, "engine_clock", fail)
+    monkeypatch.setattr(drift_clocks, "engine_clock", fail)
     assert main(["drift", "engine"]) == 2
     assert "/dev/kvm" in capsys.readouterr().err
 
@@ -341,10 +342,10 @@ def test_a_table_that_is_redrawn() -> None:
     drawn: list[tuple[Any, ...]] = []
     plan = DriftPlan(("qemu",), Target(pid=1), Reference.RAW, 60.0, 0.0, 1.0, (), as_json=False)
     view = LiveView(DriftRecords([clock], plan), lambda *parts: drawn.append(parts))
-    clock.series.take()
+    clock.readings.take()
     view.show(0.0)
     guest.step(2500)
-    clock.series.take()
+    clock.readings.take()
     view.show(1.5)
     tables = [_drawn(table, None) for table, _ in drawn if isinstance(table, Table)]
     assert "not settled" in tables[0]
@@ -357,10 +358,10 @@ def test_rounds_are_an_interval_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long one took, until the time is over or the wait says so; a clock that follows is corrected first."""
     corrected: list[int] = []
     clock = clock_of("engine", DriftingGuest())
-    following = clock._replace(correct=lambda: corrected.append(len(clock.series.points)))
+    following = clock._replace(correct=lambda: corrected.append(len(clock.readings.points)))
     waited: list[float] = []
     now_s = 0.0
-    monkeypatch.setattr(drift, "monotonic", lambda: now_s)
+    monkeypatch.setattr(drift_clocks, "monotonic", lambda: now_s)
 
     def wait(seconds: float) -> bool:
         nonlocal now_s
@@ -383,13 +384,13 @@ def test_a_step_of_a_correction_is_against_the_page_just_before() -> None:
     guest = DriftingGuest()
     clock = clock_of("engine", guest)._replace(check=lambda: guest.step(700), correct=lambda: guest.step(1))
     list(take_readings([clock], seconds=0.0, interval_s=1.0, wait=lambda _seconds: True))
-    assert clock.series.steps_ns == [1]
+    assert clock.readings.steps_ns == [1]
 
 
 def test_each_reference_of_the_host() -> None:
     """Any of them can be what clocks are held against."""
     for reference in Reference:
-        series = HostReference(reference).series("a guest", DriftingGuest(), 0.0)
-        series.take()
-        assert series.points[0].ahead_ns == 0
+        readings = HostReference(reference).readings("a guest", DriftingGuest(), 0.0)
+        readings.take()
+        assert readings.points[0].ahead_ns == 0
     assert set(command.CLOCKS) == {"engine", "kernel", "qemu"}

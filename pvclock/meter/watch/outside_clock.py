@@ -30,7 +30,7 @@ AGAIN: Final = "begin again when the guest runs"
 
 
 class OutsideClock:
-    """A SeriesGuest that is somebody else's: nothing of it is stopped or written.
+    """A ReadableGuest that is somebody else's: nothing of it is stopped or written.
 
     progress: of the search for its pages.  A TSC offset that cannot be read is taken to be constant.  PagesNotFound;
     StateError where its page is of no use or lost, or the TSC behind it was changed; VmEnded.

@@ -1,4 +1,4 @@
-"""A series of readings of a guest's clock beside a clock of the host: how fast it drifts, and how it steps.
+"""The readings of a guest's clock beside a clock of the host: how fast it drifts, and how it steps.
 
 Once an interval a guest's newest reading is placed beside the reference at that very TSC.  The step that a guest sees
 is its next reading less what the page of before would have given.
@@ -19,7 +19,17 @@ from pvclock.meter.watch.words import exact_ns
 from pvclock.quantities import NS_PER_S, HostTsc, signed64
 from pvclock.readings import Sample, TimeInfo
 
-__all__ = ["ENDS", "DriftRate", "PageThen", "Reanchor", "ReferenceClock", "Series", "SeriesGuest", "SeriesPoint"]
+__all__ = [
+    "ENDS",
+    "SLEW_SHARE",
+    "ClockReadings",
+    "DriftPoint",
+    "DriftRate",
+    "PageThen",
+    "ReadableGuest",
+    "Reanchor",
+    "ReferenceClock",
+]
 
 ENDS: Final = 10
 """Readings at either end, whose median counts."""
@@ -32,7 +42,7 @@ SLEW_SHARE: Final = 0.1
 """A reference that gains or loses more than this part of the time that passes was set: adjtimex() slews by a tenth."""
 
 
-class SeriesGuest(Protocol):
+class ReadableGuest(Protocol):
     """A guest whose clock can be read: each Guest of the meter, and a VM that runs already (OutsideClock)."""
 
     def reading(self) -> GuestReading:
@@ -61,7 +71,7 @@ class PageThen(NamedTuple):
     host_tsc: HostTsc
 
 
-class SeriesPoint(NamedTuple):
+class DriftPoint(NamedTuple):
     """A reading, s seconds of the reference after the first one.
 
     ahead_ns: how far the guest's clock is ahead of the reference since then; bound_ns: how far that can be wrong.
@@ -100,7 +110,7 @@ class Reanchor(NamedTuple):
     wait_s: float = 0.0
 
 
-class Series:
+class ClockReadings:
     """The readings of one started guest against a reference, and the steps between them.
 
     settle_s: readings from before are shown and not counted.  is_stopped: do the guest's vCPUs stand?  None if its VMM
@@ -110,7 +120,7 @@ class Series:
     def __init__(
         self,
         name: str,
-        guest: SeriesGuest,
+        guest: ReadableGuest,
         reference: ReferenceClock,
         settle_s: float = 0.0,
         is_stopped: Callable[[], bool | None] = lambda: False,
@@ -118,7 +128,7 @@ class Series:
     ) -> None:
         self.name = name
         self.guest = guest
-        self.points: list[SeriesPoint] = []
+        self.points: list[DriftPoint] = []
         self.reanchors: dict[str, int] = {}
         """The step in ns of each way to re-anchor the clock."""
         self._reference = reference
@@ -139,7 +149,7 @@ class Series:
         step_ns, step_bound_ns = _step(before or self._page, page.info, seen, self._tsc_then(seen))
         ahead_ns = seen.ns - first_ns - reference_ns
         s, is_stopped = reference_ns / NS_PER_S, self._is_stopped()
-        self.points.append(SeriesPoint(s, ahead_ns, bound_ns, step_ns, step_bound_ns, is_stopped))
+        self.points.append(DriftPoint(s, ahead_ns, bound_ns, step_ns, step_bound_ns, is_stopped))
         self._page = page
         self._set_by_ns = self._set_by_ns or self._reference.set_by_ns()
 
@@ -152,7 +162,7 @@ class Series:
         self.reanchors[way.name], _ = _step(before, page.info, seen, seen.tsc)
 
     @property
-    def settled(self) -> list[SeriesPoint]:
+    def settled(self) -> list[DriftPoint]:
         """The points after settle_s: those that count."""
         return [point for point in self.points if point.s >= self._settle_s]
 
@@ -252,7 +262,7 @@ def _instant(before: Sample, after: Sample, tsc: int) -> _Instant:
     return _Instant(before.ns, share * (after.ns - before.ns), bound_ns)
 
 
-def _without_steps(points: Sequence[SeriesPoint]) -> tuple[list[SeriesPoint], float]:
+def _without_steps(points: Sequence[DriftPoint]) -> tuple[list[DriftPoint], float]:
     """The points as if their clock had not stepped after the first, and how far that can put them wrong."""
     stepped_ns, bound_ns = 0, 0.0
     stepless = list(points[:1])
@@ -271,5 +281,5 @@ def _step(before: PageThen, after: TimeInfo, seen: GuestReading, tsc_then: int) 
     return signed64(seen.ns - value_at(before.info, tsc_then)), float(bound_ns)
 
 
-def _median(points: Sequence[SeriesPoint], field: str) -> float:
+def _median(points: Sequence[DriftPoint], field: str) -> float:
     return float(median(map(attrgetter(field), points)))
