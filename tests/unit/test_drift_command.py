@@ -36,6 +36,8 @@ pytestmark = pytest.mark.row("E10")
 
 BRIEF = ["drift", "--seconds", "20", "--settle", "0"]
 ROUNDS = 21
+IN_LEGEND = "M1 7H35"
+"""The path of a line's sample there."""
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +176,37 @@ def test_files_that_draw_it(tmp_path: Path) -> None:
     words = "".join(drawing.itertext())
     assert all(name in words for name in ("the engine", "the kernel", "Ahead of raw"))
     assert json.loads(lines.splitlines()[-1])["ok"] is True
+
+
+@pytest.mark.usefixtures("clocks")
+def test_a_clock_that_looks_flat_is_drawn_closer(tmp_path: Path) -> None:
+    """Beside one that goes far, and in the same colour; one alone is drawn once."""
+    file = tmp_path / "drift.svg"
+    engine, kernel = "line colour-0 dash-0", "line colour-1 dash-1"
+    for words, titles, looks in (
+        (("kernel", "engine"), ["Clock against raw", "the engine, closer"], [engine, kernel, engine]),
+        (("engine",), ["Clock against raw"], [engine]),
+    ):
+        assert main([*BRIEF, *words, "--output", str(file)]) == 0
+        drawing = ET.fromstring(file.read_text(encoding="utf-8"))  # noqa: S314  # our own
+        assert [each.text for each in drawing.iter() if each.get("class") == "heading"] == titles
+        lines = [each for each in drawing.iter() if each.get("class", "").startswith("line ")]
+        assert [each.get("class") for each in lines if each.get("d") != IN_LEGEND] == looks
+        names = [each.get("id") for each in drawing.iter() if each.get("id")]
+        assert len(set(names)) == len(names)
+
+
+def test_a_guest_that_never_was_read(clocks: Clocks, tmp_path: Path) -> None:
+    """Has a picture and a page without readings, as it has lines of JSON."""
+
+    def end() -> None:
+        raise VmEnded(1)
+
+    clocks.check = end
+    files = [tmp_path / f"drift{suffix}" for suffix in (".html", ".svg", ".jsonl")]
+    assert main([*BRIEF, "engine", *outputs_to(files)]) == 2
+    assert all(file.stat().st_size > 100 for file in files)
+    assert "No readings" in files[1].read_text(encoding="utf-8")
 
 
 def test_a_step_is_in_its_reading(clocks: Clocks, capsys: pytest.CaptureFixture[str]) -> None:
