@@ -57,7 +57,7 @@ def _in_a_day(readings: ClockReadings) -> str:
 
 def _steps(readings: ClockReadings) -> str:
     """The steps that are sure."""
-    steps = readings.sure_steps_ns
+    steps = [point.step_ns for point in readings.sure_steps]
     return f"{len(steps):,}, in all {about_ns(sum(steps))}" if steps else "none"
 
 

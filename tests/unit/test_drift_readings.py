@@ -133,10 +133,23 @@ def test_a_rate_leaves_steps_out() -> None:
         seconds_of(readings, guest, place)
         guest.step(-65_932_000_001)
         seconds_of(readings, guest, 2 * ENDS - place)
-        assert (readings.why_no_rate, readings.sure_steps_ns) == (None, [-65_932_000_001])
+        assert [point.step_ns for point in readings.sure_steps] == [-65_932_000_001]
         assert readings.rate is not None
         assert readings.rate.ppb == pytest.approx(-1000, abs=1)
         assert readings.rate.bound_ppb == pytest.approx((2 * (BOUND_NS + 1) + 1) / ENDS, rel=0.01)
+
+
+def test_a_step_before_the_first_reading_is_no_part_of_the_rate() -> None:
+    """It is told, and no reading differs from another by it: not even as far as it is uncertain."""
+    guest = DriftingGuest()
+    readings = readings_of(guest)
+    guest.pass_s(1)
+    guest.step(10**9, MUL + 2**12)
+    seconds_of(readings, guest, 2)
+    assert len(readings.sure_steps) == 1
+    assert readings.sure_steps[0].step_bound_ns > 1000
+    assert readings.rate is not None
+    assert readings.rate.bound_ppb < 2 * (BOUND_NS + 2)
 
 
 def test_steps_count_as_readings_do() -> None:
@@ -148,7 +161,7 @@ def test_steps_count_as_readings_do() -> None:
     guest.step(40)
     seconds_of(readings, guest, 4)
     assert [point.step_ns for point in readings.points if point.has_stepped] == [700, 40]
-    assert (readings.sure_steps_ns, max(readings.steps_ns)) == ([40], 40)
+    assert [point.step_ns for point in readings.sure_steps] == [max(readings.steps_ns)] == [40]
 
 
 def test_a_reading_that_is_late_is_as_true_as_others() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from statistics import median
 from typing import Final, NamedTuple, Protocol
 
@@ -129,6 +128,10 @@ class ClockReadings:
         self.name = name
         self.guest = guest
         self.points: list[DriftPoint] = []
+        self.settled: list[DriftPoint] = []
+        """Those after settle_s, which count."""
+        self.sure_steps: list[DriftPoint] = []
+        """Those of these at which the clock has stepped for sure."""
         self.reanchors: dict[str, int] = {}
         """The step in ns of each way to re-anchor the clock."""
         self._reference = reference
@@ -149,7 +152,7 @@ class ClockReadings:
         step_ns, step_bound_ns = _step(before or self._page, page.info, seen, self._tsc_then(seen))
         ahead_ns = seen.ns - first_ns - reference_ns
         s, is_stopped = reference_ns / NS_PER_S, self._is_stopped()
-        self.points.append(DriftPoint(s, ahead_ns, bound_ns, step_ns, step_bound_ns, is_stopped))
+        self._keep(DriftPoint(s, ahead_ns, bound_ns, step_ns, step_bound_ns, is_stopped))
         self._page = page
         self._set_by_ns = self._set_by_ns or self._reference.set_by_ns()
 
@@ -162,23 +165,13 @@ class ClockReadings:
         self.reanchors[way.name], _ = _step(before, page.info, seen, seen.tsc)
 
     @property
-    def settled(self) -> list[DriftPoint]:
-        """The points after settle_s: those that count."""
-        return [point for point in self.points if point.s >= self._settle_s]
-
-    @property
     def steps_ns(self) -> list[int]:
         """The step at each reading that counts."""
         return [point.step_ns for point in self.settled]
 
     @property
-    def sure_steps_ns(self) -> list[int]:
-        """Those of them that are sure."""
-        return [point.step_ns for point in self.settled if point.has_stepped]
-
-    @property
     def stopped_readings(self) -> int | None:
-        """At how many of them the guest was stopped; None if its VMM does not tell."""
+        """At how many of these the guest was stopped; None if its VMM does not tell."""
         told = [point.is_stopped for point in self.settled]
         return None if None in told else sum(map(bool, told))
 
@@ -187,22 +180,22 @@ class ClockReadings:
         """Why there is no rate; None if there is one."""
         if self._set_by_ns:
             return f"the reference was set meanwhile, by {exact_ns(self._set_by_ns, 1000)}"
-        settled = self.settled
-        if len(settled) < 2:
+        if len(self.settled) < 2:
             return "not settled"
-        return "the guest was stopped all the while" if all(point.is_stopped for point in settled) else None
+        return "the guest was stopped all the while" if all(point.is_stopped for point in self.settled) else None
 
     @property
     def rate(self) -> DriftRate | None:
         """That between the steps that are sure, by the medians of both ends, of readings that do not overlap."""
         if self.why_no_rate is not None:
             return None
-        points, bound_ns = _without_steps(self.settled)
-        ends = min(ENDS, len(points) // 2)
-        begin, end = points[:ends], points[-ends:]
-        span_s = _median(end, "s") - _median(begin, "s")
-        rise_ns = _median(end, "ahead_ns") - _median(begin, "ahead_ns")
-        bound_ns += _median(end, "bound_ns") + _median(begin, "bound_ns")
+        ends = min(ENDS, len(self.settled) // 2)
+        begin, end = self.settled[:ends], self.settled[-ends:]
+        steps = [point for point in self.sure_steps if point is not begin[0]]  # what came before that is no part of it
+        span_s = median(point.s for point in end) - median(point.s for point in begin)
+        rise_ns = median(_stepless_ns(end, steps)) - median(_stepless_ns(begin, steps))
+        bound_ns = median(point.bound_ns for point in end) + median(point.bound_ns for point in begin)
+        bound_ns += sum(step.step_bound_ns for step in steps)
         return DriftRate(rise_ns / span_s, bound_ns / span_s)
 
     def page(self) -> PageThen:
@@ -211,6 +204,13 @@ class ClockReadings:
         return PageThen(info, HostTsc(self._host_tsc()))
 
     # Inside
+
+    def _keep(self, point: DriftPoint) -> None:
+        self.points.append(point)
+        if point.s >= self._settle_s:
+            self.settled.append(point)
+            if point.has_stepped:
+                self.sure_steps.append(point)
 
     def _placed_reading(self) -> tuple[GuestReading, PageThen, _Instant]:
         """A reading, the page that it was taken by, and when it was by the reference."""
@@ -262,16 +262,9 @@ def _instant(before: Sample, after: Sample, tsc: int) -> _Instant:
     return _Instant(before.ns, share * (after.ns - before.ns), bound_ns)
 
 
-def _without_steps(points: Sequence[DriftPoint]) -> tuple[list[DriftPoint], float]:
-    """The points as if their clock had not stepped after the first, and how far that can put them wrong."""
-    stepped_ns, bound_ns = 0, 0.0
-    stepless = list(points[:1])
-    for point in points[1:]:
-        if point.has_stepped:
-            stepped_ns += point.step_ns
-            bound_ns += point.step_bound_ns
-        stepless.append(point._replace(ahead_ns=point.ahead_ns - stepped_ns))
-    return stepless, bound_ns
+def _stepless_ns(points: Sequence[DriftPoint], steps: Sequence[DriftPoint]) -> list[float]:
+    """How far ahead the clock was at points, had it not stepped."""
+    return [point.ahead_ns - sum(step.step_ns for step in steps if step.s <= point.s) for point in points]
 
 
 def _step(before: PageThen, after: TimeInfo, seen: GuestReading, tsc_then: int) -> tuple[int, float]:
@@ -279,7 +272,3 @@ def _step(before: PageThen, after: TimeInfo, seen: GuestReading, tsc_then: int) 
     bend = abs(ns_per_tick(after) - ns_per_tick(before.info))
     bound_ns = max(floor_ns(before.info), floor_ns(after)) + bend * abs(seen.host_tsc - before.host_tsc)
     return signed64(seen.ns - value_at(before.info, tsc_then)), float(bound_ns)
-
-
-def _median(points: Sequence[DriftPoint], field: str) -> float:
-    return float(median(map(attrgetter(field), points)))
