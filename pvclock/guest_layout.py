@@ -25,7 +25,10 @@ FLAT_BASE: Final = 0x7C00
 """Where a PC's firmware puts a boot sector."""
 
 BOOT_INFORMATION: Final = 0x9000
-"""What an image is told: above the real-mode vectors and a trampoline at 0x8000, below what images load at (1 MiB)."""
+"""What an image is told: above the real-mode vectors and a trampoline at 0x8000, below what images load at (1 MiB).
+
+Where an image lies there itself, it is told on the first free pages above, all in the same order.
+"""
 
 BOOT_CMDLINE: Final = 0x9100
 """Behind the information structure and its memory map."""
