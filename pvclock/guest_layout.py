@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = [
+    "ACPI_TABLES",
     "BOOT_CMDLINE",
     "BOOT_CMDLINE_BYTES",
     "BOOT_INFORMATION",
+    "FIRMWARE_AREA",
     "FLAT_BASE",
     "IDENTITY_MAP",
     "IOAPIC",
@@ -44,6 +46,12 @@ LINUX_PAGE_TABLES: Final = 0xB000
 
 LINUX_PAGE_TABLES_BYTES: Final = 0x3000
 """PML4, PDPT and a directory of 2 MiB pages."""
+
+FIRMWARE_AREA: Final = range(0xA0000, 0x100000)
+"""A PC's video memory and firmware, which a kernel takes for no RAM whatever a memory map says."""
+
+ACPI_TABLES: Final = 0xE0000
+"""Where a PC's firmware puts the RSDP, which those look for that are not told; the tables follow it."""
 
 RAM_END: Final = 0xC0000000
 """RAM ends here at the latest: above are the IOAPIC, the LAPICs and the pages below."""

@@ -44,7 +44,7 @@ class BootSource(NamedTuple):
         if protocol == "flat":
             if self.initrd:
                 raise ImageError("a flat image takes no initrd; give it a multiboot header")
-            return flat.load(memory, self.image)
+            return flat.load(memory, self.image, firmware=firmware)
         return LOADERS[protocol](memory, self.image, self.cmdline, self.initrd, firmware)
 
     @property
