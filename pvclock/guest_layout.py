@@ -20,6 +20,7 @@ __all__ = [
     "PROBE_CODE",
     "PROBE_RESULT",
     "RAM_END",
+    "RESET_VECTOR",
     "TSS",
 ]
 
@@ -52,6 +53,9 @@ FIRMWARE_AREA: Final = range(0xA0000, 0x100000)
 
 ACPI_TABLES: Final = 0xE0000
 """Where a PC's firmware puts the RSDP, which those look for that are not told; the tables follow it."""
+
+RESET_VECTOR: Final = 0xFFFF0
+"""0xf000:0xfff0, where a kernel in real mode jumps to have a PC's firmware reset it."""
 
 RAM_END: Final = 0xC0000000
 """RAM ends here at the latest: above are the IOAPIC, the LAPICs and the pages below."""

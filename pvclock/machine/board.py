@@ -9,7 +9,7 @@ from pvclock._memory import GuestMemory
 from pvclock.boot import BootSource, EntryState
 from pvclock.boot.information import Firmware
 from pvclock.errors import StateError
-from pvclock.guest_layout import ACPI_TABLES, FIRMWARE_AREA, IDENTITY_MAP, IOAPIC, LOCAL_APIC
+from pvclock.guest_layout import ACPI_TABLES, FIRMWARE_AREA, IDENTITY_MAP, IOAPIC, LOCAL_APIC, RESET_VECTOR
 from pvclock.kvm import Vcpu, Vm
 from pvclock.machine.acpi import build_tables
 from pvclock.machine.arguments import Platform
@@ -32,6 +32,11 @@ __all__ = ["Board"]
 
 PIC_PORTS: Final = ((0x20, 2), (0xA0, 2), (0x4D0, 2))
 """KVM answers these: the two PICs and their edge/level registers."""
+
+RESET_CODE: Final = bytes.fromhex("b0fe e664 f4 ebfd")
+"""mov $0xfe, %al; out %al, $0x64; 1: hlt; jmp 1b: a firmware's reset.
+
+Linux, where ACPI is hardware-reduced, asks EFI for one and, without it, jumps there, whatever ACPI's reset register."""
 
 KVM_PAGES: Final = (
     (IDENTITY_MAP, 0x4000, "KVM's identity map and TSS"),
@@ -84,6 +89,7 @@ class Board:
             return source.load(memory)
         entry = source.load(memory, Firmware(ACPI_TABLES, (FIRMWARE_AREA,)))
         memory.write(ACPI_TABLES, self._firmware)
+        memory.write(RESET_VECTOR, RESET_CODE)
         return entry
 
     def _ends_by(self, ending: Ending) -> Callable[[], None]:

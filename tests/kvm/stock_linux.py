@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import shutil
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from pvclock.boot import BootSource
 from pvclock.boot.initramfs import with_shell
+from pvclock.boot.source import Protocol
 from pvclock.lab.kernel import Kernel
 from pvclock.machine import Machine
 
-__all__ = ["BOOT_LIMIT_S", "StockLinux", "compiled_probe"]
+__all__ = ["BOOT_LIMIT_S", "StockLinux", "compiled_probe", "uncompressed"]
 
 SOURCE: Final = Path(__file__).with_name("vdso_probe.c")
-PROGRAM: Final = Path(__file__).parents[2] / "build" / "vdso_probe"
+BUILD: Final = Path(__file__).parents[2] / "build"
+PROGRAM: Final = BUILD / "vdso_probe"
+XZ_MAGIC: Final = bytes.fromhex("fd377a585a00")
 COMPILE: Final = ("cc", "-std=gnu11", "-O2", "-static", "-Wall", "-Wextra", "-Werror")
 
 BOOT_LIMIT_S: Final = 300.0
@@ -45,6 +51,19 @@ def compiled_probe() -> Path:
     return PROGRAM
 
 
+def uncompressed(kernel: Kernel) -> bytes:
+    """The ELF file (vmlinux) inside a bzImage; kept, too, for the same reason."""
+    path = BUILD / f"vmlinux-{kernel.release}"
+    if not path.exists():
+        image = kernel.image.read_bytes()
+        sectors, at, length = image[0x1F1], *struct.unpack_from("<II", image, 0x248)  # as boot.rst has it
+        begin = (sectors + 1) * 512 + at
+        assert image[begin : begin + 6] == XZ_MAGIC, "not compressed as Debian's kernels are"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(image[begin : begin + length]))
+    return path.read_bytes()
+
+
 def root_file_system() -> bytes:
     """An initramfs with a shell and the probe."""
     busybox = shutil.which("busybox")
@@ -55,16 +74,22 @@ def root_file_system() -> bytes:
 class StockLinux:
     """A running guest; a context manager that returns once its shell is there.
 
-    machine: the one that it runs on.  options: more of Machine's arguments.
+    machine: the one that it runs on.  rate: guest seconds in a host's second, from boot on.  protocol: "pvh" and
+    "linux64" enter the uncompressed kernel.  options: more of Machine's arguments.
     """
 
-    def __init__(self, kernel: Kernel, **options: Any) -> None:  # noqa: ANN401  # Machine's
+    def __init__(
+        self, kernel: Kernel, *, rate: Fraction | None = None, protocol: Protocol = "bzimage", **options: Any
+    ) -> None:  # Machine's
         self._changed = threading.Condition()
         self._output = bytearray()
         self._commands = 0
-        source = BootSource(kernel.image.read_bytes(), " ".join(CMDLINE), root_file_system())
-        self.machine = Machine(source, memory_bytes=256 << 20, serial_output=self._take, **options)
+        image = kernel.image.read_bytes() if protocol == "bzimage" else uncompressed(kernel)
+        source = BootSource(image, " ".join(CMDLINE), root_file_system(), protocol)
+        self.machine = Machine(source, platform="pc", memory_bytes=256 << 20, serial_output=self._take, **options)
         try:
+            if rate is not None and self.machine.clock is not None:
+                self.machine.clock.dilate(*rate.as_integer_ratio())
             self.machine.start()
             self._wait_for(lambda output: PROMPT in output or None)
         except BaseException:
@@ -83,8 +108,8 @@ class StockLinux:
         """What a command prints, typed at the shell.  Its marks are sums, so that their echo is none."""
         self._commands += 1
         begin, end = 2 * self._commands, 2 * self._commands + 1
-        self.type(f'echo "[$(({begin}))"; {command}; echo "$(({end}))]"\n')
-        pattern = re.compile(rb"\[%d\r\n(.*?)%d\]\r\n" % (begin, end), re.DOTALL)
+        self.type(f'echo "<mark $(({begin}))"; {command}; echo "$(({end})) mark>"\n')
+        pattern = re.compile(rb"<mark %d\r\n(.*?)%d mark>\r\n" % (begin, end), re.DOTALL)
         printed: bytes = self._wait_for(pattern.search, limit_s)[1]
         return printed.decode(errors="replace").replace("\r\n", "\n")
 
@@ -101,7 +126,7 @@ class StockLinux:
     def _take(self, data: bytes) -> None:
         with self._changed:
             self._output += data
-            if data in b"\n ":  # what is waited for ends so
+            if data == b"\n" or self._output.endswith(PROMPT):  # what is waited for ends so
                 self._changed.notify_all()
 
     def _wait_for(self, look: Callable[[bytearray], Any], limit_s: float = BOOT_LIMIT_S) -> Any:  # noqa: ANN401

@@ -56,9 +56,10 @@ class Terminal:
         (out(0x92, 3), Ending.RESET, RunState.SHUTDOWN),
         (out_dx(0xCF9, 2) + out_dx(0xCF9, 6), Ending.RESET, RunState.SHUTDOWN),
         (out(0x64, 0xFE), Ending.RESET, RunState.SHUTDOWN),
+        (bytes.fromhex("eaf0ff00f0"), Ending.RESET, RunState.SHUTDOWN),  # ljmp $0xf000, $0xfff0
         (out(EXIT_PORT, 0), Ending.EXIT_CODE, RunState.SHUTDOWN),
     ],
-    ids=["power-off", "reset-register", "fast-reset", "reset-control", "keyboard", "exit-port"],
+    ids=["power-off", "reset-register", "fast-reset", "reset-control", "keyboard", "firmware", "exit-port"],
 )
 def test_how_a_guest_ends_its_run(image: bytes, ending: Ending, state: RunState) -> None:
     """wait() returns 0, `ending` says by what, and a reset of the machine forgets it."""
