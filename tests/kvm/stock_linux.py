@@ -79,8 +79,13 @@ class StockLinux:
     """
 
     def __init__(
-        self, kernel: Kernel, *, rate: Fraction | None = None, protocol: Protocol = "bzimage", **options: Any
-    ) -> None:  # Machine's
+        self,
+        kernel: Kernel,
+        *,
+        rate: Fraction | None = None,
+        protocol: Protocol = "bzimage",
+        **options: Any,  # noqa: ANN401  # Machine's
+    ) -> None:
         self._changed = threading.Condition()
         self._output = bytearray()
         self._commands = 0

@@ -18,6 +18,7 @@ from tests.waiting import HANG_S, alarm_after
 pytestmark = pytest.mark.row("E22")
 
 LONG_S = HANG_S
+TURNS_MAX = 1000
 
 
 class Pipe(NamedTuple):
@@ -110,6 +111,16 @@ def test_what_is_typed_is_passed_on_until_the_run_is_over(typed: Pipe, over: Pip
     assert received == b"one, two"
 
 
+def test_the_end_of_what_is_typed_is_not_the_runs(typed: Pipe, over: Pipe) -> None:
+    """A guest goes on without its user, and ends by itself."""
+    os.close(typed.writes)
+    later = threading.Timer(0.05, os.write, (over.writes, b"."))
+    later.start()
+    with alarm_after(int(LONG_S)):
+        assert converse(typed.reads, over.reads, Keys(has_escape=False), len)
+    later.join()
+
+
 def test_a_port_without_room_gets_it_later(typed: Pipe, over: Pipe) -> None:
     """Nothing is lost where the guest takes little at a time, or nothing for a while."""
     sent = bytes(range(256)) * 8
@@ -118,7 +129,7 @@ def test_a_port_without_room_gets_it_later(typed: Pipe, over: Pipe) -> None:
     def receive(data: bytes) -> int:
         taken = data[: (0, 1, 300)[next(turns) % 3]]
         received.extend(taken)
-        if len(received) == len(sent):
+        if len(received) == len(sent) or next(turns) > TURNS_MAX:
             os.write(over.writes, b".")
         return len(taken)
 
