@@ -32,6 +32,7 @@ from pvclock.host.linux import cpu_flags
 from pvclock.lab.kernel import find_kernel
 from pvclock.machine import Ending, Machine, RunState
 from pvclock.quantities import NS_PER_S
+from pvclock.state import atomic_file
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -92,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate", type=factor, metavar="N/D", help="guest seconds in a host's second, from boot on: 1/10 is a tenth"
     )
     parser.add_argument("--invtsc", action="store_true", help="show the guest an invariant TSC, which it prefers")
+    parser.add_argument("--events", type=Path, metavar="FILE", help="write what the engine's clock did, as JSON lines")
     parser.add_argument("--timeout", type=duration_s, metavar="SECONDS", help="end the run after so long")
 
 
@@ -124,6 +126,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             "host_s": time.monotonic() - begun_s,
             "debug_console": machine.console[-DEBUG_CONSOLE_TOLD:],
         }
+        if arguments.events is not None and machine.clock is not None:
+            atomic_file.replace(arguments.events, [machine.clock.events.json_lines().encode()])
     screen.tell(f"pvclock run: {end.why}")
     return Outcome(end.status == 0, result, end.status)
 
@@ -177,8 +181,8 @@ def _clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
     options = {name: value for name, value in given.items() if value is not None}
     if arguments.invtsc:
         options["offer_invariant_tsc"] = True
-    if arguments.clock == "kernel" and (options or arguments.rate is not None):
-        raise ConfigError("--clock kernel: it takes none of --provider, --reference, --rate and --invtsc")
+    if arguments.clock == "kernel" and (options or arguments.rate or arguments.events):
+        raise ConfigError("--clock kernel: it takes none of --provider, --reference, --rate, --invtsc and --events")
     return {"clock": arguments.clock, **options}
 
 

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 import pytest
 
 from pvclock.commands import main
+from pvclock.timekeeping.events import Event, EventKind
 from tests.command_line import ROOT, command, run_pvclock
 from tests.kvm.guests import out
 from tests.kvm.pc_guests import ECHO, WAIT_FOREVER, driver, kernel, out_dx
@@ -115,6 +116,15 @@ def test_time_at_another_rate(image: Callable[[bytes], str], run: Callable[..., 
     assert result["guest_s"] < result["host_s"] / 2
 
 
+def test_what_the_clock_did(image: Callable[[bytes], str], run: Callable[..., Ran], tmp_path: Path) -> None:
+    """--events has it as JSON lines, from the change of rate before boot on."""
+    done = run(image(out(0xF4, 0)), "--rate", "1/10", "--events", str(tmp_path / "events"))
+    assert done.status == 0
+    events = [Event.from_json(line) for line in (tmp_path / "events").read_text().splitlines()]
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert EventKind.DILATE in {event.kind for event in events}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -131,6 +141,7 @@ def test_time_at_another_rate(image: Callable[[bytes], str], run: Callable[..., 
         (("@image", "--rate", "1/0"), "'1/0' is not a factor"),
         (("@image", "--clock", "kernel", "--rate", "2"), "--clock kernel: it takes none of"),
         (("@image", "--clock", "kernel", "--provider", "KVM"), "--clock kernel: it takes none of"),
+        (("@image", "--clock", "kernel", "--events", "@events"), "--clock kernel: it takes none of"),
         (("@image", "--provider", "Xen"), "Xen"),
         (("@image", "--cpus", "0"), "'0' is not a whole number"),
         (("@image", "--initrd", "@image"), "a flat image takes no initrd"),
