@@ -43,7 +43,7 @@ EXAMPLES: Final = """\
 
 MEMORY_BYTES: Final = 256 << 20
 CPUS_MAX: Final = 255
-CONSOLE: Final = "console=ttyS0"
+CMDLINE: Final = "console=ttyS0 panic=-1"
 ENDED: Final = frozenset((RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.INTERNAL_ERROR))
 
 WORDS: Final = {Ending.POWER_OFF: "the guest has powered off", Ending.RESET: "the guest asked for a reset"}
@@ -55,6 +55,9 @@ TIMED_OUT: Final = 124
 DYNAMIC_LOADER: Final = b"/ld-linux"
 """The interpreter that a dynamically linked program names, near its beginning."""
 ELF_BEGIN_BYTES: Final = 4096
+PANIC: Final = b"Kernel panic - "
+LINE_KEPT_BYTES: Final = 1000
+"""Of the console's line, which a guest need not end."""
 DEBUG_CONSOLE_TOLD: Final = 2000
 
 VIRTUALISATION: Final = ("vmx", "svm")
@@ -76,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debian", action="store_true", help="Debian's kernel, and a shell if there is no --initrd")
     parser.add_argument("--initrd", type=Path, metavar="FILE", help="an initial RAM disk")
     parser.add_argument(
-        "--append", metavar="TEXT", help=f"the command line (default for kernels: {CONSOLE!r}; quiet with --debian)"
+        "--append",
+        metavar="TEXT",
+        help=f"the command line (default for kernels: {CMDLINE!r}; with --debian quiet, too)",
     )
     parser.add_argument("--cpus", type=whole_number(1, CPUS_MAX), default=1, metavar="N", help="vCPUs (default 1)")
     parser.add_argument(
@@ -101,7 +106,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Boot it, pass on what is typed and printed until it ends, and say how it ended."""
     source = _boot_source(arguments, screen)
     options = _clock_options(arguments)
-    output = (sys.stderr if arguments.json else sys.stdout).fileno()
+    console = _Console((sys.stderr if arguments.json else sys.stdout).fileno())
     with (
         ended_by_signals(),
         Machine(
@@ -109,7 +114,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             vcpus=arguments.cpus,
             memory_bytes=arguments.memory,
             platform="pc",
-            serial_output=lambda data: _write(output, data),
+            serial_output=console.write,
             **options,
         ) as machine,
     ):
@@ -118,7 +123,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
         if arguments.rate is not None and machine.clock is not None:
             machine.clock.dilate(*arguments.rate.as_integer_ratio())
         begun_s = time.monotonic()
-        end = _run_to_its_end(machine, arguments.timeout)
+        end = _run_to_its_end(machine, console, arguments.timeout)
         result = {
             **end._asdict(),
             "exit_code": machine.exit_code,
@@ -147,7 +152,7 @@ def _boot_source(arguments: argparse.Namespace, screen: Screen) -> BootSource:
         initrd = initrd or with_shell(_busybox())
     cmdline = arguments.append
     if cmdline is None:
-        cmdline = "" if arguments.image else f"{CONSOLE} quiet" if arguments.debian else CONSOLE
+        cmdline = "" if arguments.image else f"{CMDLINE} quiet" if arguments.debian else CMDLINE
     source = BootSource(_content(named[0], arguments.memory), cmdline, initrd)
     if not arguments.image and source.entered_by == "flat":
         raise ImageError(f"{named[0]} is not a Linux kernel: neither a bzImage nor an ELF file (vmlinux)")
@@ -197,7 +202,7 @@ class _End(NamedTuple):
     status: int
 
 
-def _run_to_its_end(machine: Machine, timeout_s: float | None) -> _End:
+def _run_to_its_end(machine: Machine, console: _Console, timeout_s: float | None) -> _End:
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     typed = sys.stdin.fileno()
     with _told_of_the_end(machine) as over, raw_terminal(typed) as is_terminal:
@@ -207,7 +212,7 @@ def _run_to_its_end(machine: Machine, timeout_s: float | None) -> _End:
         if not has_ended:
             machine.stop()
     if has_ended:
-        return _end_of(machine)
+        return _end_of(machine, console)
     if keys.ended:
         return _End("user", "ended by Ctrl-A x", 0)
     return _End("timeout", f"ended by --timeout after {timeout_s:g} s", TIMED_OUT)
@@ -232,8 +237,8 @@ def _told_of_the_end(machine: Machine) -> Iterator[int]:
         os.close(tell)
 
 
-def _end_of(machine: Machine) -> _End:
-    """How the guest ended its run."""
+def _end_of(machine: Machine, console: _Console) -> _End:
+    """How the guest ended its run.  A kernel that panics and has panic=-1 says so on its console, and resets."""
     try:
         exit_code = machine.wait()
     except GuestPanicked as panic:
@@ -245,9 +250,27 @@ def _end_of(machine: Machine) -> _End:
     ending = machine.ending
     if ending is Ending.EXIT_CODE or ending is None:
         return _End(Ending.EXIT_CODE, f"the guest's exit code is {exit_code}", int(exit_code != 0))
+    if ending is Ending.RESET and console.panic:
+        return _End(Ending.PANIC, f"the guest's kernel panicked: {console.panic}", STATUSES[Ending.PANIC])
     return _End(ending, WORDS[ending], STATUSES[ending])
 
 
-def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+class _Console:
+    """Passes on what the guest sends, to `descriptor`; panic: the last line by which a kernel told of one."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._line = bytearray()
+        self.panic = ""
+
+    def write(self, data: bytes) -> None:
+        """See Machine's serial_output."""
+        left = data
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+        self._line += data
+        if data.endswith(b"\n"):
+            if PANIC in self._line:
+                self.panic = self._line[self._line.index(PANIC) :].decode(errors="replace").strip()
+            self._line.clear()
+        del self._line[:-LINE_KEPT_BYTES]

@@ -90,6 +90,17 @@ def test_each_end_has_its_status(
     assert done.stderr.startswith("!\n")
 
 
+def test_a_panic_on_the_console(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
+    """A kernel that panics and has panic=-1 says so, and resets: that is a panic; a reset after other words is none."""
+    said = b"[ 1.0] Kernel panic - not syncing: VFS\r\nbye\r\n"
+    done = run(image(b"".join(out_dx(0x3F8, byte) for byte in said) + out(0x64, 0xFE) + WAIT_FOREVER))
+    assert (done.status, done.stdout.encode()) == (4, said)
+    assert done.stderr == "pvclock run: the guest's kernel panicked: Kernel panic - not syncing: VFS\n"
+    other = b"no Kernel\npanic - \n"
+    done = run(image(b"".join(out_dx(0x3F8, byte) for byte in other) + out(0x64, 0xFE) + WAIT_FOREVER))
+    assert done.status == 3
+
+
 def test_a_crash_tells_the_registers(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
     """By which people look for its cause."""
     done = run(image(bytes.fromhex("b83412") + BEYOND_RAM), "--memory", "1M")  # mov $0x1234, %ax
@@ -103,7 +114,7 @@ def test_a_kernel_with_an_initrd_and_a_command_line(tmp_path: Path, run: Callabl
     (tmp_path / "kernel").write_bytes(kernel())
     (tmp_path / "initrd").write_bytes(b"initrd")
     files = ("--kernel", str(tmp_path / "kernel"), "--initrd", str(tmp_path / "initrd"), "--memory", "4M")
-    assert run(*files).stdout == "console=ttyS0RSD PTR initrd"
+    assert run(*files).stdout == "console=ttyS0 panic=-1RSD PTR initrd"
     assert run(*files, "--append", "quiet").stdout == "quietRSD PTR initrd"
 
 
