@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--append",
         metavar="TEXT",
-        help=f"the command line (default for kernels: {CMDLINE!r}; with --debian quiet, too)",
+        help=f"the command line (default for kernels: {CMDLINE!r}; quiet with --debian)",
     )
     parser.add_argument("--cpus", type=whole_number(1, CPUS_MAX), default=1, metavar="N", help="vCPUs (default 1)")
     parser.add_argument(
