@@ -37,9 +37,9 @@ from pvclock.state import atomic_file
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES: Final = """\
-  pvclock run --debian                                   Debian's kernel, to a shell
-  pvclock run --debian --rate 1/10                       the same, at a tenth of real time
-  pvclock run --kernel bzImage --initrd initrd --append console=ttyS0"""
+  pvclock run --debian                    Debian's kernel, to a shell
+  pvclock run --debian --rate 1/10        the same, at a tenth of real time
+  pvclock run --kernel bzImage --initrd initrd"""
 
 MEMORY_BYTES: Final = 256 << 20
 CPUS_MAX: Final = 255

@@ -152,6 +152,18 @@ def test_it_boots_uncompressed(protocol: Protocol, kernel: Kernel) -> None:
         assert (guest.power_off(), guest.machine.ending) == (0, Ending.POWER_OFF)
 
 
+@pytest.mark.parametrize(
+    ("provider", "clocksource"),
+    [("HyperV", "hyperv_clocksource_tsc_page"), ("HyperV+KVM", "kvm-clock")],
+)
+def test_it_boots_beside_hyperv(provider: str, clocksource: str, kernel: Kernel) -> None:
+    """On Hyper-V's reference TSC page, read by the vDSO, too; where it finds both interfaces it takes KVM's."""
+    with StockLinux(kernel, provider=provider) as guest:
+        assert guest.run("cat /sys/devices/system/clocksource/clocksource0/current_clocksource") == f"{clocksource}\n"
+        assert guest.run("vdso_probe") == "vdso reads 1000000 back 0\n"
+        assert (guest.power_off(), guest.machine.ending) == (0, Ending.POWER_OFF)
+
+
 @pytest.mark.row("E12")
 def test_a_tenth_of_real_time(kernel: Kernel) -> None:
     """From boot on a second of sleep takes ten of the host's; the kernel's timers, by its TSC's deadlines, go along."""
