@@ -59,8 +59,8 @@ mutants: build $(PACKAGES) ## apply every deliberate mistake in a copy, and see 
 bench: build ## run the benchmarks
 	@$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
 
-drift: build ## watch a guest on the kernel's clock and one on the engine's for 10 minutes, and draw docs/drift.png
-	@$(BIN)/python -m bench.drift --output docs/drift
+drift: build ## measure the kernel's clock and the engine's against the host's for 10 minutes, and draw docs/drift.svg
+	@$(BIN)/pvclock drift --seconds 600 --output docs/drift.jsonl --output docs/drift.svg
 
 lint: build ## check style and types
 	@$(STEP) "ruff check" $(BIN)/ruff check --no-fix .

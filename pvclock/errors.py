@@ -19,6 +19,7 @@ PvclockError
 ├── ProbeNotRun                   .status .said; the probe could not be run, or ended without a result
 ├── ProbeRecordError (ValueError) .field .found .supported; a measurement from inside a guest that cannot be read
 ├── ProbeFailed                   .why; a probe printed an error instead of a measurement
+├── ReportSourceError (ValueError)   .path .line .found .expected; a file that `pvclock report` cannot tell of
 ├── LabError                      .console_tail; the lab lacks something, did not boot, or timed out
 └── KvmError (OSError)            .errno .call; a failed KVM system call
     ├── KvmUnavailable            /dev/kvm cannot be used; the message says what to do
@@ -48,6 +49,7 @@ __all__ = [
     "ProbeRecordError",
     "PvclockError",
     "RangeError",
+    "ReportSourceError",
     "StateError",
     "StateFileError",
     "TscOffsetNotHonoured",
@@ -252,6 +254,21 @@ class ProbeFailed(PvclockError):
     def __init__(self, why: str) -> None:
         super().__init__(f"the probe could not measure: {why}")
         self.why = why
+
+
+class ReportSourceError(PvclockError, ValueError):
+    """A file of which no report can be made; nothing was written.
+
+    path: the file.  line: of what is wrong, from 1; None if it is the whole file.  found, expected: in words.
+    """
+
+    def __init__(self, path: str, line: int | None, found: str, expected: str) -> None:
+        where = path if line is None else f"{path}, line {line}"
+        super().__init__(f"{where}: found {found}; expected {expected}")
+        self.path = path
+        self.line = line
+        self.found = found
+        self.expected = expected
 
 
 class LabError(PvclockError):

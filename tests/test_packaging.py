@@ -158,7 +158,7 @@ def test_metadata_for_the_package_index(wheel: Path) -> None:
     targets = re.findall(r"\]\(([^)]+)\)", str(metadata.get_payload()))
     assert len(targets) > 5
     assert not [target for target in targets if not target.startswith("https://")]
-    assert [target for target in targets if target.endswith("drift.png") and "/raw/" in target]
+    assert [target for target in targets if target.endswith("drift.svg") and "/raw/" in target]
 
 
 @pytest.mark.parametrize("machine", ["aarch64", "riscv64", "i686"])

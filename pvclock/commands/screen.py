@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -24,6 +25,9 @@ __all__ = ["Screen", "write"]
 
 UNBOUNDED: Final = 1 << 20
 """Columns, more than any line has: rich would cut longer ones."""
+
+_TURN: Final = threading.Lock()
+"""Who writes: a line of one thread is not cut by another's."""
 
 
 class Screen:
@@ -106,8 +110,9 @@ def _drawn(part: Table | Text | str, columns: int | None) -> str:
 def write(text: str) -> None:
     """Write `text` to standard output at once; OSError, which names standard output, if that fails."""
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        with _TURN:
+            sys.stdout.write(text)
+            sys.stdout.flush()
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard output") from None
 

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from pvclock import ConfigError
 from pvclock.errors import PagesNotFound, VmNotObservable
 from pvclock.host.vmm_process import running_vms
+from pvclock.meter.watch.vm import WatchedVm
 from pvclock.meter.watch.words import counted
 from qemu_glue.errors import QmpFailed, VirshFailed
-from qemu_glue.watch.interrupts import Interrupts
 from qemu_glue.watch.target import QemuVm, open_vm
 
-__all__ = ["Interrupted", "Patience", "opened"]
+__all__ = ["Interrupted", "Patience", "WaitsForEnd", "opened", "stopped_if_paused"]
 
 RETRY_S: Final = 0.5
+STOPPED: Final = "the guest was stopped when the watch began; if it has not booted so far, have it go on"
 NOT_YET: Final = (PagesNotFound, QmpFailed, VirshFailed, VmNotObservable)
 
 T = TypeVar("T")
+
+
+class WaitsForEnd(Protocol):
+    """Interrupts, or what a fleet tells its VMs' threads of them."""
+
+    @property
+    def came(self) -> bool:
+        """Is it the end?"""
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for `seconds` or until the end; is it the end?"""
 
 
 class Interrupted(Exception):  # no error: the user wants it
@@ -29,7 +41,7 @@ class Interrupted(Exception):  # no error: the user wants it
 class Patience:
     """Tries again, for wait_s in all."""
 
-    def __init__(self, wait_s: float, interrupts: Interrupts) -> None:
+    def __init__(self, wait_s: float, interrupts: WaitsForEnd) -> None:
         self._end_s = time.monotonic() + wait_s
         self._interrupts = interrupts
 
@@ -63,6 +75,11 @@ def opened(qmp: str | None, pid: int | None, libvirt: str | None) -> QemuVm:
         return open_vm(qmp=qmp, pid=pid, libvirt=libvirt)
     except VmNotObservable as error:
         raise VmNotObservable(error.pid, f"{error.why}; {_running_in_words()}") from None
+
+
+def stopped_if_paused(error: PagesNotFound, vm: WatchedVm) -> PagesNotFound:
+    """No pages were found: why that may be, if the guest did not run."""
+    return PagesNotFound(error.searched_bytes, error.looked_for, STOPPED) if vm.is_paused else error
 
 
 def _only_pid() -> int:

@@ -1,31 +1,27 @@
-"""Watch the clock of a running QEMU/KVM guest from outside: how far it steps, how fast it drifts.
+"""Watch the clocks of running QEMU/KVM guests from outside: how far they step, how fast they drift.
 
-Nothing is written to the guest, and nothing of it is restarted.  The pages of its clock are searched in its memory and
+Nothing is written to a guest, and nothing of it is restarted.  The pages of its clock are searched in its memory and
 looked at every 10 ms, until --seconds, Ctrl-C or its end.  Exit status 1 if a budget is broken, 2 if one is undecided.
+
+--qmp with a pattern, or given several times, watches all VMs whose sockets there are, and those that come later.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-from rich.text import Text
-
-from pvclock import Gpa, Reference
+from pvclock import ConfigError, Gpa, Reference
 from pvclock.commands.arguments import duration_s, rate_ppb, time_ns
 from pvclock.commands.outcome import Outcome, line_json
 from pvclock.commands.screen import Screen, write
-from pvclock.errors import PagesNotFound, PvclockError
+from qemu_glue.prometheus.address import DEFAULT_HOST, parsed_address
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
-    from pvclock.meter.watch.loop import WatchLoop
-    from pvclock.meter.watch.page_finder import PagesFound
-    from pvclock.meter.watch.vm import WatchedVm
-    from qemu_glue.watch.beginning import Patience
-    from qemu_glue.watch.instants import Instants
-    from qemu_glue.watch.interrupts import Interrupts
-    from qemu_glue.watch.views import View
+    from qemu_glue.prometheus.series import Series
+    from qemu_glue.watch.target import Target
 
 __all__ = ["EXAMPLES", "JSON_LINES", "add_arguments", "run"]
 
@@ -35,24 +31,24 @@ EXAMPLES: Final = """\
   pvclock watch --pid             the only QEMU here
   pvclock watch --qmp SOCKET      QEMU's -qmp unix:SOCKET,server=on,wait=off
   pvclock watch --libvirt DOMAIN  through virsh
-  pvclock watch --qmp SOCKET --seconds 60 --max-step 1us --max-drift 100ppb"""
+  pvclock watch --qmp SOCKET --seconds 60 --max-step 1us --max-drift 100ppb
+  pvclock watch --qmp '/run/vms/*.qmp' --prometheus 9911"""
 
 INTERVAL_MAX_MS: Final = 60_000
 THE_ONLY_PID: Final = 0
 """Stands for the pid of the only VM here."""
 
 GPA_MAX: Final = 1 << 52
-STOPPED: Final = "the guest was stopped when the watch began; if it has not booted so far, have it go on"
-US_PER_S: Final = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     vm = parser.add_mutually_exclusive_group(required=True)
-    vm.add_argument("--qmp", metavar="SOCKET", help="the QEMU with this QMP socket")
+    qmp = "the QEMU with this QMP socket; all that match a pattern, which is to be quoted; may be given several times"
+    vm.add_argument("--qmp", metavar="SOCKET", action="append", help=qmp)
     pid = "the QEMU that is this process (default: the only one here); causes of steps are not known then"
-    vm.add_argument("--pid", type=_pid, nargs="?", const=THE_ONLY_PID, help=pid)
-    vm.add_argument("--libvirt", metavar="DOMAIN", help="the QEMU of this domain of libvirt")
+    vm.add_argument("--pid", type=_pid, nargs="?", const=THE_ONLY_PID, action="append", help=pid)
+    vm.add_argument("--libvirt", metavar="DOMAIN", action="append", help="the QEMU of this domain of libvirt")
     parser.add_argument(
         "--reference",
         choices=[each.value for each in Reference],
@@ -66,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interval", type=_interval_s, metavar="MS", help=interval)
     pages = "where a vCPU's page is, vCPU 0's first, if you know it: nothing is searched then"
     parser.add_argument("--page", type=_address, action="append", default=[], metavar="GPA", help=pages)
+    metrics = f"serve metrics at http://ADDRESS:PORT/metrics (default ADDRESS {DEFAULT_HOST}; PORT 0: any free one)"
+    parser.add_argument("--prometheus", type=parsed_address, metavar="[ADDRESS:]PORT", help=metrics)
     parser.add_argument("--max-step", type=time_ns, metavar="TIME", help="how far a clock may step, such as 1us")
     parser.add_argument("--max-drift", type=rate_ppb, metavar="RATE", help="how fast it may drift, such as 10ppb")
     pauses = "a step at a pause that QEMU tells counts by what the guest saw of it"
@@ -76,144 +74,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Watch, show, and hold what was found against the budgets."""
-    from qemu_glue.watch.beginning import Interrupted, Patience, opened
+    from qemu_glue.watch.fleet_command import watch_fleet
     from qemu_glue.watch.interrupts import Interrupts
+    from qemu_glue.watch.one_vm import watch_one
 
-    with Interrupts() as interrupts:
-        patience = Patience(arguments.wait, interrupts)
-        try:
-            with patience.have(lambda: opened(arguments.qmp, arguments.pid, arguments.libvirt)) as vm:
-                loop, found = _begun(arguments, screen, vm, patience, interrupts)
-                return _watched(arguments, screen, loop, found)
-        except Interrupted:
-            screen.tell("pvclock watch: interrupted before the guest's pages were found")
-            raise KeyboardInterrupt from None
+    target = _only_target(arguments)
+    if target is None and arguments.page:
+        raise ConfigError("--page is of one VM; a fleet's pages are searched")
+    with Interrupts() as interrupts, ExitStack() as resources:
+        series = _served(arguments, screen, resources)
+        if target is None:
+            return watch_fleet(arguments, screen, series, interrupts)
+        return watch_one(arguments, screen, target, series, interrupts)
 
 
 # Inside
 
 
-def _begun(
-    arguments: argparse.Namespace, screen: Screen, vm: WatchedVm, patience: Patience, interrupts: Interrupts
-) -> tuple[WatchLoop, PagesFound]:
-    """The watch, with its pages found."""
-    from pvclock.meter.watch.loop import WatchLoop
+def _only_target(arguments: argparse.Namespace) -> Target | None:
+    """The VM to watch; None: a fleet.  ConfigError."""
+    from qemu_glue.watch.sockets import is_pattern
+    from qemu_glue.watch.target import Target
 
-    with screen.progress(1.0, "searching the guest's memory") as update:
-
-        def progress(done_bytes: int, total_bytes: int) -> None:
-            patience.check()
-            update(done_bytes / total_bytes, f"searching {total_bytes >> 20} MiB of guest memory")
-
-        loop = WatchLoop(
-            vm,
-            Reference(arguments.reference),
-            wait=interrupts.wait,
-            interval_s=arguments.interval,
-            given=arguments.page,
-            progress=progress,
-        )
-        try:
-            return loop, patience.have(loop.begin, lambda _found: loop.finder.doubt is None)
-        except PagesNotFound as error:
-            if vm.is_paused:
-                raise PagesNotFound(error.searched_bytes, error.looked_for, STOPPED) from None
-            raise
+    if arguments.qmp is not None:
+        several = len(arguments.qmp) > 1 or is_pattern(arguments.qmp[0])
+        return None if several else Target(qmp=arguments.qmp[0])
+    for option, given in (("--pid", arguments.pid), ("--libvirt", arguments.libvirt)):
+        if given is not None and len(given) > 1:
+            raise ConfigError(f"{option} is for one VM; several are watched by their sockets: --qmp 'PATTERN'")
+    if arguments.pid is not None:
+        return Target(pid=arguments.pid[0])
+    return Target(libvirt=arguments.libvirt[0])
 
 
-def _watched(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound) -> Outcome:
-    """Watch to the end, and show what it came to; after an error of a VM that runs, too."""
+def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack) -> Series | None:
+    """What --prometheus serves from now on."""
+    if arguments.prometheus is None:
+        return None
     try:
-        why_ended = _looked(arguments, screen, loop, found)
-    except PvclockError:
-        _show_summary(arguments, screen, loop)
-        raise
-    return _outcome(arguments, screen, loop, why_ended)
+        from qemu_glue.prometheus.exporter import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "prometheus_client":
+            raise
+        raise ConfigError("--prometheus needs prometheus_client: pip install 'pvclock[prometheus]'") from None
+    from qemu_glue.prometheus.series import Series
+    from qemu_glue.watch.instants import utc_text
 
-
-def _looked(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, found: PagesFound) -> str | None:
-    """Show each look; why the VM ended, if it did."""
-    from pvclock.meter.watch.loop import VmEnded
-    from qemu_glue.watch.instants import Instants
-
-    why_ended = None
-    instants = Instants(loop.host_tsc_hz)
-    with ExitStack() as resources:
-        view = None
-        for look in loop.looks(arguments.seconds):
-            # From the line on that tells of the pages, all is seen that becomes of them.
-            view = view or _view(arguments, screen, loop, found, instants, resources)
-            view.show(look)
-            why_ended = next((each.why for each in look.findings if isinstance(each, VmEnded)), None)
-    return why_ended
-
-
-def _view(
-    arguments: argparse.Namespace,
-    screen: Screen,
-    loop: WatchLoop,
-    found: PagesFound,
-    instants: Instants,
-    resources: ExitStack,
-) -> View:
-    from pvclock.meter.watch.words import plain_ns
-    from qemu_glue.watch.sentences import addresses_in_words
-    from qemu_glue.watch.views import JsonView, LinesView, LiveView
-
+    series = Series()
+    server = resources.enter_context(serve(arguments.prometheus, series))
+    screen.show(f"metrics at {server.url}")
     if arguments.json:
-        return JsonView(loop, instants, found)
-    vm = loop.vm
-    interval = plain_ns(round(loop.interval_s * US_PER_S) * 1000)
-    screen.show(f"{vm.name}: watching {addresses_in_words(found.pages)}, every {interval}")
-    if loop.is_paused:
-        screen.show(Text("The guest is stopped.", "yellow"))
-    for lacking, why in (("clock readings", vm.why_no_offsets), ("causes of steps", vm.why_no_events)):
-        if why is not None:
-            screen.show(Text(f"No {lacking}: {why}", "yellow"))
-    if loop.finder.doubt is not None:
-        screen.show(Text(f"Perhaps not the guest's: {loop.finder.doubt}", "yellow"))
-    if screen.can_redraw:
-        return LiveView(loop, instants, resources.enter_context(screen.redrawing()))
-    return LinesView(screen, instants)
-
-
-def _show_summary(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop) -> None:
-    """Where there is no outcome: for people, and as a line of JSON."""
-    from qemu_glue.watch.records import summary_record
-    from qemu_glue.watch.tables import summary_table
-
-    screen.show(summary_table(loop))
-    if arguments.json:
-        write(line_json("watch", {"kind": "summary", **summary_record(loop.watcher.summary)}) + "\n")
-
-
-def _outcome(arguments: argparse.Namespace, screen: Screen, loop: WatchLoop, why_ended: str | None) -> Outcome:
-    """Show what the watch came to, and how its budgets fared."""
-    from pvclock.meter.watch.budgets import Budgets
-    from qemu_glue.watch.records import budgets_record, finding_record, rate_records, summary_record, vm_record
-    from qemu_glue.watch.tables import summary_table
-    from qemu_glue.watch.verdict import judged, verdict_in_words
-
-    screen.show(summary_table(loop))
-    if why_ended is not None:
-        screen.show(Text("The VM has ended.", "yellow"))
-    if not loop.has_run:
-        screen.show(Text("The guest was stopped all the while.", "yellow"))
-    budgets = Budgets(arguments.max_step, arguments.max_drift, arguments.tsc_unchanged, arguments.allow_pauses)
-    verdict = judged(budgets, loop)
-    screen.show(*verdict_in_words(verdict))
-    found = {
-        **vm_record(loop),
-        "pages": loop.finder.pages,
-        "is_searching": loop.finder.is_searching,
-        "why_ended": why_ended,
-        "summary": summary_record(loop.watcher.summary),
-        "rates": rate_records(loop),
-        "host_troubles": list(map(finding_record, loop.troubles)),
-        "budgets": budgets_record(budgets, verdict),
-    }
-    status = 0 if verdict is None else verdict.status.exit_status
-    return Outcome(status == 0, found, status)
+        when = {"at_s": 0.0, "utc": utc_text(time.time_ns())}
+        write(line_json("watch", {"kind": "metrics", **when, "url": server.url}) + "\n")
+    return series
 
 
 def _pid(text: str) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Final
 
+from pvclock import Reference
+from pvclock.meter.watch.ahead import Ahead
 from pvclock.meter.watch.budgets import Budgets, Verdict
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step
 from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded, WatchLoop
@@ -14,7 +16,14 @@ from pvclock.meter.watch.summary import WatchSummary
 from pvclock.meter.watch.vm import VmEvent
 from qemu_glue.watch.instants import utc_text
 
-__all__ = ["budgets_record", "finding_record", "rate_records", "summary_record", "vm_record"]
+__all__ = [
+    "budgets_record",
+    "finding_record",
+    "rate_records",
+    "reading_record",
+    "summary_record",
+    "vm_record",
+]
 
 
 KINDS: Final = {
@@ -62,6 +71,11 @@ def rate_records(loop: WatchLoop) -> list[Mapping[str, object]]:
         {"vcpu": vcpu, "rate_ppb": rate.ppb, "bound_ppb": rate.bound_ppb, "why": rate.why}
         for vcpu, rate in sorted(loop.rates().items())
     ]
+
+
+def reading_record(reference: Reference, readings: Sequence[Ahead]) -> Mapping[str, object]:
+    """How far each vCPU's clock is ahead of the reference."""
+    return {"kind": "reading", "reference": reference, "readings": [each._asdict() for each in readings]}
 
 
 def summary_record(summary: WatchSummary) -> Mapping[str, object]:

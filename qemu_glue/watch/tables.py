@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pvclock import GuestNs
 from pvclock.commands.tables import Table
+from pvclock.meter.watch.ahead import Ahead
 from pvclock.meter.watch.changes import Disagreement, Step
 from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.rate import PageRate
@@ -16,11 +17,21 @@ from qemu_glue.watch.sentences import disagreement_in_words, step_in_words
 __all__ = ["rates_in_words", "summary_table", "vcpu_table"]
 
 
-def vcpu_table(loop: WatchLoop, look: Look, last_steps: dict[int, Step], rows: int | None = None) -> Table:
-    """A row a vCPU, the first `rows` of them: its page, what it shows, how fast, and its last step."""
-    table = Table("vCPU", "page", "version", "flags", "reading", f"rate against {loop.reference}", "last step")
+def vcpu_table(
+    loop: WatchLoop,
+    look: Look,
+    last_steps: dict[int, Step],
+    rows: int | None = None,
+    ahead: Sequence[Ahead] | None = None,
+) -> Table:
+    """A row a vCPU, the first `rows` of them: its page, what it shows, how fast, and its last step.
+
+    ahead: how far each is ahead of the reference, in a column more; None: without it.
+    """
+    more = [] if ahead is None else ["ahead"]
+    table = Table("vCPU", "page", "version", "flags", "reading", f"rate against {loop.reference}", *more, "last step")
     readings = loop.watcher.readings(look.poll)
-    rates = loop.rates()
+    rates, aheads = loop.rates(), {each.vcpu: each for each in ahead or ()}
     for vcpu, (gpa, ns) in list(enumerate(zip(loop.finder.pages, readings, strict=True)))[:rows]:
         info, rate = loop.infos.get(vcpu), rates.get(vcpu)
         table.add_row(
@@ -28,6 +39,7 @@ def vcpu_table(loop: WatchLoop, look: Look, last_steps: dict[int, Step], rows: i
             *(("-", "-") if info is None else (f"{info.version}", flags_in_words(info.flags))),
             "-" if ns is None else reading(GuestNs(ns)),
             _rate(rate),
+            *[_ahead(aheads.get(vcpu))] * len(more),
             _last_step(last_steps.get(vcpu)),
         )
     return table
@@ -78,6 +90,10 @@ def _disagreement(found: Disagreement) -> str:
 
 def _seen(step: Step) -> str:
     return bounded_ns(step.seen_ns or 0, step.seen_bound_ns or 0)
+
+
+def _ahead(ahead: Ahead | None) -> str:
+    return "-" if ahead is None or ahead.ahead_ns is None else about_ns(ahead.ahead_ns)
 
 
 def _rate(rate: PageRate | None) -> str:

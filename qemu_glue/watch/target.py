@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import PurePath
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from pvclock import ConfigError
 from pvclock.errors import VmNotObservable
@@ -18,10 +19,36 @@ from qemu_glue.watch.ram import Means, open_guest_ram
 from qemu_glue.watch.session import Session
 from qemu_glue.watch.virsh import Virsh
 
-__all__ = ["QemuVm", "open_vm"]
+__all__ = ["QemuVm", "Target", "open_vm", "socket_name"]
 
 NO_MONITOR: Final = "only QEMU's monitor tells of events; --qmp or --libvirt reach it"
 OUT_OF_SIGHT: Final = VmNotObservable(0, "QEMU's own number is not known here: it is in another PID namespace")
+
+
+SOCKET_SUFFIXES: Final = (".qmp", ".sock")
+
+
+class Target(NamedTuple):
+    """Which QEMU: one of the three, as open_vm() has them.  pid: 0: the only one here."""
+
+    qmp: str | None = None
+    pid: int | None = None
+    libvirt: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What metrics call it."""
+        if self.qmp is not None:
+            return socket_name(self.qmp)
+        return self.libvirt or (f"pid-{self.pid}" if self.pid else "the-only-vm")
+
+
+def socket_name(path: str) -> str:
+    """What a VM is called by its socket: the file's name, without .qmp and .sock."""
+    name = PurePath(path).name
+    for suffix in SOCKET_SUFFIXES:
+        name = name.removesuffix(suffix) or name
+    return name
 
 
 class QemuVm:

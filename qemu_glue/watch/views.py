@@ -12,14 +12,16 @@ from rich.text import Text
 
 from pvclock import HostTsc
 from pvclock.commands.outcome import line_json
-from pvclock.commands.screen import Screen, write
+from pvclock.commands.screen import write
+from pvclock.commands.tables import Table
+from pvclock.meter.watch.ahead import Ahead
 from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.meter.watch.words import counted, duration, time_of_day
 from qemu_glue.watch.instants import Instants, utc_text
-from qemu_glue.watch.records import finding_record, rate_records, vm_record
+from qemu_glue.watch.records import finding_record, rate_records, reading_record, vm_record
 from qemu_glue.watch.sentences import sentences
 from qemu_glue.watch.tables import vcpu_table
 
@@ -32,6 +34,8 @@ KEPT: Final = 8
 """Findings that stay below the table."""
 AROUND_ROWS: Final = 16
 """Lines of a terminal that are not the table's rows."""
+AHEAD_COLUMNS: Final = 100
+"""A terminal that has room for one column of the table more."""
 RATES_FIRST_S, RATES_MAX_S = 2.0, 60.0
 
 
@@ -42,19 +46,34 @@ class View(Protocol):
         """Show what a look brought."""
 
 
-class JsonView:
-    """A line of JSON for each finding, and now and then one of the rates."""
+class ShowsLines(Protocol):
+    """A screen, or one that has a VM's name before each line."""
 
-    def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound) -> None:
+    def show(self, *parts: Table | Text | str) -> None:
+        """See Screen."""
+
+
+class JsonView:
+    """A line of JSON for each finding, once a second one of the readings, and now and then one of the rates.
+
+    vm: the name of one of a fleet.
+    """
+
+    def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound, vm: str | None = None) -> None:
         self._loop, self._instants = loop, instants
+        self._in_fleet = {} if vm is None else {"vm": vm}
+        described = {} if vm is None else {"description": loop.vm.name}
         self._begin_s = time.monotonic()
         self._next_rates_s = RATES_FIRST_S
-        self._write({**finding_record(found), **vm_record(loop)}, time.time_ns())
+        self._write({**finding_record(found), **vm_record(loop), **described}, time.time_ns())
 
     def show(self, look: Look) -> None:
         """See View."""
         for finding in look.findings:
             self._write(finding_record(finding), _utc_ns(finding, look.poll.end, self._instants))
+        if look.readings:
+            at_utc_ns = self._instants.utc_ns(look.poll.end)
+            self._write(reading_record(self._loop.reference, look.readings), at_utc_ns)
         if time.monotonic() - self._begin_s >= self._next_rates_s:
             self._next_rates_s += min(self._next_rates_s, RATES_MAX_S)
             self._write(
@@ -63,13 +82,13 @@ class JsonView:
 
     def _write(self, record: Mapping[str, object], at_utc_ns: int) -> None:
         when = {"at_s": self._instants.since_begin_s(at_utc_ns), "utc": utc_text(at_utc_ns)}
-        write(line_json("watch", {"kind": record["kind"], **when, **record}) + "\n")
+        write(line_json("watch", {"kind": record["kind"], **when, **record, **self._in_fleet}) + "\n")
 
 
 class LinesView:
     """A line for each finding, as it is made."""
 
-    def __init__(self, screen: Screen, instants: Instants) -> None:
+    def __init__(self, screen: ShowsLines, instants: Instants) -> None:
         self._screen, self._instants = screen, instants
 
     def show(self, look: Look) -> None:
@@ -85,11 +104,13 @@ class LiveView:
         self._loop, self._instants, self._draw = loop, instants, draw
         self._told: deque[Text] = deque(maxlen=KEPT)
         self._last_steps: dict[int, Step] = {}
+        self._readings: tuple[Ahead, ...] = ()
         self._next_draw_s = 0.0
 
     def show(self, look: Look) -> None:
         """See View."""
         self._told += _told(look, self._instants)
+        self._readings = look.readings or self._readings
         if any(isinstance(finding, PagesFound) for finding in look.findings):
             self._last_steps, self._next_draw_s = {}, 0.0  # other pages than this look's
             return
@@ -99,8 +120,10 @@ class LiveView:
             self._draw(*self._parts(look))
 
     def _parts(self, look: Look) -> Iterator[object]:
-        rows = max(shutil.get_terminal_size().lines - AROUND_ROWS, 1)
-        yield vcpu_table(self._loop, look, self._last_steps, rows)
+        columns, lines = shutil.get_terminal_size()
+        rows = max(lines - AROUND_ROWS, 1)
+        ahead = self._readings if columns >= AHEAD_COLUMNS else None
+        yield vcpu_table(self._loop, look, self._last_steps, rows, ahead)
         hidden = len(self._loop.finder.pages) - rows
         if hidden > 0:
             yield f"and {counted(hidden, 'vCPU')} more"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 
 import pytest
 
-from bench import drift
 from pvclock import Reference
 from pvclock.clock.ticker import Ticker
 from pvclock.meter.findings import failures, shown_by
@@ -81,24 +78,6 @@ def test_the_ticker_serves_a_running_guest() -> None:
         assert clock.steering is not None
         assert clock.steering.state in (SteeringState.LOCKED, SteeringState.SLEWING)
         assert not any(failures(finish(machine)).values())
-
-
-@pytest.mark.row("E3", "E11")
-def test_the_drift_of_both_clocks(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """bench/drift.py: both guests' clocks against the host's, every re-anchor's step, and files with a plot."""
-    monkeypatch.setattr(drift, "SETTLE_S", 4)
-    monkeypatch.setattr(drift, "INTERVAL_S", 0.25)
-    assert drift.main(["--seconds", "5", "--output", str(tmp_path / "drift"), "--svg", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == json.loads((tmp_path / "drift.json").read_text())
-    kernel, engine = found["clocks"]
-    assert len(kernel["readings"]) == len(engine["readings"]) > 1
-    assert len(kernel["reanchors_ns"]) == 4
-    assert max(abs(step_ns) for step_ns in engine["reanchors_ns"].values()) <= 5
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
-    assert (tmp_path / "drift.svg").read_text().count("<svg") == 1
 
 
 @pytest.mark.row("E3")

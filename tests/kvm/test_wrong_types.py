@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from pvclock import ConfigError, GuestClock, GuestMemory, Machine, PvclockError,
 from pvclock.kvm import Kvm, KvmBackend, Runner, SteeredTscBackend, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
 from tests.kvm.guests import HLT, Bare, bare_vm
 from tests.unit.public_callables import PublicCallable, public_callables
-from tests.unit.wrong_types import assert_right_types_are_taken, assert_wrong_types_are_refused
+from tests.unit.wrong_types import Makers, assert_right_types_are_taken, assert_wrong_types_are_refused
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E13")]
 
@@ -36,15 +37,17 @@ def bare() -> Iterator[Bare]:
         yield made
 
 
-def makers(bare: Bare) -> dict[str, Callable[[], object]]:
-    """An object of each class."""
-    return {
-        "Kvm": lambda: bare.kvm,
-        "Vm": bare.kvm.create_vm,
-        "Vcpu": lambda: bare.vcpus[0],
-        "Runner": lambda: Runner(bare.vcpus, go_on),
-        "Machine": lambda: Machine(HLT, kvm=bare.kvm),
-    }
+@pytest.fixture
+def makers(bare: Bare) -> Iterator[Makers]:
+    """An object of each class, closed after the test, though the errors that it is to have caught refer to it."""
+    with ExitStack() as made:
+        yield {
+            "Kvm": lambda: bare.kvm,
+            "Vm": lambda: made.enter_context(bare.kvm.create_vm()),
+            "Vcpu": lambda: bare.vcpus[0],
+            "Runner": lambda: Runner(bare.vcpus, go_on),
+            "Machine": lambda: made.enter_context(Machine(HLT, kvm=bare.kvm)),
+        }
 
 
 def valid(bare: Bare) -> dict[str, Callable[[], Any]]:
@@ -100,15 +103,15 @@ def callables() -> dict[str, PublicCallable]:
 
 
 @pytest.mark.parametrize("name", callables())
-def test_wrong_types_are_refused_by_name(name: str, bare: Bare) -> None:
+def test_wrong_types_are_refused_by_name(name: str, bare: Bare, makers: Makers) -> None:
     """WrongType, which is a TypeError, too: it names the parameter, what was given, and what it can be."""
-    assert_wrong_types_are_refused(callables()[name], makers(bare), valid(bare))
+    assert_wrong_types_are_refused(callables()[name], makers, valid(bare))
 
 
 @pytest.mark.parametrize("name", callables())
-def test_right_types_are_no_wrong_ones(name: str, bare: Bare) -> None:
+def test_right_types_are_no_wrong_ones(name: str, bare: Bare, makers: Makers) -> None:
     """The same calls with a right value for each parameter that has one: whatever comes of it, no type was wrong."""
-    assert_right_types_are_taken(callables()[name], makers(bare), valid(bare))
+    assert_right_types_are_taken(callables()[name], makers, valid(bare))
 
 
 def a_clock(bare: Bare, vcpus: int = 1, **options: Any) -> GuestClock:  # noqa: ANN401  # wrong ones, too

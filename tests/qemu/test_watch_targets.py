@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import socket
 import subprocess
-import threading
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +27,7 @@ from qemu_glue.peer.launch import find_program
 from qemu_glue.watch import events
 from qemu_glue.watch.ram import Means
 from qemu_glue.watch.target import QemuVm, open_vm
+from tests.command_line import ROOT
 from tests.qemu.another_user import as_another_user
 from tests.qemu.running_qemu import PRIVATE_RAM, RunningQemu, running_qemu
 from tests.qemu.test_qmp_socket import listener
@@ -332,32 +332,16 @@ def test_through_a_proxy(private: RunningQemu, tmp_path: Path) -> None:
 
 @contextmanager
 def proxy(target: Path, path: Path) -> Iterator[None]:
-    """Listen at `path`, and pass one client's bytes to `target` and back."""
+    """A process that listens at `path`, and passes one client's bytes to `target` and back.
 
-    def serve() -> None:
-        client, _ = listening.accept()
-        with client, socket.socket(socket.AF_UNIX) as server:
-            server.connect(str(target))
-            there = threading.Thread(target=pass_on, args=(client, server))
-            there.start()
-            pass_on(server, client)
-            there.join()
-
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(path))
-        listening.listen()
-        thread = threading.Thread(target=serve)
-        thread.start()
+    Not this one: it may have a guest of another test's, and so be a VMM itself.
+    """
+    command = [sys.executable, "-m", "tests.qemu.socket_proxy", str(target), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "listening\n"
         yield
-        thread.join()
-
-
-def pass_on(one: socket.socket, other: socket.socket) -> None:
-    """Pass bytes on until there are no more."""
-    while got := one.recv(1 << 16):
-        other.sendall(got)
-    with suppress(OSError):
-        other.shutdown(socket.SHUT_RDWR)
+        assert process.wait(HANG_S) == 0
 
 
 def test_without_kvm(tmp_path: Path) -> None:

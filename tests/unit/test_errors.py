@@ -20,6 +20,7 @@ EXAMPLES = [
     errors.GuestPanicked(),
     errors.ProbeRecordError("clocks[0].hz", "0", "whole numbers from 1"),
     errors.ProbeFailed("no TSC"),
+    errors.ReportSourceError("watch.jsonl", 17, "a number", "an object"),
     errors.KvmError("KVM_RUN", errno.EINVAL, "try again"),
     errors.KvmUnavailable("open /dev/kvm", errno.EACCES),
     errors.MissingCapability("KVM_CAP_IRQCHIP", "for other vCPUs"),

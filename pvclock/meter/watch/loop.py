@@ -11,7 +11,9 @@ from pvclock.errors import PvclockError
 from pvclock.host.this_host import bracketed, measure_tsc_hz
 from pvclock.host.watch import HostWatch, TroubleKind
 from pvclock.meter.findings import TIME_INFO
+from pvclock.meter.watch.ahead import Ahead, AheadMeter
 from pvclock.meter.watch.changes import Change, PageLost, Step
+from pvclock.meter.watch.lines import TscRates
 from pvclock.meter.watch.page_finder import PageFinder, PagesFound, Progress
 from pvclock.meter.watch.page_layout import Pages
 from pvclock.meter.watch.page_search import is_legal
@@ -53,10 +55,14 @@ Finding: TypeAlias = PagesFound | Change | VmEvent | HostTrouble | VmEnded
 
 
 class Look(NamedTuple):
-    """One turn of a watch: a poll of the vCPUs' pages, and what it found, in order."""
+    """One turn of a watch: a poll of the vCPUs' pages, and what it found, in order.
+
+    readings: each vCPU's, at a turn that sampled the reference; else empty.
+    """
 
     poll: Poll
     findings: tuple[Finding, ...]
+    readings: tuple[Ahead, ...] = ()
 
 
 class WatchLoop:
@@ -93,6 +99,7 @@ class WatchLoop:
         self.troubles = _from_the_beginning(self._host)
         """Those of the host so far."""
         self._meter = RateMeter(lambda: bracketed(reference, self.host_tsc_hz), self.host_tsc_hz, vm.tsc_hz)
+        self._ahead = AheadMeter(TscRates(self.host_tsc_hz, vm.tsc_hz))
         self._sampled_s = 0.0
 
     def begin(self) -> PagesFound:
@@ -125,7 +132,7 @@ class WatchLoop:
                 if look is None:
                     raise
                 end = self._end()
-                yield look._replace(findings=(*self.watcher.finish(), *([end] if end else [])))
+                yield Look(look.poll, (*self.watcher.finish(), *([end] if end else [])))
                 if end is None:
                     raise
                 return
@@ -136,7 +143,7 @@ class WatchLoop:
             if self._wait(until_s - time.monotonic()) or until_s == end_s:
                 break
         self._meter.take()
-        yield look._replace(findings=tuple(self.watcher.finish()))
+        yield Look(look.poll, tuple(self.watcher.finish()))
 
     def rates(self) -> dict[int, PageRate]:
         """Each vCPU's, of its page as it was last seen."""
@@ -151,13 +158,21 @@ class WatchLoop:
         whole = take_poll(self.vm, places)
         elsewhere = self.finder.take(whole) or elsewhere
         told = [*self._moved_from(before), elsewhere] if elsewhere is not None else []
+        if elsewhere is not None and not _only_adds(before, elsewhere.pages):
+            self._ahead.restart()
         poll = self._of_vcpus(whole, dict(zip(places, whole.pages, strict=True)))
         self._note_state(poll.events)
         changes = self.watcher.take(poll)
+        self._ahead.note(changes)
         is_reset = self.vm.why_no_events is not None and any(map(_may_be_reset, changes))
         if is_reset or any(isinstance(change, PageLost) for change in changes):
             self.finder.lose(is_reset=is_reset)
-        return Look(poll, (*poll.events, *told, *changes, *self._look_at_host()))
+        found = *poll.events, *told, *changes
+        if time.monotonic() < self._sampled_s + SAMPLE_S:
+            return Look(poll, found)
+        self._sampled_s = time.monotonic()
+        readings = self._ahead.take(self._meter.take(), poll, self.watcher.lines)
+        return Look(poll, (*found, *self._look_at_host()), readings)
 
     def _of_vcpus(self, whole: Poll, seen: Mapping[Gpa, TimeInfo | None]) -> Poll:
         """The poll, of the vCPUs' pages alone."""
@@ -179,11 +194,6 @@ class WatchLoop:
         return self.watcher.restart()
 
     def _look_at_host(self) -> list[HostTrouble]:
-        """Sample the reference and look at the host, if it is time to."""
-        if time.monotonic() < self._sampled_s + SAMPLE_S:
-            return []
-        self._sampled_s = time.monotonic()
-        self._meter.take()
         found = [each for each in self._host.check() if each.kind is not TroubleKind.STALL]  # polls tell of these
         troubles = [HostTrouble(each.kind, each.unstable, each.why) for each in found]
         self.troubles += troubles
@@ -218,6 +228,11 @@ class WatchLoop:
             self.vm.tsc_offsets()
             self.vm.ram.read_many(self.finder.places, TIME_INFO.size)
         return time.monotonic() - begin_s
+
+
+def _only_adds(before: Pages, pages: Pages) -> bool:
+    """Are these pages those of before, and some of vCPUs that had none?"""
+    return pages != before and all(old in {None, new} for old, new in zip(before, pages, strict=True))
 
 
 def _may_be_reset(change: Change) -> bool:

@@ -42,8 +42,8 @@ class RateMeter:
         self._outliers = 0
         self._begin_with(None)
 
-    def take(self) -> None:
-        """Take one more sample.  Errors of the source."""
+    def take(self) -> Sample:
+        """Take one more sample, and return it.  Errors of the source."""
         sample = self._sampler.sample()
         if self._first is None:
             self._begin_with(sample)
@@ -54,6 +54,7 @@ class RateMeter:
             if self._outliers == OUTLIERS:
                 self.restarts += 1
                 self._begin_with(sample)
+        return sample
 
     @property
     def host_rate(self) -> Rate | None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from pvclock.meter.watch.changes import Change, Disagreement, Stall
 from pvclock.meter.watch.disagreements import Disagreements
-from pvclock.meter.watch.lines import TscRates, value_at
+from pvclock.meter.watch.lines import Line, TscRates, value_at
 from pvclock.meter.watch.page_watch import PageWatch
 from pvclock.meter.watch.pauses import Pauses
 from pvclock.meter.watch.poll import Poll
@@ -43,12 +43,15 @@ class Watcher:
     ) -> None:
         self._vcpus = vcpus
         self._rates = TscRates(host_tsc_hz, guest_tsc_hz)
-        self._interval_ns = interval_ns
+        self.interval_ns = interval_ns
+        """How far apart polls are wanted; may change between two of them."""
         self._tells_events, self._is_legal = tells_events, is_legal
         self._pauses = Pauses(host_tsc_hz, is_paused=is_paused)
         self._tally = Tally()
         self._first: HostTsc | None = None
         self._last: Poll | None = None
+        self.lines: tuple[Line | None, ...] = ()
+        """The line of each vCPU that counts as of the last poll, with its TSC offset; None where that is not known."""
         self._begin()
 
     @property
@@ -75,6 +78,7 @@ class Watcher:
             line, found = page.take(poll, stopped)
             lines.append(line)
             changes += found
+        self.lines = tuple(lines)
         changes += self._disagreements.take(poll, lines)
         self._tally.note(changes)
         self._first = poll.middle if self._first is None else self._first
@@ -120,7 +124,7 @@ class Watcher:
 
     def _stall(self, poll: Poll) -> list[Stall]:
         gap_ns = 0 if self._last is None else self._ns(poll.middle - self._last.middle)
-        return [Stall(poll.middle, gap_ns)] if gap_ns > STALL_INTERVALS * self._interval_ns else []
+        return [Stall(poll.middle, gap_ns)] if gap_ns > STALL_INTERVALS * self.interval_ns else []
 
     def _reading(self, page: TimeInfo | None, offset: int | None, at: HostTsc) -> int | None:
         if page is None or offset is None or not self._is_legal(page) or self._rates.is_scaled(page):

@@ -1,0 +1,174 @@
+"""The readings of clocks beside a reference, as lines, with their steps taken out, and as Allan deviation."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from statistics import median
+from typing import Final
+
+from pvclock.meter.allan import Deviation, allan_deviations, even_segments
+from pvclock.meter.report.model import Axis, Line, Mark, Plot, Unit
+
+__all__ = ["LINES_MAX", "ClockSeries", "distinct", "readings_plots", "runs_in_words", "stability_plot"]
+
+LINES_MAX: Final = 16
+"""Clocks of one plot: of more, those that went furthest are drawn."""
+INTERVALS_LOOKED_AT: Final = 1000
+HIDDEN_BELOW: Final = 20
+"""Where steps are that many times as large as all else, the plot of all hides it, and one without steps is made."""
+
+
+class ClockSeries:
+    """One clock's readings.  ahead_ns: of its reference; nan where it is unknown.  Readings come with at_s rising."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.at_s = array("d")
+        self.ahead_ns = array("d")
+        self.bound_ns = array("d")
+        self.stepless_ns = array("d")
+        """The same without its steps: nan where ahead_ns is."""
+        self.cuts: set[int] = set()
+        """Readings before which something happened that is no noise."""
+        self._stepped_ns = 0.0
+        self._last_ns = 0.0
+        self._is_level_lost = False
+
+    def take(self, at_s: float, ahead_ns: float, bound_ns: float) -> None:
+        """Take a reading; ahead_ns is nan if it is unknown."""
+        if self._is_level_lost and not math.isnan(ahead_ns):
+            self._stepped_ns, self._is_level_lost = ahead_ns - self._last_ns, False
+        stepless_ns = ahead_ns - self._stepped_ns
+        self._add(at_s, ahead_ns, bound_ns, stepless_ns)
+        self._last_ns = self._last_ns if math.isnan(stepless_ns) else stepless_ns
+
+    def step(self, step_ns: float | None) -> None:
+        """The clock stepped by that since the last reading; None: by how much is unknown."""
+        self.cut()
+        self._is_level_lost = self._is_level_lost or step_ns is None
+        self._stepped_ns += step_ns or 0.0
+
+    def begin_anew(self) -> None:
+        """What follows counts from 0 again: the line is broken."""
+        self.step(None)
+        if self.at_s:
+            self._add(self.at_s[-1], math.nan, math.nan, math.nan)
+            self.cut()
+
+    def cut(self) -> None:
+        """Something happened before the next reading that is no noise."""
+        self.cuts.add(len(self.at_s))
+
+    def line(self, *, stepless: bool = False) -> Line:
+        """The readings, with their bounds as the band."""
+        y = self.stepless_ns if stepless else self.ahead_ns
+        low = array("d", (ns - bound for ns, bound in zip(y, self.bound_ns, strict=True)))
+        high = array("d", (ns + bound for ns, bound in zip(y, self.bound_ns, strict=True)))
+        return Line(self.name, self.at_s, y, low, high)
+
+    @property
+    def interval_s(self) -> float | None:
+        """The time between two readings, as it is most of the time; None without two."""
+        places = self.at_s[:INTERVALS_LOOKED_AT]
+        passed = [later - earlier for earlier, later in pairwise(places) if later > earlier]
+        return median(passed) if passed else None
+
+    @property
+    def usual_bound_ns(self) -> float | None:
+        """The median of the readings' bounds; None if there are none."""
+        known = [bound for bound in self.bound_ns if not math.isnan(bound)]
+        return median(known) if known else None
+
+    def deviations(self, interval_s: float) -> list[Deviation]:
+        """The Allan deviation; none of too few readings."""
+        return allan_deviations(even_segments(self.at_s, self.ahead_ns, interval_s, self.cuts), interval_s)
+
+    def _add(self, at_s: float, ahead_ns: float, bound_ns: float, stepless_ns: float) -> None:
+        self.at_s.append(max(at_s, self.at_s[-1]) if self.at_s else at_s)
+        self.ahead_ns.append(ahead_ns)
+        self.bound_ns.append(bound_ns)
+        self.stepless_ns.append(stepless_ns)
+
+
+def distinct(series: Iterable[ClockSeries], names: Sequence[int]) -> list[ClockSeries]:
+    """The series of vCPUs, those with the same readings as one, which has all their numbers in its name."""
+    alike: dict[tuple[bytes, bytes], tuple[ClockSeries, list[int]]] = {}
+    for vcpu, each in zip(names, series, strict=True):
+        key = each.at_s.tobytes(), each.ahead_ns.tobytes()
+        alike.setdefault(key, (each, []))[1].append(vcpu)
+    for each, vcpus in alike.values():
+        each.name = f"vCPU{'s' * (len(vcpus) > 1)} {runs_in_words(vcpus)}"
+    return [each for each, _ in alike.values()]
+
+
+def runs_in_words(numbers: Sequence[int]) -> str:
+    """Rising numbers, such as "0-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
+
+
+def readings_plots(series: Sequence[ClockSeries], against: str, marks: tuple[Mark, ...], note: str = "") -> list[Plot]:
+    """The clocks against their reference; if steps hide all else, once more without them.  None without readings."""
+    known = [each for each in series if any(not math.isnan(ns) for ns in each.ahead_ns)]
+    if not known:
+        return []
+    shown = sorted(known, key=lambda each: -_extent_ns(each.ahead_ns))[:LINES_MAX]
+    shown = [each for each in known if each in shown]
+    left_out = (
+        f"{len(known) - len(shown)} more clocks, which went less far, are not drawn." if len(known) > len(shown) else ""
+    )
+    said = " ".join(filter(None, ["The band is what the readings' bounds leave open.", note, left_out]))
+    x, y = Axis("Time", Unit.S), Axis(f"Ahead of {against}", Unit.NS)
+    plots = [Plot(f"Clock against {against}", x, y, tuple(each.line() for each in shown), marks, said)]
+    if max(_extent_ns(each.ahead_ns) for each in shown) > HIDDEN_BELOW * max(
+        _extent_ns(each.stepless_ns) for each in shown
+    ):
+        lines = tuple(each.line(stepless=True) for each in shown)
+        without = (
+            "Each step is taken out as it was measured, and one of unknown size as if there had been no time between."
+        )
+        plots.append(Plot(f"Clock against {against}, without its steps", x, y, lines, marks, without))
+    return plots
+
+
+def stability_plot(series: Sequence[ClockSeries], interval_s: float | None = None) -> Plot | None:
+    """The Allan deviation of clocks, above what their readings' bounds allow; None of too few readings."""
+    lines = []
+    floors: dict[float, float] = {}
+    for each in series[:LINES_MAX]:
+        every_s = interval_s or each.interval_s
+        found = each.deviations(every_s) if every_s else []
+        drawn = [deviation for deviation in found if deviation.ppb > 0]  # 0 has no logarithm
+        if drawn:
+            tau_s, ppb, low, high = (array("d", column) for column in list(zip(*drawn, strict=True))[:4])
+            lines.append(Line(each.name, tau_s, ppb, low, high))
+        if (bound_ns := each.usual_bound_ns) is not None:
+            for deviation in found:
+                floors[deviation.tau_s] = max(floors.get(deviation.tau_s, 0.0), bound_ns / deviation.tau_s)
+    drawn_floor = [(tau_s, floor) for tau_s, floor in sorted(floors.items()) if floor > 0]
+    if drawn_floor:
+        tau_s, ppb = (array("d", column) for column in zip(*drawn_floor, strict=True))
+        lines.append(Line("by the readings' bounds alone", tau_s, ppb))
+    if not lines:
+        return None
+    note = (
+        "How much the rate over a time tau differs from that over the next one; a constant rate is 0.  The band is "
+        "what the number of readings leaves open, 68 times in 100.  Readings before and after a step, a pause or a gap "
+        "of more than one are not compared.  What lies at the line of the bounds, or below, may be of the measurement "
+        "alone."
+    )
+    tau = Axis("Averaging time tau", Unit.S, is_log=True)
+    return Plot("Allan deviation", tau, Axis("Allan deviation", Unit.PPB, is_log=True), tuple(lines), (), note)
+
+
+def _extent_ns(ns: Iterable[float]) -> float:
+    known = [each for each in ns if not math.isnan(each)]
+    return max(known) - min(known) if known else 0.0

@@ -1,0 +1,195 @@
+"""The JSON lines of a drift: several clocks against one reference, the steps between readings, and at new anchors."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Final
+
+from pvclock.meter.report.clock_series import ClockSeries, readings_plots, stability_plot
+from pvclock.meter.report.fields import Fields, Place, safe_text
+from pvclock.meter.report.model import Axis, Interval, Intervals, Line, Mark, Part, Plot, Section, Standing, Table, Unit
+from pvclock.meter.watch.words import about_ns, counted, rate_in_words
+from pvclock.quantities import quoted
+
+__all__ = ["drift_sections"]
+
+SCHEMA: Final = "pvclock.drift/1"
+CLOCKS_MAX: Final = 64
+WAYS_MAX: Final = 100
+
+
+class _Steps:
+    """The steps of one clock between readings."""
+
+    def __init__(self) -> None:
+        self.at_s, self.ns, self.low, self.high = (array("d") for _ in range(4))
+
+    def take(self, at_s: float, ns: float, bound_ns: float) -> None:
+        """Take a step; nan if it is unknown."""
+        self.at_s.append(max(at_s, self.at_s[-1]) if self.at_s else at_s)
+        self.ns.append(ns)
+        self.low.append(ns - bound_ns)
+        self.high.append(ns + bound_ns)
+
+
+class _Drift:
+    """A drift while it is read."""
+
+    def __init__(self, begin: Fields) -> None:
+        self.begin = begin
+        self.reference = begin.text("reference")
+        self.interval_s = begin.number("interval_s")
+        self.settle_s = begin.number("settle_s")
+        clocks = list(begin.all_fields("clocks"))
+        if not 0 < len(clocks) <= CLOCKS_MAX:
+            raise begin.place.error(f"{len(clocks)} clocks", f"1 to {CLOCKS_MAX}")
+        if self.interval_s <= 0:
+            raise begin.place.error(f"an interval of {self.interval_s:g} s", "one of more than 0")
+        self.series = {clock.text("clock"): ClockSeries(clock.text("name")) for clock in clocks}
+        self.steps = {name: _Steps() for name in self.series}
+        self.result: Fields | None = None
+        self.error: str | None = None
+        self.last_s = 0.0
+        self.unknown_kinds = 0
+
+    def take(self, record: Fields) -> None:
+        """Take a line after the first."""
+        if "error" in record:
+            self.error = record.fields("error").text("message")
+        elif "result" in record:
+            self.result = record.fields("result")
+        elif record.text("kind") == "reading":
+            self._reading(record)
+        else:
+            self.unknown_kinds += 1
+
+    def _reading(self, record: Fields) -> None:
+        at_s = self.last_s = record.number("at_s")
+        for each in record.all_fields("readings"):
+            name = each.text("clock")
+            if name not in self.series:
+                raise record.place.error(f"a reading of clock {name:.60}", f"one of {', '.join(self.series)}")
+            step_ns, bound_ns = each.number_or_nan("step_ns"), each.number_or_nan("step_bound_ns")
+            if abs(step_ns) > bound_ns:
+                self.series[name].step(step_ns)
+            self.series[name].take(at_s, each.number_or_nan("ahead_ns"), each.number_or_nan("bound_ns"))
+            self.steps[name].take(at_s, step_ns, bound_ns)
+
+
+def drift_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) -> list[Section]:
+    """What each drift in a file tells: one, or several that were appended."""
+    drifts: list[_Drift] = []
+    for number, content in lines:
+        record = Fields(content, Place(source, number))
+        if content.get("schema") != SCHEMA:
+            raise record.place.error(f"schema {quoted(content.get('schema'))}", f"{SCHEMA}, as in the lines before")
+        if content.get("kind") == "begin":
+            drifts.append(_Drift(record))
+        elif drifts:
+            drifts[-1].take(record)
+        elif "error" in record:
+            said = f"pvclock drift could not do its work: {record.fields('error').text('message')}"
+            return [Section("pvclock drift", source, said, Standing.OPEN, (), ())]
+        else:
+            raise record.place.error("a line before the drift began", "one of kind begin first")
+    return [_section(source, drift) for drift in drifts]
+
+
+def _section(source: str, drift: _Drift) -> Section:
+    series = list(drift.series.values())
+    settled = (Mark(0.0, "settling", "not counted", until=drift.settle_s),) if drift.settle_s > 0 else ()
+    note = "Readings while the clocks settle do not count." if settled else ""
+    parts: list[Part | None] = [
+        *readings_plots(series, drift.reference, settled, note),
+        _rates(drift),
+        _steps_plot(drift),
+        stability_plot([_settled(each, drift.settle_s) for each in series], drift.interval_s),
+        _table(drift),
+        _reanchors(drift),
+    ]
+    verdict, standing = _verdict(drift)
+    names = " and ".join(each.name for each in series)
+    told = tuple(part for part in parts if part is not None)
+    return Section(f"Drift of {names}", source, verdict, standing, tuple(_sentences(drift)), told)
+
+
+def _verdict(drift: _Drift) -> tuple[str, Standing]:
+    if drift.error is not None:
+        return f"The drift was ended by an error: {drift.error}", Standing.OPEN
+    if drift.result is None:
+        return "The file does not have the last line: there is no result.", Standing.OPEN
+    rates = [f"{clock.text('name')} {_rate(clock)}" for clock in drift.result.all_fields("clocks")]
+    return f"Against {drift.reference}: {'; '.join(rates)}.", Standing.PLAIN
+
+
+def _sentences(drift: _Drift) -> Iterator[str]:
+    readings = max(len(each.at_s) for each in drift.series.values())
+    settled = f", of which the first {drift.settle_s:g} s do not count" if drift.settle_s else ""
+    yield f"{counted(readings, 'reading')}, one in {drift.interval_s:g} s, in {drift.last_s:,.3f} s{settled}."
+    if drift.unknown_kinds:
+        yield f"Passed over: {counted(drift.unknown_kinds, 'line')} of kinds that this pvclock does not know."
+
+
+def _settled(series: ClockSeries, settle_s: float) -> ClockSeries:
+    """The same without the readings of before settle_s."""
+    first = next((place for place, at_s in enumerate(series.at_s) if at_s >= settle_s), len(series.at_s))
+    kept = ClockSeries(series.name)
+    for place in range(first, len(series.at_s)):
+        kept.take(series.at_s[place], series.ahead_ns[place], series.bound_ns[place])
+    kept.cuts = {place - first for place in series.cuts if place >= first}
+    return kept
+
+
+def _rates(drift: _Drift) -> Intervals | None:
+    rows = []
+    for clock in drift.result.all_fields("clocks") if drift.result else ():
+        ppb, bound_ppb = clock.number_or_none("rate_ppb"), clock.number_or_none("bound_ppb")
+        if ppb is not None and bound_ppb is not None:
+            rows.append(Interval(clock.text("name"), ppb - bound_ppb, ppb + bound_ppb, ppb))
+    axis = Axis(f"Faster than {drift.reference}", Unit.PPB)
+    return Intervals(f"Rate against {drift.reference}", axis, tuple(rows)) if rows else None
+
+
+def _steps_plot(drift: _Drift) -> Plot | None:
+    lines = tuple(
+        Line(drift.series[name].name, steps.at_s, steps.ns, steps.low, steps.high)
+        for name, steps in drift.steps.items()
+        if any(not math.isnan(ns) for ns in steps.ns)
+    )
+    note = "By how much each reading differs from what the page of the reading before would have given."
+    x, y = Axis("Time", Unit.S), Axis("Step", Unit.NS)
+    return Plot("Steps between readings", x, y, lines, (), note) if lines else None
+
+
+def _table(drift: _Drift) -> Table | None:
+    if drift.result is None:
+        return None
+    rows = tuple(
+        (clock.text("name"), _rate(clock), _ns(clock, "least_step_ns"), _ns(clock, "most_step_ns"))
+        for clock in drift.result.all_fields("clocks")
+    )
+    return Table("The clocks", ("clock", f"rate against {drift.reference}", "least step", "greatest step"), rows)
+
+
+def _reanchors(drift: _Drift) -> Table | None:
+    """The steps at new anchors: a row a way, a column a clock."""
+    clocks = list(drift.result.all_fields("clocks")) if drift.result else []
+    steps = {clock.text("name"): clock.fields("reanchors_ns") for clock in clocks if "reanchors_ns" in clock}
+    ways = dict.fromkeys(way for each in steps.values() for way in each.content)
+    if not ways:
+        return None
+    rows = tuple((safe_text(way), *(_ns(each, way) for each in steps.values())) for way in islice(ways, WAYS_MAX))
+    return Table("Steps at a new anchor", ("what made it", *steps), rows)
+
+
+def _rate(clock: Fields) -> str:
+    ppb, bound_ppb = clock.number_or_none("rate_ppb"), clock.number_or_none("bound_ppb")
+    return "unknown" if ppb is None or bound_ppb is None else rate_in_words(ppb, bound_ppb)
+
+
+def _ns(clock: Fields, name: str) -> str:
+    ns = clock.number_or_none(name)
+    return "-" if ns is None else about_ns(round(ns))

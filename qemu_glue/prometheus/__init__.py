@@ -1,0 +1,1 @@
+"""What watches find as metrics for Prometheus: docs/prometheus.md."""

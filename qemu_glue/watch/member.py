@@ -1,0 +1,165 @@
+"""One VM of a fleet: a thread that opens it, finds its pages and looks at them, until it ends or the fleet does."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from pvclock import Reference
+from pvclock.errors import PagesNotFound
+from pvclock.meter.watch.loop import HostTrouble, Look, VmEnded, WatchLoop
+from pvclock.meter.watch.page_finder import PagesFound
+from pvclock.meter.watch.vm import WatchedVm
+from qemu_glue.prometheus.series import VmSeries
+from qemu_glue.watch.beginning import Interrupted, Patience, stopped_if_paused
+from qemu_glue.watch.poll_share import SharedWait
+
+__all__ = ["FleetEnd", "Member", "Shows"]
+
+SEARCHES_AT_ONCE: Final = 2
+"""Searches of a fleet's memories: each takes a CPU, or holds up a VMM, for a while."""
+ASK_S: Final = 0.1
+
+
+class Shows(Protocol):
+    """Shows one VM's watch."""
+
+    def begin(self, loop: WatchLoop, found: PagesFound) -> None:
+        """Its pages were found, and looked at once."""
+
+    def look(self, look: Look) -> None:
+        """What a look brought, but for the host's troubles, which are no VM's."""
+
+
+class FleetEnd:
+    """The end of a fleet, as its threads wait for it."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._searches = threading.BoundedSemaphore(SEARCHES_AT_ONCE)
+
+    @property
+    def came(self) -> bool:
+        """Is it the end?"""
+        return self._event.is_set()
+
+    def come(self) -> None:
+        """It is."""
+        self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for `seconds` or until the end; is it the end?"""
+        return self._event.wait(max(seconds, 0))
+
+    @contextmanager
+    def turn_to_search(self) -> Iterator[None]:
+        """Wait until few others search.  Interrupted."""
+        while not self._searches.acquire(timeout=ASK_S):
+            if self.came:
+                raise Interrupted
+        try:
+            yield
+        finally:
+            self._searches.release()
+
+
+class Member:
+    """A VM, from its socket on.
+
+    open_vm: opens it.  watched: how many VMs the fleet watches.  series: what is told to Prometheus of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        open_vm: Callable[[str], WatchedVm],
+        arguments: argparse.Namespace,
+        end: FleetEnd,
+        watched: Callable[[], int],
+        *,
+        show: Shows,
+        series: VmSeries | None,
+    ) -> None:
+        self.name, self.path = name, path
+        self.loop: WatchLoop | None = None
+        """Once its pages are found."""
+        self.why_ended: str | None = None
+        """The VM has ended."""
+        self.error: Exception | None = None
+        """What kept the watch from its work, or ended it."""
+        self._open_vm, self._arguments, self._end, self._show, self._series = open_vm, arguments, end, show, series
+        self._wait = SharedWait(end.wait, watched, is_fixed=arguments.interval is not None)
+        self._thread = threading.Thread(target=self._run, name=f"pvclock-watch-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin; it is over at once if the system allows no more threads."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self.error = error
+
+    @property
+    def is_over(self) -> bool:
+        """Has it come to its end?"""
+        return not self._thread.is_alive()
+
+    def join(self, limit_s: float) -> bool:
+        """Wait for its end; did it come?"""
+        if not self.is_over:
+            self._thread.join(limit_s)
+        return self.is_over
+
+    # In its thread
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except Interrupted:
+            return
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others are watched on
+            self.error = error
+        finally:
+            if self._series is not None:
+                self._series.end()
+
+    def _watch(self) -> None:
+        patience = Patience(self._arguments.wait, self._end)
+        with patience.have(lambda: self._open_vm(self.path)) as vm:
+            loop, found = self._begun(vm, patience)
+            self._wait.take_charge(loop)
+            self.loop = loop
+            is_first = True
+            for look in loop.looks():
+                if is_first:
+                    self._show.begin(loop, found)
+                is_first = False
+                self._take(look, loop)
+
+    def _begun(self, vm: WatchedVm, patience: Patience) -> tuple[WatchLoop, PagesFound]:
+        loop = WatchLoop(
+            vm,
+            Reference(self._arguments.reference),
+            wait=self._wait,
+            interval_s=self._arguments.interval,
+            progress=lambda _done_bytes, _total_bytes: patience.check(),
+        )
+
+        def begin() -> PagesFound:
+            with self._end.turn_to_search():
+                return loop.begin()
+
+        try:
+            return loop, patience.have(begin, lambda _found: loop.finder.doubt is None)
+        except PagesNotFound as error:
+            raise stopped_if_paused(error, vm) from None
+
+    def _take(self, look: Look, loop: WatchLoop) -> None:
+        if self._series is not None:
+            self._series.take(look, loop)
+        findings = tuple(each for each in look.findings if not isinstance(each, HostTrouble))
+        self.why_ended = next((each.why for each in findings if isinstance(each, VmEnded)), None)
+        self._show.look(look._replace(findings=findings))

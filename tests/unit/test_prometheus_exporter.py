@@ -1,0 +1,269 @@
+"""What Prometheus is told of given findings, as its own parser reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics
+from prometheus_client.parser import text_string_to_metric_families as plain_text
+
+from pvclock import __version__
+from pvclock.host.watch import TroubleKind
+from pvclock.meter.watch.changes import Disagreement, Stall, Step, TscBasis
+from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
+from pvclock.meter.watch.rate import PageRate
+from pvclock.meter.watch.summary import WatchSummary
+from pvclock.meter.watch.vm import VmEvent, VmEventKind
+from pvclock.quantities import GuestNs, GuestTsc, HostTsc
+from pvclock.readings import TimeInfo
+from qemu_glue.prometheus.exporter import page_maker
+from qemu_glue.prometheus.series import SILENT_S, HostSeries, Series, VmSeries
+
+pytestmark = pytest.mark.row("E10")
+
+PAGE = TimeInfo(2, GuestTsc(1), GuestNs(2), 1 << 31, -1, 1)
+AT = HostTsc(9)
+PAUSE = (VmEvent(VmEventKind.STOP, 1), VmEvent(VmEventKind.RESUME, 2))
+LABELS = {
+    "pvclock_build_info": {"version"},
+    "pvclock_host_clocksource_is_tsc": set(),
+    "pvclock_host_troubles": {"kind"},
+    "pvclock_watch_up": {"vm"},
+    "pvclock_watch_polls": {"vm"},
+    "pvclock_watch_interval_seconds": {"vm"},
+    "pvclock_guest_paused": {"vm"},
+    "pvclock_steps": {"vm", "vcpu", "cause"},
+    "pvclock_unknown_steps": {"vm", "vcpu"},
+    "pvclock_last_step_seconds": {"vm", "vcpu"},
+    "pvclock_pages_disagree_seconds": {"vm", "vcpu"},
+    "pvclock_disagreements": {"vm", "vcpu"},
+    "pvclock_frequency_offset_ratio": {"vm", "vcpu"},
+    "pvclock_frequency_offset_bound_ratio": {"vm", "vcpu"},
+}
+COUNTERS = {name for name in LABELS if name.endswith(("_troubles", "_polls", "_steps", "_disagreements"))}
+
+
+def step(vcpu: int, step_ns: int | None, bound_ns: int = 2, events: tuple[VmEvent, ...] = ()) -> Step:
+    """A step, of which the TSC is known or not."""
+    basis = TscBasis.CHANGED if step_ns is None else TscBasis.OFFSETS
+    known_ns = None if step_ns is None else bound_ns
+    return Step(AT, HostTsc(8), vcpu, PAGE, PAGE, 1, basis, step_ns, known_ns, None, None, events)
+
+
+def apart(ahead: int, behind: int, by_ns: int, *, is_stale: bool = False) -> Disagreement:
+    """Two pages that disagree."""
+    return Disagreement(AT, ahead, behind, by_ns, 2, 31, (), TscBasis.OFFSETS, is_stale)
+
+
+class HandMadeWatch:
+    """A VM that is watched, and what its looks bring, by hand."""
+
+    def __init__(self, vm: str = "web", vcpus: int = 2) -> None:
+        self.now_s = 100.0
+        self.vm = VmSeries(vm, lambda: self.now_s)
+        self.watcher = SimpleNamespace(summary=WatchSummary(), open_disagreements=[])
+        self.finder = SimpleNamespace(is_searching=False)
+        self.loop: Any = SimpleNamespace(
+            vm=SimpleNamespace(vcpus=vcpus, why_no_events=None),
+            interval_s=0.01,
+            is_paused=False,
+            watcher=self.watcher,
+            finder=self.finder,
+            rates=lambda: {0: PageRate(-51.0, 7.0), 1: PageRate(None, None, "not sampled twice")},
+        )
+        self.host = HostSeries(lambda: "tsc")
+        self.series = Series(self.host)
+        self.series._vms = {vm: self.vm}
+
+    def look(self, *findings: Finding, open_now: Sequence[Disagreement] = ()) -> None:
+        """One look, a while after the last."""
+        self.now_s += 1
+        self.watcher.open_disagreements = list(open_now)
+        self.watcher.summary = self.watcher.summary._replace(polls=self.watcher.summary.polls + 1)
+        look: Any = SimpleNamespace(findings=findings)
+        self.vm.take(look, self.loop)
+
+    def families(self) -> dict[str, Metric]:
+        """What a scrape reads, by the metrics' names."""
+        text = page_maker(self.series)("").content.decode()
+        return {family.name: family for family in plain_text(text)}
+
+    def value(self, sample: str, **labels: str) -> float | None:
+        """One sample's value; None if there is none."""
+        found = [
+            each.value
+            for family in self.families().values()
+            for each in family.samples
+            if each.name == sample and each.labels.items() >= labels.items()
+        ]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+
+@pytest.fixture
+def watch() -> HandMadeWatch:
+    """A watch that has looked once."""
+    made = HandMadeWatch()
+    made.look()
+    return made
+
+
+def test_names_types_labels_and_units(watch: HandMadeWatch) -> None:
+    """All metrics are there with their type and labels, a help that is a sentence, and a base unit or none."""
+    families = watch.families()
+    assert families.keys() == LABELS.keys()
+    for name, family in families.items():
+        assert family.type == ("counter" if name in COUNTERS else "gauge"), name
+        assert family.documentation.startswith("It "), name
+        assert family.documentation.endswith("."), name
+        assert {frozenset(sample.labels) for sample in family.samples} == {frozenset(LABELS[name])}, name
+        assert not name.endswith(("_ns", "_ms", "_us", "_ppb", "_ppm", "_percent"))
+    assert watch.value("pvclock_build_info", version=__version__) == 1
+
+
+def test_both_formats_are_read(watch: HandMadeWatch) -> None:
+    """Prometheus asks for OpenMetrics, curl for nothing; either reads what it gets, of the same samples."""
+    page = page_maker(watch.series)("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3")
+    assert page.kind.startswith("application/openmetrics-text; version=1.0.0")
+    families = open_metrics(page.content.decode())  # type: ignore[no-untyped-call]
+    samples = [sample for family in families for sample in family.samples]
+    plain = [sample for family in watch.families().values() for sample in family.samples]
+    assert [(each.name, each.labels, each.value) for each in samples] == [
+        (each.name, each.labels, each.value) for each in plain
+    ]
+
+
+def test_a_series_is_there_before_its_first_event(watch: HandMadeWatch) -> None:
+    """It is 0 from the first look on: increase() sees the first step only then."""
+    for cause in ("pause", "other", "unknown"):
+        assert watch.value("pvclock_steps_total", vm="web", vcpu="1", cause=cause) == 0
+    assert watch.value("pvclock_disagreements_total", vcpu="1") == 0
+    assert watch.value("pvclock_host_troubles_total", kind="clocksource") == 0
+
+
+def test_steps_by_their_cause(watch: HandMadeWatch) -> None:
+    """A pause that was told is one cause, none the other; where nothing can be told the cause is unknown."""
+    watch.look(step(0, -1_000_000_000, events=PAUSE), step(1, 5_000_000))
+    watch.look(step(1, -3_000))
+    watch.loop.vm.why_no_events = "only QEMU's monitor tells of events"
+    watch.look(step(0, 7_000))
+    assert watch.value("pvclock_steps_total", vcpu="0", cause="pause") == 1
+    assert watch.value("pvclock_steps_total", vcpu="0", cause="other") == 0
+    assert watch.value("pvclock_steps_total", vcpu="0", cause="unknown") == 1
+    assert watch.value("pvclock_steps_total", vcpu="1", cause="other") == 2
+    assert watch.value("pvclock_last_step_seconds", vcpu="1") == pytest.approx(-3e-6)
+
+
+def test_what_may_be_no_step_is_not_counted(watch: HandMadeWatch) -> None:
+    """A step is one if it is longer than its bound; one of unknown length is counted for itself."""
+    watch.look(step(0, 0), step(0, 1), step(0, -2, bound_ns=2), step(1, None))
+    assert watch.value("pvclock_steps_total", vcpu="0", cause="other") == 0
+    assert watch.value("pvclock_last_step_seconds", vcpu="0") == 0
+    assert watch.value("pvclock_unknown_steps_total", vcpu="1") == 1
+    watch.look(step(0, -3, bound_ns=2))
+    assert watch.value("pvclock_steps_total", vcpu="0", cause="other") == 1
+
+
+def test_a_disagreement_counts_once_from_its_beginning(watch: HandMadeWatch) -> None:
+    """For both vCPUs, as it goes on and when it ends; whom of several alike it names in between is no new one."""
+    watch.look(open_now=[apart(1, 0, 100)])
+    watch.look(open_now=[apart(1, 0, 115_700_000)])
+    watch.look(apart(1, 0, 115_700_000))
+    watch.look()
+    for vcpu in "01":
+        assert watch.value("pvclock_disagreements_total", vcpu=vcpu) == 1
+        assert watch.value("pvclock_pages_disagree_seconds", vcpu=vcpu) == pytest.approx(0.1157)
+    watch.look(open_now=[apart(0, 1, 50)])
+    assert watch.value("pvclock_disagreements_total", vcpu="0") == 2
+    assert watch.value("pvclock_pages_disagree_seconds", vcpu="0") == pytest.approx(5e-8)
+
+
+def test_alike_vcpus_take_turns_without_new_disagreements() -> None:
+    """A watch names the one that is furthest off, and that may be another at each look."""
+    watch = HandMadeWatch(vcpus=3)
+    for ahead in (1, 2, 1, 2, 1):
+        watch.look(open_now=[apart(ahead, 0, 100)])
+    assert [watch.value("pvclock_disagreements_total", vcpu=vcpu) for vcpu in "012"] == [1, 1, 1]
+
+
+def test_what_nobody_reads_is_no_disagreement(watch: HandMadeWatch) -> None:
+    """A stale page is of a vCPU that does not run."""
+    watch.look(apart(0, 1, 100, is_stale=True), open_now=[apart(0, 1, 100, is_stale=True)])
+    assert watch.value("pvclock_disagreements_total", vcpu="1") == 0
+
+
+def test_rates_are_ratios_and_absent_while_unknown(watch: HandMadeWatch) -> None:
+    """ppb as a ratio with its bound; a vCPU whose rate is unknown has no sample, nor has one whose VM is not seen."""
+    assert watch.value("pvclock_frequency_offset_ratio", vm="web", vcpu="0") == pytest.approx(-51e-9)
+    assert watch.value("pvclock_frequency_offset_bound_ratio", vm="web", vcpu="0") == pytest.approx(7e-9)
+    assert watch.value("pvclock_frequency_offset_ratio", vm="web", vcpu="1") is None
+    watch.finder.is_searching = True
+    watch.look()
+    assert watch.value("pvclock_watch_up", vm="web") == 0
+    assert watch.value("pvclock_frequency_offset_ratio", vcpu="0") is None
+
+
+def test_a_watch_is_up_while_it_looks(watch: HandMadeWatch) -> None:
+    """One that has not looked for long, for its VMM does not answer, is down; so is one that ended."""
+    assert watch.value("pvclock_watch_up", vm="web") == 1
+    assert watch.value("pvclock_watch_interval_seconds", vm="web") == pytest.approx(0.01)
+    assert watch.value("pvclock_guest_paused", vm="web") == 0
+    watch.now_s += SILENT_S + 1
+    assert watch.value("pvclock_watch_up", vm="web") == 0
+    watch.look(VmEnded("it is gone"))
+    assert watch.value("pvclock_watch_up", vm="web") == 0
+
+
+def test_rare_looks_are_no_silence(watch: HandMadeWatch) -> None:
+    """Where the interval is long, so is the time until a watch counts as down."""
+    watch.loop.interval_s = 60.0
+    watch.look()
+    watch.now_s += 100
+    assert watch.value("pvclock_watch_up") == 1
+
+
+def test_counters_never_go_back(watch: HandMadeWatch) -> None:
+    """A watch that failed and began anew counts on, with another loop that begins at 0."""
+    watch.look(step(0, 5_000), open_now=[apart(0, 1, 9)])
+    watch.vm.end()
+    assert watch.value("pvclock_watch_up") == 0
+    assert watch.value("pvclock_guest_paused") is None
+    watch.watcher.summary = WatchSummary()
+    watch.look(step(0, 6_000), open_now=[apart(0, 1, 9)])
+    assert watch.value("pvclock_steps_total", vcpu="0", cause="other") == 2
+    assert watch.value("pvclock_disagreements_total", vcpu="0") == 2
+    assert watch.value("pvclock_watch_polls_total") == 3
+
+
+def test_a_vm_that_is_gone_has_no_series(watch: HandMadeWatch) -> None:
+    """Nothing is left of it, and the others stay."""
+    watch.series.of("db")
+    watch.series.forget("web")
+    assert watch.value("pvclock_watch_up", vm="db") == 0
+    assert watch.value("pvclock_watch_up", vm="web") is None
+    assert "web" not in page_maker(watch.series)("").content.decode()
+
+
+def test_the_host_leaves_the_tsc() -> None:
+    """Its clocksource is read at each scrape, and each trouble counted by its kind."""
+    watch = HandMadeWatch()
+    names: Iterator[str] = iter(["tsc", "hpet"])
+    watch.series.host = HostSeries(lambda: next(names))
+    assert watch.value("pvclock_host_clocksource_is_tsc") == 1
+    assert watch.value("pvclock_host_clocksource_is_tsc") == 0
+    watch.series.host = HostSeries(lambda: "hpet")
+    watch.series.host.take([HostTrouble(TroubleKind.CLOCKSOURCE, True, "it was tsc and is hpet")])
+    assert watch.value("pvclock_host_troubles_total", kind="clocksource") == 1
+    assert watch.value("pvclock_host_troubles_total", kind="suspend") == 0
+
+
+def test_hostile_names_are_escaped() -> None:
+    """A socket's name is a label's value, whatever is in it."""
+    name = 'a"b\\c\nd} 1\n# HELP'
+    watch = HandMadeWatch(name)
+    watch.look(Stall(AT, 5))
+    assert watch.value("pvclock_watch_up", vm=name) == 1

@@ -1,0 +1,129 @@
+"""What a report makes of a drift: each clock against the reference, its rate, its steps, and new anchors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvclock.errors import ReportSourceError
+from pvclock.meter.report.model import Interval, Intervals, Plot, Standing
+from pvclock.meter.report.sources import read
+from tests.unit.report_lines import drift_begin, drift_reading, drift_result, of_kind, plot, report_of, rows, section_of
+
+pytestmark = pytest.mark.row("E10")
+
+READINGS = [drift_reading(at_s, {"engine": 0.5 * (at_s % 3), "kernel": -52.0 * at_s}) for at_s in range(12)]
+DRIFT = [drift_begin(), *READINGS, drift_result()]
+
+
+def error_of(lines: list[dict[str, Any]], tmp_path: Path) -> ReportSourceError:
+    """The error that lines bring."""
+    with pytest.raises(ReportSourceError) as caught:
+        section_of(tmp_path / "x", lines)
+    return caught.value
+
+
+def test_each_clock_is_a_line_with_its_bounds(tmp_path: Path) -> None:
+    """By the names that the drift gave them, over its seconds; what settles is marked."""
+    section = section_of(tmp_path / "x", DRIFT)
+    shown = plot(section, "Clock against raw")
+    engine, kernel = shown.lines
+    assert (engine.name, kernel.name) == ("pvclock, raw", "kernel kvmclock")
+    assert list(kernel.y) == [-52.0 * at_s for at_s in range(12)]
+    assert list(kernel.low) == [-52.0 * at_s - 20 for at_s in range(12)]
+    assert [(mark.kind, mark.x, mark.until) for mark in shown.marks] == [("settling", 0, 2)]
+    assert section.title == "Drift of pvclock, raw and kernel kvmclock"
+
+
+def test_the_result_is_told_and_drawn_with_its_bounds(tmp_path: Path) -> None:
+    """Rates as intervals and in words; the least and greatest step, and those at new anchors, in tables."""
+    section = section_of(tmp_path / "x", DRIFT)
+    assert section.verdict == ("Against raw: pvclock, raw +0.2 ppb, within 0.5; kernel kvmclock -52.0 ppb, within 0.5.")
+    rates = of_kind(section, Intervals, "Rate against raw")
+    assert rates.rows == (Interval("pvclock, raw", -0.25, 0.75, 0.25), Interval("kernel kvmclock", -52.5, -51.5, -52.0))
+    assert rows(section, "The clocks")[1] == ("kernel kvmclock", "-52.0 ppb, within 0.5", "-1 ns", "+1 ns")
+    assert rows(section, "Steps at a new anchor") == (
+        ("MSR written again", "+1 ns", "-1.400 us"),
+        ("KVM_SET_CLOCK", "-", "+12 ns"),
+    )
+
+
+def test_steps_between_readings_are_a_plot(tmp_path: Path) -> None:
+    """With their bounds; a step is no noise of the clock, and is taken out where it hides all else."""
+    later = [
+        drift_reading(at_s, {"kernel": -52.0 * at_s + 10**6}, 10**6 if at_s == 12 else 0) for at_s in range(12, 24)
+    ]
+    section = section_of(tmp_path / "x", [drift_begin(), *READINGS, *later])
+    steps = {line.name: line for line in plot(section, "Steps between readings").lines}
+    assert max(steps["kernel kvmclock"].y) == 10**6
+    assert max(steps["kernel kvmclock"].high) == 10**6 + 2
+    stepless = {line.name: line for line in plot(section, "Clock against raw, without its steps").lines}
+    assert list(stepless["kernel kvmclock"].y) == [-52.0 * at_s for at_s in range(24)]
+
+
+def test_the_allan_deviation_is_of_settled_readings(tmp_path: Path) -> None:
+    """What a clock does while it settles does not count."""
+    wild = [drift_reading(at_s, {"engine": 1e9 * at_s**2, "kernel": 0.0}) for at_s in range(2)]
+    after = [drift_reading(at_s, {"engine": at_s % 3, "kernel": 0.0}) for at_s in range(2, 30)]
+    section = section_of(tmp_path / "x", [drift_begin(), *wild, *after, drift_result()])
+    engine, floor = plot(section, "Allan deviation").lines
+    assert engine.name == "pvclock, raw"
+    assert max(engine.y) < 3
+    assert list(floor.x) == [1, 2, 4, 8]
+    assert list(floor.y) == [20, 10, 5, 2.5]
+
+
+def test_a_reading_that_is_missing_breaks_the_line(tmp_path: Path) -> None:
+    """A guest that could not be read has nan."""
+    lines = [*DRIFT[:3], drift_reading(2, {"engine": None, "kernel": 1.0}), *DRIFT[4:]]
+    engine, kernel = plot(section_of(tmp_path / "x", lines), "Clock against raw").lines
+    assert [math.isnan(y) for y in engine.y[:4]] == [False, False, True, False]
+    assert not any(map(math.isnan, kernel.y))
+
+
+def test_without_a_result_there_is_none(tmp_path: Path) -> None:
+    """A drift that was killed is drawn to there."""
+    section = section_of(tmp_path / "x", DRIFT[:6])
+    assert section.standing is Standing.OPEN
+    assert [part.title for part in section.parts if isinstance(part, Plot)] == [
+        "Clock against raw",
+        "Steps between readings",
+    ]
+    assert section.sentences[0] == "5 readings, one in 1 s, in 4.000 s, of which the first 2 s do not count."
+
+
+def test_appended_drifts_are_sections_of_their_own(tmp_path: Path) -> None:
+    """`>>` puts one behind the other."""
+    assert len(report_of(tmp_path / "x", [*DRIFT, *DRIFT]).sections) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "found"),
+    [
+        (READINGS, 1, "a line before the drift began"),
+        ([drift_begin(clocks=[])], 1, "0 clocks"),
+        ([drift_begin(interval_s=0)], 1, "an interval of 0 s"),
+        ([drift_begin(), drift_reading(0, {"third": 0})], 2, "a reading of clock third"),
+        ([drift_begin(), {**READINGS[0], "schema": "pvclock.watch/1"}], 2, "schema 'pvclock.watch/1'"),
+        ([drift_begin(), {**READINGS[0], "at_s": "1"}], 2, "at_s: '1'"),
+    ],
+)
+def test_what_is_wrong_is_named(lines: list[dict[str, Any]], line: int, found: str, tmp_path: Path) -> None:
+    """The line, and what stands there."""
+    error = error_of(lines, tmp_path)
+    assert error.line == line
+    assert error.found.startswith(found)
+
+
+def test_all_lines_of_a_real_drift_are_known() -> None:
+    """What `pvclock drift --json` wrote on a host: the engine's clock stays with raw, the kernel's does not."""
+    file = Path(__file__).parents[1] / "reports" / "drift.jsonl"
+    (section,) = read([str(file)], lambda _bytes, _name: None).sections
+    assert not [sentence for sentence in section.sentences if "Passed over" in sentence]
+    engine, kernel = plot(section, "Clock against raw").lines
+    assert max(map(abs, engine.y)) < 100
+    assert kernel.y[-1] < -1000
+    assert len(rows(section, "Steps at a new anchor")) == 7

@@ -1,0 +1,355 @@
+"""What a report makes of a watch: the readings as lines, steps taken out, marks, steps in a table, the verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvclock.errors import ReportSourceError
+from pvclock.meter.report.model import MARKS_MAX, Mark, Plot, Standing
+from pvclock.meter.report.sources import read
+from pvclock.meter.report.watch_steps import STEPS_SHOWN
+from tests.unit.report_lines import (
+    found,
+    plot,
+    reading,
+    report_of,
+    rows,
+    section_of,
+    step,
+    vmm_event,
+    watch_result,
+    written,
+)
+
+pytestmark = pytest.mark.row("E10")
+
+AGAINST = "Clock against raw"
+STEPLESS = "Clock against raw, without its steps"
+ALLAN = "Allan deviation"
+PAUSE_NS = -1_000_000_000
+
+
+def watch_line(kind: str, at_s: float, **fields: object) -> dict[str, Any]:
+    """A line of any kind."""
+    return {"schema": "pvclock.watch/1", "kind": kind, "at_s": at_s, "utc": "2026-11-27T12:00:00Z", **fields}
+
+
+def paused(at_s: float, vcpus: int = 2) -> list[dict[str, Any]]:
+    """STOP, RESUME a second later, and each vCPU's step."""
+    steps = [
+        step(at_s + 1.02, vcpu, PAUSE_NS, "stop", "resume", seen_ns=-75_800, seen_bound_ns=1100)
+        for vcpu in range(vcpus)
+    ]
+    return [vmm_event(at_s, "stop"), vmm_event(at_s + 1, "resume"), *steps]
+
+
+def marks(kind: str, *lines: dict[str, Any], tmp_path: Path) -> list[Mark]:
+    """The marks of one kind that these lines make."""
+    section = section_of(tmp_path / "x", [found(), reading(0, 0.0, 0.0), *lines, reading(99, 0.0, 0.0)])
+    return [mark for mark in plot(section, AGAINST).marks if mark.kind == kind]
+
+
+# Readings
+
+
+def test_readings_are_lines_with_their_bounds_as_band(tmp_path: Path) -> None:
+    """One line a vCPU, in ns over the watch's seconds; broken where the clock is unknown."""
+    lines = [found(), reading(1, 0.0, 1.0), reading(2, 5.0, None), reading(3, 9.0, 11.0, bound_ns=3.0)]
+    shown = plot(section_of(tmp_path / "x", lines), AGAINST)
+    first, second = shown.lines
+    assert (first.name, second.name) == ("vCPU 0", "vCPU 1")
+    assert list(first.x) == [1, 2, 3]
+    assert list(first.y) == [0, 5, 9]
+    assert (list(first.low), list(first.high)) == ([-10, -5, 6], [10, 15, 12])
+    assert [math.isnan(y) for y in second.y] == [False, True, False]
+    assert [math.isnan(y) for y in second.low] == [False, True, False]
+
+
+def test_vcpus_with_the_same_readings_are_one_line(tmp_path: Path) -> None:
+    """They would hide each other; the line's name has all their numbers."""
+    lines = [found(), reading(1, 0.0, 1.0, 0.0, 0.0), reading(2, 5.0, 6.0, 5.0, 5.0)]
+    shown = plot(section_of(tmp_path / "x", lines), AGAINST)
+    assert [line.name for line in shown.lines] == ["vCPUs 0, 2-3", "vCPU 1"]
+
+
+def test_of_many_vcpus_those_that_went_furthest_are_drawn(tmp_path: Path) -> None:
+    """And the note says how many are not."""
+    lines = [found(), reading(1, *[0.0] * 40), reading(2, *(float(vcpu) for vcpu in range(40)))]
+    shown = plot(section_of(tmp_path / "x", lines), AGAINST)
+    assert [line.name for line in shown.lines] == [f"vCPU {vcpu}" for vcpu in range(24, 40)]
+    assert "24 more clocks" in shown.note
+
+
+def test_steps_are_taken_out_where_they_hide_all_else(tmp_path: Path) -> None:
+    """A pause of 1 s beside a drift of ns: a second plot has the clock as if it had not been stopped."""
+    before = [reading(at_s, -50.0 * at_s, -50.0 * at_s) for at_s in range(5)]
+    after = [reading(at_s, PAUSE_NS - 50.0 * at_s, PAUSE_NS - 50.0 * at_s) for at_s in range(6, 10)]
+    section = section_of(tmp_path / "x", [found(), *before, *paused(4.2), *after, watch_result()])
+    (line,) = plot(section, STEPLESS).lines
+    assert list(line.y) == [-50.0 * at_s for at_s in (0, 1, 2, 3, 4, 6, 7, 8, 9)]
+    assert min(plot(section, AGAINST).lines[0].y) < PAUSE_NS
+
+
+def test_without_steps_there_is_one_plot(tmp_path: Path) -> None:
+    """A quiet clock is shown once."""
+    lines = [found(), *(reading(at_s, -50.0 * at_s, -50.0 * at_s) for at_s in range(5)), watch_result()]
+    titles = [part.title for part in section_of(tmp_path / "x", lines).parts if isinstance(part, Plot)]
+    assert titles == [AGAINST, ALLAN]
+
+
+def test_a_step_of_unknown_size_goes_on_at_the_level_of_before(tmp_path: Path) -> None:
+    """After a reset the clock counts anew: the line is broken there, and without steps it goes on where it was."""
+    lines = [reading(0, 0.0), reading(1, 7.0), vmm_event(1.5, "reset"), step(1.6, 0, None, "reset", basis="changed")]
+    lines += [watch_line("found", 1.7, why="in the same places"), reading(2, 0.0), reading(3, 1e9)]
+    section = section_of(tmp_path / "x", [found(), *lines, step(3.5, 0, 10**9), reading(4, 2e9 + 3)])
+    assert [math.isnan(y) for y in plot(section, AGAINST).lines[0].y] == [False, False, True, False, False, False]
+
+
+def test_the_allan_deviation_takes_pauses_for_no_noise(tmp_path: Path) -> None:
+    """A clock whose only fault is that it was paused has the deviation of its readings' bounds and no more."""
+    source = random.Random(1)  # noqa: S311  # no secret
+    ahead = [-50.0 * at_s + source.random() for at_s in range(64)]
+    before = [reading(at_s, ns) for at_s, ns in enumerate(ahead[:32])]
+    after = [reading(at_s, ns + PAUSE_NS) for at_s, ns in enumerate(ahead) if at_s >= 33]
+    shown = plot(section_of(tmp_path / "x", [found(), *before, *paused(31.5, 1), *after]), ALLAN)
+    (clock, floor) = shown.lines
+    assert list(clock.x) == list(floor.x) == [1, 2, 4, 8]
+    assert max(clock.y) < 2
+    assert list(floor.y) == [10, 5, 2.5, 1.25]
+    assert shown.x.is_log
+    assert shown.y.is_log
+
+
+# Marks
+
+
+def test_a_pause_is_a_span_and_its_step_a_mark(tmp_path: Path) -> None:
+    """From STOP to RESUME; the step of both vCPUs is one mark, which says what the guest saw of it."""
+    lines = paused(10)
+    (pause,) = marks("pause", *lines, tmp_path=tmp_path)
+    assert (pause.x, pause.until, pause.standing) == (10, 11, Standing.PLAIN)
+    (one,) = marks("step", *lines, tmp_path=tmp_path)
+    assert one.text == (
+        "vCPUs 0-1 stepped by -1.000 000 000 s against the TSC, -75.8 us (within 1.1 us) from STOP to RESUME; "
+        "STOP, RESUME 1.000 s later"
+    )
+    assert one.standing is Standing.PLAIN
+
+
+def test_a_step_without_a_pause_is_bad_and_an_unknown_one_open(tmp_path: Path) -> None:
+    """What moves a clock while it runs is a fault, and what cannot be told is not decided."""
+    (bad,) = marks("step", step(5, 0, 1500, basis="assumed"), tmp_path=tmp_path)
+    assert (bad.standing, bad.size) == (Standing.BAD, 1500)
+    assert bad.text == "vCPU 0 stepped by +1.500 us against the TSC (if the guest's TSC was not changed)"
+    (unknown,) = marks("unknown step", step(5, 0, None), tmp_path=tmp_path)
+    assert unknown.standing is Standing.OPEN
+    assert marks("step", step(5, 0, 1), tmp_path=tmp_path) == []
+
+
+def test_disagreements_stalls_and_the_host(tmp_path: Path) -> None:
+    """Each has its kind, its span and its standing."""
+    apart = {"ahead": 0, "behind": 1, "by_ns": 115_700_000, "bound_ns": 2, "least_ns": 3_100_000, "events": []}
+    lines = [
+        watch_line("disagreement", 2, **apart, basis="offsets", is_stale=False),
+        watch_line("disagreement", 3, **{**apart, "by_ns": 9}, basis="offsets", is_stale=True),
+        watch_line("stall", 5, gap_ns=500_000_000),
+        watch_line("stall", 6, gap_ns=1_000_000),
+        watch_line("host", 7, what="tsc_unstable", unstable=True, why="the kernel marked the TSC unstable"),
+        watch_line("page_lost", 8, vcpu=1, why="its pads are not zero"),
+        watch_line("flags", 9, vcpu=1, before=1, after=3),
+        watch_line("ended", 10, why="the VM has ended"),
+    ]
+    section = section_of(tmp_path / "x", [found(), reading(0, 0.0), *lines, watch_result()])
+    shown = {mark.kind: mark for mark in plot(section, AGAINST).marks}
+    apart_mark, stale = (mark for mark in plot(section, AGAINST).marks if mark.kind == "disagreement")
+    assert (apart_mark.standing, stale.standing) == (Standing.BAD, Standing.PLAIN)
+    assert (apart_mark.x, apart_mark.until) == (2, 2.0031)
+    assert (shown["stall"].x, shown["stall"].until, shown["stall"].standing) == (4.5, 5, Standing.OPEN)
+    assert shown["host"].standing is Standing.BAD
+    assert shown["flags"].text == "vCPU 1: flags stable -> stable, stopped"
+    assert shown["page lost"].standing is Standing.OPEN
+    said = "vCPU 0's page gave up to 115.700 000 ms more than vCPU 1's, for at least 3.100 ms"
+    assert f"Pages disagreed 1 time; the most: {said}." in section.sentences
+    assert "The host: the kernel marked the TSC unstable" in section.sentences
+    assert "The VM has ended." in section.sentences
+
+
+def test_an_event_of_another_name_is_one_of_many(tmp_path: Path) -> None:
+    """A file cannot make a legend of its own: what no VMM of ours tells is an event."""
+    (mark,) = marks("event", vmm_event(5, "x" * 500), tmp_path=tmp_path)
+    assert mark.text == f"the VMM said {'X' * 500}"
+    (mark,) = marks("migration", vmm_event(5, "migration"), tmp_path=tmp_path)
+    assert mark.text == "the VMM said MIGRATION"
+
+
+def test_many_marks_are_merged_with_the_greatest_kept(tmp_path: Path) -> None:
+    """Of 5,000 steps no more than a page draws are left, the greatest of them; they stand for all, at all times."""
+    steps = [step(at / 10, 0, 1000 + (at == 2345) * 10**6, "stop") for at in range(5000)]
+    section = section_of(tmp_path / "x", [found(), reading(0, 0.0), *steps, reading(501, 0.0)])
+    shown = plot(section, AGAINST).marks
+    assert len(shown) <= MARKS_MAX
+    assert sum(mark.stands_for for mark in shown) == 5000
+    assert max(shown, key=lambda mark: mark.size).x == 234.5
+    assert max(after.x - before.x for before, after in pairwise(shown)) < 500 / 100
+
+
+# Steps in a table
+
+
+def test_steps_stand_greatest_first_and_the_rest_is_counted(tmp_path: Path) -> None:
+    """The table has the greatest steps of either direction; how many more there were stands above it."""
+    sizes = [(-1) ** place * (100 + 7 * (place * 37 % 200)) for place in range(200)]
+    section = section_of(tmp_path / "x", [found(), *(step(at, at % 2, ns) for at, ns in enumerate(sizes))])
+    shown = rows(section, f"Steps, the greatest first; {200 - STEPS_SHOWN} smaller ones are not shown")
+    greatest = sorted(sizes, key=abs, reverse=True)[:STEPS_SHOWN]
+    assert len(shown) == STEPS_SHOWN
+    assert [row[2].replace(" us", "").replace(".", "").replace(" ns", "") for row in shown] == [
+        f"{ns:+d}" for ns in greatest
+    ]
+
+
+def test_a_steps_row(tmp_path: Path) -> None:
+    """When, on which vCPUs, how long, what the guest saw, what the VMM told, and how far that is known."""
+    (row,) = rows(section_of(tmp_path / "x", [found(), *paused(10)]), "Steps, the greatest first")
+    assert row == (
+        "11.020 s",
+        "0-1",
+        "-1.000 000 000 s",
+        "-75.8 us (within 1.1 us)",
+        "STOP, RESUME 1.000 s later",
+        "by TSC offsets",
+    )
+
+
+# Verdict and promises
+
+
+@pytest.mark.parametrize(
+    ("verdict", "reasons", "said", "standing"),
+    [
+        ("passed", (), "Within its budgets.", Standing.GOOD),
+        ("broken", ("vCPU 0 stepped", "drift"), "A budget is broken: vCPU 0 stepped", Standing.BAD),
+        ("undecided", ("a bound",), "Undecided whether it keeps its budgets: a bound", Standing.OPEN),
+        (None, (), "No budget was given.  No page got a new line: no step.", Standing.PLAIN),
+    ],
+)
+def test_the_verdict_is_the_watchs_own(
+    verdict: str | None, reasons: tuple[str, ...], said: str, standing: Standing, tmp_path: Path
+) -> None:
+    """With its first reason; the others are sentences."""
+    section = section_of(tmp_path / "x", [found(), watch_result(verdict, *reasons)])
+    assert (section.verdict, section.standing) == (said, standing)
+    assert section.sentences[: len(reasons[1:])] == reasons[1:]
+    assert "The rate against raw was -29 ppb, within 16." in section.sentences
+
+
+def test_without_a_last_line_there_is_no_verdict(tmp_path: Path) -> None:
+    """A watch that was killed told what it told until then."""
+    section = section_of(tmp_path / "x", [found(), step(5, 0, 700), reading(9, 0.0)])
+    assert section.standing is Standing.OPEN
+    assert "Watched for 9.000 s, as far as the file goes." in section.sentences
+    assert any("+700 ns" in sentence for sentence in section.sentences)
+
+
+def test_rates_are_a_line_with_bounds(tmp_path: Path) -> None:
+    """As the watch told them; broken while they were unknown."""
+    rate = {"vcpu": 0, "rate_ppb": -29.0, "bound_ppb": 16.0, "why": None}
+    unknown = {"vcpu": 0, "rate_ppb": None, "bound_ppb": None, "why": "stopped"}
+    lines = [
+        watch_line("rate", at_s, reference="raw", rates=[each]) for at_s, each in ((2, rate), (4, unknown), (8, rate))
+    ]
+    (line,) = plot(section_of(tmp_path / "x", [found(), *lines]), "Rate against raw").lines
+    assert list(line.x) == [2, 4, 8]
+    assert (line.y[0], line.low[0], line.high[0]) == (-29, -45, -13)
+    assert math.isnan(line.y[1])
+
+
+def test_promised_and_seen(tmp_path: Path) -> None:
+    """What the watch could rest on, and each budget beside what was seen."""
+    began = found(why_no_offsets="debugfs is not mounted")
+    section = section_of(tmp_path / "x", [began, step(5, 0, 1500), watch_result("broken", "x")])
+    shown = {row[0]: row[1:] for row in rows(section, "Promised and seen")}
+    assert shown["TSC offsets"][0] == "not readable: debugfs is not mounted"
+    assert shown["no step of more than"] == ("1 us", "+1.500 us at 5.000 s")
+    assert shown["vCPUs' pages agree"][1] == "no disagreement at any look"
+    assert shown["TSC frequency"] == ("2,596.132000 MHz for the guest", "the host's counts 2,596.132000 MHz")
+
+
+# Several watches
+
+
+def test_appended_watches_are_sections_of_their_own(tmp_path: Path) -> None:
+    """`>>` puts one behind the other."""
+    one = [found(), reading(1, 0.0), watch_result("passed")]
+    report = report_of(tmp_path / "x", [*one, *one, found(vm="another")])
+    assert [section.title for section in report.sections] == [
+        "Watch of QEMU 7.2.22, process 17, 2 vCPUs",
+        "Watch of QEMU 7.2.22, process 17, 2 vCPUs",
+        "Watch of another",
+    ]
+
+
+def test_the_vms_of_a_fleet_are_sections_of_their_own(tmp_path: Path) -> None:
+    """Their lines come mixed, each with its VM's name; what is about the host is told of each that is watched then."""
+    began = [{**found(vm=vm, description=f"QEMU of {vm}"), "at_s": at_s} for at_s, vm in enumerate("ab")]
+    mixed = [{**reading(at_s, float(at_s * sign)), "vm": vm} for at_s in range(4) for vm, sign in (("a", 1), ("b", -1))]
+    host = watch_line("host", 5, what="clocksource", unstable=False, why="left clocksource tsc", vm=None)
+    left = watch_line("left", 6, vm="b", why="its QEMU has ended")
+    ended = watch_result("passed")["result"] | {"vm": "a", "description": "QEMU of a"}
+    end = watch_result() | {"result": {"vms": [ended], "not_watched": [{"vm": "b", "why": "x"}], "host_troubles": []}}
+    first, second = report_of(tmp_path / "x", [*began, *mixed, host, left, end]).sections
+    assert (first.title, second.title) == ("Watch of a (QEMU of a)", "Watch of b (QEMU of b)")
+    assert list(plot(first, AGAINST).lines[0].y) == [0, 1, 2, 3]
+    assert list(plot(second, AGAINST).lines[0].y) == [0, -1, -2, -3]
+    assert (first.verdict, second.standing) == ("Within its budgets.", Standing.OPEN)
+    assert all("The host: left clocksource tsc" in section.sentences for section in (first, second))
+    assert second.verdict == "Not watched to the end, so there is no verdict: its QEMU has ended."
+
+
+@pytest.mark.parametrize("kind", ["metrics", "weather"])
+def test_what_stands_before_the_first_line_makes_no_section(kind: str, tmp_path: Path) -> None:
+    """Where metrics are served is told before all else; so may be what a newer pvclock tells."""
+    first = watch_line(kind, 0, url="http://localhost:9911/metrics")
+    section = section_of(tmp_path / "x", [first, found(), reading(1, 0.0), watch_result("passed")])
+    assert section.title == "Watch of QEMU 7.2.22, process 17, 2 vCPUs"
+    assert any("Passed over" in sentence for sentence in section.sentences) == (kind == "weather")
+
+
+def test_a_vm_that_was_never_watched_has_its_section(tmp_path: Path) -> None:
+    """A fleet tells why, and which one it was; the lines of the next VM are not its."""
+    lines = [watch_line("left", 0, vm="a", why="its socket is in use"), found(vm="b"), {**reading(1, 0.0), "vm": "b"}]
+    first, second = report_of(tmp_path / "x", lines).sections
+    assert (first.title, second.title) == ("Watch of a", "Watch of b")
+    assert first.verdict == "Not watched to the end, so there is no verdict: its socket is in use."
+
+
+def test_a_vm_that_comes_again_begins_anew(tmp_path: Path) -> None:
+    """A fleet's VM that was started again is another section; pages that were found again are not."""
+    lines = [found(vm="a"), {**reading(1, 0.0), "vm": "a"}, watch_line("found", 2, vm="a", why="in the same places")]
+    assert len(report_of(tmp_path / "x", lines).sections) == 1
+    assert len(report_of(tmp_path / "x", [*lines, found(vm="a")]).sections) == 2
+
+
+def test_a_vcpu_beyond_all_machines_is_refused(tmp_path: Path) -> None:
+    """A file cannot make the page of a million vCPUs."""
+    lines = [found(), step(1, 10**6, 5)]
+    with pytest.raises(ReportSourceError, match="line 2: found vCPU 1000000; expected a vCPU from 0 to 4095"):
+        read([written(tmp_path / "x", lines)], lambda _bytes, _name: None)
+
+
+def test_all_lines_of_a_real_watch_are_known() -> None:
+    """What `pvclock watch --json` wrote beside a QEMU that was stopped, continued and reset."""
+    file = Path(__file__).parents[1] / "reports" / "watch.jsonl"
+    (section,) = read([str(file)], lambda _bytes, _name: None).sections
+    kinds = {json.loads(line).get("kind") for line in file.read_text(encoding="utf-8").splitlines()}
+    assert {"found", "reading", "rate", "step", "event", None} <= kinds
+    assert not [sentence for sentence in section.sentences if "Passed over" in sentence]
+    texts = list(chain.from_iterable(rows(section, "Steps, the greatest first")))
+    assert "STOP, RESUME 1.002 s later" in texts

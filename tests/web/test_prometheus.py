@@ -1,0 +1,248 @@
+"""Debian's Prometheus scrapes a watch of two guests and takes our rules; an injected step fires its alert."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+
+from pvclock import Gpa, GuestNs
+from pvclock.meter.findings import TIME_INFO, time_info
+from pvclock.payloads import probe
+from qemu_glue.peer.qmp_socket import connect
+from qemu_glue.watch.mtree import host_address
+from tests.command_line import ROOT
+from tests.qemu.fleet_of_qemus import FleetOfQemus
+from tests.qemu.running_qemu import RunningQemu
+from tests.waiting import HANG_S
+
+pytestmark = [pytest.mark.row("E10"), pytest.mark.web]
+
+T = TypeVar("T")
+
+SHIPPED: Final = ROOT / "qemu_glue" / "prometheus"
+SCRAPE: Final = "200ms"
+WINDOW: Final = "10s"
+"""What Grafana puts for its own variables."""
+GRAFANA: Final = {'vm=~"$vm"': 'vm=~".*"', "$__rate_interval": WINDOW, "$__range": WINDOW}
+STEP_NS: Final = 5_000_000
+LISTENS: Final = "0A"
+"""TCP_LISTEN in /proc/net/tcp."""
+
+
+@pytest.fixture(autouse=True)
+def programs() -> None:
+    """Skip where there is no Prometheus."""
+    if not (shutil.which("prometheus") and shutil.which("promtool")):
+        pytest.skip("no prometheus or promtool on the PATH; to get both: apt-get install prometheus")
+
+
+def promtool(*words: str | Path, told: str = "") -> subprocess.CompletedProcess[str]:
+    """Run it, with this on its standard input."""
+    return subprocess.run(["promtool", *words], input=told, capture_output=True, text=True, timeout=HANG_S, check=False)
+
+
+def test_rules_and_configuration_are_accepted() -> None:
+    """As they are shipped, beside each other."""
+    for words in (("check", "rules", SHIPPED / "alerts.yml"), ("check", "config", SHIPPED / "prometheus.yml")):
+        done = promtool(*words)
+        assert done.returncode == 0, done.stderr
+
+
+def test_each_alert_fires_when_it_is_to() -> None:
+    """promtool's own tests of the rules, over made-up series."""
+    done = promtool("test", "rules", ROOT / "tests" / "web" / "alerts_test.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Watched(NamedTuple):
+    """Two guests, the URL of their watch's metrics, and Prometheus's own."""
+
+    qemus: dict[str, RunningQemu]
+    metrics: str
+    prometheus: str
+
+    def query(self, expression: str) -> list[Any]:
+        """The instant vector that Prometheus answers."""
+        answer = self.ask("query", query=expression)
+        return list(answer["result"])
+
+    def ask(self, what: str, **words: str) -> Any:  # noqa: ANN401  # JSON
+        """Ask Prometheus's API."""
+        with urlopen(f"{self.prometheus}/api/v1/{what}?{urlencode(words)}", timeout=HANG_S) as answer:  # noqa: S310
+            said = json.load(answer)
+        assert said["status"] == "success"
+        return said["data"]
+
+    def firing(self) -> dict[str, list[dict[str, str]]]:
+        """The labels of what fires, by the alerts' names."""
+        fires: dict[str, list[dict[str, str]]] = {}
+        for alert in self.ask("alerts")["alerts"]:
+            if alert["state"] == "firing":
+                fires.setdefault(alert["labels"]["alertname"], []).append(alert["labels"])
+        return fires
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    """All of it running, and scraped at least twice."""
+    with ExitStack() as resources:
+        fleet = FleetOfQemus(tmp_path, resources)
+        for name in ("db", "web"):
+            fleet.add(name)
+        url = resources.enter_context(metrics_of(fleet.pattern))
+        prometheus = resources.enter_context(scraping(url, tmp_path))
+        made = Watched(fleet.qemus, url, prometheus)
+        awaited(lambda: [each["value"][1] for each in made.query("pvclock_watch_up")] == ["1", "1"])
+        awaited(lambda: len(made.query(f"increase(pvclock_steps_total[{WINDOW}])")) == 2 * 2 * 3)
+        yield made
+
+
+@contextmanager
+def metrics_of(pattern: str) -> Iterator[str]:
+    """Run the watch, as a user does; where its metrics are."""
+    command = [sys.executable, "-m", "pvclock", "watch", "--json", "--qmp", pattern, "--prometheus", "127.0.0.1:0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            first = json.loads(process.stdout.readline())
+            assert first["kind"] == "metrics"
+            yield first["url"]
+            process.terminate()
+            *_, report = process.communicate(timeout=HANG_S)[0].splitlines()
+            assert process.returncode == 0
+            assert {each["vm"] for each in json.loads(report)["result"]["vms"]} == {"db", "web"}
+        finally:
+            process.kill()
+
+
+@contextmanager
+def scraping(url: str, place: Path) -> Iterator[str]:
+    """Run Prometheus with the rules as they are shipped; where it answers."""
+    configuration = {
+        "global": {"scrape_interval": SCRAPE, "scrape_timeout": SCRAPE, "evaluation_interval": SCRAPE},
+        "rule_files": [str(SHIPPED / "alerts.yml")],
+        "scrape_configs": [{"job_name": "pvclock", "static_configs": [{"targets": [url.split("/")[2]]}]}],
+    }
+    file = place / "prometheus.json"
+    file.write_text(json.dumps(configuration))  # which is YAML, too
+    command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={place / 'tsdb'}"]
+    log = place / "prometheus.log"
+    with (
+        log.open("w") as aside,
+        subprocess.Popen([*command, "--web.listen-address=127.0.0.1:0"], stdout=aside, stderr=aside) as process,
+    ):
+        try:
+            port = awaited(lambda: port_of(process), lambda: f"{process.poll()}: {log.read_text()[-2000:]}")
+            url = f"http://127.0.0.1:{port}"
+            awaited(lambda: is_ready(url))
+            yield url
+        finally:
+            process.terminate()
+
+
+def is_ready(url: str) -> bool:
+    """Does Prometheus answer?  It listens before it does."""
+    try:
+        with urlopen(f"{url}/-/ready", timeout=HANG_S) as answer:  # noqa: S310  # our own
+            return bool(answer.status == HTTPStatus.OK)
+    except URLError as error:
+        if isinstance(error, HTTPError):
+            error.close()
+        return False
+
+
+def port_of(process: subprocess.Popen[bytes]) -> int | None:
+    """The port that a process listens at, once it does."""
+    sockets = set()
+    for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            sockets.add(str(entry.readlink()))
+    for line in Path(f"/proc/{process.pid}/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, *rest = line.split()
+        if state == LISTENS and f"socket:[{rest[5]}]" in sockets:
+            return int(local.rpartition(":")[2], 16)
+    return None
+
+
+def awaited(get: Callable[[], T], why: Callable[[], str] = str) -> T:
+    """Wait until it is true, and return it."""
+    deadline = time.monotonic() + HANG_S
+    while not (got := get()):
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.05)
+    return got
+
+
+def dashboard_expressions() -> list[str]:
+    """Each panel's, as Grafana sends them for all VMs."""
+    dashboard = json.loads((SHIPPED / "dashboard.json").read_text())
+    found = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    for theirs, ours in GRAFANA.items():
+        found = [expression.replace(theirs, ours) for expression in found]
+    assert not [expression for expression in found if "$" in expression]
+    return found
+
+
+@pytest.mark.kvm
+@pytest.mark.qemu
+def test_two_guests_are_scraped(watched: Watched) -> None:
+    """Each vCPU of each is there, promtool finds nothing to mend, and every panel of the dashboard has data."""
+    with urlopen(watched.metrics, timeout=HANG_S) as page:  # noqa: S310  # our own
+        linted = promtool("check", "metrics", told=page.read().decode())
+    assert (linted.returncode, linted.stdout, linted.stderr) == (0, "", "")
+    seen = {(it["metric"]["vm"], it["metric"]["vcpu"]) for it in watched.query("pvclock_last_step_seconds")}
+    assert seen == {(vm, vcpu) for vm in ("db", "web") for vcpu in "01"}
+    awaited(lambda: len(watched.query("pvclock_frequency_offset_ratio")) == 4)
+    expressions = dashboard_expressions()
+    assert len(expressions) > 12
+    for expression in expressions:  # on a busy host a scrape may be too late, and the next one is not
+        awaited(lambda asked=expression: watched.query(asked), lambda asked=expression: asked)  # type: ignore[misc]
+    assert watched.firing() == {}
+
+
+def step(running: RunningQemu, vcpu: int, step_ns: int) -> None:
+    """Have a vCPU's page say so much more, as if KVM had written it, through QEMU's memory."""
+    with ExitStack() as resources:
+        monitor, _ = connect(str(running.qmp))
+        resources.callback(monitor.close)
+        at = host_address(monitor, Gpa(probe.time_page_address(vcpu)))
+    memory = os.open(f"/proc/{running.qemu.pid}/mem", os.O_RDWR)
+    try:
+        page = time_info(os.pread(memory, TIME_INFO.size, at))
+        os.pwrite(memory, struct.pack("<I", page.version + 1), at)
+        stepped = page._replace(version=page.version + 2, system_time=GuestNs(page.system_time + step_ns))
+        os.pwrite(memory, TIME_INFO.pack(*stepped), at)
+    finally:
+        os.close(memory)
+
+
+@pytest.mark.kvm
+@pytest.mark.qemu
+def test_an_injected_step_fires_its_alert(watched: Watched) -> None:
+    """Of that vCPU of that VM alone, with how long it was; the pages of the VM's two vCPUs disagree from then on."""
+    step(watched.qemus["web"], 1, STEP_NS)
+    expected = {"GuestClockStepped", "GuestClockPagesDisagree"}
+    awaited(lambda: watched.firing().keys() >= expected)
+    fires = watched.firing()
+    assert [(it["vm"], it["vcpu"]) for it in fires["GuestClockStepped"]] == [("web", "1")]
+    assert {(it["vm"], it["vcpu"]) for it in fires["GuestClockPagesDisagree"]} == {("web", "0"), ("web", "1")}
+    assert fires.keys() == expected
+    (last,) = watched.query('pvclock_last_step_seconds{vm="web",vcpu="1"}')
+    assert float(last["value"][1]) == pytest.approx(STEP_NS / 1e9)
+    told = {alert["labels"]["alertname"]: alert["annotations"] for alert in watched.ask("alerts")["alerts"]}
+    assert "jumped by 5ms at once" in told["GuestClockStepped"]["description"]
