@@ -22,6 +22,13 @@ Platform = Literal["bare", "pc"]
 PLATFORMS: Final[tuple[Platform, ...]] = ("bare", "pc")
 """See Machine."""
 
+FUNCTIONS: Final = {
+    "serial_output": "bytes",
+    "cpuid": "a vCPU's number and a list of CPUID entries",
+    "on_exit": "a vCPU's number and an exit",
+}
+"""Of Machine's arguments, and what they take."""
+
 RESTORE_OPTIONS: Final = ("policy", "reference", "any_tsc_hz", "vmm")
 """The options of GuestClock.restore(); the state has all others."""
 
@@ -38,8 +45,9 @@ def check_arguments(arguments: Mapping[str, object], clock_options: Mapping[str,
         instance("kvm", arguments["kvm"], Kvm, "a Kvm, as open_kvm() gives it, or None for one of the machine's own")
     if arguments["platform"] is not None and text("platform", arguments["platform"]) not in PLATFORMS:
         raise ConfigError(f"platform {arguments['platform']!r}; choose {', '.join(PLATFORMS)}, or None by the image")
-    if arguments["serial_output"] is not None and not callable(arguments["serial_output"]):
-        raise WrongType("serial_output", arguments["serial_output"], "a function that takes bytes, or None")
+    for name, takes in FUNCTIONS.items():
+        if arguments[name] is not None and not callable(arguments[name]):
+            raise WrongType(name, arguments[name], f"a function of {takes}, or None")
     _check_interval(arguments["tick_interval_s"])
     _check_clock(arguments, clock_options)
 

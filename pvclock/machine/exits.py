@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 
 from pvclock.errors import GuestCrashed, GuestPanicked, MsrFault, StateError
 from pvclock.kvm import Vcpu
 from pvclock.kvm._gate import Gate
 from pvclock.kvm.exits import Exit, IoIn, IoOut, Mmio, RdmsrExit, WrmsrExit
+from pvclock.kvm.runner import ExitHandler
 from pvclock.machine.bus import Bus
 from pvclock.machine.clock_service import ClockService
 from pvclock.machine.hypercall_port import HypercallPort
 
-__all__ = ["Ending", "GuestExits", "Outcome"]
+__all__ = ["Ending", "GuestExits", "Outcome", "observed"]
+
+
+def observed(handle: ExitHandler, observer: Callable[[int, Exit], object] | None) -> ExitHandler:
+    """An exit handler that tells `observer` first, if there is one."""
+    if observer is None:
+        return handle
+
+    def tell_and_handle(vcpu: int, reason: Exit) -> bool:
+        observer(vcpu, reason)
+        return handle(vcpu, reason)
+
+    return tell_and_handle
 
 
 class Ending(StrEnum):

@@ -21,6 +21,7 @@ from pvclock.errors import StateError
 from pvclock.guest_layout import IDENTITY_MAP, TSS
 from pvclock.kvm import Kvm, Runner, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
 from pvclock.kvm.capabilities import kernel_features
+from pvclock.kvm.exits import Exit
 from pvclock.machine.arguments import (
     Platform,
     check_arguments,
@@ -35,9 +36,9 @@ from pvclock.machine.clock_service import (
     KernelClockService,
     engine_clock,
 )
-from pvclock.machine.cpuid import set_guest_cpuid
+from pvclock.machine.cpuid import CpuidChange, set_guest_cpuid
 from pvclock.machine.devices.uart import Uart
-from pvclock.machine.exits import Ending, GuestExits, Outcome
+from pvclock.machine.exits import Ending, GuestExits, Outcome, observed
 from pvclock.machine.guest_reset import GuestReset
 from pvclock.machine.power_on import PowerOnState
 from pvclock.machine.ram import Ram
@@ -68,6 +69,9 @@ class Machine:
     platform: "bare" has an exit port and a debug console, "pc" also what a stock kernel needs: a serial port, ACPI
     tables, power-off and reset, which end the run, and pvpanic.  By default a bzImage gets a PC, and all else does not.
     serial_output: called with each byte that a PC's guest sends to its serial port, on a vCPU's thread.
+    cpuid: a function of a vCPU's number and its CPUID, a list of CpuidEntry, which returns the list that it gets.
+    on_exit: called with a vCPU's number and each of its exits before that is answered, on its thread; what it raises
+    ends the run.
     clock: what serves the guest's clock, "engine" (`self.clock`, a GuestClock, with the rest of the keywords as its
     options) or "kernel" (in-kernel kvmclock, with `features` or as the engine's; `self.clock` is None).
 
@@ -109,12 +113,14 @@ class Machine:
         restore: ClockState | None = None,
         platform: Platform | None = None,
         serial_output: Callable[[bytes], object] | None = None,
+        cpuid: CpuidChange | None = None,
+        on_exit: Callable[[int, Exit], object] | None = None,
         **clock_options: object,
     ) -> None:
         given: dict[str, object] = {"image": image, "vcpus": vcpus, "memory_bytes": memory_bytes, "cmdline": cmdline}
         given |= {"clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s, "backend": backend}
-        given |= {"restore": restore, "platform": platform, "serial_output": serial_output}
-        check_arguments(given, clock_options)
+        given |= {"restore": restore, "platform": platform, "serial_output": serial_output, "on_exit": on_exit}
+        check_arguments(given | {"cpuid": cpuid}, clock_options)
         self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
         platform = choose_platform(self.boot_source, platform, memory_bytes, serial_output)
         self._is_closed = False
@@ -124,15 +130,14 @@ class Machine:
         try:
             self._kvm = kvm or self._owned(open_kvm())
             check_vcpus(vcpus, self._kvm)
-            self._make_memory(memory_bytes)
-            self._make_vcpus(vcpus, self._kvm)
+            self._make_vm(memory_bytes, vcpus)
             self._make_board(platform, serial_output)
-            self._make_runner()
+            self._make_runner(on_exit)
             if clock == "engine":
                 service = self._engine_clock(tick_interval_s, wrap=backend, restore=restore, options=clock_options)
             else:
                 service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
-            self._take_the_clock(service)
+            self._take_the_clock(service, cpuid)
             self._power_on = PowerOnState(self.vm, self.vcpus)
             enter(self.vcpus[0], self._board.load(self.boot_source, self.memory))
         except BaseException:
@@ -407,18 +412,16 @@ class Machine:
         self._resources.append(resource)
         return resource
 
-    def _make_memory(self, memory_bytes: int) -> None:
+    def _make_vm(self, memory_bytes: int, vcpus: int) -> None:
         self._ram = Ram(memory_bytes)
         self._resources.insert(0, self._ram)  # given back last: another view of it may still be open
         self.memory = self._owned(GuestMemory(self._ram.buffer))
-
-    def _make_vcpus(self, count: int, kvm: Kvm) -> None:
-        self.vm: Vm = self._owned(kvm.create_vm())
+        self.vm: Vm = self._owned(self._kvm.create_vm())
         self.vm.set_tss_addr(TSS)
         self.vm.set_identity_map_addr(IDENTITY_MAP)
         self.vm.set_user_memory_region(0, 0, self._ram.buffer)
         self.vm.create_irqchip()
-        self.vcpus: list[Vcpu] = [self._owned(self.vm.create_vcpu(i)) for i in range(count)]
+        self.vcpus: list[Vcpu] = [self._owned(self.vm.create_vcpu(i)) for i in range(vcpus)]
 
     def _make_board(self, platform: Platform, serial_output: Callable[[bytes], object] | None) -> None:
         self._outcome = Outcome()
@@ -426,10 +429,10 @@ class Machine:
         self._board.become(platform, serial_output)
         self.bus = self._board.bus
 
-    def _make_runner(self) -> None:
+    def _make_runner(self, on_exit: Callable[[int, Exit], object] | None) -> None:
         self._exits = GuestExits(self.vcpus, self.bus, self._outcome)
         self._run_end = _RunEnd(self.run_state, self._outcome)
-        self.runner = Runner(self.vcpus, self._exits.handle, on_end=self._run_end)
+        self.runner = Runner(self.vcpus, observed(self._exits.handle, on_exit), on_end=self._run_end)
         # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.
         self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
 
@@ -442,14 +445,14 @@ class Machine:
         offered = kernel_clock_features(kernel_features(self._kvm)) if features is None else features
         return KernelClockService(self.runner, self.vm, offered)
 
-    def _take_the_clock(self, service: ClockService) -> None:
+    def _take_the_clock(self, service: ClockService, change: CpuidChange | None) -> None:
         self.clock_service = self._exits.clock_service = self._owned(service)
         if service.msr_ranges:
             exit_on_msrs(self.vm, service.msr_ranges)
         if service.hypercall_port is not None:
             self.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
             self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
-        set_guest_cpuid(self._kvm, self.vcpus, service.cpuid)
+        set_guest_cpuid(self._kvm, self.vcpus, service.cpuid, change)
 
 
 class _RunEnd:

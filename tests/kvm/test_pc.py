@@ -206,7 +206,11 @@ def test_a_flat_image_over_the_firmware() -> None:
         ({"platform": 1}, WrongType, "platform is 1"),
         ({"platform": "pc", "memory_bytes": (1 << 20) - 4096}, ConfigError, "a PC, .* needs 1048576"),
         ({"serial_output": print}, ConfigError, "a bare machine has no serial port"),
-        ({"platform": "pc", "serial_output": "stdout"}, WrongType, "serial_output is 'stdout'"),
+        (
+            {"platform": "pc", "serial_output": "stdout"},
+            WrongType,
+            "serial_output is 'stdout', a str; it can be a function of bytes",
+        ),
     ],
 )
 def test_platforms_that_cannot_be(arguments: dict[str, object], kind: type[Exception], said: str) -> None:
