@@ -156,6 +156,31 @@ def test_numbers_are_as_long_as_they_are_of_use() -> None:
     assert math.isnan(line.high[0])
 
 
+@pytest.mark.parametrize("paused_ns", [3.6e13, 2.6e14, 3e15])
+def test_a_band_is_as_wide_after_a_long_pause(paused_ns: float) -> None:
+    """23 ns to each side of a guest that was paused for 10 hours, three days or a month, in the data and drawn."""
+    y = [-paused_ns + it for it in range(40)]
+    low, high = [it - 23 for it in y], [it + 23 for it in y]
+    plot = simple(Line("it", list(range(40)), y, low, high))
+    line = ready_to_draw(plot).lines[0]
+    assert (line.y, line.low, line.high) == (y, low, high)
+    places = points_of(of_look(drawn(plot), "band")[0].get("d", ""))
+    heights = {x: abs(y - there) for (x, y), (_, there) in zip(places[:40], reversed(places[40:]), strict=True)}
+    assert min(heights.values()) > 100
+
+
+@given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=9), st.floats(0, 1e6), st.sampled_from(Unit))
+def test_rounding_never_narrows_a_band(y: list[float], bound: float, unit: Unit) -> None:
+    """The low end is rounded down, the high end up, whatever the magnitudes; the point stays between."""
+    y.sort()
+    low, high = [it - bound for it in y], [it + bound for it in y]
+    plot = Plot("it", TIME, Axis("it", unit), (Line("it", list(range(len(y))), y, low, high),))
+    line = ready_to_draw(plot).lines[0]
+    assert all(it <= exact for it, exact in zip(line.low, low, strict=True))
+    assert all(it >= exact for it, exact in zip(line.high, high, strict=True))
+    assert all(low <= it <= high for low, it, high in zip(line.low, line.y, line.high, strict=True))
+
+
 def test_marks_have_a_row_and_a_shape_for_each_kind() -> None:
     """Marks of one kind are of one shape on one row, below the lines, at their x; each says what it is."""
     svg = drawn(watched())

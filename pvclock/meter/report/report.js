@@ -10,7 +10,7 @@
 
   // --- axes.py: spans, ticks, labels ---------------------------------------------------------------------------
 
-  const MAGNITUDE_MAX = 1e300, GRAIN = 1e-12, DIGITS_MAX = 1e5, LABEL_MAX = 1e7, LABEL_STEP_MIN = 0.99e-5;
+  const MAGNITUDE_MAX = 1e300, GRAIN = 1e-14, DIGITS_MAX = 1e5, LABEL_MAX = 1e7, LABEL_STEP_MIN = 0.99e-5;
   const NARROW_SPACE = "\u202f", MINUS = "\u2212", SUPERSCRIPT = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079";
   const HOURS = [1, 2, 3, 6, 12, 24];
 

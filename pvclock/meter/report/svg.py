@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from importlib import resources
 from itertools import chain
 from typing import Final, NamedTuple
 
 from pvclock.meter.report.axes import Scale, Span, position, scale_of, span_of
 from pvclock.meter.report.escaping import clipped, escaped, showable
-from pvclock.meter.report.model import MARKS_MAX, POINTS_MAX, Axis, Line, Mark, Plot, Standing
+from pvclock.meter.report.model import MARKS_MAX, POINTS_MAX, Axis, Line, Mark, Plot, Standing, Unit
 from pvclock.meter.report.outlines import DOTS, SHAPES, Point, band_path, line_path, pixels, stepped
 from pvclock.meter.report.thinning import thinned, thinned_marks
 
@@ -68,6 +69,9 @@ LOG_MIN: Final = 1e-300
 POINTS_ALL_MAX: Final = 10 * POINTS_MAX
 """Points of all lines of a plot."""
 DIGITS: Final = 13
+"""A number keeps so many at least; and, however great it is, those after the point that its unit has in PLACES."""
+PLACES: Final = {Unit.NS: 3, Unit.S: 9, Unit.PPB: 3, Unit.RATE: 15, Unit.NONE: 15}
+ALL_DIGITS: Final = Context(prec=700)
 KIND_SHOWN_MAX: Final = 12
 NAME_SHOWN_MAX: Final = 60
 TEXT_MAX: Final = 400
@@ -94,7 +98,7 @@ LEGEND_CHARACTER: Final = 6.6
 def ready_to_draw(plot: Plot) -> Plot:
     """Return a plot with no more points and marks than are drawn, and a note if some were left out."""
     points_max = max(min(POINTS_MAX, POINTS_ALL_MAX // max(len(plot.lines), 1)), 8)
-    lines = tuple(_rounded(thinned(line, points_max, is_log=plot.x.is_log)) for line in plot.lines)
+    lines = tuple(_rounded(thinned(line, points_max, is_log=plot.x.is_log), plot) for line in plot.lines)
     placed = [it for it in plot.marks if it.x > 0 or not plot.x.is_log]
     marks = thinned_marks([it._replace(kind=clipped(showable(it.kind), KIND_MAX)) for it in placed], MARKS_MAX)
     shown, of = sum(len(it.x) for it in lines), sum(it.of or len(it.x) for it in lines)
@@ -112,10 +116,24 @@ def ready_to_draw(plot: Plot) -> Plot:
     return Plot(plot.title, shown_axis(plot.x), shown_axis(plot.y), lines, marks, " ".join(notes))
 
 
-def _rounded(line: Line) -> Line:
-    """Return a line with numbers of DIGITS digits: more are of no use, and make a page a third longer."""
-    x, y, low, high = ([float(f"{it:.{DIGITS}g}") for it in each] for each in (line.x, line.y, line.low, line.high))
+def _rounded(line: Line, plot: Plot) -> Line:
+    """Return a line whose numbers have no more digits than are of use, and whose band is no narrower for it.
+
+    All digits would make a page a third longer.  A clock that was paused for hours has as narrow a band as any.
+    """
+    x, y = (_shortened(each, unit) for each, unit in ((line.x, plot.x.unit), (line.y, plot.y.unit)))
+    low, high = _shortened(line.low, plot.y.unit, ROUND_FLOOR), _shortened(line.high, plot.y.unit, ROUND_CEILING)
     return line._replace(x=x, y=y, low=low, high=high)
+
+
+def _shortened(numbers: Sequence[float], unit: Unit, rounding: str = ROUND_HALF_EVEN) -> list[float]:
+    return [_short(it, PLACES[unit], rounding) if it and math.isfinite(it) else float(it) for it in numbers]
+
+
+def _short(number: float, places: int, rounding: str) -> float:
+    exact = Decimal(number)
+    last = min(exact.adjusted() + 1 - DIGITS, -places)
+    return float(exact.quantize(Decimal((0, (1,), last)), rounding, ALL_DIGITS))
 
 
 def shown_axis(axis: Axis) -> Axis:
