@@ -77,6 +77,17 @@ def test_contents_only_of_several_sections() -> None:
     assert Elements(document(of_one_plot(watched()))).all("nav") == []
 
 
+def test_a_title_is_said_once() -> None:
+    """A section that is all of a report, under the same title, has no heading of its own, and its name all the same."""
+    section = Section("Watch of vm1", "file", "So it is.", Standing.PLAIN, (), ())
+    alone, twice = (Elements(document(Report("Watch of vm1", "now", "1", (section,) * times))) for times in (1, 2))
+    assert (len(alone.all("h2")), len(twice.all("h2"))) == (0, 2)
+    ids = [it["id"] for found in (alone, twice) for it in found.all("h1") + found.all("h2")]
+    assert ids == ["title", "title", "heading-1", "heading-2"]
+    assert [it["aria-labelledby"] for it in alone.all("section")] == ["title"]
+    assert len(Elements(document(of_one_plot(watched()))).all("h2")) == 1
+
+
 @pytest.mark.parametrize(
     ("standing", "sign", "word"),
     [(Standing.GOOD, "\u2713", "good"), (Standing.BAD, "\u2717", "bad"), (Standing.OPEN, "?", "not decided")],
@@ -200,5 +211,5 @@ def test_long_texts_are_cut_where_they_are_drawn() -> None:
         "abcde\u2026",
         "ab\u2026",
     )
-    (title,) = re.findall(r"<h1>(.*?)</h1>", document(Report(HOSTILE + LONG_WORD, "now", "1", ())))
+    (title,) = re.findall(r'<h1 id="title">(.*?)</h1>', document(Report(HOSTILE + LONG_WORD, "now", "1", ())))
     assert len(title) < 400

@@ -35,7 +35,9 @@ def document(report: Report) -> str:
     style = style_of_plots() + _resource("report.css")
     script = _resource("report.js")
     names = (f"plot-{number}" for number in count(1))
-    sections = "".join(_section(it, number, names) for number, it in enumerate(report.sections, start=1))
+    is_alone = [it.title for it in report.sections] == [report.title]
+    numbered = enumerate(report.sections, start=1)
+    sections = "".join(_section(it, number, names, is_titled=not is_alone) for number, it in numbered)
     title = _title(report.title)
     made = f"{escaped(report.made_at)}, by pvclock {escaped(report.version)}"
     contents = _contents(report.sections) if len(report.sections) > 1 else ""
@@ -51,7 +53,7 @@ def document(report: Report) -> str:
 </head>
 <body>
 <header>
-<h1>{title}</h1>
+<h1 id="title">{title}</h1>
 <p class="made">{made}</p>
 </header>
 {contents}<main>
@@ -104,7 +106,10 @@ def _badge(standing: Standing) -> str:
     return f'<span class="badge {standing.value}">{sign} {WORDS[standing]}</span> '
 
 
-def _section(section: Section, number: int, names: Iterator[str]) -> str:
+def _section(section: Section, number: int, names: Iterator[str], *, is_titled: bool) -> str:
+    """Return a section.  is_titled: False if the page's own title is its title, too."""
+    heading = f"heading-{number}" if is_titled else "title"
+    title = f'<h2 id="{heading}">{_title(section.title)}</h2>\n' if is_titled else ""
     verdict = (
         f'<p class="verdict">{_badge(section.standing)}{_sentence(section.verdict)}</p>\n' if section.verdict else ""
     )
@@ -112,8 +117,8 @@ def _section(section: Section, number: int, names: Iterator[str]) -> str:
     parts = "".join(_part(it, next(names)) for it in section.parts)
     source = f'<p class="source">{_title(section.source)}</p>\n' if section.source else ""
     return (
-        f'<section id="section-{number}" aria-labelledby="heading-{number}">\n'
-        f'<h2 id="heading-{number}">{_title(section.title)}</h2>\n{source}{verdict}{sentences}{parts}</section>\n'
+        f'<section id="section-{number}" aria-labelledby="{heading}">\n'
+        f"{title}{source}{verdict}{sentences}{parts}</section>\n"
     )
 
 
