@@ -107,12 +107,14 @@ def test_what_is_plain_has_no_badge() -> None:
 
 
 def test_numbers_of_a_table_are_below_each_other() -> None:
-    """A column of numbers, with few words among them, is aligned at its right; one of words is not."""
+    """A column of numbers, with few words among them, is aligned at its right; one of words, or a long text, is not."""
     rows = (("step", "+38 ns"), ("step", "-1.5 s"), ("3 steps", "unknown"), ("-", "-"), ("-", "-"), ("-", "-"))
+    rows = (*rows, ("step", "7 ns"), ("step", "0x4b564d01 by a write of the guest's own, 3"))
     page = document(
         Report("it", "now", "1", (Section("", "", "", Standing.PLAIN, (), (Table("", ("a", "b"), rows),)),))
     )
-    assert page.count('<td class="number">') == 6
+    assert (page.count('<td class="whole number">'), page.count('<td class="number">')) == (3, 4)
+    assert "<td>0x4b564d01 by a write of" in page
     assert '<td class="number">unknown</td>' in page
     assert "<td>3 steps</td>" in page
 

@@ -26,6 +26,9 @@ NAME_MAX: Final = 120
 TITLE_MAX: Final = 240
 SENTENCE_MAX: Final = 4000
 CELL_MAX: Final = 1000
+NUMBER_MAX: Final = 18
+SHORT_MAX: Final = 24
+NUMBER: Final = ' class="number"'
 NO_VALUE: Final = ("", "-")
 """What stands in a cell that has none."""
 
@@ -196,15 +199,16 @@ def _intervals(intervals: Intervals, name: str) -> str:
 
 def _table(table: Table) -> str:
     standings = table.standings or (Standing.PLAIN,) * len(table.rows)
-    looks = [' class="number"' if _is_of_numbers(table, column) else "" for column in range(len(table.headings))]
+    of_numbers = [_is_of_numbers(table, column) for column in range(len(table.headings))]
     headings = "".join(
-        f'<th scope="col"{look}>{_title(it)}</th>' for it, look in zip(table.headings, looks, strict=True)
+        f'<th scope="col"{NUMBER * is_number}>{_title(it)}</th>'
+        for it, is_number in zip(table.headings, of_numbers, strict=True)
     )
     has_signs = any(it != Standing.PLAIN for it in standings)
     if has_signs:
         headings = f'<th scope="col"><span class="unseen">how it stands</span></th>{headings}'
     shown = list(zip(table.rows, standings, strict=True))[:TABLE_ROWS_MAX]
-    body = "".join(_row(row, looks, f"<td>{_badge(standing)}</td>" if has_signs else "") for row, standing in shown)
+    body = "".join(_row(row, of_numbers, f"<td>{_badge(standing)}</td>" if has_signs else "") for row, standing in shown)
     left_out = len(table.rows) - len(shown)
     note = f"<p>{left_out:,} more rows are not shown.</p>\n" if left_out else ""
     return (
@@ -214,9 +218,17 @@ def _table(table: Table) -> str:
     )
 
 
-def _row(row: tuple[str, ...], looks: list[str], sign: str) -> str:
-    cells = "".join(f"<td{look}>{escaped(clipped(it, CELL_MAX))}</td>" for it, look in zip(row, looks, strict=True))
+def _row(row: tuple[str, ...], of_numbers: list[bool], sign: str) -> str:
+    cells = "".join(
+        f"<td{_look(it) if is_of_numbers else ''}>{escaped(clipped(it, CELL_MAX))}</td>"
+        for it, is_of_numbers in zip(row, of_numbers, strict=True)
+    )
     return f"<tr>{sign}{cells}</tr>\n"
+
+
+def _look(cell: str) -> str:
+    """Of a cell in a column of numbers: what is short is at the right, a number on one line too; a long text wraps."""
+    return ' class="whole number"' if _is_number(cell) else NUMBER if len(cell) < SHORT_MAX else ""
 
 
 def _is_of_numbers(table: Table, column: int) -> bool:
@@ -227,4 +239,4 @@ def _is_of_numbers(table: Table, column: int) -> bool:
 
 def _is_number(text: str) -> bool:
     """Is this a number, perhaps with a unit?"""
-    return text.lstrip("+-\u2212")[:1].isdigit() and len(text) < 24
+    return text.lstrip("+-\u2212")[:1].isdigit() and len(text) < NUMBER_MAX
