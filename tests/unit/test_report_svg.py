@@ -1,4 +1,4 @@
-"""Plots and intervals as SVG: what is drawn, and where."""
+"""Plots as SVG: what is drawn, and where."""
 
 import math
 import re
@@ -10,13 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pvclock.meter.report.intervals import intervals_svg
 from pvclock.meter.report.model import (
     MARKS_MAX,
     POINTS_MAX,
     Axis,
-    Interval,
-    Intervals,
     Line,
     Mark,
     Plot,
@@ -25,7 +22,7 @@ from pvclock.meter.report.model import (
 )
 from pvclock.meter.report.outlines import DOTS, SHAPES, band_path, line_path, pixels, stepped
 from pvclock.meter.report.svg import LAYOUT, description, mark_text, plot_svg, ready_to_draw, standalone
-from tests.report_examples import AHEAD, HOSTILE, TIME, deviations, promises, rates, watched
+from tests.report_examples import AHEAD, HOSTILE, TIME, deviations, rates, watched
 
 pytestmark = pytest.mark.row("E10")
 
@@ -263,37 +260,6 @@ def test_a_file_of_its_own() -> None:
     assert "prefers-color-scheme: dark" in file
     assert re.findall(r"https?://[^\"]+", file) == ["http://www.w3.org/2000/svg"]
     assert "<script" not in standalone(watched()._replace(title=HOSTILE, note=HOSTILE))
-
-
-def test_intervals() -> None:
-    """Each row is a bar from its least to its most, with its likeliest value and how it stands; 0 is drawn."""
-    svg = ET.fromstring(intervals_svg(promises(), "it").replace('xmlns="http://www.w3.org/2000/svg" ', ""))  # noqa: S314 - ours
-    names = [it.text for it in of_look(svg, "row")]
-    assert names == [
-        "\u2713 vCPU 0 against vCPU 1",
-        "\u2717 pvclock against KVM",
-        "? a name that is longer than th\u2026",
-        "TSC",
-    ]
-    good, bad, _, _ = of_look(svg, "interval")
-    scale = float(good.get("width", "")) / 21
-    assert float(bad.get("width", "")) / scale == pytest.approx(27, abs=0.1)
-    assert (float(bad.get("x", "")) - float(good.get("x", ""))) / scale == pytest.approx(16, abs=0.1)
-    (value, _) = of_look(svg, "mark")
-    assert (place_of(value)[0] - float(good.get("x", ""))) / scale == pytest.approx(11, abs=0.1)
-    assert len(of_look(svg, "axis")) == 2
-
-
-def test_intervals_without_ends() -> None:
-    """An end that is infinite has no line and is at the end of the axis; an interval that is unknown is said to be."""
-    rows = (Interval("open", -1.0, math.inf, 0.0), Interval("unknown", NAN, NAN), Interval("known", 0.0, 9.0))
-    file = intervals_svg(Intervals("it", Axis("it", Unit.NS), rows), "it")
-    svg = ET.fromstring(file.replace('xmlns="http://www.w3.org/2000/svg" ', ""))  # noqa: S314 - ours
-    first, _ = of_look(svg, "whisker")
-    assert first.get("d", "").count("M") == 1
-    assert [it.text for it in of_look(svg, "unknown")] == ["unknown"]
-    assert "nan" not in file
-    assert of_look(ET.fromstring(intervals_svg(Intervals("it", Axis("it", Unit.NS), ()), "it")), "interval") == []  # noqa: S314 - ours
 
 
 def colours(scheme: str) -> dict[str, str]:

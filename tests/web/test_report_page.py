@@ -99,10 +99,10 @@ def test_it_opens_without_a_complaint_and_asks_for_nothing(example_page: Page) -
 
 def test_what_is_drawn(example_page: Page) -> None:
     """Each line, band and mark has an outline with a place on the screen, in the area of its plot."""
-    counts = example_page.evaluate(
-        "['line', 'band', 'mark', 'dot', 'interval'].map(it => [it, document.querySelectorAll('.chart .' + it).length])"
-    )
-    assert dict(counts) == {"line": 6, "band": 3, "mark": 4 + 2, "dot": 60 + 36, "interval": 4}
+    looks = ["line", "band", "mark", "dot", "interval"]
+    count = "document.querySelectorAll('.chart .{0}, .bar .{0}').length"
+    counts = {it: example_page.evaluate(count.format(it)) for it in looks}
+    assert counts == {"line": 6, "band": 3, "mark": 4 + 2, "dot": 60 + 36, "interval": 4}
     left, top, width, height = area(example_page)
     box = box_of(example_page, ".chart .line")
     assert (box[0], box[2]) == pytest.approx((left, width), abs=2)

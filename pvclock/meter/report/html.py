@@ -11,7 +11,7 @@ from typing import Final
 
 from pvclock.meter.report.axes import UNITS
 from pvclock.meter.report.escaping import clipped, escaped, json_in_script, json_numbers, showable
-from pvclock.meter.report.intervals import ROWS_MAX, SIGNS, intervals_svg
+from pvclock.meter.report.intervals import ROWS_MAX, SIGNS, bars
 from pvclock.meter.report.model import Axis, Intervals, Line, Part, Plot, Report, Section, Standing, Table
 from pvclock.meter.report.outlines import DOTS, SHAPES
 from pvclock.meter.report.svg import LAYOUT, LIMITS, legend_sample, mark_text, plot_svg, ready_to_draw, style_of_plots
@@ -130,7 +130,7 @@ def _part(part: Part, name: str) -> str:
         case Plot():
             return _plot(part, name)
         case Intervals():
-            return _intervals(part, name)
+            return _intervals(part)
         case Table():
             return _table(part)
 
@@ -188,13 +188,10 @@ def _drawing_rules() -> str:
     return json_in_script({**rules, "narrowBelow": NARROW_BELOW})
 
 
-def _intervals(intervals: Intervals, name: str) -> str:
+def _intervals(intervals: Intervals) -> str:
     left_out = len(intervals.rows) - ROWS_MAX
     note = " ".join(filter(None, [intervals.note, f"{left_out:,} more are not shown." if left_out > 0 else ""]))
-    return (
-        f'<figure class="intervals">\n<h3>{_title(intervals.title)}</h3>\n'
-        f'<div class="chart">{intervals_svg(intervals, name)}</div>\n{_note(note)}</figure>\n'
-    )
+    return f'<figure class="intervals">\n<h3>{_title(intervals.title)}</h3>\n{bars(intervals)}{_note(note)}</figure>\n'
 
 
 def _table(table: Table) -> str:
@@ -208,7 +205,9 @@ def _table(table: Table) -> str:
     if has_signs:
         headings = f'<th scope="col"><span class="unseen">how it stands</span></th>{headings}'
     shown = list(zip(table.rows, standings, strict=True))[:TABLE_ROWS_MAX]
-    body = "".join(_row(row, of_numbers, f"<td>{_badge(standing)}</td>" if has_signs else "") for row, standing in shown)
+    body = "".join(
+        _row(row, of_numbers, f"<td>{_badge(standing)}</td>" if has_signs else "") for row, standing in shown
+    )
     left_out = len(table.rows) - len(shown)
     note = f"<p>{left_out:,} more rows are not shown.</p>\n" if left_out else ""
     return (
