@@ -21,7 +21,7 @@ from pvclock.meter.report.model import (
     Unit,
 )
 from pvclock.meter.report.outlines import DOTS, SHAPES, band_path, line_path, pixels, stepped
-from pvclock.meter.report.svg import LAYOUT, description, mark_text, plot_svg, ready_to_draw, standalone
+from pvclock.meter.report.svg import LAYOUT, description, layout_of, mark_text, plot_svg, ready_to_draw, standalone
 from tests.report_examples import AHEAD, HOSTILE, TIME, deviations, rates, watched
 
 pytestmark = pytest.mark.row("E10")
@@ -188,6 +188,17 @@ def test_marks_have_a_row_and_a_shape_for_each_kind() -> None:
     assert step.findtext("title") == "bad: vCPU 1 stepped by +38 ns, within 2 ns"
     (pause,) = (it for it in svg.iter("rect") if "mark" in it.get("class", ""))
     assert float(pause.get("width", "")) == pytest.approx((RIGHT - LAYOUT.left) * 30 / 600, abs=0.1)
+
+
+def test_long_names_of_kinds_have_room() -> None:
+    """The margin is as wide as the longest kind, which is cut beyond a limit; a short one makes it no narrower."""
+    marks = tuple(Mark(it, kind, "it") for it, kind in enumerate(("disagreement", "a", "unknown step", "k" * 99)))
+    widths = [LAYOUT.left, 104, 104, 134]
+    assert [layout_of(simple(marks=marks[begin:end])).left for begin, end in ((1, 2), (0, 1), (1, 3), (0, 4))] == widths
+    svg = drawn(simple(marks=marks))
+    assert [it.text for it in of_look(svg, "kind")] == ["disagreement", "a", "unknown step", "k" * 15 + "\u2026"]
+    assert place_of(of_look(svg, "mark")[0])[0] == 134
+    assert of_look(svg, "kind")[0].get("x") == "122"
 
 
 def test_marks_alone_make_a_plot() -> None:

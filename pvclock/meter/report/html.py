@@ -14,7 +14,16 @@ from pvclock.meter.report.escaping import clipped, escaped, json_in_script, json
 from pvclock.meter.report.intervals import ROWS_MAX, SIGNS, bars
 from pvclock.meter.report.model import Axis, Intervals, Line, Part, Plot, Report, Section, Standing, Table
 from pvclock.meter.report.outlines import DOTS, SHAPES
-from pvclock.meter.report.svg import LAYOUT, LIMITS, legend_sample, mark_text, plot_svg, ready_to_draw, style_of_plots
+from pvclock.meter.report.svg import (
+    LAYOUT,
+    LIMITS,
+    layout_of,
+    legend_sample,
+    mark_text,
+    plot_svg,
+    ready_to_draw,
+    style_of_plots,
+)
 
 __all__ = ["document"]
 
@@ -168,7 +177,7 @@ def _plot_data(plot: Plot) -> str:
         for mark in plot.marks
     ]
     axes = f'"x":{_axis_data(plot.x)},"y":{_axis_data(plot.y)}'
-    return f'{{{axes},"lines":[{lines}],"marks":{json_in_script(marks)}}}'
+    return f'{{{axes},"left":{layout_of(plot).left},"lines":[{lines}],"marks":{json_in_script(marks)}}}'
 
 
 def _axis_data(axis: Axis) -> str:

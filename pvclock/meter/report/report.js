@@ -244,7 +244,7 @@
   // --- svg.py: the drawing ---------------------------------------------------------------------------------------
 
   const { colours, dashes, dottedMax, dotRoom, hairlinesMax } = rules.limits;
-  const { trimmed, margin, farOut, kindShownMax, titleShownMax } = rules.limits;
+  const { trimmed, margin, farOut, kindShownMax, kindRoom, titleCharacter } = rules.limits;
 
   function make(name, attributes, content) {
     const element = document.createElementNS(SVG, name);
@@ -372,7 +372,7 @@
       const { lane, left } = frame.layout;
       const y = frame.bottom + lane * row + Math.floor(lane / 2);
       const marks = plot.marks.filter((it) => it.kind === kind && isShown(it, frame));
-      const label = make("text", { class: "kind", x: left - 12, y: y + 4 }, clipped(kind, kindShownMax));
+      const label = make("text", { class: "kind", x: left - kindRoom, y: y + 4 }, clipped(kind, kindShownMax));
       const line = make("path", { class: "lane", d: `M${left} ${y}H${frame.right}` });
       return [label, line, ...marks.map((it) => markOf(it, shapes[row % shapes.length], y, frame))];
     });
@@ -393,9 +393,10 @@
     const below = frame.x.ticks.map((it) =>
       make("text", { class: "tick x", x: pixels(frame.xPixel(it.at)), y: frame.lanesBottom + 18 }, it.label));
     const middle = pixels((frame.left + frame.right) / 2);
-    const yTitle = make("text", { class: "title y", x: 0, y: 16 }, clipped(frame.y.title, titleShownMax));
+    const titleIn = ({ title }, room) => clipped(title, Math.floor(room / titleCharacter));
+    const yTitle = make("text", { class: "title y", x: 0, y: 16 }, titleIn(frame.y, frame.layout.width));
     const place = { class: "title x", x: middle, y: frame.lanesBottom + 40 };
-    const xTitle = make("text", place, clipped(frame.x.title, titleShownMax));
+    const xTitle = make("text", place, titleIn(frame.x, frame.right - frame.left + 2 * frame.layout.right));
     return [...beside, ...below, yTitle, xTitle];
   }
 
@@ -441,7 +442,7 @@
     const svg = figure.querySelector(".chart > svg");
     const view = {
       plot, svg, figure, name: svg.id, group: svg.querySelector(".drawing"),
-      layout: rules.layout, full: xSpan(plot), pointer: make("rect", { class: "pointer" }),
+      layout: { ...rules.layout, left: plot.left }, full: xSpan(plot), pointer: make("rect", { class: "pointer" }),
       over: make("g", { class: "over", "aria-hidden": "true" }), dragFrom: null, at: null,
     };
     view.shown = view.full;
@@ -482,7 +483,7 @@
   }
 
   function relayout(view, width) {
-    view.layout = { ...rules.layout, width };
+    view.layout = { ...view.layout, width };
     const height = view.svg.viewBox.baseVal.height;
     view.svg.classList.toggle("fitted", width !== rules.layout.width);
     view.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);

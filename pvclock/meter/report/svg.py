@@ -22,6 +22,7 @@ __all__ = [
     "LAYOUT",
     "description",
     "kinds_of",
+    "layout_of",
     "legend_sample",
     "mark_text",
     "plot_svg",
@@ -36,8 +37,9 @@ __all__ = [
 class Layout(NamedTuple):
     """Where the parts of a plot are, in pixels of an SVG that is `width` wide.
 
-    left, right, top: room beside the area of the lines; height: of that area; lane: of a row of marks below it;
-    bottom: room for the labels of the x axis.  x_tick, y_tick: for each tick so much is wanted.
+    left, right, top: room beside the area of the lines, more on the left where kinds of marks have long names; height:
+    of that area; lane: of a row of marks below it; bottom: room for the labels of the x axis.  x_tick, y_tick: for each
+    tick so much is wanted.
     """
 
     width: int = 860
@@ -72,12 +74,15 @@ DIGITS: Final = 13
 """A number keeps so many at least; and, however great it is, those after the point that its unit has in PLACES."""
 PLACES: Final = {Unit.NS: 3, Unit.S: 9, Unit.PPB: 3, Unit.RATE: 15, Unit.NONE: 15}
 ALL_DIGITS: Final = Context(prec=700)
-KIND_SHOWN_MAX: Final = 12
+KIND_SHOWN_MAX: Final = 16
+KIND_CHARACTER: Final = 7.6
+"""The width of a character of most kinds, in pixels; KIND_ROOM: between a kind and its row."""
+KIND_ROOM: Final = 12
+TITLE_CHARACTER: Final = 7
 NAME_SHOWN_MAX: Final = 60
 TEXT_MAX: Final = 400
 KIND_MAX: Final = 60
 LABEL_MAX: Final = 80
-TITLE_SHOWN_MAX: Final = 120
 LIMITS: Final = {
     "colours": COLOURS,
     "dashes": DASHES,
@@ -88,7 +93,8 @@ LIMITS: Final = {
     "farOut": FAR_OUT,
     "margin": MARGIN,
     "kindShownMax": KIND_SHOWN_MAX,
-    "titleShownMax": TITLE_SHOWN_MAX,
+    "kindRoom": KIND_ROOM,
+    "titleCharacter": TITLE_CHARACTER,
 }
 """What report.js draws by, too."""
 LEGEND_CHARACTER: Final = 6.6
@@ -143,8 +149,9 @@ def shown_axis(axis: Axis) -> Axis:
 
 def plot_svg(plot: Plot, name: str) -> str:
     """Return a plot that is ready to draw as an svg element.  name: unique in its page."""
-    content = f"{_clip(name)}{_drawing(plot, name, LAYOUT)}"
-    return svg_element(plot.title, description(plot), name, (LAYOUT.width, plot_height(plot, LAYOUT)), content)
+    layout = layout_of(plot)
+    content = f"{_clip(name, layout)}{_drawing(plot, name, layout)}"
+    return svg_element(plot.title, description(plot), name, (layout.width, plot_height(plot, layout)), content)
 
 
 def standalone(plot: Plot) -> str:
@@ -155,7 +162,8 @@ def standalone(plot: Plot) -> str:
     height = begin + plot_height(plot, LAYOUT) + (26 if plot.note else 0)
     title = f'<text class="heading" x="0" y="18">{escaped(clipped(plot.title, 100))}</text>'
     note = f'<text class="note" x="0" y="{height - 8}">{escaped(clipped(plot.note, 150))}</text>' if plot.note else ""
-    inner = f'<g transform="translate(0 {begin})">{_clip("plot")}{_drawing(plot, "plot", LAYOUT)}</g>'
+    layout = layout_of(plot)
+    inner = f'<g transform="translate(0 {begin})">{_clip("plot", layout)}{_drawing(plot, "plot", layout)}</g>'
     style = f'<style>{style_of_plots()}</style><rect class="paper" x="-16" y="-12" width="100%" height="100%"/>'
     box = f"-16 -12 {LAYOUT.width + 32} {height + 24}"
     body = style + title + legend + inner + note
@@ -193,6 +201,12 @@ def description(plot: Plot) -> str:
 def kinds_of(plot: Plot) -> list[str]:
     """Return the kinds of a plot's marks, in the order of their rows."""
     return list(dict.fromkeys(mark.kind for mark in plot.marks))
+
+
+def layout_of(plot: Plot) -> Layout:
+    """Return where the parts of a plot are, with room for the names of its marks' kinds."""
+    longest = max((min(len(it), KIND_SHOWN_MAX) for it in kinds_of(plot)), default=0)
+    return LAYOUT._replace(left=max(LAYOUT.left, math.ceil(longest * KIND_CHARACTER) + KIND_ROOM))
 
 
 def plot_height(plot: Plot, layout: Layout) -> int:
@@ -270,9 +284,9 @@ def _frame(plot: Plot, layout: Layout) -> Frame:
     return Frame(layout, x, y)
 
 
-def _clip(name: str) -> str:
-    left, width = LAYOUT.left - DOT_ROOM, LAYOUT.width - LAYOUT.left - LAYOUT.right + 2 * DOT_ROOM
-    area = f'<rect x="{left}" y="{LAYOUT.top}" width="{width}" height="{LAYOUT.height}"/>'
+def _clip(name: str, layout: Layout) -> str:
+    left, width = layout.left - DOT_ROOM, layout.width - layout.left - layout.right + 2 * DOT_ROOM
+    area = f'<rect x="{left}" y="{layout.top}" width="{width}" height="{layout.height}"/>'
     return f'<clipPath id="{name}-area">{area}</clipPath>'
 
 
@@ -349,7 +363,7 @@ def _lane(plot: Plot, kind: str, row: int, frame: Frame) -> str:
     marks = (it for it in plot.marks if it.kind == kind and _is_placed(it, frame))
     drawn = "".join(_mark(it, SHAPES[row % len(SHAPES)], y, frame) for it in marks)
     name = escaped(clipped(kind, KIND_SHOWN_MAX))
-    label = f'<text class="kind" x="{layout.left - 12}" y="{y + 4}">{name}</text>'
+    label = f'<text class="kind" x="{layout.left - KIND_ROOM}" y="{y + 4}">{name}</text>'
     return f'{label}<path class="lane" d="M{layout.left} {y}H{frame.right}"/>{drawn}'
 
 
@@ -384,12 +398,13 @@ def _labels(plot: Plot, frame: Frame) -> str:
         for it in frame.x.ticks
     )
     middle = pixels((layout.left + frame.right) / 2)
-    x_title = f'<text class="title x" x="{middle}" y="{below_lanes + 40}">{_title(frame.x)}</text>'
-    return f'{beside}{below}<text class="title y" x="0" y="16">{_title(frame.y)}</text>{x_title}'
+    x_room = frame.right - layout.left + 2 * layout.right
+    x_title = f'<text class="title x" x="{middle}" y="{below_lanes + 40}">{_title(frame.x, x_room)}</text>'
+    return f'{beside}{below}<text class="title y" x="0" y="16">{_title(frame.y, layout.width)}</text>{x_title}'
 
 
-def _title(scale: Scale) -> str:
-    return escaped(clipped(scale.title, TITLE_SHOWN_MAX))
+def _title(scale: Scale, room: int) -> str:
+    return escaped(clipped(scale.title, room // TITLE_CHARACTER))
 
 
 def legend_sample(line: Line, index: int) -> str:
