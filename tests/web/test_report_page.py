@@ -196,6 +196,17 @@ def test_hover_tells_the_nearest_point_of_each_line(example_page: Page) -> None:
     assert example_page.evaluate("document.querySelectorAll('.over .dot').length") == 1
 
 
+def test_hover_after_a_long_pause(browser: Chromium, tmp_path: Path) -> None:
+    """A guest that was paused for ten hours: the part after it has its ns, and the 23 that they may be off by."""
+    y = [0.0] * 10 + [-3.6e13 + it for it in range(40)]
+    line = Line("it", list(range(50)), y, [it - 23 for it in y], [it + 23 for it in y])
+    with opened(browser, tmp_path, of_one_plot(Plot("it", TIME, AHEAD, (line,)))) as page:
+        left, top, width, height = area(page)
+        page.drag((left + 0.4 * width, top + 0.3 * height), (left + 0.9 * width, top + 0.6 * height))
+        said = "it -35\u202f999.9999999780 s (-36\u202f000.0000000010 s to -35\u202f999.9999999550 s)"
+        assert hover(page, 0.5)[1] == said.replace("\u202f", " ")
+
+
 def test_hover_tells_marks(example_page: Page) -> None:
     """Near a mark, and all along one that lasts, the tooltip says what happened."""
     assert "step: bad: vCPU 1 stepped by +38 ns, within 2 ns" in hover(example_page, 120 / 600)
