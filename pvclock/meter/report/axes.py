@@ -1,6 +1,6 @@
 """What of an axis is shown, and where its ticks stand: round numbers of a unit that people read.
 
-report.js draws a part of a plot by the same rules; a test in the browser holds it to the same drawing.
+scales.js has the same rules for a part of a plot; a test in the browser holds it to the same drawing.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from pvclock.meter.report.svg import (
 
 __all__ = ["document"]
 
+PROGRAM: Final = ("scales.js", "drawing.js", "pointer.js", "views.js")
+"""Hover, zoom and pan: the files of one function, in this order."""
 WORDS: Final = {Standing.GOOD: "good", Standing.BAD: "bad", Standing.OPEN: "not decided", Standing.PLAIN: ""}
 NARROW_BELOW: Final = 608
 """Pixels that a plot has room for below which it is drawn anew; report.css has it as the least width without that."""
@@ -45,7 +47,7 @@ NO_VALUE: Final = ("", "-")
 def document(report: Report) -> str:
     """Return a report as a self-contained HTML document."""
     style = style_of_plots() + _resource("report.css")
-    script = _resource("report.js")
+    script = f'"use strict";\n(() => {{\n{"".join(map(_resource, PROGRAM))}}})();\n'
     names = (f"plot-{number}" for number in count(1))
     is_alone = [it.title for it in report.sections] == [report.title]
     numbered = enumerate(report.sections, start=1)
@@ -164,7 +166,7 @@ def _note(note: str) -> str:
 
 
 def _plot_data(plot: Plot) -> str:
-    """Return what report.js draws a plot from."""
+    """Return what views.js draws a plot from."""
     lines = ",".join(map(_line_data, plot.lines))
     marks = [
         {
@@ -191,7 +193,7 @@ def _line_data(line: Line) -> str:
 
 
 def _drawing_rules() -> str:
-    """Return what report.js has to know to draw as svg.py does."""
+    """Return what the page's program has to know to draw as svg.py does."""
     units = {unit.value: [it._asdict() for it in shown] for unit, shown in UNITS.items()}
     rules = {"layout": LAYOUT._asdict(), "limits": LIMITS, "units": units, "dots": DOTS, "shapes": SHAPES}
     return json_in_script({**rules, "narrowBelow": NARROW_BELOW})

@@ -1,6 +1,6 @@
 """Plots as SVG: inline in a page, and as a file of its own.
 
-Everything whose place depends on what part of the plot is shown is in the group `drawing`, which report.js draws again.
+Everything whose place depends on what part of the plot is shown is in the group `drawing`: drawing.js draws it again.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ LIMITS: Final = {
     "kindRoom": KIND_ROOM,
     "titleCharacter": TITLE_CHARACTER,
 }
-"""What report.js draws by, too."""
+"""What drawing.js draws by, too."""
 LEGEND_CHARACTER: Final = 6.6
 """About the width of a character of a legend, in pixels."""
 
