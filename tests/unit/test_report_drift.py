@@ -100,10 +100,26 @@ def test_appended_drifts_are_sections_of_their_own(tmp_path: Path) -> None:
     assert len(report_of(tmp_path / "x", [*DRIFT, *DRIFT]).sections) == 2
 
 
+def test_a_drift_that_failed_hides_no_other(tmp_path: Path) -> None:
+    """Of `drift --json >>file`, whichever failed, each is a section of its own; one that an error ended is one."""
+    failed = {"schema": "pvclock.drift/1", "version": "0.1.0", "ok": False, "error": {"kind": "x", "message": "no KVM"}}
+    sections = report_of(tmp_path / "x", [failed, *DRIFT, failed, failed, *DRIFT[:9], failed]).sections
+    could_not = "pvclock drift could not do its work: no KVM"
+    rates = "Against raw: pvclock, raw +0.2 ppb, within 0.5; kernel kvmclock -52.0 ppb, within 0.5."
+    assert [section.verdict for section in sections] == [
+        could_not,
+        rates,
+        could_not,
+        could_not,
+        "The drift was ended by an error: no KVM",
+    ]
+
+
 @pytest.mark.parametrize(
     ("lines", "line", "found"),
     [
-        (READINGS, 1, "a line before the drift began"),
+        ([drift_begin()] * 1001, 1001, "more than 1000 drifts"),
+        (READINGS, 1, "a line before a drift began"),
         ([drift_begin(clocks=[])], 1, "0 clocks"),
         ([drift_begin(interval_s=0)], 1, "an interval of 0 s"),
         ([drift_begin(), drift_reading(0, {"third": 0})], 2, "a reading of clock third"),

@@ -18,6 +18,7 @@ __all__ = ["drift_sections"]
 
 SCHEMA: Final = "pvclock.drift/1"
 CLOCKS_MAX: Final = 64
+DRIFTS_MAX: Final = 1000
 WAYS_MAX: Final = 100
 
 
@@ -55,6 +56,11 @@ class _Drift:
         self.last_s = 0.0
         self.unknown_kinds = 0
 
+    @property
+    def is_over(self) -> bool:
+        """Was its last line taken?"""
+        return self.result is not None or self.error is not None
+
     def take(self, record: Fields) -> None:
         """Take a line after the first."""
         if "error" in record:
@@ -81,21 +87,24 @@ class _Drift:
 
 def drift_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) -> list[Section]:
     """What each drift in a file tells: one, or several that were appended."""
-    drifts: list[_Drift] = []
+    told: list[_Drift | Section] = []
     for number, content in lines:
         record = Fields(content, Place(source, number))
         if content.get("schema") != SCHEMA:
             raise record.place.error(f"schema {quoted(content.get('schema'))}", f"{SCHEMA}, as in the lines before")
+        last = told[-1] if told else None
         if content.get("kind") == "begin":
-            drifts.append(_Drift(record))
-        elif drifts:
-            drifts[-1].take(record)
+            told.append(_Drift(record))
+        elif isinstance(last, _Drift) and not (last.is_over and "error" in record):
+            last.take(record)
         elif "error" in record:
             said = f"pvclock drift could not do its work: {record.fields('error').text('message')}"
-            return [Section("pvclock drift", source, said, Standing.OPEN, (), ())]
+            told.append(Section("pvclock drift", source, said, Standing.OPEN, (), ()))
         else:
-            raise record.place.error("a line before the drift began", "one of kind begin first")
-    return [_section(source, drift) for drift in drifts]
+            raise record.place.error("a line before a drift began", "one of kind begin first")
+        if len(told) > DRIFTS_MAX:
+            raise record.place.error(f"more than {DRIFTS_MAX} drifts in one file", "less")
+    return [_section(source, each) if isinstance(each, _Drift) else each for each in told]
 
 
 def _section(source: str, drift: _Drift) -> Section:
