@@ -122,6 +122,19 @@ def test_a_host_that_lacks_what_guests_need_is_bad(tmp_path: Path) -> None:
     assert told(tmp_path, document("doctor")).standing is Standing.GOOD
 
 
+def test_what_no_guest_needs_is_named_in_one_sentence(tmp_path: Path) -> None:
+    """As missing: what to do for each stands in the table."""
+    content = document("doctor")
+    missing = [each for each in content["result"]["findings"] if not each["ok"]]
+    names = [each["name"] for each in missing]
+    assert len(names) > 1
+    assert not any(each["needed"] for each in missing)
+    section = told(tmp_path, content)
+    said = f"Missing, and no guest needs it: {', '.join(names)}; what to do is in the table."
+    assert section.sentences[-1] == said
+    assert not [sentence for sentence in section.sentences if sentence.startswith("KVM_CAP")]
+
+
 # A guest, from inside
 
 

@@ -40,7 +40,9 @@ def host_section(source: str, result: Fields) -> Section:
     here = [name for key, name in WORKS.items() if works.content.get(key) is True]
     sentences = [f"Works here: {', '.join(here) or 'nothing'}."]
     sentences += [f"Not: {', '.join(name for name in WORKS.values() if name not in here)}."] * (len(here) < len(WORKS))
-    sentences += [f"{each.text('name')}: {each.text('advice')}" for each in missing if each.text("advice")]
+    sentences += [f"{each.text('name')}: {each.text('advice')}" for each in missing if _is_to_mend(each)]
+    if spared := [each.text("name") for each in missing if not each.truth("needed")]:
+        sentences.append(f"Missing, and no guest needs it: {', '.join(spared)}; what to do is in the table.")
     rows = tuple(_finding_row(each) for each in findings)
     table = Table("This host", ("what", "found", "needed", "what to do"), rows, tuple(map(_standing_here, findings)))
     return Section("Host", source, verdict, Standing.BAD if needed else Standing.GOOD, tuple(sentences), (table,))
@@ -60,6 +62,10 @@ def record_section(source: str, record: ProbeRecord) -> Section:
 
 
 # The host
+
+
+def _is_to_mend(finding: Fields) -> bool:
+    return finding.truth("needed") and bool(finding.text("advice"))
 
 
 def _finding_row(finding: Fields) -> tuple[str, ...]:
