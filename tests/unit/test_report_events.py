@@ -212,6 +212,8 @@ def test_a_fall_of_guest_time_is_bad_wherever_it_is(changes: dict[str, Any], tmp
     section = section_of(tmp_path / "x", [an_event(1, 0, 0), event])
     assert section.verdict == "Guest time went back, by up to 3.000 s."
     assert section.standing is Standing.BAD
+    (mark,) = [mark for mark in plot(section, AHEAD).marks if mark.standing is Standing.BAD]
+    assert (mark.kind, mark.text) == ("went back", "guest time went back by 3.000 s")
 
 
 @pytest.mark.parametrize("changes", [{"kind": "restore"}, {"sequence": 1}])

@@ -63,9 +63,9 @@ class EventSeries:
         """Events that are missing between others."""
         self.numberings = 0
         """How often the host's TSC became another one."""
-        self.fell_ns = 0.0
-        """The greatest fall of guest time from an event to a later one of the same log, where no line leads from one
-        to the other; negative, or 0."""
+        self.fall_ns = 0.0
+        """How far guest time fell to the last point from the one before, where no line leads from one to the other and
+        both are of one log; negative, or 0."""
         self._last: Point | None = None
         self._begin = _Begin(0, 1, Fraction(0), Fraction(0))
         self._ahead_ns, self._gain = 0.0, 0.0
@@ -77,16 +77,16 @@ class EventSeries:
 
     def take(self, point: Point) -> float:
         """Take a point; its host time in s.  OverflowError if a number is beyond all time."""
-        last = self._last
+        last, self.fall_ns = self._last, 0.0
         if last is None:
             self._begin = _Begin(point.host_tsc, point.tsc_hz, Fraction(*point.before), Fraction(0))
         before_ns = self._begin.ahead_ns(point.host_tsc, point.before)
         if last is not None and self._is_renumbered(last, point, before_ns):
-            self.fell_ns = min(self.fell_ns, _fall_ns(last, point))
+            self.fall_ns = _fall_ns(last, point)
             self._begin_anew(last, point)
             before_ns = self._begin.ahead_ns(point.host_tsc, point.before)
         elif last is not None and point.sequence != last.sequence + 1:
-            self.fell_ns = min(self.fell_ns, _fall_ns(last, point))
+            self.fall_ns = _fall_ns(last, point)
             self.lost += point.sequence - last.sequence - 1
             self._break()
         self._add(point, before_ns)

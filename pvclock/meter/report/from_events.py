@@ -86,7 +86,8 @@ class _Log:
         if abs(jump_ns) > JUMP_MAX_NS:
             raise OverflowError
         self.unplaced += point is None
-        self.forward_ns, self.back_ns = max(self.forward_ns, jump_ns), min(self.back_ns, jump_ns)
+        self.forward_ns = max(self.forward_ns, jump_ns)
+        self._note_back(at_s, jump_ns if point is None else min(jump_ns, self.series.fall_ns))
         if kind not in KNOWN:
             self.unknown += 1
             return
@@ -96,6 +97,12 @@ class _Log:
         self._count(kind, record, at_s, jump_ns)
         if kind != DRAWN_AS_RATE:
             self._mark(kind, record, at_s, jump_ns)
+
+    def _note_back(self, at_s: float, back_ns: float) -> None:
+        if back_ns < 0:
+            self.back_ns = min(self.back_ns, back_ns)
+            said = f"guest time went back by {duration(math.floor(back_ns))}"
+            self.marks.add(Mark(at_s, "went back", said, Standing.BAD, size=-back_ns))
 
     def _count(self, kind: str, record: Mapping[str, object], at_s: float, jump_ns: float) -> None:
         _add(self.kinds, kind, at_s, jump_ns)
@@ -205,8 +212,8 @@ def _title(log: _Log) -> str:
 
 def _verdict(log: _Log) -> tuple[str, Standing]:
     trouble = [kind.replace("_", " ") for kind in log.kinds if kind in BAD]
-    if (back_ns := min(log.back_ns, log.series.fell_ns)) < 0:
-        return f"Guest time went back, by up to {duration(math.floor(back_ns))}.", Standing.BAD
+    if log.back_ns < 0:
+        return f"Guest time went back, by up to {duration(math.floor(log.back_ns))}.", Standing.BAD
     if trouble:
         return f"There was trouble: {', '.join(trouble)}.", Standing.BAD
     if log.series.lost or log.unplaced:
