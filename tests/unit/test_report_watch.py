@@ -41,6 +41,28 @@ def watch_line(kind: str, at_s: float, **fields: object) -> dict[str, Any]:
     return {"schema": "pvclock.watch/1", "kind": kind, "at_s": at_s, "utc": "2026-11-27T12:00:00Z", **fields}
 
 
+def fleet_found(vm: str, at_s: float = 0.0, **changes: object) -> dict[str, Any]:
+    """The first line of a VM of a fleet."""
+    return {**found(vm=vm, description=f"QEMU of {vm}", **changes), "at_s": at_s}
+
+
+def fleet_result(*ends: dict[str, Any], **not_watched: str) -> dict[str, Any]:
+    """A fleet's last line: what each watch came to, and why VMs were not watched."""
+    left = [{"vm": vm, "why": why} for vm, why in not_watched.items()]
+    return {**watch_result(), "result": {"vms": list(ends), "not_watched": left, "host_troubles": []}}
+
+
+def fleet_end(vm: str, verdict: str, *reasons: str) -> dict[str, Any]:
+    """What the watch of a VM of a fleet came to."""
+    end: dict[str, Any] = watch_result(verdict, *reasons)["result"]
+    return {**end, "vm": vm, "description": f"QEMU of {vm}"}
+
+
+def host_line(why: str, at_s: float = 0.0, **vm: None) -> dict[str, Any]:
+    """A trouble of the host; vm=None: as a fleet tells it."""
+    return watch_line("host", at_s, what="clocksource", unstable=False, why=why, **vm)
+
+
 def paused(at_s: float, vcpus: int = 2) -> list[dict[str, Any]]:
     """STOP, RESUME a second later, and each vCPU's step."""
     steps = [
@@ -298,12 +320,11 @@ def test_appended_watches_are_sections_of_their_own(tmp_path: Path) -> None:
 
 def test_the_vms_of_a_fleet_are_sections_of_their_own(tmp_path: Path) -> None:
     """Their lines come mixed, each with its VM's name; what is about the host is told of each that is watched then."""
-    began = [{**found(vm=vm, description=f"QEMU of {vm}"), "at_s": at_s} for at_s, vm in enumerate("ab")]
+    began = [fleet_found(vm, at_s) for at_s, vm in enumerate("ab")]
     mixed = [{**reading(at_s, float(at_s * sign)), "vm": vm} for at_s in range(4) for vm, sign in (("a", 1), ("b", -1))]
-    host = watch_line("host", 5, what="clocksource", unstable=False, why="left clocksource tsc", vm=None)
+    host = host_line("left clocksource tsc", 5, vm=None)
     left = watch_line("left", 6, vm="b", why="its QEMU has ended")
-    ended = watch_result("passed")["result"] | {"vm": "a", "description": "QEMU of a"}
-    end = watch_result() | {"result": {"vms": [ended], "not_watched": [{"vm": "b", "why": "x"}], "host_troubles": []}}
+    end = fleet_result(fleet_end("a", "passed"), b="x")
     first, second = report_of(tmp_path / "x", [*began, *mixed, host, left, end]).sections
     assert (first.title, second.title) == ("Watch of a (QEMU of a)", "Watch of b (QEMU of b)")
     assert list(plot(first, AGAINST).lines[0].y) == [0, 1, 2, 3]
@@ -324,17 +345,87 @@ def test_what_stands_before_the_first_line_makes_no_section(kind: str, tmp_path:
 
 def test_a_vm_that_was_never_watched_has_its_section(tmp_path: Path) -> None:
     """A fleet tells why, and which one it was; the lines of the next VM are not its."""
-    lines = [watch_line("left", 0, vm="a", why="its socket is in use"), found(vm="b"), {**reading(1, 0.0), "vm": "b"}]
+    lines = [
+        watch_line("left", 0, vm="a", why="its socket is in use"),
+        fleet_found("b"),
+        {**reading(1, 0.0), "vm": "b"},
+    ]
     first, second = report_of(tmp_path / "x", lines).sections
-    assert (first.title, second.title) == ("Watch of a", "Watch of b")
+    assert (first.title, second.title) == ("Watch of a", "Watch of b (QEMU of b)")
     assert first.verdict == "Not watched to the end, so there is no verdict: its socket is in use."
 
 
 def test_a_vm_that_comes_again_begins_anew(tmp_path: Path) -> None:
     """A fleet's VM that was started again is another section; pages that were found again are not."""
-    lines = [found(vm="a"), {**reading(1, 0.0), "vm": "a"}, watch_line("found", 2, vm="a", why="in the same places")]
+    again = watch_line("found", 2, vm="a", why="in the same places")
+    lines = [fleet_found("a"), {**reading(1, 0.0), "vm": "a"}, again]
     assert len(report_of(tmp_path / "x", lines).sections) == 1
-    assert len(report_of(tmp_path / "x", [*lines, found(vm="a")]).sections) == 2
+    assert len(report_of(tmp_path / "x", [*lines, fleet_found("a")]).sections) == 2
+
+
+def test_each_watch_of_a_vm_has_its_own_verdict(tmp_path: Path) -> None:
+    """A fleet's VM that was watched twice, and first broke its budgets: neither verdict is the other's, or is lost."""
+    ended = watch_line("ended", 9, vm="web", why="the VM has ended")
+    left = watch_line("left", 10, vm="web", why="no greeting")
+    ends = fleet_end("web", "broken", "vCPU 0 stepped"), fleet_end("db", "passed"), fleet_end("web", "passed")
+    lines = [fleet_found("web"), fleet_found("db"), ended, fleet_found("web", 20), fleet_result(*ends)]
+    assert [(section.title, section.verdict) for section in report_of(tmp_path / "x", lines).sections] == [
+        ("Watch of web (QEMU of web)", "A budget is broken: vCPU 0 stepped"),
+        ("Watch of db (QEMU of db)", "Within its budgets."),
+        ("Watch of web (QEMU of web)", "Within its budgets."),
+    ]
+    tried = [fleet_found("web"), ended, left, fleet_found("web", 20), fleet_result(ends[2])]  # the first entry lacks
+    assert [section.standing for section in report_of(tmp_path / "x", tried).sections] == [Standing.OPEN, Standing.GOOD]
+
+
+def test_one_vms_error_is_not_told_of_another(tmp_path: Path) -> None:
+    """What stands before it is the host's: a VM that cannot be watched is a section of its own."""
+    left = watch_line("left", 0.1, vm="db", why="no greeting within 2 s")
+    lines = [host_line("hpet", vm=None), left, fleet_found("web", 1), fleet_result(fleet_end("web", "passed"))]
+    first, second = report_of(tmp_path / "x", lines).sections
+    assert (first.title, second.title) == ("Watch of db", "Watch of web (QEMU of web)")
+    assert "no greeting" in first.verdict
+    assert (second.verdict, second.standing) == ("Within its budgets.", Standing.GOOD)
+    assert not [said for said in second.sentences if "greeting" in said]
+
+
+def test_a_trouble_of_the_host_is_told_of_vms_that_come_later_too(tmp_path: Path) -> None:
+    """Its clock is theirs; before the first of them, and between two."""
+    lines = [host_line("hpet", vm=None), fleet_found("a"), host_line("steps", 1, vm=None), fleet_found("b", 2)]
+    sections = report_of(tmp_path / "x", lines).sections
+    assert [section.title for section in sections] == ["Watch of a (QEMU of a)", "Watch of b (QEMU of b)"]
+    for section in sections:
+        assert [said for said in section.sentences if "host" in said] == ["The host: hpet", "The host: steps"]
+
+
+def test_a_fleet_of_no_vm_tells_of_the_host_and_of_what_was_named(tmp_path: Path) -> None:
+    """Nothing that a file tells is lost for there was no VM to tell it of."""
+    (alone,) = report_of(tmp_path / "x", [host_line("hpet", vm=None)]).sections
+    assert "The host: hpet" in alone.sentences
+    (empty,) = report_of(tmp_path / "x", [host_line("hpet", vm=None), fleet_result()]).sections
+    assert empty.verdict == "Not watched to the end, so there is no verdict: there was no VM."
+    (named,) = report_of(tmp_path / "x", [host_line("hpet", vm=None), fleet_result(db="no such socket")]).sections
+    assert named.title == "Watch of db"
+    assert named.verdict == "Not watched to the end, so there is no verdict: no such socket."
+    assert "The host: hpet" in named.sentences
+
+
+def test_an_error_is_told_of_the_last_watch_alone(tmp_path: Path) -> None:
+    """A watch that was killed, and another that an error ended, appended: the first was not ended by it."""
+    error = {"schema": "pvclock.watch/1", "version": "0", "ok": False, "error": {"kind": "QmpFailed", "message": "boo"}}
+    for killed, other in ((found(), found(vm="other")), (fleet_found("a"), found()), (found(), fleet_found("a"))):
+        first, second = report_of(tmp_path / "x", [killed, other, error]).sections
+        assert first.verdict == "The file does not have the watch's last line: there is no verdict."
+        assert second.verdict == "The watch was ended by an error: boo"
+
+
+@pytest.mark.parametrize("kind", ["{}", "[]", "[[]]", "7"])
+def test_a_kind_that_is_no_text_is_refused(kind: str, tmp_path: Path) -> None:
+    """By its line, and whatever it is."""
+    line = json.dumps(watch_line("KIND", 1)).replace('"KIND"', kind)
+    (tmp_path / "x").write_text(f"{json.dumps(found())}\n{line}\n", encoding="utf-8")
+    with pytest.raises(ReportSourceError, match=r"line 2: found kind: .*; expected a text"):
+        read([str(tmp_path / "x")], lambda _bytes, _name: None)
 
 
 def test_a_vcpu_beyond_all_machines_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def watch_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) 
         if content.get("schema") != SCHEMA:
             raise record.place.error(f"schema {quoted(content.get('schema'))}", f"{SCHEMA}, as in the lines before")
         sessions.take(record)
-    return [_section(source, log) for log in sessions.logs]
+    return [_section(source, log) for log in sessions.close()]
 
 
 def _section(source: str, log: WatchLog) -> Section:
