@@ -131,7 +131,40 @@ def test_a_step_of_unknown_size_goes_on_at_the_level_of_before(tmp_path: Path) -
     lines = [reading(0, 0.0), reading(1, 7.0), vmm_event(1.5, "reset"), step(1.6, 0, None, "reset", basis="changed")]
     lines += [watch_line("found", 1.7, why="in the same places"), reading(2, 0.0), reading(3, 1e9)]
     section = section_of(tmp_path / "x", [found(), *lines, step(3.5, 0, 10**9), reading(4, 2e9 + 3)])
-    assert [math.isnan(y) for y in plot(section, AGAINST).lines[0].y] == [False, False, True, False, False, False]
+    shown = list(plot(section, AGAINST).lines[0].y)
+    assert [math.isnan(y) for y in shown] == [False, False, True, False, False, False, False, False]
+    assert shown[-3:] == [pytest.approx(1e9 + 1.5), pytest.approx(2e9 + 1.5), 2e9 + 3]
+
+
+def test_a_step_stands_upright_at_its_time(tmp_path: Path) -> None:
+    """A pause from 4.3 to 5.4 s: the clock drifts until 5.4 s, and is a second behind from then on."""
+    lines = [reading(at_s, -60.0 * at_s, bound_ns=5.0 + at_s) for at_s in (4, 5)]
+    lines += [step(5.4, 0, PAUSE_NS), step(5.4, 1, 7), reading(6, PAUSE_NS - 360.0, bound_ns=11.0)]
+    (line,) = plot(section_of(tmp_path / "x", [found(), *lines]), AGAINST).lines
+    assert list(line.x) == [4, 5, 5.4, 5.4, 6]
+    assert list(line.y) == pytest.approx([-240, -300, -324, PAUSE_NS - 324, PAUSE_NS - 360], abs=0.01)
+    assert [high - y for high, y in zip(line.high, line.y, strict=True)] == pytest.approx([9, 10, 11, 11, 11])
+
+
+@pytest.mark.parametrize("told", [29.5, 30.0005], ids=["before", "at the same look"])
+def test_a_step_that_is_told_late_counts_from_its_time(told: float, tmp_path: Path) -> None:
+    """It waits for the VMM's RESUME, while a reading shows it already: the report is as if it had not waited."""
+    readings = [reading(at_s, -52.0 * at_s + (PAUSE_NS if at_s >= 30 else 0)) for at_s in range(60)]
+    paused_at = vmm_event(28.4, "stop"), vmm_event(29.3, "resume")
+    tells = step(told, 0, PAUSE_NS, "stop", "resume")
+    in_time = section_of(tmp_path / "x", [found(), *readings[:30], *paused_at, tells, *readings[30:]])
+    late = section_of(tmp_path / "x", [found(), *readings[:32], *paused_at, tells, *readings[32:]])
+    assert late == in_time
+    assert list(plot(late, STEPLESS).lines[0].y) == [-52.0 * at_s for at_s in range(60)]
+    assert max(plot(late, ALLAN).lines[0].y) < 23
+
+
+def test_readings_begin_anew_once_an_unknown_step_is_told(tmp_path: Path) -> None:
+    """Late as it is: the reading that showed it is at the level of before, and so are those that count from 0 again."""
+    readings = [reading(0, 0.0), reading(1, 5.0), reading(2, 1e9)]
+    lines = [*readings, step(1.5, 0, None), reading(3, None), reading(4, 0.0), step(4.5, 0, 10**6), reading(5, 1e6 + 1)]
+    shown = plot(section_of(tmp_path / "x", [found(), *lines]), STEPLESS).lines[0].y
+    assert [y for y in shown if not math.isnan(y)] == [0, 5, 5, 5, 6]
 
 
 def test_the_allan_deviation_takes_pauses_for_no_noise(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ class WatchLog:
         step = step_of(record)
         self._refuse_vcpu(record, step.vcpus[0])
         if step.is_sure and (series := self.readings.get(step.vcpus[0])) is not None:
-            series.step(step.step_ns)
+            series.step(step.step_ns, step.at_s)
         before = self._open_step
         is_soon = before is not None and abs(step.at_s - before.at_s) <= ALIKE_S
         if before is not None and is_soon and before.is_alike(step) and step.vcpus[0] > before.vcpus[-1]:
@@ -167,7 +167,7 @@ class WatchLog:
     def _event(self, record: Fields) -> None:
         what, at_s = record.text("what"), record.number("at_s")
         for each in self.readings.values():
-            each.cut()
+            each.cut(at_s)
         if what == "stop":
             self._stopped_s = at_s if self._stopped_s is None else self._stopped_s
         elif what == "resume" and self._stopped_s is not None:
@@ -191,7 +191,7 @@ class WatchLog:
 
     def _host(self, record: Fields) -> None:
         for each in self.readings.values():
-            each.cut()
+            each.cut(record.number("at_s"))
         why = record.text("why")
         self._mark(record, "host", f"the host: {why}", Standing.BAD if record.truth("unstable") else Standing.OPEN)
         if len(self.troubles) < REASONS_MAX:
