@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pvclock.errors import ReportSourceError
-from pvclock.meter.report.model import MARKS_MAX, Mark, Plot, Standing
+from pvclock.meter.report.model import MARKS_MAX, Mark, Plot, Standing, Table
 from pvclock.meter.report.sources import read
 from pvclock.meter.report.watch_steps import STEPS_SHOWN
 from tests.unit.report_lines import (
@@ -334,7 +334,31 @@ def test_promised_and_seen(tmp_path: Path) -> None:
     assert shown["TSC offsets"][0] == "not readable: debugfs is not mounted"
     assert shown["no step of more than"] == ("1 us", "+1.500 us at 5.000 s")
     assert shown["vCPUs' pages agree"][1] == "no disagreement at any look"
+    assert standing_of_agreement(tmp_path, began, watch_result()) is Standing.GOOD
     assert shown["TSC frequency"] == ("2,596.132000 MHz for the guest", "the host's counts 2,596.132000 MHz")
+
+
+def standing_of_agreement(path: Path, *lines: dict[str, Any]) -> Standing:
+    """How it stands with the pages of a watch's vCPUs."""
+    table = section_of(path / "x", lines).parts[-1]
+    assert isinstance(table, Table)
+    return dict(zip((row[0] for row in table.rows), table.standings, strict=True))["vCPUs' pages agree"]
+
+
+@pytest.mark.parametrize("last", [None, "ended", "left"])
+def test_a_disagreement_may_be_amid_where_the_file_ends(last: str | None, tmp_path: Path) -> None:
+    """It is told when it ends, or the watch does: without that, that none was told says nothing."""
+    end = [] if last is None else [watch_line(last, 5, why="its QEMU is gone")]
+    standing = standing_of_agreement(tmp_path, found(), step(3, 0, 7), *end)
+    assert standing is (Standing.OPEN if last is None else Standing.GOOD)
+
+
+def test_stalls_are_counted_with_the_longest(tmp_path: Path) -> None:
+    """Most are too short to be marked, and the reader is told so."""
+    stalls = [watch_line("stall", at_s, gap_ns=62_000_000 - 10**7 * at_s) for at_s in range(5)]
+    section = section_of(tmp_path / "x", [found(), *stalls, watch_result()])
+    said = "5 stalls, 62.00 ms the longest; those of 100 ms and more are marked"
+    assert f"Watched for 9.000 s, 900 looks; {said}." in section.sentences
 
 
 # Several watches
@@ -466,6 +490,16 @@ def test_a_vcpu_beyond_all_machines_is_refused(tmp_path: Path) -> None:
     lines = [found(), step(1, 10**6, 5)]
     with pytest.raises(ReportSourceError, match="line 2: found vCPU 1000000; expected a vCPU from 0 to 4095"):
         read([written(tmp_path / "x", lines)], lambda _bytes, _name: None)
+
+
+def test_a_real_watch_that_an_error_ended() -> None:
+    """What `pvclock watch --json` wrote beside a QEMU whose monitor hung up: its summary has no instant."""
+    file = Path(__file__).parents[1] / "reports" / "watch-error.jsonl"
+    (section,) = read([str(file)], lambda _bytes, _name: None).sections
+    assert section.verdict == "The watch was ended by an error: QMP events: the other end hung up"
+    assert section.sentences[0] == "Watched for 4.775 s, as far as the file goes."
+    assert not [sentence for sentence in section.sentences if "Passed over" in sentence]
+    assert len(rows(section, "Steps, the greatest first")) == 1
 
 
 def test_all_lines_of_a_real_watch_are_known() -> None:

@@ -14,13 +14,13 @@ from pvclock.meter.report.watch_steps import Step, StepTable, disagreement_in_wo
 from pvclock.meter.watch.vm import VmEventKind
 from pvclock.meter.watch.words import duration, flags_in_words
 
-__all__ = ["RateSeries", "WatchLog"]
+__all__ = ["STALL_NS", "RateSeries", "WatchLog"]
 
 VCPUS_MAX: Final = 4096
 ALIKE_S: Final = 0.25
 """vCPUs that have the same step are found within so long: some looks."""
 STALL_NS: Final = 100_000_000
-"""Shorter ones are counted: a busy host has many."""
+"""Shorter ones are counted, but not marked: a busy host has many."""
 REASONS_MAX: Final = 16
 VM_EVENTS: Final = frozenset(map(str, VmEventKind))
 
@@ -59,7 +59,7 @@ class WatchLog:
         self.rates: dict[int, RateSeries] = {}
         self.steps = StepTable()
         self.marks = MarkCollection()
-        self.disagreements, self.stalls, self.unknown_kinds = 0, 0, 0
+        self.disagreements, self.stalls, self.longest_stall_ns, self.unknown_kinds = 0, 0, 0, 0
         self.worst_disagreement: tuple[int, str] | None = None
         self.troubles: list[str] = []
         self.ended: str | None = None
@@ -87,7 +87,7 @@ class WatchLog:
         if "error" in record:
             self.error = record.fields("error").text("message")
             return
-        self.last_s = max(self.last_s, record.number("at_s"))
+        self.last_s = max(self.last_s, record.number_or_none("at_s") or 0.0)  # a summary has none
         taker = self._takers.get(record.text("kind"))
         if taker is None:
             self.unknown_kinds += 1
@@ -184,6 +184,7 @@ class WatchLog:
     def _stall(self, record: Fields) -> None:
         gap_ns, at_s = record.whole("gap_ns"), record.number("at_s")
         self.stalls += 1
+        self.longest_stall_ns = max(self.longest_stall_ns, gap_ns)
         if gap_ns >= STALL_NS:
             said = f"not watched for {duration(gap_ns)}: what came and went meanwhile was not seen"
             gap_s = gap_ns / 1e9
