@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pvclock.errors import ReportSourceError
+from pvclock.meter.report.mark_collection import MarkCollection
 from pvclock.meter.report.model import MARKS_MAX, Mark, Plot, Standing, Table
 from pvclock.meter.report.sources import read
 from pvclock.meter.report.watch_steps import STEPS_SHOWN
@@ -253,6 +254,25 @@ def test_many_marks_are_merged_with_the_greatest_kept(tmp_path: Path) -> None:
     assert sum(mark.stands_for for mark in shown) == 5000
     assert max(shown, key=lambda mark: mark.size).x == 234.5
     assert max(after.x - before.x for before, after in pairwise(shown)) < 500 / 100
+    said = f"5,000 marks are drawn as {len(shown):,}: of neighbours that are alike, the greatest is shown."
+    assert all(part.note.endswith(said) for part in section.parts if isinstance(part, Plot) and part.marks)
+    few = plot(section_of(tmp_path / "x", [found(), *steps[:100], reading(501, 0.0)]), AGAINST)
+    assert (len(few.marks), "marks" in few.note) == (100, False)
+
+
+@pytest.mark.parametrize("great", list(Standing))
+def test_the_greatest_mark_of_each_standing_is_kept(great: Standing) -> None:
+    """A step of 1 s at a pause stands beside any number of small ones that are faults, and the other way round."""
+    marks = MarkCollection()
+    for at in range(50_000):
+        marks.add(Mark(at, "step", "", list(Standing)[at % 4], size=1 + at % 3))
+        if at == 31_234:
+            marks.add(Mark(at, "step", "", great, size=1e9))
+    shown = marks.marks()
+    assert len(shown) <= MARKS_MAX
+    assert sum(mark.stands_for for mark in shown) == 50_001
+    (greatest,) = (mark for mark in shown if mark.size == 1e9)
+    assert (greatest.x, greatest.standing) == (31_234, great)
 
 
 # Steps in a table

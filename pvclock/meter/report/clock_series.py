@@ -192,9 +192,8 @@ def readings_plots(series: Sequence[ClockSeries], against: str, marks: tuple[Mar
         _extent_ns(each.stepless_ns()) for each in shown
     ):
         lines = tuple(each.stepless_line() for each in shown)
-        without = (
-            "Each step is taken out as it was measured, and one of unknown size as if there had been no time between."
-        )
+        how = "Each step is taken out as it was measured, and one of unknown size as if there had been no time between."
+        without = " ".join(filter(None, [how, note]))
         plots.append(Plot(f"Clock against {against}, without its steps", x, y, lines, marks, without))
     return plots
 

@@ -36,7 +36,7 @@ def _section(source: str, log: WatchLog) -> Section:
     series = distinct(log.readings.values(), list(log.readings))
     verdict, standing = _verdict(log)
     parts: list[Part | None] = [
-        *readings_plots(series, _reference(log), log.marks.marks()),
+        *readings_plots(series, _reference(log), log.marks.marks(), log.marks.note()),
         _rate_plot(log),
         stability_plot(series),
         log.steps.table(),
@@ -149,7 +149,8 @@ def _rate_plot(log: WatchLog) -> Plot | None:
     lines = tuple(rate.line(f"vCPU{'s' * (len(vcpus) > 1)} {runs_in_words(vcpus)}") for vcpus, rate in named)
     if not any(len(line.x) for line in lines):
         return None
-    note = "As the watch told it: over all its time so far.  The bound shrinks as it grows."
+    how = "As the watch told it: over all its time so far.  The bound shrinks as it grows."
+    note = " ".join(filter(None, [how, log.marks.note()]))
     x, y = Axis("Time", Unit.S), Axis(f"Faster than {_reference(log)}", Unit.PPB)
     return Plot(f"Rate against {_reference(log)}", x, y, lines, log.marks.marks(), note)
 
