@@ -12,10 +12,17 @@ from typing import Any
 import pytest
 
 from pvclock.errors import ReportSourceError
+from pvclock.meter.report.fields import Fields, Place
 from pvclock.meter.report.mark_collection import MarkCollection
 from pvclock.meter.report.model import MARKS_MAX, Mark, Plot, Standing, Table
 from pvclock.meter.report.sources import read
-from pvclock.meter.report.watch_steps import STEPS_SHOWN
+from pvclock.meter.report.watch_steps import STEPS_SHOWN, UNKNOWN_SHOWN, disagreement_in_words, step_of
+from pvclock.meter.watch.changes import Disagreement, Step, TscBasis
+from pvclock.meter.watch.vm import VmEvent, VmEventKind
+from pvclock.quantities import HostTsc
+from pvclock.readings import TimeInfo
+from qemu_glue.watch.records import finding_record
+from qemu_glue.watch.sentences import sentences
 from tests.unit.report_lines import (
     found,
     plot,
@@ -203,7 +210,7 @@ def test_a_step_without_a_pause_is_bad_and_an_unknown_one_open(tmp_path: Path) -
     """What moves a clock while it runs is a fault, and what cannot be told is not decided."""
     (bad,) = marks("step", step(5, 0, 1500, basis="assumed"), tmp_path=tmp_path)
     assert (bad.standing, bad.size) == (Standing.BAD, 1500)
-    assert bad.text == "vCPU 0 stepped by +1.500 us against the TSC (if the guest's TSC was not changed)"
+    assert bad.text == "vCPU 0 stepped by +1.500 us against the TSC (if its TSC was not changed)"
     (unknown,) = marks("unknown step", step(5, 0, None), tmp_path=tmp_path)
     assert unknown.standing is Standing.OPEN
     assert marks("step", step(5, 0, 1), tmp_path=tmp_path) == []
@@ -231,7 +238,10 @@ def test_disagreements_stalls_and_the_host(tmp_path: Path) -> None:
     assert shown["host"].standing is Standing.BAD
     assert shown["flags"].text == "vCPU 1: flags stable -> stable, stopped"
     assert shown["page lost"].standing is Standing.OPEN
-    said = "vCPU 0's page gave up to 115.700 000 ms more than vCPU 1's, for at least 3.100 ms"
+    said = (
+        "vCPU 0's page gave up to 115.700 000 ms more than vCPU 1's, for at least 3.100 ms: a clock that was read by "
+        "it went back by as much"
+    )
     assert f"Pages disagreed 1 time; the most: {said}." in section.sentences
     assert "The host: the kernel marked the TSC unstable" in section.sentences
     assert "The VM has ended." in section.sentences
@@ -288,6 +298,45 @@ def test_steps_stand_greatest_first_and_the_rest_is_counted(tmp_path: Path) -> N
     assert [row[2].replace(" us", "").replace(".", "").replace(" ns", "") for row in shown] == [
         f"{ns:+d}" for ns in greatest
     ]
+
+
+def test_unknown_steps_are_counted_apart_from_smaller_ones(tmp_path: Path) -> None:
+    """Of how many ns nobody knows, so they are not the least: they come first, whatever else there was."""
+    steps = [step(at, 0, None) for at in range(40)] + [step(50 + at, 0, 5 + at) for at in range(60)]
+    title = "Steps, unknown ones and then the greatest; 20 more of unknown size and 10 smaller ones are not shown"
+    shown = rows(section_of(tmp_path / "x", [found(), *steps]), title)
+    assert [row[2] for row in shown] == ["unknown"] * UNKNOWN_SHOWN + [f"+{64 - at} ns" for at in range(STEPS_SHOWN)]
+    few = rows(section_of(tmp_path / "x", [found(), *steps[39:42]]), "Steps, unknown ones and then the greatest")
+    assert [row[2] for row in few] == ["unknown", "+6 ns", "+5 ns"]
+
+
+PAGE = TimeInfo(2, 1, 2, 1 << 31, -1, 1)  # type: ignore[arg-type]  # units
+STEP = Step(HostTsc(9), HostTsc(8), 3, PAGE, PAGE, 1, TscBasis.OFFSETS, -1_035_012_345, 2, None, None, ())
+PAUSE = VmEvent(VmEventKind.STOP, 10**18), VmEvent(VmEventKind.RESUME, 10**18 + 1_035_000_000)
+APART = Disagreement(HostTsc(9), 0, 1, 115_700_000, 2, 3_100_000, (), TscBasis.OFFSETS)
+
+
+@pytest.mark.parametrize(
+    "finding",
+    [
+        STEP,
+        STEP._replace(seen_ns=2_100_000, seen_bound_ns=500_000, events=PAUSE),
+        STEP._replace(step_ns=7, basis=TscBasis.ASSUMED, lines=3),
+        STEP._replace(step_ns=0),
+        STEP._replace(step_ns=None, bound_ns=None, basis=TscBasis.CHANGED),
+        STEP._replace(lines=0, step_ns=None, bound_ns=None, basis=TscBasis.CHANGED),
+        STEP._replace(lines=0, step_ns=5000),
+        APART,
+        APART._replace(least_ns=0, events=PAUSE),
+        APART._replace(is_stale=True),
+        APART._replace(ahead=2, behind=0, is_stale=True),
+    ],
+)
+def test_a_finding_has_the_same_words_as_in_the_watch(finding: Step | Disagreement) -> None:
+    """What the watch told people while it went on is what the report of its JSON tells."""
+    record = Fields({**finding_record(finding), "at_s": 1.0}, Place("x"))
+    words = step_of(record).in_words() if isinstance(finding, Step) else disagreement_in_words(record)
+    assert [words] == [sentence for _, sentence in sentences([finding])]
 
 
 def test_a_steps_row(tmp_path: Path) -> None:
@@ -529,5 +578,5 @@ def test_all_lines_of_a_real_watch_are_known() -> None:
     kinds = {json.loads(line).get("kind") for line in file.read_text(encoding="utf-8").splitlines()}
     assert {"found", "reading", "rate", "step", "event", None} <= kinds
     assert not [sentence for sentence in section.sentences if "Passed over" in sentence]
-    texts = list(chain.from_iterable(rows(section, "Steps, the greatest first")))
+    texts = list(chain.from_iterable(rows(section, "Steps, unknown ones and then the greatest")))
     assert "STOP, RESUME 1.002 s later" in texts
