@@ -9,14 +9,13 @@ looked at every 10 ms, until --seconds, Ctrl-C or its end.  Exit status 1 if a b
 from __future__ import annotations
 
 import argparse
-import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from pvclock import ConfigError, Gpa, Reference
 from pvclock.commands.arguments import duration_s, rate_ppb, time_ns
-from pvclock.commands.outcome import Outcome, line_json
-from pvclock.commands.screen import Screen, write
+from pvclock.commands.outcome import Outcome
+from pvclock.commands.screen import Screen
 from qemu_glue.prometheus.address import DEFAULT_HOST, parsed_address
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
@@ -117,15 +116,16 @@ def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack)
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
         raise ConfigError("--prometheus needs prometheus_client: pip install 'pvclock[prometheus]'") from None
+    from pvclock.host.this_host import measure_tsc_hz
     from qemu_glue.prometheus.series import Series
-    from qemu_glue.watch.instants import utc_text
+    from qemu_glue.watch.instants import Instants
+    from qemu_glue.watch.json_lines import JsonLines
 
     series = Series()
     server = resources.enter_context(serve(arguments.prometheus, series))
     screen.show(f"metrics at {server.url}")
     if arguments.json:
-        when = {"at_s": 0.0, "utc": utc_text(time.time_ns())}
-        write(line_json("watch", {"kind": "metrics", **when, "url": server.url}) + "\n")
+        JsonLines(Instants(measure_tsc_hz())).write({"kind": "metrics", "url": server.url})
     return series
 
 

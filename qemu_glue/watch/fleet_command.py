@@ -87,9 +87,7 @@ def _outcome(fleet: Fleet, screen: Screen) -> Outcome:
         screen.show(Text.assemble((f"{name}: ", "bold"), Text(f"not watched at the end: {why}", "yellow")))
     statuses = {*fleet.statuses, *([VerdictStatus.UNDECIDED.exit_status] if fleet.not_watched else [])}
     result = {
-        "vms": [
-            {**each.ending.result, "vm": each.vm, "description": each.ending.result["vm"]} for each in fleet.watched
-        ],
+        "vms": [{**each.ending.result, "vm": each.vm} for each in fleet.watched],
         "not_watched": [{"vm": name, "why": why} for name, why in fleet.not_watched.items()],
         "host_troubles": list(map(finding_record, fleet.troubles)),
     }

@@ -27,8 +27,8 @@ ASK_S: Final = 0.1
 class Shows(Protocol):
     """Shows one VM's watch."""
 
-    def begin(self, loop: WatchLoop, found: PagesFound) -> None:
-        """Its pages were found, and looked at once."""
+    def begin(self, loop: WatchLoop, found: PagesFound, first: Look) -> None:
+        """Its pages were found, and looked at for the first time."""
 
     def look(self, look: Look) -> None:
         """What a look brought, but for the host's troubles, which are no VM's."""
@@ -135,7 +135,7 @@ class Member:
             is_first = True
             for look in loop.looks():
                 if is_first:
-                    self._show.begin(loop, found)
+                    self._show.begin(loop, found, look)
                 is_first = False
                 self._take(look, loop)
 

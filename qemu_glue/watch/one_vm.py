@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from rich.text import Text
 
 from pvclock import Reference
-from pvclock.commands.outcome import Outcome, line_json
-from pvclock.commands.screen import Screen, write
+from pvclock.commands.outcome import Outcome
+from pvclock.commands.screen import Screen
 from pvclock.errors import PagesNotFound, PvclockError
-from pvclock.meter.watch.loop import HostTrouble, VmEnded, WatchLoop
+from pvclock.meter.watch.loop import HostTrouble, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.series import Series
@@ -20,6 +20,7 @@ from qemu_glue.watch.ending import ending_of
 from qemu_glue.watch.first_lines import first_lines
 from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.interrupts import Interrupts
+from qemu_glue.watch.json_lines import JsonLines
 from qemu_glue.watch.records import summary_record
 from qemu_glue.watch.tables import summary_table
 from qemu_glue.watch.target import Target
@@ -87,6 +88,7 @@ class _Watch:
     ) -> None:
         self._arguments, self._screen, self._series, self._label = arguments, screen, series, label
         self._loop, self._found = loop, found
+        self._lines = JsonLines(Instants(loop.host_tsc_hz))
 
     def to_the_end(self) -> Outcome:
         """Watch, and show what it came to; after an error of a VM that runs, too."""
@@ -100,14 +102,13 @@ class _Watch:
     def _looked(self) -> str | None:
         """Show each look; why the VM ended, if it did."""
         why_ended = None
-        instants = Instants(self._loop.host_tsc_hz)
         if self._series is not None:
             self._series.host.take(self._loop.troubles)
         with ExitStack() as resources:
             view = None
             for look in self._loop.looks(self._arguments.seconds):
                 # From the line on that tells of the pages, all is seen that becomes of them.
-                view = view or self._view(instants, resources)
+                view = view or self._view(look, resources)
                 view.show(look)
                 if self._series is not None:
                     self._series.of(self._label).take(look, self._loop)
@@ -115,20 +116,19 @@ class _Watch:
                 why_ended = next((each.why for each in look.findings if isinstance(each, VmEnded)), None)
         return why_ended
 
-    def _view(self, instants: Instants, resources: ExitStack) -> View:
+    def _view(self, first: Look, resources: ExitStack) -> View:
         if self._arguments.json:
-            return JsonView(self._loop, instants, self._found)
+            return JsonView(self._loop, self._lines, self._found, first.poll.begin)
         self._screen.show(*first_lines(self._loop, self._found))
         if self._screen.can_redraw:
-            return LiveView(self._loop, instants, resources.enter_context(self._screen.redrawing()))
-        return LinesView(self._screen, instants)
+            return LiveView(self._loop, self._lines.instants, resources.enter_context(self._screen.redrawing()))
+        return LinesView(self._screen, self._lines.instants)
 
     def _show_summary(self) -> None:
         """Where there is no outcome: for people, and as a line of JSON."""
         self._screen.show(summary_table(self._loop))
         if self._arguments.json:
-            summary = summary_record(self._loop.watcher.summary)
-            write(line_json("watch", {"kind": "summary", **summary}) + "\n")
+            self._lines.write({"kind": "summary", **summary_record(self._loop.watcher.summary)})
 
     def _outcome(self, why_ended: str | None) -> Outcome:
         """Show what the watch came to, and how its budgets fared."""

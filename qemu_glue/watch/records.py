@@ -50,9 +50,10 @@ def finding_record(finding: Finding) -> Mapping[str, object]:
 
 
 def vm_record(loop: WatchLoop) -> Mapping[str, object]:
-    """What is watched, and how."""
+    """What is watched, and how; in a fleet `vm` is the name that it has there."""
     return {
         "vm": loop.vm.name,
+        "description": loop.vm.name,
         "vcpus": loop.vm.vcpus,
         "means": loop.vm.ram.means,
         "interval_s": loop.interval_s,

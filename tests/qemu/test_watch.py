@@ -291,7 +291,7 @@ def test_an_error_amid_a_watch(
         told = capsys.readouterr()
         if as_json:
             *_, summary, report = map(json.loads, told.out.splitlines())
-            assert summary.keys() - {"schema", "kind"} == documented_keys()["summary"]
+            assert summary.keys() - {"schema", "kind", "at_s", "utc"} == documented_keys()["summary"]
             assert summary["polls"] == 1
             assert report["error"]["message"] == "QMP query-status: no answer within 10 s"
         else:

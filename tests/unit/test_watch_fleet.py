@@ -274,7 +274,7 @@ def test_standard_output_fails(hand_made: HandMadeFleet, monkeypatch: pytest.Mon
     def full(_text: str) -> None:
         raise OSError(28, "No space left on device", "standard output")
 
-    monkeypatch.setattr("qemu_glue.watch.views.write", full)
+    monkeypatch.setattr("qemu_glue.watch.json_lines.write", full)
     hand_made.add("web")
     hand_made.watch(lambda: False, is_json=True)
     assert [error.errno for error in hand_made.failures][:1] == [28]
