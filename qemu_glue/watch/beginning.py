@@ -14,7 +14,7 @@ from pvclock.meter.watch.words import counted
 from qemu_glue.errors import QmpFailed, VirshFailed
 from qemu_glue.watch.target import QemuVm, open_vm
 
-__all__ = ["Interrupted", "Patience", "WaitsForEnd", "opened", "stopped_if_paused"]
+__all__ = ["Interrupted", "Patience", "WaitsForEnd", "only_pid", "opened", "stopped_if_paused"]
 
 RETRY_S: Final = 0.5
 STOPPED: Final = "the guest was stopped when the watch began; if it has not booted so far, have it go on"
@@ -70,23 +70,24 @@ class Patience:
 def opened(qmp: str | None, pid: int | None, libvirt: str | None) -> QemuVm:
     """As open_vm(), with the VMs that there are where `pid` is none of them.  pid: 0: the only one."""
     if pid == 0:
-        pid = _only_pid()
+        pid = only_pid()
     try:
         return open_vm(qmp=qmp, pid=pid, libvirt=libvirt)
     except VmNotObservable as error:
         raise VmNotObservable(error.pid, f"{error.why}; {_running_in_words()}") from None
 
 
-def stopped_if_paused(error: PagesNotFound, vm: WatchedVm) -> PagesNotFound:
-    """No pages were found: why that may be, if the guest did not run."""
-    return PagesNotFound(error.searched_bytes, error.looked_for, STOPPED) if vm.is_paused else error
-
-
-def _only_pid() -> int:
+def only_pid() -> int:
+    """The process of the only VM here.  ConfigError."""
     pids = [vm.pid for vm in running_vms()]
     if len(pids) != 1:
         raise ConfigError(f"--pid is which? {_running_in_words()}")
     return pids[0]
+
+
+def stopped_if_paused(error: PagesNotFound, vm: WatchedVm) -> PagesNotFound:
+    """No pages were found: why that may be, if the guest did not run."""
+    return PagesNotFound(error.searched_bytes, error.looked_for, STOPPED) if vm.is_paused else error
 
 
 def _running_in_words() -> str:

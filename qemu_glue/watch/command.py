@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
 
 def _only_target(arguments: argparse.Namespace) -> Target | None:
     """The VM to watch; None: a fleet.  ConfigError."""
+    from qemu_glue.watch.beginning import only_pid
     from qemu_glue.watch.sockets import is_pattern
     from qemu_glue.watch.target import Target
 
@@ -102,7 +103,7 @@ def _only_target(arguments: argparse.Namespace) -> Target | None:
         if given is not None and len(given) > 1:
             raise ConfigError(f"{option} is for one VM; several are watched by their sockets: --qmp 'PATTERN'")
     if arguments.pid is not None:
-        return Target(pid=arguments.pid[0])
+        return Target(pid=arguments.pid[0] or only_pid())
     return Target(libvirt=arguments.libvirt[0])
 
 

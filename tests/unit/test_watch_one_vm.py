@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from pvclock.commands import main
 from qemu_glue import QmpFailed
+from qemu_glue.watch.command import _only_target, add_arguments
 from qemu_glue.watch.interrupts import Interrupts
 from tests.unit.test_watch_loop import ARRAY, HandMadeVm
 
@@ -45,3 +48,22 @@ def test_each_line_has_its_instant(vm: HandMadeVm, capsys: pytest.CaptureFixture
     assert "reading" in {line["kind"] for line in others}
     assert found["utc"] <= min(line["utc"] for line in (*others, summary))
     assert found["vm"] == found["description"] == vm.name
+
+
+@pytest.mark.parametrize(
+    ("words", "label"),
+    [
+        (["--pid"], "pid-4711"),
+        (["--pid", "4712"], "pid-4712"),
+        (["--qmp", "/run/web.qmp"], "web"),
+        (["--libvirt", "web\n"], r"web\n"),
+    ],
+)
+def test_what_metrics_call_it(words: list[str], label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/prometheus.md says; the only VM here by its process."""
+    monkeypatch.setattr("qemu_glue.watch.beginning.running_vms", lambda: [SimpleNamespace(pid=4711)])
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    target = _only_target(parser.parse_args(words))
+    assert target is not None
+    assert target.label == label
