@@ -456,6 +456,24 @@ def test_looks_of_all_vms_take_a_twentieth_of_a_cpu(vms: int) -> None:
     assert loop.interval_s == pytest.approx(max(0.02 * vms, least_s))
 
 
+def test_a_search_makes_no_look_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a look searches of the memory beside is no part of a look's cost."""
+    monkeypatch.setattr("pvclock.meter.watch.paced_search.PAUSE_S", 0)
+    vm, cpu_s = vm_with_a_page(), 0.0
+    loop, looks = loop_of(vm)
+    wait = SharedWait(lambda _seconds: False, lambda: 20, cpu_s=lambda: cpu_s)
+    wait.take_charge(loop)
+    vm.wipe(ARRAY)
+    cost_s, before = 0.0003, 0
+    while loop.finder.searched_pieces < LOOKS:
+        wait(0)
+        next(looks)
+        cpu_s += cost_s + 0.03 * (loop.finder.searched_pieces > before)
+        before = loop.finder.searched_pieces
+    wait(0)
+    assert loop.interval_s == pytest.approx(20 * 20 * cost_s)
+
+
 def vm_with_a_page() -> HandMadeVm:
     """A VM whose page is found."""
     vm = HandMadeVm()
