@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
 from rich.text import Text
 
-from pvclock import HostTsc, read_tsc
+from pvclock import HostTsc
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 from pvclock.meter.watch.budgets import Verdict
@@ -64,20 +65,24 @@ class FleetView:
         if self._is_json:
             self.do(lambda: JsonLines(self.instants, name).write({"kind": "left", "why": why}))
         else:
-            self.do(lambda: NamedScreen(self._screen, name).show(Text(f"not watched: {why}", "red")))
+            told = Text.assemble((f"{self._time_of_day()} ", "dim"), (f"left: {why}", "red"))
+            self.do(lambda: NamedScreen(self._screen, name).show(told))
 
     def host(self, trouble: HostTrouble) -> None:
         """Something is wrong with the host's clocks."""
         if self._is_json:
             self.do(lambda: JsonLines(self.instants).write({**finding_record(trouble), "vm": None}))
         else:
-            when = time_of_day(self.instants.utc_ns(HostTsc(read_tsc())))
-            self.do(lambda: self._screen.show(Text(f"{when} the host: {trouble.why}", "red")))
+            told = Text.assemble((f"{self._time_of_day()} ", "dim"), (f"the host: {trouble.why}", "red"))
+            self.do(lambda: self._screen.show(told))
 
     def waits(self) -> None:
         """There is no VM, and that is no error."""
         if not self._is_json:
             self.do(lambda: self._screen.show("no VM yet: waiting for one"))
+
+    def _time_of_day(self) -> str:
+        return time_of_day(time.time_ns())
 
 
 class VmView:
@@ -113,7 +118,7 @@ def fleet_row(name: str, loop: WatchLoop, verdict: Verdict | None) -> list[str |
     greatest = max(steps, key=abs, default=None)
     return [
         name,
-        f"{duration(summary.duration_ns)}, {counted(summary.polls, 'poll')}",
+        f"{duration(summary.duration_ns)}, {counted(summary.polls, 'look')}",
         f"{summary.lines:,}",
         "none" if greatest is None else about_ns(greatest),
         f"{summary.disagreements:,}",

@@ -82,7 +82,7 @@ def _sentence(alike: Sequence[Finding]) -> str:
         case Disagreement() as found:
             said = disagreement_in_words(found)
         case Stall(gap_ns=gap_ns):
-            said = f"not watched for {duration(gap_ns)}: what came and went meanwhile was not seen"
+            said = f"no look for {duration(gap_ns)}: what came and went meanwhile was not seen"
         case PagesFound() as found:
             said = pages_in_words(found)
         case VmEvent(kind=kind):

@@ -13,7 +13,7 @@ from rich.text import Text
 from pvclock import HostTsc
 from pvclock.commands.tables import Table
 from pvclock.meter.watch.ahead import Ahead
-from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
+from pvclock.meter.watch.changes import TOLD_STALL_NS, Disagreement, PageLost, Stall, Step
 from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
@@ -27,8 +27,6 @@ from qemu_glue.watch.tables import vcpu_table
 __all__ = ["JsonView", "LinesView", "LiveView", "View"]
 
 REDRAW_S: Final = 0.5
-STALL_NS: Final = 250_000_000
-"""Shorter ones are told in the summary, and in JSON: a busy host has many."""
 KEPT: Final = 8
 """Findings that stay below the table."""
 AROUND_ROWS: Final = 16
@@ -124,7 +122,7 @@ class LiveView:
 
     def _state(self) -> Iterator[str]:
         summary = self._loop.watcher.summary
-        yield f"watched for {duration(summary.duration_ns)}, {counted(summary.polls, 'poll')}"
+        yield f"watched for {duration(summary.duration_ns)}, {counted(summary.polls, 'look')}"
         yield from ["the guest is stopped"] * bool(self._loop.is_paused)
         yield from ["its pages are searched again"] * self._loop.finder.is_searching
         yield "Ctrl-C ends"
@@ -132,7 +130,7 @@ class LiveView:
 
 def _told(look: Look, instants: Instants) -> Iterator[Text]:
     """Each finding as a line for people, with the time of day."""
-    told = [each for each in look.findings if not (isinstance(each, Stall) and each.gap_ns < STALL_NS)]
+    told = [each for each in look.findings if not (isinstance(each, Stall) and each.gap_ns < TOLD_STALL_NS)]
     for finding, sentence in sentences(told):
         when = time_of_day(_utc_ns(finding, look.poll.end, instants))
         yield Text.assemble((f"{when} ", "dim"), (sentence, _style(finding)))

@@ -295,7 +295,7 @@ def test_an_error_amid_a_watch(
             assert summary["polls"] == 1
             assert report["error"]["message"] == "QMP query-status: no answer within 10 s"
         else:
-            assert "1 poll\n" in told.out
+            assert "1 look\n" in told.out
             assert told.err == "pvclock watch: QMP query-status: no answer within 10 s\n"
 
 

@@ -149,7 +149,7 @@ SENTENCES = [
     ),
     (FlagsChange(HostTsc(9), 1, 1, 3), "vCPU 1: flags stable -> stable, stopped"),
     (PageLost(HostTsc(9), 1, "mul is 0"), "vCPU 1: the page is gone: mul is 0"),
-    (Stall(HostTsc(9), 1_500_000_000), "not watched for 1.500 s: what came and went meanwhile was not seen"),
+    (Stall(HostTsc(9), 1_500_000_000), "no look for 1.500 s: what came and went meanwhile was not seen"),
     (PagesFound((Gpa(0x1000), Gpa(0x1040)), "as given"), "2 pages at 0x1000, 0x1040, as given"),
     (
         PagesFound((Gpa(0x1000),), "one page at 0x1000", 192 << 20, 0.25),
