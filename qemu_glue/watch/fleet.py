@@ -15,10 +15,9 @@ from rich.text import Text
 
 from pvclock.commands.outcome import message_of
 from pvclock.host.this_host import measure_tsc_hz
-from pvclock.host.watch import HostWatch, TroubleKind
 from pvclock.meter.inside.schema import printable
 from pvclock.meter.verdict_status import VerdictStatus
-from pvclock.meter.watch.loop import HostTrouble
+from pvclock.meter.watch.host_troubles import HostTrouble, HostTroubles
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.series import Series
 from qemu_glue.watch.ending import Ending, ending_of
@@ -39,7 +38,6 @@ JOIN_S: Final = 10.0
 WATCHED_MAX: Final = 1000
 """Watches of which all is kept that they came to, the last ones."""
 TROUBLES_MAX: Final = 1000
-NS_PER_S: Final = 1_000_000_000
 NO_SOCKET: Final = "there was no such socket all the while"
 TOO_EARLY: Final = "the watch ended before the guest's pages were found"
 
@@ -90,8 +88,8 @@ class Fleet:
         self._first_seen_s: dict[FileId, float] = {}
         self._names = VmNames()
         self._missing = {path for path in named if not is_pattern(path)}
-        self._host = HostWatch(measure_tsc_hz(), interval_ns=int(LOOK_AGAIN_S * NS_PER_S))
-        self._note_host(_from_the_beginning(self._host))
+        self._host = HostTroubles(measure_tsc_hz(), LOOK_AGAIN_S)
+        self._note_host(self._host.at_begin)
 
     @property
     def not_watched(self) -> dict[str, str]:
@@ -115,7 +113,7 @@ class Fleet:
                 if time.monotonic() >= next_s:
                     next_s = time.monotonic() + LOOK_AGAIN_S
                     self._let_in(sockets_now(self._named))
-                    self._look_at_host()
+                    self._note_host(self._host.check())
                 if is_over(self) or wait(TURN_S):
                     break
         finally:
@@ -190,10 +188,6 @@ class Fleet:
         if self._series is not None:
             self._series.forget(self._names.of(socket))
 
-    def _look_at_host(self) -> None:
-        found = [each for each in self._host.check() if each.kind is not TroubleKind.STALL]  # a busy host is no trouble
-        self._note_host([HostTrouble(each.kind, each.unstable, each.why) for each in found])
-
     def _note_host(self, troubles: Iterable[HostTrouble]) -> None:
         for trouble in troubles:
             self.troubles.append(trouble)
@@ -210,12 +204,6 @@ class Fleet:
                 member.error = TimeoutError(f"it did not answer within {JOIN_S:g} s, and is left")
             self._take(socket, member)
         self._members.clear()
-
-
-def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:
-    """What is wrong before anything has changed."""
-    why = f"the host's clocksource is {host.last.clocksource}, not tsc"
-    return [] if host.tsc_trusted else [HostTrouble(TroubleKind.CLOCKSOURCE, True, why)]
 
 
 def _allow_files() -> None:

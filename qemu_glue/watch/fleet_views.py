@@ -12,7 +12,8 @@ from pvclock import HostTsc
 from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 from pvclock.meter.watch.budgets import Verdict
-from pvclock.meter.watch.loop import HostTrouble, Look, WatchLoop
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.words import about_ns, counted, duration, time_of_day
 from qemu_glue.watch.first_lines import first_lines

@@ -10,7 +10,8 @@ from typing import Final, Protocol
 
 from pvclock import Reference
 from pvclock.errors import PagesNotFound
-from pvclock.meter.watch.loop import HostTrouble, Look, VmEnded, WatchLoop
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.series import VmSeries

@@ -11,7 +11,8 @@ from pvclock import Reference
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from pvclock.errors import PagesNotFound, PvclockError
-from pvclock.meter.watch.loop import HostTrouble, Look, VmEnded, WatchLoop
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.series import Series

@@ -10,7 +10,8 @@ from pvclock import Reference
 from pvclock.meter.watch.ahead import Ahead
 from pvclock.meter.watch.budgets import Budgets, Verdict
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step
-from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded, WatchLoop
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Finding, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.summary import WatchSummary
 from pvclock.meter.watch.vm import VmEvent

@@ -14,7 +14,8 @@ from pvclock import HostTsc
 from pvclock.commands.tables import Table
 from pvclock.meter.watch.ahead import Ahead
 from pvclock.meter.watch.changes import TOLD_STALL_NS, Disagreement, PageLost, Stall, Step
-from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Finding, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.meter.watch.words import counted, duration, time_of_day

@@ -20,7 +20,8 @@ from pvclock.meter.findings import TIME_INFO
 from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.budgets import Budgets, Verdict
 from pvclock.meter.watch.changes import Disagreement, PageLost, Step, TscBasis
-from pvclock.meter.watch.loop import Finding, HostTrouble, Look, WatchLoop
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Finding, Look, WatchLoop
 from pvclock.meter.watch.loop import VmEnded as Ended
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
