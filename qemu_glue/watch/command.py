@@ -20,6 +20,7 @@ from qemu_glue.prometheus.address import DEFAULT_HOST, parsed_address
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
     from qemu_glue.prometheus.series import Series
+    from qemu_glue.watch.options import WatchOptions
     from qemu_glue.watch.target import Target
 
 __all__ = ["EXAMPLES", "JSON_LINES", "add_arguments", "run"]
@@ -80,14 +81,30 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     target = _only_target(arguments)
     if target is None and arguments.page:
         raise ConfigError("--page is of one VM; a fleet's pages are searched")
+    options = _options(arguments)
     with Interrupts() as interrupts, ExitStack() as resources:
         series = _served(arguments, screen, resources)
         if target is None:
-            return watch_fleet(arguments, screen, series, interrupts)
-        return watch_one(arguments, screen, target, series, interrupts)
+            return watch_fleet(arguments.qmp, options, screen, series, interrupts)
+        return watch_one(options, screen, target, series, interrupts)
 
 
 # Inside
+
+
+def _options(arguments: argparse.Namespace) -> WatchOptions:
+    from pvclock.meter.watch.budgets import Budgets
+    from qemu_glue.watch.options import WatchOptions
+
+    return WatchOptions(
+        Reference(arguments.reference),
+        Budgets(arguments.max_step, arguments.max_drift, arguments.tsc_unchanged, arguments.allow_pauses),
+        seconds=arguments.seconds,
+        wait_s=arguments.wait,
+        interval_s=arguments.interval,
+        pages=tuple(arguments.page),
+        is_json=arguments.json,
+    )
 
 
 def _only_target(arguments: argparse.Namespace) -> Target | None:

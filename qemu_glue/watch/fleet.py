@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +23,7 @@ from qemu_glue.watch.ending import Ending, ending_of
 from qemu_glue.watch.fleet_views import FleetView, fleet_row
 from qemu_glue.watch.member import FleetEnd, Member
 from qemu_glue.watch.names import FileId, VmNames, shown
+from qemu_glue.watch.options import WatchOptions
 from qemu_glue.watch.sockets import is_pattern, sockets_now
 
 __all__ = ["Fleet", "Watched"]
@@ -69,7 +69,7 @@ class Fleet:
         self,
         named: list[str],
         open_vm: Callable[[str], WatchedVm],
-        arguments: argparse.Namespace,
+        options: WatchOptions,
         *,
         view: FleetView,
         end: FleetEnd,
@@ -81,7 +81,7 @@ class Fleet:
         """Exit statuses of all that were watched."""
         self.troubles: deque[HostTrouble] = deque(maxlen=TROUBLES_MAX)
         """The host's, the last ones."""
-        self._named, self._open_vm, self._arguments = named, open_vm, arguments
+        self._named, self._open_vm, self._options = named, open_vm, options
         self._view, self._end, self._series = view, end, series
         self._members: dict[FileId, Member] = {}
         self._obstacles: dict[FileId, _Obstacle] = {}
@@ -150,7 +150,7 @@ class Fleet:
             name,
             path,
             self._open_vm,
-            self._arguments,
+            self._options,
             self._end,
             lambda: sum(each.loop is not None for each in list(self._members.values())),
             show=self._view.of(name),
@@ -171,7 +171,7 @@ class Fleet:
         if member.loop is None and error is None:
             error = TOO_EARLY
         if member.loop is not None:
-            ending = ending_of(member.loop, self._arguments, member.why_ended)
+            ending = ending_of(member.loop, self._options.budgets, member.why_ended)
             cells = fleet_row(member.name, member.loop, ending.verdict)
             self.watched.append(Watched(member.name, ending, cells, error))
             self.statuses |= {ending.exit_status, *([VerdictStatus.UNDECIDED.exit_status] if error else [])}

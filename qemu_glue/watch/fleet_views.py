@@ -94,12 +94,13 @@ class VmView:
         self._screen = NamedScreen(screen, name)
         self._view: View | None = None
 
-    def begin(self, loop: WatchLoop, found: PagesFound, first: Look) -> None:
+    def begin(self, loop: WatchLoop, found: PagesFound, first: Look) -> View:
         """See Shows."""
         self._fleet.do(lambda: self._begin(loop, found, first.poll.begin))
+        return self
 
-    def look(self, look: Look) -> None:
-        """See Shows."""
+    def show(self, look: Look) -> None:
+        """See View."""
         if self._view is not None:
             view = self._view
             self._fleet.do(lambda: view.show(look))

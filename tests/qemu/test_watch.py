@@ -269,7 +269,7 @@ def test_what_follows_the_first_line_is_seen(
             running.qemu.pause()
             running.qemu.resume()
 
-    monkeypatch.setattr("qemu_glue.watch.views.write", pausing)
+    monkeypatch.setattr("qemu_glue.watch.json_lines.write", pausing)
     assert main(["watch", "--qmp", str(running.qmp), "--json"]) == 0
     *_, report = map(json.loads, capsys.readouterr().out.splitlines())
     assert report["result"]["summary"]["backward"]["step_ns"] < 0

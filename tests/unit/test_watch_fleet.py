@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -24,6 +23,7 @@ from pvclock.commands.screen import Screen
 from pvclock.errors import VmEnded
 from pvclock.host.this_host import measure_tsc_hz
 from pvclock.host.watch import TroubleKind
+from pvclock.meter.watch.budgets import Budgets
 from pvclock.meter.watch.vm import VmEvent
 from qemu_glue import QmpFailed
 from qemu_glue.prometheus.exporter import page_maker
@@ -34,6 +34,7 @@ from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.interrupts import Interrupts
 from qemu_glue.watch.member import FleetEnd
 from qemu_glue.watch.names import FileId, VmNames
+from qemu_glue.watch.options import WatchOptions
 from qemu_glue.watch.poll_share import SharedWait
 from qemu_glue.watch.sockets import is_pattern, sockets_now
 from tests.unit.test_watch_loop import ARRAY, HandMadeVm, loop_of
@@ -106,16 +107,15 @@ class HandMadeFleet:
         assert isinstance(vm, HandMadeVm)
         vm.has_ended, vm.fault = True, VmEnded(1)
 
-    def watch(self, *conditions: Callable[[], object], is_json: bool = False, **arguments: object) -> Fleet:
+    def watch(self, *conditions: Callable[[], object], is_json: bool = False, max_step_ns: int | None = None) -> Fleet:
         """Watch until each condition was true, one after the other."""
-        defaults = {"wait": 0.0, "interval": 0.001, "reference": "raw", "max_step": None, "max_drift": None}
-        given = {"tsc_unchanged": False, "allow_pauses": False, **defaults, **arguments}
+        max_step = None if max_step_ns is None else Fraction(max_step_ns)
         screen = Screen(quiet=is_json)
         view = FleetView(screen, Instants(measure_tsc_hz()), self.fail, is_json=is_json)
         fleet = Fleet(
             [self.pattern],
             self.open_vm,
-            argparse.Namespace(**given),
+            WatchOptions(budgets=Budgets(max_step), interval_s=0.001),
             view=view,
             end=self.end,
             series=self.series,
@@ -587,7 +587,7 @@ def test_sockets_of_a_pattern(hand_made: HandMadeFleet) -> None:
 def test_a_budget_of_a_fleet_is_a_number(hand_made: HandMadeFleet) -> None:
     """Fleet and VM go by the same arguments."""
     hand_made.add("web")
-    fleet = hand_made.watch(hand_made.looked("web"), max_step=Fraction(10**9))
+    fleet = hand_made.watch(hand_made.looked("web"), max_step_ns=10**9)
     (watched,) = fleet.watched
     assert watched.cells[-1] == "passed"
 
