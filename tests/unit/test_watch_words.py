@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pvclock.host.watch import TroubleKind
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
-from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Finding, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.meter.watch.words import (
@@ -150,7 +151,7 @@ SENTENCES = [
     ),
     (FlagsChange(HostTsc(9), 1, 1, 3), "vCPU 1: flags stable -> stable, stopped"),
     (PageLost(HostTsc(9), 1, "mul is 0"), "vCPU 1: the page is gone: mul is 0"),
-    (Stall(HostTsc(9), 1_500_000_000), "not watched for 1.500 s: what came and went meanwhile was not seen"),
+    (Stall(HostTsc(9), 1_500_000_000), "no look for 1.500 s: what came and went meanwhile was not seen"),
     (PagesFound((Gpa(0x1000), Gpa(0x1040)), "as given"), "2 pages at 0x1000, 0x1040, as given"),
     (
         PagesFound((Gpa(0x1000),), "one page at 0x1000", 192 << 20, 0.25),
