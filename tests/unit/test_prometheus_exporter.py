@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -20,31 +21,17 @@ from pvclock.meter.watch.summary import WatchSummary
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc
 from pvclock.readings import TimeInfo
-from qemu_glue.prometheus.exporter import page_maker
+from qemu_glue.prometheus.exporter import FAMILIES, page_maker
 from qemu_glue.prometheus.series import SILENT_S, HostSeries, Series, VmSeries
+from tests.command_line import ROOT
 
 pytestmark = pytest.mark.row("E10")
 
 PAGE = TimeInfo(2, GuestTsc(1), GuestNs(2), 1 << 31, -1, 1)
 AT = HostTsc(9)
 PAUSE = (VmEvent(VmEventKind.STOP, 1), VmEvent(VmEventKind.RESUME, 2))
-LABELS = {
-    "pvclock_build_info": {"version"},
-    "pvclock_host_clocksource_is_tsc": set(),
-    "pvclock_host_troubles": {"kind"},
-    "pvclock_watch_up": {"vm"},
-    "pvclock_watch_polls": {"vm"},
-    "pvclock_watch_interval_seconds": {"vm"},
-    "pvclock_guest_paused": {"vm"},
-    "pvclock_steps": {"vm", "vcpu", "cause"},
-    "pvclock_unknown_steps": {"vm", "vcpu"},
-    "pvclock_last_step_seconds": {"vm", "vcpu"},
-    "pvclock_pages_disagree_seconds": {"vm", "vcpu"},
-    "pvclock_disagreements": {"vm", "vcpu"},
-    "pvclock_frequency_offset_ratio": {"vm", "vcpu"},
-    "pvclock_frequency_offset_bound_ratio": {"vm", "vcpu"},
-}
-COUNTERS = {name for name in LABELS if name.endswith(("_troubles", "_polls", "_steps", "_disagreements"))}
+DOCUMENTED = re.compile(r"^\| `(pvclock_\w+)` \| (gauge|counter)(?:; ([\w, ]+))? \| .+ \|$", re.MULTILINE)
+"""A line of the table in docs/prometheus.md: a metric, its type and its labels."""
 
 
 def step(vcpu: int, step_ns: int | None, bound_ns: int = 2, events: tuple[VmEvent, ...] = ()) -> Step:
@@ -113,15 +100,24 @@ def watch() -> HandMadeWatch:
 
 
 def test_names_types_labels_and_units(watch: HandMadeWatch) -> None:
-    """All metrics are there with their type and labels, a help that is a sentence, and a base unit or none."""
+    """All metrics that docs/prometheus.md tells of are there, with that type and those labels, and no others.
+
+    Each has a help that is a phrase, and a base unit or none.
+    """
+    documented = DOCUMENTED.findall((ROOT / "docs" / "prometheus.md").read_text())
+    told = {name.removesuffix("_total"): (kind, re.findall(r"\w+", labels)) for name, kind, labels in documented}
     families = watch.families()
-    assert families.keys() == LABELS.keys()
+    assert families.keys() == told.keys()
+    assert len(documented) == len(FAMILIES)
     for name, family in families.items():
-        assert family.type == ("counter" if name in COUNTERS else "gauge"), name
-        assert family.documentation.startswith("It "), name
-        assert family.documentation.endswith("."), name
-        assert {frozenset(sample.labels) for sample in family.samples} == {frozenset(LABELS[name])}, name
+        kind, labels = told[name]
+        assert family.type == kind, name
+        assert {frozenset(sample.labels) for sample in family.samples} == {frozenset(labels)}, name
+        assert not family.documentation.endswith("."), name
         assert not name.endswith(("_ns", "_ms", "_us", "_ppb", "_ppm", "_percent"))
+    assert {name for name, kind, _ in documented if name.endswith("_total")} == {
+        name for name, kind, _ in documented if kind == "counter"
+    }
     assert watch.value("pvclock_build_info", version=__version__) == 1
 
 
@@ -156,6 +152,34 @@ def test_steps_by_their_cause(watch: HandMadeWatch) -> None:
     assert watch.value("pvclock_steps_total", vcpu="0", cause="unknown") == 1
     assert watch.value("pvclock_steps_total", vcpu="1", cause="other") == 2
     assert watch.value("pvclock_last_step_seconds", vcpu="1") == pytest.approx(-3e-6)
+
+
+def test_a_decimal_stays_as_short_as_it_is(watch: HandMadeWatch) -> None:
+    """Nanoseconds are seconds without ...0001 at the end, and ppb a ratio."""
+    watch.look(step(0, -503_758_074), apart(0, 1, 115_703_511))
+    page = page_maker(watch.series)("").content.decode()
+    assert 'pvclock_last_step_seconds{vcpu="0",vm="web"} -0.503758074\n' in page
+    assert 'pvclock_pages_disagree_seconds{vcpu="0",vm="web"} 0.115703511\n' in page
+    assert 'pvclock_frequency_offset_ratio{vcpu="0",vm="web"} -5.1e-08\n' in page
+
+
+def test_a_watch_may_end_at_any_moment_of_a_scrape(watch: HandMadeWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scrape is answered, whichever of the VM's values it had read by then."""
+    reads = ends_at = 0
+
+    def read(vm: VmSeries, name: str) -> object:
+        nonlocal reads
+        reads += 1
+        if reads == ends_at:
+            vm.end()
+        return object.__getattribute__(vm, name)
+
+    monkeypatch.setattr(VmSeries, "__getattribute__", read)
+    while reads >= ends_at:
+        watch.look()
+        reads, ends_at = 0, ends_at + 1
+        assert watch.families().keys() == {family.name for family in FAMILIES}
+    assert ends_at > len(FAMILIES)
 
 
 def test_what_may_be_no_step_is_not_counted(watch: HandMadeWatch) -> None:
