@@ -20,6 +20,7 @@ from qemu_glue.prometheus.series import Series, VcpuSeries, VmSeries
 
 __all__ = ["FAMILIES", "page_maker", "serve"]
 
+OPEN_METRICS: Final = "application/openmetrics-text"
 NS_PER_S: Final = 1e9
 PPB_PER_ONE: Final = 1e9
 """To divide by: 1e-9 is no double, and what is multiplied by it ends in ...0001."""
@@ -41,10 +42,19 @@ def page_maker(series: Series) -> Callable[[str], Page]:
     registry.register(_Collector(series))
 
     def page(accepted: str) -> Page:
-        encode, kind = choose_encoder(accepted)
+        encode, kind = choose_encoder(OPEN_METRICS if _takes_open_metrics(accepted) else "")
         return Page(kind, encode(registry))
 
     return page
+
+
+def _takes_open_metrics(accepted: str) -> bool:
+    """Does an Accept header take OpenMetrics 1.0.0?  What else it says is not parsed, for it may be anything."""
+    for each in accepted.split(","):
+        kind, *rest = (part.strip() for part in each.split(";"))
+        if kind == OPEN_METRICS and {part for part in rest if part.startswith("version=")} <= {"version=1.0.0"}:
+            return True
+    return False
 
 
 class _Collector:
@@ -59,8 +69,13 @@ class _Collector:
             made = family.kind(family.name, family.help, labels=family.labels)
             for labels, value in family.samples(self._series):
                 if value is not None:
-                    made.add_metric(labels, value)
+                    made.add_metric([_utf8(label) for label in labels], value)
             yield made
+
+
+def _utf8(label: str) -> str:
+    """A label's value: of a file's name, what is not UTF-8 is spelled out with backslashes."""
+    return label.encode(errors="backslashreplace").decode()
 
 
 # The table of metrics, and what its lines are made of.  Each value is read once: a watch may change it at any time.

@@ -133,6 +133,14 @@ def test_both_formats_are_read(watch: HandMadeWatch) -> None:
     ]
 
 
+@pytest.mark.parametrize("version", ["bogus", "", "9", "1.0.0.0", "0.0.1", "1_0", "\xb9", "1.0.0;version=2"])
+def test_what_cannot_be_parsed_gets_plain_text(watch: HandMadeWatch, version: str) -> None:
+    """So does a version that there is not: a client may ask for anything."""
+    page = page_maker(watch.series)(f"application/openmetrics-text;version={version}")
+    assert page.kind.startswith("text/plain; version=0.0.4")
+    assert b"pvclock_watch_up{" in page.content
+
+
 def test_a_series_is_there_before_its_first_event(watch: HandMadeWatch) -> None:
     """It is 0 from the first look on: increase() sees the first step only then."""
     for cause in ("pause", "other", "unknown"):
@@ -291,3 +299,10 @@ def test_hostile_names_are_escaped() -> None:
     watch = HandMadeWatch(name)
     watch.look(Stall(AT, 5))
     assert watch.value("pvclock_watch_up", vm=name) == 1
+
+
+def test_names_that_are_not_utf8() -> None:
+    """A socket's name may be any bytes; its label spells out those that are no text."""
+    watch = HandMadeWatch(b"w\xff\xc3\xa9".decode(errors="surrogateescape"))
+    watch.look()
+    assert watch.value("pvclock_watch_up", vm=r"w\udcffé") == 1
