@@ -38,7 +38,7 @@ SHIPPED: Final = ROOT / "qemu_glue" / "prometheus"
 SCRAPE: Final = "200ms"
 WINDOW: Final = "10s"
 """What Grafana puts for its own variables."""
-GRAFANA: Final = {'vm=~"$vm"': 'vm=~".*"', "$__rate_interval": WINDOW, "$__range": WINDOW}
+GRAFANA: Final = {'=~"$vm"': '=~".*"', '=~"$instance"': '=~".*"', "$__rate_interval": WINDOW, "$__range": WINDOW}
 STEP_NS: Final = 5_000_000
 LISTENS: Final = "0A"
 """TCP_LISTEN in /proc/net/tcp."""
