@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from prometheus_client import Metric
@@ -17,13 +15,14 @@ from pvclock.host.watch import TroubleKind
 from pvclock.meter.watch.changes import Disagreement, Stall, Step, TscBasis
 from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
 from pvclock.meter.watch.rate import PageRate
-from pvclock.meter.watch.summary import WatchSummary
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
-from pvclock.quantities import GuestNs, GuestTsc, HostTsc
+from pvclock.meter.watch.watcher import Watcher
+from pvclock.quantities import Gpa, GuestNs, GuestTsc, HostTsc
 from pvclock.readings import TimeInfo
 from qemu_glue.prometheus.exporter import FAMILIES, page_maker
 from qemu_glue.prometheus.series import SILENT_S, HostSeries, Series, VmSeries
 from tests.command_line import ROOT
+from tests.unit.test_watch_loop import ARRAY, RESET, HandMadeVm, loop_of
 
 pytestmark = pytest.mark.row("E10")
 
@@ -47,32 +46,32 @@ def apart(ahead: int, behind: int, by_ns: int, *, is_stale: bool = False) -> Dis
 
 
 class HandMadeWatch:
-    """A VM that is watched, and what its looks bring, by hand."""
+    """A watch whose looks bring what a test says, of a VM whose state it makes."""
 
-    def __init__(self, vm: str = "web", vcpus: int = 2) -> None:
+    def __init__(self, name: str = "web", vcpus: int = 2) -> None:
         self.now_s = 100.0
-        self.vm = VmSeries(vm, lambda: self.now_s)
-        self.watcher = SimpleNamespace(summary=WatchSummary(), open_disagreements=[])
-        self.finder = SimpleNamespace(is_searching=False)
-        self.loop: Any = SimpleNamespace(
-            vm=SimpleNamespace(vcpus=vcpus, why_no_events=None),
-            interval_s=0.01,
-            is_paused=False,
-            watcher=self.watcher,
-            finder=self.finder,
-            rates=lambda: {0: PageRate(-51.0, 7.0), 1: PageRate(None, None, "not sampled twice")},
-        )
         self.host = HostSeries(lambda: "tsc")
-        self.series = Series(self.host)
-        self.series._vms = {vm: self.vm}
+        self.series = Series(self.host, lambda: self.now_s)
+        self.name = name
+        self.vm = HandMadeVm(vcpus)
+        self.rates = {0: PageRate(-51.0, 7.0), 1: PageRate(None, None, "not sampled twice")}
+        self.begin()
+
+    def begin(self) -> None:
+        """Watch the VM, for the first time or anew."""
+        pages = [Gpa(ARRAY + 64 * vcpu) for vcpu in range(self.vm.vcpus)]
+        for page in pages:
+            self.vm.put(page)
+        self.loop, self._looks = loop_of(self.vm, pages)
 
     def look(self, *findings: Finding, open_now: Sequence[Disagreement] = ()) -> None:
         """One look, a while after the last."""
         self.now_s += 1
-        self.watcher.open_disagreements = list(open_now)
-        self.watcher.summary = self.watcher.summary._replace(polls=self.watcher.summary.polls + 1)
-        look: Any = SimpleNamespace(findings=findings)
-        self.vm.take(look, self.loop)
+        seen = next(self._looks)._replace(findings=findings)
+        with pytest.MonkeyPatch.context() as by_hand:
+            by_hand.setattr(Watcher, "open_disagreements", [*open_now])
+            by_hand.setattr(self.loop, "rates", lambda: self.rates)
+            self.series.of(self.name).take(seen, self.loop)
 
     def families(self) -> dict[str, Metric]:
         """What a scrape reads, by the metrics' names."""
@@ -153,7 +152,7 @@ def test_steps_by_their_cause(watch: HandMadeWatch) -> None:
     """A pause that was told is one cause, none the other; where nothing can be told the cause is unknown."""
     watch.look(step(0, -1_000_000_000, events=PAUSE), step(1, 5_000_000))
     watch.look(step(1, -3_000))
-    watch.loop.vm.why_no_events = "only QEMU's monitor tells of events"
+    watch.vm.why_no_events = "only QEMU's monitor tells of events"
     watch.look(step(0, 7_000))
     assert watch.value("pvclock_steps_total", vcpu="0", cause="pause") == 1
     assert watch.value("pvclock_steps_total", vcpu="0", cause="other") == 0
@@ -233,8 +232,9 @@ def test_rates_are_ratios_and_absent_while_unknown(watch: HandMadeWatch) -> None
     assert watch.value("pvclock_frequency_offset_ratio", vm="web", vcpu="0") == pytest.approx(-51e-9)
     assert watch.value("pvclock_frequency_offset_bound_ratio", vm="web", vcpu="0") == pytest.approx(7e-9)
     assert watch.value("pvclock_frequency_offset_ratio", vm="web", vcpu="1") is None
-    watch.finder.is_searching = True
+    watch.vm.events = [RESET]
     watch.look()
+    assert watch.loop.finder.is_searching
     assert watch.value("pvclock_watch_up", vm="web") == 0
     assert watch.value("pvclock_frequency_offset_ratio", vcpu="0") is None
 
@@ -261,14 +261,16 @@ def test_rare_looks_are_no_silence(watch: HandMadeWatch) -> None:
 def test_counters_never_go_back(watch: HandMadeWatch) -> None:
     """A watch that failed and began anew counts on, with another loop that begins at 0."""
     watch.look(step(0, 5_000), open_now=[apart(0, 1, 9)])
-    watch.vm.end()
+    polls = watch.value("pvclock_watch_polls_total")
+    watch.series.of("web").end()
     assert watch.value("pvclock_watch_up") == 0
     assert watch.value("pvclock_guest_paused") is None
-    watch.watcher.summary = WatchSummary()
+    watch.begin()
     watch.look(step(0, 6_000), open_now=[apart(0, 1, 9)])
     assert watch.value("pvclock_steps_total", vcpu="0", cause="other") == 2
     assert watch.value("pvclock_disagreements_total", vcpu="0") == 2
-    assert watch.value("pvclock_watch_polls_total") == 3
+    assert polls
+    assert watch.value("pvclock_watch_polls_total") == polls + watch.loop.watcher.summary.polls
 
 
 def test_a_vm_that_is_gone_has_no_series(watch: HandMadeWatch) -> None:
