@@ -5,7 +5,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${VENV:-.venv}/bin
-marks="(kvm or qemu) and not (lab or each_line)"
+marks="(kvm or qemu) and not (lab or web or each_line)"
 [[ -c /dev/kvm ]] && marks+=" and not long"  # this host has run those itself
 
 # Found and compiled here: each process in the lab would compile all it imports, and forget it.

@@ -42,5 +42,5 @@ def test_errors_go_through_pickle(error: errors.PvclockError) -> None:
 def test_kvm_errors_are_os_errors() -> None:
     """A failed system call can be caught as OSError, with errno, and names the call."""
     with pytest.raises(OSError, match="KVM_RUN: EINVAL") as caught:
-        raise EXAMPLES[10]
+        raise errors.KvmError("KVM_RUN", errno.EINVAL, "try again")
     assert caught.value.errno == errno.EINVAL
