@@ -20,7 +20,7 @@ from pvclock.commands.screen import Screen, write
 from qemu_glue.prometheus.address import DEFAULT_HOST, parsed_address
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
-    from qemu_glue.prometheus.series import Series
+    from qemu_glue.prometheus.metrics import Metrics
     from qemu_glue.watch.target import Target
 
 __all__ = ["EXAMPLES", "JSON_LINES", "add_arguments", "run"]
@@ -82,10 +82,10 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     if target is None and arguments.page:
         raise ConfigError("--page is of one VM; a fleet's pages are searched")
     with Interrupts() as interrupts, ExitStack() as resources:
-        series = _served(arguments, screen, resources)
+        metrics = _served(arguments, screen, resources)
         if target is None:
-            return watch_fleet(arguments, screen, series, interrupts)
-        return watch_one(arguments, screen, target, series, interrupts)
+            return watch_fleet(arguments, screen, metrics, interrupts)
+        return watch_one(arguments, screen, target, metrics, interrupts)
 
 
 # Inside
@@ -107,7 +107,7 @@ def _only_target(arguments: argparse.Namespace) -> Target | None:
     return Target(libvirt=arguments.libvirt[0])
 
 
-def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack) -> Series | None:
+def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack) -> Metrics | None:
     """What --prometheus serves from now on."""
     if arguments.prometheus is None:
         return None
@@ -117,16 +117,16 @@ def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack)
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
         raise ConfigError("--prometheus needs prometheus_client: pip install 'pvclock[prometheus]'") from None
-    from qemu_glue.prometheus.series import Series
+    from qemu_glue.prometheus.metrics import Metrics
     from qemu_glue.watch.instants import utc_text
 
-    series = Series()
-    server = resources.enter_context(serve(arguments.prometheus, series))
+    metrics = Metrics()
+    server = resources.enter_context(serve(arguments.prometheus, metrics))
     screen.show(f"metrics at {server.url}")
     if arguments.json:
         when = {"at_s": 0.0, "utc": utc_text(time.time_ns())}
         write(line_json("watch", {"kind": "metrics", **when, "url": server.url}) + "\n")
-    return series
+    return metrics
 
 
 def _pid(text: str) -> int:

@@ -13,7 +13,7 @@ from pvclock.errors import PagesNotFound
 from pvclock.meter.watch.loop import HostTrouble, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import WatchedVm
-from qemu_glue.prometheus.series import VmSeries
+from qemu_glue.prometheus.metrics import VmMetrics
 from qemu_glue.watch.beginning import Interrupted, Patience, stopped_if_paused
 from qemu_glue.watch.poll_share import SharedWait
 
@@ -69,7 +69,7 @@ class FleetEnd:
 class Member:
     """A VM, from its socket on.
 
-    open_vm: opens it.  watched: how many VMs the fleet watches.  series: what is told to Prometheus of it.
+    open_vm: opens it.  watched: how many VMs the fleet watches.  metrics: what is told to Prometheus of it.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Member:
         watched: Callable[[], int],
         *,
         show: Shows,
-        series: VmSeries | None,
+        metrics: VmMetrics | None,
     ) -> None:
         self.name, self.path = name, path
         self.loop: WatchLoop | None = None
@@ -91,7 +91,7 @@ class Member:
         """The VM has ended."""
         self.error: Exception | None = None
         """What kept the watch from its work, or ended it."""
-        self._open_vm, self._arguments, self._end, self._show, self._series = open_vm, arguments, end, show, series
+        self._open_vm, self._arguments, self._end, self._show, self._metrics = open_vm, arguments, end, show, metrics
         self._wait = SharedWait(end.wait, watched, is_fixed=arguments.interval is not None)
         self._thread = threading.Thread(target=self._run, name=f"pvclock-watch-{name}", daemon=True)
 
@@ -123,8 +123,8 @@ class Member:
         except Exception as error:  # noqa: BLE001  # whatever it is, the others are watched on
             self.error = error
         finally:
-            if self._series is not None:
-                self._series.end()
+            if self._metrics is not None:
+                self._metrics.end()
 
     def _watch(self) -> None:
         patience = Patience(self._arguments.wait, self._end)
@@ -158,8 +158,8 @@ class Member:
             raise stopped_if_paused(error, vm) from None
 
     def _take(self, look: Look, loop: WatchLoop) -> None:
-        if self._series is not None:
-            self._series.take(look, loop)
+        if self._metrics is not None:
+            self._metrics.take(look, loop)
         findings = tuple(each for each in look.findings if not isinstance(each, HostTrouble))
         self.why_ended = next((each.why for each in findings if isinstance(each, VmEnded)), None)
         self._show.look(look._replace(findings=findings))

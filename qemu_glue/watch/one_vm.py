@@ -14,7 +14,7 @@ from pvclock.errors import PagesNotFound, PvclockError
 from pvclock.meter.watch.loop import HostTrouble, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import WatchedVm
-from qemu_glue.prometheus.series import Series
+from qemu_glue.prometheus.metrics import Metrics
 from qemu_glue.watch.beginning import Interrupted, Patience, opened, stopped_if_paused
 from qemu_glue.watch.ending import ending_of
 from qemu_glue.watch.first_lines import first_lines
@@ -30,16 +30,16 @@ __all__ = ["watch_one"]
 
 
 def watch_one(
-    arguments: argparse.Namespace, screen: Screen, target: Target, series: Series | None, interrupts: Interrupts
+    arguments: argparse.Namespace, screen: Screen, target: Target, metrics: Metrics | None, interrupts: Interrupts
 ) -> Outcome:
-    """Watch `target`, show what is found, tell it to `series`, and hold it against the budgets."""
+    """Watch `target`, show what is found, tell it to `metrics`, and hold it against the budgets."""
     patience = Patience(arguments.wait, interrupts)
-    if series is not None:
-        series.of(target.label)
+    if metrics is not None:
+        metrics.of(target.label)
     try:
         with patience.have(lambda: opened(*target)) as vm:
             loop, found = _begun(arguments, screen, vm, patience, interrupts)
-            watch = _Watch(arguments, screen, loop, found, series, target.label)
+            watch = _Watch(arguments, screen, loop, found, metrics, target.label)
             return watch.to_the_end()
     except Interrupted:
         screen.tell("pvclock watch: interrupted before the guest's pages were found")
@@ -82,10 +82,10 @@ class _Watch:
         screen: Screen,
         loop: WatchLoop,
         found: PagesFound,
-        series: Series | None,
+        metrics: Metrics | None,
         label: str,
     ) -> None:
-        self._arguments, self._screen, self._series, self._label = arguments, screen, series, label
+        self._arguments, self._screen, self._metrics, self._label = arguments, screen, metrics, label
         self._loop, self._found = loop, found
 
     def to_the_end(self) -> Outcome:
@@ -101,17 +101,17 @@ class _Watch:
         """Show each look; why the VM ended, if it did."""
         why_ended = None
         instants = Instants(self._loop.host_tsc_hz)
-        if self._series is not None:
-            self._series.host.take(self._loop.troubles)
+        if self._metrics is not None:
+            self._metrics.host.take(self._loop.troubles)
         with ExitStack() as resources:
             view = None
             for look in self._loop.looks(self._arguments.seconds):
                 # From the line on that tells of the pages, all is seen that becomes of them.
                 view = view or self._view(instants, resources)
                 view.show(look)
-                if self._series is not None:
-                    self._series.of(self._label).take(look, self._loop)
-                    self._series.host.take(each for each in look.findings if isinstance(each, HostTrouble))
+                if self._metrics is not None:
+                    self._metrics.of(self._label).take(look, self._loop)
+                    self._metrics.host.take(each for each in look.findings if isinstance(each, HostTrouble))
                 why_ended = next((each.why for each in look.findings if isinstance(each, VmEnded)), None)
         return why_ended
 
