@@ -9,12 +9,15 @@ from typing import Final, Protocol, TypeVar
 from pvclock import ConfigError
 from pvclock.errors import PagesNotFound, VmNotObservable
 from pvclock.host.vmm_process import running_vms
+from pvclock.meter.watch.loop import WatchLoop
+from pvclock.meter.watch.page_finder import PagesFound, Progress
 from pvclock.meter.watch.vm import WatchedVm
 from pvclock.meter.watch.words import counted
 from qemu_glue.errors import QmpFailed, VirshFailed
+from qemu_glue.watch.options import WatchOptions
 from qemu_glue.watch.target import QemuVm, open_vm
 
-__all__ = ["Interrupted", "Patience", "WaitsForEnd", "opened", "stopped_if_paused"]
+__all__ = ["Interrupted", "Patience", "WaitsForEnd", "begun", "only_pid", "opened"]
 
 RETRY_S: Final = 0.5
 STOPPED: Final = "the guest was stopped when the watch began; if it has not booted so far, have it go on"
@@ -70,23 +73,49 @@ class Patience:
 def opened(qmp: str | None, pid: int | None, libvirt: str | None) -> QemuVm:
     """As open_vm(), with the VMs that there are where `pid` is none of them.  pid: 0: the only one."""
     if pid == 0:
-        pid = _only_pid()
+        pid = only_pid()
     try:
         return open_vm(qmp=qmp, pid=pid, libvirt=libvirt)
     except VmNotObservable as error:
         raise VmNotObservable(error.pid, f"{error.why}; {_running_in_words()}") from None
 
 
-def stopped_if_paused(error: PagesNotFound, vm: WatchedVm) -> PagesNotFound:
-    """No pages were found: why that may be, if the guest did not run."""
-    return PagesNotFound(error.searched_bytes, error.looked_for, STOPPED) if vm.is_paused else error
-
-
-def _only_pid() -> int:
+def only_pid() -> int:
+    """The process of the only VM here.  ConfigError."""
     pids = [vm.pid for vm in running_vms()]
     if len(pids) != 1:
         raise ConfigError(f"--pid is which? {_running_in_words()}")
     return pids[0]
+
+
+def begun(
+    vm: WatchedVm,
+    options: WatchOptions,
+    patience: Patience,
+    *,
+    wait: Callable[[float], bool],
+    progress: Progress = lambda _done_bytes, _total_bytes: None,
+    begin: Callable[[WatchLoop], PagesFound] = WatchLoop.begin,
+) -> tuple[WatchLoop, PagesFound]:
+    """The watch of a VM, with its pages found by `begin`.  wait, progress: as WatchLoop's.  Interrupted."""
+
+    def checked_progress(done_bytes: int, total_bytes: int) -> None:
+        patience.check()
+        progress(done_bytes, total_bytes)
+
+    loop = WatchLoop(
+        vm,
+        options.reference,
+        wait=wait,
+        interval_s=options.interval_s,
+        given=options.pages,
+        progress=checked_progress,
+    )
+    try:
+        return loop, patience.have(lambda: begin(loop), lambda _found: loop.finder.doubt is None)
+    except PagesNotFound as error:
+        why = PagesNotFound(error.searched_bytes, error.looked_for, STOPPED) if vm.is_paused else error
+        raise why from None
 
 
 def _running_in_words() -> str:

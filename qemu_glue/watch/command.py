@@ -9,18 +9,18 @@ looked at every 10 ms, until --seconds, Ctrl-C or its end.  Exit status 1 if a b
 from __future__ import annotations
 
 import argparse
-import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from pvclock import ConfigError, Gpa, Reference
 from pvclock.commands.arguments import duration_s, rate_ppb, time_ns
-from pvclock.commands.outcome import Outcome, line_json
-from pvclock.commands.screen import Screen, write
+from pvclock.commands.outcome import Outcome
+from pvclock.commands.screen import Screen
 from qemu_glue.prometheus.address import DEFAULT_HOST, parsed_address
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
     from qemu_glue.prometheus.metrics import Metrics
+    from qemu_glue.watch.options import WatchOptions
     from qemu_glue.watch.target import Target
 
 __all__ = ["EXAMPLES", "JSON_LINES", "add_arguments", "run"]
@@ -81,18 +81,35 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     target = _only_target(arguments)
     if target is None and arguments.page:
         raise ConfigError("--page is of one VM; a fleet's pages are searched")
+    options = _options(arguments)
     with Interrupts() as interrupts, ExitStack() as resources:
         metrics = _served(arguments, screen, resources)
         if target is None:
-            return watch_fleet(arguments, screen, metrics, interrupts)
-        return watch_one(arguments, screen, target, metrics, interrupts)
+            return watch_fleet(arguments.qmp, options, screen, metrics, interrupts)
+        return watch_one(options, screen, target, metrics, interrupts)
 
 
 # Inside
 
 
+def _options(arguments: argparse.Namespace) -> WatchOptions:
+    from pvclock.meter.watch.budgets import Budgets
+    from qemu_glue.watch.options import WatchOptions
+
+    return WatchOptions(
+        Reference(arguments.reference),
+        Budgets(arguments.max_step, arguments.max_drift, arguments.tsc_unchanged, arguments.allow_pauses),
+        seconds=arguments.seconds,
+        wait_s=arguments.wait,
+        interval_s=arguments.interval,
+        pages=tuple(arguments.page),
+        is_json=arguments.json,
+    )
+
+
 def _only_target(arguments: argparse.Namespace) -> Target | None:
     """The VM to watch; None: a fleet.  ConfigError."""
+    from qemu_glue.watch.beginning import only_pid
     from qemu_glue.watch.sockets import is_pattern
     from qemu_glue.watch.target import Target
 
@@ -103,7 +120,7 @@ def _only_target(arguments: argparse.Namespace) -> Target | None:
         if given is not None and len(given) > 1:
             raise ConfigError(f"{option} is for one VM; several are watched by their sockets: --qmp 'PATTERN'")
     if arguments.pid is not None:
-        return Target(pid=arguments.pid[0])
+        return Target(pid=arguments.pid[0] or only_pid())
     return Target(libvirt=arguments.libvirt[0])
 
 
@@ -117,15 +134,16 @@ def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack)
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
         raise ConfigError("--prometheus needs prometheus_client: pip install 'pvclock[prometheus]'") from None
+    from pvclock.host.this_host import measure_tsc_hz
     from qemu_glue.prometheus.metrics import Metrics
-    from qemu_glue.watch.instants import utc_text
+    from qemu_glue.watch.instants import Instants
+    from qemu_glue.watch.json_lines import JsonLines
 
     metrics = Metrics()
     server = resources.enter_context(serve(arguments.prometheus, metrics))
     screen.show(f"metrics at {server.url}")
     if arguments.json:
-        when = {"at_s": 0.0, "utc": utc_text(time.time_ns())}
-        write(line_json("watch", {"kind": "metrics", **when, "url": server.url}) + "\n")
+        JsonLines(Instants(measure_tsc_hz())).write({"kind": "metrics", "url": server.url})
     return metrics
 
 

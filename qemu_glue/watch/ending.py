@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -26,9 +25,8 @@ class Ending(NamedTuple):
         return 0 if self.verdict is None else self.verdict.status.exit_status
 
 
-def ending_of(loop: WatchLoop, arguments: argparse.Namespace, why_ended: str | None) -> Ending:
-    """The end of a watch.  arguments: with the budgets.  why_ended: the VM has, if so."""
-    budgets = Budgets(arguments.max_step, arguments.max_drift, arguments.tsc_unchanged, arguments.allow_pauses)
+def ending_of(loop: WatchLoop, budgets: Budgets, why_ended: str | None) -> Ending:
+    """The end of a watch.  why_ended: the VM has, if so."""
     verdict = judged(budgets, loop)
     result = {
         **vm_record(loop),

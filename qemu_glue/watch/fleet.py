@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
@@ -15,15 +14,17 @@ from rich.text import Text
 
 from pvclock.commands.outcome import message_of
 from pvclock.host.this_host import measure_tsc_hz
-from pvclock.host.watch import HostWatch, TroubleKind
+from pvclock.meter.inside.schema import printable
 from pvclock.meter.verdict_status import VerdictStatus
-from pvclock.meter.watch.loop import HostTrouble
+from pvclock.meter.watch.host_troubles import HostTrouble, HostTroubles
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.metrics import Metrics
 from qemu_glue.watch.ending import Ending, ending_of
 from qemu_glue.watch.fleet_views import FleetView, fleet_row
 from qemu_glue.watch.member import FleetEnd, Member
-from qemu_glue.watch.sockets import VmNames, is_pattern, sockets_now
+from qemu_glue.watch.names import FileId, VmNames, shown
+from qemu_glue.watch.options import WatchOptions
+from qemu_glue.watch.sockets import is_pattern, sockets_now
 
 __all__ = ["Fleet", "Watched"]
 
@@ -37,7 +38,6 @@ JOIN_S: Final = 10.0
 WATCHED_MAX: Final = 1000
 """Watches of which all is kept that they came to, the last ones."""
 TROUBLES_MAX: Final = 1000
-NS_PER_S: Final = 1_000_000_000
 NO_SOCKET: Final = "there was no such socket all the while"
 TOO_EARLY: Final = "the watch ended before the guest's pages were found"
 
@@ -69,7 +69,7 @@ class Fleet:
         self,
         named: list[str],
         open_vm: Callable[[str], WatchedVm],
-        arguments: argparse.Namespace,
+        options: WatchOptions,
         *,
         view: FleetView,
         end: FleetEnd,
@@ -81,20 +81,21 @@ class Fleet:
         """Exit statuses of all that were watched."""
         self.troubles: deque[HostTrouble] = deque(maxlen=TROUBLES_MAX)
         """The host's, the last ones."""
-        self._named, self._open_vm, self._arguments = named, open_vm, arguments
+        self._named, self._open_vm, self._options = named, open_vm, options
         self._view, self._end, self._metrics = view, end, metrics
-        self._members: dict[str, Member] = {}
-        self._obstacles: dict[str, _Obstacle] = {}
+        self._members: dict[FileId, Member] = {}
+        self._obstacles: dict[FileId, _Obstacle] = {}
+        self._first_seen_s: dict[FileId, float] = {}
         self._names = VmNames()
         self._missing = {path for path in named if not is_pattern(path)}
-        self._host = HostWatch(measure_tsc_hz(), interval_ns=int(LOOK_AGAIN_S * NS_PER_S))
-        self._note_host(_from_the_beginning(self._host))
+        self._host = HostTroubles(measure_tsc_hz(), LOOK_AGAIN_S)
+        self._note_host(self._host.at_begin)
 
     @property
     def not_watched(self) -> dict[str, str]:
         """The VMs that cannot be watched, although their sockets are there or were named, and why."""
-        missing = {path: NO_SOCKET for path in self._missing if not Path(path).exists()}
-        obstacles = {self._names.of(path): each.why for path, each in self._obstacles.items() if each.why is not None}
+        missing = {shown(path): NO_SOCKET for path in self._missing if not Path(path).exists()}
+        obstacles = {self._names.of(it): each.why for it, each in self._obstacles.items() if each.why is not None}
         return missing | obstacles
 
     @property
@@ -112,7 +113,7 @@ class Fleet:
                 if time.monotonic() >= next_s:
                     next_s = time.monotonic() + LOOK_AGAIN_S
                     self._let_in(sockets_now(self._named))
-                    self._look_at_host()
+                    self._note_host(self._host.check())
                 if is_over(self) or wait(TURN_S):
                     break
         finally:
@@ -120,66 +121,72 @@ class Fleet:
 
     # Inside
 
-    def _let_in(self, paths: list[str]) -> None:
+    def _let_in(self, paths: Mapping[FileId, str]) -> None:
         """Begin to watch those that are new, or to be tried again, and forget those that are gone."""
-        self._names.name(paths)
-        for path in self._obstacles.keys() - paths:
-            del self._obstacles[path]
-            self._forget(path)
-            self._names.forget(path)
-        for path in paths:
-            obstacle = self._obstacles.get(path)
-            if path not in self._members and (obstacle is None or time.monotonic() >= obstacle.again_s):
-                self._begin(path)
+        self._missing -= {path for path in self._missing if Path(path).exists()}
+        for socket in self._obstacles.keys() - paths.keys():
+            del self._obstacles[socket]
+            self._forget(socket)
+            self._names.forget(socket)
+        now_s = time.monotonic()
+        self._first_seen_s = {socket: self._first_seen_s.get(socket, now_s) for socket in paths}
+        due = {socket: path for socket, path in paths.items() if self._is_due(socket, path, now_s)}
+        self._names.name(due)
+        for socket, path in due.items():
+            self._begin(socket, path)
 
-    def _begin(self, path: str) -> None:
-        name = self._names.of(path)
+    def _is_due(self, socket: FileId, path: str, now_s: float) -> bool:
+        if socket in self._members:
+            return False
+        if socket in self._obstacles:
+            return now_s >= self._obstacles[socket].again_s
+        # One that took another's place is most often of the same VM, started anew: it gets the name, once that is free.
+        is_in_place = any(member.path == path for member in self._members.values())
+        return not is_in_place or now_s >= self._first_seen_s[socket] + AGAIN_S
+
+    def _begin(self, socket: FileId, path: str) -> None:
+        name = self._names.of(socket)
         member = Member(
             name,
             path,
             self._open_vm,
-            self._arguments,
+            self._options,
             self._end,
             lambda: sum(each.loop is not None for each in list(self._members.values())),
             show=self._view.of(name),
             metrics=None if self._metrics is None else self._metrics.of(name),
         )
-        self._members[path] = member
-        self._missing.discard(path)
+        self._members[socket] = member
         member.start()
 
     def _reap(self) -> None:
         """Take what those came to that are over."""
-        for path, member in list(self._members.items()):
+        for socket, member in list(self._members.items()):
             if member.is_over:
-                del self._members[path]
-                self._take(member)
+                del self._members[socket]
+                self._take(socket, member)
 
-    def _take(self, member: Member) -> None:
-        error = None if member.error is None else message_of(member.error)
+    def _take(self, socket: FileId, member: Member) -> None:
+        error = None if member.error is None else printable(message_of(member.error))
         if member.loop is None and error is None:
             error = TOO_EARLY
         if member.loop is not None:
-            ending = ending_of(member.loop, self._arguments, member.why_ended)
+            ending = ending_of(member.loop, self._options.budgets, member.why_ended)
             cells = fleet_row(member.name, member.loop, ending.verdict)
             self.watched.append(Watched(member.name, ending, cells, error))
             self.statuses |= {ending.exit_status, *([VerdictStatus.UNDECIDED.exit_status] if error else [])}
-        before = self._obstacles.get(member.path)
+        before = self._obstacles.get(socket)
         if member.error is not None and (before is None or before.why != error):
             self._view.left(member.name, str(error))
         if member.why_ended is not None:
-            self._forget(member.path)
+            self._forget(socket)
         was_watched = member.loop is not None or before is None
         pause_s = AGAIN_S if was_watched or before is None else min(2 * before.pause_s, AGAIN_MAX_S)
-        self._obstacles[member.path] = _Obstacle(error, pause_s, time.monotonic() + pause_s)
+        self._obstacles[socket] = _Obstacle(error, pause_s, time.monotonic() + pause_s)
 
-    def _forget(self, path: str) -> None:
+    def _forget(self, socket: FileId) -> None:
         if self._metrics is not None:
-            self._metrics.forget(self._names.of(path))
-
-    def _look_at_host(self) -> None:
-        found = [each for each in self._host.check() if each.kind is not TroubleKind.STALL]  # a busy host is no trouble
-        self._note_host([HostTrouble(each.kind, each.unstable, each.why) for each in found])
+            self._metrics.forget(self._names.of(socket))
 
     def _note_host(self, troubles: Iterable[HostTrouble]) -> None:
         for trouble in troubles:
@@ -192,17 +199,11 @@ class Fleet:
         """End all watches, and take what they came to."""
         self._end.come()
         limit_s = time.monotonic() + JOIN_S
-        for member in list(self._members.values()):
+        for socket, member in list(self._members.items()):
             if not member.join(max(limit_s - time.monotonic(), 0)):
                 member.error = TimeoutError(f"it did not answer within {JOIN_S:g} s, and is left")
-            self._take(member)
+            self._take(socket, member)
         self._members.clear()
-
-
-def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:
-    """What is wrong before anything has changed."""
-    why = f"the host's clocksource is {host.last.clocksource}, not tsc"
-    return [] if host.tsc_trusted else [HostTrouble(TroubleKind.CLOCKSOURCE, True, why)]
 
 
 def _allow_files() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Final
@@ -21,6 +20,7 @@ from qemu_glue.watch.fleet_views import FleetView, fleet_table, verdict_lines
 from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.interrupts import Interrupts
 from qemu_glue.watch.member import FleetEnd
+from qemu_glue.watch.options import WatchOptions
 from qemu_glue.watch.records import finding_record
 from qemu_glue.watch.sockets import sockets_now
 from qemu_glue.watch.target import open_vm
@@ -32,16 +32,16 @@ WORST_FIRST: Final = (VerdictStatus.BROKEN.exit_status, VerdictStatus.UNDECIDED.
 
 
 def watch_fleet(
-    arguments: argparse.Namespace, screen: Screen, metrics: Metrics | None, interrupts: Interrupts
+    named: list[str], options: WatchOptions, screen: Screen, metrics: Metrics | None, interrupts: Interrupts
 ) -> Outcome:
-    """Watch all VMs at the sockets that --qmp names.
+    """Watch all VMs at the sockets `named`: paths, and patterns of paths.
 
     ConfigError if there is none, unless --wait or --prometheus let it wait.
     """
     waits_for_ever = metrics is not None
-    if not (waits_for_ever or arguments.wait or sockets_now(arguments.qmp)):
+    if not (waits_for_ever or options.wait_s or sockets_now(named)):
         raise ConfigError(
-            f"no QMP socket at {', '.join(arguments.qmp)}; --wait SECONDS waits for one, and --prometheus for ever"
+            f"no QMP socket at {', '.join(named)}; --wait SECONDS waits for one, and --prometheus for ever"
         )
     failures: list[OSError] = []
     end = FleetEnd()
@@ -50,11 +50,11 @@ def watch_fleet(
         failures.append(error)
         end.come()
 
-    view = FleetView(screen, Instants(measure_tsc_hz()), fail, is_json=arguments.json)
-    fleet = Fleet(arguments.qmp, _open_by_socket, arguments, view=view, end=end, metrics=metrics)
-    if not sockets_now(arguments.qmp):
+    view = FleetView(screen, Instants(measure_tsc_hz()), fail, is_json=options.is_json)
+    fleet = Fleet(named, _open_by_socket, options, view=view, end=end, metrics=metrics)
+    if not sockets_now(named):
         view.waits()
-    fleet.run(interrupts.wait, _is_over(arguments, waits_for_ever=waits_for_ever))
+    fleet.run(interrupts.wait, _is_over(options, waits_for_ever=waits_for_ever))
     if failures:
         raise failures[0]
     return _outcome(fleet, screen)
@@ -64,15 +64,15 @@ def _open_by_socket(path: str) -> WatchedVm:
     return open_vm(qmp=path)
 
 
-def _is_over(arguments: argparse.Namespace, *, waits_for_ever: bool) -> Callable[[Fleet], bool]:
+def _is_over(options: WatchOptions, *, waits_for_ever: bool) -> Callable[[Fleet], bool]:
     """Is it, after --seconds, or once there is no VM any more and nobody wants to wait for one?"""
     begin_s = time.monotonic()
 
     def is_over(fleet: Fleet) -> bool:
         passed_s = time.monotonic() - begin_s
-        if arguments.seconds is not None and passed_s >= arguments.seconds:
+        if options.seconds is not None and passed_s >= options.seconds:
             return True
-        return fleet.is_empty and not waits_for_ever and passed_s >= arguments.wait
+        return fleet.is_empty and not waits_for_ever and passed_s >= options.wait_s
 
     return is_over
 
@@ -87,9 +87,7 @@ def _outcome(fleet: Fleet, screen: Screen) -> Outcome:
         screen.show(Text.assemble((f"{name}: ", "bold"), Text(f"not watched at the end: {why}", "yellow")))
     statuses = {*fleet.statuses, *([VerdictStatus.UNDECIDED.exit_status] if fleet.not_watched else [])}
     result = {
-        "vms": [
-            {**each.ending.result, "vm": each.vm, "description": each.ending.result["vm"]} for each in fleet.watched
-        ],
+        "vms": [{**each.ending.result, "vm": each.vm} for each in fleet.watched],
         "not_watched": [{"vm": name, "why": why} for name, why in fleet.not_watched.items()],
         "host_troubles": list(map(finding_record, fleet.troubles)),
     }

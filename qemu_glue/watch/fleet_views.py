@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from rich.text import Text
 
-from pvclock import HostTsc, read_tsc
-from pvclock.commands.outcome import line_json
-from pvclock.commands.screen import Screen, write
+from pvclock import HostTsc
+from pvclock.commands.screen import Screen
 from pvclock.commands.tables import Table
 from pvclock.meter.watch.budgets import Verdict
-from pvclock.meter.watch.loop import HostTrouble, Look, WatchLoop
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.words import about_ns, counted, duration, time_of_day
 from qemu_glue.watch.first_lines import first_lines
-from qemu_glue.watch.instants import Instants, utc_text
+from qemu_glue.watch.instants import Instants
+from qemu_glue.watch.json_lines import JsonLines
 from qemu_glue.watch.records import finding_record
 from qemu_glue.watch.tables import rates_in_words
 from qemu_glue.watch.verdict import verdict_in_words
@@ -63,27 +64,26 @@ class FleetView:
     def left(self, name: str, why: str) -> None:
         """A VM is watched no more, or cannot be."""
         if self._is_json:
-            self._write({"kind": "left", "vm": name, "why": why})
+            self.do(lambda: JsonLines(self.instants, name).write({"kind": "left", "why": why}))
         else:
-            self.do(lambda: NamedScreen(self._screen, name).show(Text(f"not watched: {why}", "red")))
+            told = Text.assemble((f"{self._time_of_day()} ", "dim"), (f"left: {why}", "red"))
+            self.do(lambda: NamedScreen(self._screen, name).show(told))
 
     def host(self, trouble: HostTrouble) -> None:
         """Something is wrong with the host's clocks."""
         if self._is_json:
-            self._write({**finding_record(trouble), "vm": None})
+            self.do(lambda: JsonLines(self.instants).write({**finding_record(trouble), "vm": None}))
         else:
-            when = time_of_day(self.instants.utc_ns(HostTsc(read_tsc())))
-            self.do(lambda: self._screen.show(Text(f"{when} the host: {trouble.why}", "red")))
+            told = Text.assemble((f"{self._time_of_day()} ", "dim"), (f"the host: {trouble.why}", "red"))
+            self.do(lambda: self._screen.show(told))
 
     def waits(self) -> None:
         """There is no VM, and that is no error."""
         if not self._is_json:
             self.do(lambda: self._screen.show("no VM yet: waiting for one"))
 
-    def _write(self, record: Mapping[str, object]) -> None:
-        now_ns = time.time_ns()
-        when = {"at_s": self.instants.since_begin_s(now_ns), "utc": utc_text(now_ns)}
-        self.do(lambda: write(line_json("watch", {"kind": record["kind"], **when, **record}) + "\n"))
+    def _time_of_day(self) -> str:
+        return time_of_day(time.time_ns())
 
 
 class VmView:
@@ -94,19 +94,20 @@ class VmView:
         self._screen = NamedScreen(screen, name)
         self._view: View | None = None
 
-    def begin(self, loop: WatchLoop, found: PagesFound) -> None:
+    def begin(self, loop: WatchLoop, found: PagesFound, first: Look) -> View:
         """See Shows."""
-        self._fleet.do(lambda: self._begin(loop, found))
+        self._fleet.do(lambda: self._begin(loop, found, first.poll.begin))
+        return self
 
-    def look(self, look: Look) -> None:
-        """See Shows."""
+    def show(self, look: Look) -> None:
+        """See View."""
         if self._view is not None:
             view = self._view
             self._fleet.do(lambda: view.show(look))
 
-    def _begin(self, loop: WatchLoop, found: PagesFound) -> None:
+    def _begin(self, loop: WatchLoop, found: PagesFound, since: HostTsc) -> None:
         if self._is_json:
-            self._view = JsonView(loop, self._fleet.instants, found, vm=self._name)
+            self._view = JsonView(loop, JsonLines(self._fleet.instants, self._name), found, since)
             return
         self._screen.show(*first_lines(loop, found))
         self._view = LinesView(self._screen, self._fleet.instants)
@@ -119,7 +120,7 @@ def fleet_row(name: str, loop: WatchLoop, verdict: Verdict | None) -> list[str |
     greatest = max(steps, key=abs, default=None)
     return [
         name,
-        f"{duration(summary.duration_ns)}, {counted(summary.polls, 'poll')}",
+        f"{duration(summary.duration_ns)}, {counted(summary.polls, 'look')}",
         f"{summary.lines:,}",
         "none" if greatest is None else about_ns(greatest),
         f"{summary.disagreements:,}",

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
 
-from pvclock import Reference
-from pvclock.errors import PagesNotFound
-from pvclock.meter.watch.loop import HostTrouble, Look, VmEnded, WatchLoop
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.metrics import VmMetrics
-from qemu_glue.watch.beginning import Interrupted, Patience, stopped_if_paused
+from qemu_glue.watch.beginning import Interrupted, Patience, begun
+from qemu_glue.watch.looks import take_looks
+from qemu_glue.watch.options import WatchOptions
 from qemu_glue.watch.poll_share import SharedWait
+from qemu_glue.watch.views import View
 
 __all__ = ["FleetEnd", "Member", "Shows"]
 
@@ -25,13 +26,10 @@ ASK_S: Final = 0.1
 
 
 class Shows(Protocol):
-    """Shows one VM's watch."""
+    """Shows one VM's watch, but for the host's troubles, which are no VM's."""
 
-    def begin(self, loop: WatchLoop, found: PagesFound) -> None:
-        """Its pages were found, and looked at once."""
-
-    def look(self, look: Look) -> None:
-        """What a look brought, but for the host's troubles, which are no VM's."""
+    def begin(self, loop: WatchLoop, found: PagesFound, first: Look) -> View:
+        """Its pages were found, and looked at for the first time: what shows that look and all others."""
 
 
 class FleetEnd:
@@ -77,7 +75,7 @@ class Member:
         name: str,
         path: str,
         open_vm: Callable[[str], WatchedVm],
-        arguments: argparse.Namespace,
+        options: WatchOptions,
         end: FleetEnd,
         watched: Callable[[], int],
         *,
@@ -91,8 +89,8 @@ class Member:
         """The VM has ended."""
         self.error: Exception | None = None
         """What kept the watch from its work, or ended it."""
-        self._open_vm, self._arguments, self._end, self._show, self._metrics = open_vm, arguments, end, show, metrics
-        self._wait = SharedWait(end.wait, watched, is_fixed=arguments.interval is not None)
+        self._open_vm, self._options, self._end, self._show, self._metrics = open_vm, options, end, show, metrics
+        self._wait = SharedWait(end.wait, watched, is_fixed=options.interval_s is not None)
         self._thread = threading.Thread(target=self._run, name=f"pvclock-watch-{name}", daemon=True)
 
     def start(self) -> None:
@@ -127,39 +125,18 @@ class Member:
                 self._metrics.end()
 
     def _watch(self) -> None:
-        patience = Patience(self._arguments.wait, self._end)
+        patience = Patience(self._options.wait_s, self._end)
         with patience.have(lambda: self._open_vm(self.path)) as vm:
-            loop, found = self._begun(vm, patience)
+            loop, found = begun(vm, self._options, patience, wait=self._wait, begin=self._begin)
             self._wait.take_charge(loop)
             self.loop = loop
-            is_first = True
-            for look in loop.looks():
-                if is_first:
-                    self._show.begin(loop, found)
-                is_first = False
-                self._take(look, loop)
+            looks = map(_without_host, loop.looks())
+            self.why_ended = take_looks(loop, looks, lambda first: self._show.begin(loop, found, first), self._metrics)
 
-    def _begun(self, vm: WatchedVm, patience: Patience) -> tuple[WatchLoop, PagesFound]:
-        loop = WatchLoop(
-            vm,
-            Reference(self._arguments.reference),
-            wait=self._wait,
-            interval_s=self._arguments.interval,
-            progress=lambda _done_bytes, _total_bytes: patience.check(),
-        )
+    def _begin(self, loop: WatchLoop) -> PagesFound:
+        with self._end.turn_to_search():
+            return loop.begin()
 
-        def begin() -> PagesFound:
-            with self._end.turn_to_search():
-                return loop.begin()
 
-        try:
-            return loop, patience.have(begin, lambda _found: loop.finder.doubt is None)
-        except PagesNotFound as error:
-            raise stopped_if_paused(error, vm) from None
-
-    def _take(self, look: Look, loop: WatchLoop) -> None:
-        if self._metrics is not None:
-            self._metrics.take(look, loop)
-        findings = tuple(each for each in look.findings if not isinstance(each, HostTrouble))
-        self.why_ended = next((each.why for each in findings if isinstance(each, VmEnded)), None)
-        self._show.look(look._replace(findings=findings))
+def _without_host(look: Look) -> Look:
+    return look._replace(findings=tuple(each for each in look.findings if not isinstance(each, HostTrouble)))

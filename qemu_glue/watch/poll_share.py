@@ -12,7 +12,7 @@ __all__ = ["SharedWait"]
 
 INTERVAL_MAX_S: Final = 60.0
 COST_MEMORY: Final = 8
-"""A look's cost is that of about so many looks before it."""
+"""A look's cost is that of about so many looks before it that searched nothing: a search has its own pace."""
 NS_PER_S: Final = 1_000_000_000
 
 
@@ -36,6 +36,7 @@ class SharedWait:
         self._least_s = 0.0
         self._cost_s = 0.0
         self._begin_s: float | None = None
+        self._searched = 0
 
     def take_charge(self, loop: WatchLoop) -> None:
         """Of a loop whose pages are found: it would look that often if it were alone."""
@@ -50,7 +51,8 @@ class SharedWait:
         return is_end
 
     def _adapt(self, loop: WatchLoop) -> None:
-        if self._begin_s is not None:
+        before, self._searched = self._searched, loop.finder.searched_pieces
+        if self._begin_s is not None and self._searched == before:
             cost_s = self._cpu_s() - self._begin_s
             self._cost_s += (cost_s - self._cost_s) / (COST_MEMORY if self._cost_s else 1)
         # The sleep that begins now is of the interval so far, and a gap as long as that is no stall.

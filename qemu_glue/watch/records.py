@@ -10,7 +10,8 @@ from pvclock import Reference
 from pvclock.meter.watch.ahead import Ahead
 from pvclock.meter.watch.budgets import Budgets, Verdict
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step
-from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded, WatchLoop
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Finding, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.summary import WatchSummary
 from pvclock.meter.watch.vm import VmEvent
@@ -50,9 +51,10 @@ def finding_record(finding: Finding) -> Mapping[str, object]:
 
 
 def vm_record(loop: WatchLoop) -> Mapping[str, object]:
-    """What is watched, and how."""
+    """What is watched, and how; in a fleet `vm` is the name that it has there."""
     return {
         "vm": loop.vm.name,
+        "description": loop.vm.name,
         "vcpus": loop.vm.vcpus,
         "means": loop.vm.ram.means,
         "interval_s": loop.interval_s,

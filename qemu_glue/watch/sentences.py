@@ -8,7 +8,8 @@ from typing import Final
 
 from pvclock import Gpa
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
-from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Finding, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.meter.watch.words import bounded_ns, counted, duration, exact_ns, flags_in_words
@@ -82,7 +83,7 @@ def _sentence(alike: Sequence[Finding]) -> str:
         case Disagreement() as found:
             said = disagreement_in_words(found)
         case Stall(gap_ns=gap_ns):
-            said = f"not watched for {duration(gap_ns)}: what came and went meanwhile was not seen"
+            said = f"no look for {duration(gap_ns)}: what came and went meanwhile was not seen"
         case PagesFound() as found:
             said = pages_in_words(found)
         case VmEvent(kind=kind):

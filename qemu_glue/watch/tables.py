@@ -63,7 +63,7 @@ def rates_in_words(rates: dict[int, PageRate]) -> str:
 
 
 def _counts(summary: WatchSummary) -> Iterator[tuple[str, str]]:
-    yield "watched for", f"{duration(summary.duration_ns)}, {counted(summary.polls, 'poll')}"
+    yield "watched for", f"{duration(summary.duration_ns)}, {counted(summary.polls, 'look')}"
     if summary.stalls:
         yield "stalls", f"{summary.stalls}, {duration(summary.longest_stall_ns)} the longest"
     unknown = f", {summary.unknown} of them unknown" * bool(summary.unknown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import PurePath
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -15,21 +14,19 @@ from pvclock.meter.watch.vm import GuestRam, VmEvent
 from qemu_glue.errors import NotKvm, QemuError
 from qemu_glue.peer.qmp_socket import connect
 from qemu_glue.watch.events import QemuEvents
+from qemu_glue.watch.names import shown, socket_name
 from qemu_glue.watch.ram import Means, open_guest_ram
 from qemu_glue.watch.session import Session
 from qemu_glue.watch.virsh import Virsh
 
-__all__ = ["QemuVm", "Target", "open_vm", "socket_name"]
+__all__ = ["QemuVm", "Target", "open_vm"]
 
 NO_MONITOR: Final = "only QEMU's monitor tells of events; --qmp or --libvirt reach it"
 OUT_OF_SIGHT: Final = VmNotObservable(0, "QEMU's own number is not known here: it is in another PID namespace")
 
 
-SOCKET_SUFFIXES: Final = (".qmp", ".sock")
-
-
 class Target(NamedTuple):
-    """Which QEMU: one of the three, as open_vm() has them.  pid: 0: the only one here."""
+    """Which QEMU: one of the three, as open_vm() has them."""
 
     qmp: str | None = None
     pid: int | None = None
@@ -40,15 +37,7 @@ class Target(NamedTuple):
         """What metrics call it."""
         if self.qmp is not None:
             return socket_name(self.qmp)
-        return self.libvirt or (f"pid-{self.pid}" if self.pid else "the-only-vm")
-
-
-def socket_name(path: str) -> str:
-    """What a VM is called by its socket: the file's name, without .qmp and .sock."""
-    name = PurePath(path).name
-    for suffix in SOCKET_SUFFIXES:
-        name = name.removesuffix(suffix) or name
-    return name
+        return f"pid-{self.pid}" if self.libvirt is None else shown(self.libvirt)
 
 
 class QemuVm:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 from rich.text import Text
 
 from pvclock import HostTsc
-from pvclock.commands.outcome import line_json
-from pvclock.commands.screen import write
 from pvclock.commands.tables import Table
 from pvclock.meter.watch.ahead import Ahead
-from pvclock.meter.watch.changes import Disagreement, PageLost, Stall, Step
-from pvclock.meter.watch.loop import Finding, HostTrouble, Look, VmEnded, WatchLoop
+from pvclock.meter.watch.changes import TOLD_STALL_NS, Disagreement, PageLost, Stall, Step
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Finding, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.meter.watch.words import counted, duration, time_of_day
-from qemu_glue.watch.instants import Instants, utc_text
+from qemu_glue.watch.instants import Instants
+from qemu_glue.watch.json_lines import JsonLines
 from qemu_glue.watch.records import finding_record, rate_records, reading_record, vm_record
 from qemu_glue.watch.sentences import sentences
 from qemu_glue.watch.tables import vcpu_table
@@ -28,8 +28,6 @@ from qemu_glue.watch.tables import vcpu_table
 __all__ = ["JsonView", "LinesView", "LiveView", "View"]
 
 REDRAW_S: Final = 0.5
-STALL_NS: Final = 250_000_000
-"""Shorter ones are told in the summary, and in JSON: a busy host has many."""
 KEPT: Final = 8
 """Findings that stay below the table."""
 AROUND_ROWS: Final = 16
@@ -56,33 +54,26 @@ class ShowsLines(Protocol):
 class JsonView:
     """A line of JSON for each finding, once a second one of the readings, and now and then one of the rates.
 
-    vm: the name of one of a fleet.
+    found: the pages, before they were first looked at, which began at `since`.
     """
 
-    def __init__(self, loop: WatchLoop, instants: Instants, found: PagesFound, vm: str | None = None) -> None:
-        self._loop, self._instants = loop, instants
-        self._in_fleet = {} if vm is None else {"vm": vm}
-        described = {} if vm is None else {"description": loop.vm.name}
+    def __init__(self, loop: WatchLoop, lines: JsonLines, found: PagesFound, since: HostTsc) -> None:
+        self._loop, self._lines = loop, lines
         self._begin_s = time.monotonic()
         self._next_rates_s = RATES_FIRST_S
-        self._write({**finding_record(found), **vm_record(loop), **described}, time.time_ns())
+        lines.write({**finding_record(found), **vm_record(loop)}, lines.instants.utc_ns(since))
 
     def show(self, look: Look) -> None:
         """See View."""
         for finding in look.findings:
-            self._write(finding_record(finding), _utc_ns(finding, look.poll.end, self._instants))
+            self._lines.write(finding_record(finding), _utc_ns(finding, look.poll.end, self._lines.instants))
         if look.readings:
-            at_utc_ns = self._instants.utc_ns(look.poll.end)
-            self._write(reading_record(self._loop.reference, look.readings), at_utc_ns)
+            at_utc_ns = self._lines.instants.utc_ns(look.poll.end)
+            self._lines.write(reading_record(self._loop.reference, look.readings), at_utc_ns)
         if time.monotonic() - self._begin_s >= self._next_rates_s:
             self._next_rates_s += min(self._next_rates_s, RATES_MAX_S)
-            self._write(
-                {"kind": "rate", "reference": self._loop.reference, "rates": rate_records(self._loop)}, time.time_ns()
-            )
-
-    def _write(self, record: Mapping[str, object], at_utc_ns: int) -> None:
-        when = {"at_s": self._instants.since_begin_s(at_utc_ns), "utc": utc_text(at_utc_ns)}
-        write(line_json("watch", {"kind": record["kind"], **when, **record, **self._in_fleet}) + "\n")
+            rates = rate_records(self._loop)
+            self._lines.write({"kind": "rate", "reference": self._loop.reference, "rates": rates})
 
 
 class LinesView:
@@ -132,7 +123,7 @@ class LiveView:
 
     def _state(self) -> Iterator[str]:
         summary = self._loop.watcher.summary
-        yield f"watched for {duration(summary.duration_ns)}, {counted(summary.polls, 'poll')}"
+        yield f"watched for {duration(summary.duration_ns)}, {counted(summary.polls, 'look')}"
         yield from ["the guest is stopped"] * bool(self._loop.is_paused)
         yield from ["its pages are searched again"] * self._loop.finder.is_searching
         yield "Ctrl-C ends"
@@ -140,7 +131,7 @@ class LiveView:
 
 def _told(look: Look, instants: Instants) -> Iterator[Text]:
     """Each finding as a line for people, with the time of day."""
-    told = [each for each in look.findings if not (isinstance(each, Stall) and each.gap_ns < STALL_NS)]
+    told = [each for each in look.findings if not (isinstance(each, Stall) and each.gap_ns < TOLD_STALL_NS)]
     for finding, sentence in sentences(told):
         when = time_of_day(_utc_ns(finding, look.poll.end, instants))
         yield Text.assemble((f"{when} ", "dim"), (sentence, _style(finding)))

@@ -32,6 +32,7 @@ from pvclock.meter.watch.poll import Poll
 from pvclock.quantities import GuestNs, GuestTsc, HostTsc
 from pvclock.readings import Sample, TimeInfo
 from qemu_glue.watch.instants import Instants
+from qemu_glue.watch.json_lines import JsonLines
 from qemu_glue.watch.records import reading_record
 from qemu_glue.watch.tables import vcpu_table
 from qemu_glue.watch.views import JsonView, LiveView
@@ -299,8 +300,8 @@ def test_the_line_of_readings_is_as_documented(
     vm.put(ARRAY)
     loop, looks = loop_of(vm)
     monkeypatch.setattr("pvclock.meter.watch.loop.SAMPLE_S", 0)
-    view = JsonView(loop, Instants(loop.host_tsc_hz), PagesFound((ARRAY,), "as given"))
-    look = next(looks)
+    lines, look = JsonLines(Instants(loop.host_tsc_hz)), next(looks)
+    view = JsonView(loop, lines, PagesFound((ARRAY,), "as given"), look.poll.begin)
     view.show(look)
     view.show(look._replace(readings=()))
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -24,16 +23,20 @@ from pvclock.commands.screen import Screen
 from pvclock.errors import VmEnded
 from pvclock.host.this_host import measure_tsc_hz
 from pvclock.host.watch import TroubleKind
+from pvclock.meter.watch.budgets import Budgets
 from pvclock.meter.watch.vm import VmEvent
 from qemu_glue import QmpFailed
+from qemu_glue.prometheus.exporter import page_maker
 from qemu_glue.prometheus.metrics import Metrics, StepCause
 from qemu_glue.watch.fleet import Fleet
 from qemu_glue.watch.fleet_views import FleetView
 from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.interrupts import Interrupts
 from qemu_glue.watch.member import FleetEnd
+from qemu_glue.watch.names import FileId, VmNames
+from qemu_glue.watch.options import WatchOptions
 from qemu_glue.watch.poll_share import SharedWait
-from qemu_glue.watch.sockets import VmNames, is_pattern, sockets_now
+from qemu_glue.watch.sockets import is_pattern, sockets_now
 from tests.unit.test_watch_loop import ARRAY, HandMadeVm, loop_of
 from tests.waiting import HANG_S
 
@@ -46,7 +49,8 @@ LOOKS = 5
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sockets are looked for at each turn, and what failed is tried again at the next one."""
+    """Sockets are looked for at each turn, what failed is tried again at the next one, and the host is on tsc."""
+    monkeypatch.setattr("pvclock.host.linux.host_clocksource", lambda: "tsc")
     for name in ("LOOK_AGAIN_S", "AGAIN_S"):
         monkeypatch.setattr(f"qemu_glue.watch.fleet.{name}", 1e-3)
 
@@ -83,7 +87,8 @@ class HandMadeFleet:
 
         made.take_events = take  # type: ignore[method-assign]
         listener = self._resources.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(self.place / f"{name}.qmp"))
+        listener.bind(str(self.place / "new"))
+        (self.place / "new").rename(self.place / f"{name}.qmp")  # in the place of one that is there
         return made
 
     def open_vm(self, qmp: str) -> HandMadeVm:
@@ -102,16 +107,15 @@ class HandMadeFleet:
         assert isinstance(vm, HandMadeVm)
         vm.has_ended, vm.fault = True, VmEnded(1)
 
-    def watch(self, *conditions: Callable[[], object], is_json: bool = False, **arguments: object) -> Fleet:
+    def watch(self, *conditions: Callable[[], object], is_json: bool = False, max_step_ns: int | None = None) -> Fleet:
         """Watch until each condition was true, one after the other."""
-        defaults = {"wait": 0.0, "interval": 0.001, "reference": "raw", "max_step": None, "max_drift": None}
-        given = {"tsc_unchanged": False, "allow_pauses": False, **defaults, **arguments}
+        max_step = None if max_step_ns is None else Fraction(max_step_ns)
         screen = Screen(quiet=is_json)
         view = FleetView(screen, Instants(measure_tsc_hz()), self.fail, is_json=is_json)
         fleet = Fleet(
             [self.pattern],
             self.open_vm,
-            argparse.Namespace(**given),
+            WatchOptions(budgets=Budgets(max_step), interval_s=0.001),
             view=view,
             end=self.end,
             metrics=self.metrics,
@@ -239,7 +243,7 @@ def test_what_cannot_be_watched_is_tried_again(hand_made: HandMadeFleet, capsys:
         hand_made.looked("db"),
         lambda: hand_made.metrics.of("db").is_up,
     )
-    assert capsys.readouterr().out.count("db: not watched: QMP connect: another client has it") == 1
+    assert capsys.readouterr().out.count(" left: QMP connect: another client has it") == 1
     assert {each.vm for each in fleet.watched} == {"web", "db"}
     assert (fleet.not_watched, fleet.statuses) == ({}, {0})
 
@@ -274,7 +278,7 @@ def test_standard_output_fails(hand_made: HandMadeFleet, monkeypatch: pytest.Mon
     def full(_text: str) -> None:
         raise OSError(28, "No space left on device", "standard output")
 
-    monkeypatch.setattr("qemu_glue.watch.views.write", full)
+    monkeypatch.setattr("qemu_glue.watch.json_lines.write", full)
     hand_made.add("web")
     hand_made.watch(lambda: False, is_json=True)
     assert [error.errno for error in hand_made.failures][:1] == [28]
@@ -452,6 +456,24 @@ def test_looks_of_all_vms_take_a_twentieth_of_a_cpu(vms: int) -> None:
     assert loop.interval_s == pytest.approx(max(0.02 * vms, least_s))
 
 
+def test_a_search_makes_no_look_rarer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a look searches of the memory beside is no part of a look's cost."""
+    monkeypatch.setattr("pvclock.meter.watch.paced_search.PAUSE_S", 0)
+    vm, cpu_s = vm_with_a_page(), 0.0
+    loop, looks = loop_of(vm)
+    wait = SharedWait(lambda _seconds: False, lambda: 20, cpu_s=lambda: cpu_s)
+    wait.take_charge(loop)
+    vm.wipe(ARRAY)
+    cost_s, before = 0.0003, 0
+    while loop.finder.searched_pieces < LOOKS:
+        wait(0)
+        next(looks)
+        cpu_s += cost_s + 0.03 * (loop.finder.searched_pieces > before)
+        before = loop.finder.searched_pieces
+    wait(0)
+    assert loop.interval_s == pytest.approx(20 * 20 * cost_s)
+
+
 def vm_with_a_page() -> HandMadeVm:
     """A VM whose page is found."""
     vm = HandMadeVm()
@@ -485,17 +507,69 @@ def test_an_interval_that_the_user_chose_stays() -> None:
 def test_names_of_vms() -> None:
     """The socket's file name; the path for those of one name, and for one that comes later; free again once gone."""
     names = VmNames()
-    names.name(["/run/a/vm.qmp", "/run/b/vm.sock", "/run/web.qmp.sock", "/run/.qmp"])
-    assert names.of("/run/a/vm.qmp") == "/run/a/vm.qmp"
-    assert names.of("/run/b/vm.sock") == "/run/b/vm.sock"
-    assert names.of("/run/web.qmp.sock") == "web.qmp"
-    assert names.of("/run/.qmp") == ".qmp"
-    names.name(["/run/c/web.qmp.sock", "/run/web.qmp.sock"])
-    assert names.of("/run/web.qmp.sock") == "web.qmp"
-    assert names.of("/run/c/web.qmp.sock") == "/run/c/web.qmp.sock"
-    names.forget("/run/web.qmp.sock")
-    names.name(["/run/d/web.qmp.sock"])
-    assert names.of("/run/d/web.qmp.sock") == "web.qmp"
+    files = [FileId(1, number) for number in range(9)]
+    names.name(dict(zip(files, ["/run/a/vm.qmp", "/run/b/vm.sock", "/run/web.qmp.sock", "/run/.qmp"], strict=False)))
+    assert list(map(names.of, files[:4])) == ["/run/a/vm.qmp", "/run/b/vm.sock", "web.qmp", ".qmp"]
+    names.name({files[4]: "/run/c/web.qmp.sock", files[2]: "/run/link"})
+    assert list(map(names.of, files[2:5])) == ["web.qmp", ".qmp", "/run/c/web.qmp.sock"]
+    names.name({files[5]: "/run/c/web.qmp.sock"})
+    assert names.of(files[5]) == "/run/c/web.qmp.sock (2)"
+    names.forget(files[2])
+    names.name({files[6]: "/run/d/web.qmp.sock"})
+    assert names.of(files[6]) == "web.qmp"
+
+
+def test_a_name_that_is_no_text(hand_made: HandMadeFleet, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever makes a socket chooses its name: it forges no line, sends a terminal nothing, and is scraped."""
+    odd = os.fsdecode(b"x\xff\n\x1b[31mweb")
+    hand_made.add(odd)
+    hand_made.add(f"{odd}2", QmpFailed("connect", f"{odd}2: busy"))
+    named = r"x\xff\n\x1b[31mweb"
+    page = page_maker(hand_made.metrics)
+    fleet = hand_made.watch(hand_made.looked(named), lambda: len(hand_made.opened) > 2, lambda: page("").content)
+    assert fleet.not_watched.keys() == {f"{named}2"}
+    (watched,) = fleet.watched
+    assert watched.vm == named
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(named) for line in lines)
+    assert any(line.endswith(r" left: QMP connect: x\udcff\n\x1b[31mweb2: busy") for line in lines)
+
+
+def test_a_link_to_a_vm_that_is_watched(hand_made: HandMadeFleet) -> None:
+    """It is that VM, although the link's name comes first."""
+    hand_made.add("web")
+    link = doing(lambda: (hand_made.place / "a.qmp").symlink_to(hand_made.place / "web.qmp"))
+    fleet = hand_made.watch(hand_made.looked("web"), link, hand_made.looked("web", 50))
+    assert (hand_made.opened, fleet.not_watched) == (["web"], {})
+
+
+def test_another_vm_takes_a_sockets_place(hand_made: HandMadeFleet) -> None:
+    """While the VM that had it is watched on, it is watched, too; by another name."""
+    hand_made.add("web")
+    whole = f"{hand_made.place}/web.qmp"
+    fleet = hand_made.watch(
+        hand_made.looked("web"), doing(lambda: hand_made.add("web")), hand_made.looked(whole), hand_made.looked("web")
+    )
+    assert sorted(each.vm for each in fleet.watched) == [whole, "web"]
+
+
+def test_a_vm_that_is_started_anew(hand_made: HandMadeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its name again, although its socket is there before the end of the one before is seen."""
+    monkeypatch.setattr("qemu_glue.watch.fleet.AGAIN_S", HANG_S)
+    web = hand_made.add("web")
+
+    def end() -> None:
+        web.has_ended, web.fault = True, VmEnded(1)
+
+    fleet = hand_made.watch(
+        hand_made.looked("web"),
+        doing(lambda: hand_made.add("web")),
+        hand_made.looked("web", LOOKS),
+        doing(end),
+        lambda: len(hand_made.opened) > 1,
+        hand_made.looked("web"),
+    )
+    assert [each.vm for each in fleet.watched] == ["web", "web"]
 
 
 def test_sockets_of_a_pattern(hand_made: HandMadeFleet) -> None:
@@ -507,13 +581,13 @@ def test_sockets_of_a_pattern(hand_made: HandMadeFleet) -> None:
     odd = str(hand_made.place / "a[1].qmp")
     assert not is_pattern(odd)
     found = sockets_now([odd, hand_made.pattern, hand_made.pattern, str(hand_made.place / "nobody.qmp")])
-    assert sorted(map(os.path.basename, found)) == ["a[1].qmp", "link.qmp"]
+    assert sorted(map(os.path.basename, found.values())) == ["a[1].qmp", "link.qmp"]
 
 
 def test_a_budget_of_a_fleet_is_a_number(hand_made: HandMadeFleet) -> None:
     """Fleet and VM go by the same arguments."""
     hand_made.add("web")
-    fleet = hand_made.watch(hand_made.looked("web"), max_step=Fraction(10**9))
+    fleet = hand_made.watch(hand_made.looked("web"), max_step_ns=10**9)
     (watched,) = fleet.watched
     assert watched.cells[-1] == "passed"
 

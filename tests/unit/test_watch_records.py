@@ -12,7 +12,8 @@ from pvclock.host.watch import TroubleKind
 from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.budgets import Budgets, Verdict
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
-from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Finding, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.summary import WatchSummary
 from pvclock.meter.watch.vm import VmEvent, VmEventKind

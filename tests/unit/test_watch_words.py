@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pvclock.host.watch import TroubleKind
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
-from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
+from pvclock.meter.watch.host_troubles import HostTrouble
+from pvclock.meter.watch.loop import Finding, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.meter.watch.words import (
@@ -85,6 +86,7 @@ def test_times_at_a_glance(ns: int, bound_ns: int, text: str) -> None:
         (3.2, 25.0, "+3 ppb, within 25"),
         (12_345.6, 30.0, "+12.35 ppm, within 0.03"),
         (0.0, 0.0, "+0.000000 ppb, within 0.000000"),
+        (-0.4, 1.0, "+0 ppb, within 1"),
     ],
 )
 def test_a_rate_with_its_bound(ppb: float, bound_ppb: float, text: str) -> None:
@@ -149,7 +151,7 @@ SENTENCES = [
     ),
     (FlagsChange(HostTsc(9), 1, 1, 3), "vCPU 1: flags stable -> stable, stopped"),
     (PageLost(HostTsc(9), 1, "mul is 0"), "vCPU 1: the page is gone: mul is 0"),
-    (Stall(HostTsc(9), 1_500_000_000), "not watched for 1.500 s: what came and went meanwhile was not seen"),
+    (Stall(HostTsc(9), 1_500_000_000), "no look for 1.500 s: what came and went meanwhile was not seen"),
     (PagesFound((Gpa(0x1000), Gpa(0x1040)), "as given"), "2 pages at 0x1000, 0x1040, as given"),
     (
         PagesFound((Gpa(0x1000),), "one page at 0x1000", 192 << 20, 0.25),

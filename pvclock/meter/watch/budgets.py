@@ -90,7 +90,7 @@ def _open_steps(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -> l
     """What leaves open whether a step was longer."""
     found = []
     if summary.polls < 2:
-        found.append("the pages were not polled twice")
+        found.append("the pages were not looked at twice")
     if most_ns < AGREE_NS:
         found.append(f"a budget of {plain_ns(most_ns)} is below what can be measured, {AGREE_NS} ns")
     if summary.unknown:
@@ -103,7 +103,7 @@ def _open_steps(most_ns: Fraction, budgets: Budgets, summary: WatchSummary) -> l
         )
     if summary.split:
         found.append(
-            f"at {counted(summary.split, 'poll')} more than one line had come: only the sum of their steps is known"
+            f"at {counted(summary.split, 'look')} more than one line had come: only the sum of their steps is known"
         )
     if summary.restarts:
         found.append(f"other pages were found {counted(summary.restarts, 'time')}, and what was between is unknown")

@@ -6,13 +6,13 @@ Each is a plain value with its bounds; nothing here measures.  `at` and all othe
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.quantities import HostTsc
 from pvclock.readings import TimeInfo
 
-__all__ = ["Change", "Disagreement", "FlagsChange", "PageLost", "Stall", "Step", "TscBasis"]
+__all__ = ["TOLD_STALL_NS", "Change", "Disagreement", "FlagsChange", "PageLost", "Stall", "Step", "TscBasis"]
 
 
 class TscBasis(StrEnum):
@@ -99,5 +99,8 @@ class Stall(NamedTuple):
     at: HostTsc
     gap_ns: int
 
+
+TOLD_STALL_NS: Final = 250_000_000
+"""A shorter stall is told to programs and counted in the summary, and is no line for people: a busy host has many."""
 
 Change: TypeAlias = Step | Disagreement | FlagsChange | PageLost | Stall

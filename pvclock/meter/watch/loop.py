@@ -9,10 +9,10 @@ from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import PvclockError
 from pvclock.host.this_host import bracketed, measure_tsc_hz
-from pvclock.host.watch import HostWatch, TroubleKind
 from pvclock.meter.findings import TIME_INFO
 from pvclock.meter.watch.ahead import Ahead, AheadMeter
 from pvclock.meter.watch.changes import Change, PageLost, Step
+from pvclock.meter.watch.host_troubles import HostTrouble, HostTroubles
 from pvclock.meter.watch.lines import TscRates
 from pvclock.meter.watch.page_finder import PageFinder, PagesFound, Progress
 from pvclock.meter.watch.page_layout import Pages
@@ -35,14 +35,6 @@ END_LIMIT_S: Final = 2.0
 """A VMM that ends hangs up before its process is gone."""
 SAMPLE_S: Final = 1.0
 """How often the reference is sampled, and the host is looked at."""
-
-
-class HostTrouble(NamedTuple):
-    """Something was wrong with the host's clocks.  unstable: its TSC cannot be trusted.  why: for people."""
-
-    kind: TroubleKind
-    unstable: bool
-    why: str
 
 
 class VmEnded(NamedTuple):
@@ -95,8 +87,8 @@ class WatchLoop:
         self.has_run = False
         """Was there a look at a guest that ran, or may have?"""
         self._wait, self._wanted_s = wait, interval_s
-        self._host = HostWatch(self.host_tsc_hz, interval_ns=int(SAMPLE_S * NS_PER_S))
-        self.troubles = _from_the_beginning(self._host)
+        self._host = HostTroubles(self.host_tsc_hz, SAMPLE_S)
+        self.troubles = [*self._host.at_begin]
         """Those of the host so far."""
         self._meter = RateMeter(lambda: bracketed(reference, self.host_tsc_hz), self.host_tsc_hz, vm.tsc_hz)
         self._ahead = AheadMeter(TscRates(self.host_tsc_hz, vm.tsc_hz))
@@ -172,7 +164,9 @@ class WatchLoop:
             return Look(poll, found)
         self._sampled_s = time.monotonic()
         readings = self._ahead.take(self._meter.take(), poll, self.watcher.lines)
-        return Look(poll, (*found, *self._look_at_host()), readings)
+        troubles = self._host.check()
+        self.troubles += troubles
+        return Look(poll, (*found, *troubles), readings)
 
     def _of_vcpus(self, whole: Poll, seen: Mapping[Gpa, TimeInfo | None]) -> Poll:
         """The poll, of the vCPUs' pages alone."""
@@ -192,12 +186,6 @@ class WatchLoop:
             return []
         self.infos = {}
         return self.watcher.restart()
-
-    def _look_at_host(self) -> list[HostTrouble]:
-        found = [each for each in self._host.check() if each.kind is not TroubleKind.STALL]  # polls tell of these
-        troubles = [HostTrouble(each.kind, each.unstable, each.why) for each in found]
-        self.troubles += troubles
-        return troubles
 
     def _note_state(self, events: Iterable[VmEvent]) -> None:
         for event in events:
@@ -238,9 +226,3 @@ def _only_adds(before: Pages, pages: Pages) -> bool:
 def _may_be_reset(change: Change) -> bool:
     """Was the TSC written, and the page's line is still the old one?"""
     return isinstance(change, Step) and change.lines == 0 and change.step_ns is None
-
-
-def _from_the_beginning(host: HostWatch) -> list[HostTrouble]:
-    """What is wrong before anything has changed."""
-    why = f"the host's clocksource is {host.last.clocksource}, not tsc"
-    return [] if host.tsc_trusted else [HostTrouble(TroubleKind.CLOCKSOURCE, True, why)]

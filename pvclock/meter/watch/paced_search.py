@@ -22,6 +22,8 @@ class PacedSearch:
 
     def __init__(self, begin: Callable[[], Generator[tuple[int, int], None, FoundPages]]) -> None:
         self._begin = begin
+        self.pieces = 0
+        """Of all searches so far."""
         self.renew()
 
     def renew(self) -> None:
@@ -47,6 +49,7 @@ class PacedSearch:
             if begin_s < self._next_s:
                 return None
             self._search, self._busy_s = self._begin(), 0.0
+        self.pieces += 1
         try:
             next(self._search)
         except StopIteration as end:

@@ -83,6 +83,11 @@ class PageFinder:
         return self._searches.is_under_way
 
     @property
+    def searched_pieces(self) -> int:
+        """How many pieces of the memory were searched between looks so far."""
+        return self._searches.pieces
+
+    @property
     def doubt(self) -> str | None:
         """Why `pages` may not be the guest's, for people; None if they are, by all that is known."""
         if self._due.is_open:

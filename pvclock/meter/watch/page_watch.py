@@ -108,7 +108,7 @@ class PageWatch:
         if self._illegal_polls != LOST_POLLS:
             return []
         what = "it was being changed each time" if page is None else "what lies there is no page of a clock"
-        return [PageLost(poll.middle, self._vcpu, f"no legal page at {LOST_POLLS} polls in a row: {what}")]
+        return [PageLost(poll.middle, self._vcpu, f"no legal page at {LOST_POLLS} looks in a row: {what}")]
 
     def _lacks_offset(self, line: Line) -> bool:
         """Is the offset missing for a moment?  If it is for long, it cannot be read any more."""
