@@ -16,7 +16,7 @@ import pvclock
 from pvclock.meter.watch.rate import PageRate
 from qemu_glue.prometheus.address import Address
 from qemu_glue.prometheus.http_server import HttpServer, Page
-from qemu_glue.prometheus.series import Series, VcpuSeries, VmSeries
+from qemu_glue.prometheus.metrics import Metrics, VcpuMetrics, VmMetrics
 
 __all__ = ["FAMILIES", "page_maker", "serve"]
 
@@ -31,15 +31,15 @@ VM: Final = ("vm",)
 VCPU: Final = ("vm", "vcpu")
 
 
-def serve(address: Address, series: Series) -> HttpServer:
-    """Serve `series` at `address`.  ConfigError."""
-    return HttpServer(address, page_maker(series))
+def serve(address: Address, metrics: Metrics) -> HttpServer:
+    """Serve `metrics` at `address`.  ConfigError."""
+    return HttpServer(address, page_maker(metrics))
 
 
-def page_maker(series: Series) -> Callable[[str], Page]:
+def page_maker(metrics: Metrics) -> Callable[[str], Page]:
     """What makes the page, in the format that an Accept header asks for: these metrics alone, of no process."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(series))
+    registry.register(_Collector(metrics))
 
     def page(accepted: str) -> Page:
         encode, kind = choose_encoder(OPEN_METRICS if _takes_open_metrics(accepted) else "")
@@ -60,14 +60,14 @@ def _takes_open_metrics(accepted: str) -> bool:
 class _Collector:
     """prometheus_client's: it is asked at each scrape."""
 
-    def __init__(self, series: Series) -> None:
-        self._series = series
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
         """The metrics as they stand."""
         for family in FAMILIES:
             made = family.kind(family.name, family.help, labels=family.labels)
-            for labels, value in family.samples(self._series):
+            for labels, value in family.samples(self._metrics):
                 if value is not None:
                     made.add_metric([_utf8(label) for label in labels], value)
             yield made
@@ -94,17 +94,17 @@ class _Family(NamedTuple):
     name: str
     kind: Kind
     labels: tuple[str, ...]
-    samples: Callable[[Series], Iterable[_Sample]]
+    samples: Callable[[Metrics], Iterable[_Sample]]
     help: str
 
 
-def _of_vm(name: str, kind: Kind, value: Callable[[VmSeries], float | None], meaning: str) -> _Family:
-    return _Family(name, kind, VM, lambda series: (_Sample((vm.vm,), value(vm)) for vm in series.vms), meaning)
+def _of_vm(name: str, kind: Kind, value: Callable[[VmMetrics], float | None], meaning: str) -> _Family:
+    return _Family(name, kind, VM, lambda metrics: (_Sample((vm.vm,), value(vm)) for vm in metrics.vms), meaning)
 
 
-def _of_vcpu(name: str, kind: Kind, value: Callable[[VcpuSeries], float], meaning: str) -> _Family:
-    def samples(series: Series) -> Iterator[_Sample]:
-        return (_Sample(labels, value(vcpu)) for labels, vcpu in _vcpus(series.vms))
+def _of_vcpu(name: str, kind: Kind, value: Callable[[VcpuMetrics], float], meaning: str) -> _Family:
+    def samples(metrics: Metrics) -> Iterator[_Sample]:
+        return (_Sample(labels, value(vcpu)) for labels, vcpu in _vcpus(metrics.vms))
 
     return _Family(name, kind, VCPU, samples, meaning)
 
@@ -112,25 +112,25 @@ def _of_vcpu(name: str, kind: Kind, value: Callable[[VcpuSeries], float], meanin
 def _of_rate(name: str, ppb: Callable[[PageRate], float | None], meaning: str) -> _Family:
     """Of a VM that is seen."""
 
-    def samples(series: Series) -> Iterator[_Sample]:
-        for labels, vcpu in _vcpus(vm for vm in series.vms if vm.is_up):
+    def samples(metrics: Metrics) -> Iterator[_Sample]:
+        for labels, vcpu in _vcpus(vm for vm in metrics.vms if vm.is_up):
             known = None if vcpu.rate is None else ppb(vcpu.rate)
             yield _Sample(labels, None if known is None else known / PPB_PER_ONE)
 
     return _Family(name, GAUGE, VCPU, samples, meaning)
 
 
-def _steps(series: Series) -> Iterator[_Sample]:
-    for labels, vcpu in _vcpus(series.vms):
+def _steps(metrics: Metrics) -> Iterator[_Sample]:
+    for labels, vcpu in _vcpus(metrics.vms):
         for cause, count in vcpu.steps.items():
             yield _Sample((*labels, cause), count)
 
 
-def _troubles(series: Series) -> Iterator[_Sample]:
-    return (_Sample((kind,), count) for kind, count in series.host.troubles.items())
+def _troubles(metrics: Metrics) -> Iterator[_Sample]:
+    return (_Sample((kind,), count) for kind, count in metrics.host.troubles.items())
 
 
-def _vcpus(vms: Iterable[VmSeries]) -> Iterator[tuple[tuple[str, str], VcpuSeries]]:
+def _vcpus(vms: Iterable[VmMetrics]) -> Iterator[tuple[tuple[str, str], VcpuMetrics]]:
     """Each vCPU with its labels."""
     for vm in vms:
         for number, vcpu in enumerate(vm.vcpus):
@@ -142,14 +142,14 @@ FAMILIES: Final = (
         "pvclock_build_info",
         GAUGE,
         ("version",),
-        lambda _series: [_Sample((pvclock.__version__,), 1)],
+        lambda _metrics: [_Sample((pvclock.__version__,), 1)],
         "1, with the version of pvclock that watches",
     ),
     _Family(
         "pvclock_host_clocksource_is_tsc",
         GAUGE,
         (),
-        lambda series: [_Sample((), series.host.is_on_tsc)],
+        lambda metrics: [_Sample((), metrics.host.is_on_tsc)],
         "1 while the host's clocksource is tsc, 0 once its kernel has left it",
     ),
     _Family("pvclock_host_troubles", COUNTER, ("kind",), _troubles, "troubles of the host's clocks"),

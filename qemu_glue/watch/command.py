@@ -19,7 +19,7 @@ from pvclock.commands.screen import Screen
 from qemu_glue.prometheus.address import DEFAULT_HOST, parsed_address
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
-    from qemu_glue.prometheus.series import Series
+    from qemu_glue.prometheus.metrics import Metrics
     from qemu_glue.watch.options import WatchOptions
     from qemu_glue.watch.target import Target
 
@@ -83,10 +83,10 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
         raise ConfigError("--page is of one VM; a fleet's pages are searched")
     options = _options(arguments)
     with Interrupts() as interrupts, ExitStack() as resources:
-        series = _served(arguments, screen, resources)
+        metrics = _served(arguments, screen, resources)
         if target is None:
-            return watch_fleet(arguments.qmp, options, screen, series, interrupts)
-        return watch_one(options, screen, target, series, interrupts)
+            return watch_fleet(arguments.qmp, options, screen, metrics, interrupts)
+        return watch_one(options, screen, target, metrics, interrupts)
 
 
 # Inside
@@ -124,7 +124,7 @@ def _only_target(arguments: argparse.Namespace) -> Target | None:
     return Target(libvirt=arguments.libvirt[0])
 
 
-def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack) -> Series | None:
+def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack) -> Metrics | None:
     """What --prometheus serves from now on."""
     if arguments.prometheus is None:
         return None
@@ -135,16 +135,16 @@ def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack)
             raise
         raise ConfigError("--prometheus needs prometheus_client: pip install 'pvclock[prometheus]'") from None
     from pvclock.host.this_host import measure_tsc_hz
-    from qemu_glue.prometheus.series import Series
+    from qemu_glue.prometheus.metrics import Metrics
     from qemu_glue.watch.instants import Instants
     from qemu_glue.watch.json_lines import JsonLines
 
-    series = Series()
-    server = resources.enter_context(serve(arguments.prometheus, series))
+    metrics = Metrics()
+    server = resources.enter_context(serve(arguments.prometheus, metrics))
     screen.show(f"metrics at {server.url}")
     if arguments.json:
         JsonLines(Instants(measure_tsc_hz())).write({"kind": "metrics", "url": server.url})
-    return series
+    return metrics
 
 
 def _pid(text: str) -> int:

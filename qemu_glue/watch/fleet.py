@@ -18,7 +18,7 @@ from pvclock.meter.inside.schema import printable
 from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.host_troubles import HostTrouble, HostTroubles
 from pvclock.meter.watch.vm import WatchedVm
-from qemu_glue.prometheus.series import Series
+from qemu_glue.prometheus.metrics import Metrics
 from qemu_glue.watch.ending import Ending, ending_of
 from qemu_glue.watch.fleet_views import FleetView, fleet_row
 from qemu_glue.watch.member import FleetEnd, Member
@@ -62,7 +62,7 @@ class _Obstacle(NamedTuple):
 class Fleet:
     """Watches the VMs at the sockets `named`: paths, and patterns of paths.
 
-    series: what Prometheus is told.  open_vm: opens a VM by its socket's path.
+    metrics: what Prometheus is told.  open_vm: opens a VM by its socket's path.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Fleet:
         *,
         view: FleetView,
         end: FleetEnd,
-        series: Series | None,
+        metrics: Metrics | None,
     ) -> None:
         self.watched: deque[Watched] = deque(maxlen=WATCHED_MAX)
         """Those that were, in the order of their ends."""
@@ -82,7 +82,7 @@ class Fleet:
         self.troubles: deque[HostTrouble] = deque(maxlen=TROUBLES_MAX)
         """The host's, the last ones."""
         self._named, self._open_vm, self._options = named, open_vm, options
-        self._view, self._end, self._series = view, end, series
+        self._view, self._end, self._metrics = view, end, metrics
         self._members: dict[FileId, Member] = {}
         self._obstacles: dict[FileId, _Obstacle] = {}
         self._first_seen_s: dict[FileId, float] = {}
@@ -154,7 +154,7 @@ class Fleet:
             self._end,
             lambda: sum(each.loop is not None for each in list(self._members.values())),
             show=self._view.of(name),
-            series=None if self._series is None else self._series.of(name),
+            metrics=None if self._metrics is None else self._metrics.of(name),
         )
         self._members[socket] = member
         member.start()
@@ -185,15 +185,15 @@ class Fleet:
         self._obstacles[socket] = _Obstacle(error, pause_s, time.monotonic() + pause_s)
 
     def _forget(self, socket: FileId) -> None:
-        if self._series is not None:
-            self._series.forget(self._names.of(socket))
+        if self._metrics is not None:
+            self._metrics.forget(self._names.of(socket))
 
     def _note_host(self, troubles: Iterable[HostTrouble]) -> None:
         for trouble in troubles:
             self.troubles.append(trouble)
             self._view.host(trouble)
-            if self._series is not None:
-                self._series.host.take([trouble])
+            if self._metrics is not None:
+                self._metrics.host.take([trouble])
 
     def _finish(self) -> None:
         """End all watches, and take what they came to."""

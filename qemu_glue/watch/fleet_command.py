@@ -14,7 +14,7 @@ from pvclock.commands.screen import Screen
 from pvclock.host.this_host import measure_tsc_hz
 from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.vm import WatchedVm
-from qemu_glue.prometheus.series import Series
+from qemu_glue.prometheus.metrics import Metrics
 from qemu_glue.watch.fleet import Fleet
 from qemu_glue.watch.fleet_views import FleetView, fleet_table, verdict_lines
 from qemu_glue.watch.instants import Instants
@@ -32,13 +32,13 @@ WORST_FIRST: Final = (VerdictStatus.BROKEN.exit_status, VerdictStatus.UNDECIDED.
 
 
 def watch_fleet(
-    named: list[str], options: WatchOptions, screen: Screen, series: Series | None, interrupts: Interrupts
+    named: list[str], options: WatchOptions, screen: Screen, metrics: Metrics | None, interrupts: Interrupts
 ) -> Outcome:
     """Watch all VMs at the sockets `named`: paths, and patterns of paths.
 
     ConfigError if there is none, unless --wait or --prometheus let it wait.
     """
-    waits_for_ever = series is not None
+    waits_for_ever = metrics is not None
     if not (waits_for_ever or options.wait_s or sockets_now(named)):
         raise ConfigError(
             f"no QMP socket at {', '.join(named)}; --wait SECONDS waits for one, and --prometheus for ever"
@@ -51,7 +51,7 @@ def watch_fleet(
         end.come()
 
     view = FleetView(screen, Instants(measure_tsc_hz()), fail, is_json=options.is_json)
-    fleet = Fleet(named, _open_by_socket, options, view=view, end=end, series=series)
+    fleet = Fleet(named, _open_by_socket, options, view=view, end=end, metrics=metrics)
     if not sockets_now(named):
         view.waits()
     fleet.run(interrupts.wait, _is_over(options, waits_for_ever=waits_for_ever))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pvclock.meter.watch.loop import Look, VmEnded, WatchLoop
-from qemu_glue.prometheus.series import VmSeries
+from qemu_glue.prometheus.metrics import VmMetrics
 from qemu_glue.watch.views import View
 
 __all__ = ["take_looks"]
 
 
 def take_looks(
-    loop: WatchLoop, looks: Iterable[Look], begin_view: Callable[[Look], View], series: VmSeries | None
+    loop: WatchLoop, looks: Iterable[Look], begin_view: Callable[[Look], View], metrics: VmMetrics | None
 ) -> str | None:
     """Take all of them; why the VM ended, if it did.
 
@@ -23,7 +23,7 @@ def take_looks(
     for look in looks:
         view = view or begin_view(look)
         view.show(look)
-        if series is not None:
-            series.take(look, loop)
+        if metrics is not None:
+            metrics.take(look, loop)
         why_ended = next((each.why for each in look.findings if isinstance(each, VmEnded)), None)
     return why_ended

@@ -11,7 +11,7 @@ from pvclock.meter.watch.host_troubles import HostTrouble
 from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import WatchedVm
-from qemu_glue.prometheus.series import VmSeries
+from qemu_glue.prometheus.metrics import VmMetrics
 from qemu_glue.watch.beginning import Interrupted, Patience, begun
 from qemu_glue.watch.looks import take_looks
 from qemu_glue.watch.options import WatchOptions
@@ -67,7 +67,7 @@ class FleetEnd:
 class Member:
     """A VM, from its socket on.
 
-    open_vm: opens it.  watched: how many VMs the fleet watches.  series: what is told to Prometheus of it.
+    open_vm: opens it.  watched: how many VMs the fleet watches.  metrics: what is told to Prometheus of it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Member:
         watched: Callable[[], int],
         *,
         show: Shows,
-        series: VmSeries | None,
+        metrics: VmMetrics | None,
     ) -> None:
         self.name, self.path = name, path
         self.loop: WatchLoop | None = None
@@ -89,7 +89,7 @@ class Member:
         """The VM has ended."""
         self.error: Exception | None = None
         """What kept the watch from its work, or ended it."""
-        self._open_vm, self._options, self._end, self._show, self._series = open_vm, options, end, show, series
+        self._open_vm, self._options, self._end, self._show, self._metrics = open_vm, options, end, show, metrics
         self._wait = SharedWait(end.wait, watched, is_fixed=options.interval_s is not None)
         self._thread = threading.Thread(target=self._run, name=f"pvclock-watch-{name}", daemon=True)
 
@@ -121,8 +121,8 @@ class Member:
         except Exception as error:  # noqa: BLE001  # whatever it is, the others are watched on
             self.error = error
         finally:
-            if self._series is not None:
-                self._series.end()
+            if self._metrics is not None:
+                self._metrics.end()
 
     def _watch(self) -> None:
         patience = Patience(self._options.wait_s, self._end)
@@ -131,7 +131,7 @@ class Member:
             self._wait.take_charge(loop)
             self.loop = loop
             looks = map(_without_host, loop.looks())
-            self.why_ended = take_looks(loop, looks, lambda first: self._show.begin(loop, found, first), self._series)
+            self.why_ended = take_looks(loop, looks, lambda first: self._show.begin(loop, found, first), self._metrics)
 
     def _begin(self, loop: WatchLoop) -> PagesFound:
         with self._end.turn_to_search():

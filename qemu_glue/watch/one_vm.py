@@ -13,7 +13,7 @@ from pvclock.errors import PvclockError
 from pvclock.meter.watch.host_troubles import HostTrouble
 from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
-from qemu_glue.prometheus.series import Series
+from qemu_glue.prometheus.metrics import Metrics
 from qemu_glue.watch.beginning import Interrupted, Patience, begun, opened
 from qemu_glue.watch.ending import ending_of
 from qemu_glue.watch.first_lines import first_lines
@@ -32,12 +32,12 @@ __all__ = ["watch_one"]
 
 
 def watch_one(
-    options: WatchOptions, screen: Screen, target: Target, series: Series | None, interrupts: Interrupts
+    options: WatchOptions, screen: Screen, target: Target, metrics: Metrics | None, interrupts: Interrupts
 ) -> Outcome:
-    """Watch `target`, show what is found, tell it to `series`, and hold it against the budgets."""
+    """Watch `target`, show what is found, tell it to `metrics`, and hold it against the budgets."""
     patience = Patience(options.wait_s, interrupts)
-    if series is not None:
-        series.of(target.label)
+    if metrics is not None:
+        metrics.of(target.label)
     try:
         with patience.have(lambda: opened(*target)) as vm:
             with screen.progress(1.0, "searching the guest's memory") as update:
@@ -46,7 +46,7 @@ def watch_one(
                     update(done_bytes / total_bytes, f"searching {total_bytes >> 20} MiB of guest memory")
 
                 loop, found = begun(vm, options, patience, wait=interrupts.wait, progress=progress)
-            return _Watch(options, screen, loop, found, series, target.label).to_the_end()
+            return _Watch(options, screen, loop, found, metrics, target.label).to_the_end()
     except Interrupted:
         screen.tell("pvclock watch: interrupted before the guest's pages were found")
         raise KeyboardInterrupt from None
@@ -64,10 +64,10 @@ class _Watch:
         screen: Screen,
         loop: WatchLoop,
         found: PagesFound,
-        series: Series | None,
+        metrics: Metrics | None,
         label: str,
     ) -> None:
-        self._options, self._screen, self._series, self._label = options, screen, series, label
+        self._options, self._screen, self._metrics, self._label = options, screen, metrics, label
         self._loop, self._found = loop, found
         self._lines = JsonLines(Instants(loop.host_tsc_hz))
 
@@ -75,16 +75,16 @@ class _Watch:
         """Watch, and show what it came to; after an error of a VM that runs, too."""
         try:
             with ExitStack() as resources:
-                series = None if self._series is None else self._series.of(self._label)
-                why_ended = take_looks(self._loop, self._looks(), lambda first: self._view(first, resources), series)
+                metrics = None if self._metrics is None else self._metrics.of(self._label)
+                why_ended = take_looks(self._loop, self._looks(), lambda first: self._view(first, resources), metrics)
         except PvclockError:
             self._show_summary()
             raise
         return self._outcome(why_ended)
 
     def _looks(self) -> Iterator[Look]:
-        """Each look, once the series has the host's troubles that it found."""
-        host = None if self._series is None else self._series.host
+        """Each look, once the metrics have the host's troubles that it found."""
+        host = None if self._metrics is None else self._metrics.host
         if host is not None:
             host.take(self._loop.troubles)
         for look in self._loop.looks(self._options.seconds):

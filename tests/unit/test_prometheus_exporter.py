@@ -20,7 +20,7 @@ from pvclock.meter.watch.watcher import Watcher
 from pvclock.quantities import Gpa, GuestNs, GuestTsc, HostTsc
 from pvclock.readings import TimeInfo
 from qemu_glue.prometheus.exporter import FAMILIES, page_maker
-from qemu_glue.prometheus.series import SILENT_S, HostSeries, Series, VmSeries
+from qemu_glue.prometheus.metrics import SILENT_S, HostMetrics, Metrics, VmMetrics
 from tests.command_line import ROOT
 from tests.unit.test_watch_loop import ARRAY, RESET, HandMadeVm, loop_of
 
@@ -50,8 +50,8 @@ class HandMadeWatch:
 
     def __init__(self, name: str = "web", vcpus: int = 2) -> None:
         self.now_s = 100.0
-        self.host = HostSeries(lambda: "tsc")
-        self.series = Series(self.host, lambda: self.now_s)
+        self.host = HostMetrics(lambda: "tsc")
+        self.metrics = Metrics(self.host, lambda: self.now_s)
         self.name = name
         self.vm = HandMadeVm(vcpus)
         self.rates = {0: PageRate(-51.0, 7.0), 1: PageRate(None, None, "not sampled twice")}
@@ -71,11 +71,11 @@ class HandMadeWatch:
         with pytest.MonkeyPatch.context() as by_hand:
             by_hand.setattr(Watcher, "open_disagreements", [*open_now])
             by_hand.setattr(self.loop, "rates", lambda: self.rates)
-            self.series.of(self.name).take(seen, self.loop)
+            self.metrics.of(self.name).take(seen, self.loop)
 
     def families(self) -> dict[str, Metric]:
         """What a scrape reads, by the metrics' names."""
-        text = page_maker(self.series)("").content.decode()
+        text = page_maker(self.metrics)("").content.decode()
         return {family.name: family for family in plain_text(text)}
 
     def value(self, sample: str, **labels: str) -> float | None:
@@ -122,7 +122,7 @@ def test_names_types_labels_and_units(watch: HandMadeWatch) -> None:
 
 def test_both_formats_are_read(watch: HandMadeWatch) -> None:
     """Prometheus asks for OpenMetrics, curl for nothing; either reads what it gets, of the same samples."""
-    page = page_maker(watch.series)("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3")
+    page = page_maker(watch.metrics)("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3")
     assert page.kind.startswith("application/openmetrics-text; version=1.0.0")
     families = open_metrics(page.content.decode())  # type: ignore[no-untyped-call]
     samples = [sample for family in families for sample in family.samples]
@@ -135,7 +135,7 @@ def test_both_formats_are_read(watch: HandMadeWatch) -> None:
 @pytest.mark.parametrize("version", ["bogus", "", "9", "1.0.0.0", "0.0.1", "1_0", "\xb9", "1.0.0;version=2"])
 def test_what_cannot_be_parsed_gets_plain_text(watch: HandMadeWatch, version: str) -> None:
     """So does a version that there is not: a client may ask for anything."""
-    page = page_maker(watch.series)(f"application/openmetrics-text;version={version}")
+    page = page_maker(watch.metrics)(f"application/openmetrics-text;version={version}")
     assert page.kind.startswith("text/plain; version=0.0.4")
     assert b"pvclock_watch_up{" in page.content
 
@@ -164,7 +164,7 @@ def test_steps_by_their_cause(watch: HandMadeWatch) -> None:
 def test_a_decimal_stays_as_short_as_it_is(watch: HandMadeWatch) -> None:
     """Nanoseconds are seconds without ...0001 at the end, and ppb a ratio."""
     watch.look(step(0, -503_758_074), apart(0, 1, 115_703_511))
-    page = page_maker(watch.series)("").content.decode()
+    page = page_maker(watch.metrics)("").content.decode()
     assert 'pvclock_last_step_seconds{vcpu="0",vm="web"} -0.503758074\n' in page
     assert 'pvclock_pages_disagree_seconds{vcpu="0",vm="web"} 0.115703511\n' in page
     assert 'pvclock_frequency_offset_ratio{vcpu="0",vm="web"} -5.1e-08\n' in page
@@ -174,14 +174,14 @@ def test_a_watch_may_end_at_any_moment_of_a_scrape(watch: HandMadeWatch, monkeyp
     """The scrape is answered, whichever of the VM's values it had read by then."""
     reads = ends_at = 0
 
-    def read(vm: VmSeries, name: str) -> object:
+    def read(vm: VmMetrics, name: str) -> object:
         nonlocal reads
         reads += 1
         if reads == ends_at:
             vm.end()
         return object.__getattribute__(vm, name)
 
-    monkeypatch.setattr(VmSeries, "__getattribute__", read)
+    monkeypatch.setattr(VmMetrics, "__getattribute__", read)
     while reads >= ends_at:
         watch.look()
         reads, ends_at = 0, ends_at + 1
@@ -262,7 +262,7 @@ def test_counters_never_go_back(watch: HandMadeWatch) -> None:
     """A watch that failed and began anew counts on, with another loop that begins at 0."""
     watch.look(step(0, 5_000), open_now=[apart(0, 1, 9)])
     polls = watch.value("pvclock_watch_polls_total")
-    watch.series.of("web").end()
+    watch.metrics.of("web").end()
     assert watch.value("pvclock_watch_up") == 0
     assert watch.value("pvclock_guest_paused") is None
     watch.begin()
@@ -275,22 +275,22 @@ def test_counters_never_go_back(watch: HandMadeWatch) -> None:
 
 def test_a_vm_that_is_gone_has_no_series(watch: HandMadeWatch) -> None:
     """Nothing is left of it, and the others stay."""
-    watch.series.of("db")
-    watch.series.forget("web")
+    watch.metrics.of("db")
+    watch.metrics.forget("web")
     assert watch.value("pvclock_watch_up", vm="db") == 0
     assert watch.value("pvclock_watch_up", vm="web") is None
-    assert "web" not in page_maker(watch.series)("").content.decode()
+    assert "web" not in page_maker(watch.metrics)("").content.decode()
 
 
 def test_the_host_leaves_the_tsc() -> None:
     """Its clocksource is read at each scrape, and each trouble counted by its kind."""
     watch = HandMadeWatch()
     names: Iterator[str] = iter(["tsc", "hpet"])
-    watch.series.host = HostSeries(lambda: next(names))
+    watch.metrics.host = HostMetrics(lambda: next(names))
     assert watch.value("pvclock_host_clocksource_is_tsc") == 1
     assert watch.value("pvclock_host_clocksource_is_tsc") == 0
-    watch.series.host = HostSeries(lambda: "hpet")
-    watch.series.host.take([HostTrouble(TroubleKind.CLOCKSOURCE, True, "it was tsc and is hpet")])
+    watch.metrics.host = HostMetrics(lambda: "hpet")
+    watch.metrics.host.take([HostTrouble(TroubleKind.CLOCKSOURCE, True, "it was tsc and is hpet")])
     assert watch.value("pvclock_host_troubles_total", kind="clocksource") == 1
     assert watch.value("pvclock_host_troubles_total", kind="suspend") == 0
 

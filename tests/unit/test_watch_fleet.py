@@ -27,7 +27,7 @@ from pvclock.meter.watch.budgets import Budgets
 from pvclock.meter.watch.vm import VmEvent
 from qemu_glue import QmpFailed
 from qemu_glue.prometheus.exporter import page_maker
-from qemu_glue.prometheus.series import Series, StepCause
+from qemu_glue.prometheus.metrics import Metrics, StepCause
 from qemu_glue.watch.fleet import Fleet
 from qemu_glue.watch.fleet_views import FleetView
 from qemu_glue.watch.instants import Instants
@@ -65,7 +65,7 @@ class HandMadeFleet:
         self.looks: Counter[str] = Counter()
         self.end = FleetEnd()
         self.failures: list[OSError] = []
-        self.series = Series()
+        self.metrics = Metrics()
         self._resources = resources
 
     @property
@@ -118,7 +118,7 @@ class HandMadeFleet:
             WatchOptions(budgets=Budgets(max_step), interval_s=0.001),
             view=view,
             end=self.end,
-            series=self.series,
+            metrics=self.metrics,
         )
         left = list(conditions)
         deadline = time.monotonic() + HANG_S
@@ -143,7 +143,7 @@ class HandMadeFleet:
         begin: list[int] = []
 
         def has_looked() -> bool:
-            polls = next((each.polls for each in self.series.vms if each.vm == name), 0)
+            polls = next((each.polls for each in self.metrics.vms if each.vm == name), 0)
             begin.extend([polls] * (not begin and polls > 0))
             return bool(begin) and polls >= begin[0] + looks
 
@@ -172,7 +172,7 @@ def test_findings_have_the_vms_name(hand_made: HandMadeFleet, capsys: pytest.Cap
     web = hand_made.add("web")
     hand_made.add("db")
     stepped = doing(lambda: web.put(ARRAY, version=4, step_ns=STEP_NS))
-    counted = lambda: hand_made.series.of("web").vcpus[0].steps[StepCause.OTHER]  # noqa: E731  # one condition
+    counted = lambda: hand_made.metrics.of("web").vcpus[0].steps[StepCause.OTHER]  # noqa: E731  # one condition
     fleet = hand_made.watch(hand_made.looked("web"), hand_made.looked("db"), stepped, counted)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("web: a VM: watching 1 page at 0x201000")]
@@ -180,7 +180,7 @@ def test_findings_have_the_vms_name(hand_made: HandMadeFleet, capsys: pytest.Cap
     (told,) = [line for line in lines if "stepped by" in line]
     assert told.startswith("web: ")
     assert {each.vm: each.cells[2] for each in fleet.watched} == {"web": "1", "db": "0"}
-    assert hand_made.series.of("db").vcpus[0].steps[StepCause.OTHER] == 0
+    assert hand_made.metrics.of("db").vcpus[0].steps[StepCause.OTHER] == 0
 
 
 def test_json_lines_have_vm(hand_made: HandMadeFleet, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +200,7 @@ def test_one_ends_and_another_comes(hand_made: HandMadeFleet, capsys: pytest.Cap
     """The others are watched on; nothing is left of the one that ended but its row."""
     hand_made.add("web")
     hand_made.add("db")
-    gone = lambda: "db" not in {each.vm for each in hand_made.series.vms}  # noqa: E731  # one condition
+    gone = lambda: "db" not in {each.vm for each in hand_made.metrics.vms}  # noqa: E731  # one condition
     fleet = hand_made.watch(
         hand_made.looked("web"),
         hand_made.looked("db"),
@@ -227,7 +227,7 @@ def test_a_killed_vm_leaves_its_socket(hand_made: HandMadeFleet) -> None:
         db.has_ended, db.fault = True, VmEnded(1)
 
     fleet = hand_made.watch(hand_made.looked("db"), doing(kill), lambda: hand_made.opened.count("db") > 2)
-    assert (hand_made.series.of("db").vcpus, hand_made.series.of("db").is_up) == ((), False)
+    assert (hand_made.metrics.of("db").vcpus, hand_made.metrics.of("db").is_up) == ((), False)
     assert fleet.not_watched == {"db": "QMP connect: nobody listens there"}
 
 
@@ -238,10 +238,10 @@ def test_what_cannot_be_watched_is_tried_again(hand_made: HandMadeFleet, capsys:
     fleet = hand_made.watch(
         hand_made.looked("web"),
         lambda: hand_made.opened.count("db") > 2,
-        lambda: not hand_made.series.of("db").is_up,
+        lambda: not hand_made.metrics.of("db").is_up,
         doing(lambda: hand_made.vms.update(db=hand_made.vms["web"])),
         hand_made.looked("db"),
-        lambda: hand_made.series.of("db").is_up,
+        lambda: hand_made.metrics.of("db").is_up,
     )
     assert capsys.readouterr().out.count(" left: QMP connect: another client has it") == 1
     assert {each.vm for each in fleet.watched} == {"web", "db"}
@@ -323,7 +323,7 @@ def test_the_hosts_troubles_are_the_hosts(hand_made: HandMadeFleet, capsys: pyte
             hand_made.looked("web"), hand_made.looked("db"), lambda: len(found) == 3 and not any(found.values())
         )
     assert len(fleet.troubles) == 1
-    assert hand_made.series.host.troubles[TroubleKind.CLOCKSOURCE] == 1
+    assert hand_made.metrics.host.troubles[TroubleKind.CLOCKSOURCE] == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "it was tsc and is hpet" in line]
     assert "web" not in line
     assert "db" not in line
@@ -525,7 +525,7 @@ def test_a_name_that_is_no_text(hand_made: HandMadeFleet, capsys: pytest.Capture
     hand_made.add(odd)
     hand_made.add(f"{odd}2", QmpFailed("connect", f"{odd}2: busy"))
     named = r"x\xff\n\x1b[31mweb"
-    page = page_maker(hand_made.series)
+    page = page_maker(hand_made.metrics)
     fleet = hand_made.watch(hand_made.looked(named), lambda: len(hand_made.opened) > 2, lambda: page("").content)
     assert fleet.not_watched.keys() == {f"{named}2"}
     (watched,) = fleet.watched

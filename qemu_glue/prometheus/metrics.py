@@ -19,7 +19,7 @@ from pvclock.meter.watch.rate import PageRate
 from pvclock.meter.watch.summary import surely_ns
 from pvclock.meter.watch.vm import VmEventKind
 
-__all__ = ["HostSeries", "Series", "StepCause", "VcpuSeries", "VmSeries"]
+__all__ = ["HostMetrics", "Metrics", "StepCause", "VcpuMetrics", "VmMetrics"]
 
 RATES_S: Final = 1.0
 """How often a rate is reckoned."""
@@ -40,7 +40,7 @@ class StepCause(StrEnum):
     """The VMM does not tell, as beside --pid."""
 
 
-class VcpuSeries(NamedTuple):
+class VcpuMetrics(NamedTuple):
     """One vCPU's.  steps: that are surely longer than nothing, by their cause.  unknown_steps: of unknown length.
 
     last_step_ns, disagree_ns: of the last one, 0 before the first.  rate: None while it is unknown.
@@ -53,7 +53,7 @@ class VcpuSeries(NamedTuple):
     disagree_ns: int = 0
     rate: PageRate | None = None
 
-    def with_step(self, step: Step, cause: StepCause) -> VcpuSeries:
+    def with_step(self, step: Step, cause: StepCause) -> VcpuMetrics:
         """And one step more, if it is one."""
         if step.step_ns is None:
             return self._replace(unknown_steps=self.unknown_steps + 1)
@@ -62,17 +62,17 @@ class VcpuSeries(NamedTuple):
         steps = MappingProxyType({**self.steps, cause: self.steps[cause] + 1})
         return self._replace(steps=steps, last_step_ns=step.step_ns)
 
-    def with_disagreement(self, by_ns: int, *, is_new: bool) -> VcpuSeries:
+    def with_disagreement(self, by_ns: int, *, is_new: bool) -> VcpuMetrics:
         """And a disagreement: another one, or as it has become."""
         return self._replace(disagreements=self.disagreements + is_new, disagree_ns=by_ns)
 
 
-class VmSeries:
+class VmMetrics:
     """One VM's, from when its socket is there until it has ended; `vm`: its name.  now_s: a clock, for tests."""
 
     def __init__(self, vm: str, now_s: Callable[[], float] = time.monotonic) -> None:
         self.vm = vm
-        self.vcpus: tuple[VcpuSeries, ...] = ()
+        self.vcpus: tuple[VcpuMetrics, ...] = ()
         self.polls = 0
         self.interval_s: float | None = None
         self.is_paused: bool | None = None
@@ -92,7 +92,7 @@ class VmSeries:
     def take(self, look: Look, loop: WatchLoop) -> None:
         """Take what a look brought."""
         if len(self.vcpus) != loop.vm.vcpus:
-            self.vcpus = (VcpuSeries(),) * loop.vm.vcpus
+            self.vcpus = (VcpuMetrics(),) * loop.vm.vcpus
         self._tells_events = loop.vm.why_no_events is None
         self.interval_s, self.is_paused = loop.interval_s, loop.is_paused
         self.polls = self._polls_before + loop.watcher.summary.polls
@@ -131,11 +131,11 @@ class VmSeries:
             self._change(vcpu, self.vcpus[vcpu].with_disagreement(by_ns, is_new=vcpu not in self._open))
         self._open = self._open | apart_ns.keys() if going_on else frozenset()
 
-    def _change(self, vcpu: int, now: VcpuSeries) -> None:
+    def _change(self, vcpu: int, now: VcpuMetrics) -> None:
         self.vcpus = (*self.vcpus[:vcpu], now, *self.vcpus[vcpu + 1 :])
 
 
-class HostSeries:
+class HostMetrics:
     """The host's own.  clocksource: reads which one it has."""
 
     def __init__(self, clocksource: Callable[[], str] = host_clocksource) -> None:
@@ -155,24 +155,24 @@ class HostSeries:
             self.troubles = {**self.troubles, trouble.kind: self.troubles[trouble.kind] + 1}
 
 
-class Series:
+class Metrics:
     """All VMs', and the host's.  One thread lets VMs in and forgets them.  now_s: a clock, for tests."""
 
-    def __init__(self, host: HostSeries | None = None, now_s: Callable[[], float] = time.monotonic) -> None:
-        self.host = HostSeries() if host is None else host
+    def __init__(self, host: HostMetrics | None = None, now_s: Callable[[], float] = time.monotonic) -> None:
+        self.host = HostMetrics() if host is None else host
         self._now_s = now_s
-        self._vms: dict[str, VmSeries] = {}
+        self._vms: dict[str, VmMetrics] = {}
 
     @property
-    def vms(self) -> tuple[VmSeries, ...]:
+    def vms(self) -> tuple[VmMetrics, ...]:
         """The VMs', by their names."""
         vms = self._vms
         return tuple(vms[name] for name in sorted(vms))
 
-    def of(self, vm: str) -> VmSeries:
+    def of(self, vm: str) -> VmMetrics:
         """A VM's: the one that there is, or one that begins."""
         if vm not in self._vms:
-            self._vms = {**self._vms, vm: VmSeries(vm, self._now_s)}
+            self._vms = {**self._vms, vm: VmMetrics(vm, self._now_s)}
         return self._vms[vm]
 
     def forget(self, vm: str) -> None:
