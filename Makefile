@@ -3,9 +3,11 @@
 PYTHON ?= python3
 
 # Debian packages that tests and the demo want and the build does not: QEMU to check against, clang for the headers,
-# spin for the models, GRUB and its companions for the probe on a CD, the rest for the lab.
+# spin for the models, GRUB and its companions for the probe on a CD, acpica-tools to read our ACPI tables with, the rest
+# for the lab.
 # What the build needs, scripts/make-venv.sh knows.
-DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file spin clang grub-pc-bin grub-common xorriso mtools
+DEBIAN_PACKAGES := qemu-system-x86 busybox-static kmod file spin clang grub-pc-bin grub-common xorriso mtools \
+	acpica-tools
 
 # A browser to look at reports with, and what scrapes a watch.
 WEB_PACKAGES := chromium prometheus

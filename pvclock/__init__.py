@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pvclock.errors import ConfigError as ConfigError
     from pvclock.errors import GuestAddressError as GuestAddressError
     from pvclock.errors import GuestCrashed as GuestCrashed
+    from pvclock.errors import GuestPanicked as GuestPanicked
     from pvclock.errors import ImageError as ImageError
     from pvclock.errors import KvmError as KvmError
     from pvclock.errors import KvmUnavailable as KvmUnavailable
@@ -75,6 +76,7 @@ _HOME = {
         "ConfigError",
         "GuestAddressError",
         "GuestCrashed",
+        "GuestPanicked",
         "ImageError",
         "KvmError",
         "KvmUnavailable",

@@ -11,6 +11,7 @@ PvclockError
 ├── MsrFault                      .index .value; the guest gets #GP
 ├── TscOffsetNotHonoured          .offset; the host accepts a TSC offset but the guest does not see it
 ├── GuestCrashed                  .vcpu .reason; the guest cannot go on
+├── GuestPanicked                 the guest's kernel panicked, and said so
 ├── PagesNotFound                 .searched_bytes .looked_for; no pvclock page is in a guest's memory
 ├── MemoryNotReadable             .pid; a guest's memory cannot be read from outside
 │   └── VmEnded                   the process that ran a watched VM has ended
@@ -34,6 +35,7 @@ __all__ = [
     "ConfigError",
     "GuestAddressError",
     "GuestCrashed",
+    "GuestPanicked",
     "ImageError",
     "KvmError",
     "KvmUnavailable",
@@ -178,6 +180,13 @@ class GuestCrashed(PvclockError):
         super().__init__(f"the guest crashed on vCPU {vcpu}: {reason}")
         self.vcpu = vcpu
         self.reason = reason
+
+
+class GuestPanicked(PvclockError):
+    """The guest's kernel panicked, and told the pvpanic device."""
+
+    def __init__(self) -> None:
+        super().__init__("the guest's kernel panicked; its console says why")
 
 
 class PagesNotFound(PvclockError):

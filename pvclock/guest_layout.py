@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 __all__ = [
+    "ACPI_TABLES",
     "BOOT_CMDLINE",
     "BOOT_CMDLINE_BYTES",
     "BOOT_INFORMATION",
+    "FIRMWARE_AREA",
     "FLAT_BASE",
     "IDENTITY_MAP",
     "IOAPIC",
@@ -18,6 +20,7 @@ __all__ = [
     "PROBE_CODE",
     "PROBE_RESULT",
     "RAM_END",
+    "RESET_VECTOR",
     "TSS",
 ]
 
@@ -25,7 +28,10 @@ FLAT_BASE: Final = 0x7C00
 """Where a PC's firmware puts a boot sector."""
 
 BOOT_INFORMATION: Final = 0x9000
-"""What an image is told: above the real-mode vectors and a trampoline at 0x8000, below what images load at (1 MiB)."""
+"""What an image is told: above the real-mode vectors and a trampoline at 0x8000, below what images load at (1 MiB).
+
+Where an image lies there itself, it is told on the first free pages above, all in the same order.
+"""
 
 BOOT_CMDLINE: Final = 0x9100
 """Behind the information structure and its memory map."""
@@ -41,6 +47,15 @@ LINUX_PAGE_TABLES: Final = 0xB000
 
 LINUX_PAGE_TABLES_BYTES: Final = 0x3000
 """PML4, PDPT and a directory of 2 MiB pages."""
+
+FIRMWARE_AREA: Final = range(0xA0000, 0x100000)
+"""A PC's video memory and firmware, which a kernel takes for no RAM whatever a memory map says."""
+
+ACPI_TABLES: Final = 0xE0000
+"""Where a PC's firmware puts the RSDP, which those look for that are not told; the tables follow it."""
+
+RESET_VECTOR: Final = 0xFFFF0
+"""0xf000:0xfff0, where a kernel in real mode jumps to have a PC's firmware reset it."""
 
 RAM_END: Final = 0xC0000000
 """RAM ends here at the latest: above are the IOAPIC, the LAPICs and the pages below."""

@@ -5,7 +5,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bin=${VENV:-.venv}/bin
-marks="(kvm or qemu) and not (lab or each_line)"
+marks="(kvm or qemu) and not (lab or web or each_line)"
 [[ -c /dev/kvm ]] && marks+=" and not long"  # this host has run those itself
 
 # Found and compiled here: each process in the lab would compile all it imports, and forget it.
@@ -16,12 +16,16 @@ mapfile -t files < <(
 # How QEMU is reached, and what a watch says to its user, does not depend on the host's KVM; a life cycle takes a minute.
 # A stock Linux hangs in a lab with two CPUs more often than not, and has a lab of its own.
 # On two CPUs, what meets there and not on one: not what compiles programs, starts commands or calls from one thread.
-linux=(tests/qemu/test_{watch_linux,doctor_guest_linux}.py)
-files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/qemu/test_(qmp_socket|watch.*|doctor_guest_linux)\.py'))
-alone='kvm/test_(c_vmm|demo|embedding|examples|execution_time_machine|probe_image|probe_entries|wrong_types)|qemu/test_(every_guest|hvprobe_qemu|launch|lifecycle|outside_qemu|page_search|probe_qemu)|unit/'
+linux=(tests/qemu/test_{watch_linux,doctor_guest_linux}.py tests/kvm/test_stock_linux.py)
+files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/(qemu/test_(qmp_socket|watch.*|doctor_guest_linux)|kvm/test_stock_linux)\.py'))
+alone='kvm/test_(c_vmm|demo|embedding|examples|execution_time_machine|probe_image|probe_entries|run_command|wrong_types)|qemu/test_(every_guest|hvprobe_qemu|launch|lifecycle|outside_qemu|page_search|probe_qemu)|unit/'
 on_two=($(printf '%s\n' "${files[@]}" | grep -vE "tests/($alone)"))
 "$bin/python" -m compileall -q pvclock qemu_glue
-"$bin/python" -c "from tests.qemu.linux_guest import compiled_sampler; compiled_sampler()"
+"$bin/python" -c "
+from pvclock.lab.kernel import find_kernel
+from tests.kvm.stock_linux import compiled_probe, uncompressed
+from tests.qemu.linux_guest import compiled_sampler
+compiled_probe(), compiled_sampler(), uncompressed(find_kernel(None, print))"
 
 in_lab() {  # options of `pvclock lab`, --, and what to test
     local options=()

@@ -1,56 +1,129 @@
-"""What every boot protocol tells its image besides entering it: command line, initrd, and room for them."""
+"""What every boot protocol tells its image besides entering it: command line, initrd, memory, and room for them."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, NamedTuple
 
-from pvclock._memory import GuestMemory
-from pvclock.boot.segments import Segment
-from pvclock.errors import GuestAddressError, ImageError
+from pvclock.boot.segments import overlaps
+from pvclock.errors import ImageError
 from pvclock.guest_layout import BOOT_CMDLINE, BOOT_CMDLINE_BYTES, BOOT_INFORMATION
 
-__all__ = ["INFORMATION", "RAM", "check_room", "command_line", "place_initrd"]
+__all__ = [
+    "ADDRESSES_END",
+    "INFORMATION_BYTES",
+    "NO_FIRMWARE",
+    "RAM",
+    "Firmware",
+    "check_structure",
+    "cmdline_at",
+    "command_line",
+    "place_information",
+    "place_initrd",
+    "ram_areas",
+]
 
-INFORMATION: Final = range(BOOT_INFORMATION, BOOT_CMDLINE + BOOT_CMDLINE_BYTES)
-"""Where the information and the command line are."""
+INFORMATION_BYTES: Final = BOOT_CMDLINE + BOOT_CMDLINE_BYTES - BOOT_INFORMATION
+"""Of a structure and the command line behind it."""
 
 RAM: Final = 1
 """A memory map's word for it: e820's, multiboot's and PVH's."""
 
+PAGE_BYTES: Final = 4096
 INITRD_LOWEST: Final = 1 << 20
-INITRD_ALIGNMENT: Final = 4096
 ADDRESSES_END: Final = 1 << 32
 """Multiboot and boot_params have pointers of 32 bits."""
 
 
-def command_line(cmdline: str) -> bytes:
-    """`cmdline` with its final NUL; bytes that Python could not decode (surrogates) go through as they were."""
+class Firmware(NamedTuple):
+    """What the machine has put into guest memory before the image.
+
+    rsdp: where ACPI's root pointer is, 0 where there is no ACPI.  reserved: addresses that are no RAM for the image.
+    """
+
+    rsdp: int = 0
+    reserved: tuple[range, ...] = ()
+
+
+NO_FIRMWARE: Final = Firmware()
+
+
+def command_line(cmdline: str, most_bytes: int = BOOT_CMDLINE_BYTES - 1) -> bytes:
+    """`cmdline` with its final NUL; bytes that Python could not decode (surrogates) go through as they were.
+
+    ImageError if it has more than `most_bytes` without that.
+    """
     try:
         text = cmdline.encode(errors="surrogateescape")
     except UnicodeEncodeError as error:
         raise ImageError(f"command line: {error}") from None
-    if len(text) >= BOOT_CMDLINE_BYTES or b"\0" in text:
-        raise ImageError(f"command line of {len(text)} bytes: at most {BOOT_CMDLINE_BYTES - 1}, and no NUL")
+    most_bytes = min(most_bytes, BOOT_CMDLINE_BYTES - 1)
+    if len(text) > most_bytes or b"\0" in text:
+        raise ImageError(f"command line of {len(text)} bytes: at most {most_bytes}, and no NUL")
     return text + b"\0"
 
 
-def place_initrd(slots: list[tuple[int, int]], segments: list[Segment], length: int) -> range | None:
-    """Guest-physical addresses for an initrd of that length, behind the image; None for none."""
+def cmdline_at(information: int) -> int:
+    """Where the command line is, in information that begins there."""
+    return information + BOOT_CMDLINE - BOOT_INFORMATION
+
+
+def place_information(
+    slots: list[tuple[int, int]], taken: Iterable[range], length: int = INFORMATION_BYTES, end: int = ADDRESSES_END
+) -> range:
+    """`length` bytes for what the image is told: at BOOT_INFORMATION, or else the lowest page above with room.
+
+    taken: the image's and the firmware's.  end: the first address that it may not reach.
+    """
+    taken = list(taken)
+    free_from = {BOOT_INFORMATION, *(area.stop for area in taken), *(base for base, _ in slots)}
+    for start in sorted({_page(max(address, BOOT_INFORMATION)) for address in free_from}):
+        place = range(start, start + length)
+        if _is_in(slots, place, end) and not any(overlaps(place, area) for area in taken):
+            return place
+    raise ImageError(f"no room for the boot information: {length:#x} bytes from {BOOT_INFORMATION:#x} to {end:#x}")
+
+
+def place_initrd(
+    slots: list[tuple[int, int]], taken: Iterable[range], length: int, end: int = ADDRESSES_END
+) -> range | None:
+    """Guest-physical addresses for an initrd of that length, behind all that is taken; None for none.
+
+    end: the first address that it may not reach.
+    """
     if not length:
         return None
-    lowest = max(INITRD_LOWEST, *(segment.end for segment in segments))
-    for base, size in sorted(slots):
-        start = -(-max(base, lowest) // INITRD_ALIGNMENT) * INITRD_ALIGNMENT
-        if start + length <= min(base + size, ADDRESSES_END):
+    lowest = max(INITRD_LOWEST, *(area.stop for area in taken))
+    for base, _ in sorted(slots):
+        start = _page(max(base, lowest))
+        if _is_in(slots, range(start, start + length), end):
             return range(start, start + length)
-    raise ImageError(f"no room for an initrd of {length} bytes from {lowest:#x} on: {slots}")
+    raise ImageError(f"no room for an initrd of {length} bytes from {lowest:#x} to {end:#x}: {slots}")
 
 
-def check_room(memory: GuestMemory, told: range, structure_bytes: int) -> None:
-    """ImageError unless there is memory where the image is `told`, and the structure ends before the command line."""
-    if structure_bytes > BOOT_CMDLINE - BOOT_INFORMATION:
-        raise ImageError(f"{len(memory.slots)} slots of guest memory are more than the boot information holds")
-    try:
-        memory.read(told.start, len(told))
-    except GuestAddressError as error:
-        raise ImageError(f"no room for the boot information: {error}") from None
+def ram_areas(slots: list[tuple[int, int]], reserved: Iterable[range]) -> list[tuple[int, int]]:
+    """What of the slots is RAM for the image: base and length of each area, by address within a slot."""
+    areas = []
+    for base, size in slots:
+        start = base
+        for hole in sorted(reserved, key=lambda area: area.start):
+            if overlaps(range(base, base + size), hole):
+                areas.append((start, hole.start - start))
+                start = hole.stop
+        areas.append((start, base + size - start))
+    return [(base, size) for base, size in areas if size > 0]
+
+
+def check_structure(structure: bytes, areas: list[tuple[int, int]]) -> None:
+    """ImageError unless the structure, whose memory map has these areas, ends before the command line."""
+    if len(structure) > BOOT_CMDLINE - BOOT_INFORMATION:
+        raise ImageError(f"{len(areas)} slots of guest memory are more than the boot information holds")
+
+
+def _is_in(slots: list[tuple[int, int]], place: range, end: int) -> bool:
+    return any(base <= place.start and place.stop <= min(base + size, end) for base, size in slots)
+
+
+def _page(address: int) -> int:
+    """The first address from there on that a page begins at."""
+    return -(-address // PAGE_BYTES) * PAGE_BYTES

@@ -13,10 +13,19 @@ from typing import Final, NamedTuple
 from pvclock._memory import GuestMemory
 from pvclock.boot import elf
 from pvclock.boot.entry import EntryState
-from pvclock.boot.information import INFORMATION, RAM, check_room, command_line, place_initrd
+from pvclock.boot.information import (
+    NO_FIRMWARE,
+    RAM,
+    Firmware,
+    check_structure,
+    cmdline_at,
+    command_line,
+    place_information,
+    place_initrd,
+    ram_areas,
+)
 from pvclock.boot.segments import Segment, check_segments, write_segments
 from pvclock.errors import ImageError
-from pvclock.guest_layout import BOOT_CMDLINE, BOOT_INFORMATION
 
 __all__ = ["find_header", "load"]
 
@@ -58,23 +67,28 @@ def find_header(image: bytes) -> Header | None:
     return None
 
 
-def load(memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b"") -> EntryState:
+def load(
+    memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b"", firmware: Firmware = NO_FIRMWARE
+) -> EntryState:
     """Load a multiboot image and its boot information; ImageError, with memory untouched, if it cannot be.
 
     initrd: if there is one it is the first module, page-aligned, behind the image and above 1 MiB.
     """
     entry, segments = _parse(image)
     text = command_line(cmdline)
-    check_segments(memory.slots, segments, entry, INFORMATION)
-    module = place_initrd(memory.slots, segments, len(initrd))
-    info = _boot_information(memory, module, BOOT_CMDLINE + len(text) - 1)
-    check_room(memory, INFORMATION, len(info))
+    check_segments(memory.slots, segments, entry, firmware.reserved)
+    taken = [*(segment.addresses for segment in segments), *firmware.reserved]
+    told = place_information(memory.slots, taken)
+    module = place_initrd(memory.slots, [*taken, told], len(initrd))
+    areas = ram_areas(memory.slots, firmware.reserved)
+    info = _boot_information(told.start, areas, module, len(text))
+    check_structure(info, areas)
     write_segments(memory, segments)
     if module is not None:
         memory.write(module.start, initrd)
-    memory.write(BOOT_INFORMATION, info)
-    memory.write(BOOT_CMDLINE, text)
-    return EntryState("protected", entry, {"rax": BOOTLOADER_MAGIC, "rbx": BOOT_INFORMATION})
+    memory.write(told.start, info)
+    memory.write(cmdline_at(told.start), text)
+    return EntryState("protected", entry, {"rax": BOOTLOADER_MAGIC, "rbx": told.start})
 
 
 def _parse(image: bytes) -> tuple[int, list[Segment]]:
@@ -109,23 +123,24 @@ def _parse_addresses(image: bytes, offset: int) -> tuple[int, list[Segment]]:
     return entry, [Segment(begin, memoryview(image)[first : first + end - begin], bss_end - begin)]
 
 
-def _boot_information(memory: GuestMemory, module: range | None, empty_text: int) -> bytes:
-    """empty_text: where a NUL is."""
-    entries = b"".join(MEMORY_MAP_ENTRY.pack(MEMORY_MAP_ENTRY.size - 4, base, size, RAM) for base, size in memory.slots)
+def _boot_information(at: int, areas: list[tuple[int, int]], module: range | None, cmdline_bytes: int) -> bytes:
+    """The information structure at `at`, the memory map, and the list of modules."""
+    entries = b"".join(MEMORY_MAP_ENTRY.pack(MEMORY_MAP_ENTRY.size - 4, base, size, RAM) for base, size in areas)
     info = bytearray(INFO_BYTES)
     map_bytes, flags = len(entries), INFO_MEMORY | INFO_CMDLINE | INFO_MEMORY_MAP
     if module is not None:
         flags |= INFO_MODULES
-        struct.pack_into("<II", info, 20, 1, BOOT_INFORMATION + INFO_BYTES + map_bytes)
+        struct.pack_into("<II", info, 20, 1, at + INFO_BYTES + map_bytes)
+        empty_text = cmdline_at(at) + cmdline_bytes - 1  # where a NUL is
         entries += MODULE.pack(module.start, module.stop, empty_text, 0)
-    lower_kib = min(_bytes_from(memory, 0), LOWER_MEMORY_END) // 1024
-    upper_kib = min(_bytes_from(memory, UPPER_MEMORY) // 1024, 0xFFFFFFFF)
+    lower_kib = min(_bytes_from(areas, 0), LOWER_MEMORY_END) // 1024
+    upper_kib = min(_bytes_from(areas, UPPER_MEMORY) // 1024, 0xFFFFFFFF)
     struct.pack_into("<III", info, 0, flags, lower_kib, upper_kib)
-    struct.pack_into("<I", info, 16, BOOT_CMDLINE)
-    struct.pack_into("<II", info, 44, map_bytes, BOOT_INFORMATION + INFO_BYTES)
+    struct.pack_into("<I", info, 16, cmdline_at(at))
+    struct.pack_into("<II", info, 44, map_bytes, at + INFO_BYTES)
     return bytes(info) + entries
 
 
-def _bytes_from(memory: GuestMemory, gpa: int) -> int:
-    """How much memory there is from `gpa` to the next hole, or to the end of its slot."""
-    return next((base + size - gpa for base, size in memory.slots if base <= gpa < base + size), 0)
+def _bytes_from(areas: list[tuple[int, int]], gpa: int) -> int:
+    """How much memory there is from `gpa` to the next hole, or to the end of its area."""
+    return next((base + size - gpa for base, size in areas if base <= gpa < base + size), 0)

@@ -1,6 +1,6 @@
 """PVH images: ELF files whose Xen note names a 32-bit entry, told of memory and command line by hvm_start_info.
 
-Source: Xen's docs/misc/pvh.pandoc and public/arch-x86/hvm/start_info.h, version 1.  There is no RSDP.
+Source: Xen's docs/misc/pvh.pandoc and public/arch-x86/hvm/start_info.h, version 1.
 """
 
 from __future__ import annotations
@@ -11,10 +11,19 @@ from typing import Final
 from pvclock._memory import GuestMemory
 from pvclock.boot import elf
 from pvclock.boot.entry import EntryState
-from pvclock.boot.information import INFORMATION, RAM, check_room, command_line, place_initrd
+from pvclock.boot.information import (
+    NO_FIRMWARE,
+    RAM,
+    Firmware,
+    check_structure,
+    cmdline_at,
+    command_line,
+    place_information,
+    place_initrd,
+    ram_areas,
+)
 from pvclock.boot.segments import check_segments, write_segments
 from pvclock.errors import ImageError
-from pvclock.guest_layout import BOOT_CMDLINE, BOOT_INFORMATION
 
 __all__ = ["find_entry", "load"]
 
@@ -38,7 +47,9 @@ def find_entry(executable: elf.Elf) -> int | None:
     return None
 
 
-def load(memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b"") -> EntryState:
+def load(
+    memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b"", firmware: Firmware = NO_FIRMWARE
+) -> EntryState:
     """Load a PVH image and its start information; ImageError, with memory untouched, if it cannot be.
 
     initrd: if there is one it is the first module, page-aligned, behind the image and above 1 MiB.
@@ -48,24 +59,27 @@ def load(memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b
     if entry is None:
         raise ImageError("the ELF file has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY)")
     text = command_line(cmdline)
-    check_segments(memory.slots, executable.segments, entry, INFORMATION)
-    module = place_initrd(memory.slots, executable.segments, len(initrd))
-    info = _start_information(memory, module)
-    check_room(memory, INFORMATION, len(info))
+    check_segments(memory.slots, executable.segments, entry, firmware.reserved)
+    taken = [*(segment.addresses for segment in executable.segments), *firmware.reserved]
+    told = place_information(memory.slots, taken)
+    module = place_initrd(memory.slots, [*taken, told], len(initrd))
+    areas = ram_areas(memory.slots, firmware.reserved)
+    info = _start_information(told.start, areas, module, firmware.rsdp)
+    check_structure(info, areas)
     write_segments(memory, executable.segments)
     if module is not None:
         memory.write(module.start, initrd)
-    memory.write(BOOT_INFORMATION, info)
-    memory.write(BOOT_CMDLINE, text)
-    return EntryState("protected", entry, {"rbx": BOOT_INFORMATION})
+    memory.write(told.start, info)
+    memory.write(cmdline_at(told.start), text)
+    return EntryState("protected", entry, {"rbx": told.start})
 
 
-def _start_information(memory: GuestMemory, module: range | None) -> bytes:
-    """hvm_start_info, the list of modules, and the memory map."""
+def _start_information(at: int, areas: list[tuple[int, int]], module: range | None, rsdp: int) -> bytes:
+    """hvm_start_info at `at`, the list of modules, and the memory map."""
     modules = b"" if module is None else MODULE.pack(module.start, len(module), 0, 0)
-    modules_at = BOOT_INFORMATION + START_INFO.size
+    modules_at = at + START_INFO.size
     map_at = modules_at + len(modules)
-    entries = [MEMORY_MAP_ENTRY.pack(base, size, RAM, 0) for base, size in memory.slots]
+    entries = [MEMORY_MAP_ENTRY.pack(base, size, RAM, 0) for base, size in areas]
     modules_at *= bool(modules)
-    head = (START_MAGIC, 1, 0, int(bool(modules)), modules_at, BOOT_CMDLINE, 0, map_at, len(entries), 0)
+    head = (START_MAGIC, 1, 0, int(bool(modules)), modules_at, cmdline_at(at), rsdp, map_at, len(entries), 0)
     return START_INFO.pack(*head) + modules + b"".join(entries)

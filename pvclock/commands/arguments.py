@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,10 +13,24 @@ from typing import Final, NoReturn
 from pvclock.commands.screen import write
 from pvclock.errors import ConfigError
 
-__all__ = ["Parser", "duration_s", "filled", "folder", "rate_ppb", "time_ns", "whole_number"]
+__all__ = [
+    "Parser",
+    "duration_s",
+    "factor",
+    "filled",
+    "folder",
+    "memory_bytes",
+    "rate_ppb",
+    "time_ns",
+    "whole_number",
+]
 
 DURATION_MAX_S: Final = 86_400
 """A day: a longer duration is a mistake."""
+
+FACTOR: Final = re.compile(r"[0-9]{1,15}(?:/[0-9]{1,15}|\.[0-9]{1,15})?", re.ASCII)
+SIZE: Final = re.compile(r"([0-9]{1,9})([KMG]?)B?", re.ASCII | re.IGNORECASE)
+SIZE_SHIFTS: Final = {"K": 10, "": 20, "M": 20, "G": 30}
 
 HELP_COLUMNS: Final = 78
 """argparse's own width in a terminal of 80 columns."""
@@ -64,6 +79,22 @@ def duration_s(text: str) -> float:
             f"{text!r} is not a duration; give seconds, more than 0 and up to {DURATION_MAX_S} (a day)"
         )
     return seconds
+
+
+def factor(text: str) -> Fraction:
+    """An argument that is a positive factor such as 1/10, 0.1 or 2."""
+    if not FACTOR.fullmatch(text) or text.endswith("/0") or not (value := Fraction(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a factor; give one above 0 such as 1/10, 0.1 or 2")
+    return value
+
+
+def memory_bytes(text: str) -> int:
+    """An argument that is a size of memory such as 512M, in bytes; MiB if there is no unit."""
+    found = SIZE.fullmatch(text)
+    size = int(found[1]) << SIZE_SHIFTS[found[2].upper()] if found else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size of memory; give it in K, M or G, such as 512M")
+    return size
 
 
 def folder(text: str) -> Path:

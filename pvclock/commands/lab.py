@@ -11,15 +11,13 @@ With --json, COMMAND's output goes to standard error, and standard output has th
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final, NoReturn
+from typing import Final
 
 from pvclock.commands.arguments import duration_s, folder, whole_number
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
+from pvclock.commands.signals import ended_by_signals
 from pvclock.errors import ConfigError
 from pvclock.lab import LabConfig, run_in_lab
 from pvclock.lab.machine import CPUS_MAX, memory_mib
@@ -69,7 +67,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     )
     command = _command(arguments.argv)
     stdout = sys.stderr.buffer if arguments.json else sys.stdout.buffer
-    with _ended_by_signals():
+    with ended_by_signals():
         outcome = run_in_lab(command, config, stdout=stdout, tell=lambda text: screen.tell(f"pvclock lab: {text}"))
     result = {"kernel": outcome.kernel, "status": outcome.status, "duration_s": outcome.seconds}
     return Outcome(outcome.status == 0, result, outcome.status)
@@ -88,20 +86,3 @@ def _command(argv: list[str]) -> list[str]:
     if not command:
         raise ConfigError("no COMMAND to run; try pvclock lab -- pvclock doctor (see pvclock lab --help)")
     return command
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP unwind the stack, so that the lab and its files are removed."""
-
-    def leave(number: int, _frame: object) -> NoReturn:
-        sys.exit(128 + number)
-
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)

@@ -150,6 +150,13 @@ cdef class Vm(Fd):
         memcpy(&chip, <uint8_t *>state, sizeof(chip))
         checked(ioctl(self.fd, KVM_SET_IRQCHIP, &chip), "KVM_SET_IRQCHIP")
 
+    def set_irq_line(self, gsi: int, *, is_high: bool) -> None:
+        """KVM_IRQ_LINE: the level of an input of the in-kernel interrupt controllers."""
+        cdef kvm_irq_level line
+        memset(&line, 0, sizeof(line))
+        line.irq, line.level = whole("gsi", gsi, 0, U32_MASK), flag("is_high", is_high)
+        checked(ioctl(self.fd, KVM_IRQ_LINE, &line), "KVM_IRQ_LINE")
+
     def signal_msi(self, address: int, message: int) -> bool:
         """KVM_SIGNAL_MSI: raise the interrupt that a write of `message` to `address` is, on a VM with an irqchip.
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Literal
 
 from pvclock.arguments import instance, number, text, whole
 from pvclock.boot import PROTOCOLS, BootSource
 from pvclock.clock.guest_clock import MAX_AGE_S
 from pvclock.clock.ticker import SHORTEST_S
 from pvclock.errors import ConfigError, WrongType
-from pvclock.guest_layout import RAM_END
+from pvclock.guest_layout import FIRMWARE_AREA, RAM_END
 from pvclock.kvm import Kvm
 from pvclock.quantities import shown
 from pvclock.state.clock_state import ClockState
 
-__all__ = ["check_arguments", "check_restore_options", "check_vcpus"]
+__all__ = ["PLATFORMS", "Platform", "check_arguments", "check_restore_options", "check_vcpus", "choose_platform"]
+
+Platform = Literal["bare", "pc"]
+PLATFORMS: Final[tuple[Platform, ...]] = ("bare", "pc")
+"""See Machine."""
+
+FUNCTIONS: Final = {
+    "serial_output": "bytes",
+    "cpuid": "a vCPU's number and a list of CPUID entries",
+    "on_exit": "a vCPU's number and an exit",
+}
+"""Of Machine's arguments, and what they take."""
 
 RESTORE_OPTIONS: Final = ("policy", "reference", "any_tsc_hz", "vmm")
 """The options of GuestClock.restore(); the state has all others."""
@@ -32,6 +43,11 @@ def check_arguments(arguments: Mapping[str, object], clock_options: Mapping[str,
     _check_memory(arguments["memory_bytes"])
     if arguments["kvm"] is not None:
         instance("kvm", arguments["kvm"], Kvm, "a Kvm, as open_kvm() gives it, or None for one of the machine's own")
+    if arguments["platform"] is not None and text("platform", arguments["platform"]) not in PLATFORMS:
+        raise ConfigError(f"platform {arguments['platform']!r}; choose {', '.join(PLATFORMS)}, or None by the image")
+    for name, takes in FUNCTIONS.items():
+        if arguments[name] is not None and not callable(arguments[name]):
+            raise WrongType(name, arguments[name], f"a function of {takes}, or None")
     _check_interval(arguments["tick_interval_s"])
     _check_clock(arguments, clock_options)
 
@@ -47,6 +63,19 @@ def _check_boot_source(image: object, cmdline: object) -> None:
         if protocol is not None and text("image.protocol", protocol) not in PROTOCOLS:
             raise ConfigError(f"image.protocol {protocol!r}; choose {', '.join(PROTOCOLS)}, or None by its content")
     instance("image", image, bytes, "the bytes of a multiboot-1, PVH or Linux image or of a flat one, or a BootSource")
+
+
+def choose_platform(source: BootSource, wanted: Platform | None, memory_bytes: int, serial_output: object) -> Platform:
+    """The platform that is wanted, or by default a PC for a bzImage, which cannot do without.
+
+    ConfigError for what it does not have or has no room for; ImageError for an ELF file that no protocol enters.
+    """
+    platform: Platform = wanted or ("pc" if source.entered_by == "bzimage" else "bare")
+    if platform == "bare" and serial_output is not None:
+        raise ConfigError('a bare machine has no serial port: give platform="pc", or leave out: serial_output')
+    if platform == "pc" and memory_bytes < FIRMWARE_AREA.stop:
+        raise ConfigError(f"RAM of {memory_bytes} bytes; a PC, whose ACPI tables are in it, needs {FIRMWARE_AREA.stop}")
+    return platform
 
 
 def check_vcpus(count: int, kvm: Kvm) -> None:

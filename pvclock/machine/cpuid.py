@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
-from pvclock.arguments import serving, whole
+from pvclock.arguments import function, serving, whole
 from pvclock.kvm import Kvm, Vcpu
 from pvclock.kvm.arguments import vcpus_of
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.providers.kvm import kvm_cpuid_leaves
 
-__all__ = ["CpuidEntry", "CpuidSource", "KernelClock", "guest_cpuid", "set_guest_cpuid", "supported_cpuid"]
+__all__ = [
+    "CpuidChange",
+    "CpuidEntry",
+    "CpuidSource",
+    "KernelClock",
+    "guest_cpuid",
+    "set_guest_cpuid",
+    "supported_cpuid",
+]
 
 CpuidEntry: TypeAlias = dict[str, int]
 """An entry of KVM_SET_CPUID2: function, index, flags, eax, ebx, ecx, edx."""
+
+CpuidChange: TypeAlias = Callable[[int, list[CpuidEntry]], list[CpuidEntry]]
+"""change(vcpu, entries): what that vCPU gets instead."""
 
 HYPERVISOR_LEAVES = range(0x40000000, 0x50000000)
 TOPOLOGY_LEAVES = (0xB, 0x1F)
@@ -56,15 +67,20 @@ class KernelClock(NamedTuple):
         return registers
 
 
-def set_guest_cpuid(kvm: Kvm, vcpus: Sequence[Vcpu], clock: CpuidSource) -> None:
+def set_guest_cpuid(kvm: Kvm, vcpus: Sequence[Vcpu], clock: CpuidSource, change: CpuidChange | None = None) -> None:
     """Give each vCPU its guest_cpuid(), and let what the kernel serves beside the clock go by it (Linux 5.10).
+
+    change: the last word on it.
 
     Call it before the vCPUs run: after that KVM refuses another CPUID.
     """
     enforce = "KVM_CAP_ENFORCE_PV_FEATURE_CPUID"
     can_enforce = _opened(kvm).check_extension(enforce)
+    if change is not None:
+        function("change", change)
     for vcpu in vcpus_of(vcpus):
-        vcpu.set_cpuid(guest_cpuid(kvm, vcpu.vcpu_id, clock))
+        entries = guest_cpuid(kvm, vcpu.vcpu_id, clock)
+        vcpu.set_cpuid(entries if change is None else change(vcpu.vcpu_id, entries))
         if can_enforce:
             vcpu.enable_cap(enforce, 1)
 

@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
-from pvclock.errors import GuestCrashed, MsrFault, StateError
+from collections.abc import Callable
+from enum import StrEnum
+
+from pvclock.errors import GuestCrashed, GuestPanicked, MsrFault, StateError
 from pvclock.kvm import Vcpu
 from pvclock.kvm._gate import Gate
 from pvclock.kvm.exits import Exit, IoIn, IoOut, Mmio, RdmsrExit, WrmsrExit
+from pvclock.kvm.runner import ExitHandler
 from pvclock.machine.bus import Bus
 from pvclock.machine.clock_service import ClockService
 from pvclock.machine.hypercall_port import HypercallPort
 
-__all__ = ["GuestExits", "Outcome"]
+__all__ = ["Ending", "GuestExits", "Outcome", "observed"]
+
+
+def observed(handle: ExitHandler, observer: Callable[[int, Exit], object] | None) -> ExitHandler:
+    """An exit handler that tells `observer` first, if there is one."""
+    if observer is None:
+        return handle
+
+    def tell_and_handle(vcpu: int, reason: Exit) -> bool:
+        observer(vcpu, reason)
+        return handle(vcpu, reason)
+
+    return tell_and_handle
+
+
+class Ending(StrEnum):
+    """What a guest ended its run by, if not by a crash.  All names but the first are those of QMP's SHUTDOWN event."""
+
+    EXIT_CODE = "guest-exit"
+    """It wrote to the exit port."""
+    POWER_OFF = "guest-shutdown"
+    RESET = "guest-reset"
+    PANIC = "guest-panic"
+    """Its kernel said that it cannot go on (pvpanic)."""
 
 
 class Outcome:
-    """How a guest ended its run: by an exit code, by a crash, or not yet.
+    """How a guest ended its run: by one of the Endings, by a crash, or not yet.
 
     What came first stays, because the other vCPUs go on until they are kicked.
     """
 
     def __init__(self) -> None:
         self.is_known = False
+        self.ending: Ending | None = None
         self.exit_code: int | None = None
         self.crash: GuestCrashed | None = None
 
     def exit(self, exit_code: int) -> None:
         """Take the guest's exit code."""
+        self.end(Ending.EXIT_CODE, exit_code)
+
+    def end(self, ending: Ending, exit_code: int = 0) -> None:
+        """Take what the guest ends its run by."""
         if not self.is_known:
-            self.is_known, self.exit_code = True, exit_code
+            self.is_known, self.ending, self.exit_code = True, ending, exit_code
 
     def fail(self, crash: GuestCrashed) -> None:
         """Take why the guest cannot go on."""
@@ -36,7 +68,20 @@ class Outcome:
 
     def forget(self) -> None:
         """Begin again."""
-        self.is_known, self.exit_code, self.crash = False, None, None
+        self.is_known, self.ending, self.exit_code, self.crash = False, None, None, None
+
+    def result(self) -> int:
+        """The exit code: the guest's own, or 0 of a power-off or a reset.
+
+        GuestCrashed or GuestPanicked if it cannot go on, StateError if it has not ended its run.
+        """
+        if self.crash is not None:
+            raise self.crash
+        if self.ending is Ending.PANIC:
+            raise GuestPanicked
+        if self.exit_code is None:
+            raise StateError("wait", "the machine was stopped", "there is no exit code")
+        return self.exit_code
 
 
 class GuestExits:

@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from threading import RLock, Thread, current_thread
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 from weakref import WeakMethod, finalize
 
 from pvclock._memory import GuestMemory
@@ -18,20 +18,27 @@ from pvclock.boot import BootSource, enter
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.clock.ticker import Ticker
 from pvclock.errors import StateError
-from pvclock.guest_layout import IDENTITY_MAP, IOAPIC, LOCAL_APIC, TSS
+from pvclock.guest_layout import IDENTITY_MAP, TSS
 from pvclock.kvm import Kvm, Runner, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
 from pvclock.kvm.capabilities import kernel_features
-from pvclock.machine.arguments import check_arguments, check_restore_options, check_vcpus
-from pvclock.machine.bus import Bus, CoalescedRing
+from pvclock.kvm.exits import Exit
+from pvclock.machine.arguments import (
+    Platform,
+    check_arguments,
+    check_restore_options,
+    check_vcpus,
+    choose_platform,
+)
+from pvclock.machine.board import Board
 from pvclock.machine.clock_service import (
     BackendWrapper,
     ClockService,
     KernelClockService,
     engine_clock,
 )
-from pvclock.machine.cpuid import set_guest_cpuid
-from pvclock.machine.devices import CONSOLE_PORT, EXIT_PORT, Console, ExitPort
-from pvclock.machine.exits import GuestExits, Outcome
+from pvclock.machine.cpuid import CpuidChange, set_guest_cpuid
+from pvclock.machine.devices.uart import Uart
+from pvclock.machine.exits import Ending, GuestExits, Outcome, observed
 from pvclock.machine.guest_reset import GuestReset
 from pvclock.machine.power_on import PowerOnState
 from pvclock.machine.ram import Ram
@@ -43,16 +50,6 @@ from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.catchup import Policy
 
 __all__ = ["Machine"]
-
-
-PIC_PORTS: Final = ((0x20, 2), (0xA0, 2), (0x4D0, 2))
-"""KVM answers these: the two PICs and their edge/level registers."""
-
-KVM_PAGES: Final = (
-    (IDENTITY_MAP, 0x4000, "KVM's identity map and TSS"),
-    (IOAPIC, 0x1000, "the IOAPIC"),
-    (LOCAL_APIC, 0x1000, "the local APIC"),
-)
 
 
 class Resource(Protocol):
@@ -69,6 +66,12 @@ class Machine:
     """A VM with `image` in it, ready to start; a context manager that always cleans up.
 
     image: a multiboot-1, PVH or 64-bit Linux image, a flat real-mode image, or a BootSource with its command line.
+    platform: "bare" has an exit port and a debug console, "pc" also what a stock kernel needs: a serial port, ACPI
+    tables, power-off and reset, which end the run, and pvpanic.  By default a bzImage gets a PC, and all else does not.
+    serial_output: called with each byte that a PC's guest sends to its serial port, on a vCPU's thread.
+    cpuid: a function of a vCPU's number and its CPUID, a list of CpuidEntry, which returns the list that it gets.
+    on_exit: called with a vCPU's number and each of its exits before that is answered, on its thread; what it raises
+    ends the run.
     clock: what serves the guest's clock, "engine" (`self.clock`, a GuestClock, with the rest of the keywords as its
     options) or "kernel" (in-kernel kvmclock, with `features` or as the engine's; `self.clock` is None).
 
@@ -108,17 +111,18 @@ class Machine:
         tick_interval_s: float | None = 1.0,
         backend: BackendWrapper | None = None,
         restore: ClockState | None = None,
+        platform: Platform | None = None,
+        serial_output: Callable[[bytes], object] | None = None,
+        cpuid: CpuidChange | None = None,
+        on_exit: Callable[[int, Exit], object] | None = None,
         **clock_options: object,
     ) -> None:
-        given: dict[str, object] = {
-            "image": image,
-            "vcpus": vcpus,
-            "memory_bytes": memory_bytes,
-            "clock": clock,
-            "cmdline": cmdline,
-        }
-        given |= {"kvm": kvm, "tick_interval_s": tick_interval_s, "backend": backend, "restore": restore}
-        check_arguments(given, clock_options)
+        given: dict[str, object] = {"image": image, "vcpus": vcpus, "memory_bytes": memory_bytes, "cmdline": cmdline}
+        given |= {"clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s, "backend": backend}
+        given |= {"restore": restore, "platform": platform, "serial_output": serial_output, "on_exit": on_exit}
+        check_arguments(given | {"cpuid": cpuid}, clock_options)
+        self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
+        platform = choose_platform(self.boot_source, platform, memory_bytes, serial_output)
         self._is_closed = False
         self._resources: list[Resource] = []  # to be given back, the last one first
         self.run_state = RunStates()
@@ -126,18 +130,16 @@ class Machine:
         try:
             self._kvm = kvm or self._owned(open_kvm())
             check_vcpus(vcpus, self._kvm)
-            self._make_memory(memory_bytes)
-            self._make_vcpus(vcpus, self._kvm)
-            self._make_bus()
-            self._make_runner()
+            self._make_vm(memory_bytes, vcpus)
+            self._make_board(platform, serial_output)
+            self._make_runner(on_exit)
             if clock == "engine":
                 service = self._engine_clock(tick_interval_s, wrap=backend, restore=restore, options=clock_options)
             else:
                 service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
-            self._take_the_clock(service)
+            self._take_the_clock(service, cpuid)
             self._power_on = PowerOnState(self.vm, self.vcpus)
-            self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
-            enter(self.vcpus[0], self.boot_source.load(self.memory))
+            enter(self.vcpus[0], self._board.load(self.boot_source, self.memory))
         except BaseException:
             with suppress(BufferError):  # of an interrupt, whose traceback has the memory until it goes
                 _give_back(self._resources)
@@ -172,10 +174,11 @@ class Machine:
             self._guest_reset.go_on()
 
     def wait(self, timeout_s: float | None = None) -> int:
-        """The guest's exit code, once it has written one; the vCPUs have stopped then.
+        """The guest's exit code, once it has written one, or 0, once it has powered off or reset the machine.
 
-        A reset() meanwhile of a machine that goes on running does not end it.  GuestCrashed if it cannot go on;
-        StateError if it has not ended within `timeout_s`.
+        The vCPUs have stopped then, and `ending` says which it was.  A reset() meanwhile of a machine that goes on
+        running does not end it.  GuestCrashed or GuestPanicked if it cannot go on; StateError if it has not ended
+        within `timeout_s`.
         """
         if timeout_s is not None:
             number("timeout_s", timeout_s)
@@ -199,11 +202,7 @@ class Machine:
             self.stop()
         if self.runner.failure is not None:
             raise self.runner.failure
-        if self._outcome.crash is not None:
-            raise self._outcome.crash
-        if self.exit_code is None:
-            raise StateError("wait", "the machine was stopped", "there is no exit code")
-        return self.exit_code
+        return self._outcome.result()
 
     def pause(self) -> None:
         """Return once no vCPU is in the guest, and let none in before resume(); the engine's clock stands still.
@@ -285,7 +284,7 @@ class Machine:
             self._outcome.forget()
             self._power_on.restore()
             self._ram.clear()
-            enter(self.vcpus[0], self.boot_source.load(self.memory))
+            enter(self.vcpus[0], self._board.load(self.boot_source, self.memory))
             if (on_dirty := self.memory.on_dirty) is not None:  # clear() wrote past the memory
                 on_dirty(0, len(self._ram.buffer))
             if goes_on:
@@ -353,14 +352,25 @@ class Machine:
 
     @property
     def exit_code(self) -> int | None:
-        """What the guest wrote to the exit port; None if it has not."""
+        """What the guest wrote to the exit port, or 0 where it ended the run otherwise; None if it has not."""
         return self._outcome.exit_code
+
+    @property
+    def ending(self) -> Ending | None:
+        """What the guest ended the run by; None if it has not, or crashed."""
+        return self._outcome.ending
 
     @property
     def console(self) -> str:
         """What the guest wrote to the console port up to now: all of it, or the last MiB."""
         self.bus.flush()
-        return self._console.text()
+        return self._board.console.text()
+
+    @property
+    def serial(self) -> Uart:
+        """COM1: what its receive() takes is typed into the guest.  StateError unless the platform is "pc"."""
+        self._check_open("serial")
+        return self._board.serial_port()
 
     @property
     def ticker(self) -> Ticker | None:
@@ -402,30 +412,27 @@ class Machine:
         self._resources.append(resource)
         return resource
 
-    def _make_memory(self, memory_bytes: int) -> None:
+    def _make_vm(self, memory_bytes: int, vcpus: int) -> None:
         self._ram = Ram(memory_bytes)
         self._resources.insert(0, self._ram)  # given back last: another view of it may still be open
         self.memory = self._owned(GuestMemory(self._ram.buffer))
-
-    def _make_vcpus(self, count: int, kvm: Kvm) -> None:
-        self.vm: Vm = self._owned(kvm.create_vm())
+        self.vm: Vm = self._owned(self._kvm.create_vm())
         self.vm.set_tss_addr(TSS)
         self.vm.set_identity_map_addr(IDENTITY_MAP)
         self.vm.set_user_memory_region(0, 0, self._ram.buffer)
         self.vm.create_irqchip()
-        self.vcpus: list[Vcpu] = [self._owned(self.vm.create_vcpu(i)) for i in range(count)]
+        self.vcpus: list[Vcpu] = [self._owned(self.vm.create_vcpu(i)) for i in range(vcpus)]
 
-    def _make_bus(self) -> None:
+    def _make_board(self, platform: Platform, serial_output: Callable[[bytes], object] | None) -> None:
         self._outcome = Outcome()
-        self.bus = _new_bus(CoalescedRing(self.vm, self.vcpus[0]), len(self._ram.buffer))
-        self._console = Console()
-        self.bus.add_ports(CONSOLE_PORT, 1, self._console, coalesced=True)
-        self.bus.add_ports(EXIT_PORT, 1, ExitPort(self._outcome.exit))
+        self._board = Board(self.vm, self.vcpus, len(self._ram.buffer), self._outcome)
+        self._board.become(platform, serial_output)
+        self.bus = self._board.bus
 
-    def _make_runner(self) -> None:
+    def _make_runner(self, on_exit: Callable[[int, Exit], object] | None) -> None:
         self._exits = GuestExits(self.vcpus, self.bus, self._outcome)
         self._run_end = _RunEnd(self.run_state, self._outcome)
-        self.runner = Runner(self.vcpus, self._exits.handle, on_end=self._run_end)
+        self.runner = Runner(self.vcpus, observed(self._exits.handle, on_exit), on_end=self._run_end)
         # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.
         self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
 
@@ -438,25 +445,14 @@ class Machine:
         offered = kernel_clock_features(kernel_features(self._kvm)) if features is None else features
         return KernelClockService(self.runner, self.vm, offered)
 
-    def _take_the_clock(self, service: ClockService) -> None:
+    def _take_the_clock(self, service: ClockService, change: CpuidChange | None) -> None:
         self.clock_service = self._exits.clock_service = self._owned(service)
         if service.msr_ranges:
             exit_on_msrs(self.vm, service.msr_ranges)
         if service.hypercall_port is not None:
             self.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
             self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
-        set_guest_cpuid(self._kvm, self.vcpus, service.cpuid)
-
-
-def _new_bus(ring: CoalescedRing, ram_bytes: int) -> Bus:
-    """A bus without devices, with what answers by itself."""
-    bus = Bus(ring)
-    bus.reserve_mmio(0, ram_bytes, "RAM")
-    for gpa, length, name in KVM_PAGES:
-        bus.reserve_mmio(gpa, length, name)
-    for first, count in PIC_PORTS:
-        bus.reserve_ports(first, count, "an in-kernel PIC")
-    return bus
+        set_guest_cpuid(self._kvm, self.vcpus, service.cpuid, change)
 
 
 class _RunEnd:
@@ -478,7 +474,9 @@ def _call_if_alive(method: WeakMethod[Callable[[], None]]) -> None:
 
 
 def _ended_by(outcome: Outcome, failure: BaseException | None) -> RunState:
-    return RunState.SHUTDOWN if failure is None and outcome.crash is None else RunState.INTERNAL_ERROR
+    if failure is not None or outcome.crash is not None:
+        return RunState.INTERNAL_ERROR
+    return RunState.GUEST_PANICKED if outcome.ending is Ending.PANIC else RunState.SHUTDOWN
 
 
 def _give_back(resources: list[Resource]) -> None:

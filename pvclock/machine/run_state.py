@@ -23,28 +23,32 @@ class RunState(StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
     SHUTDOWN = "shutdown"
-    """The run has ended: by the exit port or by stop()."""
+    """The run has ended: by the exit port, a power-off, a reset or stop()."""
+    GUEST_PANICKED = "guest-panicked"
+    """The run has ended: the guest's kernel panicked, and said so."""
     INTERNAL_ERROR = "internal-error"
     """The run has ended: the guest cannot go on, or an exit's handler or KVM failed."""
 
 
 TRANSITIONS: Final = {
-    RunState.PRELAUNCH: {RunState.RUNNING, RunState.PAUSED, RunState.SHUTDOWN, RunState.INTERNAL_ERROR},
-    RunState.RUNNING: {RunState.PRELAUNCH, RunState.PAUSED, RunState.SHUTDOWN, RunState.INTERNAL_ERROR},
-    RunState.PAUSED: {RunState.PRELAUNCH, RunState.RUNNING, RunState.SHUTDOWN, RunState.INTERNAL_ERROR},
+    RunState.PRELAUNCH: set(RunState) - {RunState.PRELAUNCH},
+    RunState.RUNNING: set(RunState) - {RunState.RUNNING},
+    RunState.PAUSED: set(RunState) - {RunState.PAUSED},
     RunState.SHUTDOWN: {RunState.PRELAUNCH, RunState.RUNNING, RunState.PAUSED, RunState.INTERNAL_ERROR},
+    RunState.GUEST_PANICKED: {RunState.PRELAUNCH, RunState.INTERNAL_ERROR},
     RunState.INTERNAL_ERROR: {RunState.PRELAUNCH},
 }
 """From each state to what may follow.  QEMU's, and: from prelaunch to paused, for a machine that is started while
-paused; from shutdown to running, because stop() leaves vCPUs that can go on, and to internal-error, where a handler of
-that change failed; from running to prelaunch, where a reset did not get to its end.  Only a reset leaves
-internal-error."""
+paused; from shutdown to running, because stop() leaves vCPUs that can go on; from shutdown and guest-panicked to
+internal-error, where a handler of that change failed; from running to prelaunch, where a reset did not get to its end.
+Only a reset leaves guest-panicked and internal-error for good."""
 
 ADVICE: Final = {
     RunState.PRELAUNCH: "start() it",
     RunState.RUNNING: "pause() or stop() it",
     RunState.PAUSED: "resume() or stop() it",
     RunState.SHUTDOWN: "start() or reset() it",
+    RunState.GUEST_PANICKED: "reset() it",
     RunState.INTERNAL_ERROR: "reset() it",
 }
 

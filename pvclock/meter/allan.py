@@ -5,8 +5,7 @@ has a deviation of 0; white noise of the readings falls as 1/tau; a rate that wa
 
 A gap, a step or a pause is no noise: the samples on its two sides are separate segments, and no difference is taken
 across.  A reading that came a little late or early is moved to its place by the mean rate of its segment.  A single
-reading that is missing is put in half way between its neighbours, for it changes no sum by more than
-the noise of one reading; of two or more that are missing nothing is known, and the segment ends.
+reading that is missing is nan, and no difference is taken with it; where two or more are missing the segment ends.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from typing import Final, NamedTuple
 __all__ = ["Deviation", "allan_deviations", "even_segments"]
 
 TERMS_MAX: Final = 100_000
-"""Differences that are summed for a tau; of more, every second, third, ... counts, which changes the result by
+"""Differences that are summed for a tau; of more, one in two, three, ... counts, which changes the result by
 less than its confidence.
 """
+GOLDEN: Final = (math.sqrt(5) - 1) / 2
+"""Its multiples, less their whole part, fill 0 to 1 evenly and keep step with no period."""
 OFF_MAX: Final = 0.4
 """A reading may be off its place by that part of the interval."""
 SPAN_PARTS: Final = 3
@@ -45,7 +46,9 @@ class Deviation(NamedTuple):
 def even_segments(
     at_s: Sequence[float], phase_ns: Sequence[float], interval_s: float, breaks: Collection[int] = ()
 ) -> list[array[float]]:
-    """The phase at an even interval, cut where it is unknown (nan), late by more than one reading, or at a break.
+    """The phase at an even interval, cut where it is late by more than one reading, or at a break.
+
+    Within a segment a reading that is missing, or unknown, is nan.
 
     breaks: places in at_s before which something happened that is no noise.
     """
@@ -67,7 +70,7 @@ def allan_deviations(segments: Sequence[Sequence[float]], interval_s: float) -> 
     """The overlapping Allan deviation at tau = 1, 2, 4, ... intervals, up to a third of the longest segment.
 
     For each tau of m intervals it is the root of half the mean of ((x[i + 2m] - 2 x[i + m] + x[i]) / tau)^2, over all
-    i of all segments.
+    i of all segments for which none of the three is nan; there is no deviation at a tau without any.
     """
     longest = max(map(len, segments), default=0)
     found = []
@@ -75,7 +78,7 @@ def allan_deviations(segments: Sequence[Sequence[float]], interval_s: float) -> 
     while m * SPAN_PARTS <= longest - 1:
         found.append(_deviation(segments, m, m * interval_s))
         m *= 2
-    return found
+    return [deviation for deviation in found if deviation is not None]
 
 
 # Inside
@@ -103,7 +106,7 @@ class _Run(NamedTuple):
         for at_s, ns, place in zip(self.at_s, self.ns, self.places, strict=True):
             moved_ns = ns + rate * (place * interval_s - (at_s - begin_s))
             if len(even) < place:
-                even.append((even[-1] + moved_ns) / 2)
+                even.append(math.nan)
             even.append(moved_ns)
         return even
 
@@ -116,20 +119,33 @@ def _intervals(passed_s: float, interval_s: float) -> int | None:
     return round(count) if abs(count - round(count)) <= OFF_MAX else None
 
 
-def _deviation(segments: Sequence[Sequence[float]], m: int, tau_s: float) -> Deviation:
+def _deviation(segments: Sequence[Sequence[float]], m: int, tau_s: float) -> Deviation | None:
+    """None if there is no difference without a missing reading."""
     counts = [max(len(segment) - 2 * m, 0) for segment in segments]
     stride = max(sum(counts) // TERMS_MAX, 1)
-    terms, total = 0, 0.0
+    taken, terms, total = 0, 0, 0.0
     for segment, count in zip(segments, counts, strict=True):
-        squares = array("d", _squares(segment, m, range(0, count, stride)))
+        places = _places(count, stride)
+        squares = array("d", (square for square in _squares(segment, m, places) if not math.isnan(square)))
+        taken += len(places)
         terms += len(squares)
         total += math.fsum(squares)
+    if not terms:
+        return None
     ppb = math.sqrt(total / (2 * terms)) / tau_s
-    error = 1 / math.sqrt(2 * _degrees_of_freedom(sum(counts) + 2 * m, m))
+    error = 1 / math.sqrt(2 * _degrees_of_freedom(sum(counts) * terms / taken + 2 * m, m))
     return Deviation(tau_s, ppb, ppb / (1 + error), ppb * (1 + error), terms)
 
 
-def _degrees_of_freedom(readings: int, m: int) -> float:
+def _places(count: int, stride: int) -> Sequence[int]:
+    """One place of each `stride`, at no period: readings that are missing at one would all be taken, or none."""
+    if stride == 1:
+        return range(count)
+    places = (begin + int(block * GOLDEN % 1 * stride) for block, begin in enumerate(range(0, count, stride)))
+    return [place for place in places if place < count]
+
+
+def _degrees_of_freedom(readings: float, m: int) -> float:
     """How many independent differences those of so many readings are worth, if the rate's noise is white.
 
     Source: NIST SP 1065, table 5, white FM.
@@ -138,5 +154,5 @@ def _degrees_of_freedom(readings: int, m: int) -> float:
     return max(worth, 1.0)
 
 
-def _squares(x: Sequence[float], m: int, places: range) -> Iterator[float]:
+def _squares(x: Sequence[float], m: int, places: Sequence[int]) -> Iterator[float]:
     return ((x[i + 2 * m] - 2 * x[i + m] + x[i]) ** 2 for i in places)

@@ -12,14 +12,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pvclock import ConfigError, Reference
+from pvclock import Reference
 from pvclock.commands.arguments import duration_s
-from pvclock.commands.outcome import Outcome
+from pvclock.commands.outcome import Outcome, message_of
 from pvclock.commands.screen import Screen
 from pvclock.errors import PvclockError
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
-    from pvclock.meter.drift import DriftingClock
+    from pvclock.meter.drift.clocks import DriftingClock
+    from qemu_glue.drift.plan import DriftPlan
     from qemu_glue.drift.records import DriftRecords
     from qemu_glue.drift.views import DriftView
     from qemu_glue.watch.interrupts import Interrupts
@@ -36,15 +37,11 @@ EXAMPLES: Final = """\
 
 CLOCKS: Final = ("engine", "kernel", "qemu")
 SECONDS: Final = 60.0
-SETTLE_S: Final = 20.0
-"""The engine's clock has found its reference's rate by then; that time is shown, and not counted."""
 INTERVAL_S: Final = 1.0
-INTERVAL_LEAST_S: Final = 0.05
-"""Readings of three clocks take some ms."""
-READINGS_MAX: Final = 100_000
-"""All are kept; a day has 86400 s."""
 THE_ONLY_PID: Final = 0
 """Stands for the pid of the only VM here."""
+CANNOT: Final = 2
+"""The exit status after a file that could not be written."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     seconds = f"how long, once they have settled (default {SECONDS:g})"
     parser.add_argument("--seconds", type=duration_s, default=SECONDS, help=seconds)
-    settle = (
-        f"how long readings do not count at first (default {SETTLE_S:g} with engine, which learns its rate, else 0)"
-    )
+    settle = "how long readings do not count at first (default 20 with engine, which learns its rate, else 0)"
     parser.add_argument("--settle", type=_settle_s, metavar="SECONDS", help=settle)
     interval = f"how often the clocks are read (default {INTERVAL_S:g})"
     parser.add_argument("--interval", type=duration_s, default=INTERVAL_S, metavar="SECONDS", help=interval)
@@ -76,119 +71,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Read the clocks, show them, and tell what they came to."""
+    from qemu_glue.drift.plan import plan_of
     from qemu_glue.watch.interrupts import Interrupts
 
-    words = arguments.clocks or ["engine", "kernel"]
-    settle_s = _checked_settle_s(arguments, words)
+    plan = plan_of(arguments)
     with Interrupts() as interrupts, ExitStack() as resources:
-        clocks = _started(arguments, screen, words, settle_s, interrupts, resources)
-        return _measured(arguments, screen, clocks, settle_s, interrupts)
+        clocks = _started(plan, screen, interrupts, resources)
+        return _measured(plan, screen, clocks, interrupts)
 
 
 # Inside
 
 
-def _checked_settle_s(arguments: argparse.Namespace, words: Sequence[str]) -> float:
-    """How long to settle; ConfigError for arguments that do not go together."""
-    from pvclock.meter.series import ENDS
-
-    if len(set(words)) != len(words):
-        raise ConfigError(f"each clock once, not {' '.join(words)} (see pvclock drift --help)")
-    names_vm = [arguments.qmp, arguments.pid, arguments.libvirt].count(None) < 3
-    if ("qemu" in words) != names_vm:
-        why = (
-            "--qmp, --pid and --libvirt say which guest qemu is, which is none of the clocks"
-            if names_vm
-            else "which guest is qemu? Give --qmp, --pid or --libvirt"
-        )
-        raise ConfigError(f"{why} (see pvclock drift --help)")
-    if arguments.interval < INTERVAL_LEAST_S:
-        raise ConfigError(f"--interval {arguments.interval:g} is too short: at least {INTERVAL_LEAST_S:g} s")
-    least_s = 2 * ENDS * arguments.interval
-    if arguments.seconds < least_s:
-        why = f"{arguments.seconds:g} s are too short for {ENDS} readings at either end"
-        raise ConfigError(f"{why}: at least {least_s:g} s")
-    settle_s = arguments.settle
-    if settle_s is None:
-        settle_s = SETTLE_S if "engine" in words else 0.0
-    if (settle_s + arguments.seconds) / arguments.interval > READINGS_MAX:
-        raise ConfigError(f"more than {READINGS_MAX:,} readings; take a longer --interval")
-    return float(settle_s)
-
-
-def _started(
-    arguments: argparse.Namespace,
-    screen: Screen,
-    words: Sequence[str],
-    settle_s: float,
-    interrupts: Interrupts,
-    resources: ExitStack,
-) -> list[DriftingClock]:
-    from pvclock.meter.drift import HostReference, engine_clock, kernel_clock
+def _started(plan: DriftPlan, screen: Screen, interrupts: Interrupts, resources: ExitStack) -> list[DriftingClock]:
+    from pvclock.meter.drift.clocks import engine_clock, kernel_clock
+    from pvclock.meter.drift.host_reference import HostReference
     from qemu_glue.drift.qemu_clock import qemu_clock
 
-    host = HostReference(Reference(arguments.reference))
+    host, settle_s = HostReference(plan.reference), plan.settle_s
     made: dict[str, Callable[[], DriftingClock]] = {
-        "qemu": lambda: qemu_clock(arguments, screen, host, settle_s, interrupts, resources),
+        "qemu": lambda: qemu_clock(plan.target, screen, host, settle_s, interrupts, resources),
         "engine": lambda: engine_clock(host, settle_s, resources),
         "kernel": lambda: kernel_clock(host, settle_s, resources),
     }
-    clocks = {word: make() for word, make in made.items() if word in words}  # a search first: it takes some seconds
-    return [clocks[word] for word in words]
+    # A search first: it takes some seconds.
+    clocks = {word: make() for word, make in made.items() if word in plan.words}
+    return [clocks[word] for word in plan.words]
 
 
-def _measured(
-    arguments: argparse.Namespace,
-    screen: Screen,
-    clocks: Sequence[DriftingClock],
-    settle_s: float,
-    interrupts: Interrupts,
-) -> Outcome:
-    """Take readings, re-anchor, and show what came of it."""
-    from pvclock.meter.drift import take_readings
-    from qemu_glue.drift.output import write_outputs
+def _measured(plan: DriftPlan, screen: Screen, clocks: Sequence[DriftingClock], interrupts: Interrupts) -> Outcome:
+    """Take readings, re-anchor, and tell what came of it: after an error, what came before."""
+    from pvclock.meter.drift.clocks import take_readings
     from qemu_glue.drift.records import DriftRecords
-    from qemu_glue.drift.tables import summary_table
 
-    records = DriftRecords(clocks, arguments.reference, arguments.interval, settle_s)
+    records = DriftRecords(clocks, plan)
     passed_s = 0.0
     try:
         with ExitStack() as drawing:
-            view = _view(arguments, screen, clocks, records, drawing)
-            whole_s = settle_s + arguments.seconds
-            for passed_s in take_readings(clocks, seconds=whole_s, interval_s=arguments.interval, wait=interrupts.wait):
+            view = _view(screen, records, drawing)
+            for passed_s in take_readings(
+                clocks, seconds=plan.whole_s, interval_s=plan.interval_s, wait=interrupts.wait
+            ):
                 view.show(passed_s)
         if not interrupts.came:
             _reanchor(clocks)
-    except PvclockError:
-        screen.show(summary_table(clocks, arguments.reference))
+    except (PvclockError, OSError) as error:  # OSError: standard output, as a pipe that nobody reads
+        _tell(screen, records, records.with_error(error))
         raise
-    outcome = Outcome(True, records.result(max(passed_s - settle_s, 0.0)))
-    screen.show(summary_table(clocks, arguments.reference))
-    write_outputs(arguments.output, records.with_outcome(outcome))
-    return outcome
+    outcome = Outcome(True, records.result(max(passed_s - plan.settle_s, 0.0)))
+    is_told = _tell(screen, records, records.with_outcome(outcome))
+    return outcome if is_told else outcome._replace(ok=False, status=CANNOT)
 
 
-def _view(
-    arguments: argparse.Namespace,
-    screen: Screen,
-    clocks: Sequence[DriftingClock],
-    records: DriftRecords,
-    drawing: ExitStack,
-) -> DriftView:
+def _tell(screen: Screen, records: DriftRecords, lines: Sequence[str]) -> bool:
+    """Show the summary, and write the files whatever becomes of that; could all be written?"""
+    from qemu_glue.drift.output import write_outputs
+    from qemu_glue.drift.tables import summary_table
+
+    try:
+        screen.show(summary_table(records.clocks, records.plan.reference))
+    finally:
+        errors = write_outputs(records.plan.outputs, lines)
+        for error in errors:
+            screen.tell(f"pvclock drift: {message_of(error)}")
+    return not errors
+
+
+def _view(screen: Screen, records: DriftRecords, drawing: ExitStack) -> DriftView:
     from qemu_glue.drift.views import JsonView, LiveView, QuietView
 
-    if arguments.json:
+    if records.plan.as_json:
         return JsonView(records)
-    if screen.can_redraw:
-        return LiveView(clocks, records, arguments.reference, drawing.enter_context(screen.redrawing()))
-    return QuietView(records)
+    return LiveView(records, drawing.enter_context(screen.redrawing())) if screen.can_redraw else QuietView(records)
 
 
 def _reanchor(clocks: Sequence[DriftingClock]) -> None:
     for clock in clocks:
         for way in clock.ways:
-            clock.series.reanchor(way)
+            clock.readings.reanchor(way)
 
 
 def _clock(text: str) -> str:
@@ -208,15 +168,11 @@ def _settle_s(text: str) -> float:
 
 
 def _output(text: str) -> Path:
-    from qemu_glue.drift.output import FORMATS
+    from qemu_glue.drift.output import FORMATS, why_not_writable
 
     path = Path(text)
     if path.suffix not in FORMATS:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(f'FILE{each}' for each in FORMATS)}")
-    try:
-        is_there = path.parent.is_dir() and not path.is_dir()
-    except OSError:  # a name that is too long
-        is_there = False
-    if not is_there:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: its folder is not there, or it is a folder")
+    if (why := why_not_writable(path)) is not None:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {why}")
     return path

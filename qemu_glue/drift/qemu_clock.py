@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 from contextlib import ExitStack
 
 from rich.text import Text
 
 from pvclock.commands.screen import Screen
-from pvclock.meter.drift import DriftingClock, HostReference
+from pvclock.meter.drift.clocks import DriftingClock
+from pvclock.meter.drift.host_reference import HostReference
 from pvclock.meter.watch.outside_clock import OutsideClock
 from qemu_glue.watch.beginning import Interrupted, Patience, opened
 from qemu_glue.watch.interrupts import Interrupts
+from qemu_glue.watch.target import Target
 
 __all__ = ["qemu_clock"]
 
 
 def qemu_clock(
-    arguments: argparse.Namespace,
+    target: Target,
     screen: Screen,
     host: HostReference,
     settle_s: float,
     interrupts: Interrupts,
     resources: ExitStack,
 ) -> DriftingClock:
-    """The guest that --qmp, --pid or --libvirt names, with its page found.  `resources` lets go of it.
+    """The clock of a guest that runs already, with its page found.  `resources` lets go of it.
 
     As open_vm() and OutsideClock; KeyboardInterrupt if Ctrl-C comes before the page is found.
     """
-    vm = resources.enter_context(opened(arguments.qmp, arguments.pid, arguments.libvirt))
+    vm = resources.enter_context(opened(*target))
     patience = Patience(0.0, interrupts)
     with screen.progress(1.0, "searching the guest's memory") as update:
 
@@ -43,4 +44,7 @@ def qemu_clock(
             raise KeyboardInterrupt from None
     if guest.doubt is not None:
         screen.show(Text(f"Perhaps not the guest's: {guest.doubt}", "yellow"))
-    return DriftingClock("qemu", host.series(vm.name, guest, settle_s), guest.check_running)
+    if guest.is_stopped:
+        screen.show(Text("The guest is stopped: how its clock goes on is known once it runs", "yellow"))
+    readings = host.readings(vm.name, guest, settle_s, lambda: guest.is_stopped)
+    return DriftingClock("qemu", readings, guest.check_running)

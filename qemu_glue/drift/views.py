@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from rich.text import Text
 
 from pvclock.commands.screen import write
-from pvclock.meter.drift import DriftingClock
 from pvclock.meter.watch.words import duration
 from qemu_glue.drift.records import DriftRecords
 from qemu_glue.drift.tables import live_table
@@ -51,13 +50,11 @@ class QuietView:
 class LiveView:
     """A table of the clocks as they are; `draw` replaces what was drawn before."""
 
-    def __init__(
-        self, clocks: Sequence[DriftingClock], records: DriftRecords, reference: str, draw: Callable[..., None]
-    ) -> None:
-        self._clocks, self._records, self._reference, self._draw = clocks, records, reference, draw
+    def __init__(self, records: DriftRecords, draw: Callable[..., None]) -> None:
+        self._records, self._draw = records, draw
 
     def show(self, at_s: float) -> None:
         """See DriftView."""
         self._records.take(at_s)
-        table = live_table(self._clocks, self._reference)
+        table = live_table(self._records.clocks, self._records.plan.reference)
         self._draw(table, Text(f"measured for {duration(round(at_s * NS_PER_S))}; Ctrl-C ends", "dim"))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -27,6 +29,7 @@ REQUEST_BYTES_MAX: Final = 16 << 10
 TURNS_TO_END: Final = 3
 END_OF_REQUEST: Final = b"\r\n\r\n"
 PATH: Final = "/metrics"
+LOG: Final = logging.getLogger(__name__)
 
 
 class Page(NamedTuple):
@@ -44,6 +47,7 @@ class HttpServer:
 
     def __init__(self, address: Address, make_page: Callable[[str], Page]) -> None:
         self._make_page = make_page
+        self._has_failed = False
         self._clients: dict[asyncio.Task[None], None] = {}
         self._listener = _listening(address)
         self.address = Address(address.host, self._listener.getsockname()[1])
@@ -83,30 +87,32 @@ class HttpServer:
     async def _serve(self) -> None:
         server = await asyncio.start_server(self._take, sock=self._listener, limit=REQUEST_BYTES_MAX)
         await self._is_over.wait()
-        server.close()
+        self._loop.remove_reader(self._listener)
         for _ in range(TURNS_TO_END):  # one that was let in just now has no task so far
             await asyncio.sleep(0)
             clients = asyncio.all_tasks() - {asyncio.current_task()}
             for client in clients:
                 client.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
+        server.close()  # not before: a client that it has let in and not yet attached would stay open
 
-    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        client = asyncio.current_task()
-        assert client is not None  # noqa: S101  # a server's callback is a task
+    def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        client = self._loop.create_task(self._answer_in_time(reader, writer))
+        client.add_done_callback(lambda _: self._let_go(client, writer))  # even if it is cancelled before it begins
         self._clients[client] = None
         if len(self._clients) > CLIENTS_MAX:
             oldest = next(iter(self._clients))
             del self._clients[oldest]  # at once, for several may come in one turn of the loop
             oldest.cancel()
-        try:
+
+    def _let_go(self, client: asyncio.Task[None], writer: asyncio.StreamWriter) -> None:
+        self._clients.pop(client, None)
+        writer.transport.abort()
+
+    async def _answer_in_time(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, TimeoutError, asyncio.IncompleteReadError):  # it is gone, or has had its time
             async with asyncio.timeout(CLIENT_LIMIT_S):
                 await self._answer(reader, writer)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client is gone, or has had its time
-        finally:
-            self._clients.pop(client, None)
-            writer.transport.abort()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -130,7 +136,18 @@ class HttpServer:
             return _response(HTTPStatus.NOT_FOUND)
         headers = (line.partition(":") for line in lines)
         accepted = ",".join(value.strip() for name, _, value in headers if name.strip().lower() == "accept")
-        return _response(HTTPStatus.OK, self._make_page(accepted), is_head=method == "HEAD")
+        try:
+            page = self._make_page(accepted)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the next scrape is answered
+            self._tell_once(error)
+            return _response(HTTPStatus.INTERNAL_SERVER_ERROR)
+        return _response(HTTPStatus.OK, page, is_head=method == "HEAD")
+
+    def _tell_once(self, error: Exception) -> None:
+        """That there is no page, and why: a line for the first time, since scrapes come for ever."""
+        if not self._has_failed:
+            LOG.error("pvclock: %s is answered with status 500, and no more is said of it: %r", self.url, error)
+        self._has_failed = True
 
 
 def _response(status: HTTPStatus, page: Page | None = None, *, is_head: bool = False) -> bytes:

@@ -156,10 +156,11 @@ class HostSeries:
 
 
 class Series:
-    """All VMs', and the host's.  One thread lets VMs in and forgets them."""
+    """All VMs', and the host's.  One thread lets VMs in and forgets them.  now_s: a clock, for tests."""
 
-    def __init__(self, host: HostSeries | None = None) -> None:
+    def __init__(self, host: HostSeries | None = None, now_s: Callable[[], float] = time.monotonic) -> None:
         self.host = HostSeries() if host is None else host
+        self._now_s = now_s
         self._vms: dict[str, VmSeries] = {}
 
     @property
@@ -171,7 +172,7 @@ class Series:
     def of(self, vm: str) -> VmSeries:
         """A VM's: the one that there is, or one that begins."""
         if vm not in self._vms:
-            self._vms = {**self._vms, vm: VmSeries(vm)}
+            self._vms = {**self._vms, vm: VmSeries(vm, self._now_s)}
         return self._vms[vm]
 
     def forget(self, vm: str) -> None:

@@ -56,6 +56,7 @@ VM_CALLS: dict[str, Callable[[Vm], object]] = {
     "KVM_SET_IRQCHIP": lambda vm: vm.set_irqchip(bytes(520)),
     "KVM_REGISTER_COALESCED_MMIO": lambda vm: vm.register_coalesced(0xE9, 1, is_port=True),
     "KVM_UNREGISTER_COALESCED_MMIO": lambda vm: vm.unregister_coalesced(0xE9, 1, is_port=True),
+    "KVM_IRQ_LINE": lambda vm: vm.set_irq_line(4, is_high=True),
     "KVM_SIGNAL_MSI": lambda vm: vm.signal_msi(0xFEE00000, 0x20),
     "KVM_X86_SET_MSR_FILTER": lambda vm: vm.set_msr_filter([]),
     "KVM_GET_CLOCK": Vm.get_clock,

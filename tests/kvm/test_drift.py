@@ -9,7 +9,8 @@ import pytest
 
 from pvclock import Reference
 from pvclock.commands import main
-from pvclock.meter.drift import HostReference, engine_clock, take_readings
+from pvclock.meter.drift.clocks import engine_clock, take_readings
+from pvclock.meter.drift.host_reference import HostReference
 
 pytestmark = pytest.mark.kvm
 
@@ -36,11 +37,11 @@ def test_a_step_of_the_engines_clock() -> None:
     """One that is put forward by 5 us between two readings is found out, in its step and in what it is ahead."""
     with ExitStack() as resources:
         clock = engine_clock(HostReference(Reference.RAW), 0.0, resources)._replace(correct=None)
-        guest = clock.series.guest
+        guest = clock.readings.guest
         list(take_readings([clock], seconds=0.0, interval_s=1.0, wait=lambda _seconds: True))
         guest.engine_clock.skip(5000)  # type: ignore[attr-defined]  # it is an EngineGuest
         list(take_readings([clock], seconds=0.0, interval_s=1.0, wait=lambda _seconds: True))
-        first, last = clock.series.points
+        first, last = clock.readings.points
         assert (abs(first.step_ns) <= 2, 4998 <= last.step_ns <= 5002) == (True, True)
         drifted_ns = 1e-3 * (last.s - first.s) * 1e9
         assert abs(last.ahead_ns - 5000) <= first.bound_ns + last.bound_ns + drifted_ns

@@ -159,7 +159,7 @@ def test_a_guest_that_never_stops_writing() -> None:
     """The host keeps the end of an endless console, and no more."""
     with Machine(HLT) as machine:
         for byte in (b"a", b"b"):
-            machine._console.write(0, byte * (CONSOLE_KEPT_BYTES * 3 // 4))
+            machine._board.console.write(0, byte * (CONSOLE_KEPT_BYTES * 3 // 4))
         assert len(machine.console) == CONSOLE_KEPT_BYTES
         assert machine.console.count("b") == CONSOLE_KEPT_BYTES * 3 // 4
 

@@ -10,10 +10,9 @@ import json
 import time
 
 from pvclock import Reference
+from pvclock.meter.drift.host_reference import HostReference
 from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import MachineGuest
-from pvclock.meter.series import Series
-from pvclock.timekeeping.sampling import Sampler
 
 PHASES_PPM = (0, 200, -300, 0)
 PHASE_TICKS = 88
@@ -48,25 +47,24 @@ def main() -> None:
     ticks: list[dict[str, object]] = []
     with MachineGuest("engine", 1) as guest:
         clock = guest.engine_clock
-        backend = clock.backend
         guest.start()
-        series = Series("guest", guest, Sampler(lambda: backend.sample(Reference.MONOTONIC)), backend.tsc_hz)
+        readings = HostReference(Reference.MONOTONIC).readings("guest", guest, 0.0)
         clock.follow(Reference.MONOTONIC)
         for ppm in PHASES_PPM:
             slew_host(ppm)
             for place in range(PHASE_TICKS):
-                before, rate, tick_ns = series.page(), clock.rate, time.monotonic_ns()
+                before, rate, tick_ns = readings.page(), clock.rate, time.monotonic_ns()
                 steering = clock.tick()
-                series.take(before)
+                readings.take(before)
                 assert steering is not None
                 turned_ns = abs(clock.rate - rate) * (time.monotonic_ns() - tick_ns)
-                point, bound_ns = series.points[-1], steering.bound_ns
+                point, bound_ns = readings.points[-1], steering.bound_ns
                 ticks.append(
                     {
                         "ppm": ppm,
                         "place": place,
                         "ahead_ns": point.ahead_ns,
-                        "step_ns": series.steps_ns[-1],
+                        "step_ns": readings.steps_ns[-1],
                         "turned_ns": float(turned_ns),
                         "bound_ns": point.bound_ns + bound_ns,
                         "correction_ppm": float(steering.frequency_adjustment) * 1e6,

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
+from pvclock.boot.initramfs import archive
 from pvclock.lab.kernel import Kernel
 from qemu_glue.peer.launch import CPU_MODEL, find_program
 from qemu_glue.peer.monitor import Monitor
@@ -26,7 +27,6 @@ __all__ = [
     "LinuxGuest",
     "SamplerLog",
     "Triple",
-    "archive",
     "compiled_sampler",
     "initramfs",
     "runs_linux",
@@ -238,22 +238,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _triple(words: list[str]) -> Triple:
     return Triple._make(map(int, words))
-
-
-def archive(files: Mapping[str, bytes]) -> bytes:
-    """A cpio archive as Documentation/driver-api/early-userspace/buffer-format.rst has it; b"": a folder."""
-    entries = [(name, 0o100755 if contents else 0o40755, contents) for name, contents in files.items()]
-    return b"".join(
-        _padded(_header(number, mode, len(contents), name) + name.encode() + b"\0") + _padded(contents)
-        for number, (name, mode, contents) in enumerate([*entries, ("TRAILER!!!", 0, b"")], start=1)
-    )
-
-
-def _header(number: int, mode: int, length: int, name: str) -> bytes:
-    links, name_length = 1, len(name) + 1
-    fields = (number, mode, 0, 0, links, 0, length, 0, 0, 0, 0, name_length, 0)
-    return b"070701" + b"".join(b"%08x" % field for field in fields)
-
-
-def _padded(part: bytes) -> bytes:
-    return part + bytes(-len(part) % 4)

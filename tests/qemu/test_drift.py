@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pvclock.meter.drift import DriftingClock, HostReference, take_readings
+from pvclock.commands import main
+from pvclock.meter.drift.clocks import DriftingClock, take_readings
+from pvclock.meter.drift.host_reference import HostReference
 from pvclock.meter.watch.outside_clock import OutsideClock
 from pvclock.payloads import probe
 from pvclock.readings import Reference
@@ -48,7 +50,7 @@ def test_a_step_of_a_running_guest(running: RunningQemu) -> None:
     """Is in its step and in what it is ahead, by as much as it was; before that there is none."""
     with open_vm(qmp=str(running.qmp)) as vm:
         guest = OutsideClock(vm, lambda _done, _total: None)
-        clock = DriftingClock("qemu", HostReference(Reference.RAW).series(vm.name, guest, 0.0), guest.check_running)
+        clock = DriftingClock("qemu", HostReference(Reference.RAW).readings(vm.name, guest, 0.0), guest.check_running)
         rounds = iter(range(4))
 
         def wait(_seconds: float) -> bool:
@@ -58,9 +60,9 @@ def test_a_step_of_a_running_guest(running: RunningQemu) -> None:
             return place == 3
 
         list(take_readings([clock], seconds=HANG_S, interval_s=0.0, wait=wait))
-    assert clock.series.steps_ns == [0, 0, STEP_NS, 0]
-    for point, stepped_ns in zip(clock.series.points, [0, 0, STEP_NS, STEP_NS], strict=True):
-        slack_ns = point.bound_ns + clock.series.points[0].bound_ns + 1e6 * point.s
+    assert clock.readings.steps_ns == [0, 0, STEP_NS, 0]
+    for point, stepped_ns in zip(clock.readings.points, [0, 0, STEP_NS, STEP_NS], strict=True):
+        slack_ns = point.bound_ns + clock.readings.points[0].bound_ns + 1e6 * point.s
         assert abs(point.ahead_ns - stepped_ns) <= slack_ns
     assert guest.found.pages[0] == PAGE
 
@@ -79,6 +81,17 @@ def test_the_command_beside_a_running_guest(running: RunningQemu) -> None:
     assert (clock["least_step_ns"], clock["most_step_ns"], clock["reanchors_ns"]) == (0, 0, {})
     assert running.pages() == before
     running.qemu.check_running()
+
+
+def test_a_stopped_guest(running: RunningQemu, capsys: pytest.CaptureFixture[str]) -> None:
+    """Is told as stopped before its clock is read and after, and has no drift."""
+    running.qemu.pause()
+    assert main(["drift", "qemu", "--qmp", str(running.qmp), "--seconds", "1", "--interval", "0.05"]) == 0
+    running.qemu.resume()
+    shown = capsys.readouterr().out
+    assert "The guest is stopped" in shown
+    assert "the guest was stopped all the while" in shown
+    assert "ppb" not in shown
 
 
 def test_a_guest_that_ends(tmp_path: Path) -> None:

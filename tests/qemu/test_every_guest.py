@@ -11,18 +11,16 @@ import pytest
 
 from pvclock import Reference, StateError, read_tsc
 from pvclock.host.linux import host_clocksource
-from pvclock.host.this_host import HostBackend
 from pvclock.meter import in_process_guest
 from pvclock.meter.comparison import compare
+from pvclock.meter.drift.host_reference import HostReference
 from pvclock.meter.findings import failures
 from pvclock.meter.guest import EngineGuest, Guest
 from pvclock.meter.in_process_guest import InProcessGuest
 from pvclock.meter.machine_guest import MachineGuest
 from pvclock.meter.observe import observe_clock
-from pvclock.meter.series import Series
 from pvclock.meter.stress import THREAD_BURSTS, VCPU_BURSTS, Bursts, stress_publishing
 from pvclock.payloads.probe import State
-from pvclock.timekeeping.sampling import Sampler
 from qemu_glue.guest import QemuGuest
 from tests import oracle
 
@@ -148,17 +146,16 @@ def test_every_guest_is_observed_alike(make_guest: Maker) -> None:
 @pytest.mark.row("E3", "E13")
 def test_a_series_of_every_guest(guest: Guest) -> None:
     """A clock that is left alone goes on as the host's does, within the bounds of its readings, and does not step."""
-    backend = HostBackend()
-    series = Series("guest", guest, Sampler(lambda: backend.sample(Reference.RAW)), backend.tsc_hz)
+    readings = HostReference(Reference.RAW).readings("guest", guest, 0.0)
     for _ in range(10):
-        series.take()
+        readings.take()
         time.sleep(0.02)
-    assert len(series.points) == len(series.steps_ns) == 10
-    first, *_, last = series.points
+    assert len(readings.points) == len(readings.steps_ns) == 10
+    first, *_, last = readings.points
     if host_clocksource() == "tsc":
         assert abs(last.ahead_ns) <= first.bound_ns + last.bound_ns + 1000 * last.s  # 1 ppm: the nominal rate
-    assert all(abs(step_ns) <= 1 for step_ns in series.steps_ns)
-    begin = series.points[0].s
+    assert all(abs(step_ns) <= 1 for step_ns in readings.steps_ns)
+    begin = readings.points[0].s
     assert begin == 0 < last.s < 10
 
 

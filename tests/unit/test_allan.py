@@ -111,6 +111,14 @@ def test_of_many_samples_some_are_left_out() -> None:
     assert found[0].ppb == pytest.approx(math.sqrt(3) * 100, rel=0.02)
 
 
+def test_of_many_short_segments_some_are_left_out() -> None:
+    """Of segments with less differences than one in so many, each gives its first one."""
+    noise = white(480_000)
+    (found,) = allan_deviations([noise[place : place + 4] for place in range(0, 480_000, 4)], 1.0)
+    assert found.terms == 120_000
+    assert found.ppb == pytest.approx(math.sqrt(3) * 100, rel=0.02)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_of_too_few_nothing_is_said(count: int) -> None:
     """Of less than four readings, three rates, there is no deviation."""
@@ -132,11 +140,49 @@ def test_segments_end_at_breaks_and_gaps() -> None:
     assert [list(segment) for segment in segments] == [[0, 10], [20, 30], [40, 50], [60, 70]]
 
 
-def test_one_missing_reading_is_put_in() -> None:
-    """Half way between its neighbours, whether it was not made or is unknown."""
-    assert [list(it) for it in even_segments([0, 1, 3, 4], [0, 10, 40, 50], 1.0)] == [[0, 10, 25, 40, 50]]
-    assert [list(it) for it in even_segments([0, 1, 2], [0, math.nan, 40], 1.0)] == [[0, 20, 40]]
+def test_one_missing_reading_is_nan() -> None:
+    """Whether it was not made or is unknown; two of them end the segment."""
+    for at_s, ns in (([0, 1, 3, 4], [0, 10, 30, 40]), ([0, 1, 2, 3, 4], [0, 10, math.nan, 30, 40])):
+        (segment,) = even_segments(at_s, ns, 1.0)
+        assert list(segment) == pytest.approx([0, 10, math.nan, 30, 40], nan_ok=True)
     assert [list(it) for it in even_segments([0, 1, 2, 3], [0, math.nan, math.nan, 40], 1.0)] == [[0], [40]]
+
+
+@pytest.mark.parametrize("part", [0.02, 0.1, 0.3])
+def test_missing_readings_are_in_no_difference(part: float) -> None:
+    """The deviation is the root mean square of those differences of which all three readings are known."""
+    source = random.Random(SEED)  # noqa: S311  # no secret
+    noise = white(3000)
+    known = {0, 2999} | {place for place in range(3000) if source.random() >= part}
+    segments = even_segments(range(3000), [noise[i] if i in known else math.nan for i in range(3000)], 1.0)
+    begins = [place for place in range(3000) if place in known and not {place - 1, place - 2} & known]
+    assert len(segments) == len(begins)
+    belongs = [sum(begin <= place for begin in begins) for place in range(3000)]
+    found = {each.tau_s: each for each in allan_deviations(segments, 1.0)}
+    for m in (1, 2, 4, 8):
+        triples = [(i, i + m, i + 2 * m) for i in range(3000 - 2 * m) if belongs[i] == belongs[i + 2 * m]]
+        squares = [(noise[i] - 2 * noise[j] + noise[k]) ** 2 for i, j, k in triples if {i, j, k} <= known]
+        assert found[m].terms == len(squares)
+        assert found[m].ppb == pytest.approx(math.sqrt(sum(squares) / 2 / len(squares)) / m, rel=1e-12)
+
+
+def test_where_every_second_reading_is_missing_tau_begins_at_two() -> None:
+    """It is that of readings at twice the interval; half of them tell nothing of one interval."""
+    noise = white(3000)
+    halved = [noise[place] if place % 2 == 0 else math.nan for place in range(3000)]
+    found = allan_deviations(even_segments(range(3000), halved, 1.0), 1.0)
+    of_half = allan_deviations([noise[::2]], 2.0)
+    assert [each.tau_s for each in found] == [each.tau_s for each in of_half]
+    assert [each.ppb for each in found] == pytest.approx([each.ppb for each in of_half], rel=1e-12)
+
+
+def test_missing_readings_and_those_left_out_are_at_different_places() -> None:
+    """Of many differences one in two counts: not always that with a missing reading, nor never."""
+    noise = [math.nan if place % 2 else ns for place, ns in enumerate(white(250_000))]
+    found = allan_deviations([noise], 1.0)[0]
+    assert found.tau_s == 2
+    assert found.terms == pytest.approx(62_500, rel=0.01)
+    assert found.ppb == pytest.approx(math.sqrt(3) * 100 / 2, rel=0.02)
 
 
 def test_a_break_at_an_unknown_reading_counts() -> None:

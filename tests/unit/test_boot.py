@@ -116,11 +116,8 @@ BAD_IMAGES: dict[str, tuple[bytes, str]] = {
     "segment-beyond-memory": (elf(program_header=segment(RAM_BYTES - 1)), "is not in guest memory"),
     "segment-at-the-top": (elf(program_header=segment(0xFFFFFFFF)), "is not in guest memory"),
     "segment-of-4-gib": (elf(program_header=segment(memory_bytes=0xFFFFFFFF)), "is not in guest memory"),
-    "over-the-information": (elf(program_header=segment(BOOT_INFORMATION - 1)), "overlaps the boot information"),
-    "over-the-command-line": (elf(program_header=segment(BOOT_CMDLINE + 0xEFF)), "overlaps the boot information"),
     "entry-before-it": (elf(entry=GPA - 1), "entry at 0xfffff is in no segment"),
     "entry-behind-it": (elf(entry=GPA + len(TEXT) + BSS_BYTES), "entry at 0x100020 is in no segment"),
-    "around-the-information": (elf(program_header=segment(0, memory_bytes=1 << 20)), "overlaps the boot information"),
 }
 
 
@@ -142,11 +139,47 @@ def test_every_truncation_is_refused(memory: GuestMemory, ram: bytearray) -> Non
     assert ram == b"\xa5" * RAM_BYTES
 
 
-@pytest.mark.parametrize("gpa", [BOOT_INFORMATION - len(TEXT) - BSS_BYTES, BOOT_INFORMATION + 0x1000])
-def test_a_segment_may_touch_the_boot_information(gpa: int, memory: GuestMemory) -> None:
-    """Up to its first byte, and from behind its last."""
-    multiboot.load(memory, elf(entry=gpa, program_header=segment(gpa)))
-    assert memory.read(gpa, len(TEXT)) == TEXT
+@pytest.mark.parametrize(
+    ("gpa", "memory_bytes", "told_at"),
+    [
+        (BOOT_INFORMATION - len(TEXT) - BSS_BYTES, len(TEXT) + BSS_BYTES, BOOT_INFORMATION),
+        (BOOT_INFORMATION + 0x1000, len(TEXT), BOOT_INFORMATION),
+        (BOOT_INFORMATION - len(TEXT), len(TEXT) + 1, BOOT_INFORMATION + 0x1000),
+        (BOOT_INFORMATION + 0xFFF, len(TEXT), BOOT_INFORMATION + 0x2000),
+        (0x8000, 0x5A30, 0xE000),
+        (0x1000, RAM_BYTES - 0x2000, RAM_BYTES - 0x1000),
+    ],
+    ids=["ends-before", "begins-behind", "reaches-in", "begins-in", "around", "nearly-all"],
+)
+def test_boot_information_is_where_the_image_leaves_room(
+    gpa: int, memory_bytes: int, told_at: int, memory: GuestMemory
+) -> None:
+    """At its usual place, which a segment may touch; else on the first free page above."""
+    state = multiboot.load(memory, elf(entry=gpa, program_header=segment(gpa, memory_bytes=memory_bytes)), "quiet")
+    assert state.registers["rbx"] == told_at
+    assert memory.read(gpa, memory_bytes) == TEXT + bytes(memory_bytes - len(TEXT))
+    (cmdline,) = struct.unpack("<I", memory.read(told_at + 16, 4))
+    assert (cmdline, memory.read(cmdline, 6)) == (told_at + 0x100, b"quiet\0")
+    length, at = struct.unpack("<II", memory.read(told_at + 44, 8))
+    assert struct.unpack("<IQQI", memory.read(at, length)) == (20, 0, RAM_BYTES, 1)
+
+
+def test_an_initrd_is_behind_all_of_it(memory: GuestMemory) -> None:
+    """Also where the information had to go behind the image."""
+    image = elf(entry=0x1000, program_header=segment(0x1000, memory_bytes=1 << 20))
+    state = multiboot.load(memory, image, "", b"initrd")
+    told_at = state.registers["rbx"]
+    (table,) = struct.unpack("<I", memory.read(told_at + 24, 4))
+    (start,) = struct.unpack("<I", memory.read(table, 4))
+    assert (told_at, start, memory.read(start, 6)) == (0x101000, 0x102000, b"initrd")
+
+
+def test_an_image_that_leaves_no_room_is_refused(memory: GuestMemory, ram: bytearray) -> None:
+    """Memory that is an image's from end to end has no page for what it is to be told."""
+    image = elf(entry=0, program_header=segment(0, memory_bytes=RAM_BYTES - 0xFFF))
+    with pytest.raises(ImageError, match="no room for the boot information"):
+        multiboot.load(memory, image)
+    assert ram == b"\xa5" * RAM_BYTES
 
 
 # Segments, and what they make the loader allocate

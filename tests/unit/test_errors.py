@@ -17,6 +17,7 @@ EXAMPLES = [
     errors.MsrFault(0x4B564D01, 5),
     errors.TscOffsetNotHonoured(7),
     errors.GuestCrashed(1, "Shutdown()"),
+    errors.GuestPanicked(),
     errors.ProbeRecordError("clocks[0].hz", "0", "whole numbers from 1"),
     errors.ProbeFailed("no TSC"),
     errors.ReportSourceError("watch.jsonl", 17, "a number", "an object"),
@@ -41,5 +42,5 @@ def test_errors_go_through_pickle(error: errors.PvclockError) -> None:
 def test_kvm_errors_are_os_errors() -> None:
     """A failed system call can be caught as OSError, with errno, and names the call."""
     with pytest.raises(OSError, match="KVM_RUN: EINVAL") as caught:
-        raise EXAMPLES[10]
+        raise errors.KvmError("KVM_RUN", errno.EINVAL, "try again")
     assert caught.value.errno == errno.EINVAL

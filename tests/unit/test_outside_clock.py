@@ -11,6 +11,7 @@ from pvclock.errors import MemoryNotReadable, PagesNotFound, VmEnded
 from pvclock.meter.findings import TIME_INFO, time_info
 from pvclock.meter.watch.lines import value_at
 from pvclock.meter.watch.outside_clock import OutsideClock
+from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from tests.unit.test_watch_loop import ARRAY, RESET, SCALE, TSC_HZ, HandMadeVm
 
 pytestmark = pytest.mark.row("E10")
@@ -111,3 +112,17 @@ def test_the_end_of_the_vm() -> None:
         with pytest.raises(PvclockError) as raised:
             clock.reading()
         assert type(raised.value) is error
+
+
+def test_a_stop_is_known_as_far_as_the_vmm_tells() -> None:
+    """From the beginning, and by its events since; the page alone says nothing of it."""
+    for at_first in (False, True, None):
+        vm = made()
+        vm.is_paused = at_first
+        clock = clock_of(vm)
+        seen = [clock.is_stopped]
+        for kind in (VmEventKind.STOP, VmEventKind.MIGRATION, VmEventKind.RESUME):
+            vm.events = [VmEvent(kind, 0)]
+            clock.reading()
+            seen.append(clock.is_stopped)
+        assert seen == [at_first, True, True, False]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from prometheus_client import Metric
@@ -16,35 +15,22 @@ from pvclock.host.watch import TroubleKind
 from pvclock.meter.watch.changes import Disagreement, Stall, Step, TscBasis
 from pvclock.meter.watch.loop import Finding, HostTrouble, VmEnded
 from pvclock.meter.watch.rate import PageRate
-from pvclock.meter.watch.summary import WatchSummary
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
-from pvclock.quantities import GuestNs, GuestTsc, HostTsc
+from pvclock.meter.watch.watcher import Watcher
+from pvclock.quantities import Gpa, GuestNs, GuestTsc, HostTsc
 from pvclock.readings import TimeInfo
-from qemu_glue.prometheus.exporter import page_maker
+from qemu_glue.prometheus.exporter import FAMILIES, page_maker
 from qemu_glue.prometheus.series import SILENT_S, HostSeries, Series, VmSeries
+from tests.command_line import ROOT
+from tests.unit.test_watch_loop import ARRAY, RESET, HandMadeVm, loop_of
 
 pytestmark = pytest.mark.row("E10")
 
 PAGE = TimeInfo(2, GuestTsc(1), GuestNs(2), 1 << 31, -1, 1)
 AT = HostTsc(9)
 PAUSE = (VmEvent(VmEventKind.STOP, 1), VmEvent(VmEventKind.RESUME, 2))
-LABELS = {
-    "pvclock_build_info": {"version"},
-    "pvclock_host_clocksource_is_tsc": set(),
-    "pvclock_host_troubles": {"kind"},
-    "pvclock_watch_up": {"vm"},
-    "pvclock_watch_polls": {"vm"},
-    "pvclock_watch_interval_seconds": {"vm"},
-    "pvclock_guest_paused": {"vm"},
-    "pvclock_steps": {"vm", "vcpu", "cause"},
-    "pvclock_unknown_steps": {"vm", "vcpu"},
-    "pvclock_last_step_seconds": {"vm", "vcpu"},
-    "pvclock_pages_disagree_seconds": {"vm", "vcpu"},
-    "pvclock_disagreements": {"vm", "vcpu"},
-    "pvclock_frequency_offset_ratio": {"vm", "vcpu"},
-    "pvclock_frequency_offset_bound_ratio": {"vm", "vcpu"},
-}
-COUNTERS = {name for name in LABELS if name.endswith(("_troubles", "_polls", "_steps", "_disagreements"))}
+DOCUMENTED = re.compile(r"^\| `(pvclock_\w+)` \| (gauge|counter)(?:; ([\w, ]+))? \| .+ \|$", re.MULTILINE)
+"""A line of the table in docs/prometheus.md: a metric, its type and its labels."""
 
 
 def step(vcpu: int, step_ns: int | None, bound_ns: int = 2, events: tuple[VmEvent, ...] = ()) -> Step:
@@ -60,32 +46,32 @@ def apart(ahead: int, behind: int, by_ns: int, *, is_stale: bool = False) -> Dis
 
 
 class HandMadeWatch:
-    """A VM that is watched, and what its looks bring, by hand."""
+    """A watch whose looks bring what a test says, of a VM whose state it makes."""
 
-    def __init__(self, vm: str = "web", vcpus: int = 2) -> None:
+    def __init__(self, name: str = "web", vcpus: int = 2) -> None:
         self.now_s = 100.0
-        self.vm = VmSeries(vm, lambda: self.now_s)
-        self.watcher = SimpleNamespace(summary=WatchSummary(), open_disagreements=[])
-        self.finder = SimpleNamespace(is_searching=False)
-        self.loop: Any = SimpleNamespace(
-            vm=SimpleNamespace(vcpus=vcpus, why_no_events=None),
-            interval_s=0.01,
-            is_paused=False,
-            watcher=self.watcher,
-            finder=self.finder,
-            rates=lambda: {0: PageRate(-51.0, 7.0), 1: PageRate(None, None, "not sampled twice")},
-        )
         self.host = HostSeries(lambda: "tsc")
-        self.series = Series(self.host)
-        self.series._vms = {vm: self.vm}
+        self.series = Series(self.host, lambda: self.now_s)
+        self.name = name
+        self.vm = HandMadeVm(vcpus)
+        self.rates = {0: PageRate(-51.0, 7.0), 1: PageRate(None, None, "not sampled twice")}
+        self.begin()
+
+    def begin(self) -> None:
+        """Watch the VM, for the first time or anew."""
+        pages = [Gpa(ARRAY + 64 * vcpu) for vcpu in range(self.vm.vcpus)]
+        for page in pages:
+            self.vm.put(page)
+        self.loop, self._looks = loop_of(self.vm, pages)
 
     def look(self, *findings: Finding, open_now: Sequence[Disagreement] = ()) -> None:
         """One look, a while after the last."""
         self.now_s += 1
-        self.watcher.open_disagreements = list(open_now)
-        self.watcher.summary = self.watcher.summary._replace(polls=self.watcher.summary.polls + 1)
-        look: Any = SimpleNamespace(findings=findings)
-        self.vm.take(look, self.loop)
+        seen = next(self._looks)._replace(findings=findings)
+        with pytest.MonkeyPatch.context() as by_hand:
+            by_hand.setattr(Watcher, "open_disagreements", [*open_now])
+            by_hand.setattr(self.loop, "rates", lambda: self.rates)
+            self.series.of(self.name).take(seen, self.loop)
 
     def families(self) -> dict[str, Metric]:
         """What a scrape reads, by the metrics' names."""
@@ -113,15 +99,24 @@ def watch() -> HandMadeWatch:
 
 
 def test_names_types_labels_and_units(watch: HandMadeWatch) -> None:
-    """All metrics are there with their type and labels, a help that is a sentence, and a base unit or none."""
+    """All metrics that docs/prometheus.md tells of are there, with that type and those labels, and no others.
+
+    Each has a help that is a phrase, and a base unit or none.
+    """
+    documented = DOCUMENTED.findall((ROOT / "docs" / "prometheus.md").read_text())
+    told = {name.removesuffix("_total"): (kind, re.findall(r"\w+", labels)) for name, kind, labels in documented}
     families = watch.families()
-    assert families.keys() == LABELS.keys()
+    assert families.keys() == told.keys()
+    assert len(documented) == len(FAMILIES)
     for name, family in families.items():
-        assert family.type == ("counter" if name in COUNTERS else "gauge"), name
-        assert family.documentation.startswith("It "), name
-        assert family.documentation.endswith("."), name
-        assert {frozenset(sample.labels) for sample in family.samples} == {frozenset(LABELS[name])}, name
+        kind, labels = told[name]
+        assert family.type == kind, name
+        assert {frozenset(sample.labels) for sample in family.samples} == {frozenset(labels)}, name
+        assert not family.documentation.endswith("."), name
         assert not name.endswith(("_ns", "_ms", "_us", "_ppb", "_ppm", "_percent"))
+    assert {name for name, kind, _ in documented if name.endswith("_total")} == {
+        name for name, kind, _ in documented if kind == "counter"
+    }
     assert watch.value("pvclock_build_info", version=__version__) == 1
 
 
@@ -137,6 +132,14 @@ def test_both_formats_are_read(watch: HandMadeWatch) -> None:
     ]
 
 
+@pytest.mark.parametrize("version", ["bogus", "", "9", "1.0.0.0", "0.0.1", "1_0", "\xb9", "1.0.0;version=2"])
+def test_what_cannot_be_parsed_gets_plain_text(watch: HandMadeWatch, version: str) -> None:
+    """So does a version that there is not: a client may ask for anything."""
+    page = page_maker(watch.series)(f"application/openmetrics-text;version={version}")
+    assert page.kind.startswith("text/plain; version=0.0.4")
+    assert b"pvclock_watch_up{" in page.content
+
+
 def test_a_series_is_there_before_its_first_event(watch: HandMadeWatch) -> None:
     """It is 0 from the first look on: increase() sees the first step only then."""
     for cause in ("pause", "other", "unknown"):
@@ -149,13 +152,41 @@ def test_steps_by_their_cause(watch: HandMadeWatch) -> None:
     """A pause that was told is one cause, none the other; where nothing can be told the cause is unknown."""
     watch.look(step(0, -1_000_000_000, events=PAUSE), step(1, 5_000_000))
     watch.look(step(1, -3_000))
-    watch.loop.vm.why_no_events = "only QEMU's monitor tells of events"
+    watch.vm.why_no_events = "only QEMU's monitor tells of events"
     watch.look(step(0, 7_000))
     assert watch.value("pvclock_steps_total", vcpu="0", cause="pause") == 1
     assert watch.value("pvclock_steps_total", vcpu="0", cause="other") == 0
     assert watch.value("pvclock_steps_total", vcpu="0", cause="unknown") == 1
     assert watch.value("pvclock_steps_total", vcpu="1", cause="other") == 2
     assert watch.value("pvclock_last_step_seconds", vcpu="1") == pytest.approx(-3e-6)
+
+
+def test_a_decimal_stays_as_short_as_it_is(watch: HandMadeWatch) -> None:
+    """Nanoseconds are seconds without ...0001 at the end, and ppb a ratio."""
+    watch.look(step(0, -503_758_074), apart(0, 1, 115_703_511))
+    page = page_maker(watch.series)("").content.decode()
+    assert 'pvclock_last_step_seconds{vcpu="0",vm="web"} -0.503758074\n' in page
+    assert 'pvclock_pages_disagree_seconds{vcpu="0",vm="web"} 0.115703511\n' in page
+    assert 'pvclock_frequency_offset_ratio{vcpu="0",vm="web"} -5.1e-08\n' in page
+
+
+def test_a_watch_may_end_at_any_moment_of_a_scrape(watch: HandMadeWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scrape is answered, whichever of the VM's values it had read by then."""
+    reads = ends_at = 0
+
+    def read(vm: VmSeries, name: str) -> object:
+        nonlocal reads
+        reads += 1
+        if reads == ends_at:
+            vm.end()
+        return object.__getattribute__(vm, name)
+
+    monkeypatch.setattr(VmSeries, "__getattribute__", read)
+    while reads >= ends_at:
+        watch.look()
+        reads, ends_at = 0, ends_at + 1
+        assert watch.families().keys() == {family.name for family in FAMILIES}
+    assert ends_at > len(FAMILIES)
 
 
 def test_what_may_be_no_step_is_not_counted(watch: HandMadeWatch) -> None:
@@ -201,8 +232,9 @@ def test_rates_are_ratios_and_absent_while_unknown(watch: HandMadeWatch) -> None
     assert watch.value("pvclock_frequency_offset_ratio", vm="web", vcpu="0") == pytest.approx(-51e-9)
     assert watch.value("pvclock_frequency_offset_bound_ratio", vm="web", vcpu="0") == pytest.approx(7e-9)
     assert watch.value("pvclock_frequency_offset_ratio", vm="web", vcpu="1") is None
-    watch.finder.is_searching = True
+    watch.vm.events = [RESET]
     watch.look()
+    assert watch.loop.finder.is_searching
     assert watch.value("pvclock_watch_up", vm="web") == 0
     assert watch.value("pvclock_frequency_offset_ratio", vcpu="0") is None
 
@@ -229,14 +261,16 @@ def test_rare_looks_are_no_silence(watch: HandMadeWatch) -> None:
 def test_counters_never_go_back(watch: HandMadeWatch) -> None:
     """A watch that failed and began anew counts on, with another loop that begins at 0."""
     watch.look(step(0, 5_000), open_now=[apart(0, 1, 9)])
-    watch.vm.end()
+    polls = watch.value("pvclock_watch_polls_total")
+    watch.series.of("web").end()
     assert watch.value("pvclock_watch_up") == 0
     assert watch.value("pvclock_guest_paused") is None
-    watch.watcher.summary = WatchSummary()
+    watch.begin()
     watch.look(step(0, 6_000), open_now=[apart(0, 1, 9)])
     assert watch.value("pvclock_steps_total", vcpu="0", cause="other") == 2
     assert watch.value("pvclock_disagreements_total", vcpu="0") == 2
-    assert watch.value("pvclock_watch_polls_total") == 3
+    assert polls
+    assert watch.value("pvclock_watch_polls_total") == polls + watch.loop.watcher.summary.polls
 
 
 def test_a_vm_that_is_gone_has_no_series(watch: HandMadeWatch) -> None:
@@ -267,3 +301,10 @@ def test_hostile_names_are_escaped() -> None:
     watch = HandMadeWatch(name)
     watch.look(Stall(AT, 5))
     assert watch.value("pvclock_watch_up", vm=name) == 1
+
+
+def test_names_that_are_not_utf8() -> None:
+    """A socket's name may be any bytes; its label spells out those that are no text."""
+    watch = HandMadeWatch(b"w\xff\xc3\xa9".decode(errors="surrogateescape"))
+    watch.look()
+    assert watch.value("pvclock_watch_up", vm=r"w\udcffé") == 1

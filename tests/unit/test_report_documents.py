@@ -34,12 +34,12 @@ def told(path: Path, content: dict[str, Any]) -> Section:
 
 
 def test_each_row_stands_with_its_rule(tmp_path: Path) -> None:
-    """The texts of all three clocks, agree or disagree; the rules follow, each with its row's name."""
+    """The texts of all three clocks; the rules follow, each with its row's name."""
     content = document("crosscheck")
     shown = rows(told(tmp_path, content), "The same guest on each")
     for row, check in zip(shown, content["result"]["checks"], strict=True):
         texts = [check[clock]["text"] for clock in ("engine", "kernel", "qemu")]
-        assert row == (check["name"], *texts, "agree")
+        assert row == (check["name"], *texts)
     every = content["result"]["checks"] + content["result"]["reference_time"]
     assert rows(told(tmp_path, content), "Rules") == tuple((check["name"], check["why"]) for check in every)
     assert len(rows(told(tmp_path, content), "Hyper-V's reference time")) == len(content["result"]["reference_time"])
@@ -55,7 +55,7 @@ def test_a_row_that_disagrees_is_said_first(tmp_path: Path) -> None:
     assert section.standing is Standing.BAD
     assert section.sentences[1] == f"flags: {content['result']['checks'][3]['why']}"
     table = of_kind(section, Table, "The same guest on each")
-    assert (table.rows[3][4], table.standings[3]) == ("disagree", Standing.BAD)
+    assert table.standings[3] is Standing.BAD
     assert set(table.standings[:3]) == {Standing.GOOD}
 
 
@@ -120,6 +120,19 @@ def test_a_host_that_lacks_what_guests_need_is_bad(tmp_path: Path) -> None:
     assert len(table.rows) == len(findings)
     assert table.standings[findings.index(kvm)] is Standing.BAD
     assert told(tmp_path, document("doctor")).standing is Standing.GOOD
+
+
+def test_what_no_guest_needs_is_named_in_one_sentence(tmp_path: Path) -> None:
+    """As missing: what to do for each stands in the table."""
+    content = document("doctor")
+    missing = [each for each in content["result"]["findings"] if not each["ok"]]
+    names = [each["name"] for each in missing]
+    assert len(names) > 1
+    assert not any(each["needed"] for each in missing)
+    section = told(tmp_path, content)
+    said = f"Missing, and no guest needs it: {', '.join(names)}; what to do is in the table."
+    assert section.sentences[-1] == said
+    assert not [sentence for sentence in section.sentences if sentence.startswith("KVM_CAP")]
 
 
 # A guest, from inside

@@ -31,20 +31,20 @@ def test_each_clock_is_a_line_with_its_bounds(tmp_path: Path) -> None:
     section = section_of(tmp_path / "x", DRIFT)
     shown = plot(section, "Clock against raw")
     engine, kernel = shown.lines
-    assert (engine.name, kernel.name) == ("pvclock, raw", "kernel kvmclock")
+    assert (engine.name, kernel.name) == ("engine", "kernel")
     assert list(kernel.y) == [-52.0 * at_s for at_s in range(12)]
     assert list(kernel.low) == [-52.0 * at_s - 20 for at_s in range(12)]
     assert [(mark.kind, mark.x, mark.until) for mark in shown.marks] == [("settling", 0, 2)]
-    assert section.title == "Drift of pvclock, raw and kernel kvmclock"
+    assert section.title == "Drift of engine and kernel"
 
 
 def test_the_result_is_told_and_drawn_with_its_bounds(tmp_path: Path) -> None:
     """Rates as intervals and in words; the least and greatest step, and those at new anchors, in tables."""
     section = section_of(tmp_path / "x", DRIFT)
-    assert section.verdict == ("Against raw: pvclock, raw +0.2 ppb, within 0.5; kernel kvmclock -52.0 ppb, within 0.5.")
+    assert section.verdict == ("Against raw: engine +0.2 ppb, within 0.5; kernel -52.0 ppb, within 0.5.")
     rates = of_kind(section, Intervals, "Rate against raw")
-    assert rates.rows == (Interval("pvclock, raw", -0.25, 0.75, 0.25), Interval("kernel kvmclock", -52.5, -51.5, -52.0))
-    assert rows(section, "The clocks")[1] == ("kernel kvmclock", "-52.0 ppb, within 0.5", "-1 ns", "+1 ns")
+    assert rates.rows == (Interval("engine", -0.25, 0.75, 0.25), Interval("kernel", -52.5, -51.5, -52.0))
+    assert rows(section, "The clocks")[1] == ("kernel", "kernel kvmclock", "-52.0 ppb, within 0.5", "-1 ns", "+1 ns")
     assert rows(section, "Steps at a new anchor") == (
         ("MSR written again", "+1 ns", "-1.400 us"),
         ("KVM_SET_CLOCK", "-", "+12 ns"),
@@ -58,10 +58,61 @@ def test_steps_between_readings_are_a_plot(tmp_path: Path) -> None:
     ]
     section = section_of(tmp_path / "x", [drift_begin(), *READINGS, *later])
     steps = {line.name: line for line in plot(section, "Steps between readings").lines}
-    assert max(steps["kernel kvmclock"].y) == 10**6
-    assert max(steps["kernel kvmclock"].high) == 10**6 + 2
+    assert max(steps["kernel"].y) == 10**6
+    assert max(steps["kernel"].high) == 10**6 + 2
     stepless = {line.name: line for line in plot(section, "Clock against raw, without its steps").lines}
-    assert list(stepless["kernel kvmclock"].y) == [-52.0 * at_s for at_s in range(24)]
+    assert list(stepless["kernel"].y) == [-52.0 * at_s for at_s in range(24)]
+
+
+def test_a_step_that_is_sure_is_marked_and_said(tmp_path: Path) -> None:
+    """Those that are more than their bound; one from before the clocks settled is marked and does not count."""
+    lines = [drift_begin(), *(drift_reading(at_s, {"kernel": -52.0 * at_s}) for at_s in range(12))]
+    for at_s, step_ns in ((1, -7), (4, 2), (6, -66), (8, 3)):
+        lines[at_s + 1] = drift_reading(at_s, {"kernel": 0.0}, step_ns)
+    section = section_of(tmp_path / "x", lines)
+    marks = [mark for mark in plot(section, "Clock against raw").marks if mark.kind == "step"]
+    assert [(mark.x, mark.text) for mark in marks] == [
+        (1, "kernel stepped by -7 ns; not counted, for the clocks settled"),
+        (6, "kernel stepped by -66 ns"),
+        (8, "kernel stepped by +3 ns"),
+    ]
+    assert section.sentences[1:] == ("kernel: 2 steps, the greatest -66 ns.",)
+
+
+def test_without_a_step_that_is_said(tmp_path: Path) -> None:
+    """If any is known."""
+    said = "No clock stepped by more than the bound of its step."
+    assert said in section_of(tmp_path / "x", DRIFT).sentences
+    assert said not in section_of(tmp_path / "x", [drift_begin(), *READINGS[:2]]).sentences
+
+
+def test_steps_are_no_noise(tmp_path: Path) -> None:
+    """The Allan deviation is that of the clock without its steps: a pause of a minute does not show in it."""
+    lines = [drift_begin(settle_s=0)]
+    lines += [
+        drift_reading(at_s, {"kernel": at_s % 3 - 66e9 * (at_s >= 20)}, -66e9 if at_s == 20 else 0)
+        for at_s in range(60)
+    ]
+    kernel, _ = plot(section_of(tmp_path / "x", lines), "Allan deviation").lines
+    assert max(kernel.y) < 3
+
+
+def test_a_rate_that_is_unknown_is_told_with_the_reason(tmp_path: Path) -> None:
+    """If that of no clock is known, nothing is decided."""
+    why = "the reference was set meanwhile, by +3.600 s"
+    unknown = {"clock": "qemu", "name": "qemu-system-x86, process 18504, 2 vCPUs", "rate_ppb": None, "bound_ppb": None}
+    unknown |= {"why": why, "least_step_ns": None, "most_step_ns": None}
+    known = drift_result()["result"]["clocks"][0]
+    begin = drift_begin(clocks=[{key: clock[key] for key in ("clock", "name")} for clock in (known, unknown)])
+    section = section_of(tmp_path / "x", [begin, drift_result(clocks=[known, unknown])])
+    assert section.title == "Drift of engine and QEMU 18504"
+    assert section.verdict == f"Against raw: engine +0.2 ppb, within 0.5; QEMU 18504 unknown: {why}."
+    assert section.standing is Standing.PLAIN
+    told = rows(section, "The clocks")[1]
+    assert told == ("QEMU 18504", unknown["name"], f"unknown: {why}", "-", "-")
+    assert [row.name for row in of_kind(section, Intervals, "Rate against raw").rows] == ["engine"]
+    section = section_of(tmp_path / "x", [begin, drift_result(clocks=[unknown])])
+    assert section.standing is Standing.OPEN
 
 
 def test_the_allan_deviation_is_of_settled_readings(tmp_path: Path) -> None:
@@ -70,7 +121,7 @@ def test_the_allan_deviation_is_of_settled_readings(tmp_path: Path) -> None:
     after = [drift_reading(at_s, {"engine": at_s % 3, "kernel": 0.0}) for at_s in range(2, 30)]
     section = section_of(tmp_path / "x", [drift_begin(), *wild, *after, drift_result()])
     engine, floor = plot(section, "Allan deviation").lines
-    assert engine.name == "pvclock, raw"
+    assert engine.name == "engine"
     assert max(engine.y) < 3
     assert list(floor.x) == [1, 2, 4, 8]
     assert list(floor.y) == [20, 10, 5, 2.5]
@@ -100,10 +151,26 @@ def test_appended_drifts_are_sections_of_their_own(tmp_path: Path) -> None:
     assert len(report_of(tmp_path / "x", [*DRIFT, *DRIFT]).sections) == 2
 
 
+def test_a_drift_that_failed_hides_no_other(tmp_path: Path) -> None:
+    """Of `drift --json >>file`, whichever failed, each is a section of its own; one that an error ended is one."""
+    failed = {"schema": "pvclock.drift/1", "version": "0.1.0", "ok": False, "error": {"kind": "x", "message": "no KVM"}}
+    sections = report_of(tmp_path / "x", [failed, *DRIFT, failed, failed, *DRIFT[:9], failed]).sections
+    could_not = "pvclock drift could not do its work: no KVM"
+    rates = "Against raw: engine +0.2 ppb, within 0.5; kernel -52.0 ppb, within 0.5."
+    assert [section.verdict for section in sections] == [
+        could_not,
+        rates,
+        could_not,
+        could_not,
+        "The drift was ended by an error: no KVM",
+    ]
+
+
 @pytest.mark.parametrize(
     ("lines", "line", "found"),
     [
-        (READINGS, 1, "a line before the drift began"),
+        ([drift_begin()] * 1001, 1001, "more than 1000 drifts"),
+        (READINGS, 1, "a line before a drift began"),
         ([drift_begin(clocks=[])], 1, "0 clocks"),
         ([drift_begin(interval_s=0)], 1, "an interval of 0 s"),
         ([drift_begin(), drift_reading(0, {"third": 0})], 2, "a reading of clock third"),

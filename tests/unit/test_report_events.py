@@ -197,6 +197,41 @@ def test_guest_time_that_went_back_is_bad(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"guest_ns_after": [-3 * NS_PER_S, 1], "kind": "warp"},
+        {"guest_ns_before": [-3 * NS_PER_S, 1], "guest_ns_after": [-3 * NS_PER_S, 1]},
+        {"guest_ns_before": [-3 * NS_PER_S, 1], "guest_ns_after": [-3 * NS_PER_S, 1], "sequence": 7},
+        {"guest_ns_before": [-3 * NS_PER_S, 1], "guest_ns_after": [-3 * NS_PER_S, 1], "tsc_hz": HZ - 1},
+        {"guest_ns_before": [-3 * NS_PER_S, 1], "guest_ns_after": [-3 * NS_PER_S, 1], "host_tsc": BEGAN - 3 * HZ},
+    ],
+)
+def test_a_fall_of_guest_time_is_bad_wherever_it_is(changes: dict[str, Any], tmp_path: Path) -> None:
+    """In an event of an unknown kind, between two, where some are missing, and where the TSC became another one."""
+    event = an_event(2, 0, 0) | changes
+    section = section_of(tmp_path / "x", [an_event(1, 0, 0), event])
+    assert section.verdict == "Guest time went back, by up to 3.000 s."
+    assert section.standing is Standing.BAD
+    (mark,) = [mark for mark in plot(section, AHEAD).marks if mark.standing is Standing.BAD]
+    assert (mark.kind, mark.text) == ("went back", "guest time went back by 3.000 s")
+
+
+@pytest.mark.parametrize("changes", [{"kind": "restore"}, {"sequence": 1}])
+def test_another_guest_time_may_be_an_earlier_one(changes: dict[str, Any], tmp_path: Path) -> None:
+    """A clock that was restored, and another log, owe nothing to the guest time of before."""
+    events = [an_event(1, 0, 5 * NS_PER_S), an_event(2, HZ, NS_PER_S) | changes]
+    assert section_of(tmp_path / "x", events).standing is Standing.GOOD
+
+
+def test_without_a_place_nothing_is_sure(tmp_path: Path) -> None:
+    """Guest time cannot be compared with that of an event of which nobody knows when it was."""
+    events = [an_event(1, 0, 5 * NS_PER_S), an_event(2, HZ, NS_PER_S, host_tsc=None)]
+    section = section_of(tmp_path / "x", events)
+    assert section.verdict == "Guest time never went back, as far as is known: 1 event without a host TSC."
+    assert section.standing is Standing.OPEN
+
+
+@pytest.mark.parametrize(
     ("changes", "line", "found"),
     [
         ({"sequence": "7"}, 2, "sequence: '7'"),

@@ -65,7 +65,7 @@ def test_a_page_has_all_parts() -> None:
     texts = {text.strip() for _, text in found.texts}
     assert {"A guest's clock, watched from outside", "clock.jsonl", "vCPU 0", "Findings", "-30.002 s"} <= texts
     assert "Watched for 600 s, 60 000 looks; the longest stall took 64 ms." in texts
-    assert len([it for it in found.all("svg") if it.get("role") == "img"]) == 4
+    assert len([it for it in found.all("svg") if it.get("role") == "img"]) == 3 + 4
     assert len(found.all("section")) == 3
 
 
@@ -75,6 +75,17 @@ def test_contents_only_of_several_sections() -> None:
     hrefs = [it["href"] for it in Elements(document(example())).all("a")]
     assert hrefs == ["#section-1", "#section-2", "#section-3"]
     assert Elements(document(of_one_plot(watched()))).all("nav") == []
+
+
+def test_a_title_is_said_once() -> None:
+    """A section that is all of a report, under the same title, has no heading of its own, and its name all the same."""
+    section = Section("Watch of vm1", "file", "So it is.", Standing.PLAIN, (), ())
+    alone, twice = (Elements(document(Report("Watch of vm1", "now", "1", (section,) * times))) for times in (1, 2))
+    assert (len(alone.all("h2")), len(twice.all("h2"))) == (0, 2)
+    ids = [it["id"] for found in (alone, twice) for it in found.all("h1") + found.all("h2")]
+    assert ids == ["title", "title", "heading-1", "heading-2"]
+    assert [it["aria-labelledby"] for it in alone.all("section")] == ["title"]
+    assert len(Elements(document(of_one_plot(watched()))).all("h2")) == 1
 
 
 @pytest.mark.parametrize(
@@ -96,12 +107,15 @@ def test_what_is_plain_has_no_badge() -> None:
 
 
 def test_numbers_of_a_table_are_below_each_other() -> None:
-    """A column of numbers, with few words among them, is aligned at its right; one of words is not."""
-    rows = (("step", "+38 ns"), ("step", "-1.5 s"), ("3 steps", "unknown"), ("-", "-"), ("-", "-"), ("-", "-"))
+    """A column of numbers, with few words among them, is aligned at its right; one of words, or a long text, is not."""
+    long = ("step", "0x4b564d01 by a write of the guest's own, 3")
+    no_value = (("-", "-"),) * 3
+    rows = (("step", "+38 ns"), ("step", "-1.5 s"), ("3 steps", "unknown"), *no_value, ("step", "7 ns"), long)
     page = document(
         Report("it", "now", "1", (Section("", "", "", Standing.PLAIN, (), (Table("", ("a", "b"), rows),)),))
     )
-    assert page.count('<td class="number">') == 6
+    assert (page.count('<td class="whole number">'), page.count('<td class="number">')) == (3, 4)
+    assert "<td>0x4b564d01 by a write of" in page
     assert '<td class="number">unknown</td>' in page
     assert "<td>3 steps</td>" in page
 
@@ -200,5 +214,5 @@ def test_long_texts_are_cut_where_they_are_drawn() -> None:
         "abcde\u2026",
         "ab\u2026",
     )
-    (title,) = re.findall(r"<h1>(.*?)</h1>", document(Report(HOSTILE + LONG_WORD, "now", "1", ())))
+    (title,) = re.findall(r'<h1 id="title">(.*?)</h1>', document(Report(HOSTILE + LONG_WORD, "now", "1", ())))
     assert len(title) < 400

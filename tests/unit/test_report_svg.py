@@ -1,4 +1,4 @@
-"""Plots and intervals as SVG: what is drawn, and where."""
+"""Plots as SVG: what is drawn, and where."""
 
 import math
 import re
@@ -10,13 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pvclock.meter.report.intervals import intervals_svg
 from pvclock.meter.report.model import (
     MARKS_MAX,
     POINTS_MAX,
     Axis,
-    Interval,
-    Intervals,
     Line,
     Mark,
     Plot,
@@ -24,8 +21,8 @@ from pvclock.meter.report.model import (
     Unit,
 )
 from pvclock.meter.report.outlines import DOTS, SHAPES, band_path, line_path, pixels, stepped
-from pvclock.meter.report.svg import LAYOUT, description, mark_text, plot_svg, ready_to_draw, standalone
-from tests.report_examples import AHEAD, HOSTILE, TIME, deviations, promises, rates, watched
+from pvclock.meter.report.svg import LAYOUT, description, layout_of, mark_text, plot_svg, ready_to_draw, standalone
+from tests.report_examples import AHEAD, HOSTILE, TIME, deviations, rates, watched
 
 pytestmark = pytest.mark.row("E10")
 
@@ -156,6 +153,31 @@ def test_numbers_are_as_long_as_they_are_of_use() -> None:
     assert math.isnan(line.high[0])
 
 
+@pytest.mark.parametrize("paused_ns", [3.6e13, 2.6e14, 3e15])
+def test_a_band_is_as_wide_after_a_long_pause(paused_ns: float) -> None:
+    """23 ns to each side of a guest that was paused for 10 hours, three days or a month, in the data and drawn."""
+    y = [-paused_ns + it for it in range(40)]
+    low, high = [it - 23 for it in y], [it + 23 for it in y]
+    plot = simple(Line("it", list(range(40)), y, low, high))
+    line = ready_to_draw(plot).lines[0]
+    assert (line.y, line.low, line.high) == (y, low, high)
+    places = points_of(of_look(drawn(plot), "band")[0].get("d", ""))
+    heights = {x: abs(y - there) for (x, y), (_, there) in zip(places[:40], reversed(places[40:]), strict=True)}
+    assert min(heights.values()) > 100
+
+
+@given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=9), st.floats(0, 1e6), st.sampled_from(Unit))
+def test_rounding_never_narrows_a_band(y: list[float], bound: float, unit: Unit) -> None:
+    """The low end is rounded down, the high end up, whatever the magnitudes; the point stays between."""
+    y.sort()
+    low, high = [it - bound for it in y], [it + bound for it in y]
+    plot = Plot("it", TIME, Axis("it", unit), (Line("it", list(range(len(y))), y, low, high),))
+    line = ready_to_draw(plot).lines[0]
+    assert all(it <= exact for it, exact in zip(line.low, low, strict=True))
+    assert all(it >= exact for it, exact in zip(line.high, high, strict=True))
+    assert all(low <= it <= high for low, it, high in zip(line.low, line.y, line.high, strict=True))
+
+
 def test_marks_have_a_row_and_a_shape_for_each_kind() -> None:
     """Marks of one kind are of one shape on one row, below the lines, at their x; each says what it is."""
     svg = drawn(watched())
@@ -166,6 +188,17 @@ def test_marks_have_a_row_and_a_shape_for_each_kind() -> None:
     assert step.findtext("title") == "bad: vCPU 1 stepped by +38 ns, within 2 ns"
     (pause,) = (it for it in svg.iter("rect") if "mark" in it.get("class", ""))
     assert float(pause.get("width", "")) == pytest.approx((RIGHT - LAYOUT.left) * 30 / 600, abs=0.1)
+
+
+def test_long_names_of_kinds_have_room() -> None:
+    """The margin is as wide as the longest kind, which is cut beyond a limit; a short one makes it no narrower."""
+    marks = tuple(Mark(it, kind, "it") for it, kind in enumerate(("disagreement", "a", "unknown step", "k" * 99)))
+    widths = [LAYOUT.left, 104, 104, 134]
+    assert [layout_of(simple(marks=marks[begin:end])).left for begin, end in ((1, 2), (0, 1), (1, 3), (0, 4))] == widths
+    svg = drawn(simple(marks=marks))
+    assert [it.text for it in of_look(svg, "kind")] == ["disagreement", "a", "unknown step", "k" * 15 + "\u2026"]
+    assert place_of(of_look(svg, "mark")[0])[0] == 134
+    assert of_look(svg, "kind")[0].get("x") == "122"
 
 
 def test_marks_alone_make_a_plot() -> None:
@@ -238,37 +271,6 @@ def test_a_file_of_its_own() -> None:
     assert "prefers-color-scheme: dark" in file
     assert re.findall(r"https?://[^\"]+", file) == ["http://www.w3.org/2000/svg"]
     assert "<script" not in standalone(watched()._replace(title=HOSTILE, note=HOSTILE))
-
-
-def test_intervals() -> None:
-    """Each row is a bar from its least to its most, with its likeliest value and how it stands; 0 is drawn."""
-    svg = ET.fromstring(intervals_svg(promises(), "it").replace('xmlns="http://www.w3.org/2000/svg" ', ""))  # noqa: S314 - ours
-    names = [it.text for it in of_look(svg, "row")]
-    assert names == [
-        "\u2713 vCPU 0 against vCPU 1",
-        "\u2717 pvclock against KVM",
-        "? a name that is longer than th\u2026",
-        "TSC",
-    ]
-    good, bad, _, _ = of_look(svg, "interval")
-    scale = float(good.get("width", "")) / 21
-    assert float(bad.get("width", "")) / scale == pytest.approx(27, abs=0.1)
-    assert (float(bad.get("x", "")) - float(good.get("x", ""))) / scale == pytest.approx(16, abs=0.1)
-    (value, _) = of_look(svg, "mark")
-    assert (place_of(value)[0] - float(good.get("x", ""))) / scale == pytest.approx(11, abs=0.1)
-    assert len(of_look(svg, "axis")) == 2
-
-
-def test_intervals_without_ends() -> None:
-    """An end that is infinite has no line and is at the end of the axis; an interval that is unknown is said to be."""
-    rows = (Interval("open", -1.0, math.inf, 0.0), Interval("unknown", NAN, NAN), Interval("known", 0.0, 9.0))
-    file = intervals_svg(Intervals("it", Axis("it", Unit.NS), rows), "it")
-    svg = ET.fromstring(file.replace('xmlns="http://www.w3.org/2000/svg" ', ""))  # noqa: S314 - ours
-    first, _ = of_look(svg, "whisker")
-    assert first.get("d", "").count("M") == 1
-    assert [it.text for it in of_look(svg, "unknown")] == ["unknown"]
-    assert "nan" not in file
-    assert of_look(ET.fromstring(intervals_svg(Intervals("it", Axis("it", Unit.NS), ()), "it")), "interval") == []  # noqa: S314 - ours
 
 
 def colours(scheme: str) -> dict[str, str]:

@@ -52,6 +52,7 @@ def test_a_thinned_line_is_of_the_points_and_has_the_extremes(line: Line, limit:
     thin = thinned(line, limit)
     indexes = indexes_of(line, thin)
     assert indexes == sorted(set(indexes))
+    assert len(indexes) <= limit
     assert len(thin.x) == len(thin.y) == len(thin.low) == len(thin.high) == len(indexes)
     if line.x:
         assert (thin.x[0], thin.x[-1]) == (line.x[0], line.x[-1])

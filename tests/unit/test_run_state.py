@@ -15,7 +15,7 @@ from pvclock.machine import RunState, RunStates
 pytestmark = pytest.mark.row("E9")
 
 PRELAUNCH, RUNNING, PAUSED = RunState.PRELAUNCH, RunState.RUNNING, RunState.PAUSED
-SHUTDOWN, INTERNAL_ERROR = RunState.SHUTDOWN, RunState.INTERNAL_ERROR
+SHUTDOWN, GUEST_PANICKED, INTERNAL_ERROR = RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.INTERNAL_ERROR
 LIMIT_S = 20.0
 
 WAYS: dict[RunState, tuple[RunState, ...]] = {
@@ -23,12 +23,15 @@ WAYS: dict[RunState, tuple[RunState, ...]] = {
     RUNNING: (RUNNING,),
     PAUSED: (PAUSED,),
     SHUTDOWN: (SHUTDOWN,),
+    GUEST_PANICKED: (GUEST_PANICKED,),
     INTERNAL_ERROR: (INTERNAL_ERROR,),
 }
 """From prelaunch to each."""
 
 ILLEGAL = {
-    *((INTERNAL_ERROR, state) for state in (RUNNING, PAUSED, SHUTDOWN)),
+    *((INTERNAL_ERROR, state) for state in (RUNNING, PAUSED, SHUTDOWN, GUEST_PANICKED)),
+    *((GUEST_PANICKED, state) for state in (RUNNING, PAUSED, SHUTDOWN)),
+    (SHUTDOWN, GUEST_PANICKED),
 }
 
 
@@ -40,7 +43,8 @@ def go(states: RunStates, *way: RunState) -> None:
 
 def test_names_are_qemus() -> None:
     """They are what query-status says."""
-    assert [str(state) for state in RunState] == ["prelaunch", "running", "paused", "shutdown", "internal-error"]
+    names = ["prelaunch", "running", "paused", "shutdown", "guest-panicked", "internal-error"]
+    assert [str(state) for state in RunState] == names
 
 
 @pytest.mark.parametrize(("before", "now"), list(product(RunState, RunState)))

@@ -86,6 +86,7 @@ def test_times_at_a_glance(ns: int, bound_ns: int, text: str) -> None:
         (3.2, 25.0, "+3 ppb, within 25"),
         (12_345.6, 30.0, "+12.35 ppm, within 0.03"),
         (0.0, 0.0, "+0.000000 ppb, within 0.000000"),
+        (-0.4, 1.0, "+0 ppb, within 1"),
     ],
 )
 def test_a_rate_with_its_bound(ppb: float, bound_ppb: float, text: str) -> None:

@@ -1,4 +1,7 @@
-"""Debian's Prometheus scrapes a watch of two guests and takes our rules; an injected step fires its alert."""
+"""Debian's Prometheus scrapes a watch of two guests and takes our rules; an injected step fires its alert.
+
+It scrapes that watch as if it were two hosts', which have VMs of the same names.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -35,16 +38,19 @@ pytestmark = [pytest.mark.row("E10"), pytest.mark.web]
 T = TypeVar("T")
 
 SHIPPED: Final = ROOT / "qemu_glue" / "prometheus"
-SCRAPE: Final = "200ms"
+SCRAPE: Final = "500ms"
+"""And how long one may take."""
+HOSTS: Final = ("host1:9911", "host2:9911")
+NAMES: Final = ("db", "web")
 WINDOW: Final = "10s"
 """What Grafana puts for its own variables."""
-GRAFANA: Final = {'vm=~"$vm"': 'vm=~".*"', "$__rate_interval": WINDOW, "$__range": WINDOW}
+GRAFANA: Final = {'=~"$vm"': '=~".*"', '=~"$instance"': '=~".*"', "$__rate_interval": WINDOW, "$__range": WINDOW}
 STEP_NS: Final = 5_000_000
 LISTENS: Final = "0A"
 """TCP_LISTEN in /proc/net/tcp."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def programs() -> None:
     """Skip where there is no Prometheus."""
     if not (shutil.which("prometheus") and shutil.which("promtool")):
@@ -92,55 +98,56 @@ class Watched(NamedTuple):
         assert said["status"] == "success", said
         return said["data"]
 
-    def firing(self) -> dict[str, list[dict[str, str]]]:
-        """The labels of what fires, by the alerts' names."""
-        fires: dict[str, list[dict[str, str]]] = {}
-        for alert in self.ask("alerts")["alerts"]:
-            if alert["state"] == "firing":
-                fires.setdefault(alert["labels"]["alertname"], []).append(alert["labels"])
-        return fires
+    def firing(self) -> set[tuple[str, ...]]:
+        """What fires: the alert's name, the host, the VM and the vCPU."""
+        alerts = [alert["labels"] for alert in self.ask("alerts")["alerts"] if alert["state"] == "firing"]
+        return {tuple(it.get(name, "") for name in ("alertname", "instance", "vm", "vcpu")) for it in alerts}
 
 
-@pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    """All of it running, and scraped at least twice."""
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """All of it running, and scraped at least twice, for all tests."""
+    place = tmp_path_factory.mktemp("watched")
     with ExitStack() as resources:
-        fleet = FleetOfQemus(tmp_path, resources)
-        for name in ("db", "web"):
+        fleet = FleetOfQemus(place, resources)
+        for name in NAMES:
             fleet.add(name)
-        url = resources.enter_context(metrics_of(fleet.pattern))
-        prometheus = resources.enter_context(scraping(url, tmp_path))
+        url = resources.enter_context(metrics_of(fleet.pattern, place / "watch.jsonl"))
+        prometheus = resources.enter_context(scraping(url, place))
         made = Watched(fleet.qemus, url, prometheus)
-        awaited(lambda: [each["value"][1] for each in made.query("pvclock_watch_up")] == ["1", "1"])
-        awaited(lambda: len(made.query(f"increase(pvclock_steps_total[{WINDOW}])")) == 2 * 2 * 3)
+        awaited(lambda: [each["value"][1] for each in made.query("pvclock_watch_up")] == ["1"] * len(HOSTS) * 2)
+        awaited(lambda: len(made.query(f"increase(pvclock_steps_total[{WINDOW}])")) == len(HOSTS) * 2 * 2 * 3)
         yield made
 
 
 @contextmanager
-def metrics_of(pattern: str) -> Iterator[str]:
+def metrics_of(pattern: str, output: Path) -> Iterator[str]:
     """Run the watch, as a user does; where its metrics are."""
     command = [sys.executable, "-m", "pvclock", "watch", "--json", "--qmp", pattern, "--prometheus", "127.0.0.1:0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            first = json.loads(process.stdout.readline())
-            assert first["kind"] == "metrics"
-            yield first["url"]
-            process.terminate()
-            *_, report = process.communicate(timeout=HANG_S)[0].splitlines()
-            assert process.returncode == 0
-            assert {each["vm"] for each in json.loads(report)["result"]["vms"]} == {"db", "web"}
-        finally:
-            process.kill()
+    # A file takes whatever it tells; a pipe that nobody reads would hold it up after some minutes.
+    with output.open("w") as told, killed_at_last(subprocess.Popen(command, cwd=ROOT, stdout=told)) as process:
+        first = json.loads(awaited(lambda: first_line(output), process))
+        assert first["kind"] == "metrics"
+        yield first["url"]
+        process.terminate()
+        assert process.wait(HANG_S) == 0
+        report = json.loads(output.read_text().splitlines()[-1])
+        assert {each["vm"] for each in report["result"]["vms"]} == {*NAMES}
 
 
 @contextmanager
 def scraping(url: str, place: Path) -> Iterator[str]:
     """Run Prometheus with the rules as they are shipped; where it answers."""
+    target = url.split("/")[2]
     configuration = {
         "global": {"scrape_interval": SCRAPE, "scrape_timeout": SCRAPE, "evaluation_interval": SCRAPE},
         "rule_files": [str(SHIPPED / "alerts.yml")],
-        "scrape_configs": [{"job_name": "pvclock", "static_configs": [{"targets": [url.split("/")[2]]}]}],
+        "scrape_configs": [
+            {
+                "job_name": "pvclock",
+                "static_configs": [{"targets": [target], "labels": {"instance": host}} for host in HOSTS],
+            }
+        ],
     }
     file = place / "prometheus.json"
     file.write_text(json.dumps(configuration))  # which is YAML, too
@@ -148,15 +155,24 @@ def scraping(url: str, place: Path) -> Iterator[str]:
     log = place / "prometheus.log"
     with (
         log.open("w") as aside,
-        subprocess.Popen([*command, "--web.listen-address=127.0.0.1:0"], stdout=aside, stderr=aside) as process,
+        killed_at_last(
+            subprocess.Popen([*command, "--web.listen-address=127.0.0.1:0"], stdout=aside, stderr=aside)
+        ) as process,
     ):
+        port = awaited(lambda: port_of(process), process, lambda: log.read_text()[-2000:])
+        url = f"http://127.0.0.1:{port}"
+        awaited(lambda: is_ready(url), process, lambda: log.read_text()[-2000:])
+        yield url
+
+
+@contextmanager
+def killed_at_last(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """It leaves nothing that anybody wants, however the tests end."""
+    with process:
         try:
-            port = awaited(lambda: port_of(process), lambda: f"{process.poll()}: {log.read_text()[-2000:]}")
-            url = f"http://127.0.0.1:{port}"
-            awaited(lambda: is_ready(url))
-            yield url
+            yield process
         finally:
-            process.terminate()
+            process.kill()
 
 
 def is_ready(url: str) -> bool:
@@ -164,10 +180,17 @@ def is_ready(url: str) -> bool:
     try:
         with urlopen(f"{url}/-/ready", timeout=HANG_S) as answer:  # noqa: S310  # our own
             return bool(answer.status == HTTPStatus.OK)
-    except URLError as error:
-        if isinstance(error, HTTPError):
-            error.close()
+    except HTTPError as error:
+        error.close()
         return False
+    except OSError:  # it hangs up
+        return False
+
+
+def first_line(output: Path) -> str:
+    """Of a file that is written; nothing before there is one."""
+    line, end, _ = output.read_text().partition("\n")
+    return line if end else ""
 
 
 def port_of(process: subprocess.Popen[bytes]) -> int | None:
@@ -183,40 +206,57 @@ def port_of(process: subprocess.Popen[bytes]) -> int | None:
     return None
 
 
-def awaited(get: Callable[[], T], why: Callable[[], str] = str) -> T:
-    """Wait until it is true, and return it."""
+def awaited(get: Callable[[], T], process: subprocess.Popen[bytes] | None = None, why: Callable[[], str] = str) -> T:
+    """Wait until it is true, and return it; no longer than `process` lives."""
     deadline = time.monotonic() + HANG_S
     while not (got := get()):
+        assert process is None or process.poll() is None, why()
         assert time.monotonic() < deadline, why()
         time.sleep(0.05)
     return got
 
 
-def dashboard_expressions() -> list[str]:
-    """Each panel's, as Grafana sends them for all VMs."""
-    dashboard = json.loads((SHIPPED / "dashboard.json").read_text())
-    found = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    for theirs, ours in GRAFANA.items():
-        found = [expression.replace(theirs, ours) for expression in found]
-    assert not [expression for expression in found if "$" in expression]
-    return found
+class Asked(NamedTuple):
+    """What a panel of the dashboard asks for.  legend: of its lines, such as "{{vm}}"; "" of a number."""
+
+    expression: str
+    legend: str
+
+    def lines(self, watched: Watched) -> list[str]:
+        """The legends of its lines, as Grafana writes them."""
+        form = self.legend.replace("{{", "{").replace("}}", "}")
+        return [form.format_map(it["metric"]) for it in watched.query(self.expression)]
+
+
+def dashboard() -> list[Asked]:
+    """All panels', as Grafana sends them for all hosts and VMs."""
+    shipped = (SHIPPED / "dashboard.json").read_text()
+    asked = []
+    for target in (target for panel in json.loads(shipped)["panels"] for target in panel["targets"]):
+        expression = target["expr"]
+        for theirs, ours in GRAFANA.items():
+            expression = expression.replace(theirs, ours)
+        assert "$" not in expression
+        asked.append(Asked(expression, target["legendFormat"]))
+    return asked
 
 
 @pytest.mark.kvm
 @pytest.mark.qemu
 def test_two_guests_are_scraped(watched: Watched) -> None:
-    """Each vCPU of each is there, promtool finds nothing to mend, and every panel of the dashboard has data."""
+    """Each vCPU of each is there, promtool finds nothing to mend, and every panel has data, a line for each."""
     with urlopen(watched.metrics, timeout=HANG_S) as page:  # noqa: S310  # our own
         linted = promtool("check", "metrics", told=page.read().decode())
     assert (linted.returncode, linted.stdout, linted.stderr) == (0, "", "")
     seen = {(it["metric"]["vm"], it["metric"]["vcpu"]) for it in watched.query("pvclock_last_step_seconds")}
     assert seen == {(vm, vcpu) for vm in ("db", "web") for vcpu in "01"}
-    awaited(lambda: len(watched.query("pvclock_frequency_offset_ratio")) == 4)
-    expressions = dashboard_expressions()
-    assert len(expressions) > 12
-    for expression in expressions:  # on a busy host a scrape may be too late, and the next one is not
-        awaited(lambda asked=expression: watched.query(asked), lambda asked=expression: asked)  # type: ignore[misc]
-    assert watched.firing() == {}
+    awaited(lambda: len(watched.query("pvclock_frequency_offset_ratio")) == len(HOSTS) * 4)
+    panels = dashboard()
+    assert len(panels) > 12
+    for asked in panels:  # on a busy host a scrape may be too late, and the next one is not
+        awaited(lambda asked=asked: asked.lines(watched), why=lambda asked=asked: asked.expression)  # type: ignore[misc]
+        lines = asked.lines(watched)
+        assert len(lines) == len({*lines}), asked
 
 
 def step(running: RunningQemu, vcpu: int, step_ns: int) -> None:
@@ -239,14 +279,13 @@ def step(running: RunningQemu, vcpu: int, step_ns: int) -> None:
 @pytest.mark.qemu
 def test_an_injected_step_fires_its_alert(watched: Watched) -> None:
     """Of that vCPU of that VM alone, with how long it was; the pages of the VM's two vCPUs disagree from then on."""
+    assert watched.firing() == set()
     step(watched.qemus["web"], 1, STEP_NS)
-    expected = {"GuestClockStepped", "GuestClockPagesDisagree"}
-    awaited(lambda: watched.firing().keys() >= expected)
-    fires = watched.firing()
-    assert [(it["vm"], it["vcpu"]) for it in fires["GuestClockStepped"]] == [("web", "1")]
-    assert {(it["vm"], it["vcpu"]) for it in fires["GuestClockPagesDisagree"]} == {("web", "0"), ("web", "1")}
-    assert fires.keys() == expected
-    (last,) = watched.query('pvclock_last_step_seconds{vm="web",vcpu="1"}')
-    assert float(last["value"][1]) == pytest.approx(STEP_NS / 1e9)
+    of_vcpus = {("GuestClockStepped", "1"), ("GuestClockPagesDisagree", "0"), ("GuestClockPagesDisagree", "1")}
+    expected = {(alert, host, "web", vcpu) for alert, vcpu in of_vcpus for host in HOSTS}
+    awaited(lambda: watched.firing() >= expected, why=lambda: str(watched.firing()))
+    assert watched.firing() == expected
+    for last in watched.query('pvclock_last_step_seconds{vm="web",vcpu="1"}'):
+        assert float(last["value"][1]) == STEP_NS / 1e9
     told = {alert["labels"]["alertname"]: alert["annotations"] for alert in watched.ask("alerts")["alerts"]}
     assert "jumped by 5ms at once" in told["GuestClockStepped"]["description"]

@@ -99,10 +99,10 @@ def test_it_opens_without_a_complaint_and_asks_for_nothing(example_page: Page) -
 
 def test_what_is_drawn(example_page: Page) -> None:
     """Each line, band and mark has an outline with a place on the screen, in the area of its plot."""
-    counts = example_page.evaluate(
-        "['line', 'band', 'mark', 'dot', 'interval'].map(it => [it, document.querySelectorAll('.chart .' + it).length])"
-    )
-    assert dict(counts) == {"line": 6, "band": 3, "mark": 4 + 2, "dot": 60 + 36, "interval": 4}
+    looks = ["line", "band", "mark", "dot", "interval"]
+    count = "document.querySelectorAll('.chart .{0}, .bar .{0}').length"
+    counts = {it: example_page.evaluate(count.format(it)) for it in looks}
+    assert counts == {"line": 6, "band": 3, "mark": 4 + 2, "dot": 60 + 36, "interval": 4}
     left, top, width, height = area(example_page)
     box = box_of(example_page, ".chart .line")
     assert (box[0], box[2]) == pytest.approx((left, width), abs=2)
@@ -194,6 +194,17 @@ def test_hover_tells_the_nearest_point_of_each_line(example_page: Page) -> None:
     assert shown[1] == f"vCPU 0 {value:.1f} ns ({low:.1f} ns to {high:.1f} ns)"
     assert hover(example_page, 315 / 600)[2] == "vCPU 1 unknown"
     assert example_page.evaluate("document.querySelectorAll('.over .dot').length") == 1
+
+
+def test_hover_after_a_long_pause(browser: Chromium, tmp_path: Path) -> None:
+    """A guest that was paused for ten hours: the part after it has its ns, and the 23 that they may be off by."""
+    y = [0.0] * 10 + [-3.6e13 + it for it in range(40)]
+    line = Line("it", list(range(50)), y, [it - 23 for it in y], [it + 23 for it in y])
+    with opened(browser, tmp_path, of_one_plot(Plot("it", TIME, AHEAD, (line,)))) as page:
+        left, top, width, height = area(page)
+        page.drag((left + 0.4 * width, top + 0.3 * height), (left + 0.9 * width, top + 0.6 * height))
+        said = "it -35\u202f999.9999999780 s (-36\u202f000.0000000010 s to -35\u202f999.9999999550 s)"
+        assert hover(page, 0.5)[1] == said.replace("\u202f", " ")
 
 
 def test_hover_tells_marks(example_page: Page) -> None:

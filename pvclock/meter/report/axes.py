@@ -1,6 +1,6 @@
 """What of an axis is shown, and where its ticks stand: round numbers of a unit that people read.
 
-report.js draws a part of a plot by the same rules; a test in the browser holds it to the same drawing.
+scales.js has the same rules for a part of a plot; a test in the browser holds it to the same drawing.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ UNITS: Final[dict[Unit, tuple[ShownUnit, ...]]] = {
 
 MAGNITUDE_MAX: Final = 1e300
 """Beyond it the difference of two numbers may be infinite, and below its inverse a step may be 0."""
-GRAIN: Final = 1e-12
-"""The least width of a span, of its greatest number: two ticks must be two numbers."""
+GRAIN: Final = 1e-14
+"""The least width of a span, of its greatest number: two ticks must be two numbers of 53 bits."""
 DIGITS_MAX: Final = 1e5
 """Steps that the greatest number may be: where labels would need more digits they count from a round number."""
 LABEL_MAX: Final = 1e7

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
 from statistics import median
-from typing import Final
+from typing import Final, NamedTuple
 
 from pvclock.meter.allan import Deviation, allan_deviations, even_segments
 from pvclock.meter.report.model import Axis, Line, Mark, Plot, Unit
@@ -17,57 +19,93 @@ __all__ = ["LINES_MAX", "ClockSeries", "distinct", "readings_plots", "runs_in_wo
 LINES_MAX: Final = 16
 """Clocks of one plot: of more, those that went furthest are drawn."""
 INTERVALS_LOOKED_AT: Final = 1000
+ONE_LOOK_S: Final = 0.001
+"""A step and the reading of the look that saw it are told with times that differ by less."""
 HIDDEN_BELOW: Final = 20
 """Where steps are that many times as large as all else, the plot of all hides it, and one without steps is made."""
 
 
+class _Step(NamedTuple):
+    """A step, and the reading that shows it first.  at_s, ns: None if unknown."""
+
+    place: int
+    at_s: float | None
+    ns: float | None
+
+
 class ClockSeries:
-    """One clock's readings.  ahead_ns: of its reference; nan where it is unknown.  Readings come with at_s rising."""
+    """One clock's readings.  ahead_ns: of its reference; nan where it is unknown.  Readings come with at_s rising.
+
+    Steps, and what else is no noise, may be told later than readings that show them: they are placed by their time.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.at_s = array("d")
         self.ahead_ns = array("d")
         self.bound_ns = array("d")
-        self.stepless_ns = array("d")
-        """The same without its steps: nan where ahead_ns is."""
         self.cuts: set[int] = set()
         """Readings before which something happened that is no noise."""
-        self._stepped_ns = 0.0
-        self._last_ns = 0.0
-        self._is_level_lost = False
+        self._steps: list[_Step] = []
 
     def take(self, at_s: float, ahead_ns: float, bound_ns: float) -> None:
         """Take a reading; ahead_ns is nan if it is unknown."""
-        if self._is_level_lost and not math.isnan(ahead_ns):
-            self._stepped_ns, self._is_level_lost = ahead_ns - self._last_ns, False
-        stepless_ns = ahead_ns - self._stepped_ns
-        self._add(at_s, ahead_ns, bound_ns, stepless_ns)
-        self._last_ns = self._last_ns if math.isnan(stepless_ns) else stepless_ns
+        self.at_s.append(max(at_s, self.at_s[-1]) if self.at_s else at_s)
+        self.ahead_ns.append(ahead_ns)
+        self.bound_ns.append(bound_ns)
 
-    def step(self, step_ns: float | None) -> None:
-        """The clock stepped by that since the last reading; None: by how much is unknown."""
-        self.cut()
-        self._is_level_lost = self._is_level_lost or step_ns is None
-        self._stepped_ns += step_ns or 0.0
+    def step(self, step_ns: float | None, at_s: float | None = None) -> None:
+        """The clock stepped by that; None: by how much is unknown.  at_s: None: since the last reading."""
+        self._steps.append(_Step(self.cut(at_s), at_s, step_ns))
+        if step_ns is None:
+            self._steps.append(_Step(self.cut(), None, None))  # readings may begin anew once it is told
 
     def begin_anew(self) -> None:
         """What follows counts from 0 again: the line is broken."""
         self.step(None)
         if self.at_s:
-            self._add(self.at_s[-1], math.nan, math.nan, math.nan)
+            self.take(self.at_s[-1], math.nan, math.nan)
             self.cut()
 
-    def cut(self) -> None:
-        """Something happened before the next reading that is no noise."""
-        self.cuts.add(len(self.at_s))
+    def cut(self, at_s: float | None = None) -> int:
+        """Something happened that is no noise; the first reading that shows it.  at_s: None: since the last reading."""
+        place = len(self.at_s) if at_s is None else bisect_left(self.at_s, at_s - ONE_LOOK_S)
+        self.cuts.add(place)
+        return place
 
-    def line(self, *, stepless: bool = False) -> Line:
-        """The readings, with their bounds as the band."""
-        y = self.stepless_ns if stepless else self.ahead_ns
-        low = array("d", (ns - bound for ns, bound in zip(y, self.bound_ns, strict=True)))
-        high = array("d", (ns + bound for ns, bound in zip(y, self.bound_ns, strict=True)))
-        return Line(self.name, self.at_s, y, low, high)
+    def stepless_ns(self) -> array[float]:
+        """The readings without their steps: nan where ahead_ns is."""
+        stepless = array("d")
+        stepped_ns, last_ns, is_level_lost = 0.0, 0.0, False
+        steps = deque(sorted(self._steps, key=lambda step: step.place))
+        for place, ahead_ns in enumerate(self.ahead_ns):
+            while steps and steps[0].place <= place:
+                ns = steps.popleft().ns
+                is_level_lost = is_level_lost or ns is None
+                stepped_ns += ns or 0.0
+            if is_level_lost and not math.isnan(ahead_ns):
+                stepped_ns, is_level_lost = ahead_ns - last_ns, False
+            stepless.append(ahead_ns - stepped_ns)
+            last_ns = last_ns if math.isnan(ahead_ns) else stepless[-1]
+        return stepless
+
+    def line(self) -> Line:
+        """The readings, with their bounds as the band, and each step upright at its time."""
+        drawn = array("d"), array("d"), array("d")
+        begin = 0
+        in_order = sorted(self._steps, key=lambda step: (step.place, step.at_s or 0.0))
+        for place, steps in groupby(in_order, key=lambda step: step.place):
+            self._draw_readings(drawn, begin, place)
+            for point in self._around(place, list(steps)):
+                for column, value in zip(drawn, point, strict=True):
+                    column.append(value)
+            begin = place
+        self._draw_readings(drawn, begin, len(self.at_s))
+        return _banded(self.name, *drawn)
+
+    def stepless_line(self) -> Line:
+        """The same without its steps."""
+        return _banded(self.name, self.at_s, self.stepless_ns(), self.bound_ns)
 
     @property
     def interval_s(self) -> float | None:
@@ -86,11 +124,33 @@ class ClockSeries:
         """The Allan deviation; none of too few readings."""
         return allan_deviations(even_segments(self.at_s, self.ahead_ns, interval_s, self.cuts), interval_s)
 
-    def _add(self, at_s: float, ahead_ns: float, bound_ns: float, stepless_ns: float) -> None:
-        self.at_s.append(max(at_s, self.at_s[-1]) if self.at_s else at_s)
-        self.ahead_ns.append(ahead_ns)
-        self.bound_ns.append(bound_ns)
-        self.stepless_ns.append(stepless_ns)
+    # Inside
+
+    def _draw_readings(self, drawn: tuple[array[float], ...], begin: int, end: int) -> None:
+        for column, values in zip(drawn, (self.at_s, self.ahead_ns, self.bound_ns), strict=True):
+            column.extend(values[begin:end])
+
+    def _around(self, place: int, steps: Sequence[_Step]) -> Iterator[tuple[float, float, float]]:
+        """The clock just before and just after each step that `place` is the first reading to show."""
+        if not 0 < place < len(self.at_s) or any(step.at_s is None or step.ns is None for step in steps):
+            return
+        begin_s, end_s = self.at_s[place - 1], self.at_s[place]
+        begin_ns, end_ns = self.ahead_ns[place - 1], self.ahead_ns[place]
+        bound_ns = max(self.bound_ns[place - 1], self.bound_ns[place])
+        drift_ns = end_ns - begin_ns - math.fsum(step.ns or 0.0 for step in steps)
+        stepped_ns = 0.0
+        for step in steps:
+            at_s = min(max(step.at_s or 0.0, begin_s), end_s)
+            part = (at_s - begin_s) / (end_s - begin_s) if end_s > begin_s else 0.0
+            yield at_s, begin_ns + stepped_ns + part * drift_ns, bound_ns
+            stepped_ns += step.ns or 0.0
+            yield at_s, begin_ns + stepped_ns + part * drift_ns, bound_ns
+
+
+def _banded(name: str, at_s: array[float], ns: array[float], bound_ns: array[float]) -> Line:
+    low = array("d", (each - bound for each, bound in zip(ns, bound_ns, strict=True)))
+    high = array("d", (each + bound for each, bound in zip(ns, bound_ns, strict=True)))
+    return Line(name, at_s, ns, low, high)
 
 
 def distinct(series: Iterable[ClockSeries], names: Sequence[int]) -> list[ClockSeries]:
@@ -129,12 +189,11 @@ def readings_plots(series: Sequence[ClockSeries], against: str, marks: tuple[Mar
     x, y = Axis("Time", Unit.S), Axis(f"Ahead of {against}", Unit.NS)
     plots = [Plot(f"Clock against {against}", x, y, tuple(each.line() for each in shown), marks, said)]
     if max(_extent_ns(each.ahead_ns) for each in shown) > HIDDEN_BELOW * max(
-        _extent_ns(each.stepless_ns) for each in shown
+        _extent_ns(each.stepless_ns()) for each in shown
     ):
-        lines = tuple(each.line(stepless=True) for each in shown)
-        without = (
-            "Each step is taken out as it was measured, and one of unknown size as if there had been no time between."
-        )
+        lines = tuple(each.stepless_line() for each in shown)
+        how = "Each step is taken out as it was measured, and one of unknown size as if there had been no time between."
+        without = " ".join(filter(None, [how, note]))
         plots.append(Plot(f"Clock against {against}, without its steps", x, y, lines, marks, without))
     return plots
 

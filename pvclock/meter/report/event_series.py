@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.quantities import NS_PER_S
 
-__all__ = ["EventSeries", "Point"]
+__all__ = ["EventSeries", "Point", "Ratio", "step_ns"]
 
 Ratio: TypeAlias = tuple[int, int]
 """Numerator and denominator, as a line of JSON has them."""
@@ -27,6 +27,8 @@ RATE_MAX: Final = 1e15
 """More than any clock is told to run at."""
 GAP_MAX_NS: Final = 366 * 86_400 * NS_PER_S
 """A longer time between two numberings is taken for a time of day that was set."""
+DISORDER_MAX_S: Final = 1
+"""A stamp that is further behind the one before is no late writer's, nor another CPU's: the TSC went back."""
 PPB: Final = 10**9
 
 
@@ -34,6 +36,7 @@ class Point(NamedTuple):
     """A point of the timeline.
 
     real_ns: the host's time of day, None if it is unknown.  before, after: guest time in ns; rate: after the point.
+    is_restored: another guest time begins here, which owes nothing to that of the event before.
     """
 
     sequence: int
@@ -43,6 +46,7 @@ class Point(NamedTuple):
     before: Ratio
     after: Ratio
     rate: Ratio
+    is_restored: bool
 
 
 class EventSeries:
@@ -59,6 +63,9 @@ class EventSeries:
         """Events that are missing between others."""
         self.numberings = 0
         """How often the host's TSC became another one."""
+        self.fall_ns = 0.0
+        """How far guest time fell to the last point from the one before, where no line leads from one to the other and
+        both are of one log; negative, or 0."""
         self._last: Point | None = None
         self._begin = _Begin(0, 1, Fraction(0), Fraction(0))
         self._ahead_ns, self._gain = 0.0, 0.0
@@ -70,14 +77,16 @@ class EventSeries:
 
     def take(self, point: Point) -> float:
         """Take a point; its host time in s.  OverflowError if a number is beyond all time."""
-        last = self._last
+        last, self.fall_ns = self._last, 0.0
         if last is None:
             self._begin = _Begin(point.host_tsc, point.tsc_hz, Fraction(*point.before), Fraction(0))
         before_ns = self._begin.ahead_ns(point.host_tsc, point.before)
         if last is not None and self._is_renumbered(last, point, before_ns):
+            self.fall_ns = _fall_ns(last, point)
             self._begin_anew(last, point)
             before_ns = self._begin.ahead_ns(point.host_tsc, point.before)
         elif last is not None and point.sequence != last.sequence + 1:
+            self.fall_ns = _fall_ns(last, point)
             self.lost += point.sequence - last.sequence - 1
             self._break()
         self._add(point, before_ns)
@@ -119,7 +128,8 @@ class EventSeries:
         """Is the TSC another one?  It went back, has another frequency, or a next event that contradicts this one."""
         passed = point.host_tsc - last.host_tsc
         is_next = point.sequence == last.sequence + 1
-        if point.tsc_hz != last.tsc_hz or point.sequence <= last.sequence or (passed < 0 and not is_next):
+        went_back = passed < (-DISORDER_MAX_S * point.tsc_hz if is_next else 0)
+        if point.tsc_hz != last.tsc_hz or point.sequence <= last.sequence or went_back:
             return True
         passed_ns = passed * NS_PER_S / point.tsc_hz
         off_ns = abs(ahead_ns - self._ahead_ns - self._gain * passed_ns)
@@ -163,3 +173,17 @@ class _Begin:
         numerator, denominator = guest_ns
         ahead = numerator * self._scale - denominator * (self._taken_out + (tsc - self.tsc) * self._tick)
         return ahead / (denominator * self._scale)
+
+
+def _fall_ns(last: Point, point: Point) -> float:
+    """How far guest time is behind that of the event before, as a negative number; 0 if another guest time begins."""
+    if point.sequence <= last.sequence or point.is_restored:
+        return 0.0
+    return min(step_ns(last.after, point.before), 0.0)
+
+
+def step_ns(before: Ratio, after: Ratio) -> float:
+    """From one guest time to another, in ns."""
+    if before == after:  # most of a million events
+        return 0.0
+    return (after[0] * before[1] - before[0] * after[1]) / (after[1] * before[1])

@@ -66,14 +66,14 @@ def _name(row: Fields) -> str:
 def _table(title: str, rows: Sequence[Fields], clocks: Sequence[str]) -> Table | None:
     if not rows:
         return None
-    headings = ("row", *(NAMES[clock] for clock in clocks), "result")
+    headings = ("row", *(NAMES[clock] for clock in clocks))
     texts = tuple(_row(row, clocks) for row in rows)
     return Table(title, headings, texts, tuple(_standing(row) for row in rows))
 
 
 def _row(row: Fields, clocks: Sequence[str]) -> tuple[str, ...]:
     cells = (row.fields(clock).text("text") for clock in clocks)
-    return row.text("name"), *cells, "agree" if row.truth("ok") else "disagree"
+    return row.text("name"), *cells
 
 
 def _rules(rows: Iterable[Fields]) -> Table | None:

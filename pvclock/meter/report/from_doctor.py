@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from pvclock.errors import ProbeRecordError
@@ -34,13 +34,15 @@ def host_section(source: str, result: Fields) -> Section:
     """What a doctor's result tells of a host."""
     findings = list(result.all_fields("findings"))
     missing = [each for each in findings if not each.truth("ok")]
-    needed = [each.text("name") for each in missing if each.truth("needed")]
-    verdict = f"Guests need what is missing here: {', '.join(needed)}." if needed else "All that guests need is here."
+    needed = [each for each in missing if each.truth("needed")]
+    verdict = f"Guests need what is missing here: {_names(needed)}." if needed else "All that guests need is here."
     works = result.fields("works")
     here = [name for key, name in WORKS.items() if works.content.get(key) is True]
     sentences = [f"Works here: {', '.join(here) or 'nothing'}."]
     sentences += [f"Not: {', '.join(name for name in WORKS.values() if name not in here)}."] * (len(here) < len(WORKS))
-    sentences += [f"{each.text('name')}: {each.text('advice')}" for each in missing if each.text("advice")]
+    sentences += [f"{each.text('name')}: {each.text('advice')}" for each in needed if each.text("advice")]
+    if spared := [each for each in missing if not each.truth("needed")]:
+        sentences.append(f"Missing, and no guest needs it: {_names(spared)}; what to do is in the table.")
     rows = tuple(_finding_row(each) for each in findings)
     table = Table("This host", ("what", "found", "needed", "what to do"), rows, tuple(map(_standing_here, findings)))
     return Section("Host", source, verdict, Standing.BAD if needed else Standing.GOOD, tuple(sentences), (table,))
@@ -60,6 +62,10 @@ def record_section(source: str, record: ProbeRecord) -> Section:
 
 
 # The host
+
+
+def _names(findings: Iterable[Fields]) -> str:
+    return ", ".join(each.text("name") for each in findings)
 
 
 def _finding_row(finding: Fields) -> tuple[str, ...]:

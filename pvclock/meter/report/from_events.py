@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
-from pvclock.meter.report.event_series import EventSeries, Point, Ratio
+from pvclock.meter.report.event_series import EventSeries, Point, Ratio, step_ns
 from pvclock.meter.report.fields import Fields, Place, safe_text
 from pvclock.meter.report.mark_collection import MarkCollection
 from pvclock.meter.report.model import Axis, Line, Mark, Part, Plot, Section, Standing, Table, Unit
@@ -80,38 +80,32 @@ class _Log:
 
     def take(self, record: Mapping[str, object]) -> None:
         """Take a line; any error tells that it is no event."""
-        kind = record["kind"]
-        if kind not in KNOWN:
-            self._pass_over(record)
-            return
-        point = _point(record)
-        if point is None:
-            self.unplaced += 1
-            at_s, jump_ns = self.series.now_s, _jump_ns(record)
-        else:
-            at_s = self.series.take(point)
-            jump_ns = 0.0 if point.after == point.before else _jump_ns(record)
+        kind, point = _text(record["kind"]), _point(record)
+        at_s = self.series.now_s if point is None else self.series.take(point)
+        jump_ns = step_ns(_ratio(record["guest_ns_before"]), _ratio(record["guest_ns_after"]))
         if abs(jump_ns) > JUMP_MAX_NS:
             raise OverflowError
+        self.unplaced += point is None
+        self.forward_ns = max(self.forward_ns, jump_ns)
+        self._note_back(at_s, jump_ns if point is None else min(jump_ns, self.series.fall_ns))
+        if kind not in KNOWN:
+            self.unknown += 1
+            return
         self.events += 1
         self.last = _whole(record["sequence"])
         self.first = self.first or self.last
-        self._count(str(kind), record, at_s, jump_ns)
+        self._count(kind, record, at_s, jump_ns)
         if kind != DRAWN_AS_RATE:
-            self._mark(str(kind), record, at_s, jump_ns)
+            self._mark(kind, record, at_s, jump_ns)
 
-    def _pass_over(self, record: Mapping[str, object]) -> None:
-        """Count an event of a kind that is not known; its numbers must be there all the same."""
-        if not isinstance(record["kind"], str):
-            raise TypeError
-        self.unknown += 1
-        if (point := _point(record)) is not None:
-            self.series.take(point)
+    def _note_back(self, at_s: float, back_ns: float) -> None:
+        if back_ns < 0:
+            self.back_ns = min(self.back_ns, back_ns)
+            said = f"guest time went back by {duration(math.floor(back_ns))}"
+            self.marks.add(Mark(at_s, "went back", said, Standing.BAD, size=-back_ns))
 
     def _count(self, kind: str, record: Mapping[str, object], at_s: float, jump_ns: float) -> None:
         _add(self.kinds, kind, at_s, jump_ns)
-        if jump_ns:
-            self.forward_ns, self.back_ns = max(self.forward_ns, jump_ns), min(self.back_ns, jump_ns)
         if (policy := record.get("policy")) is not None:
             _add(self.policies, safe_text(_text(policy)), at_s, jump_ns)
         if (provider := record.get("provider")) and len(self.providers) < NAMES_MAX:
@@ -151,7 +145,8 @@ def _point(record: Mapping[str, object]) -> Point | None:
         return None
     if not 0 <= _whole(tsc) <= U64_MASK or not 1 <= _whole(hz) <= U64_MASK:
         raise ValueError
-    return Point(sequence, _whole(tsc), _whole(hz), None if real_ns is None else _whole(real_ns), before, after, rate)
+    utc_ns = None if real_ns is None else _whole(real_ns)
+    return Point(sequence, _whole(tsc), _whole(hz), utc_ns, before, after, rate, record["kind"] == EventKind.RESTORE)
 
 
 def _ratio(value: object) -> Ratio:
@@ -173,11 +168,6 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
     return value
-
-
-def _jump_ns(record: Mapping[str, object]) -> float:
-    (after, after_of), (before, before_of) = _ratio(record["guest_ns_after"]), _ratio(record["guest_ns_before"])
-    return (after * before_of - before * after_of) / (after_of * before_of)
 
 
 def _refuse(record: Mapping[str, object], place: Place) -> None:
@@ -223,14 +213,13 @@ def _title(log: _Log) -> str:
 def _verdict(log: _Log) -> tuple[str, Standing]:
     trouble = [kind.replace("_", " ") for kind in log.kinds if kind in BAD]
     if log.back_ns < 0:
-        return f"Guest time went back, by up to {duration(round(log.back_ns))}.", Standing.BAD
+        return f"Guest time went back, by up to {duration(math.floor(log.back_ns))}.", Standing.BAD
     if trouble:
         return f"There was trouble: {', '.join(trouble)}.", Standing.BAD
-    if log.series.lost:
-        return (
-            f"Guest time never went back, as far as is known: {counted(log.series.lost, 'event')} missing.",
-            Standing.OPEN,
-        )
+    if log.series.lost or log.unplaced:
+        missing = [f"{counted(log.series.lost, 'event')} missing"] * bool(log.series.lost)
+        missing += [f"{counted(log.unplaced, 'event')} without a host TSC"] * bool(log.unplaced)
+        return f"Guest time never went back, as far as is known: {', '.join(missing)}.", Standing.OPEN
     return "Guest time never went back.", Standing.GOOD
 
 

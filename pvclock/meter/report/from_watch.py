@@ -8,8 +8,8 @@ from typing import Final
 
 from pvclock.meter.report.clock_series import LINES_MAX, distinct, readings_plots, runs_in_words, stability_plot
 from pvclock.meter.report.fields import Fields, Place
-from pvclock.meter.report.model import Axis, Part, Plot, Section, Standing, Table, Unit
-from pvclock.meter.report.watch_log import WatchLog
+from pvclock.meter.report.model import STANDINGS, Axis, Part, Plot, Section, Standing, Table, Unit
+from pvclock.meter.report.watch_log import STALL_NS, WatchLog
 from pvclock.meter.report.watch_sessions import WatchSessions
 from pvclock.meter.watch.words import counted, duration, plain_ns, rate_in_words
 from pvclock.quantities import quoted
@@ -17,7 +17,6 @@ from pvclock.quantities import quoted
 __all__ = ["watch_sections"]
 
 SCHEMA: Final = "pvclock.watch/1"
-STANDINGS: Final = {"passed": Standing.GOOD, "broken": Standing.BAD, "undecided": Standing.OPEN}
 REASONS_SHOWN: Final = 8
 
 
@@ -29,7 +28,7 @@ def watch_sections(source: str, lines: Iterable[tuple[int, dict[str, object]]]) 
         if content.get("schema") != SCHEMA:
             raise record.place.error(f"schema {quoted(content.get('schema'))}", f"{SCHEMA}, as in the lines before")
         sessions.take(record)
-    return [_section(source, log) for log in sessions.logs]
+    return [_section(source, log) for log in sessions.close()]
 
 
 def _section(source: str, log: WatchLog) -> Section:
@@ -37,7 +36,7 @@ def _section(source: str, log: WatchLog) -> Section:
     series = distinct(log.readings.values(), list(log.readings))
     verdict, standing = _verdict(log)
     parts: list[Part | None] = [
-        *readings_plots(series, _reference(log), log.marks.marks()),
+        *readings_plots(series, _reference(log), log.marks.marks(), log.marks.note()),
         _rate_plot(log),
         stability_plot(series),
         log.steps.table(),
@@ -107,10 +106,15 @@ def _sentences(log: WatchLog) -> Iterator[str]:
 
 def _length(log: WatchLog) -> str:
     summary = log.end.fields("summary") if log.end else None
-    stalls = f"; it had no CPU {counted(log.stalls, 'time')}" if log.stalls else ""
+    stalls = f"; {_stalls(log)}" if log.stalls else ""
     if summary is None:
         return f"Watched for {log.last_s:,.3f} s, as far as the file goes{stalls}."
     return f"Watched for {duration(summary.whole('duration_ns'))}, {counted(summary.whole('polls'), 'look')}{stalls}."
+
+
+def _stalls(log: WatchLog) -> str:
+    longest, marked = duration(log.longest_stall_ns), plain_ns(STALL_NS)
+    return f"{counted(log.stalls, 'stall')}, {longest} the longest; those of {marked} and more are marked"
 
 
 def _steps_in_words(log: WatchLog) -> str:
@@ -145,7 +149,8 @@ def _rate_plot(log: WatchLog) -> Plot | None:
     lines = tuple(rate.line(f"vCPU{'s' * (len(vcpus) > 1)} {runs_in_words(vcpus)}") for vcpus, rate in named)
     if not any(len(line.x) for line in lines):
         return None
-    note = "As the watch told it: over all its time so far.  The bound shrinks as it grows."
+    how = "As the watch told it: over all its time so far.  The bound shrinks as it grows."
+    note = " ".join(filter(None, [how, log.marks.note()]))
     x, y = Axis("Time", Unit.S), Axis(f"Faster than {_reference(log)}", Unit.PPB)
     return Plot(f"Rate against {_reference(log)}", x, y, lines, log.marks.marks(), note)
 
@@ -178,6 +183,8 @@ def _promised(log: WatchLog, begin: Fields) -> Iterator[tuple[str, str, str, Sta
 def _agreement(log: WatchLog) -> tuple[str, Standing]:
     if log.worst_disagreement:
         return log.worst_disagreement[1], Standing.BAD
+    if log.end is None and log.ended is None:
+        return "none was told; one is when it ends, or the watch does", Standing.OPEN
     return "no disagreement at any look", Standing.GOOD
 
 

@@ -11,13 +11,24 @@ from typing import Final
 
 from pvclock.meter.report.axes import UNITS
 from pvclock.meter.report.escaping import clipped, escaped, json_in_script, json_numbers, showable
-from pvclock.meter.report.intervals import ROWS_MAX, SIGNS, intervals_svg
+from pvclock.meter.report.intervals import ROWS_MAX, SIGNS, bars
 from pvclock.meter.report.model import Axis, Intervals, Line, Part, Plot, Report, Section, Standing, Table
 from pvclock.meter.report.outlines import DOTS, SHAPES
-from pvclock.meter.report.svg import LAYOUT, LIMITS, legend_sample, mark_text, plot_svg, ready_to_draw, style_of_plots
+from pvclock.meter.report.svg import (
+    LAYOUT,
+    LIMITS,
+    layout_of,
+    legend_sample,
+    mark_text,
+    plot_svg,
+    ready_to_draw,
+    style_of_plots,
+)
 
 __all__ = ["document"]
 
+PROGRAM: Final = ("scales.js", "drawing.js", "pointer.js", "views.js")
+"""Hover, zoom and pan: the files of one function, in this order."""
 WORDS: Final = {Standing.GOOD: "good", Standing.BAD: "bad", Standing.OPEN: "not decided", Standing.PLAIN: ""}
 NARROW_BELOW: Final = 608
 """Pixels that a plot has room for below which it is drawn anew; report.css has it as the least width without that."""
@@ -26,6 +37,9 @@ NAME_MAX: Final = 120
 TITLE_MAX: Final = 240
 SENTENCE_MAX: Final = 4000
 CELL_MAX: Final = 1000
+NUMBER_MAX: Final = 18
+SHORT_MAX: Final = 24
+NUMBER: Final = ' class="number"'
 NO_VALUE: Final = ("", "-")
 """What stands in a cell that has none."""
 
@@ -33,9 +47,11 @@ NO_VALUE: Final = ("", "-")
 def document(report: Report) -> str:
     """Return a report as a self-contained HTML document."""
     style = style_of_plots() + _resource("report.css")
-    script = _resource("report.js")
+    script = f'"use strict";\n(() => {{\n{"".join(map(_resource, PROGRAM))}}})();\n'
     names = (f"plot-{number}" for number in count(1))
-    sections = "".join(_section(it, number, names) for number, it in enumerate(report.sections, start=1))
+    is_alone = [it.title for it in report.sections] == [report.title]
+    numbered = enumerate(report.sections, start=1)
+    sections = "".join(_section(it, number, names, is_titled=not is_alone) for number, it in numbered)
     title = _title(report.title)
     made = f"{escaped(report.made_at)}, by pvclock {escaped(report.version)}"
     contents = _contents(report.sections) if len(report.sections) > 1 else ""
@@ -51,7 +67,7 @@ def document(report: Report) -> str:
 </head>
 <body>
 <header>
-<h1>{title}</h1>
+<h1 id="title">{title}</h1>
 <p class="made">{made}</p>
 </header>
 {contents}<main>
@@ -104,7 +120,10 @@ def _badge(standing: Standing) -> str:
     return f'<span class="badge {standing.value}">{sign} {WORDS[standing]}</span> '
 
 
-def _section(section: Section, number: int, names: Iterator[str]) -> str:
+def _section(section: Section, number: int, names: Iterator[str], *, is_titled: bool) -> str:
+    """Return a section.  is_titled: False if the page's own title is its title, too."""
+    heading = f"heading-{number}" if is_titled else "title"
+    title = f'<h2 id="{heading}">{_title(section.title)}</h2>\n' if is_titled else ""
     verdict = (
         f'<p class="verdict">{_badge(section.standing)}{_sentence(section.verdict)}</p>\n' if section.verdict else ""
     )
@@ -112,8 +131,8 @@ def _section(section: Section, number: int, names: Iterator[str]) -> str:
     parts = "".join(_part(it, next(names)) for it in section.parts)
     source = f'<p class="source">{_title(section.source)}</p>\n' if section.source else ""
     return (
-        f'<section id="section-{number}" aria-labelledby="heading-{number}">\n'
-        f'<h2 id="heading-{number}">{_title(section.title)}</h2>\n{source}{verdict}{sentences}{parts}</section>\n'
+        f'<section id="section-{number}" aria-labelledby="{heading}">\n'
+        f"{title}{source}{verdict}{sentences}{parts}</section>\n"
     )
 
 
@@ -122,7 +141,7 @@ def _part(part: Part, name: str) -> str:
         case Plot():
             return _plot(part, name)
         case Intervals():
-            return _intervals(part, name)
+            return _intervals(part)
         case Table():
             return _table(part)
 
@@ -147,7 +166,7 @@ def _note(note: str) -> str:
 
 
 def _plot_data(plot: Plot) -> str:
-    """Return what report.js draws a plot from."""
+    """Return what views.js draws a plot from."""
     lines = ",".join(map(_line_data, plot.lines))
     marks = [
         {
@@ -160,7 +179,7 @@ def _plot_data(plot: Plot) -> str:
         for mark in plot.marks
     ]
     axes = f'"x":{_axis_data(plot.x)},"y":{_axis_data(plot.y)}'
-    return f'{{{axes},"lines":[{lines}],"marks":{json_in_script(marks)}}}'
+    return f'{{{axes},"left":{layout_of(plot).left},"lines":[{lines}],"marks":{json_in_script(marks)}}}'
 
 
 def _axis_data(axis: Axis) -> str:
@@ -174,32 +193,32 @@ def _line_data(line: Line) -> str:
 
 
 def _drawing_rules() -> str:
-    """Return what report.js has to know to draw as svg.py does."""
+    """Return what the page's program has to know to draw as svg.py does."""
     units = {unit.value: [it._asdict() for it in shown] for unit, shown in UNITS.items()}
     rules = {"layout": LAYOUT._asdict(), "limits": LIMITS, "units": units, "dots": DOTS, "shapes": SHAPES}
     return json_in_script({**rules, "narrowBelow": NARROW_BELOW})
 
 
-def _intervals(intervals: Intervals, name: str) -> str:
+def _intervals(intervals: Intervals) -> str:
     left_out = len(intervals.rows) - ROWS_MAX
     note = " ".join(filter(None, [intervals.note, f"{left_out:,} more are not shown." if left_out > 0 else ""]))
-    return (
-        f'<figure class="intervals">\n<h3>{_title(intervals.title)}</h3>\n'
-        f'<div class="chart">{intervals_svg(intervals, name)}</div>\n{_note(note)}</figure>\n'
-    )
+    return f'<figure class="intervals">\n<h3>{_title(intervals.title)}</h3>\n{bars(intervals)}{_note(note)}</figure>\n'
 
 
 def _table(table: Table) -> str:
     standings = table.standings or (Standing.PLAIN,) * len(table.rows)
-    looks = [' class="number"' if _is_of_numbers(table, column) else "" for column in range(len(table.headings))]
+    of_numbers = [_is_of_numbers(table, column) for column in range(len(table.headings))]
     headings = "".join(
-        f'<th scope="col"{look}>{_title(it)}</th>' for it, look in zip(table.headings, looks, strict=True)
+        f'<th scope="col"{NUMBER * is_number}>{_title(it)}</th>'
+        for it, is_number in zip(table.headings, of_numbers, strict=True)
     )
     has_signs = any(it != Standing.PLAIN for it in standings)
     if has_signs:
         headings = f'<th scope="col"><span class="unseen">how it stands</span></th>{headings}'
     shown = list(zip(table.rows, standings, strict=True))[:TABLE_ROWS_MAX]
-    body = "".join(_row(row, looks, f"<td>{_badge(standing)}</td>" if has_signs else "") for row, standing in shown)
+    body = "".join(
+        _row(row, of_numbers, f"<td>{_badge(standing)}</td>" if has_signs else "") for row, standing in shown
+    )
     left_out = len(table.rows) - len(shown)
     note = f"<p>{left_out:,} more rows are not shown.</p>\n" if left_out else ""
     return (
@@ -209,9 +228,17 @@ def _table(table: Table) -> str:
     )
 
 
-def _row(row: tuple[str, ...], looks: list[str], sign: str) -> str:
-    cells = "".join(f"<td{look}>{escaped(clipped(it, CELL_MAX))}</td>" for it, look in zip(row, looks, strict=True))
+def _row(row: tuple[str, ...], of_numbers: list[bool], sign: str) -> str:
+    cells = "".join(
+        f"<td{_look(it) if is_of_numbers else ''}>{escaped(clipped(it, CELL_MAX))}</td>"
+        for it, is_of_numbers in zip(row, of_numbers, strict=True)
+    )
     return f"<tr>{sign}{cells}</tr>\n"
+
+
+def _look(cell: str) -> str:
+    """Of a cell in a column of numbers: what is short is at the right, a number on one line too; a long text wraps."""
+    return ' class="whole number"' if _is_number(cell) else NUMBER if len(cell) < SHORT_MAX else ""
 
 
 def _is_of_numbers(table: Table, column: int) -> bool:
@@ -222,4 +249,4 @@ def _is_of_numbers(table: Table, column: int) -> bool:
 
 def _is_number(text: str) -> bool:
     """Is this a number, perhaps with a unit?"""
-    return text.lstrip("+-\u2212")[:1].isdigit() and len(text) < 24
+    return text.lstrip("+-\u2212")[:1].isdigit() and len(text) < NUMBER_MAX

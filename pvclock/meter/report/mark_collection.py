@@ -1,4 +1,7 @@
-"""The marks of a long record, kept in bounded memory: neighbours of one kind are merged, and the greatest told."""
+"""The marks of a long record, kept in bounded memory: alike neighbours are merged, and the greatest of them is told.
+
+Alike are those of one kind and standing: what is bad hides nothing that is great, nor the other way round.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +10,49 @@ from typing import Final
 
 from pvclock.meter.report.model import MARKS_MAX, Mark, Standing
 
-__all__ = ["MARKS_OF_A_KIND_MAX", "MarkCollection"]
+__all__ = ["MARKS_ALIKE_MAX", "MarkCollection"]
 
-MARKS_OF_A_KIND_MAX: Final = 2000
+MARKS_ALIKE_MAX: Final = 2000
 """More than a page draws of all kinds, so what is merged here is closer than a page could show."""
 
 KINDS_MAX: Final = 40
 """We have some 30; a file may name any number."""
 
-WEIGHTS: Final = {Standing.BAD: 2, Standing.OPEN: 1, Standing.GOOD: 0, Standing.PLAIN: 0}
-
 
 class MarkCollection:
-    """Collects marks in the order of their x; past MARKS_OF_A_KIND_MAX of a kind, each stands for equally many."""
+    """Collects marks in the order of their x; past MARKS_ALIKE_MAX that are alike, each stands for equally many."""
 
     def __init__(self) -> None:
-        self._kinds: dict[str, _Kind] = {}
+        self._kinds: set[str] = set()
+        self._alike: dict[tuple[str, Standing], _Alike] = {}
+        self._count = 0
 
     def add(self, mark: Mark) -> None:
         """Take a mark."""
         if mark.kind not in self._kinds and len(self._kinds) >= KINDS_MAX:
             mark = mark._replace(kind="other")
-        kind = self._kinds.get(mark.kind)
-        if kind is None:
-            kind = self._kinds[mark.kind] = _Kind()
-        kind.add(mark)
+        self._kinds.add(mark.kind)
+        self._alike.setdefault((mark.kind, mark.standing), _Alike()).add(mark)
+        self._count += 1
 
     def marks(self) -> tuple[Mark, ...]:
-        """As many as a page draws, by x: of the kinds that have most, neighbours are merged."""
-        kinds = {name: kind.marks() for name, kind in self._kinds.items()}
-        while sum(map(len, kinds.values())) > MARKS_MAX:
-            most = max(kinds, key=lambda name: len(kinds[name]))
-            kinds[most] = _halved(kinds[most])
-        return tuple(sorted(chain.from_iterable(kinds.values()), key=lambda mark: mark.x))
+        """As many as a page draws, by x: where there are most that are alike, neighbours are merged."""
+        alike = [each.marks() for each in self._alike.values()]
+        while sum(map(len, alike)) > MARKS_MAX:
+            most = max(range(len(alike)), key=lambda place: len(alike[place]))
+            alike[most] = _halved(alike[most])
+        return tuple(sorted(chain.from_iterable(alike), key=lambda mark: mark.x))
+
+    def note(self) -> str:
+        """What was merged, in a sentence; empty if nothing was."""
+        shown = len(self.marks())
+        if shown == self._count:
+            return ""
+        return f"{self._count:,} marks are drawn as {shown:,}: of neighbours that are alike, the greatest is shown."
 
 
-class _Kind:
-    """Marks of one kind, each the greatest of `share` that followed each other; the last one may stand for fewer."""
+class _Alike:
+    """Marks that are alike, each the greatest of `share` that followed each other; the last one may stand for fewer."""
 
     def __init__(self) -> None:
         self._kept: list[Mark] = []
@@ -58,7 +67,7 @@ class _Kind:
             return
         self._open = None
         self._kept.append(mark)
-        if len(self._kept) >= MARKS_OF_A_KIND_MAX:
+        if len(self._kept) >= MARKS_ALIKE_MAX:
             self._kept = _halved(self._kept)
             self._share *= 2
 
@@ -74,9 +83,4 @@ def _halved(marks: list[Mark]) -> list[Mark]:
 
 def _merged(one: Mark, other: Mark) -> Mark:
     """The greater of two, which stands for both."""
-    return max(one, other, key=_weight)._replace(stands_for=one.stands_for + other.stands_for)
-
-
-def _weight(mark: Mark) -> tuple[int, float]:
-    """What is bad is told before what is great."""
-    return WEIGHTS[mark.standing], mark.size
+    return max(one, other, key=lambda mark: mark.size)._replace(stands_for=one.stands_for + other.stands_for)

@@ -47,6 +47,10 @@ class Standing(StrEnum):
     """Nothing to judge."""
 
 
+STANDINGS: Final = {"passed": Standing.GOOD, "broken": Standing.BAD, "undecided": Standing.OPEN}
+"""How something stands by its verdict, as JSON has it."""
+
+
 class Axis(NamedTuple):
     """An axis: what it shows, in which unit.  is_log: only positive numbers are along it."""
 

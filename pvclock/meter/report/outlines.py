@@ -1,4 +1,4 @@
-"""The outlines of lines, bands and shapes: path data in pixels, from points in pixels; report.js makes the same."""
+"""The outlines of lines, bands and shapes: path data in pixels, from points in pixels; drawing.js makes the same."""
 
 from __future__ import annotations
 

@@ -1,19 +1,20 @@
 """Plots as SVG: inline in a page, and as a file of its own.
 
-Everything whose place depends on what part of the plot is shown is in the group `drawing`, which report.js draws again.
+Everything whose place depends on what part of the plot is shown is in the group `drawing`: drawing.js draws it again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from importlib import resources
 from itertools import chain
 from typing import Final, NamedTuple
 
 from pvclock.meter.report.axes import Scale, Span, position, scale_of, span_of
 from pvclock.meter.report.escaping import clipped, escaped, showable
-from pvclock.meter.report.model import MARKS_MAX, POINTS_MAX, Axis, Line, Mark, Plot, Standing
+from pvclock.meter.report.model import MARKS_MAX, POINTS_MAX, Axis, Line, Mark, Plot, Standing, Unit
 from pvclock.meter.report.outlines import DOTS, SHAPES, Point, band_path, line_path, pixels, stepped
 from pvclock.meter.report.thinning import thinned, thinned_marks
 
@@ -21,6 +22,7 @@ __all__ = [
     "LAYOUT",
     "description",
     "kinds_of",
+    "layout_of",
     "legend_sample",
     "mark_text",
     "plot_svg",
@@ -35,8 +37,9 @@ __all__ = [
 class Layout(NamedTuple):
     """Where the parts of a plot are, in pixels of an SVG that is `width` wide.
 
-    left, right, top: room beside the area of the lines; height: of that area; lane: of a row of marks below it;
-    bottom: room for the labels of the x axis.  x_tick, y_tick: for each tick so much is wanted.
+    left, right, top: room beside the area of the lines, more on the left where kinds of marks have long names; height:
+    of that area; lane: of a row of marks below it; bottom: room for the labels of the x axis.  x_tick, y_tick: for each
+    tick so much is wanted.
     """
 
     width: int = 860
@@ -68,12 +71,18 @@ LOG_MIN: Final = 1e-300
 POINTS_ALL_MAX: Final = 10 * POINTS_MAX
 """Points of all lines of a plot."""
 DIGITS: Final = 13
-KIND_SHOWN_MAX: Final = 12
+"""A number keeps so many at least; and, however great it is, those after the point that its unit has in PLACES."""
+PLACES: Final = {Unit.NS: 3, Unit.S: 9, Unit.PPB: 3, Unit.RATE: 15, Unit.NONE: 15}
+ALL_DIGITS: Final = Context(prec=700)
+KIND_SHOWN_MAX: Final = 16
+KIND_CHARACTER: Final = 7.6
+"""The width of a character of most kinds, in pixels; KIND_ROOM: between a kind and its row."""
+KIND_ROOM: Final = 12
+TITLE_CHARACTER: Final = 7
 NAME_SHOWN_MAX: Final = 60
 TEXT_MAX: Final = 400
 KIND_MAX: Final = 60
 LABEL_MAX: Final = 80
-TITLE_SHOWN_MAX: Final = 120
 LIMITS: Final = {
     "colours": COLOURS,
     "dashes": DASHES,
@@ -84,9 +93,10 @@ LIMITS: Final = {
     "farOut": FAR_OUT,
     "margin": MARGIN,
     "kindShownMax": KIND_SHOWN_MAX,
-    "titleShownMax": TITLE_SHOWN_MAX,
+    "kindRoom": KIND_ROOM,
+    "titleCharacter": TITLE_CHARACTER,
 }
-"""What report.js draws by, too."""
+"""What drawing.js draws by, too."""
 LEGEND_CHARACTER: Final = 6.6
 """About the width of a character of a legend, in pixels."""
 
@@ -94,7 +104,7 @@ LEGEND_CHARACTER: Final = 6.6
 def ready_to_draw(plot: Plot) -> Plot:
     """Return a plot with no more points and marks than are drawn, and a note if some were left out."""
     points_max = max(min(POINTS_MAX, POINTS_ALL_MAX // max(len(plot.lines), 1)), 8)
-    lines = tuple(_rounded(thinned(line, points_max, is_log=plot.x.is_log)) for line in plot.lines)
+    lines = tuple(_rounded(thinned(line, points_max, is_log=plot.x.is_log), plot) for line in plot.lines)
     placed = [it for it in plot.marks if it.x > 0 or not plot.x.is_log]
     marks = thinned_marks([it._replace(kind=clipped(showable(it.kind), KIND_MAX)) for it in placed], MARKS_MAX)
     shown, of = sum(len(it.x) for it in lines), sum(it.of or len(it.x) for it in lines)
@@ -112,10 +122,24 @@ def ready_to_draw(plot: Plot) -> Plot:
     return Plot(plot.title, shown_axis(plot.x), shown_axis(plot.y), lines, marks, " ".join(notes))
 
 
-def _rounded(line: Line) -> Line:
-    """Return a line with numbers of DIGITS digits: more are of no use, and make a page a third longer."""
-    x, y, low, high = ([float(f"{it:.{DIGITS}g}") for it in each] for each in (line.x, line.y, line.low, line.high))
+def _rounded(line: Line, plot: Plot) -> Line:
+    """Return a line whose numbers have no more digits than are of use, and whose band is no narrower for it.
+
+    All digits would make a page a third longer.  A clock that was paused for hours has as narrow a band as any.
+    """
+    x, y = (_shortened(each, unit) for each, unit in ((line.x, plot.x.unit), (line.y, plot.y.unit)))
+    low, high = _shortened(line.low, plot.y.unit, ROUND_FLOOR), _shortened(line.high, plot.y.unit, ROUND_CEILING)
     return line._replace(x=x, y=y, low=low, high=high)
+
+
+def _shortened(numbers: Sequence[float], unit: Unit, rounding: str = ROUND_HALF_EVEN) -> list[float]:
+    return [_short(it, PLACES[unit], rounding) if it and math.isfinite(it) else float(it) for it in numbers]
+
+
+def _short(number: float, places: int, rounding: str) -> float:
+    exact = Decimal(number)
+    last = min(exact.adjusted() + 1 - DIGITS, -places)
+    return float(exact.quantize(Decimal((0, (1,), last)), rounding, ALL_DIGITS))
 
 
 def shown_axis(axis: Axis) -> Axis:
@@ -125,8 +149,9 @@ def shown_axis(axis: Axis) -> Axis:
 
 def plot_svg(plot: Plot, name: str) -> str:
     """Return a plot that is ready to draw as an svg element.  name: unique in its page."""
-    content = f"{_clip(name)}{_drawing(plot, name, LAYOUT)}"
-    return svg_element(plot.title, description(plot), name, (LAYOUT.width, plot_height(plot, LAYOUT)), content)
+    layout = layout_of(plot)
+    content = f"{_clip(name, layout)}{_drawing(plot, name, layout)}"
+    return svg_element(plot.title, description(plot), name, (layout.width, plot_height(plot, layout)), content)
 
 
 def standalone(plot: Plot) -> str:
@@ -137,7 +162,8 @@ def standalone(plot: Plot) -> str:
     height = begin + plot_height(plot, LAYOUT) + (26 if plot.note else 0)
     title = f'<text class="heading" x="0" y="18">{escaped(clipped(plot.title, 100))}</text>'
     note = f'<text class="note" x="0" y="{height - 8}">{escaped(clipped(plot.note, 150))}</text>' if plot.note else ""
-    inner = f'<g transform="translate(0 {begin})">{_clip("plot")}{_drawing(plot, "plot", LAYOUT)}</g>'
+    layout = layout_of(plot)
+    inner = f'<g transform="translate(0 {begin})">{_clip("plot", layout)}{_drawing(plot, "plot", layout)}</g>'
     style = f'<style>{style_of_plots()}</style><rect class="paper" x="-16" y="-12" width="100%" height="100%"/>'
     box = f"-16 -12 {LAYOUT.width + 32} {height + 24}"
     body = style + title + legend + inner + note
@@ -175,6 +201,12 @@ def description(plot: Plot) -> str:
 def kinds_of(plot: Plot) -> list[str]:
     """Return the kinds of a plot's marks, in the order of their rows."""
     return list(dict.fromkeys(mark.kind for mark in plot.marks))
+
+
+def layout_of(plot: Plot) -> Layout:
+    """Return where the parts of a plot are, with room for the names of its marks' kinds."""
+    longest = max((min(len(it), KIND_SHOWN_MAX) for it in kinds_of(plot)), default=0)
+    return LAYOUT._replace(left=max(LAYOUT.left, math.ceil(longest * KIND_CHARACTER) + KIND_ROOM))
 
 
 def plot_height(plot: Plot, layout: Layout) -> int:
@@ -252,9 +284,9 @@ def _frame(plot: Plot, layout: Layout) -> Frame:
     return Frame(layout, x, y)
 
 
-def _clip(name: str) -> str:
-    left, width = LAYOUT.left - DOT_ROOM, LAYOUT.width - LAYOUT.left - LAYOUT.right + 2 * DOT_ROOM
-    area = f'<rect x="{left}" y="{LAYOUT.top}" width="{width}" height="{LAYOUT.height}"/>'
+def _clip(name: str, layout: Layout) -> str:
+    left, width = layout.left - DOT_ROOM, layout.width - layout.left - layout.right + 2 * DOT_ROOM
+    area = f'<rect x="{left}" y="{layout.top}" width="{width}" height="{layout.height}"/>'
     return f'<clipPath id="{name}-area">{area}</clipPath>'
 
 
@@ -331,7 +363,7 @@ def _lane(plot: Plot, kind: str, row: int, frame: Frame) -> str:
     marks = (it for it in plot.marks if it.kind == kind and _is_placed(it, frame))
     drawn = "".join(_mark(it, SHAPES[row % len(SHAPES)], y, frame) for it in marks)
     name = escaped(clipped(kind, KIND_SHOWN_MAX))
-    label = f'<text class="kind" x="{layout.left - 12}" y="{y + 4}">{name}</text>'
+    label = f'<text class="kind" x="{layout.left - KIND_ROOM}" y="{y + 4}">{name}</text>'
     return f'{label}<path class="lane" d="M{layout.left} {y}H{frame.right}"/>{drawn}'
 
 
@@ -366,12 +398,13 @@ def _labels(plot: Plot, frame: Frame) -> str:
         for it in frame.x.ticks
     )
     middle = pixels((layout.left + frame.right) / 2)
-    x_title = f'<text class="title x" x="{middle}" y="{below_lanes + 40}">{_title(frame.x)}</text>'
-    return f'{beside}{below}<text class="title y" x="0" y="16">{_title(frame.y)}</text>{x_title}'
+    x_room = frame.right - layout.left + 2 * layout.right
+    x_title = f'<text class="title x" x="{middle}" y="{below_lanes + 40}">{_title(frame.x, x_room)}</text>'
+    return f'{beside}{below}<text class="title y" x="0" y="16">{_title(frame.y, layout.width)}</text>{x_title}'
 
 
-def _title(scale: Scale) -> str:
-    return escaped(clipped(scale.title, TITLE_SHOWN_MAX))
+def _title(scale: Scale, room: int) -> str:
+    return escaped(clipped(scale.title, room // TITLE_CHARACTER))
 
 
 def legend_sample(line: Line, index: int) -> str:

@@ -38,13 +38,10 @@ def thinned(line: Line, points_max: int = POINTS_MAX, *, is_log: bool = False) -
     if len(line.x) <= points_max:
         return line
     buckets_wanted = points_max // POINTS_A_BUCKET
-    while True:
+    kept, low, high = _kept(line, buckets_wanted)
+    while len(kept) > points_max and buckets_wanted > 1:  # gaps took more points than buckets have on their own
+        buckets_wanted = buckets_wanted * 2 // 3
         kept, low, high = _kept(line, buckets_wanted)
-        if len(kept) <= points_max:
-            break
-        buckets_wanted = max(1, buckets_wanted * 2 // 3)  # gaps took more points than buckets have on their own
-        if buckets_wanted == 1 and len(kept) > points_max:
-            break
     x, y = [line.x[it] for it in kept], [line.y[it] for it in kept]
     return line._replace(x=x, y=y, low=low, high=high, of=line.of or len(line.x))
 

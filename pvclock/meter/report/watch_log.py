@@ -14,13 +14,13 @@ from pvclock.meter.report.watch_steps import Step, StepTable, disagreement_in_wo
 from pvclock.meter.watch.vm import VmEventKind
 from pvclock.meter.watch.words import duration, flags_in_words
 
-__all__ = ["RateSeries", "WatchLog"]
+__all__ = ["STALL_NS", "RateSeries", "WatchLog"]
 
 VCPUS_MAX: Final = 4096
 ALIKE_S: Final = 0.25
 """vCPUs that have the same step are found within so long: some looks."""
 STALL_NS: Final = 100_000_000
-"""Shorter ones are counted: a busy host has many."""
+"""Shorter ones are counted, but not marked: a busy host has many."""
 REASONS_MAX: Final = 16
 VM_EVENTS: Final = frozenset(map(str, VmEventKind))
 
@@ -59,7 +59,7 @@ class WatchLog:
         self.rates: dict[int, RateSeries] = {}
         self.steps = StepTable()
         self.marks = MarkCollection()
-        self.disagreements, self.stalls, self.unknown_kinds = 0, 0, 0
+        self.disagreements, self.stalls, self.longest_stall_ns, self.unknown_kinds = 0, 0, 0, 0
         self.worst_disagreement: tuple[int, str] | None = None
         self.troubles: list[str] = []
         self.ended: str | None = None
@@ -87,7 +87,7 @@ class WatchLog:
         if "error" in record:
             self.error = record.fields("error").text("message")
             return
-        self.last_s = max(self.last_s, record.number("at_s"))
+        self.last_s = max(self.last_s, record.number_or_none("at_s") or 0.0)  # a summary has none
         taker = self._takers.get(record.text("kind"))
         if taker is None:
             self.unknown_kinds += 1
@@ -125,7 +125,7 @@ class WatchLog:
         step = step_of(record)
         self._refuse_vcpu(record, step.vcpus[0])
         if step.is_sure and (series := self.readings.get(step.vcpus[0])) is not None:
-            series.step(step.step_ns)
+            series.step(step.step_ns, step.at_s)
         before = self._open_step
         is_soon = before is not None and abs(step.at_s - before.at_s) <= ALIKE_S
         if before is not None and is_soon and before.is_alike(step) and step.vcpus[0] > before.vcpus[-1]:
@@ -167,7 +167,7 @@ class WatchLog:
     def _event(self, record: Fields) -> None:
         what, at_s = record.text("what"), record.number("at_s")
         for each in self.readings.values():
-            each.cut()
+            each.cut(at_s)
         if what == "stop":
             self._stopped_s = at_s if self._stopped_s is None else self._stopped_s
         elif what == "resume" and self._stopped_s is not None:
@@ -184,6 +184,7 @@ class WatchLog:
     def _stall(self, record: Fields) -> None:
         gap_ns, at_s = record.whole("gap_ns"), record.number("at_s")
         self.stalls += 1
+        self.longest_stall_ns = max(self.longest_stall_ns, gap_ns)
         if gap_ns >= STALL_NS:
             said = f"not watched for {duration(gap_ns)}: what came and went meanwhile was not seen"
             gap_s = gap_ns / 1e9
@@ -191,7 +192,7 @@ class WatchLog:
 
     def _host(self, record: Fields) -> None:
         for each in self.readings.values():
-            each.cut()
+            each.cut(record.number("at_s"))
         why = record.text("why")
         self._mark(record, "host", f"the host: {why}", Standing.BAD if record.truth("unstable") else Standing.OPEN)
         if len(self.troubles) < REASONS_MAX:

@@ -15,13 +15,9 @@ from pvclock.meter.watch.words import bounded_ns, counted, duration, exact_ns
 __all__ = ["Step", "StepTable", "cause_in_words", "disagreement_in_words", "step_of"]
 
 STEPS_SHOWN: Final = 50
+UNKNOWN_SHOWN: Final = 20
 PAUSE_EVENTS: Final = frozenset({"stop", "resume"})
-BASES: Final = {
-    "offsets": "TSC offsets read",
-    "assumed": "if the guest's TSC was not changed",
-    "changed": "the guest's TSC was changed, or may have been",
-}
-IN_SHORT: Final = {"offsets": "by TSC offsets", "assumed": "if the TSC was unchanged", "changed": "the TSC changed"}
+KNOWN_BY: Final = {"offsets": "by TSC offsets", "assumed": "if the TSC was unchanged", "changed": "the TSC changed"}
 
 
 class Step(NamedTuple):
@@ -60,14 +56,26 @@ class Step(NamedTuple):
         return self._replace(vcpus=(), at_s=0.0) == other._replace(vcpus=(), at_s=0.0)
 
     def in_words(self) -> str:
-        """The step as a sentence without its end."""
-        return f"{_vcpus(self.vcpus)} {self._what()}{f'; {self.cause}' if self.cause else ''}"
+        """The step as a sentence without its end, as the watch itself tells it."""
+        several = [f"{self.lines} lines followed each other"] * (self.lines > 1)
+        return "; ".join([f"{_vcpus(self.vcpus)} {self._against_tsc()}{self._seen()}", *several, *self._causes()])
 
-    def _what(self) -> str:
+    def _against_tsc(self) -> str:
+        if self.lines == 0 and self.step_ns is None:
+            return "has its line still, but its TSC was written: perhaps the guest was reset, and reads others"
+        if self.lines == 0:
+            return f"has its line still, but its TSC was written: that is {exact_ns(self.step_ns or 0)}"
         if self.step_ns is None:
-            return "stepped by an unknown time, for the guest's TSC was changed, or may have been"
-        assumed = f" ({BASES['assumed']})" if self.basis == "assumed" else ""
-        return f"stepped by {exact_ns(self.step_ns, self.bound_ns)} against the TSC{assumed}{self._seen()}"
+            return (
+                "got a new line: by how much it stepped is unknown, for the guest's TSC was changed, or may have been"
+            )
+        if self.step_ns == 0:
+            return "has its line written anew, without a step"
+        said = f"stepped by {exact_ns(self.step_ns, self.bound_ns or 1)} against the TSC"
+        return said if self.basis == "offsets" else f"{said} (if its TSC was not changed)"
+
+    def _causes(self) -> list[str]:
+        return [self.cause] if self.cause else []
 
     def size_in_words(self) -> str:
         """How long it was, against the TSC and for the guest, and when."""
@@ -82,45 +90,50 @@ class Step(NamedTuple):
 
 
 class StepTable:
-    """The greatest steps of a watch, and how many there were."""
+    """Steps of a watch: the first ones of unknown size, the greatest of the others, and how many there were."""
 
     def __init__(self) -> None:
         self.count, self.unknown, self.anew = 0, 0, 0
-        self._kept: list[tuple[int, int, Step]] = []
+        self._unknown: list[Step] = []
+        self._greatest: list[tuple[int, int, Step]] = []
 
     def add(self, step: Step) -> None:
         """Take a step, of however many vCPUs."""
         self.count += len(step.vcpus)
-        self.unknown += len(step.vcpus) * (step.step_ns is None)
         if not step.is_sure:
             self.anew += len(step.vcpus)
-            return
-        heapq.heappush(self._kept, (step.size_ns, -self.count, step))
-        if len(self._kept) > STEPS_SHOWN:
-            heapq.heappop(self._kept)
+        elif step.step_ns is None:
+            self.unknown += len(step.vcpus)
+            self._unknown += [step] * (len(self._unknown) < UNKNOWN_SHOWN)
+        else:
+            heapq.heappush(self._greatest, (step.size_ns, -self.count, step))
+            if len(self._greatest) > STEPS_SHOWN:
+                heapq.heappop(self._greatest)
 
     @property
     def greatest(self) -> Step | None:
         """The greatest step that is known."""
-        return max((step for *_, step in self._kept if step.step_ns), key=lambda step: step.size_ns, default=None)
+        return max(self._greatest)[2] if self._greatest else None
 
     def table(self) -> Table | None:
-        """The steps, greatest first; None if there was none."""
-        steps = [step for *_, step in sorted(self._kept, reverse=True)]
+        """The steps of unknown size, then the greatest; None if there was none."""
+        known = [step for *_, step in sorted(self._greatest, reverse=True)]
+        steps = self._unknown + known
         if not steps:
             return None
-        shown = sum(len(step.vcpus) for step in steps)
-        more = self.count - self.anew - shown
-        title = (
-            f"Steps, the greatest first; {more:,} smaller ones are not shown" if more else "Steps, the greatest first"
-        )
+        title = "Steps, unknown ones and then the greatest" if self._unknown else "Steps, the greatest first"
+        more_unknown = self.unknown - _vcpus_of(self._unknown)
+        smaller = self.count - self.anew - self.unknown - _vcpus_of(known)
+        left_out = [f"{more_unknown:,} more of unknown size"] * (more_unknown > 0)
+        left_out += [f"{smaller:,} smaller ones"] * (smaller > 0)
+        title += f"; {' and '.join(left_out)} are not shown" if left_out else ""
         headings = ("at", "vCPUs", "against the TSC", "seen by the guest", "the VMM told", "known")
         return Table(title, headings, tuple(map(_row, steps)), tuple(step.standing for step in steps))
 
 
 def step_of(record: Fields) -> Step:
     """The step in a line, of one vCPU."""
-    causes = [(event.text("what"), event.text_or_none("utc")) for event in record.all_fields("events")]
+    causes = _events(record)
     return Step(
         record.number("at_s"),
         (record.whole("vcpu"),),
@@ -148,20 +161,32 @@ def cause_in_words(causes: Sequence[tuple[str, str | None]]) -> str:
 
 
 def disagreement_in_words(record: Fields) -> str:
-    """Which page was ahead, by how much and for how long."""
+    """Which page was ahead, by how much, for how long, and what that was for a reader, as the watch itself tells it."""
     by = exact_ns(record.whole("by_ns"), record.whole("bound_ns")).removeprefix("+")
     least_ns = record.whole("least_ns")
     how_long = f"for at least {duration(least_ns)}" if least_ns else "at one look"
-    stale = "; it is stale, and nobody reads it" if record.truth("is_stale") else ""
     ahead, behind = record.whole("ahead"), record.whole("behind")
-    return f"vCPU {ahead}'s page gave up to {by} more than vCPU {behind}'s, {how_long}{stale}"
+    reader = "a clock that was read by it went back by as much"
+    if record.truth("is_stale"):
+        reader = f"vCPU {behind or ahead} does not run, so its page is stale, and nobody reads it"
+    cause = cause_in_words(_events(record))
+    said = f"vCPU {ahead}'s page gave up to {by} more than vCPU {behind}'s, {how_long}: {reader}"
+    return f"{said}; {cause}" if cause else said
 
 
 def _row(step: Step) -> tuple[str, ...]:
     against = "unknown" if step.step_ns is None else exact_ns(step.step_ns, step.bound_ns)
     split = f"; sum of {counted(step.lines, 'line')}" if step.lines > 1 else ""
-    known = f"{IN_SHORT.get(step.basis, step.basis)}{split}"
+    known = f"{KNOWN_BY.get(step.basis, step.basis)}{split}"
     return f"{step.at_s:,.3f} s", runs_in_words(step.vcpus), against, step.seen_in_words(), step.cause or "-", known
+
+
+def _events(record: Fields) -> list[tuple[str, str | None]]:
+    return [(event.text("what"), event.text_or_none("utc")) for event in record.all_fields("events")]
+
+
+def _vcpus_of(steps: Sequence[Step]) -> int:
+    return sum(len(step.vcpus) for step in steps)
 
 
 def _vcpus(vcpus: Sequence[int]) -> str:

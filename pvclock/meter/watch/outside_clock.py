@@ -15,7 +15,7 @@ from pvclock.meter.watch.lines import Line, TscRates, ns_per_tick, value_at
 from pvclock.meter.watch.page_finder import PageFinder, Progress
 from pvclock.meter.watch.page_search import is_legal
 from pvclock.meter.watch.poll import Poll, take_poll
-from pvclock.meter.watch.vm import WatchedVm
+from pvclock.meter.watch.vm import VmEventKind, WatchedVm
 from pvclock.meter.watch.watcher import Watcher
 from pvclock.quantities import NS_PER_S, GuestNs, GuestTsc
 from pvclock.readings import TimeInfo
@@ -30,7 +30,7 @@ AGAIN: Final = "begin again when the guest runs"
 
 
 class OutsideClock:
-    """A SeriesGuest that is somebody else's: nothing of it is stopped or written.
+    """A ReadableGuest that is somebody else's: nothing of it is stopped or written.
 
     progress: of the search for its pages.  A TSC offset that cannot be read is taken to be constant.  PagesNotFound;
     StateError where its page is of no use or lost, or the TSC behind it was changed; VmEnded.
@@ -52,6 +52,8 @@ class OutsideClock:
             tells_events=vm.why_no_events is None,
             is_legal=partial(is_legal, terms=self._finder.terms),
         )
+        self.is_stopped = vm.is_paused
+        """Is the guest stopped, as far as its VMM told?  None if it does not tell."""
         self._slope: Fraction | None = None
         line, poll = self._line()
         self._slope = ns_per_tick(line.info)
@@ -103,6 +105,9 @@ class OutsideClock:
                 self._vm.check_running()
                 time.sleep(POLL_S)
             raise
+        for event in poll.events:
+            if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
+                self.is_stopped = event.kind is VmEventKind.STOP
         return poll._replace(tsc_offsets=poll.tsc_offsets[:1])
 
     def _refuse_line(self, line: Line) -> None:

@@ -63,7 +63,7 @@ def rate_in_words(ppb: float, bound_ppb: float) -> str:
     """A signed rate with its bound, to the digit that this leaves: -64.67 ppb, within 0.08."""
     size, unit = (1000, "ppm") if max(abs(ppb), bound_ppb) >= 10_000 else (1, "ppb")
     places = next((places for places in range(6) if bound_ppb / size * 10**places >= 1), 6)
-    return f"{ppb / size:+.{places}f} {unit}, within {bound_ppb / size:.{places}f}"
+    return f"{ppb / size:+z.{places}f} {unit}, within {bound_ppb / size:.{places}f}"
 
 
 def reading(ns: GuestNs) -> str:

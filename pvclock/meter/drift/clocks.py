@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from time import monotonic
 from typing import NamedTuple
 
-from pvclock.host.this_host import HostBackend
+from pvclock.meter.drift.host_reference import HostReference
+from pvclock.meter.drift.readings import ClockReadings, Reanchor
+from pvclock.meter.drift.reanchor import engine_reanchors, kernel_reanchors
 from pvclock.meter.machine_guest import MachineGuest
-from pvclock.meter.reanchor import engine_reanchors, kernel_reanchors
-from pvclock.meter.series import Reanchor, Series, SeriesGuest
-from pvclock.readings import Reference
-from pvclock.timekeeping.sampling import Sampler
 
-__all__ = ["DriftingClock", "HostReference", "engine_clock", "kernel_clock", "take_readings"]
+__all__ = ["DriftingClock", "engine_clock", "kernel_clock", "take_readings"]
 
 
 class DriftingClock(NamedTuple):
@@ -25,42 +23,28 @@ class DriftingClock(NamedTuple):
     """
 
     word: str
-    series: Series
+    readings: ClockReadings
     check: Callable[[], None] = lambda: None
     correct: Callable[[], object] | None = None
     ways: Sequence[Reanchor] = ()
-
-
-class HostReference:
-    """A clock of this host that guests' clocks are held against."""
-
-    def __init__(self, reference: Reference) -> None:
-        backend = HostBackend()
-        self.reference = reference
-        self._tsc_hz = backend.tsc_hz
-        self._sampler = Sampler(lambda: backend.sample(reference))
-
-    def series(self, name: str, guest: SeriesGuest, settle_s: float) -> Series:
-        """The readings of a started guest against it."""
-        return Series(name, guest, self._sampler, self._tsc_hz, settle_s)
 
 
 def engine_clock(host: HostReference, settle_s: float, resources: ExitStack) -> DriftingClock:
     """A guest of this process with the engine's clock, which follows the reference.  `resources` ends it."""
     guest = resources.enter_context(MachineGuest("engine", 1))
     guest.start()
-    series = host.series(f"pvclock, {host.reference}", guest, settle_s)
+    readings = host.readings(f"pvclock, {host.reference}", guest, settle_s)
     clock = guest.engine_clock
     clock.follow(host.reference)
-    return DriftingClock("engine", series, guest.check_running, clock.tick, engine_reanchors(guest))
+    return DriftingClock("engine", readings, guest.check_running, clock.tick, engine_reanchors(guest))
 
 
 def kernel_clock(host: HostReference, settle_s: float, resources: ExitStack) -> DriftingClock:
     """The same with the kernel's clock."""
     guest = resources.enter_context(MachineGuest("kernel", 1))
     guest.start()
-    series = host.series("kernel kvmclock", guest, settle_s)
-    return DriftingClock("kernel", series, guest.check_running, ways=kernel_reanchors(guest, resources))
+    readings = host.readings("kernel kvmclock", guest, settle_s)
+    return DriftingClock("kernel", readings, guest.check_running, ways=kernel_reanchors(guest, resources))
 
 
 def take_readings(
@@ -74,22 +58,22 @@ def take_readings(
 
     wait: sleeps for some seconds; True if that was the last round.  A guest's end is its error.
     """
-    begin_s = due_s = time.monotonic()
+    begin_s = due_s = monotonic()
     while True:
         for each in clocks:
             _take(each)
-        passed_s = time.monotonic() - begin_s
+        passed_s = monotonic() - begin_s
         yield passed_s
-        due_s = max(due_s + interval_s, time.monotonic())
-        if passed_s >= seconds or wait(due_s - time.monotonic()):
+        due_s = max(due_s + interval_s, monotonic())
+        if passed_s >= seconds or wait(due_s - monotonic()):
             return
 
 
 def _take(clock: DriftingClock) -> None:
     clock.check()
     if clock.correct is None:
-        clock.series.take()
+        clock.readings.take()
         return
-    before = clock.series.page()  # a corrected rate changes no reading at the break point, so compare at once
+    before = clock.readings.page()  # a corrected rate changes no reading at the break point, so compare at once
     clock.correct()
-    clock.series.take(before)
+    clock.readings.take(before)

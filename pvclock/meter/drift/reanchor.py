@@ -6,8 +6,8 @@ import time
 from contextlib import ExitStack
 from typing import Final
 
+from pvclock.meter.drift.readings import Reanchor
 from pvclock.meter.machine_guest import MachineGuest
-from pvclock.meter.series import Reanchor
 
 __all__ = ["engine_reanchors", "kernel_reanchors"]
 

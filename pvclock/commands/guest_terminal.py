@@ -1,0 +1,106 @@
+"""This process's terminal as a guest's: what is typed goes to its serial port, until the guest ends or the user does.
+
+In a terminal the keys go to the guest as they are, Ctrl-C too; Ctrl-A and then x ends the run, as in QEMU.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import termios
+import time
+import tty
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+__all__ = ["ESCAPE", "Keys", "converse", "raw_terminal"]
+
+ESCAPE: Final = 0x01
+"""Ctrl-A."""
+ENDS: Final = b"xX"
+READ_BYTES: Final = 4096
+FULL_S: Final = 0.02
+"""How long to wait before more is typed into a serial port that has no room."""
+
+
+@contextmanager
+def raw_terminal(descriptor: int) -> Iterator[bool]:
+    """While it is entered a terminal passes on every key and changes nothing; then it is as before.
+
+    Yields whether it is a terminal; what is none stays as it is.
+    """
+    if not os.isatty(descriptor):
+        yield False
+        return
+    before = termios.tcgetattr(descriptor)
+    tty.setraw(descriptor, termios.TCSADRAIN)
+    try:
+        yield True
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+class Keys:
+    """What the keys that were pressed are for: the guest, or an end of the run.
+
+    has_escape: only a terminal's keys have; Ctrl-A pressed twice is one for the guest.
+    """
+
+    def __init__(self, *, has_escape: bool) -> None:
+        self._has_escape = has_escape
+        self._is_escaped = False
+        self.ended = False
+        """Has the user ended the run?  What was pressed after that is lost."""
+
+    def for_guest(self, pressed: bytes) -> bytes:
+        """Those of `pressed` that go to the guest."""
+        if not self._has_escape:
+            return pressed
+        passed = bytearray()
+        for key in pressed:
+            if self._is_escaped:
+                self._is_escaped = False
+                if key in ENDS:
+                    self.ended = True
+                    break
+                if key == ESCAPE:
+                    passed.append(key)
+            elif key == ESCAPE:
+                self._is_escaped = True
+            else:
+                passed.append(key)
+        return bytes(passed)
+
+
+def converse(
+    typed: int, over: int, keys: Keys, receive: Callable[[bytes], int], deadline_s: float | None = None
+) -> bool:
+    """Pass on what is typed, until descriptor `over` can be read: True; or the user or the deadline ends it: False.
+
+    typed: a descriptor, which may end; the guest goes on then.  receive: takes bytes, and says how many it took.
+    """
+    sources, waiting = {typed, over}, b""
+    while True:
+        if waiting:
+            waiting = waiting[receive(waiting) :]
+        if keys.ended:
+            return False
+        wanted = {over} if waiting else sources
+        ready, _, _ = select.select(wanted, (), (), _patience_s(deadline_s, is_full=bool(waiting)))
+        if over in ready:
+            return True
+        if deadline_s is not None and time.monotonic() >= deadline_s:
+            return False
+        if typed in ready:
+            pressed = os.read(typed, READ_BYTES)
+            if not pressed:
+                sources.discard(typed)
+            waiting += keys.for_guest(pressed)
+
+
+def _patience_s(deadline_s: float | None, *, is_full: bool) -> float | None:
+    left_s = None if deadline_s is None else max(deadline_s - time.monotonic(), 0)
+    if is_full:
+        return FULL_S if left_s is None else min(FULL_S, left_s)
+    return left_s

@@ -1,0 +1,1 @@
+"""How guests' clocks drift beside a clock of this host, and step."""

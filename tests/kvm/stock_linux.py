@@ -1,0 +1,145 @@
+"""A stock Linux on our own machine: the lab's kernel, a root file system of busybox, and a shell to type into."""
+
+from __future__ import annotations
+
+import lzma
+import re
+import shutil
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from pvclock.boot import BootSource
+from pvclock.boot.initramfs import with_shell
+from pvclock.boot.source import Protocol
+from pvclock.lab.kernel import Kernel
+from pvclock.machine import Machine
+
+__all__ = ["BOOT_LIMIT_S", "StockLinux", "compiled_probe", "uncompressed"]
+
+SOURCE: Final = Path(__file__).with_name("vdso_probe.c")
+BUILD: Final = Path(__file__).parents[2] / "build"
+PROGRAM: Final = BUILD / "vdso_probe"
+XZ_MAGIC: Final = bytes.fromhex("fd377a585a00")
+COMPILE: Final = ("cc", "-std=gnu11", "-O2", "-static", "-Wall", "-Wextra", "-Werror")
+
+BOOT_LIMIT_S: Final = 300.0
+"""With two vCPUs on one emulated CPU of a busy host; 10 s on an idle one."""
+TOLD_BYTES: Final = 2000
+
+CMDLINE: Final = (
+    "console=ttyS0",
+    "quiet",
+    "panic=-1",  # reset at once, which ends the run
+    "noxsave",  # an emulated CPU's XSAVE sizes contradict each other, of which the kernel warns at length
+)
+
+PROMPT: Final = b"/ # "
+
+
+def compiled_probe() -> Path:
+    """The compiled vdso_probe.c, which is kept: where the CPU is emulated, linking it takes most of a minute."""
+    if not PROGRAM.exists() or PROGRAM.stat().st_mtime < SOURCE.stat().st_mtime:
+        PROGRAM.parent.mkdir(exist_ok=True)
+        subprocess.run([*COMPILE, "-o", PROGRAM, SOURCE], check=True)
+    return PROGRAM
+
+
+def uncompressed(kernel: Kernel) -> bytes:
+    """The ELF file (vmlinux) inside a bzImage; kept, too, for the same reason."""
+    path = BUILD / f"vmlinux-{kernel.release}"
+    if not path.exists():
+        image = kernel.image.read_bytes()
+        sectors, at, length = image[0x1F1], *struct.unpack_from("<II", image, 0x248)  # as boot.rst has it
+        begin = (sectors + 1) * 512 + at
+        assert image[begin : begin + 6] == XZ_MAGIC, "not compressed as Debian's kernels are"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(image[begin : begin + length]))
+    return path.read_bytes()
+
+
+def root_file_system() -> bytes:
+    """An initramfs with a shell and the probe."""
+    busybox = shutil.which("busybox")
+    assert busybox is not None, "apt-get install busybox-static"
+    return with_shell(Path(busybox).read_bytes(), {"vdso_probe": compiled_probe().read_bytes()})
+
+
+class StockLinux:
+    """A running guest; a context manager that returns once its shell is there.
+
+    machine: the one that it runs on.  rate: guest seconds in a host's second, from boot on.  protocol: "pvh" and
+    "linux64" enter the uncompressed kernel.  options: more of Machine's arguments.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        *,
+        rate: Fraction | None = None,
+        protocol: Protocol = "bzimage",
+        **options: Any,  # noqa: ANN401  # Machine's
+    ) -> None:
+        self._changed = threading.Condition()
+        self._output = bytearray()
+        self._commands = 0
+        image = kernel.image.read_bytes() if protocol == "bzimage" else uncompressed(kernel)
+        source = BootSource(image, " ".join(CMDLINE), root_file_system(), protocol)
+        self.machine = Machine(source, platform="pc", memory_bytes=256 << 20, serial_output=self._take, **options)
+        try:
+            if rate is not None and self.machine.clock is not None:
+                self.machine.clock.dilate(*rate.as_integer_ratio())
+            self.machine.start()
+            self._wait_for(lambda output: PROMPT in output or None)
+        except BaseException:
+            self.machine.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.machine.close()
+
+    def run(self, command: str, limit_s: float = BOOT_LIMIT_S) -> str:
+        """What a command prints, typed at the shell.  Its marks are sums, so that their echo is none."""
+        self._commands += 1
+        begin, end = 2 * self._commands, 2 * self._commands + 1
+        self.type(f'echo "<mark $(({begin}))"; {command}; echo "$(({end})) mark>"\n')
+        pattern = re.compile(rb"<mark %d\r\n(.*?)%d mark>\r\n" % (begin, end), re.DOTALL)
+        printed: bytes = self._wait_for(pattern.search, limit_s)[1]
+        return printed.decode(errors="replace").replace("\r\n", "\n")
+
+    def type(self, text: str) -> None:
+        """Type it, without waiting for anything."""
+        data = text.encode()
+        assert self.machine.serial.receive(data) == len(data)
+
+    def power_off(self) -> int:
+        """Have it power off; what the machine's wait() gives then."""
+        self.type("poweroff -f\n")
+        return self.machine.wait(BOOT_LIMIT_S)
+
+    def _take(self, data: bytes) -> None:
+        with self._changed:
+            self._output += data
+            if data == b"\n" or self._output.endswith(PROMPT):  # what is waited for ends so
+                self._changed.notify_all()
+
+    def _wait_for(self, look: Callable[[bytearray], Any], limit_s: float = BOOT_LIMIT_S) -> Any:  # noqa: ANN401
+        """What look() gives of the output, once it gives something; AssertionError with its end if it never does."""
+        deadline = time.monotonic() + limit_s
+        with self._changed:
+            while (found := look(self._output)) is None:
+                has_come = self._changed.wait(timeout=deadline - time.monotonic())
+                assert has_come, bytes(self._output[-TOLD_BYTES:]).decode(errors="replace")
+                assert b"Kernel panic" not in self._output, self._output.decode(errors="replace")
+        return found

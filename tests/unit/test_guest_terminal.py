@@ -1,0 +1,193 @@
+"""A terminal for a guest: which keys reach it, when the conversation ends, and that the terminal is as before."""
+
+from __future__ import annotations
+
+import os
+import pty
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
+from tests.waiting import alarm_after
+
+pytestmark = pytest.mark.row("E22")
+
+LONG_S = 60
+"""For what takes some ms: less than mutants have, so that one that waits for ever fails here."""
+
+
+class Pipe(NamedTuple):
+    """Both of its ends."""
+
+    reads: int
+    writes: int
+
+
+@pytest.fixture
+def typed() -> Iterator[Pipe]:
+    """What is typed."""
+    yield from a_pipe()
+
+
+@pytest.fixture
+def over() -> Iterator[Pipe]:
+    """What says that the run is over."""
+    yield from a_pipe()
+
+
+def a_pipe() -> Iterator[Pipe]:
+    """A pipe, closed at last."""
+    pipe = Pipe(*os.pipe())
+    yield pipe
+    for end in pipe:
+        try:
+            os.close(end)
+        except OSError:  # the test has closed it
+            continue
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("pressed", "passed", "ended"),
+    [
+        (b"ls\r", b"ls\r", False),
+        (b"\x03\x1a\x04", b"\x03\x1a\x04", False),
+        (b"a\x01xb", b"a", True),
+        (b"a\x01Xb", b"a", True),
+        (b"a\x01\x01b", b"a\x01b", False),
+        (b"a\x01\x01x", b"a\x01x", False),
+        (b"a\x01qb", b"ab", False),
+        (b"\x01", b"", False),
+    ],
+    ids=["text", "control", "end", "END", "one-for-the-guest", "then-x", "another", "begun"],
+)
+def test_keys(pressed: bytes, passed: bytes, ended: bool) -> None:
+    """Ctrl-A and x end the run, Ctrl-A twice is one; all others are the guest's.  So, too, if each comes alone."""
+    at_once, one_by_one = Keys(has_escape=True), Keys(has_escape=True)
+    assert (at_once.for_guest(pressed), at_once.ended) == (passed, ended)
+    seen = b""
+    for key in pressed:
+        if not one_by_one.ended:
+            seen += one_by_one.for_guest(bytes([key]))
+    assert (seen, one_by_one.ended) == (passed, ended)
+
+
+def test_what_is_no_terminal_has_no_escape() -> None:
+    """A file goes to the guest as it is."""
+    keys = Keys(has_escape=False)
+    assert (keys.for_guest(b"\x01x\x01\x01"), keys.ended) == (b"\x01x\x01\x01", False)
+
+
+# The conversation
+
+
+def test_what_is_typed_is_passed_on_until_the_run_is_over(typed: Pipe, over: Pipe) -> None:
+    """The end of what is typed is not the run's."""
+    received = bytearray()
+
+    def receive(data: bytes) -> int:
+        received.extend(data)
+        if received.endswith(b"two"):
+            os.write(over.writes, b".")
+        return len(data)
+
+    def type_it() -> None:
+        os.write(typed.writes, b"one, ")
+        os.write(typed.writes, b"two")
+        os.close(typed.writes)
+
+    typing = threading.Thread(target=type_it)
+    typing.start()
+    with alarm_after(LONG_S):
+        assert converse(typed.reads, over.reads, Keys(has_escape=False), receive)
+    typing.join()
+    assert received == b"one, two"
+
+
+def test_the_end_of_what_is_typed_is_not_the_runs(typed: Pipe, over: Pipe) -> None:
+    """A guest goes on without its user, and ends by itself."""
+    os.close(typed.writes)
+    later = threading.Timer(0.05, os.write, (over.writes, b"."))
+    later.start()
+    with alarm_after(LONG_S):
+        assert converse(typed.reads, over.reads, Keys(has_escape=False), len)
+    later.join()
+
+
+def test_a_port_without_room_gets_it_later(typed: Pipe, over: Pipe) -> None:
+    """Nothing is lost where the guest takes little at a time, or nothing for a while."""
+    sent = bytes(range(256)) * 8
+    received, turns = bytearray(), iter(range(10**6))
+
+    def receive(data: bytes) -> int:
+        taken = data[: (0, 1, 300)[next(turns) % 3]]
+        received.extend(taken)
+        if len(received) == len(sent):
+            os.write(over.writes, b".")
+        return len(taken)
+
+    os.write(typed.writes, sent)
+    with alarm_after(LONG_S):
+        assert converse(typed.reads, over.reads, Keys(has_escape=False), receive)
+    assert received == sent
+
+
+def test_the_user_ends_it(typed: Pipe, over: Pipe) -> None:
+    """What was typed before reaches the guest."""
+    received = bytearray()
+
+    def receive(data: bytes) -> int:
+        received.extend(data)
+        return len(data)
+
+    os.write(typed.writes, b"text\x01x")
+    keys = Keys(has_escape=True)
+    with alarm_after(LONG_S):
+        assert not converse(typed.reads, over.reads, keys, receive)
+    assert (keys.ended, bytes(received)) == (True, b"text")
+
+
+def test_a_deadline_ends_it(typed: Pipe, over: Pipe) -> None:
+    """Also one that has passed."""
+    keys = Keys(has_escape=True)
+    for deadline_s in (time.monotonic() + 0.01, time.monotonic() - 1):
+        with alarm_after(LONG_S):
+            assert not converse(typed.reads, over.reads, keys, len, deadline_s)
+    assert not keys.ended
+
+
+# The terminal
+
+
+def test_a_terminal_is_raw_and_then_as_before() -> None:
+    """Also after an error: no key is handled, nothing is echoed, and all of it comes back."""
+    ours, its = pty.openpty()
+    before = termios.tcgetattr(its)
+
+    def fail_within() -> None:
+        with raw_terminal(its) as is_terminal:
+            assert is_terminal
+            flags = termios.tcgetattr(its)[3]
+            assert flags & (termios.ECHO | termios.ICANON | termios.ISIG) == 0
+            os.write(ours, b"\x03")
+            assert os.read(its, 1) == b"\x03"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_within()
+    assert termios.tcgetattr(its) == before
+    os.close(ours)
+    os.close(its)
+
+
+def test_what_is_no_terminal_stays_as_it_is(typed: Pipe) -> None:
+    """A pipe, for one."""
+    with raw_terminal(typed.reads) as is_terminal:
+        assert not is_terminal
