@@ -537,7 +537,9 @@ def test_a_name_that_is_no_text(hand_made: HandMadeFleet, capsys: pytest.Capture
     hand_made.add(f"{odd}2", QmpFailed("connect", f"{odd}2: busy"))
     named = r"x\xff\n\x1b[31mweb"
     page = page_maker(hand_made.series)
-    fleet = hand_made.watch(hand_made.looked(named), lambda: len(hand_made.opened) > 2, lambda: page("").content)
+    fleet = hand_made.watch(
+        lambda: hand_made.looks[odd] > LOOKS, lambda: len(hand_made.opened) > 2, lambda: page("").content
+    )
     assert fleet.not_watched.keys() == {f"{named}2"}
     (watched,) = fleet.watched
     assert watched.vm == named
@@ -559,7 +561,10 @@ def test_another_vm_takes_a_sockets_place(hand_made: HandMadeFleet) -> None:
     hand_made.add("web")
     whole = f"{hand_made.place}/web.qmp"
     fleet = hand_made.watch(
-        hand_made.looked("web"), doing(lambda: hand_made.add("web")), hand_made.looked(whole), hand_made.looked("web")
+        hand_made.looked("web"),
+        doing(lambda: hand_made.add("web")),
+        hand_made.looked("web", 100),
+        lambda: len(hand_made.opened) == 1 or hand_made.series.of(whole).is_up,
     )
     assert sorted(each.vm for each in fleet.watched) == [whole, "web"]
 
@@ -578,7 +583,8 @@ def test_a_vm_that_is_started_anew(hand_made: HandMadeFleet, monkeypatch: pytest
         hand_made.looked("web", LOOKS),
         doing(end),
         lambda: len(hand_made.opened) > 1,
-        hand_made.looked("web"),
+        doing(hand_made.looks.clear),
+        lambda: hand_made.looks["web"] > LOOKS,
     )
     assert [each.vm for each in fleet.watched] == ["web", "web"]
 
