@@ -20,10 +20,12 @@ from pvclock.meter.watch.host_troubles import HostTrouble, HostTroubles
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.metrics import Metrics
 from qemu_glue.watch.ending import Ending, ending_of
+from qemu_glue.watch.fleet_end import FleetEnd, SearchTurns
 from qemu_glue.watch.fleet_views import FleetView, fleet_row
-from qemu_glue.watch.member import FleetEnd, Member
+from qemu_glue.watch.member import Member
 from qemu_glue.watch.names import FileId, VmNames, shown
 from qemu_glue.watch.options import WatchOptions
+from qemu_glue.watch.retry import Retry
 from qemu_glue.watch.sockets import is_pattern, sockets_now
 
 __all__ = ["Fleet", "Watched"]
@@ -31,8 +33,8 @@ __all__ = ["Fleet", "Watched"]
 TURN_S: Final = 0.2
 LOOK_AGAIN_S: Final = 1.0
 """How often sockets are looked for, and the host is looked at."""
-AGAIN_S, AGAIN_MAX_S = 4.0, 60.0
-"""What cannot be watched is tried again so much later, then twice as much, and so on."""
+IN_PLACE_S: Final = 4.0
+"""A socket that took another's place is left alone for so long, while that one's VM is watched."""
 JOIN_S: Final = 10.0
 """How long VMs have to end their watch: one that does not answer is left."""
 WATCHED_MAX: Final = 1000
@@ -49,14 +51,6 @@ class Watched(NamedTuple):
     ending: Ending
     cells: list[str | Text]
     error: str | None
-
-
-class _Obstacle(NamedTuple):
-    """Why a socket's VM is not watched, and when it is tried again.  why: None: its VM has ended."""
-
-    why: str | None
-    pause_s: float
-    again_s: float
 
 
 class Fleet:
@@ -83,8 +77,9 @@ class Fleet:
         """The host's, the last ones."""
         self._named, self._open_vm, self._options = named, open_vm, options
         self._view, self._end, self._metrics = view, end, metrics
+        self._searches = SearchTurns(end)
         self._members: dict[FileId, Member] = {}
-        self._obstacles: dict[FileId, _Obstacle] = {}
+        self._retries: dict[FileId, Retry] = {}
         self._first_seen_s: dict[FileId, float] = {}
         self._names = VmNames()
         self._missing = {path for path in named if not is_pattern(path)}
@@ -95,7 +90,7 @@ class Fleet:
     def not_watched(self) -> dict[str, str]:
         """The VMs that cannot be watched, although their sockets are there or were named, and why."""
         missing = {shown(path): NO_SOCKET for path in self._missing if not Path(path).exists()}
-        obstacles = {self._names.of(it): each.why for it, each in self._obstacles.items() if each.why is not None}
+        obstacles = {self._names.of(it): each.why for it, each in self._retries.items() if each.why is not None}
         return missing | obstacles
 
     @property
@@ -124,8 +119,8 @@ class Fleet:
     def _let_in(self, paths: Mapping[FileId, str]) -> None:
         """Begin to watch those that are new, or to be tried again, and forget those that are gone."""
         self._missing -= {path for path in self._missing if Path(path).exists()}
-        for socket in self._obstacles.keys() - paths.keys():
-            del self._obstacles[socket]
+        for socket in self._retries.keys() - paths.keys():
+            del self._retries[socket]
             self._forget(socket)
             self._names.forget(socket)
         now_s = time.monotonic()
@@ -138,11 +133,11 @@ class Fleet:
     def _is_due(self, socket: FileId, path: str, now_s: float) -> bool:
         if socket in self._members:
             return False
-        if socket in self._obstacles:
-            return now_s >= self._obstacles[socket].again_s
+        if socket in self._retries:
+            return self._retries[socket].is_due
         # One that took another's place is most often of the same VM, started anew: it gets the name, once that is free.
         is_in_place = any(member.path == path for member in self._members.values())
-        return not is_in_place or now_s >= self._first_seen_s[socket] + AGAIN_S
+        return not is_in_place or now_s >= self._first_seen_s[socket] + IN_PLACE_S
 
     def _begin(self, socket: FileId, path: str) -> None:
         name = self._names.of(socket)
@@ -151,7 +146,7 @@ class Fleet:
             path,
             self._open_vm,
             self._options,
-            self._end,
+            self._searches,
             lambda: sum(each.loop is not None for each in list(self._members.values())),
             show=self._view.of(name),
             metrics=None if self._metrics is None else self._metrics.of(name),
@@ -175,14 +170,12 @@ class Fleet:
             cells = fleet_row(member.name, member.loop, ending.verdict)
             self.watched.append(Watched(member.name, ending, cells, error))
             self.statuses |= {ending.exit_status, *([VerdictStatus.UNDECIDED.exit_status] if error else [])}
-        before = self._obstacles.get(socket)
+        before = self._retries.get(socket)
         if member.error is not None and (before is None or before.why != error):
             self._view.left(member.name, str(error))
         if member.why_ended is not None:
             self._forget(socket)
-        was_watched = member.loop is not None or before is None
-        pause_s = AGAIN_S if was_watched or before is None else min(2 * before.pause_s, AGAIN_MAX_S)
-        self._obstacles[socket] = _Obstacle(error, pause_s, time.monotonic() + pause_s)
+        self._retries[socket] = Retry.first(error) if member.loop is not None or before is None else before.next(error)
 
     def _forget(self, socket: FileId) -> None:
         if self._metrics is not None:

@@ -16,10 +16,10 @@ from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.metrics import Metrics
 from qemu_glue.watch.fleet import Fleet
+from qemu_glue.watch.fleet_end import FleetEnd
 from qemu_glue.watch.fleet_views import FleetView, fleet_table, verdict_lines
 from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.interrupts import Interrupts
-from qemu_glue.watch.member import FleetEnd
 from qemu_glue.watch.options import WatchOptions
 from qemu_glue.watch.records import finding_record
 from qemu_glue.watch.sockets import sockets_now

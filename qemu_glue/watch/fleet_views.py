@@ -16,13 +16,12 @@ from pvclock.meter.watch.host_troubles import HostTrouble
 from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.words import about_ns, counted, duration, time_of_day
-from qemu_glue.watch.first_lines import first_lines
 from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.json_lines import JsonLines
 from qemu_glue.watch.records import finding_record
 from qemu_glue.watch.tables import rates_in_words
 from qemu_glue.watch.verdict import verdict_in_words
-from qemu_glue.watch.views import JsonView, LinesView, View
+from qemu_glue.watch.views import JsonView, LinesView, View, first_lines
 
 __all__ = ["FleetView", "NamedScreen", "VmView", "fleet_row", "fleet_table", "verdict_lines"]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from pvclock.meter.watch.host_troubles import HostTrouble
 from pvclock.meter.watch.loop import Look, WatchLoop
@@ -13,16 +12,13 @@ from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.metrics import VmMetrics
 from qemu_glue.watch.beginning import Interrupted, Patience, begun
+from qemu_glue.watch.fleet_end import SearchTurns
 from qemu_glue.watch.looks import take_looks
 from qemu_glue.watch.options import WatchOptions
 from qemu_glue.watch.poll_share import SharedWait
 from qemu_glue.watch.views import View
 
-__all__ = ["FleetEnd", "Member", "Shows"]
-
-SEARCHES_AT_ONCE: Final = 2
-"""Searches of a fleet's memories: each takes a CPU, or holds up a VMM, for a while."""
-ASK_S: Final = 0.1
+__all__ = ["Member", "Shows"]
 
 
 class Shows(Protocol):
@@ -32,42 +28,11 @@ class Shows(Protocol):
         """Its pages were found, and looked at for the first time: what shows that look and all others."""
 
 
-class FleetEnd:
-    """The end of a fleet, as its threads wait for it."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._searches = threading.BoundedSemaphore(SEARCHES_AT_ONCE)
-
-    @property
-    def came(self) -> bool:
-        """Is it the end?"""
-        return self._event.is_set()
-
-    def come(self) -> None:
-        """It is."""
-        self._event.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep for `seconds` or until the end; is it the end?"""
-        return self._event.wait(max(seconds, 0))
-
-    @contextmanager
-    def turn_to_search(self) -> Iterator[None]:
-        """Wait until few others search.  Interrupted."""
-        while not self._searches.acquire(timeout=ASK_S):
-            if self.came:
-                raise Interrupted
-        try:
-            yield
-        finally:
-            self._searches.release()
-
-
 class Member:
     """A VM, from its socket on.
 
-    open_vm: opens it.  watched: how many VMs the fleet watches.  metrics: what is told to Prometheus of it.
+    open_vm: opens it.  searches: its turn to search, until the fleet ends.  watched: how many VMs the fleet watches.
+    metrics: what is told to Prometheus of it.
     """
 
     def __init__(
@@ -76,7 +41,7 @@ class Member:
         path: str,
         open_vm: Callable[[str], WatchedVm],
         options: WatchOptions,
-        end: FleetEnd,
+        searches: SearchTurns,
         watched: Callable[[], int],
         *,
         show: Shows,
@@ -89,8 +54,9 @@ class Member:
         """The VM has ended."""
         self.error: Exception | None = None
         """What kept the watch from its work, or ended it."""
-        self._open_vm, self._options, self._end, self._show, self._metrics = open_vm, options, end, show, metrics
-        self._wait = SharedWait(end.wait, watched, is_fixed=options.interval_s is not None)
+        self._open_vm, self._options, self._searches = open_vm, options, searches
+        self._show, self._metrics = show, metrics
+        self._wait = SharedWait(searches.end.wait, watched, is_fixed=options.interval_s is not None)
         self._thread = threading.Thread(target=self._run, name=f"pvclock-watch-{name}", daemon=True)
 
     def start(self) -> None:
@@ -125,7 +91,7 @@ class Member:
                 self._metrics.end()
 
     def _watch(self) -> None:
-        patience = Patience(self._options.wait_s, self._end)
+        patience = Patience(self._options.wait_s, self._searches.end)
         with patience.have(lambda: self._open_vm(self.path)) as vm:
             loop, found = begun(vm, self._options, patience, wait=self._wait, begin=self._begin)
             self._wait.take_charge(loop)
@@ -134,7 +100,7 @@ class Member:
             self.why_ended = take_looks(loop, looks, lambda first: self._show.begin(loop, found, first), self._metrics)
 
     def _begin(self, loop: WatchLoop) -> PagesFound:
-        with self._end.turn_to_search():
+        with self._searches.turn():
             return loop.begin()
 
 

@@ -16,7 +16,6 @@ from pvclock.meter.watch.page_finder import PagesFound
 from qemu_glue.prometheus.metrics import Metrics
 from qemu_glue.watch.beginning import Interrupted, Patience, begun, opened
 from qemu_glue.watch.ending import ending_of
-from qemu_glue.watch.first_lines import first_lines
 from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.interrupts import Interrupts
 from qemu_glue.watch.json_lines import JsonLines
@@ -26,7 +25,7 @@ from qemu_glue.watch.records import summary_record
 from qemu_glue.watch.tables import summary_table
 from qemu_glue.watch.target import Target
 from qemu_glue.watch.verdict import verdict_in_words
-from qemu_glue.watch.views import JsonView, LinesView, LiveView, View
+from qemu_glue.watch.views import JsonView, LinesView, LiveView, View, first_lines
 
 __all__ = ["watch_one"]
 

@@ -12,7 +12,7 @@ __all__ = ["SharedWait"]
 
 INTERVAL_MAX_S: Final = 60.0
 COST_MEMORY: Final = 8
-"""A look's cost is that of about so many looks before it that searched nothing: a search has its own pace."""
+"""A look's cost is that of about so many looks before it that searched nothing: a search is spread out for itself."""
 NS_PER_S: Final = 1_000_000_000
 
 

@@ -10,9 +10,9 @@ from pvclock.meter.watch.ahead import Ahead
 from pvclock.meter.watch.changes import Disagreement, Step
 from pvclock.meter.watch.loop import Look, WatchLoop
 from pvclock.meter.watch.rate import PageRate
+from pvclock.meter.watch.sentences import disagreement_in_words, step_in_words
 from pvclock.meter.watch.summary import WatchSummary
 from pvclock.meter.watch.words import about_ns, bounded_ns, counted, duration, flags_in_words, rate_in_words, reading
-from qemu_glue.watch.sentences import disagreement_in_words, step_in_words
 
 __all__ = ["rates_in_words", "summary_table", "vcpu_table"]
 

@@ -17,15 +17,15 @@ from pvclock.meter.watch.changes import TOLD_STALL_NS, Disagreement, PageLost, S
 from pvclock.meter.watch.host_troubles import HostTrouble
 from pvclock.meter.watch.loop import Finding, Look, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
+from pvclock.meter.watch.sentences import addresses_in_words, sentences
 from pvclock.meter.watch.vm import VmEvent
-from pvclock.meter.watch.words import counted, duration, time_of_day
+from pvclock.meter.watch.words import counted, duration, plain_ns, time_of_day
 from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.json_lines import JsonLines
 from qemu_glue.watch.records import finding_record, rate_records, reading_record, vm_record
-from qemu_glue.watch.sentences import sentences
 from qemu_glue.watch.tables import vcpu_table
 
-__all__ = ["JsonView", "LinesView", "LiveView", "View"]
+__all__ = ["JsonView", "LinesView", "LiveView", "View", "first_lines"]
 
 REDRAW_S: Final = 0.5
 KEPT: Final = 8
@@ -35,6 +35,7 @@ AROUND_ROWS: Final = 16
 AHEAD_COLUMNS: Final = 100
 """A terminal that has room for one column of the table more."""
 RATES_FIRST_S, RATES_MAX_S = 2.0, 60.0
+US_PER_S: Final = 1_000_000
 
 
 class View(Protocol):
@@ -127,6 +128,20 @@ class LiveView:
         yield from ["the guest is stopped"] * bool(self._loop.is_paused)
         yield from ["its pages are searched again"] * self._loop.finder.is_searching
         yield "Ctrl-C ends"
+
+
+def first_lines(loop: WatchLoop, found: PagesFound) -> Iterator[Text]:
+    """What is said of a VM once its pages are found: where they are, and what cannot be seen of it."""
+    vm = loop.vm
+    interval = plain_ns(round(loop.interval_s * US_PER_S) * 1000)
+    yield Text(f"{vm.name}: watching {addresses_in_words(found.pages)}, every {interval}")
+    if loop.is_paused:
+        yield Text("The guest is stopped.", "yellow")
+    for lacking, why in (("clock readings", vm.why_no_offsets), ("causes of steps", vm.why_no_events)):
+        if why is not None:
+            yield Text(f"No {lacking}: {why}", "yellow")
+    if loop.finder.doubt is not None:
+        yield Text(f"Perhaps not the guest's: {loop.finder.doubt}", "yellow")
 
 
 def _told(look: Look, instants: Instants) -> Iterator[Text]:

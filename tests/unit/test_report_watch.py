@@ -18,11 +18,11 @@ from pvclock.meter.report.model import MARKS_MAX, Mark, Plot, Standing, Table
 from pvclock.meter.report.sources import read
 from pvclock.meter.report.watch_steps import STEPS_SHOWN, UNKNOWN_SHOWN, disagreement_in_words, step_of
 from pvclock.meter.watch.changes import Disagreement, Step, TscBasis
+from pvclock.meter.watch.sentences import sentences
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.quantities import HostTsc
 from pvclock.readings import TimeInfo
 from qemu_glue.watch.records import finding_record
-from qemu_glue.watch.sentences import sentences
 from tests.unit.report_lines import (
     found,
     plot,

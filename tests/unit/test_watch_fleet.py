@@ -29,13 +29,14 @@ from qemu_glue import QmpFailed
 from qemu_glue.prometheus.exporter import page_maker
 from qemu_glue.prometheus.metrics import Metrics, StepCause
 from qemu_glue.watch.fleet import Fleet
+from qemu_glue.watch.fleet_end import FleetEnd
 from qemu_glue.watch.fleet_views import FleetView
 from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.interrupts import Interrupts
-from qemu_glue.watch.member import FleetEnd
 from qemu_glue.watch.names import FileId, VmNames
 from qemu_glue.watch.options import WatchOptions
 from qemu_glue.watch.poll_share import SharedWait
+from qemu_glue.watch.retry import Retry
 from qemu_glue.watch.sockets import is_pattern, sockets_now
 from tests.unit.test_watch_loop import ARRAY, HandMadeVm, loop_of
 from tests.waiting import HANG_S
@@ -51,8 +52,8 @@ LOOKS = 5
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sockets are looked for at each turn, what failed is tried again at the next one, and the host is on tsc."""
     monkeypatch.setattr("pvclock.host.linux.host_clocksource", lambda: "tsc")
-    for name in ("LOOK_AGAIN_S", "AGAIN_S"):
-        monkeypatch.setattr(f"qemu_glue.watch.fleet.{name}", 1e-3)
+    for name in ("fleet.LOOK_AGAIN_S", "fleet.IN_PLACE_S", "retry.PAUSE_S"):
+        monkeypatch.setattr(f"qemu_glue.watch.{name}", 1e-3)
 
 
 class HandMadeFleet:
@@ -246,6 +247,16 @@ def test_what_cannot_be_watched_is_tried_again(hand_made: HandMadeFleet, capsys:
     assert capsys.readouterr().out.count(" left: QMP connect: another client has it") == 1
     assert {each.vm for each in fleet.watched} == {"web", "db"}
     assert (fleet.not_watched, fleet.statuses) == ({}, {0})
+
+
+def test_tries_grow_rarer() -> None:
+    """After 4 s, then after 8, and so on, up to a minute; what is told is the last reason."""
+    tries = [Retry(None, 4.0, 0.0)]
+    for _ in range(5):
+        tries.append(tries[-1].next("busy"))
+    assert [each.pause_s for each in tries] == [4, 8, 16, 32, 60, 60]
+    assert [each.is_due for each in tries[:2]] == [True, False]
+    assert (tries[-1].why, Retry.first(None).why) == ("busy", None)
 
 
 def test_a_mistake_of_ours_beside_one_vm_ends_no_other(hand_made: HandMadeFleet) -> None:
@@ -526,7 +537,9 @@ def test_a_name_that_is_no_text(hand_made: HandMadeFleet, capsys: pytest.Capture
     hand_made.add(f"{odd}2", QmpFailed("connect", f"{odd}2: busy"))
     named = r"x\xff\n\x1b[31mweb"
     page = page_maker(hand_made.metrics)
-    fleet = hand_made.watch(hand_made.looked(named), lambda: len(hand_made.opened) > 2, lambda: page("").content)
+    fleet = hand_made.watch(
+        lambda: hand_made.looks[odd] > LOOKS, lambda: len(hand_made.opened) > 2, lambda: page("").content
+    )
     assert fleet.not_watched.keys() == {f"{named}2"}
     (watched,) = fleet.watched
     assert watched.vm == named
@@ -548,14 +561,17 @@ def test_another_vm_takes_a_sockets_place(hand_made: HandMadeFleet) -> None:
     hand_made.add("web")
     whole = f"{hand_made.place}/web.qmp"
     fleet = hand_made.watch(
-        hand_made.looked("web"), doing(lambda: hand_made.add("web")), hand_made.looked(whole), hand_made.looked("web")
+        hand_made.looked("web"),
+        doing(lambda: hand_made.add("web")),
+        hand_made.looked("web", 100),
+        lambda: len(hand_made.opened) == 1 or hand_made.metrics.of(whole).is_up,
     )
     assert sorted(each.vm for each in fleet.watched) == [whole, "web"]
 
 
 def test_a_vm_that_is_started_anew(hand_made: HandMadeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has its name again, although its socket is there before the end of the one before is seen."""
-    monkeypatch.setattr("qemu_glue.watch.fleet.AGAIN_S", HANG_S)
+    monkeypatch.setattr("qemu_glue.watch.fleet.IN_PLACE_S", HANG_S)
     web = hand_made.add("web")
 
     def end() -> None:
@@ -567,7 +583,8 @@ def test_a_vm_that_is_started_anew(hand_made: HandMadeFleet, monkeypatch: pytest
         hand_made.looked("web", LOOKS),
         doing(end),
         lambda: len(hand_made.opened) > 1,
-        hand_made.looked("web"),
+        doing(hand_made.looks.clear),
+        lambda: hand_made.looks["web"] > LOOKS,
     )
     assert [each.vm for each in fleet.watched] == ["web", "web"]
 

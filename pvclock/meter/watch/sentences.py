@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Final
 
-from pvclock import Gpa
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
 from pvclock.meter.watch.host_troubles import HostTrouble
 from pvclock.meter.watch.loop import Finding, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.meter.watch.words import bounded_ns, counted, duration, exact_ns, flags_in_words
+from pvclock.quantities import Gpa
 
 __all__ = [
     "addresses_in_words",
