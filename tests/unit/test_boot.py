@@ -139,6 +139,7 @@ def test_every_truncation_is_refused(memory: GuestMemory, ram: bytearray) -> Non
     assert ram == b"\xa5" * RAM_BYTES
 
 
+@pytest.mark.row("E22")
 @pytest.mark.parametrize(
     ("gpa", "memory_bytes", "told_at"),
     [
@@ -164,6 +165,7 @@ def test_boot_information_is_where_the_image_leaves_room(
     assert struct.unpack("<IQQI", memory.read(at, length)) == (20, 0, RAM_BYTES, 1)
 
 
+@pytest.mark.row("E22")
 def test_an_initrd_is_behind_all_of_it(memory: GuestMemory) -> None:
     """Also where the information had to go behind the image."""
     image = elf(entry=0x1000, program_header=segment(0x1000, memory_bytes=1 << 20))

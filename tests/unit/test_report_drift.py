@@ -38,6 +38,16 @@ def test_each_clock_is_a_line_with_its_bounds(tmp_path: Path) -> None:
     assert section.title == "Drift of engine and kernel"
 
 
+@pytest.mark.parametrize(
+    ("words", "title"),
+    [(["kernel"], "kernel"), (["engine", "kernel", "qemu"], "engine, kernel and QEMU")],
+)
+def test_the_title_has_the_clocks(words: list[str], title: str, tmp_path: Path) -> None:
+    """One, or several, by their short names."""
+    clocks = [{"clock": word, "name": word} for word in words]
+    assert section_of(tmp_path / "x", [drift_begin(clocks=clocks)]).title == f"Drift of {title}"
+
+
 def test_the_result_is_told_and_drawn_with_its_bounds(tmp_path: Path) -> None:
     """Rates as intervals and in words; the least and greatest step, and those at new anchors, in tables."""
     section = section_of(tmp_path / "x", DRIFT)

@@ -275,7 +275,7 @@ def test_the_greatest_mark_of_each_standing_is_kept(great: Standing) -> None:
     """A step of 1 s at a pause stands beside any number of small ones that are faults, and the other way round."""
     marks = MarkCollection()
     for at in range(50_000):
-        marks.add(Mark(at, "step", "", list(Standing)[at % 4], size=1 + at % 3))
+        marks.add(Mark(at, "step", "", list(Standing)[at % 4], size=at % 4))
         if at == 31_234:
             marks.add(Mark(at, "step", "", great, size=1e9))
     shown = marks.marks()
@@ -283,6 +283,7 @@ def test_the_greatest_mark_of_each_standing_is_kept(great: Standing) -> None:
     assert sum(mark.stands_for for mark in shown) == 50_001
     (greatest,) = (mark for mark in shown if mark.size == 1e9)
     assert (greatest.x, greatest.standing) == (31_234, great)
+    assert {mark.standing for mark in shown} == set(Standing)
 
 
 # Steps in a table

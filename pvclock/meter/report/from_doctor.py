@@ -13,7 +13,7 @@ from pvclock.meter.inside.record import ClockRecord, ProbeRecord
 from pvclock.meter.inside.verdict import Budgets, verdict_document
 from pvclock.meter.inside.windows import all_windows
 from pvclock.meter.report.fields import Fields, Place
-from pvclock.meter.report.model import Axis, Interval, Intervals, Part, Section, Standing, Table, Unit
+from pvclock.meter.report.model import STANDINGS, Axis, Interval, Intervals, Part, Section, Standing, Table, Unit
 from pvclock.meter.watch.words import counted
 from pvclock.state.json_schema import plain
 
@@ -27,7 +27,6 @@ WORKS: Final = {
     "crosscheck": "QEMU cross-check",
     "lab": "lab",
 }
-STANDINGS: Final = {"passed": Standing.GOOD, "broken": Standing.BAD, "undecided": Standing.OPEN}
 
 
 def host_section(source: str, result: Fields) -> Section:

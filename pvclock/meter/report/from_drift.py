@@ -141,7 +141,8 @@ def _section(source: str, drift: _Drift) -> Section:
         _reanchors(drift),
     ]
     verdict, standing = _verdict(drift)
-    names = " and ".join(each.name for each in series)
+    *first, last = [each.name for each in series]
+    names = f"{', '.join(first)} and {last}" if first else last
     told = tuple(part for part in parts if part is not None)
     return Section(f"Drift of {names}", source, verdict, standing, tuple(_sentences(drift)), told)
 

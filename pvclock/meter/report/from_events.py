@@ -258,10 +258,10 @@ def _plots(log: _Log) -> Iterator[Part]:
     time = Axis("Host time", Unit.S)
     note = (
         "Host time is the host's TSC by its nominal frequency, so a clock at rate 1 is level; one that is paused falls "
-        "by 1 s in a second.  The points are exact."
-    )
+        "by 1 s in a second.  The points are exact.  "
+    ) + log.marks.note()
     ahead = Line("guest time", series.x_s, series.ahead_ns)
-    yield Plot("Guest time less host time", time, Axis("Ahead of the host", Unit.NS), (ahead,), marks, note)
+    yield Plot("Guest time less host time", time, Axis("Ahead of the host", Unit.NS), (ahead,), marks, note.rstrip())
     if all(math.isnan(ppb) or abs(ppb) <= STEADY_PPB for ppb in series.rate_ppb):
         line = Line("rate", series.rate_x_s, series.rate_ppb, is_stepped=True)
         yield Plot("Rate", time, Axis("Faster than nominal", Unit.PPB), (line,), marks, "Broken where it was paused.")
