@@ -13,11 +13,12 @@ mapfile -t files < <(
     env -u PYTHONDONTWRITEBYTECODE "$bin/python" -m pytest --collect-only -q -m "$marks" | sed -n 's/::.*//p' | sort -u
 )
 ((${#files[@]})) || exit 1
-# How QEMU is reached, and what a watch says to its user, does not depend on the host's KVM; a life cycle takes a minute.
+# How QEMU is reached, and what a watch or a drift says to its user, does not depend on the host's KVM, nor does a report; a
+# life cycle takes a minute.
 # A stock Linux hangs in a lab with two CPUs more often than not, and has a lab of its own.
 # On two CPUs, what meets there and not on one: not what compiles programs, starts commands or calls from one thread.
 linux=(tests/qemu/test_{watch_linux,doctor_guest_linux}.py tests/kvm/test_stock_linux.py)
-files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/(qemu/test_(qmp_socket|watch.*|doctor_guest_linux)|kvm/test_stock_linux)\.py'))
+files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/(qemu/test_(qmp_socket|watch.*|drift|report|doctor_guest_linux)|kvm/test_(drift|stock_linux))\.py'))
 alone='kvm/test_(c_vmm|demo|embedding|examples|execution_time_machine|probe_image|probe_entries|run_command|wrong_types)|qemu/test_(every_guest|hvprobe_qemu|launch|lifecycle|outside_qemu|page_search|probe_qemu)|unit/'
 on_two=($(printf '%s\n' "${files[@]}" | grep -vE "tests/($alone)"))
 "$bin/python" -m compileall -q pvclock qemu_glue

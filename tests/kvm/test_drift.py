@@ -23,7 +23,7 @@ def test_the_drift_of_both_clocks(capsys: pytest.CaptureFixture[str]) -> None:
     begin, *readings, report = map(json.loads, capsys.readouterr().out.splitlines())
     assert [each["clock"] for each in begin["clocks"]] == ["engine", "kernel"]
     engine, kernel = report["result"]["clocks"]
-    assert len(readings) > 1
+    assert readings
     assert len(kernel["reanchors_ns"]) == 4
     assert len(engine["reanchors_ns"]) == 3
     assert max(abs(step_ns) for step_ns in engine["reanchors_ns"].values()) <= 5
