@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run the tests on real vCPUs and on QEMU inside the lab: all of them where its kernel trusts its TSCs, with one CPU and
-# with two; with unstable TSCs those that do not hold a guest's readings to ns, for there KVM moves guests' TSCs by us.
+# Run the tests on real vCPUs and on QEMU inside the lab, where its kernel trusts its TSCs, on one CPU or on two; and with
+# unstable TSCs those that do not hold a guest's readings to ns, for there KVM moves guests' TSCs by us.
 # Two labs run at a time, because each keeps one CPU of this machine busy.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,14 +13,14 @@ mapfile -t files < <(
     env -u PYTHONDONTWRITEBYTECODE "$bin/python" -m pytest --collect-only -q -m "$marks" | sed -n 's/::.*//p' | sort -u
 )
 ((${#files[@]})) || exit 1
-# How QEMU is reached, and what a watch or a drift says to its user, does not depend on the host's KVM, nor does a report; a
-# life cycle takes a minute.
+# How QEMU is reached, and what a watch or a drift says to its user, does not depend on the host's KVM, nor does a report.
 # A stock Linux hangs in a lab with two CPUs more often than not, and has a lab of its own.
-# On two CPUs, what meets there and not on one: not what compiles programs, starts commands or calls from one thread.
 linux=(tests/qemu/test_{watch_linux,doctor_guest_linux}.py tests/kvm/test_stock_linux.py)
 files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/(qemu/test_(qmp_socket|watch.*|drift|report|doctor_guest_linux)|kvm/test_(drift|stock_linux))\.py'))
-alone='kvm/test_(c_vmm|demo|embedding|examples|execution_time_machine|probe_image|probe_entries|run_command|wrong_types)|qemu/test_(every_guest|hvprobe_qemu|launch|lifecycle|outside_qemu|page_search|probe_qemu)|unit/'
-on_two=($(printf '%s\n' "${files[@]}" | grep -vE "tests/($alone)"))
+# Two CPUs for what is about vCPUs that run at once; one for all else.
+at_once='kvm/test_(differential|following|guest_(reads|tsc)|hvprobe|hyperv_(differential|machine)|interrupts|machine_clock|probe_offsets|runner|side_by_side_machine|steal_time|time_operations|tsc_sync|watched_machine)\.py|qemu/test_(crosscheck|probe_offsets_qemu)\.py|stress/'
+on_two=($(printf '%s\n' "${files[@]}" | grep -E "tests/($at_once)"))
+on_one=($(printf '%s\n' "${files[@]}" | grep -vE "tests/($at_once)"))
 "$bin/python" -m compileall -q pvclock qemu_glue
 "$bin/python" -c "
 from pvclock.lab.kernel import find_kernel
@@ -36,14 +36,11 @@ in_lab() {  # options of `pvclock lab`, --, and what to test
 
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
-{
-    in_lab --cpus 2 --tsc-reliable -- -k "not clang" "${on_two[@]}"
-    on_two_status=$?
-    in_lab -- "${linux[@]}" && (exit "$on_two_status")
-} >"$output" 2>&1 &
+in_lab --cpus 2 --tsc-reliable -- -k "not clang" "${on_two[@]}" >"$output" 2>&1 &
 status=0
-# Long tests, and clang's twins of gcc's, are left to the other lab at most: after this one comes the third regime.
-in_lab -- -m "$marks and not long" -k "not clang" "${files[@]}" || status=1
+# Long tests, and clang's twins of gcc's, are left to this machine.
+in_lab -- -m "$marks and not long" -k "not clang" "${on_one[@]}" || status=1
+in_lab -- "${linux[@]}" || status=1
 in_lab --cpus 2 -- tests/kvm/test_{capabilities,descriptors,differential,exits,guest_tsc,hyperv_differential,ioctls,machine,runner,steal_time,tsc_sync,execution_time_machine}.py \
     tests/kvm/test_guest_reads.py::test_stable_taken_from_running_guests tests/qemu/test_launch.py || status=1
 wait $! || status=1

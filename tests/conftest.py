@@ -64,7 +64,8 @@ def debugfs() -> Iterator[None]:
 def scope_of(nodeid: str) -> str:
     """Return what runs one after the other: a file's tests, and all that want the machine for themselves."""
     file = nodeid.partition("::")[0]
-    return file if file.startswith(("tests/unit/", "tests/model/")) else "real machines"
+    wants_the_machine = not file.startswith(("tests/unit/", "tests/model/")) and not file.endswith("_mutations.py")
+    return "real machines" if wants_the_machine else file
 
 
 @pytest.hookimpl(optionalhook=True)
