@@ -192,6 +192,10 @@ def test_a_reader_that_goes(image: Callable[[bytes], str]) -> None:
 # In a terminal
 
 
+AS_A_SHELL: Final = ("env", "--default-signal=INT,HUP,TERM")
+"""What runs the tests may ignore these, as nohup and background jobs do."""
+
+
 class Session:
     """`pvclock run` in a terminal of its own."""
 
@@ -199,7 +203,11 @@ class Session:
         self._ours, self._theirs = pty.openpty()
         self.before = self.settings
         self.process = subprocess.Popen(
-            command("run", *arguments), cwd=ROOT, stdin=self._theirs, stdout=self._theirs, stderr=subprocess.DEVNULL
+            [*AS_A_SHELL, *command("run", *arguments)],
+            cwd=ROOT,
+            stdin=self._theirs,
+            stdout=self._theirs,
+            stderr=subprocess.DEVNULL,
         )
 
     def type(self, keys: bytes) -> None:

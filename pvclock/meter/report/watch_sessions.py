@@ -58,10 +58,11 @@ class WatchSessions:
 
     def _found(self, record: Fields) -> None:
         """A watch begins; and with it a session, if it is of one VM, or the first of a fleet after such a one."""
-        is_of_fleet = "description" in record
+        vm = record.text_or_none("vm")  # a fleet's name of it; the watch of one VM says what it is, twice
+        is_of_fleet = record.text_or_none("description") not in {None, vm}
         if (None in self._of_vm) if is_of_fleet else self._of_vm:
             self._end_session()
-        name = record.text("vm") if is_of_fleet else None
+        name = vm if is_of_fleet else None
         log = self._log_of(name, record)
         if log.begin is not None or log.ended is not None:
             log = self._begin(name, record)
