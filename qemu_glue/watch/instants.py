@@ -27,7 +27,8 @@ class Instants:
 
     def since_begin_s(self, utc_ns: int) -> float:
         """The time since the watch began, at an instant of a moment ago; UTC that is set before that does not count."""
-        return time.monotonic() - self._begin_s - (time.time_ns() - utc_ns) / NS_PER_S
+        ago_s = (time.time_ns() - utc_ns) / NS_PER_S  # first: a stall before the other clock is read adds to it
+        return time.monotonic() - self._begin_s - ago_s
 
 
 def utc_text(utc_ns: int) -> str:

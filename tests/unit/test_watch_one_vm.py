@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from pvclock.commands import main
 from qemu_glue import QmpFailed
 from qemu_glue.watch.command import _only_target, add_arguments
+from qemu_glue.watch.instants import Instants
 from qemu_glue.watch.interrupts import Interrupts
 from tests.unit.test_watch_loop import ARRAY, HandMadeVm
 
@@ -48,6 +50,31 @@ def test_each_line_has_its_instant(vm: HandMadeVm, capsys: pytest.CaptureFixture
     assert "reading" in {line["kind"] for line in others}
     assert found["utc"] <= min(line["utc"] for line in (*others, summary))
     assert found["vm"] == found["description"] == vm.name
+
+
+class StallingClocks:
+    """Stands for `time`: each reading of either clock comes a second after the one before."""
+
+    def __init__(self) -> None:
+        self._read = count()
+
+    def monotonic(self) -> float:
+        """In s."""
+        return float(next(self._read))
+
+    def time_ns(self) -> int:
+        """The same clock in ns."""
+        return next(self._read) * 10**9
+
+
+def test_no_instant_is_before_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the process stalls between its readings of the two clocks."""
+    clocks = StallingClocks()
+    monkeypatch.setattr("qemu_glue.watch.instants.time", clocks)
+    instants = Instants(10**9)
+    for _ in range(3):
+        now_ns = clocks.time_ns()
+        assert instants.since_begin_s(now_ns) >= now_ns / 1e9
 
 
 @pytest.mark.parametrize(
