@@ -120,9 +120,9 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     ):
         if not arguments.image and cpu_flags().isdisjoint(VIRTUALISATION):
             screen.tell(f"pvclock run: {MAY_NOT_RUN}")
+        begun_s = time.monotonic()
         if arguments.rate is not None and machine.clock is not None:
             machine.clock.dilate(*arguments.rate.as_integer_ratio())
-        begun_s = time.monotonic()
         end = _run_to_its_end(machine, console, arguments.timeout)
         result = {
             **end._asdict(),
