@@ -340,6 +340,23 @@ def test_a_finding_has_the_same_words_as_in_the_watch(finding: Step | Disagreeme
     assert [words] == [sentence for _, sentence in sentences([finding])]
 
 
+@pytest.mark.parametrize(
+    ("utc", "said"),
+    [
+        ("2026-11-27T14:03:05.035000Z", "STOP, RESUME 1.035 s later"),
+        ("2026-11-27T14:03:05.035000", "STOP, RESUME 1.035 s later"),
+        ("0001-01-01T00:00:00+14:00", "STOP, RESUME 63 930 000 000 s later"),
+        (None, "STOP, RESUME"),
+        ("soon", "STOP, RESUME"),
+    ],
+)
+def test_an_events_utc_is_what_can_be_read_of_it(utc: str | None, said: str) -> None:
+    """Without a time zone it is UTC as well; where there is none, nothing is said of how much later it was."""
+    events = [{"what": "stop", "utc": "2026-11-27T14:03:04.000000Z"}, {"what": "resume", "utc": utc}]
+    record = Fields({**finding_record(STEP), "at_s": 1.0, "events": events}, Place("x"))
+    assert step_of(record).cause == said
+
+
 def test_a_steps_row(tmp_path: Path) -> None:
     """When, on which vCPUs, how long, what the guest saw, what the VMM told, and how far that is known."""
     (row,) = rows(section_of(tmp_path / "x", [found(), *paused(10)]), "Steps, the greatest first")

@@ -15,7 +15,7 @@ from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Sta
 from pvclock.meter.watch.host_troubles import HostTrouble
 from pvclock.meter.watch.loop import Finding, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
-from pvclock.meter.watch.sentences import sentences, vcpus_in_words
+from pvclock.meter.watch.sentences import sentences
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.meter.watch.words import (
     about_ns,
@@ -27,6 +27,7 @@ from pvclock.meter.watch.words import (
     rate_in_words,
     reading,
     time_of_day,
+    vcpus_in_words,
 )
 from pvclock.quantities import Gpa, GuestNs, HostTsc
 from pvclock.readings import TimeInfo

@@ -13,8 +13,9 @@ from typing import Final, NamedTuple
 
 from pvclock.meter.allan import Deviation, allan_deviations, even_segments
 from pvclock.meter.report.model import Axis, Line, Mark, Plot, Unit
+from pvclock.meter.watch.words import vcpus_in_words
 
-__all__ = ["LINES_MAX", "ClockSeries", "distinct", "readings_plots", "runs_in_words", "stability_plot"]
+__all__ = ["LINES_MAX", "ClockSeries", "distinct", "readings_plots", "stability_plot"]
 
 LINES_MAX: Final = 16
 """Clocks of one plot: of more, those that went furthest are drawn."""
@@ -160,19 +161,8 @@ def distinct(series: Iterable[ClockSeries], names: Sequence[int]) -> list[ClockS
         key = each.at_s.tobytes(), each.ahead_ns.tobytes()
         alike.setdefault(key, (each, []))[1].append(vcpu)
     for each, vcpus in alike.values():
-        each.name = f"vCPU{'s' * (len(vcpus) > 1)} {runs_in_words(vcpus)}"
+        each.name = vcpus_in_words(vcpus)
     return [each for each, _ in alike.values()]
-
-
-def runs_in_words(numbers: Sequence[int]) -> str:
-    """Rising numbers, such as "0-3, 7"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
 def readings_plots(series: Sequence[ClockSeries], against: str, marks: tuple[Mark, ...], note: str = "") -> list[Plot]:

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Final
 
-from pvclock.meter.report.clock_series import LINES_MAX, distinct, readings_plots, runs_in_words, stability_plot
+from pvclock.meter.report.clock_series import LINES_MAX, distinct, readings_plots, stability_plot
 from pvclock.meter.report.fields import Fields, Place
 from pvclock.meter.report.model import STANDINGS, Axis, Part, Plot, Section, Standing, Table, Unit
 from pvclock.meter.report.watch_log import STALL_NS, WatchLog
 from pvclock.meter.report.watch_sessions import WatchSessions
-from pvclock.meter.watch.words import counted, duration, plain_ns, rate_in_words
+from pvclock.meter.watch.words import counted, duration, plain_ns, rate_in_words, vcpus_in_words
 from pvclock.quantities import quoted
 
 __all__ = ["watch_sections"]
@@ -146,7 +146,7 @@ def _rate_plot(log: WatchLog) -> Plot | None:
     for vcpu, rate in shown:
         same.setdefault(rate.at_s.tobytes() + rate.ppb.tobytes(), []).append(vcpu)
     named = [(vcpus, log.rates[vcpus[0]]) for vcpus in same.values()]
-    lines = tuple(rate.line(f"vCPU{'s' * (len(vcpus) > 1)} {runs_in_words(vcpus)}") for vcpus, rate in named)
+    lines = tuple(rate.line(vcpus_in_words(vcpus)) for vcpus, rate in named)
     if not any(len(line.x) for line in lines):
         return None
     how = "As the watch told it: over all its time so far.  The bound shrinks as it grows."

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
-from pvclock.meter.report.clock_series import runs_in_words
 from pvclock.meter.report.fields import Fields
 from pvclock.meter.report.model import Standing, Table
-from pvclock.meter.watch.words import bounded_ns, counted, duration, exact_ns
+from pvclock.meter.watch.sentences import cause, told_disagreement_in_words, told_step_in_words
+from pvclock.meter.watch.words import bounded_ns, counted, exact_ns, runs_in_words, vcpus_in_words
 
-__all__ = ["Step", "StepTable", "cause_in_words", "disagreement_in_words", "step_of"]
+__all__ = ["Step", "StepTable", "disagreement_in_words", "step_of"]
 
 STEPS_SHOWN: Final = 50
 UNKNOWN_SHOWN: Final = 20
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 PAUSE_EVENTS: Final = frozenset({"stop", "resume"})
 KNOWN_BY: Final = {"offsets": "by TSC offsets", "assumed": "if the TSC was unchanged", "changed": "the TSC changed"}
 
@@ -57,32 +58,21 @@ class Step(NamedTuple):
 
     def in_words(self) -> str:
         """The step as a sentence without its end, as the watch itself tells it."""
-        several = [f"{self.lines} lines followed each other"] * (self.lines > 1)
-        return "; ".join([f"{_vcpus(self.vcpus)} {self._against_tsc()}{self._seen()}", *several, *self._causes()])
-
-    def _against_tsc(self) -> str:
-        if self.lines == 0 and self.step_ns is None:
-            return "has its line still, but its TSC was written: perhaps the guest was reset, and reads others"
-        if self.lines == 0:
-            return f"has its line still, but its TSC was written: that is {exact_ns(self.step_ns or 0)}"
-        if self.step_ns is None:
-            return (
-                "got a new line: by how much it stepped is unknown, for the guest's TSC was changed, or may have been"
-            )
-        if self.step_ns == 0:
-            return "has its line written anew, without a step"
-        said = f"stepped by {exact_ns(self.step_ns, self.bound_ns or 1)} against the TSC"
-        return said if self.basis == "offsets" else f"{said} (if its TSC was not changed)"
-
-    def _causes(self) -> list[str]:
-        return [self.cause] if self.cause else []
+        said = told_step_in_words(
+            lines=self.lines,
+            basis=self.basis,
+            step_ns=self.step_ns,
+            bound_ns=self.bound_ns,
+            seen_ns=self.seen_ns,
+            seen_bound_ns=self.seen_bound_ns,
+            cause=self.cause,
+        )
+        return f"{vcpus_in_words(self.vcpus)} {said}"
 
     def size_in_words(self) -> str:
         """How long it was, against the TSC and for the guest, and when."""
-        return f"{exact_ns(self.step_ns or 0, self.bound_ns)} at {self.at_s:,.3f} s{self._seen()}"
-
-    def _seen(self) -> str:
-        return f", {self.seen_in_words()} from STOP to RESUME" if self.seen_ns is not None else ""
+        seen = f", {self.seen_in_words()} from STOP to RESUME" if self.seen_ns is not None else ""
+        return f"{exact_ns(self.step_ns or 0, self.bound_ns)} at {self.at_s:,.3f} s{seen}"
 
     def seen_in_words(self) -> str:
         """What the guest saw of a pause; "-" if that is unknown."""
@@ -133,7 +123,7 @@ class StepTable:
 
 def step_of(record: Fields) -> Step:
     """The step in a line, of one vCPU."""
-    causes = _events(record)
+    events = _events(record)
     return Step(
         record.number("at_s"),
         (record.whole("vcpu"),),
@@ -143,35 +133,22 @@ def step_of(record: Fields) -> Step:
         record.whole_or_none("seen_bound_ns") or 0,
         record.text("basis"),
         record.whole("lines"),
-        cause_in_words(causes),
-        any(what in PAUSE_EVENTS for what, _ in causes),
+        cause(events),
+        any(what in PAUSE_EVENTS for what, _ in events),
     )
 
 
-def cause_in_words(causes: Sequence[tuple[str, str | None]]) -> str:
-    """What the VMM did, such as "STOP, RESUME 1.035 s later"; empty if it told nothing."""
-    told: list[str] = []
-    before: datetime | None = None
-    for what, utc in causes:
-        now = _instant(utc)
-        later = f" {duration(round((now - before).total_seconds() * 1e9))} later" if now and before else ""
-        told.append(f"{what.upper()}{later}")
-        before = now
-    return ", ".join(told)
-
-
 def disagreement_in_words(record: Fields) -> str:
-    """Which page was ahead, by how much, for how long, and what that was for a reader, as the watch itself tells it."""
-    by = exact_ns(record.whole("by_ns"), record.whole("bound_ns")).removeprefix("+")
-    least_ns = record.whole("least_ns")
-    how_long = f"for at least {duration(least_ns)}" if least_ns else "at one look"
-    ahead, behind = record.whole("ahead"), record.whole("behind")
-    reader = "a clock that was read by it went back by as much"
-    if record.truth("is_stale"):
-        reader = f"vCPU {behind or ahead} does not run, so its page is stale, and nobody reads it"
-    cause = cause_in_words(_events(record))
-    said = f"vCPU {ahead}'s page gave up to {by} more than vCPU {behind}'s, {how_long}: {reader}"
-    return f"{said}; {cause}" if cause else said
+    """The disagreement in a line, as the watch itself tells it."""
+    return told_disagreement_in_words(
+        ahead=record.whole("ahead"),
+        behind=record.whole("behind"),
+        by_ns=record.whole("by_ns"),
+        bound_ns=record.whole("bound_ns"),
+        least_ns=record.whole("least_ns"),
+        is_stale=record.truth("is_stale"),
+        cause=cause(_events(record)),
+    )
 
 
 def _row(step: Step) -> tuple[str, ...]:
@@ -181,20 +158,20 @@ def _row(step: Step) -> tuple[str, ...]:
     return f"{step.at_s:,.3f} s", runs_in_words(step.vcpus), against, step.seen_in_words(), step.cause or "-", known
 
 
-def _events(record: Fields) -> list[tuple[str, str | None]]:
-    return [(event.text("what"), event.text_or_none("utc")) for event in record.all_fields("events")]
+def _events(record: Fields) -> list[tuple[str, int | None]]:
+    """Each event's kind and, where it can be read, its UTC in ns."""
+    return [(event.text("what"), _utc_ns(event.text_or_none("utc"))) for event in record.all_fields("events")]
 
 
 def _vcpus_of(steps: Sequence[Step]) -> int:
     return sum(len(step.vcpus) for step in steps)
 
 
-def _vcpus(vcpus: Sequence[int]) -> str:
-    return f"vCPU{'s' * (len(vcpus) > 1)} {runs_in_words(vcpus)}"
-
-
-def _instant(utc: str | None) -> datetime | None:
+def _utc_ns(utc: str | None) -> int | None:
     try:
-        return None if utc is None else datetime.fromisoformat(utc)
+        instant = None if utc is None else datetime.fromisoformat(utc)
     except ValueError:
         return None
+    if instant is None:
+        return None
+    return (instant.replace(tzinfo=instant.tzinfo or UTC) - EPOCH) // timedelta(microseconds=1) * 1000

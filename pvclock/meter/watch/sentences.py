@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Final
 
 from pvclock.meter.watch.changes import Disagreement, FlagsChange, PageLost, Stall, Step, TscBasis
@@ -11,7 +11,7 @@ from pvclock.meter.watch.host_troubles import HostTrouble
 from pvclock.meter.watch.loop import Finding, VmEnded
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
-from pvclock.meter.watch.words import bounded_ns, counted, duration, exact_ns, flags_in_words
+from pvclock.meter.watch.words import bounded_ns, counted, duration, exact_ns, flags_in_words, vcpus_in_words
 from pvclock.quantities import Gpa
 
 __all__ = [
@@ -21,7 +21,8 @@ __all__ = [
     "pages_in_words",
     "sentences",
     "step_in_words",
-    "vcpus_in_words",
+    "told_disagreement_in_words",
+    "told_step_in_words",
 ]
 
 PAGES_SHOWN: Final = 4
@@ -34,21 +35,17 @@ def sentences(findings: Sequence[Finding]) -> Iterator[tuple[Finding, str]]:
         yield alike[0], _sentence(alike)
 
 
-def vcpus_in_words(vcpus: Iterable[int]) -> str:
-    """Such as "vCPU 0" or "vCPUs 0-3, 7"; in ascending order."""
-    numbers = list(vcpus)
-    begins = [numbers[0], *(after for before, after in pairwise(numbers) if after != before + 1)]
-    ends = [*(before for before, after in pairwise(numbers) if after != before + 1), numbers[-1]]
-    runs = [f"{begin}-{end}" if end > begin else f"{begin}" for begin, end in zip(begins, ends, strict=True)]
-    return f"vCPU{'s' * (len(numbers) > 1)} {', '.join(runs)}"
+def cause(events: Iterable[tuple[str, int | None]]) -> str:
+    """What the VMM did, by VmEvents, such as "STOP, RESUME 1.035 s later"; empty if it told nothing.
 
-
-def cause(events: Sequence[VmEvent]) -> str:
-    """What the VMM did, such as "STOP, RESUME 1.035 s later"; empty if it told nothing."""
-    told = [event.kind.upper() for event in events[:1]]
-    told += [
-        f"{after.kind.upper()} {duration(after.utc_ns - before.utc_ns)} later" for before, after in pairwise(events)
-    ]
+    Also by what a file tells of them: a kind, and its UTC in ns, or None.
+    """
+    told: list[str] = []
+    before_ns: int | None = None
+    for kind, utc_ns in events:
+        later = "" if utc_ns is None or before_ns is None else f" {duration(utc_ns - before_ns)} later"
+        told.append(f"{kind.upper()}{later}")
+        before_ns = utc_ns
     return ", ".join(told)
 
 
@@ -101,36 +98,69 @@ def _of(alike: Sequence[Finding]) -> str:
 
 def step_in_words(step: Step) -> str:
     """What follows the vCPU's name."""
-    numbers = [_against_tsc(step)]
-    if step.seen_ns is not None:
-        numbers.append(f"{bounded_ns(step.seen_ns, step.seen_bound_ns or 0)} from STOP to RESUME")
-    several = [f"{step.lines} lines followed each other"] * (step.lines > 1)
-    return "; ".join([", ".join(numbers), *several, *_causes(step.events)])
+    return told_step_in_words(
+        lines=step.lines,
+        basis=step.basis,
+        step_ns=step.step_ns,
+        bound_ns=step.bound_ns,
+        seen_ns=step.seen_ns,
+        seen_bound_ns=step.seen_bound_ns,
+        cause=cause(step.events),
+    )
 
 
-def _against_tsc(step: Step) -> str:
-    if step.lines == 0 and step.step_ns is None:
+def told_step_in_words(
+    *,
+    lines: int,
+    basis: str,
+    step_ns: int | None,
+    bound_ns: int | None,
+    seen_ns: int | None,
+    seen_bound_ns: int | None,
+    cause: str,
+) -> str:
+    """The same of a step of which only its numbers are known, as its line of JSON tells them."""
+    numbers = [_against_tsc(lines, basis, step_ns, bound_ns)]
+    if seen_ns is not None:
+        numbers.append(f"{bounded_ns(seen_ns, seen_bound_ns or 0)} from STOP to RESUME")
+    several = [f"{lines} lines followed each other"] * (lines > 1)
+    return "; ".join([", ".join(numbers), *several, *[cause] * bool(cause)])
+
+
+def _against_tsc(lines: int, basis: str, step_ns: int | None, bound_ns: int | None) -> str:
+    if lines == 0 and step_ns is None:
         return "has its line still, but its TSC was written: perhaps the guest was reset, and reads others"
-    if step.lines == 0:
-        return f"has its line still, but its TSC was written: that is {exact_ns(step.step_ns or 0)}"
-    if step.step_ns is None:
+    if lines == 0:
+        return f"has its line still, but its TSC was written: that is {exact_ns(step_ns or 0)}"
+    if step_ns is None:
         return "got a new line: by how much it stepped is unknown, for the guest's TSC was changed, or may have been"
-    if step.step_ns == 0:
+    if step_ns == 0:
         return "has its line written anew, without a step"
-    said = f"stepped by {exact_ns(step.step_ns, step.bound_ns or 1)} against the TSC"
-    return said if step.basis is TscBasis.OFFSETS else f"{said} (if its TSC was not changed)"
+    said = f"stepped by {exact_ns(step_ns, bound_ns or 1)} against the TSC"
+    return said if basis == TscBasis.OFFSETS else f"{said} (if its TSC was not changed)"
 
 
 def disagreement_in_words(found: Disagreement) -> str:
     """Which page was ahead, by how much, for how long, and what that was for a reader."""
-    ahead = exact_ns(found.by_ns, found.bound_ns).removeprefix("+")
-    how_long = f"for at least {duration(found.least_ns)}" if found.least_ns else "at one look"
+    return told_disagreement_in_words(
+        ahead=found.ahead,
+        behind=found.behind,
+        by_ns=found.by_ns,
+        bound_ns=found.bound_ns,
+        least_ns=found.least_ns,
+        is_stale=found.is_stale,
+        cause=cause(found.events),
+    )
+
+
+def told_disagreement_in_words(
+    *, ahead: int, behind: int, by_ns: int, bound_ns: int, least_ns: int, is_stale: bool, cause: str
+) -> str:
+    """The same of one of which only its numbers are known, as its line of JSON tells them."""
+    by = exact_ns(by_ns, bound_ns).removeprefix("+")
+    how_long = f"for at least {duration(least_ns)}" if least_ns else "at one look"
     reader = "a clock that was read by it went back by as much"
-    if found.is_stale:
-        reader = f"vCPU {found.behind or found.ahead} does not run, so its page is stale, and nobody reads it"
-    said = f"vCPU {found.ahead}'s page gave up to {ahead} more than vCPU {found.behind}'s, {how_long}: {reader}"
-    return "; ".join([said, *_causes(found.events)])
-
-
-def _causes(events: Sequence[VmEvent]) -> list[str]:
-    return [cause(events)] if events else []
+    if is_stale:
+        reader = f"vCPU {behind or ahead} does not run, so its page is stale, and nobody reads it"
+    said = f"vCPU {ahead}'s page gave up to {by} more than vCPU {behind}'s, {how_long}: {reader}"
+    return "; ".join([said, *[cause] * bool(cause)])

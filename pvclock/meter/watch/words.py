@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from fractions import Fraction
+from itertools import pairwise
 from typing import Final
 
 from pvclock.quantities import GuestNs
@@ -18,7 +20,9 @@ __all__ = [
     "plain_ns",
     "rate_in_words",
     "reading",
+    "runs_in_words",
     "time_of_day",
+    "vcpus_in_words",
 ]
 
 UNITS: Final = ((1_000_000_000, "s"), (1_000_000, "ms"), (1000, "us"), (1, "ns"))
@@ -74,6 +78,20 @@ def reading(ns: GuestNs) -> str:
 def counted(number: int, what: str) -> str:
     """Such as "1 poll" or "1,234 polls"."""
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def vcpus_in_words(vcpus: Iterable[int]) -> str:
+    """Such as "vCPU 0" or "vCPUs 0-3, 7"; in ascending order."""
+    numbers = list(vcpus)
+    return f"vCPU{'s' * (len(numbers) > 1)} {runs_in_words(numbers)}"
+
+
+def runs_in_words(numbers: Iterable[int]) -> str:
+    """Ascending numbers, such as "0-3, 7"."""
+    numbers = list(numbers)
+    begins = [numbers[0], *(after for before, after in pairwise(numbers) if after != before + 1)]
+    ends = [*(before for before, after in pairwise(numbers) if after != before + 1), numbers[-1]]
+    return ", ".join(f"{begin}-{end}" if end > begin else f"{begin}" for begin, end in zip(begins, ends, strict=True))
 
 
 def flags_in_words(flags: int) -> str:
