@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from pvclock.errors import KvmUnavailable, MissingCapability
+from pvclock.errors import KvmUnavailable, LabError, MissingCapability
+from pvclock.host.linux import cpu_flags
 from pvclock.kvm import open_kvm
+from pvclock.lab.kernel import Kernel, find_kernel
 
 # No deadline: a slow moment of a shared machine is no failure.
 settings.register_profile("dev", deadline=None, print_blob=True)
@@ -59,6 +61,17 @@ def debugfs() -> Iterator[None]:
         pytest.skip(f"TSC offsets are in debugfs, which cannot be mounted here: {mounted.stderr.strip()}")
     yield
     subprocess.run(["umount", DEBUGFS], check=True)
+
+
+@pytest.fixture(scope="session")
+def kernel() -> Kernel:
+    """The lab's kernel, as Debian built it; skip where KVM cannot run it."""
+    if cpu_flags().isdisjoint(("vmx", "svm")):  # kvm-pvm has KVM's API without them
+        pytest.skip("KVM here does not run a stock Linux: the CPU has neither vmx nor svm; `make test-lab` does it")
+    try:
+        return find_kernel(None, lambda _text: None)
+    except LabError as error:
+        pytest.skip(f"no kernel for the guest: {error}")
 
 
 def scope_of(nodeid: str) -> str:

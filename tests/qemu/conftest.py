@@ -10,10 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pvclock.errors import LabError
-from pvclock.lab.kernel import Kernel, find_kernel
 from tests.kvm.leaks import held
-from tests.qemu.linux_guest import runs_linux
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -36,17 +33,6 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     now = held()  # less, where an error of an earlier test held something until pytest let go of it
     assert now.is_no_more_than(held_before), (now, held_before)
     assert list(place.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def kernel() -> Kernel:
-    """The lab's kernel, as Debian built it; skip where KVM cannot run it."""
-    if not runs_linux():
-        pytest.skip("KVM here does not run a stock Linux: the CPU has neither vmx nor svm; `make test-lab` does it")
-    try:
-        return find_kernel(None, lambda _text: None)
-    except LabError as error:
-        pytest.skip(f"no kernel for the guest: {error}")
 
 
 def children() -> list[str]:

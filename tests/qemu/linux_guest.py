@@ -29,7 +29,6 @@ __all__ = [
     "Triple",
     "compiled_sampler",
     "initramfs",
-    "runs_linux",
 ]
 
 SOURCE: Final = Path(__file__).with_name("guest_sampler.c")
@@ -83,12 +82,6 @@ class Back(NamedTuple):
     def by_ns(self) -> int:
         """How far back."""
         return self.highest_ns - self.triple.ns
-
-
-def runs_linux() -> bool:
-    """Does this host's CPU virtualise, so that KVM runs whatever a kernel does?  kvm-pvm has KVM's API without it."""
-    flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
-    return not {"vmx", "svm"}.isdisjoint(flags)
 
 
 def compiled_sampler() -> Path:
