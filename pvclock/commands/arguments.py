@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from pvclock.commands.screen import write
+from pvclock.commands.whole_file import why_not_writable
 from pvclock.errors import ConfigError
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "filled",
     "folder",
     "memory_bytes",
+    "output_file",
+    "process_id",
     "rate_ppb",
     "time_ns",
     "whole_number",
@@ -127,3 +130,18 @@ def rate_ppb(text: str) -> Fraction:
         return parse_drift_ppb(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def process_id(text: str) -> int:
+    """An argument that is the number of a process."""
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text[:12]) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a process ID")
+    return int(text)
+
+
+def output_file(text: str) -> Path:
+    """An argument that is a file to write later: one that cannot be is refused now."""
+    path = Path(text)
+    if (why := why_not_writable(path)) is not None:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {why}")
+    return path

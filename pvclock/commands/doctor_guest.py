@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable
 from typing import Final
 
-from pvclock.commands import probe_files
+from pvclock.commands import probe_files, whole_file
 from pvclock.commands.arguments import duration_s
 from pvclock.commands.guest_next import SECONDS_MIN, NextCommand, Options, Rerun, budget_words
 from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, outcome_of
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     with screen.progress(100, MEASURING) as update:
         line = run_probe(linux_executable(), told, options.seconds, lambda percent: update(percent, MEASURING))
     if arguments.save is not None:
-        probe_files.write(arguments.save, line)
+        whole_file.write(arguments.save, line)
     rerun = doctor_rerun(options, arguments.save)
     return outcome_of(parse_record(line), budgets_of(arguments), screen, rerun, record=json.loads(line))
 

@@ -12,7 +12,7 @@ import shlex
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from pvclock.commands import probe_files
+from pvclock.commands import probe_files, whole_file
 from pvclock.commands.guest_next import SECONDS_MAX, SECONDS_MIN, NextCommand, Options, Rerun, budget_words
 from pvclock.commands.guest_verdict import add_budgets, budgets_given, budgets_of, outcome_of
 from pvclock.commands.outcome import Outcome
@@ -69,7 +69,7 @@ def _written(name: str, screen: Screen, *, is_linux: bool) -> Outcome:
     if name in {"", STDIN}:
         raise ConfigError("--output takes the name of a file")
     program = linux_executable() if is_linux else bootable_image()
-    probe_files.write(name, program, EXECUTABLE_MODE if is_linux else IMAGE_MODE)
+    whole_file.write(name, program, EXECUTABLE_MODE if is_linux else IMAGE_MODE)
     what, following = _linux_next(name) if is_linux else _image_next(name)
     screen.show(f"{name}: {what}, {len(program):,} bytes", f"Type next:  {following.command}  ({following.why})")
     form = "linux" if is_linux else "bare"

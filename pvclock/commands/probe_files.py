@@ -1,30 +1,21 @@
-"""The files of the probe's commands: written whole or not at all, read up to a bound; errors have their names."""
+"""What a probe printed, read from a file or standard input up to a bound; errors have their names."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Final
 
+from pvclock.commands.whole_file import named_error
 from pvclock.errors import ConfigError, ProbeNotRun, ProbeRecordError
 
 if TYPE_CHECKING:  # each command is loaded by every start of pvclock
     from pvclock.meter.inside import ProbeRecord
 
-__all__ = ["CONSOLE_BYTES_MAX", "STDIN", "record_in", "write"]
+__all__ = ["CONSOLE_BYTES_MAX", "STDIN", "record_in"]
 
 STDIN: Final = "-"
 CONSOLE_BYTES_MAX: Final = 16 << 20
 """The line of 64 CPUs has some 100 KB; the rest is for what else a console says."""
-
-
-def write(name: str, content: bytes, mode: int | None = None) -> None:
-    """Write a file with those access rights, by default its owner's alone."""
-    from pvclock.state import atomic_file
-
-    try:
-        atomic_file.replace(name, [content], mode)
-    except OSError as error:
-        raise _about(name, error) from None
 
 
 def record_in(name: str) -> ProbeRecord:
@@ -62,7 +53,7 @@ def _console(name: str) -> bytes:
     try:
         content = _stdin() if name == STDIN else atomic_file.read(name, CONSOLE_BYTES_MAX + 1)
     except OSError as error:
-        raise _about(name, error) from None
+        raise named_error(name, error) from None
     if len(content) > CONSOLE_BYTES_MAX:
         raise ConfigError(f"{name} has more than {CONSOLE_BYTES_MAX >> 20} MiB; give the part with the probe's line")
     return content
@@ -70,8 +61,3 @@ def _console(name: str) -> bytes:
 
 def _stdin() -> bytes:
     return sys.stdin.buffer.read(CONSOLE_BYTES_MAX + 1)
-
-
-def _about(name: str, error: OSError) -> Exception:
-    """The error with the file's name, which atomic_file's refusals lack, and else is that of a file beside it."""
-    return OSError(error.errno, error.strerror, name) if error.errno else ConfigError(f"{name}: {error}")

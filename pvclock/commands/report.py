@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
+from pvclock.commands import whole_file
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen, write
 from pvclock.commands.tables import Table
@@ -118,22 +119,20 @@ def _read(files: list[str], title: str | None, screen: Screen) -> Report:
 
 
 def _write_page(report: Report, page: str) -> None:
-    from pvclock.commands.probe_files import write as write_file
     from pvclock.meter.report import html
 
     document = html.document(report)
     if page == STREAM:
         write(document)
     else:
-        write_file(page, document.encode("utf-8"), PAGE_MODE)
+        whole_file.write(page, document.encode("utf-8"), PAGE_MODE)
 
 
 def _write_picture(report: Report, name: str) -> None:
-    from pvclock.commands.probe_files import write as write_file
     from pvclock.meter.report import svg
 
     plot = _first_plot(report)
-    write_file(name, svg.standalone(plot).encode("utf-8"), PAGE_MODE)
+    whole_file.write(name, svg.standalone(plot).encode("utf-8"), PAGE_MODE)
 
 
 def _first_plot(report: Report) -> Plot:

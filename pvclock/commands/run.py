@@ -22,7 +22,8 @@ from typing import Any, Final, NamedTuple
 
 from pvclock.boot import BootSource
 from pvclock.boot.initramfs import with_shell
-from pvclock.commands.arguments import duration_s, factor, memory_bytes, whole_number
+from pvclock.commands import whole_file
+from pvclock.commands.arguments import duration_s, factor, memory_bytes, output_file, whole_number
 from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
@@ -32,7 +33,6 @@ from pvclock.host.linux import cpu_flags
 from pvclock.lab.kernel import find_kernel
 from pvclock.machine import Ending, Machine, RunState
 from pvclock.quantities import NS_PER_S
-from pvclock.state import atomic_file
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -98,7 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate", type=factor, metavar="N/D", help="guest seconds in a host's second, from boot on: 1/10 is a tenth"
     )
     parser.add_argument("--invtsc", action="store_true", help="show the guest an invariant TSC, which it prefers")
-    parser.add_argument("--events", type=Path, metavar="FILE", help="write what the engine's clock did, as JSON lines")
+    parser.add_argument(
+        "--events", type=output_file, metavar="FILE", help="write what the engine's clock did, as JSON lines"
+    )
     parser.add_argument("--timeout", type=duration_s, metavar="SECONDS", help="end the run after so long")
 
 
@@ -132,7 +134,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             "debug_console": machine.console[-DEBUG_CONSOLE_TOLD:],
         }
         if arguments.events is not None and machine.clock is not None:
-            atomic_file.replace(arguments.events, [machine.clock.events.json_lines().encode()])
+            whole_file.write(str(arguments.events), machine.clock.events.json_lines().encode())
     screen.tell(f"pvclock run: {end.why}")
     return Outcome(end.status == 0, result, end.status)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pvclock import Reference
-from pvclock.commands.arguments import duration_s
+from pvclock.commands.arguments import duration_s, output_file, process_id
 from pvclock.commands.outcome import Outcome, message_of
 from pvclock.commands.screen import Screen
 from pvclock.errors import PvclockError
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vm = parser.add_mutually_exclusive_group()
     vm.add_argument("--qmp", metavar="SOCKET", help="qemu is the QEMU with this QMP socket")
     pid = "qemu is this process (default: the only one here)"
-    vm.add_argument("--pid", type=_pid, nargs="?", const=THE_ONLY_PID, help=pid)
+    vm.add_argument("--pid", type=process_id, nargs="?", const=THE_ONLY_PID, help=pid)
     vm.add_argument("--libvirt", metavar="DOMAIN", help="qemu is the QEMU of this domain of libvirt")
     parser.add_argument(
         "--reference",
@@ -157,22 +157,13 @@ def _clock(text: str) -> str:
     return text
 
 
-def _pid(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text[:12]) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a process ID")
-    return int(text)
-
-
 def _settle_s(text: str) -> float:
     return 0.0 if text == "0" else duration_s(text)
 
 
 def _output(text: str) -> Path:
-    from qemu_glue.drift.output import FORMATS, why_not_writable
+    from qemu_glue.drift.output import FORMATS
 
-    path = Path(text)
-    if path.suffix not in FORMATS:
+    if Path(text).suffix not in FORMATS:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(f'FILE{each}' for each in FORMATS)}")
-    if (why := why_not_writable(path)) is not None:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {why}")
-    return path
+    return output_file(text)

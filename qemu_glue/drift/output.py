@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Final
 
-from pvclock.commands.probe_files import write
+from pvclock.commands.whole_file import write
 from pvclock.errors import PvclockError
 from pvclock.meter.drift import drawing
 
-__all__ = ["FORMATS", "why_not_writable", "write_outputs"]
+__all__ = ["FORMATS", "write_outputs"]
 
 FILE_MODE: Final = 0o644
-
-
-def why_not_writable(path: Path) -> str | None:
-    """Why a file cannot be written whole or not at all, as far as that can be tried; None if it can."""
-    try:
-        target = Path(os.path.realpath(path))
-        if os.path.lexists(target) and not target.is_file():
-            return "it is there, and is no file"
-        with TemporaryFile(dir=target.parent):
-            return None
-    except OSError as error:
-        return f"in its folder: {error.strerror}"
 
 
 def write_outputs(paths: Sequence[Path], lines: Sequence[str]) -> list[Exception]:

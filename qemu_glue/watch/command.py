@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from pvclock import ConfigError, Gpa, Reference
-from pvclock.commands.arguments import duration_s, rate_ppb, time_ns
+from pvclock.commands.arguments import duration_s, process_id, rate_ppb, time_ns
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from qemu_glue.prometheus.address import DEFAULT_HOST, parsed_address
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     qmp = "the QEMU with this QMP socket; all that match a pattern, which is to be quoted; may be given several times"
     vm.add_argument("--qmp", metavar="SOCKET", action="append", help=qmp)
     pid = "the QEMU that is this process (default: the only one here); causes of steps are not known then"
-    vm.add_argument("--pid", type=_pid, nargs="?", const=THE_ONLY_PID, action="append", help=pid)
+    vm.add_argument("--pid", type=process_id, nargs="?", const=THE_ONLY_PID, action="append", help=pid)
     vm.add_argument("--libvirt", metavar="DOMAIN", action="append", help="the QEMU of this domain of libvirt")
     parser.add_argument(
         "--reference",
@@ -145,12 +145,6 @@ def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack)
     if arguments.json:
         JsonLines(Instants(measure_tsc_hz())).write({"kind": "metrics", "url": server.url})
     return metrics
-
-
-def _pid(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a process ID")
-    return int(text)
 
 
 def _interval_s(text: str) -> float:
