@@ -256,6 +256,19 @@ ONE_SHOT_TO_1: Final = ENABLE | by_message(1)
         *[("take", 1, 1)] * 4,
     ]
 )
+@example(  # one slot's oldest message was taken, and the next one is younger than another slot's
+    steps=[
+        ("burst", 0, (1, 1, 1, 3)),
+        ("set", (0, 0), ENABLE | by_message(2), 3),
+        ("advance", 8),
+        ("set", (0, 1), ENABLE | by_message(2), 2),
+        ("advance", 92),
+        ("advance", 200),
+        ("set", (0, 1), ONE_SHOT_TO_1, 1),
+        ("set", (0, 1), ONE_SHOT_TO_1, 1),
+        ("page", 0, True),
+    ]
+)
 def test_any_program_sees_what_the_model_says(steps: list[tuple[Any, ...]]) -> None:
     """MSRs, message slots, interrupts in their order, the next due time and the counters, after every step."""
     pair = Pair()

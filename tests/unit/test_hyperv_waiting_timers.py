@@ -54,7 +54,7 @@ def test_a_timer_is_enabled_until_its_message_is_posted() -> None:
     world.set(ONE_SHOT_TO_1, 20, 1)
     world.at(20)
     assert [world.read(CONFIG0), world.read(CONFIG0 + 2)] == [ONE_SHOT_TO_1 & ~ENABLE, ONE_SHOT_TO_1]
-    world.write(CONFIG0 + 2, 0)
+    world.write(CONFIG0 + 2, ONE_SHOT_TO_1 & ~ENABLE)
     assert world.take(0, 1) == Message(0, 10, 20)
     assert world.serve() == []
     assert world.look(0, 1)[0] is None

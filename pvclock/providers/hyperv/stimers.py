@@ -7,8 +7,8 @@ Periods that have ended by the time that a timer is served are one expiry, that 
 the grid: KVM's rule, under which the lazy bit says nothing.  A periodic message that finds its slot taken is dropped,
 as there; a one-shot message waits for the slot, and its timer stays enabled until then.
 
-Beyond KVM: reserved bits are #GP, as on VirtualBox; a periodic timer without a SIM page goes on; messages that wait for
-one slot come in the order of their expiry.
+Beyond KVM: reserved bits are #GP, as on VirtualBox; a periodic timer without a SIM page goes on; messages that wait
+come in the order of their expiry.
 
 Source: TLFS "Timers and Time Services"; Linux stimer_set_config(), stimer_set_count(), kvm_hv_process_stimers().
 """
@@ -159,7 +159,7 @@ class SyntheticTimers:
         """Forget what it waits for, and the message that waits for a slot."""
         if stimer.timer is not None:
             self._timers.remove(stimer.timer)
-        self._unqueue(stimer)
+        self._waiting.pop(stimer, None)
         stimer.timer, stimer.expiration = None, 0
 
     def _start(self, stimer: Stimer) -> None:
@@ -216,24 +216,27 @@ class SyntheticTimers:
                 if vector >= FIRST_VECTOR:  # an APIC takes no other
                     yield stimer.vcpu, vector
             elif not stimer.config & PERIODIC:
-                self._waiting.setdefault(stimer.slot, []).append(stimer)
+                self._waiting[stimer] = None
             else:
-                if stimer.slot not in self._waiting and self._post(stimer, waits=False):
+                is_first = all(stimer.slot != other.slot for other in self._waiting)
+                if is_first and self._post(stimer, waits=False):
                     yield from self._interrupts(stimer.slot)
                 stimer.delivered()
 
     def _retry(self) -> Iterator[Interrupt]:
         """Post the first of the messages that wait for each slot; the pending flag in it says that there are more."""
         self._is_retry_due = False
-        for slot, queue in list(self._waiting.items()):
+        queues: dict[tuple[int, int], list[Stimer]] = {}
+        for stimer in self._waiting:
+            queues.setdefault(stimer.slot, []).append(stimer)
+        for slot, (first, *others) in queues.items():
             if not self._synic.is_free(*slot):
                 continue
-            first = queue[0]
             config = first.config
             first.config &= ~ENABLE  # before the guest sees the message, for its reads do not wait for the lock
-            if self._post(first, waits=True, pending=len(queue) > 1):
+            if self._post(first, waits=True, pending=bool(others)):
                 yield from self._interrupts(slot)
-                self._unqueue(first)
+                del self._waiting[first]
                 first.delivered()
             else:  # the guest has filled the slot itself meanwhile
                 first.config = config
@@ -247,14 +250,6 @@ class SyntheticTimers:
         """What has to be raised for a message in that slot: one interrupt or none."""
         vector = self._synic.vector(*slot)
         return [] if vector is None else [(slot[0], vector)]
-
-    def _unqueue(self, stimer: Stimer) -> None:
-        """It waits for a slot no more, if it did."""
-        queue = self._waiting.get(stimer.slot, [])
-        if stimer in queue:
-            queue.remove(stimer)
-            if not queue:
-                del self._waiting[stimer.slot]
 
     def _interrupt(self, interrupts: Iterable[Interrupt], errors: list[Exception]) -> None:
         """Raise all interrupts; the first error is raised after them, the others are its notes."""
@@ -283,7 +278,7 @@ class SyntheticTimers:
         for stimer in self._stimers:
             stimer.timer, stimer.expiration = None, 0
         self._timers = Timers()
-        self._waiting: dict[tuple[int, int], list[Stimer]] = {}  # by slot, in the order of expiry; no empty lists
+        self._waiting: dict[Stimer, None] = {}  # for their slots, in the order of expiry
         self._expired: list[Stimer] = []
         self._is_retry_due = False
 
@@ -294,7 +289,7 @@ class SyntheticTimers:
             "stimer_config": tuple(stimer.config for stimer in self._stimers),
             "stimer_count": tuple(stimer.count for stimer in self._stimers),
             "stimer_due": tuple(stimer.due for stimer in self._stimers),
-            "stimer_waiting": tuple(number[stimer] for queue in self._waiting.values() for stimer in queue),
+            "stimer_waiting": tuple(number[stimer] for stimer in self._waiting),
         }
 
     def checked(self, saved: Mapping[str, object]) -> Callable[[], None]:
@@ -319,8 +314,7 @@ class SyntheticTimers:
                 stimer.expiration = due
             elif due:
                 self._arm(stimer, due)
-        for stimer in (self._stimers[number] for number in waiting):
-            self._waiting.setdefault(stimer.slot, []).append(stimer)
+        self._waiting = dict.fromkeys(self._stimers[number] for number in waiting)
 
 
 def _may_be(config: int, count: int, due: int) -> bool:
