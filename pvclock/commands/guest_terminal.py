@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from pvclock.commands.signals import woken_by_signals
+
 __all__ = ["ESCAPE", "Keys", "converse", "raw_terminal"]
 
 ESCAPE: Final = 0x01
@@ -79,24 +81,28 @@ def converse(
     """Pass on what is typed, until descriptor `over` can be read: True; or the user or the deadline ends it: False.
 
     typed: a descriptor, which may end; the guest goes on then.  receive: takes bytes, and says how many it took.
+    What a signal's handler raises ends it, too.  Only for the main thread.
     """
-    sources, waiting = {typed, over}, b""
-    while True:
-        if waiting:
-            waiting = waiting[receive(waiting) :]
-        if keys.ended:
-            return False
-        wanted = {over} if waiting else sources
-        ready, _, _ = select.select(wanted, (), (), _patience_s(deadline_s, is_full=bool(waiting)))
-        if over in ready:
-            return True
-        if deadline_s is not None and time.monotonic() >= deadline_s:
-            return False
-        if typed in ready:
-            pressed = os.read(typed, READ_BYTES)
-            if not pressed:
-                sources.discard(typed)
-            waiting += keys.for_guest(pressed)
+    with woken_by_signals() as woken:
+        sources, waiting = {typed, over, woken}, b""
+        while True:
+            if waiting:
+                waiting = waiting[receive(waiting) :]
+            if keys.ended:
+                return False
+            wanted = {over, woken} if waiting else sources
+            ready, _, _ = select.select(wanted, (), (), _patience_s(deadline_s, is_full=bool(waiting)))
+            if over in ready:
+                return True
+            if deadline_s is not None and time.monotonic() >= deadline_s:
+                return False
+            if woken in ready:
+                os.read(woken, READ_BYTES)
+            if typed in ready:
+                pressed = os.read(typed, READ_BYTES)
+                if not pressed:
+                    sources.discard(typed)
+                waiting += keys.for_guest(pressed)
 
 
 def _patience_s(deadline_s: float | None, *, is_full: bool) -> float | None:

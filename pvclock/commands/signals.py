@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-__all__ = ["ended_by_signals"]
+__all__ = ["ended_by_signals", "woken_by_signals"]
 
 
 @contextmanager
@@ -26,3 +27,20 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def woken_by_signals() -> Iterator[int]:
+    """A descriptor that can be read once a signal has come, for a select() of the main thread.
+
+    Linux may give a process's signal to any thread, a vCPU's, too.  Python's handlers run in the main thread, and that
+    sleeps on in a system call that it was not taken in.
+    """
+    woken, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    try:
+        yield woken
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(woken)
+        os.close(wakes)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
+from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Final, Self
+
+from pvclock.commands.signals import woken_by_signals
 
 __all__ = ["Interrupts"]
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+READ_BYTES: Final = 4096
 
 
 class Interrupts:
@@ -25,13 +30,13 @@ class Interrupts:
 
     def wait(self, seconds: float) -> bool:
         """Sleep for `seconds` or until one comes; did one come?"""
-        if not self.came:
-            select.select([self._reading_end], [], [], max(seconds, 0))
+        end_s = time.monotonic() + seconds
+        while not self.came and select.select([self._woken], [], [], max(end_s - time.monotonic(), 0))[0]:
+            os.read(self._woken, READ_BYTES)  # of whichever signal: the handlers have run
         return self.came
 
     def _take(self, _number: int, _frame: FrameType | None) -> None:
         self.came = True
-        os.write(self._writing_end, b"\0")
         self._restore()
 
     def _restore(self) -> None:
@@ -39,7 +44,8 @@ class Interrupts:
             signal.signal(number, before)
 
     def __enter__(self) -> Self:
-        self._reading_end, self._writing_end = os.pipe()
+        self._waking = ExitStack()
+        self._woken = self._waking.enter_context(woken_by_signals())
         taken = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._take) for number in taken}
         return self
@@ -48,5 +54,4 @@ class Interrupts:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._restore()
-        os.close(self._reading_end)
-        os.close(self._writing_end)
+        self._waking.close()

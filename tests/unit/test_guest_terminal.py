@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import termios
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
+from tests.unit.other_threads_signal import taken_by_another_thread
 from tests.waiting import alarm_after
 
 pytestmark = pytest.mark.row("E22")
@@ -161,6 +163,21 @@ def test_a_deadline_ends_it(typed: Pipe, over: Pipe) -> None:
         with alarm_after(LONG_S):
             assert not converse(typed.reads, over.reads, keys, len, deadline_s)
     assert not keys.ended
+
+
+def test_a_signal_that_another_thread_took_ends_it(typed: Pipe, over: Pipe) -> None:
+    """As a vCPU's may: what its handler raises is raised at once, and not at the next key."""
+
+    def leave(*_: object) -> None:
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with alarm_after(LONG_S), taken_by_another_thread(signal.SIGTERM), pytest.raises(InterruptedError):
+            converse(typed.reads, over.reads, Keys(has_escape=False), len)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 # The terminal

@@ -10,7 +10,8 @@ import pytest
 
 from qemu_glue.watch.interrupts import Interrupts
 from tests.kvm.leaks import open_descriptors
-from tests.waiting import HANG_S
+from tests.unit.other_threads_signal import taken_by_another_thread
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.row("E3")
 
@@ -55,3 +56,17 @@ def test_what_is_ignored_stays_ignored() -> None:
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)
         assert not interrupts.wait(0)
+
+
+def test_one_that_another_thread_took_ends_a_wait() -> None:
+    """As that of metrics or of a vCPU may; a signal that is none of the two does not end it."""
+    seen: list[object] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(None))
+    try:
+        with Interrupts() as interrupts, alarm_after(int(HANG_S)), taken_by_another_thread(signal.SIGUSR1):
+            while not seen:
+                assert not interrupts.wait(0.1)
+        with Interrupts() as interrupts, alarm_after(int(HANG_S)), taken_by_another_thread(signal.SIGTERM):
+            assert interrupts.wait(2 * HANG_S)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
