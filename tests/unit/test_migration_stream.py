@@ -224,6 +224,15 @@ def test_hostile_descriptions(document: bytes, tmp_path: Path) -> None:
     assert refused.value.field.startswith(("description", "devices[0]", "kvmclock"))
 
 
+def test_subsections_within_each_other_are_bounded(tmp_path: Path) -> None:
+    """A hundred of them, each within the one before, are refused for their number."""
+    deepest: dict[str, Any] = {"vmsd_name": "x", "version": 1, "fields": []}
+    for _ in range(100):
+        deepest = {**deepest, "subsections": [deepest]}
+    with pytest.raises(StateFileError, match="up to 16 of them"):
+        read(tmp_path, described(lambda it: it["devices"][0].update(subsections=[deepest])))
+
+
 def test_damaged_streams(tmp_path: Path) -> None:
     """Five hundred of them: each is read, or refused with an error of ours, in bounded memory."""
     damage_many(tmp_path, MUTATED)
@@ -415,6 +424,16 @@ def test_a_patch_over_the_edge_of_a_chunk(tmp_path: Path) -> None:
         at = SECTION_AT + 22 + len(filler)
         expected = overwritten(path.read_bytes(), at, struct.pack(">Q", CLOCK_NS + 10**9))
         assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_a_section_on_the_edge_of_a_chunk_is_found(tmp_path: Path) -> None:
+    """A search finds the section wherever it lies in a large file, once."""
+    old = saved("pc-i440fx-2.2")
+    section_at = old.index(b"\x08kvmclock\0\0\0\0\0\0\0\x01") - 5
+    for shift in (0, 6, 12, 24):
+        filler = bytes((1 << 20) - section_at - shift)
+        clock = read(tmp_path, old[:8] + filler + old[8:])
+        assert (clock.clock_ns, clock.section.begin) == (41_879_411, (1 << 20) - shift)
 
 
 # As a clock's state
