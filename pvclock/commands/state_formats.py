@@ -12,7 +12,6 @@ from importlib.metadata import entry_points
 from typing import Any, Final, NamedTuple, Protocol
 
 from pvclock.errors import StateFileError
-from pvclock.state import atomic_file
 from pvclock.state.clock_state import ClockState, Mark
 
 __all__ = [
@@ -120,6 +119,8 @@ def named_format(name: str) -> StateFormat:
 
 def format_of(path: str) -> str:
     """The name of the format that file `path` is in; StateFileError if it cannot be read."""
+    from pvclock.state import atomic_file  # each command is loaded by every start of pvclock
+
     try:
         head = atomic_file.read(path, HEAD_BYTES)
     except (OSError, ValueError) as error:
