@@ -112,8 +112,7 @@ def format_names() -> list[str]:
 
 def named_format(name: str) -> StateFormat:
     """The format of that name, which is one of format_names()."""
-    (point,) = entry_points(group=GROUP, name=name)
-    found: StateFormat = point.load()
+    found: StateFormat = next(point.load() for point in entry_points(group=GROUP, name=name))
     return found
 
 
