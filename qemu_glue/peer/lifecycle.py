@@ -40,7 +40,7 @@ def saved(qemu: Qemu) -> Iterator[tuple[str, str]]:
 
 
 def save(qemu: Qemu, path: str) -> None:
-    """Write the VM of `qemu` to file `path` as a stream; it is paused then.
+    """Write the VM of `qemu` to file `path` as a stream; it stands still afterwards.
 
     QEMU before 8.2 writes it to no file by itself, so a shell does.  QmpFailed, StateError if it cannot be saved.
     """

@@ -65,7 +65,8 @@ def goes_on_from(stream: Path) -> tuple[int, int]:
 
     By a reading of the guest's, and by how long the host's clock says that it has run at most.
     """
-    with Qemu(clockprobe(), features=FEATURES, vcpus=2, cmdline="cpus=2", arguments=loading(str(stream))) as qemu:
+    arguments = (*loading(str(stream)), "-S")  # else a VM that was running goes on as soon as it is loaded
+    with Qemu(clockprobe(), features=FEATURES, vcpus=2, cmdline="cpus=2", arguments=arguments) as qemu:
         wait_until_loaded(qemu)
         before_ns, readings = time.monotonic_ns(), probe.read_record(qemu.memory, 0).last_tsc
         qemu.resume()
@@ -115,6 +116,19 @@ def test_the_reliable_byte_decides(saved: Saved, out: Path) -> None:
     assert least - MARGIN_NS <= saved.shown_ns <= most
     assert main(["state", "convert", str(out), "--to", "qemu", "-o", str(out)]) == 0
     assert state_format.read(str(out)).clock.is_taken
+
+
+@pytest.mark.long
+def test_a_vm_that_was_running(out: Path) -> None:
+    """Its clock was read when its devices were saved: not before its guest's last reading, nor its page at its TSC."""
+    with QemuGuest(FEATURES, 2) as guest:
+        guest.start()
+        save(guest.qemu, str(out))
+        clock = state_format.read(str(out)).clock
+        assert clock.clock_ns >= newest_ns(guest.memory)
+        assert clock.clock_ns >= shown_by(read_pages(guest.memory, 2)[0], clock.vcpus[0].tsc)
+    least, most = goes_on_from(out)
+    assert least - MARGIN_NS <= clock.clock_ns <= most
 
 
 @pytest.mark.parametrize(
