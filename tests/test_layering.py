@@ -67,6 +67,7 @@ PUBLIC_SUBPACKAGES = (
     "pvclock.machine",
     "pvclock.meter",
     "pvclock.payloads",
+    "pvclock.state",
     "pvclock.timekeeping",
 )
 
