@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Final, cast
 
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostTsc, TscOffsetNotHonoured, read_tsc
-from pvclock.host.this_host import measure_tsc_hz
+from pvclock.host.this_host import measured_tsc_hz
 from pvclock.kvm import Runner, Vcpu
 from pvclock.kvm.backend import SteeredTscBackend
 from pvclock.timekeeping.events import EventKind
@@ -23,12 +22,6 @@ FAR_TICKS: Final = 3600 * 10**9
 """At any TSC frequency longer than these tests take."""
 
 
-@cache
-def this_hosts_tsc_khz() -> int:
-    """Measure it, once."""
-    return measure_tsc_hz() // 1000
-
-
 class KeepingVcpu:
     """Takes TSC offsets as KVM does, for a guest that reads this host's TSC."""
 
@@ -36,7 +29,7 @@ class KeepingVcpu:
 
     def get_tsc_khz(self) -> int:
         """The rate of this host's TSC: pages at another one would soon be ahead of it."""
-        return this_hosts_tsc_khz()
+        return measured_tsc_hz() // 1000
 
     def set_tsc_offset(self, offset: int) -> None:
         """Keep it."""

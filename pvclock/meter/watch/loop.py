@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import PvclockError
-from pvclock.host.this_host import bracketed, measure_tsc_hz
+from pvclock.host.this_host import bracketed, measured_tsc_hz
 from pvclock.meter.findings import TIME_INFO
 from pvclock.meter.watch.ahead import Ahead, AheadMeter
 from pvclock.meter.watch.changes import Change, PageLost, Step
@@ -76,7 +76,7 @@ class WatchLoop:
         progress: Progress = lambda _done_bytes, _total_bytes: None,
     ) -> None:
         self.vm, self.reference = vm, reference
-        self.host_tsc_hz = measure_tsc_hz()
+        self.host_tsc_hz = measured_tsc_hz()
         self.finder = PageFinder(vm, self.host_tsc_hz, given, progress)
         self.interval_s = 0.0
         """As it is chosen when the pages are found."""

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from pvclock.errors import PvclockError, StateError
-from pvclock.host.this_host import measure_tsc_hz
+from pvclock.host.this_host import measured_tsc_hz
 from pvclock.meter.guest import GuestReading
 from pvclock.meter.watch.changes import Change, PageLost, Step, TscBasis
 from pvclock.meter.watch.lines import Line, TscRates, ns_per_tick, value_at
@@ -37,7 +37,7 @@ class OutsideClock:
     """
 
     def __init__(self, vm: WatchedVm, progress: Progress) -> None:
-        host_tsc_hz = measure_tsc_hz()
+        host_tsc_hz = measured_tsc_hz()
         self._vm = vm
         self._finder = PageFinder(vm, host_tsc_hz, (), progress)
         self.found = self._finder.find()
