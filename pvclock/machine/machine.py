@@ -9,39 +9,29 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from threading import RLock, Thread, current_thread
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Self
 from weakref import WeakMethod, finalize
 
-from pvclock._memory import GuestMemory
 from pvclock.arguments import instance, number, whole
-from pvclock.boot import BootSource, enter
+from pvclock.boot import BootSource
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.clock.ticker import Ticker
 from pvclock.errors import StateError
-from pvclock.guest_layout import IDENTITY_MAP, TSS
-from pvclock.kvm import Kvm, Runner, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
+from pvclock.kvm import Kvm, Runner
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.kvm.exits import Exit
-from pvclock.machine.arguments import (
-    Platform,
-    check_arguments,
-    check_restore_options,
-    check_vcpus,
-    choose_platform,
-)
-from pvclock.machine.board import Board
+from pvclock.machine.arguments import Platform, check_arguments, check_restore_options, choose_platform
 from pvclock.machine.clock_service import (
     BackendWrapper,
     ClockService,
     KernelClockService,
     engine_clock,
 )
-from pvclock.machine.cpuid import CpuidChange, set_guest_cpuid
+from pvclock.machine.cpuid import CpuidChange
 from pvclock.machine.devices.uart import Uart
-from pvclock.machine.exits import Ending, GuestExits, Outcome, observed
+from pvclock.machine.exits import Ending, Outcome
 from pvclock.machine.guest_reset import GuestReset
-from pvclock.machine.power_on import PowerOnState
-from pvclock.machine.ram import Ram
+from pvclock.machine.hardware import Hardware
 from pvclock.machine.run_state import RunState, RunStates
 from pvclock.machine.vmm_services import MachineServices
 from pvclock.providers.kvm import kernel_clock_features
@@ -50,16 +40,6 @@ from pvclock.state.clock_state import ClockState
 from pvclock.timekeeping.catchup import Policy
 
 __all__ = ["Machine"]
-
-
-class Resource(Protocol):
-    """What can be closed, and then again without harm."""
-
-    def close(self) -> None:
-        """Give it back."""
-
-
-ResourceT = TypeVar("ResourceT", bound=Resource)
 
 
 class Machine:
@@ -124,27 +104,36 @@ class Machine:
         self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
         platform = choose_platform(self.boot_source, platform, memory_bytes, serial_output)
         self._is_closed = False
-        self._resources: list[Resource] = []  # to be given back, the last one first
         self.run_state = RunStates()
         self._booting = RLock()  # around start(), reset() and what must not come within them
+        self._outcome = Outcome()
+        self._run_end = _RunEnd(self.run_state, self._outcome)
+        # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.
+        self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
+        hardware = self._hardware = Hardware(
+            kvm,
+            self._outcome,
+            vcpus=vcpus,
+            memory_bytes=memory_bytes,
+            platform=platform,
+            serial_output=serial_output,
+            on_exit=on_exit,
+            on_end=self._run_end,
+        )
+        self.vm, self.memory, self.vcpus = hardware.vm, hardware.memory, hardware.vcpus
+        self.bus, self.runner = hardware.board.bus, hardware.runner
         try:
-            self._kvm = kvm or self._owned(open_kvm())
-            check_vcpus(vcpus, self._kvm)
-            self._make_vm(memory_bytes, vcpus)
-            self._make_board(platform, serial_output)
-            self._make_runner(on_exit)
             if clock == "engine":
                 service = self._engine_clock(tick_interval_s, wrap=backend, restore=restore, options=clock_options)
             else:
                 service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
-            self._take_the_clock(service, cpuid)
-            self._power_on = PowerOnState(self.vm, self.vcpus)
-            enter(self.vcpus[0], self._board.load(self.boot_source, self.memory))
+            self.clock_service = service
+            hardware.take_clock(service, cpuid)
+            hardware.boot(self.boot_source)
         except BaseException:
-            with suppress(BufferError):  # of an interrupt, whose traceback has the memory until it goes
-                _give_back(self._resources)
+            hardware.abandon()
             raise
-        self._if_dropped = finalize(self, _reclaim, self.runner, self.clock_service, self._resources)
+        self._if_dropped = finalize(self, _reclaim, self.runner, service, hardware)
         self._if_dropped.atexit = False  # a process that ends takes everything with it
 
     # Life
@@ -282,11 +271,7 @@ class Machine:
             self.runner.gate.renew()
             self.clock_service.reset()
             self._outcome.forget()
-            self._power_on.restore()
-            self._ram.clear()
-            enter(self.vcpus[0], self._board.load(self.boot_source, self.memory))
-            if (on_dirty := self.memory.on_dirty) is not None:  # clear() wrote past the memory
-                on_dirty(0, len(self._ram.buffer))
+            self._hardware.boot_anew(self.boot_source)
             if goes_on:
                 self.clock_service.start()
         finally:
@@ -334,7 +319,7 @@ class Machine:
                     self._take_leave()
             finally:
                 self._is_closed = True
-                _give_back(self._resources)
+                self._hardware.close()
 
     def __enter__(self) -> Self:
         self._check_open("with")
@@ -364,13 +349,13 @@ class Machine:
     def console(self) -> str:
         """What the guest wrote to the console port up to now: all of it, or the last MiB."""
         self.bus.flush()
-        return self._board.console.text()
+        return self._hardware.board.console.text()
 
     @property
     def serial(self) -> Uart:
         """COM1: what its receive() takes is typed into the guest.  StateError unless the platform is "pc"."""
         self._check_open("serial")
-        return self._board.serial_port()
+        return self._hardware.board.serial_port()
 
     @property
     def ticker(self) -> Ticker | None:
@@ -407,52 +392,14 @@ class Machine:
 
     # Making
 
-    def _owned(self, resource: ResourceT) -> ResourceT:
-        """Keep what close() is to give back."""
-        self._resources.append(resource)
-        return resource
-
-    def _make_vm(self, memory_bytes: int, vcpus: int) -> None:
-        self._ram = Ram(memory_bytes)
-        self._resources.insert(0, self._ram)  # given back last: another view of it may still be open
-        self.memory = self._owned(GuestMemory(self._ram.buffer))
-        self.vm: Vm = self._owned(self._kvm.create_vm())
-        self.vm.set_tss_addr(TSS)
-        self.vm.set_identity_map_addr(IDENTITY_MAP)
-        self.vm.set_user_memory_region(0, 0, self._ram.buffer)
-        self.vm.create_irqchip()
-        self.vcpus: list[Vcpu] = [self._owned(self.vm.create_vcpu(i)) for i in range(vcpus)]
-
-    def _make_board(self, platform: Platform, serial_output: Callable[[bytes], object] | None) -> None:
-        self._outcome = Outcome()
-        self._board = Board(self.vm, self.vcpus, len(self._ram.buffer), self._outcome)
-        self._board.become(platform, serial_output)
-        self.bus = self._board.bus
-
-    def _make_runner(self, on_exit: Callable[[int, Exit], object] | None) -> None:
-        self._exits = GuestExits(self.vcpus, self.bus, self._outcome)
-        self._run_end = _RunEnd(self.run_state, self._outcome)
-        self.runner = Runner(self.vcpus, observed(self._exits.handle, on_exit), on_end=self._run_end)
-        # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.
-        self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
-
     def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # engine_clock()'s
         how["options"].setdefault("vmm", MachineServices(self.vm, self.vcpus, self.runner, self._guest_reset.request))
-        backend = kvm_backend(self._kvm, self.vcpus, self.runner)
+        backend = self._hardware.backend()
         return engine_clock(self.runner, self.memory, len(self.vcpus), backend, tick_interval_s, **how)
 
     def _kernel_clock(self, features: int | None = None) -> ClockService:
-        offered = kernel_clock_features(kernel_features(self._kvm)) if features is None else features
+        offered = kernel_clock_features(kernel_features(self._hardware.kvm)) if features is None else features
         return KernelClockService(self.runner, self.vm, offered)
-
-    def _take_the_clock(self, service: ClockService, change: CpuidChange | None) -> None:
-        self.clock_service = self._exits.clock_service = self._owned(service)
-        if service.msr_ranges:
-            exit_on_msrs(self.vm, service.msr_ranges)
-        if service.hypercall_port is not None:
-            self.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
-            self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
-        set_guest_cpuid(self._kvm, self.vcpus, service.cpuid, change)
 
 
 class _RunEnd:
@@ -479,17 +426,7 @@ def _ended_by(outcome: Outcome, failure: BaseException | None) -> RunState:
     return RunState.GUEST_PANICKED if outcome.ending is Ending.PANIC else RunState.SHUTDOWN
 
 
-def _give_back(resources: list[Resource]) -> None:
-    """Close them all, the last one first.  Each can be closed again, so after an interrupt begin anew."""
-    for place in reversed(range(len(resources))):
-        try:
-            resources[place].close()
-        except StateError:  # a tick that does not return
-            _give_back(resources[:place])
-            raise
-
-
-def _reclaim(runner: Runner, service: ClockService, resources: list[Resource]) -> None:
+def _reclaim(runner: Runner, service: ClockService, hardware: Hardware) -> None:
     """Give back what a machine had that was dropped without close().
 
     If it runs, that is left to another thread: the one that dropped it may be one of the machine's own, or hold what
@@ -497,13 +434,13 @@ def _reclaim(runner: Runner, service: ClockService, resources: list[Resource]) -
     """
     runner.gate.end()
     if service.has_threads:
-        thread = Thread(target=_give_back_after, args=(runner, resources), name="pvclock-reclaim", daemon=True)
+        thread = Thread(target=_give_back_after, args=(runner, hardware), name="pvclock-reclaim", daemon=True)
         start_new_thread(thread.start, ())  # start() waits, and the one that dropped the machine may not
     else:
-        _give_back_after(runner, resources)
+        _give_back_after(runner, hardware)
 
 
-def _give_back_after(runner: Runner, resources: list[Resource]) -> None:
+def _give_back_after(runner: Runner, hardware: Hardware) -> None:
     runner.gate.wait_until_departed()
     with suppress(BufferError, StateError):  # a view of the memory is open, and it goes with that; a tick is stuck
-        _give_back(resources)
+        hardware.close()
