@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Protocol, TypeVar
 
 from pvclock._memory import GuestMemory
+from pvclock._transaction import commit
 from pvclock.boot import BootSource, enter
 from pvclock.errors import StateError
 from pvclock.guest_layout import IDENTITY_MAP, TSS
@@ -37,33 +39,39 @@ ResourceT = TypeVar("ResourceT", bound=Resource)
 class Hardware:
     """A VM with `memory_bytes` of RAM, `vcpus` and a board, and what close() gives back.
 
-    kvm: the caller's, or None for one of its own.  outcome: is told what the guest ends its run by.  serial_output,
-    on_exit: Machine's.  on_end: Runner's.  The errors are Machine's; nothing is left behind if it cannot be made.
+    max_vcpus: how many vCPUs there can be, by add_vcpu().  kvm: the caller's, or None for one of its own.
+    outcome: is told what the guest ends its run by.  serial_output, on_exit: Machine's.  on_end: Runner's.
+    The errors are Machine's; nothing is left behind if it cannot be made.
 
     vCPUs' threads have parts of this and never the Machine, so that one that is dropped can end them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # a machine's facts, all but two by keyword
         self,
         kvm: Kvm | None,
         outcome: Outcome,
         *,
         vcpus: int,
+        max_vcpus: int,
         memory_bytes: int,
         platform: Platform,
         serial_output: Callable[[bytes], object] | None,
         on_exit: Callable[[int, Exit], object] | None,
         on_end: Callable[[BaseException | None], object],
     ) -> None:
+        self.max_vcpus = max_vcpus
+        self._late: Vcpu | None = None  # made by add_vcpu(), and not yet among `vcpus`
+        self._backends: list[KvmBackend | SteeredTscBackend] = []  # of the clock; none where the kernel serves it
         self._resources: list[Resource] = []  # to be given back, the last one first
         try:
             self.kvm = kvm or self.owned(open_kvm())
-            check_vcpus(vcpus, self.kvm)
+            check_vcpus(vcpus, max_vcpus, platform, self.kvm)
             self._make_vm(memory_bytes, vcpus)
             self.board = Board(self.vm, self.vcpus, memory_bytes, outcome)
-            self.board.become(platform, serial_output)
+            self.board.become(platform, serial_output, max_vcpus)
             self._exits = GuestExits(self.vcpus, self.board.bus, outcome)
-            self.runner = Runner(self.vcpus, observed(self._exits.handle, on_exit), on_end=on_end)
+            handle = observed(self._exits.handle, on_exit)
+            self.runner = Runner(self.vcpus, handle, max_vcpus=max_vcpus, on_end=on_end)
         except BaseException:
             self.abandon()
             raise
@@ -81,7 +89,9 @@ class Hardware:
 
     def backend(self) -> KvmBackend | SteeredTscBackend:
         """The host's time for a clock of these vCPUs."""
-        return kvm_backend(self.kvm, self.vcpus, self.runner)
+        backend = kvm_backend(self.kvm, self.vcpus, self.runner)
+        self._backends.append(backend)
+        return backend
 
     def take_clock(self, service: ClockService, change: CpuidChange | None) -> None:
         """Let the guest find the clock of `service`, and its exits reach it.  change: the last word on its CPUID.
@@ -94,8 +104,37 @@ class Hardware:
         if service.hypercall_port is not None:
             self.board.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
             self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
-        set_guest_cpuid(self.kvm, self.vcpus, service.cpuid, change)
+        self._give_cpuid = partial(set_guest_cpuid, self.kvm, clock=service.cpuid, change=change)
+        self._give_cpuid(self.vcpus)
         self._power_on = PowerOnState(self.vm, self.vcpus)
+
+    def add_vcpu(self) -> int:
+        """Another vCPU, the others kept out meanwhile; it runs if they do, and waits for its guest's INIT and SIPI.
+
+        StateError if there are max_vcpus already.  After an error or an interrupt, call it again: KVM makes a vCPU of
+        each number once, so one that was made is kept.
+        """
+        number = len(self.vcpus)
+        if number == self.max_vcpus:
+            raise StateError("add_vcpu", f"all {number} vCPUs are there", "make the machine with a larger max_vcpus")
+        if self._late is None or self._late.vcpu_id != number:
+            commit(partial(self.vm.create_vcpu, number), lambda vcpu: (vcpu, ()), self._keep_late)
+        late: Vcpu = self._late  # type: ignore[assignment]  # just made
+        if late not in self.runner.gate.vcpus:  # then it has not run
+            self._give_cpuid([late])
+            self._power_on.add(late)
+            for backend in self._backends:
+                backend.add_vcpu(late)
+            self._exits.clock_service.add_vcpu(number, late)
+        self.runner.add_vcpu(late)
+        self.vcpus.append(late)
+        self.board.tell_of_vcpus()
+        return number
+
+    def _keep_late(self, vcpu: Vcpu) -> None:
+        """Keep what commit() has made.  close() gives it back with the other vCPUs, after the clock."""
+        self._late = vcpu
+        self._resources.insert(self._resources.index(self.vcpus[0]), vcpu)
 
     def boot(self, source: BootSource) -> None:
         """Put `source` into RAM, and let the first vCPU stand at its entry."""

@@ -45,6 +45,7 @@ __all__ = ["Machine"]
 class Machine:
     """A VM with `image` in it, ready to start; a context manager that always cleans up.
 
+    max_vcpus: with how many vCPUs it can end up, by add_vcpu(); by default no more than `vcpus`.
     image: a multiboot-1, PVH or 64-bit Linux image, a flat real-mode image, or a BootSource with its command line.
     platform: "bare" has an exit port and a debug console, "pc" also what a stock kernel needs: a serial port, ACPI
     tables, power-off and reset, which end the run, and pvpanic.  By default a bzImage gets a PC, and all else does not.
@@ -84,6 +85,7 @@ class Machine:
         image: bytes | BootSource,
         *,
         vcpus: int = 1,
+        max_vcpus: int | None = None,
         memory_bytes: int = 16 << 20,
         clock: Literal["engine", "kernel"] = "engine",
         cmdline: str = "",
@@ -97,9 +99,10 @@ class Machine:
         on_exit: Callable[[int, Exit], object] | None = None,
         **clock_options: object,
     ) -> None:
-        given: dict[str, object] = {"image": image, "vcpus": vcpus, "memory_bytes": memory_bytes, "cmdline": cmdline}
-        given |= {"clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s, "backend": backend}
-        given |= {"restore": restore, "platform": platform, "serial_output": serial_output, "on_exit": on_exit}
+        given: dict[str, object] = {"image": image, "vcpus": vcpus, "max_vcpus": max_vcpus, "cmdline": cmdline}
+        given |= {"memory_bytes": memory_bytes, "clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s}
+        given |= {"backend": backend, "restore": restore, "platform": platform, "serial_output": serial_output}
+        given |= {"on_exit": on_exit}
         check_arguments(given | {"cpuid": cpuid}, clock_options)
         self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
         platform = choose_platform(self.boot_source, platform, memory_bytes, serial_output)
@@ -114,6 +117,7 @@ class Machine:
             kvm,
             self._outcome,
             vcpus=vcpus,
+            max_vcpus=vcpus if max_vcpus is None else max_vcpus,
             memory_bytes=memory_bytes,
             platform=platform,
             serial_output=serial_output,
@@ -192,6 +196,39 @@ class Machine:
         if self.runner.failure is not None:
             raise self.runner.failure
         return self._outcome.result()
+
+    def run(self, timeout_s: float | None = None) -> int:
+        """start() and wait() in one: lets the guest run until it ends the run, and returns its exit code.
+
+        If it raises anything, a timeout and an interrupt among that, the run has ended, too: no vCPU executes, the
+        machine can be looked at and saved, and start() or run() lets the guest go on from there.  But a machine that
+        runs already goes on, with start()'s StateError.
+        """
+        if timeout_s is not None:
+            number("timeout_s", timeout_s)
+        gate = self.runner.gate
+        ran_before = gate.has_begun() and not gate.has_ended()
+        try:
+            self.start()
+            return self.wait(timeout_s)
+        except BaseException:
+            if not ran_before:
+                self.stop()
+            raise
+
+    def add_vcpu(self) -> int:
+        """Another vCPU, up to `max_vcpus`, at any time until close(); returns its number, which is its APIC id.
+
+        It waits for INIT and SIPI, as a PC's do; a PC's guest is told of it by ACPI.  Its TSC and IA32_TSC_ADJUST are
+        vCPU 0's, also where the guest has written that one's, and what the guest's clock interface has for a vCPU it
+        has.  It stays: a reset() does not take it away.  StateError if all are there, on a vCPU's own thread, if there
+        is no thread for it, and once the machine is closed.  After an error or an interrupt, call it again.
+        """
+        self._check_thread("add_vcpu")
+        with self._booting:
+            self._check_open("add_vcpu")
+            with self.runner.quiesce():
+                return self._hardware.add_vcpu()
 
     def pause(self) -> None:
         """Return once no vCPU is in the guest, and let none in before resume(); the engine's clock stands still.
@@ -331,6 +368,11 @@ class Machine:
         self.close()
 
     @property
+    def max_vcpus(self) -> int:
+        """How many vCPUs the machine can have, by add_vcpu()."""
+        return self._hardware.max_vcpus
+
+    @property
     def clock(self) -> GuestClock | None:
         """The engine's clock; None where the kernel serves it."""
         return self.clock_service.clock
@@ -395,7 +437,7 @@ class Machine:
     def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # engine_clock()'s
         how["options"].setdefault("vmm", MachineServices(self.vm, self.vcpus, self.runner, self._guest_reset.request))
         backend = self._hardware.backend()
-        return engine_clock(self.runner, self.memory, len(self.vcpus), backend, tick_interval_s, **how)
+        return engine_clock(self.runner, self.memory, self.max_vcpus, backend, tick_interval_s, **how)
 
     def _kernel_clock(self, features: int | None = None) -> ClockService:
         offered = kernel_clock_features(kernel_features(self._hardware.kvm)) if features is None else features
