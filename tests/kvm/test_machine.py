@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,14 +98,6 @@ def test_a_guest_that_cannot_go_on() -> None:
         assert caught.value.vcpu == 0
         assert isinstance(caught.value.reason, InternalError)
         assert machine.console == "!"
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt; in a shell's background job it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("ctrl_c")
