@@ -230,7 +230,7 @@ cdef class Gate:
         """
         cdef Py_ssize_t number = len(self._vcpus)
         if number >= self._most:
-            raise StateError("add_vcpu", f"the Runner has all of its {self._most} vCPUs", "make it with a larger max_vcpus")
+            raise StateError("add_vcpu", f"all {self._most} vCPUs are there", "make the Runner with a larger max_vcpus")
         if load(&self._starting, SEQ_CST):
             raise StateError("add_vcpu", "threads of vCPUs are being started", "wait until start() has returned")
         self._vcpus.append(vcpu)

@@ -121,6 +121,7 @@ class Hardware:
             commit(partial(self.vm.create_vcpu, number), lambda vcpu: (vcpu, ()), self._keep_late)
         late: Vcpu = self._late  # type: ignore[assignment]  # just made
         if late not in self.runner.gate.vcpus:  # then it has not run
+            late.set_lapic(late.get_lapic())  # for KVM to look at all APICs anew: its map of them lacks a late one
             self._give_cpuid([late])
             self._power_on.add(late)
             for backend in self._backends:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, Literal
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import pytest
 
@@ -19,7 +21,7 @@ from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine import RunState
 from pvclock.machine.devices import EXIT_PORT
 from pvclock.machine.devices.vcpu_register import VCPU_REGISTER_GSI, VCPU_REGISTER_PORT
-from tests.kvm.tsc_guest import TSC, TSC_ADJUST, Step, TscGuest, sipi_steps, tsc_guest
+from tests.kvm.tsc_guest import TO_X2APIC, TSC, TSC_ADJUST, Step, TscGuest, sipi_steps, tsc_guest
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E5")]
 
@@ -53,7 +55,8 @@ def register_page(vcpu: int) -> Step:
     return Step("wrmsr", SYSTEM_TIME, PAGE + vcpu * PAGE_BYTES | 1)
 
 
-FIRST: Final = [register_page(0), wait(1), *sipi_steps(1), wait(2), RDTSC, wait(3), wait(4), RDTSC, READ_ADJUST]
+BEGIN: Final = [register_page(0), TO_X2APIC, wait(1), *sipi_steps(1)]
+FIRST: Final = [*BEGIN, wait(2), RDTSC, wait(3), wait(4), RDTSC, READ_ADJUST]
 LATE: Final = [register_page(1), wait(2), wait(3), RDTSC, READ_ADJUST, wait(4)]
 """vCPU 0 reads its TSC before and after vCPU 1 does, as the marks have it."""
 
@@ -139,7 +142,7 @@ def test_one_that_is_not_there_leaves_stable_alone(stable_bit: int) -> None:
 def test_a_late_vcpu_has_its_own_numbers() -> None:
     """Its Hyper-V VP index is its number, as its APIC id is."""
     vp_index, x2apic_id = Step("rdmsr", 0x40000002), Step("rdmsr", 0x802)
-    first = [wait(1), *sipi_steps(1)]
+    first = [TO_X2APIC, wait(1), *sipi_steps(1)]
     late = [vp_index, Step("wrmsr", 0x1B, 0xFEE00C00), x2apic_id]
     with tsc_guest("engine", first, late, present=1, provider="HyperV") as guest:
         guest.machine.add_vcpu()
@@ -162,7 +165,7 @@ def test_before_the_first_start() -> None:
 @both
 def test_a_reset_keeps_it(clock: Clock) -> None:
     """It is there in the booted guest, as after power-on: it waits, and is started by INIT and SIPI once more."""
-    program = [wait(1), *sipi_steps(1)]
+    program = [TO_X2APIC, wait(1), *sipi_steps(1)]
     with tsc_guest(clock, program, [RDTSC], present=1) as guest:
         machine = guest.machine
         machine.add_vcpu()
@@ -261,6 +264,15 @@ def test_many_are_added_while_the_others_are_paused_and_go_on() -> None:
         assert machine.runner.gate.threads() == 0
         machine.start()
         assert machine.runner.gate.threads() == most
+
+
+def test_the_guides_example() -> None:
+    """It adds three."""
+    guide = (Path(__file__).parents[2] / "docs/embedding.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n([^`]*def add_three[^`]*)```", guide)
+    names: dict[str, Any] = {}
+    exec(block, names)  # noqa: S102 - our own document
+    assert names["add_three"]() == [1, 2, 3]
 
 
 # What a PC's guest is told

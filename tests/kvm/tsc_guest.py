@@ -40,6 +40,10 @@ class Step(NamedTuple):
     value: int = 0
 
 
+TO_X2APIC: Final = Step("wrmsr", APIC_BASE, APIC_BASE_X2APIC)
+"""Of the boot vCPU, whose APIC has MSRs from then on; a step of its own, because it makes KVM find new APICs."""
+
+
 class TscGuest(NamedTuple):
     """A running machine whose vCPUs go through their steps."""
 
@@ -93,10 +97,9 @@ def tsc_guest(
 
 
 def sipi_steps(vcpu: int) -> list[Step]:
-    """Start vCPU by INIT and SIPI to its APIC id, by way of an x2APIC, which has MSRs."""
+    """Start vCPU by INIT and SIPI to its APIC id, after TO_X2APIC."""
     to = vcpu << 32
     return [
-        Step("wrmsr", APIC_BASE, APIC_BASE_X2APIC),
         Step("wrmsr", X2APIC_ICR, to | ICR_INIT),
         Step("wrmsr", X2APIC_ICR, to | ICR_SIPI | _started_at(vcpu) >> 12),
     ]

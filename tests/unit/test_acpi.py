@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pvclock.guest_layout import ACPI_TABLES
+from pvclock.guest_layout import ACPI_TABLES, RESET_VECTOR
 from pvclock.machine import aml
 from pvclock.machine.acpi import build_tables
 
@@ -96,6 +96,27 @@ def test_the_interrupt_controllers() -> None:
     assert ioapic == struct.pack("<BBBBII", 1, 12, 0, 0, 0xFEC00000, 0)
 
 
+def test_a_vcpu_that_may_come() -> None:
+    """Its local APIC is not enabled but capable of coming online, and 0xff is nobody's id."""
+    tables = Tables(1, 3)
+    assert [entry[4] for entry in entries(tables["APIC"])[:3]] == [1, 2, 2]
+    assert all(entry[2] == entry[3] for entry in entries(tables["APIC"])[:3])
+
+
+def test_without_any_to_come_there_is_no_event_device() -> None:
+    """Neither processors nor a generic event device; with some there are all of both."""
+    for vcpus, max_vcpus, devices in ((2, 2, 0), (1, 2, 2), (254, 255, 255)):
+        dsdt = Tables(vcpus, max_vcpus)["DSDT"]
+        assert dsdt.count(b"ACPI0007\0") == devices
+        assert dsdt.count(b"ACPI0013\0") == bool(devices)
+
+
+@pytest.mark.parametrize("vcpus", [1, 254])
+def test_the_largest_tables_fit(vcpus: int) -> None:
+    """As many vCPUs as a PC can declare, below the reset vector."""
+    assert ACPI_TABLES + len(build_tables(vcpus, 255)) <= RESET_VECTOR
+
+
 def test_more_vcpus_than_an_apic_id_of_8_bits_tells() -> None:
     """From id 255 on they are x2APICs."""
     *_, last_byte, first_long, ioapic = entries(Tables(256)["APIC"])
@@ -126,6 +147,16 @@ def test_more_vcpus_than_an_apic_id_of_8_bits_tells() -> None:
         (aml.resources(aml.io_ports(0x3F8, 8)), "110d0a0a4701f803f80301087900"),
         (aml.device("COM1", aml.integer(0)), "5b8206434f4d3100"),
         (aml.scope("_SB", aml.integer(1)), "10065f53425f01"),
+        (aml.level_interrupt(9), "890600010109000000"),
+        (aml.io_region("REGI", 0x610, 2), "5b8052454749010b10060a02"),
+        (aml.field("REGI", "WORD"), "5b810b5245474902574f524410"),
+        (aml.method("_EVT", 1, aml.return_value(aml.integer(0))), "14085f45565409a400"),
+        (aml.less(aml.ARG0, aml.integer(1)), "956801"),
+        (aml.equal(aml.ARG0, aml.reference("WORD")), "9368574f5244"),
+        (aml.if_then(aml.integer(1), aml.notify("C001", 1)), "a0080186433030" + "3101"),
+        (aml.while_loop(aml.integer(1), aml.increment(aml.ARG0)), "a204017568"),
+        (aml.store(aml.integer(0), aml.reference("WORD")), "7000574f5244"),
+        (aml.call("VCPF", aml.ARG0), "5643504668"),
     ],
 )
 def test_terms(term: bytes, encoded: str) -> None:

@@ -228,3 +228,16 @@ def test_a_vcpu_number_beyond_the_clock() -> None:
     """RangeError, as ever: that one will never be there."""
     with pytest.raises(RangeError):
         clock_of(SimulatedBackend(HZ)).host_write_msr(3, TSC, 5)
+
+
+def test_a_late_vcpu_of_a_restored_clock_follows_what_was_written() -> None:
+    """vCPU 0's TSC was written after the restore and before the resume: the late one starts there, too."""
+    saved = clock_of(SimulatedBackend(HZ, tsc=5000))
+    saved.pause()
+    host = SimulatedBackend(HZ, tsc=10**12)
+    restored = GuestClock.restore(saved.save(), GuestMemory(bytearray(1 << 16)), backend=host, vcpus_present=1)
+    restored.host_write_msr(0, TSC, 1 << 44)
+    restored.add_vcpu()
+    assert restored.guest_tsc(1, host.tsc) == restored.guest_tsc(0, host.tsc) == 1 << 44
+    restored.resume("freeze")
+    assert host.tsc_offsets[0] == host.tsc_offsets[1]
