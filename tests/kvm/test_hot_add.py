@@ -278,6 +278,7 @@ def test_the_guides_example() -> None:
 # What a PC's guest is told
 
 
+@pytest.mark.row("E22")
 def test_a_pcs_guest_reads_how_many_there_are() -> None:
     """The vCPU register counts, its interrupt waits until the guest knows of all, and a reset tells all by tables."""
     with Machine(SPIN, max_vcpus=3, platform="pc") as machine:
@@ -300,6 +301,7 @@ def test_a_pcs_guest_reads_how_many_there_are() -> None:
         assert machine.memory.read(ACPI_TABLES, 0x1000).count(MADT_ENTRY_ENABLED) == 1
 
 
+@pytest.mark.row("E22")
 def test_a_pc_that_gets_no_others_has_no_register() -> None:
     """Its tables are as they ever were."""
     with Machine(SPIN, platform="pc") as machine:
@@ -316,6 +318,7 @@ def is_raised(machine: Machine) -> bool:
 # A run from start to end
 
 
+@pytest.mark.row("E22")
 def test_run_is_start_and_wait() -> None:
     """The exit code, once the guest has written it."""
     with Machine(EXIT_5) as machine:
@@ -324,6 +327,7 @@ def test_run_is_start_and_wait() -> None:
         assert machine.run(LIMIT_S) == 5
 
 
+@pytest.mark.row("E22")
 def test_a_run_that_takes_too_long_is_stopped() -> None:
     """StateError; then no vCPU executes, and run() lets the guest go on."""
     with Machine(COUNTS) as machine:
@@ -336,6 +340,7 @@ def test_a_run_that_takes_too_long_is_stopped() -> None:
             assert machine.memory.read(0x2000, 8) != before
 
 
+@pytest.mark.row("E22")
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_run_is_stopped() -> None:
     """KeyboardInterrupt comes out of run(), and nothing executes any more."""
@@ -350,6 +355,7 @@ def test_an_interrupted_run_is_stopped() -> None:
         assert machine.run_state.current is RunState.SHUTDOWN
 
 
+@pytest.mark.row("E22")
 def test_a_run_that_goes_on_already() -> None:
     """run() is the StateError that start() is, and lets it go on."""
     with Machine(SPIN) as machine:

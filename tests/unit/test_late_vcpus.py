@@ -107,7 +107,7 @@ def test_one_publish_serves_it_too() -> None:
 def test_present_ones_that_disagree_stay_so() -> None:
     """It is as vCPU 0; STABLE comes back by the repair, which includes it."""
     backend = SimulatedBackend(HZ, tsc=1000)
-    clock = clock_of(backend, present=2)
+    clock = clock_of(backend, vcpus=4, present=2)
     clock.write_msr(1, TSC, 1 << 40)
     clock.add_vcpu()
     clock.refresh()
