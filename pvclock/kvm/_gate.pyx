@@ -4,9 +4,9 @@ Two words decide.  A vCPU stores its `in_guest` and then loads `shut`; a holder 
 `in_guest`.  All of these are sequentially consistent (C11), so one of the two always sees the other, and the way in
 takes no lock.  tests/model/gate.pml is the model.
 
-That protocol does not need the GIL.  What does: begin() and renew(), which change several words as one
-step; a Hold's `_taken`; and the calls of request_exit().  begin() and renew() keep the GIL from their first change to
-their last, start_new_thread() included, which only makes the thread.  This module does not declare itself
+That protocol does not need the GIL.  What does: begin(), renew(), add_vcpu() and take_away(), which change several
+words as one step; a Hold's `_taken`; and the calls of request_exit().  Those four keep the GIL from their first change
+to their last, start_new_thread() included, which only makes the thread.  This module does not declare itself
 free-threaded, so a build of Python without the GIL turns it on when it imports this.
 
 For a signal each method is one step: Python runs signal handlers between bytecodes, and there are none here.  A method
