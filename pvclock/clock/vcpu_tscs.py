@@ -78,10 +78,10 @@ class VcpuTscs:
         """WRMSR by the guest (TSC and ADJUST move together, AUX alone) or by the VMM (each alone)."""
         if cause is EventCause.VMM:  # GuestSide.write_msr() has checked a guest's
             index, value = whole("index", index), whole("value", value)
-        if self.present <= vcpu < len(self):
-            raise StateError("write_msr", f"vCPU {vcpu} is not there yet", "add_vcpu() brings it")
         now = self._keeper.host_tsc()
         tsc = self.at(vcpu, now)
+        if vcpu >= self.present:
+            raise StateError("write_msr", f"vCPU {vcpu} is not there yet", "add_vcpu() brings it")
         if cause is EventCause.GUEST:
             tsc.wrmsr(index, value, now)
         elif index == MSR_IA32_TSC:

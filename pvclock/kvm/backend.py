@@ -15,7 +15,7 @@ from pvclock.host.linux import host_clocksource, read_boot_id, tsc_of_each_cpu
 from pvclock.host.this_host import CLOCK_GRAIN_NS, CLOCK_IDS, bracketed, host_stamps, wait_until
 from pvclock.kvm._system import Kvm
 from pvclock.kvm._vcpu import Vcpu
-from pvclock.kvm.arguments import vcpus_of
+from pvclock.kvm.arguments import vcpu_of, vcpus_of
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.kvm.runner import Runner
 from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
@@ -53,8 +53,8 @@ class VcpuThreads:
 
     def add(self, vcpu: Vcpu) -> None:
         """One more, with the next number; again without harm."""
-        if vcpu not in self.vcpus:
-            self.vcpus.extend(vcpus_of([vcpu]))
+        if vcpu_of("vcpu", vcpu) not in self.vcpus:
+            self.vcpus.append(vcpu)
 
     def run_delay_ns(self, vcpu: int) -> int | None:
         """See Backend: by the kernel's account of vCPU's thread."""

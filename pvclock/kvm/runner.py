@@ -19,7 +19,7 @@ from pvclock.arguments import function, instance, number, whole
 from pvclock.errors import StateError, WrongType
 from pvclock.kvm._gate import Gate, Hold, install_kick_signal
 from pvclock.kvm._vcpu import Vcpu
-from pvclock.kvm.arguments import vcpus_of
+from pvclock.kvm.arguments import vcpu_of, vcpus_of
 from pvclock.kvm.exits import Exit, Interrupted
 
 __all__ = ["ExitHandler", "Runner"]
@@ -83,7 +83,7 @@ class Runner:
         if self._start_failure is not None:
             raise self._start_failure
 
-    def add_vcpu(self, vcpu: Vcpu) -> int:
+    def add_vcpu(self, late: Vcpu) -> int:
         """Another vCPU, which runs at once if the others do, and else from the next start() on; returns its number.
 
         StateError if there are max_vcpus already, on the thread of a vCPU, and if it gets no thread; it was not added
@@ -91,17 +91,18 @@ class Runner:
         """
         if self._is_own_thread():
             raise StateError("add_vcpu", "this is the thread of a vCPU", "call it on another thread")
+        vcpu_of("late", late)
         self.gate.wait_until_started()  # of a call that was interrupted
         self._start_failure = None
-        if vcpu not in self.gate.vcpus:
+        if late not in self.gate.vcpus:
             try:
-                self.gate.add_vcpu(vcpus_of([vcpu])[0], self._start_late_thread)
+                self.gate.add_vcpu(late, self._start_late_thread)
             except RuntimeError as error:
                 raise _no_thread(error) from None
         self.gate.wait_until_started()
         if self._start_failure is not None:
             raise self._start_failure
-        return self.gate.vcpus.index(vcpu)
+        return self.gate.vcpus.index(late)
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait until the run has ended; False if it has not within `timeout_s`.  StateError if it never began."""
