@@ -241,3 +241,16 @@ def test_a_late_vcpu_of_a_restored_clock_follows_what_was_written() -> None:
     assert restored.guest_tsc(1, host.tsc) == restored.guest_tsc(0, host.tsc) == 1 << 44
     restored.resume("freeze")
     assert host.tsc_offsets[0] == host.tsc_offsets[1]
+
+
+@pytest.mark.row("E5", "K-27")
+def test_a_late_vcpu_is_told_of_its_stolen_time() -> None:
+    """As the others: from its own thread's account, which begins with it."""
+    backend, memory = SimulatedBackend(HZ), GuestMemory(bytearray(1 << 16))
+    clock = GuestClock(memory, 2, backend=backend, vcpus_present=1)
+    clock.tick()
+    clock.add_vcpu()
+    clock.write_msr(1, 0x4B564D03, 0x6000 | 1)
+    backend.run_delays_ns = {0: 900, 1: 50}
+    clock.tick()
+    assert int.from_bytes(memory.read(0x6000, 8), "little") == 50
