@@ -24,6 +24,7 @@ from pvclock.boot import BootSource
 from pvclock.boot.initramfs import with_shell
 from pvclock.commands import machine_options, whole_file
 from pvclock.commands.arguments import duration_s, memory_bytes, output_file, whole_number
+from pvclock.commands.doctor_machine import tell_what_is_wrong
 from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
@@ -115,6 +116,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             screen.tell(f"pvclock run: {MAY_NOT_RUN}")
         begun_s = time.monotonic()
         machine_options.set_rate(machine, arguments)
+        if not arguments.json:
+            tell_what_is_wrong(machine, screen)
         end = _run_to_its_end(machine, console, arguments.timeout)
         result = {
             **end._asdict(),
