@@ -44,7 +44,7 @@ EXAMPLES: Final = """\
   pvclock doctor                    what works, what to type next, and a table
   pvclock doctor | grep KVM_CAP     a row is one line in a pipe
   pvclock doctor --guest            inside a VM: what is wrong with its clock
-  pvclock doctor --machine --invtsc which clock a guest would take, and what follows
+  pvclock doctor --machine          what a guest of run will see of time
   pvclock doctor --guest --seconds 60 --max-warp 200ns --max-drift 100ppb"""
 
 CPUS: Final = "--cpus"
