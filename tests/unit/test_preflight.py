@@ -373,6 +373,13 @@ def test_a_guest_that_takes_its_tsc_leaves_every_policy() -> None:
     assert "1/10" in leaving(clocked(facts, rate=Fraction(1, 10))).guest_sees
 
 
+@pytest.mark.parametrize("deadline", [0, 1, 10**6 - 1, 10**6 + (1 << 64) // 10**6 - 1])
+def test_a_deadline_in_the_past_is_none(deadline: int) -> None:
+    """Nor one that is just near enough for KVM's arithmetic: only from 2^64 / 10^6 ticks on it wraps."""
+    assert "deadline-before-tsc" not in codes(guest(vcpu(tsc=10**6, tsc_deadline=deadline)), *Severity)
+    assert "deadline-before-tsc" in codes(guest(vcpu(tsc=10**6, tsc_deadline=10**6 + (1 << 64) // 10**6)), *Severity)
+
+
 def test_rules_of_order_have_reasons() -> None:
     """Each says why, and the code of the finding that shows the mistake is one that there is."""
     known = {code for _, _, code in CASES.values()}
