@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import pytest
 
@@ -17,10 +17,12 @@ from pvclock.kvm import TscOffsets, open_kvm
 from pvclock.kvm.cpuid_probe import CpuidProbe
 from pvclock.machine.cpuid import INVARIANT_TSC, CpuidEntry
 from pvclock.machine.preflight import Finding, Severity, guest_facts, judge, preflight, repair_writes
+from pvclock.machine.preflight.facts import ASKED_MSRS
 from pvclock.providers.kvm.features import KvmFeature
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC
 from tests.command_line import run_pvclock
 from tests.kvm.guests import out
+from tests.kvm.msr_script import Access, run_script
 from tests.kvm.pc_guests import WAIT_FOREVER
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E8")]
@@ -116,6 +118,29 @@ def test_a_feature_that_nobody_serves(clock: str) -> None:
     with Machine(HALT, clock=clock, features=features, cpuid=everything) as machine:  # type: ignore[arg-type]
         found = [each.values["msr"] for each in preflight(machine) if each.code == "clock-msr-not-served"]
         assert found == ([0x11, 0x12] if clock == "engine" else [])  # KVM goes by the CPUID that it has
+
+
+NEW_ONLY: Final = int(KvmFeature.CLOCKSOURCE2)
+SERVED: Final[dict[str, tuple[Literal["engine", "kernel"], dict[str, object]]]] = {
+    "engine": ("engine", {}),
+    "engine, new MSRs": ("engine", {"features": NEW_ONLY}),
+    "engine, not enforced": ("engine", {"features": NEW_ONLY, "enforce_cpuid": False}),
+    "Hyper-V": ("engine", {"provider": "HyperV"}),
+    "both": ("engine", {"provider": "HyperV+KVM"}),
+    "nothing": ("engine", {"provider": "None"}),
+    "kernel": ("kernel", {}),
+    "kernel, new MSRs": ("kernel", {"features": NEW_ONLY}),
+}
+
+
+@pytest.mark.parametrize("setup", SERVED)
+def test_a_guest_finds_served_what_the_facts_say(setup: str) -> None:
+    """A real guest's RDMSR of each MSR that is asked for faults, or does not, as was said before it ran."""
+    clock, options = SERVED[setup]
+    with Machine(HALT, clock=clock, **options) as machine:  # type: ignore[arg-type]  # of several types
+        said = guest_facts(machine.vcpus, machine.clock).vcpus[0].served_msrs
+    found = run_script([Access(msr) for msr in ASKED_MSRS], clock, **options)
+    assert {msr for msr, outcome in zip(ASKED_MSRS, found, strict=True) if not outcome.faulted} == said
 
 
 def test_what_is_served_without_being_offered() -> None:
