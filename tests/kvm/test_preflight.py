@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 import pytest
 
-from pvclock import Machine, StateError
+from pvclock import ConfigError, Machine, RangeError, StateError, WrongType
 from pvclock.commands import main
 from pvclock.host.linux import host_clocksource
 from pvclock.kvm import TscOffsets, open_kvm
@@ -252,6 +252,20 @@ def test_only_before_it_runs() -> None:
         machine.wait(30)
         with pytest.raises(StateError, match=r"before start\(\)"):
             preflight(machine)
+
+
+def test_what_is_no_vm_is_refused() -> None:
+    """A wrong type, vCPUs of another VM's number, and facts of no vCPU."""
+    with Machine(HALT, vcpus=2) as machine:
+        facts = guest_facts(machine.vcpus, machine.clock)
+        with pytest.raises(ConfigError, match="a clock of 2 vCPUs, and 1 vCPUs"):
+            guest_facts(machine.vcpus[:1], machine.clock)
+        with pytest.raises(WrongType, match="clock is"):
+            guest_facts(machine.vcpus, machine)  # type: ignore[arg-type]  # that is the test
+        with pytest.raises(RangeError, match="0 vCPUs"):
+            judge(facts._replace(vcpus=()))
+        with pytest.raises(WrongType, match="machine is"):
+            preflight(machine.clock)  # type: ignore[arg-type]  # that is the test
 
 
 # The command

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Final
 
+from pvclock.arguments import flag, instance
 from pvclock.clock.guest_clock import GuestClock
-from pvclock.errors import MsrFault
+from pvclock.errors import ConfigError, MsrFault
 from pvclock.host.backend import Backend
 from pvclock.host.linux import host_clocksource
 from pvclock.kvm import Kvm, KvmBackend, SteeredTscBackend, TscOffsets, Vcpu, open_kvm, probe_tsc_offsets
@@ -28,11 +29,14 @@ LVT_TIMER: Final = 0x320
 
 
 def guest_facts(vcpus: Sequence[Vcpu], clock: GuestClock | None, *, has_calibration_timer: bool = False) -> GuestFacts:
-    """The facts of a VM whose vCPUs do not run.  clock: the engine's; None where the kernel serves it.
+    """The facts of a VM whose vCPUs, by number, do not run.  clock: the engine's; None where the kernel serves it.
 
     Takes a ms, or some 100 ms if the clock's backend does not know what this host does with TSC offsets: then
     throw-away VMs are asked.
     """
+    flag("has_calibration_timer", has_calibration_timer)
+    if clock is not None and instance("clock", clock, GuestClock).vcpus != len(vcpus_of(vcpus)):
+        raise ConfigError(f"a clock of {clock.vcpus} vCPUs, and {len(vcpus)} vCPUs; both are the VM's")
     host = host_facts(None if clock is None else clock.backend)
     served = _clock_facts(clock, len(vcpus_of(vcpus)))
     offsets = served.tsc_offsets or [None] * len(vcpus)

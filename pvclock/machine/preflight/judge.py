@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from pvclock.errors import StateError
+from pvclock.arguments import instance
+from pvclock.errors import RangeError, StateError
 from pvclock.machine.machine import Machine
 from pvclock.machine.preflight.clocksource import check_clocksource
 from pvclock.machine.preflight.collect import guest_facts
@@ -27,12 +28,15 @@ def preflight(machine: Machine) -> list[Finding]:
 
     StateError in any other run state: what a guest has seen and set up cannot be taken back.
     """
+    instance("machine", machine, Machine)
     if machine.run_state.current is not RunState.PRELAUNCH:
         raise StateError("preflight", f"the machine is {machine.run_state.current}", "call it before start()")
     return judge(guest_facts(machine.vcpus, machine.clock))
 
 
 def judge(facts: GuestFacts) -> list[Finding]:
-    """What is to be said of a VM with these facts, errors first."""
+    """What is to be said of a VM with these facts, errors first; RangeError if it has no vCPU."""
+    if not instance("facts", facts, GuestFacts).vcpus:
+        raise RangeError("the facts are of 0 vCPUs; give at least one's")
     found = [finding for check in CHECKS for finding in check(facts)]
     return sorted(found, key=lambda finding: list(Severity).index(finding.severity))
