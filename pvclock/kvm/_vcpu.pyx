@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.mman cimport munmap
 
-from pvclock.kvm._fd cimport U32_MASK, U64_MASK, Fd, checked
+from pvclock.kvm._fd cimport U32_MASK, U64_MASK, Fd, checked, cpuid_entries
 from pvclock.kvm._kvm_abi cimport *
 
 from pvclock.arguments import data as checked_data
@@ -228,6 +228,10 @@ cdef class Vcpu(Fd):
         except OverflowError as error:
             raise RangeError(f"sregs: {error}; a segment's selector has 16 bits and its limit 32") from None
         checked(ioctl(self._idle_fd("set_sregs"), KVM_SET_SREGS, &c), "KVM_SET_SREGS")
+
+    def get_cpuid(self) -> list[dict[str, int]]:
+        """KVM_GET_CPUID2: the entries that set_cpuid() gave, with what KVM changes in them by the vCPU's state."""
+        return cpuid_entries(self._idle_fd("get_cpuid"), KVM_GET_CPUID2, "KVM_GET_CPUID2")
 
     def set_cpuid(self, entries: list[dict[str, int]]) -> None:
         """KVM_SET_CPUID2: entries as of Kvm.get_supported_cpuid()."""
