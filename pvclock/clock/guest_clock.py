@@ -23,7 +23,7 @@ from pvclock.clock.follower import OFF, Follower, source_of
 from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.live_clock import Takeover
-from pvclock.clock.operations import Operations
+from pvclock.clock.operations import DilationLimit, Operations
 from pvclock.clock.pause_resume import PauseResume
 from pvclock.clock.reference_time import ReferenceTime
 from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
@@ -236,6 +236,7 @@ class GuestClock:
         with self._keeper.changing:
             self._host.require("follow")
             self._follower.follow(reference, max_ppm=max_ppm, panic_ns=panic_ns)
+            self._guest.rate_changed()
 
     @property
     def reference(self) -> str:
@@ -277,12 +278,24 @@ class GuestClock:
     def wall_clock(self, base: WallClockBase) -> None:
         self._wall_clock.base = base
 
-    def dilate(self, numerator: int, denominator: int = 1) -> None:
+    @property
+    def dilation_limit(self) -> DilationLimit | None:
+        """What dilate() asks first, of the VMM's knowledge of its guest; settable; None, at the start: nothing."""
+        return self._operations.dilation_limit
+
+    @dilation_limit.setter
+    def dilation_limit(self, limit: DilationLimit | None) -> None:
+        wanted = "what DilationLimit says, or None"
+        self._operations.dilation_limit = None if limit is None else serving("limit", limit, "admit", wanted=wanted)
+
+    def dilate(self, numerator: int, denominator: int = 1, *, force: bool = False) -> None:
         """Run guest time at numerator/denominator of host time from now on, without a step.
 
-        RangeError if a page cannot show that rate, with a slew on top, or if a term exceeds 64 bits.
+        RangeError if a page cannot show that rate, with a slew on top, or if a term exceeds 64 bits; and, unless
+        `force`, beyond the dilation_limit.
         """
-        self._operations.dilate(numerator, denominator)
+        self._operations.dilate(numerator, denominator, force=force)
+        self._guest.rate_changed()
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
         """Move guest time by `target_ns`, which may be negative, by running max_ppm off its rate.
@@ -522,6 +535,8 @@ class GuestClock:
             if self._guest.lives_by_tsc:
                 warning = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
             self._guest.load(state.provider)
+            if self._guest.is_told_tsc_hz and not warning:
+                warning = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=True)
             capture.restore(self._parts, state, policy, self._guest.own_page)
             if warning:
                 self._keeper.tell(EventKind.TSC_RATE, warning)

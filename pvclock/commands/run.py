@@ -97,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=factor, metavar="N/D", help="guest seconds in a host's second, from boot on: 1/10 is a tenth"
     )
+    parser.add_argument("--force-rate", action="store_true", help="even a --rate that its timers cannot follow")
     parser.add_argument("--invtsc", action="store_true", help="show the guest an invariant TSC, which it prefers")
     parser.add_argument(
         "--events", type=output_file, metavar="FILE", help="write what the engine's clock did, as JSON lines"
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             screen.tell(f"pvclock run: {MAY_NOT_RUN}")
         begun_s = time.monotonic()
         if arguments.rate is not None and machine.clock is not None:
-            machine.clock.dilate(*arguments.rate.as_integer_ratio())
+            machine.clock.dilate(*arguments.rate.as_integer_ratio(), force=arguments.force_rate)
         end = _run_to_its_end(machine, console, arguments.timeout)
         result = {
             **end._asdict(),

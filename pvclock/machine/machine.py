@@ -36,7 +36,7 @@ from pvclock.machine.clock_service import (
     KernelClockService,
     engine_clock,
 )
-from pvclock.machine.cpuid import CpuidChange, set_guest_cpuid
+from pvclock.machine.cpuid import CpuidChange, GuestCpuid
 from pvclock.machine.devices.uart import Uart
 from pvclock.machine.exits import Ending, GuestExits, Outcome, observed
 from pvclock.machine.guest_reset import GuestReset
@@ -137,7 +137,7 @@ class Machine:
                 service = self._engine_clock(tick_interval_s, wrap=backend, restore=restore, options=clock_options)
             else:
                 service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
-            self._take_the_clock(service, cpuid)
+            self._take_the_clock(service, cpuid, platform)
             self._power_on = PowerOnState(self.vm, self.vcpus)
             enter(self.vcpus[0], self._board.load(self.boot_source, self.memory))
         except BaseException:
@@ -445,14 +445,15 @@ class Machine:
         offered = kernel_clock_features(kernel_features(self._kvm)) if features is None else features
         return KernelClockService(self.runner, self.vm, offered)
 
-    def _take_the_clock(self, service: ClockService, change: CpuidChange | None) -> None:
+    def _take_the_clock(self, service: ClockService, change: CpuidChange | None, platform: Platform) -> None:
         self.clock_service = self._exits.clock_service = self._owned(service)
         if service.msr_ranges:
             exit_on_msrs(self.vm, service.msr_ranges)
         if service.hypercall_port is not None:
             self.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
             self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
-        set_guest_cpuid(self._kvm, self.vcpus, service.cpuid, change)
+        given = GuestCpuid(self._kvm, self.vcpus, service.cpuid, change)
+        service.take_cpuid(given, limits_rates=platform == "pc")
 
 
 class _RunEnd:
