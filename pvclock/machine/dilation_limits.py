@@ -74,7 +74,7 @@ def _too_slow(dilation: Fraction, khz: int) -> str:
     return (
         f"dilation {shown(dilation)} of a guest that is yet to boot: its clock would show it a TSC of {khz} kHz, and "
         f"Linux keeps the frequency of its TSC-deadline timer in 32 bits, as tsc_khz * 125: up to {SHOWN_KHZ_MAX} kHz, "
-        f"which here is 1/{float(1 / slowest):.2f}; dilate less, or force it"
+        f"which here is 1/{float(1 / slowest):.2f}; dilate less, or force it (force=True, --force-rate)"
     )
 
 
