@@ -236,7 +236,6 @@ class GuestClock:
         with self._keeper.changing:
             self._host.require("follow")
             self._follower.follow(reference, max_ppm=max_ppm, panic_ns=panic_ns)
-            self._guest.rate_changed()
 
     @property
     def reference(self) -> str:
@@ -278,24 +277,17 @@ class GuestClock:
     def wall_clock(self, base: WallClockBase) -> None:
         self._wall_clock.base = base
 
-    @property
-    def dilation_limit(self) -> DilationLimit | None:
-        """What dilate() asks first, of the VMM's knowledge of its guest; settable; None, at the start: nothing."""
-        return self._operations.dilation_limit
-
-    @dilation_limit.setter
-    def dilation_limit(self, limit: DilationLimit | None) -> None:
-        wanted = "what DilationLimit says, or None"
-        self._operations.dilation_limit = None if limit is None else serving("limit", limit, "admit", wanted=wanted)
+    def limit_dilation(self, limit: DilationLimit | None) -> None:
+        """Let dilate() ask `limit` first, of what the VMM knows of its guest; None, as at the start: nobody."""
+        self._operations.limit_dilation(limit)
 
     def dilate(self, numerator: int, denominator: int = 1, *, force: bool = False) -> None:
         """Run guest time at numerator/denominator of host time from now on, without a step.
 
         RangeError if a page cannot show that rate, with a slew on top, or if a term exceeds 64 bits; and, unless
-        `force`, beyond the dilation_limit.
+        `force`, beyond what limit_dilation() has set.
         """
         self._operations.dilate(numerator, denominator, force=force)
-        self._guest.rate_changed()
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
         """Move guest time by `target_ns`, which may be negative, by running max_ppm off its rate.
@@ -522,21 +514,15 @@ class GuestClock:
     # Inside
 
     def _load(
-        self,
-        state: ClockState,
-        policy: Policy,
-        reference: Reference | str | SampleSource | None,
-        *,
-        any_tsc_hz: bool,
+        self, state: ClockState, policy: Policy, reference: Reference | str | SampleSource | None, *, any_tsc_hz: bool
     ) -> None:
         """Load the paused clock saved as `state`, which is checked."""
         with self._keeper.changing:
-            warning = ""
-            if self._guest.lives_by_tsc:
-                warning = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
             self._guest.load(state.provider)
-            if self._guest.is_told_tsc_hz and not warning:
-                warning = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=True)
+            warning = ""
+            if self._guest.is_told_tsc_hz:
+                any_tsc_hz = any_tsc_hz or not self._guest.lives_by_tsc
+                warning = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
             capture.restore(self._parts, state, policy, self._guest.own_page)
             if warning:
                 self._keeper.tell(EventKind.TSC_RATE, warning)

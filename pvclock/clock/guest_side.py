@@ -70,10 +70,7 @@ class GuestSide:
         self.kernel_features = _kernel_features(self._backend)
         """See ClockServices."""
 
-        self.keeps_tsc_rate = self._runs_at_tsc_rate()
-        """See ClockServices."""
-
-        self._was_told_rate = False  # by a page: what else it is told of its TSC stays then
+        self._told_tsc_rate: bool | None = None  # what keeps_tsc_rate was when a page first told the guest its rate
         self.interface = GuestInterface(
             config,
             self,
@@ -165,13 +162,8 @@ class GuestSide:
 
     @property
     def is_told_tsc_hz(self) -> bool:
-        """Do the guest's CPUID leaves tell it its TSC's frequency?"""
-        return CPUID_TIMING in self.interface.cpuid_leaves
-
-    def rate_changed(self) -> None:
-        """The clock was dilated, or follows another reference: tell the guest of its TSC accordingly, if not yet."""
-        if not self._was_told_rate:
-            self.keeps_tsc_rate = self._runs_at_tsc_rate()
+        """Does the guest live by its TSC, or do its CPUID leaves tell it that TSC's frequency?"""
+        return self.lives_by_tsc or CPUID_TIMING in self.interface.cpuid_leaves
 
     def _tell_at_tick(self, run_delays: RunDelays, hooks: Hooks) -> None:
         with self._keeper.changing:
@@ -201,7 +193,7 @@ class GuestSide:
 
     def load(self, state: ProviderState) -> None:
         """Adopt what the guest had written when it was saved."""
-        self.keeps_tsc_rate, self._was_told_rate = False, True
+        self._told_tsc_rate = False
         self._provider.load(state.msrs)
 
     # ClockServices
@@ -234,7 +226,8 @@ class GuestSide:
         """As place_time_page(), for several vCPUs in one step.  vcpu: the caller's own, which is out of the guest."""
         with self._keeper.changing:
             self._placement.place(pages, begin, undo, vcpu)
-            self._was_told_rate |= any(gpa is not None for gpa in pages.values())
+            if any(gpa is not None for gpa in pages.values()):
+                self._told_tsc_rate = self.keeps_tsc_rate
 
     def place_reference_page(
         self,
@@ -260,6 +253,11 @@ class GuestSide:
     def adopt_reference_time(self, saved: ReferenceTime, gpa: Gpa | None) -> None:
         """Go on from a saved reference time; see ClockServices."""
         self.reference_clock.adopt(*saved, gpa)
+
+    @property
+    def keeps_tsc_rate(self) -> bool:
+        """Does guest time go on at its TSC's own rate?  See ClockServices."""
+        return self._runs_at_tsc_rate() if self._told_tsc_rate is None else self._told_tsc_rate
 
     def guest_tsc(self, vcpu: int) -> GuestTsc:
         """What vCPU's TSC reads at this instant."""

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Protocol
 
 from pvclock._scale import ClockScale
-from pvclock.arguments import flag, whole
+from pvclock.arguments import flag, serving, whole
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.timekeeper import Timekeeper, TimeState
 from pvclock.errors import RangeError
@@ -40,8 +40,11 @@ class Operations:
 
     def __init__(self, keeper: Timekeeper, host: HostTrust) -> None:
         self._keeper, self._host = keeper, host
-        self.dilation_limit: DilationLimit | None = None
-        """See GuestClock."""
+        self._limit: DilationLimit | None = None
+
+    def limit_dilation(self, limit: DilationLimit | None) -> None:
+        """See GuestClock.limit_dilation()."""
+        self._limit = None if limit is None else serving("limit", limit, "admit", wanted="a DilationLimit, or None")
 
     # Rate changes, which never step time
 
@@ -69,9 +72,9 @@ class Operations:
         with self._keeper.changing:
             self._keeper.timeline.check(dilation)
             stamps = self._host.require("dilate")
-            if self.dilation_limit is not None:
+            if self._limit is not None:
                 scale = self._keeper.timeline.scale(dilation)
-                self._keeper.with_vcpus_out(None, partial(self.dilation_limit.admit, dilation, scale, force=force))
+                self._keeper.with_vcpus_out(None, partial(self._limit.admit, dilation, scale, force=force))
             terms = self._keeper.timeline.terms._replace(dilation=dilation)
             self._keeper.change_rate(
                 terms, stamps, EventKind.DILATE, f"dilate({shown(numerator)}, {shown(denominator)})"

@@ -167,7 +167,8 @@ class EngineClockService:
         """See ClockService."""
         self._cpuid = cpuid
         if limits_rates and cpuid.offers_deadlines:
-            self._limits = self.clock.dilation_limit = DilationLimits(cpuid.vcpus, self.clock.dilation)
+            self._limits = DilationLimits(cpuid.vcpus, self.clock.dilation)
+            self.clock.limit_dilation(self._limits)
 
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
@@ -290,7 +291,7 @@ class EngineClockService:
     def _serve(self, clock: GuestClock) -> None:
         """Let `clock` be the machine's; its MSR calls are attributes here, for a guest's exits call nothing else."""
         self.clock = clock
-        clock.dilation_limit = self._limits
+        clock.limit_dilation(self._limits)
         self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
         self.timer_thread = TimerThread(clock) if clock.timers.exist else None
 

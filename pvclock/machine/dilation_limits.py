@@ -37,7 +37,7 @@ class DilationLimits:
 
     Before a vCPU's timer is in TSC-deadline mode the guest has still to learn its TSC's frequency, which has a limit.
     After that its timers are right at the rate of its boot.  At a slower one they come early, and Linux sets them
-    again; at a faster one they come late, which nothing in the guest can mend, so it is refused.
+    again; at a faster one they come late, and the guest cannot know it, so that is refused.
     """
 
     def __init__(self, vcpus: Sequence[Vcpu], dilation: Fraction) -> None:

@@ -452,8 +452,7 @@ class Machine:
         if service.hypercall_port is not None:
             self.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
             self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
-        given = GuestCpuid(self._kvm, self.vcpus, service.cpuid, change)
-        service.take_cpuid(given, limits_rates=platform == "pc")
+        service.take_cpuid(GuestCpuid(self._kvm, self.vcpus, service.cpuid, change), limits_rates=platform == "pc")
 
 
 class _RunEnd:

@@ -22,7 +22,7 @@ LAPIC_BYTES: Final = 1024
 def a_clock(hz: int = HZ) -> GuestClock:
     """The clock of a guest that is yet to boot."""
     clock = GuestClock(GuestMemory(bytearray(1 << 14)), 1, backend=SimulatedBackend(hz))
-    clock.dilation_limit = DilationLimits([], clock.dilation)
+    clock.limit_dilation(DilationLimits([], clock.dilation))
     return clock
 
 
@@ -63,7 +63,6 @@ def test_a_refused_rate_changes_nothing_and_says_where_the_limit_is() -> None:
 def test_a_clock_alone_has_no_such_limit() -> None:
     """A library's clock knows nothing of its guest's timers: any rate that a page can show."""
     clock = GuestClock(GuestMemory(bytearray(1 << 14)), 1, backend=SimulatedBackend(HZ))
-    assert clock.dilation_limit is None
     clock.dilate(1, 1000)
     clock.dilate(1000)
     assert clock.dilation == 1000
@@ -79,12 +78,15 @@ def test_a_faster_clock_before_the_boot_has_no_limit() -> None:
 
 @pytest.mark.parametrize("given", [5, "limit", object()])
 def test_a_limit_is_an_object_that_admits(given: object) -> None:
-    """Anything else is a WrongType, and the clock keeps the one that it has."""
+    """Anything else is a WrongType, and the clock keeps the one that it has until None takes it away."""
     clock = a_clock()
-    before = clock.dilation_limit
     with pytest.raises(WrongType):
-        clock.dilation_limit = given  # type: ignore[assignment]  # what a caller may do
-    assert clock.dilation_limit is before
+        clock.limit_dilation(given)  # type: ignore[arg-type]  # what a caller may do
+    with pytest.raises(RangeError):
+        clock.dilate(1, 1000)
+    clock.limit_dilation(None)
+    clock.dilate(1, 1000)
+    assert clock.dilation == Fraction(1, 1000)
 
 
 @pytest.mark.parametrize("given", [1, None, "yes"])
