@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"clock", "state"},
     {"machine"},
     {"pvclock", "meter", "compat", "lab"},
-    {"commands", "__main__"},
+    {"commands", "testing", "__main__"},
 )
 POLICY = {"timekeeping", "tsc"}
 
@@ -67,6 +67,7 @@ PUBLIC_SUBPACKAGES = (
     "pvclock.machine",
     "pvclock.meter",
     "pvclock.payloads",
+    "pvclock.timekeeping",
 )
 
 # What `import pvclock` must not load.
