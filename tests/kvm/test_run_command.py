@@ -135,6 +135,17 @@ def test_time_at_another_rate(image: Callable[[bytes], str], run: Callable[..., 
     assert 0 < passed_s < result["host_s"] / 10 * (1 + RATE_ERROR)
 
 
+@pytest.mark.row("E12")
+def test_a_rate_that_its_timers_cannot_follow(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
+    """It is refused before the guest has run, in a line that says where the limit comes from, unless it is forced."""
+    slow = (image(out(0xF4, 0)), "--rate", "1/1000")
+    refused = run(*slow)
+    assert refused.status == 2
+    assert "tsc_khz * 125: up to 34359738 kHz" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert run(*slow, "--force-rate").status == 0
+
+
 def test_what_the_clock_did(image: Callable[[bytes], str], run: Callable[..., Ran], tmp_path: Path) -> None:
     """--events has it as JSON lines, from the change of rate before boot on."""
     done = run(image(out(0xF4, 0)), "--rate", "1/10", "--events", str(tmp_path / "events"))
