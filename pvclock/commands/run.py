@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from pvclock.boot import BootSource
+from pvclock.boot import BootModule, BootSource
 from pvclock.boot.initramfs import with_shell
 from pvclock.commands import whole_file
 from pvclock.commands.arguments import duration_s, factor, memory_bytes, output_file, whole_number
@@ -78,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", type=Path, metavar="FILE", help="a Linux kernel: bzImage or vmlinux")
     parser.add_argument("--debian", action="store_true", help="Debian's kernel, and a shell if there is no --initrd")
     parser.add_argument("--initrd", type=Path, metavar="FILE", help="an initial RAM disk")
+    parser.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        metavar="FILE[,STRING]",
+        help="a module of a multiboot or PVH image, with a string for it; can be given several times",
+    )
     parser.add_argument(
         "--append",
         metavar="TEXT",
@@ -155,10 +162,17 @@ def _boot_source(arguments: argparse.Namespace, screen: Screen) -> BootSource:
     cmdline = arguments.append
     if cmdline is None:
         cmdline = "" if arguments.image else f"{CMDLINE} quiet" if arguments.debian else CMDLINE
-    source = BootSource(_content(named[0], arguments.memory), cmdline, initrd)
+    modules = tuple(_module(each, arguments.memory) for each in arguments.module)
+    source = BootSource(_content(named[0], arguments.memory), cmdline, initrd, modules=modules)
     if not arguments.image and source.entered_by == "flat":
         raise ImageError(f"{named[0]} is not a Linux kernel: neither a bzImage nor an ELF file (vmlinux)")
     return source
+
+
+def _module(given: str, memory_bytes: int) -> BootModule:
+    """FILE[,STRING] of --module."""
+    file, _, string = given.partition(",")
+    return BootModule(_content(Path(file), memory_bytes), string)
 
 
 def _content(path: Path, memory_bytes: int) -> bytes:

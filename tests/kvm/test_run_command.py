@@ -20,7 +20,7 @@ from pvclock.commands import main
 from pvclock.timekeeping.events import Event, EventKind
 from tests.command_line import ROOT, command, run_pvclock
 from tests.kvm.guests import out
-from tests.kvm.pc_guests import ECHO, WAIT_FOREVER, driver, kernel, out_dx
+from tests.kvm.pc_guests import ECHO, WAIT_FOREVER, driver, kernel, module_lister, out_dx
 from tests.waiting import HANG_S, alarm_after
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E22")]
@@ -118,6 +118,18 @@ def test_a_kernel_with_an_initrd_and_a_command_line(tmp_path: Path, run: Callabl
     assert run(*files, "--append", "quiet").stdout == "quietRSD PTR initrd"
 
 
+def test_modules_of_a_multiboot_image(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """A guest reads how many there are and each one's content and string: the initrd, then each --module's."""
+    for name, content in (("image", module_lister()), ("first", b"one"), ("second", b"two"), ("third", b"")):
+        (tmp_path / name).write_bytes(content)
+    files = {name: str(tmp_path / name) for name in ("image", "first", "second", "third")}
+    ends = ("--timeout", f"{HANG_S:g}")
+    assert run(files["image"], *ends).stdout == "0"
+    modules = ("--initrd", files["first"], "--module", f"{files['second']},a=1,b=2", "--module", files["third"])
+    done = run(files["image"], *ends, *modules)
+    assert (done.status, done.stdout) == (0, "3one[]two[a=1,b=2][]")
+
+
 RATE_ERROR = 1e-3
 """Of the TSC's nominal frequency, by which the engine counts, and of CLOCK_MONOTONIC: far less."""
 
@@ -166,6 +178,9 @@ def test_what_the_clock_did(image: Callable[[bytes], str], run: Callable[..., Ra
         (("@image", "--provider", "Xen"), "Xen"),
         (("@image", "--cpus", "0"), "'0' is not a whole number"),
         (("@image", "--initrd", "@image"), "a flat image takes no initrd"),
+        (("@image", "--module", "@image"), "a flat image takes no modules"),
+        (("--kernel", "@kernel", "--module", "@image,text"), "Linux takes one initrd and no modules"),
+        (("@image", "--module", "@nothing"), "No such file or directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
