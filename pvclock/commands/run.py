@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from pvclock.boot import BootModule, BootSource
 from pvclock.boot.initramfs import with_shell
@@ -26,12 +26,13 @@ from pvclock.commands import whole_file
 from pvclock.commands.arguments import duration_s, factor, memory_bytes, output_file, whole_number
 from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
 from pvclock.commands.outcome import Outcome
+from pvclock.commands.run_ending import End, ended_by_timeout, ended_by_user, find_end
 from pvclock.commands.screen import Screen
 from pvclock.commands.signals import ended_by_signals
-from pvclock.errors import ConfigError, GuestCrashed, GuestPanicked, ImageError
+from pvclock.errors import ConfigError, ImageError
 from pvclock.host.linux import cpu_flags
 from pvclock.lab.kernel import find_kernel
-from pvclock.machine import Ending, Machine, RunState
+from pvclock.machine import Machine, RunState
 from pvclock.quantities import NS_PER_S
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -45,12 +46,6 @@ MEMORY_BYTES: Final = 256 << 20
 CPUS_MAX: Final = 255
 CMDLINE: Final = "console=ttyS0 panic=-1"
 ENDED: Final = frozenset((RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.INTERNAL_ERROR))
-
-WORDS: Final = {Ending.POWER_OFF: "the guest has powered off", Ending.RESET: "the guest asked for a reset"}
-STATUSES: Final = {Ending.POWER_OFF: 0, Ending.RESET: 3, Ending.PANIC: 4}
-CRASHED: Final = 5
-TIMED_OUT: Final = 124
-"""As of timeout(1)."""
 
 DYNAMIC_LOADER: Final = b"/ld-linux"
 """The interpreter that a dynamically linked program names, near its beginning."""
@@ -139,10 +134,11 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             "guest_s": machine.clock_service.now_ns() / NS_PER_S,
             "host_s": time.monotonic() - begun_s,
             "debug_console": machine.console[-DEBUG_CONSOLE_TOLD:],
+            "events": None if arguments.events is None else str(arguments.events),
         }
         if arguments.events is not None and machine.clock is not None:
             whole_file.write(str(arguments.events), machine.clock.events.json_lines().encode())
-    screen.tell(f"pvclock run: {end.why}")
+    screen.tell(f"pvclock run: {end.lines()}")
     return Outcome(end.status == 0, result, end.status)
 
 
@@ -210,15 +206,7 @@ def _clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
 # From start to end
 
 
-class _End(NamedTuple):
-    """ending: an Ending, "crash", "user" or "timeout".  why: for people.  status: the process's exit status."""
-
-    ending: str
-    why: str
-    status: int
-
-
-def _run_to_its_end(machine: Machine, console: _Console, timeout_s: float | None) -> _End:
+def _run_to_its_end(machine: Machine, console: _Console, timeout_s: float | None) -> End:
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     typed = sys.stdin.fileno()
     with _told_of_the_end(machine) as over, raw_terminal(typed) as is_terminal:
@@ -228,10 +216,10 @@ def _run_to_its_end(machine: Machine, console: _Console, timeout_s: float | None
         if not has_ended:
             machine.stop()
     if has_ended:
-        return _end_of(machine, console)
-    if keys.ended:
-        return _End("user", "ended by Ctrl-A x", 0)
-    return _End("timeout", f"ended by --timeout after {timeout_s:g} s", TIMED_OUT)
+        return find_end(machine, console.panic)
+    if keys.ended or timeout_s is None:
+        return ended_by_user()
+    return ended_by_timeout(timeout_s)
 
 
 @contextmanager
@@ -251,24 +239,6 @@ def _told_of_the_end(machine: Machine) -> Iterator[int]:
         machine.run_state.remove_handler(handler)
         os.close(over)
         os.close(tell)
-
-
-def _end_of(machine: Machine, console: _Console) -> _End:
-    """How the guest ended its run.  A kernel that panics and has panic=-1 says so on its console, and resets."""
-    try:
-        exit_code = machine.wait()
-    except GuestPanicked as panic:
-        return _End(Ending.PANIC, str(panic), STATUSES[Ending.PANIC])
-    except GuestCrashed as crash:
-        registers = machine.vcpus[crash.vcpu].get_regs()
-        shown = " ".join(f"{name}={value:#x}" for name, value in registers.items())
-        return _End("crash", f"{crash}; {shown}", CRASHED)
-    ending = machine.ending
-    if ending is Ending.EXIT_CODE or ending is None:
-        return _End(Ending.EXIT_CODE, f"the guest's exit code is {exit_code}", int(exit_code != 0))
-    if ending is Ending.RESET and console.panic:
-        return _End(Ending.PANIC, f"the guest's kernel panicked: {console.panic}", STATUSES[Ending.PANIC])
-    return _End(ending, WORDS[ending], STATUSES[ending])
 
 
 class _Console:

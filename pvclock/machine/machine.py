@@ -430,7 +430,7 @@ class Machine:
         self.bus = self._board.bus
 
     def _make_runner(self, on_exit: Callable[[int, Exit], object] | None) -> None:
-        self._exits = GuestExits(self.vcpus, self.bus, self._outcome)
+        self._exits = GuestExits(self.vcpus, self.memory, self.bus, self._outcome)
         self._run_end = _RunEnd(self.run_state, self._outcome)
         self.runner = Runner(self.vcpus, observed(self._exits.handle, on_exit), on_end=self._run_end)
         # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.

@@ -101,12 +101,27 @@ def test_a_panic_on_the_console(image: Callable[[bytes], str], run: Callable[...
     assert done.status == 3
 
 
-def test_a_crash_tells_the_registers(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
-    """By which people look for its cause."""
-    done = run(image(bytes.fromhex("b83412") + BEYOND_RAM), "--memory", "1M")  # mov $0x1234, %ax
+NOT_EMULATED: Final = bytes.fromhex("b8ffff 8ed8 d9061000")
+"""mov $0xffff, %ax; mov %ax, %ds; flds 0x10: of 1 MiB, where a machine of that size has no memory.  KVM has to emulate
+that access, and knows no x87 instruction."""
+
+
+def test_a_crash_tells_code_and_registers(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
+    """By which people look for its cause, and, with --json, programs."""
+    path = image(NOT_EMULATED)
+    done = run(path, "--memory", "1M")
     assert done.status == 5
-    assert "rax=0x1234 " in done.stderr
-    assert "rip=0x10 " in done.stderr
+    assert "KVM cannot emulate an instruction, suberror 1, " in done.stderr
+    assert " code at 0x7c05: " in done.stderr
+    assert " ff ff 8e d8 <d9> 06 10 00 " in done.stderr
+    assert {"rax=0xffff", "rip=0x7c05", "cr0=0x60000010"} <= set(done.stderr.split())
+    crash = json.loads(run("--json", path, "--memory", "1M").stdout)["result"]["crash"]
+    assert (crash["vcpu"], crash["suberror"], crash["linear_rip"]) == (0, 1, 0x7C05)
+    assert (crash["registers"]["rax"], crash["registers"]["rip"]) == (0xFFFF, 0x7C05)
+    assert crash["code"] == NOT_EMULATED[5:].ljust(16, b"\0").hex()
+    assert crash["code_before"] == NOT_EMULATED[:5].rjust(16, b"\0").hex()
+    assert crash["code"].startswith(crash["fetched"])
+    assert json.loads(run("--json", image(out(0xF4, 0))).stdout)["result"]["crash"] is None
 
 
 def test_a_kernel_with_an_initrd_and_a_command_line(tmp_path: Path, run: Callable[..., Ran]) -> None:
