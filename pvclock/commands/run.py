@@ -1,7 +1,9 @@
 """Boot a kernel, or an image of your own, on a small virtual machine whose clock is pvclock's.
 
-The terminal is the guest's serial console; Ctrl-A x ends the run.  --debian boots Debian's kernel, as it is, which it
-downloads if it has to, to a shell: `pvclock run --debian --rate 1/10` is a Linux for which time passes at a tenth.
+The terminal is the guest's serial console; Ctrl-A x ends the run.  A kernel needs an initial RAM disk, for there is no
+other: --initrd is one of your own, and --shell one with busybox's shell.  --debian boots Debian's kernel, as it is,
+which it downloads if it has to, to that shell: `pvclock run --debian --rate 1/10` is a Linux for which time passes at a
+tenth.
 
 Exit status: 0 when the guest has powered off, or the user has ended the run; 1 when it wrote another exit code than 0
 to port 0xf4; 3 when it asked for a reset, 4 when its kernel panicked and said so, 5 when it crashed: a triple fault, or
@@ -24,6 +26,7 @@ from pvclock.boot import BootModule, BootSource
 from pvclock.boot.initramfs import with_shell
 from pvclock.commands import whole_file
 from pvclock.commands.arguments import duration_s, factor, memory_bytes, output_file, whole_number
+from pvclock.commands.guest_console import GuestConsole
 from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.run_ending import End, ended_by_timeout, ended_by_user, find_end
@@ -40,6 +43,7 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 EXAMPLES: Final = """\
   pvclock run --debian                    Debian's kernel, to a shell
   pvclock run --debian --rate 1/10        the same, at a tenth of real time
+  pvclock run --kernel bzImage --shell    a kernel of your own, to a shell
   pvclock run --kernel bzImage --initrd initrd"""
 
 MEMORY_BYTES: Final = 256 << 20
@@ -50,9 +54,6 @@ ENDED: Final = frozenset((RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.I
 DYNAMIC_LOADER: Final = b"/ld-linux"
 """The interpreter that a dynamically linked program names, near its beginning."""
 ELF_BEGIN_BYTES: Final = 4096
-PANIC: Final = b"Kernel panic - "
-LINE_KEPT_BYTES: Final = 1000
-"""Of the console's line, which a guest need not end."""
 DEBUG_CONSOLE_TOLD: Final = 2000
 
 VIRTUALISATION: Final = ("vmx", "svm")
@@ -71,8 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("image", nargs="?", type=Path, metavar="IMAGE", help="a multiboot, PVH, Linux or flat image")
     parser.add_argument("--kernel", type=Path, metavar="FILE", help="a Linux kernel: bzImage or vmlinux")
-    parser.add_argument("--debian", action="store_true", help="Debian's kernel, and a shell if there is no --initrd")
-    parser.add_argument("--initrd", type=Path, metavar="FILE", help="an initial RAM disk")
+    parser.add_argument("--debian", action="store_true", help="Debian's kernel, and --shell if there is no --initrd")
+    parser.add_argument("--initrd", type=Path, metavar="FILE", help="an initial RAM disk: a cpio archive with /init")
+    parser.add_argument("--shell", action="store_true", help="an initial RAM disk with busybox's shell")
     parser.add_argument(
         "--module",
         action="append",
@@ -110,9 +112,9 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Boot it, pass on what is typed and printed until it ends, and say how it ended."""
     source = _boot_source(arguments, screen)
     options = _clock_options(arguments)
-    console = _Console((sys.stderr if arguments.json else sys.stdout).fileno())
     with (
         ended_by_signals(),
+        GuestConsole((sys.stderr if arguments.json else sys.stdout).fileno()) as console,
         Machine(
             source,
             vcpus=arguments.cpus,
@@ -124,6 +126,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     ):
         if not arguments.image and cpu_flags().isdisjoint(VIRTUALISATION):
             screen.tell(f"pvclock run: {MAY_NOT_RUN}")
+        if sys.stdin.isatty():
+            screen.tell("pvclock run: the terminal is the guest's; Ctrl-A x ends the run")
         begun_s = time.monotonic()
         if arguments.rate is not None and machine.clock is not None:
             machine.clock.dilate(*arguments.rate.as_integer_ratio())
@@ -150,11 +154,10 @@ def _boot_source(arguments: argparse.Namespace, screen: Screen) -> BootSource:
     named = [each for each in (arguments.image, arguments.kernel) if each is not None]
     if len(named) + arguments.debian != 1:
         raise ConfigError("IMAGE, --kernel and --debian: give one of them" if named else NOTHING_TO_BOOT)
-    initrd = b"" if arguments.initrd is None else _content(arguments.initrd, arguments.memory)
+    initrd = _initrd(arguments)
     if arguments.debian:
         kernel = find_kernel(None, lambda text: screen.tell(f"pvclock run: {text}"))
         named = [kernel.image]
-        initrd = initrd or with_shell(_busybox())
     cmdline = arguments.append
     if cmdline is None:
         cmdline = "" if arguments.image else f"{CMDLINE} quiet" if arguments.debian else CMDLINE
@@ -163,6 +166,15 @@ def _boot_source(arguments: argparse.Namespace, screen: Screen) -> BootSource:
     if not arguments.image and source.entered_by == "flat":
         raise ImageError(f"{named[0]} is not a Linux kernel: neither a bzImage nor an ELF file (vmlinux)")
     return source
+
+
+def _initrd(arguments: argparse.Namespace) -> bytes:
+    """The one that is named, or one with a shell; none is empty."""
+    if arguments.initrd is None:
+        return with_shell(_busybox()) if arguments.shell or arguments.debian else b""
+    if arguments.shell:
+        raise ConfigError("--initrd, --shell: give one of them")
+    return _content(arguments.initrd, arguments.memory)
 
 
 def _module(given: str, memory_bytes: int) -> BootModule:
@@ -185,7 +197,7 @@ def _busybox() -> bytes:
     """A statically linked busybox, for a root file system."""
     found = shutil.which("busybox")
     if found is None:
-        raise ConfigError("--debian gives its guest busybox's shell: apt-get install busybox-static, or give --initrd")
+        raise ConfigError("the shell is busybox's, which is not here: apt-get install busybox-static, or give --initrd")
     content = Path(found).read_bytes()
     if DYNAMIC_LOADER in content[:ELF_BEGIN_BYTES]:
         raise ConfigError(f"{found} is not statically linked: apt-get install busybox-static, or give --initrd")
@@ -206,14 +218,15 @@ def _clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
 # From start to end
 
 
-def _run_to_its_end(machine: Machine, console: _Console, timeout_s: float | None) -> End:
+def _run_to_its_end(machine: Machine, console: GuestConsole, timeout_s: float | None) -> End:
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     typed = sys.stdin.fileno()
-    with _told_of_the_end(machine) as over, raw_terminal(typed) as is_terminal:
+    with _told_of_the_end(machine, console) as over, raw_terminal(typed) as is_terminal:
         keys = Keys(has_escape=is_terminal)
         machine.start()
         has_ended = converse(typed, over, keys, machine.serial.receive, deadline_s)
         if not has_ended:
+            console.give_up()
             machine.stop()
     if has_ended:
         return find_end(machine, console.panic)
@@ -223,8 +236,8 @@ def _run_to_its_end(machine: Machine, console: _Console, timeout_s: float | None
 
 
 @contextmanager
-def _told_of_the_end(machine: Machine) -> Iterator[int]:
-    """A descriptor that can be read once the run has ended."""
+def _told_of_the_end(machine: Machine, console: GuestConsole) -> Iterator[int]:
+    """A descriptor that can be read once the run has ended; it has when this ends."""
     over, tell = os.pipe()
 
     def handler(_before: RunState, now: RunState) -> None:
@@ -235,28 +248,8 @@ def _told_of_the_end(machine: Machine) -> Iterator[int]:
     try:
         yield over
     finally:
+        console.give_up()
         machine.stop()  # before the pipe goes
         machine.run_state.remove_handler(handler)
         os.close(over)
         os.close(tell)
-
-
-class _Console:
-    """Passes on what the guest sends, to `descriptor`; panic: the last line by which a kernel told of one."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._line = bytearray()
-        self.panic = ""
-
-    def write(self, data: bytes) -> None:
-        """See Machine's serial_output."""
-        left = data
-        while left:
-            left = left[os.write(self._descriptor, left) :]
-        self._line += data
-        if data.endswith(b"\n"):
-            if PANIC in self._line:
-                self.panic = self._line[self._line.index(PANIC) :].decode(errors="replace").strip()
-            self._line.clear()
-        del self._line[:-LINE_KEPT_BYTES]

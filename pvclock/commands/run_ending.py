@@ -19,6 +19,12 @@ CRASHED: Final = 5
 TIMED_OUT: Final = 124
 """As of timeout(1)."""
 
+HINTS: Final = {
+    "Unable to mount root fs": "there is no disk: give it a root file system by --initrd FILE, or --shell",
+    "No working init found": "its initial RAM disk has no program that it can run as /init",
+}
+"""What to do about a panic, by what the kernel says."""
+
 COLUMNS: Final = 100
 """Of the registers that a crash shows."""
 
@@ -77,8 +83,12 @@ def find_end(machine: Machine, console_panic: str) -> End:
     if ending is Ending.EXIT_CODE or ending is None:
         return End(Ending.EXIT_CODE, f"the guest's exit code is {exit_code}", int(exit_code != 0))
     if ending is Ending.RESET and console_panic:
-        return End(Ending.PANIC, f"the guest's kernel panicked: {console_panic}", STATUSES[Ending.PANIC])
+        return End(Ending.PANIC, _with_hint(f"the guest's kernel panicked: {console_panic}"), STATUSES[Ending.PANIC])
     return End(ending, WORDS[ending], STATUSES[ending])
+
+
+def _with_hint(why: str) -> str:
+    return "; ".join([why, *(hint for said, hint in HINTS.items() if said in why)])
 
 
 def _describe(crash: GuestCrashed) -> Crash:

@@ -8,7 +8,7 @@ from typing import Final
 from tests.kvm.guests import out
 from tests.unit.kernel_images import bzimage
 
-__all__ = ["ALPHABET", "ECHO", "WAIT_FOREVER", "driver", "kernel", "module_lister", "out_dx"]
+__all__ = ["ALPHABET", "ECHO", "WAIT_FOREVER", "driver", "first_module_sender", "kernel", "module_lister", "out_dx"]
 
 WAIT_FOREVER: Final = bytes.fromhex("ebfe")
 COM1_VECTOR: Final = 0x0C
@@ -88,5 +88,19 @@ LIST_MODULES: Final = bytes.fromhex(
 
 def module_lister() -> bytes:
     """A multiboot image that sends how many modules it finds, and of each the content and, in brackets, the string."""
+    return _multiboot(LIST_MODULES)
+
+
+def first_module_sender(length: int) -> bytes:
+    """A multiboot image that sends so many bytes of the first module, and powers off."""
+    return _multiboot(
+        bytes.fromhex("8b7318 8b3e 66baf803 b9")  # mov 24(%ebx), %esi: mods_addr; mov (%esi), %edi; mov $0x3f8, %dx
+        + length.to_bytes(4, "little")  # mov $length, %ecx
+        + bytes.fromhex("8a07 ee 47 49 75f9")  # 1: mov (%edi), %al; out %al, %dx; inc %edi; dec %ecx; jnz 1b
+        + bytes.fromhex("66ba0006 b034 ee ebfe")
+    )
+
+
+def _multiboot(code: bytes) -> bytes:
     magic, flags, at = 0x1BADB002, 1 << 16, 1 << 20
-    return struct.pack("<8I", magic, flags, -(magic + flags) % (1 << 32), at, at, 0, 0, at + 32) + LIST_MODULES
+    return struct.pack("<8I", magic, flags, -(magic + flags) % (1 << 32), at, at, 0, 0, at + 32) + code
