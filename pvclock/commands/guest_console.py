@@ -32,10 +32,10 @@ class GuestConsole:
 
     def write(self, data: bytes) -> None:
         """Pass it on.  Waits for a reader that does not read, until give_up(); OSError if it is gone."""
-        for byte in data:
+        for at in range(len(data)):
             # One byte: more might wait in write(), whatever poll() says.
             if self._is_writable():
-                os.write(self._descriptor, bytes((byte,)))
+                os.write(self._descriptor, data[at : at + 1])
         self._look_for_panic(data)
 
     def give_up(self) -> None:
@@ -50,7 +50,8 @@ class GuestConsole:
         os.close(self._give_up)
 
     def _is_writable(self) -> bool:
-        return any(descriptor == self._descriptor for descriptor, _ in self._ready.poll())
+        ready, _ = self._ready.poll()[0]  # the one that was registered first, if both are
+        return ready == self._descriptor
 
     def _look_for_panic(self, data: bytes) -> None:
         self._line += data
