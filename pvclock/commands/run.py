@@ -59,7 +59,7 @@ DEBUG_CONSOLE_TOLD: Final = 2000
 VIRTUALISATION: Final = ("vmx", "svm")
 MAY_NOT_RUN: Final = (
     "this host's CPU shows neither vmx nor svm, so its KVM may not run a stock kernel; "
-    "`pvclock lab -- pvclock run ...` does"
+    "`pvclock lab -- pvclock run ...` does, where there is nobody to type, and /tmp is empty"
 )
 
 NOTHING_TO_BOOT: Final = (
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--append",
         metavar="TEXT",
-        help=f"the command line (default for kernels: {CMDLINE!r}; quiet with --debian)",
+        help=f"the command line (default for a Linux kernel: {CMDLINE!r}; quiet with --debian)",
     )
     parser.add_argument("--cpus", type=whole_number(1, CPUS_MAX), default=1, metavar="N", help="vCPUs (default 1)")
     parser.add_argument(
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             **options,
         ) as machine,
     ):
-        if not arguments.image and cpu_flags().isdisjoint(VIRTUALISATION):
+        if _is_linux(arguments, source) and cpu_flags().isdisjoint(VIRTUALISATION):
             screen.tell(f"pvclock run: {MAY_NOT_RUN}")
         if sys.stdin.isatty():
             screen.tell("pvclock run: the terminal is the guest's; Ctrl-A x ends the run")
@@ -158,14 +158,18 @@ def _boot_source(arguments: argparse.Namespace, screen: Screen) -> BootSource:
     if arguments.debian:
         kernel = find_kernel(None, lambda text: screen.tell(f"pvclock run: {text}"))
         named = [kernel.image]
-    cmdline = arguments.append
-    if cmdline is None:
-        cmdline = "" if arguments.image else f"{CMDLINE} quiet" if arguments.debian else CMDLINE
     modules = tuple(_module(each, arguments.memory) for each in arguments.module)
-    source = BootSource(_content(named[0], arguments.memory), cmdline, initrd, modules=modules)
+    source = BootSource(_content(named[0], arguments.memory), arguments.append or "", initrd, modules=modules)
     if not arguments.image and source.entered_by == "flat":
         raise ImageError(f"{named[0]} is not a Linux kernel: neither a bzImage nor an ELF file (vmlinux)")
+    if arguments.append is None and _is_linux(arguments, source):
+        return source._replace(cmdline=f"{CMDLINE} quiet" if arguments.debian else CMDLINE)
     return source
+
+
+def _is_linux(arguments: argparse.Namespace, source: BootSource) -> bool:
+    """A stock kernel: one that is said to be, or a bzImage; other images may be anybody's."""
+    return arguments.image is None or source.entered_by == "bzimage"
 
 
 def _initrd(arguments: argparse.Namespace) -> bytes:

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 from pvclock.commands import main
+from pvclock.host.linux import cpu_flags
 from pvclock.timekeeping.events import Event, EventKind
 from tests.command_line import ROOT, command, run_pvclock
 from tests.kvm.guests import out
@@ -167,8 +168,11 @@ def test_a_kernel_with_an_initrd_and_a_command_line(tmp_path: Path, run: Callabl
     (tmp_path / "kernel").write_bytes(kernel())
     (tmp_path / "initrd").write_bytes(b"initrd")
     files = ("--kernel", str(tmp_path / "kernel"), "--initrd", str(tmp_path / "initrd"), "--memory", "4M")
-    assert run(*files).stdout == "console=ttyS0 panic=-1RSD PTR initrd"
+    done = run(*files)
+    assert done.stdout == "console=ttyS0 panic=-1RSD PTR initrd"
+    assert ("may not run a stock kernel" in done.stderr) == cpu_flags().isdisjoint(("vmx", "svm"))
     assert run(*files, "--append", "quiet").stdout == "quietRSD PTR initrd"
+    assert run(*files[1:]).stdout == "console=ttyS0 panic=-1RSD PTR initrd"  # a bzImage tells itself what it is
 
 
 def test_modules_of_a_multiboot_image(tmp_path: Path, run: Callable[..., Ran]) -> None:
@@ -407,6 +411,20 @@ def test_the_escape_key_ends_the_run(session: Session) -> None:
     session.type(b"\x01x")
     assert session.process.wait() == 0
     assert session.settings == session.before
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "status"),
+    [(NOT_EMULATED, ("--memory", "1M"), 5), (WAIT_FOREVER, ("--timeout", "0.1"), 124)],
+    ids=["crash", "timeout"],
+)
+def test_other_ends_leave_the_terminal_as_it_was(
+    code: bytes, arguments: tuple[str, ...], status: int, image: Callable[[bytes], str]
+) -> None:
+    """A crash, and the time limit."""
+    with alarm_after(int(HANG_S)), contextlib.closing(Session(image(code), *arguments)) as begun:
+        assert begun.process.wait() == status
+        assert begun.settings == begun.before
 
 
 @pytest.mark.parametrize(
