@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import termios
 import time
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from pvclock.commands.signals import woken_by_signals
@@ -30,17 +31,26 @@ FULL_S: Final = 0.02
 def raw_terminal(descriptor: int) -> Iterator[bool]:
     """While it is entered a terminal passes on every key and changes nothing; then it is as before.
 
-    Yields whether it is a terminal; what is none stays as it is.
+    Also after the process was stopped and goes on (SIGCONT), for a shell has changed the terminal meanwhile.  Yields
+    whether it is a terminal; what is none stays as it is.  Only for the main thread.
     """
     if not os.isatty(descriptor):
         yield False
         return
     before = termios.tcgetattr(descriptor)
-    tty.setraw(descriptor, termios.TCSADRAIN)
+
+    def make_raw(*_signal: object) -> None:
+        with suppress(termios.error):  # it was closed, which sends SIGCONT, too
+            tty.setraw(descriptor, termios.TCSANOW)  # TCSADRAIN would wait for a reader that does not read
+
+    handler = signal.signal(signal.SIGCONT, make_raw)
     try:
+        make_raw()
         yield True
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGCONT, handler)
+        with suppress(termios.error):
+            termios.tcsetattr(descriptor, termios.TCSANOW, before)
 
 
 class Keys:

@@ -229,6 +229,12 @@ cdef class Vcpu(Fd):
             raise RangeError(f"sregs: {error}; a segment's selector has 16 bits and its limit 32") from None
         checked(ioctl(self._idle_fd("set_sregs"), KVM_SET_SREGS, &c), "KVM_SET_SREGS")
 
+    def translate(self, linear: int) -> int | None:
+        """KVM_TRANSLATE: the guest-physical address of a linear one, by the vCPU's page tables; None if unmapped."""
+        cdef kvm_translation translation = kvm_translation(whole("linear", linear, 0, U64_MASK), 0, 0)
+        checked(ioctl(self._idle_fd("translate"), KVM_TRANSLATE, &translation), "KVM_TRANSLATE")
+        return translation.physical_address if translation.valid else None
+
     def get_cpuid(self) -> list[dict[str, int]]:
         """KVM_GET_CPUID2: the entries that set_cpuid() gave, with what KVM changes in them by the vCPU's state."""
         return cpuid_entries(self._idle_fd("get_cpuid"), KVM_GET_CPUID2, "KVM_GET_CPUID2")
@@ -261,9 +267,7 @@ cdef class Vcpu(Fd):
         index, value = whole("index", index, 0, U32_MASK), whole("value", value, 0, U64_MASK)
         self._msr("set_msr", KVM_SET_MSRS, "KVM_SET_MSRS", index, value)
 
-    cdef uint64_t _msr(
-        self, str operation, unsigned long request, str call, uint32_t index, uint64_t value
-    ) except? 0:
+    cdef uint64_t _msr(self, str operation, unsigned long request, str call, uint32_t index, uint64_t value) except? 0:
         cdef uint64_t space[ONE_MSR_WORDS]
         cdef kvm_msrs *msrs = <kvm_msrs *>space
         memset(space, 0, sizeof(space))

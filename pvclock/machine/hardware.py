@@ -69,7 +69,7 @@ class Hardware:
             self._make_vm(memory_bytes, vcpus)
             self.board = Board(self.vm, self.vcpus, memory_bytes, outcome)
             self.board.become(platform, serial_output, max_vcpus)
-            self._exits = GuestExits(self.vcpus, self.board.bus, outcome)
+            self._exits = GuestExits(self.vcpus, self.memory, self.board.bus, outcome)
             handle = observed(self._exits.handle, on_exit)
             self.runner = Runner(self.vcpus, handle, max_vcpus=max_vcpus, on_end=on_end)
         except BaseException:

@@ -204,6 +204,28 @@ def test_a_terminal_is_raw_and_then_as_before() -> None:
     os.close(its)
 
 
+def test_a_process_that_goes_on_after_a_stop() -> None:
+    """A shell has made the terminal its own meanwhile: it is raw again, and at last as before."""
+    ours, its = pty.openpty()
+    before, handler = termios.tcgetattr(its), signal.getsignal(signal.SIGCONT)
+    with raw_terminal(its):
+        termios.tcsetattr(its, termios.TCSANOW, before)
+        signal.raise_signal(signal.SIGCONT)
+        assert termios.tcgetattr(its)[3] & (termios.ECHO | termios.ICANON | termios.ISIG) == 0
+    assert (termios.tcgetattr(its), signal.getsignal(signal.SIGCONT)) == (before, handler)
+    os.close(ours)
+    os.close(its)
+
+
+def test_a_terminal_that_is_closed() -> None:
+    """There is nothing to be put right, and no error; not of the SIGCONT either that its end sends."""
+    ours, its = pty.openpty()
+    with raw_terminal(its):
+        os.close(ours)
+        signal.raise_signal(signal.SIGCONT)
+    os.close(its)
+
+
 def test_what_is_no_terminal_stays_as_it_is(typed: Pipe) -> None:
     """A pipe, for one."""
     with raw_terminal(typed.reads) as is_terminal:
