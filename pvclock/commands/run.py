@@ -1,7 +1,10 @@
 """Boot a kernel, or an image of your own, on a small virtual machine whose clock is pvclock's.
 
-The terminal is the guest's serial console; Ctrl-A x ends the run.  --debian boots Debian's kernel, as it is, which it
-downloads if it has to, to a shell: `pvclock run --debian --rate 1/10` is a Linux for which time passes at a tenth.
+The terminal is the guest's serial console; Ctrl-A x ends the run.  Ctrl-A z, or SIGTSTP, stops it until it is
+continued, its guest paused; --resume-policy says what becomes of the time that the guest has missed.
+
+--debian boots Debian's kernel, as it is, which it downloads if it has to, to a shell: `pvclock run --debian --rate
+1/10` is a Linux for which time passes at a tenth.
 
 Exit status: 0 when the guest has powered off, or the user has ended the run; 1 when it wrote another exit code than 0
 to port 0xf4; 3 when it asked for a reset, 4 when its kernel panicked and said so, 5 when it crashed: a triple fault, or
@@ -13,21 +16,30 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from pvclock.boot import BootSource
 from pvclock.boot.initramfs import with_shell
 from pvclock.commands import whole_file
-from pvclock.commands.arguments import duration_s, factor, memory_bytes, output_file, whole_number
-from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
+from pvclock.commands.arguments import (
+    catch_up_policy,
+    duration_s,
+    factor,
+    memory_bytes,
+    output_file,
+    whole_number,
+)
+from pvclock.commands.guest_terminal import Keys, Settings, as_it_was, converse, raw_terminal, settings_of
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
-from pvclock.commands.signals import ended_by_signals
+from pvclock.commands.signals import ended_by_signals, told_to_stop
 from pvclock.errors import ConfigError, GuestCrashed, GuestPanicked, ImageError
 from pvclock.host.linux import cpu_flags
 from pvclock.lab.kernel import find_kernel
@@ -97,6 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=factor, metavar="N/D", help="guest seconds in a host's second, from boot on: 1/10 is a tenth"
     )
+    parser.add_argument(
+        "--resume-policy",
+        type=catch_up_policy,
+        metavar="POLICY",
+        help="what becomes of time that the guest missed, stopped or in a sleep of the host's: freeze (default: it is "
+        "none of the guest's), advance (a step), slew:max_ppm=N (so much faster until it is made up for)",
+    )
     parser.add_argument("--invtsc", action="store_true", help="show the guest an invariant TSC, which it prefers")
     parser.add_argument(
         "--events", type=output_file, metavar="FILE", help="write what the engine's clock did, as JSON lines"
@@ -125,6 +144,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
         begun_s = time.monotonic()
         if arguments.rate is not None and machine.clock is not None:
             machine.clock.dilate(*arguments.rate.as_integer_ratio())
+        if arguments.resume_policy is not None and machine.clock is not None:
+            machine.clock.policy = machine.clock.sleep_policy = arguments.resume_policy
         end = _run_to_its_end(machine, console, arguments.timeout)
         result = {
             **end._asdict(),
@@ -188,8 +209,11 @@ def _clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
     options = {name: value for name, value in given.items() if value is not None}
     if arguments.invtsc:
         options["offer_invariant_tsc"] = True
-    if arguments.clock == "kernel" and (options or arguments.rate or arguments.events):
-        raise ConfigError("--clock kernel: it takes none of --provider, --reference, --rate, --invtsc and --events")
+    engine_only = (arguments.rate, arguments.resume_policy, arguments.events)
+    if arguments.clock == "kernel" and (options or any(each is not None for each in engine_only)):
+        raise ConfigError(
+            "--clock kernel: it takes none of --provider, --reference, --rate, --resume-policy, --invtsc and --events"
+        )
     return {"clock": arguments.clock, **options}
 
 
@@ -207,10 +231,12 @@ class _End(NamedTuple):
 def _run_to_its_end(machine: Machine, console: _Console, timeout_s: float | None) -> _End:
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     typed = sys.stdin.fileno()
-    with _told_of_the_end(machine) as over, raw_terminal(typed) as is_terminal:
+    settings = settings_of(typed)
+    with _told_of_the_end(machine) as over, told_to_stop(), raw_terminal(typed) as is_terminal:
         keys = Keys(has_escape=is_terminal)
         machine.start()
-        has_ended = converse(typed, over, keys, machine.serial.receive, deadline_s)
+        stop = partial(_stop, machine, typed, settings)
+        has_ended = converse(typed, over, keys, machine.serial.receive, deadline_s, stop)
         if not has_ended:
             machine.stop()
     if has_ended:
@@ -218,6 +244,14 @@ def _run_to_its_end(machine: Machine, console: _Console, timeout_s: float | None
     if keys.ended:
         return _End("user", "ended by Ctrl-A x", 0)
     return _End("timeout", f"ended by --timeout after {timeout_s:g} s", TIMED_OUT)
+
+
+def _stop(machine: Machine, typed: int, settings: Settings | None) -> None:
+    """Stop this process, its guest paused and its terminal as it was, until it is continued."""
+    machine.pause()
+    with as_it_was(typed, settings):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    machine.resume()
 
 
 @contextmanager
