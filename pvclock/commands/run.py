@@ -30,7 +30,6 @@ from pvclock.commands.screen import Screen
 from pvclock.commands.signals import ended_by_signals
 from pvclock.errors import ConfigError, GuestCrashed, GuestPanicked, ImageError
 from pvclock.host.linux import cpu_flags
-from pvclock.lab.kernel import find_kernel
 from pvclock.machine import Ending, Machine, RunState
 from pvclock.quantities import NS_PER_S
 
@@ -149,6 +148,8 @@ def _boot_source(arguments: argparse.Namespace, screen: Screen) -> BootSource:
         raise ConfigError("IMAGE, --kernel and --debian: give one of them" if named else NOTHING_TO_BOOT)
     initrd = b"" if arguments.initrd is None else _content(arguments.initrd, arguments.memory)
     if arguments.debian:
+        from pvclock.lab.kernel import find_kernel
+
         kernel = find_kernel(None, lambda text: screen.tell(f"pvclock run: {text}"))
         named = [kernel.image]
         initrd = initrd or with_shell(_busybox())
