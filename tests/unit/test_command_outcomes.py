@@ -43,7 +43,14 @@ def test_a_command_loads_no_other() -> None:
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
     loaded = set(ran.stdout.splitlines()[-1].split())
     assert {f"pvclock.commands.{name}" for name in ("run", "demo", "doctor")} & loaded == {"pvclock.commands.run"}
-    assert not {"qemu_glue", "rich", "pvclock.lab"} & loaded
+    assert not {"qemu_glue", "rich", "pvclock.lab", "importlib.metadata"} & loaded
+
+
+@pytest.mark.parametrize("name", ["screen", "outcome", "run.run", "-", "Run"])
+def test_what_commands_share_is_no_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A module beside the commands', and a name that is none, are refused as any unknown command."""
+    assert main([name]) == 2
+    assert f"invalid choice: {name!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
