@@ -27,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"clock", "state"},
     {"machine"},
     {"pvclock", "meter", "compat", "lab"},
-    {"commands", "__main__"},
+    {"commands", "testing", "__main__"},
 )
 POLICY = {"timekeeping", "tsc"}
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from pvclock.meter.watch.budgets import Budgets, Verdict
 from pvclock.meter.watch.loop import WatchLoop
+from pvclock.meter.watch.verdict import judged
 from qemu_glue.watch.records import budgets_record, finding_record, rate_records, summary_record, vm_record
-from qemu_glue.watch.verdict import judged
 
 __all__ = ["Ending", "ending_of"]
 

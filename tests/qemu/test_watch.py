@@ -25,11 +25,13 @@ from pvclock.commands import main
 from pvclock.commands.screen import write
 from pvclock.host.vmm_process import running_vms
 from pvclock.meter.findings import await_reading, shown_by, vcpu0_reading
+from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.changes import Step
 from pvclock.meter.watch.loop import Finding, VmEnded, WatchLoop
 from pvclock.meter.watch.page_finder import PagesFound
 from pvclock.meter.watch.vm import VmEvent
 from pvclock.payloads import clockprobe, probe
+from pvclock.testing.clock_budget import ClockBudget
 from qemu_glue import QmpFailed
 from qemu_glue.peer.launch import Qemu
 from qemu_glue.watch.interrupts import Interrupts
@@ -37,7 +39,7 @@ from qemu_glue.watch.target import QemuVm, open_vm
 from tests.command_line import ROOT, in_terminal
 from tests.qemu.running_qemu import FEATURES, RunningQemu, running_qemu
 from tests.qemu.watch_process import watching
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, alarm_after
 from tests.watch_document import documented_keys, keys_of
 
 pytestmark = [pytest.mark.row("E3"), pytest.mark.kvm, pytest.mark.qemu]
@@ -114,6 +116,29 @@ def test_the_step_at_a_pause_is_what_the_guest_saw(running: RunningQemu) -> None
     assert (continuing - stopped) * 10**9 <= (paused_ns + step.seen_bound_ns) * loop.host_tsc_hz
     assert (continued - stopping) * 10**9 >= (paused_ns - step.seen_bound_ns) * loop.host_tsc_hz
     assert [event.kind for event in step.events] == ["stop", "resume"]
+
+
+def test_a_budget_of_a_test_for_a_qemu(running: RunningQemu) -> None:
+    """Left alone it is kept; a pause is a step against the TSC, and what KVM does at `cont` is known before the end."""
+    with open_vm(qmp=str(running.qmp)) as vm:
+        with ClockBudget(vm, step="1ms", tsc_unchanged=True) as kept:
+            pass
+        broken = ClockBudget(vm, step="1ms", tsc_unchanged=True)
+        with pytest.raises(AssertionError, match=r"clock stepped by -.*, at stop and resume"), broken:
+            stop_and_continue(running)
+    assert kept.verdict is not None
+    assert kept.verdict.status is VerdictStatus.PASSED
+
+
+def stop_and_continue(running: RunningQemu) -> None:
+    """A pause that is longer than any step that is allowed; ends once KVM has written the page."""
+    before = running.pages()[0]
+    running.qemu.pause()
+    time.sleep(0.02)
+    running.qemu.resume()
+    with alarm_after(int(HANG_S)):
+        while running.pages()[0] == before:
+            time.sleep(0.001)
 
 
 def test_the_pages_are_found_again_after_a_reset(running: RunningQemu) -> None:

@@ -24,9 +24,9 @@ from pvclock.meter.watch.host_troubles import HostTrouble
 from pvclock.meter.watch.loop import Finding, Look, WatchLoop
 from pvclock.meter.watch.loop import VmEnded as Ended
 from pvclock.meter.watch.page_finder import PagesFound
+from pvclock.meter.watch.verdict import NEVER_RAN, judged
 from pvclock.meter.watch.vm import GuestRam, VmEvent, VmEventKind
 from qemu_glue.watch.instants import Instants
-from qemu_glue.watch.verdict import NEVER_RAN, judged
 from qemu_glue.watch.views import LiveView
 from tests.guest_ram import MemoryRam, made_of
 from tests.waiting import HANG_S
