@@ -67,6 +67,7 @@ PUBLIC_SUBPACKAGES = (
     "pvclock.machine",
     "pvclock.meter",
     "pvclock.payloads",
+    "pvclock.timekeeping",
 )
 
 # What `import pvclock` must not load.
