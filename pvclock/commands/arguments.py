@@ -15,6 +15,7 @@ from pvclock.commands.whole_file import why_not_writable
 from pvclock.errors import ConfigError
 
 __all__ = [
+    "THE_ONLY_PID",
     "Parser",
     "duration_s",
     "factor",
@@ -30,6 +31,9 @@ __all__ = [
 
 DURATION_MAX_S: Final = 86_400
 """A day: a longer duration is a mistake."""
+
+THE_ONLY_PID: Final = 0
+"""Stands for the pid of the only VM here, where --pid has no value."""
 
 FACTOR: Final = re.compile(r"[0-9]{1,15}(?:/[0-9]{1,15}|\.[0-9]{1,15})?", re.ASCII)
 SIZE: Final = re.compile(r"([0-9]{1,9})([KMG]?)B?", re.ASCII | re.IGNORECASE)

@@ -24,8 +24,9 @@ from typing import Any, Final
 
 from pvclock.boot import BootModule, BootSource
 from pvclock.boot.initramfs import with_shell
-from pvclock.commands import whole_file
-from pvclock.commands.arguments import duration_s, factor, memory_bytes, output_file, whole_number
+from pvclock.commands import machine_options, whole_file
+from pvclock.commands.arguments import duration_s, memory_bytes, output_file, whole_number
+from pvclock.commands.doctor_machine import tell_what_is_wrong
 from pvclock.commands.guest_console import GuestConsole
 from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
 from pvclock.commands.outcome import Outcome
@@ -47,7 +48,6 @@ EXAMPLES: Final = """\
   pvclock run --kernel bzImage --initrd initrd"""
 
 MEMORY_BYTES: Final = 256 << 20
-CPUS_MAX: Final = 255
 CMDLINE: Final = "console=ttyS0 panic=-1"
 ENDED: Final = frozenset((RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.INTERNAL_ERROR))
 
@@ -87,21 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help=f"the command line (default for a Linux kernel: {CMDLINE!r}; quiet with --debian)",
     )
-    parser.add_argument("--cpus", type=whole_number(1, CPUS_MAX), default=1, metavar="N", help="vCPUs (default 1)")
+    parser.add_argument(
+        "--cpus", type=whole_number(1, machine_options.CPUS_MAX), default=1, metavar="N", help="vCPUs (default 1)"
+    )
     parser.add_argument(
         "--memory", type=memory_bytes, default=MEMORY_BYTES, metavar="SIZE", help="RAM, such as 512M (default 256M)"
     )
-    parser.add_argument("--clock", choices=("engine", "kernel"), default="engine", help="who serves its clock")
-    parser.add_argument("--provider", metavar="NAME", help="the engine's: KVM (default), HyperV, HyperV+KVM, None, ...")
-    parser.add_argument(
-        "--reference",
-        choices=("off", "raw", "monotonic", "realtime"),
-        help="which clock of the host's the engine's follows (default off)",
-    )
-    parser.add_argument(
-        "--rate", type=factor, metavar="N/D", help="guest seconds in a host's second, from boot on: 1/10 is a tenth"
-    )
-    parser.add_argument("--invtsc", action="store_true", help="show the guest an invariant TSC, which it prefers")
+    machine_options.add_arguments(parser)
     parser.add_argument(
         "--events", type=output_file, metavar="FILE", help="write what the engine's clock did, as JSON lines"
     )
@@ -129,8 +121,9 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
         if sys.stdin.isatty():
             screen.tell("pvclock run: the terminal is the guest's; Ctrl-A x ends the run")
         begun_s = time.monotonic()
-        if arguments.rate is not None and machine.clock is not None:
-            machine.clock.dilate(*arguments.rate.as_integer_ratio())
+        machine_options.set_rate(machine, arguments)
+        if not arguments.json:
+            tell_what_is_wrong(machine, screen)
         end = _run_to_its_end(machine, console, arguments.timeout)
         result = {
             **end._asdict(),
@@ -210,13 +203,9 @@ def _busybox() -> bytes:
 
 def _clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The Machine's options of its clock; ConfigError for those that the kernel's does not have."""
-    given = {"provider": arguments.provider, "reference": arguments.reference}
-    options = {name: value for name, value in given.items() if value is not None}
-    if arguments.invtsc:
-        options["offer_invariant_tsc"] = True
-    if arguments.clock == "kernel" and (options or arguments.rate or arguments.events):
-        raise ConfigError("--clock kernel: it takes none of --provider, --reference, --rate, --invtsc and --events")
-    return {"clock": arguments.clock, **options}
+    if arguments.clock == "kernel" and arguments.events:
+        raise ConfigError("--clock kernel: it takes no --events: they are the engine's")
+    return machine_options.clock_options(arguments)
 
 
 # From start to end

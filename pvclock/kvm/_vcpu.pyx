@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.mman cimport munmap
 
-from pvclock.kvm._fd cimport U32_MASK, U64_MASK, Fd, checked
+from pvclock.kvm._fd cimport U32_MASK, U64_MASK, Fd, checked, cpuid_entries
 from pvclock.kvm._kvm_abi cimport *
 
 from pvclock.arguments import data as checked_data
@@ -235,6 +235,10 @@ cdef class Vcpu(Fd):
         checked(ioctl(self._idle_fd("translate"), KVM_TRANSLATE, &translation), "KVM_TRANSLATE")
         return translation.physical_address if translation.valid else None
 
+    def get_cpuid(self) -> list[dict[str, int]]:
+        """KVM_GET_CPUID2: the entries that set_cpuid() gave, with what KVM changes in them by the vCPU's state."""
+        return cpuid_entries(self._idle_fd("get_cpuid"), KVM_GET_CPUID2, "KVM_GET_CPUID2")
+
     def set_cpuid(self, entries: list[dict[str, int]]) -> None:
         """KVM_SET_CPUID2: entries as of Kvm.get_supported_cpuid()."""
         sequence("entries", entries, "a list of entries, as Kvm.get_supported_cpuid() gives them")
@@ -368,12 +372,10 @@ cdef class Vcpu(Fd):
     cdef int _set_struct(
         self, str operation, unsigned long request, str call, size_t length, str parameter, object given
     ) except -1:
-        cdef uint64_t space[MAX_STRUCT_WORDS]
         cdef bytes state = checked_data(parameter, given)
         if <size_t>len(state) != length:
             raise ConfigError(f"{parameter} of {len(state)} bytes; KVM's struct has {length}")
-        memcpy(space, <uint8_t *>state, length)
-        checked(ioctl(self._idle_fd(operation), request, space), call)
+        checked(ioctl(self._idle_fd(operation), request, <uint8_t *>state), call)
         return 0
 
     # Time

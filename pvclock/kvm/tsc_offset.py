@@ -7,16 +7,19 @@ its own TSC moves the offset by itself.
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from enum import StrEnum
 from typing import Final
 
 from pvclock._counter import read_tsc
 from pvclock.arguments import instance
+from pvclock.errors import KvmError
 from pvclock.kvm._system import Kvm
+from pvclock.kvm._vcpu import Vcpu
 from pvclock.kvm.probe_vm import ProbeVm
 
-__all__ = ["TscOffsets", "probe_tsc_offsets"]
+__all__ = ["TscOffsets", "probe_tsc_offsets", "share_tsc"]
 
 RDTSC_TO_RESULT: Final = bytes.fromhex(
     "0f31"  # rdtsc
@@ -25,6 +28,8 @@ RDTSC_TO_RESULT: Final = bytes.fromhex(
     "f4"  # hlt
 )
 PROBE_OFFSET: Final = 1 << 62
+
+MSR_IA32_TSC_ADJUST: Final = 0x3B
 
 
 class TscOffsets(StrEnum):
@@ -42,6 +47,23 @@ def probe_tsc_offsets(kvm: Kvm) -> TscOffsets:
         if vm.vcpu.get_tsc_offset() != vm.vcpu.get_tsc_offset():  # moved whenever KVM loads the vCPU, as for each call
             return TscOffsets.STEERED
         return TscOffsets.HONOURED if _guest_sees_offset(vm) else TscOffsets.IGNORED
+
+
+def share_tsc(vcpus: Sequence[Vcpu], late: Vcpu) -> None:
+    """Give `late`, which has not run, the TSC and IA32_TSC_ADJUST of the first of `vcpus`, which are out of the guest.
+
+    KVM has put it on the offset of the last TSC that was written to synchronise vCPUs, and a guest's own writes are not
+    among those.  KVM's clock compares writes, not offsets: all are written again, so that it finds them in step.
+    """
+    offset = vcpus[0].get_tsc_offset()
+    if vcpus[0].get_tsc_offset() != offset:  # KVM steers them all
+        return
+    if late.get_tsc_offset() != offset:
+        late.set_tsc_offset(offset)
+        for vcpu in vcpus:
+            vcpu.set_tsc_offset(vcpu.get_tsc_offset())
+    with suppress(KvmError):  # a host without that MSR
+        late.set_msr(MSR_IA32_TSC_ADJUST, vcpus[0].get_msr(MSR_IA32_TSC_ADJUST))
 
 
 def _guest_sees_offset(vm: ProbeVm) -> bool:

@@ -24,6 +24,7 @@ VCPU_CALLS: dict[str, Callable[[Vcpu], object]] = {
     "KVM_SET_REGS": lambda vcpu: vcpu.set_regs(dict.fromkeys(REGISTERS, 0)),
     "KVM_GET_SREGS": Vcpu.get_sregs,
     "KVM_SET_SREGS": lambda vcpu: vcpu.set_sregs(BLANK_SREGS),
+    "KVM_GET_CPUID2": Vcpu.get_cpuid,
     "KVM_SET_CPUID2": lambda vcpu: vcpu.set_cpuid([]),
     "KVM_TRANSLATE": lambda vcpu: vcpu.translate(0),
     "KVM_GET_MSRS": lambda vcpu: vcpu.get_msr(0x10),

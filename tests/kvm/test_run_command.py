@@ -229,7 +229,7 @@ def test_what_the_clock_did(image: Callable[[bytes], str], run: Callable[..., Ra
         (("@image", "--rate", "1/0"), "'1/0' is not a factor"),
         (("@image", "--clock", "kernel", "--rate", "2"), "--clock kernel: it takes none of"),
         (("@image", "--clock", "kernel", "--provider", "KVM"), "--clock kernel: it takes none of"),
-        (("@image", "--clock", "kernel", "--events", "@events"), "--clock kernel: it takes none of"),
+        (("@image", "--clock", "kernel", "--events", "@events"), "--clock kernel: it takes no --events"),
         (("@image", "--events", "@"), "cannot be written: it is there, and is no file"),
         (("@image", "--events", "@not/there"), "cannot be written: in its folder: No such file"),
         (("@image", "--provider", "Xen"), "Xen"),

@@ -146,14 +146,23 @@ def test_doctor_advises_where_something_lacks() -> None:
 
 
 @pytest.mark.parametrize("name", ["", *parsers()])
-def test_help_fits_and_says_what_to_type_first(name: str) -> None:
-    """Each --help is within 80 columns and has lines to type; `pvclock` alone is `pvclock --help`."""
-    done = run_pvclock(*name.split(), "--help")
+def test_help_fits_and_says_what_to_type_first(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each --help is within 80 columns and has lines to type."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*name.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"Type first:\n  pvclock {name}" in shown
+
+
+def test_help_is_what_is_shown_without_a_command() -> None:
+    """`pvclock` alone is `pvclock --help`, within 80 columns where no terminal is."""
+    done = run_pvclock("--help")
     assert done.status == 0
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert f"Type first:\n  pvclock {name}" in done.stdout
-    if not name:
-        assert run_pvclock() == done
+    assert run_pvclock() == done
 
 
 def test_the_document_of_the_commands_is_whole() -> None:
