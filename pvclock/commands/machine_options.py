@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate", type=factor, metavar="N/D", help="guest seconds in a host's second, from boot on: 1/10 is a tenth"
     )
     parser.add_argument(
+        "--force-rate", action="store_const", const=True, help="even a --rate that its timers cannot follow"
+    )
+    parser.add_argument(
         "--invtsc", action="store_const", const=True, help="show the guest an invariant TSC, which it prefers"
     )
 
@@ -50,4 +53,4 @@ def clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def set_rate(machine: Machine, arguments: argparse.Namespace) -> None:
     """Let guest time pass at --rate from now on, before the machine starts."""
     if arguments.rate is not None and machine.clock is not None:
-        machine.clock.dilate(*arguments.rate.as_integer_ratio())
+        machine.clock.dilate(*arguments.rate.as_integer_ratio(), force=bool(arguments.force_rate))

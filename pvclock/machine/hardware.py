@@ -18,7 +18,7 @@ from pvclock.kvm.exits import Exit
 from pvclock.machine.arguments import Platform, check_vcpus
 from pvclock.machine.board import Board
 from pvclock.machine.clock_service import ClockService
-from pvclock.machine.cpuid import CpuidChange, set_guest_cpuid
+from pvclock.machine.cpuid import CpuidChange, GuestCpuid
 from pvclock.machine.exits import GuestExits, Outcome, observed
 from pvclock.machine.power_on import PowerOnState
 from pvclock.machine.ram import Ram
@@ -93,9 +93,10 @@ class Hardware:
         self._backends.append(backend)
         return backend
 
-    def take_clock(self, service: ClockService, change: CpuidChange | None) -> None:
+    def take_clock(self, service: ClockService, change: CpuidChange | None, *, limits_rates: bool) -> None:
         """Let the guest find the clock of `service`, and its exits reach it.  change: the last word on its CPUID.
 
+        limits_rates: are there rates that its timers may not follow?  See DilationLimits.
         Before the vCPUs run: it also keeps the state in which they come out of reset.
         """
         self._exits.clock_service = self.owned(service)
@@ -104,8 +105,8 @@ class Hardware:
         if service.hypercall_port is not None:
             self.board.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
             self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
-        self._give_cpuid = partial(set_guest_cpuid, self.kvm, clock=service.cpuid, change=change)
-        self._give_cpuid(self.vcpus)
+        self._cpuid = GuestCpuid(self.kvm, self.vcpus, service.cpuid, change)
+        service.take_cpuid(self._cpuid, limits_rates=limits_rates)
         self._power_on = PowerOnState(self.vm, self.vcpus)
 
     def add_vcpu(self) -> int:
@@ -122,7 +123,7 @@ class Hardware:
         late: Vcpu = self._late  # type: ignore[assignment]  # just made
         if late not in self.runner.gate.vcpus:  # then it has not run
             late.set_lapic(late.get_lapic())  # for KVM to look at all APICs anew: its map of them lacks a late one
-            self._give_cpuid([late])
+            self._cpuid.add(late)
             self._power_on.add(late)
             for backend in self._backends:
                 backend.add_vcpu(late)

@@ -132,7 +132,7 @@ class Machine:
             else:
                 service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
             self.clock_service = service
-            hardware.take_clock(service, cpuid)
+            hardware.take_clock(service, cpuid, limits_rates=platform == "pc")
             hardware.boot(self.boot_source)
         except BaseException:
             hardware.abandon()
