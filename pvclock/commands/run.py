@@ -39,7 +39,6 @@ from pvclock.commands.screen import Screen
 from pvclock.commands.signals import ended_by_signals, told_to_stop
 from pvclock.errors import ConfigError, ImageError
 from pvclock.host.linux import cpu_flags
-from pvclock.lab.kernel import find_kernel
 from pvclock.machine import Machine, RunState
 from pvclock.quantities import NS_PER_S
 
@@ -162,6 +161,8 @@ def _boot_source(arguments: argparse.Namespace, screen: Screen) -> BootSource:
         raise ConfigError("IMAGE, --kernel and --debian: give one of them" if named else NOTHING_TO_BOOT)
     initrd = _initrd(arguments)
     if arguments.debian:
+        from pvclock.lab.kernel import find_kernel
+
         kernel = find_kernel(None, lambda text: screen.tell(f"pvclock run: {text}"))
         named = [kernel.image]
     modules = tuple(_module(each, arguments.memory) for each in arguments.module)
