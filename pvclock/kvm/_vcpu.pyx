@@ -399,12 +399,10 @@ cdef class Vcpu(Fd):
     cdef int _set_struct(
         self, str operation, unsigned long request, str call, size_t length, str parameter, object given
     ) except -1:
-        cdef uint64_t space[MAX_STRUCT_WORDS]
         cdef bytes state = checked_data(parameter, given)
         if <size_t>len(state) != length:
             raise ConfigError(f"{parameter} of {len(state)} bytes; KVM's struct has {length}")
-        memcpy(space, <uint8_t *>state, length)
-        checked(ioctl(self._idle_fd(operation), request, space), call)
+        checked(ioctl(self._idle_fd(operation), request, <uint8_t *>state), call)
         return 0
 
     # Time
