@@ -22,6 +22,7 @@ from pvclock.errors import ImageError
 __all__ = ["find_header", "load"]
 
 HEADER_MAGIC: Final = 0x1BADB002
+MAGIC_BYTES: Final = HEADER_MAGIC.to_bytes(4, "little")
 HEADER_SEARCH_BYTES: Final = 8192
 BOOTLOADER_MAGIC: Final = 0x2BADB002
 
@@ -54,10 +55,13 @@ class Header(NamedTuple):
 
 def find_header(image: bytes) -> Header | None:
     """The multiboot header, or None if the image has none."""
-    for offset in range(0, min(len(image), HEADER_SEARCH_BYTES) - 11, 4):
-        magic, flags, checksum = struct.unpack_from("<III", image, offset)
-        if magic == HEADER_MAGIC and (magic + flags + checksum) % (1 << 32) == 0:
+    searched = image[:HEADER_SEARCH_BYTES]
+    offset = searched.find(MAGIC_BYTES)
+    while 0 <= offset <= len(searched) - 12:
+        magic, flags, checksum = struct.unpack_from("<III", searched, offset)
+        if offset % 4 == 0 and (magic + flags + checksum) % (1 << 32) == 0:
             return Header(flags, offset)
+        offset = searched.find(MAGIC_BYTES, offset + 1)
     return None
 
 

@@ -1,9 +1,11 @@
 """Boot a kernel, or an image of your own, on a small virtual machine whose clock is pvclock's.
 
-The terminal is the guest's serial console; Ctrl-A x ends the run.  A kernel needs an initial RAM disk, for there is no
-other: --initrd is one of your own, and --shell one with busybox's shell.  --debian boots Debian's kernel, as it is,
-which it downloads if it has to, to that shell: `pvclock run --debian --rate 1/10` is a Linux for which time passes at a
-tenth.
+The terminal is the guest's serial console; Ctrl-A x ends the run.  Ctrl-A z, or SIGTSTP, stops it until it is
+continued, its guest paused; --resume-policy says what becomes of the time that the guest has missed.
+
+A kernel needs an initial RAM disk, for there is no other: --initrd is one of your own, and --shell one with busybox's
+shell.  --debian boots Debian's kernel, as it is, which it downloads if it has to, to that shell: `pvclock run --debian
+--rate 1/10` is a Linux for which time passes at a tenth.
 
 Exit status: 0 when the guest has powered off, or the user has ended the run; 1 when it wrote another exit code than 0
 to port 0xf4; 3 when it asked for a reset, 4 when its kernel panicked and said so, 5 when it crashed: a triple fault, or
@@ -15,27 +17,28 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from pvclock.boot import BootModule, BootSource
 from pvclock.boot.initramfs import with_shell
 from pvclock.commands import machine_options, whole_file
-from pvclock.commands.arguments import duration_s, memory_bytes, output_file, whole_number
+from pvclock.commands.arguments import catch_up_policy, duration_s, memory_bytes, output_file, whole_number
 from pvclock.commands.doctor_machine import tell_what_is_wrong
 from pvclock.commands.guest_console import GuestConsole
-from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
+from pvclock.commands.guest_terminal import Keys, Settings, as_it_was, converse, raw_terminal, settings_of
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.run_ending import End, ended_by_timeout, ended_by_user, find_end
 from pvclock.commands.screen import Screen
-from pvclock.commands.signals import ended_by_signals
+from pvclock.commands.signals import ended_by_signals, told_to_stop
 from pvclock.errors import ConfigError, ImageError
 from pvclock.host.linux import cpu_flags
-from pvclock.lab.kernel import find_kernel
 from pvclock.machine import Machine, RunState
 from pvclock.quantities import NS_PER_S
 
@@ -95,6 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine_options.add_arguments(parser)
     parser.add_argument(
+        "--resume-policy",
+        type=catch_up_policy,
+        metavar="POLICY",
+        help="what becomes of time that the guest missed, stopped or in a sleep of the host's: freeze (default: it is "
+        "none of the guest's), advance (a step), slew:max_ppm=N (so much faster until it is made up for)",
+    )
+    parser.add_argument(
         "--events", type=output_file, metavar="FILE", help="write what the engine's clock did, as JSON lines"
     )
     parser.add_argument("--timeout", type=duration_s, metavar="SECONDS", help="end the run after so long")
@@ -122,6 +132,8 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             screen.tell("pvclock run: the terminal is the guest's; Ctrl-A x ends the run")
         begun_s = time.monotonic()
         machine_options.set_rate(machine, arguments)
+        if arguments.resume_policy is not None and machine.clock is not None:
+            machine.clock.policy = machine.clock.sleep_policy = arguments.resume_policy
         if not arguments.json:
             tell_what_is_wrong(machine, screen)
         end = _run_to_its_end(machine, console, arguments.timeout)
@@ -149,6 +161,8 @@ def _boot_source(arguments: argparse.Namespace, screen: Screen) -> BootSource:
         raise ConfigError("IMAGE, --kernel and --debian: give one of them" if named else NOTHING_TO_BOOT)
     initrd = _initrd(arguments)
     if arguments.debian:
+        from pvclock.lab.kernel import find_kernel
+
         kernel = find_kernel(None, lambda text: screen.tell(f"pvclock run: {text}"))
         named = [kernel.image]
     modules = tuple(_module(each, arguments.memory) for each in arguments.module)
@@ -203,8 +217,8 @@ def _busybox() -> bytes:
 
 def _clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The Machine's options of its clock; ConfigError for those that the kernel's does not have."""
-    if arguments.clock == "kernel" and arguments.events:
-        raise ConfigError("--clock kernel: it takes no --events: they are the engine's")
+    if arguments.clock == "kernel" and (arguments.events or arguments.resume_policy is not None):
+        raise ConfigError("--clock kernel: it takes none of --events and --resume-policy: they are the engine's")
     return machine_options.clock_options(arguments)
 
 
@@ -214,10 +228,12 @@ def _clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _run_to_its_end(machine: Machine, console: GuestConsole, timeout_s: float | None) -> End:
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     typed = sys.stdin.fileno()
-    with _told_of_the_end(machine, console) as over, raw_terminal(typed) as is_terminal:
+    settings = settings_of(typed)
+    with _told_of_the_end(machine, console) as over, told_to_stop(), raw_terminal(typed) as is_terminal:
         keys = Keys(has_escape=is_terminal)
         machine.start()
-        has_ended = converse(typed, over, keys, machine.serial.receive, deadline_s)
+        stop = partial(_stop, machine, typed, settings)
+        has_ended = converse(typed, over, keys, machine.serial.receive, deadline_s, stop)
         if not has_ended:
             console.give_up()
             machine.stop()
@@ -226,6 +242,14 @@ def _run_to_its_end(machine: Machine, console: GuestConsole, timeout_s: float | 
     if keys.ended or timeout_s is None:
         return ended_by_user()
     return ended_by_timeout(timeout_s)
+
+
+def _stop(machine: Machine, typed: int, settings: Settings | None) -> None:
+    """Stop this process, its guest paused and its terminal as it was, until it is continued."""
+    machine.pause()
+    with as_it_was(typed, settings):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    machine.resume()
 
 
 @contextmanager

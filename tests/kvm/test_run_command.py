@@ -20,6 +20,7 @@ import pytest
 
 from pvclock.commands import main
 from pvclock.host.linux import cpu_flags
+from pvclock.machine import Machine
 from pvclock.timekeeping.events import Event, EventKind
 from tests.command_line import ROOT, command, run_pvclock
 from tests.kvm.guests import out
@@ -215,6 +216,24 @@ def test_a_rate_that_its_timers_cannot_follow(image: Callable[[bytes], str], run
     assert run(*slow, "--force-rate").status == 0
 
 
+@pytest.mark.row("E1")
+def test_a_sleep_of_the_hosts_has_the_same_policy(
+    image: Callable[[bytes], str], run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--resume-policy is the clock's for pauses, and for a sleep of the host's through which it ran."""
+    made: list[Machine] = []
+
+    def keep(*arguments: Any, **options: Any) -> Machine:  # noqa: ANN401  # Machine's
+        made.append(Machine(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr("pvclock.commands.run.Machine", keep)
+    assert run(image(out(0xF4, 0)), "--resume-policy", "slew:max_ppm=100").status == 0
+    clock = made[0].clock
+    assert clock is not None
+    assert (str(clock.policy), str(clock.sleep_policy)) == ("slew:max_ppm=100", "slew:max_ppm=100")
+
+
 def test_what_the_clock_did(image: Callable[[bytes], str], run: Callable[..., Ran], tmp_path: Path) -> None:
     """--events has it as JSON lines, from the change of rate before boot on."""
     done = run(image(out(0xF4, 0)), "--rate", "1/10", "--events", str(tmp_path / "events"))
@@ -240,9 +259,12 @@ def test_what_the_clock_did(image: Callable[[bytes], str], run: Callable[..., Ra
         (("@image", "--rate", "1/0"), "'1/0' is not a factor"),
         (("@image", "--clock", "kernel", "--rate", "2"), "--clock kernel: it takes none of"),
         (("@image", "--clock", "kernel", "--provider", "KVM"), "--clock kernel: it takes none of"),
-        (("@image", "--clock", "kernel", "--events", "@events"), "--clock kernel: it takes no --events"),
+        (("@image", "--clock", "kernel", "--events", "@events"), "--clock kernel: it takes none of"),
         (("@image", "--events", "@"), "cannot be written: it is there, and is no file"),
         (("@image", "--events", "@not/there"), "cannot be written: in its folder: No such file"),
+        (("@image", "--clock", "kernel", "--resume-policy", "freeze"), "--clock kernel: it takes none of"),
+        (("@image", "--resume-policy", "sleep"), "policy 'sleep'; choose from freeze, advance, slew"),
+        (("@image", "--resume-policy", "slew:max_ppm=0"), "Slew.max_ppm"),
         (("@image", "--provider", "Xen"), "Xen"),
         (("@image", "--cpus", "0"), "'0' is not a whole number"),
         (("@image", "--initrd", "@image"), "a flat image takes no initrd"),
@@ -340,7 +362,7 @@ def test_a_reader_that_goes(image: Callable[[bytes], str]) -> None:
 # In a terminal
 
 
-AS_A_SHELL: Final = ("env", "--default-signal=INT,HUP,TERM")
+AS_A_SHELL: Final = ("env", "--default-signal=INT,HUP,TERM,TSTP")
 """What runs the tests may ignore these, as nohup and background jobs do."""
 
 IN_ITS_TERMINAL: Final = ("setsid", "--ctty")
@@ -467,3 +489,36 @@ def test_a_run_that_was_stopped_goes_on(session: Session) -> None:
     assert b"\x03." in session.read_to(b".")
     assert session.process.wait() == 1
     assert session.settings == session.before
+
+
+STOPPING_KEY: Final = b"\x01z"
+
+
+@pytest.mark.row("E1")
+@pytest.mark.parametrize(("by_key", "policy"), [(False, "advance"), (True, "freeze")], ids=["signal", "key"])
+def test_a_stop_is_a_pause(by_key: bool, policy: str, image: Callable[[bytes], str], tmp_path: Path) -> None:
+    """SIGTSTP or Ctrl-A z: the terminal is as it was, and once continued its guest goes on by --resume-policy."""
+    options = ("--resume-policy", policy, "--events", str(tmp_path / "events"))
+    begun = Session(*options, image(HELLO + driver(1, ECHO, at=len(HELLO))))
+    with alarm_after(int(HANG_S)), contextlib.closing(begun):
+        begun.read_to(b"!")
+        if by_key:
+            begun.type(STOPPING_KEY)
+        else:
+            begun.process.send_signal(signal.SIGTSTP)
+        _, status = os.waitpid(begun.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        assert begun.settings == begun.before
+        begun.process.send_signal(signal.SIGCONT)
+        begun.type(b".q")
+        begun.read_to(b".")
+        assert begun.process.wait() == 1
+    events = [Event.from_json(line) for line in (tmp_path / "events").read_text().splitlines()]
+    paused, resumed = (
+        next(each for each in events if each.kind is kind) for kind in (EventKind.PAUSE, EventKind.RESUME)
+    )
+    assert resumed.policy == policy
+    assert paused.host_tsc is not None
+    assert resumed.host_tsc is not None
+    assert resumed.host_tsc > paused.host_tsc
+    assert (resumed.jump_ns > 0) == (policy == "advance")
