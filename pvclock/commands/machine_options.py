@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def options_given(arguments: argparse.Namespace) -> list[str]:
     """Those of them that are on the command line."""
-    names = ("clock", "provider", "reference", "rate", "invtsc")
-    return [f"--{name}" for name in names if getattr(arguments, name) is not None]
+    names = ("clock", "provider", "reference", "rate", "force_rate", "invtsc")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
 
 
 def clock_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -11,3 +11,4 @@ cdef object U64_MASK
 
 cdef long checked(long result, str call) except -1
 cdef list cpuid_entries(int fd, unsigned long request, str call)
+cdef int give_cpuid_entries(int fd, entries) except -1

@@ -67,6 +67,24 @@ cdef list cpuid_entries(int fd, unsigned long request, str call):
         free(cpuid)
 
 
+cdef int give_cpuid_entries(int fd, entries) except -1:
+    """KVM_SET_CPUID2 of entries that were checked."""
+    cdef kvm_cpuid2 *cpuid = <kvm_cpuid2 *>calloc(1, sizeof(kvm_cpuid2) + len(entries) * sizeof(kvm_cpuid_entry2))
+    if cpuid is NULL:
+        raise MemoryError
+    try:
+        cpuid.nent = len(entries)
+        for i, entry in enumerate(entries):
+            cpuid.entries[i].function, cpuid.entries[i].index = entry["function"], entry["index"]
+            cpuid.entries[i].flags = entry["flags"]
+            cpuid.entries[i].eax, cpuid.entries[i].ebx = entry["eax"], entry["ebx"]
+            cpuid.entries[i].ecx, cpuid.entries[i].edx = entry["ecx"], entry["edx"]
+        checked(ioctl(fd, KVM_SET_CPUID2, cpuid), "KVM_SET_CPUID2")
+        return 0
+    finally:
+        free(cpuid)
+
+
 cdef unsigned long capability_number(object capability) except? 0:
     """A capability given by its name or by its number."""
     if not isinstance(capability, str):

@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
 from posix.mman cimport munmap
 
-from pvclock.kvm._fd cimport U32_MASK, U64_MASK, Fd, checked, cpuid_entries
+from pvclock.kvm._fd cimport U32_MASK, U64_MASK, Fd, checked, cpuid_entries, give_cpuid_entries
 from pvclock.kvm._kvm_abi cimport *
 
 from pvclock.arguments import data as checked_data
@@ -271,19 +271,7 @@ cdef class Vcpu(Fd):
         for place, entry in enumerate(entries):
             if not is_cpuid_entry(entry):
                 members(f"entries[{place}]", entry, CPUID_ENTRY)
-        cdef kvm_cpuid2 *cpuid = <kvm_cpuid2 *>calloc(1, sizeof(kvm_cpuid2) + len(entries) * sizeof(kvm_cpuid_entry2))
-        if cpuid is NULL:
-            raise MemoryError
-        try:
-            cpuid.nent = len(entries)
-            for i, entry in enumerate(entries):
-                cpuid.entries[i].function, cpuid.entries[i].index = entry["function"], entry["index"]
-                cpuid.entries[i].flags = entry["flags"]
-                cpuid.entries[i].eax, cpuid.entries[i].ebx = entry["eax"], entry["ebx"]
-                cpuid.entries[i].ecx, cpuid.entries[i].edx = entry["ecx"], entry["edx"]
-            checked(ioctl(self._idle_fd("set_cpuid"), KVM_SET_CPUID2, cpuid), "KVM_SET_CPUID2")
-        finally:
-            free(cpuid)
+        give_cpuid_entries(self._idle_fd("set_cpuid"), entries)
 
     def get_msr(self, index: int) -> int:
         """KVM_GET_MSRS of one MSR, past every filter."""

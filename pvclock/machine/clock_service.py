@@ -76,6 +76,9 @@ class ClockService(Protocol):
     def take_cpuid(self, cpuid: GuestCpuid, *, limits_rates: bool) -> None:
         """Keep what the vCPUs were given.  limits_rates: does the guest live by timers that not all rates suit?"""
 
+    def update_cpuid(self) -> None:
+        """Give vCPUs that have not run what they would start with."""
+
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
         """The MSRs whose accesses exit and reach read_msr() and write_msr()."""
@@ -173,6 +176,12 @@ class EngineClockService:
         if limits_rates and cpuid.offers_deadlines:
             self._limits = DilationLimits(cpuid.vcpus, self.clock.dilation)
             self.clock.limit_dilation(self._limits)
+
+    def update_cpuid(self) -> None:
+        """See ClockService."""
+        with self._changing:
+            if self._cpuid is not None:
+                self._cpuid.update()
 
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
@@ -409,6 +418,9 @@ class KernelClockService:
         self._changing = threading.RLock()
 
     def take_cpuid(self, cpuid: GuestCpuid, *, limits_rates: bool) -> None:
+        """See ClockService: nothing of it changes."""
+
+    def update_cpuid(self) -> None:
         """See ClockService: nothing of it changes."""
 
     def read_msr(self, _vcpu: int, _index: int) -> int:

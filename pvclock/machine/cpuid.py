@@ -90,10 +90,14 @@ class GuestCpuid:
         self._kvm, self._clock, self._change = kvm, clock, change
         self._give()
 
-    def settle(self) -> None:
-        """The vCPUs are about to run: from the first time on KVM refuses another CPUID."""
+    def update(self) -> None:
+        """Give the vCPUs what the clock offers by now, unless they have run: after that KVM refuses another CPUID."""
         if not self._has_run and self._clock.cpuid_leaves != self._leaves:
             self._give()
+
+    def settle(self) -> None:
+        """The vCPUs are about to run."""
+        self.update()
         self._has_run = True
 
     def add(self, vcpu: Vcpu) -> None:

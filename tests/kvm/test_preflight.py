@@ -161,7 +161,7 @@ def test_frequencies_are_held_against_the_tsc() -> None:
     """Leaf 0x40000010 as the provider makes it is right; one of another machine is not."""
     with Machine(HALT, timing_leaf=True) as machine:
         assert not {"frequency-leaf", "maximum-leaf"} & set(named(machine, *SEVERE))
-    with Machine(HALT, cpuid=changed(TIMING, eax=1_000_000, ebx=1_000_000)) as machine:
+    with Machine(HALT, timing_leaf=False, cpuid=changed(TIMING, eax=1_000_000, ebx=1_000_000)) as machine:
         assert one(machine, "maximum-leaf").values["leaves"] == [TIMING]
         finding = one(machine, "frequency-leaf")
         assert finding.severity is Severity.ERROR
@@ -177,8 +177,17 @@ def test_a_frequency_that_is_not_served() -> None:
         assert ("tsc-frequency-not-served" in named(machine, Severity.ERROR)) != is_scaled
 
 
+def test_a_rate_takes_the_told_frequency_along() -> None:
+    """The leaf that is offered by default goes when guest time has another rate, and the guest will not have it."""
+    with Machine(HALT) as machine:
+        assert machine.clock is not None
+        machine.clock.dilate(1, 10)
+        assert set(named(machine, *SEVERE)) <= of_host()
+        assert all(entry["function"] != TIMING for entry in machine.vcpus[0].get_cpuid())
+
+
 def test_a_rate_beside_a_told_frequency() -> None:
-    """Guest time at a tenth, and a leaf by which a guest computes its own: an error."""
+    """Guest time at a tenth, and a leaf that was asked for, by which a guest computes its own: an error."""
     with Machine(HALT, timing_leaf=True) as machine:
         assert machine.clock is not None
         machine.clock.dilate(1, 10)
@@ -297,6 +306,7 @@ def test_doctor_warns_of_what_it_makes(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "said"),
     [
         (("--rate", "2"), "--rate goes with --machine"),
+        (("--force-rate",), "--force-rate goes with --machine"),
         (("--machine", "--seconds", "3"), "--seconds goes with --guest"),
         (("--machine", "--guest"), "give one of them"),
         (("--machine", "--cpus", "0,2"), "how many vCPUs it has, 1 to 255"),

@@ -24,13 +24,16 @@ CHECKS: Final = (check_cpuid, check_frequencies, check_tscs, check_stability, ch
 
 
 def preflight(machine: Machine) -> list[Finding]:
-    """What is to be said of a machine that was made and not started yet; nothing of it changes.  Takes some ms.
+    """What is to be said of a machine that was made and not started yet.  Takes some ms.
+
+    Nothing of it changes, but that its vCPUs have the CPUID that they will start with.
 
     StateError in any other run state: what a guest has seen and set up cannot be taken back.
     """
     instance("machine", machine, Machine)
     if machine.run_state.current is not RunState.PRELAUNCH:
         raise StateError("preflight", f"the machine is {machine.run_state.current}", "call it before start()")
+    machine.clock_service.update_cpuid()
     return judge(guest_facts(machine.vcpus, machine.clock))
 
 
