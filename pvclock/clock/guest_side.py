@@ -17,6 +17,7 @@ from pvclock.clock.run_delays import RunDelays
 from pvclock.clock.timekeeper import nothing
 from pvclock.errors import MsrFault, RangeError, WrongType
 from pvclock.msr_ranges import MsrRange
+from pvclock.providers import guest_interface
 from pvclock.providers.configuration import Configuration
 from pvclock.providers.guest_interface import GuestInterface
 from pvclock.providers.interface import CpuidLeaf, Hooks, OwnPage, Pairing, ReferenceTime, VcpuHost, VmmServices
@@ -26,7 +27,7 @@ from pvclock.state.clock_state import OfferState, ProviderState
 from pvclock.timekeeping.events import EventCause, EventKind
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
 
-__all__ = ["GuestSide"]
+__all__ = ["GuestSide", "usual_msr_ranges"]
 
 TSC_MSR_RANGES: Final = (
     MsrRange(
@@ -333,6 +334,11 @@ class GuestSide:
         self.interface.reset()
         self._tscs.reset()
         self._wall_clock.gpa = None
+
+
+def usual_msr_ranges() -> tuple[MsrRange, ...]:
+    """What GuestClock.msr_ranges is unless options of its provider change it: known before there is a clock."""
+    return TSC_MSR_RANGES + guest_interface.usual_msr_ranges()
 
 
 def _kernel_features(backend: object) -> Mapping[str, int]:

@@ -14,8 +14,9 @@ from pvclock.clock.timer_thread import TimerThread
 from pvclock.errors import ConfigError, MissingCapability, StateError, TscOffsetNotHonoured
 from pvclock.host.backend import Backend
 from pvclock.host.execution_time import ExecutionTimeBackend
-from pvclock.kvm import KvmBackend, Runner, Vm
+from pvclock.kvm import KvmBackend, Runner, Vcpu, Vm
 from pvclock.kvm.backend import SteeredTscBackend
+from pvclock.kvm.tsc_offset import share_tsc
 from pvclock.machine.cpuid import CpuidSource, GuestCpuid, KernelClock
 from pvclock.machine.dilation_limits import DilationLimits
 from pvclock.msr_ranges import MsrRange
@@ -36,7 +37,7 @@ other vCPUs.
 """
 
 
-def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus: int) -> Backend:
+def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend) -> Backend:
     backend = wrap(inner)
     if not hasattr(backend, "counter"):
         raise ConfigError(f"backend={wrap!r} made {backend!r} of the vCPUs' backend; it must return a Backend")
@@ -52,7 +53,7 @@ def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus:
             raise TscOffsetNotHonoured(
                 -inner.counter.read() & U64_MASK, "KVM lets a guest's TSC go forward only here: the host's is unstable"
             )
-        for vcpu in range(vcpus):
+        for vcpu in range(inner.vcpu_count):
             backend.set_tsc_offset(vcpu, 0)
     return backend
 
@@ -124,6 +125,9 @@ class ClockService(Protocol):
 
     def roll_back(self, state: ClockState, /, **options: Any) -> None:  # noqa: ANN401  # GuestClock.restore()'s
         """Go back to a saved clock, in a paused machine; StateError where the kernel serves it."""
+
+    def add_vcpu(self, number: int, vcpu: Vcpu) -> None:
+        """Let this vCPU have the clock, too, before it runs; all others are kept out.  Again without harm."""
 
     def reset(self) -> None:
         """The clock as at the guest's start; for after the run.  Guest time goes on; see GuestClock.reset()."""
@@ -249,6 +253,7 @@ class EngineClockService:
             if not old.is_paused:
                 raise StateError("roll_back", "the machine is not paused", "pause() it, and put its RAM back")
             options.setdefault("vmm", old.vmm)
+            options["vcpus_present"] = old.vcpus_present
             expires = self._end_timers_soon()
             self._serve(GuestClock.restore(state, old.memory, backend=old.backend, vcpu_host="kvm", **options))
             if expires and self.timer_thread is not None:
@@ -256,6 +261,12 @@ class EngineClockService:
             if self.ticker is not None:  # a tick of the old clock that waits for the lock is among its failures
                 self.ticker.add(self.clock)
                 self.ticker.remove(old)
+
+    def add_vcpu(self, number: int, _vcpu: Vcpu) -> None:
+        """See ClockService."""
+        with self._changing:
+            if self.clock.vcpus_present == number:
+                self.clock.add_vcpu()
 
     def reset(self) -> None:
         """See ClockService; a clock that is paused, or vCPUs that are, go on at start()."""
@@ -298,7 +309,7 @@ class EngineClockService:
     def _reset_tscs(self) -> None:
         """Let all vCPUs' TSCs begin at 0, with one offset; they go on where the host lets them not go back."""
         with suppress(TscOffsetNotHonoured, StateError):  # StateError: this CPU's TSC is behind
-            for vcpu in range(self.clock.vcpus):
+            for vcpu in range(self.clock.vcpus_present):
                 self.clock.host_write_msr(vcpu, MSR_IA32_TSC, 0)
             self.clock.repair_tsc()
 
@@ -353,7 +364,7 @@ class EngineClockService:
 def engine_clock(
     runner: Runner,
     memory: GuestMemory,
-    vcpus: int,
+    max_vcpus: int,
     inner: KvmBackend | SteeredTscBackend,
     tick_interval_s: float | None,
     *,
@@ -363,15 +374,17 @@ def engine_clock(
 ) -> EngineClockService:
     """The clock of a machine whose vCPUs' backend is `inner`: a new one, or the one saved as `restore`.
 
-    tick_interval_s: see EngineClockService.  options: GuestClock's, or those of GuestClock.restore().
+    max_vcpus: how many there can be.  tick_interval_s: see EngineClockService.
+    options: GuestClock's, or those of GuestClock.restore().
     """
-    backend = inner if wrap is None else _wrapped(wrap, inner, vcpus)
+    backend = inner if wrap is None else _wrapped(wrap, inner)
     resets_tscs = wrap is None and "tsc_offset" not in options
+    options["vcpus_present"] = inner.vcpu_count
     if restore is not None:
         clock = GuestClock.restore(restore, memory, backend=backend, vcpu_host="kvm", **options)
     else:
         options.setdefault("tsc_offset", inner.initial_tsc_offset if backend.counter_follows_host else 0)
-        clock = GuestClock(memory, vcpus, backend=backend, vcpu_host="kvm", **options)
+        clock = GuestClock(memory, max_vcpus, backend=backend, vcpu_host="kvm", **options)
     return EngineClockService(runner, clock, tick_interval_s, resets_tscs=resets_tscs)
 
 
@@ -447,6 +460,10 @@ class KernelClockService:
     def roll_back(self, _state: ClockState, /, **_options: Any) -> None:  # noqa: ANN401  # GuestClock.restore()'s
         """See ClockService."""
         raise _kernel_serves("roll_back")
+
+    def add_vcpu(self, _number: int, vcpu: Vcpu) -> None:
+        """See ClockService."""
+        share_tsc(list(self._runner.gate.vcpus), vcpu)
 
     def reset(self) -> None:
         """See ClockService: its MSRs are among the vCPUs' registers, which the machine resets; its time goes on."""

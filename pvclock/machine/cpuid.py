@@ -73,6 +73,13 @@ class KernelClock(NamedTuple):
         return registers
 
 
+class _Given(NamedTuple):
+    """A clock's part in the CPUID of vCPUs that have it; see CpuidSource."""
+
+    cpuid_leaves: Mapping[int, CpuidLeaf]
+    patch_cpuid: Callable[[int, int, CpuidLeaf], CpuidLeaf]
+
+
 class GuestCpuid:
     """The CPUID of a machine's vCPUs: given at once, and anew before they first run if the clock has another by then.
 
@@ -91,6 +98,10 @@ class GuestCpuid:
         if not self._has_run and self._clock.cpuid_leaves != self._leaves:
             self._give()
         self._has_run = True
+
+    def add(self, vcpu: Vcpu) -> None:
+        """Give a late vCPU what the others have, whatever the clock would offer by now."""
+        set_guest_cpuid(self._kvm, [vcpu], _Given(self._leaves, self._clock.patch_cpuid), self._change)
 
     @property
     def offers_deadlines(self) -> bool:
@@ -117,9 +128,11 @@ def set_guest_cpuid(
     can_enforce = _opened(kvm).check_extension(enforce)
     if change is not None:
         function("change", change)
+    _check_clock(clock)
+    supported = supported_cpuid(kvm)
     entries: list[CpuidEntry] = []
     for vcpu in vcpus_of(vcpus):
-        entries = guest_cpuid(kvm, vcpu.vcpu_id, clock)
+        entries = _guest_entries(supported, vcpu.vcpu_id, clock)
         if change is not None:
             entries = change(vcpu.vcpu_id, entries)
         vcpu.set_cpuid(entries)
@@ -135,10 +148,15 @@ def guest_cpuid(kvm: Kvm, apic_id: int, clock: CpuidSource) -> list[CpuidEntry]:
     place of KVM's, and the clock's bits in the others.
     """
     whole("apic_id", apic_id)
-    serving("clock", clock, "patch_cpuid", wanted="a GuestClock or a KernelClock")
+    _check_clock(clock)
+    return _guest_entries(supported_cpuid(kvm), apic_id, clock)
+
+
+def _guest_entries(supported: list[CpuidEntry], apic_id: int, clock: CpuidSource) -> list[CpuidEntry]:
+    """guest_cpuid(), of what KVM was found to support."""
     entries = [
         {**entry, **clock.patch_cpuid(entry["function"], entry["index"], _own_apic_id(entry, apic_id))._asdict()}
-        for entry in supported_cpuid(kvm)
+        for entry in supported
         if entry["function"] not in HYPERVISOR_LEAVES
     ]
     for leaf, registers in clock.cpuid_leaves.items():
@@ -155,6 +173,10 @@ def supported_cpuid(kvm: Kvm) -> list[CpuidEntry]:
     if not kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"):
         return entries
     return [{**entry, "ecx": entry["ecx"] | TSC_DEADLINE} if entry["function"] == 1 else entry for entry in entries]
+
+
+def _check_clock(clock: CpuidSource) -> None:
+    serving("clock", clock, "patch_cpuid", wanted="a GuestClock or a KernelClock")
 
 
 def _opened(kvm: Kvm) -> Kvm:
