@@ -7,9 +7,12 @@ import os
 import pty
 import subprocess
 import sys
+import termios
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from pvclock.commands import main
 from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +21,7 @@ AS_NOBODY = f"""
 import contextlib, io, os, sys
 from pvclock.commands import main
 with contextlib.redirect_stdout(io.StringIO()):
-    for arguments in (["doctor"], ["doctor", "--json"]):
+    for arguments in (["--help"], ["doctor"], ["doctor", "--json"]):
         main(arguments)  # imports what {NOBODY} might not be allowed to read
 if os.geteuid() == 0:
     os.setgroups([])
@@ -83,6 +86,19 @@ def in_terminal(*arguments: str, columns: int = 80, **variables: str) -> str:
     ):
         os.close(theirs)
         text = _read_to_end(ours).decode()
+    os.close(ours)
+    return text
+
+
+def in_terminal_here(*arguments: str) -> str:
+    """What `pvclock` shows in a terminal of 80 columns, in this process: for commands that do no more than show."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with ThreadPoolExecutor(1) as pool:
+        shown = pool.submit(_read_to_end, ours)  # meanwhile: a terminal takes some KiB at once
+        with os.fdopen(theirs, "w", encoding="utf-8") as terminal, contextlib.redirect_stdout(terminal):
+            main(list(arguments))
+        text = shown.result().decode()
     os.close(ours)
     return text
 

@@ -1,5 +1,6 @@
 """What holds for every test: it names the rows it proves, and it is skipped only with a reason that helps."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     complaints = {item.nodeid.partition("[")[0]: complaint for item in items if (complaint := row_complaint(item))}
     if complaints:
         raise pytest.UsageError("\n".join(f"{test}: {complaint}" for test, complaint in complaints.items()))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the thousands of tests and all modules out of each garbage collection: they took a seventh of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

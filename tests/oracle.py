@@ -120,8 +120,11 @@ def scale_tsc(host_tsc: int, ratio: int, frac_bits: int) -> int:
     return (host_tsc * ratio >> frac_bits) % U64
 
 
-@dataclass(frozen=True)
-class TimeInfo:
+TIME_INFO = Struct("<IIQQIbBH")
+REFERENCE_TSC_PAGE = Struct("<IIQq")
+
+
+class TimeInfo(NamedTuple):
     """One struct pvclock_vcpu_time_info, as its bytes in guest memory say."""
 
     version: int
@@ -133,12 +136,10 @@ class TimeInfo:
     flags: int
     pad: int
 
-    LAYOUT = Struct("<IIQQIbBH")
-
     @classmethod
     def parse(cls, page: bytes) -> Self:
         """Read the 32 bytes of a page."""
-        return cls(*cls.LAYOUT.unpack(page))
+        return cls(*TIME_INFO.unpack(page))
 
     @property
     def is_being_updated(self) -> bool:
@@ -243,8 +244,7 @@ HYPERV_UNIT_NS = 100
 HYPERV_INVALID_SEQUENCES = (0, U32 - 1)
 
 
-@dataclass(frozen=True)
-class ReferenceTscPage:
+class ReferenceTscPage(NamedTuple):
     """The beginning of a Hyper-V reference TSC page, as its bytes in guest memory say."""
 
     sequence: int
@@ -252,12 +252,10 @@ class ReferenceTscPage:
     scale: int
     offset: int
 
-    LAYOUT = Struct("<IIQq")
-
     @classmethod
     def parse(cls, page: bytes) -> Self:
         """Read the first 24 bytes of a page."""
-        return cls(*cls.LAYOUT.unpack(page))
+        return cls(*REFERENCE_TSC_PAGE.unpack(page))
 
     @property
     def is_valid(self) -> bool:
@@ -279,7 +277,8 @@ def hyperv_sequence_after(sequence: int) -> int:
 
 def hyperv_scale(num: int, den: int) -> int:
     """Return num/den ns a tick as units a tick in 2**-64, the nearest; a tie goes up, and 2**64 fits no page."""
-    return int(Fraction(num * U64, den * HYPERV_UNIT_NS) + Fraction(1, 2))
+    double = den * HYPERV_UNIT_NS * 2  # half of it rounds to the nearest
+    return (num * U64 * 2 + double // 2) // double
 
 
 def kvm_hyperv_scale(mul: int, shift: int) -> int:

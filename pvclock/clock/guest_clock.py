@@ -24,7 +24,7 @@ from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.live_clock import Takeover
 from pvclock.clock.loading import load
-from pvclock.clock.operations import Operations
+from pvclock.clock.operations import DilationLimit, Operations
 from pvclock.clock.pause_resume import PauseResume
 from pvclock.clock.reference_time import ReferenceTime
 from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
@@ -281,12 +281,17 @@ class GuestClock:
     def wall_clock(self, base: WallClockBase) -> None:
         self._wall_clock.base = base
 
-    def dilate(self, numerator: int, denominator: int = 1) -> None:
+    def limit_dilation(self, limit: DilationLimit | None) -> None:
+        """Let dilate() ask `limit` first, of what the VMM knows of its guest; None, as at the start: nobody."""
+        self._operations.limit_dilation(limit)
+
+    def dilate(self, numerator: int, denominator: int = 1, *, force: bool = False) -> None:
         """Run guest time at numerator/denominator of host time from now on, without a step.
 
-        RangeError if a page cannot show that rate, with a slew on top, or if a term exceeds 64 bits.
+        RangeError if a page cannot show that rate, with a slew on top, or if a term exceeds 64 bits; and, unless
+        `force`, beyond what limit_dilation() has set.
         """
-        self._operations.dilate(numerator, denominator)
+        self._operations.dilate(numerator, denominator, force=force)
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
         """Move guest time by `target_ns`, which may be negative, by running max_ppm off its rate.

@@ -29,10 +29,11 @@ def load(
     """
     keeper = parts.keeper
     with keeper.changing:
-        warning = ""
-        if guest.lives_by_tsc:
-            warning = capture.check_tsc_hz(state, keeper.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
         guest.load(state.provider)
+        warning = ""
+        if guest.is_told_tsc_hz:
+            any_tsc_hz = any_tsc_hz or not guest.lives_by_tsc
+            warning = capture.check_tsc_hz(state, keeper.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
         capture.restore(parts, state, policy, guest.own_page)
         if warning:
             keeper.tell(EventKind.TSC_RATE, warning)

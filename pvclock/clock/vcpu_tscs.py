@@ -95,20 +95,22 @@ class VcpuTscs:
         if index == MSR_TSC_AUX:
             self._tscs[vcpu].aux = tsc.aux
             return
+        stamps = self._keeper.backend.stamps()
         try:
-            self._set({vcpu: tsc}, now, cause, vcpu if cause is EventCause.GUEST else None)
+            self._set({vcpu: tsc}, now, cause, vcpu if cause is EventCause.GUEST else None, stamps)
         except TscOffsetNotHonoured as refused:
             if cause is not EventCause.GUEST:
                 raise
             # As KVM on such a host: the MSR changes, the TSC does not.
-            self._refuse(refused, cause, partial(setattr, self._tscs[vcpu], "adjust", tsc.adjust))
+            self._refuse(refused, cause, stamps, partial(setattr, self._tscs[vcpu], "adjust", tsc.adjust))
 
     def repair(self, *, target: int | None, adjust: Literal["keep", "carry"]) -> list[OffsetWrite]:
         """Put all vCPUs' TSCs on one offset; see GuestClock.repair_tsc()."""
         now = self._keeper.host_tsc()
         tscs = [self.at(vcpu, now) for vcpu in range(self.present)]
         plan = repair_plan(tscs, target=target, adjust=adjust)
-        self._set({write.vcpu: write.applied(tscs[write.vcpu]) for write in plan}, now, EventCause.VMM, None)
+        wanted = {write.vcpu: write.applied(tscs[write.vcpu]) for write in plan}
+        self._set(wanted, now, EventCause.VMM, None, self._keeper.backend.stamps())
         return plan
 
     def add(self) -> int:
@@ -221,8 +223,15 @@ class VcpuTscs:
         offset = self._keeper.backend.tsc_offset(vcpu)
         return self._tscs[vcpu].offset if offset is None else offset
 
-    def _set(self, wanted: dict[int, VcpuTsc], now: HostTsc, cause: EventCause, out_of_guest: int | None) -> None:
-        """Set those TSCs and publish: all, or none and TscOffsetNotHonoured."""
+    def _set(
+        self,
+        wanted: dict[int, VcpuTsc],
+        now: HostTsc,
+        cause: EventCause,
+        out_of_guest: int | None,
+        stamps: HostStamps,
+    ) -> None:
+        """Set those TSCs and publish: all, or none and TscOffsetNotHonoured.  stamps: the events'."""
         keeper, before = self._keeper, self._tscs
         if self._stopped is not None:
             stopped, tscs = list(self._stopped), [tsc.copy() for tsc in before]
@@ -231,16 +240,20 @@ class VcpuTscs:
             self._stopped, self._tscs = stopped, tscs
             self.show_stopped()
             return
-        stamps = keeper.backend.stamps()
         offsets = {vcpu: tsc.offset for vcpu, tsc in wanted.items()}
         whys = [f"vCPU {vcpu}: offset {before[vcpu].offset:#x} becomes {new:#x}" for vcpu, new in offsets.items()]
-        events = tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
-        change = OffsetChange(keeper, self, before, wanted)
-        keeper.with_vcpus_out(out_of_guest, partial(keeper.publish_with, change.apply_all, change.undo, lambda: events))
 
-    def _refuse(self, refused: TscOffsetNotHonoured, cause: EventCause, on_commit: Callable[[], object]) -> None:
+        def events() -> tuple[Event, ...]:
+            return tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
+
+        change = OffsetChange(keeper, self, before, wanted)
+        keeper.with_vcpus_out(out_of_guest, partial(keeper.publish_with, change.apply_all, change.undo, events))
+
+    def _refuse(
+        self, refused: TscOffsetNotHonoured, cause: EventCause, stamps: HostStamps, on_commit: Callable[[], object]
+    ) -> None:
         """Record that the host did not honour an offset, in one step with on_commit()."""
-        event = self._keeper.event(EventKind.REFUSED, str(refused), self._keeper.backend.stamps(), cause=cause)
+        event = self._keeper.event(EventKind.REFUSED, str(refused), stamps, cause=cause)
 
         def take() -> None:
             on_commit()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Final
 
 from pvclock._counter import Counter, HostCounter
@@ -15,7 +16,16 @@ from pvclock.host.linux import asleep_bounds_ns, boot_id, host_clocksource, read
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, RefNs, signed64
 from pvclock.readings import HostStamps, Reference, Sample
 
-__all__ = ["CLOCK_GRAIN_NS", "CLOCK_IDS", "HostBackend", "bracketed", "host_stamps", "measure_tsc_hz", "wait_until"]
+__all__ = [
+    "CLOCK_GRAIN_NS",
+    "CLOCK_IDS",
+    "HostBackend",
+    "bracketed",
+    "host_stamps",
+    "measure_tsc_hz",
+    "measured_tsc_hz",
+    "wait_until",
+]
 
 CLOCK_IDS: Final = {
     Reference.RAW: time.CLOCK_MONOTONIC_RAW,
@@ -110,3 +120,9 @@ def measure_tsc_hz(seconds: float = 0.1) -> int:
     time.sleep(seconds)
     tsc1, ns1, _ = sample_clock(time.CLOCK_MONOTONIC_RAW)
     return round((tsc1 - tsc0) * 10**6 / (ns1 - ns0)) * 1000
+
+
+@cache
+def measured_tsc_hz() -> int:
+    """As measure_tsc_hz(), once in this process: all that watch its clocks have the same frequency, to the Hz."""
+    return measure_tsc_hz()

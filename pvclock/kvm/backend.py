@@ -18,7 +18,7 @@ from pvclock.kvm._vcpu import Vcpu
 from pvclock.kvm.arguments import vcpu_of, vcpus_of
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.kvm.runner import Runner
-from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
+from pvclock.kvm.tsc_offset import TscOffsets, tsc_offsets_here
 from pvclock.quantities import NS_PER_S, U32_MASK, U64_MASK, HostTsc
 from pvclock.readings import HostStamps, Reference, Sample
 
@@ -30,13 +30,13 @@ SAMPLES = 8
 def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], runner: Runner) -> KvmBackend | SteeredTscBackend:
     """The backend that this host allows, for `vcpus` by number, which `runner` runs, but not yet.
 
-    It asks a throw-away VM what becomes of TSC offsets here (see probe_tsc_offsets), which takes a few ms.
+    The first time in a process it asks a throw-away VM what becomes of TSC offsets here, which takes a few ms.
     """
     instance("kvm", kvm, Kvm, "a Kvm, as open_kvm() returns it")
-    vcpus_of(vcpus)
+    first = vcpus_of(vcpus)[0]
     instance("runner", runner, Runner)
     features = kernel_features(kvm)
-    offsets = probe_tsc_offsets(kvm)
+    offsets = tsc_offsets_here(kvm, first)
     if offsets is TscOffsets.STEERED:
         return SteeredTscBackend(vcpus, runner, features)
     return KvmBackend(vcpus, runner, features, honours_tsc_offset=offsets is TscOffsets.HONOURED)

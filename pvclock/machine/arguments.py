@@ -6,8 +6,8 @@ import mmap
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from pvclock.arguments import instance, number, text, whole
-from pvclock.boot import PROTOCOLS, BootSource
+from pvclock.arguments import instance, number, sequence, text, whole
+from pvclock.boot import PROTOCOLS, BootModule, BootSource
 from pvclock.clock.guest_clock import MAX_AGE_S
 from pvclock.clock.ticker import SHORTEST_S
 from pvclock.errors import ConfigError, WrongType
@@ -65,7 +65,8 @@ def _check_boot_source(image: object, cmdline: object) -> None:
     if isinstance(image, BootSource):
         if cmdline:
             raise ConfigError("a BootSource has its own command line; leave out: cmdline")
-        image, cmdline, initrd, protocol = image
+        _check_modules(image.modules)
+        image, cmdline, initrd, protocol, _ = image
         text("image.cmdline", cmdline)
         instance("image.initrd", initrd, bytes, "the bytes of an initrd")
         if protocol is not None and text("image.protocol", protocol) not in PROTOCOLS:
@@ -73,11 +74,19 @@ def _check_boot_source(image: object, cmdline: object) -> None:
     instance("image", image, bytes, "the bytes of a multiboot-1, PVH or Linux image or of a flat one, or a BootSource")
 
 
+def _check_modules(modules: object) -> None:
+    for module in sequence("image.modules", modules, "a tuple of BootModules"):
+        instance("image.modules", module, BootModule, "a tuple of BootModules")
+        instance("image.modules: content", module.content, bytes, "the bytes of a module")
+        text("image.modules: string", module.string)
+
+
 def choose_platform(source: BootSource, wanted: Platform | None, memory_bytes: int, serial_output: object) -> Platform:
     """The platform that is wanted, or by default a PC for a bzImage, which cannot do without.
 
     ConfigError for what it does not have or has no room for; ImageError for an ELF file that no protocol enters.
     """
+    source.check()
     platform: Platform = wanted or ("pc" if source.entered_by == "bzimage" else "bare")
     if platform == "bare" and serial_output is not None:
         raise ConfigError('a bare machine has no serial port: give platform="pc", or leave out: serial_output')

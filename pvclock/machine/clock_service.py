@@ -17,7 +17,8 @@ from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.kvm import KvmBackend, Runner, Vcpu, Vm
 from pvclock.kvm.backend import SteeredTscBackend
 from pvclock.kvm.tsc_offset import share_tsc
-from pvclock.machine.cpuid import CpuidSource, KernelClock
+from pvclock.machine.cpuid import CpuidSource, GuestCpuid, KernelClock
+from pvclock.machine.dilation_limits import DilationLimits
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers.interface import HypercallRegisters, HypercallResult
 from pvclock.quantities import U64_MASK
@@ -71,6 +72,9 @@ class ClockService(Protocol):
     @property
     def cpuid(self) -> CpuidSource:
         """What the guest's CPUID says of its clock."""
+
+    def take_cpuid(self, cpuid: GuestCpuid, *, limits_rates: bool) -> None:
+        """Keep what the vCPUs were given.  limits_rates: does the guest live by timers that not all rates suit?"""
 
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
@@ -145,6 +149,8 @@ class EngineClockService:
     def __init__(
         self, runner: Runner, clock: GuestClock, tick_interval_s: float | None, *, resets_tscs: bool = False
     ) -> None:
+        self._cpuid: GuestCpuid | None = None
+        self._limits: DilationLimits | None = None
         self._serve(clock)
         self._resets_tscs = resets_tscs
         self.ticker = None if tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
@@ -160,6 +166,13 @@ class EngineClockService:
     def cpuid(self) -> CpuidSource:
         """See ClockService."""
         return self.clock
+
+    def take_cpuid(self, cpuid: GuestCpuid, *, limits_rates: bool) -> None:
+        """See ClockService."""
+        self._cpuid = cpuid
+        if limits_rates and cpuid.offers_deadlines:
+            self._limits = DilationLimits(cpuid.vcpus, self.clock.dilation)
+            self.clock.limit_dilation(self._limits)
 
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
@@ -183,6 +196,8 @@ class EngineClockService:
             self._end_soon()  # what an interrupted start() or stop() left
         try:
             with self._changing:
+                if self._cpuid is not None:
+                    self._cpuid.settle()
                 self._begin()
                 self._runner.start()
                 if self.starts_paused:
@@ -257,6 +272,8 @@ class EngineClockService:
         """See ClockService; a clock that is paused, or vCPUs that are, go on at start()."""
         with self._changing:
             self.clock.reset()
+            if self._limits is not None:
+                self._limits.begin_anew(self.clock.dilation)
             if self._resets_tscs:
                 self._reset_tscs()
             # One without the other after a pause() that was interrupted.
@@ -285,6 +302,7 @@ class EngineClockService:
     def _serve(self, clock: GuestClock) -> None:
         """Let `clock` be the machine's; its MSR calls are attributes here, for a guest's exits call nothing else."""
         self.clock = clock
+        clock.limit_dilation(self._limits)
         self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
         self.timer_thread = TimerThread(clock) if clock.timers.exist else None
 
@@ -389,6 +407,9 @@ class KernelClockService:
         self._runner = runner
         self._vm = vm
         self._changing = threading.RLock()
+
+    def take_cpuid(self, cpuid: GuestCpuid, *, limits_rates: bool) -> None:
+        """See ClockService: nothing of it changes."""
 
     def read_msr(self, _vcpu: int, _index: int) -> int:
         """See ClockService: no access arrives here, because no MSR is filtered."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from mmap import mmap
 from typing import Protocol, TypeVar
 
 from pvclock._memory import GuestMemory
@@ -18,10 +19,11 @@ from pvclock.kvm.exits import Exit
 from pvclock.machine.arguments import Platform, check_vcpus
 from pvclock.machine.board import Board
 from pvclock.machine.clock_service import ClockService
-from pvclock.machine.cpuid import CpuidChange, set_guest_cpuid
+from pvclock.machine.cpuid import CpuidChange, GuestCpuid
 from pvclock.machine.exits import GuestExits, Outcome, observed
 from pvclock.machine.power_on import PowerOnState
 from pvclock.machine.ram import Ram
+from pvclock.msr_ranges import MsrRange
 
 __all__ = ["Hardware"]
 
@@ -40,7 +42,8 @@ class Hardware:
     """A VM with `memory_bytes` of RAM, `vcpus` and a board, and what close() gives back.
 
     max_vcpus: how many vCPUs there can be, by add_vcpu().  kvm: the caller's, or None for one of its own.
-    outcome: is told what the guest ends its run by.  serial_output, on_exit: Machine's.  on_end: Runner's.
+    msr_ranges: what its clock is to serve most likely.  outcome: is told what the guest ends its run by.
+    serial_output, on_exit: Machine's.  on_end: Runner's.
     The errors are Machine's; nothing is left behind if it cannot be made.
 
     vCPUs' threads have parts of this and never the Machine, so that one that is dropped can end them.
@@ -55,11 +58,13 @@ class Hardware:
         max_vcpus: int,
         memory_bytes: int,
         platform: Platform,
+        msr_ranges: tuple[MsrRange, ...],
         serial_output: Callable[[bytes], object] | None,
         on_exit: Callable[[int, Exit], object] | None,
         on_end: Callable[[BaseException | None], object],
     ) -> None:
         self.max_vcpus = max_vcpus
+        self._msr_ranges = msr_ranges
         self._late: Vcpu | None = None  # made by add_vcpu(), and not yet among `vcpus`
         self._backends: list[KvmBackend | SteeredTscBackend] = []  # of the clock; none where the kernel serves it
         self._resources: list[Resource] = []  # to be given back, the last one first
@@ -69,7 +74,7 @@ class Hardware:
             self._make_vm(memory_bytes, vcpus)
             self.board = Board(self.vm, self.vcpus, memory_bytes, outcome)
             self.board.become(platform, serial_output, max_vcpus)
-            self._exits = GuestExits(self.vcpus, self.board.bus, outcome)
+            self._exits = GuestExits(self.vcpus, self.memory, self.board.bus, outcome)
             handle = observed(self._exits.handle, on_exit)
             self.runner = Runner(self.vcpus, handle, max_vcpus=max_vcpus, on_end=on_end)
         except BaseException:
@@ -81,10 +86,7 @@ class Hardware:
         self._resources.insert(0, self.ram)  # given back last: another view of it may still be open
         self.memory = self.owned(GuestMemory(self.ram.buffer))
         self.vm: Vm = self.owned(self.kvm.create_vm())
-        self.vm.set_tss_addr(TSS)
-        self.vm.set_identity_map_addr(IDENTITY_MAP)
-        self.vm.set_user_memory_region(0, 0, self.ram.buffer)
-        self.vm.create_irqchip()
+        _furnish(self.vm, self.ram.buffer, self._msr_ranges)
         self.vcpus: list[Vcpu] = [self.owned(self.vm.create_vcpu(i)) for i in range(vcpus)]
 
     def backend(self) -> KvmBackend | SteeredTscBackend:
@@ -93,19 +95,20 @@ class Hardware:
         self._backends.append(backend)
         return backend
 
-    def take_clock(self, service: ClockService, change: CpuidChange | None) -> None:
+    def take_clock(self, service: ClockService, change: CpuidChange | None, *, limits_rates: bool) -> None:
         """Let the guest find the clock of `service`, and its exits reach it.  change: the last word on its CPUID.
 
+        limits_rates: are there rates that its timers may not follow?  See DilationLimits.
         Before the vCPUs run: it also keeps the state in which they come out of reset.
         """
         self._exits.clock_service = self.owned(service)
-        if service.msr_ranges:
+        if service.msr_ranges not in ((), self._msr_ranges):
             exit_on_msrs(self.vm, service.msr_ranges)
         if service.hypercall_port is not None:
             self.board.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
             self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
-        self._give_cpuid = partial(set_guest_cpuid, self.kvm, clock=service.cpuid, change=change)
-        self._give_cpuid(self.vcpus)
+        self._cpuid = GuestCpuid(self.kvm, self.vcpus, service.cpuid, change)
+        service.take_cpuid(self._cpuid, limits_rates=limits_rates)
         self._power_on = PowerOnState(self.vm, self.vcpus)
 
     def add_vcpu(self) -> int:
@@ -122,7 +125,7 @@ class Hardware:
         late: Vcpu = self._late  # type: ignore[assignment]  # just made
         if late not in self.runner.gate.vcpus:  # then it has not run
             late.set_lapic(late.get_lapic())  # for KVM to look at all APICs anew: its map of them lacks a late one
-            self._give_cpuid([late])
+            self._cpuid.add(late)
             self._power_on.add(late)
             for backend in self._backends:
                 backend.add_vcpu(late)
@@ -164,6 +167,20 @@ class Hardware:
         """close(), of what could not be made."""
         with suppress(BufferError):  # of an interrupt, whose traceback has the memory until it goes
             self.close()
+
+
+def _furnish(vm: Vm, ram: mmap, msr_ranges: tuple[MsrRange, ...]) -> None:
+    """What a VM has before its vCPUs.
+
+    Filter and memory before the interrupt controllers: from Linux 6.18 on these leave a grace period behind that the
+    other two would wait for, 4 to 20 ms each.
+    """
+    if msr_ranges:
+        exit_on_msrs(vm, msr_ranges)
+    vm.set_tss_addr(TSS)
+    vm.set_identity_map_addr(IDENTITY_MAP)
+    vm.set_user_memory_region(0, 0, ram)
+    vm.create_irqchip()
 
 
 def _give_back(resources: list[Resource]) -> None:

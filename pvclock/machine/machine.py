@@ -15,6 +15,7 @@ from weakref import WeakMethod, finalize
 from pvclock.arguments import instance, number, whole
 from pvclock.boot import BootSource
 from pvclock.clock.guest_clock import GuestClock
+from pvclock.clock.guest_side import usual_msr_ranges
 from pvclock.clock.ticker import Ticker
 from pvclock.errors import StateError
 from pvclock.kvm import Kvm, Runner
@@ -120,6 +121,7 @@ class Machine:
             max_vcpus=vcpus if max_vcpus is None else max_vcpus,
             memory_bytes=memory_bytes,
             platform=platform,
+            msr_ranges=usual_msr_ranges() if clock == "engine" else (),
             serial_output=serial_output,
             on_exit=on_exit,
             on_end=self._run_end,
@@ -132,7 +134,7 @@ class Machine:
             else:
                 service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
             self.clock_service = service
-            hardware.take_clock(service, cpuid)
+            hardware.take_clock(service, cpuid, limits_rates=platform == "pc")
             hardware.boot(self.boot_source)
         except BaseException:
             hardware.abandon()

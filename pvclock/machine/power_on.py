@@ -5,10 +5,8 @@ KVM has no ioctl that resets a vCPU, so its registers are what they were before 
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Final
 
-from pvclock.errors import KvmError
 from pvclock.kvm import Vcpu, Vm
 from pvclock.kvm.exits import Interrupted
 
@@ -58,10 +56,7 @@ class _VcpuState:
         self._regs, self._sregs = vcpu.get_regs(), vcpu.get_sregs()
         self._xsave, self._xcrs, self._debugregs = vcpu.get_xsave(), vcpu.get_xcrs(), vcpu.get_debugregs()
         self._events, self._lapic, self._mp_state = vcpu.get_vcpu_events(), vcpu.get_lapic(), vcpu.get_mp_state()
-        self._msrs: dict[int, int] = {}  # one by one: KVM_GET_MSRS ends at the first that it does not have
-        for index in GUEST_MSRS:
-            with suppress(KvmError):
-                self._msrs[index] = vcpu.get_msr(index)
+        self._msrs = vcpu.get_msrs(list(GUEST_MSRS), skips_unknown=True)
 
     def restore(self) -> None:
         vcpu = self.vcpu

@@ -11,7 +11,7 @@ from pvclock.arguments import flag, serving, text
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import ConfigError
 from pvclock.host.simulated import SimulatedBackend
-from pvclock.host.this_host import bracketed, measure_tsc_hz
+from pvclock.host.this_host import bracketed, measured_tsc_hz
 from pvclock.machine import Machine
 from pvclock.meter.quantity_text import parse_drift_ppb, parse_step_ns
 from pvclock.meter.verdict_status import VerdictStatus
@@ -100,7 +100,7 @@ def _watch_of(guest: Machine | GuestClock | WatchedVm, budgets: Budgets, referen
 
 def _findings(vm: LocalVm, budgets: Budgets, reference: Reference) -> Findings:
     """What is found by this host's TSC."""
-    tsc_hz = measure_tsc_hz()
+    tsc_hz = measured_tsc_hz()
     return Findings(vm, budgets, tsc_hz, lambda: bracketed(reference, tsc_hz), _troubles(tsc_hz))
 
 

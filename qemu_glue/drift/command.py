@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pvclock import Reference
-from pvclock.commands.arguments import duration_s, output_file, process_id
+from pvclock.commands.arguments import THE_ONLY_PID, duration_s, output_file, process_id
 from pvclock.commands.outcome import Outcome, message_of
 from pvclock.commands.screen import Screen
 from pvclock.errors import PvclockError
@@ -38,8 +38,6 @@ EXAMPLES: Final = """\
 CLOCKS: Final = ("engine", "kernel", "qemu")
 SECONDS: Final = 60.0
 INTERVAL_S: Final = 1.0
-THE_ONLY_PID: Final = 0
-"""Stands for the pid of the only VM here."""
 CANNOT: Final = 2
 """The exit status after a file that could not be written."""
 

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from pvclock import ConfigError, Reference
 from pvclock.meter.drift.readings import ENDS
+from qemu_glue.watch.beginning import target_of
 from qemu_glue.watch.target import Target
 
 __all__ = ["DriftPlan", "plan_of"]
@@ -59,7 +60,7 @@ def plan_of(arguments: argparse.Namespace) -> DriftPlan:
         arguments.json,
     )
     _refuse(plan)
-    return plan
+    return plan._replace(target=target_of(*plan.target))
 
 
 def _refuse(plan: DriftPlan) -> None:

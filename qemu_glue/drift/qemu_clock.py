@@ -29,7 +29,7 @@ def qemu_clock(
 
     As open_vm() and OutsideClock; KeyboardInterrupt if Ctrl-C comes before the page is found.
     """
-    vm = resources.enter_context(opened(*target))
+    vm = resources.enter_context(opened(target))
     patience = Patience(0.0, interrupts)
     with screen.progress(1.0, "searching the guest's memory") as update:
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final, Protocol, TypeVar
 
 from pvclock import ConfigError
+from pvclock.commands.arguments import THE_ONLY_PID
 from pvclock.errors import PagesNotFound, VmNotObservable
 from pvclock.host.vmm_process import running_vms
 from pvclock.meter.watch.loop import WatchLoop
@@ -15,9 +16,9 @@ from pvclock.meter.watch.vm import WatchedVm
 from pvclock.meter.watch.words import counted
 from qemu_glue.errors import QmpFailed, VirshFailed
 from qemu_glue.watch.options import WatchOptions
-from qemu_glue.watch.target import QemuVm, open_vm
+from qemu_glue.watch.target import QemuVm, Target, open_vm
 
-__all__ = ["Interrupted", "Patience", "WaitsForEnd", "begun", "only_pid", "opened"]
+__all__ = ["Interrupted", "Patience", "WaitsForEnd", "begun", "opened", "target_of"]
 
 RETRY_S: Final = 0.5
 STOPPED: Final = "the guest was stopped when the watch began; if it has not booted so far, have it go on"
@@ -70,22 +71,17 @@ class Patience:
             self.check()
 
 
-def opened(qmp: str | None, pid: int | None, libvirt: str | None) -> QemuVm:
-    """As open_vm(), with the VMs that there are where `pid` is none of them.  pid: 0: the only one."""
-    if pid == 0:
-        pid = only_pid()
+def target_of(qmp: str | None = None, pid: int | None = None, libvirt: str | None = None) -> Target:
+    """The QEMU that a command's arguments name.  ConfigError where `pid` is THE_ONLY_PID and there is not one VM."""
+    return Target(qmp, _only_pid() if pid == THE_ONLY_PID else pid, libvirt)
+
+
+def opened(target: Target) -> QemuVm:
+    """As open_vm(), with the VMs that there are where the target's `pid` is none of them."""
     try:
-        return open_vm(qmp=qmp, pid=pid, libvirt=libvirt)
+        return open_vm(qmp=target.qmp, pid=target.pid, libvirt=target.libvirt)
     except VmNotObservable as error:
         raise VmNotObservable(error.pid, f"{error.why}; {_running_in_words()}") from None
-
-
-def only_pid() -> int:
-    """The process of the only VM here.  ConfigError."""
-    pids = [vm.pid for vm in running_vms()]
-    if len(pids) != 1:
-        raise ConfigError(f"--pid is which? {_running_in_words()}")
-    return pids[0]
 
 
 def begun(
@@ -116,6 +112,13 @@ def begun(
     except PagesNotFound as error:
         why = PagesNotFound(error.searched_bytes, error.looked_for, STOPPED) if vm.is_paused else error
         raise why from None
+
+
+def _only_pid() -> int:
+    pids = [vm.pid for vm in running_vms()]
+    if len(pids) != 1:
+        raise ConfigError(f"--pid is which? {_running_in_words()}")
+    return pids[0]
 
 
 def _running_in_words() -> str:

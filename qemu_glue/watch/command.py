@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from pvclock import ConfigError, Gpa, Reference
-from pvclock.commands.arguments import duration_s, process_id, rate_ppb, time_ns
+from pvclock.commands.arguments import THE_ONLY_PID, duration_s, process_id, rate_ppb, time_ns
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
 from qemu_glue.prometheus.address import DEFAULT_HOST, parsed_address
@@ -35,9 +35,6 @@ EXAMPLES: Final = """\
   pvclock watch --qmp '/run/vms/*.qmp' --prometheus 9911"""
 
 INTERVAL_MAX_MS: Final = 60_000
-THE_ONLY_PID: Final = 0
-"""Stands for the pid of the only VM here."""
-
 GPA_MAX: Final = 1 << 52
 
 
@@ -109,19 +106,18 @@ def _options(arguments: argparse.Namespace) -> WatchOptions:
 
 def _only_target(arguments: argparse.Namespace) -> Target | None:
     """The VM to watch; None: a fleet.  ConfigError."""
-    from qemu_glue.watch.beginning import only_pid
+    from qemu_glue.watch.beginning import target_of
     from qemu_glue.watch.sockets import is_pattern
-    from qemu_glue.watch.target import Target
 
     if arguments.qmp is not None:
         several = len(arguments.qmp) > 1 or is_pattern(arguments.qmp[0])
-        return None if several else Target(qmp=arguments.qmp[0])
+        return None if several else target_of(qmp=arguments.qmp[0])
     for option, given in (("--pid", arguments.pid), ("--libvirt", arguments.libvirt)):
         if given is not None and len(given) > 1:
             raise ConfigError(f"{option} is for one VM; several are watched by their sockets: --qmp 'PATTERN'")
     if arguments.pid is not None:
-        return Target(pid=arguments.pid[0] or only_pid())
-    return Target(libvirt=arguments.libvirt[0])
+        return target_of(pid=arguments.pid[0])
+    return target_of(libvirt=arguments.libvirt[0])
 
 
 def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack) -> Metrics | None:
@@ -134,7 +130,7 @@ def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack)
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
         raise ConfigError("--prometheus needs prometheus_client: pip install 'pvclock[prometheus]'") from None
-    from pvclock.host.this_host import measure_tsc_hz
+    from pvclock.host.this_host import measured_tsc_hz
     from qemu_glue.prometheus.metrics import Metrics
     from qemu_glue.watch.instants import Instants
     from qemu_glue.watch.json_lines import JsonLines
@@ -143,7 +139,7 @@ def _served(arguments: argparse.Namespace, screen: Screen, resources: ExitStack)
     server = resources.enter_context(serve(arguments.prometheus, metrics))
     screen.show(f"metrics at {server.url}")
     if arguments.json:
-        JsonLines(Instants(measure_tsc_hz())).write({"kind": "metrics", "url": server.url})
+        JsonLines(Instants(measured_tsc_hz())).write({"kind": "metrics", "url": server.url})
     return metrics
 
 

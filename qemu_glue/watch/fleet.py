@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from rich.text import Text
 
 from pvclock.commands.outcome import message_of
-from pvclock.host.this_host import measure_tsc_hz
+from pvclock.host.this_host import measured_tsc_hz
 from pvclock.meter.inside.schema import printable
 from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.host_troubles import HostTrouble, HostTroubles
@@ -83,7 +83,7 @@ class Fleet:
         self._first_seen_s: dict[FileId, float] = {}
         self._names = VmNames()
         self._missing = {path for path in named if not is_pattern(path)}
-        self._host = HostTroubles(measure_tsc_hz(), LOOK_AGAIN_S)
+        self._host = HostTroubles(measured_tsc_hz(), LOOK_AGAIN_S)
         self._note_host(self._host.at_begin)
 
     @property

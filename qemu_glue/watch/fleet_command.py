@@ -11,7 +11,7 @@ from rich.text import Text
 from pvclock import ConfigError
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
-from pvclock.host.this_host import measure_tsc_hz
+from pvclock.host.this_host import measured_tsc_hz
 from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.vm import WatchedVm
 from qemu_glue.prometheus.metrics import Metrics
@@ -50,7 +50,7 @@ def watch_fleet(
         failures.append(error)
         end.come()
 
-    view = FleetView(screen, Instants(measure_tsc_hz()), fail, is_json=options.is_json)
+    view = FleetView(screen, Instants(measured_tsc_hz()), fail, is_json=options.is_json)
     fleet = Fleet(named, _open_by_socket, options, view=view, end=end, metrics=metrics)
     if not sockets_now(named):
         view.waits()

@@ -38,7 +38,7 @@ def watch_one(
     if metrics is not None:
         metrics.of(target.label)
     try:
-        with patience.have(lambda: opened(*target)) as vm:
+        with patience.have(lambda: opened(target)) as vm:
             with screen.progress(1.0, "searching the guest's memory") as update:
 
                 def progress(done_bytes: int, total_bytes: int) -> None:

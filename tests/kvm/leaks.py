@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from contextlib import suppress
@@ -44,3 +45,19 @@ def held() -> Held:
 def ram_mappings(process: Path = PROCESS) -> int:
     """How many machines' RAM `process` has in its address space."""
     return (process / "maps").read_text().count("pvclock-ram")
+
+
+def is_others(file: Path, place: Path) -> bool:
+    """Is it in the address space of a process that is neither this one nor one that it started with TMPDIR=`place`?
+
+    Other tests may run on this machine at the same time, and what they share is theirs.
+    """
+    for process in set(Path("/proc").glob("[0-9]*")) - {Path(f"/proc/{os.getpid()}")}:
+        with suppress(OSError):  # it has just ended, or is another user's
+            if str(file) in (process / "maps").read_text() and not _began_in(process, place):
+                return True
+    return False
+
+
+def _began_in(process: Path, place: Path) -> bool:
+    return f"TMPDIR={place}".encode() in (process / "environ").read_bytes().split(b"\0")

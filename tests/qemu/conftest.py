@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kvm.leaks import held
+from tests.kvm.leaks import held, is_others
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -26,10 +26,12 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     monkeypatch.setenv("TMPDIR", str(place))
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     monkeypatch.chdir(place)
-    before = (children(), shared_memory_files())
+    before, files_before = children(), shared_memory_files()
     held_before = held()
     yield
-    assert (children(), shared_memory_files()) == before
+    assert children() == before
+    new_files = shared_memory_files() - files_before
+    assert [file for file in new_files if not is_others(file, place) and file.exists()] == []
     now = held()  # less, where an error of an earlier test held something until pytest let go of it
     assert now.is_no_more_than(held_before), (now, held_before)
     assert list(place.iterdir()) == []
@@ -44,6 +46,6 @@ def children() -> list[str]:
     return [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
 
 
-def shared_memory_files() -> set[str]:
+def shared_memory_files() -> set[Path]:
     """Files in /dev/shm that could be a QEMU's or ours."""
-    return {file.name for file in Path("/dev/shm").iterdir() if {"qemu", "pvclock"} & set(file.name.split("-"))}  # noqa: S108  # only looked at
+    return {file for file in Path("/dev/shm").iterdir() if {"qemu", "pvclock"} & set(file.name.split("-"))}  # noqa: S108  # only looked at

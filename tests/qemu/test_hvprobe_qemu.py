@@ -24,7 +24,7 @@ from pvclock.providers.hyperv.features import Feature, Privilege
 from pvclock.providers.hyperv.scales import kvm_scale
 from qemu_glue.peer.launch import Qemu
 from tests.kvm.hyperv_script import skip_without_kernel_hyperv
-from tests.oracle import ReferenceTscPage
+from tests.oracle import REFERENCE_TSC_PAGE, ReferenceTscPage
 from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.usefixtures("_kernel_serves_hyperv")]
@@ -51,7 +51,7 @@ def run_hvprobe(cmdline: str, vcpus: int = 1) -> tuple[HvBlock, list[HvRecord], 
     with Qemu(hvprobe(), features=0, cpu_flags=FLAGS, vcpus=vcpus, cmdline=cmdline, arguments=stopped) as qemu:
         qemu.resume()
         assert qemu.wait(HANG_S) == probe.EXIT_FINE
-        block, page = read_block(qemu.memory), qemu.memory.read(REFERENCE_PAGE, ReferenceTscPage.LAYOUT.size)
+        block, page = read_block(qemu.memory), qemu.memory.read(REFERENCE_PAGE, REFERENCE_TSC_PAGE.size)
         assert block is not None
         records = [read_record(qemu.memory, vcpu) for vcpu in range(vcpus)]
         return block, records, [read_expiries(qemu.memory, vcpu) for vcpu in range(vcpus)], page

@@ -16,6 +16,7 @@ from pvclock import ConfigError, StateError
 from pvclock.payloads import clockprobe, probe
 from qemu_glue import QemuExited, QemuMissing, QmpFailed, cpu_property
 from qemu_glue.peer.launch import Qemu
+from tests.kvm.leaks import is_others
 from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
@@ -28,6 +29,31 @@ SPARE_GPA = 0x300000
 def launch(cmdline: str = "", **options: object) -> Qemu:
     """A QEMU with clockprobe."""
     return Qemu(clockprobe(), features=FEATURES, cmdline=cmdline, **options)  # type: ignore[arg-type]
+
+
+SHARES = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 4096):
+    print(flush=True)
+    input()
+"""
+
+
+@pytest.mark.row("style")
+def test_what_another_session_shares_is_no_leak(tmp_path: Path) -> None:
+    """A file in the memory of a process that was not started here is its own business; one of a child is not."""
+    file = tmp_path / "pvclock-ram"
+    file.write_bytes(bytes(4096))
+    for place, is_a_leak in ((tmp_path, True), (Path("/elsewhere"), False)):
+        environment = {**os.environ, "TMPDIR": str(place)}
+        with subprocess.Popen(
+            [sys.executable, "-c", SHARES, file], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"
+            assert is_others(file, tmp_path) is not is_a_leak
+            process.communicate(b"\n")
+    assert not is_others(file, tmp_path)
 
 
 @pytest.mark.row("E13")

@@ -361,9 +361,12 @@ class Undisturbed:
         self.after = twin.seen()
         self.later = twin.goes_on()
 
-    def check(self, twin: Twin) -> None:
-        """A twin that was disturbed in it, by something that is over: whole and recorded, or not begun."""
-        found = twin.seen()
+    def check(self, twin: Twin, found: Seen | None = None) -> None:
+        """A twin that was disturbed in it, by something that is over: whole and recorded, or not begun.
+
+        found: what was seen of it just now, if that was seen.
+        """
+        found = twin.seen() if found is None else found
         if found != self.after:
             assert found == self.before or (self.operation.in_steps and self._is_a_step(found))
             self.operation.operate(twin)

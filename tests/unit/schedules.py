@@ -7,20 +7,28 @@ import math
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from types import FrameType, ModuleType
-from typing import Any
+from types import CodeType, FrameType, ModuleType
+from typing import Any, NamedTuple
 
 LIMIT_S = 60
 """For what must happen; no test waits that long unless it fails."""
 
 
+class Place(NamedTuple):
+    """Where a thread is, before it runs a line for the `visit`th time (from 1 on)."""
+
+    code: CodeType
+    line: int
+    visit: int
+
+
 class Lines:
     """Counts the lines that traced threads run in `modules`, and calls `action` before the line `at` (from 0 on).
 
-    A line is counted the first `visits` times that it is run.
+    A line is counted the first `visits` times that it is run.  places: those that were counted, in order.
     """
 
     def __init__(
@@ -36,16 +44,25 @@ class Lines:
         self._at = at
         self._action = action
         self._within: list[tuple[FrameType, int]] = []
-        self.count = 0
+        self._events: Counter[tuple[int, int]] = Counter()
+        self.places: list[Place] = []
+
+    @property
+    def count(self) -> int:
+        """How many lines were counted."""
+        return len(self.places)
 
     def trace(self, frame: FrameType, event: str, _argument: Any) -> Lines.Trace | None:  # noqa: ANN401  # typeshed's
         """See sys.settrace()."""
         if frame.f_code.co_filename not in self._files:
             return None
-        if event == "line" and not self._is_no_call(frame) and self._is_counted(frame):
-            self.count += 1
-            if self.count == self._at + 1:
-                self._action()
+        if event == "line":
+            event_at = id(frame.f_code), frame.f_lineno
+            self._events[event_at] += 1
+            if not self._is_no_call(frame) and self._is_counted(frame):
+                self.places.append(Place(frame.f_code, frame.f_lineno, self._events[event_at]))
+                if self.count == self._at + 1:
+                    self._action()
         return self.trace
 
     def _is_counted(self, frame: FrameType) -> bool:
@@ -71,15 +88,9 @@ class Lines:
 
     Trace = Callable[[FrameType, str, Any], Any]
 
-    @contextmanager
-    def traced(self) -> Iterator[Lines]:
+    def traced(self) -> AbstractContextManager[None]:
         """Trace this thread."""
-        before = sys.gettrace()
-        sys.settrace(self.trace)
-        try:
-            yield self
-        finally:
-            sys.settrace(before)
+        return _tracing(self.trace)
 
     @contextmanager
     def traced_in_new_threads(self) -> Iterator[Lines]:
@@ -90,6 +101,54 @@ class Lines:
             yield self
         finally:
             threading.settrace(before)
+
+
+def places_in(operate: Callable[[], object], modules: Collection[ModuleType], visits: float = math.inf) -> list[Place]:
+    """Where `operate`, which is done here, can be disturbed: at each line of `modules`, the first `visits` times."""
+    lines = Lines(*modules, visits=visits)
+    with lines.traced():
+        operate()
+    return lines.places
+
+
+class At:
+    """Calls `action` when the thread is at a place of Lines.places, once.
+
+    Where all else is done as it was when Lines saw it, this is Lines(at=...), and quicker: one function is traced.
+    """
+
+    def __init__(self, place: Place, action: Callable[[], object]) -> None:
+        self._place, self._action = place, action
+        self._visits = 0
+
+    @property
+    def has_come(self) -> bool:
+        """Was the thread there?"""
+        return self._visits >= self._place.visit
+
+    def trace(self, frame: FrameType, event: str, _argument: Any) -> Lines.Trace | None:  # noqa: ANN401  # typeshed's
+        """See sys.settrace()."""
+        if frame.f_code is not self._place.code:
+            return None
+        if event == "line" and frame.f_lineno == self._place.line:
+            self._visits += 1
+            if self._visits == self._place.visit:
+                self._action()
+        return self.trace
+
+    def traced(self) -> AbstractContextManager[None]:
+        """Trace this thread."""
+        return _tracing(self.trace)
+
+
+@contextmanager
+def _tracing(trace: Lines.Trace) -> Iterator[None]:
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final
@@ -17,6 +18,7 @@ from pvclock.timekeeping.events import EventKind
 
 SIZE: Final = 1 << 20
 GUARD: Final = 0xA5
+NO_GUARD: Final = re.compile(b"[^\\xa5]")
 TSC_HZ: Final = 2_596_132_000
 NOW: Final = Pairing(real_ns=1_700_000_007 * 10**9 + 5, guest_tsc=GuestTsc(7 * TSC_HZ))
 UPTIME_NS: Final = 7 * 10**9
@@ -65,6 +67,7 @@ class StubClock:
         self.memory = GuestMemory(bytearray([GUARD]) * SIZE)
         self.vcpu_host, self.vmm, self.kernel_features = vcpu_host, vmm, {"KVM": kernel_features}
         self.tsc_hz = self.host_tsc_hz = TSC_HZ
+        self.keeps_tsc_rate = False
         self.paired = paired
         self.quiesced: list[int | None] = []
         self.inside: list[int | None] = []
@@ -191,9 +194,13 @@ def a_provider(
 
 def written(memory: GuestMemory) -> list[int]:
     """Where guard bytes are gone: the first address of each place, places 64 bytes or more apart."""
-    ram = memory.read(0, SIZE)
-    gone = [at for at in range(SIZE) if ram[at] != GUARD]
+    gone = guards_gone(memory)
     return [at for i, at in enumerate(gone) if i == 0 or at - gone[i - 1] >= 64]
+
+
+def guards_gone(memory: GuestMemory, size: int = SIZE) -> list[int]:
+    """All addresses where guard bytes are gone; found at C speed."""
+    return [match.start() for match in NO_GUARD.finditer(memory.read(0, size))]
 
 
 def u32(memory: GuestMemory, gpa: int) -> int:

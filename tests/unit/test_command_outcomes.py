@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,22 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """Each command's parser, by its name."""
     (choices,) = (action.choices for action in _parser()._actions if isinstance(action.choices, dict))
     return dict(choices)
+
+
+def test_a_command_loads_no_other() -> None:
+    """`pvclock run` begins without the other commands' modules, and without what draws tables and fetches kernels."""
+    program = "import sys; from pvclock.commands import main; main(['run', '--help']); print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    loaded = set(ran.stdout.splitlines()[-1].split())
+    assert {f"pvclock.commands.{name}" for name in ("run", "demo", "doctor")} & loaded == {"pvclock.commands.run"}
+    assert not {"qemu_glue", "rich", "pvclock.lab", "importlib.metadata"} & loaded
+
+
+@pytest.mark.parametrize("name", ["screen", "outcome", "run.run", "-", "Run"])
+def test_what_commands_share_is_no_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A module beside the commands', and a name that is none, are refused as any unknown command."""
+    assert main([name]) == 2
+    assert f"invalid choice: {name!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -146,14 +164,23 @@ def test_doctor_advises_where_something_lacks() -> None:
 
 
 @pytest.mark.parametrize("name", ["", *parsers()])
-def test_help_fits_and_says_what_to_type_first(name: str) -> None:
-    """Each --help is within 80 columns and has lines to type; `pvclock` alone is `pvclock --help`."""
-    done = run_pvclock(*name.split(), "--help")
+def test_help_fits_and_says_what_to_type_first(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each --help is within 80 columns and has lines to type."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*name.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"Type first:\n  pvclock {name}" in shown
+
+
+def test_help_is_what_is_shown_without_a_command() -> None:
+    """`pvclock` alone is `pvclock --help`, within 80 columns where no terminal is."""
+    done = run_pvclock("--help")
     assert done.status == 0
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert f"Type first:\n  pvclock {name}" in done.stdout
-    if not name:
-        assert run_pvclock() == done
+    assert run_pvclock() == done
 
 
 def test_the_document_of_the_commands_is_whole() -> None:

@@ -91,7 +91,7 @@ def test_a_step_becomes_a_slew(step_ns: float) -> None:
 def test_a_step_of_an_hour_takes_its_time(step_ns: float) -> None:
     """A reference set by an hour: 83 days at 500 ppm and a few ticks, and never a rate beyond that."""
     reference = SimulatedReference(fault=stepped(1000, step_ns), noise_ns=100)
-    ticks = list(follow(reference, 90 * DAY_S, interval_s=128))
+    ticks = list(follow(reference, 90 * DAY_S, interval_s=256))
     assert corrections_within(ticks, 500)
     assert settled_at(ticks, 200) == pytest.approx(1000 + HOUR_NS / (500 * PPM * 1e9), rel=0.002)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -25,7 +27,7 @@ from pvclock.meter.drift.readings import Reanchor
 from pvclock.readings import Reference
 from pvclock.state import atomic_file
 from qemu_glue.drift import command
-from qemu_glue.drift.plan import DriftPlan
+from qemu_glue.drift.plan import DriftPlan, plan_of
 from qemu_glue.drift.records import DriftRecords
 from qemu_glue.drift.views import LiveView
 from qemu_glue.watch.interrupts import Interrupts
@@ -367,6 +369,16 @@ def test_without_kvm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(drift_clocks, "engine_clock", fail)
     assert main(["drift", "engine"]) == 2
     assert "/dev/kvm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "pid"), [(["--pid"], 4711), (["--pid", "4712"], 4712)])
+def test_which_process_qemu_is(words: list[str], pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only VM here, where --pid does not say which."""
+    monkeypatch.setattr("qemu_glue.watch.beginning.running_vms", lambda: [SimpleNamespace(pid=4711)])
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = parser.parse_args(["qemu", *words], argparse.Namespace(json=False))
+    assert plan_of(arguments).target == Target(pid=pid)
 
 
 def test_a_table_that_is_redrawn() -> None:

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, KvmFeature, MsrFault, RangeError, SimulatedBackend
+from pvclock.clock.guest_side import usual_msr_ranges
 from tests import golden, oracle
+from tests.unit.stub_clock import GUARD, SIZE, guards_gone
 from tests.unit.test_provider_conformance import MsrWrite, allowed_places
 
 WALL_CLOCK, SYSTEM_TIME, WALL_CLOCK_NEW, SYSTEM_TIME_NEW = 0x11, 0x12, 0x4B564D00, 0x4B564D01
 NS_PER_S = 10**9
 HZ = 2_596_132_000
-SIZE = 1 << 20
-GUARD = 0xA5
 GUARDED_VERSION = 0xA5A5A5A5 + 2  # odd junk: a publish skips to the next odd version and ends even
 
 
@@ -30,8 +30,7 @@ def a_clock(vcpus: int = 2, realtime_ns: int = 0, **options: object) -> tuple[Gu
 
 def written(clock: GuestClock) -> list[int]:
     """Where guard bytes are gone: the first address of each place, places 32 bytes or more apart."""
-    ram = clock.memory.read(0, SIZE)
-    gone = [at for at in range(SIZE) if ram[at] != GUARD]
+    gone = guards_gone(clock.memory)
     return [at for i, at in enumerate(gone) if i == 0 or at - gone[i - 1] >= 32]
 
 
@@ -43,7 +42,7 @@ def u32(clock: GuestClock, gpa: int) -> int:
 @pytest.mark.row("K-01", "K-33", "K-38", "V-01", "V-02", "V-03")
 def test_cpuid_has_signature_and_features() -> None:
     """Leaf 0x40000000 is "KVMKVMKVM" with the highest leaf, 0x40000001 the features; other leaves are not ours."""
-    clock, _ = a_clock()
+    clock, _ = a_clock(timing_leaf=False)
     signature = clock.cpuid(0x40000000)
     assert signature is not None
     assert signature.eax == 0x40000001
@@ -419,6 +418,17 @@ def test_which_msrs_come_to_the_clock_beside_a_kernel() -> None:
     assert [index for each in clock.msr_ranges for index in each.kept] == [0x4B564D04, 0x4B564D05]
 
 
+@pytest.mark.row("K-01")
+@pytest.mark.parametrize("provider", ["KVM", "HyperV", "HyperV+KVM", "Minimal", "None"])
+def test_which_msrs_come_to_a_clock_is_known_before_it_is_made(provider: str) -> None:
+    """Every provider's are the same ones, in the same order, unless an option changes them: profile "virtualbox"."""
+    clock, _ = a_clock(provider=provider)
+    assert clock.msr_ranges == usual_msr_ranges()
+    if provider == "KVM":
+        other, _ = a_clock(profile="virtualbox")
+        assert [index for each in other.msr_ranges for index in each.kept] == []
+
+
 @pytest.mark.row("K-01", "G-09")
 @pytest.mark.parametrize("index", [0, 0x1B, 0x4B564D02, 0x4B564D04, 0x4B564D08, 0x4B564DFF, 0x4B564E00, 0x40000000])
 def test_msrs_that_are_not_the_clocks_fault(index: int) -> None:
@@ -454,8 +464,7 @@ def test_random_traffic_faults_or_is_served() -> None:
             continue
         finally:
             backend.advance(ns=source.randrange(1000))
-    ram = clock.memory.read(0, SIZE)
-    assert not [at for at in range(SIZE) if ram[at] != GUARD and not allowed[at]]
+    assert not [at for at in guards_gone(clock.memory) if not allowed[at]]
     assert written(clock)
     assert sum(allowed) < SIZE // 4
     assert served_writes > 10_000

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.row("E10")
 @pytest.fixture(autouse=True)
 def host_of_the_pages_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages are made for TSC_HZ, whatever this host's is; and what hangs is given up soon."""
-    monkeypatch.setattr("pvclock.meter.watch.outside_clock.measure_tsc_hz", lambda: TSC_HZ)
+    monkeypatch.setattr("pvclock.meter.watch.outside_clock.measured_tsc_hz", lambda: TSC_HZ)
     monkeypatch.setattr("pvclock.meter.watch.outside_clock.LIMIT_S", 0.3)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from itertools import count
 
 import pytest
 
 from pvclock import GuestClock, SimulatedBackend, StateError
 from tests.unit.clocks import a_clock
 from tests.unit.fault_points import CHANGES_OF_TIME, EXECUTION_TIME
-from tests.unit.schedules import LIMIT_S, Lines
+from tests.unit.schedules import LIMIT_S, At, places_in
 
 HZ = 10**9
 RUN_NS = 1000
@@ -69,21 +68,23 @@ class Race:
 @pytest.mark.parametrize("second", BESIDE)
 def test_another_operation_at_each_line_of_a_run(second: str) -> None:
     """While run_for() stands at any of its lines another thread operates: both end as if one had come after another."""
-    for line in count():
+    alone = Race(second)
+    places = places_in(lambda: alone.attempt("run_for"), (*CHANGES_OF_TIME, *EXECUTION_TIME))
+    assert len(places) >= 20
+    for place in places:
         race = Race(second)
-        lines = Lines(*CHANGES_OF_TIME, *EXECUTION_TIME, at=line, action=race.meet)
-        with lines.traced():
+        with At(place, race.meet).traced():
             race.attempt("run_for")
-        if lines.count <= line:
-            break
         race.check(second)
-    assert line >= 20
 
 
 @pytest.mark.row("P-22", "E9")
 def test_a_reader_beside_a_pause_sees_no_step_back() -> None:
     """While pause() stands at any of its lines time goes on, and what read() gives then and afterwards never falls."""
-    for line in count():
+    alone, _, _ = a_clock(HZ)
+    places = places_in(alone.pause, CHANGES_OF_TIME)
+    assert len(places) >= 10
+    for place in places:
         clock, host, _ = a_clock(HZ)
         seen: list[int] = []
 
@@ -91,12 +92,9 @@ def test_a_reader_beside_a_pause_sees_no_step_back() -> None:
             host.advance(ns=1000)
             seen.append(clock.read(0))
 
-        lines = Lines(*CHANGES_OF_TIME, at=line, action=look)
-        with lines.traced():
+        with At(place, look).traced():
             clock.pause()
         seen.append(clock.read(0))
-        if lines.count <= line:
-            break
+        assert len(seen) == 2
         assert seen == sorted(seen)
         assert clock.read(0) == clock.now()
-    assert line >= 10

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pvclock.commands import main
-from pvclock.commands.state import in_units
+from pvclock.commands.state_clock import in_units
 from pvclock.state import clock_state
 from pvclock.state.clock_state import FIELDS
-from tests.command_line import in_terminal
+from tests.command_line import in_terminal_here
 from tests.saved_states import KEPT, LEAST, TYPICAL
 
 STATES = Path(__file__).parents[1] / "states"
@@ -53,9 +53,11 @@ def test_show_as_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.row("P-25")
 @pytest.mark.parametrize("name", KEPT)
-def test_show_takes_every_kept_file(name: str) -> None:
+def test_show_takes_every_kept_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is in a valid file can be shown, within a table that a terminal of 80 columns takes."""
-    lines = in_terminal("state", "show", str(STATES / name)).splitlines()
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    lines = in_terminal_here("state", "show", str(STATES / name)).splitlines()
     assert len(lines) > 40
     assert max(map(len, lines)) <= 80
 

@@ -235,7 +235,7 @@ def test_why_a_reading_is_unknown(line: Line | None, poll: Poll, why: str) -> No
 
 def sampled(vm: HandMadeVm, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Look], Callable[[], Look]]:
     """A watch that samples the reference at each look: what it has seen, and a function that takes one more look."""
-    monkeypatch.setattr("pvclock.meter.watch.loop.measure_tsc_hz", lambda: HZ)  # its pages are for that
+    monkeypatch.setattr("pvclock.meter.watch.loop.measured_tsc_hz", lambda: HZ)  # its pages are for that
     _, looks = loop_of(vm)
     monkeypatch.setattr("pvclock.meter.watch.loop.SAMPLE_S", 0)
     seen: list[Look] = []

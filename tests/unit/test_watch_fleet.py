@@ -21,7 +21,7 @@ import pytest
 from pvclock.commands import main
 from pvclock.commands.screen import Screen
 from pvclock.errors import VmEnded
-from pvclock.host.this_host import measure_tsc_hz
+from pvclock.host.this_host import measured_tsc_hz
 from pvclock.host.watch import TroubleKind
 from pvclock.meter.watch.budgets import Budgets
 from pvclock.meter.watch.vm import VmEvent
@@ -112,7 +112,7 @@ class HandMadeFleet:
         """Watch until each condition was true, one after the other."""
         max_step = None if max_step_ns is None else Fraction(max_step_ns)
         screen = Screen(quiet=is_json)
-        view = FleetView(screen, Instants(measure_tsc_hz()), self.fail, is_json=is_json)
+        view = FleetView(screen, Instants(measured_tsc_hz()), self.fail, is_json=is_json)
         fleet = Fleet(
             [self.pattern],
             self.open_vm,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final, NamedTuple, TypeAlias
 
 from pvclock.errors import PvclockError
-from pvclock.host.this_host import bracketed, measure_tsc_hz
+from pvclock.host.this_host import bracketed, measured_tsc_hz
 from pvclock.meter.findings import TIME_INFO
 from pvclock.meter.watch.ahead import Ahead, AheadMeter
 from pvclock.meter.watch.changes import Change, PageLost, Step
@@ -19,7 +19,7 @@ from pvclock.meter.watch.page_layout import Pages
 from pvclock.meter.watch.page_search import is_legal
 from pvclock.meter.watch.poll import Poll, take_poll
 from pvclock.meter.watch.rate import PageRate, RateMeter
-from pvclock.meter.watch.vm import VmEvent, VmEventKind, WatchedVm
+from pvclock.meter.watch.vm import VmEvent, WatchedVm, paused_after, wait_for_end
 from pvclock.meter.watch.watcher import Watcher
 from pvclock.quantities import NS_PER_S, Gpa
 from pvclock.readings import Reference, TimeInfo
@@ -32,7 +32,6 @@ POLL_SHARE: Final = 20
 """Polls take at most this part of the time, unless the user says how often."""
 COST_TRIES: Final = 3
 END_LIMIT_S: Final = 2.0
-"""A VMM that ends hangs up before its process is gone."""
 SAMPLE_S: Final = 1.0
 """How often the reference is sampled, and the host is looked at."""
 
@@ -76,7 +75,7 @@ class WatchLoop:
         progress: Progress = lambda _done_bytes, _total_bytes: None,
     ) -> None:
         self.vm, self.reference = vm, reference
-        self.host_tsc_hz = measure_tsc_hz()
+        self.host_tsc_hz = measured_tsc_hz()
         self.finder = PageFinder(vm, self.host_tsc_hz, given, progress)
         self.interval_s = 0.0
         """As it is chosen when the pages are found."""
@@ -188,21 +187,13 @@ class WatchLoop:
         return self.watcher.restart()
 
     def _note_state(self, events: Iterable[VmEvent]) -> None:
-        for event in events:
-            if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
-                self.is_paused = event.kind is VmEventKind.STOP
+        self.is_paused = paused_after(events, self.is_paused)
         self.has_run |= not self.is_paused
 
     def _end(self) -> VmEnded | None:
         """The VM's end, if that is why an error came; None if it runs."""
-        limit_s = time.monotonic() + END_LIMIT_S
-        while time.monotonic() < limit_s:
-            try:
-                self.vm.check_running()
-            except PvclockError as end:
-                return VmEnded(str(end))
-            time.sleep(INTERVAL_S)
-        return None
+        end = wait_for_end(self.vm, END_LIMIT_S)
+        return None if end is None else VmEnded(str(end))
 
     def _affordable_s(self) -> float:
         """As often as polls of these pages leave the VM and this host alone."""

@@ -8,14 +8,14 @@ from functools import partial
 from typing import Final
 
 from pvclock.errors import PvclockError, StateError
-from pvclock.host.this_host import measure_tsc_hz
+from pvclock.host.this_host import measured_tsc_hz
 from pvclock.meter.guest import GuestReading
 from pvclock.meter.watch.changes import Change, PageLost, Step, TscBasis
 from pvclock.meter.watch.lines import Line, TscRates, ns_per_tick, value_at
 from pvclock.meter.watch.page_finder import PageFinder, Progress
 from pvclock.meter.watch.page_search import is_legal
 from pvclock.meter.watch.poll import Poll, take_poll
-from pvclock.meter.watch.vm import VmEventKind, WatchedVm
+from pvclock.meter.watch.vm import WatchedVm, paused_after, wait_for_end
 from pvclock.meter.watch.watcher import Watcher
 from pvclock.quantities import NS_PER_S, GuestNs, GuestTsc
 from pvclock.readings import TimeInfo
@@ -37,7 +37,7 @@ class OutsideClock:
     """
 
     def __init__(self, vm: WatchedVm, progress: Progress) -> None:
-        host_tsc_hz = measure_tsc_hz()
+        host_tsc_hz = measured_tsc_hz()
         self._vm = vm
         self._finder = PageFinder(vm, host_tsc_hz, (), progress)
         self.found = self._finder.find()
@@ -99,15 +99,9 @@ class OutsideClock:
         """A poll of vCPU 0; VmEnded, if that is why it fails."""
         try:
             poll = take_poll(self._vm, [gpa for gpa in self.found.pages[:1] if gpa is not None])
-        except PvclockError:
-            deadline_s = time.monotonic() + LIMIT_S
-            while time.monotonic() < deadline_s:
-                self._vm.check_running()
-                time.sleep(POLL_S)
-            raise
-        for event in poll.events:
-            if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
-                self.is_stopped = event.kind is VmEventKind.STOP
+        except PvclockError as error:
+            raise wait_for_end(self._vm, LIMIT_S) or error from None
+        self.is_stopped = paused_after(poll.events, self.is_stopped)
         return poll._replace(tsc_offsets=poll.tsc_offsets[:1])
 
     def _refuse_line(self, line: Line) -> None:

@@ -5,14 +5,18 @@ Implementations: qemu_glue.watch (QEMU by its monitor, by its process, by libvir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
+from pvclock.errors import PvclockError
 from pvclock.quantities import Gpa
 
-__all__ = ["GuestRam", "RamRange", "VmEvent", "VmEventKind", "WatchedVm"]
+__all__ = ["GuestRam", "RamRange", "VmEvent", "VmEventKind", "WatchedVm", "paused_after", "wait_for_end"]
+
+END_CHECK_S: Final = 0.01
 
 
 class VmEventKind(StrEnum):
@@ -96,3 +100,26 @@ class WatchedVm(Protocol):
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Let go of it."""
+
+
+def wait_for_end(vm: WatchedVm, limit_s: float) -> PvclockError | None:
+    """The error by which a VM that gave no answer tells that it has ended; None if it runs all the while.
+
+    limit_s: how long it may take: a VMM that ends hangs up before its process is gone.
+    """
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        try:
+            vm.check_running()
+        except PvclockError as end:
+            return end
+        time.sleep(END_CHECK_S)
+    return None
+
+
+def paused_after(events: Iterable[VmEvent], is_paused: bool | None) -> bool | None:
+    """Is the guest stopped after these, if it was or was not before?  None as long as its VMM does not tell."""
+    for event in events:
+        if event.kind in {VmEventKind.STOP, VmEventKind.RESUME}:
+            is_paused = event.kind is VmEventKind.STOP
+    return is_paused
