@@ -7,16 +7,20 @@ import importlib.util
 import subprocess
 import sysconfig
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pvclock
 
 __all__ = [
+    "FILTER_AT_LAST",
+    "BareVm",
     "Layout",
     "MinimalVm",
     "RateOfTime",
     "Stalls",
+    "Step",
     "Twins",
     "WindowSample",
     "compile_empty_call",
@@ -145,6 +149,43 @@ class MinimalVm:
         self._close(self._vm)
 
 
+class Step(IntEnum):
+    """enum step of start.c: from /dev/kvm to a guest's first exit, in the order that waits least."""
+
+    OPEN = 0
+    RAM = 1
+    VM = 2
+    FILTER = 3
+    SLOT = 4
+    IRQCHIP = 5
+    VCPU = 6
+    CPUID = 7
+    REGISTERS = 8
+    FIRST_EXIT = 9
+
+
+FILTER_AT_LAST = tuple(sorted(Step, key=lambda step: (step is Step.FIRST_EXIT, step is Step.FILTER, step)))
+"""The order of a VMM that filters MSRs once its vCPUs and their clock are there."""
+
+
+class BareVm:
+    """A guest that start.c has brought to its first exit; `ns` is what each step took."""
+
+    def __init__(self, library: ctypes.CDLL, image: bytes, order: tuple[Step, ...] = tuple(Step)) -> None:
+        pointers = ctypes.POINTER(ctypes.c_int), ctypes.POINTER(u64)
+        start = function(library, "bare_vm_start", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, *pointers)
+        self._close = function(library, "bare_vm_close", None, ctypes.c_void_p)
+        ns = (u64 * len(Step))()
+        self._vm = start(image, len(image), (ctypes.c_int * len(Step))(*order), ns)
+        if not self._vm:
+            raise RuntimeError("the bare VM does not come to its first exit; pvclock's does")
+        self.ns = dict(zip(Step, ns, strict=True))
+
+    def close(self) -> None:
+        """Give everything back; once."""
+        self._close(self._vm)
+
+
 def function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401  # ctypes' own types
     """Return a function of the library with its types."""
     found = library[name]
@@ -155,7 +196,7 @@ def function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> C
 def compile_twins(folder: Path) -> Twins:
     """Compile bench/native into `folder` and load it."""
     library = folder / "twins.so"
-    sources = [NATIVE / name for name in ("publish.c", "window.c", "reader.c", "exits.c", "search.c")]
+    sources = [NATIVE / name for name in ("publish.c", "window.c", "reader.c", "exits.c", "search.c", "start.c")]
     subprocess.run([*COMPILE, f"-I{pvclock.get_include()}", *sources, "-o", library], check=True)
     return Twins(ctypes.CDLL(str(library)))
 

@@ -10,7 +10,7 @@ PvclockError
 ├── StateFileError (ValueError)   .field .found .supported .path; a saved state that cannot be read, written or used
 ├── MsrFault                      .index .value; the guest gets #GP
 ├── TscOffsetNotHonoured          .offset; the host accepts a TSC offset but the guest does not see it
-├── GuestCrashed                  .vcpu .reason; the guest cannot go on
+├── GuestCrashed                  .vcpu .reason .site; the guest cannot go on
 ├── GuestPanicked                 the guest's kernel panicked, and said so
 ├── PagesNotFound                 .searched_bytes .looked_for; no pvclock page is in a guest's memory
 ├── MemoryNotReadable             .pid; a guest's memory cannot be read from outside
@@ -174,12 +174,16 @@ class TscOffsetNotHonoured(PvclockError):
 
 
 class GuestCrashed(PvclockError):
-    """vCPU `vcpu` exited with `reason` and cannot go on (a triple fault, an emulation failure)."""
+    """vCPU `vcpu` exited with `reason` and cannot go on (a triple fault, an emulation failure).
 
-    def __init__(self, vcpu: int, reason: object) -> None:
-        super().__init__(f"the guest crashed on vCPU {vcpu}: {reason}")
+    site: where that was, with registers and code: a CrashSite, or None if it is not known.
+    """
+
+    def __init__(self, vcpu: int, reason: object, site: object = None) -> None:
+        super().__init__(f"the guest crashed on vCPU {vcpu}: {reason}" + ("" if site is None else f"; {site}"))
         self.vcpu = vcpu
         self.reason = reason
+        self.site = site
 
 
 class GuestPanicked(PvclockError):

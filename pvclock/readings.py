@@ -33,6 +33,12 @@ class Sample(NamedTuple):
     bound_ns: float
 
 
+def shown_khz(mul: int, shift: int) -> int:
+    """The TSC frequency that a guest computes from its page's scale.  Source: Linux pvclock_tsc_khz()."""
+    khz = (10**6 << 32) // mul
+    return khz >> shift if shift >= 0 else khz << -shift
+
+
 class TimeInfo(NamedTuple):
     """One pvclock page (struct pvclock_vcpu_time_info) as it lies in guest memory."""
 
@@ -45,9 +51,8 @@ class TimeInfo(NamedTuple):
 
     @property
     def shown_khz(self) -> int:
-        """What a guest takes its TSC's frequency to be.  Source: pvclock_tsc_khz()."""
-        khz = (10**6 << 32) // self.tsc_to_system_mul
-        return khz >> self.tsc_shift if self.tsc_shift >= 0 else khz << -self.tsc_shift
+        """What a guest takes its TSC's frequency to be."""
+        return shown_khz(self.tsc_to_system_mul, self.tsc_shift)
 
     def described(self) -> str:
         """One line of it, for a log."""

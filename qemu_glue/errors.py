@@ -7,6 +7,8 @@ PvclockError
     ├── NotKvm          a QEMU that runs its guest without KVM, so without kvmclock
     ├── QmpFailed       .operation .why; its monitor refused, did not answer or sent something else than QMP
     └── VirshFailed     .operation .why; virsh could not do it
+
+QmpRefusal, a PvclockError, too, is none of QEMU's: .error_class .desc, as our own QMP server answers a client.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import signal
 
 from pvclock import PvclockError
 
-__all__ = ["NotKvm", "QemuError", "QemuExited", "QemuMissing", "QmpFailed", "VirshFailed"]
+__all__ = ["NotKvm", "QemuError", "QemuExited", "QemuMissing", "QmpFailed", "QmpRefusal", "VirshFailed"]
 
 
 class QemuError(PvclockError):
@@ -70,3 +72,12 @@ class VirshFailed(QemuError):
         super().__init__(f"virsh {operation}: {why}")
         self.operation = operation
         self.why = why
+
+
+class QmpRefusal(PvclockError):
+    """What a QMP server answers to what it cannot do.  error_class: QEMU's, such as "CommandNotFound"."""
+
+    def __init__(self, desc: str, error_class: str = "GenericError") -> None:
+        super().__init__(desc)
+        self.desc = desc
+        self.error_class = error_class

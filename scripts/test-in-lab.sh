@@ -15,8 +15,8 @@ mapfile -t files < <(
 ((${#files[@]})) || exit 1
 # How QEMU is reached, and what a watch or a drift says to its user, does not depend on the host's KVM, nor does a report.
 # A stock Linux hangs in a lab with two CPUs more often than not, and has a lab of its own.
-linux=(tests/qemu/test_{watch_linux,doctor_guest_linux}.py tests/kvm/test_stock_linux.py)
-files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/(qemu/test_(qmp_socket|watch.*|drift|report|doctor_guest_linux)|kvm/test_(drift|stock_linux))\.py'))
+linux=(tests/qemu/test_{watch_linux,doctor_guest_linux}.py tests/kvm/test_stock_linux*.py)
+files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/(qemu/test_(qmp_socket|watch.*|drift|report|doctor_guest_linux)|kvm/test_(drift|stock_linux.*))\.py'))
 # Two CPUs for what is about vCPUs that run at once; one for all else.
 at_once='kvm/test_(differential|following|guest_(reads|tsc)|hvprobe|hyperv_(differential|machine)|interrupts|machine_clock|probe_offsets|runner|side_by_side_machine|steal_time|time_operations|tsc_sync|watched_machine)\.py|qemu/test_(crosscheck|probe_offsets_qemu)\.py|stress/'
 on_two=($(printf '%s\n' "${files[@]}" | grep -E "tests/($at_once)"))
@@ -24,9 +24,9 @@ on_one=($(printf '%s\n' "${files[@]}" | grep -vE "tests/($at_once)"))
 "$bin/python" -m compileall -q pvclock qemu_glue
 "$bin/python" -c "
 from pvclock.lab.kernel import find_kernel
-from tests.kvm.stock_linux import compiled_probe, uncompressed
-from tests.qemu.linux_guest import compiled_sampler
-compiled_probe(), compiled_sampler(), uncompressed(find_kernel(None, print))"
+from tests.guest_programs import compile_all
+from tests.kvm.stock_linux import uncompressed
+compile_all(), uncompressed(find_kernel(None, print))"
 
 in_lab() {  # options of `pvclock lab`, --, and what to test
     local options=()

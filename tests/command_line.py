@@ -21,7 +21,7 @@ AS_NOBODY = f"""
 import contextlib, io, os, sys
 from pvclock.commands import main
 with contextlib.redirect_stdout(io.StringIO()):
-    for arguments in (["doctor"], ["doctor", "--json"]):
+    for arguments in (["--help"], ["doctor"], ["doctor", "--json"]):
         main(arguments)  # imports what {NOBODY} might not be allowed to read
 if os.geteuid() == 0:
     os.setgroups([])

@@ -52,6 +52,9 @@ MAY_NAME = {
     ("clock/guest_clock.py", "'KVM'"): "the default of a VMM that does not choose",
     ("machine/cpuid.py", "pvclock.providers.kvm.kvm_cpuid_leaves"): "the clock of KernelClock is KVM's own",
     ("machine/machine.py", "pvclock.providers.kvm.kernel_clock_features"): "the same",
+    ("machine/preflight/offer.py", "pvclock.providers.kvm.features.FEATURE_OF_MSR"): "reads CPUID as a guest does",
+    ("machine/preflight/offer.py", "pvclock.providers.kvm.features.KvmFeature"): "the same",
+    ("machine/preflight/offer.py", "pvclock.providers.hyperv.features.Privilege"): "the same",
 }
 PROVIDER_CLASS = re.compile(r"\b[A-Z]\w+Provider\b")
 
@@ -67,6 +70,8 @@ PUBLIC_SUBPACKAGES = (
     "pvclock.machine",
     "pvclock.meter",
     "pvclock.payloads",
+    "pvclock.state",
+    "pvclock.timekeeping",
 )
 
 # What `import pvclock` must not load.

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["HANG_S", "alarm_after"]
+__all__ = ["HANG_S", "alarm_after", "wait_until"]
 
 HANG_S: Final = 120.0
 """For what comes at once unless something hangs: no claim of how fast it is, on however busy a machine."""
+
+
+POLL_S: Final = 0.05
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = HANG_S) -> None:
+    """Return once `condition()` holds; AssertionError if it never does."""
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end_s, "it never came true"
+        time.sleep(POLL_S)
 
 
 @contextmanager

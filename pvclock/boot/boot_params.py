@@ -8,13 +8,13 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from pvclock._memory import GuestMemory
 from pvclock.boot.entry import BOOT_GDT, LongMode
-from pvclock.boot.information import RAM, Firmware, cmdline_at, ram_areas
+from pvclock.boot.information import RAM, cmdline_at
+from pvclock.boot.placement import Layout
 from pvclock.errors import ImageError
 from pvclock.guest_layout import BOOT_INFORMATION, LINUX_BOOT_PARAMS, LINUX_PAGE_TABLES, LINUX_PAGE_TABLES_BYTES
 
-__all__ = ["MAPPED_END", "SETUP_HEADER_AT", "TOLD_BYTES", "boot_params", "params_at", "write_told"]
+__all__ = ["MAPPED_END", "SETUP_HEADER_AT", "TOLD_BYTES", "boot_params", "information", "long_mode", "params_at"]
 
 TOLD_BYTES: Final = LINUX_PAGE_TABLES + LINUX_PAGE_TABLES_BYTES - BOOT_INFORMATION
 """GDT, command line, boot_params and page tables, wherever they begin."""
@@ -42,42 +42,51 @@ E820_AT: Final = 0x2D0
 LOADER_UNDEFINED: Final = 0xFF
 
 
-def params_at(told: range) -> int:
+def params_at(layout: Layout) -> int:
     """Where boot_params is in what the kernel is told."""
-    return told.start + LINUX_BOOT_PARAMS - BOOT_INFORMATION
+    return layout.information.start + LINUX_BOOT_PARAMS - BOOT_INFORMATION
 
 
-def boot_params(
-    memory: GuestMemory, setup_header: bytes, told: range, initrd: range | None, firmware: Firmware
-) -> bytes:
-    """The zero page, with the setup header of the kernel, or one made up for it, completed.
+def boot_params(layout: Layout, setup_header: bytes, rsdp: int) -> bytes:
+    """The zero page, with the setup header of the kernel, or one made up for it, completed; the module is the initrd.
 
     ImageError if its map has no room for all of the memory.
     """
-    areas = ram_areas(memory.slots, firmware.reserved)
+    areas = layout.areas
     if len(areas) > E820_ENTRIES_MAX:
         raise ImageError(f"{len(areas)} slots of guest memory: boot_params holds {E820_ENTRIES_MAX}")
     params = bytearray(PAGE_BYTES)
     params[SETUP_HEADER_AT : SETUP_HEADER_AT + len(setup_header)] = setup_header
     params[E820_COUNT_AT] = len(areas)
     params[LOADER_AT] = LOADER_UNDEFINED
-    struct.pack_into("<Q", params, RSDP_AT, firmware.rsdp)
-    struct.pack_into("<I", params, CMDLINE_AT, cmdline_at(told.start))
-    if initrd is not None:
+    struct.pack_into("<Q", params, RSDP_AT, rsdp)
+    struct.pack_into("<I", params, CMDLINE_AT, cmdline_at(layout.information.start))
+    for initrd in layout.modules:
         struct.pack_into("<II", params, INITRD_AT, initrd.start, len(initrd))
     for number, (base, size) in enumerate(areas):
         E820_ENTRY.pack_into(params, E820_AT + number * E820_ENTRY.size, base, size, RAM)
     return bytes(params)
 
 
-def write_told(memory: GuestMemory, told: range, text: bytes, params: bytes) -> LongMode:
-    """Write all of it, and return the mode that it is good for.  text: the command line with its NUL."""
-    tables = told.start + LINUX_PAGE_TABLES - BOOT_INFORMATION
-    memory.write(told.start, BOOT_GDT)
-    memory.write(cmdline_at(told.start), text)
-    memory.write(params_at(told), params)
-    memory.write(tables, _identity_page_tables(tables))
-    return LongMode(page_tables=tables, gdt=told.start)
+def information(layout: Layout, cmdline: bytes, params: bytes) -> dict[int, bytes]:
+    """All that it is told, by its addresses.  cmdline: with its NUL."""
+    at = layout.information.start
+    tables = _tables_at(layout)
+    return {
+        at: BOOT_GDT,
+        cmdline_at(at): cmdline,
+        params_at(layout): params,
+        tables: _identity_page_tables(tables),
+    }
+
+
+def long_mode(layout: Layout) -> LongMode:
+    """The mode that page tables and GDT are good for."""
+    return LongMode(page_tables=_tables_at(layout), gdt=layout.information.start)
+
+
+def _tables_at(layout: Layout) -> int:
+    return layout.information.start + LINUX_PAGE_TABLES - BOOT_INFORMATION
 
 
 def _identity_page_tables(base: int) -> bytes:

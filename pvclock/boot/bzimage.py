@@ -8,10 +8,19 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from pvclock._memory import GuestMemory
-from pvclock.boot.boot_params import MAPPED_END, SETUP_HEADER_AT, TOLD_BYTES, boot_params, params_at, write_told
+from pvclock.boot.boot_params import (
+    MAPPED_END,
+    SETUP_HEADER_AT,
+    TOLD_BYTES,
+    boot_params,
+    information,
+    long_mode,
+    params_at,
+)
 from pvclock.boot.entry import EntryState
-from pvclock.boot.information import NO_FIRMWARE, Firmware, command_line, place_information, place_initrd
-from pvclock.boot.segments import overlaps
+from pvclock.boot.information import BootInformation, Firmware, command_line
+from pvclock.boot.placement import place, write
+from pvclock.boot.segments import Segment, overlaps
 from pvclock.errors import ImageError
 
 __all__ = ["is_bzimage", "load"]
@@ -61,24 +70,20 @@ def is_bzimage(image: bytes) -> bool:
     return image[MAGIC_AT : MAGIC_AT + len(MAGIC)] == MAGIC
 
 
-def load(
-    memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b"", firmware: Firmware = NO_FIRMWARE
-) -> EntryState:
+def load(memory: GuestMemory, image: bytes, told: BootInformation) -> EntryState:
     """Load a kernel, boot_params, page tables and GDT; ImageError, with memory untouched, if it cannot be.
 
     The kernel clears its own data, so nothing behind it is zeroed.
     """
     header = _parse(image)
-    text = command_line(cmdline, header.cmdline_bytes)
-    kernel = _place_kernel(memory.slots, header, firmware)
-    taken = [kernel, *firmware.reserved]
-    told = place_information(memory.slots, taken, TOLD_BYTES, MAPPED_END)
-    place = place_initrd(memory.slots, [*taken, told], len(initrd), header.initrd_end)
-    params = boot_params(memory, header.raw, told, place, firmware)
-    memory.write(kernel.start, memoryview(image)[header.setup_bytes : header.setup_bytes + header.kernel_bytes])
-    if place is not None:
-        memory.write(place.start, initrd)
-    return EntryState(write_told(memory, told, text, params), kernel.start + ENTRY_64, {"rsi": params_at(told)})
+    cmdline = command_line(told.cmdline, header.cmdline_bytes)
+    kernel = _place_kernel(memory.slots, header, told.firmware)
+    layout = place(memory, [kernel], told, length=TOLD_BYTES, end=MAPPED_END, modules_end=header.initrd_end)
+    params = boot_params(layout, header.raw, told.firmware.rsdp)
+    content = memoryview(image)[header.setup_bytes : header.setup_bytes + header.kernel_bytes]
+    segments = [Segment(kernel.start, content, len(content))]
+    write(memory, segments, layout, told.modules, information(layout, cmdline, params))
+    return EntryState(long_mode(layout), kernel.start + ENTRY_64, {"rsi": params_at(layout)})
 
 
 def _parse(image: bytes) -> SetupHeader:

@@ -1,4 +1,4 @@
-"""What every boot protocol tells its image besides entering it: command line, initrd, memory, and room for them."""
+"""What every boot protocol tells its image besides entering it: command line, modules, memory, and room for them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ __all__ = [
     "INFORMATION_BYTES",
     "NO_FIRMWARE",
     "RAM",
+    "BootInformation",
+    "BootModule",
     "Firmware",
     "check_structure",
     "cmdline_at",
     "command_line",
     "place_information",
-    "place_initrd",
+    "place_modules",
     "ram_areas",
 ]
 
@@ -30,7 +32,7 @@ RAM: Final = 1
 """A memory map's word for it: e820's, multiboot's and PVH's."""
 
 PAGE_BYTES: Final = 4096
-INITRD_LOWEST: Final = 1 << 20
+MODULES_LOWEST: Final = 1 << 20
 ADDRESSES_END: Final = 1 << 32
 """Multiboot and boot_params have pointers of 32 bits."""
 
@@ -48,18 +50,33 @@ class Firmware(NamedTuple):
 NO_FIRMWARE: Final = Firmware()
 
 
-def command_line(cmdline: str, most_bytes: int = BOOT_CMDLINE_BYTES - 1) -> bytes:
+class BootModule(NamedTuple):
+    """A file that an image finds in memory.  string: what comes with it, as after its name in a boot loader's menu."""
+
+    content: bytes
+    string: str = ""
+
+
+class BootInformation(NamedTuple):
+    """What an image is told.  modules: a Linux, which has one at most, calls it the initrd."""
+
+    cmdline: str = ""
+    modules: tuple[BootModule, ...] = ()
+    firmware: Firmware = NO_FIRMWARE
+
+
+def command_line(cmdline: str, most_bytes: int = BOOT_CMDLINE_BYTES - 1, name: str = "command line") -> bytes:
     """`cmdline` with its final NUL; bytes that Python could not decode (surrogates) go through as they were.
 
-    ImageError if it has more than `most_bytes` without that.
+    ImageError if it has more than `most_bytes` without that.  name: for the message.
     """
     try:
         text = cmdline.encode(errors="surrogateescape")
     except UnicodeEncodeError as error:
-        raise ImageError(f"command line: {error}") from None
+        raise ImageError(f"{name}: {error}") from None
     most_bytes = min(most_bytes, BOOT_CMDLINE_BYTES - 1)
     if len(text) > most_bytes or b"\0" in text:
-        raise ImageError(f"command line of {len(text)} bytes: at most {most_bytes}, and no NUL")
+        raise ImageError(f"{name} of {len(text)} bytes: at most {most_bytes}, and no NUL")
     return text + b"\0"
 
 
@@ -84,21 +101,31 @@ def place_information(
     raise ImageError(f"no room for the boot information: {length:#x} bytes from {BOOT_INFORMATION:#x} to {end:#x}")
 
 
-def place_initrd(
-    slots: list[tuple[int, int]], taken: Iterable[range], length: int, end: int = ADDRESSES_END
-) -> range | None:
-    """Guest-physical addresses for an initrd of that length, behind all that is taken; None for none.
+def place_modules(
+    slots: list[tuple[int, int]], taken: Iterable[range], lengths: Iterable[int], end: int = ADDRESSES_END
+) -> list[range]:
+    """Guest-physical addresses for modules of those lengths, each on pages of its own, behind all that is taken.
 
-    end: the first address that it may not reach.
+    end: the first address that they may not reach.
     """
-    if not length:
-        return None
-    lowest = max(INITRD_LOWEST, *(area.stop for area in taken))
+    lowest = max(MODULES_LOWEST, *(area.stop for area in taken))
+    places = []
+    for length in lengths:
+        place = _place_module(slots, lowest, length, end)
+        places.append(place)
+        lowest = place.stop
+    return places
+
+
+def _place_module(slots: list[tuple[int, int]], lowest: int, length: int, end: int) -> range:
     for base, _ in sorted(slots):
         start = _page(max(base, lowest))
         if _is_in(slots, range(start, start + length), end):
             return range(start, start + length)
-    raise ImageError(f"no room for an initrd of {length} bytes from {lowest:#x} to {end:#x}: {slots}")
+    raise ImageError(
+        f"no room for an initrd or module of {length} bytes from {lowest:#x} to {end:#x}: guest memory is {slots}; "
+        "give it more"
+    )
 
 
 def ram_areas(slots: list[tuple[int, int]], reserved: Iterable[range]) -> list[tuple[int, int]]:

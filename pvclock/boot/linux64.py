@@ -11,10 +11,19 @@ from typing import Final
 
 from pvclock._memory import GuestMemory
 from pvclock.boot import elf
-from pvclock.boot.boot_params import MAPPED_END, SETUP_HEADER_AT, TOLD_BYTES, boot_params, params_at, write_told
+from pvclock.boot.boot_params import (
+    MAPPED_END,
+    SETUP_HEADER_AT,
+    TOLD_BYTES,
+    boot_params,
+    information,
+    long_mode,
+    params_at,
+)
 from pvclock.boot.entry import EntryState
-from pvclock.boot.information import NO_FIRMWARE, Firmware, command_line, place_information, place_initrd
-from pvclock.boot.segments import Segment, check_segments, write_segments
+from pvclock.boot.information import BootInformation, command_line
+from pvclock.boot.placement import place, write
+from pvclock.boot.segments import Segment, check_segments
 from pvclock.errors import ImageError
 
 __all__ = ["load"]
@@ -31,24 +40,19 @@ HEADER_MAGIC: Final = int.from_bytes(b"HdrS", "little")
 KERNEL_ALIGNMENT: Final = 16 << 20
 
 
-def load(
-    memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b"", firmware: Firmware = NO_FIRMWARE
-) -> EntryState:
+def load(memory: GuestMemory, image: bytes, told: BootInformation) -> EntryState:
     """Load a 64-bit ELF file, boot_params, page tables and GDT; ImageError, with memory untouched, if it cannot be."""
     executable = elf.parse(image)
     if executable.bits != 64:
         raise ImageError("a 32-bit ELF file; Linux's 64-bit protocol enters 64-bit ones")
-    text = command_line(cmdline)
+    cmdline = command_line(told.cmdline)
     _check_mapped(executable.segments)
-    check_segments(memory.slots, executable.segments, executable.entry, firmware.reserved)
-    taken = [*(segment.addresses for segment in executable.segments), *firmware.reserved]
-    told = place_information(memory.slots, taken, TOLD_BYTES, MAPPED_END)
-    place = place_initrd(memory.slots, [*taken, told], len(initrd))
-    params = boot_params(memory, _setup_header(len(text)), told, place, firmware)
-    write_segments(memory, executable.segments)
-    if place is not None:
-        memory.write(place.start, initrd)
-    return EntryState(write_told(memory, told, text, params), executable.entry, {"rsi": params_at(told)})
+    check_segments(memory.slots, executable.segments, executable.entry, told.firmware.reserved)
+    taken = (segment.addresses for segment in executable.segments)
+    layout = place(memory, taken, told, length=TOLD_BYTES, end=MAPPED_END)
+    params = boot_params(layout, _setup_header(len(cmdline)), told.firmware.rsdp)
+    write(memory, executable.segments, layout, told.modules, information(layout, cmdline, params))
+    return EntryState(long_mode(layout), executable.entry, {"rsi": params_at(layout)})
 
 
 def _check_mapped(segments: list[Segment]) -> None:

@@ -13,23 +13,16 @@ from typing import Final, NamedTuple
 from pvclock._memory import GuestMemory
 from pvclock.boot import elf
 from pvclock.boot.entry import EntryState
-from pvclock.boot.information import (
-    NO_FIRMWARE,
-    RAM,
-    Firmware,
-    check_structure,
-    cmdline_at,
-    command_line,
-    place_information,
-    place_initrd,
-    ram_areas,
-)
-from pvclock.boot.segments import Segment, check_segments, write_segments
+from pvclock.boot.information import RAM, BootInformation, cmdline_at
+from pvclock.boot.placement import Layout
+from pvclock.boot.segments import Segment
+from pvclock.boot.structure import load_with_structure
 from pvclock.errors import ImageError
 
 __all__ = ["find_header", "load"]
 
 HEADER_MAGIC: Final = 0x1BADB002
+MAGIC_BYTES: Final = HEADER_MAGIC.to_bytes(4, "little")
 HEADER_SEARCH_BYTES: Final = 8192
 BOOTLOADER_MAGIC: Final = 0x2BADB002
 
@@ -50,6 +43,8 @@ UPPER_MEMORY: Final = 1 << 20
 MEMORY_MAP_ENTRY: Final = struct.Struct("<IQQI")
 MODULE: Final = struct.Struct("<IIII")
 
+NOTHING_TOLD: Final = BootInformation()
+
 
 class Header(NamedTuple):
     """A multiboot header: its flags and where in the file it is."""
@@ -60,35 +55,21 @@ class Header(NamedTuple):
 
 def find_header(image: bytes) -> Header | None:
     """The multiboot header, or None if the image has none."""
-    for offset in range(0, min(len(image), HEADER_SEARCH_BYTES) - 11, 4):
-        magic, flags, checksum = struct.unpack_from("<III", image, offset)
-        if magic == HEADER_MAGIC and (magic + flags + checksum) % (1 << 32) == 0:
+    searched = image[:HEADER_SEARCH_BYTES]
+    offset = searched.find(MAGIC_BYTES)
+    while 0 <= offset <= len(searched) - 12:
+        magic, flags, checksum = struct.unpack_from("<III", searched, offset)
+        if offset % 4 == 0 and (magic + flags + checksum) % (1 << 32) == 0:
             return Header(flags, offset)
+        offset = searched.find(MAGIC_BYTES, offset + 1)
     return None
 
 
-def load(
-    memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b"", firmware: Firmware = NO_FIRMWARE
-) -> EntryState:
-    """Load a multiboot image and its boot information; ImageError, with memory untouched, if it cannot be.
-
-    initrd: if there is one it is the first module, page-aligned, behind the image and above 1 MiB.
-    """
+def load(memory: GuestMemory, image: bytes, told: BootInformation = NOTHING_TOLD) -> EntryState:
+    """Load a multiboot image and its boot information; ImageError, with memory untouched, if it cannot be."""
     entry, segments = _parse(image)
-    text = command_line(cmdline)
-    check_segments(memory.slots, segments, entry, firmware.reserved)
-    taken = [*(segment.addresses for segment in segments), *firmware.reserved]
-    told = place_information(memory.slots, taken)
-    module = place_initrd(memory.slots, [*taken, told], len(initrd))
-    areas = ram_areas(memory.slots, firmware.reserved)
-    info = _boot_information(told.start, areas, module, len(text))
-    check_structure(info, areas)
-    write_segments(memory, segments)
-    if module is not None:
-        memory.write(module.start, initrd)
-    memory.write(told.start, info)
-    memory.write(cmdline_at(told.start), text)
-    return EntryState("protected", entry, {"rax": BOOTLOADER_MAGIC, "rbx": told.start})
+    at = load_with_structure(memory, segments, entry, told, _information_structure, _list_module)
+    return EntryState("protected", entry, {"rax": BOOTLOADER_MAGIC, "rbx": at})
 
 
 def _parse(image: bytes) -> tuple[int, list[Segment]]:
@@ -123,22 +104,26 @@ def _parse_addresses(image: bytes, offset: int) -> tuple[int, list[Segment]]:
     return entry, [Segment(begin, memoryview(image)[first : first + end - begin], bss_end - begin)]
 
 
-def _boot_information(at: int, areas: list[tuple[int, int]], module: range | None, cmdline_bytes: int) -> bytes:
-    """The information structure at `at`, the memory map, and the list of modules."""
+def _information_structure(layout: Layout, list_at: int) -> bytes:
+    """The information structure and the memory map."""
+    at, areas = layout.information.start, layout.areas
     entries = b"".join(MEMORY_MAP_ENTRY.pack(MEMORY_MAP_ENTRY.size - 4, base, size, RAM) for base, size in areas)
     info = bytearray(INFO_BYTES)
-    map_bytes, flags = len(entries), INFO_MEMORY | INFO_CMDLINE | INFO_MEMORY_MAP
-    if module is not None:
+    flags = INFO_MEMORY | INFO_CMDLINE | INFO_MEMORY_MAP
+    if layout.modules:
         flags |= INFO_MODULES
-        struct.pack_into("<II", info, 20, 1, at + INFO_BYTES + map_bytes)
-        empty_text = cmdline_at(at) + cmdline_bytes - 1  # where a NUL is
-        entries += MODULE.pack(module.start, module.stop, empty_text, 0)
+        struct.pack_into("<II", info, 20, len(layout.modules), list_at)
     lower_kib = min(_bytes_from(areas, 0), LOWER_MEMORY_END) // 1024
     upper_kib = min(_bytes_from(areas, UPPER_MEMORY) // 1024, 0xFFFFFFFF)
     struct.pack_into("<III", info, 0, flags, lower_kib, upper_kib)
     struct.pack_into("<I", info, 16, cmdline_at(at))
-    struct.pack_into("<II", info, 44, map_bytes, at + INFO_BYTES)
+    struct.pack_into("<II", info, 44, len(entries), at + INFO_BYTES)
     return bytes(info) + entries
+
+
+def _list_module(module: range, string: range) -> bytes:
+    """An entry of the list; one without a string has an empty one, so that an image need not look."""
+    return MODULE.pack(module.start, module.stop, string.start, 0)
 
 
 def _bytes_from(areas: list[tuple[int, int]], gpa: int) -> int:

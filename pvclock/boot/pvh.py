@@ -11,18 +11,9 @@ from typing import Final
 from pvclock._memory import GuestMemory
 from pvclock.boot import elf
 from pvclock.boot.entry import EntryState
-from pvclock.boot.information import (
-    NO_FIRMWARE,
-    RAM,
-    Firmware,
-    check_structure,
-    cmdline_at,
-    command_line,
-    place_information,
-    place_initrd,
-    ram_areas,
-)
-from pvclock.boot.segments import check_segments, write_segments
+from pvclock.boot.information import RAM, BootInformation, cmdline_at
+from pvclock.boot.placement import Layout
+from pvclock.boot.structure import load_with_structure
 from pvclock.errors import ImageError
 
 __all__ = ["find_entry", "load"]
@@ -47,39 +38,28 @@ def find_entry(executable: elf.Elf) -> int | None:
     return None
 
 
-def load(
-    memory: GuestMemory, image: bytes, cmdline: str = "", initrd: bytes = b"", firmware: Firmware = NO_FIRMWARE
-) -> EntryState:
-    """Load a PVH image and its start information; ImageError, with memory untouched, if it cannot be.
-
-    initrd: if there is one it is the first module, page-aligned, behind the image and above 1 MiB.
-    """
+def load(memory: GuestMemory, image: bytes, told: BootInformation) -> EntryState:
+    """Load a PVH image and its start information; ImageError, with memory untouched, if it cannot be."""
     executable = elf.parse(image)
     entry = find_entry(executable)
     if entry is None:
         raise ImageError("the ELF file has no PVH note (XEN_ELFNOTE_PHYS32_ENTRY)")
-    text = command_line(cmdline)
-    check_segments(memory.slots, executable.segments, entry, firmware.reserved)
-    taken = [*(segment.addresses for segment in executable.segments), *firmware.reserved]
-    told = place_information(memory.slots, taken)
-    module = place_initrd(memory.slots, [*taken, told], len(initrd))
-    areas = ram_areas(memory.slots, firmware.reserved)
-    info = _start_information(told.start, areas, module, firmware.rsdp)
-    check_structure(info, areas)
-    write_segments(memory, executable.segments)
-    if module is not None:
-        memory.write(module.start, initrd)
-    memory.write(told.start, info)
-    memory.write(cmdline_at(told.start), text)
-    return EntryState("protected", entry, {"rbx": told.start})
+
+    def start_information(layout: Layout, list_at: int) -> bytes:
+        return _start_information(layout, list_at, told.firmware.rsdp)
+
+    at = load_with_structure(memory, executable.segments, entry, told, start_information, _list_module)
+    return EntryState("protected", entry, {"rbx": at})
 
 
-def _start_information(at: int, areas: list[tuple[int, int]], module: range | None, rsdp: int) -> bytes:
-    """hvm_start_info at `at`, the list of modules, and the memory map."""
-    modules = b"" if module is None else MODULE.pack(module.start, len(module), 0, 0)
-    modules_at = at + START_INFO.size
-    map_at = modules_at + len(modules)
-    entries = [MEMORY_MAP_ENTRY.pack(base, size, RAM, 0) for base, size in areas]
-    modules_at *= bool(modules)
-    head = (START_MAGIC, 1, 0, int(bool(modules)), modules_at, cmdline_at(at), rsdp, map_at, len(entries), 0)
-    return START_INFO.pack(*head) + modules + b"".join(entries)
+def _start_information(layout: Layout, list_at: int, rsdp: int) -> bytes:
+    """hvm_start_info and the memory map."""
+    at, areas, modules = layout.information.start, layout.areas, len(layout.modules)
+    list_at = list_at if modules else 0
+    head = (START_MAGIC, 1, 0, modules, list_at, cmdline_at(at), rsdp, at + START_INFO.size, len(areas), 0)
+    return START_INFO.pack(*head) + b"".join(MEMORY_MAP_ENTRY.pack(base, size, RAM, 0) for base, size in areas)
+
+
+def _list_module(module: range, string: range) -> bytes:
+    """An entry of the list; the address of an empty string, which is only a NUL, is 0."""
+    return MODULE.pack(module.start, len(module), string.start if len(string) > 1 else 0, 0)

@@ -23,7 +23,8 @@ from pvclock.clock.follower import OFF, Follower, source_of
 from pvclock.clock.guest_side import GuestSide
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.live_clock import Takeover
-from pvclock.clock.operations import Operations
+from pvclock.clock.loading import load
+from pvclock.clock.operations import DilationLimit, Operations
 from pvclock.clock.pause_resume import PauseResume
 from pvclock.clock.reference_time import ReferenceTime
 from pvclock.clock.timekeeper import MAX_AGE_S, Timekeeper, checked_vcpus
@@ -43,13 +44,13 @@ from pvclock.providers.interface import (
     VcpuHost,
     VmmServices,
 )
-from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, quoted
+from pvclock.quantities import U64_MASK, GuestNs, GuestTsc, HostTsc, quoted, shown
 from pvclock.readings import ClockLine, Reading, Reference, RunReport, TimeInfo
 from pvclock.state import clock_state
 from pvclock.state.clock_state import ClockState, OfferState
 from pvclock.timekeeping.catchup import CatchUp, Policy, as_policy
 from pvclock.timekeeping.discipline import MAX_PPM, Steering
-from pvclock.timekeeping.events import EventCause, EventKind
+from pvclock.timekeeping.events import EventCause
 from pvclock.timekeeping.sampling import SampleSource
 from pvclock.tsc.agreement import OffsetWrite
 from pvclock.tsc.vcpu_tsc import VcpuTsc
@@ -60,7 +61,8 @@ __all__ = ["GUEST_STOPPED", "MAX_AGE_S", "TSC_STABLE_BIT", "GuestClock"]
 class GuestClock:
     """The clock of one VM; guest time 0 is the instant of construction.
 
-    memory: the VM's.  vcpus: their number, 1 to 4096.  provider: "KVM", "Minimal" or "None", or a GuestInterface
+    memory: the VM's.  vcpus: their number, 1 to 4096.  vcpus_present: how many of them there are from the start, all
+    by default; add_vcpu() brings the others.  provider: "KVM", "Minimal" or "None", or a GuestInterface
     configuration; further keys of that may be keywords (`profile`, `features`, ...).  vcpu_host: "emulator" for
     a VMM that emulates CPUs, "kvm" for /dev/kvm.  vmm: the VMM's services for hypercalls.
     reference: see follow().  tsc_offset: ticks added to the host's TSC on every vCPU; None keeps the offsets that the
@@ -89,6 +91,7 @@ class GuestClock:
         offer_tsc_adjust: bool = True,
         offer_invariant_tsc: bool = False,
         tsc_hz: int | None = None,
+        vcpus_present: int | None = None,
         **provider_options: object,
     ) -> None:
         self.memory = instance("memory", memory, GuestMemory)
@@ -99,7 +102,8 @@ class GuestClock:
         self.tsc_hz = backend.tsc_hz if tsc_hz is None else whole("tsc_hz", tsc_hz, 1, U64_MASK)
         """The TSC frequency that the guest was told, in Hz: that of the host on which it started."""
 
-        _check_agreement(backend, self.vcpus, self.vcpu_host)
+        present = _checked_present(vcpus_present, self.vcpus)
+        _check_agreement(backend, present, self.vcpu_host)
         chosen = checked(combined(provider, provider_options), _own_keywords() if provider_options else "")
         offers = _checked_offers(offer_tsc_adjust, offer_invariant_tsc)
         self._keeper = Timekeeper(
@@ -111,7 +115,7 @@ class GuestClock:
             allows_stable=lambda: self._guest.allows_stable,
             tsc_is_good=lambda vcpu: self._host.check(vcpu),  # noqa: PLW0108  # there is no host yet
         )
-        self._parts = _parts_of(self._keeper, tsc_offset)
+        self._parts = _parts_of(self._keeper, tsc_offset, present)
         _, self._tscs, self._host, self._operations, self._pause_resume, self._follower, self._wall_clock = self._parts
         self._follower.follow(reference)
 
@@ -277,12 +281,17 @@ class GuestClock:
     def wall_clock(self, base: WallClockBase) -> None:
         self._wall_clock.base = base
 
-    def dilate(self, numerator: int, denominator: int = 1) -> None:
+    def limit_dilation(self, limit: DilationLimit | None) -> None:
+        """Let dilate() ask `limit` first, of what the VMM knows of its guest; None, as at the start: nobody."""
+        self._operations.limit_dilation(limit)
+
+    def dilate(self, numerator: int, denominator: int = 1, *, force: bool = False) -> None:
         """Run guest time at numerator/denominator of host time from now on, without a step.
 
-        RangeError if a page cannot show that rate, with a slew on top, or if a term exceeds 64 bits.
+        RangeError if a page cannot show that rate, with a slew on top, or if a term exceeds 64 bits; and, unless
+        `force`, beyond what limit_dilation() has set.
         """
-        self._operations.dilate(numerator, denominator)
+        self._operations.dilate(numerator, denominator, force=force)
 
     def slew(self, target_ns: int, max_ppm: int = 500) -> None:
         """Move guest time by `target_ns`, which may be negative, by running max_ppm off its rate.
@@ -372,6 +381,21 @@ class GuestClock:
             self._host.require("repair_tsc")
             return self._tscs.repair(target=target, adjust=adjust)
 
+    @property
+    def vcpus_present(self) -> int:
+        """How many vCPUs there are: up to `vcpus`."""
+        return self._tscs.present
+
+    def add_vcpu(self) -> int:
+        """Let the next vCPU be there, which has not run yet; returns its number.
+
+        Its TSC and IA32_TSC_ADJUST are vCPU 0's from now on, TSC_AUX is 0.  The backend has it already.  StateError if
+        all `vcpus` are there, and on a CPU whose TSC is behind; TscOffsetNotHonoured with nothing changed.
+        """
+        with self._keeper.changing:
+            self._host.require("add_vcpu")
+            return self._keeper.with_vcpus_out(None, self._tscs.add)
+
     # The guest's side
 
     @property
@@ -434,7 +458,7 @@ class GuestClock:
             return capture.capture(self._parts, self._guest.saved(), self._guest.offers, self.tsc_hz)
 
     @classmethod
-    def restore(
+    def restore(  # noqa: PLR0913  # all but two are keywords, most with defaults
         cls,
         state: ClockState,
         memory: GuestMemory,
@@ -445,11 +469,13 @@ class GuestClock:
         vmm: VmmServices | None = None,
         reference: Reference | str | SampleSource | None = None,
         any_tsc_hz: bool = False,
+        vcpus_present: int | None = None,
     ) -> Self:
         """Make a paused clock from a saved state; resume() applies `policy` (default: the state's) to the time missed.
 
         memory: the VM's, with its saved content; the new clock takes over from its live one.  vcpu_host, vmm: as for
         GuestClock, and may differ from before.  reference: by default the saved one; an event if this host lacks that.
+        vcpus_present: as for GuestClock; how many of the state's are there is the VMM's to know, as its RAM.
         any_tsc_hz: accept a TSC more than 250 ppm off the frequency that a guest which lives by its TSC was told.
         Time missed is the raw clock plus time asleep within one boot of one host, else UTC.  StateFileError if the
         state is invalid, or needs what this host or version lacks.
@@ -457,7 +483,7 @@ class GuestClock:
         _check_restore(memory, backend, vcpu_host, reference, any_tsc_hz=any_tsc_hz)
         sound = clock_state.checked(state)
         clock_state.check_provider(sound)
-        _check_agreement(backend, len(sound.vcpus), _vcpu_host_named(vcpu_host))
+        _check_agreement(backend, _checked_present(vcpus_present, len(sound.vcpus)), _vcpu_host_named(vcpu_host))
         chosen = sound.policy.known("policy") if policy is None else as_policy(policy)
         capture.check_dilation(sound, backend.tsc_hz)
         takeover = Takeover(memory, backend)
@@ -474,8 +500,9 @@ class GuestClock:
                 offer_tsc_adjust=sound.offers.tsc_adjust,
                 offer_invariant_tsc=sound.offers.invariant_tsc,
                 tsc_hz=sound.guest_tsc_hz or sound.host.tsc_hz,
+                vcpus_present=vcpus_present,
             )
-            clock._load(sound, chosen, reference, any_tsc_hz=any_tsc_hz)  # its own class
+            load(clock._parts, clock._guest, sound, chosen, reference, any_tsc_hz=any_tsc_hz)  # its own class
             takeover.accept(clock._keeper.live)
             return clock
 
@@ -506,33 +533,9 @@ class GuestClock:
         """One instant as the guest's time of day and as vCPU's TSC; None if the host's TSC is not trusted."""
         return self._guest.pairing(vcpu)
 
-    # Inside
 
-    def _load(
-        self,
-        state: ClockState,
-        policy: Policy,
-        reference: Reference | str | SampleSource | None,
-        *,
-        any_tsc_hz: bool,
-    ) -> None:
-        """Load the paused clock saved as `state`, which is checked."""
-        with self._keeper.changing:
-            warning = ""
-            if self._guest.lives_by_tsc:
-                warning = capture.check_tsc_hz(state, self.backend.tsc_hz, any_tsc_hz=any_tsc_hz)
-            self._guest.load(state.provider)
-            capture.restore(self._parts, state, policy, self._guest.own_page)
-            if warning:
-                self._keeper.tell(EventKind.TSC_RATE, warning)
-            if reference is not None:
-                self.follow(reference)
-            else:
-                capture.restore_reference(self._parts, state)
-
-
-def _parts_of(keeper: Timekeeper, tsc_offset: int | None) -> ClockParts:
-    tscs, follower = VcpuTscs(keeper, tsc_offset), Follower(keeper)
+def _parts_of(keeper: Timekeeper, tsc_offset: int | None, present: int) -> ClockParts:
+    tscs, follower = VcpuTscs(keeper, tsc_offset, present), Follower(keeper)
     host = HostTrust(keeper, tscs, follower)
     return ClockParts(
         keeper,
@@ -573,6 +576,15 @@ def _check_restore(
     flag("any_tsc_hz", any_tsc_hz)
     if reference is not None:
         source_of(reference, backend)
+
+
+def _checked_present(vcpus_present: int | None, vcpus: int) -> int:
+    """How many vCPUs are there, all by default; ConfigError unless 1 to `vcpus`."""
+    if vcpus_present is None:
+        return vcpus
+    if not 1 <= whole("vcpus_present", vcpus_present) <= vcpus:
+        raise ConfigError(f"vcpus_present is {shown(vcpus_present)}; of {vcpus} vCPUs 1 to {vcpus} can be there")
+    return vcpus_present
 
 
 def _check_agreement(backend: Backend, vcpus: int, vcpu_host: VcpuHost) -> None:

@@ -10,21 +10,24 @@ from typing import Final
 from pvclock.arguments import instance, whole
 from pvclock.clock import reference_time
 from pvclock.clock.capture import ClockParts
+from pvclock.clock.follower import OFF
 from pvclock.clock.placement import Placement
 from pvclock.clock.provider_timers import ProviderTimers
 from pvclock.clock.run_delays import RunDelays
 from pvclock.clock.timekeeper import nothing
 from pvclock.errors import MsrFault, RangeError, WrongType
 from pvclock.msr_ranges import MsrRange
+from pvclock.providers import guest_interface
 from pvclock.providers.configuration import Configuration
 from pvclock.providers.guest_interface import GuestInterface
 from pvclock.providers.interface import CpuidLeaf, Hooks, OwnPage, Pairing, ReferenceTime, VcpuHost, VmmServices
+from pvclock.providers.timing import CPUID_TIMING
 from pvclock.quantities import U64_MASK, Gpa, GuestTsc
 from pvclock.state.clock_state import OfferState, ProviderState
 from pvclock.timekeeping.events import EventCause, EventKind
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX
 
-__all__ = ["GuestSide"]
+__all__ = ["GuestSide", "usual_msr_ranges"]
 
 TSC_MSR_RANGES: Final = (
     MsrRange(
@@ -57,7 +60,7 @@ class GuestSide:
         self.tsc_hz = tsc_hz
         self.offers = offers
         self._keeper, self._tscs, self._host = parts.keeper, parts.tscs, parts.host
-        self._operations, self._wall_clock = parts.operations, parts.wall_clock
+        self._operations, self._wall_clock, self._follower = parts.operations, parts.wall_clock, parts.follower
         self.memory = self._keeper.memory
         self._vcpus = self._keeper.vcpus
         self._backend = self._keeper.backend
@@ -68,6 +71,7 @@ class GuestSide:
         self.kernel_features = _kernel_features(self._backend)
         """See ClockServices."""
 
+        self._told_tsc_rate: bool | None = None  # what keeps_tsc_rate was when a page first told the guest its rate
         self.interface = GuestInterface(
             config,
             self,
@@ -157,6 +161,11 @@ class GuestSide:
         """May the guest use its TSC as its clock, instead of pages?"""
         return self.offers.invariant_tsc or self.interface.guest_lives_by_tsc
 
+    @property
+    def is_told_tsc_hz(self) -> bool:
+        """Does the guest live by its TSC, or do its CPUID leaves tell it that TSC's frequency?"""
+        return self.lives_by_tsc or CPUID_TIMING in self.interface.cpuid_leaves
+
     def _tell_at_tick(self, run_delays: RunDelays, hooks: Hooks) -> None:
         with self._keeper.changing:
             if hooks.run_delay is not None and not self._keeper.is_paused:
@@ -185,6 +194,7 @@ class GuestSide:
 
     def load(self, state: ProviderState) -> None:
         """Adopt what the guest had written when it was saved."""
+        self._told_tsc_rate = False
         self._provider.load(state.msrs)
 
     # ClockServices
@@ -217,6 +227,8 @@ class GuestSide:
         """As place_time_page(), for several vCPUs in one step.  vcpu: the caller's own, which is out of the guest."""
         with self._keeper.changing:
             self._placement.place(pages, begin, undo, vcpu)
+            if any(gpa is not None for gpa in pages.values()):
+                self._told_tsc_rate = self.keeps_tsc_rate
 
     def place_reference_page(
         self,
@@ -242,6 +254,11 @@ class GuestSide:
     def adopt_reference_time(self, saved: ReferenceTime, gpa: Gpa | None) -> None:
         """Go on from a saved reference time; see ClockServices."""
         self.reference_clock.adopt(*saved, gpa)
+
+    @property
+    def keeps_tsc_rate(self) -> bool:
+        """Does guest time go on at its TSC's own rate?  See ClockServices."""
+        return self._runs_at_tsc_rate() if self._told_tsc_rate is None else self._told_tsc_rate
 
     def guest_tsc(self, vcpu: int) -> GuestTsc:
         """What vCPU's TSC reads at this instant."""
@@ -296,6 +313,17 @@ class GuestSide:
 
     # Inside
 
+    def _runs_at_tsc_rate(self) -> bool:
+        """Do the guest's clock and its TSC have the host TSC's own rate, which its guest is told?"""
+        backend = self._backend
+        return (
+            backend.tsc_stable
+            and backend.counter_follows_host
+            and self.tsc_hz == backend.tsc_hz
+            and self._keeper.timeline.terms.dilation == 1
+            and self._follower.reference == OFF
+        )
+
     def _has_adjust(self, index: int, value: int | None = None) -> bool:
         """True if IA32_TSC_ADJUST is served.  Hardware and profile "document" fault an access if CPUID lacks it."""
         if not self.offers.tsc_adjust and self.interface.profile == "document":
@@ -306,6 +334,11 @@ class GuestSide:
         self.interface.reset()
         self._tscs.reset()
         self._wall_clock.gpa = None
+
+
+def usual_msr_ranges() -> tuple[MsrRange, ...]:
+    """What GuestClock.msr_ranges is unless options of its provider change it: known before there is a clock."""
+    return TSC_MSR_RANGES + guest_interface.usual_msr_ranges()
 
 
 def _kernel_features(backend: object) -> Mapping[str, int]:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
+from typing import Protocol
 
-from pvclock.arguments import whole
+from pvclock._scale import ClockScale
+from pvclock.arguments import flag, serving, whole
 from pvclock.clock.host_trust import HostTrust
 from pvclock.clock.timekeeper import Timekeeper, TimeState
 from pvclock.errors import RangeError
@@ -19,7 +22,17 @@ from pvclock.timekeeping.catchup import Slew
 from pvclock.timekeeping.events import Event, EventKind
 from pvclock.timekeeping.timeline import RateTerms, Timeline
 
-__all__ = ["Operations"]
+__all__ = ["DilationLimit", "Operations"]
+
+
+class DilationLimit(Protocol):
+    """What a VMM knows of the rates at which its guest can live."""
+
+    def admit(self, dilation: Fraction, scale: ClockScale, *, force: bool) -> None:
+        """Called before each change, with the scale that pages will show; RangeError to refuse it, unless `force`.
+
+        All vCPUs are out of the guest, and the clock's lock is held.
+        """
 
 
 class Operations:
@@ -27,6 +40,11 @@ class Operations:
 
     def __init__(self, keeper: Timekeeper, host: HostTrust) -> None:
         self._keeper, self._host = keeper, host
+        self._limit: DilationLimit | None = None
+
+    def limit_dilation(self, limit: DilationLimit | None) -> None:
+        """See GuestClock.limit_dilation()."""
+        self._limit = None if limit is None else serving("limit", limit, "admit", wanted="a DilationLimit, or None")
 
     # Rate changes, which never step time
 
@@ -40,9 +58,10 @@ class Operations:
             else:
                 self._keeper.republish(vcpu, is_checked=True)
 
-    def dilate(self, numerator: int, denominator: int = 1) -> None:
+    def dilate(self, numerator: int, denominator: int = 1, *, force: bool = False) -> None:
         """See GuestClock.dilate()."""
         numerator, denominator = whole("numerator", numerator), whole("denominator", denominator)
+        flag("force", force)
         if numerator < 1 or denominator < 1:
             raise RangeError(
                 f"dilation {shown(numerator)}/{shown(denominator)}; two whole numbers from 1 on: dilate(1, 2) halves"
@@ -53,6 +72,9 @@ class Operations:
         with self._keeper.changing:
             self._keeper.timeline.check(dilation)
             stamps = self._host.require("dilate")
+            if self._limit is not None:
+                scale = self._keeper.timeline.scale(dilation)
+                self._keeper.with_vcpus_out(None, partial(self._limit.admit, dilation, scale, force=force))
             terms = self._keeper.timeline.terms._replace(dilation=dilation)
             self._keeper.change_rate(
                 terms, stamps, EventKind.DILATE, f"dilate({shown(numerator)}, {shown(denominator)})"

@@ -384,10 +384,7 @@ class Timekeeper:
             tsc,
             stamps.raw_ns + later_ns,
             stamps.real_ns + later_ns,
-            before.timeline.at(tsc),
-            after.timeline.at(tsc),
-            before.rate,
-            after.rate,
+            *_times_and_rates(before, after, tsc),
             cause=cause,
             tsc_hz=self.backend.tsc_hz,
             provider=self.provider,
@@ -462,6 +459,14 @@ class Timekeeper:
         else:
             self.commit(publish, change)
         self._shown_flags = flags & ~GUEST_STOPPED
+
+
+def _times_and_rates(
+    before: TimeState, after: TimeState, tsc: HostTsc
+) -> tuple[Fraction, Fraction, Fraction, Fraction]:
+    """Guest time in ns and rate at `tsc` by each, as Event has them; most events change neither, and fractions cost."""
+    ns, rate = before.timeline.at(tsc), before.rate
+    return (ns, ns, rate, rate) if after is before else (ns, after.timeline.at(tsc), rate, after.rate)
 
 
 def checked_vcpus(vcpus: int) -> int:

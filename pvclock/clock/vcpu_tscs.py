@@ -10,7 +10,7 @@ from typing import Literal
 from pvclock._transaction import attempt
 from pvclock.arguments import whole
 from pvclock.clock.timekeeper import Timekeeper, TimeState, nothing
-from pvclock.errors import RangeError, TscOffsetNotHonoured
+from pvclock.errors import RangeError, StateError, TscOffsetNotHonoured
 from pvclock.quantities import U64_MASK, GuestTsc, HostTsc, signed64
 from pvclock.readings import HostStamps
 from pvclock.timekeeping.events import Event, EventCause, EventKind
@@ -24,9 +24,14 @@ class VcpuTscs:
     """The vCPUs' TSCs.  Each begins as the host's plus `tsc_offset`; None keeps the offset that the host has.
 
     In a restored clock they are stopped at their saved values until resume().
+
+    present: how many vCPUs there are; the others come by add().  One that is not there yet has vCPU 0's TSC, here and
+    not on the host, so that it makes no difference to whether they agree.
     """
 
-    def __init__(self, keeper: Timekeeper, tsc_offset: int | None) -> None:
+    def __init__(self, keeper: Timekeeper, tsc_offset: int | None, present: int) -> None:
+        self.present = present
+        """How many vCPUs there are."""
         self.refused_offset: TscOffsetNotHonoured | None = None
         """The last TSC offset that this host did not honour."""
         self.agree = True
@@ -37,7 +42,7 @@ class VcpuTscs:
         self._stopped: list[int] | None = None  # RDTSC values by vCPU, until a restored clock is resumed
         self._stopped_at = HostTsc(0)
         if tsc_offset is None:
-            for vcpu, tsc in enumerate(self._tscs):
+            for vcpu, tsc in enumerate(self._tscs[:present]):
                 tsc.offset = self._current_offset(vcpu)
         self.take(self._tscs)
 
@@ -46,7 +51,8 @@ class VcpuTscs:
 
     def begin(self) -> None:
         """Set the initial offsets on the host: all, or none and TscOffsetNotHonoured."""
-        change = OffsetChange(self._keeper, self, self._tscs, dict(enumerate(self._tscs)), self.host_offsets)
+        wanted = dict(enumerate(self._tscs[: self.present]))
+        change = OffsetChange(self._keeper, self, self._tscs, wanted, self.host_offsets)
         attempt(change.apply_all, change.undo_on_host, lambda reached: reached())
 
     def at(self, vcpu: int, host_tsc: HostTsc) -> VcpuTsc:
@@ -74,6 +80,8 @@ class VcpuTscs:
             index, value = whole("index", index), whole("value", value)
         now = self._keeper.host_tsc()
         tsc = self.at(vcpu, now)
+        if vcpu >= self.present:
+            raise StateError("write_msr", f"vCPU {vcpu} is not there yet", "add_vcpu() brings it")
         if cause is EventCause.GUEST:
             tsc.wrmsr(index, value, now)
         elif index == MSR_IA32_TSC:
@@ -87,21 +95,41 @@ class VcpuTscs:
         if index == MSR_TSC_AUX:
             self._tscs[vcpu].aux = tsc.aux
             return
+        stamps = self._keeper.backend.stamps()
         try:
-            self._set({vcpu: tsc}, now, cause, vcpu if cause is EventCause.GUEST else None)
+            self._set({vcpu: tsc}, now, cause, vcpu if cause is EventCause.GUEST else None, stamps)
         except TscOffsetNotHonoured as refused:
             if cause is not EventCause.GUEST:
                 raise
             # As KVM on such a host: the MSR changes, the TSC does not.
-            self._refuse(refused, cause, partial(setattr, self._tscs[vcpu], "adjust", tsc.adjust))
+            self._refuse(refused, cause, stamps, partial(setattr, self._tscs[vcpu], "adjust", tsc.adjust))
 
     def repair(self, *, target: int | None, adjust: Literal["keep", "carry"]) -> list[OffsetWrite]:
         """Put all vCPUs' TSCs on one offset; see GuestClock.repair_tsc()."""
         now = self._keeper.host_tsc()
-        tscs = [self.at(vcpu, now) for vcpu in range(len(self))]
+        tscs = [self.at(vcpu, now) for vcpu in range(self.present)]
         plan = repair_plan(tscs, target=target, adjust=adjust)
-        self._set({write.vcpu: write.applied(tscs[write.vcpu]) for write in plan}, now, EventCause.VMM, None)
+        wanted = {write.vcpu: write.applied(tscs[write.vcpu]) for write in plan}
+        self._set(wanted, now, EventCause.VMM, None, self._keeper.backend.stamps())
         return plan
+
+    def add(self) -> int:
+        """Let the next vCPU be there, out of the guest; its number.
+
+        It gets vCPU 0's TSC and IA32_TSC_ADJUST, whatever KVM gave it: KVM puts a late vCPU on the offset of the last
+        TSC that was written to synchronise them, and a guest's own writes are not among those.  TscOffsetNotHonoured
+        with nothing changed.
+        """
+        if self.present == len(self):
+            raise StateError("add_vcpu", f"all {len(self)} vCPUs are there", "make the clock of more vCPUs")
+        number, late = self.present, self._tscs[0].copy()
+        late.aux = 0
+        if self._stopped is None:  # else plan_start() sets it
+            self._keeper.backend.set_tsc_offset(number, late.offset)
+        why = f"vCPU {number} is there, with vCPU 0's TSC: offset {late.offset:#x}"
+        event = self._keeper.event(EventKind.TSC, why, self._keeper.backend.stamps())
+        self._keeper.record((event,), partial(self._take_late, number, late))
+        return number
 
     def reset(self) -> None:
         """Set IA32_TSC_ADJUST and TSC_AUX to 0; TSCs keep counting."""
@@ -111,8 +139,9 @@ class VcpuTscs:
 
     @property
     def host_offsets(self) -> list[int]:
-        """The vCPUs' offsets as read from the host now."""
-        return [self._current_offset(vcpu) for vcpu in range(len(self))]
+        """The vCPUs' offsets as read from the host now; vCPU 0's for those that are not there yet."""
+        there = [self._current_offset(vcpu) for vcpu in range(self.present)]
+        return there + there[:1] * (len(self) - self.present)
 
     # Restore, and steps of the host's TSC
 
@@ -126,7 +155,7 @@ class VcpuTscs:
     def plan_start(self, now: HostTsc, gain_ticks: int) -> OffsetChange:
         """The change that starts stopped TSCs at `now`, `gain_ticks` ahead; an empty one if they run."""
         wanted = {}
-        for vcpu, stopped in enumerate(self._stopped or ()):
+        for vcpu, stopped in enumerate((self._stopped or ())[: self.present]):
             wanted[vcpu] = self._tscs[vcpu].copy()
             wanted[vcpu].host_write_tsc((stopped + gain_ticks) & U64_MASK, now)
         return OffsetChange(self._keeper, self, self._tscs, wanted, self.host_offsets if wanted else None)
@@ -144,7 +173,7 @@ class VcpuTscs:
             since = HostTsc((self._stopped_at + after - before) & U64_MASK)
             return OffsetChange(self._keeper, self, self._tscs, {}, stopped_at=(self._stopped_at, since))
         wanted = {}
-        for vcpu, tsc in enumerate(self._tscs):
+        for vcpu, tsc in enumerate(self._tscs[: self.present]):
             wanted[vcpu] = tsc.copy()
             wanted[vcpu].offset = (tsc.offset + before - after) & U64_MASK
             current = self._current_offset(vcpu)
@@ -159,8 +188,10 @@ class VcpuTscs:
 
     def take(self, tscs: list[VcpuTsc]) -> None:
         """Use these TSCs, whose offsets the host has already; pages show them from the next publish on."""
-        self._tscs, self.agree = tscs, len({tsc.offset for tsc in tscs}) == 1
-        for vcpu, tsc in enumerate(tscs):
+        there = tscs[: self.present]
+        every = there + [there[0].copy() for _ in range(len(tscs) - len(there))]
+        self._tscs, self.agree = every, len({tsc.offset for tsc in there}) == 1
+        for vcpu, tsc in enumerate(every):
             self._keeper.pages.set_tsc_offset(vcpu, tsc.offset)
 
     def show_stopped(self, at: HostTsc | None = None) -> None:
@@ -171,9 +202,17 @@ class VcpuTscs:
 
     # Inside
 
+    def _take_late(self, number: int, late: VcpuTsc) -> None:
+        tscs = [*self._tscs[:number], late, *self._tscs[number + 1 :]]
+        if self._stopped is not None:
+            self._stopped = [*self._stopped[:number], self._stopped[0], *self._stopped[number + 1 :]]
+        self.present = number + 1
+        self.take(tscs)
+        self.show_stopped()
+
     def _take_current_offsets(self) -> None:
         before, current = self._tscs, [tsc.copy() for tsc in self._tscs]
-        for vcpu, tsc in enumerate(current):
+        for vcpu, tsc in enumerate(current[: self.present]):
             tsc.offset = self._current_offset(vcpu)
         if [tsc.offset for tsc in current] != [tsc.offset for tsc in before]:
             why = "the host's KVM has changed the vCPUs' TSC offsets; pages follow"
@@ -184,8 +223,15 @@ class VcpuTscs:
         offset = self._keeper.backend.tsc_offset(vcpu)
         return self._tscs[vcpu].offset if offset is None else offset
 
-    def _set(self, wanted: dict[int, VcpuTsc], now: HostTsc, cause: EventCause, out_of_guest: int | None) -> None:
-        """Set those TSCs and publish: all, or none and TscOffsetNotHonoured."""
+    def _set(
+        self,
+        wanted: dict[int, VcpuTsc],
+        now: HostTsc,
+        cause: EventCause,
+        out_of_guest: int | None,
+        stamps: HostStamps,
+    ) -> None:
+        """Set those TSCs and publish: all, or none and TscOffsetNotHonoured.  stamps: the events'."""
         keeper, before = self._keeper, self._tscs
         if self._stopped is not None:
             stopped, tscs = list(self._stopped), [tsc.copy() for tsc in before]
@@ -194,16 +240,20 @@ class VcpuTscs:
             self._stopped, self._tscs = stopped, tscs
             self.show_stopped()
             return
-        stamps = keeper.backend.stamps()
         offsets = {vcpu: tsc.offset for vcpu, tsc in wanted.items()}
         whys = [f"vCPU {vcpu}: offset {before[vcpu].offset:#x} becomes {new:#x}" for vcpu, new in offsets.items()]
-        events = tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
-        change = OffsetChange(keeper, self, before, wanted)
-        keeper.with_vcpus_out(out_of_guest, partial(keeper.publish_with, change.apply_all, change.undo, lambda: events))
 
-    def _refuse(self, refused: TscOffsetNotHonoured, cause: EventCause, on_commit: Callable[[], object]) -> None:
+        def events() -> tuple[Event, ...]:
+            return tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
+
+        change = OffsetChange(keeper, self, before, wanted)
+        keeper.with_vcpus_out(out_of_guest, partial(keeper.publish_with, change.apply_all, change.undo, events))
+
+    def _refuse(
+        self, refused: TscOffsetNotHonoured, cause: EventCause, stamps: HostStamps, on_commit: Callable[[], object]
+    ) -> None:
         """Record that the host did not honour an offset, in one step with on_commit()."""
-        event = self._keeper.event(EventKind.REFUSED, str(refused), self._keeper.backend.stamps(), cause=cause)
+        event = self._keeper.event(EventKind.REFUSED, str(refused), stamps, cause=cause)
 
         def take() -> None:
             on_commit()

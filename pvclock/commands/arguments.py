@@ -8,15 +8,19 @@ import textwrap
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from pvclock.commands.screen import write
 from pvclock.commands.whole_file import why_not_writable
-from pvclock.errors import ConfigError
+from pvclock.errors import ConfigError, RangeError
+
+if TYPE_CHECKING:  # each command is loaded by every start of pvclock
+    from pvclock.timekeeping.catchup import Policy
 
 __all__ = [
     "THE_ONLY_PID",
     "Parser",
+    "catch_up_policy",
     "duration_s",
     "factor",
     "filled",
@@ -102,6 +106,16 @@ def memory_bytes(text: str) -> int:
     if not size:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size of memory; give it in K, M or G, such as 512M")
     return size
+
+
+def catch_up_policy(text: str) -> Policy:
+    """An argument that is a catch-up policy such as freeze, advance or slew:max_ppm=500."""
+    from pvclock.timekeeping import catchup
+
+    try:
+        return catchup.parse(text)
+    except (ConfigError, RangeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def folder(text: str) -> Path:

@@ -4,6 +4,9 @@ Exit status 1 if something is missing that is needed to run guests.
 
 With --guest: what is wrong with the clock of the Linux guest that this is, by a measurement on all its CPUs.  It needs
 no rights.  Exit status 1 if the clock is wrong or a budget is broken, 2 if that is undecided.
+
+With --machine: what a guest would see of time in the machine that `pvclock run` makes with the same options, before it
+runs.  Exit status 1 if that would be wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Final, NamedTuple
 
 from rich.text import Text
 
-from pvclock.commands import doctor_guest, find_command
+from pvclock.commands import doctor_guest, doctor_machine, find_command
 from pvclock.commands.guest_next import NextCommand
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
@@ -41,7 +44,11 @@ EXAMPLES: Final = """\
   pvclock doctor                    what works, what to type next, and a table
   pvclock doctor | grep KVM_CAP     a row is one line in a pipe
   pvclock doctor --guest            inside a VM: what is wrong with its clock
+  pvclock doctor --machine          what a guest of run will see of time
   pvclock doctor --guest --seconds 60 --max-warp 200ns --max-drift 100ppb"""
+
+CPUS: Final = "--cpus"
+"""Goes with --guest, and with --machine."""
 
 NAMES: Final = {
     "engine_clock": "engine clock",
@@ -67,15 +74,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guest", action="store_true", help="measure the clock of the guest that this is, and judge it"
     )
     doctor_guest.add_arguments(parser)
+    parser.add_argument(
+        "--machine", action="store_true", help="judge the machine of `pvclock run` with these options, and --cpus N"
+    )
+    doctor_machine.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
-    """Show what works, the next command and the findings; or the verdict on this guest's clock."""
+    """Show what works, the next command and the findings; or the verdict on this guest's clock, or on a machine's."""
+    of_guest, of_machine = doctor_guest.options_given(arguments), doctor_machine.options_given(arguments)
+    if arguments.guest and arguments.machine:
+        raise ConfigError("--guest is this guest, and --machine one that does not run yet: give one of them")
+    if of_machine and not arguments.machine:
+        raise ConfigError(f"{of_machine[0]} goes with --machine")
+    if arguments.machine:
+        of_guest = [option for option in of_guest if option != CPUS]
+    if of_guest and not arguments.guest:
+        raise ConfigError(f"{of_guest[0]} goes with --guest")
     if arguments.guest:
         return doctor_guest.run(arguments, screen)
-    if given := doctor_guest.options_given(arguments):
-        raise ConfigError(f"{given[0]} goes with --guest")
-    return _host_outcome(screen)
+    return doctor_machine.run(arguments, screen) if arguments.machine else _host_outcome(screen)
 
 
 def _host_outcome(screen: Screen) -> Outcome:

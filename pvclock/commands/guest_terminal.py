@@ -1,27 +1,32 @@
 """This process's terminal as a guest's: what is typed goes to its serial port, until the guest ends or the user does.
 
-In a terminal the keys go to the guest as they are, Ctrl-C too; Ctrl-A and then x ends the run, as in QEMU.
+In a terminal the keys go to the guest as they are, Ctrl-C too; Ctrl-A and then x ends the run, as in QEMU, and Ctrl-A
+and then z stops it, as Ctrl-Z does other programs.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import signal
 import termios
 import time
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Final
+from contextlib import contextmanager, suppress
+from typing import Any, Final, TypeAlias
 
 from pvclock.commands.signals import woken_by_signals
 
-__all__ = ["ESCAPE", "Keys", "converse", "raw_terminal"]
+__all__ = ["ESCAPE", "Keys", "Settings", "as_it_was", "converse", "raw_terminal", "settings_of"]
 
 ESCAPE: Final = 0x01
 """Ctrl-A."""
 ENDS: Final = b"xX"
+STOPS: Final = b"zZ"
 READ_BYTES: Final = 4096
+Settings: TypeAlias = list[Any]
+"""As of tcgetattr(3)."""
 FULL_S: Final = 0.02
 """How long to wait before more is typed into a serial port that has no room."""
 
@@ -30,21 +35,49 @@ FULL_S: Final = 0.02
 def raw_terminal(descriptor: int) -> Iterator[bool]:
     """While it is entered a terminal passes on every key and changes nothing; then it is as before.
 
-    Yields whether it is a terminal; what is none stays as it is.
+    Also after the process was stopped and goes on (SIGCONT), for a shell has changed the terminal meanwhile.  Yields
+    whether it is a terminal; what is none stays as it is.  Only for the main thread.
     """
     if not os.isatty(descriptor):
         yield False
         return
     before = termios.tcgetattr(descriptor)
-    tty.setraw(descriptor, termios.TCSADRAIN)
+
+    def make_raw(*_signal: object) -> None:
+        with suppress(termios.error):  # it was closed, which sends SIGCONT, too
+            tty.setraw(descriptor, termios.TCSANOW)  # TCSADRAIN would wait for a reader that does not read
+
+    handler = signal.signal(signal.SIGCONT, make_raw)
     try:
+        make_raw()
         yield True
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGCONT, handler)
+        with suppress(termios.error):
+            termios.tcsetattr(descriptor, termios.TCSANOW, before)
+
+
+@contextmanager
+def as_it_was(descriptor: int, settings: Settings | None) -> Iterator[None]:
+    """While it is entered a raw terminal has the settings that it had; None for what is no terminal."""
+    if settings is None:
+        yield
+        return
+    raw = termios.tcgetattr(descriptor)
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, settings)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, raw)
+
+
+def settings_of(descriptor: int) -> Settings | None:
+    """A terminal's; None for what is none."""
+    return termios.tcgetattr(descriptor) if os.isatty(descriptor) else None
 
 
 class Keys:
-    """What the keys that were pressed are for: the guest, or an end of the run.
+    """What the keys that were pressed are for: the guest, or an end or a stop of the run.
 
     has_escape: only a terminal's keys have; Ctrl-A pressed twice is one for the guest.
     """
@@ -54,6 +87,8 @@ class Keys:
         self._is_escaped = False
         self.ended = False
         """Has the user ended the run?  What was pressed after that is lost."""
+        self.stopped = False
+        """Is the run to be stopped?  For the reader to take back."""
 
     def for_guest(self, pressed: bytes) -> bytes:
         """Those of `pressed` that go to the guest."""
@@ -66,7 +101,9 @@ class Keys:
                 if key in ENDS:
                     self.ended = True
                     break
-                if key == ESCAPE:
+                if key in STOPS:
+                    self.stopped = True
+                elif key == ESCAPE:
                     passed.append(key)
             elif key == ESCAPE:
                 self._is_escaped = True
@@ -76,12 +113,18 @@ class Keys:
 
 
 def converse(
-    typed: int, over: int, keys: Keys, receive: Callable[[bytes], int], deadline_s: float | None = None
+    typed: int,
+    over: int,
+    keys: Keys,
+    receive: Callable[[bytes], int],
+    deadline_s: float | None = None,
+    stop: Callable[[], object] | None = None,
 ) -> bool:
     """Pass on what is typed, until descriptor `over` can be read: True; or the user or the deadline ends it: False.
 
     typed: a descriptor, which may end; the guest goes on then.  receive: takes bytes, and says how many it took.
-    What a signal's handler raises ends it, too.  Only for the main thread.
+    stop: called when the user stops it, or SIGTSTP within told_to_stop().  What a signal's handler raises ends it, too.
+    Only for the main thread.
     """
     with woken_by_signals() as woken:
         sources, waiting = {typed, over, woken}, b""
@@ -90,6 +133,9 @@ def converse(
                 waiting = waiting[receive(waiting) :]
             if keys.ended:
                 return False
+            if keys.stopped and stop is not None:
+                stop()
+            keys.stopped = False
             wanted = {over, woken} if waiting else sources
             ready, _, _ = select.select(wanted, (), (), _patience_s(deadline_s, is_full=bool(waiting)))
             if over in ready:
@@ -97,7 +143,7 @@ def converse(
             if deadline_s is not None and time.monotonic() >= deadline_s:
                 return False
             if woken in ready:
-                os.read(woken, READ_BYTES)
+                keys.stopped = signal.SIGTSTP in os.read(woken, READ_BYTES)
             if typed in ready:
                 pressed = os.read(typed, READ_BYTES)
                 if not pressed:

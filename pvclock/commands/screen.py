@@ -12,14 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
+if TYPE_CHECKING:  # rich takes longer to load than most commands, so it is loaded when something is drawn
+    from rich.console import Console
+    from rich.text import Text
 
-from pvclock.commands.tables import Table
+    from pvclock.commands.tables import Table
 
 __all__ = ["Screen", "write"]
 
@@ -36,7 +35,6 @@ class Screen:
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._columns = _columns()
-        self._aside = Console(stderr=True, quiet=not sys.stderr.isatty())
 
     def show(self, *parts: Table | Text | str) -> None:
         """Print tables, and texts that wrap between words.  OSError if standard output cannot be written."""
@@ -48,7 +46,11 @@ class Screen:
     @property
     def can_redraw(self) -> bool:
         """Is standard output a terminal on which what was drawn can be replaced, and for people?"""
-        return not self._quiet and sys.stdout.isatty() and not Console(file=sys.stdout).is_dumb_terminal
+        if self._quiet or not sys.stdout.isatty():
+            return False
+        from rich.console import Console
+
+        return not Console(file=sys.stdout).is_dumb_terminal
 
     @contextmanager
     def redrawing(self) -> Iterator[Callable[..., None]]:
@@ -56,6 +58,11 @@ class Screen:
 
         At the end nothing of it is left.  Only if can_redraw.
         """
+        from rich.console import Console, Group
+        from rich.live import Live
+
+        from pvclock.commands.tables import Table
+
         console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
         with Live(console=console, auto_refresh=False, transient=True) as live:
 
@@ -73,20 +80,33 @@ class Screen:
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """Show in a terminal what the command is waiting for."""
-        with self._aside.status(what):
+        with _aside().status(what):
             yield
 
     @contextmanager
     def progress(self, total: float, text: str) -> Iterator[Callable[[float, str], None]]:
         """Show in a terminal how much of `total` is done; yields a function that takes that and a text."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._aside) as bar:
+        with Progress(*columns, console=_aside()) as bar:
             task = bar.add_task(text, total=total)
             yield lambda done, now: bar.update(task, completed=done, description=now)
 
 
+def _aside() -> Console:
+    """Where progress is drawn."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=not sys.stderr.isatty())
+
+
 def _drawn(part: Table | Text | str, columns: int | None) -> str:
     """`part` as rich renders it for standard output: coloured in a terminal; characters it cannot encode as escapes."""
+    from rich.console import Console
+
+    from pvclock.commands.tables import Table
+
     encoding = sys.stdout.encoding or "utf-8"
     paper = io.BytesIO()
     with io.TextIOWrapper(paper, encoding, errors="backslashreplace", write_through=True) as file:

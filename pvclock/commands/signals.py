@@ -1,4 +1,4 @@
-"""Signals as the orderly end of a command: what it has started, or changed, is put right on the way out."""
+"""Signals to a command: an orderly end, where what it has started or changed is put right, and an orderly stop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-__all__ = ["ended_by_signals", "woken_by_signals"]
+__all__ = ["ended_by_signals", "told_to_stop", "woken_by_signals"]
 
 
 @contextmanager
@@ -30,8 +30,21 @@ def ended_by_signals() -> Iterator[None]:
 
 
 @contextmanager
+def told_to_stop() -> Iterator[None]:
+    """Have SIGTSTP, which job control sends, wake woken_by_signals() instead of stopping this process at once."""
+    is_default = signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
+    if is_default:
+        signal.signal(signal.SIGTSTP, lambda _number, _frame: None)
+    try:
+        yield
+    finally:
+        if is_default:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+
+
+@contextmanager
 def woken_by_signals() -> Iterator[int]:
-    """A descriptor that can be read once a signal has come, for a select() of the main thread.
+    """A descriptor that can be read once a signal has come, its number a byte, for a select() of the main thread.
 
     Linux may give a process's signal to any thread, a vCPU's, too.  Python's handlers run in the main thread, and that
     sleeps on in a system call that it was not taken in.

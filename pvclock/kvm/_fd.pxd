@@ -10,3 +10,4 @@ cdef object U32_MASK
 cdef object U64_MASK
 
 cdef long checked(long result, str call) except -1
+cdef list cpuid_entries(int fd, unsigned long request, str call)

@@ -5,6 +5,7 @@ twice.  Source: Documentation/virt/kvm/api.rst.
 """
 
 from libc.errno cimport errno
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.unistd cimport close
 
@@ -12,6 +13,8 @@ from pvclock.kvm._kvm_abi cimport *
 
 from pvclock.arguments import whole
 from pvclock.errors import ConfigError, KvmError
+
+cdef int CPUID_ENTRIES_MAX = 256  # KVM_MAX_CPUID_ENTRIES
 
 CAPABILITY_NUMBERS = {
     "KVM_CAP_IRQCHIP": KVM_CAP_IRQCHIP,
@@ -49,6 +52,19 @@ cdef long checked(long result, str call) except -1:
     if result < 0:
         raise KvmError(call, errno)
     return result
+
+
+cdef list cpuid_entries(int fd, unsigned long request, str call):
+    """The entries that `request` returns."""
+    cdef kvm_cpuid2 *cpuid = <kvm_cpuid2 *>calloc(1, sizeof(kvm_cpuid2) + CPUID_ENTRIES_MAX * sizeof(kvm_cpuid_entry2))
+    if cpuid is NULL:
+        raise MemoryError
+    try:
+        cpuid.nent = CPUID_ENTRIES_MAX
+        checked(ioctl(fd, request, cpuid), call)
+        return [cpuid.entries[i] for i in range(cpuid.nent)]
+    finally:
+        free(cpuid)
 
 
 cdef unsigned long capability_number(object capability) except? 0:

@@ -4,9 +4,9 @@ Two words decide.  A vCPU stores its `in_guest` and then loads `shut`; a holder 
 `in_guest`.  All of these are sequentially consistent (C11), so one of the two always sees the other, and the way in
 takes no lock.  tests/model/gate.pml is the model.
 
-That protocol does not need the GIL.  What does: begin() and renew(), which change several words as one
-step; a Hold's `_taken`; and the calls of request_exit().  begin() and renew() keep the GIL from their first change to
-their last, start_new_thread() included, which only makes the thread.  This module does not declare itself
+That protocol does not need the GIL.  What does: begin(), renew(), add_vcpu() and take_away(), which change several
+words as one step; a Hold's `_taken`; and the calls of request_exit().  Those four keep the GIL from their first change
+to their last, start_new_thread() included, which only makes the thread.  This module does not declare itself
 free-threaded, so a build of Python without the GIL turns it on when it imports this.
 
 For a signal each method is one step: Python runs signal handlers between bytecodes, and there are none here.  A method
@@ -104,6 +104,7 @@ cdef struct Place:
 cdef class Gate:
     """The gate of `vcpus`, which can be told to request_exit(); `kick_signal` gets their threads out of KVM_RUN.
 
+    most: how many vCPUs there can be, with those that add_vcpu() brings; by default no more.
     A run lasts from begin() to end(); once all its threads have departed another one can begin, until close().
 
     Thread-safety: all methods may be called from any thread, but a vCPU's own calls from that vCPU's thread.
@@ -111,6 +112,7 @@ cdef class Gate:
     """
 
     cdef list _vcpus
+    cdef Py_ssize_t _most  # a Place for each of them, because a place never moves
     cdef int _kick_signal
     cdef int _pid
     cdef Place *_places
@@ -121,11 +123,12 @@ cdef class Gate:
     cdef uint32_t _starting  # 1 from begin() until threads_started()
     cdef uint32_t _threads  # vCPU threads that have not departed
 
-    def __cinit__(self, vcpus: list[object], kick_signal: int) -> None:
+    def __cinit__(self, vcpus: list[object], kick_signal: int, most: int | None = None) -> None:
         self._vcpus = list(vcpus)
+        self._most = max(len(self._vcpus), 1 if most is None else most)
         self._kick_signal = kick_signal
         self._pid = getpid()
-        self._places = <Place *>calloc(max(len(self._vcpus), 1), sizeof(Place))
+        self._places = <Place *>calloc(self._most, sizeof(Place))
         if self._places is NULL:
             raise MemoryError
 
@@ -213,8 +216,44 @@ cdef class Gate:
         add(&self._runs, 1, SEQ_CST)
         self._tell()
 
+    @property
+    def vcpus(self) -> tuple[object, ...]:
+        """The vCPUs, by number."""
+        return tuple(self._vcpus)
+
+    def add_vcpu(self, vcpu: object, start_thread: Callable[[int], None]) -> int:
+        """Another vCPU, which gets the next number; in one step.  Returns that number.
+
+        If a run goes on, `start_thread`, on a thread of its own, starts that vCPU's, or calls take_away() if it cannot,
+        and then threads_started(); else the next run does it.  StateError if there are `most` already, and while the
+        threads of a run are being started; RuntimeError if there can be no more threads, and then it was not added.
+        """
+        cdef Py_ssize_t number = len(self._vcpus)
+        if number >= self._most:
+            raise StateError("add_vcpu", f"all {self._most} vCPUs are there", "make the Runner with a larger max_vcpus")
+        if load(&self._starting, SEQ_CST):
+            raise StateError("add_vcpu", "threads of vCPUs are being started", "wait until start() has returned")
+        self._vcpus.append(vcpu)
+        if not load(&self._began, SEQ_CST) or load(&self._shut, SEQ_CST) & ENDED:
+            return number
+        add(&self._threads, 1, SEQ_CST)
+        store(&self._starting, 1, SEQ_CST)
+        try:
+            start_new_thread(start_thread, (number,))
+        except BaseException:
+            store(&self._starting, 0, SEQ_CST)
+            add(&self._threads, <uint32_t>-1, SEQ_CST)
+            self._vcpus.pop()
+            raise
+        return number
+
+    def take_away(self) -> bool:
+        """Take the last vCPU away, which could get no thread; True if it was the last that a run waited for."""
+        self._vcpus.pop()
+        return add(&self._threads, <uint32_t>-1, SEQ_CST) == 0
+
     def threads_started(self) -> None:
-        """Note that each vCPU has its thread, or that depart() was called for it."""
+        """Note that each vCPU has its thread, or that depart() or take_away() was called for it."""
         store(&self._starting, 0, SEQ_CST)
         self._tell()
 
@@ -303,8 +342,8 @@ cdef class Gate:
     # Inside
 
     cdef Place *_place(self, vcpu) except NULL:
-        if not 0 <= vcpu < len(self._vcpus):
-            raise RangeError(f"vCPU {vcpu}; the Runner has vCPUs 0 to {len(self._vcpus) - 1}")
+        if not 0 <= vcpu < self._most:
+            raise RangeError(f"vCPU {vcpu}; the Runner has vCPUs 0 to {self._most - 1}")
         return &self._places[<Py_ssize_t>vcpu]
 
     cdef bint _is_ours(self) noexcept:

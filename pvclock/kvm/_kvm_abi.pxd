@@ -28,12 +28,13 @@ cdef extern from *:
     const unsigned long KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION, KVM_SET_TSS_ADDR, KVM_SET_IDENTITY_MAP_ADDR
     const unsigned long KVM_CREATE_IRQCHIP, KVM_ENABLE_CAP, KVM_X86_SET_MSR_FILTER, KVM_GET_CLOCK, KVM_SET_CLOCK
     const unsigned long KVM_RUN, KVM_GET_REGS, KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_SET_CPUID2
+    const unsigned long KVM_GET_CPUID2
     const unsigned long KVM_GET_MSRS, KVM_SET_MSRS, KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ, KVM_KVMCLOCK_CTRL
     const unsigned long KVM_GET_MP_STATE, KVM_SET_MP_STATE, KVM_HAS_DEVICE_ATTR, KVM_GET_DEVICE_ATTR
     const unsigned long KVM_SET_DEVICE_ATTR, KVM_REGISTER_COALESCED_MMIO, KVM_UNREGISTER_COALESCED_MMIO
     const unsigned long KVM_GET_LAPIC, KVM_SET_LAPIC, KVM_GET_XSAVE, KVM_SET_XSAVE, KVM_GET_XCRS, KVM_SET_XCRS
     const unsigned long KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS
-    const unsigned long KVM_GET_IRQCHIP, KVM_SET_IRQCHIP, KVM_SIGNAL_MSI, KVM_IRQ_LINE
+    const unsigned long KVM_GET_IRQCHIP, KVM_SET_IRQCHIP, KVM_SIGNAL_MSI, KVM_IRQ_LINE, KVM_TRANSLATE
 
     const int KVM_CAP_IRQCHIP, KVM_CAP_USER_MEMORY, KVM_CAP_SET_TSS_ADDR, KVM_CAP_NR_VCPUS, KVM_CAP_ADJUST_CLOCK
     const int KVM_CAP_TSC_CONTROL, KVM_CAP_GET_TSC_KHZ, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_KVMCLOCK_CTRL
@@ -90,6 +91,10 @@ cdef extern from *:
 
     cdef struct kvm_mp_state:
         uint32_t mp_state
+
+    cdef struct kvm_translation:
+        uint64_t linear_address, physical_address
+        uint8_t valid
 
     cdef struct kvm_device_attr:
         uint32_t flags, group

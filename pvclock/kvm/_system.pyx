@@ -1,16 +1,13 @@
 """/dev/kvm: KVM's system ioctls, one method for each, and no policy.  Errors and close() are as in _fd.pyx."""
 
 cimport cython
-from libc.stdlib cimport calloc, free
 from posix.fcntl cimport O_CLOEXEC, O_RDWR, open
 
-from pvclock.kvm._fd cimport Fd, checked
+from pvclock.kvm._fd cimport Fd, checked, cpuid_entries
 from pvclock.kvm._kvm_abi cimport *
 from pvclock.kvm._vm cimport Vm
 
 from pvclock.arguments import path as checked_path
-
-cdef int MAX_CPUID_ENTRIES = 256
 
 
 @cython.final
@@ -28,25 +25,11 @@ cdef class Kvm(Fd):
 
     def get_supported_cpuid(self) -> list[dict[str, int]]:
         """KVM_GET_SUPPORTED_CPUID: entries with function, index, flags, eax, ebx, ecx, edx."""
-        return self._cpuid(KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
+        return cpuid_entries(self.fd, KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
 
     def get_supported_hv_cpuid(self) -> list[dict[str, int]]:
         """KVM_GET_SUPPORTED_HV_CPUID: the Hyper-V leaves, as get_supported_cpuid(); KVM_CAP_SYS_HYPERV_CPUID has it."""
-        return self._cpuid(KVM_GET_SUPPORTED_HV_CPUID, "KVM_GET_SUPPORTED_HV_CPUID")
-
-    cdef list _cpuid(self, unsigned long request, str call):
-        """The entries that `request` returns."""
-        cdef kvm_cpuid2 *cpuid = <kvm_cpuid2 *>calloc(
-            1, sizeof(kvm_cpuid2) + MAX_CPUID_ENTRIES * sizeof(kvm_cpuid_entry2)
-        )
-        if cpuid is NULL:
-            raise MemoryError
-        try:
-            cpuid.nent = MAX_CPUID_ENTRIES
-            checked(ioctl(self.fd, request, cpuid), call)
-            return [cpuid.entries[i] for i in range(cpuid.nent)]
-        finally:
-            free(cpuid)
+        return cpuid_entries(self.fd, KVM_GET_SUPPORTED_HV_CPUID, "KVM_GET_SUPPORTED_HV_CPUID")
 
     def create_vm(self) -> Vm:
         """KVM_CREATE_VM."""

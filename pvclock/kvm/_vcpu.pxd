@@ -23,7 +23,7 @@ cdef class Vcpu(Fd):
     cdef _exit(self)
     cdef _io_exit(self)
     cdef uint64_t _msr(self, str operation, unsigned long request, str call, uint32_t index, uint64_t value) except? 0
-    cdef dict _msrs(self, str operation, unsigned long request, str call, dict values)
+    cdef dict _msrs(self, str operation, unsigned long request, str call, dict values, bint skips_unknown)
     cdef int _tsc_offset(self, str operation, unsigned long request, uint64_t *offset) except? -1
     cdef bytes _get_struct(self, str operation, unsigned long request, str call, size_t length)
     cdef int _set_struct(

@@ -7,10 +7,10 @@ cimport cython
 from libc.errno cimport EAGAIN, EINTR, EINVAL, ENXIO, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memmove, memset
 from posix.mman cimport munmap
 
-from pvclock.kvm._fd cimport U32_MASK, U64_MASK, Fd, checked
+from pvclock.kvm._fd cimport U32_MASK, U64_MASK, Fd, checked, cpuid_entries
 from pvclock.kvm._kvm_abi cimport *
 
 from pvclock.arguments import data as checked_data
@@ -41,6 +41,29 @@ cdef object CoalescedWrite = exits.CoalescedWrite
 cdef object INTERRUPTED = exits.Interrupted()
 
 cdef str NO_MEMORY = "the VM has no memory: give it some by Vm.set_user_memory_region()"
+
+
+cdef bint is_cpuid_entry(object given) except -1:
+    """Is it well-formed, with plain ints?  There are 70 of them and more; members() says what any other lacks."""
+    if type(given) is not dict or len(<dict>given) != len(CPUID_ENTRY):
+        return False
+    for name in CPUID_ENTRY:
+        value = (<dict>given).get(name)
+        if type(value) is not int or not 0 <= value <= U32_MASK:
+            return False
+    return True
+
+
+cdef uint32_t transfer_msrs(
+    int fd, unsigned long request, kvm_msrs *msrs, bint skips_unknown, str call
+) except? 0xFFFFFFFF:
+    """Get or set them: KVM does not fail at the first that it refuses, it says how many it took before that."""
+    cdef uint32_t done = checked(ioctl(fd, request, msrs), call)
+    while skips_unknown and done < msrs.nmsrs:
+        msrs.nmsrs -= 1
+        memmove(&msrs.entries[done], &msrs.entries[done + 1], (msrs.nmsrs - done) * sizeof(kvm_msr_entry))
+        done = checked(ioctl(fd, request, msrs), call)
+    return done
 
 
 cdef tuple take_writes(kvm_coalesced_mmio_ring *ring):
@@ -229,11 +252,22 @@ cdef class Vcpu(Fd):
             raise RangeError(f"sregs: {error}; a segment's selector has 16 bits and its limit 32") from None
         checked(ioctl(self._idle_fd("set_sregs"), KVM_SET_SREGS, &c), "KVM_SET_SREGS")
 
+    def translate(self, linear: int) -> int | None:
+        """KVM_TRANSLATE: the guest-physical address of a linear one, by the vCPU's page tables; None if unmapped."""
+        cdef kvm_translation translation = kvm_translation(whole("linear", linear, 0, U64_MASK), 0, 0)
+        checked(ioctl(self._idle_fd("translate"), KVM_TRANSLATE, &translation), "KVM_TRANSLATE")
+        return translation.physical_address if translation.valid else None
+
+    def get_cpuid(self) -> list[dict[str, int]]:
+        """KVM_GET_CPUID2: the entries that set_cpuid() gave, with what KVM changes in them by the vCPU's state."""
+        return cpuid_entries(self._idle_fd("get_cpuid"), KVM_GET_CPUID2, "KVM_GET_CPUID2")
+
     def set_cpuid(self, entries: list[dict[str, int]]) -> None:
         """KVM_SET_CPUID2: entries as of Kvm.get_supported_cpuid()."""
         sequence("entries", entries, "a list of entries, as Kvm.get_supported_cpuid() gives them")
         for place, entry in enumerate(entries):
-            members(f"entries[{place}]", entry, CPUID_ENTRY)
+            if not is_cpuid_entry(entry):
+                members(f"entries[{place}]", entry, CPUID_ENTRY)
         cdef kvm_cpuid2 *cpuid = <kvm_cpuid2 *>calloc(1, sizeof(kvm_cpuid2) + len(entries) * sizeof(kvm_cpuid_entry2))
         if cpuid is NULL:
             raise MemoryError
@@ -257,9 +291,7 @@ cdef class Vcpu(Fd):
         index, value = whole("index", index, 0, U32_MASK), whole("value", value, 0, U64_MASK)
         self._msr("set_msr", KVM_SET_MSRS, "KVM_SET_MSRS", index, value)
 
-    cdef uint64_t _msr(
-        self, str operation, unsigned long request, str call, uint32_t index, uint64_t value
-    ) except? 0:
+    cdef uint64_t _msr(self, str operation, unsigned long request, str call, uint32_t index, uint64_t value) except? 0:
         cdef uint64_t space[ONE_MSR_WORDS]
         cdef kvm_msrs *msrs = <kvm_msrs *>space
         memset(space, 0, sizeof(space))
@@ -269,10 +301,10 @@ cdef class Vcpu(Fd):
             raise KvmError(f"{call} {index:#x}", EINVAL)
         return msrs.entries[0].data
 
-    def get_msrs(self, indices: list[int]) -> dict[int, int]:
-        """KVM_GET_MSRS, past every filter: the values by index."""
-        wanted = sequence("indices", indices, "a list of MSRs' indices")
-        return self._msrs("get_msrs", KVM_GET_MSRS, "KVM_GET_MSRS", dict.fromkeys(wanted, 0))
+    def get_msrs(self, indices: list[int], *, skips_unknown: bool = False) -> dict[int, int]:
+        """KVM_GET_MSRS, past every filter: values by index.  skips_unknown: leave out those that KVM does not have."""
+        wanted = dict.fromkeys(sequence("indices", indices, "a list of MSRs' indices"), 0)
+        return self._msrs("get_msrs", KVM_GET_MSRS, "KVM_GET_MSRS", wanted, flag("skips_unknown", skips_unknown))
 
     def set_msrs(self, values: dict[int, int]) -> None:
         """KVM_SET_MSRS, past every filter, in the order of the dict: host-initiated writes.
@@ -281,9 +313,9 @@ cdef class Vcpu(Fd):
         """
         if not isinstance(values, dict):
             raise WrongType("values", values, "a dict of MSRs' values by their indices")
-        self._msrs("set_msrs", KVM_SET_MSRS, "KVM_SET_MSRS", values)
+        self._msrs("set_msrs", KVM_SET_MSRS, "KVM_SET_MSRS", values, False)
 
-    cdef dict _msrs(self, str operation, unsigned long request, str call, dict values):
+    cdef dict _msrs(self, str operation, unsigned long request, str call, dict values, bint skips_unknown):
         cdef kvm_msrs *msrs = <kvm_msrs *>calloc(1, sizeof(kvm_msrs) + len(values) * sizeof(kvm_msr_entry))
         cdef uint32_t done
         if msrs is NULL:
@@ -293,8 +325,8 @@ cdef class Vcpu(Fd):
             for i, (index, value) in enumerate(values.items()):
                 msrs.entries[i].index = whole("index", index, 0, U32_MASK)
                 msrs.entries[i].data = whole("value", value, 0, U64_MASK)
-            done = checked(ioctl(self._idle_fd(operation), request, msrs), call)
-            if done < msrs.nmsrs:  # KVM does not fail: it says how many of the MSRs it took
+            done = transfer_msrs(self._idle_fd(operation), request, msrs, skips_unknown, call)
+            if done < msrs.nmsrs:
                 raise KvmError(f"{call} {msrs.entries[done].index:#x}", EINVAL)
             return {msrs.entries[i].index: msrs.entries[i].data for i in range(msrs.nmsrs)}
         finally:

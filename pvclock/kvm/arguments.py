@@ -15,17 +15,22 @@ from pvclock.quantities import U64_MASK
 if TYPE_CHECKING:
     from pvclock.kvm._vcpu import Vcpu
 
-__all__ = ["members", "vcpus_of"]
+__all__ = ["members", "vcpu_of", "vcpus_of"]
 
 
 def vcpus_of(values: Sequence[Vcpu]) -> list[Vcpu]:
     """A VM's vCPUs, by number; ConfigError for none at all."""
     vcpus = list(sequence("vcpus", values, "a list of the VM's vCPUs, each a Vcpu, as Vm.create_vcpu() makes it"))
     for number, vcpu in enumerate(vcpus):
-        serving(f"vcpus[{number}]", vcpu, "run", "request_exit", "get_tsc_khz", wanted="a Vcpu")
+        vcpu_of(f"vcpus[{number}]", vcpu)
     if not vcpus:
         raise ConfigError("vcpus is empty; a VM has one vCPU or more, as Vm.create_vcpu() makes them")
     return vcpus
+
+
+def vcpu_of(parameter: str, value: Vcpu) -> Vcpu:
+    """One of a VM's vCPUs."""
+    return serving(parameter, value, "run", "request_exit", "get_tsc_khz", wanted="a Vcpu")
 
 
 def members(parameter: str, given: object, pattern: Mapping[str, object]) -> dict[str, object]:

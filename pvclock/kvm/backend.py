@@ -15,10 +15,10 @@ from pvclock.host.linux import host_clocksource, read_boot_id, tsc_of_each_cpu
 from pvclock.host.this_host import CLOCK_GRAIN_NS, CLOCK_IDS, bracketed, host_stamps, wait_until
 from pvclock.kvm._system import Kvm
 from pvclock.kvm._vcpu import Vcpu
-from pvclock.kvm.arguments import vcpus_of
+from pvclock.kvm.arguments import vcpu_of, vcpus_of
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.kvm.runner import Runner
-from pvclock.kvm.tsc_offset import TscOffsets, probe_tsc_offsets
+from pvclock.kvm.tsc_offset import TscOffsets, tsc_offsets_here
 from pvclock.quantities import NS_PER_S, U32_MASK, U64_MASK, HostTsc
 from pvclock.readings import HostStamps, Reference, Sample
 
@@ -30,13 +30,13 @@ SAMPLES = 8
 def kvm_backend(kvm: Kvm, vcpus: list[Vcpu], runner: Runner) -> KvmBackend | SteeredTscBackend:
     """The backend that this host allows, for `vcpus` by number, which `runner` runs, but not yet.
 
-    It asks a throw-away VM what becomes of TSC offsets here (see probe_tsc_offsets), which takes a few ms.
+    The first time in a process it asks a throw-away VM what becomes of TSC offsets here, which takes a few ms.
     """
     instance("kvm", kvm, Kvm, "a Kvm, as open_kvm() returns it")
-    vcpus_of(vcpus)
+    first = vcpus_of(vcpus)[0]
     instance("runner", runner, Runner)
     features = kernel_features(kvm)
-    offsets = probe_tsc_offsets(kvm)
+    offsets = tsc_offsets_here(kvm, first)
     if offsets is TscOffsets.STEERED:
         return SteeredTscBackend(vcpus, runner, features)
     return KvmBackend(vcpus, runner, features, honours_tsc_offset=offsets is TscOffsets.HONOURED)
@@ -50,6 +50,11 @@ class VcpuThreads:
         self.tsc_hz = self.vcpus[0].get_tsc_khz() * 1000
         self._runner = instance("runner", runner, Runner)
         self.quiesce = runner.quiesce
+
+    def add(self, vcpu: Vcpu) -> None:
+        """One more, with the next number; again without harm."""
+        if vcpu_of("vcpu", vcpu) not in self.vcpus:
+            self.vcpus.append(vcpu)
 
     def run_delay_ns(self, vcpu: int) -> int | None:
         """See Backend: by the kernel's account of vCPU's thread."""
@@ -88,7 +93,6 @@ class KvmBackend:
     ) -> None:
         flag("honours_tsc_offset", honours_tsc_offset)
         self._threads = VcpuThreads(vcpus, runner)
-        self.vcpu_count = len(self._threads.vcpus)
         self.kernel_features = {"KVM": whole("kernel_features", kernel_features, 0, U32_MASK)}
         self.tsc_hz = self._threads.tsc_hz
         self.quiesce = self._threads.quiesce
@@ -99,6 +103,15 @@ class KvmBackend:
         """KVM's own: a guest's TSC is 0 when its first vCPU is made.  0 where offsets are not honoured."""
 
         self._honours_tsc_offset = honours_tsc_offset
+
+    @property
+    def vcpu_count(self) -> int:
+        """See Backend."""
+        return len(self._threads.vcpus)
+
+    def add_vcpu(self, vcpu: Vcpu) -> None:
+        """One more vCPU, with the next number, which the runner is to have as well; again without harm."""
+        self._threads.add(vcpu)
 
     @property
     def boot_id(self) -> str | None:
@@ -161,7 +174,6 @@ class SteeredTscBackend:
 
     def __init__(self, vcpus: list[Vcpu], runner: Runner, kernel_features: int = 0) -> None:
         self._threads = VcpuThreads(vcpus, runner)
-        self.vcpu_count = len(self._threads.vcpus)
         self.kernel_features = {"KVM": whole("kernel_features", kernel_features, 0, U32_MASK)}
         self.tsc_hz = self._threads.tsc_hz
         self.quiesce = self._threads.quiesce
@@ -169,6 +181,15 @@ class SteeredTscBackend:
         self.counter = KernelTimeCounter(self.tsc_hz)
         self._host_counter = HostCounter()
         self._offsets: dict[int, int] = {}
+
+    @property
+    def vcpu_count(self) -> int:
+        """See Backend."""
+        return len(self._threads.vcpus)
+
+    def add_vcpu(self, vcpu: Vcpu) -> None:
+        """One more vCPU, with the next number, which the runner is to have as well; again without harm."""
+        self._threads.add(vcpu)
 
     @property
     def boot_id(self) -> str | None:

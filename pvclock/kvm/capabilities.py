@@ -12,6 +12,7 @@ from pvclock import arguments
 from pvclock.errors import KvmError, KvmUnavailable, MissingCapability
 from pvclock.kvm._system import Kvm
 from pvclock.kvm.access import advice
+from pvclock.kvm.loaded import FoundOnce
 
 __all__ = ["OPTIONAL", "REQUIRED", "Capability", "kernel_features", "open_kvm"]
 
@@ -77,6 +78,13 @@ def open_kvm(path: str = "/dev/kvm") -> Kvm:
 
 def kernel_features(kvm: Kvm) -> int:
     """The KVM features that this host's kernel can offer a guest by itself: EAX of CPUID leaf 0x40000001."""
+    return _FEATURES.get(lambda: _supported_features(kvm))
+
+
+_FEATURES: Final = FoundOnce[int]()
+
+
+def _supported_features(kvm: Kvm) -> int:
     return next((entry["eax"] for entry in kvm.get_supported_cpuid() if entry["function"] == CPUID_KVM_FEATURES), 0)
 
 

@@ -6,7 +6,7 @@ An exit that pvclock does not know is an `UnknownExit` with its number, not an e
 from __future__ import annotations
 
 from enum import IntFlag
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 __all__ = [
     "CoalescedWrite",
@@ -121,15 +121,39 @@ class FailEntry(NamedTuple):
         return f"the CPU refused the guest's state, reason {self.reason:#x} (KVM_EXIT_FAIL_ENTRY)"
 
 
+EMULATION: Final = 1
+"""KVM_INTERNAL_ERROR_EMULATION."""
+HAS_INSTRUCTION_BYTES: Final = 1 << 0
+"""KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES, since Linux 5.14."""
+SUBERRORS: Final = {
+    EMULATION: "KVM cannot emulate an instruction",
+    2: "KVM met with two exceptions at once",
+    3: "KVM could not deliver an event",
+    4: "KVM does not know the hardware's exit",
+}
+
+
 class InternalError(NamedTuple):
     """KVM gave up, mostly on an instruction that it cannot emulate."""
 
     suberror: int
     data: tuple[int, ...]
 
+    @property
+    def fetched(self) -> bytes:
+        """What KVM has of the instruction that it cannot emulate, and behind it, up to 15 bytes; it may have none."""
+        if self.suberror != EMULATION or len(self.data) < 3 or not self.data[0] & HAS_INSTRUCTION_BYTES:
+            return b""
+        length, *content = b"".join(word.to_bytes(8, "little") for word in self.data[1:3])
+        return bytes(content[:length])
+
     def __str__(self) -> str:
-        data = ", ".join(map(hex, self.data))
-        return f"KVM gave up, suberror {self.suberror}, data {data or 'none'} (KVM_EXIT_INTERNAL_ERROR)"
+        what = SUBERRORS.get(self.suberror, "KVM gave up")
+        if self.fetched:
+            found = f"it fetched {self.fetched.hex(' ')}"
+        else:
+            found = f"data {', '.join(map(hex, self.data)) or 'none'}"
+        return f"{what}, suberror {self.suberror}, {found} (KVM_EXIT_INTERNAL_ERROR)"
 
 
 class UnknownExit(NamedTuple):

@@ -19,7 +19,7 @@ from pvclock.arguments import function, instance, number, whole
 from pvclock.errors import StateError, WrongType
 from pvclock.kvm._gate import Gate, Hold, install_kick_signal
 from pvclock.kvm._vcpu import Vcpu
-from pvclock.kvm.arguments import vcpus_of
+from pvclock.kvm.arguments import vcpu_of, vcpus_of
 from pvclock.kvm.exits import Exit, Interrupted
 
 __all__ = ["ExitHandler", "Runner"]
@@ -34,11 +34,12 @@ True lets the vCPU go on, and False ends the VM's run; so does any other result,
 class Runner:
     """Runs `vcpus`, each on its own thread; a context manager that starts and stops them, and raises what failed.
 
+    max_vcpus: how many there can be, with those that add_vcpu() brings; by default no more.
     kick_signal: a signal that the process does not use otherwise; its handler does nothing but end a system call.
     on_end: called with `failure` after each run, on the thread of the vCPU that ends last.
-    WrongType for an argument of a wrong type; ConfigError for a VM without vCPUs.
+    WrongType for an argument of a wrong type; ConfigError for a VM without vCPUs; RangeError for fewer max_vcpus.
 
-    Thread-safety: all methods may be called from any thread; join() and start() not from a vCPU's own.
+    Thread-safety: all methods may be called from any thread; join(), start() and add_vcpu() not from a vCPU's own.
     """
 
     def __init__(
@@ -46,14 +47,16 @@ class Runner:
         vcpus: list[Vcpu],
         handler: ExitHandler,
         *,
+        max_vcpus: int | None = None,
         kick_signal: int = signal.SIGRTMIN + 2,
         on_end: Callable[[BaseException | None], object] | None = None,
     ) -> None:
-        self._vcpus = vcpus_of(vcpus)
+        first = vcpus_of(vcpus)
+        most = len(first) if max_vcpus is None else whole("max_vcpus", max_vcpus, len(first))
         self._handler = function("handler", handler)
         self._on_end = None if on_end is None else function("on_end", on_end)
         install_kick_signal(kick_signal)
-        self.gate = Gate(self._vcpus, kick_signal)
+        self.gate = Gate(first, kick_signal, most)
         self._kick_signal = kick_signal
         self._threads: list[threading.Thread] = []
         self._start_failure: StateError | None = None
@@ -79,6 +82,27 @@ class Runner:
         self.gate.wait_until_started()
         if self._start_failure is not None:
             raise self._start_failure
+
+    def add_vcpu(self, late: Vcpu) -> int:
+        """Another vCPU, which runs at once if the others do, and else from the next start() on; returns its number.
+
+        StateError if there are max_vcpus already, on the thread of a vCPU, and if it gets no thread; it was not added
+        then, and the others run on.  After an interrupt, call it again with the same one.
+        """
+        if self._is_own_thread():
+            raise StateError("add_vcpu", "this is the thread of a vCPU", "call it on another thread")
+        vcpu_of("late", late)
+        self.gate.wait_until_started()  # of a call that was interrupted
+        self._start_failure = None
+        if late not in self.gate.vcpus:
+            try:
+                self.gate.add_vcpu(late, self._start_late_thread)
+            except RuntimeError as error:
+                raise _no_thread(error) from None
+        self.gate.wait_until_started()
+        if self._start_failure is not None:
+            raise self._start_failure
+        return self.gate.vcpus.index(late)
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait until the run has ended; False if it has not within `timeout_s`.  StateError if it never began."""
@@ -160,19 +184,31 @@ class Runner:
         self._threads = []
         self.failure = self._start_failure = None
         with self.gate.hold():  # none goes in before all have their threads
-            for vcpu in range(len(self._vcpus)):
-                thread = threading.Thread(target=self._run, args=(vcpu,), name=f"vCPU {vcpu}", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as error:
-                    self.failure = self._start_failure = _no_thread(error)
+            for vcpu in range(len(self.gate.vcpus)):
+                if not self._start_thread(vcpu):
+                    self.failure = self._start_failure
                     self._depart(vcpu)
-                else:
-                    self._threads.append(thread)
         self.gate.threads_started()
 
+    def _start_late_thread(self, vcpu: int) -> None:
+        """Start the thread of a vCPU that came during a run, on a thread as _start_threads()."""
+        with self.gate.hold():
+            if not self._start_thread(vcpu) and self.gate.take_away():
+                self._tell_of_end()
+        self.gate.threads_started()
+
+    def _start_thread(self, vcpu: int) -> bool:
+        thread = threading.Thread(target=self._run, args=(vcpu,), name=f"vCPU {vcpu}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._start_failure = _no_thread(error)
+            return False
+        self._threads.append(thread)
+        return True
+
     def _run(self, vcpu: int) -> None:
-        run, handler = self._vcpus[vcpu].run, self._handler
+        run, handler = self.gate.vcpus[vcpu].run, self._handler
         enter, leave = self.gate.enter, self.gate.leave
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [self._kick_signal])  # the caller of start() may block it
@@ -192,7 +228,11 @@ class Runner:
             self._depart(vcpu)
 
     def _depart(self, vcpu: int) -> None:
-        if not self.gate.depart(vcpu) or self._on_end is None:
+        if self.gate.depart(vcpu):
+            self._tell_of_end()
+
+    def _tell_of_end(self) -> None:
+        if self._on_end is None:
             return
         try:
             self._on_end(self.failure)

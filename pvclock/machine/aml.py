@@ -8,7 +8,34 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-__all__ = ["device", "eisa_id", "integer", "interrupt", "io_ports", "name", "package", "resources", "scope", "text"]
+__all__ = [
+    "ARG0",
+    "buffer",
+    "call",
+    "device",
+    "eisa_id",
+    "equal",
+    "field",
+    "if_then",
+    "increment",
+    "integer",
+    "interrupt",
+    "io_ports",
+    "io_region",
+    "less",
+    "level_interrupt",
+    "method",
+    "name",
+    "notify",
+    "package",
+    "reference",
+    "resources",
+    "return_value",
+    "scope",
+    "store",
+    "text",
+    "while_loop",
+]
 
 ZERO_OP: Final = b"\x00"
 ONE_OP: Final = b"\x01"
@@ -20,6 +47,19 @@ STRING_PREFIX: Final = b"\x0d"
 SCOPE_OP: Final = b"\x10"
 BUFFER_OP: Final = b"\x11"
 PACKAGE_OP: Final = b"\x12"
+METHOD_OP: Final = b"\x14"
+ARG0: Final = b"\x68"
+"""The first argument of the present method."""
+STORE_OP: Final = b"\x70"
+INCREMENT_OP: Final = b"\x75"
+NOTIFY_OP: Final = b"\x86"
+EQUAL_OP: Final = b"\x93"
+LESS_OP: Final = b"\x95"
+IF_OP: Final = b"\xa0"
+WHILE_OP: Final = b"\xa2"
+RETURN_OP: Final = b"\xa4"
+REGION_OP: Final = b"\x5b\x80"
+FIELD_OP: Final = b"\x5b\x81"
 DEVICE_OP: Final = b"\x5b\x82"
 
 ONE_BYTE_LENGTH_MAX: Final = 0x3F
@@ -31,6 +71,12 @@ INTERRUPT: Final = 0x89
 """A large descriptor, type 9 (extended interrupt)."""
 CONSUMER_EDGE_HIGH_EXCLUSIVE: Final = 0b0011
 """Bit 0: the device consumes it; bit 1: edge-triggered; bit 2: active low, not set; bit 3: shared, not set."""
+CONSUMER_LEVEL_HIGH_EXCLUSIVE: Final = 0b0001
+SYSTEM_IO: Final = 1
+WORD_ACCESS: Final = 2
+"""Of a field; also: no lock, and the other bits of the word are preserved."""
+SERIALIZED: Final = 1 << 3
+"""Of a method: one call at a time."""
 END_TAG: Final = b"\x79\x00"
 """A small descriptor, type 15; a checksum of 0 is not looked at."""
 
@@ -81,7 +127,11 @@ def device(path: str, *terms: bytes) -> bytes:
 
 def resources(*descriptors: bytes) -> bytes:
     """ResourceTemplate(){descriptors}: a buffer with the end tag behind them."""
-    content = b"".join(descriptors) + END_TAG
+    return buffer(b"".join(descriptors) + END_TAG)
+
+
+def buffer(content: bytes) -> bytes:
+    """Buffer(){content}."""
     return BUFFER_OP + _with_length(integer(len(content)) + content)
 
 
@@ -92,7 +142,81 @@ def io_ports(first: int, count: int) -> bytes:
 
 def interrupt(gsi: int) -> bytes:
     """Interrupt(ResourceConsumer, Edge, ActiveHigh, Exclusive){gsi}."""
-    content = struct.pack("<BBI", CONSUMER_EDGE_HIGH_EXCLUSIVE, 1, gsi)
+    return _interrupt(CONSUMER_EDGE_HIGH_EXCLUSIVE, gsi)
+
+
+def level_interrupt(gsi: int) -> bytes:
+    """Interrupt(ResourceConsumer, Level, ActiveHigh, Exclusive){gsi}."""
+    return _interrupt(CONSUMER_LEVEL_HIGH_EXCLUSIVE, gsi)
+
+
+def io_region(path: str, first: int, count: int) -> bytes:
+    """OperationRegion(path, SystemIO, first, count)."""
+    return REGION_OP + _path(path) + bytes([SYSTEM_IO]) + integer(first) + integer(count)
+
+
+def field(region: str, path: str) -> bytes:
+    """Field(region, WordAcc, NoLock, Preserve){path, 16}: the first word of a region."""
+    return FIELD_OP + _with_length(_path(region) + bytes([WORD_ACCESS]) + _path(path) + bytes([16]))
+
+
+def method(path: str, arguments: int, *terms: bytes) -> bytes:
+    """Method(path, arguments, Serialized){terms}."""
+    return METHOD_OP + _with_length(_path(path) + bytes([arguments | SERIALIZED]) + b"".join(terms))
+
+
+def reference(path: str) -> bytes:
+    """What has that name here or in a scope around."""
+    return _path(path)
+
+
+def call(path: str, *arguments: bytes) -> bytes:
+    """path(arguments), of a method that stands before it."""
+    return _path(path) + b"".join(arguments)
+
+
+def store(value: bytes, target: bytes) -> bytes:
+    """Store(value, target)."""
+    return STORE_OP + value + target
+
+
+def increment(target: bytes) -> bytes:
+    """Increment(target)."""
+    return INCREMENT_OP + target
+
+
+def notify(path: str, event: int) -> bytes:
+    """Notify(path, event)."""
+    return NOTIFY_OP + _path(path) + integer(event)
+
+
+def less(first: bytes, second: bytes) -> bytes:
+    """LLess(first, second)."""
+    return LESS_OP + first + second
+
+
+def equal(first: bytes, second: bytes) -> bytes:
+    """LEqual(first, second)."""
+    return EQUAL_OP + first + second
+
+
+def if_then(condition: bytes, *terms: bytes) -> bytes:
+    """If(condition){terms}."""
+    return IF_OP + _with_length(condition + b"".join(terms))
+
+
+def while_loop(condition: bytes, *terms: bytes) -> bytes:
+    """While(condition){terms}."""
+    return WHILE_OP + _with_length(condition + b"".join(terms))
+
+
+def return_value(value: bytes) -> bytes:
+    """Return(value)."""
+    return RETURN_OP + value
+
+
+def _interrupt(flags: int, gsi: int) -> bytes:
+    content = struct.pack("<BBI", flags, 1, gsi)
     return struct.pack("<BH", INTERRUPT, len(content)) + content
 
 

@@ -6,8 +6,8 @@ import mmap
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from pvclock.arguments import instance, number, text, whole
-from pvclock.boot import PROTOCOLS, BootSource
+from pvclock.arguments import instance, number, sequence, text, whole
+from pvclock.boot import PROTOCOLS, BootModule, BootSource
 from pvclock.clock.guest_clock import MAX_AGE_S
 from pvclock.clock.ticker import SHORTEST_S
 from pvclock.errors import ConfigError, WrongType
@@ -29,6 +29,9 @@ FUNCTIONS: Final = {
 }
 """Of Machine's arguments, and what they take."""
 
+PC_MAX_VCPUS: Final = 255
+"""Of a PC to which vCPUs can be added: those whose APIC ids have 8 bits, so that each has one kind of MADT entry."""
+
 RESTORE_OPTIONS: Final = ("policy", "reference", "any_tsc_hz", "vmm")
 """The options of GuestClock.restore(); the state has all others."""
 
@@ -39,7 +42,7 @@ def check_arguments(arguments: Mapping[str, object], clock_options: Mapping[str,
     arguments: Machine's, but for the options of its clock.
     """
     _check_boot_source(arguments["image"], arguments["cmdline"])
-    whole("vcpus", arguments["vcpus"])
+    _check_max_vcpus(whole("vcpus", arguments["vcpus"]), arguments["max_vcpus"])
     _check_memory(arguments["memory_bytes"])
     if arguments["kvm"] is not None:
         instance("kvm", arguments["kvm"], Kvm, "a Kvm, as open_kvm() gives it, or None for one of the machine's own")
@@ -52,12 +55,18 @@ def check_arguments(arguments: Mapping[str, object], clock_options: Mapping[str,
     _check_clock(arguments, clock_options)
 
 
+def _check_max_vcpus(vcpus: int, given: object) -> None:
+    if given is not None and (most := whole("max_vcpus", given)) < vcpus:
+        raise ConfigError(f"max_vcpus is {shown(most)} of a machine with {vcpus} vCPUs; give {vcpus} or more, or None")
+
+
 def _check_boot_source(image: object, cmdline: object) -> None:
     text("cmdline", cmdline)
     if isinstance(image, BootSource):
         if cmdline:
             raise ConfigError("a BootSource has its own command line; leave out: cmdline")
-        image, cmdline, initrd, protocol = image
+        _check_modules(image.modules)
+        image, cmdline, initrd, protocol, _ = image
         text("image.cmdline", cmdline)
         instance("image.initrd", initrd, bytes, "the bytes of an initrd")
         if protocol is not None and text("image.protocol", protocol) not in PROTOCOLS:
@@ -65,11 +74,19 @@ def _check_boot_source(image: object, cmdline: object) -> None:
     instance("image", image, bytes, "the bytes of a multiboot-1, PVH or Linux image or of a flat one, or a BootSource")
 
 
+def _check_modules(modules: object) -> None:
+    for module in sequence("image.modules", modules, "a tuple of BootModules"):
+        instance("image.modules", module, BootModule, "a tuple of BootModules")
+        instance("image.modules: content", module.content, bytes, "the bytes of a module")
+        text("image.modules: string", module.string)
+
+
 def choose_platform(source: BootSource, wanted: Platform | None, memory_bytes: int, serial_output: object) -> Platform:
     """The platform that is wanted, or by default a PC for a bzImage, which cannot do without.
 
     ConfigError for what it does not have or has no room for; ImageError for an ELF file that no protocol enters.
     """
+    source.check()
     platform: Platform = wanted or ("pc" if source.entered_by == "bzimage" else "bare")
     if platform == "bare" and serial_output is not None:
         raise ConfigError('a bare machine has no serial port: give platform="pc", or leave out: serial_output')
@@ -78,11 +95,16 @@ def choose_platform(source: BootSource, wanted: Platform | None, memory_bytes: i
     return platform
 
 
-def check_vcpus(count: int, kvm: Kvm) -> None:
-    """ConfigError for more vCPUs than KVM takes; KVM_CAP_NR_VCPUS, the host's CPUs, is its recommendation only."""
+def check_vcpus(count: int, max_vcpus: int, platform: Platform, kvm: Kvm) -> None:
+    """ConfigError for more vCPUs than KVM takes; KVM_CAP_NR_VCPUS, the host's CPUs, is its recommendation only.
+
+    And for more than a PC has room to declare, if some are to come later.
+    """
     most = kvm.check_extension("KVM_CAP_MAX_VCPUS")
-    if not 1 <= count <= most:
-        raise ConfigError(f"{shown(count)} vCPUs; choose 1 to {most}")
+    if not 1 <= count <= max_vcpus <= most:
+        raise ConfigError(f"{shown(max_vcpus if count > 0 else count)} vCPUs; choose 1 to {most}")
+    if platform == "pc" and count < max_vcpus > PC_MAX_VCPUS:
+        raise ConfigError(f"max_vcpus is {max_vcpus}; a PC whose vCPUs come later can have {PC_MAX_VCPUS}")
 
 
 def _check_memory(given: object) -> None:
@@ -109,7 +131,7 @@ def _check_clock(arguments: Mapping[str, object], options: Mapping[str, object])
     given = [name for name in ("backend", "restore") if arguments[name] is not None]
     if clock == "kernel" and (unknown := [*given, *(name for name in options if name != "features")]):
         raise ConfigError(f"the kernel's clock takes no options but features: {', '.join(unknown)}")
-    if taken := [name for name in ("vcpu_host", "memory") if name in options]:
+    if taken := [name for name in ("vcpu_host", "memory", "vcpus_present") if name in options]:
         raise ConfigError(f"a machine runs on /dev/kvm, in memory of its own; leave out: {', '.join(taken)}")
     if backend is not None and not callable(backend):
         wanted = "a function from the backend of the machine's vCPUs to that of its clock, such as ExecutionTimeBackend"
@@ -121,10 +143,11 @@ def _check_clock(arguments: Mapping[str, object], options: Mapping[str, object])
             )
     else:
         state = instance("restore", restore, ClockState, "a ClockState, as save() or clock_state.read() gives it")
-        if len(state.vcpus) != arguments["vcpus"]:
+        name = "vcpus" if arguments["max_vcpus"] is None else "max_vcpus"
+        if len(state.vcpus) != arguments[name]:
             raise ConfigError(
-                f"the saved clock has {len(state.vcpus)} vCPUs and the machine {arguments['vcpus']!r}; "
-                f"give vcpus={len(state.vcpus)}"
+                f"the saved clock has {len(state.vcpus)} vCPUs and the machine {arguments[name]!r}; "
+                f"give {name}={len(state.vcpus)}"
             )
         check_restore_options(options)
 

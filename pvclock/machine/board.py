@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from pvclock._memory import GuestMemory
@@ -26,6 +27,12 @@ from pvclock.machine.devices.reset_ports import (
     SystemControl,
 )
 from pvclock.machine.devices.uart import COM1_GSI, COM1_PORT, PORTS, Uart
+from pvclock.machine.devices.vcpu_register import (
+    VCPU_REGISTER_BYTES,
+    VCPU_REGISTER_GSI,
+    VCPU_REGISTER_PORT,
+    VcpuRegister,
+)
 from pvclock.machine.exits import Ending, Outcome
 
 __all__ = ["Board"]
@@ -58,14 +65,15 @@ class Board:
         self.bus.add_ports(CONSOLE_PORT, 1, self.console, coalesced=True)
         self.bus.add_ports(EXIT_PORT, 1, ExitPort(outcome.exit))
         self._serial: Uart | None = None
-        self._firmware = b""
+        self._vcpu_register: VcpuRegister | None = None
+        self._max_vcpus = 0  # of a PC, which has tables of them
 
-    def become(self, platform: Platform, serial_output: Callable[[bytes], object] | None) -> None:
+    def become(self, platform: Platform, serial_output: Callable[[bytes], object] | None, max_vcpus: int) -> None:
         """Add the devices of the platform, and its tables.  serial_output: takes what a PC's guest sends to COM1."""
         if platform == "bare":
             return
         reset = self._ends_by(Ending.RESET)
-        self._serial = Uart(serial_output or _ignore, self._set_com1_line)
+        self._serial = Uart(serial_output or _ignore, partial(self._set_line, COM1_GSI))
         for first, count, device in (
             (COM1_PORT, PORTS, self._serial),
             (SYSTEM_CONTROL_PORT, 1, SystemControl(reset)),
@@ -75,7 +83,16 @@ class Board:
             (PVPANIC_PORT, 1, Pvpanic(self._ends_by(Ending.PANIC))),
         ):
             self.bus.add_ports(first, count, device)
-        self._firmware = build_tables(len(self._vcpus))
+        self._max_vcpus = max_vcpus
+        if max_vcpus > len(self._vcpus):
+            set_line = partial(self._set_line, VCPU_REGISTER_GSI)
+            self._vcpu_register = VcpuRegister(self._vcpus.__len__, set_line)
+            self.bus.add_ports(VCPU_REGISTER_PORT, VCPU_REGISTER_BYTES, self._vcpu_register)
+
+    def tell_of_vcpus(self) -> None:
+        """Tell a PC's guest that there are more of its vCPUs."""
+        if self._vcpu_register is not None:
+            self._vcpu_register.tell()
 
     def serial_port(self) -> Uart:
         """COM1; StateError for a machine that is no PC."""
@@ -85,18 +102,18 @@ class Board:
 
     def load(self, source: BootSource, memory: GuestMemory) -> EntryState:
         """Put firmware and image into memory; ImageError if it cannot be."""
-        if not self._firmware:
+        if not self._max_vcpus:
             return source.load(memory)
         entry = source.load(memory, Firmware(ACPI_TABLES, (FIRMWARE_AREA,)))
-        memory.write(ACPI_TABLES, self._firmware)
+        memory.write(ACPI_TABLES, build_tables(len(self._vcpus), self._max_vcpus))
         memory.write(RESET_VECTOR, RESET_CODE)
         return entry
 
     def _ends_by(self, ending: Ending) -> Callable[[], None]:
         return lambda: self._outcome.end(ending)
 
-    def _set_com1_line(self, is_high: bool) -> None:
-        self._vm.set_irq_line(COM1_GSI, is_high=is_high)
+    def _set_line(self, gsi: int, is_high: bool) -> None:
+        self._vm.set_irq_line(gsi, is_high=is_high)
 
 
 def _ignore(_data: bytes) -> None:

@@ -14,9 +14,11 @@ from pvclock.clock.timer_thread import TimerThread
 from pvclock.errors import ConfigError, MissingCapability, StateError, TscOffsetNotHonoured
 from pvclock.host.backend import Backend
 from pvclock.host.execution_time import ExecutionTimeBackend
-from pvclock.kvm import KvmBackend, Runner, Vm
+from pvclock.kvm import KvmBackend, Runner, Vcpu, Vm
 from pvclock.kvm.backend import SteeredTscBackend
-from pvclock.machine.cpuid import CpuidSource, KernelClock
+from pvclock.kvm.tsc_offset import share_tsc
+from pvclock.machine.cpuid import CpuidSource, GuestCpuid, KernelClock
+from pvclock.machine.dilation_limits import DilationLimits
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers.interface import HypercallRegisters, HypercallResult
 from pvclock.quantities import U64_MASK
@@ -35,7 +37,7 @@ other vCPUs.
 """
 
 
-def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus: int) -> Backend:
+def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend) -> Backend:
     backend = wrap(inner)
     if not hasattr(backend, "counter"):
         raise ConfigError(f"backend={wrap!r} made {backend!r} of the vCPUs' backend; it must return a Backend")
@@ -51,7 +53,7 @@ def _wrapped(wrap: BackendWrapper, inner: KvmBackend | SteeredTscBackend, vcpus:
             raise TscOffsetNotHonoured(
                 -inner.counter.read() & U64_MASK, "KVM lets a guest's TSC go forward only here: the host's is unstable"
             )
-        for vcpu in range(vcpus):
+        for vcpu in range(inner.vcpu_count):
             backend.set_tsc_offset(vcpu, 0)
     return backend
 
@@ -70,6 +72,9 @@ class ClockService(Protocol):
     @property
     def cpuid(self) -> CpuidSource:
         """What the guest's CPUID says of its clock."""
+
+    def take_cpuid(self, cpuid: GuestCpuid, *, limits_rates: bool) -> None:
+        """Keep what the vCPUs were given.  limits_rates: does the guest live by timers that not all rates suit?"""
 
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
@@ -121,6 +126,9 @@ class ClockService(Protocol):
     def roll_back(self, state: ClockState, /, **options: Any) -> None:  # noqa: ANN401  # GuestClock.restore()'s
         """Go back to a saved clock, in a paused machine; StateError where the kernel serves it."""
 
+    def add_vcpu(self, number: int, vcpu: Vcpu) -> None:
+        """Let this vCPU have the clock, too, before it runs; all others are kept out.  Again without harm."""
+
     def reset(self) -> None:
         """The clock as at the guest's start; for after the run.  Guest time goes on; see GuestClock.reset()."""
 
@@ -141,6 +149,8 @@ class EngineClockService:
     def __init__(
         self, runner: Runner, clock: GuestClock, tick_interval_s: float | None, *, resets_tscs: bool = False
     ) -> None:
+        self._cpuid: GuestCpuid | None = None
+        self._limits: DilationLimits | None = None
         self._serve(clock)
         self._resets_tscs = resets_tscs
         self.ticker = None if tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
@@ -156,6 +166,13 @@ class EngineClockService:
     def cpuid(self) -> CpuidSource:
         """See ClockService."""
         return self.clock
+
+    def take_cpuid(self, cpuid: GuestCpuid, *, limits_rates: bool) -> None:
+        """See ClockService."""
+        self._cpuid = cpuid
+        if limits_rates and cpuid.offers_deadlines:
+            self._limits = DilationLimits(cpuid.vcpus, self.clock.dilation)
+            self.clock.limit_dilation(self._limits)
 
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
@@ -179,6 +196,8 @@ class EngineClockService:
             self._end_soon()  # what an interrupted start() or stop() left
         try:
             with self._changing:
+                if self._cpuid is not None:
+                    self._cpuid.settle()
                 self._begin()
                 self._runner.start()
                 if self.starts_paused:
@@ -234,6 +253,7 @@ class EngineClockService:
             if not old.is_paused:
                 raise StateError("roll_back", "the machine is not paused", "pause() it, and put its RAM back")
             options.setdefault("vmm", old.vmm)
+            options["vcpus_present"] = old.vcpus_present
             expires = self._end_timers_soon()
             self._serve(GuestClock.restore(state, old.memory, backend=old.backend, vcpu_host="kvm", **options))
             if expires and self.timer_thread is not None:
@@ -242,10 +262,18 @@ class EngineClockService:
                 self.ticker.add(self.clock)
                 self.ticker.remove(old)
 
+    def add_vcpu(self, number: int, _vcpu: Vcpu) -> None:
+        """See ClockService."""
+        with self._changing:
+            if self.clock.vcpus_present == number:
+                self.clock.add_vcpu()
+
     def reset(self) -> None:
         """See ClockService; a clock that is paused, or vCPUs that are, go on at start()."""
         with self._changing:
             self.clock.reset()
+            if self._limits is not None:
+                self._limits.begin_anew(self.clock.dilation)
             if self._resets_tscs:
                 self._reset_tscs()
             # One without the other after a pause() that was interrupted.
@@ -274,13 +302,14 @@ class EngineClockService:
     def _serve(self, clock: GuestClock) -> None:
         """Let `clock` be the machine's; its MSR calls are attributes here, for a guest's exits call nothing else."""
         self.clock = clock
+        clock.limit_dilation(self._limits)
         self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
         self.timer_thread = TimerThread(clock) if clock.timers.exist else None
 
     def _reset_tscs(self) -> None:
         """Let all vCPUs' TSCs begin at 0, with one offset; they go on where the host lets them not go back."""
         with suppress(TscOffsetNotHonoured, StateError):  # StateError: this CPU's TSC is behind
-            for vcpu in range(self.clock.vcpus):
+            for vcpu in range(self.clock.vcpus_present):
                 self.clock.host_write_msr(vcpu, MSR_IA32_TSC, 0)
             self.clock.repair_tsc()
 
@@ -335,7 +364,7 @@ class EngineClockService:
 def engine_clock(
     runner: Runner,
     memory: GuestMemory,
-    vcpus: int,
+    max_vcpus: int,
     inner: KvmBackend | SteeredTscBackend,
     tick_interval_s: float | None,
     *,
@@ -345,15 +374,17 @@ def engine_clock(
 ) -> EngineClockService:
     """The clock of a machine whose vCPUs' backend is `inner`: a new one, or the one saved as `restore`.
 
-    tick_interval_s: see EngineClockService.  options: GuestClock's, or those of GuestClock.restore().
+    max_vcpus: how many there can be.  tick_interval_s: see EngineClockService.
+    options: GuestClock's, or those of GuestClock.restore().
     """
-    backend = inner if wrap is None else _wrapped(wrap, inner, vcpus)
+    backend = inner if wrap is None else _wrapped(wrap, inner)
     resets_tscs = wrap is None and "tsc_offset" not in options
+    options["vcpus_present"] = inner.vcpu_count
     if restore is not None:
         clock = GuestClock.restore(restore, memory, backend=backend, vcpu_host="kvm", **options)
     else:
         options.setdefault("tsc_offset", inner.initial_tsc_offset if backend.counter_follows_host else 0)
-        clock = GuestClock(memory, vcpus, backend=backend, vcpu_host="kvm", **options)
+        clock = GuestClock(memory, max_vcpus, backend=backend, vcpu_host="kvm", **options)
     return EngineClockService(runner, clock, tick_interval_s, resets_tscs=resets_tscs)
 
 
@@ -376,6 +407,9 @@ class KernelClockService:
         self._runner = runner
         self._vm = vm
         self._changing = threading.RLock()
+
+    def take_cpuid(self, cpuid: GuestCpuid, *, limits_rates: bool) -> None:
+        """See ClockService: nothing of it changes."""
 
     def read_msr(self, _vcpu: int, _index: int) -> int:
         """See ClockService: no access arrives here, because no MSR is filtered."""
@@ -426,6 +460,10 @@ class KernelClockService:
     def roll_back(self, _state: ClockState, /, **_options: Any) -> None:  # noqa: ANN401  # GuestClock.restore()'s
         """See ClockService."""
         raise _kernel_serves("roll_back")
+
+    def add_vcpu(self, _number: int, vcpu: Vcpu) -> None:
+        """See ClockService."""
+        share_tsc(list(self._runner.gate.vcpus), vcpu)
 
     def reset(self) -> None:
         """See ClockService: its MSRs are among the vCPUs' registers, which the machine resets; its time goes on."""

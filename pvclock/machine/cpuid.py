@@ -15,6 +15,7 @@ __all__ = [
     "CpuidChange",
     "CpuidEntry",
     "CpuidSource",
+    "GuestCpuid",
     "KernelClock",
     "guest_cpuid",
     "set_guest_cpuid",
@@ -33,6 +34,8 @@ TSC_DEADLINE = 1 << 24
 """CPUID.1:ECX: the LAPIC timer has a TSC-deadline mode."""
 HYPERVISOR = 1 << 31
 """CPUID.1:ECX: a hypervisor is present."""
+KVM_SIGNATURE = int.from_bytes(b"KVMK", "little")
+"""EBX of the first of KVM's leaves: "KVMKVMKVM" begins with it."""
 INVARIANT_TSC = 1 << 8
 """CPUID.80000007:EDX."""
 
@@ -67,10 +70,54 @@ class KernelClock(NamedTuple):
         return registers
 
 
-def set_guest_cpuid(kvm: Kvm, vcpus: Sequence[Vcpu], clock: CpuidSource, change: CpuidChange | None = None) -> None:
+class _Given(NamedTuple):
+    """A clock's part in the CPUID of vCPUs that have it; see CpuidSource."""
+
+    cpuid_leaves: Mapping[int, CpuidLeaf]
+    patch_cpuid: Callable[[int, int, CpuidLeaf], CpuidLeaf]
+
+
+class GuestCpuid:
+    """The CPUID of a machine's vCPUs: given at once, and anew before they first run if the clock has another by then.
+
+    change: see set_guest_cpuid().
+    """
+
+    def __init__(self, kvm: Kvm, vcpus: Sequence[Vcpu], clock: CpuidSource, change: CpuidChange | None = None) -> None:
+        self.vcpus = vcpus
+        self._has_run = False
+        self._entries: list[CpuidEntry] = []
+        self._kvm, self._clock, self._change = kvm, clock, change
+        self._give()
+
+    def settle(self) -> None:
+        """The vCPUs are about to run: from the first time on KVM refuses another CPUID."""
+        if not self._has_run and self._clock.cpuid_leaves != self._leaves:
+            self._give()
+        self._has_run = True
+
+    def add(self, vcpu: Vcpu) -> None:
+        """Give a late vCPU what the others have, whatever the clock would offer by now."""
+        set_guest_cpuid(self._kvm, [vcpu], _Given(self._leaves, self._clock.patch_cpuid), self._change)
+
+    @property
+    def offers_deadlines(self) -> bool:
+        """Does it show the guest a clock of KVM's, and a LAPIC timer with TSC deadlines?"""
+        return any(entry["function"] == 1 and entry["ecx"] & TSC_DEADLINE for entry in self._entries) and any(
+            entry["function"] in HYPERVISOR_LEAVES and entry["ebx"] == KVM_SIGNATURE for entry in self._entries
+        )
+
+    def _give(self) -> None:
+        self._leaves = dict(self._clock.cpuid_leaves)
+        self._entries = set_guest_cpuid(self._kvm, self.vcpus, self._clock, self._change)
+
+
+def set_guest_cpuid(
+    kvm: Kvm, vcpus: Sequence[Vcpu], clock: CpuidSource, change: CpuidChange | None = None
+) -> list[CpuidEntry]:
     """Give each vCPU its guest_cpuid(), and let what the kernel serves beside the clock go by it (Linux 5.10).
 
-    change: the last word on it.
+    change: the last word on it.  Returns what the last vCPU has.
 
     Call it before the vCPUs run: after that KVM refuses another CPUID.
     """
@@ -78,11 +125,17 @@ def set_guest_cpuid(kvm: Kvm, vcpus: Sequence[Vcpu], clock: CpuidSource, change:
     can_enforce = _opened(kvm).check_extension(enforce)
     if change is not None:
         function("change", change)
+    _check_clock(clock)
+    supported = supported_cpuid(kvm)
+    entries: list[CpuidEntry] = []
     for vcpu in vcpus_of(vcpus):
-        entries = guest_cpuid(kvm, vcpu.vcpu_id, clock)
-        vcpu.set_cpuid(entries if change is None else change(vcpu.vcpu_id, entries))
+        entries = _guest_entries(supported, vcpu.vcpu_id, clock)
+        if change is not None:
+            entries = change(vcpu.vcpu_id, entries)
+        vcpu.set_cpuid(entries)
         if can_enforce:
             vcpu.enable_cap(enforce, 1)
+    return entries
 
 
 def guest_cpuid(kvm: Kvm, apic_id: int, clock: CpuidSource) -> list[CpuidEntry]:
@@ -92,10 +145,15 @@ def guest_cpuid(kvm: Kvm, apic_id: int, clock: CpuidSource) -> list[CpuidEntry]:
     place of KVM's, and the clock's bits in the others.
     """
     whole("apic_id", apic_id)
-    serving("clock", clock, "patch_cpuid", wanted="a GuestClock or a KernelClock")
+    _check_clock(clock)
+    return _guest_entries(supported_cpuid(kvm), apic_id, clock)
+
+
+def _guest_entries(supported: list[CpuidEntry], apic_id: int, clock: CpuidSource) -> list[CpuidEntry]:
+    """guest_cpuid(), of what KVM was found to support."""
     entries = [
         {**entry, **clock.patch_cpuid(entry["function"], entry["index"], _own_apic_id(entry, apic_id))._asdict()}
-        for entry in supported_cpuid(kvm)
+        for entry in supported
         if entry["function"] not in HYPERVISOR_LEAVES
     ]
     for leaf, registers in clock.cpuid_leaves.items():
@@ -112,6 +170,10 @@ def supported_cpuid(kvm: Kvm) -> list[CpuidEntry]:
     if not kvm.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"):
         return entries
     return [{**entry, "ecx": entry["ecx"] | TSC_DEADLINE} if entry["function"] == 1 else entry for entry in entries]
+
+
+def _check_clock(clock: CpuidSource) -> None:
+    serving("clock", clock, "patch_cpuid", wanted="a GuestClock or a KernelClock")
 
 
 def _opened(kvm: Kvm) -> Kvm:

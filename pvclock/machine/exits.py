@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 
+from pvclock._memory import GuestMemory
 from pvclock.errors import GuestCrashed, GuestPanicked, MsrFault, StateError
 from pvclock.kvm import Vcpu
 from pvclock.kvm._gate import Gate
@@ -12,6 +13,7 @@ from pvclock.kvm.exits import Exit, IoIn, IoOut, Mmio, RdmsrExit, WrmsrExit
 from pvclock.kvm.runner import ExitHandler
 from pvclock.machine.bus import Bus
 from pvclock.machine.clock_service import ClockService
+from pvclock.machine.crash import find_site
 from pvclock.machine.hypercall_port import HypercallPort
 
 __all__ = ["Ending", "GuestExits", "Outcome", "observed"]
@@ -94,8 +96,9 @@ class GuestExits:
 
     clock_service: ClockService
 
-    def __init__(self, vcpus: list[Vcpu], bus: Bus, outcome: Outcome) -> None:
+    def __init__(self, vcpus: list[Vcpu], memory: GuestMemory, bus: Bus, outcome: Outcome) -> None:
         self._vcpus = vcpus
+        self._memory = memory
         self._bus = bus
         self._outcome = outcome
         self._hypercall_port: int | None = None
@@ -128,7 +131,7 @@ class GuestExits:
             case Mmio(gpa, _, data) if data is not None:
                 self._bus.write_mmio(gpa, data)
             case _:
-                self._outcome.fail(GuestCrashed(vcpu, reason))
+                self._outcome.fail(GuestCrashed(vcpu, reason, find_site(self._vcpus[vcpu], self._memory)))
         return not self._outcome.is_known
 
     def _write_msr(self, vcpu: int, reason: WrmsrExit) -> None:

@@ -9,39 +9,30 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from threading import RLock, Thread, current_thread
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Self
 from weakref import WeakMethod, finalize
 
-from pvclock._memory import GuestMemory
 from pvclock.arguments import instance, number, whole
-from pvclock.boot import BootSource, enter
+from pvclock.boot import BootSource
 from pvclock.clock.guest_clock import GuestClock
+from pvclock.clock.guest_side import usual_msr_ranges
 from pvclock.clock.ticker import Ticker
 from pvclock.errors import StateError
-from pvclock.guest_layout import IDENTITY_MAP, TSS
-from pvclock.kvm import Kvm, Runner, Vcpu, Vm, exit_on_msrs, kvm_backend, open_kvm
+from pvclock.kvm import Kvm, Runner
 from pvclock.kvm.capabilities import kernel_features
 from pvclock.kvm.exits import Exit
-from pvclock.machine.arguments import (
-    Platform,
-    check_arguments,
-    check_restore_options,
-    check_vcpus,
-    choose_platform,
-)
-from pvclock.machine.board import Board
+from pvclock.machine.arguments import Platform, check_arguments, check_restore_options, choose_platform
 from pvclock.machine.clock_service import (
     BackendWrapper,
     ClockService,
     KernelClockService,
     engine_clock,
 )
-from pvclock.machine.cpuid import CpuidChange, set_guest_cpuid
+from pvclock.machine.cpuid import CpuidChange
 from pvclock.machine.devices.uart import Uart
-from pvclock.machine.exits import Ending, GuestExits, Outcome, observed
+from pvclock.machine.exits import Ending, Outcome
 from pvclock.machine.guest_reset import GuestReset
-from pvclock.machine.power_on import PowerOnState
-from pvclock.machine.ram import Ram
+from pvclock.machine.hardware import Hardware
 from pvclock.machine.run_state import RunState, RunStates
 from pvclock.machine.vmm_services import MachineServices
 from pvclock.providers.kvm import kernel_clock_features
@@ -52,19 +43,10 @@ from pvclock.timekeeping.catchup import Policy
 __all__ = ["Machine"]
 
 
-class Resource(Protocol):
-    """What can be closed, and then again without harm."""
-
-    def close(self) -> None:
-        """Give it back."""
-
-
-ResourceT = TypeVar("ResourceT", bound=Resource)
-
-
 class Machine:
     """A VM with `image` in it, ready to start; a context manager that always cleans up.
 
+    max_vcpus: with how many vCPUs it can end up, by add_vcpu(); by default no more than `vcpus`.
     image: a multiboot-1, PVH or 64-bit Linux image, a flat real-mode image, or a BootSource with its command line.
     platform: "bare" has an exit port and a debug console, "pc" also what a stock kernel needs: a serial port, ACPI
     tables, power-off and reset, which end the run, and pvpanic.  By default a bzImage gets a PC, and all else does not.
@@ -104,6 +86,7 @@ class Machine:
         image: bytes | BootSource,
         *,
         vcpus: int = 1,
+        max_vcpus: int | None = None,
         memory_bytes: int = 16 << 20,
         clock: Literal["engine", "kernel"] = "engine",
         cmdline: str = "",
@@ -117,34 +100,46 @@ class Machine:
         on_exit: Callable[[int, Exit], object] | None = None,
         **clock_options: object,
     ) -> None:
-        given: dict[str, object] = {"image": image, "vcpus": vcpus, "memory_bytes": memory_bytes, "cmdline": cmdline}
-        given |= {"clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s, "backend": backend}
-        given |= {"restore": restore, "platform": platform, "serial_output": serial_output, "on_exit": on_exit}
+        given: dict[str, object] = {"image": image, "vcpus": vcpus, "max_vcpus": max_vcpus, "cmdline": cmdline}
+        given |= {"memory_bytes": memory_bytes, "clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s}
+        given |= {"backend": backend, "restore": restore, "platform": platform, "serial_output": serial_output}
+        given |= {"on_exit": on_exit}
         check_arguments(given | {"cpuid": cpuid}, clock_options)
         self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
         platform = choose_platform(self.boot_source, platform, memory_bytes, serial_output)
         self._is_closed = False
-        self._resources: list[Resource] = []  # to be given back, the last one first
         self.run_state = RunStates()
         self._booting = RLock()  # around start(), reset() and what must not come within them
+        self._outcome = Outcome()
+        self._run_end = _RunEnd(self.run_state, self._outcome)
+        # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.
+        self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
+        hardware = self._hardware = Hardware(
+            kvm,
+            self._outcome,
+            vcpus=vcpus,
+            max_vcpus=vcpus if max_vcpus is None else max_vcpus,
+            memory_bytes=memory_bytes,
+            platform=platform,
+            msr_ranges=usual_msr_ranges() if clock == "engine" else (),
+            serial_output=serial_output,
+            on_exit=on_exit,
+            on_end=self._run_end,
+        )
+        self.vm, self.memory, self.vcpus = hardware.vm, hardware.memory, hardware.vcpus
+        self.bus, self.runner = hardware.board.bus, hardware.runner
         try:
-            self._kvm = kvm or self._owned(open_kvm())
-            check_vcpus(vcpus, self._kvm)
-            self._make_vm(memory_bytes, vcpus)
-            self._make_board(platform, serial_output)
-            self._make_runner(on_exit)
             if clock == "engine":
                 service = self._engine_clock(tick_interval_s, wrap=backend, restore=restore, options=clock_options)
             else:
                 service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
-            self._take_the_clock(service, cpuid)
-            self._power_on = PowerOnState(self.vm, self.vcpus)
-            enter(self.vcpus[0], self._board.load(self.boot_source, self.memory))
+            self.clock_service = service
+            hardware.take_clock(service, cpuid, limits_rates=platform == "pc")
+            hardware.boot(self.boot_source)
         except BaseException:
-            with suppress(BufferError):  # of an interrupt, whose traceback has the memory until it goes
-                _give_back(self._resources)
+            hardware.abandon()
             raise
-        self._if_dropped = finalize(self, _reclaim, self.runner, self.clock_service, self._resources)
+        self._if_dropped = finalize(self, _reclaim, self.runner, service, hardware)
         self._if_dropped.atexit = False  # a process that ends takes everything with it
 
     # Life
@@ -203,6 +198,39 @@ class Machine:
         if self.runner.failure is not None:
             raise self.runner.failure
         return self._outcome.result()
+
+    def run(self, timeout_s: float | None = None) -> int:
+        """start() and wait() in one: lets the guest run until it ends the run, and returns its exit code.
+
+        If it raises anything, a timeout and an interrupt among that, the run has ended, too: no vCPU executes, the
+        machine can be looked at and saved, and start() or run() lets the guest go on from there.  But a machine that
+        runs already goes on, with start()'s StateError.
+        """
+        if timeout_s is not None:
+            number("timeout_s", timeout_s)
+        gate = self.runner.gate
+        ran_before = gate.has_begun() and not gate.has_ended()
+        try:
+            self.start()
+            return self.wait(timeout_s)
+        except BaseException:
+            if not ran_before:
+                self.stop()
+            raise
+
+    def add_vcpu(self) -> int:
+        """Another vCPU, up to `max_vcpus`, at any time until close(); returns its number, which is its APIC id.
+
+        It waits for INIT and SIPI, as a PC's do; a PC's guest is told of it by ACPI.  Its TSC and IA32_TSC_ADJUST are
+        vCPU 0's, also where the guest has written that one's, and what the guest's clock interface has for a vCPU it
+        has.  It stays: a reset() does not take it away.  StateError if all are there, on a vCPU's own thread, if there
+        is no thread for it, and once the machine is closed.  After an error or an interrupt, call it again.
+        """
+        self._check_thread("add_vcpu")
+        with self._booting:
+            self._check_open("add_vcpu")
+            with self.runner.quiesce():
+                return self._hardware.add_vcpu()
 
     def pause(self) -> None:
         """Return once no vCPU is in the guest, and let none in before resume(); the engine's clock stands still.
@@ -282,11 +310,7 @@ class Machine:
             self.runner.gate.renew()
             self.clock_service.reset()
             self._outcome.forget()
-            self._power_on.restore()
-            self._ram.clear()
-            enter(self.vcpus[0], self._board.load(self.boot_source, self.memory))
-            if (on_dirty := self.memory.on_dirty) is not None:  # clear() wrote past the memory
-                on_dirty(0, len(self._ram.buffer))
+            self._hardware.boot_anew(self.boot_source)
             if goes_on:
                 self.clock_service.start()
         finally:
@@ -334,7 +358,7 @@ class Machine:
                     self._take_leave()
             finally:
                 self._is_closed = True
-                _give_back(self._resources)
+                self._hardware.close()
 
     def __enter__(self) -> Self:
         self._check_open("with")
@@ -344,6 +368,11 @@ class Machine:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def max_vcpus(self) -> int:
+        """How many vCPUs the machine can have, by add_vcpu()."""
+        return self._hardware.max_vcpus
 
     @property
     def clock(self) -> GuestClock | None:
@@ -364,13 +393,13 @@ class Machine:
     def console(self) -> str:
         """What the guest wrote to the console port up to now: all of it, or the last MiB."""
         self.bus.flush()
-        return self._board.console.text()
+        return self._hardware.board.console.text()
 
     @property
     def serial(self) -> Uart:
         """COM1: what its receive() takes is typed into the guest.  StateError unless the platform is "pc"."""
         self._check_open("serial")
-        return self._board.serial_port()
+        return self._hardware.board.serial_port()
 
     @property
     def ticker(self) -> Ticker | None:
@@ -407,52 +436,14 @@ class Machine:
 
     # Making
 
-    def _owned(self, resource: ResourceT) -> ResourceT:
-        """Keep what close() is to give back."""
-        self._resources.append(resource)
-        return resource
-
-    def _make_vm(self, memory_bytes: int, vcpus: int) -> None:
-        self._ram = Ram(memory_bytes)
-        self._resources.insert(0, self._ram)  # given back last: another view of it may still be open
-        self.memory = self._owned(GuestMemory(self._ram.buffer))
-        self.vm: Vm = self._owned(self._kvm.create_vm())
-        self.vm.set_tss_addr(TSS)
-        self.vm.set_identity_map_addr(IDENTITY_MAP)
-        self.vm.set_user_memory_region(0, 0, self._ram.buffer)
-        self.vm.create_irqchip()
-        self.vcpus: list[Vcpu] = [self._owned(self.vm.create_vcpu(i)) for i in range(vcpus)]
-
-    def _make_board(self, platform: Platform, serial_output: Callable[[bytes], object] | None) -> None:
-        self._outcome = Outcome()
-        self._board = Board(self.vm, self.vcpus, len(self._ram.buffer), self._outcome)
-        self._board.become(platform, serial_output)
-        self.bus = self._board.bus
-
-    def _make_runner(self, on_exit: Callable[[int, Exit], object] | None) -> None:
-        self._exits = GuestExits(self.vcpus, self.bus, self._outcome)
-        self._run_end = _RunEnd(self.run_state, self._outcome)
-        self.runner = Runner(self.vcpus, observed(self._exits.handle, on_exit), on_end=self._run_end)
-        # Weak: threads have the clock, and the clock its services; a machine that is dropped ends the threads.
-        self._guest_reset = GuestReset(partial(_call_if_alive, WeakMethod(self._reset_for_guest)))
-
     def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # engine_clock()'s
         how["options"].setdefault("vmm", MachineServices(self.vm, self.vcpus, self.runner, self._guest_reset.request))
-        backend = kvm_backend(self._kvm, self.vcpus, self.runner)
-        return engine_clock(self.runner, self.memory, len(self.vcpus), backend, tick_interval_s, **how)
+        backend = self._hardware.backend()
+        return engine_clock(self.runner, self.memory, self.max_vcpus, backend, tick_interval_s, **how)
 
     def _kernel_clock(self, features: int | None = None) -> ClockService:
-        offered = kernel_clock_features(kernel_features(self._kvm)) if features is None else features
+        offered = kernel_clock_features(kernel_features(self._hardware.kvm)) if features is None else features
         return KernelClockService(self.runner, self.vm, offered)
-
-    def _take_the_clock(self, service: ClockService, change: CpuidChange | None) -> None:
-        self.clock_service = self._exits.clock_service = self._owned(service)
-        if service.msr_ranges:
-            exit_on_msrs(self.vm, service.msr_ranges)
-        if service.hypercall_port is not None:
-            self.bus.reserve_ports(service.hypercall_port, 1, "the clock interface's hypercalls")
-            self._exits.take_hypercalls(service.hypercall_port, self.runner.gate)
-        set_guest_cpuid(self._kvm, self.vcpus, service.cpuid, change)
 
 
 class _RunEnd:
@@ -479,17 +470,7 @@ def _ended_by(outcome: Outcome, failure: BaseException | None) -> RunState:
     return RunState.GUEST_PANICKED if outcome.ending is Ending.PANIC else RunState.SHUTDOWN
 
 
-def _give_back(resources: list[Resource]) -> None:
-    """Close them all, the last one first.  Each can be closed again, so after an interrupt begin anew."""
-    for place in reversed(range(len(resources))):
-        try:
-            resources[place].close()
-        except StateError:  # a tick that does not return
-            _give_back(resources[:place])
-            raise
-
-
-def _reclaim(runner: Runner, service: ClockService, resources: list[Resource]) -> None:
+def _reclaim(runner: Runner, service: ClockService, hardware: Hardware) -> None:
     """Give back what a machine had that was dropped without close().
 
     If it runs, that is left to another thread: the one that dropped it may be one of the machine's own, or hold what
@@ -497,13 +478,13 @@ def _reclaim(runner: Runner, service: ClockService, resources: list[Resource]) -
     """
     runner.gate.end()
     if service.has_threads:
-        thread = Thread(target=_give_back_after, args=(runner, resources), name="pvclock-reclaim", daemon=True)
+        thread = Thread(target=_give_back_after, args=(runner, hardware), name="pvclock-reclaim", daemon=True)
         start_new_thread(thread.start, ())  # start() waits, and the one that dropped the machine may not
     else:
-        _give_back_after(runner, resources)
+        _give_back_after(runner, hardware)
 
 
-def _give_back_after(runner: Runner, resources: list[Resource]) -> None:
+def _give_back_after(runner: Runner, hardware: Hardware) -> None:
     runner.gate.wait_until_departed()
     with suppress(BufferError, StateError):  # a view of the memory is open, and it goes with that; a tick is stuck
-        _give_back(resources)
+        hardware.close()

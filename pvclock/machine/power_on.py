@@ -5,10 +5,8 @@ KVM has no ioctl that resets a vCPU, so its registers are what they were before 
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Final
 
-from pvclock.errors import KvmError
 from pvclock.kvm import Vcpu, Vm
 from pvclock.kvm.exits import Interrupted
 
@@ -39,6 +37,11 @@ class PowerOnState:
         self._vcpus = [_VcpuState(vcpu) for vcpu in vcpus]
         self._chips = [vm.get_irqchip(chip) for chip in PICS_AND_IOAPIC]
 
+    def add(self, vcpu: Vcpu) -> None:
+        """Of this vCPU, too, which has not run yet either; again without harm."""
+        if not any(each.vcpu is vcpu for each in self._vcpus):
+            self._vcpus.append(_VcpuState(vcpu))
+
     def restore(self) -> None:
         """Put it back; for vCPUs without threads."""
         for chip in self._chips:
@@ -49,17 +52,14 @@ class PowerOnState:
 
 class _VcpuState:
     def __init__(self, vcpu: Vcpu) -> None:
-        self._vcpu = vcpu
+        self.vcpu = vcpu
         self._regs, self._sregs = vcpu.get_regs(), vcpu.get_sregs()
         self._xsave, self._xcrs, self._debugregs = vcpu.get_xsave(), vcpu.get_xcrs(), vcpu.get_debugregs()
         self._events, self._lapic, self._mp_state = vcpu.get_vcpu_events(), vcpu.get_lapic(), vcpu.get_mp_state()
-        self._msrs: dict[int, int] = {}  # one by one: KVM_GET_MSRS ends at the first that it does not have
-        for index in GUEST_MSRS:
-            with suppress(KvmError):
-                self._msrs[index] = vcpu.get_msr(index)
+        self._msrs = vcpu.get_msrs(list(GUEST_MSRS), skips_unknown=True)
 
     def restore(self) -> None:
-        vcpu = self._vcpu
+        vcpu = self.vcpu
         vcpu.request_exit()
         # The kernel finishes the instruction of the last exit, which would change the new registers.  It may exit again
         # for the rest of one that crosses a page or repeats: there its answer is whatever lies there.

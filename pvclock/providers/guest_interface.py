@@ -31,7 +31,15 @@ from pvclock.providers.virtualbox.debug_channel import DebugChannel
 from pvclock.quantities import U64_MASK, Gpa, shown
 from pvclock.threads import renew_in_children
 
-__all__ = ["PROFILES", "Executed", "GuestInterface", "Statistics", "combined", "effective_provider"]
+__all__ = [
+    "PROFILES",
+    "Executed",
+    "GuestInterface",
+    "Statistics",
+    "combined",
+    "effective_provider",
+    "usual_msr_ranges",
+]
 
 # RIP stays on an instruction that is not a hypercall here, and on one that the guest has to repeat.
 STAYS: Final = (Status.NOT_ENABLED, Status.NOT_AVAILABLE, Status.CONTINUING)
@@ -172,8 +180,10 @@ class GuestInterface:
     @property
     def msr_ranges(self) -> tuple[MsrRange, ...]:
         """MSRs that must exit to the clock on /dev/kvm: every provider's, because the kernel would serve some."""
-        ranges = [*(each for kind in PROVIDERS.values() for each in kind.msr_ranges), *self._provider.msr_ranges]
-        return tuple({each.base: each for each in ranges}.values())  # of what comes twice, this VM's counts
+        own = {each.base: each for each in self._provider.msr_ranges}
+        return tuple(
+            ({each.base: each for each in usual_msr_ranges()} | own).values()
+        )  # of what comes twice, this VM's counts
 
     @property
     def statistics(self) -> Statistics:
@@ -288,6 +298,11 @@ class GuestInterface:
                 raise RangeError(f"{name} is {value:#x}; a register has 64 bits")
         if not 0 <= whole("cpl", registers.cpl) <= 3:
             raise RangeError(f"cpl is {shown(registers.cpl)}; rings are 0 to 3")
+
+
+def usual_msr_ranges() -> tuple[MsrRange, ...]:
+    """An interface's msr_ranges unless its options change them: each provider's."""
+    return tuple({each.base: each for kind in PROVIDERS.values() for each in kind.msr_ranges}.values())
 
 
 def _advanced(result: HypercallResult, length: int) -> Executed:

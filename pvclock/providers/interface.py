@@ -249,6 +249,14 @@ class ClockServices(Protocol):
     def host_tsc_hz(self) -> int:
         """The frequency at which guests' TSCs run here: another one where the guest was told of that elsewhere."""
 
+    @property
+    def keeps_tsc_rate(self) -> bool:
+        """Does guest time of a VM that begins here go on at its TSC's own rate: not dilated, and after no reference?
+
+        It may change until a page has shown that clock to the guest, and stays from then on.  False in a restored
+        clock: what its guest was told is among the options that were saved.
+        """
+
     def guest_tsc(self, vcpu: int) -> GuestTsc:
         """What vCPU's TSC reads at this instant."""
 

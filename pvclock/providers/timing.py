@@ -11,7 +11,7 @@ from typing import Final
 from pvclock.errors import ConfigError
 from pvclock.providers.interface import CPUID_BASE, CpuidLeaf
 
-__all__ = ["APIC_BUS_HZ", "CPUID_TIMING", "timing_leaf", "with_timing_leaf"]
+__all__ = ["APIC_BUS_HZ", "CPUID_TIMING", "can_say", "timing_leaf", "with_timing_leaf"]
 
 CPUID_TIMING: Final = 0x40000010
 KHZ_MAX: Final = 2**32 - 1
@@ -25,6 +25,11 @@ def timing_leaf(tsc_hz: int, apic_bus_hz: int) -> CpuidLeaf:
     return CpuidLeaf(eax=_khz("TSC", tsc_hz), ebx=_khz("apic_bus_hz", apic_bus_hz))
 
 
+def can_say(hz: int) -> bool:
+    """Has the leaf room for that frequency?"""
+    return _rounded_khz(hz) <= KHZ_MAX
+
+
 def with_timing_leaf(leaves: Mapping[int, CpuidLeaf], timing: CpuidLeaf) -> dict[int, CpuidLeaf]:
     """`leaves`, which begin at CPUID_BASE if there are any, with leaf 0x40000010 and zeros up to it.
 
@@ -36,7 +41,10 @@ def with_timing_leaf(leaves: Mapping[int, CpuidLeaf], timing: CpuidLeaf) -> dict
 
 
 def _khz(what: str, hz: int) -> int:
-    khz = (hz + 500) // 1000
-    if khz > KHZ_MAX:
+    if not can_say(hz):
         raise ConfigError(f"{what} is {hz} Hz; leaf {CPUID_TIMING:#x} holds up to {KHZ_MAX} kHz")
-    return khz
+    return _rounded_khz(hz)
+
+
+def _rounded_khz(hz: int) -> int:
+    return (hz + 500) // 1000

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
-__all__ = ["read", "reading", "replace"]
+__all__ = ["opened", "read", "reading", "replace"]
 
 NEW_FILE_MODE: Final = 0o600
 """Mode of a new file: a VM's state is private to its owner.  An existing file keeps its mode."""
@@ -40,8 +40,8 @@ CHUNK_BYTES: Final = 1 << 20
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str]) -> Iterator[Iterator[bytes]]:
-    """The content of regular file `path` in chunks of up to 1 MiB; follows a symbolic link.
+def opened(path: str | os.PathLike[str]) -> Iterator[int]:
+    """A descriptor of regular file `path`, for reading; follows a symbolic link.
 
     OSError if it cannot be read or is not a regular file.  Never blocks on a FIFO or a device.
     """
@@ -49,13 +49,20 @@ def reading(path: str | os.PathLike[str]) -> Iterator[Iterator[bytes]]:
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         _refuse_special(os.fstat(file))  # it may have been replaced in between
-        yield iter(partial(os.read, file, CHUNK_BYTES), b"")
+        yield file
     finally:
         os.close(file)
 
 
+@contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[Iterator[bytes]]:
+    """The content of regular file `path` in chunks of up to 1 MiB; errors as opened()."""
+    with opened(path) as file:
+        yield iter(partial(os.read, file, CHUNK_BYTES), b"")
+
+
 def read(path: str | os.PathLike[str], bytes_max: int) -> bytes:
-    """The first `bytes_max` bytes of regular file `path`; errors as reading()."""
+    """The first `bytes_max` bytes of regular file `path`; errors as opened()."""
     content = bytearray()
     with reading(path) as chunks:
         while len(content) < bytes_max and (chunk := next(chunks, b"")):

@@ -47,6 +47,8 @@ class RateTerms(NamedTuple):
     @property
     def rate(self) -> Fraction:
         """Guest seconds in a nominal host second."""
+        if not self.frequency_adjustment and not self.slew:  # the usual case: fractions are slow
+            return self.dilation
         return self.dilation * (1 + self.frequency_adjustment + self.slew)
 
 
@@ -101,7 +103,11 @@ class Timeline:
 
         Before that it returns the time at the start; History.at() looks up earlier segments.
         """
-        return self._ns + self._run_ns(tsc) * self.rate
+        ticks = signed64(tsc - self._tsc) if self.is_running else 0
+        if ticks <= 0:
+            return self._ns
+        num, den = self.rate.as_integer_ratio()  # one fraction, not four: every event asks
+        return self._ns + Fraction(ticks * NS_PER_S * num, self.tsc_hz * den)
 
     def host_at(self, tsc: HostTsc) -> Fraction:
         """Host time in ns since this timeline began, each part with its frequency adjustment; it runs while stopped."""

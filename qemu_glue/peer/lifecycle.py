@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pvclock import StateError
 from qemu_glue.errors import QmpFailed
 from qemu_glue.peer.launch import Qemu
 
-__all__ = ["reset", "saved", "wait_until_loaded"]
+__all__ = ["loading", "reset", "save", "saved", "wait_until_loaded"]
 
 STREAM_LIMIT_S: Final = 60.0
 
@@ -27,16 +28,29 @@ def reset(qemu: Qemu) -> None:
 def saved(qemu: Qemu) -> Iterator[tuple[str, str]]:
     """The paused VM of `qemu` as a stream in memory, and the arguments with which another QEMU loads it.
 
-    QEMU before 8.2 writes it to no file by itself, so a shell does.  QmpFailed, StateError if it cannot be saved.
+    Errors of save().
     """
     fd = os.memfd_create("pvclock-stream", os.MFD_CLOEXEC)
     try:
         path = f"/proc/{os.getpid()}/fd/{fd}"
-        qemu.execute("migrate", uri=f"exec:cat > {path}")
-        _wait_until(lambda: _has_saved(qemu), "saved")
-        yield "-incoming", f"exec:cat {path}"
+        save(qemu, path)
+        yield loading(path)
     finally:
         os.close(fd)
+
+
+def save(qemu: Qemu, path: str) -> None:
+    """Write the VM of `qemu` to file `path` as a stream; it stands still afterwards.
+
+    QEMU before 8.2 writes it to no file by itself, so a shell does.  QmpFailed, StateError if it cannot be saved.
+    """
+    qemu.execute("migrate", uri=f"exec:cat > {shlex.quote(path)}")
+    _wait_until(lambda: _has_saved(qemu), "saved")
+
+
+def loading(path: str) -> tuple[str, str]:
+    """The arguments with which a QEMU loads the VM in that file."""
+    return "-incoming", f"exec:cat {shlex.quote(path)}"
 
 
 def wait_until_loaded(qemu: Qemu) -> None:

@@ -1,5 +1,8 @@
 """What the host's KVM is like: tests expect of a host what it can do, and of another that it says so."""
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 
 from pvclock.clock.guest_clock import TSC_STABLE_BIT
@@ -48,3 +51,11 @@ def kvm_serves_coalesced_ports() -> bool:
     """Has this host's KVM a ring for port writes?"""
     with open_kvm() as kvm:
         return bool(kvm.check_extension("KVM_CAP_COALESCED_PIO"))
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt; in a shell's background job it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

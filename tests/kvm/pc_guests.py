@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
 from tests.kvm.guests import out
 from tests.unit.kernel_images import bzimage
 
-__all__ = ["ALPHABET", "ECHO", "WAIT_FOREVER", "driver", "kernel", "out_dx"]
+__all__ = ["ALPHABET", "ECHO", "WAIT_FOREVER", "driver", "first_module_sender", "kernel", "module_lister", "out_dx"]
 
 WAIT_FOREVER: Final = bytes.fromhex("ebfe")
 COM1_VECTOR: Final = 0x0C
@@ -71,3 +72,35 @@ def kernel() -> bytes:
     entry = len(image) - 2048 + 0x200
     image[entry : entry + len(KERNEL_CODE)] = KERNEL_CODE
     return bytes(image)
+
+
+LIST_MODULES: Final = bytes.fromhex(
+    "8b4b14 8b7318 66baf803"  # mov 20(%ebx), %ecx: mods_count; mov 24(%ebx), %esi: mods_addr; mov $0x3f8, %dx
+    "8d4130 ee"  # lea '0'(%ecx), %eax; out %al, %dx
+    "85c9 7426"  # 1: test %ecx, %ecx; jz 6f
+    "8b3e 3b7e04 7306 8a07 ee 47 ebf5"  # mov (%esi), %edi; 2: cmp 4(%esi), %edi; jae 3f; ...: the module
+    "b05b ee 8b7e08"  # 3: mov $'[', %al; out %al, %dx; mov 8(%esi), %edi
+    "8a07 84c0 7404 ee 47 ebf6"  # 4: ...: its string
+    "b05d ee 83c610 49 ebd6"  # 5: mov $']', %al; out %al, %dx; add $16, %esi; dec %ecx; jmp 1b
+    "66ba0006 b034 ee ebfe"  # 6: mov $0x600, %dx; mov $0x34, %al; out %al, %dx; jmp .: power-off
+)
+
+
+def module_lister() -> bytes:
+    """A multiboot image that sends how many modules it finds, and of each the content and, in brackets, the string."""
+    return _multiboot(LIST_MODULES)
+
+
+def first_module_sender(length: int) -> bytes:
+    """A multiboot image that sends so many bytes of the first module, and powers off."""
+    return _multiboot(
+        bytes.fromhex("8b7318 8b3e 66baf803 b9")  # mov 24(%ebx), %esi: mods_addr; mov (%esi), %edi; mov $0x3f8, %dx
+        + length.to_bytes(4, "little")  # mov $length, %ecx
+        + bytes.fromhex("8a07 ee 47 49 75f9")  # 1: mov (%edi), %al; out %al, %dx; inc %edi; dec %ecx; jnz 1b
+        + bytes.fromhex("66ba0006 b034 ee ebfe")
+    )
+
+
+def _multiboot(code: bytes) -> bytes:
+    magic, flags, at = 0x1BADB002, 1 << 16, 1 << 20
+    return struct.pack("<8I", magic, flags, -(magic + flags) % (1 << 32), at, at, 0, 0, at + 32) + code

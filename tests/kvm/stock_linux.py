@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import lzma
-import re
 import shutil
 import struct
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -20,14 +18,11 @@ from pvclock.boot.initramfs import with_shell
 from pvclock.boot.source import Protocol
 from pvclock.lab.kernel import Kernel
 from pvclock.machine import Machine
+from tests.guest_programs import BUILD, CLOCK_SAMPLER, VDSO_PROBE, compiled
 
-__all__ = ["BOOT_LIMIT_S", "StockLinux", "compiled_probe", "uncompressed"]
+__all__ = ["BOOT_LIMIT_S", "COMPLAINTS", "Command", "StockLinux", "uncompressed"]
 
-SOURCE: Final = Path(__file__).with_name("vdso_probe.c")
-BUILD: Final = Path(__file__).parents[2] / "build"
-PROGRAM: Final = BUILD / "vdso_probe"
 XZ_MAGIC: Final = bytes.fromhex("fd377a585a00")
-COMPILE: Final = ("cc", "-std=gnu11", "-O2", "-static", "-Wall", "-Wextra", "-Werror")
 
 BOOT_LIMIT_S: Final = 300.0
 """With two vCPUs on one emulated CPU of a busy host; 10 s on an idle one."""
@@ -40,15 +35,13 @@ CMDLINE: Final = (
     "noxsave",  # an emulated CPU's XSAVE sizes contradict each other, of which the kernel warns at length
 )
 
+COMPLAINTS: Final = (
+    "dmesg | grep -E 'BUG:|WARNING:|Oops|soft lockup|blocked for more|detected stalls|kvm-clock. as unstable'"
+    " | grep -v 'Speculative Return Stack Overflow'"  # said on every AMD
+)
+"""A command that prints what a kernel says whose clock or timers are not right."""
+
 PROMPT: Final = b"/ # "
-
-
-def compiled_probe() -> Path:
-    """The compiled vdso_probe.c, which is kept: where the CPU is emulated, linking it takes most of a minute."""
-    if not PROGRAM.exists() or PROGRAM.stat().st_mtime < SOURCE.stat().st_mtime:
-        PROGRAM.parent.mkdir(exist_ok=True)
-        subprocess.run([*COMPILE, "-o", PROGRAM, SOURCE], check=True)
-    return PROGRAM
 
 
 def uncompressed(kernel: Kernel) -> bytes:
@@ -65,10 +58,29 @@ def uncompressed(kernel: Kernel) -> bytes:
 
 
 def root_file_system() -> bytes:
-    """An initramfs with a shell and the probe."""
+    """An initramfs with a shell and our programs."""
     busybox = shutil.which("busybox")
     assert busybox is not None, "apt-get install busybox-static"
-    return with_shell(Path(busybox).read_bytes(), {"vdso_probe": compiled_probe().read_bytes()})
+    programs = {source.stem: compiled(source) for source in (CLOCK_SAMPLER, VDSO_PROBE)}
+    return with_shell(Path(busybox).read_bytes(), programs)
+
+
+class Command:
+    """A command that was typed at the shell.  Its lines end as a terminal's do until they are given to the caller."""
+
+    def __init__(self, wait_for: Callable[..., Any], begin: bytes, end: bytes) -> None:
+        self._wait_for, self._begin, self._end = wait_for, begin, end
+
+    def wait_for_line(self, line: str, limit_s: float = BOOT_LIMIT_S) -> None:
+        """Return once it has printed this one."""
+        wanted = line.encode() + b"\r\n"
+        self._wait_for(lambda output: wanted in output.partition(self._begin)[2] or None, limit_s)
+
+    def printed(self, limit_s: float = BOOT_LIMIT_S) -> str:
+        """All that it has printed, once it has ended."""
+        output: bytes = self._wait_for(lambda output: bytes(output) if self._end in output else None, limit_s)
+        text = output.partition(self._begin)[2].partition(self._end)[0]
+        return text.decode(errors="replace").replace("\r\n", "\n")
 
 
 class StockLinux:
@@ -110,13 +122,15 @@ class StockLinux:
         self.machine.close()
 
     def run(self, command: str, limit_s: float = BOOT_LIMIT_S) -> str:
-        """What a command prints, typed at the shell.  Its marks are sums, so that their echo is none."""
+        """What a command prints, typed at the shell."""
+        return self.begin(command).printed(limit_s)
+
+    def begin(self, command: str) -> Command:
+        """Type one at the shell, and do not wait for its end.  Its marks are sums, so that their echo is none."""
         self._commands += 1
         begin, end = 2 * self._commands, 2 * self._commands + 1
         self.type(f'echo "<mark $(({begin}))"; {command}; echo "$(({end})) mark>"\n')
-        pattern = re.compile(rb"<mark %d\r\n(.*?)%d mark>\r\n" % (begin, end), re.DOTALL)
-        printed: bytes = self._wait_for(pattern.search, limit_s)[1]
-        return printed.decode(errors="replace").replace("\r\n", "\n")
+        return Command(self._wait_for, b"<mark %d\r\n" % begin, b"%d mark>\r\n" % end)
 
     def type(self, text: str) -> None:
         """Type it, without waiting for anything."""

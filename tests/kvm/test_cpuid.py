@@ -9,8 +9,7 @@ from pvclock.commands import doctor
 from pvclock.errors import WrongType
 from pvclock.kvm import Kvm, open_kvm
 from pvclock.kvm.cpuid_probe import TSC_ADJUST, CpuidProbe
-from pvclock.machine import cpuid as machine_cpuid
-from pvclock.machine.cpuid import TSC_DEADLINE, CpuidSource, KernelClock, guest_cpuid, supported_cpuid
+from pvclock.machine.cpuid import TSC_DEADLINE, KernelClock, guest_cpuid, supported_cpuid
 from tests.kvm.guests import out
 
 pytestmark = pytest.mark.kvm
@@ -90,16 +89,15 @@ def test_the_tsc_deadline_timer_goes_by_its_capability(capability: int) -> None:
 
 
 @pytest.fixture(params=["engine", "kernel"])
-def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, int]]:
+def told(request: pytest.FixtureRequest) -> dict[int, dict[str, int]]:
     """Return the CPUID entries of a machine's vCPU, whoever serves its clock, by leaf."""
     entries: list[dict[str, int]] = []
 
-    def kept(kvm: Kvm, apic_id: int, clock: CpuidSource) -> list[dict[str, int]]:
-        entries.extend(guest_cpuid(kvm, apic_id, clock))
-        return entries
+    def kept(_vcpu: int, given: list[dict[str, int]]) -> list[dict[str, int]]:
+        entries.extend(given)
+        return given
 
-    monkeypatch.setattr(machine_cpuid, "guest_cpuid", kept)
-    with Machine(EXIT, clock=request.param):
+    with Machine(EXIT, clock=request.param, cpuid=kept):
         return {entry["function"]: entry for entry in entries}
 
 

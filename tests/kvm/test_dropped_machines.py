@@ -134,7 +134,7 @@ def test_a_dropped_machine_whose_memory_somebody_looks_at() -> None:
     """All else is given back at once, and the memory with the last view of it."""
     before = held()
     machine = Machine(SPIN)
-    view = memoryview(machine._ram.buffer)
+    view = memoryview(machine._hardware.ram.buffer)
     machine.start()
     del machine
     eventually(lambda: not any(name.startswith(KVM) for name in held().descriptors))

@@ -12,6 +12,8 @@ import pytest
 
 from pvclock import GuestClock, HostTsc, Machine, TscOffsetNotHonoured
 from pvclock._counter import read_tsc
+from pvclock.kvm import Kvm, open_kvm, tsc_offset
+from pvclock.kvm.loaded import FoundOnce, loaded_kvm
 from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
@@ -154,7 +156,7 @@ def test_the_engine_takes_the_first_vcpus_offset(
     if honoured and tsc_offsets is TscOffsets.STEERED:
         pytest.skip("such a host cannot play one that honours offsets: it moves each whenever it is asked for it")
     outcome = TscOffsets.HONOURED if honoured else TscOffsets.IGNORED
-    monkeypatch.setattr("pvclock.kvm.backend.probe_tsc_offsets", lambda _kvm: outcome)
+    monkeypatch.setattr("pvclock.kvm.backend.tsc_offsets_here", lambda _kvm, _vcpu: outcome)
     with Machine(b"\xf4", vcpus=2) as machine:
         assert machine.clock is not None
         offset = machine.vcpus[0].get_tsc_offset() if honoured else 0
@@ -162,6 +164,37 @@ def test_the_engine_takes_the_first_vcpus_offset(
     if not honoured:
         with pytest.raises(TscOffsetNotHonoured):
             Machine(b"\xf4", tsc_offset=7)
+
+
+class Moved:
+    """A vCPU whose offset KVM moves whenever it is asked for it."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+
+    def get_tsc_offset(self) -> int:
+        """Another one each time."""
+        self.offset += 1
+        return self.offset
+
+
+@pytest.mark.row("J-05")
+def test_a_process_probes_once_and_looks_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second machine needs no throw-away VM; a host that has begun to steer offsets is noticed all the same."""
+    probed: list[Kvm] = []
+
+    def probe(kvm: Kvm) -> TscOffsets:
+        probed.append(kvm)
+        return TscOffsets.IGNORED
+
+    monkeypatch.setattr(tsc_offset, "probe_tsc_offsets", probe)
+    monkeypatch.setattr(tsc_offset, "_OFFSETS", FoundOnce())
+    with open_kvm() as kvm, Machine(b"\xf4", clock="kernel") as machine:
+        vcpu = machine.vcpus[0]
+        if vcpu.get_tsc_offset() == vcpu.get_tsc_offset():
+            assert [tsc_offset.tsc_offsets_here(kvm, vcpu) for _ in range(2)] == [TscOffsets.IGNORED] * 2
+            assert len(probed) == (1 if loaded_kvm() is not None else 2)
+        assert tsc_offset.tsc_offsets_here(kvm, Moved()) is TscOffsets.STEERED  # type: ignore[arg-type]  # in its place
 
 
 @pytest.mark.row("J-01")

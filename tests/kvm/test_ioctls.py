@@ -192,6 +192,20 @@ def test_many_msrs_at_once() -> None:
         assert vcpu.get_msrs([0x174, 0xC0000082]) == {0x174: 9, 0xC0000082: 0x1000}
 
 
+@pytest.mark.row("J-07")
+def test_of_many_msrs_those_that_there_are() -> None:
+    """What KVM does not know is left out on request, wherever it stands; else it is an error with its number."""
+    unknown = [0xDEAD0000, 0xDEAD0001, 0xDEAD0002]
+    mixed = [unknown[0], 0x174, 0x175, unknown[1], 0xC0000082, unknown[2]]
+    with bare_vm(HLT) as bare:
+        vcpu = bare.vcpus[0]
+        vcpu.set_msrs({0x174: 8, 0x175: 9, 0xC0000082: 0x1000})
+        assert vcpu.get_msrs(mixed, skips_unknown=True) == {0x174: 8, 0x175: 9, 0xC0000082: 0x1000}
+        assert vcpu.get_msrs(unknown, skips_unknown=True) == {}
+        with pytest.raises(KvmError, match=r"KVM_GET_MSRS 0xdead0001"):
+            vcpu.get_msrs(mixed[1:])
+
+
 # Registers
 
 

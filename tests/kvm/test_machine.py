@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,14 +100,6 @@ def test_a_guest_that_cannot_go_on() -> None:
         assert machine.console == "!"
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt; in a shell's background job it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_wait() -> None:
     """Ctrl-C gets out of wait(), and the machine can be closed."""
@@ -159,7 +150,7 @@ def test_a_guest_that_never_stops_writing() -> None:
     """The host keeps the end of an endless console, and no more."""
     with Machine(HLT) as machine:
         for byte in (b"a", b"b"):
-            machine._board.console.write(0, byte * (CONSOLE_KEPT_BYTES * 3 // 4))
+            machine._hardware.board.console.write(0, byte * (CONSOLE_KEPT_BYTES * 3 // 4))
         assert len(machine.console) == CONSOLE_KEPT_BYTES
         assert machine.console.count("b") == CONSOLE_KEPT_BYTES * 3 // 4
 
@@ -301,13 +292,13 @@ def test_memory_outlives_the_machine_while_somebody_looks() -> None:
     """close() says that a view of the RAM is still out, and gives all else back; the view stays readable."""
     before = held()
     machine = Machine(HLT)
-    view = memoryview(machine._ram.buffer)
+    view = memoryview(machine._hardware.ram.buffer)
     with pytest.raises(BufferError):
         machine.close()
     assert [name for name in held().descriptors if name.startswith(("/dev/kvm", "anon_inode:kvm"))] == []
     assert view[IMAGE] == HLT[0]
     view.release()
-    machine._ram.close()
+    machine._hardware.ram.close()
     assert held() == before
 
 

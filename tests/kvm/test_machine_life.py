@@ -655,5 +655,5 @@ def test_an_exit_that_nobody_knows_is_a_crash() -> None:
             pass
 
         odd: Exit = Odd()  # type: ignore[assignment]
-        assert machine._exits.handle(0, odd) is False
+        assert machine._hardware._exits.handle(0, odd) is False
         assert isinstance(machine._outcome.crash, GuestCrashed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -10,17 +11,21 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import pytest
 
 from pvclock.commands import main
+from pvclock.host.linux import cpu_flags
+from pvclock.machine import Machine
 from pvclock.timekeeping.events import Event, EventKind
 from tests.command_line import ROOT, command, run_pvclock
 from tests.kvm.guests import out
-from tests.kvm.pc_guests import ECHO, WAIT_FOREVER, driver, kernel, out_dx
+from tests.kvm.pc_guests import ECHO, WAIT_FOREVER, driver, first_module_sender, kernel, module_lister, out_dx
+from tests.unit.kernel_images import bzimage
 from tests.waiting import HANG_S, alarm_after
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E22")]
@@ -101,12 +106,62 @@ def test_a_panic_on_the_console(image: Callable[[bytes], str], run: Callable[...
     assert done.status == 3
 
 
-def test_a_crash_tells_the_registers(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
-    """By which people look for its cause."""
-    done = run(image(bytes.fromhex("b83412") + BEYOND_RAM), "--memory", "1M")  # mov $0x1234, %ax
+def test_a_panic_that_says_what_to_do(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
+    """A kernel without a root file system: there is no disk, and this is how to give it one."""
+    said = b"Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\n"
+    done = run(image(b"".join(out_dx(0x3F8, byte) for byte in said) + out(0x64, 0xFE) + WAIT_FOREVER))
+    assert done.status == 4
+    assert done.stderr.endswith("; there is no disk: give it a root file system by --initrd FILE, or --shell\n")
+
+
+@pytest.fixture
+def busybox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """Have the only busybox that is found be a file of this content."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def install(content: bytes) -> None:
+        (folder / "busybox").write_bytes(content)
+        (folder / "busybox").chmod(0o755)
+
+    return install
+
+
+def test_a_shell_for_a_kernel_of_ones_own(
+    image: Callable[[bytes], str], run: Callable[..., Ran], busybox: Callable[[bytes], None]
+) -> None:
+    """--shell is an initial RAM disk with busybox; without it, or with one that needs libraries, it says what to do."""
+    path = image(first_module_sender(6))
+    assert "apt-get install busybox-static, or give --initrd" in run(path, "--shell").stderr
+    busybox(b"\x7fELF /lib64/ld-linux-x86-64.so.2")
+    assert "busybox is not statically linked: apt-get install busybox-static" in run(path, "--shell").stderr
+    busybox(b"\x7fELF")
+    done = run(path, "--shell", "--timeout", f"{HANG_S:g}")
+    assert (done.status, done.stdout) == (0, "070701")  # a cpio archive's magic number
+
+
+NOT_EMULATED: Final = bytes.fromhex("b8ffff 8ed8 d9061000")
+"""mov $0xffff, %ax; mov %ax, %ds; flds 0x10: of 1 MiB, where a machine of that size has no memory.  KVM has to emulate
+that access, and knows no x87 instruction."""
+
+
+def test_a_crash_tells_code_and_registers(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
+    """By which people look for its cause, and, with --json, programs."""
+    path = image(NOT_EMULATED)
+    done = run(path, "--memory", "1M")
     assert done.status == 5
-    assert "rax=0x1234 " in done.stderr
-    assert "rip=0x10 " in done.stderr
+    assert "KVM cannot emulate an instruction, suberror 1, " in done.stderr
+    assert " code at 0x7c05: " in done.stderr
+    assert " ff ff 8e d8 <d9> 06 10 00 " in done.stderr
+    assert {"rax=0xffff", "rip=0x7c05", "cr0=0x60000010"} <= set(done.stderr.split())
+    crash = json.loads(run("--json", path, "--memory", "1M").stdout)["result"]["crash"]
+    assert (crash["vcpu"], crash["suberror"], crash["linear_rip"]) == (0, 1, 0x7C05)
+    assert (crash["registers"]["rax"], crash["registers"]["rip"]) == (0xFFFF, 0x7C05)
+    assert crash["code"] == NOT_EMULATED[5:].ljust(16, b"\0").hex()
+    assert crash["code_before"] == NOT_EMULATED[:5].rjust(16, b"\0").hex()
+    assert crash["code"].startswith(crash["fetched"])
+    assert json.loads(run("--json", image(out(0xF4, 0))).stdout)["result"]["crash"] is None
 
 
 def test_a_kernel_with_an_initrd_and_a_command_line(tmp_path: Path, run: Callable[..., Ran]) -> None:
@@ -114,8 +169,23 @@ def test_a_kernel_with_an_initrd_and_a_command_line(tmp_path: Path, run: Callabl
     (tmp_path / "kernel").write_bytes(kernel())
     (tmp_path / "initrd").write_bytes(b"initrd")
     files = ("--kernel", str(tmp_path / "kernel"), "--initrd", str(tmp_path / "initrd"), "--memory", "4M")
-    assert run(*files).stdout == "console=ttyS0 panic=-1RSD PTR initrd"
+    done = run(*files)
+    assert done.stdout == "console=ttyS0 panic=-1RSD PTR initrd"
+    assert ("may not run a stock kernel" in done.stderr) == cpu_flags().isdisjoint(("vmx", "svm"))
     assert run(*files, "--append", "quiet").stdout == "quietRSD PTR initrd"
+    assert run(*files[1:]).stdout == "console=ttyS0 panic=-1RSD PTR initrd"  # a bzImage tells itself what it is
+
+
+def test_modules_of_a_multiboot_image(tmp_path: Path, run: Callable[..., Ran]) -> None:
+    """A guest reads how many there are and each one's content and string: the initrd, then each --module's."""
+    for name, content in (("image", module_lister()), ("first", b"one"), ("second", b"two"), ("third", b"")):
+        (tmp_path / name).write_bytes(content)
+    files = {name: str(tmp_path / name) for name in ("image", "first", "second", "third")}
+    ends = ("--timeout", f"{HANG_S:g}")
+    assert run(files["image"], *ends).stdout == "0"
+    modules = ("--initrd", files["first"], "--module", f"{files['second']},a=1,b=2", "--module", files["third"])
+    done = run(files["image"], *ends, *modules)
+    assert (done.status, done.stdout) == (0, "3one[]two[a=1,b=2][]")
 
 
 RATE_ERROR = 1e-3
@@ -133,6 +203,35 @@ def test_time_at_another_rate(image: Callable[[bytes], str], run: Callable[..., 
     (dilated,) = (event for event in events if event.kind is EventKind.DILATE)
     passed_s = result["guest_s"] - float(dilated.guest_ns_after) / 1e9
     assert 0 < passed_s < result["host_s"] / 10 * (1 + RATE_ERROR)
+
+
+@pytest.mark.row("E12")
+def test_a_rate_that_its_timers_cannot_follow(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
+    """It is refused before the guest has run, in a line that says where the limit comes from, unless it is forced."""
+    slow = (image(out(0xF4, 0)), "--rate", "1/1000")
+    refused = run(*slow)
+    assert refused.status == 2
+    assert "tsc_khz * 125: up to 34359738 kHz" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert run(*slow, "--force-rate").status == 0
+
+
+@pytest.mark.row("E1")
+def test_a_sleep_of_the_hosts_has_the_same_policy(
+    image: Callable[[bytes], str], run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--resume-policy is the clock's for pauses, and for a sleep of the host's through which it ran."""
+    made: list[Machine] = []
+
+    def keep(*arguments: Any, **options: Any) -> Machine:  # noqa: ANN401  # Machine's
+        made.append(Machine(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr("pvclock.commands.run.Machine", keep)
+    assert run(image(out(0xF4, 0)), "--resume-policy", "slew:max_ppm=100").status == 0
+    clock = made[0].clock
+    assert clock is not None
+    assert (str(clock.policy), str(clock.sleep_policy)) == ("slew:max_ppm=100", "slew:max_ppm=100")
 
 
 def test_what_the_clock_did(image: Callable[[bytes], str], run: Callable[..., Ran], tmp_path: Path) -> None:
@@ -163,9 +262,32 @@ def test_what_the_clock_did(image: Callable[[bytes], str], run: Callable[..., Ra
         (("@image", "--clock", "kernel", "--events", "@events"), "--clock kernel: it takes none of"),
         (("@image", "--events", "@"), "cannot be written: it is there, and is no file"),
         (("@image", "--events", "@not/there"), "cannot be written: in its folder: No such file"),
+        (("@image", "--clock", "kernel", "--resume-policy", "freeze"), "--clock kernel: it takes none of"),
+        (("@image", "--resume-policy", "sleep"), "policy 'sleep'; choose from freeze, advance, slew"),
+        (("@image", "--resume-policy", "slew:max_ppm=0"), "Slew.max_ppm"),
         (("@image", "--provider", "Xen"), "Xen"),
         (("@image", "--cpus", "0"), "'0' is not a whole number"),
         (("@image", "--initrd", "@image"), "a flat image takes no initrd"),
+        (("@image", "--module", "@image"), "a flat image takes no modules"),
+        (("--kernel", "@kernel", "--module", "@image,text"), "Linux takes one initrd and no modules"),
+        (("@image", "--module", "@nothing"), "No such file or directory"),
+        (("@image", "--initrd", "@image", "--shell"), "--initrd, --shell: give one of them"),
+        (("@image", "--shell"), "a flat image takes no initrd"),
+        (("@empty",), "the image is empty"),
+        (("--kernel", "@empty"), "is not a Linux kernel"),
+        (("--kernel", "@"), "is not a file"),
+        (("--kernel", "/dev/zero"), "/dev/zero is not a file"),
+        (("--kernel", "@kernel32"), "a 32-bit kernel: XLF_KERNEL_64 is not set"),
+        (("--kernel", "@huge"), "no room for the kernel, which needs 512.0 MiB"),
+        (("--kernel", "@whole", "--initrd", "/dev/zero"), "/dev/zero is not a file"),
+        (
+            ("--kernel", "@whole", "--initrd", "@big", "--memory", "3M"),
+            "no room for an initrd or module of 1048577 bytes",
+        ),
+        (
+            ("--kernel", "@whole", "--initrd", "@big", "--memory", "1M"),
+            "has 1048577 bytes, the guest 1048576 of memory",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -174,10 +296,22 @@ def test_what_cannot_be_run(arguments: tuple[str, ...], said: str, tmp_path: Pat
     (tmp_path / "image").write_bytes(HELLO + out(0xF4, 0))
     (tmp_path / "kernel").write_bytes(kernel()[:-1])
     (tmp_path / "big").write_bytes(bytes((1 << 20) + 1))
+    (tmp_path / "whole").write_bytes(kernel())
+    (tmp_path / "kernel32").write_bytes(bzimage(xloadflags=0))
+    (tmp_path / "huge").write_bytes(bzimage(init_size=512 << 20))
+    (tmp_path / "empty").touch()
     done = run(*(each.replace("@", f"{tmp_path}/") for each in arguments))
     assert (done.status, done.stdout) == (2, "")
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_what_may_not_be_read(image: Callable[[bytes], str]) -> None:
+    """It is told by its name, before anything else that this user may not."""
+    path = image(b"kernel")
+    Path(path).chmod(0)
+    done = run_pvclock("run", "--kernel", path, nobody=True)
+    assert (done.status, done.stderr) == (2, f"pvclock run: {path}: Permission denied\n")
 
 
 # Pipes
@@ -191,10 +325,36 @@ def test_input_from_a_pipe(image: Callable[[bytes], str]) -> None:
     assert (done.returncode, done.stdout) == (1, b"\x01x, q")
 
 
+FLOOD: Final = bytes.fromhex("baf803 b061 ee ebfd")
+"""mov $0x3f8, %dx; mov $'a', %al; 1: out %al, %dx; jmp 1b"""
+
+
+def test_a_reader_that_does_not_read(image: Callable[[bytes], str]) -> None:
+    """The run ends by its time limit all the same."""
+    reads, writes = os.pipe()
+    fcntl.fcntl(writes, fcntl.F_SETPIPE_SZ, 8192)  # full after some 40 ms
+    ends = command("run", image(FLOOD), "--timeout", "0.5")
+    done = subprocess.run(ends, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=writes, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (124, b"pvclock run: ended by --timeout after 0.5 s\n")
+    assert os.read(reads, 1 << 16) == b"a" * 4097  # poll() says that it is full once all of its pages are in use
+    os.close(reads)
+    os.close(writes)
+
+
+def test_input_from_a_file(image: Callable[[bytes], str], tmp_path: Path) -> None:
+    """It is typed into the guest as fast as that takes it."""
+    text = b"a line\n" * 100 + b"q"
+    (tmp_path / "typed").write_bytes(text)
+    with (tmp_path / "typed").open("rb") as file:
+        done = subprocess.run(
+            command("run", image(driver(1, ECHO))), cwd=ROOT, stdin=file, capture_output=True, check=False
+        )
+    assert (done.returncode, done.stdout) == (1, text)
+
+
 def test_a_reader_that_goes(image: Callable[[bytes], str]) -> None:
     """The run ends as soon as nobody reads its console."""
-    flood = bytes.fromhex("baf803 b061 ee ebfd")  # mov $0x3f8, %dx; mov $'a', %al; 1: out %al, %dx; jmp 1b
-    done = run_pvclock("run", image(flood), redirect="| head -c 5")
+    done = run_pvclock("run", image(FLOOD), redirect="| head -c 5")
     assert done.stdout == "aaaaa"
     assert "Traceback" not in done.stderr
 
@@ -202,8 +362,11 @@ def test_a_reader_that_goes(image: Callable[[bytes], str]) -> None:
 # In a terminal
 
 
-AS_A_SHELL: Final = ("env", "--default-signal=INT,HUP,TERM")
+AS_A_SHELL: Final = ("env", "--default-signal=INT,HUP,TERM,TSTP")
 """What runs the tests may ignore these, as nohup and background jobs do."""
+
+IN_ITS_TERMINAL: Final = ("setsid", "--ctty")
+"""So that the terminal's end sends SIGHUP."""
 
 
 class Session:
@@ -213,7 +376,7 @@ class Session:
         self._ours, self._theirs = pty.openpty()
         self.before = self.settings
         self.process = subprocess.Popen(
-            [*AS_A_SHELL, *command("run", *arguments)],
+            [*AS_A_SHELL, *IN_ITS_TERMINAL, *command("run", *arguments)],
             cwd=ROOT,
             stdin=self._theirs,
             stdout=self._theirs,
@@ -232,9 +395,23 @@ class Session:
         return found
 
     @property
-    def settings(self) -> object:
+    def settings(self) -> list[Any]:
         """The terminal's."""
         return termios.tcgetattr(self._theirs)
+
+    def make_usual(self) -> None:
+        """Make it as before, as a shell does."""
+        termios.tcsetattr(self._theirs, termios.TCSANOW, self.before)
+
+    def wait_until_raw(self) -> None:
+        """Return once it passes on every key."""
+        while self.settings[3] & termios.ISIG:
+            time.sleep(0.001)
+
+    def hang_up(self) -> None:
+        """Close the terminal."""
+        os.close(self._ours)
+        self._ours = os.open(os.devnull, os.O_RDONLY)
 
     def close(self) -> None:
         """End it, whatever it does."""
@@ -270,6 +447,20 @@ def test_the_escape_key_ends_the_run(session: Session) -> None:
 
 
 @pytest.mark.parametrize(
+    ("code", "arguments", "status"),
+    [(NOT_EMULATED, ("--memory", "1M"), 5), (WAIT_FOREVER, ("--timeout", "0.1"), 124)],
+    ids=["crash", "timeout"],
+)
+def test_other_ends_leave_the_terminal_as_it_was(
+    code: bytes, arguments: tuple[str, ...], status: int, image: Callable[[bytes], str]
+) -> None:
+    """A crash, and the time limit."""
+    with alarm_after(int(HANG_S)), contextlib.closing(Session(image(code), *arguments)) as begun:
+        assert begun.process.wait() == status
+        assert begun.settings == begun.before
+
+
+@pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
     ids=["int", "term", "hup"],
@@ -279,3 +470,55 @@ def test_a_signal_ends_the_run(number: signal.Signals, status: int, session: Ses
     session.process.send_signal(number)
     assert session.process.wait() == status
     assert session.settings == session.before
+
+
+def test_a_terminal_that_is_closed(session: Session) -> None:
+    """It ends the run as SIGHUP does."""
+    session.hang_up()
+    assert session.process.wait() == 129
+
+
+def test_a_run_that_was_stopped_goes_on(session: Session) -> None:
+    """The terminal, which a shell made its own meanwhile, is the guest's again, and at last as before."""
+    session.process.send_signal(signal.SIGSTOP)
+    os.waitpid(session.process.pid, os.WUNTRACED)
+    session.make_usual()
+    session.process.send_signal(signal.SIGCONT)
+    session.wait_until_raw()
+    session.type(b"\x03.q")
+    assert b"\x03." in session.read_to(b".")
+    assert session.process.wait() == 1
+    assert session.settings == session.before
+
+
+STOPPING_KEY: Final = b"\x01z"
+
+
+@pytest.mark.row("E1")
+@pytest.mark.parametrize(("by_key", "policy"), [(False, "advance"), (True, "freeze")], ids=["signal", "key"])
+def test_a_stop_is_a_pause(by_key: bool, policy: str, image: Callable[[bytes], str], tmp_path: Path) -> None:
+    """SIGTSTP or Ctrl-A z: the terminal is as it was, and once continued its guest goes on by --resume-policy."""
+    options = ("--resume-policy", policy, "--events", str(tmp_path / "events"))
+    begun = Session(*options, image(HELLO + driver(1, ECHO, at=len(HELLO))))
+    with alarm_after(int(HANG_S)), contextlib.closing(begun):
+        begun.read_to(b"!")
+        if by_key:
+            begun.type(STOPPING_KEY)
+        else:
+            begun.process.send_signal(signal.SIGTSTP)
+        _, status = os.waitpid(begun.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        assert begun.settings == begun.before
+        begun.process.send_signal(signal.SIGCONT)
+        begun.type(b".q")
+        begun.read_to(b".")
+        assert begun.process.wait() == 1
+    events = [Event.from_json(line) for line in (tmp_path / "events").read_text().splitlines()]
+    paused, resumed = (
+        next(each for each in events if each.kind is kind) for kind in (EventKind.PAUSE, EventKind.RESUME)
+    )
+    assert resumed.policy == policy
+    assert paused.host_tsc is not None
+    assert resumed.host_tsc is not None
+    assert resumed.host_tsc > paused.host_tsc
+    assert (resumed.jump_ns > 0) == (policy == "advance")

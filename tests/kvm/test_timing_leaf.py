@@ -47,6 +47,25 @@ def test_what_a_guest_finds(timing_leaf: bool) -> None:
         assert timing[:2] == ((khz, 1_000_000) if timing_leaf else (0, 0))
 
 
+@pytest.mark.row("E22", "E12")
+@pytest.mark.parametrize("is_dilated", [False, True])
+def test_a_dilation_before_the_start_takes_it_back(is_dilated: bool) -> None:
+    """Unasked, a guest finds the leaf where its clock's rate is its TSC's when it boots, and else does not."""
+    code = b"".join(ask(leaf, DATA + 16 * number) for number, leaf in enumerate(LEAVES)) + out(EXIT_PORT, 0)
+    with Machine(code) as machine:
+        clock = machine.clock
+        assert clock is not None
+        if not clock.backend.tsc_stable:
+            pytest.skip("this host's TSC is not trusted, so the leaf is never offered: `make test-lab` runs it")
+        if is_dilated:
+            clock.dilate(1, 2)
+        machine.start()
+        assert machine.wait(LIMIT_S) == 0
+        khz = (clock.tsc_hz + 500) // 1000
+        assert told(machine, 3)[:2] == ((0, 0) if is_dilated else (khz, 1_000_000))
+        assert told(machine, 0)[0] == (0x40000001 if is_dilated else 0x40000010)
+
+
 @pytest.mark.row("M-01", "M-02", "M-03")
 def test_what_a_guest_of_minimal_finds() -> None:
     """A hypervisor without a name, zeros up to leaf 0x40000010, the frequencies there, and #GP for KVM's MSRs."""
@@ -73,7 +92,7 @@ def test_a_guest_finds_kvms_leaves_at_their_base(base: int) -> None:
     """CPUID returns signature and features at the base that was configured; the MSRs that they offer are served."""
     registration = b"\x66\xb9" + pack("<I", 0x4B564D01) + b"\x66\xb8" + pack("<I", 0x6001) + b"\x66\x31\xd2\x0f\x30"
     code = ask(base, DATA) + ask(base + 1, DATA + 16) + registration + out(EXIT_PORT, 0)
-    with Machine(code, cpuid_base=base, features=1 << 3) as machine:
+    with Machine(code, cpuid_base=base, features=1 << 3, timing_leaf=False) as machine:
         assert machine.clock is not None
         machine.start()
         assert machine.wait(LIMIT_S) == 0

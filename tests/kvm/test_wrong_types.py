@@ -76,6 +76,7 @@ def valid(bare: Bare) -> dict[str, Callable[[], Any]]:
         "vm": lambda: bare.vm,
         "kvm": lambda: bare.kvm,
         "vcpus": lambda: bare.vcpus,
+        "late": lambda: bare.vcpus[0],
         "Machine.vcpus": lambda: 1,
         "handler": lambda: go_on,
         "runner": lambda: Runner(bare.vcpus, go_on),

@@ -20,7 +20,15 @@ LOG: Final = 0x2000
 BYTES_EACH: Final = 0x400
 MAY_PASS: Final = 0x1800
 HAS_REACHED: Final = 0x1810
+STARTED_AT: Final = 0x10000
 MP_STATE_RUNNABLE: Final = 0
+
+APIC_BASE: Final = 0x1B
+APIC_BASE_X2APIC: Final = 0xFEE00D00
+"""Enabled as an x2APIC, the boot vCPU's."""
+X2APIC_ICR: Final = 0x830
+ICR_INIT: Final = 0x4500
+ICR_SIPI: Final = 0x4600
 LIMIT_S: Final = 20.0
 
 
@@ -30,6 +38,10 @@ class Step(NamedTuple):
     what: Literal["rdtsc", "rdmsr", "wrmsr", "wait"]
     msr: int = 0
     value: int = 0
+
+
+TO_X2APIC: Final = Step("wrmsr", APIC_BASE, APIC_BASE_X2APIC)
+"""Of the boot vCPU, whose APIC has MSRs from then on; a step of its own, because it makes KVM find new APICs."""
 
 
 class TscGuest(NamedTuple):
@@ -57,23 +69,45 @@ class TscGuest(NamedTuple):
 
 
 @contextmanager
-def tsc_guest(clock: Literal["engine", "kernel"], *steps: Sequence[Step], **options: object) -> Iterator[TscGuest]:
+def tsc_guest(
+    clock: Literal["engine", "kernel"], *steps: Sequence[Step], present: int | None = None, **options: object
+) -> Iterator[TscGuest]:
     """A machine with one vCPU for each list of steps, running; each ends at a last mark, 255.
 
+    present: how many of them there are; another begins its steps once it was added and another has gone through
+    sipi_steps().
     offer_tsc_adjust=False hides IA32_TSC_ADJUST, whoever serves the clock.
     """
     hidden = clock == "kernel" and not options.pop("offer_tsc_adjust", True)
     image = b"\xf4"  # HLT; every vCPU, the first one too, is entered elsewhere
-    with Machine(image, vcpus=len(steps), memory_bytes=1 << 20, clock=clock, **options) as machine:  # type: ignore[arg-type]
+    vcpus = present or len(steps)
+    with Machine(image, vcpus=vcpus, max_vcpus=len(steps), memory_bytes=1 << 20, clock=clock, **options) as machine:  # type: ignore[arg-type]
         for vcpu, each in enumerate(steps):
             code = CODE + vcpu * BYTES_EACH
             machine.memory.write(code, _program(vcpu, [*each, Step("wait", value=255)]))
+            machine.memory.write(_started_at(vcpu), b"\xea" + _u16(code) + _u16(0))  # ljmp $0, $code
+        for vcpu in range(vcpus):
+            code = CODE + vcpu * BYTES_EACH
             if hidden:
                 _hide_tsc_adjust(machine, vcpu)
             enter(machine.vcpus[vcpu], EntryState("real", code, {}))
             machine.vcpus[vcpu].set_mp_state(MP_STATE_RUNNABLE)
         machine.start()
         yield TscGuest(machine, steps)
+
+
+def sipi_steps(vcpu: int) -> list[Step]:
+    """Start vCPU by INIT and SIPI to its APIC id, after TO_X2APIC."""
+    to = vcpu << 32
+    return [
+        Step("wrmsr", X2APIC_ICR, to | ICR_INIT),
+        Step("wrmsr", X2APIC_ICR, to | ICR_SIPI | _started_at(vcpu) >> 12),
+    ]
+
+
+def _started_at(vcpu: int) -> int:
+    """Where vCPU begins after a SIPI: a page of its own."""
+    return STARTED_AT + vcpu * 0x1000
 
 
 def _hide_tsc_adjust(machine: Machine, vcpu: int) -> None:

@@ -1,11 +1,14 @@
 """A command in the lab: its output and status come back, and it finds what it needs."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
 
+from pvclock.boot.initramfs import archive
 from pvclock.lab.kernel import Kernel
 from tests.lab.laboratory import ROOT, run_lab
 
@@ -23,6 +26,15 @@ sys.stdout.buffer.write(bytes(range(32, 127)) * 4096)
 open("stray", "w").close()
 sys.exit(130)
 """
+GUEST_INIT: Final = b"""#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox cat /sys/devices/system/clocksource/clocksource0/current_clocksource
+/bin/busybox poweroff -f
+"""
+GUEST_CMDLINE: Final = "console=ttyS0 panic=-1 quiet noxsave"
+"""noxsave: an emulated CPU's XSAVE sizes contradict each other, of which the kernel warns at length."""
+
 BULK = "".join(map(chr, range(32, 127))) * 4096
 
 
@@ -55,3 +67,20 @@ def test_a_writable_folder_keeps_what_is_written(kernel: Kernel, scratch: Path, 
     assert (document["schema"], document["ok"]) == ("pvclock.lab/1", False)
     assert (document["result"]["kernel"], document["result"]["status"]) == (kernel.release, 127)
     assert (kept / "result").read_text() == "done\n"
+
+
+@pytest.mark.row("E22")
+def test_a_stock_linux_boots_on_our_clock(scratch: Path, tmp_path: Path) -> None:
+    """`pvclock run --debian`, with an initrd of one's own: it takes kvm-clock, does not complain, and powers off."""
+    busybox = shutil.which("busybox")
+    assert busybox is not None
+    files = {"bin": b"", "proc": b"", "sys": b"", "dev": b"", "bin/busybox": Path(busybox).read_bytes()}
+    (tmp_path / "guest").mkdir()
+    initrd = tmp_path / "guest" / "initrd"
+    initrd.write_bytes(archive({**files, "init": GUEST_INIT}))
+    guest = ("pvclock", "run", "--debian", "--initrd", initrd, "--append", GUEST_CMDLINE)
+    done = run_lab("--writable", initrd.parent, "--timeout", "240", "--", *guest, scratch=scratch)
+    assert done.status == 0, done.stdout + done.stderr
+    assert "kvm-clock" in done.stdout.splitlines()
+    assert done.stderr.splitlines()[-1] == "pvclock run: the guest has powered off"
+    assert "WARNING:" not in done.stdout

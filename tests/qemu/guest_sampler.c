@@ -27,8 +27,9 @@
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "../guest_triple.h"
 
 #define PORT 0xe9
 #define PAGES " hv_clock_boot\n"
@@ -36,10 +37,6 @@
 #define CALIBRATION_NS UINT64_C(100000000)
 #define SLACK_NS 2000.0
 #define SLACK_RATE (1.0 / 4096)
-
-struct triple {
-	uint64_t before, ns, after;
-};
 
 static double ns_per_tick;
 static uint64_t widest_ticks; /* of a triple that nothing interrupted */
@@ -74,32 +71,6 @@ static _Noreturn void fail(const char *what)
 
 /* ---- Triples. ---- */
 
-static uint64_t read_tsc(void)
-{
-	uint32_t low, high;
-
-	__asm__ volatile("lfence; rdtsc; lfence" : "=a"(low), "=d"(high)::"memory");
-	return (uint64_t)high << 32 | low;
-}
-
-static uint64_t monotonic_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now); /* by the vDSO, where there is a clock that it can read */
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
-
-static struct triple take(void)
-{
-	struct triple it;
-
-	it.before = read_tsc();
-	it.ns = monotonic_ns();
-	it.after = read_tsc();
-	return it;
-}
-
 static int by_width(const void *one, const void *other)
 {
 	const struct triple *a = one, *b = other;
@@ -114,7 +85,7 @@ static struct triple take_narrow(void)
 	static struct triple triples[255];
 
 	for (size_t i = 0; i < 255; i++)
-		triples[i] = take();
+		triples[i] = take(CLOCK_MONOTONIC);
 	qsort(triples, 255, sizeof(*triples), by_width);
 	widest_ticks = 4 * (triples[127].after - triples[127].before);
 	return triples[0];
@@ -161,7 +132,7 @@ static _Noreturn void *sample(void *argument)
 	tell("sampling %u\n", cpu);
 	for (;;) {
 		uint64_t highest = atomic_load(&highest_ns);
-		struct triple new = take();
+		struct triple new = take(CLOCK_MONOTONIC);
 
 		check_order(cpu, highest, &new);
 		if (new.after - new.before > widest_ticks)

@@ -19,6 +19,7 @@ from pvclock.boot.initramfs import archive
 from pvclock.lab.kernel import Kernel
 from qemu_glue.peer.launch import CPU_MODEL, find_program
 from qemu_glue.peer.monitor import Monitor
+from tests.guest_programs import INIT_SAMPLER, Triple, compiled
 
 __all__ = [
     "BOOT_LIMIT_S",
@@ -26,14 +27,8 @@ __all__ = [
     "Gap",
     "LinuxGuest",
     "SamplerLog",
-    "Triple",
-    "compiled_sampler",
     "initramfs",
 ]
-
-SOURCE: Final = Path(__file__).with_name("guest_sampler.c")
-PROGRAM: Final = Path(__file__).parents[2] / "build" / "guest_sampler"
-COMPILE: Final = ("cc", "-std=gnu11", "-O2", "-static", "-pthread", "-Wall", "-Wextra", "-Werror")
 
 BOOT_LIMIT_S: Final = 600.0
 """With two vCPUs on one emulated CPU of a busy host; 25 s on an idle one."""
@@ -53,14 +48,6 @@ MACHINES: Final = {
 }
 
 T = TypeVar("T")
-
-
-class Triple(NamedTuple):
-    """The guest's TSC, its CLOCK_MONOTONIC in ns, and its TSC again."""
-
-    before: int
-    ns: int
-    after: int
 
 
 class Gap(NamedTuple):
@@ -84,17 +71,9 @@ class Back(NamedTuple):
         return self.highest_ns - self.triple.ns
 
 
-def compiled_sampler() -> Path:
-    """The compiled guest_sampler.c, which is kept: where the CPU is emulated, linking it takes most of a minute."""
-    if not PROGRAM.exists() or PROGRAM.stat().st_mtime < SOURCE.stat().st_mtime:
-        PROGRAM.parent.mkdir(exist_ok=True)
-        subprocess.run([*COMPILE, "-o", PROGRAM, SOURCE], check=True)
-    return PROGRAM
-
-
 def initramfs() -> bytes:
     """One with the sampler as /init."""
-    return archive({"dev": b"", "init": compiled_sampler().read_bytes()})
+    return archive({"dev": b"", "init": compiled(INIT_SAMPLER)})
 
 
 class SamplerLog:

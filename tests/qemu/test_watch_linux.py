@@ -29,7 +29,8 @@ from pvclock.meter.watch.poll import Poll
 from pvclock.meter.watch.vm import VmEvent, VmEventKind
 from pvclock.readings import TimeInfo
 from qemu_glue.watch.target import open_vm
-from tests.qemu.linux_guest import BOOT_LIMIT_S, Gap, LinuxGuest, Triple
+from tests.guest_programs import Triple
+from tests.qemu.linux_guest import BOOT_LIMIT_S, Gap, LinuxGuest
 from tests.waiting import alarm_after
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.row("E3")]

@@ -67,6 +67,7 @@ class StubClock:
         self.memory = GuestMemory(bytearray([GUARD]) * SIZE)
         self.vcpu_host, self.vmm, self.kernel_features = vcpu_host, vmm, {"KVM": kernel_features}
         self.tsc_hz = self.host_tsc_hz = TSC_HZ
+        self.keeps_tsc_rate = False
         self.paired = paired
         self.quiesced: list[int | None] = []
         self.inside: list[int | None] = []

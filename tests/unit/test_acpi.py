@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pvclock.guest_layout import ACPI_TABLES
+from pvclock.guest_layout import ACPI_TABLES, RESET_VECTOR
 from pvclock.machine import aml
 from pvclock.machine.acpi import build_tables
 
@@ -23,8 +23,8 @@ CREATOR = slice(28, 36)
 class Tables:
     """The tables as a kernel finds them: from the RSDP by addresses."""
 
-    def __init__(self, vcpus: int) -> None:
-        self._content = build_tables(vcpus)
+    def __init__(self, vcpus: int, max_vcpus: int | None = None) -> None:
+        self._content = build_tables(vcpus, max_vcpus or vcpus)
         self.pointer = self._content[:36]
         xsdt = self._table(struct.unpack_from("<Q", self.pointer, 24)[0])
         entries = struct.unpack_from(f"<{(len(xsdt) - HEADER_BYTES) // 8}Q", xsdt, HEADER_BYTES)
@@ -58,7 +58,7 @@ def test_every_table_sums_to_zero(vcpus: int) -> None:
     tables = Tables(vcpus)
     assert set(tables.by_signature) == {"XSDT", "FACP", "APIC", "DSDT"}
     assert {sum(table) & 0xFF for table in tables.by_signature.values()} == {0}
-    assert ACPI_TABLES + len(build_tables(vcpus)) <= 0x100000
+    assert ACPI_TABLES + len(build_tables(vcpus, vcpus)) <= 0x100000
 
 
 def test_the_fixed_table() -> None:
@@ -71,7 +71,8 @@ def test_the_fixed_table() -> None:
     assert registers == [(1, 8, 0, 1, port) for port in (0x602, 0x600, 0x601)]
     assert fadt[128] == 1
     rest = bytearray(fadt)
-    for begin, end in ((0, 36), (109, 116), (116, 129), (140, 148), (244, 268)):
+    assert fadt[131] == 5  # ACPI 6.5: from 6.3 on a kernel knows which vCPUs may come
+    for begin, end in ((0, 36), (109, 116), (116, 129), (131, 132), (140, 148), (244, 268)):
         rest[begin:end] = bytes(end - begin)
     assert not any(rest)  # above all no PM timer, no SCI and no SMI
 
@@ -93,6 +94,27 @@ def test_the_interrupt_controllers() -> None:
     assert first == struct.pack("<BBBBI", 0, 8, 0, 0, 1)
     assert second == struct.pack("<BBBBI", 0, 8, 1, 1, 1)
     assert ioapic == struct.pack("<BBBBII", 1, 12, 0, 0, 0xFEC00000, 0)
+
+
+def test_a_vcpu_that_may_come() -> None:
+    """Its local APIC is not enabled but capable of coming online, and 0xff is nobody's id."""
+    tables = Tables(1, 3)
+    assert [entry[4] for entry in entries(tables["APIC"])[:3]] == [1, 2, 2]
+    assert all(entry[2] == entry[3] for entry in entries(tables["APIC"])[:3])
+
+
+def test_without_any_to_come_there_is_no_event_device() -> None:
+    """Neither processors nor a generic event device; with some there are all of both."""
+    for vcpus, max_vcpus, devices in ((2, 2, 0), (1, 2, 2), (254, 255, 255)):
+        dsdt = Tables(vcpus, max_vcpus)["DSDT"]
+        assert dsdt.count(b"ACPI0007\0") == devices
+        assert dsdt.count(b"ACPI0013\0") == bool(devices)
+
+
+@pytest.mark.parametrize("vcpus", [1, 254])
+def test_the_largest_tables_fit(vcpus: int) -> None:
+    """As many vCPUs as a PC can declare, below the reset vector."""
+    assert ACPI_TABLES + len(build_tables(vcpus, 255)) <= RESET_VECTOR
 
 
 def test_more_vcpus_than_an_apic_id_of_8_bits_tells() -> None:
@@ -125,6 +147,16 @@ def test_more_vcpus_than_an_apic_id_of_8_bits_tells() -> None:
         (aml.resources(aml.io_ports(0x3F8, 8)), "110d0a0a4701f803f80301087900"),
         (aml.device("COM1", aml.integer(0)), "5b8206434f4d3100"),
         (aml.scope("_SB", aml.integer(1)), "10065f53425f01"),
+        (aml.level_interrupt(9), "890600010109000000"),
+        (aml.io_region("REGI", 0x610, 2), "5b8052454749010b10060a02"),
+        (aml.field("REGI", "WORD"), "5b810b5245474902574f524410"),
+        (aml.method("_EVT", 1, aml.return_value(aml.integer(0))), "14085f45565409a400"),
+        (aml.less(aml.ARG0, aml.integer(1)), "956801"),
+        (aml.equal(aml.ARG0, aml.reference("WORD")), "9368574f5244"),
+        (aml.if_then(aml.integer(1), aml.notify("C001", 1)), "a0080186433030" + "3101"),
+        (aml.while_loop(aml.integer(1), aml.increment(aml.ARG0)), "a204017568"),
+        (aml.store(aml.integer(0), aml.reference("WORD")), "7000574f5244"),
+        (aml.call("VCPF", aml.ARG0), "5643504668"),
     ],
 )
 def test_terms(term: bytes, encoded: str) -> None:
@@ -172,10 +204,11 @@ def run(program: str, *arguments: str, cwd: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("max_vcpus", [3, 5, 255])
 @pytest.mark.parametrize("signature", ["DSDT", "FACP", "APIC", "XSDT"])
-def test_iasl_reads_and_writes_the_same(signature: str, iasl: str, tmp_path: Path) -> None:
+def test_iasl_reads_and_writes_the_same(signature: str, max_vcpus: int, iasl: str, tmp_path: Path) -> None:
     """Taken apart and compiled again a table has the same bytes, but for the compiler's name and the checksum."""
-    table = Tables(3)[signature]
+    table = Tables(3, max_vcpus)[signature]
     (tmp_path / "table.dat").write_bytes(table)
     said = run(iasl, "-d", "table.dat", cwd=tmp_path)
     said += run(iasl, "-p", "again", "table.dsl", cwd=tmp_path)

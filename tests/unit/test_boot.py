@@ -156,7 +156,7 @@ def test_boot_information_is_where_the_image_leaves_room(
     gpa: int, memory_bytes: int, told_at: int, memory: GuestMemory
 ) -> None:
     """At its usual place, which a segment may touch; else on the first free page above."""
-    state = multiboot.load(memory, elf(entry=gpa, program_header=segment(gpa, memory_bytes=memory_bytes)), "quiet")
+    state = load(memory, elf(entry=gpa, program_header=segment(gpa, memory_bytes=memory_bytes)), "quiet")
     assert state.registers["rbx"] == told_at
     assert memory.read(gpa, memory_bytes) == TEXT + bytes(memory_bytes - len(TEXT))
     (cmdline,) = struct.unpack("<I", memory.read(told_at + 16, 4))
@@ -169,7 +169,7 @@ def test_boot_information_is_where_the_image_leaves_room(
 def test_an_initrd_is_behind_all_of_it(memory: GuestMemory) -> None:
     """Also where the information had to go behind the image."""
     image = elf(entry=0x1000, program_header=segment(0x1000, memory_bytes=1 << 20))
-    state = multiboot.load(memory, image, "", b"initrd")
+    state = BootSource(image, "", b"initrd").load(memory)
     told_at = state.registers["rbx"]
     (table,) = struct.unpack("<I", memory.read(told_at + 24, 4))
     (start,) = struct.unpack("<I", memory.read(table, 4))
@@ -252,14 +252,14 @@ def test_a_segment_is_written_piece_by_piece(file_bytes: int, memory: GuestMemor
 def test_a_command_line_that_cannot_be_passed(cmdline: str, message: str, memory: GuestMemory, ram: bytearray) -> None:
     """Too long in bytes, with a NUL or not encodable: an ImageError that leaves memory alone."""
     with pytest.raises(ImageError, match=message):
-        multiboot.load(memory, elf(), cmdline)
+        load(memory, elf(), cmdline)
     assert ram == b"\xa5" * RAM_BYTES
 
 
 def test_the_longest_command_line(memory: GuestMemory) -> None:
     """It and its NUL fill the page to the end, and undecodable bytes of a shell's argument go through."""
     cmdline = "\udcff" + "x" * (BOOT_CMDLINE_BYTES - 2)
-    multiboot.load(memory, elf(), cmdline)
+    load(memory, elf(), cmdline)
     assert memory.read(BOOT_CMDLINE, BOOT_CMDLINE_BYTES) == b"\xff" + cmdline[1:].encode() + b"\0"
     assert memory.read(BOOT_INFORMATION + 0x1000, 1) == b"\xa5"
 
@@ -354,7 +354,7 @@ def test_an_initrd_is_the_first_module(length: int, memory: GuestMemory) -> None
 def test_an_initrd_that_has_no_room_or_no_loader(memory: GuestMemory, ram: bytearray) -> None:
     """Larger than RAM, or of a flat image: an ImageError, with memory untouched."""
     before = bytes(ram)
-    with pytest.raises(ImageError, match="no room for an initrd of"):
+    with pytest.raises(ImageError, match="no room for an initrd or module of"):
         BootSource(elf(), "", bytes(len(ram))).load(memory)
     with pytest.raises(ImageError, match="a flat image takes no initrd"):
         BootSource(b"\xf4", "", b"initrd").load(memory)

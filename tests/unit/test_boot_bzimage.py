@@ -154,7 +154,7 @@ def test_an_initrd_up_to_the_kernels_limit(memory: GuestMemory) -> None:
     initrd = b"an initrd"
     last = PREFERRED + INIT_BYTES + len(initrd) - 1
     BootSource(bzimage(initrd_addr_max=last), "", initrd).load(memory)
-    with pytest.raises(ImageError, match=f"no room for an initrd of 9 bytes from 0x1300000 to {last:#x}"):
+    with pytest.raises(ImageError, match=f"no room for an initrd or module of 9 bytes from 0x1300000 to {last:#x}"):
         BootSource(bzimage(initrd_addr_max=last - 1), "", initrd).load(memory)
 
 

@@ -296,7 +296,7 @@ def test_no_room_or_too_much_of_it(protocol: Protocol) -> None:
     with pytest.raises(ImageError, match="no room for the boot information"):
         BootSource(image, protocol=protocol).load(memory)
     memory = GuestMemory(bytearray(RAM_BYTES))
-    with pytest.raises(ImageError, match="no room for an initrd"):
+    with pytest.raises(ImageError, match="no room for an initrd or module"):
         BootSource(image, "", bytes(RAM_BYTES), protocol).load(memory)
     for number in range(128):
         memory.add_slot((number + 1) << 32, bytearray(4096))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,22 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """Each command's parser, by its name."""
     (choices,) = (action.choices for action in _parser()._actions if isinstance(action.choices, dict))
     return dict(choices)
+
+
+def test_a_command_loads_no_other() -> None:
+    """`pvclock run` begins without the other commands' modules, and without what draws tables and fetches kernels."""
+    program = "import sys; from pvclock.commands import main; main(['run', '--help']); print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    loaded = set(ran.stdout.splitlines()[-1].split())
+    assert {f"pvclock.commands.{name}" for name in ("run", "demo", "doctor")} & loaded == {"pvclock.commands.run"}
+    assert not {"qemu_glue", "rich", "pvclock.lab", "importlib.metadata"} & loaded
+
+
+@pytest.mark.parametrize("name", ["screen", "outcome", "run.run", "-", "Run"])
+def test_what_commands_share_is_no_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A module beside the commands', and a name that is none, are refused as any unknown command."""
+    assert main([name]) == 2
+    assert f"invalid choice: {name!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-from pvclock.commands.guest_terminal import Keys, converse, raw_terminal
+from pvclock.commands.guest_terminal import Keys, as_it_was, converse, raw_terminal, settings_of
+from pvclock.commands.signals import told_to_stop
 from tests.unit.other_threads_signal import taken_by_another_thread
 from tests.waiting import alarm_after
 
@@ -180,6 +181,42 @@ def test_a_signal_that_another_thread_took_ends_it(typed: Pipe, over: Pipe) -> N
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_the_user_stops_it(typed: Pipe, over: Pipe) -> None:
+    """Ctrl-A and z, each time; it goes on then, with what was typed before and after."""
+    received, stops = bytearray(), []
+
+    def receive(data: bytes) -> int:
+        received.extend(data)
+        return len(data)
+
+    def stop() -> None:
+        stops.append(bytes(received))
+        os.write(typed.writes if len(stops) == 1 else over.writes, b"c\x01zd")
+
+    os.write(typed.writes, b"a\x01Zb")
+    keys = Keys(has_escape=True)
+    with alarm_after(LONG_S):
+        assert converse(typed.reads, over.reads, keys, receive, stop=stop)
+    assert stops == [b"ab", b"abcd"]
+    assert not keys.stopped
+
+
+def test_sigtstp_stops_it(typed: Pipe, over: Pipe) -> None:
+    """Whichever thread took it, and the process goes on until it stops itself; afterwards it is as before."""
+    before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    try:
+        with alarm_after(LONG_S), told_to_stop(), taken_by_another_thread(signal.SIGTSTP):
+            assert converse(
+                typed.reads, over.reads, Keys(has_escape=False), len, stop=lambda: os.write(over.writes, b".")
+            )
+        assert signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+        with told_to_stop():
+            assert signal.getsignal(signal.SIGTSTP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
 # The terminal
 
 
@@ -204,7 +241,42 @@ def test_a_terminal_is_raw_and_then_as_before() -> None:
     os.close(its)
 
 
+def test_a_process_that_goes_on_after_a_stop() -> None:
+    """A shell has made the terminal its own meanwhile: it is raw again, and at last as before."""
+    ours, its = pty.openpty()
+    before, handler = termios.tcgetattr(its), signal.getsignal(signal.SIGCONT)
+    with raw_terminal(its):
+        termios.tcsetattr(its, termios.TCSANOW, before)
+        signal.raise_signal(signal.SIGCONT)
+        assert termios.tcgetattr(its)[3] & (termios.ECHO | termios.ICANON | termios.ISIG) == 0
+    assert (termios.tcgetattr(its), signal.getsignal(signal.SIGCONT)) == (before, handler)
+    os.close(ours)
+    os.close(its)
+
+
+def test_a_stopped_runs_terminal_is_as_it_was() -> None:
+    """While it is stopped, and raw again after that."""
+    ours, its = pty.openpty()
+    before = settings_of(its)
+    with raw_terminal(its):
+        raw = settings_of(its)
+        with as_it_was(its, before):
+            assert settings_of(its) == before
+        assert settings_of(its) == raw != before
+    os.close(ours)
+    os.close(its)
+
+
+def test_a_terminal_that_is_closed() -> None:
+    """There is nothing to be put right, and no error; not of the SIGCONT either that its end sends."""
+    ours, its = pty.openpty()
+    with raw_terminal(its):
+        os.close(ours)
+        signal.raise_signal(signal.SIGCONT)
+    os.close(its)
+
+
 def test_what_is_no_terminal_stays_as_it_is(typed: Pipe) -> None:
     """A pipe, for one."""
-    with raw_terminal(typed.reads) as is_terminal:
+    with raw_terminal(typed.reads) as is_terminal, as_it_was(typed.reads, settings_of(typed.reads)):
         assert not is_terminal

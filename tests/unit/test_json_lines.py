@@ -27,7 +27,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module.__dict__.update(JSON_LINES=True, EXAMPLES="  pvclock lines", add_arguments=lambda _: None)
     module.__dict__["run"] = run
     point = EntryPoint("lines", "lines", "pvclock.commands")
-    monkeypatch.setattr("pvclock.commands.entry_points", lambda **_: [point])
+    monkeypatch.setattr("pvclock.commands._points", lambda: [point])
     monkeypatch.setattr(EntryPoint, "load", lambda _: module)
     return module
 

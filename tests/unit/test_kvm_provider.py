@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pvclock import ConfigError, CpuidLeaf, GuestClock, GuestMemory, KvmFeature, MsrFault, RangeError, SimulatedBackend
+from pvclock.clock.guest_side import usual_msr_ranges
 from tests import golden, oracle
 from tests.unit.stub_clock import GUARD, SIZE, guards_gone
 from tests.unit.test_provider_conformance import MsrWrite, allowed_places
@@ -41,7 +42,7 @@ def u32(clock: GuestClock, gpa: int) -> int:
 @pytest.mark.row("K-01", "K-33", "K-38", "V-01", "V-02", "V-03")
 def test_cpuid_has_signature_and_features() -> None:
     """Leaf 0x40000000 is "KVMKVMKVM" with the highest leaf, 0x40000001 the features; other leaves are not ours."""
-    clock, _ = a_clock()
+    clock, _ = a_clock(timing_leaf=False)
     signature = clock.cpuid(0x40000000)
     assert signature is not None
     assert signature.eax == 0x40000001
@@ -415,6 +416,17 @@ def test_which_msrs_come_to_the_clock_beside_a_kernel() -> None:
     claimed = [index for each in clock.msr_ranges for index in range(each.base, each.base + each.length)]
     assert sorted(claimed) == [0x10, 0x11, 0x12, 0x3B, *range(0x40000000, 0x40000200), *range(0x4B564D00, 0x4B564E00)]
     assert [index for each in clock.msr_ranges for index in each.kept] == [0x4B564D04, 0x4B564D05]
+
+
+@pytest.mark.row("K-01")
+@pytest.mark.parametrize("provider", ["KVM", "HyperV", "HyperV+KVM", "Minimal", "None"])
+def test_which_msrs_come_to_a_clock_is_known_before_it_is_made(provider: str) -> None:
+    """Every provider's are the same ones, in the same order, unless an option changes them: profile "virtualbox"."""
+    clock, _ = a_clock(provider=provider)
+    assert clock.msr_ranges == usual_msr_ranges()
+    if provider == "KVM":
+        other, _ = a_clock(profile="virtualbox")
+        assert [index for each in other.msr_ranges for index in each.kept] == []
 
 
 @pytest.mark.row("K-01", "G-09")

@@ -27,6 +27,10 @@ def a_state(vcpus: int) -> ClockState:
         ({"vcpus": 1.5}, r"vcpus is 1\.5, a float; it can be a whole number"),
         ({"vcpus": True}, r"vcpus is True, a bool; it can be a whole number"),
         ({"vcpus": "2"}, r"vcpus is '2', a str; it can be a whole number"),
+        ({"max_vcpus": "2"}, r"max_vcpus is '2', a str; it can be a whole number"),
+        ({"vcpus": 3, "max_vcpus": 2}, r"max_vcpus is 2 of a machine with 3 vCPUs; give 3 or more, or None"),
+        ({"vcpus_present": 1}, r"leave out: vcpus_present"),
+        ({"max_vcpus": 3, "restore": a_state(2)}, r"the saved clock has 2 vCPUs and the machine 3; give max_vcpus=2"),
         ({"memory_bytes": "16M"}, r"memory_bytes is '16M', a str; it can be a whole number"),
         ({"memory_bytes": 16.0}, r"memory_bytes is 16\.0, a float; it can be"),
         ({"memory_bytes": 4097}, r"RAM of 4097 bytes; give a positive multiple of 4096, up to 3221225472"),
@@ -58,7 +62,7 @@ def test_a_wrong_argument_is_named_with_what_is_wanted(
     arguments: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is a WrongType or a ConfigError, wherever this runs: not even /dev/kvm is opened."""
-    monkeypatch.setattr("pvclock.machine.machine.open_kvm", lambda: pytest.fail("something was made"))
+    monkeypatch.setattr("pvclock.machine.hardware.open_kvm", lambda: pytest.fail("something was made"))
     with pytest.raises((WrongType, ConfigError), match=said):
         Machine(**({"image": IMAGE} | arguments))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -110,14 +110,43 @@ def test_the_clock_and_its_backend_agree_when_it_is_restored() -> None:
         (Halt(), "HLT, and there is no interrupt controller to wake it"),
         (SystemEvent(3), "system event 3 (KVM_EXIT_SYSTEM_EVENT)"),
         (FailEntry(0x80000021), "the CPU refused the guest's state, reason 0x80000021 (KVM_EXIT_FAIL_ENTRY)"),
-        (InternalError(1, (2, 255)), "KVM gave up, suberror 1, data 0x2, 0xff (KVM_EXIT_INTERNAL_ERROR)"),
-        (InternalError(1, ()), "KVM gave up, suberror 1, data none (KVM_EXIT_INTERNAL_ERROR)"),
+        (
+            InternalError(1, (2, 255)),
+            "KVM cannot emulate an instruction, suberror 1, data 0x2, 0xff (KVM_EXIT_INTERNAL_ERROR)",
+        ),
+        (InternalError(3, ()), "KVM could not deliver an event, suberror 3, data none (KVM_EXIT_INTERNAL_ERROR)"),
+        (InternalError(9, (7,)), "KVM gave up, suberror 9, data 0x7 (KVM_EXIT_INTERNAL_ERROR)"),
         (UnknownExit(99), "exit 99, which pvclock does not know"),
     ],
 )
 def test_a_crash_in_words(reason: Exit, words: str) -> None:
     """The error of a guest that cannot go on names its exit in words."""
     assert str(GuestCrashed(1, reason)) == f"the guest crashed on vCPU 1: {words}"
+
+
+INSTRUCTION: Final = bytes.fromhex("0f01f9") + bytes(range(12))
+
+
+@pytest.mark.row("E22")
+@pytest.mark.parametrize(
+    ("suberror", "flags", "length", "fetched"),
+    [
+        (1, 1, 15, INSTRUCTION),
+        (1, 3, 3, INSTRUCTION[:3]),
+        (1, 1, 255, INSTRUCTION),
+        (1, 2, 15, b""),
+        (3, 1, 15, b""),
+    ],
+    ids=["all", "some", "too-many", "no-flag", "another-error"],
+)
+def test_an_instruction_that_kvm_fetched(suberror: int, flags: int, length: int, fetched: bytes) -> None:
+    """KVM's own bytes, where its flags say that there are some, and no more than it has room for."""
+    words = bytes([length]) + INSTRUCTION
+    data = (flags, int.from_bytes(words[:8], "little"), int.from_bytes(words[8:], "little"), 0x1000)
+    error = InternalError(suberror, data)
+    assert error.fetched == fetched
+    assert (f"it fetched {fetched.hex(' ')} (" in str(error)) == bool(fetched)
+    assert [InternalError(suberror, data[:count]).fetched for count in range(3)] == [b""] * 3
 
 
 def test_a_settlement_in_words() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pvclock.commands import main
-from pvclock.commands.state import in_units
+from pvclock.commands.state_clock import in_units
 from pvclock.state import clock_state
 from pvclock.state.clock_state import FIELDS
 from tests.command_line import in_terminal_here

@@ -15,7 +15,7 @@ from pvclock.meter.report.escaping import clipped, escaped
 from pvclock.meter.report.from_drift import drift_sections
 from pvclock.meter.report.model import Axis, Line, Plot, Report, Section, Unit
 
-__all__ = ["page", "picture"]
+__all__ = ["page", "picture", "stacked"]
 
 SOURCE: Final = "pvclock drift"
 HIDDEN_BELOW: Final = 10
@@ -48,7 +48,7 @@ def picture(lines: Sequence[str]) -> str:
         return svg.standalone(plot)
     names = " and ".join(line.name for line in near)
     # In the same order, so that a clock has its colour in both.
-    return _stacked([plot._replace(lines=near + far), plot._replace(title=f"{names}, closer", lines=near)])
+    return stacked([plot._replace(lines=near + far), plot._replace(title=f"{names}, closer", lines=near)])
 
 
 # Inside
@@ -67,7 +67,7 @@ def _extent_ns(line: Line) -> float:
     return max(known) - min(known) if known else 0.0
 
 
-def _stacked(plots: Sequence[Plot]) -> str:
+def stacked(plots: Sequence[Plot]) -> str:
     """Plots below each other as one SVG file, each with its title and its legend."""
     drawn: list[str] = []
     y = 0

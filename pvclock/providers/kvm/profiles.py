@@ -21,6 +21,8 @@ class Profile(NamedTuple):
     """Features that may be offered."""
     offers_all: bool = False
     """Are all of them that can be served offered by default?"""
+    offers_timing_leaf: bool = True
+    """Is leaf 0x40000010 offered unasked where a guest's clock keeps its TSC's rate?"""
     stable_by_host: bool = False
     """Is CLOCKSOURCE_STABLE left out of CPUID if the host's TSC is not reliable?"""
 
@@ -72,6 +74,7 @@ PROFILES: Final = MappingProxyType(
     {
         "linux": Profile(),
         "document": Profile(
+            offers_timing_leaf=False,
             time_page_must_be_good=True,
             wall_clock_must_be_good=True,
             steal_time_must_be_good=True,
@@ -84,6 +87,7 @@ PROFILES: Final = MappingProxyType(
             | KvmFeature.PV_UNHALT
             | KvmFeature.CLOCKSOURCE_STABLE,
             offers_all=True,
+            offers_timing_leaf=False,
             stable_by_host=True,
             wall_clock_must_be_good=True,
             bad_page_keeps_old=False,

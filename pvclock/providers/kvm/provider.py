@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from pvclock.arguments import vcpu_number
 from pvclock.errors import ConfigError, MsrFault
@@ -50,6 +50,9 @@ from pvclock.timekeeping.events import EventKind
 
 __all__ = ["KvmProvider"]
 
+TimingLeaf: TypeAlias = bool | Literal["boot"]
+"""See KvmProvider."""
+
 SAVED_BY_VERSION_1: Final = frozenset({"system_time", "wall_clock", "boot_vcpu_runs_old_kvmclock"})
 ADDED_TO_VERSION_2: Final = (
     frozenset({"time_page_flags", "time_page_tsc", "time_page_ns"}),
@@ -68,7 +71,9 @@ class KvmProvider:
     configured; only profile "virtualbox" depends on it.
     cpuid_base: where the leaves begin; 0x40000100 beside an interface whose leaves are at 0x40000000, such as Hyper-V.
     timing_leaf: offer leaf 0x40000010, too, with the frequencies of TSC and APIC bus (`apic_bus_hz`, 1 GHz by default).
-    A guest that uses it runs on its TSC, out of reach of every clock policy.
+    True: the guest lives by it, on its TSC and out of reach of every clock policy, so a restore on a TSC of another
+    frequency is refused.  "boot": it is what the guest would have measured as it booted, and such a restore is an
+    event.  None: "boot" by profile "linux" where the clock keeps the TSC's rate (ClockServices), False elsewhere.
 
     ConfigError for what cannot be served here, naming what can.
     """
@@ -98,7 +103,7 @@ class KvmProvider:
         profile: str = "linux",
         version: int = 0,
         cpuid_base: int = CPUID_BASE,
-        timing_leaf: bool = False,
+        timing_leaf: TimingLeaf | None = None,
         apic_bus_hz: int | None = None,
     ) -> None:
         if profile not in PROFILES:
@@ -136,7 +141,7 @@ class KvmProvider:
         """That range; what no guest of this profile is offered is not left to the kernel, either."""
         return msrs._replace(kept=tuple(msr for msr in msrs.kept if FEATURE_OF_MSR[msr] & self._profile.features))
 
-    def _offer_timing(self, timing_leaf: bool, apic_bus_hz: int | None) -> None:
+    def _offer_timing(self, timing_leaf: TimingLeaf | None, apic_bus_hz: int | None) -> None:
         if apic_bus_hz is not None and not timing_leaf:
             raise ConfigError(
                 f"apic_bus_hz is {apic_bus_hz}; only leaf 0x40000010 says it, which timing_leaf=True offers"
@@ -147,7 +152,17 @@ class KvmProvider:
                 f"interface at {CPUID_BASE:#x}"
             )
         self._apic_bus_hz = timing.APIC_BUS_HZ if apic_bus_hz is None else apic_bus_hz
-        self._timing = timing.timing_leaf(self.clock.tsc_hz, self._apic_bus_hz) if timing_leaf else None
+        self._asked_timing = timing_leaf
+        if timing_leaf:
+            timing.timing_leaf(self.clock.tsc_hz, self._apic_bus_hz)  # ConfigError for what it cannot say
+
+    @property
+    def _timing_leaf(self) -> TimingLeaf:
+        """Is leaf 0x40000010 offered at this moment, and how long is it to be true?"""
+        if self._asked_timing is not None:
+            return self._asked_timing
+        has_room = self.cpuid_base == CPUID_BASE and timing.can_say(self.clock.tsc_hz)
+        return "boot" if has_room and self._profile.offers_timing_leaf and self.clock.keeps_tsc_rate else False
 
     def _make_surfaces(self, features: KvmFeature) -> None:
         clock, vcpus, profile = self.clock, self._vcpus, self._profile
@@ -172,19 +187,21 @@ class KvmProvider:
 
     @property
     def cpuid_leaves(self) -> Mapping[int, CpuidLeaf]:
-        """Signature "KVMKVMKVM", the feature word and the hints; the timing leaf on request."""
+        """Signature "KVMKVMKVM", the feature word and the hints; the timing leaf where it is offered."""
         leaves = kvm_cpuid_leaves(self.features, self.hints, self.cpuid_base)
-        return leaves if self._timing is None else timing.with_timing_leaf(leaves, self._timing)
+        if not self._timing_leaf:
+            return leaves
+        return timing.with_timing_leaf(leaves, timing.timing_leaf(self.clock.tsc_hz, self._apic_bus_hz))
 
     @property
     def guest_lives_by_tsc(self) -> bool:
-        """Only with the timing leaf."""
-        return self._timing is not None
+        """Only with a timing leaf that was asked for."""
+        return self._asked_timing is True
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """See Provider."""
-        if self._timing is None:
+        if not self.guest_lives_by_tsc:
             return ()
         return ("leaf 0x40000010 is offered; a guest that goes by its TSC leaves every policy of this clock",)
 
@@ -294,7 +311,7 @@ class KvmProvider:
             "enforce_cpuid": self._enforce_cpuid,
             "profile": self.profile,
             **({} if self.cpuid_base == CPUID_BASE else {"cpuid_base": self.cpuid_base}),
-            **({} if self._timing is None else {"timing_leaf": True, "apic_bus_hz": self._apic_bus_hz}),
+            **({"timing_leaf": offered, "apic_bus_hz": self._apic_bus_hz} if (offered := self._timing_leaf) else {}),
         }
 
     def replace(self, written: Mapping[str, MsrValue], begin: Callable[[], object], undo: Callable[[], object]) -> None:

@@ -1,0 +1,1 @@
+"""Our machine as QEMU's own tools see one."""

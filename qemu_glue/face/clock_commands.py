@@ -1,0 +1,91 @@
+"""QMP's commands for a guest's time: what its clock shows, and what is done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Final
+
+from pvclock import GuestClock
+from pvclock.machine import Machine
+from qemu_glue.errors import QmpRefusal
+from qemu_glue.face.dispatch import Command, command_of
+
+__all__ = ["CHANGE", "ClockCommands"]
+
+CHANGE: Final = "X_PVCLOCK_CHANGE"
+"""The event for each of the clock's; its data is that one as GuestClock.events has it in JSON."""
+EVENTS_MAX: Final = 1000
+MAX_PPM: Final = 500
+
+
+class ClockCommands:
+    """The commands for the engine's clock of `machine`."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def table(self) -> dict[str, Command]:
+        """Each command by its name."""
+        functions: dict[str, Callable[..., object]] = {
+            "x-pvclock-query": self._query,
+            "x-pvclock-set-policy": self._set_policy,
+            "x-pvclock-skip": self._skip,
+            "x-pvclock-set-rate": self._set_rate,
+            "x-pvclock-slew": self._slew,
+            "x-pvclock-follow": self._follow,
+        }
+        return {name: command_of(function) for name, function in functions.items()}
+
+    def _clock(self) -> GuestClock:
+        """The machine's; it is another one after a roll_back()."""
+        if self._machine.clock is None:
+            raise QmpRefusal("the kernel serves this machine's clock; run it with --clock engine")
+        return self._machine.clock
+
+    def _query(self) -> object:
+        clock = self._clock()
+        steering = clock.steering
+        return {
+            "guest-ns": clock.now(),
+            "is-paused": clock.is_paused,
+            "policy": str(clock.policy),
+            "reference": str(clock.reference),
+            "rate": float(clock.rate),
+            "dilation": _ratio(clock.dilation),
+            "skew-ns": float(clock.skew_ns),
+            "tsc-hz": clock.tsc_hz,
+            "steering": None
+            if steering is None
+            else {"state": str(steering.state), "error-ns": steering.error_ns, "bound-ns": steering.bound_ns},
+            "vcpus": [self._vcpu(clock, vcpu) for vcpu in range(clock.vcpus)],
+            "last-event": clock.events.last,
+        }
+
+    def _vcpu(self, clock: GuestClock, vcpu: int) -> object:
+        page = clock.page(vcpu)
+        return {
+            "cpu-index": vcpu,
+            "tsc-offset": clock.tsc(vcpu).offset,
+            "page": None if page is None else {name.replace("_", "-"): each for name, each in page._asdict().items()},
+        }
+
+    def _set_policy(self, policy: str) -> None:
+        self._clock().policy = policy
+
+    def _skip(self, ns: int) -> None:
+        self._clock().skip(ns)
+
+    def _set_rate(self, numerator: int, denominator: int = 1) -> None:
+        self._clock().dilate(numerator, denominator)
+
+    def _slew(self, ns: int, max_ppm: int = MAX_PPM) -> None:
+        self._clock().slew(ns, max_ppm)
+
+    def _follow(self, reference: str) -> None:
+        self._clock().follow(reference)
+
+
+def _ratio(fraction: Fraction) -> dict[str, int]:
+    numerator, denominator = fraction.as_integer_ratio()
+    return {"numerator": numerator, "denominator": denominator}

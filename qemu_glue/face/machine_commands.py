@@ -1,0 +1,128 @@
+"""QMP's commands for a machine of ours, under QEMU's names, and the events of its run state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import pvclock
+from pvclock.machine import Ending, Machine, RunState
+from qemu_glue.errors import QmpRefusal
+from qemu_glue.face.dispatch import Command, command_of
+
+__all__ = ["VERSION", "Emit", "MachineCommands", "event_of"]
+
+Emit = Callable[[str, Mapping[str, object] | None], object]
+"""Tells the client of an event: its name, and its data."""
+
+_MAJOR, _MINOR, _MICRO = (int(part) for part in pvclock.__version__.split("."))
+VERSION: Final = {
+    "qemu": {"major": _MAJOR, "minor": _MINOR, "micro": _MICRO},
+    "package": f"pvclock {pvclock.__version__}",
+}
+"""As query-version has it; under "qemu" stands pvclock's own, for clients that want numbers there."""
+
+CHUNK_BYTES: Final = 1 << 20
+RESUMABLE: Final = (RunState.PRELAUNCH, RunState.PAUSED)
+STARTED: Final = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
+ENDINGS: Final = {Ending.EXIT_CODE: "guest-shutdown"} | {each: str(each) for each in Ending if each != Ending.EXIT_CODE}
+"""The reasons of a SHUTDOWN, as QEMU has them; isa-debug-exit ends a QEMU without one."""
+
+
+class MachineCommands:
+    """The commands of `machine`.  emit: tells of events.  on_quit: ends its VMM, once the answer has been sent."""
+
+    def __init__(self, machine: Machine, emit: Emit, on_quit: Callable[[], object]) -> None:
+        self._machine, self._emit, self._on_quit = machine, emit, on_quit
+
+    def table(self) -> dict[str, Command]:
+        """Each command by its name."""
+        functions: dict[str, Callable[..., object]] = {
+            "query-version": self._query_version,
+            "query-status": self._query_status,
+            "query-kvm": self._query_kvm,
+            "query-cpus-fast": self._query_cpus_fast,
+            "stop": self._stop,
+            "cont": self._cont,
+            "system_reset": self._system_reset,
+            "quit": self._quit,
+            "pmemsave": self._pmemsave,
+        }
+        return {name: command_of(function) for name, function in functions.items()}
+
+    # What it is, and how it is
+
+    def _query_version(self) -> object:
+        return VERSION
+
+    def _query_status(self) -> object:
+        state = self._machine.run_state.current
+        return {"status": state, "singlestep": False, "running": state is RunState.RUNNING}
+
+    def _query_kvm(self) -> object:
+        return {"enabled": True, "present": True}
+
+    def _query_cpus_fast(self) -> Sequence[object]:
+        threads = self._machine.runner.threads
+        return [
+            {
+                "cpu-index": vcpu.vcpu_id,
+                "qom-path": f"/machine/vcpu[{vcpu.vcpu_id}]",
+                "thread-id": threads[place].native_id if place < len(threads) else 0,
+                "target": "x86_64",
+            }
+            for place, vcpu in enumerate(self._machine.vcpus)
+        ]
+
+    # What is done to it
+
+    def _stop(self) -> None:
+        if self._machine.run_state.current is RunState.RUNNING:
+            self._machine.pause()
+
+    def _cont(self) -> None:
+        match self._machine.run_state.current:
+            case RunState.PRELAUNCH:
+                self._machine.start()
+            case RunState.PAUSED:
+                self._machine.resume()
+            case RunState.RUNNING:
+                pass
+            case _:
+                raise QmpRefusal("Resetting the Virtual Machine is required")
+
+    def _system_reset(self) -> None:
+        self._machine.reset()
+        self._emit("RESET", {"guest": False, "reason": "host-qmp-system-reset"})
+
+    def _quit(self) -> None:
+        self._emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+        self._on_quit()
+
+    def _pmemsave(self, val: int, size: int, filename: str) -> None:
+        memory = self._machine.memory
+        if size < 0 or not memory.contains(val, size):
+            raise QmpRefusal(f"Invalid addr {val:#x}/size {size} specified")
+        try:
+            with Path(filename).open("wb") as file:
+                file.writelines(
+                    memory.read(val + offset, min(CHUNK_BYTES, size - offset)) for offset in range(0, size, CHUNK_BYTES)
+                )
+        except OSError as error:
+            raise QmpRefusal(f"Could not open '{filename}': {error.strerror}") from None
+
+
+def event_of(machine: Machine, before: RunState, now: RunState) -> tuple[str, Mapping[str, object] | None] | None:
+    """QEMU's event for a change of the run state; None where it has none."""
+    if now is RunState.RUNNING:
+        return "RESUME", None
+    if now is RunState.PAUSED and before is RunState.RUNNING:
+        return "STOP", None
+    if now is RunState.GUEST_PANICKED:
+        return "GUEST_PANICKED", {"action": "pause"}
+    if now is RunState.INTERNAL_ERROR:
+        return "STOP", None
+    if now is RunState.SHUTDOWN and machine.ending is not None:
+        return "SHUTDOWN", {"guest": True, "reason": ENDINGS[machine.ending]}
+    return None

@@ -1,0 +1,48 @@
+"""A machine with a QMP server: its commands, and what happens to it and to its clock as events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pvclock.machine import Machine, RunState
+from pvclock.timekeeping.events import Event
+from qemu_glue.face.clock_commands import CHANGE, ClockCommands
+from qemu_glue.face.dispatch import Command, command_of
+from qemu_glue.face.machine_commands import VERSION, MachineCommands, event_of
+from qemu_glue.face.server import NEGOTIATION, QmpServer
+
+__all__ = ["qmp_server"]
+
+
+@contextmanager
+def qmp_server(machine: Machine, path: str | Path, on_quit: Callable[[], object]) -> Iterator[QmpServer]:
+    """Serve QMP for `machine` at the socket `path`.  on_quit: called for the command `quit`, on the server's thread.
+
+    ConfigError if there can be no socket.
+    """
+    commands: dict[str, Command] = {}
+    with QmpServer(path, commands, VERSION) as server:
+        commands |= MachineCommands(machine, server.emit, on_quit).table() | ClockCommands(machine).table()
+        commands["query-commands"] = command_of(lambda: [{"name": name} for name in (*commands, NEGOTIATION)])
+
+        def tell_state(before: RunState, now: RunState) -> None:
+            if (event := event_of(machine, before, now)) is not None:
+                server.emit(*event)
+
+        def tell_change(event: Event) -> None:
+            server.emit(CHANGE, _json(event))
+
+        with ExitStack() as told:
+            machine.run_state.add_handler(tell_state)
+            told.callback(machine.run_state.remove_handler, tell_state)
+            if machine.clock is not None:
+                told.callback(machine.clock.events.subscribe(tell_change))
+            yield server
+
+
+def _json(event: Event) -> Mapping[str, object]:
+    """A clock's event, under QMP's names."""
+    return {name.replace("_", "-"): value for name, value in json.loads(event.to_json()).items()}

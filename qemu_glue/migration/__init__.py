@@ -1,0 +1,1 @@
+"""The clock in a QEMU migration stream: found, read, and replaced."""

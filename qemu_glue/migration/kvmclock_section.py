@@ -1,0 +1,99 @@
+"""The kvmclock section: one u64 of ns, and in a subsection whether KVM_GET_CLOCK could be relied on.
+
+By the description it is where it must be.  A stream without one (machine types up to 2.2, the end of a postcopy) has
+to be searched: then every byte of the section that is always the same must be there, and it must be the only one, for
+guest RAM may hold anything.
+Source: QEMU hw/i386/kvm/clock.c (kvmclock_vmsd, kvmclock_reliable_get_clock).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from enum import StrEnum
+from itertools import islice
+from typing import Final, NamedTuple
+
+from pvclock import StateFileError
+from qemu_glue.migration.description import Description
+from qemu_glue.migration.sections import FOOTER_BYTES, Section, Sections
+from qemu_glue.migration.stream_file import StreamFile
+
+__all__ = ["FoundBy", "KvmclockSection", "find_kvmclock"]
+
+NAME: Final = "kvmclock"
+VERSION: Final = 1
+CLOCK: Final = "clock"
+RELIABLE: Final = "kvmclock/clock_is_reliable:clock_is_reliable"
+
+NEEDLE: Final = b"\x08kvmclock" + struct.pack(">II", 0, VERSION)
+WHOLE: Final = re.compile(
+    rb"\x04(?P<id>.{4})" + re.escape(NEEDLE) + rb"(?P<clock>.{8})"
+    rb"(?:\x05\x1akvmclock/clock_is_reliable\0\0\0\x01(?P<reliable>[\0\x01]))?"
+    rb"(?:\x7e(?P=id))?"
+    rb"(?:\0|\x04.{4}(?P<length>.))",
+    re.DOTALL,
+)
+"""A section, and what begins behind it: the end mark, or the next section."""
+WHOLE_BYTES_MAX: Final = 1 + 4 + len(NEEDLE) + 8 + 33 + FOOTER_BYTES + 6
+
+
+class FoundBy(StrEnum):
+    """What says where the section is."""
+
+    DESCRIPTION = "description"
+    SEARCH = "search"
+
+
+class KvmclockSection(NamedTuple):
+    """Where it is in the file.  reliable_at: None without that subsection (machine types up to 2.8)."""
+
+    begin: int
+    clock_at: int
+    reliable_at: int | None
+    found_by: FoundBy
+
+
+def find_kvmclock(stream: StreamFile, description: Description | None, sections: Sections) -> KvmclockSection:
+    """The section; StateFileError if there is none, more than one that might be it, or one of another version."""
+    described = sections.found.get((NAME, 0))
+    if described is not None:
+        return _described(described)
+    if description is not None and all(layout.name != NAME for layout in description.layouts):
+        raise _missing("no kvmclock among the devices that the stream describes")
+    candidates = list(islice(_candidates(stream), 2))
+    if not candidates:
+        raise _missing("no kvmclock section")
+    if len(candidates) > 1:
+        places = " and ".join(str(candidate.begin) for candidate in candidates)
+        supported = "one; guest RAM may hold such bytes, and without a description nothing tells which one is QEMU's"
+        raise StateFileError(NAME, f"more than one section that might be it, at {places}", supported)
+    return candidates[0]
+
+
+def _described(section: Section) -> KvmclockSection:
+    layout = section.layout
+    if layout.version != VERSION:
+        raise StateFileError(f"{NAME}.version", f"{layout.version}", f"{VERSION}")
+    clock, reliable = layout.places.get(CLOCK), layout.places.get(RELIABLE)
+    if clock is None or clock.size != 8 or (reliable is not None and reliable.size != 1):
+        raise StateFileError(NAME, "other fields", "a clock of 8 bytes, and in a subsection one byte")
+    reliable_at = None if reliable is None else section.begin + reliable.offset
+    return KvmclockSection(section.begin, section.begin + clock.offset, reliable_at, FoundBy.DESCRIPTION)
+
+
+def _candidates(stream: StreamFile) -> Iterator[KvmclockSection]:
+    """What has every byte of a section that is always the same, from the stream's beginning on."""
+    for name_at in stream.occurrences(NEEDLE, stream.end):
+        begin = name_at - 1 - 4
+        if begin >= stream.begin:
+            length = min(WHOLE_BYTES_MAX, stream.end - begin)
+            found = WHOLE.match(stream.read(begin, length, NAME))
+            if found and found["length"] != b"\0":
+                reliable_at = None if found["reliable"] is None else begin + found.start("reliable")
+                yield KvmclockSection(begin, begin + found.start("clock"), reliable_at, FoundBy.SEARCH)
+
+
+def _missing(found: str) -> StateFileError:
+    return StateFileError(NAME, found, "a stream of a VM under KVM whose CPU has kvmclock")
