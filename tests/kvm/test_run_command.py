@@ -478,6 +478,14 @@ def test_a_terminal_that_is_closed(session: Session) -> None:
     assert session.process.wait() == 129
 
 
+def test_a_terminal_that_is_closed_while_the_run_is_stopped(session: Session) -> None:
+    """It goes on for that, and ends as by SIGHUP."""
+    session.type(b"\x01z")
+    os.waitpid(session.process.pid, os.WUNTRACED)
+    session.hang_up()
+    assert session.process.wait() == 129
+
+
 def test_a_run_that_was_stopped_goes_on(session: Session) -> None:
     """The terminal, which a shell made its own meanwhile, is the guest's again, and at last as before."""
     session.process.send_signal(signal.SIGSTOP)
