@@ -254,6 +254,15 @@ def test_a_vmm_may_ask_of_its_own_vcpus() -> None:
         assert judge(facts._replace(has_calibration_timer=True))[0].severity is judge(facts)[0].severity
 
 
+def test_vcpus_that_may_come_later() -> None:
+    """A machine that can have more vCPUs is judged by those that it has, and anew when there is another."""
+    with Machine(HALT, vcpus=1, max_vcpus=3) as machine:
+        assert [each for each in preflight(machine) if each.severity in SEVERE] == []
+        machine.add_vcpu()
+        assert len(guest_facts(machine.vcpus, machine.clock).vcpus) == 2
+        assert [each for each in preflight(machine) if each.severity in SEVERE] == []
+
+
 def test_only_before_it_runs() -> None:
     """What a guest has seen cannot be taken back: a StateError, once it was started."""
     with Machine(out(0xF4, 0), platform="pc") as machine:

@@ -35,8 +35,8 @@ def guest_facts(vcpus: Sequence[Vcpu], clock: GuestClock | None, *, has_calibrat
     throw-away VMs are asked.
     """
     flag("has_calibration_timer", has_calibration_timer)
-    if clock is not None and instance("clock", clock, GuestClock).vcpus != len(vcpus_of(vcpus)):
-        raise ConfigError(f"a clock of {clock.vcpus} vCPUs, and {len(vcpus)} vCPUs; both are the VM's")
+    if clock is not None and instance("clock", clock, GuestClock).vcpus_present != len(vcpus_of(vcpus)):
+        raise ConfigError(f"a clock of {clock.vcpus_present} vCPUs, and {len(vcpus)} vCPUs; both are the VM's")
     host = host_facts(None if clock is None else clock.backend)
     served = _clock_facts(clock, len(vcpus_of(vcpus)))
     offsets = served.tsc_offsets or [None] * len(vcpus)
