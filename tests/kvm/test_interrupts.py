@@ -226,7 +226,7 @@ def test_close_ends_timers_whatever_was_interrupted(name: str, monkeypatch: pyte
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # Python says so of memory that was just made
 def test_an_interrupt_while_a_machine_is_made() -> None:
     """At any line of the constructor: nothing is left."""
-    files = (f"{PACKAGE}/machine/machine.py", f"{PACKAGE}/machine/ram.py")
+    files = tuple(f"{PACKAGE}/machine/{name}.py" for name in ("machine", "hardware", "ram"))
     before = held()
     for line in count(1):
         made: list[Machine] = []
