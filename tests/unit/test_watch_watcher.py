@@ -282,28 +282,53 @@ def test_a_pause_as_the_guest_saw_it() -> None:
     assert watched.watcher.summary.most_seen == step
 
 
+def waits_for_its_resume() -> tuple[Watched, TimeInfo, int]:
+    """A guest that was stopped for 10 ms and has a new line, before its RESUME was told; and when the STOP was."""
+    watched = Watched()
+    watched.poll(line(LONG, 0), offsets=[OFFSET])
+    stop = watched.now + 1000
+    watched.poll(line(LONG, 0), offsets=[OFFSET], events=[(VmEventKind.STOP, stop)])
+    after = line(LONG + 10 * MS, 0, 4)
+    assert watched.poll(after, offsets=[OFFSET]) == []
+    return watched, after, stop
+
+
 @pytest.mark.row("E3")
-def test_a_step_waits_for_a_resume_that_is_late() -> None:
-    """One poll: then it is told as it is."""
-    for is_told in (True, False):
-        watched = Watched()
-        watched.poll(line(LONG, 0), offsets=[OFFSET])
-        stop = watched.now + 1000
-        watched.poll(line(LONG, 0), offsets=[OFFSET], events=[(VmEventKind.STOP, stop)])
-        after = line(LONG + 10 * MS, 0, 4)
+@pytest.mark.parametrize("polls", [0, 1, 90])
+def test_a_step_waits_for_a_resume_that_is_late(polls: int) -> None:
+    """A second at most, and has it among its events."""
+    watched, after, stop = waits_for_its_resume()
+    for _ in range(polls):
         assert watched.poll(after, offsets=[OFFSET]) == []
-        (step,) = watched.poll(after, offsets=[OFFSET], events=[(VmEventKind.RESUME, stop + 10 * MS)] * is_told)
-        assert isinstance(step, Step)
-        assert step.seen_ns == (0 if is_told else None)
+    (step,) = watched.poll(after, offsets=[OFFSET], events=[(VmEventKind.RESUME, stop + 10 * MS)])
+    assert isinstance(step, Step)
+    assert step.seen_ns == 0
+    assert [event.kind for event in step.events] == ["stop", "resume"]
+
+
+@pytest.mark.row("E3")
+def test_a_resume_that_is_never_told() -> None:
+    """After a second the step is told as it is, and so it is before the next one, and at the end."""
+    watched, after, _ = waits_for_its_resume()
+    *_, step = watched.poll(after, offsets=[OFFSET], after=1000 * MS)
+    assert isinstance(step, Step)
+    assert step.seen_ns is None
+    watched, after, _ = waits_for_its_resume()
+    (first,) = watched.poll(line(LONG + 20 * MS, 0, 6), offsets=[OFFSET])
+    (second,) = watched.watcher.finish()
+    assert isinstance(first, Step)
+    assert isinstance(second, Step)
+    assert (first.after, second.before) == (after, after)
 
 
 @pytest.mark.row("E3")
 def test_a_pause_that_is_over_belongs_to_no_later_step() -> None:
     """Nor do two pauses to one line."""
     watched = Watched()
-    pause = [(VmEventKind.STOP, 0), (VmEventKind.RESUME, 1000)]
-    watched.poll(line(LONG, 0), offsets=[OFFSET], events=pause)
     watched.poll(line(LONG, 0), offsets=[OFFSET])
+    pause = [(VmEventKind.STOP, watched.now + 1000), (VmEventKind.RESUME, watched.now + 2000)]
+    for events in (pause, []):
+        watched.poll(line(LONG, 0), offsets=[OFFSET], events=events)
     (late,) = watched.poll(line(LONG + 50, 50, 4), offsets=[OFFSET])
     (twice,) = watched.poll(line(LONG + 60, 60, 6), offsets=[OFFSET], events=pause * 2)
     assert isinstance(late, Step)

@@ -28,6 +28,9 @@ MOVED_POLLS: Final = 2
 OFFSETS_MAX: Final = 10
 """Polls in a row that each see another TSC offset, after which it is unknown what the guest read meanwhile."""
 
+RESUME_LIMIT_S: Final = 1
+"""How late a VMM may tell that its guest goes on."""
+
 VERSION_BACK: Final = 1 << 31
 EVENTS_KEPT: Final = 64
 
@@ -68,7 +71,7 @@ class PageWatch:
             return self._line, []
         self._events = (*self._events, *poll.events)[-EVENTS_KEPT:]
         self._pauses += stopped.ended
-        changes = self.finish()
+        changes = [] if self._may_wait(poll) else self.finish()
         page = poll.pages[self._vcpu]
         if page is None or not self._is_legal(page):
             self._account.note(poll.events)
@@ -87,11 +90,22 @@ class PageWatch:
         return (self._line if self._move is None else None), changes
 
     def finish(self) -> list[Change]:
-        """The step that waited for a RESUME, if any."""
+        """The step that waited for a RESUME, if any, with what was told since."""
         step, self._waiting = self._waiting, None
-        return [] if step is None else [self._with_pauses(step)]
+        if step is None:
+            return []
+        events, self._events = self._events, ()
+        return [self._with_pauses(step._replace(events=(*step.events, *events)))]
 
     # Inside
+
+    def _may_wait(self, poll: Poll) -> bool:
+        """May a step wait on for its RESUME?  A VMM on a busy host tells it late; but the page stays meanwhile."""
+        step, line = self._waiting, self._line
+        if step is None or line is None or len(self._pauses) >= step.lines:
+            return False
+        is_same = Line(poll.pages[self._vcpu] or step.before, poll.tsc_offsets[self._vcpu]) == line
+        return is_same and poll.middle - step.at < RESUME_LIMIT_S * self._rates.host_hz
 
     def _is_as_before(self, poll: Poll) -> bool:
         """Is nothing new, and nothing open?  At nearly all polls; so it is asked first."""
