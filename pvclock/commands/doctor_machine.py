@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Final
-
-from rich.text import Text
+from typing import TYPE_CHECKING, Final
 
 from pvclock.commands import machine_options
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.screen import Screen
-from pvclock.commands.tables import Table
 from pvclock.errors import ConfigError
 from pvclock.machine import Machine
 from pvclock.machine.preflight import Finding, Severity, preflight
+
+if TYPE_CHECKING:  # what tables are drawn by is slow to load, and `pvclock run` has its part of this module, too
+    from pvclock.commands.tables import Table
 
 __all__ = ["add_arguments", "options_given", "run", "tell_what_is_wrong"]
 
@@ -71,6 +71,10 @@ def _counted(count: int, what: str) -> str:
 
 
 def _table(findings: Sequence[Finding]) -> Table:
+    from rich.text import Text
+
+    from pvclock.commands.tables import Table
+
     table = Table("", "finding", "what it is, what the guest sees, and what to do")
     for finding in findings:
         told = Text(f"{finding.what}\nthe guest: {finding.guest_sees}")

@@ -45,7 +45,7 @@ def raw_terminal(descriptor: int) -> Iterator[bool]:
 
     def make_raw(*_signal: object) -> None:
         with suppress(termios.error):  # it was closed, which sends SIGCONT, too
-            tty.setraw(descriptor, termios.TCSANOW)  # TCSADRAIN would wait for a reader that does not read
+            tty.setraw(descriptor, termios.TCSANOW)
 
     handler = signal.signal(signal.SIGCONT, make_raw)
     try:
@@ -53,8 +53,7 @@ def raw_terminal(descriptor: int) -> Iterator[bool]:
         yield True
     finally:
         signal.signal(signal.SIGCONT, handler)
-        with suppress(termios.error):
-            termios.tcsetattr(descriptor, termios.TCSANOW, before)
+        _set(descriptor, before)
 
 
 @contextmanager
@@ -64,11 +63,17 @@ def as_it_was(descriptor: int, settings: Settings | None) -> Iterator[None]:
         yield
         return
     raw = termios.tcgetattr(descriptor)
-    termios.tcsetattr(descriptor, termios.TCSADRAIN, settings)
+    _set(descriptor, settings)
     try:
         yield
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, raw)
+        _set(descriptor, raw)
+
+
+def _set(descriptor: int, settings: Settings) -> None:
+    """Set a terminal, unless it was closed, at once: TCSADRAIN would wait for a reader that does not read."""
+    with suppress(termios.error):
+        termios.tcsetattr(descriptor, termios.TCSANOW, settings)
 
 
 def settings_of(descriptor: int) -> Settings | None:

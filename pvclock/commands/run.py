@@ -19,8 +19,9 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,13 @@ from typing import Any, Final
 
 from pvclock.boot import BootModule, BootSource
 from pvclock.boot.initramfs import with_shell
-from pvclock.commands import machine_options, whole_file
+from pvclock.commands import machine_options, run_services, whole_file
 from pvclock.commands.arguments import catch_up_policy, duration_s, memory_bytes, output_file, whole_number
 from pvclock.commands.doctor_machine import tell_what_is_wrong
 from pvclock.commands.guest_console import GuestConsole
 from pvclock.commands.guest_terminal import Keys, Settings, as_it_was, converse, raw_terminal, settings_of
 from pvclock.commands.outcome import Outcome
-from pvclock.commands.run_ending import End, ended_by_timeout, ended_by_user, find_end
+from pvclock.commands.run_ending import End, ended_by_client, ended_by_timeout, ended_by_user, find_end
 from pvclock.commands.screen import Screen
 from pvclock.commands.signals import ended_by_signals, told_to_stop
 from pvclock.errors import ConfigError, ImageError
@@ -107,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--events", type=output_file, metavar="FILE", help="write what the engine's clock did, as JSON lines"
     )
+    run_services.add_arguments(parser)
     parser.add_argument("--timeout", type=duration_s, metavar="SECONDS", help="end the run after so long")
 
 
@@ -129,14 +131,14 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
         if _is_linux(arguments, source) and cpu_flags().isdisjoint(VIRTUALISATION):
             screen.tell(f"pvclock run: {MAY_NOT_RUN}")
         if sys.stdin.isatty():
-            screen.tell("pvclock run: the terminal is the guest's; Ctrl-A x ends the run")
+            screen.tell("pvclock run: the terminal is the guest's; Ctrl-A x ends the run, and Ctrl-A z stops it")
         begun_s = time.monotonic()
         machine_options.set_rate(machine, arguments)
         if arguments.resume_policy is not None and machine.clock is not None:
             machine.clock.policy = machine.clock.sleep_policy = arguments.resume_policy
         if not arguments.json:
             tell_what_is_wrong(machine, screen)
-        end = _run_to_its_end(machine, console, arguments.timeout)
+        end = _run_to_its_end(machine, console, arguments)
         result = {
             **end._asdict(),
             "exit_code": machine.exit_code,
@@ -225,18 +227,27 @@ def _clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
 # From start to end
 
 
-def _run_to_its_end(machine: Machine, console: GuestConsole, timeout_s: float | None) -> End:
+def _run_to_its_end(machine: Machine, console: GuestConsole, arguments: argparse.Namespace) -> End:
+    timeout_s = arguments.timeout
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     typed = sys.stdin.fileno()
     settings = settings_of(typed)
-    with _told_of_the_end(machine, console) as over, told_to_stop(), raw_terminal(typed) as is_terminal:
+    quitting = threading.Event()
+    with (
+        _told_of_the_end(machine, console, quitting) as (over, leave),
+        run_services.served(machine, arguments, leave),
+        told_to_stop(),
+        raw_terminal(typed) as is_terminal,
+    ):
         keys = Keys(has_escape=is_terminal)
         machine.start()
         stop = partial(_stop, machine, typed, settings)
         has_ended = converse(typed, over, keys, machine.serial.receive, deadline_s, stop)
-        if not has_ended:
+        if not has_ended or quitting.is_set():
             console.give_up()
             machine.stop()
+    if quitting.is_set():
+        return ended_by_client()
     if has_ended:
         return find_end(machine, console.panic)
     if keys.ended or timeout_s is None:
@@ -253,17 +264,23 @@ def _stop(machine: Machine, typed: int, settings: Settings | None) -> None:
 
 
 @contextmanager
-def _told_of_the_end(machine: Machine, console: GuestConsole) -> Iterator[int]:
-    """A descriptor that can be read once the run has ended; it has when this ends."""
+def _told_of_the_end(
+    machine: Machine, console: GuestConsole, quitting: threading.Event
+) -> Iterator[tuple[int, Callable[[], None]]]:
+    """A descriptor that can be read once the run has ended, and what a client ends it by; it has when this ends."""
     over, tell = os.pipe()
 
     def handler(_before: RunState, now: RunState) -> None:
         if now in ENDED:
             os.write(tell, b".")
 
+    def leave() -> None:
+        quitting.set()
+        os.write(tell, b".")
+
     machine.run_state.add_handler(handler)
     try:
-        yield over
+        yield over, leave
     finally:
         console.give_up()
         machine.stop()  # before the pipe goes

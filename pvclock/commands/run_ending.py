@@ -11,7 +11,7 @@ from pvclock.kvm.exits import InternalError
 from pvclock.machine import Ending, Machine
 from pvclock.machine.crash import CrashSite
 
-__all__ = ["End", "ended_by_timeout", "ended_by_user", "find_end"]
+__all__ = ["End", "ended_by_client", "ended_by_timeout", "ended_by_user", "find_end"]
 
 WORDS: Final = {Ending.POWER_OFF: "the guest has powered off", Ending.RESET: "the guest asked for a reset"}
 STATUSES: Final = {Ending.POWER_OFF: 0, Ending.RESET: 3, Ending.PANIC: 4}
@@ -61,6 +61,11 @@ class End(NamedTuple):
 def ended_by_user() -> End:
     """By the escape key."""
     return End("user", "ended by Ctrl-A x", 0)
+
+
+def ended_by_client() -> End:
+    """By a client of a service, such as QMP's command quit."""
+    return End("user", "ended by quit", 0)
 
 
 def ended_by_timeout(timeout_s: float) -> End:

@@ -83,6 +83,11 @@ cdef tuple take_writes(kvm_coalesced_mmio_ring *ring):
     return tuple(taken)
 
 
+cdef void unmap(kvm_run *page, size_t length) noexcept:
+    if page is not NULL:
+        munmap(page, length)
+
+
 @cython.final
 cdef class Vcpu(Fd):
     """A virtual CPU; made by Vm.create_vcpu().
@@ -92,14 +97,12 @@ cdef class Vcpu(Fd):
     """
 
     def __dealloc__(self) -> None:
-        if self.run_page is not NULL:
-            munmap(self.run_page, self.run_bytes)
+        unmap(self.run_page, self.run_bytes)
 
     def close(self) -> None:
         """Unmap kvm_run and close the vCPU; StateError while it runs."""
         self._idle_fd("close")
-        if self.run_page is not NULL:
-            munmap(self.run_page, self.run_bytes)
+        unmap(self.run_page, self.run_bytes)
         self.run_page = NULL
         Fd.close(self)
         self._mapped = None
@@ -384,12 +387,10 @@ cdef class Vcpu(Fd):
     cdef int _set_struct(
         self, str operation, unsigned long request, str call, size_t length, str parameter, object given
     ) except -1:
-        cdef uint64_t space[MAX_STRUCT_WORDS]
         cdef bytes state = checked_data(parameter, given)
         if <size_t>len(state) != length:
             raise ConfigError(f"{parameter} of {len(state)} bytes; KVM's struct has {length}")
-        memcpy(space, <uint8_t *>state, length)
-        checked(ioctl(self._idle_fd(operation), request, space), call)
+        checked(ioctl(self._idle_fd(operation), request, <uint8_t *>state), call)
         return 0
 
     # Time

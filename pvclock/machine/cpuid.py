@@ -26,7 +26,10 @@ CpuidEntry: TypeAlias = dict[str, int]
 """An entry of KVM_SET_CPUID2: function, index, flags, eax, ebx, ecx, edx."""
 
 CpuidChange: TypeAlias = Callable[[int, list[CpuidEntry]], list[CpuidEntry]]
-"""change(vcpu, entries): what that vCPU gets instead."""
+"""change(vcpu, entries): what that vCPU gets instead.
+
+Asked again before the vCPUs first run, if the clock's leaves have changed by then, as by a dilation.
+"""
 
 HYPERVISOR_LEAVES = range(0x40000000, 0x50000000)
 TOPOLOGY_LEAVES = (0xB, 0x1F)

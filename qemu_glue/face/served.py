@@ -14,11 +14,11 @@ from qemu_glue.face.dispatch import Command, command_of
 from qemu_glue.face.machine_commands import VERSION, MachineCommands, event_of
 from qemu_glue.face.server import NEGOTIATION, QmpServer
 
-__all__ = ["qmp_server"]
+__all__ = ["serve"]
 
 
 @contextmanager
-def qmp_server(machine: Machine, path: str | Path, on_quit: Callable[[], object]) -> Iterator[QmpServer]:
+def serve(machine: Machine, path: str | Path, on_quit: Callable[[], object]) -> Iterator[QmpServer]:
     """Serve QMP for `machine` at the socket `path`.  on_quit: called for the command `quit`, on the server's thread.
 
     ConfigError if there can be no socket.

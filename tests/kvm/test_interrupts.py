@@ -94,15 +94,6 @@ def limit() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def light_collector() -> Iterator[None]:
-    """Leave what was there before to itself: the collector runs before each interrupt, and has little to look at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def interrupted(line: int, files: tuple[str, ...], call: Callable[[], object]) -> bool:
     """Make the call, with a KeyboardInterrupt at the `line`-th line of `files`; False if it ends before.
 

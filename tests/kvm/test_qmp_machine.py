@@ -15,7 +15,7 @@ from pvclock.meter.machine_guest import wait_until_reading
 from pvclock.payloads import probe
 from pvclock.testing.machines import made
 from qemu_glue.errors import QmpFailed
-from qemu_glue.face.served import qmp_server
+from qemu_glue.face.served import serve
 from qemu_glue.peer.monitor import Monitor
 from tests.waiting import HANG_S, alarm_after
 
@@ -56,7 +56,7 @@ def served(tmp_path: Path, **options: Any) -> Iterator[Served]:  # noqa: ANN401 
     path = tmp_path / "qmp.sock"
     with (
         made(None, vcpus=2, **options) as machine,
-        qmp_server(machine, path, lambda: quits.append(None)),
+        serve(machine, path, lambda: quits.append(None)),
         a_client(path) as monitor,
     ):
         yield Served(machine, monitor, quits)
@@ -98,7 +98,7 @@ def test_a_machine_that_was_not_started_is_started_by_cont(tmp_path: Path) -> No
     """And one whose guest has ended has to be reset first."""
     path = tmp_path / "qmp.sock"
     image = bytes.fromhex("b000 e6f4 f4")  # mov $0, %al; out %al, $0xf4; hlt
-    with Machine(image) as machine, qmp_server(machine, path, list), a_client(path) as monitor:
+    with Machine(image) as machine, serve(machine, path, list), a_client(path) as monitor:
         assert monitor.execute("query-status")["status"] == "prelaunch"
         monitor.execute("cont")
         machine.wait(HANG_S)

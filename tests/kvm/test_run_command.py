@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -22,6 +23,7 @@ from pvclock.commands import main
 from pvclock.host.linux import cpu_flags
 from pvclock.machine import Machine
 from pvclock.timekeeping.events import Event, EventKind
+from qemu_glue.peer.monitor import Monitor
 from tests.command_line import ROOT, command, run_pvclock
 from tests.kvm.guests import out
 from tests.kvm.pc_guests import ECHO, WAIT_FOREVER, driver, first_module_sender, kernel, module_lister, out_dx
@@ -478,6 +480,14 @@ def test_a_terminal_that_is_closed(session: Session) -> None:
     assert session.process.wait() == 129
 
 
+def test_a_terminal_that_is_closed_while_the_run_is_stopped(session: Session) -> None:
+    """It goes on for that, and ends as by SIGHUP."""
+    session.type(b"\x01z")
+    os.waitpid(session.process.pid, os.WUNTRACED)
+    session.hang_up()
+    assert session.process.wait() == 129
+
+
 def test_a_run_that_was_stopped_goes_on(session: Session) -> None:
     """The terminal, which a shell made its own meanwhile, is the guest's again, and at last as before."""
     session.process.send_signal(signal.SIGSTOP)
@@ -522,3 +532,35 @@ def test_a_stop_is_a_pause(by_key: bool, policy: str, image: Callable[[bytes], s
     assert resumed.host_tsc is not None
     assert resumed.host_tsc > paused.host_tsc
     assert (resumed.jump_ns > 0) == (policy == "advance")
+
+
+# By QMP
+
+
+@pytest.mark.row("E15")
+@pytest.mark.qemu
+def test_a_client_of_qmp_ends_it(image: Callable[[bytes], str], tmp_path: Path) -> None:
+    """`pvclock run --qmp PATH`: a client sees it run, stops it and lets it go on, and has it quit with status 0."""
+    path = tmp_path / "qmp.sock"
+    begun = Session("--qmp", str(path), image(HELLO + driver(1, ECHO, at=len(HELLO))))
+    with alarm_after(int(HANG_S)), contextlib.closing(begun):
+        begun.read_to(b"!")
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(path))
+        with Monitor(connection) as monitor:
+            assert monitor.execute("query-status")["status"] == "running"
+            monitor.execute("stop")
+            monitor.execute("cont")
+            monitor.execute("quit")
+            assert begun.process.wait() == 0
+        assert begun.settings == begun.before
+    assert not path.exists()
+
+
+@pytest.mark.row("E15")
+def test_where_no_socket_can_be(image: Callable[[bytes], str], run: Callable[..., Ran], tmp_path: Path) -> None:
+    """A line that says so, before the guest has run."""
+    ran = run(image(out(0xF4, 0)), "--qmp", str(tmp_path / "none" / "qmp.sock"))
+    assert ran.status == 2
+    assert "no QMP socket at" in ran.stderr
+    assert ran.stderr.count("\n") == 1

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from pvclock.machine import Machine
-from qemu_glue.face.served import qmp_server
+from qemu_glue.face.served import serve
 from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.row("E15"), pytest.mark.kvm, pytest.mark.qemu]
@@ -96,7 +96,7 @@ def a_qemu(path: Path) -> Iterator[None]:
 @contextmanager
 def ours(path: Path) -> Iterator[None]:
     """A machine of ours with its monitor at `path`."""
-    with Machine(LOOP, clock="kernel") as machine, qmp_server(machine, path, list):
+    with Machine(LOOP, clock="kernel") as machine, serve(machine, path, list):
         machine.start()
         yield
 

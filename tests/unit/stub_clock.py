@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final
@@ -18,7 +17,8 @@ from pvclock.timekeeping.events import EventKind
 
 SIZE: Final = 1 << 20
 GUARD: Final = 0xA5
-NO_GUARD: Final = re.compile(b"[^\\xa5]")
+PAGE: Final = 1 << 12
+GUARDED_PAGE: Final = bytes([GUARD]) * PAGE
 TSC_HZ: Final = 2_596_132_000
 NOW: Final = Pairing(real_ns=1_700_000_007 * 10**9 + 5, guest_tsc=GuestTsc(7 * TSC_HZ))
 UPTIME_NS: Final = 7 * 10**9
@@ -199,8 +199,10 @@ def written(memory: GuestMemory) -> list[int]:
 
 
 def guards_gone(memory: GuestMemory, size: int = SIZE) -> list[int]:
-    """All addresses where guard bytes are gone; found at C speed."""
-    return [match.start() for match in NO_GUARD.finditer(memory.read(0, size))]
+    """All addresses where guard bytes are gone; whole pages of them are passed over at C speed."""
+    ram = memory.read(0, size)
+    touched = (at for at in range(0, size, PAGE) if ram[at : at + PAGE] != GUARDED_PAGE)
+    return [at for page in touched for at in range(page, page + PAGE) if ram[at] != GUARD]
 
 
 def u32(memory: GuestMemory, gpa: int) -> int:
