@@ -87,7 +87,8 @@ class StockLinux:
     """A running guest; a context manager that returns once its shell is there.
 
     machine: the one that it runs on.  rate: guest seconds in a host's second, from boot on.  protocol: "pvh" and
-    "linux64" enter the uncompressed kernel.  options: more of Machine's arguments.
+    "linux64" enter the uncompressed kernel.  before_start: called with the machine before it starts.
+    options: more of Machine's arguments.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class StockLinux:
         *,
         rate: Fraction | None = None,
         protocol: Protocol = "bzimage",
+        before_start: Callable[[Machine], object] | None = None,
         **options: Any,  # noqa: ANN401  # Machine's
     ) -> None:
         self._changed = threading.Condition()
@@ -107,6 +109,8 @@ class StockLinux:
         try:
             if rate is not None and self.machine.clock is not None:
                 self.machine.clock.dilate(*rate.as_integer_ratio())
+            if before_start is not None:
+                before_start(self.machine)
             self.machine.start()
             self._wait_for(lambda output: PROMPT in output or None)
         except BaseException:
