@@ -43,8 +43,7 @@ class MachineVmm:
 
     def __init__(self, ticker: Ticker, rng: random.Random, provider: str = "KVM") -> None:
         self._ticker, self._rng, self._provider = ticker, rng, provider
-        self.faults = 0
-        """How many #GPs the guests of machines that have ended had met with."""
+        self._ended_faults = 0
         self._begin()
 
         def clock() -> GuestClock:  # that of the present machine
@@ -66,6 +65,17 @@ class MachineVmm:
             ("host_write_msr", lambda: clock().host_write_msr(0, rng.choice([0x10, 0x3B]), rng.getrandbits(64))),
             ("read", lambda: clock().read(0)),
         )
+
+    @property
+    def faults(self) -> int:
+        """How many #GPs its guests have met with; those of one that is being made anew may be left out."""
+        try:
+            return self._ended_faults + self._present_faults()
+        except PvclockError:  # closed
+            return self._ended_faults
+
+    def _present_faults(self) -> int:
+        return int.from_bytes(self._machine.memory.read(FAULTS, 4), "little")
 
     def step(self) -> str:
         """One operation; an error of ours is an answer."""
@@ -105,8 +115,9 @@ class MachineVmm:
     def _end(self) -> None:
         self._ticker.remove(self._clock)
         self._machine.stop()
-        self.faults += int.from_bytes(self._machine.memory.read(FAULTS, 4), "little")
+        faults = self._present_faults()
         self._machine.close()
+        self._ended_faults += faults
 
     def _rewrite(self) -> None:
         entries = (self._entry() for _ in range(ENTRIES))
