@@ -40,13 +40,13 @@ trap 'rm -f "$output"' EXIT
 {
     in_lab --cpus 2 --tsc-reliable -- -k "not clang" "${on_two[@]}"
     on_two_status=$?
-    in_lab -- "${linux[@]}" && (exit "$on_two_status")
+    in_lab --cpus 2 -- tests/kvm/test_{capabilities,descriptors,differential,exits,guest_tsc,hyperv_differential,ioctls,machine,runner,steal_time,tsc_sync,execution_time_machine}.py \
+        tests/kvm/test_guest_reads.py::test_stable_taken_from_running_guests tests/qemu/test_launch.py && (exit "$on_two_status")
 } >"$output" 2>&1 &
 status=0
 # Long tests, and clang's twins of gcc's, are left to this machine.
 in_lab -- -m "$marks and not long" -k "not clang" "${on_one[@]}" || status=1
-in_lab --cpus 2 -- tests/kvm/test_{capabilities,descriptors,differential,exits,guest_tsc,hyperv_differential,ioctls,machine,runner,steal_time,tsc_sync,execution_time_machine}.py \
-    tests/kvm/test_guest_reads.py::test_stable_taken_from_running_guests tests/qemu/test_launch.py || status=1
+in_lab -- "${linux[@]}" || status=1
 wait $! || status=1
 cat "$output"
 exit "$status"

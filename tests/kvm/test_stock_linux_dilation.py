@@ -50,7 +50,7 @@ def slept_ns(guest: StockLinux) -> int:
 
 @on_all
 def test_it_takes_its_tsc_for_what_its_page_shows(guest: StockLinux) -> None:
-    """At 1 that is what leaf 0x40000010 says, to the kHz, and at 1/13 there is no leaf that contradicts it."""
+    """At 1 that is what leaf 0x40000010 says, to a kHz, which a page rounds; at 1/13 no leaf contradicts it."""
     found = re.search(r"tsc: Detected (\d+)\.(\d{3}) MHz", guest.run("dmesg | grep 'tsc: Detected'"))
     assert found is not None
     page = clock_of(guest).page(0)
@@ -58,7 +58,8 @@ def test_it_takes_its_tsc_for_what_its_page_shows(guest: StockLinux) -> None:
     detected_khz = int(found[1] + found[2])
     assert abs(detected_khz - page.shown_khz) <= page.shown_khz * 1e-6
     leaf = clock_of(guest).cpuid(TIMING)
-    assert (None if leaf is None else leaf.eax) == (detected_khz if clock_of(guest).dilation == 1 else None)
+    assert (leaf is not None) == (clock_of(guest).dilation == 1)
+    assert leaf is None or abs(leaf.eax - detected_khz) <= 1
 
 
 @on_all

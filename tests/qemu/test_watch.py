@@ -44,6 +44,10 @@ from tests.watch_document import documented_keys, keys_of
 
 pytestmark = [pytest.mark.row("E3"), pytest.mark.kvm, pytest.mark.qemu]
 
+KVM_WROTE_TWICE = "more than one line had come"
+"""It brings pages up to date some time after a vCPU has entered, too, which may be between the same two looks."""
+TRIES = 10
+
 REBOOTS = ("-action", "reboot=reset")
 """Else our QEMU ends when it is reset."""
 PAGES = [probe.time_page_address(vcpu) for vcpu in range(2)]
@@ -226,12 +230,17 @@ def test_a_budget_for_steps(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A pause is a step: too long for one budget, and not for another; what is below the arithmetic's floor is open."""
-    script(monkeypatch, *([] if status == 2 else [lambda: pause_between_looks(running)]))
     watch = ["watch", "--qmp", str(running.qmp), "--tsc-unchanged", "--max-step", budget]
-    assert main([*watch, *(text for gpa in PAGES for text in ("--page", hex(gpa)))]) == status
-    output = capsys.readouterr().out
-    assert said in output
-    assert "watching 2 pages at 0x201000, 0x201040, every 10 ms" in output
+    told = KVM_WROTE_TWICE
+    for _ in range(TRIES):
+        if KVM_WROTE_TWICE not in told:
+            break
+        script(monkeypatch, *([] if status == 2 else [lambda: pause_between_looks(running)]))
+        found = main([*watch, *(text for gpa in PAGES for text in ("--page", hex(gpa)))])
+        told = capsys.readouterr().out
+    assert found == status
+    assert said in told
+    assert "watching 2 pages at 0x201000, 0x201040, every 10 ms" in told
 
 
 def pause_between_looks(running: RunningQemu) -> None:
