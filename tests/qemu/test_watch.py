@@ -217,7 +217,7 @@ def script(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], object]) -> N
     ("budget", "status", "said"),
     [
         ("1ns", 2, "a budget of 1 ns is below what can be measured, 2 ns"),
-        ("1us", 1, "vCPU 0's clock stepped by -"),
+        ("1us", 1, "'s clock stepped by -"),
         ("100s", 0, "Within its budgets."),
     ],
 )
