@@ -27,7 +27,7 @@ on_one=($(printf '%s\n' "${files[@]}" | grep -vE "tests/($at_once)"))
 from pvclock.lab.kernel import find_kernel
 from tests.guest_programs import compile_all
 from tests.kvm.stock_linux import uncompressed
-compile_all(), uncompressed(find_kernel(None, print))"
+compile_all(), uncompressed(find_kernel(None, print))" || exit 1
 
 in_lab() {  # options of `pvclock lab`, --, and what to test
     local options=()
