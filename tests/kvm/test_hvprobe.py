@@ -18,7 +18,6 @@ from pvclock.payloads import probe
 from pvclock.payloads.hyperv_probe import HYPERCALL_PAGE, NO_RESULT, REFERENCE_PAGE, violations
 from tests import oracle
 from tests.kvm.hyperv_guest import (
-    LIMIT_S,
     OPERATIONS,
     assert_no_violations,
     block_of,
@@ -31,6 +30,7 @@ from tests.kvm.hyperv_guest import (
     refresh,
     wait_for,
 )
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("tsc_is_trusted")]  # else there is no page to read
 
@@ -74,7 +74,7 @@ def test_a_guest_makes_a_hypercall(enforce_cpuid: bool, status: int) -> None:
     """A guest that calls its hypercall page comes back with a result: a spin wait is denied if CPUID forbids it."""
     with hyperv_machine("call=1 rounds=10", 1, enforce_cpuid=enforce_cpuid) as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == probe.EXIT_FINE
+        assert machine.wait(HANG_S) == probe.EXIT_FINE
         block = block_of(machine)
     assert block.hypercall == HYPERCALL_PAGE | 1
     assert block.call_result & 0xFFFF == status
@@ -155,7 +155,7 @@ def test_a_guest_that_boots_on_a_restored_clock_reads_on() -> None:
         sequence = max(record.sequence for record in records_of(machine))
     with hyperv_machine("rounds=200", restore=state) as again:
         again.start()
-        assert again.wait(LIMIT_S) == probe.EXIT_FINE
+        assert again.wait(HANG_S) == probe.EXIT_FINE
         records = records_of(again)
     assert_no_violations(records)
     for record in records:

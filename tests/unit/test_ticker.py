@@ -24,10 +24,10 @@ from pvclock.clock.ticker import Ticker
 from pvclock.host.watch import HostWatch, Trouble, TroubleKind
 from pvclock.threads import WakeUp
 from pvclock.timekeeping.events import EventKind
+from tests.waiting import HANG_S
 
 SYSTEM_TIME = 0x4B564D01
 HZ = 2_596_132_000
-LIMIT_S = 30
 
 
 def a_clock() -> GuestClock:
@@ -48,7 +48,7 @@ def a_host_clock() -> GuestClock:
 
 def wait_for(condition: Callable[[], bool]) -> None:
     """Return once it holds."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -189,20 +189,20 @@ def test_stop_beside_start() -> None:
 
     def slow() -> Sample:
         entered.set()
-        hold.wait(LIMIT_S)
+        hold.wait(HANG_S)
         return Sample(HostTsc(1), 1, 1.0)
 
     clock = a_clock()
     clock.follow(slow)
     ticker = Ticker(clock, interval_s=0.01, watch_host=False)
     ticker.start()
-    assert entered.wait(LIMIT_S)
+    assert entered.wait(HANG_S)
     stopping = threading.Thread(target=ticker.stop)
     stopping.start()
     wait_for(lambda: ticker._schedule is None)
     ticker.start()
     hold.set()
-    stopping.join(LIMIT_S)
+    stopping.join(HANG_S)
     assert not stopping.is_alive()
     assert len([thread for thread in threading.enumerate() if thread.name == "pvclock-ticker"]) == 1
     ticker.stop()
@@ -225,7 +225,7 @@ class PlayedTime:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Tell the test, and wait for it."""
         self._waits.put(timeout_s)
-        return self._wake_up.wait(LIMIT_S)
+        return self._wake_up.wait(HANG_S)
 
     def call(self) -> None:
         """See WakeUp."""
@@ -236,7 +236,7 @@ class PlayedTime:
         if passed_s is not None:
             self.now_s += passed_s
             self.call()
-        wait_s = self._waits.get(timeout=LIMIT_S)
+        wait_s = self._waits.get(timeout=HANG_S)
         assert wait_s is not None
         return wait_s
 
