@@ -452,7 +452,8 @@ def test_a_thread_with_an_ended_vcpus_ident_waits_like_any_other() -> None:
             assert time.monotonic() < deadline, "no thread came by that ident"
             thread = threading.Thread(target=stop)
             thread.start()
-            thread.join(0.1)
+            while thread.is_alive() and not is_its.is_set():
+                thread.join(0.001)
         assert not stopped  # for vCPU 1 is in its handler
         go_on_now.set()
         thread.join(HANG_S)
