@@ -91,13 +91,12 @@ def test_it_follows_this_hosts_clock() -> None:
     clock.write_msr(0, SYSTEM_TIME, 0x2001)
     with Ticker(clock, interval_s=0.05):
         wait_for(lambda: clock.steering is not None and clock.steering.state == "locked")
-        begin, guest_ns = backend.sample(Reference.RAW), clock.read(0)
+        begin, guest_ns, begun = backend.sample(Reference.RAW), clock.read(0), backend.sample(Reference.RAW)
         time.sleep(1)
-        end, guest_end_ns = backend.sample(Reference.RAW), clock.read(0)
-    assert clock.steering is not None
-    assert abs(clock.steering.error_ns) < 10_000
-    # Readings are some us after their samples.
-    assert abs((guest_end_ns - guest_ns) - (end.ns - begin.ns)) < 200_000
+        end, guest_end_ns, ended = backend.sample(Reference.RAW), clock.read(0), backend.sample(Reference.RAW)
+        wait_for(lambda: clock.steering is not None and abs(clock.steering.error_ns) < 10_000)
+    least_ns, most_ns = end.ns - begun.ns, ended.ns - begin.ns  # each reading is between its samples
+    assert least_ns - 200_000 < guest_end_ns - guest_ns < most_ns + 200_000
 
 
 @pytest.mark.row("E11", "E13")
@@ -110,7 +109,7 @@ def test_one_clocks_error_is_not_anothers() -> None:
     bad, good = a_clock(), a_clock()
     bad.follow(broken)
     with Ticker(bad, good, interval_s=0.005, watch_host=False) as ticker:
-        wait_for(lambda: version(good) > 60)
+        wait_for(lambda: version(good) > 60 and len(ticker.failures) == 16)
     assert len(ticker.failures) == 16
     assert {(failure.clock, str(failure.error)) for failure in ticker.failures} == {(bad, "the source is gone")}
 

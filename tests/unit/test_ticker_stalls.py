@@ -19,11 +19,20 @@ from pvclock.host.watch import HostWatch, Trouble, TroubleKind
 from pvclock.timekeeping.events import EventKind
 from tests.unit.fault_points import TICKER
 from tests.unit.schedules import Lines, end_of, threads_named
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, wait_until
 
 SYSTEM_TIME = 0x4B564D01
 INTERVAL_S = 0.005
 NAMES = ("pvclock-ticker", "pvclock-tick")
+
+
+def wait_until_stuck_alone(ticker: Ticker, *clocks: GuestClock) -> None:
+    """Return once these are stuck and no other is, with a thread for each of them, one for the rest and the schedule's.
+
+    Where the machine has no CPU for 50 ms, a tick that would return is taken for stuck meanwhile.
+    """
+    wait_until(lambda: set(ticker.stuck) == set(clocks))
+    wait_until(lambda: [len(threads_named(name)) for name in NAMES] == [1, len(clocks) + 1])
 
 
 def ticker_threads() -> set[threading.Thread]:
@@ -102,9 +111,8 @@ def test_a_clock_that_blocks_holds_up_no_other(where: str) -> None:
         blocked.block()
         assert blocked.entered.wait(HANG_S)
         other.wait_for_ticks(20)
-        assert set(ticker.stuck) == {blocked.clock}
+        wait_until_stuck_alone(ticker, blocked.clock)
         assert blocked.at_once == 1
-        assert len(threads_named("pvclock-tick")) == 2
         blocked.let_go()
         blocked.wait_for_ticks(5)
         other.wait_for_ticks(5)
@@ -122,9 +130,7 @@ def test_threads_are_bounded_by_the_clocks_that_are_stuck() -> None:
         for each in blocked:
             assert each.entered.wait(HANG_S)
         other.wait_for_ticks(20)
-        assert set(ticker.stuck) == {each.clock for each in blocked}
-        assert len(threads_named("pvclock-tick")) == 6
-        assert len(threads_named("pvclock-ticker")) == 1
+        wait_until_stuck_alone(ticker, *(each.clock for each in blocked))
         for each in blocked:
             each.let_go()
         for each in blocked:
@@ -141,20 +147,26 @@ def test_stop_names_the_clock_that_is_stuck() -> None:
     blocked.block()
     assert blocked.entered.wait(HANG_S)
     other.wait_for_ticks(20)
-    for _ in range(2):
-        with pytest.raises(StateError, match=f"stop: the tick of {blocked.clock} has not ended after 0.01 s") as found:
-            ticker.stop(timeout_s=0.01)
-        assert str(other.clock) not in str(found.value)
-    assert len(ticker_threads()) == 1
+    complaint = f"stop: the tick of {blocked.clock} has not ended after 0.01 s; "
+    wait_until(lambda: told_at_stop(ticker).startswith(complaint))  # the other's may need longer than that, once
+    assert told_at_stop(ticker).startswith(complaint)
+    wait_until(lambda: len(ticker_threads()) == 1)
     ticker.start()
     other.wait_for_ticks(20)
     assert blocked.at_once == 1
     blocked.let_go()
     blocked.wait_for_ticks(3)
-    ticker.stop()
+    ticker.stop(HANG_S)
     ticks = blocked.ticks, other.ticks
     assert ticker_threads() == set()
     assert (blocked.ticks, other.ticks) == ticks
+
+
+def told_at_stop(ticker: Ticker) -> str:
+    """What stop() complains of."""
+    with pytest.raises(StateError) as found:
+        ticker.stop(timeout_s=0.01)
+    return str(found.value)
 
 
 @pytest.mark.row("E13")
@@ -183,7 +195,8 @@ def test_a_stuck_clock_may_be_removed_and_added() -> None:
         ticker.remove(blocked.clock)
         blocked.let_go()
         other.wait_for_ticks(20)
-        assert (blocked.ticks, ticker.stuck) == (1, ())
+        wait_until(lambda: not ticker.stuck)
+        assert blocked.ticks == 1
 
 
 @pytest.mark.row("E11", "E13")

@@ -269,6 +269,7 @@ def timer_threads() -> list[threading.Thread]:
 def test_a_dropped_clock_ends_its_thread() -> None:
     """Without stop(), and without a collection of garbage, however long it sleeps."""
     gc.collect()
+    wait_for(lambda: not timer_threads())  # of clocks that other tests have dropped
     gc.disable()
     try:
         clock, provider = an_alarm()
