@@ -33,8 +33,9 @@ CPU_MODEL: Final = "host,-arch-capabilities"
 """KVM may offer IA32_ARCH_CAPABILITIES and then refuse QEMU's write of it, which ends QEMU; no clock needs it."""
 
 STEP_LIMIT_S: Final = 2.0
+"""How long quit and SIGTERM have each to end QEMU."""
 KILLED_LIMIT_S: Final = 60.0
-"""How long each of quit, SIGTERM and SIGKILL has to end QEMU."""
+"""How long a killed one has, on however busy a host."""
 OUTPUT_KEPT_BYTES: Final = 1 << 16
 
 
