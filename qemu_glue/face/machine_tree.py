@@ -14,6 +14,7 @@ from pvclock.machine.devices.reset_ports import KeyboardController
 from pvclock.machine.devices.uart import Uart
 from qemu_glue.errors import QmpRefusal
 from qemu_glue.face.devices import DEVICE, Device, DeviceClass
+from qemu_glue.face.kvmclock_device import KVMCLOCK, KvmclockModel
 from qemu_glue.face.objects import CONTAINER, OBJECT, Object, ObjectType
 from qemu_glue.face.properties import BOOL, INT, STRING, UINT32, UINT64, Property, structure
 from qemu_glue.face.pvclock_device import PVCLOCK, PvclockModel
@@ -104,7 +105,6 @@ HOST_CPU: Final = _part(
         ),
     )
 )
-KVMCLOCK: Final = _part(ObjectType("kvmclock", DEVICE, "A guest's clock, served by the host's kernel."))
 ISA_DEVICE: Final = ObjectType(
     "isa-device",
     DEVICE,
@@ -186,7 +186,8 @@ class MachineTree:
     def _add_clock(self) -> None:
         machine = self._machine
         if machine.clock is None:
-            _plug(self._unattached, KVMCLOCK, machine)
+            kvmclock = KVMCLOCK._replace(unrealize=_refuse, is_hotpluggable=False)
+            _plug(self._unattached, kvmclock, KvmclockModel(machine.vm))
         else:
             device = Device(
                 PVCLOCK._replace(unrealize=_refuse, is_hotpluggable=False), PvclockModel(_clock_of(machine))
