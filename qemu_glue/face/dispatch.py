@@ -22,7 +22,7 @@ MEMBERS: Final = ("execute", "arguments", "id")
 
 
 class Argument(NamedTuple):
-    """What a command takes: int, str, bool, float or list."""
+    """What a command takes: int, str, bool, float, list or, for any value, object."""
 
     name: str
     kind: type
@@ -116,6 +116,8 @@ def _taken(command: Command, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(argument: Argument, given: object) -> object:
+    if argument.kind is object:
+        return given
     kinds = (int, float) if argument.kind is float else (argument.kind,)
     if not isinstance(given, kinds) or (isinstance(given, bool) and argument.kind is not bool):
         raise QmpRefusal(f"Invalid parameter type for '{argument.name}', expected: {NAMES[argument.kind]}")

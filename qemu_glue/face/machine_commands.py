@@ -10,6 +10,7 @@ import pvclock
 from pvclock.machine import Ending, Machine, RunState
 from qemu_glue.errors import QmpRefusal
 from qemu_glue.face.dispatch import Command, command_of
+from qemu_glue.face.machine_tree import RAM, MachineTree
 
 __all__ = ["VERSION", "Emit", "MachineCommands", "event_of"]
 
@@ -31,10 +32,13 @@ ENDINGS: Final = {Ending.EXIT_CODE: "guest-shutdown"} | {each: str(each) for eac
 
 
 class MachineCommands:
-    """The commands of `machine`.  emit: tells of events.  on_quit: ends its VMM, once the answer has been sent."""
+    """The commands of `machine`, whose objects are in `tree`.
 
-    def __init__(self, machine: Machine, emit: Emit, on_quit: Callable[[], object]) -> None:
-        self._machine, self._emit, self._on_quit = machine, emit, on_quit
+    emit: tells of events.  on_quit: ends its VMM, once the answer has been sent.
+    """
+
+    def __init__(self, machine: Machine, tree: MachineTree, emit: Emit, on_quit: Callable[[], object]) -> None:
+        self._machine, self._tree, self._emit, self._on_quit = machine, tree, emit, on_quit
 
     def table(self) -> dict[str, Command]:
         """Each command by its name."""
@@ -43,6 +47,8 @@ class MachineCommands:
             "query-status": self._query_status,
             "query-kvm": self._query_kvm,
             "query-cpus-fast": self._query_cpus_fast,
+            "query-memdev": self._query_memdev,
+            "query-migrate-capabilities": self._query_migrate_capabilities,
             "stop": self._stop,
             "cont": self._cont,
             "system_reset": self._system_reset,
@@ -68,12 +74,21 @@ class MachineCommands:
         return [
             {
                 "cpu-index": vcpu.vcpu_id,
-                "qom-path": f"/machine/vcpu[{vcpu.vcpu_id}]",
+                "qom-path": self._tree.cpu_path(place),
                 "thread-id": threads[place].native_id if place < len(threads) else 0,
                 "target": "x86_64",
             }
             for place, vcpu in enumerate(self._machine.vcpus)
         ]
+
+    def _query_memdev(self) -> Sequence[object]:
+        ram = {"size": sum(length for _, length in self._machine.memory.slots), "id": RAM}
+        how = {"merge": False, "dump": True, "prealloc": False, "share": True, "reserve": True}
+        return [ram | how | {"host-nodes": [], "policy": "default"}]
+
+    def _query_migrate_capabilities(self) -> Sequence[object]:
+        """A machine of ours does not migrate, so it has none; `pvclock watch` asks."""
+        return []
 
     # What is done to it
 

@@ -11,7 +11,10 @@ from pvclock.machine import Machine, RunState
 from pvclock.timekeeping.events import Event
 from qemu_glue.face.clock_commands import CHANGE, ClockCommands
 from qemu_glue.face.dispatch import Command, command_of
+from qemu_glue.face.human_monitor import HumanMonitor
 from qemu_glue.face.machine_commands import VERSION, MachineCommands, event_of
+from qemu_glue.face.machine_tree import MachineTree
+from qemu_glue.face.object_commands import ObjectCommands
 from qemu_glue.face.server import NEGOTIATION, QmpServer
 
 __all__ = ["serve"]
@@ -25,7 +28,9 @@ def serve(machine: Machine, path: str | Path, on_quit: Callable[[], object]) -> 
     """
     commands: dict[str, Command] = {}
     with QmpServer(path, commands, VERSION) as server:
-        commands |= MachineCommands(machine, server.emit, on_quit).table() | ClockCommands(machine).table()
+        tree = MachineTree(machine)
+        commands |= MachineCommands(machine, tree, server.emit, on_quit).table() | ClockCommands(machine).table()
+        commands |= ObjectCommands(tree).table() | HumanMonitor(machine).table()
         commands["query-commands"] = command_of(lambda: [{"name": name} for name in (*commands, NEGOTIATION)])
 
         def tell_state(before: RunState, now: RunState) -> None:
