@@ -70,11 +70,8 @@ def answer(guest: MachineGuest, question: str) -> object:
         case "pages":
             memory = guest.machine.memory
             return [memory.read(probe.time_page_address(vcpu), PAGE_BYTES).hex() for vcpu in range(guest.vcpus)]
-        case "pause":
-            guest.pause()
-            return True
-        case "resume":
-            guest.resume()
+        case "pause" | "resume":
+            {"pause": guest.pause, "resume": guest.resume}[question]()
             return True
         case "offsets":
             with guest.machine.runner.quiesce(None):
