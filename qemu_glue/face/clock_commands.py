@@ -9,6 +9,7 @@ from typing import Final
 from pvclock import GuestClock
 from pvclock.machine import Machine
 from qemu_glue.errors import QmpRefusal
+from qemu_glue.face.answers import ClockInfo, Ratio, VcpuClockInfo
 from qemu_glue.face.dispatch import Command, command_of
 
 __all__ = ["CHANGE", "ClockCommands"]
@@ -43,7 +44,7 @@ class ClockCommands:
             raise QmpRefusal("the kernel serves this machine's clock; run it with --clock engine")
         return self._machine.clock
 
-    def _query(self) -> object:
+    def _query(self) -> ClockInfo:
         clock = self._clock()
         steering = clock.steering
         return {
@@ -62,7 +63,7 @@ class ClockCommands:
             "last-event": clock.events.last,
         }
 
-    def _vcpu(self, clock: GuestClock, vcpu: int) -> object:
+    def _vcpu(self, clock: GuestClock, vcpu: int) -> VcpuClockInfo:
         page = clock.page(vcpu)
         return {
             "cpu-index": vcpu,
@@ -86,6 +87,6 @@ class ClockCommands:
         self._clock().follow(reference)
 
 
-def _ratio(fraction: Fraction) -> dict[str, int]:
+def _ratio(fraction: Fraction) -> Ratio:
     numerator, denominator = fraction.as_integer_ratio()
     return {"numerator": numerator, "denominator": denominator}

@@ -13,6 +13,7 @@ from pvclock import StateError
 from qemu_glue.errors import QmpRefusal
 from qemu_glue.face.objects import OBJECT, Object, ObjectType
 from qemu_glue.face.properties import BOOL, Property
+from qemu_glue.face.vmstate import VmState
 
 __all__ = ["DEVICE", "Device", "DeviceClass"]
 
@@ -27,6 +28,7 @@ class DeviceClass(NamedTuple):
     realize: makes the device work, by its configuration; what it raises leaves it unrealized.  unrealize: ends that.
     reset_enter: brings the device's own state to that after power-on, and touches nothing outside.  reset_hold: does
     what others notice, once all have entered.  reset_exit: begins to work, once all are held.
+    vmstate: what a stream has of the model; None where it has no state.
     """
 
     type: ObjectType
@@ -36,6 +38,7 @@ class DeviceClass(NamedTuple):
     reset_hold: Callable[[Any], object] = _nothing
     reset_exit: Callable[[Any], object] = _nothing
     is_hotpluggable: bool = True
+    vmstate: VmState | None = None
 
 
 class Device:

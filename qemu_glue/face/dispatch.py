@@ -30,10 +30,11 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    """What is done for a command, with its checked arguments as keywords."""
+    """What is done for a command, with its checked arguments as keywords.  returns: of what type its answer is."""
 
     run: Callable[..., object]
     arguments: tuple[Argument, ...]
+    returns: Any = object
 
 
 Commands = Mapping[str, Command]
@@ -43,7 +44,8 @@ def command_of(run: Callable[..., object]) -> Command:
     """The command that a function is, by its signature."""
     hints = get_type_hints(run)
     parameters = inspect.signature(run).parameters.values()
-    return Command(run, tuple(_argument(parameter, hints[parameter.name]) for parameter in parameters))
+    arguments = tuple(_argument(parameter, hints[parameter.name]) for parameter in parameters)
+    return Command(run, arguments, hints.get("return", object))
 
 
 def dispatch(commands: Commands, request: object) -> dict[str, object]:

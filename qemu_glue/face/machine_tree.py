@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from pvclock import GuestClock
 from pvclock.kvm import Vcpu
 from pvclock.machine import Machine
 from pvclock.machine.bus import Claim
@@ -12,8 +13,10 @@ from pvclock.machine.devices import Console, ExitPort
 from pvclock.machine.devices.pvpanic import Pvpanic
 from pvclock.machine.devices.reset_ports import KeyboardController
 from pvclock.machine.devices.uart import Uart
+from pvclock.state.clock_state import ClockState
 from qemu_glue.errors import QmpRefusal
 from qemu_glue.face.devices import DEVICE, Device, DeviceClass
+from qemu_glue.face.kvmclock_device import KVMCLOCK, KvmclockModel
 from qemu_glue.face.objects import CONTAINER, OBJECT, Object, ObjectType
 from qemu_glue.face.properties import BOOL, INT, STRING, UINT32, UINT64, Property, structure
 from qemu_glue.face.pvclock_device import PVCLOCK, PvclockModel
@@ -104,7 +107,6 @@ HOST_CPU: Final = _part(
         ),
     )
 )
-KVMCLOCK: Final = _part(ObjectType("kvmclock", DEVICE, "A guest's clock, served by the host's kernel."))
 ISA_DEVICE: Final = ObjectType(
     "isa-device",
     DEVICE,
@@ -186,11 +188,11 @@ class MachineTree:
     def _add_clock(self) -> None:
         machine = self._machine
         if machine.clock is None:
-            _plug(self._unattached, KVMCLOCK, machine)
+            kvmclock = KVMCLOCK._replace(unrealize=_refuse, is_hotpluggable=False)
+            _plug(self._unattached, kvmclock, KvmclockModel(machine.vm))
         else:
-            device = Device(
-                PVCLOCK._replace(unrealize=_refuse, is_hotpluggable=False), PvclockModel(_clock_of(machine))
-            )
+            pvclock = PVCLOCK._replace(unrealize=_refuse, is_hotpluggable=False)
+            device = Device(pvclock, _clock_model(machine))
             self._peripheral.add("pvclock", device.object)
             device.realize()
 
@@ -210,6 +212,15 @@ def _plug(where: Object, device_class: DeviceClass, model: object, *, is_hotplug
     return where.add("device[*]", device.object)
 
 
-def _clock_of(machine: Machine) -> Callable[[object], Callable[[], Any]]:
-    """What finds its clock, which is another one after a roll_back()."""
-    return lambda _options: lambda: machine.clock
+def _clock_model(machine: Machine) -> PvclockModel:
+    """Of its clock, which is another one after a roll_back()."""
+
+    def find() -> GuestClock:
+        assert machine.clock is not None  # noqa: S101  # who serves the clock does not change
+        return machine.clock
+
+    def restore(state: ClockState) -> Callable[[], GuestClock]:
+        machine.roll_back(state)
+        return find
+
+    return PvclockModel(lambda _options: find, restore)

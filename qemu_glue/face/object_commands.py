@@ -1,13 +1,13 @@
-"""QMP's commands for the objects of a machine: which there are, of which types, and their properties."""
+"""QMP's commands for a tree of objects: which there are, of which types, and their properties."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from qemu_glue.errors import QmpRefusal
+from qemu_glue.face.answers import PropertyInfo, TypeInfo
 from qemu_glue.face.devices import DEVICE
 from qemu_glue.face.dispatch import Command, command_of
-from qemu_glue.face.machine_tree import MACHINE_TYPES, MachineTree
 from qemu_glue.face.objects import Object, ObjectType, ancestry, properties_of
 from qemu_glue.face.properties import Property
 
@@ -17,11 +17,11 @@ NOT_FOUND = "DeviceNotFound"
 
 
 class ObjectCommands:
-    """The commands for `tree`."""
+    """The commands for the objects below what `root` returns, of `types`."""
 
-    def __init__(self, tree: MachineTree) -> None:
-        self._tree = tree
-        self._types = {each.name: each for type_ in MACHINE_TYPES for each in ancestry(type_)}
+    def __init__(self, root: Callable[[], Object], types: Iterable[ObjectType]) -> None:
+        self._root = root
+        self._types = {each.name: each for type_ in types for each in ancestry(type_)}
 
     def table(self) -> dict[str, Command]:
         """Each command by its name."""
@@ -37,42 +37,34 @@ class ObjectCommands:
 
     # Objects
 
-    def _list(self, path: str) -> object:
-        return [
-            {"name": name, "type": kind} | ({"description": description} if description else {})
-            for name, kind, description in self._found(path).list_properties()
-        ]
+    def _list(self, path: str) -> list[PropertyInfo]:
+        listed = self._root().find(path).list_properties()
+        return [{"name": name, "type": kind, "description": text} for name, kind, text in listed]
 
     def _get(self, path: str, property: str) -> object:  # noqa: A002  # QEMU's word
-        return self._found_or_none(path).get(property)
+        return self._found(path).get(property)
 
     def _set(self, path: str, property: str, value: object) -> None:  # noqa: A002  # QEMU's word
-        self._found_or_none(path).set(property, value)
+        self._found(path).set(property, value)
 
     def _found(self, path: str) -> Object:
-        found = self._tree.root().find(path)
-        if found is None:
-            raise QmpRefusal(f"Device '{path}' not found", NOT_FOUND)
-        return found
-
-    def _found_or_none(self, path: str) -> Object:
         """As QEMU has it: by qom-get and qom-set a path that is ambiguous is not found."""
         try:
-            return self._found(path)
+            return self._root().find(path)
         except QmpRefusal:
             raise QmpRefusal(f"Device '{path}' not found", NOT_FOUND) from None
 
     # Types
 
-    def _list_types(self, implements: str | None = None, abstract: bool = False) -> object:
+    def _list_types(self, implements: str | None = None, abstract: bool = False) -> list[TypeInfo]:
         return [_shown_type(each) for each in self._types.values() if _is_listed(each, implements, abstract)]
 
-    def _list_properties(self, typename: str) -> object:
+    def _list_properties(self, typename: str) -> list[PropertyInfo]:
         if typename not in self._types:
             raise QmpRefusal(f"Class '{typename}' not found", NOT_FOUND)
         return [_shown(each) for each in properties_of(self._types[typename])]
 
-    def _list_device_properties(self, typename: str) -> object:
+    def _list_device_properties(self, typename: str) -> list[PropertyInfo]:
         if typename not in self._types:
             raise QmpRefusal(f"Device '{typename}' not found", NOT_FOUND)
         type_ = self._types[typename]
@@ -87,11 +79,13 @@ def _is_listed(type_: ObjectType, implements: str | None, abstract: bool) -> boo
     return is_one and (abstract or not type_.is_abstract)
 
 
-def _shown_type(type_: ObjectType) -> dict[str, object]:
-    shown: dict[str, object] = {"name": type_.name}
+def _shown_type(type_: ObjectType) -> TypeInfo:
+    shown: TypeInfo = {"name": type_.name}
     if type_.is_abstract:
         shown["abstract"] = True
-    return shown if type_.parent is None else shown | {"parent": type_.parent.name}
+    if type_.parent is not None:
+        shown["parent"] = type_.parent.name
+    return shown
 
 
 def _own(type_: ObjectType) -> Iterator[Property]:
@@ -100,6 +94,8 @@ def _own(type_: ObjectType) -> Iterator[Property]:
     return (each for each in properties_of(type_) if each.name not in common)
 
 
-def _shown(each: Property) -> dict[str, object]:
-    shown: dict[str, object] = {"name": each.name, "type": each.type.name, "description": each.description}
-    return shown if each.default is None else shown | {"default-value": each.default}
+def _shown(each: Property) -> PropertyInfo:
+    shown: PropertyInfo = {"name": each.name, "type": each.type.name, "description": each.description}
+    if each.default is not None:
+        shown["default-value"] = each.default
+    return shown

@@ -109,18 +109,19 @@ class Object:
         for child in self._children.values():
             yield from child.walk()
 
-    def find(self, path: str) -> Object | None:
+    def find(self, path: str) -> Object:
         """What `path` leads to: from here if it begins with "/", else from any object in the tree, if from one only.
 
-        None if there is none; a QmpRefusal if there are several.
+        QmpRefusal, of class DeviceNotFound if there is none.
         """
         names = [name for name in path.split("/") if name]
-        if path.startswith("/"):
-            return self._below(names)
-        found = [each for start in self.walk() if (each := start._below(names)) is not None]  # noqa: SLF001
+        starts = [self] if path.startswith("/") else self.walk()
+        found = [each for start in starts if (each := start._below(names)) is not None]  # noqa: SLF001  # its class's
+        if not found:
+            raise QmpRefusal(f"Device '{path}' not found", "DeviceNotFound")
         if len(found) > 1:
             raise QmpRefusal(f"Path '{path}' is ambiguous")
-        return found[0] if found else None
+        return found[0]
 
     def _below(self, names: list[str]) -> Object | None:
         found: Object | None = self

@@ -6,45 +6,72 @@ clock can change, its reference, its policy and its rate, stays writable.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from pvclock import ConfigError, GuestClock, GuestMemory, StateError
+from pvclock import Backend, ConfigError, GuestClock, GuestMemory, StateError
+from pvclock.machine import RunState
+from pvclock.state import clock_state
+from pvclock.state.clock_state import ClockState
 from qemu_glue.face.devices import DEVICE, DeviceClass
 from qemu_glue.face.objects import ObjectType
 from qemu_glue.face.properties import STRING, UINT64, Property, enumeration
+from qemu_glue.face.vmstate import BYTES, UINT32, Field, VmState
 
-__all__ = ["PVCLOCK", "PvclockModel"]
+__all__ = ["PVCLOCK", "PVCLOCK_STATE", "PvclockModel"]
 
 PROVIDER: Final = enumeration("PvclockProvider", "None", "Minimal", "HyperV", "KVM", "HyperV+KVM")
 REFERENCE: Final = enumeration("PvclockReference", "off", "raw", "monotonic", "realtime")
+
+RATE: Final = re.compile(r"[0-9]{1,20}(/[0-9]{1,20}|\.[0-9]{1,20})?")
+
+Find: TypeAlias = Callable[[], GuestClock]
+"""Finds the clock, which a VMM may replace by another one."""
 
 
 class PvclockModel:
     """What a pvclock device works with: how its clock is made, and that clock.
 
-    make: called with `provider`, `features` if they were given, `reference`, and returns what finds the clock, which a
-    VMM may replace by another one.  For a plain GuestClock: of_clock().
+    make: called with the options of a GuestClock that were configured: `provider`, `features`, `reference`.
+    restore: called with a saved clock, which is to take the place of this one.  Each returns what finds the clock.
+    For a VMM's own GuestClock: of_clock().
+
+    state: the saved clock, a JSON document of `state_bytes`; as a stream has it.
     """
 
-    def __init__(self, make: Callable[[dict[str, Any]], Callable[[], GuestClock]]) -> None:
-        self._make = make
-        self._find: Callable[[], GuestClock] | None = None
+    def __init__(self, make: Callable[[dict[str, Any]], Find], restore: Callable[[ClockState], Find]) -> None:
+        self._make, self._restore = make, restore
+        self._find: Find | None = None
+        self.state, self.state_bytes = b"", 0
         self._options: dict[str, Any] = {"provider": "KVM", "reference": "off"}
         self._policy: str | None = None
         self._rate: Fraction | None = None
 
     @classmethod
-    def of_clock(cls, memory: GuestMemory, vcpus: int = 1, **options: Any) -> PvclockModel:  # noqa: ANN401  # GuestClock's
-        """One that makes a GuestClock for `memory` and `vcpus`, with these keywords: backend=..., vcpu_host=... ."""
+    def of_clock(
+        cls,
+        memory: GuestMemory,
+        vcpus: int = 1,
+        *,
+        backend: Backend,
+        vcpu_host: str = "emulator",
+        vmm: Any = None,  # noqa: ANN401  # GuestClock's
+    ) -> PvclockModel:
+        """One that makes a GuestClock with these arguments."""
+        how: dict[str, Any] = {"backend": backend, "vcpu_host": vcpu_host, "vmm": vmm}
 
-        def make(chosen: dict[str, Any]) -> Callable[[], GuestClock]:
-            clock = GuestClock(memory, vcpus, **options, **chosen)
+        def make(chosen: dict[str, Any]) -> Find:
+            clock = GuestClock(memory, vcpus, **how, **chosen)
             return lambda: clock
 
-        return cls(make)
+        def restore(state: ClockState) -> Find:
+            clock = GuestClock.restore(state, memory, **how)
+            return lambda: clock
+
+        return cls(make, restore)
 
     @property
     def clock(self) -> GuestClock:
@@ -73,6 +100,25 @@ class PvclockModel:
     def reset(self) -> None:
         """The clock's MSRs as after power-on; guest time goes on."""
         self.clock.reset()
+
+    def save(self) -> None:
+        """Keep the clock in `state`."""
+        self.state = clock_state.to_json(self.clock.save()).encode()
+        self.state_bytes = len(self.state)
+
+    def load(self) -> None:
+        """Go on with the clock in `state`, which is paused; errors of GuestClock.restore()."""
+        self._find = self._restore(clock_state.from_json(self.state))
+
+    # As its VMM calls it
+
+    def change_run_state(self, before: RunState, now: RunState) -> None:
+        """A RunStates' handler: guest time stands still while the VM does not run, and goes on by the policy."""
+        if now is RunState.RUNNING:
+            if self.clock.is_paused:
+                self.clock.resume()
+        elif before is RunState.RUNNING and not self.clock.is_paused:
+            self.clock.pause()
 
     # As its properties show it
 
@@ -118,8 +164,9 @@ class PvclockModel:
 
 
 def _ratio(rate: str) -> Fraction:
-    with suppress(ValueError, ZeroDivisionError):
-        return Fraction(rate)
+    if RATE.fullmatch(rate):
+        with suppress(ZeroDivisionError):
+            return Fraction(rate)
     raise ConfigError(f"rate {rate!r}; give guest seconds in a host second, such as 1/2")
 
 
@@ -130,6 +177,14 @@ def _option(name: str) -> dict[str, Any]:
     }
 
 
+PVCLOCK_STATE: Final = VmState(
+    "pvclock",
+    1,
+    1,
+    (Field("state_bytes", UINT32), Field("state", BYTES, "state_bytes")),
+    pre_save=PvclockModel.save,
+    post_load=PvclockModel.load,
+)
 PVCLOCK: Final = DeviceClass(
     ObjectType(
         "pvclock",
@@ -185,4 +240,5 @@ PVCLOCK: Final = DeviceClass(
     realize=PvclockModel.realize,
     unrealize=PvclockModel.unrealize,
     reset_hold=PvclockModel.reset,
+    vmstate=PVCLOCK_STATE,
 )
