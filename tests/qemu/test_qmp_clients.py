@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,16 +42,22 @@ def running(*command: str | Path) -> Iterator[None]:
             process.kill()
 
 
+def listens(path: Path) -> bool:
+    """Does a VMM take connections there?"""
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
+
+
 def said_by(place: Path, vmm: str, client: tuple[str, ...], typed: str = "") -> str:
     """What a client finds, of a VMM whose guest does nothing."""
-    socket = place / f"{vmm}.sock"
+    path = place / f"{vmm}.sock"
     image = place / "image"
     image.write_bytes(LOOP)
-    ours = (sys.executable, "-m", "pvclock", "run", image, "--clock", "kernel", "--qmp", socket)
-    with running(*((*QEMU, "-qmp", f"unix:{socket},server=on,wait=off") if vmm == "qemu" else ours)):
-        wait_until(socket.is_socket)
+    ours = (sys.executable, "-m", "pvclock", "run", image, "--clock", "kernel", "--qmp", path)
+    with running(*((*QEMU, "-qmp", f"unix:{path},server=on,wait=off") if vmm == "qemu" else ours)):
+        wait_until(lambda: listens(path))
         return subprocess.run(
-            [sys.executable, *client, socket],
+            [sys.executable, *client, path],
             cwd=ROOT,
             env={**os.environ, "HOME": str(place)},  # qmp-shell keeps a history there
             input=typed,
