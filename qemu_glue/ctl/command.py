@@ -52,12 +52,10 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Ask, and show what is answered and told."""
     from qemu_glue.ctl.key_values import arguments_of
-    from qemu_glue.peer.monitor import ANSWER_LIMIT_S
-    from qemu_glue.peer.qmp_socket import GREETING_LIMIT_S, connect
+    from qemu_glue.peer.qmp_socket import connect
 
     given = arguments_of(arguments.pairs)
-    greeting_s, answer_s = (arguments.timeout or default for default in (GREETING_LIMIT_S, ANSWER_LIMIT_S))
-    monitor, _ = connect(arguments.socket, greeting_s=greeting_s, answer_s=answer_s, if_busy=BUSY)
+    monitor, _ = connect(arguments.socket, limit_s=arguments.timeout, if_busy=BUSY)
     with monitor:
         found: dict[str, object] = {}
         if arguments.command_name is not None:

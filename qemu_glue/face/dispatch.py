@@ -18,6 +18,8 @@ __all__ = ["Argument", "Command", "Commands", "command_of", "dispatch", "refusal
 
 NAMES: Final = {int: "integer", str: "string", bool: "boolean", float: "number", list: "array"}
 """QEMU's names in errors."""
+INTEGERS: Final = range(-(2**63), 2**63)
+"""QAPI's type int; a larger number is a float for QEMU."""
 MEMBERS: Final = ("execute", "arguments", "id")
 
 
@@ -121,6 +123,7 @@ def _value(argument: Argument, given: object) -> object:
     if argument.kind is object:
         return given
     kinds = (int, float) if argument.kind is float else (argument.kind,)
-    if not isinstance(given, kinds) or (isinstance(given, bool) and argument.kind is not bool):
+    is_of_kind = isinstance(given, kinds) and (argument.kind is bool or not isinstance(given, bool))
+    if not is_of_kind or (argument.kind is int and given not in INTEGERS):
         raise QmpRefusal(f"Invalid parameter type for '{argument.name}', expected: {NAMES[argument.kind]}")
     return given

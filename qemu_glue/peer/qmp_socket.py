@@ -32,14 +32,13 @@ PEER: Final = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
 
 
-def connect(
-    path: str, *, greeting_s: float = GREETING_LIMIT_S, answer_s: float = ANSWER_LIMIT_S, if_busy: str = BUSY
-) -> tuple[Monitor, int | None]:
+def connect(path: str, *, limit_s: float | None = None, if_busy: str = BUSY) -> tuple[Monitor, int | None]:
     """A session at the QMP socket `path`, and the process that listens there (None: of another PID namespace).
 
-    greeting_s, answer_s: how long the other end has for its greeting and for each answer.  if_busy: what to do where
-    it does not greet.  QmpFailed says in one line why there is no session.
+    limit_s: how long the other end has for its greeting, and for each answer, in place of the usual limits.  if_busy:
+    what to do where it does not greet.  QmpFailed says in one line why there is no session.
     """
+    greeting_s, answer_s = (usual if limit_s is None else limit_s for usual in (GREETING_LIMIT_S, ANSWER_LIMIT_S))
     with ExitStack() as resources:
         connection = resources.enter_context(_opened(path, greeting_s, if_busy))
         if not _has_greeting(connection, greeting_s):

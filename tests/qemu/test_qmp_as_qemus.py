@@ -7,8 +7,10 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any, Final
 
 import pytest
@@ -24,6 +26,8 @@ CPU: Final = "/machine/unattached/device[0]"
 CONVERSATION: Final = (
     b'{"execute":"query-status"}',
     b'{"execute":"nope","id":1}',
+    b'{"execute":"qmp_capabilities","arguments":{"enable":3}}',
+    b'{"execute":"qmp_capabilities","arguments":{"on":true}}',
     b'{"execute":"qmp_capabilities"}',
     b'{"execute":"qmp_capabilities"}',
     b'{"execute":"query-status","id":{"a":[1]}}',
@@ -55,7 +59,25 @@ CONVERSATION: Final = (
     b'{"execute":"cont"}',
     b'{"execute":"query-status"}',
     b'{"execute":"system_reset"}',
+    b'{"execute":"query-status"}',
+    b'{"execute":"stop"}{"execute":"system_reset"}{"execute":"query-status"}',
+    b'{"execute":"stop"}',
+    b'{"execute":"system_reset"}',
+    b'{"execute":"query-status"}',
+    b'{"execute":"cont"}',
     b'{"execute":"query-kvm"}',
+    b'{"execute":"pmemsave","arguments":{"val":9223372036854775808,"size":1,"filename":"/none/a"}}',
+    b'{"execute":"pmemsave","arguments":{"val":18446744073709551616,"size":1,"filename":"/none/a"}}',
+    b'{"execute":"pmemsave","arguments":{"val":true,"size":1,"filename":"/none/a"}}',
+    b'{"execute":"pmemsave","arguments":{"val":1e3,"size":1,"filename":"/none/a"}}',
+    b'{"execute":"pmemsave","arguments":{"val":0,"size":1,"filename":null}}',
+    b'{"execute":"pmemsave","arguments":{"val":0,"size":1,"filename":"/none/a"}}',
+    b'{"execute":"query-status","arguments":null}',
+    b'{"execute":"query-status","id":null}',
+    b'{"execute":"query-status","exec-oob":"stop"}',
+    b'{"execute":""}',
+    b'{"execute":"query-status","control":{}}',
+    b'{"execute":"quit","arguments":{"now":true}}',
 )
 
 
@@ -178,14 +200,20 @@ def ours(path: Path) -> Iterator[None]:
 
 def told_by(path: Path, conversation: Sequence[bytes] = CONVERSATION) -> list[list[Any]]:
     """What it says to the conversation: what listens at `path`, as soon as it does."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(HANG_S)
-        while True:
-            try:
-                connection.connect(str(path))
-            except (FileNotFoundError, ConnectionRefusedError):
-                continue
-            return talk(connection, conversation)
+    with connected(path) as connection:
+        return talk(connection, conversation)
+
+
+def connected(path: Path) -> socket.socket:
+    """A connection with what listens at `path`, as soon as it does."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(HANG_S)
+    while True:
+        try:
+            connection.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            continue
+        return connection
 
 
 def test_the_same_conversation(tmp_path: Path) -> None:
@@ -196,6 +224,40 @@ def test_the_same_conversation(tmp_path: Path) -> None:
         found = told_by(tmp_path / "ours")
     for text, expected, seen in zip((b"", *CONVERSATION), theirs, found, strict=True):
         assert (text, seen) == (text, expected)
+
+
+def told_at_the_end(path: Path) -> list[Any]:
+    """What comes after `quit`, until it hangs up."""
+    with connected(path) as connection:
+        connection.sendall(b'{"execute":"qmp_capabilities"}{"execute":"quit","id":1}')
+        return [shape(json.loads(line)) for line in connection.makefile("rb")]
+
+
+@contextmanager
+def ours_until_quit(path: Path) -> Iterator[None]:
+    """A machine of ours that ends as a client says, as that of `pvclock run --qmp` does."""
+    quits, is_there = Event(), Event()
+
+    def run() -> None:
+        with Machine(LOOP, clock="kernel") as machine, serve(machine, path, quits.set):
+            machine.start()
+            is_there.set()
+            quits.wait(HANG_S)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        is_there.wait(HANG_S)
+        yield
+        running.result()
+
+
+def test_quit_is_the_same(tmp_path: Path) -> None:
+    """SHUTDOWN, its reason, the answer, and then it hangs up."""
+    with a_qemu(tmp_path / "qemu", "-M", "none"):
+        theirs = told_at_the_end(tmp_path / "qemu")
+    with ours_until_quit(tmp_path / "ours"):
+        assert told_at_the_end(tmp_path / "ours") == theirs
+    assert theirs[2:] == [("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"}), {"return": {}, "id": 1}]
 
 
 MICROVM: Final = ("-M", "microvm", "-cpu", "host,-arch-capabilities", "-m", "16", "-smp", "2", "-S")
