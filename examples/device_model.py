@@ -24,17 +24,17 @@ def main() -> None:
     ram, run_states, root = bytearray(1 << 20), RunStates(), Object(CONTAINER)
     peripheral = root.add("machine", Object(CONTAINER)).add("peripheral", Object(CONTAINER))
     model = PvclockModel.of_clock(GuestMemory(ram), backend=HostBackend())
-    pvclock, beeper = Device(PVCLOCK, model), Device(BEEPER, {"pitch": 880})
-    peripheral.add("pvclock", pvclock.object).set("features", int(KvmFeature.CLOCKSOURCE2))
+    clock, beeper = Device(PVCLOCK, model), Device(BEEPER, {"pitch": 880})
+    peripheral.add("pvclock", clock.object).set("features", int(KvmFeature.CLOCKSOURCE2))
     peripheral.add("beeper", beeper.object)
-    pvclock.realize()
+    clock.realize()
     beeper.realize()
     run_states.add_handler(model.change_run_state)
     run_states.update(lambda: RunState.RUNNING)
 
     model.clock.write_msr(0, SYSTEM_TIME_MSR, PAGE | 1)  # the guest's WRMSR
     root.find("/machine/peripheral/pvclock").set("rate", "1/2")  # a client's qom-set
-    print("the guest reads", model.clock.read(0), "ns at rate", pvclock.object.get("rate"))
+    print("the guest reads", model.clock.read(0), "ns at rate", clock.object.get("rate"))
     run_states.update(lambda: RunState.PAUSED)
 
     section = save_section(PVCLOCK_STATE, model, section_id=7)

@@ -5,6 +5,8 @@ Source: QEMU's migration/vmstate.c (vmstate_load_state, vmstate_subsection_load)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from pvclock import StateFileError
@@ -91,18 +93,19 @@ class _Reader:
             raise StateFileError(path, f"{found!r}", f"{expected!r}" if expected else "the end")
 
 
-def _load(state: VmState, reader: _Reader, version: int) -> Loaded:
+def _load(state: VmState, reader: _Reader, version: int, outer: Mapping[str, object] = MappingProxyType({})) -> Loaded:
+    """outer: what was read of the description that this one is a subsection of."""
     if not state.minimum_version <= version <= state.version:
         supported = f"{state.minimum_version} to {state.version}"
         raise StateFileError(f"{state.name}.version", f"{version}", supported)
     values: dict[str, object] = {}
     for field in state.fields:
         if field.since <= version:
-            values[field.name] = _value(field, f"{state.name}.{field.name}", reader, values)
-    return Loaded(state, values, _subsections(state, reader))
+            values[field.name] = _value(field, f"{state.name}.{field.name}", reader, {**outer, **values})
+    return Loaded(state, values, _subsections(state, reader, {**outer, **values}))
 
 
-def _subsections(state: VmState, reader: _Reader) -> list[Loaded]:
+def _subsections(state: VmState, reader: _Reader, outer: Mapping[str, object]) -> list[Loaded]:
     """Those that are there, in whatever order; what is behind them begins otherwise."""
     known = {each.name: each for each in state.subsections}
     found = []
@@ -111,7 +114,7 @@ def _subsections(state: VmState, reader: _Reader) -> list[Loaded]:
             raise StateFileError(name, "a subsection", f"of {state.name} one of: {', '.join(known) or 'none'}")
         each = known.pop(name)
         reader.take(1 + len(named(name)), name)
-        found.append(_load(each, reader, reader.word(f"{name}.version")))
+        found.append(_load(each, reader, reader.word(f"{name}.version"), outer))
     return found
 
 
@@ -124,11 +127,13 @@ def _subsection_name(reader: _Reader, device: str) -> str | None:
     return name.decode("latin-1") if name.startswith(device.encode()) else None
 
 
-def _value(field: Field, path: str, reader: _Reader, before: dict[str, object]) -> object:
+def _value(field: Field, path: str, reader: _Reader, before: Mapping[str, object]) -> object:
     if field.elements is None:
         return _unpacked(field.kind, path, reader)
     count = before[field.elements] if isinstance(field.elements, str) else field.elements
     assert isinstance(count, int)  # noqa: S101  # a number's field
+    if count < 0:
+        raise StateFileError(path, f"{count} elements", "none or more")
     if field.kind is BYTES:
         return reader.take(count, path)
     reader.check(count * field.kind.form.size, path)

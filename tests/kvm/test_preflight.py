@@ -24,6 +24,7 @@ from tests.command_line import run_pvclock
 from tests.kvm.guests import out
 from tests.kvm.msr_script import Access, run_script
 from tests.kvm.pc_guests import WAIT_FOREVER
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E8")]
 
@@ -267,7 +268,7 @@ def test_only_before_it_runs() -> None:
     """What a guest has seen cannot be taken back: a StateError, once it was started."""
     with Machine(out(0xF4, 0), platform="pc") as machine:
         machine.start()
-        machine.wait(30)
+        machine.wait(HANG_S)
         with pytest.raises(StateError, match=r"before start\(\)"):
             preflight(machine)
 

@@ -140,7 +140,7 @@ def stop_and_continue(running: RunningQemu) -> None:
     running.qemu.pause()
     time.sleep(0.02)
     running.qemu.resume()
-    with alarm_after(int(HANG_S)):
+    with alarm_after(HANG_S):
         while running.pages()[0] == before:
             time.sleep(0.001)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import HANG_S
+
 ROOT = Path(__file__).parents[2]
 INCLUDE = ROOT / "pvclock" / "include"
 COMPILE = ("cc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
@@ -34,7 +36,7 @@ def built(name: str, folder: Path) -> Stress:
 
     def run(*flags: str, **options: str | float) -> Report:
         arguments = [*flags, *(f"--{option.replace('_', '-')}={value}" for option, value in options.items())]
-        done = subprocess.run([program, *arguments], check=True, capture_output=True, timeout=60)
+        done = subprocess.run([program, *arguments], check=True, capture_output=True, timeout=HANG_S)
         report: Report = json.loads(done.stdout)
         return report
 
