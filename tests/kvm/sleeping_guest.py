@@ -33,11 +33,11 @@ TSC_DEADLINE, TSC_DEADLINE_MODE = 0x6E0, 1 << 18
 
 
 class Wake(NamedTuple):
-    """The last one so far: when it was to be and when it was, in the guest's own ticks; how many there were."""
+    """The last one so far: when it was to be and when it was, in the guest's own ticks; and the how many-th it was."""
 
     due: int
     woke: int
-    count: int
+    number: int
 
     @property
     def late(self) -> int:

@@ -393,13 +393,13 @@ def test_why_the_deadline_is_written_after_the_offset(order: str) -> None:
         guest.wait_until_asleep()
         with guest.machine.runner.quiesce():
             ticks, vcpu = by_hand(guest)
-            count, deadline = guest.wake(0).count, vcpu.get_msr(0x6E0)
+            number, deadline = guest.wake(0).number, vcpu.get_msr(0x6E0)
             for step in order.split(", "):
                 if step == "offset":
                     vcpu.set_tsc_offset((vcpu.get_tsc_offset() + ticks) % 2**64)
                 else:
                     vcpu.set_msr(0x6E0, deadline)
-        late = guest.wake(count + 1).late
+        late = guest.wake(number + 1).late
     assert (late > ticks // 2) == (order != "offset, deadline")
 
 
