@@ -364,10 +364,14 @@ def test_a_deadline_stays_where_no_tsc_moves(tsc_offsets: TscOffsets) -> None:
         assert guest.machine.time_travel.log.skips == 0
 
 
-@pytest.mark.usefixtures("offsets_are_honoured")
 @pytest.mark.parametrize("clock", ["engine", "kernel"])
-def test_its_sleeps_take_no_time(clock: str) -> None:
-    """Twenty sleeps of an hour: it never wakes early, and is late by what we take, not by what was skipped."""
+def test_its_sleeps_take_no_time(clock: str, tsc_offsets: TscOffsets) -> None:
+    """Twenty sleeps of an hour: it never wakes early, and is late by what we take, not by what was skipped.
+
+    With the engine's clock also where the host does not trust its TSC.
+    """
+    if tsc_offsets is TscOffsets.IGNORED or (tsc_offsets is TscOffsets.STEERED and clock == "kernel"):
+        pytest.skip("this host's KVM does not honour TSC offsets; `make test-lab` runs it on one that does")
     with sleeping_guest(3600 * HZ, clock=clock) as guest:
         guest.machine.time_travel.enable()
         wake = guest.wake(20)
