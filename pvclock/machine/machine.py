@@ -34,6 +34,7 @@ from pvclock.machine.exits import Ending, Outcome
 from pvclock.machine.guest_reset import GuestReset
 from pvclock.machine.hardware import Hardware
 from pvclock.machine.run_state import RunState, RunStates
+from pvclock.machine.travel_options import Travel
 from pvclock.machine.vmm_services import MachineServices
 from pvclock.providers.kvm import kernel_clock_features
 from pvclock.readings import RunReport
@@ -54,6 +55,8 @@ class Machine:
     cpuid: a function of a vCPU's number and its CPUID, a list of CpuidEntry, which returns the list that it gets.
     on_exit: called with a vCPU's number and each of its exits before that is answered, on its thread; what it raises
     ends the run.
+    time_travel: True or a Travel skips the time that the guest idles away, from its start on; `self.time_travel` turns
+    that on and off, and has what came of it (time_travel.py).
     clock: what serves the guest's clock, "engine" (`self.clock`, a GuestClock, with the rest of the keywords as its
     options) or "kernel" (in-kernel kvmclock, with `features` or as the engine's; `self.clock` is None).
 
@@ -98,13 +101,13 @@ class Machine:
         serial_output: Callable[[bytes], object] | None = None,
         cpuid: CpuidChange | None = None,
         on_exit: Callable[[int, Exit], object] | None = None,
+        time_travel: Travel | bool = False,
         **clock_options: object,
     ) -> None:
         given: dict[str, object] = {"image": image, "vcpus": vcpus, "max_vcpus": max_vcpus, "cmdline": cmdline}
         given |= {"memory_bytes": memory_bytes, "clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s}
         given |= {"backend": backend, "restore": restore, "platform": platform, "serial_output": serial_output}
-        given |= {"on_exit": on_exit}
-        check_arguments(given | {"cpuid": cpuid}, clock_options)
+        check_arguments(given | {"on_exit": on_exit, "cpuid": cpuid, "time_travel": time_travel}, clock_options)
         self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
         platform = choose_platform(self.boot_source, platform, memory_bytes, serial_output)
         self._is_closed = False
@@ -136,6 +139,7 @@ class Machine:
             self.clock_service = service
             hardware.take_clock(service, cpuid, limits_rates=platform == "pc")
             hardware.boot(self.boot_source)
+            self.time_travel = hardware.time_travel(service, self.run_state, platform, time_travel)
         except BaseException:
             hardware.abandon()
             raise
@@ -156,6 +160,7 @@ class Machine:
             self._check_open("start")
             self._update_run_state()
             self.run_state.check("start", RunState.RUNNING)
+            self.time_travel.check()
             if self.runner.gate.has_ended():
                 self.runner.stop()  # else an exit that is still served would be this run's outcome
                 self._outcome.forget()
