@@ -32,6 +32,7 @@ from pvclock.machine.cpuid import CpuidChange
 from pvclock.machine.devices.uart import Uart
 from pvclock.machine.exits import Ending, Outcome
 from pvclock.machine.guest_reset import GuestReset
+from pvclock.machine.guest_timers import GuestTimers
 from pvclock.machine.hardware import Hardware
 from pvclock.machine.run_state import RunState, RunStates
 from pvclock.machine.vmm_services import MachineServices
@@ -68,7 +69,8 @@ class Machine:
     `tsc_offset`.  On a host that honours no offsets it is the host's: see `pvclock doctor`.
 
     bus: devices are added to it (Bus.add_ports, Bus.add_mmio).  run_state: in which state it is, and handlers of the
-    changes.  clock_service: the clock as the engine or the kernel serves it, by one interface.
+    changes.  clock_service: the clock as the engine or the kernel serves it, by one interface.  timers: what the VMM
+    does at an instant of guest time (GuestTimers).
 
     After the run has ended nothing executes any more until start(), so run_for() is a StateError; all else is as for a
     machine that is paused or not, and its clock can be saved.  After close() only wait(), stop(), close() and what was
@@ -103,8 +105,7 @@ class Machine:
         given: dict[str, object] = {"image": image, "vcpus": vcpus, "max_vcpus": max_vcpus, "cmdline": cmdline}
         given |= {"memory_bytes": memory_bytes, "clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s}
         given |= {"backend": backend, "restore": restore, "platform": platform, "serial_output": serial_output}
-        given |= {"on_exit": on_exit}
-        check_arguments(given | {"cpuid": cpuid}, clock_options)
+        check_arguments(given | {"on_exit": on_exit, "cpuid": cpuid}, clock_options)
         self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
         platform = choose_platform(self.boot_source, platform, memory_bytes, serial_output)
         self._is_closed = False
@@ -134,6 +135,7 @@ class Machine:
             else:
                 service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
             self.clock_service = service
+            self.timers = GuestTimers(service, self.runner, self.run_state)
             hardware.take_clock(service, cpuid, limits_rates=platform == "pc")
             hardware.boot(self.boot_source)
         except BaseException:
@@ -408,6 +410,7 @@ class Machine:
 
     def _take_leave(self) -> None:
         """Tell devices and handlers what close() has to tell them."""
+        self.timers.close()
         try:
             self.bus.flush()  # the ring goes with the vCPUs
         finally:
