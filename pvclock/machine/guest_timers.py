@@ -24,6 +24,7 @@ from pvclock.timekeeping.timers import Firing, Timer, Timers
 
 if TYPE_CHECKING:
     from pvclock.machine.clock_service import ClockService
+    from pvclock.machine.time_travel import TimeTravel
 
 __all__ = ["GuestTimer", "GuestTimers"]
 
@@ -33,6 +34,9 @@ LOOK_AGAIN_S: Final = 50e-6
 """Until settle() does."""
 SHORTEST_S: Final = 50e-6
 """Of one before a timer that is not due: a clock that counts execution time may stand still just before it."""
+ARRIVAL_S: Final = 0.05
+"""How long a travel waits at most, the vCPUs out, for what is due where it has arrived: a callback may pause or stop
+the machine, which waits for the travel in its turn."""
 DUE_NS: Final = 0
 """next_due_ns() while a timer is due, or its callback runs."""
 
@@ -61,7 +65,7 @@ class GuestTimer:
 
 
 class GuestTimers:
-    """The timers of a machine whose clock is `service`'s and whose vCPUs are `runner`'s.
+    """The timers of a machine whose clock is `service`'s, whose vCPUs are `runner`'s, and which may `travel`.
 
     Guest time is clock_service.now_ns(), in ns since the clock began; it goes on after a reset().  Callbacks are called
     without arguments, in the order of their times and then of adding, one after the other, on a thread of their own and
@@ -76,7 +80,7 @@ class GuestTimers:
     Thread-safety: all methods may be called from any thread.
     """
 
-    def __init__(self, service: ClockService, runner: Runner, run_state: RunStates) -> None:
+    def __init__(self, service: ClockService, runner: Runner, run_state: RunStates, travel: TimeTravel) -> None:
         self._service = service
         self._runner = runner
         self._run_state = run_state
@@ -87,6 +91,9 @@ class GuestTimers:
         self._is_calling = False
         self._is_closed = False
         self._thread: threading.Thread | None = None
+        self._tell_travel = travel.notify
+        me = ref(self)  # the travel's thread must not keep callbacks alive either
+        travel.next_event, travel.on_arrival = partial(_next_due_ns, me), partial(_settle, me)
         service.tell_of_time(self._wake_up.call)
         run_state.add_handler(partial(_wake, self._wake_up))
         renew_in_children(self)
@@ -108,6 +115,7 @@ class GuestTimers:
             self._begin_thread("at")
             timer._timer = self._timers.add(timer.guest_ns, partial(self._take, timer))  # noqa: SLF001  # its maker
         self.changed()
+        self._tell_travel()
         return timer
 
     def after(self, ns: int, callback: Callable[[], object]) -> GuestTimer:
@@ -125,7 +133,7 @@ class GuestTimers:
             was_active, timer.callback = timer.active, None
             if timer._timer is not None:  # noqa: SLF001  # its maker
                 self._timers.remove(timer._timer)  # noqa: SLF001
-        self.changed()
+        self._tell_travel()
         return was_active
 
     def next_due_ns(self) -> int | None:
@@ -133,12 +141,13 @@ class GuestTimers:
 
         It is 0 while one is due or its callback runs.  Timers of the guest's clock interface are among them.
         """
+        due_ns = self.own_due_ns(), self._service.next_timer_ns()
+        return min((each for each in due_ns if each is not None), default=None)
+
+    def own_due_ns(self) -> int | None:
+        """next_due_ns(), of what at() has set alone; neither waits for the clock's lock nor for the vCPUs."""
         with self._lock:
-            if self._is_calling or self._due:
-                return DUE_NS
-            own_ns = self._timers.next_due_ns
-        provider_ns = self._service.next_timer_ns()
-        return min((each for each in (own_ns, provider_ns) if each is not None), default=None)
+            return DUE_NS if self._is_calling or self._due else self._timers.next_due_ns
 
     def changed(self) -> None:
         """Look anew how long it is to the next timer: for who moves guest time without the engine's clock."""
@@ -195,6 +204,7 @@ class GuestTimers:
         try:
             while (callback := self._next_callback()) is not None:
                 callback()
+                self._tell_travel()
             return self._host_s_left()
         except BaseException as failure:  # noqa: BLE001  # wait() raises it, SystemExit too
             if not self._runner.gate.has_ended():
@@ -245,6 +255,18 @@ class GuestTimers:
             return None
         left_ns = self._service.host_ns_until(due_ns)
         return None if left_ns is None else min(max(left_ns / NS_PER_S, SHORTEST_S), LONGEST_S)
+
+
+def _next_due_ns(timers: ref[GuestTimers]) -> int | None:
+    """For a travel: see TimeTravel.next_event."""
+    present = timers()
+    return None if present is None else present.own_due_ns()
+
+
+def _settle(timers: ref[GuestTimers], _arrival: object) -> None:
+    """For a travel: what is due where it arrives is done before the guest runs, unless it waits for the guest."""
+    if (present := timers()) is not None:
+        present.settle(ARRIVAL_S)
 
 
 def _wake(wake_up: WakeUp, _before: object, _now: object) -> None:

@@ -35,6 +35,7 @@ from pvclock.machine.guest_reset import GuestReset
 from pvclock.machine.guest_timers import GuestTimers
 from pvclock.machine.hardware import Hardware
 from pvclock.machine.run_state import RunState, RunStates
+from pvclock.machine.travel_options import Travel
 from pvclock.machine.vmm_services import MachineServices
 from pvclock.providers.kvm import kernel_clock_features
 from pvclock.readings import RunReport
@@ -55,6 +56,8 @@ class Machine:
     cpuid: a function of a vCPU's number and its CPUID, a list of CpuidEntry, which returns the list that it gets.
     on_exit: called with a vCPU's number and each of its exits before that is answered, on its thread; what it raises
     ends the run.
+    time_travel: True or a Travel skips the time that the guest idles away, from its start on; `self.time_travel` turns
+    that on and off, and has what came of it (time_travel.py).
     clock: what serves the guest's clock, "engine" (`self.clock`, a GuestClock, with the rest of the keywords as its
     options) or "kernel" (in-kernel kvmclock, with `features` or as the engine's; `self.clock` is None).
 
@@ -100,12 +103,13 @@ class Machine:
         serial_output: Callable[[bytes], object] | None = None,
         cpuid: CpuidChange | None = None,
         on_exit: Callable[[int, Exit], object] | None = None,
+        time_travel: Travel | bool = False,
         **clock_options: object,
     ) -> None:
         given: dict[str, object] = {"image": image, "vcpus": vcpus, "max_vcpus": max_vcpus, "cmdline": cmdline}
         given |= {"memory_bytes": memory_bytes, "clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s}
         given |= {"backend": backend, "restore": restore, "platform": platform, "serial_output": serial_output}
-        check_arguments(given | {"on_exit": on_exit, "cpuid": cpuid}, clock_options)
+        check_arguments(given | {"on_exit": on_exit, "cpuid": cpuid, "time_travel": time_travel}, clock_options)
         self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
         platform = choose_platform(self.boot_source, platform, memory_bytes, serial_output)
         self._is_closed = False
@@ -135,9 +139,10 @@ class Machine:
             else:
                 service = self._kernel_clock(**clock_options)  # type: ignore[arg-type]  # an int
             self.clock_service = service
-            self.timers = GuestTimers(service, self.runner, self.run_state)
             hardware.take_clock(service, cpuid, limits_rates=platform == "pc")
             hardware.boot(self.boot_source)
+            self.time_travel = hardware.time_travel(service, self.run_state, platform, time_travel)
+            self.timers = GuestTimers(service, self.runner, self.run_state, self.time_travel)
         except BaseException:
             hardware.abandon()
             raise
@@ -158,6 +163,7 @@ class Machine:
             self._check_open("start")
             self._update_run_state()
             self.run_state.check("start", RunState.RUNNING)
+            self.time_travel.check()
             if self.runner.gate.has_ended():
                 self.runner.stop()  # else an exit that is still served would be this run's outcome
                 self._outcome.forget()
@@ -177,8 +183,7 @@ class Machine:
         running does not end it.  GuestCrashed or GuestPanicked if it cannot go on; StateError if it has not ended
         within `timeout_s`.
         """
-        if timeout_s is not None:
-            number("timeout_s", timeout_s)
+        _check_timeout(timeout_s)
         gate = self.runner.gate
         if not gate.has_begun() and not gate.has_ended():
             raise StateError("wait", "the machine was never started", "start() it")
@@ -208,8 +213,7 @@ class Machine:
         machine can be looked at and saved, and start() or run() lets the guest go on from there.  But a machine that
         runs already goes on, with start()'s StateError.
         """
-        if timeout_s is not None:
-            number("timeout_s", timeout_s)
+        _check_timeout(timeout_s)
         gate = self.runner.gate
         ran_before = gate.has_begun() and not gate.has_ended()
         try:
@@ -460,6 +464,11 @@ class _RunEnd:
     def __call__(self, failure: BaseException | None) -> None:
         if not self.is_silent:
             self._run_state.update(lambda: _ended_by(self._outcome, failure))
+
+
+def _check_timeout(timeout_s: float | None) -> None:
+    if timeout_s is not None:
+        number("timeout_s", timeout_s)
 
 
 def _call_if_alive(method: WeakMethod[Callable[[], None]]) -> None:
