@@ -141,7 +141,7 @@ class Machine:
             self.clock_service = service
             hardware.take_clock(service, cpuid, limits_rates=platform == "pc")
             hardware.boot(self.boot_source)
-            self.time_travel = hardware.time_travel(service, self.run_state, platform, time_travel)
+            self.time_travel = hardware.time_travel(service, self.run_state, self.boot_source, time_travel)
             self.timers = GuestTimers(service, self.runner, self.run_state, self.time_travel)
         except BaseException:
             hardware.abandon()

@@ -19,7 +19,7 @@ LONGEST_S: Final = 549
 
 
 def waking(seconds: int, times: int, each: bytes = b"") -> bytes:
-    """A flat image that sleeps for so many seconds, so many times, does `each` after each, and ends with exit code 0."""
+    """A flat image that sleeps `times` times for so many seconds, does `each` after each, and ends with exit code 0."""
     sleep = write_msr(INITIAL_COUNT, seconds * 10**9 // DIVIDER)
     setup = write_msr(DIVIDE_CONFIGURATION, BY_128) + write_msr(LVT_TIMER, VECTOR) + sleep
     end = out(0xF4, 0)

@@ -33,6 +33,8 @@ pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
 SERVICE: Final = waking(500, 20, out_dx(0x3F8, ord(".")))
 """Sends a dot every 500 s, and ends after 10,000 s."""
 SERVICE_S: Final = 10_000
+RATE_ERROR: Final = 1e-3
+"""Of the TSC's nominal frequency, by which the engine counts, and of the local APIC's clock: far less."""
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +79,14 @@ def test_hours_of_sleep(image: Callable[[bytes], str], run: Callable[..., Ran]) 
     assert "pvclock run: time travel: 20 skips over 9999." in done.stderr
     result = result_of(run("--json", "--time-travel", image(SERVICE)))
     travel = result["time_travel"]
-    assert SERVICE_S <= result["guest_s"] < SERVICE_S + result["host_s"]
+    assert SERVICE_S * (1 - RATE_ERROR) <= result["guest_s"] < SERVICE_S * (1 + RATE_ERROR) + result["host_s"]
     assert travel["skips"] == len(travel["last_skips"]) + 4 == 20
-    assert 499 < travel["largest_s"] <= 500
-    assert SERVICE_S - result["host_s"] < travel["skipped_s"] < SERVICE_S
+    assert travel["largest_s"] < 500 * (1 + RATE_ERROR)
+    assert SERVICE_S - result["host_s"] < travel["skipped_s"] < SERVICE_S * (1 + RATE_ERROR)
     assert {each["to"] for each in travel["last_skips"]} == {"vCPU 0's LAPIC timer"}
     assert (travel["failure"], travel["is_idle_forever"]) == (None, False)
     times = [each["guest_s"] for each in travel["last_skips"]]
-    assert all(later - earlier >= 500 for earlier, later in pairwise(times))
+    assert all(later - earlier >= 500 * (1 - RATE_ERROR) for earlier, later in pairwise(times))
 
 
 def test_input_at_its_time(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
@@ -95,7 +97,7 @@ def test_input_at_its_time(image: Callable[[bytes], str], run: Callable[..., Ran
     assert (done.status, result["ending"]) == (1, "guest-exit")  # its q is 113
     assert done.stderr.startswith("first\nsecond\nq")
     assert 30 * 86_400 <= result["guest_s"] < 30 * 86_400 + result["host_s"]
-    assert {each["to"] for each in result["time_travel"]["last_skips"]} == {"event of the VMM"}
+    assert {each["to"] for each in result["time_travel"]["last_skips"]} == {"event of the VMM's"}
 
 
 @pytest.mark.parametrize("more", [(), ("--rate", "1000")], ids=["in real time", "at a rate"])
@@ -167,7 +169,8 @@ def test_what_woke_it(image: Callable[[bytes], str], run: Callable[..., Ran]) ->
     result = result_of(run("--json", "--time-travel", "--why", image(SERVICE)))
     (timer,) = result["wakes"]["timers"]
     assert (timer["cause"], timer["times"], result["wakes"]["work"]) == ("vCPU 0's LAPIC timer", 20, [])
-    assert 500 <= timer["first_s"] < 500 + result["host_s"]
+    assert 0 <= timer["first_s"] < result["host_s"]  # when the first sleep began, and the last
+    assert 9500 * (1 - RATE_ERROR) <= timer["last_s"] < 9500 * (1 + RATE_ERROR) + result["host_s"]
 
 
 @pytest.mark.parametrize(
