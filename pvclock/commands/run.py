@@ -292,8 +292,7 @@ def _run_to_its_end(machine: Machine, console: GuestConsole, arguments: argparse
         run_time.schedule(machine, arguments, the_end.ask_for)
         machine.start()
         stop = partial(_stop, machine, typed, settings)
-        receive = machine.serial.receive
-        has_ended = converse(typed, the_end.over, keys, receive, deadline_s, stop, idle.input_has_ended)
+        has_ended = converse(typed, the_end.over, keys, idle.receive, deadline_s, stop, idle.input_has_ended)
         if not has_ended or the_end.asked:
             console.give_up()
             machine.stop()

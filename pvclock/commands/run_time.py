@@ -96,6 +96,7 @@ class IdleEnd:
         self._lock = threading.Lock()
         self._has_input, self._has_clients = True, has_clients
         self._is_idle = self._is_told = False
+        self._typed_ns = 0  # guest time: a decision from before what was typed is none
         self.end: Callable[[End], object] | None = None
         """What ends the run; set before it begins."""
 
@@ -103,10 +104,19 @@ class IdleEnd:
         """Take a decision of the travel's."""
         is_idle = isinstance(look.decision, IdleForever)
         with self._lock:
-            if is_idle == self._is_idle:
+            if is_idle == self._is_idle or look.guest_ns < self._typed_ns:
                 return
             self._is_idle = is_idle
         self._consider()
+
+    def receive(self, data: bytes) -> int:
+        """Type it into the guest, which may wake it; as Uart.receive()."""
+        taken = self._machine.serial.receive(data)
+        with self._lock:
+            self._is_idle = False
+            self._typed_ns = self._machine.clock_service.now_ns()
+        self._machine.time_travel.notify()
+        return taken
 
     def input_has_ended(self) -> None:
         """Nobody types any more."""

@@ -76,7 +76,11 @@ def test_hours_of_sleep(image: Callable[[bytes], str], run: Callable[..., Ran]) 
     """The guest does all that it does, at its times, and the report has each skip."""
     done = run("--time-travel", image(SERVICE))
     assert (done.status, done.stdout) == (0, "." * 20)
-    assert "pvclock run: time travel: 20 skips over 9999." in done.stderr
+    assert re.search(
+        r"^pvclock run: time travel: 20 skips over \d+\.\d{3} s of guest time, the largest (499|500)\.\d{3} s, in ",
+        done.stderr,
+        re.MULTILINE,
+    )
     result = result_of(run("--json", "--time-travel", image(SERVICE)))
     travel = result["time_travel"]
     assert SERVICE_S * (1 - RATE_ERROR) <= result["guest_s"] < SERVICE_S * (1 + RATE_ERROR) + result["host_s"]
@@ -147,7 +151,7 @@ def test_idle_until_somebody_types(image: Callable[[bytes], str]) -> None:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(arguments, cwd=ROOT, **pipes) as process:  # type: ignore[call-overload]
         try:
-            assert b"idle for ever" in process.stderr.readline()
+            assert any(b"idle for ever" in line for line in iter(process.stderr.readline, b""))
             told, errors = process.communicate(b"aq")
         finally:
             process.kill()
@@ -169,8 +173,7 @@ def test_what_woke_it(image: Callable[[bytes], str], run: Callable[..., Ran]) ->
     result = result_of(run("--json", "--time-travel", "--why", image(SERVICE)))
     (timer,) = result["wakes"]["timers"]
     assert (timer["cause"], timer["times"], result["wakes"]["work"]) == ("vCPU 0's LAPIC timer", 20, [])
-    assert 0 <= timer["first_s"] < result["host_s"]  # when the first sleep began, and the last
-    assert 9500 * (1 - RATE_ERROR) <= timer["last_s"] < 9500 * (1 + RATE_ERROR) + result["host_s"]
+    assert 0 <= timer["first_s"] < 500 < 9500 * (1 - RATE_ERROR) <= timer["last_s"] <= result["guest_s"]  # from where
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_a_client_switches_it(tmp_path: Path) -> None:
         wait_until(lambda: not monitor.execute("x-pvclock-travel")["is-on"])
         found = monitor.execute("x-pvclock-travel")
         assert (found["skips"], found["is-idle-forever"], found["failure"]) == (4, False, None)
-        assert found["largest-ns"] <= 500 * 10**9
+        assert found["largest-ns"] <= 500 * 10**9 * (1 + RATE_ERROR)
         assert until_ns <= monitor.execute("x-pvclock-query")["guest-ns"]
         with pytest.raises(QmpFailed, match="with them, on is true"):
             monitor.execute("x-pvclock-travel", {"on": False, "max-rate": 10.0})
