@@ -154,7 +154,7 @@ class Operations:
         jumped = old.timeline.copy()
         jumped.begin_segment(stamps.tsc, old.timeline.terms)
         jumped.jump(ns)
-        new = TimeState.of(jumped, old.paused_at)
+        new = TimeState(jumped, jumped.line(), old.scale, old.paused_at)
         event = keeper.event(kind, why, stamps, before=old, after=new)
 
         def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:

@@ -7,7 +7,7 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -88,7 +88,7 @@ class StockLinux:
 
     machine: the one that it runs on.  rate: guest seconds in a host's second, from boot on.  protocol: "pvh" and
     "linux64" enter the uncompressed kernel.  before_start: called with the machine before it starts.
-    options: more of Machine's arguments.
+    parameters: more of the kernel's.  options: more of Machine's arguments.
     """
 
     def __init__(
@@ -98,13 +98,14 @@ class StockLinux:
         rate: Fraction | None = None,
         protocol: Protocol = "bzimage",
         before_start: Callable[[Machine], object] | None = None,
+        parameters: Sequence[str] = (),
         **options: Any,  # noqa: ANN401  # Machine's
     ) -> None:
         self._changed = threading.Condition()
         self._output = bytearray()
         self._commands = 0
         image = kernel.image.read_bytes() if protocol == "bzimage" else uncompressed(kernel)
-        source = BootSource(image, " ".join(CMDLINE), root_file_system(), protocol)
+        source = BootSource(image, " ".join((*CMDLINE, *parameters)), root_file_system(), protocol)
         self.machine = Machine(source, platform="pc", memory_bytes=256 << 20, serial_output=self._take, **options)
         try:
             if rate is not None and self.machine.clock is not None:

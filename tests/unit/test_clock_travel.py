@@ -73,10 +73,10 @@ def test_the_clocks_own_rate() -> None:
     assert clock.now() - before == pytest.approx(2 * 10**9, abs=10**6)
     clock.dilate(1)
     clock.slew(10**6)
-    owed_ns, before = clock.skew_ns, clock.at(backend.tsc)
+    owed_ns, slewing = clock.skew_ns, clock.at(backend.tsc)
     clock.travel(1000 * HZ)
     assert float(owed_ns - clock.skew_ns) == pytest.approx(0, abs=10)
-    assert float(clock.at(backend.tsc) - before) == pytest.approx(1000 * 10**9, abs=10**6)
+    assert float(clock.at(backend.tsc) - slewing) == pytest.approx(1000 * 10**9, abs=10**6)
 
 
 def test_all_or_nothing() -> None:
