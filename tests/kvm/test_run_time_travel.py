@@ -23,9 +23,9 @@ from qemu_glue.errors import QmpFailed
 from qemu_glue.face.served import serve
 from tests.command_line import ROOT, command
 from tests.kvm.pc_guests import ECHO, driver, out_dx
-from tests.kvm.sleeping_guests import waking
 from tests.kvm.test_qmp_machine import a_client
 from tests.kvm.test_run_command import Ran
+from tests.kvm.timer_guests import waking
 from tests.waiting import HANG_S, alarm_after, wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
