@@ -350,12 +350,15 @@ def test_a_reset_forgets_what_the_guest_wrote_to_msrs(index: int) -> None:
 
 
 def test_a_reset_of_a_paused_machine() -> None:
-    """It is prelaunch then, and start() lets vCPUs and clock go on."""
+    """It is prelaunch then, as handlers hear at once, and start() lets vCPUs and clock go on."""
+    told: list[RunState] = []
     with Machine(REGISTER_AND_SPIN) as machine:
         machine.start()
         eventually(lambda: count(machine))
         machine.pause()
+        machine.run_state.add_handler(lambda _, now: told.append(now))
         machine.reset()
+        assert told == [PRELAUNCH]
         assert (machine.run_state.current, count(machine)) == (PRELAUNCH, 0)
         assert engine_of(machine).is_paused
         machine.start()

@@ -552,7 +552,7 @@ def test_a_stop_is_a_pause(by_key: bool, policy: str, image: Callable[[bytes], s
 @pytest.mark.row("E15")
 @pytest.mark.qemu
 def test_a_client_of_qmp_ends_it(image: Callable[[bytes], str], tmp_path: Path) -> None:
-    """`pvclock run --qmp PATH`: a client sees it run, stops it and lets it go on, and has it quit with status 0."""
+    """`pvclock run --qmp PATH`: a client sees it run, stops and resets it, has it go on, and quit with status 0."""
     path = tmp_path / "qmp.sock"
     begun = Session("--qmp", str(path), image(HELLO + driver(1, ECHO, at=len(HELLO))))
     with alarm_after(HANG_S), contextlib.closing(begun):
@@ -562,6 +562,8 @@ def test_a_client_of_qmp_ends_it(image: Callable[[bytes], str], tmp_path: Path) 
         with Monitor(connection) as monitor:
             assert monitor.execute("query-status")["status"] == "running"
             monitor.execute("stop")
+            monitor.execute("system_reset")
+            assert monitor.execute("query-status")["status"] == "prelaunch"
             monitor.execute("cont")
             monitor.execute("quit")
             assert begun.process.wait() == 0
