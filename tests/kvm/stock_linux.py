@@ -5,7 +5,7 @@ from __future__ import annotations
 import lzma
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +63,7 @@ class StockLinux:
 
     machine: the one that it runs on.  rate: guest seconds in a host's second, from boot on.  protocol: "pvh" and
     "linux64" enter the uncompressed kernel.  before_start: called with the machine before it starts.
-    options: more of Machine's arguments.
+    parameters: more of the kernel's.  options: more of Machine's arguments.
     """
 
     def __init__(
@@ -73,11 +73,12 @@ class StockLinux:
         rate: Fraction | None = None,
         protocol: Protocol = "bzimage",
         before_start: Callable[[Machine], object] | None = None,
+        parameters: Sequence[str] = (),
         **options: Any,  # noqa: ANN401  # Machine's
     ) -> None:
         self.shell = GuestShell(self._send)
         image = kernel.image.read_bytes() if protocol == "bzimage" else uncompressed(kernel)
-        source = BootSource(image, " ".join(CMDLINE), root_file_system(), protocol)
+        source = BootSource(image, " ".join((*CMDLINE, *parameters)), root_file_system(), protocol)
         self.machine = Machine(source, platform="pc", memory_bytes=256 << 20, serial_output=self.shell.take, **options)
         try:
             if rate is not None and self.machine.clock is not None:
