@@ -104,10 +104,10 @@ class QmpServer:
 
     async def _serve(self) -> None:
         while (connection := await self._unless_stopping(self._loop.sock_accept(self._listener))) is not None:
-            session = _Session(self._greeting, self._commands)
+            # Before it is connected: a client that has sent all its commands by then is answered within connect().
+            self._session = session = _Session(self._greeting, self._commands)
             with suppress(Exception):  # the client has left already
                 await session.connect(connection[0])
-            self._session = session
             while session.runstate is Runstate.RUNNING:
                 if await self._unless_stopping(session.runstate_changed()) is None:
                     break

@@ -201,6 +201,18 @@ def test_events_come_before_the_answer_and_to_nobody_else(server: QmpServer, pat
     server.emit("STOP")
 
 
+@pytest.mark.usefixtures("server")
+def test_events_of_commands_that_wait_for_the_session(path: Path) -> None:
+    """A client that has sent all its commands before it is served is told of the events of each."""
+    with Client(path) as first:
+        first.greeted()
+        second = Client(path)
+        second.socket.sendall(NEGOTIATE + b'{"execute":"emit"}')
+    with second:
+        found = [second.read() for _ in range(5)]
+    assert [each.get("event", "answer") for each in found[1:]] == ["answer", "STOP", "RESET", "answer"]
+
+
 def test_a_client_that_reads_no_events_is_hung_up_on(server: QmpServer, path: Path) -> None:
     """And the next one is served."""
     with Client(path) as deaf:
