@@ -101,7 +101,6 @@ class TypeInfo(TypedDict):
 
 
 PropertyInfo = TypedDict(
-    "PageInfo",
     "PropertyInfo",
     {"name": str, "type": str, "description": NotRequired[str], "default-value": NotRequired[object]},
 )
