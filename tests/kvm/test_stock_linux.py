@@ -18,7 +18,8 @@ from pvclock.lab.kernel import Kernel
 from pvclock.machine import Ending, RunState
 from pvclock.machine.devices.power_button import PowerButton
 from tests.kvm.guest_clocks import ROUNDING_NS, ClockSampler, Offsets
-from tests.kvm.stock_linux import BOOT_LIMIT_S, COMPLAINTS, StockLinux
+from tests.kvm.guest_shell import BOOT_LIMIT_S
+from tests.kvm.stock_linux import COMPLAINTS, StockLinux
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E22", "K-02", "K-07")]
 
