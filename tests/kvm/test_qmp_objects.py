@@ -16,6 +16,7 @@ from pvclock import Gpa
 from pvclock.kvm import open_kvm
 from pvclock.machine import Machine
 from pvclock.machine.devices.power_button import PowerButton
+from pvclock.meter.machine_guest import wait_until_reading
 from pvclock.payloads import probe
 from pvclock.testing.machines import made
 from qemu_glue.errors import QmpFailed
@@ -204,17 +205,21 @@ def test_ram_is_where_the_lines_for_people_say(engine: Served) -> None:
     assert get(engine, "/objects/pvclock.ram", "type") == "memory-backend-memfd"
 
 
-def test_registers_are_those_of_running_vcpus(engine: Served) -> None:
-    """Of 64-bit code: the vCPU stands where its RIP says, and runs on."""
-    before = engine.machine.clock.page(0)  # type: ignore[union-attr]
-    assert before is not None
-    lines = engine.ask("human-monitor-command", command_line="info registers -a")
-    assert re.findall(r"^CPU#(\d)\r$", lines, re.MULTILINE) == ["0", "1"]
-    assert re.findall(r"^CS =.* DPL=3 CS64 \[-R", lines, re.MULTILINE)
+def test_registers_are_those_of_the_vcpus(engine: Served) -> None:
+    """Of vCPUs that run, which go on; and of such that are stopped, as KVM has them."""
+    running = engine.ask("human-monitor-command", command_line="info registers -a")
+    assert re.findall(r"^CPU#(\d)\r$", running, re.MULTILINE) == ["0", "1"]
+    wait_until_reading(engine.machine)
     engine.ask("stop")
-    rips = [f"{vcpu.get_regs()['rip']:016x}" for vcpu in engine.machine.vcpus]
-    lines = engine.ask("human-monitor-command", command_line="info registers -a")
-    assert re.findall(r"^RIP=(\w+) ", lines, re.MULTILINE) == rips
+    for vcpu in engine.machine.vcpus:
+        lines = engine.ask("human-monitor-command", command_line="info registers", cpu_index=vcpu.vcpu_id)
+        regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
+        assert re.findall(r"^RIP=(\w+) RFL=(\w+) ", lines, re.MULTILINE) == [
+            (f"{regs['rip']:016x}", f"{regs['rflags']:08x}")
+        ]
+        kind = rf"^CS ={sregs['cs']['selector']:04x} .* DPL={sregs['cs']['dpl']} CS64 \["
+        assert re.search(kind, lines, re.MULTILINE)
+        assert f" CR3={sregs['cr3']:016x} " in lines
 
 
 def test_virtual_memory_is_saved(engine: Served, tmp_path: Path) -> None:
