@@ -13,7 +13,7 @@ from pvclock import StateError
 from pvclock.commands import main
 from pvclock.meter.findings import newest_ns, read_pages, shown_by
 from pvclock.payloads import clockprobe, probe
-from qemu_glue.guest import QemuGuest
+from qemu_glue.guest import qemu_guest
 from qemu_glue.migration import state_format
 from qemu_glue.migration.kvmclock_section import FoundBy
 from qemu_glue.migration.saved_clock import QemuClock
@@ -43,10 +43,10 @@ class Saved(NamedTuple):
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A guest with two vCPUs that read their clock, stopped and saved."""
     path = tmp_path_factory.mktemp("streams") / "vm stream"
-    with QemuGuest(FEATURES, 2) as guest:
+    with qemu_guest(FEATURES, 2) as guest:
         guest.start()
         guest.pause()
-        save(guest.qemu, str(path))
+        save(guest.vmm, str(path))
         clock = state_format.read(str(path)).clock
         shown_ns = shown_by(read_pages(guest.memory, 2)[0], clock.vcpus[0].tsc)
         return Saved(path, clock, shown_ns, newest_ns(guest.memory))
@@ -121,9 +121,9 @@ def test_the_reliable_byte_decides(saved: Saved, out: Path) -> None:
 @pytest.mark.long
 def test_a_vm_that_was_running(out: Path) -> None:
     """Its clock was read when its devices were saved: not before its guest's last reading, nor its page at its TSC."""
-    with QemuGuest(FEATURES, 2) as guest:
+    with qemu_guest(FEATURES, 2) as guest:
         guest.start()
-        save(guest.qemu, str(out))
+        save(guest.vmm, str(out))
         clock = state_format.read(str(out)).clock
         assert clock.clock_ns >= newest_ns(guest.memory)
         assert clock.clock_ns >= shown_by(read_pages(guest.memory, 2)[0], clock.vcpus[0].tsc)
