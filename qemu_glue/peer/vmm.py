@@ -11,7 +11,9 @@ from pvclock import GuestMemory
 __all__ = ["STEP_LIMIT_S", "Vmm", "end"]
 
 STEP_LIMIT_S: Final = 2.0
-"""How long each of quit, SIGTERM and SIGKILL has to end it."""
+"""How long quit and SIGTERM have each to end it."""
+KILLED_LIMIT_S: Final = 60.0
+"""How long a killed one has, on however busy a host."""
 
 
 class Vmm(Protocol):
@@ -61,8 +63,8 @@ class Vmm(Protocol):
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a process that has not ended by itself."""
-    for step in (process.terminate, process.kill):
+    for step, limit_s in ((process.terminate, STEP_LIMIT_S), (process.kill, KILLED_LIMIT_S)):
         if process.poll() is None:
             step()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(STEP_LIMIT_S)
+                process.wait(limit_s)

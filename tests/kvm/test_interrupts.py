@@ -88,7 +88,8 @@ RESETS: Final = ("reset", "reset while paused")
 
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
-    """Turn a wait for ever into a failure: all waits here can be interrupted."""
+    """Turn a wait for ever into a failure: all waits here can be interrupted.  What earlier tests left is collected."""
+    gc.collect()
     with alarm_after(HANG_S):
         yield
 
@@ -109,8 +110,7 @@ def interrupted(line: int, files: tuple[str, ...], call: Callable[[], object]) -
     loaded = [module for module in sys.modules.values() if (getattr(module, "__file__", None) or "").startswith(files)]
     sources = [module for module in loaded if (module.__file__ or "").endswith(".py")]
     was_raised = False
-    gc.collect()
-    gc.disable()  # an interrupt in a finalizer of what an earlier test left is swallowed, as Python says it is
+    gc.disable()  # an interrupt in a finalizer of what an earlier call left is swallowed, as Python says it is
     try:
         with Lines(*sources, at=line - 1, action=interrupt).traced():
             call()

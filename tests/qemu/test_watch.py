@@ -240,7 +240,9 @@ def test_a_budget_for_steps(
         told = capsys.readouterr().out
     assert found == status
     assert said in told
-    assert "watching 2 pages at 0x201000, 0x201040, every 10 ms" in told
+    every_ms = re.search(r"watching 2 pages at 0x201000, 0x201040, every (\d+) ms", told)
+    assert every_ms is not None, told
+    assert int(every_ms[1]) >= 10  # more where a look takes long
 
 
 def pause_between_looks(running: RunningQemu) -> None:
