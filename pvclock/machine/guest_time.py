@@ -13,7 +13,6 @@ from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.host.linux import host_clocksource
 from pvclock.kvm import Kvm, Vcpu, Vm
 from pvclock.kvm.tsc_offset import TscOffsets, tsc_offsets_here
-from pvclock.machine.arguments import Platform
 from pvclock.machine.bus import Bus
 from pvclock.machine.clock_service import ClockService
 from pvclock.quantities import NS_PER_S
@@ -131,8 +130,11 @@ class KernelTime:
         self._vcpus[vcpu].set_tsc_offset(offset)
 
 
-def guest_time(kvm: Kvm, vm: Vm, vcpus: list[Vcpu], service: ClockService, platform: Platform) -> GuestTime:
-    """What moves the time of that machine's guest, whose vCPUs are out of it; the error says why nothing can."""
+def guest_time(kvm: Kvm, vm: Vm, vcpus: list[Vcpu], service: ClockService, *, needs_tsc: bool) -> GuestTime:
+    """What moves the time of that machine's guest, whose vCPUs are out of it; the error says why nothing can.
+
+    needs_tsc: the guest lives by its TSC and deadlines of it, as a kernel does.
+    """
     offsets = tsc_offsets_here(kvm, vcpus[0])
     if service.clock is None:
         if offsets is TscOffsets.STEERED or host_clocksource() != "tsc":
@@ -148,7 +150,7 @@ def guest_time(kvm: Kvm, vm: Vm, vcpus: list[Vcpu], service: ClockService, platf
         )
     if offsets is not TscOffsets.IGNORED:
         return EngineTime(service)
-    if platform == "pc":
+    if needs_tsc:
         raise TscOffsetNotHonoured(0, NO_TRAVEL)
     return PageTime(service)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from mmap import mmap
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from pvclock._memory import GuestMemory
 from pvclock._transaction import commit
@@ -30,6 +30,9 @@ from pvclock.machine.travel_options import Travel, as_travel
 from pvclock.msr_ranges import MsrRange
 
 __all__ = ["Hardware"]
+
+KERNELS: Final = ("bzimage", "linux64", "pvh")
+"""How kernels are entered; others are payloads of somebody's own."""
 
 
 class Resource(Protocol):
@@ -116,10 +119,11 @@ class Hardware:
         self._power_on = PowerOnState(self.vm, self.vcpus)
 
     def time_travel(
-        self, service: ClockService, run_states: RunStates, platform: Platform, wanted: Travel | bool
+        self, service: ClockService, run_states: RunStates, source: BootSource, wanted: Travel | bool
     ) -> TimeTravel:
         """What skips its guest's idle time, once the clock of `service` is there; enabled if that is `wanted`."""
-        find_time = partial(guest_time, self.kvm, self.vm, self.vcpus, service, platform)
+        needs_tsc = source.entered_by in KERNELS
+        find_time = partial(guest_time, self.kvm, self.vm, self.vcpus, service, needs_tsc=needs_tsc)
         travel = self.owned(TimeTravel(self.runner, self.vcpus, self.board.bus, run_states, find_time))
         if wanted is not False:
             travel.enable(as_travel(wanted))

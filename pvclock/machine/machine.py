@@ -32,6 +32,7 @@ from pvclock.machine.cpuid import CpuidChange
 from pvclock.machine.devices.uart import Uart
 from pvclock.machine.exits import Ending, Outcome
 from pvclock.machine.guest_reset import GuestReset
+from pvclock.machine.guest_timers import GuestTimers
 from pvclock.machine.hardware import Hardware
 from pvclock.machine.run_state import RunState, RunStates
 from pvclock.machine.travel_options import Travel
@@ -71,7 +72,8 @@ class Machine:
     `tsc_offset`.  On a host that honours no offsets it is the host's: see `pvclock doctor`.
 
     bus: devices are added to it (Bus.add_ports, Bus.add_mmio).  run_state: in which state it is, and handlers of the
-    changes.  clock_service: the clock as the engine or the kernel serves it, by one interface.
+    changes.  clock_service: the clock as the engine or the kernel serves it, by one interface.  timers: what the VMM
+    does at an instant of guest time (GuestTimers).
 
     After the run has ended nothing executes any more until start(), so run_for() is a StateError; all else is as for a
     machine that is paused or not, and its clock can be saved.  After close() only wait(), stop(), close() and what was
@@ -139,7 +141,8 @@ class Machine:
             self.clock_service = service
             hardware.take_clock(service, cpuid, limits_rates=platform == "pc")
             hardware.boot(self.boot_source)
-            self.time_travel = hardware.time_travel(service, self.run_state, platform, time_travel)
+            self.time_travel = hardware.time_travel(service, self.run_state, self.boot_source, time_travel)
+            self.timers = GuestTimers(service, self.runner, self.run_state, self.time_travel)
         except BaseException:
             hardware.abandon()
             raise
@@ -180,8 +183,7 @@ class Machine:
         running does not end it.  GuestCrashed or GuestPanicked if it cannot go on; StateError if it has not ended
         within `timeout_s`.
         """
-        if timeout_s is not None:
-            number("timeout_s", timeout_s)
+        _check_timeout(timeout_s)
         gate = self.runner.gate
         if not gate.has_begun() and not gate.has_ended():
             raise StateError("wait", "the machine was never started", "start() it")
@@ -211,8 +213,7 @@ class Machine:
         machine can be looked at and saved, and start() or run() lets the guest go on from there.  But a machine that
         runs already goes on, with start()'s StateError.
         """
-        if timeout_s is not None:
-            number("timeout_s", timeout_s)
+        _check_timeout(timeout_s)
         gate = self.runner.gate
         ran_before = gate.has_begun() and not gate.has_ended()
         try:
@@ -307,7 +308,7 @@ class Machine:
     def _reset(self) -> None:
         self._update_run_state()
         goes_on = self.run_state.current is RunState.RUNNING
-        self._run_end.is_silent = goes_on  # its end is not one that anybody is to hear of
+        self._run_end.is_silent = True  # its end is not one that anybody is to hear of
         try:
             self.clock_service.stop()
             self._guest_reset.is_wanted = False
@@ -413,6 +414,7 @@ class Machine:
 
     def _take_leave(self) -> None:
         """Tell devices and handlers what close() has to tell them."""
+        self.timers.close()
         try:
             self.bus.flush()  # the ring goes with the vCPUs
         finally:
@@ -462,6 +464,11 @@ class _RunEnd:
     def __call__(self, failure: BaseException | None) -> None:
         if not self.is_silent:
             self._run_state.update(lambda: _ended_by(self._outcome, failure))
+
+
+def _check_timeout(timeout_s: float | None) -> None:
+    if timeout_s is not None:
+        number("timeout_s", timeout_s)
 
 
 def _call_if_alive(method: WeakMethod[Callable[[], None]]) -> None:

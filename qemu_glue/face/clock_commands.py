@@ -8,7 +8,9 @@ from typing import Final
 
 from pvclock import GuestClock
 from pvclock.machine import Machine
+from pvclock.machine.time_travel import Travel
 from qemu_glue.errors import QmpRefusal
+from qemu_glue.face.answers import ClockInfo, Ratio, VcpuClockInfo
 from qemu_glue.face.dispatch import Command, command_of
 
 __all__ = ["CHANGE", "ClockCommands"]
@@ -20,7 +22,7 @@ MAX_PPM: Final = 500
 
 
 class ClockCommands:
-    """The commands for the engine's clock of `machine`."""
+    """The commands for the clock of `machine`: all but x-pvclock-travel for the engine's alone."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -34,6 +36,7 @@ class ClockCommands:
             "x-pvclock-set-rate": self._set_rate,
             "x-pvclock-slew": self._slew,
             "x-pvclock-follow": self._follow,
+            "x-pvclock-travel": self._travel,
         }
         return {name: command_of(function) for name, function in functions.items()}
 
@@ -43,7 +46,7 @@ class ClockCommands:
             raise QmpRefusal("the kernel serves this machine's clock; run it with --clock engine")
         return self._machine.clock
 
-    def _query(self) -> object:
+    def _query(self) -> ClockInfo:
         clock = self._clock()
         steering = clock.steering
         return {
@@ -62,7 +65,7 @@ class ClockCommands:
             "last-event": clock.events.last,
         }
 
-    def _vcpu(self, clock: GuestClock, vcpu: int) -> object:
+    def _vcpu(self, clock: GuestClock, vcpu: int) -> VcpuClockInfo:
         page = clock.page(vcpu)
         return {
             "cpu-index": vcpu,
@@ -85,7 +88,31 @@ class ClockCommands:
     def _follow(self, reference: str) -> None:
         self._clock().follow(reference)
 
+    def _travel(self, on: bool | None = None, until_ns: int | None = None, max_rate: float | None = None) -> object:
+        """Switch travel on or off, if it is said, and tell how it is."""
+        travel = self._machine.time_travel
+        if not on and (until_ns is not None or max_rate is not None):
+            raise QmpRefusal("until-ns and max-rate are of travel that is switched on: with them, on is true")
+        if on:
+            travel.enable(Travel(until_ns, max_rate))
+        elif on is not None:
+            travel.disable()
+        log, options = travel.log, travel.options
+        return {
+            "is-on": travel.is_enabled,
+            "until-ns": options.until_ns,
+            "max-rate": None if options.max_rate is None else float(options.max_rate),
+            "why-not": travel.why_not,
+            "failure": None if travel.failure is None else str(travel.failure),
+            "holds": travel.holds,
+            "is-idle-forever": log.is_idle_forever,
+            "skips": log.skips,
+            "skipped-ns": log.skipped_ns,
+            "largest-ns": log.largest_ns,
+            "host-ns": log.host_ns,
+        }
 
-def _ratio(fraction: Fraction) -> dict[str, int]:
+
+def _ratio(fraction: Fraction) -> Ratio:
     numerator, denominator = fraction.as_integer_ratio()
     return {"numerator": numerator, "denominator": denominator}

@@ -26,6 +26,7 @@ from pvclock.timekeeping.event_timeline import EventTimeline
 from pvclock.timekeeping.events import EventKind
 from pvclock.timekeeping.travel import IdleForever, Skip, Stay, StayReason, WakeKind, decide
 from tests.kvm.guests import COUNT
+from tests.kvm.pc_guests import kernel
 from tests.kvm.sleeping_guest import HALTED_FOR_GOOD, SleepingGuest, sleeping_guest
 from tests.waiting import wait_until
 
@@ -314,19 +315,19 @@ def test_timers_beside_guest_time(place: Callable[[Machine, Device], object], wh
 
 
 def test_what_this_host_can_do(tsc_offsets: TscOffsets) -> None:
-    """Without TSC offsets a guest of ours travels by its page, and a kernel's clock or a PC is refused, early."""
+    """Without TSC offsets a guest of ours travels by its page; the kernel's clock, or a kernel, is refused, early."""
     refused = host_refuses(tsc_offsets)
-    for options in ({"clock": "kernel"}, {"platform": "pc"}):
+    for image, options in ((HALTED_FOR_GOOD, {"clock": "kernel"}), (kernel(), {"platform": "pc"})):
         if options.get("clock") == "kernel" and host_clocksource() != "tsc":
             with pytest.raises(MissingCapability, match="master clock"):
-                Machine(HALTED_FOR_GOOD, time_travel=True, **options)  # type: ignore[arg-type]
+                Machine(image, time_travel=True, **options)  # type: ignore[arg-type]
         elif refused is not None:
             with pytest.raises(refused, match="time travel"):
-                Machine(HALTED_FOR_GOOD, time_travel=True, **options)  # type: ignore[arg-type]
+                Machine(image, time_travel=True, **options)  # type: ignore[arg-type]
         else:
-            with Machine(HALTED_FOR_GOOD, time_travel=True, **options) as machine:  # type: ignore[arg-type]
+            with Machine(image, time_travel=True, **options) as machine:  # type: ignore[arg-type]
                 assert machine.time_travel.why_not is None
-    with Machine(HALTED_FOR_GOOD, time_travel=True) as machine:
+    with Machine(HALTED_FOR_GOOD, platform="pc", time_travel=True) as machine:
         assert machine.time_travel.is_enabled
 
 

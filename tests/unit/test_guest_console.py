@@ -12,11 +12,10 @@ from typing import NamedTuple
 import pytest
 
 from pvclock.commands.guest_console import LINE_KEPT_BYTES, GuestConsole
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.row("E22")
 
-LONG_S = 60
 """For what takes some ms: less than mutants have, so that one that waits for ever fails here."""
 MORE_THAN_A_PIPE_HOLDS = bytes(range(256)) * 300
 
@@ -32,7 +31,7 @@ class Piped(NamedTuple):
 def piped() -> Iterator[Piped]:
     """One whose test is over after a while, whatever happens."""
     reads, writes = os.pipe()
-    with alarm_after(LONG_S), GuestConsole(writes) as console:
+    with alarm_after(HANG_S), GuestConsole(writes) as console:
         yield Piped(console, reads)
     for end in (reads, writes):
         with contextlib.suppress(OSError):  # the test has closed it
@@ -107,3 +106,18 @@ def test_a_panic_is_found(said: bytes, panic: str, piped: Piped) -> None:
     for byte in said:
         piped.console.write(bytes([byte]))
     assert piped.console.panic == panic
+
+
+@pytest.mark.row("E17")
+def test_lines_are_told() -> None:
+    """Each once it has ended, with its end; of a long one the last bytes."""
+    lines: list[bytes] = []
+    reads, writes = os.pipe()
+    with GuestConsole(writes, lines.append) as console:
+        for byte in b"one\r\ntwo\n" + bytes(2 * LINE_KEPT_BYTES) + b"!\nnot":
+            console.write(bytes([byte]))
+    os.close(reads)
+    os.close(writes)
+    assert lines[:2] == [b"one\r\n", b"two\n"]
+    assert lines[2].endswith(b"\0!\n")
+    assert len(lines) == 3
