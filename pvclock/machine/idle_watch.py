@@ -14,8 +14,8 @@ from pvclock.threads import WakeUp
 
 __all__ = ["IdleWatch"]
 
-EAGER_S: Final = 200e-6
-"""For so long the next look comes at once: a guest that has just been woken mostly has little to do."""
+EAGER_S: Final = 0.002
+"""For so long it asks again and again: a guest that has just been woken mostly has little to do."""
 
 FIRST_REST_S: Final = 50e-6
 LONGEST_REST_S: Final = 0.005
