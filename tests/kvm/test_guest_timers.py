@@ -7,16 +7,18 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import pytest
 
 from pvclock.errors import RangeError, StateError, WrongType
+from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine import EXIT_PORT, Machine, RunState
 from pvclock.quantities import NS_PER_S, U64_MASK
 from tests.kvm.guests import out, write_msr
 from tests.kvm.interrupt_guests import counting
-from tests.kvm.pc_guests import ECHO, driver
+from tests.kvm.pc_guests import ECHO, driver, kernel
 from tests.waiting import HANG_S, alarm_after, wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
@@ -271,3 +273,33 @@ def test_a_closed_machine_has_none() -> None:
         machine.timers.at(0, lambda: 1 / 0)
     with pytest.raises(StateError, match="closed"):
         machine.timers.at(0, print)
+
+
+# By the fixture of test authors
+
+
+def test_thirty_days_of_a_service(kvm_machine: Callable[..., Machine]) -> None:
+    """A request a day is answered a day after the last one, in a suite that has no days."""
+    answers: list[tuple[str, int]] = []
+
+    def take(data: bytes) -> None:
+        answers.append((data.decode(), machine.clock_service.now_ns() // (24 * HOUR_NS)))
+
+    machine = kvm_machine(driver(1, ECHO), platform="pc", serial_output=take, time_travel=True)
+    requests = "abcdefghijklmnopABCDEFGHIJKLMq"  # q ends it
+    for day, request in enumerate(requests, start=1):
+        machine.timers.at(day * 24 * HOUR_NS, partial(machine.serial.receive, request.encode()))
+    machine.start()
+    machine.wait()
+    assert answers == [(request, day) for day, request in enumerate(requests, start=1)]
+
+
+def test_a_host_that_lets_it_not_travel(kvm_machine: Callable[..., Machine], tsc_offsets: TscOffsets) -> None:
+    """The fixture skips the test of a kernel's then; what else the host lacks is the test's own failure."""
+    if tsc_offsets is TscOffsets.IGNORED:
+        with pytest.raises(pytest.skip.Exception, match="time travel"):
+            kvm_machine(kernel(), time_travel=True)
+    else:
+        assert kvm_machine(kernel(), time_travel=True).time_travel.is_enabled
+    with pytest.raises(TypeError):
+        kvm_machine(kernel(), time_travel="yes")

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import subprocess
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -48,12 +48,12 @@ def test_a_day_of_cron(kernel: Kernel) -> None:
         assert guest.machine.time_travel.failure is None
 
 
-def test_the_command(kernel: Kernel) -> None:
-    """A shell is typed into at guest times; it powers off a minute later, and the trace tells which of its work ran."""
-    typed = ("--input-at", "100s", "date +%s; cat /proc/uptime", "--input-at", "160s", "poweroff -f")
-    options = ("--json", "--shell", "--time-travel", "--why", "--append", " ".join((*CMDLINE, GUEST_OPTIONS)))
+def run_linux(kernel: Kernel, *options: str) -> tuple[Any, str]:
+    """A run of the command, with its shell: the result, which is a power-off, and the console's output."""
+    parameters = " ".join((*CMDLINE, GUEST_OPTIONS))
+    linux = ("--kernel", str(kernel.image), "--shell", "--append", parameters)
     done = subprocess.run(
-        command("run", "--kernel", str(kernel.image), *options, *typed),
+        command("run", "--json", "--time-travel", *linux, *options),
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -63,10 +63,22 @@ def test_the_command(kernel: Kernel) -> None:
     console = done.stderr.decode(errors="replace")
     result = json.loads(done.stdout)["result"]
     assert (done.returncode, result["ending"]) == (0, "guest-shutdown"), console[-1000:]
-    assert 160 <= result["guest_s"] < 160 + result["host_s"]
+    return result, console
+
+
+def test_the_command(kernel: Kernel) -> None:
+    """A shell is typed into at guest times, and powers off at one: it boots and lives in travelled time."""
+    result, console = run_linux(kernel, "--input-at", "100s", "cat /proc/uptime", "--input-at", "900s", "poweroff -f")
+    assert 900 <= result["guest_s"] < 900 + result["host_s"]
     assert result["time_travel"]["skips"] > 0
     (uptime,) = re.findall(r"^(\d+\.\d\d) \d+\.\d\d\r$", console, re.MULTILINE)
     assert 0 <= 100 - float(uptime) < result["host_s"]  # it counts from where the kernel sets up its clocks
+
+
+@pytest.mark.long
+def test_what_wakes_it(kernel: Kernel) -> None:
+    """The trace tells which of its timers and work items ran, beside what the travel went to."""
+    result, _ = run_linux(kernel, "--why", "--input-at", "900s", "poweroff -f")
     assert any(each["cause"].startswith("work ") for each in result["wakes"]["work"])
     assert any(each["cause"] == "event of the VMM's" for each in result["wakes"]["timers"])
 
