@@ -15,7 +15,7 @@ from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear, PyErr_Occurred
 from cpython.bool cimport PyBool_Check
 from cpython.long cimport PyLong_CheckExact
 from cpython.number cimport PyNumber_Index
-from libc.stdint cimport UINT64_MAX, uint8_t, uint64_t
+from libc.stdint cimport UINT64_MAX, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memmove, strchr
 
 from threading import RLock
@@ -346,6 +346,10 @@ cdef class GuestMemory:
         data = PyBytes_FromStringAndSize(NULL, count)
         memcpy(PyBytes_AS_STRING(data), self.at(gpa, count), count)
         return data
+
+    def host_address(self, gpa: int) -> int:
+        """Where the byte at `gpa` is in this process, for debuggers that look into it, while its slot is there."""
+        return <uintptr_t>self.at(gpa, 1)
 
     def write(self, gpa: int, data: object) -> None:
         """Write a bytes-like object at `gpa`; GuestAddressError, with nothing written, if it does not fit."""

@@ -5,7 +5,7 @@ PvclockError
     ├── QemuMissing     .program .package; says how to get it
     ├── QemuExited      .exit_code .command .output; it ended unexpectedly
     ├── NotKvm          a QEMU that runs its guest without KVM, so without kvmclock
-    ├── QmpFailed       .operation .why; its monitor refused, did not answer or sent something else than QMP
+    ├── QmpFailed       .operation .why .error_class; its monitor refused, did not answer or sent no QMP
     └── VirshFailed     .operation .why; virsh could not do it
 
 QmpRefusal, a PvclockError, too, is none of QEMU's: .error_class .desc, as our own QMP server answers a client.
@@ -57,12 +57,16 @@ class NotKvm(QemuError):
 
 
 class QmpFailed(QemuError):
-    """QMP `operation` (a command, or "connect") was refused, not answered in time, or not answered in QMP."""
+    """QMP `operation` (a command, or "connect") was refused, not answered in time, or not answered in QMP.
 
-    def __init__(self, operation: str, why: str) -> None:
+    error_class: QEMU's, such as "CommandNotFound", of what was refused; else None.
+    """
+
+    def __init__(self, operation: str, why: str, error_class: str | None = None) -> None:
         super().__init__(f"QMP {operation}: {why}")
         self.operation = operation
         self.why = why
+        self.error_class = error_class
 
 
 class VirshFailed(QemuError):

@@ -32,7 +32,7 @@ compile_all(), uncompressed(find_kernel(None, print))" || exit 1
 in_lab() {  # options of `pvclock lab`, --, and what to test
     local options=()
     while [[ $1 != -- ]]; do options+=("$1"); shift; done
-    "$bin/pvclock" lab --timeout 2400 "${options[@]}" -- python -m pytest -q -p no:cacheprovider -m "$marks" "${@:2}"
+    "$bin/pvclock" lab --timeout 2400 "${options[@]}" -- python -m pytest -q --durations=15 -p no:cacheprovider -m "$marks" "${@:2}"
 }
 
 output=$(mktemp)

@@ -43,10 +43,11 @@ def row_complaint(item: pytest.Item) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse the whole run when a test's rows are missing or unknown."""
+    """Refuse the whole run when a test's rows are missing or unknown; put first what should begin first."""
     complaints = {item.nodeid.partition("[")[0]: complaint for item in items if (complaint := row_complaint(item))}
     if complaints:
         raise pytest.UsageError("\n".join(f"{test}: {complaint}" for test, complaint in complaints.items()))
+    items.sort(key=begins_at)
 
 
 def pytest_collection_finish() -> None:
@@ -82,11 +83,27 @@ def kernel() -> Kernel:
         pytest.skip(f"no kernel for the guest: {error}")
 
 
+REAL_MACHINES = "real machines"
+EXCLUSIVE = ("tests/kvm/", "tests/qemu/", "tests/stress/")
+"""Tests that want the machine for themselves, as far as other workers leave it."""
+
+TAKE_LONG = ("tests/lab/", "tests/test_packaging.py", "tests/model/")
+"""Of whose tests some take most of a minute, or a fixture does: begun last they would be waited for."""
+
+
 def scope_of(nodeid: str) -> str:
-    """Return what runs one after the other: a file's tests, and all that want the machine for themselves."""
+    """Return what runs one after the other: a file's tests, and all that want the machine; a model's run anywhere."""
     file = nodeid.partition("::")[0]
-    wants_the_machine = not file.startswith(("tests/unit/", "tests/model/")) and not file.endswith("_mutations.py")
-    return "real machines" if wants_the_machine else file
+    if file.startswith(EXCLUSIVE) and not file.endswith("_mutations.py"):
+        return REAL_MACHINES
+    return nodeid if file.startswith("tests/model/") else file
+
+
+def begins_at(item: pytest.Item) -> int:
+    """Return how early a test should begin: the longest row first, then those that take long."""
+    if scope_of(item.nodeid) == REAL_MACHINES:
+        return 0
+    return 1 if item.nodeid.startswith(TAKE_LONG) else 2
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -94,6 +111,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Let pytest -n distribute tests by scope_of()."""
     from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # it has no types
 
+    config.option.loadscopereorder = False  # else what takes long, and is one test, comes last
     scheduler = LoadScopeScheduling(config, log)
     scheduler._split_scope = scope_of
     return scheduler

@@ -10,7 +10,7 @@ from typing import Final
 
 __all__ = ["HANG_S", "alarm_after", "wait_until"]
 
-HANG_S: Final = 120.0
+HANG_S: Final = 120
 """For what comes at once unless something hangs: no claim of how fast it is, on however busy a machine."""
 
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from pvclock.commands.screen import write
 from pvclock.commands.whole_file import why_not_writable
@@ -50,6 +50,19 @@ HELP_COLUMNS: Final = 78
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser, but a wrong command line is a ConfigError, and help that cannot be printed an OSError."""
+
+    is_intermixed = False
+    """May options stand between positional arguments of which some may be left out?  argparse's may not."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401  # argparse's signature
+        """As argparse has it; of a subcommand, this is what argparse calls."""
+        if not self.is_intermixed:
+            return super().parse_known_args(args, namespace)
+        self.is_intermixed = False  # it calls this function twice
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.is_intermixed = True
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError."""

@@ -14,7 +14,7 @@ from pvclock.kvm import Vcpu, Vm
 from pvclock.kvm.exits import CoalescedWrite
 from pvclock.quantities import U64_MASK
 
-__all__ = ["Bus", "CoalescedRing", "Device"]
+__all__ = ["Bus", "Claim", "CoalescedRing", "Device"]
 
 PORTS_END: Final = 1 << 16
 MEMORY_END: Final = 1 << 52
@@ -98,6 +98,10 @@ class AddressSpace:
         claim = claims[place - 1]
         return claim if address - claim.base < claim.length else None
 
+    def claims(self) -> list[Claim]:
+        """All of them, by address."""
+        return list(self._table[1])
+
     def devices(self) -> list[Device]:
         """The devices, by address, some more than once."""
         return [claim.device for claim in self._table[1] if claim.device is not None]
@@ -155,6 +159,16 @@ class Bus:
     def reserve_mmio(self, gpa: int, length: int, name: str) -> None:
         """Refuse these addresses to devices: `name` has them, RAM for one."""
         self._memory.add(Claim(whole("gpa", gpa, 0), whole("length", length), text("name", name), None))
+
+    @property
+    def port_claims(self) -> list[Claim]:
+        """Who has which I/O ports."""
+        return self._ports.claims()
+
+    @property
+    def memory_claims(self) -> list[Claim]:
+        """Who has which guest-physical addresses, RAM among them."""
+        return self._memory.claims()
 
     def device_at_port(self, port: int) -> Device | None:
         """The device that has this I/O port; None if there is none, or not one of ours."""

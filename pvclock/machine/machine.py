@@ -308,7 +308,7 @@ class Machine:
     def _reset(self) -> None:
         self._update_run_state()
         goes_on = self.run_state.current is RunState.RUNNING
-        self._run_end.is_silent = goes_on  # its end is not one that anybody is to hear of
+        self._run_end.is_silent = True  # its end is not one that anybody is to hear of
         try:
             self.clock_service.stop()
             self._guest_reset.is_wanted = False

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 BOOT_LIMIT_S: Final = 60.0
-EXIT_LIMIT_S: Final = 10.0
+EXIT_LIMIT_S: Final = 60.0
 READING_TRIES: Final = 50
 READING_PAUSE_S: Final = 0.002
 

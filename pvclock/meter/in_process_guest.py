@@ -31,7 +31,7 @@ WALL_CLOCK_GPA: Final = 0x100
 FLAGS_AT: Final = 29
 WILD_NS: Final = 1 << 40
 READS_PER_FLUSH: Final = 1 << 10
-START_LIMIT_S: Final = 10.0
+START_LIMIT_S: Final = 60.0
 ODD_LIMIT_S = 5.0
 """Far beyond the time for which a busy host keeps a thread waiting; a guest would spin for ever."""
 NO_FINDINGS: Final = ProbeRecord._make([0] * len(ProbeRecord._fields))

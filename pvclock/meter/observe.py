@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 SAMPLES: Final = 10
+TRIES_LEAST: Final = 200
 SAMPLES_LIMIT_S: Final = 0.3
 SAMPLE_PAUSE_S: Final = 0.0002
 SAMPLE_BOUND_NS: Final = 50_000
@@ -45,7 +46,7 @@ STALE_SAMPLE_BOUND_NS: Final = 10_000_000
 SPAN_S: Final = 0.5
 PAUSE_S: Final = 0.3
 """Well above the time for which a busy host may keep a vCPU waiting, tens of ms."""
-READ_ON_LIMIT_S: Final = 10.0
+READ_ON_LIMIT_S: Final = 60.0
 
 SETTLE_S: Final = 3.0
 """A rate from a second's baseline is 50 ppb wrong or less, and the error that this leaves is gone 2 s later."""
@@ -239,12 +240,13 @@ def _sample_host(guest: Guest, clock: int) -> HostSample:
     """The best of many comparisons of the newest reading with a clock of the host.
 
     One counts if the newest reading changed during it: then a vCPU was running, and the reading is no older than the
-    comparison was long.  If none does within SAMPLES_LIMIT_S (a host with one CPU), the least of all is taken.
+    comparison was long.  If none does within SAMPLES_LIMIT_S and TRIES_LEAST (a host with one CPU), the least of all is
+    taken.  A busy host may have no CPU for us for as long, and then there were few tries.
     """
     fresh: list[int] = []
     stale: list[int] = []
     deadline = time.monotonic() + SAMPLES_LIMIT_S
-    while len(fresh) < SAMPLES and time.monotonic() < deadline:
+    while len(fresh) < SAMPLES and (len(stale) < TRIES_LEAST or time.monotonic() < deadline):
         begin, first = _raw_ns(), guest.newest_ns()
         newest, now, end = guest.newest_ns(), time.clock_gettime_ns(clock), _raw_ns()
         lags = fresh if newest != first and end - begin < SAMPLE_BOUND_NS else stale

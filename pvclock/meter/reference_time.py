@@ -23,7 +23,7 @@ from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc
 __all__ = ["ReferenceObservation", "compare_reference_time", "observe_engine", "records_of", "wait_until_reading"]
 
 UNITS_PER_S: Final = 10_000_000
-START_LIMIT_S: Final = 20.0
+START_LIMIT_S: Final = 60.0
 UNIT_NS: Final = 100
 AGREEMENT_NS: Final = 2 * UNIT_NS
 """What a page may be off the timeline after any number of changes: see hyperv_publish.h."""

@@ -65,6 +65,7 @@ class Timeline:
         self._slew: SlewPolicy | None = None
         self._skew_ns = Fraction(0)  # still to slew in, at _tsc
         self._stretch_end: HostTsc | None = None
+        self._planned_at = tsc  # when the stretch was last looked at
 
     # What time it is
 
@@ -155,6 +156,7 @@ class Timeline:
         self.begin_segment(before, self._terms)
         if self._stretch_end is not None:
             self._stretch_end = HostTsc((self._stretch_end + after - before) & U64_MASK)
+            self._planned_at = HostTsc((self._planned_at + after - before) & U64_MASK)
         self._tsc = after
 
     def begin_segment(self, tsc: HostTsc, terms: RateTerms) -> None:
@@ -196,12 +198,13 @@ class Timeline:
         """The slew to apply from `tsc` on, as RateTerms has it; 0 once the skew is worked off.
 
         As fast as the policy allows, but the last stretch takes STRETCH_S at an even rate.  So the clock does not
-        overshoot if the caller replans at least that often; a later call slews an overshoot back.
+        overshoot if the caller replans as that ends; a later call slews an overshoot back.
         """
         skew = self.skew_at(tsc)
         if self._slew is None or self._is_done(skew):
             return Fraction(0)
-        if self._stretch_end is not None and self.host_ns_between(tsc, self._stretch_end) > 0:
+        if self._stretch_end is not None and self._stretch_goes_on(tsc, self._stretch_end):
+            self._planned_at = tsc
             return self._terms.slew
         most = Fraction(self._slew.ppm(skew), PPM)
         if skew < 0:
@@ -209,7 +212,7 @@ class Timeline:
         needed_s = abs(skew) / (self._terms.dilation * most * NS_PER_S)
         slew = most
         if needed_s <= STRETCH_S:
-            self._stretch_end = HostTsc((tsc + STRETCH_S * self.tsc_hz) & U64_MASK)
+            self._stretch_end, self._planned_at = HostTsc((tsc + STRETCH_S * self.tsc_hz) & U64_MASK), tsc
             slew = most * needed_s / STRETCH_S
         parts = (slew * self._slew_parts).__floor__()  # keeps denominators short over many rate changes
         return Fraction(parts if skew > 0 else -parts, self._slew_parts)
@@ -218,6 +221,14 @@ class Timeline:
         """End the slew, once its rate is 0, and return the skew that is left, in ns."""
         left, self._skew_ns, self._slew, self._stretch_end = self._skew_ns, Fraction(0), None, None
         return left
+
+    def _stretch_goes_on(self, tsc: HostTsc, end: HostTsc) -> bool:
+        """Is the last stretch's end nearer to the next plan than to this one, if plans come at equal intervals?
+
+        Else a tick that comes some us before the end would leave the stretch's rate on until the next tick.
+        """
+        since_ns = max(self.host_ns_between(self._planned_at, tsc), Fraction(0))
+        return self.host_ns_between(tsc, end) > since_ns / 2
 
     @property
     def _slew_parts(self) -> int:

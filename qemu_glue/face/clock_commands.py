@@ -10,6 +10,7 @@ from pvclock import GuestClock
 from pvclock.machine import Machine
 from pvclock.machine.time_travel import Travel
 from qemu_glue.errors import QmpRefusal
+from qemu_glue.face.answers import ClockInfo, Ratio, VcpuClockInfo
 from qemu_glue.face.dispatch import Command, command_of
 
 __all__ = ["CHANGE", "ClockCommands"]
@@ -45,7 +46,7 @@ class ClockCommands:
             raise QmpRefusal("the kernel serves this machine's clock; run it with --clock engine")
         return self._machine.clock
 
-    def _query(self) -> object:
+    def _query(self) -> ClockInfo:
         clock = self._clock()
         steering = clock.steering
         return {
@@ -64,7 +65,7 @@ class ClockCommands:
             "last-event": clock.events.last,
         }
 
-    def _vcpu(self, clock: GuestClock, vcpu: int) -> object:
+    def _vcpu(self, clock: GuestClock, vcpu: int) -> VcpuClockInfo:
         page = clock.page(vcpu)
         return {
             "cpu-index": vcpu,
@@ -112,6 +113,6 @@ class ClockCommands:
         }
 
 
-def _ratio(fraction: Fraction) -> dict[str, int]:
+def _ratio(fraction: Fraction) -> Ratio:
     numerator, denominator = fraction.as_integer_ratio()
     return {"numerator": numerator, "denominator": denominator}

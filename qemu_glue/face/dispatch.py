@@ -18,11 +18,13 @@ __all__ = ["Argument", "Command", "Commands", "command_of", "dispatch", "refusal
 
 NAMES: Final = {int: "integer", str: "string", bool: "boolean", float: "number", list: "array"}
 """QEMU's names in errors."""
+INTEGERS: Final = range(-(2**63), 2**63)
+"""QAPI's type int; a larger number is a float for QEMU."""
 MEMBERS: Final = ("execute", "arguments", "id")
 
 
 class Argument(NamedTuple):
-    """What a command takes: int, str, bool, float or list."""
+    """What a command takes: int, str, bool, float, list or, for any value, object."""
 
     name: str
     kind: type
@@ -30,10 +32,11 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    """What is done for a command, with its checked arguments as keywords."""
+    """What is done for a command, with its checked arguments as keywords.  returns: of what type its answer is."""
 
     run: Callable[..., object]
     arguments: tuple[Argument, ...]
+    returns: Any = object
 
 
 Commands = Mapping[str, Command]
@@ -43,7 +46,8 @@ def command_of(run: Callable[..., object]) -> Command:
     """The command that a function is, by its signature."""
     hints = get_type_hints(run)
     parameters = inspect.signature(run).parameters.values()
-    return Command(run, tuple(_argument(parameter, hints[parameter.name]) for parameter in parameters))
+    arguments = tuple(_argument(parameter, hints[parameter.name]) for parameter in parameters)
+    return Command(run, arguments, hints.get("return", object))
 
 
 def dispatch(commands: Commands, request: object) -> dict[str, object]:
@@ -116,7 +120,10 @@ def _taken(command: Command, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(argument: Argument, given: object) -> object:
+    if argument.kind is object:
+        return given
     kinds = (int, float) if argument.kind is float else (argument.kind,)
-    if not isinstance(given, kinds) or (isinstance(given, bool) and argument.kind is not bool):
+    is_of_kind = isinstance(given, kinds) and (argument.kind is bool or not isinstance(given, bool))
+    if not is_of_kind or (argument.kind is int and given not in INTEGERS):
         raise QmpRefusal(f"Invalid parameter type for '{argument.name}', expected: {NAMES[argument.kind]}")
     return given

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import pvclock
 from pvclock.machine import Ending, Machine, RunState
 from qemu_glue.errors import QmpRefusal
+from qemu_glue.face.answers import CpuInfo, KvmInfo, MigrationCapability, StatusInfo, VersionInfo
 from qemu_glue.face.dispatch import Command, command_of
+from qemu_glue.face.machine_tree import MachineTree
 
 __all__ = ["VERSION", "Emit", "MachineCommands", "event_of"]
 
@@ -17,13 +18,12 @@ Emit = Callable[[str, Mapping[str, object] | None], object]
 """Tells the client of an event: its name, and its data."""
 
 _MAJOR, _MINOR, _MICRO = (int(part) for part in pvclock.__version__.split("."))
-VERSION: Final = {
+VERSION: Final[VersionInfo] = {
     "qemu": {"major": _MAJOR, "minor": _MINOR, "micro": _MICRO},
     "package": f"pvclock {pvclock.__version__}",
 }
 """As query-version has it; under "qemu" stands pvclock's own, for clients that want numbers there."""
 
-CHUNK_BYTES: Final = 1 << 20
 RESUMABLE: Final = (RunState.PRELAUNCH, RunState.PAUSED)
 STARTED: Final = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
 ENDINGS: Final = {Ending.EXIT_CODE: "guest-shutdown"} | {each: str(each) for each in Ending if each != Ending.EXIT_CODE}
@@ -31,10 +31,13 @@ ENDINGS: Final = {Ending.EXIT_CODE: "guest-shutdown"} | {each: str(each) for eac
 
 
 class MachineCommands:
-    """The commands of `machine`.  emit: tells of events.  on_quit: ends its VMM, once the answer has been sent."""
+    """The commands of `machine`, whose objects are in `tree`.
 
-    def __init__(self, machine: Machine, emit: Emit, on_quit: Callable[[], object]) -> None:
-        self._machine, self._emit, self._on_quit = machine, emit, on_quit
+    emit: tells of events.  on_quit: ends its VMM, once the answer has been sent.
+    """
+
+    def __init__(self, machine: Machine, tree: MachineTree, emit: Emit, on_quit: Callable[[], object]) -> None:
+        self._machine, self._tree, self._emit, self._on_quit = machine, tree, emit, on_quit
 
     def table(self) -> dict[str, Command]:
         """Each command by its name."""
@@ -43,37 +46,42 @@ class MachineCommands:
             "query-status": self._query_status,
             "query-kvm": self._query_kvm,
             "query-cpus-fast": self._query_cpus_fast,
+            "query-migrate-capabilities": self._query_migrate_capabilities,
             "stop": self._stop,
             "cont": self._cont,
             "system_reset": self._system_reset,
             "quit": self._quit,
-            "pmemsave": self._pmemsave,
+            "system_powerdown": self._system_powerdown,
         }
         return {name: command_of(function) for name, function in functions.items()}
 
     # What it is, and how it is
 
-    def _query_version(self) -> object:
+    def _query_version(self) -> VersionInfo:
         return VERSION
 
-    def _query_status(self) -> object:
+    def _query_status(self) -> StatusInfo:
         state = self._machine.run_state.current
         return {"status": state, "singlestep": False, "running": state is RunState.RUNNING}
 
-    def _query_kvm(self) -> object:
+    def _query_kvm(self) -> KvmInfo:
         return {"enabled": True, "present": True}
 
-    def _query_cpus_fast(self) -> Sequence[object]:
+    def _query_cpus_fast(self) -> list[CpuInfo]:
         threads = self._machine.runner.threads
         return [
             {
                 "cpu-index": vcpu.vcpu_id,
-                "qom-path": f"/machine/vcpu[{vcpu.vcpu_id}]",
-                "thread-id": threads[place].native_id if place < len(threads) else 0,
+                "qom-path": self._tree.cpu_path(place),
+                "thread-id": (threads[place].native_id or 0) if place < len(threads) else 0,
                 "target": "x86_64",
             }
             for place, vcpu in enumerate(self._machine.vcpus)
         ]
+
+    def _query_migrate_capabilities(self) -> list[MigrationCapability]:
+        """A machine of ours does not migrate, so it has none; `pvclock watch` asks."""
+        return []
 
     # What is done to it
 
@@ -100,17 +108,9 @@ class MachineCommands:
         self._emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
         self._on_quit()
 
-    def _pmemsave(self, val: int, size: int, filename: str) -> None:
-        memory = self._machine.memory
-        if size < 0 or not memory.contains(val, size):
-            raise QmpRefusal(f"Invalid addr {val:#x}/size {size} specified")
-        try:
-            with Path(filename).open("wb") as file:
-                file.writelines(
-                    memory.read(val + offset, min(CHUNK_BYTES, size - offset)) for offset in range(0, size, CHUNK_BYTES)
-                )
-        except OSError as error:
-            raise QmpRefusal(f"Could not open '{filename}': {error.strerror}") from None
+    def _system_powerdown(self) -> None:
+        """QEMU says yes, tells POWERDOWN, and presses a button that its guest may not have."""
+        raise QmpRefusal("the guest cannot be asked: it has no power button; have it power off itself, or quit")
 
 
 def event_of(machine: Machine, before: RunState, now: RunState) -> tuple[str, Mapping[str, object] | None] | None:

@@ -104,10 +104,9 @@ class QmpServer:
 
     async def _serve(self) -> None:
         while (connection := await self._unless_stopping(self._loop.sock_accept(self._listener))) is not None:
-            session = _Session(self._greeting, self._commands)
+            session = self._session = _Session(self._greeting, self._commands)
             with suppress(Exception):  # the client has left already
-                await session.connect(connection[0])
-            self._session = session
+                await session.connect(connection[0])  # its first commands may be done before this returns
             while session.runstate is Runstate.RUNNING:
                 if await self._unless_stopping(session.runstate_changed()) is None:
                     break

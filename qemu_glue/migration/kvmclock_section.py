@@ -1,42 +1,38 @@
-"""The kvmclock section: one u64 of ns, and in a subsection whether KVM_GET_CLOCK could be relied on.
+"""Where the kvmclock section is: that of the description in qemu_glue/face/kvmclock_device.py.
 
 By the description it is where it must be.  A stream without one (machine types up to 2.2, the end of a postcopy) has
 to be searched: then every byte of the section that is always the same must be there, and it must be the only one, for
 guest RAM may hold anything.
-Source: QEMU hw/i386/kvm/clock.c (kvmclock_vmsd, kvmclock_reliable_get_clock).
 """
 
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator
 from enum import StrEnum
 from itertools import islice
 from typing import Final, NamedTuple
 
 from pvclock import StateFileError
+from qemu_glue.face.kvmclock_device import KVMCLOCK_STATE, RELIABLE_STATE
+from qemu_glue.face.vmstate import section_bytes_max, section_name, section_pattern
 from qemu_glue.migration.description import Description
-from qemu_glue.migration.sections import FOOTER_BYTES, Section, Sections
+from qemu_glue.migration.sections import Section, Sections
 from qemu_glue.migration.stream_file import StreamFile
 
-__all__ = ["FoundBy", "KvmclockSection", "find_kvmclock"]
+__all__ = ["CLOCK", "RELIABLE", "FoundBy", "KvmclockSection", "find_kvmclock"]
 
-NAME: Final = "kvmclock"
-VERSION: Final = 1
-CLOCK: Final = "clock"
-RELIABLE: Final = "kvmclock/clock_is_reliable:clock_is_reliable"
+NAME: Final = KVMCLOCK_STATE.name
+VERSION: Final = KVMCLOCK_STATE.version
+CLOCK, RELIABLE = KVMCLOCK_STATE.fields[0], RELIABLE_STATE.fields[0]
+RELIABLE_PLACE: Final = f"{RELIABLE_STATE.name}:{RELIABLE.name}"
 
-NEEDLE: Final = b"\x08kvmclock" + struct.pack(">II", 0, VERSION)
+NEEDLE: Final = section_name(KVMCLOCK_STATE)
 WHOLE: Final = re.compile(
-    rb"\x04(?P<id>.{4})" + re.escape(NEEDLE) + rb"(?P<clock>.{8})"
-    rb"(?:\x05\x1akvmclock/clock_is_reliable\0\0\0\x01(?P<reliable>[\0\x01]))?"
-    rb"(?:\x7e(?P=id))?"
-    rb"(?:\0|\x04.{4}(?P<length>.))",
-    re.DOTALL,
+    section_pattern(KVMCLOCK_STATE) + rb"(?:\x7e(?P=id))?" + rb"(?:\0|\x04.{4}(?P<length>.))", re.DOTALL
 )
 """A section, and what begins behind it: the end mark, or the next section."""
-WHOLE_BYTES_MAX: Final = 1 + 4 + len(NEEDLE) + 8 + 33 + FOOTER_BYTES + 6
+WHOLE_BYTES_MAX: Final = section_bytes_max(KVMCLOCK_STATE) + 6
 
 
 class FoundBy(StrEnum):
@@ -76,8 +72,9 @@ def _described(section: Section) -> KvmclockSection:
     layout = section.layout
     if layout.version != VERSION:
         raise StateFileError(f"{NAME}.version", f"{layout.version}", f"{VERSION}")
-    clock, reliable = layout.places.get(CLOCK), layout.places.get(RELIABLE)
-    if clock is None or clock.size != 8 or (reliable is not None and reliable.size != 1):
+    clock, reliable = layout.places.get(CLOCK.name), layout.places.get(RELIABLE_PLACE)
+    is_one_byte = reliable is None or reliable.size == RELIABLE.kind.form.size
+    if clock is None or clock.size != CLOCK.kind.form.size or not is_one_byte:
         raise StateFileError(NAME, "other fields", "a clock of 8 bytes, and in a subsection one byte")
     reliable_at = None if reliable is None else section.begin + reliable.offset
     return KvmclockSection(section.begin, section.begin + clock.offset, reliable_at, FoundBy.DESCRIPTION)
@@ -91,8 +88,8 @@ def _candidates(stream: StreamFile) -> Iterator[KvmclockSection]:
             length = min(WHOLE_BYTES_MAX, stream.end - begin)
             found = WHOLE.match(stream.read(begin, length, NAME))
             if found and found["length"] != b"\0":
-                reliable_at = None if found["reliable"] is None else begin + found.start("reliable")
-                yield KvmclockSection(begin, begin + found.start("clock"), reliable_at, FoundBy.SEARCH)
+                reliable_at = None if found[RELIABLE.name] is None else begin + found.start(RELIABLE.name)
+                yield KvmclockSection(begin, begin + found.start(CLOCK.name), reliable_at, FoundBy.SEARCH)
 
 
 def _missing(found: str) -> StateFileError:

@@ -9,14 +9,11 @@ from typing import Final, NamedTuple
 from pvclock import StateFileError
 from qemu_glue.migration.cpu_sections import VcpuRegisters, read_vcpus
 from qemu_glue.migration.description import read_description
-from qemu_glue.migration.kvmclock_section import KvmclockSection, find_kvmclock
+from qemu_glue.migration.kvmclock_section import CLOCK, RELIABLE, KvmclockSection, find_kvmclock
 from qemu_glue.migration.sections import Sections, find_sections
 from qemu_glue.migration.stream_file import StreamFile
 
 __all__ = ["QemuClock", "patches", "read_clock"]
-
-CLOCK: Final = struct.Struct(">Q")
-RELIABLE: Final = b"\x01"
 
 CONFIGURATION: Final = struct.Struct(">BI")
 QEMU_VM_CONFIGURATION: Final = 0x07
@@ -55,7 +52,7 @@ def read_clock(stream: StreamFile) -> QemuClock:
     return QemuClock(
         _machine(stream),
         section,
-        stream.number(CLOCK, section.clock_at, "kvmclock.clock"),
+        stream.number(CLOCK.kind.form, section.clock_at, "kvmclock.clock"),
         _is_reliable(stream, section),
         vcpus,
         "" if vcpus else _why_no_vcpus(sections, is_described=description is not None),
@@ -73,7 +70,7 @@ def patches(section: KvmclockSection, clock_ns: int) -> dict[int, bytes]:
             "no such subsection (machine types up to 2.8), so QEMU takes the time from vCPU 0's page in guest RAM",
             "a stream of a machine type from 2.9 on, saved with x-mach-use-reliable-get-clock=on",
         )
-    return {section.clock_at: CLOCK.pack(clock_ns), section.reliable_at: RELIABLE}
+    return {section.clock_at: CLOCK.kind.form.pack(clock_ns), section.reliable_at: RELIABLE.kind.form.pack(True)}
 
 
 def _is_reliable(stream: StreamFile, section: KvmclockSection) -> bool | None:

@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from pvclock import StateFileError
+from qemu_glue.face.vmstate import SECTION_FOOTER, SECTION_FULL, SUBSECTION, named
 from qemu_glue.migration.description import Description, Layout
 from qemu_glue.migration.stream_file import StreamFile
 
-__all__ = ["FOOTER_BYTES", "SECTION_FULL", "SUBSECTION", "Section", "Sections", "find_sections"]
+__all__ = ["Section", "Sections", "find_sections"]
 
-SECTION_FULL: Final = 0x04
-SUBSECTION: Final = 0x05
-SECTION_FOOTER: Final = 0x7E
 EOF: Final = b"\0"
 """Ends the sections."""
 
@@ -74,9 +72,9 @@ def _is_section(stream: StreamFile, layout: Layout, begin: int, footer_bytes: in
     if begin < stream.begin:
         return False
     header = stream.read(begin, 1 + ID.size, layout.name)
-    expected = [(begin + len(header), _named(layout.name) + _instance(layout))]
+    expected = [(begin + len(header), named(layout.name) + _instance(layout))]
     expected += [
-        (begin + each.offset, bytes((SUBSECTION,)) + _named(each.name) + ID.pack(each.version))
+        (begin + each.offset, bytes((SUBSECTION,)) + named(each.name) + ID.pack(each.version))
         for each in layout.subsections
     ]
     if footer_bytes:
@@ -84,10 +82,6 @@ def _is_section(stream: StreamFile, layout: Layout, begin: int, footer_bytes: in
     return header[0] == SECTION_FULL and all(
         stream.read(at, len(content), layout.name) == content for at, content in expected
     )
-
-
-def _named(name: str) -> bytes:
-    return bytes((len(name),)) + name.encode("ascii")
 
 
 def _instance(layout: Layout) -> bytes:

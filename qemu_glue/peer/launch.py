@@ -33,7 +33,9 @@ CPU_MODEL: Final = "host,-arch-capabilities"
 """KVM may offer IA32_ARCH_CAPABILITIES and then refuse QEMU's write of it, which ends QEMU; no clock needs it."""
 
 STEP_LIMIT_S: Final = 2.0
-"""How long each of quit, SIGTERM and SIGKILL has to end QEMU."""
+"""How long quit and SIGTERM have each to end QEMU."""
+KILLED_LIMIT_S: Final = 60.0
+"""How long a killed one has, on however busy a host."""
 OUTPUT_KEPT_BYTES: Final = 1 << 16
 
 
@@ -212,11 +214,11 @@ class Qemu:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    for end in (process.terminate, process.kill):
+    for end, limit_s in ((process.terminate, STEP_LIMIT_S), (process.kill, KILLED_LIMIT_S)):
         if process.poll() is None:
             end()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(STEP_LIMIT_S)
+                process.wait(limit_s)
 
 
 def _machine(vcpus: int, cpu: str, memory_bytes: int, ram_fd: int) -> list[str]:

@@ -34,6 +34,7 @@ class QmpEvent(NamedTuple):
 
     name: str
     utc_ns: int
+    data: Mapping[str, Any] | None = None
 
 
 # Our errors carry what qemu.qmp logs; without a handler Python would print it to stderr as well.
@@ -115,7 +116,7 @@ class Monitor:
         except TimeoutError:
             raise QmpFailed(operation, f"no answer within {limit_s:g} s") from None
         except ExecuteError as refusal:
-            raise QmpFailed(operation, f"refused: {refusal}") from None
+            raise QmpFailed(operation, f"refused: {refusal}", refusal.error_class) from None
         except ConnectError as failure:
             raise QmpFailed(operation, _in_words(failure.exc)) from None
         except QMPError as failure:
@@ -154,7 +155,7 @@ async def _within(limit_s: float, talk: Coroutine[Any, Any, object]) -> object:
 
 def _event(message: Mapping[str, Any]) -> QmpEvent:
     stamp = message["timestamp"]
-    return QmpEvent(message["event"], (stamp["seconds"] * 10**6 + stamp["microseconds"]) * 1000)
+    return QmpEvent(message["event"], (stamp["seconds"] * 10**6 + stamp["microseconds"]) * 1000, message.get("data"))
 
 
 def _in_words(cause: Exception) -> str:

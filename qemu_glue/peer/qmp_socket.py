@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from qemu_glue.errors import QmpFailed
-from qemu_glue.peer.monitor import Monitor
+from qemu_glue.peer.monitor import ANSWER_LIMIT_S, Monitor
 
 __all__ = ["GREETING_LIMIT_S", "connect"]
 
@@ -32,41 +32,43 @@ PEER: Final = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
 
 
-def connect(path: str) -> tuple[Monitor, int | None]:
+def connect(path: str, *, limit_s: float | None = None, if_busy: str = BUSY) -> tuple[Monitor, int | None]:
     """A session at the QMP socket `path`, and the process that listens there (None: of another PID namespace).
 
-    QmpFailed says in one line why there is none.
+    limit_s: how long the other end has for its greeting, and for each answer, in place of the usual limits.  if_busy:
+    what to do where it does not greet.  QmpFailed says in one line why there is no session.
     """
+    greeting_s, answer_s = (usual if limit_s is None else limit_s for usual in (GREETING_LIMIT_S, ANSWER_LIMIT_S))
     with ExitStack() as resources:
-        connection = resources.enter_context(_opened(path))
-        if not _has_greeting(connection):
-            raise _failed(path, f"no greeting within {GREETING_LIMIT_S:g} s; {BUSY}")
+        connection = resources.enter_context(_opened(path, greeting_s, if_busy))
+        if not _has_greeting(connection, greeting_s):
+            raise _failed(path, f"no greeting within {greeting_s:g} s; {if_busy}")
         try:
-            monitor = Monitor(connection)
+            monitor = Monitor(connection, answer_s)
         except QmpFailed as failure:
             raise _failed(path, f"{failure.why}; {NOT_QMP}") from None
         resources.pop_all()
         return monitor, _listener(connection)
 
 
-def _opened(path: str) -> socket.socket:
+def _opened(path: str, limit_s: float, if_busy: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(GREETING_LIMIT_S)
+    connection.settimeout(limit_s)
     try:
         connection.connect(path)
     except OSError as error:
         connection.close()
-        raise _failed(path, _why_not_opened(path, error)) from None
+        raise _failed(path, _why_not_opened(path, error, if_busy)) from None
     return connection
 
 
-def _has_greeting(connection: socket.socket) -> bool:
+def _has_greeting(connection: socket.socket, limit_s: float) -> bool:
     greeting = select.poll()
     greeting.register(connection, select.POLLIN)
-    return bool(greeting.poll(GREETING_LIMIT_S * 1000))
+    return bool(greeting.poll(limit_s * 1000))
 
 
-def _why_not_opened(path: str, error: OSError) -> str:
+def _why_not_opened(path: str, error: OSError, if_busy: str) -> str:
     match error:
         case FileNotFoundError():
             return NO_FILE
@@ -75,7 +77,7 @@ def _why_not_opened(path: str, error: OSError) -> str:
         case PermissionError():
             return f"permission denied{_owner(path)}; be the user who runs QEMU, or root"
         case BlockingIOError() | TimeoutError():  # as many wait as it lets wait
-            return f"it takes no more clients; {BUSY}"
+            return f"it takes no more clients; {if_busy}"
     return error.strerror or str(error)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from pvclock import ConfigError
 from pvclock.errors import VmNotObservable
@@ -22,6 +23,7 @@ from qemu_glue.watch.virsh import Virsh
 __all__ = ["QemuVm", "Target", "open_vm"]
 
 NO_MONITOR: Final = "only QEMU's monitor tells of events; --qmp or --libvirt reach it"
+OWN_PACKAGE: Final = "pvclock "
 OUT_OF_SIGHT: Final = VmNotObservable(0, "QEMU's own number is not known here: it is in another PID namespace")
 
 
@@ -136,10 +138,17 @@ def _by_monitor(resources: ExitStack, session: Session, pid: int | None, means: 
         raise NotKvm
     vmm = _process(resources, pid)
     ram = open_guest_ram(resources, session, vmm, means)
-    version = session.execute("query-version")["qemu"]
     cpus = session.execute("query-cpus-fast")
-    program = f"QEMU {version['major']}.{version['minor']}.{version['micro']}"
+    program = _program(session.execute("query-version"))
     return QemuVm(resources, session, vmm, ram, program, len(cpus), _tsc_hz(session, cpus[0]["qom-path"]))
+
+
+def _program(version: Mapping[str, Any]) -> str:
+    """Who serves the monitor: a QEMU, or a machine of ours, which tells by its package that it is none."""
+    if version["package"].startswith(OWN_PACKAGE):
+        return str(version["package"])
+    numbers = version["qemu"]
+    return f"QEMU {numbers['major']}.{numbers['minor']}.{numbers['micro']}"
 
 
 def _process(resources: ExitStack, pid: int | None) -> VmmProcess | VmNotObservable:

@@ -12,10 +12,9 @@ from pvclock import GuestClock, Machine
 from pvclock.meter import stress
 from pvclock.payloads import hvprobe, probe
 from pvclock.payloads.hyperv_probe import HvBlock, HvRecord, read_block, read_record, violations
+from tests.waiting import HANG_S
 
 MS: Final = 10**6
-LIMIT_S: Final = 60.0
-"""Far beyond what anything here takes: past it something hangs."""
 
 
 def hyperv_machine(cmdline: str, vcpus: int = 2, **options: object) -> Machine:
@@ -43,7 +42,7 @@ def records_of(machine: Machine) -> list[HvRecord]:
 def wait_for(machine: Machine, field: str, more: int) -> None:
     """Return once a count of every vCPU is higher by `more`."""
     goals = [getattr(record, field) + more for record in records_of(machine)]
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while any(getattr(record, field) < goal for record, goal in zip(records_of(machine), goals, strict=True)):
         assert time.monotonic() < deadline, f"{field} stays below {goals}: {records_of(machine)}"
         assert not machine.runner.join(0.001), records_of(machine)
@@ -52,7 +51,7 @@ def wait_for(machine: Machine, field: str, more: int) -> None:
 def finish(machine: Machine) -> list[HvRecord]:
     """Let hvprobe end; what it found."""
     probe.stop(machine.memory)
-    assert machine.wait(LIMIT_S) == probe.EXIT_FINE
+    assert machine.wait(HANG_S) == probe.EXIT_FINE
     return records_of(machine)
 
 
@@ -132,7 +131,7 @@ OPERATIONS: Final = [refresh, dilate, republish, slew, skip, pause_and_resume, p
 def operate(machine: Machine, operation: Callable[[Machine], None], triples: int) -> int:
     """Repeat it, 11 times at least, until every vCPU has read page, counter, page `triples` times more; how often."""
     goals, times = [record.triples + triples for record in records_of(machine)], 0
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while times <= 10 or any(record.triples < goal for record, goal in zip(records_of(machine), goals, strict=True)):
         assert time.monotonic() < deadline, records_of(machine)
         operation(machine)

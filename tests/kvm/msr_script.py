@@ -13,6 +13,7 @@ from typing import Final, Literal, NamedTuple
 
 from pvclock import Machine
 from pvclock.readings import TimeInfo
+from tests.waiting import HANG_S
 
 FAULTS: Final = 0x600
 HANDLER: Final = 0x700
@@ -86,7 +87,7 @@ def scripted(accesses: Sequence[Access], clock: Literal["engine", "kernel"], **o
     with Machine(code_of(accesses), **options) as machine:  # type: ignore[arg-type]
         install_handlers(machine.memory.write)
         machine.start()
-        machine.wait(30)
+        machine.wait(HANG_S)
         yield machine
 
 

@@ -15,6 +15,7 @@ from typing import Final
 from pvclock import Machine
 from pvclock.payloads import clockprobe, hvprobe, hyperv_probe, probe
 from pvclock.state import clock_state
+from tests.waiting import HANG_S
 
 VCPUS: Final = 2
 IMAGES: Final = {"hvprobe": hvprobe, "clockprobe": clockprobe}
@@ -22,7 +23,6 @@ COMMANDS: Final = {"hvprobe": "cpus=2 rounds=20", "clockprobe": "cpus=2 reads=50
 VARIABLES: Final = range(0x206000)
 """Boot information, image, variables, block and records of both probes; their clocks' pages lie elsewhere."""
 NEWEST: Final = slice(0x200040, 0x200048)
-LIMIT_S: Final = 20.0
 
 
 def second_life(guest: str, state: Path, ram: Path, policy: str) -> dict[str, object]:
@@ -37,7 +37,7 @@ def second_life(guest: str, state: Path, ram: Path, policy: str) -> dict[str, ob
         machine.memory.write(VARIABLES.start, booted)
         machine.memory.write(NEWEST.start, content[NEWEST])
         machine.start()
-        code = machine.wait(LIMIT_S)
+        code = machine.wait(HANG_S)
         assert machine.clock is not None
         events = machine.clock.events.read().events
         resumed = next(event for event in events if event.kind == "resume")

@@ -11,10 +11,10 @@ from pvclock.kvm import Kvm, open_kvm
 from pvclock.kvm.cpuid_probe import TSC_ADJUST, CpuidProbe
 from pvclock.machine.cpuid import TSC_DEADLINE, KernelClock, guest_cpuid, supported_cpuid
 from tests.kvm.guests import out
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.kvm
 
-LIMIT_S = 20.0
 RESULT = 0x5000
 EXIT = out(0xF4, 0)
 
@@ -28,7 +28,7 @@ def test_a_guest_sees_what_the_probe_says(offered: bool, cpuid: CpuidProbe) -> N
     """IA32_TSC_ADJUST is in a guest's CPUID if it is offered, or if the probe has found that it cannot be hidden."""
     with Machine(STORE_LEAF_7_EBX + EXIT, offer_tsc_adjust=offered) as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == 0
+        assert machine.wait(HANG_S) == 0
         seen = int.from_bytes(machine.memory.read(RESULT, 4), "little") & TSC_ADJUST
     serves_leaf_itself = (7, "ebx") in cpuid.ignored
     assert bool(seen) == (not cpuid.hides_tsc_adjust if serves_leaf_itself else offered)

@@ -11,10 +11,10 @@ from pvclock.boot import EntryState, enter
 from pvclock.errors import ConfigError, WrongType
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT, Machine
 from tests.kvm.guests import HLT, out
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E9")]
 
-LIMIT_S: Final = 60.0
 IMAGE: Final = 0x7C00
 DATA: Final = 0x5000
 RUNNABLE: Final = 0
@@ -71,11 +71,11 @@ def test_a_device_of_the_users_own(image: bytes, coalesced: bool) -> None:
         machine.bus.add_ports(ADDER_PORT, 4, adder, coalesced=coalesced)
         machine.bus.add_mmio(BEYOND_RAM, 4, adder, coalesced=coalesced)
         machine.start()
-        assert machine.wait(LIMIT_S) == 8
+        assert machine.wait(HANG_S) == 8
         machine.reset()
         assert adder.sum == 0
         machine.start()
-        assert machine.wait(LIMIT_S) == 8
+        assert machine.wait(HANG_S) == 8
     assert adder.offsets == [0, 1] * 2
 
 
@@ -106,7 +106,7 @@ def test_a_device_that_fails_ends_the_run() -> None:
         machine.bus.add_ports(ADDER_PORT, 4, Broken())
         machine.start()
         with pytest.raises(WrongType, match=r"what the broken's read\(\) returned"):
-            machine.wait(LIMIT_S)
+            machine.wait(HANG_S)
         assert machine.run_state.current == "internal-error"
 
 
@@ -124,7 +124,7 @@ class Slow(Adder):
         """Answer ones, late the first time."""
         self.accesses += 1
         self.is_asked.set()
-        assert self.may_answer.wait(LIMIT_S)
+        assert self.may_answer.wait(HANG_S)
         return b"\xff" * length
 
     def write(self, offset: int, data: bytes) -> None:
@@ -138,7 +138,7 @@ def test_a_start_while_an_exit_of_the_last_run_is_served() -> None:
     with Machine(out(0x50, 1) + out(EXIT_PORT, 5) + bytes.fromhex("ebfe")) as machine:
         machine.bus.add_ports(0x50, 1, slow, coalesced=True)
         machine.start()
-        assert slow.is_asked.wait(LIMIT_S)
+        assert slow.is_asked.wait(HANG_S)
         machine.runner.gate.end()  # as another vCPU's crash does
         starting = Thread(target=machine.start)
         starting.start()
@@ -160,14 +160,14 @@ def test_a_reset_within_an_instruction(instruction: str, accesses: int) -> None:
     with Machine(load_ds + bytes.fromhex(instruction) + out(EXIT_PORT, 7), memory_bytes=1 << 16) as machine:
         machine.bus.add_mmio(BEYOND_RAM, 0x2000, slow)
         machine.start()
-        assert slow.is_asked.wait(LIMIT_S)
+        assert slow.is_asked.wait(HANG_S)
         resetting = Thread(target=machine.reset)
         resetting.start()
         while not machine.runner.gate.has_ended():
             pass
         slow.may_answer.set()
         resetting.join()
-        assert machine.wait(LIMIT_S) == 7
+        assert machine.wait(HANG_S) == 7
     assert slow.accesses == 1 + accesses
 
 
@@ -201,7 +201,7 @@ def test_a_flood_from_two_vcpus(coalesces: bool, monkeypatch: pytest.MonkeyPatch
         machine.start()
         while not machine.runner.join(0.001):
             assert len(machine.console) <= 2 * WRITES
-        assert machine.wait(LIMIT_S) == 0
+        assert machine.wait(HANG_S) == 0
         text = machine.console.encode()
     assert len(text) == 2 * WRITES
     for number in range(2):

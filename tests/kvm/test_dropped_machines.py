@@ -19,11 +19,10 @@ from pvclock.kvm.exits import Exit
 from pvclock.machine import EXIT_PORT
 from tests.kvm.guests import HLT, out
 from tests.kvm.leaks import Held, held
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E9")]
 
-LIMIT_S: Final = 20.0
-"""Far beyond what anything here takes: past it something hangs."""
 
 KVM: Final = ("/dev/kvm", "anon_inode:kvm")
 SPIN: Final = bytes.fromhex("ebfe")
@@ -32,7 +31,7 @@ DONE: Final = out(EXIT_PORT, 0)
 
 def eventually(condition: Callable[[], bool]) -> None:
     """Return once `condition` holds; a failure if that takes for ever."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while True:
         with suppress(FileNotFoundError):  # a descriptor that was closed while they were looked at
             if condition():
@@ -106,7 +105,7 @@ def test_a_machine_that_its_own_vcpu_drops() -> None:
     box.append(Machine(DONE + HLT, vcpus=2))
     box[0].runner._handler = drop
     box[0].start()
-    assert dropped.wait(LIMIT_S)
+    assert dropped.wait(HANG_S)
     comes_back_to(before)
     assert "close() the machine on another" in refused[0]
 
@@ -125,7 +124,7 @@ def test_a_machine_dropped_under_a_lock_that_its_vcpu_waits_for() -> None:
     machine.runner._handler = wait_for_the_lock
     with lock:
         machine.start()
-        assert waits.wait(LIMIT_S)
+        assert waits.wait(HANG_S)
         del machine
     comes_back_to(before)
 
@@ -165,5 +164,5 @@ machine.start()
 def test_a_process_that_ends_with_a_machine(last_words: str) -> None:
     """It ends, without a word, whatever its machine does."""
     program = PROGRAM.format(image=SPIN, last_words=last_words)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -12,7 +12,8 @@ import pytest
 from pvclock.machine.vmm_services import MachineServices
 from pvclock.payloads import probe
 from pvclock.payloads.hyperv_probe import Expiry, TimerMode, read_expiries
-from tests.kvm.hyperv_guest import LIMIT_S, hyperv_machine
+from tests.kvm.hyperv_guest import hyperv_machine
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("H-42")]
 
@@ -35,7 +36,7 @@ def expiries_of(mode: int, vcpus: int) -> list[list[Expiry]]:
         hyperv_machine(f"expiries={EXPIRIES} period={PERIOD} timer={mode}", vcpus) as machine,
     ):
         machine.start()
-        assert machine.wait(LIMIT_S) == probe.EXIT_FINE
+        assert machine.wait(HANG_S) == probe.EXIT_FINE
         return [raised_ones(read_expiries(machine.memory, vcpu), raised[vcpu]) for vcpu in range(vcpus)]
 
 

@@ -15,13 +15,13 @@ from pvclock.kvm._gate import Gate
 from pvclock.kvm.exits import IoOut
 from pvclock.machine.hypercall_port import HypercallPort
 from tests.kvm.guests import CODE, HLT, REGISTERS, bare_vm, out
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("H-60", "H-64")]
 
 PORT: Final = 0x5A
 PE, PG, PAE, LME, LMA = 1 << 0, 1 << 31, 1 << 5, 1 << 8, 1 << 10
 RFLAGS_VM: Final = 1 << 17
-LIMIT_S: Final = 30.0
 KICK_SIGNAL: Final = signal.SIGRTMIN + 2
 
 PAGING: Final = {"cr0": PE | PG, "cr4": PAE, "efer": LME | LMA}
@@ -120,7 +120,7 @@ def test_a_paused_vcpu_is_left_alone() -> None:
         assert serving.is_alive()
         assert (vcpu.get_regs(), is_on_the_way(vcpu)) == (before, False)
         gate.resume()
-        serving.join(LIMIT_S)
+        serving.join(HANG_S)
         assert vcpu.get_regs()["rip"] == CODE + 2
         assert is_on_the_way(vcpu)
         with gate.hold():  # which waits for who is in

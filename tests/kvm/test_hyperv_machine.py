@@ -12,11 +12,10 @@ from pvclock.machine import EXIT_PORT
 from tests.kvm.guests import out, write_msr
 from tests.kvm.interrupt_guests import COUNT, IMAGE, counting, set_vector, unless_count
 from tests.kvm.test_machine_services import BOOTS_PORT, Boots
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.kvm
 
-LIMIT_S: Final = 60
 VECTOR: Final = 0x51
 UD: Final = 6
 
@@ -32,7 +31,7 @@ RETURN_ADDRESS: Final = 0x2000
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
     """Turn a wait for ever into a failure."""
-    with alarm_after(LIMIT_S):
+    with alarm_after(HANG_S):
         yield
 
 

@@ -22,13 +22,12 @@ from pvclock.errors import StateError
 from tests.kvm.leaks import held
 from tests.unit.alarm_provider import register
 from tests.unit.schedules import Lines
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E9")]
 
 SPIN: Final = bytes.fromhex("66ff060050 ebf9")  # 1: incl DATA; jmp 1b
 DATA: Final = 0x5000
-LIMIT_S: Final = 60
 MS: Final = 10**6
 TICKER_THREADS: Final = 2
 """One keeps the schedule, one ticks."""
@@ -89,17 +88,18 @@ RESETS: Final = ("reset", "reset while paused")
 
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
-    """Turn a wait for ever into a failure: all waits here can be interrupted."""
-    with alarm_after(LIMIT_S):
+    """Turn a wait for ever into a failure: all waits here can be interrupted.  What earlier tests left is collected."""
+    gc.collect()
+    with alarm_after(HANG_S):
         yield
 
 
 def interrupted(line: int, files: tuple[str, ...], call: Callable[[], object]) -> bool:
     """Make the call, with a KeyboardInterrupt at the `line`-th line of `files`; False if it ends before.
 
-    What follows may take `LIMIT_S` again, however many lines there were before.
+    What follows may take `HANG_S` again, however many lines there were before.
     """
-    signal.alarm(LIMIT_S)
+    signal.alarm(HANG_S)
     has_come = False
 
     def interrupt() -> None:
@@ -110,8 +110,7 @@ def interrupted(line: int, files: tuple[str, ...], call: Callable[[], object]) -
     loaded = [module for module in sys.modules.values() if (getattr(module, "__file__", None) or "").startswith(files)]
     sources = [module for module in loaded if (module.__file__ or "").endswith(".py")]
     was_raised = False
-    gc.collect()
-    gc.disable()  # an interrupt in a finalizer of what an earlier test left is swallowed, as Python says it is
+    gc.disable()  # an interrupt in a finalizer of what an earlier call left is swallowed, as Python says it is
     try:
         with Lines(*sources, at=line - 1, action=interrupt).traced():
             call()

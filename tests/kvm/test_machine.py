@@ -23,10 +23,10 @@ from pvclock.meter.machine_guest import finish, probe_machine, wait_until_readin
 from pvclock.payloads.probe import State, time_page_address
 from tests.kvm.guests import HLT, out, read_msr, rep_ins, rep_outs, write_msr
 from tests.kvm.leaks import held, ram_mappings
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E9")]
 
-LIMIT_S = 20.0
 CLOCKS: list[Literal["engine", "kernel"]] = ["engine", "kernel"]
 
 IMAGE = 0x7C00
@@ -40,7 +40,7 @@ def run(image: bytes, **options: Any) -> tuple[int, str]:  # noqa: ANN401  # Mac
     """Run an image to its end; its exit code and what it wrote."""
     with Machine(image, **options) as machine:
         machine.start()
-        return machine.wait(LIMIT_S), machine.console
+        return machine.wait(HANG_S), machine.console
 
 
 def on_gp(body: bytes, otherwise: bytes) -> bytes:
@@ -94,7 +94,7 @@ def test_a_guest_that_cannot_go_on() -> None:
     with Machine(out(CONSOLE_PORT, 0x21) + jump_to_nowhere, memory_bytes=1 << 16) as machine:
         machine.start()
         with pytest.raises(GuestCrashed) as caught:
-            machine.wait(LIMIT_S)
+            machine.wait(HANG_S)
         assert caught.value.vcpu == 0
         assert isinstance(caught.value.reason, InternalError)
         assert machine.console == "!"
@@ -114,7 +114,7 @@ def test_an_interrupted_wait() -> None:
 
         def wait() -> None:
             thread.start()
-            machine.wait(LIMIT_S)
+            machine.wait(HANG_S)
 
         thread = threading.Thread(target=interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -182,7 +182,7 @@ def test_a_flood_of_msr_writes(value: int, publishes: int) -> None:
     loop = b"\xbd\xe8\x03" + wrmsr + b"\x4d\x75" + bytes([0x100 - len(wrmsr) - 3])  # mov $1000, %bp; ...; dec; jnz
     with Machine(loop + DONE, memory_bytes=1 << 24, tick_interval_s=None) as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == 0
+        assert machine.wait(HANG_S) == 0
         written = {gpa: machine.memory.read(gpa, 4) for gpa in (DATA, 0xFFF000)}
     assert written[value & ~1 if publishes else DATA] == (2 * publishes).to_bytes(4, "little")
     assert sum(map(any, written.values())) == (publishes > 0)
@@ -198,7 +198,7 @@ def test_whoever_is_asked_serves_the_clock(clock: Literal["engine", "kernel"], m
     """The page that the guest registers is the engine's or the kernel's, by the old MSR as by the new one."""
     with Machine(write_msr(msr, DATA | 1) + DONE, clock=clock) as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == 0
+        assert machine.wait(HANG_S) == 0
         version = int.from_bytes(machine.memory.read(DATA, 4), "little")
         assert version > 0
         assert version % 2 == 0
@@ -382,7 +382,7 @@ def test_pause_and_resume_do_not_mix(call: str, meddler: str, monkeypatch: pytes
 
         monkeypatch.setattr(machine.clock, call, meddled)
         getattr(machine, call)()
-        thread.join(LIMIT_S)
+        thread.join(HANG_S)
         assert machine.clock.is_paused == machine.runner.gate.keeps_all_out() == (meddler == "pause")
 
 

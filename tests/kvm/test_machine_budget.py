@@ -67,7 +67,7 @@ def test_the_kernel_s_clock() -> None:
         def set_clock() -> None:
             before = read_pages(machine.memory, 1)
             machine.vm.set_clock(machine.vm.get_clock()["clock"] + 50_000_000)
-            with alarm_after(int(HANG_S)):
+            with alarm_after(HANG_S):
                 while read_pages(machine.memory, 1)[0].version in {before[0].version, before[0].version + 1}:
                     time.sleep(0.001)  # KVM writes the page when the vCPU enters the guest
 

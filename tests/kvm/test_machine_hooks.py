@@ -11,10 +11,10 @@ from pvclock.kvm.exits import Exit, IoIn, IoOut, WrmsrExit
 from pvclock.machine import EXIT_PORT, Machine
 from pvclock.machine.cpuid import CpuidEntry
 from tests.kvm.guests import HLT, out, write_msr
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E22")]
 
-LIMIT_S: Final = 60.0
 LEAF: Final = 0x4000_0800
 """A hypervisor's, which no provider has."""
 CPUID: Final = (
@@ -38,7 +38,7 @@ def test_a_leaf_of_the_callers_own(clock: str) -> None:
 
     with Machine(CPUID + bytes([0xE6, EXIT_PORT]), vcpus=2, clock=clock, cpuid=change) as machine:  # type: ignore[arg-type]
         machine.start()
-        assert machine.wait(LIMIT_S) == 40
+        assert machine.wait(HANG_S) == 40
     assert sorted(seen) == [0, 1]
     assert {0x40000000, 0x40000001, 1} <= {entry["function"] for entry in seen[1]}
     assert {entry["ebx"] >> 24 for entry in seen[1] if entry["function"] == 1} == {1}
@@ -56,7 +56,7 @@ def test_every_exit_is_seen_before_it_is_answered() -> None:
     image = out(0x80, 1) + bytes.fromhex("e480") + write_msr(0x12, 0x1001) + out(EXIT_PORT, 7)
     with Machine(image, on_exit=observe) as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == 7
+        assert machine.wait(HANG_S) == 7
         assert machine.clock is not None
         assert machine.clock.page(0) is not None
     assert [vcpu for vcpu, _ in exits] == [0] * 4
@@ -77,7 +77,7 @@ def test_an_observer_that_fails_ends_the_run() -> None:
     with Machine(out(0x80, 1) + HLT, on_exit=fail) as machine:
         machine.start()
         with pytest.raises(ZeroDivisionError):
-            machine.wait(LIMIT_S)
+            machine.wait(HANG_S)
 
 
 @pytest.mark.parametrize("name", ["cpuid", "on_exit", "serial_output"])

@@ -22,10 +22,10 @@ from pvclock.payloads.probe import State
 from pvclock.quantities import NS_PER_S
 from tests.kvm.guests import HLT, out, write_msr
 from tests.kvm.leaks import held
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E9")]
 
-LIMIT_S = 20.0
 CLOCKS: list[Literal["engine", "kernel"]] = ["engine", "kernel"]
 DATA = 0x5000
 PAGE = 0x6000
@@ -45,7 +45,7 @@ def count(machine: Machine) -> int:
 
 def eventually(condition: Callable[[], object]) -> None:
     """Return once `condition` holds; a failure if that takes for ever."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
 
@@ -110,7 +110,7 @@ def test_the_guests_end_is_told(image: bytes, state: RunState) -> None:
         machine.start()
         eventually(lambda: machine.run_state.current is state)
         try:
-            assert machine.wait(LIMIT_S) == 1
+            assert machine.wait(HANG_S) == 1
         except GuestCrashed:
             assert state is INTERNAL_ERROR
         assert told == [RUNNING, state]
@@ -137,7 +137,7 @@ def test_no_vcpu_goes_in_before_another_thread_has_told() -> None:
         eventually(lambda: count(machine))
         machine.run_state.add_handler(handler)
         machine.pause()
-        assert is_told.wait(LIMIT_S)
+        assert is_told.wait(HANG_S)
         machine.run_state.remove_handler(handler)
         first = count(machine)
         eventually(lambda: count(machine) != first)
@@ -167,7 +167,7 @@ def test_a_handler_of_the_run_state_that_fails() -> None:
         machine.run_state.add_handler(fail)
         machine.start()
         with pytest.raises(ZeroDivisionError):
-            machine.wait(LIMIT_S)
+            machine.wait(HANG_S)
 
 
 def test_a_handler_of_the_run_state_that_fails_at_close() -> None:
@@ -191,7 +191,7 @@ def test_a_crashed_machine_starts_after_a_reset_only() -> None:
         for _ in range(2):
             machine.start()
             with pytest.raises(GuestCrashed):
-                machine.wait(LIMIT_S)
+                machine.wait(HANG_S)
             with pytest.raises(StateError, match=r"^start: the machine is in state internal-error; reset\(\) it$"):
                 machine.start()
             machine.reset()
@@ -238,7 +238,7 @@ def test_each_run_has_its_own_exit_code() -> None:
     with Machine(b"".join(out(EXIT_PORT, code) for code in (1, 2, 3))) as machine:
         for code in (1, 2, 3):
             machine.start()
-            assert machine.wait(LIMIT_S) == machine.exit_code == code
+            assert machine.wait(HANG_S) == machine.exit_code == code
 
 
 def test_start_of_a_machine_that_runs_is_refused() -> None:
@@ -301,11 +301,11 @@ def test_a_reset_forgets_the_tsc_adjustment(clock: Literal["engine", "kernel"]) 
     read_and_end = bytes.fromhex("66b93b000000 0f32 e6f4")  # mov $0x3b, %ecx; rdmsr; out %al, $0xf4
     with Machine(write_msr(0x3B, 0x21) + read_and_end, clock=clock) as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == 0x21
+        assert machine.wait(HANG_S) == 0x21
         machine.boot_source = BootSource(read_and_end)
         machine.reset()
         machine.start()
-        assert machine.wait(LIMIT_S) == 0
+        assert machine.wait(HANG_S) == 0
 
 
 @pytest.mark.row("E3", "J-02")
@@ -350,12 +350,15 @@ def test_a_reset_forgets_what_the_guest_wrote_to_msrs(index: int) -> None:
 
 
 def test_a_reset_of_a_paused_machine() -> None:
-    """It is prelaunch then, and start() lets vCPUs and clock go on."""
+    """It is prelaunch then, as handlers hear at once, and start() lets vCPUs and clock go on."""
+    told: list[RunState] = []
     with Machine(REGISTER_AND_SPIN) as machine:
         machine.start()
         eventually(lambda: count(machine))
         machine.pause()
+        machine.run_state.add_handler(lambda _, now: told.append(now))
         machine.reset()
+        assert told == [PRELAUNCH]
         assert (machine.run_state.current, count(machine)) == (PRELAUNCH, 0)
         assert engine_of(machine).is_paused
         machine.start()
@@ -395,7 +398,7 @@ def test_a_reset_after_the_exit() -> None:
     with Machine(BootSource(out(CONSOLE_PORT, 0x41) + out(EXIT_PORT, 3) + CRASH), memory_bytes=1 << 16) as machine:
         for runs in range(1, 4):
             machine.start()
-            assert machine.wait(LIMIT_S) == 3
+            assert machine.wait(HANG_S) == 3
             machine.reset()
             assert (machine.exit_code, machine.console) == (None, "A" * runs)
 
@@ -415,7 +418,7 @@ def test_a_reset_while_somebody_waits(clock: Literal["engine", "kernel"]) -> Non
     """wait() waits for the new guest's end, and does not stop it."""
     with Machine(SPIN, clock=clock) as machine, ThreadPoolExecutor(1) as pool:
         machine.start()
-        waiting = pool.submit(machine.wait, LIMIT_S)
+        waiting = pool.submit(machine.wait, HANG_S)
         for _ in range(5):
             eventually(lambda: count(machine) > 1000)
             machine.reset()
@@ -430,7 +433,7 @@ def test_a_reset_of_a_paused_machine_while_somebody_waits() -> None:
     """There is nothing to wait for then; wait() says so."""
     with Machine(SPIN) as machine, ThreadPoolExecutor(1) as pool:
         machine.start()
-        waiting = pool.submit(machine.wait, LIMIT_S)
+        waiting = pool.submit(machine.wait, HANG_S)
         eventually(lambda: count(machine))
         machine.pause()
         machine.reset()
@@ -456,13 +459,13 @@ def test_a_stop_while_another_thread_resets() -> None:
     def on_dirty(gpa: int, length: int) -> None:
         if (gpa, length) == (0, 1 << 20):
             is_within.set()
-            may_go_on.wait(LIMIT_S)
+            may_go_on.wait(HANG_S)
 
     with Machine(SPIN, memory_bytes=1 << 20) as machine, ThreadPoolExecutor(2) as pool:
         machine.start()
         machine.memory.on_dirty = on_dirty
         resetting = pool.submit(machine.reset)
-        assert is_within.wait(LIMIT_S)
+        assert is_within.wait(HANG_S)
         stopping = pool.submit(machine.stop)
         with pytest.raises(TimeoutError):
             stopping.result(0.05)
@@ -500,7 +503,7 @@ def test_a_start_on_a_vcpus_own_thread() -> None:
     with Machine(out(EXIT_PORT, 5)) as machine:
         machine.run_state.add_handler(restart)
         machine.start()
-        assert machine.wait(LIMIT_S) == 5
+        assert machine.wait(HANG_S) == 5
         machine.run_state.remove_handler(restart)
     assert refused == ["start: this is the thread of a vCPU; start() the machine on another one"]
 
@@ -527,7 +530,7 @@ def test_a_reset_on_a_vcpus_own_thread() -> None:
     with Machine(out(0x64, 1) + out(EXIT_PORT, 5)) as machine:
         machine.bus.add_ports(0x64, 1, ResetPort())
         machine.start()
-        assert machine.wait(LIMIT_S) == 5
+        assert machine.wait(HANG_S) == 5
     assert refused == ["reset: this is the thread of a vCPU; reset() the machine on another one"]
 
 
@@ -598,7 +601,7 @@ def test_a_rollback_while_an_exit_is_served() -> None:
         service.write_msr = write_msr  # type: ignore[method-assign]  # until roll_back() puts the new clock's there
         with machine.memory.clock_lock:
             machine.resume()
-            assert is_served.wait(LIMIT_S)
+            assert is_served.wait(HANG_S)
             machine.pause()
             machine.roll_back(state)
         machine.resume()

@@ -17,13 +17,11 @@ from tests.kvm.guests import HLT, out, write_msr
 from tests.kvm.interrupt_guests import COUNT, READY, SET_READY, counting, set_vector, unless_count
 from tests.kvm.leaks import held
 from tests.unit.alarm_provider import ALARM_MSR, PORT, RESET_MSR, VECTOR, Alarm, register
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.kvm
 
 MS: Final = 10**6
-LIMIT_S: Final = 30
-"""Far beyond what anything here takes: past it something hangs."""
 SPIN: Final = bytes.fromhex("ebfe")
 RESULT: Final = 0x2000
 UD: Final = 6
@@ -34,7 +32,7 @@ BOOTS_PORT: Final = 0x70
 def alarm_is_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let there be a provider that needs services; what hangs is a failure."""
     register(monkeypatch)
-    with alarm_after(LIMIT_S):
+    with alarm_after(HANG_S):
         yield
 
 
@@ -106,7 +104,7 @@ def test_a_pause_waits_for_a_delivery() -> None:
         provider.deliver = deliver
         machine.start()
         provider.write_msr(0, ALARM_MSR, 1)
-        assert begun.wait(LIMIT_S)
+        assert begun.wait(HANG_S)
         machine.pause()
         assert ended.is_set()
 

@@ -14,10 +14,10 @@ from pvclock.kvm import Kvm
 from pvclock.machine import EXIT_PORT, Ending, Machine, RunState
 from tests.kvm.guests import HLT, out
 from tests.kvm.pc_guests import ALPHABET, ECHO, WAIT_FOREVER, driver, kernel, out_dx
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E22")]
 
-LIMIT_S: Final = 60.0
 RAM_BYTES: Final = 2 << 20
 
 
@@ -37,7 +37,7 @@ class Terminal:
     def wait_for(self, text: bytes) -> None:
         """Return once it has come."""
         with self._changed:
-            assert self._changed.wait_for(lambda: text in self._content, LIMIT_S), self._content
+            assert self._changed.wait_for(lambda: text in self._content, HANG_S), self._content
 
     @property
     def content(self) -> bytes:
@@ -65,7 +65,7 @@ def test_how_a_guest_ends_its_run(image: bytes, ending: Ending, state: RunState)
     """wait() returns 0, `ending` says by what, and a reset of the machine forgets it."""
     with Machine(image + WAIT_FOREVER, memory_bytes=RAM_BYTES, platform="pc") as machine:
         machine.start()
-        assert (machine.wait(LIMIT_S), machine.ending, machine.run_state.current) == (0, ending, state)
+        assert (machine.wait(HANG_S), machine.ending, machine.run_state.current) == (0, ending, state)
         machine.reset()
         assert (machine.ending, machine.exit_code) == (None, None)
 
@@ -75,7 +75,7 @@ def test_a_panic() -> None:
     with Machine(out_dx(0x505, 1) + WAIT_FOREVER, memory_bytes=RAM_BYTES, platform="pc") as machine:
         machine.start()
         with pytest.raises(GuestPanicked):
-            machine.wait(LIMIT_S)
+            machine.wait(HANG_S)
         assert (machine.ending, machine.run_state.current) == (Ending.PANIC, RunState.GUEST_PANICKED)
         with pytest.raises(StateError, match=r"in state guest-panicked; reset\(\) it"):
             machine.start()
@@ -88,11 +88,11 @@ def test_what_nobody_has_reads_as_ones() -> None:
     image = bytes.fromhex("e464 0404 e6f4")  # in $0x64, %al; add $4, %al; out %al, $EXIT_PORT
     with Machine(image, memory_bytes=RAM_BYTES, platform="pc") as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == 4
+        assert machine.wait(HANG_S) == 4
     image = bytes.fromhex("e460 e6f4")
     with Machine(image, memory_bytes=RAM_BYTES, platform="pc") as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == 0xFF
+        assert machine.wait(HANG_S) == 0xFF
 
 
 # The serial port
@@ -110,7 +110,7 @@ def test_typing_into_a_guest() -> None:
             machine.serial.receive(bytes([byte]))
             terminal.wait_for(bytes([byte]))
         machine.serial.receive(b"q")
-        assert machine.wait(LIMIT_S) == ord("q")
+        assert machine.wait(HANG_S) == ord("q")
     assert terminal.content == b"hello, worldq"
 
 
@@ -122,11 +122,11 @@ def test_typing_before_a_guest_is_started() -> None:
         machine.reset()
         machine.serial.receive(b"early q")
         machine.start()
-        assert machine.wait(LIMIT_S) == ord("q")
+        assert machine.wait(HANG_S) == ord("q")
         machine.reset()
         machine.serial.receive(b"again q")
         machine.start()
-        assert machine.wait(LIMIT_S) == ord("q")
+        assert machine.wait(HANG_S) == ord("q")
     assert terminal.content == b"early qagain q"
 
 
@@ -136,7 +136,7 @@ def test_a_guest_that_sends_by_interrupts() -> None:
     image = driver(2, ALPHABET)
     with Machine(image, memory_bytes=RAM_BYTES, platform="pc", serial_output=terminal.write) as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == ord("z")
+        assert machine.wait(HANG_S) == ord("z")
     assert terminal.content == b"abcdefghijklmnopqrstuvwxyz"
 
 
@@ -150,14 +150,14 @@ def test_what_takes_the_output_fails() -> None:
     with Machine(image, memory_bytes=RAM_BYTES, platform="pc", serial_output=fail) as machine:
         machine.start()
         with pytest.raises(ZeroDivisionError):
-            machine.wait(LIMIT_S)
+            machine.wait(HANG_S)
 
 
 def test_output_that_nobody_takes() -> None:
     """It goes nowhere."""
     with Machine(out_dx(0x3F8, 1) + out(EXIT_PORT, 7), memory_bytes=RAM_BYTES, platform="pc") as machine:
         machine.start()
-        assert machine.wait(LIMIT_S) == 7
+        assert machine.wait(HANG_S) == 7
 
 
 # What a kernel is told
@@ -173,7 +173,7 @@ def test_a_kernel_on_a_pc() -> None:
     with Machine(source, memory_bytes=4 << 20, serial_output=terminal.write) as machine:
         for _ in range(2):
             machine.start()
-            assert (machine.wait(LIMIT_S), machine.ending) == (0, Ending.POWER_OFF)
+            assert (machine.wait(HANG_S), machine.ending) == (0, Ending.POWER_OFF)
             assert machine.memory.read(ACPI_TABLES, 8) == b"RSD PTR "
             machine.reset()
     assert terminal.content == b"quietRSD PTR initrd" * 2

@@ -24,6 +24,7 @@ from tests.command_line import run_pvclock
 from tests.kvm.guests import out
 from tests.kvm.msr_script import Access, run_script
 from tests.kvm.pc_guests import WAIT_FOREVER
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E8")]
 
@@ -267,7 +268,7 @@ def test_only_before_it_runs() -> None:
     """What a guest has seen cannot be taken back: a StateError, once it was started."""
     with Machine(out(0xF4, 0), platform="pc") as machine:
         machine.start()
-        machine.wait(30)
+        machine.wait(HANG_S)
         with pytest.raises(StateError, match=r"before start\(\)"):
             preflight(machine)
 
@@ -320,7 +321,7 @@ def test_doctor_warns_of_what_it_makes(capsys: pytest.CaptureFixture[str]) -> No
         (("--machine", "--guest"), "give one of them"),
         (("--machine", "--cpus", "0,2"), "how many vCPUs it has, 1 to 255"),
         (("--machine", "--cpus", "0"), "how many vCPUs it has, 1 to 255"),
-        (("--cpus", "2"), "--cpus goes with --guest"),
+        (("--cpus", "2"), "--cpus goes with --guest and --machine"),
         (("--machine", "--clock", "kernel", "--invtsc"), "--clock kernel: it takes none of"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

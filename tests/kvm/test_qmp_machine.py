@@ -36,7 +36,7 @@ class Served(NamedTuple):
     def events(self, last: str) -> list[str]:
         """The names of events up to `last`."""
         names: list[str] = []
-        with alarm_after(int(HANG_S)):
+        with alarm_after(HANG_S):
             while last not in names:
                 names += [event.name for event in self.monitor.take_events()]
                 time.sleep(0.001)

@@ -338,7 +338,7 @@ def test_a_reader_that_does_not_read(image: Callable[[bytes], str]) -> None:
     fcntl.fcntl(writes, fcntl.F_SETPIPE_SZ, 8192)
     full = 4097  # poll() says so once all of its pages are in use
     run = [*AS_A_SHELL, *command("run", image(FLOOD))]
-    with alarm_after(int(HANG_S)), subprocess.Popen(run, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=writes) as process:
+    with alarm_after(HANG_S), subprocess.Popen(run, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=writes) as process:
         while waiting_in(reads) < full:
             time.sleep(0.001)
         process.terminate()
@@ -439,7 +439,7 @@ class Session:
 def session(image: Callable[[bytes], str]) -> Iterator[Session]:
     """With a guest that says that it is there and echoes what is typed."""
     begun = Session(image(HELLO + driver(1, ECHO, at=len(HELLO))))
-    with alarm_after(int(HANG_S)), contextlib.closing(begun):
+    with alarm_after(HANG_S), contextlib.closing(begun):
         begun.read_to(b"!")
         yield begun
 
@@ -469,7 +469,7 @@ def test_other_ends_leave_the_terminal_as_it_was(
     code: bytes, arguments: tuple[str, ...], status: int, image: Callable[[bytes], str]
 ) -> None:
     """A crash, and the time limit."""
-    with alarm_after(int(HANG_S)), contextlib.closing(Session(image(code), *arguments)) as begun:
+    with alarm_after(HANG_S), contextlib.closing(Session(image(code), *arguments)) as begun:
         assert begun.process.wait() == status
         assert begun.settings == begun.before
 
@@ -522,7 +522,7 @@ def test_a_stop_is_a_pause(by_key: bool, policy: str, image: Callable[[bytes], s
     """SIGTSTP or Ctrl-A z: the terminal is as it was, and once continued its guest goes on by --resume-policy."""
     options = ("--resume-policy", policy, "--events", str(tmp_path / "events"))
     begun = Session(*options, image(HELLO + driver(1, ECHO, at=len(HELLO))))
-    with alarm_after(int(HANG_S)), contextlib.closing(begun):
+    with alarm_after(HANG_S), contextlib.closing(begun):
         begun.read_to(b"!")
         if by_key:
             begun.type(STOPPING_KEY)
@@ -552,16 +552,18 @@ def test_a_stop_is_a_pause(by_key: bool, policy: str, image: Callable[[bytes], s
 @pytest.mark.row("E15")
 @pytest.mark.qemu
 def test_a_client_of_qmp_ends_it(image: Callable[[bytes], str], tmp_path: Path) -> None:
-    """`pvclock run --qmp PATH`: a client sees it run, stops it and lets it go on, and has it quit with status 0."""
+    """`pvclock run --qmp PATH`: a client sees it run, stops and resets it, has it go on, and quit with status 0."""
     path = tmp_path / "qmp.sock"
     begun = Session("--qmp", str(path), image(HELLO + driver(1, ECHO, at=len(HELLO))))
-    with alarm_after(int(HANG_S)), contextlib.closing(begun):
+    with alarm_after(HANG_S), contextlib.closing(begun):
         begun.read_to(b"!")
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(path))
         with Monitor(connection) as monitor:
             assert monitor.execute("query-status")["status"] == "running"
             monitor.execute("stop")
+            monitor.execute("system_reset")
+            assert monitor.execute("query-status")["status"] == "prelaunch"
             monitor.execute("cont")
             monitor.execute("quit")
             assert begun.process.wait() == 0

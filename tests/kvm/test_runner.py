@@ -15,11 +15,10 @@ from pvclock.kvm import Runner
 from pvclock.kvm.exits import Exit, Halt, IoOut
 from tests.kvm.guests import COUNT, COUNT_AND_EXIT, HLT, Bare, bare_vm, out
 from tests.kvm.leaks import held
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E9")]
 
-LIMIT_S = 20.0
-"""Far beyond what anything here takes: past it something hangs."""
 
 CREWS = [1, 2, 4]
 """vCPUs: also more than most test hosts have CPUs."""
@@ -27,7 +26,7 @@ CREWS = [1, 2, 4]
 
 def eventually(condition: Callable[[], object]) -> None:
     """Return once `condition` holds; a failure if that takes for ever."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
 
@@ -81,7 +80,7 @@ def test_the_end_of_a_context_raises_what_ended_the_run() -> None:
     with bare_vm(COUNT_AND_EXIT) as bare:
         runner = Runner(bare.vcpus, fail)
         with pytest.raises(ZeroDivisionError), runner:
-            runner.join(LIMIT_S)
+            runner.join(HANG_S)
         assert runner.thread_id(0) is None
 
 
@@ -91,7 +90,7 @@ def test_a_handler_that_returns_no_bool(result: object, given: str) -> None:
     with bare_vm(COUNT_AND_EXIT) as bare:
         runner = Runner(bare.vcpus, lambda *_: result)  # type: ignore[arg-type]
         with pytest.raises(WrongType) as caught, runner:
-            runner.join(LIMIT_S)
+            runner.join(HANG_S)
         assert (
             str(caught.value) == f"the exit handler's result is {given}; it can be True to go on, False to end the run"
         )
@@ -103,7 +102,7 @@ def test_an_error_inside_a_context_comes_first() -> None:
     with bare_vm(COUNT_AND_EXIT) as bare:
         runner = Runner(bare.vcpus, fail)
         with pytest.raises(StateError, match="on purpose"), runner:
-            raise StateError("join" if runner.join(LIMIT_S) else "hang", "on purpose", "")
+            raise StateError("join" if runner.join(HANG_S) else "hang", "on purpose", "")
         assert isinstance(runner.failure, ZeroDivisionError)
 
 
@@ -164,7 +163,7 @@ def test_a_run_after_one_that_failed() -> None:
     with bare_vm(COUNT_AND_EXIT, vcpus=2) as bare:
         runner = Runner(bare.vcpus, handler)
         runner.start()
-        assert runner.join(LIMIT_S)
+        assert runner.join(HANG_S)
         first = runner.failure
         assert isinstance(first, ZeroDivisionError)
         fails[0] = False
@@ -229,7 +228,7 @@ def test_stop_from_several_threads_at_any_moment() -> None:
             for stopper in stoppers:
                 stopper.start()
             for stopper in stoppers:
-                stopper.join(LIMIT_S)
+                stopper.join(HANG_S)
             assert not any(stopper.is_alive() for stopper in stoppers)
     assert held() == before
 
@@ -248,7 +247,7 @@ def test_the_handlers_no_ends_the_run_of_all() -> None:
         bare.vcpus[1].set_regs({**bare.vcpus[1].get_regs(), "rip": 0x7000})
         runner = Runner(bare.vcpus, handler)
         runner.start()
-        assert runner.join(LIMIT_S)
+        assert runner.join(HANG_S)
         eventually(lambda: not any(thread.name.startswith("vCPU") for thread in threading.enumerate()))
         runner.stop()
         assert seen == [(1, IoOut(0x10, 1, b"\x07"))]
@@ -264,7 +263,7 @@ def test_an_error_in_the_handler_ends_the_run() -> None:
         raise MadeUpError(vcpu, reason)
 
     with running(COUNT_AND_EXIT, vcpus=2, handler=handler) as (_, runner):
-        assert runner.join(LIMIT_S)
+        assert runner.join(HANG_S)
         runner.stop()
         assert isinstance(runner.failure, MadeUpError)
 
@@ -325,7 +324,7 @@ def test_every_pause_means_paused() -> None:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(LIMIT_S)
+                thread.join(HANG_S)
             runner.resume()
     assert not moved
 
@@ -343,7 +342,7 @@ def test_pause_and_resume_race() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(LIMIT_S)
+            thread.join(HANG_S)
             assert not thread.is_alive()
         runner.resume()
         moves_on(bare)
@@ -372,7 +371,7 @@ def test_vcpus_that_keep_the_others_out(quiescing: int) -> None:
         bare.vcpus[spinner].set_regs({**bare.vcpus[spinner].get_regs(), "rip": 0x6000})
         runner = Runner(bare.vcpus, handler)
         runner.start()
-        assert enough.wait(LIMIT_S), rounds
+        assert enough.wait(HANG_S), rounds
         runner.pause()
         runner.resume()
         count = bare.count(spinner)
@@ -400,7 +399,7 @@ def test_a_lock_around_quiesce_does_not_deadlock() -> None:
         for _ in range(50):
             with lock, runner.quiesce():
                 assert len({tuple(bare.count(vcpu) for vcpu in range(3)) for _ in range(100)}) == 1
-        assert enough.wait(LIMIT_S), rounds
+        assert enough.wait(HANG_S), rounds
         runner.stop()
 
 
@@ -432,14 +431,14 @@ def test_a_thread_with_an_ended_vcpus_ident_waits_like_any_other() -> None:
     def handler(vcpu: int, _reason: Exit) -> bool:
         if vcpu == 1:
             busy.set()
-            return go_on_now.wait(LIMIT_S)
-        busy.wait(LIMIT_S)
+            return go_on_now.wait(HANG_S)
+        busy.wait(HANG_S)
         return False
 
     with running(COUNT_AND_EXIT, 2, handler) as (_, runner):
-        assert runner.join(LIMIT_S)
+        assert runner.join(HANG_S)
         ended = runner._threads[0]
-        ended.join(LIMIT_S)
+        ended.join(HANG_S)
 
         def stop() -> None:
             if threading.get_ident() == ended.ident:
@@ -448,15 +447,16 @@ def test_a_thread_with_an_ended_vcpus_ident_waits_like_any_other() -> None:
                 stopped.append(runner.gate.threads())
 
         is_its = threading.Event()
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + HANG_S
         while not is_its.is_set():
             assert time.monotonic() < deadline, "no thread came by that ident"
             thread = threading.Thread(target=stop)
             thread.start()
-            thread.join(0.1)
+            while thread.is_alive() and not is_its.is_set():
+                thread.join(0.001)
         assert not stopped  # for vCPU 1 is in its handler
         go_on_now.set()
-        thread.join(LIMIT_S)
+        thread.join(HANG_S)
     assert stopped == [0]
 
 
@@ -508,5 +508,5 @@ def test_halt_reaches_the_handler() -> None:
         return False
 
     with running(HLT, handler=handler) as (_, runner):
-        assert runner.join(LIMIT_S)
+        assert runner.join(HANG_S)
     assert seen == [Halt()]

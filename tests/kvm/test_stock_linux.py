@@ -17,7 +17,8 @@ from pvclock.boot.source import Protocol
 from pvclock.lab.kernel import Kernel
 from pvclock.machine import Ending, RunState
 from tests.kvm.guest_clocks import ROUNDING_NS, ClockSampler, Offsets
-from tests.kvm.stock_linux import BOOT_LIMIT_S, COMPLAINTS, StockLinux
+from tests.kvm.guest_shell import BOOT_LIMIT_S
+from tests.kvm.stock_linux import COMPLAINTS, StockLinux
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E22", "K-02", "K-07")]
 

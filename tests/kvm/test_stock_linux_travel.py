@@ -24,6 +24,7 @@ QUIET: Final = (
     "tsc=reliable",  # else its clocksource watchdog looks twice a second
     "nowatchdog",
     "psi=0",
+    "mce=ignore_ce",
     "sysctl.vm.compaction_proactiveness=0",
     "sysctl.vm.stat_interval=3600",
     "sysctl.kernel.hung_task_timeout_secs=0",

@@ -22,13 +22,16 @@ from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine.guest_time import KernelTime
 from pvclock.machine.time_travel import Arrival, Look, Travel
 from pvclock.machine.traveller import _snapshots
+from pvclock.payloads import probe
+from pvclock.payloads.hyperv_probe import TimerMode, read_expiries
 from pvclock.timekeeping.event_timeline import EventTimeline
 from pvclock.timekeeping.events import EventKind
 from pvclock.timekeeping.travel import IdleForever, Skip, Stay, StayReason, WakeKind, decide
 from tests.kvm.guests import COUNT
+from tests.kvm.hyperv_guest import hyperv_machine
 from tests.kvm.pc_guests import kernel
 from tests.kvm.sleeping_guest import HALTED_FOR_GOOD, SleepingGuest, sleeping_guest
-from tests.waiting import wait_until
+from tests.waiting import HANG_S, wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
 
@@ -354,6 +357,21 @@ def test_statistics() -> None:
             stats.read("blink")
         with pytest.raises(StateError, match="running"):
             VcpuStats(machine.vcpus[0])
+
+
+@pytest.mark.parametrize("mode", [TimerMode(0), TimerMode.ONE_SHOT])
+def test_timers_of_the_clock_interface(mode: TimerMode) -> None:
+    """Hyper-V's synthetic timers, which the engine serves, come in order and never early, each after 100 s."""
+    with hyperv_machine(f"expiries=20 period={100 * 10**7} timer={mode}", 2, time_travel=True) as machine:
+        machine.start()
+        assert machine.wait(HANG_S) == probe.EXIT_FINE
+        assert machine.time_travel.failure is None
+        for vcpu in (0, 1):
+            expiries = read_expiries(machine.memory, vcpu)
+            assert len(expiries) == 20
+            assert all(each.expiration <= each.delivery <= each.seen for each in expiries if each.message_type)
+        assert machine.clock_service.now_ns() >= 19 * 100 * 10**9
+        assert WakeKind.CLOCK_TIMER in {arrival.wake.kind for arrival in machine.time_travel.recent}
 
 
 # A guest's own timer

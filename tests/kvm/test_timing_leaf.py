@@ -9,12 +9,12 @@ import pytest
 from pvclock.machine import EXIT_PORT, Machine
 from tests.kvm import guests
 from tests.kvm.guests import out
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.kvm
 
 LEAVES = (0x40000000, 0x40000001, 0x40000002, 0x40000010)
 DATA = 0x5000
-LIMIT_S = 20.0
 
 
 def ask(leaf: int, at: int) -> bytes:
@@ -38,7 +38,7 @@ def test_what_a_guest_finds(timing_leaf: bool) -> None:
     with Machine(code, timing_leaf=timing_leaf) as machine:
         assert machine.clock is not None
         machine.start()
-        assert machine.wait(LIMIT_S) == 0
+        assert machine.wait(HANG_S) == 0
         base, features, between, timing = (told(machine, number) for number in range(4))
         assert (base[0], base[2]) == (0x40000010 if timing_leaf else 0x40000001, b"KVMKVMKVM\0\0\0")
         assert features[0] & 1 << 3
@@ -60,7 +60,7 @@ def test_a_dilation_before_the_start_takes_it_back(is_dilated: bool) -> None:
         if is_dilated:
             clock.dilate(1, 2)
         machine.start()
-        assert machine.wait(LIMIT_S) == 0
+        assert machine.wait(HANG_S) == 0
         khz = (clock.tsc_hz + 500) // 1000
         assert told(machine, 3)[:2] == ((0, 0) if is_dilated else (khz, 1_000_000))
         assert told(machine, 0)[0] == (0x40000001 if is_dilated else 0x40000010)
@@ -77,7 +77,7 @@ def test_what_a_guest_of_minimal_finds() -> None:
         machine.memory.write(4 * guests.GP_VECTOR, pack("<HH", guests.GP_HANDLER, 0))
         machine.memory.write(guests.GP_HANDLER, out(EXIT_PORT, guests.GP_VECTOR))
         machine.start()
-        assert machine.wait(LIMIT_S) == guests.GP_VECTOR
+        assert machine.wait(HANG_S) == guests.GP_VECTOR
         assert machine.memory.read(0x6000, 32) == bytes(32)
         base, *between, timing, first = (told(machine, number) for number in range(len(leaves)))
         assert (base[0], base[2]) == (0x40000010, bytes(12))
@@ -95,7 +95,7 @@ def test_a_guest_finds_kvms_leaves_at_their_base(base: int) -> None:
     with Machine(code, cpuid_base=base, features=1 << 3, timing_leaf=False) as machine:
         assert machine.clock is not None
         machine.start()
-        assert machine.wait(LIMIT_S) == 0
+        assert machine.wait(HANG_S) == 0
         signature, features = (told(machine, number) for number in range(2))
         assert (signature[0], signature[2]) == (base + 1, b"KVMKVMKVM\0\0\0")
         assert (features[0], features[2]) == (1 << 3, bytes(12))

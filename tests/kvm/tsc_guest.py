@@ -11,6 +11,7 @@ from pvclock import Machine
 from pvclock.boot import EntryState, enter
 from pvclock.kvm import open_kvm
 from tests.kvm.guests import write_msr
+from tests.waiting import HANG_S
 
 TSC: Final = 0x10
 TSC_ADJUST: Final = 0x3B
@@ -29,7 +30,6 @@ APIC_BASE_X2APIC: Final = 0xFEE00D00
 X2APIC_ICR: Final = 0x830
 ICR_INIT: Final = 0x4500
 ICR_SIPI: Final = 0x4600
-LIMIT_S: Final = 20.0
 
 
 class Step(NamedTuple):
@@ -52,7 +52,7 @@ class TscGuest(NamedTuple):
 
     def wait_until_all_reach(self, mark: int) -> None:
         """Return once every vCPU waits at `mark`."""
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + HANG_S
         while any(self.machine.memory.read(HAS_REACHED + vcpu, 1)[0] < mark for vcpu in range(len(self.steps))):
             assert time.monotonic() < deadline, f"not all vCPUs came to mark {mark}"
             assert not self.machine.runner.join(0.001), self.machine.wait()

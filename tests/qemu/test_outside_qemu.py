@@ -16,7 +16,7 @@ from pvclock.payloads import probe
 from pvclock.quantities import Gpa
 from qemu_glue.guest import QemuGuest
 from tests.qemu.private_qemu import RAM_BYTES, private_qemu
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.row("E3")]
 
@@ -70,7 +70,7 @@ def test_qemu_with_its_default_ram() -> None:
 
 def await_reading(ram: GuestRam, process: Process) -> None:
     """Return once its clockprobe reads."""
-    with alarm_after(60):
+    with alarm_after(HANG_S):
         phase = probe.Phase.BOOTING
         while phase < probe.Phase.READING:
             process.check_running()

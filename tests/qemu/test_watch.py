@@ -140,7 +140,7 @@ def stop_and_continue(running: RunningQemu) -> None:
     running.qemu.pause()
     time.sleep(0.02)
     running.qemu.resume()
-    with alarm_after(int(HANG_S)):
+    with alarm_after(HANG_S):
         while running.pages()[0] == before:
             time.sleep(0.001)
 
@@ -240,7 +240,9 @@ def test_a_budget_for_steps(
         told = capsys.readouterr().out
     assert found == status
     assert said in told
-    assert "watching 2 pages at 0x201000, 0x201040, every 10 ms" in told
+    every_ms = re.search(r"watching 2 pages at 0x201000, 0x201040, every (\d+) ms", told)
+    assert every_ms is not None, told
+    assert int(every_ms[1]) >= 10  # more where a look takes long
 
 
 def pause_between_looks(running: RunningQemu) -> None:

@@ -159,15 +159,20 @@ class Soak:
         acting |= {f"{name} machine": each for name, each in self.machines.items()}
         self.actors = [Actor(name, each, self.findings) for name, each in acting.items()]
 
-    def run(self, is_over: Callable[[Soak], bool]) -> Outcome:
-        """Let them act until `is_over`, or until one hangs; that one's stack is printed."""
+    def run(self, is_over: Callable[[Soak], bool], limit_s: float = 4 * HANG_S) -> Outcome:
+        """Let them act until `is_over`, at most for `limit_s`, or until one hangs; that one's stack is printed."""
+        end_s = time.monotonic() + limit_s
         with self._resources, self.ticker:
             for vm in self.vms:
                 vm.timers.start()
             for actor in self.actors:
                 actor.thread.start()
-            while not is_over(self) and not self._hanging():
+            while not (over := is_over(self)) and not self._hanging() and time.monotonic() < end_s:
                 self._hold.wait(LOOK_S)
+            if not over:
+                self.findings.add(
+                    f"what was waited for did not come, within {[actor.count for actor in self.actors]} steps"
+                )
             for actor in self.actors:
                 actor.end()
             for actor in self.actors:
@@ -216,7 +221,8 @@ def main() -> int:
     faulthandler.enable()
     sys.setswitchinterval(1e-4)
     end_s = time.monotonic() + arguments.minutes * 60
-    outcome = Soak(arguments.seed, machine=not arguments.no_machine).run(lambda _: time.monotonic() > end_s)
+    soak = Soak(arguments.seed, machine=not arguments.no_machine)
+    outcome = soak.run(lambda _: time.monotonic() > end_s, limit_s=float("inf"))
     sys.stdout.write(report(outcome, f"seed {arguments.seed}, {arguments.minutes:g} min"))
     return bool(outcome.findings)
 

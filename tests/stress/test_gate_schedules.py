@@ -17,12 +17,11 @@ import pytest
 
 from pvclock.errors import RangeError, StateError
 from pvclock.kvm._gate import Gate, Hold
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.row("E9")
 
 KICK = signal.SIGRTMIN + 2
-LIMIT_S = 60
 
 
 class Vcpu:
@@ -47,7 +46,7 @@ def interrupt() -> None:
 @pytest.fixture(autouse=True)
 def limit() -> Iterator[None]:
     """Turn a wait for ever into a failure."""
-    with alarm_after(LIMIT_S):
+    with alarm_after(HANG_S):
         yield
 
 
@@ -63,7 +62,7 @@ class Visitor:
 
     def has_gone_on(self) -> None:
         """Return once it is through."""
-        self.thread.join(LIMIT_S)
+        self.thread.join(HANG_S)
         assert not self.thread.is_alive()
 
 
@@ -283,7 +282,7 @@ def test_a_clock_that_keeps_its_hold_is_safe_from_resume() -> None:
         assert gate.keeps_all_out()
         resumer = threading.Thread(target=gate.resume)
         resumer.start()
-        resumer.join(LIMIT_S)
+        resumer.join(HANG_S)
         assert not gate.keeps_all_out()
         visitor = Visitor(gate, 0, log)
         log.append("acted")
@@ -375,7 +374,7 @@ def test_a_wait_for_the_end_of_a_run_is_not_for_the_next_ones() -> None:
         gate.end()
         gate.begin(gate.threads_started)
         gate.wait_until_started()
-    waiter.join(LIMIT_S)
+    waiter.join(HANG_S)
     assert not waiter.is_alive()
     gate.end()
 

@@ -15,7 +15,7 @@ from pvclock import GuestClock, GuestMemory, HostBackend, StateError
 from pvclock.clock.reference_time import ReferenceTime
 from pvclock.providers.hyperv.stimers import SyntheticTimers
 from pvclock.providers.hyperv.synic import Synic
-from tests.stress.hostile_guest import GUESTS, Outcome, Soak
+from tests.stress.hostile_guest import GUESTS, Actor, Soak
 from tests.stress.hostile_machine import ENTRIES
 from tests.stress.hostile_vm import (
     HYPERV_GUESTS,
@@ -32,11 +32,35 @@ pytestmark = pytest.mark.stress
 
 STEPS_LEAST = 300
 TICKS_LEAST = 10
+DONE = {
+    "vCPU 0": {"wrmsr", "wrmsr: #GP", "rdmsr", "hypercall", "spoil"},
+    "VMM": {"dilate", "skip", "save", "reset", "run_for"},
+    "machine": {"table", "pause", "skip", "run_for"},
+}
+"""What each does by chance, of which some hundred steps may lack one: a run goes on until all have come up."""
+
+
+def left_to_do(actor: Actor) -> set[str]:
+    """What of it has not come up yet."""
+    (kinds,) = [kinds for role, kinds in DONE.items() if actor.name.endswith(role)] or [set[str]()]
+    return {kind for kind in kinds if not actor.steps[kind]}
 
 
 def everybody_acted(soak: Soak) -> bool:
-    """Did each take enough steps, and was the VM in peace ticked?"""
-    return soak.peaceful.ticks >= TICKS_LEAST and all(actor.count >= STEPS_LEAST for actor in soak.actors)
+    """Did each take enough steps and do all it does, and was the VM in peace ticked?"""
+    return soak.peaceful.ticks >= TICKS_LEAST and all(
+        actor.count >= STEPS_LEAST and not left_to_do(actor) for actor in soak.actors
+    )
+
+
+def reference_times_were_read(soak: Soak) -> bool:
+    """Did timers expire in each VM, too, and were page and counter read together?"""
+    readers = [actor for actor in soak.actors if actor.name.endswith(" reference")]
+    return (
+        everybody_acted(soak)
+        and all(vm.services.interrupts for vm in soak.vms)
+        and all(reader.steps["read page and counter"] > STEPS_LEAST // 10 for reader in readers)
+    )
 
 
 def guest_and_everybody_acted(soak: Soak) -> bool:
@@ -49,11 +73,6 @@ def test_nothing_breaks() -> None:
     """Hostile vCPUs, VMM threads and a Ticker, some hundred steps of each: no finding, and each did what it does."""
     outcome = Soak(1, machine=False, guests=KVM_GUESTS).run(everybody_acted)
     assert outcome.findings == []
-    for profile in ("linux", "document"):
-        guest, vmm = outcome.steps[f"{profile} vCPU 0"], outcome.steps[f"{profile} VMM"]
-        assert {"wrmsr", "wrmsr: #GP", "rdmsr", "hypercall", "spoil"} <= set(guest)
-        assert {"dilate", "skip", "save", "reset", "run_for"} <= set(vmm)
-        assert outcome.steps[f"{profile} quiet"].total() >= STEPS_LEAST
 
 
 @pytest.mark.row("E4", "E9", "H-50", "H-51", "H-54")
@@ -64,15 +83,8 @@ def test_nothing_breaks_of_hyperv() -> None:
     timeline, and no sequence is used again.
     """
     soak = Soak(4, machine=False, guests=HYPERV_GUESTS)
-    outcome = soak.run(everybody_acted)
+    outcome = soak.run(reference_times_were_read)
     assert outcome.findings == []
-    for vm in soak.vms:
-        guest, vmm = outcome.steps[f"{vm.name} vCPU 0"], outcome.steps[f"{vm.name} VMM"]
-        assert {"wrmsr", "wrmsr: #GP", "rdmsr", "hypercall", "spoil"} <= set(guest)
-        assert {"dilate", "skip", "save", "reset", "run_for"} <= set(vmm)
-        assert vm.services.interrupts
-        if vm.has_reference_time:
-            assert outcome.steps[f"{vm.name} reference"]["read page and counter"] > STEPS_LEAST // 10
 
 
 @pytest.mark.kvm
@@ -83,9 +95,6 @@ def test_nothing_breaks_on_kvm(name: str) -> None:
     soak = Soak(2, machine=True, guests={name: GUESTS[name]})
     outcome = soak.run(guest_and_everybody_acted)
     assert outcome.findings == []
-    ((provider, machine),) = soak.machines.items()
-    assert {"table", "pause", "skip", "run_for"} <= set(outcome.steps[f"{provider} machine"])
-    assert machine.faults > ENTRIES
 
 
 def foreign_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +220,7 @@ def test_a_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             vm.look_at_timers()
         return any(text in each for each in soak.findings)
 
-    outcome: Outcome = soak.run(is_found)
+    outcome = soak.run(is_found)
     assert any(text in each for each in outcome.findings)
 
 

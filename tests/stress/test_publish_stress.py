@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.stress.racing import RUNS_MAX, Report, Stress, built, needs_two_cpus, race
+from tests.stress.racing import Report, Stress, built, needs_two_cpus, race, runs
 
 pytestmark = pytest.mark.stress
 
@@ -108,7 +108,7 @@ def test_a_broken_publisher_is_noticed(stress: Stress, defect: Defect) -> None:
 
 def is_noticed(stress: Stress, fault: str, **options: Any) -> bool:  # noqa: ANN401  # the program's
     """Does any of some short races count `fault`?"""
-    return any(stress(**options, readers=1, seconds=0.5)[fault] for _ in range(RUNS_MAX))
+    return any(stress(**options, readers=1, seconds=0.5)[fault] for _ in runs())
 
 
 class KindDefect(NamedTuple):

@@ -5,7 +5,7 @@ The program is tests/native/record_stress.c.  The product must lose nothing, and
 
 import pytest
 
-from tests.stress.racing import RUNS_MAX, Stress, built
+from tests.stress.racing import Stress, built, runs
 
 pytestmark = pytest.mark.stress
 
@@ -20,7 +20,7 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Stress:
 def test_no_steal_time_is_torn(stress: Stress) -> None:
     """A reading that its version calls consistent is a sum that the host wrote, and never less than the one before."""
     reads = turns = 0
-    for _ in range(RUNS_MAX):
+    for _ in runs():
         report = stress(record="steal")
         assert (report["torn"], report["backward"]) == (0, 0)
         reads, turns = reads + report["reads"], turns + report["turns"]
@@ -34,7 +34,7 @@ def test_no_steal_time_is_torn(stress: Stress) -> None:
 def test_nothing_said_is_lost(stress: Stress, record: str) -> None:
     """Each flush that the guest asked for, and each interrupt that it ended without an exit, is taken once."""
     given = 0
-    for _ in range(RUNS_MAX):
+    for _ in runs():
         report = stress(record=record)
         assert report["taken"] == report["given"]
         given += report["given"]
@@ -47,7 +47,7 @@ def test_nothing_said_is_lost(stress: Stress, record: str) -> None:
 @pytest.mark.parametrize("record", ["steal", "flush", "eoi"])
 def test_a_broken_host_is_noticed(stress: Stress, record: str) -> None:
     """Without odd versions readings are torn; with a load and a store in place of an exchange, requests are lost."""
-    for _ in range(RUNS_MAX):
+    for _ in runs():
         report = stress("--broken", record=record)
         if report["torn"] or report["taken"] != report["given"]:
             return

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import HANG_S
+
 pytestmark = pytest.mark.stress
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,7 @@ def stepped(tmp_path_factory: pytest.TempPathFactory) -> Stepped:
     subprocess.run([*COMPILE, str(ROOT / "tests" / "native" / "single_step.c"), "-o", str(program)], check=True)
 
     def run(record: str, *options: str) -> Report:
-        done = subprocess.run([program, "--record", record, *options], check=True, capture_output=True, timeout=60)
+        done = subprocess.run([program, "--record", record, *options], check=True, capture_output=True, timeout=HANG_S)
         report: Report = json.loads(done.stdout)
         return report
 

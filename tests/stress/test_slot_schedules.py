@@ -11,6 +11,7 @@ import pytest
 from pvclock import ConfigError, GuestMemory
 from pvclock._core import read_time_info
 from tests.stress.slot_schedules import LINE, PAGE, SCALE, SIZE, Announced, PublishUnderWay, give_way, pages_at
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.stress
 
@@ -25,7 +26,7 @@ def all_at_once(memory: GuestMemory, calls: list[tuple[Callable[..., object], in
         ]
         for thread, gpa in zip(threads, announced, strict=True):
             thread.start()
-            assert gpa.begun.wait(60)
+            assert gpa.begun.wait(HANG_S)
         give_way(1000)  # so that all have come to where they wait; what is asserted holds wherever they are
     for thread in threads:
         thread.join()
@@ -145,7 +146,7 @@ def test_a_child_of_fork_may_close() -> None:
     with PublishUnderWay(memory):
         waiting = threading.Thread(target=memory.add_slot, args=(announced, bytearray(SIZE)))
         waiting.start()
-        assert announced.begun.wait(60)
+        assert announced.begun.wait(HANG_S)
         give_way(1000)
         child = os.fork()
         if child == 0:
@@ -180,7 +181,7 @@ def test_who_publishes_without_pause_lets_slots_change() -> None:
 
     thread = threading.Thread(target=publish)
     thread.start()
-    assert begun.wait(60)
+    assert begun.wait(HANG_S)
     for _ in range(200):
         with lock:
             memory.add_slot(0x200000, bytearray(SIZE))

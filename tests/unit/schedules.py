@@ -13,8 +13,7 @@ from functools import cache
 from types import CodeType, FrameType, ModuleType
 from typing import Any, NamedTuple
 
-LIMIT_S = 60
-"""For what must happen; no test waits that long unless it fails."""
+from tests.waiting import HANG_S
 
 
 class Place(NamedTuple):
@@ -173,7 +172,7 @@ class Beside:
     def end(self) -> None:
         """Wait for the end, if it was begun."""
         if self._thread.ident is not None:
-            self._thread.join(LIMIT_S)
+            self._thread.join(HANG_S)
         assert not self._thread.is_alive()
 
 
@@ -185,5 +184,5 @@ def threads_named(name: str) -> set[threading.Thread]:
 def end_of(threads: set[threading.Thread]) -> None:
     """Wait until they have ended."""
     for thread in threads:
-        thread.join(LIMIT_S)
+        thread.join(HANG_S)
         assert not thread.is_alive()

@@ -15,7 +15,7 @@ from pvclock import GuestClock, GuestMemory, SimulatedBackend
 from pvclock.clock.event_delivery import FAILURES_KEPT
 from pvclock.clock.event_log import EventLog
 from pvclock.timekeeping.events import Event, EventKind
-from tests.unit.schedules import LIMIT_S
+from tests.waiting import HANG_S
 
 NS_PER_MINUTE = 60 * 10**9
 NAME = "pvclock-events"
@@ -209,12 +209,12 @@ def test_what_the_bound_took_is_not_replaced_by_what_is_not_to_be_told_yet() -> 
 
     def block(event: Event) -> None:
         entered.set()
-        assert hold.wait(LIMIT_S)
+        assert hold.wait(HANG_S)
         heard.append(event.sequence)
 
     log.subscribe(block)
     log.append(Event(EventKind.TSC, "1"))
-    assert entered.wait(LIMIT_S)
+    assert entered.wait(HANG_S)
     log.append(Event(EventKind.TSC, "2"))
     log.record(Event(EventKind.TSC, "3"))
     wake_up = log._delivery._wake_up

@@ -11,7 +11,8 @@ import pytest
 from pvclock.clock.event_log import EventLog
 from pvclock.timekeeping.events import Event, EventKind
 from tests.unit.fault_points import EVENTS
-from tests.unit.schedules import LIMIT_S, Beside, Lines, end_of, threads_named
+from tests.unit.schedules import Beside, Lines, end_of, threads_named
+from tests.waiting import HANG_S
 
 NAME = "pvclock-events"
 
@@ -61,7 +62,7 @@ class Heard:
     def end(self) -> None:
         """All must be whole: events told in order and once, nothing left taken, and no thread but the log's own."""
         last = self.log.append(Event(EventKind.TSC, "")).sequence
-        assert self.log.flush(LIMIT_S)
+        assert self.log.flush(HANG_S)
         assert self.staying[:last] == list(range(1, last + 1))
         assert self.log.read().lost == 0
         assert self.guest == list(range(self.guest[0], self.guest[-1] + 1) if self.guest else ())
@@ -115,7 +116,7 @@ def test_an_operation_meets_the_thread_at_each_line(second: str) -> None:
         there, besides = threading.Event(), list[Beside]()
 
         def meet(there: threading.Event = there, besides: list[Beside] = besides) -> None:
-            assert there.wait(LIMIT_S)
+            assert there.wait(HANG_S)
             besides[0].run()
 
         lines = Lines(*EVENTS, at=line, action=meet)
@@ -174,7 +175,7 @@ def test_an_interrupt_at_each_line_of_the_first_subscription() -> None:
             pass
         end = log.subscribe(heard.append)
         log.append(Event(EventKind.TSC, ""))
-        assert log.flush(LIMIT_S)
+        assert log.flush(HANG_S)
         assert heard == list(log.read().events)
         assert len(heard) == 1
         end()

@@ -15,7 +15,8 @@ import pytest
 from pvclock.clock.event_log import EventLog
 from pvclock.errors import RangeError, StateError
 from pvclock.timekeeping.events import Event, EventKind
-from tests.unit.schedules import LIMIT_S, end_of, threads_named
+from tests.unit.schedules import end_of, threads_named
+from tests.waiting import HANG_S
 
 NS_PER_MINUTE = 60 * 10**9
 NAME = "pvclock-events"
@@ -41,12 +42,12 @@ def test_operations_do_not_wait_for_a_subscriber() -> None:
 
     def block(event: Event) -> None:
         entered.set()
-        assert hold.wait(LIMIT_S)
+        assert hold.wait(HANG_S)
         heard.append(event.sequence)
 
     unsubscribe = log.subscribe(block)
     log.append(Event(EventKind.TSC, "1"))
-    assert entered.wait(LIMIT_S)
+    assert entered.wait(HANG_S)
     for number in range(2, 1001):
         log.append(Event(EventKind.TSC, str(number)))
     assert log.read().last == 1000
@@ -89,13 +90,13 @@ def test_a_flush_ends_with_the_last_subscriber(others: set[threading.Thread]) ->
 
     def block(_event: Event) -> None:
         entered.set()
-        assert hold.wait(LIMIT_S)
+        assert hold.wait(HANG_S)
 
     leave = log.subscribe(block)
     (thread,) = threads_named(NAME) - others
     log.append(Event(EventKind.TSC, "1"))
-    assert entered.wait(LIMIT_S)
-    waiting = threading.Thread(target=lambda: flushed.append(log.flush(LIMIT_S)))
+    assert entered.wait(HANG_S)
+    waiting = threading.Thread(target=lambda: flushed.append(log.flush(HANG_S)))
     waiting.start()
     while not log._delivery._flushes:
         time.sleep(0)
@@ -115,22 +116,22 @@ def test_a_thread_that_is_to_end_tells_nothing_more(others: set[threading.Thread
 
     def block(_event: Event) -> None:
         entered[0].set()
-        assert hold[0].wait(LIMIT_S)
+        assert hold[0].wait(HANG_S)
 
     def hear(event: Event) -> None:
         if event.sequence == 2:
             entered[1].set()
-            assert hold[1].wait(LIMIT_S)
+            assert hold[1].wait(HANG_S)
         heard.append(event.sequence)
 
     leave = log.subscribe(block)
     (thread,) = threads_named(NAME) - others
     log.append(Event(EventKind.TSC, "1"))
-    assert entered[0].wait(LIMIT_S)
+    assert entered[0].wait(HANG_S)
     leave()
     log.subscribe(hear)
     log.append(Event(EventKind.TSC, "2"))
-    assert entered[1].wait(LIMIT_S)
+    assert entered[1].wait(HANG_S)
     log.append(Event(EventKind.TSC, "3"))
     hold[0].set()
     end_of({thread})
@@ -203,7 +204,7 @@ def test_a_forked_child_tells_its_own_events(limited: bool) -> None:
         lock.acquire()
     child = os.fork()
     if child == 0:
-        signal.alarm(LIMIT_S)  # a lock that is never let go ends the child, not the test
+        signal.alarm(HANG_S)  # a lock that is never let go ends the child, not the test
         status = 1
         try:
             status = 0 if told_in_child(log, heard, limited=limited) else 2
@@ -223,7 +224,7 @@ def told_in_child(log: EventLog, heard: list[int], *, limited: bool) -> bool:
         pytest.MonkeyPatch().setattr(threading.Thread, "start", no_thread)
         log.append(Event(EventKind.TSC, "2"))
         with pytest.raises(StateError, match="flush: cannot start a thread"):
-            log.flush(LIMIT_S)
+            log.flush(HANG_S)
         return heard == [1] and log.last == 2
     log.append(Event(EventKind.TSC, "2"))
-    return log.flush(LIMIT_S) and heard == [1, 2]
+    return log.flush(HANG_S) and heard == [1, 2]

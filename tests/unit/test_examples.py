@@ -14,10 +14,10 @@ from tests.command_line import run_python
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-VMM, EMULATOR = ROOT / "examples" / "vmm.py", ROOT / "examples" / "emulator.py"
+VMM, EMULATOR, DEVICE_MODEL = (ROOT / "examples" / f"{name}.py" for name in ("vmm", "emulator", "device_model"))
 GUIDE = ROOT / "docs" / "embedding.md"
-LINES_MAX = {VMM: 79, EMULATOR: 60}
-PUBLIC = {"pvclock", "pvclock.kvm"}
+LINES_MAX = {VMM: 79, EMULATOR: 60, DEVICE_MODEL: 59}
+PUBLIC = {"pvclock", "pvclock.kvm", "pvclock.machine"}
 BOUND_NS = 4.0
 """A reading against the timeline: 2 ns, the tick that a shift of -1 cuts, and 0.47 ppb of 2 s."""
 
@@ -53,6 +53,19 @@ def test_nobody_reads_the_emulator(redirect: str, status: int, lines: int) -> No
     assert (done.returncode, done.stderr, done.stdout.count("\n")) == (status, "", lines)
 
 
+@pytest.mark.row("E15", "E13")
+def test_the_device_model_plugs_the_clock_in() -> None:
+    """The guest reads its clock, which moves to another VM without a step, and is reset with the other device."""
+    done = run_python(DEVICE_MODEL)
+    assert (done.returncode, done.stderr) == (0, "")
+    read, moved, last = done.stdout.splitlines()
+    ns = re.fullmatch(r"the guest reads (\d+) ns at rate 1/2", read)
+    there, here = re.findall(r"at (\d+) ns, here it is (\d+) ns", moved)[0]
+    assert ns is not None
+    assert int(ns[1]) <= int(there) == int(here)
+    assert last == "after the reset: None and 440 Hz"
+
+
 @pytest.mark.row("E13")
 @pytest.mark.parametrize("device", ["/nonexistent/kvm", os.devnull, str(ROOT)])
 def test_a_vmm_without_kvm_says_so_in_one_line(device: str) -> None:
@@ -73,7 +86,7 @@ def test_a_vmm_with_too_many_arguments() -> None:
 @EVERY_EXAMPLE
 @pytest.mark.row("style")
 def test_examples_take_public_names_from_public_places(example: Path) -> None:
-    """What they import of ours is in the __all__ of pvclock or pvclock.kvm, and no name begins with an underscore."""
+    """What they import of ours is in the __all__ of a public package, and no name begins with an underscore."""
     nodes = list(ast.walk(ast.parse(example.read_bytes())))
     imports = [each.name for node in nodes if isinstance(node, ast.Import) for each in node.names]
     froms = {node.module: node for node in nodes if isinstance(node, ast.ImportFrom) and node.module}

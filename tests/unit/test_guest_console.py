@@ -12,11 +12,10 @@ from typing import NamedTuple
 import pytest
 
 from pvclock.commands.guest_console import LINE_KEPT_BYTES, GuestConsole
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.row("E22")
 
-LONG_S = 60
 """For what takes some ms: less than mutants have, so that one that waits for ever fails here."""
 MORE_THAN_A_PIPE_HOLDS = bytes(range(256)) * 300
 
@@ -32,7 +31,7 @@ class Piped(NamedTuple):
 def piped() -> Iterator[Piped]:
     """One whose test is over after a while, whatever happens."""
     reads, writes = os.pipe()
-    with alarm_after(LONG_S), GuestConsole(writes) as console:
+    with alarm_after(HANG_S), GuestConsole(writes) as console:
         yield Piped(console, reads)
     for end in (reads, writes):
         with contextlib.suppress(OSError):  # the test has closed it

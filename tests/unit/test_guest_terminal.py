@@ -16,11 +16,10 @@ import pytest
 from pvclock.commands.guest_terminal import Keys, as_it_was, converse, raw_terminal, settings_of
 from pvclock.commands.signals import told_to_stop
 from tests.unit.other_threads_signal import taken_by_another_thread
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.row("E22")
 
-LONG_S = 60
 """For what takes some ms: less than mutants have, so that one that waits for ever fails here."""
 
 
@@ -108,7 +107,7 @@ def test_what_is_typed_is_passed_on_until_the_run_is_over(typed: Pipe, over: Pip
 
     typing = threading.Thread(target=type_it)
     typing.start()
-    with alarm_after(LONG_S):
+    with alarm_after(HANG_S):
         assert converse(typed.reads, over.reads, Keys(has_escape=False), receive)
     typing.join()
     assert received == b"one, two"
@@ -119,7 +118,7 @@ def test_the_end_of_what_is_typed_is_not_the_runs(typed: Pipe, over: Pipe) -> No
     os.close(typed.writes)
     later = threading.Timer(0.05, os.write, (over.writes, b"."))
     later.start()
-    with alarm_after(LONG_S):
+    with alarm_after(HANG_S):
         assert converse(typed.reads, over.reads, Keys(has_escape=False), len)
     later.join()
 
@@ -137,7 +136,7 @@ def test_a_port_without_room_gets_it_later(typed: Pipe, over: Pipe) -> None:
         return len(taken)
 
     os.write(typed.writes, sent)
-    with alarm_after(LONG_S):
+    with alarm_after(HANG_S):
         assert converse(typed.reads, over.reads, Keys(has_escape=False), receive)
     assert received == sent
 
@@ -152,7 +151,7 @@ def test_the_user_ends_it(typed: Pipe, over: Pipe) -> None:
 
     os.write(typed.writes, b"text\x01x")
     keys = Keys(has_escape=True)
-    with alarm_after(LONG_S):
+    with alarm_after(HANG_S):
         assert not converse(typed.reads, over.reads, keys, receive)
     assert (keys.ended, bytes(received)) == (True, b"text")
 
@@ -161,7 +160,7 @@ def test_a_deadline_ends_it(typed: Pipe, over: Pipe) -> None:
     """Also one that has passed."""
     keys = Keys(has_escape=True)
     for deadline_s in (time.monotonic() + 0.01, time.monotonic() - 1):
-        with alarm_after(LONG_S):
+        with alarm_after(HANG_S):
             assert not converse(typed.reads, over.reads, keys, len, deadline_s)
     assert not keys.ended
 
@@ -174,7 +173,7 @@ def test_a_signal_that_another_thread_took_ends_it(typed: Pipe, over: Pipe) -> N
 
     before = signal.signal(signal.SIGTERM, leave)
     try:
-        with alarm_after(LONG_S), taken_by_another_thread(signal.SIGTERM), pytest.raises(InterruptedError):
+        with alarm_after(HANG_S), taken_by_another_thread(signal.SIGTERM), pytest.raises(InterruptedError):
             converse(typed.reads, over.reads, Keys(has_escape=False), len)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -195,7 +194,7 @@ def test_the_user_stops_it(typed: Pipe, over: Pipe) -> None:
 
     os.write(typed.writes, b"a\x01Zb")
     keys = Keys(has_escape=True)
-    with alarm_after(LONG_S):
+    with alarm_after(HANG_S):
         assert converse(typed.reads, over.reads, keys, receive, stop=stop)
     assert stops == [b"ab", b"abcd"]
     assert not keys.stopped
@@ -205,7 +204,7 @@ def test_sigtstp_stops_it(typed: Pipe, over: Pipe) -> None:
     """Whichever thread took it, and the process goes on until it stops itself; afterwards it is as before."""
     before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
     try:
-        with alarm_after(LONG_S), told_to_stop(), taken_by_another_thread(signal.SIGTSTP):
+        with alarm_after(HANG_S), told_to_stop(), taken_by_another_thread(signal.SIGTSTP):
             assert converse(
                 typed.reads, over.reads, Keys(has_escape=False), len, stop=lambda: os.write(over.writes, b".")
             )

@@ -419,7 +419,7 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
     if child == 0:
         status = 1
         try:
-            signal.alarm(int(HANG_S))  # a wait for ever ends the child, not the test
+            signal.alarm(HANG_S)  # a wait for ever ends the child, not the test
             interface.hypercall(0, HypercallRegisters(1))
             interface.term()
             status = 0 if interface.statistics.hypercalls == 1 else 2

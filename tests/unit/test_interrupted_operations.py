@@ -12,7 +12,8 @@ from pvclock import HostTsc
 from tests.unit.clock_twins import OPERATIONS, Seen, Twin, Undisturbed, paused, restored, runs_on, twin_before
 from tests.unit.clocks import NS_PER_S, guest_ns, guest_tsc
 from tests.unit.fault_points import product
-from tests.unit.schedules import LIMIT_S, At, Place, places_in
+from tests.unit.schedules import At, Place, places_in
+from tests.waiting import HANG_S
 
 VISITS = (pytest.param(1, id="first"), pytest.param(2, id="second", marks=pytest.mark.long))
 """A line is interrupted the first time that it is run, or the second time as well: between two vCPUs, say."""
@@ -35,7 +36,7 @@ def seen_by_another_thread(twin: Twin) -> Seen:
     found: list[Seen] = []
     thread = threading.Thread(target=lambda: found.append(twin.seen()), daemon=True)
     thread.start()
-    thread.join(LIMIT_S)
+    thread.join(HANG_S)
     assert found, "a lock was left taken"
     return found[0]
 

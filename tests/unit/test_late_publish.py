@@ -40,10 +40,11 @@ class LateHost(SimulatedBackend):
 
 
 def off_ns(clock: GuestClock, vcpu: int) -> Fraction:
-    """By how much vCPU's reading is off the timeline, beyond what is promised."""
+    """By how much vCPU's reading is off the timeline, beyond what is promised for a page of its age."""
     reading, page = clock.reading(vcpu), page_of(clock, vcpu)
     host_tsc = HostTsc((reading.tsc - clock.tsc(vcpu).offset) % 2**64)
-    return max(abs(reading.ns - clock.at(host_tsc)) - bound_ns(page, clock.rate, 0), Fraction(0))
+    age_ticks = max(reading.tsc - page.tsc_timestamp, 0)
+    return max(abs(reading.ns - clock.at(host_tsc)) - bound_ns(page, clock.rate, age_ticks), Fraction(0))
 
 
 @pytest.mark.row("E1", "E9", "E11")

@@ -21,7 +21,7 @@ from pvclock.meter.watch.vm import GuestRam, RamRange
 from pvclock.quantities import Gpa
 from tests.unit.known_memory import CONTENT, LENGTH, RUNS
 from tests.unit.known_process import KnownProcess, as_nobody, known_process, needs_last_pid, needs_root, with_pid
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.row("E3")
 
@@ -167,7 +167,7 @@ def test_a_process_that_has_ended_has_no_ram(means: str) -> None:
 @pytest.mark.parametrize("means", MEANS)
 def test_a_process_that_ends_while_its_ram_is_read(means: str) -> None:
     """At whatever moment: that it has ended, and no other error."""
-    with known_process() as known, Process(known.pid) as process, alarm_after(60):
+    with known_process() as known, Process(known.pid) as process, alarm_after(HANG_S):
         reads = reads_of(ram_of(process, known, means))
         known.process.kill()
         with pytest.raises(VmEnded):

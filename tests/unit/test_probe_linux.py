@@ -254,7 +254,7 @@ def test_it_ends_with_its_parent(program: Path) -> None:
         assert parent.stdout is not None
         assert parent.stderr is not None
         tasks = Path(f"/proc/{int(parent.stdout.readline())}/task")
-        with alarm_after(int(HANG_S)):
+        with alarm_after(HANG_S):
             while len(list(tasks.iterdir())) < 2:  # it has no thread before it knows its parent
                 pass
         parent.kill()
@@ -268,7 +268,7 @@ def test_it_ends_with_a_doctor_that_is_killed() -> None:
         [sys.executable, "-m", "pvclock", "doctor", "--guest", f"--seconds={A_DAY_S}"], cwd=ROOT
     ) as doctor:
         children = Path(f"/proc/{doctor.pid}/task/{doctor.pid}/children")
-        with alarm_after(int(HANG_S)):
+        with alarm_after(HANG_S):
             while not (probe := children.read_text(encoding="ascii").split()):
                 pass
             descriptor = os.pidfd_open(int(probe[0]))

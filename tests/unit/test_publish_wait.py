@@ -12,6 +12,7 @@ from pvclock import ClockLine, ClockScale, GuestMemory, GuestNs, HostTsc
 from pvclock._core import TimePages, read_time_info
 from pvclock._counter import SimulatedCounter
 from pvclock._stress import republish_in_turn
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]
 COMPILE = ("cc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'pvclock' / 'include'}")
@@ -34,7 +35,7 @@ def publish_wait(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_the_wait_for_the_break_point_has_a_bound(publish_wait: Path, counter: str, status: int, reads: int) -> None:
     """Whatever the counter does, versions end even with the new line; only a counter that is late is waited for."""
-    done = subprocess.run([publish_wait, counter], check=True, capture_output=True, timeout=60)
+    done = subprocess.run([publish_wait, counter], check=True, capture_output=True, timeout=HANG_S)
     report: dict[str, Any] = json.loads(done.stdout)
     assert report == {
         "status": status,

@@ -201,6 +201,23 @@ def test_events_come_before_the_answer_and_to_nobody_else(server: QmpServer, pat
     server.emit("STOP")
 
 
+@pytest.mark.usefixtures("server")
+def test_a_client_that_does_not_wait_for_the_greeting(path: Path) -> None:
+    """It hears of the events of the very first commands, too."""
+    first = Client(path)
+    first.read()
+    for _ in range(5):
+        with first:
+            second = Client(path)
+            second.socket.sendall(NEGOTIATE + b'{"execute":"emit"}')  # there before it is its turn
+        told = [second.read()]
+        while told[-1] != {"return": "paused"}:
+            told.append(second.read())
+        assert [each["event"] for each in told if "event" in each] == ["STOP", "RESET"]
+        first = second
+    first.__exit__(None, None, None)
+
+
 def test_a_client_that_reads_no_events_is_hung_up_on(server: QmpServer, path: Path) -> None:
     """And the next one is served."""
     with Client(path) as deaf:

@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable
 from fractions import Fraction
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Final
 
 import pytest
@@ -397,9 +397,10 @@ def test_the_counter_never_goes_back_while_the_rate_changes() -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    for step in range(2000):
+    for step in count():
+        if step >= 2000 and len(readings) > 100:
+            break
         clock.dilate(1 + step % 3)
     is_over.set()
     reader.join()
-    assert len(readings) > 100
     assert all(earlier <= later for earlier, later in pairwise(readings))

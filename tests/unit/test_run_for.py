@@ -13,10 +13,10 @@ from pvclock import GuestClock, GuestMemory, HostTsc, RangeError, SimulatedBacke
 from pvclock.readings import RunReport
 from pvclock.timekeeping.events import EventKind
 from tests.unit.clocks import NS_PER_S, PAGES, SYSTEM_TIME, a_clock, guest_ns, shown
+from tests.waiting import HANG_S
 
 HZ: Final = 2_600_000_000
 YEAR_NS: Final = 365 * 86400 * NS_PER_S
-LIMIT_S: Final = 60
 
 
 class Interrupted(SimulatedBackend):
@@ -28,7 +28,7 @@ class Interrupted(SimulatedBackend):
         """See Backend."""
         thread = threading.Thread(target=self.meanwhile)
         thread.start()
-        thread.join(LIMIT_S)
+        thread.join(HANG_S)
         assert not thread.is_alive()
         super().run_until(tsc)
 
@@ -204,7 +204,7 @@ def test_who_is_second_meets_a_running_clock_or_a_run_under_way() -> None:
     clock.run_for(1000)
     clock.memory.on_dirty = None
     for thread in threads:
-        thread.join(LIMIT_S)
+        thread.join(HANG_S)
         assert not thread.is_alive()
     assert seen
     assert set(seen) <= {

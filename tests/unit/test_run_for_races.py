@@ -10,7 +10,8 @@ import pytest
 from pvclock import GuestClock, SimulatedBackend, StateError
 from tests.unit.clocks import a_clock
 from tests.unit.fault_points import CHANGES_OF_TIME, EXECUTION_TIME
-from tests.unit.schedules import LIMIT_S, At, places_in
+from tests.unit.schedules import At, places_in
+from tests.waiting import HANG_S
 
 HZ = 10**9
 RUN_NS = 1000
@@ -36,7 +37,7 @@ class Race:
         """Let the other one operate: to its end, unless the thread that stands still holds the clock's lock."""
         self._thread.start()
         if not self._lock._is_owned():  # type: ignore[attr-defined]  # as threading.Condition asks
-            self._thread.join(LIMIT_S)
+            self._thread.join(HANG_S)
 
     def attempt(self, name: str) -> None:
         """One operation; that it comes at a bad time is an answer."""
@@ -49,7 +50,7 @@ class Race:
 
     def check(self, second: str) -> None:
         """What ran has run to its end, and the clock can be run again."""
-        self._thread.join(LIMIT_S)
+        self._thread.join(HANG_S)
         assert not self._thread.is_alive()
         runs = self.outcomes.count("run_for")
         assert len(self.outcomes) == 2

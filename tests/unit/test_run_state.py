@@ -11,12 +11,12 @@ import pytest
 
 from pvclock import StateError, WrongType
 from pvclock.machine import RunState, RunStates
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.row("E9")
 
 PRELAUNCH, RUNNING, PAUSED = RunState.PRELAUNCH, RunState.RUNNING, RunState.PAUSED
 SHUTDOWN, GUEST_PANICKED, INTERNAL_ERROR = RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.INTERNAL_ERROR
-LIMIT_S = 20.0
 
 WAYS: dict[RunState, tuple[RunState, ...]] = {
     PRELAUNCH: (),
@@ -122,7 +122,7 @@ def test_a_handler_may_wait_for_a_thread_that_changes_the_state() -> None:
         if now is RUNNING:
             thread = threading.Thread(target=go, args=(states, SHUTDOWN))
             thread.start()
-            thread.join(LIMIT_S)
+            thread.join(HANG_S)
             assert not thread.is_alive()
 
     states.add_handler(handler)
@@ -163,7 +163,7 @@ def test_vcpus_are_kept_out_until_running_is_told() -> None:
         if now is PAUSED:
             thread = threading.Thread(target=states.update, args=(lambda: RUNNING, keep_out))
             thread.start()
-            thread.join(LIMIT_S)
+            thread.join(HANG_S)
             log.append("returned")
 
     states.add_handler(handler)

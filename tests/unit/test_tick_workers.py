@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pvclock.clock.tick_workers import Workers
-from tests.unit.schedules import LIMIT_S
+from tests.waiting import HANG_S
 
 
 @pytest.mark.row("E11", "E9")
@@ -20,19 +20,19 @@ def test_a_round_that_was_cut_short_is_not_in_the_way_of_the_next() -> None:
     def work(item: int) -> None:
         if item == 1:
             entered.set()
-            assert hold.wait(LIMIT_S)
+            assert hold.wait(HANG_S)
         done.put(item)
 
     workers = Workers(work)
     workers.begin()
     workers.hand_out([1, 2])
-    assert entered.wait(LIMIT_S)
+    assert entered.wait(HANG_S)
     left = workers.dismiss()
     workers.begin()
     workers.hand_out([1, 3])
-    assert done.get(timeout=LIMIT_S) == 3
+    assert done.get(timeout=HANG_S) == 3
     left |= workers.dismiss()
     hold.set()
-    assert workers.wait(left, time.monotonic() + LIMIT_S) == ()
-    assert done.get(timeout=LIMIT_S) == 1
+    assert workers.wait(left, time.monotonic() + HANG_S) == ()
+    assert done.get(timeout=HANG_S) == 1
     assert done.empty()

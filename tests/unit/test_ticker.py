@@ -24,10 +24,10 @@ from pvclock.clock.ticker import Ticker
 from pvclock.host.watch import HostWatch, Trouble, TroubleKind
 from pvclock.threads import WakeUp
 from pvclock.timekeeping.events import EventKind
+from tests.waiting import HANG_S
 
 SYSTEM_TIME = 0x4B564D01
 HZ = 2_596_132_000
-LIMIT_S = 30
 
 
 def a_clock() -> GuestClock:
@@ -48,7 +48,7 @@ def a_host_clock() -> GuestClock:
 
 def wait_for(condition: Callable[[], bool]) -> None:
     """Return once it holds."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -91,13 +91,12 @@ def test_it_follows_this_hosts_clock() -> None:
     clock.write_msr(0, SYSTEM_TIME, 0x2001)
     with Ticker(clock, interval_s=0.05):
         wait_for(lambda: clock.steering is not None and clock.steering.state == "locked")
-        begin, guest_ns = backend.sample(Reference.RAW), clock.read(0)
+        begin, guest_ns, begun = backend.sample(Reference.RAW), clock.read(0), backend.sample(Reference.RAW)
         time.sleep(1)
-        end, guest_end_ns = backend.sample(Reference.RAW), clock.read(0)
-    assert clock.steering is not None
-    assert abs(clock.steering.error_ns) < 10_000
-    # Readings are some us after their samples.
-    assert abs((guest_end_ns - guest_ns) - (end.ns - begin.ns)) < 200_000
+        end, guest_end_ns, ended = backend.sample(Reference.RAW), clock.read(0), backend.sample(Reference.RAW)
+        wait_for(lambda: clock.steering is not None and abs(clock.steering.error_ns) < 10_000)
+    least_ns, most_ns = end.ns - begun.ns, ended.ns - begin.ns  # each reading is between its samples
+    assert least_ns - 200_000 < guest_end_ns - guest_ns < most_ns + 200_000
 
 
 @pytest.mark.row("E11", "E13")
@@ -110,7 +109,7 @@ def test_one_clocks_error_is_not_anothers() -> None:
     bad, good = a_clock(), a_clock()
     bad.follow(broken)
     with Ticker(bad, good, interval_s=0.005, watch_host=False) as ticker:
-        wait_for(lambda: version(good) > 60)
+        wait_for(lambda: version(good) > 60 and len(ticker.failures) == 16)
     assert len(ticker.failures) == 16
     assert {(failure.clock, str(failure.error)) for failure in ticker.failures} == {(bad, "the source is gone")}
 
@@ -189,20 +188,20 @@ def test_stop_beside_start() -> None:
 
     def slow() -> Sample:
         entered.set()
-        hold.wait(LIMIT_S)
+        hold.wait(HANG_S)
         return Sample(HostTsc(1), 1, 1.0)
 
     clock = a_clock()
     clock.follow(slow)
     ticker = Ticker(clock, interval_s=0.01, watch_host=False)
     ticker.start()
-    assert entered.wait(LIMIT_S)
+    assert entered.wait(HANG_S)
     stopping = threading.Thread(target=ticker.stop)
     stopping.start()
     wait_for(lambda: ticker._schedule is None)
     ticker.start()
     hold.set()
-    stopping.join(LIMIT_S)
+    stopping.join(HANG_S)
     assert not stopping.is_alive()
     assert len([thread for thread in threading.enumerate() if thread.name == "pvclock-ticker"]) == 1
     ticker.stop()
@@ -225,7 +224,7 @@ class PlayedTime:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Tell the test, and wait for it."""
         self._waits.put(timeout_s)
-        return self._wake_up.wait(LIMIT_S)
+        return self._wake_up.wait(HANG_S)
 
     def call(self) -> None:
         """See WakeUp."""
@@ -236,7 +235,7 @@ class PlayedTime:
         if passed_s is not None:
             self.now_s += passed_s
             self.call()
-        wait_s = self._waits.get(timeout=LIMIT_S)
+        wait_s = self._waits.get(timeout=HANG_S)
         assert wait_s is not None
         return wait_s
 

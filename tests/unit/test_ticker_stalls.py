@@ -18,11 +18,21 @@ from pvclock.clock.ticker import Ticker
 from pvclock.host.watch import HostWatch, Trouble, TroubleKind
 from pvclock.timekeeping.events import EventKind
 from tests.unit.fault_points import TICKER
-from tests.unit.schedules import LIMIT_S, Lines, end_of, threads_named
+from tests.unit.schedules import Lines, end_of, threads_named
+from tests.waiting import HANG_S, wait_until
 
 SYSTEM_TIME = 0x4B564D01
 INTERVAL_S = 0.005
 NAMES = ("pvclock-ticker", "pvclock-tick")
+
+
+def wait_until_stuck_alone(ticker: Ticker, *clocks: GuestClock) -> None:
+    """Return once these are stuck and no other is, with a thread for each of them, one for the rest and the schedule's.
+
+    Where the machine has no CPU for 50 ms, a tick that would return is taken for stuck meanwhile.
+    """
+    wait_until(lambda: set(ticker.stuck) == set(clocks))
+    wait_until(lambda: [len(threads_named(name)) for name in NAMES] == [1, len(clocks) + 1])
 
 
 def ticker_threads() -> set[threading.Thread]:
@@ -71,7 +81,7 @@ class Counted:
             self.at_once += 1
             assert self.at_once == 1
             self.entered.set()
-            assert self.hold.wait(LIMIT_S)
+            assert self.hold.wait(HANG_S)
             self.at_once -= 1
 
     def block(self) -> None:
@@ -88,7 +98,7 @@ class Counted:
         while self._ticked.acquire(blocking=False):
             pass
         for _ in range(ticks):
-            assert self._ticked.acquire(timeout=LIMIT_S)
+            assert self._ticked.acquire(timeout=HANG_S)
 
 
 @pytest.mark.row("E11", "E13")
@@ -99,11 +109,10 @@ def test_a_clock_that_blocks_holds_up_no_other(where: str) -> None:
     with Ticker(blocked.clock, other.clock, interval_s=INTERVAL_S, watch_host=False) as ticker:
         blocked.wait_for_ticks(2)
         blocked.block()
-        assert blocked.entered.wait(LIMIT_S)
+        assert blocked.entered.wait(HANG_S)
         other.wait_for_ticks(20)
-        assert set(ticker.stuck) == {blocked.clock}
+        wait_until_stuck_alone(ticker, blocked.clock)
         assert blocked.at_once == 1
-        assert len(threads_named("pvclock-tick")) == 2
         blocked.let_go()
         blocked.wait_for_ticks(5)
         other.wait_for_ticks(5)
@@ -119,11 +128,9 @@ def test_threads_are_bounded_by_the_clocks_that_are_stuck() -> None:
         each.block()
     with Ticker(*(each.clock for each in blocked), other.clock, interval_s=INTERVAL_S, watch_host=False) as ticker:
         for each in blocked:
-            assert each.entered.wait(LIMIT_S)
+            assert each.entered.wait(HANG_S)
         other.wait_for_ticks(20)
-        assert set(ticker.stuck) == {each.clock for each in blocked}
-        assert len(threads_named("pvclock-tick")) == 6
-        assert len(threads_named("pvclock-ticker")) == 1
+        wait_until_stuck_alone(ticker, *(each.clock for each in blocked))
         for each in blocked:
             each.let_go()
         for each in blocked:
@@ -138,22 +145,28 @@ def test_stop_names_the_clock_that_is_stuck() -> None:
     ticker = Ticker(blocked.clock, other.clock, interval_s=INTERVAL_S, watch_host=False)
     ticker.start()
     blocked.block()
-    assert blocked.entered.wait(LIMIT_S)
+    assert blocked.entered.wait(HANG_S)
     other.wait_for_ticks(20)
-    for _ in range(2):
-        with pytest.raises(StateError, match=f"stop: the tick of {blocked.clock} has not ended after 0.01 s") as found:
-            ticker.stop(timeout_s=0.01)
-        assert str(other.clock) not in str(found.value)
-    assert len(ticker_threads()) == 1
+    complaint = f"stop: the tick of {blocked.clock} has not ended after 0.01 s; "
+    wait_until(lambda: told_at_stop(ticker).startswith(complaint))  # the other's may need longer than that, once
+    assert told_at_stop(ticker).startswith(complaint)
+    wait_until(lambda: len(ticker_threads()) == 1)
     ticker.start()
     other.wait_for_ticks(20)
     assert blocked.at_once == 1
     blocked.let_go()
     blocked.wait_for_ticks(3)
-    ticker.stop()
+    ticker.stop(HANG_S)
     ticks = blocked.ticks, other.ticks
     assert ticker_threads() == set()
     assert (blocked.ticks, other.ticks) == ticks
+
+
+def told_at_stop(ticker: Ticker) -> str:
+    """What stop() complains of."""
+    with pytest.raises(StateError) as found:
+        ticker.stop(timeout_s=0.01)
+    return str(found.value)
 
 
 @pytest.mark.row("E13")
@@ -173,7 +186,7 @@ def test_a_stuck_clock_may_be_removed_and_added() -> None:
     blocked, other = Counted(), Counted()
     blocked.block()
     with Ticker(blocked.clock, other.clock, interval_s=INTERVAL_S, watch_host=False) as ticker:
-        assert blocked.entered.wait(LIMIT_S)
+        assert blocked.entered.wait(HANG_S)
         ticker.remove(blocked.clock)
         ticker.add(blocked.clock)
         ticker.add(blocked.clock)
@@ -182,7 +195,8 @@ def test_a_stuck_clock_may_be_removed_and_added() -> None:
         ticker.remove(blocked.clock)
         blocked.let_go()
         other.wait_for_ticks(20)
-        assert (blocked.ticks, ticker.stuck) == (1, ())
+        wait_until(lambda: not ticker.stuck)
+        assert blocked.ticks == 1
 
 
 @pytest.mark.row("E11", "E13")
@@ -199,7 +213,7 @@ def test_a_tick_may_stop_its_ticker() -> None:
     clock.follow(source)
     ticker = Ticker(clock, interval_s=INTERVAL_S, watch_host=False)
     ticker.start()
-    assert stopped.wait(LIMIT_S)
+    assert stopped.wait(HANG_S)
     ticker.stop()
     assert ticker.failures == ()
 
@@ -230,7 +244,7 @@ def test_trouble_reaches_stuck_clocks_later_and_others_at_once(monkeypatch: pyte
         each.clock.follow(each.source)
     with Ticker(blocked.clock, other.clock, interval_s=INTERVAL_S) as ticker:
         blocked.block()
-        assert blocked.entered.wait(LIMIT_S)
+        assert blocked.entered.wait(HANG_S)
         other.wait_for_ticks(20)
         TroubledWatch.failing.set()
         other.wait_for_ticks(20)
@@ -295,7 +309,7 @@ def test_a_thread_that_is_needed_is_tried_again(monkeypatch: pytest.MonkeyPatch)
     blocked.block()
     with Ticker(blocked.clock, other.clock, interval_s=INTERVAL_S, watch_host=False) as ticker:
         for _ in range(3):
-            assert limit.refused.acquire(timeout=LIMIT_S)
+            assert limit.refused.acquire(timeout=HANG_S)
         assert other.ticks == 0
         limit.more = 1
         other.wait_for_ticks(5)
@@ -354,7 +368,7 @@ def test_a_forked_childs_ticker_is_stopped() -> None:
             lock.acquire()
         child = os.fork()
         if child == 0:
-            signal.alarm(LIMIT_S)  # a lock that is never let go ends the child, not the test
+            signal.alarm(HANG_S)  # a lock that is never let go ends the child, not the test
             status = 1
             try:
                 ticker.stop()

@@ -249,6 +249,25 @@ def test_a_slew_takes_the_time_that_it_must(target_ns: int, interval_ns: int) ->
 
 @pytest.mark.row("E2", "P-14")
 @pytest.mark.parametrize("sign", [1, -1])
+def test_a_slew_that_a_ticker_ends_does_not_swing(sign: int) -> None:
+    """Ticks that come each second, and some us early or late, end it in due time and beyond its target by no more."""
+    clock, backend, _ = a_clock(2_596_132_000)
+    target_ns, off_ns = sign * 3 * 10**8, 50_000
+    clock.slew(target_ns, 50_000)
+    begin, furthest_ns = backend.ref_ns, Fraction(0)
+    for early_ns in (-off_ns, off_ns, 0, off_ns, -off_ns) * 4:
+        backend.advance(ns=NS_PER_S + early_ns)
+        furthest_ns = max(furthest_ns, -sign * clock.skew_ns)
+        clock.refresh()
+        if not clock.skew_ns:
+            break
+    assert clock.skew_ns == 0
+    assert backend.ref_ns - begin <= abs(target_ns) * 20 + 4 * STRETCH_S * NS_PER_S
+    assert furthest_ns <= 3 * off_ns * 50_000 / 10**6
+
+
+@pytest.mark.row("E2", "P-14")
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dilation", [1, 10])
 def test_a_guest_is_skewed_by_a_tenth_of_each_interval_at_most(sign: int, dilation: int) -> None:
     """By its own page it reads on within 10 % of what passed, whether long or short, until it has gained all of it."""

@@ -38,7 +38,9 @@ def test_a_slews_last_stretch_ends_where_it_was_to_after_a_renumbering(begin: in
     slow = Fraction(100, 10**9)  # by less than was planned, so that a new plan is another
     timeline.begin_segment(HostTsc(begin), RateTerms(slew=slow))
     timeline.rebase(HostTsc((begin + 10**9) % 2**64), HostTsc(after))
-    assert timeline.plan(HostTsc((after + 10**9 - 1) % 2**64)) == slow
+    assert timeline.copy().plan(HostTsc((after + 5 * 10**8) % 2**64)) != slow  # 1.5 s after the last plan, 0.5 s early
+    for halvings in range(30):  # a plan each time half of what was left has passed, to the last tick
+        assert timeline.plan(HostTsc((after + 10**9 - (8 * 10**8 >> halvings)) % 2**64)) == slow
     assert timeline.skew_at(HostTsc((after + 10**9) % 2**64)) == 800
     assert timeline.plan(HostTsc((after + 10**9) % 2**64)) == Fraction(400, 10**9)
 
@@ -54,6 +56,18 @@ def test_a_skew_that_takes_a_stretch_at_full_speed_is_slewed_evenly(sign: int) -
     assert timeline.plan(HostTsc(10**9)) == slew
     assert timeline.skew_at(HostTsc(2 * 10**9)) == 0
     assert timeline.plan(HostTsc(2 * 10**9)) == 0
+
+
+@pytest.mark.row("E2")
+@pytest.mark.parametrize(("early", "is_kept"), [(1, False), (499_999_999, False), (500_000_001, True)])
+def test_a_stretch_ends_at_the_plan_that_is_nearest_to_its_end(early: int, is_kept: bool) -> None:
+    """Plans come 1 s apart: one that is somewhat early for the end is for it, or the next one would be far too late."""
+    timeline, slew = Timeline(HostTsc(0), GHZ), Fraction(500, 10**6)
+    timeline.slew(HostTsc(0), Fraction(10**6), Slew(500))
+    timeline.begin_segment(HostTsc(0), RateTerms(slew=timeline.plan(HostTsc(0))))
+    end = 2 * 10**9
+    assert timeline.plan(HostTsc(end - early - 10**9)) == slew
+    assert (timeline.plan(HostTsc(end - early)) == slew) == is_kept
 
 
 @pytest.mark.row("E2", "E12")

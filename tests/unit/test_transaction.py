@@ -99,7 +99,7 @@ def test_one_thread_at_a_time() -> None:
     thread = threading.Thread(target=second)
     with clock.transaction:
         thread.start()
-        assert begun.wait(60)
+        assert begun.wait(HANG_S)
         clock.memory.write(0x100, b"a")
         clock.heard.append("first")
     thread.join()
@@ -397,7 +397,7 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
         if child == 0:
             status = 1
             try:
-                signal.alarm(int(HANG_S))  # a wait for ever ends the child, not the test
+                signal.alarm(HANG_S)  # a wait for ever ends the child, not the test
                 clock.memory.on_dirty = lambda gpa, _length: clock.heard.append(gpa)
                 change()
                 with clock.transaction.lock:
@@ -419,7 +419,7 @@ def test_a_child_that_is_forked_within_a_transaction_ends_it() -> None:
         clock.memory.write(0x100, b"a")
         child = os.fork()
         if child == 0:
-            signal.alarm(int(HANG_S))
+            signal.alarm(HANG_S)
     if child == 0:
         os._exit(0 if clock.heard == [("0x100", True), ("after", False)] else 2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

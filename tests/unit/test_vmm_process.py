@@ -18,7 +18,7 @@ from pvclock.host.process import Mapping, Process
 from pvclock.host.vmm_process import open_vmm
 from tests.kvm.leaks import open_descriptors
 from tests.unit.known_process import as_nobody, needs_last_pid, needs_root, with_pid
-from tests.waiting import alarm_after
+from tests.waiting import HANG_S, alarm_after
 
 pytestmark = pytest.mark.row("E3")
 
@@ -148,7 +148,7 @@ def test_a_process_that_ends_while_it_is_looked_at(
 ) -> None:
     """At whatever moment: that it has ended, and no other error; and nothing stays open."""
     before = open_descriptors()
-    with Process(other.pid) as process, alarm_after(60):
+    with Process(other.pid) as process, alarm_after(HANG_S):
         killer = threading.Timer(0.01, other.kill)
         killer.start()
         with pytest.raises(VmEnded):

@@ -63,10 +63,10 @@ def test_one_that_another_thread_took_ends_a_wait() -> None:
     seen: list[object] = []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(None))
     try:
-        with Interrupts() as interrupts, alarm_after(int(HANG_S)), taken_by_another_thread(signal.SIGUSR1):
+        with Interrupts() as interrupts, alarm_after(HANG_S), taken_by_another_thread(signal.SIGUSR1):
             while not seen:
                 assert not interrupts.wait(0.1)
-        with Interrupts() as interrupts, alarm_after(int(HANG_S)), taken_by_another_thread(signal.SIGTERM):
+        with Interrupts() as interrupts, alarm_after(HANG_S), taken_by_another_thread(signal.SIGTERM):
             assert interrupts.wait(2 * HANG_S)
     finally:
         signal.signal(signal.SIGUSR1, before)
