@@ -16,7 +16,8 @@ import pytest
 from pvclock.commands.run_time import GUEST_OPTIONS
 from pvclock.lab.kernel import Kernel
 from tests.command_line import ROOT, command
-from tests.kvm.stock_linux import BOOT_LIMIT_S, CMDLINE, COMPLAINTS, StockLinux
+from tests.kvm.guest_shell import BOOT_LIMIT_S
+from tests.kvm.stock_linux import CMDLINE, COMPLAINTS, StockLinux
 
 pytest_plugins = ("pytester",)
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]

@@ -16,7 +16,8 @@ from pvclock.machine.time_travel import Arrival
 from pvclock.timekeeping.travel import WakeKind
 from tests import oracle
 from tests.kvm.guest_clocks import ROUNDING_NS, ClockSampler, Offsets, Span, common
-from tests.kvm.stock_linux import BOOT_LIMIT_S, COMPLAINTS, StockLinux
+from tests.kvm.guest_shell import BOOT_LIMIT_S
+from tests.kvm.stock_linux import COMPLAINTS, StockLinux
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
 
