@@ -223,11 +223,14 @@ class Timekeeper:
         undo: Callable[[], object],
         events: Callable[[], tuple[Event, ...]],
         vcpu: int | None = None,
+        *,
+        tsc_only: bool = False,
     ) -> None:
         """Apply begin(), which changes something other than time, publish, and record events(); undo() on failure.
 
         events: called as a Change is, past the point where anything can fail.  vcpu: as republish().  While paused
-        nothing is published.
+        nothing is published.  tsc_only: begin() moves the TSC of `vcpu` alone: if nothing but its page follows from
+        that, that page alone changes, and the line stays.
         """
         again = not self.is_paused and not self._tsc_is_good(vcpu)
 
@@ -238,10 +241,18 @@ class Timekeeper:
 
             if self.is_paused:
                 commit(partial(self.pages.write_own_pages, self._flags), change, self.take, self.events)
+            elif tsc_only and vcpu is not None and self.keeps_line(vcpu):
+                self.commit(partial(self.pages.follow_tsc, vcpu), change)
             else:
                 self._publish(change, self.state, vcpu=vcpu, again=again)
 
         attempt(begin, undo, publish)
+
+    def keeps_line(self, vcpu: int) -> bool:
+        """Can vCPU's page alone follow its TSC: does nothing else depend on that, and is no other flag due?"""
+        if not self.backend.counter_follows_host or self._flags != self._shown_flags:
+            return False
+        return not self.pages.lacks_flags(vcpu) and self.pages.shows_line_alone(vcpu)
 
     def with_vcpus_out(self, vcpu: int | None, operation: Callable[[], T]) -> T:
         """Call `operation` with all vCPUs out of the guest, so that its publishes write all vCPUs' flags.

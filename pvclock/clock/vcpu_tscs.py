@@ -247,7 +247,11 @@ class VcpuTscs:
             return tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
 
         change = OffsetChange(keeper, self, before, wanted)
-        keeper.with_vcpus_out(out_of_guest, partial(keeper.publish_with, change.apply_all, change.undo, events))
+        publish = partial(keeper.publish_with, change.apply_all, change.undo, events, out_of_guest)
+        if out_of_guest is None:
+            keeper.with_vcpus_out(None, publish)
+        else:
+            publish(tsc_only=True)  # that vCPU is out, and the others' pages do not depend on its TSC
 
     def _refuse(
         self, refused: TscOffsetNotHonoured, cause: EventCause, stamps: HostStamps, on_commit: Callable[[], object]
