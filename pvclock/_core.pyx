@@ -363,6 +363,14 @@ cdef class TimePages:
         self._look_up_later()
         self.show_by_tsc(vcpu)
 
+    cdef bint would_agree(self, int vcpu, uint64_t offset) noexcept:
+        """Would all TSCs, of several vCPUs, have one offset, if vCPU's were that?"""
+        cdef int other
+        for other in range(self.vcpus):
+            if other != vcpu and self._wanted[other].tsc_offset != offset:
+                return False
+        return self.vcpus > 1
+
     cdef void show_by_tsc(self, int vcpu) noexcept:
         """See follow_tsc()."""
         cdef int i

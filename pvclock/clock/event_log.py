@@ -114,6 +114,12 @@ class EventStore:
                 return event._replace(sequence=0)
             return self._append(event)
 
+    def suppress(self, raw_ns: int) -> bool:
+        """See EventLog."""
+        with self._lock:
+            self._budget.fill(raw_ns)
+            return not self._budget.left and not self._budget.take()
+
     def above(self, number: int) -> tuple[tuple[Event, ...], int]:
         """The events numbered above `number`, in order, and how many such have been dropped."""
         with self._lock:
@@ -203,6 +209,13 @@ class EventLog:
         Subscribers get it at the next deliver(), which a caller may leave until it has released its locks.
         """
         return self._store.add(instance("event", event, Event))
+
+    def suppress(self, raw_ns: int) -> bool:
+        """Count an event of the guest's at raw_ns (CLOCK_MONOTONIC_RAW) that is beyond its budget, and need not be made.
+
+        False, with nothing counted, if it is to be recorded.
+        """
+        return self._store.suppress(raw_ns)
 
     def deliver(self) -> None:
         """Let the log's thread deliver what has been recorded so far; returns at once, and never raises.

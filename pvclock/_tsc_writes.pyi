@@ -1,0 +1,34 @@
+from collections.abc import Callable
+from typing import Any, Protocol, Self, final
+
+from pvclock._core import TimePages
+from pvclock._transaction import Transaction
+
+class _Usual(Protocol):
+    def look(self) -> tuple[int, int, int] | None: ...
+    def tsc(self, vcpu: int, /) -> Any: ...  # noqa: ANN401  # a VcpuTsc, which is of a layer above
+    def change(self, vcpu: int, before: int, after: int, tsc: int, /) -> tuple[None, tuple[object, ...]]: ...
+
+class _Log(Protocol):
+    @property
+    def last(self) -> int: ...
+    def suppress(self, raw_ns: int, /) -> bool: ...
+    def record(self, event: Any, /) -> object: ...  # noqa: ANN401  # a log's own event
+    def read(self, since: int, /) -> Any: ...  # noqa: ANN401  # a log's own batch
+    def deliver(self) -> None: ...
+
+@final
+class TscWrites:
+    def __new__(
+        cls,
+        changing: Transaction,
+        pages: TimePages,
+        usual: _Usual,
+        events: _Log,
+        set_offset: Callable[[int, int], object],
+        tsc_hz: int,
+        has_adjust: bool,
+    ) -> Self: ...
+    def serve(self, vcpu: int, index: int, value: int) -> bool: ...
+
+def nothing(_: object) -> None: ...
