@@ -113,9 +113,6 @@ cdef class TimePages:
     cdef pvclock_line _line
 
     cdef int _vcpu(self, object vcpu) except -1
-    cdef void move_tsc(self, int vcpu, uint64_t offset) noexcept
-    cdef bint would_agree(self, int vcpu, uint64_t offset) noexcept
-    cdef void show_by_tsc(self, int vcpu) noexcept
     cdef void _look_up_later(self) noexcept
     cdef void _look_up(self) noexcept
     cdef int _prepare(self, ClockScale scale, uint8_t flags, object out_of_guest) except -1

@@ -26,9 +26,8 @@ from pvclock._math cimport pvclock_line, pvclock_scale_delta
 from pvclock._memory cimport GuestMemory, as_u64, as_whole, shortened
 from pvclock._publish cimport (
     pvclock_anchor, pvclock_anchor_move, pvclock_anchor_params_of, pvclock_anchor_read,
-    pvclock_counter_read, pvclock_own_page, pvclock_own_pages_write_now, pvclock_page_follow_tsc,
-    pvclock_page_kind_own_line, pvclock_page_kind_pvclock, pvclock_page_set, pvclock_publish_at, pvclock_read,
-    pvclock_reading, pvclock_target
+    pvclock_counter_read, pvclock_own_page, pvclock_own_pages_write_now, pvclock_page_kind_own_line,
+    pvclock_page_kind_pvclock, pvclock_page_set, pvclock_publish_at, pvclock_read, pvclock_reading, pvclock_target
 )
 from pvclock._scale cimport ClockScale
 
@@ -330,56 +329,8 @@ cdef class TimePages:
     def set_tsc_offset(self, vcpu: int, offset: int) -> None:
         """vCPU's guest TSC is the host's plus `offset` (ticks modulo 2^64), from the next publish on."""
         cdef int index = self._vcpu(vcpu)
-        cdef uint64_t ticks = as_u64(offset, "offset")
-        if ticks != self._wanted[index].tsc_offset:
-            self._wanted[index].tsc_offset = ticks
-            self._look_up_later()
-
-    def shows_line_alone(self, vcpu: int) -> bool:
-        """Is vCPU's page, if it has one, all that depends on its TSC, and does it show the line published last?"""
-        cdef int index = self._vcpu(vcpu)
-        cdef Wanted *wanted = &self._wanted[index]
-        cdef Shown *shown = &self._shown[index]
-        if self._generation != self.memory.generation:
-            self._look_up()
-        if self._stands or self._own.count or self.reference.is_served or not self.was_published:
-            return False
-        return not wanted.registered or (shown.published and shown.flagged and shown.gpa == wanted.gpa)
-
-    def follow_tsc(self, vcpu: int) -> int:
-        """Have vCPU's page show the line published last by its present TSC offset; returns the host TSC now.
-
-        All else stays as it is.  For a vCPU that is out of the guest, and for which shows_line_alone().
-        """
-        cdef int index = self._vcpu(vcpu)
-        self.show_by_tsc(index)
-        if self._wanted[index].registered:
-            self.memory.mark_dirty(self._wanted[index].gpa, TIME_INFO_BYTES)
-        return pvclock_counter_read(&self.counter.c)
-
-    cdef void move_tsc(self, int vcpu, uint64_t offset) noexcept:
-        """set_tsc_offset(), and as follow_tsc(); on_dirty is not told."""
-        self._wanted[vcpu].tsc_offset = offset
+        self._wanted[index].tsc_offset = as_u64(offset, "offset")
         self._look_up_later()
-        self.show_by_tsc(vcpu)
-
-    cdef bint would_agree(self, int vcpu, uint64_t offset) noexcept:
-        """Would all TSCs, of several vCPUs, have one offset, if vCPU's were that?"""
-        cdef int other
-        for other in range(self.vcpus):
-            if other != vcpu and self._wanted[other].tsc_offset != offset:
-                return False
-        return self.vcpus > 1
-
-    cdef void show_by_tsc(self, int vcpu) noexcept:
-        """See follow_tsc()."""
-        cdef int i
-        if self._generation != self.memory.generation:
-            self._look_up()
-        for i in range(self._count):
-            if self._target_vcpu[i] == vcpu:
-                pvclock_page_follow_tsc(&self._targets[i], &self._anchor)
-        self._shown[vcpu].tsc_offset = self._wanted[vcpu].tsc_offset
 
     cdef void _look_up_later(self) noexcept:
         self._changed = True

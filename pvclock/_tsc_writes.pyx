@@ -1,4 +1,4 @@
-"""A guest's writes of IA32_TSC and IA32_TSC_ADJUST, the usual ones, in compiled code.
+"""The page of a vCPU whose TSC moves, and a guest's usual writes of IA32_TSC and IA32_TSC_ADJUST in compiled code.
 
 A write is a usual one if the TSC of its vCPU, and the page that follows that, are all that changes by it.  All others
 are for the path in Python, which gives usual ones the same results, at twenty times the cost.
@@ -7,8 +7,9 @@ are for the path in Python, which gives usual ones the same results, at twenty t
 cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from pvclock._core cimport TimePages
-from pvclock._publish cimport pvclock_counter_read
+from pvclock._abi cimport pvclock_vcpu_time_info
+from pvclock._core cimport Shown, TimePages, Wanted
+from pvclock._publish cimport pvclock_counter_read, pvclock_page_follow_tsc
 from pvclock._transaction cimport Transaction, to_the_end
 
 from functools import partial
@@ -20,6 +21,55 @@ cdef enum:
     MSR_IA32_TSC_ADJUST = 0x3B
 
 cdef uint64_t NS_PER_S = 1_000_000_000
+
+
+def shows_line_alone(TimePages pages not None, vcpu: int) -> bool:
+    """Is vCPU's page, if it has one, all that follows its TSC, and does it show the line published last?"""
+    cdef int index = pages._vcpu(vcpu)
+    cdef Wanted *wanted = &pages._wanted[index]
+    cdef Shown *shown = &pages._shown[index]
+    if pages._generation != pages.memory.generation:
+        pages._look_up()
+    if pages._stands or pages._own.count or pages.reference.is_served or not pages.was_published:
+        return False
+    return not wanted.registered or (shown.published and shown.flagged and shown.gpa == wanted.gpa)
+
+
+def follow_tsc(TimePages pages not None, vcpu: int) -> int:
+    """Have vCPU's page show the line published last by the TSC offset that it has now; returns the host TSC.
+
+    All else stays as it is.  For a vCPU that is out of the guest, and for which shows_line_alone().
+    """
+    cdef int index = pages._vcpu(vcpu)
+    show_by_tsc(pages, index)
+    if pages._wanted[index].registered:
+        pages.memory.mark_dirty(pages._wanted[index].gpa, sizeof(pvclock_vcpu_time_info))
+    return pvclock_counter_read(&pages.counter.c)
+
+
+cdef void show_by_tsc(TimePages pages, int vcpu) noexcept:
+    cdef int i
+    if pages._generation != pages.memory.generation:
+        pages._look_up()
+    for i in range(pages._count):
+        if pages._target_vcpu[i] == vcpu:
+            pvclock_page_follow_tsc(&pages._targets[i], &pages._anchor)
+    pages._shown[vcpu].tsc_offset = pages._wanted[vcpu].tsc_offset
+
+
+cdef void move_tsc(TimePages pages, int vcpu, uint64_t offset) noexcept:
+    pages._wanted[vcpu].tsc_offset = offset
+    pages._look_up_later()
+    show_by_tsc(pages, vcpu)
+
+
+cdef bint would_agree(TimePages pages, int vcpu, uint64_t offset) noexcept:
+    """Would all TSCs, of several vCPUs, have one offset, if vCPU's were that?"""
+    cdef int other
+    for other in range(pages.vcpus):
+        if other != vcpu and pages._wanted[other].tsc_offset != offset:
+            return False
+    return pages.vcpus > 1
 
 
 @cython.final
@@ -79,18 +129,22 @@ cdef class TscWrites:
         before, adjust = tsc.offset, tsc.adjust
         moved = value - (now + before if msr == MSR_IA32_TSC else adjust)
         offset = before + moved
-        if self._pages.would_agree(vcpu, offset) or not self._set_on_host(vcpu, offset, before):
+        if would_agree(self._pages, vcpu, offset) or not self._set_on_host(vcpu, offset, before):
             return False
         # From here on all is done, whatever interrupts.
         tsc.offset, tsc.adjust = offset, adjust + moved
-        self._pages.move_tsc(vcpu, offset)
-        has_event[0] = not self._events.suppress(self._stamp_raw_ns + (now - self._stamp_tsc) * NS_PER_S // self._tsc_hz)
+        move_tsc(self._pages, vcpu, offset)
+        has_event[0] = not self._events.suppress(self._raw_ns(now))
         if has_event[0]:
             commit(partial(int, now), partial(self._usual.change, vcpu, before, offset), nothing, self._events)
         return True
 
     cdef uint64_t _now(self) noexcept:
         return pvclock_counter_read(&self._pages.counter.c)
+
+    cdef uint64_t _raw_ns(self, uint64_t tsc) noexcept:
+        """CLOCK_MONOTONIC_RAW at a TSC of the second that follows the stamps."""
+        return self._stamp_raw_ns + (tsc - self._stamp_tsc) * NS_PER_S // self._tsc_hz
 
     cdef object _movable(self, int vcpu):
         """vCPU's TSC; None if its write is not a usual one, whatever is written."""

@@ -211,7 +211,7 @@ class EventLog:
         return self._store.add(instance("event", event, Event))
 
     def suppress(self, raw_ns: int) -> bool:
-        """Count an event of the guest's at raw_ns (CLOCK_MONOTONIC_RAW) that is beyond its budget, and need not be made.
+        """Count a guest's event at raw_ns (CLOCK_MONOTONIC_RAW) that is beyond its budget, and so need not be made.
 
         False, with nothing counted, if it is to be recorded.
         """

@@ -105,7 +105,7 @@ class Operations:
             )
         with self._keeper.changing:
             stamps = self._host.require("skip")
-            self._keeper.check_end(ns, f"skip({shown(ns)})")
+            self._check_end(ns, f"skip({shown(ns)})")
             self._jump(ns, EventKind.SKIP, "skip", stamps)
 
     def offset(self, ns: int) -> None:
@@ -113,7 +113,7 @@ class Operations:
         ns = whole("ns", ns)
         with self._keeper.changing:
             stamps = self._host.require("offset")
-            now = self._keeper.check_end(ns, f"offset({shown(ns)})")
+            now = self._check_end(ns, f"offset({shown(ns)})")
             if ns < 0 and (self._keeper.was_shown or now + ns < 0):
                 raise RangeError(
                     f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, and "
@@ -122,6 +122,13 @@ class Operations:
             self._jump(ns, EventKind.OFFSET, "offset", stamps)
 
     # Inside
+
+    def _check_end(self, ns: int, operation: str) -> Fraction:
+        """Guest time now, in ns; RangeError if `ns` more exceeds the 2^64 ns that a page can show."""
+        now = self._keeper.timeline.at(self._keeper.host_tsc())
+        if now + ns > U64_MASK:
+            raise RangeError(f"{operation} at guest time {round(now)} ns: a guest's clock ends at 2^64 ns")
+        return now
 
     def _jump(self, ns: int, kind: EventKind, name: str, stamps: HostStamps) -> None:
         keeper, old = self._keeper, self._keeper.state

@@ -29,11 +29,15 @@ class UsualWrites:
         self._stamps = keeper.backend.stamps()
 
     def look(self) -> tuple[HostTsc, HostTsc, int] | None:
-        """The least TSC of a host in order, and an instant on its TSC and raw clock; None if no write is a usual one."""
-        keeper, least_tsc = self._keeper, self._host.least_tsc_in_order
-        if keeper.is_paused or least_tsc is None or keeper.backend.tsc_hz > TSC_HZ_MAX:
+        """The least TSC of a host in order, and an instant on its TSC and raw clock; None if no write is a usual one.
+
+        A host that does not trust its TSC may move it by itself, and let none be put back.
+        """
+        backend, least_tsc = self._keeper.backend, self._host.least_tsc_in_order
+        is_usual = backend.tsc_stable and backend.tsc_hz <= TSC_HZ_MAX and not self._keeper.is_paused
+        if not is_usual or least_tsc is None:
             return None
-        self._stamps = keeper.backend.stamps()
+        self._stamps = backend.stamps()
         return least_tsc, self._stamps.tsc, self._stamps.raw_ns
 
     def tsc(self, vcpu: int) -> VcpuTsc | None:
