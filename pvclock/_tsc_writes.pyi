@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, Self, final
 
 from pvclock._core import TimePages
+from pvclock._guest_budget import GuestBudget
 from pvclock._transaction import Transaction
 from pvclock.quantities import HostTsc
 
@@ -13,7 +14,8 @@ class _Usual(Protocol):
 class _Log(Protocol):
     @property
     def last(self) -> int: ...
-    def suppress(self, raw_ns: int, /) -> bool: ...
+    @property
+    def guest_budget(self) -> GuestBudget: ...
     def record(self, event: Any, /) -> object: ...  # noqa: ANN401  # a log's own event
     def read(self, since: int, /) -> Any: ...  # noqa: ANN401  # a log's own batch
     def deliver(self) -> None: ...

@@ -9,6 +9,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pvclock._abi cimport pvclock_vcpu_time_info
 from pvclock._core cimport Shown, TimePages, Wanted
+from pvclock._guest_budget cimport GuestBudget
 from pvclock._publish cimport pvclock_counter_read, pvclock_page_follow_tsc
 from pvclock._transaction cimport Transaction, to_the_end
 
@@ -85,6 +86,7 @@ cdef class TscWrites:
 
     cdef Transaction _changing
     cdef TimePages _pages
+    cdef GuestBudget _budget
     cdef object _usual, _events, _set_offset
     cdef uint64_t _tsc_hz
     cdef bint _has_adjust
@@ -99,6 +101,7 @@ cdef class TscWrites:
     ) -> None:
         self._changing, self._pages = changing, pages
         self._usual, self._events, self._set_offset = usual, events, set_offset
+        self._budget = events.guest_budget
         self._tsc_hz, self._has_adjust = tsc_hz, has_adjust
         self._count = changing.count - 1
 
@@ -134,7 +137,7 @@ cdef class TscWrites:
         # From here on all is done, whatever interrupts.
         tsc.offset, tsc.adjust = offset, adjust + moved
         move_tsc(self._pages, vcpu, offset)
-        has_event[0] = not self._events.suppress(self._raw_ns(now))
+        has_event[0] = not self._budget.suppress(self._raw_ns(now))
         if has_event[0]:
             commit(partial(int, now), partial(self._usual.change, vcpu, before, offset), nothing, self._events)
         return True
