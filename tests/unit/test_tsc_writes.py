@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pvclock import GuestClock, GuestMemory, MsrFault, SimulatedBackend, TscOffsetNotHonoured
+from pvclock import GuestClock, GuestMemory, MsrFault, SimulatedBackend
 from pvclock._guest_budget import GUEST_BURST
 from pvclock.errors import PvclockError
-from pvclock.host.watch import Trouble
 from pvclock.quantities import HostTsc
 from pvclock.timekeeping.events import Event, EventCause, EventKind
 from tests.oracle import VcpuTscOracle
@@ -85,7 +84,7 @@ def test_a_write_moves_its_own_page_alone(index: int) -> None:
     assert page_of(vm.clock, 1) == other
     after = page_of(vm.clock)
     assert after.tsc_timestamp != before.tsc_timestamp
-    assert after._replace(tsc_timestamp=0) == before._replace(version=before.version + 2, tsc_timestamp=0)
+    assert after == before._replace(version=before.version + 2, tsc_timestamp=after.tsc_timestamp)
     assert vm.clock.tsc(0).read(vm.backend.tsc) == guest_tsc(vm.backend)
 
 
@@ -160,7 +159,8 @@ def test_each_write_is_told_as_long_as_the_budget_lasts() -> None:
 @pytest.mark.row("E9")
 def test_a_subscriber_gets_them() -> None:
     """Each, without another operation of the clock."""
-    vm, got = a_usual_vm(), []
+    vm = a_usual_vm()
+    got: list[Event] = []
     vm.clock.events.subscribe(got.append)
     assert vm.write(0, ADJUST, 7)
     assert vm.clock.events.flush(60)
@@ -170,26 +170,40 @@ def test_a_subscriber_gets_them() -> None:
 # What is not a usual write
 
 
+def pause(vm: Vm) -> None:
+    """Have time stand."""
+    vm.clock.pause()
+
+
 def refuse(vm: Vm) -> None:
     """Have the host honour no offset any more."""
     vm.backend._honours_tsc_offset = False
 
 
+def put_back(vm: Vm) -> None:
+    """Have the host's TSC go back."""
+    vm.backend.tsc = HostTsc(max(0, vm.backend.tsc - 10**10))
+
+
+def tell_of_writes(vm: Vm) -> None:
+    """Have the memory tell somebody of what is written."""
+    vm.memory.on_dirty = lambda _gpa, _length: None
+
+
+def take_over(vm: Vm) -> None:
+    """Have another clock in that memory."""
+    GuestClock(vm.memory, 1, backend=vm.backend)
+
+
+def distrust(vm: Vm) -> None:
+    """Have the host's kernel leave its TSC."""
+    vm.backend.tsc_stable = False
+    vm.clock.refresh()
+
+
 @pytest.mark.row("J-01", "J-05", "E9")
-@pytest.mark.parametrize(
-    "make_unusual",
-    [
-        pytest.param(lambda vm: vm.clock.pause(), id="paused"),
-        pytest.param(refuse, id="refused"),
-        pytest.param(lambda vm: setattr(vm.backend, "tsc", HostTsc(vm.backend.tsc - 10**10)), id="host TSC back"),
-        pytest.param(lambda vm: setattr(vm.memory, "on_dirty", lambda _gpa, _length: None), id="on_dirty"),
-        pytest.param(lambda vm: setattr(vm.memory, "live_clock", object()), id="another clock's memory"),
-        pytest.param(
-            lambda vm: (setattr(vm.backend, "tsc_stable", False), vm.clock.refresh()), id="host without a stable TSC"
-        ),
-    ],
-)
-def test_nothing_changes_by_what_is_not_a_usual_write(make_unusual: Callable[[Vm], object]) -> None:
+@pytest.mark.parametrize("make_unusual", [pause, refuse, put_back, tell_of_writes, take_over, distrust])
+def test_nothing_changes_by_what_is_not_a_usual_write(make_unusual: Callable[[Vm], None]) -> None:
     """It is left to write_msr(), whatever the reason."""
     vm = a_usual_vm()
     assert vm.write(0, ADJUST, 7)
@@ -268,8 +282,6 @@ def test_tscs_and_pages_are_the_oracles(vcpus: int, writes: list[tuple[int, int,
             assert guest_ns(vm.backend, vm.memory, each) - before[each] in (0, 1)
 
 
-Operation = tuple[str, Any]
-
 OPERATIONS: Final = st.one_of(
     st.tuples(st.just("write"), st.tuples(st.integers(0, 1), st.sampled_from([TSC, ADJUST, AUX]), VALUES)),
     st.tuples(st.just("write"), st.tuples(st.integers(0, 1), st.sampled_from([TSC, ADJUST]), st.integers(0, 3))),
@@ -284,29 +296,31 @@ OPERATIONS: Final = st.one_of(
 )
 
 
-def operate(vm: Vm, name: str, given_value: Any) -> str:  # noqa: ANN401  # one of OPERATIONS
+def operations(vm: Vm) -> dict[str, Callable[[Any], object]]:
+    """What each of OPERATIONS does."""
+    clock, backend = vm.clock, vm.backend
+    return {
+        "write": lambda it: vm.write(*it),
+        "advance": lambda ns: backend.advance(ns=ns),
+        "host_write": lambda it: clock.host_write_msr(*it),
+        "resume": clock.resume,
+        "dilate": clock.dilate,
+        "refresh": lambda _: clock.refresh(),
+        "tick": lambda _: clock.tick(),
+        "pause": lambda _: clock.pause(),
+        "reset": lambda _: clock.reset(),
+        "repair": lambda _: clock.repair_tsc(),
+        "distrust": lambda _: clock.apply_host_findings([], tsc_trusted=False),
+        "back": lambda _: put_back(vm),
+        "lag": lambda _: setattr(backend, "cpu_lag_ticks", 10**11 - backend.cpu_lag_ticks),
+    }
+
+
+def operate(vm: Vm, name: str, value: object) -> str:
     """Do the operation; what came of it, in words."""
-    clock, operations = (
-        vm.clock,
-        {
-            "write": lambda it: vm.write(*it),
-            "advance": lambda ns: vm.backend.advance(ns=ns),
-            "host_write": lambda it: vm.clock.host_write_msr(*it),
-            "resume": vm.clock.resume,
-            "dilate": vm.clock.dilate,
-            "refresh": lambda _: vm.clock.refresh(),
-            "tick": lambda _: vm.clock.tick(),
-            "pause": lambda _: vm.clock.pause(),
-            "reset": lambda _: vm.clock.reset(),
-            "repair": lambda _: vm.clock.repair_tsc(),
-            "distrust": lambda _: clock.apply_host_findings(list[Trouble](), tsc_trusted=False),
-            "back": lambda _: setattr(vm.backend, "tsc", HostTsc(max(0, vm.backend.tsc - 10**10))),
-            "lag": lambda _: setattr(vm.backend, "cpu_lag_ticks", 10**11 - vm.backend.cpu_lag_ticks),
-        },
-    )
     try:
-        operations[name](given_value)
-    except (PvclockError, TscOffsetNotHonoured) as error:
+        operations(vm)[name](value)
+    except PvclockError as error:
         return f"{type(error).__name__}: {error}"
     return "done"
 
@@ -344,10 +358,10 @@ def seen(vm: Vm, vcpus: int) -> tuple[object, ...]:
     ],
 )
 @pytest.mark.parametrize("vcpus", [1, 2])
-@settings(max_examples=12)
+@settings(max_examples=30)
 @given(operations=st.lists(OPERATIONS, max_size=25))
 def test_both_paths_have_the_same_results(
-    vcpus: int, options: dict[str, object], operations: list[tuple[str, Any]]
+    vcpus: int, options: dict[str, Any], operations: list[tuple[str, Any]]
 ) -> None:
     """State, page bytes, events and faults, after each of any operations, with writes of its guest between them."""
     quick, twin = a_vm(vcpus, **options), a_vm(vcpus, by_python=True, **options)
