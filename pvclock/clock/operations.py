@@ -148,14 +148,27 @@ class Operations:
             raise RangeError(f"{operation} at guest time {round(now)} ns: a guest's clock ends at 2^64 ns")
         return now
 
-    def _jump(self, ns: Fraction, kind: EventKind, why: str, stamps: HostStamps) -> None:
+    def _jump(
+        self,
+        ns: Fraction,
+        kind: EventKind,
+        why: str,
+        stamps: HostStamps,
+        reached: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Step guest time; reached: called when it can no longer fail, as attempt() has it."""
         keeper, old = self._keeper, self._keeper.state
         jumped = old.timeline.copy()
         jumped.begin_segment(stamps.tsc, old.timeline.terms)
         jumped.jump(ns)
         new = TimeState(jumped, jumped.line(), old.scale, old.paused_at)
         event = keeper.event(kind, why, stamps, before=old, after=new)
-        keeper.step(lambda _: (new, (event,)), new, (0, ns.__floor__() & U64_MASK))
+
+        def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+            reached()
+            return new, (event,)
+
+        keeper.step(change, new, (0, ns.__floor__() & U64_MASK))
 
     def _continue_slew(self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = "") -> None:
         """Apply the slew's plan for the next stretch.  slewed: the timeline with a slew newly added at `stamps`."""
