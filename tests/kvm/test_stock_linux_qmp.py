@@ -26,7 +26,7 @@ from tests.kvm.served_linux import Refused, ServedLinux, served_linux
 from tests.kvm.stock_linux import COMPLAINTS
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.kvm, pytest.mark.qemu, pytest.mark.row("E15", "E2")]
+pytestmark = [pytest.mark.kvm, pytest.mark.row("E15", "E2")]
 
 CLOCKS: Final = ("monotonic", "boottime", "realtime", "raw")
 INTERVAL_MS: Final = 200
