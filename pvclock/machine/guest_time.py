@@ -40,6 +40,9 @@ class GuestTime(Protocol):
     def ticks_until(self, guest_ns: int) -> int:
         """From now to that guest time, at the present rate; negative if that is over."""
 
+    def ticks_until_timer(self) -> int | None:
+        """From now to the next timer of the guest's clock interface, which the VMM serves; None without one."""
+
     def move(self, ticks: int, why: str) -> None:
         """Put it forward.  StateError while it stands still, by a pause that came meanwhile."""
 
@@ -62,6 +65,13 @@ class EngineTime:
         assert clock is not None  # noqa: S101  # for type checkers
         return _ticks(guest_ns - clock.now(), clock.backend.tsc_hz, clock.rate)
 
+    def ticks_until_timer(self) -> int | None:
+        """See GuestTime."""
+        clock = self._service.clock
+        assert clock is not None  # noqa: S101  # for type checkers
+        host_ns = clock.timers.host_ns_left() if clock.timers.exist else None
+        return None if host_ns is None else -(-host_ns * clock.backend.tsc_hz // NS_PER_S)
+
     def move(self, ticks: int, why: str) -> None:
         """See GuestTime."""
         clock = self._service.clock
@@ -78,6 +88,7 @@ class PageTime:
         self._engine = EngineTime(service)
         self._service = service
         self.now_ns, self.ticks_until = self._engine.now_ns, self._engine.ticks_until
+        self.ticks_until_timer = self._engine.ticks_until_timer
         """See GuestTime."""
 
     def move(self, ticks: int, _why: str) -> None:
@@ -105,6 +116,10 @@ class KernelTime:
     def ticks_until(self, guest_ns: int) -> int:
         """See GuestTime."""
         return _ticks(guest_ns - self.now_ns(), self._tsc_hz, Fraction(1))
+
+    def ticks_until_timer(self) -> int | None:
+        """See GuestTime: the kernel's clock has none."""
+        return None
 
     def move(self, ticks: int, _why: str) -> None:
         """See GuestTime.  MissingCapability if the kernel's master clock is off by now."""

@@ -127,7 +127,9 @@ class Traveller:
 
     def _events(self) -> list[Wake]:
         due = ((WakeKind.EVENT, self._next_event()), (WakeKind.END, self._until_ns))
-        return [Wake(self._guest_time.ticks_until(ns), kind) for kind, ns in due if ns is not None]
+        wakes = [Wake(self._guest_time.ticks_until(ns), kind) for kind, ns in due if ns is not None]
+        timer_ticks = self._guest_time.ticks_until_timer()
+        return wakes if timer_ticks is None else [Wake(timer_ticks, WakeKind.CLOCK_TIMER), *wakes]
 
     def _most_ticks(self, now_ns: int) -> int | None:
         if self._rate is None:

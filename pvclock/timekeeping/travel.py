@@ -98,6 +98,7 @@ class WakeKind(StrEnum):
 
     TSC_DEADLINE = "TSC deadline"
     LAPIC_TIMER = "LAPIC timer"
+    CLOCK_TIMER = "timer of the clock interface"
     EVENT = "event of the VMM's"
     END = "end of the travel"
 

@@ -16,7 +16,8 @@ from pvclock.machine.time_travel import Arrival
 from pvclock.timekeeping.travel import WakeKind
 from tests import oracle
 from tests.kvm.guest_clocks import ROUNDING_NS, ClockSampler, Offsets, Span, common
-from tests.kvm.stock_linux import BOOT_LIMIT_S, COMPLAINTS, StockLinux
+from tests.kvm.guest_shell import BOOT_LIMIT_S
+from tests.kvm.stock_linux import COMPLAINTS, StockLinux
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
 
@@ -24,6 +25,7 @@ QUIET: Final = (
     "tsc=reliable",  # else its clocksource watchdog looks twice a second
     "nowatchdog",
     "psi=0",
+    "mce=ignore_ce",
     "sysctl.vm.compaction_proactiveness=0",
     "sysctl.vm.stat_interval=3600",
     "sysctl.kernel.hung_task_timeout_secs=0",
