@@ -148,6 +148,7 @@ setup(
         module("pvclock.kvm._fd"),
         module("pvclock.kvm._system"),
         module("pvclock.kvm._vm"),
+        module("pvclock.kvm._stats"),
         module("pvclock.kvm._vcpu"),
         # The payloads are assembled into these modules by gas `.include`, which looks in the -I folders.
         module("pvclock.payloads._images", *PAYLOAD_FLAGS, depends=PAYLOADS),

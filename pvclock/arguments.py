@@ -65,10 +65,10 @@ def fraction(parameter: str, value: object) -> Fraction:
     return Fraction(value)
 
 
-def text(parameter: str, value: object) -> str:
+def text(parameter: str, value: object, wanted: str = "text") -> str:
     """A str."""
     if not isinstance(value, str):
-        raise WrongType(parameter, value, "text")
+        raise WrongType(parameter, value, wanted)
     return value
 
 

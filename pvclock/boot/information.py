@@ -92,11 +92,15 @@ def place_information(
 
     taken: the image's and the firmware's.  end: the first address that it may not reach.
     """
-    taken = list(taken)
+    taken = sorted(taken, key=lambda area: area.start)
     free_from = {BOOT_INFORMATION, *(area.stop for area in taken), *(base for base, _ in slots)}
+    below, reach = 0, 0  # how many areas begin below the place's end, and how far those reach: an image may have 65535
     for start in sorted({_page(max(address, BOOT_INFORMATION)) for address in free_from}):
         place = range(start, start + length)
-        if _is_in(slots, place, end) and not any(overlaps(place, area) for area in taken):
+        while below < len(taken) and taken[below].start < place.stop:
+            reach = max(reach, taken[below].stop)
+            below += 1
+        if reach <= start and _is_in(slots, place, end):
             return place
     raise ImageError(f"no room for the boot information: {length:#x} bytes from {BOOT_INFORMATION:#x} to {end:#x}")
 

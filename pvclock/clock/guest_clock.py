@@ -305,6 +305,16 @@ class GuestClock:
         """Step guest time forward by `ns`; RangeError if negative or beyond 2^64 ns of guest time."""
         self._operations.skip(ns)
 
+    def travel(self, ticks: int, why: str = "") -> None:
+        """Let so many ticks of the TSC have passed at once: guest time and all vCPUs' TSCs move forward together.
+
+        For a guest that waits: see timekeeping.travel, which also says what becomes of its timers.  The clock moves by
+        what the ticks are at its rate, without a slew.  why: for the event, which is a skip's.  The vCPUs are out of
+        the guest meanwhile.  TscOffsetNotHonoured with nothing changed; RangeError as for skip(), and from 2^63 ticks
+        on; StateError while paused.
+        """
+        self._operations.travel(ticks, why)
+
     def offset(self, ns: int) -> None:
         """Step guest time by `ns`; by a negative one only before any page is published, and not in a restored clock.
 
@@ -541,7 +551,7 @@ def _parts_of(keeper: Timekeeper, tsc_offset: int | None, present: int) -> Clock
         keeper,
         tscs,
         host,
-        Operations(keeper, host),
+        Operations(keeper, host, tscs),
         PauseResume(keeper, host, tscs, follower),
         follower,
         WallClock(keeper),

@@ -85,8 +85,7 @@ class GuestSide:
         """What the provider is told at each tick; None if nothing."""
 
     def _hook_up(self, hooks: Hooks) -> Callable[[], None] | None:
-        if hooks.time_changed is not None or self.timers.exist:
-            self._keeper.time_changed = partial(self._tell_of_time, hooks.time_changed)
+        self._keeper.time_changed = partial(self._tell_of_time, hooks.time_changed)
         if hooks.run_delay is None and hooks.tick is None:
             return None
         return partial(self._tell_at_tick, RunDelays(self._keeper), hooks)

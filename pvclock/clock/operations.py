@@ -1,4 +1,4 @@
-"""A VMM's operations on guest time: refresh, dilate, slew, skip, offset.
+"""A VMM's operations on guest time: refresh, dilate, slew, skip, travel, offset.
 
 Each takes effect as a whole or not at all; all but a plain refresh record an event.
 """
@@ -11,11 +11,13 @@ from functools import partial
 from typing import Protocol
 
 from pvclock._scale import ClockScale
-from pvclock.arguments import flag, serving, whole
+from pvclock._transaction import attempt
+from pvclock.arguments import flag, serving, text, whole
 from pvclock.clock.host_trust import HostTrust
-from pvclock.clock.timekeeper import Timekeeper, TimeState
-from pvclock.errors import RangeError
-from pvclock.quantities import U64_MASK, HostTsc, shown
+from pvclock.clock.timekeeper import Timekeeper, TimeState, nothing
+from pvclock.clock.vcpu_tscs import VcpuTscs
+from pvclock.errors import RangeError, StateError
+from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
 from pvclock.readings import HostStamps
 from pvclock.timekeeping import catchup
 from pvclock.timekeeping.catchup import Slew
@@ -38,8 +40,8 @@ class DilationLimit(Protocol):
 class Operations:
     """Refreshes, dilates, slews and steps one VM's time."""
 
-    def __init__(self, keeper: Timekeeper, host: HostTrust) -> None:
-        self._keeper, self._host = keeper, host
+    def __init__(self, keeper: Timekeeper, host: HostTrust, tscs: VcpuTscs) -> None:
+        self._keeper, self._host, self._tscs = keeper, host, tscs
         self._limit: DilationLimit | None = None
 
     def limit_dilation(self, limit: DilationLimit | None) -> None:
@@ -106,7 +108,23 @@ class Operations:
         with self._keeper.changing:
             stamps = self._host.require("skip")
             self._keeper.check_end(ns, f"skip({shown(ns)})")
-            self._jump(ns, EventKind.SKIP, "skip", stamps)
+            self._jump(Fraction(ns), EventKind.SKIP, f"skip({ns})", stamps)
+
+    def travel(self, ticks: int, why: str = "") -> None:
+        """See GuestClock.travel()."""
+        ticks, why = whole("ticks", ticks), text("why", why)
+        if not 0 <= ticks < 1 << 63:
+            raise RangeError(f"travel({shown(ticks)}): guest time goes forward only, by less than 2^63 ticks")
+        keeper = self._keeper
+        with keeper.changing:
+            stamps = self._host.require("travel")
+            if keeper.is_paused:
+                raise StateError("travel", "guest time stands still", "resume() it first")
+            ns = Fraction(ticks * NS_PER_S, keeper.timeline.tsc_hz) * _unslewed(keeper.timeline.terms)
+            keeper.check_end(ns.__ceil__(), f"travel({shown(ticks)})")
+            tscs = self._tscs.plan_move(ticks)
+            told = partial(self._jump, ns, EventKind.SKIP, f"travel({ticks}){why and ': '}{why}", stamps)
+            keeper.with_vcpus_out(None, partial(attempt, tscs.apply_all, tscs.undo, told))
 
     def offset(self, ns: int) -> None:
         """See GuestClock.offset()."""
@@ -119,18 +137,31 @@ class Operations:
                     f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, and "
                     f"guest time is never below 0; slew({shown(ns)}) makes it later without a step back"
                 )
-            self._jump(ns, EventKind.OFFSET, "offset", stamps)
+            self._jump(Fraction(ns), EventKind.OFFSET, f"offset({ns})", stamps)
 
     # Inside
 
-    def _jump(self, ns: int, kind: EventKind, name: str, stamps: HostStamps) -> None:
+    def _jump(
+        self,
+        ns: Fraction,
+        kind: EventKind,
+        why: str,
+        stamps: HostStamps,
+        reached: Callable[[], object] = nothing,
+    ) -> None:
+        """Step guest time; reached: called when it can no longer fail, once or more."""
         keeper, old = self._keeper, self._keeper.state
         jumped = old.timeline.copy()
         jumped.begin_segment(stamps.tsc, old.timeline.terms)
-        jumped.jump(Fraction(ns))
-        new = TimeState.of(jumped, old.paused_at)
-        event = keeper.event(kind, f"{name}({ns})", stamps, before=old, after=new)
-        keeper.step(lambda _: (new, (event,)), new, (0, ns & U64_MASK))
+        jumped.jump(ns)
+        new = TimeState(jumped, jumped.line(), old.scale, old.paused_at)
+        event = keeper.event(kind, why, stamps, before=old, after=new)
+
+        def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+            reached()
+            return new, (event,)
+
+        keeper.step(change, new, (0, ns.__floor__() & U64_MASK))
 
     def _continue_slew(self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = "") -> None:
         """Apply the slew's plan for the next stretch.  slewed: the timeline with a slew newly added at `stamps`."""
@@ -170,3 +201,8 @@ class Operations:
             return new, events(tsc, new)
 
         keeper.begin_segment(change, scale)
+
+
+def _unslewed(terms: RateTerms) -> Fraction:
+    """The rate without a slew: what is to be made up for is so in time that passes."""
+    return terms._replace(slew=Fraction(0)).rate

@@ -55,18 +55,32 @@ class ProviderTimers:
             deliver()
         return None if due_ns is None else GuestNs(due_ns)
 
+    def next_due_ns(self) -> GuestNs | None:
+        """Guest time in ns at which the next timer is due, possibly in the past; None if none is set."""
+        with self._keeper.changing.lock:
+            due_ns = self._next_due_ns()
+        return None if due_ns is None else GuestNs(due_ns)
+
     def host_ns_left(self) -> int | None:
         """Host ns from now until the next timer is due at the present rate, 0 if one is.
 
         None as for expire(), and if the host's counter does not get there.
         """
         with self._keeper.changing.lock:
-            due_ns = None if self._keeper.is_paused else self._next_due_ns()
-            if due_ns is None:
+            due_ns = self._next_due_ns()
+            return None if due_ns is None else self.host_ns_until(due_ns)
+
+    def host_ns_until(self, guest_ns: int) -> int | None:
+        """Host ns from now until guest time is `guest_ns` at the present rate, 0 if it was.
+
+        None while paused, and if the host's counter does not get there.
+        """
+        with self._keeper.changing.lock:
+            timeline, is_paused = self._keeper.timeline, self._keeper.is_paused
+            if is_paused:
                 return None
-            timeline = self._keeper.timeline
             try:
-                due_tsc = timeline.tsc_at(Fraction(due_ns))
+                due_tsc = timeline.tsc_at(Fraction(guest_ns))
             except RangeError:
                 return None
             ticks = signed64(due_tsc - self._keeper.host_tsc())

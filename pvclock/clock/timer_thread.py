@@ -77,6 +77,12 @@ class TimerThread:
         return any(each.thread.is_alive() for each in tuple(self._begun))
 
     @property
+    def is_delivering(self) -> bool:
+        """True while it looks which timers are due, and until what they cause is done."""
+        rounds = self._present
+        return rounds is not None and rounds.is_delivering
+
+    @property
     def failures(self) -> tuple[BaseException, ...]:
         """The last 16 errors of expire_timers(), oldest first."""
         return tuple(self._failures)

@@ -160,6 +160,13 @@ class VcpuTscs:
             wanted[vcpu].host_write_tsc((stopped + gain_ticks) & U64_MASK, now)
         return OffsetChange(self._keeper, self, self._tscs, wanted, self.host_offsets if wanted else None)
 
+    def plan_move(self, ticks: int) -> OffsetChange:
+        """The change that puts all vCPUs' TSCs forward by so many ticks."""
+        wanted = {vcpu: tsc.copy() for vcpu, tsc in enumerate(self._tscs[: self.present])}
+        for tsc in wanted.values():
+            tsc.offset = tsc.offset + ticks & U64_MASK
+        return OffsetChange(self._keeper, self, self._tscs, wanted)
+
     def start(self) -> None:
         """Let stopped TSCs run, by the offsets that plan_start() set."""
         self._stopped = None

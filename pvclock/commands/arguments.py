@@ -25,6 +25,7 @@ __all__ = [
     "factor",
     "filled",
     "folder",
+    "guest_time_ns",
     "memory_bytes",
     "output_file",
     "process_id",
@@ -149,6 +150,16 @@ def time_ns(text: str) -> Fraction:
 
     try:
         return parse_step_ns(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def guest_time_ns(text: str) -> int:
+    """An argument that is a guest time such as 90s, 1.5h or 30d, in ns since the guest's clock began."""
+    from pvclock.meter.quantity_text import parse_guest_time_ns
+
+    try:
+        return parse_guest_time_ns(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     if arguments.machine:
         of_guest = [option for option in of_guest if option != CPUS]
     if of_guest and not arguments.guest:
-        raise ConfigError(f"{of_guest[0]} goes with --guest")
+        raise ConfigError(f"{of_guest[0]} goes with --guest{' and --machine' * (of_guest[0] == CPUS)}")
     if arguments.guest:
         return doctor_guest.run(arguments, screen)
     return doctor_machine.run(arguments, screen) if arguments.machine else _host_outcome(screen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Callable
 from typing import Final, Self
 
 __all__ = ["GuestConsole"]
@@ -16,12 +17,14 @@ LINE_KEPT_BYTES: Final = 1000
 class GuestConsole:
     """Passes on what the guest sends, to `descriptor`; a context manager.
 
+    on_line: called with each line once it has ended, on write()'s thread; of a long one with the end.
     panic: the last line by which a kernel told of one.
 
     Thread-safety: one thread calls write(), and another may call give_up().
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, on_line: Callable[[bytes], object] | None = None) -> None:
+        self._on_line = on_line
         self._descriptor = descriptor
         self._given_up, self._give_up = os.pipe()
         self._ready = select.poll()
@@ -56,6 +59,8 @@ class GuestConsole:
     def _look_for_panic(self, data: bytes) -> None:
         self._line += data
         if data.endswith(b"\n"):
+            if self._on_line is not None:
+                self._on_line(bytes(self._line))
             if PANIC in self._line:
                 self.panic = self._line[self._line.index(PANIC) :].decode(errors="replace").strip()
             self._line.clear()

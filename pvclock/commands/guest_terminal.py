@@ -124,11 +124,13 @@ def converse(
     receive: Callable[[bytes], int],
     deadline_s: float | None = None,
     stop: Callable[[], object] | None = None,
+    on_end_of_input: Callable[[], object] | None = None,
 ) -> bool:
     """Pass on what is typed, until descriptor `over` can be read: True; or the user or the deadline ends it: False.
 
     typed: a descriptor, which may end; the guest goes on then.  receive: takes bytes, and says how many it took.
-    stop: called when the user stops it, or SIGTSTP within told_to_stop().  What a signal's handler raises ends it, too.
+    stop: called when the user stops it, or SIGTSTP within told_to_stop().  on_end_of_input: called once `typed` has
+    ended and all of it was taken.  What a signal's handler raises ends it, too.
     Only for the main thread.
     """
     with woken_by_signals() as woken:
@@ -136,11 +138,12 @@ def converse(
         while True:
             if waiting:
                 waiting = waiting[receive(waiting) :]
+            if typed not in sources and not waiting and on_end_of_input is not None:
+                on_end_of_input()
+                on_end_of_input = None
             if keys.ended:
                 return False
-            if keys.stopped and stop is not None:
-                stop()
-            keys.stopped = False
+            _stop_if_asked(keys, stop)
             wanted = {over, woken} if waiting else sources
             ready, _, _ = select.select(wanted, (), (), _patience_s(deadline_s, is_full=bool(waiting)))
             if over in ready:
@@ -154,6 +157,12 @@ def converse(
                 if not pressed:
                     sources.discard(typed)
                 waiting += keys.for_guest(pressed)
+
+
+def _stop_if_asked(keys: Keys, stop: Callable[[], object] | None) -> None:
+    if keys.stopped and stop is not None:
+        stop()
+    keys.stopped = False
 
 
 def _patience_s(deadline_s: float | None, *, is_full: bool) -> float | None:

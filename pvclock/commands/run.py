@@ -7,9 +7,11 @@ A kernel needs an initial RAM disk, for there is no other: --initrd is one of yo
 shell.  --debian boots Debian's kernel, as it is, which it downloads if it has to, to that shell: `pvclock run --debian
 --rate 1/10` is a Linux for which time passes at a tenth.
 
+With --time-travel an idle guest's time takes no time: `sleep 86400` ends after seconds.
+
 Exit status: 0 when the guest has powered off, or the user has ended the run; 1 when it wrote another exit code than 0
 to port 0xf4; 3 when it asked for a reset, 4 when its kernel panicked and said so, 5 when it crashed: a triple fault, or
-what KVM cannot run; 124 when --timeout ended it.
+what KVM cannot run; 6 when --time-travel found it idle for ever; 124 when --timeout ended it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,18 +31,21 @@ from typing import Any, Final
 
 from pvclock.boot import BootModule, BootSource
 from pvclock.boot.initramfs import with_shell
-from pvclock.commands import machine_options, run_services, whole_file
+from pvclock.commands import machine_options, run_services, run_time, whole_file
 from pvclock.commands.arguments import catch_up_policy, duration_s, memory_bytes, output_file, whole_number
 from pvclock.commands.doctor_machine import tell_what_is_wrong
 from pvclock.commands.guest_console import GuestConsole
 from pvclock.commands.guest_terminal import Keys, Settings, as_it_was, converse, raw_terminal, settings_of
 from pvclock.commands.outcome import Outcome
 from pvclock.commands.run_ending import End, ended_by_client, ended_by_timeout, ended_by_user, find_end
+from pvclock.commands.run_time import IdleEnd
+from pvclock.commands.run_why import TRACE_OPTIONS, WakeCounts, wakes_table
 from pvclock.commands.screen import Screen
 from pvclock.commands.signals import ended_by_signals, told_to_stop
 from pvclock.errors import ConfigError, ImageError
 from pvclock.host.linux import cpu_flags
 from pvclock.machine import Machine, RunState
+from pvclock.machine.time_travel import Look
 from pvclock.quantities import NS_PER_S
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -48,6 +53,7 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 EXAMPLES: Final = """\
   pvclock run --debian                    Debian's kernel, to a shell
   pvclock run --debian --rate 1/10        the same, at a tenth of real time
+  pvclock run --debian --time-travel      the same, without waiting while it is idle
   pvclock run --kernel bzImage --shell    a kernel of your own, to a shell
   pvclock run --kernel bzImage --initrd initrd"""
 
@@ -98,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", type=memory_bytes, default=MEMORY_BYTES, metavar="SIZE", help="RAM, such as 512M (default 256M)"
     )
     machine_options.add_arguments(parser)
+    run_time.add_arguments(parser)
     parser.add_argument(
         "--resume-policy",
         type=catch_up_policy,
@@ -115,10 +122,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Boot it, pass on what is typed and printed until it ends, and say how it ended."""
     source = _boot_source(arguments, screen)
-    options = _clock_options(arguments)
+    options = _clock_options(arguments) | run_time.machine_options(arguments)
+    wakes = WakeCounts() if arguments.why else None
+    output = (sys.stderr if arguments.json else sys.stdout).fileno()
     with (
         ended_by_signals(),
-        GuestConsole((sys.stderr if arguments.json else sys.stdout).fileno()) as console,
+        GuestConsole(output, None if wakes is None else wakes.line) as console,
         Machine(
             source,
             vcpus=arguments.cpus,
@@ -128,17 +137,12 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             **options,
         ) as machine,
     ):
-        if _is_linux(arguments, source) and cpu_flags().isdisjoint(VIRTUALISATION):
-            screen.tell(f"pvclock run: {MAY_NOT_RUN}")
-        if sys.stdin.isatty():
-            screen.tell("pvclock run: the terminal is the guest's; Ctrl-A x ends the run, and Ctrl-A z stops it")
+        _tell_beforehand(machine, screen, is_linux=_is_linux(arguments, source), is_for_people=not arguments.json)
         begun_s = time.monotonic()
         machine_options.set_rate(machine, arguments)
         if arguments.resume_policy is not None and machine.clock is not None:
             machine.clock.policy = machine.clock.sleep_policy = arguments.resume_policy
-        if not arguments.json:
-            tell_what_is_wrong(machine, screen)
-        end = _run_to_its_end(machine, console, arguments)
+        end = _run_to_its_end(machine, console, arguments, _watched(machine, arguments, screen, wakes))
         result = {
             **end._asdict(),
             "exit_code": machine.exit_code,
@@ -146,11 +150,44 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
             "host_s": time.monotonic() - begun_s,
             "debug_console": machine.console[-DEBUG_CONSOLE_TOLD:],
             "events": None if arguments.events is None else str(arguments.events),
+            "time_travel": run_time.travelled(machine, is_asked_for=arguments.time_travel),
+            "wakes": None if wakes is None else wakes.documented(),
         }
         if arguments.events is not None and machine.clock is not None:
             whole_file.write(str(arguments.events), machine.clock.events.json_lines().encode())
+        if arguments.time_travel:
+            screen.tell(f"pvclock run: {run_time.told(machine.time_travel)}")
     screen.tell(f"pvclock run: {end.lines()}")
+    if wakes is not None:
+        screen.show(wakes_table(wakes))
     return Outcome(end.status == 0, result, end.status)
+
+
+def _tell_beforehand(machine: Machine, screen: Screen, *, is_linux: bool, is_for_people: bool) -> None:
+    """What the user should know before the guest runs."""
+    if is_linux and cpu_flags().isdisjoint(VIRTUALISATION):
+        screen.tell(f"pvclock run: {MAY_NOT_RUN}")
+    if sys.stdin.isatty():
+        screen.tell("pvclock run: the terminal is the guest's; Ctrl-A x ends the run, and Ctrl-A z stops it")
+    if is_for_people:
+        tell_what_is_wrong(machine, screen)
+
+
+def _watched(machine: Machine, arguments: argparse.Namespace, screen: Screen, wakes: WakeCounts | None) -> IdleEnd:
+    """What looks at the decisions of the machine's travel."""
+    idle = IdleEnd(
+        machine,
+        lambda text: screen.tell(f"\rpvclock run: {text}\r"),  # the terminal may be raw
+        has_clients=run_services.is_any_asked_for(arguments),
+    )
+
+    def look(look: Look) -> None:
+        idle.look(look)
+        if wakes is not None:
+            wakes.look(look)
+
+    machine.time_travel.on_look = look
+    return idle
 
 
 # What to boot
@@ -172,8 +209,20 @@ def _boot_source(arguments: argparse.Namespace, screen: Screen) -> BootSource:
     if not arguments.image and source.entered_by == "flat":
         raise ImageError(f"{named[0]} is not a Linux kernel: neither a bzImage nor an ELF file (vmlinux)")
     if arguments.append is None and _is_linux(arguments, source):
-        return source._replace(cmdline=f"{CMDLINE} quiet" if arguments.debian else CMDLINE)
+        source = source._replace(cmdline=" ".join(_default_cmdline(arguments)))
+    if arguments.why and _is_linux(arguments, source):
+        source = source._replace(cmdline=f"{source.cmdline} {TRACE_OPTIONS}")
     return source
+
+
+def _default_cmdline(arguments: argparse.Namespace) -> list[str]:
+    """A Linux kernel's, where --append is not given."""
+    options = [CMDLINE]
+    if arguments.debian:
+        options.append("quiet")
+    if arguments.time_travel:
+        options.append(run_time.GUEST_OPTIONS)
+    return options
 
 
 def _is_linux(arguments: argparse.Namespace, source: BootSource) -> bool:
@@ -227,27 +276,28 @@ def _clock_options(arguments: argparse.Namespace) -> dict[str, Any]:
 # From start to end
 
 
-def _run_to_its_end(machine: Machine, console: GuestConsole, arguments: argparse.Namespace) -> End:
+def _run_to_its_end(machine: Machine, console: GuestConsole, arguments: argparse.Namespace, idle: IdleEnd) -> End:
     timeout_s = arguments.timeout
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     typed = sys.stdin.fileno()
     settings = settings_of(typed)
-    quitting = threading.Event()
     with (
-        _told_of_the_end(machine, console, quitting) as (over, leave),
-        run_services.served(machine, arguments, leave),
+        _told_of_the_end(machine, console) as the_end,
+        run_services.served(machine, arguments, lambda: the_end.ask_for(ended_by_client())),
         told_to_stop(),
         raw_terminal(typed) as is_terminal,
     ):
         keys = Keys(has_escape=is_terminal)
+        idle.end = the_end.ask_for
+        run_time.schedule(machine, arguments, the_end.ask_for)
         machine.start()
         stop = partial(_stop, machine, typed, settings)
-        has_ended = converse(typed, over, keys, machine.serial.receive, deadline_s, stop)
-        if not has_ended or quitting.is_set():
+        has_ended = converse(typed, the_end.over, keys, idle.receive, deadline_s, stop, idle.input_has_ended)
+        if not has_ended or the_end.asked:
             console.give_up()
             machine.stop()
-    if quitting.is_set():
-        return ended_by_client()
+    if the_end.asked:
+        return the_end.asked[0]
     if has_ended:
         return find_end(machine, console.panic)
     if keys.ended or timeout_s is None:
@@ -263,27 +313,51 @@ def _stop(machine: Machine, typed: int, settings: Settings | None) -> None:
     machine.resume()
 
 
+class _TheEnd:
+    """What the main thread waits for: that the guest has ended its run, or that something else ends it.
+
+    over: a descriptor that can be read then.  asked: what else has ended it, the first one first.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[End] = []
+        self.over, self._tell = os.pipe()
+        self._lock = threading.Lock()  # around the descriptor: others' threads may be late
+        self._is_closed = False
+
+    def come(self) -> None:
+        """The guest has ended its run."""
+        with self._lock:
+            if not self._is_closed:
+                os.write(self._tell, b".")
+
+    def ask_for(self, end: End) -> None:
+        """End it so."""
+        self.asked.append(end)
+        self.come()
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        with self._lock:
+            self._is_closed = True
+            os.close(self.over)
+            os.close(self._tell)
+
+
 @contextmanager
-def _told_of_the_end(
-    machine: Machine, console: GuestConsole, quitting: threading.Event
-) -> Iterator[tuple[int, Callable[[], None]]]:
-    """A descriptor that can be read once the run has ended, and what a client ends it by; it has when this ends."""
-    over, tell = os.pipe()
+def _told_of_the_end(machine: Machine, console: GuestConsole) -> Iterator[_TheEnd]:
+    """What tells of the end of the run; it has ended when this ends."""
+    the_end = _TheEnd()
 
     def handler(_before: RunState, now: RunState) -> None:
         if now in ENDED:
-            os.write(tell, b".")
-
-    def leave() -> None:
-        quitting.set()
-        os.write(tell, b".")
+            the_end.come()
 
     machine.run_state.add_handler(handler)
     try:
-        yield over, leave
+        yield the_end
     finally:
         console.give_up()
         machine.stop()  # before the pipe goes
         machine.run_state.remove_handler(handler)
-        os.close(over)
-        os.close(tell)
+        the_end.close()

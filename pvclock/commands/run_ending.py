@@ -10,12 +10,22 @@ from pvclock.errors import GuestCrashed, GuestPanicked
 from pvclock.kvm.exits import InternalError
 from pvclock.machine import Ending, Machine
 from pvclock.machine.crash import CrashSite
+from pvclock.quantities import NS_PER_S
 
-__all__ = ["End", "ended_by_client", "ended_by_timeout", "ended_by_user", "find_end"]
+__all__ = [
+    "End",
+    "ended_by_client",
+    "ended_by_guest_time",
+    "ended_by_idleness",
+    "ended_by_timeout",
+    "ended_by_user",
+    "find_end",
+]
 
 WORDS: Final = {Ending.POWER_OFF: "the guest has powered off", Ending.RESET: "the guest asked for a reset"}
 STATUSES: Final = {Ending.POWER_OFF: 0, Ending.RESET: 3, Ending.PANIC: 4}
 CRASHED: Final = 5
+IDLE: Final = 6
 TIMED_OUT: Final = 124
 """As of timeout(1)."""
 
@@ -43,7 +53,11 @@ class Crash(NamedTuple):
 
 
 class End(NamedTuple):
-    """ending: an Ending, "crash", "user" or "timeout".  why: for people.  status: the process's exit status."""
+    """How a run ended.
+
+    ending: an Ending, "crash", "user", "timeout", "guest-time" or "idle".  why: for people.  status: the process's exit
+    status.
+    """
 
     ending: str
     why: str
@@ -71,6 +85,17 @@ def ended_by_client() -> End:
 def ended_by_timeout(timeout_s: float) -> End:
     """By --timeout."""
     return End("timeout", f"ended by --timeout after {timeout_s:g} s", TIMED_OUT)
+
+
+def ended_by_guest_time(guest_ns: int) -> End:
+    """By --end-at."""
+    return End("guest-time", f"ended by --end-at at guest time {guest_ns / NS_PER_S:g} s", 0)
+
+
+def ended_by_idleness(guest_ns: int) -> End:
+    """By time travel, which finds nothing to travel to."""
+    why = f"the guest is idle for ever since guest time {guest_ns / NS_PER_S:.3f} s: no timer of it is set"
+    return End("idle", f"{why}, and nothing is scheduled", IDLE)
 
 
 def find_end(machine: Machine, console_panic: str) -> End:

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from pvclock.machine import Machine
 
-__all__ = ["GROUP", "RunService", "add_arguments", "served"]
+__all__ = ["GROUP", "RunService", "add_arguments", "is_any_asked_for", "served"]
 
 GROUP: Final = "pvclock.run_services"
 
@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the services' options."""
     for name in map(_name, _services()):
         parser.add_argument(f"--{name}", metavar="PATH", help=f"serve the machine by {name.upper()} at that socket")
+
+
+def is_any_asked_for(arguments: argparse.Namespace) -> bool:
+    """May there be clients?"""
+    return any(getattr(arguments, name) is not None for name in map(_name, _services()))
 
 
 @contextmanager

@@ -33,6 +33,16 @@ OWN: Final = "clock"
 
 HEAD_BYTES: Final = 64
 
+COMPRESSED: Final = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\x89LZO\0": "lzop",
+}
+"""How files begin that these write."""
+
 
 class Row(NamedTuple):
     """A part of a saved state, to be shown.
@@ -125,6 +135,10 @@ def format_of(path: str) -> str:
     except (OSError, ValueError) as error:
         found = getattr(error, "strerror", None) or str(error)
         raise StateFileError("file", found, "a regular file that can be read", os.fspath(path)) from None
+    for magic, program in COMPRESSED.items():
+        if head.startswith(magic):
+            wanted = f"a state as it was saved: decompress it first, by {program}"
+            raise StateFileError("file", f"what {program} has compressed", wanted, os.fspath(path))
     return next((name for name in format_names() if named_format(name).recognises(head)), OWN)
 
 

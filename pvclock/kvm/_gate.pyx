@@ -312,15 +312,15 @@ cdef class Gate:
                 return True
             store(&place.in_guest, 0, SEQ_CST)
             self._tell()
-            while True:
-                seen = load(&self._changes, SEQ_CST)
-                shut = load(&self._shut, SEQ_CST)
-                if shut & ENDED:
-                    return False
-                if shut == 0:
-                    break
-                with nogil:
+            with nogil:  # until it is over, so that each change meanwhile does not take the GIL from who makes it
+                while True:
+                    seen = load(&self._changes, SEQ_CST)
+                    shut = load(&self._shut, SEQ_CST)
+                    if shut & ENDED or shut == 0:
+                        break
                     futex_wait(&self._changes, seen, NULL)
+            if shut & ENDED:
+                return False
 
     def leave(self, vcpu: int) -> None:
         """Note that vCPU is out of the guest."""
@@ -459,8 +459,8 @@ cdef class Hold:
     cdef void give_back(self) noexcept:
         if self._taken:
             self._taken = False
-            add(&self._gate._shut, <uint32_t>-ONE_HOLD, SEQ_CST)
-            self._gate._tell()
+            if add(&self._gate._shut, <uint32_t>-ONE_HOLD, SEQ_CST) == 0:  # else nobody may go in yet
+                self._gate._tell()
 
 
 cdef void do_nothing(int signum) noexcept nogil:

@@ -14,6 +14,9 @@ cdef extern from *:
     #ifndef KVM_CAP_VM_TSC_CONTROL /* since Linux 5.18 */
     #define KVM_CAP_VM_TSC_CONTROL 214
     #endif
+    #ifndef KVM_GET_STATS_FD /* since Linux 5.14 */
+    #define KVM_GET_STATS_FD _IO(KVMIO, 0xce)
+    #endif
     enum { MAX_STRUCT_WORDS = sizeof(struct kvm_xsave) / 8 };
     enum { COALESCED_MAX = (4096 - sizeof(struct kvm_coalesced_mmio_ring)) / sizeof(struct kvm_coalesced_mmio) };
     enum { ONE_MSR_WORDS = (sizeof(struct kvm_msrs) + sizeof(struct kvm_msr_entry)) / 8 };
@@ -34,6 +37,7 @@ cdef extern from *:
     const unsigned long KVM_SET_DEVICE_ATTR, KVM_REGISTER_COALESCED_MMIO, KVM_UNREGISTER_COALESCED_MMIO
     const unsigned long KVM_GET_LAPIC, KVM_SET_LAPIC, KVM_GET_XSAVE, KVM_SET_XSAVE, KVM_GET_XCRS, KVM_SET_XCRS
     const unsigned long KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS
+    const unsigned long KVM_GET_STATS_FD
     const unsigned long KVM_GET_IRQCHIP, KVM_SET_IRQCHIP, KVM_SIGNAL_MSI, KVM_IRQ_LINE, KVM_TRANSLATE
 
     const int KVM_CAP_IRQCHIP, KVM_CAP_USER_MEMORY, KVM_CAP_SET_TSS_ADDR, KVM_CAP_NR_VCPUS, KVM_CAP_ADJUST_CLOCK

@@ -13,6 +13,7 @@ from pvclock.clock.ticker import SHORTEST_S
 from pvclock.errors import ConfigError, WrongType
 from pvclock.guest_layout import FIRMWARE_AREA, RAM_END
 from pvclock.kvm import Kvm
+from pvclock.machine.travel_options import as_travel
 from pvclock.quantities import shown
 from pvclock.state.clock_state import ClockState
 
@@ -52,6 +53,8 @@ def check_arguments(arguments: Mapping[str, object], clock_options: Mapping[str,
         if arguments[name] is not None and not callable(arguments[name]):
             raise WrongType(name, arguments[name], f"a function of {takes}, or None")
     _check_interval(arguments["tick_interval_s"])
+    if arguments["time_travel"] is not False:
+        as_travel(arguments["time_travel"])
     _check_clock(arguments, clock_options)
 
 

@@ -170,6 +170,16 @@ class Bus:
         """Who has which guest-physical addresses, RAM among them."""
         return self._memory.claims()
 
+    def device_at_port(self, port: int) -> Device | None:
+        """The device that has this I/O port; None if there is none, or not one of ours."""
+        claim = self._ports.find(whole("port", port, 0))
+        return None if claim is None else claim.device
+
+    def device_at(self, gpa: int) -> Device | None:
+        """The device that has this guest-physical address; None as for device_at_port()."""
+        claim = self._memory.find(whole("gpa", gpa, 0))
+        return None if claim is None else claim.device
+
     # Accesses
 
     def read_port(self, port: int, length: int) -> bytes:

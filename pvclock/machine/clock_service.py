@@ -103,6 +103,15 @@ class ClockService(Protocol):
     def now_ns(self) -> int:
         """Guest time in ns, as this clock's page shows it."""
 
+    def host_ns_until(self, guest_ns: int) -> int | None:
+        """Host ns until now_ns() is `guest_ns` at the present rate, 0 if it was; None while time stands still."""
+
+    def next_timer_ns(self) -> int | None:
+        """Guest ns at which the next timer of the guest's interface is due; 0 while one is served, None without one."""
+
+    def tell_of_time(self, told: Callable[[], object]) -> None:
+        """Call `told` whenever guest time may run otherwise; it neither waits nor raises, nor refers to the machine."""
+
     @property
     def starts_paused(self) -> bool:
         """Does start() end a pause that is the clock's own: of a restored or a reset machine?"""
@@ -154,6 +163,7 @@ class EngineClockService:
     ) -> None:
         self._cpuid: GuestCpuid | None = None
         self._limits: DilationLimits | None = None
+        self._told_of_time: list[Callable[[], object]] = []
         self._serve(clock)
         self._resets_tscs = resets_tscs
         self.ticker = None if tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
@@ -196,6 +206,20 @@ class EngineClockService:
     def now_ns(self) -> int:
         """See ClockService."""
         return self.clock.now()
+
+    def host_ns_until(self, guest_ns: int) -> int | None:
+        """See ClockService."""
+        return self.clock.timers.host_ns_until(guest_ns)
+
+    def next_timer_ns(self) -> int | None:
+        """See ClockService."""
+        due_ns = self.clock.timers.next_due_ns()  # before the question whether what was due is being delivered
+        return 0 if self.timer_thread is not None and self.timer_thread.is_delivering else due_ns
+
+    def tell_of_time(self, told: Callable[[], object]) -> None:
+        """See ClockService: of a clock to which the machine was rolled back, too."""
+        self._told_of_time.append(told)
+        self.clock.timers.watch(told)
 
     def start(self) -> None:
         """See ClockService: tick the clock, let the vCPUs run, and a restored or reset clock go on."""
@@ -314,6 +338,9 @@ class EngineClockService:
         clock.limit_dilation(self._limits)
         self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
         self.timer_thread = TimerThread(clock) if clock.timers.exist else None
+        for told in self._told_of_time:
+            clock.timers.watch(told)
+            told()
 
     def _reset_tscs(self) -> None:
         """Let all vCPUs' TSCs begin at 0, with one offset; they go on where the host lets them not go back."""
@@ -438,6 +465,17 @@ class KernelClockService:
     def now_ns(self) -> int:
         """See ClockService: by KVM_GET_CLOCK."""
         return self._vm.get_clock()["clock"]
+
+    def host_ns_until(self, guest_ns: int) -> int | None:
+        """See ClockService."""
+        return max(guest_ns - self.now_ns(), 0)
+
+    def next_timer_ns(self) -> int | None:
+        """See ClockService: the kernel has none."""
+        return None
+
+    def tell_of_time(self, _told: Callable[[], object]) -> None:
+        """See ClockService: the kernel's runs on, and who sets it has to tell."""
 
     def start(self) -> None:
         """See ClockService."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from mmap import mmap
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from pvclock._memory import GuestMemory
 from pvclock._transaction import commit
@@ -21,11 +21,18 @@ from pvclock.machine.board import Board
 from pvclock.machine.clock_service import ClockService
 from pvclock.machine.cpuid import CpuidChange, GuestCpuid
 from pvclock.machine.exits import GuestExits, Outcome, observed
+from pvclock.machine.guest_time import guest_time
 from pvclock.machine.power_on import PowerOnState
 from pvclock.machine.ram import Ram
+from pvclock.machine.run_state import RunStates
+from pvclock.machine.time_travel import TimeTravel
+from pvclock.machine.travel_options import Travel, as_travel
 from pvclock.msr_ranges import MsrRange
 
 __all__ = ["Hardware"]
+
+KERNELS: Final = ("bzimage", "linux64", "pvh")
+"""How kernels are entered; others are payloads of somebody's own."""
 
 
 class Resource(Protocol):
@@ -110,6 +117,17 @@ class Hardware:
         self._cpuid = GuestCpuid(self.kvm, self.vcpus, service.cpuid, change)
         service.take_cpuid(self._cpuid, limits_rates=limits_rates)
         self._power_on = PowerOnState(self.vm, self.vcpus)
+
+    def time_travel(
+        self, service: ClockService, run_states: RunStates, source: BootSource, wanted: Travel | bool
+    ) -> TimeTravel:
+        """What skips its guest's idle time, once the clock of `service` is there; enabled if that is `wanted`."""
+        needs_tsc = source.entered_by in KERNELS
+        find_time = partial(guest_time, self.kvm, self.vm, self.vcpus, service, needs_tsc=needs_tsc)
+        travel = self.owned(TimeTravel(self.runner, self.vcpus, self.board.bus, run_states, find_time))
+        if wanted is not False:
+            travel.enable(as_travel(wanted))
+        return travel
 
     def add_vcpu(self) -> int:
         """Another vCPU, the others kept out meanwhile; it runs if they do, and waits for its guest's INIT and SIPI.

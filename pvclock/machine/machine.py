@@ -32,8 +32,10 @@ from pvclock.machine.cpuid import CpuidChange
 from pvclock.machine.devices.uart import Uart
 from pvclock.machine.exits import Ending, Outcome
 from pvclock.machine.guest_reset import GuestReset
+from pvclock.machine.guest_timers import GuestTimers
 from pvclock.machine.hardware import Hardware
 from pvclock.machine.run_state import RunState, RunStates
+from pvclock.machine.travel_options import Travel
 from pvclock.machine.vmm_services import MachineServices
 from pvclock.providers.kvm import kernel_clock_features
 from pvclock.readings import RunReport
@@ -54,6 +56,8 @@ class Machine:
     cpuid: a function of a vCPU's number and its CPUID, a list of CpuidEntry, which returns the list that it gets.
     on_exit: called with a vCPU's number and each of its exits before that is answered, on its thread; what it raises
     ends the run.
+    time_travel: True or a Travel skips the time that the guest idles away, from its start on; `self.time_travel` turns
+    that on and off, and has what came of it (time_travel.py).
     clock: what serves the guest's clock, "engine" (`self.clock`, a GuestClock, with the rest of the keywords as its
     options) or "kernel" (in-kernel kvmclock, with `features` or as the engine's; `self.clock` is None).
 
@@ -68,7 +72,8 @@ class Machine:
     `tsc_offset`.  On a host that honours no offsets it is the host's: see `pvclock doctor`.
 
     bus: devices are added to it (Bus.add_ports, Bus.add_mmio).  run_state: in which state it is, and handlers of the
-    changes.  clock_service: the clock as the engine or the kernel serves it, by one interface.
+    changes.  clock_service: the clock as the engine or the kernel serves it, by one interface.  timers: what the VMM
+    does at an instant of guest time (GuestTimers).
 
     After the run has ended nothing executes any more until start(), so run_for() is a StateError; all else is as for a
     machine that is paused or not, and its clock can be saved.  After close() only wait(), stop(), close() and what was
@@ -98,13 +103,13 @@ class Machine:
         serial_output: Callable[[bytes], object] | None = None,
         cpuid: CpuidChange | None = None,
         on_exit: Callable[[int, Exit], object] | None = None,
+        time_travel: Travel | bool = False,
         **clock_options: object,
     ) -> None:
         given: dict[str, object] = {"image": image, "vcpus": vcpus, "max_vcpus": max_vcpus, "cmdline": cmdline}
         given |= {"memory_bytes": memory_bytes, "clock": clock, "kvm": kvm, "tick_interval_s": tick_interval_s}
         given |= {"backend": backend, "restore": restore, "platform": platform, "serial_output": serial_output}
-        given |= {"on_exit": on_exit}
-        check_arguments(given | {"cpuid": cpuid}, clock_options)
+        check_arguments(given | {"on_exit": on_exit, "cpuid": cpuid, "time_travel": time_travel}, clock_options)
         self.boot_source = image if isinstance(image, BootSource) else BootSource(image, cmdline)
         platform = choose_platform(self.boot_source, platform, memory_bytes, serial_output)
         self._is_closed = False
@@ -136,6 +141,8 @@ class Machine:
             self.clock_service = service
             hardware.take_clock(service, cpuid, limits_rates=platform == "pc")
             hardware.boot(self.boot_source)
+            self.time_travel = hardware.time_travel(service, self.run_state, self.boot_source, time_travel)
+            self.timers = GuestTimers(service, self.runner, self.run_state, self.time_travel)
         except BaseException:
             hardware.abandon()
             raise
@@ -156,6 +163,7 @@ class Machine:
             self._check_open("start")
             self._update_run_state()
             self.run_state.check("start", RunState.RUNNING)
+            self.time_travel.check()
             if self.runner.gate.has_ended():
                 self.runner.stop()  # else an exit that is still served would be this run's outcome
                 self._outcome.forget()
@@ -175,8 +183,7 @@ class Machine:
         running does not end it.  GuestCrashed or GuestPanicked if it cannot go on; StateError if it has not ended
         within `timeout_s`.
         """
-        if timeout_s is not None:
-            number("timeout_s", timeout_s)
+        _check_timeout(timeout_s)
         gate = self.runner.gate
         if not gate.has_begun() and not gate.has_ended():
             raise StateError("wait", "the machine was never started", "start() it")
@@ -206,8 +213,7 @@ class Machine:
         machine can be looked at and saved, and start() or run() lets the guest go on from there.  But a machine that
         runs already goes on, with start()'s StateError.
         """
-        if timeout_s is not None:
-            number("timeout_s", timeout_s)
+        _check_timeout(timeout_s)
         gate = self.runner.gate
         ran_before = gate.has_begun() and not gate.has_ended()
         try:
@@ -408,6 +414,7 @@ class Machine:
 
     def _take_leave(self) -> None:
         """Tell devices and handlers what close() has to tell them."""
+        self.timers.close()
         try:
             self.bus.flush()  # the ring goes with the vCPUs
         finally:
@@ -457,6 +464,11 @@ class _RunEnd:
     def __call__(self, failure: BaseException | None) -> None:
         if not self.is_silent:
             self._run_state.update(lambda: _ended_by(self._outcome, failure))
+
+
+def _check_timeout(timeout_s: float | None) -> None:
+    if timeout_s is not None:
+        number("timeout_s", timeout_s)
 
 
 def _call_if_alive(method: WeakMethod[Callable[[], None]]) -> None:

@@ -27,6 +27,8 @@ __all__ = ["ClockBudget"]
 
 HOST_CHECK_S: Final = 1.0
 BROKEN: Final = "the guest's clock broke its budget:"
+STEP_WANTED: Final = 'text with a unit, such as "1us"'
+DRIFT_WANTED: Final = 'text with a unit, such as "100 ppb"'
 UNDECIDED: Final = "it is undecided whether the guest's clock kept to its budget:"
 
 
@@ -57,8 +59,8 @@ class ClockBudget:
         tsc_unchanged: bool = False,
     ) -> None:
         budgets = Budgets(
-            max_step_ns=None if step is None else parse_step_ns(text("step", step)),
-            max_drift_ppb=None if drift is None else parse_drift_ppb(text("drift", drift)),
+            max_step_ns=None if step is None else parse_step_ns(text("step", step, STEP_WANTED)),
+            max_drift_ppb=None if drift is None else parse_drift_ppb(text("drift", drift, DRIFT_WANTED)),
             tsc_unchanged=flag("tsc_unchanged", tsc_unchanged),
             allow_pauses=flag("allow_pauses", allow_pauses),
         )

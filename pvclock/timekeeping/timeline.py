@@ -120,6 +120,8 @@ class Timeline:
 
     def skew_at(self, tsc: HostTsc) -> Fraction:
         """Guest ns still to slew in at host TSC `tsc`; negative for a clock that is ahead."""
+        if not self._terms.slew:  # the usual case: fractions are slow
+            return self._skew_ns
         return self._skew_ns - self._run_ns(tsc) * self._terms.dilation * self._terms.slew
 
     def host_ns_between(self, begin: HostTsc, end: HostTsc) -> Fraction:

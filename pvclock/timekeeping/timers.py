@@ -240,6 +240,17 @@ class Timers:
         for kept in (self._timers, self._updates, self._queue, self._firing):
             kept.clear()
 
+    def rewind(self, now: GuestNs) -> None:
+        """Take guest time back to `now` ns, as when a machine is rolled back; deadlines stay, and nothing fires again.
+
+        RangeError outside 0 to the present `now`; StateError if a callback calls this.
+        """
+        if self._advancing:
+            raise StateError(
+                "rewind", f"callbacks of the advance to {self._now} ns are running", "return from them first"
+            )
+        self._now = GuestNs(whole("now", now, 0, self._now))
+
     def advance(self, now: GuestNs, cycles: int | None = None) -> int:
         """Fire what is due at guest time `now` ns and guest cycle count `cycles`; return how many timers fired.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from math import isfinite
 from typing import Final
 
-from pvclock import GuestClock
+from pvclock import GuestClock, TimeInfo
 from pvclock.machine import Machine
+from pvclock.machine.time_travel import Travel
 from qemu_glue.errors import QmpRefusal
-from qemu_glue.face.answers import ClockInfo, Ratio, VcpuClockInfo
+from qemu_glue.face.answers import ClockInfo, PageInfo, Ratio, VcpuClockInfo
 from qemu_glue.face.dispatch import Command, command_of
 
 __all__ = ["CHANGE", "ClockCommands"]
@@ -21,7 +23,7 @@ MAX_PPM: Final = 500
 
 
 class ClockCommands:
-    """The commands for the engine's clock of `machine`."""
+    """The commands for the clock of `machine`: all but x-pvclock-travel for the engine's alone."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -35,6 +37,7 @@ class ClockCommands:
             "x-pvclock-set-rate": self._set_rate,
             "x-pvclock-slew": self._slew,
             "x-pvclock-follow": self._follow,
+            "x-pvclock-travel": self._travel,
         }
         return {name: command_of(function) for name, function in functions.items()}
 
@@ -58,7 +61,11 @@ class ClockCommands:
             "tsc-hz": clock.tsc_hz,
             "steering": None
             if steering is None
-            else {"state": str(steering.state), "error-ns": steering.error_ns, "bound-ns": steering.bound_ns},
+            else {
+                "state": str(steering.state),
+                "error-ns": _known(steering.error_ns),
+                "bound-ns": _known(steering.bound_ns),
+            },
             "vcpus": [self._vcpu(clock, vcpu) for vcpu in range(clock.vcpus)],
             "last-event": clock.events.last,
         }
@@ -68,7 +75,7 @@ class ClockCommands:
         return {
             "cpu-index": vcpu,
             "tsc-offset": clock.tsc(vcpu).offset,
-            "page": None if page is None else {name.replace("_", "-"): each for name, each in page._asdict().items()},
+            "page": None if page is None else _page(page),
         }
 
     def _set_policy(self, policy: str) -> None:
@@ -85,6 +92,46 @@ class ClockCommands:
 
     def _follow(self, reference: str) -> None:
         self._clock().follow(reference)
+
+    def _travel(self, on: bool | None = None, until_ns: int | None = None, max_rate: float | None = None) -> object:
+        """Switch travel on or off, if it is said, and tell how it is."""
+        travel = self._machine.time_travel
+        if not on and (until_ns is not None or max_rate is not None):
+            raise QmpRefusal("until-ns and max-rate are of travel that is switched on: with them, on is true")
+        if on:
+            travel.enable(Travel(until_ns, max_rate))
+        elif on is not None:
+            travel.disable()
+        log, options = travel.log, travel.options
+        return {
+            "is-on": travel.is_enabled,
+            "until-ns": options.until_ns,
+            "max-rate": None if options.max_rate is None else float(options.max_rate),
+            "why-not": travel.why_not,
+            "failure": None if travel.failure is None else str(travel.failure),
+            "holds": travel.holds,
+            "is-idle-forever": log.is_idle_forever,
+            "skips": log.skips,
+            "skipped-ns": log.skipped_ns,
+            "largest-ns": log.largest_ns,
+            "host-ns": log.host_ns,
+        }
+
+
+def _page(page: TimeInfo) -> PageInfo:
+    return {
+        "version": page.version,
+        "tsc-timestamp": page.tsc_timestamp,
+        "system-time": page.system_time,
+        "tsc-to-system-mul": page.tsc_to_system_mul,
+        "tsc-shift": page.tsc_shift,
+        "flags": page.flags,
+    }
+
+
+def _known(ns: float) -> float | None:
+    """None before the first sample, for JSON has no nan and no inf."""
+    return ns if isfinite(ns) else None
 
 
 def _ratio(fraction: Fraction) -> Ratio:

@@ -15,7 +15,7 @@ from qemu_glue.migration import conversion
 from qemu_glue.migration.cpu_sections import MEANINGS, VcpuRegisters
 from qemu_glue.migration.kvmclock_section import FoundBy
 from qemu_glue.migration.saved_clock import QemuClock, patches, read_clock
-from qemu_glue.migration.stream_file import LIBVIRT_MAGIC, MAGIC, opened
+from qemu_glue.migration.stream_file import is_of_qemu, opened
 
 __all__ = ["IS_MADE_ANEW", "SavedStream", "read", "recognises", "write"]
 
@@ -103,8 +103,8 @@ class SavedStream(NamedTuple):
 
 
 def recognises(head: bytes) -> bool:
-    """Does a stream begin like that, or an image of `virsh save`?"""
-    return head.startswith((MAGIC, LIBVIRT_MAGIC))
+    """Does a stream begin like that, an image of `virsh save`, or what read() can say more of than that it is none?"""
+    return is_of_qemu(head)
 
 
 def read(path: str) -> SavedStream:

@@ -17,7 +17,7 @@ from typing import Final
 from pvclock import StateFileError
 from pvclock.state import atomic_file
 
-__all__ = ["LIBVIRT_MAGIC", "MAGIC", "StreamFile", "opened"]
+__all__ = ["StreamFile", "is_of_qemu", "opened"]
 
 MAGIC: Final = b"QEVM"
 VERSION: Final = 3
@@ -27,6 +27,17 @@ LIBVIRT_MAGIC: Final = b"LibvirtQemudSave"
 LIBVIRT_HEADER: Final = struct.Struct("=16s5I56x")
 """Magic, version, length of what follows before the stream, was running, compression, cookie; in the host's order."""
 NOT_COMPRESSED: Final = 0
+
+LIBVIRT_PARTIAL_MAGIC: Final = b"LibvirtQemudPart"
+QCOW_MAGIC: Final = b"QFI\xfb"
+NOT_STREAMS: Final = {
+    LIBVIRT_PARTIAL_MAGIC: ("an image that `virsh save` did not finish", "one that it has: save the VM again"),
+    QCOW_MAGIC: (
+        "a disk image of QEMU's, with its snapshots (savevm)",
+        "a stream in a file of its own: have the VM loaded from the snapshot, and `migrate` it to a file",
+    ),
+}
+"""How other files of theirs begin; what such a file is, and what is wanted."""
 
 CHUNK_BYTES: Final = 1 << 20
 
@@ -81,8 +92,12 @@ class StreamFile:
             at += len(chunk)
 
     def _begin(self) -> int:
-        if os.pread(self._fd, len(LIBVIRT_MAGIC), 0) == LIBVIRT_MAGIC:
+        head = os.pread(self._fd, len(LIBVIRT_MAGIC), 0)
+        if head == LIBVIRT_MAGIC:
             return self._behind_libvirts_header()
+        for magic, (found, wanted) in NOT_STREAMS.items():
+            if head.startswith(magic):
+                raise StateFileError("stream", found, wanted)
         self._check_magic(0)
         return 0
 
@@ -100,6 +115,11 @@ class StreamFile:
         found = os.pread(self._fd, len(MAGIC), at)
         if found != MAGIC:
             raise StateFileError("stream", f"{found!r} at {at}", f"{MAGIC!r}, with which a migration stream begins")
+
+
+def is_of_qemu(head: bytes) -> bool:
+    """Does a file of QEMU's or libvirt's begin like that, be it a stream or taken for one?"""
+    return head.startswith((MAGIC, LIBVIRT_MAGIC, *NOT_STREAMS))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from pvclock.clock.guest_clock import GuestClock
 from pvclock.quantities import U64_MASK, HostTsc, signed64
 from tests.guest_programs import Triple
+from tests.kvm.guest_shell import GuestShell
 from tests.kvm.stock_linux import StockLinux
 
 __all__ = ["ClockSampler", "Offsets", "ROUNDING_NS", "SampledClock", "Span", "common"]
@@ -40,7 +41,7 @@ class ClockSampler:
     its points are wanted.
     """
 
-    def __init__(self, guest: StockLinux, interval_ms: int, timer_ms: int, points_of: str = "") -> None:
+    def __init__(self, guest: StockLinux | GuestShell, interval_ms: int, timer_ms: int, points_of: str = "") -> None:
         self._guest = guest
         self._command = guest.begin(f"clock_sampler {interval_ms} {timer_ms} {points_of}")
         self._command.wait_for_line("sampling")

@@ -7,6 +7,7 @@ import pytest
 
 from pvclock.errors import KvmError
 from pvclock.kvm import Kvm, Vcpu, Vm
+from pvclock.kvm._stats import VcpuStats
 from tests.kvm.guests import REGISTERS
 
 SEGMENT_FIELDS = ("base", "limit", "selector", "type", "present", "dpl", "db", "s", "l", "g", "avl", "unusable")
@@ -19,6 +20,7 @@ BLANK_SREGS = {
 }
 
 VCPU_CALLS: dict[str, Callable[[Vcpu], object]] = {
+    "KVM_GET_STATS_FD": VcpuStats,
     "KVM_RUN": Vcpu.run,
     "KVM_GET_REGS": Vcpu.get_regs,
     "KVM_SET_REGS": lambda vcpu: vcpu.set_regs(dict.fromkeys(REGISTERS, 0)),

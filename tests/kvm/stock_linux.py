@@ -5,9 +5,7 @@ from __future__ import annotations
 import lzma
 import shutil
 import struct
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -19,14 +17,11 @@ from pvclock.boot.source import Protocol
 from pvclock.lab.kernel import Kernel
 from pvclock.machine import Machine
 from tests.guest_programs import BUILD, CLOCK_SAMPLER, VDSO_PROBE, compiled
+from tests.kvm.guest_shell import BOOT_LIMIT_S, Command, GuestShell
 
-__all__ = ["BOOT_LIMIT_S", "COMPLAINTS", "Command", "StockLinux", "uncompressed"]
+__all__ = ["CMDLINE", "COMPLAINTS", "StockLinux", "root_file_system", "uncompressed"]
 
 XZ_MAGIC: Final = bytes.fromhex("fd377a585a00")
-
-BOOT_LIMIT_S: Final = 300.0
-"""With two vCPUs on one emulated CPU of a busy host; 10 s on an idle one."""
-TOLD_BYTES: Final = 2000
 
 CMDLINE: Final = (
     "console=ttyS0",
@@ -40,8 +35,6 @@ COMPLAINTS: Final = (
     " | grep -v 'Speculative Return Stack Overflow'"  # said on every AMD
 )
 """A command that prints what a kernel says whose clock or timers are not right."""
-
-PROMPT: Final = b"/ # "
 
 
 def uncompressed(kernel: Kernel) -> bytes:
@@ -65,30 +58,12 @@ def root_file_system() -> bytes:
     return with_shell(Path(busybox).read_bytes(), programs)
 
 
-class Command:
-    """A command that was typed at the shell.  Its lines end as a terminal's do until they are given to the caller."""
-
-    def __init__(self, wait_for: Callable[..., Any], begin: bytes, end: bytes) -> None:
-        self._wait_for, self._begin, self._end = wait_for, begin, end
-
-    def wait_for_line(self, line: str, limit_s: float = BOOT_LIMIT_S) -> None:
-        """Return once it has printed this one."""
-        wanted = line.encode() + b"\r\n"
-        self._wait_for(lambda output: wanted in output.partition(self._begin)[2] or None, limit_s)
-
-    def printed(self, limit_s: float = BOOT_LIMIT_S) -> str:
-        """All that it has printed, once it has ended."""
-        output: bytes = self._wait_for(lambda output: bytes(output) if self._end in output else None, limit_s)
-        text = output.partition(self._begin)[2].partition(self._end)[0]
-        return text.decode(errors="replace").replace("\r\n", "\n")
-
-
 class StockLinux:
     """A running guest; a context manager that returns once its shell is there.
 
     machine: the one that it runs on.  rate: guest seconds in a host's second, from boot on.  protocol: "pvh" and
     "linux64" enter the uncompressed kernel.  before_start: called with the machine before it starts.
-    options: more of Machine's arguments.
+    parameters: more of the kernel's.  options: more of Machine's arguments.
     """
 
     def __init__(
@@ -98,21 +73,20 @@ class StockLinux:
         rate: Fraction | None = None,
         protocol: Protocol = "bzimage",
         before_start: Callable[[Machine], object] | None = None,
+        parameters: Sequence[str] = (),
         **options: Any,  # noqa: ANN401  # Machine's
     ) -> None:
-        self._changed = threading.Condition()
-        self._output = bytearray()
-        self._commands = 0
+        self.shell = GuestShell(self._send)
         image = kernel.image.read_bytes() if protocol == "bzimage" else uncompressed(kernel)
-        source = BootSource(image, " ".join(CMDLINE), root_file_system(), protocol)
-        self.machine = Machine(source, platform="pc", memory_bytes=256 << 20, serial_output=self._take, **options)
+        source = BootSource(image, " ".join((*CMDLINE, *parameters)), root_file_system(), protocol)
+        self.machine = Machine(source, platform="pc", memory_bytes=256 << 20, serial_output=self.shell.take, **options)
         try:
             if rate is not None and self.machine.clock is not None:
                 self.machine.clock.dilate(*rate.as_integer_ratio())
             if before_start is not None:
                 before_start(self.machine)
             self.machine.start()
-            self._wait_for(lambda output: PROMPT in output or None)
+            self.shell.wait_for_prompt()
         except BaseException:
             self.machine.close()
             raise
@@ -127,37 +101,20 @@ class StockLinux:
 
     def run(self, command: str, limit_s: float = BOOT_LIMIT_S) -> str:
         """What a command prints, typed at the shell."""
-        return self.begin(command).printed(limit_s)
+        return self.shell.run(command, limit_s)
 
     def begin(self, command: str) -> Command:
-        """Type one at the shell, and do not wait for its end.  Its marks are sums, so that their echo is none."""
-        self._commands += 1
-        begin, end = 2 * self._commands, 2 * self._commands + 1
-        self.type(f'echo "<mark $(({begin}))"; {command}; echo "$(({end})) mark>"\n')
-        return Command(self._wait_for, b"<mark %d\r\n" % begin, b"%d mark>\r\n" % end)
+        """Type one at the shell, and do not wait for its end."""
+        return self.shell.begin(command)
 
     def type(self, text: str) -> None:
         """Type it, without waiting for anything."""
-        data = text.encode()
-        assert self.machine.serial.receive(data) == len(data)
+        self.shell.type(text)
 
     def power_off(self) -> int:
         """Have it power off; what the machine's wait() gives then."""
         self.type("poweroff -f\n")
         return self.machine.wait(BOOT_LIMIT_S)
 
-    def _take(self, data: bytes) -> None:
-        with self._changed:
-            self._output += data
-            if data == b"\n" or self._output.endswith(PROMPT):  # what is waited for ends so
-                self._changed.notify_all()
-
-    def _wait_for(self, look: Callable[[bytearray], Any], limit_s: float = BOOT_LIMIT_S) -> Any:  # noqa: ANN401
-        """What look() gives of the output, once it gives something; AssertionError with its end if it never does."""
-        deadline = time.monotonic() + limit_s
-        with self._changed:
-            while (found := look(self._output)) is None:
-                has_come = self._changed.wait(timeout=deadline - time.monotonic())
-                assert has_come, bytes(self._output[-TOLD_BYTES:]).decode(errors="replace")
-                assert b"Kernel panic" not in self._output, self._output.decode(errors="replace")
-        return found
+    def _send(self, data: bytes) -> None:
+        assert self.machine.serial.receive(data) == len(data)

@@ -321,7 +321,7 @@ def test_doctor_warns_of_what_it_makes(capsys: pytest.CaptureFixture[str]) -> No
         (("--machine", "--guest"), "give one of them"),
         (("--machine", "--cpus", "0,2"), "how many vCPUs it has, 1 to 255"),
         (("--machine", "--cpus", "0"), "how many vCPUs it has, 1 to 255"),
-        (("--cpus", "2"), "--cpus goes with --guest"),
+        (("--cpus", "2"), "--cpus goes with --guest and --machine"),
         (("--machine", "--clock", "kernel", "--invtsc"), "--clock kernel: it takes none of"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -141,6 +141,7 @@ def test_there_and_back(saved: Saved, out: Path, tmp_path: Path, capsys: pytest.
     state = tmp_path / "clock.json"
     assert main(["state", "convert", str(saved.path), "--to", "clock", "-o", str(state)]) == 0
     ours = clock_state.read(state)
+    assert ours.guest_tsc_hz is not None
     backend = SimulatedBackend(ours.guest_tsc_hz)
     clock = GuestClock.restore(ours, GuestMemory(bytearray(RAM_BYTES)), backend=backend)
     clock.dilate(2)

@@ -106,3 +106,18 @@ def test_a_panic_is_found(said: bytes, panic: str, piped: Piped) -> None:
     for byte in said:
         piped.console.write(bytes([byte]))
     assert piped.console.panic == panic
+
+
+@pytest.mark.row("E17")
+def test_lines_are_told() -> None:
+    """Each once it has ended, with its end; of a long one the last bytes."""
+    lines: list[bytes] = []
+    reads, writes = os.pipe()
+    with GuestConsole(writes, lines.append) as console:
+        for byte in b"one\r\ntwo\n" + bytes(2 * LINE_KEPT_BYTES) + b"!\nnot":
+            console.write(bytes([byte]))
+    os.close(reads)
+    os.close(writes)
+    assert lines[:2] == [b"one\r\n", b"two\n"]
+    assert lines[2].endswith(b"\0!\n")
+    assert len(lines) == 3

@@ -279,3 +279,26 @@ def test_what_is_no_terminal_stays_as_it_is(typed: Pipe) -> None:
     """A pipe, for one."""
     with raw_terminal(typed.reads) as is_terminal, as_it_was(typed.reads, settings_of(typed.reads)):
         assert not is_terminal
+
+
+@pytest.mark.row("E17")
+def test_the_end_of_input_is_told(typed: Pipe, over: Pipe) -> None:
+    """Once, and not before all of it was taken."""
+    room = iter([0, 1, 1])
+    taken = bytearray()
+    told: list[bytes] = []
+
+    def receive(data: bytes) -> int:
+        length = next(room)
+        taken.extend(data[:length])
+        return length
+
+    def end() -> None:
+        told.append(bytes(taken))
+        os.write(over.writes, b".")
+
+    os.write(typed.writes, b"ab")
+    os.close(typed.writes)
+    with alarm_after(HANG_S):
+        assert converse(typed.reads, over.reads, Keys(has_escape=False), receive, on_end_of_input=end)
+    assert told == [b"ab"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import os
 import random
 import struct
@@ -306,6 +308,8 @@ def test_what_is_no_stream(tmp_path: Path) -> None:
         read(tmp_path, overwritten(MICROVM, 4, b"\0\0\0\x02"))
     with pytest.raises(StateFileError, match="no kvmclock section"):
         read(tmp_path, MICROVM[:SECTION_AT])
+    with pytest.raises(StateFileError, match="virsh save` did not finish"):
+        read(tmp_path, in_libvirts_image(MICROVM).replace(b"LibvirtQemudSave", b"LibvirtQemudPart"))
     with pytest.raises(StateFileError, match="a directory"):
         state_format.read(str(tmp_path))
     os.mkfifo(tmp_path / "fifo")
@@ -314,6 +318,26 @@ def test_what_is_no_stream(tmp_path: Path) -> None:
 
 
 # The command
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "remedy"),
+    [
+        (gzip.compress(MICROVM), "what gzip has compressed", "decompress it first, by gzip"),
+        (lzma.compress(MICROVM), "what xz has compressed", "decompress it first, by xz"),
+        (bytes.fromhex("28b52ffd") + MICROVM, "what zstd has compressed", "decompress it first, by zstd"),
+        (b"QFI\xfb\0\0\0\3" + bytes(64), "a disk image of QEMU's", "`migrate` it to a file"),
+    ],
+    ids=["gzip", "xz", "zstd", "qcow2"],
+)
+def test_what_is_taken_for_a_stream(
+    content: bytes, what: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A compressed stream and a disk image are told for what they are, with what to do."""
+    assert main(["state", "check", str(written(tmp_path, content))]) == 1
+    said = capsys.readouterr().out
+    assert what in said
+    assert remedy in said
 
 
 def test_show_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ def test_a_slews_last_stretch_ends_where_it_was_to_after_a_renumbering(begin: in
     slow = Fraction(100, 10**9)  # by less than was planned, so that a new plan is another
     timeline.begin_segment(HostTsc(begin), RateTerms(slew=slow))
     timeline.rebase(HostTsc((begin + 10**9) % 2**64), HostTsc(after))
+    assert timeline.copy().plan(HostTsc((after + 5 * 10**8) % 2**64)) != slow  # 1.5 s after the last plan, 0.5 s early
     for halvings in range(30):  # a plan each time half of what was left has passed, to the last tick
         assert timeline.plan(HostTsc((after + 10**9 - (8 * 10**8 >> halvings)) % 2**64)) == slow
     assert timeline.skew_at(HostTsc((after + 10**9) % 2**64)) == 800

@@ -412,3 +412,28 @@ def test_a_timeouts_callback_may_set_the_next() -> None:
     for now in range(0, 41, 5):
         timers.advance(GuestNs(now))
     assert calls == [10, 20, 30, 40]
+
+
+@pytest.mark.row("E17")
+def test_time_that_is_taken_back() -> None:
+    """A timer that fired does not fire again; others, also new ones, fire at their deadlines, not before."""
+    timers, fired = Timers(), list[int]()
+
+    def note(firing: Firing) -> None:
+        fired.append(firing.deadline_ns)
+
+    for deadline_ns in (10, 90):
+        timers.add(GuestNs(deadline_ns), note)
+    timers.advance(GuestNs(50))
+    timers.rewind(GuestNs(5))
+    assert timers.now == 5
+    timers.add(GuestNs(20), note)
+    timers.advance(GuestNs(19))
+    assert fired == [10]
+    timers.advance(GuestNs(90))
+    assert fired == [10, 20, 90]
+    with pytest.raises(RangeError):
+        timers.rewind(GuestNs(91))
+    timers.add(GuestNs(0), lambda _: timers.rewind(GuestNs(0)))
+    with pytest.raises(StateError):
+        timers.advance(GuestNs(90))

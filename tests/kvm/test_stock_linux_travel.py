@@ -1,0 +1,205 @@
+"""Debian's kernel, as it is, whose idle time takes no time: it sleeps for a day, and its clocks and timers are right.
+
+Only where KVM runs a stock Linux; elsewhere `make test-lab` does it.  The tests of a guest come in the file's order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+import pytest
+
+from pvclock.lab.kernel import Kernel
+from pvclock.machine.time_travel import Arrival
+from pvclock.timekeeping.travel import WakeKind
+from tests import oracle
+from tests.kvm.guest_clocks import ROUNDING_NS, ClockSampler, Offsets, Span, common
+from tests.kvm.guest_shell import BOOT_LIMIT_S
+from tests.kvm.stock_linux import COMPLAINTS, StockLinux
+
+pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
+
+QUIET: Final = (
+    "tsc=reliable",  # else its clocksource watchdog looks twice a second
+    "nowatchdog",
+    "psi=0",
+    "mce=ignore_ce",
+    "sysctl.vm.compaction_proactiveness=0",
+    "sysctl.vm.stat_interval=3600",
+    "sysctl.kernel.hung_task_timeout_secs=0",
+)
+"""Of the kernel: what would wake it while it has nothing to do."""
+
+SETUPS: Final = {
+    "engine-1": ("engine", 1),
+    "engine-2": ("engine", 2),
+    "kernel-1": ("kernel", 1),
+    "kernel-2": ("kernel", 2),
+}
+LONG: Final = ("engine-2", "kernel-1")
+on_all = pytest.mark.parametrize(
+    "guest",
+    [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in SETUPS],
+    indirect=True,
+)
+
+DAY_S: Final = 86400
+APART_NS: Final = 2
+SYSTEM_TIME_NEW: Final = 0x4B564D01
+SYSTEM_TIME: Final = 0x12
+SLEEPS_S: Final = (1000, 200, 30, 5, 0.5)
+CONSOLE_S: Final = 1000
+SHELL_LATE_S: Final = 60
+"""For what the guest itself does in real time, on however busy a machine."""
+
+
+@pytest.fixture(scope="module")
+def guest(kernel: Kernel, request: pytest.FixtureRequest) -> Iterator[StockLinux]:
+    """One that has booted to its shell, and travels in time from there."""
+    clock, vcpus = SETUPS[request.param]
+    with StockLinux(kernel, clock=clock, vcpus=vcpus, parameters=QUIET) as running:
+        running.machine.time_travel.enable()
+        yield running
+
+
+class Instant(NamedTuple):
+    """vCPU 0's TSC, and what its page makes of it, in ns."""
+
+    tsc: int
+    page_ns: int
+
+
+def instant(guest: StockLinux) -> Instant:
+    """One instant of the guest, by its own page."""
+    machine = guest.machine
+    with machine.runner.quiesce():
+        vcpu = machine.vcpus[0]
+        clock = machine.clock
+        gpa = vcpu.get_msr(SYSTEM_TIME_NEW) if clock is None else clock.read_msr(0, SYSTEM_TIME_NEW)
+        tsc = vcpu.get_msr(0x10)
+        return Instant(tsc, oracle.TimeInfo.parse(machine.memory.read(gpa & ~1, 32)).read(tsc))
+
+
+def uptime_s(guest: StockLinux) -> float:
+    """The guest's, in hundredths."""
+    return float(guest.run("cat /proc/uptime").split()[0])
+
+
+@on_all
+def test_a_day(guest: StockLinux, record_property: Callable[[str, object], None]) -> None:
+    """`sleep 86400` ends by the guest's clocks when it should; its page and its TSC are still 2 ns apart at most."""
+    travel, machine = guest.machine.time_travel, guest.machine
+    before, log, began_s = instant(guest), travel.log, time.monotonic()
+    begun, ended = map(int, guest.run(f"date +%s; sleep {DAY_S}; date +%s").split())
+    after, now, host_s = instant(guest), travel.log, time.monotonic() - began_s
+    assert travel.failure is None
+    assert DAY_S <= ended - begun <= DAY_S + host_s + 1
+    assert now.skipped_ns - log.skipped_ns >= (DAY_S - host_s) * 10**9
+    with machine.runner.quiesce():
+        khz = machine.vcpus[0].get_tsc_khz()
+    assert abs((after.tsc - before.tsc) * 10**6 // khz - (after.page_ns - before.page_ns)) <= APART_NS + 1
+    for name, figure in (
+        ("skips", now.skips - log.skips),
+        ("host_s", round(host_s, 2)),
+        ("kept_out_s", round((now.host_ns - log.host_ns) / 1e9, 2)),
+    ):
+        record_property(name, figure)
+
+
+def ahead(guest: StockLinux) -> dict[str, list[Span]]:
+    """How far the guest's clocks are ahead of the engine's, sampled in a moment without travel."""
+    travel, clock = guest.machine.time_travel, guest.machine.clock
+    assert clock is not None
+    travel.disable()
+    travel.close()
+    sampled = ClockSampler(guest, 50, 200).finish()
+    offsets = Offsets(clock)
+    spans = {name: [offsets.ahead_ns(triple) for triple in each.points] for name, each in sampled.items()}
+    travel.enable()
+    return spans
+
+
+@pytest.mark.parametrize("guest", ["engine-1"], indirect=True)
+def test_clocks_agree(guest: StockLinux) -> None:
+    """MONOTONIC, BOOTTIME, REALTIME and RAW keep their distance to guest time over an hour that was skipped."""
+    before = ahead(guest)
+    guest.run("sleep 3600")
+    after = ahead(guest)
+    for name in ("monotonic", "boottime", "realtime", "raw"):
+        known = common(before[name] + after[name])
+        assert known.low <= known.high + ROUNDING_NS, name
+
+
+@on_all
+def test_timers_end_in_order(guest: StockLinux) -> None:
+    """Sleeps in the background, the longest begun first, end shortest first and none too early."""
+    each = "; ".join(f"(sleep {s}; echo {s} $(cut -d' ' -f1 /proc/uptime)) &" for s in SLEEPS_S).replace("&;", "&")
+    began_s = uptime_s(guest)
+    ends = [line.split() for line in guest.run(f"{each} wait").splitlines()]
+    assert [float(slept) for slept, _ in ends] == sorted(SLEEPS_S)
+    for slept, ended in ends:
+        assert float(ended) - began_s >= float(slept)
+        assert float(ended) - began_s <= float(slept) + SHELL_LATE_S
+
+
+@on_all
+def test_short_and_broken_sleeps(guest: StockLinux) -> None:
+    """50 sleeps of 10 ms take half a second or more, and `timeout` ends a sleep of an hour after 100 s."""
+    began_s = uptime_s(guest)
+    guest.run("i=0; while [ $i -lt 50 ]; do sleep 0.01; i=$((i+1)); done")
+    between_s = uptime_s(guest)
+    assert between_s - began_s >= 0.5
+    assert guest.run("timeout 100 sleep 3600; echo $?") == "143\n"
+    assert 100 <= uptime_s(guest) - between_s <= 100 + SHELL_LATE_S
+
+
+@on_all
+def test_timers_of_every_clock(guest: StockLinux) -> None:
+    """A timerfd of 5 s on each clock has not expired before its time."""
+    clocks = ClockSampler(guest, 1000, 5000).finish()
+    assert all(clock.backs == 0 for clock in clocks.values())
+    for name in ("monotonic", "boottime", "realtime"):
+        due_ns, expired = clocks[name].due_ns, clocks[name].expired
+        assert due_ns is not None
+        assert expired is not None
+        assert expired.ns >= due_ns, name
+
+
+@on_all
+def test_console_input_at_a_guest_time(guest: StockLinux) -> None:
+    """A line that is typed at guest time +1000 s arrives then: not before it, and late by what a skip takes."""
+    travel, arrivals = guest.machine.time_travel, list[Arrival]()
+    due_ns: list[int] = []
+
+    def type_it(arrival: Arrival) -> None:
+        if due_ns and arrival.guest_ns >= due_ns[0]:
+            due_ns.clear()
+            arrivals.append(arrival)
+            guest.type("it came\n")
+
+    travel.next_event, travel.on_arrival = lambda: due_ns[0] if due_ns else None, type_it
+    try:
+        command = guest.begin(
+            "cut -d' ' -f1 /proc/uptime; echo waiting; read -r line; echo $line; cut -d' ' -f1 /proc/uptime"
+        )
+        command.wait_for_line("waiting")
+        due_ns.append(at_ns := guest.machine.clock_service.now_ns() + CONSOLE_S * 10**9)
+        travel.notify()
+        lines = command.printed(BOOT_LIMIT_S).splitlines()
+    finally:
+        travel.next_event, travel.on_arrival = lambda: None, lambda _: None
+    assert arrivals[0].wake.kind is WakeKind.EVENT
+    assert 0 <= arrivals[0].guest_ns - at_ns <= arrivals[0].host_ns + 1000
+    assert "it came" in lines
+    assert float(lines[-1]) - float(lines[0]) + 0.02 >= CONSOLE_S
+    assert float(lines[-1]) - float(lines[0]) <= CONSOLE_S + SHELL_LATE_S
+
+
+@on_all
+def test_its_kernel_does_not_complain(guest: StockLinux) -> None:
+    """No stall, no lockup, no clock that is marked unstable, and it is still on kvm-clock."""
+    assert guest.run(COMPLAINTS) == ""
+    assert guest.run("cat /sys/devices/system/clocksource/clocksource0/current_clocksource") == "kvm-clock\n"
+    assert guest.machine.time_travel.failure is None

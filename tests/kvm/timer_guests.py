@@ -1,0 +1,27 @@
+"""Guests that sleep by their local APIC's timer, and do something each time that they wake."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.kvm.guests import out, write_msr
+from tests.kvm.interrupt_guests import counting
+
+__all__ = ["LONGEST_S", "waking"]
+
+VECTOR: Final = 0x61
+LVT_TIMER, INITIAL_COUNT, DIVIDE_CONFIGURATION = 0x832, 0x838, 0x83E
+BY_128: Final = 0b1010
+DIVIDER: Final = 128
+COUNT_BYTES: Final = bytes.fromhex("813e0050")  # cmpw $..., COUNT
+LONGEST_S: Final = 549
+"""For a count of 32 bits of 128 ns each."""
+
+
+def waking(seconds: int, times: int, each: bytes = b"") -> bytes:
+    """A flat image that sleeps `times` times for so many seconds, does `each` after each, and ends with exit code 0."""
+    sleep = write_msr(INITIAL_COUNT, seconds * 10**9 // DIVIDER)
+    setup = write_msr(DIVIDE_CONFIGURATION, BY_128) + write_msr(LVT_TIMER, VECTOR) + sleep
+    end = out(0xF4, 0)
+    ends = COUNT_BYTES + times.to_bytes(2, "little") + b"\x75" + bytes([len(end)]) + end  # jne
+    return counting(VECTOR, setup, each + ends + sleep)
