@@ -437,7 +437,7 @@ def test_why_the_deadline_is_written_after_the_offset(order: str, sleep_ticks: i
                     vcpu.set_msr(0x6E0, deadline)
         late = guest.wake(number + 1).late
     assert late >= 0
-    assert (late < ticks) == (order == "offset, deadline")
+    assert (late < ticks * 9 // 10) == (order == "offset, deadline")  # KVM lets a timer expire some us early
 
 
 @pytest.mark.usefixtures("offsets_are_honoured", "tsc_is_trusted")
