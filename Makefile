@@ -20,6 +20,9 @@ BIN := $(VENV)/bin
 STEP := scripts/step.sh
 export PYTHON VENV
 
+# Where it is set, each of hundreds of processes compiles all that it imports: a minute in all.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Cython's C, of modules that begin with "_", is none of them.
 SOURCES := $(shell find pvclock -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.[sS]' -o -name '*.ld' \
 	-o -name '[!_]*.c')

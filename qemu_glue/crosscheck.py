@@ -21,7 +21,7 @@ from pvclock.commands.tables import Table, verdict
 from pvclock.meter.comparison import Check, compare
 from pvclock.meter.figure import Figure
 from pvclock.meter.machine_guest import MachineGuest
-from pvclock.meter.observe import ClockObservation, observe_clock, observe_following
+from pvclock.meter.observe import ClockObservation, Pause, observe_clock, observe_following
 from pvclock.meter.watch.words import duration
 from pvclock.payloads import probe
 from qemu_glue.errors import QemuMissing
@@ -31,6 +31,7 @@ __all__ = ["EXAMPLES", "add_arguments", "as_json", "compare_three", "crosscheck"
 EXAMPLES: Final = """\
   pvclock crosscheck                15 s, two vCPUs
   pvclock crosscheck --why          each row with its rule and bound
+  pvclock crosscheck --by-qmp       our machine asked by QMP, as QEMU is
   pvclock crosscheck --lifecycle    a minute: stops, a reset, save and load"""
 
 OBSERVE_S = 2.0
@@ -46,14 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=duration_s, default=OBSERVE_S, help=seconds)
     lifecycle = "instead, what becomes of each as it is stopped, reset, saved and loaded; about a minute"
     parser.add_argument("--lifecycle", action="store_true", help=lifecycle)
+    by_qmp = "the engine's guest in a process of its own (pvclock run --qmp), asked in the same way as QEMU's"
+    parser.add_argument("--by-qmp", action="store_true", help=by_qmp)
     parser.add_argument("--why", action="store_true", help="print each row's rule and bound, too")
 
 
 def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
     """Show the rows; a finding if one disagrees."""
+    if arguments.lifecycle and arguments.by_qmp:
+        raise ConfigError("--lifecycle, --by-qmp: give one of them; a machine of ours is not saved by QMP")
     if arguments.lifecycle:
         return _lifecycle(arguments, screen)
-    checks = crosscheck(arguments.vcpus, arguments.seconds, screen)
+    checks = crosscheck(arguments.vcpus, arguments.seconds, screen, by_qmp=arguments.by_qmp)
     screen.show(table(checks, explained=arguments.why))
     reference_checks, why_no_hyperv = _reference_time(arguments, screen)
     found = {
@@ -120,15 +125,15 @@ def _reference_time(arguments: argparse.Namespace, screen: Screen) -> tuple[list
     return checks, why_no_hyperv
 
 
-def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
+def crosscheck(vcpus: int, seconds: float, screen: Screen, *, by_qmp: bool = False) -> list[Check]:
     """All rows, for guests with `vcpus` vCPUs that read for `seconds` (and 1 s more); progress goes to `screen`.
 
-    seconds: LEAST_S or more.
+    seconds: LEAST_S or more.  by_qmp: the engine's guest is in another process, and asked by QMP.
 
     QemuMissing, ConfigError and all errors of starting machines and QEMUs; nothing is left running then.
     """
     # Imported here: every command loads all command modules, and qemu.qmp and asyncio are half of this one's cost.
-    from qemu_glue.guest import QemuGuest
+    from qemu_glue.guest import own_guest, qemu_guest
     from qemu_glue.peer.launch import require_programs
 
     if not LEAST_S <= seconds < float("inf"):
@@ -137,33 +142,39 @@ def crosscheck(vcpus: int, seconds: float, screen: Screen) -> list[Check]:
         raise ConfigError(f"{vcpus} vCPUs; clockprobe runs on 1 to {probe.MAX_CPUS}")
     require_programs()
     with screen.waiting("the engine's clock"):
-        nominal = observe_clock(lambda: MachineGuest("engine", vcpus), seconds)
+        make_guest = partial(own_guest, vcpus) if by_qmp else partial(MachineGuest, "engine", vcpus)
+        nominal = observe_clock(make_guest, seconds)
     with screen.waiting("the engine's clock, following the host's"), MachineGuest("engine", 1) as guest:
         engine = nominal._replace(following=observe_following(guest, seconds))
     with screen.waiting("the kernel's clock"):
         kernel = observe_clock(lambda: MachineGuest("kernel", vcpus), seconds)
     features = engine.undisturbed.records[0].features
     with screen.waiting("QEMU's clock"):
-        qemu = observe_clock(partial(QemuGuest, features, vcpus), seconds)
+        qemu = observe_clock(partial(qemu_guest, features, vcpus), seconds)
     return compare_three(engine, kernel, qemu)
 
 
 def compare_three(engine: ClockObservation, kernel: ClockObservation, qemu: ClockObservation) -> list[Check]:
     """All rows: those of any clocks, and whether QEMU reads the same pages as we do."""
-    pause = qemu.across_pause.pause
-    agree = pause.pages_by_server == pause.pages
-    shown = "the same" if agree else f"{pause.pages_by_server}, not {pause.pages}"
+    clocks = [engine, kernel, qemu]
+    pauses = {each.server.name: each.across_pause.pause for each in clocks}
     pages_by_qmp = Check(
         "pages by QMP",
-        {
-            "engine": Figure("-"),
-            "kernel": Figure("-"),
-            "qemu": Figure(shown, {"pages_by_qmp": pause.pages_by_server, "pages": pause.pages}),
-        },
-        agree,
-        "QEMU reads the same pages as we do in the RAM that it shares; no vCPU runs meanwhile",
+        {name: _pages_by_qmp(pause) for name, pause in pauses.items()},
+        all(pause.pages_by_server == pause.pages for pause in pauses.values() if pause.pages_by_server)
+        and bool(pauses[qemu.server.name].pages_by_server),
+        "a VMM reads the same pages as we do in the RAM that it shares; no vCPU runs meanwhile",
     )
-    return compare([engine, kernel, qemu], [pages_by_qmp])
+    return compare(clocks, [pages_by_qmp])
+
+
+def _pages_by_qmp(pause: Pause) -> Figure:
+    """What the server itself reads, beside what lies in memory; nothing of a machine in this process."""
+    if not pause.pages_by_server:
+        return Figure("-")
+    agree = pause.pages_by_server == pause.pages
+    shown = "the same" if agree else f"{pause.pages_by_server}, not {pause.pages}"
+    return Figure(shown, {"pages_by_qmp": pause.pages_by_server, "pages": pause.pages})
 
 
 def as_json(check: Check) -> dict[str, object]:

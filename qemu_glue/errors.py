@@ -35,15 +35,15 @@ class QemuMissing(QemuError):
 
 
 class QemuExited(QemuError):
-    """QEMU ended by itself, or was killed.
+    """QEMU, or what stands in its place by name, ended by itself, or was killed.
 
     exit_code: as subprocess gives it: the negative signal number if a signal ended it.  command: its command line.
     output: the end of its stdout and stderr.
     """
 
-    def __init__(self, exit_code: int, command: list[str], output: str) -> None:
+    def __init__(self, exit_code: int, command: list[str], output: str, name: str = "QEMU") -> None:
         how = f"exit code {exit_code}" if exit_code >= 0 else signal.Signals(-exit_code).name
-        super().__init__(f"QEMU ended with {how}\noutput: {output.strip() or 'none'}\ncommand: {shlex.join(command)}")
+        super().__init__(f"{name} ended with {how}\noutput: {output.strip() or 'none'}\ncommand: {shlex.join(command)}")
         self.exit_code = exit_code
         self.command = command
         self.output = output

@@ -11,7 +11,7 @@ from pvclock.meter.lifecycle.comparison import compare_operation
 from pvclock.meter.lifecycle.observe import observe_operation
 from pvclock.meter.lifecycle.operations import Kind, Operation, operations
 from pvclock.meter.machine_guest import MachineGuest
-from qemu_glue.guest import QemuGuest
+from qemu_glue.guest import qemu_guest
 
 __all__ = ["OperationChecks", "cross_check_lifecycle"]
 
@@ -42,7 +42,7 @@ def _cross_check(operation: Operation, vcpus: int, screen: Screen) -> list[Check
         engine = observe_operation(lambda: MachineGuest("engine", vcpus), operation)
     features = engine.before.records[0].features
     with screen.waiting(f"{operation.name}: QEMU's clock"):
-        qemu = observe_operation(lambda: QemuGuest(features, vcpus), operation)
+        qemu = observe_operation(lambda: qemu_guest(features, vcpus), operation)
     if operation.kind is Kind.LOAD:
         return compare_operation(operation.kind, [engine, qemu], {"kernel": NOT_SAVED})
     with screen.waiting(f"{operation.name}: the kernel's clock"):

@@ -19,14 +19,12 @@ from pvclock.timekeeping.travel import Skip
 
 __all__ = ["TRACE_OPTIONS", "WakeCounts", "rows", "wakes_table"]
 
-TRACE_OPTIONS: Final = (
-    "trace_event=timer:timer_expire_entry,timer:hrtimer_expire_entry,workqueue:workqueue_execute_start "
-    "tp_printk loglevel=5"
-)
-"""For a Linux's command line.  None of scheduler events: they are traced under locks that printing may want."""
+TRACE_OPTIONS: Final = "trace_event=timer:timer_expire_entry,workqueue:workqueue_execute_start tp_printk loglevel=5"
+"""For a Linux's command line.  No hrtimers: its ticks are some, 250 a second while it runs, and a line may take longer
+than a tick.  None of scheduler events: they are traced under locks that printing may want."""
 
-TRACED: Final = re.compile(rb"(timer_expire_entry|hrtimer_expire_entry|workqueue_execute_start): .*function[ =](\S+)")
-KINDS: Final = {b"timer_expire_entry": "timer", b"hrtimer_expire_entry": "hrtimer", b"workqueue_execute_start": "work"}
+TRACED: Final = re.compile(rb"\b(timer_expire_entry|workqueue_execute_start): .*function[ =](\S+)")
+KINDS: Final = {b"timer_expire_entry": "timer", b"workqueue_execute_start": "work"}
 CAUSES_MAX: Final = 1000
 """Different ones that are counted: the guest chooses their names."""
 

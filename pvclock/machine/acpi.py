@@ -1,4 +1,4 @@
-"""The ACPI tables by which a stock kernel finds vCPUs, serial port, power-off and reset: no more than it needs.
+"""The ACPI tables by which a stock kernel finds vCPUs, serial port, power button, power-off and reset: what it needs.
 
 Source: ACPI Specification 6.5, chapter 5.  They are of the hardware-reduced kind, as microVM monitors offer it: no PM
 timer, no SCI, no FACS and no legacy PIC, so a kernel does not look for a PIT and takes each interrupt from the
@@ -19,6 +19,7 @@ from pvclock.machine.devices.acpi_registers import (
     SLEEP_STATUS_PORT,
     SOFT_OFF,
 )
+from pvclock.machine.devices.power_button import POWER_BUTTON_BYTES, POWER_BUTTON_GSI, POWER_BUTTON_PORT
 from pvclock.machine.devices.pvpanic import PVPANIC_PORT
 from pvclock.machine.devices.uart import COM1_GSI, COM1_PORT, PORTS
 from pvclock.machine.devices.vcpu_register import VCPU_REGISTER_BYTES, VCPU_REGISTER_GSI, VCPU_REGISTER_PORT
@@ -77,6 +78,8 @@ XAPIC_IDS_END: Final = 0xFF
 
 PRESENT_AND_WORKING: Final = 0x0F
 """A device's _STA: present, enabled, shown, functioning."""
+PRESSED: Final = 0x80
+"""What a button is notified of."""
 DEVICE_CHECK: Final = 1
 """What a device is notified of, once it has come."""
 
@@ -154,7 +157,27 @@ def _dsdt(vcpus: int, max_vcpus: int) -> bytes:
     )
     soft_off = aml.name("_S5", aml.package(aml.integer(SOFT_OFF), *[aml.integer(0)] * 3))
     hot_add = _hot_add(vcpus, max_vcpus) if max_vcpus > vcpus else ()
-    return _table(b"DSDT", 2, aml.scope("_SB", com1, panic, *hot_add) + soft_off)
+    return _table(b"DSDT", 2, aml.scope("_SB", com1, panic, *_power_button(), *hot_add) + soft_off)
+
+
+def _power_button() -> tuple[bytes, ...]:
+    r"""The button, and a generic event device, by which the guest learns that it was pressed.
+
+    ACPI Specification 6.5, 4.8.2.2.1.2 and 5.6.9: hardware-reduced ACPI has no fixed button.
+    """
+    release = aml.store(aml.integer(1), aml.reference("PWBS"))
+    return (
+        aml.io_region("PWBR", POWER_BUTTON_PORT, POWER_BUTTON_BYTES),
+        aml.field("PWBR", "PWBS"),
+        aml.device("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C"))),
+        aml.device(
+            "GEDB",
+            aml.name("_HID", aml.text("ACPI0013")),
+            aml.name("_UID", aml.integer(1)),
+            aml.name("_CRS", aml.resources(aml.level_interrupt(POWER_BUTTON_GSI))),
+            aml.method("_EVT", 1, release, aml.notify("PWRB", PRESSED)),
+        ),
+    )
 
 
 def _hot_add(vcpus: int, max_vcpus: int) -> tuple[bytes, ...]:

@@ -17,6 +17,12 @@ from pvclock.machine.arguments import Platform
 from pvclock.machine.bus import Bus, CoalescedRing
 from pvclock.machine.devices import CONSOLE_PORT, EXIT_PORT, Console, ExitPort
 from pvclock.machine.devices.acpi_registers import ACPI_REGISTERS_PORT, AcpiRegisters
+from pvclock.machine.devices.power_button import (
+    POWER_BUTTON_BYTES,
+    POWER_BUTTON_GSI,
+    POWER_BUTTON_PORT,
+    PowerButton,
+)
 from pvclock.machine.devices.pvpanic import PVPANIC_PORT, Pvpanic
 from pvclock.machine.devices.reset_ports import (
     KEYBOARD_PORT,
@@ -81,6 +87,7 @@ class Board:
             (KEYBOARD_PORT, 1, KeyboardController(reset)),
             (ACPI_REGISTERS_PORT, 3, AcpiRegisters(self._ends_by(Ending.POWER_OFF), reset)),
             (PVPANIC_PORT, 1, Pvpanic(self._ends_by(Ending.PANIC))),
+            (POWER_BUTTON_PORT, POWER_BUTTON_BYTES, PowerButton(partial(self._set_line, POWER_BUTTON_GSI))),
         ):
             self.bus.add_ports(first, count, device)
         self._max_vcpus = max_vcpus

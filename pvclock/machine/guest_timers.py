@@ -243,10 +243,8 @@ class GuestTimers:
         self._due.append(timer)
 
     def _may_call(self) -> bool:
-        if self._is_closed or self._run_state.current is not RunState.RUNNING:  # start() has done all that it does
-            return False
-        gate = self._runner.gate
-        return gate.has_begun() and not gate.has_ended() and not gate.is_paused()
+        is_running = self._run_state.current is RunState.RUNNING  # it comes last in start()
+        return is_running and not self._is_closed and not self._runner.gate.has_ended()
 
     def _host_s_left(self) -> float | None:
         with self._lock:

@@ -89,7 +89,8 @@ class TimeTravel:
     The VMM's part: `next_event`, the guest time in ns of what it has to come, or None; it is called with all vCPUs out
     of the guest, and neither waits nor raises.  `on_arrival`, called after each skip before a vCPU goes in again: what
     is due then is done there, so that the guest finds it at its time.  `on_look`, called with each decision, the vCPUs
-    running again; one that says that the guest is idle for ever comes once.  All three on a thread of its own.
+    running again; after one that says that the guest is idle for ever none comes until a vCPU has moved or notify() is
+    called.  All three on a thread of its own.
 
     Thread-safety: all methods may be called from any thread.
     """

@@ -13,6 +13,7 @@
 enum {
     CPUID_TOPOLOGY = 0xb,
     SPINS = 1 << 12, /* a fraction of a millisecond; then an idle vCPU leaves its host CPU to others */
+    LOOK_TICKS = 1 << 18, /* 0.1 ms: a look at who has come takes far less, even where the CPU is emulated */
     LATE_S = 10,     /* a vCPU that firmware tells of and that has not come by then is there in its tables only */
     LOST_S = 60      /* later than any host schedules a vCPU that it still has */
 };
@@ -130,19 +131,21 @@ static unsigned count_arrived(void)
     return arrived;
 }
 
-/* Until nobody new has come for `patience` ticks, or `enough` have. */
+/* Until nobody new has come for `patience` ticks in which this vCPU ran itself, or `enough` have: on a host that has no
+ * CPU for it, the others may have none either.
+ */
 static void await_others(unsigned enough, uint64_t patience)
 {
     unsigned arrived = count_arrived();
-    struct stopwatch silence;
+    uint64_t last_tsc = fenced_tsc(), silence = 0;
 
-    stopwatch_start(&silence, patience);
-    while (arrived < enough && stopwatch_runs(&silence)) {
+    while (arrived < enough && silence < patience) {
         unsigned now = count_arrived();
+        uint64_t tsc = fenced_tsc(), passed = tsc - last_tsc;
 
-        if (now != arrived)
-            stopwatch_start(&silence, patience);
+        silence = now != arrived ? 0 : silence + (passed < LOOK_TICKS ? passed : LOOK_TICKS);
         arrived = now;
+        last_tsc = tsc;
         __builtin_ia32_pause();
     }
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pvclock.boot import BootSource
 from pvclock.machine import Machine
 from pvclock.meter.machine_guest import wait_until_reading
 from pvclock.payloads import clockprobe
@@ -11,7 +12,7 @@ from pvclock.payloads import clockprobe
 __all__ = ["made"]
 
 
-def made(image: bytes | None, **options: Any) -> Machine:  # noqa: ANN401  # Machine's
+def made(image: bytes | BootSource | None, **options: Any) -> Machine:  # noqa: ANN401  # Machine's
     """A Machine with `image`; or with clockprobe, which runs and reads its clock.  Errors of Machine."""
     if image is not None:
         return Machine(image, **options)

@@ -13,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from pvclock import GuestClock, Machine, SimulatedBackend
+    from pvclock.boot import BootSource
     from pvclock.testing.clock_budget import ClockBudget
 
 __all__ = ["clock_budget", "guest_clock", "kvm_machine", "simulated_backend"]
@@ -46,19 +47,25 @@ def guest_clock(simulated_backend: SimulatedBackend) -> Iterator[GuestClock]:
 
 @pytest.fixture
 def kvm_machine() -> Iterator[Callable[..., Machine]]:
-    """Return what makes a Machine of Machine's arguments, closed after the test; skip where KVM cannot be used.
+    """Return what makes a Machine of Machine's arguments, closed after the test.
+
+    Skip where KVM cannot be used, or does not let the guest travel in time as it is asked to.
 
     Without an image its guest is clockprobe, whose vCPUs read their clock all the time, and runs already.
     """
-    from pvclock.errors import KvmUnavailable
+    from pvclock.errors import KvmUnavailable, MissingCapability, TscOffsetNotHonoured
     from pvclock.testing.machines import made
 
     with ExitStack() as machines:
 
-        def make(image: bytes | None = None, **options: Any) -> Machine:  # noqa: ANN401  # Machine's
+        def make(image: bytes | BootSource | None = None, **options: Any) -> Machine:  # noqa: ANN401  # Machine's
             try:
                 return machines.enter_context(made(image, **options))
             except KvmUnavailable as error:
+                pytest.skip(str(error))
+            except (MissingCapability, TscOffsetNotHonoured) as error:
+                if not options.get("time_travel"):
+                    raise
                 pytest.skip(str(error))
 
         yield make

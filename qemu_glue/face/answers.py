@@ -18,6 +18,7 @@ __all__ = [
     "KvmInfo",
     "MemdevInfo",
     "MigrationCapability",
+    "PageInfo",
     "PropertyInfo",
     "Ratio",
     "ResetData",
@@ -112,9 +113,21 @@ class Ratio(TypedDict):
     denominator: int
 
 
-SteeringInfo = TypedDict("SteeringInfo", {"state": str, "error-ns": object, "bound-ns": object})
+SteeringInfo = TypedDict("SteeringInfo", {"state": str, "error-ns": float | None, "bound-ns": float | None})
 
-VcpuClockInfo = TypedDict("VcpuClockInfo", {"cpu-index": int, "tsc-offset": int, "page": object})
+PageInfo = TypedDict(
+    "PageInfo",
+    {
+        "version": int,
+        "tsc-timestamp": int,
+        "system-time": int,
+        "tsc-to-system-mul": int,
+        "tsc-shift": int,
+        "flags": int,
+    },
+)
+
+VcpuClockInfo = TypedDict("VcpuClockInfo", {"cpu-index": int, "tsc-offset": int, "page": PageInfo | None})
 
 ClockInfo = TypedDict(
     "ClockInfo",
@@ -171,6 +184,7 @@ ChangeData = TypedDict(
 EVENTS: Final[dict[str, type | None]] = {
     "STOP": None,
     "RESUME": None,
+    "POWERDOWN": None,
     "RESET": ResetData,
     "SHUTDOWN": ResetData,
     "GUEST_PANICKED": PanicData,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from math import isfinite
 from typing import Final
 
-from pvclock import GuestClock
+from pvclock import GuestClock, TimeInfo
 from pvclock.machine import Machine
 from pvclock.machine.time_travel import Travel
 from qemu_glue.errors import QmpRefusal
-from qemu_glue.face.answers import ClockInfo, Ratio, VcpuClockInfo
+from qemu_glue.face.answers import ClockInfo, PageInfo, Ratio, VcpuClockInfo
 from qemu_glue.face.dispatch import Command, command_of
 
 __all__ = ["CHANGE", "ClockCommands"]
@@ -60,7 +61,11 @@ class ClockCommands:
             "tsc-hz": clock.tsc_hz,
             "steering": None
             if steering is None
-            else {"state": str(steering.state), "error-ns": steering.error_ns, "bound-ns": steering.bound_ns},
+            else {
+                "state": str(steering.state),
+                "error-ns": _known(steering.error_ns),
+                "bound-ns": _known(steering.bound_ns),
+            },
             "vcpus": [self._vcpu(clock, vcpu) for vcpu in range(clock.vcpus)],
             "last-event": clock.events.last,
         }
@@ -70,7 +75,7 @@ class ClockCommands:
         return {
             "cpu-index": vcpu,
             "tsc-offset": clock.tsc(vcpu).offset,
-            "page": None if page is None else {name.replace("_", "-"): each for name, each in page._asdict().items()},
+            "page": None if page is None else _page(page),
         }
 
     def _set_policy(self, policy: str) -> None:
@@ -111,6 +116,22 @@ class ClockCommands:
             "largest-ns": log.largest_ns,
             "host-ns": log.host_ns,
         }
+
+
+def _page(page: TimeInfo) -> PageInfo:
+    return {
+        "version": page.version,
+        "tsc-timestamp": page.tsc_timestamp,
+        "system-time": page.system_time,
+        "tsc-to-system-mul": page.tsc_to_system_mul,
+        "tsc-shift": page.tsc_shift,
+        "flags": page.flags,
+    }
+
+
+def _known(ns: float) -> float | None:
+    """None before the first sample, for JSON has no nan and no inf."""
+    return ns if isfinite(ns) else None
 
 
 def _ratio(fraction: Fraction) -> Ratio:

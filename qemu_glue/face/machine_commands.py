@@ -7,6 +7,7 @@ from typing import Final
 
 import pvclock
 from pvclock.machine import Ending, Machine, RunState
+from pvclock.machine.devices.power_button import PowerButton
 from qemu_glue.errors import QmpRefusal
 from qemu_glue.face.answers import CpuInfo, KvmInfo, MigrationCapability, StatusInfo, VersionInfo
 from qemu_glue.face.dispatch import Command, command_of
@@ -109,8 +110,15 @@ class MachineCommands:
         self._on_quit()
 
     def _system_powerdown(self) -> None:
-        """QEMU says yes, tells POWERDOWN, and presses a button that its guest may not have."""
-        raise QmpRefusal("the guest cannot be asked: it has no power button; have it power off itself, or quit")
+        """Press a PC's power button.  QEMU says yes to guests, too, that have none."""
+        claims = self._machine.bus.port_claims
+        buttons = [claim.device for claim in claims if isinstance(claim.device, PowerButton)]
+        if not buttons:
+            raise QmpRefusal("the guest cannot be asked: this machine has no power button; quit ends it")
+        if self._machine.run_state.current not in STARTED:
+            raise QmpRefusal("Resetting the Virtual Machine is required")
+        self._emit("POWERDOWN", None)
+        buttons[0].press()
 
 
 def event_of(machine: Machine, before: RunState, now: RunState) -> tuple[str, Mapping[str, object] | None] | None:

@@ -251,8 +251,10 @@ def _listening(path: Path) -> socket.socket:
 
 
 def _remove_if_dead(path: Path) -> None:
-    """Remove the socket of a server that has ended without doing so.  ConfigError if somebody listens there."""
+    """Remove the socket of a server that has ended without doing so.  ConfigError if that is none, or is in use."""
     if not path.is_socket():
+        if path.exists():
+            raise ConfigError(f"no QMP socket at {path}: it is there, and is no socket; name another file")
         return
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(CONNECT_LIMIT_S)

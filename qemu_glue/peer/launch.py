@@ -21,6 +21,7 @@ from pvclock.machine.ram import Ram
 from qemu_glue.errors import QemuExited, QemuMissing, QmpFailed
 from qemu_glue.peer.cpu_model import cpu_property
 from qemu_glue.peer.monitor import Monitor
+from qemu_glue.peer.vmm import STEP_LIMIT_S, end
 
 __all__ = ["LAUNCHER", "PROGRAM", "Qemu", "find_program", "require_programs"]
 
@@ -32,10 +33,6 @@ LAUNCHER: Final = ("setpriv", "util-linux")
 CPU_MODEL: Final = "host,-arch-capabilities"
 """KVM may offer IA32_ARCH_CAPABILITIES and then refuse QEMU's write of it, which ends QEMU; no clock needs it."""
 
-STEP_LIMIT_S: Final = 2.0
-"""How long quit and SIGTERM have each to end QEMU."""
-KILLED_LIMIT_S: Final = 60.0
-"""How long a killed one has, on however busy a host."""
 OUTPUT_KEPT_BYTES: Final = 1 << 16
 
 
@@ -118,6 +115,11 @@ class Qemu:
         """Continue both: QMP cont."""
         self.execute("cont")
 
+    def reset(self) -> None:
+        """Boot the guest anew: QMP system_reset."""
+        self.execute("set-action", reboot="reset")  # else QEMU ends, as it is launched with -no-reboot
+        self.execute("system_reset")
+
     def wait(self, limit_s: float) -> int:
         """The guest's exit code, once it has written one; QEMU has ended then.
 
@@ -188,7 +190,7 @@ class Qemu:
             pass_fds=fds,
             process_group=0,  # Ctrl-C reaches this process alone, which ends QEMU in order
         )
-        resources.callback(_end, self._process)
+        resources.callback(end, self._process)
 
     def _connect(self, resources: ExitStack, connection: socket.socket) -> None:
         try:
@@ -211,14 +213,6 @@ class Qemu:
             with suppress(QmpFailed, subprocess.TimeoutExpired):
                 self._monitor.execute("quit", limit_s=STEP_LIMIT_S)
                 self._process.wait(STEP_LIMIT_S)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for end, limit_s in ((process.terminate, STEP_LIMIT_S), (process.kill, KILLED_LIMIT_S)):
-        if process.poll() is None:
-            end()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(limit_s)
 
 
 def _machine(vcpus: int, cpu: str, memory_bytes: int, ram_fd: int) -> list[str]:

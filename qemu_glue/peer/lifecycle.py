@@ -1,4 +1,4 @@
-"""What a QEMU does to its guest beside stop and cont: reset, save and load."""
+"""What a QEMU does to its guest beside stop, cont and reset: save and load."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ from typing import Final
 
 from pvclock import StateError
 from qemu_glue.errors import QmpFailed
-from qemu_glue.peer.launch import Qemu
+from qemu_glue.peer.vmm import Vmm
 
-__all__ = ["loading", "reset", "save", "saved", "wait_until_loaded"]
+__all__ = ["loading", "save", "saved", "wait_until_loaded"]
 
 STREAM_LIMIT_S: Final = 60.0
 
 
-def reset(qemu: Qemu) -> None:
-    """QMP system_reset; errors of Qemu.execute()."""
-    qemu.execute("set-action", reboot="reset")  # else QEMU ends, as it is launched with -no-reboot
-    qemu.execute("system_reset")
-
-
 @contextmanager
-def saved(qemu: Qemu) -> Iterator[tuple[str, str]]:
+def saved(qemu: Vmm) -> Iterator[tuple[str, str]]:
     """The paused VM of `qemu` as a stream in memory, and the arguments with which another QEMU loads it.
 
     Errors of save().
@@ -39,7 +33,7 @@ def saved(qemu: Qemu) -> Iterator[tuple[str, str]]:
         os.close(fd)
 
 
-def save(qemu: Qemu, path: str) -> None:
+def save(qemu: Vmm, path: str) -> None:
     """Write the VM of `qemu` to file `path` as a stream; it stands still afterwards.
 
     QEMU before 8.2 writes it to no file by itself, so a shell does.  QmpFailed, StateError if it cannot be saved.
@@ -53,12 +47,12 @@ def loading(path: str) -> tuple[str, str]:
     return "-incoming", f"exec:cat {shlex.quote(path)}"
 
 
-def wait_until_loaded(qemu: Qemu) -> None:
+def wait_until_loaded(qemu: Vmm) -> None:
     """Return when a QEMU with -incoming has its VM; QemuExited if that failed, StateError if it does not come."""
     _wait_until(lambda: qemu.execute("query-status")["status"] != "inmigrate", "loaded")
 
 
-def _has_saved(qemu: Qemu) -> bool:
+def _has_saved(qemu: Vmm) -> bool:
     answer = qemu.execute("query-migrate")
     if answer["status"] == "failed":
         raise QmpFailed("migrate", answer.get("error-desc", "it failed"))

@@ -19,6 +19,7 @@ from tests.kvm.guests import HLT, bare_vm
 from tests.kvm.hyperv_script import COUNTER, CRASH_CTL, Script, on_engine, on_kernel, skip_without_kernel_hyperv
 from tests.kvm.msr_script import INTERRUPT_VECTOR, INTERRUPTS, Access, Await, Trace
 from tests.oracle import ReferenceTscPage
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.kvm
 
@@ -232,7 +233,7 @@ ENABLED = 1
 PERIOD, PERIODS = 100_000, 5
 AHEAD = 1_000_000
 LATE_LIMIT = 30_000_000
-"""3 s: the lab's timers are 4 ms late, and its one CPU may be somebody else's meanwhile."""
+"""3 s: the lab's timers are 4 ms late.  Its CPU, or this host's, may be somebody else's meanwhile: then once more."""
 
 SET_UP: Final = (
     *(Access(APIC_BASE, 0xFEE00D00), Access(X2APIC_SVR, 0x1FF)),
@@ -259,30 +260,34 @@ def message(trace: Trace) -> Message:
     )
 
 
-def assert_expired_when_asked(count: int, traces: Sequence[Trace]) -> None:
-    """Hold ONE_SHOT and AFTER_MESSAGE of a timer with that count against the rules."""
+def lateness_when_asked(count: int, traces: Sequence[Trace]) -> int:
+    """Hold ONE_SHOT and AFTER_MESSAGE of a timer with that count against the rules; how late it was."""
     armed, _, told, seen, config, _ = traces
     timer, expiration, delivery = message(told)
     assert (timer, expiration) == (0, count)
     assert count <= delivery <= seen.value
-    assert delivery - max(count, armed.value) < LATE_LIMIT
     assert config.value == BY_MESSAGE & ~ENABLED, "it has ended"
+    return delivery - max(count, armed.value)
 
 
 @pytest.mark.row("H-40", "H-41", "H-42")
 def test_one_shot_timers(run: Run) -> None:
     """A timer tells of its expiry at the time it was set to, at once if that is past, and interrupts; then it ends."""
-    counts: list[int] = []
 
-    def script(now: int) -> list[Access | Await]:
-        counts.extend((now + AHEAD, 1))
-        each = ((Access(STIMER0_COUNT, count), *ONE_SHOT, *AFTER_MESSAGE, *NEXT) for count in counts)
-        return [*SET_UP, *(step for steps in each for step in steps)]
+    def are_in_time() -> bool:
+        counts: list[int] = []
 
-    traces = run(script)
-    assert not any(trace.faulted for trace in traces)
-    for count, at in zip(counts, (len(SET_UP) + 1, len(SET_UP) + 10), strict=True):
-        assert_expired_when_asked(count, traces[at : at + 6])
+        def script(now: int) -> list[Access | Await]:
+            counts.extend((now + AHEAD, 1))
+            each = ((Access(STIMER0_COUNT, count), *ONE_SHOT, *AFTER_MESSAGE, *NEXT) for count in counts)
+            return [*SET_UP, *(step for steps in each for step in steps)]
+
+        traces = run(script)
+        assert not any(trace.faulted for trace in traces)
+        both = zip(counts, (len(SET_UP) + 1, len(SET_UP) + 10), strict=True)
+        return max([lateness_when_asked(count, traces[at : at + 6]) for count, at in both]) < LATE_LIMIT
+
+    wait_until(are_in_time)
 
 
 @pytest.mark.row("H-40", "H-41", "H-42")
@@ -291,34 +296,43 @@ def test_periodic_timer(run: Run) -> None:
     one = (Await(SLOT, SLOT + 8), Access(COUNTER), Access(EOM, 0, SLOT, CLEAR))
     begin = (Access(STIMER0_COUNT, PERIOD), Access(COUNTER), Access(STIMER0_CONFIG, PERIODIC), Access(COUNTER))
     end = (Access(STIMER0_CONFIG), Access(STIMER0_CONFIG, 0), Await(INTERRUPTS))
-    traces = run([*SET_UP, *begin, *one * PERIODS, *end])[len(SET_UP) :]
-    _, before, _, after, *rest = traces
-    messages = [(message(told), seen.value) for told, seen in zip(rest[0:-3:3], rest[1:-3:3], strict=True)]
-    (first, _), *_ = messages
-    assert before.value + PERIOD <= first.expiration <= after.value + PERIOD
-    gaps = [late.expiration - early.expiration for (early, _), (late, _) in itertools.pairwise(messages)]
-    assert all(gap >= PERIOD and gap % PERIOD == 0 for gap in gaps)
-    assert all(each.expiration <= each.delivery <= seen for each, seen in messages)
-    assert all(each.delivery - each.expiration < LATE_LIMIT for each, _ in messages)
-    assert rest[-3].value == PERIODIC, "it goes on"
+
+    def is_in_time() -> bool:
+        traces = run([*SET_UP, *begin, *one * PERIODS, *end])[len(SET_UP) :]
+        _, before, _, after, *rest = traces
+        messages = [(message(told), seen.value) for told, seen in zip(rest[0:-3:3], rest[1:-3:3], strict=True)]
+        (first, _), *_ = messages
+        assert before.value + PERIOD <= first.expiration <= after.value + PERIOD
+        gaps = [late.expiration - early.expiration for (early, _), (late, _) in itertools.pairwise(messages)]
+        assert all(gap >= PERIOD and gap % PERIOD == 0 for gap in gaps)
+        assert all(each.expiration <= each.delivery <= seen for each, seen in messages)
+        assert rest[-3].value == PERIODIC, "it goes on"
+        return all(each.delivery - each.expiration < LATE_LIMIT for each, _ in messages)
+
+    wait_until(is_in_time)
 
 
 @pytest.mark.row("H-42")
 def test_direct_timer(run: Run) -> None:
     """In direct mode the vCPU is interrupted at the time that was asked for, without a message, and the timer ends."""
-    counts: list[int] = []
 
-    def script(now: int) -> list[Access | Await]:
-        counts.append(now + AHEAD)
-        return [
-            *(*SET_UP, Access(STIMER0_COUNT, now + AHEAD), Access(COUNTER), Access(STIMER0_CONFIG, DIRECT)),
-            *(Await(INTERRUPTS, SLOT), Access(COUNTER), Access(STIMER0_CONFIG)),
-        ]
+    def is_in_time() -> bool:
+        counts: list[int] = []
 
-    armed, _, told, seen, config = run(script)[len(SET_UP) + 1 :]
-    assert (told.value, told.data[:4]) == (1, CLEAR)
-    assert counts[0] <= seen.value < max(counts[0], armed.value) + LATE_LIMIT
-    assert config.value == DIRECT & ~ENABLED
+        def script(now: int) -> list[Access | Await]:
+            counts.append(now + AHEAD)
+            return [
+                *(*SET_UP, Access(STIMER0_COUNT, now + AHEAD), Access(COUNTER), Access(STIMER0_CONFIG, DIRECT)),
+                *(Await(INTERRUPTS, SLOT), Access(COUNTER), Access(STIMER0_CONFIG)),
+            ]
+
+        armed, _, told, seen, config = run(script)[len(SET_UP) + 1 :]
+        assert (told.value, told.data[:4]) == (1, CLEAR)
+        assert config.value == DIRECT & ~ENABLED
+        assert counts[0] <= seen.value
+        return seen.value < max(counts[0], armed.value) + LATE_LIMIT
+
+    wait_until(is_in_time)
 
 
 # Known differences

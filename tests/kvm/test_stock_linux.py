@@ -16,6 +16,7 @@ import pytest
 from pvclock.boot.source import Protocol
 from pvclock.lab.kernel import Kernel
 from pvclock.machine import Ending, RunState
+from pvclock.machine.devices.power_button import PowerButton
 from tests.kvm.guest_clocks import ROUNDING_NS, ClockSampler, Offsets
 from tests.kvm.guest_shell import BOOT_LIMIT_S
 from tests.kvm.stock_linux import COMPLAINTS, StockLinux
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.row("E22", "K-02", "K-07")]
 
 SETUPS: Final = {"engine-1": ("engine", 1), "engine-2": ("engine", 2), "kernel-1": ("kernel", 1)}
 on_all = pytest.mark.parametrize("guest", SETUPS, indirect=True)
+on_one_vcpu = pytest.mark.parametrize("guest", ["engine-1"], indirect=True)
 on_two_vcpus = pytest.mark.parametrize("guest", ["engine-2"], indirect=True)
 
 BUSY_S: Final = 60
@@ -83,6 +85,18 @@ def uptime(guest: StockLinux) -> Uptime:
     host_earliest_s, earliest_ns = time.monotonic(), clock.now()
     shown_ns = int(guest.run("cat /proc/uptime").partition(" ")[0].replace(".", "")) * HUNDREDTHS_NS
     return Uptime(host_earliest_s, earliest_ns, shown_ns, clock.now(), time.monotonic())
+
+
+@on_one_vcpu
+def test_its_power_button_is_heard(guest: StockLinux) -> None:
+    """Linux's ACPI takes the event by an interrupt of GSI 10, and releases the button, each time that it is pressed."""
+    claims = guest.machine.bus.port_claims
+    (button,) = [claim.device for claim in claims if isinstance(claim.device, PowerButton)]
+    for times in (1, 2):
+        button.press()
+        heard = rf"^ *[0-9]+: +{times} .*IO-APIC +10-fasteoi +ACPI:Ged"
+        guest.run(f"until grep -qE '{heard}' /proc/interrupts; do sleep 0.1; done")
+        assert button.read(0, 2) == b"\0\0"
 
 
 @on_two_vcpus

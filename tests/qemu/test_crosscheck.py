@@ -25,7 +25,7 @@ from pvclock.providers.kvm import KvmProvider
 from pvclock.timekeeping.timeline import Timeline
 from qemu_glue import QemuExited
 from qemu_glue.crosscheck import compare_three
-from qemu_glue.guest import QemuGuest
+from qemu_glue.guest import QmpGuest, qemu_guest
 from qemu_glue.peer.launch import Qemu
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
@@ -59,7 +59,7 @@ def subjects() -> Three:
     engine = observe_engine()
     kernel = observe_clock(lambda: MachineGuest("kernel", 1), 0.2)
     features = engine.undisturbed.records[0].features
-    return engine, kernel, observe_clock(lambda: QemuGuest(features, 1), 0.2)
+    return engine, kernel, observe_clock(lambda: qemu_guest(features, 1), 0.2)
 
 
 @pytest.mark.parametrize("vcpus", [1, 2])
@@ -97,6 +97,27 @@ def values_of(cell: dict[str, Any]) -> list[object]:
     values = list(cell["values"].values())
     assert not any(isinstance(value, str) for value in values)
     return values
+
+
+@pytest.mark.row("E13", "E15")
+def test_our_machine_is_asked_as_qemu_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The engine's guest in `pvclock run --qmp`, by the client that QEMU has: all agree, and both read their pages."""
+    status = crosscheck(monkeypatch, "--json", "--by-qmp", "--vcpus", "2", "--seconds", "0.5")
+    report = json.loads(capsys.readouterr().out)
+    assert "error" not in report, report["error"]
+    checks = {check["name"]: check for check in report["result"]["checks"]}
+    assert [check for check in checks.values() if not check["ok"]] == []
+    assert status == 0
+    pages = checks["pages by QMP"]
+    assert len(pages["engine"]["values"]["pages_by_qmp"]) == 2
+    assert [pages[whose]["text"] for whose in ("engine", "kernel", "qemu")] == ["the same", "-", "the same"]
+
+
+@pytest.mark.row("E13", "E15")
+def test_a_life_cycle_by_qmp_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Our machine is not saved by QMP, so that both are refused."""
+    assert crosscheck(monkeypatch, "--lifecycle", "--by-qmp") == 2
+    assert "--lifecycle, --by-qmp: give one of them" in capsys.readouterr().err
 
 
 @pytest.mark.row("K-15", "E9", "E13")
@@ -267,17 +288,18 @@ def test_qemu_killed_in_mid_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_qemu_killed_while_its_guest_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the guest's silence shows it, the error is still that QEMU ended."""
 
-    def launch() -> QemuGuest:
-        launched.append(QemuGuest(FEATURES, 1))
+    def launch() -> QmpGuest:
+        launched.append(qemu_guest(FEATURES, 1))
         return launched[-1]
 
     def kill_and_lose_patience(*_: object) -> None:
-        qemu = launched[-1].qemu
+        qemu = launched[-1].vmm
+        assert isinstance(qemu, Qemu)
         os.kill(qemu.pid, signal.SIGKILL)
         qemu._process.wait()
         raise StateError("observe", "nobody reads", "-")
 
-    launched: list[QemuGuest] = []
+    launched: list[QmpGuest] = []
     monkeypatch.setattr(observe, "_wait_for_more_reads", kill_and_lose_patience)
     with pytest.raises(QemuExited, match="SIGKILL"):
         observe_clock(launch, 0.1)

@@ -21,7 +21,7 @@ from pvclock.meter.machine_guest import MachineGuest
 from pvclock.meter.observe import observe_clock, wait_until_all_read
 from pvclock.meter.stress import THREAD_BURSTS, VCPU_BURSTS, Bursts, stress_publishing
 from pvclock.payloads.probe import State
-from qemu_glue.guest import QemuGuest
+from qemu_glue.guest import own_guest, qemu_guest
 from tests import oracle
 from tests.waiting import wait_until
 
@@ -39,7 +39,8 @@ ON_KVM = pytest.mark.kvm
 KINDS = [
     pytest.param(lambda: MachineGuest("engine", 2), id="engine", marks=ON_KVM),
     pytest.param(lambda: MachineGuest("kernel", 2), id="kernel", marks=ON_KVM),
-    pytest.param(lambda: QemuGuest(FEATURES, 2), id="qemu", marks=[ON_KVM, pytest.mark.qemu]),
+    pytest.param(lambda: qemu_guest(FEATURES, 2), id="qemu", marks=[ON_KVM, pytest.mark.qemu]),
+    pytest.param(lambda: own_guest(2), id="engine by QMP", marks=ON_KVM),
     pytest.param(lambda: InProcessGuest(2), id="in process"),
 ]
 

@@ -21,7 +21,7 @@ from pvclock.meter.machine_guest import MachineGuest
 from pvclock.meter.watch.words import duration
 from pvclock.payloads import clockprobe
 from qemu_glue import QemuExited, QmpFailed, lifecycle
-from qemu_glue.guest import QemuGuest
+from qemu_glue.guest import qemu_guest
 from qemu_glue.peer import lifecycle as peer
 from qemu_glue.peer.launch import Qemu
 
@@ -63,7 +63,7 @@ def observed() -> dict[str, dict[str, Observed]]:
     makers: dict[str, Callable[[], LifecycleGuest]] = {
         "engine": lambda: MachineGuest("engine", 2),
         "kernel": lambda: MachineGuest("kernel", 2),
-        "qemu": lambda: QemuGuest(FEATURES, 2),
+        "qemu": lambda: qemu_guest(FEATURES, 2),
     }
     return {
         each.name: {name: observe_operation(make, each) for name, make in makers.items() if can(name, each)}
@@ -344,7 +344,7 @@ def test_pages_without_stable_are_not_judged_by_the_tsc(observed: dict[str, dict
 @pytest.mark.row("E3")
 def test_a_stream_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says that saving failed, and QEMU is not left behind."""
-    with QemuGuest(FEATURES, 1) as guest:
+    with qemu_guest(FEATURES, 1) as guest:
         guest.start()
         guest.pause()
         monkeypatch.setattr(os, "memfd_create", lambda *_: os.open("/dev/full", os.O_WRONLY))

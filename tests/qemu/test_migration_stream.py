@@ -14,7 +14,7 @@ from pvclock.commands import main
 from pvclock.meter.findings import newest_ns, read_pages, shown_by
 from pvclock.payloads import clockprobe, probe
 from pvclock.state import clock_state
-from qemu_glue.guest import QemuGuest
+from qemu_glue.guest import qemu_guest
 from qemu_glue.migration import state_format
 from qemu_glue.migration.kvmclock_section import FoundBy
 from qemu_glue.migration.saved_clock import QemuClock
@@ -48,11 +48,11 @@ class Saved(NamedTuple):
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A guest with two vCPUs that read their clock, stopped and saved."""
     path = tmp_path_factory.mktemp("streams") / "vm stream"
-    with QemuGuest(FEATURES, 2) as guest:
+    with qemu_guest(FEATURES, 2) as guest:
         guest.start()
         begun_ns = time.monotonic_ns()
         guest.pause()
-        save(guest.qemu, str(path))
+        save(guest.vmm, str(path))
         took_ns = time.monotonic_ns() - begun_ns
         clock = state_format.read(str(path)).clock
         shown_ns = shown_by(read_pages(guest.memory, 2)[0], clock.vcpus[0].tsc)
@@ -171,9 +171,9 @@ def test_what_has_no_clock_of_ours_to_change(saved: Saved, out: Path, capsys: py
 @pytest.mark.long
 def test_a_vm_that_was_running(out: Path) -> None:
     """Its clock was read when its devices were saved: not before its guest's last reading, nor its page at its TSC."""
-    with QemuGuest(FEATURES, 2) as guest:
+    with qemu_guest(FEATURES, 2) as guest:
         guest.start()
-        save(guest.qemu, str(out))
+        save(guest.vmm, str(out))
         clock = state_format.read(str(out)).clock
         assert clock.clock_ns >= newest_ns(guest.memory)
         assert clock.clock_ns >= shown_by(read_pages(guest.memory, 2)[0], clock.vcpus[0].tsc)

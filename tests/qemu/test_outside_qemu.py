@@ -14,7 +14,7 @@ from pvclock.meter.watch.ram_means import open_ram
 from pvclock.meter.watch.vm import GuestRam
 from pvclock.payloads import probe
 from pvclock.quantities import Gpa
-from qemu_glue.guest import QemuGuest
+from qemu_glue.guest import qemu_guest
 from tests.qemu.private_qemu import RAM_BYTES, private_qemu
 from tests.waiting import HANG_S, alarm_after
 
@@ -31,7 +31,7 @@ def whole(ram: GuestRam) -> bytes:
 
 def test_qemu_with_shared_ram() -> None:
     """Pages as the guest's own memory and QEMU have them, by both means, and no block of the RAM's file more."""
-    with QemuGuest(FEATURES) as guest, open_vmm(guest.qemu.pid) as vmm:
+    with qemu_guest(FEATURES) as guest, open_vmm(guest.vmm.pid) as vmm:
         guest.start()
         guest.pause()
         blocks = blocks_of(vmm.process)
@@ -42,8 +42,8 @@ def test_qemu_with_shared_ram() -> None:
         allocated = vmm.process.stat(f"fd/{ram_fd}").st_blocks
         for ram in rams:
             pages = ram.read_many(PAGES, 32)
-            assert pages == [guest.qemu.memory.read(page, 32) for page in PAGES]
-            assert pages == [guest.qemu.read_by_monitor(page, 32) for page in PAGES]
+            assert pages == [guest.vmm.memory.read(page, 32) for page in PAGES]
+            assert pages == [guest.vmm.read_by_monitor(page, 32) for page in PAGES]
             found = whole(ram)
             assert all(page in found for page in pages)
             assert len(found) == allocated * 512

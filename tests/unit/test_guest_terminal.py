@@ -299,6 +299,6 @@ def test_the_end_of_input_is_told(typed: Pipe, over: Pipe) -> None:
 
     os.write(typed.writes, b"ab")
     os.close(typed.writes)
-    with alarm_after(LONG_S):
+    with alarm_after(HANG_S):
         assert converse(typed.reads, over.reads, Keys(has_escape=False), receive, on_end_of_input=end)
     assert told == [b"ab"]

@@ -41,11 +41,17 @@ def test_causes_are_counted() -> None:
 def test_other_lines_are_none() -> None:
     """What a guest prints else is no wake, and a guest cannot fill the memory with names of its own."""
     counts = WakeCounts()
-    for line in (b"hello\n", b"function=x\n", b"timer_expire_exit: timer=1\n", b"\xff\n"):
+    for line in (
+        b"hello\n",
+        b"function=x\n",
+        b"timer_expire_exit: timer=1\n",
+        b"hrtimer_expire_entry: hrtimer=1 function=f now=1\n",
+        b"\xff\n",
+    ):
         counts.line(line)
     assert counts.work == {}
     for number in range(CAUSES_MAX + 10):
-        counts.line(b"hrtimer_expire_entry: hrtimer=1 function=f%d now=1\n" % number)
+        counts.line(b"timer_expire_entry: timer=1 function=f%d now=1\n" % number)
     assert len(counts.work) == CAUSES_MAX
 
 
@@ -54,6 +60,6 @@ def test_the_intervals() -> None:
     counts = WakeCounts()
     for second in (10, 13, 14):
         counts.look(look(second))
-    counts.line(b"hrtimer_expire_entry: hrtimer=1 function=\xff now=1\n")
+    counts.line(b"timer_expire_entry: timer=1 function=\xff now=1\n")
     assert rows(counts.timers) == [("vCPU 0's TSC deadline", "3", "2.000 s")]
-    assert rows(counts.work) == [("hrtimer \N{REPLACEMENT CHARACTER}", "1", "")]
+    assert rows(counts.work) == [("timer \N{REPLACEMENT CHARACTER}", "1", "")]

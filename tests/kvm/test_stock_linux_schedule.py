@@ -1,0 +1,89 @@
+"""A stock Linux that travels in time, as its users have it: a day of cron, a run of the command, a test of theirs.
+
+Only where KVM runs a stock Linux; elsewhere `make test-lab` does it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from typing import Final
+
+import pytest
+
+from pvclock.commands.run_time import GUEST_OPTIONS
+from pvclock.lab.kernel import Kernel
+from tests.command_line import ROOT, command
+from tests.kvm.guest_shell import BOOT_LIMIT_S
+from tests.kvm.stock_linux import CMDLINE, COMPLAINTS, StockLinux
+
+pytest_plugins = ("pytester",)
+pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
+
+DAY_S: Final = 86_400
+HOUR_S: Final = 3600
+SET_UP_CRON: Final = (
+    "mkdir -p /etc /crontabs",
+    "echo root::0:0:root:/:/bin/sh >/etc/passwd",
+    "echo '0 * * * * date +%s >>/log' >/crontabs/root",
+    "crond -c /crontabs -L /dev/null",
+)
+LATE_S: Final = 60
+"""By which busybox's crond, which looks once a minute, may begin a job late on however busy a machine."""
+
+
+def test_a_day_of_cron(kernel: Kernel) -> None:
+    """A job of each full hour has run at each full hour of the day, once, when it should."""
+    with StockLinux(kernel, parameters=GUEST_OPTIONS.split(), time_travel=True) as guest:
+        for line in SET_UP_CRON:
+            guest.run(line)
+        begun_s, ended_s = map(int, guest.run(f"date +%s; sleep {DAY_S}; date +%s").split())
+        ran_s = list(map(int, guest.run("cat /log").split()))
+        hours = range(-(-begun_s // HOUR_S) * HOUR_S, ended_s - LATE_S, HOUR_S)
+        assert len(hours) in (23, 24, 25)
+        assert [second // HOUR_S * HOUR_S for second in ran_s][: len(hours)] == list(hours)
+        assert all(second % HOUR_S < LATE_S for second in ran_s)
+        assert guest.run(COMPLAINTS) == ""
+        assert guest.machine.time_travel.failure is None
+
+
+def test_the_command(kernel: Kernel) -> None:
+    """A shell is typed into at guest times, and powers off at one: it boots and lives in travelled time."""
+    linux = ("--kernel", str(kernel.image), "--shell", "--append", " ".join((*CMDLINE, GUEST_OPTIONS)))
+    typed = ("--input-at", "1h", "cat /proc/uptime", "--input-at", "2h", "poweroff -f")
+    done = subprocess.run(
+        command("run", "--json", "--time-travel", *linux, *typed),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=BOOT_LIMIT_S,
+        check=False,
+    )
+    console = done.stderr.decode(errors="replace")
+    result = json.loads(done.stdout)["result"]
+    assert (done.returncode, result["ending"]) == (0, "guest-shutdown"), console[-1000:]
+    assert 2 * HOUR_S <= result["guest_s"] < 2 * HOUR_S + result["host_s"]
+    assert result["time_travel"]["skips"] > 0
+    (uptime,) = re.findall(r"^(\d+\.\d\d) \d+\.\d\d\r$", console, re.MULTILINE)
+    assert 0 <= HOUR_S - float(uptime) < result["host_s"]  # it counts from where the kernel sets up its clocks
+
+
+DOCUMENT: Final = ROOT / "docs" / "time-travel.md"
+EXAMPLE: Final = re.compile(r"```python\n(\"\"\"Thirty days.*?)```", re.DOTALL)
+DAYS_HERE: Final = 2
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_test_authors_test(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document's, of a service's thirty days: it passes, here of fewer."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", os.fspath(ROOT))
+    (example,) = EXAMPLE.findall(DOCUMENT.read_text(encoding="utf-8"))
+    assert "DAYS = 30\n" in example
+    pytester.makepyfile(
+        test_service=example.replace("DAYS = 30\n", f"DAYS = {DAYS_HERE}\n").replace("quiet", "quiet noxsave")
+    )
+    outcome = pytester.runpytest_subprocess("-p", "pvclock.testing.plugin", "-p", "no:cacheprovider").parseoutcomes()
+    assert outcome == {"passed": 1}
