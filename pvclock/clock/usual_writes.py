@@ -51,7 +51,7 @@ class UsualWrites:
         """The backend's own, if it has one that is quicker."""
         backend = self._keeper.backend
         setter = getattr(backend, "tsc_offset_setter", None)
-        return partial(backend.set_tsc_offset, vcpu) if setter is None else setter(vcpu)  # type: ignore[no-any-return]
+        return partial(backend.set_tsc_offset, vcpu) if setter is None else setter(vcpu)
 
     def change(self, vcpu: int, before: int, after: int, tsc: HostTsc) -> tuple[None, tuple[Event, ...]]:
         """A Change: vCPU's offset became `after` at `tsc`."""
