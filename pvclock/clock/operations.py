@@ -14,7 +14,7 @@ from pvclock._scale import ClockScale
 from pvclock._transaction import attempt
 from pvclock.arguments import flag, serving, text, whole
 from pvclock.clock.host_trust import HostTrust
-from pvclock.clock.timekeeper import Timekeeper, TimeState, nothing
+from pvclock.clock.timekeeper import Timekeeper, TimeState
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import RangeError, StateError
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
@@ -107,7 +107,7 @@ class Operations:
             )
         with self._keeper.changing:
             stamps = self._host.require("skip")
-            self._keeper.check_end(ns, f"skip({shown(ns)})")
+            self._check_end(ns, f"skip({shown(ns)})")
             self._jump(Fraction(ns), EventKind.SKIP, f"skip({ns})", stamps)
 
     def travel(self, ticks: int, why: str = "") -> None:
@@ -121,7 +121,7 @@ class Operations:
             if keeper.is_paused:
                 raise StateError("travel", "guest time stands still", "resume() it first")
             ns = Fraction(ticks * NS_PER_S, keeper.timeline.tsc_hz) * _unslewed(keeper.timeline.terms)
-            keeper.check_end(ns.__ceil__(), f"travel({shown(ticks)})")
+            self._check_end(ns.__ceil__(), f"travel({shown(ticks)})")
             tscs = self._tscs.plan_move(ticks)
             told = partial(self._jump, ns, EventKind.SKIP, f"travel({ticks}){why and ': '}{why}", stamps)
             keeper.with_vcpus_out(None, partial(attempt, tscs.apply_all, tscs.undo, told))
@@ -131,7 +131,7 @@ class Operations:
         ns = whole("ns", ns)
         with self._keeper.changing:
             stamps = self._host.require("offset")
-            now = self._keeper.check_end(ns, f"offset({shown(ns)})")
+            now = self._check_end(ns, f"offset({shown(ns)})")
             if ns < 0 and (self._keeper.was_shown or now + ns < 0):
                 raise RangeError(
                     f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, and "
@@ -141,27 +141,21 @@ class Operations:
 
     # Inside
 
-    def _jump(
-        self,
-        ns: Fraction,
-        kind: EventKind,
-        why: str,
-        stamps: HostStamps,
-        reached: Callable[[], object] = nothing,
-    ) -> None:
-        """Step guest time; reached: called when it can no longer fail, once or more."""
+    def _check_end(self, ns: int, operation: str) -> Fraction:
+        """Guest time now, in ns; RangeError if `ns` more exceeds the 2^64 ns that a page can show."""
+        now = self._keeper.timeline.at(self._keeper.host_tsc())
+        if now + ns > U64_MASK:
+            raise RangeError(f"{operation} at guest time {round(now)} ns: a guest's clock ends at 2^64 ns")
+        return now
+
+    def _jump(self, ns: Fraction, kind: EventKind, why: str, stamps: HostStamps) -> None:
         keeper, old = self._keeper, self._keeper.state
         jumped = old.timeline.copy()
         jumped.begin_segment(stamps.tsc, old.timeline.terms)
         jumped.jump(ns)
         new = TimeState(jumped, jumped.line(), old.scale, old.paused_at)
         event = keeper.event(kind, why, stamps, before=old, after=new)
-
-        def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
-            reached()
-            return new, (event,)
-
-        keeper.step(change, new, (0, ns.__floor__() & U64_MASK))
+        keeper.step(lambda _: (new, (event,)), new, (0, ns.__floor__() & U64_MASK))
 
     def _continue_slew(self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = "") -> None:
         """Apply the slew's plan for the next stretch.  slewed: the timeline with a slew newly added at `stamps`."""
