@@ -14,7 +14,7 @@ from pvclock._scale import ClockScale
 from pvclock._transaction import attempt
 from pvclock.arguments import flag, serving, text, whole
 from pvclock.clock.host_trust import HostTrust
-from pvclock.clock.timekeeper import Timekeeper, TimeState
+from pvclock.clock.timekeeper import Timekeeper, TimeState, nothing
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import RangeError, StateError
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
@@ -148,14 +148,27 @@ class Operations:
             raise RangeError(f"{operation} at guest time {round(now)} ns: a guest's clock ends at 2^64 ns")
         return now
 
-    def _jump(self, ns: Fraction, kind: EventKind, why: str, stamps: HostStamps) -> None:
+    def _jump(
+        self,
+        ns: Fraction,
+        kind: EventKind,
+        why: str,
+        stamps: HostStamps,
+        reached: Callable[[], object] = nothing,
+    ) -> None:
+        """Step guest time; reached: called when it can no longer fail, once or more."""
         keeper, old = self._keeper, self._keeper.state
         jumped = old.timeline.copy()
         jumped.begin_segment(stamps.tsc, old.timeline.terms)
         jumped.jump(ns)
         new = TimeState(jumped, jumped.line(), old.scale, old.paused_at)
         event = keeper.event(kind, why, stamps, before=old, after=new)
-        keeper.step(lambda _: (new, (event,)), new, (0, ns.__floor__() & U64_MASK))
+
+        def change(_: HostTsc) -> tuple[TimeState, tuple[Event, ...]]:
+            reached()
+            return new, (event,)
+
+        keeper.step(change, new, (0, ns.__floor__() & U64_MASK))
 
     def _continue_slew(self, slewed: Timeline | None = None, stamps: HostStamps | None = None, why: str = "") -> None:
         """Apply the slew's plan for the next stretch.  slewed: the timeline with a slew newly added at `stamps`."""
