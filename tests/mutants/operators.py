@@ -23,7 +23,7 @@ from tests.mutants.mutant import HERE, ROOT, Mutant
 
 JUDGED = HERE / "operators-judged.tsv"
 SEED = 13
-SECONDS_MAX = 150.0
+SECONDS_MAX = 330.0
 QUICK = "not (kvm or long)"
 
 NATIVE_TESTS = tuple(
