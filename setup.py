@@ -136,6 +136,8 @@ setup(
         module("pvclock._memory"),
         module("pvclock._scale"),
         module("pvclock._core"),
+        module("pvclock._guest_budget"),
+        module("pvclock._tsc_writes"),
         module("pvclock._counter"),
         module("pvclock._records"),
         module("pvclock._stress"),

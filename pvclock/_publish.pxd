@@ -69,6 +69,7 @@ cdef extern from "pvclock_publish.h" nogil:
         pvclock_anchor *anchor,
         uint64_t *break_tsc,
     )
+    void pvclock_page_follow_tsc(pvclock_target *target, const pvclock_anchor *anchor)
     int pvclock_publish_at(
         pvclock_page_set *sets,
         size_t count,

@@ -33,15 +33,10 @@ cdef class Transaction:
     transactions of a memory share one lock, so none begins while another runs.
 
     lock: the lock itself, for readers; releasing it triggers neither on_dirty nor after().
+    count: what was found in one transaction still holds while this is the same.
 
     Thread-safety: one object serves all threads.
     """
-
-    cdef GuestMemory _memory
-    cdef object _after
-    cdef object _token  # equal to memory.live_clock while this clock is live; None before take_over()
-    cdef int _depth
-    cdef uint64_t _owner  # the thread, while _depth is not 0
 
     def __cinit__(self, GuestMemory memory not None, after: object) -> None:
         self._memory, self._after = memory, after
@@ -60,6 +55,7 @@ cdef class Transaction:
         self._depth += 1
         if self._depth == 1:
             self._owner = this_thread()
+            self.count += 1
             try:
                 self._memory.defer()
             except BaseException:
@@ -79,6 +75,26 @@ cdef class Transaction:
         if error is not raised:
             raise error
         return False
+
+    cdef bint try_enter(self) except -1:
+        """Enter for a small change, until leave(): False if that has to wait, nests, or has an on_dirty to be told.
+
+        It does not count: who makes such changes knows them.
+        """
+        cdef bint is_taken
+        if self._memory._on_dirty is not None or not self._memory.clock_lock.acquire(False):
+            return False
+        is_taken = self._token is not None and self._memory.live_clock is not self._token
+        if is_taken or (self._depth and self._owner == this_thread()):
+            self._memory.clock_lock.release()
+            return False
+        self._depth, self._owner = 1, this_thread()
+        return True
+
+    cdef int leave(self) except -1:
+        self._depth = 0
+        self._memory.clock_lock.release()
+        return 0
 
     def take_over(self, token: object) -> object:
         """Make `token` the memory's live clock, with this as its transaction; return the previous live clock."""

@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (
     {"errors", "arguments", "quantities", "readings", "msr_ranges", "guest_layout", "threads"}
     | {"_abi", "_math", "_publish", "_hyperv"},
     {"_memory", "_scale", "_core", "_counter", "_records", "_transaction", "_bulk", "_sampling", "_stress"}
-    | {"_search", "_process_memory"},
+    | {"_search", "_process_memory", "_guest_budget", "_tsc_writes"},
     {"timekeeping", "tsc", "host", "kvm", "boot", "payloads", "probe"},
     {"providers"},
     {"clock", "state"},

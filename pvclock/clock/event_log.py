@@ -15,10 +15,11 @@ from itertools import islice
 from operator import attrgetter
 from typing import Final, NamedTuple
 
+from pvclock._guest_budget import GuestBudget
 from pvclock.arguments import function, instance, whole
 from pvclock.clock.event_delivery import Delivery, SubscriberFailure
 from pvclock.errors import RangeError
-from pvclock.quantities import NS_PER_S, shown
+from pvclock.quantities import shown
 from pvclock.threads import renew_in_children
 from pvclock.timekeeping.events import Event, EventCause, EventKind
 
@@ -26,11 +27,6 @@ __all__ = ["DEFAULT_CAPACITY", "EventBatch", "EventLog", "SubscriberFailure"]
 
 DEFAULT_CAPACITY: Final = 4096
 """Default number of events kept per cause; some 3 MB per cause when full."""
-
-GUEST_BURST: Final = 64
-"""Guest-caused events recorded at once: enough for 64 vCPUs to set up their clocks."""
-
-GUEST_EVENTS_PER_S: Final = 8
 
 _number: Final = attrgetter("sequence")
 
@@ -43,37 +39,6 @@ class EventBatch(NamedTuple):
     last: int
 
 
-class GuestBudget:
-    """A token bucket for guest-caused events: GUEST_BURST deep, refilled by GUEST_EVENTS_PER_S.
-
-    Time is CLOCK_MONOTONIC_RAW of the events' stamps; if that goes back, the refill restarts there.
-    """
-
-    def __init__(self) -> None:
-        self.left = GUEST_BURST
-        self.suppressed = 0
-        """Events beyond the budget so far."""
-        self._filled_ns: int | None = None
-
-    def fill(self, raw_ns: int | None) -> None:
-        """Refill for the whole seconds up to raw_ns; None does nothing."""
-        if raw_ns is None:
-            return
-        if self._filled_ns is None or raw_ns < self._filled_ns:
-            self._filled_ns = raw_ns
-        seconds = (raw_ns - self._filled_ns) // NS_PER_S
-        self._filled_ns += seconds * NS_PER_S
-        self.left = min(self.left + seconds * GUEST_EVENTS_PER_S, GUEST_BURST)
-
-    def take(self) -> bool:
-        """Take one token; False, and counted as suppressed, if none is left."""
-        if self.left:
-            self.left -= 1
-            return True
-        self.suppressed += 1
-        return False
-
-
 class EventStore:
     """The newest `capacity` events of each cause, in one sequence from 1 without gaps.
 
@@ -83,7 +48,7 @@ class EventStore:
     def __init__(self, capacity: int) -> None:
         self._lock = threading.Lock()
         self._kept: dict[EventCause, deque[Event]] = {cause: deque(maxlen=capacity) for cause in EventCause}
-        self._budget = GuestBudget()
+        self.budget = GuestBudget()
         self._suppressed_recorded = 0
         renew_in_children(self)
 
@@ -102,15 +67,15 @@ class EventStore:
     @property
     def suppressed(self) -> int:
         """Guest-caused events beyond the budget so far."""
-        return self._budget.suppressed
+        return self.budget.suppressed
 
     def add(self, event: Event) -> Event:
         """Store the event; returns it with its number, or with 0 if it is beyond the guest's budget."""
         with self._lock:
-            self._budget.fill(event.raw_ns)
-            if self._budget.left:
+            self.budget.fill(event.raw_ns)
+            if self.budget.left:
                 self._record_suppressed(event)
-            if event.cause is EventCause.GUEST and not self._budget.take():
+            if event.cause is EventCause.GUEST and not self.budget.take():
                 return event._replace(sequence=0)
             return self._append(event)
 
@@ -135,7 +100,7 @@ class EventStore:
 
     def _record_suppressed(self, event: Event) -> None:
         """Record how many events were suppressed since the last such record, with the stamps of the next event."""
-        unrecorded = self._budget.suppressed - self._suppressed_recorded
+        unrecorded = self.budget.suppressed - self._suppressed_recorded
         if not unrecorded:
             return
         record = event._replace(
@@ -185,6 +150,11 @@ class EventLog:
     def suppressed(self) -> int:
         """Guest-caused events not recorded because they came too fast."""
         return self._store.suppressed
+
+    @property
+    def guest_budget(self) -> GuestBudget:
+        """What the guest may cause; one that causes an event many times a second asks it first."""
+        return self._store.budget
 
     @property
     def failures(self) -> tuple[SubscriberFailure, ...]:

@@ -421,6 +421,15 @@ class GuestClock:
         """WRMSR of a 64-bit value by vCPU's guest; MsrFault for #GP, with nothing changed."""
         self._guest.write_msr(vcpu, index, value)
 
+    @property
+    def serve_tsc_write(self) -> Callable[[int, int, int], bool]:
+        """What serves a guest's usual writes of IA32_TSC and IA32_TSC_ADJUST: for Runner.serve_writes().
+
+        (vcpu, index, value) -> False, with nothing changed, if write_msr() is to do it.  It does not wait for a thread
+        that changes this clock.
+        """
+        return self._guest.tsc_writes.serve
+
     def hypercall(self, vcpu: int, registers: HypercallRegisters) -> HypercallResult:
         """VMCALL or VMMCALL by vCPU's guest; see GuestInterface.hypercall(), execute() and handle_ud().
 

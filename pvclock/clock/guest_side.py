@@ -15,6 +15,7 @@ from pvclock.clock.placement import Placement
 from pvclock.clock.provider_timers import ProviderTimers
 from pvclock.clock.run_delays import RunDelays
 from pvclock.clock.timekeeper import nothing
+from pvclock.clock.usual_writes import tsc_writes
 from pvclock.errors import MsrFault, RangeError, WrongType
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers import guest_interface
@@ -71,6 +72,9 @@ class GuestSide:
         self.kernel_features = _kernel_features(self._backend)
         """See ClockServices."""
 
+        self.tsc_writes = tsc_writes(self._keeper, self._tscs, self._host, has_adjust=offers.tsc_adjust)
+        """Serves the guest's usual TSC writes."""
+
         self._told_tsc_rate: bool | None = None  # what keeps_tsc_rate was when a page first told the guest its rate
         self.interface = GuestInterface(
             config,
@@ -110,6 +114,8 @@ class GuestSide:
             vcpu, index, value = self._keeper.check_vcpu(vcpu), whole("index", index), whole("value", value)
         if not 0 <= value <= U64_MASK:
             raise RangeError(f"WRMSR {index:#x} := {value:#x}; an MSR has 64 bits")
+        if index in (MSR_IA32_TSC, MSR_IA32_TSC_ADJUST) and self.tsc_writes.serve(vcpu, index, value):
+            return
         with self._keeper.changing:
             if index in (MSR_IA32_TSC, MSR_IA32_TSC_ADJUST):
                 self._host.check(vcpu)  # offsets and the TSC that they are added to belong together

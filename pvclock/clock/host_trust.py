@@ -145,6 +145,13 @@ class HostTrust:
         stamps = self._keeper.backend.stamps()
         return Sample(self._expected_tsc(stamps), stamps.real_ns, SLEPT_LEAST_NS)
 
+    @property
+    def least_tsc_in_order(self) -> HostTsc | None:
+        """From which TSC on check() has nothing to find, until the next transaction; None if it has to look closer."""
+        if self._step_back_ticks is not None or self._is_behind:
+            return None
+        return self._least_tsc
+
     # Steps of the TSC
 
     def _report_cpu_behind(

@@ -107,7 +107,7 @@ class Operations:
             )
         with self._keeper.changing:
             stamps = self._host.require("skip")
-            self._keeper.check_end(ns, f"skip({shown(ns)})")
+            self._check_end(ns, f"skip({shown(ns)})")
             self._jump(Fraction(ns), EventKind.SKIP, f"skip({ns})", stamps)
 
     def travel(self, ticks: int, why: str = "") -> None:
@@ -121,7 +121,7 @@ class Operations:
             if keeper.is_paused:
                 raise StateError("travel", "guest time stands still", "resume() it first")
             ns = Fraction(ticks * NS_PER_S, keeper.timeline.tsc_hz) * _unslewed(keeper.timeline.terms)
-            keeper.check_end(ns.__ceil__(), f"travel({shown(ticks)})")
+            self._check_end(ns.__ceil__(), f"travel({shown(ticks)})")
             tscs = self._tscs.plan_move(ticks)
             told = partial(self._jump, ns, EventKind.SKIP, f"travel({ticks}){why and ': '}{why}", stamps)
             keeper.with_vcpus_out(None, partial(attempt, tscs.apply_all, tscs.undo, told))
@@ -131,7 +131,7 @@ class Operations:
         ns = whole("ns", ns)
         with self._keeper.changing:
             stamps = self._host.require("offset")
-            now = self._keeper.check_end(ns, f"offset({shown(ns)})")
+            now = self._check_end(ns, f"offset({shown(ns)})")
             if ns < 0 and (self._keeper.was_shown or now + ns < 0):
                 raise RangeError(
                     f"offset({shown(ns)}) at guest time {round(now)} ns: time that was read is not taken back, and "
@@ -140,6 +140,13 @@ class Operations:
             self._jump(Fraction(ns), EventKind.OFFSET, f"offset({ns})", stamps)
 
     # Inside
+
+    def _check_end(self, ns: int, operation: str) -> Fraction:
+        """Guest time now, in ns; RangeError if `ns` more exceeds the 2^64 ns that a page can show."""
+        now = self._keeper.timeline.at(self._keeper.host_tsc())
+        if now + ns > U64_MASK:
+            raise RangeError(f"{operation} at guest time {round(now)} ns: a guest's clock ends at 2^64 ns")
+        return now
 
     def _jump(
         self,

@@ -15,10 +15,11 @@ from pvclock._core import GUEST_STOPPED, TSC_STABLE_BIT, TimePages, read_time_in
 from pvclock._memory import GuestMemory
 from pvclock._scale import ClockScale
 from pvclock._transaction import Transaction, attempt, commit
+from pvclock._tsc_writes import follow_tsc, shows_line_alone
 from pvclock.arguments import vcpu_number, whole
 from pvclock.clock.event_log import EventLog
 from pvclock.clock.live_clock import LiveClock
-from pvclock.errors import ConfigError, GuestAddressError, RangeError, StateError
+from pvclock.errors import ConfigError, GuestAddressError, StateError
 from pvclock.host.backend import Backend
 from pvclock.quantities import NS_PER_S, U64_MASK, GuestNs, HostTsc, shown, signed64
 from pvclock.readings import ClockLine, HostStamps, TimeInfo
@@ -187,13 +188,6 @@ class Timekeeper:
         except GuestAddressError:
             return None
 
-    def check_end(self, ns: int, operation: str) -> Fraction:
-        """Guest time now, in ns; RangeError if `ns` more exceeds the 2^64 ns that a page can show."""
-        now = self.timeline.at(self.host_tsc())
-        if now + ns > U64_MASK:
-            raise RangeError(f"{operation} at guest time {round(now)} ns: a guest's clock ends at 2^64 ns")
-        return now
-
     def check_vcpu(self, vcpu: int) -> int:
         """`vcpu`; RangeError if this VM has no vCPU of that number."""
         return vcpu_number(vcpu, self.vcpus)
@@ -223,11 +217,14 @@ class Timekeeper:
         undo: Callable[[], object],
         events: Callable[[], tuple[Event, ...]],
         vcpu: int | None = None,
+        *,
+        tsc_only: bool = False,
     ) -> None:
         """Apply begin(), which changes something other than time, publish, and record events(); undo() on failure.
 
         events: called as a Change is, past the point where anything can fail.  vcpu: as republish().  While paused
-        nothing is published.
+        nothing is published.  tsc_only: begin() moves the TSC of `vcpu` alone: if nothing but its page follows from
+        that, that page alone changes, and the line stays.
         """
         again = not self.is_paused and not self._tsc_is_good(vcpu)
 
@@ -238,10 +235,18 @@ class Timekeeper:
 
             if self.is_paused:
                 commit(partial(self.pages.write_own_pages, self._flags), change, self.take, self.events)
+            elif tsc_only and vcpu is not None and self.keeps_line(vcpu):
+                self.commit(partial(follow_tsc, self.pages, vcpu), change)
             else:
                 self._publish(change, self.state, vcpu=vcpu, again=again)
 
         attempt(begin, undo, publish)
+
+    def keeps_line(self, vcpu: int) -> bool:
+        """Can vCPU's page alone follow its TSC: does nothing else depend on that, and is no other flag due?"""
+        if not self.backend.counter_follows_host or self._flags != self._shown_flags:
+            return False
+        return not self.pages.lacks_flags(vcpu) and shows_line_alone(self.pages, vcpu)
 
     def with_vcpus_out(self, vcpu: int | None, operation: Callable[[], T]) -> T:
         """Call `operation` with all vCPUs out of the guest, so that its publishes write all vCPUs' flags.

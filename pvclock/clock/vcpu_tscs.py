@@ -17,7 +17,7 @@ from pvclock.timekeeping.events import Event, EventCause, EventKind
 from pvclock.tsc.agreement import OffsetWrite, repair_plan
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_TSC_AUX, VcpuTsc
 
-__all__ = ["VcpuTscs"]
+__all__ = ["VcpuTscs", "moved"]
 
 
 class VcpuTscs:
@@ -130,6 +130,11 @@ class VcpuTscs:
         event = self._keeper.event(EventKind.TSC, why, self._keeper.backend.stamps())
         self._keeper.record((event,), partial(self._take_late, number, late))
         return number
+
+    def alone(self, vcpu: int) -> VcpuTsc | None:
+        """vCPU's TSC itself, for TscWrites to move; None if that could change more, as whether they agree."""
+        is_apart = len(self) == 1 or not self.agree
+        return self._tscs[vcpu] if self._stopped is None and self.present == len(self) and is_apart else None
 
     def reset(self) -> None:
         """Set IA32_TSC_ADJUST and TSC_AUX to 0; TSCs keep counting."""
@@ -248,13 +253,17 @@ class VcpuTscs:
             self.show_stopped()
             return
         offsets = {vcpu: tsc.offset for vcpu, tsc in wanted.items()}
-        whys = [f"vCPU {vcpu}: offset {before[vcpu].offset:#x} becomes {new:#x}" for vcpu, new in offsets.items()]
+        whys = [moved(vcpu, before[vcpu].offset, new) for vcpu, new in offsets.items()]
 
         def events() -> tuple[Event, ...]:
             return tuple(keeper.event(EventKind.TSC, why, stamps, cause=cause) for why in whys)
 
         change = OffsetChange(keeper, self, before, wanted)
-        keeper.with_vcpus_out(out_of_guest, partial(keeper.publish_with, change.apply_all, change.undo, events))
+        publish = partial(keeper.publish_with, change.apply_all, change.undo, events, out_of_guest)
+        if out_of_guest is None:
+            keeper.with_vcpus_out(None, publish)
+        else:
+            publish(tsc_only=True)  # that vCPU is out, and the others' pages do not depend on its TSC
 
     def _refuse(
         self, refused: TscOffsetNotHonoured, cause: EventCause, stamps: HostStamps, on_commit: Callable[[], object]
@@ -267,6 +276,11 @@ class VcpuTscs:
             self.refused_offset = refused
 
         self._keeper.record((event,), take)
+
+
+def moved(vcpu: int, before: int, after: int) -> str:
+    """The event's words: that vCPU's TSC has another offset."""
+    return f"vCPU {vcpu}: offset {before:#x} becomes {after:#x}"
 
 
 class OffsetChange:

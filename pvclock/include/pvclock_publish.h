@@ -182,6 +182,21 @@ static inline void pvclock_pages_release(struct pvclock_page_set *set)
 		pvclock_make_even(&targets[i]);
 }
 
+/* Show the line published last by the vCPU's new TSC offset: its guest or its VMM has moved that TSC, not the time.  The
+ * vCPU is out of the guest, and no other reads its page by a TSC of its own, for their TSCs are not in step with it.  Flags
+ * and the other pages stay.  Under the lock that a publish has.
+ */
+static inline void pvclock_page_follow_tsc(struct pvclock_target *target, const struct pvclock_anchor *anchor)
+{
+	pvclock_touch(target->page);
+	target->in_guest = 1; /* no flag changes */
+	pvclock_mark_odd(target);
+	__atomic_thread_fence(__ATOMIC_RELEASE); /* the payload comes after the busy mark */
+	pvclock_write_payload(target, anchor);
+	__atomic_thread_fence(__ATOMIC_RELEASE);
+	pvclock_make_even(target);
+}
+
 /* Pages that show the VM's clock, each at its vCPU's TSC offset; busy while the version is odd.  A publish rewrites them
  * always, for a refresh is what keeps them near the timeline.
  */

@@ -16,10 +16,12 @@ cdef class Vcpu(Fd):
     cdef size_t coalesced_at  # where in the mapping KVM's coalesced ring is, in bytes; 0 if it has none
     cdef dict _mapped  # the VM's
     cdef bint running
+    cdef object _serve_write  # see serve_writes(); None without
 
     cdef int _idle_fd(self, str operation) except? -1
     cdef kvm_run *_exited(self, str operation, uint32_t reason, uint32_t or_reason) except NULL
     cdef int _run(self) noexcept nogil
+    cdef bint _is_served(self) except -1
     cdef _exit(self)
     cdef _io_exit(self)
     cdef uint64_t _msr(self, str operation, unsigned long request, str call, uint32_t index, uint64_t value) except? 0

@@ -14,7 +14,7 @@ from pvclock.kvm._fd cimport U32_MASK, U64_MASK, Fd, checked, cpuid_entries, giv
 from pvclock.kvm._kvm_abi cimport *
 
 from pvclock.arguments import data as checked_data
-from pvclock.arguments import flag, sequence, whole
+from pvclock.arguments import flag, function, sequence, whole
 from pvclock.errors import ConfigError, KvmError, RangeError, StateError, WrongType
 from pvclock.kvm import exits
 from pvclock.kvm.arguments import members
@@ -104,6 +104,7 @@ cdef class Vcpu(Fd):
         self._idle_fd("close")
         unmap(self.run_page, self.run_bytes)
         self.run_page = NULL
+        self._serve_write = None
         Fd.close(self)
         self._mapped = None
 
@@ -128,10 +129,13 @@ cdef class Vcpu(Fd):
         if self.run_page is NULL:
             raise StateError("run", f"vCPU {self.vcpu_id} is closed", "make another one")
         self._idle_fd("run")
-        self.running = True
-        with nogil:
-            failure = self._run()
-        self.running = False
+        while True:
+            self.running = True
+            with nogil:
+                failure = self._run()
+            self.running = False
+            if failure or not self._is_served():
+                break
         if failure == EINTR:
             self.run_page.immediate_exit = 0
             return INTERRUPTED
@@ -146,6 +150,23 @@ cdef class Vcpu(Fd):
             if errno != EAGAIN:
                 return errno
         return 0
+
+    def serve_writes(self, serve: Callable[[int, int, int], bool] | None) -> None:
+        """Have run() ask `serve(vcpu_id, index, value)` of each WRMSR exit first, and go on where that returns True.
+
+        It is called on the thread in run(), with the vCPU out of the guest.  None: nobody is asked.
+        """
+        self._serve_write = None if serve is None else function("serve", serve)
+
+    cdef bint _is_served(self) except -1:
+        """Was this exit a WRMSR that serve_writes() answers?"""
+        cdef kvm_run *run = self.run_page
+        if self._serve_write is None or run.exit_reason != KVM_EXIT_X86_WRMSR:
+            return False
+        if not self._serve_write(self.vcpu_id, run.msr.index, run.msr.data):
+            return False
+        run.msr.error = 0
+        return True
 
     def take_coalesced(self) -> tuple[CoalescedWrite, ...]:
         """Take the VM's coalesced writes so far, oldest first: all vCPUs share one ring, which each of them maps.
@@ -423,7 +444,11 @@ cdef class Vcpu(Fd):
 
     def set_tsc_offset(self, offset: int) -> None:
         """KVM_SET_DEVICE_ATTR of the TSC offset, in ticks modulo 2^64."""
-        cdef uint64_t value = whole("offset", offset, 0, U64_MASK)
+        cdef uint64_t value
+        try:
+            value = offset if type(offset) is int else whole("offset", offset)
+        except OverflowError:  # which costs nothing for what is right
+            value = whole("offset", offset, 0, U64_MASK)
         checked(self._tsc_offset("set_tsc_offset", KVM_SET_DEVICE_ATTR, &value), "KVM_SET_DEVICE_ATTR TSC_OFFSET")
 
     cdef int _tsc_offset(self, str operation, unsigned long request, uint64_t *offset) except? -1:

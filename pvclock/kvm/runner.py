@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from pvclock.arguments import function, instance, number, whole
+from pvclock.arguments import flag, function, instance, number, whole
 from pvclock.errors import StateError, WrongType
 from pvclock.kvm._gate import Gate, Hold, install_kick_signal
 from pvclock.kvm._vcpu import Vcpu
@@ -36,6 +36,7 @@ class Runner:
 
     max_vcpus: how many there can be, with those that add_vcpu() brings; by default no more.
     kick_signal: a signal that the process does not use otherwise; its handler does nothing but end a system call.
+    sees_every_exit: the handler gets those, too, that serve_writes() would keep from it.
     on_end: called with `failure` after each run, on the thread of the vCPU that ends last.
     WrongType for an argument of a wrong type; ConfigError for a VM without vCPUs; RangeError for fewer max_vcpus.
 
@@ -50,6 +51,7 @@ class Runner:
         max_vcpus: int | None = None,
         kick_signal: int = signal.SIGRTMIN + 2,
         on_end: Callable[[BaseException | None], object] | None = None,
+        sees_every_exit: bool = False,
     ) -> None:
         first = vcpus_of(vcpus)
         most = len(first) if max_vcpus is None else whole("max_vcpus", max_vcpus, len(first))
@@ -58,6 +60,8 @@ class Runner:
         install_kick_signal(kick_signal)
         self.gate = Gate(first, kick_signal, most)
         self._kick_signal = kick_signal
+        self._sees_every_exit = flag("sees_every_exit", sees_every_exit)
+        self._serve_write: Callable[[int, int, int], bool] | None = None
         self._threads: list[threading.Thread] = []
         self._start_failure: StateError | None = None
         self.failure: BaseException | None = None
@@ -92,6 +96,7 @@ class Runner:
         if self._is_own_thread():
             raise StateError("add_vcpu", "this is the thread of a vCPU", "call it on another thread")
         vcpu_of("late", late)
+        late.serve_writes(self._serve_write)
         self.gate.wait_until_started()  # of a call that was interrupted
         self._start_failure = None
         if late not in self.gate.vcpus:
@@ -103,6 +108,17 @@ class Runner:
         if self._start_failure is not None:
             raise self._start_failure
         return self.gate.vcpus.index(late)
+
+    def serve_writes(self, serve: Callable[[int, int, int], bool]) -> None:
+        """Have `serve` asked of all vCPUs' WRMSRs before the handler, which gets those that it returns False for.
+
+        See Vcpu.serve_writes().  It runs while the gate takes the vCPU for being in, so it must not wait for anything
+        that keeps vCPUs out.
+        """
+        if not self._sees_every_exit:
+            self._serve_write = function("serve", serve)
+            for vcpu in self.gate.vcpus:
+                vcpu.serve_writes(serve)
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait until the run has ended; False if it has not within `timeout_s`.  StateError if it never began."""

@@ -164,10 +164,10 @@ class EngineClockService:
         self._cpuid: GuestCpuid | None = None
         self._limits: DilationLimits | None = None
         self._told_of_time: list[Callable[[], object]] = []
+        self._runner = runner
         self._serve(clock)
         self._resets_tscs = resets_tscs
         self.ticker = None if tick_interval_s is None else Ticker(clock, interval_s=tick_interval_s)
-        self._runner = runner
         self._execution_time = clock.backend if isinstance(clock.backend, ExecutionTimeBackend) else None
         # Around what changes vCPUs and clock: the clock's own lock, because a caller in an on_dirty has it already.
         self._changing = clock.memory.clock_lock
@@ -337,6 +337,7 @@ class EngineClockService:
         self.clock = clock
         clock.limit_dilation(self._limits)
         self.read_msr, self.write_msr, self.hypercall = clock.read_msr, clock.write_msr, clock.hypercall
+        self._runner.serve_writes(clock.serve_tsc_write)
         self.timer_thread = TimerThread(clock) if clock.timers.exist else None
         for told in self._told_of_time:
             clock.timers.watch(told)

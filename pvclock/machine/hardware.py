@@ -83,7 +83,10 @@ class Hardware:
             self.board.become(platform, serial_output, max_vcpus)
             self._exits = GuestExits(self.vcpus, self.memory, self.board.bus, outcome)
             handle = observed(self._exits.handle, on_exit)
-            self.runner = Runner(self.vcpus, handle, max_vcpus=max_vcpus, on_end=on_end)
+            sees_every_exit = on_exit is not None
+            self.runner = Runner(
+                self.vcpus, handle, max_vcpus=max_vcpus, on_end=on_end, sees_every_exit=sees_every_exit
+            )
         except BaseException:
             self.abandon()
             raise

@@ -235,7 +235,7 @@ class Machine:
         self._check_thread("add_vcpu")
         with self._booting:
             self._check_open("add_vcpu")
-            with self.runner.quiesce():
+            with self.time_travel.hold(), self.runner.quiesce():  # its TSC is to be the others', which stay meanwhile
                 return self._hardware.add_vcpu()
 
     def pause(self) -> None:

@@ -151,7 +151,7 @@ def test_short_and_broken_sleeps(guest: StockLinux) -> None:
     guest.run("i=0; while [ $i -lt 50 ]; do sleep 0.01; i=$((i+1)); done")
     between_s = uptime_s(guest)
     assert between_s - began_s >= 0.5
-    assert guest.run("timeout 100 sleep 3600; echo $?") == "143\n"
+    assert guest.run("timeout 100 sleep 3600; echo $?").split()[-1] == "143"  # the shell may say "Terminated" before it
     assert 100 <= uptime_s(guest) - between_s <= 100 + SHELL_LATE_S
 
 

@@ -25,7 +25,7 @@ from pvclock import (
     StateError,
     read_tsc,
 )
-from pvclock.clock.event_log import GUEST_BURST, GUEST_EVENTS_PER_S
+from pvclock._guest_budget import GUEST_BURST, GUEST_EVENTS_PER_S
 from pvclock.clock.ticker import Ticker
 from pvclock.clock.wall_clock import WallClockBase
 from pvclock.meter.stress import republish

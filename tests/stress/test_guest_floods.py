@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 
 from pvclock import GuestClock, GuestMemory, HostBackend, SimulatedBackend
-from pvclock.clock.event_log import GUEST_BURST
+from pvclock._guest_budget import GUEST_BURST
 from pvclock.clock.timer_thread import REST_NS, TimerThread
 from pvclock.timekeeping.events import Event, EventCause, EventKind
 from tests.unit.clocks import a_clock

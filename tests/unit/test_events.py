@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pvclock.clock.event_log import GUEST_BURST, GUEST_EVENTS_PER_S, EventLog
+from pvclock._guest_budget import GUEST_BURST, GUEST_EVENTS_PER_S
+from pvclock.clock.event_log import EventLog
 from pvclock.errors import ConfigError, RangeError
 from pvclock.quantities import NS_PER_S, HostTsc
 from pvclock.timekeeping.events import Event, EventCause, EventKind

@@ -1,0 +1,16 @@
+from typing import Final, final
+
+GUEST_BURST: Final = 64
+"""Guest-caused events recorded at once: enough for 64 vCPUs to set up their clocks."""
+
+GUEST_EVENTS_PER_S: Final = 8
+
+@final
+class GuestBudget:
+    @property
+    def left(self) -> int: ...
+    @property
+    def suppressed(self) -> int: ...
+    def fill(self, raw_ns: int | None) -> None: ...
+    def take(self) -> bool: ...
+    def suppress(self, raw_ns: int) -> bool: ...
