@@ -107,9 +107,7 @@ class QmpServer:
             session = self._session = _Session(self._greeting, self._commands)
             with suppress(Exception):  # the client has left already
                 await session.connect(connection[0])  # its first commands may be done before this returns
-            while session.runstate is Runstate.RUNNING:
-                if await self._unless_stopping(session.runstate_changed()) is None:
-                    break
+            await self._unless_stopping(_until_over(session))
             self._session = None
             await _end(session)
             connection[0].close()
@@ -198,6 +196,12 @@ class _Session(AsyncProtocol[Any]):
         if enable:
             raise QmpRefusal(f"Capability '{enable[0]}' is not available")
         self._is_negotiated = True
+
+
+async def _until_over(session: _Session) -> None:
+    """Return once the session runs no more.  It is looked at and waited for in one step: changes are not kept."""
+    while session.runstate is Runstate.RUNNING:
+        await session.runstate_changed()
 
 
 async def _end(session: _Session) -> None:
