@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any, Protocol, Self, final
 
 from pvclock._core import TimePages
@@ -8,7 +7,7 @@ from pvclock.quantities import HostTsc
 
 class _Usual(Protocol):
     def look(self) -> tuple[int, int, int] | None: ...
-    def tsc(self, vcpu: int, /) -> Any: ...  # noqa: ANN401  # a VcpuTsc, which is of a layer above
+    def tsc(self, vcpu: int, /) -> Any: ...  # noqa: ANN401  # of a layer above
     def change(self, vcpu: int, before: int, after: int, tsc: HostTsc, /) -> tuple[None, tuple[object, ...]]: ...
 
 class _Log(Protocol):
@@ -28,7 +27,6 @@ class TscWrites:
         pages: TimePages,
         usual: _Usual,
         events: _Log,
-        set_offset: Callable[[int, int], object],
         tsc_hz: int,
         has_adjust: bool,
     ) -> Self: ...

@@ -77,9 +77,11 @@ cdef bint would_agree(TimePages pages, int vcpu, uint64_t offset) noexcept:
 cdef class TscWrites:
     """Serves guests' usual TSC writes to the clock that changes in `changing` and shows itself in `pages`.
 
-    usual: which writes are usual ones, and their events: a UsualWrites.  events: the clock's log.  set_offset: sets a
-    vCPU's TSC offset on the host, as Backend.set_tsc_offset().  tsc_hz: the host's.  has_adjust: does the guest have
-    IA32_TSC_ADJUST?
+    usual: which writes are usual ones, and their events: a UsualWrites.  events: the clock's log.  tsc_hz: the host's.
+    has_adjust: does the guest have IA32_TSC_ADJUST?
+
+    A usual write runs no Python code, unless an event of it is to be recorded: after a guest's exit little of this
+    process is in the CPU's caches.
 
     Thread-safety: serve() may be called from any thread, and does not wait for one that changes the clock.
     """
@@ -87,20 +89,20 @@ cdef class TscWrites:
     cdef Transaction _changing
     cdef TimePages _pages
     cdef GuestBudget _budget
-    cdef object _usual, _events, _set_offset
+    cdef object _usual, _events
     cdef uint64_t _tsc_hz
     cdef bint _has_adjust
     # What was found after that transaction, in memory with those slots; it holds for a second until the next one.
     cdef uint64_t _count, _generation
-    cdef dict _tscs  # VcpuTscs that may move, or None, by vCPU; None if no write is a usual one
+    cdef dict _tscs  # (VcpuTsc, what sets its offset on the host), or None, by vCPU; None if no write is a usual one
     cdef uint64_t _least_tsc, _stamp_tsc, _stamp_raw_ns
 
     def __cinit__(
         self, Transaction changing not None, TimePages pages not None, usual: object, events: object,
-        set_offset: object, tsc_hz: int, has_adjust: bool,
+        tsc_hz: int, has_adjust: bool,
     ) -> None:
         self._changing, self._pages = changing, pages
-        self._usual, self._events, self._set_offset = usual, events, set_offset
+        self._usual, self._events = usual, events
         self._budget = events.guest_budget
         self._tsc_hz, self._has_adjust = tsc_hz, has_adjust
         self._count = changing.count - 1
@@ -125,14 +127,15 @@ cdef class TscWrites:
 
     cdef bint _serve(self, int vcpu, uint32_t msr, uint64_t value, bint *has_event) except -1:
         cdef uint64_t now, before, offset, adjust, moved
-        tsc = self._movable(vcpu)
+        found = self._movable(vcpu)
         now = self._now()
-        if tsc is None or <int64_t>(now - self._least_tsc) < 0:
+        if found is None or <int64_t>(now - self._least_tsc) < 0:
             return False
+        tsc, set_offset = <tuple>found
         before, adjust = tsc.offset, tsc.adjust
         moved = value - (now + before if msr == MSR_IA32_TSC else adjust)
         offset = before + moved
-        if would_agree(self._pages, vcpu, offset) or not self._set_on_host(vcpu, offset, before):
+        if would_agree(self._pages, vcpu, offset) or not is_set(set_offset, offset, before):
             return False
         # From here on all is done, whatever interrupts.
         tsc.offset, tsc.adjust = offset, adjust + moved
@@ -150,7 +153,7 @@ cdef class TscWrites:
         return self._stamp_raw_ns + (tsc - self._stamp_tsc) * NS_PER_S // self._tsc_hz
 
     cdef object _movable(self, int vcpu):
-        """vCPU's TSC; None if its write is not a usual one, whatever is written."""
+        """vCPU's TSC and what sets its offset on the host; None if its write is not a usual one, whatever is written."""
         if (
             self._count != self._changing.count
             or self._generation != self._pages.memory.generation
@@ -173,16 +176,17 @@ cdef class TscWrites:
         self._count, self._generation = self._changing.count, self._pages.memory.generation
         return 0
 
-    cdef bint _set_on_host(self, int vcpu, uint64_t offset, uint64_t before) except -1:
-        """Set vCPU's offset; False if the host refuses."""
-        try:
-            self._set_offset(vcpu, offset)
-        except Exception:  # the path in Python says why, and undoes what may have been done
-            return False
-        except BaseException:
-            to_the_end(partial(self._set_offset, vcpu), before, [])
-            raise
-        return True
+
+cdef bint is_set(object set_offset, uint64_t offset, uint64_t before) except -1:
+    """Set the offset on the host; False if that refuses."""
+    try:
+        set_offset(offset)
+    except Exception:  # the path in Python says why, and undoes what may have been done
+        return False
+    except BaseException:
+        to_the_end(set_offset, before, [])
+        raise
+    return True
 
 
 def nothing(_: object) -> None:

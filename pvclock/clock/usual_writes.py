@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from pvclock._tsc_writes import TscWrites
@@ -34,15 +36,22 @@ class UsualWrites:
         A host that does not trust its TSC may move it by itself, and let none be put back.
         """
         backend, least_tsc = self._keeper.backend, self._host.least_tsc_in_order
-        is_usual = backend.tsc_stable and backend.tsc_hz <= TSC_HZ_MAX and not self._keeper.is_paused
-        if not is_usual or least_tsc is None:
+        is_usual = backend.tsc_stable and self._host.is_trusted and backend.tsc_hz <= TSC_HZ_MAX
+        if not is_usual or self._keeper.is_paused or least_tsc is None:
             return None
         self._stamps = backend.stamps()
         return least_tsc, self._stamps.tsc, self._stamps.raw_ns
 
-    def tsc(self, vcpu: int) -> VcpuTsc | None:
-        """vCPU's TSC, to be moved; None if more would follow from that than its page shows."""
-        return self._tscs.alone(vcpu) if self._keeper.keeps_line(vcpu) else None
+    def tsc(self, vcpu: int) -> tuple[VcpuTsc, Callable[[int], object]] | None:
+        """vCPU's TSC, to be moved, and what sets its offset on the host; None if more follows than its page shows."""
+        tsc = self._tscs.alone(vcpu) if self._keeper.keeps_line(vcpu) else None
+        return None if tsc is None else (tsc, self._offset_setter(vcpu))
+
+    def _offset_setter(self, vcpu: int) -> Callable[[int], object]:
+        """The backend's own, if it has one that is quicker."""
+        backend = self._keeper.backend
+        setter = getattr(backend, "tsc_offset_setter", None)
+        return partial(backend.set_tsc_offset, vcpu) if setter is None else setter(vcpu)
 
     def change(self, vcpu: int, before: int, after: int, tsc: HostTsc) -> tuple[None, tuple[Event, ...]]:
         """A Change: vCPU's offset became `after` at `tsc`."""
@@ -53,7 +62,5 @@ class UsualWrites:
 
 def tsc_writes(keeper: Timekeeper, tscs: VcpuTscs, host: HostTrust, *, has_adjust: bool) -> TscWrites:
     """What serves usual writes of a guest of this clock.  has_adjust: does it have IA32_TSC_ADJUST?"""
-    usual, backend = UsualWrites(keeper, tscs, host), keeper.backend
-    return TscWrites(
-        keeper.changing, keeper.pages, usual, keeper.events, backend.set_tsc_offset, backend.tsc_hz, has_adjust
-    )
+    usual = UsualWrites(keeper, tscs, host)
+    return TscWrites(keeper.changing, keeper.pages, usual, keeper.events, keeper.backend.tsc_hz, has_adjust)

@@ -53,7 +53,7 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 EXAMPLES: Final = """\
   pvclock run --debian                    Debian's kernel, to a shell
   pvclock run --debian --rate 1/10        the same, at a tenth of real time
-  pvclock run --debian --time-travel      the same, without waiting while it is idle
+  pvclock run --debian --time-travel      the same; its idle time takes no time
   pvclock run --kernel bzImage --shell    a kernel of your own, to a shell
   pvclock run --kernel bzImage --initrd initrd"""
 

@@ -71,8 +71,13 @@ def schedule(machine: Machine, arguments: argparse.Namespace, end: Callable[[End
     lines = [(parse_guest_time_ns(when), line) for when, line in arguments.input_at]
     for when_ns, line in lines:
         machine.timers.at(when_ns, _Typist(machine, line))
+
+    def end_here() -> None:
+        machine.time_travel.disable()  # else it skips to what is scheduled for later before the run has ended
+        end(ended_by_guest_time(arguments.end_at))
+
     if arguments.end_at is not None:
-        machine.timers.at(arguments.end_at, lambda: end(ended_by_guest_time(arguments.end_at)))
+        machine.timers.at(arguments.end_at, end_here)
 
 
 class _Typist:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pvclock.commands.tables import Table
 from pvclock.machine.time_travel import Look
 from pvclock.quantities import NS_PER_S
 from pvclock.timekeeping.travel import Skip
+
+if TYPE_CHECKING:  # it takes longer to load than most runs need it
+    from pvclock.commands.tables import Table
 
 __all__ = ["TRACE_OPTIONS", "WakeCounts", "rows", "wakes_table"]
 
@@ -68,6 +70,8 @@ class WakeCounts:
 
 def wakes_table(counts: WakeCounts) -> Table:
     """For people, the most frequent first."""
+    from pvclock.commands.tables import Table
+
     table = Table("what woke it", "times", "every")
     for causes in (counts.timers, counts.work):
         for row in rows(causes):

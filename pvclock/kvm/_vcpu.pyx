@@ -444,7 +444,11 @@ cdef class Vcpu(Fd):
 
     def set_tsc_offset(self, offset: int) -> None:
         """KVM_SET_DEVICE_ATTR of the TSC offset, in ticks modulo 2^64."""
-        cdef uint64_t value = whole("offset", offset, 0, U64_MASK)
+        cdef uint64_t value
+        try:
+            value = offset if type(offset) is int else whole("offset", offset)
+        except OverflowError:  # which costs nothing for what is right
+            value = whole("offset", offset, 0, U64_MASK)
         checked(self._tsc_offset("set_tsc_offset", KVM_SET_DEVICE_ATTR, &value), "KVM_SET_DEVICE_ATTR TSC_OFFSET")
 
     cdef int _tsc_offset(self, str operation, unsigned long request, uint64_t *offset) except? -1:

@@ -150,6 +150,11 @@ class KvmBackend:
             self._threads.vcpus[vcpu].set_tsc_offset(before)
             raise TscOffsetNotHonoured(offset, "it reads back differently")
 
+    def tsc_offset_setter(self, vcpu: int) -> Callable[[int], object]:
+        """What sets vCPU's offset: compiled, and without reading it back, where offsets are known to be honoured."""
+        setter = self._threads.vcpus[vcpu].set_tsc_offset
+        return setter if self._honours_tsc_offset else partial(self.set_tsc_offset, vcpu)
+
     def tsc_offset(self, vcpu: int) -> int | None:
         """See Backend: KVM's own, for a vCPU that is out of the guest."""
         return self._threads.vcpus[vcpu].get_tsc_offset() if self._honours_tsc_offset else None

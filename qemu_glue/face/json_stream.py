@@ -21,14 +21,15 @@ MESSAGE_BYTES_MAX: Final = 1 << 20
 NESTING_MAX: Final = 256
 """QEMU takes 1024, which Python's parser does not."""
 
+# Possessive (++, *+): what is a string so far is not tried again character by character where its end is not there yet.
 TOKEN: Final = re.compile(
     rb"""(?P<space>[ \t\r\n]+) | (?P<open>[{\[]) | (?P<close>[}\]]) | (?P<between>[,:])
-       | (?P<string>"(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*" | '(?:[^'\\\x00-\x1f]|\\[^\x00-\x1f])*')
+       | (?P<string>"(?:[^"\\\x00-\x1f]++|\\[^\x00-\x1f])*+" | '(?:[^'\\\x00-\x1f]++|\\[^\x00-\x1f])*+')
        | (?P<word>[-+.0-9A-Za-z_]+)""",
     re.VERBOSE,
 )
 UNENDED_STRING: Final = re.compile(
-    rb"""(?:"(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*\\? | '(?:[^'\\\x00-\x1f]|\\[^\x00-\x1f])*\\?)\Z""", re.VERBOSE
+    rb"""(?:"(?:[^"\\\x00-\x1f]++|\\[^\x00-\x1f])*+\\? | '(?:[^'\\\x00-\x1f]++|\\[^\x00-\x1f])*+\\?)\Z""", re.VERBOSE
 )
 ESCAPED_QUOTE: Final = re.compile(rb"""\\' | " | \\.""", re.VERBOSE | re.DOTALL)
 RECOVERED: Final = re.compile(rb"[\n\xff{}\[\],:]")

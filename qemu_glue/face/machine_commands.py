@@ -26,6 +26,7 @@ VERSION: Final[VersionInfo] = {
 """As query-version has it; under "qemu" stands pvclock's own, for clients that want numbers there."""
 
 RESUMABLE: Final = (RunState.PRELAUNCH, RunState.PAUSED)
+RESET_REQUIRED: Final = "Resetting the Virtual Machine is required"
 STARTED: Final = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
 ENDINGS: Final = {Ending.EXIT_CODE: "guest-shutdown"} | {each: str(each) for each in Ending if each != Ending.EXIT_CODE}
 """The reasons of a SHUTDOWN, as QEMU has them; isa-debug-exit ends a QEMU without one."""
@@ -99,7 +100,7 @@ class MachineCommands:
             case RunState.RUNNING:
                 pass
             case _:
-                raise QmpRefusal("Resetting the Virtual Machine is required")
+                raise QmpRefusal(RESET_REQUIRED)
 
     def _system_reset(self) -> None:
         self._machine.reset()
@@ -116,7 +117,7 @@ class MachineCommands:
         if not buttons:
             raise QmpRefusal("the guest cannot be asked: this machine has no power button; quit ends it")
         if self._machine.run_state.current not in STARTED:
-            raise QmpRefusal("Resetting the Virtual Machine is required")
+            raise QmpRefusal(RESET_REQUIRED)
         self._emit("POWERDOWN", None)
         buttons[0].press()
 

@@ -167,11 +167,11 @@ class _Session(AsyncProtocol[Any]):
         await super()._establish_session()
 
     async def _do_recv(self) -> object:
+        assert self._reader is not None  # noqa: S101  # the session is established
+        assert self._writer is not None  # noqa: S101
+        await self._outgoing.join()  # before each one: short requests may have long answers
+        await self._writer.drain()
         while not self._came:
-            await self._outgoing.join()
-            assert self._reader is not None  # noqa: S101  # the session is established
-            assert self._writer is not None  # noqa: S101
-            await self._writer.drain()
             data = await self._reader.read(READ_BYTES)
             if not data:
                 raise EOFError
@@ -180,6 +180,8 @@ class _Session(AsyncProtocol[Any]):
 
     def _do_send(self, msg: object) -> None:
         assert self._writer is not None  # noqa: S101  # the session is established
+        if self._writer.transport.is_closing():  # else asyncio complains on stderr
+            raise EOFError
         self._writer.write(_line(msg))
 
     async def _on_message(self, msg: object) -> None:

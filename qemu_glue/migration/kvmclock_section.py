@@ -82,14 +82,10 @@ def _described(section: Section) -> KvmclockSection:
 
 def _candidates(stream: StreamFile) -> Iterator[KvmclockSection]:
     """What has every byte of a section that is always the same, from the stream's beginning on."""
-    for name_at in stream.occurrences(NEEDLE, stream.end):
-        begin = name_at - 1 - 4
-        if begin >= stream.begin:
-            length = min(WHOLE_BYTES_MAX, stream.end - begin)
-            found = WHOLE.match(stream.read(begin, length, NAME))
-            if found and found["length"] != b"\0":
-                reliable_at = None if found[RELIABLE.name] is None else begin + found.start(RELIABLE.name)
-                yield KvmclockSection(begin, begin + found.start(CLOCK.name), reliable_at, FoundBy.SEARCH)
+    for at, found in stream.matches(WHOLE, NEEDLE, WHOLE_BYTES_MAX):
+        if found["length"] != b"\0":
+            reliable_at = None if found[RELIABLE.name] is None else at + found.start(RELIABLE.name)
+            yield KvmclockSection(at + found.start(), at + found.start(CLOCK.name), reliable_at, FoundBy.SEARCH)
 
 
 def _missing(found: str) -> StateFileError:

@@ -9,6 +9,7 @@ Source: QEMU migration/savevm.h (QEMU_VM_FILE_MAGIC); libvirt src/qemu/qemu_save
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,18 +68,17 @@ class StreamFile:
         """The number of that form at `offset`; errors as read()."""
         return int(form.unpack(self.read(offset, form.size, field))[0])
 
-    def occurrences(self, needle: bytes, end: int) -> Iterator[int]:
-        """Where `needle` stands between the stream's beginning and `end`, from the front."""
-        at = self.begin
-        while at < end:
-            chunk = os.pread(self._fd, min(CHUNK_BYTES + len(needle) - 1, end - at), at)
-            found = chunk.find(needle)
-            while found >= 0:
-                yield at + found
-                found = chunk.find(needle, found + 1)
-            if len(chunk) < CHUNK_BYTES:
-                return
-            at += CHUNK_BYTES
+    def matches(self, pattern: re.Pattern[bytes], needle: bytes, longest: int) -> Iterator[tuple[int, re.Match[bytes]]]:
+        """Where `pattern` matches, from the front: what its match's offsets count from, and the match.
+
+        It takes `longest` bytes at most, `needle` among them.  Matches may overlap: one made to hide another does not.
+        """
+        for at in range(self.begin, self.end, CHUNK_BYTES):
+            chunk = os.pread(self._fd, min(CHUNK_BYTES + longest - 1, self.end - at), at)
+            found = pattern.search(chunk) if needle in chunk else None  # which is far faster to look for
+            while found is not None and found.start() < CHUNK_BYTES:
+                yield at, found
+                found = pattern.search(chunk, found.start() + 1)
 
     def chunks(self, patches: Mapping[int, bytes]) -> Iterator[bytes]:
         """The whole file, libvirt's header too, with other bytes at some offsets."""

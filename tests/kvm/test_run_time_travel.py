@@ -117,7 +117,7 @@ def test_input_without_travel(more: tuple[str, ...], image: Callable[[bytes], st
 
 def test_the_end_at_a_guest_time(image: Callable[[bytes], str], run: Callable[..., Ran]) -> None:
     """The run ends there, well; what is scheduled for later does not come."""
-    done = run("--json", "--time-travel", "--end-at", "700s", "--input-at", "701s", "q", image(SERVICE))
+    done = run("--json", "--time-travel", "--end-at", "700s", "--input-at", "1h", "q", image(SERVICE))
     result = result_of(done)
     assert (done.status, result["ending"], done.stderr[0]) == (0, "guest-time", ".")
     assert result["why"] == "ended by --end-at at guest time 700 s"

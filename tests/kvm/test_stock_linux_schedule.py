@@ -36,7 +36,8 @@ LATE_S: Final = 60
 
 def test_a_day_of_cron(kernel: Kernel) -> None:
     """A job of each full hour has run at each full hour of the day, once, when it should."""
-    with StockLinux(kernel, parameters=GUEST_OPTIONS.split(), time_travel=True) as guest:
+    with StockLinux(kernel, parameters=GUEST_OPTIONS.split()) as guest:
+        guest.machine.time_travel.enable()
         for line in SET_UP_CRON:
             guest.run(line)
         begun_s, ended_s = map(int, guest.run(f"date +%s; sleep {DAY_S}; date +%s").split())

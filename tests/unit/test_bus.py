@@ -128,6 +128,19 @@ def test_an_answer_of_another_length_or_type(answer: object) -> None:
         bus.read_port(0, 2)
 
 
+def test_who_has_what() -> None:
+    """By address; a reserved range has no device.  What is returned is the caller's."""
+    bus, device = Bus(), Register("it")
+    bus.add_ports(0x20, 2, device)
+    bus.reserve_ports(0x10, 1, "a PIC")
+    bus.add_mmio(0x1000, 8, device)
+    ports = [(claim.base, claim.end, claim.name, claim.device) for claim in bus.port_claims]
+    assert ports == [(0x10, 0x11, "a PIC", None), (0x20, 0x22, "it", device)]
+    assert [(claim.base, claim.device) for claim in bus.memory_claims] == [(0x1000, device)]
+    bus.port_claims.clear()
+    assert len(bus.port_claims) == 2
+
+
 def test_reset_reaches_each_device_once() -> None:
     """However many ranges it has."""
     bus, device = Bus(), Register()

@@ -45,6 +45,22 @@ def test_what_is_not_there_is_an_error(gpa: int) -> None:
         assert (caught.value.gpa, caught.value.length) == (gpa, 8)
 
 
+@pytest.mark.row("E15")
+def test_where_memory_is_in_this_process() -> None:
+    """Each byte of each slot, and nothing outside."""
+    low, high = bytearray(b"low"), bytearray(b"high")
+    memory = GuestMemory(low)
+    memory.add_slot(1 << 40, high)
+    for gpa, buffer in ((0, low), (1 << 40, high)):
+        for offset in range(len(buffer)):
+            assert ctypes.string_at(memory.host_address(gpa + offset), 1) == buffer[offset : offset + 1]
+    for gpa in (3, (1 << 40) - 1, (1 << 40) + 4, -1, 1 << 64):
+        with pytest.raises(GuestAddressError):
+            memory.host_address(gpa)
+    with pytest.raises(WrongType):
+        memory.host_address(1.5)  # type: ignore[arg-type]
+
+
 RAM = bytes(range(1, 252)) * 40
 """Of which no two parts near each other are alike."""
 EDGES = st.sampled_from([0x1000, 0x3000, 2**64 - 0x1000, 2**64 - 1])

@@ -8,6 +8,7 @@ import lzma
 import os
 import random
 import struct
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,34 @@ def test_a_fake_needs_all_of_a_section(tmp_path: Path) -> None:
     ):
         assert wrong != forged(1)
         assert read(tmp_path, old[:at] + wrong + old[at:]).clock_ns == 41_879_411
+
+
+def test_a_fake_hides_no_section(tmp_path: Path) -> None:
+    """One that takes the beginning of QEMU's for what follows it is found, and so is QEMU's: neither is a guess."""
+    old = saved("pc-i440fx-2.2")
+    at = old.index(b"\x08kvmclock\0\0\0\0\0\0\0\x01") - 5
+    fake = old[at : at + 5 + 17 + 8]
+    with pytest.raises(StateFileError, match=f"at {at} and {at + len(fake)}"):
+        read(tmp_path, old[:at] + fake + old[at:])
+
+
+def test_a_ram_full_of_almost_sections_costs_no_more(tmp_path: Path) -> None:
+    """A guest that fills its RAM with what a section begins with does not have each one looked at by itself."""
+    almost = SECTION[: SECTION.index(b"kvmclock") + 16 + 8] + b"\x09"
+    old, count, calls = saved("pc-i440fx-2.2"), 40_000, 0
+    path = written(tmp_path, old[:40] + almost * count + old[40:])
+
+    def count_call(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count_call)
+    try:
+        clock = state_format.read(str(path)).clock
+    finally:
+        sys.setprofile(None)
+    assert clock.clock_ns == 41_879_411
+    assert calls < count
 
 
 def test_a_vm_without_kvmclock(tmp_path: Path) -> None:
