@@ -94,7 +94,7 @@ cdef class TscWrites:
     cdef bint _has_adjust
     # What was found after that transaction, in memory with those slots; it holds for a second until the next one.
     cdef uint64_t _count, _generation
-    cdef dict _tscs  # (VcpuTsc, what sets its offset on the host), or None, by vCPU; None if no write is a usual one
+    cdef dict _tscs  # (VcpuTsc, what sets its offset), or None, by vCPU; None if no write is a usual one
     cdef uint64_t _least_tsc, _stamp_tsc, _stamp_raw_ns
 
     def __cinit__(
