@@ -94,7 +94,7 @@ cdef class TscWrites:
     cdef bint _has_adjust
     # What was found after that transaction, in memory with those slots; it holds for a second until the next one.
     cdef uint64_t _count, _generation
-    cdef dict _tscs  # (VcpuTsc, what sets its offset on the host), or None, by vCPU; None if no write is a usual one
+    cdef dict _tscs  # (VcpuTsc, what sets its offset), or None, by vCPU; None if no write is a usual one
     cdef uint64_t _least_tsc, _stamp_tsc, _stamp_raw_ns
 
     def __cinit__(
@@ -153,7 +153,7 @@ cdef class TscWrites:
         return self._stamp_raw_ns + (tsc - self._stamp_tsc) * NS_PER_S // self._tsc_hz
 
     cdef object _movable(self, int vcpu):
-        """vCPU's TSC and what sets its offset on the host; None if no write to it is a usual one."""
+        """vCPU's TSC and what sets its offset; None if its write is not a usual one, whatever is written."""
         if (
             self._count != self._changing.count
             or self._generation != self._pages.memory.generation

@@ -54,6 +54,16 @@ cdef bint is_cpuid_entry(object given) except -1:
     return True
 
 
+cdef uint64_t as_word(str name, object given) except? 0:
+    """A number of 64 bits; whole() says what is wrong with any other, and costs nothing for what is right."""
+    if type(given) is int:
+        try:
+            return given
+        except OverflowError:
+            pass
+    return whole(name, given, 0, U64_MASK)
+
+
 cdef uint32_t transfer_msrs(
     int fd, unsigned long request, kvm_msrs *msrs, bint skips_unknown, str call
 ) except? 0xFFFFFFFF:
@@ -238,12 +248,7 @@ cdef class Vcpu(Fd):
         cdef bint fails = fault is True
         if not fails and fault is not False:
             flag("fault", fault)
-        if type(value) is not int:
-            value = whole("value", value)
-        try:
-            answer = value
-        except OverflowError:  # which costs nothing for what is right
-            answer = whole("value", value, 0, U64_MASK)
+        answer = as_word("value", value)
         cdef kvm_run *run = self._exited("complete_msr", KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR)
         run.msr.data = answer
         run.msr.error = fails
@@ -444,11 +449,7 @@ cdef class Vcpu(Fd):
 
     def set_tsc_offset(self, offset: int) -> None:
         """KVM_SET_DEVICE_ATTR of the TSC offset, in ticks modulo 2^64."""
-        cdef uint64_t value
-        try:
-            value = offset if type(offset) is int else whole("offset", offset)
-        except OverflowError:  # which costs nothing for what is right
-            value = whole("offset", offset, 0, U64_MASK)
+        cdef uint64_t value = as_word("offset", offset)
         checked(self._tsc_offset("set_tsc_offset", KVM_SET_DEVICE_ATTR, &value), "KVM_SET_DEVICE_ATTR TSC_OFFSET")
 
     cdef int _tsc_offset(self, str operation, unsigned long request, uint64_t *offset) except? -1:
