@@ -153,7 +153,7 @@ cdef class TscWrites:
         return self._stamp_raw_ns + (tsc - self._stamp_tsc) * NS_PER_S // self._tsc_hz
 
     cdef object _movable(self, int vcpu):
-        """vCPU's TSC and what sets its offset on the host; None if its write is not a usual one, whatever is written."""
+        """vCPU's TSC and what sets its offset on the host; None if no write to it is a usual one."""
         if (
             self._count != self._changing.count
             or self._generation != self._pages.memory.generation

@@ -14,7 +14,7 @@ from pvclock._scale import ClockScale
 from pvclock._transaction import attempt
 from pvclock.arguments import flag, serving, text, whole
 from pvclock.clock.host_trust import HostTrust
-from pvclock.clock.timekeeper import Timekeeper, TimeState
+from pvclock.clock.timekeeper import Timekeeper, TimeState, nothing
 from pvclock.clock.vcpu_tscs import VcpuTscs
 from pvclock.errors import RangeError, StateError
 from pvclock.quantities import NS_PER_S, U64_MASK, HostTsc, shown
@@ -154,9 +154,9 @@ class Operations:
         kind: EventKind,
         why: str,
         stamps: HostStamps,
-        reached: Callable[[], object] = lambda: None,
+        reached: Callable[[], object] = nothing,
     ) -> None:
-        """Step guest time; reached: called when it can no longer fail, as attempt() has it."""
+        """Step guest time; reached: called when it can no longer fail, once or more."""
         keeper, old = self._keeper, self._keeper.state
         jumped = old.timeline.copy()
         jumped.begin_segment(stamps.tsc, old.timeline.terms)

@@ -180,8 +180,6 @@ class _Session(AsyncProtocol[Any]):
 
     def _do_send(self, msg: object) -> None:
         assert self._writer is not None  # noqa: S101  # the session is established
-        if self._writer.transport.is_closing():  # else asyncio complains on stderr
-            raise EOFError
         self._writer.write(_line(msg))
 
     async def _on_message(self, msg: object) -> None:

@@ -41,12 +41,12 @@ def malformed(seed: int, count: int) -> Iterator[bytes]:
 
 def _bytes(generator: random.Random) -> bytes:
     """Any bytes."""
-    return generator.randbytes(generator.randrange(200))
+    return generator.randbytes(generator.randrange(40))
 
 
 def _junk(generator: random.Random) -> bytes:
     """Pieces of JSON in any order."""
-    return b"".join(generator.choices(JUNK, k=generator.randrange(60)))
+    return b"".join(generator.choices(JUNK, k=generator.randrange(20)))
 
 
 def _changed(generator: random.Random) -> bytes:

@@ -30,7 +30,7 @@ INTERVAL_MS: Final = 500
 WITHIN_NS: Final = 1_000_000
 """What the guest's time of day may be off: two of its kernel's instants, some us apart, are taken for one."""
 LEFT_NS: Final = 100_000_000
-"""So little of a slew is left when the guest is looked at; from 100 %, the rest would take half a minute."""
+"""So little of a slew is left when the guest is looked at; the rest takes some seconds more."""
 EXACT_NS: Final = 100
 """Each new anchor takes 0 or 1 ns."""
 POLICIES: Final = ("freeze", "advance", "slew:max_ppm=1000000")

@@ -119,7 +119,7 @@ def test_who_is_idle_for_ever_is_left_alone(halted: Machine) -> None:
         machine.time_travel.on_look = looks.append
         machine.time_travel.enable()
         machine.start()
-        wait_until(is_left_alone)
+        wait_until(is_left_alone, HANG_S / 2)
         assert machine.time_travel.log.is_idle_forever
         assert isinstance(looks[-1].decision, IdleForever)
         told = len(looks)
