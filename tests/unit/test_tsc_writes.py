@@ -391,3 +391,24 @@ def test_an_interrupt_at_each_line_of_a_usual_write() -> None:
         write(vm)
         assert (vm.clock.tsc(0).adjust, vm.backend.tsc_offsets[0]) == (7, 7)
     assert found == {False, True}
+
+
+@pytest.mark.row("E9")
+def test_an_interrupt_after_the_host_was_told() -> None:
+    """It takes the offset back: the write was not done, and the next try does it."""
+    vm, interrupts = a_usual_vm(), [KeyboardInterrupt()]
+    set_offset = vm.backend.set_tsc_offset
+
+    def set_and_interrupt(vcpu: int, offset: int) -> None:
+        set_offset(vcpu, offset)
+        if interrupts:
+            raise interrupts.pop()
+
+    vm.backend.set_tsc_offset = set_and_interrupt  # type: ignore[method-assign]
+    vm.clock.refresh()  # usual writes look at the backend anew
+    before = seen(vm, 1)
+    with pytest.raises(KeyboardInterrupt):
+        vm.clock.serve_tsc_write(0, ADJUST, 7)
+    assert seen(vm, 1) == before
+    assert vm.write(0, ADJUST, 7)
+    assert (vm.clock.tsc(0).adjust, vm.backend.tsc_offsets[0]) == (7, 7)
