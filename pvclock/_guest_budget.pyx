@@ -2,7 +2,7 @@
 
 cimport cython
 
-from pvclock.quantities import NS_PER_S
+from pvclock.quantities import NS_PER_S as _NS_PER_S
 
 GUEST_BURST = 64
 GUEST_EVENTS_PER_S = 8
@@ -26,9 +26,9 @@ cdef class GuestBudget:
             return
         if self._filled_ns is None or raw_ns < self._filled_ns:
             self._filled_ns = raw_ns
-        seconds = (raw_ns - self._filled_ns) // NS_PER_S
+        seconds = (raw_ns - self._filled_ns) // _NS_PER_S
         if seconds:
-            self._filled_ns += seconds * NS_PER_S
+            self._filled_ns += seconds * _NS_PER_S
             self.left = min(self.left + seconds * GUEST_EVENTS_PER_S, GUEST_BURST)
 
     cpdef bint take(self):

@@ -5,6 +5,8 @@ from typing import Any, Literal, Protocol, Self, TypeVar, final
 
 from pvclock._memory import GuestMemory
 
+__pyx_capi__: dict[str, object]  # C functions that other modules of ours import
+
 _State = TypeVar("_State")
 _Result = TypeVar("_Result")
 _Returned = TypeVar("_Returned")
