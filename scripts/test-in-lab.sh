@@ -17,7 +17,7 @@ mapfile -t files < <(
 # report.
 # A stock Linux hangs in a lab with two CPUs more often than not, and has a lab of its own.
 linux=(tests/qemu/test_{watch_linux,doctor_guest_linux}.py tests/kvm/test_stock_linux*.py)
-files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/(qemu/test_(qmp_.*|watch.*|drift|report|doctor_guest_linux)|kvm/test_(drift|run_command|qmp_(machine|objects)|machine_budget|stock_linux.*))\.py'))
+files=($(printf '%s\n' "${files[@]}" | grep -vE 'tests/(qemu/test_(qmp_.*|watch.*|drift|report|doctor_guest_linux)|kvm/test_(drift|run_command|qmp_.*|watch_by_qmp|machine_budget|stock_linux.*))\.py'))
 # Two CPUs for what is about vCPUs that run at once; one for all else.
 at_once='kvm/test_(differential|following|guest_(reads|tsc)|hvprobe|hyperv_(differential|machine)|interrupts|machine_clock|probe_offsets|runner|side_by_side_machine|steal_time|time_operations|tsc_sync|watched_machine)\.py|qemu/test_(crosscheck|probe_offsets_qemu)\.py|stress/'
 on_two=($(printf '%s\n' "${files[@]}" | grep -E "tests/($at_once)"))

@@ -27,15 +27,19 @@ def wait_until(condition: Callable[[], bool], limit_s: float = HANG_S) -> None:
 
 @contextmanager
 def alarm_after(seconds: int) -> Iterator[None]:
-    """Turn a wait for ever into a failure, if signals interrupt it; `signal.alarm(seconds)` within begins anew."""
+    """Turn a wait for ever into a failure, if signals interrupt it; `signal.alarm(seconds)` within begins anew.
+
+    One around another one goes on with what it had left when that began.
+    """
 
     def fail(*_: object) -> None:
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(seconds)
+    left_s = signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+        signal.alarm(left_s)

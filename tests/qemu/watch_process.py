@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tests.command_line import ROOT
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, alarm_after
 
 __all__ = ["WatchProcess", "watching"]
 
@@ -26,7 +26,8 @@ class WatchProcess:
     def line(self) -> Any:  # noqa: ANN401  # JSON
         """Wait for the next line."""
         assert self._process.stdout is not None
-        text = self._process.stdout.readline()
+        with alarm_after(HANG_S):  # a watch that finds nothing says nothing
+            text = self._process.stdout.readline()
         assert text, f"it ended with {self._process.wait(HANG_S)}"
         return json.loads(text)
 
