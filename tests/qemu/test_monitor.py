@@ -119,7 +119,7 @@ def event(number: int) -> bytes:
 
 def told(numbers: range) -> list[QmpEvent]:
     """The same as take_events() has them."""
-    return [QmpEvent("STOP", 7_000_000_000 + 1000 * number) for number in numbers]
+    return [QmpEvent("STOP", 7_000_000_000 + 1000 * number, {}) for number in numbers]
 
 
 @pytest.mark.row("E3")
