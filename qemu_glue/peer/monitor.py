@@ -30,8 +30,10 @@ ROUNDS_TO_READ: Final = 10
 
 
 class QmpEvent(NamedTuple):
-    """An event as QEMU sent it.  name: such as "STOP".  utc_ns: by QEMU's stamp, a whole us of CLOCK_REALTIME.  data: what it
-    says more; None where it is not told."""
+    """An event as QEMU sent it.
+
+    name: such as "STOP".  utc_ns: by QEMU's stamp, a whole us of CLOCK_REALTIME.  data: what it says more, if it is told.
+    """
 
     name: str
     utc_ns: int
