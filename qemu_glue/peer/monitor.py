@@ -32,7 +32,7 @@ ROUNDS_TO_READ: Final = 10
 class QmpEvent(NamedTuple):
     """An event as QEMU sent it.
 
-    name: such as "STOP".  utc_ns: by QEMU's stamp, a whole us of CLOCK_REALTIME.  data: what it says more, if it is told.
+    name: such as "STOP".  utc_ns: by QEMU's stamp, a whole us of CLOCK_REALTIME.  data: what it says more, if told.
     """
 
     name: str
