@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 from pvclock.commands.run_time import GUEST_OPTIONS
-from pvclock.lab.kernel import Kernel
+from pvclock.lab.kernel import Kernel, cache_folder
 from tests.command_line import ROOT, command
 from tests.kvm.guest_shell import BOOT_LIMIT_S
 from tests.kvm.stock_linux import CMDLINE, COMPLAINTS, StockLinux
@@ -81,6 +81,7 @@ def test_a_test_authors_test(pytester: pytest.Pytester, monkeypatch: pytest.Monk
     """The document's, of a service's thirty days: it passes, here of fewer."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTHONPATH", os.fspath(ROOT))
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(cache_folder().parent))  # the test runs with another home
     (example,) = EXAMPLE.findall(DOCUMENT.read_text(encoding="utf-8"))
     assert "DAYS = 30\n" in example
     pytester.makepyfile(
