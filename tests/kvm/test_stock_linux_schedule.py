@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -76,12 +77,18 @@ EXAMPLE: Final = re.compile(r"```python\n(\"\"\"Thirty days.*?)```", re.DOTALL)
 DAYS_HERE: Final = 2
 
 
+@pytest.fixture
+def cache() -> Path:
+    """Where the kernel is; asked before `pytester`, which is another home."""
+    return cache_folder().parent
+
+
 @pytest.mark.usefixtures("kernel")
-def test_a_test_authors_test(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_authors_test(cache: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """The document's, of a service's thirty days: it passes, here of fewer."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTHONPATH", os.fspath(ROOT))
-    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(cache_folder().parent))  # the test runs with another home
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(cache))
     (example,) = EXAMPLE.findall(DOCUMENT.read_text(encoding="utf-8"))
     assert "DAYS = 30\n" in example
     pytester.makepyfile(
