@@ -59,7 +59,7 @@ def test_what_is_typed_arrives(guest: StockLinux) -> None:
     """A line that is longer than the serial port's FIFO comes whole, by interrupts of GSI 4."""
     words = " ".join(f"word{number}" for number in range(100))
     assert guest.run(f"echo {words} | wc -c") == f"{len(words) + 1}\n"
-    assert re.search(r"\d+: +[1-9].* IO-APIC +4-edge +ttyS0\n", guest.run("cat /proc/interrupts"))
+    assert re.search(r"\d+:(?: +0)* +[1-9].* IO-APIC +4-edge +ttyS0\n", guest.run("cat /proc/interrupts"))
 
 
 @on_all
