@@ -6,7 +6,6 @@ host's own KVM shows none.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from typing import Any, Final
@@ -112,7 +111,10 @@ def test_with_an_invariant_tsc_it_takes_that(options: dict[str, Any], kernel: Ke
 
 @pytest.mark.row("E5")
 def test_tscs_apart_are_named_whatever_linux_finds(kernel: Kernel, capsys: pytest.CaptureFixture[str]) -> None:
-    """By size and vCPU, before the second vCPU comes up; Linux believes IA32_TSC_ADJUST, and takes them as they are."""
+    """By size and vCPU, before the second vCPU comes up; Linux believes IA32_TSC_ADJUST, or says what is left of it.
+
+    The warp that it measures is what its own writes of IA32_TSC_ADJUST have left, and no measure of what was set.
+    """
     looked = Looked(kernel, set_apart, vcpus=2, offer_invariant_tsc=True)
     with looked.guest:
         (finding,) = [each for each in looked.findings if each.code == "tsc-disagreement"]
@@ -123,10 +125,6 @@ def test_tscs_apart_are_named_whatever_linux_finds(kernel: Kernel, capsys: pytes
         with capsys.disabled():
             sys.stdout.write(f"\nthe pre-flight: {finding.what}\nLinux takes {taken} and says: {said or 'nothing'}\n")
         assert taken == (looked.predicted() if not said else "kvm-clock")
-        clock = looked.guest.machine.clock
-        assert clock is not None
-        for cycles in re.findall(r"Measured (\d+) cycles TSC warp", said):
-            assert int(cycles) * 10**9 >= LEAST_NS * clock.backend.tsc_hz
 
 
 @pytest.mark.row("E5")
