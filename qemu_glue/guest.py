@@ -39,6 +39,8 @@ __all__ = ["QEMU", "QmpGuest", "own_guest", "qemu_guest"]
 QEMU: Final = ClockServer("qemu", is_kvm=True, stops_when_paused=True)
 PAGE_BYTES: Final = 32
 BRACKETS: Final = 10
+READING_LIMIT_S: Final = 60.0
+"""For a vCPU that a busy host gives no CPU for a while."""
 SHARED_CPU_PAUSE_S: Final = 0.001
 
 
@@ -137,10 +139,12 @@ class QmpGuest:
         The narrowest bracket of many, some us wide; some ms where the vCPU and this thread have one CPU between them.
         No vCPU leaves the guest.
         """
-        for tries, pause_s in ((BRACKETS, 0.0), (READING_TRIES, SHARED_CPU_PAUSE_S)):
+        tries, pause_s, deadline = BRACKETS, 0.0, time.monotonic() + READING_LIMIT_S
+        while time.monotonic() < deadline:
             brackets = [bracket for _ in range(tries) if (bracket := self._bracketed_reading(pause_s)) is not None]
             if brackets:
                 return min(brackets, key=lambda bracket: bracket.bound_ticks)
+            tries, pause_s = READING_TRIES, SHARED_CPU_PAUSE_S
         raise StateError("observe", "vCPU 0 of clockprobe does not read", "give it a CPU")
 
     def records(self) -> list[ProbeRecord]:
