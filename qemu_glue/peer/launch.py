@@ -11,17 +11,17 @@ import os
 import shutil
 import socket
 import subprocess
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Final, Self
 
-from pvclock import GuestMemory, StateError
+from pvclock import GuestMemory
 from pvclock.machine import CONSOLE_PORT, EXIT_PORT
 from pvclock.machine.ram import Ram
 from qemu_glue.errors import QemuExited, QemuMissing, QmpFailed
 from qemu_glue.peer.cpu_model import cpu_property
 from qemu_glue.peer.monitor import Monitor
-from qemu_glue.peer.vmm import STEP_LIMIT_S, end
+from qemu_glue.peer.vmm import MonitoredProcess, end
 
 __all__ = ["LAUNCHER", "PROGRAM", "Qemu", "find_program", "require_programs"]
 
@@ -126,30 +126,20 @@ class Qemu:
         0 may also be QEMU's own failure (its exit code is 1 then, too): check what the guest was to do.
         QemuExited if it ended otherwise; StateError if it is still running after `limit_s`.
         """
-        try:
-            code = self._process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            raise StateError("wait", f"the guest has not ended after {limit_s:g} s", "wait longer or close()") from None
+        code = self._process.wait(limit_s)
         if code < 0 or code % 2 == 0:  # isa-debug-exit makes 2v + 1 of v; 0 is QEMU's own, when it is told to quit
             raise self._exited(code)
         return code // 2
 
     def check_running(self) -> None:
         """QemuExited if QEMU has ended."""
-        code = self._process.poll()
-        if code is not None:
-            raise self._exited(code)
+        self._process.check_running()
 
     # QEMU
 
     def execute(self, command: str, **arguments: object) -> Any:  # noqa: ANN401  # JSON
         """QEMU's answer to a QMP command; QmpFailed if there is none, QemuExited if QEMU has ended."""
-        try:
-            return self._monitor.execute(command, arguments)
-        except QmpFailed:
-            if not self._monitor.is_connected:
-                self._raise_if_ending()
-            raise
+        return self._process.execute(self._monitor, command, arguments)
 
     def read_by_monitor(self, gpa: int, length: int) -> bytes:
         """Guest-physical memory as QEMU itself reads it (QMP pmemsave); errors of execute()."""
@@ -158,8 +148,7 @@ class Qemu:
 
     def tsc_hz(self) -> int:
         """vCPU 0's TSC frequency by QEMU; errors of execute()."""
-        cpu = self.execute("query-cpus-fast")[0]["qom-path"]
-        return int(self.execute("qom-get", path=cpu, property="tsc-frequency"))
+        return self._process.tsc_hz(self._monitor)
 
     def close(self) -> None:
         """End QEMU and release everything.  May be called twice."""
@@ -182,7 +171,7 @@ class Qemu:
         )
 
     def _launch(self, resources: ExitStack, fds: list[int]) -> None:
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
             stdout=self._output,
@@ -190,29 +179,19 @@ class Qemu:
             pass_fds=fds,
             process_group=0,  # Ctrl-C reaches this process alone, which ends QEMU in order
         )
-        resources.callback(end, self._process)
+        resources.callback(end, process)
+        self._process = MonitoredProcess(process, self._exited)
 
     def _connect(self, resources: ExitStack, connection: socket.socket) -> None:
         try:
             self._monitor = resources.enter_context(Monitor(connection))
         except QmpFailed:
-            self._raise_if_ending()
+            self._process.raise_if_ending()
             raise
-        resources.callback(self._ask_to_quit)
-
-    def _raise_if_ending(self) -> None:
-        """A QEMU that closes QMP is about to end: its own output explains more."""
-        with suppress(subprocess.TimeoutExpired):
-            raise self._exited(self._process.wait(STEP_LIMIT_S)) from None
+        resources.callback(self._process.ask_to_quit, self._monitor)
 
     def _exited(self, code: int) -> QemuExited:
         return QemuExited(code, self.command, _contents(self._output).decode(errors="replace"))
-
-    def _ask_to_quit(self) -> None:
-        if self._process.poll() is None:
-            with suppress(QmpFailed, subprocess.TimeoutExpired):
-                self._monitor.execute("quit", limit_s=STEP_LIMIT_S)
-                self._process.wait(STEP_LIMIT_S)
 
 
 def _machine(vcpus: int, cpu: str, memory_bytes: int, ram_fd: int) -> list[str]:

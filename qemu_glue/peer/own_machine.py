@@ -14,12 +14,12 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
-from pvclock import GuestMemory, StateError
+from pvclock import GuestMemory
 from pvclock.host.process import Process
 from qemu_glue.errors import QemuExited, QmpFailed
 from qemu_glue.peer.launch import LAUNCHER, find_program
 from qemu_glue.peer.qmp_socket import connect
-from qemu_glue.peer.vmm import STEP_LIMIT_S, end
+from qemu_glue.peer.vmm import MonitoredProcess, end
 
 __all__ = ["OwnMachine"]
 
@@ -78,10 +78,7 @@ class OwnMachine:
 
     def wait(self, limit_s: float) -> int:
         """The guest's exit code, once it has written one; QemuExited if it ended otherwise, StateError if not yet."""
-        try:
-            status = self._process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            raise StateError("wait", f"the guest has not ended after {limit_s:g} s", "wait longer or close()") from None
+        status = self._process.wait(limit_s)
         code = self._told("result").get("exit_code")
         if code is None:
             raise self._exited(status)
@@ -89,20 +86,13 @@ class OwnMachine:
 
     def check_running(self) -> None:
         """QemuExited if it has ended."""
-        status = self._process.poll()
-        if status is not None:
-            raise self._exited(status)
+        self._process.check_running()
 
     # Its monitor
 
     def execute(self, command: str, **arguments: object) -> Any:  # noqa: ANN401  # JSON
         """Its answer to a QMP command; QmpFailed if there is none, QemuExited if it has ended."""
-        try:
-            return self._monitor.execute(command, arguments)
-        except QmpFailed:
-            if not self._monitor.is_connected:
-                self._raise_if_ending()
-            raise
+        return self._process.execute(self._monitor, command, arguments)
 
     def read_by_monitor(self, gpa: int, length: int) -> bytes:
         """Guest-physical memory as it reads it itself (QMP pmemsave); errors of execute()."""
@@ -111,8 +101,7 @@ class OwnMachine:
 
     def tsc_hz(self) -> int:
         """vCPU 0's TSC frequency by the machine's objects; errors of execute()."""
-        cpu = self.execute("query-cpus-fast")[0]["qom-path"]
-        return int(self.execute("qom-get", path=cpu, property="tsc-frequency"))
+        return self._process.tsc_hz(self._monitor)
 
     def close(self) -> None:
         """End it and release everything.  May be called twice."""
@@ -129,10 +118,11 @@ class OwnMachine:
     # Beginning and end
 
     def _launch(self, resources: ExitStack) -> None:
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._log, process_group=0
         )
-        resources.callback(end, self._process)
+        resources.callback(end, process)
+        self._process = MonitoredProcess(process, self._exited)
         deadline_s = time.monotonic() + START_LIMIT_S
         while True:
             try:
@@ -145,7 +135,7 @@ class OwnMachine:
             else:
                 break
         resources.callback(self._monitor.close)
-        resources.callback(self._ask_to_quit)
+        resources.callback(self._process.ask_to_quit, self._monitor)
 
     def _mapped_ram(self) -> mmap.mmap:
         """The memfd of its RAM, for reading and writing."""
@@ -160,19 +150,9 @@ class OwnMachine:
             return dict(json.loads(_contents(self._output)).get(part, {}))
         return {}
 
-    def _raise_if_ending(self) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            raise self._exited(self._process.wait(STEP_LIMIT_S)) from None
-
     def _exited(self, status: int) -> QemuExited:
         why = self._told("error").get("message", self._told("result").get("why", ""))
         return QemuExited(status, self.command, f"{_contents(self._log)}{why}", "pvclock run")
-
-    def _ask_to_quit(self) -> None:
-        if self._process.poll() is None:
-            with suppress(QmpFailed, subprocess.TimeoutExpired):
-                self._monitor.execute("quit", limit_s=STEP_LIMIT_S)
-                self._process.wait(STEP_LIMIT_S)
 
 
 def _contents(file: IO[bytes]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
-from pvclock import GuestMemory
+from pvclock import GuestMemory, StateError
+from qemu_glue.errors import QemuExited, QmpFailed
+from qemu_glue.peer.monitor import Monitor
 
-__all__ = ["STEP_LIMIT_S", "Vmm", "end"]
+__all__ = ["MonitoredProcess", "Vmm", "end"]
 
 STEP_LIMIT_S: Final = 2.0
 """How long quit and SIGTERM have each to end it."""
@@ -59,6 +62,61 @@ class Vmm(Protocol):
 
     def close(self) -> None:
         """End it and release everything.  May be called twice."""
+
+
+class MonitoredProcess:
+    """The process of a VMM, asked by a Monitor.
+
+    exited: the error that says why it ended, of its exit status.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], exited: Callable[[int], QemuExited]) -> None:
+        self.pid = process.pid
+        self._process, self._exited = process, exited
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.poll()
+
+    def wait(self, limit_s: float) -> int:
+        """Its exit status, once its guest has ended it; StateError if it is still running after `limit_s`."""
+        try:
+            return self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            raise StateError("wait", f"the guest has not ended after {limit_s:g} s", "wait longer or close()") from None
+
+    def check_running(self) -> None:
+        """QemuExited if it has ended."""
+        status = self.returncode
+        if status is not None:
+            raise self._exited(status)
+
+    def raise_if_ending(self) -> None:
+        """QemuExited if it ends: one that closes QMP is about to, and its own output explains more."""
+        with suppress(subprocess.TimeoutExpired):
+            raise self._exited(self._process.wait(STEP_LIMIT_S)) from None
+
+    def execute(self, monitor: Monitor, command: str, arguments: Mapping[str, object]) -> Any:  # noqa: ANN401  # JSON
+        """Its answer to a QMP command; QmpFailed if there is none, QemuExited if it has ended."""
+        try:
+            return monitor.execute(command, arguments)
+        except QmpFailed:
+            if not monitor.is_connected:
+                self.raise_if_ending()
+            raise
+
+    def tsc_hz(self, monitor: Monitor) -> int:
+        """vCPU 0's TSC frequency by its objects; errors of execute()."""
+        cpu = self.execute(monitor, "query-cpus-fast", {})[0]["qom-path"]
+        return int(self.execute(monitor, "qom-get", {"path": cpu, "property": "tsc-frequency"}))
+
+    def ask_to_quit(self, monitor: Monitor) -> None:
+        """QMP quit, and a moment for it, if it has not ended by itself."""
+        if self.returncode is None:
+            with suppress(QmpFailed, subprocess.TimeoutExpired):
+                monitor.execute("quit", limit_s=STEP_LIMIT_S)
+                self._process.wait(STEP_LIMIT_S)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

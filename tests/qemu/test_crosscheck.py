@@ -27,6 +27,7 @@ from qemu_glue import QemuExited
 from qemu_glue.crosscheck import compare_three
 from qemu_glue.guest import QmpGuest, qemu_guest
 from qemu_glue.peer.launch import Qemu
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm]
 
@@ -296,7 +297,7 @@ def test_qemu_killed_while_its_guest_is_awaited(monkeypatch: pytest.MonkeyPatch)
         qemu = launched[-1].vmm
         assert isinstance(qemu, Qemu)
         os.kill(qemu.pid, signal.SIGKILL)
-        qemu._process.wait()
+        qemu._process.wait(HANG_S)
         raise StateError("observe", "nobody reads", "-")
 
     launched: list[QmpGuest] = []
