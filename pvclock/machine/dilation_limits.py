@@ -16,6 +16,7 @@ from pvclock.errors import RangeError
 from pvclock.kvm import Vcpu
 from pvclock.quantities import U32_MASK, shown
 from pvclock.readings import shown_khz
+from pvclock.timekeeping.lapic import TSC_DEADLINE_MODE, timer_mode
 
 __all__ = ["SHOWN_KHZ_MAX", "DilationLimits"]
 
@@ -25,11 +26,6 @@ TSC_DIVISOR: Final = 8
 SHOWN_KHZ_MAX: Final = U32_MASK // (1000 // TSC_DIVISOR)
 """34,359,738 kHz: setup_APIC_timer() there gives clockevents_config_and_register() tsc_khz * (1000 / TSC_DIVISOR) in 32
 bits.  A TSC that is little faster wraps to a timer of some kHz, and the guest does nothing but serve its interrupts."""
-
-LVT_TIMER: Final = 0x320
-TIMER_MODE: Final = 0b11 << 17
-TSC_DEADLINE_MODE: Final = 0b10 << 17
-"""A LAPIC's registers; source: Intel's SDM, volume 3, "APIC timer"."""
 
 
 class DilationLimits:
@@ -65,8 +61,7 @@ class DilationLimits:
 
 def uses_deadlines(lapic: bytes) -> bool:
     """Is a LAPIC's timer in TSC-deadline mode?  lapic: its registers, as KVM_GET_LAPIC gives them."""
-    timer = int.from_bytes(lapic[LVT_TIMER : LVT_TIMER + 4], "little")
-    return timer & TIMER_MODE == TSC_DEADLINE_MODE
+    return timer_mode(lapic) == TSC_DEADLINE_MODE
 
 
 def _too_slow(dilation: Fraction, khz: int) -> str:

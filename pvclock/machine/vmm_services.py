@@ -8,11 +8,11 @@ from typing import Final
 
 from pvclock.guest_layout import LOCAL_APIC
 from pvclock.kvm import Runner, Vcpu, Vm
+from pvclock.timekeeping.travel import MP_STATE_HALTED
 
 __all__ = ["MachineServices"]
 
 MP_STATE_RUNNABLE: Final = 0
-MP_STATE_HALTED: Final = 3
 
 APIC_ID_SHIFT: Final = 12
 """Where an MSI's address has the destination, a physical APIC id."""

@@ -17,10 +17,12 @@ from fractions import Fraction
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from pvclock.quantities import NS_PER_S, U64_MASK, signed64
+from pvclock.timekeeping.lapic import LVT_TIMER, TSC_DEADLINE_MODE, register, timer_mode, with_register
 
 __all__ = [
     "LAPIC_HZ",
     "LEAST_NS",
+    "MP_STATE_HALTED",
     "MSR_IA32_TSC_DEADLINE",
     "ClockReading",
     "Decision",
@@ -57,16 +59,13 @@ MP_STATE_HALTED: Final = 3
 IDLE_STATES: Final = (MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED, MP_STATE_HALTED)
 
 IRR: Final = 0x200
-LVT_TIMER: Final = 0x320
 TMCCT: Final = 0x390
 TDCR: Final = 0x3E0
-"""Registers of a local APIC: requested interrupts, the timer's entry, its current count and its divider."""
+"""Registers of a local APIC: requested interrupts, the timer's current count and its divider."""
 REGISTER_STRIDE: Final = 0x10
 IRR_REGISTERS: Final = 8
 
 LVT_MASKED: Final = 1 << 16
-LVT_TSC_DEADLINE: Final = 0b10 << 17
-LVT_MODE: Final = 0b11 << 17
 
 PENDING_BYTES: Final = {
     0: "exception",
@@ -233,9 +232,9 @@ def carry_out(
     for number, vcpu in enumerate(vcpus):
         if vcpu.tsc_deadline:
             writes.set_tsc_deadline(number, vcpu.tsc_deadline)
-        elif count := _register(vcpu.lapic, TMCCT):
+        elif count := register(vcpu.lapic, TMCCT):
             passed = skip.ticks * lapic_hz // (tsc_hz * _divider(vcpu.lapic))
-            writes.set_lapic(number, _with_register(vcpu.lapic, TMCCT, max(1, count - passed)))
+            writes.set_lapic(number, with_register(vcpu.lapic, TMCCT, max(1, count - passed)))
 
 
 # A clock that the kernel serves
@@ -321,19 +320,18 @@ def _is_pending(vcpu: VcpuSnapshot) -> bool:
     """Will it wake without any timer?"""
     if any(vcpu.events[place] for place in PENDING_BYTES):
         return True
-    return any(_register(vcpu.lapic, IRR + REGISTER_STRIDE * number) for number in range(IRR_REGISTERS))
+    return any(register(vcpu.lapic, IRR + REGISTER_STRIDE * number) for number in range(IRR_REGISTERS))
 
 
 def _wake(number: int, vcpu: VcpuSnapshot, tsc_hz: int, lapic_hz: int) -> Wake | None:
     """When its timer is due.  One that is masked wakes nobody: a Linux before 6.13 leaves it so with its deadline."""
-    timer = _register(vcpu.lapic, LVT_TIMER)
-    if timer & LVT_MASKED:
+    if register(vcpu.lapic, LVT_TIMER) & LVT_MASKED:
         return None
-    if timer & LVT_MODE == LVT_TSC_DEADLINE:
+    if timer_mode(vcpu.lapic) == TSC_DEADLINE_MODE:
         kind, ticks = WakeKind.TSC_DEADLINE, vcpu.tsc_deadline - vcpu.guest_tsc
         is_armed = vcpu.tsc_deadline != 0
     else:
-        count = _register(vcpu.lapic, TMCCT)
+        count = register(vcpu.lapic, TMCCT)
         kind, ticks = WakeKind.LAPIC_TIMER, count * _divider(vcpu.lapic) * tsc_hz // lapic_hz
         is_armed = count != 0
     return Wake(ticks, kind, number) if is_armed and ticks < FARTHEST_TICKS else None
@@ -341,13 +339,5 @@ def _wake(number: int, vcpu: VcpuSnapshot, tsc_hz: int, lapic_hz: int) -> Wake |
 
 def _divider(lapic: bytes) -> int:
     """By what the bus's cycles are divided: bits 0, 1 and 3 of TDCR; source: KVM's update_divide_count()."""
-    bits = _register(lapic, TDCR)
+    bits = register(lapic, TDCR)
     return 1 << ((bits & 0b11 | (bits & 0b1000) >> 1) + 1 & 0b111)
-
-
-def _register(lapic: bytes, at: int) -> int:
-    return int.from_bytes(lapic[at : at + 4], "little")
-
-
-def _with_register(lapic: bytes, at: int, value: int) -> bytes:
-    return lapic[:at] + value.to_bytes(4, "little") + lapic[at + 4 :]

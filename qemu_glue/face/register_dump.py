@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from pvclock.kvm import Vcpu
+from pvclock.timekeeping.travel import MP_STATE_HALTED
 
 __all__ = ["registers"]
 
@@ -20,8 +21,6 @@ GENERAL: Final = (
 )
 SEGMENTS: Final = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr")
 FLAGS: Final = ((10, "D"), (11, "O"), (7, "S"), (6, "Z"), (4, "A"), (2, "P"), (0, "C"))
-HALTED: Final = 3
-"""KVM_MP_STATE_HALTED."""
 SHADOW_AT, SMM_AT = 11, 24
 """In struct kvm_vcpu_events."""
 EFER_LMA, PROTECTED = 1 << 10, 1
@@ -72,7 +71,7 @@ def _state(vcpu: Vcpu, regs: Mapping[str, int], sregs: Mapping[str, Any], is_64_
     where = f"RIP={regs['rip']:016x} RFL" if is_64_bit else f"EIP={regs['rip'] & 0xFFFFFFFF:08x} EFL"
     privilege = sregs["ss"]["dpl"]
     rest = f"CPL={privilege} II={events[SHADOW_AT] & 1} A20=1 SMM={events[SMM_AT] & 1}"
-    return f"{where}={regs['rflags']:08x} [{flags}] {rest} HLT={int(vcpu.get_mp_state() == HALTED)}"
+    return f"{where}={regs['rflags']:08x} [{flags}] {rest} HLT={int(vcpu.get_mp_state() == MP_STATE_HALTED)}"
 
 
 def _segment(name: str, sregs: Mapping[str, Any], is_64_bit: bool, is_long: bool) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Final
 
 from pvclock.arguments import flag, instance
 from pvclock.clock.guest_clock import GuestClock
@@ -19,13 +18,11 @@ from pvclock.machine.preflight.offer import REFERENCE_TSC_MSR, Offer, read_offer
 from pvclock.msr_ranges import MsrRange
 from pvclock.providers.interface import CpuidLeaf
 from pvclock.quantities import U64_MASK, HostTsc
+from pvclock.timekeeping.lapic import timer_mode
+from pvclock.timekeeping.travel import MSR_IA32_TSC_DEADLINE
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC, MSR_IA32_TSC_ADJUST
 
 __all__ = ["guest_facts", "host_facts"]
-
-MSR_IA32_TSC_DEADLINE: Final = 0x6E0
-LVT_TIMER: Final = 0x320
-"""The timer's entry in the LAPIC's registers; its mode is in bits 18:17."""
 
 
 def guest_facts(vcpus: Sequence[Vcpu], clock: GuestClock | None, *, has_calibration_timer: bool = False) -> GuestFacts:
@@ -88,7 +85,7 @@ def _vcpu_facts(vcpu: Vcpu, clock: GuestClock | None, host: HostFacts, clock_off
         tsc_adjust=vcpu.get_msr(MSR_IA32_TSC_ADJUST) if clock is None else clock.tsc(number).adjust,
         tsc=tsc,
         tsc_deadline=vcpu.get_msr(MSR_IA32_TSC_DEADLINE),
-        timer_mode=int.from_bytes(vcpu.get_lapic()[LVT_TIMER : LVT_TIMER + 4], "little") >> 17 & 3,
+        timer_mode=timer_mode(vcpu.get_lapic()),
     )
 
 

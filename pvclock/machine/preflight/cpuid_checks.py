@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Final
 
 from pvclock.machine.cpuid import HYPERVISOR_LEAVES
-from pvclock.machine.preflight.facts import TSC_DEADLINE_MODE, GuestFacts, VcpuFacts
+from pvclock.machine.preflight.facts import GuestFacts, VcpuFacts
 from pvclock.machine.preflight.findings import Finding, Severity
 from pvclock.machine.preflight.offer import CLOCK_MSRS, Offer
 from pvclock.providers.interface import CPUID_BASE
+from pvclock.timekeeping.lapic import TSC_DEADLINE_MODE
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC_ADJUST
 
 __all__ = ["check_cpuid"]

@@ -12,12 +12,10 @@ from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.machine.preflight.offer import CLOCK_MSRS, Offer
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC_ADJUST, VcpuTsc
 
-__all__ = ["ASKED_MSRS", "TSC_DEADLINE_MODE", "ClockFacts", "GuestFacts", "HostFacts", "VcpuFacts"]
+__all__ = ["ASKED_MSRS", "ClockFacts", "GuestFacts", "HostFacts", "VcpuFacts"]
 
 ASKED_MSRS: Final = (*CLOCK_MSRS, MSR_IA32_TSC_ADJUST)
 """The MSRs of which VcpuFacts says whether they are served."""
-TSC_DEADLINE_MODE: Final = 2
-"""Of the LAPIC's timer: bits 18:17 of its LVT entry."""
 TRUSTED_CLOCKSOURCES: Final = ("tsc", "hyperv_clocksource_tsc_page")
 """With one of these the host's KVM has a master clock."""
 
