@@ -21,7 +21,7 @@ from qemu_glue.face.objects import CONTAINER, OBJECT, Object, ObjectType
 from qemu_glue.face.properties import BOOL, INT, STRING, UINT32, UINT64, Property, structure
 from qemu_glue.face.pvclock_device import PVCLOCK, PvclockModel
 
-__all__ = ["MACHINE_TYPES", "RAM", "MachineTree"]
+__all__ = ["MACHINE_TYPES", "RAM", "MachineTree", "ram_bytes"]
 
 RAM: Final = "pvclock.ram"
 """What the RAM is called as an object, and as a region of memory."""
@@ -51,7 +51,8 @@ def _part(type_: ObjectType) -> DeviceClass:
     return DeviceClass(type_, unrealize=_refuse, is_hotpluggable=False)
 
 
-def _ram_bytes(machine: Machine) -> int:
+def ram_bytes(machine: Machine) -> int:
+    """How much RAM it has."""
     return sum(length for _, length in machine.memory.slots)
 
 
@@ -73,7 +74,7 @@ PVCLOCK_MACHINE: Final = ObjectType(
             "memory",
             structure("MemorySizeConfiguration"),
             "Its RAM, in bytes.",
-            lambda machine: {"size": _ram_bytes(machine)},
+            lambda machine: {"size": ram_bytes(machine)},
         ),
         Property("append", STRING, "The kernel's command line.", lambda machine: machine.boot_source.cmdline),
     ),
@@ -84,7 +85,7 @@ MEMFD: Final = ObjectType(
     MEMORY_BACKEND,
     "The RAM: a memfd.",
     (
-        Property("size", INT, "In bytes.", _ram_bytes),
+        Property("size", INT, "In bytes.", ram_bytes),
         Property("share", BOOL, "Can another process have it, too?", lambda _machine: True),
         Property("prealloc", BOOL, "Are all its pages there from the start?", lambda _machine: False),
     ),

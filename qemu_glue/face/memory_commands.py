@@ -12,7 +12,7 @@ from pvclock.machine import Machine
 from qemu_glue.errors import QmpRefusal
 from qemu_glue.face.answers import MemdevInfo
 from qemu_glue.face.dispatch import Command, command_of
-from qemu_glue.face.machine_tree import RAM
+from qemu_glue.face.machine_tree import RAM, ram_bytes
 
 __all__ = ["MemoryCommands"]
 
@@ -40,7 +40,7 @@ class MemoryCommands:
         return [
             {
                 "id": RAM,
-                "size": self._ram_bytes(),
+                "size": ram_bytes(self._machine),
                 "merge": False,
                 "dump": True,
                 "prealloc": False,
@@ -63,7 +63,7 @@ class MemoryCommands:
         machine = self._machine
         if not 0 <= cpu_index < len(machine.vcpus):
             raise QmpRefusal("Parameter 'cpu-index' expects a CPU number")
-        is_refused = val < 0 or not 0 <= size <= self._ram_bytes() or val + size > LINEAR_END
+        is_refused = val < 0 or not 0 <= size <= ram_bytes(machine) or val + size > LINEAR_END
         with machine.runner.quiesce():
             parts = None if is_refused else _physical(machine.vcpus[cpu_index], val, size)
             if parts is None:
@@ -72,9 +72,6 @@ class MemoryCommands:
                 _write(filename, (machine.memory.read(gpa, length) for gpa, length in parts))
             except GuestAddressError:
                 raise QmpRefusal(f"Invalid addr 0x{val:016x}/size {size} specified") from None
-
-    def _ram_bytes(self) -> int:
-        return sum(length for _, length in self._machine.memory.slots)
 
 
 def _physical(vcpu: Vcpu, linear: int, size: int) -> list[tuple[int, int]] | None:

@@ -1,7 +1,8 @@
 """What the host's KVM is like: tests expect of a host what it can do, and of another that it says so."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +60,15 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Callable[[bytes], str]:
+    """Put an image into a file; its path."""
+
+    def write(content: bytes) -> str:
+        path = tmp_path / "image"
+        path.write_bytes(content)
+        return str(path)
+
+    return write

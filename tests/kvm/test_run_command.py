@@ -39,18 +39,6 @@ BEYOND_RAM: Final = bytes.fromhex("ea1000ffff")
 """ljmp $0xffff, $0x10: to 1 MiB, where a machine of that size has nothing to execute."""
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Callable[[bytes], str]:
-    """Put an image into a file; its path."""
-
-    def write(content: bytes) -> str:
-        path = tmp_path / "image"
-        path.write_bytes(content)
-        return str(path)
-
-    return write
-
-
 class Ran(NamedTuple):
     """What a run in this process came to."""
 

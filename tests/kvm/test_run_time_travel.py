@@ -48,17 +48,6 @@ def limit() -> Iterator[None]:
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Callable[[bytes], str]:
-    """Put an image into a file; its path."""
-
-    def write(content: bytes) -> str:
-        (tmp_path / "image").write_bytes(content)
-        return str(tmp_path / "image")
-
-    return write
-
-
-@pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ran]]:
     """Run `pvclock run` in this process, with nothing to read."""
     with Path(os.devnull).open() as nothing:

@@ -345,10 +345,9 @@ def test_what_this_host_can_do(tsc_offsets: TscOffsets) -> None:
         assert machine.time_travel.is_enabled
 
 
-def test_execution_time_has_none_to_skip(tsc_offsets: TscOffsets) -> None:
+@pytest.mark.usefixtures("offsets_are_honoured")
+def test_execution_time_has_none_to_skip() -> None:
     """A clock that counts what the guest executes stands still while it is idle, and is refused."""
-    if tsc_offsets is not TscOffsets.HONOURED:
-        pytest.skip("this host's KVM does not honour TSC offsets; `make test-lab` runs it on one that does")
     with pytest.raises(StateError, match="executes"):
         Machine(HALTED_FOR_GOOD, backend=ExecutionTimeBackend, time_travel=True)
 
@@ -391,7 +390,7 @@ def test_timers_of_the_clock_interface(mode: TimerMode) -> None:
 def test_a_deadline_stays_where_no_tsc_moves(tsc_offsets: TscOffsets) -> None:
     """There its sleep takes as long as ever, and the reason is told."""
     if tsc_offsets is not TscOffsets.IGNORED:
-        pytest.skip("here a TSC can be moved")
+        pytest.skip("this host's KVM moves TSCs, so that a deadline does not stay")
     with sleeping_guest(HZ // 2) as guest:
         guest.machine.time_travel.enable()
         wait_until(lambda: StayReason.FIXED in guest.machine.time_travel.log.stays)

@@ -42,7 +42,7 @@ DONE = {
 
 def left_to_do(actor: Actor) -> set[str]:
     """What of it has not come up yet."""
-    (kinds,) = [kinds for role, kinds in DONE.items() if actor.name.endswith(role)] or [set[str]()]
+    kinds = next((kinds for role, kinds in DONE.items() if actor.name.endswith(role)), set[str]())
     return {kind for kind in kinds if not actor.steps[kind]}
 
 
