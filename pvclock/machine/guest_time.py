@@ -8,6 +8,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Final, Protocol
 
+from pvclock.clock.guest_clock import GuestClock
 from pvclock.errors import MissingCapability, RangeError, StateError, TscOffsetNotHonoured
 from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.host.linux import host_clocksource
@@ -55,28 +56,31 @@ class EngineTime:
     def __init__(self, service: ClockService) -> None:
         self._service = service
 
+    @property
+    def clock(self) -> GuestClock:
+        """The machine's, as it is now."""
+        clock = self._service.clock
+        assert clock is not None  # noqa: S101  # for type checkers
+        return clock
+
     def now_ns(self) -> int:
         """See GuestTime."""
         return self._service.now_ns()
 
     def ticks_until(self, guest_ns: int) -> int:
         """See GuestTime."""
-        clock = self._service.clock
-        assert clock is not None  # noqa: S101  # for type checkers
+        clock = self.clock
         return _ticks(guest_ns - clock.now(), clock.backend.tsc_hz, clock.rate)
 
     def ticks_until_timer(self) -> int | None:
         """See GuestTime."""
-        clock = self._service.clock
-        assert clock is not None  # noqa: S101  # for type checkers
+        clock = self.clock
         host_ns = clock.timers.host_ns_left() if clock.timers.exist else None
         return None if host_ns is None else -(-host_ns * clock.backend.tsc_hz // NS_PER_S)
 
     def move(self, ticks: int, why: str) -> None:
         """See GuestTime."""
-        clock = self._service.clock
-        assert clock is not None  # noqa: S101  # for type checkers
-        clock.travel(ticks, why)
+        self.clock.travel(ticks, why)
 
 
 class PageTime:
@@ -86,15 +90,13 @@ class PageTime:
 
     def __init__(self, service: ClockService) -> None:
         self._engine = EngineTime(service)
-        self._service = service
         self.now_ns, self.ticks_until = self._engine.now_ns, self._engine.ticks_until
         self.ticks_until_timer = self._engine.ticks_until_timer
         """See GuestTime."""
 
     def move(self, ticks: int, _why: str) -> None:
         """See GuestTime."""
-        clock = self._service.clock
-        assert clock is not None  # noqa: S101  # for type checkers
+        clock = self._engine.clock
         if clock.is_paused:
             raise StateError("travel", "guest time stands still", "resume() it first")
         clock.skip(-(-ticks * NS_PER_S * clock.rate // clock.backend.tsc_hz))
