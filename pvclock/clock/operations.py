@@ -212,4 +212,4 @@ class Operations:
 
 def _unslewed(terms: RateTerms) -> Fraction:
     """The rate without a slew: what is to be made up for is so in time that passes."""
-    return terms._replace(slew=Fraction(0)).rate
+    return terms._replace(slew=Fraction(0)).rate if terms.slew else terms.rate

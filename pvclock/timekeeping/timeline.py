@@ -66,6 +66,7 @@ class Timeline:
         self._skew_ns = Fraction(0)  # still to slew in, at _tsc
         self._stretch_end: HostTsc | None = None
         self._planned_at = tsc  # when the stretch was last looked at
+        self._line_rate: tuple[int, int] | None = None  # ns_per_tick() of these terms, once a line has asked
 
     # What time it is
 
@@ -112,7 +113,10 @@ class Timeline:
 
     def host_at(self, tsc: HostTsc) -> Fraction:
         """Host time in ns since this timeline began, each part with its frequency adjustment; it runs while stopped."""
-        return self._host_ns + self.host_ns_between(self._tsc, tsc) * (1 + self._terms.frequency_adjustment)
+        passed_ns = self.host_ns_between(self._tsc, tsc)
+        if not self._terms.frequency_adjustment:  # the usual case: fractions are slow
+            return self._host_ns + passed_ns
+        return self._host_ns + passed_ns * (1 + self._terms.frequency_adjustment)
 
     def missed_at(self, tsc: HostTsc) -> Fraction:
         """Host time in ns since stop(): negative if the TSC went back, 0 while the clock runs."""
@@ -165,6 +169,8 @@ class Timeline:
         self._host_ns = _bounded(self.host_at(tsc))
         if terms.dilation != self._terms.dilation:
             self._stretch_end = None  # computed for the old rate
+        if terms != self._terms:
+            self._line_rate = None
         self._tsc, self._terms = tsc, terms
 
     def stop(self, tsc: HostTsc) -> None:
@@ -185,6 +191,7 @@ class Timeline:
         """Begin a segment at the anchor of `line`, which C code computed from this timeline."""
         self._host_ns = _bounded(self.host_at(line.tsc))
         self._ns, self._tsc, self._terms = line.ns + Fraction(line.rem, line.den), line.tsc, terms
+        self._line_rate = None
 
     # Slewing
 
@@ -244,9 +251,11 @@ class Timeline:
 
     def line(self) -> ClockLine:
         """The current segment for C code; the remainder is rounded down to the line's 64-bit denominator."""
-        num, den = self.ns_per_tick(self.rate)
-        ns = self._ns.__floor__()
-        rem = ((self._ns - ns) * den).__floor__()
+        if self._line_rate is None:
+            self._line_rate = self.ns_per_tick(self.rate)
+        num, den = self._line_rate
+        ns, rest = divmod(self._ns.numerator, self._ns.denominator)
+        rem = rest * den // self._ns.denominator
         return ClockLine(self._tsc, GuestNs(ns & U64_MASK), rem, num, den)
 
     def ns_per_tick(self, rate: Fraction) -> tuple[int, int]:

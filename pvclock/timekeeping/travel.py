@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from fractions import Fraction
+from operator import itemgetter
+from struct import Struct
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from pvclock.quantities import NS_PER_S, U64_MASK, signed64
@@ -62,8 +64,7 @@ IRR: Final = 0x200
 TMCCT: Final = 0x390
 TDCR: Final = 0x3E0
 """Registers of a local APIC: requested interrupts, the timer's current count and its divider."""
-REGISTER_STRIDE: Final = 0x10
-IRR_REGISTERS: Final = 8
+IRR_REGISTERS: Final = Struct("<" + "I12x" * 8)
 
 LVT_MASKED: Final = 1 << 16
 
@@ -76,6 +77,8 @@ PENDING_BYTES: Final = {
     25: "SMI",
 }
 """Bytes of struct kvm_vcpu_events that are not 0 while one of these is on its way into the guest."""
+
+_pending_bytes: Final = itemgetter(*PENDING_BYTES)
 
 
 class VcpuSnapshot(NamedTuple):
@@ -318,9 +321,7 @@ def move_kernel_clock(ticks: int, writes: KernelClockWrites, measured: MeasuredO
 
 def _is_pending(vcpu: VcpuSnapshot) -> bool:
     """Will it wake without any timer?"""
-    if any(vcpu.events[place] for place in PENDING_BYTES):
-        return True
-    return any(register(vcpu.lapic, IRR + REGISTER_STRIDE * number) for number in range(IRR_REGISTERS))
+    return any(_pending_bytes(vcpu.events)) or any(IRR_REGISTERS.unpack_from(vcpu.lapic, IRR))
 
 
 def _wake(number: int, vcpu: VcpuSnapshot, tsc_hz: int, lapic_hz: int) -> Wake | None:

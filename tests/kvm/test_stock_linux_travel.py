@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 import pytest
 
+from pvclock.commands.run_time import GUEST_OPTIONS
 from pvclock.lab.kernel import Kernel
 from pvclock.machine.time_travel import Arrival
 from pvclock.timekeeping.travel import WakeKind
@@ -20,17 +21,6 @@ from tests.kvm.guest_shell import BOOT_LIMIT_S
 from tests.kvm.stock_linux import COMPLAINTS, StockLinux
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
-
-QUIET: Final = (
-    "tsc=reliable",  # else its clocksource watchdog looks twice a second
-    "nowatchdog",
-    "psi=0",
-    "mce=ignore_ce",
-    "sysctl.vm.compaction_proactiveness=0",
-    "sysctl.vm.stat_interval=3600",
-    "sysctl.kernel.hung_task_timeout_secs=0",
-)
-"""Of the kernel: what would wake it while it has nothing to do."""
 
 SETUPS: Final = {
     "engine-1": ("engine", 1),
@@ -59,7 +49,7 @@ SHELL_LATE_S: Final = 60
 def guest(kernel: Kernel, request: pytest.FixtureRequest) -> Iterator[StockLinux]:
     """One that has booted to its shell, and travels in time from there."""
     clock, vcpus = SETUPS[request.param]
-    with StockLinux(kernel, clock=clock, vcpus=vcpus, parameters=QUIET) as running:
+    with StockLinux(kernel, clock=clock, vcpus=vcpus, parameters=GUEST_OPTIONS.split()) as running:
         running.machine.time_travel.enable()
         yield running
 
