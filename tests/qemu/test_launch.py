@@ -15,6 +15,7 @@ import pytest
 from pvclock import ConfigError, StateError
 from pvclock.payloads import clockprobe, probe
 from qemu_glue import QemuExited, QemuMissing, QmpFailed, cpu_property
+from qemu_glue.peer import vmm
 from qemu_glue.peer.launch import Qemu
 from tests.kvm.leaks import is_others
 from tests.waiting import HANG_S
@@ -103,6 +104,16 @@ def test_killed() -> None:
                 ask()
             assert caught.value.exit_code == -signal.SIGKILL
             assert "microvm,memory-backend=ram" in caught.value.command
+
+
+@pytest.mark.row("E13")
+def test_killed_and_not_gone_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs up has as long as the kernel takes to take it apart: however short the wait, it has ended."""
+    monkeypatch.setattr(vmm, "STEP_LIMIT_S", 0)
+    with launch() as qemu:
+        os.kill(qemu.pid, signal.SIGKILL)
+        with pytest.raises(QemuExited, match="SIGKILL"):
+            qemu.execute("query-status")
 
 
 @pytest.mark.row("E13")
