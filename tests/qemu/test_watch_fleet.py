@@ -25,10 +25,7 @@ def fleet(tmp_path: Path) -> Iterator[FleetOfQemus]:
 
 def until(watch: WatchProcess, kind: str, vm: str) -> list[Any]:
     """The lines up to one of this kind and VM."""
-    lines = [watch.line()]
-    while (lines[-1]["kind"], lines[-1]["vm"]) != (kind, vm):
-        lines.append(watch.line())
-    return lines
+    return watch.lines_until_one(lambda line: (line["kind"], line["vm"]) == (kind, vm))
 
 
 def test_one_ends_and_a_third_appears(fleet: FleetOfQemus) -> None:
