@@ -17,7 +17,7 @@ from pvclock.host.kvm_debugfs import TscOffsetFiles
 from pvclock.host.vmm_process import open_vmm
 from pvclock.meter.findings import (
     EXIT_LIMIT_S,
-    READING_TRIES,
+    READING_LIMIT_S,
     await_reading,
     newest_ns,
     read_pages,
@@ -39,8 +39,7 @@ __all__ = ["QEMU", "QmpGuest", "own_guest", "qemu_guest"]
 QEMU: Final = ClockServer("qemu", is_kvm=True, stops_when_paused=True)
 PAGE_BYTES: Final = 32
 BRACKETS: Final = 10
-READING_LIMIT_S: Final = 60.0
-"""For a vCPU that a busy host gives no CPU for a while."""
+SHARED_CPU_BRACKETS: Final = 50
 SHARED_CPU_PAUSE_S: Final = 0.001
 
 
@@ -144,7 +143,7 @@ class QmpGuest:
             brackets = [bracket for _ in range(tries) if (bracket := self._bracketed_reading(pause_s)) is not None]
             if brackets:
                 return min(brackets, key=lambda bracket: bracket.bound_ticks)
-            tries, pause_s = READING_TRIES, SHARED_CPU_PAUSE_S
+            tries, pause_s = SHARED_CPU_BRACKETS, SHARED_CPU_PAUSE_S
         raise StateError("observe", "vCPU 0 of clockprobe does not read", "give it a CPU")
 
     def records(self) -> list[ProbeRecord]:

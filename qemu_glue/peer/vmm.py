@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from pvclock import GuestMemory, StateError
@@ -17,6 +18,8 @@ STEP_LIMIT_S: Final = 2.0
 """How long quit and SIGTERM have each to end it."""
 KILLED_LIMIT_S: Final = 60.0
 """How long a killed one has, on however busy a host."""
+PF_EXITING: Final = 0x4
+"""Of the flags in /proc/PID/stat (include/linux/sched.h)."""
 
 
 class Vmm(Protocol):
@@ -93,9 +96,14 @@ class MonitoredProcess:
             raise self._exited(status)
 
     def raise_if_ending(self) -> None:
-        """QemuExited if it ends: one that closes QMP is about to, and its own output explains more."""
+        """QemuExited if it ends: one that closes QMP is about to, and its own output explains more.
+
+        The kernel closes its files before it gives back its RAM, which may take long.
+        """
         with suppress(subprocess.TimeoutExpired):
             raise self._exited(self._process.wait(STEP_LIMIT_S)) from None
+        with suppress(subprocess.TimeoutExpired):
+            raise self._exited(self._process.wait(KILLED_LIMIT_S if _is_exiting(self.pid) else 0)) from None
 
     def execute(self, monitor: Monitor, command: str, arguments: Mapping[str, object]) -> Any:  # noqa: ANN401  # JSON
         """Its answer to a QMP command; QmpFailed if there is none, QemuExited if it has ended."""
@@ -126,3 +134,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
             step()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(limit_s)
+
+
+def _is_exiting(pid: int) -> bool:
+    """Is the kernel taking this child apart, which nobody has waited for?"""
+    _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")  # its name may have any characters
+    return bool(int(fields.split()[6]) & PF_EXITING)

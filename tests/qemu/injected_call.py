@@ -1,7 +1,8 @@
 """A system call made in another process's name, by ptrace(2): KVM takes a vCPU's ioctls from its own process only.
 
-The process must be asleep in a system call, as QEMU's main thread is while nothing happens: it is interrupted, makes
-the call by the same `syscall` instruction, and goes back to sleep as if nothing had been.
+The process must be one that sleeps in a system call, as QEMU's main thread does while nothing happens: it is
+interrupted as soon as it sleeps, makes the call by the same `syscall` instruction, and goes back to sleep as if nothing
+had been.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from tests.waiting import HANG_S
+
 __all__ = ["Injection", "injected"]
 
+PTRACE_CONT: Final = 7
 PTRACE_SINGLESTEP: Final = 9
 PTRACE_GETREGS: Final = 12
 PTRACE_SETREGS: Final = 13
@@ -29,6 +34,7 @@ REGISTERS: Final = (
 )
 """struct user_regs_struct of <sys/user.h>."""
 SYSCALL: Final = b"\x0f\x05"
+LOOK_AGAIN_S: Final = 0.01
 NO_SYSTEM_CALL: Final = 2**64 - 1
 BELOW_THE_STACK: Final = 4096
 """Out of the red zone, and of what the interrupted call may have put there."""
@@ -57,6 +63,11 @@ class Injection:
         self._memory = Path(f"/proc/{pid}/mem")
         self.scratch: int = registers.rsp - BELOW_THE_STACK
 
+    @property
+    def is_in_system_call(self) -> bool:
+        """Did the process stop there?"""
+        return self.read(self._registers.rip - len(SYSCALL), len(SYSCALL)) == SYSCALL
+
     def write(self, address: int, content: bytes) -> None:
         """Put `content` there."""
         with self._memory.open("r+b", buffering=0) as memory:
@@ -71,7 +82,6 @@ class Injection:
         """Make the system call, and return what it does; OSError if it fails."""
         registers = _Registers.from_buffer_copy(self._registers)
         registers.rip -= len(SYSCALL)
-        assert self.read(registers.rip, len(SYSCALL)) == SYSCALL, "the process was not in a system call"
         registers.rax, registers.orig_rax = number, NO_SYSTEM_CALL
         for name, argument in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
             setattr(registers, name, argument)
@@ -91,15 +101,24 @@ def injected(pid: int) -> Iterator[Injection]:
     registers = _Registers()
     _trace(PTRACE_SEIZE, pid)
     try:
-        _trace(PTRACE_INTERRUPT, pid)
-        _wait_until_stopped(pid)
-        _trace(PTRACE_GETREGS, pid, ctypes.byref(registers))
+        end_s = time.monotonic() + HANG_S
+        while not (injection := _stopped(pid, registers)).is_in_system_call:
+            assert time.monotonic() < end_s, f"process {pid} does not fall asleep"
+            _trace(PTRACE_CONT, pid)
+            time.sleep(LOOK_AGAIN_S)  # what it does at this moment, such as after an answer, it may do slowly
         try:
-            yield Injection(pid, registers)
+            yield injection
         finally:
             _trace(PTRACE_SETREGS, pid, ctypes.byref(registers))
     finally:
         _trace(PTRACE_DETACH, pid)
+
+
+def _stopped(pid: int, registers: _Registers) -> Injection:
+    _trace(PTRACE_INTERRUPT, pid)
+    _wait_until_stopped(pid)
+    _trace(PTRACE_GETREGS, pid, ctypes.byref(registers))
+    return Injection(pid, registers)
 
 
 def _wait_until_stopped(pid: int) -> None:

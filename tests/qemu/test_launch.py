@@ -15,6 +15,7 @@ import pytest
 from pvclock import ConfigError, StateError
 from pvclock.payloads import clockprobe, probe
 from qemu_glue import QemuExited, QemuMissing, QmpFailed, cpu_property
+from qemu_glue.peer import vmm
 from qemu_glue.peer.launch import Qemu
 from tests.kvm.leaks import is_others
 from tests.waiting import HANG_S
@@ -106,6 +107,16 @@ def test_killed() -> None:
 
 
 @pytest.mark.row("E13")
+def test_killed_and_not_gone_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs up has as long as the kernel takes to take it apart: however short the wait, it has ended."""
+    monkeypatch.setattr(vmm, "STEP_LIMIT_S", 0)
+    with launch() as qemu:
+        os.kill(qemu.pid, signal.SIGKILL)
+        with pytest.raises(QemuExited, match="SIGKILL"):
+            qemu.execute("query-status")
+
+
+@pytest.mark.row("E13")
 def test_told_to_quit() -> None:
     """A QEMU that somebody else ends in order is no guest's end."""
     with launch() as qemu:
@@ -123,8 +134,9 @@ def test_stuck() -> None:
 
 
 @pytest.mark.row("E13")
-def test_closed_twice() -> None:
-    """Closing again does nothing."""
+def test_closed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing again does nothing; the first time QEMU ends in order, and is not killed, if it is given the time."""
+    monkeypatch.setattr(vmm, "STEP_LIMIT_S", HANG_S)
     qemu = launch()
     qemu.close()
     qemu.close()

@@ -35,8 +35,9 @@ KVM_SET_DEVICE_ATTR: Final = 0x4018AEE1
 KVM_GET_DEVICE_ATTR: Final = 0x4018AEE2
 DEVICE_ATTR: Final = struct.Struct("<IIQQ")
 """struct kvm_device_attr: flags, group, attr, addr.  KVM_VCPU_TSC_CTRL is group 0, KVM_VCPU_TSC_OFFSET its 0."""
-OFFSET_MS: Final = 50
-"""An exchange of vCPUs that share a CPU may take some time slices of 4 ms."""
+OFFSET_MS: Final = 200
+"""An exchange of vCPUs that share a CPU takes some time slices of 4 ms, and more where a busy host takes that CPU away;
+this is beyond what the best of a second's exchanges leave open."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def measured(vcpus: int, moved: int) -> tuple[Line, int]:
 
 @pytest.mark.parametrize("moved", [0, 2])
 def test_of_three_the_vcpu_is_named(moved: int) -> None:
-    """50 ms on one vCPU: both its pairs exclude 0 and hold that offset, and the third pair does neither."""
+    """200 ms on one vCPU: both its pairs exclude 0 and hold that offset, and the third pair does neither."""
     line, ticks = measured(3, moved)
     assert vcpus_off(line) == vcpus_named(line) == {moved}
     for (a, b), window in windows(line).items():
@@ -90,7 +91,7 @@ def test_of_three_the_vcpu_is_named(moved: int) -> None:
 
 
 def test_of_two_the_pair_is_named() -> None:
-    """50 ms between two vCPUs: they differ, by so much and that way."""
+    """200 ms between two vCPUs: they differ, by so much and that way."""
     line, ticks = measured(2, 1)
     assert vcpus_off(line) == vcpus_named(line) == {0, 1}
     assert ticks in windows(line)[0, 1]

@@ -155,9 +155,11 @@ def test_the_pages_are_found_again_after_a_reset(running: RunningQemu) -> None:
         loop.begin()
         findings = findings_of(loop)
         before = running.pages()
+        running.qemu.pause()  # else it may have booted by the look that is told of its reset
         running.qemu.execute("system_reset")
         first(findings, lambda it: isinstance(it, VmEvent) and it.kind == "reset")
         assert loop.finder.is_searching
+        running.qemu.resume()
         found = first(findings, lambda it: isinstance(it, PagesFound))
         assert isinstance(found, PagesFound)
         assert set(found.pages) <= set(PAGES)
@@ -261,8 +263,15 @@ def await_later(running: RunningQemu, versions: list[int]) -> None:
 def test_a_budget_for_the_drift(running: RunningQemu, capsys: pytest.CaptureFixture[str]) -> None:
     """What a short watch cannot know is undecided, and what it does is within."""
     watch = ["watch", "--qmp", str(running.qmp), "--seconds", "0.2", "--max-drift"]
-    assert main([*watch, "0.001ppb"]) == 2
-    assert "a longer watch knows it better" in capsys.readouterr().out
+    status = main([*watch, "0.001ppb", "--json"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["result"]
+    verdict, (reason, *_) = result["budgets"]["verdict"], result["budgets"]["reasons"]
+    if all(abs(rate["rate_ppb"]) <= rate["bound_ppb"] for rate in result["rates"]):
+        assert (status, verdict) == (2, "undecided")
+        assert "a longer watch knows it better" in reason
+    else:  # a busy host made it a long watch, in which KVM's clock drifts by some ten ppb
+        assert (status, verdict) == (1, "broken")
+        assert "more than 0.001 ppb" in reason
     assert main([*watch, "300ppm"]) == 0
     assert "Within its budgets." in capsys.readouterr().out
 

@@ -25,10 +25,7 @@ def fleet(tmp_path: Path) -> Iterator[FleetOfQemus]:
 
 def until(watch: WatchProcess, kind: str, vm: str) -> list[Any]:
     """The lines up to one of this kind and VM."""
-    lines = [watch.line()]
-    while (lines[-1]["kind"], lines[-1]["vm"]) != (kind, vm):
-        lines.append(watch.line())
-    return lines
+    return watch.lines_until_one(lambda line: (line["kind"], line["vm"]) == (kind, vm))
 
 
 def test_one_ends_and_a_third_appears(fleet: FleetOfQemus) -> None:
@@ -47,7 +44,8 @@ def test_one_ends_and_a_third_appears(fleet: FleetOfQemus) -> None:
         watch.interrupt()
         more, result, status = watch.end()
     lines += more
-    assert {line["vm"] for line in lines if line["kind"] == "step"} == {"web"}
+    # The third may be found 100 ms before KVM writes its pages once more, which is no length of a step.
+    assert {line["vm"] for line in lines if line["kind"] == "step" and line["step_ns"] != 0} == {"web"}
     pauses = [line for line in lines if line.get("what") in {"stop", "resume"}]
     assert [line["vm"] for line in pauses] == ["web", "web"]
     documented = documented_keys()
@@ -57,6 +55,6 @@ def test_one_ends_and_a_third_appears(fleet: FleetOfQemus) -> None:
     assert rows.keys() == {"db", "web", "new"}
     assert [bool(rows[vm]["why_ended"]) for vm in ("db", "web", "new")] == [True, False, False]
     assert rows["web"]["summary"]["steps"] >= 2
-    assert rows["new"]["summary"]["steps"] == 0
+    assert (rows["new"]["summary"]["forward"], rows["new"]["summary"]["backward"]) == (None, None)
     assert {each["budgets"]["verdict"] for each in rows.values()} == {"undecided"}  # no step below 2 ns can be seen
     assert status == 2

@@ -278,8 +278,8 @@ def await_told(vm: WatchedVm, running: RunningQemu) -> None:
 
 def test_a_second_client(shared: RunningQemu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who comes second is told so, and how to watch all the same; the first goes on, and --pid works beside it."""
-    monkeypatch.setattr(qmp_socket, "GREETING_LIMIT_S", 0.2)
     with open_qmp(shared) as first:
+        monkeypatch.setattr(qmp_socket, "GREETING_LIMIT_S", 0.2)
         with pytest.raises(QmpFailed, match=r"no greeting within 0\.2 s; another client .* second -qmp, or use --pid"):
             open_qmp(shared)
         with open_vm(pid=shared.qemu.pid) as beside:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import time
 from typing import Final, NamedTuple
 
 from pvclock import GuestClock, HypercallRegisters, RangeError, StateError, read_tsc
@@ -17,6 +18,7 @@ from tests.stress.hostile_vm import (
     Vm,
     wild_number,
 )
+from tests.waiting import HANG_S
 
 TIME_REF_COUNT: Final = 0x40000020
 STIMERS: Final = range(0x400000B0, 0x400000B8)
@@ -34,7 +36,6 @@ HYPERV_MSRS: Final = (
 CALLS: Final = (0x02, 0x03, 0x08, 0x0B, 0x15, 0x50, 0x51, 0x5C, 0x5D, 0x69, 0x6A, 0x6B, 0x8001, 0x8002)
 SECOND_UNITS: Final = 10**7
 OFF_UNITS_MAX: Final = 2
-TRIES_MAX: Final = 1 << 20
 PAGE: Final = struct.Struct("<IIQq")
 
 
@@ -137,7 +138,8 @@ class QuietReference:
     def _read(self) -> ReadPage:
         """Linux' loop around the page."""
         page = self._vm.arena.ram[QUIET_REFERENCE_PAGE : QUIET_REFERENCE_PAGE + PAGE.size]
-        for _ in range(TRIES_MAX):
+        end_s = time.monotonic() + HANG_S
+        while time.monotonic() < end_s:
             (before,) = struct.unpack_from("<I", page)
             host_tsc = read_tsc()
             tsc = host_tsc + self._vm.backend.offsets.get(self._vm.QUIET, 0) & U64_MASK

@@ -102,6 +102,16 @@ def test_offsets_are_waited_for_where_they_can_be_read() -> None:
     assert clock.reading().tsc
 
 
+def test_a_watch_that_has_no_cpu_looks_often_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TSC that was being written at its only look in two seconds is not written all the time."""
+    vm = made(0)
+    clock = clock_of(vm)
+    offsets = [None, 0, *[0] * 20]  # at the first look it changes
+    monkeypatch.setattr("pvclock.meter.watch.outside_clock.LIMIT_S", 0)
+    monkeypatch.setattr(vm, "tsc_offsets", lambda: (offsets.pop(0),))
+    assert clock.reading().tsc
+
+
 def test_the_end_of_the_vm() -> None:
     """Is told as such, also where reading its memory fails first; another failure as what it is."""
     for has_ended, error in ((True, VmEnded), (False, MemoryNotReadable)):

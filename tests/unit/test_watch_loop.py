@@ -427,6 +427,18 @@ def test_the_end_of_the_vm() -> None:
     assert [type(finding) for finding in last.findings] == [Disagreement, Ended]
 
 
+def test_the_end_of_the_vm_is_known_however_late_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch that has no CPU until its patience is over asks once all the same."""
+    monkeypatch.setattr("pvclock.meter.watch.loop.END_LIMIT_S", 0)
+    vm = HandMadeVm(vcpus=1)
+    vm.put(ARRAY)
+    _, looks = loop_of(vm)
+    next(looks)
+    vm.fault, vm.has_ended = MemoryNotReadable(1, "gone"), True
+    (last,) = looks
+    assert [type(finding) for finding in last.findings] == [Ended]
+
+
 def test_an_error_of_a_vm_that_runs_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """What had not ended so far is told before it; one before the first look is one, too."""
     monkeypatch.setattr("pvclock.meter.watch.loop.END_LIMIT_S", 0.05)

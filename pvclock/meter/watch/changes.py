@@ -35,8 +35,9 @@ class Step(NamedTuple):
     step_ns: *against the TSC*: what the newer line gives more than the older one when it took its place; true to
     bound_ns.  Both None if `basis` is CHANGED.
     seen_ns: *seen by the guest*, if it was stopped and continued meanwhile and the VMM told when: its clock's progress
-    from STOP to RESUME, true to seen_bound_ns; else both None.  vCPUs may stand for longer than that: a little below 0
-    is the VMM's own work, of which the guest saw nothing.
+    from STOP to RESUME by this page once it was up to date, true to seen_bound_ns; else both None.  vCPUs may stand for
+    longer than that: a little below 0 is the VMM's own work, of which the guest saw nothing.  A page that was late, and
+    read meanwhile, had that reader's clock go on by the whole pause, and then back: see Disagreement.
     """
 
     at: HostTsc

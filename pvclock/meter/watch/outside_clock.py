@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from fractions import Fraction
 from functools import partial
+from itertools import count
 from typing import Final
 
 from pvclock.errors import PvclockError, StateError
@@ -25,6 +26,8 @@ __all__ = ["OutsideClock"]
 POLL_S: Final = 0.01
 LIMIT_S: Final = 2.0
 """For a page that is being changed, a TSC that is being written, and a VMM that has hung up and ends."""
+LOOKS_LEAST: Final = 10
+"""A watch that gets no CPU has looked too seldom by then to say that something changes all the time."""
 OPERATION: Final = "read a running guest's clock"
 AGAIN: Final = "begin again when the guest runs"
 
@@ -83,7 +86,7 @@ class OutsideClock:
     def _line(self) -> tuple[Line, Poll]:
         """The line by which the guest reads, and the look that saw it."""
         deadline_s = time.monotonic() + LIMIT_S
-        while True:
+        for looks in count(1):
             poll = self._look()
             for change in self._watcher.take(poll):
                 _refuse(change)
@@ -91,9 +94,10 @@ class OutsideClock:
             if line is not None and (line.offset is not None or self._vm.why_no_offsets is not None):
                 self._refuse_line(line)
                 return line, poll
-            if time.monotonic() > deadline_s:
-                raise StateError(OPERATION, "vCPU 0's page, or its TSC, changes all the time", AGAIN)
+            if looks >= LOOKS_LEAST and time.monotonic() > deadline_s:
+                break
             time.sleep(POLL_S)
+        raise StateError(OPERATION, "vCPU 0's page, or its TSC, changes all the time", AGAIN)
 
     def _look(self) -> Poll:
         """A poll of vCPU 0; VmEnded, if that is why it fails."""

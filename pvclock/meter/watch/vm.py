@@ -105,10 +105,13 @@ class WatchedVm(Protocol):
 def wait_for_end(vm: WatchedVm, limit_s: float) -> PvclockError | None:
     """The error by which a VM that gave no answer tells that it has ended; None if it runs all the while.
 
-    limit_s: how long it may take: a VMM that ends hangs up before its process is gone.
+    limit_s: how long it may take: a VMM that ends hangs up before its process is gone.  It is asked once after that,
+    too, however late this thread gets a CPU.
     """
     end_s = time.monotonic() + limit_s
-    while time.monotonic() < end_s:
+    is_over = False
+    while not is_over:
+        is_over = time.monotonic() >= end_s
         try:
             vm.check_running()
         except PvclockError as end:
