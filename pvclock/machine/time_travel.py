@@ -115,6 +115,7 @@ class TimeTravel:
 
     def begin_anew(self) -> None:
         """See HasLock: in a child of fork() there is no thread."""
+        self._skipping = threading.Lock()
         self._lock = threading.Lock()  # of what follows
         self._rounds: Rounds | None = None
         self._ending: list[Rounds] = []
@@ -197,6 +198,18 @@ class TimeTravel:
         """How many there are."""
         return len(self._holds)
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """A hold() that also waits for a skip that is under way, but not for `on_arrival`."""
+        with self.hold():
+            self.settle()
+            yield
+
+    def settle(self) -> None:
+        """Return once no skip is under way: none will be after a hold(), a pause, or the end of the run."""
+        with self._skipping:
+            pass
+
     def notify(self) -> None:
         """Look again: `next_event` has changed, or there is input."""
         rounds = self._rounds
@@ -228,6 +241,7 @@ class TimeTravel:
             self._vcpus,
             guest_time,
             options,
+            skipping=self._skipping,
             has_hold=lambda: bool(self._holds),
             next_event=lambda: self.next_event(),  # noqa: PLW0108  # the VMM may set another
             arrived=self._arrived,

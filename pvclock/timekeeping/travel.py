@@ -11,7 +11,7 @@ Source: KVM's lapic.c (start_sw_tscdeadline, set_target_expiration) and Intel's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from fractions import Fraction
 from operator import itemgetter
@@ -19,7 +19,7 @@ from struct import Struct
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from pvclock.quantities import NS_PER_S, U64_MASK, signed64
-from pvclock.timekeeping.lapic import LVT_TIMER, TSC_DEADLINE_MODE, register, timer_mode, with_register
+from pvclock.timekeeping.lapic import LVT_TIMER, ONE_SHOT_MODE, TSC_DEADLINE_MODE, register, timer_mode, with_register
 
 __all__ = [
     "LAPIC_HZ",
@@ -41,6 +41,7 @@ __all__ = [
     "WakeKind",
     "carry_out",
     "decide",
+    "expired",
     "move_kernel_clock",
 ]
 
@@ -61,9 +62,10 @@ MP_STATE_HALTED: Final = 3
 IDLE_STATES: Final = (MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED, MP_STATE_HALTED)
 
 IRR: Final = 0x200
+TMICT: Final = 0x380
 TMCCT: Final = 0x390
 TDCR: Final = 0x3E0
-"""Registers of a local APIC: requested interrupts, the timer's current count and its divider."""
+"""Registers of a local APIC: requested interrupts; the timer's initial count, its current one and its divider."""
 IRR_REGISTERS: Final = Struct("<" + "I12x" * 8)
 
 LVT_MASKED: Final = 1 << 16
@@ -159,6 +161,7 @@ def decide(
     tsc_hz: int,
     events: Sequence[Wake] = (),
     *,
+    served: Collection[int] = (),
     most_ticks: int | None = None,
     moves_tscs: bool = True,
     lapic_hz: int = LAPIC_HZ,
@@ -166,12 +169,15 @@ def decide(
     """What to do about a guest with these vCPUs, all of which are out of KVM_RUN and stay so until it is done.
 
     tsc_hz: the guest's TSC frequency.  events: what the VMM itself has to come.  most_ticks: how far time may go now.
+    served: vCPUs whose timer had expired() at the last look, and which have blocked in KVM_RUN since, and not executed.
     moves_tscs: can the vCPUs' TSCs be moved?  Else only a clock's page is, and a TSC deadline stays where it is.
     lapic_hz: of the LAPIC's bus, unless KVM_CAP_X86_APIC_BUS_CYCLES_NS changed it KVM's own.
     """
     for number, vcpu in enumerate(vcpus):
-        if vcpu.mp_state not in IDLE_STATES or _is_pending(vcpu):
-            return Stay(StayReason.PENDING if vcpu.mp_state in IDLE_STATES else StayReason.RUNS, number)
+        if vcpu.mp_state not in IDLE_STATES:
+            return Stay(StayReason.RUNS, number)
+        if _is_pending(vcpu) or (expired(vcpu) and number not in served):
+            return Stay(StayReason.PENDING, number)
     timers = (_wake(number, vcpu, tsc_hz, lapic_hz) for number, vcpu in enumerate(vcpus))
     wakes = [*(timer for timer in timers if timer is not None), *events]
     if not wakes:
@@ -184,6 +190,17 @@ def decide(
         return Stay(StayReason.FIXED, first.vcpu, first)
     ticks = first.ticks if most_ticks is None else min(first.ticks, most_ticks)
     return Skip(ticks, first) if ticks > least_ticks else Stay(StayReason.RATE, None, first)
+
+
+def expired(vcpu: VcpuSnapshot) -> bool:
+    """Has its LAPIC's one-shot timer run out?  Then its interrupt may be on its way, and in no register yet.
+
+    KVM requests the interrupt in KVM_RUN, before the vCPU blocks there: for a timer that runs out while the vCPU is
+    out, as it may on a busy host between the kick and the look, that is yet to come.
+    """
+    if register(vcpu.lapic, LVT_TIMER) & LVT_MASKED or timer_mode(vcpu.lapic) != ONE_SHOT_MODE:
+        return False
+    return register(vcpu.lapic, TMICT) != 0 and register(vcpu.lapic, TMCCT) == 0
 
 
 class RateLimit:

@@ -30,7 +30,7 @@ HZ: Final = 2_000_000_000
 LAPIC_BYTES: Final = 1024
 EVENTS_BYTES: Final = 64
 RUNNABLE, UNINITIALIZED, INIT_RECEIVED, HALTED, SIPI_RECEIVED = range(5)
-IRR, LVT_TIMER, TMCCT, TDCR = 0x200, 0x320, 0x390, 0x3E0
+IRR, LVT_TIMER, TMICT, TMCCT, TDCR = 0x200, 0x320, 0x380, 0x390, 0x3E0
 MASKED, PERIODIC, DEADLINE_MODE = 1 << 16, 1 << 17, 1 << 18
 NOW: Final = 10**12
 S: Final = HZ
@@ -44,7 +44,7 @@ def lapic(**registers: int) -> bytes:
         image[IRR + 16 * number : IRR + 16 * number + 4] = struct.pack(
             "<I", registers.get("irr", 0) >> 32 * number & 2**32 - 1
         )
-    for name, at in (("timer", LVT_TIMER), ("count", TMCCT), ("divider", TDCR)):
+    for name, at in (("timer", LVT_TIMER), ("initial", TMICT), ("count", TMCCT), ("divider", TDCR)):
         image[at : at + 4] = struct.pack("<I", registers.get(name, 0))
     return bytes(image)
 
@@ -135,6 +135,16 @@ def test_idle_for_ever() -> None:
     """No timer, no event; nor is a deadline one that no host will live to see."""
     assert decide([vcpu(), counting(0)], HZ) == IdleForever()
     assert decide([vcpu(2**64 - 1 - NOW)], HZ) == IdleForever()
+
+
+def test_a_timer_that_has_run_out() -> None:
+    """A one-shot's interrupt may be on its way, and in no register, until the vCPU has blocked with it run out."""
+    run_out = vcpu(timer=0, initial=1000)
+    assert decide([vcpu(S), run_out], HZ) == Stay(StayReason.PENDING, 1)
+    assert decide([vcpu(S), run_out], HZ, served=[0]) == Stay(StayReason.PENDING, 1)
+    assert decide([run_out], HZ, served=[0]) == IdleForever()
+    for none in (vcpu(timer=MASKED, initial=1000), vcpu(timer=PERIODIC, initial=1000), vcpu(timer=0)):
+        assert decide([vcpu(S), none], HZ) == Skip(S, Wake(S, WakeKind.TSC_DEADLINE, 0))
 
 
 def test_the_vmms_events() -> None:
