@@ -100,7 +100,7 @@ class Traveller:
                     return None
                 has_rested = note()
                 before_ns = self._guest_time.now_ns()
-                decision = self._decide_and_skip(before_ns, has_rested=has_rested)
+                decision = self._decide_and_skip(before_ns, began_ns, has_rested=has_rested)
                 now_ns = self._guest_time.now_ns()
             self.is_at_end = self._until_ns is not None and now_ns >= self._until_ns
             if isinstance(decision, Skip):
@@ -114,9 +114,10 @@ class Traveller:
         gate = self._runner.gate
         return gate.has_begun() and not gate.has_ended() and not gate.is_paused()
 
-    def _decide_and_skip(self, now_ns: int, *, has_rested: bool) -> Decision:
+    def _decide_and_skip(self, now_ns: int, began_ns: int, *, has_rested: bool) -> Decision:
         snapshots = _snapshots(self._vcpus)
-        decision = self._decide(snapshots, now_ns, self._served(snapshots, has_rested=has_rested))
+        out_ns = time.monotonic_ns() - began_ns
+        decision = self._decide(snapshots, now_ns, out_ns, self._served(snapshots, has_rested=has_rested))
         if isinstance(decision, Skip):
             writes = VcpuWrites(self._vcpus, self._guest_time, f"to {decision.wake}")
             try:
@@ -125,13 +126,14 @@ class Traveller:
                 return Stay(StayReason.HOLD)
         return decision
 
-    def _decide(self, snapshots: list[VcpuSnapshot], now_ns: int, served: Collection[int]) -> Decision:
+    def _decide(self, snapshots: list[VcpuSnapshot], now_ns: int, out_ns: int, served: Collection[int]) -> Decision:
         if self._has_hold():
             return Stay(StayReason.HOLD)
         return decide(
             snapshots,
             self._tsc_hz,
             self._events(),
+            out_ns=out_ns,
             served=served,
             most_ticks=self._most_ticks(now_ns),
             moves_tscs=self._guest_time.moves_tscs,

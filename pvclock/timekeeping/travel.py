@@ -19,7 +19,15 @@ from struct import Struct
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from pvclock.quantities import NS_PER_S, U64_MASK, signed64
-from pvclock.timekeeping.lapic import LVT_TIMER, ONE_SHOT_MODE, TSC_DEADLINE_MODE, register, timer_mode, with_register
+from pvclock.timekeeping.lapic import (
+    LVT_TIMER,
+    ONE_SHOT_MODE,
+    PERIODIC_MODE,
+    TSC_DEADLINE_MODE,
+    register,
+    timer_mode,
+    with_register,
+)
 
 __all__ = [
     "LAPIC_HZ",
@@ -161,6 +169,7 @@ def decide(
     tsc_hz: int,
     events: Sequence[Wake] = (),
     *,
+    out_ns: int = 0,
     served: Collection[int] = (),
     most_ticks: int | None = None,
     moves_tscs: bool = True,
@@ -169,6 +178,7 @@ def decide(
     """What to do about a guest with these vCPUs, all of which are out of KVM_RUN and stay so until it is done.
 
     tsc_hz: the guest's TSC frequency.  events: what the VMM itself has to come.  most_ticks: how far time may go now.
+    out_ns: how long ago one of them may have left KVM_RUN, where it was blocked, or had something to do.
     served: vCPUs whose timer had expired() at the last look, and which have blocked in KVM_RUN since, and not executed.
     moves_tscs: can the vCPUs' TSCs be moved?  Else only a clock's page is, and a TSC deadline stays where it is.
     lapic_hz: of the LAPIC's bus, unless KVM_CAP_X86_APIC_BUS_CYCLES_NS changed it KVM's own.
@@ -176,7 +186,8 @@ def decide(
     for number, vcpu in enumerate(vcpus):
         if vcpu.mp_state not in IDLE_STATES:
             return Stay(StayReason.RUNS, number)
-        if _is_pending(vcpu) or (expired(vcpu) and number not in served):
+        is_due = (expired(vcpu) and number not in served) or _has_ticked(vcpu, out_ns, lapic_hz)
+        if is_due or _is_pending(vcpu):
             return Stay(StayReason.PENDING, number)
     timers = (_wake(number, vcpu, tsc_hz, lapic_hz) for number, vcpu in enumerate(vcpus))
     wakes = [*(timer for timer in timers if timer is not None), *events]
@@ -339,6 +350,14 @@ def move_kernel_clock(ticks: int, writes: KernelClockWrites, measured: MeasuredO
 def _is_pending(vcpu: VcpuSnapshot) -> bool:
     """Will it wake without any timer?"""
     return any(_pending_bytes(vcpu.events)) or any(IRR_REGISTERS.unpack_from(vcpu.lapic, IRR))
+
+
+def _has_ticked(vcpu: VcpuSnapshot, out_ns: int, lapic_hz: int) -> bool:
+    """Has its LAPIC's periodic timer run out while it was out, or will now?  As expired(); a skip would lose that."""
+    initial, count = register(vcpu.lapic, TMICT), register(vcpu.lapic, TMCCT)
+    if not initial or register(vcpu.lapic, LVT_TIMER) & LVT_MASKED or timer_mode(vcpu.lapic) != PERIODIC_MODE:
+        return False
+    return count == 0 or (initial - count) * _divider(vcpu.lapic) * NS_PER_S <= out_ns * lapic_hz
 
 
 def _wake(number: int, vcpu: VcpuSnapshot, tsc_hz: int, lapic_hz: int) -> Wake | None:

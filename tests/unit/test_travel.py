@@ -143,8 +143,19 @@ def test_a_timer_that_has_run_out() -> None:
     assert decide([vcpu(S), run_out], HZ) == Stay(StayReason.PENDING, 1)
     assert decide([vcpu(S), run_out], HZ, served=[0]) == Stay(StayReason.PENDING, 1)
     assert decide([run_out], HZ, served=[0]) == IdleForever()
-    for none in (vcpu(timer=MASKED, initial=1000), vcpu(timer=PERIODIC, initial=1000), vcpu(timer=0)):
+    for none in (vcpu(timer=MASKED, initial=1000), vcpu(timer=DEADLINE_MODE, initial=1000), vcpu(timer=0)):
         assert decide([vcpu(S), none], HZ) == Skip(S, Wake(S, WakeKind.TSC_DEADLINE, 0))
+
+
+def test_a_tick_while_the_vcpu_is_out() -> None:
+    """Of a periodic timer: a skip, which sets the count, would lose it.  So would one at the end of a period."""
+    ticking = vcpu(timer=PERIODIC, initial=1_000_000, count=999_900, divider=0b0000)  # 200 ns ago, by 2
+    assert decide([ticking], HZ, out_ns=199) == Skip(3_999_600, Wake(3_999_600, WakeKind.LAPIC_TIMER, 0))
+    assert decide([ticking], HZ, out_ns=200) == Stay(StayReason.PENDING, 0)
+    assert isinstance(decide([ticking], HZ, out_ns=200, lapic_hz=10**8), Skip)
+    masked = vcpu(timer=PERIODIC | MASKED, initial=1_000_000, count=999_900)
+    assert decide([masked], HZ, out_ns=200) == IdleForever()
+    assert decide([vcpu(S), vcpu(timer=PERIODIC, initial=1000)], HZ) == Stay(StayReason.PENDING, 1)
 
 
 def test_the_vmms_events() -> None:
