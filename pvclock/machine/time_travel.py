@@ -154,9 +154,12 @@ class TimeTravel:
         with self._lock:
             self._end()
             self._options, self.failure = chosen, None
-            rounds = self._new_rounds(guest_time, chosen)
-            begin(rounds.thread, "time_travel")
-            self._rounds = rounds
+            rounds = self._rounds = self._new_rounds(guest_time, chosen)  # before it begins, for notify()
+            try:
+                begin(rounds.thread, "time_travel")
+            except BaseException:
+                self._rounds = None
+                raise
 
     def disable(self) -> None:
         """Skip no more.  One that has begun may still be done."""

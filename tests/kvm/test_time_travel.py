@@ -401,9 +401,10 @@ def test_a_closed_machine_leaves_no_thread(halted: Machine) -> None:
         (Travel(max_rate=Fraction(1, 2)), RangeError),
         (Travel(max_rate=float("inf")), RangeError),
         (Travel(max_rate=float("nan")), RangeError),
+        (Travel(max_rate=10**400), RangeError),
         (Travel(max_rate=True), WrongType),
     ],
-    ids=["int", "str", "negative", "float", "slow", "infinite", "nan", "bool"],
+    ids=["int", "str", "negative", "float", "slow", "infinite", "nan", "huge", "bool"],
 )
 def test_arguments(wanted: object, error: type[Exception]) -> None:
     """What is no option is refused before anything is made."""
