@@ -20,6 +20,7 @@ EAGER_S: Final = 0.002
 FIRST_REST_S: Final = 50e-6
 LONGEST_REST_S: Final = 0.005
 BLIND_REST_S: Final = 0.001
+BLIND_CHANGE_S: Final = 0.1
 
 COUNTED: Final = frozenset(("blocking", "exits"))
 """The statistics that are needed; the first of them is younger than statistics are."""
@@ -86,13 +87,10 @@ class IdleWatch:
                 rest_s = min(2 * rest_s, LONGEST_REST_S)
         return True
 
-    def wait_for_change(self, limit_s: float | None) -> None:
-        """Wait until a vCPU has executed or `wake_up` is called, for `limit_s` at most."""
-        until_s = None if limit_s is None else time.monotonic() + limit_s
-        rest_s = FIRST_REST_S
+    def wait_for_change(self) -> None:
+        """Wait until a vCPU has executed, or may have where KVM does not count, or `wake_up` is called."""
+        rest_s = FIRST_REST_S if self._has_stats else BLIND_CHANGE_S
         while not self._wake_up.wait(rest_s) and not self.has_moved():
-            if until_s is not None and time.monotonic() > until_s:
-                return
             rest_s = min(2 * rest_s, LONGEST_REST_S)
 
     def close(self) -> None:
