@@ -209,9 +209,7 @@ def expired(vcpu: VcpuSnapshot) -> bool:
     KVM requests the interrupt in KVM_RUN, before the vCPU blocks there: for a timer that runs out while the vCPU is
     out, as it may on a busy host between the kick and the look, that is yet to come.
     """
-    if register(vcpu.lapic, LVT_TIMER) & LVT_MASKED or timer_mode(vcpu.lapic) != ONE_SHOT_MODE:
-        return False
-    return register(vcpu.lapic, TMICT) != 0 and register(vcpu.lapic, TMCCT) == 0
+    return _is_set(vcpu, ONE_SHOT_MODE) and register(vcpu.lapic, TMCCT) == 0
 
 
 class RateLimit:
@@ -354,10 +352,16 @@ def _is_pending(vcpu: VcpuSnapshot) -> bool:
 
 def _has_ticked(vcpu: VcpuSnapshot, out_ns: int, lapic_hz: int) -> bool:
     """Has its LAPIC's periodic timer run out while it was out, or will now?  As expired(); a skip would lose that."""
-    initial, count = register(vcpu.lapic, TMICT), register(vcpu.lapic, TMCCT)
-    if not initial or register(vcpu.lapic, LVT_TIMER) & LVT_MASKED or timer_mode(vcpu.lapic) != PERIODIC_MODE:
+    if not _is_set(vcpu, PERIODIC_MODE):
         return False
+    initial, count = register(vcpu.lapic, TMICT), register(vcpu.lapic, TMCCT)
     return count == 0 or (initial - count) * _divider(vcpu.lapic) * NS_PER_S <= out_ns * lapic_hz
+
+
+def _is_set(vcpu: VcpuSnapshot, mode: int) -> bool:
+    """Is its LAPIC's timer in that mode, one that counts, and was it given a count?"""
+    is_masked = register(vcpu.lapic, LVT_TIMER) & LVT_MASKED
+    return timer_mode(vcpu.lapic) == mode and not is_masked and register(vcpu.lapic, TMICT) != 0
 
 
 def _wake(number: int, vcpu: VcpuSnapshot, tsc_hz: int, lapic_hz: int) -> Wake | None:
