@@ -173,6 +173,10 @@ class VcpuWrites:
         """See SkipWrites."""
         self._vcpus[vcpu].set_msr(MSR_IA32_TSC_DEADLINE, deadline)
 
+    def get_lapic(self, vcpu: int) -> bytes:
+        """See SkipWrites."""
+        return self._vcpus[vcpu].get_lapic()
+
     def set_lapic(self, vcpu: int, lapic: bytes) -> None:
         """See SkipWrites."""
         self._vcpus[vcpu].set_lapic(lapic)

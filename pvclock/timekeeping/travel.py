@@ -244,6 +244,9 @@ class SkipWrites(Protocol):
     def set_tsc_deadline(self, vcpu: int, deadline: int) -> None:
         """KVM_SET_MSRS of 0x6e0."""
 
+    def get_lapic(self, vcpu: int) -> bytes:
+        """KVM_GET_LAPIC."""
+
     def set_lapic(self, vcpu: int, lapic: bytes) -> None:
         """KVM_SET_LAPIC."""
 
@@ -261,9 +264,19 @@ def carry_out(
     for number, vcpu in enumerate(vcpus):
         if vcpu.tsc_deadline:
             writes.set_tsc_deadline(number, vcpu.tsc_deadline)
-        elif count := register(vcpu.lapic, TMCCT):
+        elif register(vcpu.lapic, TMCCT):
             passed = skip.ticks * lapic_hz // (tsc_hz * _divider(vcpu.lapic))
-            writes.set_lapic(number, with_register(vcpu.lapic, TMCCT, max(1, count - passed)))
+            writes.set_lapic(number, _counted(vcpu.lapic, writes.get_lapic(number), passed))
+
+
+def _counted(before: bytes, lapic: bytes, passed: int) -> bytes:
+    """The LAPIC as it is now, its timer's count less by `passed`; before: as it was when that was decided.
+
+    As it is now: another thread's interrupt may have come meanwhile.  A count of 1 is as good as run out, which the
+    timer may be by now; a periodic one counts anew then.
+    """
+    left = register(lapic, TMCCT) if register(lapic, TMCCT) <= register(before, TMCCT) else 0
+    return with_register(lapic, TMCCT, max(1, left - passed))
 
 
 # A clock that the kernel serves

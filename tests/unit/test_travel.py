@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Final
 
@@ -187,8 +188,9 @@ def test_a_host_that_moves_no_tsc() -> None:
 class Written:
     """Notes what carry_out() and move_kernel_clock() write, in order; the host's clocks go on at each call."""
 
-    def __init__(self, offsets: tuple[int, ...] = (0,), lands_ns: int = 0) -> None:
+    def __init__(self, offsets: tuple[int, ...] = (0,), lands_ns: int = 0, vcpus: Sequence[VcpuSnapshot] = ()) -> None:
         self.calls: list[tuple[object, ...]] = []
+        self.lapics = [vcpu.lapic for vcpu in vcpus]
         self.offsets = list(offsets)
         self.lands_ns = lands_ns  # beside what is asked for
         self._clock_ns, self._host_ns = 5 * 10**9, 7 * 10**9
@@ -201,8 +203,13 @@ class Written:
         """Note it."""
         self.calls.append(("deadline", vcpu, deadline))
 
+    def get_lapic(self, vcpu: int) -> bytes:
+        """As it is."""
+        return self.lapics[vcpu]
+
     def set_lapic(self, vcpu: int, lapic: bytes) -> None:
-        """Note its count."""
+        """Set it, and note its count."""
+        self.lapics[vcpu] = lapic
         self.calls.append(("lapic", vcpu, int.from_bytes(lapic[TMCCT : TMCCT + 4], "little"), len(lapic)))
 
     def pass_ns(self, ns: int) -> None:
@@ -247,10 +254,8 @@ def test_time_moves_before_timers() -> None:
 
 def test_counts_shrink_by_what_was_skipped() -> None:
     """The one that is due is left with a count of 1, which KVM takes; another one with what it has still to go."""
-    vcpus, written = (
-        [counting(1_000_000, 0), counting(5_000_000, 0), counting(0), counting(3_000_000, 0b1011)],
-        Written(),
-    )
+    vcpus = [counting(1_000_000, 0), counting(5_000_000, 0), counting(0), counting(3_000_000, 0b1011)]
+    written = Written(vcpus=vcpus)
     skip = decide(vcpus, HZ)
     assert isinstance(skip, Skip)
     carry_out(skip, vcpus, written, HZ)
@@ -258,6 +263,20 @@ def test_counts_shrink_by_what_was_skipped() -> None:
     assert written.calls[1:] == [
         ("lapic", at, left, LAPIC_BYTES) for at, left in ((0, 1), (1, 4_000_000), (3, 1_000_000))
     ]
+
+
+@pytest.mark.parametrize(
+    ("counts", "left"), [(4_999_000, 3_999_000), (4_000, 1), (0, 1), (9_999_000, 1)], ids=["on", "near", "once", "anew"]
+)
+def test_what_has_come_to_a_lapic_meanwhile(counts: int, left: int) -> None:
+    """An interrupt that another thread has sent stays, and the count is that of then: it may have run out."""
+    vcpus = [vcpu(2 * 10**6, timer=DEADLINE_MODE), counting(5_000_000)]
+    written = Written(vcpus=vcpus)
+    written.lapics[1] = lapic(count=counts, divider=0b1011, irr=1 << 0x34)
+    skip = decide(vcpus, HZ)
+    assert isinstance(skip, Skip)
+    carry_out(skip, vcpus, written, HZ)
+    assert written.lapics[1] == lapic(count=left, divider=0b1011, irr=1 << 0x34)
 
 
 @pytest.mark.parametrize("lands_ns", [-700, 0, 700])
