@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from fractions import Fraction
 from threading import Lock
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pvclock.errors import StateError
 from pvclock.kvm import Runner, Vcpu
 from pvclock.machine.guest_time import GuestTime
 from pvclock.machine.travel_options import Travel
 from pvclock.timekeeping.travel import (
+    LEAST_NS,
     MSR_IA32_TSC_DEADLINE,
     Decision,
     RateLimit,
@@ -29,6 +31,9 @@ from pvclock.timekeeping.travel import (
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC
 
 __all__ = ["Arrival", "Look", "Traveller"]
+
+COSTS: Final = 16
+"""So many of the last skips' are known; the least of them is what one takes, whatever a busy host made of others."""
 
 
 class Arrival(NamedTuple):
@@ -76,6 +81,7 @@ class Traveller:
         self._until_ns = options.until_ns
         self._rate = None if options.max_rate is None else Fraction(options.max_rate)
         self._limit: RateLimit | None = None
+        self._costs_ns = deque[int](maxlen=COSTS)  # of a skip, once it is decided on
         self._expired: set[int] = set()  # of the vCPUs' timers, at the last look
         self._skipping = skipping
         self._has_hold, self._next_event, self._arrived = has_hold, next_event, arrived
@@ -120,10 +126,12 @@ class Traveller:
         decision = self._decide(snapshots, now_ns, out_ns, self._served(snapshots, has_rested=has_rested))
         if isinstance(decision, Skip):
             writes = VcpuWrites(self._vcpus, self._guest_time, f"to {decision.wake}")
+            decided_ns = time.monotonic_ns()
             try:
                 carry_out(decision, snapshots, writes, self._tsc_hz)
             except StateError:  # it stands still: a pause that came after the look at it
                 return Stay(StayReason.HOLD)
+            self._costs_ns.append(time.monotonic_ns() - decided_ns)
         return decision
 
     def _decide(self, snapshots: list[VcpuSnapshot], now_ns: int, out_ns: int, served: Collection[int]) -> Decision:
@@ -136,6 +144,7 @@ class Traveller:
             out_ns=out_ns,
             served=served,
             most_ticks=self._most_ticks(now_ns),
+            least_ns=max(LEAST_NS, min(self._costs_ns, default=0)),
             moves_tscs=self._guest_time.moves_tscs,
         )
 

@@ -25,13 +25,17 @@ pytestmark = [pytest.mark.kvm, pytest.mark.row("E17")]
 
 DAY_S: Final = 86_400
 HOUR_S: Final = 3600
+MINUTE_S: Final = 60
+MINUTES: Final = 3
+BETWEEN_S: Final = 20
+"""After a full minute: its job has run, and the next is not due for long."""
 SET_UP_CRON: Final = (
     "mkdir -p /etc /crontabs",
     "echo root::0:0:root:/:/bin/sh >/etc/passwd",
     "echo '0 * * * * date +%s >>/log' >/crontabs/root",
     "crond -c /crontabs -L /dev/null",
 )
-LATE_S: Final = 60
+LATE_S: Final = MINUTE_S
 """By which busybox's crond, which looks once a minute, may begin a job late on however busy a machine."""
 
 
@@ -49,6 +53,24 @@ def test_a_day_of_cron(kernel: Kernel) -> None:
         assert all(second % HOUR_S < LATE_S for second in ran_s)
         assert guest.run(COMPLAINTS) == ""
         assert guest.machine.time_travel.failure is None
+
+
+@pytest.mark.long  # it waits
+def test_the_log_is_that_of_plain_waiting(kernel: Kernel) -> None:
+    """A job of each full minute has run in the same minutes after some that a guest travelled as after waiting."""
+    ran_minutes = []
+    for travels in (True, False):
+        with StockLinux(kernel, parameters=GUEST_OPTIONS.split()) as guest:
+            if travels:
+                guest.machine.time_travel.enable()
+            for line in SET_UP_CRON:
+                guest.run(line.replace("'0 * * * *", "'* * * * *"))
+            guest.run(f"sleep $(({MINUTE_S} - $(date +%s) % {MINUTE_S} + {BETWEEN_S})); rm -f /log")
+            begun_s = int(guest.run("date +%s"))
+            guest.run(f"sleep {MINUTES * MINUTE_S}", BOOT_LIMIT_S)
+            jobs = guest.run("cat /log").split()
+            ran_minutes.append([int(second) // MINUTE_S - begun_s // MINUTE_S for second in jobs])
+    assert ran_minutes == [[*range(1, MINUTES + 1)]] * 2
 
 
 def test_the_command(kernel: Kernel) -> None:
