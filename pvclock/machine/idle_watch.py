@@ -20,6 +20,10 @@ EAGER_S: Final = 0.002
 FIRST_REST_S: Final = 50e-6
 LONGEST_REST_S: Final = 0.005
 BLIND_REST_S: Final = 0.001
+BLIND_CHANGE_S: Final = 0.1
+
+COUNTED: Final = frozenset(("blocking", "exits"))
+"""The statistics that are needed; the first of them is younger than statistics are."""
 
 UNMOVED_S: Final = 0.005
 """After which vCPUs are looked at that have not executed: their timer may have been set from outside."""
@@ -28,7 +32,7 @@ UNMOVED_S: Final = 0.005
 class IdleWatch:
     """Watches `vcpus`, more of which may come, until all of them block in the kernel; wake_up: ends a rest early.
 
-    On a host whose KVM does not count that, before Linux 5.14, it only rests, so that the guest is looked at by being
+    On a host whose KVM does not count that, before Linux 5.17, it only rests, so that the guest is looked at by being
     stopped, which costs it a little time.
     """
 
@@ -38,14 +42,20 @@ class IdleWatch:
         self._has_stats = True
         self._exits: list[int] = []
 
-    def note(self) -> None:
-        """Take all vCPUs, which are out of the guest now, as they are: see has_moved()."""
+    def note(self) -> bool:
+        """Take all vCPUs, which are out of the guest now, as they are; has none executed since the last time?
+
+        Where KVM does not tell, none may have.
+        """
+        has_rested = not self._has_stats or not self.has_moved()
         try:
             for vcpu in self._vcpus[len(self._stats) :]:
                 self._stats.append(VcpuStats(vcpu))
+                self._has_stats = self._has_stats and set(self._stats[-1].names) >= COUNTED
         except KvmError:
             self._has_stats = False
         self._exits = self._read_exits()
+        return has_rested
 
     def has_moved(self) -> bool:
         """Has a vCPU executed since note()?  Where KVM does not tell one may have."""
@@ -77,13 +87,10 @@ class IdleWatch:
                 rest_s = min(2 * rest_s, LONGEST_REST_S)
         return True
 
-    def wait_for_change(self, limit_s: float | None) -> None:
-        """Wait until a vCPU has executed or `wake_up` is called, for `limit_s` at most."""
-        until_s = None if limit_s is None else time.monotonic() + limit_s
-        rest_s = FIRST_REST_S
+    def wait_for_change(self) -> None:
+        """Wait until a vCPU has executed, or may have where KVM does not count, or `wake_up` is called."""
+        rest_s = FIRST_REST_S if self._has_stats else BLIND_CHANGE_S
         while not self._wake_up.wait(rest_s) and not self.has_moved():
-            if until_s is not None and time.monotonic() > until_s:
-                return
             rest_s = min(2 * rest_s, LONGEST_REST_S)
 
     def close(self) -> None:

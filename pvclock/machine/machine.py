@@ -235,7 +235,7 @@ class Machine:
         self._check_thread("add_vcpu")
         with self._booting:
             self._check_open("add_vcpu")
-            with self.time_travel.hold(), self.runner.quiesce():  # its TSC is to be the others', which stay meanwhile
+            with self.time_travel.stopped(), self.runner.quiesce():  # its TSC is the others', which stay meanwhile
                 return self._hardware.add_vcpu()
 
     def pause(self) -> None:
@@ -311,6 +311,7 @@ class Machine:
         self._run_end.is_silent = True  # its end is not one that anybody is to hear of
         try:
             self.clock_service.stop()
+            self.time_travel.settle()  # it would give the vCPUs back what they had before
             self._guest_reset.is_wanted = False
             self.bus.reset()
             self.runner.gate.renew()
@@ -445,8 +446,7 @@ class Machine:
 
     def _engine_clock(self, tick_interval_s: float | None, **how: Any) -> ClockService:  # noqa: ANN401  # engine_clock()'s
         how["options"].setdefault("vmm", MachineServices(self.vm, self.vcpus, self.runner, self._guest_reset.request))
-        backend = self._hardware.backend()
-        return engine_clock(self.runner, self.memory, self.max_vcpus, backend, tick_interval_s, **how)
+        return engine_clock(self.runner, self.memory, self.max_vcpus, self._hardware.backend(), tick_interval_s, **how)
 
     def _kernel_clock(self, features: int | None = None) -> ClockService:
         offered = kernel_clock_features(kernel_features(self._hardware.kvm)) if features is None else features

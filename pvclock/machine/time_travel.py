@@ -90,8 +90,8 @@ class TimeTravel:
     of the guest, and neither waits nor raises.  `on_arrival`, called after each skip before a vCPU goes in again: what
     is due then is done there, so that the guest finds it at its time; an event that is nearer than a skip takes comes
     by itself, as without travel.  `on_look`, called with each decision, the vCPUs running again; after one that says
-    that the guest is idle for ever none comes until a vCPU has moved or notify() is called.  All three on a thread of
-    its own.
+    that the guest is idle for ever none comes until a vCPU has moved or notify() is called, but on a host before Linux
+    5.17, every 0.1 s.  All three on a thread of its own.
 
     Thread-safety: all methods may be called from any thread.
     """
@@ -116,6 +116,7 @@ class TimeTravel:
 
     def begin_anew(self) -> None:
         """See HasLock: in a child of fork() there is no thread."""
+        self._skipping = threading.Lock()
         self._lock = threading.Lock()  # of what follows
         self._rounds: Rounds | None = None
         self._ending: list[Rounds] = []
@@ -154,9 +155,12 @@ class TimeTravel:
         with self._lock:
             self._end()
             self._options, self.failure = chosen, None
-            rounds = self._new_rounds(guest_time, chosen)
-            begin(rounds.thread, "time_travel")
-            self._rounds = rounds
+            rounds = self._rounds = self._new_rounds(guest_time, chosen)  # before it begins, for notify()
+            try:
+                begin(rounds.thread, "time_travel")
+            except BaseException:
+                self._rounds = None
+                raise
 
     def disable(self) -> None:
         """Skip no more.  One that has begun may still be done."""
@@ -198,6 +202,18 @@ class TimeTravel:
         """How many there are."""
         return len(self._holds)
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """A hold() that also waits for a skip that is under way, but not for `on_arrival`."""
+        with self.hold():
+            self.settle()
+            yield
+
+    def settle(self) -> None:
+        """Return once no skip is under way: none will be after a hold(), a pause, or the end of the run."""
+        with self._skipping:
+            pass
+
     def notify(self) -> None:
         """Look again: `next_event` has changed, or there is input."""
         rounds = self._rounds
@@ -229,6 +245,7 @@ class TimeTravel:
             self._vcpus,
             guest_time,
             options,
+            skipping=self._skipping,
             has_hold=lambda: bool(self._holds),
             next_event=lambda: self.next_event(),  # noqa: PLW0108  # the VMM may set another
             arrived=self._arrived,
@@ -311,12 +328,12 @@ class Rounds:
         if self.is_over:
             return
         if isinstance(decision, IdleForever):
-            self._idle.wait_for_change(None)
+            self._idle.wait_for_change()
         elif isinstance(decision, Skip):
             if not decision.arrives:
                 self.wake_up.wait(RATE_REST_S)
         elif decision.reason in (StayReason.HOLD, StayReason.FIXED):
-            self._idle.wait_for_change(None)
+            self._idle.wait_for_change()
         elif decision.reason is StayReason.RATE:
             self.wake_up.wait(RATE_REST_S)
         elif decision.wake is None or decision.wake.vcpu is None:

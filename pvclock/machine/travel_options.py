@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from sys import float_info
 from typing import NamedTuple
 
 from pvclock.arguments import instance, whole
@@ -31,6 +32,9 @@ def as_travel(given: object) -> Travel:
     if rate is not None:
         if isinstance(rate, bool) or not isinstance(rate, int | float | Fraction):
             raise WrongType("time_travel: max_rate", rate, "a number of guest seconds in a host second")
-        if not 1 <= rate < float("inf"):
-            raise RangeError(f"time_travel: max_rate is {shown(rate)}; a guest's time passes by itself at 1")
+        if not 1 <= rate <= float_info.max:
+            raise RangeError(
+                f"time_travel: max_rate is {shown(rate)}; it must be finite, and 1 or more: a guest's time passes by "
+                "itself at 1"
+            )
     return options

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fractions import Fraction
+from threading import Lock
 from typing import Final, NamedTuple
 
 from pvclock.errors import StateError
@@ -25,6 +26,7 @@ from pvclock.timekeeping.travel import (
     WakeKind,
     carry_out,
     decide,
+    expired,
 )
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC
 
@@ -58,6 +60,7 @@ class Look(NamedTuple):
 class Traveller:
     """Looks at the vCPUs of `runner`, and moves `guest_time`.
 
+    skipping: one that begins while another one's last look is under way waits for that one's skip with it.
     has_hold: may no skip begin now?  next_event: the VMM's, in guest ns.  arrived: called after each skip, the vCPUs
     still out.
     """
@@ -69,6 +72,7 @@ class Traveller:
         guest_time: GuestTime,
         options: Travel,
         *,
+        skipping: Lock,
         has_hold: Callable[[], bool],
         next_event: Callable[[], int | None],
         arrived: Callable[[Arrival], object],
@@ -78,6 +82,8 @@ class Traveller:
         self._rate = None if options.max_rate is None else Fraction(options.max_rate)
         self._limit: RateLimit | None = None
         self._costs_ns = deque[int](maxlen=COSTS)  # of a skip, once it is decided on
+        self._expired: set[int] = set()  # of the vCPUs' timers, at the last look
+        self._skipping = skipping
         self._has_hold, self._next_event, self._arrived = has_hold, next_event, arrived
         with runner.quiesce():
             self._tsc_hz = vcpus[0].get_tsc_khz() * 1000
@@ -88,52 +94,64 @@ class Traveller:
         """After time in which the machine did not run, none of which is to be made up for."""
         self._limit = None
 
-    def look(self, note: Callable[[], object]) -> Look | None:
+    def look(self, note: Callable[[], bool]) -> Look | None:
         """Decide with all vCPUs out of the guest, and skip; None for a machine that does not run.
 
-        note: called when they are out.
+        note: called when they are out; it returns whether they have blocked since it was called last, and not executed.
         """
-        gate = self._runner.gate
         began_ns = time.monotonic_ns()
         with self._runner.quiesce():
-            if gate.is_paused() or gate.has_ended() or not gate.has_begun():
-                return None
-            note()
-            now_ns = self._guest_time.now_ns()
+            with self._skipping:
+                if not self._is_running():
+                    return None
+                has_rested = note()
+                before_ns = self._guest_time.now_ns()
+                decision = self._decide_and_skip(before_ns, began_ns, has_rested=has_rested)
+                now_ns = self._guest_time.now_ns()
             self.is_at_end = self._until_ns is not None and now_ns >= self._until_ns
-            snapshots = _snapshots(self._vcpus)
-            decision = self._decide(snapshots, now_ns)
             if isinstance(decision, Skip):
-                decision = self._skip(decision, snapshots, now_ns, began_ns)
-        return Look(now_ns, decision, time.monotonic_ns() - began_ns)
+                host_ns = time.monotonic_ns() - began_ns
+                self._arrived(Arrival(now_ns, now_ns - before_ns, decision.wake, decision.arrives, host_ns))
+        return Look(before_ns, decision, time.monotonic_ns() - began_ns)
 
     # Inside
 
-    def _decide(self, snapshots: list[VcpuSnapshot], now_ns: int) -> Decision:
+    def _is_running(self) -> bool:
+        gate = self._runner.gate
+        return gate.has_begun() and not gate.has_ended() and not gate.is_paused()
+
+    def _decide_and_skip(self, now_ns: int, began_ns: int, *, has_rested: bool) -> Decision:
+        snapshots = _snapshots(self._vcpus)
+        out_ns = time.monotonic_ns() - began_ns
+        decision = self._decide(snapshots, now_ns, out_ns, self._served(snapshots, has_rested=has_rested))
+        if isinstance(decision, Skip):
+            writes = VcpuWrites(self._vcpus, self._guest_time, f"to {decision.wake}")
+            decided_ns = time.monotonic_ns()
+            try:
+                carry_out(decision, snapshots, writes, self._tsc_hz)
+            except StateError:  # it stands still: a pause that came after the look at it
+                return Stay(StayReason.HOLD)
+            self._costs_ns.append(time.monotonic_ns() - decided_ns)
+        return decision
+
+    def _decide(self, snapshots: list[VcpuSnapshot], now_ns: int, out_ns: int, served: Collection[int]) -> Decision:
         if self._has_hold():
             return Stay(StayReason.HOLD)
         return decide(
             snapshots,
             self._tsc_hz,
             self._events(),
+            out_ns=out_ns,
+            served=served,
             most_ticks=self._most_ticks(now_ns),
             least_ns=max(LEAST_NS, min(self._costs_ns, default=0)),
             moves_tscs=self._guest_time.moves_tscs,
         )
 
-    def _skip(self, skip: Skip, snapshots: list[VcpuSnapshot], before_ns: int, began_ns: int) -> Decision:
-        decided_ns = time.monotonic_ns()
-        try:
-            carry_out(skip, snapshots, VcpuWrites(self._vcpus, self._guest_time, f"to {skip.wake}"), self._tsc_hz)
-        except StateError:  # it stands still: a pause that came after the look at it
-            return Stay(StayReason.HOLD)
-        now_ns = self._guest_time.now_ns()
-        self.is_at_end = self._until_ns is not None and now_ns >= self._until_ns
-        now_host_ns = time.monotonic_ns()
-        self._costs_ns.append(now_host_ns - decided_ns)
-        host_ns = now_host_ns - began_ns
-        self._arrived(Arrival(now_ns, now_ns - before_ns, skip.wake, skip.arrives, host_ns))
-        return skip
+    def _served(self, snapshots: list[VcpuSnapshot], *, has_rested: bool) -> Collection[int]:
+        """See decide()."""
+        before, self._expired = self._expired, {at for at, vcpu in enumerate(snapshots) if expired(vcpu)}
+        return before & self._expired if has_rested else ()
 
     def _events(self) -> list[Wake]:
         due = ((WakeKind.EVENT, self._next_event()), (WakeKind.END, self._until_ns))
@@ -163,6 +181,10 @@ class VcpuWrites:
     def set_tsc_deadline(self, vcpu: int, deadline: int) -> None:
         """See SkipWrites."""
         self._vcpus[vcpu].set_msr(MSR_IA32_TSC_DEADLINE, deadline)
+
+    def get_lapic(self, vcpu: int) -> bytes:
+        """See SkipWrites."""
+        return self._vcpus[vcpu].get_lapic()
 
     def set_lapic(self, vcpu: int, lapic: bytes) -> None:
         """See SkipWrites."""

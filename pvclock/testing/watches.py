@@ -9,7 +9,7 @@ from math import inf
 from typing import Final, Protocol, TypeAlias
 
 from pvclock._memory import GuestMemory
-from pvclock.errors import PvclockError, StateError
+from pvclock.errors import StateError
 from pvclock.meter.verdict_status import VerdictStatus
 from pvclock.meter.watch.budgets import Budgets, Verdict, judge
 from pvclock.meter.watch.host_troubles import HostTrouble
@@ -152,7 +152,7 @@ class _WatchThread:
     def __init__(self) -> None:
         self._is_over, self._has_looked = threading.Event(), threading.Event()
         self._is_last = False  # the next look begins after the end was asked for
-        self._error: PvclockError | None = None
+        self._error: Exception | None = None
 
     def begin(self, run: Callable[[_WatchThread], None]) -> None:
         """Run it; returns once it has looked, or ended."""
@@ -160,7 +160,7 @@ class _WatchThread:
         def watch() -> None:
             try:
                 run(self)
-            except PvclockError as error:
+            except Exception as error:  # noqa: BLE001  # end() raises it
                 self._error = error
             finally:
                 self._has_looked.set()

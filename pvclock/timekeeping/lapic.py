@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["LVT_TIMER", "TSC_DEADLINE_MODE", "register", "timer_mode", "with_register"]
+__all__ = [
+    "LVT_TIMER",
+    "ONE_SHOT_MODE",
+    "PERIODIC_MODE",
+    "TSC_DEADLINE_MODE",
+    "register",
+    "timer_mode",
+    "with_register",
+]
 
 LVT_TIMER: Final = 0x320
-TSC_DEADLINE_MODE: Final = 0b10
-"""Of the timer's modes 0 to 3; 0 and 1 count down, once and again and again."""
+ONE_SHOT_MODE, PERIODIC_MODE, TSC_DEADLINE_MODE = 0b00, 0b01, 0b10
+"""The timer's modes; the first two count down, once and again and again."""
 
 
 def register(lapic: bytes, at: int) -> int:

@@ -11,7 +11,7 @@ Source: KVM's lapic.c (start_sw_tscdeadline, set_target_expiration) and Intel's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from fractions import Fraction
 from operator import itemgetter
@@ -19,7 +19,15 @@ from struct import Struct
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from pvclock.quantities import NS_PER_S, U64_MASK, signed64
-from pvclock.timekeeping.lapic import LVT_TIMER, TSC_DEADLINE_MODE, register, timer_mode, with_register
+from pvclock.timekeeping.lapic import (
+    LVT_TIMER,
+    ONE_SHOT_MODE,
+    PERIODIC_MODE,
+    TSC_DEADLINE_MODE,
+    register,
+    timer_mode,
+    with_register,
+)
 
 __all__ = [
     "LAPIC_HZ",
@@ -41,6 +49,7 @@ __all__ = [
     "WakeKind",
     "carry_out",
     "decide",
+    "expired",
     "move_kernel_clock",
 ]
 
@@ -61,9 +70,10 @@ MP_STATE_HALTED: Final = 3
 IDLE_STATES: Final = (MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED, MP_STATE_HALTED)
 
 IRR: Final = 0x200
+TMICT: Final = 0x380
 TMCCT: Final = 0x390
 TDCR: Final = 0x3E0
-"""Registers of a local APIC: requested interrupts, the timer's current count and its divider."""
+"""Registers of a local APIC: requested interrupts; the timer's initial count, its current one and its divider."""
 IRR_REGISTERS: Final = Struct("<" + "I12x" * 8)
 
 LVT_MASKED: Final = 1 << 16
@@ -154,11 +164,13 @@ class IdleForever(NamedTuple):
 Decision: TypeAlias = Skip | Stay | IdleForever
 
 
-def decide(
+def decide(  # noqa: PLR0913  # what a VMM knows beside its vCPUs is by keyword, with defaults
     vcpus: Sequence[VcpuSnapshot],
     tsc_hz: int,
     events: Sequence[Wake] = (),
     *,
+    out_ns: int = 0,
+    served: Collection[int] = (),
     most_ticks: int | None = None,
     moves_tscs: bool = True,
     least_ns: int = LEAST_NS,
@@ -167,13 +179,18 @@ def decide(
     """What to do about a guest with these vCPUs, all of which are out of KVM_RUN and stay so until it is done.
 
     tsc_hz: the guest's TSC frequency.  events: what the VMM itself has to come.  most_ticks: how far time may go now.
+    out_ns: how long ago one of them may have left KVM_RUN, where it was blocked, or had something to do.
+    served: vCPUs whose timer had expired() at the last look, and which have blocked in KVM_RUN since, and not executed.
     moves_tscs: can the vCPUs' TSCs be moved?  Else only a clock's page is, and a TSC deadline stays where it is.
     least_ns: a wait that is not longer is left to pass; what a skip takes the VMM, or a little less.
     lapic_hz: of the LAPIC's bus, unless KVM_CAP_X86_APIC_BUS_CYCLES_NS changed it KVM's own.
     """
     for number, vcpu in enumerate(vcpus):
-        if vcpu.mp_state not in IDLE_STATES or _is_pending(vcpu):
-            return Stay(StayReason.PENDING if vcpu.mp_state in IDLE_STATES else StayReason.RUNS, number)
+        if vcpu.mp_state not in IDLE_STATES:
+            return Stay(StayReason.RUNS, number)
+        is_due = (expired(vcpu) and number not in served) or _has_ticked(vcpu, out_ns, lapic_hz)
+        if is_due or _is_pending(vcpu):
+            return Stay(StayReason.PENDING, number)
     timers = (_wake(number, vcpu, tsc_hz, lapic_hz) for number, vcpu in enumerate(vcpus))
     wakes = [*(timer for timer in timers if timer is not None), *events]
     if not wakes:
@@ -186,6 +203,15 @@ def decide(
         return Stay(StayReason.FIXED, first.vcpu, first)
     ticks = first.ticks if most_ticks is None else min(first.ticks, most_ticks)
     return Skip(ticks, first) if ticks > least_ticks else Stay(StayReason.RATE, None, first)
+
+
+def expired(vcpu: VcpuSnapshot) -> bool:
+    """Has its LAPIC's one-shot timer run out?  Then its interrupt may be on its way, and in no register yet.
+
+    KVM requests the interrupt in KVM_RUN, before the vCPU blocks there: for a timer that runs out while the vCPU is
+    out, as it may on a busy host between the kick and the look, that is yet to come.
+    """
+    return _is_set(vcpu, ONE_SHOT_MODE) and register(vcpu.lapic, TMCCT) == 0
 
 
 class RateLimit:
@@ -220,6 +246,9 @@ class SkipWrites(Protocol):
     def set_tsc_deadline(self, vcpu: int, deadline: int) -> None:
         """KVM_SET_MSRS of 0x6e0."""
 
+    def get_lapic(self, vcpu: int) -> bytes:
+        """KVM_GET_LAPIC."""
+
     def set_lapic(self, vcpu: int, lapic: bytes) -> None:
         """KVM_SET_LAPIC."""
 
@@ -237,9 +266,19 @@ def carry_out(
     for number, vcpu in enumerate(vcpus):
         if vcpu.tsc_deadline:
             writes.set_tsc_deadline(number, vcpu.tsc_deadline)
-        elif count := register(vcpu.lapic, TMCCT):
+        elif register(vcpu.lapic, TMCCT):
             passed = skip.ticks * lapic_hz // (tsc_hz * _divider(vcpu.lapic))
-            writes.set_lapic(number, with_register(vcpu.lapic, TMCCT, max(1, count - passed)))
+            writes.set_lapic(number, _counted(vcpu.lapic, writes.get_lapic(number), passed))
+
+
+def _counted(before: bytes, lapic: bytes, passed: int) -> bytes:
+    """The LAPIC as it is now, its timer's count less by `passed`; before: as it was when that was decided.
+
+    As it is now: another thread's interrupt may have come meanwhile.  A count of 1 is as good as run out, which the
+    timer may be by now; a periodic one counts anew then.
+    """
+    left = register(lapic, TMCCT) if register(lapic, TMCCT) <= register(before, TMCCT) else 0
+    return with_register(lapic, TMCCT, max(1, left - passed))
 
 
 # A clock that the kernel serves
@@ -324,6 +363,20 @@ def move_kernel_clock(ticks: int, writes: KernelClockWrites, measured: MeasuredO
 def _is_pending(vcpu: VcpuSnapshot) -> bool:
     """Will it wake without any timer?"""
     return any(_pending_bytes(vcpu.events)) or any(IRR_REGISTERS.unpack_from(vcpu.lapic, IRR))
+
+
+def _has_ticked(vcpu: VcpuSnapshot, out_ns: int, lapic_hz: int) -> bool:
+    """Has its LAPIC's periodic timer run out while it was out, or will now?  As expired(); a skip would lose that."""
+    if not _is_set(vcpu, PERIODIC_MODE):
+        return False
+    initial, count = register(vcpu.lapic, TMICT), register(vcpu.lapic, TMCCT)
+    return count == 0 or (initial - count) * _divider(vcpu.lapic) * NS_PER_S <= out_ns * lapic_hz
+
+
+def _is_set(vcpu: VcpuSnapshot, mode: int) -> bool:
+    """Is its LAPIC's timer in that mode, one that counts, and was it given a count?"""
+    is_masked = register(vcpu.lapic, LVT_TIMER) & LVT_MASKED
+    return timer_mode(vcpu.lapic) == mode and not is_masked and register(vcpu.lapic, TMICT) != 0
 
 
 def _wake(number: int, vcpu: VcpuSnapshot, tsc_hz: int, lapic_hz: int) -> Wake | None:

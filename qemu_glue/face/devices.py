@@ -67,6 +67,7 @@ class Device:
         if self.is_realized:
             self.device_class.unrealize(self.model)
             self.is_realized = False
+            self.resets = 0  # nobody releases it from now on
 
     def set_realized(self, is_wanted: bool) -> None:
         """realize() or unrealize()."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import UnionType
 from typing import Any, Final, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -122,8 +123,10 @@ def _taken(command: Command, given: dict[str, Any]) -> dict[str, Any]:
 def _value(argument: Argument, given: object) -> object:
     if argument.kind is object:
         return given
-    kinds = (int, float) if argument.kind is float else (argument.kind,)
-    is_of_kind = isinstance(given, kinds) and (argument.kind is bool or not isinstance(given, bool))
+    if argument.kind is float and type(given) is int:
+        with suppress(OverflowError):
+            return float(given)
+    is_of_kind = isinstance(given, argument.kind) and (argument.kind is bool or not isinstance(given, bool))
     if not is_of_kind or (argument.kind is int and given not in INTEGERS):
         raise QmpRefusal(f"Invalid parameter type for '{argument.name}', expected: {NAMES[argument.kind]}")
     return given

@@ -15,6 +15,8 @@ __all__ = ["evaluate"]
 
 U64: Final = 1 << 64
 DEPTH_MAX: Final = 32
+BLANKS: Final = re.compile(r"\s*")
+OCTAL: Final = re.compile("[0-7]+")
 NUMBER: Final = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+")
 LEVELS: Final = ("+-", "&|^", "*/%")
 """From those that bind last."""
@@ -37,19 +39,24 @@ def evaluate(text: str) -> tuple[int, str]:
 
 
 class _Parser:
-    """Takes an expression from the front of `rest`."""
+    """Takes an expression from the front of `text`."""
 
     def __init__(self, text: str) -> None:
-        self.rest = text
+        self._text, self._at = text, 0
         self._depth = 0
+
+    @property
+    def rest(self) -> str:
+        """What is not taken."""
+        return self._text[self._at :]
 
     def level(self, level: int) -> int:
         """Terms between operators of that level."""
         if level == len(LEVELS):
             return self._unary()
         value = self.level(level + 1)
-        while self.rest and self.rest[0] in LEVELS[level]:
-            operator = self._take(self.rest[0])
+        while (operator := self._next()) and operator in LEVELS[level]:
+            self._take(1)
             right = self.level(level + 1)
             if operator in "/%" and right == 0:
                 raise QmpRefusal("division by zero")
@@ -65,11 +72,11 @@ class _Parser:
         return value % U64
 
     def _term(self) -> int:
-        first = self.rest[:1]
+        first = self._next()
         if not first:
             raise QmpRefusal("unexpected end of expression")
         if first in "+-~":
-            self._take(first)
+            self._take(1)
             value = self._unary()
             return {"+": value, "-": -value, "~": ~value}[first]
         if first == "(":
@@ -81,31 +88,40 @@ class _Parser:
         return self._number(first)
 
     def _bracketed(self) -> int:
-        self._take("(")
+        self._take(1)
         value = self.level(0)
-        if not self.rest.startswith(")"):
+        if self._next() != ")":
             raise QmpRefusal("')' expected")
-        self._take(")")
+        self._take(1)
         return value
 
     def _character(self) -> int:
-        if len(self.rest) < 3 or self.rest[2] != "'":
+        character = self._text[self._at + 1 : self._at + 3]
+        if character[1:] != "'":
             raise QmpRefusal("missing terminating ' character")
-        return ord(self._take(self.rest[:3])[1]) & 0xFF
+        self._take(3)
+        return ord(character[0]) & 0xFF
 
     def _number(self, first: str) -> int:
-        found = NUMBER.match(self.rest)
+        found = NUMBER.match(self._text, self._at)
         if found is None:
             raise QmpRefusal(f"invalid char '{first}' in expression")
         digits = found[0]
-        if digits.startswith("0") and digits.isdigit():  # C's octal ends before an 8 or a 9
-            digits = re.match("[0-7]+", digits)[0]  # type: ignore[index]  # it begins with one
-        self._take(digits)
-        value = int(digits, 8 if digits.startswith("0") and digits.isdigit() else 0)
+        is_octal = digits.startswith("0") and digits.isdigit()
+        if is_octal:  # as C's, it ends before an 8 or a 9
+            digits = OCTAL.match(digits)[0]  # type: ignore[index]  # it begins with one
+        self._take(len(digits))
+        if not is_octal and digits.isdigit() and len(digits) > len(str(U64)):  # Python refuses thousands of digits
+            raise QmpRefusal("number too large")
+        value = int(digits, 8 if is_octal else 0)
         if value >= U64:
             raise QmpRefusal("number too large")
         return value
 
-    def _take(self, text: str) -> str:
-        self.rest = self.rest[len(text) :].lstrip()
-        return text
+    def _next(self) -> str:
+        """The next character; "" at the end."""
+        return self._text[self._at : self._at + 1]
+
+    def _take(self, characters: int) -> None:
+        """Take so many, and blanks behind them."""
+        self._at = BLANKS.match(self._text, self._at + characters).end()  # type: ignore[union-attr]  # may be none

@@ -16,21 +16,26 @@ __all__ = ["assert_reset", "release_reset", "reset"]
 
 
 def reset(root: Object) -> None:
-    """Reset all realized devices at and below `root`; what a phase raises ends it there."""
+    """Reset all realized devices at and below `root`; what a phase raises ends it there, and none stays in reset."""
     assert_reset(root)
     release_reset(root)
 
 
 def assert_reset(root: Object) -> None:
-    """Bring them into reset, and keep them there until release_reset()."""
+    """Bring them into reset, and keep them there until release_reset(); unless a phase raises."""
     devices = list(_devices(root))
     for device in devices:
         device.resets += 1
-        if device.resets == 1:
+    entering = [device for device in devices if device.resets == 1]
+    try:
+        for device in entering:
             device.device_class.reset_enter(device.model)
-    for device in devices:
-        if device.resets == 1:
+        for device in entering:
             device.device_class.reset_hold(device.model)
+    except BaseException:
+        for device in devices:
+            device.resets -= 1
+        raise
 
 
 def release_reset(root: Object) -> None:
@@ -41,6 +46,7 @@ def release_reset(root: Object) -> None:
             raise StateError("release_reset", f"{device.object.path} is not in reset", "assert_reset() it first")
     for device in devices:
         device.resets -= 1
+    for device in devices:
         if not device.resets:
             device.device_class.reset_exit(device.model)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pvclock import GuestAddressError
 from pvclock.machine import Machine
 from pvclock.meter.findings import read_pages
 from pvclock.testing.clock_budget import ClockBudget
@@ -81,6 +82,21 @@ def test_the_kernel_s_clock() -> None:
 
         assert told_by(budget(), leave_alone) == ""
         assert "stepped by +" in told_by(budget(), set_clock)
+
+
+@pytest.mark.parametrize("clock", ["engine", "kernel"])
+def test_a_machine_that_is_closed_meanwhile(clock: str) -> None:
+    """What the body raised is not hidden by the look that cannot be taken any more; which is told where it did not."""
+    for error in (KeyError, None):
+        with made(None, clock=clock) as machine:
+
+            def close(machine: Machine = machine, error: type[Exception] | None = error) -> None:
+                machine.close()
+                if error is not None:
+                    raise error
+
+            with pytest.raises(error or GuestAddressError):
+                told_by(ClockBudget(machine, step="1ms", tsc_unchanged=True), close)
 
 
 def test_a_guest_that_boots() -> None:

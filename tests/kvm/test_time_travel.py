@@ -6,6 +6,7 @@ test_stock_linux_travel.py.
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,17 @@ from typing import Final
 
 import pytest
 
-from pvclock import ConfigError, Machine, MissingCapability, RangeError, StateError, TscOffsetNotHonoured, WrongType
+from pvclock import (
+    ConfigError,
+    KvmError,
+    Machine,
+    MissingCapability,
+    RangeError,
+    StateError,
+    TscOffsetNotHonoured,
+    WrongType,
+)
+from pvclock.boot import BootSource
 from pvclock.host.execution_time import ExecutionTimeBackend
 from pvclock.host.linux import host_clocksource
 from pvclock.kvm import Vcpu
@@ -215,6 +226,126 @@ def test_a_guest_that_runs_is_left_alone() -> None:
         assert machine.time_travel.log.skips == 0
 
 
+class KnownLock:
+    """A lock that knows how often it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self.asked += 1
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@pytest.fixture
+def in_first_move(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """What is put in here is called in the first skip, before it moves guest time."""
+    calls: list[Callable[[], None]] = []
+
+    def moving(move: Callable[..., None]) -> Callable[..., None]:
+        def call_and_move(*arguments: object) -> None:
+            if calls:
+                calls.pop()()
+            move(*arguments)
+
+        return call_and_move
+
+    for each in (EngineTime, PageTime):
+        monkeypatch.setattr(each, "move", moving(each.move))
+    return calls
+
+
+def test_one_skip_at_a_time(halted: Machine, in_first_move: list[Callable[[], None]]) -> None:
+    """enable() with other options while a skip is under way does not have the same wait skipped twice."""
+    with halted as machine:
+        travel, skipping = machine.time_travel, KnownLock()
+        travel._skipping = skipping  # type: ignore[assignment]
+        due_ns = machine.clock_service.now_ns() + HOUR_NS
+        travel.next_event = lambda: due_ns if machine.clock_service.now_ns() < due_ns else None
+
+        def enable_another() -> None:
+            asked = skipping.asked
+            travel.enable(Travel(max_rate=10**9))
+            wait_until(lambda: skipping.asked > asked or travel.log.skips > 0)
+
+        in_first_move.append(enable_another)
+        travel.enable()
+        machine.start()
+        wait_until(lambda: machine.clock_service.now_ns() >= due_ns)
+        travel.close()
+        assert not in_first_move
+        assert due_ns <= machine.clock_service.now_ns() < due_ns + HOUR_NS // 2
+        assert travel.failure is None
+
+
+def test_a_reset_waits_for_a_skip(
+    halted: Machine, in_first_move: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a skip that has begun would write a timer of before into a vCPU that has been reset."""
+    done: list[str] = []
+    with halted as machine:
+        travel, skipping, boot_anew = machine.time_travel, KnownLock(), machine._hardware.boot_anew
+        travel._skipping = skipping  # type: ignore[assignment]
+        resetting = threading.Thread(target=machine.reset)
+
+        def begin_reset() -> None:
+            asked = skipping.asked
+            resetting.start()
+            wait_until(lambda: skipping.asked > asked or bool(done))
+            done.append("skip")
+
+        def note_reset(source: BootSource) -> None:
+            done.append("reset")
+            boot_anew(source)
+
+        monkeypatch.setattr(machine._hardware, "boot_anew", note_reset)
+        Itinerary(machine, 1)
+        machine.start()
+        in_first_move.append(begin_reset)
+        travel.enable()
+        wait_until(lambda: not in_first_move)
+        resetting.join()
+        assert done == ["skip", "reset"]
+
+
+@pytest.mark.parametrize("counts", ["nothing", "exits alone"])
+def test_a_host_that_does_not_count(halted: Machine, monkeypatch: pytest.MonkeyPatch, counts: str) -> None:
+    """It travels where KVM has no statistics (before Linux 5.14), and none of who blocks (before 5.17)."""
+
+    class Stats:
+        """Statistics of that host."""
+
+        names = ("exits", "halt_exits")
+
+        def __init__(self, vcpu: Vcpu) -> None:
+            if counts == "nothing":
+                raise KvmError("KVM_GET_STATS_FD", errno.ENOTTY)
+            self._real = VcpuStats(vcpu)
+
+        def read(self, name: str) -> int:
+            """Count."""
+            if name not in self.names:
+                raise ConfigError(name)
+            return self._real.read(name)
+
+        def close(self) -> None:
+            """Give it back."""
+            self._real.close()
+
+    monkeypatch.setattr("pvclock.machine.idle_watch.VcpuStats", Stats)
+    with halted as machine:
+        plan = Itinerary(machine, 3)
+        machine.time_travel.enable()
+        machine.start()
+        wait_until(lambda: len(plan.arrivals) == 3 or not machine.time_travel.is_enabled)
+        assert machine.time_travel.failure is None
+        assert len(plan.arrivals) == 3
+
+
 def test_a_pause_is_no_idle_time(halted: Machine) -> None:
     """Of a machine that is paused no time is skipped; after it there is."""
     with halted as machine:
@@ -291,9 +422,10 @@ def test_a_closed_machine_leaves_no_thread(halted: Machine) -> None:
         (Travel(max_rate=Fraction(1, 2)), RangeError),
         (Travel(max_rate=float("inf")), RangeError),
         (Travel(max_rate=float("nan")), RangeError),
+        (Travel(max_rate=10**400), RangeError),
         (Travel(max_rate=True), WrongType),
     ],
-    ids=["int", "str", "negative", "float", "slow", "infinite", "nan", "bool"],
+    ids=["int", "str", "negative", "float", "slow", "infinite", "nan", "huge", "bool"],
 )
 def test_arguments(wanted: object, error: type[Exception]) -> None:
     """What is no option is refused before anything is made."""

@@ -211,10 +211,14 @@ def test_realize_is_all_or_nothing_and_once() -> None:
 
 
 class Board:
-    """A parent with two children and one that is not realized; what they do in a reset is in `calls`."""
+    """A parent with two children and one that is not realized; what they do in a reset is in `calls`.
+
+    fails_in: the phase and the device that raise.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
+        self.fails_in: tuple[str, str] | None = None
         self.parent = self._device("parent")
         self.root = Object(CONTAINER)
         self.root.add("parent", self.parent.object)
@@ -224,7 +228,12 @@ class Board:
 
     def _device(self, name: str, *, is_realized: bool = True) -> Device:
         def call(phase: str) -> Any:  # noqa: ANN401
-            return lambda model: self.calls.append((phase, model))
+            def note(model: str) -> None:
+                self.calls.append((phase, model))
+                if self.fails_in == (phase, model):
+                    raise RangeError("no")
+
+            return note
 
         device = Device(
             DeviceClass(LAMP, reset_enter=call("enter"), reset_hold=call("hold"), reset_exit=call("exit")), name
@@ -255,6 +264,30 @@ def test_a_reset_within_a_reset() -> None:
     assert board.calls[-1] == ("exit", "first")
     with pytest.raises(StateError, match="/parent/first is not in reset"):
         release_reset(first)
+
+
+@pytest.mark.parametrize("phase", ["enter", "hold", "exit"])
+def test_a_reset_that_fails_keeps_nobody_in_it(phase: str) -> None:
+    """What a phase raises ends that reset; the next one is whole."""
+    board = Board()
+    board.fails_in = phase, "second"
+    with pytest.raises(RangeError):
+        reset(board.root)
+    board.fails_in, board.calls = None, []
+    reset(board.root)
+    assert board.calls == list(itertools.product(("enter", "hold", "exit"), ("first", "second", "parent")))
+
+
+def test_a_device_that_goes_leaves_the_reset() -> None:
+    """One that is unrealized while it is in reset, and realized again, is reset as any other."""
+    board = Board()
+    first = board.root.find("first")
+    assert_reset(board.root)
+    first.set("realized", False)
+    first.set("realized", True)
+    board.calls.clear()
+    reset(first)
+    assert board.calls == [("enter", "first"), ("hold", "first"), ("exit", "first")]
 
 
 def a_model(ram: bytearray) -> PvclockModel:

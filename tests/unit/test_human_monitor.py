@@ -39,6 +39,7 @@ MEMORY = bytes(range(0xF0, 0x100)) + bytes(16) + b"ab'\\\n\r\t~\x7f"
         ("'a'", 97, ""),
         ("0xffffffffffffffff+2", 1, ""),
         ("8)", 8, ")"),
+        ("1 + 1 7", 2, "7"),
     ],
 )
 def test_expressions(text: str, value: int, rest: str) -> None:
@@ -59,6 +60,7 @@ def test_expressions(text: str, value: int, rest: str) -> None:
         ("'a", "missing terminating ' character"),
         ("0x10000000000000000", "number too large"),
         ("9" * 400, "number too large"),
+        ("9" * 5000, "number too large"),
         ("(" * 5000 + "1", "too deep"),
         ("~" * 5000 + "1", "too deep"),
     ],

@@ -130,6 +130,11 @@ def test_a_client_of_ours(server: QmpServer, path: Path) -> None:
             "GenericError",
             "Invalid parameter type for 'value', expected: number",
         ),
+        (
+            b'{"execute":"halve","arguments":{"value":1%s}}' % (b"0" * 400),
+            "GenericError",
+            "Invalid parameter type for 'value', expected: number",
+        ),
         (b'{"execute":"nope"}', "CommandNotFound", "The command nope has not been found"),
         (b'{"execute":"fail","arguments":{"how":"ours"}}', "GenericError", "that is too far"),
         (NEGOTIATE, "CommandNotFound", "Capabilities negotiation is already complete, command ignored"),

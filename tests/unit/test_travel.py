@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Final
 
@@ -30,7 +31,7 @@ HZ: Final = 2_000_000_000
 LAPIC_BYTES: Final = 1024
 EVENTS_BYTES: Final = 64
 RUNNABLE, UNINITIALIZED, INIT_RECEIVED, HALTED, SIPI_RECEIVED = range(5)
-IRR, LVT_TIMER, TMCCT, TDCR = 0x200, 0x320, 0x390, 0x3E0
+IRR, LVT_TIMER, TMICT, TMCCT, TDCR = 0x200, 0x320, 0x380, 0x390, 0x3E0
 MASKED, PERIODIC, DEADLINE_MODE = 1 << 16, 1 << 17, 1 << 18
 NOW: Final = 10**12
 S: Final = HZ
@@ -44,7 +45,7 @@ def lapic(**registers: int) -> bytes:
         image[IRR + 16 * number : IRR + 16 * number + 4] = struct.pack(
             "<I", registers.get("irr", 0) >> 32 * number & 2**32 - 1
         )
-    for name, at in (("timer", LVT_TIMER), ("count", TMCCT), ("divider", TDCR)):
+    for name, at in (("timer", LVT_TIMER), ("initial", TMICT), ("count", TMCCT), ("divider", TDCR)):
         image[at : at + 4] = struct.pack("<I", registers.get(name, 0))
     return bytes(image)
 
@@ -139,6 +140,27 @@ def test_idle_for_ever() -> None:
     assert decide([vcpu(2**64 - 1 - NOW)], HZ) == IdleForever()
 
 
+def test_a_timer_that_has_run_out() -> None:
+    """A one-shot's interrupt may be on its way, and in no register, until the vCPU has blocked with it run out."""
+    run_out = vcpu(timer=0, initial=1000)
+    assert decide([vcpu(S), run_out], HZ) == Stay(StayReason.PENDING, 1)
+    assert decide([vcpu(S), run_out], HZ, served=[0]) == Stay(StayReason.PENDING, 1)
+    assert decide([run_out], HZ, served=[0]) == IdleForever()
+    for none in (vcpu(timer=MASKED, initial=1000), vcpu(timer=DEADLINE_MODE, initial=1000), vcpu(timer=0)):
+        assert decide([vcpu(S), none], HZ) == Skip(S, Wake(S, WakeKind.TSC_DEADLINE, 0))
+
+
+def test_a_tick_while_the_vcpu_is_out() -> None:
+    """Of a periodic timer: a skip, which sets the count, would lose it.  So would one at the end of a period."""
+    ticking = vcpu(timer=PERIODIC, initial=1_000_000, count=999_900, divider=0b0000)  # 200 ns ago, by 2
+    assert decide([ticking], HZ, out_ns=199) == Skip(3_999_600, Wake(3_999_600, WakeKind.LAPIC_TIMER, 0))
+    assert decide([ticking], HZ, out_ns=200) == Stay(StayReason.PENDING, 0)
+    assert isinstance(decide([ticking], HZ, out_ns=200, lapic_hz=10**8), Skip)
+    masked = vcpu(timer=PERIODIC | MASKED, initial=1_000_000, count=999_900)
+    assert decide([masked], HZ, out_ns=200) == IdleForever()
+    assert decide([vcpu(S), vcpu(timer=PERIODIC, initial=1000)], HZ) == Stay(StayReason.PENDING, 1)
+
+
 def test_the_vmms_events() -> None:
     """What the VMM has to come counts as the guest's timers do."""
     event = Wake(S, WakeKind.EVENT)
@@ -168,8 +190,9 @@ def test_a_host_that_moves_no_tsc() -> None:
 class Written:
     """Notes what carry_out() and move_kernel_clock() write, in order; the host's clocks go on at each call."""
 
-    def __init__(self, offsets: tuple[int, ...] = (0,), lands_ns: int = 0) -> None:
+    def __init__(self, offsets: tuple[int, ...] = (0,), lands_ns: int = 0, vcpus: Sequence[VcpuSnapshot] = ()) -> None:
         self.calls: list[tuple[object, ...]] = []
+        self.lapics = [vcpu.lapic for vcpu in vcpus]
         self.offsets = list(offsets)
         self.lands_ns = lands_ns  # beside what is asked for
         self._clock_ns, self._host_ns = 5 * 10**9, 7 * 10**9
@@ -182,8 +205,13 @@ class Written:
         """Note it."""
         self.calls.append(("deadline", vcpu, deadline))
 
+    def get_lapic(self, vcpu: int) -> bytes:
+        """As it is."""
+        return self.lapics[vcpu]
+
     def set_lapic(self, vcpu: int, lapic: bytes) -> None:
-        """Note its count."""
+        """Set it, and note its count."""
+        self.lapics[vcpu] = lapic
         self.calls.append(("lapic", vcpu, int.from_bytes(lapic[TMCCT : TMCCT + 4], "little"), len(lapic)))
 
     def pass_ns(self, ns: int) -> None:
@@ -228,10 +256,8 @@ def test_time_moves_before_timers() -> None:
 
 def test_counts_shrink_by_what_was_skipped() -> None:
     """The one that is due is left with a count of 1, which KVM takes; another one with what it has still to go."""
-    vcpus, written = (
-        [counting(1_000_000, 0), counting(5_000_000, 0), counting(0), counting(3_000_000, 0b1011)],
-        Written(),
-    )
+    vcpus = [counting(1_000_000, 0), counting(5_000_000, 0), counting(0), counting(3_000_000, 0b1011)]
+    written = Written(vcpus=vcpus)
     skip = decide(vcpus, HZ)
     assert isinstance(skip, Skip)
     carry_out(skip, vcpus, written, HZ)
@@ -239,6 +265,20 @@ def test_counts_shrink_by_what_was_skipped() -> None:
     assert written.calls[1:] == [
         ("lapic", at, left, LAPIC_BYTES) for at, left in ((0, 1), (1, 4_000_000), (3, 1_000_000))
     ]
+
+
+@pytest.mark.parametrize(
+    ("counts", "left"), [(4_999_000, 3_999_000), (4_000, 1), (0, 1), (9_999_000, 1)], ids=["on", "near", "once", "anew"]
+)
+def test_what_has_come_to_a_lapic_meanwhile(counts: int, left: int) -> None:
+    """An interrupt that another thread has sent stays, and the count is that of then: it may have run out."""
+    vcpus = [vcpu(2 * 10**6, timer=DEADLINE_MODE), counting(5_000_000)]
+    written = Written(vcpus=vcpus)
+    written.lapics[1] = lapic(count=counts, divider=0b1011, irr=1 << 0x34)
+    skip = decide(vcpus, HZ)
+    assert isinstance(skip, Skip)
+    carry_out(skip, vcpus, written, HZ)
+    assert written.lapics[1] == lapic(count=left, divider=0b1011, irr=1 << 0x34)
 
 
 @pytest.mark.parametrize("lands_ns", [-700, 0, 700])
