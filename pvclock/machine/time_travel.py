@@ -88,9 +88,10 @@ class TimeTravel:
 
     The VMM's part: `next_event`, the guest time in ns of what it has to come, or None; it is called with all vCPUs out
     of the guest, and neither waits nor raises.  `on_arrival`, called after each skip before a vCPU goes in again: what
-    is due then is done there, so that the guest finds it at its time.  `on_look`, called with each decision, the vCPUs
-    running again; after one that says that the guest is idle for ever none comes until a vCPU has moved or notify() is
-    called.  All three on a thread of its own.
+    is due then is done there, so that the guest finds it at its time; an event that is nearer than a skip takes comes
+    by itself, as without travel.  `on_look`, called with each decision, the vCPUs running again; after one that says
+    that the guest is idle for ever none comes until a vCPU has moved or notify() is called.  All three on a thread of
+    its own.
 
     Thread-safety: all methods may be called from any thread.
     """
@@ -316,8 +317,11 @@ class Rounds:
                 self.wake_up.wait(RATE_REST_S)
         elif decision.reason in (StayReason.HOLD, StayReason.FIXED):
             self._idle.wait_for_change(None)
-        else:
-            self.wake_up.wait(RATE_REST_S if decision.reason is StayReason.RATE else REST_S)
+        elif decision.reason is StayReason.RATE:
+            self.wake_up.wait(RATE_REST_S)
+        elif decision.wake is None or decision.wake.vcpu is None:
+            self.wake_up.wait(REST_S)
+        # else it is a vCPU's timer that is near, and the next round waits until that has moved
 
 
 def _no_event() -> int | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from pvclock.errors import StateError
 from pvclock.kvm import Runner, Vcpu
 from pvclock.machine.guest_time import GuestTime
 from pvclock.machine.travel_options import Travel
 from pvclock.timekeeping.travel import (
+    LEAST_NS,
     MSR_IA32_TSC_DEADLINE,
     Decision,
     RateLimit,
@@ -27,6 +29,9 @@ from pvclock.timekeeping.travel import (
 from pvclock.tsc.vcpu_tsc import MSR_IA32_TSC
 
 __all__ = ["Arrival", "Look", "Traveller"]
+
+COSTS: Final = 16
+"""So many of the last skips' are known; the least of them is what one takes, whatever a busy host made of others."""
 
 
 class Arrival(NamedTuple):
@@ -72,6 +77,7 @@ class Traveller:
         self._until_ns = options.until_ns
         self._rate = None if options.max_rate is None else Fraction(options.max_rate)
         self._limit: RateLimit | None = None
+        self._costs_ns = deque[int](maxlen=COSTS)  # of a skip, once it is decided on
         self._has_hold, self._next_event, self._arrived = has_hold, next_event, arrived
         with runner.quiesce():
             self._tsc_hz = vcpus[0].get_tsc_khz() * 1000
@@ -111,17 +117,21 @@ class Traveller:
             self._tsc_hz,
             self._events(),
             most_ticks=self._most_ticks(now_ns),
+            least_ns=max(LEAST_NS, min(self._costs_ns, default=0)),
             moves_tscs=self._guest_time.moves_tscs,
         )
 
     def _skip(self, skip: Skip, snapshots: list[VcpuSnapshot], before_ns: int, began_ns: int) -> Decision:
+        decided_ns = time.monotonic_ns()
         try:
             carry_out(skip, snapshots, VcpuWrites(self._vcpus, self._guest_time, f"to {skip.wake}"), self._tsc_hz)
         except StateError:  # it stands still: a pause that came after the look at it
             return Stay(StayReason.HOLD)
         now_ns = self._guest_time.now_ns()
         self.is_at_end = self._until_ns is not None and now_ns >= self._until_ns
-        host_ns = time.monotonic_ns() - began_ns
+        now_host_ns = time.monotonic_ns()
+        self._costs_ns.append(now_host_ns - decided_ns)
+        host_ns = now_host_ns - began_ns
         self._arrived(Arrival(now_ns, now_ns - before_ns, skip.wake, skip.arrives, host_ns))
         return skip
 

@@ -47,7 +47,7 @@ __all__ = [
 MSR_IA32_TSC_DEADLINE: Final = 0x6E0
 
 LEAST_NS: Final = 50_000
-"""A wait that is not longer is left to pass: a skip takes about as long."""
+"""A wait that is not longer is left to pass, if no other limit is given: a skip takes about as long."""
 
 LAPIC_HZ: Final = NS_PER_S
 """Of the bus by which KVM's LAPIC timers count: a cycle is 1 ns (APIC_BUS_FREQUENCY)."""
@@ -161,12 +161,14 @@ def decide(
     *,
     most_ticks: int | None = None,
     moves_tscs: bool = True,
+    least_ns: int = LEAST_NS,
     lapic_hz: int = LAPIC_HZ,
 ) -> Decision:
     """What to do about a guest with these vCPUs, all of which are out of KVM_RUN and stay so until it is done.
 
     tsc_hz: the guest's TSC frequency.  events: what the VMM itself has to come.  most_ticks: how far time may go now.
     moves_tscs: can the vCPUs' TSCs be moved?  Else only a clock's page is, and a TSC deadline stays where it is.
+    least_ns: a wait that is not longer is left to pass; what a skip takes the VMM, or a little less.
     lapic_hz: of the LAPIC's bus, unless KVM_CAP_X86_APIC_BUS_CYCLES_NS changed it KVM's own.
     """
     for number, vcpu in enumerate(vcpus):
@@ -177,7 +179,7 @@ def decide(
     if not wakes:
         return IdleForever()
     first = min(wakes, key=lambda wake: wake.ticks)
-    least_ticks = LEAST_NS * tsc_hz // NS_PER_S
+    least_ticks = least_ns * tsc_hz // NS_PER_S
     if first.ticks <= least_ticks:
         return Stay(StayReason.NEAR, first.vcpu, first)
     if not moves_tscs and any(wake.kind is WakeKind.TSC_DEADLINE for wake in wakes):

@@ -21,7 +21,7 @@ from pvclock.host.linux import host_clocksource
 from pvclock.kvm import Vcpu
 from pvclock.kvm._stats import VcpuStats
 from pvclock.kvm.tsc_offset import TscOffsets
-from pvclock.machine.guest_time import KernelTime
+from pvclock.machine.guest_time import EngineTime, GuestTime, KernelTime, PageTime
 from pvclock.machine.time_travel import Arrival, Look, Travel
 from pvclock.machine.traveller import _snapshots
 from pvclock.payloads import probe
@@ -41,6 +41,8 @@ HOUR_NS: Final = 3600 * 10**9
 HZ: Final = 10**9
 """About a TSC's frequency: for sleeps whose exact length does not matter."""
 RATE: Final = 1000
+WAIT_S: Final = 0.05
+"""Much longer than a skip takes, on however busy a host."""
 RATE_ERROR: Final = 1e-3
 """Of the TSC's nominal frequency, by which the engine counts, against the host's clock, which NTP steers: far less."""
 
@@ -153,6 +155,25 @@ def test_a_hold(halted: Machine) -> None:
             assert {look.decision for look in looks} == {Stay(StayReason.HOLD)}
             wait_until(lambda: travel.log.stays[StayReason.HOLD] == len(looks))  # one may just be told of
         wait_until(lambda: len(plan.arrivals) == 1)
+
+
+def test_what_a_skip_would_not_spare(halted: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait that is shorter than the last skips took is left to pass."""
+    for each in (EngineTime, PageTime):
+        move = each.move
+
+        def move_slowly(self: GuestTime, ticks: int, why: str, move: Callable[..., None] = move) -> None:
+            time.sleep(2 * WAIT_S)
+            move(self, ticks, why)
+
+        monkeypatch.setattr(each, "move", move_slowly)
+    with halted as machine:
+        travel = machine.time_travel
+        travel.next_event = lambda: machine.clock_service.now_ns() + int(WAIT_S * 1e9)
+        travel.enable()
+        machine.start()
+        wait_until(lambda: travel.log.stays.get(StayReason.NEAR, 0) >= 3)
+        assert travel.log.skips == 1
 
 
 def test_until(halted: Machine) -> None:

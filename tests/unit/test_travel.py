@@ -124,9 +124,11 @@ def test_a_masked_timer_wakes_nobody() -> None:
 
 
 def test_what_is_near_is_waited_for() -> None:
-    """50 us or less is left to pass, as is what is overdue."""
+    """50 us or less is left to pass, or what the VMM says, as is what is overdue."""
     near = 50_000 * HZ // 10**9
     assert isinstance(decide([vcpu(near + 1)], HZ), Skip)
+    assert isinstance(decide([vcpu(20 * near)], HZ, least_ns=999_999), Skip)
+    assert isinstance(decide([vcpu(20 * near)], HZ, least_ns=1_000_000), Stay)
     for ticks in (near, 1, -S):
         assert decide([vcpu(ticks)], HZ) == Stay(StayReason.NEAR, 0, Wake(ticks, WakeKind.TSC_DEADLINE, 0))
 
