@@ -195,15 +195,16 @@ def test_until(halted: Machine) -> None:
 def test_the_highest_rate(halted: Machine) -> None:
     """Guest time is never ahead of the rate by more than a moment, whatever is to come."""
     with halted as machine:
-        plan = Itinerary(machine, 1, 100 * 10**9)
         clock = machine.clock
         assert clock is not None
+        due_ns = clock.now() + 1000 * 10**9
+        machine.time_travel.next_event = lambda: due_ns
         machine.time_travel.enable(Travel(max_rate=RATE))
         before = clock.backend.stamps()
         machine.start()
-        wait_until(lambda: len(plan.arrivals) == 1)
-        passed_ns = clock.backend.stamps().raw_ns - before.raw_ns
-        assert plan.arrivals[0].guest_ns <= RATE * (passed_ns + 50_000_000)
+        wait_until(lambda: clock.now() >= due_ns)  # by itself, if the last skip but one has almost come there
+        guest_ns, passed_ns = clock.now(), clock.backend.stamps().raw_ns - before.raw_ns
+        assert guest_ns <= RATE * (passed_ns + 50_000_000)
         assert machine.time_travel.log.skips > 1
         assert not machine.time_travel.recent[0].arrives
 
