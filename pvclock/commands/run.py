@@ -143,6 +143,7 @@ def run(arguments: argparse.Namespace, screen: Screen) -> Outcome:
         if arguments.resume_policy is not None and machine.clock is not None:
             machine.clock.policy = machine.clock.sleep_policy = arguments.resume_policy
         end = _run_to_its_end(machine, console, arguments, _watched(machine, arguments, screen, wakes))
+        machine.time_travel.close()  # the guest may have ended while its last look is still to be told
         result = {
             **end._asdict(),
             "exit_code": machine.exit_code,

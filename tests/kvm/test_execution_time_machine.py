@@ -25,7 +25,7 @@ from pvclock.payloads import clockprobe
 from pvclock.state.clock_state import from_json, to_json
 from tests.kvm.leaks import held
 from tests.kvm.page_log import MEMORY_BYTES, PAGE_LOG, entries, readings, wait_until_it_reads_on
-from tests.kvm.reading import wait_until_all_read_on
+from tests.kvm.reading import assert_last_are_on_the_timeline, wait_until_all_read_on
 from tests.unit.fault_points import MACHINE
 from tests.unit.schedules import Lines
 
@@ -36,8 +36,6 @@ OUT_S = 0.5
 """How long the vCPUs are kept out at least."""
 BOUND_NS = 4
 """Design 2.3, as in test_time_operations."""
-CLAMPED_NS = 200_000_000
-"""Without STABLE a reading may be another vCPU's, which ran later."""
 SPIN = bytes.fromhex("ebfe")
 
 HONOURED = pytest.mark.usefixtures("offsets_are_honoured")
@@ -84,8 +82,7 @@ def reading_guest() -> Iterator[Machine]:
     for vcpu, record in enumerate(records):  # its newest TSC is within what it executed, so nothing else is in it
         tsc = (record.last_tsc - clock.tsc(vcpu).offset) % 2**64
         assert tsc <= executed(machine)
-        error_ns = record.last_ns - clock.at(HostTsc(tsc))
-        assert -Fraction(BOUND_NS) <= error_ns <= (CLAMPED_NS if record.clamped else BOUND_NS)
+    assert_last_are_on_the_timeline(machine, records, BOUND_NS)
 
 
 @HONOURED

@@ -64,7 +64,7 @@ def test_input_comes_at_its_guest_times(clock: str) -> None:
             type_at(ms, text)
         assert machine.timers.next_due_ns() == begun_ns + 20 * MS
         machine.run()
-        assert machine.timers.next_due_ns() is None
+        wait_until(lambda: machine.timers.next_due_ns() is None)  # the last callback may just be about to return
     assert (bytes(sent), list(called)) == (b"abq", [b"a", b"b", b"q"])
     assert called[b"a"] >= 20 * MS
     assert called[b"b"] >= 40 * MS
@@ -209,6 +209,7 @@ def test_after_a_roll_back_it_is_not_called_again() -> None:
         assert machine.clock.now() < begun_ns + HOUR_NS
         machine.timers.after(0, lambda: calls.append("third"))
         wait_until(lambda: len(calls) > 1)
+        wait_until(lambda: machine.timers.next_due_ns() != 0)  # 0 until the callback has returned
         assert machine.timers.next_due_ns() == begun_ns + 3 * HOUR_NS
         machine.clock.skip(3 * HOUR_NS)
         second.wait()

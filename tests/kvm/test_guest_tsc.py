@@ -5,7 +5,6 @@ Hosts differ: one honours offsets, one steers them along kernel time, one ignore
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Literal
 
 import pytest
@@ -18,7 +17,7 @@ from pvclock.kvm.tsc_offset import TscOffsets
 from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
 from pvclock.payloads import probe
-from tests.kvm.reading import wait_until_all_read_on
+from tests.kvm.reading import assert_last_are_on_the_timeline, wait_until_all_read_on
 from tests.kvm.tsc_guest import TSC, TSC_ADJUST, Step, TscGuest, tsc_guest
 
 pytestmark = pytest.mark.kvm
@@ -27,6 +26,8 @@ Clock = Literal["engine", "kernel"]
 both = pytest.mark.parametrize("clock", ["engine", "kernel"])
 
 RDTSC, READ_TSC, READ_ADJUST = Step("rdtsc"), Step("rdmsr", TSC), Step("rdmsr", TSC_ADJUST)
+BOUND_NS = 4
+"""Design 2.3, as in test_time_operations."""
 SOON = 1 << 36
 """Ticks, some 25 s: a guest gets from one step to the next within it, and every move below is longer."""
 
@@ -230,10 +231,7 @@ def test_a_clock_read_with_two_different_offsets(tsc_offsets: TscOffsets) -> Non
         assert [page.flags for vcpu in range(2) if (page := clock.page(vcpu))] == [0, 0]
         assert not any(failures(records).values())
         assert abs(records[1].last_tsc - records[0].last_tsc - (1 << 40)) < SOON
-        for vcpu, record in enumerate(records):
-            error = record.last_ns - clock.at(HostTsc((record.last_tsc - clock.tsc(vcpu).offset) % 2**64))
-            clamped_ns = 10**8 if record.clamped else 2  # to what the other vCPU read last
-            assert -Fraction(4) <= error <= clamped_ns
+        assert_last_are_on_the_timeline(machine, records, BOUND_NS)
 
 
 @pytest.mark.row("K-16", "K-18", "E9")

@@ -327,7 +327,8 @@ def test_direct_timer(run: Run) -> None:
             ]
 
         armed, _, told, seen, config = run(script)[len(SET_UP) + 1 :]
-        assert (told.value, told.data[:4]) == (1, CLEAR)
+        assert told.value in (1, 2)  # an emulated KVM may give an interrupt twice
+        assert told.data[:4] == CLEAR
         assert config.value == DIRECT & ~ENABLED
         assert counts[0] <= seen.value
         return seen.value < max(counts[0], armed.value) + LATE_LIMIT

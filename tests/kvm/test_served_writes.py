@@ -16,10 +16,11 @@ from pvclock.machine import EXIT_PORT
 from pvclock.msr_ranges import MsrRange
 from tests.kvm.guests import Bare, bare_vm, out, write_msr
 from tests.kvm.test_runner import eventually, moves_on
+from tests.waiting import HANG_S
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E9")]
 
-LIMIT_S: Final = 60.0
+LIMIT_S: Final = float(HANG_S)
 TSC_ADJUST: Final = 0x3B
 SYSTEM_TIME: Final = 0x4B564D01
 COUNT_ON: Final = bytes.fromhex("66ff07")  # incl (%bx)

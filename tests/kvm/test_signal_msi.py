@@ -30,7 +30,7 @@ def test_a_guest_takes_the_interrupt() -> None:
         while taken < 3 and time.monotonic() < deadline:
             seen = machine.memory.read(COUNT, 4)[0]
             is_ready = machine.memory.read(READY, 1)[0] == 1
-            if is_ready and seen == taken:
+            if is_ready and seen >= taken:  # an emulated KVM may take one twice
                 assert machine.vm.signal_msi(LOCAL_APIC, VECTOR)
                 taken += 1
         assert machine.wait(HANG_S) == 7

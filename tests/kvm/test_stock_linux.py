@@ -20,6 +20,7 @@ from pvclock.machine.devices.power_button import PowerButton
 from tests.kvm.guest_clocks import ROUNDING_NS, ClockSampler, Offsets
 from tests.kvm.guest_shell import BOOT_LIMIT_S
 from tests.kvm.stock_linux import COMPLAINTS, StockLinux
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.row("E22", "K-02", "K-07")]
 
@@ -87,16 +88,25 @@ def uptime(guest: StockLinux) -> Uptime:
     return Uptime(host_earliest_s, earliest_ns, shown_ns, clock.now(), time.monotonic())
 
 
+def power_events(guest: StockLinux) -> int:
+    """How often it has taken the power button's interrupt; a KVM that is nested under emulation may give one twice."""
+    found = re.search(
+        r"^ *\d+: +(\d+) .*IO-APIC +10-fasteoi +ACPI:Ged$", guest.run("cat /proc/interrupts"), re.MULTILINE
+    )
+    assert found is not None
+    return int(found[1])
+
+
 @on_one_vcpu
 def test_its_power_button_is_heard(guest: StockLinux) -> None:
     """Linux's ACPI takes the event by an interrupt of GSI 10, and releases the button, each time that it is pressed."""
     claims = guest.machine.bus.port_claims
     (button,) = [claim.device for claim in claims if isinstance(claim.device, PowerButton)]
-    for times in (1, 2):
+    for _ in range(2):
+        before = power_events(guest)
         button.press()
-        heard = rf"^ *[0-9]+: +{times} .*IO-APIC +10-fasteoi +ACPI:Ged"
-        guest.run(f"until grep -qE '{heard}' /proc/interrupts; do sleep 0.1; done")
-        assert button.read(0, 2) == b"\0\0"
+        wait_until(lambda: button.read(0, 2) == b"\0\0")  # by a thread of Linux's, after its interrupt
+        assert power_events(guest) > before
 
 
 @on_two_vcpus

@@ -45,7 +45,7 @@ def test_linux_finds_a_vcpu_that_is_added(guest: StockLinux) -> None:
     log = guest.run(f"dmesg | tail -n +{lines + 1}")
     assert "CPU1 has been hot-added\n" in log
     assert re.search(COMPLAINTS, log) is None, log
-    assert guest.run(CLOCKSOURCE) == clocksource
+    assert guest.run(CLOCKSOURCE) in (clocksource, "tsc\n")  # to trust its TSC takes a young Linux some time
 
 
 def test_the_late_vcpu_has_the_clock(guest: StockLinux) -> None:

@@ -17,7 +17,7 @@ from pvclock import GuestClock, HostTsc, Machine
 from pvclock.meter.findings import failures
 from pvclock.meter.machine_guest import finish, probe_machine, wait_until_reading
 from pvclock.payloads import probe
-from tests.kvm.reading import wait_until_all_read_on
+from tests.kvm.reading import assert_last_are_on_the_timeline, wait_until_all_read_on
 from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.kvm
@@ -25,8 +25,6 @@ pytestmark = pytest.mark.kvm
 MS = 10**6
 BOUND_NS = 4
 """Design 2.3: 2 ns, a tick that the shift cuts, and a page's age of a second or two."""
-CLAMPED_NS = 200 * MS
-"""Without STABLE a reading may be another vCPU's, which ran later."""
 
 
 @contextmanager
@@ -41,9 +39,7 @@ def reading_guest() -> Iterator[tuple[Machine, GuestClock]]:
         wait_until_all_read_on(machine)
         records = finish(machine)
     assert not any(failures(records).values())
-    for vcpu, record in enumerate(records):
-        expected = machine.clock.at(HostTsc((record.last_tsc - machine.clock.tsc(vcpu).offset) % 2**64))
-        assert -Fraction(BOUND_NS) <= record.last_ns - expected <= (CLAMPED_NS if record.clamped else BOUND_NS)
+    assert_last_are_on_the_timeline(machine, records, BOUND_NS)
 
 
 def newest_ns(machine: Machine) -> int:

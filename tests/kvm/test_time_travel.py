@@ -54,6 +54,13 @@ HZ: Final = 10**9
 RATE: Final = 1000
 WAIT_S: Final = 0.05
 """Much longer than a skip takes, on however busy a host."""
+RATE_ERROR: Final = 1e-3
+"""Of the TSC's nominal frequency, by which the engine counts, against the host's clock, which NTP steers: far less."""
+
+
+def longest_ns(host_ns: int) -> float:
+    """How much guest time passes at most while the host's clock says so, for which nothing is skipped."""
+    return host_ns * (1 + RATE_ERROR) + 1000
 
 
 def host_refuses(offsets: TscOffsets) -> type[Exception] | None:
@@ -95,16 +102,18 @@ def halted() -> Machine:
 def test_it_goes_to_the_vmms_events(halted: Machine) -> None:
     """Five hours of a halted guest: each skip ends at the event, never before it, and late by our own share at most."""
     with halted as machine:
+        begun_ns = time.monotonic_ns()
         plan = Itinerary(machine, 5)
         machine.time_travel.enable()
         machine.start()
         wait_until(lambda: len(plan.arrivals) == 5)
+        passed_ns = longest_ns(time.monotonic_ns() - begun_ns)
         log, clock = machine.time_travel.log, machine.clock
         assert machine.time_travel.failure is None
         assert all(plan.were_out)
         for due, arrival in zip(plan.due, plan.arrivals, strict=True):
-            assert 0 <= arrival.guest_ns - due <= arrival.host_ns + 1000
-            assert arrival.skipped_ns > HOUR_NS - 10**9 or arrival is plan.arrivals[0]
+            assert 0 <= arrival.guest_ns - due <= longest_ns(arrival.host_ns)
+            assert arrival.skipped_ns > HOUR_NS - passed_ns
         assert machine.time_travel.recent == tuple(plan.arrivals)
         assert (log.skips, log.largest_ns) == (5, max(each.skipped_ns for each in plan.arrivals))
         assert log.skipped_ns == sum(each.skipped_ns for each in plan.arrivals)
@@ -126,7 +135,7 @@ def test_who_is_idle_for_ever_is_left_alone(halted: Machine) -> None:
     def is_left_alone() -> bool:
         told = len(looks)
         time.sleep(0.3)
-        return len(looks) == told > 0
+        return len(looks) == told > 0 and isinstance(looks[-1].decision, IdleForever)  # else its vCPU has not begun
 
     with halted as machine:
         machine.time_travel.on_look = looks.append
@@ -134,10 +143,7 @@ def test_who_is_idle_for_ever_is_left_alone(halted: Machine) -> None:
         machine.start()
         wait_until(is_left_alone, HANG_S / 2)
         assert machine.time_travel.log.is_idle_forever
-        assert isinstance(looks[-1].decision, IdleForever)
-        told = len(looks)
         plan = Itinerary(machine, 1)
-        assert len(looks) == told
         machine.time_travel.notify()
         wait_until(lambda: len(plan.arrivals) == 1)
 
@@ -158,7 +164,7 @@ def test_a_hold(halted: Machine) -> None:
             travel.notify()
             wait_until(lambda: len(looks) > 1)
             assert {look.decision for look in looks} == {Stay(StayReason.HOLD)}
-            assert travel.log.stays[StayReason.HOLD] == len(looks)
+            wait_until(lambda: travel.log.stays[StayReason.HOLD] == len(looks))  # one may just be told of
         wait_until(lambda: len(plan.arrivals) == 1)
 
 
@@ -193,22 +199,23 @@ def test_until(halted: Machine) -> None:
         assert travel.options == Travel(until_ns)
         last = travel.recent[-1]
         assert last.wake.kind is WakeKind.END
-        assert until_ns <= last.guest_ns <= until_ns + last.host_ns + 1000
+        assert until_ns <= last.guest_ns <= until_ns + longest_ns(last.host_ns)
         assert machine.clock_service.now_ns() >= until_ns
 
 
 def test_the_highest_rate(halted: Machine) -> None:
     """Guest time is never ahead of the rate by more than a moment, whatever is to come."""
     with halted as machine:
-        plan = Itinerary(machine, 1, 100 * 10**9)
         clock = machine.clock
         assert clock is not None
+        due_ns = clock.now() + 1000 * 10**9
+        machine.time_travel.next_event = lambda: due_ns
         machine.time_travel.enable(Travel(max_rate=RATE))
         before = clock.backend.stamps()
         machine.start()
-        wait_until(lambda: len(plan.arrivals) == 1)
-        passed_ns = clock.backend.stamps().raw_ns - before.raw_ns
-        assert plan.arrivals[0].guest_ns <= RATE * (passed_ns + 50_000_000)
+        wait_until(lambda: clock.now() >= due_ns)  # by itself, if the last skip but one has almost come there
+        guest_ns, passed_ns = clock.now(), clock.backend.stamps().raw_ns - before.raw_ns
+        assert guest_ns <= RATE * (passed_ns + 50_000_000)
         assert machine.time_travel.log.skips > 1
         assert not machine.time_travel.recent[0].arrives
 

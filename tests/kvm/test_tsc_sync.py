@@ -217,10 +217,13 @@ def test_a_value_after_an_offset(tsc_offsets: TscOffsets) -> None:
 @pytest.mark.row("E5")
 def test_frequencies(tsc_offsets: TscOffsets) -> None:
     """KVM takes and keeps the frequencies that the model says it does: the host's, one near it, half and twice it."""
-    with a_pair(tsc_offsets) as pair:
+
+    def script(pair: Pair) -> None:
         khz = pair.model.host_khz
         for wanted in (khz, 0, khz + khz // 5000, khz // 2, khz, 2 * khz):
             pair.set_tsc_khz(0, wanted)
+
+    on_pairs(tsc_offsets, script)
 
 
 @pytest.mark.row("E5", "K-16")
