@@ -19,8 +19,8 @@ from pvclock.timekeeping.travel import IdleForever
 __all__ = ["GUEST_OPTIONS", "IdleEnd", "add_arguments", "machine_options", "schedule", "told", "travelled"]
 
 GUEST_OPTIONS: Final = (
-    "tsc=reliable nowatchdog psi=0 mce=ignore_ce sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=3600 "
-    "sysctl.kernel.hung_task_timeout_secs=0"
+    "tsc=reliable nowatchdog psi=0 mce=ignore_ce cpuidle_haltpoll.force=1 sysctl.vm.compaction_proactiveness=0 "
+    "sysctl.vm.stat_interval=3600 sysctl.kernel.hung_task_timeout_secs=0"
 )
 """What keeps an idle Linux from waking several times a second: see docs/time-travel.md."""
 
