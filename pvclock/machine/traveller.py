@@ -107,7 +107,7 @@ class Traveller:
                 has_rested = note()
                 before_ns = self._guest_time.now_ns()
                 decision = self._decide_and_skip(before_ns, began_ns, has_rested=has_rested)
-                now_ns = self._guest_time.now_ns()
+                now_ns = self._guest_time.now_ns() if isinstance(decision, Skip) else before_ns
             self.is_at_end = self._until_ns is not None and now_ns >= self._until_ns
             if isinstance(decision, Skip):
                 host_ns = time.monotonic_ns() - began_ns

@@ -44,8 +44,8 @@ class ClockBudget:
     tsc_unchanged: nobody changed the guest's TSC; for the kernel's clock, where its offset cannot be read.
 
     AssertionError at the end, with each reason, if the budget was broken, or if what was seen does not decide it: the
-    rate of a short test is not known well.  If the body raises, that is what is raised.  The
-    guest has to be there at the end: else the error is that of who reads its memory.
+    rate of a short test is not known well.  If the body raises, that is what is raised.  The guest has to be there at
+    the end: else the error is that of who reads its memory.
 
     verdict: how it fared; None before the end.
     """

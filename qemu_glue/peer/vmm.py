@@ -137,6 +137,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _is_exiting(pid: int) -> bool:
-    """Is the kernel taking this child apart, which nobody has waited for?"""
-    _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")  # its name may have any characters
+    """Is the kernel taking this child apart, or has another thread waited for it by now?"""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    _, _, fields = stat.rpartition(")")  # its name may have any characters
     return bool(int(fields.split()[6]) & PF_EXITING)

@@ -117,6 +117,14 @@ def test_killed_and_not_gone_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.row("E13")
+def test_waited_for_by_another_thread() -> None:
+    """A child of which nothing is left, for somebody has waited for it meanwhile, is one that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait(HANG_S)
+    assert vmm._is_exiting(process.pid)
+
+
+@pytest.mark.row("E13")
 def test_told_to_quit() -> None:
     """A QEMU that somebody else ends in order is no guest's end."""
     with launch() as qemu:
